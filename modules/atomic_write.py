@@ -70,9 +70,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            for written in (one for one in temporary.rglob("*") if one.is_file()):
-                with written.open("rb+") as file:
-                    os.fsync(file.fileno())
+            for path_written in temporary.rglob("*"):
+                if path_written.is_file():
+                    with path_written.open("rb+") as file:
+                        os.fsync(file.fileno())
             flush_folder(temporary)
             aside = path.with_name(f".{path.name}.old")
             if path.exists():

@@ -81,8 +81,8 @@ def _render(template: str, variables: str, seconds: float) -> str:
     try:
         answer = json.loads(done.stdout)
     except ValueError:
-        said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise TemplateError(f"its process ended with {done.returncode}: {shorten(said, 200)}") from None
+        last_line = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise TemplateError(f"its process ended with {done.returncode}: {shorten(last_line, 200)}") from None
     if "error" in answer:
         raise TemplateError(shorten(str(answer["error"]), 200))
     return str(answer["text"])

@@ -111,15 +111,15 @@ def each_warning_once() -> Iterator[None]:
 
 
 def _once() -> Callable[[logging.LogRecord], bool]:
-    told: set[str] = set()
+    logged: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
         try:
             message = record.getMessage()
         except (TypeError, ValueError, LookupError):  # a faulty one: the handler itself reports it
             return True
-        is_repeated = record.levelno == logging.WARNING and message in told
-        told.add(message)
+        is_repeated = record.levelno == logging.WARNING and message in logged
+        logged.add(message)
         return not is_repeated
 
     return is_new
@@ -266,10 +266,10 @@ def explain_compilation(error: Exception) -> str | None:
     """Return what failed and what to do if an error comes from torch's or Triton's compiler; else None."""
     if not is_of_compiler(error):
         return None
-    said, _, output = str(error).partition("Output:\n")
-    lines = [line.strip() for line in (output or said).splitlines() if line.strip()]
+    summary, _, output = str(error).partition("Output:\n")
+    lines = [line.strip() for line in (output or summary).splitlines() if line.strip()]
     reason = next((line for line in lines if re.search("error|cannot|not found", line, re.IGNORECASE)), "")
-    folder = _folder_with_blank(said)
+    folder = _folder_with_blank(summary)
     remedy = "Update the compiler (g++ or clang; on a GPU Triton) and its headers"
     if folder is not None:
         remedy = (
@@ -325,10 +325,10 @@ def plain_message(text: str, typed: Sequence[str] = ()) -> str:
 def message_of(errors: str) -> str:
     """Return the message, without its kind, of the error that ended a program of ours. errors: its stderr."""
     last = errors.rpartition("Traceback (most recent call last):")[2]
-    found = re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", last, re.MULTILINE)
-    if found is None:
+    match = re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", last, re.MULTILINE)
+    if match is None:
         return errors.strip()[-MOST_SAID:]
-    return last[found.end() :].partition("\n\n")[0].strip()[:MOST_SAID]
+    return last[match.end() :].partition("\n\n")[0].strip()[:MOST_SAID]
 
 
 def one_line(word: str) -> str:

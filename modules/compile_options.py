@@ -7,10 +7,10 @@ from modules.options import FREE, HABIT, NO_PIXELS, Options, option, unsupported
 
 # accelerate's DynamoBackend, literal because option files import nothing heavy; lower case is accepted too
 DYNAMO_BACKENDS = (
-    *("NO", "EAGER", "AOT_EAGER", "INDUCTOR", "AOT_TS_NVFUSER", "NVPRIMS_NVFUSER", "CUDAGRAPHS", "OFI"),
-    *("FX2TRT", "ONNXRT", "TENSORRT", "AOT_TORCHXLA_TRACE_ONCE", "TORCHXLA_TRACE_ONCE", "TVM", "IPEX"),
-    *("HPU_BACKEND", "NEURON"),
-)
+    "NO", "EAGER", "AOT_EAGER", "INDUCTOR", "AOT_TS_NVFUSER", "NVPRIMS_NVFUSER", "CUDAGRAPHS", "OFI",
+    "FX2TRT", "ONNXRT", "TENSORRT", "AOT_TORCHXLA_TRACE_ONCE", "TORCHXLA_TRACE_ONCE", "TVM", "IPEX",
+    "HPU_BACKEND", "NEURON",
+)  # fmt: skip
 INDUCTOR = "inductor"  # torch's own compiler, which writes Triton kernels for a GPU and C++ for a CPU
 DEFAULT_MODE = "default"
 MODES = (DEFAULT_MODE, "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -70,7 +70,7 @@ class CompileWords(Options):
         facts=NO_PIXELS,
     )
 
-    def given(self, is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> dict[str, str]:
+    def typed(self, is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> dict[str, str]:
         """Return the words that are given here, by their names in `COMPILE_ARGS`.
 
         Raises OptionError if words, here or of --compile_args, do nothing or say the same.
@@ -81,20 +81,20 @@ class CompileWords(Options):
             "DYNAMIC": self.compile_dynamic,
             "FULLGRAPH": "true" if self.compile_fullgraph else None,
         }
-        given = {name: value for name, value in values.items() if value is not None}
+        typed = {name: value for name, value in values.items() if value is not None}
         if not is_on and args != usual:
             raise OptionError(f"--compile_args {' '.join(args)} does nothing without --compile: give both")
-        names = [f"--compile_{name.lower()}" for name in given]
+        names = [f"--compile_{name.lower()}" for name in typed]
         if self.compile_cache_size_limit is not None:
             names.append("--compile_cache_size_limit")
         if names and not is_on:
             raise OptionError(f"{names[0]} does nothing without --compile: give both")
-        if given and args != usual:
+        if typed and args != usual:
             raise OptionError(
                 f"--compile_args and {names[0]} both say how to compile: give either all four words to "
                 "--compile_args, or an option for each"
             )
-        return given
+        return typed
 
 
 _COMPILE = (
@@ -200,17 +200,15 @@ def compilation_of(args: tuple[str, ...], usual: tuple[str, ...], words: Compile
     """Parse the four words of --compile_args, or their replacement. Raises OptionError if one is unknown."""
     named = dict(zip(COMPILE_ARGS, args, strict=True)) | words.given(True, args, usual)
     backend, mode, dynamic, fullgraph = named.values()
-    is_dynamic = (
-        None
-        if dynamic.strip().lower() in {"auto", "none"}
-        else _switch("DYNAMIC", dynamic, "true, false or auto")
-    )
+    is_dynamic = None
+    if dynamic.strip().lower() not in {"auto", "none"}:
+        is_dynamic = _switch("DYNAMIC", dynamic, "true, false or auto")
     return Compilation(
-        backend.lower(),
-        mode.lower(),
-        is_dynamic,
-        _switch("FULLGRAPH", fullgraph, "true or false"),
-        words.compile_cache_size_limit,
+        backend=backend.lower(),
+        mode=mode.lower(),
+        dynamic=is_dynamic,
+        fullgraph=_switch("FULLGRAPH", fullgraph, "true or false"),
+        variants=words.compile_cache_size_limit,
     )
 
 

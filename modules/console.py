@@ -29,25 +29,25 @@ def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> N
     commands: (what it does, command) below the box, never wrapped, so that they can be copied. All texts are
     shown as they are: markup is not interpreted and control codes are written out.
     """
-    kept = [(escape_control_codes(label), escape_control_codes(text)) for label, text in rows if text]
+    filled = [(escape_control_codes(label), escape_control_codes(text)) for label, text in rows if text]
     shown = ((escape_control_codes(what), escape_control_codes(text)) for what, text in commands if text)
     below = [line for what, text in shown for line in (f"{what}:", f"  {text}")]
     title = escape_control_codes(title)
-    width = max((count_columns(label) for label, _ in kept), default=0)
+    width = max((count_columns(label) for label, _ in filled), default=0)
     lines = [title]
-    for label, text in kept:  # indented, with the texts below each other
+    for label, text in filled:  # indented, with the texts below each other
         start = f"  {label}: " + " " * (width - count_columns(label))
-        first, *others = text.split("\n")
-        lines += [start + first, *(" " * (width + 4) + other for other in others)]
-    draw = partial(draw_box, title, kept, below)
+        first, *following = text.split("\n")
+        lines += [start + first, *(" " * (width + 4) + line for line in following)]
+    draw = partial(draw_box, title, filled, below)
     logger.info("%s", "\n".join([*lines, *below]), extra={"draw": draw})
 
 
 def count_columns(text: str) -> int:
     """Return how many columns of a terminal the text takes: East Asian characters take two, accents none."""
     return sum(
-        2 if unicodedata.east_asian_width(one) in "FW" else int(not unicodedata.combining(one))
-        for one in text
+        2 if unicodedata.east_asian_width(char) in "FW" else int(not unicodedata.combining(char))
+        for char in text
     )
 
 
@@ -104,16 +104,16 @@ def show_traceback() -> None:
 
 def in_words(seconds: float) -> str:
     """Return a duration as people say it: `45 s`, `12 min`, `2 h 10 min`, `3 d 4 h`."""
-    whole = round(min(max(0.0, seconds), MOST_SECONDS))
-    if whole < 100:
-        return f"{whole} s"
-    minutes = round(whole / 60)
+    total = round(min(max(0.0, seconds), MOST_SECONDS))
+    if total < 100:
+        return f"{total} s"
+    minutes = round(total / 60)
     if minutes < 60:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     if hours < 48:
         return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-    days, hours = divmod(round(whole / 3600), 24)
+    days, hours = divmod(round(total / 3600), 24)
     return f"{days} d {hours} h" if hours else f"{days} d"
 
 
@@ -133,8 +133,8 @@ def count_of(number: int, what: str) -> str:
 
 
 def list_some(names: Sequence[str], most: int = SHOWN) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    tail = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + tail
 
 
 _VERBS = {"are": "is", "were": "was", "have": "has", "give": "gives", "need": "needs"}
@@ -146,11 +146,11 @@ def count_words(number: int, words: str) -> str:
         return f"{number} {words}"
     head, colon, tail = words.partition(": ")
     verb = re.search(rf"\b({'|'.join(_VERBS)})\b", head)
-    nouns, rest = (head, "") if verb is None else (head[: verb.start()], head[verb.end() :])
-    nouns = re.sub(r"^(\w+?)(ie)?s\b", lambda found: found[1] + ("y" if found[2] else ""), nouns)
+    nouns, predicate = (head, "") if verb is None else (head[: verb.start()], head[verb.end() :])
+    nouns = re.sub(r"^(\w+?)(ie)?s\b", lambda match: match[1] + ("y" if match[2] else ""), nouns)
     nouns = re.sub(r"^(\w+ or \w+?)s\b", r"\1", nouns)
     nouns = re.sub(r"^(text \w+?)s\b", r"\1", nouns)
-    return f"1 {nouns}{_VERBS[verb[0]] if verb else ''}{rest}{colon}{tail}"
+    return f"1 {nouns}{_VERBS[verb[0]] if verb else ''}{predicate}{colon}{tail}"
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ def drop_control_codes(text: str) -> str:
 
     Separators of lines become blanks; newlines and tabs stay.
     """
-    return _CODES.sub(lambda found: " " if found[0].isspace() else "", _SEQUENCES.sub("", text))
+    return _CODES.sub(lambda match: " " if match[0].isspace() else "", _SEQUENCES.sub("", text))
 
 
 def escape_control_codes(text: str) -> str:
@@ -84,8 +84,8 @@ def columns_of(stream: Any) -> int | None:
         return None
 
 
-def _compute_plainly(found: re.Match[str]) -> str:
-    code = ord(found[0])
+def _compute_plainly(match: re.Match[str]) -> str:
+    code = ord(match[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 

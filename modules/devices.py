@@ -42,8 +42,12 @@ DTYPES: dict[str, torch.dtype] = {
 
 # in the messages of torch's allocators and libraries, beside torch.OutOfMemoryError
 NO_MEMORY = (
-    *("can't allocate memory", "not enough memory", "out of memory", "bad_alloc"),
-    *("CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"),
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
     # a convolution on CUDA, if none of cuDNN's ways finds room for its workspace (pytorch/pytorch#108645)
     "unable to find an engine to execute this computation",
 )
@@ -149,8 +153,8 @@ def dtype_named(name: str, option: str) -> torch.dtype:
     try:
         return DTYPES[name.lower()]
     except KeyError:
-        known = ", ".join(each for each, dtype in DTYPES.items() if dtype.itemsize > 1)
-        raise OptionError(f"{option} {name}: unknown dtype. Use one of {known}.") from None
+        names = ", ".join(spelling for spelling, dtype in DTYPES.items() if dtype.itemsize > 1)
+        raise OptionError(f"{option} {name}: unknown dtype. Use one of {names}.") from None
 
 
 def choose_compute_dtype(name: str | None, option: str, usual: Usual) -> torch.dtype | Usual:
@@ -175,8 +179,8 @@ def half_where_fast(device: torch.device, dtype: torch.dtype, what: str) -> torc
 
 
 def dtype_of(dit: nn.Module) -> torch.dtype:
-    own = getattr(dit, "compute_dtype", None)
-    return own if isinstance(own, torch.dtype) else next(dit.parameters()).dtype
+    dtype = getattr(dit, "compute_dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else next(dit.parameters()).dtype
 
 
 def warn_if_emulated(device: torch.device, dtype: torch.dtype, what: str) -> None:

@@ -45,15 +45,18 @@ def _examine_packages() -> Iterator[Finding]:
         return
     from packaging.requirements import Requirement  # accelerate brings it
 
-    asked = [Requirement(line) for line in read_requirements()]
+    requirements = [Requirement(line) for line in read_requirements()]
     wrong = [
-        f"{each.name} {version(each.name)} is not {each.specifier}"
-        for each in asked
-        if _is_there(each.name) and not each.specifier.contains(version(each.name), prereleases=True)
+        f"{requirement.name} {version(requirement.name)} is not {requirement.specifier}"
+        for requirement in requirements
+        if _is_there(requirement.name)
+        and not requirement.specifier.contains(version(requirement.name), prereleases=True)
     ]
     remedy = "; nothing here was tried with that: python -m pip install -r requirements.txt"
-    told = ", ".join(wrong) + remedy if wrong else "all of requirements.txt, in the versions that it asks for"
-    yield Finding("packages", told, is_fit=not wrong)
+    verdict = (
+        ", ".join(wrong) + remedy if wrong else "all of requirements.txt, in the versions that it asks for"
+    )
+    yield Finding("packages", verdict, is_fit=not wrong)
     yield Finding("video", f"PyAV {version('av')}; it brings FFmpeg, so no other is needed")
     if importlib.util.find_spec("bitsandbytes") is not None:
         yield Finding("bitsandbytes", f"{version('bitsandbytes')}: optimizers in 8 bits (adamw8bit) work")
@@ -75,8 +78,8 @@ def _examine_torch() -> Iterator[Finding]:
         from modules.compile import missing_for_inductor
         from modules.devices import choose_device
     except Exception as error:  # a build for another system raises OSError, a damaged one anything
-        told = f"cannot be loaded ({type(error).__name__}: {error}). Install it anew: {INDEX}"
-        yield Finding("torch", told, is_fit=False)
+        verdict = f"cannot be loaded ({type(error).__name__}: {error}). Install it anew: {INDEX}"
+        yield Finding("torch", verdict, is_fit=False)
         return
     device = choose_device(None)
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
@@ -90,17 +93,19 @@ def _examine_torch() -> Iterator[Finding]:
     else:
         yield _without_cuda(device.type)
     missing = missing_for_inductor(device)
-    told = f"missing {missing}. Without it --compile and --optimized are refused" if missing else "works"
-    yield Finding("compile", told)
+    verdict = f"missing {missing}. Without it --compile and --optimized are refused" if missing else "works"
+    yield Finding("compile", verdict)
     packages = {
         backend.name: importlib.util.find_spec(backend.module) is not None
         for backend in BACKENDS.values()
         if backend.module
     }
-    there = ["torch's own", *(name for name, has in packages.items() if has)]
+    backends = ["torch's own", *(name for name, has in packages.items() if has)]
     lacking = ", ".join(name for name, has in packages.items() if not has)
-    told = f"; not installed: {lacking}. Their options are refused, torch's own needs none" if lacking else ""
-    yield Finding("attention", ", ".join(there) + told)
+    verdict = (
+        f"; not installed: {lacking}. Their options are refused, torch's own needs none" if lacking else ""
+    )
+    yield Finding("attention", ", ".join(backends) + verdict)
 
 
 def _examine_browser() -> Finding:
@@ -113,13 +118,13 @@ def _examine_browser() -> Finding:
 
 def _without_cuda(kind: str) -> Finding:
     if shutil.which("nvidia-smi") is None:
-        told = "no CUDA device: only small models are trained and sampled in useful time"
-        return Finding("GPU", f"{kind}; {told}" if kind != "cpu" else told)
-    told = (
+        verdict = "no CUDA device: only small models are trained and sampled in useful time"
+        return Finding("GPU", f"{kind}; {verdict}" if kind != "cpu" else verdict)
+    verdict = (
         "an NVIDIA driver is installed, but this torch finds no CUDA device: see what nvidia-smi prints, and "
         f"install the build of torch for CUDA ({INDEX})"
     )
-    return Finding("GPU", told, is_fit=False)
+    return Finding("GPU", verdict, is_fit=False)
 
 
 def _examine_disk(folder: Path) -> Finding:

@@ -93,11 +93,11 @@ def receive(
             with ask(have, version) as answer:
                 version = answer.version
                 check(answer)
-                found = _write(path, answer, most_bytes, seen)
+                digest = _write(path, answer, most_bytes, seen)
             expected = answer.size_bytes if size_bytes is None else size_bytes
-            if found > most_bytes or expected in (None, found):
+            if digest > most_bytes or expected in (None, digest):
                 return
-            raise BrokenTry(f"{found:,} of {expected:,} bytes arrived")
+            raise BrokenTry(f"{digest:,} of {expected:,} bytes arrived")
         except BrokenTry as error:
             if error.from_start:
                 version = None
@@ -151,24 +151,24 @@ def ask_http(
     import requests  # 0.1 s that a dataset without addresses does without
     import urllib3
 
-    asked = {**(headers or {}), "accept-encoding": "identity"}
+    request_headers = {**(headers or {}), "accept-encoding": "identity"}
     if have:
-        asked |= {"range": f"bytes={have}-"} | ({} if version is None else {"if-range": version})
+        request_headers |= {"range": f"bytes={have}-"} | ({} if version is None else {"if-range": version})
     try:
         session = _session(threading.get_ident())
-        with session.get(address, headers=asked, stream=True, timeout=TIMEOUTS) as answer:
+        with session.get(address, headers=request_headers, stream=True, timeout=TIMEOUTS) as answer:
             _check_answer(address, answer)
             start = _first_byte(answer, have)
             # an encoded answer has another length than the file; a weak version may be of other bytes
             length = None if answer.headers.get("content-encoding") else _number(answer, "content-length")
             etag = answer.headers.get("etag", "")
-            known = etag if etag.startswith('"') else answer.headers.get("last-modified")
-            if start and version is not None and known not in (None, version):  # some pay no heed to if-range
+            stamp = etag if etag.startswith('"') else answer.headers.get("last-modified")
+            if start and version is not None and stamp not in (None, version):  # some pay no heed to if-range
                 raise BrokenTry("the file has changed meanwhile", from_start=True)
             yield Answer(
                 start,
                 None if length is None else start + length,
-                known or (version if start else None),  # the rest of a file need not say it again
+                stamp or (version if start else None),  # the rest of a file need not say it again
                 answer.iter_content(PIECE),
             )
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
@@ -183,7 +183,7 @@ def ask_http(
 def _check_answer(address: str, answer: "requests.Response") -> None:
     """Raise BrokenTry or RefusedBySite if the answer is not the file."""
     code = answer.status_code
-    hops = [one.url.lower() for one in (*answer.history, answer)]
+    hops = [response.url.lower() for response in (*answer.history, answer)]
     if protocol_of(address) == "https" and not all(url.startswith("https:") for url in hops):
         raise RefusedBySite("the site passes it on without encryption")
     if code in AGAIN or code >= 500:
@@ -204,8 +204,8 @@ def _first_byte(answer: "requests.Response", have: int) -> int:
     sent = answer.headers.get("content-range", "")
     if sent.startswith(f"bytes {have}-"):
         return have
-    whole = re.fullmatch(r"bytes 0-(\d{1,15})/(\d{1,15})", sent, re.ASCII)
-    if whole and int(whole[1]) + 1 == int(whole[2]):  # not asked for
+    match = re.fullmatch(r"bytes 0-(\d{1,15})/(\d{1,15})", sent, re.ASCII)
+    if match and int(match[1]) + 1 == int(match[2]):  # not asked for
         return 0
     raise RefusedBySite(f"asked for a file from byte {have} on, the site sends {shorten(sent, 60)!r}")
 

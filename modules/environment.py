@@ -35,7 +35,7 @@ def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) 
     if extra is not None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         runtime += project["optional-dependencies"][extra]
-    wanted = [*runtime, *packages]
+    packages_to_install = [*runtime, *packages]
     is_active = sys.prefix != sys.base_prefix
     folder = Path(sys.prefix) if is_active else ROOT / ".venv"
     inside = "Scripts/python.exe" if os.name == "nt" else "bin/python"
@@ -43,9 +43,9 @@ def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) 
     if not python.exists():
         create_environment(folder)
     stamp = folder / f"reelsmith-{extra or 'runtime'}.stamp"
-    mark = hashlib.sha256("\n".join([sys.version, *wanted]).encode()).hexdigest()
+    mark = hashlib.sha256("\n".join([sys.version, *packages_to_install]).encode()).hexdigest()
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != mark:
-        _install(python, wanted)
+        _install(python, packages_to_install)
         stamp.write_text(mark, encoding="utf-8")
     return python
 
@@ -86,20 +86,20 @@ def provide_pip(python: Path) -> None:
         )
 
 
-def _install(python: Path, wanted: list[str]) -> None:
+def _install(python: Path, packages: list[str]) -> None:
     provide_pip(python)
     has_torch = _runs(python, "-c", "import torch")
     plain = [
         line
-        for line in wanted
+        for line in packages
         if not (has_torch and requirement_name(line) == "torch")
         and requirement_name(line) not in WITHOUT_DEPENDENCIES
     ]
-    alone = [line for line in wanted if requirement_name(line) in WITHOUT_DEPENDENCIES]
+    alone = [line for line in packages if requirement_name(line) in WITHOUT_DEPENDENCIES]
     # torch first, so that no other package chooses its version
     torch_first = [line for line in plain if requirement_name(line) == "torch"]
-    others = [line for line in plain if line not in torch_first]
-    for lines, flags in ((torch_first, []), (others, []), (alone, ["--no-deps"])):
+    following = [line for line in plain if line not in torch_first]
+    for lines, flags in ((torch_first, []), (following, []), (alone, ["--no-deps"])):
         if lines:
             command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             command += [*flags, *lines]

@@ -168,8 +168,8 @@ def read_names() -> list[ModuleType]:
 
 def share_latents(name: str) -> frozenset[str]:
     """Return the models, as outputs name them, whose latents are in the same space as those of a model."""
-    known = {model: family for family, entry in FAMILIES.items() for model in (family, *entry.others)}
-    base = {model: FAMILIES[family].same_latents or family for model, family in known.items()}
+    family_of = {model: family for family, entry in FAMILIES.items() for model in (family, *entry.others)}
+    base = {model: FAMILIES[family].same_latents or family for model, family in family_of.items()}
     return frozenset(model for model in base if base[model] == base.get(name)) or frozenset({name})
 
 
@@ -177,8 +177,8 @@ def share_latents(name: str) -> frozenset[str]:
 def family_marks() -> Marks:
     """Return the marks of all families: tensors that only one has, then those that others may have too."""
     read = read_names()
-    own = (mark for names in read for mark in names.MARKS)
-    return (*own, *(mark for names in read for mark in vars(names).get("SHARED_MARKS", ())))
+    marks = (mark for names in read for mark in names.MARKS)
+    return (*marks, *(mark for names in read for mark in vars(names).get("SHARED_MARKS", ())))
 
 
 def identify(path: Path) -> str | None:
@@ -191,14 +191,14 @@ def identify(path: Path) -> str | None:
         return hint
     if path.is_file() and path.suffix != ".json":  # once: a hostile file takes each family a second
         try:
-            import_own("modules.checkpoints.containers").open_file(path).close()
+            import_own("modules.checkpoints.opening").open_file(path).close()
         except CheckpointError:
             return None
     # Wan's, the last, recognises files of no family too
-    for entry in filter(lambda one: one.own_files, reversed(list(FAMILIES.values()))):
-        found: str | None = import_own(f"{entry.room}.files").identify(path)
-        if found is not None:
-            return found
+    for entry in filter(lambda entry: entry.own_files, reversed(list(FAMILIES.values()))):
+        hint_of_family: str | None = import_own(f"{entry.room}.files").identify(path)
+        if hint_of_family is not None:
+            return hint_of_family
     return None
 
 

@@ -40,26 +40,29 @@ def full_help(parser: argparse.ArgumentParser) -> str:
     groups = sorted(parser._action_groups, key=_rank)
     for group in groups:
         formatter.start_section(group.title)  # shown if there is something in it
-        formatter.add_arguments([one for one in group._group_actions if not refusal_of(one)])
+        formatter.add_arguments([action for action in group._group_actions if not refusal_of(action)])
         formatter.end_section()
-    reasons: dict[str, dict[str, list[str]]] = {"refused, with the reason": {}, "accepted, not needed": {}}
-    for action in (one for group in groups for one in group._group_actions):
-        refusal = refusal_of(action)
-        if refusal is not None:
-            title = "refused, with the reason" if refusal.reason else "accepted, not needed"
-            flags = "/".join(action.option_strings)
-            reasons[title].setdefault(refusal.reason or refusal.instead, []).append(flags)
-    for title, found in reasons.items():
+    refused: dict[str, list[str]] = {}  # reason -> flags
+    unneeded: dict[str, list[str]] = {}
+    for group in groups:
+        for action in group._group_actions:
+            refusal = refusal_of(action)
+            if refusal is not None:
+                flags_by_reason = refused if refusal.reason else unneeded
+                reason = refusal.reason or refusal.instead
+                flags_by_reason.setdefault(reason, []).append("/".join(action.option_strings))
+    sections = {"refused, with the reason": refused, "accepted, not needed": unneeded}
+    for title, flags_by_reason in sections.items():
         formatter.start_section(title)
-        formatter.add_text("\n".join(_by_reason(found.items(), formatter._width - 2)))
+        formatter.add_text("\n".join(_by_reason(flags_by_reason.items(), formatter._width - 2)))
         formatter.end_section()
     formatter.add_text(parser.epilog)
     return formatter.format_help()
 
 
-def _by_reason(found: Iterable[tuple[str, list[str]]], width: int) -> list[str]:
+def _by_reason(flags_by_reason: Iterable[tuple[str, list[str]]], width: int) -> list[str]:
     lines = []
-    for reason, flags in found:
+    for reason, flags in flags_by_reason:
         lines += wrap(f"{reason.rstrip('.')}:", width)
         below = wrap(", ".join(flags), width - 4, break_long_words=False, break_on_hyphens=False)
         lines += [f"    {line}" for line in below]
@@ -70,9 +73,9 @@ def short_help(parser: argparse.ArgumentParser) -> str:
     """Return one screen: much used options, then how many more there are; all if they are few."""
     actions = [action for action in parser._actions if not refusal_of(action)]
     often = [action for action in actions if action.required or getattr(action, "often", False)]
-    whole = parser.format_help()
-    if len(often) < FEWEST or whole.count("\n") <= SCREEN:
-        return whole
+    full = parser.format_help()
+    if len(often) < FEWEST or full.count("\n") <= SCREEN:
+        return full
     formatter = HelpFormatter(parser.prog)
     formatter.add_usage(_usage(parser), [], [])
     width = max(60, formatter._width)
@@ -92,19 +95,19 @@ def _in_short(formatter: argparse.HelpFormatter, action: argparse.Action, width:
     words = f"{' or '.join(action.option_strings)} {value}".strip()
     if len(words) > COLUMN - 4 and len(action.option_strings) > 1:
         words = f"{action.option_strings[-1]} {value}".strip()
-    whole = (action.help or "").replace("%%", "%")
-    text = _first_clauses(whole) + (f": {', '.join(names)}" if is_long else "")
-    said = re.search(r"\bdefault:? ([^;]+)", whole)
-    default = _default_of(action) if said is None else said[1]
+    help_text = (action.help or "").replace("%%", "%")
+    text = _first_clauses(help_text) + (f": {', '.join(names)}" if is_long else "")
+    match = re.search(r"\bdefault:? ([^;]+)", help_text)
+    default = _default_of(action) if match is None else match[1]
     text += f" (default: {default})" if default and "default" not in text else ""
     starts = f"  {words:{COLUMN - 4}}  ", " " * COLUMN
     return wrap(text, width, initial_indent=starts[0], subsequent_indent=starts[1], break_on_hyphens=False)
 
 
 def _first_clauses(text: str) -> str:
-    first, *others = re.split(r"; |(?<!e\.g)\. ", text)[0].split(": ")
-    for other in others:
-        first += f": {other}" if len(f"{first}: {other}") <= LONGEST_CLAUSE else ""
+    first, *clauses = re.split(r"; |(?<!e\.g)\. ", text)[0].split(": ")
+    for clause in clauses:
+        first += f": {clause}" if len(f"{first}: {clause}") <= LONGEST_CLAUSE else ""
     return first
 
 

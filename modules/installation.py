@@ -89,18 +89,7 @@ def command_words(words: Sequence[str]) -> list[str]:
     """
     words = list(words)
     if not PREFIX:
-        place = next((index for index, word in enumerate(words[:MOST_BEFORE]) if find_script(word)), None)
-        if place is not None and words[0] in {"python", "accelerate"}:
-            # the folder of this checkout as the running script's path was typed; "." if none was running
-            typed = Path(sys.argv[0])
-            try:
-                inside = real_path(typed).relative_to(ROOT)
-            except ValueError:
-                inside = Path(typed.name)
-            folder = typed.parent if len(inside.parts) == 1 else typed.parent.parent
-            folder = folder if find_script(inside.as_posix()) else Path()
-            words[place] = str(folder / (find_script(words[place]) or ""))
-        return words
+        return _words_in_checkout(words)
     if words[:2] == ["python", FRONT_SCRIPT]:
         return ["reelsmith", *words[2:]]
     if words[:1] == ["python"] and any(map(find_script, words[1:2])):
@@ -110,6 +99,29 @@ def command_words(words: Sequence[str]) -> list[str]:
         if words[:2] == ["accelerate", "launch"] and script is not None:
             return [*words[:place], *program_words(script), *words[place + 1 :]]
     return words
+
+
+def _words_in_checkout(words: list[str]) -> list[str]:
+    """Return a command with the path of its script as it can be typed; see `command_words`."""
+    if words[:1] not in (["python"], ["accelerate"]):
+        return words
+    for place, word in enumerate(words[:MOST_BEFORE]):
+        script = find_script(word)
+        if script is not None:
+            return [*words[:place], str(_typed_folder() / script), *words[place + 1 :]]
+    return words
+
+
+def _typed_folder() -> Path:
+    """Return the folder of this checkout as the running script's path was typed; "." if none was running."""
+    typed = Path(sys.argv[0])
+    try:
+        inside = real_path(typed).relative_to(ROOT)
+    except ValueError:
+        inside = Path(typed.name)
+    if find_script(inside.as_posix()) is None:
+        return Path()
+    return typed.parent if len(inside.parts) == 1 else typed.parent.parent
 
 
 def find_script(word: str) -> Path | None:
@@ -125,11 +137,11 @@ def program_words(script: Path) -> list[str]:
     return ["-m", PREFIX + ".".join(script.with_suffix("").parts)] if PREFIX else [str(ROOT / script)]
 
 
-def program_environment(**more: str) -> dict[str, str]:
+def program_environment(**variables: str) -> dict[str, str]:
     """Return the environment for a program of ours. In the package it keeps `python -m` from importing from
     the working folder, which may be somebody else's.
     """
-    return {**os.environ, **more, **({"PYTHONSAFEPATH": "1"} if PREFIX else {})}
+    return {**os.environ, **variables, **({"PYTHONSAFEPATH": "1"} if PREFIX else {})}
 
 
 def read_requirements() -> list[str]:

@@ -55,9 +55,9 @@ def find_installed(name: str) -> Path | None:
 
 
 def _find_top(package: str) -> ModuleSpec | None:
-    found = PathFinder.find_spec(package)  # what is loaded may be another object than the package
-    if found is not None:
-        return found
+    spec = PathFinder.find_spec(package)  # what is loaded may be another object than the package
+    if spec is not None:
+        return spec
     try:
         return importlib.util.find_spec(package)  # of packages that are installed in place
     except (ImportError, ValueError):  # a module that is loaded and does not say where it is from
@@ -100,18 +100,18 @@ def _editable_folders() -> tuple[Path, ...]:
     import json  # here: options import this file
     from importlib.metadata import distributions  # likewise
 
-    found = []
-    for one in distributions():
+    folders = []
+    for distribution in distributions():
         try:
-            note = json.loads(one.read_text("direct_url.json") or "{}")
+            note = json.loads(distribution.read_text("direct_url.json") or "{}")
             is_editable = note.get("dir_info", {}).get("editable", False)
             address = urlsplit(note.get("url", "")) if is_editable else None
         except (ValueError, AttributeError):  # a note that is damaged
             continue
         if address is not None and address.scheme == "file":
             path = unquote(address.path)
-            found.append(Path(path.lstrip("/") if os.name == "nt" else path))  # /C:/folder
-    return tuple(found)
+            folders.append(Path(path.lstrip("/") if os.name == "nt" else path))  # /C:/folder
+    return tuple(folders)
 
 
 @functools.cache

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, MutableMapping
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import distributed
 from torch.distributed import distributed_c10d
@@ -64,8 +64,8 @@ class OtherProcesses:
         self._lost: tuple[int, str] | None = None  # which, and how
         self._noticed, self._over = threading.Event(), threading.Event()
         self._links = _connect(rank, count, pace)
-        for other, link in self._links.items():
-            threading.Thread(target=self._listen, args=(other, link), daemon=True).start()
+        for linked_rank, link in self._links.items():
+            threading.Thread(target=self._listen, args=(linked_rank, link), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
 
     def __enter__(self) -> "OtherProcesses":
@@ -101,8 +101,8 @@ class OtherProcesses:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that knows too: first this is told
             if not self._tells:
                 raise SystemExit(LostProcessError.exit_code) from None
-            said = shorten((str(error) or type(error).__name__).splitlines()[0], 160)
-            raise LostProcessError(self._describe(f" torch says: {said}")) from None
+            summary = shorten((str(error) or type(error).__name__).splitlines()[0], 160)
+            raise LostProcessError(self._describe(f" torch says: {summary}")) from None
 
     def _beat(self) -> None:
         while not self._over.wait(self._pace.beat):
@@ -113,29 +113,29 @@ class OtherProcesses:
             with contextlib.suppress(OSError):  # its thread notices
                 link.sendall(f"{line}\n".encode())
 
-    def _listen(self, other: int, link: socket.socket) -> None:
+    def _listen(self, rank: int, link: socket.socket) -> None:
         """Read what another process sends until it is done or lost."""
-        missed, rest = 0, b""
+        missed, unfinished = 0, b""
         link.settimeout(self._pace.beat)
         # counted in waits, not by a clock: a group that is stopped as a whole, by Ctrl-Z, goes on afterwards
         while missed * self._pace.beat < self._pace.silence:
             try:
-                found = link.recv(1024)
+                received = link.recv(1024)
             except TimeoutError:
                 missed += 1
                 continue
             except OSError:
-                found = b""
-            if not found:
-                return self._end(other, KILLED)
+                received = b""
+            if not received:
+                return self._end(rank, KILLED)
             missed = 0
-            *lines, rest = (rest + found).split(b"\n")
+            *lines, unfinished = (unfinished + received).split(b"\n")
             for word, *words in (line.decode().split() for line in lines):
                 if word == OVER:
                     return None
                 if word == LOST:
                     return self._end(int(words[0]), words[1])
-        return self._end(other, SILENT)
+        return self._end(rank, SILENT)
 
     def _end(self, lost: int, how: str) -> None:
         """End this process, unless it ends by itself first."""
@@ -160,8 +160,8 @@ class OtherProcesses:
         is_lost = self._lost is not None and self._lost[0] == self._rank - local
         return local == int(is_lost)
 
-    def _describe(self, more: str = "") -> str:
-        """Return what happened, with `more` behind it, and how to go on."""
+    def _describe(self, tail: str = "") -> str:
+        """Return what happened, with `tail` behind it, and how to go on."""
         text = "another process of this run was lost: it was killed, or ended by an error"
         if self._lost is not None:
             lost, how = self._lost
@@ -175,7 +175,7 @@ class OtherProcesses:
             advice = self.advice()
         except OSError:  # the folder to look into is gone with a machine
             advice = AGAIN
-        return f"{text}. The run cannot go on without it; what was saved is untouched.{more}\n  {advice}"
+        return f"{text}. The run cannot go on without it; what was saved is untouched.{tail}\n  {advice}"
 
 
 def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -195,10 +195,10 @@ def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
         with socket.socket() as free:
             free.bind(("", 0))
             port = str(free.getsockname()[1])
-        asked = [f"{ASKED}/{other}" for other in range(1, count)]
-        for key in asked:  # of an earlier attempt; who has asked already does so again
+        keys = [f"{ASKED}/{rank}" for rank in range(1, count)]
+        for key in keys:  # of an earlier attempt; who has asked already does so again
             store.delete_key(key)
-        for key in asked:
+        for key in keys:
             store.set(f"{ANSWERED}/{store.get(key).decode()}", port)
     else:
         word = secrets.token_hex(8)
@@ -216,33 +216,44 @@ def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:
     host = "127.0.0.1" if is_one_machine else os.environ["MASTER_ADDR"]  # where torch's own store is, too
     store = distributed_c10d._get_default_store()
     if rank > 0:
-        port, password = store.get(KEY).decode().split()
-        try:
-            link = socket.create_connection((host, int(port)), pace.silence)
-        except OSError as error:
-            raise UserError(
-                f"process {rank} cannot reach process 0 at {host}, port {port}: {error}. The machines of a "
-                "run need all ports of each other, as torch does too"
-            ) from None
-        link.sendall(f"{password} {rank:6}".encode())
-        return {0: link}
+        return {0: _reach_first(rank, host, store, pace)}
     is_dual = not is_one_machine and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_dual else socket.AF_INET
-    links = dict[int, socket.socket]()
-    place = (host if is_one_machine else "", 0)
-    with socket.create_server(place, family=family, backlog=count, dualstack_ipv6=is_dual) as server:
+    address = (host if is_one_machine else "", 0)
+    with socket.create_server(address, family=family, backlog=count, dualstack_ipv6=is_dual) as server:
         password = secrets.token_hex(8)
         store.set(KEY, f"{server.getsockname()[1]} {password}")
         server.settimeout(pace.silence)
-        while len(links) < count - 1:
-            try:
-                link, _ = server.accept()
-            except TimeoutError:
-                missing = ", ".join(str(other) for other in range(1, count) if other not in links)
-                raise UserError(f"no connection from process {missing} (counted from 0)") from None
-            link.settimeout(pace.grace)
-            with contextlib.suppress(OSError):
-                told, _, other = link.recv(len(password) + 7).decode("latin-1").partition(" ")
-                if told == password:
-                    links[int(other)] = link
+        return _accept_all(server, password, count, pace)
+
+
+def _reach_first(rank: int, host: str, store: Any, pace: Pace) -> socket.socket:
+    """Connect to process 0 and tell it this process' rank."""
+    port, password = store.get(KEY).decode().split()
+    try:
+        link = socket.create_connection((host, int(port)), pace.silence)
+    except OSError as error:
+        raise UserError(
+            f"process {rank} cannot reach process 0 at {host}, port {port}: {error}. The machines of a "
+            "run need all ports of each other, as torch does too"
+        ) from None
+    link.sendall(f"{password} {rank:6}".encode())
+    return link
+
+
+def _accept_all(server: socket.socket, password: str, count: int, pace: Pace) -> dict[int, socket.socket]:
+    """Wait for the connections of all processes but the first; return them by rank."""
+    links: dict[int, socket.socket] = {}
+    while len(links) < count - 1:
+        try:
+            link, _ = server.accept()
+        except TimeoutError:
+            missing = ", ".join(str(rank) for rank in range(1, count) if rank not in links)
+            raise UserError(f"no connection from process {missing} (counted from 0)") from None
+        link.settimeout(pace.grace)
+        with contextlib.suppress(OSError):
+            greeting = link.recv(len(password) + 7).decode("latin-1")
+            password_received, _, rank_received = greeting.partition(" ")
+            if password_received == password:
+                links[int(rank_received)] = link
     return links

@@ -116,37 +116,42 @@ def meant_elsewhere(flags: Flags, name: str, key_file: str = "") -> str:
     key_file: a file that has options of trainings as keys.
     """
     name = name.replace("-", "_")
-    takes_keys = key_file or "--dataset_config" in flags
-    keys = import_own("dataset.config").KNOWN_KEYS if takes_keys else ()
     options = {flag[2:] for flag in flags if flag[:2] == "--"}
-    ours = ours_for(name, options) or (name if name in keys else ours_for(name, keys))
-    why = next((why for names, why in _NOTHING.items() if name in names.split()), "")
-    if not ours and key_file:
-        trained = facts_of(import_own("training.options").TrainingOptions)
-        if key := name if name in trained else ours_for(name, trained):
+    ours = ours_for(name, options)
+    if not ours and (key_file or "--dataset_config" in flags):
+        ours = _key_for(name, import_own("dataset.config").KNOWN_KEYS)
+    if ours in options:
+        is_size = flags[f"--{ours}"].metavar == HEIGHT_WIDTH
+        return f" Did you mean --{ours}{' HEIGHT WIDTH' if is_size else ''}?"
+    if ours:
+        return f" It is a key of the dataset file: write {ours} = ... in its table there."
+    if key_file:
+        key = _key_for(name, facts_of(import_own("training.options").TrainingOptions))
+        if key:
             return f" It is an option of the training: write {key} = ... below [training] in {key_file}."
-    if not ours and why:
-        return f" Leave it out: {why}."
-    if not ours and (same_role := explain_role(flags, name)):
-        return same_role
-    if ours not in options:
-        text = f" It is a key of the dataset file: write {ours} = ... in its table there."
-        return text if ours else ""
-    is_size = flags[f"--{ours}"].metavar == HEIGHT_WIDTH
-    return f" Did you mean --{ours}{' HEIGHT WIDTH' if is_size else ''}?"
+    for names, why in _NOTHING.items():
+        if name in names.split():
+            return f" Leave it out: {why}."
+    return explain_role(flags, name)
+
+
+def _key_for(name: str, keys: Collection[str]) -> str:
+    """Return the key of this name, or of ours for what other programs call so; "" if there is none."""
+    return name if name in keys else ours_for(name, keys)
 
 
 def explain_role(flags: Flags, name: str) -> str:
     """Return what to give in place of another model's option for such a file; "" if there is none."""
     role = next((names.split() for names in _ROLES if _has_role(name, names.split())), [])
-    found = [flag for flag, one in flags.items() if one.nargs != 0 and _has_role(flag.lstrip("-"), role)]
-    options = {id(flags[flag]): flags[flag] for flag in found}
-    told = []
-    for action in options.values():
-        flag = next(flag for flag in action.option_strings if flag in found)
+    takes_values = [flag for flag, action in flags.items() if action.nargs != 0]
+    of_role = [flag for flag in takes_values if _has_role(flag.lstrip("-"), role)]
+    actions = {id(flags[flag]): flags[flag] for flag in of_role}
+    texts = []
+    for action in actions.values():
+        flag = next(flag for flag in action.option_strings if flag in of_role)
         about = (action.help or "").replace("%%", "%").partition(";")[0]
-        told.append(f"{flag} ({about})" if about else flag)
-    return f" Give {' and '.join(told)} instead." if told else ""
+        texts.append(f"{flag} ({about})" if about else flag)
+    return f" Give {' and '.join(texts)} instead." if texts else ""
 
 
 def _has_role(name: str, role: Collection[str]) -> bool:
@@ -154,27 +159,40 @@ def _has_role(name: str, role: Collection[str]) -> bool:
 
 
 def explain_rest(
-    flags: Flags, words: Sequence[str], others: Sequence[str], by_place: Sequence[argparse.Action] = ()
+    flags: Flags, words: Sequence[str], unused: Sequence[str], by_place: Sequence[argparse.Action] = ()
 ) -> str:
-    """Explain words that belong to no option. by_place: options that are taken without a flag."""
+    """Explain words that belong to no option.
+
+    words: all of the command line. unused: those without an option. by_place: options that are taken without
+    a flag.
+    """
+    first = unused[0]
     for before, path, word in zip(words, words[1:], words[2:], strict=False):
-        is_one = before in flags and flags[before].nargs is None
-        if is_one and word == others[0] and path_exists(Path(path)) and path_exists(Path(word)):
+        if word != first or not _takes_one(flags, before):
+            continue
+        if path_exists(Path(path)) and path_exists(Path(word)):
             return (
-                f"{before} takes one path and has {len(others) + 1}, {path} {word} ...: the shell put "
+                f"{before} takes one path and has {len(unused) + 1}, {path} {word} ...: the shell put "
                 "all that fit in the place of a pattern (*). Give the one to use."
             )
-    takes, before = ["", "", *words][words.index(others[0]) :][:2]
-    if takes in flags and flags[takes].nargs is None and flags[takes].type in NUMBER_TYPES:
-        return f"{takes} takes one value and has {1 + len(others)}, {as_typed([before, *others])}. Give one."
-    if before in flags and flags[before].nargs == 0 and others[0].lower() in SWITCHES:
-        return f"{before} is a switch: leave {others[0]} out, and to turn it off the switch too."
+    place = words.index(first)
+    last_but_one, before = ["", "", *words][place : place + 2]
+    if _takes_one(flags, last_but_one) and flags[last_but_one].type in NUMBER_TYPES:
+        values = as_typed([before, *unused])
+        return f"{last_but_one} takes one value and has {1 + len(unused)}, {values}. Give one."
+    if before in flags and flags[before].nargs == 0 and first.lower() in SWITCHES:
+        return f"{before} is a switch: leave {first} out, and to turn it off the switch too."
     if any(mark in word for word in words for mark in "“”„«»"):
         return (
-            f"{as_typed(others)} belongs to no option: the quotation marks “ ” are typographic, and the "
+            f"{as_typed(unused)} belongs to no option: the quotation marks “ ” are typographic, and the "
             'shell knows straight ones only. Write "..." around a text with blanks.'
         )
     if len(by_place) == 1 and by_place[0].nargs is None:
         what = by_place[0].dest
-        return f"{as_typed(others)} is not used: give one {what}, and put quotes around a name with blanks."
-    return f"{as_typed(others)} belongs to no option. Put a text with blanks in quotes."
+        return f"{as_typed(unused)} is not used: give one {what}, and put quotes around a name with blanks."
+    return f"{as_typed(unused)} belongs to no option. Put a text with blanks in quotes."
+
+
+def _takes_one(flags: Flags, flag: str) -> bool:
+    """Return whether a word is a flag of an option with exactly one value."""
+    return flag in flags and flags[flag].nargs is None

@@ -38,10 +38,10 @@ def check_characters(option: str, value: Any) -> None:
     for text in texts:
         if isinstance(text, Path) and "\0" in str(text):  # other bytes that are no UTF-8 may be in a name
             raise OptionError(f"--{option} holds the character NUL (\\u0000), which no file's name can have")
-        found = bad_character(text) if isinstance(text, str) else None
-        if found is not None:
+        character = bad_character(text) if isinstance(text, str) else None
+        if character is not None:
             raise OptionError(
-                f"--{option} holds {found}: set the terminal, or the file that it comes from, to UTF-8"
+                f"--{option} holds {character}: set the terminal, or the file that it comes from, to UTF-8"
             )
 
 
@@ -139,10 +139,10 @@ def check_seed(option: str, seed: int | None) -> None:
 
 def gibibytes(text: str) -> float:
     """Parse an amount of memory in GiB: 12, 12GB, 12 gib. Raises ArgumentTypeError for anything else."""
-    found = re.fullmatch(MEMORY, text.strip(), re.IGNORECASE)
-    if found is None:
+    match = re.fullmatch(MEMORY, text.strip(), re.IGNORECASE)
+    if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no memory. Give GiB, such as 12; 0 for a CPU")
-    return float(found[1])
+    return float(match[1])
 
 
 def int_or_float(text: str) -> int | float:
@@ -299,7 +299,7 @@ def value_words(value: Any) -> list[str]:
     if value is None:
         return []
     if isinstance(value, (list, tuple)):
-        return [text for each in value for text in value_words(each)]
+        return [text for item in value for text in value_words(item)]
     if isinstance(value, FillIn):
         return [value]
     return [repr(value) if isinstance(value, float) else str(value)]

@@ -91,22 +91,32 @@ def option(
     or of each of a tuple. one_of: its values, where the parser is not to know them. place: what a path has to
     be, or each of a tuple, as `check_path` says. spares: options of this record whose files must not be
     replaced by this one. needs: an option of this record that has to be given too; of a tuple, one of them.
-    excludes: options that cannot stand beside it. only_with: likewise as `needs`, but without it this one is
-    ignored, with a warning. acts_if: why it may do nothing -> whether the record lets it act. hint: follows
-    the message on a wrong value, or on `needs` or `excludes` if nothing else limits the value; of a `place`
-    the text behind "Give". refused: values of `choices` -> why they are refused. facts: FREE, NO_PIXELS and
-    the like. settings: further ones of `add_argument`. In front of a record, `facts` hold for all its
-    options, and settings are those of `add_options`.
+    excludes: options that cannot be given together with it. only_with: likewise as `needs`, but without it
+    this one is ignored, with a warning. acts_if: why it may do nothing -> whether the record lets it act.
+    hint: follows the message on a wrong value, or on `needs` or `excludes` if nothing else limits the value;
+    of a `place` the text behind "Give". refused: values of `choices` -> why they are refused. facts: FREE,
+    NO_PIXELS and the like. settings: further ones of `add_argument`. In front of a record, `facts` hold for
+    all its options, and settings are those of `add_options`.
     """
-    names = {"needs": needs, "excludes": excludes, "only_with": only_with, "spares": spares}
-    said = {
-        **{"least": least, "most": most, "above": above, "below": below},
-        **{"one_of": tuple(one_of), "place": place, "hint": hint, "option": name, "acts_if": acts_if},
-        **{fact: (value,) if isinstance(value, str) else value for fact, value in names.items()},
-    }
-    found = {fact: value for fact, value in said.items() if value not in (None, "", ())}
-    declared = Declared(help, default, flags, often, positional, by_place, title, refused or {}, settings)
-    return dataclasses.field(metadata={**found, **(facts or {}), "declared": declared})
+    metadata: dict[str, Any] = {"least": least, "most": most, "above": above, "below": below}
+    metadata |= {"one_of": tuple(one_of), "place": place, "hint": hint, "option": name, "acts_if": acts_if}
+    relations = {"needs": needs, "excludes": excludes, "only_with": only_with, "spares": spares}
+    for fact, names in relations.items():
+        metadata[fact] = (names,) if isinstance(names, str) else names
+    metadata = {fact: value for fact, value in metadata.items() if value not in (None, "", ())}
+    metadata |= facts or {}
+    metadata["declared"] = Declared(
+        help=help,
+        default=default,
+        flags=flags,
+        often=often,
+        positional=positional,
+        by_place=by_place,
+        title=title,
+        refused=refused or {},
+        settings=settings,
+    )
+    return dataclasses.field(metadata=metadata)
 
 
 class Declared(NamedTuple):
@@ -142,12 +152,14 @@ def unsupported(reason: str, help: str = "", *, values: tuple[Any, ...] = (), **
 
     reason: completes "--flag is refused: ...". It is a switch unless `settings` give its values.
     """
-    return Refusal(help, reason, "", values, settings or {"action": "store_true"})
+    settings = settings or {"action": "store_true"}
+    return Refusal(help=help, reason=reason, instead="", values=values, settings=settings)
 
 
 def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **settings: Any) -> Refusal:
     """Return a record's attribute for an option that asks for nothing here; `instead` is a sentence."""
-    return Refusal(help, "", instead, values, settings or {"action": "store_true"})
+    settings = settings or {"action": "store_true"}
+    return Refusal(help=help, reason="", instead=instead, values=values, settings=settings)
 
 
 @dataclass_transform(
@@ -176,25 +188,21 @@ class Options:
 
     def __init__(self, **values: Any) -> None:
         """Make the record. Raises OptionError for a wrong value, TypeError for a name that no field has."""
-        known = dataclasses.fields(self)
-        unknown = values.keys() - {field.name for field in known}
+        fields = dataclasses.fields(self)
+        unknown = values.keys() - {field.name for field in fields}
         if unknown:
             raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
-        for field in known:
+        for field in fields:
             value = values[field.name] if field.name in values else default_of(type(self), field)
             object.__setattr__(self, field.name, value)
-        for field in known:
+        for field in fields:
             _check_facts(self, field)
-        for field in known:
+        for field in fields:
             _check_reach(self, field)
         # as the last, for a message of what is wrong without any file
-        names = {option_name(field): field.name for field in known}
-        for field, facts in ((field, field.metadata) for field in known if "place" in field.metadata):
-            flag = f"{'' if facts['declared'].positional else '--'}{option_name(field)}"
-            for path in _paths(getattr(self, field.name)):
-                check_path(flag, path, facts["place"], facts.get("hint", ""))
-                for name in facts.get("spares", ()):
-                    refuse_replacing(flag, path, _paths(getattr(self, names[name])))
+        for field in fields:
+            if "place" in field.metadata:
+                _check_paths(self, field)
         if hasattr(self, "__post_init__"):  # rules beyond the facts, as dataclasses have them
             self.__post_init__()
 
@@ -255,44 +263,73 @@ def is_given(record: Any, field: "dataclasses.Field[Any]") -> bool:
 
 def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Raise OptionError if the value of a field violates its facts."""
-    facts, value = field.metadata, getattr(record, field.name)
-    declared = facts.get("declared")
-    if value is None or declared is None:
+    facts = field.metadata
+    value = getattr(record, field.name)
+    if value is None or facts.get("declared") is None:
         return
-    option, hint = f"--{option_name(field)}", facts.get("hint", "")
-    behind = f" ({hint})" if hint else ""
+    hint = f" ({facts['hint']})" if facts.get("hint", "") else ""
+    option = f"--{option_name(field)}"
     for number in value if isinstance(value, tuple) else (value,):
-        limited = [fact for fact in _LIMITS if fact in facts and isinstance(number, (int, float))]
-        if not all(_LIMITS[fact][1](number, facts[fact]) for fact in limited):  # NaN is within none
-            shown = {
-                fact: f"{facts[fact]:,g}" if isinstance(facts[fact], float) else f"{facts[fact]:,}"
-                for fact in limited
-            }
-            limits = " and ".join(f"{_LIMITS[fact][0]} {limit}" for fact, limit in shown.items())
-            if "least" in shown and "most" in shown:
-                limits = f"from {shown['least']} to {shown['most']}"
-            raise OptionError(f"{option} {show_number(number)}: give a number {limits}{behind}")
+        _check_limits(option, number, facts, hint)
     if "one_of" in facts and value not in facts["one_of"]:
         near = f", not {shorten(str(value), 80)!r}" if not value else ""
-        raise OptionError(f"{option} {value}: use {_either(facts['one_of'])}{near}{behind}")
-    needed, excluded, useful = (facts.get(fact, ()) for fact in ("needs", "excludes", "only_with"))
-    if not (needed or excluded or useful) or not is_given(record, field):
+        raise OptionError(f"{option} {value}: use {_either(facts['one_of'])}{near}{hint}")
+    has_relations = any(facts.get(fact) for fact in ("needs", "excludes", "only_with"))
+    if has_relations and is_given(record, field):
+        # a hint is about the value if there are limits, else about the options that go together
+        is_of_value = "one_of" in facts or any(fact in facts for fact in _LIMITS)
+        _check_relations(record, field, "" if is_of_value else hint)
+
+
+def _check_limits(option: str, number: Any, facts: Mapping[str, Any], hint: str) -> None:
+    """Raise OptionError if a number is not within the limits among the facts. hint: ends the message."""
+    if not isinstance(number, (int, float)):
         return
-    # a hint is about the value if there are limits, else about what stands beside it
-    is_of_value = "one_of" in facts or any(fact in facts for fact in _LIMITS)
-    behind = "" if is_of_value else behind
-    others = {option_name(one): one for one in dataclasses.fields(record)}
-    for name in excluded:
-        if is_given(record, others[name]):
-            raise OptionError(f"{option} and --{name} exclude each other: give one of them{behind}")
-    if needed and not any(is_given(record, others[name]) for name in needed):
+    limits = {fact: facts[fact] for fact in _LIMITS if fact in facts}
+    if all(_LIMITS[fact].holds(number, limit) for fact, limit in limits.items()):  # NaN is within none
+        return
+    shown = {}
+    for fact, limit in limits.items():
+        shown[fact] = f"{limit:,g}" if isinstance(limit, float) else f"{limit:,}"
+    if "least" in shown and "most" in shown:
+        text = f"from {shown['least']} to {shown['most']}"
+    else:
+        text = " and ".join(f"{_LIMITS[fact].words} {limit}" for fact, limit in shown.items())
+    raise OptionError(f"{option} {show_number(number)}: give a number {text}{hint}")
+
+
+def _check_relations(record: Any, field: "dataclasses.Field[Any]", hint: str) -> None:
+    """Raise OptionError if a given option lacks one that it needs, or if one that it excludes is given too.
+
+    Warns if the option is ignored, as none of `only_with` is given. hint: the end of the messages.
+    """
+    facts = field.metadata
+    option = f"--{option_name(field)}"
+    needed = facts.get("needs", ())
+    excluded = facts.get("excludes", ())
+    useful = facts.get("only_with", ())
+    excluded_and_given = _names_of_given(record, excluded)
+    if excluded_and_given:
+        name = excluded_and_given[0]
+        raise OptionError(f"{option} and --{name} exclude each other: give one of them{hint}")
+    if needed and not _names_of_given(record, needed):
         what = "both" if len(needed) == 1 else "one of them too"
-        behind = "" if excluded else behind
-        raise OptionError(f"{option} needs {_either([f'--{name}' for name in needed])}: give {what}{behind}")
-    if useful and not any(is_given(record, others[name]) for name in useful):
+        flags = _either([f"--{name}" for name in needed])
+        hint = "" if excluded else hint
+        raise OptionError(f"{option} needs {flags}: give {what}{hint}")
+    if useful and not _names_of_given(record, useful):
+        value = getattr(record, field.name)
         typed = option if isinstance(value, (bool, tuple)) else f"{option} {value}"
-        names = f"--{useful[0]} is not" if len(useful) == 1 else f"none of --{', --'.join(useful)} is"
-        logger.warning("%s is ignored because %s given", typed, names)
+        reason = f"none of --{', --'.join(useful)} is"
+        if len(useful) == 1:
+            reason = f"--{useful[0]} is not"
+        logger.warning("%s is ignored because %s given", typed, reason)
+
+
+def _names_of_given(record: Any, names: Collection[str]) -> list[str]:
+    """Return which of some options of a record, by public name, are given."""
+    fields = {option_name(field): field for field in dataclasses.fields(record)}
+    return [name for name in names if is_given(record, fields[name])]
 
 
 def reach_of(facts: Mapping[str, Any]) -> str:
@@ -302,8 +339,9 @@ def reach_of(facts: Mapping[str, Any]) -> str:
 
 def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Raise OptionError if the value of a field reaches further than a run of a described folder may."""
-    facts, value = field.metadata, getattr(record, field.name)
-    reach, name = reach_of(facts), option_name(field)
+    value = getattr(record, field.name)
+    reach = reach_of(field.metadata)
+    name = option_name(field)
     if reach == "writes":
         for path in _paths(value):
             refuse_outside(name, path)
@@ -311,15 +349,33 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
         refuse_sending(name, value)
 
 
+def _check_paths(record: Any, field: "dataclasses.Field[Any]") -> None:
+    """Raise OptionError if a path of a field with a `place` is unusable, or would replace a spared file."""
+    facts = field.metadata
+    names = {option_name(spared): spared.name for spared in dataclasses.fields(record)}
+    dashes = "" if facts["declared"].positional else "--"
+    flag = f"{dashes}{option_name(field)}"
+    for path in _paths(getattr(record, field.name)):
+        check_path(flag, path, facts["place"], facts.get("hint", ""))
+        for name in facts.get("spares", ()):
+            refuse_replacing(flag, path, _paths(getattr(record, names[name])))
+
+
 def _paths(value: Any) -> list[Path]:
-    return [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, Path)]
+    values = value if isinstance(value, tuple) else (value,)
+    return [path for path in values if isinstance(path, Path)]
 
 
-_LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "least": ("of at least", operator.ge),
-    "above": ("above", operator.gt),
-    "most": ("of at most", operator.le),
-    "below": ("below", operator.lt),
+class _Limit(NamedTuple):
+    words: str  # in front of the number in a message
+    holds: Callable[[Any, Any], bool]  # whether a number is within the limit
+
+
+_LIMITS = {
+    "least": _Limit("of at least", operator.ge),
+    "above": _Limit("above", operator.gt),
+    "most": _Limit("of at most", operator.le),
+    "below": _Limit("below", operator.lt),
 }
 
 
@@ -341,10 +397,11 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     hints = hints_of(cls)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        record = record_of(hint := hints[field.name])
+        hint = hints[field.name]
+        record = record_of(hint)
         if record is not None:
-            is_there = record is hint or hasattr(args, option_name(dataclasses.fields(record)[0]))
-            values[field.name] = read_options(record, args) if is_there else None
+            is_declared = record is hint or hasattr(args, option_name(dataclasses.fields(record)[0]))
+            values[field.name] = read_options(record, args) if is_declared else None
             continue
         option, declared = option_name(field), field.metadata.get("declared")
         argument = option.replace("-", "_")
@@ -357,10 +414,10 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
         check_characters(option, value)
         is_positional = declared is not None and declared.positional
         values[field.name] = convert_value(value, hint, option if is_positional else f"--{option}")
-    made = cls(**values)  # first, as a record's own checks say more
+    options = cls(**values)  # first, as a record's own checks say more
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         check_numbers(option_name(field), values[field.name])
-    return made
+    return options
 
 
 def option_values(options: Any) -> dict[str, Any]:
@@ -393,10 +450,11 @@ def facts_of(cls: type) -> dict[str, dict[str, Any]]:
     hints = hints_of(cls)
     facts: dict[str, dict[str, Any]] = {}
     for field in dataclasses.fields(cls):
-        own = {fact: value for fact, value in field.metadata.items() if fact not in {"option", "declared"}}
+        outer = {fact: value for fact, value in field.metadata.items() if fact not in {"option", "declared"}}
         record = record_of(hints[field.name])
         inner = {option_name(field): {}} if record is None else facts_of(record)
-        facts |= {name: {**own, **more} for name, more in inner.items()}
+        for name, facts_inside in inner.items():
+            facts[name] = {**outer, **facts_inside}
     return facts
 
 

@@ -19,9 +19,8 @@ WINDOWS_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 WINDOWS_SIGNS = set('<>:"|?*')
 # of files that are no safetensors file
 OTHER_KINDS = {
-    *(".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx"),
-    *(".txt", ".json", ".toml", ".zip", ".mp4", ".png"),
-}
+    ".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".txt", ".json", ".toml", ".zip", ".mp4", ".png",
+}  # fmt: skip
 
 
 def check_output_name(option: str, name: str, is_windows: bool = os.name == "nt") -> None:
@@ -125,10 +124,10 @@ def ask_to_replace(
     existing = [path for path in paths if path.exists()]
     if not existing or yes:
         return
-    more = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
-    verb = "exist" if more else "exists"
-    answer = ask(f"{existing[0]}{more} {verb} already. Overwrite")
+    tail = f" and {len(existing) - 1} more" if len(existing) > 1 else ""
+    verb = "exist" if tail else "exists"
+    answer = ask(f"{existing[0]}{tail} {verb} already. Overwrite")
     if answer is None:
-        raise OutputError(f"{existing[0]}{more} {verb} already. Give another name, or --yes to replace.")
+        raise OutputError(f"{existing[0]}{tail} {verb} already. Give another name, or --yes to replace.")
     if answer != "overwrite":
         raise OutputError(f"{existing[0]} is kept. Nothing was written.")

@@ -6,11 +6,11 @@ import re
 import sys
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from modules.command import (
     as_typed,
@@ -99,30 +99,37 @@ class Parser(argparse.ArgumentParser):
         """Parse as argparse does, but report mistyped options before missing ones, often the same option."""
         words = sys.argv[1:] if args is None else list(args)
         self._show_help(words)
+        self._refuse_open_line(words)
+        words = self._respell(words)
+        self._refuse_unknown(words)
+        self._refuse_joined(words)
+        takers = [action for action in self._actions if getattr(action, "by_place", False)]
+        words = self._give_flags(words, takers) if takers else words
+        self._note_flags(words)
+        parsed, unused = super().parse_known_args(words, namespace)
+        if unused:
+            from modules.mistyped import explain_rest  # only mistakes need it
+
+            positionals = self._get_positional_actions()
+            self.error(explain_rest(self._option_string_actions, words, unused, positionals))
+        names = self._find_typed_names()
+        if names:
+            parsed.typed_names = names  # for records with a field of this name
+        return parsed
+
+    def _refuse_open_line(self, words: Sequence[str]) -> None:
+        """Refuse a command that ends in the mark of another shell for a line that goes on."""
         last_but_one, last = ["", "", *words][-2:]
-        takes_it = any(last_but_one in one.option_strings and one.nargs != 0 for one in self._actions)
-        if last in _LINE_ENDS and not takes_it:  # for another shell
+        if last not in _LINE_ENDS:
+            return
+        takes_it = any(
+            last_but_one in action.option_strings and action.nargs != 0 for action in self._actions
+        )
+        if not takes_it:
             self.error(
                 f"the command ends in '{last}', and its next line was not read: a line goes on with \\ as "
                 "its very last character in bash, with ^ in cmd, with ` in PowerShell. Write one line"
             )
-        words = self._respell(words)
-        self._refuse_unknown(words)
-        self._refuse_joined(words)
-        takers = [one for one in self._actions if getattr(one, "by_place", False)]
-        words = self._give_flags(words, takers) if takers else words
-        self._note_flags(words)
-        found, others = super().parse_known_args(words, namespace)
-        if others:
-            from modules.mistyped import explain_rest  # only mistakes need it
-
-            self.error(
-                explain_rest(self._option_string_actions, words, others, self._get_positional_actions())
-            )
-        names = self._find_typed_names()
-        if names:
-            found.typed_names = names  # for records with a field of this name
-        return found
 
     def _find_typed_names(self) -> dict[str, str]:
         """Return other flags of the options that are typed, each with the flag to show in its place."""
@@ -141,17 +148,23 @@ class Parser(argparse.ArgumentParser):
         flags = self._option_string_actions
         for word in words[: words.index("--") if "--" in words else None]:
             name = word.partition("=")[0]
-            begun = [flag for flag in flags if flag.startswith(name)] if name[:2] == "--" else []
-            if name in flags or len(begun) == 1:
-                flag = name if name in flags else begun[0]
-                self.typed_flags.setdefault(flags[flag].dest, flag)
-                self._all_typed.add(flag)
+            flag = name
+            if name not in flags:
+                begun = [flag for flag in flags if flag.startswith(name)] if name[:2] == "--" else []
+                if len(begun) != 1:
+                    continue
+                flag = begun[0]
+            self.typed_flags.setdefault(flags[flag].dest, flag)
+            self._all_typed.add(flag)
 
     def _refuse_joined(self, words: Sequence[str]) -> None:
         """Refuse numbers that are typed as one word; people write sizes as width x height: 832x480."""
-        typed = [part for word in words for part in (word.split("=", 1) if word[:2] == "--" else [word])]
-        for before, word in pairwise(typed):
-            action, joined = self._option_string_actions.get(before), JOINED.fullmatch(word)
+        parts: list[str] = []
+        for word in words:
+            parts += word.split("=", 1) if word[:2] == "--" else [word]
+        for before, word in pairwise(parts):
+            action = self._option_string_actions.get(before)
+            joined = JOINED.fullmatch(word)
             if joined is None or action is None or action.type not in NUMBERS:
                 continue
             if action.metavar == HEIGHT_WIDTH:
@@ -167,29 +180,34 @@ class Parser(argparse.ArgumentParser):
         taker of several values takes all.
         """
         typed = [_Word(word) for word in words]  # argparse returns these same objects: equal words differ
-        required = [one for one in self._actions if one.required]
-        for one in required:
-            one.required = False
-        try:
-            found, others = super().parse_known_args(typed)
-        finally:
-            for one in required:
-                one.required = True
-        takers = [one for one in takers if getattr(found, one.dest) is one.default]
-        taken = [word for word in others if word != "--"]
-        if not taken or not takers:
+        parsed, unused = self._parse_without_required(typed)
+        takers = [action for action in takers if getattr(parsed, action.dest) is action.default]
+        free = [word for word in unused if word != "--"]
+        if not free or not takers:
             return list(words)
-        rest = [word for word in typed if not any(word is other for other in others)]
+        unused_ids = {id(word) for word in unused}
+        used = [word for word in typed if id(word) not in unused_ids]
+        flags = [action.option_strings[-1] for action in takers]
         if takers[0].nargs is not None:
-            return [*rest, takers[0].option_strings[-1], *taken]
-        if len(taken) > len(takers):
-            flags = " and ".join(one.option_strings[-1] for one in takers)
+            return [*used, flags[0], *free]
+        if len(free) > len(takers):
             self.error(
-                f"{as_typed(taken)}: {len(taken)} words without an option, and only {flags} can be left out. "
-                "Put a name with blanks in quotes."
+                f"{as_typed(free)}: {len(free)} words without an option, and only {' and '.join(flags)} can "
+                "be left out. Put a name with blanks in quotes."
             )
-        joined = zip((one.option_strings[-1] for one in takers), taken, strict=False)
-        return [*rest, *(f"{flag}={word}" for flag, word in joined)]
+        joined = [f"{flag}={word}" for flag, word in zip(flags, free, strict=False)]
+        return [*used, *joined]
+
+    def _parse_without_required(self, words: list[_Word]) -> tuple[argparse.Namespace, list[str]]:
+        """Return what argparse makes of the words, and those that it leaves, also if options are missing."""
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False
+        try:
+            return super().parse_known_args(words)
+        finally:
+            for action in required:
+                action.required = True
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but print the help first if that is asked for."""
@@ -201,75 +219,96 @@ class Parser(argparse.ArgumentParser):
         """Return the words with --no-metadata as --no_metadata, where the script has that one alone, and
         `--memory 12 GB` with one value.
         """
-        flags, found = self._option_string_actions, list(words)
-        for place in range(len(found) - 1, 0, -1):
-            number = re.fullmatch(r"(?:--\w+=)?(?:\d+[xX])?[0-9.]+", found[place - 1])
-            if number is not None and re.fullmatch(UNIT, found[place], re.IGNORECASE):
-                found[place - 1 : place + 1] = [f"{number[0]} {found[place]}"]
-        for place, word in enumerate(found[: found.index("--") if "--" in found else None]):
+        flags = self._option_string_actions
+        spelled = list(words)
+        for place in range(len(spelled) - 1, 0, -1):
+            number = re.fullmatch(r"(?:--\w+=)?(?:\d+[xX])?[0-9.]+", spelled[place - 1])
+            if number is not None and re.fullmatch(UNIT, spelled[place], re.IGNORECASE):
+                spelled[place - 1 : place + 1] = [f"{number[0]} {spelled[place]}"]
+        end = spelled.index("--") if "--" in spelled else None
+        for place, word in enumerate(spelled[:end]):
             name, *value = word.split("=", 1)
-            other = "--" + name[2:].translate(_OTHER_DASHES)
-            if name[:2] == "--" and name[2:] and not any(flag.startswith(name) for flag in flags):
-                found[place] = "=".join([other, *value]) if other in flags else word
-        return found
+            is_flag = name[:2] == "--" and name[2:] != ""
+            if is_flag and not any(flag.startswith(name) for flag in flags):
+                with_other_dashes = "--" + name[2:].translate(_OTHER_DASHES)
+                if with_other_dashes in flags:
+                    spelled[place] = "=".join([with_other_dashes, *value])
+        return spelled
 
     def _show_help(self, words: Sequence[str]) -> None:
-        asked = {word for word in words if word == "-h" or (word[3:] and "--help".startswith(word))}
-        if asked:
-            self.print_help(is_short=asked == {"-h"})
+        help_flags = {word for word in words if word == "-h" or (word[3:] and "--help".startswith(word))}
+        if help_flags:
+            self.print_help(is_short=help_flags == {"-h"})
             self.exit()
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2, without the list of all options."""
         if message.startswith(_MISSING):
-            lines = []
-            for name in message.removeprefix(_MISSING).split(", "):
-                helps = [
-                    action.help
-                    for action in self._actions
-                    if name in {"/".join(action.option_strings), action.metavar, action.dest} and action.help
-                ]
-                lines.append(f"{name} is missing" + (f": {helps[0].replace('%%', '%')}" if helps else ""))
-            message = "\n  ".join(lines)
+            missing = message.removeprefix(_MISSING).split(", ")
+            message = "\n  ".join(f"{name} is missing{self._help_of(name)}" for name in missing)
         else:
             message = message.replace("\n", "\\n")
         message = plain_message(message, sys.argv)
         let_the_first_tell()
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
 
-    def _refuse_unknown(self, words: Sequence[str]) -> None:
-        flags = self._option_string_actions
-        said: dict[str, None] = {}  # each message once, in order
-        for before, word in pairwise(["", *words[: words.index("--") if "--" in words else None]]):
-            name = word.partition("=")[0]
-            is_number = self._negative_number_matcher.match(word) is not None
-            plain = _DASHES.sub("--", name)
-            if plain != name and " " not in name and any(flag.startswith(plain) for flag in flags):
-                message = f"{name} begins with a typographic dash, not with --. Write {plain}"
-                said[message] = None
-            # argparse takes the beginning of an option too
-            begun = [flag for flag in flags if flag.startswith(name)]
-            if not re.match(r"--.|-[^-]", name) or is_number or name in flags:
-                continue
-            from modules.mistyped import meant_elsewhere  # likewise
+    def _help_of(self, name: str) -> str:
+        """Return ": " and the help of an option, as argparse's message names it; "" if it has none."""
+        for action in self._actions:
+            names = {"/".join(action.option_strings), action.metavar, action.dest}
+            if name in names and action.help:
+                return f": {action.help.replace('%%', '%')}"
+        return ""
 
-            elsewhere = meant_elsewhere(flags, name.lstrip("-"), self.key_file)
-            if begun and not (elsewhere and (len(begun) > 1 or begun[0] not in elsewhere)):
-                continue
-            is_value = before in flags and flags[before].nargs != 0
-            if " " in name or (" " in word and (is_value or not word.startswith("--"))):
-                continue  # argparse takes what has blanks as a text
-            if is_value and not word.startswith("--"):
-                message = f"{word} is no option. A value that begins with - goes behind =: {before}={word}"
-            else:
-                near = did_you_mean(name.lstrip("-"), [flag[2:] for flag in flags if flag[:2] == "--"])
-                near = near.replace("mean ", "mean --") or " Leave it out."
-                is_file = word[:2] != "--" and path_exists(Path(word))
-                near = f" Of the file of this name write ./{word}" if is_file else near
-                message = f"Unknown option {name}.{elsewhere or near}"
-            said[message] = None
-        if said:
-            self.error(" ".join(said))
+    def _refuse_unknown(self, words: Sequence[str]) -> None:
+        """Exit with a message on all words that look like options and are none of this script."""
+        messages: dict[str, None] = {}  # each once, in order
+        end = words.index("--") if "--" in words else None
+        for before, word in pairwise(["", *words[:end]]):
+            for message in (self._explain_dash(word), self._explain_unknown(before, word)):
+                if message:
+                    messages[message] = None
+        if messages:
+            self.error(" ".join(messages))
+
+    def _explain_dash(self, word: str) -> str:
+        """Return a message on a word whose first dash is one of word processors; "" for any other word."""
+        name = word.partition("=")[0]
+        plain = _DASHES.sub("--", name)
+        flags = self._option_string_actions
+        if plain == name or " " in name or not any(flag.startswith(plain) for flag in flags):
+            return ""
+        return f"{name} begins with a typographic dash, not with --. Write {plain}"
+
+    def _explain_unknown(self, before: str, word: str) -> str:
+        """Return a message on a word that looks like an option and is none; "" for any other word.
+
+        before: the word in front of it.
+        """
+        flags = self._option_string_actions
+        name = word.partition("=")[0]
+        is_number = self._negative_number_matcher.match(word) is not None
+        if not re.match(r"--.|-[^-]", name) or is_number or name in flags:
+            return ""
+        from modules.mistyped import meant_elsewhere  # only mistakes need it
+
+        elsewhere = meant_elsewhere(flags, name.lstrip("-"), self.key_file)
+        # argparse takes the beginning of an option too
+        begun = [flag for flag in flags if flag.startswith(name)]
+        is_clear = len(begun) == 1 and begun[0] in elsewhere
+        if begun and (not elsewhere or is_clear):
+            return ""
+        is_value = before in flags and flags[before].nargs != 0
+        begins_with_dashes = word.startswith("--")
+        if " " in name or (" " in word and (is_value or not begins_with_dashes)):
+            return ""  # argparse takes what has blanks as a text
+        if is_value and not begins_with_dashes:
+            return f"{word} is no option. A value that begins with - goes behind =: {before}={word}"
+        near = did_you_mean(name.lstrip("-"), [flag[2:] for flag in flags if flag[:2] == "--"])
+        near = near.replace("mean ", "mean --") or " Leave it out."
+        if not begins_with_dashes and path_exists(Path(word)):
+            near = f" Of the file of this name write ./{word}"
+        return f"Unknown option {name}.{elsewhere or near}"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -286,19 +325,16 @@ class Parser(argparse.ArgumentParser):
 
     def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
         """Count an option's values as argparse does, but say which ones are wanted if there are too few."""
+        names = action.metavar
         try:
             return super()._match_argument(action, arg_strings_pattern)
         except argparse.ArgumentError as error:
-            values = action.metavar
-            if (
-                action.nargs is None
-                and isinstance(values, str)
-                and values not in (*METAVARS.values(), "TEXT")
-            ):
-                raise argparse.ArgumentError(action, f"{error.message}: {values}") from None
-            if not isinstance(action.metavar, tuple):
+            tells_its_value = isinstance(names, str) and names not in (*METAVARS.values(), "TEXT")
+            if action.nargs is None and tells_its_value:
+                raise argparse.ArgumentError(action, f"{error.message}: {names}") from None
+            if not isinstance(names, tuple):
                 raise
-        names, default = action.metavar, action.default
+        default = action.default
         example = f", such as {' '.join(map(str, default))}" if isinstance(default, list) else ""
         raise argparse.ArgumentError(action, f"give {len(names)} values: {' and '.join(names)}{example}")
 
@@ -309,27 +345,28 @@ class Parser(argparse.ArgumentParser):
         except argparse.ArgumentError:
             if action.type not in NUMBERS:
                 raise
-        else:
-            if isinstance(value, str) and action.choices is not None and value not in action.choices:
-                same = [one for one in action.choices if str(one).lower() == value.lower()]
-                return same[0] if len(same) == 1 else value
-            return value
-        parts = arg_string.split(",")
-        point = f"write a decimal point: {'.'.join(parts)}"
-        is_decimal = action.type is float and re.fullmatch(
-            r"-?\d+,\d+(e[+-]?\d+)?", arg_string, re.IGNORECASE
-        )
-        if action.nargs is None and is_decimal:
-            raise argparse.ArgumentError(action, f"{arg_string}: {point}")
-        are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", part.strip()) for part in parts)
-        if len(parts) > 1 and action.nargs in ("+", "*") and are_numbers:
-            apart = " ".join(part.strip() for part in parts)
-            point = f", or {point}" if is_decimal else ""
-            raise argparse.ArgumentError(action, f"{arg_string}: write several numbers apart: {apart}{point}")
-        example = action.default if type(action.default) in NUMBERS else 1
-        raise argparse.ArgumentError(
-            action, f"{one_line(arg_string)} is not {NUMBERS[action.type]}. Give one, such as {example:g}."
-        )
+            raise argparse.ArgumentError(action, _explain_number(action, arg_string)) from None
+        if isinstance(value, str) and action.choices is not None and value not in action.choices:
+            alike = [choice for choice in action.choices if str(choice).lower() == value.lower()]
+            return alike[0] if len(alike) == 1 else value
+        return value
+
+
+def _explain_number(action: argparse.Action, word: str) -> str:
+    """Return a message on a word that is no number, for an option that takes numbers."""
+    parts = word.split(",")
+    point = f"write a decimal point: {'.'.join(parts)}"
+    has_comma = re.fullmatch(r"-?\d+,\d+(e[+-]?\d+)?", word, re.IGNORECASE) is not None
+    is_decimal = action.type is float and has_comma
+    if action.nargs is None and is_decimal:
+        return f"{word}: {point}"
+    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", part.strip()) for part in parts)
+    if len(parts) > 1 and action.nargs in ("+", "*") and are_numbers:
+        apart = " ".join(part.strip() for part in parts)
+        or_point = f", or {point}" if is_decimal else ""
+        return f"{word}: write several numbers apart: {apart}{or_point}"
+    example = action.default if type(action.default) in NUMBERS else 1
+    return f"{one_line(word)} is not {NUMBERS[action.type]}. Give one, such as {example:g}."
 
 
 def typed_names(args: argparse.Namespace) -> Mapping[str, str]:
@@ -339,18 +376,18 @@ def typed_names(args: argparse.Namespace) -> Mapping[str, str]:
 
 
 def parse_options(
-    description: str | None, argv: Sequence[str] | None, *records: type[Options], **own: Any
+    description: str | None, argv: Sequence[str] | None, *records: type[Options], **changes: Any
 ) -> list[Any]:
-    """Return the records of a script that has these options and no others. own: of `add_options`."""
-    return parse_spelled(description, argv, *records, **own)[0]
+    """Return the records of a script that has only these options. changes: as `add_options` takes them."""
+    return parse_spelled(description, argv, *records, **changes)[0]
 
 
 def parse_spelled(
-    description: str | None, argv: Sequence[str] | None, *records: type[Options], **own: Any
+    description: str | None, argv: Sequence[str] | None, *records: type[Options], **changes: Any
 ) -> tuple[list[Any], Mapping[str, str]]:
     """Return what `parse_options` does, and how each given option was spelled, by public name."""
     parser = Parser(description=description)
-    add_options(parser, *records, **own)
+    add_options(parser, *records, **changes)
     args = parser.parse_args(argv)
     with name_as_typed(typed_names(args)):
         refuse_unsupported(parser, args)
@@ -374,65 +411,108 @@ def add_options(
     are the script's own;
     `refused` says why the script refuses an option. group: where a record without a title goes.
     """
-    own, more, reasons = defaults or {}, settings or {}, refused or {}
+    changes = _ScriptChanges(without, defaults or {}, settings or {}, refused or {})
     for cls in records:
         if cls.key_file and isinstance(parser, Parser):
             parser.key_file = cls.key_file
         place = group_of(parser, cls.heading) if cls.heading else group or parser
         for field in fields(cls):
-            declared, name = field.metadata.get("declared"), option_name(field)
-            there = group_of(parser, declared.title) if declared is not None and declared.title else place
-            hint = hints_of(cls)[field.name]
-            if record_of(hint) is hint:
-                inner = {} if declared is None else declared.settings
-                add_options(
-                    parser,
-                    *((hint,) if issubclass(hint, Options) else ()),  # others are declared by functions
-                    group=there,
-                    without={*without, *inner.get("without", ())},
-                    defaults={**inner.get("defaults", {}), **own},
-                    settings={**inner.get("settings", {}), **more},
-                    refused={**inner.get("refused", {}), **reasons},
-                )
-            elif declared is not None and declared.help:
-                given = {**declared.settings, **more.get(name, {})}
-                required = given.get("required") or (declared.positional and given.get("nargs") != "*")
-                default = own[name] if name in own else None if required else default_of(cls, field)
-                if name in without:
-                    parser.set_defaults(**{name.replace("-", "_"): default})
-                else:
-                    action = _add_option(there, name, hint, default, declared, more.get(name, {}))
-                    action.is_secret = "secret" in field.metadata  # type: ignore[attr-defined]
-                    action.reach = reach_of(field.metadata)  # type: ignore[attr-defined]
-                    if name in reasons:
-                        action.refusal = Refusal(action.help or "", reasons[name], "", (), {})  # type: ignore[attr-defined]
-        for name, refusal in ((name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)):
-            if isinstance(refusal, Refusal) and name not in without:
-                tail = "" if refusal.reason else f"not needed: {refusal.instead}"
-                text = "; ".join(part for part in (refusal.help, tail) if part)
-                text = text or refusal.reason.replace("%", "%%")
-                flag = f"--{name.replace('_', '-') if cls.dashed else name}"
-                declared_so = dict(refusal.settings)
-                action = place.add_argument(flag, *declared_so.pop("flags", ()), help=text, **declared_so)
-                action.refusal = refusal  # type: ignore[attr-defined]
+            _add_field(parser, place, cls, field=field, changes=changes)
+        for name, refusal in _refusals(cls):
+            if name not in without:
+                _add_refusal(place, cls, name, refusal)
+
+
+class _ScriptChanges(NamedTuple):
+    """What a script changes of the options in its records, by public name; see `add_options`."""
+
+    without: Collection[str]
+    defaults: Mapping[str, Any]
+    settings: Mapping[str, Mapping[str, Any]]
+    refused: Mapping[str, str]
+
+
+def _add_field(
+    parser: argparse.ArgumentParser,
+    group: _Group,
+    cls: type[Options],
+    *,
+    field: Field[Any],
+    changes: _ScriptChanges,
+) -> None:
+    """Declare the option of a field, or all options of the record that it holds."""
+    declared, name = field.metadata.get("declared"), option_name(field)
+    if declared is not None and declared.title:
+        group = group_of(parser, declared.title)
+    hint = hints_of(cls)[field.name]
+    if record_of(hint) is hint:
+        inner = {} if declared is None else declared.settings
+        records = (hint,) if issubclass(hint, Options) else ()  # any other is declared by a function
+        add_options(
+            parser,
+            *records,
+            group=group,
+            without={*changes.without, *inner.get("without", ())},
+            defaults={**inner.get("defaults", {}), **changes.defaults},
+            settings={**inner.get("settings", {}), **changes.settings},
+            refused={**inner.get("refused", {}), **changes.refused},
+        )
+        return
+    if declared is None or not declared.help:
+        return
+    settings = {**declared.settings, **changes.settings.get(name, {})}
+    required = settings.get("required") or (declared.positional and settings.get("nargs") != "*")
+    if name in changes.defaults:
+        default = changes.defaults[name]
+    else:
+        default = None if required else default_of(cls, field)
+    if name in changes.without:
+        parser.set_defaults(**{name.replace("-", "_"): default})
+        return
+    action = _add_option(group, name, hint, default=default, declared=declared, settings=settings)
+    action.is_secret = "secret" in field.metadata  # type: ignore[attr-defined]
+    action.reach = reach_of(field.metadata)  # type: ignore[attr-defined]
+    if name in changes.refused:
+        reason = changes.refused[name]
+        action.refusal = Refusal(action.help or "", reason=reason, instead="", values=(), settings={})  # type: ignore[attr-defined]
+
+
+def _refusals(cls: type[Options]) -> list[tuple[str, Refusal]]:
+    """Return the attributes of a record and its bases that are options of other programs, by name."""
+    attributes = [(name, getattr(cls, name)) for base in cls.__mro__ for name in vars(base)]
+    return [(name, refusal) for name, refusal in attributes if isinstance(refusal, Refusal)]
+
+
+def _add_refusal(group: _Group, cls: type[Options], name: str, refusal: Refusal) -> None:
+    """Declare an option of other programs, with a help that says why it is refused or not needed."""
+    tail = "" if refusal.reason else f"not needed: {refusal.instead}"
+    text = "; ".join(part for part in (refusal.help, tail) if part)
+    text = text or refusal.reason.replace("%", "%%")
+    flag = f"--{name.replace('_', '-') if cls.dashed else name}"
+    settings = dict(refusal.settings)
+    flags = settings.pop("flags", ())
+    action = group.add_argument(flag, *flags, help=text, **settings)
+    action.refusal = refusal  # type: ignore[attr-defined]
 
 
 def group_of(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
-    found = [group for group in parser._action_groups if group.title == title]
-    return found[0] if found else parser.add_argument_group(title)
+    for group in parser._action_groups:
+        if group.title == title:
+            return group
+    return parser.add_argument_group(title)
 
 
 def _add_option(
-    group: _Group, name: str, hint: Any, default: Any, declared: Declared, more: Mapping[str, Any]
+    group: _Group, name: str, hint: Any, *, default: Any, declared: Declared, settings: dict[str, Any]
 ) -> argparse.Action:
+    """Declare an option to a group of the parser. settings: of `add_argument`, also those of the script."""
     kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kind = next(kind for kind in kinds if kind is not type(None))
     usual = "default: the task's" if default is None else f"default {default}"
-    settings = {**declared.settings, **more}
     refused = settings.pop("refused", declared.refused)
     words: dict[str, Any] = {"help": declared.help.replace("{default}", usual), "default": default}
     if isinstance(default, Path):
         words["default"] = str(default)
-    kind = next(kind for kind in kinds if kind is not type(None))
     if typing.get_origin(kind) is tuple:
         words["nargs"] = "*"
         kind = typing.get_args(kind)[0]
@@ -440,15 +520,20 @@ def _add_option(
     if kind is bool:
         words["action"] = "store_true"
     else:
-        words |= {"type": kind} if kind in NUMBERS else {}
-        words |= {} if "choices" in settings else {"metavar": METAVARS.get(kind, "TEXT")}
+        if kind in NUMBERS:
+            words["type"] = kind
+        if "choices" not in settings:
+            words["metavar"] = METAVARS.get(kind, "TEXT")
     words |= settings
     if declared.positional:
         action = group.add_argument(name, **words)
     else:
-        flags = dict.fromkeys((*words.pop("flags", declared.flags), f"--{name}"))  # one may be in both
-        action = group.add_argument(*flags, dest=name.replace("-", "_"), **words)
-    action.often, action.refused, action.by_place = declared.often, refused, declared.by_place  # type: ignore[attr-defined]
+        flags = (*words.pop("flags", declared.flags), f"--{name}")
+        unique_flags = dict.fromkeys(flags)  # the name may be among the further spellings
+        action = group.add_argument(*unique_flags, dest=name.replace("-", "_"), **words)
+    action.often = declared.often  # type: ignore[attr-defined]
+    action.refused = refused  # type: ignore[attr-defined]
+    action.by_place = declared.by_place  # type: ignore[attr-defined]
     return action
 
 

@@ -109,10 +109,10 @@ def explain_path(text: str) -> str | None:
         return "this names nothing, and is taken for a path. Leave it out"
     if text != text.strip():
         return "this path begins or ends with a blank. Remove it"
-    found = _VARIABLE.search(text)
-    if found is not None and not path_exists(Path(text[: found.end()])):
+    match = _VARIABLE.search(text)
+    if match is not None and not path_exists(Path(text[: match.end()])):
         return (
-            f"{found[0]} is no folder, and no variable was put in its place. Bash and PowerShell replace "
+            f"{match[0]} is no folder, and no variable was put in its place. Bash and PowerShell replace "
             "$NAME outside of single quotes, cmd replaces %NAME%. Set it, or write the path out"
         )
     if os.name != "nt" and _DRIVE.match(text):
@@ -138,7 +138,7 @@ def similar_path(path: Path, only_folders: bool = False) -> Path | None:
 
     None if no name is similar, or the rest is not there either.
     """
-    missing = next((one for one in (path, *path.parents) if path_exists(one.parent)), path)
+    missing = next((part for part in (path, *path.parents) if path_exists(part.parent)), path)
     names: list[str] = []
     with contextlib.suppress(OSError), os.scandir(missing.parent) as entries:
         for entry in itertools.islice(entries, MOST_NAMES):
@@ -147,8 +147,8 @@ def similar_path(path: Path, only_folders: bool = False) -> Path | None:
     for name in difflib.get_close_matches(missing.name[:MOST_OF_NAME], names, 5):
         if difflib.SequenceMatcher(None, stem, Path(name).stem).ratio() < ALIKE:  # by their suffix alone
             continue
-        found = missing.with_name(name) / path.relative_to(missing)
-        return found if only_folders or path_exists(found) else None
+        similar = missing.with_name(name) / path.relative_to(missing)
+        return similar if only_folders or path_exists(similar) else None
     return None
 
 
@@ -173,9 +173,9 @@ def is_address(text: str) -> bool:
 
 
 def protocol_of(address: str) -> str:
-    found = _ADDRESS.match(address)
-    assert found is not None
-    return found[1].lower()
+    match = _ADDRESS.match(address)
+    assert match is not None
+    return match[1].lower()
 
 
 def split_address(address: str) -> SplitResult:
@@ -188,7 +188,7 @@ def split_address(address: str) -> SplitResult:
 
 def hide_secrets(text: str) -> str:
     """Return a text with the passwords and queries of its addresses left out; `?...` stands for a query."""
-    return _SECRETS.sub(lambda found: f"{found[1]}{found[2]}{'?...' if found[3] else ''}", text)
+    return _SECRETS.sub(lambda match: f"{match[1]}{match[2]}{'?...' if match[3] else ''}", text)
 
 
 @lru_cache(maxsize=1024)  # asked for a few times for each of a million addresses

@@ -69,8 +69,11 @@ def exchange_rows(tensors: Sequence[Tensor], group: str) -> tuple[Tensor, ...]:
     group: its name. All are on their way at once. Not differentiable; unlike public functions it compiles.
     """
     functional = torch.ops._c10d_functional
-    sent = [functional.all_to_all_single(one, [1] * len(one), [1] * len(one), group) for one in tensors]
-    return tuple(functional.wait_tensor(one) for one in sent)
+    sent = [
+        functional.all_to_all_single(tensor, [1] * len(tensor), [1] * len(tensor), group)
+        for tensor in tensors
+    ]
+    return tuple(functional.wait_tensor(tensor) for tensor in sent)
 
 
 def release_host_cache() -> None:

@@ -55,7 +55,7 @@ def accepted_options(
 
     flags: further spellings by public name, as the field that holds the record declares them.
     """
-    more = flags or {}
+    extra_flags = flags or {}
     accepted: dict[str, AcceptedOption] = {}
     for field in dataclasses.fields(record):
         name, declared, hint = (
@@ -67,35 +67,35 @@ def accepted_options(
         if inner is not None:
             settings = {} if declared is None else declared.settings.get("settings", {})
             inner_flags = {key: facts["flags"] for key, facts in settings.items() if "flags" in facts}
-            accepted |= accepted_options(inner, {**inner_flags, **more})
+            accepted |= accepted_options(inner, {**inner_flags, **extra_flags})
             continue
-        spelled = more.get(name) or (() if declared is None else declared.flags)
-        others = tuple(flag for flag in spelled if flag != f"--{name}")
+        spelled = extra_flags.get(name) or (() if declared is None else declared.flags)
+        spellings = tuple(flag for flag in spelled if flag != f"--{name}")
         choices = () if declared is None else tuple(declared.settings.get("choices") or ())
-        accepted[name] = AcceptedOption((*others, f"--{name}"), hint is bool, hint, choices)
+        accepted[name] = AcceptedOption((*spellings, f"--{name}"), hint is bool, hint, choices)
     return accepted
 
 
-def repeat_given(own: Options, typed: Mapping[str, str] | None = None) -> list[RepeatedOption]:
+def repeat_given(options: Options, typed: Mapping[str, str] | None = None) -> list[RepeatedOption]:
     """Return the options of a record that differ from their defaults.
 
     typed: spelling of the given options by public name; others are left out, as a script may have defaults
     of its own. None: all are given.
     """
-    accepted = accepted_options(type(own))
+    accepted = accepted_options(type(options))
     return [
         RepeatedOption(name, accepted[name].flags, f"--{name}" if typed is None else typed[name], value)
-        for name, value in _given_values(own)
+        for name, value in _given_values(options)
         if typed is None or name in typed
     ]
 
 
-def _given_values(own: Any) -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(own):
-        value = getattr(own, field.name)
+def _given_values(options: Any) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
             yield from _given_values(value)
-        elif is_given(own, field):
+        elif is_given(options, field):
             yield option_name(field), value
 
 
@@ -135,24 +135,24 @@ def find_names(
             yield name
 
 
-def fill_options(own: T, repeated: Iterable[RepeatedOption]) -> T:
+def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
     """Return a record with the values of earlier commands in place of its own defaults.
 
     Values that the record refuses beside its own are left out.
     """
-    accepted = accepted_options(type(own))
+    accepted = accepted_options(type(options))
     by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
-    facts, known = facts_of(type(own)), {name for name, _ in _given_values(own)}
+    facts, names = facts_of(type(options)), {name for name, _ in _given_values(options)}
     values: dict[str, Any] = {}
     for option in repeated:
         for name in find_names(option, accepted, by_flag):
-            if name not in known and not known & {*facts[name].get("excludes", ())}:
+            if name not in names and not names & {*facts[name].get("excludes", ())}:
                 values.setdefault(name, convert_value(option.value, accepted[name].hint, f"--{name}"))
     paths = {name: value for name, value in values.items() if isinstance(value, Path)}
     for choice in (values, paths):
         with contextlib.suppress(OptionError):
-            return override_options(own, choice)
-    return own
+            return override_options(options, choice)
+    return options
 
 
 def types_of(option: AcceptedOption) -> tuple[Any, ...]:

@@ -60,25 +60,31 @@ def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
     Blocks are counted over all lists, in the order of `DitSpec.block_lists`. A block of the second stream is
     given that stream and `x`; it returns the stream, and what is added to `x` behind the next block.
     """
-    spec, hint = spec_of(dit), None
+    spec = spec_of(dit)
     lists = spec.blocks(dit)
-    blocks = [(block, name == spec.side_list) for name, found in lists.items() for block in found]
-    for index in spec.order([len(found) for found in lists.values()]):
-        block, is_side = blocks[index]
-        if is_side:
+    blocks = [block for blocks_of_list in lists.values() for block in blocks_of_list]
+    in_side_list = [name == spec.side_list for name, blocks_of_list in lists.items() for _ in blocks_of_list]
+    hint = None
+    for index in spec.order([len(blocks_of_list) for blocks_of_list in lists.values()]):
+        block = blocks[index]
+        if in_side_list[index]:
             if hidden.side is not None:
                 hidden.side, hint = block(hidden.side, hidden.x, hidden.tokens)
                 if hidden.side_scales is not None:
-                    hint = hint * hidden.side_scales[:, index - len(lists[spec.block_lists[0]]), None, None]
+                    number = index - len(lists[spec.block_lists[0]])
+                    hint = hint * hidden.side_scales[:, number, None, None]
             continue
         if index not in tweaks.skip_blocks:
             skips = index in tweaks.skip_self_attention
             tokens = hidden.tokens.without_self_attention() if skips else hidden.tokens
             hidden.x = block(hidden.x, tokens)
-        if hidden.added and (more := hidden.added[index]) is not None:
-            hidden.x = hidden.x + pad(more.to(hidden.x.dtype), (0, 0, 0, hidden.x.shape[1] - more.shape[1]))
+        addition = hidden.added[index] if hidden.added else None
+        if addition is not None:
+            missing = hidden.x.shape[1] - addition.shape[1]
+            hidden.x = hidden.x + pad(addition.to(hidden.x.dtype), (0, 0, 0, missing))
         if hint is not None:
-            hidden.x, hint = hidden.x + hint, None
+            hidden.x = hidden.x + hint
+            hint = None
 
 
 class BlockNetwork(nn.Module):
@@ -93,9 +99,9 @@ class BlockNetwork(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return self.get_parameter(self.dtype_of).dtype
 
-    def forward(self, *inputs: Any, tweaks: Tweaks = NO_TWEAKS, **more: Any) -> Any:
+    def forward(self, *inputs: Any, tweaks: Tweaks = NO_TWEAKS, **named_inputs: Any) -> Any:
         """Predict from the inputs of `embed`. tweaks: changes to this call."""
-        hidden = self.embed(*inputs, tweaks=tweaks, **more)
+        hidden = self.embed(*inputs, tweaks=tweaks, **named_inputs)
         run_blocks(self, hidden, tweaks)
         return self.unembed(hidden.x, hidden.tokens)
 

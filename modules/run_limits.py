@@ -64,7 +64,7 @@ def temporary_folder() -> Iterator[Path]:
             yield folder
         finally:
             folders = json.loads(os.environ[FOLDERS])
-            os.environ[FOLDERS] = json.dumps([one for one in folders if one != place])
+            os.environ[FOLDERS] = json.dumps([folder for folder in folders if folder != place])
 
 
 def is_limited() -> bool:

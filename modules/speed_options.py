@@ -158,8 +158,8 @@ class TrainingAttentionOptions(Options, title="attention"):
 
     @property
     def choice(self) -> AttentionChoice:
-        given = (mode for mode, flag in TRAINING_FLAGS.items() if getattr(self, flag.removeprefix("--")))
-        return AttentionChoice(next(given, "sdpa"), self.split_attn)
+        modes = (mode for mode, flag in TRAINING_FLAGS.items() if getattr(self, flag.removeprefix("--")))
+        return AttentionChoice(next(modes, "sdpa"), self.split_attn)
 
 
 class GenerationAttentionOptions(Options):
@@ -234,14 +234,14 @@ class TrainingFp8Options(Options):
         needs="fp8_base",
     )
     upcast_quantization: bool = option(
-        _UPCAST, acts_if={"it needs --fp8_base --fp8_scaled": lambda own: own.fp8_scaled}
+        _UPCAST, acts_if={"it needs --fp8_base --fp8_scaled": lambda options: options.fp8_scaled}
     )
     convrot_int8: bool = option(_INT8, excludes=("fp8_base", "nf4_base"), hint=_ONE_FORM)
     convrot_int8_bwd: str = option(
         "what computes the gradients of these layers' inputs: bf16, or int8, which is faster and less exact",
         default="bf16",
         choices=("bf16", "int8"),
-        acts_if={"it needs --convrot_int8": lambda own: own.convrot_int8},
+        acts_if={"it needs --convrot_int8": lambda options: options.convrot_int8},
     )
     nf4_base: bool = option(_NF4, excludes="fp8_base", hint=_ONE_FORM)
 
@@ -369,8 +369,8 @@ class ShardingOptions(Options):
     def shared_by(self) -> tuple[str, ...]:
         """Return the options by which processes share something, as they are typed."""
         shared = f"--context_parallel {self.context_parallel}"
-        given = {"--shard_base": self.shard_base, shared: self.context_parallel > 1}
-        return tuple(name for name, is_given in given.items() if is_given)
+        uses = {"--shard_base": self.shard_base, shared: self.context_parallel > 1}
+        return tuple(name for name, is_given in uses.items() if is_given)
 
     @property
     def is_asked(self) -> bool:
@@ -391,11 +391,11 @@ class ShardingOptions(Options):
 
     def check_beside(self, swap: SwapOptions) -> None:
         """Raise OptionError if blocks would be swapped too, with --shard_base."""
-        asked = {
+        uses = {
             f"--blocks_to_swap {swap.blocks_to_swap}": bool(swap.blocks_to_swap),
             "--img_in_txt_in_offloading": swap.img_in_txt_in_offloading,
         }
-        for name in (name for name, is_given in asked.items() if is_given):
+        for name in (name for name, is_given in uses.items() if is_given):
             raise OptionError(
                 f"--shard_base and {name} both say where the weights wait: in the other processes, or in "
                 "host memory. Give one of them; fp8 and more processes save memory beside --shard_base"
@@ -404,13 +404,13 @@ class ShardingOptions(Options):
 
 def cards_or_size(text: str) -> str:
     """Parse the value of --plan, GIB or NxGIB. Raises ArgumentTypeError if it is neither."""
-    found = re.fullmatch(rf"([1-9][0-9]{{0,3}}x(?=.*[1-9]))?{MEMORY}", text.strip(), re.IGNORECASE)
-    if found is None:
+    match = re.fullmatch(rf"([1-9][0-9]{{0,3}}x(?=.*[1-9]))?{MEMORY}", text.strip(), re.IGNORECASE)
+    if match is None:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no memory of cards. Give the GiB of one, such as 24; 2x24 for two; or nothing "
             "for the card of this machine"
         )
-    return f"{found[1] or ''}{found[2]}".lower()
+    return f"{match[1] or ''}{match[2]}".lower()
 
 
 class PlanOptions(Options):

@@ -305,7 +305,7 @@ class Changes:
     @property
     def points(self) -> list[tuple[float, float]]:
         """Return all measurements, as (change of the input, change of the blocks' residual)."""
-        return [(float(one), float(other)) for one, other in self._found]
+        return [(float(change), float(error)) for change, error in self._found]
 
     def result(self) -> list[float]:
         """Return the fitted polynomial's coefficients, highest power first; nothing if points are too few.
@@ -317,4 +317,4 @@ class Changes:
         if power < 1:
             return []
         inputs, outputs = zip(*points, strict=True)
-        return [float(each) for each in numpy.polyfit(inputs, outputs, power)]
+        return [float(coefficient) for coefficient in numpy.polyfit(inputs, outputs, power)]

@@ -47,8 +47,8 @@ def _generate(job: dict[str, Any]) -> str:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    def to_json(value: Any, ensure_ascii: bool = False, **more: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **more)
+    def to_json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
 
     def fail(message: str) -> None:
         raise jinja2.TemplateError(message)

@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # Python's name -> what people call it; of equal scores the first counts
 NAMES = {
@@ -89,20 +90,38 @@ def guess_encoding(content: bytes) -> EncodingGuess | None:
         return None
     damaged = content.decode("utf-8", "replace")
     wrong = damaged.count("\ufffd")
-    if (
-        sum(char > "\x7f" for char in damaged) - wrong > 3 * wrong
-    ):  # single bytes of another encoding are rare
+    if _count_beyond_ascii(damaged) - wrong > 3 * wrong:  # single bytes of another encoding are rare
         return EncodingGuess("utf-8", damaged, is_sure=False)
-    decoded = [(name, _decode(content, name)) for name in NAMES if not name.startswith("utf")]
-    found = [(_score(text, name), name, text) for name, text in decoded if text is not None]
-    ranked = sorted(found, key=lambda each: -each[0])  # stable: NAMES has the order of equals
-    if not ranked or ranked[0][0] < 0:
+    ranked = _rank_encodings(content)
+    if not ranked or ranked[0].score < 0:
         return None
-    score, name, text = ranked[0]
-    ahead = score - next((other for other, _, others in ranked if others != text), -1.0)
-    count = sum(char > "\x7f" for char in text)
-    is_ahead = ahead >= _AHEAD or ahead * count >= _AHEAD_IN_ALL
-    return EncodingGuess(name, text, is_sure=score >= _SURE and is_ahead)
+    best = ranked[0]
+    next_score = next((scored.score for scored in ranked if scored.text != best.text), -1.0)
+    ahead = best.score - next_score
+    is_ahead = ahead >= _AHEAD or ahead * _count_beyond_ascii(best.text) >= _AHEAD_IN_ALL
+    return EncodingGuess(best.encoding, best.text, is_sure=best.score >= _SURE and is_ahead)
+
+
+class _Scored(NamedTuple):
+    """A text by one encoding, and how probable it is."""
+
+    score: float
+    encoding: str
+    text: str
+
+
+def _rank_encodings(content: bytes) -> list[_Scored]:
+    """Return the texts by all encodings that can decode the bytes, the most probable one first."""
+    scored = []
+    for encoding in NAMES:
+        text = None if encoding.startswith("utf") else _decode(content, encoding)
+        if text is not None:
+            scored.append(_Scored(_score(text, encoding), encoding, text))
+    return sorted(scored, key=lambda guess: -guess.score)  # stable: NAMES has the order of equals
+
+
+def _count_beyond_ascii(text: str) -> int:
+    return sum(char > "\x7f" for char in text)
 
 
 def _guess_wide(content: bytes, marked: str | None) -> EncodingGuess | None:
@@ -132,12 +151,12 @@ def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
     together = guess_encoding(b"\n".join(plain)) if len(plain) > 1 else None
     if together is None or together.encoding.startswith("utf"):
         return alone
-    found: list[EncodingGuess | None] = []
+    guesses: list[EncodingGuess | None] = []
     for content, guess in zip(contents, alone, strict=True):
         is_sure = guess is not None and (guess.is_sure or guess.encoding.startswith("utf"))
         text = None if is_sure else _decode(content, together.encoding)
-        found.append(guess if text is None else EncodingGuess(together.encoding, text, together.is_sure))
-    return found
+        guesses.append(guess if text is None else EncodingGuess(together.encoding, text, together.is_sure))
+    return guesses
 
 
 def _decode(content: bytes, encoding: str) -> str | None:
@@ -170,24 +189,26 @@ def _points(before: str, char: str, after: str, encoding: str) -> float:
     category = unicodedata.category(char)
     if category[0] != "L":  # symbols, control codes, private use
         return -3.0 if category in {"Cc", "Co", "Cn"} else -1.0
-    bonus = 0.5 if char.lower() in _FREQUENT.get(encoding, "") else 0.0
+    is_frequent = char.lower() in _FREQUENT.get(encoding, "")
+    bonus = 0.5 if is_frequent else 0.0
     if encoding in {"cp932", "euc_jp"} and "\u3040" <= char <= "\u30ff":
         return 1.5
     if char >= "\uff00":  # half-width and full-width forms: what single bytes look like in Shift-JIS
         return -0.5
     if char >= "\u2e80":
         return _sign_points(char, encoding) + 2 * bonus
-    neighbours = [other for other in (before, after) if other.isalpha()]
+    neighbours = [neighbour for neighbour in (before, after) if neighbour.isalpha()]
     script = _SCRIPTS.get(encoding, "LATIN")
-    if script not in unicodedata.name(char, "") or any(
-        script not in unicodedata.name(one, "") for one in neighbours
-    ):
-        return -1.0
+    for letter in (char, *neighbours):
+        if script not in unicodedata.name(letter, ""):
+            return -1.0
     if char.isupper() and before.isalpha():  # inside a word
         return -1.0 if before.islower() else 0.0
-    if encoding == "cp1252" and any(one > "\x7f" for one in neighbours):
+    if encoding == "cp1252" and any(letter > "\x7f" for letter in neighbours):
         return -0.5  # two accents side by side
-    return 0.3 + bonus + (0.2 if script != "LATIN" or bonus else 0.0)
+    if script != "LATIN" or is_frequent:
+        return 0.3 + bonus + 0.2
+    return 0.3 + bonus + 0.0
 
 
 def _sign_points(char: str, encoding: str) -> float:

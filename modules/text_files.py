@@ -41,18 +41,18 @@ def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
     file, or says that it is larger than `limit_bytes`.
     """
     try:
-        found = os.stat(path)  # noqa: PTH116  # half the time, for a million captions
+        status = os.stat(path)  # noqa: PTH116  # half the time, for a million captions
     except ValueError:  # a NUL character, by which the system ends names
         raise OSError(errno.EINVAL, "its name holds a character that no file name can have") from None
-    mode = found.st_mode
+    mode = status.st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
     if not stat.S_ISREG(mode):
         kind = next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")
         raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
-    if limit_bytes is not None and found.st_size > limit_bytes:
+    if limit_bytes is not None and status.st_size > limit_bytes:
         raise _too_large(path, limit_bytes)
-    return found.st_size
+    return status.st_size
 
 
 def _too_large(path: Path, limit_bytes: int) -> OSError:
@@ -91,9 +91,10 @@ def read_tensor_header(
     entries are not looked at.
     """
     start = read(min(size, first))
-    end = 8 + int.from_bytes(start[:8], "little")
+    length = int.from_bytes(start[:8], "little")
+    end = 8 + length
     if not 10 <= end <= min(MAX_HEADER_BYTES + 8, size):
-        raise ValueError(f"it claims {end - 8} bytes, the file has {size}")
+        raise ValueError(f"it claims {length} bytes, the file has {size}")
     if len(start) < 9:
         start += read(1)
     if start[8:9] != b"{":  # by the format; a hundred megabytes of something else are not read
@@ -101,10 +102,13 @@ def read_tensor_header(
     if end > len(start):
         start += read(end - len(start))
     entries = parse_json(str(start[8:end], "utf-8"), no_repeats)
-    metadata = entries.pop("__metadata__", None) or {} if isinstance(entries, dict) else None
+    if not isinstance(entries, dict):
+        raise ValueError("it is not a table of tensors")
+    metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise ValueError("it is not a table of tensors")
-    return {str(key): str(text) for key, text in metadata.items()}, entries, end
+    texts = {str(key): str(text) for key, text in metadata.items()}
+    return texts, entries, end
 
 
 def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:
@@ -207,9 +211,9 @@ def _explain_toml(text: str, error: str) -> str:
 
     error: of the parser; it names a line.
     """
-    found = re.search(r"at line (\d+)", error)
+    match = re.search(r"at line (\d+)", error)
     lines = text.splitlines()
-    line = lines[int(found[1]) - 1].strip() if found and int(found[1]) <= len(lines) else ""
+    line = lines[int(match[1]) - 1].strip() if match and int(match[1]) <= len(lines) else ""
     table = re.fullmatch(r"Cannot declare \('([^']*)',\) twice.*", error)
     if table:
         name = table[1]
@@ -231,10 +235,10 @@ def _explain_toml(text: str, error: str) -> str:
     return f"\n  {hint}" if hint else ""
 
 
-def _explain_json(rest: str, before: str) -> str:
+def _explain_json(following: str, before: str) -> str:
     """Return a hint for the usual mistakes in JSON, beginning with a full stop, or "".
 
-    rest: the part that the parser cannot read. before: the text before it.
+    following: the part that the parser cannot read. before: the text before it.
     """
     hints = (
         (r"None", "For nothing write null, or leave the key out"),
@@ -243,8 +247,8 @@ def _explain_json(rest: str, before: str) -> str:
         (r"\w+\s*:", "A key needs double quotes"),
         (r"\\", 'A Windows path needs forward or doubled slashes: "C:/data"'),
     )
-    hint = next((hint for pattern, hint in hints if re.match(pattern, rest)), "")
-    if rest[:1] in {"]", "}"} and before.rstrip().endswith(","):
+    hint = next((hint for pattern, hint in hints if re.match(pattern, following)), "")
+    if following[:1] in {"]", "}"} and before.rstrip().endswith(","):
         hint = "Remove the comma behind the last entry"
     return f". {hint}" if hint else ""
 

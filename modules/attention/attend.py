@@ -62,7 +62,10 @@ def unpack(packed: Tensor, lengths: Lengths, length: int) -> Tensor:
 
 def _fill_up(samples: Sequence[Tensor], length: int) -> Tensor:
     """Pad samples (n N D) to one B `length` N D. One concatenation, so that real tokens are copied once."""
-    pieces = [piece for one in samples for piece in (one, one.new_zeros(length - len(one), *one.shape[1:]))]
+    pieces = []
+    for sample in samples:
+        padding = sample.new_zeros(length - len(sample), *sample.shape[1:])
+        pieces += [sample, padding]
     return torch.cat(pieces).unflatten(0, (len(samples), length))
 
 
@@ -154,40 +157,39 @@ BACKENDS = {
     # copies of all tokens, which is slower than cuDNN's; one sample of thousands of tokens fills a GPU.
     "sdpa": Backend(sdpa),
     "flash": Backend(
-        flash,
-        flash_packed,
-        "flash_attn",
-        "FlashAttention 2",
-        "with: pip install flash-attn --no-build-isolation",
+        dense=flash,
+        packed=flash_packed,
+        module="flash_attn",
+        name="FlashAttention 2",
+        install="with: pip install flash-attn --no-build-isolation",
         capability=(8, 0),
         dtypes=HALVES,
     ),
     "flash3": Backend(
-        flash3,
-        flash3_packed,
-        "flash_attn_interface",
-        "FlashAttention 3",
-        "from source: the folder hopper of https://github.com/Dao-AILab/flash-attention",
+        dense=flash3,
+        packed=flash3_packed,
+        module="flash_attn_interface",
+        name="FlashAttention 3",
+        install="from source: the folder hopper of https://github.com/Dao-AILab/flash-attention",
         capability=(9, 0),
         only="Hopper GPUs (H100, H200, GH200)",
         dtypes=HALVES,
     ),
     "sage": Backend(
-        sage,
-        None,
-        "sageattention",
-        "SageAttention",
-        "from source: https://github.com/thu-ml/SageAttention",
+        dense=sage,
+        module="sageattention",
+        name="SageAttention",
+        install="from source: https://github.com/thu-ml/SageAttention",
         capability=(8, 0),
         dtypes=HALVES,
         learns=False,
     ),
     "xformers": Backend(
-        xformers,
-        xformers_packed,
-        "xformers",
-        "xFormers",
-        "with: pip install xformers, for this version of torch",
+        dense=xformers,
+        packed=xformers_packed,
+        module="xformers",
+        name="xFormers",
+        install="with: pip install xformers, for this version of torch",
     ),
 }
 
@@ -212,9 +214,10 @@ def attend(
     """
     if choice.in_float32:
         plain = replace(choice, in_float32=False)
+        query_wide, key_wide, value_wide = query.float(), key.float(), value.float()
         with torch.autocast(query.device.type, enabled=False):
-            wide = attend(query.float(), key.float(), value.float(), plain, lengths, repeats)
-        return wide.to(value.dtype)
+            output = attend(query_wide, key_wide, value_wide, plain, lengths=lengths, repeats=repeats)
+        return output.to(value.dtype)
     backend = BACKENDS[choice.mode]
     front = key.shape[1] - query.shape[1]
     if lengths is not None and front < 0:
@@ -225,21 +228,35 @@ def attend(
         raise ValueError("repeats are for sdpa, without lengths")
     # sdpa needs no cast: torch's own function follows autocast
     if backend.module and torch.is_autocast_enabled(query.device.type):
-        query, key, value = (
-            one.to(torch.get_autocast_dtype(query.device.type)) for one in (query, key, value)
-        )
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     dense = backend.dense if repeats is None else functools.partial(sdpa, repeats=repeats)
-    if lengths is None and not (choice.split and len(query) > 1):
-        return dense(query, key, value)
-    if lengths is not None and not choice.split and backend.packed is not None and not front:
-        packed = backend.packed(pack(query, lengths), pack(key, lengths), pack(value, lengths), lengths)
-        return unpack(packed, lengths, query.shape[1])
-    # one sample at a time, over its real tokens only
-    counts: Sequence[int | None] = [None] * len(query) if lengths is None else lengths.counts
-    seen = [None if count is None else front + count for count in counts]
-    samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), counts, seen, strict=True)
-    parts = [dense(q[None, :own], k[None, :all_], v[None, :all_])[0] for q, k, v, own, all_ in samples]
-    return torch.stack(parts) if lengths is None else _fill_up(parts, query.shape[1])
+    if lengths is None:
+        one_by_one = choice.split and len(query) > 1
+        return _attend_one_by_one(dense, query, key, value) if one_by_one else dense(query, key, value)
+    if choice.split or backend.packed is None or front:
+        return _attend_to_real_tokens(dense, query, key, value, lengths=lengths)
+    packed = backend.packed(pack(query, lengths), pack(key, lengths), pack(value, lengths), lengths)
+    return unpack(packed, lengths, query.shape[1])
+
+
+def _attend_one_by_one(dense: Dense, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Compute attention sample by sample. Returns B L N D."""
+    samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), strict=True)
+    return torch.stack([dense(q[None], k[None], v[None])[0] for q, k, v in samples])
+
+
+def _attend_to_real_tokens(
+    dense: Dense, query: Tensor, key: Tensor, value: Tensor, *, lengths: Lengths
+) -> Tensor:
+    """Compute attention sample by sample, over its real tokens only. Returns B L N D, padded with zeros."""
+    front = key.shape[1] - query.shape[1]
+    outputs = []
+    samples = zip(query.unbind(0), key.unbind(0), value.unbind(0), lengths.counts, strict=True)
+    for q, k, v, count in samples:
+        keys = front + count
+        outputs.append(dense(q[None, :count], k[None, :keys], v[None, :keys])[0])
+    return _fill_up(outputs, query.shape[1])
 
 
 def check_backend(
@@ -295,13 +312,14 @@ def refusal(
     if capability is None:
         return "runs on CUDA devices only, and this run does not use one."
     if package.capability is not None:
-        needed, found = (".".join(map(str, one)) for one in (package.capability, capability))
+        needed = ".".join(map(str, package.capability))
+        available = ".".join(map(str, capability))
         if package.only is not None and capability != package.capability:
-            return f"runs on {package.only}, of compute capability {needed}; this GPU has {found}."
+            return f"runs on {package.only}, of compute capability {needed}; this GPU has {available}."
         if capability < package.capability:
             return (
                 f"runs on GPUs of compute capability {needed} or more (Ampere and later); this one has "
-                f"{found}."
+                f"{available}."
             )
     if package.dtypes is not None and dtype() not in package.dtypes:
         mend = "--mixed_precision bf16" if training else "a checkpoint in 16 bit"
@@ -326,8 +344,8 @@ def try_out(choice: AttentionChoice, device: torch.device, dtype: torch.dtype, t
     with torch.set_grad_enabled(training):
         for counts in (None, (128, 72)):
             lengths = None if counts is None else lengths_on(counts, device)
-            result = attend(query, key, value, choice, lengths)
-            expected = attend(query, key, value, SDPA, lengths)
+            result = attend(query, key, value, choice, lengths=lengths)
+            expected = attend(query, key, value, SDPA, lengths=lengths)
             # wide tolerances: SageAttention rounds to 8 bits
             if not torch.allclose(result, expected, rtol=0.1, atol=0.05):
                 keys = key.shape[1] if counts is None else min(counts)

@@ -20,21 +20,27 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
     query: B L N D. key, value: B S N D. repeats: S float32, how many equal keys each key stands for.
     Returns B L N D.
     """
-    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))  # B N L D
-    is_cuda = is_on_cuda(query)
-    dtype = query.dtype
-    if is_cuda and torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-    # CUDA's kernel for a bias raises for one in another dtype than the queries' ("invalid dtype for bias")
-    bias = None if repeats is None else key_bias(repeats, query.shape[1], dtype if is_cuda else torch.float32)
-    if query.device.type == "cpu" and query.dtype.itemsize < 4 and q.shape[2] * k.shape[2] <= WRITTEN_OUT:
-        return _compute_plainly(q, k, v, bias).transpose(1, 2)
-    if not is_cuda:
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # B N L D
+    length = query.shape[1]
+    if not is_on_cuda(query):
+        bias = None if repeats is None else key_bias(repeats, length, torch.float32)
+        is_narrow = query.device.type == "cpu" and query.dtype.itemsize < 4
+        if is_narrow and length * key.shape[1] <= WRITTEN_OUT:
+            return _compute_plainly(q, k, v, bias).transpose(1, 2)
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
-    order = kernels(_capability(query.device), dtype, query.shape[-1], bias is not None, _cudnn())
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    # CUDA's kernel for a bias raises for one in another dtype than the queries' ("invalid dtype for bias")
+    bias = None if repeats is None else key_bias(repeats, length, dtype)
+    order = kernels(
+        _capability(query.device),
+        dtype,
+        width=query.shape[-1],
+        has_mask=bias is not None,
+        cudnn=_cudnn(),
+    )
     if order[0] == SDPBackend.CUDNN_ATTENTION and len(q) > 1 and _learns(q, k, v):
         return _attend_to_each(q, k, v, order)
-    return attend_in_order(q, k, v, bias, order).transpose(1, 2)
+    return attend_in_order(q, k, v, bias, order=order).transpose(1, 2)
 
 
 def is_on_cuda(tensor: Tensor) -> bool:
@@ -73,10 +79,10 @@ def kernels(
     unless the length is a multiple of 128, and other GPUs and wider heads have no plan for some sizes ("No
     execution plans support the graph", pytorch/pytorch#140930).
     """
-    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     is_good = capability in CUDNN_GPUS and cudnn is not None and cudnn >= FIRST_CUDNN
     takes = dtype in {torch.float16, torch.bfloat16} and width <= 128 and width % 8 == 0 and not has_mask
-    return [SDPBackend.CUDNN_ATTENTION, *others] if is_good and takes else others
+    return [SDPBackend.CUDNN_ATTENTION, *order] if is_good and takes else order
 
 
 def cudnn_note(capability: tuple[int, int], cudnn: int | None) -> str | None:
@@ -98,7 +104,8 @@ def attend_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
     """
     if q.device.type != "cuda":
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    return attend_in_order(q, k, v, bias, [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], scale)
+    order = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return attend_in_order(q, k, v, bias, order=order, scale=scale)
 
 
 def attend_in_order(

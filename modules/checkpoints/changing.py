@@ -112,19 +112,62 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
     plain = plain_sources(checkpoint) if change.dtype is not None else {}
     scales = scales_in(checkpoint.tensors)
     unscaled = {  # weights that are multiplied by their scales; whole numbers stay, with theirs
-        name
-        for name in names
-        if name in scales
-        and name in plain
-        and change.cast.takes(name)
-        and is_fp8(checkpoint.tensors[name].dtype)
+        name for name in names if name in scales and name in plain and _is_cast_fp8(checkpoint, change, name)
     }
-    # what these weights no longer need once their scales are applied
-    gone = {scales[weight] for weight in unscaled}
-    gone |= {weight.removesuffix(".weight") + ending for weight in unscaled for ending in _COMPANIONS}
-    if unscaled and not set(scales) & set(names) - unscaled:
-        gone |= {name for name in names if name.endswith(_MARKER)}
-    names = [name for name in names if name not in gone]
+    names = _without_scales(names, scales, unscaled)
+    _check_pairs(checkpoint, names, scales, unscaled)
+
+    tensors: dict[str, TensorInfo] = {}
+    old_names: dict[str, str] = {}
+    for name in names:
+        new = rename(name, change)
+        if new in tensors:
+            raise OptionError(f"{old_names[new]} and {name} would both be called {new}: leave one out")
+        old_names[new] = name
+        info = checkpoint.tensors[name]
+        is_cast = name in plain and info.dtype.is_floating_point and change.cast.takes(name)
+        if change.dtype is not None and is_cast:
+            info = replace(info, dtype=change.dtype)
+        tensors[new] = info
+
+    def read(new: str) -> Tensor:
+        name = old_names[new]
+        scale = checkpoint.read(scales[name]) if name in unscaled else None
+        tensor = checkpoint.read(name)
+        return _as_dtype(checkpoint, name, tensor=tensor, scale=scale, dtype=tensors[new].dtype)
+
+    metadata, notes = _metadata(checkpoint, change, unscaled, stale)
+    if unscaled:
+        weights = count_of(len(unscaled), "weight")
+        notes.append(f"in 8 bits: {weights}, multiplied by their scales, which are left out")
+    if checkpoint.left_out:
+        notes.append(f"only tensors are written, not {', '.join(checkpoint.left_out[:6])}")
+    dropped = [name for name in checkpoint.tensors if not change.kept.takes(name)]
+    if dropped:
+        notes.append(f"{len(dropped)} of {len(checkpoint.tensors)} tensors are left out, as asked for")
+    return NewFile(tensors, metadata, read, tuple(notes))
+
+
+def _is_cast_fp8(checkpoint: Checkpoint, change: CheckpointChange, name: str) -> bool:
+    return change.cast.takes(name) and is_fp8(checkpoint.tensors[name].dtype)
+
+
+def _without_scales(names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]) -> list[str]:
+    """Return the names without what the unscaled weights no longer need once their scales are applied."""
+    unneeded = {scales[weight] for weight in unscaled}
+    for weight in unscaled:
+        layer = weight.removesuffix(".weight")
+        unneeded |= {layer + ending for ending in _COMPANIONS}
+    still_scaled = set(scales) & set(names) - unscaled
+    if unscaled and not still_scaled:
+        unneeded |= {name for name in names if name.endswith(_MARKER)}
+    return [name for name in names if name not in unneeded]
+
+
+def _check_pairs(
+    checkpoint: Checkpoint, names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]
+) -> None:
+    """Raise OptionError if only one of a weight in 8 bits and its scale is among the names."""
     remaining = set(names)
     for weight, scale in scales.items():
         is_pair = (weight in remaining) == (scale in remaining)
@@ -132,33 +175,6 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
             raise OptionError(
                 f"{weight} is in 8 bits and means nothing without {scale}: keep both, or leave both out"
             )
-
-    made, old_names = dict[str, TensorInfo](), dict[str, str]()
-    for name in names:
-        info = checkpoint.tensors[name]
-        new = rename(name, change)
-        if new in made:
-            raise OptionError(f"{old_names[new]} and {name} would both be called {new}: leave one out")
-        is_cast = name in plain and info.dtype.is_floating_point and change.cast.takes(name)
-        made[new] = info if change.dtype is None or not is_cast else replace(info, dtype=change.dtype)
-        old_names[new] = name
-
-    def read(new: str) -> Tensor:
-        name = old_names[new]
-        scale = checkpoint.read(scales[name]) if name in unscaled else None
-        return _as_dtype(checkpoint, name, checkpoint.read(name), scale, made[new].dtype)
-
-    metadata, notes = _metadata(checkpoint, change, unscaled, stale)
-    if unscaled:
-        notes.append(
-            f"in 8 bits: {count_of(len(unscaled), 'weight')}, multiplied by their scales, which are left out"
-        )
-    if checkpoint.left_out:
-        notes.append(f"only tensors are written, not {', '.join(checkpoint.left_out[:6])}")
-    dropped = len([name for name in checkpoint.tensors if not change.kept.takes(name)])
-    if dropped:
-        notes.append(f"{dropped} of {len(checkpoint.tensors)} tensors are left out, as asked for")
-    return NewFile(made, metadata, read, tuple(notes))
 
 
 def rename(name: str, change: CheckpointChange) -> str:
@@ -186,12 +202,12 @@ def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
 
 
 def _as_dtype(
-    checkpoint: Checkpoint, name: str, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype
+    checkpoint: Checkpoint, name: str, *, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     if scale is None and tensor.dtype == dtype:
         return tensor
     try:
-        made = dequantise(tensor, scale, dtype)
+        converted = dequantise(tensor, scale, dtype)
     except RuntimeError as error:
         shape = None if scale is None else list(scale.shape)
         raise CheckpointError(
@@ -199,41 +215,54 @@ def _as_dtype(
             f"{list(tensor.shape)}. Download or copy the file again.",
             checkpoint.path,
         ) from error
-    if not is_finite(made) and is_finite(tensor):
+    if not is_finite(converted) and is_finite(tensor):
         raise CheckpointError(
             f"{checkpoint.path}: {name} has values that {dtype_name(dtype)} cannot hold. Use --dtype "
             f"{'fp32' if dtype == torch.bfloat16 else 'bf16'}, or --exclude_keys {name}.",
             checkpoint.path,
         )
-    return made
+    return converted
 
 
 def _metadata(
     checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], stale: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
+    """Return the metadata of the new file, and notes on what of the old one is left out."""
     old = checkpoint.metadata
-    kept = {key: text for key, text in old.items() if not key.startswith(tuple(stale))}
-    notes = [f"{key} is left out: it is that of the old tensors" for key in old if key not in kept]
-    if HEADER in kept:
-        new = {}  # ComfyUI's record of layers in 8 bits, for the new file
+    metadata = {key: text for key, text in old.items() if not key.startswith(tuple(stale))}
+    notes = [f"{key} is left out: it is that of the old tensors" for key in old if key not in metadata]
+    if HEADER in metadata:
         try:
-            record = json.loads(kept[HEADER])
-            for layer, how in record["layers"].items():
-                # the names of layers have no prefix of a whole model: find the tensor that is meant
-                pattern = re.compile(rf"(.*\.)?{re.escape(layer)}\.weight")
-                weights = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
-                if len(weights) == 1 and change.kept.takes(weights[0]) and weights[0] not in unscaled:
-                    had = weights[0].removesuffix(f"{layer}.weight")
-                    new[rename(weights[0], change).removesuffix(".weight").removeprefix(had)] = how
-            if new:
-                kept[HEADER] = json.dumps({**record, "layers": new})
+            record = json.loads(metadata[HEADER])
+            layers = _renamed_layers(checkpoint, change, unscaled, record["layers"])
+            if layers:
+                metadata[HEADER] = json.dumps({**record, "layers": layers})
             else:
-                del kept[HEADER]
+                del metadata[HEADER]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{checkpoint.path}: its record of quantisation cannot be read ({error!r}).", checkpoint.path
             ) from error
-    return {"format": "pt", **kept}, notes  # transformers loads no file without a format
+    return {"format": "pt", **metadata}, notes  # transformers loads no file without a format
+
+
+def _renamed_layers(
+    checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], layers: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return ComfyUI's record of layers in 8 bits, for those that stay so and by their new names."""
+    renamed = {}
+    for layer, how in layers.items():
+        # the names of layers have no prefix of a whole model: find the tensor that is meant
+        pattern = re.compile(rf"(.*\.)?{re.escape(layer)}\.weight")
+        weights = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
+        if len(weights) != 1:
+            continue
+        weight = weights[0]
+        if change.kept.takes(weight) and weight not in unscaled:
+            prefix = weight.removesuffix(f"{layer}.weight")
+            new_layer = rename(weight, change).removesuffix(".weight")
+            renamed[new_layer.removeprefix(prefix)] = how
+    return renamed
 
 
 def split(tensors: Mapping[str, TensorInfo], most_bytes: int) -> list[dict[str, TensorInfo]]:
@@ -255,13 +284,13 @@ def existing_shards(path: Path) -> list[Path]:
     Remove them in this order: an index must not lead to files that are gone.
     """
     digits = "[0-9]" * 5
-    found = [
+    shards = [
         file
         for file in path.parent.glob(f"*-{digits}-of-{digits}{path.suffix}")
         if file.name[: -len(f"-00000-of-00000{path.suffix}")] == path.stem
     ]
     index = path.with_name(path.name + INDEX)
-    return ([index] if index.exists() else []) + sorted(found)
+    return ([index] if index.exists() else []) + sorted(shards)
 
 
 def write_shards(
@@ -308,39 +337,20 @@ def gather(path: Path) -> Checkpoint:
     two files if it is the same in both. Raises CheckpointError as `open_checkpoint`, and if files contradict
     each other or lack tensors of the index.
     """
-    index = path if path.name.endswith(INDEX) else None
-    if not path.is_dir():
-        parts = checkpoint_paths(path)
-    else:
-        indexes = sorted(path.glob(f"*{INDEX}"))
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
-        if not indexes and found:
-            require_all_shards(found)
-            parts, index = found, None
-        else:
-            parts, index = checkpoint_paths(path), indexes[0]  # raises for none, and for several indexes
-            for file in sorted(set(found) - set(parts)):
-                logger.info("%s is not in %s and is left out", file.name, index.name)
+    parts, index = _parts_and_index(path)
     repeated: list[str] = []
 
     def are_equal(first: TensorFile, second: TensorFile, name: str) -> bool:
-        is_same = first.tensors[name] == second.tensors[name] and _digest(first, name) == _digest(
-            second, name
-        )
-        if is_same:
+        have_equal_facts = first.tensors[name] == second.tensors[name]
+        is_repeated = have_equal_facts and _digest(first, name) == _digest(second, name)
+        if is_repeated:
             repeated.append(name)
-        return is_same
+        return is_repeated
 
     checkpoint = open_checkpoint(path, parts, are_equal)
     try:
-        named = () if index is None else parse_json(read_text(index))["weight_map"]
-        missing = [name for name in named if name not in checkpoint.tensors]
-        if missing:
-            raise CheckpointError(
-                f"{index}: {len(missing)} tensors are in none of its files: {', '.join(missing[:LISTED])}. "
-                "Copy the files again.",
-                index,
-            )
+        if index is not None:
+            _check_index(checkpoint, index)
     except BaseException:
         checkpoint.close()
         raise
@@ -353,6 +363,34 @@ def gather(path: Path) -> Checkpoint:
             "%s: %d tensors are in two files, equal in both: %s ...", path, len(repeated), repeated[0]
         )
     return checkpoint
+
+
+def _parts_and_index(path: Path) -> tuple[list[Path], Path | None]:
+    """Return the files of a model, and their index if there is one; see `gather`."""
+    if not path.is_dir():
+        return checkpoint_paths(path), path if path.name.endswith(INDEX) else None
+    indexes = sorted(path.glob(f"*{INDEX}"))
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not indexes and files:
+        require_all_shards(files)
+        return files, None
+    parts = checkpoint_paths(path)  # raises for no index, and for several
+    index = indexes[0]
+    for file in sorted(set(files) - set(parts)):
+        logger.info("%s is not in %s and is left out", file.name, index.name)
+    return parts, index
+
+
+def _check_index(checkpoint: Checkpoint, index: Path) -> None:
+    """Raise CheckpointError if tensors of the index are in none of the files."""
+    names = parse_json(read_text(index))["weight_map"]
+    missing = [name for name in names if name not in checkpoint.tensors]
+    if missing:
+        raise CheckpointError(
+            f"{index}: {len(missing)} tensors are in none of its files: {', '.join(missing[:LISTED])}. "
+            "Copy the files again.",
+            index,
+        )
 
 
 def _digest(file: TensorFile, name: str) -> bytes:

@@ -22,7 +22,6 @@ from modules.contract.loading import TensorInfo
 from modules.control_codes import shorten
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
-from modules.installation import import_own
 from modules.limits import (
     MAX_ELEMENTS,
     MAX_PICKLE_BYTES,
@@ -45,9 +44,8 @@ ONNX = re.compile(rb"\x08[\x03-\x14]\x12")  # the number of its format, then who
 # keys under which trainers store the tensors
 WRAPPERS = (
     # averages first: they are what is published
-    *("params_ema", "params-ema", "params", "module", "model_state_dict", "ema"),
-    *("model", "state_dict"),
-)
+    "params_ema", "params-ema", "params", "module", "model_state_dict", "ema", "model", "state_dict",
+)  # fmt: skip
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -69,33 +67,6 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 }
 # of the format, but of no model that can be used here: 4 and 6 bits, complex numbers
 OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "C64")
-
-
-def open_file(path: Path) -> "TensorFile":
-    """Open one file by its content; the suffix decides only if the first bytes are damaged.
-
-    Raises CheckpointError that names the file's real kind, or its damage.
-    """
-    try:
-        require_regular_file(path)
-        with path.open("rb") as file:
-            start = file.read(16)
-        if not start:
-            raise CheckpointError(f"{path} is empty. Download or copy it again.", path)
-        if start[:4] == GGUF:
-            of_gguf: HeaderFile = import_own("modules.checkpoints.gguf_files").GgufFile(path)
-            return of_gguf
-        if start[8:9] == b"{":  # first: the length before it may begin like a pickle
-            return SafetensorsFile(path)
-        if start[:4] == ZIP or start[:1] == PICKLE:
-            return TorchFile(path)
-        if is_pointer_or_page(start):
-            raise CheckpointError(f"{path} {describe_kind(start)}", path)
-        if path.suffix in {".safetensors", ".sft"}:
-            return SafetensorsFile(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
-    raise CheckpointError(f"{path} {describe_kind(start)}", path)
 
 
 def is_pointer_or_page(start: bytes) -> bool:
@@ -167,7 +138,7 @@ class HeaderFile:
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         """Return a tensor to be copied from at once; its bytes may lie in `scratch` (uint8)."""
         info, place = self.tensors[name], self._places[name]
-        return info.read(self._file, place, scratch, self.path, name)
+        return info.read(self._file, place, scratch=scratch, path=self.path, name=name)
 
 
 class SafetensorsFile(HeaderFile):
@@ -188,20 +159,11 @@ class SafetensorsFile(HeaderFile):
         for name, entry in header.items():
             if len(name) > MAX_TENSOR_NAME:
                 raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
-            shape, (begin, end), kind = entry["shape"], entry["data_offsets"], entry["dtype"]
-            if kind in OTHER_DTYPES:
-                raise CheckpointError(
-                    f"{self.path} is quantised: {name} is of type {kind}, which is not supported. "
-                    "Give the bf16, fp16 or fp8 file of the model.",
-                    self.path,
-                )
-            if kind not in SAFETENSORS_DTYPES:
-                raise ValueError(f"{name} has the unknown type {kind}")
-            if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-                raise ValueError(f"{name} has the shape {shape} at bytes {begin} to {end}")
-            if math.prod(max(number, 1) for number in shape) > MAX_ELEMENTS:
-                raise ValueError(f"{name} has the impossible shape {shape}")
-            info = self.tensors[name] = TensorInfo(SAFETENSORS_DTYPES[kind], tuple(shape))
+            shape = entry["shape"]
+            begin, end = entry["data_offsets"]
+            dtype = self._known_dtype(name, entry["dtype"])
+            info = TensorInfo(dtype, _checked_shape(name, shape, begin, end))
+            self.tensors[name] = info
             if end - begin != info.size_bytes:
                 raise ValueError(f"{name} has {end - begin} bytes for shape {list(shape)}")
             places.append((begin, end, name))
@@ -213,6 +175,26 @@ class SafetensorsFile(HeaderFile):
             last = end
         if start + last != size:
             raise ValueError(f"the file has {size} bytes, it describes {start + last}")
+
+    def _known_dtype(self, name: str, kind: str) -> torch.dtype:
+        if kind in OTHER_DTYPES:
+            raise CheckpointError(
+                f"{self.path} is quantised: {name} is of type {kind}, which is not supported. "
+                "Give the bf16, fp16 or fp8 file of the model.",
+                self.path,
+            )
+        if kind not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{name} has the unknown type {kind}")
+        return SAFETENSORS_DTYPES[kind]
+
+
+def _checked_shape(name: str, shape: Sequence[Any], begin: Any, end: Any) -> tuple[int, ...]:
+    """Return a tensor's shape. Raises ValueError if it or the place of its bytes cannot be that of one."""
+    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise ValueError(f"{name} has the shape {shape} at bytes {begin} to {end}")
+    if math.prod(max(number, 1) for number in shape) > MAX_ELEMENTS:
+        raise ValueError(f"{name} has the impossible shape {shape}")
+    return tuple(shape)
 
 
 class TorchFile:
@@ -230,7 +212,7 @@ class TorchFile:
         self.tensors = {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()
         }
-        size, known = path.stat().st_size, set(SAFETENSORS_DTYPES.values())
+        size = path.stat().st_size
         try:
             "".join(self.tensors).encode("utf-8")
         except UnicodeEncodeError as error:  # it could not be shown, nor written again
@@ -239,7 +221,7 @@ class TorchFile:
             if len(name) > MAX_TENSOR_NAME:
                 what = f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}"
                 raise _pickle_damage_error(path, what)
-            if info.dtype not in known:
+            if info.dtype not in SAFETENSORS_DTYPES.values():
                 raise CheckpointError(f"{path}: {name} is of type {dtype_name(info.dtype)}. {_PLAIN}", path)
             # a few bytes repeated over a shape that no memory holds, or a tensor without data
             if info.size_bytes > size:
@@ -340,26 +322,30 @@ _PLAIN = "Only plain weights can be read: save them as dense tensors, best in a 
 def _check_plain(content: Any, path: Path) -> None:
     """Raise CheckpointError if a tensor in these containers is sparse, nested, quantised or without data."""
     waiting: list[tuple[str, Any]] = [("", content)]
-    seen: set[int] = set()  # a harmful file may put a container in itself
+    visited: set[int] = set()  # a harmful file may put a container in itself
     while waiting:
         name, value = waiting.pop()
-        if isinstance(value, (dict, list, tuple, set, frozenset)) and id(value) not in seen:
-            seen.add(id(value))
+        if isinstance(value, (dict, list, tuple, set, frozenset)) and id(value) not in visited:
+            visited.add(id(value))
             inner = value.items() if isinstance(value, dict) else enumerate(value)
             waiting += [(f"{name}.{key}".lstrip("."), item) for key, item in inner]
-        if not isinstance(value, Tensor):
-            continue
-        kind = None
-        if value.is_nested:
-            kind = "a nested tensor"
-        elif value.layout is not torch.strided:
-            kind = f"a sparse tensor ({str(value.layout).removeprefix('torch.')})"
-        elif value.is_quantized:
-            kind = f"a quantised tensor ({dtype_name(value.dtype)})"
-        elif value.device.type != "cpu":
-            kind = f"a tensor without data ({value.device.type})"
-        if kind is not None:
-            raise CheckpointError(f"{path}: {name or 'its tensor'} is {kind}. {_PLAIN}", path)
+        if isinstance(value, Tensor):
+            kind = _special_kind(value)
+            if kind is not None:
+                raise CheckpointError(f"{path}: {name or 'its tensor'} is {kind}. {_PLAIN}", path)
+
+
+def _special_kind(tensor: Tensor) -> str | None:
+    """Return what a tensor is that is not dense and plain; None for a plain one."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"a sparse tensor ({str(tensor.layout).removeprefix('torch.')})"
+    if tensor.is_quantized:
+        return f"a quantised tensor ({dtype_name(tensor.dtype)})"
+    if tensor.device.type != "cpu":
+        return f"a tensor without data ({tensor.device.type})"
+    return None
 
 
 def _pickle_damage_error(path: Path, reason: str) -> CheckpointError:
@@ -367,17 +353,18 @@ def _pickle_damage_error(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"{path} is damaged or incomplete: {reason}. Download or copy it again.", path)
 
 
-def _named_tensors(content: Any, seen: set[int]) -> tuple[dict[str, Tensor], list[str]]:
+def _named_tensors(content: Any, visited: set[int]) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors in the first wrapper with some, else those of `content` itself; and other names.
 
-    A step count beside a wrapper may be a tensor too. seen: a harmful file may wrap a dictionary in itself.
+    A step count next to a wrapper may be a tensor too. visited: for a harmful file that wraps a dictionary in
+    itself.
     """
-    if not isinstance(content, dict) or id(content) in seen or len(seen) == MAX_WRAPPERS:
+    if not isinstance(content, dict) or id(content) in visited or len(visited) == MAX_WRAPPERS:
         return {}, []
-    seen.add(id(content))
+    visited.add(id(content))
     wrappers = [*WRAPPERS, *content] if len(content) == 1 else WRAPPERS
     for key in wrappers:
-        inner, left_out = _named_tensors(content.get(key), seen)
+        inner, left_out = _named_tensors(content.get(key), visited)
         if inner:
             return inner, [str(name) for name in content if name != key] + left_out
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}

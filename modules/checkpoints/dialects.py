@@ -69,14 +69,17 @@ def load_planned(
     with on_meta_device():
         network = build(plan.config)
     dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
-    linear, stored = linear_weights(network), None
-    kept = find_stored_weights(linear, plan.sources, plan.checkpoint.tensors, form is not None)
+    stored = None
+    linear = linear_weights(network)
+    staying = find_stored_weights(
+        linear, plan.sources, plan.checkpoint.tensors, form_is_given=form is not None
+    )
     if form is not None:  # embeddings and norms are not rounded; what the file has so stays as it is
-        _refuse_other_forms(plan, kept, form)
-        asked = form_of(prepare(text_quantisation(form), device))
-        stored = StoredLoading(asked, linear - kept, kept)
-    elif kept:
-        stored = StoredLoading(None, kept=kept)
+        _refuse_other_forms(plan, staying, form)
+        stored_form = form_of(prepare(text_quantisation(form), device))
+        stored = StoredLoading(stored_form, linear - staying, staying)
+    elif staying:
+        stored = StoredLoading(None, kept=staying)
     load_module(
         network,
         plan.checkpoint,
@@ -110,10 +113,10 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
     return sum(tensor.nbytes for tensor in stored.tensors if tensor is not None)
 
 
-def _refuse_other_forms(plan: LoadPlan[Any], kept: Iterable[str], form: str) -> None:
+def _refuse_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) -> None:
     """Raise CheckpointError for weights that the file has in another form than the one asked for."""
     tensors = plan.checkpoint.tensors
-    for name in sorted(kept):
+    for name in sorted(names):
         stored = stored_as(plan.sources[name], tensors)
         if stored is not None and stored.form.name != form:
             path = plan.checkpoint.path
@@ -130,9 +133,9 @@ def translate_name(name: str, table: Names) -> str:
     if not _any_of(tuple(pattern for pattern, _ in table)).fullmatch(name):
         return name
     for pattern, ours in table:
-        found = re.fullmatch(pattern, name)
-        if found:
-            return found.expand(ours)
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(ours)
     return name
 
 
@@ -154,7 +157,7 @@ def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
     path: of the file, for the CheckpointError raised if there are more than any model has.
     """
     pattern = re.compile(rf"({start})\.")
-    starts = {found[1] for found in map(pattern.match, names) if found}
+    starts = {match[1] for match in map(pattern.match, names) if match}
     number = len(starts)
     if number > MAX_BLOCKS:
         # without the path: to ask every family whose file it is would read all its names a dozen times
@@ -180,13 +183,13 @@ def shapes_of(
                 f"{checkpoint.path} is incomplete: {name} is missing. Download or copy it again.",
                 checkpoint.path,
             )
-        found = checkpoint.tensors[sources[name].names[0]].shape
+        stored_shape = checkpoint.tensors[sources[name].names[0]].shape
         if wrong is None:
-            return found
-        found = add_leading_sides(found, axes)
-        if len(found) != axes or 0 in found:
+            return stored_shape
+        stored_shape = add_leading_sides(stored_shape, axes)
+        if len(stored_shape) != axes or 0 in stored_shape:
             raise wrong
-        return found
+        return stored_shape
 
     return shape
 
@@ -209,15 +212,15 @@ class DitShapes:
                 f"{self.path} is an incomplete {self.model} transformer: {name} is missing. Copy it again.",
                 self.path,
             )
-        found = add_leading_sides(self.shapes[name], axes)
-        if len(found) != axes or 0 in found:
+        shape = add_leading_sides(self.shapes[name], axes)
+        if len(shape) != axes or 0 in shape:
             sizes = " x ".join(map(str, self.shapes[name])) or "a single number"
             raise CheckpointError(
                 f"{self.path} does not fit {self.model}: {name} is {sizes}, {axes} axes are needed. Give a "
                 "file of that model in the shapes of its release.",
                 self.path,
             )
-        return found
+        return shape
 
     def patches(self, name: str) -> tuple[int, int, tuple[int, int, int]]:
         """Return the width of the model, the channels of latents and the size of a patch.
@@ -268,46 +271,51 @@ def join_parts(
     def swap_halves(tensor: Tensor) -> Tensor:
         return torch.cat(tensor.chunk(2)[::-1])
 
-    sources = {name: _join([found[part] for part in sorted(found)]) for name, found in parts.items()}
+    sources = {name: _join([by_row[row] for row in sorted(by_row)]) for name, by_row in parts.items()}
     return sources | {name: sources[name].then(swap_halves) for name in swapped if name in sources}
 
 
 def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[str, tuple[int, ...]]:
     """Return the shapes of our tensors from those of a file's, as `join_parts` makes them."""
-    found: dict[str, tuple[int, ...]] = {}
+    joined: dict[str, tuple[int, ...]] = {}
     for theirs, shape in shapes.items():
         name = translate_name(theirs, table).partition("#")[0]
-        above = found.get(name)
-        found[name] = (above[0] + shape[0], *shape[1:]) if above and shape else shape
-    return found
+        above = joined.get(name)
+        joined[name] = (above[0] + shape[0], *shape[1:]) if above and shape else shape
+    return joined
 
 
 def _join(parts: list[TensorSource]) -> TensorSource:
     if len(parts) == 1:
         return parts[0]
 
-    def build(*tensors: Tensor) -> Tensor:
-        rows, rest = [], list(tensors)
+    def by_part(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Return the tensors of each part."""
+        groups = []
+        start = 0
         for part in parts:
-            rows.append(part.make(rest[: len(part.names)]))
-            rest = rest[len(part.names) :]
+            end = start + len(part.names)
+            groups.append(tensors[start:end])
+            start = end
+        return groups
+
+    def build(*tensors: Tensor) -> Tensor:
+        rows = [part.make(group) for part, group in zip(parts, by_part(tensors), strict=True)]
         dtype = torch.float32 if any(row.dtype.itemsize == 1 for row in rows) else rows[0].dtype
         return torch.cat([row.to(dtype) for row in rows])
 
     def as_stored(*tensors: Tensor) -> Stored | None:
-        found: list[Stored] = []
-        rest = list(tensors)
-        for part in parts:
-            stored = part.make_stored(rest[: len(part.names)])
-            rest = rest[len(part.names) :]
-            if stored is None or (found and stored.form != found[0].form):
+        rows: list[Stored] = []
+        for part, group in zip(parts, by_part(tensors), strict=True):
+            stored = part.make_stored(group)
+            if stored is None or (rows and stored.form != rows[0].form):
                 return None
-            found.append(stored)
-        return found[0].form.join(found)
+            rows.append(stored)
+        return rows[0].form.join(rows)
 
     names = tuple(name for part in parts for name in part.names)
-    kept = all(part.as_stored is not None for part in parts)
-    return TensorSource(names, build, as_stored if kept else None)
+    can_stay = all(part.as_stored is not None for part in parts)
+    return TensorSource(names, build, as_stored if can_stay else None)
 
 
 def cut_parts(stored: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, TensorSource]:
@@ -325,18 +333,21 @@ def cut_parts(stored: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, Tenso
 
 def parted_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str, tuple[int, ...]]:
     """Return the shapes of our tensors from those of a file's, as `cut_parts` makes them."""
-    found: dict[str, tuple[int, ...]] = {}
+    shapes_of_parts: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         parts = _parts_in(name, cuts) if shape else ()
-        found |= dict.fromkeys(parts, (shape[0] // len(parts), *shape[1:])) if parts else {name: shape}
-    return found
+        if parts:
+            shapes_of_parts |= dict.fromkeys(parts, (shape[0] // len(parts), *shape[1:]))
+        else:
+            shapes_of_parts[name] = shape
+    return shapes_of_parts
 
 
 def _parts_in(name: str, cuts: Cuts) -> tuple[str, ...]:
     for pattern, parts in cuts:
-        found = re.fullmatch(pattern, name)
-        if found:
-            return tuple(map(found.expand, parts))
+        match = re.fullmatch(pattern, name)
+        if match:
+            return tuple(map(match.expand, parts))
     return ()
 
 
@@ -344,8 +355,8 @@ def _cut(source: TensorSource, index: int, count: int) -> TensorSource:
     """Return the source of one of `count` equal parts of the rows of a tensor."""
 
     def build(*tensors: Tensor) -> Tensor:
-        whole = source.make(tensors)
-        return (whole if len(whole) % count else whole.chunk(count)[index]).contiguous()
+        all_rows = source.make(tensors)
+        return (all_rows if len(all_rows) % count else all_rows.chunk(count)[index]).contiguous()
 
     def as_stored(*tensors: Tensor) -> Stored | None:
         stored = source.make_stored(tensors)

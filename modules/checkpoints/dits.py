@@ -44,7 +44,9 @@ OTHER_NETWORKS = (
     "text_encoders.",
     "cond_stage_model.",
     "conditioner.",
-    *("audio_vae.", "vocoder.", "text_embedding_projection."),
+    "audio_vae.",
+    "vocoder.",
+    "text_embedding_projection.",
     "scaled_fp8",
 )
 # Rounding errors of the last blocks go straight into the velocity, while later blocks even out those of
@@ -139,7 +141,8 @@ class DitFormat(Generic[Config, Dit]):
             if beside is not None:
                 checkpoint = checkpoint.join(bare_names(opened.enter_context(open_checkpoint(beside))))
             header = self.read_header(checkpoint)
-            what, target = self.describe(header), choose_dtype(header.block_dtype, placement)
+            what = self.describe(header)
+            target = choose_dtype(header.block_dtype, placement)
             with on_meta_device():
                 dit = self.network(header.config, placement.attention, *settings)
             spec = dit.spec
@@ -149,26 +152,27 @@ class DitFormat(Generic[Config, Dit]):
             logger.info("Loading %s: %s, %s, as %s", path, what, size, dtype_name(target))
             sources = self.sources(checkpoint, header)
 
-            def kept(name: str, stored: torch.dtype) -> torch.dtype:
+            def dtype_of(name: str, stored: torch.dtype) -> torch.dtype:
                 if name.startswith(spec.keep_float32):
                     return torch.float32
                 if not placement.keep_file_dtypes:
                     return target
                 # a layer has one dtype
                 weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name
-                own = checkpoint.tensors[sources[weight].names[0]].dtype if weight in sources else stored
-                return own if own.itemsize > 1 else target
+                if weight in sources:
+                    stored = checkpoint.tensors[sources[weight].names[0]].dtype
+                return stored if stored.itemsize > 1 else target
 
             load_module(
                 dit,
                 checkpoint,
                 sources,
                 device=placement.device,
-                dtype=kept,
+                dtype=dtype_of,
                 patch=placement.patch,
                 ignore=self.ignore,
                 what=what,
-                stored=_stored_layers(dit, checkpoint, sources, placement, spec),
+                stored=_stored_layers(dit, checkpoint, sources, placement=placement, spec=spec),
                 host=placement.host,
                 check=placement.check,
                 filled=None if placement.blocks is None else placement.blocks.watch(dit),
@@ -188,8 +192,9 @@ def bare_names(checkpoint: Checkpoint) -> Checkpoint:
 
 def choose_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
     """Return the dtype of weights: `compute_dtype`, else `storage_dtype`, else that of the file's blocks."""
-    own = block_dtype if block_dtype.itemsize > 1 else placement.fp8_compute_dtype or FP8_COMPUTE
-    return placement.compute_dtype or placement.storage_dtype or own
+    if block_dtype.itemsize == 1:
+        block_dtype = placement.fp8_compute_dtype or FP8_COMPUTE
+    return placement.compute_dtype or placement.storage_dtype or block_dtype
 
 
 def with_dtype(placement: Placement, dit_dtype: torch.dtype | None) -> Placement:
@@ -202,6 +207,7 @@ def _stored_layers(
     dit: nn.Module,
     checkpoint: Checkpoint,
     sources: Mapping[str, TensorSource],
+    *,
     placement: Placement,
     spec: DitSpec,
 ) -> StoredLoading | None:
@@ -211,45 +217,54 @@ def _stored_layers(
     """
     quantisation = placement.quantisation
     if quantisation is None:
-        kept = find_stored_weights(linear_weights(dit), sources, checkpoint.tensors, asked=False)
-        if not kept:
+        staying = find_stored_weights(linear_weights(dit), sources, checkpoint.tensors, form_is_given=False)
+        if not staying:
             return None
-        return StoredLoading(None, kept=_without_patched(kept, dit, checkpoint.path, placement))
-    lists = {name: len(found) for name, found in spec.blocks(dit).items()}
-    named = [f"{name}.{index}." for name, count in lists.items() for index in range(count)]
-    blocks = [named[place] for place in spec.order([*lists.values()])]
-    wide: tuple[str, ...] = ()
-    if quantisation.fp8_matmul and len(blocks) >= 4 * LAST_IN_16_BITS:
-        wide = tuple(blocks[-LAST_IN_16_BITS:])
+        return StoredLoading(None, kept=_without_patched(staying, dit, checkpoint.path, placement))
+    wide = _wide_blocks(dit, spec) if quantisation.fp8_matmul else ()
 
-    def others(names: frozenset[str]) -> frozenset[str]:
+    def narrow(names: frozenset[str]) -> frozenset[str]:
         return frozenset(name for name in names if not name.startswith(wide))
 
-    linear, form = others(linear_weights(dit, spec.block_lists)), form_of(quantisation)
-    kept = find_stored_weights(linear, sources, checkpoint.tensors, asked=True)
-    if not kept:
+    form = form_of(quantisation)
+    linear = narrow(linear_weights(dit, spec.block_lists))
+    staying = find_stored_weights(linear, sources, checkpoint.tensors, form_is_given=True)
+    if not staying:
         exclude = spec.form_exclude.get(quantisation.form, spec.fp8_exclude)
-        return StoredLoading(form, others(linear_weights(dit, spec.block_lists, exclude)))
-    if has_asked_form(quantisation, kept, sources, checkpoint):
-        logger.info(
-            "%s: %s is in %s already, and stays as it is",
-            *(quantisation.asked_by, checkpoint.path, quantisation.form),
+        return StoredLoading(form, narrow(linear_weights(dit, spec.block_lists, exclude)))
+    if has_asked_form(quantisation, staying, sources, checkpoint):
+        text = "%s: %s is in %s already, and stays as it is"
+        logger.info(text, quantisation.asked_by, checkpoint.path, quantisation.form)
+        form = None
+    elif quantisation.kind != "cast":
+        infos = [checkpoint.tensors[sources[name].names[0]] for name in staying]
+        is_packed = any(info.packing is not None for info in infos)
+        raise _already_quantised(checkpoint.path, quantisation.asked_by, is_packed)
+    return StoredLoading(form, kept=_without_patched(staying, dit, checkpoint.path, placement))
+
+
+def _wide_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
+    """Return the beginnings of the names of the last blocks, in the order that they run; () of few blocks."""
+    counts = {name: len(blocks) for name, blocks in spec.blocks(dit).items()}
+    names = [f"{name}.{index}." for name, count in counts.items() for index in range(count)]
+    blocks = [names[place] for place in spec.order([*counts.values()])]
+    return tuple(blocks[-LAST_IN_16_BITS:]) if len(blocks) >= 4 * LAST_IN_16_BITS else ()
+
+
+def _already_quantised(path: Path, flag: str, is_packed: bool) -> CheckpointError:
+    """Return the error for a file that would be rounded a second time. flag: the option that asks for it."""
+    state = "quantised"
+    instead = "layers stay as the file has them."
+    if not is_packed:
+        state = "in fp8"
+        instead = (
+            "--fp8_base (training) and --fp8 (generation) keep the file as it is. Or give the bf16 file."
         )
-        return StoredLoading(None, kept=_without_patched(kept, dit, checkpoint.path, placement))
-    is_packed = any(checkpoint.tensors[sources[name].names[0]].packing is not None for name in kept)
-    if quantisation.kind != "cast":
-        asked, state, instead = quantisation.asked_by, "quantised", "layers stay as the file has them."
-        if not is_packed:
-            state = "in fp8"
-            instead = (
-                "--fp8_base (training) and --fp8 (generation) keep the file as it is. Or give the bf16 file."
-            )
-        raise CheckpointError(
-            f"{asked}: {checkpoint.path} is already {state}; rounding it again would only lose more.\n"
-            f"  Leave {asked} out: {instead}",
-            checkpoint.path,
-        )
-    return StoredLoading(form, kept=_without_patched(kept, dit, checkpoint.path, placement))
+    return CheckpointError(
+        f"{flag}: {path} is already {state}; rounding it again would only lose more.\n"
+        f"  Leave {flag} out: {instead}",
+        path,
+    )
 
 
 # forms in which a file's layers are those that rounding them here would make; of fp8 there are several
@@ -258,14 +273,14 @@ _SAME_FORMS = ("int8", "nf4")
 
 def has_asked_form(
     quantisation: Quantisation,
-    kept: frozenset[str],
+    names: frozenset[str],
     sources: Mapping[str, TensorSource],
     checkpoint: Checkpoint,
 ) -> bool:
-    """Return whether all stored weights of a file have the form that options ask for. kept: their names."""
+    """Return whether these stored weights of a file all have the form that options ask for."""
     if quantisation.form not in _SAME_FORMS or quantisation.int8_backward:
         return False
-    stored = [stored_as(sources[name], checkpoint.tensors) for name in kept]
+    stored = [stored_as(sources[name], checkpoint.tensors) for name in names]
     return all(weight is not None and weight.form.name == quantisation.form for weight in stored)
 
 
@@ -275,9 +290,12 @@ def _without_patched(
     """Return the stored weights without those that the patch has to change in 16 bits."""
     if placement.patch is None:
         return names
-    wanted, beside = dit.state_dict(), placement.beside
-    kept = frozenset(name for name in names if beside is not None and beside(name, tuple(wanted[name].shape)))
-    if kept != names:
+    weights = dit.state_dict()
+    leave = placement.beside
+    staying = frozenset(
+        name for name in names if leave is not None and leave(name, tuple(weights[name].shape))
+    )
+    if staying != names:
         text = "%s: %d of %d stored layers are kept in 16 bits, as LoRAs are merged into them"
-        logger.info(text, path, len(names - kept), len(names))
-    return kept
+        logger.info(text, path, len(names - staying), len(names))
+    return staying

@@ -39,8 +39,8 @@ def network_in(
     prefix = next((prefix for prefix in prefixes if prefix + layer in checkpoint.tensors), None)
     if prefix is None:
         return None
-    known = (*beside, *ALL_IN_ONE)
-    strange = [name for name in checkpoint.tensors if not name.startswith((prefix, *known))]
+    other_prefixes = (*beside, *ALL_IN_ONE)
+    strange = [name for name in checkpoint.tensors if not name.startswith((prefix, *other_prefixes))]
     if strange:
         refuse_quantised(checkpoint)
         raise CheckpointError(
@@ -49,7 +49,7 @@ def network_in(
             "of that encoder alone.",
             checkpoint.path,
         )
-    return checkpoint.without_prefix(prefix, others=known)
+    return checkpoint.without_prefix(prefix, others=other_prefixes)
 
 
 def head_width(path: Path, rows: int, told: Mapping[str, Any], usual: int) -> int:
@@ -98,12 +98,13 @@ def told_beside(
     missing keys. written: the config.json that the model's file holds. Raises CheckpointError if config.json
     cannot be read.
     """
-    file, whole = config_beside(path) if written is None else (path, {})
-    if whole is None:
+    file, content = config_beside(path) if written is None else (path, {})
+    if content is None:
         return {}
     try:
-        whole = whole if written is None else parse_json(written)
-        config = whole.get(part, whole)
+        if written is not None:
+            content = parse_json(written)
+        config = content.get(part, content)
         named = config.get("model_type")
         settings: dict[str, Any] = {**(defaults if named is not None else {}), **config}
     except (ValueError, TypeError, AttributeError) as error:

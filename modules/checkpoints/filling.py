@@ -70,20 +70,20 @@ def find_stored_weights(
     names: Collection[str],
     sources: Mapping[str, TensorSource],
     tensors: Mapping[str, TensorInfo],
-    asked: bool,
+    form_is_given: bool,
 ) -> frozenset[str]:
     """Return the names of the weights that stay in the form they have in the file.
 
-    asked: whether an option asks for a form; if not, only forms with `stays` count.
+    form_is_given: whether an option gives a form; if not, only forms with `stays` count.
     """
-    kept = set()
+    staying = set()
     for name in names:
         source = sources.get(name)
         if source is not None and source.as_stored is not None:
             stored = stored_as(source, tensors)
-            if stored is not None and (asked or stored.form.stays):
-                kept.add(name)
-    return frozenset(kept)
+            if stored is not None and (form_is_given or stored.form.stays):
+                staying.add(name)
+    return frozenset(staying)
 
 
 def stored_as(source: TensorSource, tensors: Mapping[str, TensorInfo]) -> Stored | None:
@@ -145,16 +145,35 @@ def load_module(
     """
     if stored is not None and stored.form is not None:
         stored.form.check_device(device)
-    wanted = module.state_dict()
-    _check_fit(wanted, checkpoint, sources, ignore, what)
-    dtypes = {name: dtype(name, checkpoint.tensors[sources[name].names[0]].dtype) for name in wanted}
-    filling = _Filling(module, checkpoint, sources, dtypes, device, patch, stored, host)
-    sizes = {
-        name: sum(checkpoint.tensors[part].size_bytes for part in sources[name].names) for name in wanted
-    }
-    total, shown = sum(sizes.values()), check is None and device.type != "meta"
-    untrimmed, trim_after = 0, max(_TRIM_AFTER, total // _TRIM_PARTS)
-    for name in track(wanted, f"Loading {checkpoint.path.name}", total, sizes.__getitem__, BYTES, shown):
+    targets = module.state_dict()
+    _check_fit(targets, checkpoint, sources, ignore=ignore, what=what)
+    dtypes, sizes = {}, {}
+    for name in targets:
+        infos = [checkpoint.tensors[part] for part in sources[name].names]
+        dtypes[name] = dtype(name, infos[0].dtype)
+        sizes[name] = sum(info.size_bytes for info in infos)
+    filling = _Filling(
+        module,
+        checkpoint,
+        sources,
+        dtypes=dtypes,
+        device=device,
+        patch=patch,
+        stored=stored,
+        host=host,
+    )
+    total = sum(sizes.values())
+    names = track(
+        targets,
+        f"Loading {checkpoint.path.name}",
+        total=total,
+        size=sizes.__getitem__,
+        unit=BYTES,
+        shown=check is None and device.type != "meta",
+    )
+    untrimmed = 0
+    trim_after = max(_TRIM_AFTER, total // _TRIM_PARTS)
+    for name in names:
         if check is not None:
             check()
         filling.fill(name)
@@ -164,39 +183,43 @@ def load_module(
         if device.type == "cpu" and untrimmed > trim_after:
             release_heap()
             untrimmed = 0
-    if filling.found and not all(torch.stack([*filling.found.values()]).tolist()):
-        raise not_finite(checkpoint.path, [name for name, good in filling.found.items() if not good])
+    if filling.are_finite and not all(torch.stack([*filling.are_finite.values()]).tolist()):
+        raise not_finite(checkpoint.path, [name for name, good in filling.are_finite.items() if not good])
     del filling.scratch
     release_heap()
     if device.type == "cuda":
         release_pinned_memory()
     if stored is not None:
-        _tell_forms(stored, filling, what)
+        _log_forms(stored, filling, what)
     if filling.held and host is not None:
         host.finish()
 
 
-def _tell_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
+def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
     """Log forms and errors of rounding. Raises CheckpointError if one is NaN or infinite."""
     for form, number in Counter(filling.kept_forms).items():
         logger.info("%s: %d linear layers stay in %s as the file has them", what, number, form)
-    if not filling.errors:
-        return
     by_how: dict[str, list[str]] = {}
-    for name, how in filling.rounded_forms.items():
-        by_how.setdefault(how, []).append(name)
+    for name in filling.errors:
+        by_how.setdefault(filling.rounded_forms[name], []).append(name)
     for how, names in by_how.items():
         errors = torch.stack([filling.errors[name].cpu() for name in names])
         wrong = errors.isfinite().logical_not().nonzero().flatten().tolist()
         if wrong:  # the file's own are finite: a LoRA made them so
-            form = "" if stored.form is None else stored.form.name
+            form_name = "" if stored.form is None else stored.form.name
             raise CheckpointError(
-                f"{what}: {names[wrong[0]]} has NaN or infinite values, which {form} cannot hold. Copy the "
-                "file again."
+                f"{what}: {names[wrong[0]]} has NaN or infinite values, which {form_name} cannot hold. Copy "
+                "the file again."
             )
-        mean, low, high = (100 * float(one) for one in (errors.mean(), errors.min(), errors.max()))
-        text = "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)"
-        logger.info(text, what, len(errors), how, mean, low, high)
+        logger.info(
+            "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)",
+            what,
+            len(errors),
+            how,
+            100 * float(errors.mean()),
+            100 * float(errors.min()),
+            100 * float(errors.max()),
+        )
 
 
 _ALIGNMENT = 64  # bytes; where tensors begin in the buffer for reading
@@ -210,6 +233,7 @@ class _Filling:
         module: nn.Module,
         checkpoint: Checkpoint,
         sources: Mapping[str, TensorSource],
+        *,
         dtypes: Mapping[str, torch.dtype],
         device: torch.device,
         patch: WeightPatch | None,
@@ -217,92 +241,109 @@ class _Filling:
         host: HostPlace | None,
     ) -> None:
         """dtypes: to keep if not stored in a form. The rest: see `load_module`."""
-        self._module, self._checkpoint, self._sources = module, checkpoint, sources
-        self._dtypes, self._device, self._patch, self._stored = dtypes, device, patch, stored
+        self._module = module
+        self._checkpoint = checkpoint
+        self._sources = sources
+        self._dtypes = dtypes
+        self._device = device
+        self._patch = patch
+        self._stored = stored
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         self.held: Mapping[str, Tensor] = {}  # memory for the tensors that stay on the host
         if host is not None and device.type != "meta":
-            infos = {}
-            for name, shape in self._shapes.items():
-                infos[name] = TensorInfo(dtypes[name], shape)
-                if stored is not None and name in stored:
-                    weight = self._empty(name).weight
-                    infos[name] = TensorInfo(weight.dtype, tuple(weight.shape))
+            infos = {name: self._target_info(name) for name in self._shapes}
             self.held = host.hold(module, infos)
         self._is_filled_here = host is None or host.is_filled_here
-        self.found: dict[str, Tensor] = {}  # by parts: whether they are finite, on another device than a CPU
+        self.are_finite: dict[str, Tensor] = {}  # by parts of the file, on another device than a CPU
         self.errors: dict[str, Tensor] = {}  # of rounding, by name
         self.rounded_forms: dict[str, str] = {}  # by name, as the log tells them
         self.kept_forms: list[str] = []  # of the file's own
         # one buffer for all reading: temporary tensors would leave holes in the heap between those that stay
-        room = max(
-            (
-                sum(checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in sources[name].names)
-                for name in dtypes
-                if device.type != "meta"
-            ),
-            default=0,
-        )
-        self.scratch = (
-            empty_pinned([room], torch.uint8)
-            if device.type == "cuda"
-            else torch.empty(room, dtype=torch.uint8)
-        )
+        size_bytes = 0 if device.type == "meta" else max(map(self._buffer_bytes, dtypes), default=0)
+        if device.type == "cuda":
+            self.scratch = empty_pinned([size_bytes], torch.uint8)
+        else:
+            self.scratch = torch.empty(size_bytes, dtype=torch.uint8)
+
+    def _target_info(self, name: str) -> TensorInfo:
+        """Return dtype and shape of a tensor as it is kept."""
+        if self._stored is not None and name in self._stored:
+            weight = self._empty(name).weight
+            return TensorInfo(weight.dtype, tuple(weight.shape))
+        return TensorInfo(self._dtypes[name], self._shapes[name])
+
+    def _buffer_bytes(self, name: str) -> int:
+        """Return the bytes of the buffer that reading the parts of a tensor takes."""
+        parts = self._sources[name].names
+        return sum(self._checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in parts)
 
     def fill(self, name: str) -> None:
         """Read, make and place one tensor of the network."""
-        place, dtype, loading = self.held.get(name), self._dtypes[name], self._stored
         parent_name, _, leaf = name.rpartition(".")
         parent = self._module.get_submodule(parent_name)
-        if loading is None or name not in loading:
-            if place is not None and not self._is_filled_here:
-                tensor = place
-                if self._patch is not None:  # it notes which deltas find their weight
-                    self._patch(name, torch.empty(place.shape, dtype=dtype, device="meta"))
-            else:
-                shape = self._shapes[name]
-                tensor = torch.empty(shape, dtype=dtype, device=self._device) if place is None else place
-                self._write(name, tensor)
-            if leaf in parent._parameters:
-                parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-            else:
-                parent._buffers[leaf] = tensor
+        if self._stored is not None and name in self._stored:
+            assert isinstance(parent, nn.Linear)
+            attach(parent, self._make_stored(name, parent, self._stored))
             return
-        # a stored weight: the file's own, or the file's rounded after the patch. All processes that share
-        # places make the companions, one of them writes the weights
-        assert isinstance(parent, nn.Linear)
+        tensor = self._make_plain(name)
+        if leaf in parent._parameters:
+            parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            parent._buffers[leaf] = tensor
+
+    def _make_plain(self, name: str) -> Tensor:
+        """Return a tensor of the network in its place, with its values written."""
+        place = self.held.get(name)
+        if place is None:
+            place = torch.empty(self._shapes[name], dtype=self._dtypes[name], device=self._device)
+            self._write(name, place)
+        elif self._is_filled_here:
+            self._write(name, place)
+        elif self._patch is not None:  # it notes which deltas find their weight
+            self._patch(name, torch.empty(place.shape, dtype=self._dtypes[name], device="meta"))
+        return place
+
+    def _make_stored(self, name: str, layer: nn.Linear, loading: StoredLoading) -> Stored:
+        """Return a stored weight: the file's own, or the file's rounded after the patch.
+
+        All processes that share places make the companions, one of them writes the weights.
+        """
+        is_kept = name in loading.kept
+        source = self._sources[name]
         if self._device.type == "meta":
             stored = self._empty(name)
-        elif name in loading.kept:
-            found = self._sources[name].make_stored(self._parts(self._sources[name]))
-            assert found is not None
-            stored = Stored(found.form, (parent.out_features, parent.in_features), found.tensors)
+        elif is_kept:
+            as_in_file = source.make_stored(self._parts(source))
+            assert as_in_file is not None
+            stored = Stored(as_in_file.form, (layer.out_features, layer.in_features), as_in_file.tensors)
             self.kept_forms.append(stored.form.name)
         else:
             assert loading.form is not None
-            made = self._make(name, self._checkpoint.tensors[self._sources[name].names[0]].dtype)
-            stored = loading.form.quantise(made)
-            self.errors[name], self.rounded_forms[name] = _rounding_error(made, stored), stored.form.how
+            plain = self._make(name, self._checkpoint.tensors[source.names[0]].dtype)
+            stored = loading.form.quantise(plain)
+            self.errors[name] = _rounding_error(plain, stored)
+            self.rounded_forms[name] = stored.form.how
         form = stored.form if loading.form is None else stored.form.computing_as(loading.form)
-        weight, *beside = stored.tensors
+        weight, *companions = stored.tensors
         assert weight is not None
+        place = self.held.get(name)
         if place is not None:
             weight = place.copy_(weight) if self._is_filled_here else place
-        elif name in loading.kept and self._device.type != "meta":
+        elif is_kept and self._device.type != "meta":
             weight = weight.clone()  # not a view of the buffer
-        own = [None if tensor is None else tensor.clone() for tensor in beside]
-        attach(parent, Stored(form, stored.shape, (weight, *own)))
+        copies = [None if tensor is None else tensor.clone() for tensor in companions]
+        return Stored(form, stored.shape, (weight, *copies))
 
     def _empty(self, name: str) -> Stored:
         """Return the stored weight of a layer on the meta device."""
         assert self._stored is not None
         if name in self._stored.kept:
-            found = stored_as(self._sources[name], self._checkpoint.tensors)
+            stored = stored_as(self._sources[name], self._checkpoint.tensors)
         else:
             rows, columns = self._shapes[name]
-            found = None if self._stored.form is None else self._stored.form.empty((rows, columns))
-        assert found is not None
-        return found
+            stored = None if self._stored.form is None else self._stored.form.empty((rows, columns))
+        assert stored is not None
+        return stored
 
     def _write(self, name: str, tensor: Tensor) -> None:
         """Write the values of a tensor of the network into its memory."""
@@ -319,7 +360,7 @@ class _Filling:
             self._checkpoint.read(part, tensor)
         else:
             tensor.copy_(self._checkpoint.borrow(part, self.scratch))
-        self._look_at(part, tensor)
+        self._check_finite(part, tensor)
 
     def _make(self, name: str, target: torch.dtype) -> Tensor:
         """Make a tensor on the device, not yet rounded to its dtype; it may be a view of the buffer."""
@@ -337,19 +378,21 @@ class _Filling:
 
     def _parts(self, source: TensorSource) -> list[Tensor]:
         """Read the parts of a tensor, on the device; may be views of the buffer."""
-        parts, start = [], 0
+        parts: list[Tensor] = []
+        start = 0
         for part in source.names:
-            parts.append(self._checkpoint.borrow(part, self.scratch[start:]).to(self._device))
-            self._look_at(part, parts[-1])
+            tensor = self._checkpoint.borrow(part, self.scratch[start:]).to(self._device)
+            parts.append(tensor)
+            self._check_finite(part, tensor)
             start += -(-self._checkpoint.tensors[part].size_bytes // _ALIGNMENT) * _ALIGNMENT
         return parts
 
-    def _look_at(self, part: str, tensor: Tensor) -> None:
+    def _check_finite(self, part: str, tensor: Tensor) -> None:
         """Check a part for NaN: on a CPU at once, on another device at the end, as copies need not wait."""
         if tensor.device.type == "cpu":
             check_finite(self._checkpoint.path, part, tensor)
         else:
-            self.found[part] = is_finite(tensor)
+            self.are_finite[part] = is_finite(tensor)
 
 
 def _rounding_error(weight: Tensor, stored: Stored) -> Tensor:
@@ -364,48 +407,70 @@ def _rounding_error(weight: Tensor, stored: Stored) -> Tensor:
 
 
 def _check_fit(
-    wanted: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
     checkpoint: Checkpoint,
     sources: Mapping[str, TensorSource],
+    *,
     ignore: Sequence[str],
     what: str,
 ) -> None:
-    used = {part for name in wanted if name in sources for part in sources[name].names}
-    absent = {
+    """Raise CheckpointError listing every missing, unexpected and misshaped tensor."""
+    missing = {
         name
-        for name in wanted
+        for name in targets
         if name not in sources or any(part not in checkpoint.tensors for part in sources[name].names)
     }
-    known = used | {part for name, source in sources.items() if name not in wanted for part in source.names}
-    unused = []
-    for name in checkpoint.tensors:
-        patterns = ignore if name in known else (*ignore, *QUANT_EXTRAS)
-        if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            unused.append(name)
+    unexpected = _find_unexpected(targets, checkpoint, sources, ignore)
     lines = []
-    for fault, names in (("missing", absent), ("unexpected", unused)):
-        lines += [f"  {fault}: {line}" for line in compress_names(names)] if names else []
-    for name, tensor in wanted.items():
-        if name not in absent:
-            source, wanted_shape = sources[name], tuple(tensor.shape)
-            infos = [checkpoint.tensors[part] for part in source.names]
-            shape: tuple[int, ...] | None = infos[0].shape
-            if source.build is not None:
-                try:
-                    shape = tuple(source.make([info.hollow() for info in infos]).shape)
-                except (RuntimeError, IndexError):
-                    shape = None  # the parts do not even go together
-            packing = infos[0].packing
-            if shape is not None:
-                shape = add_leading_sides(shape, len(wanted_shape))
-            if shape != wanted_shape and (packing is None or shape != packing.padded(wanted_shape)):
-                lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(wanted_shape)} is needed")
+    for fault, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            lines += [f"  {fault}: {line}" for line in compress_names(names)]
+    for name, tensor in targets.items():
+        if name in missing:
+            continue
+        infos = [checkpoint.tensors[part] for part in sources[name].names]
+        needed = tuple(tensor.shape)
+        shape = _shape_from(sources[name], infos, len(needed))
+        packing = infos[0].packing
+        if shape != needed and (packing is None or shape != packing.padded(needed)):
+            lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(needed)} is needed")
     if lines:
         text = "\n".join(lines)
         raise CheckpointError(
             f"{checkpoint.path} does not fit {what}:\n{text}\n  Give the complete file of that model.",
             checkpoint.path,
         )
+
+
+def _find_unexpected(
+    targets: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    sources: Mapping[str, TensorSource],
+    ignore: Sequence[str],
+) -> list[str]:
+    """Return the file's tensors that no target is made of and no pattern ignores."""
+    used: set[str] = set()
+    unneeded: set[str] = set()  # sources of tensors that the network lacks
+    for name, source in sources.items():
+        parts = used if name in targets else unneeded
+        parts.update(source.names)
+    unexpected = []
+    for name in checkpoint.tensors:
+        patterns = ignore if name in unneeded else (*ignore, *QUANT_EXTRAS)
+        if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            unexpected.append(name)
+    return unexpected
+
+
+def _shape_from(source: TensorSource, infos: Sequence[TensorInfo], axes: int) -> tuple[int, ...] | None:
+    """Return the shape of a tensor that is made of the file's; None if its parts do not go together."""
+    shape = infos[0].shape
+    if source.build is not None:
+        try:
+            shape = tuple(source.make([info.hollow() for info in infos]).shape)
+        except (RuntimeError, IndexError):
+            return None
+    return add_leading_sides(shape, axes)
 
 
 def add_leading_sides(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
@@ -421,22 +486,30 @@ def _sizes(shape: tuple[int, ...] | None) -> str:
 
 def compress_names(names: Iterable[str]) -> list[str]:
     """Sort names and join those that differ only in their first number: `blocks.{0..39}.norm3.weight`."""
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, str], list[int]] = {}  # text before and behind the number -> numbers
     for name in names:
-        found = re.search(r"(?<=\.)\d+(?=\.)", name)
-        key = (name[: found.start()], name[found.end() :]) if found else (name, "")
-        groups.setdefault(key, []).extend([int(found[0])] if found else [])
+        match = re.search(r"(?<=\.)\d+(?=\.)", name)
+        if match is None:
+            groups.setdefault((name, ""), [])
+        else:
+            key = (name[: match.start()], name[match.end() :])
+            groups.setdefault(key, []).append(int(match[0]))
     lines = []
     for (before, after), numbers in sorted(groups.items()):
-        runs: list[list[int]] = []  # first and last of numbers without a gap
-        for number in sorted(numbers):
-            if runs and number == runs[-1][1] + 1:
-                runs[-1][1] = number
-            else:
-                runs.append([number, number])
-        for first, last in runs:
-            some = str(first) if first == last else f"{{{first}..{last}}}"
-            lines.append(f"{before}{some}{after}")
+        for first, last in _runs(sorted(numbers)):
+            number = str(first) if first == last else f"{{{first}..{last}}}"
+            lines.append(f"{before}{number}{after}")
         if not numbers:
             lines.append(before)
     return lines
+
+
+def _runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the first and last of sorted numbers without a gap between them."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return runs

@@ -42,9 +42,9 @@ def check_finite(path: Path, name: str, tensor: Tensor) -> None:
 
 def not_finite(path: Path, names: Sequence[str]) -> CheckpointError:
     """Return the error for these tensors of a file."""
-    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+    tail = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
     return CheckpointError(
-        f"{path} has weights that are NaN or infinite: {', '.join(names[:3])}{more}.\n"
+        f"{path} has weights that are NaN or infinite: {', '.join(names[:3])}{tail}.\n"
         "  The file is damaged, or was saved by a training that diverged. Download or copy it again, or "
         "give another file.",
         path,

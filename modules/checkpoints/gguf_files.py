@@ -132,9 +132,9 @@ class GgufFile(HeaderFile):
                 self.path,
             ) from None
         if kind is None:
-            known = ", ".join(["F32", "F16", "BF16", *(one.name for one in KINDS.values())])
+            names = ", ".join(["F32", "F16", "BF16", *(kind.name for kind in KINDS.values())])
             raise CheckpointError(
-                f"{self.path}: {name} is of the unknown GGUF type {number}. Those known are {known}, and "
+                f"{self.path}: {name} is of the unknown GGUF type {number}. Those known are {names}, and "
                 "what the package gguf has beside them.",
                 self.path,
             )
@@ -168,18 +168,22 @@ class GgufFile(HeaderFile):
         is_t5 = "enc.blk.0.attn_q.weight" in self.tensors
         is_llama = not is_t5 and not {"blk.0.attn_q.bias", "blk.0.attn_q_norm.weight"} & set(self.tensors)
         outside = _OUTSIDE | ({"token_embd": "shared"} if is_t5 else {})
+        inside = _T5 if is_t5 else _LLAMA
+        blocks = "encoder.block" if is_t5 else "model.layers"
         for old in [name for name in self.tensors if "." in name]:
-            found = re.fullmatch(r"(?:enc\.)?blk\.(\d+)\.(\w+)\.(weight|bias)", old)
-            start, _, kind = old.rpartition(".")
-            new = f"{outside.get(start, start)}.{kind}"
-            if found:
-                inside = (_T5 if is_t5 else _LLAMA).get(found[2], found[2])
-                new = f"{'encoder.block' if is_t5 else 'model.layers'}.{found[1]}.{inside}.{found[3]}"
-                if is_llama and found[2] in ("attn_q", "attn_k"):
-                    self._heads[new] = self._head_count(found[2], self.tensors[old])
+            match = re.fullmatch(r"(?:enc\.)?blk\.(\d+)\.(\w+)\.(weight|bias)", old)
+            if match is None:
+                start, _, kind = old.rpartition(".")
+                new = f"{outside.get(start, start)}.{kind}"
+            else:
+                number, part, kind = match.groups()
+                new = f"{blocks}.{number}.{inside.get(part, part)}.{kind}"
+                if is_llama and part in ("attn_q", "attn_k"):
+                    self._heads[new] = self._head_count(part, self.tensors[old])
             if new != old and new in self.tensors:
                 raise ValueError(f"{shorten(old, 60)} and {shorten(new, 60)} are the same tensor")
-            self.tensors[new], self._places[new] = self.tensors.pop(old), self._places.pop(old)
+            self.tensors[new] = self.tensors.pop(old)
+            self._places[new] = self._places.pop(old)
 
     def _head_count(self, part: str, info: TensorInfo) -> int:
         key = "llama.attention.head_count" + ("_kv" if part == "attn_k" else "")
@@ -189,10 +193,10 @@ class GgufFile(HeaderFile):
         return heads
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        found = super().borrow(name, scratch)
+        tensor = super().borrow(name, scratch)
         if name in self._heads:  # pairs of rows lie side by side, for transformers in halves
-            found = found.unflatten(0, (self._heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)
-        return found
+            tensor = tensor.unflatten(0, (self._heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)
+        return tensor
 
 
 class _Header:
@@ -226,8 +230,8 @@ class _Header:
     def value(self, kind: int) -> str | float | None:
         """Return a text or a number; skip a list and return None."""
         if kind in _NUMBERS:
-            found: float = self.number(_NUMBERS[kind])
-            return found
+            number: float = self.number(_NUMBERS[kind])
+            return number
         if kind == _TEXT:
             return self.text()
         if kind != _LIST:

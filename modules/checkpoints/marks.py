@@ -37,9 +37,9 @@ def find_packed(
 
     read: returns a tensor. Raises ValueError that names the layer for a form that is unknown or incomplete.
     """
-    found: dict[str, TensorInfo] = {}
+    new_infos: dict[str, TensorInfo] = {}
     for stem, settings in _marks(tensors, metadata, read).items():
-        layer = _Layer(stem, settings, tensors, found)
+        layer = _Layer(stem, settings, tensors, new_infos)
         try:
             name = settings["format"]
             if name in FP8:
@@ -47,8 +47,8 @@ def find_packed(
             elif name in LAYOUTS:
                 LAYOUTS[name](layer)
             else:
-                known = ", ".join([*FP8, *LAYOUTS])
-                raise ValueError(f"is in the unknown form {str(name)[:60]!r}; those known are {known}")
+                names = ", ".join([*FP8, *LAYOUTS])
+                raise ValueError(f"is in the unknown form {str(name)[:60]!r}; those known are {names}")
         except (TypeError, KeyError) as error:
             raise ValueError(f"the layer {stem}: its mark cannot be read ({error!r})") from error
         except ValueError as error:
@@ -58,27 +58,27 @@ def find_packed(
         if is_state:
             stem = weight.removesuffix(".weight")
             try:
-                _bitsandbytes(_Layer(stem, _parse(read, tensors, name), tensors, found), read)
+                _bitsandbytes(_Layer(stem, _parse(read, tensors, name), tensors, new_infos), read)
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(
                     f"the layer {stem}: its bitsandbytes state cannot be read ({error})"
                 ) from error
-    return found
+    return new_infos
 
 
 def _marks(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Callable[[str], Tensor]
 ) -> dict[str, Mapping[str, Any]]:
     """Return the settings of each marked layer, by its name in the file."""
-    marks = {
-        name.removesuffix(MARK): _settings(_parse(read, tensors, name))
-        for name in tensors
-        if name.endswith(MARK)
-    }
+    marks = {}
+    for name in tensors:
+        if name.endswith(MARK):
+            marks[name.removesuffix(MARK)] = _settings(_parse(read, tensors, name))
     header = _json(metadata.get(HEADER, "{}"), HEADER).get("layers", {})
     prefix = _prefix_of(_table(header), tensors)
     for layer, how in header.items():
-        stem, settings = f"{prefix}{layer}", _settings(how)
+        stem = f"{prefix}{layer}"
+        settings = _settings(how)
         if marks.setdefault(stem, settings) != settings:
             raise ValueError(f"the layer {stem} is marked as {marks[stem]} and as {settings}")
     missing = [stem for stem in marks if f"{stem}.weight" not in tensors]
@@ -106,8 +106,10 @@ def _table(value: Any) -> dict[str, Any]:
 
 def _settings(how: Any) -> dict[str, Any]:
     """Return a layer's settings, with those of `params` moved to the top level."""
-    told = {"format": how} if isinstance(how, str) else _table(how)
-    return {key: value for key, value in told.items() if key != "params"} | _table(told.get("params") or {})
+    settings = {"format": how} if isinstance(how, str) else _table(how)
+    return {key: value for key, value in settings.items() if key != "params"} | _table(
+        settings.get("params") or {}
+    )
 
 
 def _parse(read: Callable[[str], Tensor], tensors: Mapping[str, TensorInfo], name: str) -> dict[str, Any]:
@@ -128,12 +130,12 @@ def _json(text: str | bytes, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A marked layer: facts about its tensors, and new ones in `found`."""
+    """A marked layer: facts about its tensors, and new ones in `new_infos`."""
 
     stem: str
     settings: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
-    found: dict[str, TensorInfo]
+    new_infos: dict[str, TensorInfo]
 
     @property
     def weight(self) -> TensorInfo:
@@ -160,14 +162,16 @@ class _Layer:
             raise ValueError(f"has a weight of {info.dtype} {list(info.shape)}, which its form does not have")
         return info.shape[0], info.shape[1]
 
-    def beside(self, end: str, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]) -> tuple[int, ...]:
+    def companion(
+        self, end: str, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]
+    ) -> tuple[int, ...]:
         """Return a companion's shape. Raises ValueError if its dtype is another; bytes count as the first."""
         name = f"{self.stem}.{end}"
         info = self.tensors.get(name)
         if info is None:
             raise ValueError(f"is stored in a form whose {name} is not there")
         if info.dtype == torch.uint8 and dtypes[0].itemsize == 1:
-            info = self.found[name] = replace(info, dtype=dtypes[0])
+            info = self.new_infos[name] = replace(info, dtype=dtypes[0])
         if info.dtype not in dtypes or (shapes and info.shape not in shapes):
             raise ValueError(f"has {name} of {info.dtype} {list(info.shape)}, which does not fit its weight")
         return info.shape
@@ -177,16 +181,16 @@ class _Layer:
         for end in ("weight_scale", "scale_weight"):
             if f"{self.stem}.{end}" in self.tensors:
                 if not optional:
-                    self.beside(end, _FLOATS, *shapes)
+                    self.companion(end, _FLOATS, *shapes)
                 return end
         raise ValueError(f"is marked as {self.settings['format']}, but {self.stem}.weight_scale is not there")
 
     def set(
-        self, shape: tuple[int, ...], beside: tuple[str, ...], keep: Callable[..., Stored], pad: int = 1
+        self, shape: tuple[int, ...], companions: tuple[str, ...], keep: Callable[..., Stored], pad: int = 1
     ) -> None:
         info = self.weight
-        packing = Packing(info.shape, beside, keep, pad)
-        self.found[f"{self.stem}.weight"] = TensorInfo(info.dtype, shape, packing)
+        packing = Packing(info.shape, companions, keep, pad)
+        self.new_infos[f"{self.stem}.weight"] = TensorInfo(info.dtype, shape, packing)
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -219,15 +223,16 @@ def _keep_int8(rotation: int, in_16_bits: bool, weight: Tensor, scale: Tensor) -
     return Stored(form, (flat.shape[0], flat.shape[1]), (flat, _per_row(scale, len(flat))))
 
 
-def _tiled(layer: _Layer, end: str, dtype: torch.dtype, rows: int, columns: int) -> None:
-    layer.beside(end, (dtype,), (-(-rows // 128) * 128, -(-columns // 4) * 4))
+def _check_tiled_scale(layer: _Layer, dtype: torch.dtype, rows: int, columns: int) -> None:
+    shape = (-(-rows // 128) * 128, -(-columns // 4) * 4)  # padded to whole tiles
+    layer.companion("weight_scale", (dtype,), shape)
 
 
 def _mxfp8(layer: _Layer) -> None:
     rows, columns = layer.pair(_E4M3, torch.uint8)
     if rows % 32 or columns % 32:
         raise ValueError(f"has {rows} x {columns} weights, which its form pads to multiples of 32")
-    _tiled(layer, "weight_scale", _E8M0, rows, columns // 32)
+    _check_tiled_scale(layer, _E8M0, rows, columns // 32)
     layer.set((rows, columns), ("weight_scale",), _keep_mxfp8, 32)
 
 
@@ -242,11 +247,11 @@ def _nvfp4(layer: _Layer) -> None:
     rows, half = layer.pair(torch.uint8)
     if rows % 16 or half % 8:
         raise ValueError(f"has {rows} x {2 * half} weights, which its form pads to multiples of 16")
-    _tiled(layer, "weight_scale", _E4M3, rows, half // 8)
-    layer.beside("weight_scale_2", _FLOATS, (), (1,))
+    _check_tiled_scale(layer, _E4M3, rows, half // 8)
+    layer.companion("weight_scale_2", _FLOATS, (), (1,))
     ends = ["weight_scale", "weight_scale_2"]
     if f"{layer.stem}.pre_quant_scale" in layer.tensors:
-        (length,) = layer.beside("pre_quant_scale", _FLOATS)
+        (length,) = layer.companion("pre_quant_scale", _FLOATS)
         if not 0 <= 2 * half - length < 16:
             raise ValueError(f"multiplies {length} inputs, but has {2 * half} columns")
         ends.append("pre_quant_scale")
@@ -258,8 +263,8 @@ def _keep_nvfp4(weight: Tensor, scales: Tensor, scale: Tensor, of_input: Tensor 
     form = RowForm("nvfp4", ("scale_blocks", "scale_weight", "scale_of_input"), packed.nvfp4_rows)
     if of_input is not None:  # it lacks columns that only fill the weight up
         of_input = functional.pad(of_input.float(), (0, 2 * half - len(of_input)), value=1.0).reshape(1, -1)
-    beside = packed.untile(scales, rows, half // 8), _per_row(scale, rows), of_input
-    return Stored(form, (rows, 2 * half), (weight, *beside))
+    scales_of_rows = packed.untile(scales, rows, half // 8), _per_row(scale, rows), of_input
+    return Stored(form, (rows, 2 * half), (weight, *scales_of_rows))
 
 
 def _w4a4(layer: _Layer) -> None:
@@ -277,15 +282,15 @@ def _w4a8(layer: _Layer) -> None:
     rows, width = layer.pair(torch.int8, torch.uint8)
     if f"{layer.stem}.weight_correction" in layer.tensors:
         raise ValueError("has a weight_correction, which is not supported")
-    shape = layer.beside("weight_s_rel", (_E4M3, torch.float32))
+    shape = layer.companion("weight_s_rel", (_E4M3, torch.float32))
     columns = math.prod(shape[1:]) * layer.number("group_size", 16)
     bits = 8 * width // max(columns, 1)
     if len(shape) != 2 or shape[0] != rows or columns * bits != 8 * width or bits not in (4, 6):
         raise ValueError(f"has {width} bytes for {columns} columns, in place of 4 or 6 bits for each")
-    layer.beside("weight_s_channel", _FLOATS, (rows,), (rows, 1))
+    layer.companion("weight_s_channel", _FLOATS, (rows,), (rows, 1))
     ends = ["weight_s_rel", "weight_s_channel"]
     if f"{layer.stem}.weight_codebook" in layer.tensors:
-        layer.beside("weight_codebook", _FLOATS, (16,))
+        layer.companion("weight_codebook", _FLOATS, (16,))
         ends.append("weight_codebook")
     layer.set((rows, columns), tuple(ends), partial(_keep_w4a8, bits, columns, layer.rotation(columns)))
 
@@ -311,14 +316,14 @@ def _awq(layer: _Layer) -> None:
     if 2 * half % group:
         raise ValueError(f"has {2 * half} columns, which groups of {group} do not divide")
     for end in ("weight_scale", "weight_zeros"):
-        layer.beside(end, _FLOATS, (2 * half // group, rows))
+        layer.companion(end, _FLOATS, (2 * half // group, rows))
     layer.set((rows, 2 * half), ("weight_scale", "weight_zeros"), _keep_awq)
 
 
 def _keep_awq(weight: Tensor, scales: Tensor, zeros: Tensor) -> Stored:
     form = RowForm("awq_w4a16", ("scale_blocks", "zeros"), packed.awq_rows)
-    beside = scales.t().contiguous(), zeros.t().contiguous()
-    return Stored(form, (len(weight), 2 * weight.shape[1]), (weight, *beside))
+    companions = scales.t().contiguous(), zeros.t().contiguous()
+    return Stored(form, (len(weight), 2 * weight.shape[1]), (weight, *companions))
 
 
 LAYOUTS: Mapping[str, Callable[[_Layer], None]] = {
@@ -333,29 +338,41 @@ LAYOUTS: Mapping[str, Callable[[_Layer], None]] = {
 
 def _bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
     """Recognise a 4-bit weight of bitsandbytes; `layer.settings` is its `QuantState`."""
-    state, block = layer.settings, layer.number("blocksize", 64)
+    state = layer.settings
+    block = layer.number("blocksize", 64)
     rows, columns = state["shape"]
-    if state["quant_type"] not in ("nf4", "fp4"):
-        raise ValueError(f"the form {str(state['quant_type'])[:60]!r}; nf4 and fp4 are read")
-    if not (type(rows) is type(columns) is int and rows > 0 and columns > 0) or columns % block or block % 2:
-        raise ValueError(f"rows of {columns} weights are not whole blocks of {block}")
-    blocks, stem = rows * columns // block, f"{layer.stem}.weight"
-    if layer.weight.dtype != torch.uint8 or math.prod(layer.weight.shape) != rows * columns // 2:
-        raise ValueError(f"{list(layer.weight.shape)} bytes for {rows} x {columns} weights")
+    _check_four_bits(layer, rows, columns, block)
+    blocks = rows * columns // block
     ends = ["weight.absmax"]
-    if "nested_offset" in state:
+    is_nested = "nested_offset" in state  # the largest magnitudes are in 8 bits themselves
+    if is_nested:
         groups = -(-blocks // layer.number("nested_blocksize", 256))
         ends += ["weight.nested_absmax", "weight.nested_quant_map"]
-        layer.beside(ends[1], _FLOATS, (groups,))
-        layer.beside(ends[2], _FLOATS, (256,))
-    layer.beside(ends[0], (torch.uint8,) if len(ends) > 1 else _FLOATS, (blocks,))
-    layer.beside("weight.quant_map", _FLOATS, (16,))
-    levels = tuple(read(f"{stem}.quant_map").float().tolist())
-    offset, nested = float(state.get("nested_offset", 0)), layer.number("nested_blocksize", 256)
+        layer.companion("weight.nested_absmax", _FLOATS, (groups,))
+        layer.companion("weight.nested_quant_map", _FLOATS, (256,))
+    layer.companion("weight.absmax", (torch.uint8,) if is_nested else _FLOATS, (blocks,))
+    layer.companion("weight.quant_map", _FLOATS, (16,))
+    levels = tuple(read(f"{layer.stem}.weight.quant_map").float().tolist())
+    offset = float(state.get("nested_offset", 0))
+    nested = layer.number("nested_blocksize", 256)
     if not all(map(math.isfinite, (offset, *levels))):
         raise ValueError("its levels or its nested_offset are NaN or infinite")
     form = RowForm(state["quant_type"], ("largest",), four_bits(levels))
-    layer.set((rows, columns), tuple(ends), partial(_keep_four_bits, form, (rows, columns), offset, nested))
+    shape = (rows, columns)
+    layer.set(shape, tuple(ends), partial(_keep_four_bits, form, shape, offset, nested))
+
+
+def _check_four_bits(layer: _Layer, rows: Any, columns: Any, block: int) -> None:
+    """Raise ValueError if a weight of bitsandbytes is of another form or shape than its state says."""
+    form = layer.settings["quant_type"]
+    if form not in ("nf4", "fp4"):
+        raise ValueError(f"the form {str(form)[:60]!r}; nf4 and fp4 are read")
+    is_shape = type(rows) is type(columns) is int and rows > 0 and columns > 0
+    if not is_shape or columns % block or block % 2:
+        raise ValueError(f"rows of {columns} weights are not whole blocks of {block}")
+    info = layer.weight
+    if info.dtype != torch.uint8 or math.prod(info.shape) != rows * columns // 2:
+        raise ValueError(f"{list(info.shape)} bytes for {rows} x {columns} weights")
 
 
 def _keep_four_bits(
@@ -365,10 +382,10 @@ def _keep_four_bits(
     nested: int,
     weight: Tensor,
     largest: Tensor,
-    *more: Tensor,
+    *nested_tensors: Tensor,
 ) -> Stored:
-    if more:  # the largest magnitudes are in 8 bits themselves
-        scales, levels = more
+    if nested_tensors:  # the largest magnitudes are in 8 bits themselves
+        scales, levels = nested_tensors
         coded = levels.float()[largest.int()] * scales.float().repeat_interleave(nested)[: len(largest)]
         largest = coded + offset
     return Stored(form, shape, (weight.view(shape[0], -1), largest.float().view(shape[0], -1)))

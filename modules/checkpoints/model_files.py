@@ -28,44 +28,45 @@ def require_file(path: Path | None, option: str, why: str, default: Path | None 
 
     Raises OptionError if none was given, CheckpointError if it does not exist; both name the option.
     """
-    given = require(
+    existing = require(
         path, option, f"{why}. {as_typed(['python', 'tools/download.py', '--list'])} shows where it is from"
     )
-    if not given.exists():
-        named = f"{option} is not given, and its default" if given == default else option
-        is_name = bool(re.fullmatch(r"[\w-]+/[\w.-]+", given.as_posix())) and not given.parent.exists()
-        is_name = is_name and not re.search(r"\.[a-z]\w*$", given.name)
+    if not existing.exists():
+        named = f"{option} is not given, and its default" if existing == default else option
+        is_name = bool(re.fullmatch(r"[\w-]+/[\w.-]+", existing.as_posix())) and not existing.parent.exists()
+        is_name = is_name and not re.search(r"\.[a-z]\w*$", existing.name)
         hub = " A name on the hub is not downloaded here." if is_name else ""
         raise CheckpointError(
-            f"{named} {given}: no such file or folder.{explain_missing(given) or hub} Give the path of the "
-            "model",
-            given,
+            f"{named} {existing}: no such file or folder.{explain_missing(existing) or hub} Give the path of "
+            "the model",
+            existing,
         )
-    return given
+    return existing
 
 
 def inside(path: Path, folder: str) -> Path:
     return path / folder if (path / folder).is_dir() else path
 
 
-def read_once(path: Path, read: Callable[..., Found], *given: Any) -> Found:
-    """Return the result of `read` for the open file and the further arguments `given`, such as dimensions.
+def read_once(path: Path, read: Callable[..., Found], *arguments: Any) -> Found:
+    """Return the result of `read` for the open file and the further arguments, such as dimensions.
 
     The result is cached while the file stays the same. read: a function of a module, such as `read_vae`.
-    given: hashable. Raises CheckpointError as `read` does, if the file holds another kind of network.
+    arguments: hashable. Raises CheckpointError as `read` does, if the file holds another kind of network.
     """
     stat = path.stat()
-    found: Found = _read_once(path, path.absolute(), (stat.st_mtime_ns, stat.st_size), read, given)
-    return found
+    stamp = (stat.st_mtime_ns, stat.st_size)
+    result: Found = _read_once(path, path.absolute(), stamp, read=read, arguments=arguments)
+    return result
 
 
 @lru_cache(maxsize=16)  # called for every prompt of a long list and for every batch
 def _read_once(
-    path: Path, where: Path, stamp: tuple[int, int], read: Callable[..., Any], given: tuple[Any, ...]
+    path: Path, where: Path, stamp: tuple[int, int], *, read: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> Any:
     """Read the file. where, stamp: identify it; path: as messages name it."""
     with open_checkpoint(path) as checkpoint:
-        return read(checkpoint, *given)
+        return read(checkpoint, *arguments)
 
 
 def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
@@ -114,31 +115,31 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
     the file is damaged or has no latents.
     """
     metadata: Mapping[str, str] = {}
-    found: Any = None
+    latents: Any = None
     sound: Tensor | None = None
     if path.suffix == ".safetensors":
         with open_checkpoint(path) as file:
             metadata = file.metadata
             info = file.tensors.get("latent")
             if info is not None:
-                found = torch.empty(info.shape, device="meta") if only_shape else file.read("latent")
+                latents = torch.empty(info.shape, device="meta") if only_shape else file.read("latent")
             if SOUND in file.tensors and not only_shape:
                 sound = file.read(SOUND)[None].float()
     else:
         content = load_pickled(path)  # mapped: nothing is read yet
-        found = content.get("latent") if isinstance(content, dict) else content
-        if only_shape and isinstance(found, Tensor):
-            found = found.to("meta")
-    if not isinstance(found, Tensor):
+        latents = content.get("latent") if isinstance(content, dict) else content
+        if only_shape and isinstance(latents, Tensor):
+            latents = latents.to("meta")
+    if not isinstance(latents, Tensor):
         raise CheckpointError(
             f"{option} {path} has no tensor `latent`. Give a file written with --output_type latent",
             path,
         )
-    if found.ndim == 4:
-        found = found[None]
-    if found.ndim != 5 or len(found) != 1 or not (found.numel() or sound is not None):
+    if latents.ndim == 4:
+        latents = latents[None]
+    if latents.ndim != 5 or len(latents) != 1 or not (latents.numel() or sound is not None):
         raise CheckpointError(
-            f"{option} {path}: `latent` has the shape {tuple(found.shape)}; C F H W of one video is needed",
+            f"{option} {path}: `latent` has the shape {tuple(latents.shape)}; C F H W of one video is needed",
             path,
         )
     if sound is not None and (sound.ndim != 4 or not sound.numel()):
@@ -146,10 +147,10 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
             f"{option} {path}: `{SOUND}` has the shape {tuple(sound[0].shape)}; C T M of one clip is needed",
             path,
         )
-    if not only_shape and not (is_finite(found) and (sound is None or is_finite(sound))):
+    if not only_shape and not (is_finite(latents) and (sound is None or is_finite(sound))):
         raise CheckpointError(
             f"{option} {path}: its latents have values that are NaN or infinite, which show nothing. Make "
             "them again",
             path,
         )
-    return SavedLatents(found.float(), metadata, sound)
+    return SavedLatents(latents.float(), metadata, sound)

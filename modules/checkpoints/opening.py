@@ -16,7 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modules.checkpoints.containers import BNB_STATE, HEADER, MARK, TensorFile, open_file
+from modules.checkpoints.containers import (
+    BNB_STATE,
+    GGUF,
+    HEADER,
+    MARK,
+    PICKLE,
+    ZIP,
+    SafetensorsFile,
+    TensorFile,
+    TorchFile,
+    describe_kind,
+    is_pointer_or_page,
+)
 from modules.contract.loading import TensorInfo, TensorSource
 from modules.control_codes import shorten
 from modules.devices import dtype_name
@@ -64,8 +76,10 @@ class Checkpoint(contextlib.ExitStack):
         info = self.tensors[name]
         if tensor is None:
             tensor = torch.empty((info.packing or info).shape, dtype=info.dtype)
-        found = self.borrow(name, tensor.view(-1).view(torch.uint8))  # a mapped file lends its own memory
-        return tensor if found.data_ptr() == tensor.data_ptr() else tensor.copy_(found)
+        bytes_read = self.borrow(
+            name, tensor.view(-1).view(torch.uint8)
+        )  # a mapped file lends its own memory
+        return tensor if bytes_read.data_ptr() == tensor.data_ptr() else tensor.copy_(bytes_read)
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         """Return a tensor on the CPU; copy it before anything else is read.
@@ -87,10 +101,10 @@ class Checkpoint(contextlib.ExitStack):
         """
         places = self._places
         for prefix in prefixes:
-            own = {name: place for name, place in places.items() if name.startswith(prefix)}
-            rest = places.keys() - own.keys()
-            if own and all(name.startswith(tuple(others)) for name in rest):
-                places = {name.removeprefix(prefix): place for name, place in own.items()}
+            with_prefix = {name: place for name, place in places.items() if name.startswith(prefix)}
+            remaining = places.keys() - with_prefix.keys()
+            if with_prefix and all(name.startswith(tuple(others)) for name in remaining):
+                places = {name.removeprefix(prefix): place for name, place in with_prefix.items()}
         return Checkpoint(self.path, places, self._files, self.refusal)
 
     def starting_with(self, *prefixes: str) -> "Checkpoint":
@@ -98,10 +112,39 @@ class Checkpoint(contextlib.ExitStack):
         places = {name: place for name, place in self._places.items() if name.startswith(prefixes)}
         return Checkpoint(self.path, places, self._files, self.refusal)
 
-    def join(self, other: "Checkpoint") -> "Checkpoint":
+    def join(self, second: "Checkpoint") -> "Checkpoint":
         """Return the tensors of both; the files stay shared. For names that both have, this one counts."""
-        places, files = {**other._places, **self._places}, [*self._files, *other._files]
-        return Checkpoint(self.path, places, files, self.refusal or other.refusal)
+        places = {**second._places, **self._places}
+        files = [*self._files, *second._files]
+        return Checkpoint(self.path, places, files, self.refusal or second.refusal)
+
+
+def open_file(path: Path) -> TensorFile:
+    """Open one file by its content; the suffix decides only if the first bytes are damaged.
+
+    Raises CheckpointError that names the file's real kind, or its damage.
+    """
+    try:
+        require_regular_file(path)
+        with path.open("rb") as file:
+            start = file.read(16)
+        if not start:
+            raise CheckpointError(f"{path} is empty. Download or copy it again.", path)
+        if start[:4] == GGUF:
+            from modules.checkpoints.gguf_files import GgufFile  # only for GGUF
+
+            return GgufFile(path)
+        if start[8:9] == b"{":  # first: the length before it may begin like a pickle
+            return SafetensorsFile(path)
+        if start[:4] == ZIP or start[:1] == PICKLE:
+            return TorchFile(path)
+        if is_pointer_or_page(start):
+            raise CheckpointError(f"{path} {describe_kind(start)}", path)
+        if path.suffix in {".safetensors", ".sft"}:
+            return SafetensorsFile(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
+    raise CheckpointError(f"{path} {describe_kind(start)}", path)
 
 
 def open_checkpoint(
@@ -159,8 +202,8 @@ def checkpoint_paths(path: Path) -> list[Path]:
             return safe
         if not indexes and len(files) == 1:
             return files
-        found = [file.name for file in indexes + files]
-        names = ", ".join(found[:LISTED]) + (", ..." if len(found) > LISTED else "")
+        candidates = [file.name for file in indexes + files]
+        names = ", ".join(candidates[:LISTED]) + (", ..." if len(candidates) > LISTED else "")
         raise CheckpointError(
             f"{path} is a folder without exactly one model (model files: {names or 'none'}). Give the path "
             "of the file.",
@@ -257,8 +300,12 @@ def fingerprint(path: Path) -> str:
 _SCALES = (".scale_weight", ".weight_scale")
 # tensors without a use once the weights are plain
 QUANT_EXTRAS = (
-    *("scaled_fp8", "*.scale_input", "*.input_scale", f"*{MARK}"),
-    *("*.weight.quant_map", "*.weight.quant_state.*"),
+    "scaled_fp8",
+    "*.scale_input",
+    "*.input_scale",
+    f"*{MARK}",
+    "*.weight.quant_map",
+    "*.weight.quant_state.*",
 )
 # end of a tensor's name -> what made it. Sources: the packages' files, comfy-kitchen's layouts
 _FOREIGN = {
@@ -314,24 +361,33 @@ def companions_of(name: str, info: TensorInfo) -> tuple[str, ...]:
 
 def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
     """Return the form of quantised weights without marks, and a tensor that shows it."""
-    read = {name for name, info in tensors.items() if info.packing is not None}
-    read |= {part for name in read for part in companions_of(name, tensors[name])}
-    every, tensors = tensors, {name: info for name, info in tensors.items() if name not in read}
+    unmarked = _without_marked(tensors)
     for ending, form in _FOREIGN.items():
-        name = next((name for name in tensors if name.endswith(ending)), None)
-        if name is not None:
-            return f"{form}: it has {name}"
-    for name, info in tensors.items():
+        for name in unmarked:
+            if name.endswith(ending):
+                return f"{form}: it has {name}"
+    for name, info in unmarked.items():
         if name.endswith(_SCALES) and len(info.shape) == 2 and min(info.shape) > 1:
             is_float = info.dtype.is_floating_point and info.dtype.itemsize > 1
-            return f"{'fp8 in blocks' if is_float else 'mxfp8'}: it has {name} {list(info.shape)}"
+            form = "fp8 in blocks" if is_float else "mxfp8"
+            return f"{form}: it has {name} {list(info.shape)}"
         if name.endswith(".weight") and len(info.shape) > 1 and not info.dtype.is_floating_point:
             return f"{dtype_name(info.dtype)}: {name} is of that type"
-    packed = next((name for name in tensors if _is_packed_weight(name, every)), None)
-    if packed is not None:
-        kind = dtype_name(tensors[packed].dtype)
-        return f"quantised, form unknown: it has {packed} in {kind} in place of a weight"
+    for name, info in unmarked.items():
+        if _is_packed_weight(name, tensors):
+            kind = dtype_name(info.dtype)
+            return f"quantised, form unknown: it has {name} in {kind} in place of a weight"
     return None
+
+
+def _without_marked(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return the tensors without packed weights of known forms and their companions."""
+    marked: set[str] = set()
+    for name, info in tensors.items():
+        if info.packing is not None:
+            marked.add(name)
+            marked.update(companions_of(name, info))
+    return {name: info for name, info in tensors.items() if name not in marked}
 
 
 _TABLES = ("_ids", "_index", "_ind")  # ends of the names of whole numbers that networks have as they are
@@ -358,25 +414,30 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
     The scales are left out. Raises CheckpointError if the file's quantisation is not supported.
     """
     refuse_quantised(checkpoint)
-    scales, sources = scales_in(checkpoint.tensors), {}
+    scales = scales_in(checkpoint.tensors)
     packed = {name: info for name, info in checkpoint.tensors.items() if info.packing is not None}
-    beside = {part for name, info in packed.items() for part in companions_of(name, info)}
-    beside.update(scales.values())
-    for name in checkpoint.tensors:
+    companions = set(scales.values())
+    for name, info in packed.items():
+        companions.update(companions_of(name, info))
+    sources = {}
+    for name, info in checkpoint.tensors.items():
         if name in packed:
-            sources[name] = _packed_source(checkpoint.path, name, packed[name])
+            sources[name] = _packed_source(checkpoint.path, name, info)
             continue
-        if name in beside or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANT_EXTRAS):
+        if name in companions or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANT_EXTRAS):
             continue
-        dtype, scale = checkpoint.tensors[name].dtype, scales.get(name)
-        in_fp8 = dtype.itemsize == 1 and dtype.is_floating_point
+        scale = scales.get(name)
+        in_fp8 = info.dtype.itemsize == 1 and info.dtype.is_floating_point
         if scale is None and not in_fp8:
             sources[name] = TensorSource((name,))
             continue
         from modules.stored import fp8  # of no use to other files
 
-        names, build = ((name,), None) if scale is None else ((name, scale), fp8.dequantise)
-        sources[name] = TensorSource(names, build, fp8.stored_fp8 if in_fp8 else None)
+        as_stored = fp8.stored_fp8 if in_fp8 else None
+        if scale is None:
+            sources[name] = TensorSource((name,), None, as_stored)
+        else:
+            sources[name] = TensorSource((name, scale), fp8.dequantise, as_stored)
     return sources
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -91,14 +91,8 @@ def quantise_file(options: QuantiseOptions) -> None:
     with open_checkpoint(options.model) as checkpoint:
         sources = plain_sources(checkpoint)
         narrow = [name for name in sources if _is_narrow(checkpoint.tensors[name])]
-        found = _recognise(checkpoint)
-        metadata = {
-            key: text for key, text in checkpoint.metadata.items() if not key.startswith((*_STALE, *_OF_GGUF))
-        }
-        gone = sorted(checkpoint.metadata.keys() - metadata.keys())
-        if gone:
-            logger.info("Metadata of the old tensors are left out: %s", ", ".join(gone))
-        rows = [("model", f"{options.model}: {found.what}"), ("form", options.form)]
+        model = _recognise(checkpoint)
+        metadata = _without_stale(checkpoint.metadata)
         if options.form == "bf16":
             count = _widen(options, checkpoint, metadata, device)
         else:
@@ -110,14 +104,25 @@ def quantise_file(options: QuantiseOptions) -> None:
                     options.model,
                 )
             write = _write_gguf if options.form == GGUF else _write_marked
-            count = write(options, checkpoint, found, metadata, device)
-        kept = len(sources) - count
+            count = write(options, checkpoint, model, metadata=metadata, device=device)
+        unchanged = len(sources) - count
     size = as_size(options.output.stat().st_size)
-    rows += [
-        ("layers", f"{count}; {kept} other tensors as they were"),
+    rows = [
+        ("model", f"{options.model}: {model.what}"),
+        ("form", options.form),
+        ("layers", f"{count}; {unchanged} other tensors as they were"),
         ("file", f"{options.output} ({size})"),
     ]
     show_box("The model is written", rows)
+
+
+def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata without what is true of the old tensors only, and log what is left out."""
+    remaining = {key: text for key, text in metadata.items() if not key.startswith((*_STALE, *_OF_GGUF))}
+    stale = sorted(metadata.keys() - remaining.keys())
+    if stale:
+        logger.info("Metadata of the old tensors are left out: %s", ", ".join(stale))
+    return remaining
 
 
 def _is_narrow(info: TensorInfo) -> bool:
@@ -128,10 +133,12 @@ def _recognise(checkpoint: Checkpoint) -> Recognised:
     """Recognise the file. Raises CheckpointError if it is neither a known transformer nor a text encoder."""
     names = checkpoint.tensors
     for mark, pattern in _TEXT_ENCODERS.items():
-        first = next((found for name in names if (found := re.fullmatch(rf"(.*\.)?{mark}", name))), None)
+        matches = (re.fullmatch(rf"(.*\.)?{mark}", name) for name in names)
+        first = next(filter(None, matches), None)
         if first is not None:
-            whole = re.compile(re.escape(first[1] or "") + pattern)
-            layers = frozenset(name for name in names if whole.fullmatch(name))
+            prefix = first[1] or ""
+            with_prefix = re.compile(re.escape(prefix) + pattern)
+            layers = frozenset(name for name in names if with_prefix.fullmatch(name))
             return Recognised("a text encoder", None, layers, {})
     bare = bare_names(checkpoint)
     # as in `families.identify`: Wan's, the last, recognises files of no family too
@@ -163,34 +170,42 @@ def _transformer(
     with on_meta_device():
         dit: Any = form.network(header.config, SDPA)
     sources = form.sources(bare, header)
-    wanted = linear_weights(dit, dit.spec.block_lists, dit.spec.fp8_exclude)
-    made_of: dict[str, set[str]] = {}  # tensor of the file -> ours that are made of it
+    linear = linear_weights(dit, dit.spec.block_lists, dit.spec.fp8_exclude)
+    ours_of: dict[str, set[str]] = {}  # tensor of the file -> ours that are made of it
     for name, source in sources.items():
-        made_of.setdefault(source.names[0], set()).add(name)
-    shapes = {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
-    prefix = next(
-        start
-        for name in checkpoint.tensors
-        if name.endswith(next(iter(made_of)))
-        and checkpoint.tensors.keys()
-        >= {(start := name.removesuffix(next(iter(made_of)))) + one for one in made_of}
-    )
+        ours_of.setdefault(source.names[0], set()).add(name)
+    prefix = _common_prefix(checkpoint, list(ours_of))
+    weights = dit.state_dict()
+    layers: set[str] = set()
+    shapes_in_file = {}
+    for name, ours in ours_of.items():
+        if ours <= linear and len(bare.tensors[name].shape) == 2:
+            layers.add(prefix + name)
+        if len(ours) == 1:
+            (our_name,) = ours
+            shapes_in_file[prefix + name] = tuple(weights[our_name].shape)
     return Recognised(
-        form.describe(header),
-        family,
-        frozenset(
-            prefix + name
-            for name, ours in made_of.items()
-            if ours <= wanted and len(bare.tensors[name].shape) == 2
-        ),
-        {prefix + name: shapes[min(ours)] for name, ours in made_of.items() if len(ours) == 1},
+        what=form.describe(header),
+        family=family,
+        layers=frozenset(layers),
+        shapes=shapes_in_file,
     )
+
+
+def _common_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
+    """Return what all of these names have in front of them in the file."""
+    for name in checkpoint.tensors:
+        if name.endswith(names[0]):
+            prefix = name.removesuffix(names[0])
+            if checkpoint.tensors.keys() >= {prefix + bare for bare in names}:
+                return prefix
+    raise AssertionError("the names were read from this file")
 
 
 def _write_marked(
     options: QuantiseOptions,
     checkpoint: Checkpoint,
-    found: Recognised,
+    model: Recognised,
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
@@ -203,29 +218,34 @@ def _write_marked(
         check_finite(checkpoint.path, name, tensor)
         return tensor
 
-    def rounded(name: str, part: _Rounding, number: int) -> Tensor:
-        return part.make(plain(name).to(device))[number]
+    def codes(name: str, rounding: _Rounding) -> Tensor:
+        return rounding.make(plain(name).to(device))[0]
+
+    def scale(name: str, rounding: _Rounding) -> Tensor:
+        return rounding.make(plain(name).to(device))[1]
 
     def add(name: str, info: TensorInfo, make: Callable[[], Tensor]) -> None:
         if name in tensors:
             raise CheckpointError(
                 f"{checkpoint.path} has a tensor {name}, which belongs to a quantised layer."
             )
-        tensors[name], makers[name] = info, make
+        tensors[name] = info
+        makers[name] = make
 
     for name, info in checkpoint.tensors.items():
-        if name not in found.layers:
+        if name not in model.layers:
             add(name, info, partial(plain, name))
             continue
-        stem, shape = name.removesuffix(".weight"), (info.shape[0], info.shape[1])
-        part = _Rounding(options.form, shape)
-        text = torch.tensor(list(json.dumps(part.mark).encode()), dtype=torch.uint8)
-        make = [partial(rounded, name, part, n) for n in range(2)]
-        add(name, TensorInfo(part.dtype, shape), make[0])
-        add(f"{stem}.weight_scale", TensorInfo(torch.float32, part.scale_shape), make[1])
-        add(stem + MARK, TensorInfo(torch.uint8, tuple(text.shape)), text.clone)
+        stem = name.removesuffix(".weight")
+        shape = (info.shape[0], info.shape[1])
+        rounding = _Rounding(options.form, shape)
+        mark = torch.tensor(list(json.dumps(rounding.mark).encode()), dtype=torch.uint8)
+        add(name, TensorInfo(rounding.dtype, shape), partial(codes, name, rounding))
+        scale_info = TensorInfo(torch.float32, rounding.scale_shape)
+        add(f"{stem}.weight_scale", scale_info, partial(scale, name, rounding))
+        add(stem + MARK, TensorInfo(torch.uint8, tuple(mark.shape)), mark.clone)
     stream_tensors(options.output, tensors, lambda name: makers[name](), {"format": "pt", **metadata})
-    return len(found.layers)
+    return len(model.layers)
 
 
 class _Rounding:
@@ -253,12 +273,12 @@ class _Rounding:
 def _write_gguf(
     options: QuantiseOptions,
     checkpoint: Checkpoint,
-    found: Recognised,
+    model: Recognised,
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
     """Write layers as Q8_0, short tensors in float32, the rest as it is. The package rounds on the CPU."""
-    if found.family is None:
+    if model.family is None:
         raise OptionError(
             "--form q8_0 is for transformers: text encoders in GGUF have llama.cpp's names and a tokenizer, "
             "which its own converter writes. Use int8, convrot or fp8"
@@ -269,15 +289,15 @@ def _write_gguf(
         raise OptionError(
             "--form q8_0 needs the package gguf, which is not installed. Run: pip install gguf"
         ) from None
-    kinds, infos = gguf.GGMLQuantizationType, checkpoint.tensors
-    layers = {
-        name for name in found.layers if infos[name].shape[1] % gguf.GGML_QUANT_SIZES[kinds.Q8_0][0] == 0
-    }
-    if len(layers) < len(found.layers):
+    kinds = gguf.GGMLQuantizationType
+    infos = checkpoint.tensors
+    block = gguf.GGML_QUANT_SIZES[kinds.Q8_0][0]
+    layers = {name for name in model.layers if infos[name].shape[1] % block == 0}
+    if len(layers) < len(model.layers):
         text = "%d layers stay as they are: their rows are not whole blocks of Q8_0"
-        logger.info(text, len(found.layers) - len(layers))
+        logger.info(text, len(model.layers) - len(layers))
     with atomic_path(options.output) as temporary:
-        writer = gguf.GGUFWriter(temporary, _ARCHITECTURES.get(found.family, found.family))
+        writer = gguf.GGUFWriter(temporary, _ARCHITECTURES.get(model.family, model.family))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
         for key, text in metadata.items():
@@ -287,9 +307,14 @@ def _write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         sizes = {name: info.size_bytes for name, info in infos.items()}
-        for name in track(
-            infos, f"Writing {options.output.name}", sum(sizes.values()), sizes.__getitem__, BYTES
-        ):
+        names = track(
+            infos,
+            f"Writing {options.output.name}",
+            total=sum(sizes.values()),
+            size=sizes.__getitem__,
+            unit=BYTES,
+        )
+        for name in names:
             tensor = checkpoint.read(name)
             check_finite(checkpoint.path, name, tensor)
             kind = stored[name]
@@ -367,31 +392,44 @@ class _Values:
         self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], device: torch.device
     ) -> None:
         """shapes: of weights that may be padded."""
-        self.path, self.left_out = checkpoint.path, checkpoint.left_out
+        self.path = checkpoint.path
+        self.left_out = checkpoint.left_out
         self.metadata = {
             key: text for key, text in checkpoint.metadata.items() if not key.startswith((HEADER, *_OF_GGUF))
         }
-        self._checkpoint, self._device = checkpoint, device
+        self._checkpoint = checkpoint
+        self._device = device
         self._sources = plain_sources(checkpoint)
         self.tensors = {name: checkpoint.tensors[name] for name in self._sources}
         self.plain = {name for name, info in self.tensors.items() if not _is_narrow(info)}
         for name, info in [*self.tensors.items()]:
-            padding = info.packing if info.packing is not None and info.packing.pad > 1 else None
-            shape = shapes.get(name, info.shape if padding is None else ())
-            padded = shape if padding is None else padding.padded(shape)
-            if math.prod(padded) != math.prod(info.shape):
-                raise CheckpointError(
-                    f"{self.path}: {name} may be padded, and the file does not say from which size. Give a "
-                    "transformer of a family that is supported, in its released layout.",
-                    self.path,
-                )
+            shape = self._plain_shape(name, info, shapes)
             if name in self.plain:
                 continue
             if self._sources[name].build is None and self.path.suffix == ".pt":
                 raise CheckpointError(
                     f"{self.path} stores {name} in 8 bits without its scale. Give the bf16 file.", self.path
                 )
-            self.tensors[name] = TensorInfo(torch.float32, info.shape if padding is None else shape)
+            self.tensors[name] = TensorInfo(torch.float32, shape)
+
+    def _plain_shape(
+        self, name: str, info: TensorInfo, shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[int, ...]:
+        """Return the shape of a tensor without its padding. Raises CheckpointError if it is unknown."""
+        padding = info.packing if info.packing is not None and info.packing.pad > 1 else None
+        if padding is None:
+            is_sound = math.prod(shapes.get(name, info.shape)) == math.prod(info.shape)
+            shape = info.shape
+        else:
+            shape = shapes.get(name, ())
+            is_sound = math.prod(padding.padded(shape)) == math.prod(info.shape)
+        if not is_sound:
+            raise CheckpointError(
+                f"{self.path}: {name} may be padded, and the file does not say from which size. Give a "
+                "transformer of a family that is supported, in its released layout.",
+                self.path,
+            )
+        return shape
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         """Return a tensor; of one that is not quantised the bytes may lie in `scratch`."""

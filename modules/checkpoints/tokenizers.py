@@ -168,9 +168,9 @@ class TokenizerFiles:
             file = self._file_in(place)
             if file is not None:
                 return file
-        found = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+        names = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
         raise CheckpointError(
-            f"{self.option} {path}: the folder has none of {', '.join(self.names)} (it holds {found}). Give "
+            f"{self.option} {path}: the folder has none of {', '.join(self.names)} (it holds {names}). Give "
             f"{self._describe()}.",
             path,
         )
@@ -248,7 +248,7 @@ def _growth_of_charsmap(charsmap: bytes) -> float:
     return float(max(map(len, texts.split(b"\0"))))
 
 
-def _entries(message: bytes, wanted: int) -> Iterator[bytes]:
+def _entries(message: bytes, field: int) -> Iterator[bytes]:
     """Yield the texts and inner messages of a field.
 
     Source: protobuf.dev, "Encoding". Raises ValueError if it is damaged.
@@ -269,7 +269,7 @@ def _entries(message: bytes, wanted: int) -> Iterator[bytes]:
                     place += 8
                 case 2:
                     length, place = read_varint(message, place)
-                    if key >> 3 == wanted:
+                    if key >> 3 == field:
                         yield message[place : place + length]
                     place += length
                 case 5:

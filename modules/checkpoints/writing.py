@@ -36,9 +36,14 @@ def stream_tensors(
     size_bytes = len(header) + sum(info.size_bytes for info in tensors.values())
     with atomic_path(path, size_bytes) as temporary, temporary.open("wb") as file:
         file.write(header)
-        for name in track(
-            order, f"Writing {path.name}", size_bytes, lambda name: tensors[name].size_bytes, BYTES
-        ):
+        names = track(
+            order,
+            f"Writing {path.name}",
+            total=size_bytes,
+            size=lambda name: tensors[name].size_bytes,
+            unit=BYTES,
+        )
+        for name in names:
             tensor = read(name)
             if (tensor.dtype, tuple(tensor.shape)) != (tensors[name].dtype, tensors[name].shape):
                 raise ValueError(
@@ -60,11 +65,11 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     """Return the bytes of the file that `stream_tensors` would write. Raises OutputError as it does."""
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     order, header = _lay_out(infos, metadata, "safetensors")
-    whole = io.BytesIO()
-    whole.write(header)
+    file = io.BytesIO()
+    file.write(header)
     for name in order:
-        _write_data(whole, tensors[name])
-    return whole.getvalue()
+        _write_data(file, tensors[name])
+    return file.getvalue()
 
 
 def order_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -85,8 +90,13 @@ def _lay_out(
     end = 0
     for name in order:
         info = tensors[name]
-        start, end = end, end + info.size_bytes
-        entries[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
+        start = end
+        end += info.size_bytes
+        entries[name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:

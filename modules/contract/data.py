@@ -54,13 +54,13 @@ def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.d
     names: argument -> name in caches. Texts of different lengths are padded with zeros. Masks are on the
     host: the network reads them there, and must not wait for the device.
     """
-    found = {}
+    arguments = {}
     for argument, name in names.items():
         value = conditions[name]
         if not isinstance(value, Tensor):
             value = nn.utils.rnn.pad_sequence(value, batch_first=True)
-        found[argument] = send(value, device)
-    return found
+        arguments[argument] = send(value, device)
+    return arguments
 
 
 def name_text_and_mask(
@@ -71,9 +71,9 @@ def name_text_and_mask(
     argument: of the network. name: in caches.
     """
     lengths = torch.tensor([len(rows) for rows in conditions[name]])
-    found = name_texts(conditions, {argument: name}, device)
-    mask = torch.arange(found[argument].shape[1]) < lengths[:, None]  # on the host, which reads it
-    return {**found, f"{argument}_mask": mask}
+    arguments = name_texts(conditions, {argument: name}, device)
+    mask = torch.arange(arguments[argument].shape[1]) < lengths[:, None]  # on the host, which reads it
+    return {**arguments, f"{argument}_mask": mask}
 
 
 @dataclass(frozen=True)
@@ -111,17 +111,17 @@ class Batch:
         """Return the batch with the latents of its references moved from `tensors` to `undropped`."""
         shown = CONTROL, REFERENCE_LATENTS
         dropped = {name: value for name, value in self.tensors.items() if name.startswith(shown)}
-        kept = {name: value for name, value in self.tensors.items() if name not in dropped}
-        return replace(self, tensors=kept, undropped={**self.undropped, **dropped})
+        remaining = {name: value for name, value in self.tensors.items() if name not in dropped}
+        return replace(self, tensors=remaining, undropped={**self.undropped, **dropped})
 
     def tell(self, names: Collection[str]) -> "Batch":
         """Return the batch with dropped tensors put back. names: which ones, of CAPTION and REFERENCE."""
-        told = {
+        parts = {
             name: value
             for name, value in self.undropped.items()
             if (REFERENCE if name.startswith((CONTROL, REFERENCE_LATENTS)) else CAPTION) in names
         }
-        return replace(self, tensors={**self.tensors, **told})
+        return replace(self, tensors={**self.tensors, **parts})
 
     def check(self, needed: Mapping[str, str], purpose: str) -> None:
         """Raise CacheError if a tensor is missing.
@@ -141,19 +141,19 @@ class Batch:
         widths: name -> numbers in the last axis that the network in the file `taker` takes. remedy: the
         options to cache again with.
         """
-        for name, taken in widths.items():
+        for name, expected in widths.items():
             value = self.tensors[name]
-            for each in [value] if isinstance(value, Tensor) else value:
-                found = each.shape[-1] if each.ndim else 1
-                if not each.is_floating_point():
+            for tensor in [value] if isinstance(value, Tensor) else value:
+                width = tensor.shape[-1] if tensor.ndim else 1
+                if not tensor.is_floating_point():
                     raise CacheError(
-                        f"{self.keys[0]}: {name} in its cache has whole numbers ({each.dtype}), not states "
+                        f"{self.keys[0]}: {name} in its cache has whole numbers ({tensor.dtype}), not states "
                         f"of a text encoder. Cache again with {remedy}."
                     )
-                if found != taken:
+                if width != expected:
                     raise CacheError(
-                        f"{self.keys[0]}: {name} in its cache is {found} numbers wide, {taker} takes "
-                        f"{taken}. Cache again with {remedy}."
+                        f"{self.keys[0]}: {name} in its cache is {width} numbers wide, {taker} takes "
+                        f"{expected}. Cache again with {remedy}."
                     )
 
     def tensor(self, name: str) -> Tensor:
@@ -208,15 +208,15 @@ class MediaBatch:
         return [
             replace(
                 self,
-                frames=self.frames[one],
-                keys=self.keys[one],
-                spans=self.spans[one],
-                control=tuple(control[one] for control in self.control),
-                alpha=None if self.alpha is None else self.alpha[one],
-                references=tuple(reference[one] for reference in self.references),
-                control_mask=None if self.control_mask is None else self.control_mask[one],
+                frames=self.frames[single],
+                keys=self.keys[single],
+                spans=self.spans[single],
+                control=tuple(control[single] for control in self.control),
+                alpha=None if self.alpha is None else self.alpha[single],
+                references=tuple(reference[single] for reference in self.references),
+                control_mask=None if self.control_mask is None else self.control_mask[single],
             )
-            for one in (slice(index, index + 1) for index in range(len(self.keys)))
+            for single in (slice(index, index + 1) for index in range(len(self.keys)))
         ]
 
 

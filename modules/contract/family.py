@@ -120,13 +120,13 @@ class DitSpec:
         if not self.side_list:
             return places
         main, side = counts
-        each = -(-main // max(side, 1))
-        return sorted(places, key=lambda place: place if place < main else (place - main) * each - 0.5)
+        share = -(-main // max(side, 1))
+        return sorted(places, key=lambda place: place if place < main else (place - main) * share - 0.5)
 
     def in_order(self, dit: nn.Module) -> list[nn.Module]:
         lists = self.blocks(dit).values()
-        blocks = [block for found in lists for block in found]
-        return [blocks[place] for place in self.order([len(found) for found in lists])]
+        blocks = [block for blocks_of_list in lists for block in blocks_of_list]
+        return [blocks[place] for place in self.order([len(blocks_of_list) for blocks_of_list in lists])]
 
 
 class NoiseSource(Protocol):

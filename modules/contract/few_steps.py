@@ -30,31 +30,42 @@ class FewSteps:
     unless: str = ""
 
     def found_in(self, path: Path, metadata: Mapping[str, str]) -> str | None:
-        """Return what says that a transformer was distilled, as `told_by`; None if nothing does."""
-        told = self.told_by(path, metadata)
-        return None if told is None or not told[0] else told[1]
+        """Return what says that a transformer was distilled, as `judge_names`; None if nothing does."""
+        verdict = self.judge_names(path, metadata)
+        if verdict is None:
+            return None
+        is_distilled, where = verdict
+        return where if is_distilled else None
 
-    def told_by(self, path: Path, metadata: Mapping[str, str]) -> tuple[bool, str] | None:
+    def judge_names(self, path: Path, metadata: Mapping[str, str]) -> tuple[bool, str] | None:
         """Return whether a transformer was distilled, as the nearest telling name says, and that name.
 
         Names are the file's, those of its folders if the file's says nothing of a model, and those in its
         metadata. None if no name tells.
         """
-        path = path.absolute()
-        name = path.name if path.is_dir() else path.stem
-        names = [(name, f"its name is {name}")]
-        if _PLAIN.fullmatch(name.lower()):
-            names += [(one.name, f"its folder is {one}") for one in path.parents[:_FOLDERS]]
-        names += [(metadata[key], f"its {key} is {metadata[key]}") for key in _TITLES if key in metadata]
         words = "|".join(filter(None, (_WORDS, self.words)))
-        for name, where in names:
-            spellings = name, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
-            plain, apart = (re.sub(r"[^a-z0-9]+", "_", one.lower()) for one in spellings)
+        distilled = re.compile(rf"{_ANYWHERE}|(?<![a-z0-9])(?:{words})(?![a-z0-9])")
+        for name, where in _telling_names(path.absolute(), metadata):
+            apart = _with_underscores(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))
             if self.unless and re.search(self.unless, apart):
                 return False, where
-            plain = _GUIDED.sub("", plain)
-            if re.search(rf"{_ANYWHERE}|(?<![a-z0-9])(?:{words})(?![a-z0-9])", _UNDONE.sub("", plain)):
+            plain = _GUIDED.sub("", _with_underscores(name))
+            if distilled.search(_UNDONE.sub("", plain)):
                 return True, where
             if _UNDONE.search(plain):
                 return False, where
         return None
+
+
+def _telling_names(path: Path, metadata: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return the names that may tell of distillation, nearest first, each with where it stands."""
+    name = path.name if path.is_dir() else path.stem
+    names = [(name, f"its name is {name}")]
+    if _PLAIN.fullmatch(name.lower()):
+        names += [(folder.name, f"its folder is {folder}") for folder in path.parents[:_FOLDERS]]
+    names += [(metadata[key], f"its {key} is {metadata[key]}") for key in _TITLES if key in metadata]
+    return names
+
+
+def _with_underscores(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower())

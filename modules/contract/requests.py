@@ -185,7 +185,7 @@ def settle(
     for name in request.expert_guidance.keys() - {expert.name for expert in experts}:
         logger.warning("--guidance_scale_%s is ignored because --dit_%s is not given", name, name)
     negative = usual_negative if request.negative_prompt is None else request.negative_prompt
-    if negative is None and any(each != 1 for each in scales):
+    if negative is None and any(scale != 1 for scale in scales):
         logger.warning(
             "the guidance scale of %r is ignored because it has no negative prompt (--n)", request.prompt
         )
@@ -223,11 +223,11 @@ def keep_usable_media(request: Request, taken: Mapping[str, bool], why_not: str)
     Raises OptionError if a file or folder that is taken does not exist or cannot be read.
     """
     for name, is_taken in taken.items():
-        given, option = getattr(request, name), _OPTIONS.get(name, name)
-        paths = given if isinstance(given, tuple) else () if given is None else (given,)
+        media, option = getattr(request, name), _OPTIONS.get(name, name)
+        paths = media if isinstance(media, tuple) else () if media is None else (media,)
         if paths and not is_taken:
             logger.warning("--%s %s is ignored because %s", option, " ".join(map(str, paths)), why_not)
-            dropped: dict[str, Any] = {name: () if given is paths else None}
+            dropped: dict[str, Any] = {name: () if media is paths else None}
             request = replace(request, **dropped)
         for path in paths if is_taken else ():
             if not path.exists():
@@ -266,9 +266,9 @@ def check_frames(option: str, path: Path, needed: int) -> None:
     """
     from modules.media.pixels import too_short
 
-    found = count_frames_up_to(path, needed)
-    if found < needed:
-        raise too_short(option, path, found, needed)
+    available = count_frames_up_to(path, needed)
+    if available < needed:
+        raise too_short(option, path, available, needed)
 
 
 def count_frames_up_to(path: Path, most: int) -> int:
@@ -326,30 +326,30 @@ def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
 def whole_patches(width: int, height: int, latent: LatentSpec) -> tuple[int, int]:
     """Return the next lower width and height that the model can make; warn if they differ."""
     step = latent.pixel_step
-    whole = max(width // step, 1) * step, max(height // step, 1) * step
-    if whole != (width, height):
+    rounded = max(width // step, 1) * step, max(height // step, 1) * step
+    if rounded != (width, height):
         logger.warning(
             "the size %d x %d is changed to %d x %d: width and height are multiples of %d",
             width,
             height,
-            *whole,
+            *rounded,
             step,
         )
-    return whole
+    return rounded
 
 
 def whole_frames(frames: int, latent: LatentSpec) -> int:
     """Return the next lower number of frames that the model can make; warn if that differs."""
     step = latent.frame_step
-    whole = (frames - 1) // step * step + 1
-    if whole != frames:
+    rounded = (frames - 1) // step * step + 1
+    if rounded != frames:
         logger.warning(
             "--video_length %d is changed to %d: the model works in steps of %d frames after the first",
             frames,
-            whole,
+            rounded,
             step,
         )
-    return whole
+    return rounded
 
 
 def check_values(request: Request) -> None:
@@ -361,10 +361,11 @@ def check_values(request: Request) -> None:
         "the negative prompt": request.negative_prompt or "",
         "the prompt of --nag_prompt (--nag in a prompt line)": request.away_prompt or "",
     }.items():
-        found = bad_character(text)
-        if found is not None:
+        character = bad_character(text)
+        if character is not None:
             raise OptionError(
-                f"{name} {text!r} is not UTF-8 text, it holds {found}: set the terminal or the file to UTF-8"
+                f"{name} {text!r} is not UTF-8 text, it holds {character}: set the terminal or the file to "
+                "UTF-8"
             )
     *_, most_scale = VALUES["guidance_scale"]
     for name, scale in request.expert_guidance.items():

@@ -41,10 +41,10 @@ _IN_SHORT = re.compile(
 def named_expert(name: str) -> str | None:
     """Return the expert in the name of a file (without its suffix) or of a folder; None if there is none."""
     plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
-    found = set(_IN_FULL.findall(plain))
-    if not found and not _WORDS.keys() <= set(plain.split("_")):
-        found = set(_IN_SHORT.findall(plain))
-    return _WORDS[found.pop()] if len(found) == 1 else None
+    experts = set(_IN_FULL.findall(plain))
+    if not experts and not _WORDS.keys() <= set(plain.split("_")):
+        experts = set(_IN_SHORT.findall(plain))
+    return _WORDS[experts.pop()] if len(experts) == 1 else None
 
 
 def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
@@ -54,9 +54,9 @@ def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
     of these alone says nothing.
     """
     for part in (path, path.absolute().parent):
-        said = named_expert(part.name if part.is_dir() else part.stem)
-        if said is not None:
-            return said
+        expert = named_expert(part.name if part.is_dir() else part.stem)
+        if expert is not None:
+            return expert
         if part.name in folders and all(part.with_name(name).is_dir() for name in folders):
             return folders[part.name]
     return None
@@ -190,13 +190,13 @@ class Source:
 
     def in_words(self) -> Mapping[str, object]:
         """Return what outputs say of it, by the names of the options."""
-        said: dict[str, object] = {self.option: self.path.name, self.share: self.denoise}
-        said["v2v_noise_mode"] = self.noise_mode
+        facts: dict[str, object] = {self.option: self.path.name, self.share: self.denoise}
+        facts["v2v_noise_mode"] = self.noise_mode
         if self.option == VIDEO and self.pad_mode is not None:
-            said["v2v_pad_mode"] = self.pad_mode
+            facts["v2v_pad_mode"] = self.pad_mode
         if self.extra_noise:
-            said[self.extra_option] = self.extra_noise
-        return said
+            facts[self.extra_option] = self.extra_noise
+        return facts
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,12 @@ class EncodedPrompts:
         Texts that are the same object become the same conditions, so that a pass with them runs once.
         """
         texts = {id(text): text for text in (self.positive, self.negative, self.blank) if text is not None}
-        made = {key: {**add_batch_axis(text), **(inputs or {})} for key, text in texts.items()}
-        others = made.get(id(self.negative)), made.get(id(self.blank))
+        conditions = {key: {**add_batch_axis(text), **(inputs or {})} for key, text in texts.items()}
+        positive = conditions[id(self.positive)]
+        negative = conditions.get(id(self.negative))
+        blank = conditions.get(id(self.blank))
         away = None if self.away is None else add_batch_axis(self.away)
-        return Section(noise, made[id(self.positive)], *others, away=away)
+        return Section(noise, positive, negative, blank, away=away)
 
 
 # as `Family.decode`, but not limited to -1..1
@@ -178,8 +180,8 @@ class Section:
     @property
     def held(self) -> tuple[bool, bool]:
         """Return whether the whole picture is given instead of denoised, and whether the sound is."""
-        joint, given = self.tweaks.joint, self.given
-        has_picture = joint is not None and given is not None and given.shape[2] == joint.picture[1]
+        joint, frames = self.tweaks.joint, self.given
+        has_picture = joint is not None and frames is not None and frames.shape[2] == joint.picture[1]
         return has_picture, self.given_sound is not None
 
 
@@ -221,8 +223,8 @@ class StepDone:
     def picture(self) -> Tensor:
         """Return the clean latents of the picture alone, B C F H W."""
         joint = self.section.tweaks.joint
-        found = self.clean if joint is None else joint.split(self.clean)[0]
-        return found[:, :, : self.section.shown]
+        latents = self.clean if joint is None else joint.split(self.clean)[0]
+        return latents[:, :, : self.section.shown]
 
 
 # Makes the velocity of a step, shaped like `Step.noisy`, from the network passes that it requests.

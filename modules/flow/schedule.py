@@ -93,7 +93,7 @@ def make_schedule(
     if solver not in _GRIDS:
         raise ValueError(f"unknown solver {solver!r}: one of {', '.join(_GRIDS)}")
     if levels:
-        falls = all(one > other for one, other in itertools.pairwise(levels))
+        falls = all(level > next_level for level, next_level in itertools.pairwise(levels))
         if len(levels) != steps + 1 or levels[-1] != 0 or not falls:
             raise ValueError(f"{steps} steps with the noise levels {', '.join(map(str, levels))}")
         sigmas = torch.tensor(levels, dtype=torch.float32)

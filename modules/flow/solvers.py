@@ -48,7 +48,7 @@ def solver_for(
     table, levels: as of `make_schedule`. draw: where the noise comes from; it is called only by a step that
     adds some. Raises ValueError for another name, or if a solver that adds noise has no `draw`.
     """
-    schedule = make_schedule(name, steps, flow_shift, table, levels)
+    schedule = make_schedule(name, steps, flow_shift, table=table, levels=levels)
     if name not in _NOISY_SOLVERS:
         return _SOLVERS[name](schedule)
     if draw is None:
@@ -78,9 +78,9 @@ class Lcm:
     draw: Draw
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        here, there = _Level.at(self.schedule, index), _Level.at(self.schedule, index + 1)
+        here, following = _Level.at(self.schedule, index), _Level.at(self.schedule, index + 1)
         x0 = sample.float() - here.sigma * velocity.float()
-        return there.alpha * x0 + there.sigma * self.draw(sample.shape) if there.sigma > 0 else x0
+        return following.alpha * x0 + following.sigma * self.draw(sample.shape) if following.sigma > 0 else x0
 
 
 @dataclass
@@ -96,18 +96,19 @@ class DpmPlusPlus:
     _past: list["_Prediction"] = field(default_factory=list)
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        here, there = _Level.at(self.schedule, index), _Level.at(self.schedule, index + 1)
+        here = _Level.at(self.schedule, index)
+        following = _Level.at(self.schedule, index + 1)
         now = _Prediction(here, sample.float() - here.sigma * velocity.float())
         x0 = now.x0
-        if self._past and there.sigma > 0:
+        if self._past and following.sigma > 0:
             before = self._past[-1]
             # infinite after a start from pure noise
-            ratio = (here.lam - before.level.lam) / (there.lam - here.lam)
+            ratio = (here.lam - before.level.lam) / (following.lam - here.lam)
             x0 = x0 + (0.5 / ratio) * (x0 - before.x0)
         self._past = [now]
         if self.draw is None:
-            return _move(here, there, sample.float(), x0)
-        return _move_with_noise(here, there, sample.float(), x0, self.draw)
+            return _move(here, following, sample.float(), x0)
+        return _move_with_noise(here, following, sample.float(), x0, draw=self.draw)
 
 
 @dataclass(frozen=True)
@@ -144,39 +145,44 @@ class UniPC:
     _past: list["_Prediction"] = field(default_factory=list)  # the last predictions, oldest first
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        here, there = (
-            _Level.at(self.schedule, place, self.variant.keeps_data) for place in (index, index + 1)
-        )
+        here = _Level.at(self.schedule, index, self.variant.keeps_data)
+        following = _Level.at(self.schedule, index + 1, self.variant.keeps_data)
         now = _Prediction(here, sample.float() - here.sigma * velocity.float())
         if self.corrected is None:
             self.corrected = sample.float()
         else:
             last = self._past[-1]
-            self.corrected = _move(last.level, here, self.corrected, last.x0, self._change(here, now))
+            change = self._change(here, now)
+            self.corrected = _move(last.level, here, self.corrected, last.x0, change=change)
         self._past = [*self._past, now][-self.variant.order :]
-        self._order = len(self._past) if there.sigma > 0 else 1
-        return _move(here, there, self.corrected, now.x0, self._change(there))
+        self._order = len(self._past) if following.sigma > 0 else 1
+        return _move(here, following, self.corrected, now.x0, change=self._change(following))
 
-    def _change(self, there: "_Level", after: "_Prediction | None" = None) -> Tensor | float:
-        """Return how much the prediction changes over the step from the last one's level to `there`.
+    def _change(self, following: "_Level", after: "_Prediction | None" = None) -> Tensor | float:
+        """Return how much the prediction changes over the step from the last one's level to `following`.
 
-        after: the prediction at `there`, if it is known. The change is a weighted sum of the other
+        after: the prediction at `following`, if it is known. The change is a weighted sum of the other
         predictions' differences to the last one. Predictions at pure noise are left out: they are infinitely
         far away in lambda.
         """
         *older, last = self._past[-self._order :]
-        step = there.lam - last.level.lam
-        past = [((one.level.lam - last.level.lam) / step, one.x0 - last.x0) for one in reversed(older)]
-        points = [(ratio, difference) for ratio, difference in past if math.isfinite(ratio)]
-        points += [] if after is None else [(1.0, after.x0 - last.x0)]
-        alone = len(points) == 1  # then 1/2, the exact weight's limit for small steps, as the released code
-        weights = (
-            [self.variant.lone_weight(step)] if alone else _weights(step, [ratio for ratio, _ in points])
-        )
-        return sum(
-            (weight / ratio * one for weight, (ratio, one) in zip(weights, points, strict=True)),
-            start=0.0,
-        )
+        step = following.lam - last.level.lam
+        ratios: list[float] = []
+        differences: list[Tensor] = []
+        for before in reversed(older):
+            ratio = (before.level.lam - last.level.lam) / step
+            if math.isfinite(ratio):
+                ratios.append(ratio)
+                differences.append(before.x0 - last.x0)
+        if after is not None:
+            ratios.append(1.0)
+            differences.append(after.x0 - last.x0)
+        alone = len(ratios) == 1  # then 1/2, the exact weight's limit for small steps, as the released code
+        weights = [self.variant.lone_weight(step)] if alone else _weights(step, ratios)
+        change: Tensor | float = 0.0
+        for weight, ratio, difference in zip(weights, ratios, differences, strict=True):
+            change = change + weight / ratio * difference
+        return change
 
 
 @dataclass(frozen=True)
@@ -223,22 +229,24 @@ def _weights(step: float, ratios: list[float]) -> list[float]:
     return solution
 
 
-def _move(here: _Level, there: _Level, sample: Tensor, x0: Tensor, change: Tensor | float = 0.0) -> Tensor:
+def _move(
+    here: _Level, following: _Level, sample: Tensor, x0: Tensor, change: Tensor | float = 0.0
+) -> Tensor:
     """Step between two levels, exact if the prediction is the constant x0; `change` bends the path."""
-    step = there.lam - here.lam
-    return (there.sigma / here.sigma) * sample - there.alpha * math.expm1(-step) * (x0 + change)
+    step = following.lam - here.lam
+    return (following.sigma / here.sigma) * sample - following.alpha * math.expm1(-step) * (x0 + change)
 
 
-def _move_with_noise(here: _Level, there: _Level, sample: Tensor, x0: Tensor, draw: Draw) -> Tensor:
+def _move_with_noise(here: _Level, following: _Level, sample: Tensor, x0: Tensor, draw: Draw) -> Tensor:
     """Step between two levels as `_move`, twice as far in lambda, and make up for it with fresh noise.
 
     From pure noise all of it is replaced; a step to sigma 0 adds none.
     """
-    kept = math.exp(here.lam - there.lam)
-    moved = (there.sigma / here.sigma) * kept * sample + there.alpha * (1 - kept**2) * x0
-    if there.sigma <= 0:
+    factor = math.exp(here.lam - following.lam)
+    moved = (following.sigma / here.sigma) * factor * sample + following.alpha * (1 - factor**2) * x0
+    if following.sigma <= 0:
         return moved
-    return moved + there.sigma * math.sqrt(1 - kept**2) * draw(sample.shape)
+    return moved + following.sigma * math.sqrt(1 - factor**2) * draw(sample.shape)
 
 
 _SOLVERS: dict[str, Callable[[Schedule], Solver]] = {

@@ -78,7 +78,13 @@ def conv3d(layer: nn.Conv3d, x: Tensor) -> Tensor:
     plain = x.device.type != "cpu" or x.dtype != torch.float32 or layer.weight.dtype != torch.float32
     if plain or not HAS_ONEDNN or torch.is_autocast_enabled("cpu"):
         return functional.conv3d(
-            x, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups
+            x,
+            layer.weight,
+            layer.bias,
+            stride=layer.stride,
+            padding=padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
         )
     return torch.mkldnn_convolution(
         x, layer.weight, layer.bias, padding, layer.stride, layer.dilation, layer.groups

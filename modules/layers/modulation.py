@@ -50,8 +50,8 @@ def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: int = 0) ->
     gate = gate.to(x.dtype)
     if torch.compiler.is_compiling():
         return torch.addcmul(x, _spread(gate, x, split), branch.to(x.dtype))
-    whole: Tensor = _AddGated.apply(x, gate, branch, split)
-    return whole
+    output: Tensor = _AddGated.apply(x, gate, branch, split)
+    return output
 
 
 def split_segments(split: int, rows: Sequence[Tensor], *tokens: Tensor) -> list[tuple[Tensor, ...]]:
@@ -59,8 +59,8 @@ def split_segments(split: int, rows: Sequence[Tensor], *tokens: Tensor) -> list[
     if rows[0].shape[1] == 1:
         return [(*tokens, *rows)]
     return [
-        (*(one[:, :split] for one in tokens), *(row[:, :1] for row in rows)),
-        (*(one[:, split:] for one in tokens), *(row[:, 1:] for row in rows)),
+        (*(tensor[:, :split] for tensor in tokens), *(row[:, :1] for row in rows)),
+        (*(tensor[:, split:] for tensor in tokens), *(row[:, 1:] for row in rows)),
     ]
 
 
@@ -85,11 +85,11 @@ class _Modulate(torch.autograd.Function):
         ctx.dtype, ctx.split = normed.dtype, split
         modulated = torch.empty_like(normed, dtype=dtype)
         if shift is None:
-            for part, made, times in split_segments(split, [factor], normed, modulated):
-                torch.mul(part, times, out=made)
+            for part, target, times in split_segments(split, [factor], normed, modulated):
+                torch.mul(part, times, out=target)
         else:
-            for part, made, plus, times in split_segments(split, [shift, factor], normed, modulated):
-                torch.addcmul(plus, part, times, out=made)
+            for part, target, plus, times in split_segments(split, [shift, factor], normed, modulated):
+                torch.addcmul(plus, part, times, out=target)
         return modulated
 
     @staticmethod
@@ -102,8 +102,8 @@ class _Modulate(torch.autograd.Function):
         of_normed = None
         if for_normed:
             of_normed = torch.empty_like(gradient, dtype=ctx.dtype)
-            for part, made, times in split_segments(ctx.split, [factor], gradient, of_normed):
-                torch.mul(part, times, out=made)
+            for part, target, times in split_segments(ctx.split, [factor], gradient, of_normed):
+                torch.mul(part, times, out=target)
         return (
             of_normed,
             _sum_rows(gradient, factor, ctx.split) if for_shift else None,
@@ -125,11 +125,11 @@ class _AddGated(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(branch)
         ctx.gate, ctx.dtype, ctx.split = gate.detach(), branch.dtype, split
-        whole = torch.empty_like(x)
-        for part, added, made, times in split_segments(split, [gate], x, branch, whole):
+        output = torch.empty_like(x)
+        for part, added, target, times in split_segments(split, [gate], x, branch, output):
             # with `out` also because autocast casts what a plain addcmul gets
-            torch.addcmul(part, times, added, out=made)
-        return whole
+            torch.addcmul(part, times, added, out=target)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -139,6 +139,6 @@ class _AddGated(torch.autograd.Function):
         of_branch = None
         if for_branch:
             of_branch = torch.empty_like(gradient, dtype=ctx.dtype)
-            for part, made, times in split_segments(ctx.split, [ctx.gate], gradient, of_branch):
-                torch.mul(part, times, out=made)
+            for part, target, times in split_segments(ctx.split, [ctx.gate], gradient, of_branch):
+                torch.mul(part, times, out=target)
         return gradient if for_x else None, of_gate, of_branch, None

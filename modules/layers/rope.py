@@ -61,11 +61,11 @@ def on_grid(axes: Sequence[Tensor]) -> Tensor:
 
     axes: each n W/2 ..., with n positions along the axis and W of its channels. Returns L D/2 ...
     """
-    sizes, columns = [len(one) for one in axes], []
-    for axis, one in enumerate(axes):
-        shape = [1] * len(axes) + list(one.shape[1:])
+    sizes, columns = [len(table) for table in axes], []
+    for axis, table in enumerate(axes):
+        shape = [1] * len(axes) + list(table.shape[1:])
         shape[axis] = sizes[axis]
-        columns.append(one.view(shape).expand(*sizes, *one.shape[1:]).flatten(0, len(axes) - 1))
+        columns.append(table.view(shape).expand(*sizes, *table.shape[1:]).flatten(0, len(axes) - 1))
     return torch.cat(columns, dim=1)  # not a view of the grid: compiled blocks would depend on its sizes
 
 
@@ -90,9 +90,9 @@ def exact_table(
     ]
     if grid.places:
         axes[0] = torch.tensor(grid.places, dtype=dtype)
-    each = zip(axes, widths, [grid.slow, *[None] * (len(axes) - 1)], strict=True)
-    pairs = [turns(angles_at(axis, width, theta, slow)).float() for axis, width, slow in each]
-    return on_grid([send_ahead(one, device) for one in pairs]).unsqueeze(1).to(stored)
+    axis_settings = zip(axes, widths, [grid.slow, *[None] * (len(axes) - 1)], strict=True)
+    pairs = [turns(angles_at(axis, width, theta, slow)).float() for axis, width, slow in axis_settings]
+    return on_grid([send_ahead(pair, device) for pair in pairs]).unsqueeze(1).to(stored)
 
 
 def turns(angles: Tensor) -> Tensor:
@@ -153,12 +153,12 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     # type_as: where the dtype fits already, `to(dtype)` takes four times as long to find that out
     pairs = x.type_as(table).unflatten(-1, (-1, 2))  # B L N D/2 2
     if not torch.compiler.is_compiling() and table.dtype.itemsize >= 4:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     else:
         first, second = pairs.unbind(-1)
         cosine, sine = table.unbind(-1)
-        turned = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
-    return turned.flatten(-2).type_as(x)
+        rotated = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+    return rotated.flatten(-2).type_as(x)
 
 
 LONGEST = 10000.0  # the frequencies fall from 1 to nearly 1 / LONGEST

@@ -38,9 +38,9 @@ def change_colours(frame: Frame, numbers: random.Random) -> Frame:
         turn = numbers.uniform(-MOST_HUE, MOST_HUE)
         hsv = cv2.cvtColor(frame, cv2.COLOR_RGB2HSV).astype(np.float32)
         hsv[..., 0] = (hsv[..., 0] + turn) % 180
-        turned = np.minimum(np.rint(hsv), 255).astype(np.uint8)
-        turned[..., 0] %= 180
-        return np.asarray(cv2.cvtColor(turned, cv2.COLOR_HSV2RGB), dtype=np.uint8)
+        changed = np.minimum(np.rint(hsv), 255).astype(np.uint8)
+        changed[..., 0] %= 180
+        return np.asarray(cv2.cvtColor(changed, cv2.COLOR_HSV2RGB), dtype=np.uint8)
     gamma = numbers.uniform(*GAMMAS)
     table = np.rint((np.arange(256) / 255) ** gamma * 255).astype(np.uint8)
     return table[frame]
@@ -49,15 +49,15 @@ def change_colours(frame: Frame, numbers: random.Random) -> Frame:
 def crop_anywhere(fit: Fit, numbers: random.Random) -> Fit:
     """Return the fit with a random place of the crop, all equally likely."""
     left, top = (
-        numbers.randint(0, max(0, whole - part)) for whole, part in zip(fit.resized, fit.bucket, strict=True)
+        numbers.randint(0, max(0, side - part)) for side, part in zip(fit.resized, fit.bucket, strict=True)
     )
     return replace(fit, crop=(left, top))
 
 
 def face_in_name(stem: str) -> Face | None:
     """Return the face that a file's name gives: it ends in `_x_y_width_height`, x and y of the middle."""
-    found = _FACE.search(stem)
-    return None if found is None else Face(*(int(part) for part in found.groups()))
+    match = _FACE.search(stem)
+    return None if match is None else Face(*(int(part) for part in match.groups()))
 
 
 def fit_face(
@@ -76,23 +76,21 @@ def fit_face(
     """
     longer = max(face.width, face.height, 1)
     cover = max(bucket[0] / size[0], bucket[1] / size[1])
-    wanted = min(bucket) / (longer * numbers.uniform(*sides))
-    scale = max(cover, min(wanted, 1.0))
+    drawn_scale = min(bucket) / (longer * numbers.uniform(*sides))
+    scale = max(cover, min(drawn_scale, 1.0))
     resized = (max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale)))
-    left = _start((face.x, face.width), scale, bucket[0], resized[0], numbers, anywhere)
-    top = _start((face.y, face.height), scale, bucket[1], resized[1], numbers, anywhere)
+
+    def start(middle: float, length: float, axis: int) -> int:
+        """Return where the crop begins on an axis. middle, length: of the resized face."""
+        part = bucket[axis]
+        place = middle - part / 2
+        if anywhere and length < part:
+            place = numbers.uniform(middle + length / 2 - part, middle - length / 2)
+        return min(max(0, round(place)), resized[axis] - part)
+
+    left = start(face.x * scale, face.width * scale, axis=0)
+    top = start(face.y * scale, face.height * scale, axis=1)
     return Fit(resized, (left, top), bucket, how_to_resize(size, resized))
-
-
-def _start(
-    face: tuple[int, int], scale: float, part: int, whole: int, numbers: random.Random, anywhere: bool
-) -> int:
-    """Return where a crop of length `part` begins on one axis. face: its middle and its length."""
-    middle, length = face[0] * scale, face[1] * scale
-    start = middle - part / 2
-    if anywhere and length < part:
-        start = numbers.uniform(middle + length / 2 - part, middle - length / 2)
-    return min(max(0, round(start)), whole - part)
 
 
 def mirror(frame: Frame) -> Frame:

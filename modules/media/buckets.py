@@ -170,8 +170,8 @@ def _shrink(size: Size, area: int, step: int) -> Size:
 
 
 def _round_down(side: float, step: int) -> int:
-    whole = int(side + 0.5)
-    return whole - whole % step
+    rounded = int(side + 0.5)
+    return rounded - rounded % step
 
 
 def _ratio(width: int, height: int) -> float:

@@ -88,8 +88,9 @@ def _note_facts(file: Image.Image) -> None:
     if file.mode.startswith("I;16") and getattr(file, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
         file.info[_INVERTED] = True  # white is 0, which Pillow minds in 8 bits only
     readers = {"PNG": _read_cicp, "AVIF": _read_nclx}
-    if file.format in readers and (found := readers[file.format](file)) is not None:
-        file.info[_CICP] = found
+    codes = readers[file.format](file) if file.format in readers else None
+    if codes is not None:
+        file.info[_CICP] = codes
 
 
 def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint8]:
@@ -120,8 +121,8 @@ def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
     transfer = 1 if transfer == _UNSAID else transfer
     if primaries not in _PLACES or primaries == 1 or transfer not in _GAMMAS:
         return None
-    made = _make_profile(_GAMMAS[transfer], _PLACES[primaries])
-    return None if made is None else _transform(_Profile(made, "RGB", Path()))[0]
+    content = _make_profile(_GAMMAS[transfer], _PLACES[primaries])
+    return None if content is None else _transform(_Profile(content, "RGB", Path()))[0]
 
 
 def look_at(path: Path, file: Image.Image) -> Colours:
@@ -187,25 +188,30 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 def _profile_of(path: Path, image: Image.Image) -> _Profile | None:
     """Return the profile of a picture, or one made of its chunks; None if neither says anything."""
-    primaries, transfer = image.info.get(_CICP, (0, 0))
     if image.mode == "LAB":  # which Pillow converts to sRGB
         return None
+    primaries, transfer = image.info.get(_CICP, (0, 0))
+    content: bytes | None
     if primaries in _PLACES and transfer in _GAMMAS:
-        made = _make_profile(_GAMMAS[transfer], _PLACES[primaries])
-        return None if made is None else _Profile(made, "RGB", path)
-    data = image.info.get("icc_profile")
-    if data:
-        mode = "L" if image.mode in _GREY or image.mode.startswith("I;16") else image.mode
-        mode = mode if mode in {"L", "CMYK"} else "RGB"
-        if mode == "L" and data[16:20] == b"RGB ":
-            mode = "RGB"
-        return _Profile(data, mode, path)
+        content = _make_profile(_GAMMAS[transfer], _PLACES[primaries])
+        return None if content is None else _Profile(content, "RGB", path)
+    content = image.info.get("icc_profile")
+    if content:
+        return _Profile(content, _mode_for(image.mode, content), path)
     places = None if transfer else image.info.get("chromaticity")
     gamma = _gamma(image.info)
     if places is None or gamma is None or np.allclose(places, _SRGB_PLACES, atol=2e-3):
         return None
-    made = _make_profile(gamma, tuple(places))
-    return None if made is None else _Profile(made, "RGB", path)
+    content = _make_profile(gamma, tuple(places))
+    return None if content is None else _Profile(content, "RGB", path)
+
+
+def _mode_for(mode: str, profile: bytes) -> str:
+    """Return the mode, L, RGB or CMYK, that pixels of this mode take for their profile."""
+    is_grey = mode in _GREY or mode.startswith("I;16")
+    if is_grey and profile[16:20] != b"RGB ":
+        return "L"
+    return "CMYK" if mode == "CMYK" else "RGB"
 
 
 @functools.lru_cache(maxsize=64)
@@ -220,8 +226,8 @@ def _transform(profile: _Profile) -> tuple[ImageCms.ImageCmsTransform | None, st
     else:
         try:
             opened = ImageCms.getOpenProfile(io.BytesIO(profile.data))
-            made = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
-            return (None if _changes_nothing(made, mode) else made), None
+            transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
+            return (None if _changes_nothing(transform, mode) else transform), None
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
             fault = f"its colour profile cannot be used ({error})"
     logger.warning("%s: %s. Its numbers are taken as sRGB", profile.path, fault)
@@ -231,11 +237,15 @@ def _transform(profile: _Profile) -> tuple[ImageCms.ImageCmsTransform | None, st
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
     if mode == "CMYK":
         return False
-    steps = np.linspace(0, 255, 18).astype(np.uint8)
-    colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 18, 3)
-    asked = colours if mode == "RGB" else np.arange(256, dtype=np.uint8)[None]
-    found = np.asarray(ImageCms.applyTransform(Image.fromarray(asked), transform)).astype(int)
-    return bool(abs(found - (asked if mode == "RGB" else asked[..., None])).max() <= _LEVELS)
+    if mode == "RGB":
+        steps = np.linspace(0, 255, 18).astype(np.uint8)
+        pixels = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 18, 3)
+        expected = pixels
+    else:
+        pixels = np.arange(256, dtype=np.uint8)[None]
+        expected = pixels[..., None]
+    transformed = np.asarray(ImageCms.applyTransform(Image.fromarray(pixels), transform)).astype(int)
+    return bool(abs(transformed - expected).max() <= _LEVELS)
 
 
 # What PNGs say in chunks of their own
@@ -271,10 +281,10 @@ def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
         return None
     place = stream.tell()
     stream.seek(0)
-    _, found, codes = stream.read(_BOX_BYTES).partition(b"colrnclx")
+    _, marker, codes = stream.read(_BOX_BYTES).partition(b"colrnclx")
     stream.seek(place)
     primaries, transfer = int.from_bytes(codes[:2], "big"), int.from_bytes(codes[2:4], "big")
-    return (primaries, 1 if transfer == _UNSAID else transfer) if found else None
+    return (primaries, 1 if transfer == _UNSAID else transfer) if marker else None
 
 
 def _curve(info: dict[Any, Any]) -> list[int] | None:
@@ -284,8 +294,8 @@ def _curve(info: dict[Any, Any]) -> list[int] | None:
         return None
     light = (np.arange(256) / 255) ** (1 / gamma)
     levels = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    found: list[int] = np.rint(255 * levels).astype(int).tolist()
-    return found
+    in_srgb: list[int] = np.rint(255 * levels).astype(int).tolist()
+    return in_srgb
 
 
 @functools.lru_cache(maxsize=64)
@@ -293,6 +303,48 @@ def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | Non
     """Return the ICC profile of gAMA (None: the curve of sRGB) and cHRM; None if the places are no triangle.
 
     Source: ICC.1, 8.3.
+    """
+    colorants = _colorants(places)
+    if colorants is None:
+        return None
+    if gamma is None:
+        curve = b"para" + bytes(5) + b"\3" + bytes(2)
+        curve += _fixed([2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045])
+    else:
+        curve = b"para" + bytes(8) + _fixed([1 / (gamma or 1)])
+    tags = {b"wtpt": _xyz(_D50)}
+    for letter, colorant in zip((b"r", b"g", b"b"), colorants.T, strict=True):
+        tags[letter + b"XYZ"] = _xyz(colorant)
+        tags[letter + b"TRC"] = curve
+    return _with_header(tags)
+
+
+def _with_header(tags: dict[bytes, bytes]) -> bytes:
+    """Return a profile of a display with these tags."""
+    start = 132 + 12 * len(tags)  # of the tags' contents: behind the header and the table of tags
+    table, body = b"", b""
+    for name, content in tags.items():
+        place = start + len(body)
+        table += name + _four_bytes(place) + _four_bytes(len(content))
+        body += content
+    head = _four_bytes(start + len(body)) + bytes(4) + b"\x04\x20\x00\x00mntrRGB XYZ " + bytes(12)
+    head += b"acsp" + bytes(28) + _fixed(_D50)
+    return head.ljust(128, b"\0") + _four_bytes(len(tags)) + table + body
+
+
+def _four_bytes(number: int) -> bytes:
+    return number.to_bytes(4, "big")
+
+
+def _xyz(values: Any) -> bytes:
+    """Return the content of a tag of the type XYZ."""
+    return b"XYZ " + bytes(4) + _fixed(values)
+
+
+def _colorants(places: tuple[float, ...]) -> Any:
+    """Return the primaries as columns of XYZ under D50, of cHRM's places; None if these are no triangle.
+
+    places: x y of the white point, red, green and blue.
     """
     x, y = np.array(places[0::2]), np.array(places[1::2])
     if (y <= 0).any():
@@ -302,26 +354,11 @@ def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | Non
         lights = np.linalg.solve(np.array(primaries).T, white)
         colorants = np.array(primaries).T * lights
         cones = _BRADFORD @ _D50 / (_BRADFORD @ white)
-        colorants = np.linalg.solve(_BRADFORD, cones[:, None] * (_BRADFORD @ colorants))
+        return np.linalg.solve(_BRADFORD, cones[:, None] * (_BRADFORD @ colorants))
     except np.linalg.LinAlgError:
         return None
 
-    def fixed(values: Any) -> bytes:  # s15Fixed16Number
-        return bytes(np.rint(np.asarray(values) * 65536).astype(">i4").tobytes())
 
-    curve = b"para" + bytes(8) + fixed([1 / (gamma or 1)])
-    if gamma is None:
-        curve = (
-            b"para" + bytes(5) + b"\3" + bytes(2) + fixed([2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045])
-        )
-    tags = {b"wtpt": b"XYZ " + bytes(4) + fixed(_D50)}
-    for letter, colorant in zip((b"r", b"g", b"b"), colorants.T, strict=True):
-        tags[letter + b"XYZ"] = b"XYZ " + bytes(4) + fixed(colorant)
-        tags[letter + b"TRC"] = curve
-    start, table, body = 132 + 12 * len(tags), b"", b""
-    for name, content in tags.items():
-        table += name + (start + len(body)).to_bytes(4, "big") + len(content).to_bytes(4, "big")
-        body += content
-    head = (start + len(body)).to_bytes(4, "big") + bytes(4) + b"\x04\x20\x00\x00mntrRGB XYZ " + bytes(12)
-    head += b"acsp" + bytes(28) + fixed(_D50)
-    return head.ljust(128, b"\0") + len(tags).to_bytes(4, "big") + table + body
+def _fixed(values: Any) -> bytes:
+    """Return numbers in ICC's s15Fixed16Number."""
+    return bytes(np.rint(np.asarray(values) * 65536).astype(">i4").tobytes())

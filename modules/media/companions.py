@@ -87,9 +87,9 @@ class Companions:
             start, end = (max(chapter[name] - ticks, 0) for name in ("start", "end"))
             chapters.append({**chapter, "start": start, "end": end})
         target.set_chapters(chapters)
-        wanted = [self._source.streams[index] for index in self._tracks]
-        if wanted:
-            self._packets = self._read(wanted)
+        copied = [self._source.streams[index] for index in self._tracks]
+        if copied:
+            self._packets = self._read(copied)
             self._waiting = next(self._packets, None)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
@@ -134,16 +134,16 @@ class Companions:
         except av.FFmpegError:  # of a decoder
             track.lost += 1
             return
-        for one in converted:
-            if one.dts is None:
-                one.dts = one.pts
+        for new_packet in converted:
+            if new_packet.dts is None:
+                new_packet.dts = new_packet.pts
             if self._origin:
-                ticks = round(self._origin / one.time_base)
-                one.dts = None if one.dts is None else one.dts - ticks
-                one.pts = None if one.pts is None else one.pts - ticks
-            one.stream = track.target
+                ticks = round(self._origin / new_packet.time_base)
+                new_packet.dts = None if new_packet.dts is None else new_packet.dts - ticks
+                new_packet.pts = None if new_packet.pts is None else new_packet.pts - ticks
+            new_packet.stream = track.target
             try:
-                target.mux(one)
+                target.mux(new_packet)
                 self._sent += 1
             except _damage():
                 track.lost += 1
@@ -250,11 +250,11 @@ class Companions:
         target.disposition = int(source.disposition)
 
     def _cleaned(self, tags: Mapping[str, str]) -> dict[str, str]:
-        kept = {name: value for name, value in tags.items() if not _NOISE.fullmatch(name)}
+        cleaned = {name: value for name, value in tags.items() if not _NOISE.fullmatch(name)}
         # FFmpeg fails at time codes that leave frames out (;), unless the rate is 29.97 or a multiple of it
-        if ";" in kept.get("timecode", "") and round(self._rate) % 30:
-            del kept["timecode"]
-        return kept if self._covers else without_pictures(self._path, kept)
+        if ";" in cleaned.get("timecode", "") and round(self._rate) % 30:
+            del cleaned["timecode"]
+        return cleaned if self._covers else without_pictures(self._path, cleaned)
 
     def _leave_out(self, name: str, reason: str = "", remedy: str = "; .mkv keeps it") -> None:
         reason = reason or f"{self._suffix} files cannot hold it"

@@ -247,12 +247,12 @@ def turn_upright(pixels: Turned, orientation: Orientation) -> Turned:
     """Turn and mirror the pixels of a frame, H W C, to what a player shows."""
     if orientation == AS_STORED:
         return pixels
-    turned: Any = pixels.swapaxes(0, 1) if orientation.is_transposed else pixels
+    view: Any = pixels.swapaxes(0, 1) if orientation.is_transposed else pixels
     if orientation.flips_columns:
-        turned = turned[:, ::-1]
+        view = view[:, ::-1]
     if orientation.flips_rows:
-        turned = turned[::-1]
-    upright: Any = np.ascontiguousarray(turned)
+        view = view[::-1]
+    upright: Any = np.ascontiguousarray(view)
     return upright
 
 
@@ -316,12 +316,14 @@ def _durations(path: Path, most: int | None = None) -> list[float]:
     """Return the seconds of all frames, or of the first `most`; empty for a picture that is no animation."""
     with reading(path), path.open("rb") as file:
         start = file.read(6)
-        found = _gif_durations if start[:4] == b"GIF8" else _webp_durations if start[:4] == b"RIFF" else None
-        if found is None:
+        read_durations = (
+            _gif_durations if start[:4] == b"GIF8" else _webp_durations if start[:4] == b"RIFF" else None
+        )
+        if read_durations is None:
             return []
         durations: list[float] = []
         try:
-            for seconds in found(file):
+            for seconds in read_durations(file):
                 durations.append(seconds if seconds >= SHORTEST else USUAL)
                 if len(durations) == most:
                     break
@@ -377,7 +379,7 @@ def _webp_durations(file: BinaryIO) -> Iterator[float]:
 
 
 def _take(file: BinaryIO, size: int) -> bytes:
-    found = file.read(size)
-    if len(found) < size:
+    content = file.read(size)
+    if len(content) < size:
         raise EOFError
-    return found
+    return content

@@ -23,13 +23,11 @@ from modules.media.opening import av, open_container
 logger = getLogger(__name__)
 
 # tags that MP4 has fields of its own for; any other needs `use_metadata_tags`
-_MP4_TAGS = frozenset(
-    {
-        *("title", "artist", "album_artist", "composer", "album", "date", "comment", "genre", "copyright"),
-        *("grouping", "lyrics", "description", "synopsis", "show", "episode_id", "network", "keywords"),
-        "creation_time",
-    }
-)
+_MP4_TAGS = frozenset((
+    "title", "artist", "album_artist", "composer", "album", "date", "comment", "genre", "copyright",
+    "grouping", "lyrics", "description", "synopsis", "show", "episode_id", "network", "keywords",
+    "creation_time",
+))  # fmt: skip
 
 
 # Pixels of 8 and of 16 bits a channel. FFmpeg's own conversions are off by up to 3 of 255, or add noise.
@@ -76,12 +74,29 @@ _AVX512F = 13  # CV_CPU_AVX_512F, which OpenCV has for C++ only
 X264 = {"x264-params": "lookahead-threads=1" + (":asm=avx2" if cv2.checkHardwareSupport(_AVX512F) else "")}
 # A fixed number of threads: with one for each core, what they make depends on the machine
 _CODECS = {
-    "h264": Codec("libx264", "yuv420p", X264, True, (".mp4", ".mkv", ".mov"), 6),
-    "h265": Codec(
-        *("libx265", "yuv420p", {"x265-params": "log-level=error"}, True),
-        *((".mp4", ".mkv", ".mov"), 3),
+    "h264": Codec(
+        encoder="libx264",
+        pixel_format="yuv420p",
+        options=X264,
+        has_crf=True,
+        suffixes=(".mp4", ".mkv", ".mov"),
+        threads=6,
     ),
-    "prores": Codec("prores_ks", "yuv422p10le", {"profile": "3"}, False, (".mkv", ".mov")),
+    "h265": Codec(
+        encoder="libx265",
+        pixel_format="yuv420p",
+        options={"x265-params": "log-level=error"},
+        has_crf=True,
+        suffixes=(".mp4", ".mkv", ".mov"),
+        threads=3,
+    ),
+    "prores": Codec(
+        encoder="prores_ks",
+        pixel_format="yuv422p10le",
+        options={"profile": "3"},
+        has_crf=False,
+        suffixes=(".mkv", ".mov"),
+    ),
 }
 LONE_COLUMN = 64  # pixels: where libx265 has one column of blocks, its result differs from run to run
 
@@ -102,7 +117,10 @@ def settle_codec(codec: str, width: int, height: int) -> str:
     if settled != codec:
         logger.warning(
             "--codec %s is written as %s because %d x %d pixels are too few for its encoder",
-            *(codec, settled, width, height),
+            codec,
+            settled,
+            width,
+            height,
         )
     return settled
 
@@ -228,7 +246,7 @@ def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
     even: Any = np.ascontiguousarray(frame[:height, :width])
     picture = av.VideoFrame.from_ndarray(even, format="rgb24").reformat(format="yuv420p", threads=1)
     packets = [*encoder.encode(picture), *encoder.encode(), None]
-    (shown,) = [found for packet in packets for found in decoder.decode(packet)]
+    (shown,) = [decoded for packet in packets for decoded in decoder.decode(packet)]
     return np.asarray(shown.reformat(format="rgb24", threads=1).to_ndarray())
 
 

@@ -222,17 +222,23 @@ def _correlation(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float |
     None: too little is left, or the rest has a single grey in either.
     """
     height, width = first.grey.shape
-    here = slice(max(0, y), height + min(0, y)), slice(max(0, x), width + min(0, x))
-    there = slice(max(0, -y), height + min(0, -y)), slice(max(0, -x), width + min(0, -x))
-    is_seen = ~(first.is_white[here] | second.is_white[there])
+    first_area = slice(max(0, y), height + min(0, y)), slice(max(0, x), width + min(0, x))
+    second_area = slice(max(0, -y), height + min(0, -y)), slice(max(0, -x), width + min(0, -x))
+    is_seen = ~(first.is_white[first_area] | second.is_white[second_area])
     if 4 * is_seen.sum() < is_seen.size:
         return None
-    own, other = first.grey[here][is_seen], second.grey[there][is_seen]
-    own, other = own - own.mean(), other - other.mean()
-    spreads = float(np.sqrt(np.square(own).mean())), float(np.sqrt(np.square(other).mean()))
-    if min(spreads) < FLAT_SCENE:
+    first_values = _centred(first.grey[first_area][is_seen])
+    second_values = _centred(second.grey[second_area][is_seen])
+    first_spread = float(np.sqrt(np.square(first_values).mean()))
+    second_spread = float(np.sqrt(np.square(second_values).mean()))
+    if min(first_spread, second_spread) < FLAT_SCENE:
         return None
-    return float((own * other).mean()) / (spreads[0] * spreads[1])
+    return float((first_values * second_values).mean()) / (first_spread * second_spread)
+
+
+def _centred(values: Grey) -> Grey:
+    """Return values without their mean."""
+    return values - values.mean()
 
 
 def clock_time(time: Fraction) -> str:

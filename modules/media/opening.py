@@ -21,56 +21,24 @@ from modules.text_files import require_regular_file
 
 # FFmpeg's names of formats that hold their own pixels; the last two lines: bare streams, and single pictures
 VIDEO_FORMATS = (
-    *(
-        "mov",
-        "matroska",
-        "avi",
-        "flv",
-        "asf",
-        "mpeg",
-        "mpegts",
-        "ogg",
-        "gif",
-        "apng",
-        "nut",
-        "mxf",
-        "rm",
-        "wtv",
-        "dv",
-        "swf",
-    ),
-    *("mpegvideo", "m4v", "h264", "hevc", "ivf", "obu", "mjpeg", "yuv4mpegpipe"),
-    *("png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe"),
-)
+    "mov", "matroska", "avi", "flv", "asf", "mpeg", "mpegts", "ogg",
+    "gif", "apng", "nut", "mxf", "rm", "wtv", "dv", "swf",
+    "mpegvideo", "m4v", "h264", "hevc", "ivf", "obu", "mjpeg", "yuv4mpegpipe",
+    "png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe",
+)  # fmt: skip
 # suffixes of sound files, lower case
 SOUND_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".aif"})
 SOUND_SUFFIXES |= {".aiff", ".wma", ".mka", ".ac3"}
 # FFmpeg's names of the formats above, and of those that hold only sound
 SOUND_FORMATS = (
     *VIDEO_FORMATS,
-    *(
-        "wav",
-        "w64",
-        "flac",
-        "mp3",
-        "aac",
-        "ac3",
-        "eac3",
-        "aiff",
-        "caf",
-        "au",
-        "amr",
-        "dts",
-        "tta",
-        "wv",
-        "ape",
-    ),
-)
+    "wav", "w64", "flac", "mp3", "aac", "ac3", "eac3", "aiff", "caf", "au", "amr", "dts", "tta", "wv", "ape",
+)  # fmt: skip
 # Pillow's names of formats that it decodes itself
 IMAGE_FORMATS = (
-    *("PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "HEIF", "JXL"),
-    *("DIB", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "TGA"),
-)
+    "PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "HEIF", "JXL",
+    "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "TGA",
+)  # fmt: skip
 # no other file and no network, whatever a file asks for; the last two for MOV's external data references
 _ALONE = {
     "protocol_whitelist": "file",
@@ -81,8 +49,8 @@ ATTACHED_PICTURE = 1 << 10  # FFmpeg's mark of covers, which are streams of pict
 
 # what Pillow and its plugins raise for files that are damaged or made to do harm
 _DAMAGE: tuple[type[Exception], ...] = (
-    *(OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error),
-)
+    OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -111,8 +79,8 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         if stream is None or stream.codec_context is None:
             refuse_cut(path)
         if stream is None:
-            found = ", ".join(other.type for other in container.streams) or "nothing"
-            raise MediaError(f"{path} has no video stream, only {found}")
+            kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
+            raise MediaError(f"{path} has no video stream, only {kinds}")
         if is_cover(stream):  # of a song
             raise MediaError(f"{path} has no video stream, only sound and a cover picture")
         if stream.codec_context is None:

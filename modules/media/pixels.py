@@ -120,21 +120,26 @@ def video_pixels(
     """
     from modules.media.reading import FrameSizes, media_colours, resize_cover, video_frames
 
-    if (hdr := media_colours(path).hdr) is not None:
+    hdr = media_colours(path).hdr
+    if hdr is not None:
         logger.warning("%s %s is HDR (%s): it is used pale. Convert it to SDR first.", option, path, hdr)
     needed = frames + min(end_frames, 1)
     sizes = FrameSizes()
     read = sizes.watch(islice(video_frames(path), frames + end_frames))
-    found = [resize_cover(frame, (width, height)) for frame in read]
+    resized = [resize_cover(frame, (width, height)) for frame in read]
     if sizes.change is not None:
         logger.warning(
             "%s %s changes its size (%s): all frames are cropped to %dx%d.",
-            *(option, path, sizes.change, width, height),
+            option,
+            path,
+            sizes.change,
+            width,
+            height,
         )
-    if len(found) < needed:
-        raise too_short(option, path, len(found), needed)
-    found += [found[-1]] * (frames + end_frames - len(found))
-    return to_pixels(torch.from_numpy(numpy.stack(found)[None]))
+    if len(resized) < needed:
+        raise too_short(option, path, len(resized), needed)
+    resized += [resized[-1]] * (frames + end_frames - len(resized))
+    return to_pixels(torch.from_numpy(numpy.stack(resized)[None]))
 
 
 def too_short(option: str, path: Path, found: int, needed: int) -> MediaError:

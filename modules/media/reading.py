@@ -110,13 +110,13 @@ def media_colours(path: Path) -> Colours:
     cannot be read.
     """
     if path.is_dir():
-        found = [media_colours(image) for image in folder_images(path)]
-        fault = next((one.fault for one in found if one.fault), None)
+        of_images = [media_colours(image) for image in folder_images(path)]
+        fault = next((colours.fault for colours in of_images if colours.fault), None)
         return Colours(
-            any(one.is_transparent for one in found),
-            any(one.is_converted for one in found),
+            any(colours.is_transparent for colours in of_images),
+            any(colours.is_converted for colours in of_images),
             fault,
-            by_codes=any(one.by_codes for one in found),
+            by_codes=any(colours.by_codes for colours in of_images),
         )
     if path.suffix.lower() in VIDEO_SUFFIXES:
         with open_video(path) as (container, stream):
@@ -163,11 +163,11 @@ class MaskLook:
         else:
             opacity, on_white = np.ascontiguousarray(frame[..., 3]), blend_on_white(frame)
             self._is_transparent = self._is_transparent or int(opacity.min()) < 255
-        seen = frame[..., :3][opacity > 127]
-        if len(seen):
+        visible = frame[..., :3][opacity > 127]
+        if len(visible):
             self._lows, self._highs = (
-                np.minimum(self._lows, seen.min(0)),
-                np.maximum(self._highs, seen.max(0)),
+                np.minimum(self._lows, visible.min(0)),
+                np.maximum(self._highs, visible.max(0)),
             )
         return on_white, opacity
 
@@ -316,8 +316,8 @@ def frames_at(
     seconds: ascending, from its first frame on. At least one frame is yielded; otherwise they end where the
     file ends. Raises MediaError as `video_frames`, and if a frame is shown longer than MAX_SHOWN_SECONDS.
     """
-    wanted = iter(seconds)
-    place, number, begin, start, end = next(wanted), -1, 0.0, 0.0, 0.0
+    moments = iter(seconds)
+    place, number, begin, start, end = next(moments), -1, 0.0, 0.0, 0.0
     shown: Frame | None = None
     is_first = True
     for frame, frame_start, frame_end in timed_frames(path, alpha):
@@ -325,7 +325,7 @@ def frames_at(
         while shown is not None and place < frame_start - begin:
             _check_shown(path, frame_start - start)
             yield shown, number, place
-            place, is_first = next(wanted, math.inf), False
+            place, is_first = next(moments, math.inf), False
         if place == math.inf:
             return
         shown, number, start, end = frame, number + 1, frame_start, frame_end
@@ -333,7 +333,7 @@ def frames_at(
     _check_shown(path, end - start)
     while is_first or place < end - begin:
         yield shown, number, place
-        place, is_first = next(wanted, math.inf), False
+        place, is_first = next(moments, math.inf), False
 
 
 def video_info(path: Path) -> VideoInfo:
@@ -349,16 +349,23 @@ def video_info(path: Path) -> VideoInfo:
     if decoding.is_animation(path):
         durations = decoding.animation_durations(path)
         shown = sum(durations)
-        return VideoInfo(*image_size(path), len(durations), len(durations) / shown, shown)
+        width, height = image_size(path)
+        count = len(durations)
+        return VideoInfo(width, height, count, fps=count / shown, seconds=shown)
     with open_video(path) as (container, stream):
         first, _, _ = decoding.first_picture(path, container, stream)
-        width, height = decoding.square_width(first, stream), first.height
-        width, height = (height, width) if decoding.is_sideways(first) else (width, height)
+        width = decoding.square_width(first, stream)
+        height = first.height
+        if decoding.is_sideways(first):
+            width, height = height, width
         # a header may claim any number of frames; each takes a byte at least
         frames = stream.frames if 0 < stream.frames <= path.stat().st_size else None
         fps = float(stream.average_rate) if stream.average_rate else None
-        seconds = container.duration / 1_000_000 if container.duration else None
-        return VideoInfo(width, height, frames, fps, frames / fps if frames and fps else seconds)
+        if frames and fps:
+            seconds = frames / fps
+        else:
+            seconds = container.duration / 1_000_000 if container.duration else None
+        return VideoInfo(width, height, frames, fps=fps, seconds=seconds)
 
 
 def is_laid_otherwise(path: Path) -> bool:
@@ -478,11 +485,11 @@ def pick_frames(
     """
     number = count_frames(path, threads)
     for _ in range(TRIES):
-        chosen, found, frames = choose(number), 0, []
-        for found, frame in enumerate(video_frames(path, threads=threads), 1):
-            if found - 1 in chosen:
+        chosen, count, frames = choose(number), 0, []
+        for count, frame in enumerate(video_frames(path, threads=threads), 1):
+            if count - 1 in chosen:
                 frames.append(reduce(frame))
-        if found == number or (not exact and len(frames) == len(chosen)):
+        if count == number or (not exact and len(frames) == len(chosen)):
             return frames
-        number = found
+        number = count
     raise MediaError(f"{path} has another number of frames each time it is read. Is it being written?")

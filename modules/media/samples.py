@@ -47,13 +47,18 @@ def track_facts(path: Path) -> TrackFacts | None:
         stream = _track(container)
         if stream is None:
             return None
-        origin, context = _origin(container), stream.codec_context
+        origin = _origin(container)
         start = Fraction(0) if stream.start_time is None else stream.start_time * stream.time_base - origin
         end = start + stream.duration * stream.time_base if stream.duration else stated_end(container, stream)
         if end is None and container.duration:
             end = start + Fraction(container.duration, 1_000_000)
-        tracks = len(container.streams.audio)
-        return TrackFacts(context.sample_rate, context.channels, start, end, tracks)
+        return TrackFacts(
+            rate=stream.codec_context.sample_rate,
+            channels=stream.codec_context.channels,
+            start=start,
+            end=end,
+            tracks=len(container.streams.audio),
+        )
 
 
 def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int) -> Samples | None:
@@ -70,13 +75,16 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
             stream = _track(container)
             if stream is None:
                 return None
-            index, begin = stream.index, start + _origin(container)
-            given = 1 if stream.codec_context.channels == 1 else channels
-        found = np.zeros((given, count), np.float32)
+            index = stream.index
+            begin = start + _origin(container)
+            channels_read = 1 if stream.codec_context.channels == 1 else channels
+        track = np.zeros((channels_read, count), np.float32)
         place = 0
+        seconds = Fraction(count, rate)
+        layout = LAYOUTS[channels_read]
         try:
-            for samples in filled(path, index, begin, Fraction(count, rate), rate, LAYOUTS[given]):
-                found[:, place : place + samples.shape[1]] = samples
+            for samples in filled(path, index, begin, seconds, rate=rate, layout=layout):
+                track[:, place : place + samples.shape[1]] = samples
                 place += samples.shape[1]
         except av.FFmpegError as error:
             at = float(start + Fraction(place, rate))
@@ -84,7 +92,7 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
                 f"{path}: its sound is damaged near {at:.1f} s ({error.strerror}). Fetch or convert the file "
                 "again, or leave its sound out"
             ) from error
-    return found if given == channels else np.broadcast_to(found, (channels, count))
+    return track if channels_read == channels else np.broadcast_to(track, (channels, count))
 
 
 def _track(container: Any) -> Any | None:
@@ -110,7 +118,7 @@ def filled(
     """
     total = round(seconds * rate)
     position = 0
-    for first, samples in _decoded(path, index, begin, rate, layout, lenient):
+    for first, samples in _decoded(path, index, begin, rate=rate, layout=layout, lenient=lenient):
         if first > position:
             gap = min(first, total) - position
             yield np.zeros((samples.shape[0], gap), np.float32)
@@ -126,7 +134,7 @@ def filled(
 
 
 def _decoded(
-    path: Path, index: int, begin: Fraction, rate: int, layout: str, lenient: bool
+    path: Path, index: int, begin: Fraction, *, rate: int, layout: str, lenient: bool
 ) -> Iterator[tuple[int, Samples]]:
     """Yield samples, and the number of the first one, counted from `begin`."""
     for early in (True, False):
@@ -137,36 +145,39 @@ def _decoded(
             if seeks:
                 with contextlib.suppress(av.FFmpegError):
                     container.seek(int((begin - EARLIER) / stream.time_base), stream=stream)
-            found = _resampled(path, container, stream, begin, rate, layout, lenient)
-            first = next(found, None)
+            numbered = _resampled(path, container, stream, begin, rate=rate, layout=layout, lenient=lenient)
+            first = next(numbered, None)
             if seeks and (first is None or first[0] > 0):
                 continue  # a file that cannot be searched: read from its beginning
             if first is not None:
                 yield first
-                yield from found
+                yield from numbered
             return
 
 
 def _resampled(
-    path: Path, container: Any, stream: Any, begin: Fraction, rate: int, layout: str, lenient: bool
+    path: Path, container: Any, stream: Any, begin: Fraction, *, rate: int, layout: str, lenient: bool
 ) -> Iterator[tuple[int, Samples]]:
     """Yield as `_decoded` does. If the times or the form of the sound jump, resampling begins anew."""
-    resampler, form = None, None
+    resampler = None
+    form = None  # of the samples that it takes
     place = 0  # where the next sample is, counted from `begin`
-    heard = Fraction(0)  # at which second the sound that was decoded so far ends
+    decoded_end = Fraction(0)  # at which second the sound that was decoded so far ends
     try:
         for frame in _frames(container, stream, lenient):
             time = None if frame.pts is None else frame.pts * (frame.time_base or stream.time_base) - begin
-            now = frame.format.name, frame.layout.name, frame.sample_rate
-            jumps = time is not None and abs(time - heard) >= ROUNDING
-            if resampler is None or now != form or jumps:
+            frame_form = (frame.format.name, frame.layout.name, frame.sample_rate)
+            jumps = time is not None and abs(time - decoded_end) >= ROUNDING
+            if resampler is None or frame_form != form or jumps:
                 if resampler is not None:
                     yield from _numbered(resampler.resample(None), place)
-                heard = heard if time is None else time
+                if time is not None:
+                    decoded_end = time
                 resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
-                form, place = now, round(heard * rate)
+                form = frame_form
+                place = round(decoded_end * rate)
             frame.pts = None
-            heard += Fraction(frame.samples, frame.sample_rate)
+            decoded_end += Fraction(frame.samples, frame.sample_rate)
             for first, samples in _numbered(resampler.resample(frame), place):
                 yield first, samples
                 place = first + samples.shape[1]
@@ -177,7 +188,9 @@ def _resampled(
             raise
         logger.warning(
             "%s: its sound is damaged near %.1f s; the rest of the clip is silent (%s)",
-            *(path, float(begin), error.strerror),
+            path,
+            float(begin),
+            error.strerror,
         )
 
 

@@ -59,10 +59,10 @@ class _Gapless:
         """Yield a frame, numbered after the ones before it; first silence, if sound before it is missing."""
         rate = frame.sample_rate
         if frame.pts is not None:
-            wanted = round(frame.pts * (frame.time_base or self._time_base) * rate)
-            gap = 0 if self._next is None else wanted - self._next
+            expected = round(frame.pts * (frame.time_base or self._time_base) * rate)
+            gap = 0 if self._next is None else expected - self._next
             if self._next is None:
-                self._next = wanted
+                self._next = expected
             elif SHORTEST_GAP * rate < gap < LONGEST_GAP * rate:
                 for start in range(0, gap, rate):
                     yield self._numbered(_silence(frame, min(rate, gap - start)))
@@ -91,9 +91,14 @@ def _silence(like: Any, samples: int) -> Any:
 # memory.
 # Matroska's names of codecs, by those of FFmpeg's decoders
 _CODECS = {
-    **{"aac": b"A_AAC", "mp3": b"A_MPEG/L3", "mp3float": b"A_MPEG/L3"},
-    **{"ac3": b"A_AC3", "eac3": b"A_EAC3", "alac": b"A_ALAC"},
+    "aac": b"A_AAC",
+    "mp3": b"A_MPEG/L3",
+    "mp3float": b"A_MPEG/L3",
+    "ac3": b"A_AC3",
+    "eac3": b"A_EAC3",
+    "alac": b"A_ALAC",
 }
+_NANOSECONDS = 1e9
 
 
 def open_delayed(stream: Any, samples: int) -> Any | None:
@@ -104,20 +109,31 @@ def open_delayed(stream: Any, samples: int) -> Any | None:
     context = stream.codec_context
     if context is None or context.name not in _CODECS or context.delay:
         return None
-    rate = _element(0xB5, struct.pack(">d", context.sample_rate))
-    sound = _element(0xE1, rate + _number(0x9F, context.channels))
-    delay = _number(0x56AA, round(samples * 1e9 / context.sample_rate))  # in nanoseconds
-    private = _element(0x63A2, bytes(context.extradata)) if context.extradata else b""
-    names = _number(0xD7, 1) + _number(0x73C5, 1) + _number(0x83, 2) + _element(0x86, _CODECS[context.name])
-    tracks = _element(0x1654AE6B, _element(0xAE, names + private + delay + sound))
+    doc_type = _element(0x4282, b"matroska")
+    versions = _number(0x4287, 4) + _number(0x4285, 2)  # of the format, and the least to read it
+    head = _element(0x1A45DFA3, doc_type + versions)
     clock = _element(0x1549A966, _number(0x2AD7B1, 1_000_000))
+    track = _element(0xAE, _track_facts(context, samples))
+    tracks = _element(0x1654AE6B, track)
     packet = _element(0xA3, b"\x81\0\0\x80" + bytes(8))  # a file without any cannot be opened
-    head = _element(0x1A45DFA3, _element(0x4282, b"matroska") + _number(0x4287, 4) + _number(0x4285, 2))
     cluster = _element(0x1F43B675, _number(0xE7, 0) + packet)
+    segment = _element(0x18538067, clock + tracks + cluster)
     try:
-        return av.open(BytesIO(head + _element(0x18538067, clock + tracks + cluster)))
+        return av.open(BytesIO(head + segment))
     except av.FFmpegError:
         return None
+
+
+def _track_facts(context: Any, samples: int) -> bytes:
+    """Return number, codec, delay and sound of a track, as Matroska has them."""
+    numbers = _number(0xD7, 1) + _number(0x73C5, 1)  # of the track, and its identity
+    audio_type = _number(0x83, 2)
+    codec = _element(0x86, _CODECS[context.name])
+    private = _element(0x63A2, bytes(context.extradata)) if context.extradata else b""
+    delay = _number(0x56AA, round(samples * _NANOSECONDS / context.sample_rate))
+    rate = _element(0xB5, struct.pack(">d", context.sample_rate))
+    sound = _element(0xE1, rate + _number(0x9F, context.channels))
+    return numbers + audio_type + codec + private + delay + sound
 
 
 def _element(name: int, data: bytes) -> bytes:

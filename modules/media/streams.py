@@ -59,7 +59,7 @@ def source_info(path: Path) -> SourceInfo:
                 seconds = Fraction(container.duration, 1_000_000)
             count = 0 if seconds is None else round(seconds * rate)
         frames = count if 0 < count <= most else None
-        return SourceInfo(width, height, rate, frames, _is_deep(first))
+        return SourceInfo(width, height, rate, frames, is_deep=_is_deep(first))
 
 
 def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> Iterator[Picture]:
@@ -78,7 +78,9 @@ def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> It
         if number == limit:
             return
         if previous is not None and frame.pixels.shape != previous.pixels.shape:
-            sizes = " to ".join(f"{one.pixels.shape[1]} x {one.pixels.shape[0]}" for one in (previous, frame))
+            sizes = " to ".join(
+                f"{shown.pixels.shape[1]} x {shown.pixels.shape[0]}" for shown in (previous, frame)
+            )
             raise MediaError(
                 f"{path} changes its size from {sizes} at {float(frame.start):.2f} s. Cut it there, or bring "
                 "it to one size first."
@@ -102,39 +104,56 @@ def _animation_seconds(duration: float) -> Fraction:
 
 def _timed(path: Path, deep: bool) -> Iterator[Picture]:
     with open_video(path) as (container, stream):
-        rate, origin = _plain_rate(stream), decoding.time_origin(container)
+        rate = _plain_rate(stream)
+        origin = decoding.time_origin(container)
         clock = Clock(rate, Fraction(stream.time_base))
-        # when the last picture ends: files keep no duration of it, or that of the one stored last
-        end = decoding.stated_end(container, stream)
-        if "mov" in container.format.name and stream.duration:
-            end = ((stream.start_time or 0) + stream.duration) * Fraction(stream.time_base)
-        if end is not None and container.duration:
-            # tags stay as they were when a file is cut, its own length does not
-            length = Fraction(container.start_time or 0, 1_000_000) + Fraction(container.duration, 1_000_000)
-            end = min(end, length) - origin
-        else:
-            end = None
+        end = _end_of(container, stream)
+        if end is not None:
+            end -= origin
         for number, timed in enumerate(decoding.decode_frames(path, container, stream)):
             frame = timed.frame
             base = frame.time_base or stream.time_base
             if number == 0:
-                hdr = HDR.get(int(frame.color_trc))
-                if hdr is not None:
-                    logger.warning(
-                        "%s is an HDR video (%s). Its brightness is not converted: the result looks pale, "
-                        "because it is marked as an ordinary video (BT.709). Convert it to SDR first.",
-                        path,
-                        hdr,
-                    )
+                _warn_of_hdr(path, frame)
                 if container.format.name == "avi":  # it has no times: FFmpeg guesses a delay of its decoder
                     origin = (frame.pts or 0) * base
-            start = clock.place(None if frame.pts is None else frame.pts * base - origin)
+            time = None if frame.pts is None else frame.pts * base - origin
+            start = clock.place(time)
             pixels = decoding.frame_pixels(frame, stream, _is_deep(frame))
-            pixels = pixels if deep else in_eight_bits(pixels)
-            seconds = clock.duration(Fraction(frame.duration * base) if frame.duration else None)
+            if not deep:
+                pixels = in_eight_bits(pixels)
+            pixels = decoding.turn_upright(pixels, timed.orientation)
+            stated = Fraction(frame.duration * base) if frame.duration else None
+            seconds = clock.duration(stated)
             if end is not None and end - start > seconds + 1 / rate:
                 seconds = end - start  # of the last one; of the others it is not known yet
-            yield Picture(decoding.turn_upright(pixels, timed.orientation), start, seconds)
+            yield Picture(pixels, start, seconds)
+
+
+def _end_of(container: Any, stream: Any) -> Fraction | None:
+    """Return when the last picture ends, on the file's clock, if it can be known.
+
+    Files keep no duration of the last picture, or that of the one stored last.
+    """
+    end = decoding.stated_end(container, stream)
+    if "mov" in container.format.name and stream.duration:
+        end = ((stream.start_time or 0) + stream.duration) * Fraction(stream.time_base)
+    if end is None or not container.duration:
+        return None
+    # tags stay as they were when a file is cut, its own length does not
+    microseconds = (container.start_time or 0) + container.duration
+    return min(end, Fraction(microseconds, 1_000_000))
+
+
+def _warn_of_hdr(path: Path, frame: Any) -> None:
+    hdr = HDR.get(int(frame.color_trc))
+    if hdr is not None:
+        logger.warning(
+            "%s is an HDR video (%s). Its brightness is not converted: the result looks pale, "
+            "because it is marked as an ordinary video (BT.709). Convert it to SDR first.",
+            path,
+            hdr,
+        )
 
 
 class Clock:
@@ -154,12 +173,7 @@ class Clock:
         if time is None:
             time = self._previous + self._step - self._shift
         if self._origin is None:
-            nearest = round(time / self._step) * self._step
-            near = abs(nearest - time)
-            if self._tolerance < near <= START_TOLERANCE:  # MP4: the start is rounded, the pictures are not
-                self._shift = nearest - time
-            self._origin = nearest if near <= max(self._tolerance, START_TOLERANCE) else time
-            self._previous = self._origin
+            self._previous = self._origin = self._find_origin(time)
             return self._origin
         time += self._shift
         if time < self._previous - FALL_SECONDS:
@@ -168,10 +182,17 @@ class Clock:
         nearest = self._origin + round((time - self._origin) / self._step) * self._step
         snapped = nearest if abs(nearest - time) <= self._tolerance else time
         # pictures that claim the same moment are shown one after the other, before the next one's turn
-        self._previous = next(
-            (one for one in (snapped, time) if one > self._previous), self._previous + self._step / 4
-        )
+        later = [moment for moment in (snapped, time) if moment > self._previous]
+        self._previous = later[0] if later else self._previous + self._step / 4
         return self._previous
+
+    def _find_origin(self, time: Fraction) -> Fraction:
+        """Return the origin of the grid of pictures. time: of the first one, by the file."""
+        nearest = round(time / self._step) * self._step
+        near = abs(nearest - time)
+        if self._tolerance < near <= START_TOLERANCE:  # MP4: the start is rounded, the pictures are not
+            self._shift = nearest - time
+        return nearest if near <= max(self._tolerance, START_TOLERANCE) else time
 
     def duration(self, seconds: Fraction | None) -> Fraction:
         """Return how long a picture is shown, if no other follows it. seconds: by the file."""

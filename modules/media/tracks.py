@@ -58,13 +58,13 @@ def write_wav(path: Path, track: Track, tags: Mapping[str, str] | None = None) -
     the file cannot be written.
     """
     samples, rate = track
-    whole = np.round(samples.clip(-1, 1).T * LOUDEST).astype("<i2")
-    with atomic_path(path, whole.nbytes) as temporary, temporary.open("wb+") as opened:
+    values = np.round(samples.clip(-1, 1).T * LOUDEST).astype("<i2")
+    with atomic_path(path, values.nbytes) as temporary, temporary.open("wb+") as opened:
         with wave.open(opened, "wb") as file:
-            file.setnchannels(whole.shape[1])
+            file.setnchannels(values.shape[1])
             file.setsampwidth(2)
             file.setframerate(rate)
-            file.writeframes(whole.tobytes())
+            file.writeframes(values.tobytes())
         if tags:
             _append_comment(opened, json.dumps(dict(tags)).encode("ascii") + b"\0")
 

@@ -18,7 +18,6 @@ from PIL import Image, PngImagePlugin
 
 from modules.atomic_write import atomic_path
 from modules.errors import MediaError
-from modules.installation import import_own
 from modules.media import encoding
 from modules.media.colours import Frame
 from modules.media.decoding import is_animation, time_origin
@@ -77,12 +76,24 @@ class SectionSound:
     def _encoded(self, index: int, stream: Any) -> Iterator[Any]:
         from modules.media.samples import filled
 
-        position, layout, rate = 0, stream.layout.name, stream.rate
+        layout, rate = stream.layout.name, stream.rate
         section = self._section
         begin = section.start + time_origin(self._source)
-        for samples in filled(section.path, index, begin, section.seconds, rate, layout, lenient=True):
+        parts = filled(
+            section.path,
+            index,
+            begin,
+            section.seconds,
+            rate=rate,
+            layout=layout,
+            lenient=True,
+        )
+        position = 0
+        for samples in parts:
             frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
-            frame.sample_rate, frame.pts, frame.time_base = rate, position, Fraction(1, rate)
+            frame.sample_rate = rate
+            frame.pts = position
+            frame.time_base = Fraction(1, rate)
             position += samples.shape[1]
             yield from stream.encode(frame)
         yield from stream.encode(None)
@@ -137,7 +148,7 @@ class Timing:
 
         The last one waits until it is known to be the last.
         """
-        held = None
+        waiting = None
         first: int | None = None  # when the first packet is stored, in ticks
         ahead: int | None = None  # ticks between those that are stored before the first is shown
         for packet in packets:
@@ -154,19 +165,19 @@ class Timing:
             first = packet.dts if first is None else first
             for number in [number for number in self._held if number < stored]:
                 del self._held[number]  # no later packet is stored or shown before this one
-            if held is not None:
-                yield held
-            held = packet
-        if held is None:
+            if waiting is not None:
+                yield waiting
+            waiting = packet
+        if waiting is None:
             return
         # stored so late that all together last as long as the pictures are shown: MP4 counts from one packet
         # to the next one stored, and would lose what the encoder is ahead of a picture held near the end
         assert first is not None
         end, last = first + round(self.seconds * self._ticks), round(self._end * self._ticks)
-        held.dts = max(held.dts, min(held.pts, end - held.duration))
+        waiting.dts = max(waiting.dts, min(waiting.pts, end - waiting.duration))
         # and, if another picture is shown after it, as long as is missing, but not beyond the end of all
-        held.duration = max(held.duration, min(end - held.dts, last - held.pts))
-        yield held
+        waiting.duration = max(waiting.duration, min(end - waiting.dts, last - waiting.pts))
+        yield waiting
 
 
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
@@ -250,15 +261,23 @@ def write_shown(
     kind = encoding.choose_codec(path, codec)
     remaining = iter(frames)
     first = _first_of(path, codec, remaining)
-    rate, suffix = rate.limit_denominator(MOST_TICKS), path.suffix.lower()
+    rate = rate.limit_denominator(MOST_TICKS)
+    suffix = path.suffix.lower()
     timing = Timing(rate)
-    made = None if track is None else TrackSound(track, lambda: timing.seconds)
+    generated = None if track is None else TrackSound(track, lambda: timing.seconds)
     with (
         atomic_path(path) as temporary,
         encoding.name_write_errors(),
-        _open_others(made, companions_of, section_of, suffix, rate, covers) as (others, whole),
+        _open_writers(
+            generated,
+            companions_of,
+            section_of,
+            suffix=suffix,
+            rate=rate,
+            covers=covers,
+        ) as (writer, companions),
     ):
-        all_tags = _replace_tags({} if whole is None else whole.tags, tags or {})
+        all_tags = _replace_tags({} if companions is None else companions.tags, tags or {})
         with encoding.create_container(
             temporary, suffix, all_tags, _muxing(suffix, rate, all_tags)
         ) as container:
@@ -266,19 +285,19 @@ def write_shown(
                 container, kind, first.pixels, rate, crf=crf, preset=preset, bit_rate=bit_rate
             )
             stream.time_base = 1 / Fraction(ticks_per_second(rate))
-            if others is not None:
-                others.add_streams(container, stream)
+            if writer is not None:
+                writer.add_streams(container, stream)
             pictures = timing.note(itertools.chain(iter([first]), remaining))
             del first  # else it lives as long as the video grows; so it would in a list above
             for packet in timing.timed(encoding.encode_pictures(stream, pictures)):
-                if others is not None:
-                    others.write(container, packet.dts * packet.time_base)
-                if whole is not None:
-                    whole.mux(container, packet)
+                if writer is not None:
+                    writer.write(container, packet.dts * packet.time_base)
+                if companions is not None:
+                    companions.mux(container, packet)
                 else:
                     container.mux(packet)
-            if others is not None:
-                others.write(container, None)
+            if writer is not None:
+                writer.write(container, None)
     return WrittenVideo(stream.width, stream.height, timing.count, timing.seconds)
 
 
@@ -305,10 +324,11 @@ def _muxing(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, s
 
 
 @contextlib.contextmanager
-def _open_others(
-    made: TrackSound | None,
-    whole: Path | None,
+def _open_writers(
+    generated: TrackSound | None,
+    video: Path | None,
     section: VideoSection | None,
+    *,
     suffix: str,
     rate: Fraction,
     covers: bool,
@@ -318,9 +338,9 @@ def _open_others(
     It writes a generated track, or streams of a video that is opened here. None: there is neither, or the
     video is a GIF or WebP animation.
     """
-    path = whole if section is None else section.path
-    if made is not None:
-        yield made, None
+    path = video if section is None else section.path
+    if generated is not None:
+        yield generated, None
         return
     if path is None or is_animation(path):
         yield None, None
@@ -329,7 +349,9 @@ def _open_others(
         source = open_container(path)
     with source:
         if section is None:
-            companions = import_own("modules.media.companions").Companions(path, source, suffix, rate, covers)
+            from modules.media.companions import Companions  # only with companions
+
+            companions = Companions(path, source, suffix, rate=rate, covers=covers)
             yield companions, companions
         else:
             yield SectionSound(section, source), None

@@ -91,14 +91,14 @@ class Ring:
 
     def next(self, route: Iterable[int]) -> list[Unit]:
         """Return the first units on a route of positions, as many as there are slots."""
-        found: list[Unit] = []
+        units: list[Unit] = []
         for position in route:
             unit = self.units.get(position)
-            if unit is not None and unit not in found:
-                found.append(unit)
-                if len(found) == len(self.slots):
+            if unit is not None and unit not in units:
+                units.append(unit)
+                if len(units) == len(self.slots):
                     break
-        return found
+        return units
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,15 @@ class BlockSwap:
         """order: positions of all blocks, as they run. held: all parameters in host memory, also those
         outside blocks.
         """
-        self.rings, self.held = rings, held
+        self.rings = rings
+        self.held = held
         self._ring_of = {position: ring for ring in rings for position in ring.units}
-        self._order, self._transfer = order, transfer
+        self._order = order
+        self._transfer = transfer
         self._turn_of = {position: turn for turn, position in enumerate(order)}
         self._owners: dict[int, tuple[Slot, int]] = {}  # address of device memory -> whose, which part
-        self._turns, self._skipped = False, frozenset[int]()
+        self._turns = False
+        self._skipped: frozenset[int] = frozenset()
         self._at: tuple[int, bool] | None = None
 
     def bring(self, position: int, skipped: Set[int]) -> None:
@@ -147,7 +150,9 @@ class BlockSwap:
     def run_all(self, inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
         """Run the blocks by the runner that was set before; `modules.run_blocks` calls this."""
         # with gradients a backward pass follows
-        self._turns, self._skipped, self._at = torch.is_grad_enabled(), frozenset(tweaks.skip_blocks), None
+        self._turns = torch.is_grad_enabled()
+        self._skipped = frozenset(tweaks.skip_blocks)
+        self._at = None
         first = self._order[0]
         self._prepare(next(self._route(first, False), first), False)
         inner(dit, hidden, tweaks)
@@ -202,20 +207,20 @@ class BlockSwap:
 
     def _route(self, position: int, backward: bool) -> Iterator[int]:
         """Yield the positions that will be entered, in order from this one on; the next pass is a guess."""
-        everything, turn = self._order, self._turn_of[position]
-        taken = [each for each in everything if each not in self._skipped]
+        turn = self._turn_of[position]
+        entered = [index for index in self._order if index not in self._skipped]
         if backward:
-            yield from (each for each in reversed(taken) if self._turn_of[each] <= turn)
-            yield from everything
+            yield from (index for index in reversed(entered) if self._turn_of[index] <= turn)
+            yield from self._order
         else:
-            yield from (each for each in taken if self._turn_of[each] >= turn)
-            yield from reversed(taken) if self._turns else everything
+            yield from (index for index in entered if self._turn_of[index] >= turn)
+            yield from reversed(entered) if self._turns else self._order
 
     def _prepare(self, position: int, backward: bool) -> None:
         for ring in self.rings:
-            wanted = ring.next(self._route(position, backward))
-            missing = [unit for unit in wanted if ring.slot_of(unit) is None]
-            free = [slot for slot in ring.slots if slot.unit not in wanted]
+            needed = ring.next(self._route(position, backward))
+            missing = [unit for unit in needed if ring.slot_of(unit) is None]
+            free = [slot for slot in ring.slots if slot.unit not in needed]
             for unit, slot in zip(missing, free, strict=False):
                 self._send(ring, unit, slot)
 
@@ -224,9 +229,8 @@ class BlockSwap:
         if not slot.memory:
             with torch.inference_mode(False):  # a slot made for a sample also serves the next training step
                 slot.memory = [self._transfer.memory(size) for size in ring.sizes]
-            self._owners.update(
-                {part.untyped_storage().data_ptr(): (slot, i) for i, part in enumerate(slot.memory)}
-            )
+            for index, part in enumerate(slot.memory):
+                self._owners[part.untyped_storage().data_ptr()] = (slot, index)
         after = self._transfer.mark()  # deterministic runs fill new memory: the copy comes after that
         self._empty(slot, after)
         with torch.no_grad():
@@ -268,18 +272,24 @@ class BlockSwap:
             return tensor.detach()
         assert slot.unit is not None
         return Kept(
-            slot.unit, index, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+            unit=slot.unit,
+            index=index,
+            dtype=tensor.dtype,
+            size=tuple(tensor.shape),
+            stride=tensor.stride(),
+            offset=int(tensor.storage_offset()),
         )
 
-    def _unpack(self, kept: Tensor | Kept) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        self.enter(kept.unit.position, backward=True)
-        slot = self._ring_of[kept.unit.position].slot_of(kept.unit)
+    def _unpack(self, packed: Tensor | Kept) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        self.enter(packed.unit.position, backward=True)
+        slot = self._ring_of[packed.unit.position].slot_of(packed.unit)
         assert slot is not None
-        memory = slot.memory[kept.index]
-        whole = memory[: len(memory) // kept.dtype.itemsize * kept.dtype.itemsize].view(kept.dtype)
-        return whole.as_strided(kept.size, kept.stride, kept.offset)
+        memory = slot.memory[packed.index]
+        itemsize = packed.dtype.itemsize
+        weights = memory[: len(memory) // itemsize * itemsize].view(packed.dtype)
+        return weights.as_strided(packed.size, packed.stride, packed.offset)
 
 
 def swap_blocks(
@@ -298,21 +308,20 @@ def swap_blocks(
         for name, layer in big_layers(dit, path):
             offload_layer(layer, places[f"{name}.weight"], device)
     lists = host.plan.lists(dit)
-    blocks = [block for each in lists for block in dit.get_submodule(each.name).children()]
-    held = {dit.get_parameter(name) for name in places}
-    rings, start = list[Ring](), 0
-    for each in lists:
+    rings: list[Ring] = []
+    start = 0  # position of the first block of a list
+    for plan in lists:
         units = {}
-        for index in each.streamed:
-            layers = [name for name, _ in big_layers(dit, f"{each.name}.{index}")]
-            names = [f"{name}.weight" for name in layers if f"{name}.weight" in places]
-            weights, kept = [dit.get_parameter(name) for name in names], [places[name] for name in names]
-            units[start + index] = Unit(start + index, weights, kept)
+        for index in plan.streamed:
+            weights, host_tensors = _weights_of(dit, f"{plan.name}.{index}", places)
+            units[start + index] = Unit(start + index, weights, host_tensors)
         if units:
-            rings.append(Ring(units, [Slot() for _ in range(each.slots)]))
-        start += each.num_blocks
-    order = host.plan.spec.order([each.num_blocks for each in lists])
-    swap = BlockSwap(rings, order, held, transfer or transfer_to(device))
+            rings.append(Ring(units, [Slot() for _ in range(plan.slots)]))
+        start += plan.num_blocks
+    in_host_memory = {dit.get_parameter(name) for name in places}
+    order = host.plan.spec.order([plan.num_blocks for plan in lists])
+    swap = BlockSwap(rings, order, in_host_memory, transfer or transfer_to(device))
+    blocks = [block for plan in lists for block in dit.get_submodule(plan.name).children()]
     for position, block in enumerate(blocks):
         block.forward = functools.partial(swap.run, position, block.forward)
     set_runner(dit, functools.partial(swap.run_all, runner_of(dit)))
@@ -320,12 +329,22 @@ def swap_blocks(
     _report(lists, swap, places, device)
 
 
+def _weights_of(
+    dit: nn.Module, block: str, places: Mapping[str, Tensor]
+) -> tuple[list[Parameter], list[Tensor]]:
+    """Return the weights of a block that are streamed, and their places in host memory."""
+    layers = [name for name, _ in big_layers(dit, block)]
+    names = [f"{name}.weight" for name in layers if f"{name}.weight" in places]
+    return [dit.get_parameter(name) for name in names], [places[name] for name in names]
+
+
 def _report(
     lists: Sequence[ListPlan], swap: BlockSwap, places: Mapping[str, Tensor], device: torch.device
 ) -> None:
     total = sum(tensor.nbytes for tensor in places.values()) / 1e9
     if swap.rings:
-        streamed, count = sum(len(each.streamed) for each in lists), sum(each.num_blocks for each in lists)
+        streamed = sum(len(blocks.streamed) for blocks in lists)
+        count = sum(blocks.num_blocks for blocks in lists)
         slots = sum(sum(ring.sizes) * len(ring.slots) for ring in swap.rings) / 1e9
         logger.info(
             "%d of %d blocks come from host memory each time (%.2f GB there), through %.2f GB on the device",
@@ -342,8 +361,8 @@ def _report(
 
 
 def swap_of(network: nn.Module) -> BlockSwap | None:
-    found = getattr(network, _NAME, None)
-    return found if isinstance(found, BlockSwap) else None
+    swap = getattr(network, _NAME, None)
+    return swap if isinstance(swap, BlockSwap) else None
 
 
 def settle_all(networks: Iterable[nn.Module]) -> None:

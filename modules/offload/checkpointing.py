@@ -114,14 +114,14 @@ class Offload:
         self._last = weakref.ref(away)
         return away
 
-    def _unpack(self, kept: "Tensor | _Away") -> Tensor:
+    def _unpack(self, packed: "Tensor | _Away") -> Tensor:
         self._let_go()
-        if isinstance(kept, Tensor):
-            return kept
-        self._send_for(kept)
-        tensor, moment = kept.coming.pop()
+        if isinstance(packed, Tensor):
+            return packed
+        self._send_for(packed)
+        tensor, moment = packed.coming.pop()
         self._transfer.wait(moment)
-        before = None if kept.before is None else kept.before()
+        before = None if packed.before is None else packed.before()
         if before is not None:
             self._send_for(before)
         return tensor
@@ -201,8 +201,10 @@ class _Block:
         # the second context, in which a block is computed again, reuses attention's results
         reuse = functools.partial(create_selective_checkpoint_contexts, _policy)
         contexts = reuse if keeps else noop_context_fn
-        kept: AbstractContextManager[object] = nullcontext() if self.offload is None else self.offload.hooks()
-        with kept:
+        hooks: AbstractContextManager[object] = (
+            nullcontext() if self.offload is None else self.offload.hooks()
+        )
+        with hooks:
             return checkpoint(self.forward, *inputs, use_reentrant=False, context_fn=contexts)
 
 
@@ -263,25 +265,25 @@ def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> No
 
 
 def _in_pieces(method: Method, tokens: int) -> Method:
-    def run(block: nn.Module, x: Tensor, *others: Any) -> Tensor:
+    def run(block: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
         count = -(-x.shape[1] // tokens)
         if count == 1 or not (block.training and torch.is_grad_enabled()):
-            return method(block, x, *others)
+            return method(block, x, *inputs)
         # compiled code plans by itself what to keep and what to recompute
         if torch.compiler.is_compiling():
 
-            def whole(piece: Tensor) -> Tensor:
-                return method(block, piece, *others)
+            def compute(piece: Tensor) -> Tensor:
+                return method(block, piece, *inputs)
 
             return torch.cat(
-                [checkpoint(whole, piece, use_reentrant=False) for piece in x.chunk(count, dim=1)], dim=1
+                [checkpoint(compute, piece, use_reentrant=False) for piece in x.chunk(count, dim=1)], dim=1
             )
-        given = _Given(method, block, count, x, others)
+        common = _CommonInputs(method, block, count, inputs=(x, *inputs))
         # tells checkpointing the device; in a tuple, so that it is not saved, as that would happen after a
         # piece was computed
         device = (x.new_empty(0),)
-        computed = [checkpoint(given.compute, index, device, use_reentrant=False) for index in range(count)]
-        given.forget()
+        computed = [checkpoint(common.compute, index, device, use_reentrant=False) for index in range(count)]
+        common.forget()
         return torch.cat(computed, dim=1)
 
     return run
@@ -300,14 +302,14 @@ class _Keep(torch.autograd.Function):
         raise AssertionError("this node only saves tensors")
 
 
-class _Given:
+class _CommonInputs:
     """Common inputs of all pieces of a call: first those given, in the backward pass those autograd saved."""
 
-    def __init__(
-        self, method: Method, block: nn.Module, count: int, x: Tensor, others: tuple[Any, ...]
-    ) -> None:
-        self._method, self._block, self._count = method, block, count
-        inputs = (x, *others)
+    def __init__(self, method: Method, block: nn.Module, count: int, inputs: tuple[Any, ...]) -> None:
+        """inputs: of the method; the first, B L C, is computed in `count` pieces."""
+        self._method = method
+        self._block = block
+        self._count = count
         self._fixed = [None if isinstance(value, Tensor) else value for value in inputs]
         self._places = [index for index, value in enumerate(inputs) if isinstance(value, Tensor)]
         tensors = [inputs[index] for index in self._places]
@@ -315,7 +317,9 @@ class _Given:
         # the output, not its node: before torch 2.13 a node frees what it saved when its output is gone
         self._saver: Any = _Keep.apply(torch.empty(0, requires_grad=True), *tensors)
         self._tensors: list[Tensor] | None = tensors
-        self._pieces = x.chunk(count, dim=1)  # split once, so that the pieces' gradients are joined once
+        self._pieces = inputs[0].chunk(
+            count, dim=1
+        )  # split once, so that the pieces' gradients are joined once
         self._done = 0  # recomputed pieces
         self._modes = function_modes()  # a rehearsal's: torch turns them off during `backward`
 
@@ -328,8 +332,8 @@ class _Given:
         is_again = self._tensors is None or self._done > 0
         if self._tensors is None:
             # read only once: this makes torch recompute the block
-            kept = zip(self._saver.grad_fn.saved_tensors, self._learns, strict=True)
-            self._tensors = [tensor.detach().requires_grad_(learns) for tensor, learns in kept]
+            saved = zip(self._saver.grad_fn.saved_tensors, self._learns, strict=True)
+            self._tensors = [tensor.detach().requires_grad_(learns) for tensor, learns in saved]
             self._pieces = self._tensors[0].chunk(self._count, dim=1)
         inputs = list(self._fixed)
         for place, tensor in zip(self._places, self._tensors, strict=True):

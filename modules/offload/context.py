@@ -13,6 +13,7 @@ divides its loss by the number of processes, and gradients are summed over them.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -87,22 +88,28 @@ def _run_part(
     inner: Runner, group: distributed.ProcessGroup, dit: nn.Module, hidden: Hidden, tweaks: Tweaks
 ) -> None:
     """Run the blocks on this process' part of the tokens by the runner that was set before."""
-    tokens = hidden.tokens
+    tokens, added = hidden.tokens, hidden.added
     # lengths of the streams of tokens; if there are several, the record of tokens states them
     lengths = getattr(tokens, "stream_lengths", (hidden.x.shape[1],))
     parts = [TokenPart(length, group.rank(), group.size(), group) for length in lengths]
-    streams = zip(parts, hidden.x.split(lengths, dim=1), strict=True)
-    hidden.x = torch.cat([part.take(stream) for part, stream in streams], dim=1)
-    hidden.tokens, whole = tokens.cut(*parts), hidden.added
-    hidden.added = [None if one is None else parts[0].take(one) for one in whole]
-    if hidden.side is not None:
-        hidden.side = parts[0].take(hidden.side)
+    _take_parts(hidden, parts, lengths)
     inner(dit, hidden, tweaks)
-    hidden.added = whole
-    here = hidden.x.split([part.of_first(part.length) for part in parts], dim=1)
-    joined = [part.join(stream) for part, stream in zip(parts, here, strict=True)]
+    hidden.added = added
+    lengths_here = [part.of_first(part.length) for part in parts]
+    streams = hidden.x.split(lengths_here, dim=1)
+    joined = [part.join(stream) for part, stream in zip(parts, streams, strict=True)]
     hidden.x = joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)
     hidden.tokens = tokens
+
+
+def _take_parts(hidden: Hidden, parts: Sequence["TokenPart"], lengths: Sequence[int]) -> None:
+    """Cut the tokens, and all that is added to them, to this process' parts of their streams."""
+    streams = zip(parts, hidden.x.split(lengths, dim=1), strict=True)
+    hidden.x = torch.cat([part.take(stream) for part, stream in streams], dim=1)
+    hidden.tokens = hidden.tokens.cut(*parts)
+    hidden.added = [None if tensor is None else parts[0].take(tensor) for tensor in hidden.added]
+    if hidden.side is not None:
+        hidden.side = parts[0].take(hidden.side)
 
 
 @dataclass(frozen=True)
@@ -148,29 +155,33 @@ class TokenPart:
 
     def gather_tokens(self, *heads: Tensor) -> tuple[Tensor, ...]:
         """Exchange all heads of this process' tokens, B l N D, for all tokens of its heads, each B L n D."""
-        sent = (self._fill_up(one).unflatten(2, (self.count, -1)).movedim(2, 0).contiguous() for one in heads)
+        sent = []
+        for tensor in heads:
+            by_process = self._fill_up(tensor).unflatten(2, (self.count, -1)).movedim(2, 0)
+            sent.append(by_process.contiguous())
         received = _Exchange.apply(self.group.group_name, *sent)  # each P B size n D
-        return tuple(one.movedim(0, 1).flatten(1, 2)[:, : self.length] for one in received)
+        return tuple(tensor.movedim(0, 1).flatten(1, 2)[:, : self.length] for tensor in received)
 
-    def gather_heads(self, seen: Tensor) -> Tensor:
+    def gather_heads(self, attended: Tensor) -> Tensor:
         """Exchange all tokens of this process' heads, B L n D, for all heads of its tokens, B l N D."""
         missing = self.count * self.size - self.length
-        whole = pad(seen, (0, 0, 0, 0, 0, missing)) if missing else seen
-        sent = whole.unflatten(1, (self.count, self.size)).movedim(1, 0).contiguous()
+        padded = pad(attended, (0, 0, 0, 0, 0, missing)) if missing else attended
+        sent = padded.unflatten(1, (self.count, self.size)).movedim(1, 0).contiguous()
         (received,) = _Exchange.apply(self.group.group_name, sent)  # P B size n D
         return received.movedim(0, 2).flatten(2, 3)[:, : self.run.stop - self.run.start]
 
-    def combine(self, seen: Tensor, other: Tensor, second: SecondText) -> Tensor:
+    def combine(self, with_first: Tensor, with_second: Tensor, second: SecondText) -> Tensor:
         """Return the attention of these tokens, B l N D, from that of n heads with either text alone.
 
-        seen, other: as `SecondText.combine` takes them. Combining needs all heads of a token.
+        with_first, with_second: as `SecondText.combine` takes them. Combining needs all heads of a token.
         """
-        texts = torch.cat([seen[:, second.before :], other[:, second.before :]], dim=1)
-        seen, other = (
-            self.gather_heads(torch.cat([one[:, : second.before], texts], dim=1)) for one in (seen, other)
-        )
-        here = self.of_first(second.before)
-        return torch.cat([second.steer(seen[:, :here], other[:, :here]), seen[:, here:]], dim=1)
+        before = second.before
+        texts = torch.cat([with_first[:, before:], with_second[:, before:]], dim=1)
+        with_first = self.gather_heads(torch.cat([with_first[:, :before], texts], dim=1))
+        with_second = self.gather_heads(torch.cat([with_second[:, :before], texts], dim=1))
+        here = self.of_first(before)
+        steered = second.steer(with_first[:, :here], with_second[:, :here])
+        return torch.cat([steered, with_first[:, here:]], dim=1)
 
     def _fill_up(self, x: Tensor) -> Tensor:
         """Return B size ... of B l ..., with zeros behind it."""
@@ -189,7 +200,7 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *exchange_rows([one.contiguous() for one in gradients], ctx.group)
+        return None, *exchange_rows([gradient.contiguous() for gradient in gradients], ctx.group)
 
 
 class _Join(torch.autograd.Function):

@@ -73,9 +73,9 @@ def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine | N
     starts, pieces = _lay_out([info.size_bytes for info in infos.values()])
     size = pieces[-1].stop
     mapping = None if machine is None else _share(size, machine)
-    whole, unlocked = _as_tensor(_private(size) if mapping is None else mapping, pieces if pinned else ())
+    memory, unlocked = _as_tensor(_private(size) if mapping is None else mapping, pieces if pinned else ())
     tensors = {
-        name: whole[start : start + info.size_bytes].view(info.dtype).view(info.shape)
+        name: memory[start : start + info.size_bytes].view(info.dtype).view(info.shape)
         for start, (name, info) in zip(starts, infos.items(), strict=True)
     }
     if unlocked:

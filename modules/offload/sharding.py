@@ -205,20 +205,20 @@ def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
     row = math.prod(weight.shape[1:]) * part.dtype.itemsize
     mine = torch.zeros(rows * row, dtype=torch.uint8, device=part.device)
     mine[: part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
-    whole = mine.new_empty(count * mine.numel())
-    gather_parts(whole, mine)
-    return whole[: weight.shape[0] * row].view(part.dtype).view(weight.shape)
+    gathered = mine.new_empty(count * mine.numel())
+    gather_parts(gathered, mine)
+    return gathered[: weight.shape[0] * row].view(part.dtype).view(weight.shape)
 
 
 def is_split(weight: Tensor) -> bool:
     return hasattr(weight, "to_local")
 
 
-def rows_of(weight: Any, whole: Tensor) -> Tensor:
-    """Return a view of the rows of `whole` that this process has of a split weight."""
+def rows_of(weight: Any, full: Tensor) -> Tensor:
+    """Return a view of the rows of `full` that this process has of a split weight."""
     mesh, count = weight.device_mesh, rows_here(weight).shape[0]
     first = mesh.get_local_rank() * -(-weight.shape[0] // mesh.size())
-    return whole.narrow(0, min(first, weight.shape[0] - count), count)
+    return full.narrow(0, min(first, weight.shape[0] - count), count)
 
 
 def as_split(weight: Any, part: Tensor) -> Tensor:
@@ -248,18 +248,18 @@ def trained_rows(weight: Any) -> nn.Parameter:
     return part
 
 
-def set_weight(weight: Tensor, whole: Tensor) -> None:
+def set_weight(weight: Tensor, full: Tensor) -> None:
     """Set a weight in place; if it is split, set this process' part."""
     if is_split(weight):
-        weight, whole = rows_here(weight), rows_of(weight, whole)
-    weight.copy_(whole)
+        weight, full = rows_here(weight), rows_of(weight, full)
+    weight.copy_(full)
 
 
-def take_turns(work: Callable[[U], T], own: U) -> T:
-    """Return `work(own)`, which all processes do for each of them, one after the other; all must call it."""
-    given: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(given, own)
-    return [work(one) for one in given][distributed.get_rank()]
+def take_turns(work: Callable[[U], T], item: U) -> T:
+    """Return `work(item)`, which all processes do for each of them, one after the other; all must call it."""
+    items: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(items, item)
+    return [work(element) for element in items][distributed.get_rank()]
 
 
 def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
@@ -293,5 +293,5 @@ def agree(value: T, group: "distributed.ProcessGroup | None" = None) -> T:
     """Return the value of the first process, of all or of a group. All call it, after `join_processes`."""
     first, values = 0 if group is None else distributed.get_global_rank(group, 0), [value]
     distributed.broadcast_object_list(values, first, group, device=torch.device("cpu"))
-    found: T = values[0]
-    return found
+    agreed: T = values[0]
+    return agreed

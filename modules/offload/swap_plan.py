@@ -69,13 +69,15 @@ class SwapPlan:
         totals = [len(blocks) for blocks in self.spec.blocks(dit).values()]
         swapped = check_swap(self.spec, self.blocks, totals)
         rows = zip(self.spec.block_lists, totals, swapped, strict=True)
-        return [plan_list(*each, self.slots) for each in rows]
+        return [plan_list(*row, self.slots) for row in rows]
 
     def names(self, dit: nn.Module) -> list[str]:
         """Return the names of all weights in host memory, in order of use. Raises as `lists` does."""
         names = [name for path in self.input_layer_names(dit) for name in big_weights(dit, path)]
-        for each in self.lists(dit):
-            names += [name for index in each.streamed for name in big_weights(dit, f"{each.name}.{index}")]
+        for blocks in self.lists(dit):
+            names += [
+                name for index in blocks.streamed for name in big_weights(dit, f"{blocks.name}.{index}")
+            ]
         return names
 
     def input_layer_names(self, dit: nn.Module) -> list[str]:
@@ -145,14 +147,14 @@ class HostWeights:
         names = self.plan.names(network)
         if self._held is None:
             weights = {name: network.get_parameter(name) for name in names}
-            held = self.hold(
+            tensors = self.hold(
                 network,
                 {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
             )
             for name, weight in weights.items():
                 if self.is_filled_here:
-                    held[name].copy_(weight.data)
-                weight.data = held[name]  # one by one: no second copy of all
+                    tensors[name].copy_(weight.data)
+                weight.data = tensors[name]  # one by one: no second copy of all
             self.finish()
         return {name: self.tensors[name] for name in names}
 

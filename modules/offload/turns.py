@@ -49,27 +49,27 @@ class HostCopy:
             return
         self._transfer = transfer or transfer_to(device)
         swap = swap_of(network)
-        held = frozenset() if swap is None else swap.held
+        swapped = frozenset() if swap is None else swap.held
         moving = {
             name: tensor
             for name, tensor in chain(network.named_parameters(), network.named_buffers())
-            if not tensor.requires_grad and tensor not in held
+            if not tensor.requires_grad and tensor not in swapped
         }
         filled = {} if place is None else place.tensors
-        there = {
+        on_host = {
             name: filled[name]
             for name, tensor in moving.items()
             if name in filled
             and (tensor.data_ptr(), tensor.dtype) == (filled[name].data_ptr(), filled[name].dtype)
         }
-        rest = {
+        remaining = {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape))
             for name, tensor in moving.items()
-            if name not in there
+            if name not in on_host
         }
-        new = allocate(rest, device.type == "cuda").tensors
+        new = allocate(remaining, device.type == "cuda").tensors
         for name, tensor in moving.items():
-            host = there.get(name)
+            host = on_host.get(name)
             if host is None:
                 host = new[name]
                 host.copy_(tensor.data)

@@ -56,30 +56,45 @@ def draw_chart(chart: Chart) -> Markup:
 
     NaN and infinite values leave a gap.
     """
-    across = _Axis([x for curve in chart.curves for x in curve.x], LEFT, RIGHT)
-    values = (side for curve in chart.curves for side in (curve.y, curve.low or [], curve.high or []))
-    up = _Axis([value for side in values for value in side], BOTTOM, TOP)
-    parts = [START]
-    for place, label in across.ticks():
-        parts += [*_lines([(place, TOP), (place, BOTTOM)], RULE), _text(place, BOTTOM + 19, label)]
-    for place, label in up.ticks():
-        parts += _lines([(LEFT, place), (RIGHT, place)], RULE)
-        parts += [_text(LEFT - 6, place + 5, label, 'text-anchor="end"')]
-    parts += _lines([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], AXIS)
-    for number, curve in enumerate(chart.curves):
-        parts += _draw_curve(curve, across, up, COLOURS[number % len(COLOURS)])
-    middle = (TOP + BOTTOM) / 2
-    parts += [
-        _text((LEFT + RIGHT) / 2, HEIGHT - 8, chart.x_label),
-        _text(12, middle, chart.y_label, f'transform="rotate(-90 12 {middle:g})"'),
-        _text((LEFT + RIGHT) / 2, TOP - 11, chart.title, 'font-size="16"'),
-    ]
+    x_values: list[float] = []
+    y_values: list[float] = []
+    for curve in chart.curves:
+        x_values += curve.x
+        y_values += [*curve.y, *(curve.low or []), *(curve.high or [])]
+    across = _Axis(x_values, LEFT, RIGHT)
+    up = _Axis(y_values, BOTTOM, TOP)
+    colours = [COLOURS[number % len(COLOURS)] for number in range(len(chart.curves))]
+    parts = [START, *_draw_frame(across, up)]
+    for curve, colour in zip(chart.curves, colours, strict=True):
+        parts += _draw_curve(curve, across, up, colour)
+    parts += _draw_labels(chart)
     if len(chart.curves) > 1:
-        for number, curve in enumerate(chart.curves):
-            colour, y = COLOURS[number % len(COLOURS)], TOP + 15 + 17 * number
-            parts += [_text(RIGHT - 4, y, curve.name, f'text-anchor="end" fill="{colour}"')]
+        y = TOP + 15
+        for curve, colour in zip(chart.curves, colours, strict=True):
+            parts.append(_text(RIGHT - 4, y, curve.name, f'text-anchor="end" fill="{colour}"'))
+            y += 17
     drawing = as_url("image/svg+xml", "".join([*parts, "</svg>"]).encode())
     return Markup('<img class="chart" src="{}" alt="{}">').format(drawing, chart.title)
+
+
+def _draw_labels(chart: Chart) -> Iterator[str]:
+    """Yield the labels of both axes and the title."""
+    centre = (LEFT + RIGHT) / 2
+    middle = (TOP + BOTTOM) / 2
+    yield _text(centre, HEIGHT - 8, chart.x_label)
+    yield _text(12, middle, chart.y_label, f'transform="rotate(-90 12 {middle:g})"')
+    yield _text(centre, TOP - 11, chart.title, 'font-size="16"')
+
+
+def _draw_frame(across: "_Axis", up: "_Axis") -> Iterator[str]:
+    """Yield rules and labels at the ticks of both axes, and the axes."""
+    for place, label in across.ticks():
+        yield from _lines([(place, TOP), (place, BOTTOM)], RULE)
+        yield _text(place, BOTTOM + 19, label)
+    for place, label in up.ticks():
+        yield from _lines([(LEFT, place), (RIGHT, place)], RULE)
+        yield _text(LEFT - 6, place + 5, label, 'text-anchor="end"')
+    yield from _lines([(LEFT, TOP), (LEFT, BOTTOM), (RIGHT, BOTTOM)], AXIS)
 
 
 class _Axis:
@@ -109,23 +124,32 @@ def _draw_curve(curve: Curve, across: _Axis, up: _Axis, colour: str) -> Iterator
         return [(across.place(x), up.place(y) if math.isfinite(y) else math.nan) for x, y in pairs]
 
     if curve.low is not None and curve.high is not None:
-        pairs = zip(points(curve.low), points(curve.high), strict=True)
-        for is_finite, edges in groupby(pairs, lambda pair: math.isfinite(pair[0][1] + pair[1][1])):
-            if not is_finite:
-                continue
-            low, high = zip(*edges, strict=True)
-            corners = _numbers([*low, *reversed(high)])
-            yield f'<polygon points="{corners}" fill="{colour}" fill-opacity="{FADED / 2}"/>'
+        yield from _draw_band(points(curve.low), points(curve.high), colour)
     drawn = points(curve.y)
     yield from _lines(drawn, colour, FADED if curve.smoothing else 1.0)
     if curve.smoothing:
         yield from _lines(points(smooth(curve.y, curve.smoothing)), colour)
-    for x, y in drawn if curve.has_dots else []:
-        if math.isfinite(y):
-            yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}"/>'
-    if curve.best is not None and math.isfinite(drawn[curve.best][1]):
+    if curve.has_dots:
+        for x, y in drawn:
+            if math.isfinite(y):
+                yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}"/>'
+    if curve.best is not None:
         x, y = drawn[curve.best]
-        yield _text(x, y + 6, "\N{BLACK STAR}", f'font-size="18" fill="{colour}"')
+        if math.isfinite(y):
+            yield _text(x, y + 6, "\N{BLACK STAR}", f'font-size="18" fill="{colour}"')
+
+
+def _draw_band(low: Sequence[Point], high: Sequence[Point], colour: str) -> Iterator[str]:
+    """Yield an area between two curves for each run of points where both are finite."""
+
+    def are_finite(edges: tuple[Point, Point]) -> bool:
+        return all(math.isfinite(y) for _, y in edges)
+
+    for is_drawn, run in groupby(zip(low, high, strict=True), are_finite):
+        if is_drawn:
+            below, above = zip(*run, strict=True)
+            corners = _numbers([*below, *reversed(above)])
+            yield f'<polygon points="{corners}" fill="{colour}" fill-opacity="{FADED / 2}"/>'
 
 
 def _lines(points: Sequence[Point], colour: str, opacity: float = 1.0) -> Iterator[str]:

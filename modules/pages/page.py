@@ -47,9 +47,9 @@ def mark_folders(value: Any) -> Any:
         return value
     text, end = escape_control_codes(str(value)), 0
     parts = []
-    for found in _FOLDERS.finditer(text):
-        parts += [escape(text[end : found.start()]), PRIVATE, escape(found[0]), END]
-        end = found.end()
+    for match in _FOLDERS.finditer(text):
+        parts += [escape(text[end : match.start()]), PRIVATE, escape(match[0]), END]
+        end = match.end()
     return Markup("").join([*parts, escape(text[end:])]) if parts else text
 
 
@@ -89,8 +89,8 @@ def render_page(template: Path, title: str, values: Mapping[str, Any], policy: s
     Raises jinja2.UndefinedError if the template names a value that is missing.
     """
     values = {**values, "reelsmith": as_typed(["python", "reelsmith.py"]), "sheet": SHEET, "script": SCRIPT}
-    given = {**values, "title": escape_control_codes(title), "policy": policy}
-    return _templates(template.parent).get_template(template.name).render(given)
+    context = {**values, "title": escape_control_codes(title), "policy": policy}
+    return _templates(template.parent).get_template(template.name).render(context)
 
 
 CLIP_CRF = 24  # smaller than what is kept: a page holds many clips

@@ -69,17 +69,17 @@ def bytes_on(network: nn.Module, device: torch.device) -> int:
     """Return the bytes of a network's weights and buffers on devices of that type, in this process."""
     tensors = chain(network.parameters(), network.buffers())
     # of one that is split
-    here = (each.to_local() if hasattr(each, "to_local") else each for each in tensors)
-    return sum(each.nbytes for each in here if each.device.type == device.type)
+    here = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
+    return sum(tensor.nbytes for tensor in here if tensor.device.type == device.type)
 
 
 def host_room(meminfo: Path = Path("/proc/meminfo")) -> int | None:
     """Return the bytes of host memory available without swapping; None if unknown (anywhere but on Linux)."""
     try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
     except OSError:
         return None
-    return None if found is None else int(found[1]) * 1024
+    return None if match is None else int(match[1]) * 1024
 
 
 def too_little(error: torch.OutOfMemoryError, afterwards: str) -> MemoryPlanError:

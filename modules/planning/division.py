@@ -66,18 +66,18 @@ class TokenCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def divide_tokens(moments: Mapping[str, Moment], context: int, whole: TokenCounter) -> dict[str, Moment]:
+def divide_tokens(moments: Mapping[str, Moment], context: int, undivided: TokenCounter) -> dict[str, Moment]:
     """Return a rehearsal's moments for a card that has 1 / `context` of the tokens inside the blocks.
 
     Outside the blocks it works on all tokens, which are gathered behind them. Tokens that stay whole inside,
-    such as those of a text that is only looked at, count as divided: they are few. whole: the rehearsal's
-    counter.
+    such as those of a text that is only looked at, count as divided: they are few. undivided: the
+    rehearsal's counter.
     """
-    buffers = EXCHANGED * whole.largest // context
+    buffers = EXCHANGED * undivided.largest // context
 
     def part(place: str, moment: Moment) -> Moment:
         if not place.startswith(IN_BLOCKS):
-            return {**moment, KEPT: moment.get(KEPT, 0) // context + whole.tokens}
+            return {**moment, KEPT: moment.get(KEPT, 0) // context + undivided.tokens}
         parted = {kind: moment.get(kind, 0) // context for kind in (KEPT, ATTENTION, WORKING)}
         return {**moment, **parted, WORKING: parted[WORKING] + buffers}
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -122,34 +122,39 @@ class Ledger(TorchDispatchMode):
     def see(self, tensor: Tensor, kind: str | None = None) -> None:
         """Count a tensor's storage; with `kind`, also change the kind of a storage that is known."""
         storage = tensor.untyped_storage()
-        known = self._known.get(id(storage))
-        if known is not None and known[0]() is storage:
-            if kind is not None and known[1].kind != kind:
-                self._add(known[1], -1)
-                known[1].kind = kind
-                self._add(known[1], 1)
-            return
-        made = _Allocation(
+        key = id(storage)
+        if key in self._known:
+            reference, allocation = self._known[key]
+            if reference() is storage:
+                if kind is not None and allocation.kind != kind:
+                    self._add(allocation, -1)
+                    allocation.kind = kind
+                    self._add(allocation, 1)
+                return
+        allocation = _Allocation(
             round_up_bytes(storage.nbytes()), kind or self._kind, self._number, tensor.device == self.device
         )
-        key = id(storage)
-        self._known[key] = (weakref.ref(storage, lambda _: self._add(self._known.pop(key)[1], -1)), made)
-        self._add(made, 1)
+
+        def forget(_: Any) -> None:
+            self._add(self._known.pop(key)[1], -1)
+
+        self._known[key] = (weakref.ref(storage, forget), allocation)
+        self._add(allocation, 1)
         self._compare()
 
     @property
     def moment(self) -> Moment:
         """Return the device's current bytes by kind."""
-        found = {kind: size for kind, size in self._live.items() if kind != WORKING}
-        return {**found, KEPT: self._live[WORKING] - self._here, WORKING: self._here}
+        moment = {kind: size for kind, size in self._live.items() if kind != WORKING}
+        return {**moment, KEPT: self._live[WORKING] - self._here, WORKING: self._here}
 
-    def _add(self, made: _Allocation, sign: int) -> None:
-        if not made.on_device:
+    def _add(self, allocation: _Allocation, sign: int) -> None:
+        if not allocation.on_device:
             return
-        self._live[made.kind] += sign * made.size
-        self._total += sign * made.size
-        if made.kind == WORKING and made.place == self._number:
-            self._here += sign * made.size
+        self._live[allocation.kind] += sign * allocation.size
+        self._total += sign * allocation.size
+        if allocation.kind == WORKING and allocation.place == self._number:
+            self._here += sign * allocation.size
 
     def _compare(self) -> None:
         self._most = max(self._most, self._total)
@@ -159,26 +164,26 @@ class Ledger(TorchDispatchMode):
 
 def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
     """Run an operation; the result has values if all inputs have, or if it creates a small integer tensor."""
-    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    is_fake = [isinstance(tensor, FakeTensor) for tensor in given]
-    if given and not any(is_fake):
-        if kwargs.get("device") == device != HOST and any(tensor.is_floating_point() for tensor in given):
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    is_fake = [isinstance(tensor, FakeTensor) for tensor in tensors]
+    if tensors and not any(is_fake):
+        if kwargs.get("device") == device != HOST and any(tensor.is_floating_point() for tensor in tensors):
             # sent there
-            return torch.empty(given[0].shape, dtype=kwargs.get("dtype") or given[0].dtype, device=device)
+            return torch.empty(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype, device=device)
         with unset_fake_temporarily():
             return func(*args, **kwargs)
-    if given and not all(is_fake):
-        there = next(tensor.device for tensor in given if isinstance(tensor, FakeTensor))
+    if tensors and not all(is_fake):
+        fake_device = next(tensor.device for tensor in tensors if isinstance(tensor, FakeTensor))
 
         def without_values(tensor: Tensor) -> Tensor:
             if isinstance(tensor, FakeTensor):
                 return tensor
-            return torch.empty_like(tensor, device=there if tensor.ndim else HOST)
+            return torch.empty_like(tensor, device=fake_device if tensor.ndim else HOST)
 
         args, kwargs = tree_map_only(Tensor, without_values, (args, kwargs))
     result = func(*args, **kwargs)
     if (
-        not given
+        not tensors
         and isinstance(result, FakeTensor)
         and not result.dtype.is_floating_point
         and result.numel() <= SMALL
@@ -193,8 +198,19 @@ def modules_in(thing: object, depth: int = 4) -> Iterator[nn.Module]:
     if isinstance(thing, nn.Module):
         yield thing
     elif depth:
-        for each in thing if isinstance(thing, tuple | list) else getattr(thing, "__dict__", {}).values():
-            yield from modules_in(each, depth - 1)
+        parts = thing if isinstance(thing, tuple | list) else getattr(thing, "__dict__", {}).values()
+        for part in parts:
+            yield from modules_in(part, depth - 1)
+
+
+class _ComputedPiece(NamedTuple):
+    """What the largest computed piece of a kind took."""
+
+    shape: torch.Size
+    result_shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    rise: int  # bytes
 
 
 class OneOfManyPieces(TorchFunctionMode):
@@ -203,28 +219,40 @@ class OneOfManyPieces(TorchFunctionMode):
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
         self._ledger = ledger
-        self._done: dict[tuple[Any, ...], tuple[torch.Size, torch.Size, torch.dtype, torch.device, int]] = {}
+        self._computed: dict[tuple[Any, ...], _ComputedPiece] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not compute_piece:
             return func(*args, **(kwargs or {}))
         compute, piece = args
         kind = (compute, piece.shape[:-2], piece.dtype, piece.device)
-        known = self._done.get(kind)
-        if known is None or piece.shape[-2:].numel() > known[0][-2:].numel():
+        largest_piece = self._computed.get(kind)
+        if largest_piece is None or piece.shape[-2:].numel() > largest_piece.shape[-2:].numel():
             result, rise = self._ledger.rise(lambda: compute(piece))
-            self._done[kind] = (piece.shape, result.shape, result.dtype, result.device, rise)
+            self._computed[kind] = _ComputedPiece(
+                shape=piece.shape,
+                result_shape=result.shape,
+                dtype=result.dtype,
+                device=result.device,
+                rise=rise,
+            )
             return result
-        first, made, dtype, device, rise = known
-        held = torch.empty(
-            rise * piece.numel() // first.numel(), dtype=torch.uint8, device=self._ledger.device
+        return self._allocate_share(piece.shape, largest_piece)
+
+    def _allocate_share(self, shape: torch.Size, computed: _ComputedPiece) -> Tensor:
+        """Allocate what a piece of this shape takes while it is computed, free it, and return its result."""
+        rise = computed.rise * shape.numel() // computed.shape.numel()
+        memory = torch.empty(rise, dtype=torch.uint8, device=self._ledger.device)
+        del memory
+        rows, columns = shape[-2:]
+        computed_rows, computed_columns = computed.shape[-2:]
+        result_rows, result_columns = computed.result_shape[-2:]
+        result_shape = (
+            *computed.result_shape[:-2],
+            rows * result_rows // computed_rows,
+            columns * result_columns // computed_columns,
         )
-        del held
-        sides = (
-            now * there // then
-            for now, then, there in zip(piece.shape[-2:], first[-2:], made[-2:], strict=True)
-        )
-        return torch.empty((*made[:-2], *sides), dtype=dtype, device=device)
+        return torch.empty(result_shape, dtype=computed.dtype, device=computed.device)
 
 
 @contextmanager
@@ -247,8 +275,9 @@ def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
                         continue
                     if id(tensor) not in stand_ins:
                         # of small codes, such as a stored weight's, too: whole numbers would keep values
-                        made = torch.float8_e4m3fn if tensor.dtype.itemsize == 1 else tensor.dtype
-                        empty = torch.empty(tensor.shape, dtype=made, device=ledger.device).view(tensor.dtype)
+                        dtype = torch.float8_e4m3fn if tensor.dtype.itemsize == 1 else tensor.dtype
+                        empty = torch.empty(tensor.shape, dtype=dtype, device=ledger.device)
+                        empty = empty.view(tensor.dtype)
                         if isinstance(tensor, nn.Parameter):
                             empty = nn.Parameter(empty, tensor.requires_grad)
                         stand_ins[id(tensor)] = empty
@@ -263,31 +292,32 @@ def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
     is_first = True
     for name, all_of_them in blocks.items():
         for index, block in enumerate(all_of_them):
-            block.forward = _watch(block.forward, name, index, ledger, is_first)
+            block.forward = _watch(block.forward, name, index, ledger=ledger, is_first=is_first)
             is_first = False
 
 
 def _watch(
-    forward: Callable[..., Tensor], name: str, index: int, ledger: Ledger, is_first: bool
+    forward: Callable[..., Tensor], name: str, index: int, *, ledger: Ledger, is_first: bool
 ) -> Callable[..., Tensor]:
     def entering(place: str) -> Callable[[Tensor], None]:
         return lambda _: ledger.enter(place)
 
-    def run(x: Tensor, *others: Any) -> Tensor:
+    def run(x: Tensor, *inputs: Any) -> Tensor:
         with PlannedKernels():  # torch turns it off during `backward`, which recomputes checkpointed blocks
             if ledger.is_backward:
-                return forward(x, *others)
+                return forward(x, *inputs)
             if is_first and x.requires_grad:
                 x.register_hook(entering("backward before the blocks"))
             ledger.inputs[name] = round_up_bytes(x.nbytes)
             # both ends of a list have two places: the outermost block, and one like all those between
-            where, count = ("first", SECOND, "between")[min(index, 2)], ledger.counts[name]
+            where = ("first", SECOND, "between")[min(index, 2)]
+            count = ledger.counts[name]
             if index == count - 1:
                 where = "last"
             elif 1 < index == count - 2:
                 where = BEFORE_LAST
             ledger.enter(f"forward of {name}, {where}")
-            result = forward(x, *others)
+            result = forward(x, *inputs)
         ledger.enter("forward outside the blocks")
         last = result[-1] if isinstance(result, tuple) else result  # a second stream's returns two
         if last.requires_grad:
@@ -321,15 +351,15 @@ def extrapolate(measure: Callable[[Counts], Mapping[str, Moment]], counts: Count
     The bytes at a block's place depend linearly on its index, so the largest is at an end of a list.
     """
     base = tuple(min(count, FEWEST) for count in counts)
-    found = _with_both_ends(measure(base))
-    moments = {name: Counter(moment) for name, moment in found.items()}
+    of_base = _with_both_ends(measure(base))
+    moments = {name: Counter(moment) for name, moment in of_base.items()}
     for index, count in enumerate(counts):
         if count > base[index]:
-            more = _with_both_ends(measure((*base[:index], base[index] + 1, *base[index + 1 :])))
+            larger = _with_both_ends(measure((*base[:index], base[index] + 1, *base[index + 1 :])))
             for name, moment in moments.items():
-                for kind in {*more[name], *found[name]}:
-                    grown = more[name].get(kind, 0) - found[name].get(kind, 0)
-                    moment[kind] += (count - base[index]) * grown
+                for kind in {*larger[name], *of_base[name]}:
+                    growth = larger[name].get(kind, 0) - of_base[name].get(kind, 0)
+                    moment[kind] += (count - base[index]) * growth
     return {name: dict(moment) for name, moment in moments.items()}
 
 
@@ -352,5 +382,5 @@ def _with_both_ends(moments: Mapping[str, Moment]) -> dict[str, Moment]:
 
 def largest(moments: Mapping[str, Moment]) -> tuple[str, Moment]:
     """Return the place at which the device holds most, and its bytes by kind."""
-    name = max(moments, key=lambda each: sum(moments[each].values()))
+    name = max(moments, key=lambda place: sum(moments[place].values()))
     return name, moments[name]

@@ -43,10 +43,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        query, *others = ctx.saved_tensors
-        held = attention_workspace(query)
-        gradients = attention_backward(gradient, query, *others)
-        del held
+        query, *saved = ctx.saved_tensors
+        workspace = attention_workspace(query)
+        gradients = attention_backward(gradient, query, *saved)
+        del workspace
         return gradients
 
 
@@ -118,7 +118,8 @@ def rms_norm_backward(
 
 def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
     """Stand in for torch's function, which takes B N L D; the kernels lay out their result as B L N D."""
-    result: Tensor = _Attention.apply(*(_autocast(each).transpose(1, 2) for each in (query, key, value)))
+    by_tokens = [_autocast(tensor).transpose(1, 2) for tensor in (query, key, value)]
+    result: Tensor = _Attention.apply(*by_tokens)
     return result.transpose(1, 2)
 
 
@@ -129,8 +130,8 @@ def _addcmul(
     if out is not None:
         return torch.addcmul(x, first, second, value=value, out=out)
     if torch.is_autocast_enabled(x.device.type):
-        dtype = max((each.dtype for each in (x, first, second)), key=lambda each: each.itemsize)
-        x, first, second = (each.to(dtype) for each in (x, first, second))
+        dtype = max((x.dtype, first.dtype, second.dtype), key=lambda dtype: dtype.itemsize)
+        x, first, second = x.to(dtype), first.to(dtype), second.to(dtype)
     return torch.addcmul(x, first, second, value=value)
 
 
@@ -138,7 +139,9 @@ def _convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, stride: Any, dilation: Any, groups: int
 ) -> Tensor:
     """Stand in for oneDNN's convolution, which a dry run cannot execute: the result has the same size."""
-    return functional.conv3d(x, weight, bias, stride, padding, dilation, groups)
+    return functional.conv3d(
+        x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups
+    )
 
 
 def _autocast(tensor: Tensor) -> Tensor:

@@ -116,9 +116,9 @@ def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> Swapped:
         return sum(dry_run.round_up_bytes(dit.get_parameter(name).nbytes) for name in names)
 
     ring = max((size(big_weights(dit, name)) for name in plan.input_layer_names(dit)), default=0)
-    for each in plan.lists(dit):
-        blocks = [size(big_weights(dit, f"{each.name}.{index}")) for index in each.streamed]
-        ring += each.slots * max(blocks, default=0)
+    for list_plan in plan.lists(dit):
+        blocks = [size(big_weights(dit, f"{list_plan.name}.{index}")) for index in list_plan.streamed]
+        ring += list_plan.slots * max(blocks, default=0)
     return Swapped(size(plan.names(dit)), ring)
 
 
@@ -141,9 +141,10 @@ def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 
     if processes > 1:
         return [share_blocks(weights_by_block(dit, spec), processes)]
     totals = [len(blocks) for blocks in spec.blocks(dit).values()]
-    others = swap.img_in_txt_in_offloading, swap.block_swap_ring_size
+    moves_layers = swap.img_in_txt_in_offloading
+    slots = swap.block_swap_ring_size
     return [
-        plan_swapped_bytes(dit, SwapPlan(spec, count, *others))
+        plan_swapped_bytes(dit, SwapPlan(spec, count, moves_layers, slots))
         for count in range(most_blocks(totals, spec.swap_counts) + 1)
     ]
 
@@ -156,19 +157,20 @@ def weights_by_block(dit: nn.Module, spec: DitSpec) -> tuple[BlockWeights, ...]:
 
     Of a block's vectors only one is split (`modules.offload.sharding`).
     """
-    found: list[BlockWeights] = []
+    by_block: list[BlockWeights] = []
     for block in chain.from_iterable(spec.blocks(dit).values()):
         weights = sorted(block.parameters(), key=lambda weight: weight.ndim < 2)  # vectors last
         matrices = sum(weight.ndim > 1 for weight in weights)
-        found.append(tuple((len(each) if each.ndim else 1, each.nbytes) for each in weights[: matrices + 1]))
-    return tuple(found)
+        split = weights[: matrices + 1]
+        by_block.append(tuple((len(weight) if weight.ndim else 1, weight.nbytes) for weight in split))
+    return tuple(by_block)
 
 
 def share_blocks(blocks: Sequence[BlockWeights], processes: int) -> Swapped:
     """Return the effect of --shard_base."""
-    whole = [sum(dry_run.round_up_bytes(size) for _, size in block) for block in blocks]
-    total = sum(whole)
-    return Swapped(0, GATHERED * max(whole, default=0), total - total // processes, processes)
+    block_bytes = [sum(dry_run.round_up_bytes(size) for _, size in block) for block in blocks]
+    total = sum(block_bytes)
+    return Swapped(0, GATHERED * max(block_bytes, default=0), total - total // processes, processes)
 
 
 NAMES = {

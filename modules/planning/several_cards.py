@@ -55,18 +55,13 @@ class Way:
 
 
 def with_division(speed: Speed, division: Division) -> Speed:
-    given = {"shard_base": division.shards, "context_parallel": division.context, "blocks_to_swap": None}
-    return override_options(speed, given)
+    values = {"shard_base": division.shards, "context_parallel": division.context, "blocks_to_swap": None}
+    return override_options(speed, values)
 
 
 def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -> Iterator[Way]:
     """Yield the ways to use equal cards, first the one that waits least for others. room: of each card."""
-    # blocks arrive while others compute, and tokens are waited for; a generation makes one clip at a time if
-    # its processes share anything, and then each computes all tokens unless it shares them
-    contexts = [count for count in range(2, cards + 1) if cards % count == 0] if is_training else [cards]
-    tokens, both = ([Division(cards, shards, count) for count in contexts] for shards in (False, True))
-    blocks = [Division(cards, shards=True)]
-    for division in (Division(cards), *(blocks + tokens if is_training else tokens + blocks), *both):
+    for division in _divisions(cards, is_training):
         words = ("--shard_base",) * division.shards
         if division.context > 1:
             words = (*words, "--context_parallel", str(division.context))
@@ -82,19 +77,33 @@ def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -
         except OptionError as error:
             yield replace(way, refusal=str(error))
             continue
-        yield _planned(way, prediction, 0, room, is_training)
+        yield _planned(way, prediction, 0, room=room, is_training=is_training)
         if words or not rehearsed.can_swap:
             continue
         # as few as fit; if none are too many, all that can be
         count = smallest_swap(prediction, room.usable)
         if count != 0 and prediction.most:
             count = count or prediction.most
-            swapping = ("--blocks_to_swap", str(count))
-            yield _planned(replace(way, words=swapping), prediction, count, room, is_training)
+            way = replace(way, words=("--blocks_to_swap", str(count)))
+            yield _planned(way, prediction, count, room=room, is_training=is_training)
 
 
-def _planned(way: Way, prediction: Divided, blocks: int, room: Room, is_training: bool) -> Way:
-    memory, swapped = prediction.plan(blocks), prediction.swaps[blocks]
+def _divisions(cards: int, is_training: bool) -> list[Division]:
+    """Return the divisions of a run among cards, first the one whose cards wait least for each other."""
+    # blocks arrive while others compute, and tokens are waited for; a generation makes one clip at a time if
+    # its processes share anything, and then each computes all tokens unless it shares them
+    contexts = [count for count in range(2, cards + 1) if cards % count == 0] if is_training else [cards]
+    blocks = [Division(cards, shards=True)]
+    tokens = [Division(cards, False, count) for count in contexts]
+    both = [Division(cards, True, count) for count in contexts]
+    if is_training:
+        return [Division(cards), *blocks, *tokens, *both]
+    return [Division(cards), *tokens, *blocks, *both]
+
+
+def _planned(way: Way, prediction: Divided, blocks: int, *, room: Room, is_training: bool) -> Way:
+    memory = prediction.plan(blocks)
+    swapped = prediction.swaps[blocks]
     processes = way.division.processes
     # the processes of a launcher share a copy of swapped blocks
     host = processes * memory.host - (processes - 1) * swapped.host * is_training
@@ -107,34 +116,44 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
     runs: the first has the command's options, each further one more options that save memory; it is used if
     nothing fits in those before it.
     """
-    ways, added = list[Way](), tuple[str, ...]()
+    ways: list[Way] = []
+    added: tuple[str, ...] = ()
     for run in runs:
-        ways, added = list(find_ways(run, cards, room, is_training)), run.words
+        ways = list(find_ways(run, cards, room, is_training))
+        added = run.words
         if any(way.fits for way in ways):
             break
     plans = [way.memory for way in ways if way.memory is not None]
     if not plans:
         raise OptionError(ways[0].refusal)
-    best = next((way for way in ways if way.fits), None)
-    memory = min(plans, key=lambda plan: plan.device) if best is None else best.memory
-    assert memory is not None
-    lines = [f"\n{cards} cards of {room.total / GIB:g} GiB, {gib(room.usable)} GiB of each for tensors:"]
-    if added:
-        lines = [f"{lines[0][:-1]}, with {' '.join(added)}, as nothing fits without:"]
-    lines += table_of(ways)
+    title = f"\n{cards} cards of {room.total / GIB:g} GiB, {gib(room.usable)} GiB of each for tensors"
+    with_words = f", with {' '.join(added)}, as nothing fits without" if added else ""
+    lines = [f"{title}{with_words}:", *table_of(ways)]
     lines += [f"{' '.join(way.words)} is not possible: {way.refusal}" for way in ways if way.refusal]
-    if best is None:
+    fitting = [way for way in ways if way.fits]
+    if fitting:
+        memory = fitting[0].memory
+        assert memory is not None
+        lines += _advise(fitting, added, is_training)
+    else:
+        memory = min(plans, key=lambda plan: plan.device)
         lines.append(
             f"No way fits: {memory.worst.name} takes {gib(memory.device)} GiB at least. Run with --plan "
             f"{room.total / GIB:g} to see what makes it smaller, or use more or larger cards."
         )
-    else:
-        fastest = max((way for way in ways if way.fits), key=lambda way: way.division.context)
-        each = "" if is_training or best.at_once == 1 else ", on each card with its own prompts (--device)"
-        named = {f"The cheapest that fits{each}:": best, "One clip is made soonest by:": fastest}
-        for title, way in list(named.items())[: 1 if is_training or fastest is best else 2]:
-            lines += [title, f"  {command_of(way, added, sys.argv, is_training)}"]
     show(memory, escape_control_codes("\n".join(lines)))
+
+
+def _advise(fitting: Sequence[Way], added: Sequence[str], is_training: bool) -> list[str]:
+    """Return lines with the command of the cheapest way, and of that with which one clip is made soonest."""
+    best = fitting[0]
+    on_each = "" if is_training or best.at_once == 1 else ", on each card with its own prompts (--device)"
+    lines = [f"The cheapest that fits{on_each}:", f"  {command_of(best, added, sys.argv, is_training)}"]
+    fastest = max(fitting, key=lambda way: way.division.context)
+    if not is_training and fastest is not best:
+        lines.append("One clip is made soonest by:")
+        lines.append(f"  {command_of(fastest, added, sys.argv, is_training)}")
+    return lines
 
 
 def table_of(ways: Sequence[Way]) -> list[str]:
@@ -162,7 +181,8 @@ def table_of(ways: Sequence[Way]) -> list[str]:
 
 def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training: bool) -> str:
     """Return the command to type for a way. added: options that it lacks. argv: of the planning command."""
-    kept, following = list[str](), 0  # without the options that a way decides, and their values
+    words: list[str] = []  # without the options that a way decides, and their values
+    following = 0
     for word in argv[1:]:
         name, equals, _ = word.partition("=")
         if following and not word.startswith("--"):
@@ -170,9 +190,9 @@ def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training:
             continue
         following = 0 if equals else DECIDED.get(name, 0)
         if name not in DECIDED:
-            kept.append(word)
+            words.append(word)
     script = Path(argv[0]).name
-    words = [str(find_script(script) or script), *kept, *added, *way.words]
+    words = [str(find_script(script) or script), *words, *added, *way.words]
     if not is_training and way.at_once > 1:
         return as_typed(["python", *words])
     return as_typed([*LAUNCH.split()[:-1], str(way.division.processes), *words])

@@ -24,11 +24,11 @@ from modules.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dt
 
 BLOCK, NESTED_BLOCK = 64, 256
 LEVELS = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 PIECE = 1 << 24  # weights rounded at a time
 
 
@@ -117,7 +117,7 @@ def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
 
 
 def rehearsed(quantisation: Quantisation) -> Quantisation:
-    """Return it for a dry run: with bitsandbytes, the value alone is allocated, as by its kernel.
+    """Return it for a dry run: if bitsandbytes is installed, only the value is allocated, as by its kernel.
 
     Formulas of torch need several float32 copies of a weight.
     """

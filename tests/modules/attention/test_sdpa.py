@@ -165,7 +165,7 @@ def test_cudnn_gets_one_sample_at_a_time_where_there_are_gradients(
     inputs = [torch.randn(batch, 7, 2, 8).requires_grad_(learns) for _ in range(3)]
     expected = attention_sdpa.sdpa(*inputs)
     monkeypatch.setattr(attention_sdpa, "attend_in_order", attend_plainly)
-    monkeypatch.setattr(attention_sdpa, "kernels", lambda *facts: [CUDNN, MATH])
+    monkeypatch.setattr(attention_sdpa, "kernels", lambda *facts, **of_call: [CUDNN, MATH])
     monkeypatch.setattr(attention_sdpa, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention_sdpa, "is_on_cuda", lambda tensor: True)
 

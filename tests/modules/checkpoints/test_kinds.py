@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from modules import families
-from modules.checkpoints.containers import open_file
 from modules.checkpoints.kinds import OF_OTHERS, kind_of
+from modules.checkpoints.opening import open_file
 from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from modules.installation import import_own

@@ -230,7 +230,7 @@ def test_tensors_of_gguf_get_the_shapes_that_the_header_or_the_model_says(tmp_pa
 
     with open_checkpoint(tmp_path / "a.gguf") as checkpoint:
         sources = plain_sources(checkpoint)
-        kept = find_stored_weights(linear_weights(module), sources, checkpoint.tensors, asked=False)
+        kept = find_stored_weights(linear_weights(module), sources, checkpoint.tensors, form_is_given=False)
         load_module(
             module,
             checkpoint,
