@@ -22,8 +22,8 @@ def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int
     anchor = section.anchor
     if anchor is None or anchor.changed is None:
         return latents
-    held = noisy_source(anchor.latents, section.noise, schedule, step)
-    return torch.where(anchor.changed > 0, latents, held)
+    noisy_reference = noisy_source(anchor.latents, section.noise, schedule, step)
+    return torch.where(anchor.changed > 0, latents, noisy_reference)
 
 
 def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
@@ -34,8 +34,8 @@ def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step:
     anchor = section.anchor
     if anchor is None or anchor.rules is None:
         return latents
-    held = noisy_source(anchor.latents, section.noise, schedule, step)
-    return torch.where(find_changes(latents - held, anchor.rules), latents, held)
+    noisy_reference = noisy_source(anchor.latents, section.noise, schedule, step)
+    return torch.where(find_changes(latents - noisy_reference, anchor.rules), latents, noisy_reference)
 
 
 def find_changes(difference: Tensor, rules: ConsistencyRules) -> Tensor:
@@ -74,7 +74,7 @@ def save_changes(done: StepDone, folder: Path, stem: str) -> None:
     """Write the mask of changes at a step as a picture, if the rules ask for it."""
     anchor, sigma = done.section.anchor, done.step.sigma
     if anchor is not None and anchor.rules is not None and anchor.rules.saves:
-        held = (1 - sigma) * anchor.latents + sigma * done.section.noise
-        changed = find_changes(done.step.noisy - held, anchor.rules)[0, 0, 0]
+        noisy_reference = (1 - sigma) * anchor.latents + sigma * done.section.noise
+        changed = find_changes(done.step.noisy - noisy_reference, anchor.rules)[0, 0, 0]
         path = folder / f"{stem}_rcm_{done.step.index:03d}.png"
         Image.fromarray(changed.mul(255).byte().cpu().numpy()).save(path)
