@@ -57,8 +57,8 @@ class PictureAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # B H*W C
         q, k, v = (layer(tokens).unsqueeze(2) for layer in (self.q, self.k, self.v))  # each B H*W 1 C
-        seen = self.proj_out(attend(q, k, v).squeeze(2))
-        return x + seen.transpose(1, 2).unflatten(2, x.shape[2:])
+        attended = self.proj_out(attend(q, k, v).squeeze(2))
+        return x + attended.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Middle(nn.Module):
