@@ -95,26 +95,46 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     options = _settle_options(family, options, device)
     loras = dressing.expert_loras(family.experts, options, with_texts=True)
     variants = make_variants(family.experts, loras, comparison.lora_multiplier)
-    options, predicted = resolve_options(family, options, device, room_on(device))
-    session = make_session(family, options, dressing.dit_loader(family, (), device, options), keep=False)
-    run = GenerationRun(family, options, session, predicted)
+    run = _make_run(family, options, device)
     jobs = _make_prompts(run)
     check_models(run)
     run = run.with_previews()
     make_folder(options.output.save_path, "--save_path")
-    cells_by_label: dict[str, list[Cell]] = {}
-    for variant in variants:
-        clips = [make_cell(run, variant, job, line) for line, job in enumerate(jobs, 1)]
-        cells_by_label[variant.label] = list(map(Cell, jobs, clips))
-    columns = [(variant, cells_by_label[variant.label]) for variant in variants]
+    columns = _make_columns(run, variants, jobs)
     missing = _missing_cells(options, columns)
     _show_start(run, jobs, columns, missing)
     if missing:
         denoise_cells(run, missing)
-    paths = decode_cells(run, [cell.clip for cells in cells_by_label.values() for cell in cells])
+    clips = {cell.clip.label: cell.clip for _, cells in columns for cell in cells}
+    paths = decode_cells(run, list(clips.values()))
     grids = write_grid(run, variants, jobs, paths)
-    costs = [("time", in_words(time.monotonic() - start)), ("peak memory", peak_in_words(device))]
-    show_box("Comparison is finished", [("look at", "\n".join(map(str, grids))), *costs])
+    show_box(
+        "Comparison is finished",
+        [
+            ("look at", "\n".join(map(str, grids))),
+            ("time", in_words(time.monotonic() - start)),
+            ("peak memory", peak_in_words(device)),
+        ],
+    )
+
+
+def _make_run(family: Family, options: GenerationOptions, device: torch.device) -> GenerationRun:
+    """Make the run of all clips; its networks are loaded column by column."""
+    options, predicted = resolve_options(family, options, device, room_on(device))
+    loader = dressing.dit_loader(family, (), device, options)
+    session = make_session(family, options, loader, keep=False)
+    return GenerationRun(family, options, session, predicted)
+
+
+def _make_columns(
+    run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob]
+) -> list[Column]:
+    """Make the job of each clip. Columns of equal labels have the same clips, those of the last one."""
+    cells_by_label: dict[str, list[Cell]] = {}
+    for variant in variants:
+        clips = [make_cell(run, variant, job, line) for line, job in enumerate(jobs, 1)]
+        cells_by_label[variant.label] = list(map(Cell, jobs, clips))
+    return [(variant, cells_by_label[variant.label]) for variant in variants]
 
 
 def _settle_options(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
@@ -209,21 +229,34 @@ def make_variants(
     count = max(map(len, uses), default=0)
     # by column: for each expert one file, or none
     columns = [[expert_uses[index : index + 1] for expert_uses in uses] for index in range(count)]
-    first_uses = [next(expert_uses[0] for expert_uses in column if expert_uses) for column in columns]
-    names = [use.lora.path.stem for use in first_uses]
-    for column, first_use, name in zip(columns, first_uses, names, strict=True):
-        heading = name if names.count(name) == 1 else f"{first_use.lora.path.parent.name}/{name}"
-        sha256: dict[str, str] = {}
-        for expert, expert_uses in zip(experts, column, strict=True):
-            if expert_uses:
-                key = f"{lora_name(dressing.key_of(expert))}_sha256_0"
-                sha256[key] = _hash(expert_uses[0].lora.path)
+    paths = [_first_path(column) for column in columns]
+    names = [path.stem for path in paths]
+    for column, path in zip(columns, paths, strict=True):
+        heading = path.stem
+        if names.count(heading) > 1:
+            heading = f"{path.parent.name}/{heading}"
+        sha256 = _hashes(experts, column)
         for strength in dict.fromkeys(strengths):
             weighted = [
                 tuple(replace(use, multiplier=strength) for use in expert_uses) for expert_uses in column
             ]
             variants.append(Variant(heading, f"x {strength:g}", tuple(weighted), sha256))
     return variants
+
+
+def _first_path(column: dressing.LorasByExpert) -> Path:
+    """Return the file of the first expert that has one."""
+    return next(expert_uses[0] for expert_uses in column if expert_uses).lora.path
+
+
+def _hashes(experts: Sequence[Expert], column: dressing.LorasByExpert) -> dict[str, str]:
+    """Return the SHA-256 of a column's files, by the names that metadata give them."""
+    hashes: dict[str, str] = {}
+    for expert, expert_uses in zip(experts, column, strict=True):
+        if expert_uses:
+            name = lora_name(dressing.key_of(expert))
+            hashes[f"{name}_sha256_0"] = _hash(expert_uses[0].lora.path)
+    return hashes
 
 
 def _hash(path: Path) -> str:
@@ -285,25 +318,35 @@ def _making_settings(tags: Mapping[str, str]) -> dict[str, str]:
 def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
     """Make the latents of these clips; each is written when it is done."""
     jobs = {cell.prompt.label: cell.prompt for _, cells in columns for cell in cells}
-    prompts = [wanted_texts(job.prepared, run.options.guidance) for job in jobs.values()]
-    texts = dict(zip(jobs, run.session.texts(prompts), strict=True))
-    lora_texts: dict[str, dict[str, Mapping[int, EncodedPrompts]]] = {}
-    for variant, _ in columns:
-        loras = TextLoras(variant.uses[0])
-        if not loras.is_empty:
-            encoded = run.session.texts_with(loras, prompts)
-            lora_texts[variant.label] = dict(zip(jobs, encoded, strict=True))
+    texts = _encode_texts(run, jobs, [variant for variant, _ in columns])
     inputs = making.encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
     ready: list[tuple[Variant, list[making.Ready]]] = []
     for variant, cells in columns:
-        variant_texts = lora_texts.get(variant.label, texts)
-        cells_ready = []
-        for job, clip in cells:
-            cells_ready.append(making.Ready(clip, variant_texts[job.label], inputs[job.label]))
+        variant_texts = texts[variant.label]
+        cells_ready = [making.Ready(clip, variant_texts[job.label], inputs[job.label]) for job, clip in cells]
         ready.append((variant, cells_ready))
     all_ready = [cell for _, cells_ready in ready for cell in cells_ready]
     for _ in making.denoise_all(run, all_ready, Failures(strict=True), networks_with(run, ready)):
         pass  # read again when they are decoded
+
+
+def _encode_texts(
+    run: GenerationRun, jobs: Mapping[str, GenerationJob], variants: Sequence[Variant]
+) -> dict[str, dict[str, Mapping[int, EncodedPrompts]]]:
+    """Return the texts of each variant by label: the same for all whose LoRAs do not change text encoders.
+
+    Of each variant: the texts of the jobs, by their labels.
+    """
+    prompts = [wanted_texts(job.prepared, run.options.guidance) for job in jobs.values()]
+    plain_texts = dict(zip(jobs, run.session.texts(prompts), strict=True))
+    texts: dict[str, dict[str, Mapping[int, EncodedPrompts]]] = {}
+    for variant in variants:
+        texts[variant.label] = plain_texts
+        loras = TextLoras(variant.uses[0])
+        if not loras.is_empty:
+            encoded = run.session.texts_with(loras, prompts)
+            texts[variant.label] = dict(zip(jobs, encoded, strict=True))
+    return texts
 
 
 def networks_with(
@@ -384,23 +427,32 @@ def write_grid(
     rows: list[Row] = []
     for job, strength in product(jobs, strengths):
         row_variants = [by_place.get((column, strength), without_lora) for column in columns]
-        steps = count_of(job.prepared.num_steps, "step")
-        rows.append(
-            Row(
-                prompt=job.prepared.asked.prompt,
-                fps=job.prepared.fps,
-                paths=tuple(paths[f"{job.label}, {variant.label}"] for variant in row_variants),
-                facts=f"{job.label}, seed {job.prepared.seed}, {steps}",
-                strength=strength,
-                commands=tuple(_command(run.family.experts, variant) for variant in row_variants),
-            )
-        )
+        rows.append(_make_row(run.family.experts, job, strength, variants=row_variants, paths=paths))
     # the trainings that saved the files: x for x-000010 and x-step00000020
     trainings = dict.fromkeys(re.sub(r"-(step)?\d+$", "", name) for name in columns[1:])
     title = in_short(jobs[0].prepared.asked.prompt) if len(jobs) == 1 else ", ".join(trainings)
     folder = run.options.output.save_path
     with own_stem(folder, f"compare_{datetime.now():%Y%m%d-%H%M%S}") as stem:
         return write_grids(folder, stem, ClipGrid(columns, tuple(rows)), title)
+
+
+def _make_row(
+    experts: Sequence[Expert],
+    job: GenerationJob,
+    strength: str,
+    variants: Sequence[Variant],
+    paths: Mapping[str, Path],
+) -> Row:
+    """Return the row of a prompt at a strength. variants: one for each column."""
+    steps = count_of(job.prepared.num_steps, "step")
+    return Row(
+        prompt=job.prepared.asked.prompt,
+        fps=job.prepared.fps,
+        paths=tuple(paths[f"{job.label}, {variant.label}"] for variant in variants),
+        facts=f"{job.label}, seed {job.prepared.seed}, {steps}",
+        strength=strength,
+        commands=tuple(_command(experts, variant) for variant in variants),
+    )
 
 
 def _command(experts: Sequence[Expert], variant: Variant) -> str:

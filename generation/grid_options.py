@@ -103,18 +103,23 @@ def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
             f"--sheet {name}: it is no option of a prompt line. Use one of prompt, {', '.join(keys)}"
         )
     texts = split_values(values_text)
-    if len(set(texts)) < len(texts):
-        twice = next(value for value in texts if texts.count(value) > 1)
-        raise OptionError(f"--sheet {name}: the value {twice!r} is given twice. Leave one out")
+    return Axis(option.key, option, tuple(texts), _read_values(name, option, texts))
+
+
+def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[Value, ...]:
+    """Read the values of an axis. Raises OptionError naming the axis and the value if one cannot be used."""
+    for text in texts:
+        if texts.count(text) > 1:
+            raise OptionError(f"--sheet {name}: the value {text!r} is given twice. Leave one out")
     values = []
-    for value_text in texts:
+    for text in texts:
         try:
-            values.append(option.read(value_text))
+            values.append(option.read(text))
         except ValueError as error:
             raise OptionError(f"--sheet {name}: {error}. Correct that value") from None
-        if option is PROMPT and not value_text:
+        if option is PROMPT and not text:
             raise OptionError("--sheet prompt: one of the prompts is empty. Write it, or leave it out")
-    return Axis(option.key, option, tuple(texts), tuple(values))
+    return tuple(values)
 
 
 def cells_of(

@@ -332,11 +332,12 @@ class ScriptDefaults:
         solvers = ", ".join(f"{name} is {solver}" for name, solver in self.solver_names.items())
         preset = " ".join(as_typed(self.optimized, name) for name in self.optimized)
         lengths = f" of more than {self.riflex_beyond} frames" if self.riflex_beyond else ""
+        height, width = self.size
         settings: dict[str, dict[str, Any]] = {
             "output_type": {
                 "choices": list(self.output_types),
                 "help": f"what to write: {output_types}",
-                "refused": dict.fromkeys(("video", "both"), NO_VIDEOS) if self.pictures else {},
+                "refused": {},
             },
             "scheduler": {
                 "choices": list(self.solver_names),
@@ -344,12 +345,16 @@ class ScriptDefaults:
             },
             "optimized": {"help": OPTIMIZED.format(preset)},
             "riflex_index": {"help": RIFLEX.format(lengths, self.riflex_frequencies)},
-            "video_size": {"help": "size in pixels; default {} {}".format(*self.size)},
+            "video_size": {"help": f"size in pixels; default {height} {width}"},
         }
-        settings.update({name: {"help": about} for name, about in self.by_model.items() if about})
-        with_flags = {
-            name: {**settings.get(name, {}), "flags": flags} for name, flags in self.spelled.items()
-        }
+        if self.pictures:
+            settings["output_type"]["refused"] = dict.fromkeys(("video", "both"), NO_VIDEOS)
+        for name, about in self.by_model.items():
+            if about:
+                settings[name] = {"help": about}
+        with_flags = {}
+        for name, flags in self.spelled.items():
+            with_flags[name] = {**settings.get(name, {}), "flags": flags}
         return {**settings, **source_settings, **with_flags}
 
     def _absent(self) -> list[str]:

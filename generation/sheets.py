@@ -136,25 +136,27 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
     """
     sizes = _cell_sizes(grid, frames)
     column_width = max(NARROWEST_COLUMN, *(width for row in sizes for width, _ in row))
-    heights = [max(height for _, height in row) for row in sizes]
-    head = HEAD if not grid.title else HEAD + LINE
-    sheet_width = column_width * len(grid.columns)
-    sheet_height = head + sum(heights) + LINE * len(heights)
-    # videos need even sizes
-    even_size = (sheet_width + sheet_width % 2, sheet_height + sheet_height % 2)
-    sheet = Image.new("RGB", even_size, BACKGROUND)
+    row_heights = [max(height for _, height in row) for row in sizes]
+    top = HEAD if not grid.title else HEAD + LINE
+    sheet = _blank_sheet(column_width * len(grid.columns), top + sum(row_heights) + LINE * len(row_heights))
     pen = _Pen(ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_SIZE))
     pen.write((0, 0), grid.title, sheet.width)
     for column, heading in enumerate(grid.columns):
-        pen.write((column * column_width, head - HEAD), heading, column_width)
-    top = head
-    for row, row_frames, row_sizes, height in zip(grid.rows, frames, sizes, heights, strict=True):
-        pen.write((0, top), f"{row.strength} {row.prompt}".strip(), sheet.width)
-        for column, (frame, size) in enumerate(zip(row_frames, row_sizes, strict=True)):
-            corner = (column * column_width, top + LINE)
-            _draw_cell(sheet, pen, corner=corner, frame=frame, size=size)
+        pen.write((column * column_width, top - HEAD), heading, column_width)
+    for row, row_frames, row_sizes, height in zip(grid.rows, frames, sizes, row_heights, strict=True):
+        label = f"{row.strength} {row.prompt}".strip()
+        pen.write((0, top), label, sheet.width)
+        left = 0
+        for frame, size in zip(row_frames, row_sizes, strict=True):
+            _draw_cell(sheet, pen, corner=(left, top + LINE), frame=frame, size=size)
+            left += column_width
         top += height + LINE
     return np.asarray(sheet)
+
+
+def _blank_sheet(width: int, height: int) -> Image.Image:
+    """Return a sheet of at least this size, with even sides, which videos need."""
+    return Image.new("RGB", (width + width % 2, height + height % 2), BACKGROUND)
 
 
 def _cell_sizes(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> list[list[tuple[int, int]]]:
@@ -253,8 +255,10 @@ def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -
     prompt = first.asked.prompt
     grid = _sheet_grid(run.options.axes, paths, prompt, first.fps)
     metadata = {} if output.no_metadata else _sheet_metadata(run, cells, paths)
+    name = f"{datetime.now():%Y%m%d-%H%M%S}_sheet"
     words = words_of(prompt) if output.prompt_in_name else ""
-    name = "_".join(part for part in (f"{datetime.now():%Y%m%d-%H%M%S}", "sheet", words) if part)
+    if words:
+        name = f"{name}_{words}"
     with own_stem(output.save_path, name) as stem:
         if all(map(is_picture, grid.clips)):
             path = output.save_path / f"{stem}.png"
