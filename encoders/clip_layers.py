@@ -205,7 +205,8 @@ def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, use: Cl
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_text(checkpoint, use)
         check_activation(plan.config, path, "CLIP-L has quick_gelu")
-        return load_planned(plan, ClipText, device, dtype, f"the CLIP text encoder ({use.option})")
+        what = f"the CLIP text encoder ({use.option})"
+        return load_planned(plan, ClipText, device=device, dtype=dtype, what=what)
 
 
 # Letters: B images, L patches and the class token, C width, P width of the projection
@@ -291,4 +292,5 @@ def load_clip_vision(
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_vision(checkpoint, option, release)
         check_activation(plan.config, path, "OpenCLIP has gelu")
-        return load_planned(plan, ClipVision, device, dtype, f"the CLIP image encoder ({option})")
+        what = f"the CLIP image encoder ({option})"
+        return load_planned(plan, ClipVision, device=device, dtype=dtype, what=what)

@@ -323,6 +323,6 @@ def load_t5(
         # fp8 files; and float16 on a CPU: few CPUs have it, and the model is bfloat16
         compute = dtype or (stored if is_kept else torch.bfloat16)
         what = f"the {kind.name} text encoder ({kind.option})"
-        t5 = load_planned(plan, T5Network, device, compute, what, form, blocks=blocks)
+        t5 = load_planned(plan, T5Network, device=device, dtype=compute, what=what, form=form, blocks=blocks)
     logger.info("T5: %s, stored as %s, computing in %s", path, dtype_name(stored), dtype_name(compute))
     return t5

@@ -97,7 +97,7 @@ class DitLoader:
             from networks.added import add_stage_loras  # only with LoRAs of stages
 
             add_stage_loras(dit, is_compiled=speed.compilation.choice is not None)
-        dress(dit, family.dit, self.device, speed.compilation.choice, host, shares=shares)
+        dress(dit, family.dit, self.device, compilation=speed.compilation.choice, host=host, shares=shares)
         if speed.sharding.context_parallel > 1:
             share_tokens(dit, speed.sharding, self.device)
         return dit

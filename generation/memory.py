@@ -300,7 +300,7 @@ def heaviest_step(
             candidates.append((weight, index, expert.lowest))
     _, index, lowest = max(candidates)
     timestep = FIRST_TIMESTEP if lowest == experts[noisiest(experts)].lowest else lowest
-    return Step(index, prepared.num_steps, 1.0, timestep, noisy)
+    return Step(index, prepared.num_steps, sigma=1.0, timestep=timestep, noisy=noisy)
 
 
 def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
@@ -338,7 +338,9 @@ def make_solid(conditions: Conditions) -> Conditions:
     }
 
 
-def plan_generation(family: Family, options: GenerationOptions, device: torch.device, room: Room) -> None:
+def plan_generation(
+    family: Family, options: GenerationOptions, device: torch.device, room: Room | None
+) -> None:
     """Print the plan of the request that needs most memory. Loads nothing large and needs no GPU."""
     with quiet():
         prepared, prediction = predict_largest(

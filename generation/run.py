@@ -144,9 +144,10 @@ def _check_sound(family: Family, path: Path, sound: Tensor, latent_frames: int) 
 
     sound: latents 1 C T M. Warns if the family makes no sound.
     """
+    fps = family.defaults.fps
     shape = None
     if hears_sound(family) and family.sound is not None:
-        shape = family.sound.shape(latent_frames, family.defaults.fps)
+        shape = family.sound.shape(latent_frames, fps)
     if shape is None:
         logger.warning("--latent_path %s: its sound is left out because this model makes none", path)
         return
@@ -224,6 +225,7 @@ def _print_plan(family: Family, options: GenerationOptions, device: torch.device
     if cards > 1:
         from generation.together import plan_ways  # only with --plan
 
+        assert room is not None, "several cards have a size, as --plan is read"
         plan_ways(family, options, device, cards=cards, room=room)
     else:
         from generation.memory import plan_generation  # only with --plan
