@@ -121,7 +121,9 @@ class PooledClip(FileTextEncoder[ClipText]):
         path: file or folder of the model, or a release's folder that holds it as `use.folder`.
         """
         super().__init__(inside(path, use.folder), tokenizer)
-        self.name, self.keys, self.what = use.name, use.keys, use.what
+        self.name = use.name
+        self.keys = use.keys
+        self.what = use.what
         self.source = TokenizerSource(use.tokenizer, read_file=_read_clip)
         self.use = use
         self.dtype = dtype

@@ -258,21 +258,25 @@ class ClipVision(nn.Module):
 
         Pillow resizes (bicubic, antialiased) the shorter side to S, as the released model's processor does.
         """
-        size, squares = self.image_size, []
+        size = self.image_size
+        squares = []
         for image in images:
             width, height = (size * side // min(image.size) for side in image.size)
             resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-            left, top = (width - size) // 2, (height - size) // 2
+            left = (width - size) // 2
+            top = (height - size) // 2
             squares.append(numpy.array(resized.crop((left, top, left + size, top + size))))
         pixels = rearrange(torch.from_numpy(numpy.stack(squares)), "b h w c -> b c h w").float() / 255
         return _normalise(pixels)
 
     def prepare_pixels(self, pixels: Tensor) -> Tensor:
         """Return pixels B 3 H W, in 0..1, as `prepare` does, but so that gradients flow to them."""
-        size, (height, width) = self.image_size, pixels.shape[-2:]
-        inner = size * height // min(height, width), size * width // min(height, width)
-        resized = F.interpolate(pixels, inner, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (inner[0] - size) // 2, (inner[1] - size) // 2
+        size = self.image_size
+        shorter = min(pixels.shape[-2:])
+        height, width = (size * side // shorter for side in pixels.shape[-2:])
+        resized = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        top = (height - size) // 2
+        left = (width - size) // 2
         return _normalise(resized[..., top : top + size, left : left + size])
 
 

@@ -193,11 +193,16 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         compute dtype. form: as of `load_planned`. on_cpu: compute there, whatever the device.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer, form)
-        self.use, self.dtype, self.on_cpu = use, dtype, on_cpu
-        self.name, self.source, self.most = use.name, use.source, use.most
+        self.use = use
+        self.dtype = dtype
+        self.on_cpu = on_cpu
+        self.name = use.name
+        self.source = use.source
+        self.most = use.most
         self.keys = use.keys
         self.variable_length = use.keys if use.pad is None else frozenset()
-        self.weighed, self.pads_left = use.states_key, use.pads_left
+        self.weighed = use.states_key
+        self.pads_left = use.pads_left
 
     @property
     def state(self) -> str | None:

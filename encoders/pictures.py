@@ -214,7 +214,8 @@ class ModelOfPictures(OneTransformer):
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each picture: a posterior sample, seeded by its name, float32."""
-        entries, vae = [], encoders.vae
+        entries = []
+        vae = encoders.vae
         for part in media.split_for(vae.device):
             latents = vae.encode(byte_clips(part.frames), [posterior_generator(key) for key in part.keys])
             entries += [[CacheEntry({"latents": latent.clone()})] for latent in latents]

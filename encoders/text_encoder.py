@@ -57,7 +57,8 @@ class Tokens(NamedTuple):
         if len(self.ids) <= most:
             return self
         behind = self.behind(end)
-        last, first = len(self.ids) - behind, most - behind
+        last = len(self.ids) - behind
+        first = most - behind
         return Tokens(self.ids[:first] + self.ids[last:], self.places[:first] + self.places[last:])
 
 
@@ -267,7 +268,9 @@ class FileTextEncoder(ABC, Generic[Network]):
 
         tokenizer: path from its option; None: look for it. form: as of `load_planned`.
         """
-        self.path, self.tokenizer, self.form = path, tokenizer, form
+        self.path = path
+        self.tokenizer = tokenizer
+        self.form = form
         self._loaded = LoadedNetwork[Network, TextTokenizer]()
 
     @property

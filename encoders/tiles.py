@@ -114,7 +114,8 @@ class Tile:
 
         The weights of overlapping tiles sum to 1.
         """
-        rise, fall = self.before * unit, self.after * unit
+        rise = self.before * unit
+        fall = self.after * unit
         weights = torch.ones(self.size * unit)
         weights[:rise] = _ramp(rise)
         weights[self.size * unit - fall :] = _ramp(fall).flip(0)

@@ -48,7 +48,8 @@ def find_changes(difference: Tensor, rules: ConsistencyRules) -> Tensor:
     threshold = rules.threshold * (size.max() if rules.is_relative else 1)
     changed = size > threshold
     if rules.dilate_size:
-        width, margin = 2 * rules.dilate_size + 1, rules.dilate_size
+        width = 2 * rules.dilate_size + 1
+        margin = rules.dilate_size
         changed = functional.max_pool2d(changed.flatten(0, 2)[:, None].float(), width, 1, margin) > 0
         changed = changed.view(size.shape)
     return changed
@@ -72,7 +73,8 @@ def blur(latents: Tensor, kernel_size: int) -> Tensor:
 
 def save_changes(done: StepDone, folder: Path, stem: str) -> None:
     """Write the mask of changes at a step as a picture, if the rules ask for it."""
-    anchor, sigma = done.section.anchor, done.step.sigma
+    anchor = done.section.anchor
+    sigma = done.step.sigma
     if anchor is not None and anchor.rules is not None and anchor.rules.saves:
         noisy_reference = (1 - sigma) * anchor.latents + sigma * done.section.noise
         changed = find_changes(done.step.noisy - noisy_reference, anchor.rules)[0, 0, 0]

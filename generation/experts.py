@@ -115,7 +115,8 @@ class DitTurns:
         plan: from `plan_turns`; its first expert is loaded at once. Empty: the order is not known; a video
         begins with noise, and any expert may be needed again.
         """
-        self._plan, self._place = plan, 0
+        self._plan = plan
+        self._place = 0
         free_memory(self.device)  # of networks that callers of the phase before held until they returned
         try:
             self._bring(plan[0] if plan else noisiest(self.experts))
@@ -170,7 +171,9 @@ class DitTurns:
 
     def free(self) -> None:
         """Free all networks. Call it between phases."""
-        self._dits, self._copies, self._working = {}, {}, set()
+        self._dits = {}
+        self._copies = {}
+        self._working = set()
 
     def _bring(self, expert: int) -> nn.Module:
         """Put an expert on the device, and begin to read the next one.
@@ -221,8 +224,10 @@ class DitTurns:
         if self.lazy or not comes_again:
             self._free(expert)
             return
-        dit, copy = self._dits[expert], self._copies.get(expert)
-        weights, room = bytes_on(dit, self.device), self.host_room()
+        dit = self._dits[expert]
+        copy = self._copies.get(expert)
+        weights = bytes_on(dit, self.device)
+        room = self.host_room()
         if copy is not None:
             copy.leave()
         elif self.device.type == "cpu" or (room is not None and weights > room):

@@ -255,7 +255,8 @@ class GrowingVideo:
         try:
             yield
         except Exception as error:
-            self._has_failed, self._edge = True, None
+            self._has_failed = True
+            self._edge = None
             stays = f" {self.path} is not updated any more." if self.path.exists() else ""
             reason = f"{type(error).__name__}: {error}"
             logger.warning(

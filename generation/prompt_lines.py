@@ -83,7 +83,9 @@ def read_size(text: str) -> dict[str, int]:
     match = JOINED.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a height and a width, such as 480 832")
-    height, separator, width = match[1], match[2], match[3]
+    height = match[1]
+    separator = match[2]
+    width = match[3]
     if separator.strip():
         logger.warning("video_size %s: taken as a height of %s and a width of %s", text, height, width)
     return {"video_size_height": few_digits(height), "video_size_width": few_digits(width)}

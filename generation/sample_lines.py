@@ -186,7 +186,8 @@ def _toml_entries(text: str) -> list[dict[str, Any]]:
 
 def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Made]:
     """Return the result of `read` for each entry. Raises one OptionError with the faults of all."""
-    results, problems = [], []
+    results = []
+    problems = []
     for entry in entries:
         try:
             results.append(read(entry))

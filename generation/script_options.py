@@ -188,12 +188,15 @@ class OutputOptions(Options, title="output"):
 
     def check_file_name(self, frames: int) -> None:
         """Raise OptionError if `file_name` does not fit a result of so many frames; below 1: sound alone."""
-        path, what = self.save_path / self.file_name, "a video is made"
+        path = self.save_path / self.file_name
+        what = "a video is made"
         suffix = self.format.suffix
         if frames < 1:
-            what, suffix = "sound alone is made", ".wav"
+            what = "sound alone is made"
+            suffix = ".wav"
         elif self.is_picture(frames - self.trim_tail_frames <= 1):
-            what, suffix = "a picture is made", ".png"
+            what = "a picture is made"
+            suffix = ".png"
         elif self.output_type in IMAGE_OUTPUTS:
             raise OptionError(
                 f"--save_path {path} with --output_type {self.output_type}: {frames} pictures are made. Give "

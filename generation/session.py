@@ -118,7 +118,8 @@ class Session:
         """Encode texts as `texts` does, with these LoRAs in encoders that are not kept between calls."""
         assert not self.dits.keep, "kept encoders have the LoRAs of before in their weights"
         before = self._encoded, self.text_loras
-        self._encoded, self.text_loras = {}, loras
+        self._encoded = {}
+        self.text_loras = loras
         try:
             return self.texts(prompts)
         finally:
@@ -152,7 +153,8 @@ class Session:
 
     def drop_image_encoder(self) -> None:
         if self._media is not None and not self.dits.keep:
-            self._media, self._has_image_encoder = replace(self._media, image_encoder=None), False
+            self._media = replace(self._media, image_encoder=None)
+            self._has_image_encoder = False
 
     def free(self) -> None:
         for encoder in self._text_encoders or ():

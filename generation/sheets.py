@@ -124,7 +124,8 @@ def play(grid: ClipGrid) -> Iterator[Frame]:
             for column, frames in enumerate(frames_in_row):
                 frame = next(frames, None)
                 if frame is not None:
-                    shown[row][column], has_more = frame, True
+                    shown[row][column] = frame
+                    has_more = True
         if not has_more:
             return
 

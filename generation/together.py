@@ -187,7 +187,8 @@ def _grid(sharding: ShardingOptions, processes: int, rank: int = 0) -> ProcessGr
 def _check_groups(options: GenerationOptions, processes: int) -> None:
     """Raise OptionError if processes would make a prompt several times, or options conflict with sharing."""
     sharding = options.speed.sharding
-    times, peers = sharding.groups_of(processes), sharding.context_parallel
+    times = sharding.groups_of(processes)
+    peers = sharding.context_parallel
     if times > 1 and peers > 1 and not options.speed.cfg_parallel:
         raise OptionError(
             f"--context_parallel {peers}: {processes} processes would make each prompt {times} times. Give "

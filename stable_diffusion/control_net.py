@@ -39,7 +39,9 @@ class ControlNets:
 
     def __init__(self, networks: Sequence[Any], uses: Sequence[ControlUse], model: Model) -> None:
         """networks: diffusers' ControlNetModels on the model's device. uses: how each is used."""
-        self._networks, self._uses, self._model = networks, uses, model
+        self._networks = networks
+        self._uses = uses
+        self._model = model
 
     @contextlib.contextmanager
     def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
@@ -165,7 +167,8 @@ class BatchGuides:
                     f"{picture.label}: {len(picture.guides)} guide images, but {option} has {len(uses)}. "
                     "Give --guide_image_path one for each model, or a single one for all."
                 )
-        self._uses, self._pictures = uses, pictures
+        self._uses = uses
+        self._pictures = pictures
         self._size = (width, height)
         self.guides = self._read()
 

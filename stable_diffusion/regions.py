@@ -121,7 +121,8 @@ class Regions:
         """
         self._is_folded = layers is None
         self._layers = layers or ()
-        self._unet, self._color_codes = unet, color_codes
+        self._unet = unet
+        self._color_codes = color_codes
 
     def of(self, picture: AskedPicture, width: int, height: int) -> Tensor:
         """Return the regions of a picture's parts at a size in pixels: P height width; P 1 1 without a mask.
@@ -162,7 +163,8 @@ class _Batch:
 
     def __init__(self, regions: Tensor) -> None:
         # regions: B P H W
-        self._regions, self.parts = regions, regions.shape[1]
+        self._regions = regions
+        self.parts = regions.shape[1]
         self._means = regions.mean((-2, -1))  # B P
         self._size: tuple[int, int] | None = None  # of the features that a transformer is at work on
         self._masks: dict[tuple[int, int], Tensor] = {}  # B P h w by size

@@ -80,7 +80,8 @@ class PictureFiles:
         }
         if self.kind is SDXL:
             sizes = settings.sizes
-            height, width = sizes.original_height or settings.height, sizes.original_width or settings.width
+            height = sizes.original_height or settings.height
+            width = sizes.original_width or settings.width
             texts |= {
                 "original-height": height,
                 "original-width": width,
@@ -297,7 +298,8 @@ def _make_lines(
 
 def _rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -> Iterator[Line]:
     """Yield the lines of --n_iter rounds; each begins when its first line is asked for."""
-    prompts, asking = run.options.prompts, run.asking
+    prompts = run.options.prompts
+    asking = run.asking
     for number in range(1, prompts.n_iter + 1):
         if prompts.n_iter > 1:
             logger.info("Round %d of %d", number, prompts.n_iter)

@@ -306,7 +306,9 @@ def make_guidance(scale: float, negative_scale: float | None) -> Guidance:
     """
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
-        positive, negative, blank = section.positive, section.negative, section.blank
+        positive = section.positive
+        negative = section.negative
+        blank = section.blank
         if negative is None:
             (prompted,) = predict(positive)
             return prompted

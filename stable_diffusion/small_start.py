@@ -344,7 +344,8 @@ def sharpen(latents: Tensor, unsharp: Unsharp) -> Tensor:
     row = torch.exp(-0.5 * (places / unsharp.sigma) ** 2)
     row = (row / row.sum()).to(latents.device, latents.dtype)
     images = latents.squeeze(2)
-    channels, edge = images.shape[1], unsharp.ksize // 2
+    channels = images.shape[1]
+    edge = unsharp.ksize // 2
     kernel = torch.outer(row, row).expand(channels, 1, -1, -1)
     blurred = conv2d(pad(images, (edge,) * 4, mode="reflect"), kernel, groups=channels)
     return (images + (images - blurred) * unsharp.strength).unsqueeze(2)

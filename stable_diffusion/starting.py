@@ -55,10 +55,13 @@ def add_pyramid(noise: Tensor, discount: float, generator: torch.Generator) -> T
     Source: Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training".
     """
     channels, height, width = noise.shape
-    total, level_height, level_width = noise, float(height), float(width)
+    total = noise
+    level_height = float(height)
+    level_width = float(width)
     for level in range(1, LEVELS + 1):
         step = _between((LEAST_STEP, MOST_STEP), generator)
-        level_height, level_width = max(level_height / step, 1.0), max(level_width / step, 1.0)
+        level_height = max(level_height / step, 1.0)
+        level_width = max(level_width / step, 1.0)
         coarse = _draw((channels, int(level_height), int(level_width)), noise, generator)
         fine = interpolate(coarse[None], (height, width), mode="bilinear")[0]
         total = total + fine * discount**level
