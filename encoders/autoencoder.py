@@ -75,8 +75,8 @@ def read_autoencoder(
 
     Raises CheckpointError for any other file.
     """
-    others = tuple(start for start in ALL_IN_ONE if start not in ("vae.", "first_stage_model."))
-    checkpoint = checkpoint.without_prefix("first_stage_model.", "vae.", others=(*others, "model."))
+    other_networks = tuple(start for start in ALL_IN_ONE if start not in ("vae.", "first_stage_model."))
+    checkpoint = checkpoint.without_prefix("first_stage_model.", "vae.", others=(*other_networks, "model."))
     sources = plain_sources(checkpoint)
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:
         levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
@@ -88,19 +88,12 @@ def read_autoencoder(
     shape = dialects.shapes_of(checkpoint, sources, wrong)
     channels = shape("decoder.conv_in.weight")[1]
     is_quantised = any(name in sources for name in ("quant_conv.weight", "encoder.quant_conv.weight"))
-    if (channels, is_quantised) != (kind.channels, kind.is_quantised):
-        raise CheckpointError(
-            f"{checkpoint.path}: this VAE has {channels} latent channels"
-            + (" and a quant_conv" if is_quantised else "")
-            + f", {kind.what} has {kind.channels} and {'one' if kind.is_quantised else 'none'}. "
-            f"Give {kind.release}.",
-            checkpoint.path,
-        )
+    _check_kind(checkpoint, kind, channels, is_quantised)
     for start in (r"encoder\.down", r"decoder\.up"):
-        found = dialects.count(sources, rf"{start}\.\d+")
-        if found != LEVELS:
+        num_levels = dialects.count(sources, rf"{start}\.\d+")
+        if num_levels != LEVELS:
             raise CheckpointError(
-                f"{checkpoint.path}: {start.replace(chr(92), '')} has {found} levels, that of FLUX has "
+                f"{checkpoint.path}: {start.replace(chr(92), '')} has {num_levels} levels, that of FLUX has "
                 f"{LEVELS}. The file holds another model, or tensors are missing. Give {kind.release}.",
                 checkpoint.path,
             )
@@ -108,13 +101,26 @@ def read_autoencoder(
     groups = stated_groups(checkpoint, kind.classes) or GROUPS
     check_groups(checkpoint, widths, groups)
     config = AutoencoderConfig(
-        channels,
-        groups,
-        widths,
-        dialects.count(sources, r"encoder\.down\.0\.block\.\d+"),
-        dialects.count(sources, r"decoder\.up\.0\.block\.\d+"),
+        latent_channels=channels,
+        groups=groups,
+        widths=widths,
+        encoder_blocks=dialects.count(sources, r"encoder\.down\.0\.block\.\d+"),
+        decoder_blocks=dialects.count(sources, r"decoder\.up\.0\.block\.\d+"),
     )
     return dialects.LoadPlan(config, checkpoint, sources, ("bn.*",) if kind.is_quantised else ())
+
+
+def _check_kind(checkpoint: Checkpoint, kind: AutoencoderKind, channels: int, is_quantised: bool) -> None:
+    """Raise CheckpointError if a file's latents or its quant_conv are those of another kind."""
+    if (channels, is_quantised) == (kind.channels, kind.is_quantised):
+        return
+    quant_conv = " and a quant_conv" if is_quantised else ""
+    expected = "one" if kind.is_quantised else "none"
+    raise CheckpointError(
+        f"{checkpoint.path}: this VAE has {channels} latent channels{quant_conv}, {kind.what} has "
+        f"{kind.channels} and {expected}. Give {kind.release}.",
+        checkpoint.path,
+    )
 
 
 def _our_name(name: str, levels: int) -> str:
@@ -184,7 +190,7 @@ class PictureVae(nn.Module):
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
         """Return means and logarithms of variances, B 2Z 1 h w float32, as the network gives them."""
-        return self.in_tiles(self._moments, pixels, self.stride, 1, self.device)
+        return self.in_tiles(self._moments, pixels, unit_in=self.stride, unit_out=1, device=self.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -194,7 +200,9 @@ class PictureVae(nn.Module):
     @torch.no_grad()
     def decode_unclamped(self, latents: Tensor) -> Tensor:
         """Return the same as `decode`, before clamping to -1..1."""
-        return self.in_tiles(self._pixels, latents, 1, self.stride, torch.device("cpu"))
+        return self.in_tiles(
+            self._pixels, latents, unit_in=1, unit_out=self.stride, device=torch.device("cpu")
+        )
 
     def in_tiles(
         self, compute: Compute, x: Tensor, unit_in: int, unit_out: int, device: torch.device
@@ -244,10 +252,11 @@ class Autoencoder(PictureVae):
         self, compute: Compute, x: Tensor, unit_in: int, unit_out: int, device: torch.device
     ) -> Tensor:
         """Apply `compute` to each picture by itself, as `PictureVae.in_tiles`."""
-        parts = [
-            super(Autoencoder, self).in_tiles(compute, one, unit_in, unit_out, device) for one in x.split(1)
-        ]
-        return torch.cat(parts)
+        results = []
+        for picture in x.split(1):
+            result = super().in_tiles(compute, picture, unit_in=unit_in, unit_out=unit_out, device=device)
+            results.append(result)
+        return torch.cat(results)
 
     def _pixels(self, latents: Tensor) -> Tensor:
         # in float32: 16 bits would tint every picture
@@ -266,7 +275,11 @@ def load_autoencoder(
     with open_checkpoint(path) as checkpoint:
         plan = read_autoencoder(checkpoint)
         network = dialects.load_planned(
-            plan, lambda config: Autoencoder(config, tile), device, dtype, "the autoencoder of FLUX"
+            plan,
+            lambda config: Autoencoder(config, tile),
+            device=device,
+            dtype=dtype,
+            what="the autoencoder of FLUX",
         )
     lay_out(network, device)
     logger.info("VAE: %s, computing in %s", path, dtype_name(dtype))

@@ -57,8 +57,8 @@ class PictureAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # B H*W C
         q, k, v = (layer(tokens).unsqueeze(2) for layer in (self.q, self.k, self.v))  # each B H*W 1 C
-        seen = self.proj_out(attend(q, k, v).squeeze(2))
-        return x + seen.transpose(1, 2).unflatten(2, x.shape[2:])
+        attended = self.proj_out(attend(q, k, v).squeeze(2))
+        return x + attended.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Middle(nn.Module):
@@ -120,7 +120,9 @@ class AutoencoderEncoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        widths, groups, last = config.widths, config.groups, len(config.widths) - 1
+        widths = config.widths
+        groups = config.groups
+        last = len(config.widths) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
             Level(widths[max(0, level - 1)], width, config.encoder_blocks, groups, down=level < last)
@@ -142,7 +144,9 @@ class AutoencoderDecoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        widths, groups, last = config.widths, config.groups, len(config.widths) - 1
+        widths = config.widths
+        groups = config.groups
+        last = len(config.widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], groups)
         self.up = nn.ModuleList(

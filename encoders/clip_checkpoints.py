@@ -31,14 +31,14 @@ _BESIDE_CLIP = ("vision_model.", "visual_projection.", "text_projection", "logit
 _COMPUTED = ("embeddings.position_ids",)  # saved by old versions of transformers; computed here
 
 
-def clip_tokenizer_files(option: str, beside: tuple[str, ...]) -> TokenizerFiles:
-    """Return where CLIP's tokenizer may be. option, beside: as in `TokenizerFiles`."""
+def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFiles:
+    """Return where CLIP's tokenizer may be. option, folders: `option` and `beside` of `TokenizerFiles`."""
     return TokenizerFiles(
         option=option,
         names=("tokenizer.json", "vocab.json"),
         folder="",
         repository="openai/clip-vit-large-patch14",
-        beside=beside,
+        beside=folders,
         token=CLIP_START,
         shared=(".", "tokenizer"),
     )
@@ -84,64 +84,69 @@ class ClipTextConfig:
 
 
 def read_clip_text(
-    checkpoint: Checkpoint, use: ClipUse, told: Mapping[str, Any] | None = None
+    checkpoint: Checkpoint, use: ClipUse, config_json: Mapping[str, Any] | None = None
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load the text tower of a CLIP-L: alone or with its image tower, with any prefix, fp8 too.
 
-    told: the network's settings; None: from a config.json beside the file. Raises CheckpointError for any
-    other file.
+    config_json: the network's settings; None: from a config.json beside the file. Raises CheckpointError for
+    any other file.
     """
-    own = network_in(
+    network = network_in(
         checkpoint,
         "embeddings.token_embedding.weight",
         "encoder.layers.0.self_attn.q_proj.weight",
         _BESIDE_CLIP,
     )
-    if own is None:
+    if network is None:
         raise other_kind(checkpoint, "a CLIP text encoder", use.option, use.release)
-    sources = plain_sources(own)
-    if told is None:
-        width = shapes_of(own, sources)("embeddings.token_embedding.weight")[-1]
-        told = told_beside(checkpoint.path, "text_config", "clip", width, CLIP_DEFAULTS)
-    return plan_clip_text(own, sources, told, use)
+    sources = plain_sources(network)
+    if config_json is None:
+        width = shapes_of(network, sources)("embeddings.token_embedding.weight")[-1]
+        config_json = told_beside(
+            checkpoint.path, "text_config", kind="clip", dim=width, defaults=CLIP_DEFAULTS
+        )
+    return plan_clip_text(network, sources, config_json, use)
 
 
 def plan_clip_text(
-    own: Checkpoint, sources: Mapping[str, TensorSource], told: Mapping[str, Any], use: ClipUse
+    network: Checkpoint,
+    sources: Mapping[str, TensorSource],
+    config_json: Mapping[str, Any],
+    use: ClipUse,
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load a text tower whose tensors are found.
 
-    own: the file without prefix. sources: how its tensors are made, by our names. told: settings from a
-    config.json; may be empty. Raises CheckpointError if a tensor that gives a dimension is missing or the
+    network: the file without prefix. sources: how its tensors are made, by our names. config_json: its
+    settings; may be empty. Raises CheckpointError if a tensor that gives a dimension is missing or the
     tower takes too few tokens.
     """
-    shape = shapes_of(own, sources, other_kind(own, "a CLIP text encoder", use.option, use.release))
+    shape = shapes_of(network, sources, other_kind(network, "a CLIP text encoder", use.option, use.release))
     vocabulary, dim = shape("embeddings.token_embedding.weight", 2)
     positions = shape("embeddings.position_embedding.weight", 2)[0]
     if positions < CLIP_TOKENS:
         raise CheckpointError(
-            f"{own.path} takes {positions} tokens, {CLIP_TOKENS} are needed. Give {use.release} to "
+            f"{network.path} takes {positions} tokens, {CLIP_TOKENS} are needed. Give {use.release} to "
             f"{use.option}.",
-            own.path,
+            network.path,
         )
     for name in ("num_attention_heads", "layer_norm_eps"):
-        if not isinstance(told.get(name, 1), int | float):
+        if not isinstance(config_json.get(name, 1), int | float):
             raise CheckpointError(
-                f"{own.path}: {name} is {told[name]!r} in the config.json beside it, which must be a number. "
-                "Give the config.json that belongs to it.",
-                own.path,
+                f"{network.path}: {name} is {config_json[name]!r} in the config.json beside it, which must "
+                "be a number. Give the config.json that belongs to it.",
+                network.path,
             )
     config = ClipTextConfig(
         vocabulary=vocabulary,
         positions=positions,
         dim=dim,
         ffn_dim=shape("encoder.layers.0.mlp.fc1.weight", 2)[0],
-        num_heads=dim // head_width(own.path, dim, told, CLIP_HEAD_WIDTH),
+        num_heads=dim // head_width(network.path, dim, config_json, CLIP_HEAD_WIDTH),
         num_layers=count(sources, r"encoder\.layers\.\d+"),
-        activation=str(told.get("hidden_act", ClipTextConfig.activation)),
-        eps=float(told.get("layer_norm_eps", ClipTextConfig.eps)),
+        activation=str(config_json.get("hidden_act", ClipTextConfig.activation)),
+        eps=float(config_json.get("layer_norm_eps", ClipTextConfig.eps)),
     )
-    return LoadPlan(config, own, sources, (*_COMPUTED, *(f"{start}*" for start in _BESIDE_CLIP)))
+    return LoadPlan(config, network, sources, (*_COMPUTED, *(f"{start}*" for start in _BESIDE_CLIP)))
 
 
 HEAD_WIDTH = 104  # of OpenCLIP's bigG; cannot be read from the tensors
@@ -178,10 +183,8 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
     CheckpointError for any other file.
     """
     sources = rename_sources(plain_sources(checkpoint), lambda name: name.removeprefix(_TOWER))
-    if (
-        not {"embeddings.class_embedding", "visual_projection.weight", "pre_layrnorm.weight"}
-        <= sources.keys()
-    ):
+    needed = {"embeddings.class_embedding", "visual_projection.weight", "pre_layrnorm.weight"}
+    if not needed <= sources.keys():
         raise other_kind(checkpoint, "a CLIP image encoder with its projection", option, release)
     shape = shapes_of(checkpoint, sources)
     patches = shape("embeddings.patch_embedding.weight")
@@ -193,17 +196,18 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
             f"encoder's. Give {release}.",
             checkpoint.path,
         )
-    dim, patch = patches[0], patches[2]
-    told = told_beside(checkpoint.path, "vision_config", "clip", dim, DEFAULTS)
+    dim = patches[0]
+    patch = patches[2]
+    config_json = told_beside(checkpoint.path, "vision_config", kind="clip", dim=dim, defaults=DEFAULTS)
     config = ClipVisionConfig(
         dim=dim,
         ffn_dim=shape("encoder.layers.0.mlp.fc1.weight")[0],
-        num_heads=dim // head_width(checkpoint.path, dim, told, HEAD_WIDTH),
+        num_heads=dim // head_width(checkpoint.path, dim, config_json, HEAD_WIDTH),
         num_layers=count(sources, r"encoder\.layers\.\d+"),
         image_size=side * patch,
         patch_size=patch,
         projection_dim=shape("visual_projection.weight")[0],
-        activation=str(told.get("hidden_act", ClipVisionConfig.activation)),
-        eps=float(told.get("layer_norm_eps", ClipVisionConfig.eps)),
+        activation=str(config_json.get("hidden_act", ClipVisionConfig.activation)),
+        eps=float(config_json.get("layer_norm_eps", ClipVisionConfig.eps)),
     )
     return LoadPlan(config, checkpoint, sources, _UNUSED)

@@ -121,7 +121,9 @@ class PooledClip(FileTextEncoder[ClipText]):
         path: file or folder of the model, or a release's folder that holds it as `use.folder`.
         """
         super().__init__(inside(path, use.folder), tokenizer)
-        self.name, self.keys, self.what = use.name, use.keys, use.what
+        self.name = use.name
+        self.keys = use.keys
+        self.what = use.what
         self.source = TokenizerSource(use.tokenizer, read_file=_read_clip)
         self.use = use
         self.dtype = dtype
@@ -130,8 +132,8 @@ class PooledClip(FileTextEncoder[ClipText]):
     def identity(self) -> Mapping[str, str]:
         with open_checkpoint(self.path) as checkpoint:
             config = read_clip_text(checkpoint, self.use).config
-        said = f"{config.num_heads} heads, {config.activation}, eps {config.eps}"
-        return self.identify(self.use.name, config=said, dtype=dtype_name(self.dtype))
+        settings = f"{config.num_heads} heads, {config.activation}, eps {config.eps}"
+        return self.identify(self.use.name, config=settings, dtype=dtype_name(self.dtype))
 
     def write(self, prompt: Prompt) -> Written:
         text = prompt.text if prompt.second is None else prompt.second
@@ -155,14 +157,16 @@ class PooledClip(FileTextEncoder[ClipText]):
         """Return each prompt's pooled state C and, if it has a key, its mask: 77 int64, 1 for real tokens."""
         end = tokenizer.number(CLIP_END)
         assert end is not None  # as was checked
-        ids, mask = fill_rows(rows, CLIP_TOKENS, end)
+        ids, masks = fill_rows(rows, CLIP_TOKENS, end)
         ends = torch.tensor([row.index(end) for row in rows])
         pooled = network(ids.to(network.device), ends.to(network.device)).cpu()
-        return [
-            {self.use.pooled: state.clone()}
-            | ({} if self.use.mask is None else {self.use.mask: real.clone()})
-            for state, real in zip(pooled, mask, strict=True)
-        ]
+        results: list[Conditions] = []
+        for state, mask in zip(pooled, masks, strict=True):
+            conditions = {self.use.pooled: state.clone()}
+            if self.use.mask is not None:
+                conditions[self.use.mask] = mask.clone()
+            results.append(conditions)
+        return results
 
 
 class ClipTextEncoder(PooledClip):

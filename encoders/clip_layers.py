@@ -205,7 +205,8 @@ def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, use: Cl
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_text(checkpoint, use)
         check_activation(plan.config, path, "CLIP-L has quick_gelu")
-        return load_planned(plan, ClipText, device, dtype, f"the CLIP text encoder ({use.option})")
+        what = f"the CLIP text encoder ({use.option})"
+        return load_planned(plan, ClipText, device=device, dtype=dtype, what=what)
 
 
 # Letters: B images, L patches and the class token, C width, P width of the projection
@@ -257,21 +258,25 @@ class ClipVision(nn.Module):
 
         Pillow resizes (bicubic, antialiased) the shorter side to S, as the released model's processor does.
         """
-        size, squares = self.image_size, []
+        size = self.image_size
+        squares = []
         for image in images:
             width, height = (size * side // min(image.size) for side in image.size)
             resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-            left, top = (width - size) // 2, (height - size) // 2
+            left = (width - size) // 2
+            top = (height - size) // 2
             squares.append(numpy.array(resized.crop((left, top, left + size, top + size))))
         pixels = rearrange(torch.from_numpy(numpy.stack(squares)), "b h w c -> b c h w").float() / 255
         return _normalise(pixels)
 
     def prepare_pixels(self, pixels: Tensor) -> Tensor:
         """Return pixels B 3 H W, in 0..1, as `prepare` does, but so that gradients flow to them."""
-        size, (height, width) = self.image_size, pixels.shape[-2:]
-        inner = size * height // min(height, width), size * width // min(height, width)
-        resized = F.interpolate(pixels, inner, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (inner[0] - size) // 2, (inner[1] - size) // 2
+        size = self.image_size
+        shorter = min(pixels.shape[-2:])
+        height, width = (size * side // shorter for side in pixels.shape[-2:])
+        resized = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        top = (height - size) // 2
+        left = (width - size) // 2
         return _normalise(resized[..., top : top + size, left : left + size])
 
 
@@ -291,4 +296,5 @@ def load_clip_vision(
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_vision(checkpoint, option, release)
         check_activation(plan.config, path, "OpenCLIP has gelu")
-        return load_planned(plan, ClipVision, device, dtype, f"the CLIP image encoder ({option})")
+        what = f"the CLIP image encoder ({option})"
+        return load_planned(plan, ClipVision, device=device, dtype=dtype, what=what)

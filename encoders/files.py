@@ -167,8 +167,13 @@ class OneTransformer:
 
     def why_few_steps(self) -> str | None:
         """Return what says that a transformer was distilled to few steps; None if nothing does."""
-        told = ((path, told_few_steps(self.few_steps, path)) for path in self.dit_files)
-        return next((f"{path}: {said[1]}" for path, said in told if said is not None and said[0]), None)
+        for path in self.dit_files:
+            judgement = told_few_steps(self.few_steps, path)
+            if judgement is not None:
+                is_few, source = judgement
+                if is_few:
+                    return f"{path}: {source}"
+        return None
 
     def check_given_files(self) -> None:
         self.files.check()

@@ -33,6 +33,7 @@ from encoders.language_models import (
 )
 from encoders.language_states import language_states
 from encoders.picture_prompts import (
+    PictureTokens,
     PictureUse,
     ReadPictures,
     embed_pictures,
@@ -72,12 +73,12 @@ _QWEN_WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN_TOKENS = (
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
-    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
-    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>"),
-    *("<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
-    *("<tool_response>", "</tool_response>", "<think>", "</think>"),
-)
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>",
+    "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+    "<tool_response>", "</tool_response>", "<think>", "</think>",
+)  # fmt: skip
 
 
 def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
@@ -102,10 +103,15 @@ def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
 
 def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
     """Return where a Qwen model's tokenizer may be. option: that names it. repository: on the hub."""
-    # inside the encoder's folder; beside a file; beside text_encoder
-    beside = (".", "qwen_3", "tokenizer", "../tokenizer")
-    names = ("tokenizer.json", "vocab.json")
-    files = TokenizerFiles(option, names, "tokenizer", repository, beside, token="<|im_start|>")
+    files = TokenizerFiles(
+        option,
+        names=("tokenizer.json", "vocab.json"),
+        folder="tokenizer",
+        repository=repository,
+        # inside the encoder's folder; beside a file; beside text_encoder
+        beside=(".", "qwen_3", "tokenizer", "../tokenizer"),
+        token="<|im_start|>",
+    )
     return TokenizerSource(files, adds_own=False, read_file=read_qwen_tokenizer)
 
 
@@ -152,7 +158,8 @@ class LanguageUse:
 
     @property
     def template(self) -> str:
-        return f"{self.before}{self.pictures.text if self.pictures else ''}{{}}{self.after}"
+        pictures = self.pictures.text if self.pictures else ""
+        return f"{self.before}{pictures}{{}}{self.after}"
 
     @property
     def template_key(self) -> str:
@@ -186,16 +193,22 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         compute dtype. form: as of `load_planned`. on_cpu: compute there, whatever the device.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer, form)
-        self.use, self.dtype, self.on_cpu = use, dtype, on_cpu
-        self.name, self.source, self.most = use.name, use.source, use.most
+        self.use = use
+        self.dtype = dtype
+        self.on_cpu = on_cpu
+        self.name = use.name
+        self.source = use.source
+        self.most = use.most
         self.keys = use.keys
         self.variable_length = use.keys if use.pad is None else frozenset()
-        self.weighed, self.pads_left = use.states_key, use.pads_left
+        self.weighed = use.states_key
+        self.pads_left = use.pads_left
 
     @property
     def state(self) -> str | None:
         """Describe the states that are read, for `identity`."""
-        return f"{', '.join(map(str, self.use.numbers)) or 'all'}{', normed' if self.use.final_norm else ''}"
+        numbers = ", ".join(map(str, self.use.numbers)) or "all"
+        return f"{numbers}, normed" if self.use.final_norm else numbers
 
     @property
     def _config(self) -> LanguageConfig:
@@ -220,23 +233,30 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     def write(self, prompt: Prompt) -> Written:
         use = self.use
-        start, text = len(use.before), f"{use.before}{prompt.text}{use.after}"
-        end = start + len(prompt.text) if use.keeps_after else math.inf
-        return Written(text, prompt.text, prompt.spans, start, end)
+        start = len(use.before)
+        return Written(
+            text=f"{use.before}{prompt.text}{use.after}",
+            prompt=prompt.text,
+            spans=prompt.spans,
+            start=start,
+            end=start + len(prompt.text) if use.keeps_after else math.inf,
+        )
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:
-        known = self.use.dropped
-        return len(tokenizer.read(self.use.before).ids) if known is None else known
+        if self.use.dropped is not None:
+            return self.use.dropped
+        return len(tokenizer.read(self.use.before).ids)
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Warn if the template has another number of tokens with this tokenizer than is cut off."""
-        counted, known = len(tokenizer.read(self.use.before).ids), self.use.dropped
-        if known and counted != known:
+        counted = len(tokenizer.read(self.use.before).ids)
+        expected = self.use.dropped
+        if expected and counted != expected:
             logger.warning(
                 "the tokenizer makes %d tokens of the template before the prompt, the model's own makes %d: "
                 "prompts will be cut in the wrong place. Give the tokenizer of this model to %s.",
                 counted,
-                known,
+                expected,
                 self.source.files.option,
             )
 
@@ -248,15 +268,23 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
         On a CUDA device with too little room some of its layers stay in host memory.
         """
-        use, room, tower = self.use, None, None
+        use = self.use
         blocks = None if self.on_cpu else self.blocks  # of processes that compute elsewhere
+        tower = None
         if use.pictures is not None and use.pictures.always:
             tower = load_vision_tower(self.path, use.model, device, self.dtype)
+        room = None
         if device.type == "cuda" and blocks is None:
             room = spare_bytes(device)
         network = load_language_model(
-            *(self.path, use.model, device, self.dtype),
-            *(use.numbers, use.final_norm, self.form, room),
+            self.path,
+            use.model,
+            device=device,
+            dtype=self.dtype,
+            states=use.numbers,
+            final_norm=use.final_norm,
+            form=self.form,
+            room=room,
             blocks=blocks,
         )
         if tower is not None:
@@ -294,30 +322,57 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
         L: tokens of the prompt and of the template behind it. n: number of states. pictures: of each prompt.
         """
-        use, pad, results = self.use, self.find_pad(tokenizer), list[Conditions]()
-        embeddings = network.get_submodule(self.embedding.removesuffix(".weight"))
-        weight = network.get_parameter(self.embedding)
-        check_ids([[pad]], len(weight), self.path, self.source.files.option)
+        use = self.use
+        pad = self.find_pad(tokenizer)
+        check_ids([[pad]], len(network.get_parameter(self.embedding)), self.path, self.source.files.option)
+        results: list[Conditions] = []
         for first in range(0, len(rows), use.at_once):
-            group, shown = rows[first : first + use.at_once], pictures[first : first + use.at_once]
+            group = rows[first : first + use.at_once]
+            group_pictures = pictures[first : first + use.at_once]
             length = max(map(len, group)) if use.pad is None else dropped + use.most
             ids, mask = fill_rows(group, length, pad, use.pads_left)
-            tokens, places, added = embeddings(ids.to(weight.device)), None, list[Tensor]()
-            if use.pad is None and use.pads_left:
-                places = torch.arange(use.most - length, use.most)[None]
-            if any(one.sides for one in shown):
-                assert use.pictures is not None
-                token = self.find_token(tokenizer, use.pictures.token)
-                tower = network.get_submodule("visual")
-                tokens, places, added = embed_pictures(tower, tokens, ids, shown, token)
-            states = language_states(network, tokens, mask.to(weight.device), use.numbers, places, added)
+            inputs = self._embed(network, tokenizer, ids, group_pictures)
+            states = language_states(
+                network,
+                inputs.tokens,
+                mask=mask.to(inputs.tokens.device),
+                states=use.numbers,
+                places=inputs.places,
+                added=inputs.added,
+            )
             if use.stacked:
                 states = states.unflatten(-1, (len(use.stacked), -1))
-            for state, real, row in zip(states[:, dropped:].cpu(), mask[:, dropped:], group, strict=True):
-                kept = slice(len(row) - dropped) if use.pad is None else slice(None)
-                found = {use.states_key: state[kept].clone(), **self._mask(real[kept])}
-                results.append({key: [value] for key, value in found.items()} if use.pad is None else found)
+            states = states[:, dropped:].cpu()
+            mask = mask[:, dropped:]
+            for row_states, row_mask, row in zip(states, mask, group, strict=True):
+                results.append(self._conditions(row_states, row_mask, len(row) - dropped))
         return results
+
+    def _embed(
+        self, network: nn.Module, tokenizer: TextTokenizer, ids: Tensor, pictures: Sequence[ReadPictures]
+    ) -> PictureTokens:
+        """Return embeddings of tokens, with pictures in place of the tokens for them. ids: on the CPU."""
+        use = self.use
+        embeddings = network.get_submodule(self.embedding.removesuffix(".weight"))
+        device = network.get_parameter(self.embedding).device
+        tokens = embeddings(ids.to(device))
+        if any(prompt.sides for prompt in pictures):
+            assert use.pictures is not None
+            token = self.find_token(tokenizer, use.pictures.token)
+            tower = network.get_submodule("visual")
+            return embed_pictures(tower, tokens, ids=ids, pictures=pictures, token=token)
+        places = None
+        if use.pad is None and use.pads_left:
+            places = torch.arange(use.most - ids.shape[1], use.most)[None]
+        return PictureTokens(tokens, places, [])
+
+    def _conditions(self, states: Tensor, mask: Tensor, length: int) -> Conditions:
+        """Return what a prompt gives: a state for each of its tokens, or all states if prompts are padded."""
+        use = self.use
+        if use.pad is not None:
+            return {use.states_key: states.clone(), **self._mask(mask)}
+        conditions = {use.states_key: states[:length].clone(), **self._mask(mask[:length])}
+        return {key: [tensor] for key, tensor in conditions.items()}
 
     def _mask(self, real: Tensor) -> dict[str, Tensor]:
         return {self.use.mask_key: real.clone()} if self.use.mask_key else {}
@@ -336,24 +391,20 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             device = network.get_parameter(self.embedding).device
             network.visual = load_vision_tower(self.path, self.use.model, device, self.dtype)
         tower = network.get_submodule("visual")
-        shown = [
-            read_pictures(tower, [use.read(path, one.picture_size) for path in use.choose(one.pictures)], use)
-            for one in prompts
-        ]
+        pictures: list[ReadPictures] = []
+        for prompt in prompts:
+            frames = [use.read(path, prompt.picture_size) for path in use.choose(prompt.pictures)]
+            pictures.append(read_pictures(tower, frames, use))
         token = self.find_token(tokenizer, use.token)
-        written = []
-        for prompt, own in zip(prompts, shown, strict=True):
-            one = self.write(prompt)
-            if own.sides and token in tokenizer.read(one.own).ids:
-                raise MediaError(f"{use.token} stands for a picture. Leave it out of the prompt: {one.own}")
-            text = "".join(use.write(index, count) for index, count in enumerate(own.counts, 1))
-            whole, size = one.text[: one.start] + text + one.text[one.start :], len(text)
-            written.append(
-                one._replace(
-                    text=whole, start=one.start + size, end=one.end + size, uncounted=sum(own.counts)
+        written: list[Written] = []
+        for prompt, prompt_pictures in zip(prompts, pictures, strict=True):
+            plain = self.write(prompt)
+            if prompt_pictures.sides and token in tokenizer.read(plain.prompt).ids:
+                raise MediaError(
+                    f"{use.token} stands for a picture. Leave it out of the prompt: {plain.prompt}"
                 )
-            )
-        return self.encode_written(written, functools.partial(self.compute, pictures=shown))
+            written.append(_put_in_front(plain, prompt_pictures, use))
+        return self.encode_written(written, functools.partial(self.compute, pictures=pictures))
 
 
 @dataclass(frozen=True)
@@ -390,10 +441,10 @@ class LanguageModelFiles(TransformerFiles):
         return LanguageModelEncoder(
             self.text_use,
             self.text_encoder_path,
-            self.beside(self.text_dtype),
-            self.text_encoder_tokenizer,
-            self.text_form,
-            self.text_on_cpu,
+            dtype=self.beside(self.text_dtype),
+            tokenizer=self.text_encoder_tokenizer,
+            form=self.text_form,
+            on_cpu=self.text_on_cpu,
         )
 
     def text_encoders(self) -> list[TextEncoder]:
@@ -404,10 +455,17 @@ class LanguageModelFiles(TransformerFiles):
         return read_once(self.language_model().path, _state_width, self.text_use)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        use, model = self.text_use, self.text_use.model
+        use = self.text_use
+        model = use.model
         if self.text_encoder is not None or needed:
-            path, takes = self.language_model().path, None if config is None else config.text_dim
-            check_state_width(model.option, path, self.text_width(), self.dit, takes, model.files)
+            check_state_width(
+                model.option,
+                self.language_model().path,
+                width=self.text_width(),
+                dit_path=self.dit,
+                taken=None if config is None else config.text_dim,
+                give=model.files,
+            )
             if use.pictures is not None and use.pictures.always:
                 self.check_tower()
         if self.text_encoder_tokenizer is not None:
@@ -418,9 +476,23 @@ class LanguageModelFiles(TransformerFiles):
         read_once(self.language_model().path, _tower_of, self.text_use)
 
 
+def _put_in_front(written: Written, pictures: ReadPictures, use: PictureUse) -> Written:
+    """Return the prompt with the tokens of its pictures in front of it."""
+    text = "".join(use.write(number, count) for number, count in enumerate(pictures.counts, 1))
+    return written._replace(
+        text=written.text[: written.start] + text + written.text[written.start :],
+        start=written.start + len(text),
+        end=written.end + len(text),
+        uncounted=sum(pictures.counts),
+    )
+
+
 def _state_width(checkpoint: Checkpoint, use: LanguageUse) -> int:
     config = read_language_model(checkpoint, use.model, use.numbers).config
-    return config.dim if use.stacked else len(use.states or all_states(config.num_layers)) * config.dim
+    if use.stacked:
+        return config.dim
+    states = use.states or all_states(config.num_layers)
+    return len(states) * config.dim
 
 
 def _tower_of(checkpoint: Checkpoint, use: LanguageUse) -> Any:  # a `LanguageModel` cannot be hashed

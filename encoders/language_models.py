@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +40,21 @@ SCALAR = "layer_scalar"  # Gemma 4 has it
 _MARKS = (Q_BIAS, Q_NORM, FEED_NORM, SCALAR)
 PLACES = f"visual.{TOWER_PLACES}"  # of Qwen3-VL's tower: the layers of its text half look like Qwen3's
 _PARTS = (
-    *("lm_head.", "visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "image_newline"),
-    *("audio_projector.", "vision_embedder.", "embed_vision.", "embed_audio."),  # Gemma 4's
-)
+    "lm_head.", "visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "image_newline",
+    "audio_projector.", "vision_embedder.", "embed_vision.", "embed_audio.",  # Gemma 4's
+)  # fmt: skip
 ALL_STATES: tuple[int, ...] = ()  # the embeddings, the states behind each layer, the last one normed
 NEAR, FAR = "sliding_attention", "full_attention"  # kinds of layers: tokens see a window, or all before them
 # beginnings of the names of tensors beside the wanted network: other parts of the same model, and the bytes
 # of files such as a tokenizer's
 BESIDE = (
     *(f"{prefix}{part}" for prefix in ("", "model.", "language_model.") for part in _PARTS),
-    *("tokenizer", "tekken_model", "logit_scale", SPIECE_MODEL, "hf_asset__", "text_embedding_projection."),
+    "tokenizer",
+    "tekken_model",
+    "logit_scale",
+    SPIECE_MODEL,
+    "hf_asset__",
+    "text_embedding_projection.",
 )
 # saved by old versions of transformers; computed here
 _COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq")
@@ -80,7 +85,7 @@ class LanguageModel:
     read_settings: Callable[
         [Mapping[str, Any], int, int, Mapping[str, tuple[int, ...]]], Mapping[str, Any]
     ] = lambda *_: {}
-    told_key: str = ""  # of the config.json in the metadata of its file
+    config_key: str = ""  # of the config.json in the metadata of its file
     since: str = ""  # the first version of transformers that has its classes; "": all that serve
 
 
@@ -164,6 +169,15 @@ class LanguageConfig:
         return "".join(f", {name} {value}" for name, value in self.settings.items())
 
 
+class RotaryConstants(NamedTuple):
+    """What a language model's tensors do not show: frequencies, the norms' epsilon, and further settings."""
+
+    theta: float  # base of the rotary frequencies
+    eps: float
+    sections: tuple[int, ...]  # frequencies for time, rows and columns
+    settings: Mapping[str, Any]
+
+
 def read_language_model(
     checkpoint: Checkpoint, model: LanguageModel, states: Sequence[int] = (-1,), final_norm: bool = False
 ) -> LoadPlan[LanguageConfig]:
@@ -175,47 +189,46 @@ def read_language_model(
     Raises CheckpointError for any other file, or one with fewer layers.
     """
     path = checkpoint.path
-    own = network_in(checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", BESIDE)
-    if own is None or model.marks != _marks_of(own, checkpoint):
+    network = network_in(checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", BESIDE)
+    if network is None or model.marks != _marks_of(network, checkpoint):
         raise other_kind(checkpoint, model.what, model.option, model.files)
-    sources = plain_sources(own)
+    sources = plain_sources(network)
     damaged = f"{path}: its tensors do not have the sizes of {model.what}. Give {model.files} to"
-    shape = shapes_of(own, sources, CheckpointError(f"{damaged} {model.option}.", path))
+    shape = shapes_of(network, sources, CheckpointError(f"{damaged} {model.option}.", path))
     all_layers = count(sources, r"layers\.\d+", path)
     states = states or all_states(all_layers)
     num_layers = _layers_before(states[-1], all_layers, path, model)
     vocabulary, dim = shape("embed_tokens.weight", 2)
-    rows, key_rows = (shape(f"layers.0.self_attn.{letter}_proj.weight", 2)[0] for letter in "qk")
-    written = own.metadata.get(model.told_key)
-    told = told_beside(path, "text_config", model.kind, dim, model.defaults, written)
-    said = told.get("head_dim")
-    head = said if isinstance(said, int) and said > 0 else model.head_width
-    width = shape(f"layers.0.{Q_NORM}", 1)[0] if Q_NORM in model.marks else head_width(path, rows, told, head)
-    # Qwen2.5-VL's heads are as wide together as the model; frequencies come in pairs
-    is_uneven = width < 2 or width % 2 or key_rows % width or rows % width or dim % (rows // width or 1)
-    if is_uneven or (rows // width) % max(1, key_rows // width) or (Q_BIAS in model.marks and rows != dim):
-        raise CheckpointError(
-            f"{path}: {rows} rows of queries and {key_rows} of keys cannot be divided into heads of {width} "
-            "channels. Put the model's config.json beside it, or give another copy of the file.",
-            path,
-        )
-    shapes = {name: own.tensors[source.names[0]].shape for name, source in sources.items()}
-    theta, eps, sections, settings = _read_constants(path, told, model, num_layers, width, shapes)
+    query_rows = shape("layers.0.self_attn.q_proj.weight", 2)[0]
+    key_rows = shape("layers.0.self_attn.k_proj.weight", 2)[0]
+    stored_config = network.metadata.get(model.config_key)
+    config_json = told_beside(
+        path, "text_config", kind=model.kind, dim=dim, defaults=model.defaults, written=stored_config
+    )
+    if Q_NORM in model.marks:
+        width = shape(f"layers.0.{Q_NORM}", 1)[0]
+    else:
+        width = head_width(path, query_rows, config_json, _usual_width(config_json, model))
+    _check_heads(path, width, query_rows=query_rows, key_rows=key_rows, dim=dim, model=model)
+    shapes = {name: network.tensors[source.names[0]].shape for name, source in sources.items()}
+    constants = _read_constants(
+        path, config_json, model=model, num_layers=num_layers, width=width, shapes=shapes
+    )
     is_normed = final_norm or states[-1] == -1
     config = LanguageConfig(
         vocabulary=vocabulary,
         dim=dim,
         ffn_dim=shape("layers.0.mlp.gate_proj.weight", 2)[0],
-        num_heads=rows // width,
+        num_heads=query_rows // width,
         num_kv_heads=key_rows // width,
         head_width=width,
         num_layers=num_layers,
         final_norm=is_normed,
-        theta=theta,
-        eps=eps,
+        theta=constants.theta,
+        eps=constants.eps,
         model=model,
-        sections=sections,
-        settings=settings,
+        sections=constants.sections,
+        settings=constants.settings,
     )
     unused = (
         *_COMPUTED,
@@ -223,58 +236,93 @@ def read_language_model(
         *(f"layers.{index}.*" for index in range(num_layers, all_layers)),
         *(() if is_normed else ("norm.weight",)),
     )
-    return LoadPlan(config, own, sources, unused)
+    return LoadPlan(config, network, sources, unused)
+
+
+def _usual_width(config_json: Mapping[str, Any], model: LanguageModel) -> int:
+    """Return the width of a head by the config.json, else that of the released model."""
+    width = config_json.get("head_dim")
+    return width if isinstance(width, int) and width > 0 else model.head_width
+
+
+def _check_heads(
+    path: Path, width: int, query_rows: int, key_rows: int, dim: int, model: LanguageModel
+) -> None:
+    """Raise CheckpointError if the rows of queries and keys cannot be divided into heads of this width."""
+    # frequencies come in pairs
+    is_uneven = width < 2 or width % 2 or key_rows % width or query_rows % width
+    if not is_uneven:
+        heads = query_rows // width
+        kv_heads = key_rows // width
+        is_uneven = dim % (heads or 1) or heads % max(1, kv_heads)
+    # Qwen2.5-VL's heads are as wide together as the model
+    if is_uneven or (Q_BIAS in model.marks and query_rows != dim):
+        raise CheckpointError(
+            f"{path}: {query_rows} rows of queries and {key_rows} of keys cannot be divided into heads of "
+            f"{width} channels. Put the model's config.json beside it, or give another copy of the file.",
+            path,
+        )
 
 
 def _layers_before(state: int, all_layers: int, path: Path, model: LanguageModel) -> int:
+    """Return the number of layers before a state. Raises CheckpointError if the file has fewer."""
     num_layers = state if state >= 0 else all_layers + 1 + state
-    if not 0 <= num_layers <= all_layers:
-        chosen = f"{model.skip_option} {-1 - state}: " if model.skip_option else ""
-        remedy = "a smaller number" if model.skip_option else f"{model.files} to {model.option}"
-        needed = f"has only {all_layers} layers" + ("" if chosen else f", {abs(state)} are needed")
-        raise CheckpointError(f"{chosen}{path} {needed}. Give {remedy}.", path)
-    return num_layers
+    if 0 <= num_layers <= all_layers:
+        return num_layers
+    if model.skip_option:
+        raise CheckpointError(
+            f"{model.skip_option} {-1 - state}: {path} has only {all_layers} layers. Give a smaller number.",
+            path,
+        )
+    raise CheckpointError(
+        f"{path} has only {all_layers} layers, {abs(state)} are needed. "
+        f"Give {model.files} to {model.option}.",
+        path,
+    )
 
 
-def _marks_of(own: Checkpoint, whole: Checkpoint) -> tuple[str, ...]:
-    found = [mark for mark in _MARKS if f"layers.0.{mark}" in own.tensors]
-    return (*found, *([PLACES] if any(name.endswith(PLACES) for name in whole.tensors) else []))
+def _marks_of(network: Checkpoint, file: Checkpoint) -> tuple[str, ...]:
+    """Return the marks of a network's layers, and PLACES if its file has them next to it."""
+    marks = [mark for mark in _MARKS if f"layers.0.{mark}" in network.tensors]
+    if any(name.endswith(PLACES) for name in file.tensors):
+        marks.append(PLACES)
+    return tuple(marks)
 
 
 def _read_constants(
     path: Path,
-    told: Mapping[str, Any],
+    config_json: Mapping[str, Any],
     model: LanguageModel,
     num_layers: int,
     width: int,
     shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[float, float, tuple[int, ...], Mapping[str, Any]]:
-    """Return the base of the rotary frequencies, the norms' epsilon, sections of frequencies, and settings.
+) -> RotaryConstants:
+    """Read what the tensors do not show, from the config.json or from the facts about the released model.
 
     Raises CheckpointError if the frequencies are stretched, as in Llama 3.1 and later.
     """
     try:
-        rope = told.get("rope_parameters") or told.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        theta = float(rope.get("rope_theta", told.get("rope_theta", model.theta)))
-        eps = float(told.get("rms_norm_eps", model.eps))
+        rope = config_json.get("rope_parameters") or config_json.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        theta = float(rope.get("rope_theta", config_json.get("rope_theta", model.theta)))
+        eps = float(config_json.get("rms_norm_eps", model.eps))
         sections = tuple(map(int, rope.get("mrope_section", ()))) if model.grid_shares else ()
         if sections and (len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != width):
             raise ValueError(f"mrope_section {list(sections)} for heads of {width} channels")
         if not (0 < theta < math.inf and 0 <= eps < math.inf):
             raise ValueError(f"rope_theta {theta}, rms_norm_eps {eps}")
-        settings = model.read_settings(told, num_layers, width, shapes)
+        settings = model.read_settings(config_json, num_layers, width, shapes)
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{path}: the config.json beside it cannot be read ({error}). Copy it again, or remove it.", path
         ) from error
-    if kind not in model.rope_types:
+    if rope_type not in model.rope_types:
         raise CheckpointError(
-            f"{path}: its config.json asks for rotary frequencies of type {kind}, which the model that "
+            f"{path}: its config.json asks for rotary frequencies of type {rope_type}, which the model that "
             f"the transformer was trained with does not use. Give {model.files} to {model.option}.",
             path,
         )
-    return theta, eps, sections, settings
+    return RotaryConstants(theta, eps, sections, settings)
 
 
 def all_states(num_layers: int) -> tuple[int, ...]:
@@ -296,8 +344,8 @@ class HostAngles(nn.Module):
 
         position_ids: on the CPU. layers: NEAR or FAR, if these have frequencies of their own.
         """
-        found = self._angles[0](torch.empty(0, dtype=x.dtype), position_ids, *layers)
-        return tuple(send_ahead(part, x.device) for part in found)
+        parts = self._angles[0](torch.empty(0, dtype=x.dtype), position_ids, *layers)
+        return tuple(send_ahead(part, x.device) for part in parts)
 
 
 def build_language_model(config: LanguageConfig) -> nn.Module:
@@ -320,28 +368,39 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
         **config.model.settings,
         **config.settings,
     }
-    if config.model.grid_shares is not None:
-        half, (time, rows, _) = config.head_width // 2, config.model.grid_shares
-        shares = half * time // 16, half * rows // 16
-        sections = config.sections or (*shares, half - sum(shares))
-        settings["rope_scaling"] = {"rope_type": "default", "mrope_section": list(sections)}
+    sections = _rotary_sections(config)
+    if sections:
+        settings["rope_scaling"] = {"rope_type": "default", "mrope_section": sections}
     classes = config.model.classes
     if not hasattr(transformers, f"{classes}Model"):
         raise OptionError(
             f"{config.model.what} needs transformers {config.model.since} or later, not "
             f"{transformers.__version__}: pip install --upgrade transformers"
         )
-    told = getattr(transformers, f"{classes}Config")(**settings)
-    network: Any = getattr(transformers, f"{classes}Model")(told)
+    their_config = getattr(transformers, f"{classes}Config")(**settings)
+    network: Any = getattr(transformers, f"{classes}Model")(their_config)
     if not config.final_norm:
         network.norm = nn.Identity()
     with torch.device("cpu"):
-        network.rotary_emb = HostAngles(type(network.rotary_emb)(told))
+        network.rotary_emb = HostAngles(type(network.rotary_emb)(their_config))
         if hasattr(network.embed_tokens, "embed_scale"):  # Gemma's, which no file holds
             network.embed_tokens.embed_scale = torch.tensor(config.dim**0.5)
     network.spec = SPEC
     built: nn.Module = network
     return built
+
+
+def _rotary_sections(config: LanguageConfig) -> list[int]:
+    """Return the numbers of frequencies for time, rows and columns; [] for a model of text only."""
+    if config.model.grid_shares is None:
+        return []
+    if config.sections:
+        return list(config.sections)
+    time_share, row_share, _ = config.model.grid_shares
+    frequencies = config.head_width // 2
+    times = frequencies * time_share // 16
+    rows = frequencies * row_share // 16
+    return [times, rows, frequencies - times - rows]
 
 
 def load_language_model(
@@ -364,15 +423,28 @@ def load_language_model(
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, model, states, final_norm)
-        swapped, layer = streamed_layers(plan, dtype, form, room)
+        swapped, layer_bytes = streamed_layers(plan, dtype, form, room)
         host = host_weights(SwapPlan(SPEC, swapped), device)
         what = f"the language model ({model.option})"
         if swapped:
-            text = (
-                "%s does not fit on the device: %d of its %d layers (%.1f GB) come from host memory each time"
+            logger.info(
+                "%s does not fit on the device: "
+                "%d of its %d layers (%.1f GB) come from host memory each time",
+                what,
+                swapped,
+                plan.config.num_layers,
+                swapped * layer_bytes / 1e9,
             )
-            logger.info(text, what, swapped, plan.config.num_layers, swapped * layer / 1e9)
-        network = load_planned(plan, build_language_model, device, dtype, what, form, host, blocks)
+        network = load_planned(
+            plan,
+            build_language_model,
+            device=device,
+            dtype=dtype,
+            what=what,
+            form=form,
+            host=host,
+            blocks=blocks,
+        )
     swap_blocks(network, host, device)
     return network
 
@@ -388,9 +460,11 @@ def streamed_layers(
     def size(name: str) -> int:
         return loaded_bytes(plan, name, dtype, form if name.endswith("_proj.weight") else None)
 
-    if room is None or plan.config.num_layers < 2:
+    config = plan.config
+    if room is None or config.num_layers < 2:
         return 0, 0
-    first = [size(name) for name in plan.sources if name.startswith("layers.0.")]
-    layers, others = plan.config.num_layers, plan.config.vocabulary * plan.config.dim * dtype.itemsize
-    excess = layers * sum(first) + others + WORKING - room
-    return min(max(math.ceil(excess / sum(first)), 0), layers - 1), sum(first)
+    layer_bytes = sum(size(name) for name in plan.sources if name.startswith("layers.0."))
+    embedding_bytes = config.vocabulary * config.dim * dtype.itemsize
+    excess = config.num_layers * layer_bytes + embedding_bytes + WORKING - room
+    streamed = max(math.ceil(excess / layer_bytes), 0)
+    return min(streamed, config.num_layers - 1), layer_bytes

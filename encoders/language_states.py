@@ -26,32 +26,20 @@ def language_states(
     positions of the tokens, 3 B L on the CPU; None: 0, 1, 2, ... added: each B L C, added to the outputs of
     the first layers in turn, after their states are read.
     """
-    length = tokens.shape[1]
-    places = torch.arange(length)[None] if places is None else places
     layers: Any = network.layers
     states = states or all_states(len(layers))
-    kept = [tokens] if states[0] == 0 and len(states) > 1 else []
-    # which keys each query attends to, B 1 L L: for all layers, or for each kind of layers
-    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    masks = {FAR: causal & mask.bool()[:, None, None, :]}
-    config: Any = network.config
-    window = getattr(config, "sliding_window", None)
-    if window is not None and NEAR in (getattr(config, "layer_types", None) or ()):
-        masks[NEAR] = masks[FAR] & torch.ones_like(causal).triu(1 - int(window))
-    if config._attn_implementation == "eager":  # adds it to the scores
-        least = torch.finfo(tokens.dtype).min
-        masks = {kind: tokens.new_zeros(one.shape).masked_fill(~one, least) for kind, one in masks.items()}
-    hooks = [
-        layers[state - 1].register_forward_hook(functools.partial(_keep, kept))
-        for state in states[len(kept) : -1]
-    ]
-    behind = layers if states[-1] == -1 else layers[:-1]  # nothing follows the last state that is read
-    hooks += [
-        layer.register_forward_hook(functools.partial(_add, more))
-        for layer, more in zip(behind, added, strict=False)
-    ]
+    places = torch.arange(tokens.shape[1])[None] if places is None else places
+    masks = _attention_masks(network.config, tokens, mask)
+    earlier_states = [tokens] if states[0] == 0 and len(states) > 1 else []
+    hooks = []
+    for state in states[len(earlier_states) : -1]:
+        append_state = functools.partial(_append_output, earlier_states)
+        hooks.append(layers[state - 1].register_forward_hook(append_state))
+    changed_layers = layers if states[-1] == -1 else layers[:-1]  # nothing follows the last state
+    for layer, addend in zip(changed_layers, added, strict=False):
+        hooks.append(layer.register_forward_hook(functools.partial(_add_to_output, addend)))
     try:
-        found = network(
+        output = network(
             inputs_embeds=tokens,
             attention_mask=masks if NEAR in masks else masks[FAR],
             position_ids=places,
@@ -60,13 +48,31 @@ def language_states(
     finally:
         for hook in hooks:
             hook.remove()
-    last: Tensor = found.last_hidden_state
-    return torch.cat([*kept, last], dim=-1) if kept else last
+    last: Tensor = output.last_hidden_state
+    return torch.cat([*earlier_states, last], dim=-1) if earlier_states else last
 
 
-def _add(more: Tensor, layer: nn.Module, inputs: Any, output: Any) -> Any:
-    return output + more if isinstance(output, Tensor) else (output[0] + more, *output[1:])
+def _attention_masks(config: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return which keys each query attends to, B 1 L L: for all layers (FAR), or for each kind of layers.
+
+    tokens: B L C. mask: B L.
+    """
+    length = tokens.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    masks = {FAR: causal & mask.bool()[:, None, None, :]}
+    window = getattr(config, "sliding_window", None)
+    if window is not None and NEAR in (getattr(config, "layer_types", None) or ()):
+        masks[NEAR] = masks[FAR] & torch.ones_like(causal).triu(1 - int(window))
+    if config._attn_implementation == "eager":  # adds it to the scores
+        least = torch.finfo(tokens.dtype).min
+        for kind, attended in masks.items():
+            masks[kind] = tokens.new_zeros(attended.shape).masked_fill(~attended, least)
+    return masks
 
 
-def _keep(kept: list[Tensor], layer: nn.Module, inputs: Any, output: Any) -> None:
-    kept.append(output if isinstance(output, Tensor) else output[0])
+def _add_to_output(addend: Tensor, layer: nn.Module, inputs: Any, output: Any) -> Any:
+    return output + addend if isinstance(output, Tensor) else (output[0] + addend, *output[1:])
+
+
+def _append_output(outputs: list[Tensor], layer: nn.Module, inputs: Any, output: Any) -> None:
+    outputs.append(output if isinstance(output, Tensor) else output[0])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,23 +90,27 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
 
     Raises CheckpointError if the file has none, or one of another model.
     """
-    path, mark, tower = checkpoint.path, f"visual.{PATCHES}", model.tower
-    prefix = next((name.removesuffix(PATCHES) for name in checkpoint.tensors if name.endswith(mark)), None)
-    if prefix is None or tower is None:
+    path = checkpoint.path
+    tower = model.tower
+    names = [name for name in checkpoint.tensors if name.endswith(f"visual.{PATCHES}")]
+    if not names or tower is None:
         raise CheckpointError(
             f"{path} has no vision tower, which prompts with pictures need. Give {model.files} to "
             f"{model.option}.",
             path,
         )
-    own = checkpoint.without_prefix(prefix, others=("",))
-    sources = plain_sources(own)
+    prefix = names[0].removesuffix(PATCHES)
+    network = checkpoint.without_prefix(prefix, others=("",))
+    sources = plain_sources(network)
     what = f"its vision tower is not that of {tower.name}. Give {model.files} with its config.json."
     wrong = CheckpointError(f"{path}: {what}", path)
-    shape = shapes_of(own, sources, wrong)
+    shape = shapes_of(network, sources, wrong)
     dim, _, frames, patch, columns = shape(PATCHES, 5)
-    (_, wide), (out_dim, _) = (shape(name, 2) for name in tower.merger)
-    merge = math.isqrt(wide // dim)
-    if patch != columns or merge < 1 or merge**2 * dim != wide:
+    merged_layer, out_layer = tower.merger
+    merged_dim = shape(merged_layer, 2)[1]
+    out_dim = shape(out_layer, 2)[0]
+    merge = math.isqrt(merged_dim // dim)
+    if patch != columns or merge < 1 or merge**2 * dim != merged_dim:
         raise wrong
     sizes = {
         "depth": count(sources, r"blocks\.\d+"),
@@ -117,26 +121,27 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
         "spatial_merge_size": merge,
         "out_hidden_size": out_dim,
     }
-    told = told_beside(path, "vision_config", tower.kind, dim, {})
-    settings = tower.read(sizes, told, {name: info.shape for name, info in own.tensors.items()})
+    config_json = told_beside(path, "vision_config", kind=tower.kind, dim=dim, defaults={})
+    shapes = {name: info.shape for name, info in network.tensors.items()}
+    settings = tower.read(sizes, config_json, shapes)
     if settings is None:
         raise wrong
-    return LoadPlan(VisionConfig(tower, {**sizes, **settings}), own, sources)
+    return LoadPlan(VisionConfig(tower, {**sizes, **settings}), network, sources)
 
 
 def build_vision_tower(config: VisionConfig) -> nn.Module:
     """Build the network, a class of transformers, for `on_meta_device`."""
     kind = config.tower
     module = importlib.import_module(f"transformers.models.{kind.module}.modeling_{kind.module}")
-    classes = (getattr(module, name) for name in kind.classes)
-    told = next(classes)(**config.settings, attn_implementation="sdpa")
-    tower: Any = next(classes)(told)
+    config_class, tower_class = kind.classes
+    their_config = getattr(module, config_class)(**config.settings, attn_implementation="sdpa")
+    tower: Any = getattr(module, tower_class)(their_config)
     angles = type(tower.rotary_pos_emb)
     with torch.device("cpu"):  # files do not hold the frequencies
         try:
-            tower.rotary_pos_emb = angles(told)
+            tower.rotary_pos_emb = angles(their_config)
         except TypeError:  # transformers 4
-            tower.rotary_pos_emb = angles(told.hidden_size // told.num_heads // 2)
+            tower.rotary_pos_emb = angles(their_config.hidden_size // their_config.num_heads // 2)
     tower.colours = kind.colours
     built: nn.Module = tower
     return built
@@ -148,7 +153,8 @@ def load_vision_tower(
     """Load the vision tower; fp8 weights are dequantized. Raises CheckpointError as `load_language_model`."""
     with open_checkpoint(path) as checkpoint:
         plan = read_vision_tower(checkpoint, model)
-        tower = load_planned(plan, build_vision_tower, device, dtype, f"the vision tower ({model.option})")
+        what = f"the vision tower ({model.option})"
+        tower = load_planned(plan, build_vision_tower, device=device, dtype=dtype, what=what)
     angles: Any = tower.rotary_pos_emb
     angles.to(device)
     return tower
@@ -161,17 +167,11 @@ def read_pictures(tower: nn.Module, pictures: Sequence[Tensor], use: PictureUse)
     """
     from PIL import Image
 
-    processor: Any
-    try:  # that of transformers 5 under the older name needs torchvision
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        processor = Qwen2VLImageProcessorPil
-    except ImportError:
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
-
-        processor = Qwen2VLImageProcessor
     config: Any = tower.config
-    merge, patch, frames = config.spatial_merge_size, config.patch_size, config.temporal_patch_size
+    merge = config.spatial_merge_size
+    patch = config.patch_size
+    frames = config.temporal_patch_size
+    processor_class = _processor_class()
     if not pictures:
         return ReadPictures(torch.zeros(0, 3 * frames * patch**2))
     for picture in pictures:
@@ -181,7 +181,7 @@ def read_pictures(tower: nn.Module, pictures: Sequence[Tensor], use: PictureUse)
                 f"a picture of {width}x{height} is too long and narrow for {use.token}. Crop it."
             )
     colours: Any = tower.colours
-    cut = processor(
+    cut = processor_class(
         patch_size=patch,
         temporal_patch_size=frames,
         merge_size=merge,
@@ -189,33 +189,63 @@ def read_pictures(tower: nn.Module, pictures: Sequence[Tensor], use: PictureUse)
         max_pixels=use.most,
         **colours,
     )
-    found = cut(images=[Image.fromarray(picture.numpy()) for picture in pictures], return_tensors="pt")
-    sides = [(int(rows) // merge, int(columns) // merge) for _, rows, columns in found["image_grid_thw"]]
-    return ReadPictures(found["pixel_values"], tuple(sides))
+    inputs = cut(images=[Image.fromarray(picture.numpy()) for picture in pictures], return_tensors="pt")
+    sides = [(int(rows) // merge, int(columns) // merge) for _, rows, columns in inputs["image_grid_thw"]]
+    return ReadPictures(inputs["pixel_values"], tuple(sides))
+
+
+def _processor_class() -> Any:
+    """Return transformers' image processor of Qwen2-VL that works without torchvision."""
+    try:  # that of transformers 5 under the older name needs torchvision
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        return Qwen2VLImageProcessorPil
+    except ImportError:
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+        return Qwen2VLImageProcessor
+
+
+class PictureTokens(NamedTuple):
+    """Prompts as embeddings, with pictures in place of the tokens for them."""
+
+    tokens: Tensor  # embeddings, B L C
+    places: Tensor | None  # positions, 3 B L int64, or 1 L of all; None: 0, 1, 2, ...
+    added: list[Tensor]  # to the outputs of the first layers, each B L C, 0 for words
 
 
 def embed_pictures(
     tower: nn.Module, tokens: Tensor, ids: Tensor, pictures: Sequence[ReadPictures], token: int
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return embeddings B L C, pictures in place of the tokens for them, and positions 3 B L int64.
+) -> PictureTokens:
+    """Put pictures in place of the tokens for them.
 
-    Also what to add after the first layers of the language model, each B L C, 0 for words. tokens:
-    embeddings, B L C. ids: B L, on the CPU. pictures: of each prompt. token: the id for a picture.
+    tokens: embeddings, B L C. ids: B L, on the CPU. pictures: of each prompt. token: the id for a picture.
     """
-    shown, weight = [one for one in pictures if one.sides], tower.get_parameter(PATCHES)
-    merge: int = tower.config.spatial_merge_size  # type: ignore[union-attr,assignment]
-    grids = [(1, rows * merge, columns * merge) for one in shown for rows, columns in one.sides]
-    patches = torch.cat([one.patches for one in shown]).to(weight)
-    found = tower(patches, grid_thw=torch.tensor(grids, device=weight.device))
-    # transformers 4: the states alone, or a tuple of them and those that are added later
-    states, deep = found if isinstance(found, tuple) else (getattr(found, "pooler_output", found), None)
-    deep = getattr(found, "deepstack_features", deep) or ()
-    has_pictures = torch.tensor([bool(one.sides) for one in pictures])
+    states, deep_states = _run_tower(tower, [prompt for prompt in pictures if prompt.sides])
+    has_pictures = torch.tensor([bool(prompt.sides) for prompt in pictures])
     ids = ids.masked_fill(~has_pictures[:, None], -1)  # elsewhere the token is a word like others
-    places = [place_tokens(row, one.sides, token) for row, one in zip(ids.tolist(), pictures, strict=True)]
+    places = [
+        place_tokens(row, prompt.sides, token) for row, prompt in zip(ids.tolist(), pictures, strict=True)
+    ]
     where = (ids == token).to(tokens.device)[..., None]
-    added = [torch.zeros_like(tokens).masked_scatter(where, one.to(tokens)) for one in deep]
-    return tokens.masked_scatter(where, states.to(tokens)), torch.stack(places, dim=1), added
+    added = [torch.zeros_like(tokens).masked_scatter(where, deep.to(tokens)) for deep in deep_states]
+    return PictureTokens(
+        tokens=tokens.masked_scatter(where, states.to(tokens)), places=torch.stack(places, dim=1), added=added
+    )
+
+
+def _run_tower(tower: nn.Module, prompts: Sequence[ReadPictures]) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return the states of all pictures' tokens, and those that are added after the first layers."""
+    weight = tower.get_parameter(PATCHES)
+    merge: int = tower.config.spatial_merge_size  # type: ignore[union-attr,assignment]
+    grids = [(1, rows * merge, columns * merge) for prompt in prompts for rows, columns in prompt.sides]
+    patches = torch.cat([prompt.patches for prompt in prompts]).to(weight)
+    output = tower(patches, grid_thw=torch.tensor(grids, device=weight.device))
+    if isinstance(output, tuple):  # transformers 4, of a tower with states that are added later
+        states, deep_states = output
+        return states, deep_states or ()
+    # transformers 4: the states alone
+    return getattr(output, "pooler_output", output), getattr(output, "deepstack_features", None) or ()
 
 
 def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: int) -> Tensor:
@@ -224,16 +254,19 @@ def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: in
     Each word advances all three by one. A picture's tokens share a time and form a grid; the next word stands
     behind its longer side.
     """
-    rest, start, found = list(sides), 0, list[Tensor]()
+    remaining = list(sides)
+    start = 0
+    places: list[Tensor] = []
     for is_picture, group in groupby(ids, lambda number: number == token):
         length = len(list(group))
         while length and is_picture:  # pictures may follow one another
-            rows, columns = rest.pop(0)
+            rows, columns = remaining.pop(0)
             grid = torch.cartesian_prod(
                 torch.zeros(1, dtype=torch.int64), torch.arange(rows), torch.arange(columns)
             )
-            found.append(grid.T + start)
-            start, length = start + max(rows, columns), length - rows * columns
-        found.append(torch.arange(start, start + length).expand(3, -1))
+            places.append(grid.T + start)
+            start += max(rows, columns)
+            length -= rows * columns
+        places.append(torch.arange(start, start + length).expand(3, -1))
         start += length
-    return torch.cat(found, dim=1)
+    return torch.cat(places, dim=1)

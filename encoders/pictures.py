@@ -2,7 +2,7 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -39,7 +39,7 @@ from modules.contract.requests import (
     size_of,
     whole_patches,
 )
-from modules.contract.rules import IMAGE, LATENTS, SourceRules
+from modules.contract.rules import IMAGE, LATENTS, ReferenceRules, SourceRules
 from modules.contract.steps import EncodedPrompts, Section
 from modules.control_codes import shorten
 from modules.devices import send, send_ahead
@@ -99,10 +99,12 @@ def encode_pictures(
     """
     entries = []
     for part in media.split_for(device):
-        references = {f"{CONTROL}_{number}": one for number, one in enumerate(part.control)}
-        made = {name: encode(frames) for name, frames in {"latents": part.frames, **references}.items()}
+        latents = {"latents": encode(part.frames)}
+        for number, frames in enumerate(part.control):
+            latents[f"{CONTROL}_{number}"] = encode(frames)
         for index in range(len(part.frames)):
-            entries.append([CacheEntry({name: each[index].clone() for name, each in made.items()})])
+            tensors = {name: pictures[index].clone() for name, pictures in latents.items()}
+            entries.append([CacheEntry(tensors)])
     return entries
 
 
@@ -112,23 +114,27 @@ def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[
     patch: latent pixels along a side of a token. remedy: the command that caches again. Raises CacheError for
     other shapes.
     """
-    found = {name: batch.tensor(name) for name in batch.tensors if name.startswith(CONTROL)}
+    references = {name: batch.tensor(name) for name in batch.tensors if name.startswith(CONTROL)}
     sides = " with even sides" if patch > 1 else ""
-    for name, tensor in found.items():
+    for name, tensor in references.items():
         height, width = tensor.shape[-2:]
         if tensor.shape[1:-2] != (channels, 1) or height % patch or width % patch:
             raise CacheError(
                 f"{batch.keys[0]}: {name} in its cache is {'x'.join(map(str, tensor.shape[1:]))}, not "
                 f"{channels} channels of one picture{sides}. Cache again with {remedy}."
             )
-    return found
+    return references
 
 
 def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
     """Return the latents of the reference pictures among conditions, in order, on the device."""
-    found = {name: value for name, value in cond.items() if name.startswith(CONTROL)}
-    ordered = sorted(found, key=lambda name: int(name.removeprefix(CONTROL).lstrip("_") or 0))
-    return [send(value, device) for name in ordered if isinstance(value := found[name], Tensor)]
+
+    def number(name: str) -> int:
+        return int(name.removeprefix(CONTROL).lstrip("_") or 0)
+
+    names = sorted((name for name in cond if name.startswith(CONTROL)), key=number)
+    values = [cond[name] for name in names]
+    return [send(value, device) for value in values if isinstance(value, Tensor)]
 
 
 def read_reference(path: Path, area: int | None, step: int) -> Tensor:
@@ -145,13 +151,18 @@ def read_reference(path: Path, area: int | None, step: int) -> Tensor:
 
 def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> Prepared:
     """Return the request with its reference pictures in all prompts. size: `Prompt.picture_size`."""
-    paths, texts = prepared.asked.control_images, prepared.prompts[0]
+    paths = prepared.asked.control_images
+    texts = prepared.prompts[0]
 
-    def shown(prompt: Prompt | None) -> Prompt:
+    def with_pictures(prompt: Prompt | None) -> Prompt:
         return replace(prompt or Prompt(""), pictures=paths, picture_size=size)
 
-    away = None if texts.away is None else shown(texts.away)
-    prompts = Prompts(shown(texts.positive), shown(texts.negative), shown(texts.blank), away)
+    prompts = Prompts(
+        with_pictures(texts.positive),
+        negative=with_pictures(texts.negative),
+        blank=with_pictures(texts.blank),
+        away=None if texts.away is None else with_pictures(texts.away),
+    )
     return replace(prepared, prompts={0: prompts})
 
 
@@ -203,7 +214,8 @@ class ModelOfPictures(OneTransformer):
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each picture: a posterior sample, seeded by its name, float32."""
-        entries, vae = [], encoders.vae
+        entries = []
+        vae = encoders.vae
         for part in media.split_for(vae.device):
             latents = vae.encode(byte_clips(part.frames), [posterior_generator(key) for key in part.keys])
             entries += [[CacheEntry({"latents": latent.clone()})] for latent in latents]
@@ -226,7 +238,7 @@ class ModelOfPictures(OneTransformer):
         size = *whole_patches(width, height, self.latent), 1
         check_size(size, self.latent)
         shift = flow_shift if request.flow_shift is None else request.flow_shift
-        return settle(request, self.defaults, size, shift, negative)
+        return settle(request, self.defaults, size=size, flow_shift=shift, usual_negative=negative)
 
     def keep_media(self, request: Request, who: str) -> Request:
         """Return the request without media that the model does not take. who: the model, for messages.
@@ -234,31 +246,17 @@ class ModelOfPictures(OneTransformer):
         Raises OptionError if the model takes reference pictures, and these cannot be used.
         """
         rules = self.references
-        taken = {**NO_MEDIA, "control_images": rules is not None}
-        request = keep_usable_media(request, taken, f"{who} does not take it")
+        takes = {**NO_MEDIA, "control_images": rules is not None}
+        request = keep_usable_media(request, takes, f"{who} does not take it")
         if rules is not None and rules.edits and not request.control_images:
             logger.warning(
                 "%s edits pictures, and %r names none (--control_image_path, --ci in a prompt line): it is "
                 "made from the text alone",
-                *(who, shorten(request.prompt, 60)),
+                who,
+                shorten(request.prompt, 60),
             )
-        if rules is None or not request.control_images:
-            return request
-        from modules.media.reading import image_size
-
-        option, paths = "--control_image_path (--ci in a prompt line)", request.control_images
-        if len(paths) > rules.most:
-            raise OptionError(
-                f"{option}: {len(paths)} reference pictures, {who} takes {rules.most} at most. Leave out "
-                + " ".join(map(str, paths[rules.most :]))
-            )
-        for path in paths:  # they can be read, as `keep_usable_media` has seen
-            width, height = image_size(path)
-            if min(width, height) < rules.step:
-                raise OptionError(
-                    f"{option} {path}: {width} x {height} pixels are too few, each side needs at least "
-                    f"{rules.step}. Give a larger picture."
-                )
+        if rules is not None and request.control_images:
+            _check_references(request.control_images, rules, who)
         return request
 
     def needs_media(self, prepared: Prepared) -> bool:
@@ -306,9 +304,38 @@ class ModelOfPictures(OneTransformer):
         yield encoders.vae.decode(latents)
 
 
+def _check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) -> None:
+    """Raise OptionError if reference pictures cannot be used. They can be read, as was checked before."""
+    from modules.media.reading import image_size  # only with reference pictures
+
+    option = "--control_image_path (--ci in a prompt line)"
+    if len(paths) > rules.most:
+        raise OptionError(
+            f"{option}: {len(paths)} reference pictures, {who} takes {rules.most} at most. Leave out "
+            + " ".join(map(str, paths[rules.most :]))
+        )
+    for path in paths:
+        width, height = image_size(path)
+        if min(width, height) < rules.step:
+            raise OptionError(
+                f"{option} {path}: {width} x {height} pixels are too few, each side needs at least "
+                f"{rules.step}. Give a larger picture."
+            )
+
+
 def picture_defaults(
-    steps: int, guidance_scale: float, side: int, flow_shift: float | None = None, **others: Any
+    steps: int, guidance_scale: float, side: int, flow_shift: float | None = None, **changes: Any
 ) -> SamplingDefaults:
-    """Return defaults of square pictures, with Euler's method. others: of `SamplingDefaults`."""
-    usual = SamplingDefaults(steps, 1.0, guidance_scale, None, flow_shift, "euler", side, side, 1)
-    return replace(usual, **others)
+    """Return defaults of square pictures, with Euler's method. changes: of `SamplingDefaults`."""
+    defaults = SamplingDefaults(
+        steps=steps,
+        fps=1.0,
+        guidance_scale=guidance_scale,
+        embedded_guidance=None,
+        flow_shift=flow_shift,
+        solver="euler",
+        width=side,
+        height=side,
+        frames=1,
+    )
+    return replace(defaults, **changes)

@@ -57,9 +57,15 @@ T5_FILES = TokenizerFiles(
     repository="google/t5-v1_1-xxl",
     # diffusers: FLUX.1 has it as its second, Chroma as its only one
     beside=(
-        *("t5xxl", "t5-v1_1-xxl", "google_t5-v1_1-xxl", "tokenizer_2", "../tokenizer_2"),
-        *("tokenizer", "../tokenizer", "."),
-    ),
+        "t5xxl",
+        "t5-v1_1-xxl",
+        "google_t5-v1_1-xxl",
+        "tokenizer_2",
+        "../tokenizer_2",
+        "tokenizer",
+        "../tokenizer",
+        ".",
+    ),  # fmt: skip
     token="</s>",
     on_hub="spiece.model",
 )
@@ -116,9 +122,12 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         max_length: tokens of each row (L), with the end token and padding. uses_mask: no token attends to
         padding; otherwise padding counts as tokens. form: as of `load_planned`.
         """
-        there = (folder for folder in use.folders if (path / folder).is_dir())
-        super().__init__(inside(path, next(there, "")), tokenizer, form)
-        self.name, self.keys, self.weighed, self.most = use.name, use.keys, use.states, max_length
+        folders = [folder for folder in use.folders if (path / folder).is_dir()]
+        super().__init__(inside(path, folders[0] if folders else ""), tokenizer, form)
+        self.name = use.name
+        self.keys = use.keys
+        self.weighed = use.states
+        self.most = max_length
         self.dtype = dtype
         self.source = TokenizerSource(use.tokenizer, end=TEXT_END, may_be_inside=True)
         self.uses_mask = uses_mask
@@ -136,22 +145,22 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 
     def load_network(self, device: torch.device) -> T5Network:
         """Load the network; gradients flow through 8-bit weights too."""
-        return load_t5(self.path, device, self.use.kind, self.dtype, self.form, self.blocks)
+        return load_t5(self.path, device, self.use.kind, dtype=self.dtype, form=self.form, blocks=self.blocks)
 
     def compute(
         self, network: T5Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
     ) -> list[Conditions]:
         """Return each prompt's states L C and its mask: L int64, 1 for tokens, the end token among them."""
+        ids, masks = fill_rows(rows, self.most, PAD)
         results: list[Conditions] = []
-        filled = [fill_rows([row], self.most, PAD) for row in rows]
-        for group in in_groups([row[0].tolist() for row, _ in filled]):
-            masks = torch.cat([mask for _, mask in filled[len(results) : len(results) + len(group)]])
-            states = network.encode_padded(torch.tensor(group), masks if self.uses_mask else None).cpu()
-            results += [
-                {self.use.states: state.clone()}
-                | ({} if self.use.mask is None else {self.use.mask: mask.clone()})
-                for state, mask in zip(states, masks, strict=True)
-            ]
+        for group in in_groups(ids.tolist()):
+            group_masks = masks[len(results) : len(results) + len(group)]
+            states = network.encode_padded(torch.tensor(group), group_masks if self.uses_mask else None).cpu()
+            for state, mask in zip(states, group_masks, strict=True):
+                conditions = {self.use.states: state.clone()}
+                if self.use.mask is not None:
+                    conditions[self.use.mask] = mask.clone()
+                results.append(conditions)
         return results
 
 

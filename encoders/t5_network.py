@@ -78,13 +78,13 @@ HF_T5: Names = (
     (r"(?:encoder\.)?block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.weight", r"blocks.\1.ffn.fc2.weight"),
 )
 _T5_PREFIXES = (
-    *("module.text_tower.", "text_encoders.", "umt5xxl.", "t5xxl.", "byt5.", "text_encoder."),
-    *("text_encoder_2.", "transformer."),
-)
+    "module.text_tower.", "text_encoders.", "umt5xxl.", "t5xxl.", "byt5.", "text_encoder.",
+    "text_encoder_2.", "transformer.",
+)  # fmt: skip
 _NOT_T5 = (
-    *("model.diffusion_model.", "vae.", "first_stage_model.", "clip_vision.", "clip_l.", "clip_g."),
-    *(SPIECE_MODEL, "logit_scale", "module.", "scaled_fp8"),
-)
+    "model.diffusion_model.", "vae.", "first_stage_model.", "clip_vision.", "clip_l.", "clip_g.",
+    SPIECE_MODEL, "logit_scale", "module.", "scaled_fp8",
+)  # fmt: skip
 _T5_UNUSED = (SPIECE_MODEL, "decoder.*", "lm_head.weight", "logit_scale")
 
 
@@ -109,13 +109,13 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
         raise other_kind(checkpoint, kind.what, kind.option, kind.release)
     has_own_tables = "blocks.1.pos_embedding.embedding.weight" in sources
     if layers > 1 and has_own_tables != kind.has_own_tables:
-        found = (
+        kind_in_file = (
             "an umT5 encoder, not a T5: each of its blocks has"
             if has_own_tables
             else "a T5 encoder, not an umT5: only its first block has"
         )
         raise CheckpointError(
-            f"{checkpoint.path} is {found} a table of relative positions. Give {kind.release} to "
+            f"{checkpoint.path} is {kind_in_file} a table of relative positions. Give {kind.release} to "
             f"{kind.option}.",
             checkpoint.path,
         )
@@ -128,14 +128,22 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
     shape = shapes_of(checkpoint, sources)
     vocabulary, dim = shape("token_embedding.weight")
     buckets, heads = shape("blocks.0.pos_embedding.embedding.weight")
-    attention_dim, ffn_dim = shape("blocks.0.attn.q.weight")[0], shape("blocks.0.ffn.fc1.weight")[0]
+    attention_dim = shape("blocks.0.attn.q.weight")[0]
+    ffn_dim = shape("blocks.0.ffn.fc1.weight")[0]
     if attention_dim % heads:
         raise CheckpointError(
             f"{checkpoint.path}: {attention_dim} attention channels cannot be divided among {heads} heads.",
             checkpoint.path,
         )
     config = T5Config(
-        vocabulary, dim, attention_dim, ffn_dim, heads, layers, buckets, not kind.has_own_tables
+        vocabulary=vocabulary,
+        dim=dim,
+        attention_dim=attention_dim,
+        ffn_dim=ffn_dim,
+        num_heads=heads,
+        num_layers=layers,
+        num_buckets=buckets,
+        shares_positions=not kind.has_own_tables,
     )
     return LoadPlan(config, checkpoint, sources, (*_T5_UNUSED, tied))
 
@@ -195,11 +203,10 @@ class T5Attention(nn.Module):
         ]
         outputs = []
         prompts = zip(*(tensor.split(list(tokens.lengths), dim=1) for tensor in heads), strict=True)
-        for (q, k, v), seen in zip(prompts, tokens.visible, strict=True):
-            mask = bias[None, :, : q.shape[1], :seen]
-            outputs.append(
-                attend_with_bias(q[None], k[None, :, :seen], v[None, :, :seen], mask, scale=1.0)[0]
-            )
+        for (q, k, v), visible in zip(prompts, tokens.visible, strict=True):
+            mask = bias[None, :, : q.shape[1], :visible]
+            attended = attend_with_bias(q[None], k[None, :, :visible], v[None, :, :visible], mask, scale=1.0)
+            outputs.append(attended[0])
         return self.o(torch.cat(outputs, dim=1).transpose(0, 1).flatten(1))
 
 
@@ -234,7 +241,8 @@ class T5Block(nn.Module):
 
     def forward(self, x: Tensor, tokens: T5Tokens) -> Tensor:
         if self.pos_embedding is not None:  # the bias of each head, by the relative position of two tokens
-            table, length = self.pos_embedding["embedding"], max(tokens.lengths)
+            table = self.pos_embedding["embedding"]
+            length = max(tokens.lengths)
             weight = table.get_parameter("weight")
             buckets = relative_bucket(torch.arange(1 - length, length), len(weight))
             by_distance = table(send_ahead(buckets, weight.device)).T  # N 2n-1
@@ -315,6 +323,6 @@ def load_t5(
         # fp8 files; and float16 on a CPU: few CPUs have it, and the model is bfloat16
         compute = dtype or (stored if is_kept else torch.bfloat16)
         what = f"the {kind.name} text encoder ({kind.option})"
-        t5 = load_planned(plan, T5Network, device, compute, what, form, blocks=blocks)
+        t5 = load_planned(plan, T5Network, device=device, dtype=compute, what=what, form=form, blocks=blocks)
     logger.info("T5: %s, stored as %s, computing in %s", path, dtype_name(stored), dtype_name(compute))
     return t5

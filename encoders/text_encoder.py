@@ -47,15 +47,18 @@ class Tokens(NamedTuple):
 
     def behind(self, end: float = math.inf) -> int:
         """Return how many end tokens a cut keeps: those from character `end` on, and added ones."""
-        rest = itertools.takewhile(lambda place: place is None or place[0] >= end, reversed(self.places))
-        return sum(1 for _ in rest)
+        last_places = itertools.takewhile(
+            lambda place: place is None or place[0] >= end, reversed(self.places)
+        )
+        return sum(1 for _ in last_places)
 
     def cut(self, most: int, end: float = math.inf) -> "Tokens":
         """Return at most `most` tokens, among them those that `behind` counts."""
         if len(self.ids) <= most:
             return self
         behind = self.behind(end)
-        last, first = len(self.ids) - behind, most - behind
+        last = len(self.ids) - behind
+        first = most - behind
         return Tokens(self.ids[:first] + self.ids[last:], self.places[:first] + self.places[last:])
 
 
@@ -108,24 +111,29 @@ class TokenizerSource:
         file, is_inside = self.find(path, checkpoint_path)
         if is_inside:
             logger.info("tokenizer of %s: the one inside %s", what, checkpoint_path)
-            with open_checkpoint(checkpoint_path) as checkpoint:
-                name = _inside(checkpoint) or ""
-                info = checkpoint.tensors[name]
-                if len(info.shape) != 1 or math.prod(info.shape) * info.dtype.itemsize > MAX_TOKENIZER_BYTES:
-                    error = ValueError(f"{name} is too large, or no row of bytes")
-                    raise self.files.unreadable(checkpoint_path, error)
-                model = checkpoint.read(name).view(torch.uint8).numpy().tobytes()
-            if name.endswith(TOKENIZER_JSON):
-                return self._use(self.files.read(checkpoint_path, model), checkpoint_path)
-            return self._read_pieces(model, checkpoint_path)
+            return self._load_inside(checkpoint_path)
         if file is None:
             file = self.files.download(checkpoint_path, may_download)
         logger.info("tokenizer of %s: %s", what, file)
         if file.suffix == ".json":
-            return self._use(self.read_file(self.files, file), file)
+            return self._use_json(self.read_file(self.files, file), file)
         return self._read_pieces(self.files.read_bytes(file), file)
 
-    def _use(self, tokenizer: Tokenizer, file: Path) -> TextTokenizer:
+    def _load_inside(self, checkpoint_path: Path) -> TextTokenizer:
+        """Load the tokenizer that a checkpoint holds as a tensor of bytes."""
+        with open_checkpoint(checkpoint_path) as checkpoint:
+            name = _inside(checkpoint) or ""
+            info = checkpoint.tensors[name]
+            if len(info.shape) != 1 or math.prod(info.shape) * info.dtype.itemsize > MAX_TOKENIZER_BYTES:
+                error = ValueError(f"{name} is too large, or no row of bytes")
+                raise self.files.unreadable(checkpoint_path, error)
+            model = checkpoint.read(name).view(torch.uint8).numpy().tobytes()
+        if name.endswith(TOKENIZER_JSON):
+            return self._use_json(self.files.read(checkpoint_path, model), checkpoint_path)
+        return self._read_pieces(model, checkpoint_path)
+
+    def _use_json(self, tokenizer: Tokenizer, file: Path) -> TextTokenizer:
+        """Return the tokenizer of a tokenizer.json, with begin and end token if wanted."""
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
         with self.files.explain(file):
             empty: list[int] = tokenizer.encode("").ids
@@ -191,20 +199,21 @@ def fill_rows(
     ids = torch.full((len(rows), length), pad)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
-        own = slice(length - len(row), None) if on_left else slice(len(row))
-        ids[index, own], mask[index, own] = torch.tensor(row, dtype=torch.int64), 1
+        columns = slice(length - len(row), None) if on_left else slice(len(row))
+        ids[index, columns] = torch.tensor(row, dtype=torch.int64)
+        mask[index, columns] = 1
     return ids, mask
 
 
-def check_ids(rows: Sequence[Sequence[int]], known: int, path: Path, option: str) -> None:
-    """Raise CheckpointError if a tokenizer has more tokens than its encoder, in `path`, knows.
+def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, path: Path, option: str) -> None:
+    """Raise CheckpointError if a tokenizer has more tokens than its encoder, in `path`, has embeddings.
 
-    rows: token ids of texts. option: of the tokenizer.
+    rows: token ids of texts. vocabulary: tokens of the encoder. option: of the tokenizer.
     """
     largest = max((max(row) for row in rows), default=0)
-    if largest >= known:
+    if largest >= vocabulary:
         raise CheckpointError(
-            f"{path} knows {known} tokens, but its tokenizer has more (token {largest}). "
+            f"{path} knows {vocabulary} tokens, but its tokenizer has more (token {largest}). "
             f"Give the tokenizer of this model to {option}.",
             path,
         )
@@ -229,7 +238,7 @@ class Written(NamedTuple):
     """A prompt as its encoder reads it."""
 
     text: str  # with what a template puts around the prompt
-    own: str  # the prompt, cleaned
+    prompt: str  # cleaned
     spans: Spans  # of its parts
     start: int = 0  # of the prompt in the text
     end: float = math.inf  # from which character on the text stays if it is cut
@@ -259,7 +268,9 @@ class FileTextEncoder(ABC, Generic[Network]):
 
         tokenizer: path from its option; None: look for it. form: as of `load_planned`.
         """
-        self.path, self.tokenizer, self.form = path, tokenizer, form
+        self.path = path
+        self.tokenizer = tokenizer
+        self.form = form
         self._loaded = LoadedNetwork[Network, TextTokenizer]()
 
     @property
@@ -282,9 +293,14 @@ class FileTextEncoder(ABC, Generic[Network]):
 
     def identify(self, name: str, **facts: str | None) -> dict[str, str]:
         """Return fingerprints of checkpoint and tokenizer, and those of `facts` that are not None."""
-        found = {"": fingerprint(self.path), "_tokenizer": self.source.identity(self.tokenizer, self.path)}
-        found |= {f"_{fact}": value for fact, value in facts.items() if value is not None}
-        return {f"{name}{fact}": value for fact, value in found.items()}
+        identity = {
+            name: fingerprint(self.path),
+            f"{name}_tokenizer": self.source.identity(self.tokenizer, self.path),
+        }
+        for fact, value in facts.items():
+            if value is not None:
+                identity[f"{name}_{fact}"] = value
+        return identity
 
     def write(self, prompt: Prompt) -> Written:
         return Written(prompt.text, prompt.text, prompt.spans)
@@ -299,20 +315,23 @@ class FileTextEncoder(ABC, Generic[Network]):
         Raises CheckpointError if there is no tokenizer here; none is downloaded.
         """
         tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
-        dropped, token_bytes = self.count_dropped(tokenizer), 0
+        dropped = self.count_dropped(tokenizer)
+        token_bytes = 0
         with contextlib.suppress(CheckpointError):  # a file that is missing or damaged is told by caching
             token_bytes = self.token_bytes
 
         def count(text: str) -> TokenCount:
             written = self.write(Prompt(text))
-            tokens, own = tokenizer.read(written.text), written.own
+            tokens = tokenizer.read(written.text)
             behind = tokens.behind(written.end)
             inside = tokens.places[: len(tokens.places) - behind]
             ends = [0 if place is None else place[1] - written.start for place in inside]
-            kept = kept_characters(ends, dropped + self.most - behind, len(own))
+            length = len(written.prompt)
+            characters = kept_characters(ends, dropped + self.most - behind, length)
             counted = max(len(tokens.ids) - dropped, 0)
             stored = min(counted, self.most) if self.variable_length else self.most
-            return TokenCount(own, counted, self.most, min(max(kept, 0), len(own)), stored * token_bytes)
+            used = min(max(characters, 0), length)
+            return TokenCount(written.prompt, counted, self.most, used, stored * token_bytes)
 
         return count
 
@@ -356,41 +375,57 @@ class FileTextEncoder(ABC, Generic[Network]):
             return []
         network, tokenizer = self._loaded.get()
         dropped = self.count_dropped(tokenizer)
-        read = [tokenizer.read(one.text) for one in written]
-        kept = [
-            tokens.cut(dropped + one.uncounted + self.most, one.end)
-            for tokens, one in zip(read, written, strict=True)
+        all_tokens = [tokenizer.read(prompt.text) for prompt in written]
+        cut_tokens = [
+            tokens.cut(dropped + prompt.uncounted + self.most, prompt.end)
+            for tokens, prompt in zip(all_tokens, written, strict=True)
         ]
-        for whole, cut, one in zip(read, kept, written, strict=True):
-            if self.tells_cuts and len(cut.ids) < len(whole.ids):
-                left_out = len(whole.ids) - len(cut.ids)
-                logger.info(
-                    "%d tokens of the prompt are cut off, %d are used: %.60s", left_out, self.most, one.own
-                )
-        rows = [tokens.ids for tokens in kept]
-        known = len(network.get_parameter(self.embedding))
-        check_ids(rows, known, self.path, self.source.files.option)
+        if self.tells_cuts:
+            self._log_cuts(written, all_tokens, cut_tokens)
+        rows = [tokens.ids for tokens in cut_tokens]
+        vocabulary = len(network.get_parameter(self.embedding))
+        check_ids(rows, vocabulary, self.path, self.source.files.option)
         results = compute(network, tokenizer, rows, dropped)
         if not self.weighed:
             return results
         weighed = []
-        for found, one, tokens in zip(results, written, kept, strict=True):
-            if one.spans:
-                start = one.start
-                inside = range(start, start + len(one.own))  # tokens around the prompt have the weight 1
-                own = [place if place and place[0] in inside else None for place in tokens.places[dropped:]]
-                spans = [(first + start, last + start, weight) for first, last, weight in one.spans]
-                found = self._weigh(found, token_weights(one.text, own, spans))
-            weighed.append(found)
+        for conditions, prompt, tokens in zip(results, written, cut_tokens, strict=True):
+            if prompt.spans:
+                conditions = self._weigh(conditions, _weights_of(prompt, tokens.places[dropped:]))
+            weighed.append(conditions)
         return weighed
 
-    def _weigh(self, found: Conditions, weights: Sequence[float]) -> Conditions:
+    def _log_cuts(
+        self, written: Sequence[Written], all_tokens: Sequence[Tokens], cut_tokens: Sequence[Tokens]
+    ) -> None:
+        """Log each prompt that is too long."""
+        for prompt, tokens, cut in zip(written, all_tokens, cut_tokens, strict=True):
+            left_out = len(tokens.ids) - len(cut.ids)
+            if left_out > 0:
+                logger.info(
+                    "%d tokens of the prompt are cut off, %d are used: %.60s",
+                    left_out,
+                    self.most,
+                    prompt.prompt,
+                )
+
+    def _weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
+        """Multiply the states of a prompt's tokens by their weights."""
         if self.pads_left:
             weights = [1.0] * (self.most - len(weights)) + [*weights]
-        states: Any = found[self.weighed]
+        states: Any = conditions[self.weighed]
         if isinstance(states, Tensor):
-            return {**found, self.weighed: weigh_rows(states, weights)}
-        return {**found, self.weighed: [weigh_rows(one, weights) for one in states]}
+            return {**conditions, self.weighed: weigh_rows(states, weights)}
+        return {**conditions, self.weighed: [weigh_rows(rows, weights) for rows in states]}
 
     def free(self) -> None:
         self._loaded.free()
+
+
+def _weights_of(written: Written, places: Sequence[Place]) -> list[float]:
+    """Return the weight of each token of a prompt. places: of the tokens in the text."""
+    prompt_characters = range(written.start, written.start + len(written.prompt))
+    # tokens around the prompt have the weight 1
+    prompt_places = [place if place and place[0] in prompt_characters else None for place in places]
+    spans = [(first + written.start, last + written.start, weight) for first, last, weight in written.spans]
+    return token_weights(written.text, prompt_places, spans)

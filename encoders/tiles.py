@@ -9,6 +9,7 @@ which input and output share; each unit is a number of frames or pixels.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 
 import torch
@@ -38,29 +39,29 @@ def compute_in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device
     """
     height, width = (size // cut.unit_in for size in x.shape[-2:])
     inside = cut.stride * cut.unit_out
-    whole = torch.empty(0)
+    out = torch.empty(0)
     above: dict[int, Tensor] = {}  # by left edge: this tile's first rows as the tile above computed them
     for top in range(0, height, cut.stride):
         rows = slice(top * cut.unit_in, (top + cut.size) * cut.unit_in)
-        beside = torch.empty(0)
+        on_left = torch.empty(0)  # this tile's first columns as the tile to its left computed them
         for left in range(0, width, cut.stride):
-            tile = compute_piece(
-                compute, x[..., rows, left * cut.unit_in : (left + cut.size) * cut.unit_in]
-            ).float()
+            columns = slice(left * cut.unit_in, (left + cut.size) * cut.unit_in)
+            tile = compute_piece(compute, x[..., rows, columns]).float()
             if top:
                 _fade_in(tile, above[left], -2)
             if left:
-                _fade_in(tile, beside, -1)
-            above[left], beside = tile[..., inside:, :].clone(), tile[..., inside:].clone()
+                _fade_in(tile, on_left, -1)
+            above[left] = tile[..., inside:, :].clone()
+            on_left = tile[..., inside:].clone()
             if not top and not left:
-                whole = torch.empty(
-                    (*tile.shape[:-2], height * cut.unit_out, width * cut.unit_out), device=device
-                )
-            kept = tile[..., :inside, :inside]
-            first, second = top * cut.unit_out, left * cut.unit_out
-            whole[..., first : first + kept.shape[-2], second : second + kept.shape[-1]] = kept
-            del tile, kept  # free them before the next one is computed
-    return whole
+                shape = (*tile.shape[:-2], height * cut.unit_out, width * cut.unit_out)
+                out = torch.empty(shape, device=device)
+            tile = tile[..., :inside, :inside]
+            out_top = top * cut.unit_out
+            out_left = left * cut.unit_out
+            out[..., out_top : out_top + tile.shape[-2], out_left : out_left + tile.shape[-1]] = tile
+            del tile  # free it before the next one is computed
+    return out
 
 
 def compute_in_spans(compute: Compute, x: Tensor, cut: Cut) -> Iterator[Tensor]:
@@ -113,7 +114,8 @@ class Tile:
 
         The weights of overlapping tiles sum to 1.
         """
-        rise, fall = self.before * unit, self.after * unit
+        rise = self.before * unit
+        fall = self.after * unit
         weights = torch.ones(self.size * unit)
         weights[:rise] = _ramp(rise)
         weights[self.size * unit - fall :] = _ramp(fall).flip(0)
@@ -135,7 +137,8 @@ def tiles(size: int, largest: int) -> tuple[Tile, ...]:
     count = ceil((size - overlap) / (largest - overlap))
     edge = ceil((size + (count - 1) * overlap) / count)
     starts = [(size - edge) * index // (count - 1) for index in range(count)]
-    shared = [0] + [first + edge - second for first, second in zip(starts, starts[1:], strict=False)] + [0]
+    between = [first + edge - second for first, second in pairwise(starts)]
+    shared = [0, *between, 0]
     return tuple(Tile(start, edge, shared[index], shared[index + 1]) for index, start in enumerate(starts))
 
 
@@ -144,21 +147,23 @@ def add_in_tiles(
     x: Tensor,
     cuts: tuple[Sequence[Tile], Sequence[Tile]],
     units: tuple[int, int],
-    whole: Tensor,
+    out: Tensor,
 ) -> None:
-    """Add the weighted results for the tiles of x, B C F H W, to `whole`, B C' F' H' W' of zeros.
+    """Add the weighted results for the tiles of x, B C F H W, to `out`, B C' F' H' W' of zeros.
 
     compute: returns the frames of a tile in order, in one or several pieces. cuts: of height and width.
-    units: pixels of a latent pixel in x and in `whole`.
+    units: pixels of a latent pixel in x and in `out`.
     """
-    for row in cuts[0]:
-        for column in cuts[1]:
+    unit_in, unit_out = units
+    rows, columns = cuts
+    for row in rows:
+        for column in columns:
             start = 0
-            weights = (row.weights(units[1])[:, None] * column.weights(units[1])).to(whole.device)
-            for piece in compute(x[..., row.pick(units[0]), column.pick(units[0])]):
+            weights = (row.weights(unit_out)[:, None] * column.weights(unit_out)).to(out.device)
+            for piece in compute(x[..., row.pick(unit_in), column.pick(unit_in)]):
                 end = start + piece.shape[2]
-                place = whole[:, :, start:end, row.pick(units[1]), column.pick(units[1])]
-                place += piece.to(whole.device, whole.dtype) * weights
+                place = out[:, :, start:end, row.pick(unit_out), column.pick(unit_out)]
+                place += piece.to(out.device, out.dtype) * weights
                 start = end
 
 
@@ -178,7 +183,7 @@ def decode_in_tiles(
     step, side, _ = stride
     batch, _, frames, height, width = latents.shape
     pixels = torch.zeros(batch, 3, (frames - 1) * step + 1, height * side, width * side)
-    add_in_tiles(decode, latents, cuts, (1, side), pixels)
+    add_in_tiles(decode, latents, cuts, units=(1, side), out=pixels)
     yield from pixels.split([1] + [step] * (frames - 1), dim=2)
 
 
@@ -205,7 +210,7 @@ def sample_posterior(
         log_variance.clamp_(*limits)
     # in place: even the latents of a long clip are large
     deviation = log_variance.mul_(0.5).exp_()
-    for item, each in enumerate(generators):
-        noise = torch.randn(mean.shape[1:], generator=each, device=each.device)
+    for item, generator in enumerate(generators):
+        noise = torch.randn(mean.shape[1:], generator=generator, device=generator.device)
         mean[item] += deviation[item].mul_(noise.to(mean.device))
     return mean.contiguous()

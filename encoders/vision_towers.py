@@ -22,7 +22,7 @@ HEADS = 16
 DEEP_LAYERS = {24: [5, 11, 17], 27: [8, 16, 24]}
 
 Sizes = Mapping[str, int]  # settings of transformers' configuration
-Told = Mapping[str, Any]  # a config.json's values, {} if there is none
+ConfigJson = Mapping[str, Any]  # a config.json's values, {} if there is none
 Shapes = Mapping[str, tuple[int, ...]]  # of its tensors
 
 
@@ -37,7 +37,7 @@ class VisionTower:
     feed: str  # tensor with a row for each number between the layers of a feed-forward
     merger: tuple[str, str]  # the two of the layers that make tokens of patches
     # further settings; None: the tensors or the config.json are those of another tower
-    read: Callable[[Sizes, Told, Shapes], Mapping[str, Any] | None]
+    read: Callable[[Sizes, ConfigJson, Shapes], Mapping[str, Any] | None]
     # mean and deviation of the colours, as transformers' image processor calls them; {}: CLIP's
     colours: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
@@ -46,11 +46,12 @@ def _are_sizes(*values: Any) -> bool:
     return all(type(value) is int and 0 <= value < MOST_TOLD for value in values)
 
 
-def _read_windows(sizes: Sizes, told: Told, shapes: Shapes) -> Mapping[str, Any] | None:
-    dim, patch = sizes["hidden_size"], sizes["patch_size"]
-    heads = told.get("num_heads", dim // HEAD_WIDTH or 1)
-    window = told.get("window_size", WINDOW)
-    full = told.get("fullatt_block_indexes", list(range(FULL_EVERY - 1, sizes["depth"], FULL_EVERY)))
+def _read_windows(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
+    dim = sizes["hidden_size"]
+    patch = sizes["patch_size"]
+    heads = config_json.get("num_heads", dim // HEAD_WIDTH or 1)
+    window = config_json.get("window_size", WINDOW)
+    full = config_json.get("fullatt_block_indexes", list(range(FULL_EVERY - 1, sizes["depth"], FULL_EVERY)))
     if not isinstance(full, list) or not _are_sizes(heads, window, *full) or heads < 1 or dim % (4 * heads):
         return None
     if window < patch * sizes["spatial_merge_size"]:
@@ -58,11 +59,13 @@ def _read_windows(sizes: Sizes, told: Told, shapes: Shapes) -> Mapping[str, Any]
     return {"num_heads": heads, "window_size": window, "fullatt_block_indexes": full}
 
 
-def _read_deep(sizes: Sizes, told: Told, shapes: Shapes) -> Mapping[str, Any] | None:
-    dim, layers = sizes["hidden_size"], sizes["depth"]
-    places, mergers = shapes.get(PLACES, (0,))[0], count(shapes, r"deepstack_merger_list\.\d+")
-    heads = told.get("num_heads", HEADS)
-    deep = told.get("deepstack_visual_indexes", DEEP_LAYERS.get(layers))
+def _read_deep(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
+    dim = sizes["hidden_size"]
+    layers = sizes["depth"]
+    places = shapes.get(PLACES, (0,))[0]
+    mergers = count(shapes, r"deepstack_merger_list\.\d+")
+    heads = config_json.get("num_heads", HEADS)
+    deep = config_json.get("deepstack_visual_indexes", DEEP_LAYERS.get(layers))
     if not isinstance(deep, list) or not _are_sizes(heads, *deep) or heads < 1 or dim % (4 * heads):
         return None
     if not len(deep) == len({*deep} & {*range(layers)}) == mergers or places < 1:

@@ -22,8 +22,8 @@ def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int
     anchor = section.anchor
     if anchor is None or anchor.changed is None:
         return latents
-    held = noisy_source(anchor.latents, section.noise, schedule, step)
-    return torch.where(anchor.changed > 0, latents, held)
+    noisy_reference = noisy_source(anchor.latents, section.noise, schedule, step)
+    return torch.where(anchor.changed > 0, latents, noisy_reference)
 
 
 def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:
@@ -34,8 +34,8 @@ def hold_consistent(section: Section, latents: Tensor, schedule: Schedule, step:
     anchor = section.anchor
     if anchor is None or anchor.rules is None:
         return latents
-    held = noisy_source(anchor.latents, section.noise, schedule, step)
-    return torch.where(find_changes(latents - held, anchor.rules), latents, held)
+    noisy_reference = noisy_source(anchor.latents, section.noise, schedule, step)
+    return torch.where(find_changes(latents - noisy_reference, anchor.rules), latents, noisy_reference)
 
 
 def find_changes(difference: Tensor, rules: ConsistencyRules) -> Tensor:
@@ -48,7 +48,8 @@ def find_changes(difference: Tensor, rules: ConsistencyRules) -> Tensor:
     threshold = rules.threshold * (size.max() if rules.is_relative else 1)
     changed = size > threshold
     if rules.dilate_size:
-        width, margin = 2 * rules.dilate_size + 1, rules.dilate_size
+        width = 2 * rules.dilate_size + 1
+        margin = rules.dilate_size
         changed = functional.max_pool2d(changed.flatten(0, 2)[:, None].float(), width, 1, margin) > 0
         changed = changed.view(size.shape)
     return changed
@@ -72,9 +73,10 @@ def blur(latents: Tensor, kernel_size: int) -> Tensor:
 
 def save_changes(done: StepDone, folder: Path, stem: str) -> None:
     """Write the mask of changes at a step as a picture, if the rules ask for it."""
-    anchor, sigma = done.section.anchor, done.step.sigma
+    anchor = done.section.anchor
+    sigma = done.step.sigma
     if anchor is not None and anchor.rules is not None and anchor.rules.saves:
-        held = (1 - sigma) * anchor.latents + sigma * done.section.noise
-        changed = find_changes(done.step.noisy - held, anchor.rules)[0, 0, 0]
+        noisy_reference = (1 - sigma) * anchor.latents + sigma * done.section.noise
+        changed = find_changes(done.step.noisy - noisy_reference, anchor.rules)[0, 0, 0]
         path = folder / f"{stem}_rcm_{done.step.index:03d}.png"
         Image.fromarray(changed.mul(255).byte().cpu().numpy()).save(path)

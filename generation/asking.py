@@ -16,17 +16,17 @@ _QUIT = re.compile(r":?(?:quit|exit)(?:\(\))?|:q", re.IGNORECASE)
 _HELP = re.compile(r":?help(?:\(\))?|\?|--help|-h", re.IGNORECASE)
 
 
-def line_reader(options: Iterable[tuple[str, str]], more: str = "") -> Callable[[], str]:
+def line_reader(options: Iterable[tuple[str, str]], help_end: str = "") -> Callable[[], str]:
     """Return a function that asks for one line; it raises EOFError and KeyboardInterrupt as `input` does.
 
     `quit` and `exit` end the input too; `help` shows the options of a line and asks again. options: their
-    letters and names. more: help on the rest of a line. Lines are edited and recalled with the package
+    letters and names. help_end: help on the rest of a line. Lines are edited and recalled with the package
     prompt_toolkit (also on Windows), else with readline.
     """
     logger.info(
         "Enter a prompt and options such as --s 20 --d 7; help lists them. Ctrl-C cancels the current "
         "prompt, quit or Ctrl-D ends.%s",
-        more,
+        help_end,
     )
     letters = [f"--{letter} {name}" for letter, name in options]
     ask: Callable[[], str] = lambda: input(SIGN)  # noqa: E731

@@ -8,10 +8,14 @@ import hashlib
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from blissful_tuner.metadata import CREATED, as_tags, lora_name
 from generation import dressing, making
@@ -33,6 +37,7 @@ from modules.compile import check_compilation
 from modules.console import count_of, in_words, show_box
 from modules.contract.family import Family
 from modules.contract.rules import Expert
+from modules.contract.steps import DitAt, EncodedPrompts
 from modules.devices import Failures, allow_fp16_accumulation, choose_device, peak_in_words
 from modules.errors import OptionError, UserError
 from modules.media.reading import read_tags
@@ -60,14 +65,80 @@ class Variant:
         return f"{self.column} {self.strength}".rstrip()
 
 
-Cell = tuple[GenerationJob, GenerationJob]  # a prompt, and its clip in one column
+class Cell(NamedTuple):
+    """A prompt, and its clip in one column."""
+
+    prompt: GenerationJob
+    clip: GenerationJob
+
+
+class ClipFiles(NamedTuple):
+    """Paths of a finished clip or picture, and of its latents."""
+
+    video: Path
+    latents: Path
+
+    @property
+    def exist(self) -> bool:
+        return self.video.exists() or self.latents.exists()
+
+
+Column = tuple[Variant, Sequence[Cell]]
 
 
 @explain_lack("Finished clips are kept: the same command goes on.")
-def compare(family: Family, options: GenerationOptions, asked: CompareOptions) -> None:
+def compare(family: Family, options: GenerationOptions, comparison: CompareOptions) -> None:
     """Make all clips that are missing, then the grids. Raises UserError."""
     _check(options)
-    start, device = time.monotonic(), choose_device(options.device)
+    start = time.monotonic()
+    device = choose_device(options.device)
+    options = _settle_options(family, options, device)
+    loras = dressing.expert_loras(family.experts, options, with_texts=True)
+    variants = make_variants(family.experts, loras, comparison.lora_multiplier)
+    run = _make_run(family, options, device)
+    jobs = _make_prompts(run)
+    check_models(run)
+    run = run.with_previews()
+    make_folder(options.output.save_path, "--save_path")
+    columns = _make_columns(run, variants, jobs)
+    missing = _missing_cells(options, columns)
+    _show_start(run, jobs, columns, missing)
+    if missing:
+        denoise_cells(run, missing)
+    clips = {cell.clip.label: cell.clip for _, cells in columns for cell in cells}
+    paths = decode_cells(run, list(clips.values()))
+    grids = write_grid(run, variants, jobs, paths)
+    show_box(
+        "Comparison is finished",
+        [
+            ("look at", "\n".join(map(str, grids))),
+            ("time", in_words(time.monotonic() - start)),
+            ("peak memory", peak_in_words(device)),
+        ],
+    )
+
+
+def _make_run(family: Family, options: GenerationOptions, device: torch.device) -> GenerationRun:
+    """Make the run of all clips; its networks are loaded column by column."""
+    options, predicted = resolve_options(family, options, device, room_on(device))
+    loader = dressing.dit_loader(family, (), device, options)
+    session = make_session(family, options, loader, keep=False)
+    return GenerationRun(family, options, session, predicted)
+
+
+def _make_columns(
+    run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob]
+) -> list[Column]:
+    """Make the job of each clip. Columns of equal labels have the same clips, those of the last one."""
+    cells_by_label: dict[str, list[Cell]] = {}
+    for variant in variants:
+        clips = [make_cell(run, variant, job, line) for line, job in enumerate(jobs, 1)]
+        cells_by_label[variant.label] = list(map(Cell, jobs, clips))
+    return [(variant, cells_by_label[variant.label]) for variant in variants]
+
+
+def _settle_options(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
+    """Return the options with all that a comparison decides by itself, and prepare the device for them."""
     if options.optimized:
         options = dressing.leave_out_missing(family, options, device)
     output = replace(options.output, no_progressive_save=True)
@@ -77,50 +148,55 @@ def compare(family: Family, options: GenerationOptions, asked: CompareOptions) -
     if options.speed.fp16_accumulation:
         allow_fp16_accumulation(device)
     check_compilation(options.speed.compilation.choice, device)
-    variants = make_variants(
-        family.experts, dressing.expert_loras(family.experts, options, with_texts=True), asked.lora_multiplier
-    )
-    options, predicted = resolve_options(family, options, device, room_on(device))
-    session = make_session(family, options, dressing.dit_loader(family, (), device, options), keep=False)
-    run = GenerationRun(family, options, session, predicted)
-    lines, failures = lines_of(options.from_file), Failures(strict=options.from_file is None)
-    jobs = [*of_each_line(run, lines, failures, make_job).values()]
+    return options
+
+
+def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
+    """Make the job of each prompt line. Raises UserError if one cannot be made."""
+    options = run.options
+    lines = lines_of(options.from_file)
+    failures = Failures(strict=options.from_file is None)
+    jobs = list(of_each_line(run, lines, failures, make_job).values())
     failures.raise_if_any(len(lines))
-    making.tell_unused_sources(options.request.source, jobs)
-    check_models(run)
-    run = run.with_previews()
-    make_folder(options.output.save_path, "--save_path")
-    cells = {
-        variant.label: [(job, make_cell(run, variant, job, line)) for line, job in enumerate(jobs, 1)]
-        for variant in variants
-    }
-    to_make = []
-    for variant in variants:
-        pairs = [pair for pair in cells[variant.label] if not any(map(Path.exists, _files(options, pair[1])))]
-        to_make += [(variant, pairs)] if pairs else []
-    missing = sum(len(pairs) for _, pairs in to_make)
-    total = len(variants) * len(jobs)
-    kept = f", {total - missing} of them made before" if missing < total else ""
+    making.warn_of_unused_sources(options.request.source, jobs)
+    return jobs
+
+
+def _missing_cells(options: GenerationOptions, columns: Sequence[Column]) -> list[Column]:
+    """Return the columns with the cells that have neither a clip nor latents, without complete columns."""
+    incomplete: list[Column] = []
+    for variant, cells in columns:
+        missing = [cell for cell in cells if not _files(options, cell.clip).exist]
+        if missing:
+            incomplete.append((variant, missing))
+    return incomplete
+
+
+def _show_start(
+    run: GenerationRun, jobs: Sequence[GenerationJob], columns: Sequence[Column], missing: Sequence[Column]
+) -> None:
+    """Show what is compared, and how many of the clips are finished already."""
+    total = len(columns) * len(jobs)
+    num_missing = sum(len(cells) for _, cells in missing)
+    finished = f", {total - num_missing} of them made before" if num_missing < total else ""
+    model_names = filter(None, map(run.family.metadata.get, NAMING))
+    labels = [re.sub(r"\s+", " ", variant.label) for variant, _ in columns]
     show_box(
         "Comparing",
         [
-            ("model", ", ".join(filter(None, map(family.metadata.get, NAMING)))),
-            ("columns", "\n".join(re.sub(r"\s+", " ", variant.label) for variant in variants)),
+            ("model", ", ".join(model_names)),
+            ("columns", "\n".join(labels)),
             ("prompts", f"{len(jobs)}; the first: {in_short(jobs[0].prepared.asked.prompt)}"),
-            ("clips", f"{count_of(total, 'clip')}{kept}"),
-            ("folder", str(options.output.save_path)),
+            ("clips", f"{count_of(total, 'clip')}{finished}"),
+            ("folder", str(run.options.output.save_path)),
         ],
     )
-    if to_make:
-        denoise_cells(run, to_make)
-    paths = decode_cells(run, [cell for pairs in cells.values() for _, cell in pairs])
-    grids = write_grid(run, variants, jobs, paths)
-    costs = [("time", in_words(time.monotonic() - start)), ("peak memory", peak_in_words(device))]
-    show_box("Comparison is finished", [("look at", "\n".join(map(str, grids))), *costs])
 
 
 def _check(options: GenerationOptions) -> None:
-    taken = ("images", "latent_images") if options.output.pictures else ("video", "both")
+    """Raise OptionError if an option has no meaning for a comparison."""
+    output = options.output
+    output_types = ("images", "latent_images") if output.pictures else ("video", "both")
     refused = {
         "--interactive": options.interactive,
         "--sheet": options.sheet.sheet is not None,
@@ -130,16 +206,16 @@ def _check(options: GenerationOptions) -> None:
         "--prompt_rewrite": options.rewriting.prompt_rewrite is not None,
         "--plan": options.speed.plan.is_asked,
         **dict.fromkeys(options.speed.shared_by, True),
-        f"--output_type {options.output.output_type}": options.output.output_type not in taken,
-        "--no_metadata": options.output.no_metadata,
-        "--keep_pngs": options.output.format.keep_pngs,
+        f"--output_type {output.output_type}": output.output_type not in output_types,
+        "--no_metadata": output.no_metadata,
+        "--keep_pngs": output.format.keep_pngs,
         "--post": bool(options.post.tools),
-        "--save_last_frame": options.output.save_last_frame,
-        f"The file {options.output.file_name} of --save_path": bool(options.output.file_name),
+        "--save_last_frame": output.save_last_frame,
+        f"The file {output.file_name} of --save_path": bool(output.file_name),
     }
-    found = [name for name, is_given in refused.items() if is_given]
-    if found:
-        raise OptionError(f"{found[0]} has no meaning for a comparison: leave it out")
+    for option, is_given in refused.items():
+        if is_given:
+            raise OptionError(f"{option} has no meaning for a comparison: leave it out")
 
 
 def make_variants(
@@ -151,21 +227,36 @@ def make_variants(
     """
     variants = [Variant(WITHOUT, "", ((),) * len(experts), {})]
     count = max(map(len, uses), default=0)
-    # by column: one file for each expert, or none
-    columns = [[of_expert[index : index + 1] for of_expert in uses] for index in range(count)]
-    first = [next(found[0] for found in column if found) for column in columns]
-    names = [use.lora.path.stem for use in first]
-    for column, use, name in zip(columns, first, names, strict=True):
-        shown = name if names.count(name) == 1 else f"{use.lora.path.parent.name}/{name}"
-        sha256 = {
-            f"{lora_name(dressing.key_of(expert))}_sha256_0": _hash(found[0].lora.path)
-            for expert, found in zip(experts, column, strict=True)
-            if found
-        }
+    # by column: for each expert one file, or none
+    columns = [[expert_uses[index : index + 1] for expert_uses in uses] for index in range(count)]
+    paths = [_first_path(column) for column in columns]
+    names = [path.stem for path in paths]
+    for column, path in zip(columns, paths, strict=True):
+        heading = path.stem
+        if names.count(heading) > 1:
+            heading = f"{path.parent.name}/{heading}"
+        sha256 = _hashes(experts, column)
         for strength in dict.fromkeys(strengths):
-            of_experts = tuple(tuple(replace(one, multiplier=strength) for one in found) for found in column)
-            variants.append(Variant(shown, f"x {strength:g}", of_experts, sha256))
+            weighted = [
+                tuple(replace(use, multiplier=strength) for use in expert_uses) for expert_uses in column
+            ]
+            variants.append(Variant(heading, f"x {strength:g}", tuple(weighted), sha256))
     return variants
+
+
+def _first_path(column: dressing.LorasByExpert) -> Path:
+    """Return the file of the first expert that has one."""
+    return next(expert_uses[0] for expert_uses in column if expert_uses).lora.path
+
+
+def _hashes(experts: Sequence[Expert], column: dressing.LorasByExpert) -> dict[str, str]:
+    """Return the SHA-256 of a column's files, by the names that metadata give them."""
+    hashes: dict[str, str] = {}
+    for expert, expert_uses in zip(experts, column, strict=True):
+        if expert_uses:
+            name = lora_name(dressing.key_of(expert))
+            hashes[f"{name}_sha256_0"] = _hash(expert_uses[0].lora.path)
+    return hashes
 
 
 def _hash(path: Path) -> str:
@@ -194,55 +285,68 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
     return cell
 
 
-def _files(options: GenerationOptions, cell: GenerationJob) -> tuple[Path, Path]:
-    """Return the paths of the finished clip or picture, and of its latents."""
+def _files(options: GenerationOptions, cell: GenerationJob) -> ClipFiles:
     if cell.prepared.frames > 1:
         suffix = options.output.format.suffix
     else:
         suffix = "_000.png" if options.output.numbers_single else ".png"
     folder = options.output.save_path
-    return folder / f"{cell.stem}{suffix}", folder / f"{cell.stem}{LATENT_SUFFIX}"
+    return ClipFiles(folder / f"{cell.stem}{suffix}", folder / f"{cell.stem}{LATENT_SUFFIX}")
 
 
 def _is_own(options: GenerationOptions, cell: GenerationJob) -> bool:
     """Return whether existing files of this name are of exactly this clip; True if there are none."""
     video, latents = _files(options, cell)
-
-    def about_making(tags: Mapping[str, str]) -> dict[str, str]:
-        ours = {name: text for name, text in tags.items() if name.startswith("bt_") and text}
-        return {name: text for name, text in ours.items() if name != f"bt_{CREATED}"}
-
-    own = about_making(as_tags(cell.metadata or {}))
+    settings = _making_settings(as_tags(cell.metadata or {}))
     try:
-        if video.exists() and about_making(read_tags(video)) != own:
+        if video.exists() and _making_settings(read_tags(video)) != settings:
             return False
-        return not latents.exists() or about_making(load_latents(latents).metadata) == own
+        return not latents.exists() or _making_settings(load_latents(latents).metadata) == settings
     except (UserError, OSError):
         return False  # damaged, or another program's
 
 
-def denoise_cells(run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[Cell]]]) -> None:
+def _making_settings(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata that say how a clip was made, without the time."""
+    return {
+        name: text
+        for name, text in tags.items()
+        if name.startswith("bt_") and text and name != f"bt_{CREATED}"
+    }
+
+
+def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
     """Make the latents of these clips; each is written when it is done."""
-    jobs = {job.label: job for _, cells in columns for job, _ in cells}
-    wanted = [wanted_texts(job.prepared, run.options.guidance) for job in jobs.values()]
-    texts = dict(zip(jobs, run.session.texts(wanted), strict=True))
-    changed = {}
-    for variant, _ in columns:
+    jobs = {cell.prompt.label: cell.prompt for _, cells in columns for cell in cells}
+    texts = _encode_texts(run, jobs, [variant for variant, _ in columns])
+    inputs = making.encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
+    ready: list[tuple[Variant, list[making.Ready]]] = []
+    for variant, cells in columns:
+        variant_texts = texts[variant.label]
+        cells_ready = [making.Ready(clip, variant_texts[job.label], inputs[job.label]) for job, clip in cells]
+        ready.append((variant, cells_ready))
+    all_ready = [cell for _, cells_ready in ready for cell in cells_ready]
+    for _ in making.denoise_all(run, all_ready, Failures(strict=True), networks_with(run, ready)):
+        pass  # read again when they are decoded
+
+
+def _encode_texts(
+    run: GenerationRun, jobs: Mapping[str, GenerationJob], variants: Sequence[Variant]
+) -> dict[str, dict[str, Mapping[int, EncodedPrompts]]]:
+    """Return the texts of each variant by label: the same for all whose LoRAs do not change text encoders.
+
+    Of each variant: the texts of the jobs, by their labels.
+    """
+    prompts = [wanted_texts(job.prepared, run.options.guidance) for job in jobs.values()]
+    plain_texts = dict(zip(jobs, run.session.texts(prompts), strict=True))
+    texts: dict[str, dict[str, Mapping[int, EncodedPrompts]]] = {}
+    for variant in variants:
+        texts[variant.label] = plain_texts
         loras = TextLoras(variant.uses[0])
         if not loras.is_empty:
-            found = run.session.texts_with(loras, wanted)
-            changed[variant.label] = dict(zip(jobs, found, strict=True))
-    inputs = making.encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
-    ready = [
-        (
-            variant,
-            [(cell, changed.get(variant.label, texts)[job.label], inputs[job.label]) for job, cell in cells],
-        )
-        for variant, cells in columns
-    ]
-    whole = [one for _, of_variant in ready for one in of_variant]
-    for _ in making.denoise_all(run, whole, Failures(strict=True), networks_with(run, ready)):
-        pass  # read again when they are decoded
+            encoded = run.session.texts_with(loras, prompts)
+            texts[variant.label] = dict(zip(jobs, encoded, strict=True))
+    return texts
 
 
 def networks_with(
@@ -254,41 +358,57 @@ def networks_with(
     weights are in 8 bits, swapped or compiled, or if there are several experts: copies of the original
     weights would then double the host memory.
     """
-    family, options, dits = run.family, run.options, run.session.dits
-    speed = options.speed
+    speed = run.options.speed
     is_plain = speed.fp8.quantisation is None and not speed.swap.number and speed.compilation.choice is None
-    if not is_plain or len(family.experts) > 1:
-        for variant, ready in columns:
-            loader = dressing.dit_loader(family, variant.uses, dits.device, options)
-            dits.load, dits.load_aside = loader, loader.aside
-            with dits.phase(plan_turns(family, [job.prepared for job, _, _ in ready])) as dit_at:
-                yield ready, dit_at
+    if is_plain and len(run.family.experts) <= 1:
+        yield from _switched_networks(run, columns)
         return
-    of_dit = [on_side(variant.uses[0], False) for variant, _ in columns]
-    originals = OriginalWeights([use for uses in of_dit for use in uses])
-    loader = dressing.dit_loader(family, (), dits.device, options, [originals])
-    dits.load, dits.load_aside = loader, loader.aside
-    requests = [job.prepared for _, ready in columns for job, _, _ in ready]
-    with dits.phase(plan_turns(family, requests)) as dit_at:
-        for (_, ready), uses in zip(columns, of_dit, strict=True):
+    for variant, ready in columns:
+        with _dits_with(run, ready, variant.uses) as dit_at:
+            yield ready, dit_at
+
+
+def _switched_networks(
+    run: GenerationRun, columns: Sequence[tuple[Variant, Sequence[making.Ready]]]
+) -> making.Networks:
+    """Yield the clips of each column with one network, whose weights are changed for each."""
+    dit_uses = [on_side(variant.uses[0], False) for variant, _ in columns]
+    originals = OriginalWeights([use for uses in dit_uses for use in uses])
+    all_ready = [cell for _, ready in columns for cell in ready]
+    with _dits_with(run, all_ready, (), [originals]) as dit_at:
+        for (_, ready), uses in zip(columns, dit_uses, strict=True):
             originals.switch(dit_at(FIRST_TIMESTEP), uses)
             yield ready, dit_at
 
 
+def _dits_with(
+    run: GenerationRun,
+    ready: Sequence[making.Ready],
+    uses: dressing.LorasByExpert,
+    originals: Sequence[OriginalWeights] | None = None,
+) -> AbstractContextManager[DitAt]:
+    """Begin the phase of denoising these clips with networks that have these LoRAs."""
+    dits = run.session.dits
+    loader = dressing.dit_loader(run.family, uses, dits.device, run.options, originals=originals)
+    dits.load = loader
+    dits.load_aside = loader.aside
+    return dits.phase(plan_turns(run.family, [cell.job.prepared for cell in ready]))
+
+
 def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str, Path]:
     """Turn latents into clips; latent files stay only if --output_type asks for them. Return all by label."""
-    paths = {cell.label: _files(run.options, cell) for cell in cells}
+    files = {cell.label: _files(run.options, cell) for cell in cells}
 
     def read_latents(cell: GenerationJob, path: Path) -> GenerationJob:
-        saved, preview = load_latents(path), path.with_name(f"{cell.stem}{PREVIEW_SUFFIX}")
-        cell = replace(cell, latent_path=path, preview=preview)
-        return replace(cell, latents=saved.latents, sound=saved.sound)
+        saved = load_latents(path)
+        preview = path.with_name(f"{cell.stem}{PREVIEW_SUFFIX}")
+        return replace(cell, latent_path=path, preview=preview, latents=saved.latents, sound=saved.sound)
 
-    missing = [cell for cell in cells if not paths[cell.label][0].exists()]
+    missing = [cell for cell in cells if not files[cell.label].video.exists()]
     if missing:
-        done = (read_latents(cell, paths[cell.label][1]) for cell in missing)
-        making.decode_all(run, done, Failures(strict=True), are_named=False)
-    return {label: video for label, (video, _) in paths.items()}
+        denoised = (read_latents(cell, files[cell.label].latents) for cell in missing)
+        making.decode_all(run, denoised, Failures(strict=True), are_named=False)
+    return {label: paths.video for label, paths in files.items()}
 
 
 def write_grid(
@@ -299,28 +419,40 @@ def write_grid(
     Columns are files, rows are prompts at each strength; the clip without LoRA stands in each of them. paths:
     of the clips, by their labels.
     """
-    without, *others = variants
-    strengths = tuple(dict.fromkeys(variant.strength for variant in others)) or ("",)
+    without_lora = variants[0]
+    with_lora = variants[1:]
+    strengths = tuple(dict.fromkeys(variant.strength for variant in with_lora)) or ("",)
     columns = tuple(dict.fromkeys(variant.column for variant in variants))
-    of_place = {(variant.column, variant.strength): variant for variant in others}
-    rows = []
+    by_place = {(variant.column, variant.strength): variant for variant in with_lora}
+    rows: list[Row] = []
     for job, strength in product(jobs, strengths):
-        in_row = [of_place.get((column, strength), without) for column in columns]
-        rows.append(
-            Row(
-                job.prepared.asked.prompt,
-                job.prepared.fps,
-                tuple(paths[f"{job.label}, {variant.label}"] for variant in in_row),
-                f"{job.label}, seed {job.prepared.seed}, {count_of(job.prepared.num_steps, 'step')}",
-                strength,
-                tuple(_command(run.family.experts, variant) for variant in in_row),
-            )
-        )
+        row_variants = [by_place.get((column, strength), without_lora) for column in columns]
+        rows.append(_make_row(run.family.experts, job, strength, variants=row_variants, paths=paths))
     # the trainings that saved the files: x for x-000010 and x-step00000020
     trainings = dict.fromkeys(re.sub(r"-(step)?\d+$", "", name) for name in columns[1:])
     title = in_short(jobs[0].prepared.asked.prompt) if len(jobs) == 1 else ", ".join(trainings)
-    with own_stem(run.options.output.save_path, f"compare_{datetime.now():%Y%m%d-%H%M%S}") as stem:
-        return write_grids(run.options.output.save_path, stem, ClipGrid(columns, tuple(rows)), title)
+    folder = run.options.output.save_path
+    with own_stem(folder, f"compare_{datetime.now():%Y%m%d-%H%M%S}") as stem:
+        return write_grids(folder, stem, ClipGrid(columns, tuple(rows)), title)
+
+
+def _make_row(
+    experts: Sequence[Expert],
+    job: GenerationJob,
+    strength: str,
+    variants: Sequence[Variant],
+    paths: Mapping[str, Path],
+) -> Row:
+    """Return the row of a prompt at a strength. variants: one for each column."""
+    steps = count_of(job.prepared.num_steps, "step")
+    return Row(
+        prompt=job.prepared.asked.prompt,
+        fps=job.prepared.fps,
+        paths=tuple(paths[f"{job.label}, {variant.label}"] for variant in variants),
+        facts=f"{job.label}, seed {job.prepared.seed}, {steps}",
+        strength=strength,
+        commands=tuple(_command(experts, variant) for variant in variants),
+    )
 
 
 def _command(experts: Sequence[Expert], variant: Variant) -> str:

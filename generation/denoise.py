@@ -18,7 +18,6 @@ from modules.contract.family import Family, NoiseSource, Passes
 from modules.contract.requests import Prepared
 from modules.devices import dtype_of, send, send_ahead
 from modules.flow.solvers import Solver, solver_for
-from modules.installation import import_own
 from modules.seeds import derive_seed
 
 
@@ -75,12 +74,18 @@ def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
     latents: B C F H W, or B N of a picture and its sound. The given parts also have velocity 0, so they are
     unchanged in predicted clean videos, and do not count in guidance that measures whole velocities.
     """
-    given, joint = section.given, section.tweaks.joint
-    if joint is not None:
-        picture, sound = joint.split(latents)
-        picture = picture if given is None else torch.cat([given, picture[:, :, given.shape[2] :]], dim=2)
-        return joint.join(picture, sound if section.given_sound is None else section.given_sound)
-    return latents if given is None else torch.cat([given, latents[:, :, given.shape[2] :]], dim=2)
+    joint = section.tweaks.joint
+    if joint is None:
+        return _put_first_frames(latents, section.given)
+    picture, sound = joint.split(latents)
+    picture = _put_first_frames(picture, section.given)
+    return joint.join(picture, sound if section.given_sound is None else section.given_sound)
+
+
+def _put_first_frames(latents: Tensor, frames: Tensor | None) -> Tensor:
+    if frames is None:
+        return latents
+    return torch.cat([frames, latents[:, :, frames.shape[2] :]], dim=2)
 
 
 def predictor(
@@ -89,46 +94,51 @@ def predictor(
     step: steps.Step,
     split: bool,
     all_passes: steps.Tweaks = steps.NO_TWEAKS,
-    held: tuple[bool, bool] = (False, False),
+    clean_streams: tuple[bool, bool] = (False, False),
 ) -> steps.Predict:
     """Make the function `predict(*conditions, tweaks=...)` of one step; it returns a velocity for each
     condition.
 
-    all_passes: tweaks of every pass; those of the call are added. held: `Section.held`; a picture or sound
-    that is wholly given has timestep 0.
+    all_passes: tweaks of every pass; those of the call are added. clean_streams: `Section.held`; a picture or
+    sound that is wholly given has timestep 0.
     """
-    dit, noisy = dit_at(step.timestep), step.noisy
+    dit = dit_at(step.timestep)
+    noisy = step.noisy
 
     def predict(*conditions: Conditions, tweaks: steps.Tweaks = steps.NO_TWEAKS) -> tuple[Tensor, ...]:
-        # a batch needs the same names and shapes; lists may differ in length per sample
-        outlines = [
-            {name: isinstance(value, list) or tuple(value.shape[1:]) for name, value in one.items()}
-            for one in conditions
-        ]
-        can_stack = not split and all(one == outlines[0] for one in outlines)
-        groups = [list(conditions)] if can_stack else [[one] for one in conditions]
+        can_stack = not split and _are_alike(conditions)
+        groups = [list(conditions)] if can_stack else [[condition] for condition in conditions]
         velocities: list[Tensor] = []
         for group in groups:
             rows = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
             timesteps = torch.full((len(rows),), step.timestep, device=noisy.device)
-            if any(held):
-                timesteps = torch.stack([timesteps * (not is_clean) for is_clean in held], dim=1)
+            if any(clean_streams):
+                timesteps = torch.stack([timesteps * (not is_clean) for is_clean in clean_streams], dim=1)
             # conditions and tweaks are the same objects at all steps of a section
             which = (*map(id, group), id(tweaks))
             turn = steps.Turn(step.index, step.num_steps, step.timestep, which)
-            told = replace(tweaks.within(all_passes), turn=turn)
+            group_tweaks = replace(tweaks.within(all_passes), turn=turn)
             batch = stack(group) if len(group) > 1 else group[0]
-            velocities += family.predict(dit, rows, timesteps, batch, told).chunk(len(group))
+            velocities += family.predict(dit, rows, timesteps, batch, group_tweaks).chunk(len(group))
         return tuple(velocities)
 
     return predict
+
+
+def _are_alike(conditions: Sequence[Conditions]) -> bool:
+    """Return whether conditions can be a batch: names and shapes are equal, lists may differ in length."""
+    outlines = [
+        {name: isinstance(value, list) or tuple(value.shape[1:]) for name, value in condition.items()}
+        for condition in conditions
+    ]
+    return all(outline == outlines[0] for outline in outlines)
 
 
 def stack(conditions: Sequence[Conditions]) -> Conditions:
     """Stack the conditions of several passes to one batch."""
     stacked: dict[str, Tensor | list[Tensor]] = {}
     for name in conditions[0]:
-        values = [one[name] for one in conditions]
+        values = [condition[name] for condition in conditions]
         tensors = [value for value in values if isinstance(value, Tensor)]
         stacked[name] = torch.cat(tensors) if tensors else [item for value in values for item in value]
     return stacked
@@ -178,45 +188,62 @@ def make_latents(
     """
     on_cpu = cpu_noise or family.defaults.noise_on_cpu
     noise = SeededNoise(prepared.seed, device, on_cpu)
-    extra = None
+    extra_noise = None
     if prepared.asked.source is not None and prepared.asked.source.extra_noise:
         # a stream of its own: however much of it is added, all other noise of a seed stays the same
-        extra = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
-    sections = sections_of(family, prepared, prompts, inputs, noise)
+        extra_noise = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
+    sections = sections_of(family, prepared, prompts=prompts, inputs=inputs, noise=noise)
     caches = None
     if prepared.asked.step_cache is not None:
-        caches = import_own("blissful_tuner.step_cache").StepCaches(prepared, family.dit)
+        from blissful_tuner.step_cache import StepCaches  # only with a step cache
+
+        caches = StepCaches(prepared, family.dit)
     try:
         section = next(sections)
         while True:
             if on_section is not None:
                 on_section(section)
             section = on_device(replace(section, made=None), device)
-            now = prepared.stages[section.stage] if prepared.stages else prepared
+            stage = prepared.stages[section.stage] if prepared.stages else prepared
             # what a solver draws continues the generator that the section's start came from
             solver = solver_for(
-                *(now.solver, now.steps, now.flow_shift, family.noise.table),
-                *(noise.draw, now.levels),
+                stage.solver,
+                stage.steps,
+                stage.flow_shift,
+                family.noise.table,
+                draw=noise.draw,
+                levels=stage.levels,
             )
-            guidance = make_guidance(
-                now, PLAIN_GUIDANCE if section.stage else guidance_options, family.experts, run
-            )
-            begun, first, source = section.noise, 0, prepared.asked.source
+            stage_guidance = PLAIN_GUIDANCE if section.stage else guidance_options
+            guidance = make_guidance(stage, stage_guidance, family.experts, run)
+            first_step = 0
+            start = section.noise
+            source = prepared.asked.source
             if section.source is not None and source is not None:
-                first = prepared.first_step
-                begun = noisy_source(section.source, section.noise, solver.schedule, first)
-                if extra is not None:
-                    begun = begun + source.extra_noise * extra.draw(begun.shape)
+                first_step = prepared.first_step
+                start = noisy_source(section.source, section.noise, solver.schedule, first_step)
+                if extra_noise is not None:
+                    start = start + source.extra_noise * extra_noise.draw(start.shape)
             with ExitStack() as stack:
-                if now.added:
+                if stage.added:
                     dit = dit_at(float(solver.schedule.timesteps[0]))
-                    for loras, strength in zip(vars(dit)["stage_loras"], now.added, strict=True):
+                    for loras, strength in zip(vars(dit)["stage_loras"], stage.added, strict=True):
                         if strength:
                             stack.enter_context(loras.switched_on(device, dtype_of(dit), strength))
                 cached_at = dit_at
                 if caches is not None and not section.stage:
                     cached_at = stack.enter_context(caches.section(dit_at))
-                latents = denoise(family, cached_at, section, begun, solver, guidance, watchers, split, first)
+                latents = denoise(
+                    family,
+                    cached_at,
+                    section,
+                    latents=start,
+                    solver=solver,
+                    guidance=guidance,
+                    watchers=watchers,
+                    split=split,
+                    first_step=first_step,
+                )
             section = sections.send(latents)
     except StopIteration as end:
         if caches is not None:
@@ -238,14 +265,14 @@ def sections_of(
     source = conditions.pop(SOURCE, None)
     if source is not None:
         inputs = {**inputs, 0: conditions}
-    told = steps.NO_TWEAKS
+    request_tweaks = steps.NO_TWEAKS
     if prepared.slow_frames is not None or prepared.joint is not None:
-        told = steps.Tweaks(slow_frames=prepared.slow_frames, joint=prepared.joint)
+        request_tweaks = steps.Tweaks(slow_frames=prepared.slow_frames, joint=prepared.joint)
     sections = family.sections(prepared, prompts, inputs, noise)
     try:
         section = next(sections)
         while True:
-            section = replace(section, tweaks=section.tweaks.within(told))
+            section = replace(section, tweaks=section.tweaks.within(request_tweaks))
             if isinstance(source, Tensor):
                 # behind the end of the video (the frame of an end image) it starts from the last frame
                 part = fit_frames(source[:, :, section.place :], section.noise.shape[2], "end")
@@ -261,12 +288,14 @@ def on_device(section: steps.Section, device: torch.device) -> steps.Section:
     Conditions that are one object stay one object.
     """
     positive = conditions_to(section.positive, device)
-    there = {id(section.positive): positive}
+    moved_by_id = {id(section.positive): positive}
 
     def moved(conditions: Conditions | None) -> Conditions | None:
-        if conditions is not None and id(conditions) not in there:
-            there[id(conditions)] = conditions_to(conditions, device)
-        return None if conditions is None else there[id(conditions)]
+        if conditions is None:
+            return None
+        if id(conditions) not in moved_by_id:
+            moved_by_id[id(conditions)] = conditions_to(conditions, device)
+        return moved_by_id[id(conditions)]
 
     return replace(
         section,

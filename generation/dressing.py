@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -23,7 +23,6 @@ from modules.devices import dtype_of, own_stream, warn_if_emulated
 from modules.dressing import dress, share_tokens, shared_blocks, swapped_weights
 from modules.errors import OptionError
 from modules.families import HIGH_NOISE
-from modules.installation import import_own
 from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
 from modules.options import override_options
@@ -68,12 +67,10 @@ class DitLoader:
         self, expert: int, place: HostWeights | None = None, check: Check | None = None
     ) -> nn.Module:
         """Load an expert to the device, or as `aside` does. Raises OptionError."""
-        family, speed = self.family, self.options.speed
+        family = self.family
+        speed = self.options.speed
         uses = self.uses[expert] if self.uses else ()
-        merged: LoraPatch | None = None
-        if uses and not self.originals:
-            of_dit = import_own("networks.loading").on_side(uses, False)
-            merged = import_own("networks.apply").LoraPatch(of_dit)
+        merged = self._make_patch(uses)
         patch = self.originals[expert] if self.originals else merged
         host = place or swapped_weights(family.dit, speed.swap, self.device)
         shares = shared_blocks(speed.sharding, self.device)
@@ -92,15 +89,27 @@ class DitLoader:
         if patch is not None:
             patch.check()
         if merged is not None and merged.beside:
-            import_own("networks.beside").add_beside(dit, merged.beside, self.device, dtype_of(dit))
+            from networks.beside import add_beside  # only with LoRAs of quantised layers
+
+            add_beside(dit, merged.beside, self.device, dtype_of(dit))
         dit.eval().requires_grad_(False)
         if "stage_files" in vars(dit):
-            is_compiled = speed.compilation.choice is not None
-            import_own("networks.added").add_stage_loras(dit, is_compiled)
-        dress(dit, family.dit, self.device, speed.compilation.choice, host, shares=shares)
+            from networks.added import add_stage_loras  # only with LoRAs of stages
+
+            add_stage_loras(dit, is_compiled=speed.compilation.choice is not None)
+        dress(dit, family.dit, self.device, compilation=speed.compilation.choice, host=host, shares=shares)
         if speed.sharding.context_parallel > 1:
             share_tokens(dit, speed.sharding, self.device)
         return dit
+
+    def _make_patch(self, uses: "Sequence[LoraUse]") -> "LoraPatch | None":
+        """Return the patch that merges LoRAs while weights are loaded, unless the originals are noted."""
+        if not uses or self.originals:
+            return None
+        from networks.apply import LoraPatch  # only with LoRAs
+        from networks.loading import on_side
+
+        return LoraPatch(on_side(uses, False))
 
 
 def dit_loader(
@@ -114,9 +123,10 @@ def dit_loader(
 
     uses: by expert; empty: none has LoRAs. originals: by expert. Raises OptionError.
     """
-    asked = options.speed.fp8.quantisation
-    quantisation = None if asked is None else prepare(asked, device)
-    return DitLoader(family, uses, device, options, quantisation, originals)
+    quantisation = options.speed.fp8.quantisation
+    if quantisation is not None:
+        quantisation = prepare(quantisation, device)
+    return DitLoader(family, uses, device, options=options, quantisation=quantisation, originals=originals)
 
 
 logger = logging.getLogger(__name__)
@@ -148,27 +158,53 @@ def expert_loras(
     the files of --lora_weight, then of --lora_weight_high_noise. Raises OptionError if LoRAs are given for an
     expert that is not given, and as `read_lora`.
     """
-    by_option = loras_of(options)
-    files, patterns = [*chain(*by_option.values())], options.lora_patterns
+    files_by_key = loras_of(options)
+    files = [*chain(*files_by_key.values())]
+    patterns = options.lora_patterns
     if not (files or patterns.include_patterns or patterns.exclude_patterns):
         return ((),) * len(experts)
-    read = iter(import_own("networks.loading").lora_uses(files, patterns, with_texts))
-    given = {key: [*islice(read, len(loras))] for key, loras in by_option.items()}
+    from networks.loading import lora_uses  # only with LoRAs
+
+    uses = iter(lora_uses(files, patterns, with_texts))
+    uses_by_key = {key: list(islice(uses, len(loras))) for key, loras in files_by_key.items()}
     keys = [key_of(expert) for expert in experts]
-    for key, uses in given.items():
-        whole = [use for use in uses if not use.lora.parts]
-        if key not in keys and (whole or (key and uses)):
+    _check_experts(uses_by_key, keys)
+    _warn_of_missing_experts(uses_by_key, keys)
+    expert_uses = []
+    for expert, key in zip(experts, keys, strict=True):
+        paths = {use.lora.path for use in uses_by_key[key]}
+        # files with a LoRA for each expert that the other expert's option names
+        shared = [
+            use
+            for other_key, other_uses in uses_by_key.items()
+            for use in other_uses
+            if other_key != key and use.lora.parts and use.lora.path not in paths
+        ]
+        expert_uses.append(tuple(use.for_expert(expert.name) for use in (*uses_by_key[key], *shared)))
+    return tuple(expert_uses)
+
+
+def _check_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequence[str]) -> None:
+    """Raise OptionError if LoRAs are given for an expert that is not given. keys: of the experts."""
+    for key, uses in uses_by_key.items():
+        has_single = any(not use.lora.parts for use in uses)
+        if key not in keys and (has_single or (key and uses)):
             dit = f"--dit_{key}" if key else "--dit"
-            instead = (
-                f"use {LORA_OPTIONS[keys[0]]}, or add {dit}" if keys[0] else "add it, or leave the option out"
-            )
-            raise OptionError(f"{LORA_OPTIONS[key]} is for {dit}, which is not given: {instead}")
-    for key, uses in given.items():
-        for use in uses:  # trained in all experts, and given to some of them only
+            remedy = "add it, or leave the option out"
+            if keys[0]:
+                remedy = f"use {LORA_OPTIONS[keys[0]]}, or add {dit}"
+            raise OptionError(f"{LORA_OPTIONS[key]} is for {dit}, which is not given: {remedy}")
+
+
+def _warn_of_missing_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequence[str]) -> None:
+    """Warn of LoRAs that were trained in all experts and are given to some of them only."""
+    paths = {key: {use.lora.path for use in uses} for key, uses in uses_by_key.items()}
+    for key, uses in uses_by_key.items():
+        for use in uses:
             missing = [
-                LORA_OPTIONS[other]
-                for other in keys
-                if other != key and use.lora.path not in {one.lora.path for one in given[other]}
+                LORA_OPTIONS[expert_key]
+                for expert_key in keys
+                if expert_key != key and use.lora.path not in paths[expert_key]
             ]
             if missing and use.lora.expert == FOR_BOTH:
                 logger.warning(
@@ -176,13 +212,6 @@ def expert_loras(
                     use.lora.path,
                     " and ".join(missing),
                 )
-    found = []
-    for expert, key in zip(experts, keys, strict=True):
-        paths = {use.lora.path for use in given[key]}
-        others = [use for other, uses in given.items() if other != key for use in uses]
-        shared = [use for use in others if use.lora.parts and use.lora.path not in paths]
-        found.append(tuple(use.for_expert(expert.name) for use in (*given[key], *shared)))
-    return tuple(found)
 
 
 # --- what of --optimized is available
@@ -197,40 +226,19 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
 
     Options given by name stay: if unavailable, they are an error later.
     """
-    files = family.dit_files  # a missing file is an error of its own
-
-    def check_attention(speed: GenerationSpeedOptions) -> None:
-        placement = Placement(device, attention=speed.attention.choice)
-        check_backend(placement.attention, device, lambda: family.compute_dtype(placement), training=False)
-
-    # each raises OptionError
-    checks: dict[str, Callable[[GenerationSpeedOptions], object]] = {
-        "attn_mode": check_attention,
-        "compile": lambda speed: import_own("modules.compile").check_compilation(
-            speed.compilation.choice, device
-        ),
-        "fp8_scaled": lambda _: _check_rounding(files, device),
-        "fp8_fast": lambda speed: speed.fp8.quantisation and prepare(speed.fp8.quantisation, device),
-        "fp16_accumulation": lambda _: _check_fp16_sums(device),
-    }
-    speed, left_out = options.speed, []
-    for name in (name for name in checks if name in options.speed.by_preset):
+    checks = _checks_of_preset(family, device)
+    speed = options.speed
+    left_out: list[str] = []
+    for name in checks:
+        if name not in options.speed.by_preset:
+            continue
         try:
             checks[name](speed)
         except OptionError as error:
             logger.warning("--optimized goes without --%s here. %s", name, error)
             speed = _without(speed, name)
             left_out.append(name)
-    values = dict.fromkeys(options.speed.by_preset, True) | dict(options.settings)
-    used = [as_typed(values, name) for name in options.speed.by_preset if name not in left_out]
-    parts = [f"--optimized sets {' '.join(used) or 'nothing'}"]
-    if left_out:
-        names = ", ".join(as_typed(values, name) for name in left_out)
-        parts.append(f"left out, as the warnings above say why: {names}")
-    if options.speed.not_by_preset:
-        names = ", ".join(f"--{name}" for name in options.speed.not_by_preset)
-        parts.append(f"left to what you gave: {names}")
-    logger.info("%s", "; ".join(parts))
+    _log_preset(options, left_out)
     if not left_out:
         return options
     settings: dict[str, Any] = {
@@ -241,11 +249,50 @@ def leave_out_missing(family: Family, options: GenerationOptions, device: torch.
     return replace(options, speed=speed, settings=settings)
 
 
+def _checks_of_preset(
+    family: Family, device: torch.device
+) -> dict[str, Callable[[GenerationSpeedOptions], object]]:
+    """Return a check for each option of --optimized; it raises OptionError if the option is unavailable."""
+    files = family.dit_files  # a missing file is an error of its own
+
+    def check_attention(speed: GenerationSpeedOptions) -> None:
+        placement = Placement(device, attention=speed.attention.choice)
+        check_backend(placement.attention, device, lambda: family.compute_dtype(placement), training=False)
+
+    def check_compile(speed: GenerationSpeedOptions) -> None:
+        from modules.compile import check_compilation  # only with --compile
+
+        check_compilation(speed.compilation.choice, device)
+
+    return {
+        "attn_mode": check_attention,
+        "compile": check_compile,
+        "fp8_scaled": lambda _: _check_rounding(files, device),
+        "fp8_fast": lambda speed: speed.fp8.quantisation and prepare(speed.fp8.quantisation, device),
+        "fp16_accumulation": lambda _: _check_fp16_sums(device),
+    }
+
+
+def _log_preset(options: GenerationOptions, left_out: Sequence[str]) -> None:
+    """Log what --optimized sets, what is unavailable here, and what the user gave instead."""
+    speed = options.speed
+    values = dict.fromkeys(speed.by_preset, True) | dict(options.settings)
+    used = [as_typed(values, name) for name in speed.by_preset if name not in left_out]
+    parts = [f"--optimized sets {' '.join(used) or 'nothing'}"]
+    if left_out:
+        names = ", ".join(as_typed(values, name) for name in left_out)
+        parts.append(f"left out, as the warnings above say why: {names}")
+    if speed.not_by_preset:
+        names = ", ".join(f"--{name}" for name in speed.not_by_preset)
+        parts.append(f"left to what you gave: {names}")
+    logger.info("%s", "; ".join(parts))
+
+
 def _without(speed: GenerationSpeedOptions, name: str) -> GenerationSpeedOptions:
     changes: dict[str, Any] = {name: "torch" if name == "attn_mode" else False}
     if name == "fp8_scaled":  # a file in fp8 stays as it is
         changes["fp8"] = True
-    by_preset = tuple(one for one in speed.by_preset if one != name)
+    by_preset = tuple(option for option in speed.by_preset if option != name)
     return override_options(replace(speed, by_preset=by_preset), changes)
 
 

@@ -55,20 +55,20 @@ class ExpertTurns:
         """
         if self.lazy:
             return swapped
-        held: dict[int, int] = {}
-        most = 0
+        host_bytes: dict[int, int] = {}  # by expert
+        peak = 0
         for place, expert in enumerate(self.order):
             later = self.order[place + 1 :]
-            held.setdefault(expert, swapped)
+            host_bytes.setdefault(expert, swapped)
             if later:
-                held.setdefault(later[0], weights)  # read ahead while this one works
-            most = max(most, sum(held.values()))
+                host_bytes.setdefault(later[0], weights)  # read ahead while this one works
+            peak = max(peak, sum(host_bytes.values()))
             if self.keep or expert in later:
-                held[expert] = weights  # it waits for its next turn
+                host_bytes[expert] = weights  # it waits for its next turn
             else:
-                del held[expert]
-            most = max(most, sum(held.values()))
-        return most
+                del host_bytes[expert]
+            peak = max(peak, sum(host_bytes.values()))
+        return peak
 
     def parts(self, weights: int, swap: Swapped) -> tuple[MemoryPart, ...]:
         """Return the line of a plan for idle experts; () if only one expert works.
@@ -111,15 +111,12 @@ ALONE = ExpertTurns()  # of a model with one transformer
 
 def turns_of(family: Family, options: GenerationOptions, requests: Sequence[Prepared]) -> ExpertTurns:
     """Return the order of experts if these requests are made one after the other, each --num_videos times."""
-    given = options.experts
-    together = sharing_processes(options.speed) > 1
-    order = tuple(plan_turns(family, [*requests] * options.num_videos))
     return ExpertTurns(
-        order,
+        tuple(plan_turns(family, [*requests] * options.num_videos)),
         keep=options.interactive,
-        never_beside=given.offload_inactive_dit,
-        lazy=given.lazy_loading,
-        together=together,
+        never_beside=options.experts.offload_inactive_dit,
+        lazy=options.experts.lazy_loading,
+        together=sharing_processes(options.speed) > 1,
         in_fp8=options.speed.fp8.quantisation is not None,
     )
 
@@ -129,12 +126,13 @@ def all_requests(family: Family, options: GenerationOptions) -> list[Prepared]:
 
     Invalid lines are skipped if at least one line is valid; their errors are reported when their turn comes.
     """
-    requests, errors = [], []
+    requests: list[Prepared] = []
+    errors: list[UserError] = []
     for line in lines_of(options.from_file).values():
         try:
             with quiet():
-                says = parse_generation_line(line, options.line_options) if line else {}
-                for _, values in cells_of(options.axes, says):
+                line_values = parse_generation_line(line, options.line_options) if line else {}
+                for _, values in cells_of(options.axes, line_values):
                     requests.append(prepare_line(family, options, values))
         except UserError as error:
             errors.append(error)
@@ -155,12 +153,11 @@ def largest_of(family: Family, requests: Sequence[Prepared]) -> list[Prepared]:
         paths = () if family.references is None else prepared.asked.control_images
         pixels = sum(prod(image_size(path)) for path in paths)  # before they are resized
         sizes[prepared.width * prepared.height, prepared.frames, pixels] = prepared
-    largest = [
-        size
-        for size in sizes
-        if not any(other != size and min(map(sub, other, size)) >= 0 for other in sizes)
-    ]
-    return [sizes[size] for size in largest]
+
+    def is_exceeded(size: tuple[int, int, int]) -> bool:
+        return any(larger != size and min(map(sub, larger, size)) >= 0 for larger in sizes)
+
+    return [prepared for size, prepared in sizes.items() if not is_exceeded(size)]
 
 
 def load_with_loras(

@@ -62,11 +62,11 @@ class ReadingAhead:
     """An expert that is being read by a thread."""
 
     expert: int
-    made: Future[tuple[nn.Module, WaitingNetwork]]
+    reading: Future[tuple[nn.Module, WaitingNetwork]]
     stop: threading.Event  # set when nobody wants it any more
 
     def join(self) -> None:
-        while wait([self.made], PAUSE).not_done:
+        while wait([self.reading], PAUSE).not_done:
             pass
 
 
@@ -79,7 +79,7 @@ def experts_by_step(family: Family, prepared: Prepared) -> list[int]:
 def plan_turns(family: Family, requests: Sequence[Prepared]) -> list[int]:
     if len(family.experts) == 1:
         return [0] if requests else []
-    steps = chain.from_iterable(experts_by_step(family, one) for one in requests)
+    steps = chain.from_iterable(experts_by_step(family, request) for request in requests)
     return [expert for expert, _ in groupby(steps)]
 
 
@@ -106,7 +106,7 @@ class DitTurns:
     _ahead: ReadingAhead | None = None
     _plan: Sequence[int] = ()  # who works when, as far as it is known
     _place: int = 0  # in the plan
-    _told: set[int] = field(default_factory=set)  # experts logged as not read ahead
+    _logged: set[int] = field(default_factory=set)  # experts logged as not read ahead
 
     @contextmanager
     def phase(self, plan: Sequence[int] = ()) -> Iterator[Callable[[float], nn.Module]]:
@@ -115,7 +115,8 @@ class DitTurns:
         plan: from `plan_turns`; its first expert is loaded at once. Empty: the order is not known; a video
         begins with noise, and any expert may be needed again.
         """
-        self._plan, self._place = plan, 0
+        self._plan = plan
+        self._place = 0
         free_memory(self.device)  # of networks that callers of the phase before held until they returned
         try:
             self._bring(plan[0] if plan else noisiest(self.experts))
@@ -170,7 +171,9 @@ class DitTurns:
 
     def free(self) -> None:
         """Free all networks. Call it between phases."""
-        self._dits, self._copies, self._working = {}, {}, set()
+        self._dits = {}
+        self._copies = {}
+        self._working = set()
 
     def _bring(self, expert: int) -> nn.Module:
         """Put an expert on the device, and begin to read the next one.
@@ -182,9 +185,9 @@ class DitTurns:
         if expert not in self._working:
             if self._ahead is not None:
                 self._take_ahead(expert, self._ahead)
-            for other in [*self._working]:
-                if not self._may_stay(other, expert):
-                    self._put_away(other)
+            for working in [*self._working]:
+                if not self._may_stay(working, expert):
+                    self._put_away(working)
             if expert not in self._dits:
                 self._dits[expert] = self.load(expert).eval().requires_grad_(False)
                 self._working.add(expert)
@@ -221,8 +224,10 @@ class DitTurns:
         if self.lazy or not comes_again:
             self._free(expert)
             return
-        dit, copy = self._dits[expert], self._copies.get(expert)
-        weights, room = bytes_on(dit, self.device), self.host_room()
+        dit = self._dits[expert]
+        copy = self._copies.get(expert)
+        weights = bytes_on(dit, self.device)
+        room = self.host_room()
         if copy is not None:
             copy.leave()
         elif self.device.type == "cpu" or (room is not None and weights > room):
@@ -247,24 +252,14 @@ class DitTurns:
     def _look_ahead(self, present: int) -> None:
         """Begin to read the expert that comes next into host memory, if the host has room."""
         coming = next((expert for expert in self._plan[self._place :] if expert != present), None)
-        if coming is None or coming in self._dits or self._ahead is not None:
+        if coming is None or coming in self._dits or self._ahead is not None or self.load_aside is None:
             return
-        load, words, reason = self.load_aside, self.experts[coming].words, ""
-        if load is None:
-            return
-        if self.lazy:
-            reason = ", as --lazy_loading asks"
-        elif self.device.type not in {"cpu", "cuda"}:  # a thread must not compute on others
-            reason = f": {self.device.type} cannot prepare it beside its work"
-        else:  # it is as large as the present one
-            dit, room = self._dits[present], self.host_room()
-            needed = sum(each.nbytes for each in chain(dit.parameters(), dit.buffers()))
-            if room is not None and needed > room:
-                reason = f": the host has {gib(room)} GiB free, it takes {gib(needed)} GiB"
+        words = self.experts[coming].words
+        reason = self._why_not_ahead(present)
         if reason:
-            if coming not in self._told:
+            if coming not in self._logged:
                 logger.info("The %s is loaded when its steps begin%s", words, reason)
-                self._told.add(coming)
+                self._logged.add(coming)
             return
         logger.info("The %s is read into host memory while the %s works", words, self.experts[present].words)
         stop = threading.Event()
@@ -273,10 +268,24 @@ class DitTurns:
             if stop.is_set():
                 raise ReadingStopped
 
+        load = torch.no_grad()(self.load_aside)  # gradients are a setting of each thread
         pool = ThreadPoolExecutor(1, "loading ahead")  # its GPU work needs a stream of its own
-        made = pool.submit(torch.no_grad()(load), coming, check)  # gradients are a setting of each thread
+        reading = pool.submit(load, coming, check)
         pool.shutdown(wait=False)  # once it is made
-        self._ahead = ReadingAhead(coming, made, stop)
+        self._ahead = ReadingAhead(coming, reading, stop)
+
+    def _why_not_ahead(self, present: int) -> str:
+        """Return why the next expert is not read while this one works; "" if it can be."""
+        if self.lazy:
+            return ", as --lazy_loading asks"
+        if self.device.type not in {"cpu", "cuda"}:  # a thread must not compute on others
+            return f": {self.device.type} cannot prepare it beside its work"
+        dit = self._dits[present]  # the next one is as large
+        room = self.host_room()
+        needed = sum(tensor.nbytes for tensor in chain(dit.parameters(), dit.buffers()))
+        if room is not None and needed > room:
+            return f": the host has {gib(room)} GiB free, it takes {gib(needed)} GiB"
+        return ""
 
     def _take_ahead(self, expert: int, ahead: ReadingAhead) -> None:
         """Take over an expert that was read ahead; raise the error of its reading.
@@ -286,12 +295,12 @@ class DitTurns:
         if ahead.expert != expert:
             self._end_ahead(ahead)
             return
-        if not ahead.made.done():
+        if not ahead.reading.done():
             logger.info("Waiting for the %s, which is still being read", self.experts[expert].words)
         ahead.join()  # if Ctrl-C comes meanwhile, it is still there to be ended
         self._ahead = None  # if it has failed, the next video tries anew
         try:
-            dit, copy = ahead.made.result()
+            dit, copy = ahead.reading.result()
         except (torch.OutOfMemoryError, MemoryError):
             logger.info(
                 "There was no memory to read the %s ahead: it is loaded now", self.experts[expert].words

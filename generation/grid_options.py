@@ -35,6 +35,10 @@ class Axis:
     texts: tuple[str, ...]
     values: tuple[Value, ...]
 
+    def describe(self, index: int) -> str:
+        """Return a label of one value: `guidance_scale = 3`."""
+        return f"{self.name} = {self.texts[index]}"
+
 
 class SheetOptions(Options, title="comparison sheet"):
     """Content of a comparison sheet. None: none is asked for."""
@@ -86,7 +90,7 @@ def split_values(text: str) -> list[str]:
 
 
 def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
-    name, sign, rest = text.partition("=")
+    name, sign, values_text = text.partition("=")
     name = name.strip().lstrip("-")
     if not sign:
         raise OptionError(f"--sheet {text}: no values are given. Write AXIS=VALUE,VALUE, such as seed=1,2,3")
@@ -94,23 +98,28 @@ def _read_axis(text: str, line_options: Mapping[str, LineOption]) -> Axis:
         raise OptionError(f"--sheet {name}: {REFUSED[name]}")
     option = PROMPT if name == PROMPT.key else find_option(name, line_options)
     if option is None:
-        known = sorted({one.key for one in line_options.values()})
+        keys = sorted({line_option.key for line_option in line_options.values()})
         raise OptionError(
-            f"--sheet {name}: it is no option of a prompt line. Use one of prompt, {', '.join(known)}"
+            f"--sheet {name}: it is no option of a prompt line. Use one of prompt, {', '.join(keys)}"
         )
-    texts = split_values(rest)
-    if len(set(texts)) < len(texts):
-        twice = next(one for one in texts if texts.count(one) > 1)
-        raise OptionError(f"--sheet {name}: the value {twice!r} is given twice. Leave one out")
+    texts = split_values(values_text)
+    return Axis(option.key, option, tuple(texts), _read_values(name, option, texts))
+
+
+def _read_values(name: str, option: LineOption, texts: Sequence[str]) -> tuple[Value, ...]:
+    """Read the values of an axis. Raises OptionError naming the axis and the value if one cannot be used."""
+    for text in texts:
+        if texts.count(text) > 1:
+            raise OptionError(f"--sheet {name}: the value {text!r} is given twice. Leave one out")
     values = []
-    for one in texts:
+    for text in texts:
         try:
-            values.append(option.read(one))
+            values.append(option.read(text))
         except ValueError as error:
             raise OptionError(f"--sheet {name}: {error}. Correct that value") from None
-        if option is PROMPT and not one:
+        if option is PROMPT and not text:
             raise OptionError("--sheet prompt: one of the prompts is empty. Write it, or leave it out")
-    return Axis(option.key, option, tuple(texts), tuple(values))
+    return tuple(values)
 
 
 def cells_of(
@@ -120,9 +129,10 @@ def cells_of(
 
     line: values of the prompt line; values of the axes replace them.
     """
-    for place in product(*(range(len(axis.texts)) for axis in reversed(axes))):
-        place = place[::-1]
-        values = {key: value for key, value in line.items() if key not in {axis.option.key for axis in axes}}
+    axis_keys = {axis.option.key for axis in axes}
+    for row_first in product(*(range(len(axis.texts)) for axis in reversed(axes))):
+        place = row_first[::-1]
+        values = {key: value for key, value in line.items() if key not in axis_keys}
         for axis in axes:  # what a value is instead of must not count either, unless it is an axis
             values.update(dict.fromkeys(axis.option.instead_of))
         for axis, index in zip(axes, place, strict=True):
@@ -165,25 +175,25 @@ class CompareOptions(Options, title="comparison"):
             )
 
 
-def expand_patterns(given: tuple[Path, ...], flag: str = "--lora") -> tuple[Path, ...]:
+def expand_patterns(patterns: tuple[Path, ...], flag: str = "--lora") -> tuple[Path, ...]:
     """Return the files of all patterns, each once, numbers in their names in order.
 
     Shells of Windows do not expand patterns. Raises OptionError for a pattern or a name without a file.
     """
-    found: dict[Path, None] = {}
-    for path in given:
-        if path.is_file():
-            found[path] = None
+    paths: dict[Path, None] = {}
+    for pattern in patterns:
+        if pattern.is_file():
+            paths[pattern] = None
             continue
-        if path.is_dir():
-            raise OptionError(f"{flag} {path} is a folder: give {path / '*.safetensors'}")
-        matches = [Path(name) for name in glob.glob(str(path))]  # noqa: PTH207 (of any folder)
+        if pattern.is_dir():
+            raise OptionError(f"{flag} {pattern} is a folder: give {pattern / '*.safetensors'}")
+        matches = [Path(name) for name in glob.glob(str(pattern))]  # noqa: PTH207 (of any folder)
         files = sort_by_numbers(match for match in matches if match.is_file())
         if not files:
-            hint = explain_missing(path) or " Give LoRA files or a pattern that fits some."
-            raise OptionError(f"{flag} {path}: no such file.{hint}")
-        found |= dict.fromkeys(files)
-    return tuple(found)
+            hint = explain_missing(pattern) or " Give LoRA files or a pattern that fits some."
+            raise OptionError(f"{flag} {pattern}: no such file.{hint}")
+        paths |= dict.fromkeys(files)
+    return tuple(paths)
 
 
 def family_of(path: Path, families: Mapping[str, Sequence[str]]) -> str:
@@ -194,14 +204,16 @@ def family_of(path: Path, families: Mapping[str, Sequence[str]]) -> str:
     metadata: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):  # an error is reported when it is read as a LoRA
         metadata = read_safetensors_texts(path)
-    said = " ".join(metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))
-    words = re.sub(r"[^a-z0-9]", "", said.lower())
+    description = " ".join(
+        metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")
+    )
+    words = re.sub(r"[^a-z0-9]", "", description.lower())
     letters = re.sub(r"\d", "", words)  # flux-1-kontext
-    names = {name: family for family, others in families.items() for name in (family, *others)}
-    for name in sorted(names, key=len, reverse=True):  # flux_kontext and flux_2 are no flux
+    family_by_model = {model: family for family, models in families.items() for model in (family, *models)}
+    for name in sorted(family_by_model, key=len, reverse=True):  # flux_kontext and flux_2 are no flux
         bare = name.replace("_", "")
         if bare in (letters if bare.isalpha() else words):
-            return names[name]
+            return family_by_model[name]
     raise OptionError(
         f"--lora {path} does not say which model it is for. Give --family: {', '.join(families)}."
     )

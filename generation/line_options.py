@@ -11,9 +11,9 @@ from modules.command import did_you_mean
 SIDES = {"width": "video_size_width", "height": "video_size_height"}
 # names that are suggested, beside the options' own
 USUAL_NAMES = (
-    *("width", "height", "frames", "size", "seed", "steps", "cfg", "scale", "shift", "negative", "solver"),
-    *("image", "end_image", "control", "reference"),
-)
+    "width", "height", "frames", "size", "seed", "steps", "cfg", "scale", "shift", "negative", "solver",
+    "image", "end_image", "control", "reference",
+)  # fmt: skip
 
 
 def key_of(word: str, keys: Collection[str]) -> str | None:

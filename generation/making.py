@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
-from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +21,14 @@ from generation.denoise import OnSection, make_latents
 from generation.experts import plan_turns
 from generation.progress import (
     GrowingVideo,
+    log_turn,
     name_preview_on_failure,
     remove_preview,
     show_end,
     show_start,
-    tell_turn,
 )
 from generation.request import GenerationJob, GenerationRun
-from generation.script_options import LATENT_OUTPUTS, NOTHING, UNDECODED
+from generation.script_options import LATENT_OUTPUTS, NOTHING, UNDECODED, OutputOptions
 from generation.session import (
     CPU,
     NO_ENCODERS,
@@ -46,21 +46,25 @@ from modules.contract.rules import SOURCES
 from modules.contract.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
 from modules.devices import Failures, free_memory
 from modules.errors import UserError
-from modules.installation import import_own
 from modules.media.tracks import Track
 from modules.planning.device_memory import comparison
+
+if TYPE_CHECKING:  # it is loaded only if prompts are rewritten
+    from blissful_tuner.prompt_rewrite import PromptRewriter
 
 logger = logging.getLogger(__name__)
 
 
-def tell_unused_sources(options: SourceOptions, jobs: Sequence[GenerationJob]) -> None:
+def warn_of_unused_sources(options: SourceOptions, jobs: Sequence[GenerationJob]) -> None:
     """Warn of options of video-to-video that no job uses."""
     used = {job.prepared.asked.source.option for job in jobs if job.prepared.asked.source is not None}
-    for name, usual in options.of_script.items():
+    for name, default in options.of_script.items():
         needed = USED_WITH.get(name, {*SOURCES})
-        if getattr(options, name) != usual and not needed & used:
-            others = " or ".join(f"--{source}" for source in SOURCES if source in needed)
-            logger.warning("--%s %s is ignored because %s is not given", name, getattr(options, name), others)
+        if getattr(options, name) != default and not needed & used:
+            sources = " or ".join(f"--{source}" for source in SOURCES if source in needed)
+            logger.warning(
+                "--%s %s is ignored because %s is not given", name, getattr(options, name), sources
+            )
 
 
 def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures) -> Mapping[str, Path]:
@@ -68,70 +72,130 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
 
     Returns the finished videos and pictures by the labels of their jobs.
     """
-    options, session, output = run.options, run.session, run.options.output
+    options = run.options
+    output = options.output
     if any(needs_media(run.family, job.prepared) for job in jobs):
         run.family.check_files(media=True)  # before gigabytes are loaded
-    # attention that takes one sample at a time forces what was not asked for
-    forces_split = options.speed.attention.split_attn and not options.split_uncond
-    if forces_split or run.processes > 1:
-        plans = [plan for job in jobs for plan in chain(*plan_steps(job.prepared, options.guidance))]
-        if forces_split and any(plan.most_together > 1 for plan in plans):
-            logger.warning("--split_attn runs the guidance passes one after the other as --split_uncond does")
-        most = max((len(plan.passes) for plan in plans), default=run.processes)
-        if most < run.processes:
-            logger.warning(
-                "--cfg_parallel: the largest number of passes in a step is %d, which makes %d processes no "
-                "faster than %d",
-                *(most, run.processes, most),
-            )
+    _warn_of_passes(run, jobs)
     start = time.monotonic()
     if run.rewriter is not None:  # freed before anything else loads
-        run.rewriter.load(session.device)
-        try:
-            rewrite = import_own("blissful_tuner.prompt_rewrite").rewrite_prompts
-            jobs = [replace(job, prepared=rewrite(job.prepared, run.rewriter)) for job in jobs]
-        finally:
-            if options.interactive:
-                run.rewriter.load(CPU)  # it moves
-            else:
-                run.rewriter.free()
-            free_memory(session.device)
+        jobs = _rewrite_prompts(run, run.rewriter, jobs)
     if output.output_type != NOTHING:
         make_folder(output.save_path, "--save_path")
     if not options.interactive or options.sheet.sheet is not None:
-        tell_unused_sources(options.request.source, jobs)
+        warn_of_unused_sources(options.request.source, jobs)
     if output.output_type != NOTHING and not options.interactive:
-        show_start(run.family, [job.prepared for job in jobs], run.loras, output.save_path, session.device)
-    texts = session.texts([wanted_texts(job.prepared, options.guidance) for job in jobs])
+        show_start(
+            run.family,
+            [job.prepared for job in jobs],
+            loras=run.loras,
+            folder=output.save_path,
+            device=run.session.device,
+        )
+    denoised = _encode_and_denoise(run, jobs, failures)
+    clips: Mapping[str, Path] = {}
+    if denoised and output.output_type not in UNDECODED:
+        are_named = len(denoised) > 1 or options.interactive
+        clips = decode_all(run, denoised, failures, are_named)
+    if not options.interactive:
+        _show_end(run, denoised, clips, time.monotonic() - start, num_failed=len(failures.reasons))
+    if denoised:
+        _compare_memory(run)
+    return clips
+
+
+def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
+    """Warn if the passes of guidance are not batched or shared between processes as the options say."""
+    options = run.options
+    # attention that takes one sample at a time forces what was not asked for
+    forces_split = options.speed.attention.split_attn and not options.split_uncond
+    if not forces_split and run.processes <= 1:
+        return
+    plans = [
+        plan
+        for job in jobs
+        for expert_plans in plan_steps(job.prepared, options.guidance)
+        for plan in expert_plans
+    ]
+    if forces_split and any(plan.most_together > 1 for plan in plans):
+        logger.warning("--split_attn runs the guidance passes one after the other as --split_uncond does")
+    most_passes = max((len(plan.passes) for plan in plans), default=run.processes)
+    if most_passes < run.processes:
+        logger.warning(
+            "--cfg_parallel: the largest number of passes in a step is %d, which makes %d processes no "
+            "faster than %d",
+            most_passes,
+            run.processes,
+            most_passes,
+        )
+
+
+def _rewrite_prompts(
+    run: GenerationRun, rewriter: "PromptRewriter", jobs: Sequence[GenerationJob]
+) -> list[GenerationJob]:
+    from blissful_tuner.prompt_rewrite import rewrite_prompts  # only with --prompt_rewrite
+
+    device = run.session.device
+    rewriter.load(device)
+    try:
+        return [replace(job, prepared=rewrite_prompts(job.prepared, rewriter)) for job in jobs]
+    finally:
+        if run.options.interactive:
+            rewriter.load(CPU)  # it moves
+        else:
+            rewriter.free()
+        free_memory(device)
+
+
+def _encode_and_denoise(
+    run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures
+) -> list[GenerationJob]:
+    """Return the jobs with their latents, without those that failed."""
+    session = run.session
+    texts = session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs])
     inputs = encode_all_inputs(run, jobs, failures)
     ready = [
-        (job, text, inputs[job.label]) for job, text in zip(jobs, texts, strict=True) if job.label in inputs
+        Ready(job, job_texts, inputs[job.label])
+        for job, job_texts in zip(jobs, texts, strict=True)
+        if job.label in inputs
     ]
-    done: list[GenerationJob] = []
-    if ready:
-        turns = plan_turns(run.family, [job.prepared for job, _, _ in ready])
-        with session.dits.phase(turns) as dit_at:
-            done = list(denoise_all(run, ready, failures, [(ready, dit_at)]))
+    if not ready:
+        return []
+    turns = plan_turns(run.family, [job.prepared for job, _, _ in ready])
+    with session.dits.phase(turns) as dit_at:
+        return list(denoise_all(run, ready, failures, [(ready, dit_at)]))
+
+
+def _show_end(
+    run: GenerationRun,
+    denoised: Sequence[GenerationJob],
+    clips: Mapping[str, Path],
+    seconds: float,
+    num_failed: int,
+) -> None:
+    """Show the files that were made, latents first, if there are any."""
     paths: list[Path] = []
-    if output.output_type in LATENT_OUTPUTS:
-        paths = [one.latent_path for one in done if one.latent_path is not None]
-    made: Mapping[str, Path] = {}
-    if done and output.output_type not in UNDECODED:
-        made = decode_all(run, done, failures, are_named=len(done) > 1 or options.interactive)
-    paths += made.values()
-    if paths and not options.interactive:
-        show_end(paths, time.monotonic() - start, session.device, len(failures.reasons))
-    if done and run.predicted is not None and session.device.type == "cuda":
-        most = max(run.predicted.most, session.dits.most_beside)
-        logger.info(comparison(most, torch.cuda.max_memory_allocated(session.device)))
-    return made
+    if run.options.output.output_type in LATENT_OUTPUTS:
+        paths = [job.latent_path for job in denoised if job.latent_path is not None]
+    paths += clips.values()
+    if paths:
+        show_end(paths, seconds, run.session.device, num_failed)
+
+
+def _compare_memory(run: GenerationRun) -> None:
+    """Log the predicted peak of device memory next to the measured one."""
+    session = run.session
+    if run.predicted is not None and session.device.type == "cuda":
+        predicted = max(run.predicted.most, session.dits.most_beside)
+        logger.info(comparison(predicted, torch.cuda.max_memory_allocated(session.device)))
 
 
 def encode_all_inputs(
     run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures
 ) -> Mapping[str, Mapping[int, Conditions]]:
     """Return the media conditions of each job by its label, without the jobs that failed."""
-    inputs, with_media = dict[str, Mapping[int, Conditions]](), []
+    inputs: dict[str, Mapping[int, Conditions]] = {}
+    with_media: list[GenerationJob] = []
     for job in jobs:
         if needs_media(run.family, job.prepared):
             with_media.append(job)
@@ -147,7 +211,14 @@ def encode_all_inputs(
     return inputs
 
 
-Ready = tuple[GenerationJob, Mapping[int, EncodedPrompts], Mapping[int, Conditions]]
+class Ready(NamedTuple):
+    """A job with its encoded texts and inputs, by section."""
+
+    job: GenerationJob
+    texts: Mapping[int, EncodedPrompts]
+    inputs: Mapping[int, Conditions]
+
+
 Networks = Iterable[tuple[Sequence[Ready], DitAt]]  # jobs, and the networks that make them
 
 
@@ -158,57 +229,86 @@ def denoise_all(
 
     networks: yields groups of jobs with their network, in the order of `ready`.
     """
-    output, requests = run.options.output, [job.prepared for job, _, _ in ready]
-    start, begun = 0.0, 0
-    for of_network, dit_at in networks:
-        for job, texts, inputs in of_network:
+    output = run.options.output
+    requests = [job.prepared for job, _, _ in ready]
+    start = 0.0
+    num_begun = 0
+    for group, dit_at in networks:
+        for ready_job in group:
+            job = ready_job.job
             with failures.note_errors(job.label, run.fatal):
                 start = start or time.monotonic()  # the first network is there
                 if len(requests) > 1:
-                    tell_turn(job.label, requests, begun, time.monotonic() - start)
-                begun += 1
-                now, seed, prompt = datetime.now(), job.prepared.seed, job.prepared.asked.prompt
-                name = outputs.name_job(output, now, seed, prompt) + job.prepared.name_end
-                named = job.stem or Path(output.file_name).stem
-                is_named = bool(named) or output.output_type == NOTHING
-                stem_of = nullcontext(named) if is_named else outputs.own_stem(output.save_path, name)
-                with stem_of as stem:
-                    with watch(run, job, stem) as (watchers, on_section):
-                        latents = make_latents(
-                            run.family,
-                            dit_at,
-                            job.prepared,
-                            texts,
-                            inputs,
-                            run.session.device,
-                            run.options.cpu_noise,
-                            run.options.guidance,
-                            watchers,
-                            run.options.splits_guidance,
-                            on_section,
-                            run.run_passes,
-                        ).to(CPU)
-                    if not bool(is_finite(latents)):
-                        raise UserError(
-                            "What the model made is NaN or infinite: nothing would be seen, and nothing is "
-                            "written. Usual causes: --dit_dtype float16 (give bfloat16), a LoRA whose "
-                            "training diverged, a strength or a guidance that is far too high"
-                        )
+                    log_turn(job.label, requests, num_begun, time.monotonic() - start)
+                num_begun += 1
+                with _stem_of(output, job) as stem:
+                    latents = _denoise_job(run, ready_job, dit_at, stem)
                     if output.output_type == NOTHING:
                         continue
-                    preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"  # keeps its name
-                    metadata = job.metadata or run.metadata(job.prepared)
-                    stem = outputs.free_stem(
-                        output.save_path, stem, [outputs.LATENT_SUFFIX]
-                    )  # taken meanwhile, maybe
-                    path = output.save_path / f"{stem}{outputs.LATENT_SUFFIX}"
-                    joint = job.prepared.joint
-                    picture, sound = (latents, None) if joint is None else joint.split(latents)
-                    outputs.save_latents(path, picture, metadata, sound)
-                    kept = "" if output.output_type in LATENT_OUTPUTS else ", kept until they are decoded"
-                    logger.info("Latents: %s%s", path, kept)
-                job = replace(job, stem=stem, metadata=metadata, latent_path=path, preview=preview)
-                yield replace(job, latents=picture, sound=sound)
+                    denoised = _save_latents(run, job, latents, stem)
+                yield denoised
+
+
+def _stem_of(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
+    """Reserve the name of a job's files while it is denoised, unless the name is given."""
+    begun = datetime.now()
+    name = outputs.name_job(output, begun, job.prepared.seed, job.prepared.asked.prompt)
+    name += job.prepared.name_end
+    stem = job.stem or Path(output.file_name).stem
+    if stem or output.output_type == NOTHING:
+        return nullcontext(stem)
+    return outputs.own_stem(output.save_path, name)
+
+
+def _denoise_job(run: GenerationRun, ready: Ready, dit_at: DitAt, stem: str) -> Tensor:
+    """Return the latents of a job on the CPU. Raises UserError if some are NaN or infinite."""
+    options = run.options
+    with watch(run, ready.job, stem) as (watchers, on_section):
+        latents = make_latents(
+            run.family,
+            dit_at,
+            ready.job.prepared,
+            ready.texts,
+            inputs=ready.inputs,
+            device=run.session.device,
+            cpu_noise=options.cpu_noise,
+            guidance_options=options.guidance,
+            watchers=watchers,
+            split=options.splits_guidance,
+            on_section=on_section,
+            run=run.run_passes,
+        ).to(CPU)
+    if not bool(is_finite(latents)):
+        raise UserError(
+            "What the model made is NaN or infinite: nothing would be seen, and nothing is "
+            "written. Usual causes: --dit_dtype float16 (give bfloat16), a LoRA whose "
+            "training diverged, a strength or a guidance that is far too high"
+        )
+    return latents
+
+
+def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: str) -> GenerationJob:
+    """Write a job's latents; return the job with them, and with its paths."""
+    output = run.options.output
+    preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"  # keeps its name
+    metadata = job.metadata or run.metadata(job.prepared)
+    # the stem may have been taken meanwhile
+    stem = outputs.free_stem(output.save_path, stem, [outputs.LATENT_SUFFIX])
+    path = output.save_path / f"{stem}{outputs.LATENT_SUFFIX}"
+    joint = job.prepared.joint
+    picture, sound = (latents, None) if joint is None else joint.split(latents)
+    outputs.save_latents(path, picture, metadata, sound)
+    until = "" if output.output_type in LATENT_OUTPUTS else ", kept until they are decoded"
+    logger.info("Latents: %s%s", path, until)
+    return replace(
+        job,
+        stem=stem,
+        metadata=metadata,
+        latent_path=path,
+        preview=preview,
+        latents=picture,
+        sound=sound,
+    )
 
 
 @contextmanager
@@ -216,92 +316,126 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
     """Yield the callbacks for one job: they show progress bars over the steps, previews of latents, and the
     growing preview of a video in sections.
     """
-    prepared, output = job.prepared, run.options.output
-    needed = None if run.predicted is None else run.predicted.decoding
-    video: GrowingVideo | None = None
-    hides = run.post is not None and run.post.hides
-    path = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
-    with name_preview_on_failure(path), ExitStack() as opened, ExitStack() as bars:
+    prepared = job.prepared
+    output = run.options.output
+    preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
+    grow_preview = _preview_of_sections(run, job, preview)
+    with name_preview_on_failure(preview), ExitStack() as previews, ExitStack() as bars:
         watchers: list[Watcher] = []
-        show: list[OnSection] = []  # sections in latent previews
+        preview_section: OnSection | None = None
         if run.previews is not None:
-            shown_from = run.options.guidance.scaled_steps
-            shows = import_own("blissful_tuner.latent_preview").preview_clip
-            watchers, on_made = opened.enter_context(shows(run.previews, prepared.fps, shown_from))
-            show.append(on_made)
-        bar: list[Bar] = []  # over the steps of each section
+            from blissful_tuner.latent_preview import preview_clip  # only with previews
 
-        def advance(done: StepDone) -> bool:
-            bar[-1].update()
-            if done.section.anchor is not None and output.output_type != NOTHING:
-                save_changes(done, output.save_path, stem)
+            steps = run.options.guidance.scaled_steps
+            watchers, preview_section = previews.enter_context(
+                preview_clip(run.previews, prepared.fps, steps)
+            )
+        section_bars: list[Bar] = []  # over the steps of each section
+
+        def advance(step: StepDone) -> bool:
+            section_bars[-1].update()
+            if step.section.anchor is not None and output.output_type != NOTHING:
+                save_changes(step, output.save_path, stem)
             return False
 
         def on_section(section: Section) -> None:
-            nonlocal video
             bars.close()
-            for each in show:
-                each(section)
-            if section.made is not None and output.shows_progress and not hides:
-                if video is None:
-                    tags = as_tags(job.metadata or run.metadata(prepared) or {})
-                    video = GrowingVideo(run.session, path, prepared.fps, needed, tags)
-                video.add(section.made)
-            elif section.made is None and section.count > 1 and output.shows_progress and hides:
-                logger.info("There is no preview of the video: it would show what a tool of --post hides.")
-            now = prepared.stages[section.stage] if prepared.stages else prepared
-            bar.append(bars.enter_context(Bar(now.num_steps, section.label or "Denoising")))
+            if preview_section is not None:
+                preview_section(section)
+            grow_preview(section)
+            stage = prepared.stages[section.stage] if prepared.stages else prepared
+            bar = Bar(stage.num_steps, section.label or "Denoising")
+            section_bars.append(bars.enter_context(bar))
 
         yield [advance, *watchers], on_section
 
 
+def _preview_of_sections(run: GenerationRun, job: GenerationJob, path: Path) -> OnSection:
+    """Return a function that adds each finished section of a video to its growing preview."""
+    output = run.options.output
+    fps = job.prepared.fps
+    hides = run.post is not None and run.post.hides
+    decoding_bytes = None if run.predicted is None else run.predicted.decoding
+    video: GrowingVideo | None = None
+
+    def grow_preview(section: Section) -> None:
+        nonlocal video
+        if section.made is not None and output.shows_progress and not hides:
+            if video is None:
+                tags = as_tags(job.metadata or run.metadata(job.prepared) or {})
+                video = GrowingVideo(run.session, path, fps, needed=decoding_bytes, tags=tags)
+            video.add(section.made)
+        elif section.made is None and section.count > 1 and output.shows_progress and hides:
+            logger.info("There is no preview of the video: it would show what a tool of --post hides.")
+
+    return grow_preview
+
+
 def decode_all(
-    run: GenerationRun, done: Iterable[GenerationJob], failures: Failures, are_named: bool
+    run: GenerationRun, denoised: Iterable[GenerationJob], failures: Failures, are_named: bool
 ) -> dict[str, Path]:
     """Turn latents into videos or images and return their paths by the labels of their jobs.
 
     Latent files and previews that are not part of the result are then removed. are_named: log each path.
     """
-    output = run.options.output
     paths: dict[str, Path] = {}
     tracks: Mapping[str, Track] = {}
     if hears_sound(run.family):
-        by_label = {one.label: one for one in done}
-        done = by_label.values()
-
-        @contextmanager
-        def note(label: str) -> Iterator[None]:
-            with failures.note_errors(label), keep_on_failure(by_label[label]):
-                yield
-
-        tracks = make_tracks(run, {label: one.sound for label, one in by_label.items()}, note)
-        done = [one for one in done if one.label not in failures.reasons]
+        jobs = {job.label: job for job in denoised}
+        tracks = _decode_sound(run, jobs, failures)
+        denoised = [job for job in jobs.values() if job.label not in failures.reasons]
     with run.session.media(images=False, again=False) as encoders:
-        for one in done:
-            with failures.note_errors(one.label), keep_on_failure(one):
-                assert one.latents is not None, "it is denoised"
-                chunks, fps = decode(run.family, encoders, one.latents), one.prepared.fps
-                heard = tracks.get(one.label)
-                path = outputs.save_pixels(output, str(one.stem), chunks, fps, one.metadata, run.post, heard)
-                paths[one.label] = path
+        for job in denoised:
+            with failures.note_errors(job.label), keep_on_failure(job):
+                path = _decode_job(run, encoders, job, tracks.get(job.label))
+                paths[job.label] = path
                 if are_named:  # else the last box lists it
-                    logger.info("%s: %s", one.label, path)
-                if one.preview is not None and one.preview.exists():
-                    remove_preview(one.preview)
-                if one.latent_path is not None and output.output_type not in LATENT_OUTPUTS:
-                    one.latent_path.unlink(missing_ok=True)
+                    logger.info("%s: %s", job.label, path)
+                _remove_unneeded(run.options.output, job)
     return paths
 
 
+def _decode_sound(
+    run: GenerationRun, jobs: Mapping[str, GenerationJob], failures: Failures
+) -> Mapping[str, Track]:
+    @contextmanager
+    def note(label: str) -> Iterator[None]:
+        with failures.note_errors(label), keep_on_failure(jobs[label]):
+            yield
+
+    return make_tracks(run, {label: job.sound for label, job in jobs.items()}, note)
+
+
+def _decode_job(run: GenerationRun, encoders: MediaEncoders, job: GenerationJob, sound: Track | None) -> Path:
+    assert job.latents is not None, "it is denoised"
+    return outputs.save_pixels(
+        run.options.output,
+        str(job.stem),
+        decode(run.family, encoders, job.latents),
+        fps=job.prepared.fps,
+        metadata=job.metadata,
+        post=run.post,
+        track=sound,
+    )
+
+
+def _remove_unneeded(output: OutputOptions, job: GenerationJob) -> None:
+    """Remove the preview of a finished clip, and its latents if they are not asked for."""
+    if job.preview is not None and job.preview.exists():
+        remove_preview(job.preview)
+    if job.latent_path is not None and output.output_type not in LATENT_OUTPUTS:
+        job.latent_path.unlink(missing_ok=True)
+
+
 @contextmanager
-def keep_on_failure(one: GenerationJob) -> Iterator[None]:
+def keep_on_failure(job: GenerationJob) -> Iterator[None]:
     """Add to an error of the block which files of the clip are kept."""
-    with name_preview_on_failure(one.preview):
+    with name_preview_on_failure(job.preview):
         try:
             yield
         except UserError as error:
-            said = f"the latents are kept. --latent_path {one.latent_path} decodes them."
-            error.args = (f"{error}\n  Nothing is lost: {said}", *error.args[1:])
+            remedy = f"the latents are kept. --latent_path {job.latent_path} decodes them."
+            error.args = (f"{error}\n  Nothing is lost: {remedy}", *error.args[1:])
             raise
 
 
@@ -311,13 +445,13 @@ def make_tracks(
     note: Callable[[str], AbstractContextManager[object]],
 ) -> Mapping[str, Track]:
     """Return the tracks of clips that are written with sound. latents, note: see `decode_tracks`."""
-    heard = {label: one for label, one in latents.items() if one is not None}
-    if not heard or not hears_sound(run.family):
+    sounds = {label: sound for label, sound in latents.items() if sound is not None}
+    if not sounds or not hears_sound(run.family):
         return {}
     if not run.options.output.writes_sound:
         logger.info("The sound is left out because PNG files have none: --save_audio wav writes it")
         return {}
-    return decode_tracks(run.family, heard, run.session.device, note)
+    return decode_tracks(run.family, sounds, run.session.device, note)
 
 
 def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
@@ -326,13 +460,8 @@ def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator
     Raises UserError if some are NaN or infinite.
     """
     chunks = family.decode(encoders, latents)
-    for pixels in track(
-        chunks,
-        "Decoding",
-        (latents.shape[2] - 1) * family.latent.stride[0] + 1,
-        lambda chunk: chunk.shape[2],
-        FRAMES,
-    ):
+    frames = (latents.shape[2] - 1) * family.latent.stride[0] + 1
+    for pixels in track(chunks, "Decoding", frames, size=lambda chunk: chunk.shape[2], unit=FRAMES):
         if not bool(is_finite(pixels)):
             raise UserError(
                 "The VAE made values that are NaN or infinite of good latents: nothing would be seen. Give "

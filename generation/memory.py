@@ -18,21 +18,23 @@ from generation.script_options import UNDECODED
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from modules.console import quiet
 from modules.contract.data import Conditions
-from modules.contract.family import Family, can_divide, hears_sound, is_layered
+from modules.contract.family import Family, TextEncoder, can_divide, hears_sound, is_layered
 from modules.contract.loading import Placement
 from modules.contract.requests import Prepared, Prompt
 from modules.contract.rules import Expert, noisiest
 from modules.contract.steps import DitAt, EncodedPrompts, Step
 from modules.devices import dtype_of, gib
 from modules.errors import MemoryPlanError, OptionError
-from modules.installation import import_own
 from modules.options import override_options
 from modules.planning import dry_run as dry
 from modules.planning import memory_plan
-from modules.planning.device_memory import Room, host_room, room_on
+from modules.planning.device_memory import Room, host_room
 from modules.private_torch import FakeTensor
 from modules.run_blocks import spec_of
 from modules.stored.forms import rehearsed
+from networks.added import add_stage_loras
+from networks.apply import Change
+from networks.beside import add_beside
 
 META = torch.device("meta")
 FIRST_TIMESTEP = 1000.0
@@ -59,13 +61,15 @@ class PhasePrediction:
 
     def phase(self, count: int) -> memory_plan.Phase:
         """Return the largest moment of denoising with this number of blocks swapped."""
-        (where, held), swap = dry.largest(self.moments), self.swaps[count]
-        weights = held[dry.WEIGHTS]
-        most, name = max(self.between, default=(0, ""))
-        if most > sum(held.values()) - weights:  # between steps there are weights alone
-            where, held = name, {dry.WEIGHTS: weights, dry.WORKING: most}
+        swap = self.swaps[count]
+        where, moment = dry.largest(self.moments)
+        weights = moment[dry.WEIGHTS]
+        work_between, name = max(self.between, default=(0, ""))
+        if work_between > sum(moment.values()) - weights:  # between steps there are weights alone
+            where = name
+            moment = {dry.WEIGHTS: weights, dry.WORKING: work_between}
         note = self.weights + swap.words(count, "of buffers")
-        parts = memory_plan.parts_of(held, swap, {dry.WEIGHTS: note, dry.WORKING: where})
+        parts = memory_plan.parts_of(moment, swap, {dry.WEIGHTS: note, dry.WORKING: where})
         return memory_plan.Phase("denoising", (*parts, *self.turns.parts(weights, swap), self.extra))
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
@@ -93,26 +97,35 @@ def predict(
     host. watch: `TokenCounter.watch`, if cards are to share the step.
     """
     extra = memory_plan.workspace(device, is_training=False)
-    before, encoded = rehearse_texts(family, options, prepared, extra, room)
+    before, encoded = rehearse_texts(family, options, prepared, extra=extra, room=room)
     if needs_media(family, prepared):
         encoders = family.media_encoders(META)
         with rehearsing(encoders) as ledger:
-            found = encode_inputs(family, encoders, prepared)
+            conditions = encode_inputs(family, encoders, prepared)
             before.append(phase_of("images and videos", ledger, extra))
-        inputs = {section: make_solid(conditions) for section, conditions in found.items()}
+        inputs = {section: make_solid(tensors) for section, tensors in conditions.items()}
     else:
         inputs = dict(encode_inputs(family, NO_ENCODERS, prepared))
     turns = turns or turns_of(family, options, [prepared])
-    denoising = rehearse_denoising(family, options, prepared, encoded, inputs, extra, turns, watch)
-    after: tuple[memory_plan.Phase, ...] = ()
+    denoising = rehearse_denoising(
+        family,
+        options,
+        prepared,
+        encoded=encoded,
+        inputs=inputs,
+        extra=extra,
+        turns=turns,
+        watch=watch,
+    )
+    after: list[memory_plan.Phase] = []
     if options.output.output_type not in UNDECODED and not prepared.is_sound_alone:
-        after = (rehearse_decoding(family, prepared, extra),)
+        after.append(rehearse_decoding(family, prepared, extra))
     if prepared.joint is not None and hears_sound(family) and options.output.writes_sound:
         networks = family.sound_networks(META, decodes=True)
         with rehearsing(networks) as ledger:
             family.decode_sound(networks, torch.empty(1, *prepared.joint.sound))
-            after = (phase_of("decoding sound", ledger, extra), *after)
-    return replace(denoising, before=tuple(before), after=after)
+            after.insert(0, phase_of("decoding sound", ledger, extra))
+    return replace(denoising, before=tuple(before), after=tuple(after))
 
 
 @contextmanager
@@ -135,32 +148,37 @@ def rehearse_texts(
     An encoder has its blocks split over the processes that share the transformer, or layers in host memory
     if there is no room for it.
     """
-    wanted = wanted_texts(prepared, options.guidance)
+    prompts = wanted_texts(prepared, options.guidance)
     phases: list[memory_plan.Phase] = []
-    outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([wanted])}
-    processes = memory_plan.sharing_processes(options.speed)
+    outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([prompts])}
     for encoder in family.text_encoders():
         encoder.load(META)
         with rehearsing(encoder) as ledger:
-            found = [encoder.encode([text])[0] for text in outputs]
+            encoded = [encoder.encode([text])[0] for text in outputs]
             phase = phase_of(f"text encoder {encoder.name}", ledger, extra)
-        if processes > 1 and can_divide(encoder):
-            network, (weights, *others) = encoder.network, phase.parts
-            (split,) = memory_plan.swaps_of(network, spec_of(network), options.speed.swap, processes)
-            note = split.words(0, "").removeprefix("; ")
-            weights = replace(weights, device=weights.device - split.saved, note=note)
-            phase = memory_plan.Phase(phase.name, (weights, *others))
-        elif room is not None and phase.device > room.usable and is_layered(encoder):
-            waiting = encoder.waiting_bytes(room.usable)
-            if waiting:
-                weights, *others = phase.parts
-                left = weights.device - waiting
-                weights = replace(weights, device=left, host=waiting, note="copied layer by layer")
-                phase = memory_plan.Phase(phase.name, (weights, *others))
-        phases.append(phase)
-        for text, conditions in zip(outputs, found, strict=True):
+        phases.append(_with_fewer_weights(phase, encoder, options, room))
+        for text, conditions in zip(outputs, encoded, strict=True):
             outputs[text].update(make_solid(conditions))
-    return phases, gather_encoded(wanted, outputs)
+    return phases, gather_encoded(prompts, outputs)
+
+
+def _with_fewer_weights(
+    phase: memory_plan.Phase, encoder: TextEncoder, options: GenerationOptions, room: Room | None
+) -> memory_plan.Phase:
+    """Return the phase of a text encoder without the weights that other processes or the host hold."""
+    weights = phase.parts[0]
+    processes = memory_plan.sharing_processes(options.speed)
+    if processes > 1 and can_divide(encoder):
+        network = encoder.network
+        (split,) = memory_plan.swaps_of(network, spec_of(network), options.speed.swap, processes)
+        note = split.words(0, "").removeprefix("; ")
+        weights = replace(weights, device=weights.device - split.saved, note=note)
+    elif room is not None and phase.device > room.usable and is_layered(encoder):
+        waiting = encoder.waiting_bytes(room.usable)
+        if waiting:
+            on_device = weights.device - waiting
+            weights = replace(weights, device=on_device, host=waiting, note="copied layer by layer")
+    return memory_plan.Phase(phase.name, (weights, *phase.parts[1:]))
 
 
 def rehearse_denoising(
@@ -175,76 +193,114 @@ def rehearse_denoising(
 ) -> PhasePrediction:
     """Rehearse the step that takes most memory. watch: as of `predict`."""
     speed = options.speed
-    choice = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
-    placement = Placement(META, attention=choice, quantisation=rehearsed(speed.fp8.quantisation))
-    dit, beside = load_with_loras(family, options, placement)
+    sdpa = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
+    placement = Placement(META, attention=sdpa, quantisation=rehearsed(speed.fp8.quantisation))
+    dit, lora_changes = load_with_loras(family, options, placement)
     dit.eval().requires_grad_(False)
-    weights, swaps = (
-        memory_plan.dtypes_of(dit),
-        memory_plan.swaps_of(dit, family.dit, speed.swap, memory_plan.sharing_processes(speed)),
-    )
+    weights = memory_plan.dtypes_of(dit)
+    processes = memory_plan.sharing_processes(speed)
+    swaps = memory_plan.swaps_of(dit, family.dit, speed.swap, processes)
     blocks = family.dit.blocks(dit)
-    extended = watch(dit)
+    extrapolate = watch(dit)
     if prepared.added:
-        import_own("networks.added").add_stage_loras(dit)
+        add_stage_loras(dit)
     with rehearsing(dit) as ledger:
         dry.watch_blocks(blocks, ledger)
-        if beside:
-            with ledger.allocating(dry.NETWORK):
-                import_own("networks.beside").add_beside(dit, beside, dry.ACCELERATOR, dtype_of(dit))
-        if prepared.added:  # on the device beside the weights
-            with ledger.allocating(dry.ADAPTER):
-                for loras, strength in zip(vars(dit)["stage_loras"], prepared.added, strict=True):
-                    if strength:
-                        loras.place_on(dry.ACCELERATOR, dtype_of(dit))
-        section = on_device(
-            next(sections_of(family, prepared, encoded, inputs, SeededNoise(0, dry.ACCELERATOR))),
-            dry.ACCELERATOR,
-        )
+        _place_loras(dit, lora_changes, prepared, ledger)
+        noise = SeededNoise(0, dry.ACCELERATOR)
+        sections = sections_of(family, prepared, prompts=encoded, inputs=inputs, noise=noise)
+        section = on_device(next(sections), dry.ACCELERATOR)
         guidance = make_guidance(prepared, options.guidance, family.experts)
         step = heaviest_step(prepared, options, family.experts, section.noise)
 
         def measure(counts: dry.Counts) -> Mapping[str, dry.Moment]:
+            """Return the peaks of the step if the network had so many blocks."""
             dry.keep_blocks(dit, blocks, counts, ledger)
             if section.tweaks.kept is not None:
                 section.tweaks.kept.clear()  # by other blocks
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
-            caches: AbstractContextManager[DitAt] = nullcontext(lambda _: dit)
-            if prepared.asked.step_cache is not None:
-                caches = StepCaches(prepared, family.dit).section(lambda _: dit)
-            with caches as cached_at:
-                told = section.tweaks, section.held
-                predict_at = predictor(family, cached_at, step, options.splits_guidance, *told)
+            with _cached_dit(family, prepared, dit) as dit_at:
+                predict_at = predictor(
+                    family,
+                    dit_at,
+                    step,
+                    split=options.splits_guidance,
+                    all_passes=section.tweaks,
+                    clean_streams=section.held,
+                )
                 with ledger.guessing():  # a family may look at the timestep
                     guidance(step, predict_at, section)
             return dict(ledger.peaks)
 
-        moments = extended(measure, tuple(map(len, blocks.values())))
-    between, path = list[tuple[int, str]](), options.preview.preview_vae
-    if path is not None:
+        moments = extrapolate(measure, tuple(map(len, blocks.values())))
+    return PhasePrediction(
+        moments=moments,
+        swaps=swaps,
+        weights=weights,
+        between=_work_between_steps(family, options, prepared),
+        turns=turns,
+        extra=extra,
+    )
+
+
+def _place_loras(
+    dit: nn.Module,
+    lora_changes: Mapping[str, Sequence[Change]],
+    prepared: Prepared,
+    ledger: dry.Ledger,
+) -> None:
+    """Put LoRAs of quantised layers and those of the request's stages on the device, next to the weights."""
+    if lora_changes:
+        with ledger.allocating(dry.NETWORK):
+            add_beside(dit, lora_changes, dry.ACCELERATOR, dtype_of(dit))
+    if prepared.added:
+        with ledger.allocating(dry.ADAPTER):
+            for loras, strength in zip(vars(dit)["stage_loras"], prepared.added, strict=True):
+                if strength:
+                    loras.place_on(dry.ACCELERATOR, dtype_of(dit))
+
+
+def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractContextManager[DitAt]:
+    """Return a function: timestep -> the network, with the request's step cache if it has one."""
+    if prepared.asked.step_cache is None:
+        return nullcontext(lambda _: dit)
+    return StepCaches(prepared, family.dit).section(lambda _: dit)
+
+
+def _work_between_steps(
+    family: Family, options: GenerationOptions, prepared: Prepared
+) -> list[tuple[int, str]]:
+    """Return the bytes and names of what works between two steps: previews, and networks of later stages."""
+    between: list[tuple[int, str]] = []
+    preview_vae = options.preview.preview_vae
+    if preview_vae is not None:
         *_, height, width = family.latent.shape(1, prepared.height, prepared.width)
-        preview = decoding_bytes(check_taehv(path, family.latent), torch.float16, height, width)
-        between.append((preview, "decoding a preview"))
+        decoder = check_taehv(preview_vae, family.latent)
+        preview_bytes = decoding_bytes(decoder, torch.float16, height, width)
+        between.append((preview_bytes, "decoding a preview"))
     for load, shape in prepared.begun_by:
-        with rehearsing(network := load(META)) as ledger:
+        network = load(META)
+        with rehearsing(network) as ledger:
             network(torch.empty(shape, dtype=dtype_of(network), device=dry.ACCELERATOR))
-        between.append((sum(dry.largest(ledger.peaks)[1].values()), type(network).__name__))
-    return PhasePrediction(moments, swaps, weights, between, turns, extra)
+        _, moment = dry.largest(ledger.peaks)
+        between.append((sum(moment.values()), type(network).__name__))
+    return between
 
 
 def heaviest_step(
     prepared: Prepared, options: GenerationOptions, experts: Sequence[Expert], noisy: Tensor
 ) -> Step:
     """Find a step that takes most memory: the one with most passes in a batch, then with most passes."""
-    steps = [
-        ((plan.most_together, len(plan.passes), expert.lowest, -index), index)
-        for expert, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True)
-        for index, plan in enumerate(plans)
-    ]
-    (_, _, lowest, _), index = max(steps)  # of equal ones the first
+    candidates = []
+    for expert, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True):
+        for index, plan in enumerate(plans):
+            # of equal steps the first
+            weight = (plan.most_together, len(plan.passes), expert.lowest, -index)
+            candidates.append((weight, index, expert.lowest))
+    _, index, lowest = max(candidates)
     timestep = FIRST_TIMESTEP if lowest == experts[noisiest(experts)].lowest else lowest
-    return Step(index, prepared.num_steps, 1.0, timestep, noisy)
+    return Step(index, prepared.num_steps, sigma=1.0, timestep=timestep, noisy=noisy)
 
 
 def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
@@ -261,11 +317,10 @@ def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.Mem
 
 def phase_of(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
     _, moment = dry.largest(ledger.peaks)
-    parts = [
-        memory_plan.MemoryPart("weights", moment.get(dry.WEIGHTS, 0)),
-        memory_plan.MemoryPart("work", sum(moment.values()) - moment.get(dry.WEIGHTS, 0)),
-    ]
-    return memory_plan.Phase(name, (*parts, extra))
+    weights = moment.get(dry.WEIGHTS, 0)
+    work = sum(moment.values()) - weights
+    parts = (memory_plan.MemoryPart("weights", weights), memory_plan.MemoryPart("work", work), extra)
+    return memory_plan.Phase(name, parts)
 
 
 def make_solid(conditions: Conditions) -> Conditions:
@@ -278,33 +333,30 @@ def make_solid(conditions: Conditions) -> Conditions:
         return torch.empty(tensor.shape, dtype=tensor.dtype) if isinstance(tensor, FakeTensor) else tensor
 
     return {
-        name: [real(each) for each in value] if isinstance(value, list) else real(value)
+        name: [real(tensor) for tensor in value] if isinstance(value, list) else real(value)
         for name, value in conditions.items()
     }
 
 
-def plan_generation(family: Family, options: GenerationOptions, device: torch.device) -> None:
+def plan_generation(
+    family: Family, options: GenerationOptions, device: torch.device, room: Room | None
+) -> None:
     """Print the plan of the request that needs most memory. Loads nothing large and needs no GPU."""
-    cards, size = options.speed.plan.cards
-    room = room_on(device, size)
-    if cards > 1:
-        import_own("generation.together").plan_ways(family, options, device, cards, room)
-        return
     with quiet():
-        prepared, prediction = predict_largest(family, options, all_requests(family, options), device, room)
+        prepared, prediction = predict_largest(
+            family, options, all_requests(family, options), device=device, room=room
+        )
 
     def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
-        made = prediction.plan(blocks)
-        more = prediction.turns.remarks(made, prediction.phase(blocks), room, host_room())
-        return replace(made, remarks=(*remarks, *more))
+        plan_of_blocks = prediction.plan(blocks)
+        denoising = prediction.phase(blocks)
+        expert_remarks = prediction.turns.remarks(plan_of_blocks, denoising, room, host_room())
+        return replace(plan_of_blocks, remarks=(*remarks, *expert_remarks))
 
-    memory_plan.print_plan(
-        prediction,
-        options.speed.swap,
-        room,
-        plan,
-        lambda room: advice(family, options, prepared, prediction, room, device),
-    )
+    def advise(room: Room) -> list[str]:
+        return advice(family, options, prepared, prediction=prediction, room=room, device=device)
+
+    memory_plan.print_plan(prediction, options.speed.swap, room, plan_of=plan, advice=advise)
 
 
 def predict_largest(
@@ -314,10 +366,14 @@ def predict_largest(
     device: torch.device,
     room: Room | None = None,
 ) -> tuple[Prepared, PhasePrediction]:
+    """Return the request, or the stage of one, that needs most memory for denoising, and its prediction."""
     turns = turns_of(family, options, requests)
-    candidates = [stage for one in largest_of(family, requests) for stage in one.stages or (one,)]
-    predictions = [(each, predict(family, options, each, device, turns, room)) for each in candidates]
-    return max(predictions, key=lambda each: each[1].device(0))
+    predictions: list[tuple[Prepared, PhasePrediction]] = []
+    for request in largest_of(family, requests):
+        for stage in request.stages or (request,):
+            prediction = predict(family, options, stage, device=device, turns=turns, room=room)
+            predictions.append((stage, prediction))
+    return max(predictions, key=lambda candidate: candidate[1].device(0))
 
 
 def advice(
@@ -343,17 +399,17 @@ def advice(
     def in_fp8() -> PhasePrediction:
         fp8 = replace(options, speed=override_options(speed, {"fp8_scaled": True}))
         with quiet():
-            return predict(family, fp8, prepared, device, prediction.turns, room)
+            return predict(family, fp8, prepared, device=device, turns=prediction.turns, room=room)
 
     cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantisation is None else []
     can_swap = not speed.sharding.shard_base
-    more, last = memory_plan.advise(
+    changes, cheapest = memory_plan.advise(
         prediction, cheaper, room.usable, can_swap=can_swap, phase=" while denoising"
     )
-    lines += more
-    if last is not None:
-        even = f"even --blocks_to_swap {last.most} leaves" if can_swap else "what is above leaves"
-        lines.append(f"fewer frames or a smaller size: {even} {gib(last.device(last.most))}")
+    lines += changes
+    if cheapest is not None:
+        limit = f"even --blocks_to_swap {cheapest.most} leaves" if can_swap else "what is above leaves"
+        lines.append(f"fewer frames or a smaller size: {limit} {gib(cheapest.device(cheapest.most))}")
     return lines
 
 
@@ -386,11 +442,12 @@ def resolve_options(
             ) from error
         return options, None
 
-    def found() -> PhasePrediction:
+    def predict_peaks() -> PhasePrediction:
         with quiet():
-            return predict_largest(family, options, requests, device, room)[1]
+            _, prediction = predict_largest(family, options, requests, device=device, room=room)
+        return prediction
 
-    speed, prediction = memory_plan.resolve_swap(options.speed, room if requests else None, found)
+    speed, prediction = memory_plan.resolve_swap(options.speed, room if requests else None, predict_peaks)
     options = replace(options, speed=speed)
     if prediction is None:
         return options, None

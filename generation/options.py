@@ -26,7 +26,7 @@ from generation.script_options import (
     OutputOptions,
     RequestOptions,
     ScriptDefaults,
-    given_among,
+    typed_among,
 )
 from modules.command import name_as_typed
 from modules.errors import OptionError
@@ -195,30 +195,8 @@ class GenerationOptions(Options, title="run"):
         return self.sheet.axes(self.line_options)
 
     def __post_init__(self) -> None:
-        given = {
-            "--prompt": self.request.prompt is not None or self.sheet.has_prompts,
-            "--from_file": self.from_file is not None,
-            "--interactive": self.interactive,
-            "--latent_path": bool(self.latent_path),
-            "--save_merged_model": self.save_merged_model is not None,
-        }
-        if not any(given.values()):
-            raise OptionError(f"nothing to do: give one of {', '.join(given)}")
-        if self.num_videos > 1 and self.request.prompt is None:
-            raise OptionError(f"--num_videos {self.num_videos} needs --prompt: it repeats a single prompt")
-        if self.num_videos > 1 and self.sheet.sheet is not None:
-            raise OptionError("--num_videos and --sheet: give the seeds to the sheet, --sheet seed=1,2,3")
-        if self.post.tools and self.output.output_type in UNDECODED:
-            raise OptionError(
-                f"{POST} with --output_type latent: no frames are decoded. Use --output_type both, or give "
-                f"{POST} when the latents are decoded (--latent_path)"
-            )
-        shows = self.preview.preview_latent_every is not None and not self.latent_path
-        if shows and self.post.tools and self.post.tools.hiding:
-            raise OptionError(
-                f"--preview_latent_every with {POST} {self.post.tools.hiding}: previews would show what "
-                "it hides. Leave one of them out"
-            )
+        self._check_work()
+        self._check_post()
         if self.sheet.sheet is not None:
             self._check_sheet()
         if self.latent_path and self.output.output_type in LATENT_OUTPUTS:
@@ -226,6 +204,44 @@ class GenerationOptions(Options, title="run"):
                 f"--latent_path with --output_type {self.output.output_type}: the latents exist already. "
                 f"Use {'images' if self.output.pictures else 'video or images'}"
             )
+        self._check_prompt()
+        if self.latent_path:
+            require_files("--latent_path", self.latent_path, "write latents with --output_type latent")
+        if self.output.file_name:
+            self._check_one_result()
+
+    def _check_work(self) -> None:
+        """Raise OptionError if there is nothing to do, or if --num_videos has nothing to repeat."""
+        modes = {
+            "--prompt": self.request.prompt is not None or self.sheet.has_prompts,
+            "--from_file": self.from_file is not None,
+            "--interactive": self.interactive,
+            "--latent_path": bool(self.latent_path),
+            "--save_merged_model": self.save_merged_model is not None,
+        }
+        if not any(modes.values()):
+            raise OptionError(f"nothing to do: give one of {', '.join(modes)}")
+        if self.num_videos > 1 and self.request.prompt is None:
+            raise OptionError(f"--num_videos {self.num_videos} needs --prompt: it repeats a single prompt")
+        if self.num_videos > 1 and self.sheet.sheet is not None:
+            raise OptionError("--num_videos and --sheet: give the seeds to the sheet, --sheet seed=1,2,3")
+
+    def _check_post(self) -> None:
+        """Raise OptionError if no frames are decoded for --post, or if previews would show what it hides."""
+        if self.post.tools and self.output.output_type in UNDECODED:
+            raise OptionError(
+                f"{POST} with --output_type latent: no frames are decoded. Use --output_type both, or give "
+                f"{POST} when the latents are decoded (--latent_path)"
+            )
+        has_previews = self.preview.preview_latent_every is not None and not self.latent_path
+        if has_previews and self.post.tools and self.post.tools.hiding:
+            raise OptionError(
+                f"--preview_latent_every with {POST} {self.post.tools.hiding}: previews would show what "
+                "it hides. Leave one of them out"
+            )
+
+    def _check_prompt(self) -> None:
+        """Raise OptionError if --prompt is empty, or the name of a text file."""
         is_empty = self.request.prompt is not None and not self.request.prompt.strip()
         if is_empty and self.save_merged_model is None:
             what = "picture" if self.output.pictures else "video"
@@ -233,55 +249,57 @@ class GenerationOptions(Options, title="run"):
         prompt = self.request.prompt or ""
         if prompt.endswith(".txt") and path_exists(Path(prompt)):
             raise OptionError(f"--prompt {prompt} is a file. For the prompts in it give --from_file {prompt}")
-        if self.latent_path:
-            require_files("--latent_path", self.latent_path, "write latents with --output_type latent")
-        if self.output.file_name:
-            self._check_one_result()
 
     def _check_one_result(self) -> None:
         """Raise OptionError if --save_path names a file, and there can be several results."""
-        for other, is_given in {
+        several_lines = self.from_file is not None and len(lines_of(self.from_file)) > 1
+        conflicts = {
             f"--num_videos {self.num_videos}": self.num_videos > 1,
             "--interactive": self.interactive,
             "--sheet": self.sheet.sheet is not None,
             "several files of --latent_path": len(self.latent_path or ()) > 1,
-            f"several prompts in {self.from_file}": self.from_file and len(lines_of(self.from_file)) > 1,
-        }.items():
+            f"several prompts in {self.from_file}": several_lines,
+        }
+        for conflict, is_given in conflicts.items():
             if is_given:
                 path = self.output.save_path / self.output.file_name
                 raise OptionError(
-                    f"--save_path {path} with {other}: one file has room for one result. Give a folder, such "
-                    f"as {path.with_suffix('')}; results get names of their own there"
+                    f"--save_path {path} with {conflict}: one file has room for one result. Give a folder, "
+                    f"such as {path.with_suffix('')}; results get names of their own there"
                 )
 
     def _check_sheet(self) -> None:
         """Raise OptionError if there is nothing that a sheet could show, or if its axes cannot be read."""
-        for other, is_given in {
+        conflicts = {
             "--latent_path": bool(self.latent_path),
             "--save_merged_model": self.save_merged_model is not None,
             "--output_type latent": self.output.output_type in UNDECODED,
             POST: bool(self.post.tools),
-        }.items():
+        }
+        for conflict, is_given in conflicts.items():
             if is_given:
                 raise OptionError(
-                    f"--sheet and {other} cannot be used together: a sheet shows new videos. Leave one out"
+                    f"--sheet and {conflict} cannot be used together: a sheet shows new videos. Leave one out"
                 )
         if self.sheet.has_prompts and (self.from_file is not None or self.interactive):
             raise OptionError("--sheet prompt: the prompts are those of the lines. Vary another option")
         _ = self.axes
 
-    def tell_ignored(self) -> None:
-        """Warn of options that have no effect beside others; call it once, as records are made repeatedly."""
+    def warn_of_ignored(self) -> None:
+        """Warn of options that have no effect with others; call it once, as records are made repeatedly."""
         if self.request.prompt is not None and (self.from_file is not None or self.interactive):
             source = "--interactive" if self.interactive else "--from_file"
             logger.warning("--prompt is ignored because the prompts come from %s", source)
-        unused = {
+        if not self.latent_path:
+            return
+        ignored = {
             "--num_videos": self.num_videos > 1,
             "--prompt_rewrite": self.rewriting.prompt_rewrite is not None,
             "--preview_latent_every": self.preview.preview_latent_every is not None,
         }
-        for name in (name for name, is_given in unused.items() if is_given and self.latent_path):
-            logger.warning("%s is ignored because --latent_path only decodes", name)
+        for name, is_given in ignored.items():
+            if is_given:
+                logger.warning("%s is ignored because --latent_path only decodes", name)
 
 
 def read_generation(
@@ -297,24 +315,28 @@ def read_generation(
     add_more(parser)
     args = read_arguments(parser, argv)
     with name_as_typed(typed_names(args)):
-        options, own = read_options(GenerationOptions, args), read_options(record, args)
-    values = option_values(options) | option_values(own)
-    given = {
+        options = read_options(GenerationOptions, args)
+        family_options = read_options(record, args)
+    values = option_values(options) | option_values(family_options)
+    values["post"] = options.post.tools and options.post.tools.in_words  # no folders
+    typed_flags = {
         action.dest
         for action in parser._actions
         if getattr(args, action.dest, action.default) != action.default
     }
     facts = facts_of(GenerationOptions) | facts_of(record)
-    of_decoding = frozenset(
-        name for name, own_facts in facts.items() if own_facts.items() >= OF_DECODING.items()
+    decoding_options = frozenset(
+        name for name, option_facts in facts.items() if option_facts.items() >= OF_DECODING.items()
     )
-    elsewhere = {
-        name for name, own_facts in facts.items() if own_facts.get("record") in {"request", "nothing"}
+    # options that the metadata have elsewhere, or not at all
+    unrecorded = {
+        name for name, option_facts in facts.items() if option_facts.get("record") in {"request", "nothing"}
     }
-    values["post"] = options.post.tools and options.post.tools.in_words  # no folders
-    settings = {name: values[name] for name in values if name in (given | ALWAYS_RECORDED) - elsewhere}
+    recorded = (typed_flags | ALWAYS_RECORDED) - unrecorded
+    settings = {name: value for name, value in values.items() if name in recorded}
     output = options.output.in_folder() if options.output.names_file else options.output
-    return replace(options, settings=settings, decoding_options=of_decoding, output=output), own
+    options = replace(options, settings=settings, decoding_options=decoding_options, output=output)
+    return options, family_options
 
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:
@@ -346,22 +368,32 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
     refuse_unsupported(parser, args)
     if getattr(args, "scheduler", None) is not None:
         solver = args.solver_names[args.scheduler]
-        if args.sample_solver != solver and given_among(parser, argv, {"sample_solver"}):
+        if args.sample_solver != solver and typed_among(parser, argv, {"sample_solver"}):
             raise OptionError(
                 f"--scheduler {args.scheduler} is --sample_solver {solver}, but --sample_solver "
                 f"{args.sample_solver} is given too: give one of them"
             )
         args.sample_solver = solver
-    for name in args.by_model.keys() - given_among(parser, argv, {*args.by_model}):
+    for name in args.by_model.keys() - typed_among(parser, argv, {*args.by_model}):
         setattr(args, name, None)
     if args.optimized:
-        others = given_among(parser, argv, {"fp8", "convrot_int8", "nf4_base"})  # instead of --fp8_scaled
-        given = given_among(parser, argv, {*args.preset}) | others
-        left = given | {"fp8_scaled"} if others else given
-        left = left | {"fp8_fast"} if others - {"fp8"} else left
-        args.by_preset = tuple(name for name in args.preset if name not in left)
-        args.not_by_preset = tuple(name for name in args.preset if name in left)
-        for name in args.by_preset:
-            setattr(args, name, args.preset[name])
+        _apply_preset(parser, args, argv)
     args.extras = {name: (key, getattr(args, name)) for name, key in args.extras.items()}
     return args
+
+
+def _apply_preset(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str] | None
+) -> None:
+    """Set what --optimized turns on, without what was typed or conflicts with it."""
+    # these take the place of --fp8_scaled
+    typed_quantisations = typed_among(parser, argv, {"fp8", "convrot_int8", "nf4_base"})
+    not_by_preset = typed_among(parser, argv, {*args.preset}) | typed_quantisations
+    if typed_quantisations:
+        not_by_preset.add("fp8_scaled")
+    if typed_quantisations - {"fp8"}:
+        not_by_preset.add("fp8_fast")
+    args.by_preset = tuple(name for name in args.preset if name not in not_by_preset)
+    args.not_by_preset = tuple(name for name in args.preset if name in not_by_preset)
+    for name in args.by_preset:
+        setattr(args, name, args.preset[name])

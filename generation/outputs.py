@@ -33,9 +33,9 @@ LAST_FRAME_SUFFIX = "_last.png"
 SOUND_SUFFIX = ".wav"
 # of every kind of output
 SUFFIXES = (
-    *(LATENT_SUFFIX, PREVIEW_SUFFIX, LAST_FRAME_SUFFIX, SOUND_SUFFIX),
-    *(".mp4", ".mkv", ".png", "_000.png", ""),
-)
+    LATENT_SUFFIX, PREVIEW_SUFFIX, LAST_FRAME_SUFFIX, SOUND_SUFFIX,
+    ".mp4", ".mkv", ".png", "_000.png", "",
+)  # fmt: skip
 
 
 OWN_LATENTS = re.compile(
@@ -76,10 +76,18 @@ def output_stem(
 
     prompt: its first words are added. start: is put before the time.
     """
-    if origin is not None and (own := OWN_LATENTS.fullmatch(origin.stem)):
-        return own[1]
-    parts = [start, f"{when:%Y%m%d-%H%M%S}", str(seed), "" if origin is None else origin.stem]
-    return "_".join(part for part in (*parts, words_of(prompt) if prompt else "") if part)
+    if origin is not None:
+        named_by_us = OWN_LATENTS.fullmatch(origin.stem)
+        if named_by_us:
+            return named_by_us[1]
+    parts = [
+        start,
+        f"{when:%Y%m%d-%H%M%S}",
+        str(seed),
+        "" if origin is None else origin.stem,
+        words_of(prompt) if prompt else "",
+    ]
+    return "_".join(part for part in parts if part)
 
 
 def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> str:
@@ -87,16 +95,21 @@ def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> s
     if output.naming == "time":  # as the image guides' scripts do
         return f"{when:%Y%m%d_%H%M%S}"
     if output.naming == "released":  # as HunyuanVideo's own does, but for characters that some disks refuse
-        told = re.sub(r'[\x00-\x1f<>:"/\\|?*]', "", prompt)[:100].encode("utf-8")[:150]
-        said = told.decode("utf-8", errors="ignore").strip(" .")
-        return f"{when:%Y-%m-%d-%H-%M-%S}_seed{seed}_{said}"
-    return output_stem(when, seed, None, prompt if output.prompt_in_name else "", output.name_start)
+        allowed = re.sub(r'[\x00-\x1f<>:"/\\|?*]', "", prompt)
+        start = allowed[:100].encode("utf-8")[:150].decode("utf-8", errors="ignore").strip(" .")
+        return f"{when:%Y-%m-%d-%H-%M-%S}_seed{seed}_{start}"
+    words = prompt if output.prompt_in_name else ""
+    return output_stem(when, seed, prompt=words, start=output.name_start)
 
 
 def words_of(prompt: str) -> str:
+    """Return the first words of a prompt for a file's name, joined by hyphens."""
     words = "-".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt)))
-    cut = words[:NAMED_CHARACTERS].encode("utf-8")[:NAMED_BYTES].decode("utf-8", errors="ignore")
-    return cut.rpartition("-")[0] or cut if len(cut) < len(words) else cut
+    start = words[:NAMED_CHARACTERS].encode("utf-8")[:NAMED_BYTES].decode("utf-8", errors="ignore")
+    if len(start) == len(words):
+        return start
+    whole_words = start.rpartition("-")[0]
+    return whole_words or start
 
 
 def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
@@ -128,7 +141,9 @@ def save_latents(
 
     sound: latents 1 C T M of the clip's sound, likewise as `SOUND`.
     """
-    tensors = {"latent": latents[0].float()} | ({} if sound is None else {SOUND: sound[0].float()})
+    tensors = {"latent": latents[0].float()}
+    if sound is not None:
+        tensors[SOUND] = sound[0].float()
     save_tensors(path, tensors, None if metadata is None else with_plain_keys(metadata))
 
 
@@ -152,45 +167,74 @@ def save_pixels(
     frames = frames_of(chunks)
     if options.trim_tail_frames:
         frames = drop_tail(frames, options.trim_tail_frames)
-    first = list(islice(frames, 2))
-    if not first:
+    first_frames = list(islice(frames, 2))
+    if not first_frames:
         return _save_sound(options, stem, track, metadata)
-    playing: Iterator[Frame] = chain(first, frames)
-    is_single = len(first) == 1
+    playing: Iterator[Frame] = chain(first_frames, frames)
+    is_single = len(first_frames) == 1
+    del first_frames  # a frame takes megabytes
     is_picture = options.is_picture(is_single)
+    saves_last = options.save_last_frame and not is_picture
+    hides = post is not None and post.hides
     last = deque[Frame](maxlen=1)
-    saves_last, hides = options.save_last_frame and not is_picture, post is not None and post.hides
     if saves_last and not hides:
         playing = remember(playing, last)
     if post is not None:
         playing, fps = post.lead(playing, fps, is_single)
     if saves_last and hides:
         playing = remember(playing, last)
-    del first  # a frame takes megabytes
     if is_picture:
-        ending = "_000.png" if options.numbers_single else ".png"
-        name = options.file_name or free_stem(options.save_path, stem, [ending]) + ending
-        path = options.save_path / name
-        (frame,) = playing
-        write_png(path, frame, as_png_texts(metadata or {}))
-        return path
+        return _save_picture(options, stem, playing, metadata)
     saves_sound = options.save_audio is not None and track is not None
-    beside = [LAST_FRAME_SUFFIX] * saves_last + [SOUND_SUFFIX] * saves_sound
+    side_suffixes = [LAST_FRAME_SUFFIX] * saves_last + [SOUND_SUFFIX] * saves_sound
     if options.output_type in IMAGE_OUTPUTS:
-        path = plain = options.save_path / free_stem(options.save_path, stem, ["", *beside])
-        with atomic_folder(path) as folder:
-            name = f"{path.name}_{{:03d}}.png"
-            for _ in write_frames(playing, folder, name, as_png_texts(metadata or {})):
-                pass
+        path = _save_frames(options, stem, playing, metadata=metadata, side_suffixes=side_suffixes)
+        name = path.name
     else:
-        path = _save_video(options, stem, playing, fps, metadata, beside, track)
-        plain = path.with_suffix("")
+        path = _save_video(
+            options,
+            stem,
+            playing,
+            fps=fps,
+            metadata=metadata,
+            side_suffixes=side_suffixes,
+            track=track,
+        )
+        name = path.stem
     if track is not None and saves_sound:
-        write_wav(plain.with_name(f"{plain.name}{SOUND_SUFFIX}"), track)
+        write_wav(path.with_name(f"{name}{SOUND_SUFFIX}"), track)
     if last:
-        beside_it = plain.with_name(f"{plain.name}{LAST_FRAME_SUFFIX}")
-        write_png(beside_it, last[0], as_png_texts(metadata or {}))
-        logger.info("Last frame: %s", beside_it)
+        last_path = path.with_name(f"{name}{LAST_FRAME_SUFFIX}")
+        write_png(last_path, last[0], as_png_texts(metadata or {}))
+        logger.info("Last frame: %s", last_path)
+    return path
+
+
+def _save_picture(
+    options: OutputOptions, stem: str, frames: Iterator[Frame], metadata: Mapping[str, str] | None
+) -> Path:
+    """Write the only frame as a PNG file."""
+    ending = "_000.png" if options.numbers_single else ".png"
+    name = options.file_name or free_stem(options.save_path, stem, [ending]) + ending
+    path = options.save_path / name
+    (frame,) = frames
+    write_png(path, frame, as_png_texts(metadata or {}))
+    return path
+
+
+def _save_frames(
+    options: OutputOptions,
+    stem: str,
+    frames: Iterator[Frame],
+    metadata: Mapping[str, str] | None,
+    side_suffixes: Sequence[str],
+) -> Path:
+    """Write a folder of PNG files. side_suffixes: of files that are written next to it."""
+    path = options.save_path / free_stem(options.save_path, stem, ["", *side_suffixes])
+    with atomic_folder(path) as folder:
+        name = f"{path.name}_{{:03d}}.png"
+        for _ in write_frames(frames, folder, name, as_png_texts(metadata or {})):
+            pass
     return path
 
 
@@ -212,18 +256,19 @@ def _save_video(
     playing: Iterator[Frame],
     fps: float,
     metadata: Mapping[str, str] | None,
-    beside: Sequence[str],
+    side_suffixes: Sequence[str],
     track: Track | None,
 ) -> Path:
+    """Write a video. side_suffixes: of files that are written next to it."""
     suffix = options.format.suffix
     if suffix != f".{options.format.container}":
         logger.warning("--codec %s is written as %s because mp4 cannot hold it", options.format.codec, suffix)
-    name = options.file_name or free_stem(options.save_path, stem, [suffix, *beside]) + suffix
+    name = options.file_name or free_stem(options.save_path, stem, [suffix, *side_suffixes]) + suffix
     path = options.save_path / name
-    first = list(islice(playing, 1))
-    height, width = first[0].shape[:2]
+    first_frames = list(islice(playing, 1))
+    height, width = first_frames[0].shape[:2]
     codec = settle_codec(options.format.codec, width, height)
-    playing = chain(first, playing)
+    playing = chain(first_frames, playing)
     with ExitStack() as opened:
         if options.format.keep_pngs:
             pngs = options.save_path / free_stem(options.save_path, "frames", [""])
@@ -252,15 +297,17 @@ def write_frames(
 
 def drop_tail(frames: Iterable[Frame], count: int) -> Iterator[Frame]:
     """Yield all but the last `count` frames; a shorter video keeps its first frame."""
-    held: deque[Frame] = deque()
+    waiting: deque[Frame] = deque()
     passed = False
     for frame in frames:
-        held.append(frame)
-        if len(held) > count:
+        waiting.append(frame)
+        if len(waiting) > count:
             passed = True
-            yield held.popleft()
-    if not passed and held:
+            yield waiting.popleft()
+    if not passed and waiting:
         logger.warning(
-            "--trim_tail_frames %d would leave nothing of %d frames; the first one is kept", count, len(held)
+            "--trim_tail_frames %d would leave nothing of %d frames; the first one is kept",
+            count,
+            len(waiting),
         )
-        yield held[0]
+        yield waiting[0]

@@ -58,38 +58,46 @@ def show_start(
     device: torch.device,
 ) -> None:
     """Show the plan of a generation. loras: expert ("" if none is meant) -> names and strengths."""
-    step, rows, columns = family.latent.stride
-    sizes = [
-        (family.latent.channels, (one.frames - 1) // step + 1, one.height // rows, one.width // columns)
-        if one.joint is None
-        else one.joint.picture
-        for one in requests
-    ]
-    heard = [one.joint.sound for one in requests if one.joint is not None]
     first = requests[0]
-    is_one = len(requests) == 1
-    free = shutil.disk_usage(folder).free
+    is_single = len(requests) == 1
     has_names = any(expert.name for expert in family.experts)
-    lines = [
-        f"{name}, strength {strength:g}" + (f", for {expert.replace('_', ' ')}" if expert else "")
-        for expert, files in loras.items()
-        for name, strength in files
-    ]
-    source, steps = first.asked.source, count_of(first.steps, "step")
-    start = None if source is None else f"{source.path}, the last {first.num_steps} of {steps}"
+    latents_size = as_size(FLOAT_BYTES * sum(_count_latents(family, request) for request in requests))
+    free = as_size(shutil.disk_usage(folder).free)
     box: list[Row] = [
         ("model", ", ".join(filter(None, map(family.metadata.get, NAMING)))),
         ("experts", "\n".join(experts_in_words(family)) if has_names else None),
-        ("LoRAs", "\n".join(lines)),
+        ("LoRAs", "\n".join(_loras_in_words(loras))),
         _results_in_words(requests),
         ("turns", turns_in_words(family, first) if has_names else None),
-        ("prompt", in_short(first.asked.prompt, 3 * PROMPT_LENGTH) if is_one else None),
-        ("from", start if is_one else None),
+        ("prompt", in_short(first.asked.prompt, 3 * PROMPT_LENGTH) if is_single else None),
+        ("from", _source_in_words(first) if is_single else None),
         ("device", str(device)),
-        ("disk", f"latents {as_size(FLOAT_BYTES * sum(map(prod, [*sizes, *heard])))}; {as_size(free)} free"),
+        ("disk", f"latents {latents_size}; {free} free"),
         ("folder", str(folder)),
     ]
     show_box("Generating", box)
+
+
+def _count_latents(family: Family, request: Prepared) -> int:
+    """Return how many numbers the latents of a request have, those of its sound included."""
+    if request.joint is not None:
+        return prod(request.joint.picture) + prod(request.joint.sound)
+    return prod(family.latent.shape(request.frames, request.height, request.width))
+
+
+def _loras_in_words(loras: Mapping[str, Sequence[tuple[str, float]]]) -> list[str]:
+    lines = []
+    for expert, files in loras.items():
+        purpose = f", for {expert.replace('_', ' ')}" if expert else ""
+        lines += [f"{name}, strength {strength:g}{purpose}" for name, strength in files]
+    return lines
+
+
+def _source_in_words(request: Prepared) -> str | None:
+    source = request.asked.source
+    if source is None:
+        return None
+    return f"{source.path}, the last {request.num_steps} of {count_of(request.steps, 'step')}"
 
 
 def _results_in_words(requests: Sequence[Prepared]) -> Row:
@@ -99,22 +107,22 @@ def _results_in_words(requests: Sequence[Prepared]) -> Row:
     if len(requests) == 1:
         kind = "sound" if first.is_sound_alone else "clip" if first.frames > 1 else "picture"
         return kind, size
-    are_pictures = all(one.frames == 1 and not one.is_sound_alone for one in requests)
+    are_pictures = all(request.frames == 1 and not request.is_sound_alone for request in requests)
     return "pictures" if are_pictures else "clips", f"{len(requests)}; the first: {size}"
 
 
 def experts_in_words(family: Family) -> list[str]:
     """Return a line for each expert that has a name: its file, and the timesteps that it is for."""
     experts = family.experts
-    named = [(expert, file) for expert, file in zip(experts, family.dit_files, strict=False) if expert.name]
     lines = []
-    for expert, file in named:
-        above = min((each.lowest for each in experts if each.lowest > expert.lowest), default=None)
-        upper = "" if above is None else f" below timestep {above:g}"
+    for expert, file in zip(experts, family.dit_files, strict=False):
+        if not expert.name:
+            continue
+        higher_timesteps = [higher.lowest for higher in experts if higher.lowest > expert.lowest]
+        upper = f" below timestep {min(higher_timesteps):g}" if higher_timesteps else ""
         lower = f" from timestep {expert.lowest:g} on" if expert.lowest else ""
-        lines.append(
-            f"{expert.name.replace('_', ' ')}: {file.name}{lower}{' and' * bool(lower and upper)}{upper}"
-        )
+        joiner = " and" if lower and upper else ""
+        lines.append(f"{expert.name.replace('_', ' ')}: {file.name}{lower}{joiner}{upper}")
     return lines
 
 
@@ -143,14 +151,16 @@ def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed
     show_box("Generation is finished", rows)
 
 
-def tell_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: float) -> None:
+def log_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: float) -> None:
     """Log a line about the next of several requests: "3 of 40, about 2 h left".
 
     begun: how many requests came before, in `seconds`.
     """
-    done, to_do = sum(map(work_of, requests[:begun])), sum(map(work_of, requests[begun:]))
+    done = sum(map(work_of, requests[:begun]))
+    to_do = sum(map(work_of, requests[begun:]))
     left = f", about {in_words(seconds * to_do / done)} left" if done else ""
-    where, prepared = f"{begun + 1} of {len(requests)}{left}", requests[begun]
+    where = f"{begun + 1} of {len(requests)}{left}"
+    prepared = requests[begun]
     logger.info("%s (%s): %s: %s", where, label, size_in_words(prepared), in_short(prepared.asked.prompt))
 
 
@@ -245,7 +255,8 @@ class GrowingVideo:
         try:
             yield
         except Exception as error:
-            self._has_failed, self._edge = True, None
+            self._has_failed = True
+            self._edge = None
             stays = f" {self.path} is not updated any more." if self.path.exists() else ""
             reason = f"{type(error).__name__}: {error}"
             logger.warning(

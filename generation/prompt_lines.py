@@ -80,12 +80,15 @@ def _rate(text: str) -> int:
 
 def read_size(text: str) -> dict[str, int]:
     """Read `480 832`, in the order of --video_size. Raises ValueError."""
-    found = JOINED.fullmatch(text)
-    if found is None:
+    match = JOINED.fullmatch(text)
+    if match is None:
         raise ValueError(f"{text!r} is not a height and a width, such as 480 832")
-    if found[2].strip():
-        logger.warning("video_size %s: taken as a height of %s and a width of %s", text, found[1], found[3])
-    return {"video_size_height": few_digits(found[1]), "video_size_width": few_digits(found[3])}
+    height = match[1]
+    separator = match[2]
+    width = match[3]
+    if separator.strip():
+        logger.warning("video_size %s: taken as a height of %s and a width of %s", text, height, width)
+    return {"video_size_height": few_digits(height), "video_size_width": few_digits(width)}
 
 
 def _side(text: str) -> int:
@@ -159,8 +162,8 @@ SECTIONED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 
 # the same for models that make pictures, which have no frames and take no videos
 IMAGE_GENERATION_OPTIONS: Mapping[str, LineOption] = {
-    **{letter: one for letter, one in GENERATION_OPTIONS.items() if letter not in {*"fiv", "ei", "cn"}},
-    # the image guides call one by another name
+    **{letter: option for letter, option in GENERATION_OPTIONS.items() if letter not in {*"fiv", "ei", "cn"}},
+    # the image guides have another name for one solver
     "ss": LineOption("sample_solver", lambda text: {"euler": "vanilla"}.get(text, text)),
 }
 EMBEDDED_IMAGE_OPTIONS: Mapping[str, LineOption] = {
@@ -244,30 +247,31 @@ def parse_words(
     line = _ONE_DASH.sub("--rcfg ", line)
     prompt, *parts = line.split(" --")
     _check_count(len(parts))
-    shown = f"{where} {shorten(line.strip(), MAX_LINE_SHOWN)!r}"
+    shown_line = f"{where} {shorten(line.strip(), MAX_LINE_SHOWN)!r}"
     values: dict[str, Any] = {"prompt": prompt.strip()}
     words = [part.partition(" ")[0] for part in parts]
-    spellings = _spellings_by_key(words, find)
+    spellings_by_key = _spellings_by_key(words, find)
     problems = _find_odd_options(line, find)
     # once for a line, and only if an option is unknown
     usable = functools.cache(lambda: known_names(options, [option.key for option in options.values()], find))
     for part in parts:
         word, _, text = part.partition(" ")
+        text = text.strip()
         option = find(word)
         if option is None:
-            use = no_use if find_option(word, OF_ALL_SCRIPTS) else suggest(word, options, usable())
+            hint = no_use if find_option(word, OF_ALL_SCRIPTS) else suggest(word, options, usable())
             unknown = shorten(part.strip(), MAX_LINE_SHOWN)
-            logger.warning("%s: the unknown option --%s is ignored. %s", shown, unknown, use)
+            logger.warning("%s: the unknown option --%s is ignored. %s", shown_line, unknown, hint)
             continue
-        if not read_path(text.strip()) and text.strip() not in option.empty:
+        if not read_path(text) and text not in option.empty:
             problems.append(f"--{word} has no value. Write it, or leave --{word} out")
             continue
-        same = spellings[option.key]
-        if len(same) > 1 and not option.repeats and option.key not in values:
-            spelled = " and --".join(dict.fromkeys(same))
-            logger.warning("%s: --%s: given more than once, the last counts", shown, spelled)
+        spellings = spellings_by_key[option.key]
+        if len(spellings) > 1 and not option.repeats and option.key not in values:
+            options_typed = " and --".join(dict.fromkeys(spellings))
+            logger.warning("%s: --%s: given more than once, the last counts", shown_line, options_typed)
         try:
-            store(values, option, option.read(text.strip()))
+            store(values, option, option.read(text))
         except ValueError as error:
             problems.append(f"--{word}: {error}")
     if problems:

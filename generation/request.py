@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 from blissful_tuner.guidance import check_guidance, warn_of_low_scales
 from blissful_tuner.guidance_formulas import RunPasses, run_passes
 from blissful_tuner.metadata import output_metadata
-from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions
+from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions, SteadierOptions
 from blissful_tuner.video_to_video import begin_late, check_source
 from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
 from generation.dressing import loras_of
@@ -29,7 +29,6 @@ from modules.contract.rules import SOURCES, Source
 from modules.devices import Failures
 from modules.errors import CheckpointError, OptionError
 from modules.families import HIGH_NOISE
-from modules.installation import import_own
 from modules.layers.rope import Slow
 from modules.option_values import SEED_BITS, to_path
 from modules.text_files import parse_json, texts_of_files
@@ -84,18 +83,13 @@ def make_request(
     seed = line.get("seed")
     if seed is None:
         seed = draw_seed() if options.seed is None else seed_of(options.seed)
-
-    def path(name: str) -> Path | None:
-        value = None if name in options.extras else line.get(name, getattr(options, name))
-        return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
-
-    if options.embedded_guidance is None and (asked := line.get("embedded_cfg_scale")) is not None:
-        logger.warning("the embedded guidance %g (--g) is ignored: this model has no input for it", asked)
-    controls = line.get("control_image_path", options.control_image_path) or ()
-    typed: dict[str, str | None] = {name: line.get(name, getattr(options, name)) for name in TEXTS}
-    texts = typed
-    if prompts.draws:
-        texts = import_own("blissful_tuner.prompt_syntax").expand_texts(typed, prompts, seed)
+    line_guidance = line.get("embedded_cfg_scale")
+    if options.embedded_guidance is None and line_guidance is not None:
+        logger.warning(
+            "the embedded guidance %g (--g) is ignored: this model has no input for it", line_guidance
+        )
+    typed_texts: dict[str, str | None] = {name: line.get(name, getattr(options, name)) for name in TEXTS}
+    texts = _expand(typed_texts, prompts, seed)
     solver = line.get("sample_solver", options.sample_solver)
     if solver not in SOLVERS:
         raise OptionError(f"--sample_solver {solver} (in a prompt line): use {', '.join(SOLVERS)}")
@@ -117,24 +111,44 @@ def make_request(
         away_prompt=texts["nag_prompt"] or None,
         second_prompt=texts["prompt_2"],
         cfg_schedule=line.get("cfg_schedule", options.cfg_schedule) or None,
-        image_path=path("image_path"),
-        end_image_path=path("end_image_path"),
-        control_path=path("control_path"),
-        control_images=tuple(to_path("--control_image_path", str(one)) for one in controls if str(one)),
+        image_path=_media_path(options, line, "image_path"),
+        end_image_path=_media_path(options, line, "end_image_path"),
+        control_path=_media_path(options, line, "control_path"),
+        control_images=_control_images(options, line),
         source=_source(options.source, line),
         extra=_extra_settings(options, line) if options.extras else {},
         settings={"sample_solver": line["sample_solver"]} if "sample_solver" in line else {},
-        typed={name: text for name, text in typed.items() if text is not None and text != texts[name]},
+        typed={name: text for name, text in typed_texts.items() if text is not None and text != texts[name]},
     )
     check_values(request)
     return request
 
 
+def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) -> Mapping[str, str | None]:
+    """Return texts with what is drawn from wildcards. Raises OptionError if nothing can be drawn."""
+    if not prompts.draws:
+        return texts
+    from blissful_tuner.prompt_syntax import expand_texts  # only with wildcards
+
+    return expand_texts(texts, prompts, seed)
+
+
+def _media_path(options: RequestOptions, line: Mapping[str, Any], name: str) -> Path | None:
+    """Return the file of an option, unless it is an option of the family or empty."""
+    value = None if name in options.extras else line.get(name, getattr(options, name))
+    return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
+
+
+def _control_images(options: RequestOptions, line: Mapping[str, Any]) -> tuple[Path, ...]:
+    paths = line.get("control_image_path", options.control_image_path) or ()
+    return tuple(to_path("--control_image_path", str(path)) for path in paths if str(path))
+
+
 def _extra_settings(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
     """Return settings that only the family reads, as text; a list gives one line per entry."""
     extra = {}
-    for name, (key, given) in options.extras.items():
-        value = line.get(name, given)
+    for name, (key, option_value) in options.extras.items():
+        value = line.get(name, option_value)
         text = "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
         if value is not None and text:
             extra[key] = text
@@ -145,22 +159,22 @@ def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
     """Return the source that the command line or a prompt line names. Raises OptionError for several."""
     in_line = {name: line[name] for name in SOURCES if name in line}
     paths = in_line or {name: getattr(options, name) for name in SOURCES}
-    given = {name: str(path) for name, path in paths.items() if path is not None and str(path) != ""}
+    sources = {name: str(path) for name, path in paths.items() if path is not None and str(path) != ""}
     if "denoise" in line:
         check_share("--vd in a prompt line", line["denoise"])
-    if not given:
+    if not sources:
         if "denoise" in line:
             logger.warning("--vd %g is ignored because the line starts from no video (--v)", line["denoise"])
         return None
-    check_one_source(given)
-    ((name, path),) = given.items()
+    check_one_source(sources)
+    ((name, path),) = sources.items()
     source = Source(
         name,
         to_path(f"--{name}", path),
-        line.get("denoise", options.denoise),
-        options.share,
-        options.v2v_noise_mode,
-        options.v2v_pad_mode,
+        denoise=line.get("denoise", options.denoise),
+        share=options.share,
+        noise_mode=options.v2v_noise_mode,
+        pad_mode=options.v2v_pad_mode,
     )
     return replace(source, extra_noise=getattr(options, source.extra_option) or 0.0)
 
@@ -194,39 +208,57 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     """
     request = make_request(options.request, overrides, options.prompts)
     if options.step_cache.is_on or overrides:
-        choose = import_own("blissful_tuner.step_cache").choose_step_cache
-        step_cache, says = choose(options.step_cache, overrides)
-        request = replace(request, step_cache=step_cache, settings={**request.settings, **says})
+        from blissful_tuner.step_cache import choose_step_cache  # only if a line may ask for one
+
+        step_cache, settings = choose_step_cache(options.step_cache, overrides)
+        request = replace(request, step_cache=step_cache, settings={**request.settings, **settings})
     if request.source is not None:
         request = check_source(request, request.source, family.source, family.latent)
     prepared = family.prepare(request)
     if family.references is not None and not family.references.clips and not request.control_images:
-        for path, option in find_edit_loras(options.lora.lora_weight or ()):
-            logger.warning(
-                "%s learned edits of pictures%s, and there is no picture: the result is made from the text "
-                "alone. Give --control_image_path (--ci in a prompt line)",
-                *(path, option),
-            )
+        _warn_of_edit_loras(options.lora.lora_weight or ())
     if prepared.asked.source is not None:
         prepared = begin_late(prepared, prepared.asked.source, family)
     if options.prompts.prompt_weighting:
-        prepared = replace(
-            prepared, prompts=import_own("blissful_tuner.prompt_syntax").weigh_all(prepared.prompts)
-        )
+        from blissful_tuner.prompt_syntax import weigh_all  # only with --prompt_weighting
+
+        prepared = replace(prepared, prompts=weigh_all(prepared.prompts))
     check_guidance(prepared, options.guidance)
     warn_of_low_scales(prepared, options.guidance)
     if request.step_cache is not None:
-        check = import_own("blissful_tuner.step_cache").check_step_cache
-        check(request.step_cache, prepared, family.dit)
-    index, beyond = options.steadier.riflex_index, options.steadier.riflex_beyond
-    if index and prepared.frames <= beyond:
+        from blissful_tuner.step_cache import check_step_cache  # only with a step cache
+
+        check_step_cache(request.step_cache, prepared, family.dit)
+    return _with_riflex(prepared, options.steadier)
+
+
+def _warn_of_edit_loras(paths: Iterable[Path]) -> None:
+    """Warn of LoRAs that learned edits of pictures, for a request without a picture."""
+    for path, option in find_edit_loras(paths):
+        logger.warning(
+            "%s learned edits of pictures%s, and there is no picture: the result is made from the text "
+            "alone. Give --control_image_path (--ci in a prompt line)",
+            path,
+            option,
+        )
+
+
+def _with_riflex(prepared: Prepared, options: SteadierOptions) -> Prepared:
+    """Slow down the frequency of --riflex_index, if the video is long enough."""
+    index = options.riflex_index
+    shortest = options.riflex_beyond
+    if not index:
+        return prepared
+    if prepared.frames <= shortest:
         logger.warning(
             "--riflex_index %d is ignored because the video has %d frames: it is for more than %d",
-            *(index, prepared.frames, beyond),
+            index,
+            prepared.frames,
+            shortest,
         )
-    elif index:  # a frequency that the video needs slowed down to TURN * 2 pi / frames
-        prepared = replace(prepared, slow_frames=Slow(index - 1, prepared.frames / TURN))
-    return prepared
+        return prepared
+    # a frequency that the video needs slowed down to TURN * 2 pi / frames
+    return replace(prepared, slow_frames=Slow(index - 1, prepared.frames / TURN))
 
 
 @dataclass(frozen=True)
@@ -270,15 +302,16 @@ class GenerationRun:
 
     def with_previews(self) -> "GenerationRun":
         """Return the run with the previews that the options ask for. May load a decoder of 20 MB."""
-        session, options = self.session, self.options
-        made = import_own("blissful_tuner.latent_preview").make_previews(
-            options.preview,
+        from blissful_tuner.latent_preview import make_previews  # only with previews
+
+        previews = make_previews(
+            self.options.preview,
             self.family.latent,
-            options.output.save_path,
-            session.device,
-            session.dits.can_stay,
+            self.options.output.save_path,
+            device=self.session.device,
+            has_room=self.session.dits.can_stay,
         )
-        return replace(self, previews=made)
+        return replace(self, previews=previews)
 
     def metadata(self, prepared: Prepared, loras: LorasInWords | None = None) -> Mapping[str, str] | None:
         """Return the metadata of an output; None with --no_metadata. loras: other ones than `self.loras`."""
@@ -287,11 +320,11 @@ class GenerationRun:
         return output_metadata(
             prepared,
             self.family.metadata,
-            self.loras if loras is None else loras,
-            self.options.settings,
-            self.session.device.type,
-            self.now(),
-            self.family.experts,
+            loras=self.loras if loras is None else loras,
+            settings=self.options.settings,
+            device=self.session.device.type,
+            created=self.now(),
+            experts=self.family.experts,
         )
 
     @property
@@ -328,10 +361,12 @@ def of_each_line(
 
     lines: from `lines_of`. Raises CheckpointError, because a wrong model file is wrong for every line.
     """
-    made, path = {}, run.options.from_file
+    results: dict[str, T] = {}
+    path = run.options.from_file
     with each_warning_once():
         for label, line in lines.items():
             with failures.note_errors(label, fatal=CheckpointError):
                 where = label if path is None else f"{path}, {label}"
-                made[label] = make(run, label, {} if line is None else run.read_line(line, where))
-    return made
+                overrides = {} if line is None else run.read_line(line, where)
+                results[label] = make(run, label, overrides)
+    return results

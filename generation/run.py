@@ -5,13 +5,14 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from blissful_tuner.metadata import frame_rate_in, read_decoded_metadata, seed_in
 from generation.asking import line_reader, ring_after
@@ -29,15 +30,20 @@ from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
 from modules.checkpoints.model_files import SavedLatents, load_latents
 from modules.command import refuse_other_splits
+from modules.contract.data import MediaEncoders
 from modules.contract.family import Family, hears_sound
 from modules.contract.loading import Placement
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
 from modules.dressing import have_joined, shared_blocks
 from modules.errors import CheckpointError, OptionError, OutputError
 from modules.installation import import_own
+from modules.media.tracks import Track
 from modules.offload.swap_plan import check_swap
 from modules.output_files import refuse_replacing
 from modules.planning.device_memory import room_on, too_little
+
+if TYPE_CHECKING:  # it is loaded only if LoRAs are for texts
+    from networks.text_loras import TextLoras
 
 logger = logging.getLogger(__name__)
 
@@ -46,71 +52,113 @@ STRENGTHS = "lora_strengths"  # key of a line's option for the strengths of the 
 
 def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     """Decode latent files; outputs get their metadata and the settings of this decoding."""
-    saved = [check_latents(run.family, path) for path in paths]
-    if run.post is not None:
-        for path, one in zip(paths, saved, strict=True):
-            run.post.check_length(
-                (one.latents.shape[2] - 1) * run.family.latent.stride[0] + 1, f"--latent_path {path}"
-            )
-    options, output = run.options, run.options.output
-    if output.file_name:
-        output.check_file_name((saved[0].latents.shape[2] - 1) * run.family.latent.stride[0] + 1)
+    files = {path: check_latents(run.family, path) for path in paths}
+    _check_lengths(run, files)
     failures = Failures(strict=len(paths) == 1)
-    start, results = time.monotonic(), []
-    make_folder(output.save_path, "--save_path")
-    tracks = make_tracks(
-        run, {str(path): one.sound for path, one in zip(paths, saved, strict=True)}, failures.note_errors
-    )
+    start = time.monotonic()
+    make_folder(run.options.output.save_path, "--save_path")
+    sounds = {str(path): files[path].sound for path in paths}
+    tracks = make_tracks(run, sounds, failures.note_errors)
+    decoded: list[Path] = []
     with run.session.media(images=False, again=False) as encoders:
-        for path, one in zip(paths, saved, strict=True):
-            if str(path) in failures.reasons:  # its sound
+        for path in paths:
+            label = str(path)
+            if label in failures.reasons:  # its sound
                 continue
-            with failures.note_errors(str(path)):
-                fps, usual = options.request.fps, run.family.defaults.fps
-                if fps in (None, usual):  # --fps is not given
-                    fps = frame_rate_in(one.metadata) or usual
-                said = read_decoded_metadata(one.metadata, options.settings, options.decoding_options, fps)
-                metadata = None if output.no_metadata else said
-                seed = seed_in(one.metadata)
-                name = output_stem(datetime.now(), seed, path, start=output.name_start)
-                with own_stem(output.save_path, name, SUFFIXES[1:]) as stem:  # the latents have it already
-                    chunks, track = decode(run.family, encoders, one.latents), tracks.get(str(path))
-                    results.append(save_pixels(output, stem, chunks, fps, metadata, run.post, track))
-                    if len(paths) > 1:
-                        logger.info("%s: %s", path, results[-1])
-    if results:
-        show_end(results, time.monotonic() - start, run.session.device, len(failures.reasons))
+            with failures.note_errors(label):
+                video = _decode_file(run, encoders, path, saved=files[path], track=tracks.get(label))
+                decoded.append(video)
+                if len(paths) > 1:
+                    logger.info("%s: %s", path, video)
+    if decoded:
+        show_end(decoded, time.monotonic() - start, run.session.device, len(failures.reasons))
     failures.raise_if_any(len(paths))
+
+
+def _check_lengths(run: GenerationRun, files: Mapping[Path, SavedLatents]) -> None:
+    """Raise OptionError if --post or the name of --save_path does not fit the frames of a latent file."""
+    stride = run.family.latent.stride[0]
+    frames = {path: (saved.latents.shape[2] - 1) * stride + 1 for path, saved in files.items()}
+    if run.post is not None:
+        for path, count in frames.items():
+            run.post.check_length(count, f"--latent_path {path}")
+    output = run.options.output
+    if output.file_name:
+        first_path = next(iter(files))
+        output.check_file_name(frames[first_path])
+
+
+def _decode_file(
+    run: GenerationRun, encoders: MediaEncoders, path: Path, saved: SavedLatents, track: Track | None
+) -> Path:
+    """Decode one latent file and return the path of the result."""
+    options = run.options
+    output = options.output
+    fps = options.request.fps
+    default_fps = run.family.defaults.fps
+    if fps in (None, default_fps):  # --fps is not given
+        fps = frame_rate_in(saved.metadata) or default_fps
+    metadata = read_decoded_metadata(saved.metadata, options.settings, options.decoding_options, fps)
+    name = output_stem(datetime.now(), seed_in(saved.metadata), path, start=output.name_start)
+    with own_stem(output.save_path, name, SUFFIXES[1:]) as stem:  # the latents have it already
+        return save_pixels(
+            output,
+            stem,
+            decode(run.family, encoders, saved.latents),
+            fps=fps,
+            metadata=None if output.no_metadata else metadata,
+            post=run.post,
+            track=track,
+        )
 
 
 def check_latents(family: Family, path: Path) -> SavedLatents:
     """Load a latent file. Raises CheckpointError if it is not of this family's latent space."""
     saved = load_latents(path)
-    _, channels, frames, rows, columns = saved.latents.shape
+    _, channels, latent_frames, rows, columns = saved.latents.shape
     if channels != family.latent.channels:
         raise CheckpointError(
             f"--latent_path {path} has {channels} channels, {family.source.who} has {family.latent.channels}",
             path,
         )
     if saved.sound is not None:
-        _, channels, _, bands = saved.sound.shape
-        fps, spec = family.defaults.fps, family.sound if hears_sound(family) else None
-        shape = None if spec is None else spec.shape(frames, fps)
-        if shape is None:
-            logger.warning("--latent_path %s: its sound is left out because this model makes none", path)
-        elif (shape[0], shape[2]) != (channels, bands):
-            raise CheckpointError(
-                f"--latent_path {path}: its sound has {channels} x {bands} values at a time, "
-                f"{family.source.who} has {shape[0]} x {shape[2]}",
-                path,
-            )
-    step, vertical, horizontal = family.latent.stride
-    size = columns * horizontal, rows * vertical, (frames - 1) * step + 1
-    if not frames:
+        _check_sound(family, path, saved.sound, latent_frames)
+    if not latent_frames:
         logger.info("%s: sound alone", path)
         return saved
-    logger.info("%s: %d x %d (width x height), %d frame%s", path, *size, "" if size[2] == 1 else "s")
+    frame_stride, row_stride, column_stride = family.latent.stride
+    frames = (latent_frames - 1) * frame_stride + 1
+    logger.info(
+        "%s: %d x %d (width x height), %d frame%s",
+        path,
+        columns * column_stride,
+        rows * row_stride,
+        frames,
+        "" if frames == 1 else "s",
+    )
     return saved
+
+
+def _check_sound(family: Family, path: Path, sound: Tensor, latent_frames: int) -> None:
+    """Raise CheckpointError if the sound of a latent file is not of this family's latent space.
+
+    sound: latents 1 C T M. Warns if the family makes no sound.
+    """
+    fps = family.defaults.fps
+    shape = None
+    if hears_sound(family) and family.sound is not None:
+        shape = family.sound.shape(latent_frames, fps)
+    if shape is None:
+        logger.warning("--latent_path %s: its sound is left out because this model makes none", path)
+        return
+    _, channels, _, bands = sound.shape
+    family_channels, _, family_bands = shape
+    if (family_channels, family_bands) != (channels, bands):
+        raise CheckpointError(
+            f"--latent_path {path}: its sound has {channels} x {bands} values at a time, "
+            f"{family.source.who} has {family_channels} x {family_bands}",
+            path,
+        )
 
 
 @contextlib.contextmanager
@@ -131,7 +179,9 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     """
     refuse_other_splits()
     if device is None and options.speed.shared_by:
-        import_own("generation.together").generate_together(generate, family, options)
+        from generation.together import generate_together  # only with several processes
+
+        generate_together(generate, family, options)
         return
     device = device or choose_device(options.device)
     if options.optimized and not options.latent_path:  # decoding runs no transformer
@@ -144,35 +194,18 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         save_merged_model(family, uses, options.save_merged_model, device)
         return
     if options.speed.compilation.choice is not None:
-        import_own("modules.compile").check_compilation(options.speed.compilation.choice, device)
+        from modules.compile import check_compilation  # only with --compile
+
+        check_compilation(options.speed.compilation.choice, device)
     if options.speed.plan.is_asked:
-        if options.post.tools:
-            logger.warning("--plan does not count what the networks of --post take beside the VAE")
-        import_own("generation.memory").plan_generation(family, options, device)
+        _print_plan(family, options, device)
         return
-    room, predicted = room_on(device), None
-    if room is not None or options.speed.swap.is_auto:
-        options, predicted = import_own("generation.memory").resolve_options(family, options, device, room)
-    session = make_session(family, options, dit_loader(family, uses, device, options), options.interactive)
-    post = make_post(options, device) if options.post.tools else None
-    rewriter, asked = None, options.rewriting
-    if asked.prompt_rewrite is not None and asked.prompt_rewrite_model is not None:
-        rewriting = import_own("blissful_tuner.prompt_rewrite")
-        rewriter = rewriting.PromptRewriter(asked.prompt_rewrite_model, asked.prompt_rewrite)
-    run = GenerationRun(family, options, session, predicted, rewriter, post=post)
-    if options.speed.shared_by:
-        # what befalls one process: it ends the others, which wait for its parts of the blocks or its passes
-        run = replace(run, fatal=(RuntimeError, OutputError, CheckpointError))
-    if options.speed.cfg_parallel and have_joined():
-        shared = import_own("generation.together").SharedPasses(options.speed.sharding, device)
-        run = replace(run, run_passes=shared, processes=shared.processes)
+    run = _make_run(family, options, uses, device)
     if options.latent_path:
         decode_files(run, options.latent_path)
         return
     check_models(run)
-    for file, of_expert in zip(family.dit_files, uses, strict=False):
-        if of_expert:
-            import_own("networks.apply").check_loras_fit(file, of_expert, family.file_beside(file))
+    _check_loras(family, uses)
     if options.preview.preview_latent_every is not None:
         run = run.with_previews()
     if options.interactive:
@@ -183,6 +216,62 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         make_prompt(run)
 
 
+def _print_plan(family: Family, options: GenerationOptions, device: torch.device) -> None:
+    """Print the plan of --plan, for one card or for several."""
+    if options.post.tools:
+        logger.warning("--plan does not count what the networks of --post take beside the VAE")
+    cards, card_size = options.speed.plan.cards
+    room = room_on(device, card_size)
+    if cards > 1:
+        from generation.together import plan_ways  # only with --plan
+
+        assert room is not None, "several cards have a size, as --plan is read"
+        plan_ways(family, options, device, cards=cards, room=room)
+    else:
+        from generation.memory import plan_generation  # only with --plan
+
+        plan_generation(family, options, device, room)
+
+
+def _make_run(
+    family: Family, options: GenerationOptions, uses: LorasByExpert, device: torch.device
+) -> GenerationRun:
+    """Make the run of these options, without previews. Loads no network of the family."""
+    room = room_on(device)
+    predicted = None
+    if room is not None or options.speed.swap.is_auto:
+        from generation.memory import resolve_options  # only where memory is planned
+
+        options, predicted = resolve_options(family, options, device, room)
+    session = make_session(family, options, dit_loader(family, uses, device, options), options.interactive)
+    post = make_post(options, device) if options.post.tools else None
+    rewriter = None
+    rewriting = options.rewriting
+    if rewriting.prompt_rewrite is not None and rewriting.prompt_rewrite_model is not None:
+        from blissful_tuner.prompt_rewrite import PromptRewriter  # only with --prompt_rewrite
+
+        rewriter = PromptRewriter(rewriting.prompt_rewrite_model, rewriting.prompt_rewrite)
+    run = GenerationRun(family, options, session, predicted=predicted, rewriter=rewriter, post=post)
+    if options.speed.shared_by:
+        # what befalls one process: it ends the others, which wait for its parts of the blocks or its passes
+        run = replace(run, fatal=(RuntimeError, OutputError, CheckpointError))
+    if options.speed.cfg_parallel and have_joined():
+        from generation.together import SharedPasses  # only with --cfg_parallel
+
+        shared_passes = SharedPasses(options.speed.sharding, device)
+        run = replace(run, run_passes=shared_passes, processes=shared_passes.processes)
+    return run
+
+
+def _check_loras(family: Family, uses: LorasByExpert) -> None:
+    """Raise CheckpointError if LoRAs do not fit the transformer's files."""
+    for file, expert_uses in zip(family.dit_files, uses, strict=False):
+        if expert_uses:
+            from networks.apply import check_loras_fit  # only with LoRAs
+
+            check_loras_fit(file, expert_uses, family.file_beside(file))
+
+
 def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
     """Return the tools of --post, checked. They are imported by name, as PostOptions explains."""
     post: FrameTools = import_own("post.stages").PostTools(options.post.tools, device)
@@ -190,7 +279,8 @@ def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
     if post.hides and options.output.output_type in LATENT_OUTPUTS:
         logger.warning(
             "The latents of --output_type %s hold the video as it is before %s.",
-            *(options.output.output_type, " and ".join(options.post.tools.labels)),
+            options.output.output_type,
+            " and ".join(options.post.tools.labels),
         )
     return post
 
@@ -222,50 +312,64 @@ def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
 
 def make_session(family: Family, options: GenerationOptions, loader: DitLoader, keep: bool) -> Session:
     """Make the session of a run. keep: networks stay in host memory for the next prompt."""
-    never_beside, lazy = options.experts.offload_inactive_dit, options.experts.lazy_loading
+    never_beside = options.experts.offload_inactive_dit
+    lazy = options.experts.lazy_loading
     if len(family.experts) == 1:
-        given = {"--offload_inactive_dit": never_beside, "--lazy_loading": lazy}
-        for option in (option for option, is_given in given.items() if is_given):
-            logger.warning("%s is ignored because a single transformer takes no turns", option)
-        never_beside = lazy = False
+        ignored = {"--offload_inactive_dit": never_beside, "--lazy_loading": lazy}
+        for option, is_given in ignored.items():
+            if is_given:
+                logger.warning("%s is ignored because a single transformer takes no turns", option)
+        never_beside = False
+        lazy = False
     blocks = shared_blocks(options.speed.sharding, loader.device)
-    aside, together = (loader.aside, False) if blocks is None else (None, True)
     dits = DitTurns(
         family.experts,
         loader.device,
         loader,
-        aside,
+        loader.aside if blocks is None else None,
         keep=keep,
         never_beside=never_beside,
         lazy=lazy,
-        together=together,
+        together=blocks is not None,
     )
-    uses, texts = loader.uses[0] if loader.uses else (), None
-    if uses and (
-        any(use.lora.text_tensors for use in uses) or import_own("networks.loading").on_side(uses, True)
-    ):
-        texts = import_own("networks.text_loras").TextLoras(uses)
-    return Session(family, loader.device, dits, texts, blocks)
+    return Session(family, loader.device, dits, text_loras=_text_loras(loader.uses), blocks=blocks)
+
+
+def _text_loras(uses: LorasByExpert) -> "TextLoras | None":
+    """Return the LoRAs that change text encoders, if there are any."""
+    if not uses or not uses[0]:
+        return None
+    from networks.loading import on_side  # only with LoRAs
+
+    first_uses = uses[0]
+    if not any(use.lora.text_tensors for use in first_uses) and not on_side(first_uses, True):
+        return None
+    from networks.text_loras import TextLoras  # only with LoRAs of texts
+
+    return TextLoras(first_uses)
 
 
 def make_prompt(run: GenerationRun) -> None:
     """Generate the prompt of the command line, --num_videos times with seeds that follow one another."""
-    request, count = run.options.request, run.options.num_videos
+    request = run.options.request
+    count = run.options.num_videos
     words = re.findall(r" --([A-Za-z_]+) \S", f" {request.prompt}")
-    typed = [f"--{word}" for word in words if find_option(word, run.options.line_options)]
-    if typed:
+    line_options = [f"--{word}" for word in words if find_option(word, run.options.line_options)]
+    if line_options:
         logger.warning(
             "%s in --prompt is text that the model reads: such options are for lines of --from_file and "
             "--interactive. On the command line they have their full names",
-            " ".join(typed),
+            " ".join(line_options),
         )
     if count == 1:
         jobs = [make_job(run, "the prompt", {})]
     else:
-        first = None if request.seed is None else seed_of(request.seed)
-        seeds = [{} if first is None else {"seed": first + number} for number in range(count)]
+        first_seed = None if request.seed is None else seed_of(request.seed)
         kind = "picture" if run.options.output.pictures else "video"
-        jobs = [make_job(run, f"{kind} {number}", seed) for number, seed in enumerate(seeds, 1)]
+        jobs = []
+        for index in range(count):
+            overrides = {} if first_seed is None else {"seed": first_seed + index}
+            jobs.append(make_job(run, f"{kind} {index + 1}", overrides))
     failures = Failures(strict=count == 1)
     make_outputs(run, jobs, failures)
     failures.raise_if_any(count)
@@ -281,8 +385,9 @@ def check_models(run: GenerationRun) -> None:
         placement.attention, placement.device, lambda: run.family.compute_dtype(placement), training=False
     )
     if run.options.preview.preview_latent_every is not None:
-        previews = import_own("blissful_tuner.latent_preview")
-        previews.check_preview(run.options.preview, run.family.latent)
+        from blissful_tuner.latent_preview import check_preview  # only with previews
+
+        check_preview(run.options.preview, run.family.latent)
     run.family.check_files(media=run.options.output.output_type not in UNDECODED)
     run.family.check_given_files()
     counts = run.family.block_counts()
@@ -290,10 +395,10 @@ def check_models(run: GenerationRun) -> None:
         if run.options.speed.swap.number:
             check_swap(run.family.dit, run.options.speed.swap.number, counts)
         layers = run.options.guidance.skipped_layers
-        own = sum(counts[:-1] if run.family.dit.side_list else counts)
-        if layers and max(layers) >= own:
+        num_blocks = sum(counts[:-1] if run.family.dit.side_list else counts)
+        if layers and max(layers) >= num_blocks:
             raise OptionError(
-                f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {own - 1}"
+                f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {num_blocks - 1}"
             )
 
 
@@ -303,37 +408,47 @@ def save_merged_model(family: Family, uses: LorasByExpert, path: Path, device: t
     uses: by expert. With several experts, `_low_noise` and the like are appended to the names; no file is
     written for an expert without LoRAs. Names and shapes of all are compared before the first is written.
     """
-    files, experts = family.dit_files, family.experts
-    named = len(files) > 1
-    targets = [path.with_name(f"{path.stem}_{one.name}{path.suffix}") if named else path for one in experts]
-    changed = [index for index in range(len(files)) if uses[index] or not named]
+    files = family.dit_files
+    experts = family.experts
+    has_names = len(files) > 1
+    targets = [
+        path.with_name(f"{path.stem}_{expert.name}{path.suffix}") if has_names else path for expert in experts
+    ]
+    changed = [index for index in range(len(files)) if uses[index] or not has_names]
     if not changed:
         raise OptionError("--save_merged_model has nothing to merge: give --lora_weight or the like")
+    from networks.apply import check_loras_fit  # only with --save_merged_model
+    from networks.merging import merge_into_file
+
     for index in changed:
-        read = [*files, *(use.lora.path for use in uses[index])]
-        refuse_replacing("--save_merged_model", targets[index], read)
-        if (beside := family.file_beside(files[index])) is not None:
+        sources = [*files, *(use.lora.path for use in uses[index])]
+        refuse_replacing("--save_merged_model", targets[index], sources)
+        second_file = family.file_beside(files[index])
+        if second_file is not None:
             raise OptionError(
-                f"--save_merged_model {path}: the model is in two files, {files[index]} and {beside}. Use "
-                "merge_lora.py --dit FILE for each of them; it warns of what the other one has"
+                f"--save_merged_model {path}: the model is in two files, {files[index]} and {second_file}. "
+                "Use merge_lora.py --dit FILE for each of them; it warns of what the other one has"
             )
-        import_own("networks.apply").check_loras_fit(files[index], uses[index])
+        check_loras_fit(files[index], uses[index])
     for index, expert in enumerate(experts):
         if index in changed:
-            import_own("networks.merging").merge_into_file(files[index], uses[index], targets[index], device)
+            merge_into_file(files[index], uses[index], targets[index], device)
         else:
             logger.warning(f"There is no LoRA for the {expert.words}: {files[index]} is used as it is")
 
 
 def make_lines(run: GenerationRun) -> None:
     """Generate every prompt line, or its sheet, phase by phase, so that each network is loaded once."""
-    path, failures = run.options.from_file, Failures()
+    path = run.options.from_file
+    failures = Failures()
     lines = lines_of(path)
     count = len(lines)
     if run.options.sheet.sheet is not None:
-        count = import_own("generation.sheets").make_sheets(run, lines, failures)
+        from generation.sheets import make_sheets  # only with --sheet
+
+        count = make_sheets(run, lines, failures)
     else:
-        jobs = [*of_each_line(run, lines, failures, make_job).values()]
+        jobs = list(of_each_line(run, lines, failures, make_job).values())
         if jobs:
             make_outputs(run, jobs, failures)
     failures.raise_if_any(count, "" if path is None else f"{path}: ")
@@ -348,8 +463,10 @@ def converse(run: GenerationRun) -> None:
     )
     is_shared = have_joined()
     if is_shared:
-        ask = import_own("generation.together").read_together(ask)
-    said: dict[str, Any] = {}
+        from generation.together import read_together  # only with several processes
+
+        ask = read_together(ask)
+    remembered: dict[str, Any] = {}
     while True:
         try:
             line = ask()
@@ -360,13 +477,16 @@ def converse(run: GenerationRun) -> None:
             failures = Failures()
             with ring_after(run.options.output.bell), failures.note_errors("the prompt", run.fatal):
                 if run.options.sheet.sheet is not None:
-                    import_own("generation.sheets").make_sheets(run, {"the prompt": line}, failures)
+                    from generation.sheets import make_sheets  # only with --sheet
+
+                    make_sheets(run, {"the prompt": line}, failures)
                     continue
                 values = dict(run.read_line(line))
-                values = {**said, **values} if remembers else values
+                if remembers:
+                    values = {**remembered, **values}
                 run = with_strengths(run, values.get(STRENGTHS))
                 job = make_job(run, "the prompt", values)
-                said = values  # of a line that can be made; nothing reads it unless lines are remembered
+                remembered = values  # of a line that can be made
                 make_outputs(run, [job], failures)
         except EOFError:
             sys.stdout.write("\n")

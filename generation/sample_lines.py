@@ -35,14 +35,15 @@ def _leading_number(text: str) -> float:
 
 
 def _leading(pattern: str, text: str) -> str:
-    found = re.match(pattern, text, re.IGNORECASE)
-    if found is None:
+    match = re.match(pattern, text, re.IGNORECASE)
+    if match is None:
         raise ValueError(f"{text!r} does not begin with a number")
-    if found[0] != text:
+    number = match[0]
+    if number != text:
         logger.warning(
-            "%r in a sample prompt is read as %s: what follows the number is ignored", text, found[0]
+            "%r in a sample prompt is read as %s: what follows the number is ignored", text, number
         )
-    return found[0]
+    return number
 
 
 # settings of single models, which arrive in `Request.extra`
@@ -121,8 +122,13 @@ def parse_sample_line(line: str, where: str = "the sample prompt") -> dict[str, 
     where: names the line. Raises OptionError if a value cannot be read.
     """
     try:
-        no_use = "Samples of a training have no use for it"
-        return prompt_lines.parse_words(line, SAMPLE_OPTIONS, where, find_sample_option, no_use)
+        return prompt_lines.parse_words(
+            line,
+            SAMPLE_OPTIONS,
+            where,
+            find=find_sample_option,
+            no_use="Samples of a training have no use for it",
+        )
     except OptionError as error:
         raise OptionError(f"{where} {line.strip()!r}: {error}. Correct the line") from None
 
@@ -134,89 +140,103 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
     share; a subset wins. json: a list of lines and objects. Raises OptionError naming the file, the entry and
     the key if something cannot be read.
     """
-    named, text, kind = (
-        f"--sample_prompts {path}",
-        prompt_lines.read_prompt_file(path, "--sample_prompts"),
-        path.suffix.lower(),
-    )
-    place, entries = "entry", list[tuple[int, Any]]()
+    option = f"--sample_prompts {path}"
+    text = prompt_lines.read_prompt_file(path, "--sample_prompts")
+    suffix = path.suffix.lower()
     try:
-        if kind == ".txt":
-            place, entries = "line", [*prompt_lines.numbered_lines(text)]
-        elif kind == ".toml":
-            shared = parse_toml(text).get("prompt")
-            subsets = shared.get("subset", []) if isinstance(shared, dict) else None
-            if not isinstance(subsets, list) or not all(isinstance(one, dict) for one in subsets):
-                raise ValueError("give a table [prompt] with tables [[prompt.subset]]")
-            common = {key: value for key, value in (shared or {}).items() if key != "subset"}
-            entries = [*enumerate(({**common, **subset} for subset in subsets), 1)]
-        elif kind == ".json":
-            found = parse_json(text)
-            if not isinstance(found, list) or not all(isinstance(entry, (str, dict)) for entry in found):
-                raise ValueError("give a list of prompts (texts or objects)")
-            entries = [*enumerate(found, 1)]
-        else:
-            told = f"{path.suffix or 'a file without suffix'} is not supported. Use .txt, .toml or .json"
-            raise ValueError(told)
+        entries = _split_entries(text, suffix)
     except ValueError as error:
-        raise OptionError(f"{named}: {error}") from None
+        raise OptionError(f"{option}: {error}") from None
     if not entries:
-        least = "one per line" if place == "line" else "at least one"
-        raise OptionError(f"{named}: the file has no prompt. Write {least}.")
+        least = "one per line" if suffix == ".txt" else "at least one"
+        raise OptionError(f"{option}: the file has no prompt. Write {least}.")
+    place = "line" if suffix == ".txt" else "entry"
 
-    def read(one: tuple[int, Any]) -> dict[str, Any]:
-        where, entry = f"{path}, {place} {one[0]}", one[1]
+    def read_entry(numbered_entry: tuple[int, Any]) -> dict[str, Any]:
+        number, entry = numbered_entry
+        where = f"{path}, {place} {number}"
         return parse_sample_line(entry, where) if isinstance(entry, str) else _check_entry(entry, where)
 
-    return read_all(entries, read)
+    return read_all(entries, read_entry)
+
+
+def _split_entries(text: str, suffix: str) -> list[tuple[int, Any]]:
+    """Return the entries of a prompt file with their numbers, counted from 1. Raises ValueError."""
+    if suffix == ".txt":
+        return [*prompt_lines.numbered_lines(text)]
+    if suffix == ".toml":
+        return [*enumerate(_toml_entries(text), 1)]
+    if suffix == ".json":
+        entries = parse_json(text)
+        if not isinstance(entries, list) or not all(isinstance(entry, (str, dict)) for entry in entries):
+            raise ValueError("give a list of prompts (texts or objects)")
+        return [*enumerate(entries, 1)]
+    raise ValueError(f"{suffix or 'a file without suffix'} is not supported. Use .txt, .toml or .json")
+
+
+def _toml_entries(text: str) -> list[dict[str, Any]]:
+    """Return the subsets of a prompt file, each with the values that all share. Raises ValueError."""
+    table = parse_toml(text).get("prompt")
+    subsets = table.get("subset", []) if isinstance(table, dict) else None
+    if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+        raise ValueError("give a table [prompt] with tables [[prompt.subset]]")
+    shared = {key: value for key, value in (table or {}).items() if key != "subset"}
+    return [{**shared, **subset} for subset in subsets]
 
 
 def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Made]:
     """Return the result of `read` for each entry. Raises one OptionError with the faults of all."""
-    made, problems = [], []
+    results = []
+    problems = []
     for entry in entries:
         try:
-            made.append(read(entry))
+            results.append(read(entry))
         except OptionError as error:
             problems.append(str(error))
     if problems:
         raise OptionError("\n  ".join(["--sample_prompts:", *problems] if len(problems) > 1 else problems))
-    return made
+    return results
 
 
 def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
-    kinds = {one.key: list if one.repeats else type(one.read("1")) for one in SAMPLE_OPTIONS.values()} | {
-        "prompt": str
+    """Return the values of a prompt's table by key, converted. Raises OptionError for wrong types."""
+    kinds: dict[str, type] = {
+        option.key: list if option.repeats else type(option.read("1")) for option in SAMPLE_OPTIONS.values()
     }
+    kinds["prompt"] = str
     values: dict[str, Any] = {}
-    for written, value in entry.items():
-        key = written
-        option = find_sample_option(written)
+    for name, value in entry.items():
+        key = name
+        option = find_sample_option(name)
         if key not in kinds and option is not None and option.key in kinds:
             key = option.key  # a name of lines, such as steps
-        if key != written and key in entry:
+        if key != name and key in entry:
             continue
         if option is _SIZE:
             values |= {side: number for side, number in _sides(value, where).items() if side not in entry}
             continue
-        kind = kinds.get(key)
-        if kind is None:
-            near = did_you_mean(key, kinds) or f" Known: {', '.join(sorted(kinds))}"
-            logger.warning("%s: the unknown key %s is ignored.%s", where, key, near)
+        if key not in kinds:
+            hint = did_you_mean(key, kinds) or f" Known: {', '.join(sorted(kinds))}"
+            logger.warning("%s: the unknown key %s is ignored.%s", where, key, hint)
             continue
-        if kind is list and isinstance(value, str):
-            value = [value]
-        if key == "seed" and isinstance(value, str):
-            try:
-                value = _sample_seed(value)
-            except ValueError as error:
-                raise OptionError(f"{where}: seed: {error}") from None
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise OptionError(f"{where}: {key} = {value!r} must be of type {kind.__name__}")
-        values[key] = value
+        values[key] = _convert(key, value, kinds[key], where)
     return values
+
+
+def _convert(key: str, value: Any, kind: type, where: str) -> Any:
+    """Return a value of a prompt's table in the type of its key. Raises OptionError."""
+    if kind is list and isinstance(value, str):
+        value = [value]
+    if key == "seed" and isinstance(value, str):
+        try:
+            value = _sample_seed(value)
+        except ValueError as error:
+            raise OptionError(f"{where}: seed: {error}") from None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise OptionError(f"{where}: {key} = {value!r} must be of type {kind.__name__}")
+    return value
 
 
 def _sides(size: Any, where: str) -> Mapping[str, int]:

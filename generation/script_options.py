@@ -188,12 +188,15 @@ class OutputOptions(Options, title="output"):
 
     def check_file_name(self, frames: int) -> None:
         """Raise OptionError if `file_name` does not fit a result of so many frames; below 1: sound alone."""
-        path, what = self.save_path / self.file_name, "a video is made"
+        path = self.save_path / self.file_name
+        what = "a video is made"
         suffix = self.format.suffix
         if frames < 1:
-            what, suffix = "sound alone is made", ".wav"
+            what = "sound alone is made"
+            suffix = ".wav"
         elif self.is_picture(frames - self.trim_tail_frames <= 1):
-            what, suffix = "a picture is made", ".png"
+            what = "a picture is made"
+            suffix = ".png"
         elif self.output_type in IMAGE_OUTPUTS:
             raise OptionError(
                 f"--save_path {path} with --output_type {self.output_type}: {frames} pictures are made. Give "
@@ -217,25 +220,22 @@ def as_typed(preset: Mapping[str, Any], name: str) -> str:
     return f"--{name}" if preset[name] is True else f"--{name} {preset[name]}"
 
 
-def given_among(parser: argparse.ArgumentParser, argv: Sequence[str] | None, names: set[str]) -> set[str]:
+def typed_among(parser: argparse.ArgumentParser, argv: Sequence[str] | None, names: set[str]) -> set[str]:
     """Return which arguments of `names` are on the command line, even with default values."""
-    nothing = object()
+    untyped = object()
     defaults = {name: parser.get_default(name) for name in names}
-    parser.set_defaults(**dict.fromkeys(names, nothing))
+    parser.set_defaults(**dict.fromkeys(names, untyped))
     try:
-        again = parser.parse_args(argv)
+        args = parser.parse_args(argv)
     finally:
         parser.set_defaults(**defaults)
-    return {name for name in names if getattr(again, name) is not nothing}
+    return {name for name in names if getattr(args, name) is not untyped}
 
 
 NO_VIDEOS = "this script makes pictures, and a picture has one frame. Leave it out"
 # what a script of pictures refuses
 OF_VIDEOS = ("video_length", "fps", "trim_tail_frames", "save_last_frame", "keep_pngs", "codec", "container")
-EXPERTS = (
-    *("lora_weight_high_noise", "lora_multiplier_high_noise"),
-    *("offload_inactive_dit", "lazy_loading"),
-)
+EXPERTS = ("lora_weight_high_noise", "lora_multiplier_high_noise", "offload_inactive_dit", "lazy_loading")
 OPTIMIZED = (
     "faster settings: {}; what you give yourself counts instead, and what this machine lacks is left out "
     "with a warning"
@@ -297,15 +297,25 @@ class ScriptDefaults:
     @property
     def spelled(self) -> Mapping[str, tuple[str, ...]]:
         """Return `spellings` with those that all scripts of pictures have."""
-        of_pictures = {"video_size": ("--image_size",), "num_videos": ("--num_images",)}
-        return {**(of_pictures if self.pictures else {}), **self.spellings}
+        if not self.pictures:
+            return dict(self.spellings)
+        return {"video_size": ("--image_size",), "num_videos": ("--num_images",), **self.spellings}
 
     def declared(self) -> dict[str, Any]:
         """Return the settings of `GenerationOptions` for `add_options` in the script."""
-        source, pictures = self.source.declared(), self.pictures
-        defaults = {
+        source = self.source.declared()
+        refused_videos = dict.fromkeys(OF_VIDEOS, NO_VIDEOS) if self.pictures else {}
+        return {
+            "without": {*source["without"], *self._absent()},
+            "defaults": {**self._defaults(), **source["defaults"]},
+            "settings": self._settings(source["settings"]),
+            "refused": {**source["refused"], **refused_videos},
+        }
+
+    def _defaults(self) -> dict[str, Any]:
+        return {
             "video_size": list(self.size),
-            "video_length": 1 if pictures else self.video_length,
+            "video_length": 1 if self.pictures else self.video_length,
             "fps": self.fps,
             "infer_steps": self.infer_steps,
             "guidance_scale": self.guidance_scale,
@@ -317,43 +327,42 @@ class ScriptDefaults:
             "cpu_noise": self.noise_on_cpu,
             "split_uncond": not self.joins_guidance,
             "lora_multiplier_high_noise": 1.0,
-            **source["defaults"],
         }
-        written = ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in self.output_types)
-        spelled = self.spelled
-        only, frequencies = self.riflex_beyond, self.riflex_frequencies
-        long = RIFLEX.format(f" of more than {only} frames" if only else "", frequencies)
-        usual = " ".join(as_typed(self.optimized, name) for name in self.optimized)
-        choices: dict[str, dict[str, Any]] = {
+
+    def _settings(self, source_settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return choices, helps and flags of options. source_settings: of options of video-to-video."""
+        output_types = ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in self.output_types)
+        solvers = ", ".join(f"{name} is {solver}" for name, solver in self.solver_names.items())
+        preset = " ".join(as_typed(self.optimized, name) for name in self.optimized)
+        lengths = f" of more than {self.riflex_beyond} frames" if self.riflex_beyond else ""
+        height, width = self.size
+        settings: dict[str, dict[str, Any]] = {
             "output_type": {
                 "choices": list(self.output_types),
-                "help": f"what to write: {written}",
-                "refused": dict.fromkeys(("video", "both"), NO_VIDEOS) if pictures else {},
+                "help": f"what to write: {output_types}",
+                "refused": {},
             },
             "scheduler": {
                 "choices": list(self.solver_names),
-                "help": "another spelling of --sample_solver: "
-                + ", ".join(f"{name} is {solver}" for name, solver in self.solver_names.items()),
+                "help": f"another spelling of --sample_solver: {solvers}",
             },
-            "optimized": {"help": OPTIMIZED.format(usual)},
-            "riflex_index": {"help": long},
-            "video_size": {"help": "size in pixels; default {} {}".format(*self.size)},
-            **{name: {"help": about} for name, about in self.by_model.items() if about},
+            "optimized": {"help": OPTIMIZED.format(preset)},
+            "riflex_index": {"help": RIFLEX.format(lengths, self.riflex_frequencies)},
+            "video_size": {"help": f"size in pixels; default {height} {width}"},
         }
-        return {
-            "without": {*source["without"], *self._absent()},
-            "defaults": defaults,
-            "settings": {
-                **choices,
-                **source["settings"],
-                **{name: {**choices.get(name, {}), "flags": flags} for name, flags in spelled.items()},
-            },
-            "refused": {**source["refused"], **(dict.fromkeys(OF_VIDEOS, NO_VIDEOS) if pictures else {})},
-        }
+        if self.pictures:
+            settings["output_type"]["refused"] = dict.fromkeys(("video", "both"), NO_VIDEOS)
+        for name, about in self.by_model.items():
+            if about:
+                settings[name] = {"help": about}
+        with_flags = {}
+        for name, flags in self.spelled.items():
+            with_flags[name] = {**settings.get(name, {}), "flags": flags}
+        return {**settings, **source_settings, **with_flags}
 
     def _absent(self) -> list[str]:
         """Return the shared options that the script does not have."""
-        found = {
+        absent = {
             "prompt_2": not self.has_second_prompt,
             "video_length": not self.has_length and not self.pictures,
             "guidance_scale_high_noise": not self.has_experts,
@@ -369,4 +378,4 @@ class ScriptDefaults:
             **{name: name not in self.media for name in MEDIA},
             **dict.fromkeys(EXPERTS, not self.has_experts),
         }
-        return [name for name, is_absent in found.items() if is_absent]
+        return [name for name, is_absent in absent.items() if is_absent]

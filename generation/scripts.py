@@ -9,7 +9,6 @@ from generation.options import GenerationOptions, read_generation
 from generation.script_options import ScriptDefaults
 from modules.command import each_warning_once, name_as_typed, tell_loading
 from modules.families import FAMILIES, Script
-from modules.installation import import_own
 from modules.options import option_values
 
 
@@ -34,22 +33,26 @@ def generation_script(
         with contextlib.ExitStack() as stack:
             warnings = stack.enter_context(contextlib.ExitStack())
             warnings.enter_context(each_warning_once())
-            options, own = read_generation(about, defaults, record, argv, add_more)
+            options, family_options = read_generation(
+                about, defaults, record=record, argv=argv, add_more=add_more
+            )
             stack.enter_context(name_as_typed(options.typed_names))
             if settle is not None:
-                options, own = settle(options, own)
+                options, family_options = settle(options, family_options)
                 stack.enter_context(name_as_typed(options.typed_names))
-            options.tell_ignored()
+            options.warn_of_ignored()
             if options.interactive:  # each prompt has its own
                 warnings.close()
             tell_loading()
             from generation.run import generate  # torch loads here, after every option has been read
             from modules.devices import make_deterministic
 
-            if option_values(own).get("reproduce"):
+            if option_values(family_options).get("reproduce"):
                 make_deterministic()
             if options.output.bell and not options.interactive:
-                stack.enter_context(import_own("generation.asking").ring_after(True))
-            (make or generate)(entry.make_family("generation", own), options)
+                from generation.asking import ring_after  # only with --bell
+
+                stack.enter_context(ring_after(True))
+            (make or generate)(entry.make_family("generation", family_options), options)
 
     return Script(generate_with)

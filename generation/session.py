@@ -45,10 +45,10 @@ def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -
     The source of denoising is among those of section 0, as `SOURCE`. encoders: on their device; `NO_ENCODERS`
     will do if the request does not `needs_media`.
     """
-    found = dict(family.request_conditions(encoders, prepared))
+    inputs = dict(family.request_conditions(encoders, prepared))
     if prepared.asked.source is not None:
-        found[0] = {**found.get(0, {}), SOURCE: encode_source(family, encoders, prepared)}
-    return {section: conditions_to(conditions, CPU) for section, conditions in found.items()}
+        inputs[0] = {**inputs.get(0, {}), SOURCE: encode_source(family, encoders, prepared)}
+    return {section: conditions_to(conditions, CPU) for section, conditions in inputs.items()}
 
 
 def needs_media(family: Family, prepared: Prepared) -> bool:
@@ -65,13 +65,13 @@ class Session:
     dits: DitTurns  # their `keep`: all networks stay on the CPU between their phases, for the next prompt
     text_loras: "TextLoras | None" = None
     blocks: BlockPlace | None = None  # splits text encoders over processes, which encode the same texts
-    _known: Texts = field(default_factory=dict)
+    _encoded: Texts = field(default_factory=dict)
     _text_encoders: Sequence[TextEncoder] | None = None
     _media: MediaEncoders | None = None
     _has_image_encoder: bool = False
     _logged_media: set[bool] = field(default_factory=set)  # `images` of loads that the log has already
 
-    def texts(self, wanted: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
+    def texts(self, prompts: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
         """Encode texts by section, as `wanted_texts` names them. Conditions are on the CPU, without batch
         dimension.
 
@@ -79,13 +79,8 @@ class Session:
         on no other), and is freed, or with `keep` moved to the CPU, before the next is loaded.
         """
         if self._text_encoders is None:
-            self._text_encoders = self.family.text_encoders()
-            for encoder in self._text_encoders if self.blocks is not None else ():
-                if can_divide(encoder):
-                    encoder.blocks = self.blocks
-            if self.text_loras is not None:
-                self.text_loras.warn_of_unused(self._text_encoders)
-        new = [text for text in texts_of(wanted) if text not in self._known]
+            self._text_encoders = self._make_text_encoders()
+        new = [text for text in texts_of(prompts) if text not in self._encoded]
         outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
         for encoder in self._text_encoders if new else ():
             is_loaded = False
@@ -104,20 +99,31 @@ class Session:
                 else:
                     encoder.free()
                 free_memory(self.device)
-        self._known.update(outputs)  # only now: an interrupted text is not known by half
-        return [gather_encoded(by_section, self._known) for by_section in wanted]
+        self._encoded.update(outputs)  # only now: an interrupted text is not there by half
+        return [gather_encoded(by_section, self._encoded) for by_section in prompts]
+
+    def _make_text_encoders(self) -> Sequence[TextEncoder]:
+        encoders = self.family.text_encoders()
+        if self.blocks is not None:
+            for encoder in encoders:
+                if can_divide(encoder):
+                    encoder.blocks = self.blocks
+        if self.text_loras is not None:
+            self.text_loras.warn_of_unused(encoders)
+        return encoders
 
     def texts_with(
-        self, loras: "TextLoras", wanted: Sequence[Mapping[int, Prompts]]
+        self, loras: "TextLoras", prompts: Sequence[Mapping[int, Prompts]]
     ) -> list[Mapping[int, EncodedPrompts]]:
         """Encode texts as `texts` does, with these LoRAs in encoders that are not kept between calls."""
         assert not self.dits.keep, "kept encoders have the LoRAs of before in their weights"
-        before = self._known, self.text_loras
-        self._known, self.text_loras = {}, loras
+        before = self._encoded, self.text_loras
+        self._encoded = {}
+        self.text_loras = loras
         try:
-            return self.texts(wanted)
+            return self.texts(prompts)
         finally:
-            self._known, self.text_loras = before
+            self._encoded, self.text_loras = before
 
     @contextmanager
     def media(self, images: bool, again: bool) -> Iterator[MediaEncoders]:
@@ -147,7 +153,8 @@ class Session:
 
     def drop_image_encoder(self) -> None:
         if self._media is not None and not self.dits.keep:
-            self._media, self._has_image_encoder = replace(self._media, image_encoder=None), False
+            self._media = replace(self._media, image_encoder=None)
+            self._has_image_encoder = False
 
     def free(self) -> None:
         for encoder in self._text_encoders or ():
@@ -160,7 +167,9 @@ class Session:
 def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
     """List the texts to encode, by section: the prompt, and those that guidance needs."""
     plans = plan_steps(prepared, options)
-    needed = {one.text for of_expert in plans for plan in of_expert for one in plan.passes}
+    needed = {
+        guidance_pass.text for expert_plans in plans for plan in expert_plans for guidance_pass in plan.passes
+    }
     return {
         section: replace(
             texts,
@@ -173,21 +182,34 @@ def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) 
     }
 
 
-def texts_of(wanted: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
+def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
     """Return the texts of `wanted_texts`, each once."""
-    prompts = (one for by_section in wanted for one in by_section.values())
-    texts = (text for one in prompts for text in (one.positive, one.negative, one.blank, one.away))
-    return list(dict.fromkeys(text for text in texts if text is not None))
+    texts: dict[Prompt, None] = {}
+    for by_section in prompts:
+        for section in by_section.values():
+            for text in (section.positive, section.negative, section.blank, section.away):
+                if text is not None:
+                    texts[text] = None
+    return list(texts)
 
 
 def gather_encoded(
-    wanted: Mapping[int, Prompts], known: Mapping[Prompt, Conditions]
+    prompts: Mapping[int, Prompts], encoded: Mapping[Prompt, Conditions]
 ) -> dict[int, EncodedPrompts]:
-    found = {}
-    for section, one in wanted.items():
-        others = (None if text is None else known[text] for text in (one.negative, one.blank, one.away))
-        found[section] = EncodedPrompts(known[one.positive], *others)
-    return found
+    """Return the conditions of the texts of each section. encoded: of all texts."""
+
+    def find(text: Prompt | None) -> Conditions | None:
+        return None if text is None else encoded[text]
+
+    return {
+        section: EncodedPrompts(
+            encoded[texts.positive],
+            negative=find(texts.negative),
+            blank=find(texts.blank),
+            away=find(texts.away),
+        )
+        for section, texts in prompts.items()
+    }
 
 
 def _move(encoders: MediaEncoders, device: torch.device, images: bool) -> None:
@@ -209,9 +231,9 @@ def decode_tracks(
     latents: 1 C T M in model space, by label. note: label -> context manager that records an error of the
     clip.
     """
-    made: dict[str, Track] = {}
+    tracks: dict[str, Track] = {}
     if not latents:
-        return made
+        return tracks
     networks = family.sound_networks(device, decodes=True)
     try:
         for label in track(latents, "Decoding sound", len(latents), unit="clip"):
@@ -222,8 +244,8 @@ def decode_tracks(
                         "The sound's decoder made values that are NaN or infinite of good latents: nothing "
                         "would be heard. Give --vae_dtype float32"
                     )
-                made[label] = sound.samples.float().cpu().numpy(), sound.rate
+                tracks[label] = sound.samples.float().cpu().numpy(), sound.rate
     finally:
         del networks
         free_memory(device)
-    return made
+    return tracks

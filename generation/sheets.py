@@ -63,7 +63,7 @@ class ClipGrid:
     cell: int = CELL  # pixels: the longer side of a clip that is not smaller
 
     @property
-    def made(self) -> list[Path]:
+    def clips(self) -> list[Path]:
         return [path for row in self.rows for path in row.paths if path is not None]
 
 
@@ -75,8 +75,8 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
         for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.facts))
     ]
     write_page(page, TEMPLATE, title, {"columns": grid.columns, "prompts": prompts})
-    write_png(sheet, compose(grid, [[middle_of(path) for path in row.paths] for row in grid.rows]))
-    if all(map(is_picture, grid.made)):
+    write_png(sheet, compose(grid, _middle_frames(grid)))
+    if all(map(is_picture, grid.clips)):
         return [page, sheet]
     few = max(1, min(MOST_PLAYING // len(grid.columns), TALLEST // (CELL + LINE)))
     if few < len(grid.rows):
@@ -109,6 +109,10 @@ def middle_of(path: Path | None) -> Frame | None:
     return next(islice(frames_of(path), count // 2, None))
 
 
+def _middle_frames(grid: ClipGrid) -> list[list[Frame | None]]:
+    return [[middle_of(path) for path in row.paths] for row in grid.rows]
+
+
 def play(grid: ClipGrid) -> Iterator[Frame]:
     """Yield frames of all clips side by side; a clip that has ended shows its last frame."""
     playing = [[iter(()) if path is None else frames_of(path) for path in row.paths] for row in grid.rows]
@@ -120,7 +124,8 @@ def play(grid: ClipGrid) -> Iterator[Frame]:
             for column, frames in enumerate(frames_in_row):
                 frame = next(frames, None)
                 if frame is not None:
-                    shown[row][column], has_more = frame, True
+                    shown[row][column] = frame
+                    has_more = True
         if not has_more:
             return
 
@@ -130,31 +135,53 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
 
     Frames may differ in size. A missing frame is an empty cell as large as the first existing frame.
     """
-    side = max(NARROWEST_CELL, min(grid.cell, WIDEST // len(grid.columns)))
-    usual = next((_fit(frame, side) for row in frames for frame in row if frame is not None), (side, side))
-    sizes = [[usual if frame is None else _fit(frame, side) for frame in row] for row in frames]
-    width = max(NARROWEST_COLUMN, *(size[0] for row in sizes for size in row))
-    heights = [max(height for _, height in row) for row in sizes]
-    start = HEAD if not grid.title else HEAD + LINE
-    total = start + sum(heights) + LINE * len(heights)
-    whole = width * len(grid.columns)
-    sheet = Image.new("RGB", (whole + whole % 2, total + total % 2), BACKGROUND)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_SIZE)
-    _write(draw, font, (0, 0), grid.title, sheet.width)
-    for index, column in enumerate(grid.columns):
-        _write(draw, font, (index * width, start - HEAD), column, width)
-    top = start
-    for row, of_row, sizes_of_row, height in zip(grid.rows, frames, sizes, heights, strict=True):
-        _write(draw, font, (0, top), f"{row.strength} {row.prompt}".strip(), sheet.width)
-        for index, (frame, size) in enumerate(zip(of_row, sizes_of_row, strict=True)):
-            at = index * width, top + LINE
-            if frame is None:
-                sheet.paste(EMPTY, (*at, at[0] + size[0], at[1] + size[1]))
-                _write(draw, font, at, "not made", size[0])
-            else:
-                sheet.paste(Image.fromarray(frame).resize(size, Image.Resampling.BOX), at)
+    sizes = _cell_sizes(grid, frames)
+    column_width = max(NARROWEST_COLUMN, *(width for row in sizes for width, _ in row))
+    row_heights = [max(height for _, height in row) for row in sizes]
+    top = HEAD if not grid.title else HEAD + LINE
+    sheet = _blank_sheet(column_width * len(grid.columns), top + sum(row_heights) + LINE * len(row_heights))
+    pen = _Pen(ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_SIZE))
+    pen.write((0, 0), grid.title, sheet.width)
+    for column, heading in enumerate(grid.columns):
+        pen.write((column * column_width, top - HEAD), heading, column_width)
+    for row, row_frames, row_sizes, height in zip(grid.rows, frames, sizes, row_heights, strict=True):
+        label = f"{row.strength} {row.prompt}".strip()
+        pen.write((0, top), label, sheet.width)
+        left = 0
+        for frame, size in zip(row_frames, row_sizes, strict=True):
+            _draw_cell(sheet, pen, corner=(left, top + LINE), frame=frame, size=size)
+            left += column_width
         top += height + LINE
     return np.asarray(sheet)
+
+
+def _blank_sheet(width: int, height: int) -> Image.Image:
+    """Return a sheet of at least this size, with even sides, which videos need."""
+    return Image.new("RGB", (width + width % 2, height + height % 2), BACKGROUND)
+
+
+def _cell_sizes(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> list[list[tuple[int, int]]]:
+    """Return width and height of each frame as it is drawn."""
+    side = max(NARROWEST_CELL, min(grid.cell, WIDEST // len(grid.columns)))
+    first_frame = next((frame for row in frames for frame in row if frame is not None), None)
+    empty_size = (side, side) if first_frame is None else _fit(first_frame, side)
+    return [[empty_size if frame is None else _fit(frame, side) for frame in row] for row in frames]
+
+
+def _draw_cell(
+    sheet: Image.Image,
+    pen: "_Pen",
+    corner: tuple[int, int],
+    frame: Frame | None,
+    size: tuple[int, int],
+) -> None:
+    if frame is not None:
+        sheet.paste(Image.fromarray(frame).resize(size, Image.Resampling.BOX), corner)
+        return
+    left, top = corner
+    width, height = size
+    sheet.paste(EMPTY, (left, top, left + width, top + height))
+    pen.write(corner, "not made", width)
 
 
 def _fit(frame: Frame, side: int) -> tuple[int, int]:
@@ -163,17 +190,21 @@ def _fit(frame: Frame, side: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _write(
-    draw: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    at: tuple[int, int],
-    text: str,
-    width: int,
-) -> None:
-    line = " ".join(escape_control_codes(text[:1000]).split())
-    while line and draw.textlength(line, font) > width - 4:
-        line = line[: min(len(line) - 1, max(1, round(len(line) * width / draw.textlength(line, font))))]
-    draw.text((at[0] + 2, at[1] + 2), line, "black", font)
+@dataclass(frozen=True)
+class _Pen:
+    """Write the labels of a sheet, each on one line."""
+
+    draw: ImageDraw.ImageDraw
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+    def write(self, corner: tuple[int, int], text: str, width: int) -> None:
+        """Write as much of a text as fits in `width` pixels."""
+        line = " ".join(escape_control_codes(text[:1000]).split())
+        while line and self.draw.textlength(line, self.font) > width - 4:
+            fitting = round(len(line) * width / self.draw.textlength(line, self.font))
+            line = line[: min(len(line) - 1, max(1, fitting))]
+        left, top = corner
+        self.draw.text((left + 2, top + 2), line, "black", self.font)
 
 
 CELL_OF_SHEET = 512  # pixels: the longer side of a clip in a sheet, if there is room
@@ -189,9 +220,9 @@ def make_sheets(run: GenerationRun, lines: Mapping[str, str | None], failures: F
     """Make a sheet of each prompt line, and return the number of cells. lines: as for `of_each_line`."""
     sheets = of_each_line(run, lines, failures, partial(lay_out, failures=failures))
     jobs = [job for cells in sheets.values() for job in cells.values()]
-    made = make_outputs(run, jobs, failures) if jobs else {}
+    clips = make_outputs(run, jobs, failures) if jobs else {}
     for label, cells in sheets.items():
-        paths = {place: made[job.label] for place, job in cells.items() if job.label in made}
+        paths = {place: clips[job.label] for place, job in cells.items() if job.label in clips}
         if paths:
             logger.info("Sheet of %s: %s", label, write_sheet(run, cells, paths))
     return sum(1 for _ in cells_of(run.options.axes, {})) * len(lines)
@@ -202,11 +233,13 @@ def lay_out(run: GenerationRun, label: str, line: Mapping[str, object], failures
 
     Loads no network. Cells that cannot be made are noted as failures.
     """
-    axes, jobs = run.options.axes, {}
+    axes = run.options.axes
+    jobs: dict[Place, GenerationJob] = {}
     if run.options.request.seed is None:
         line = {"seed": draw_seed(), **line}
     for place, values in cells_of(axes, line):
-        name = ", ".join([label, *(_say(axis, index) for axis, index in zip(axes, place, strict=True))])
+        axis_values = [axis.describe(index) for axis, index in zip(axes, place, strict=True)]
+        name = ", ".join([label, *axis_values])
         with failures.note_errors(name, fatal=CheckpointError):
             column, row = (*place, 0)[:2]
             jobs[column, row] = make_job(run, name, values)
@@ -218,45 +251,57 @@ def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -
 
     Rows and columns are labelled with the values of the axes; the prompt is the title, unless it is an axis.
     """
-    output, axes = run.options.output, run.options.axes
-    across, down, first = axes[0], axes[1:], cells[next(iter(paths))].prepared
-    rows, columns = len(down[0].texts) if down else 1, len(across.texts)
+    output = run.options.output
+    first = cells[next(iter(paths))].prepared
     prompt = first.asked.prompt
-    grid = ClipGrid(
-        tuple(_say(across, index) for index in range(columns)),
-        tuple(
-            Row(
-                _say(down[0], row) if down else "",
-                first.fps,
-                tuple(paths.get((column, row)) for column in range(columns)),
-            )
-            for row in range(rows)
-        ),
-        title="" if any(axis.name == "prompt" for axis in axes) else in_short(prompt, MOST_OF_TITLE),
-        cell=min(CELL_OF_SHEET, TALLEST // rows - LINE),
-    )
-    metadata: dict[str, str] = {}
-    if not output.no_metadata:  # what all cells share, the axes as --sheet takes them, the file of each cell
-        of_cells = [run.metadata(cells[place].prepared) or {} for place in paths]
-        for key, text in of_cells[0].items():
-            if all(other.get(key) == text for other in of_cells):
-                metadata[key] = text
-        metadata["bt_sheet"] = as_typed(run.options.sheet.sheet or ())
-        for (column, row), path in sorted(paths.items(), key=lambda item: item[0][::-1]):
-            said = ", ".join(_say(axis, index) for axis, index in zip(axes, (column, row), strict=False))
-            metadata[f"bt_sheet_cell_{row + 1}_{column + 1}"] = f"{path.name}: {said}"
+    grid = _sheet_grid(run.options.axes, paths, prompt, first.fps)
+    metadata = {} if output.no_metadata else _sheet_metadata(run, cells, paths)
+    name = f"{datetime.now():%Y%m%d-%H%M%S}_sheet"
     words = words_of(prompt) if output.prompt_in_name else ""
-    name = "_".join(part for part in (f"{datetime.now():%Y%m%d-%H%M%S}", "sheet", words) if part)
+    if words:
+        name = f"{name}_{words}"
     with own_stem(output.save_path, name) as stem:
-        if all(map(is_picture, grid.made)):
+        if all(map(is_picture, grid.clips)):
             path = output.save_path / f"{stem}.png"
-            pictures = [[middle_of(cell) for cell in row.paths] for row in grid.rows]
-            write_png(path, compose(grid, pictures), as_png_texts(metadata))
+            write_png(path, compose(grid, _middle_frames(grid)), as_png_texts(metadata))
         else:
             path = output.save_path / f"{stem}{output.format.suffix}"
             write_video(path, play(grid), first.fps, codec=output.format.codec, tags=as_tags(metadata))
     return path
 
 
-def _say(axis: Axis, index: int) -> str:
-    return f"{axis.name} = {axis.texts[index]}"
+def _sheet_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, fps: float) -> ClipGrid:
+    across = axes[0]
+    down = axes[1] if len(axes) > 1 else None
+    num_rows = 1 if down is None else len(down.texts)
+    num_columns = len(across.texts)
+    rows: list[Row] = []
+    for row in range(num_rows):
+        label = "" if down is None else down.describe(row)
+        clips = tuple(paths.get((column, row)) for column in range(num_columns))
+        rows.append(Row(label, fps, clips))
+    has_prompts = any(axis.name == "prompt" for axis in axes)
+    return ClipGrid(
+        columns=tuple(across.describe(column) for column in range(num_columns)),
+        rows=tuple(rows),
+        title="" if has_prompts else in_short(prompt, MOST_OF_TITLE),
+        cell=min(CELL_OF_SHEET, TALLEST // num_rows - LINE),
+    )
+
+
+def _sheet_metadata(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -> dict[str, str]:
+    """Return what all cells share, the axes as --sheet takes them, and the file of each cell."""
+    by_cell = [run.metadata(cells[place].prepared) or {} for place in paths]
+    metadata = {
+        key: text
+        for key, text in by_cell[0].items()
+        if all(cell_metadata.get(key) == text for cell_metadata in by_cell)
+    }
+    metadata["bt_sheet"] = as_typed(run.options.sheet.sheet or ())
+    row_by_row = sorted(paths, key=lambda place: place[::-1])
+    for column, row in row_by_row:
+        indices = zip(run.options.axes, (column, row), strict=False)
+        axis_values = ", ".join(axis.describe(index) for axis, index in indices)
+        name = paths[column, row].name
+        metadata[f"bt_sheet_cell_{row + 1}_{column + 1}"] = f"{name}: {axis_values}"
+    return metadata

@@ -44,23 +44,23 @@ def plan_ways(
     """Print the ways to use `cards` cards, and the cheapest that fits. room: memory of each card."""
     alone = replace(options, speed=with_division(options.speed, Division(1)))
     with quiet():
-        prepared, _ = predict_largest(family, alone, all_requests(family, alone), device, room)
+        prepared, _ = predict_largest(family, alone, all_requests(family, alone), device=device, room=room)
 
-    def rehearsed(options: GenerationOptions, *words: str) -> Rehearsed:
+    def rehearse(options: GenerationOptions, *words: str) -> Rehearsed:
         counter = TokenCounter()
         with quiet():
-            whole = predict(family, options, prepared, device, room=room, watch=counter.watch)
+            whole_network = predict(family, options, prepared, device, room=room, watch=counter.watch)
 
         @cache
-        def shared() -> PhasePrediction:
-            asked = replace(options, speed=with_division(options.speed, Division(cards, shards=True)))
+        def predict_shards() -> PhasePrediction:
+            sharded = replace(options, speed=with_division(options.speed, Division(cards, shards=True)))
             with quiet():
-                return predict(family, asked, prepared, device, room=room)
+                return predict(family, sharded, prepared, device, room=room)
 
         def divide(division: Division) -> PhasePrediction:
             if division != Division(cards):
                 check_together(family, replace(options, speed=with_division(options.speed, division)))
-            prediction = shared() if division.shards else whole
+            prediction = predict_shards() if division.shards else whole_network
             if division.context == 1:
                 return prediction
             return replace(prediction, moments=divide_tokens(prediction.moments, division.context, counter))
@@ -68,10 +68,10 @@ def plan_ways(
         return Rehearsed(words, counter.heads, True, divide)
 
     def runs() -> Iterator[Rehearsed]:
-        yield rehearsed(alone)
+        yield rehearse(alone)
         if alone.speed.fp8.quantisation is None:
             fp8 = replace(alone, speed=override_options(alone.speed, {"fp8_scaled": True}))
-            yield rehearsed(fp8, "--fp8_scaled")
+            yield rehearse(fp8, "--fp8_scaled")
 
     print_ways(runs(), cards, room, is_training=False)
 
@@ -86,13 +86,14 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
 
     Raises UserError as `generate` does, and if another process was lost.
     """
-    speed, launched = options.speed, launched_processes()
+    speed = options.speed
+    launched = launched_processes()
     runs_none = bool(options.latent_path or options.save_merged_model or speed.plan.is_asked)
     if not runs_none:
         _check_groups(options, launched)
     if launched == 1:
-        asked = " and ".join(speed.shared_by)
-        logger.warning("%s has no effect with one process, which does all. Use %s", asked, LAUNCH)
+        flags = " and ".join(speed.shared_by)
+        logger.warning("%s has no effect with one process, which does all. Use %s", flags, LAUNCH)
         generate(family, options, choose_device(options.device))
         return
     check_together(family, options)
@@ -102,7 +103,8 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
         return
     meet_anew()
     device = join_processes(options.device, options.speed.shared_by[0])
-    if distributed.get_rank() > 0:
+    rank = distributed.get_rank()
+    if rank > 0:
         logging.getLogger().setLevel(logging.ERROR)  # only one process logs what all do
         options = replace(
             options,
@@ -111,7 +113,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
             rewriting=PromptRewriteOptions(),
         )
     try:
-        with OtherProcesses(distributed.get_rank(), distributed.get_world_size()) as others, others.explain():
+        with OtherProcesses(rank, distributed.get_world_size()) as processes, processes.explain():
             generate(family, options, device)
     finally:
         distributed.destroy_process_group()
@@ -152,23 +154,27 @@ class SharedPasses:
 
     def __call__(self, calls: Calls, predict: Predict, section: Section) -> Made:
         """Run this process' share of a step's passes, and return the velocities of all, float32."""
-        alike: dict[object, list[tuple[Tweaks, int]]] = {}
-        for tweaks, together in calls.items():
-            places = [(tweaks, key) for key in together]
-            alike.setdefault(tweaks.skip_blocks if self._in_lockstep else None, []).extend(places)
-        made: dict[tuple[Tweaks, int], Tensor] = {}
-        for places in alike.values():
-            for start in range(0, len(places), self.processes):
-                at_once = places[start : start + self.processes]
-                mine = section.noise.new_zeros(section.noise.shape, dtype=torch.float32)
+        velocities: dict[tuple[Tweaks, int], Tensor] = {}
+        for group in self._group_passes(calls):
+            for start in range(0, len(group), self.processes):
+                at_once = group[start : start + self.processes]
+                velocity = section.noise.new_zeros(section.noise.shape, dtype=torch.float32)
                 if self._in_lockstep or self._rank < len(at_once):
                     tweaks, key = at_once[self._rank % len(at_once)]
-                    (velocity,) = predict(calls[tweaks][key], tweaks=tweaks)
-                    mine.copy_(velocity)
-                found = mine.new_empty(self.processes * len(mine), *mine.shape[1:])
-                gather_parts(found, mine, self._group)
-                made.update(zip(at_once, found.chunk(self.processes), strict=False))
-        return made
+                    (predicted,) = predict(calls[tweaks][key], tweaks=tweaks)
+                    velocity.copy_(predicted)
+                gathered = velocity.new_empty(self.processes * len(velocity), *velocity.shape[1:])
+                gather_parts(gathered, velocity, self._group)
+                velocities.update(zip(at_once, gathered.chunk(self.processes), strict=False))
+        return velocities
+
+    def _group_passes(self, calls: Calls) -> list[list[tuple[Tweaks, int]]]:
+        """Return groups of passes that can run at the same time: in lockstep those that skip equal blocks."""
+        groups: dict[object, list[tuple[Tweaks, int]]] = {}
+        for tweaks, conditions in calls.items():
+            passes = [(tweaks, key) for key in conditions]
+            groups.setdefault(tweaks.skip_blocks if self._in_lockstep else None, []).extend(passes)
+        return list(groups.values())
 
 
 def _grid(sharding: ShardingOptions, processes: int, rank: int = 0) -> ProcessGrid:
@@ -181,7 +187,8 @@ def _grid(sharding: ShardingOptions, processes: int, rank: int = 0) -> ProcessGr
 def _check_groups(options: GenerationOptions, processes: int) -> None:
     """Raise OptionError if processes would make a prompt several times, or options conflict with sharing."""
     sharding = options.speed.sharding
-    times, peers = sharding.groups_of(processes), sharding.context_parallel
+    times = sharding.groups_of(processes)
+    peers = sharding.context_parallel
     if times > 1 and peers > 1 and not options.speed.cfg_parallel:
         raise OptionError(
             f"--context_parallel {peers}: {processes} processes would make each prompt {times} times. Give "
@@ -196,36 +203,46 @@ def _check_groups(options: GenerationOptions, processes: int) -> None:
 
 def check_together(family: Family, options: GenerationOptions) -> None:
     """Raise OptionError if options do not work with several processes that make prompts together."""
-    speed, asked = options.speed, " and ".join(options.speed.shared_by)
+    speed = options.speed
+    flags = " and ".join(speed.shared_by)
     if speed.cfg_parallel:
-        _grid(speed.sharding, launched_processes())
-        cache = options.step_cache
-        if cache.magcache_calibration or cache.teacache_calibration:
-            raise OptionError(
-                "--cfg_parallel: a step cache is calibrated by one process, which sees all passes. Leave "
-                "--cfg_parallel out"
-            )
-        if cache.is_on and speed.sharding.shard_base:
-            raise OptionError(
-                "--cfg_parallel and --shard_base cannot be used together with a step cache: it decides for "
-                "each pass by itself, and processes that gather blocks have to run the same ones. Leave one "
-                "of the three out"
-            )
-    turns = {"--offload_inactive_dit": options.experts.offload_inactive_dit}
-    turns["--lazy_loading"] = options.experts.lazy_loading
-    is_split = len(family.experts) > 1 and speed.sharding.shard_base
-    for option in (option for option, is_given in turns.items() if is_given and is_split):
-        raise OptionError(
-            f"{option} and --shard_base cannot be used together: each process has a part of both "
-            "transformers, and they stay on the devices. Leave one of the two options out"
-        )
+        _check_shared_passes(options)
+    if len(family.experts) > 1 and speed.sharding.shard_base:
+        turns = {
+            "--offload_inactive_dit": options.experts.offload_inactive_dit,
+            "--lazy_loading": options.experts.lazy_loading,
+        }
+        for option, is_given in turns.items():
+            if is_given:
+                raise OptionError(
+                    f"{option} and --shard_base cannot be used together: each process has a part of both "
+                    "transformers, and they stay on the devices. Leave one of the two options out"
+                )
     if options.sheet.sheet is not None:
         raise OptionError(
-            f"--sheet and {asked} cannot be used together: a sheet is made by one process, which has the "
-            f"whole weights. Use --from_file with a line for each, or leave {asked} out"
+            f"--sheet and {flags} cannot be used together: a sheet is made by one process, which has the "
+            f"whole weights. Use --from_file with a line for each, or leave {flags} out"
         )
     if options.post.tools:  # a line that the tools cannot process would be left out by the first process only
         raise OptionError(
-            f"--post and {asked} cannot be used together. Run the tools on the finished files, with the "
+            f"--post and {flags} cannot be used together. Run the tools on the finished files, with the "
             "scripts in blissful_tuner/"
+        )
+
+
+def _check_shared_passes(options: GenerationOptions) -> None:
+    """Raise OptionError if processes cannot share the passes of a step."""
+    sharding = options.speed.sharding
+    _grid(sharding, launched_processes())
+    cache = options.step_cache
+    if cache.magcache_calibration or cache.teacache_calibration:
+        raise OptionError(
+            "--cfg_parallel: a step cache is calibrated by one process, which sees all passes. Leave "
+            "--cfg_parallel out"
+        )
+    if cache.is_on and sharding.shard_base:
+        raise OptionError(
+            "--cfg_parallel and --shard_base cannot be used together with a step cache: it decides for "
+            "each pass by itself, and processes that gather blocks have to run the same ones. Leave one "
+            "of the three out"
         )

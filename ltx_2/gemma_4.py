@@ -82,7 +82,7 @@ GEMMA_4 = LanguageModel(
     eps=1e-6,
     marks=(Q_NORM, FEED_NORM, SCALAR),
     read_settings=read_settings,
-    told_key=CONFIG,
+    config_key=CONFIG,
     since="5.15",
 )
 # the place in records of caches stays the same: so that texts of another release are not taken for these

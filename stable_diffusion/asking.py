@@ -25,7 +25,7 @@ from stable_diffusion.lines import (
 )
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import check_regions, split_parts
-from stable_diffusion.sampling_options import USUAL_STRENGTH
+from stable_diffusion.sampling_options import USUAL_STRENGTH, SamplingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,9 @@ class Seeds:
     def begin_round(self) -> None:
         self.round_seed = _draw(self.random)
 
-    def for_line(self, given: tuple[int, ...] | None) -> Iterator[int]:
-        """Yield the seeds of a line's pictures: first those in `given`, then drawn ones without end."""
-        yield from given or ()
+    def for_line(self, line_seeds: tuple[int, ...] | None) -> Iterator[int]:
+        """Yield the seeds of a line's pictures: first those in `line_seeds`, then drawn ones without end."""
+        yield from line_seeds or ()
         if self.single is not None:
             yield self.single
         if self.round_seed is not None:
@@ -81,36 +81,40 @@ def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
 class Asking:
     """Turns prompt lines into requested pictures.
 
-    made: pictures so far in this round, which selects the next input picture. lines: lines read so far.
+    num_pictures: pictures so far in this round, which selects the next input picture. num_lines: lines read
+    so far.
     """
 
     options: GenImgOptions
     kind: ModelKind
     inputs: Inputs
     seeds: Seeds
-    made: int = 0
-    lines: int = 0
+    num_pictures: int = 0
+    num_lines: int = 0
 
     def pictures(self, lines: Iterable[Line], failures: Failures) -> Iterator[AskedPicture]:
         """Yield the pictures of each line; a line that cannot be used is noted in `failures`."""
         for line in lines:
-            asked: list[AskedPicture] = []
-            self.lines += 1
+            pictures: list[AskedPicture] = []
+            self.num_lines += 1
             with failures.note_errors(line.label):
-                texts = enumerate(self._texts(line), self.made)
-                asked = [self._picture(line, text, seed, number) for number, (seed, text) in texts]
-                self.made += len(asked)
-            yield from asked
+                pictures = [
+                    self._picture(line, text, seed, number)
+                    for number, (seed, text) in enumerate(self._texts(line), self.num_pictures)
+                ]
+                self.num_pictures += len(pictures)
+            yield from pictures
 
     def _texts(self, line: Line) -> list[tuple[int, str]]:
         """Return the seed of each picture of a line, and the line with its variants chosen."""
         count = line.pictures or self.options.prompts.images_per_prompt
-        given = None if line.is_plain else split_seeds(line.text)
-        seeds = self.seeds.for_line(given)
         if line.is_plain:
+            seeds = self.seeds.for_line(None)
             return [(next(seeds), line.text) for _ in range(count)]
+        line_seeds = split_seeds(line.text)
+        seeds = self.seeds.for_line(line_seeds)
         is_one_seed = enumerates(line.text)
-        if len(given or ()) > (1 if is_one_seed else count):
+        if len(line_seeds or ()) > (1 if is_one_seed else count):
             logger.warning(
                 "%s: --d has more seeds than are used. %s",
                 line.label,
@@ -127,7 +131,8 @@ class Asking:
         if not line.is_plain:
             values = read_line(text, line.label)
         number = number if line.image_number is None else line.image_number
-        image, mask = self.inputs.image(number), self.inputs.mask(number)
+        image = self.inputs.image(number)
+        mask = self.inputs.mask(number)
         parts = len(split_parts(values["prompt"]))
         if mask is not None and image is None:
             _check_parts(parts)
@@ -165,7 +170,8 @@ def check_line(options: GenImgOptions, line: Line) -> None:
         return
     split_seeds(line.text)
     values = read_line(expand(line.text, Random(0))[0], line.label)
-    parts, networks = len(split_parts(values["prompt"])), options.networks
+    parts = len(split_parts(values["prompt"]))
+    networks = options.networks
     if options.prompts.mask_path is not None and "{" not in line.text:  # variants may have other parts
         if options.prompts.image_path is None:
             _check_parts(parts)
@@ -177,8 +183,8 @@ def check_line(options: GenImgOptions, line: Line) -> None:
 
 def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOptions:
     """Override the options by those of a line. Raises OptionError if a value cannot be used."""
-    own = {option.key for option in LINE_OPTIONS.values()} - {SEEDS, MULTIPLIERS}
-    return override_options(options, {name: value for name, value in values.items() if name in own})
+    names = {option.key for option in LINE_OPTIONS.values()} - {SEEDS, MULTIPLIERS}
+    return override_options(options, {name: value for name, value in values.items() if name in names})
 
 
 def _strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float, ...] | None:
@@ -204,18 +210,14 @@ def settle(
     options = with_line(options, values)
     multipliers = _strengths(options, values)
     sampling = options.sampling
-    width, height = sampling.width, sampling.height
-    if width is None or height is None:
-        usual = (kind.size, kind.size) if image is None else image_size(image)
-        # a picture's size is cut down to multiples that the VAE can make
-        width, height = (
-            side or max(whole // SIDE, 1) * SIDE for side, whole in zip((width, height), usual, strict=True)
-        )
-    shrink, gradual = options.deep_shrink, options.gradual_latent
+    width, height = _settle_size(sampling, kind, image)
+    shrink = options.deep_shrink
+    gradual = options.gradual_latent
     if kind is not SDXL and any(size is not None for size in option_values(sampling.sizes).values()):
         logger.warning(
             "Original sizes and crops are ignored because only %s is told any, and this is %s",
-            *(SDXL.words, kind.words),
+            SDXL.words,
+            kind.words,
         )
     if sampling.strength is not None and image is None and options.highres.highres_fix_scale is None:
         logger.warning(
@@ -223,24 +225,11 @@ def settle(
             "--highres_fix_scale"
         )
     if sampling.scale < 1:
-        effect = "below 1 guidance is off, as at 1"
-        if sampling.negative_scale is not None:
-            effect = "0 leaves the prompt out, and less than 1 weakens it"
-        logger.warning(
-            "--scale %g (--l in a prompt): it counts from 1 here; %s; %g of programs that count from 0 is %g",
-            *(sampling.scale, effect, sampling.scale, sampling.scale + 1),
-        )
-    for name, is_off in (
-        ("dsd1", shrink.ds_depth_1 is None),
-        ("glt", gradual.gradual_latent_timesteps is None),
-    ):
-        unused = [
-            f"--{other}"
-            for other, option in LINE_OPTIONS.items()
-            if other != name and other[:2] == name[:2] and option.key in values
-        ]
-        if is_off and unused:
-            logger.warning("%s: without --%s, %s does nothing", values["prompt"], name, " and ".join(unused))
+        _warn_of_low_scale(sampling.scale, sampling.negative_scale)
+    if shrink.ds_depth_1 is None:
+        _warn_of_unused(values, "dsd1")
+    if gradual.gradual_latent_timesteps is None:
+        _warn_of_unused(values, "glt")
     return PictureSettings(
         width=width,
         height=height,
@@ -253,6 +242,43 @@ def settle(
         deep_shrink=None if shrink.ds_depth_1 is None else shrink,
         gradual_latent=None if gradual.gradual_latent_timesteps is None else gradual,
     )
+
+
+def _settle_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None) -> tuple[int, int]:
+    """Return width and height: as given, else those of the input picture, else those of the model."""
+    if sampling.width is not None and sampling.height is not None:
+        return sampling.width, sampling.height
+    width, height = (kind.size, kind.size) if image is None else image_size(image)
+    # a picture's size is cut down to multiples that the VAE can make
+    return (
+        sampling.width or max(width // SIDE, 1) * SIDE,
+        sampling.height or max(height // SIDE, 1) * SIDE,
+    )
+
+
+def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
+    """Warn of a scale below 1, which other programs count from 0."""
+    effect = "below 1 guidance is off, as at 1"
+    if negative_scale is not None:
+        effect = "0 leaves the prompt out, and less than 1 weakens it"
+    logger.warning(
+        "--scale %g (--l in a prompt): it counts from 1 here; %s; %g of programs that count from 0 is %g",
+        scale,
+        effect,
+        scale,
+        scale + 1,
+    )
+
+
+def _warn_of_unused(values: Mapping[str, Any], name: str) -> None:
+    """Warn of options of a line that do nothing without `name`: they begin with its two letters."""
+    unused = [
+        f"--{letters}"
+        for letters, option in LINE_OPTIONS.items()
+        if letters != name and letters[:2] == name[:2] and option.key in values
+    ]
+    if unused:
+        logger.warning("%s: without --%s, %s does nothing", values["prompt"], name, " and ".join(unused))
 
 
 def batches(pictures: Iterable[AskedPicture], size: int) -> Iterator[list[AskedPicture]]:

@@ -17,7 +17,7 @@ from stable_diffusion.guiding import check_guides, load_guides
 from stable_diffusion.lllites import check_lllites, load_lllites
 from stable_diffusion.loading import check_attention, load_release, open_release
 from stable_diffusion.loras import check_networks, load_networks, read_networks
-from stable_diffusion.making import Maker
+from stable_diffusion.making import Maker, MakesIdeas
 from stable_diffusion.names import unet_blocks
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import Regions, put_back
@@ -40,13 +40,13 @@ def list_cross_attentions(names: Collection[str]) -> dict[str, str]:
     """
     levels = range(count(names, r"down_blocks\.\d+"))
     layers = [count(names, rf"down_blocks\.{level}\.resnets\.\d+") for level in levels]
-    found = {}
-    for theirs, path, _ in unet_blocks(layers):
-        side, number, *_ = theirs.split(".")
+    paths = {}
+    for released, path, _ in unet_blocks(layers):
+        side, number, *_ = released.split(".")
         if f"{path}.transformer_blocks.0.attn2.to_k.weight" in names:
             short = {"input_blocks": "IN", "middle_block": "MID", "output_blocks": "OUT"}[side]
-            found["MID" if short == "MID" else f"{short}{int(number):02d}"] = path
-    return dict(sorted(found.items()))
+            paths["MID" if short == "MID" else f"{short}{int(number):02d}"] = path
+    return dict(sorted(paths.items()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,15 +64,17 @@ class LayerTexts:
                 for name, module in self.unet.get_submodule(path).named_modules():
                     if name.endswith(".attn2"):
                         stack.callback(put_back, module, module.__dict__.get("forward"))
-                        module.forward = _with_own(module.forward, place, len(self.paths))
+                        module.forward = _with_part(module.forward, place, len(self.paths))
             yield None
 
 
-def _with_own(attend: Callable[..., Tensor], place: int, places: int) -> Callable[..., Tensor]:
-    def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **others: Any) -> Tensor:
+def _with_part(attend: Callable[..., Tensor], place: int, places: int) -> Callable[..., Tensor]:
+    """Return a cross-attention that sees one of `places` parts of the context."""
+
+    def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
         # encoder_hidden_states: R A*L C
-        own = encoder_hidden_states.chunk(places, dim=1)[place]
-        return attend(hidden_states, encoder_hidden_states=own, **others)
+        part = encoder_hidden_states.chunk(places, dim=1)[place]
+        return attend(hidden_states, encoder_hidden_states=part, **settings)
 
     return forward
 
@@ -106,24 +108,32 @@ def assemble(options: GenImgOptions, device: torch.device) -> Maker:
             check_vision(release.kind, release.path, options.model.tokenizer_cache_dir)
         model = load_release(options.model, release, device)
     # before LoRAs are merged: a ControlNet of differences is added to the checkpoint's own weights
-    control = (load_control_nets(options.control, model), load_lllites(options.control, model))
+    control_nets = load_control_nets(options.control, model)
+    lllites = load_lllites(options.control, model)
     networks = load_networks(options.networks, model, loras)
+    texts = Texts(model.texts, model.kind, options.text, list(layers))
+    ideas: list[MakesIdeas] = []
+    if control_nets is not None:
+        ideas.append(control_nets)
+    if lllites is not None:
+        ideas.append(lllites)
+    ideas += [DeepShrinks(model.unet), LayerTexts(model.unet, tuple(layers.values()))]
+    regions = Regions(
+        model.unet,
+        () if networks is None else networks.layers,
+        options.networks.network_regional_mask_max_color_codes,
+    )
+    vision = None
+    if strength is not None:
+        vision = PictureVectors(model, options.model.tokenizer_cache_dir, strength)
     return Maker(
-        model,
-        Texts(model.texts, model.kind, options.text, list(layers)),
-        options.sampling,
-        options.model.vae_batch_size,
-        networks,
-        [
-            *(one for one in control if one is not None),
-            DeepShrinks(model.unet),
-            LayerTexts(model.unet, tuple(layers.values())),
-        ],
-        Regions(
-            model.unet,
-            () if networks is None else networks.layers,
-            options.networks.network_regional_mask_max_color_codes,
-        ),
-        None if strength is None else PictureVectors(model, options.model.tokenizer_cache_dir, strength),
-        load_guides(guides, model),
+        model=model,
+        texts=texts,
+        sampling=options.sampling,
+        vae_batch_size=options.model.vae_batch_size,
+        networks=networks,
+        ideas=ideas,
+        regions=regions,
+        vision=vision,
+        guides=load_guides(guides, model),
     )

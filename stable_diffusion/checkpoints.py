@@ -5,8 +5,10 @@ diffusers' classes take their dimensions as keyword arguments: `UnetSizes` and `
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,16 +28,16 @@ from stable_diffusion.names import ADDED, ENDS, RESIDUAL, unet_blocks, unet_samp
 
 def read_levels(names: Collection[str]) -> tuple[int, ...]:
     """Return the number of residual blocks of each level on the way down. names: the released tensors'."""
-    ends = sorted(
-        int(found[1])
-        for found in (re.fullmatch(r"input_blocks\.(\d{1,4})\.0\.op\.weight", name) for name in names)
-        if found
-    )
-    numbers = {
-        int(found[1]) for found in (re.match(r"input_blocks\.(\d{1,4})\.", name) for name in names) if found
-    }
-    bounds = [0, *ends, max(numbers, default=0) + 1]
-    return tuple(end - start - 1 for start, end in zip(bounds, bounds[1:], strict=False))
+    last_blocks = []  # of all levels but the last
+    block_numbers = {0}
+    for name in names:
+        block = re.match(r"input_blocks\.(\d{1,4})\.", name)
+        if block:
+            block_numbers.add(int(block[1]))
+            if re.fullmatch(r"input_blocks\.\d{1,4}\.0\.op\.weight", name):
+                last_blocks.append(int(block[1]))
+    bounds = [0, *sorted(last_blocks), max(block_numbers) + 1]
+    return tuple(end - start - 1 for start, end in pairwise(bounds))
 
 
 def name_translator(names: Collection[str]) -> Callable[[str], str]:
@@ -45,9 +47,12 @@ def name_translator(names: Collection[str]) -> Callable[[str], str]:
     """
     layers = read_levels(names)
     paths = dict((*ENDS, *ADDED))
-    for theirs, ours, is_attention in unet_blocks(layers):
-        inside = (("", ""),) if is_attention else ((f".{part}", f".{own}") for part, own in RESIDUAL)
-        paths |= {theirs + part: ours + own for part, own in inside}
+    for released, ours, is_attention in unet_blocks(layers):
+        if is_attention:
+            paths[released] = ours
+            continue
+        for released_part, our_part in RESIDUAL:
+            paths[f"{released}.{released_part}"] = f"{ours}.{our_part}"
     for smaller, larger, down, up in unet_samplers(layers):
         paths |= {smaller: down, **dict.fromkeys(larger, up)}
 
@@ -84,6 +89,13 @@ SIZE_NUMBERS = 6  # that SDXL is told: original size, crop, target size
 USES = (4, 9)  # channels that the U-Net may take: of pictures, and of inpainting
 
 
+class UnetDepths(NamedTuple):
+    """Numbers of transformer layers next to each residual block of each level; 0: no attention."""
+
+    down: list[tuple[int, ...]]
+    up: list[tuple[int, ...]]
+
+
 def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.LoadPlan[UnetSizes]:
     """Plan how to load the U-Net of a single file, whose prefix is cut off.
 
@@ -101,55 +113,69 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
             checkpoint.path,
         )
 
-    def depths_of(side: str, level: int, blocks: int) -> tuple[int, ...]:
-        """Return the number of transformer layers beside each residual block of a level; 0: no attention."""
-        start = rf"{side}_blocks\.{level}\.attentions"
-        return tuple(
-            dialects.count(sources, rf"{start}\.{n}\.transformer_blocks\.\d+") for n in range(blocks)
-        )
-
     shape = dialects.shapes_of(checkpoint, sources, broken("a tensor has another shape"))
     for level, layer in enumerate(layers):  # a name with a large number would make a level endless
         if layer < 1 or layer != dialects.count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
             raise broken("some of its input_blocks are missing")
-    widths = [shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers))]
-    down = [depths_of("down", level, layer) for level, layer in enumerate(layers)]
-    up = [depths_of("up", level, layer + 1) for level, layer in enumerate(layers[::-1])]
-    has_middle = any(name.startswith("mid_block.attentions.0.") for name in sources)
-    attended = [level for level, depths in enumerate(down) if any(depths)]
-    if not attended or not has_middle:
+    widths = tuple(shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers)))
+    depths = _read_depths(sources, layers)
+    attention = _last_attention(sources, depths)
+    if attention is None:
         raise broken("it has no attention to the text")
-    first = f"down_blocks.{attended[-1]}.attentions.0."
-    projection = sources.get(f"{first}proj_in.weight")
+    projection = sources.get(f"{attention}.proj_in.weight")
+    heads = [SD1_HEADS if kind is SD1 else max(1, width // HEAD_WIDTH) for width in widths]
     config: dict[str, Any] = {
         "sample_size": kind.size // 8,
         "in_channels": shape("conv_in.weight")[1],
         "out_channels": shape("conv_out.weight")[0],
-        "block_out_channels": tuple(widths),
+        "block_out_channels": widths,
         "layers_per_block": layers,
-        "down_block_types": tuple(_block_type(depths, "Down") for depths in down),
-        "up_block_types": tuple(_block_type(depths, "Up") for depths in up),
+        "down_block_types": tuple(_block_type(of_level, "Down") for of_level in depths.down),
+        "up_block_types": tuple(_block_type(of_level, "Up") for of_level in depths.up),
         "norm_num_groups": GROUPS,
-        "cross_attention_dim": shape(f"{first}transformer_blocks.0.attn2.to_k.weight", 2)[1],
+        "cross_attention_dim": shape(f"{attention}.transformer_blocks.0.attn2.to_k.weight", 2)[1],
         "use_linear_projection": projection is not None and len(names[projection.names[0]].shape) == 2,
-        # diffusers' name for the number of heads
-        "attention_head_dim": tuple(
-            SD1_HEADS if kind is SD1 else max(1, width // HEAD_WIDTH) for width in widths
-        ),
-        **_depth_settings(down, up),
+        "attention_head_dim": tuple(heads),  # diffusers' name for the number of heads
+        **_depth_settings(depths.down, depths.up),
     }
     if kind is SDXL:
         config |= _pooled_settings(shape("add_embedding.linear_1.weight", 2)[1], pooled, broken)
-    for width, depths in zip(widths, down, strict=True):
-        if width % GROUPS or (any(depths) and width % (SD1_HEADS if kind is SD1 else HEAD_WIDTH)):
+    for width, of_level in zip(widths, depths.down, strict=True):
+        divisor = SD1_HEADS if kind is SD1 else HEAD_WIDTH
+        if width % GROUPS or (any(of_level) and width % divisor):
             raise broken(f"a width of {width} channels cannot be divided into groups and heads")
     return dialects.LoadPlan(config, checkpoint, sources)
 
 
+def _last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths) -> str | None:
+    """Return the path of the first attention in the last level on the way down that has one.
+
+    None if there is none, or none in the middle.
+    """
+    has_middle = any(name.startswith("mid_block.attentions.0.") for name in sources)
+    levels = [level for level, of_level in enumerate(depths.down) if any(of_level)]
+    return f"down_blocks.{levels[-1]}.attentions.0" if levels and has_middle else None
+
+
+def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> UnetDepths:
+    """Read how deep the attention of each block is. layers: residual blocks of each level."""
+
+    def depths_of(side: str, level: int, blocks: int) -> tuple[int, ...]:
+        start = rf"{side}_blocks\.{level}\.attentions"
+        return tuple(
+            dialects.count(sources, rf"{start}\.{block}\.transformer_blocks\.\d+") for block in range(blocks)
+        )
+
+    return UnetDepths(
+        down=[depths_of("down", level, layer) for level, layer in enumerate(layers)],
+        up=[depths_of("up", level, layer + 1) for level, layer in enumerate(layers[::-1])],
+    )
+
+
 def _pooled_settings(width: int, pooled: int, broken: Callable[[str], Exception]) -> dict[str, Any]:
     """Return the settings of SDXL's conditions besides the text: pooled state, and sizes as sinusoids."""
-    waves, rest = divmod(width - pooled, SIZE_NUMBERS)
-    if rest or waves < 2 or waves % 2:
+    waves, remainder = divmod(width - pooled, SIZE_NUMBERS)
+    if remainder or waves < 2 or waves % 2:
         raise broken(f"label_emb takes {width} numbers, no pooled text of {pooled} and {SIZE_NUMBERS} sizes")
     return {
         "addition_embed_type": "text_time",
@@ -164,9 +190,9 @@ def _block_type(depths: Sequence[int], way: str) -> str:
 
 def _depth_settings(down: Sequence[Sequence[int]], up: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Return the numbers of transformer layers: one for each level if its blocks are alike, as released."""
-    numbers = {level: set(depths) | set(up[len(down) - 1 - level]) for level, depths in enumerate(down)}
-    if all(len(found) == 1 for found in numbers.values()):
-        return {"transformer_layers_per_block": tuple(max(1, *numbers[level]) for level in numbers)}
+    by_level = [{*depths, *up[len(down) - 1 - level]} for level, depths in enumerate(down)]
+    if all(len(depths) == 1 for depths in by_level):
+        return {"transformer_layers_per_block": tuple(max(1, *depths) for depths in by_level)}
     return {
         "transformer_layers_per_block": tuple(tuple(max(1, depth) for depth in depths) for depths in down),
         "reverse_transformer_layers_per_block": tuple(
@@ -201,14 +227,14 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
     option: the option that named the file. latent_scale: for diffusers' configuration. Raises CheckpointError
     for any other file.
     """
-    own, sources = vae_sources(checkpoint)
+    vae, sources = vae_sources(checkpoint)
     wrong = dialects.other_kind(checkpoint, "a VAE of Stable Diffusion", option, GIVE_VAE)
     if (
         "encoder.down_blocks.0.resnets.0.conv1.weight" not in sources
         or "decoder.conv_in.weight" not in sources
     ):
         raise wrong
-    shape = dialects.shapes_of(own, sources, wrong)
+    shape = dialects.shapes_of(vae, sources, wrong)
     levels = {dialects.count(sources, rf"{side}_blocks\.\d+") for side in (r"encoder\.down", r"decoder\.up")}
     channels = shape("decoder.conv_in.weight")[1]
     if channels != LATENT_CHANNELS or levels != {LEVELS}:
@@ -236,24 +262,20 @@ def read_vae(checkpoint: Checkpoint, option: str, latent_scale: float) -> dialec
         "use_post_quant_conv": "post_quant_conv.weight" in sources,
         "mid_block_add_attention": any(".mid_block.attentions." in name for name in sources),
     }
-    return dialects.LoadPlan(config, own, sources, IGNORED)
+    return dialects.LoadPlan(config, vae, sources, IGNORED)
 
 
 def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSource]]:
     """Return the VAE's part of a file, and how its tensors are made, by diffusers' names."""
-    prefixes = (VAE, "vae.")
-    prefix = next(
-        (each for each in prefixes if any(name.startswith(each) for name in checkpoint.tensors)), ""
-    )
-    own = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
-    stored = plain_sources(own)
-    # released names, of tensors that diffusers' loader of single files knows -> its own names
-    levels, names = [""] * dialects.count(stored, r"decoder\.up\.\d+"), dict[str, str]()
+    prefix = ""
+    for vae_prefix in (VAE, "vae."):
+        if any(name.startswith(vae_prefix) for name in checkpoint.tensors):
+            prefix = vae_prefix
+            break
+    vae = checkpoint.without_prefix(prefix, others=("",)) if prefix else checkpoint
+    stored = plain_sources(vae)
     try:
-        if levels:
-            hollow = {name: _TensorName(name) for name in stored}
-            made = convert_ldm_vae_checkpoint(hollow, {"down_block_types": levels, "up_block_types": levels})
-            names = {theirs: own_name for own_name, theirs in made.items() if theirs is not None}
+        names = _names_in_diffusers(stored)
     except KeyError as error:  # it asks for the other half of a pair
         raise CheckpointError(
             f"{checkpoint.path} is incomplete: {prefix}{error.args[0]} is missing. Download or copy it "
@@ -266,7 +288,19 @@ def vae_sources(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, TensorSou
     for name, source in sources.items():  # 1x1 convolutions in released files, linear layers in diffusers
         if re.fullmatch(r".+\.attentions\.0\.to_(q|k|v|out\.0)\.weight", name):
             sources[name] = source.then(_as_matrix)
-    return own, sources
+    return vae, sources
+
+
+def _names_in_diffusers(sources: Mapping[str, TensorSource]) -> dict[str, str]:
+    """Return diffusers' names by the released ones, for tensors that its loader of single files knows."""
+    levels = [""] * dialects.count(sources, r"decoder\.up\.\d+")
+    if not levels:
+        return {}
+    hollow = {name: _TensorName(name) for name in sources}
+    released_names = convert_ldm_vae_checkpoint(
+        hollow, {"down_block_types": levels, "up_block_types": levels}
+    )
+    return {released: ours for ours, released in released_names.items() if released is not None}
 
 
 class _TensorName(str):
@@ -287,33 +321,43 @@ def band_convolutions(network: nn.Module, bands: int) -> None:
     """Let all convolutions of a network that look beyond one pixel work in bands, at most this many."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
-            module.forward = _in_bands(module, bands)  # type: ignore[method-assign, assignment]
+            module.forward = _Bands(module, bands)  # type: ignore[method-assign, assignment]
 
 
-def _in_bands(conv: nn.Conv2d, bands: int) -> Callable[[Tensor], Tensor]:
-    kernel, stride = conv.kernel_size[0], conv.stride[0]
-    above, beside = (int(size) for size in conv.padding)  # rows and columns of zeros
+@dataclass(frozen=True, eq=False)
+class _Bands:
+    """Computes a convolution band by band."""
 
-    def forward(x: Tensor) -> Tensor:
-        # x: B C H W
-        height = x.shape[2]
-        rows = (height + 2 * above - kernel) // stride + 1  # of the result
-        if rows < 2 * bands:
+    conv: nn.Conv2d
+    most: int  # bands
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the convolution of x, B C H W."""
+        conv = self.conv
+        pad_rows, pad_columns = (int(size) for size in conv.padding)  # of zeros, on each side
+        rows = (x.shape[2] + 2 * pad_rows - conv.kernel_size[0]) // conv.stride[0] + 1  # of the result
+        if rows < 2 * self.most:
             return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
         result: Tensor | None = None
-        edges = [rows * band // bands for band in range(bands + 1)]
-        for start, end in zip(edges, edges[1:], strict=False):
-            first, last = start * stride - above, (end - 1) * stride - above + kernel
-            band = x[:, :, max(0, first) : min(height, last)]
-            if first < 0 or last > height:
-                band = F.pad(band, (0, 0, max(0, -first), max(0, last - height)))
-            made = F.conv2d(band, conv.weight, conv.bias, conv.stride, (0, beside))
+        edges = [rows * band // self.most for band in range(self.most + 1)]
+        for start, end in pairwise(edges):
+            band = self._rows_for(x, start, end, pad_rows)
+            convolved = F.conv2d(band, conv.weight, conv.bias, conv.stride, (0, pad_columns))
             if result is None:
-                result = made.new_empty((*made.shape[:2], rows, made.shape[3]))
+                result = convolved.new_empty((*convolved.shape[:2], rows, convolved.shape[3]))
                 if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
                     result = result.contiguous(memory_format=torch.channels_last)
-            result[:, :, start:end] = made
+            result[:, :, start:end] = convolved
         assert result is not None
         return result
 
-    return forward
+    def _rows_for(self, x: Tensor, start: int, end: int, pad_rows: int) -> Tensor:
+        """Return the rows of x that rows `start` to `end` of the result depend on, with zeros beyond x."""
+        height = x.shape[2]
+        stride = self.conv.stride[0]
+        first = start * stride - pad_rows
+        last = (end - 1) * stride - pad_rows + self.conv.kernel_size[0]
+        band = x[:, :, max(0, first) : min(height, last)]
+        if first < 0 or last > height:
+            band = F.pad(band, (0, 0, max(0, -first), max(0, last - height)))
+        return band

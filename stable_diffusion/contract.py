@@ -31,9 +31,30 @@ class ModelKind:
     lora_prefixes: tuple[str, ...]  # of each text encoder's modules in LoRA files
 
 
-SD1 = ModelKind("sd1", "Stable Diffusion 1.x", 0.18215, 512, 1, ("lora_te",))
-SD2 = ModelKind("sd2", "Stable Diffusion 2.x", 0.18215, 512, 2, ("lora_te",))
-SDXL = ModelKind("sdxl", "Stable Diffusion XL", 0.13025, 1024, 2, ("lora_te1", "lora_te2"))
+SD1 = ModelKind(
+    name="sd1",
+    words="Stable Diffusion 1.x",
+    latent_scale=0.18215,
+    size=512,
+    clip_skip=1,
+    lora_prefixes=("lora_te",),
+)
+SD2 = ModelKind(
+    name="sd2",
+    words="Stable Diffusion 2.x",
+    latent_scale=0.18215,
+    size=512,
+    clip_skip=2,
+    lora_prefixes=("lora_te",),
+)
+SDXL = ModelKind(
+    name="sdxl",
+    words="Stable Diffusion XL",
+    latent_scale=0.13025,
+    size=1024,
+    clip_skip=2,
+    lora_prefixes=("lora_te1", "lora_te2"),
+)
 KINDS = (SD1, SD2, SDXL)
 
 

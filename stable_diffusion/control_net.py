@@ -39,7 +39,9 @@ class ControlNets:
 
     def __init__(self, networks: Sequence[Any], uses: Sequence[ControlUse], model: Model) -> None:
         """networks: diffusers' ControlNetModels on the model's device. uses: how each is used."""
-        self._networks, self._uses, self._model = networks, uses, model
+        self._networks = networks
+        self._uses = uses
+        self._model = model
 
     @contextlib.contextmanager
     def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
@@ -50,7 +52,7 @@ class ControlNets:
         if not any(picture.guides for picture in pictures):
             yield None
             return
-        guides = BatchGuides(self._uses, OPTION, pictures, width, height)
+        guides = BatchGuides(self._uses, OPTION, pictures, width=width, height=height)
         parts = pictures[0].settings.parts
 
         def control(call: UnetCall) -> UnetCall:
@@ -60,22 +62,24 @@ class ControlNets:
             if not active:
                 return call
             images = guides.at(call, self._model.dtype)
-            found = [self._residuals(number, call, images[number], parts) for number in active]
-            if len(found) == 1:
-                return replace(call, residuals=found[0])
-            skips = zip(*(down for down, _ in found), strict=True)
-            means = tuple(torch.stack(each).mean(0) for each in skips)
-            return replace(call, residuals=(means, torch.stack([mid for _, mid in found]).mean(0)))
+            residuals = [self._residuals(number, call, images[number], parts) for number in active]
+            if len(residuals) == 1:
+                return replace(call, residuals=residuals[0])
+            skips = zip(*(down for down, _ in residuals), strict=True)
+            mean_skips = tuple(torch.stack(of_networks).mean(0) for of_networks in skips)
+            mean_middle = torch.stack([middle for _, middle in residuals]).mean(0)
+            return replace(call, residuals=(mean_skips, mean_middle))
 
         yield control
 
     def _residuals(self, number: int, call: UnetCall, guides: Tensor, parts: int) -> Residuals:
         # guides: B 3 H W; row r of the call belongs to picture r modulo B
-        network, dtype = self._networks[number], self._model.dtype
+        network = self._networks[number]
+        dtype = self._model.dtype
         rows = len(call.sample)
         # the contexts of a prompt's parts stand one after the other; the last part is used
         tokens = call.context.shape[1] // parts
-        down, mid = network(
+        down, middle = network(
             call.sample[:, : network.config.in_channels].to(dtype),  # without mask and masked picture
             torch.full((), call.timestep, dtype=torch.float32, device=call.sample.device),
             encoder_hidden_states=call.context[:, -tokens:].to(dtype),
@@ -86,9 +90,11 @@ class ControlNets:
         )
         if network.config.global_pool_conditions:
             # it acts in the rows of the prompt only, as in diffusers' pipelines
-            acts = torch.arange(rows, device=mid.device) < rows - call.negative_rows
-            down, mid = [each * acts[:, None, None, None] for each in down], mid * acts[:, None, None, None]
-        return tuple(down), mid
+            acts = torch.arange(rows, device=middle.device) < rows - call.negative_rows
+            acts = acts[:, None, None, None]
+            down = [skip * acts for skip in down]
+            middle = middle * acts
+        return tuple(down), middle
 
 
 def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: ModelKind) -> None:
@@ -97,7 +103,7 @@ def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: M
     unet: the configuration of diffusers' UNet2DConditionModel. Raises CheckpointError.
     """
     for use in options.uses if options.control_net_models else ():
-        load_control_net(use.path, unet, kind.words, torch.device("meta"), torch.float32)
+        load_control_net(use.path, unet, words=kind.words, device=torch.device("meta"), dtype=torch.float32)
 
 
 def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | None:
@@ -109,10 +115,17 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
         return None
     networks = []
     for use in options.uses:
-        place = model.device, model.dtype, model.unet
-        network: Any = load_control_net(use.path, model.unet.config, model.kind.words, *place)
+        network: Any = load_control_net(
+            use.path,
+            model.unet.config,
+            words=model.kind.words,
+            device=model.device,
+            dtype=model.dtype,
+            base=model.unet,
+        )
         # it takes the U-Net's attention package and memory layout
-        if any(isinstance(each, XFormersAttnProcessor) for each in model.unet.attn_processors.values()):
+        processors = model.unet.attn_processors.values()
+        if any(isinstance(processor, XFormersAttnProcessor) for processor in processors):
             network.set_attn_processor(XFormersAttnProcessor())
         if model.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
             network.to(memory_format=torch.channels_last)
@@ -154,18 +167,22 @@ class BatchGuides:
                     f"{picture.label}: {len(picture.guides)} guide images, but {option} has {len(uses)}. "
                     "Give --guide_image_path one for each model, or a single one for all."
                 )
-        self._uses, self._pictures = uses, pictures
+        self._uses = uses
+        self._pictures = pictures
         self._size = (width, height)
         self.guides = self._read()
 
     def _read(self) -> tuple[Tensor, ...]:
         """Return the guides: for each model B 3 H W float32 in 0..1."""
-        found = []
+        guides = []
         for number, use in enumerate(self._uses):
-            paths = [picture.guides[number if len(picture.guides) > 1 else 0] for picture in self._pictures]
-            frames = [torch.from_numpy(_read_guide(path, use.canny, *self._size)) for path in paths]
-            found.append(torch.stack([rearrange(each.float() / 255, "h w c -> c h w") for each in frames]))
-        return tuple(found)
+            images = []
+            for picture in self._pictures:
+                path = picture.guides[number if len(picture.guides) > 1 else 0]
+                frame = torch.from_numpy(_read_guide(path, use.canny, *self._size))
+                images.append(rearrange(frame.float() / 255, "h w c -> c h w"))
+            guides.append(torch.stack(images))
+        return tuple(guides)
 
     def at(self, call: UnetCall, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return each model's guides, B 3 H W in 0..1, read again if latents have grown (Gradual Latent)."""
@@ -173,7 +190,7 @@ class BatchGuides:
         if self._size != (width, height):
             self._size = (width, height)
             self.guides = self._read()
-        self.guides = tuple(each.to(call.sample.device, dtype) for each in self.guides)
+        self.guides = tuple(images.to(call.sample.device, dtype) for images in self.guides)
         return self.guides
 
 

@@ -7,6 +7,7 @@ file of differences holds weights minus those of the U-Net that the network was 
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def load_control_net(
     U-Net itself, to which a file of differences is added. Raises CheckpointError if the file is something
     else or belongs to another U-Net, or if tensors are missing, unexpected, of other shapes or damaged.
     """
-    given = require_file(path, OPTION, "")
-    opened = open_part(given, ("diffusion_pytorch_model",)) if given.is_dir() else open_checkpoint(given)
+    place = require_file(path, OPTION, "")
+    opened = open_part(place, ("diffusion_pytorch_model",)) if place.is_dir() else open_checkpoint(place)
 
     def add_base(name: str, weight: Tensor) -> Tensor:
         if name.startswith(OWN_PARTS):
@@ -112,7 +113,7 @@ def _read_control_net(
             )
     translate = name_translator(bare.tensors)
     sources = {
-        _own_name(name, translate): source
+        _name_in_diffusers(name, translate): source
         for name, source in plain_sources(bare).items()
         if name != DIFFERENCE
     }
@@ -123,37 +124,68 @@ def _read_control_net(
         sources = {name.replace(last, f"{_HINT}.conv_out."): source for name, source in sources.items()}
     config = _read_config(bare, sources, unet)
     _compare(checkpoint, config, unet, words)
-    # what tensors do not show: the order of colours, and whether residuals are averaged over the picture.
-    # A diffusers folder says it; of single files those with "shuffle" in their names are, as the released one
-    told = path / "config.json"
-    if not told.is_file():
-        config["global_pool_conditions"] = "shuffle" in path.name.lower()
-    else:
-        try:
-            said = parse_json(read_text(told))
-            config |= {name: said[name] for name in _ONLY_IN_FOLDERS if name in said}
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{told} cannot be read: {error}. Copy the folder again.", path) from error
+    config |= _read_unseen(path)
     return LoadPlan(config, bare, sources, ignore=(DIFFERENCE,))
 
 
-_OWN_NAMES = (
+def _read_unseen(path: Path) -> dict[str, Any]:
+    """Read what tensors do not show: the order of colours, and whether residuals are averaged.
+
+    A diffusers folder says it; of single files those with "shuffle" in their names are averaged, as the
+    released one.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        return {"global_pool_conditions": "shuffle" in path.name.lower()}
+    try:
+        settings = parse_json(read_text(file))
+        return {name: settings[name] for name in _ONLY_IN_FOLDERS if name in settings}
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Copy the folder again.", path) from error
+
+
+_RELEASED_NAMES = (
     (r"input_hint_block\.0\.(\w+)", rf"{_HINT}.conv_in.\1"),
     (r"zero_convs\.(\d+)\.0\.(\w+)", r"controlnet_down_blocks.\1.\2"),
     (r"middle_block_out\.0\.(\w+)", r"controlnet_mid_block.\1"),
 )
 
 
-def _own_name(name: str, translate: Callable[[str], str]) -> str:
+def _name_in_diffusers(name: str, translate: Callable[[str], str]) -> str:
     """Return diffusers' name of a tensor; one that is not known stays, to be reported as unexpected."""
-    for pattern, own in _OWN_NAMES:
-        found = re.fullmatch(pattern, name)
-        if found is not None:
-            return found.expand(own)
-    found = re.fullmatch(r"input_hint_block\.(\d+)\.(\w+)", name)
-    if found is not None:  # an activation stands between convolutions
-        return f"{_HINT}.blocks.{int(found[1]) // 2 - 1}.{found[2]}"
+    for pattern, template in _RELEASED_NAMES:
+        match = re.fullmatch(pattern, name)
+        if match is not None:
+            return match.expand(template)
+    match = re.fullmatch(r"input_hint_block\.(\d+)\.(\w+)", name)
+    if match is not None:  # an activation stands between convolutions
+        return f"{_HINT}.blocks.{int(match[1]) // 2 - 1}.{match[2]}"
     return translate(name)
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """Levels of a ControlNet, the middle one last."""
+
+    blocks: list[str]  # diffusers' module paths
+    attends: list[bool]
+    depths: list[int]  # transformer layers of each attention
+
+    @property
+    def attentions(self) -> list[str]:
+        """Return the module paths of the attentions that there are."""
+        return [
+            f"{block}.attentions.0"
+            for block, has_attention in zip(self.blocks, self.attends, strict=True)
+            if has_attention
+        ]
+
+    @property
+    def transformers(self) -> list[str]:
+        """Return the module paths of the attentions that have transformer layers."""
+        return [
+            f"{block}.attentions.0" for block, depth in zip(self.blocks, self.depths, strict=True) if depth
+        ]
 
 
 def _read_config(
@@ -169,57 +201,60 @@ def _read_config(
     down = [f"down_blocks.{level}" for level in range(count(sources, r"down_blocks\.\d+"))]
     if not down:
         raise wrong
-    attends = [f"{block}.attentions.0.norm.weight" in sources for block in (*down, "mid_block")]
-    # smaller ones of XL have attentions without transformer blocks, or no attention at all
-    depths = [
-        count(sources, rf"{re.escape(block)}\.attentions\.0\.transformer_blocks\.\d+")
-        for block in (*down, "mid_block")
-    ]
-    if attends[-2] and depths[-2] != depths[-1]:
+    levels = _read_levels(sources, [*down, "mid_block"])
+    if levels.attends[-2] and levels.depths[-2] != levels.depths[-1]:
         raise wrong  # diffusers has one number for both
-    places = [f"{block}.attentions.0" for block in (*down, "mid_block")]
-    texts = [place for place, depth in zip(places, depths, strict=True) if depth]
-    projected = [place for place, has in zip(places, attends, strict=True) if has]
-    blocks = count(sources, _BLOCKS)
-    added = {}  # conditions of SDXL: sizes and pooled text
+    hint_blocks = count(sources, _BLOCKS)
+    pooled = {}  # conditions of SDXL: sizes and pooled text
     if "add_embedding.linear_1.weight" in sources:
-        added = {
+        pooled = {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": unet.get("addition_time_embed_dim"),
             "projection_class_embeddings_input_dim": shape("add_embedding.linear_1.weight", 2)[1],
         }
+    text_width = unet["cross_attention_dim"]
+    if levels.transformers:
+        text_width = shape(f"{levels.transformers[0]}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
+    is_linear = unet["use_linear_projection"]
+    projection = f"{levels.attentions[0]}.proj_in.weight" if levels.attentions else ""
+    if projection in sources:
+        is_linear = len(checkpoint.tensors[sources[projection].names[0]].shape) == 2
     return {
         "in_channels": shape("conv_in.weight")[1],
         "conditioning_channels": shape(f"{_HINT}.conv_in.weight")[1],
         "conditioning_embedding_out_channels": (
             shape(f"{_HINT}.conv_in.weight")[0],
-            *(shape(f"{_HINT}.blocks.{number}.weight")[0] for number in range(1, blocks, 2)),
+            *(shape(f"{_HINT}.blocks.{number}.weight")[0] for number in range(1, hint_blocks, 2)),
         ),
         "block_out_channels": tuple(shape(f"{block}.resnets.0.conv1.weight")[0] for block in down),
         "layers_per_block": count(sources, r"down_blocks\.0\.resnets\.\d+"),
-        "down_block_types": tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attends[:-1]),
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if attends[-1] else "UNetMidBlock2D",
-        "transformer_layers_per_block": (*depths[:-2], depths[-1]),
-        "cross_attention_dim": (
-            shape(f"{texts[0]}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
-            if texts
-            else unet["cross_attention_dim"]
+        "down_block_types": tuple(
+            "CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in levels.attends[:-1]
         ),
-        "use_linear_projection": (
-            len(checkpoint.tensors[sources[f"{projected[0]}.proj_in.weight"].names[0]].shape) == 2
-            if f"{next(iter(projected), '')}.proj_in.weight" in sources
-            else unet["use_linear_projection"]
-        ),
-        **added,
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if levels.attends[-1] else "UNetMidBlock2D",
+        "transformer_layers_per_block": (*levels.depths[:-2], levels.depths[-1]),
+        "cross_attention_dim": text_width,
+        "use_linear_projection": is_linear,
+        **pooled,
         **{name: unet[name] for name in _AS_UNET if name in unet},
     }
 
 
+def _read_levels(sources: Mapping[str, TensorSource], blocks: list[str]) -> _Levels:
+    """Read which levels have attention. blocks: module paths of the levels, the middle one last."""
+    attends = [f"{block}.attentions.0.norm.weight" in sources for block in blocks]
+    # smaller ones of XL have attentions without transformer blocks, or no attention at all
+    depths = [
+        count(sources, rf"{re.escape(block)}\.attentions\.0\.transformer_blocks\.\d+") for block in blocks
+    ]
+    return _Levels(blocks, attends, depths)
+
+
 # what tensors do not tell
 _AS_UNET = (
-    *("attention_head_dim", "num_attention_heads", "upcast_attention", "norm_num_groups", "norm_eps"),
-    *("act_fn", "flip_sin_to_cos", "freq_shift"),
-)
+    "attention_head_dim", "num_attention_heads", "upcast_attention", "norm_num_groups", "norm_eps",
+    "act_fn", "flip_sin_to_cos", "freq_shift",
+)  # fmt: skip
 
 
 _ONLY_IN_FOLDERS = ("controlnet_conditioning_channel_order", "global_pool_conditions")
@@ -234,22 +269,19 @@ def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[st
             f"of inpainting models are not. Give {GIVE} to {OPTION}.",
             checkpoint.path,
         )
-    wanted = {
+    sizes = {
         "cross_attention_dim": "text states",
         "block_out_channels": "channels of its levels",
         "layers_per_block": "layers of a level",
         "projection_class_embeddings_input_dim": "pooled text and sizes",
     }
-    found = {
-        what: (_values(config, name), _values(unet, name))
-        for name, what in wanted.items()
-        if _values(config, name) != _values(unet, name)
-    }
-    if found:
-        lines = "".join(
-            f"\n  {what}: {_words(own)} in the ControlNet, {_words(theirs)} in the model"
-            for what, (own, theirs) in found.items()
-        )
+    lines = ""
+    for name, what in sizes.items():
+        in_control_net = _values(config, name)
+        in_unet = _values(unet, name)
+        if in_control_net != in_unet:
+            lines += f"\n  {what}: {_words(in_control_net)} in the ControlNet, {_words(in_unet)} in the model"
+    if lines:
         kind = SDXL if config.get("addition_embed_type") else SD2 if config["use_linear_projection"] else SD1
         raise CheckpointError(
             f"{checkpoint.path} is a ControlNet for {kind.words}, but --ckpt is {words}:{lines}\n"

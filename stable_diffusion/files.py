@@ -12,7 +12,7 @@ from modules.checkpoints.kinds import kind_of
 from modules.checkpoints.opening import open_checkpoint
 from modules.command import as_typed
 from modules.errors import CheckpointError, OptionError
-from stable_diffusion.contract import KINDS, SD1, SD2, SDXL, ModelKind
+from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.options import ModelOptions
 
 UNET = "model.diffusion_model."
@@ -65,9 +65,9 @@ def read_marks(path: Path, names: Collection[str]) -> Marks:
     Raises CheckpointError naming its real kind, or the missing network.
     """
     kind = _kind_of(names)
-    other = _describe_other(names, kind)
-    if other is not None:
-        raise CheckpointError(f"--ckpt {path} looks like {other}.\n  Give {GIVE}.", path)
+    other_model = _describe_other(names, kind)
+    if other_model is not None:
+        raise CheckpointError(f"--ckpt {path} looks like {other_model}.\n  Give {GIVE}.", path)
     missing = [
         what
         for what, start in (("U-Net", UNET), ("VAE", VAE))
@@ -76,8 +76,8 @@ def read_marks(path: Path, names: Collection[str]) -> Marks:
     if kind is None:
         missing.append("text encoder")
     if missing:
-        found = kind_of(names)
-        looks = f"; it looks like {found}" if found is not None else ""
+        description = kind_of(names)
+        looks = f"; it looks like {description}" if description is not None else ""
         raise CheckpointError(
             f"--ckpt {path} has no {', no '.join(missing)}{looks}.\n  Give {GIVE}.",
             path,
@@ -86,16 +86,18 @@ def read_marks(path: Path, names: Collection[str]) -> Marks:
     return Marks(kind, "v_pred" in names, "ztsnr" in names)
 
 
-def check_told(options: ModelOptions, kind: ModelKind) -> None:
+def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:
     """Raise OptionError if --v1, --v2 or --sdxl contradicts the checkpoint's kind."""
-    given = zip(KINDS, (options.v1, options.v2, options.sdxl), strict=True)
-    told = next((each for each, is_told in given if is_told), kind)
-    if told is not kind:
-        flag = {SD1: "--v1", SD2: "--v2", SDXL: "--sdxl"}[told]
-        raise OptionError(
-            f"{flag}: {options.ckpt} is {kind.words}, by its tensors. Leave {flag} out, or give a checkpoint "
-            f"of {told.words}."
-        )
+    flags = (("--v1", options.v1, SD1), ("--v2", options.v2, SD2), ("--sdxl", options.sdxl, SDXL))
+    for flag, is_given, flag_kind in flags:
+        if not is_given:
+            continue
+        if flag_kind is not kind:
+            raise OptionError(
+                f"{flag}: {options.ckpt} is {kind.words}, by its tensors. Leave {flag} out, or give a "
+                f"checkpoint of {flag_kind.words}."
+            )
+        return  # the first flag counts
 
 
 def identify(path: Path) -> str | None:
@@ -106,8 +108,8 @@ def identify(path: Path) -> str | None:
         else:
             with open_checkpoint(path) as checkpoint:
                 kind = _kind_of(checkpoint.tensors)
-                other = _describe_other(checkpoint.tensors, kind)
-            what = None if kind is None or other is not None else f"{kind.words} checkpoint"
+                other_model = _describe_other(checkpoint.tensors, kind)
+            what = None if kind is None or other_model is not None else f"{kind.words} checkpoint"
     except (CheckpointError, OSError):
         return None
     command = as_typed(["python", "gen_img.py", "--ckpt", str(path)])

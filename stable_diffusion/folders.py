@@ -190,8 +190,8 @@ def _read_config(folder: Path, network: Any) -> dict[str, Any]:
     for name, kind in _TYPES.items():
         if name in config and not isinstance(config[name], kind):
             raise CheckpointError(f"{file}: {name} is {config[name]!r}. Copy the file again.", file)
-    known = inspect.signature(network.__init__).parameters
-    settings = {name: value for name, value in config.items() if name in known}
+    parameters = inspect.signature(network.__init__).parameters
+    settings = {name: value for name, value in config.items() if name in parameters}
     ignored = sorted(name for name in config.keys() - settings.keys() if not name.startswith("_"))
     if ignored:
         logger.warning("%s: %s is ignored because diffusers does not know it", file, ", ".join(ignored))
@@ -200,14 +200,14 @@ def _read_config(folder: Path, network: Any) -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        found = parse_json(read_text(file))
+        content = parse_json(read_text(file))
     except FileNotFoundError:
         raise CheckpointError(f"{file.parents[1]} is incomplete: {file} is missing.", file) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}). Copy it again.", file) from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a configuration. Copy it again.", file)
-    return found
+    return content
 
 
 def _largest(value: Any) -> float:

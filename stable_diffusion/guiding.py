@@ -82,12 +82,14 @@ def load_vgg16(path: Path, last: int, device: torch.device, dtype: torch.dtype) 
         layers = _plan_layers(checkpoint, last)
         sources = plain_sources(checkpoint)
         names = [f"{_START}{number}.{part}" for number in range(last + 1) for part in ("weight", "bias")]
-        own = {name: sources[name] for name in names if name in sources}
-        return load_planned(LoadPlan(layers, checkpoint, own, ("*",)), Vgg16, device, dtype, OPTION)
+        needed = {name: sources[name] for name in names if name in sources}
+        plan = LoadPlan(layers, checkpoint, needed, ("*",))
+        return load_planned(plan, Vgg16, device=device, dtype=dtype, what=OPTION)
 
 
 def _plan_layers(checkpoint: Checkpoint, last: int) -> list[_Layer]:
-    channels, layers = 3, list[_Layer]()
+    channels = 3
+    layers: list[_Layer] = []
     for number in range(last + 1):
         info = checkpoint.tensors.get(f"{_START}{number}.weight")
         if info is None and layers:
@@ -147,7 +149,9 @@ class Guides:
 
         Raises MediaError if the guide picture cannot be read.
         """
-        measure, model, sampler = self._measure(picture), self.model, passes.sampler
+        measure = self._measure(picture)
+        model = self.model
+        sampler = passes.sampler
         # networks compute their inner features again for gradients, rather than keep all of them; not the
         # U-Net if its hooks remember the layer at work
         model.vae.enable_gradient_checkpointing()
@@ -157,17 +161,18 @@ class Guides:
             model.unet.enable_gradient_checkpointing()
 
         def steered(step: Step, predict: Predict, section: Section) -> Tensor:
-            said = guidance(step, predict, section)
+            velocity = guidance(step, predict, section)
             index = sampler.first + step.index
             share = float(sampler.schedule.alphas[index])
             if share < LEAST_SHARE:
-                return said
+                return velocity
             # samples of some samplers are x / share
             scale = float(sampler.model_input(index, torch.ones(1)))
             with torch.enable_grad():
                 x = (step.noisy * scale).requires_grad_()
-                ask = predictor(passes, lambda _: model.unet, replace(step, noisy=x / scale), False)
-                (prompted,) = ask(section.positive)
+                scaled_step = replace(step, noisy=x / scale)
+                predict_x = predictor(passes, lambda _: model.unet, scaled_step, split=False)
+                (prompted,) = predict_x(section.positive)
                 if model.predicts_velocity:
                     clean = share * x - step.sigma * prompted
                 else:
@@ -175,27 +180,35 @@ class Guides:
                 loss = measure(_decode(model, step.sigma * clean + (1 - step.sigma) * x))
                 (gradient,) = torch.autograd.grad(loss, x)
             # v = (noise - s x) / a
-            return said + gradient * (step.sigma / share if model.predicts_velocity else step.sigma)
+            strength = step.sigma / share if model.predicts_velocity else step.sigma
+            return velocity + gradient * strength
 
         return steered
 
     def _measure(self, picture: AskedPicture) -> Measure:
-        options, clip, vgg = self.options, self.clip, self.vgg
+        """Return the sum of all measures by which the networks steer a picture."""
+        options = self.options
+        clip = self.clip
         measures: list[Measure] = []
         if clip is not None and options.clip_guidance_scale:
-            # the first tokens of the text that CLIP reads, without weights, between start and end
-            parts, text = split_parts(picture.prompt), picture.clip_prompt
-            tower = self.model.texts[0]
-            chunks = cut_into_chunks(parse_weights(" ".join(parts) if text is None else text), tower.tokenize)
-            ids = [token for chunk in chunks for token in chunk.ids][:SIZE]
-            wanted = clip.encode_text([tower.start, *ids, tower.end])
-            measures.append(_near(clip, wanted, options.clip_guidance_scale))
+            vector = clip.encode_text(self._clip_tokens(picture))
+            measures.append(_near(clip, vector, options.clip_guidance_scale))
         if clip is not None and options.clip_image_guidance_scale:
-            wanted = clip.vision.encode([read_picture(picture.guides[0])])
-            measures.append(_near(clip, wanted, options.clip_image_guidance_scale))
-        if vgg is not None:
-            measures.append(_alike(vgg, picture.guides[0], options.vgg16_guidance_scale))
+            vector = clip.vision.encode([read_picture(picture.guides[0])])
+            measures.append(_near(clip, vector, options.clip_image_guidance_scale))
+        if self.vgg is not None:
+            measures.append(_alike(self.vgg, picture.guides[0], options.vgg16_guidance_scale))
         return lambda pixels: torch.stack([measure(pixels) for measure in measures]).sum()
+
+    def _clip_tokens(self, picture: AskedPicture) -> list[int]:
+        """Return the first tokens of the text that CLIP reads, without weights, between start and end."""
+        text = picture.clip_prompt
+        if text is None:
+            text = " ".join(split_parts(picture.prompt))
+        tower = self.model.texts[0]
+        chunks = cut_into_chunks(parse_weights(text), tower.tokenize)
+        ids = [token for chunk in chunks for token in chunk.ids][:SIZE]
+        return [tower.start, *ids, tower.end]
 
 
 def _decode(model: Model, latents: Tensor) -> Tensor:
@@ -204,13 +217,14 @@ def _decode(model: Model, latents: Tensor) -> Tensor:
     return (model.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
-def _near(clip: WholeClip, wanted: Tensor, scale: float) -> Measure:
-    """Return a measure of pixels: half the squared angle between their vector and `wanted`, 1 P."""
-    target, weight = normalize(wanted.float(), dim=-1), clip.vision.visual_projection.weight
+def _near(clip: WholeClip, vector: Tensor, scale: float) -> Measure:
+    """Return a measure of pixels: half the squared angle between their vector and this one, 1 P."""
+    target = normalize(vector.float(), dim=-1)
+    weight = clip.vision.visual_projection.weight
 
     def measure(pixels: Tensor) -> Tensor:
-        vector = clip.vision(clip.vision.prepare_pixels(pixels).to(weight.dtype)).float()
-        return scale * (2 * ((normalize(vector, dim=-1) - target).norm() / 2).arcsin() ** 2)
+        pixels_vector = clip.vision(clip.vision.prepare_pixels(pixels).to(weight.dtype)).float()
+        return scale * (2 * ((normalize(pixels_vector, dim=-1) - target).norm() / 2).arcsin() ** 2)
 
     return measure
 
@@ -218,15 +232,15 @@ def _near(clip: WholeClip, wanted: Tensor, scale: float) -> Measure:
 def _alike(vgg: Vgg16, path: Path, scale: float) -> Measure:
     """Return a measure of pixels: the mean squared difference between their features and a picture's."""
     picture = read_picture(path)
-    wanted: dict[torch.Size, Tensor] = {}  # by size, as the pictures of Gradual Latent grow
+    features: dict[torch.Size, Tensor] = {}  # of the picture, by size, as the pictures of Gradual Latent grow
 
     def measure(pixels: Tensor) -> Tensor:
         size = pixels.shape[-2:]
-        if size not in wanted:
+        if size not in features:
             with torch.no_grad():
                 guide = to_pixels(picture, size[1], size[0]) / 2 + 0.5
-                wanted[size] = vgg(guide.to(pixels.device)).float()
-        return scale * mse_loss(vgg(pixels).float(), wanted[size])
+                features[size] = vgg(guide.to(pixels.device)).float()
+        return scale * mse_loss(vgg(pixels).float(), features[size])
 
     return measure
 
@@ -237,14 +251,15 @@ def check_guides(options: GuideOptions) -> GuideOptions:
     Returns the options with their paths. Raises CheckpointError or OptionError, DownloadError if the hub does
     not give them.
     """
-    clip, vgg = options.clip_guidance_model, options.vgg16_guidance_model
+    clip = options.clip_guidance_model
+    vgg = options.vgg16_guidance_model
     if options.uses_clip:
         clip = clip or find_model_folder(CLIP.option, CLIP_REPOSITORY, ("config.json", "model.safetensors"))
         with open_checkpoint(clip) as checkpoint:
             width = read_clip_vision(checkpoint, CLIP.option, CLIP.release).config.projection_dim
             dim = read_clip_text(checkpoint, CLIP).config.dim
-            found = checkpoint.tensors.get(_PROJECTION)
-            if found is None or found.shape != (width, dim):
+            projection = checkpoint.tensors.get(_PROJECTION)
+            if projection is None or projection.shape != (width, dim):
                 raise CheckpointError(
                     f"{CLIP.option} {checkpoint.path}: the projection of its texts ({_PROJECTION}, {width} x "
                     f"{dim}) is missing or of another size. Give {CLIP.release}.",
@@ -260,25 +275,33 @@ def load_guides(options: GuideOptions, model: Model) -> Guides | None:
     """Load the networks that the options name, after `check_guides`; None: there are none."""
     if not options.uses_clip and not options.vgg16_guidance_scale:
         return None
-    clip = vgg = None
+    clip = None
     if options.uses_clip:
-        path, device, dtype, tower = options.clip_guidance_model, model.device, model.dtype, model.texts[0]
-        assert path is not None
-        vision = load_clip_vision(path, device, dtype, CLIP.option, CLIP.release)
-        with open_checkpoint(path) as checkpoint:
-            projection = checkpoint.read(_PROJECTION).to(device, dtype)
-        text = load_clip_text(path, device, dtype, CLIP)
-        if max(tower.start, tower.end) >= text.embeddings.token_embedding.num_embeddings:
-            raise CheckpointError(
-                f"{CLIP.option} {path}: it has fewer tokens than the tokenizer of {model.path}. Give "
-                f"{CLIP.release}.",
-                path,
-            )
-        clip = WholeClip(text, projection, vision)
+        assert options.clip_guidance_model is not None
+        clip = _load_clip(options.clip_guidance_model, model)
         logger.info("guidance by CLIP: %s", options.clip_guidance_model)
+    vgg = None
     if options.vgg16_guidance_scale:
         assert options.vgg16_guidance_model is not None
         last = options.vgg16_guidance_layer
         vgg = load_vgg16(options.vgg16_guidance_model, last, model.device, model.dtype)
         logger.info("guidance by VGG16: %s", options.vgg16_guidance_model)
     return Guides(options, model, clip, vgg)
+
+
+def _load_clip(path: Path, model: Model) -> WholeClip:
+    """Load both towers of a CLIP. Raises CheckpointError if it has too few tokens for the model."""
+    device = model.device
+    dtype = model.dtype
+    vision = load_clip_vision(path, device, dtype=dtype, option=CLIP.option, release=CLIP.release)
+    with open_checkpoint(path) as checkpoint:
+        projection = checkpoint.read(_PROJECTION).to(device, dtype)
+    text = load_clip_text(path, device, dtype, CLIP)
+    tower = model.texts[0]
+    if max(tower.start, tower.end) >= text.embeddings.token_embedding.num_embeddings:
+        raise CheckpointError(
+            f"{CLIP.option} {path}: it has fewer tokens than the tokenizer of {model.path}. Give "
+            f"{CLIP.release}.",
+            path,
+        )
+    return WholeClip(text, projection, vision)

@@ -33,39 +33,54 @@ class UpscalingModule:
     """A module's upscaler, and the name that the user gave."""
 
     name: str
-    made: Any
+    upscaler: Any
     takes_latents: bool
 
-    def upscale(self, model: Model, made: Made, width: int, height: int, vae_batch: int) -> SecondStart:
+    def upscale(self, model: Model, stage: Made, width: int, height: int, vae_batch: int) -> SecondStart:
         """Return a stage's result as pictures or latents for that size in pixels.
 
         Raises OptionError if the module fails or returns something else.
         """
-        images = None if self.takes_latents or made.images is None else list(made.images)
-        latents = made.latents.to(model.device, model.dtype) if self.takes_latents else None
-        count = len(made.latents)
+        images = None
+        latents = None
+        if self.takes_latents:
+            latents = stage.latents.to(model.device, model.dtype)
+        elif stage.images is not None:
+            images = list(stage.images)
+        count = len(stage.latents)
         try:
-            result = self.made.upscale(
+            # by position, as upscalers of other programs name their parameters as they like
+            result = self.upscaler.upscale(
                 model.vae, images, latents, model.dtype, width, height, count, vae_batch
             )
         except UserError:
             raise
         except Exception as error:  # the module may run any code of its own
             raise OptionError(f"{OPTION} {self.name} failed: {type(error).__name__}: {error}") from error
-        wanted = (count, 4, height // STRIDE, width // STRIDE)
+        shape = (count, 4, height // STRIDE, width // STRIDE)
         if isinstance(result, Tensor):
-            if tuple(result.shape) == wanted and bool(torch.isfinite(result).all()):
+            if tuple(result.shape) == shape and bool(torch.isfinite(result).all()):
                 return SecondStart(latents=result.float())
-            what = f"latents of {' x '.join(map(str, result.shape))}, or not finite"
+            what = f"latents of {_in_words(result.shape)}, or not finite"
         else:
-            found = list(result) if isinstance(result, Sequence) and not isinstance(result, str) else []
-            if len(found) == count and all(isinstance(image, Image) for image in found):
-                return SecondStart(images=[fit(image.convert("RGB"), width, height) for image in found])
+            if _are_pictures(result, count):
+                return SecondStart(images=[fit(picture.convert("RGB"), width, height) for picture in result])
             what = type(result).__name__
         raise OptionError(
             f"{OPTION} {self.name} returned {what}. Its upscale(...) has to return a list of {count} PIL "
-            f"pictures, or latents of {' x '.join(map(str, wanted))}"
+            f"pictures, or latents of {_in_words(shape)}"
         )
+
+
+def _in_words(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _are_pictures(result: Any, count: int) -> bool:
+    """Return whether a module returned a list of this many pictures."""
+    if not isinstance(result, Sequence) or len(result) != count:
+        return False
+    return all(isinstance(picture, Image) for picture in result)
 
 
 def load_upscaler(name: str, args: str | None) -> UpscalingModule:
@@ -78,8 +93,8 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
     if not callable(getattr(module, "create_upscaler", None)):
         raise OptionError(f"{OPTION} {name} has no create_upscaler(...), so it makes no upscaler.{hint}")
     try:
-        made = module.create_upscaler(**read_args(args or ""))
-        takes_latents = bool(made.support_latents()) if hasattr(made, "support_latents") else False
+        upscaler = module.create_upscaler(**read_args(args or ""))
+        takes_latents = bool(upscaler.support_latents()) if hasattr(upscaler, "support_latents") else False
     except UserError:
         raise
     except Exception as error:  # the module may run any code of its own
@@ -87,9 +102,9 @@ def load_upscaler(name: str, args: str | None) -> UpscalingModule:
             f"{OPTION} {name} with --highres_fix_upscaler_args {args or '(none)'}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if not callable(getattr(made, "upscale", None)):
+    if not callable(getattr(upscaler, "upscale", None)):
         raise OptionError(f"{OPTION} {name}: what its create_upscaler(...) returns has no upscale(...)")
-    return UpscalingModule(name, made, takes_latents)
+    return UpscalingModule(name, upscaler, takes_latents)
 
 
 def read_args(text: str) -> dict[str, str]:
@@ -115,7 +130,7 @@ class SavedStage:
 
     # with the seeds that were asked for, and with the settings of this stage
     pictures: Sequence[AskedPicture]
-    made: Made
+    result: Made
     digit: str  # in file names: FIRST or SECOND; empty where there is one stage only
 
 
@@ -146,43 +161,59 @@ def make_pictures(
     if highres is None:
         yield SavedStage(pictures, maker.make(pictures), "")
         return
-    (options, upscaler), settings = highres, pictures[0].settings
-    scale = options.highres_fix_scale
-    assert scale is not None
-    # the nearest pixel, then down to a multiple for the autoencoder
-    sides = (settings.width, settings.height)
-    width, height = (max(int(side * scale + 0.5) // STRIDE, 1) * STRIDE for side in sides)
-    small = replace(settings, width=width, height=height, steps=options.highres_fix_steps)
+    options, upscaler = highres
+    settings = pictures[0].settings
+    small = _first_settings(options, settings)
     first = [replace(picture, settings=small) for picture in pictures]
     takes_latents = options.highres_fix_latents_upscaling if upscaler is None else upscaler.takes_latents
     wants_images = options.highres_fix_save_1st or not takes_latents
-    made = maker.make(first, None, wants_images)
+    result = maker.make(first, None, wants_images)
     if options.highres_fix_save_1st:
-        yield SavedStage(first, made, FIRST)
-    start = enlarge(maker, highres, made, settings)
-    del made
+        yield SavedStage(first, result, FIRST)
+    start = enlarge(maker, highres, result, settings)
+    del result
     if options.highres_fix_strength is not None:
         settings = replace(settings, strength=options.highres_fix_strength)
     second = [replace(picture, settings=settings) for picture in pictures]
     if options.highres_fix_disable_control_net:
         second = [replace(picture, guides=()) for picture in second]
     # another seed: the noise must not be that of the first stage, which made the picture
-    seeds = [picture.seed + 1 if picture.seed < 2**64 - 1 else 0 for picture in second]
-    reseeded = [replace(picture, seed=seed) for picture, seed in zip(second, seeds, strict=True)]
+    reseeded = [
+        replace(picture, seed=picture.seed + 1 if picture.seed < 2**64 - 1 else 0) for picture in second
+    ]
     yield SavedStage(second, maker.make(reseeded, start), SECOND)
 
 
-def enlarge(maker: Maker, highres: Highres, made: Made, settings: PictureSettings) -> SecondStart:
+def _first_settings(options: HighresOptions, settings: PictureSettings) -> PictureSettings:
+    """Return the settings of the first stage. settings: those of the final picture."""
+    scale = options.highres_fix_scale
+    assert scale is not None
+
+    def scaled(side: int) -> int:
+        # the nearest pixel, then down to a multiple for the autoencoder
+        return max(int(side * scale + 0.5) // STRIDE, 1) * STRIDE
+
+    return replace(
+        settings,
+        width=scaled(settings.width),
+        height=scaled(settings.height),
+        steps=options.highres_fix_steps,
+    )
+
+
+def enlarge(maker: Maker, highres: Highres, result: Made, settings: PictureSettings) -> SecondStart:
     """Enlarge the first stage's result to the size of the second stage.
 
     settings: those of the final picture. Raises OptionError if --highres_fix_upscaler fails.
     """
-    size = settings.width, settings.height
     options, upscaler = highres
     if upscaler is not None:
-        at_once = vae_batch(maker.vae_batch_size, len(made.latents))
-        return upscaler.upscale(maker.model, made, *size, at_once)
+        at_once = vae_batch(maker.vae_batch_size, len(result.latents))
+        return upscaler.upscale(
+            maker.model, result, width=settings.width, height=settings.height, vae_batch=at_once
+        )
     if options.highres_fix_latents_upscaling:
-        return SecondStart(latents=interpolate(made.latents.float(), latent_size(settings), mode="bicubic"))
-    assert made.images is not None
-    return SecondStart(images=[fit(image, *size) for image in made.images])
+        latents = interpolate(result.latents.float(), latent_size(settings), mode="bicubic")
+        return SecondStart(latents=latents)
+    assert result.images is not None
+    return SecondStart(images=[fit(image, settings.width, settings.height) for image in result.images])

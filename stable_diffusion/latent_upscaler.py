@@ -124,17 +124,17 @@ def create_upscaler(**args: str) -> LatentUpscaler:
         near = explain_missing(path)
         raise OptionError(f"{ARGS} weights={path}: no such file.{near} Give a latent upscaler of sd-scripts")
     refiner = LatentRefiner()
-    wanted = {name: tuple(tensor.shape) for name, tensor in refiner.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in refiner.state_dict().items()}
     with open_checkpoint(path) as checkpoint:
         stored = {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
         # counts of batches, which only a training needs, are not in every file
-        counts = {name for name in wanted if name.endswith("num_batches_tracked")}
-        if any(stored.get(name) != shape for name, shape in wanted.items() if name not in counts):
+        needed = {name for name in shapes if not name.endswith("num_batches_tracked")}
+        if any(stored.get(name) != shapes[name] for name in needed):
             raise CheckpointError(
                 f"{path} is not a latent upscaler of sd-scripts. Give such a file to weights=, or a SwinIR "
                 "or ESRGAN file to --highres_fix_upscaler stable_diffusion.model_upscaler with model=FILE",
                 path,
             )
-        state = {name: checkpoint.read(name) for name in wanted if name in stored}
+        state = {name: checkpoint.read(name) for name in shapes if name in stored}
     refiner.load_state_dict(state, strict=False)
     return LatentUpscaler(refiner.eval())

@@ -144,13 +144,14 @@ def split_seeds(line: str) -> tuple[int, ...] | None:
 
     Raises OptionError if they cannot be read.
     """
-    found = (part.partition(" ") for part in line.split(" --")[1:])
-    seeds = LINE_OPTIONS["d"]
-    text = next((text.strip() for word, _, text in found if find_option(word) is seeds), None)
-    try:
-        return None if text is None else _seeds(text)
-    except ValueError as error:
-        raise OptionError(f"--d: {error}") from None
+    for part in line.split(" --")[1:]:
+        word, _, text = part.partition(" ")
+        if find_option(word) is LINE_OPTIONS["d"]:
+            try:
+                return _seeds(text.strip())
+            except ValueError as error:
+                raise OptionError(f"--d: {error}") from None
+    return None
 
 
 # Dynamic prompts: `a {red|green} cat`, where one variant is chosen for each picture.
@@ -181,20 +182,21 @@ def expand(text: str, random: Random) -> list[str]:
     OptionError if there are more than MAX_VARIANTS texts.
     """
     texts: dict[str, None] = {}
-    for made, one in enumerate(_expansions(text, random), 1):
-        texts[re.sub(r"\\([{}])", r"\1", one)] = None
-        if made > MAX_VARIANTS:
+    for count_variants, variant in enumerate(_expansions(text, random), 1):
+        texts[re.sub(r"\\([{}])", r"\1", variant)] = None
+        if count_variants > MAX_VARIANTS:
             raise OptionError(f"{text[:60]!r} has more than {MAX_VARIANTS:,} variants. Leave some out")
     return list(texts)
 
 
 def _expansions(text: str, random: Random) -> Iterator[str]:
     while (group := _GROUP.search(text)) is not None:
-        before, after = text[: group.start()], text[group.end() :]
-        each = _EACH.match(group[1])
-        if each is not None:
+        before = text[: group.start()]
+        after = text[group.end() :]
+        mark = _EACH.match(group[1])
+        if mark is not None:
             state = random.getstate()
-            options, fewest, most, joiner = _read_group(group[1][each.end() :])
+            options, fewest, most, joiner = _read_group(group[1][mark.end() :])
             for size in range(fewest, most + 1):
                 for chosen in combinations(options, size):
                     random.setstate(state)
@@ -270,8 +272,8 @@ def _list_pictures(path: Path | None) -> tuple[Path, ...]:
     if path is None:
         return ()
     paths = folder_images(path) if path.is_dir() else [path]
-    for one in paths:
-        image_size(one)
+    for picture in paths:
+        image_size(picture)
     return tuple(paths)
 
 
@@ -359,15 +361,16 @@ def module_lines(
     pipe: Any,
     networks: Any,
     random: Random,
-    made: Callable[[], int],
+    count_pictures: Callable[[], int],
 ) -> Callable[[int | None], Iterator[Line]]:
     """Call a module's get_prompter(args, pipe, networks); return the function that yields a round's lines.
 
     args: all options, as attributes. pipe: the loaded `contract.Model`, whose `unet`, `vae` and `texts` are
-    the networks. networks: `loras.ChosenLoras`, or None. random: draws seeds. made: returns the number of
-    pictures so far in the round. The returned function takes the round's seed (--iter_same_seed) and ends
-    when the prompter returns None. The prompt of a list of one is made --images_per_prompt times, those of
-    longer lists once each. Raises UserError if the module fails, as does the returned function.
+    the networks. networks: `loras.ChosenLoras`, or None. random: draws seeds. count_pictures:
+    returns the number of pictures so far in the round. The returned function takes the round's seed
+    (--iter_same_seed) and ends when the prompter returns None. The prompt of a list of one is made
+    --images_per_prompt times, those of longer lists once each. Raises UserError if the module fails, as does
+    the returned function.
     """
     args = Namespace(**option_values(options))
     name = f"--from_module {options.prompts.from_module}"
@@ -386,18 +389,19 @@ def module_lines(
         number = 0
         for index in count():
             try:
-                found = prompter(args, pipe, random, round_seed, index, made())
+                prompts = prompter(args, pipe, random, round_seed, index, count_pictures())
             except Exception as error:  # likewise
                 raise failed("the prompter", error) from error
-            if found is None:
+            if prompts is None:
                 return
-            if not isinstance(found, (list, tuple)) or not all(isinstance(one, str) for one in found):
+            is_list = isinstance(prompts, (list, tuple))
+            if not is_list or not all(isinstance(prompt, str) for prompt in prompts):
                 raise UserError(
-                    f"{name}: the prompter returned {type(found).__name__}. Make it return a list of texts, "
-                    "or None at the end"
+                    f"{name}: the prompter returned {type(prompts).__name__}. Make it return a list of "
+                    "texts, or None at the end"
                 )
-            for text in found:
+            for text in prompts:
                 number += 1
-                yield Line(f"prompt {number}", text, pictures=1 if len(found) > 1 else None)
+                yield Line(f"prompt {number}", text, pictures=1 if len(prompts) > 1 else None)
 
     return lines

@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ class LlliteModule(nn.Module):
         step = self.part.reduction
         # the U-Net rounds its sizes up; an edge that is not a whole step is repeated, as strides round down
         missing = (0, -width % step, 0, -height % step)
-        found = self.conditioning1(nn.functional.pad(guides, missing, mode="replicate"))
-        return found if self.part.is_convolution else rearrange(found, "b e h w -> b (h w) e")
+        embedding = self.conditioning1(nn.functional.pad(guides, missing, mode="replicate"))
+        return embedding if self.part.is_convolution else rearrange(embedding, "b e h w -> b (h w) e")
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to picture r modulo B
@@ -103,10 +104,10 @@ def read_lllite(checkpoint: Checkpoint) -> LoadPlan[dict[str, LllitePart]]:
     """Plan how to load a file of ControlNet-LLLite. Raises CheckpointError if it is another file."""
     names = {name.partition(".")[0] for name in checkpoint.tensors if name.startswith(PREFIX)}
     if not names:
-        others = sorted(name for name in checkpoint.tensors if name.startswith(_OTHER_PREFIX))
-        if others:
+        other_names = sorted(name for name in checkpoint.tensors if name.startswith(_OTHER_PREFIX))
+        if other_names:
             raise CheckpointError(
-                f"{checkpoint.path} is a ControlNet-LLLite of another model (it has {others[0]}). "
+                f"{checkpoint.path} is a ControlNet-LLLite of another model (it has {other_names[0]}). "
                 f"Give one for Stable Diffusion XL to {OPTION}.",
                 checkpoint.path,
             )
@@ -129,16 +130,14 @@ def _read_part(checkpoint: Checkpoint, name: str) -> LllitePart:
             )
         return info.shape
 
-    places = sorted(
-        int(place)
-        for place in (
-            other.removeprefix(f"{name}.conditioning1.").removesuffix(".weight")
-            for other in tensors
-            if other.startswith(f"{name}.conditioning1.") and other.endswith(".weight")
-        )
-        if place.isdecimal()
-    )
-    kernels = [shape(f"conditioning1.{place}.weight", (4,)) for place in places or [0]]
+    start = f"{name}.conditioning1."
+    places = []
+    for tensor_name in tensors:
+        if tensor_name.startswith(start) and tensor_name.endswith(".weight"):
+            place = tensor_name.removeprefix(start).removesuffix(".weight")
+            if place.isdecimal():
+                places.append(int(place))
+    kernels = [shape(f"conditioning1.{place}.weight", (4,)) for place in sorted(places) or [0]]
     down = shape("down.0.weight", (2, 4))
     return LllitePart(
         tuple((kernel[0], kernel[2]) for kernel in kernels), down[1], down[0], is_convolution=len(down) == 4
@@ -153,31 +152,16 @@ class Lllites:
 
         Raises CheckpointError if one does not fit the U-Net.
         """
-        self._uses, self._model = uses, model
+        self._uses = uses
+        self._model = model
         # the layers of the U-Net that each LLLite changes, with their modules
         self._layers: list[list[tuple[nn.Module, LlliteModule]]] = []
         for network, use in zip(networks, uses, strict=True):
-            found = []
+            layers = []
             for name, module in network.named_children():
                 assert isinstance(module, LlliteModule)
-                path = _path_of(name)
-                try:
-                    layer = None if path is None else model.unet.get_submodule(path)
-                except AttributeError:
-                    layer = None
-                width, axes = module.part.width, 4 if module.part.is_convolution else 2
-                weight = getattr(layer, "weight", None)
-                if layer is None or weight is None or weight.ndim != axes or weight.shape[1] != width:
-                    shape = None if weight is None else " x ".join(map(str, weight.shape))
-                    has = "has no such layer" if shape is None else f"has {shape} there"
-                    raise CheckpointError(
-                        f"{use.path} does not fit --ckpt: it is made for {name.removeprefix(PREFIX)} with "
-                        f"inputs of {width} channels, and the model {has}. Give one for {SDXL.words} to "
-                        f"{OPTION}.",
-                        use.path,
-                    )
-                found.append((layer, module))
-            self._layers.append(found)
+                layers.append((_find_layer(model.unet, name, module.part, use.path), module))
+            self._layers.append(layers)
 
     @contextlib.contextmanager
     def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
@@ -188,18 +172,17 @@ class Lllites:
         if not any(picture.guides for picture in pictures):
             yield None
             return
-        guides = BatchGuides(self._uses, OPTION, pictures, width, height)
-        acting: list[
-            Tensor | None
-        ] = []  # guides of each LLLite that acts in the present step, B 3 H W in 0..1
+        guides = BatchGuides(self._uses, OPTION, pictures, width=width, height=height)
+        # guides of each LLLite that acts in the present step, B 3 H W in 0..1
+        acting: list[Tensor | None] = []
         # for modules that have run: the guides, and their embedding
         embedded: dict[LlliteModule, tuple[Tensor, Tensor]] = {}
 
         def begin(call: UnetCall) -> UnetCall:
             images = guides.at(call, self._model.dtype)
-            acting[:] = [
-                each if is_active(use, call) else None for use, each in zip(self._uses, images, strict=True)
-            ]
+            acting.clear()
+            for use, use_images in zip(self._uses, images, strict=True):
+                acting.append(use_images if is_active(use, call) else None)
             return call
 
         def changed_by(number: int, module: LlliteModule) -> Callable[..., tuple[Any, ...] | None]:
@@ -225,6 +208,30 @@ class Lllites:
             yield begin
 
 
+def _find_layer(unet: nn.Module, name: str, part: LllitePart, path: Path) -> nn.Module:
+    """Return the layer of a U-Net that a module of the file `path` changes.
+
+    name: of the layer in the file. Raises CheckpointError if the module does not fit the U-Net.
+    """
+    layer_path = _path_of(name)
+    try:
+        layer = None if layer_path is None else unet.get_submodule(layer_path)
+    except AttributeError:
+        layer = None
+    axes = 4 if part.is_convolution else 2
+    weight = getattr(layer, "weight", None)
+    if layer is not None and weight is not None and weight.ndim == axes and weight.shape[1] == part.width:
+        return layer
+    has = "has no such layer"
+    if weight is not None:
+        has = f"has {' x '.join(map(str, weight.shape))} there"
+    raise CheckpointError(
+        f"{path} does not fit --ckpt: it is made for {name.removeprefix(PREFIX)} with inputs of "
+        f"{part.width} channels, and the model {has}. Give one for {SDXL.words} to {OPTION}.",
+        path,
+    )
+
+
 def _path_of(name: str) -> str | None:
     return module_path(alias(name.removeprefix(PREFIX), SDXL_NAMES), SDXL_NAMES)
 
@@ -240,7 +247,8 @@ def check_lllites(options: ControlOptions, kind: ModelKind) -> None:
             )
         with open_checkpoint(require_file(use.path, OPTION, "")) as checkpoint:
             plan = read_lllite(checkpoint)
-            load_planned(plan, Lllite, torch.device("meta"), torch.float32, _WHAT)  # compares, reads nothing
+            # compares, reads nothing
+            load_planned(plan, Lllite, device=torch.device("meta"), dtype=torch.float32, what=_WHAT)
             for name in plan.config:
                 if _path_of(name) is None:
                     raise CheckpointError(
@@ -261,6 +269,7 @@ def load_lllites(options: ControlOptions, model: Model) -> Lllites | None:
     for use in options.uses:
         with open_checkpoint(use.path) as checkpoint:
             plan = read_lllite(checkpoint)
-            networks.append(load_planned(plan, Lllite, model.device, model.dtype, _WHAT))
+            network = load_planned(plan, Lllite, device=model.device, dtype=model.dtype, what=_WHAT)
+            networks.append(network)
         logger.info("ControlNet-LLLite %s: %d layers", use.path, len(list(networks[-1].children())))
     return Lllites(networks, options.uses, model)

@@ -28,7 +28,7 @@ from modules.paths import explain_missing
 from modules.speed_options import AttentionChoice
 from stable_diffusion import checkpoints, folders
 from stable_diffusion.contract import SD2, SDXL, Model, ModelKind, TextTower
-from stable_diffusion.files import EMA, GIVE, UNET, Marks, check_told, read_marks
+from stable_diffusion.files import EMA, GIVE, UNET, Marks, check_kind_flags, read_marks
 from stable_diffusion.options import ModelOptions
 from stable_diffusion.text_checkpoints import TextPlan, read_texts
 from stable_diffusion.tokenizers import OPEN_CLIP_PAD, check_vocabulary, find_tokenizers
@@ -123,7 +123,7 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
     path = find_checkpoint(options.ckpt)
     if path.is_dir():
         marks = folders.read_folder_marks(path)
-        check_told(options, marks.kind)
+        check_kind_flags(options, marks.kind)
         has_config = (path / "scheduler" / "scheduler_config.json").is_file()
         if options.v_parameterization and has_config and not marks.predicts_velocity:
             raise OptionError(
@@ -139,7 +139,7 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
     else:
         checkpoint = files.enter_context(open_checkpoint(path))
         marks = read_marks(path, checkpoint.tensors)
-        check_told(options, marks.kind)
+        check_kind_flags(options, marks.kind)
         averages = sum(name.startswith(EMA) for name in checkpoint.tensors)
         if averages:
             logger.info(
@@ -149,14 +149,14 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
             also = " with a zero terminal SNR" if marks.zero_terminal_snr else ""
             logger.info("%s says that it predicts v%s", path, also)
         texts = read_texts(checkpoint, marks.kind)
-        own = checkpoint.without_prefix(UNET, others=("",))
-        unet = checkpoints.read_unet(own, marks.kind, _pooled(texts))
+        unet_part = checkpoint.without_prefix(UNET, others=("",))
+        unet = checkpoints.read_unet(unet_part, marks.kind, _pooled(texts))
         vae = (
             checkpoints.read_vae(checkpoint, "--ckpt", marks.kind.latent_scale)
             if options.vae is None
             else _read_vae(options.vae, "--vae", marks, files)
         )
-    release = OpenedCheckpoint(path, marks, unet, vae, texts)
+    release = OpenedCheckpoint(path, marks, unet=unet, vae=vae, texts=texts)
     _check_together(release)
     return release
 
@@ -169,9 +169,9 @@ def find_checkpoint(ckpt: Path) -> Path:
     if ckpt.is_dir():
         if (ckpt / "unet").is_dir() or (ckpt / "model_index.json").is_file():
             return ckpt
-        found = ", ".join(sorted(file.name for file in ckpt.iterdir())[:8]) or "nothing"
+        names = ", ".join(sorted(file.name for file in ckpt.iterdir())[:8]) or "nothing"
         raise CheckpointError(
-            f"--ckpt {ckpt}: the folder is not in the layout of diffusers; it has no unet (it holds {found})."
+            f"--ckpt {ckpt}: the folder is not in the layout of diffusers; it has no unet (it holds {names})."
             f"\n  Give {GIVE}.",
             ckpt,
         )
@@ -215,7 +215,8 @@ def _pooled(texts: tuple[TextPlan, ...]) -> int:
 
 def _check_together(release: OpenedCheckpoint) -> None:
     """Raise CheckpointError if the U-Net takes other channels than a sampler gives, or other text states."""
-    config, path = release.unet.config, release.path
+    config = release.unet.config
+    path = release.path
     channels = config.get("in_channels", 4)
     if channels not in checkpoints.USES:
         raise CheckpointError(
@@ -223,21 +224,21 @@ def _check_together(release: OpenedCheckpoint) -> None:
             f"(inpainting) can be used.\n  Give {GIVE}.",
             path,
         )
-    taken = config.get("cross_attention_dim", 1280)
+    text_width = config.get("cross_attention_dim", 1280)
     width = sum(plan.network.config.dim for plan in release.texts)  # the states of all encoders, side by side
-    if taken != width:
+    if text_width != width:
         raise CheckpointError(
-            f"--ckpt {path}: its U-Net takes text states of {taken} numbers, its text encoders give {width}. "
-            "Parts of different models were joined.",
+            f"--ckpt {path}: its U-Net takes text states of {text_width} numbers, its text encoders give "
+            f"{width}. Parts of different models were joined.",
             path,
         )
     if release.kind is SDXL:
         pooled = _pooled(release.texts)
         needed = pooled + checkpoints.SIZE_NUMBERS * (config.get("addition_time_embed_dim") or 0)
-        taken_beside = config.get("projection_class_embeddings_input_dim")
-        if taken_beside != needed:
+        pooled_width = config.get("projection_class_embeddings_input_dim")
+        if pooled_width != needed:
             raise CheckpointError(
-                f"--ckpt {path}: its U-Net takes {taken_beside} numbers beside the text, its second text "
+                f"--ckpt {path}: its U-Net takes {pooled_width} numbers beside the text, its second text "
                 f"encoder and {checkpoints.SIZE_NUMBERS} sizes make {needed}. Parts of different "
                 "models were joined.",
                 path,
@@ -265,7 +266,8 @@ def _make_networks(release: OpenedCheckpoint, dtype: torch.dtype, vae_dtype: tor
 def _fill(parts: Sequence[_Part], device: torch.device) -> None:
     """Fill networks from the open files; on the meta device nothing is read, but all is compared."""
     for network, plan, dtype, what in parts:
-        load_planned(plan, partial(_keep, network), device, dtype, what).requires_grad_(False)
+        filled = load_planned(plan, partial(_keep, network), device=device, dtype=dtype, what=what)
+        filled.requires_grad_(False)
 
 
 def _keep(network: Any, _: Any) -> Any:
@@ -284,5 +286,5 @@ def check_attention(options: ModelOptions, device: torch.device) -> None:
         # names --xformers
         check_backend(AttentionChoice("xformers"), device, lambda: _dtype_of(options), training=True)
     except OptionError as error:
-        given = "--xformers" if options.xformers else "--diffusers_xformers"
-        raise OptionError(str(error).replace("--xformers", given)) from error
+        flag = "--xformers" if options.xformers else "--diffusers_xformers"
+        raise OptionError(str(error).replace("--xformers", flag)) from error

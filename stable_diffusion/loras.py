@@ -59,22 +59,24 @@ class ChosenLoras:
         multipliers: a prompt's (`--am`), the last repeated for further LoRAs; None: the command line's. part:
         the only LoRA with an effect; None: all. Raises OptionError if there are too many multipliers.
         """
-        given = self._defaults if multipliers is None else multipliers
-        if len(given) > len(self) or not given:
+        strengths = self._defaults if multipliers is None else multipliers
+        if len(strengths) > len(self) or not strengths:
             raise OptionError(
-                f"--am has {len(given)} strengths for {len(self)} networks: give one for each of "
+                f"--am has {len(strengths)} strengths for {len(self)} networks: give one for each of "
                 "--network_weights, without those that --network_merge or --network_merge_n_models fold in"
             )
-        settled = (*given, *[given[-1]] * (len(self) - len(given)))
-        return settled if part is None else tuple(m if i == part else 0.0 for i, m in enumerate(settled))
+        strengths = (*strengths, *[strengths[-1]] * (len(self) - len(strengths)))
+        if part is None:
+            return strengths
+        return tuple(strength if index == part else 0.0 for index, strength in enumerate(strengths))
 
     def choose(self, multipliers: Multipliers | None, part: int | None = None) -> None:
         """Let the LoRAs act with these strengths, see `settle`, until others are chosen."""
-        wanted = self.settle(multipliers, part)
-        if wanted != self._current:
+        strengths = self.settle(multipliers, part)
+        if strengths != self._current:
             self._current = None  # Ctrl-C may leave some weights with other strengths
-            self._use(wanted)
-            self._current = wanted
+            self._use(strengths)
+            self._current = strengths
 
 
 @dataclass(frozen=True)
@@ -97,16 +99,16 @@ def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     loras = []
     for path in options.files:
         lora = read_lora(path, with_texts=True)
-        found = [family.name for family in lora.families()]
-        if found and not {kind.name for kind in KINDS}.intersection(found):
+        names = [family.name for family in lora.families()]
+        if names and not {kind.name for kind in KINDS}.intersection(names):
             raise CheckpointError(
-                f"{OPTION} {path} is a LoRA for {' or '.join(found)}, not for Stable Diffusion.\n"
+                f"{OPTION} {path} is a LoRA for {' or '.join(names)}, not for Stable Diffusion.\n"
                 "  Give a LoRA that was trained for Stable Diffusion 1.x, 2.x or XL.",
                 path,
             )
         loras.append(lora)
         if options.network_show_meta:
-            logger.info(f"{path} says of itself:\n{_shown(lora.metadata)}")
+            logger.info(f"{path} says of itself:\n{_as_json(lora.metadata)}")
     if options.network_args:
         logger.warning(
             f"--network_args {' '.join(options.network_args)} is ignored because the files say by their "
@@ -122,16 +124,17 @@ def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None
     """
     check_kind(loras, release.kind)
     uses = for_encoders(map(LoraUse, loras), release.kind.words, release.kind.lora_prefixes)
-    texts = zip(release.kind.lora_prefixes, release.texts, strict=True)
-    parts: list[tuple[str, LoadPlan[Any]]] = [
-        ("", release.unet),
-        *((one, text.network) for one, text in texts),
-    ]
-    for prefix, plan in parts if loras else ():
+    if not loras:
+        return
+    plans: list[tuple[str, LoadPlan[Any]]] = [("", release.unet)]
+    for prefix, text in zip(release.kind.lora_prefixes, release.texts, strict=True):
+        plans.append((prefix, text.network))
+    for prefix, plan in plans:
         patch = LoraPatch(uses_for(uses, prefix), model=release.path, is_text=bool(prefix))
+        start = _TEXT_START if prefix else ""
         for name, source in plan.sources.items():
-            tensors = [hollow(plan.checkpoint.tensors[each]) for each in source.names]
-            patch.add_to((_TEXT_START if prefix else "") + name, source.make(tensors))
+            tensors = [hollow(plan.checkpoint.tensors[stored_name]) for stored_name in source.names]
+            patch.add_to(start + name, source.make(tensors))
         patch.refuse_misfits()
 
 
@@ -140,22 +143,20 @@ def check_kind(loras: Sequence[LoraFile], kind: ModelKind) -> None:
 
     Raises CheckpointError if one has another kind's text width, warns if its metadata name another kind.
     """
+    kinds = {known_kind.name: known_kind for known_kind in KINDS}
     for lora in loras:
-        made = read_family(lora.metadata)
-        by_width = family_by_text_width(group_by_module(lora.tensors))
-        fitting_kind = next(
-            (one for one in KINDS if by_width is not None and one.name == by_width.name), None
-        )
+        family = read_family(lora.metadata)
+        family_by_width = family_by_text_width(group_by_module(lora.tensors))
+        fitting_kind = None if family_by_width is None else kinds.get(family_by_width.name)
         if fitting_kind is not None and fitting_kind is not kind:
             raise CheckpointError(
                 f"{OPTION} {lora.path} is a LoRA for {fitting_kind.words}, by its sizes; --ckpt is "
                 f"{kind.words}.\n  Give a LoRA that was trained for {kind.words}."
             )
-        if made is not None and made.name != kind.name:
-            words = next(each.words for each in KINDS if each.name == made.name)
+        if family is not None and family.name != kind.name:
             logger.warning(
-                f"{lora.path} was trained for {words}, as its metadata say, and is used with {kind.words}: "
-                "do not expect much of it"
+                f"{lora.path} was trained for {kinds[family.name].words}, as its metadata say, and is used "
+                f"with {kind.words}: do not expect much of it"
             )
 
 
@@ -172,75 +173,89 @@ def load_networks(
     loras = read_networks(options) if loras is None else loras
     all_uses = map(LoraUse, loras, options.multipliers)
     uses = for_encoders(all_uses, model.kind.words, model.kind.lora_prefixes)
-    merged, adjustable = uses[: options.num_merged], uses[options.num_merged :]
+    merged = uses[: options.num_merged]
+    adjustable = uses[options.num_merged :]
     targets = [
         _Target(model.unet),
         *(_Target(tower.network, _TEXT_START, tower.lora_prefix) for tower in model.texts),
     ]
-    for target in targets if merged else ():
-        if given := uses_for(merged, target.prefix):
-            patch = LoraPatch(given)
-            patch.bake(target.network, target.published)
-            patch.check()
+    if merged:
+        _merge(targets, merged)
     if not adjustable:
         return None
     defaults = tuple(use.multiplier for use in adjustable)
     if options.network_pre_calc:
         return ChosenLoras(defaults, _folded(targets, adjustable), None)
-    parts = [_added(target, adjustable, model) for target in targets]
+    by_target = [_added(target, adjustable, model) for target in targets]
     for index, use in enumerate(adjustable):
-        own = [part for target in parts for part in target[index].values()]
-        whole = sum(part.is_made_whole for part in own)
-        hint = f"; {whole} of them are made anew at each step: --network_pre_calc is faster" if whole else ""
-        logger.info(
-            f"{use.lora.path}: added to {count_of(len(own), 'module')}, strength {use.multiplier:g}{hint}"
-        )
+        _log_added(use, [part for files in by_target for part in files[index].values()])
 
     def use_multipliers(multipliers: Multipliers) -> None:
-        for target in parts:
-            for one, multiplier in zip(target, multipliers, strict=True):
-                for part in one.values():
+        for files in by_target:
+            for parts, multiplier in zip(files, multipliers, strict=True):
+                for part in parts.values():
                     part.multiplier = multiplier
 
-    layers = [{part.place.module_path: part for part in one.values()} for one in parts[0]]
-    return ChosenLoras(defaults, use_multipliers, layers)
+    unet_layers = [{part.place.module_path: part for part in parts.values()} for parts in by_target[0]]
+    return ChosenLoras(defaults, use_multipliers, unet_layers)
+
+
+def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> None:
+    """Fold LoRAs into the weights of the networks for good."""
+    for target in targets:
+        target_uses = uses_for(uses, target.prefix)
+        if target_uses:
+            patch = LoraPatch(target_uses)
+            patch.bake(target.network, target.published)
+            patch.check()
+
+
+def _log_added(use: LoraUse, parts: Sequence[AddedPart]) -> None:
+    """Log how many modules a LoRA changes, and how many of them are computed anew at each step."""
+    anew = sum(part.is_made_whole for part in parts)
+    hint = f"; {anew} of them are made anew at each step: --network_pre_calc is faster" if anew else ""
+    modules = count_of(len(parts), "module")
+    logger.info(f"{use.lora.path}: added to {modules}, strength {use.multiplier:g}{hint}")
 
 
 def _folded(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> Callable[[Multipliers], None]:
+    """Return a function that folds LoRAs of some strengths into the networks' original weights."""
     originals = []
     for target in targets:
-        given = uses_for(uses, target.prefix)
-        if given:
-            original = OriginalWeights(given, target.published)
+        target_uses = uses_for(uses, target.prefix)
+        if target_uses:
+            original = OriginalWeights(target_uses, target.published)
             original.keep(target.network)
             original.check()
             originals.append((target, original))
 
     def use_multipliers(multipliers: Multipliers) -> None:
-        scaled = [replace(use, multiplier=one) for use, one in zip(uses, multipliers, strict=True)]
+        scaled = [
+            replace(use, multiplier=multiplier) for use, multiplier in zip(uses, multipliers, strict=True)
+        ]
         for target, original in originals:
-            original.switch(
-                target.network, [use for use in uses_for(scaled, target.prefix) if use.multiplier]
-            )
+            effective = [use for use in uses_for(scaled, target.prefix) if use.multiplier]
+            original.switch(target.network, effective)
 
     return use_multipliers
 
 
 def _added(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[str, AddedPart]]:
     """Attach each file's LoRA to a network; return what each adds, by our names of modules."""
-    known = places(target.network, target.published)
-    parts = []
+    changeable = places(target.network, target.published)
+    files: list[dict[str, AddedPart]] = []
     for use in uses:
-        found = [fitting(part.lora, known, OPTION) for part in uses_for([use], target.prefix)]
-        factors = found[0] if found else {}
-        is_frozen = use.lora.has_frozen_norms
-        parts.append({name: AddedPart(known[name], one, 1.0, is_frozen) for name, one in factors.items()})
-    for layer in attach_parts(parts, known):
+        fitted = [fitting(part.lora, changeable, OPTION) for part in uses_for([use], target.prefix)]
+        parts: dict[str, AddedPart] = {}
+        for name, factors in (fitted[0] if fitted else {}).items():
+            parts[name] = AddedPart(changeable[name], factors, 1.0, use.lora.has_frozen_norms)
+        files.append(parts)
+    for layer in attach_parts(files, changeable):
         layer.switch_on(model.device, model.dtype)
-    return parts
+    return files
 
 
-def _shown(metadata: Mapping[str, str]) -> str:
+def _as_json(metadata: Mapping[str, str]) -> str:
     def value(text: str) -> Any:
         try:
             return json.loads(text) if text[:1] in "{[" else text

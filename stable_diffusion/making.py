@@ -6,13 +6,14 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from generation import denoise as loop
 from modules.bars import Bar
+from modules.contract.data import Conditions
 from modules.contract.steps import Section, StepDone
 from modules.errors import OptionError
 from stable_diffusion import contract, samplers, starting
@@ -32,9 +33,12 @@ class MakesIdeas(Protocol):
     ) -> AbstractContextManager[contract.Idea | None]: ...
 
 
-# the states of the prompts of a batch, of the negative texts (None: nothing is guided away from), and of the
-# empty text for the third pass of --negative_scale
-_Texts = tuple[list[contract.TextState], list[contract.TextState] | None, list[contract.TextState] | None]
+class _Texts(NamedTuple):
+    """States of the texts of a batch, one for each picture."""
+
+    prompts: list[contract.TextState]
+    negative: list[contract.TextState] | None  # None: nothing is guided away from
+    blank: list[contract.TextState] | None  # of the empty text, for the third pass of --negative_scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,19 +82,16 @@ class Maker:
             starting.check_start(self.model, picture, start)
 
         def kind_of(index: int) -> tuple[int, ...]:
-            picture, place = pictures[index], 0 if self.guides is None else index
+            picture = pictures[index]
+            place = 0 if self.guides is None else index
             return self._chunks(picture), picture.image is not None, picture.mask is not None, place
 
         latents: dict[int, Tensor] = {}
         for _, group in groupby(sorted(range(len(pictures)), key=kind_of), kind_of):
             places = list(group)
-            chosen = [pictures[place] for place in places]
-            own = start
-            if start is not None:
-                images = None if start.images is None else [start.images[place] for place in places]
-                own = contract.SecondStart(images, None if start.latents is None else start.latents[places])
-            made = self._make_group(chosen, own)
-            latents |= dict(zip(places, made, strict=True))
+            group_start = None if start is None else _pick(start, places)
+            group_latents = self._make_group([pictures[place] for place in places], group_start)
+            latents |= dict(zip(places, group_latents, strict=True))
         joined = torch.stack([latents[place] for place in range(len(pictures))])
         if not wants_images:
             return contract.Made(joined, None)
@@ -101,7 +102,8 @@ class Maker:
         self, pictures: Sequence[contract.AskedPicture], start: contract.SecondStart | None
     ) -> Tensor:
         """Return latents B 4 h w of pictures with texts of equal lengths."""
-        settings, options = pictures[0].settings, self.sampling
+        settings = pictures[0].settings
+        options = self.sampling
         gradual = settings.gradual_latent
         if gradual is not None:
             check_batch(pictures, options.sampler)
@@ -113,7 +115,9 @@ class Maker:
             starting.strength_of(pictures[0], start),
         )
         section_texts = self._encode(pictures)
-        beginning = starting.begin(self.model, pictures, start, sampler, options.noise)
+        beginning = starting.begin(
+            self.model, pictures, start=start, sampler=sampler, noise_options=options.noise
+        )
         if gradual is not None:
             small, growing = begin_small(beginning.latents, sampler, gradual)
             beginning = replace(beginning, latents=small, sampler=growing)
@@ -128,7 +132,7 @@ class Maker:
                 self.model,
                 beginning.sampler,
                 [idea for idea in ideas if idea is not None],
-                beginning.beside,
+                beginning.inpainting,
             )
             return self._denoise(passes, beginning, section_texts, pictures[0])
 
@@ -140,30 +144,19 @@ class Maker:
         picture: contract.AskedPicture,
     ) -> Tensor:
         """Return the denoised latents. picture: any of the group, as all have the same settings."""
-        sampler, settings = beginning.sampler, picture.settings
+        sampler = beginning.sampler
+        settings = picture.settings
         guidance = samplers.make_guidance(settings.scale, settings.negative_scale)
         if self.guides is not None:
             guidance = self.guides.steer(guidance, passes, picture)
-        made = sampler.schedule.num_steps - sampler.first
-        positive_sizes, negative_sizes = (
-            time_ids(settings, negative) if self.model.kind is contract.SDXL else None
-            for negative in (False, True)
-        )
-        prompted, *others = texts
-        positive = samplers.make_conditions(prompted, self.model.device, positive_sizes)
-        avoided, blank = (
-            None
-            if states is None
-            else samplers.make_conditions(states, self.model.device, negative_sizes, negative=True)
-            for states in others
-        )
-        section = Section(beginning.latents, positive, avoided, blank)
+        section = self._section(beginning.latents, texts, settings)
 
         def network(_: float) -> nn.Module:
             unet: nn.Module = self.model.unet
             return unet
 
-        with Bar(made, "Denoising") as bar:
+        num_steps = sampler.schedule.num_steps - sampler.first
+        with Bar(num_steps, "Denoising") as bar:
 
             def show(_: StepDone) -> bool:
                 bar.update()
@@ -173,14 +166,30 @@ class Maker:
                 passes,
                 network,
                 section,
-                beginning.latents,
-                sampler,
-                guidance,
-                [show],
+                latents=beginning.latents,
+                solver=sampler,
+                guidance=guidance,
+                watchers=[show],
                 split=False,
                 first_step=sampler.first,
             )
         return latents.squeeze(2)
+
+    def _section(self, latents: Tensor, texts: _Texts, settings: contract.PictureSettings) -> Section:
+        """Return latents and texts as the denoising loop takes them."""
+        device = self.model.device
+        positive_sizes = negative_sizes = None
+        if self.model.kind is contract.SDXL:
+            positive_sizes = time_ids(settings, negative=False)
+            negative_sizes = time_ids(settings, negative=True)
+
+        def avoided(states: list[contract.TextState] | None) -> Conditions | None:
+            if states is None:
+                return None
+            return samplers.make_conditions(states, device, negative_sizes, negative=True)
+
+        positive = samplers.make_conditions(texts.prompts, device, positive_sizes)
+        return Section(latents, positive, negative=avoided(texts.negative), blank=avoided(texts.blank))
 
     # Texts
 
@@ -198,36 +207,29 @@ class Maker:
         return [picture.negative_prompt] if settings.negative_scale is None else [picture.negative_prompt, ""]
 
     def _encode(self, pictures: Sequence[contract.AskedPicture]) -> _Texts:
-        settings, chunks = pictures[0].settings, self._chunks(pictures[0])
+        settings = pictures[0].settings
         prompts = [self._parts(picture) for picture in pictures]
         avoided = [self._avoided(picture) for picture in pictures]
         # with a mask of regions part i has LoRA i alone, in the negative text too; without one, all LoRAs
         is_regional = settings.parts > 1 and pictures[0].mask is not None
-        states: dict[tuple[str, int | None], contract.TextState] = {}
-        for number in range(settings.parts):
-            part = number if is_regional else None
-            self._choose_loras(settings, part)
-            for parts, others in zip(prompts, avoided, strict=True):
-                for text in (parts[number], *others):
-                    if (text, part) not in states:
-                        networks = (settings.multipliers, part)
-                        states[text, part] = self.texts.encode(text, chunks, networks)
+        states = self._encode_parts(pictures[0], prompts, avoided, is_regional)
 
-        def joined(picture: contract.AskedPicture, texts: Sequence[str]) -> contract.TextState:
-            found = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
-            if len(found) == 1:
-                return found[0]
+        def join(picture: contract.AskedPicture, texts: Sequence[str]) -> contract.TextState:
+            """Return the states of a picture's texts, one for each of its parts, as one text."""
+            parts = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
+            if len(parts) == 1:
+                return parts[0]
             regions = self.regions or Regions(self.model.unet)
-            return join_parts(found, regions.of(picture, settings.width, settings.height))
+            return join_parts(parts, regions.of(picture, settings.width, settings.height))
 
-        def everywhere(number: int) -> list[contract.TextState] | None:
+        def join_avoided(number: int) -> list[contract.TextState] | None:
             """Return the states of the negative (0) or empty (1) texts, repeated for each part, if any."""
             if len(avoided[0]) <= number:
                 return None
             pairs = zip(pictures, avoided, strict=True)
-            return [joined(picture, [texts[number]] * settings.parts) for picture, texts in pairs]
+            return [join(picture, [texts[number]] * settings.parts) for picture, texts in pairs]
 
-        positive = [joined(picture, parts) for picture, parts in zip(pictures, prompts, strict=True)]
+        positive = [join(picture, parts) for picture, parts in zip(pictures, prompts, strict=True)]
         if self.vision is not None:
             paths = [picture.image for picture in pictures if picture.image is not None]
             if len(paths) < len(pictures):
@@ -236,7 +238,31 @@ class Maker:
                     "sees"
                 )
             positive = self.vision.replace_pooled(positive, paths)
-        return positive, everywhere(0), everywhere(1)
+        return _Texts(positive, negative=join_avoided(0), blank=join_avoided(1))
+
+    def _encode_parts(
+        self,
+        picture: contract.AskedPicture,
+        prompts: Sequence[Sequence[str]],
+        avoided: Sequence[Sequence[str]],
+        is_regional: bool,
+    ) -> dict[tuple[str, int | None], contract.TextState]:
+        """Return the states of all texts, by the text and, if LoRAs are regional, by the part.
+
+        picture: any of the group. prompts: parts of each picture's prompt. avoided: its texts to avoid.
+        """
+        settings = picture.settings
+        chunks = self._chunks(picture)
+        states: dict[tuple[str, int | None], contract.TextState] = {}
+        for number in range(settings.parts):
+            part = number if is_regional else None
+            self._choose_loras(settings, part)
+            for parts, avoided_texts in zip(prompts, avoided, strict=True):
+                for text in (parts[number], *avoided_texts):
+                    if (text, part) not in states:
+                        networks = (settings.multipliers, part)
+                        states[text, part] = self.texts.encode(text, chunks, networks)
+        return states
 
     def _choose_loras(self, settings: contract.PictureSettings, part: int | None = None) -> None:
         if self.networks is not None:
@@ -255,5 +281,12 @@ def time_ids(settings: contract.PictureSettings, negative: bool) -> Tensor:
         height = sizes.original_height_negative
     if negative and sizes.original_width_negative is not None:
         width = sizes.original_width_negative
-    told = (height, width, sizes.crop_top or 0, sizes.crop_left or 0, settings.height, settings.width)
-    return torch.tensor([told], dtype=torch.float32)
+    top = sizes.crop_top or 0
+    left = sizes.crop_left or 0
+    return torch.tensor([(height, width, top, left, settings.height, settings.width)], dtype=torch.float32)
+
+
+def _pick(start: contract.SecondStart, places: Sequence[int]) -> contract.SecondStart:
+    """Return what the pictures at these places of the batch start from."""
+    images = None if start.images is None else [start.images[place] for place in places]
+    return contract.SecondStart(images, None if start.latents is None else start.latents[places])

@@ -5,7 +5,7 @@ more arguments are those of blissful_tuner/upscaler.py: dtype, tile, tile_overla
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, NoReturn
@@ -59,17 +59,16 @@ class ModelUpscaler:
 
 def create_upscaler(**args: str) -> ModelUpscaler:
     """Check the file and the settings. Raises OptionError, or CheckpointError for another file."""
-    parser = _Parser(prog=ARGS)
-    add_options(parser, UpscalerOptions)
     unknown = sorted(args.keys() - set(KNOWN))
     if unknown or "model" not in args:
+        what = f"{unknown[0]} is not known; " if unknown else ""
+        further = ", ".join(KNOWN[1:])
         raise OptionError(
-            f"{ARGS}: {f'{unknown[0]} is not known; ' if unknown else ''}give model=FILE, a SwinIR or ESRGAN "
-            f"file, and where needed {', '.join(KNOWN[1:])}, joined by ;"
+            f"{ARGS}: {what}give model=FILE, a SwinIR or ESRGAN file, and where needed {further}, joined by ;"
         )
-    words = [f"--{key}={value}" for key, value in args.items() if key != "compile"]
-    words += ["--compile"] if args.get("compile", "").lower() in ("1", "true", "yes") else []
-    options = read_options(UpscalerOptions, parser.parse_args(words))
+    parser = _Parser(prog=ARGS)
+    add_options(parser, UpscalerOptions)
+    options = read_options(UpscalerOptions, parser.parse_args(_as_words(args)))
     if not options.network.model.exists():
         near = explain_missing(options.network.model)
         raise OptionError(f"{ARGS} model={args['model']}: no such file.{near} Give a SwinIR or ESRGAN file")
@@ -77,6 +76,14 @@ def create_upscaler(**args: str) -> ModelUpscaler:
     options = replace(options, mode=kind.mode, scale=config.factor)
     choose_compute_dtype(options.network.dtype, "--dtype", torch.float32)
     return ModelUpscaler(options)
+
+
+def _as_words(args: Mapping[str, str]) -> list[str]:
+    """Return the settings as words of a command line."""
+    words = [f"--{key}={value}" for key, value in args.items() if key != "compile"]
+    if args.get("compile", "").lower() in ("1", "true", "yes"):
+        words.append("--compile")
+    return words
 
 
 class _Parser(argparse.ArgumentParser):

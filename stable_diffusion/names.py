@@ -17,8 +17,12 @@ _LAYERS = 2  # residual blocks of a level on the way down; one more on the way u
 Pairs = tuple[tuple[str, str], ...]  # (path in LDM, ours)
 
 RESIDUAL = (
-    *(("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layers.1", "time_emb_proj")),
-    *(("out_layers.0", "norm2"), ("out_layers.3", "conv2"), ("skip_connection", "conv_shortcut")),
+    ("in_layers.0", "norm1"),
+    ("in_layers.2", "conv1"),
+    ("emb_layers.1", "time_emb_proj"),
+    ("out_layers.0", "norm2"),
+    ("out_layers.3", "conv2"),
+    ("skip_connection", "conv_shortcut"),
 )
 _TRANSFORMER = (
     *each("attn1.", "to_q to_k to_v to_out.0"),
@@ -26,8 +30,11 @@ _TRANSFORMER = (
     *each("", "ff.net.0.proj ff.net.2 norm1 norm2 norm3"),
 )
 ENDS = (
-    *(("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2")),
-    *(("input_blocks.0.0", "conv_in"), ("out.0", "conv_norm_out"), ("out.2", "conv_out")),
+    ("time_embed.0", "time_embedding.linear_1"),
+    ("time_embed.2", "time_embedding.linear_2"),
+    ("input_blocks.0.0", "conv_in"),
+    ("out.0", "conv_norm_out"),
+    ("out.2", "conv_out"),
 )
 ADDED = (("label_emb.0.0", "add_embedding.linear_1"), ("label_emb.0.2", "add_embedding.linear_2"))
 
@@ -60,10 +67,14 @@ def unet_samplers(layers: Sequence[int]) -> Iterator[tuple[str, tuple[str, str],
     """
     down = up = 0
     for level, (left, right) in enumerate(zip(layers[:-1], layers[:0:-1], strict=True)):
-        down, up = down + left + 1, up + right + 1
-        ways = (f"output_blocks.{up - 1}.2.conv", f"output_blocks.{up - 1}.1.conv")
-        own = f"down_blocks.{level}.downsamplers.0.conv", f"up_blocks.{level}.upsamplers.0.conv"
-        yield f"input_blocks.{down}.0.op", ways, *own
+        down += left + 1
+        up += right + 1
+        yield (
+            f"input_blocks.{down}.0.op",
+            (f"output_blocks.{up - 1}.2.conv", f"output_blocks.{up - 1}.1.conv"),
+            f"down_blocks.{level}.downsamplers.0.conv",
+            f"up_blocks.{level}.upsamplers.0.conv",
+        )
 
 
 def _pairs(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
@@ -80,14 +91,16 @@ def _pairs(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
     layers = (_LAYERS,) * levels
     for theirs, ours, is_attention in unet_blocks(layers):
         leaves = [(leaf, leaf) for leaf in inside] if is_attention else RESIDUAL
-        pairs += [(f"{theirs}.{leaf}", f"{ours}.{own}") for leaf, own in leaves]
+        pairs += [(f"{theirs}.{their_leaf}", f"{ours}.{our_leaf}") for their_leaf, our_leaf in leaves]
     for level, (smaller, larger, down, up) in enumerate(unet_samplers(layers)):
-        # the usual name first
-        pairs += [(smaller, down), *((place, up) for place in (larger[::-1] if level in plain else larger))]
+        pairs.append((smaller, down))
+        usual_first = larger[::-1] if level in plain else larger
+        pairs += [(path, up) for path in usual_first]
     return tuple(pairs)
 
 
-_SD, _SDXL = _pairs(4, "0", (0,)), (*_pairs(3, "{n}", (2,)), *ADDED)
+_SD = _pairs(4, "0", (0,))
+_SDXL = (*_pairs(3, "{n}", (2,)), *ADDED)
 _OF_TEXTS: Sides = ((".attn2.to_k", 0, 1), (".attn2.to_v", 0, 1))
 
 

@@ -11,9 +11,9 @@ from networks.options import multipliers_for
 
 # of known scripts, for files that say themselves what they are; our own modules are read in the same way
 KNOWN_MODULES = (
-    *("networks.lora", "networks.loha", "networks.lokr", "networks.lora_fa", "networks.dylora"),
-    *("lycoris", "lycoris.kohya"),
-)
+    "networks.lora", "networks.loha", "networks.lokr", "networks.lora_fa", "networks.dylora",
+    "lycoris", "lycoris.kohya",
+)  # fmt: skip
 NOT_READ = {"networks.oft": "OFT", "networks.control_net_lllite": "a ControlNet-LLLite"}
 LOW, HIGH = 63, 191  # thresholds of "canny" alone
 VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the last one is a pooling
@@ -100,13 +100,13 @@ def read_preparation(text: str) -> tuple[int, int] | None:
     """Read a value of --control_net_preps: None, or Canny's thresholds. Raises OptionError for others."""
     if text == "none":
         return None
-    found = re.fullmatch(r"canny(?:_(\d{1,5})(?:_(\d{1,5}))?)?", text)
-    if found is None:
+    match = re.fullmatch(r"canny(?:_(\d{1,5})(?:_(\d{1,5}))?)?", text)
+    if match is None:
         raise OptionError(
             f"--control_net_preps {text}: only none and canny_LOW_HIGH, such as canny_63_191, are known. "
             "Prepare the guide image with another program, and give none"
         )
-    return int(found[1] or LOW), int(found[2] or HIGH)
+    return int(match[1] or LOW), int(match[2] or HIGH)
 
 
 def check_control(
@@ -261,10 +261,10 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
                 f"--network_module has {modules} names for {files} files of --network_weights: give one for "
                 "each, or leave it out"
             )
-        for flag, given in (("--network_mul", self.network_mul), ("--network_args", self.network_args)):
-            if len(given or ()) > files:
+        for flag, values in (("--network_mul", self.network_mul), ("--network_args", self.network_args)):
+            if len(values or ()) > files:
                 raise OptionError(
-                    f"{flag} has {len(given or ())} values for {files} files of --network_weights: give at "
+                    f"{flag} has {len(values or ())} values for {files} files of --network_weights: give at "
                     "most one for each, in the same order"
                 )
         if (self.network_merge_n_models or 0) > files:

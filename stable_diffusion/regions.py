@@ -121,7 +121,8 @@ class Regions:
         """
         self._is_folded = layers is None
         self._layers = layers or ()
-        self._unet, self._color_codes = unet, color_codes
+        self._unet = unet
+        self._color_codes = color_codes
 
     def of(self, picture: AskedPicture, width: int, height: int) -> Tensor:
         """Return the regions of a picture's parts at a size in pixels: P height width; P 1 1 without a mask.
@@ -133,7 +134,7 @@ class Regions:
         if picture.mask is None:
             return torch.ones(parts, 1, 1)
         check_regions(parts, len(self._layers), self._is_folded)
-        return read_regions(picture.mask, parts, width, height, self._color_codes)
+        return read_regions(picture.mask, parts, width=width, height=height, color_codes=self._color_codes)
 
     @contextlib.contextmanager
     def for_batch(self, pictures: Sequence[AskedPicture], width: int, height: int) -> Iterator[Idea | None]:
@@ -144,9 +145,9 @@ class Regions:
         if pictures[0].settings.parts == 1:
             yield None
             return
-        found = [self.of(picture, width, height) for picture in pictures]
-        rows, columns = (max(region.shape[axis] for region in found) for axis in (-2, -1))
-        batch = _Batch(torch.stack([region.expand(-1, rows, columns) for region in found]))
+        regions = [self.of(picture, width, height) for picture in pictures]
+        rows, columns = (max(region.shape[axis] for region in regions) for axis in (-2, -1))
+        batch = _Batch(torch.stack([region.expand(-1, rows, columns) for region in regions]))
         with contextlib.ExitStack() as changes:
             batch.enter(self._unet, changes)
             if any(picture.mask is not None for picture in pictures):
@@ -162,7 +163,8 @@ class _Batch:
 
     def __init__(self, regions: Tensor) -> None:
         # regions: B P H W
-        self._regions, self.parts = regions, regions.shape[1]
+        self._regions = regions
+        self.parts = regions.shape[1]
         self._means = regions.mean((-2, -1))  # B P
         self._size: tuple[int, int] | None = None  # of the features that a transformer is at work on
         self._masks: dict[tuple[int, int], Tensor] = {}  # B P h w by size
@@ -199,11 +201,12 @@ class _Batch:
     def _coupled(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a cross-attention in which each part of the context has its own pass."""
 
-        def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **others: Any) -> Tensor:
+        def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
             # hidden_states: R N C; rows become P*R, parts outermost, so that row % B is still the picture
-            rows, parts = len(hidden_states), self.parts
+            rows = len(hidden_states)
+            parts = self.parts
             context = encoder_hidden_states.unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 1)
-            out = attend(hidden_states.repeat(parts, 1, 1), encoder_hidden_states=context, **others)
+            out = attend(hidden_states.repeat(parts, 1, 1), encoder_hidden_states=context, **settings)
             weights = self._at(self._weights, self._spatial_size(hidden_states))  # B P h w
             weights = weights.flatten(2).transpose(0, 1).repeat(1, rows // weights.shape[0], 1)  # P R N
             return (out.unflatten(0, (parts, rows)) * weights[..., None].to(out.dtype)).sum(0)
@@ -212,10 +215,10 @@ class _Batch:
 
     def _for_text(self, part: int, added: Tensor) -> Tensor:
         # added: P*R L C, of a part's own texts only
-        own = torch.zeros_like(added)
+        limited = torch.zeros_like(added)
         rows = len(added) // self.parts
-        own[part * rows : (part + 1) * rows] = added[part * rows : (part + 1) * rows]
-        return own
+        limited[part * rows : (part + 1) * rows] = added[part * rows : (part + 1) * rows]
+        return limited
 
     def _for_features(self, part: int, added: Tensor) -> Tensor:
         # added: R C h w of convolutions, R (or P*R) N C of linear layers, R C of what has no places
@@ -233,12 +236,12 @@ class _Batch:
         assert self._size[0] * self._size[1] == tokens.shape[1], (self._size, tokens.shape)
         return self._size
 
-    def _at(self, kept: dict[tuple[int, int], Tensor], size: tuple[int, int]) -> Tensor:
-        """Return masks or weights at a size of features, B P h w float32; `kept` remembers them by size."""
-        if size not in kept:
+    def _at(self, by_size: dict[tuple[int, int], Tensor], size: tuple[int, int]) -> Tensor:
+        """Return masks or weights at a size of features, B P h w float32; `by_size` remembers them."""
+        if size not in by_size:
             resized = resize(self._regions, size)
-            kept[size] = part_weights(resized) if kept is self._weights else resized
-        return kept[size]
+            by_size[size] = part_weights(resized) if by_size is self._weights else resized
+        return by_size[size]
 
 
 def put_back(module: Any, forward: Callable[..., Tensor] | None) -> None:

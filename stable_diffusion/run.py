@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -79,7 +80,8 @@ class PictureFiles:
         }
         if self.kind is SDXL:
             sizes = settings.sizes
-            height, width = sizes.original_height or settings.height, sizes.original_width or settings.width
+            height = sizes.original_height or settings.height
+            width = sizes.original_width or settings.width
             texts |= {
                 "original-height": height,
                 "original-width": width,
@@ -173,8 +175,8 @@ class Run:
         Failures are noted. Raises OutputError if pictures cannot be written.
         """
         paths = []
-        asked = self.asking.pictures(lines, failures)
-        for batch in batches(asked, self.options.prompts.batch_size):
+        pictures = self.asking.pictures(lines, failures)
+        for batch in batches(pictures, self.options.prompts.batch_size):
             if len(batch) > 1:
                 try:
                     paths += self._make(batch)
@@ -193,9 +195,9 @@ class Run:
         paths = []
         try:
             for stage in make_pictures(self.maker, self.highres, batch):
-                assert stage.made.images is not None
-                made = zip(stage.pictures, stage.made.images, strict=True)
-                for number, (picture, image) in enumerate(made):
+                assert stage.result.images is not None
+                pairs = zip(stage.pictures, stage.result.images, strict=True)
+                for number, (picture, image) in enumerate(pairs):
                     paths.append(self.files.save(picture, image, stage.digit, number))
                     logger.info("%s", paths[-1])
         except torch.OutOfMemoryError as error:
@@ -225,7 +227,7 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
         kind = maker.model.kind
         asking = Asking(options, kind, inputs, make_seeds(options, lines))
         files = PictureFiles(options.output, kind, options.sampling.sampler)
-        return Run(options, maker, highres, asking, files)
+        return Run(options, maker, highres=highres, asking=asking, files=files)
 
     if options.prompts.interactive:
         converse(start())
@@ -234,28 +236,38 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
     with each_warning_once():
         if options.prompts.from_module is None:
             lines = list_lines(options, inputs)
-            asked = len(lines) * options.prompts.n_iter
-            failures.strict = asked == 1
+            num_lines = len(lines) * options.prompts.n_iter
+            failures.strict = num_lines == 1
             paths = _make_lines(options, start, lines, failures)
         else:
             module = import_prompter(options.prompts.from_module)
             run = start()
-            asking, seeds, maker = run.asking, run.asking.seeds, run.maker
-            of_round = module_lines(
-                module, options, maker.model, maker.networks, seeds.random, lambda: asking.made
-            )
-
-            def prompted() -> Iterator[Line]:
-                """Yield the lines of a round; a module that fails ends it."""
-                with failures.note_errors("the next prompt"):
-                    yield from of_round(seeds.round_seed)
-
-            paths = run.make_all(_rounds(run, prompted), failures)
-            asked = asking.lines
+            paths = _make_prompted(run, module, failures)
+            num_lines = run.asking.num_lines
     if len(paths) > 1:
         logger.info("%d pictures are in %s", len(paths), options.output.outdir)
     where = options.prompts.from_file
-    failures.raise_if_any(asked, "" if where is None else f"{where}: ")
+    failures.raise_if_any(num_lines, "" if where is None else f"{where}: ")
+
+
+def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Path]:
+    """Make the pictures of the lines that a module of --from_module yields."""
+    asking = run.asking
+    lines_of_round = module_lines(
+        module,
+        run.options,
+        pipe=run.maker.model,
+        networks=run.maker.networks,
+        random=asking.seeds.random,
+        count_pictures=lambda: asking.num_pictures,
+    )
+
+    def prompted() -> Iterator[Line]:
+        """Yield the lines of a round; a module that fails ends it."""
+        with failures.note_errors("the next prompt"):
+            yield from lines_of_round(asking.seeds.round_seed)
+
+    return run.make_all(_rounds(run, prompted), failures)
 
 
 def _make_lines(
@@ -272,12 +284,13 @@ def _make_lines(
     run = start(lines)
     paths = run.make_all(_rounds(run, lambda: usable), failures)
     images = run.asking.inputs.images
-    unused = len(images) - run.asking.made
+    unused = len(images) - run.asking.num_pictures
     if unused > 0 and not lines[0].is_plain:
         logger.warning(
             "%s of --image_path %s not used, as each picture that is made takes the next one. Raise "
             "--images_per_prompt to %d to use all",
-            *(count_of(unused, "picture"), "was" if unused == 1 else "were"),
+            count_of(unused, "picture"),
+            "was" if unused == 1 else "were",
             -(-len(images) // len(lines)),
         )
     return paths
@@ -285,11 +298,12 @@ def _make_lines(
 
 def _rounds(run: Run, lines_of_round: Callable[[], Iterable[Line]]) -> Iterator[Line]:
     """Yield the lines of --n_iter rounds; each begins when its first line is asked for."""
-    prompts, asking = run.options.prompts, run.asking
+    prompts = run.options.prompts
+    asking = run.asking
     for number in range(1, prompts.n_iter + 1):
         if prompts.n_iter > 1:
             logger.info("Round %d of %d", number, prompts.n_iter)
-        asking.made = 0
+        asking.num_pictures = 0
         if prompts.iter_same_seed:
             asking.seeds.begin_round()
         lines = lines_of_round()

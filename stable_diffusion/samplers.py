@@ -68,20 +68,20 @@ def make_scheduler(
     predict v, as predicted noise says nothing about a sample of noise alone. Source: Lin et al. 2023, arXiv
     2305.08891.
     """
-    made_by, own = _SCHEDULERS[sampler.removeprefix("k_")]
-    accepted = inspect.signature(made_by.__init__).parameters
+    scheduler_class, class_settings = _SCHEDULERS[sampler.removeprefix("k_")]
+    accepted = inspect.signature(scheduler_class.__init__).parameters
     prediction = "v_prediction" if predicts_velocity else "epsilon"
-    settings = {**TRAINED, **own, "prediction_type": prediction}
-    wished: dict[str, Any] = {"steps_offset": steps_offset, "clip_sample": False}
+    settings = {**TRAINED, **class_settings, "prediction_type": prediction}
+    optional: dict[str, Any] = {"steps_offset": steps_offset, "clip_sample": False}
     if zero_terminal_snr:
-        wished["timestep_spacing"] = "trailing"
+        optional["timestep_spacing"] = "trailing"
         if "rescale_betas_zero_snr" in accepted:
             settings["rescale_betas_zero_snr"] = True
         else:
             settings["trained_betas"] = _zero_snr_betas()
-    settings |= {name: value for name, value in wished.items() if name in accepted}
+    settings |= {name: value for name, value in optional.items() if name in accepted}
     with _no_warnings_to_developers():
-        scheduler = made_by(**settings)
+        scheduler = scheduler_class(**settings)
     if isinstance(scheduler, LMSDiscreteScheduler):  # its own way takes scipy, which may not be installed
         scheduler.get_lms_coefficient = partial(_lms_coefficient, scheduler)
     return scheduler
@@ -93,12 +93,12 @@ def _lms_coefficient(scheduler: Any, order: int, index: int, which: int) -> floa
     It is the integral over the step of the polynomial that is 1 at that derivative's noise level and 0 at the
     others'. Three Gauss points are exact, as the degree is at most 3.
     """
-    here, there = (float(scheduler.sigmas[place]) for place in (index, index + 1))
+    start, end = (float(scheduler.sigmas[place]) for place in (index, index + 1))
     levels = [float(scheduler.sigmas[index - back]) for back in range(order)]
     points, weights = np.polynomial.legendre.leggauss(3)
-    at = (here + there) / 2 + (there - here) / 2 * points
+    at = (start + end) / 2 + (end - start) / 2 * points
     factors = [(at - level) / (levels[which] - level) for back, level in enumerate(levels) if back != which]
-    return float((there - here) / 2 * (weights * np.prod(factors, axis=0)).sum())
+    return float((end - start) / 2 * (weights * np.prod(factors, axis=0)).sum())
 
 
 @contextmanager
@@ -179,10 +179,10 @@ class SchedulerSolver:
         return self.around(self._step, index, velocity, sample)
 
     def _step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        given = {"generator": list(self.generators)} if self._draws else {}
+        settings = {"generator": list(self.generators)} if self._draws else {}
         timestep = self.scheduler.timesteps[index]
         (moved, *_) = self.scheduler.step(
-            velocity.squeeze(2), timestep, sample.squeeze(2), return_dict=False, **given
+            velocity.squeeze(2), timestep, sample.squeeze(2), return_dict=False, **settings
         )
         return moved.float().unsqueeze(2)
 
@@ -204,10 +204,10 @@ def begin_sampling(
         scheduler.register_to_config(skip_prk_steps=strength is not None)
     with _no_warnings_to_developers():
         scheduler.set_timesteps(steps, device="cpu")  # there, so that no step waits for the device
-    made = steps if strength is None else min(int(steps * strength), steps)
-    if made == 0:
+    num_steps = steps if strength is None else min(int(steps * strength), steps)
+    if num_steps == 0:
         return SchedulerSolver(scheduler, generators, len(scheduler.timesteps))
-    first = (steps - made) * int(scheduler.order)
+    first = (steps - num_steps) * int(scheduler.order)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     return SchedulerSolver(scheduler, generators, first)
@@ -229,7 +229,7 @@ class UnetPasses:
     sampler: SchedulerSolver
     ideas: Sequence[Idea] = ()  # each sees the call as those before it left it
     # B 5 h w: mask and masked picture, which the U-Net of an inpainting checkpoint sees beside the sample
-    beside: Tensor | None = None
+    inpainting: Tensor | None = None
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
@@ -248,24 +248,25 @@ class UnetPasses:
         )
         for idea in self.ideas:
             call = idea(call)
-        dtype, sample = self.model.dtype, call.sample
-        if self.beside is not None:
-            passes = len(sample) // len(self.beside)
-            sample = torch.cat([sample, self.beside.repeat(passes, 1, 1, 1)], dim=1)
-        others: dict[str, Any] = {}
+        dtype = self.model.dtype
+        sample = call.sample
+        if self.inpainting is not None:
+            passes = len(sample) // len(self.inpainting)
+            sample = torch.cat([sample, self.inpainting.repeat(passes, 1, 1, 1)], dim=1)
+        residuals: dict[str, Any] = {}
         if call.residuals is not None:
             skips, middle = call.residuals
-            others["down_block_additional_residuals"] = tuple(skip.to(dtype) for skip in skips)
-            others["mid_block_additional_residual"] = middle.to(dtype)
-        (said,) = dit(
+            residuals["down_block_additional_residuals"] = tuple(skip.to(dtype) for skip in skips)
+            residuals["mid_block_additional_residual"] = middle.to(dtype)
+        (output,) = dit(
             sample.to(dtype),
             torch.full((len(sample),), call.timestep, device=sample.device),
             encoder_hidden_states=call.context.to(dtype),
             added_cond_kwargs=dict(call.added) or None,
             return_dict=False,
-            **others,
+            **residuals,
         )
-        return said.float().unsqueeze(2)
+        return output.float().unsqueeze(2)
 
 
 def _tensor(conditions: Conditions, name: str) -> Tensor:
@@ -305,7 +306,9 @@ def make_guidance(scale: float, negative_scale: float | None) -> Guidance:
     """
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
-        positive, negative, blank = section.positive, section.negative, section.blank
+        positive = section.positive
+        negative = section.negative
+        blank = section.blank
         if negative is None:
             (prompted,) = predict(positive)
             return prompted

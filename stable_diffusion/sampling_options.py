@@ -6,10 +6,11 @@ from typing import NamedTuple
 from modules.errors import OptionError
 from modules.options import Options, option
 
-SAMPLERS = ("ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a") + (
-    *("dpmsolver", "dpmsolver++", "dpmsingle"),
-    *("k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a"),
-)
+SAMPLERS = (
+    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a",
+    "dpmsolver", "dpmsolver++", "dpmsingle",
+    "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+)  # fmt: skip
 TRAINED_STEPS = 1000  # timesteps that all models know
 MOST_STEPS = TRAINED_STEPS - 1  # as the lowest timestep is 1, one more would begin beyond the last one
 PNDM_STEPS = 4  # Runge-Kutta steps that pndm begins with, from noise
@@ -244,11 +245,12 @@ class Unsharp(NamedTuple):
 def read_unsharp(option: str, text: str) -> Unsharp:
     """Read `ksize,sigma,strength,target-x`, such as `3,0.5,0.5,1`. Raises OptionError."""
     try:
-        ksize, sigma, strength, *rest = text.split(",")
-        target = {(): True, ("1",): True, ("0",): False}[tuple(map(str.strip, rest))]
-        read = Unsharp(int(ksize), float(sigma), float(strength), target)
-        if read.ksize > 0 and read.ksize % 2 and 0 < read.sigma < math.inf and math.isfinite(read.strength):
-            return read
+        ksize, sigma, strength, *target_x = text.split(",")
+        target = {(): True, ("1",): True, ("0",): False}[tuple(map(str.strip, target_x))]
+        unsharp = Unsharp(int(ksize), float(sigma), float(strength), target)
+        is_odd = unsharp.ksize > 0 and unsharp.ksize % 2
+        if is_odd and 0 < unsharp.sigma < math.inf and math.isfinite(unsharp.strength):
+            return unsharp
     except (ValueError, KeyError):
         pass
     raise OptionError(

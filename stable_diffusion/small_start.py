@@ -48,7 +48,9 @@ class DeepShrinks:
             logger.warning(
                 "%s: --ds_depth_2 never acts: it would from --ds_timesteps_1 (%d) down to --ds_timesteps_2 "
                 "(%d). Give a lower --ds_timesteps_2.",
-                *(pictures[0].label, shrink.ds_timesteps_1, shrink.ds_timesteps_2),
+                pictures[0].label,
+                shrink.ds_timesteps_1,
+                shrink.ds_timesteps_2,
             )
         shrinking = _Shrinking(shrink, input_blocks(self.unet))
         for name, depth in (("ds_depth_1", shrink.ds_depth_1), ("ds_depth_2", shrink.ds_depth_2)):
@@ -65,7 +67,8 @@ class DeepShrinks:
             logger.warning(
                 "%s: Deep Shrink never acts: with this --strength all timesteps are below --ds_timesteps_1 "
                 "(%d). Give a lower one, or a higher --strength.",
-                *(pictures[0].label, shrink.ds_timesteps_1),
+                pictures[0].label,
+                shrink.ds_timesteps_1,
             )
 
 
@@ -121,15 +124,21 @@ class _Shrinking:
             return call
         # a ControlNet sees the whole size: what it adds has to be of the features' size
         skips, middle = call.residuals
-        size, sizes = self.size, []  # of the input blocks' outputs
+        sizes = self._feature_sizes()
+        fitted = [resize_like(skip, size) for skip, size in zip(skips, sizes, strict=True)]
+        return replace(call, residuals=(fitted, resize_like(middle, sizes[-1])))
+
+    def _feature_sizes(self) -> list[Size]:
+        """Return the sizes of the input blocks' outputs in this call."""
+        size = self.size
+        sizes = []
         for depth, block in enumerate(self.blocks):
             if depth == self.depth:
-                size = smaller_size(size, shrink.ds_ratio)
+                size = smaller_size(size, self.shrink.ds_ratio)
             if isinstance(block, Downsample2D):
                 size = -(-size[0] // 2), -(-size[1] // 2)
             sizes.append(size)
-        fitted = [resize_like(skip, size) for skip, size in zip(skips, sizes, strict=True)]
-        return replace(call, residuals=(fitted, resize_like(middle, sizes[-1])))
+        return sizes
 
     # What the hooks call
 
@@ -143,13 +152,13 @@ class _Shrinking:
         if self.depth is None:
             return None
         self.skips = [_size(skip) for skip in reversed(kwargs["res_hidden_states_tuple"])]
-        wanted = kwargs.get("upsample_size")
+        upsample_size = kwargs.get("upsample_size")
         # for a picture with an odd side diffusers' U-Net enlarges straight to the next skip's size, which is
         # right unless that skip is from before the features were made smaller
-        if wanted is not None and [-(-side // 2) for side in wanted] != list(self.skips[-1]):
-            wanted = None
+        if upsample_size is not None and [-(-side // 2) for side in upsample_size] != list(self.skips[-1]):
+            upsample_size = None
         fitted = resize_like(kwargs["hidden_states"], self.skips[0])
-        return args, {**kwargs, "hidden_states": fitted, "upsample_size": wanted}
+        return args, {**kwargs, "hidden_states": fitted, "upsample_size": upsample_size}
 
     def leave_layer(self, layer: int, output: Any) -> Any:
         """Fit the features to the skip that the next layer of the output block takes."""
@@ -209,14 +218,15 @@ def plan_growth(timesteps: Sequence[float], gradual: GradualLatentOptions) -> di
     timesteps: those of the steps to make, falling.
     """
     growth: dict[int, float] = {}
-    ratio, last = gradual.gradual_latent_ratio, None
+    ratio = gradual.gradual_latent_ratio
+    last_growth: int | None = None
     for index, timestep in enumerate(timesteps):
-        is_due = last is None or index - last >= gradual.gradual_latent_every_n_steps
+        is_due = last_growth is None or index - last_growth >= gradual.gradual_latent_every_n_steps
         if timestep < (gradual.gradual_latent_timesteps or 0) and ratio < NEARLY and is_due:
-            ratio = min(
-                gradual.gradual_latent_ratio + (len(growth) + 1) * gradual.gradual_latent_ratio_step, 1.0
-            )
-            growth[index], last = ratio, index
+            steps = len(growth) + 1
+            ratio = min(gradual.gradual_latent_ratio + steps * gradual.gradual_latent_ratio_step, 1.0)
+            growth[index] = ratio
+            last_growth = index
     return growth
 
 
@@ -230,7 +240,8 @@ def begin_small(
     """
     if sampler.first >= sampler.schedule.num_steps:
         return latents, sampler
-    full, unsharp = _size(latents), gradual.unsharp
+    full = _size(latents)
+    unsharp = gradual.unsharp
     timesteps = sampler.schedule.timesteps[sampler.first :].tolist()
     growth = {sampler.first + index: ratio for index, ratio in plan_growth(timesteps, gradual).items()}
     sizes = [size_at(full, ratio) for ratio in growth.values()]
@@ -246,9 +257,14 @@ def begin_small(
             "Gradual Latent ends at %d x %d pixels instead of %d x %d: there are too few steps to grow. "
             "Give more --steps, a larger --gradual_latent_ratio_step or a higher "
             "--gradual_latent_timesteps.",
-            *(side * STRIDE for side in (*reversed(last), *reversed(full))),
+            last[1] * STRIDE,
+            last[0] * STRIDE,
+            full[1] * STRIDE,
+            full[0] * STRIDE,
         )
-    growing = GrowingSteps(sampler.scheduler, full, growth, unsharp, gradual.gradual_latent_s_noise)
+    growing = GrowingSteps(
+        sampler.scheduler, full, growth=growth, unsharp=unsharp, s_noise=gradual.gradual_latent_s_noise
+    )
     return resize_latents(latents, first), replace(sampler, around=growing)
 
 
@@ -280,8 +296,10 @@ class GrowingSteps:
         """Return the next sample, larger if this step makes it grow. velocity: the U-Net's output."""
         if index not in self.growth:
             return step(index, velocity, sample)
-        size, unsharp = size_at(self.full, self.growth[index]), self.unsharp
-        sample, velocity = resize_latents(sample.float(), size), resize_latents(velocity.float(), size)
+        unsharp = self.unsharp
+        size = size_at(self.full, self.growth[index])
+        sample = resize_latents(sample.float(), size)
+        velocity = resize_latents(velocity.float(), size)
         stepped = step(index, velocity, sample)
         if unsharp is None and self.s_noise == 1:
             return stepped
@@ -299,15 +317,15 @@ class GrowingSteps:
     def _change(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
         """Return the change of the sample by Euler's step, without noise."""
         scheduler = self.scheduler
-        here, there = (float(scheduler.sigmas[place]) for place in (index, index + 1))
+        sigma, next_sigma = (float(scheduler.sigmas[place]) for place in (index, index + 1))
         if scheduler.config.prediction_type == "v_prediction":
             # the predicted clean sample is x / (s^2 + 1) - v s / sqrt(s^2 + 1)
-            derivative = sample * (here / (here**2 + 1)) + output / (here**2 + 1) ** 0.5
+            derivative = sample * (sigma / (sigma**2 + 1)) + output / (sigma**2 + 1) ** 0.5
         else:
             derivative = output
-        up = there * (max(here**2 - there**2, 0.0) ** 0.5) / here
-        down = max(there**2 - up**2, 0.0) ** 0.5
-        return derivative * (down - here)
+        up = next_sigma * (max(sigma**2 - next_sigma**2, 0.0) ** 0.5) / sigma
+        down = max(next_sigma**2 - up**2, 0.0) ** 0.5
+        return derivative * (down - sigma)
 
 
 def resize_latents(latents: Tensor, size: Size) -> Tensor:
@@ -326,7 +344,8 @@ def sharpen(latents: Tensor, unsharp: Unsharp) -> Tensor:
     row = torch.exp(-0.5 * (places / unsharp.sigma) ** 2)
     row = (row / row.sum()).to(latents.device, latents.dtype)
     images = latents.squeeze(2)
-    channels, edge = images.shape[1], unsharp.ksize // 2
+    channels = images.shape[1]
+    edge = unsharp.ksize // 2
     kernel = torch.outer(row, row).expand(channels, 1, -1, -1)
     blurred = conv2d(pad(images, (edge,) * 4, mode="reflect"), kernel, groups=channels)
     return (images + (images - blurred) * unsharp.strength).unsqueeze(2)

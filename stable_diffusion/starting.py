@@ -55,10 +55,13 @@ def add_pyramid(noise: Tensor, discount: float, generator: torch.Generator) -> T
     Source: Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training".
     """
     channels, height, width = noise.shape
-    total, level_height, level_width = noise, float(height), float(width)
+    total = noise
+    level_height = float(height)
+    level_width = float(width)
     for level in range(1, LEVELS + 1):
         step = _between((LEAST_STEP, MOST_STEP), generator)
-        level_height, level_width = max(level_height / step, 1.0), max(level_width / step, 1.0)
+        level_height = max(level_height / step, 1.0)
+        level_width = max(level_width / step, 1.0)
         coarse = _draw((channels, int(level_height), int(level_width)), noise, generator)
         fine = interpolate(coarse[None], (height, width), mode="bilinear")[0]
         total = total + fine * discount**level
@@ -105,10 +108,10 @@ class Inpainting:
 
     def __call__(self, step: MakeStep, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         painted = step(index, velocity, sample).squeeze(2)
-        kept = self.original
+        original = self.original
         if index + 1 < self.sampler.schedule.num_steps:
-            kept = self.sampler.add_noise(index + 1, kept, self.noise)
-        return ((1 - self.mask) * kept + self.mask * painted).unsqueeze(2)
+            original = self.sampler.add_noise(index + 1, original, self.noise)
+        return ((1 - self.mask) * original + self.mask * painted).unsqueeze(2)
 
 
 CHANNELS = 4  # of latents
@@ -120,7 +123,7 @@ class Beginning:
 
     latents: Tensor  # B 4 1 h w, float32, as the sampler wants them at its first step
     sampler: SchedulerSolver
-    beside: Tensor | None = None  # see `UnetPasses`
+    inpainting: Tensor | None = None  # see `UnetPasses`
 
 
 def is_masked(picture: AskedPicture) -> bool:
@@ -159,51 +162,66 @@ def begin(
     Raises MediaError if an input picture or a mask cannot be read.
     """
     settings = pictures[0].settings
-    generators, device = sampler.generators, model.device
+    generators = sampler.generators
 
-    def noise() -> Tensor:
+    def draw_noise() -> Tensor:
         shape = (CHANNELS, *latent_size(settings))
-        drawn = [vary_noise(torch.randn(shape, generator=each), noise_options, each) for each in generators]
-        return torch.stack(drawn).to(device)
+        noises = [
+            vary_noise(torch.randn(shape, generator=generator), noise_options, generator)
+            for generator in generators
+        ]
+        return torch.stack(noises).to(model.device)
 
     if strength_of(pictures[0], start) is None:
-        return Beginning((noise() * sampler.noise_level).unsqueeze(2), sampler)
+        return Beginning((draw_noise() * sampler.noise_level).unsqueeze(2), sampler)
     is_painted = is_masked(pictures[0])
     # the first step of inpainting at full strength is noise alone
     from_noise = is_painted and settings.strength == 1
-    images = None if start is None else start.images
-    if start is None:
-        images = [read_picture(picture.image) for picture in pictures if picture.image is not None]
-    pixels: Tensor | None = None  # B 3 H W
-    if images is not None:
-        pixels = torch.cat([to_pixels(image, settings.width, settings.height) for image in images])
-        images = None  # photos may be large, and the VAE comes next
+    pixels = _start_pixels(pictures, start)
     clean: Tensor | None = None
     if pixels is None:
         assert start is not None
         assert start.latents is not None
-        clean = start.latents.to(device, torch.float32)
+        clean = start.latents.to(model.device, torch.float32)
     elif not (from_noise and model.is_inpainting):
         clean = encode_pixels(model, pixels, generators)
-    drawn = noise()
-    is_over = sampler.first >= sampler.schedule.num_steps
+    noise = draw_noise()
     if clean is None or from_noise:
-        latents = drawn * sampler.noise_level
+        latents = noise * sampler.noise_level
+    elif sampler.first >= sampler.schedule.num_steps:  # no step is left
+        latents = clean
     else:
-        latents = clean if is_over else sampler.add_noise(sampler.first, clean, drawn)
+        latents = sampler.add_noise(sampler.first, clean, noise)
+    latents = latents.unsqueeze(2)
     if not is_painted:
-        return Beginning(latents.unsqueeze(2), sampler)
-
-    given = [Image.fromarray(read_mask(picture.mask)) for picture in pictures if picture.mask is not None]
-    masks = torch.cat([mask_pixels(mask, settings.width, settings.height) for mask in given])
-    small = masks[:, :, ::STRIDE, ::STRIDE].to(device)  # B 1 h w: the upper left pixel of each square
+        return Beginning(latents, sampler)
+    masks = _read_masks(pictures)
+    small = masks[:, :, ::STRIDE, ::STRIDE].to(model.device)  # B 1 h w: the upper left pixel of each square
     # drawn whether the U-Net sees it or not, as in diffusers' pipeline: the steps' noise comes after it
-    left = None if pixels is None else encode_pixels(model, pixels * (1 - masks), generators)
+    unmasked = None if pixels is None else encode_pixels(model, pixels * (1 - masks), generators)
     if model.is_inpainting:
-        assert left is not None
-        return Beginning(latents.unsqueeze(2), sampler, torch.cat([small, left], dim=1))
+        assert unmasked is not None
+        return Beginning(latents, sampler, inpainting=torch.cat([small, unmasked], dim=1))
     assert clean is not None
-    return Beginning(latents.unsqueeze(2), replace(sampler, around=Inpainting(sampler, clean, drawn, small)))
+    return Beginning(latents, replace(sampler, around=Inpainting(sampler, clean, noise, small)))
+
+
+def _start_pixels(pictures: Sequence[AskedPicture], start: SecondStart | None) -> Tensor | None:
+    """Return what the pictures start from, B 3 H W; None if these are latents."""
+    images = None if start is None else start.images
+    if start is None:
+        images = [read_picture(picture.image) for picture in pictures if picture.image is not None]
+    if images is None:
+        return None
+    settings = pictures[0].settings
+    return torch.cat([to_pixels(image, settings.width, settings.height) for image in images])
+
+
+def _read_masks(pictures: Sequence[AskedPicture]) -> Tensor:
+    """Return the masks of pictures, B 1 H W: 1 is painted anew."""
+    settings = pictures[0].settings
+    masks = [Image.fromarray(read_mask(picture.mask)) for picture in pictures if picture.mask is not None]
+    return torch.cat([mask_pixels(mask, settings.width, settings.height) for mask in masks])
 
 
 # Pictures to latents and back, by the autoencoder of a model. Pixels are B 3 H W, -1..1.
@@ -241,8 +259,8 @@ def encode_pixels(model: Model, pixels: Tensor, generators: Sequence[torch.Gener
     Pictures are encoded one by one, so that none depends on its batch.
     """
     samples = []
-    for each, generator in zip(pixels, generators, strict=True):
-        posterior = model.vae.encode(each[None].to(model.device, model.vae_dtype)).latent_dist
+    for picture, generator in zip(pixels, generators, strict=True):
+        posterior = model.vae.encode(picture[None].to(model.device, model.vae_dtype)).latent_dist
         mean = posterior.mean.float()
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
         samples.append((mean + posterior.std.float() * noise) * model.kind.latent_scale)
@@ -254,12 +272,13 @@ def decode_latents(
     model: Model, latents: Tensor, labels: Sequence[str], vae_batch_size: float | None = None
 ) -> list[Image.Image]:
     """Return the pictures of latents B 4 h w. labels: of the pictures, for warnings."""
-    made: list[Image.Image] = []
+    images: list[Image.Image] = []
     size = vae_batch(vae_batch_size, len(latents))
     for group in latents.split(size):
         pixels = model.vae.decode((group / model.kind.latent_scale).to(model.vae_dtype)).sample.float()
-        made += [to_image(each, label) for each, label in zip(pixels, labels[len(made) :], strict=False)]
-    return made
+        for picture in pixels:
+            images.append(to_image(picture, labels[len(images)]))
+    return images
 
 
 def to_image(pixels: Tensor, label: str) -> Image.Image:

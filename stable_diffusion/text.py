@@ -72,61 +72,77 @@ class Texts:
     @torch.no_grad()
     def _encode(self, text: str, count: int, networks: Hashable) -> TextState:
         del networks  # a key of what is remembered
-        is_pooled = self._kind is SDXL
         contexts: list[Tensor] = []
         pooled = None
         for tower, layer, chunks in zip(self._towers, self._layers, self._chunks_of(text), strict=True):
             if len(chunks) > count:
                 raise ValueError(f"{len(chunks)} chunks do not fit into {count}")
-            chunks = [*chunks, *[tokenizers.Chunk()] * (count - len(chunks))]
-            rows = [
-                [tower.start, *chunk.ids, tower.end] + [tower.pad] * (tokenizers.SIZE - len(chunk.ids))
-                for chunk in chunks
-            ]
-            weights = [
-                each
-                for chunk in chunks
-                for each in (*chunk.weights, *[1.0] * (tokenizers.SIZE - len(chunk.ids)))
-            ]
-            ids = [torch.tensor(rows)]  # K 77
-            if tower.strides is not None and bool(tower.strides[ids[0]].any()):
-                ids = [ids[0] + place * tower.strides[ids[0]] for place in range(self._copies)]
-            # the end of each chunk's text, unless it writes <|endoftext|> itself
-            ends = torch.tensor([row.index(tower.end) for row in rows])
-            device = tower.network.device
-            states, pooled = tower.network.states(
-                torch.cat(ids).to(device),
-                layer,
-                final_norm=not is_pooled,
-                ends=ends.to(device) if is_pooled and tower is self._towers[-1] else None,
-            )
-            # the states of all chunks as one row of 75 K + 2: start and end states between them are dropped
-            whole = [
-                torch.cat([each[0, :1], *(chunk[1:-1] for chunk in each), each[-1, -1:]])
-                for each in states.chunk(len(ids))
-            ]
-            joined = [weigh_states(each, [1.0, *weights, 1.0], self._mode) for each in whole]
-            contexts.append(torch.cat(joined * (self._copies // len(ids))))
+            filled = [*chunks, *[tokenizers.Chunk()] * (count - len(chunks))]
+            context, pooled = self._encode_chunks(tower, layer, filled)
+            contexts.append(context)
         if pooled is not None:
             projection = self._towers[-1].projection
             pooled = pooled[0] if projection is None else pooled[0] @ projection
         return TextState(torch.cat(contexts, dim=-1), pooled)
 
+    def _encode_chunks(
+        self, tower: TextTower, layer: int, chunks: Sequence[tokenizers.Chunk]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the states of a text in one encoder, as one row, and its pooled states if they are used."""
+        is_pooled = self._kind is SDXL
+        rows = []
+        weights = [1.0]
+        for chunk in chunks:
+            padding = tokenizers.SIZE - len(chunk.ids)
+            rows.append([tower.start, *chunk.ids, tower.end, *[tower.pad] * padding])
+            weights += [*chunk.weights, *[1.0] * padding]
+        weights.append(1.0)
+        ids = self._copy_ids(tower, torch.tensor(rows))
+        device = tower.network.device
+        ends: Tensor | None = None
+        if is_pooled and tower is self._towers[-1]:
+            # the end of each chunk's text, unless it writes <|endoftext|> itself
+            ends = torch.tensor([row.index(tower.end) for row in rows]).to(device)
+        states, pooled = tower.network.states(
+            torch.cat(ids).to(device), layer, final_norm=not is_pooled, ends=ends
+        )
+        copies = []
+        for chunk_states in states.chunk(len(ids)):
+            copies.append(weigh_states(_join_chunks(chunk_states), weights, self._mode))
+        return torch.cat(copies * (self._copies // len(ids))), pooled
+
+    def _copy_ids(self, tower: TextTower, ids: Tensor) -> list[Tensor]:
+        """Return a text's ids, K 77, once, or for each cross-attention if words have vectors for each."""
+        if tower.strides is None:
+            return [ids]
+        strides = tower.strides[ids]
+        if not bool(strides.any()):
+            return [ids]
+        return [ids + place * strides for place in range(self._copies)]
+
     def _cut_all(self, text: str) -> list[list[tokenizers.Chunk]]:
         """Return each encoder's chunks of a text, at most --max_embeddings_multiples; warn if it has more."""
         parts = tokenizers.parse_weights(text)
-        found = [tokenizers.cut_into_chunks(parts, tower.tokenize) for tower in self._towers]
-        longest = max(range(len(found)), key=lambda index: len(found[index]))
-        if len(found[longest]) > self._most:
-            rest = tokenizers.cut_text(parts, self._towers[longest].tokenize, self._most)
+        by_tower = [tokenizers.cut_into_chunks(parts, tower.tokenize) for tower in self._towers]
+        longest = max(range(len(by_tower)), key=lambda index: len(by_tower[index]))
+        if len(by_tower[longest]) > self._most:
+            unread = tokenizers.cut_text(parts, self._towers[longest].tokenize, self._most)
             logger.warning(
                 "a text is cut after %d tokens; this end of it is not read: %s\n  Give "
                 "--max_embeddings_multiples %d to read all of it",
                 tokenizers.SIZE * self._most,
-                shorten(rest, SHOWN),
-                len(found[longest]),
+                shorten(unread, SHOWN),
+                len(by_tower[longest]),
             )
-        return [chunks[: self._most] for chunks in found]
+        return [chunks[: self._most] for chunks in by_tower]
+
+
+def _join_chunks(states: Tensor) -> Tensor:
+    """Return the states of all chunks as one row of 75 K + 2, without start and end states between them.
+
+    states: K 77 C.
+    """
+    return torch.cat([states[0, :1], *(chunk[1:-1] for chunk in states), states[-1, -1:]])
 
 
 def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
@@ -222,19 +238,9 @@ class PictureVectors:
         """
         new = [path for path in dict.fromkeys(pictures) if path not in self._vectors]
         device = self._model.device
-        if new and self._tower is None:
-            self._tower = load_clip_vision(self._path, device, self._model.dtype, OPTION, RELEASE)
-            logger.info("CLIP vision conditioning: %s", self._path)
-            text, found = self._model.texts[-1], self._tower.visual_projection.out_features
-            wanted = text.network.embeddings.token_embedding.embedding_dim
-            wanted = wanted if text.projection is None else text.projection.shape[1]
-            if found != wanted:
-                raise CheckpointError(
-                    f"{OPTION}: the image encoder {self._path} makes vectors of {found} numbers, the pooled "
-                    f"state of {self._model.path} has {wanted}. Give {RELEASE}.",
-                    self._path,
-                )
-        if new and self._tower is not None:
+        if new:
+            if self._tower is None:
+                self._tower = self._load_tower()
             tower = self._tower.to(device)
             for path in new:
                 image = Image.fromarray(first_frame(path))
@@ -244,6 +250,24 @@ class PictureVectors:
         return [
             replace(state, pooled=self._vectors[path]) for state, path in zip(states, pictures, strict=True)
         ]
+
+    def _load_tower(self) -> ClipVision:
+        """Load the image tower. Raises CheckpointError if its vectors are not as wide as the pooled state."""
+        model = self._model
+        tower = load_clip_vision(self._path, model.device, dtype=model.dtype, option=OPTION, release=RELEASE)
+        logger.info("CLIP vision conditioning: %s", self._path)
+        width = tower.visual_projection.out_features
+        text = model.texts[-1]
+        pooled_width = text.network.embeddings.token_embedding.embedding_dim
+        if text.projection is not None:
+            pooled_width = text.projection.shape[1]
+        if width != pooled_width:
+            raise CheckpointError(
+                f"{OPTION}: the image encoder {self._path} makes vectors of {width} numbers, the pooled "
+                f"state of {model.path} has {pooled_width}. Give {RELEASE}.",
+                self._path,
+            )
+        return tower
 
 
 def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
@@ -264,8 +288,8 @@ def find_image_tower(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path
 
     checkpoint: of --ckpt. Downloads it if it is nowhere. Raises DownloadError if the hub does not give it.
     """
-    beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    places = [beside / "image_encoder"]
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    places = [folder / "image_encoder"]
     if tokenizer_cache_dir is not None:
         places.insert(0, tokenizer_cache_dir / FOLDER)
     for place in places:

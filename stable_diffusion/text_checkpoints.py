@@ -4,6 +4,7 @@ Both become the same network, `ClipText`. OpenCLIP's files have queries, keys an
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -87,21 +88,23 @@ def read_folder_text(checkpoint: Checkpoint, is_open_clip: bool, is_projected: b
 
 
 def _read_clip_l(checkpoint: Checkpoint, prefix: str) -> TextPlan:
-    own = _part(checkpoint, prefix, "CLIP-L")
-    return TextPlan(read_clip_text(own, USE, {"hidden_act": "quick_gelu"}), is_open_clip=False)
+    tower = _part(checkpoint, prefix, "CLIP-L")
+    return TextPlan(read_clip_text(tower, USE, {"hidden_act": "quick_gelu"}), is_open_clip=False)
 
 
 def _read_open_clip(checkpoint: Checkpoint, prefix: str, is_projected: bool = False) -> TextPlan:
-    own = _part(checkpoint, prefix, "OpenCLIP")
+    tower = _part(checkpoint, prefix, "OpenCLIP")
     sources: dict[str, TensorSource] = {}
-    for name, source in plain_sources(own).items():
-        for ours, third in open_clip_names(name) or [(name, None)]:
-            sources[ours] = (
-                source if third is None else source.then(lambda rows, third=third: rows.chunk(3)[third])  # type: ignore[misc]
-            )
-    plan = plan_clip_text(own, sources, {"hidden_act": "gelu"}, USE)
+    for name, source in plain_sources(tower).items():
+        for our_name, third in open_clip_names(name) or [(name, None)]:
+            sources[our_name] = source if third is None else source.then(partial(_third_of, third))
+    plan = plan_clip_text(tower, sources, {"hidden_act": "gelu"}, USE)
     plan = replace(plan, ignore=(*plan.ignore, *_BESIDE_OPEN_CLIP))
-    return TextPlan(plan, True, _projection(own, plan.config) if is_projected else None)
+    return TextPlan(plan, True, _projection(tower, plan.config) if is_projected else None)
+
+
+def _third_of(third: int, rows: Tensor) -> Tensor:
+    return rows.chunk(3)[third]
 
 
 def _part(checkpoint: Checkpoint, prefix: str, what: str) -> Checkpoint:

@@ -59,11 +59,11 @@ def read_words(
     """
     words = (*map(_read_word, paths), *(_read_extended(path, layers) for path in extended))
     for index, word in enumerate(words):
-        for other in words[:index]:
-            if other.word.lower() == word.word.lower():
+        for earlier in words[:index]:
+            if earlier.word.lower() == word.word.lower():
                 raise CheckpointError(
-                    f"{word.option}: {other.path} and {word.path} are both for the word {word.word}. Rename "
-                    "one of them.",
+                    f"{word.option}: {earlier.path} and {word.path} are both for the word {word.word}. "
+                    "Rename one of them.",
                     word.path,
                 )
     return words
@@ -88,32 +88,43 @@ def add_words(
             )
     for word in words:
         logger.info("textual inversion: %s (%d vectors)", word.word, _count(word))
-    learned = []
-    for index, tower in enumerate(towers):
-        vectors = [word.vectors[index] for word in words]
-        embeddings = tower.network.embeddings
-        old = embeddings.token_embedding.weight
-        rows = torch.cat([old.detach(), *(added.to(old.device, old.dtype) for added in vectors)])
-        embeddings.token_embedding = nn.Embedding.from_pretrained(rows, freeze=True)
+    return tuple(_learn(tower, words, index) for index, tower in enumerate(towers))
 
-        ids: dict[str, list[int]] = {}
-        first = len(old)
-        numbered: dict[str, list[int]] = {}
-        strides = torch.zeros(len(rows), dtype=torch.int64)
-        for word, added in zip(words, vectors, strict=True):
-            own = list(range(first, first + _count(word)))
-            if word.layers > 1:
-                strides[own] = len(own)
-            first += len(added)
-            ids[word.word] = own
-            numbered |= {f"{word.word}{place}": [own[place]] for place in range(1, len(own))}
-            if word.token is not None:
-                numbered.setdefault(word.token, own)
-        # names of files take precedence over names derived from other files
-        taken = {name.lower() for name in ids}
-        ids |= {name: own for name, own in numbered.items() if name.lower() not in taken}
-        learned.append(replace(tower, tokenize=with_words(tower.tokenize, ids), strides=strides))
-    return tuple(learned)
+
+def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTower:
+    """Return a text encoder that knows words. index: of the encoder, which is that of the words' vectors."""
+    embeddings = tower.network.embeddings
+    old = embeddings.token_embedding.weight
+    vectors = [word.vectors[index].to(old.device, old.dtype) for word in words]
+    rows = torch.cat([old.detach(), *vectors])
+    embeddings.token_embedding = nn.Embedding.from_pretrained(rows, freeze=True)
+    strides = torch.zeros(len(rows), dtype=torch.int64)
+    ids: dict[str, list[int]] = {}
+    first = len(old)
+    for word, word_vectors in zip(words, vectors, strict=True):
+        word_ids = list(range(first, first + _count(word)))
+        if word.layers > 1:
+            strides[word_ids] = len(word_ids)
+        ids[word.word] = word_ids
+        first += len(word_vectors)
+    # names of files take precedence over names derived from other files
+    file_names = {name.lower() for name in ids}
+    for name, numbers in _derived_names(words, ids).items():
+        if name.lower() not in file_names:
+            ids[name] = numbers
+    return replace(tower, tokenize=with_words(tower.tokenize, ids), strides=strides)
+
+
+def _derived_names(words: Sequence[LearnedWord], ids: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Return further names and their ids: of each word's single vectors, and those that the files have."""
+    derived: dict[str, list[int]] = {}
+    for word in words:
+        word_ids = ids[word.word]
+        for place, number in enumerate(word_ids[1:], 1):
+            derived[f"{word.word}{place}"] = [number]
+        if word.token is not None:
+            derived.setdefault(word.token, word_ids)
+    return derived
 
 
 def with_words(
@@ -127,11 +138,11 @@ def with_words(
     def tokenize_all(text: str) -> list[int]:
         tokens: list[int] = []
         place = 0
-        for found in pattern.finditer(text):
-            tokens += tokenize(text[place : found.start()])
-            assert found.lastindex is not None
-            tokens += ids[found.lastindex - 1]
-            place = found.end()
+        for match in pattern.finditer(text):
+            tokens += tokenize(text[place : match.start()])
+            assert match.lastindex is not None
+            tokens += ids[match.lastindex - 1]
+            place = match.end()
         return tokens + tokenize(text[place:])
 
     return tokenize_all
@@ -150,16 +161,17 @@ def _count(word: LearnedWord) -> int:
 def check_words(words: Sequence[LearnedWord], widths: Sequence[int], kind: ModelKind) -> None:
     """Raise CheckpointError if vectors do not fit text encoders of these widths, or are too many."""
     for word in words:
-        found = [vectors.shape[1] for vectors in word.vectors]
-        if list(widths) != found:
-            hint = (
-                " It has one set of vectors; files for Stable Diffusion XL have two, clip_l and clip_g."
-                if kind is SDXL and len(found) == 1
-                else ""
-            )
+        vector_widths = [vectors.shape[1] for vectors in word.vectors]
+        if list(widths) != vector_widths:
+            hint = ""
+            if kind is SDXL and len(vector_widths) == 1:
+                hint = (
+                    " It has one set of vectors; files for Stable Diffusion XL have two, clip_l and clip_g."
+                )
             raise CheckpointError(
-                f"{word.option} {word.path}: its vectors have {_join(found)} numbers, the text encoders of "
-                f"{kind.words} take {_join(widths)}.{hint} Give a file that was made for {kind.words}.",
+                f"{word.option} {word.path}: its vectors have {_join(vector_widths)} numbers, the text "
+                f"encoders of {kind.words} take {_join(widths)}.{hint} Give a file that was made for "
+                f"{kind.words}.",
                 word.path,
             )
         if _count(word) > SIZE:
@@ -192,7 +204,14 @@ def _read_extended(path: Path, layers: Sequence[str]) -> LearnedWord:
     vectors = _to_rows(path, XTI_OPTION, tensors)
     if len({rows.shape for rows in vectors}) > 1:
         raise _not_extended(path, "its layers have vectors of unequal numbers or widths")
-    return LearnedWord(path, path.stem, None, (torch.cat(vectors),), len(layers), XTI_OPTION)
+    return LearnedWord(
+        path,
+        word=path.stem,
+        token=None,
+        vectors=(torch.cat(vectors),),
+        layers=len(layers),
+        option=XTI_OPTION,
+    )
 
 
 def _not_extended(path: Path, why: str) -> CheckpointError:
@@ -225,22 +244,30 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     content = _read_content(path, OPTION)
     inner = content.get("string_to_param")  # as the Web UI and the paper's own code write it
     if isinstance(inner, Mapping):
-        found = {str(name): tensor for name, tensor in inner.items() if isinstance(tensor, Tensor)}
-        if len(found) == 1:
-            return found, None
-        raise _not_one(path, f"string_to_param has {len(found)} words")
-    tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
-    for names in _NAMES_OF_SEVERAL:
+        words = _tensors_in(inner)
+        if len(words) == 1:
+            return words, None
+        raise _not_one(path, f"string_to_param has {len(words)} words")
+    tensors = _tensors_in(content)
+    for names in (*_NAMES_OF_SEVERAL, ("emb_params",)):
         if tensors.keys() >= set(names):
             return {name: tensors[name] for name in names}, None
-    if "emb_params" in tensors:
-        return {"emb_params": tensors["emb_params"]}, None
     if len(tensors) == 1 and len(content) == 1:  # diffusers: word -> vectors
         return tensors, next(iter(tensors))
-    shown = ", ".join(shorten(name, 60) for name in sorted(content)[:4])
-    raise _not_one(
-        path, f"it holds {shown}{', ...' if len(content) > 4 else ''}" if content else "it is empty"
-    )
+    raise _not_one(path, _describe(content))
+
+
+def _describe(content: Mapping[str, Any]) -> str:
+    """Say what a file holds, for a message."""
+    if not content:
+        return "it is empty"
+    first_names = ", ".join(shorten(name, 60) for name in sorted(content)[:4])
+    dots = ", ..." if len(content) > 4 else ""
+    return f"it holds {first_names}{dots}"
+
+
+def _tensors_in(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def _read_content(path: Path, option: str) -> Mapping[str, Any]:

@@ -37,21 +37,30 @@ def find_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequenc
     """
     if cache is not None and cache.exists() and not cache.is_dir():
         raise OptionError(f"{OPTION} {cache}: it is not a folder. Give the folder that holds {CLIP_L}")
-    found: dict[Path, ClipWords] = {}
+    places = [checkpoint] if cache is None or not cache.is_dir() else [cache, checkpoint]
+    loaded: dict[Path, ClipWords] = {}
     words = []
     for number, is_open_clip in enumerate(are_open_clip):
         names = OPEN_CLIP if is_open_clip else (CLIP_L,)
-        own = "tokenizer" if number == 0 else f"tokenizer_{number + 1}"
-        files = clip_tokenizer_files(OPTION, (own, *names, "tokenizer", CLIP_L, "clip_l", "."))
-        places = [checkpoint] if cache is None or not cache.is_dir() else [cache, checkpoint]
-        file = next((file for place in places if (file := files.find(None, place)) is not None), None)
+        own_folder = "tokenizer" if number == 0 else f"tokenizer_{number + 1}"
+        files = clip_tokenizer_files(OPTION, (own_folder, *names, "tokenizer", CLIP_L, "clip_l", "."))
+        file = _find_in(places, files)
         if file is None:
-            file = next(iter(found), None) or _download(files, cache, checkpoint)
-        if file not in found:
+            file = next(iter(loaded), None) or _download(files, cache, checkpoint)
+        if file not in loaded:
             logger.info("tokenizer: %s", file)
-            found[file] = load_clip_words(files, file)
-        words.append(found[file])
+            loaded[file] = load_clip_words(files, file)
+        words.append(loaded[file])
     return words
+
+
+def _find_in(places: Sequence[Path], files: TokenizerFiles) -> Path | None:
+    """Return the first tokenizer that is in or near one of these places."""
+    for place in places:
+        file = files.find(None, place)
+        if file is not None:
+            return file
+    return None
 
 
 def check_vocabulary(words: ClipWords, rows: int, checkpoint: Path) -> None:
@@ -78,11 +87,11 @@ def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Pa
         ) from error
     if cache is None:
         return file
-    kept = cache / CLIP_L / file.name
-    make_folder(kept.parent, OPTION)
-    write_bytes(kept, files.read_bytes(file))
-    logger.info("The tokenizer was downloaded and is kept in %s", kept.parent)
-    return kept
+    copy = cache / CLIP_L / file.name
+    make_folder(copy.parent, OPTION)
+    write_bytes(copy, files.read_bytes(file))
+    logger.info("The tokenizer was downloaded and is kept in %s", copy.parent)
+    return copy
 
 
 # Cut the tokens of a text into chunks, which a text encoder reads one by one.
@@ -114,46 +123,36 @@ class Part:
     begins_chunk: bool = False  # BREAK stands in front of it
 
 
+@dataclass
+class _Bracket:
+    """A bracket that opens a weighted part, or one that closes it."""
+
+    kind: str  # "(" or "["
+    weight: float  # of one that opens: the closing one may set it
+    closes: bool = False
+
+
+_Event = str | _Bracket | None  # a text, a bracket, or BREAK
+
+
 def parse_weights(text: str) -> tuple[Part, ...]:
     """Return the parts of a prompt, without marks and without empty parts.
 
     Neighbours of equal weight are one part, so that a text without marks is one part: itself. Takes time in
     proportion to the length. Raises nothing.
     """
-    # texts, None for BREAK, a bracket that opens as (kind, [its weight]), one that closes as (kind, None)
-    events: list[str | tuple[str, list[float] | None] | None] = []
-    opened: dict[str, list[list[float]]] = {"(": [], "[": []}
-    place = 0
-    for mark in _MARKS.finditer(text):
-        events.append(text[place : mark.start()])
-        place = mark.end()
-        kind = "[" if mark["bracket"] in ("[", "]") else "("
-        if mark["chunk"]:
-            events.append(None)
-        elif mark["bracket"] in ("(", "["):
-            opened[kind].append([USUAL[kind]])
-            events.append((kind, opened[kind][-1]))
-        elif mark["escaped"] or not opened[kind]:
-            events.append(mark["escaped"] or mark[0])
-        else:
-            own = opened[kind].pop()
-            if mark["number"]:
-                # float() of too many digits is infinite, which is no weight
-                own[0] = _bounded(float(mark["number"]))
-            events.append((kind, None))
-    events.append(text[place:])
     parts: list[Part] = []
     products = {"(": [1.0], "[": [1.0]}  # of the open brackets, from the outermost on
     begins_chunk = False
-    for event in events:
+    for event in _split_at_marks(text):
         if event is None:
             begins_chunk = True
-        elif isinstance(event, tuple):
-            kind, factor = event
-            if factor is None:
-                products[kind].pop()
+        elif isinstance(event, _Bracket):
+            of_kind = products[event.kind]
+            if event.closes:
+                of_kind.pop()
             else:
-                products[kind].append(_bounded(products[kind][-1] * factor[0]))
+                of_kind.append(_bounded(of_kind[-1] * event.weight))
         elif event:
             weight = _bounded(products["("][-1] * products["["][-1])
             if parts and parts[-1].weight == weight and not begins_chunk:
@@ -162,6 +161,33 @@ def parse_weights(text: str) -> tuple[Part, ...]:
                 parts.append(Part(event, weight, begins_chunk))
             begins_chunk = False
     return tuple(parts)
+
+
+def _split_at_marks(text: str) -> list[_Event]:
+    """Return the texts and marks of a prompt in their order, each opening bracket with its weight."""
+    events: list[_Event] = []
+    opened: dict[str, list[_Bracket]] = {"(": [], "[": []}
+    place = 0
+    for mark in _MARKS.finditer(text):
+        events.append(text[place : mark.start()])
+        place = mark.end()
+        kind = "[" if mark["bracket"] in ("[", "]") else "("
+        if mark["chunk"]:
+            events.append(None)
+        elif mark["bracket"] in ("(", "["):
+            bracket = _Bracket(kind, USUAL[kind])
+            opened[kind].append(bracket)
+            events.append(bracket)
+        elif mark["escaped"] or not opened[kind]:
+            events.append(mark["escaped"] or mark[0])
+        else:
+            bracket = opened[kind].pop()
+            if mark["number"]:
+                # float() of too many digits is infinite, which is no weight
+                bracket.weight = _bounded(float(mark["number"]))
+            events.append(_Bracket(kind, 1.0, closes=True))
+    events.append(text[place:])
+    return events
 
 
 def _bounded(weight: float) -> float:

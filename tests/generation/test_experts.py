@@ -221,7 +221,7 @@ def test_ctrl_c_ends_the_reading_and_leaves_usable_networks() -> None:
         with stage.turns.phase((1, 0)) as dit_at:
             dit_at(999.0)
             assert stage.turns._ahead is not None
-            reading.append(stage.turns._ahead.made)
+            reading.append(stage.turns._ahead.reading)
             stage.may_read.set()
             raise KeyboardInterrupt
 

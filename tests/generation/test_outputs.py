@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from generation.outputs import drop_tail, output_stem, own_stem, save_latents, save_pixels
-from generation.progress import show_end, show_start, tell_turn
+from generation.progress import log_turn, show_end, show_start
 from generation.script_options import OutputOptions
 from modules.checkpoints.model_files import load_latents
 from modules.contract.requests import Request
@@ -222,7 +222,7 @@ def test_a_file_of_prompts_says_where_it_is_and_how_long_it_takes(caplog: pytest
     requests = [PREPARED, replace(PREPARED, frames=10), PREPARED]
 
     for begun, (line, seconds) in enumerate([(1, 0.0), (2, 120.0), (4, 360.0)]):
-        tell_turn(f"line {line}", requests, begun, seconds)
+        log_turn(f"line {line}", requests, begun, seconds)
 
     size = "48 x 32 (width x height), 5 frames, 10 steps, seed 7: a [red]cat[/] runs"
     assert caplog.messages[0] == f"1 of 3 (line 1): {size}"

@@ -105,7 +105,7 @@ def test_what_befalls_one_of_the_processes_that_share_a_model_ends_it(
     """Else it begins the next prompt, while the others wait for the blocks of this one."""
     made: list[int] = []
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         made.append(1)
         raise torch.OutOfMemoryError("the device is full")
 

@@ -50,7 +50,7 @@ def test_the_first_stage_is_small_and_the_second_has_the_next_seed() -> None:
     assert [each.seed for each in second] == [4, 10]
     assert [each.seed for each in stage.pictures] == [3, 9]  # what is written into the files
     assert stage.digit == "1"
-    assert stage.made.images[0].size == (96, 64)
+    assert stage.result.images[0].size == (96, 64)
     assert all(each.guides for each in second)
     maker, _ = make(OPTIONS, [replace(pictures()[0], seed=2**64 - 1)])
     assert maker.batches[1][0].seed == 0
@@ -66,7 +66,7 @@ def test_options_of_the_stages() -> None:
     )
     maker, (first, second) = make(options)
     assert (first.digit, second.digit) == ("0", "1")
-    assert first.made.images[0].size == (48, 32)
+    assert first.result.images[0].size == (48, 32)
     assert first.pictures[0].settings.steps == 7
     assert maker.batches[1][0].settings.strength == second.pictures[0].settings.strength == 0.3
     assert maker.batches[0][0].guides
@@ -322,7 +322,7 @@ def test_the_latent_upscaler_of_sd_scripts_adds_to_the_enlarged_latents(tmp_path
     path = write_refiner(tmp_path / "upscaler.safetensors", final=0.25)
     images = [Image.new("RGB", (16, 8), "white"), Image.new("RGB", (16, 8), "black")]
 
-    made = load_upscaler("tools.latent_upscaler", f"weights={path}").made
+    made = load_upscaler("tools.latent_upscaler", f"weights={path}").upscaler
     latents = made.upscale(HalfVae(), images, None, torch.float32, 32, 16, 2, 1)
 
     expected = torch.tensor([1.25, -0.75]).view(2, 1, 1, 1).expand(2, 4, 2, 4) * 0.18215
@@ -333,7 +333,7 @@ def test_a_latent_upscaler_is_refused_if_it_does_not_fit(tmp_path: Path) -> None
     path = write_refiner(tmp_path / "upscaler.safetensors", final=0.0)
     other = tmp_path / "other.safetensors"
     save_tensors(other, {"conv1.weight": torch.zeros(1)})
-    made = load_upscaler("tools.latent_upscaler", f"weights={path}").made
+    made = load_upscaler("tools.latent_upscaler", f"weights={path}").upscaler
 
     with pytest.raises(CheckpointError, match="other.safetensors is not a latent upscaler of sd-scripts"):
         load_upscaler("tools.latent_upscaler", f"weights={other}")
