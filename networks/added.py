@@ -268,7 +268,7 @@ class AddedLoras:
             layer.place_on(device, dtype)
 
     @contextlib.contextmanager
-    def turned(self, is_on: bool) -> Iterator[None]:
+    def switched_to(self, is_on: bool) -> Iterator[None]:
         """Switch the LoRAs on or off while the block runs. Their factors stay on their device."""
         before = [layer.is_on for layer in self.layers]
         for layer in self.layers:

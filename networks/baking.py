@@ -115,7 +115,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
         "ss_network_args": "{}",
     }
     metadata.pop(DORA_FORM, None)
-    return Baked(_with(lora, modules, metadata), _in_words(losses, len(modules), baking.rank))
+    return Baked(_replace_factors(lora, modules, metadata), _in_words(losses, len(modules), baking.rank))
 
 
 @torch.no_grad()
@@ -169,7 +169,7 @@ def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_
     metadata = {key: value for key, value in lora.metadata.items() if key != DORA_FORM}
     if are_frozen:
         metadata[DORA_FORM] = FROZEN_NORMS
-    return _with(lora, modules, metadata)
+    return _replace_factors(lora, modules, metadata)
 
 
 def _ratio_of_norms(
@@ -185,7 +185,7 @@ def _ratio_of_norms(
     return (deltas.norms_of(frozen) / deltas.norms_of(changed)).cpu()
 
 
-def _with(lora: LoraFile, modules: Mapping[str, Factors], metadata: Mapping[str, str]) -> LoraFile:
+def _replace_factors(lora: LoraFile, modules: Mapping[str, Factors], metadata: Mapping[str, str]) -> LoraFile:
     """Return the LoRA with other factors, of the DiT and of text encoders, and other metadata."""
     texts = {name: factors for name, factors in modules.items() if not name.startswith(OURS)}
     in_dit = {name: factors for name, factors in modules.items() if name.startswith(OURS)}

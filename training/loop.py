@@ -108,7 +108,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     reached = _find_reached(run, group)
     with contextlib.ExitStack() as stack:
         for adapter in model.adapters:
-            stack.enter_context(adapter.turned(is_on=True))
+            stack.enter_context(adapter.switched_to(is_on=True))
         row, keys = _accumulate(run, group, micro_batches)
     if not run.options.is_fused:  # else most weights are stepped already
         fill_missing_gradients(reached)

@@ -76,7 +76,7 @@ def test_a_change_of_a_norm_is_in_the_backward_pass_too(tmp_path: Path) -> None:
     adapter.place_on(CPU, torch.float32)
     x, y = (random(3, 8, seed=5).requires_grad_() for _ in range(2))
 
-    with adapter.turned(is_on=True):
+    with adapter.switched_to(is_on=True):
         dit(x).pow(3).sum().backward()
     merged(y).pow(3).sum().backward()
 
