@@ -185,12 +185,17 @@ class Planning:
         """
         shape, valid = self._shape(), self.recipe.valid
         if shape in valid:
-            return SourcePlan(self.source, frozenset(self.existing), 0, (), valid[shape])
+            return self._valid_plan(valid[shape])
         plan = self.plan()
-        is_valid = SourcePlan(self.source, frozenset(self.existing), 0, (), plan.items) == plan
+        is_valid = self._valid_plan(plan.items) == plan
         if shape is not None and is_valid and not self._by_header and len(valid) < MANY:
             valid[shape] = plan.items
         return plan
+
+    def _valid_plan(self, items: tuple[tuple[int, ...], ...]) -> SourcePlan:
+        """Return the plan of a source whose caches are all valid and have records."""
+        names = frozenset(self.existing)
+        return SourcePlan(source=self.source, kept=names, foreign=0, missing=(), items=items)
 
     def _shape(self) -> tuple[object, ...] | None:
         """Return all that `plan` depends on besides unchanged source files; None if they changed."""
@@ -375,7 +380,7 @@ class Planning:
         header = self._header(file) if entry is None else entry
         record = self._record(file) if entry is None else records.latent_record(header)
         if record is None:
-            self._check_foreign(path, header, files[file], bucket, span)
+            self._check_foreign(path, header, name=files[file], bucket=bucket, span=span)
             return True
         if record.parts != len(files):
             raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} were found")
