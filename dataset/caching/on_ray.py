@@ -152,11 +152,15 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
 def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> None:
     """Show the results of the actors. Raises DatasetError with the failures that they reported."""
     done = [row for row in rows if not row["error"]]
-    files = ", ".join(f"{sum(row[count] for row in done)} {count}" for count in ("written", "kept"))
+    num_written = sum(row["written"] for row in done)
+    num_kept = sum(row["kept"] for row in done)
     command = as_typed(["python", f"{options.script}.py", *options.command[1:]])
     show_box(
         "Caching on Ray is finished",
-        [("cache files", files), ("shards", f"{len(done)} of {len(rows)} are done")],
+        [
+            ("cache files", f"{num_written} written, {num_kept} kept"),
+            ("shards", f"{len(done)} of {len(rows)} are done"),
+        ],
         [("Last, check everything and remove what is stale", command)],
     )
     errors = [f"shard {row['shard_index']}: {row['error']}" for row in rows if row["error"]]

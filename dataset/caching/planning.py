@@ -406,17 +406,18 @@ class Planning:
             raise OtherKind(f"{path}: it has no latents of its {len(references)} reference pictures")
         if not (recipe.stores.skip_existing or is_shared):
             raise OtherKind(f"{path}: it has no record of what it was made from")
-        _, num_frames = span
-        if name.section is not None:
-            num_frames = records.section_frames(self.table.fp_latent_window_size, recipe.latent)
-        width, height = bucket
-        grid = recipe.latent.shape(num_frames, height, width)[2:]
+        grid = self._grid(name, bucket, span)
         if grid not in header.grids:
-            stored = ", ".join("x".join(map(str, stored)) for stored in sorted(header.grids))
-            expected = "x".join(map(str, grid))
-            raise OtherKind(
-                f"{path}: it holds {stored or 'no latents'}, this configuration writes {expected}"
-            )
+            stored = ", ".join(_as_text(stored) for stored in sorted(header.grids)) or "no latents"
+            raise OtherKind(f"{path}: it holds {stored}, this configuration writes {_as_text(grid)}")
+
+    def _grid(self, name: LatentName, bucket: Size, span: Span) -> tuple[int, ...]:
+        """Return F, H, W of the latents of an item, or of its section."""
+        _, num_frames = span
+        width, height = bucket
+        if name.section is not None:
+            num_frames = records.section_frames(self.table.fp_latent_window_size, self.recipe.latent)
+        return self.recipe.latent.shape(num_frames, height, width)[2:]
 
     def _header(self, file: str) -> Entry:
         if file not in self._headers:
@@ -474,3 +475,7 @@ class Planning:
             if self._is_unchanged(0, record.files[0]):
                 return name.size
         return None if self.source.origins else image_size(self.source.path)
+
+
+def _as_text(grid: Sequence[int]) -> str:
+    return "x".join(map(str, grid))
