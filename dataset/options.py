@@ -209,8 +209,8 @@ def read_latent_caching(
     description: str | None, record: type[R], argv: Sequence[str] | None
 ) -> tuple[CachingOptions, DebugOptions, R]:
     """Read the options of a script that caches latents. record: the family's own."""
-    caching, debug, own, _ = read_spelled_caching(description, record, argv)
-    return caching, debug, own
+    caching, debug, family_options, _ = read_spelled_caching(description, record, argv)
+    return caching, debug, family_options
 
 
 def read_spelled_caching(
@@ -218,10 +218,10 @@ def read_spelled_caching(
 ) -> tuple[CachingOptions, DebugOptions, R, Mapping[str, str]]:
     """Return what `read_latent_caching` does, and how each given option was spelled, by public name."""
     records, typed = parse_spelled(description, argv, CachingOptions, record, DebugOptions)
-    caching, own, debug = records
+    caching, family_options, debug = records
     if debug.debug_mode is not None:
         caching.shard.refuse_beside("--debug_mode")
-    return caching, debug, own, typed
+    return caching, debug, family_options, typed
 
 
 def caching_scripts() -> tuple[str, ...]:

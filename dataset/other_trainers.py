@@ -36,7 +36,7 @@ def of_suffix(suffix: str) -> str:
 
 def hint_of(content: Any) -> str:
     """Return which trainer's file this seems to be, and what to write in its place; "" if not known."""
-    keys = []
+    keys: list[str] = []
     tables = content
     if isinstance(content, dict):
         keys += content

@@ -30,29 +30,43 @@ def cache_family_latents(
 ) -> None:
     """Encode the images and clips of a dataset."""
     entry = FAMILIES[family]
-    options, debug, own, typed = read_spelled_caching(about, entry.options_record("LatentCaching"), argv)
+    record = entry.options_record("LatentCaching")
+    options, debug, family_options, typed = read_spelled_caching(about, record, argv)
     with name_as_typed(options.typed_names):
         if debug.debug_mode is None and not options.check:
-            values = option_values(own)
+            values = option_values(family_options)
             for name, option, why in entry.encoders:
                 require(values[name], option, f"{why}; only --debug_mode and --check work without it")
         config = with_downloads(load_dataset_config(options.dataset_config), options.download_directory)
-        sounds = getattr(own, "sound_files", None)  # of families that hear, whose options may say where it is
-        if sounds is not None:
-            config = with_sound_files(config, *sounds)
+        # of families that hear, whose options may say where the sound is
+        sound_files = getattr(family_options, "sound_files", None)
+        if sound_files is not None:
+            config = with_sound_files(config, *sound_files)
 
         tell_loading()
         from dataset.caching import loop  # torch loads here, after every option has been read
 
-        made = entry.make_family("latent_caching", own)
+        caches = entry.make_family("latent_caching", family_options)
         config = for_family(
-            config, made.references, made.latent.frame_step, made.latent.in_sections, made.can.references
+            config,
+            rules=caches.references,
+            frame_step=caches.latent.frame_step,
+            in_sections=caches.latent.in_sections,
+            instead=caches.can.references,
         )
-        words = [*_caption_words(config, family, own, typed), *_shared_words(options)]
-        training = entry.training_options(own, made)
-        remember = partial(remember_options, config, family, "LatentCaching", own, typed, training)
+        words = [*_caption_words(config, family, family_options, typed), *_shared_words(options)]
+        remember = partial(
+            remember_options,
+            config,
+            family,
+            "LatentCaching",
+            family_options=family_options,
+            typed=typed,
+            training=entry.training_options(family_options, caches),
+        )
         following = loop.NextCommand(words, remember)
-        (run or partial(loop.run_caching, loop.LATENTS))(made, config, options, debug, following)
+        cache = run or partial(loop.run_caching, loop.LATENTS)
+        cache(caches, config, options, debug, following)
 
 
 def cache_family_texts(
@@ -61,35 +75,50 @@ def cache_family_texts(
     """Encode the captions of a dataset."""
     entry = FAMILIES[family]
     records, typed = parse_spelled(about, argv, CachingOptions, entry.options_record("TextCaching"))
-    options, own = records
+    options, family_options = records
     with name_as_typed(options.typed_names):
         config = with_downloads(load_dataset_config(options.dataset_config), options.download_directory)
 
         tell_loading()
         from dataset.caching import loop  # torch loads here, after every option has been read
 
-        made = entry.make_family("text_caching", own)
-        # texts are the same whatever the keys of sections say
-        config = for_family(config, made.references, made.latent.frame_step, True, made.can.references)
-        repeated = [*repeat_given(own, typed), *_recall(config, family, "LatentCaching")]
-        checked = option_words(join_options(entry.options_record("Training"), {}, repeated))
-        words = ["python", f"{entry.script}_train_network.py", *entry.training, *checked]
+        caches = entry.make_family("text_caching", family_options)
+        config = for_family(
+            config,
+            rules=caches.references,
+            frame_step=caches.latent.frame_step,
+            in_sections=True,  # texts are the same whatever the keys of sections say
+            instead=caches.can.references,
+        )
+        repeated = [*repeat_given(family_options, typed), *_recall(config, family, "LatentCaching")]
+        training = option_words(join_options(entry.options_record("Training"), {}, repeated))
+        words = ["python", f"{entry.script}_train_network.py", *entry.training, *training]
         words += ["--dataset_config", str(options.dataset_config), "--check"]
-        remember = partial(remember_options, config, family, "TextCaching", own, typed)
+        remember = partial(
+            remember_options,
+            config,
+            family,
+            "TextCaching",
+            family_options=family_options,
+            typed=typed,
+        )
         following = loop.NextCommand(words, remember)
-        (run or partial(loop.run_caching, loop.TEXTS))(made, config, options, None, following)
+        cache = run or partial(loop.run_caching, loop.TEXTS)
+        cache(caches, config, options, None, following)
 
 
-def _caption_words(config: DatasetConfig, family: str, own: Any, typed: Mapping[str, str]) -> list[str]:
+def _caption_words(
+    config: DatasetConfig, family: str, family_options: Any, typed: Mapping[str, str]
+) -> list[str]:
     """Return the command that caches captions, but for its shared options.
 
-    own, typed: the family's options of the command that caches latents, and how they were spelled.
+    family_options, typed: the family's options of the command that caches latents, and how they were spelled.
     """
     entry = FAMILIES[family]
     recalled = _recall(config, family, "TextCaching")
-    is_known = any(isinstance(option.value, Path) for option in recalled)
-    encoders = {} if is_known else entry.text_encoder_options(own)
-    repeated = [*repeat_given(own, typed), *recalled]
+    has_encoders = any(isinstance(option.value, Path) for option in recalled)
+    encoders = {} if has_encoders else entry.text_encoder_options(family_options)
+    repeated = [*repeat_given(family_options, typed), *recalled]
     joined = join_options(entry.options_record("TextCaching"), encoders, repeated)
     return ["python", f"{entry.cache}_text_encoder_outputs.py", *option_words(joined)]
 
@@ -97,7 +126,7 @@ def _caption_words(config: DatasetConfig, family: str, own: Any, typed: Mapping[
 def _recall(config: DatasetConfig, family: str, kind: str) -> list[RepeatedOption]:
     """Return the options with which the other half of the caches was made, if it was made here before."""
     folders = (table.cache_directory for table in config.datasets)
-    return recall_options(folders, family, FAMILIES[family], (kind,), for_training=True)
+    return recall_options(folders, family, entry=FAMILIES[family], kinds=(kind,), for_training=True)
 
 
 def _shared_words(options: CachingOptions) -> list[str]:

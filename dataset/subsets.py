@@ -168,11 +168,7 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
     """Return the fields of a table by the keys of a subset."""
     if values["cache_info"]:
         logger.info("cache_info is not needed: sizes and captions are kept with the caches")
-    by_record: dict[str, dict[str, Any]] = {"changes": {}, "augmentation": {}, "buckets": {}, "": {}}
-    for name, key in SUBSET_KEYS.items():
-        record, _, inner = key.field.rpartition(".")
-        if key.field:
-            by_record[record][name if inner == SAME else inner] = values[name]
+    by_record = _fields_by_record(values)
     grows = values["enable_bucket"] and not values["bucket_no_upscale"]
     buckets = _round_buckets(BucketRule(**by_record["buckets"]), where, warns=grows)
     changes = CaptionChanges(**by_record["changes"])
@@ -190,6 +186,16 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
         "augmentation": Augmentation(**by_record["augmentation"]),
         "preserves_output": bool(values["custom_attributes"].get("diff_output_preservation", False)),
     }
+
+
+def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
+    """Return the fields of a table's records that keys name, by record; "" for the table itself."""
+    by_record: dict[str, dict[str, Any]] = {"changes": {}, "augmentation": {}, "buckets": {}, "": {}}
+    for name, key in SUBSET_KEYS.items():
+        record, _, inner = key.field.rpartition(".")
+        if key.field:
+            by_record[record][name if inner == SAME else inner] = values[name]
+    return by_record
 
 
 def _round_buckets(rule: BucketRule, where: str, warns: bool) -> BucketRule:

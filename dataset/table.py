@@ -278,14 +278,16 @@ class DatasetTable:
 
     @property
     def learning_keys(self) -> dict[str, Any]:
-        found = self.changed(LEARNING) | ({"is_reg": True} if self.is_reg else {})
-        for name, one in SUBSET_KEYS.items():  # those that make captions and pictures differ each time
-            record, _, inner = one.field.partition(".")
+        values = self.changed(LEARNING)
+        if self.is_reg:
+            values["is_reg"] = True
+        for name, subset_key in SUBSET_KEYS.items():  # those that make captions and pictures differ each time
+            record, _, inner = subset_key.field.partition(".")
             if record in ("changes", "augmentation"):
                 value = getattr(getattr(self, record), inner)
-                if value != one.default:
-                    found[name] = _as_json(value)
-        return found
+                if value != subset_key.default:
+                    values[name] = _as_json(value)
+        return values
 
     def describe(self, has_control: bool | None = None) -> dict[str, Any]:
         """Return the table's entry of the metadata list `ss_datasets`.
@@ -329,7 +331,7 @@ class DatasetConfig:
 
 
 _FORMS: dict[str, forms.Form] = {
-    one.name: one.metadata["source"] for one in fields(DatasetTable) if "source" in one.metadata
+    field.name: field.metadata["source"] for field in fields(DatasetTable) if "source" in field.metadata
 }
 SOURCE_FIELDS = tuple(_FORMS)
 # a table has exactly one of these source keys; its other keys must fit that kind of source
@@ -340,7 +342,7 @@ KEYS: Mapping[str, forms.TableKey] = {
         for kind in forms.BOTH
         for name, form in _FORMS.items()
     },
-    **{one.name: one.metadata["key"] for one in fields(DatasetTable) if "key" in one.metadata},
+    **{field.name: field.metadata["key"] for field in fields(DatasetTable) if "key" in field.metadata},
 }
 # `mask` of a latent record: where the mask of its loss is from
 FROM_FILE, FROM_ALPHA = "file", "alpha"
@@ -348,8 +350,8 @@ FROM_FILE, FROM_ALPHA = "file", "alpha"
 
 @functools.cache
 def defaults_of(stale: Stale) -> dict[str, Any]:
-    found = [(name, one) for name, one in KEYS.items() if one.stale & stale]
-    return {name: one.default for name, one in sorted(found, key=lambda pair: pair[1].rank)}
+    names = [name for name, table_key in KEYS.items() if table_key.stale & stale]
+    return {name: KEYS[name].default for name in sorted(names, key=lambda name: KEYS[name].rank)}
 
 
 def _as_json(value: Any) -> Any:

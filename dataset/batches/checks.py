@@ -229,22 +229,28 @@ def _option_faults(
         yield f"made for {as_shape(options['bucket'])} pixels, {table.name} asks for {as_shape(bucket)}"
     section_keys = defaults_of(SECTIONS)
     sections = {key: option for key, option in options.items() if key in section_keys}
-    changed = [options_difference(sections, table.changed(SECTIONS), latent)]
+    changed = options_difference(sections, table.changed(SECTIONS), latent)
+    if changed is not None:
+        yield f"{changed} in {table.name}"
     if any(key.startswith(data.CONTROL) for key in tensors):
         defaults = defaults_of(REFERENCES)
         recorded = {key: option for key, option in options.items() if key in defaults}
-        changed.append(difference(defaults | recorded, defaults | table.changed(REFERENCES)))
-    for keys in changed:
-        if keys is not None:
-            yield f"{keys} in {table.name}"
-    rules = table.clip_references
-    if rules is None or CLIP_REFERENCES not in options:
+        changed = difference(defaults | recorded, defaults | table.changed(REFERENCES))
+        if changed is not None:
+            yield f"{changed} in {table.name}"
+    if table.clip_references is None or CLIP_REFERENCES not in options:
         return
-    factors = options[CLIP_REFERENCES][1:]
-    if factors != [*rules.factors]:
-        text = "size factor {}, time factor {} and {} frames (0: all)"
-        recorded_text, text_now = text.format(*factors), text.format(*rules.factors)
-        yield f"its references were made with {recorded_text}, this run has {text_now}"
+    _, *factors = options[CLIP_REFERENCES]
+    factors_now = [*table.clip_references.factors]
+    if factors != factors_now:
+        yield (
+            f"its references were made with {_describe_factors(factors)}, this run has "
+            f"{_describe_factors(factors_now)}"
+        )
+
+
+def _describe_factors(factors: Sequence[int]) -> str:
+    return "size factor {}, time factor {} and {} frames (0: all)".format(*factors)
 
 
 def sound_faults(

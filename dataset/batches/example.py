@@ -35,23 +35,23 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
     from dataset.sources.listing import find_sources  # a run with samples does without
 
     table = item.table
-    found = ExampleItem(
+    example = ExampleItem(
         _read_caption(item, stores), cached=_read_keys(item, stores), places=one_frame_words(table)
     )
     with contextlib.suppress(UserError, OSError), quiet():
         if _is_large(table.directory):
-            return found
+            return example
         sources = find_sources(table, captions=False, faults=[])
-        source = next((one for one in sources if one.stem == item.source_stem), None)
+        source = next((source for source in sources if source.stem == item.source_stem), None)
         if source is not None and not any(source.origins) and source.tensors is None:
             return replace(
-                found,
+                example,
                 picture=source.path if table.kind == "image" else None,
                 controls=source.control,
                 control_mask=source.control_mask,
                 references=source.references,
             )
-    return found
+    return example
 
 
 def _read_keys(item: TrainingItem, stores: Stores) -> frozenset[str]:

@@ -36,8 +36,13 @@ _STATEMENTS = [statement.strip() for statement in SHARD_TABLE.split(";")[:-1]]
 REMOVED_CRC32 = -1  # instead of a checksum
 # what a volume, not a file, is at fault for
 _UNAVAILABLE = (
-    *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_BUSY),
-    *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_LOCKED),
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_LOCKED,
 )
 
 
@@ -58,22 +63,22 @@ def encode_name(name: str) -> bytes:
 
 def list_shards(folder: Path) -> dict[str, int]:
     """Return the sizes of a folder's shards by their names, sorted."""
-    found = {}
+    sizes = {}
     if folder.is_dir():
         with os.scandir(folder) as entries:
             for entry in entries:
                 if SHARD.fullmatch(entry.name) and entry.is_file():
                     with contextlib.suppress(FileNotFoundError):  # merged meanwhile
-                        found[entry.name] = entry.stat().st_size
-    return dict(sorted(found.items()))
+                        sizes[entry.name] = entry.stat().st_size
+    return dict(sorted(sizes.items()))
 
 
 def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
     """Open an SQLite address; threads may share the connection. seconds: to wait for locks."""
-    found = sqlite3.connect(uri, seconds, isolation_level=None, check_same_thread=False, uri=True)
-    found.execute("PRAGMA trusted_schema = OFF")
-    found.execute("PRAGMA cache_size = -1024")
-    return found
+    connection = sqlite3.connect(uri, seconds, isolation_level=None, check_same_thread=False, uri=True)
+    connection.execute("PRAGMA trusted_schema = OFF")
+    connection.execute("PRAGMA cache_size = -1024")
+    return connection
 
 
 def _bound(rows: sqlite3.Connection, size: int) -> None:
@@ -88,8 +93,8 @@ def _require_table(rows: sqlite3.Connection) -> None:
     """Raise sqlite3.DatabaseError unless a database has the table of a shard and nothing else: a view, a
     trigger or a computed column would run statements of whoever made the file.
     """
-    made = [sql for (sql,) in rows.execute("SELECT sql FROM sqlite_master LIMIT 3")]
-    if sorted(map(str, made)) != sorted(_STATEMENTS):
+    statements = [sql for (sql,) in rows.execute("SELECT sql FROM sqlite_master LIMIT 3")]
+    if sorted(map(str, statements)) != sorted(_STATEMENTS):
         raise sqlite3.DatabaseError("it has other tables than a shard")
 
 
@@ -100,8 +105,8 @@ def open_shard(path: Path) -> sqlite3.Connection:
 class Catalog:
     """The entries of a folder, as they were when it was looked at."""
 
-    def __init__(self, folder: Path, own: "ShardWriter | None" = None) -> None:
-        """own: the shard that this process writes. Raises CacheError if a volume cannot be read."""
+    def __init__(self, folder: Path, writer: "ShardWriter | None" = None) -> None:
+        """writer: of the shard that this process writes. Raises CacheError if a volume cannot be read."""
         self.shards = list_shards(folder)
         self.damaged: set[str] = set()  # shards that are cut or changed: nothing of them is used
         self.faults: list[str] = []  # sentences
@@ -110,8 +115,8 @@ class Catalog:
         for name in self.shards:
             path = folder / name
             try:
-                if own is not None and path == own.path:
-                    self._add(name, _rows_in(own.rows))
+                if writer is not None and path == writer.path:
+                    self._add(name, _rows_in(writer.rows))
                 elif path.suffix == ".writing":
                     self.faults.append(f"{path} has no end: caching was stopped, or is still running")
                 elif path.suffix == ".tar":
@@ -133,15 +138,15 @@ class Catalog:
         return [name for name, row in self.rows.items() if row.size is not None]
 
     def entry_bytes(self) -> dict[str, int]:
-        found = dict.fromkeys(self.shards, 0)
+        sizes = dict.fromkeys(self.shards, 0)
         for row in self.rows.values():
-            found[row.shard] += row.size or 0
-        return found
+            sizes[row.shard] += row.size or 0
+        return sizes
 
     def _add(self, shard: str, rows: Sequence[OldRow]) -> None:
         self.bytes[shard] = sum(size or 0 for _, _, _, size, _ in rows)
         for encoded, place, generation, size, crc32 in rows:
-            row = CatalogRow(shard, place, generation, size, crc32)
+            row = CatalogRow(shard, place, generation, size=size, crc32=crc32)
             name = encoded.decode("utf-8", "surrogateescape")
             old = self.rows.setdefault(name, row)
             # the later generation counts; of equal ones, the row that is not a removal
@@ -174,14 +179,14 @@ def _rows_in(rows: sqlite3.Connection) -> list[OldRow]:
     """Return the rows of a shard. Raises sqlite3.DatabaseError if values have other types than ours: SQLite
     columns take any type.
     """
-    found = rows.execute("SELECT name, place, generation, size, crc32 FROM entries").fetchall()
-    most = MAX_GENERATION, MAX_ENTRY_BYTES, 0xFFFFFFFF
-    for name, _, generation, size, crc32 in found:
-        is_ours = isinstance(name, bytes) and 0 < len(name) <= MAX_CACHE_NAME_BYTES
-        numbers = zip((generation, size or 0, crc32), most, strict=True)
-        if not is_ours or not all(type(one) is int and -1 <= one <= limit for one, limit in numbers):
+    entries = rows.execute("SELECT name, place, generation, size, crc32 FROM entries").fetchall()
+    limits = MAX_GENERATION, MAX_ENTRY_BYTES, 0xFFFFFFFF
+    for name, _, generation, size, crc32 in entries:
+        is_name = isinstance(name, bytes) and 0 < len(name) <= MAX_CACHE_NAME_BYTES
+        numbers = zip((generation, size or 0, crc32), limits, strict=True)
+        if not is_name or not all(type(number) is int and -1 <= number <= limit for number, limit in numbers):
             raise sqlite3.DatabaseError("a row of another program")
-    return found
+    return entries
 
 
 # --- the shard that a process writes
@@ -243,7 +248,9 @@ class ShardWriter:
             done = self.rows.execute("INSERT INTO entries VALUES (NULL, ?, ?, ?, ?, ?)", values)
         self.size += size or 0
         assert done.lastrowid is not None
-        return CatalogRow(self.path.name, done.lastrowid, generation, size, crc32)
+        return CatalogRow(
+            shard=self.path.name, place=done.lastrowid, generation=generation, size=size, crc32=crc32
+        )
 
     def finish(self) -> None:
         """Make sure that all rows survive, and give the shard its final name."""
@@ -281,15 +288,16 @@ def _give_final_name(path: Path) -> None:
     flush_folder(path.parent)
 
 
-def adopt_shards(folder: Path, own: Path | None = None) -> None:
-    """Finish the shards whose writers were killed; leave those whose writers may live. own: of this process.
+def adopt_shards(folder: Path, own_shard: Path | None = None) -> None:
+    """Finish the shards whose writers were killed; leave those whose writers may live. own_shard: of this
+    process.
 
     Locks show whether a writer lives; for other machines and volumes without locks, the file's age decides.
     """
     for path in folder.glob("cache-*.writing"):
         with contextlib.suppress(OSError, sqlite3.Error):
             is_old = path.stat().st_mtime < time.time() - LEFTOVER_SECONDS
-            if path == own or (not is_old and path.stem[6:14] != machine()) or not _is_own(path):
+            if path == own_shard or (not is_old and path.stem[6:14] != machine()) or not _is_own(path):
                 continue
             try:
                 is_empty = _recover(path)

@@ -32,33 +32,33 @@ def remember_options(
     config: DatasetConfig,
     family: str,
     kind: str,
-    own: Options,
+    family_options: Options,
     typed: Mapping[str, str],
     training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the options of a caching command into the cache folders of all tables.
 
-    family: by name. kind: one of KINDS. own: the family's options of the command. typed: how the user spelled
-    them, by public name. training: options that a training from these caches needs, by flag. A folder that
-    cannot be written to is left as it is: the caches are what counts.
+    family: by name. kind: one of KINDS. family_options: the family's options of the command. typed: how the
+    user spelled them, by public name. training: options that a training from these caches needs, by flag. A
+    folder that cannot be written to is left as it is: the caches are what counts.
     """
-    accepted = accepted_options(type(own))
+    accepted = accepted_options(type(family_options))
     options = {
         option.name: {
             "flag": option.typed,
             "value": _as_json(option.value),
             "is_path": is_path_option(accepted[option.name]),
         }
-        for option in repeat_given(own, typed)
+        for option in repeat_given(family_options, typed)
     }
-    told = {"folder": str(real_path(Path.cwd())), "options": options}
-    follows = {flag.lstrip("-"): {"value": value} for flag, value in (training or {}).items()}
-    told |= {"training": follows} if follows else {}
+    command: dict[str, Any] = {"folder": str(real_path(Path.cwd())), "options": options}
+    if training:
+        command["training"] = {flag.lstrip("-"): {"value": value} for flag, value in training.items()}
     for folder in dict.fromkeys(table.cache_directory for table in config.datasets):
         if not folder.is_dir():
             continue
         content = _read_families(folder)
-        content.setdefault(family, {})[kind] = told
+        content.setdefault(family, {})[kind] = command
         text = json.dumps({"version": VERSION, "families": content}, indent=1, sort_keys=True)
         with contextlib.suppress(OutputError, OSError):
             write_text(folder / NAME, f"{text}\n")
@@ -81,35 +81,38 @@ def recall_options(
     for folder in dict.fromkeys(folders):
         of_family = _read_families(folder).get(family, {})
         for kind in kinds:
-            told = of_family.get(kind)
-            if isinstance(told, dict):
-                recalled += _recall(told, "options", entry.options_record(kind))
+            command = of_family.get(kind)
+            if isinstance(command, dict):
+                recalled += _recall(command, "options", entry.options_record(kind))
                 if for_training:
-                    recalled += _recall(told, "training", entry.options_record("Training"))
+                    recalled += _recall(command, "training", entry.options_record("Training"))
     return recalled
 
 
-def _recall(told: Mapping[str, Any], key: str, record: type[Options]) -> Iterable[RepeatedOption]:
-    accepted, folder, options = accepted_options(record), told.get("folder"), told.get(key)
+def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iterable[RepeatedOption]:
+    """Yield the options of a remembered command that are known and still valid. key: which of them."""
+    accepted = accepted_options(record)
+    folder, options = command.get("folder"), command.get(key)
     if not isinstance(folder, str) or not isinstance(options, dict):
         return
-    for name, said in options.items():
-        if name not in accepted or not isinstance(said, dict):
+    for name, facts in options.items():
+        if name not in accepted or not isinstance(facts, dict):
             continue
-        option, value, flag = accepted[name], said.get("value"), said.get("flag")
+        option = accepted[name]
+        value, flag = facts.get("value"), facts.get("flag")
         if not _is_plain(value) or not any(_has_type(value, kind) for kind in types_of(option)):
             continue
         if option.choices and isinstance(value, str) and value not in option.choices:
             continue
         if is_path_option(option):
-            value = _find(str(value), Path(folder))
+            value = _find_path(str(value), Path(folder))
             if value is None:
                 continue
         typed = flag if flag in option.flags else option.flags[-1]
         yield RepeatedOption(name, option.flags, typed, value)
 
 
-def _find(text: str, folder: Path) -> Path | None:
+def _find_path(text: str, folder: Path) -> Path | None:
     """Return a path that was typed in a folder as it is typed here; None if there is no such file."""
     path = Path(text)
     if not path.is_absolute() and folder != real_path(Path.cwd()):
@@ -123,28 +126,31 @@ def _has_type(value: Any, kind: Any) -> bool:
     In a command the second word of a list could be an option itself.
     """
     if typing.get_origin(kind) is tuple:
-        of_words = typing.get_args(kind)[0]
-        return isinstance(value, list) and all(
-            _has_type(one, of_words) and not (isinstance(one, str) and one.startswith("-")) for one in value
-        )
+        word_type = typing.get_args(kind)[0]
+        return isinstance(value, list) and all(_is_word(word, word_type) for word in value)
     if kind is Path:
         return isinstance(value, str) and bool(value)
     return type(value) in ((int, float) if kind is float else (kind,))
 
 
+def _is_word(value: Any, kind: Any) -> bool:
+    return _has_type(value, kind) and not (isinstance(value, str) and value.startswith("-"))
+
+
 def _is_plain(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
-    texts = value_words(value)
-    are_plain = all(isinstance(one, (str, int, float)) for one in values)
-    return are_plain and all(
-        len(text) <= MOST_CHARACTERS and escape_control_codes(text) == text and "\n" not in text
-        for text in texts
+    words = value_words(value)
+    if not all(isinstance(item, (str, int, float)) for item in values):
+        return False
+    return all(
+        len(word) <= MOST_CHARACTERS and escape_control_codes(word) == word and "\n" not in word
+        for word in words
     )
 
 
 def _as_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return [_as_json(one) for one in value]
+        return [_as_json(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -157,4 +163,4 @@ def _read_families(folder: Path) -> dict[str, Any]:
     families = content.get("families") if isinstance(content, dict) else None
     if not isinstance(families, dict) or content.get("version") != VERSION:
         return {}
-    return {name: told for name, told in families.items() if isinstance(told, dict)}
+    return {name: commands for name, commands in families.items() if isinstance(commands, dict)}

@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from dataset.cache import files as cache_files
 from dataset.cache.catalog import Catalog
@@ -23,7 +24,13 @@ from modules.errors import CacheError, OptionError
 
 logger = logging.getLogger(__name__)
 
-Converted = tuple[int, int, int]  # entries copied, entries that were there already, bytes copied
+
+class Converted(NamedTuple):
+    """What a conversion has done."""
+
+    copied: int  # entries
+    unchanged: int  # entries that were in the new form already
+    size_bytes: int  # of the copied ones
 
 
 def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -> None:
@@ -43,15 +50,15 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
         folders = tuple(table.cache_directory for table in config.datasets)
     convert = files_to_shards if options.to == "shards" else shards_to_files
     for folder in folders:
-        copied, there, size_bytes = convert(folder, options.keep, options.dry_run)
+        converted = convert(folder, options.keep, options.dry_run)
         logger.info(
             "%s: %d entries %s %s, %s%s",
             folder,
-            copied,
+            converted.copied,
             "would become" if options.dry_run else "are now",
             options.to,
-            as_size(size_bytes),
-            f"; {there} were there already" if there else "",
+            as_size(converted.size_bytes),
+            f"; {converted.unchanged} were there already" if converted.unchanged else "",
         )
     if config is not None and any(table.cache_format != options.to for table in config.datasets):
         logger.info('Set cache_format = "%s" in %s.', options.to, config.path)
@@ -65,8 +72,8 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
     """
     names = list(single_files(folder, cache_files.is_cache_name))
     files, shards = SingleFiles(folder), ShardStore(folder)
-    faults = list[str]()
-    counts = _copy(names, files, shards, "file", dry_run, faults)
+    faults: list[str] = []
+    counts = _copy(names, files, target=shards, what="file", dry_run=dry_run, damaged=faults)
     if faults:
         raise CacheError("\n  ".join(faults))
     if not dry_run:
@@ -93,11 +100,18 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
             remove_leftovers(folder, cache_files.is_cache_name, older_seconds=0)
     names = sorted(filter(cache_files.is_safe_name, shards.names()))
     damaged = [] if dry_run else shard_faults(folder)
-    counts = _copy(names, shards, SingleFiles(folder), "entry of the shard", dry_run, damaged)
+    counts = _copy(
+        names,
+        shards,
+        target=SingleFiles(folder),
+        what="entry of the shard",
+        dry_run=dry_run,
+        damaged=damaged,
+    )
     if damaged:
         raise CacheError(
-            f"{folder}: {len(damaged)} faults in the shards, which are kept; {counts[0]} entries are whole. "
-            f"The first: {damaged[0]}.\n"
+            f"{folder}: {len(damaged)} faults in the shards, which are kept; {counts.copied} entries are "
+            f"whole. The first: {damaged[0]}.\n"
             '  Cache again with cache_format = "shards", which repairs them, then convert again.'
         )
     if not dry_run and not keep:
@@ -123,7 +137,7 @@ def _copy(
     """Copy entries that the target lacks or has with other contents. what: word for an entry of the source.
     damaged: gets a line for each entry that cannot be read.
     """
-    copied = there = size_bytes = 0
+    copied = unchanged = size_bytes = 0
     for name in track(names, f"Converting {source.folder.name}", len(names), unit="file"):
         try:
             data = source.read_bytes(name)
@@ -133,15 +147,16 @@ def _copy(
         if name in target:
             with contextlib.suppress(CacheError):
                 if target.read_bytes(name) == data:
-                    there += 1
+                    unchanged += 1
                     continue
             if not dry_run:
                 path = target.folder / name
                 logger.warning("%s is in both forms, with other contents: the %s replaces it", path, what)
-        copied, size_bytes = copied + 1, size_bytes + len(data)
+        copied += 1
+        size_bytes += len(data)
         if not dry_run:
             target.write_bytes(name, data)
-    return copied, there, size_bytes
+    return Converted(copied, unchanged, size_bytes)
 
 
 def _require_equal(names: Sequence[str], folder: Path) -> None:

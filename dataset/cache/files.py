@@ -268,11 +268,11 @@ def read_entry(path: Path | str, is_whole: bool = True) -> Entry:
     try:
         # Path.open takes longer
         with open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | at_once)) as file:  # noqa: PTH123
-            found = os.fstat(file.fileno())
-            if stat.S_ISREG(found.st_mode):
+            facts = os.fstat(file.fileno())
+            if stat.S_ISREG(facts.st_mode):
                 if is_whole:
                     return unpack(path, file.read())
-                return unpack_header(path, found.st_size, file.read)
+                return unpack_header(path, facts.st_size, file.read)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         pass
     except OSError as error:
@@ -286,11 +286,11 @@ def unpack(path: Path | str, data: bytes) -> Entry:
     path: for messages. Raises CacheError if they are no safetensors.
     """
     try:
-        found = load(data)
+        tensors = load(data)
         metadata = read_tensor_header(lambda _: data, len(data))[0]
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise _damage_error(path, error) from error
-    named = {name: found[name] for name in sorted(found)}
+    named = {name: tensors[name] for name in sorted(tensors)}
     return Entry.of(path, metadata, named)
 
 
@@ -302,7 +302,7 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
     try:
         metadata, content, start = read_tensor_header(read, size, _FIRST_BYTES)
         shapes = {name: tuple(map(int, content[name]["shape"])) for name in sorted(content)}
-        end = max((one["data_offsets"][1] for one in content.values()), default=0)
+        end = max((facts["data_offsets"][1] for facts in content.values()), default=0)
         if end != size - start:
             raise ValueError(f"its tensors have {end} bytes, it has {size - start}")
     except (KeyError, ValueError, TypeError, AttributeError) as error:

@@ -14,16 +14,16 @@ def require_form(tables: Iterable[DatasetTable], tag: str) -> None:
     """Raise DatasetError, with the command that converts, if caches of a family are in the other form than
     the `cache_format` of their table. tables: those that `may_be_mixed`. tag: the family's cache_tag.
     """
-    said = [line for table in tables for line in other_form(table, tag)]
-    if said:
-        raise DatasetError("\n".join(said))
+    faults = [line for table in tables for line in other_form(table, tag)]
+    if faults:
+        raise DatasetError("\n".join(faults))
 
 
 def list_shard_faults(table: DatasetTable) -> list[str]:
     """Return what is wrong with the shards of a table, if it has any."""
     if table.cache_format != "shards":
         return []
-    from dataset.cache.shards import shard_faults
+    from dataset.cache.shards import shard_faults  # only with shards
 
     return shard_faults(table.cache_directory)
 
@@ -33,30 +33,37 @@ def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
 
     Caches in both forms, as `tools/convert_cache.py --keep` leaves them, are no fault.
     """
-    folder, form = table.cache_directory, table.cache_format
-    from dataset.cache.catalog import list_shards
+    from dataset.cache.catalog import list_shards  # few folders are mixed
     from dataset.cache.shards import ShardStore
 
+    def is_of_table(name: str) -> bool:
+        return _is_of(name, tag, table.kind)
+
+    folder, form = table.cache_directory, table.cache_format
     shards = ShardStore(folder) if list_shards(folder) else None
-    names: Iterable[str]
+    names: Iterable[str] = ()
     if form == "shards":
-        names = single_files(folder, lambda name: _is_of(name, tag, table.kind))
-        found = next((name for name in names if shards is None or name not in shards), None)
-    else:
-        names = [name for name in shards.names() if _is_of(name, tag, table.kind)] if shards else ()
-        found = next((name for name in names if not (folder / name).exists()), None)
-    if found is not None:
+        names = single_files(folder, is_of_table)
+        if shards is not None:
+            names = (name for name in names if name not in shards)
+    elif shards is not None:
+        names = (name for name in shards.names() if is_of_table(name) and not (folder / name).exists())
+    first = next(iter(names), None)
+    if first is not None:
         words = ["python", "tools/convert_cache.py", "--dataset_config", str(table.config_path), "--to", form]
-        is_in = "a file of its own" if form == "shards" else "a shard"
+        where = "a file of its own" if form == "shards" else "a shard"
         yield (
-            f'{table.name}: cache_format = "{form}", but in {folder} {found} is in {is_in}.\n'
+            f'{table.name}: cache_format = "{form}", but in {folder} {first} is in {where}.\n'
             f"  Convert what is there: {as_typed(words)}"
         )
 
 
 def _is_of(name: str, tag: str, kind: str) -> bool:
-    latents = (files.parse_latent_name(name, one, kind) for one in (tag, files.sound_tag(tag)))
-    return any(one is not None for one in latents) or files.is_text_name(name.removesuffix(files.PART), tag)
+    """Return whether an entry is one of a family's: latents, sound or texts. tag: the family's cache_tag."""
+    for latent_tag in (tag, files.sound_tag(tag)):
+        if files.parse_latent_name(name, latent_tag, kind) is not None:
+            return True
+    return files.is_text_name(name.removesuffix(files.PART), tag)
 
 
 def single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:

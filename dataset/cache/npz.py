@@ -241,28 +241,31 @@ class NpzStore:
         raise CacheError(f"{path}: its alpha_mask has the shape {tuple(mask.shape)}, its latents have {grid}")
 
     def _write_latents(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        size, bucket = self._bucket(name)
-        suffix = self._suffix(name)
         arrays: dict[str, Array] = {}
         tensor_names: dict[str, str] = {}  # by array
         for tensor_name, tensor in tensors.items():
             array_name, array = self._latent_array(cache_files.tensor_key(tensor_name), tensor)
             arrays[array_name] = array
             tensor_names[array_name] = tensor_name
-        if self.table.alpha_mask and ALPHA not in arrays:  # opaque; other programs ask for it all the same
-            width, height = bucket
-            arrays[ALPHA] = np.ones((height, width), np.float32)
-        arrays["original_size"] = np.array(size)
-        arrays["crop_ltrb"] = np.array(inner_box(size, bucket))
+        self._add_arrays_of_others(name, arrays)
         members = {array_name: format_array(array) for array_name, array in arrays.items()}
         members[OURS] = format_array(describe_tensors(tensors, tensor_names, metadata, members))
-        path = self._path(name)
+        path, suffix = self._path(name), self._suffix(name)
         with explain_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with explain_errors(path), only_one(path.with_name(LOCK)):
             members_in_file = self._other_sizes(path, suffix)
             members_in_file |= {array_name + suffix: data for array_name, data in members.items()}
             write_members(path, members_in_file)
+
+    def _add_arrays_of_others(self, name: str, arrays: dict[str, Array]) -> None:
+        """Add the arrays that other programs ask for."""
+        size, bucket = self._bucket(name)
+        if self.table.alpha_mask and ALPHA not in arrays:  # opaque
+            width, height = bucket
+            arrays[ALPHA] = np.ones((height, width), np.float32)
+        arrays["original_size"] = np.array(size)
+        arrays["crop_ltrb"] = np.array(inner_box(size, bucket))
 
     def _latent_array(self, key: str, tensor: Tensor) -> tuple[str, Array]:
         """Return name and values of the array that holds a tensor of a latent entry."""

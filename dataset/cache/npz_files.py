@@ -35,10 +35,10 @@ Array = NDArray[Any]
 _MEMBER = ".npy"
 _FIRST_TIME = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal contents give equal bytes
 _ERRORS = (
-    *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error),
-    *(OSError, ValueError, KeyError, RuntimeError, NotImplementedError, EOFError, MemoryError),
-    *(SyntaxError, tokenize.TokenError, TypeError, OverflowError, RecursionError),  # of numpy's own parser
-)
+    zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error,
+    OSError, ValueError, KeyError, RuntimeError, NotImplementedError, EOFError, MemoryError,
+    SyntaxError, tokenize.TokenError, TypeError, OverflowError, RecursionError,  # of numpy's own parser
+)  # fmt: skip
 
 OURS = "reelsmith"  # array with the record
 RECORD_VERSION = 1
@@ -46,10 +46,10 @@ RECORD_VERSION = 1
 _DTYPES = {
     dtype_name(dtype): dtype
     for dtype in (
-        *(torch.bfloat16, torch.float16, torch.float32, torch.float64),
-        *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool),
+        torch.bfloat16, torch.float16, torch.float32, torch.float64,
+        torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool,
     )
-}
+}  # fmt: skip
 
 # key, tensor of an array, original shape -> the tensor in that shape
 Reshape = Callable[[str, Tensor, tuple[int, ...]], Tensor]
@@ -67,7 +67,7 @@ def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzAr
 
     Raises CacheError if it is missing or damaged, or if an array holds something else than numbers.
     """
-    found = {}
+    arrays = {}
     with _open(path) as file:
         for name in filter(is_wanted, _names(file)):
             with _open_member(file, name) as member:
@@ -77,8 +77,8 @@ def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzAr
             if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
                 raise ValueError(f"{name} is of {array.dtype}, which are no numbers")
             native = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
-            found[name] = NpzArray(torch.from_numpy(native), file.getinfo(name + _MEMBER).CRC)
-    return found
+            arrays[name] = NpzArray(torch.from_numpy(native), file.getinfo(name + _MEMBER).CRC)
+    return arrays
 
 
 def list_arrays(path: Path) -> list[str]:
@@ -89,12 +89,12 @@ def list_arrays(path: Path) -> list[str]:
 
 def read_members(path: Path) -> dict[str, bytes]:
     """Return the bytes of all members by the names of their arrays. Raises CacheError as `read_arrays`."""
-    found = {}
+    members = {}
     with _open(path) as file:
         for name in _names(file):
             with _open_member(file, name) as member:
-                found[name] = member.read()
-    return found
+                members[name] = member.read()
+    return members
 
 
 def write_members(path: Path, members: Mapping[str, bytes]) -> None:
@@ -143,8 +143,8 @@ def as_array(tensor: Tensor, keep_half: bool) -> Array:
     """
     if tensor.is_floating_point() and not (keep_half and tensor.dtype == torch.float16):
         tensor = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
-    found: Array = tensor.detach().cpu().contiguous().numpy()
-    return found
+    array: Array = tensor.detach().cpu().contiguous().numpy()
+    return array
 
 
 def describe_tensors(

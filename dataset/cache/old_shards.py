@@ -9,7 +9,8 @@ import zlib
 from pathlib import Path
 
 _COMMENT = re.compile(
-    rb" comment=(reelsmith 1 (entry|removed) (\d{1,9}) (\d{1,11}) ([0-9a-f]{8}) )([0-9a-f]{8}) (.+?)\n"
+    rb" comment=(?P<facts>reelsmith 1 (?P<kind>entry|removed) (?P<generation>\d{1,9}) (?P<size>\d{1,11}) "
+    rb"(?P<crc32>[0-9a-f]{8}) )(?P<check>[0-9a-f]{8}) (?P<name>.+?)\n"
     rb"(?=\0|\d+ path=|$)",
     re.DOTALL,
 )
@@ -25,7 +26,8 @@ def read_old_shard(path: Path) -> list[OldRow]:
     Raises tarfile.HeaderError if it is damaged, OSError.
     """
     rows: list[OldRow] = []
-    size, found = path.stat().st_size, None
+    size = path.stat().st_size
+    comment: re.Match[bytes] | None = None
     with path.open("rb") as file:
         while True:
             block = file.read(tarfile.BLOCKSIZE)
@@ -37,14 +39,21 @@ def read_old_shard(path: Path) -> list[OldRow]:
             if not start <= end <= size:
                 raise tarfile.HeaderError("a wrong size")
             if header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE) and header.size <= _MOST_COMMENT:
-                found = _COMMENT.search(file.read(header.size))
-                if found is not None and zlib.crc32(found[1] + found[7]) != int(found[6], 16):
-                    raise tarfile.HeaderError("a wrong comment")
-                if found is not None and found[2] == b"removed":
-                    rows.append((found[7], 0, int(found[3]), None, -1))
-            elif found is not None and header.size == int(found[4]):
-                rows.append((found[7], start, int(found[3]), header.size, int(found[5], 16)))
-                found = None
+                comment = _read_comment(file.read(header.size))
+                if comment is not None and comment["kind"] == b"removed":
+                    rows.append((comment["name"], 0, int(comment["generation"]), None, -1))
+            elif comment is not None and header.size == int(comment["size"]):
+                crc32 = int(comment["crc32"], 16)
+                rows.append((comment["name"], start, int(comment["generation"]), header.size, crc32))
+                comment = None
             else:
                 raise tarfile.HeaderError("a file without a comment")
             file.seek(end)
+
+
+def _read_comment(content: bytes) -> re.Match[bytes] | None:
+    """Return the facts in a header's content. Raises tarfile.HeaderError if they are damaged."""
+    comment = _COMMENT.search(content)
+    if comment is not None and zlib.crc32(comment["facts"] + comment["name"]) != int(comment["check"], 16):
+        raise tarfile.HeaderError("a wrong comment")
+    return comment

@@ -82,21 +82,27 @@ class TextRecord:
     as_shown: int = 0  # and saw as a viewer shows them
 
 
-def record_metadata(made: LatentRecord | Mapping[str, TextRecord]) -> dict[str, str]:
+def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str, str]:
     """Return the metadata entries for the record of latents, or for those of texts by encoder name."""
     content: dict[str, Any] = {"version": VERSION}
-    if isinstance(made, LatentRecord):
-        content["latents"] = latents = dataclasses.asdict(made)
-        if made.clip is not None and not made.clip.size_changes:
+    if isinstance(record, LatentRecord):
+        latents = dataclasses.asdict(record)
+        if record.clip is not None and not record.clip.size_changes:
             del latents["clip"]["size_changes"]
+        content["latents"] = latents
     else:
-        content["texts"] = texts = {name: dataclasses.asdict(record) for name, record in made.items()}
-        for text in texts.values():
-            for key in ("settings", "references", "as_shown"):
-                if not text[key]:
-                    del text[key]
-    whole = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return {RECORD_KEY: whole, CHECK_KEY: _crc(whole)}
+        content["texts"] = {name: _text_content(text_record) for name, text_record in record.items()}
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return {RECORD_KEY: text, CHECK_KEY: _crc(text)}
+
+
+def _text_content(record: TextRecord) -> dict[str, Any]:
+    """Return the fields of a record, without those that early versions lacked if they are empty."""
+    content = dataclasses.asdict(record)
+    for key in ("settings", "references", "as_shown"):
+        if not content[key]:
+            del content[key]
+    return content
 
 
 def latent_record(entry: Entry) -> LatentRecord | None:
@@ -104,17 +110,11 @@ def latent_record(entry: Entry) -> LatentRecord | None:
 
     Raises CacheError if the record is damaged.
     """
-    found = None
+    record = None
     with _content(entry, "latents") as data:
         if data is not None:
-            clip = data["clip"]
-            if clip is not None:
-                kept = clip["kept_frames"]
-                if type(kept) is not int or not 0 <= kept <= MAX_FRAMES:
-                    raise ValueError(f"a clip of {kept!r} frames")
-                changes = tuple(map(str, clip.get("size_changes", ())))
-                clip = ClipFacts(tuple(clip["size"]), kept, clip["complete"], changes)
-            found = LatentRecord(
+            clip = None if data["clip"] is None else _clip_facts(data["clip"])
+            record = LatentRecord(
                 encoder=dict(data["encoder"]),
                 options=dict(data["options"]),
                 files=tuple(FileIdentity(**file) for file in data.get("files", ())),
@@ -123,7 +123,16 @@ def latent_record(entry: Entry) -> LatentRecord | None:
                 crc32=dict(data.get("crc32", {})),
                 as_shown=int(data.get("as_shown", 0)),
             )
-    return found
+    return record
+
+
+def _clip_facts(content: Any) -> ClipFacts:
+    """Return the facts in a record. Raises ValueError, and errors of wrong types, if they are damaged."""
+    kept_frames = content["kept_frames"]
+    if type(kept_frames) is not int or not 0 <= kept_frames <= MAX_FRAMES:
+        raise ValueError(f"a clip of {kept_frames!r} frames")
+    changes = tuple(map(str, content.get("size_changes", ())))
+    return ClipFacts(tuple(content["size"]), kept_frames, content["complete"], changes)
 
 
 def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
@@ -147,19 +156,20 @@ def text_records(entry: Entry) -> dict[str, TextRecord]:
 
     Raises CacheError if they are damaged.
     """
-    found: dict[str, TextRecord] = {}
+    records: dict[str, TextRecord] = {}
     with _content(entry, "texts") as data:
-        for name, one in (data or {}).items():
-            found[name] = TextRecord(
-                encoder=dict(one["encoder"]),
-                caption=str(one.get("caption", "")),
-                file=None if one.get("file") is None else FileIdentity(**one["file"]),
-                crc32=dict(one.get("crc32", {})),
-                settings=dict(one.get("settings", {})),
-                references=tuple(FileIdentity(**file) for file in one.get("references", ())),
-                as_shown=int(one.get("as_shown", 0)),
+        for name, content in (data or {}).items():
+            file = content.get("file")
+            records[name] = TextRecord(
+                encoder=dict(content["encoder"]),
+                caption=str(content.get("caption", "")),
+                file=None if file is None else FileIdentity(**file),
+                crc32=dict(content.get("crc32", {})),
+                settings=dict(content.get("settings", {})),
+                references=tuple(FileIdentity(**picture) for picture in content.get("references", ())),
+                as_shown=int(content.get("as_shown", 0)),
             )
-    return found
+    return records
 
 
 def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
@@ -224,11 +234,12 @@ def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
         return 0, os.stat(origin.file).st_mtime_ns  # noqa: PTH116  # a third faster, a million times
     if isinstance(origin, TarMember):
         return origin.size_bytes, os.stat(origin.tar).st_mtime_ns  # noqa: PTH116
-    one = os.stat(path)  # noqa: PTH116
-    if not stat.S_ISDIR(one.st_mode):
-        return one.st_size, one.st_mtime_ns
-    found = [file.stat() for file in folder_images(path)]
-    return sum(one.st_size for one in found), max((one.st_mtime_ns for one in found), default=0)
+    facts = os.stat(path)  # noqa: PTH116
+    if not stat.S_ISDIR(facts.st_mode):
+        return facts.st_size, facts.st_mtime_ns
+    images = [file.stat() for file in folder_images(path)]
+    size_bytes = sum(image.st_size for image in images)
+    return size_bytes, max((image.st_mtime_ns for image in images), default=0)
 
 
 # cached, because training checks every item again if a dataset was copied without its times
@@ -238,13 +249,13 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
 
     Size and time are only part of this function's cache key.
     """
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     if isinstance(origin, TarMember):
         for piece in member_pieces(origin):
-            whole.update(piece)
-        return whole.hexdigest()
+            digest.update(piece)
+        return digest.hexdigest()
     if isinstance(origin, ParquetCell):
-        from dataset.sources.parquet import read_cell
+        from dataset.sources.parquet import read_cell  # only of Parquet files
 
         return hashlib.sha256(read_cell(origin)).hexdigest()
     if not path.is_dir():
@@ -252,12 +263,9 @@ def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | N
             return hashlib.file_digest(file, "sha256").hexdigest()
     for part in folder_images(path):
         with part.open("rb") as file:
-            whole.update(
-                f"{part.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode(
-                    errors="surrogatepass"
-                )
-            )
-    return whole.hexdigest()
+            hash_of_part = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{part.name}\0{hash_of_part}\n".encode(errors="surrogatepass"))
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -299,12 +307,12 @@ def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: 
     Records leave out the default values of the keys of sections. If latents do not depend on these keys they
     are ignored: one dataset may serve several models.
     """
-    usual = defaults_of(SECTIONS)
+    defaults = defaults_of(SECTIONS)
     if latent.in_sections:
-        return difference({**usual, **then}, {**usual, **now})
-    return difference(
-        *({key: value for key, value in options.items() if key not in usual} for options in (then, now))
-    )
+        return difference({**defaults, **then}, {**defaults, **now})
+    then = {key: value for key, value in then.items() if key not in defaults}
+    now = {key: value for key, value in now.items() if key not in defaults}
+    return difference(then, now)
 
 
 @dataclass
@@ -331,12 +339,12 @@ class CacheChecks:
         folders: of each file; None if unknown.
         """
         for folder, file in zip(folders, files, strict=True):
-            path = None if folder is None else folder / file.name
-            if (
-                path is not None
-                and path.exists()
-                and not is_unchanged(file, path)
-                and stamp_of(path)[1] <= self.started_ns
-            ):
+            if folder is None:
+                continue
+            path = folder / file.name
+            if not path.exists() or is_unchanged(file, path):
+                continue
+            _, mtime_ns = stamp_of(path)
+            if mtime_ns <= self.started_ns:
                 return path
         return None

@@ -102,12 +102,12 @@ class ShardStore:
     def write_bytes(self, name: str, data: bytes | None) -> None:
         """Write an entry that is the bytes of a file; None: remove it. Raises OutputError."""
         with self._lock:
-            catalog, writer = self._look(), self._writer
-            if writer is not None and (
-                writer.size >= self._shard_bytes or writer.began + SHARD_SECONDS < time.monotonic()
-            ):
-                self._finish()
-                catalog = self._look()
+            catalog = self._look()
+            if self._writer is not None:
+                is_old = self._writer.began + SHARD_SECONDS < time.monotonic()
+                if self._writer.size >= self._shard_bytes or is_old:
+                    self._finish()
+                    catalog = self._look()
             if self._writer is None:
                 self._writer = ShardWriter(self.folder)
             old = catalog.rows.get(name)
@@ -131,8 +131,9 @@ class ShardStore:
                 merge_shards(self.folder, self._shard_bytes)
 
     def _finish(self) -> None:
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
+        writer = self._writer
+        if writer is not None:
+            self._writer = None
             self._forget()
             writer.finish()
 
@@ -141,22 +142,22 @@ class ShardStore:
     def _look(self, is_new: bool = False) -> Catalog:
         if self._process != os.getpid():  # a forked process must not close its parent's connections
             self._inherited = self._writer, self._opened, self._catalog
-            self._process, self._writer, self._catalog, self._opened = os.getpid(), None, None, {}
+            self._process = os.getpid()
+            self._writer = None
+            self._forget()
         if is_new or self._catalog is None:
             adopt_shards(self.folder, None if self._writer is None else self._writer.path)
         if is_new and self._catalog is not None:
-            there, known = (
-                {name: size for name, size in shards.items() if not name.endswith(".writing")}
-                for shards in (list_shards(self.folder), self._catalog.shards)
-            )
-            if there != known:
+            shards = list_shards(self.folder)
+            if _finished(shards) != _finished(self._catalog.shards):
                 self._forget()
         if self._catalog is None:
             self._catalog = Catalog(self.folder, self._writer)
         return self._catalog
 
     def _forget(self) -> None:
-        self._catalog, self._opened = None, {}
+        self._catalog = None
+        self._opened = {}
 
     def _with_row(self, name: str, read: Callable[[CatalogRow], T]) -> T:
         """Read an entry; if that fails, list the shards again and retry: they may have been merged."""
@@ -192,6 +193,11 @@ class ShardStore:
             return self._opened[shard]
 
 
+def _finished(shards: Mapping[str, int]) -> dict[str, int]:
+    """Return the sizes of shards that are not being written."""
+    return {name: size for name, size in shards.items() if not name.endswith(".writing")}
+
+
 def _read_row(rows: sqlite3.Connection | None, folder: Path, row: CatalogRow) -> bytes:
     """Return the bytes of an entry. rows: its open shard; None for a tar.
 
@@ -202,8 +208,9 @@ def _read_row(rows: sqlite3.Connection | None, folder: Path, row: CatalogRow) ->
             file.seek(row.place)
             data = file.read(row.size)
     else:
-        found = rows.execute("SELECT data FROM entries WHERE place = ?", (row.place,)).fetchone()
-        data = found[0] if found is not None and isinstance(found[0], bytes) else b""
+        (data,) = rows.execute("SELECT data FROM entries WHERE place = ?", (row.place,)).fetchone() or (b"",)
+        if not isinstance(data, bytes):
+            data = b""
     if zlib.crc32(data) != row.crc32:
         raise CacheError(f"{folder / row.shard}: damaged, the bytes of an entry do not match their checksum")
     return data
@@ -245,7 +252,8 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
     """Write the valid entries of some shards to new ones, then remove the old ones: after a kill every entry
     is in one shard or in two.
     """
-    sizes, opened = catalog.entry_bytes(), dict[str, sqlite3.Connection]()
+    sizes = catalog.entry_bytes()
+    opened: dict[str, sqlite3.Connection] = {}
     check_space(folder / "cache", sum(sizes[name] for name in shards))
     writer: ShardWriter | None = None
     try:
@@ -275,8 +283,8 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
             writer.path.unlink(missing_ok=True)  # unless it is finished
         raise
     finally:
-        for one in opened.values():
-            one.close()
+        for connection in opened.values():
+            connection.close()
     for shard in shards:
         with contextlib.suppress(PermissionError):  # Windows: someone reads it
             (folder / shard).unlink(missing_ok=True)

@@ -39,29 +39,38 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
     Raises DatasetError if the family cannot use moments, if they are visibly of another model's VAE, or if
     moments of first frames are needed and missing. Unreadable files are reported later, by caching.
     """
-    given = [source for source in sources if source.tensors is not None]
-    if not given:
+    with_tensors = [source for source in sources if source.tensors is not None]
+    if not with_tensors:
         return list(sources)
-    refuse_moments(family, given[0].table)
-    for folder, source in {one.tensors.folder: one for one in reversed(given) if one.tensors}.items():
+    refuse_moments(family, with_tensors[0].table)
+    first_of_folder: dict[Path, MediaSource] = {}
+    for source in reversed(with_tensors):
+        assert source.tensors is not None
+        first_of_folder[source.tensors.folder] = source
+    for folder, source in first_of_folder.items():
         _check_vae(family, folder, source)
     if family.moments.with_image:
-        kind = "moments of first frames are missing, which this model's image-to-video caches hold"
-        images = [(one.stem, one.tensors.image) for one in given if one.tensors is not None]
-        raise_faults(
-            [
-                Fault(kind, str(image), stem)
-                for stem, image in images
-                if image is not None and not image.exists()
-            ]
-        )
+        _require_image_moments(with_tensors)
         return list(sources)
-    return [
-        source
-        if source.tensors is None
-        else dataclasses.replace(source, tensors=dataclasses.replace(source.tensors, uses_image=False))
-        for source in sources
-    ]
+    changed = []
+    for source in sources:
+        if source.tensors is not None:
+            source = dataclasses.replace(
+                source, tensors=dataclasses.replace(source.tensors, uses_image=False)
+            )
+        changed.append(source)
+    return changed
+
+
+def _require_image_moments(sources: Sequence[MediaSource]) -> None:
+    """Raise DatasetError if moments of first frames are missing."""
+    kind = "moments of first frames are missing, which this model's image-to-video caches hold"
+    faults = []
+    for source in sources:
+        image = None if source.tensors is None else source.tensors.image
+        if image is not None and not image.exists():
+            faults.append(Fault(kind, str(image), source.stem))
+    raise_faults(faults)
 
 
 def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
@@ -72,8 +81,15 @@ def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
     clip = cogvideox.measure(moments[0], latent, paths[0])
     if len(moments) > 1 and moments[1].shape != (moments[0].shape[0], 1, *moments[0].shape[2:]):
         raise MediaError(f"{paths[1]} is not of a single frame of the size of {paths[0]}")
-    found = (cogvideox.whole_span(clip, latent.frame_step),)
-    return DecodedMedia(source, clip.size, clip.size, NO_FRAMES, found, moments=moments, clip=clip)
+    return DecodedMedia(
+        source=source,
+        size=clip.size,
+        bucket=clip.size,
+        frames=NO_FRAMES,
+        spans=(cogvideox.whole_span(clip, latent.frame_step),),
+        moments=moments,
+        clip=clip,
+    )
 
 
 def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
@@ -144,22 +160,26 @@ def take_embeds(
     submit: Callable[[CaptionFile, Conditions], None],
 ) -> list[CaptionFile]:
     """Submit the outputs that this encoder computed earlier; return the texts without such outputs."""
-    rest, why_not = [], list[str]()
+    to_encode = []
+    problems: list[str] = []
     for file in files:
-        conditions, why = read_embeds(file, encoder, identity)
+        conditions, problem = read_embeds(file, encoder, identity)
         if conditions is not None:
             submit(file, conditions)
             continue
-        rest.append(file)
-        why_not += [] if why is None else [f"{file.embeds}: {why}"]
-    if len(rest) < len(files) or why_not:
-        logger.info("%s: %d captions have embeddings already", encoder.name, len(files) - len(rest))
-    if why_not:
+        to_encode.append(file)
+        if problem is not None:
+            problems.append(f"{file.embeds}: {problem}")
+    if len(to_encode) < len(files) or problems:
+        logger.info("%s: %d captions have embeddings already", encoder.name, len(files) - len(to_encode))
+    if problems:
         logger.warning(
             "%d captions are encoded here, because their embeddings cannot be used by %s. The first: %s",
-            *(len(why_not), encoder.name, why_not[0]),
+            len(problems),
+            encoder.name,
+            problems[0],
         )
-    return rest
+    return to_encode
 
 
 def read_embeds(
@@ -192,14 +212,14 @@ def read_embeds(
         tensors = dict.fromkeys(encoder.keys, tensors)
     if not isinstance(tensors, dict):
         return None, f"it holds {type(tensors).__name__}, not tensors by name"
-    found: dict[str, Tensor | list[Tensor]] = {}
+    conditions: dict[str, Tensor | list[Tensor]] = {}
     for key in encoder.keys:
         tensor = tensors.get(key)
         if not isinstance(tensor, Tensor) or _shape_of(tensor) != stated[key]:
             return None, f"its {key} is not what {note.name} says"
         # a copy: a file that is mapped can change
-        found[key] = [tensor.clone()] if key in encoder.variable_length else tensor.clone()
-    return found, None
+        conditions[key] = [tensor.clone()] if key in encoder.variable_length else tensor.clone()
+    return conditions, None
 
 
 def _shape_of(tensor: Tensor) -> dict[str, Any]:

@@ -76,6 +76,11 @@ class Share:
         return values
 
 
+def _first_number(names: Sequence[str]) -> int | None:
+    """Return the value of the first of some variables of the environment that is set."""
+    return next((int(os.environ[name]) for name in names if name in os.environ), None)
+
+
 @contextlib.contextmanager
 def join_processes(device: str | None) -> Iterator[Share]:
     """Join the processes that a launcher (torchrun, accelerate, mpirun) started; yield this one's share.
@@ -83,10 +88,7 @@ def join_processes(device: str | None) -> Iterator[Share]:
     device: the device option, if given. Processes communicate through gloo, on the CPU, whatever device they
     encode on. Raises OptionError if the launcher's variables are incomplete.
     """
-    rank, count, local_rank = (
-        next((int(os.environ[name]) for name in names if name in os.environ), None)
-        for names in (RANK, COUNT, LOCAL_RANK)
-    )
+    rank, count, local_rank = map(_first_number, (RANK, COUNT, LOCAL_RANK))
     if count is None or count <= 1:
         yield Share(0, 1, choose_device(device))
         return
@@ -97,7 +99,8 @@ def join_processes(device: str | None) -> Iterator[Share]:
         )
     started_here = not dist.is_initialized()
     if started_here:
-        host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        port = os.environ.get("MASTER_PORT", "29500")
         where = f"tcp://{host}:{port}"
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=count, timeout=PATIENCE)
     try:
@@ -121,10 +124,14 @@ def cache(
     `.part`, which a later run continues. Raises DatasetError if the dataset cannot be used or a caption is
     missing, CheckpointError if an encoder cannot be loaded, OutputError if a file cannot be written.
     """
-    shard, (room, name) = options.shard, kind.split(":")
+    shard = options.shard
+    module_name, class_name = kind.split(":")
     with join_processes(options.device) as share:
-        work = getattr(import_own(room), name)(family, config, options, share.device, stores)
-        is_main, pieces, who = share.rank == 0, work.pieces, ""
+        make_work = getattr(import_own(module_name), class_name)
+        work = make_work(family, config, options, device=share.device, stores=stores)
+        is_main = share.rank == 0
+        pieces = work.pieces
+        who = ""
         if shard.num_shards is not None:
             pieces = pieces[shard.shard_index :: shard.num_shards]
             who = f", --shard_index {shard.shard_index} of {shard.num_shards} shards"
@@ -139,7 +146,7 @@ def cache(
         removed = 0
         if is_main and shard.num_shards is None:
             for table in work.whole_tables:
-                failed = {one.stem for one in report.failures if one.table == table.index}
+                failed = {failure.stem for failure in report.failures if failure.table == table.index}
                 removed += work.remove_stale(table, report.right, failed, options.keep_cache)
             work.stores.close(config.datasets, is_last=True)
         return replace(report, removed=sum(share.gather(removed)), is_main=is_main)

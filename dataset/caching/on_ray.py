@@ -66,7 +66,8 @@ class CachingActor:
         return {column: [row[column] for row in rows] for column in rows[0]}
 
     def _row(self, index: int) -> dict[str, Any]:
-        error, report = "", CacheReport()
+        error = ""
+        report = CacheReport()
         try:
             if self._work is None:
                 if self._folder is not None and Path(self._folder).is_dir():
@@ -78,7 +79,7 @@ class CachingActor:
         except UserError as failure:
             error = str(failure)
         counts = {"written": report.written, "kept": report.kept, "sources": report.share}
-        failures = json.dumps([str(one) for one in report.failures])
+        failures = json.dumps([str(failure) for failure in report.failures])
         return {"shard_index": index, **counts, "failures": failures, "error": error}
 
     def _make(self, family: Caches, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
@@ -151,15 +152,21 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
 def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> None:
     """Show the results of the actors. Raises DatasetError with the failures that they reported."""
     done = [row for row in rows if not row["error"]]
-    files = ", ".join(f"{sum(row[count] for row in done)} {count}" for count in ("written", "kept"))
+    num_written = sum(row["written"] for row in done)
+    num_kept = sum(row["kept"] for row in done)
     command = as_typed(["python", f"{options.script}.py", *options.command[1:]])
     show_box(
         "Caching on Ray is finished",
-        [("cache files", files), ("shards", f"{len(done)} of {len(rows)} are done")],
+        [
+            ("cache files", f"{num_written} written, {num_kept} kept"),
+            ("shards", f"{len(done)} of {len(rows)} are done"),
+        ],
         [("Last, check everything and remove what is stale", command)],
     )
     errors = [f"shard {row['shard_index']}: {row['error']}" for row in rows if row["error"]]
-    failures = [text for row in rows for text in json.loads(row["failures"])]
+    failures: list[str] = []
+    for row in rows:
+        failures += json.loads(row["failures"])
     if errors:
         errors.insert(0, f"{len(errors)} of {len(rows)} shards could not be done; all others are:")
     elif failures:
@@ -168,10 +175,11 @@ def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> N
         raise DatasetError("\n  ".join(errors))
 
 
-def _refuse_looks(family: Caches, config: DatasetConfig, options: CachingOptions, *more: Any) -> None:
+def _refuse_looks(family: Caches, config: DatasetConfig, options: CachingOptions, *arguments: Any) -> None:
     """Raise OptionError if the command only looks at the dataset, or caches a single shard."""
     options.shard.refuse_beside(as_typed(["python", "tools/cache_on_ray.py"]))
-    if options.check or (more and getattr(more[0], "debug_mode", None) is not None):
+    debug = arguments[0] if arguments else None
+    if options.check or getattr(debug, "debug_mode", None) is not None:
         raise OptionError("--check and --debug_mode look at the dataset: run them without cache_on_ray.py")
 
 

@@ -185,12 +185,17 @@ class Planning:
         """
         shape, valid = self._shape(), self.recipe.valid
         if shape in valid:
-            return SourcePlan(self.source, frozenset(self.existing), 0, (), valid[shape])
+            return self._valid_plan(valid[shape])
         plan = self.plan()
-        is_valid = SourcePlan(self.source, frozenset(self.existing), 0, (), plan.items) == plan
+        is_valid = self._valid_plan(plan.items) == plan
         if shape is not None and is_valid and not self._by_header and len(valid) < MANY:
             valid[shape] = plan.items
         return plan
+
+    def _valid_plan(self, items: tuple[tuple[int, ...], ...]) -> SourcePlan:
+        """Return the plan of a source whose caches are all valid and have records."""
+        names = frozenset(self.existing)
+        return SourcePlan(source=self.source, kept=names, foreign=0, missing=(), items=items)
 
     def _shape(self) -> tuple[object, ...] | None:
         """Return all that `plan` depends on besides unchanged source files; None if they changed."""
@@ -375,7 +380,7 @@ class Planning:
         header = self._header(file) if entry is None else entry
         record = self._record(file) if entry is None else records.latent_record(header)
         if record is None:
-            self._check_foreign(path, header, files[file], bucket, span)
+            self._check_foreign(path, header, name=files[file], bucket=bucket, span=span)
             return True
         if record.parts != len(files):
             raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} were found")
@@ -401,17 +406,18 @@ class Planning:
             raise OtherKind(f"{path}: it has no latents of its {len(references)} reference pictures")
         if not (recipe.stores.skip_existing or is_shared):
             raise OtherKind(f"{path}: it has no record of what it was made from")
-        _, num_frames = span
-        if name.section is not None:
-            num_frames = records.section_frames(self.table.fp_latent_window_size, recipe.latent)
-        width, height = bucket
-        grid = recipe.latent.shape(num_frames, height, width)[2:]
+        grid = self._grid(name, bucket, span)
         if grid not in header.grids:
-            stored = ", ".join("x".join(map(str, stored)) for stored in sorted(header.grids))
-            expected = "x".join(map(str, grid))
-            raise OtherKind(
-                f"{path}: it holds {stored or 'no latents'}, this configuration writes {expected}"
-            )
+            stored = ", ".join(_as_text(stored) for stored in sorted(header.grids)) or "no latents"
+            raise OtherKind(f"{path}: it holds {stored}, this configuration writes {_as_text(grid)}")
+
+    def _grid(self, name: LatentName, bucket: Size, span: Span) -> tuple[int, ...]:
+        """Return F, H, W of the latents of an item, or of its section."""
+        _, num_frames = span
+        width, height = bucket
+        if name.section is not None:
+            num_frames = records.section_frames(self.table.fp_latent_window_size, self.recipe.latent)
+        return self.recipe.latent.shape(num_frames, height, width)[2:]
 
     def _header(self, file: str) -> Entry:
         if file not in self._headers:
@@ -469,3 +475,7 @@ class Planning:
             if self._is_unchanged(0, record.files[0]):
                 return name.size
         return None if self.source.origins else image_size(self.source.path)
+
+
+def _as_text(grid: Sequence[int]) -> str:
+    return "x".join(map(str, grid))

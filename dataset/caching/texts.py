@@ -138,27 +138,32 @@ class TextWork:
         batches = [tuple(itertools.islice(following, len(batch))) for batch in pieces]
         self._failed.clear()
         for file in files:
-            part = file.file_name + PART
-            if file.in_part and not file.missing:  # an earlier run was stopped before it could do so
-                unfinished, encoders = self._find(file, in_part=True)
-                self._finish(file, unfinished, encoders)
-            elif part in self._parts and not file.missing and not self.stores.trusts:
-                self.stores.of_texts(file.table).remove(part)
+            if not file.missing:
+                self._finish_part(file)
         for encoder, identity in self._encoders:
             to_do = [file for file in files if encoder.name in file.missing]
             to_do = [file for file in to_do if file.file_name not in self._failed]
             logger.info("%s: %d captions, %d of them to encode", encoder.name, len(files), len(to_do))
             if to_do:
                 self._encode(encoder, identity, batches=batches, to_do=to_do, shows=who is not None)
-        changed = sum(bool(file.missing or file.in_part) for file in files) - len(self._failed)
+        num_changed = sum(bool(file.missing or file.in_part) for file in files) - len(self._failed)
         return CacheReport(
-            written=changed,
-            kept=len(files) - changed - len(self._failed),
+            written=num_changed,
+            kept=len(files) - num_changed - len(self._failed),
             foreign=sum(file.is_foreign for file in files),
             failures=tuple(dict.fromkeys(self._failed.values())),
             share=len(files),
             whole=len(self._files),
         )
+
+    def _finish_part(self, file: CaptionFile) -> None:
+        """Finish a text that no encoder adds to, or remove its `.part` if that is not needed."""
+        part = file.file_name + PART
+        if file.in_part:  # an earlier run was stopped before it could do so
+            unfinished, encoders = self._find(file, in_part=True)
+            self._finish(file, unfinished, encoders)
+        elif part in self._parts and not self.stores.trusts:
+            self.stores.of_texts(file.table).remove(part)
 
     def remove_stale(
         self, table: DatasetTable, right: object, failed: Collection[str], keep_cache: bool

@@ -212,7 +212,7 @@ class MediaWork:
                 len(reasons),
                 reasons[0],
             )
-        report = _report_of(finished, failures, written, len(pieces), whole=len(self.pieces))
+        report = _report_of(finished, failures, written, share=len(pieces), total=len(self.pieces))
         if self._sound is None:
             return report
         of_sound = self._sound.encode(pieces, report.right, workers, shows)
@@ -402,12 +402,12 @@ def _report_of(
     failures: Sequence[prefetch.Failure],
     written: Set[tuple[int, str]],
     share: int,
-    whole: int,
+    total: int,
 ) -> prefetch.CacheReport:
-    """Return the report of a share of the sources. share, whole: how many sources it has, and how many there
+    """Return the report of a share of the sources. share, total: how many sources it has, and how many there
     are.
     """
-    kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
+    valid = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
     dropped, shortened, resized = [], [], []
     for plan in finished:
         if plan.reason is not None:
@@ -425,8 +425,8 @@ def _report_of(
         shortened=tuple(shortened),
         resized=tuple(resized),
         share=share,
-        whole=whole,
-        right=frozenset(kept | written),
+        whole=total,
+        right=frozenset(valid | written),
     )
 
 

@@ -239,12 +239,7 @@ class _Clips(NamedTuple):
 
 
 def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
-    usual = [file for file in PROMPTS if (root / file).exists()] or PROMPTS[:1]
-    if table.caption_column is None and len(usual) > 1:
-        raise DatasetError(
-            f"{name}: {root} has {' and '.join(usual)}; say with caption_column which one it is"
-        )
-    prompts = root / (table.caption_column or usual[0])
+    prompts = root / (table.caption_column or _find_prompts(root, name))
     videos = root / (table.video_column or VIDEOS)
     for path, key in ((prompts, "caption_column"), (videos, "video_column")):
         if not path.exists():
@@ -264,6 +259,16 @@ def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
         for caption, (number, video) in zip(captions, paths, strict=True)
     )
     return _Clips(rows, "caption", "video")
+
+
+def _find_prompts(root: Path, name: str) -> str:
+    """Return the usual name of the list of captions in a folder. Raises DatasetError if it has two."""
+    present = [file for file in PROMPTS if (root / file).exists()]
+    if len(present) > 1:
+        raise DatasetError(
+            f"{name}: {root} has {' and '.join(present)}; say with caption_column which one it is"
+        )
+    return present[0] if present else PROMPTS[0]
 
 
 def _open_table(table: DatasetTable, root: Path, name: str) -> _Clips:
@@ -317,13 +322,14 @@ def _find_tensors(row: CogRow, folders: dict[str, _TensorFolder], faults: list[F
     folder = folders[place]
     if folder.moments is None:
         return None
+    stem = row.video.stem
     for inner, names in ((MOMENTS, folder.moments), (EMBEDS, folder.embeds)):
-        if names is not None and f"{row.video.stem}.pt" not in names:
+        if names is not None and f"{stem}.pt" not in names:
             kind = "files are missing, which load_tensors needs"
-            file = f"{folder.path / inner / row.video.stem}.pt"
-            faults.append(Fault(kind, f"{file} ({row.where})", row.video.stem))
+            file = f"{folder.path / inner / stem}.pt"
+            faults.append(Fault(kind, f"{file} ({row.where})", stem))
             return None
-    return GivenTensors(folder.path, row.video.stem, folder.embeds is not None)
+    return GivenTensors(folder.path, stem, has_embeds=folder.embeds is not None)
 
 
 def _names_in(folder: Path) -> frozenset[str] | None:

@@ -138,7 +138,7 @@ def read_jsonl(path: Path, names: Collection[str] | None, example: str = "") -> 
         cells: Mapping[str, Any] = {} if fault is not None else record or {}
         keys = cells if names is None else names
         values = {key: cells[key] for key in keys if cells.get(key) is not None}
-        yield TableRow(path, "line", number, values, fault)
+        yield TableRow(path, "line", number, values, fault=fault)
 
 
 TO_LINES = (
@@ -221,13 +221,13 @@ def _csv_rows(path: Path, kind: str, names: Collection[str] | None) -> Iterator[
                     f"{path}, line {number}: a cell has more than {MAX_CELL_CHARACTERS:,} characters. A "
                     "quote that is not closed looks like that; correct it, or use JSONL or Parquet."
                 ) from None
-            yield TableRow(path, "line", number, {}, f"it is not valid {kind}: {error}")
+            yield TableRow(path, "line", number, fault=f"it is not valid {kind}: {error}")
             continue
         if len(cells) == len(header):
             yield TableRow(path, "line", number, {name: cells[place] for name, place in places})
         elif cells:  # else an empty line
             fault = f"it has {len(cells)} cells, the header has {len(header)}"
-            yield TableRow(path, "line", number, {}, fault)
+            yield TableRow(path, "line", number, fault=fault)
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:

@@ -176,15 +176,10 @@ def _decode_clip(
     if here.mask is not None:  # one image for all frames, or a clip
         mask = read_mask(here.mask, here, (size, bucket), count=count, fps=fps, clock=clock)
     found_spans, reason = spans_or_reason(table, count, frame_step)
-    control = []
-    for path in here.control if found_spans else ():
-        sizes = FrameSizes()
-        control_frames = sizes.watch(frames_beside(path, here.path, table=table, fps=fps, clock=clock))
-        clip, _ = _gather(control_frames, bucket, count)
-        if sizes.change is not None:
-            size_changes.append(f"{path.name}: {sizes.change}")
-        control.append(_lengthen(clip, count))  # a longer control clip is cut already
+    control: list[Clip] = []
     companions: dict[str, Any] = {}
+    if found_spans:
+        control = _read_control_clips(here, bucket, count=count, fps=fps, clock=clock, changes=size_changes)
     if found_spans and (here.references or here.control_mask is not None):
         from dataset.sources.companions import read_companions  # few clips have any
 
@@ -204,6 +199,28 @@ def _decode_clip(
         clip=ClipFacts(size, count, complete, size_changes=tuple(size_changes)),
         **companions,
     )
+
+
+def _read_control_clips(
+    here: MediaSource,
+    bucket: Size,
+    count: int,
+    fps: float,
+    clock: Sequence[tuple[int, float]],
+    changes: list[str],
+) -> list[Clip]:
+    """Read the control clips of a fetched clip of `count` frames; add a line to `changes` for each whose
+    frames change their size. clock: see `frames_beside`.
+    """
+    clips = []
+    for path in here.control:
+        sizes = FrameSizes()
+        frames = sizes.watch(frames_beside(path, here.path, table=here.table, fps=fps, clock=clock))
+        clip, _ = _gather(frames, bucket, count)
+        if sizes.change is not None:
+            changes.append(f"{path.name}: {sizes.change}")
+        clips.append(_lengthen(clip, count))  # a longer control clip is cut already
+    return clips
 
 
 def _lengthen(clip: Clip, count: int) -> Clip:

@@ -92,7 +92,15 @@ def download(
                     ) from None
 
             try:
-                receive(ask, temporary, TRIES, wait, FIRST_WAIT, MAX_DOWNLOAD_BYTES, check=check_size)
+                receive(
+                    ask,
+                    temporary,
+                    tries=TRIES,
+                    wait=wait,
+                    first_wait=FIRST_WAIT,
+                    most_bytes=MAX_DOWNLOAD_BYTES,
+                    check=check_size,
+                )
             except RefusedBySite as refused:
                 raise MediaError(f"{shown} cannot be downloaded: {refused}") from None
             except BrokenTry as error:

@@ -56,24 +56,7 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
         return None
     has_companions = place in _other_folders(config)
     rules = _UnreadRules.of(sharing, has_companions)
-    # without a Path for each: there may be a million
-    entries = [(entry, *split_name(entry.name)) for entry in list_entries(table.directory, table.name)]
-    stems = {stem for _, stem, suffix in entries if suffix.lower() in rules.read}
-    counts: dict[str, Counter[str]] = {}  # by what to do
-    for entry, stem, suffix in entries:
-        if rules.is_expected(entry.name, suffix, has_media=stem in stems):
-            continue
-        ending = suffix.lower()
-        if ending in rules.read and not (
-            rules.may_be_still(ending) and _is_still(table.directory / entry.name)
-        ):
-            continue
-        if not is_file(entry) or OF_SHARDS.fullmatch(entry.name):
-            continue
-        if ending in rules.caption_endings:
-            counts.setdefault(f"captions of no {table.holds}", Counter())[suffix or "no suffix"] += 1
-        else:
-            counts.setdefault(_explain(ending, rules.kinds), Counter())[ending or "no suffix"] += 1
+    counts = _count_unread(table, table.directory, rules)
     if not counts:
         return None
     number = sum(count.total() for count in counts.values())
@@ -83,6 +66,32 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
         parts.append(f"{files}: {why}" if why else files)
     verb = "file is" if number == 1 else "files are"
     return f"{table.directory}: {number} {verb} not read: {'; '.join(parts)}"
+
+
+def _count_unread(table: DatasetTable, folder: Path, rules: "_UnreadRules") -> dict[str, Counter[str]]:
+    """Count the files of a folder that nothing reads, by what to do and by suffix."""
+    # without a Path for each: there may be a million
+    entries = [(entry, *split_name(entry.name)) for entry in list_entries(folder, table.name)]
+    stems = {stem for _, stem, suffix in entries if suffix.lower() in rules.read}
+    counts: dict[str, Counter[str]] = {}
+    for entry, stem, suffix in entries:
+        if rules.is_expected(entry.name, suffix, has_media=stem in stems):
+            continue
+        ending = suffix.lower()
+        if ending in rules.read:
+            is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
+            if not is_unread:
+                continue
+        if not is_file(entry) or OF_SHARDS.fullmatch(entry.name):
+            continue
+        if ending in rules.caption_endings:
+            why = f"captions of no {table.holds}"
+            shown = suffix
+        else:
+            why = _explain(ending, rules.kinds)
+            shown = ending
+        counts.setdefault(why, Counter())[shown or "no suffix"] += 1
+    return counts
 
 
 @dataclass(frozen=True)
@@ -165,17 +174,19 @@ def describe_entries(table: DatasetTable) -> str:
     num_others = sum(suffix in other_suffixes for suffix in suffixes)
     if num_others:
         return f"has no {kind}s but {num_others} {other_kind}s, for which the key is {other_kind}_directory"
-    folders = [path.name for path in table.directory.iterdir() if path.is_dir()]
-    most_common = Counter(suffixes).most_common(3)
-    if most_common:
-        files = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in most_common)
-        contents = f"it has {files}"
-    elif folders:
-        contents = f"only folders, such as {folders[0]}"
-    else:
-        contents = "it is empty"
-    read = ", ".join(sorted(frozenset().union(*media_suffixes(kind))))
+    read = ", ".join(sorted(_all_suffixes([kind])))
+    contents = _describe_contents(table.directory, suffixes)
     return f"has no {kind}s ({contents}; folders inside it are not searched; the suffixes are {read})"
+
+
+def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
+    """Say what is in a folder. suffixes: of its files."""
+    folders = [path.name for path in folder.iterdir() if path.is_dir()]
+    if suffixes:
+        most_common = Counter(suffixes).most_common(3)
+        files = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in most_common)
+        return f"it has {files}"
+    return f"only folders, such as {folders[0]}" if folders else "it is empty"
 
 
 def left_out_folders(config: DatasetConfig) -> Iterator[str]:

@@ -189,11 +189,8 @@ class RowReader:
         caption = None if name is None else values.get(name)
         if caption is not None and not isinstance(caption, str):
             raise DatasetError(f"{where}: {name} = {_show(caption)} is not a text")
-        further = values.get("captions") if self.table.multi_caption else None
-        if further is not None and not _is_list_of_texts(further):
-            raise DatasetError(f"{where}: captions = {_show(further)} is not a list of texts")
         captions = [] if caption is None else [caption]
-        captions += further or []
+        captions += self._further_captions(values, where)
         for text in captions:
             check_text(text, f"{where}: {name or 'captions'}")
         if self.is_list:
@@ -203,6 +200,14 @@ class RowReader:
             return stripped
         lines = lines_of(stripped[0]) or [""]
         return [*lines, *stripped[1:]]
+
+    def _further_captions(self, values: Mapping[str, Any], where: str) -> list[str]:
+        texts = values.get("captions") if self.table.multi_caption else None
+        if texts is None:
+            return []
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise DatasetError(f"{where}: captions = {_show(texts)} is not a list of texts")
+        return texts
 
     def _part(self, name: str, value: Any, where: str) -> Part | None:
         """Return the file in a column of control media, masks or sound; None if there is none.
@@ -220,10 +225,6 @@ class RowReader:
             raise DatasetError(f"{where}: {name} = {_show(value)} is not a path in quotes")
         check_text(value, f"{where}: {name}")
         return self._locate(value, where)
-
-
-def _is_list_of_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def make_source(

@@ -62,7 +62,7 @@ class TarRules:
 
     media: tuple[str, ...]  # suffixes
     spare: tuple[str, ...]  # suffixes that count if there is no other
-    beside: tuple[str, ...]  # suffixes of masks and control media
+    companions: tuple[str, ...]  # suffixes of masks and control media
     caption_suffix: str  # ".txt"
     caption_names: tuple[str, ...]  # in a .json, in order
     json_first: bool
@@ -237,7 +237,7 @@ def _sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
 def _role_of(ending: str, rules: TarRules) -> tuple[str, int] | None:
     """Return MASK or CONTROL, and its number, for the name of a companion; None for other names."""
     match = _ROLE.fullmatch(ending)
-    if match is None or match[3] not in rules.beside:
+    if match is None or match[3] not in rules.companions:
         return None
     if match[1] == MASK and match[2] is not None:
         return None

@@ -40,7 +40,7 @@ def list_tars(table: DatasetTable, faults: list[media_source.Fault]) -> list[med
     rules = TarRules(
         media=tuple(sorted(suffixes)),
         spare=tuple(sorted(spare_suffixes)),
-        beside=tuple(sorted(mask_suffixes(table.kind))),
+        companions=tuple(sorted(mask_suffixes(table.kind))),
         caption_suffix=(table.caption_extension or ".txt").lower(),
         caption_names=CAPTION_COLUMNS if table.caption_column is None else (table.caption_column,),
         json_first=table.caption_column is not None,
