@@ -204,7 +204,7 @@ class Krea2Block(StreamBlock):
         parts = []
         for part, *rows in split_segments(tokens.split, feed_rows, x):
             # without names: code that computes it in pieces takes arguments by their order
-            parts.append(self.feed(part, *rows, tokens.dtype))
+            parts.append(self.feed(part, tokens.dtype, *rows))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def modulated_input(self, x: Tensor, tokens: Krea2Tokens) -> Tensor:
@@ -213,7 +213,7 @@ class Krea2Block(StreamBlock):
         picture = x[:, tokens.split : tokens.split + tokens.image]
         return modulate(self.prenorm(picture), shift, scale, tokens.dtype)
 
-    def feed(self, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+    def feed(self, x: Tensor, dtype: torch.dtype, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
         """Add the feed-forward branch to x, B L C; each token is processed independently."""
         return add_gated(x, gate, self.mlp(modulate(self.postnorm(x), shift, scale, dtype)))
 

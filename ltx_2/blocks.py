@@ -242,9 +242,9 @@ class LtxBlock(nn.Module):
         h = modulate(norm_tokens(x.float()), shift, scale, tokens.dtype, split=stream.num_given)
         x = add_gated(x, gate, self._see_itself(names, h, tokens), stream.num_given)
 
-        shift, scale, gate = text_rows or (None, None, None)
-        h = modulate(norm_tokens(x.float()), shift, scale, tokens.dtype, split=stream.num_given)
-        return add_gated(x, gate, self._see_text(names, h, tokens), stream.num_given)
+        text_shift, text_scale, text_gate = text_rows or (None, None, None)
+        h = modulate(norm_tokens(x.float()), text_shift, text_scale, tokens.dtype, split=stream.num_given)
+        return add_gated(x, text_gate, self._see_text(names, h, tokens), stream.num_given)
 
     def see_each_other(self, parts: Parts, tokens: LtxTokens) -> Parts:
         """Add attention between the streams; both directions start from the same tokens."""

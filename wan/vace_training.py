@@ -24,9 +24,7 @@ def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[Cac
     A missing control video is grey; a missing mask marks all as to be made new.
     """
     pixels = to_pixels(media.frames.to(vae.device))
-    control = torch.zeros_like(pixels)
-    if media.control:
-        control = to_pixels(media.control[0].to(vae.device))
+    control = to_pixels(media.control[0].to(vae.device)) if media.control else torch.zeros_like(pixels)
     mask = media.control_mask
     if mask is None:
         mask = torch.full_like(media.frames[..., 0], 255)
