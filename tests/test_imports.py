@@ -79,6 +79,7 @@ FLOORS = {
         {"blurring", "chain_options"},
         {"naming", "stages"},
         {"run"},
+        {"scripts"},
     ),
     "training": (
         {"config_options", "learning_options", "noise_options", "run_options", "steps", "trainable"},
@@ -122,7 +123,7 @@ _LIGHT = {
     "frame_pack": ("options",),
     "generation": ("prompt_lines",),
     "networks": ("names/layouts",),
-    "post": ("chain_options",),
+    "post": ("chain_options", "scripts"),
 }
 LIGHT_FILES = {f"{room}/{name}.py" for room, names in _LIGHT.items() for name in names}
 LIGHT_FILES |= {f"{folder.replace('.', '/')}/names.py" for folder in FOLDERS.values()}

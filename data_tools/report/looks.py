@@ -409,7 +409,8 @@ def _show_reference(
     if fit is None and bucket is not None:
         fit = fit_cover(size, bucket)
     height = sizes.picture_height
-    width = min(max(1, round(size[0] * height / size[1])), sizes.width)
+    width = round(size[0] * height / size[1])
+    width = min(max(1, width), sizes.width)
     small = np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
     text = f"{size[0]} x {size[1]}"
     if fit is not None:
