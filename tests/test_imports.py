@@ -123,7 +123,7 @@ _LIGHT = {
     "frame_pack": ("options",),
     "generation": ("prompt_lines",),
     "networks": ("names/layouts",),
-    "post": ("chain_options", "scripts"),
+    "post": ("chain_options",),
 }
 LIGHT_FILES = {f"{room}/{name}.py" for room, names in _LIGHT.items() for name in names}
 LIGHT_FILES |= {f"{folder.replace('.', '/')}/names.py" for folder in FOLDERS.values()}
