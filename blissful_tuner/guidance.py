@@ -178,14 +178,15 @@ class _StepPlanner:
         """Return the stages of a step by the options and the model's rules."""
         options = self._options
         rules = self._rules
+        rule = rules.projection
         weakens = index in self._weakened_steps
         negative = self._weakened if weakens and options.slg_mode == "uncond" else NEGATIVE
         stages = self._guiding_stages(scale, negative)
         share = options.guidance_rescale
-        if stages and rules.projection is not None and momentum is not None:
-            if self._prepared.first_step + index > rules.projection.after_step:
-                stages = [projected(rules.projection, momentum, negative)]
-                share = rules.projection.rescale
+        if stages and rule is not None and momentum is not None:
+            if self._prepared.first_step + index > rule.after_step:
+                stages = [projected(rule, momentum, negative)]
+                share = rule.rescale
             else:
                 stages = [watched(stages[0], momentum, negative)]
         if weakens and options.slg_mode == "original" and options.slg_scale != 0:

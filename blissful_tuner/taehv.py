@@ -177,9 +177,10 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
     names = checkpoint.tensors
     if "decoder.3.conv.0.weight" not in names or "decoder.22.weight" not in names:
         raise other_kind(checkpoint, "a TAEHV", "--preview_vae", FILES)
-    sources = {
-        name: source for name, source in plain_sources(checkpoint).items() if name.startswith("decoder.")
-    }
+    sources = {}
+    for name, source in plain_sources(checkpoint).items():
+        if name.startswith("decoder."):
+            sources[name] = source
     shape_of = shapes_of(checkpoint, sources)
 
     def sides(layer: str) -> tuple[int, int]:
@@ -195,8 +196,13 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
     grown = [sides(f"{number + 4}.conv")[0] for number in STAGES]
     strides = (grown[0] // widths[0], grown[1] // widths[1], grown[2] // widths[2])
     colours, _ = sides("22")
-    patch = max(1, round((colours / 3) ** 0.5))
-    return LoadPlan(TaehvConfig(channels, widths, strides, patch), checkpoint, sources, ignore=("encoder.*",))
+    config = TaehvConfig(
+        channels=channels,
+        widths=widths,
+        strides=strides,
+        patch=max(1, round((colours / 3) ** 0.5)),
+    )
+    return LoadPlan(config, checkpoint, sources, ignore=("encoder.*",))
 
 
 def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:

@@ -15,7 +15,6 @@ from typing import Any
 
 from modules.command import as_typed, did_you_mean
 from modules.errors import OptionError, UserError
-from modules.families import Script
 from modules.installation import ROOT, import_own
 from modules.options import Options, option_values, read_options
 from modules.parser import Parser, add_options
@@ -108,16 +107,6 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
         with name_tool(" ".join([THEN, *later[:1]])):
             tools.append(read_tool(later, f"{parser.prog} {THEN}"))
     return Chain(run, tuple(tools))
-
-
-def tool_script(tool: str, about: str | None) -> Script:
-    """Return the `Script` of a tool. about: the script's docstring."""
-
-    def run_tool(argv: Sequence[str] | None = None) -> None:
-        chain = read_chain(tool, about or "", argv)
-        import_own("post.run").run_chain(chain)  # torch loads here, after every option has been read
-
-    return Script(run_tool)
 
 
 @dataclass(frozen=True)

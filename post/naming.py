@@ -158,24 +158,30 @@ def settle_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]
     existing = [job for job in jobs if os.path.lexists(job.output)]
     if not existing:
         return list(jobs)
-    further = f" and {len(existing) - NAMED} more" if len(existing) > NAMED else ""
-    names = f"{', '.join(str(job.output) for job in existing[:NAMED])}{further}"
-    exist = f"{names} {'exist' if len(existing) > 1 else 'exists'} already"
+    are_several = len(existing) > 1
+    names = ", ".join(str(job.output) for job in existing[:NAMED])
+    if len(existing) > NAMED:
+        names += f" and {len(existing) - NAMED} more"
+    exist = f"{names} {'exist' if are_several else 'exists'} already"
     answer = ask(f"{exist}. Overwrite")
     if answer is None:
         raise OutputError(f"{exist}. Use --yes to overwrite, or choose another --output.")
     if answer == "overwrite":
         return list(jobs)
     if answer == "leave":
-        left = [job for job in jobs if job not in existing]
-        logger.info("%s %s as before", names, "stay" if len(existing) > 1 else "stays")
-        return left
+        logger.info("%s %s as before", names, "stay" if are_several else "stays")
+        return [job for job in jobs if job not in existing]
+    return _rename_outputs(jobs, existing)
+
+
+def _rename_outputs(jobs: Sequence[FileJob], existing: Sequence[FileJob]) -> list[FileJob]:
+    """Return the jobs with free names for the results that exist."""
     used_outputs = {job.output for job in jobs if job not in existing}
-    settled = []
+    renamed = []
     for job in jobs:
         output = job.output
         while job in existing and (os.path.lexists(output) or output in used_outputs):
             output = output.with_name(f"{output.stem}_{output.suffix}")
         used_outputs.add(output)
-        settled.append(replace(job, output=output))
-    return settled
+        renamed.append(replace(job, output=output))
+    return renamed

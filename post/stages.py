@@ -128,25 +128,25 @@ LoadStages = Callable[[Sequence[ToolOptions], Sequence[str], torch.device], list
 class PostTools:
     """The tools of a run: loaded for the first video that is decoded, and kept to the end."""
 
-    asked: AskedTools
+    selected: AskedTools
     device: torch.device
     load: LoadStages = make_stages
     _stages: list[NamedStage] | None = field(default=None, init=False)
 
     @property
     def hides(self) -> bool:
-        return self.asked.hiding is not None
+        return self.selected.hiding is not None
 
     def check(self) -> None:
         """Read the headers of the tools' model files. Raises UserError if they do not fit."""
-        check_tools(self.asked.tools, self.asked.labels, self.device)
+        check_tools(self.selected.tools, self.selected.labels, self.device)
 
     def check_length(self, frames: int, label: str) -> None:
         """Raise OptionError if there is a single frame, and a tool works between frames.
 
         label: names the frames in the message.
         """
-        for (tool, _), name in zip(self.asked.tools, self.asked.labels, strict=True):
+        for (tool, _), name in zip(self.selected.tools, self.selected.labels, strict=True):
             if frames == 1 and tool.needs_video:
                 raise OptionError(
                     f"{name} works between the frames of a video, and {label} gives a single one. Leave "
@@ -163,7 +163,7 @@ class PostTools:
         height, width = first.shape[:2]
         self.check_length(1 if is_single else 2, "the video")
         if self._stages is None:
-            self._stages = self.load(self.asked.tools, self.asked.labels, self.device)
+            self._stages = self.load(self.selected.tools, self.selected.labels, self.device)
         rate = Fraction(fps).limit_denominator(1001)
         clip = Clip(
             path=Path("the video"),

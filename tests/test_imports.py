@@ -80,6 +80,7 @@ FLOORS = {
         {"blurring", "chain_options"},
         {"naming", "stages"},
         {"run"},
+        {"scripts"},
     ),
     "training": (
         {"config_options", "learning_options", "noise_options", "run_options", "steps", "trainable"},

@@ -91,7 +91,7 @@ class Look:
     size_change: str | None = None  # where its frames change their size
     rate_remark: str | None = None  # if the table's source_fps does not fit the file's rate
     measures: Measures | None = None
-    heard: Heard | None = None  # the sound of a clip; None: not looked for
+    sound: Heard | None = None  # the sound of a clip; None: not looked for
     # only for sources that a page shows
     spans: tuple[Span, ...] = ()
     strip: Markup | None = None
@@ -140,7 +140,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         frames = choose_evenly(sample.frames, MOST_FRAMES)
         facts["measures"] = _measure_frames(frames, source.table.kind == "video")
     del facts["spans"]
-    return Look(**facts, heard=_listen(source, fps))
+    return Look(**facts, sound=_listen(source, fps))
 
 
 def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, hears: bool = False) -> Look:
@@ -173,7 +173,7 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
 def _add_sound(source: MediaSource, fps: float, facts: dict[str, Any]) -> None:
     """Add the sound of the used frames of a clip, with a drawing of it."""
     sound = _listen(source, fps)
-    facts["heard"] = sound
+    facts["sound"] = sound
     if sound is not None and sound.track is not None:
         with contextlib.suppress(MediaError, OSError):  # damaged, as caching says
             facts["wave"] = draw_sound(source, fps, facts["used"])
@@ -207,7 +207,7 @@ def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         frames=info.frames if info else None,
         lengths=_count_lengths(plan.spans),
         none=plan.reason,
-        heard=_listen(source, fps),
+        sound=_listen(source, fps),
     )
 
 
@@ -409,7 +409,8 @@ def _show_reference(
     if fit is None and bucket is not None:
         fit = fit_cover(size, bucket)
     height = sizes.picture_height
-    width = min(max(1, round(size[0] * height / size[1])), sizes.width)
+    width = round(size[0] * height / size[1])
+    width = min(max(1, width), sizes.width)
     small = np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
     text = f"{size[0]} x {size[1]}"
     if fit is not None:

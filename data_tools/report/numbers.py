@@ -241,7 +241,7 @@ def _count_resolutions(looks: Sequence[Look]) -> list[Numbers]:
 
 def _count_sound(looks: Sequence[Look]) -> Numbers:
     """Return how many clips have sound, and the forms of their tracks."""
-    sounds = [look.heard for look in looks if look.heard is not None]
+    sounds = [look.sound for look in looks if look.sound is not None]
     tracks = [sound.track for sound in sounds if sound.track is not None]
     return {
         "clips": len(tracks),

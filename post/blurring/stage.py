@@ -70,27 +70,35 @@ def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
 def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
     """Cover a box, widened by the margin, in a picture (H W 3)."""
     height, width = pixels.shape[:2]
-    across = options.margin * (box[2] - box[0])
-    down = options.margin * (box[3] - box[1])
-    left, top, right, bottom = box[0] - across, box[1] - down, box[2] + across, box[3] + down
+    left, top, right, bottom = _widened(box, options.margin)
     core = _Area(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
     feather = round(options.feather * min(right - left, bottom - top))
     area = core.widened(feather, width, height)
     if area.left >= area.right or area.top >= area.bottom:
         return  # outside of the picture
     place = area.slices()
-    covered = np.zeros_like(pixels[place]) if options.method == "fill" else _blur(pixels, core, area, options)
-    if options.ellipse or feather:
-        weight = _weights(area, core, (left, top, right, bottom) if options.ellipse else None, feather)
-        plain = pixels[place].astype(np.float32)
-        mixed = plain + weight[..., None] * (covered.astype(np.float32) - plain)
-        pixels[place] = np.rint(mixed).astype(pixels.dtype)
-    else:
+    covered = _make_cover(pixels, core, area, options)
+    if not options.ellipse and not feather:
         pixels[place] = covered
+        return
+    ellipse = (left, top, right, bottom) if options.ellipse else None
+    weight = _weights(area, core, ellipse, feather)
+    plain = pixels[place].astype(np.float32)
+    mixed = plain + weight[..., None] * (covered.astype(np.float32) - plain)
+    pixels[place] = np.rint(mixed).astype(pixels.dtype)
 
 
-def _blur(pixels: Pixels, core: _Area, area: _Area, options: BlurOptions) -> Pixels:
-    """Return an area of a picture, blurred. core: the area without its soft edge."""
+def _widened(box: Box, margin: float) -> Box:
+    """Return a box grown on each side by a part of its width and height."""
+    across = margin * (box[2] - box[0])
+    down = margin * (box[3] - box[1])
+    return box[0] - across, box[1] - down, box[2] + across, box[3] + down
+
+
+def _make_cover(pixels: Pixels, core: _Area, area: _Area, options: BlurOptions) -> Pixels:
+    """Return an area of a picture, blurred or black. core: the area without its soft edge."""
+    if options.method == "fill":
+        return np.zeros_like(pixels[area.slices()])
     # the size asked for, but at least half of the box: this leaves a few spots of colour at any
     # resolution; more than the whole box would only mix its surroundings in
     longer = max(core.right - core.left, core.bottom - core.top)

@@ -94,18 +94,25 @@ def _parse(content: bytes) -> OnnxHeader:
     notes = [dict(_fields(note)) for note in model[_NOTES]]
     graph = checks.parts(model[_GRAPH][-1])
     values = [_read_value(value) for value in graph[_INPUTS]]
-    checks.counts |= {name: input_count(shape) for name, shape in values}
+    for name, shape in values:
+        checks.counts[name] = input_count(shape)
     outputs = dict(map(_read_value, graph[_OUTPUTS]))
     if not graph[_NODES] or not outputs:
         raise ValueError("an empty graph")
     checks.graph(graph)
-    filled = {_text(dict(_fields(tensor)).get(_TENSOR_NAME)) for tensor in graph[_INITIALIZERS]}
+    tensors = [dict(_fields(tensor)) for tensor in graph[_INITIALIZERS]]
+    filled = {_text(tensor.get(_TENSOR_NAME)) for tensor in tensors}
     inputs = {name: shape for name, shape in values if name not in filled}
+    _check_inputs(inputs)
+    texts = {_text(note.get(1)): _text(note.get(2)) for note in notes}
+    return OnnxHeader(inputs, outputs, texts)
+
+
+def _check_inputs(inputs: Mapping[str, Shape]) -> None:
+    """Raise _RefusedError if an input is larger than a picture."""
     for name, shape in inputs.items():
         if any(size is not None and size > limits.MAX_ONNX_SIDE for size in shape):
             raise _RefusedError(f"its input {name} has the shape {list(shape)}")
-    texts = {_text(note.get(1)): _text(note.get(2)) for note in notes}
-    return OnnxHeader(inputs, outputs, texts)
 
 
 def _read_bytes(path: Path, most: int | None = None) -> bytes:
@@ -193,21 +200,18 @@ class _Checks:
             raise _RefusedError("its numbers are in another file. Export it again as one file")
         dims = _numbers(tensor[_DIMS])
         count = math.prod(dims)
-        size = 0
-        for field_number in _VALUES:
-            size += sum(1 if isinstance(value, int) else len(value) for value in tensor[field_number])
-        if count > 2 * size:  # the smallest numbers have four bits
+        if count > 2 * _stored_size(tensor):  # the smallest numbers have four bits
             raise _RefusedError(f"its tensor {_shown(names)} of shape {dims[:8]} has not so many numbers")
         self.tensors |= dict.fromkeys(names, Constant(tuple(dims)))
         self.counts |= dict.fromkeys(names, float(count))
         dtype = next((number for number in tensor[_DTYPE] if isinstance(number, int)), 0)
         if dtype in _DTYPES and count <= _MOST_SIZES:
-            letter, _ = _DTYPES[dtype]
+            is_float = _DTYPES[dtype][0] == "f"
             values = _read_values(tensor, dtype, count)
             product = _product(values)
-            constant = Constant(tuple(dims), tuple(values), letter == "f")
-            self.tensors |= dict.fromkeys(names, constant)
-            product *= limits.MAX_ONNX_VALUES / limits.MAX_ONNX_SCALE if letter == "f" else 1
+            self.tensors |= dict.fromkeys(names, Constant(tuple(dims), tuple(values), is_float))
+            if is_float:
+                product *= limits.MAX_ONNX_VALUES / limits.MAX_ONNX_SCALE
             self.constants |= dict.fromkeys(names, product)
 
     def parts(self, message: _Value) -> _Parts:
@@ -219,6 +223,15 @@ class _Checks:
                 raise _RefusedError(f"it has more than {limits.MAX_ONNX_FIELDS:,} parts")
             parts[number].append(value)
         return parts
+
+
+def _stored_size(tensor: _Parts) -> int:
+    """Return the bytes of a tensor's values in the file; a number of its own counts as one."""
+    size = 0
+    for field_number in _VALUES:
+        for value in tensor[field_number]:
+            size += 1 if isinstance(value, int) else len(value)
+    return size
 
 
 def _read_values(tensor: _Parts, dtype: int, count: int) -> Sequence[float]:
@@ -234,16 +247,16 @@ def _read_values(tensor: _Parts, dtype: int, count: int) -> Sequence[float]:
 def _read_value(content: _Value) -> tuple[str, Shape]:
     """Return the name of a value, and the sizes in the shape of its type."""
     sizes = []
-    for size in _inside(content, 2, 1, 2, 1):  # type, of a tensor, shape, size
+    for size in _inside(content, (2, 1, 2, 1)):  # type, of a tensor, shape, size
         fixed = dict(_fields(size)).get(1)
         sizes.append(fixed if isinstance(fixed, int) and fixed > 0 else None)
     return _text(dict(_fields(content)).get(1)), tuple(sizes)
 
 
-def _inside(content: _Value, *path: int) -> Iterator[_Value]:
+def _inside(content: _Value, path: Sequence[int]) -> Iterator[_Value]:
     for number, value in _fields(content):
         if number == path[0]:
-            yield from _inside(value, *path[1:]) if len(path) > 1 else [value]
+            yield from _inside(value, path[1:]) if len(path) > 1 else [value]
 
 
 def _fields(content: _Value) -> Iterator[tuple[int, _Value]]:

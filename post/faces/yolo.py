@@ -138,7 +138,8 @@ def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout 
             f"for square ones: imgsz={USUAL_SIDE}.",
             path,
         )
-    side = height or -(-(side or USUAL_SIDE) // max(STEPS)) * max(STEPS)
+    step = max(STEPS)
+    side = height or -(-(side or USUAL_SIDE) // step) * step
     names = _literal(header.notes.get("names"))
     points = _literal(header.notes.get("kpt_shape"))
     is_face = isinstance(points, list) and len(points) == 2 and points[0] == POINTS
@@ -236,10 +237,7 @@ class YuNetDetector:
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Return the faces in a picture (H W 3, RGB) with at least that score, best first."""
         height, width = pixels.shape[:2]
-        factor = 1.0 if self.side is None else min(1.0, self.side / max(height, width))
-        if self.canvas is not None:
-            factor = min(factor, self.canvas[0] / width, self.canvas[1] / height)
-        small = shrunk(pixels, factor)
+        small = shrunk(pixels, self._factor(height, width))
         small_height, small_width = small.shape[:2]
         canvas_width, canvas_height = self.canvas or (small_width, small_height)
         image = np.zeros((canvas_height, canvas_width, 3), np.uint8)
@@ -253,7 +251,15 @@ class YuNetDetector:
         if rows is None:
             return []
         scale = np.array([width / small_width, height / small_height], np.float32)
-        return [_read_row(row, scale) for row in sorted(rows, key=lambda row: -row[14])]
+        best_first = sorted(rows, key=lambda row: -row[14])
+        return [_read_row(row, scale) for row in best_first]
+
+    def _factor(self, height: int, width: int) -> float:
+        """Return how much a picture is scaled down for the search."""
+        factor = 1.0 if self.side is None else min(1.0, self.side / max(height, width))
+        if self.canvas is not None:
+            factor = min(factor, self.canvas[0] / width, self.canvas[1] / height)
+        return factor
 
 
 def _read_row(row: Numbers, scale: Numbers) -> FoundFace:

@@ -114,14 +114,26 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
         for dy in (0, 1):
             column = left + dx
             row = top + dy
-            share = (1 - (x - column).abs()) * (1 - (y - row).abs())
-            is_inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            share = torch.where(is_inside, share, 0.0)
-            place = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+            place, share = _neighbour(x, y, column, row, size=(height, width))
             total.scatter_add_(0, place[:, None].expand_as(values), values * share[:, None])
     norm = total[:, -1:]
     mean = total[:, :-1] / torch.where(norm == 0, 1.0, norm)
     return mean.t().reshape(1, channels, height, width)
+
+
+def _neighbour(
+    x: Tensor, y: Tensor, column: Tensor, row: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Return the index of a place beside each target, and the share of the pixel that it gets.
+
+    x, y: the targets. column, row: of the place. size: height and width of the picture; outside, the share
+    is 0.
+    """
+    height, width = size
+    share = (1 - (x - column).abs()) * (1 - (y - row).abs())
+    is_inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    place = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+    return place, torch.where(is_inside, share, 0.0)
 
 
 def _targets(flow: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,9 @@ class Interpolator:
         yield replace(first.picture, seconds=step)
         threshold = self._options.scene_threshold
         is_same = np.array_equal(first.picture.pixels, second.picture.pixels)
-        is_cut = not is_same and 0 < threshold <= scene_distance(first.thumbnail, second.thumbnail)
+        is_cut = False
+        if not is_same and threshold > 0:
+            is_cut = threshold <= scene_distance(first.thumbnail, second.thumbnail)
         if is_cut:
             cuts.append(second.picture.start)
             if len(cuts) <= SHOWN:
