@@ -69,13 +69,13 @@ class WeightAverage:
     def in_place(self) -> Iterator[None]:
         """Let the parameters hold the average during the block: float32, on the average's own device."""
         settle_all(self._dits)
-        kept = [weight.data for weight in self._parameters]
+        trained = [weight.data for weight in self._parameters]
         try:
             for weight, value in zip(self._parameters, self.values, strict=True):
                 weight.data = value
             yield
         finally:
-            for weight, data in zip(self._parameters, kept, strict=True):
+            for weight, data in zip(self._parameters, trained, strict=True):
                 weight.data = data
 
     def tensors(self) -> dict[str, Tensor]:

@@ -33,7 +33,6 @@ from modules.console import as_size
 from modules.contract.data import LOSS_MASK
 from modules.contract.family import Caches, Family, LearningEncoder, TextEncoder, can_learn
 from modules.errors import DatasetError, OptionError
-from modules.installation import import_own
 from modules.media.buckets import Size
 from modules.media.reading import image_size
 from modules.seeds import derive_seed
@@ -93,20 +92,22 @@ def prepare_sources(
     plans = plan_tables(family, config, options, live)
     stores = open_stores(family, plans)
     if options is not None:
-        _fill(family, config, plans, options, device, stores)
+        _fill(family, config, plans, options=options, device=device, stores=stores)
     # those in memory that have entries, or will have those of other processes
-    held = [one for pair in stores.given.values() for one in pair if isinstance(one, MemoryStore)]
-    if held:
-        _share_entries(held)
-    if any(store.entries for store in held):
-        size_bytes = sum(store.size_bytes for store in held)
+    memory_stores = [
+        store for pair in stores.given.values() for store in pair if isinstance(store, MemoryStore)
+    ]
+    if memory_stores:
+        _share_entries(memory_stores)
+    if any(store.entries for store in memory_stores):
+        size_bytes = sum(store.size_bytes for store in memory_stores)
         logger.info("Caches in host memory: %s. Batches are read by no other process.", as_size(size_bytes))
     tables = list_live_tables(family.cache_tag, plans, needs_captions=bool(live))
     encoder = None
     if any(table.sizes is not None for table in tables.values()):
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
         encoder = LiveMedia(family, device)
-    stays = encoder is not None or any(store.entries for store in held)
+    stays = encoder is not None or any(store.entries for store in memory_stores)
     return BatchSources(stores, tables, encoder, stays)
 
 
@@ -119,7 +120,9 @@ def _fill(
     stores: Stores,
 ) -> None:
     """Encode the items to keep in npz files and in memory."""
-    loop, conclude = import_own("dataset.caching.loop"), import_own("dataset.caching.prefetch").conclude
+    from dataset.caching import loop  # only if something is cached
+    from dataset.caching.prefetch import conclude
+
     stores = replace(stores, trusts=options.skip_cache_check)
 
     for kind, cache, batch_size in (
@@ -128,10 +131,10 @@ def _fill(
     ):
         tables = tuple(plan.table for plan in plans if getattr(plan, kind).is_made)
         if tables:
-            asked = CachingOptions.usual(
+            caching = CachingOptions.usual(
                 dataset_config=config.path, device=str(device), batch_size=batch_size, keep_cache=True
             )
-            report = cache(family, DatasetConfig(config.path, tables), asked, stores)
+            report = cache(family, DatasetConfig(config.path, tables), caching, stores)
             conclude(replace(report, foreign=0))  # files of other programs are no surprise here
 
 
@@ -144,11 +147,11 @@ def plan_tables(
     DatasetError if pictures that change each time are to be cached, OptionError if npz files are asked for
     and the family has none.
     """
-    asked = {
+    to_disk_by_name = {
         "latents": options is not None and options.cache_latents_to_disk,
         "text_encoder_outputs": options is not None and options.cache_text_encoder_outputs_to_disk,
     }
-    for name, to_disk in asked.items():
+    for name, to_disk in to_disk_by_name.items():
         if to_disk and family.latent.npz is None:
             raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; leave out _to_disk")
     texts = Where.LIVE if live and family.text_keys.issubset(live) else Where.OWN
@@ -169,8 +172,8 @@ def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOpt
         return Where.OWN
     if options.caches_latents:
         return Where.NPZ if options.cache_latents_to_disk else Where.MEMORY
-    there = open_store(table, npz_names(family)).names()
-    has_own = any(parse_latent_name(name, family.cache_tag, table.kind) is not None for name in there)
+    names = open_store(table, npz_names(family)).names()
+    has_own = any(parse_latent_name(name, family.cache_tag, table.kind) is not None for name in names)
     return Where.OWN if has_own else Where.MEMORY
 
 
@@ -201,7 +204,7 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
     tag: the family's cache_tag. needs_captions: list all tables, with captions. Raises DatasetError if
     captions are missing, MediaError if the header of a picture cannot be read.
     """
-    found: dict[int, ItemKind] = {}
+    live_tables: dict[int, ItemKind] = {}
     for plan in plans:
         if plan.latents is not Where.LIVE and not needs_captions:
             continue
@@ -211,9 +214,15 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
             require_captions(sources)
         by_stem = {source.stem: source for source in sources}
         is_live = plan.latents is Where.LIVE
-        sizes = {stem: _size(one) for stem, one in by_stem.items()} if is_live else None
-        found[plan.table.index] = ItemKind(tag, frozenset(), plan.texts is not Where.LIVE, sizes, by_stem)
-    return found
+        sizes = {stem: _size(source) for stem, source in by_stem.items()} if is_live else None
+        live_tables[plan.table.index] = ItemKind(
+            tag,
+            frozenset(),
+            has_text=plan.texts is not Where.LIVE,
+            sizes=sizes,
+            sources=by_stem,
+        )
+    return live_tables
 
 
 def _size(source: MediaSource) -> Size:
@@ -223,7 +232,9 @@ def _size(source: MediaSource) -> Size:
 
 def _share_entries(stores: Sequence[MemoryStore]) -> None:
     """Give the entries of each process to all others, a few at a time."""
-    with import_own("dataset.caching.loop").join_processes("cpu") as share:
+    from dataset.caching.loop import join_processes  # only with caches in memory
+
+    with join_processes("cpu") as share:
         for store in stores if share.count > 1 else ():
             mine = list(store.entries.items())
             for number in range(max(share.gather(-(-len(mine) // SENT_AT_ONCE)))):
@@ -242,9 +253,9 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
     None: all texts come from caches. Raises OptionError if caches are asked for texts that change, or
     if an encoder that is needed is not given.
     """
-    asked = options.caching is not None and options.caching.caches_texts
+    caches_texts = options.caching is not None and options.caching.caches_texts
     varying = next((table for table in config.datasets if table.changes.varying_keys), None)
-    if varying is not None and asked:
+    if varying is not None and caches_texts:
         raise OptionError(
             f"--cache_text_encoder_outputs: captions of {varying.name} vary (shuffle_caption, wildcards, tag "
             "dropout or token warm-up), so that they cannot be cached. Leave out one of the two"
@@ -254,7 +265,7 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
         encoders = _encoders(family, why)
         able = [encoder for encoder in encoders if can_learn(encoder)]
         learning, prefixes = _learning(family, options, able), [encoder.lora_prefix for encoder in able]
-        if varying is not None or (learning and not asked):
+        if varying is not None or (learning and not caches_texts):
             return LiveTexts(encoders, learning, prefixes)
         if 0 < len(learning) < len(encoders):
             return LiveTexts(learning, learning, prefixes)
@@ -273,14 +284,14 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
                     f"--cache_text_encoder_outputs: {names} is trained, so that its outputs change. Leave it "
                     "out"
                 )
-            told = logger.info if options.parts.text_encoder_lr is None else logger.warning
-            told(
+            log = logger.info if options.parts.text_encoder_lr is None else logger.warning
+            log(
                 "%s does not learn because --cache_text_encoder_outputs keeps its outputs: only the "
                 "transformer is trained, as with %s. To train both leave out the caches.",
                 names,
                 UNET_ONLY,
             )
-    if asked or not options.is_for_images:
+    if caches_texts or not options.is_for_images:
         return None
     stores, end = Stores(npz_names(family)), text_file_name("", family.cache_tag)
     if any(name.endswith(end) for table in config.datasets for name in stores.of(table).names()):
@@ -311,8 +322,8 @@ def _learning(
         return []
     options.parts.text_rates(len(able), options.optimizer.learning_rate)  # too many are refused here
     name = options.network.network_module or family.lora_module
-    own = OWN_MODULES.get(name)
-    if able and own is not None and own.kind != "LoRA":
+    known_module = OWN_MODULES.get(name)
+    if able and known_module is not None and known_module.kind != "LoRA":
         raise OptionError(
             f"--network_module {name} has no part for text encoders: add {UNET_ONLY}, or use a LoRA module"
         )
@@ -329,11 +340,14 @@ def _learning(
 def _switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
     """Return LoRA prefix -> whether to train it, for the text encoders that are trained only on request."""
     network = options.network
-    own = None if network is None else OWN_MODULES.get(network.network_module or family.lora_module)
-    if network is None or own is None or own.rules is None:
+    known_module = None if network is None else OWN_MODULES.get(network.network_module or family.lora_module)
+    if network is None or known_module is None or known_module.rules is None:
         return {}
-    given = network.arguments()
-    return {prefix: given.get(name, "").lower() == "true" for name, prefix in own.rules.encoders.items()}
+    arguments = network.arguments()
+    return {
+        prefix: arguments.get(name, "").lower() == "true"
+        for name, prefix in known_module.rules.encoders.items()
+    }
 
 
 class LiveMedia:
@@ -353,14 +367,14 @@ class LiveMedia:
         groups: dict[tuple[object, ...], list[tuple[int, DecodedMedia]]] = {}
         for place, item in enumerate(items):
             if item.kind.sizes is not None:
-                read = self._read(item, random.Random(derive_seed(*stream, "picture", place)))
-                groups.setdefault(read.group, []).append((place, read))
-        found: dict[int, dict[str, Tensor]] = {}
+                media = self._read(item, random.Random(derive_seed(*stream, "picture", place)))
+                groups.setdefault(media.group, []).append((place, media))
+        encoded: dict[int, dict[str, Tensor]] = {}
         for pairs in groups.values():
             # the names seed the posterior sample, which is another one each time
             keys = ["-".join(map(str, (items[place].key, *stream, place))) for place, _ in pairs]
-            found |= self._encode([place for place, _ in pairs], [read for _, read in pairs], keys)
-        return found
+            encoded |= self._encode([place for place, _ in pairs], [media for _, media in pairs], keys)
+        return encoded
 
     def _read(self, item: TrainingItem, numbers: random.Random) -> DecodedMedia:
         source = item.kind.sources[item.source_stem]
@@ -368,7 +382,14 @@ class LiveMedia:
         source = replace(source, table=item.table)
         spec, fps = self._family.latent, self._family.defaults.fps
         changes = None if item.table.augmentation == NO_AUGMENTATION else numbers
-        media = decode_source(source, fps, spec.pixel_step, spec.frame_step, changes, spec.masks_latents)
+        media = decode_source(
+            source,
+            fps,
+            spec.pixel_step,
+            frame_step=spec.frame_step,
+            numbers=changes,
+            keeps_alpha=spec.masks_latents,
+        )
         if media.bucket != item.bucket:
             sides = "x".join(map(str, media.size))
             raise DatasetError(f"{source.path} has {sides} pixels now, not those that it had at the start")
@@ -380,10 +401,10 @@ class LiveMedia:
         media = batch_media(pictures, keys)
         with torch.no_grad():
             encoded = self._family.encode_media(self._encoders, media)
-        found = {}
+        by_place = {}
         for place, picture, (entry,) in zip(places, pictures, encoded, strict=True):
             tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
             if picture.mask is not None:
                 tensors[LOSS_MASK] = shrink_mask(torch.from_numpy(picture.mask), self._family.latent.stride)
-            found[place] = tensors
-        return found
+            by_place[place] = tensors
+        return by_place

@@ -18,7 +18,6 @@ from modules.contract.rules import ONE_EXPERT, Expert
 from modules.devices import dtype_name
 from modules.errors import OptionError
 from modules.families import HIGH_NOISE
-from modules.installation import import_own
 from modules.offload.swap_plan import HostWeights
 from modules.offload.turns import HostCopy
 from modules.options import option_values
@@ -58,19 +57,19 @@ class ExpertNetworks:
         """
         network = self.networks[expert]
         if self.copies and not self.copies[network].is_here:
-            for other in self.copies.values():
-                other.leave()
+            for copy in self.copies.values():
+                copy.leave()
             self.copies[network].bring()
         return network
 
 
 def read_use(path: Path, expert: Expert, multiplier: float) -> "LoraUse":
     """Read a file's LoRA for an expert, which may be one of several. Warns if it is for another expert."""
-    loading = import_own("networks.loading")
-    lora = loading.read_lora(path, by_expert=True).for_expert(expert.name)
-    loading.warn_of_other_expert(lora, expert.name)
-    use: LoraUse = loading.LoraUse(lora, multiplier)
-    return use
+    from networks.loading import LoraUse, read_lora, warn_of_other_expert  # only with LoRA files
+
+    lora = read_lora(path, by_expert=True).for_expert(expert.name)
+    warn_of_other_expert(lora, expert.name)
+    return LoraUse(lora, multiplier)
 
 
 def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Expert]) -> "LoraUse | None":
@@ -81,8 +80,10 @@ def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Exp
     path, multiplier = options.frozen.training_adapter, options.frozen.training_adapter_multiplier
     if path is None:
         return None
-    said = import_own("networks.loading").read_lora(path, by_expert=True).expert
-    if said != expert.name and said in [other.name for other in experts]:
+    from networks.loading import read_lora  # only with an adapter
+
+    name_in_file = read_lora(path, by_expert=True).expert
+    if name_in_file != expert.name and name_in_file in [trained.name for trained in experts]:
         logger.info(
             "%s %s is for another one: the %s trains without it.", TRAINING_ADAPTER, path, expert.words
         )
@@ -92,29 +93,32 @@ def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Exp
 
 def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | None:
     """Return the options of the network that learns in an expert, with the files for this expert."""
-    network, given = options.network, options.by_expert
+    network, by_expert = options.network, options.by_expert
     if network is None or expert.name != HIGH_NOISE:
         return network
-    if given.lora_per_expert:
-        network = replace(network, network_weights=given.network_weights_high_noise)
-    if given.base_weights_high_noise is not None:
-        files, multipliers = given.base_weights_high_noise, given.base_multipliers()
-        network = replace(network, base_weights=files, base_weights_multiplier=multipliers)
+    if by_expert.lora_per_expert:
+        network = replace(network, network_weights=by_expert.network_weights_high_noise)
+    if by_expert.base_weights_high_noise is not None:
+        network = replace(
+            network,
+            base_weights=by_expert.base_weights_high_noise,
+            base_weights_multiplier=by_expert.base_multipliers(),
+        )
     return network
 
 
 def check_experts(family: Family, options: TrainingOptions) -> None:
     """Raise OptionError for options that the given transformers cannot serve."""
-    experts, given, network = family.experts, options.by_expert, options.network
-    if len(experts) > 1 and given.offload_inactive_dit and options.speed.sharding.shard_base:
+    experts, by_expert, network = family.experts, options.by_expert, options.network
+    if len(experts) > 1 and by_expert.offload_inactive_dit and options.speed.sharding.shard_base:
         raise OptionError(
             "--offload_inactive_dit and --shard_base cannot be used together: each process has a part of "
             "both transformers, and they stay on the devices. Leave one of the two options out"
         )
     if len(experts) == 1:
-        if given.lora_per_expert:
+        if by_expert.lora_per_expert:
             raise OptionError("--lora_per_expert needs two transformers: give --dit and --dit_high_noise")
-        if experts[0].name != HIGH_NOISE and given.base_weights_high_noise is not None:
+        if experts[0].name != HIGH_NOISE and by_expert.base_weights_high_noise is not None:
             raise OptionError(
                 "--base_weights_high_noise needs --dit_high_noise. For one transformer use --base_weights"
             )
@@ -123,13 +127,13 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
             "--dit and --dit_high_noise: whole transformers are trained one at a time, as the weights of two "
             "with their gradients fit no device. Give one of them, or train a LoRA"
         )
-    if given.network_weights_high_noise is not None and not given.lora_per_expert:
+    if by_expert.network_weights_high_noise is not None and not by_expert.lora_per_expert:
         raise OptionError(
             "--network_weights_high_noise: one network is trained for both transformers, and starts from "
             "--network_weights. Use that, or add --lora_per_expert"
         )
-    if network is not None and given.lora_per_expert:
-        if network.dim_from_weights and given.network_weights_high_noise is None:
+    if network is not None and by_expert.lora_per_expert:
+        if network.dim_from_weights and by_expert.network_weights_high_noise is None:
             raise OptionError(
                 "--dim_from_weights with --lora_per_expert needs --network_weights_high_noise too: the file "
                 "to take ranks and alphas of the second network from"
@@ -148,16 +152,8 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
 
     samples_with_others: whether samples are made with those that are not trained too.
     """
-    experts, usual, given = family.experts, family.defaults.experts, options.network
-    # --base_weights counts as an adapter: a LoRA that undoes the distillation may be among them
-    is_adapted = given is not None and (given.frozen.training_adapter or given.base_weights)
-    if not is_adapted and knows_few_steps(family) and (why := family.why_few_steps()) is not None:
-        logger.warning(
-            "The transformer may be one that was distilled to few steps (%s). If it is, and is trained as it "
-            "is, it loses them: with what is trained it needs more steps, and guidance, for equal quality. "
-            "%s.",
-            *(why, family.few_steps.instead),
-        )
+    experts, usual = family.experts, family.defaults.experts
+    _warn_of_few_steps(family, options)
     if len(experts) == 1 and options.by_expert.offload_inactive_dit and not samples_with_others:
         logger.warning("--offload_inactive_dit is ignored because one transformer is loaded")
     if samples_with_others and options.samples.sample_prompts is None:
@@ -166,30 +162,62 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
         return
     trained = expert_trained(family, options)
     for expert in experts:
-        network = network_for(options, expert)
-        if network is None or network.network_weights is None:
-            continue
-        if (network.network_module or family.lora_module) in OWN_MODULES:
-            loading = import_own("networks.loading")
-            loading.warn_of_other_expert(loading.read_lora(network.network_weights), (trained or expert).name)
+        _warn_of_weights(family, network_for(options, expert), (trained or expert).name)
     if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
-        other = family.can.sample_apart
-        logger.info("Samples are made by the trained transformer alone; give %s for both.", other)
+        option = family.can.sample_apart
+        logger.info("Samples are made by the trained transformer alone; give %s for both.", option)
     boundary = max(expert.lowest for expert in experts) or usual[-1].lowest
     if len(experts) > 1:
         logger.info("Timesteps from %g on train --dit_high_noise, the others --dit.", boundary)
     elif experts[0].lowest > 0:
         logger.info("Only timesteps from %g on are trained, at which --dit_high_noise works.", boundary)
     elif trained is None:
-        below, above, counted = "--max_timestep", "--min_timestep", round(boundary)
-        if options.timesteps.timestep_sampling == "sigma":  # counts its bounds from the noisy end
-            below, above, counted = above, below, NUM_TIMESTEPS - counted
+        _warn_of_all_levels(options, boundary)
+
+
+def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
+    """Warn if a transformer that was distilled to few steps would lose them."""
+    network = options.network
+    # --base_weights counts as an adapter: a LoRA that undoes the distillation may be among them
+    is_adapted = network is not None and (network.frozen.training_adapter or network.base_weights)
+    if is_adapted or not knows_few_steps(family):
+        return
+    why = family.why_few_steps()
+    if why is not None:
         logger.warning(
-            "--dit is trained at all timesteps, but in a generation with two transformers it works below %g "
-            "only. Recommended: %s %d --preserve_distribution_shape (or %s %d if it is the transformer for "
-            "high noise).",
-            *(boundary, below, counted, above, counted),
+            "The transformer may be one that was distilled to few steps (%s). If it is, and is trained as it "
+            "is, it loses them: with what is trained it needs more steps, and guidance, for equal quality. "
+            "%s.",
+            why,
+            family.few_steps.instead,
         )
+
+
+def _warn_of_weights(family: Family, network: NetworkOptions | None, expert: str) -> None:
+    """Warn if --network_weights of an expert is for another one."""
+    if network is None or network.network_weights is None:
+        return
+    if (network.network_module or family.lora_module) in OWN_MODULES:
+        from networks.loading import read_lora, warn_of_other_expert  # only with LoRA files
+
+        warn_of_other_expert(read_lora(network.network_weights), expert)
+
+
+def _warn_of_all_levels(options: TrainingOptions, boundary: float) -> None:
+    """Warn that one of two transformers is trained at all timesteps. boundary: where they meet."""
+    below, above, counted = "--max_timestep", "--min_timestep", round(boundary)
+    if options.timesteps.timestep_sampling == "sigma":  # counts its bounds from the noisy end
+        below, above, counted = above, below, NUM_TIMESTEPS - counted
+    logger.warning(
+        "--dit is trained at all timesteps, but in a generation with two transformers it works below %g "
+        "only. Recommended: %s %d --preserve_distribution_shape (or %s %d if it is the transformer for "
+        "high noise).",
+        boundary,
+        below,
+        counted,
+        above,
+        counted,
+    )
 
 
 def expert_metadata(family: Family, options: TrainingOptions, part: str) -> dict[str, str]:
@@ -204,10 +232,12 @@ def expert_metadata(family: Family, options: TrainingOptions, part: str) -> dict
     name = part or (None if expert is None else expert.name)
     if name is None:
         return {}
-    values = {known: value for value, known in EXPERT_VALUES.items()}
-    files = {each.name: file.name for each, file in zip(experts, family.dit_files, strict=False)}
-    own = {"ss_sd_model_name": files[part]} if part in files and not options.metadata.no_metadata else {}
-    return {TRAINED_EXPERT: values[name], **own}
+    values = {expert_name: value for value, expert_name in EXPERT_VALUES.items()}
+    metadata = {TRAINED_EXPERT: values[name]}
+    files = {trained.name: file.name for trained, file in zip(experts, family.dit_files, strict=False)}
+    if part in files and not options.metadata.no_metadata:
+        metadata["ss_sd_model_name"] = files[part]
+    return metadata
 
 
 def expert_trained(family: Family, options: TrainingOptions) -> Expert | None:
@@ -235,10 +265,13 @@ def placement_of(
 
     A frozen DiT keeps the file's dtype; a trained one is kept in bf16 (--full_bf16) or float32.
     """
-    whole = options.whole_dit
+    whole_dit = options.whole_dit
+    storage_dtype: torch.dtype | None = None
+    if whole_dit is not None:
+        storage_dtype = torch.bfloat16 if whole_dit.full_bf16 else torch.float32
     return Placement(
         device,
-        storage_dtype=None if whole is None else torch.bfloat16 if whole.full_bf16 else torch.float32,
+        storage_dtype=storage_dtype,
         fp8_compute_dtype=torch.float16 if options.accelerator.mixed_precision == "fp16" else None,
         attention=options.speed.attention.choice,
         quantisation=quantisation,
@@ -258,10 +291,20 @@ def dress(
 
     If the blocks' inputs are kept on the host, memory is short, so feed-forwards are computed in pieces too.
     """
-    on_host, checkpointing = loop.gradient_checkpointing_cpu_offload, None
+    on_host = loop.gradient_checkpointing_cpu_offload
+    checkpointing: dressing.Checkpointing | None = None
     if loop.gradient_checkpointing:
         checkpointing = dressing.Checkpointing(loop.gradient_checkpointing_keep is not None, on_host)
-    dressing.dress(dit, spec, device, compilation, host, checkpointing, on_host, shares)
+    dressing.dress(
+        dit,
+        spec,
+        device,
+        compilation=compilation,
+        host=host,
+        checkpointing=checkpointing,
+        in_pieces=on_host,
+        shares=shares,
+    )
     dit.train(loop.gradient_checkpointing)  # it has no dropout; checkpointing is what acts in training mode
 
 

@@ -123,8 +123,9 @@ class ExpertTrainingOptions(Options, title="two transformers"):
 
     def base_multipliers(self) -> tuple[float, ...]:
         option = "--base_weights_multiplier_high_noise"
-        files, given = self.base_weights_high_noise or (), self.base_weights_multiplier_high_noise or ()
-        return multipliers_for(files, given, option)
+        files = self.base_weights_high_noise or ()
+        multipliers = self.base_weights_multiplier_high_noise or ()
+        return multipliers_for(files, multipliers, option)
 
 
 # of models with one transformer, whose scripts do not have these options
@@ -254,13 +255,13 @@ class PartsOptions(Options, title="what is trained"):
 
         One value is for all of them, none means --learning_rate. Raises OptionError if there are too many.
         """
-        given = self.text_encoder_lr or (learning_rate,)
-        if len(given) > max(count, 1):
+        rates = self.text_encoder_lr or (learning_rate,)
+        if len(rates) > max(count, 1):
             raise OptionError(
-                f"--text_encoder_lr has {len(given)} values, but {count} text encoders can learn: give one "
+                f"--text_encoder_lr has {len(rates)} values, but {count} text encoders can learn: give one "
                 "value, or one for each"
             )
-        return (*given, *[given[-1]] * (count - len(given)))[:count]
+        return (*rates, *[rates[-1]] * (count - len(rates)))[:count]
 
 
 CURVES = (

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from modules.command import RANK, refuse_other_splits
 from modules.devices import allow_fp16_accumulation
 from modules.errors import OptionError
-from modules.installation import import_own
+from modules.lost_processes import meet_anew
 from training.run_options import NO_LOGS, AcceleratorOptions, LogOptions
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def make_accelerator(
             "there, or start several processes with accelerate launch or torchrun, which set all of them"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        import_own("modules.lost_processes").meet_anew()
+        meet_anew()
     folder = None
     if logs.logging_dir is not None:
         folder = logs.logging_dir / f"{logs.log_prefix or ''}{started or datetime.now():%Y%m%d%H%M%S}"
@@ -108,8 +108,8 @@ def norm_of_gradients(parameters: Iterable[Parameter], split: Collection[Tensor]
         parameters = list(parameters)
         parts = norm_of_gradients(parameter for parameter in parameters if parameter in split).square()
         torch.distributed.all_reduce(parts)
-        rest = norm_of_gradients(parameter for parameter in parameters if parameter not in split)
-        return (parts + rest.square()).sqrt()
+        unsplit = norm_of_gradients(parameter for parameter in parameters if parameter not in split)
+        return (parts + unsplit.square()).sqrt()
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if all(gradient.dtype == torch.float32 for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)

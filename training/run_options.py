@@ -203,9 +203,9 @@ class SampleOptions(Options, title="samples while training"):
 
     def loras(self) -> list[tuple[Path, float]]:
         """Return the files of --sample_lora with their multipliers. Raises OptionError if one is missing."""
-        found = [_split_multiplier(path) for path in self.sample_lora or ()]
-        require_files("--sample_lora", [path for path, _ in found])
-        return found
+        loras = [_split_multiplier(path) for path in self.sample_lora or ()]
+        require_files("--sample_lora", [path for path, _ in loras])
+        return loras
 
     @property
     def are_made(self) -> bool:
@@ -221,17 +221,17 @@ class SampleOptions(Options, title="samples while training"):
         )
 
 
-def _split_multiplier(given: Path) -> tuple[Path, float]:
+def _split_multiplier(text: Path) -> tuple[Path, float]:
     """Split `FILE:0.8`; without a number the multiplier is 1. A drive's colon (C:\\x) is part of the name."""
-    name, colon, number = str(given).rpartition(":")
-    if not colon or given.exists():
-        return given, 1.0
+    name, colon, number = str(text).rpartition(":")
+    if not colon or text.exists():
+        return text, 1.0
     try:
         multiplier = float(number)
     except ValueError:
-        return given, 1.0
+        return text, 1.0
     if not math.isfinite(multiplier):
-        raise OptionError(f"--sample_lora {given}: the multiplier is {number}; give a finite number")
+        raise OptionError(f"--sample_lora {text}: the multiplier is {number}; give a finite number")
     return Path(name), multiplier
 
 

@@ -59,8 +59,8 @@ class StepPlan:
         self.everyone, self.works_together = self.processes * self.peers, self.in_lockstep or self.peers > 1
         self.group_size = self.processes * self.accumulation
         self.steps_per_epoch = -(-self.num_batches // self.group_size)
-        rest = self.total_steps - self.steps_until(self.first_epoch + 1)
-        self.num_epochs = self.first_epoch + 1 + max(0, -(-rest // self.steps_per_epoch))
+        later_steps = self.total_steps - self.steps_until(self.first_epoch + 1)
+        self.num_epochs = self.first_epoch + 1 + max(0, -(-later_steps // self.steps_per_epoch))
 
     def steps_until(self, epoch: int, position: int = 0) -> int:
         """Return the steps of the run before micro-batch `position` of epoch `epoch` (from 0)."""
@@ -88,9 +88,9 @@ class StepPlan:
         May be empty in the last group of an epoch. In lockstep it never is: a process that would lack a
         micro-batch repeats the last one of the group.
         """
-        own = [index for index in group if index % self.processes == process]
-        lacks = self.in_lockstep and len(own) * self.processes < len(group)
-        return [*own, group[-1]] if lacks else own
+        share = [index for index in group if index % self.processes == process]
+        lacks = self.in_lockstep and len(share) * self.processes < len(group)
+        return [*share, group[-1]] if lacks else share
 
     def keys(
         self, process: int, epoch: int, position: int, num_epochs: int | None = None

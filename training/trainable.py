@@ -78,8 +78,8 @@ class Trainable:
 
     def limit_norms(self, max_norm: float, device: torch.device) -> Tensor:
         """Limit norms of the networks after an optimizer step; return the numbers of a `NormReport`."""
-        found = [network.scale_norms(max_norm, device) for network in self.networks]
-        keys_scaled, means, largest = torch.stack(found).unbind(1)  # of networks of as many modules each
+        numbers = [network.scale_norms(max_norm, device) for network in self.networks]
+        keys_scaled, means, largest = torch.stack(numbers).unbind(1)  # of networks of as many modules each
         return torch.stack([keys_scaled.sum(), means.mean(), largest.max()])
 
     @contextlib.contextmanager
@@ -118,11 +118,11 @@ def train_network(
     modules = {"network": network.module, **network.state_beside_file}
     save = save_network if lora_format is None else lora_format.save
     return Trainable(
-        modules,
-        groups,
-        tuple(names),
-        {"": partial(save, network.module)},
-        [network],
+        modules=modules,
+        groups=groups,
+        group_names=tuple(names),
+        writes={"": partial(save, network.module)},
+        networks=[network],
         max_norm=max_norm,
     )
 
@@ -139,12 +139,15 @@ def share_network(trainable: Trainable, network: TrainableNetwork, device: torch
 
 def train_apart(parts: Mapping[str, Trainable]) -> Trainable:
     """Join the trained parts of experts, by their names. Each writes a file of its own."""
+    modules: dict[str, nn.Module] = {}
+    group_names: list[str] = []
+    for expert, part in parts.items():
+        modules |= {f"{name}_{expert}": module for name, module in part.modules.items()}
+        group_names += [f"{name} {expert}" for name in part.group_names]
     return Trainable(
-        modules={
-            f"{own}_{name}": module for name, part in parts.items() for own, module in part.modules.items()
-        },
+        modules=modules,
         groups=[group for part in parts.values() for group in part.groups],
-        group_names=tuple(f"{own} {name}" for name, part in parts.items() for own in part.group_names),
+        group_names=tuple(group_names),
         writes={name: part.writes[""] for name, part in parts.items()},
         networks=[network for part in parts.values() for network in part.networks],
         max_norm=next(iter(parts.values())).max_norm,
@@ -190,20 +193,21 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
     return Trainable({"dit": dit}, groups, ("dit",), writes={"": partial(_write_dit, dit, dtypes)})
 
 
-def kept_dtypes(own: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> Mapping[str, torch.dtype]:
+def saved_dtypes(dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> Mapping[str, torch.dtype]:
     """Return the dtypes of tensors in a file. dtype: of floating-point tensors; None: as they are."""
     if dtype is None:
-        return own
-    return {name: dtype if each.is_floating_point else each for name, each in own.items()}
+        return dtypes
+    return {name: dtype if usual.is_floating_point else usual for name, usual in dtypes.items()}
 
 
 def _write_dit(
     dit: nn.Module,
-    own: Mapping[str, torch.dtype],
+    dtypes: Mapping[str, torch.dtype],
     path: Path,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    tensors, kept = dit.state_dict(), kept_dtypes(own, dtype)  # no copies; an average may be in their place
-    infos = {name: TensorInfo(kept[name], tuple(tensor.shape)) for name, tensor in tensors.items()}
-    stream_tensors(path, infos, lambda name: tensors[name].to(kept[name]), metadata)
+    tensors = dit.state_dict()  # no copies; an average may be in their place
+    dtypes = saved_dtypes(dtypes, dtype)
+    infos = {name: TensorInfo(dtypes[name], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_tensors(path, infos, lambda name: tensors[name].to(dtypes[name]), metadata)

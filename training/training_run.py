@@ -107,12 +107,12 @@ class Requests:
         """Return whether a file asks for SAMPLE, SAVE or STOP. Looks at the folder once a second at most."""
         if self.paths and (self._looked is None or self.now() - self._looked >= EVERY_SECONDS):
             self._looked = self.now()
-            for path, asked in self.paths.items():
+            for path, request in self.paths.items():
                 with contextlib.suppress(OSError):
                     status = path.lstat()
                     # a folder of this name holds samples
                     if stat.S_ISREG(status.st_mode) and path not in self._found:
-                        self._take(path, asked, status)
+                        self._take(path, request, status)
         return any(self.paths[path] == kind for path in self._found)
 
     def _take(self, path: Path, kind: str, status: os.stat_result) -> None:

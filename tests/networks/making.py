@@ -200,7 +200,7 @@ def load_transformer(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     family, made = family_called(name), list[Any]()
     family.prepare(folder)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(training.run, "train_network", lambda family, *_: made.append(family))
+    monkeypatch.setattr(training.run, "train_network", lambda family, *_, **__: made.append(family))
     script, *words = family.train
     import_own(script.removesuffix(".py")).main([*words, *OUTPUT])
     return made[0], made[0].load_dit(Placement(torch.device("meta")))

@@ -85,7 +85,17 @@ class BatchSources:
         encoded = {} if self.media is None else self.media.encode(items, *stream)
         # items encoded now have been mirrored already
         sides = [flip and place not in encoded for place, flip in enumerate(flips)]
-        return read_batch(items, latent, commands, checks, captions, self.stores, sides, undropped, encoded)
+        return read_batch(
+            items,
+            latent,
+            commands,
+            checks=checks,
+            captions=captions,
+            stores=self.stores,
+            flips=sides,
+            undropped=undropped,
+            encoded=encoded,
+        )
 
 
 @dataclass(frozen=True)
@@ -147,45 +157,58 @@ class Randomness:
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
         times = self.draw(len(batch), number, first_sample, shape)
-        given = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
-        learning, weights = self.sound, self._weigh(batch, times)
-        sound: NoisySound | None = None  # no sample has sound
-        heard, has_sound = batch.tensors.get(SOUND), batch.tensors.get(HAS_SOUND)
-        if learning is not None and isinstance(heard, Tensor) and isinstance(has_sound, Tensor):
-            of_sound = torch.randn(heard.shape, generator=seed_generator(self.seed, "sound", number))
-            if learning.given == SOUND_STREAM:
-                zeros = torch.zeros(len(batch))
-                sound = NoisySound(of_sound, zeros, zeros, zeros)
-            else:
-                own = times
-                if learning.has_own_times:
-                    own = self.draw(len(batch), number, first_sample, heard.shape, "sound timesteps")
-                of_loss = learning.sound_weight * self._weigh(batch, own) * has_sound
-                sound = NoisySound(of_sound, own.sigmas, own.timesteps, of_loss)
-        if learning is not None:
-            weights = learning.picture_weight * weights
-        if learning is not None and learning.given == PICTURE_STREAM:
+        given_frames = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
+        sound = self._add_sound(batch, times, number, first_sample)
+        weights = self._weigh(batch, times)
+        if self.sound is not None:
+            weights = self.sound.picture_weight * weights
+        if self.sound is not None and self.sound.given == PICTURE_STREAM:
             weights = zeros = torch.zeros(len(batch))
             times = replace(times, sigmas=zeros, timesteps=zeros)
-        # further noise of the input; source: Ning et al. 2023, arXiv 2301.11706
-        gamma, perturbation = self.perturbation.ip_noise_gamma, None
-        if gamma:
-            generator = seed_generator(self.seed, "input perturbation", number)
-            perturbation = gamma * torch.randn(shape, generator=generator)
-            if self.perturbation.ip_noise_gamma_random_strength:
-                perturbation *= torch.rand((shape[0], *([1] * (len(shape) - 1))), generator=generator)
         return NoisyBatch(
-            batch,
-            noise,
-            times.sigmas,
-            times.timesteps,
-            weights,
-            given,
-            times.expert,
-            perturbation,
-            sound,
-            number,
+            batch=batch,
+            noise=noise,
+            sigmas=times.sigmas,
+            timesteps=times.timesteps,
+            weights=weights,
+            given_frames=given_frames,
+            expert=times.expert,
+            perturbation=self._perturb(shape, number),
+            sound=sound,
+            number=number,
         )
+
+    def _add_sound(self, batch: Batch, times: Timesteps, number: int, first_sample: int) -> NoisySound | None:
+        """Draw the noise of a batch's sound, and its timesteps if they are not those of the picture.
+
+        times: of the picture. Returns None if no sample has sound.
+        """
+        learning = self.sound
+        latents, has_sound = batch.tensors.get(SOUND), batch.tensors.get(HAS_SOUND)
+        if learning is None or not isinstance(latents, Tensor) or not isinstance(has_sound, Tensor):
+            return None
+        noise = torch.randn(latents.shape, generator=seed_generator(self.seed, "sound", number))
+        if learning.given == SOUND_STREAM:
+            zeros = torch.zeros(len(batch))
+            return NoisySound(noise, zeros, zeros, zeros)
+        if learning.has_own_times:
+            times = self.draw(len(batch), number, first_sample, shape=latents.shape, stream="sound timesteps")
+        weights = learning.sound_weight * self._weigh(batch, times) * has_sound
+        return NoisySound(noise, times.sigmas, times.timesteps, weights)
+
+    def _perturb(self, shape: torch.Size, number: int) -> Tensor | None:
+        """Draw further noise of the input; None without --ip_noise_gamma.
+
+        Source: Ning et al. 2023, arXiv 2301.11706.
+        """
+        gamma = self.perturbation.ip_noise_gamma
+        if not gamma:
+            return None
+        generator = seed_generator(self.seed, "input perturbation", number)
+        perturbation = gamma * torch.randn(shape, generator=generator)
+        if self.perturbation.ip_noise_gamma_random_strength:
+            perturbation *= torch.rand((shape[0], *([1] * (len(shape) - 1))), generator=generator)
+        return perturbation
 
     def _weigh(self, batch: Batch, times: Timesteps) -> Tensor:
         """Return the factors on the samples' losses: B."""
@@ -199,7 +222,14 @@ class Randomness:
     ) -> Timesteps:
         generator = seed_generator(self.seed, stream, number)
         return draw(
-            self.timesteps, count, generator, self.seed, first_sample, self.noise, shape, self.experts
+            self.timesteps,
+            count,
+            generator,
+            seed=self.seed,
+            first_sample=first_sample,
+            noise=self.noise,
+            shape=shape,
+            experts=self.experts,
         )
 
 
@@ -251,12 +281,17 @@ class Feed:
                 self.order.epoch(number)  # once, not in every worker
                 read = self._from_workers(itertools.chain(first, keys), len(first))
             else:
-                read = (each.moved(pin) if self.pin_memory else each for each in map(self.read, keys))
+                read = self._read_here(keys)
             with contextlib.closing(read):
                 for noisy_batch in read:
                     if self.process == 0:  # one process warns; in shuffled epochs it gets items of all tables
                         self.encoders.warn(noisy_batch.batch.made_by)
                     yield noisy_batch
+
+    def _read_here(self, keys: Iterable[Key]) -> Generator[NoisyBatch]:
+        for key in keys:
+            noisy_batch = self.read(key)
+            yield noisy_batch.moved(pin) if self.pin_memory else noisy_batch
 
     def _from_workers(self, keys: Iterable[Key], workers: int) -> Generator[NoisyBatch]:
         ending = multiprocessing.Event()
@@ -288,18 +323,29 @@ class Feed:
         epoch, index = key
         number, items = epoch * self.order.num_batches + index, self.order.epoch(epoch)[index]
         seed, plan = self.randomness.seed, self.plan
-        chosen = choose_captions(items, seed, number, epoch)
-        flips = choose_sides(items, seed, number) if any(one.table.augmentation.flip for one in items) else ()
-        dropped = choose_captions(items, seed, number, epoch, drops=False) if self.reads_dropped else ()
+        captions = choose_captions(items, seed, number, epoch)
+        flips: Sequence[bool] = ()
+        if any(item.table.augmentation.flip for item in items):
+            flips = choose_sides(items, seed, number)
+        undropped: Sequence[int] = ()
+        if self.reads_dropped:
+            undropped = choose_captions(items, seed, number, epoch, drops=False)
         batch = self.sources.read(
-            items, self.latent, self.commands, self.checks, (seed, number), chosen, flips, dropped
+            items,
+            self.latent,
+            self.commands,
+            checks=self.checks,
+            stream=(seed, number),
+            captions=captions,
+            flips=flips,
+            undropped=undropped,
         )
         if drops_references(items, seed, number):
             batch = batch.without_references()
         if self.sources.tables:  # captions may grow with the steps: this one, from 0, of so many
             step = plan.steps_until(epoch, index - index % plan.group_size)
             place = RunPlace(seed, number, step, plan.total_steps)
-            batch = replace(batch, captions=change_captions(items, batch.captions, chosen, place))
+            batch = replace(batch, captions=change_captions(items, batch.captions, captions, place))
         return self.randomness.add(batch, number, self.order.items_before(*key))
 
     def has_sound(self, key: Key) -> bool:

@@ -63,28 +63,29 @@ class LiveTexts:
         for encoder in self.encoders:
             encoded = self._encode(encoder, prompts)
             for name in encoder.keys:
-                tensors[name] = _stack([one[name] for one in encoded], name in encoder.variable_length)
+                rows = [conditions[name] for conditions in encoded]
+                tensors[name] = _stack(rows, name in encoder.variable_length)
         return replace(batch, tensors=tensors)
 
     def renew(
-        self, wanted: Mapping[int, Prompts], known: Mapping[int, EncodedPrompts]
+        self, texts: Mapping[int, Prompts], encoded: Mapping[int, EncodedPrompts]
     ) -> dict[int, EncodedPrompts]:
         """Return the encoded texts of a sample; the encoders that learn encode them again.
 
-        wanted: its texts by section; `known` has all their outputs. Conditions have no batch dimension.
+        texts: by section; `encoded` has all their outputs. Conditions have no batch dimension.
         """
         with torch.no_grad():
-            return {section: self._renew(texts, known[section]) for section, texts in wanted.items()}
+            return {section: self._renew(prompts, encoded[section]) for section, prompts in texts.items()}
 
-    def _renew(self, texts: Prompts, known: EncodedPrompts) -> EncodedPrompts:
-        made: dict[str, dict[str, Tensor | list[Tensor]]] = {}
+    def _renew(self, texts: Prompts, encoded: EncodedPrompts) -> EncodedPrompts:
+        renewed: dict[str, dict[str, Tensor | list[Tensor]]] = {}
         for name in ("positive", "negative", "blank", "away"):
-            text, conditions = getattr(texts, name), getattr(known, name)
+            text, conditions = getattr(texts, name), getattr(encoded, name)
             if text is not None and conditions is not None:
-                made[name] = dict(conditions)
+                renewed[name] = dict(conditions)
                 for encoder in self.learning:
-                    made[name] |= encoder.encode([text])[0]
-        return replace(known, **made)
+                    renewed[name] |= encoder.encode([text])[0]
+        return replace(encoded, **renewed)
 
     def _encode(self, encoder: TextEncoder, prompts: Sequence[Prompt]) -> list[Conditions]:
         if self._learns(encoder):
@@ -95,7 +96,7 @@ class LiveTexts:
             return encoder.encode(prompts)
 
     def _learns(self, encoder: TextEncoder) -> bool:
-        return any(encoder is one for one in self.learning)
+        return any(encoder is learner for learner in self.learning)
 
 
 def _stack(values: Sequence[Tensor | list[Tensor]], is_varying: bool) -> Tensor | list[Tensor]:

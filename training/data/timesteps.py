@@ -64,12 +64,14 @@ def draw(
     generation, and levels below the lowest are not trained. Raises OptionError if the sampler draws almost
     nothing between --min_timestep and --max_timestep, or in the range of an expert.
     """
-    flow_shift, lowest = find_shift(options, noise, shape), min(experts, key=lambda expert: expert.lowest)
+    flow_shift = find_shift(options, noise, shape)
+    lowest = min(experts, key=lambda expert: expert.lowest)
     uniform = functools.partial(torch.rand, batch_size, generator=generator, dtype=torch.float64)
-    takes_all, low, high = not options.preserve_distribution_shape and lowest.lowest <= 0, 0.0, 1.0
+    takes_all = not options.preserve_distribution_shape and lowest.lowest <= 0
+    low, high = 0.0, 1.0
     if not takes_all:
-        whole = replace(lowest, highest=math.inf)  # of any of the experts
-        low, high = find_accepted_range(options, noise, flow_shift, whole)
+        any_expert = replace(lowest, highest=math.inf)  # of any of the experts
+        low, high = find_accepted_range(options, noise, flow_shift, any_expert)
 
     def shares_between(u: Tensor, low: float, high: float) -> Tensor:
         return shares_of_uniform(options, low + u * (high - low), noise, flow_shift)
@@ -86,7 +88,7 @@ def draw(
         u = _in_buckets(u, options.num_timestep_buckets, seed, first_sample)
     shares = shares_between(u, low, high)
     if not takes_all:
-        shares = drawn_again(shares, whole, low, high)
+        shares = drawn_again(shares, any_expert, low, high)
     if len(experts) == 1:
         return times_at(options, shares, noise)
     index = expert_at(NUM_TIMESTEPS * float(shares[0]), experts)

@@ -42,7 +42,8 @@ def renumber(
         return "it is not in that folder"
     try:
         orders = [_by_list(names, ordered)] if ordered else _by_names(groups, names, version)
-        fitting = [found for order in orders if (found := _fit(state, groups, order)) is not None]
+        all_renumbered = [_fit(state, groups, order) for order in orders]
+        fitting = [renumbered for renumbered in all_renumbered if renumbered is not None]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         return f"it cannot be read ({type(error).__name__}: {error})"
     if not orders:
@@ -51,30 +52,34 @@ def renumber(
         return (
             "it is of other tensors. Use the --optimizer_type, --network_args and learning rates of that run"
         )
-    numbers = [{number: id(kept) for number, kept in found["state"].items()} for found in fitting]
-    if any(one != numbers[0] for one in numbers):
+    numberings = []
+    for renumbered in fitting:
+        numberings.append({number: id(moments) for number, moments in renumbered["state"].items()})
+    if any(numbering != numberings[0] for numbering in numberings):
         return "in which order that program numbers the factors of a layer is not known"
     return fitting[0]
 
 
 def _by_list(names: Mapping[Tensor, str], ordered: Sequence[str]) -> Place:
     places = {name: place for place, name in enumerate(ordered)}
-    return lambda one: (places[names[one].partition(".")[2]],)
+    return lambda parameter: (places[names[parameter].partition(".")[2]],)
 
 
 def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list[Place]:
     """Return the numberings that the other program may have used, if they are known for the model."""
-    split = {one: names[one].split(".", 2) for group in groups for one in group}  # part, module, factor
+    parameters = [parameter for group in groups for parameter in group]
+    split = {parameter: names[parameter].split(".", 2) for parameter in parameters}  # part, module, factor
     modules = list(dict.fromkeys(module for _, module, _ in split.values()))
-    made = read_family({TRAINED_ON: version})
+    known_family = read_family({TRAINED_ON: version})
     in_dit = [name.removeprefix(OURS) for name in modules if name.startswith(OURS)]
-    numbered = number_modules(modules, choose_family(in_dit, None if made is None else made.name))
+    family = choose_family(in_dit, None if known_family is None else known_family.name)
+    numbered = number_modules(modules, family)
     if numbered is None:
         return []
     places = {name: place for place, name in enumerate(numbered)}
 
     def place_by(factors: Sequence[str]) -> Place:
-        return lambda one: (places[split[one][1]], factors.index(split[one][2]))
+        return lambda parameter: (places[split[parameter][1]], factors.index(split[parameter][2]))
 
     used = {factor for _, _, factor in split.values()}
     return [place_by(factors) for factors in FACTORS if used <= set(factors)]
@@ -86,16 +91,17 @@ def _fit(state: Mapping[str, Any], groups: Groups, place: Place) -> dict[str, An
     ours = sorted(range(len(groups)), key=lambda index: min(map(place, groups[index])))
     if [len(group["params"]) for group in theirs] != [len(groups[index]) for index in ours]:
         return None
-    own = {one: number for number, one in enumerate(one for group in groups for one in group)}
-    kept: dict[int, Any] = {}
+    parameters = [parameter for group in groups for parameter in group]
+    own_numbers = {parameter: number for number, parameter in enumerate(parameters)}
+    moments_by_number: dict[int, Any] = {}
     settings: dict[int, dict[str, Any]] = {}
     for group, index in zip(theirs, ours, strict=True):
-        settings[index] = {**group, "params": [own[one] for one in groups[index]]}
-        for number, one in zip(group["params"], sorted(groups[index], key=place), strict=True):
+        settings[index] = {**group, "params": [own_numbers[parameter] for parameter in groups[index]]}
+        for number, parameter in zip(group["params"], sorted(groups[index], key=place), strict=True):
             moments = state["state"].get(number)
             if moments is None:
                 continue
-            if any(moments[name].shape != one.shape for name in MOMENTS & moments.keys()):
+            if any(moments[name].shape != parameter.shape for name in MOMENTS & moments.keys()):
                 return None
-            kept[own[one]] = moments
-    return {"state": kept, "param_groups": [settings[index] for index in range(len(groups))]}
+            moments_by_number[own_numbers[parameter]] = moments
+    return {"state": moments_by_number, "param_groups": [settings[index] for index in range(len(groups))]}

@@ -68,11 +68,12 @@ def make_curve(
     Raises OptionError for unknown arguments.
     """
     arguments, allowed = options.arguments(), ARGUMENTS.get(options.lr_scheduler, ())
-    if unknown := sorted(set(arguments) - set(allowed)):
-        known = f"it has {', '.join(allowed)}" if allowed else "it has none"
+    unknown = sorted(set(arguments) - set(allowed))
+    if unknown:
+        choices = f"it has {', '.join(allowed)}" if allowed else "it has none"
         raise OptionError(
             f"--lr_scheduler_args {unknown[0]}: --lr_scheduler {options.lr_scheduler} has no such argument; "
-            f"{known}."
+            f"{choices}."
         )
     for key in arguments.keys() - {"step_rules"}:
         if not isinstance(arguments[key], (int, float)) or not abs(arguments[key]) < LARGEST_ARGUMENT:
@@ -239,9 +240,10 @@ class Imported:
         try:
             self.inner.step()
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-            said = str(error) or type(error).__name__
+            reason = str(error) or type(error).__name__
             raise OptionError(
-                f"--lr_scheduler_type {self.name}: {said}. Use other --lr_scheduler_args, e.g. for more steps"
+                f"--lr_scheduler_type {self.name}: {reason}. Use other --lr_scheduler_args, e.g. for more "
+                "steps"
             ) from error
 
     def get_last_lr(self) -> list[float]:
@@ -312,9 +314,9 @@ def _adafactor_rates(optimizer: Any, before: float) -> list[float]:
 
 
 def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRScheduler:
-    given = options.lr_scheduler_type
-    module, _, name = given.rpartition(".")
-    kind = import_object("--lr_scheduler_type", given, module or "torch.optim.lr_scheduler", name)
+    type_name = options.lr_scheduler_type
+    module, _, name = type_name.rpartition(".")
+    kind = import_object("--lr_scheduler_type", type_name, module or "torch.optim.lr_scheduler", name)
     if kind is ReduceLROnPlateau:
         raise OptionError(
             "--lr_scheduler_type ReduceLROnPlateau: needs a value after each epoch; use a curve that "
@@ -323,7 +325,7 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
     # never a function: it could do anything with the arguments
     if not isinstance(kind, type) or not issubclass(kind, LRScheduler):
         raise OptionError(
-            f"--lr_scheduler_type {given}: is not a learning-rate scheduler. Give a subclass of "
+            f"--lr_scheduler_type {type_name}: is not a learning-rate scheduler. Give a subclass of "
             "torch.optim.lr_scheduler.LRScheduler, as CosineAnnealingLR, or leave it out and use "
             "--lr_scheduler."
         )
@@ -331,5 +333,5 @@ def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRSch
     try:
         return kind(optimizer, **options.arguments())
     except Exception as error:  # classes raise anything for unsuitable arguments
-        said = str(error) or type(error).__name__
-        raise OptionError(f"--lr_scheduler_type {given} refuses --lr_scheduler_args: {said}") from None
+        reason = str(error) or type(error).__name__
+        raise OptionError(f"--lr_scheduler_type {type_name} refuses --lr_scheduler_args: {reason}") from None

@@ -76,10 +76,9 @@ def make_optimizer(
     try:
         optimizer = kind(groups, lr=rate, **arguments)
     except Exception as error:  # classes raise anything for unsuitable arguments
-        said = str(error) or type(error).__name__
-        raise OptionError(
-            f"--optimizer_type {options.optimizer_type or 'AdamW'} with --optimizer_args {described}: {said}"
-        ) from None
+        reason = str(error) or type(error).__name__
+        name = options.optimizer_type or "AdamW"
+        raise OptionError(f"--optimizer_type {name} with --optimizer_args {described}: {reason}") from None
     return optimizer, f"{kind.__module__}.{kind.__name__}" + (f"({described})" if described else "")
 
 
@@ -91,8 +90,8 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     """
     if len(rates) < 2:
         return
-    (_, usual), *others = rates.items()
-    different = [option for option, rate in others if rate != usual] or [option for option, _ in others]
+    (_, usual), *further = rates.items()
+    different = [option for option, rate in further if rate != usual] or [option for option, _ in further]
     fault = _try_step(options, [*rates.values()])
     if fault is None or _try_step(options, [usual]) is not None:
         return
@@ -124,7 +123,7 @@ def _try_step(options: OptimizerOptions, rates: Sequence[float]) -> str | None:
 
 
 def check_arguments(
-    option: str, kind: Callable[..., Any], arguments: Mapping[str, Any], given: Container[str]
+    option: str, kind: Callable[..., Any], arguments: Mapping[str, Any], excluded: Container[str]
 ) -> None:
     """Raise OptionError for an argument that a class does not have, naming the nearest.
 
@@ -134,17 +133,17 @@ def check_arguments(
         parameters = inspect.signature(kind).parameters
     except (ValueError, TypeError):  # compiled code without a signature
         return
-    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    known = [name for name in parameters if name not in given and name != "lr"]
+    names = [name for name in parameters if name not in excluded and name != "lr"]
     for key, value in arguments.items():
-        if key in known:
+        if key in names:
             continue
         if key == "lr":
             raise OptionError(f"{option} lr: give the learning rate to --learning_rate")
         raise OptionError(
             f"{option} {key}={value}: {getattr(kind, '__name__', kind)} has no such argument."
-            f"{did_you_mean(key, known)} Use some of {', '.join(known)}."
+            f"{did_you_mean(key, names)} Use some of {', '.join(names)}."
         )
 
 
@@ -167,12 +166,12 @@ def find_optimizer(name: str) -> Callable[..., Optimizer]:
     """
     module, _, class_name = PATHS.get(name.lower(), name).rpartition(".")
     if not module:
-        known = sorted(filter(None, PATHS))
+        names = sorted(filter(None, PATHS))
         ours = OTHER_NAMES.get(name.lower())
         remedy = "" if ours is None else f"\n  {OLD_NAME} Give --optimizer_type {ours}."
         raise OptionError(
-            f"--optimizer_type {name}: unknown.{did_you_mean(name.lower(), known)} Use one of "
-            f"{', '.join(known)}, or an import path such as package.module.Class.{remedy}"
+            f"--optimizer_type {name}: unknown.{did_you_mean(name.lower(), names)} Use one of "
+            f"{', '.join(names)}, or an import path such as package.module.Class.{remedy}"
         )
     kind: Any = import_object("--optimizer_type", name, module, class_name)
     if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
@@ -204,15 +203,17 @@ def import_object(option: str, name: str, module: str, attribute: str) -> Any:
 
 def _with_wrapped(optimizer: Optimizer) -> list[Any]:
     """Return an optimizer and those that it wraps, the outermost first."""
-    found = [optimizer]
-    for outer in found:
-        inner = vars(outer).values()
-        found += [one for one in inner if isinstance(one, Optimizer) and all(one is not old for old in found)]
-    return found
+    optimizers = [optimizer]
+    for outer in optimizers:
+        for inner in vars(outer).values():
+            is_new = all(inner is not known for known in optimizers)
+            if isinstance(inner, Optimizer) and is_new:
+                optimizers.append(inner)
+    return optimizers
 
 
 def needs_no_schedule(optimizer: Optimizer) -> bool:
-    kinds = (kind for one in _with_wrapped(optimizer) for kind in type(one).__mro__)
+    kinds = (kind for wrapped in _with_wrapped(optimizer) for kind in type(wrapped).__mro__)
     return any("schedulefree" in kind.__name__.lower() for kind in kinds)
 
 
@@ -221,12 +222,12 @@ def find_averaging(optimizer: Optimizer) -> Any:
 
     Such an optimizer has `train()` and `eval()`, which switch between the two, whatever its name.
     """
-    able = (
-        one
-        for one in _with_wrapped(optimizer)
-        if callable(getattr(one, "train", None)) and callable(getattr(one, "eval", None))
+    averaging = (
+        wrapped
+        for wrapped in _with_wrapped(optimizer)
+        if callable(getattr(wrapped, "train", None)) and callable(getattr(wrapped, "eval", None))
     )
-    return next(able, None)
+    return next(averaging, None)
 
 
 def _adafactor_arguments(
@@ -285,7 +286,7 @@ def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> I
     if averaging is None:
         yield
         return
-    kept = [parameter.detach().clone() for parameter in parameters]
+    trained = [parameter.detach().clone() for parameter in parameters]
     has_stepped = any(averaging.state.values())
     try:
         averaging.eval()
@@ -297,7 +298,7 @@ def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> I
         yield
     finally:
         averaging.train()
-        for parameter, weights in zip(parameters, kept, strict=True):
+        for parameter, weights in zip(parameters, trained, strict=True):
             parameter.copy_(weights)
 
 
@@ -336,35 +337,35 @@ def restore_optimizer(
     Raises CheckpointError if the parameters are not those of the state.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    here = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    there = [group["params"] for group in saved["groups"]]
-    if here != there:
-        saved_names, own = ({name for group in names for name in group} for names in (there, here))
-        differing = saved_names - own, own - saved_names
-        missing, new = (", ".join(sorted(some)[:3]) or "none" for some in differing)
+    names_here = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    saved_groups = [group["params"] for group in saved["groups"]]
+    if names_here != saved_groups:
+        saved_names = {name for group in saved_groups for name in group}
+        own_names = {name for group in names_here for name in group}
+        missing = ", ".join(sorted(saved_names - own_names)[:3]) or "none"
+        new = ", ".join(sorted(own_names - saved_names)[:3]) or "none"
         raise CheckpointError(
             f"the saved optimizer state belongs to other parameters (only in the state: {missing}; only in "
-            f"this run: {new}; in groups of {[*map(len, there)]} there and {[*map(len, here)]} here).\n"
+            f"this run: {new}; in groups of {[*map(len, saved_groups)]} there and "
+            f"{[*map(len, names_here)]} here).\n"
             "  Use the network options, or --trainable_modules, of the run that made it, or start a new run "
             "from what was trained"
         )
     numbers = {names[parameter]: number for number, parameter in enumerate(parameters)}
-    groups = [
-        {**_settings(own), **_copied(group), "params": [numbers[name] for name in group["params"]]}
-        for own, group in zip(optimizer.param_groups, saved["groups"], strict=True)
-    ]
+    groups = []
+    for group, saved_group in zip(optimizer.param_groups, saved["groups"], strict=True):
+        group_numbers = [numbers[name] for name in saved_group["params"]]
+        groups.append({**_settings(group), **_copied(saved_group), "params": group_numbers})
     optimizer.load_state_dict({"state": {}, "param_groups": groups})
     for parameter in parameters:  # one by one, and past the casts of load_state_dict
-        kept = saved["states"].pop(names[parameter], None)  # two copies of one at a time
-        if kept is None:
+        saved_state = saved["states"].pop(names[parameter], None)  # two copies of one at a time
+        if saved_state is None:
             continue
         # of what was on the host only step counters stay there: a run on the CPU has all of it there
-        state = {
-            key: _copied(
-                value, "cpu" if key in saved["on_host"] and not getattr(value, "ndim", 0) else device
-            )
-            for key, value in kept.items()
-        }
+        state = {}
+        for key, value in saved_state.items():
+            stays_on_host = key in saved["on_host"] and not getattr(value, "ndim", 0)
+            state[key] = _copied(value, "cpu" if stays_on_host else device)
         optimizer.state[parameter] = state
         if getattr(optimizer, "is_paged", False):
             _page(optimizer, parameter, state, device)
@@ -380,8 +381,8 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
     ]
     try:
         optimizer.load_state_dict(dict(state))
-        for group, own in zip(optimizer.param_groups, rates, strict=True):
-            group.update(own)
+        for group, group_rates in zip(optimizer.param_groups, rates, strict=True):
+            group.update(group_rates)
         for parameter, moments in optimizer.state.items():  # it is numbered, not named
             for name in MOMENTS & moments.keys():
                 if moments[name].shape != parameter.shape:
@@ -393,10 +394,10 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
             "  Use its --optimizer_type and --network_dim, or start a new run from the LoRA: "
             "--network_weights FILE"
         ) from error
-    for kept in optimizer.state.values():
-        for name, value in kept.items():
+    for moments in optimizer.state.values():
+        for name, value in moments.items():
             if isinstance(value, Tensor) and value.dim():
-                kept[name] = value.to(device)
+                moments[name] = value.to(device)
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,8 +35,19 @@ from training.steps import Progress
 BY_NUMBER: Mapping[str, frozenset[str]] = {
     "torch": frozenset(
         {
-            *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"),
-            *("RMSprop", "Rprop", "SGD"),
+            # fmt: off
+            "ASGD",
+            "Adadelta",
+            "Adagrad",
+            "Adam",
+            "AdamW",
+            "Adamax",
+            "NAdam",
+            "RAdam",
+            "RMSprop",
+            "Rprop",
+            "SGD",
+            # fmt: on
         }
     ),
     "lion_pytorch": frozenset({"Lion"}),
@@ -76,26 +87,36 @@ class ParameterSteps:
     def step(self, parameter: Parameter) -> None:
         value, gradient, weight = parameter.detach(), parameter.grad, self.split.get(parameter)
         assert gradient is not None
-        gathers = not steps_numbers(type(self.optimizer))
+        gathers = weight is not None and not steps_numbers(type(self.optimizer))
         if gathers and weight is not None:
-            value, gradient = gather_rows(value, weight), gather_rows(gradient, weight)
+            value = gather_rows(value, weight)
+            gradient = gather_rows(gradient, weight)
         elif parameter.dtype != torch.bfloat16:
             self._step(parameter, parameter)
             return
-        precise, state = Parameter(value.float()), self.optimizer.state
+        value = self._step_precisely(parameter, value, gradient)
+        if parameter.dtype == torch.bfloat16:
+            value = self._round(parameter, value, None if gathers else weight)
+        parameter.copy_(rows_of(weight, value) if gathers and weight is not None else value)
+
+    def _step_precisely(self, parameter: Parameter, value: Tensor, gradient: Tensor) -> Tensor:
+        """Step a parameter by a copy in float32, of its rows or the whole weight; return the new values."""
+        state = self.optimizer.state
+        precise = Parameter(value.float())
         precise.grad = gradient.float()
         if parameter in state:
             state[precise] = state.pop(parameter)
         self._step(parameter, precise)
         if precise in state:
             state[parameter] = state.pop(precise)
-        value = precise.detach()
-        if parameter.dtype == torch.bfloat16:
-            seed = derive_seed(self.progress.seed, "rounding", self.progress.step, self.names[parameter])
-            # on the parameter's device: bits for billions of weights take seconds on a CPU
-            generator = torch.Generator(parameter.device).manual_seed(seed)
-            value = stochastic_bfloat16(value, generator, None if gathers else weight)
-        parameter.copy_(rows_of(weight, value) if gathers and weight is not None else value)
+        return precise.detach()
+
+    def _round(self, parameter: Parameter, value: Tensor, weight: Tensor | None) -> Tensor:
+        """Round new values of a parameter to bf16 at random. weight: as of `stochastic_bfloat16`."""
+        seed = derive_seed(self.progress.seed, "rounding", self.progress.step, self.names[parameter])
+        # on the parameter's device: bits for billions of weights take seconds on a CPU
+        generator = torch.Generator(parameter.device).manual_seed(seed)
+        return stochastic_bfloat16(value, generator, weight)
 
     def _step(self, parameter: Parameter, stand_in: Parameter) -> None:
         """Step the optimizer as if it had only this parameter, with the settings of the parameter's group."""
@@ -235,8 +256,8 @@ def check_split(optimizer_type: str) -> None:
 
 def _refuse(option: str, optimizer_type: str) -> None:
     name = find_optimizer(optimizer_type).__name__.lower()
-    known = (reason for ending, reason in TOGETHER.items() if name.endswith(ending))
-    reason = next(known, "it is not known to step each weight by itself")
+    reasons = (reason for ending, reason in TOGETHER.items() if name.endswith(ending))
+    reason = next(reasons, "it is not known to step each weight by itself")
     raise OptionError(
         f"{option} with --optimizer_type {optimizer_type}: {reason}. Use Adafactor, AdamW, AdamW8bit or "
         f"Lion, or leave {option} out"

@@ -31,7 +31,7 @@ from modules.contract.loading import TensorInfo
 from modules.errors import CheckpointError
 from modules.offload.sharding import as_split, gather_rows, is_split, rows_here, rows_of, trained_rows
 from training.saving.states import REMEDY, SavedState, file_checksum, share_of_files, write_state
-from training.trainable import Trainable, kept_dtypes, train_dit
+from training.trainable import Trainable, saved_dtypes, train_dit
 
 FILE_BYTES = 128 << 20  # about so much of a process' rows is in a file: two copies of it are made to write it
 OPTIMIZER = "optimizer"  # beside the parts of a state
@@ -63,16 +63,17 @@ def _write_model(
     metadata: Mapping[str, str],
 ) -> None:
     """Write the current weights, or the average if it is in their place. All processes must call it."""
-    weights, kept = {**dit.state_dict(), **dict(dit.named_parameters())}, kept_dtypes(dtypes, dtype)
+    weights = {**dit.state_dict(), **dict(dit.named_parameters())}
+    dtypes = saved_dtypes(dtypes, dtype)
 
     def read(name: str) -> Tensor:
         weight: Any = weights[name]
         if not is_split(weight):
-            return weight.detach().to(kept[name])
+            return weight.detach().to(dtypes[name])
         part = rows[weight].detach() if weight in rows else rows_here(weight)
-        return gather_rows(part.to(weight.device, kept[name]), weight)
+        return gather_rows(part.to(weight.device, dtypes[name]), weight)
 
-    infos = {name: TensorInfo(kept[name], tuple(weight.shape)) for name, weight in weights.items()}
+    infos = {name: TensorInfo(dtypes[name], tuple(weight.shape)) for name, weight in weights.items()}
     if distributed.get_rank() == 0:
         stream_tensors(path, infos, read, metadata)
     else:
@@ -115,50 +116,28 @@ def _write_files(folder: Path | None, tensors: Mapping[str, Any]) -> dict[str, i
 
 def fill_state(
     saved: SavedState,
-    own: Mapping[str, Mapping[str, Tensor]],
+    parts: Mapping[str, Mapping[str, Tensor]],
     split: Mapping[str, Tensor],
     device: torch.device,
 ) -> None:
     """Read the split tensors of a state into those of this run, and put these into the state.
 
-    own: tensors of this run by part and name. split: by the names of weights that are split here.
+    parts: tensors of this run by part and name. split: by the names of weights that are split here.
     All processes must call it. Raises CheckpointError if the state is of other weights.
     """
-    targets: dict[str, Tensor] = {}
-    described: Any = {}
-    if saved.files:
-        described = HuggingFaceStorageReader(str(saved.folder)).read_metadata().state_dict_metadata
-    for name, each in described.items():
-        if sum(chunk.sizes.numel() for chunk in each.chunks) != each.size.numel():
-            raise CheckpointError(f"rows of {name} are missing.\n  {REMEDY}")  # `load` would leave them as is
-    for key, each in described.items():
-        part, _, name = key.partition("/")
-        shape = each.size
-        if part == OPTIMIZER:
-            name, _, item = name.rpartition("/")
-            value, targets[key] = _empty_moment(
-                name, shape, each.properties.dtype, own, split.get(name), device
-            )
-            saved.optimizer["states"][name][item] = value
-        elif part in own:
-            ours = own[part].get(name)
-            if ours is None or ours.shape != shape:  # reported where all names and shapes are compared
-                ours = torch.empty(shape, device="meta")
-            else:
-                targets[key] = ours
-            _parts(saved)[part][name] = ours
+    targets = _load_targets(saved, parts, split, device)
     if targets:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is one process only
             load(targets, storage_reader=HuggingFaceStorageReader(str(saved.folder)))
-    for part, tensors in own.items():
-        for name, ours in tensors.items():
-            kept: Any = saved.parts.get(part, {}).get(name)
-            if kept is None or not is_split(ours) or kept.shape != ours.shape:
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            saved_tensor: Any = saved.parts.get(part, {}).get(name)
+            if saved_tensor is None or not is_split(tensor) or saved_tensor.shape != tensor.shape:
                 continue
-            if not is_split(kept):  # the state is whole
-                rows_here(ours).copy_(rows_of(ours, kept))
-                _parts(saved)[part][name] = ours
+            if not is_split(saved_tensor):  # the state is whole
+                rows_here(tensor).copy_(rows_of(tensor, saved_tensor))
+                _parts(saved)[part][name] = tensor
     for name, weight in split.items():
         values = saved.optimizer["states"].get(name, {})
         for item, value in values.items():
@@ -166,24 +145,46 @@ def fill_state(
                 values[item] = rows_of(weight, value)
 
 
-def _empty_moment(
-    name: str,
-    shape: torch.Size,
-    dtype: torch.dtype,
-    own: Mapping[str, Mapping[str, Tensor]],
-    weight: Tensor | None,
+def _load_targets(
+    saved: SavedState,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    split: Mapping[str, Tensor],
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Return an empty moment for this process' rows of a weight, and the (split) tensor to load it by.
+) -> dict[str, Tensor]:
+    """Return the tensors to load the split tensors of a state into, and put them into the state."""
+    if not saved.files:
+        return {}
+    described: Any = HuggingFaceStorageReader(str(saved.folder)).read_metadata().state_dict_metadata
+    for name, record in described.items():
+        if sum(chunk.sizes.numel() for chunk in record.chunks) != record.size.numel():
+            raise CheckpointError(f"rows of {name} are missing.\n  {REMEDY}")  # `load` would leave them as is
+    targets: dict[str, Tensor] = {}
+    for key, record in described.items():
+        part, _, name = key.partition("/")
+        if part == OPTIMIZER:
+            name, _, item = name.rpartition("/")
+            _require_weight(parts, name, record.size)
+            weight = split.get(name)
+            shape = record.size if weight is None else rows_here(weight).shape
+            moment = torch.empty(shape, dtype=record.properties.dtype, device=device)
+            targets[key] = moment if weight is None else as_split(weight, moment)
+            saved.optimizer["states"][name][item] = moment
+        elif part in parts:
+            tensor = parts[part].get(name)
+            if tensor is None or tensor.shape != record.size:  # reported where all are compared
+                tensor = torch.empty(record.size, device="meta")
+            else:
+                targets[key] = tensor
+            _parts(saved)[part][name] = tensor
+    return targets
 
-    Raises CheckpointError if this run has no weight of that name and shape.
-    """
-    part, _, rest = name.partition(".")
-    ours = own.get(part, {}).get(rest)
-    if ours is None or ours.shape != shape:
+
+def _require_weight(parts: Mapping[str, Mapping[str, Tensor]], name: str, shape: torch.Size) -> None:
+    """Raise CheckpointError if this run has no weight of a name (part, dot, name) and shape."""
+    part, _, weight_name = name.partition(".")
+    weight = parts.get(part, {}).get(weight_name)
+    if weight is None or weight.shape != shape:
         raise CheckpointError(f"its optimizer has {name} of {[*shape]}, and this run has not.\n  {REMEDY}")
-    value = torch.empty(shape if weight is None else rows_here(weight).shape, dtype=dtype, device=device)
-    return value, value if weight is None else as_split(weight, value)
 
 
 def _parts(saved: SavedState) -> dict[str, dict[str, Tensor]]:

@@ -91,23 +91,16 @@ def write_state(
 
     add_files: writes further files, and returns their checksums.
     """
-    content = {"version": SPLIT_VERSION if add_files else VERSION, "progress": asdict(state.progress)}
+    content: dict[str, Any] = {
+        "version": SPLIT_VERSION if add_files else VERSION,
+        "progress": asdict(state.progress),
+    }
     skipped = {"folder", "files", *content}
     content |= {name: value for name, value in vars(state).items() if name not in skipped}
-    content = {
-        name: value if name == "parts" else plain_state(value, name) for name, value in content.items()
-    }
-    parts: dict[str, dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]] = {}
-    for part, tensors in state.parts.items():
-        # Weights as bytes, not copied, with dtype and shape: swapped ones lie side by side in one memory,
-        # which `torch.save` takes in one dtype only.
-        flat = {
-            name: tensor.detach().contiguous().view(-1).view(torch.uint8) for name, tensor in tensors.items()
-        }
-        parts[part] = {
-            name: (data, tensors[name].dtype, tuple(tensors[name].shape)) for name, data in flat.items()
-        }
-    content["parts"] = parts
+    for name, value in content.items():
+        if name != "parts":
+            content[name] = plain_state(value, name)
+    content["parts"] = {part: _as_bytes(tensors) for part, tensors in state.parts.items()}
     check_space(folder, sum(tensor.nbytes for tensors in state.parts.values() for tensor in tensors.values()))
     with atomic_folder(folder) as temporary:
         if add_files is not None:
@@ -120,6 +113,18 @@ def write_state(
                     raise error.__context__ from None
                 raise
         (temporary / CHECKSUM).write_text(f"{file_checksum(temporary / FILE):08x}\n", encoding="utf-8")
+
+
+def _as_bytes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]:
+    """Return weights as bytes, not copied, with dtype and shape.
+
+    Swapped ones lie side by side in one memory, which `torch.save` takes in one dtype only.
+    """
+    flat = {}
+    for name, tensor in tensors.items():
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        flat[name] = (data, tensor.dtype, tuple(tensor.shape))
+    return flat
 
 
 def read_state(folder: Path) -> SavedState | ForeignState:
@@ -141,24 +146,31 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         if "files" in content:  # all processes look at a share of them, and all raise
             sums: Mapping[str, int] = content["files"]
             shares = gather_object([(path.name, file_checksum(path)) for path in share_of_files(folder)])
-            found = dict(shares)
-            for name in sums.keys() | found:
-                if found.get(name) != sums.get(name):
+            sums_here = dict(shares)
+            for name in sums.keys() | sums_here:
+                if sums_here.get(name) != sums.get(name):
                     raise ValueError(f"{name} is missing, or its checksum is not the one in {FILE}")
         state = SavedState(folder, Progress(**content.pop("progress")), **content)
-        for record in (state, state.progress):
-            for name, hint in get_type_hints(type(record)).items():
-                kinds = [
-                    get_origin(one) or one
-                    for one in (get_args(hint) if type(None) in get_args(hint) else [hint])
-                ]
-                if not isinstance(getattr(record, name), (*kinds, int) if float in kinds else tuple(kinds)):
-                    raise TypeError(f"{name} is of the kind {type(getattr(record, name)).__name__}")
-        where = state.progress
-        pairs = (where.plan_epoch, where.epoch), (where.plan_step, where.step)
-        if not all(0 <= first <= last <= MOST for first, last in pairs):
+        _check_types(state)
+        _check_types(state.progress)
+        progress = state.progress
+        has_epochs = 0 <= progress.plan_epoch <= progress.epoch <= MOST
+        has_steps = 0 <= progress.plan_step <= progress.step <= MOST
+        if not (has_epochs and has_steps):
             raise ValueError("its counts of steps and epochs do not go together")
         return state
+
+
+def _check_types(record: SavedState | Progress) -> None:
+    """Raise TypeError for a field whose value is not of the declared type: a state may be edited."""
+    for name, hint in get_type_hints(type(record)).items():
+        hints = get_args(hint) if type(None) in get_args(hint) else [hint]
+        kinds = [get_origin(item) or item for item in hints]
+        if float in kinds:
+            kinds.append(int)
+        value = getattr(record, name)
+        if not isinstance(value, tuple(kinds)):
+            raise TypeError(f"{name} is of the kind {type(value).__name__}")
 
 
 @contextlib.contextmanager
@@ -210,15 +222,20 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
     Repairs folders that a killed run left half done.
     """
     recover_states(output_dir, name)
-    pattern, found = state_pattern(name), []
+    pattern = state_pattern(name)
+    states = []
     for folder in output_dir.iterdir() if output_dir.is_dir() else ():
         if folder.is_dir() and pattern.fullmatch(folder.name) and _is_own(folder):
             try:
                 with one_error(folder):
-                    found.append((int(_content(folder)["progress"]["step"]), folder.name, folder))
+                    step = int(_content(folder)["progress"]["step"])
+                    states.append((step, folder.name, folder))
             except CheckpointError as error:
                 logger.warning("%s is ignored in the search for the latest state: %s", folder, error)
-    return max(found)[2] if found else None
+    if not states:
+        return None
+    _, _, latest = max(states)
+    return latest
 
 
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -226,9 +243,11 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Raises CheckpointError if names or shapes differ, or if a value is NaN or infinite.
     """
-    own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    misshaped = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    weights = module.state_dict()
+    missing = sorted(weights.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - weights.keys())
+    common = weights.keys() & tensors.keys()
+    misshaped = [name for name in common if weights[name].shape != tensors[name].shape]
     if missing or unexpected or misshaped:
         raise CheckpointError(
             f"it holds another network: {len(missing)} tensors missing {missing[:2]}, "
@@ -237,12 +256,12 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             "  Use --network_module, --network_dim and --network_args, or the --dit, of the run that saved "
             "it."
         )
-    whole = {name: tensor for name, tensor in tensors.items() if not is_split(tensor)}  # others are in place
-    for name, tensor in whole.items():
+    unsplit = {name: tensor for name, tensor in tensors.items() if not is_split(tensor)}
+    for name, tensor in unsplit.items():  # the others are in place
         is_wide = tensor.is_floating_point() and tensor.element_size() > 1
         if is_wide and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{name} holds values that are NaN or infinite.\n  {REMEDY}")
-    module.load_state_dict(whole, strict=len(whole) == len(tensors))
+    module.load_state_dict(unsplit, strict=len(unsplit) == len(tensors))
 
 
 def shorten_value(value: Any) -> str:
@@ -332,25 +351,26 @@ def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
     if not is_checked:
         return content
     described, tensors = record["described"], parts.pop("optimizer")
-    optimizer = described["optimizer"]
-    states = optimizer["states"].items()
-    kept = [(key, item) for _, state in states for key, item in state["mapping"]]
     return content | {
         "parts": parts,
-        "optimizer": {
-            "groups": [
-                {**_decode(group["rest"], tensors), "params": group["params"]}
-                for group in optimizer["groups"]
-            ],
-            "states": {name: _decode(state, tensors) for name, state in states},
-            # the names of tensors that were in host memory
-            "on_host": sorted({key for key, item in kept if isinstance(item, dict) and item.get("on_cpu")}),
-        },
+        "optimizer": _decode_optimizer(described["optimizer"], tensors),
         "schedule": {name: _decode(value, {}) for name, value in described["schedule"].items()},
         "scaler": described.get("scaler"),
         "average": described.get("ema"),
         "settings": described.get("settings", {}),
     }
+
+
+def _decode_optimizer(optimizer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the state of the optimizer that a state of an older version describes."""
+    groups = [{**_decode(group["rest"], tensors), "params": group["params"]} for group in optimizer["groups"]]
+    on_host = set()  # the names of tensors that were in host memory
+    for state in optimizer["states"].values():
+        for key, item in state["mapping"]:
+            if isinstance(item, dict) and item.get("on_cpu"):
+                on_host.add(key)
+    states = {name: _decode(state, tensors) for name, state in optimizer["states"].items()}
+    return {"groups": groups, "states": states, "on_host": sorted(on_host)}
 
 
 def share_of_files(folder: Path) -> list[Path]:
