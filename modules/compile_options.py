@@ -70,7 +70,7 @@ class CompileWords(Options):
         facts=NO_PIXELS,
     )
 
-    def typed(self, is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> dict[str, str]:
+    def given(self, is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> dict[str, str]:
         """Return the words that are given here, by their names in `COMPILE_ARGS`.
 
         Raises OptionError if words, here or of --compile_args, do nothing or say the same.

@@ -93,11 +93,11 @@ def receive(
             with ask(have, version) as answer:
                 version = answer.version
                 check(answer)
-                digest = _write(path, answer, most_bytes, seen)
+                received = _write(path, answer, most_bytes, seen)
             expected = answer.size_bytes if size_bytes is None else size_bytes
-            if digest > most_bytes or expected in (None, digest):
+            if received > most_bytes or expected in (None, received):
                 return
-            raise BrokenTry(f"{digest:,} of {expected:,} bytes arrived")
+            raise BrokenTry(f"{received:,} of {expected:,} bytes arrived")
         except BrokenTry as error:
             if error.from_start:
                 version = None

@@ -138,7 +138,7 @@ def similar_path(path: Path, only_folders: bool = False) -> Path | None:
 
     None if no name is similar, or the rest is not there either.
     """
-    missing = next((part for part in (path, *path.parents) if path_exists(part.parent)), path)
+    missing = next((ancestor for ancestor in (path, *path.parents) if path_exists(ancestor.parent)), path)
     names: list[str] = []
     with contextlib.suppress(OSError), os.scandir(missing.parent) as entries:
         for entry in itertools.islice(entries, MOST_NAMES):

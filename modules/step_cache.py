@@ -305,7 +305,7 @@ class Changes:
     @property
     def points(self) -> list[tuple[float, float]]:
         """Return all measurements, as (change of the input, change of the blocks' residual)."""
-        return [(float(change), float(error)) for change, error in self._found]
+        return [(float(change), float(residual)) for change, residual in self._found]
 
     def result(self) -> list[float]:
         """Return the fitted polynomial's coefficients, highest power first; nothing if points are too few.

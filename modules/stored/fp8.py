@@ -112,12 +112,12 @@ class Fp8:
 
             assert weight is not None
             if suits_fp8(x, weight, scale):
-                return fp8_linear(x, weight, scale, bias, how.product)
+                return fp8_linear(x, weight, scale, bias, product=how.product)
         dtype = computed_dtype(x)
         if not how.float32_linear:
-            return multiply_value(self, x.to(dtype), tensors, shape, bias)
+            return multiply_value(self, x.to(dtype), tensors, shape=shape, bias=bias)
         with torch.autocast(x.device.type, enabled=False):
-            return multiply_value(self, x.float(), tensors, shape, bias).to(dtype)
+            return multiply_value(self, x.float(), tensors, shape=shape, bias=bias).to(dtype)
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
         def rows_of(whole: Tensor) -> Tensor:

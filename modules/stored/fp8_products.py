@@ -64,7 +64,7 @@ def row_scaled_product(
     Up to FEW_TOKENS rows are computed as by `tensor_scaled_product`.
     """
     if len(a) <= FEW_TOKENS:
-        return tensor_scaled_product(a, b, scale_a, scale_b, bias, dtype, fast_sums)
+        return tensor_scaled_product(a, b, scale_a, scale_b, bias=bias, dtype=dtype, fast_sums=fast_sums)
     added = None if bias is None else bias.to(torch.bfloat16)
     return scaled_product(
         a, b, scale_a, scale_b, bias=added, out_dtype=torch.bfloat16, use_fast_accum=fast_sums

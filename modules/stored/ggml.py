@@ -122,16 +122,16 @@ class Kind:
 
 
 KINDS = {  # by the number in files
-    2: Kind("Q4_0", 32, 18, (0,), _q4_0),
-    3: Kind("Q4_1", 32, 20, (0, 2), _q4_1),
-    6: Kind("Q5_0", 32, 22, (0,), _q5_0),
-    7: Kind("Q5_1", 32, 24, (0, 2), _q5_1),
-    8: Kind("Q8_0", 32, 34, (0,), _q8_0),
-    10: Kind("Q2_K", 256, 84, (80, 82), _q2_k),
-    11: Kind("Q3_K", 256, 110, (108,), _q3_k),
-    12: Kind("Q4_K", 256, 144, (0, 2), _q4_k),
-    13: Kind("Q5_K", 256, 176, (0, 2), _q5_k),
-    14: Kind("Q6_K", 256, 210, (208,), _q6_k),
+    2: Kind("Q4_0", 32, 18, halves=(0,), values=_q4_0),
+    3: Kind("Q4_1", 32, 20, halves=(0, 2), values=_q4_1),
+    6: Kind("Q5_0", 32, 22, halves=(0,), values=_q5_0),
+    7: Kind("Q5_1", 32, 24, halves=(0, 2), values=_q5_1),
+    8: Kind("Q8_0", 32, 34, halves=(0,), values=_q8_0),
+    10: Kind("Q2_K", 256, 84, halves=(80, 82), values=_q2_k),
+    11: Kind("Q3_K", 256, 110, halves=(108,), values=_q3_k),
+    12: Kind("Q4_K", 256, 144, halves=(0, 2), values=_q4_k),
+    13: Kind("Q5_K", 256, 176, halves=(0, 2), values=_q5_k),
+    14: Kind("Q6_K", 256, 210, halves=(208,), values=_q6_k),
 }
 
 
@@ -156,4 +156,4 @@ def kind_of_package(number: int) -> Kind | None:
         return found.to(blocks.device)
 
     weights, size = gguf.GGML_QUANT_SIZES[kind]
-    return Kind(kind.name, weights, size, (), values)
+    return Kind(kind.name, weights, size, halves=(), values=values)

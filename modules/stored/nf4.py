@@ -88,7 +88,7 @@ class Nf4:
         return (_padded(flat, BLOCK) * peaks[:, None]).to(dtype).view(-1)[:count].view(shape)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        return multiply_value(self, x.to(computed_dtype(x)), tensors, shape, bias)
+        return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
         """Return None: blocks of statistics cross rows."""

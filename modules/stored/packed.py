@@ -55,7 +55,7 @@ class RowForm:
         return out
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        return multiply_value(self, x.to(computed_dtype(x)), tensors, shape, bias)
+        return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
         rows = slice(first, first + count)
@@ -128,7 +128,7 @@ def w4a4_rows(weight: Tensor, scale: Tensor) -> Tensor:
 
 def w4a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
     # N K/2, N K/16, N 1, 1 16
-    return _w8(_nibbles(weight), 8, scales, scale, codebook)
+    return _w8(_nibbles(weight), 8, scales, scale, codebook=codebook)
 
 
 def w6a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
@@ -137,7 +137,7 @@ def w6a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | 
     shifts = torch.arange(0, 8, 2, device=weight.device, dtype=torch.uint8)
     upper = weight[:, columns // 2 :].contiguous().view(torch.uint8)[..., None] >> shifts
     codes = _nibbles(weight[:, : columns // 2].contiguous()) | (upper & 3).flatten(1) << 4
-    return _w8(codes, 32, scales, scale, codebook)
+    return _w8(codes, 32, scales, scale, codebook=codebook)
 
 
 def _w8(codes: Tensor, middle: int, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
