@@ -416,8 +416,8 @@ def write_grid(
 ) -> list[Path]:
     """Write the page, the sheet and the video of all clips under a new name; return their paths.
 
-    Columns are files, rows are prompts at each strength; the clip without LoRA stands in each of them. paths:
-    of the clips, by their labels.
+    Columns are files, rows are prompts at each strength; each row begins with the clip without LoRA.
+    paths: of the clips, by their labels.
     """
     without_lora = variants[0]
     with_lora = variants[1:]

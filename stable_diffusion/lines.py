@@ -182,9 +182,9 @@ def expand(text: str, random: Random) -> list[str]:
     OptionError if there are more than MAX_VARIANTS texts.
     """
     texts: dict[str, None] = {}
-    for count_variants, variant in enumerate(_expansions(text, random), 1):
+    for number, variant in enumerate(_expansions(text, random), 1):
         texts[re.sub(r"\\([{}])", r"\1", variant)] = None
-        if count_variants > MAX_VARIANTS:
+        if number > MAX_VARIANTS:
             raise OptionError(f"{text[:60]!r} has more than {MAX_VARIANTS:,} variants. Leave some out")
     return list(texts)
 
