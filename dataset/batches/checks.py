@@ -31,7 +31,7 @@ from modules.contract import data
 from modules.errors import CacheError
 
 if TYPE_CHECKING:  # it is loaded only if sources are compared
-    from dataset.sources.listing import Companions
+    from dataset.sources.listing import CompanionCounts
 
 logger = logging.getLogger(__name__)
 
@@ -337,7 +337,7 @@ def _references_now(item: TrainingItem) -> int | None:
     return None if companions is None else companions.num_controls
 
 
-def _companions_now(item: TrainingItem) -> "Companions | None":
+def _companions_now(item: TrainingItem) -> "CompanionCounts | None":
     """Return an item's entry in `companions_now`; None without one, or if listing could download files."""
     table = item.table
     if not (table.directory or table.jsonl_file or table.table_file):

@@ -155,9 +155,9 @@ def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionF
     recorded = record.references
     if len(recorded) != len(file.references):
         return f"it was made with {len(recorded)} reference pictures, now there are {len(file.references)}"
-    for (path, origin), identity in zip(file.references, recorded, strict=True):
+    for (path, origin), picture in zip(file.references, recorded, strict=True):
         try:
-            if not is_unchanged(identity, path, origin):
+            if not is_unchanged(picture, path, origin):
                 return f"{path} changed since"
         except OSError as error:  # encoding it says what is wrong
             return str(error)

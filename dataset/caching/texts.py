@@ -246,7 +246,7 @@ class TextWork:
         """
         try:
             with contextlib.ExitStack() as stack:
-                pictures: list[Sequence[Path]] = []
+                pictures: list[tuple[Path, ...]] = []
                 for file in batch:
                     pictures.append(stack.enter_context(hold_references(file.source)) if file.source else ())
                 prompts = []

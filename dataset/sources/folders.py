@@ -41,12 +41,16 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     sounds: dict[Path, Path] = {}
     if table.audio_directory is not None and table.audio != IGNORE:
         sounds = _find_companions(table, "sound", table.audio_directory, media=paths, faults=faults)
-    reader = _CaptionReader(table, captions)
+    assert table.directory is not None
+    extension = table.caption_extension
+    reader = _CaptionReader(table)
     sources = []
     for path, control in zip(paths, controls, strict=True):
         stem = path.stem
-        caption_path = reader.path_of(stem)
-        content = reader.read(stem, caption_path)
+        caption_path = table.directory / (stem + extension) if extension else None
+        content = _NO_CAPTION
+        if captions and caption_path is not None:
+            content = reader.read(stem, caption_path)
         source = MediaSource(
             path=path,
             stem=stem,
@@ -88,21 +92,12 @@ _NO_CAPTION = _Captions()
 class _CaptionReader:
     """Read the caption files of a table's folder, and collect those that cannot be used."""
 
-    def __init__(self, table: DatasetTable, is_wanted: bool) -> None:
-        """is_wanted: False reads no file."""
-        assert table.directory is not None
-        self._table, self._is_wanted = table, is_wanted
-        self._folder, self._extension = table.directory, table.caption_extension
+    def __init__(self, table: DatasetTable) -> None:
+        self._table = table
         self._problems: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
 
-    def path_of(self, stem: str) -> Path | None:
-        """Return the caption file of an image or clip, there or not; None if the table has no such files."""
-        return self._folder / (stem + self._extension) if self._extension else None
-
-    def read(self, stem: str, path: Path | None) -> _Captions:
+    def read(self, stem: str, path: Path) -> _Captions:
         """Return the captions in a file. No caption if it is not there, or if it cannot be used."""
-        if not self._is_wanted or path is None:
-            return _NO_CAPTION
         encoding = None
         try:
             file = read_caption_file(path)

@@ -124,7 +124,7 @@ def _lister(table: DatasetTable) -> Callable[[DatasetTable, list[Fault]], list[M
     return list_rows if table.metadata_file is None else list_metadata
 
 
-class Companions(NamedTuple):
+class CompanionCounts(NamedTuple):
     """What belongs to an image or clip besides its caption."""
 
     num_controls: int
@@ -133,7 +133,7 @@ class Companions(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def companions_now(table: DatasetTable) -> Mapping[str, Companions]:
+def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
     """Return the companions of the current sources of a table, by stem. Empty if the sources are gone:
     training needs only the caches.
     """
@@ -143,7 +143,7 @@ def companions_now(table: DatasetTable) -> Mapping[str, Companions]:
     except DatasetError:
         return {}
     return {
-        source.stem: Companions(
+        source.stem: CompanionCounts(
             num_controls=len(source.control),
             num_references=len(source.references),
             has_mask=source.mask is not None,
