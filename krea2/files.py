@@ -140,14 +140,14 @@ FORMAT = DitFormat(
 read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
 
 
-class Release(NamedTuple):
+class Krea2Release(NamedTuple):
     """What a transformer is, as far as something says it."""
 
     is_turbo: bool  # False: raw
     source: str  # what says so
 
 
-def find_release(dit: Path | None) -> Release | None:
+def find_release(dit: Path | None) -> Krea2Release | None:
     """Return whether a transformer is Turbo or raw, and what says so; None if nothing does.
 
     That is the release's model_index.json, else the nearest name, as in `FewSteps.told_by`.
@@ -162,9 +162,9 @@ def find_release(dit: Path | None) -> Release | None:
         except (OSError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
         if isinstance(is_distilled, bool):
-            return Release(is_distilled, f"{index} has is_distilled {str(is_distilled).lower()}")
+            return Krea2Release(is_distilled, f"{index} has is_distilled {str(is_distilled).lower()}")
     evidence = told_few_steps(FEW_STEPS, dit)
-    return None if evidence is None else Release(*evidence)
+    return None if evidence is None else Krea2Release(*evidence)
 
 
 @dataclass(frozen=True)

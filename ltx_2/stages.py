@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ltx_2.references import factors_of
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
-from ltx_2.upscaler import SPATIAL, TEMPORAL, Growth, factors, is_upscaler, load_upscaler
+from ltx_2.upscaler import SPATIAL, TEMPORAL, UpscalerGrowth, factors, is_upscaler, load_upscaler
 from modules.checkpoints.model_files import read_once, require_file
 from modules.contract.data import Joint, LatentSpec
 from modules.contract.family import NoiseSource
@@ -68,7 +68,7 @@ class TwoStages:
             metadata["second_stage_loras"] = ", ".join(second)
         return metadata
 
-    def growth(self, latent: LatentSpec) -> Growth:
+    def growth(self, latent: LatentSpec) -> UpscalerGrowth:
         """Return by how much the upscalers multiply frames and sides. Raises as `factors`, and OptionError if
         a LoRA is an upscaler.
         """
@@ -82,7 +82,7 @@ class TwoStages:
             growth = factors(path, option, latent.channels)
             frames *= growth.frames
             side *= growth.side
-        return Growth(frames, side)
+        return UpscalerGrowth(frames, side)
 
     def whole(self, latent: LatentSpec) -> LatentSpec:
         """Return the latent space with the steps of size and length that both stages can make."""

@@ -86,14 +86,14 @@ def _scale(checkpoint: Checkpoint, option: str) -> float:
     return 1.5
 
 
-class Growth(NamedTuple):
+class UpscalerGrowth(NamedTuple):
     """By how much upscalers multiply the frames and the sides of a clip."""
 
     frames: int
     side: Fraction
 
 
-def factors(path: Path, option: str, channels: int) -> Growth:
+def factors(path: Path, option: str, channels: int) -> UpscalerGrowth:
     """Return the factors by which an upscaler multiplies frames and sides. channels: of the latents.
 
     Raises CheckpointError for another file, OptionError if the upscaler belongs to the other option.
@@ -110,7 +110,7 @@ def factors(path: Path, option: str, channels: int) -> Growth:
         right_option = SPATIAL if is_spatial else TEMPORAL
         raise OptionError(f"{option} {path}: this upscaler is for {right_option}")
     side = Fraction(settings["rational_spatial_scale"]) if is_spatial else Fraction(1)
-    return Growth(1 + settings["temporal_upsample"], side)
+    return UpscalerGrowth(1 + settings["temporal_upsample"], side)
 
 
 @torch.no_grad()

@@ -95,7 +95,7 @@ def _halves_fit(config: VideoVaeConfig) -> bool:
     )
 
 
-class _Level(NamedTuple):
+class _NestedLevel(NamedTuple):
     """Where a residual block or a resampling of diffusers' layout stands; sorted as the layers are."""
 
     half: str  # encoder or decoder
@@ -103,14 +103,16 @@ class _Level(NamedTuple):
     is_second: bool  # of its level: the resampling in the encoder, the residual blocks in the decoder
 
 
-def _level_of(match: re.Match[str]) -> _Level:
+def _level_of(match: re.Match[str]) -> _NestedLevel:
     """Return the level of a name that `_LEVEL` matches."""
     number, resampling, _ = match.groups()
     half = match[0][:7]
     is_encoder = half == "encoder"
     middle = 1 << 30 if is_encoder else -1
     is_resampling = resampling is not None
-    return _Level(half, middle if number is None else int(number), is_second=is_resampling == is_encoder)
+    return _NestedLevel(
+        half, middle if number is None else int(number), is_second=is_resampling == is_encoder
+    )
 
 
 def _flat_names(names: Iterable[str]) -> Callable[[str], str]:

@@ -174,14 +174,14 @@ _OPTIONS = {LOW_NOISE: "dit", HIGH_NOISE: "dit_high_noise"}
 PIPELINE_EXPERTS = {_OPTIONS[expert]: folder for folder, expert in WAN.experts}
 
 
-class Release(NamedTuple):
+class WanRelease(NamedTuple):
     """What a folder of a release has."""
 
     files: dict[str, Path]  # by the names of `WanFiles`
     boundary: float | None = None  # of its experts, as a timestep; None: it says nothing
 
 
-def read_release(folder: Path, latent: LatentSpec) -> Release:
+def read_release(folder: Path, latent: LatentSpec) -> WanRelease:
     """Find the parts of an official release, or of a pipeline of diffusers. Loads nothing.
 
     latent: of the model; it decides which VAE fits. Raises OptionError if the folder is missing,
@@ -195,12 +195,12 @@ def read_release(folder: Path, latent: LatentSpec) -> Release:
     if index.exists():
         has_experts = (folder / PIPELINE_EXPERTS["dit"]).is_dir()
         files = _existing(folder, PIPELINE | (PIPELINE_EXPERTS if has_experts else PIPELINE_DIT))
-        return Release(files, _read_boundary(index) if has_experts else None)
+        return WanRelease(files, _read_boundary(index) if has_experts else None)
     names = {**OFFICIAL, "vae": RELEASES[latent.channels].file, **OFFICIAL_EXPERTS}
     files = _existing(folder, names)
     if not files.keys() & OFFICIAL_EXPERTS.keys() and any(folder.glob(OFFICIAL_DIT)):
         files["dit"] = folder
-    return Release(files)
+    return WanRelease(files)
 
 
 def _read_boundary(index: Path) -> float | None:
