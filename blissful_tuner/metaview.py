@@ -117,8 +117,12 @@ def as_json(files: Sequence[FileFacts], is_one: bool) -> Iterator[str]:
     """Yield JSON in ASCII: names and values as they are stored."""
     objects = []
     for facts in files:
-        content = {"error": facts.error} if facts.error else {"metadata": dict(facts.metadata)}
-        objects.append({"file": str(facts.path), **content})
+        content: dict[str, object] = {"file": str(facts.path)}
+        if facts.error:
+            content["error"] = facts.error
+        else:
+            content["metadata"] = dict(facts.metadata)
+        objects.append(content)
     yield json.dumps(objects[0] if is_one else objects, indent=2)
 
 

@@ -169,7 +169,7 @@ class _CardDrawing:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _CardPlace:
     """A source of a table that gets a card, with the texts about it."""
 
     findings: TableFindings
@@ -192,7 +192,7 @@ def _make_cards(
         remarks = findings.texts_by_stem("remarks")
         for index in indices:
             stem = findings.sources[index].stem
-            places.append(_Place(findings, index, faults.get(stem, []), remarks.get(stem, [])))
+            places.append(_CardPlace(findings, index, faults.get(stem, []), remarks.get(stem, [])))
     read = read_ahead(
         places,
         source_of=lambda place: place.source,
@@ -207,7 +207,7 @@ def _make_cards(
     return cards
 
 
-def _make_card(place: _Place, drawing: _CardDrawing) -> Card:
+def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
     """Read a file again and return its card."""
     source = place.source
     look = show(source, drawing.fps, drawing.latent, drawing.sizes, hears=drawing.hears)

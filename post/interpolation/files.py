@@ -238,7 +238,8 @@ class InterpolationNetworks:
         """Return the parts worth compiling: runs of layers without lookups or warps."""
         motion = self.gimm.motion
         synthesis = self.gimm.synthesis
-        parts = [module for module in self.estimator.modules() if isinstance(module, COMPILED)]
+        parts: list[nn.Module] = []
+        parts += [module for module in self.estimator.modules() if isinstance(module, COMPILED)]
         parts += [motion.cnn_encoder, motion.res_conv, motion.hyponet]
         for decoder in (synthesis.amt_init_decoder, synthesis.amt_final_decoder):
             parts += [decoder.upsample, *decoder.convblock]
