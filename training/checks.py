@@ -235,8 +235,8 @@ def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_t
         reasons |= dict.fromkeys(("sample_lora", "preview_latent_every", "sample_ema"), "no samples are made")
     lines = [*_list_idle_weighting(options), *_list_idle(options, reasons)]
     values = option_values(options.speed.attention)
-    first, *others = [flag for flag in TRAINING_FLAGS.values() if values[flag.removeprefix("--")]] or [""]
-    return [*lines, *(f"{flag} has no effect: {first} comes first." for flag in others)]
+    flags = [flag for flag in TRAINING_FLAGS.values() if values[flag.removeprefix("--")]]
+    return [*lines, *(f"{flag} has no effect: {flags[0]} comes first." for flag in flags[1:])]
 
 
 def _replaces_rate(parts: PartsOptions | None) -> bool:

@@ -213,7 +213,7 @@ def _make_feed(plan: TrainingPlan) -> Feed:
 
 
 @dataclass(frozen=True)
-class LoadedNetwork:
+class UndressedNetwork:
     """Hold a network that is loaded and frozen, before LoRAs are added and its blocks are dressed."""
 
     dit: nn.Module
@@ -263,7 +263,7 @@ class Loading:
         self._dress(network)
         return network.dit
 
-    def _load(self, family: Family, index: int) -> LoadedNetwork:
+    def _load(self, family: Family, index: int) -> UndressedNetwork:
         """Load the network of an expert, frozen, merging --base_weights while loading.
 
         A network to train gets the training dtype.
@@ -294,7 +294,7 @@ class Loading:
         dit.requires_grad_(False)
         if shares is not None and plan.splits_model:
             shares.split(dit)
-        return LoadedNetwork(dit, family, index, host=host, shares=shares)
+        return UndressedNetwork(dit, family, index, host=host, shares=shares)
 
     def _read_base_weights(self, network: NetworkOptions | None, expert: Expert) -> "LoraPatch | None":
         """Read --base_weights for an expert; None if there are none."""
@@ -308,7 +308,7 @@ class Loading:
 
         return LoraPatch(loras)
 
-    def _dress(self, network: LoadedNetwork) -> None:
+    def _dress(self, network: UndressedNetwork) -> None:
         """Add the LoRAs that do not learn, compile, checkpoint and swap the blocks.
 
         Raises MemoryPlanError if the device has no room for the next network.
@@ -334,7 +334,7 @@ class Loading:
         elif network.index + 1 < len(family.experts) and device.type == "cuda":
             _require_room(bytes_on(dit, device), spare_bytes(device))
 
-    def _add_frozen_loras(self, network: LoadedNetwork) -> None:
+    def _add_frozen_loras(self, network: UndressedNetwork) -> None:
         """Add --training_adapter, --sample_lora and the LoRAs of a family's stages, all switched off."""
         options, family = self.plan.options, network.family
         dit, expert = network.dit, network.expert

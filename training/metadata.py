@@ -15,7 +15,6 @@ from typing import Any
 from dataset.batches.items import TrainingItem
 from modules.atomic_write import make_storable
 from modules.errors import DatasetError
-from modules.installation import import_own
 from networks.lora_settings import DEFAULT_RANK
 from networks.names.layouts import TRAINED_FOR
 from training.learning_options import PartsOptions
@@ -46,9 +45,9 @@ def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
     rank = network.network_dim or DEFAULT_RANK
     if not starts and rank in ranks and (network.network_alpha or rank) in alphas:
         return {}
-    found: dict[str, list[int] | list[float]] = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
+    sizes: dict[str, list[int] | list[float]] = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
     return {
-        key: f"{values[0]:g}" if len(values) == 1 else "Dynamic" for key, values in found.items() if values
+        key: f"{values[0]:g}" if len(values) == 1 else "Dynamic" for key, values in sizes.items() if values
     }
 
 
@@ -60,8 +59,8 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
     than we; trained_for where a model has several uses that its files do not tell apart. A whole DiT has no
     `ss_network_*`: these mark a LoRA.
     """
-    options, family, facts = plan.options, plan.family, plan.family.metadata
-    network = options.network
+    network, family = plan.options.network, plan.family
+    facts = family.metadata
     values: dict[str, Any] = {"ss_base_model_version": facts.get("base_model_version", family.name)}
     if network is not None:
         values |= {
@@ -71,31 +70,37 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
             "ss_network_args": json.dumps(network.arguments(), ensure_ascii=False),
         }
     values |= {key: value for key, value in facts.items() if key.startswith("reference_")}
-    if not options.metadata.no_metadata:
+    if not plan.options.metadata.no_metadata:
         of_family = recorded_values(family.options, "identity", "habit")
         values |= {f"ss_{name}": value for name, value in of_family.items()}
         values |= _training_values(plan, optimizer, lr_scheduler)
-        if options.loss != L2 or options.is_for_images:
-            values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
-        if options.parts is not None and options.prediction is not None:
-            values |= _image_values(plan, options.parts, options.prediction)
-        elif options.noise.ip_noise_gamma:
-            values |= {f"ss_{name}": value for name, value in asdict(options.noise).items()}
-        adapter, strength = options.frozen.training_adapter, options.frozen.training_adapter_multiplier
-        if adapter is not None:
-            values["ss_training_adapter"] = describe_adapter(adapter, strength)
-        if options.frozen.teacher is not None:
-            values |= {
-                "ss_teacher": options.frozen.teacher,
-                "ss_teacher_weight": options.frozen.teacher_weight,
-            }
-        if plan.progress.changes:
-            values["ss_resume_changes"] = json.dumps(plan.progress.changes, ensure_ascii=False)
+        values |= _optional_values(plan)
         further = [name for name in facts if name.startswith("sd_model_name_")]
         values |= {f"ss_{name}": facts.get(name) for name in ("sd_model_name", *further, "vae_name")}
         if "trained_for" in facts:
             values[TRAINED_FOR] = facts["trained_for"]
     return {key: str(value) for key, value in values.items()}
+
+
+def _optional_values(plan: TrainingPlan) -> dict[str, Any]:
+    """Return the entries on the training that only some runs have."""
+    options, frozen = plan.options, plan.options.frozen
+    values: dict[str, Any] = {}
+    if options.loss != L2 or options.is_for_images:
+        values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
+    if options.parts is not None and options.prediction is not None:
+        values |= _image_values(plan, options.parts, options.prediction)
+    elif options.noise.ip_noise_gamma:
+        values |= {f"ss_{name}": value for name, value in asdict(options.noise).items()}
+    if frozen.training_adapter is not None:
+        adapter = describe_adapter(frozen.training_adapter, frozen.training_adapter_multiplier)
+        values["ss_training_adapter"] = adapter
+    if frozen.teacher is not None:
+        values["ss_teacher"] = frozen.teacher
+        values["ss_teacher_weight"] = frozen.teacher_weight
+    if plan.progress.changes:
+        values["ss_resume_changes"] = json.dumps(plan.progress.changes, ensure_ascii=False)
+    return values
 
 
 def file_metadata(
@@ -113,39 +118,39 @@ def file_metadata(
     Hashes of a LoRA are added when its tensors are written.
     Source of `modelspec.*`: https://github.com/Stability-AI/ModelSpec.
     """
-    given, times = options.metadata, options.timesteps
-    architecture = given.architecture or family_metadata.get("architecture")
+    texts, times = options.metadata, options.timesteps
+    architecture = texts.architecture or family_metadata.get("architecture")
     if architecture and options.network is not None:
         architecture = f"{architecture}/lora"
     usual = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
     resolution = family_metadata.get("resolution", usual)
-    if given.resolution is not None:  # one number is for a square
-        width, *height = re.findall(r"\d+", given.resolution)
+    if texts.resolution is not None:  # one number is for a square
+        width, *height = re.findall(r"\d+", texts.resolution)
         resolution = f"{width}x{height[0] if height else width}"
     spec = {
         # as the known trainers of each kind write it
         "sai_model_spec": "1.0.1" if options.is_for_images else "1.0.0",
         "architecture": architecture,
         "implementation": family_metadata.get("implementation"),
-        "title": given.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
+        "title": texts.title or options.saving.output_name or f"LoRA@{now:%Y-%m-%dT%H:%M:%S}",
         "resolution": resolution,
         "date": now.isoformat(timespec="seconds"),
-        "author": given.author,
-        "description": given.description,
-        "license": given.license or licence,
-        "tags": given.tags,
+        "author": texts.author,
+        "description": texts.description,
+        "license": texts.license or licence,
+        "tags": texts.tags,
         "prediction_type": family_metadata.get("prediction_type"),
-        "usage_hint": given.usage_hint,
-        "thumbnail": given.thumbnail,
-        "merged_from": given.merged_from,
-        "trigger_phrase": given.trigger_phrase,
-        "preprocessor": given.preprocessor,
-        "is_negative_embedding": given.is_negative_embedding,
+        "usage_hint": texts.usage_hint,
+        "thumbnail": texts.thumbnail,
+        "merged_from": texts.merged_from,
+        "trigger_phrase": texts.trigger_phrase,
+        "preprocessor": texts.preprocessor,
+        "is_negative_embedding": texts.is_negative_embedding,
     }
     if times.min_timestep is not None or times.max_timestep is not None:
         spec["timestep_range"] = f"{times.lowest},{times.highest}"
     values = dict(run)
-    if not given.no_metadata:
+    if not texts.no_metadata:
         values |= {
             "ss_training_finished_at": str(now.timestamp()),
             "ss_steps": str(step),
@@ -203,13 +208,14 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
     Captions are counted once, without repeats; those that are not there, as beside copied caches, not at all.
     Of a folder with more parts than MOST_TAGS, only the most frequent ones: they stand in a file's header.
     """
-    find_sources = import_own("dataset.sources.listing").find_sources  # other trainings read caches alone
+    from dataset.sources.listing import find_sources  # other trainings read caches alone
+
     tables = {item.table.index: item.table for item in items}
     stems: dict[int, set[str]] = {}
     for item in items:
         stems.setdefault(item.table.index, set()).add(item.source_stem)
     counts: dict[str, Counter[str]] = {}
-    seen: set[Path] = set()  # a folder may be in datasets of several resolutions
+    counted: set[Path] = set()  # a folder may be in datasets of several resolutions
     for index, table in tables.items():
         try:
             sources = find_sources(table, faults=[])
@@ -217,10 +223,12 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
             continue
         tags = counts.setdefault(table.source.name, Counter())
         for source in sources:
-            if source.stem in stems[index] and source.path not in seen:
-                seen.add(source.path)
-                for caption in filter(None, (source.caption, *source.more_captions)):
-                    tags.update(filter(None, (tag.strip().lower() for tag in caption.split(","))))
+            if source.stem not in stems[index] or source.path in counted:
+                continue
+            counted.add(source.path)
+            captions = [source.caption, *source.more_captions]
+            for caption in filter(None, captions):
+                tags.update(filter(None, (tag.strip().lower() for tag in caption.split(","))))
     return {
         folder: dict(tags.most_common(MOST_TAGS) if len(tags) > MOST_TAGS else tags)
         for folder, tags in counts.items()
@@ -230,8 +238,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
 def _image_values(plan: TrainingPlan, parts: PartsOptions, prediction: PredictionOptions) -> dict[str, Any]:
     """Return the entries that files of image trainers have besides."""
     options, model_type = plan.options, plan.family.metadata.get("model_type")
-    asked = options.validation
-    rates = parts.text_encoder_lr
+    validation, rates = options.validation, parts.text_encoder_lr
     folders: dict[str, dict[str, int]] = {}
     buckets: Counter[tuple[int, int]] = Counter()
     totals = {False: 0, True: 0}  # of pictures to learn, and of those for regularisation
@@ -252,11 +259,11 @@ def _image_values(plan: TrainingPlan, parts: PartsOptions, prediction: Predictio
         "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
         "unet_lr": options.optimizer.learning_rate if parts.unet_lr is None else parts.unet_lr,
         "text_encoder_lr": None if rates is None else rates[0] if len(rates) == 1 else list(rates),
-        "validation_split": asked.validation_split,
-        "validation_seed": asked.validation_seed,
-        "max_validation_steps": asked.max_validation_steps,
-        "validate_every_n_epochs": asked.validate_every_n_epochs,
-        "validate_every_n_steps": asked.validate_every_n_steps,
+        "validation_split": validation.validation_split,
+        "validation_seed": validation.validation_seed,
+        "max_validation_steps": validation.max_validation_steps,
+        "validate_every_n_epochs": validation.validate_every_n_epochs,
+        "validate_every_n_steps": validation.validate_every_n_steps,
         "num_validation_images": len(plan.validation),
         **({} if model_type is None else {"model_type": model_type}),
         "num_train_images": totals[False],

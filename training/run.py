@@ -63,7 +63,7 @@ def train_network(
 
         return show_preview(family, options, commands, sampling)
     try:
-        with prepare_run(family, options, commands, follow, sampling) as run:
+        with prepare_run(family, options, commands, follow=follow, sampling=sampling) as run:
             train(run)
     except torch.OutOfMemoryError as error:
         raise too_little(
@@ -199,9 +199,9 @@ def _make_sampler(plan: TrainingPlan) -> "Sampler | None":
     sampler = prepare_samples(
         plan.sampled,
         prompts,
-        plan.names.folder / "sample",
-        plan.names.name,
-        accelerator.device,
+        folder=plan.names.folder / "sample",
+        name=plan.names.name,
+        device=accelerator.device,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
         has_metadata=not options.metadata.no_metadata,

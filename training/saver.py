@@ -5,14 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
-from modules.installation import import_own
 from modules.offload.block_swap import settle_all
 from modules.offload.sharding import as_split
 from training.experts import expert_metadata
@@ -51,61 +50,77 @@ def make_saver(
     each save, and the step.
     """
     plan, trainable = model.plan, model.trainable
-    options, progress = plan.options, plan.progress
-    is_first, average = plan.accelerator.is_main_process, model.average
+    options, progress, average = plan.options, plan.progress, model.average
+    is_first = plan.accelerator.is_main_process
     if not (is_first or plan.splits_model):
         return None
     dtype = file_dtype(options, model.dits.networks[0])
     of_run = run_metadata(plan, model.optimizer_name, model.schedule.name)
-    own = {
-        part: of_run | continued_sizes(model, part) | expert_metadata(plan.family, options, part)
-        for part in trainable.writes
-    }
+    metadata: dict[str, Mapping[str, str]] = {}  # by the file's part
+    for part in trainable.writes:
+        of_part = continued_sizes(model, part) | expert_metadata(plan.family, options, part)
+        metadata[part] = of_run | of_part
 
     def write_file(part: str, path: Path) -> None:
         settle_all(model.dits.networks)
         with finished_weights(model.optimizer, trainable.parameters):
-            trainable.writes[part](path, dtype, _metadata_now(plan, own[part]))
+            trainable.writes[part](path, dtype, _metadata_now(plan, metadata[part]))
 
     def write_average(part: str, path: Path) -> None:
         assert average is not None
         with average.in_place():
-            more = {} if options.metadata.no_metadata else average.metadata
-            trainable.writes[part](path, dtype, _metadata_now(plan, own[part]) | more)
+            of_average = {} if options.metadata.no_metadata else average.metadata
+            trainable.writes[part](path, dtype, _metadata_now(plan, metadata[part]) | of_average)
 
     card = None
     if uploads is not None and is_first:
-        now, told = _metadata_now(plan, next(iter(own.values()))), [*filter(None, prompts)]
-        write_card, is_lora = import_own("training.saving.hub").write_card, options.network is not None
-        card = write_card(plan.names.name, is_lora, plan.family.release, now, told)
+        from training.saving.hub import write_card  # only with uploads
 
-    def write_own(folder: Path) -> None:
-        split = plan.splits_model
-        write = import_own("training.saving.split_model").write_split_state if split else states.write_state
-        write(folder, take_state(model))
+        card = write_card(
+            plan.names.name,
+            is_lora=options.network is not None,
+            release=plan.family.release,
+            metadata=_metadata_now(plan, next(iter(metadata.values()))),
+            prompts=[prompt for prompt in prompts if prompt],
+        )
+
+    def write_state(folder: Path) -> None:
+        if plan.splits_model:
+            from training.saving.split_model import write_split_state  # only with --shard_base
+
+            write_split_state(folder, take_state(model))
+        else:
+            states.write_state(folder, take_state(model))
 
     saver = Saver(
         plan.saving,
         plan.names,
-        write_file,
-        write_own,
-        None if uploads is None else partial(uploads.publish, card=card),
-        None if uploads is None else uploads.publish_state,
-        None if average is None else write_average,
-        is_first,
-        lambda paths: note_saved(paths, progress.step),
+        write_file=write_file,
+        write_state=write_state,
+        publish=None if uploads is None else partial(uploads.publish, card=card),
+        publish_state=None if uploads is None else uploads.publish_state,
+        write_average=None if average is None else write_average,
+        is_main=is_first,
+        note_saved=lambda paths: note_saved(paths, progress.step),
     )
     saver.remove_leftovers()
     saver.tidy(progress.step, progress.epoch)
     return saver
 
 
-def _metadata_now(plan: TrainingPlan, own: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a file that is saved now. own: the entries that stay the same over the run."""
+def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata of a file that is saved now. of_run: entries that stay the same over the run."""
     progress, family = plan.progress, plan.family
     epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
-    facts, licence = family.metadata, family.release.licence
-    return file_metadata(own, plan.options, facts, progress.step, epoch, datetime.now(), licence)
+    return file_metadata(
+        of_run,
+        plan.options,
+        family.metadata,
+        step=progress.step,
+        epoch=epoch,
+        now=datetime.now(),
+        licence=family.release.licence,
+    )
 
 
 def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
@@ -128,22 +143,22 @@ def take_state(model: TrainedModel) -> states.SavedState:
     }
     if model.average is not None:
         parts[states.AVERAGE] = model.average.tensors()
-    kept = optimizer_state(model.optimizer, model.trainable.names)
+    optimizer = optimizer_state(model.optimizer, model.trainable.names)
     for name, weight in _stepped_rows(model).items():
-        values = kept["states"].get(name, {})
+        values = optimizer["states"].get(name, {})
         rows = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.ndim}
         values |= {key: as_split(weight, value) for key, value in rows.items()}
     return states.SavedState(
-        Path(),
-        plan.progress,
-        plan.identity,
-        plan.habits,
-        parts,
-        kept,
-        model.schedule.state_dict(),
-        model.scaler.state_dict(),
-        None if model.average is None else {"steps": model.average.steps},
-        listed_settings(plan.options, plan.saving),
+        folder=Path(),
+        progress=plan.progress,
+        identity=plan.identity,
+        habits=plan.habits,
+        parts=parts,
+        optimizer=optimizer,
+        schedule=model.schedule.state_dict(),
+        scaler=model.scaler.state_dict(),
+        average=None if model.average is None else {"steps": model.average.steps},
+        settings=listed_settings(plan.options, plan.saving),
     )
 
 
@@ -175,42 +190,44 @@ def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
     if model.average is not None:
         model.average.begin()
     family = model.plan.family
-    found = import_own("training.optimizers.foreign").renumber(
+    from training.optimizers.foreign import renumber  # only for states of another program
+
+    renumbered = renumber(
         saved.optimizer,
         [group["params"] for group in model.optimizer.param_groups],
         model.trainable.names,
-        family.metadata.get("base_model_version", family.name),
-        list(saved.network) if saved.is_ordered else (),
+        version=family.metadata.get("base_model_version", family.name),
+        ordered=list(saved.network) if saved.is_ordered else (),
     )
     restored = "weights and optimizer are restored"
-    if isinstance(found, str):
-        restored = f"the weights alone are restored, not the state of the optimizer: {found}"
+    if isinstance(renumbered, str):
+        restored = f"the weights alone are restored, not the state of the optimizer: {renumbered}"
     else:
-        restore_foreign_optimizer(model.optimizer, found, model.plan.accelerator.device)
+        restore_foreign_optimizer(model.optimizer, renumbered, model.plan.accelerator.device)
     logger.warning(
         "%s was made by another program: %s. It does not record its progress: steps, epochs and the "
         "learning-rate schedule start from 0.",
-        *(saved.folder, restored),
+        saved.folder,
+        restored,
     )
 
 
 def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
+    trainable, device = model.trainable, model.plan.accelerator.device
     if saved.files or model.plan.splits_model:
-        from training.saving.split_model import fill_state
+        from training.saving.split_model import fill_state  # only with split tensors
 
-        own = {name: module.state_dict() for name, module in model.trainable.modules.items()}
-        own[states.AVERAGE] = {} if model.average is None else model.average.tensors()
-        fill_state(saved, own, _stepped_rows(model), model.plan.accelerator.device)
-    for name, module in model.trainable.modules.items():
+        parts = {name: module.state_dict() for name, module in trainable.modules.items()}
+        parts[states.AVERAGE] = {} if model.average is None else model.average.tensors()
+        fill_state(saved, parts, _stepped_rows(model), device)
+    for name, module in trainable.modules.items():
         states.load_module(module, saved.parts[name])
-    kept, is_changed = saved.optimizer, bool(model.plan.changes)
-    if is_changed:  # learning rates follow from the settings of now
-        groups = [
-            {**group, **{name: own[name] for name in RATES if name in own and name in group}}
-            for group, own in zip(kept["groups"], model.optimizer.param_groups, strict=False)
-        ]
-        kept = {**kept, "groups": groups}
-    restore_optimizer(model.optimizer, model.trainable.names, kept, model.plan.accelerator.device)
+    is_changed = bool(model.plan.changes)
+    optimizer = saved.optimizer
+    if is_changed:
+        groups = _with_rates_of_now(optimizer["groups"], model.optimizer.param_groups)
+        optimizer = {**optimizer, "groups": groups}
+    restore_optimizer(model.optimizer, trainable.names, optimizer, device)
     if is_changed:
         model.schedule.go_to(model.plan.progress.step)
     else:
@@ -219,6 +236,17 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
         model.scaler.load_state_dict(saved.scaler)
     if model.average is not None:
         model.average.restore(saved)
+
+
+def _with_rates_of_now(
+    saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return saved groups of the optimizer with the learning rates that follow from the settings of now."""
+    merged = []
+    for saved_group, group in zip(saved_groups, groups, strict=False):
+        rates = {name: group[name] for name in RATES if name in group and name in saved_group}
+        merged.append({**saved_group, **rates})
+    return merged
 
 
 def _stepped_rows(model: TrainedModel) -> dict[str, Tensor]:

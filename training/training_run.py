@@ -190,28 +190,48 @@ class TrainingRun:
     clock: MinuteClock | None  # of --save_every_n_minutes; ticks in the main process only
     saver: Saver | None  # None: another process saves
     readings: Readings = field(default_factory=Readings)
-    # of the model and its plan
-    plan: TrainingPlan = field(init=False)
-    options: TrainingOptions = field(init=False)
-    family: Family = field(init=False)
-    steps: StepPlan = field(init=False)
-    progress: Progress = field(init=False)
-    device: torch.device = field(init=False)  # where steps are computed; swapped weights may be elsewhere
-    autocast: Autocast = field(init=False)
     parameters: list[Parameter] = field(init=False)  # that are trained, in the optimizer's order
     of_sound: frozenset[Tensor] = field(init=False)  # parameters that only clips with sound reach
     parts: tuple[str, ...] = field(init=False)  # with losses of their own: experts, picture and sound
 
     def __post_init__(self) -> None:
-        plan, accelerator, trainable = self.model.plan, self.model.plan.accelerator, self.model.trainable
-        self.plan, self.options, self.family = plan, plan.options, plan.family
-        self.steps, self.progress = plan.steps, plan.progress
-        self.device, self.autocast = accelerator.device, accelerator.autocast
+        trainable = self.model.trainable
         self.parameters = trainable.parameters
-        sound = sound_of(plan.family)
+        sound = sound_of(self.family)
         names = {} if sound is None else trainable.names
-        self.of_sound = frozenset(one for one, name in names.items() if sound and sound.modules in name)
-        experts = plan.family.experts
+        self.of_sound = frozenset(
+            parameter for parameter, name in names.items() if sound and sound.modules in name
+        )
+        experts = self.family.experts
         self.parts = tuple(expert.name for expert in experts) if len(experts) > 1 else ()
         if sound is not None and not self.parts:
             self.parts = PICTURE_STREAM, SOUND_STREAM
+
+    @property
+    def plan(self) -> TrainingPlan:
+        return self.model.plan
+
+    @property
+    def options(self) -> TrainingOptions:
+        return self.model.plan.options
+
+    @property
+    def family(self) -> Family:
+        return self.model.plan.family
+
+    @property
+    def steps(self) -> StepPlan:
+        return self.model.plan.steps
+
+    @property
+    def progress(self) -> Progress:
+        return self.model.plan.progress
+
+    @property
+    def device(self) -> torch.device:
+        """Return where steps are computed; swapped weights may be elsewhere."""
+        return self.model.plan.accelerator.device
+
+    @property
+    def autocast(self) -> Autocast:
+        return self.model.plan.accelerator.autocast

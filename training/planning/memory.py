@@ -21,6 +21,7 @@ from modules.contract.data import LatentSpec
 from modules.contract.family import Described, Family
 from modules.contract.rules import SoundLearning
 from modules.devices import gib
+from modules.installation import import_own
 from modules.options import override_options
 from modules.planning import dry_run as dry
 from modules.planning import memory_plan
@@ -245,8 +246,8 @@ def plan_training(
     room = room_on(device, size)
     if cards > 1:
         assert room is not None  # its size is given
-        from training.planning.several_cards import plan_ways  # imports this file
-
+        # by its name: it imports this file
+        plan_ways = import_own("training.planning.several_cards").plan_ways
         plan_ways(
             family,
             options,

@@ -86,32 +86,35 @@ class Rehearsal:
                 batch = self.texts.add_to(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
         self.ledger.enter("forward outside the blocks")
-        base, frozen = contextlib.nullcontext, self.options.frozen
-        weight = frozen.teacher_weight if frozen.teacher else 0
-        rule = LossRule(self.options.loss, self.options.predicted, base, weight)
-        loss = training_loss(
-            self.family, self.dit, noisy_batch, autocast_of(self.options, self.ledger.device), rule
+        frozen = self.options.frozen
+        rule = LossRule(
+            self.options.loss,
+            self.options.predicted,
+            as_base=contextlib.nullcontext,
+            teacher_weight=frozen.teacher_weight if frozen.teacher else 0,
         )
+        autocast = autocast_of(self.options, self.ledger.device)
+        loss = training_loss(self.family, self.dit, noisy_batch, autocast=autocast, rule=rule)
         self.ledger.is_backward = True
         self.ledger.enter("backward outside the blocks")
         # optimizers may read numbers
         with self.ledger.guessing() if self.fused else contextlib.nullcontext():
             loss.backward()
-            found = dict(self.ledger.peaks)
+            peaks = dict(self.ledger.peaks)
             if self.fused is not None:
                 self.fused.finish()
         self.know_states()
         self.clear_gradients()
         dry.keep_blocks(self.dit, self.blocks, self.counts, self.ledger)
-        return found
+        return peaks
 
     def measure_step(self) -> dict[str, dry.Moment]:
         """Clip and step once, which creates the optimizer's states.
 
         Returns the largest moment of such a step.
         """
-        whole, max_norm = self.options.whole_dit, self.options.optimizer.max_grad_norm
-        found: dict[str, dry.Moment] = {}
+        whole_dit, max_norm = self.options.whole_dit, self.options.optimizer.max_grad_norm
+        moments: dict[str, dry.Moment] = {}
         if type(self.optimizer).__module__.partition(".")[0] in REHEARSABLE:
             self.fill_gradients()
             self.ledger.enter(STEP)
@@ -123,20 +126,20 @@ class Rehearsal:
             self.know_states()
             self.clear_gradients()
             states, peak = self.ledger.moment.get(dry.OPTIMIZER, 0), self.ledger.peaks[STEP]
-            found = {STEP: {**peak, dry.OPTIMIZER: states, dry.WORKING: peak[dry.WORKING] - states}}
+            moments = {STEP: {**peak, dry.OPTIMIZER: states, dry.WORKING: peak[dry.WORKING] - states}}
         else:
             with self.ledger.allocating(dry.OPTIMIZER):
                 size = state_bytes(self.optimizer, self.parameters)
                 self.states.append(torch.empty(size, dtype=torch.uint8, device=self.ledger.device))
-        if whole is None or not whole.fused_backward_pass:
-            return found
+        if whole_dit is None or not whole_dit.fused_backward_pass:
+            return moments
         assert self.steps is not None
         self.fused = self.fused or FusedBackward(self.steps, self.parameters, max_norm)
         return {}
 
     def know_states(self) -> None:
         """Count all tensors in the optimizer as its states; a step may have replaced them."""
-        for value in held_by(self.optimizer):
+        for value in list_states(self.optimizer):
             self.ledger.see(value, dry.OPTIMIZER)
 
     def fill_gradients(self) -> None:
@@ -164,11 +167,11 @@ def rehearse(
     see `modules.planning.division`.
     """
     with dry.dry_run() as ledger:
-        rehearsal = dress_trainable(family, options, dit, ledger, texts)
-        found = rehearsal.measure_step()
+        rehearsal = dress_trainable(family, options, dit, ledger=ledger, texts=texts)
+        moments = rehearsal.measure_step()
         on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
-        found |= watch(dit)(lambda counts: rehearsal.measure(on_device, counts), rehearsal.counts)
-        return found, rehearsal.waiting
+        moments |= watch(dit)(lambda counts: rehearsal.measure(on_device, counts), rehearsal.counts)
+        return moments, rehearsal.waiting
 
 
 def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger) -> None:
@@ -200,23 +203,7 @@ def dress_trainable(
         for module in dry.modules_in(encoder):
             dry.place(module.requires_grad_(False), ledger, dry.TEXTS)
     dit.requires_grad_(False)
-    if options.network is not None:
-        unread = options.network
-        if not unread.dim_from_weights:
-            unread = replace(unread, network_weights=None)
-        in_dit = options.parts is None or options.parts.trains_dit
-        network = make_network(
-            unread, family.lora_module, dit, 0, {} if texts is None else texts.networks, in_dit
-        )
-        dry.place(network.module, ledger, dry.NETWORK)
-        _add_adapters(family, options, dit, ledger)
-        groups, _ = network.parameter_groups(options.optimizer.learning_rate)
-    else:
-        assert options.whole_dit is not None
-        groups = [
-            dict(each)
-            for each in train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts).groups
-        ]
+    groups = _learning_groups(family, options, dit, ledger=ledger, texts=texts)
     blocks = family.dit.blocks(dit)
     dry.watch_blocks(blocks, ledger)
     dress(dit, family.dit, options.loop, ledger.device)
@@ -226,26 +213,70 @@ def dress_trainable(
     for group in optimizer.param_groups:
         if group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True  # as on a GPU by default; it needs more memory
-    if (averaging := find_averaging(optimizer)) is not None:
+    averaging = find_averaging(optimizer)
+    if averaging is not None:
         averaging.train()
     parameters = [parameter for group in groups for parameter in group["params"]]
-    whole = options.whole_dit
-    steps = None
-    if whole is not None and (whole.full_bf16 or whole.fused_backward_pass) and steps_alone(type(optimizer)):
+    whole_dit = options.whole_dit
+    steps: ParameterSteps | None = None
+    is_stepped_alone = whole_dit is not None and (whole_dit.full_bf16 or whole_dit.fused_backward_pass)
+    if is_stepped_alone and steps_alone(type(optimizer)):
         names = {parameter: str(index) for index, parameter in enumerate(parameters)}
         steps = ParameterSteps(optimizer, names, Progress(0, 0, 0.0))
     for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(lambda each: ledger.see(each.grad, dry.GRADIENTS))
+        parameter.register_post_accumulate_grad_hook(lambda weight: ledger.see(weight.grad, dry.GRADIENTS))
     average: list[Tensor] = []
-    if options.average.ema_decay is not None and whole is None:
+    if options.average.ema_decay is not None and whole_dit is None:
         with ledger.allocating(dry.NETWORK):
             average = [parameter.new_empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
-    return Rehearsal(family, options, ledger, dit, parameters, optimizer, steps, average, blocks, texts)
+    return Rehearsal(
+        family=family,
+        options=options,
+        ledger=ledger,
+        dit=dit,
+        parameters=parameters,
+        optimizer=optimizer,
+        steps=steps,
+        states=average,
+        blocks=blocks,
+        texts=texts,
+    )
 
 
-def held_by(optimizer: Optimizer) -> list[Tensor]:
-    kept = (value for state in optimizer.state.values() for value in state.values())
-    return [value for value in kept if isinstance(value, Tensor)]
+def _learning_groups(
+    family: Trains,
+    options: TrainingOptions,
+    dit: nn.Module,
+    *,
+    ledger: dry.Ledger,
+    texts: LiveTexts | None,
+) -> list[dict[str, Any]]:
+    """Add the network and the adapters, or choose the weights that learn; return the optimizer's groups."""
+    if options.network is None:
+        assert options.whole_dit is not None
+        trainable = train_dit(dit, options.optimizer.learning_rate, options.whole_dit.name_parts)
+        return [dict(group) for group in trainable.groups]
+    network_options = options.network
+    if not network_options.dim_from_weights:
+        network_options = replace(network_options, network_weights=None)  # the file is not read
+    network = make_network(
+        network_options,
+        family.lora_module,
+        dit,
+        0,
+        encoders={} if texts is None else texts.networks,
+        in_dit=options.parts is None or options.parts.trains_dit,
+    )
+    dry.place(network.module, ledger, dry.NETWORK)
+    _add_adapters(family, options, dit, ledger)
+    groups, _ = network.parameter_groups(options.optimizer.learning_rate)
+    return groups
+
+
+def list_states(optimizer: Optimizer) -> list[Tensor]:
+    """Return all tensors that an optimizer keeps."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
@@ -262,15 +293,15 @@ def state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
         try:
             with disable_modes():  # a real step, also during a rehearsal
                 copies = [
-                    Parameter(torch.ones([min(size, EDGE) for size in each.shape], dtype=each.dtype))
-                    for each in optimizer.param_groups[0]["params"][:2]
+                    Parameter(torch.ones([min(size, EDGE) for size in weight.shape], dtype=weight.dtype))
+                    for weight in optimizer.param_groups[0]["params"][:2]
                 ]
                 second = kind(copies, **settings)
                 for copy in copies:
                     copy.grad = torch.ones_like(copy)
                 second.step()
-                held = sum(tensor.nbytes for tensor in held_by(second))
-                per_element = held / sum(copy.numel() for copy in copies)
+                size_bytes = sum(tensor.nbytes for tensor in list_states(second))
+                per_element = size_bytes / sum(copy.numel() for copy in copies)
         except Exception as error:  # a plan is made, whatever a foreign class raises
             logger.warning(
                 "The states of %s cannot be measured (%s); assuming %g bytes per element.",

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from modules.console import as_size, count_of, in_words
 from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM
+from modules.installation import import_own
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.page import write_page
 from modules.text_files import read_safetensors_texts
@@ -70,8 +71,8 @@ def page_values(
     best = story.best_file(folder)
     grid = None
     if load:
-        from training.reports.sample_files import make_grid  # only with samples
-
+        # by its name: it imports this file
+        make_grid = import_own("training.reports.sample_files").make_grid
         most_columns, most_prompts = most
         grid = make_grid(story, load, most_columns, most_prompts)
     return {

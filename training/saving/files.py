@@ -102,44 +102,40 @@ class Saver:
         With --save_every_n_steps 5 and --save_last_n_steps 5, step 25 removes the saves up to step 15.
         """
         options = self.options
-        kept = options.save_last_n_steps, options.save_last_n_steps_state
-        if step is not None and any(last is not None for last in kept):
+        last = options.save_last_n_steps, options.save_last_n_steps_state
+        if step is not None and last != (None, None):
             # saves by the clock may be at any step
             every = 1 if options.save_every_n_minutes is not None else options.save_every_n_steps or 1
-            self._remove_expired(r"-step(\d{8,})", every, kept, step - 1, 1)
-        kept = options.save_last_n_epochs, options.save_last_n_epochs_state
-        if epoch is not None and any(last is not None for last in kept):
+            self._remove_expired(r"-step(\d{8,})", every, last, now=step - 1, unit=1)
+        last = options.save_last_n_epochs, options.save_last_n_epochs_state
+        if epoch is not None and last != (None, None):
             every = options.save_every_n_epochs or 1
-            self._remove_expired(r"-(\d{6,})", every, kept, epoch, every)
+            self._remove_expired(r"-(\d{6,})", every, last, now=epoch, unit=every)
 
     def _remove_expired(
-        self, number: str, every: int, kept: tuple[int | None, int | None], now: int, unit: int
+        self, number: str, every: int, last: tuple[int | None, int | None], *, now: int, unit: int
     ) -> None:
         """Remove files and states whose number is a multiple of `every` and expired.
 
         Removes all of them, not only the newest: a killed run may not have removed some.
-        kept: --save_last_n of files, and of states: those up to now - unit * n expire.
+        last: --save_last_n of files, and of states: those up to now - unit * n expire.
         """
         if not self.is_main:
             return
-        start, states = re.escape(self.names.name) + number, kept[0] if kept[1] is None else kept[1]
-        for pattern, last in ((start + self.names.pattern, kept[0]), (f"{start}-state", states)):
-            for entry in [] if last is None else _entries(self.names.folder):
+        last_files, last_states = last
+        if last_states is None:
+            last_states = last_files
+        start = re.escape(self.names.name) + number
+        for pattern, count in ((start + self.names.pattern, last_files), (f"{start}-state", last_states)):
+            if count is None:
+                continue
+            newest = now - unit * count
+            for entry in _entries(self.names.folder):
                 match = re.fullmatch(pattern, entry.name)
-                if match is None or last is None or int(match[1]) % every:
+                if match is None or int(match[1]) % every:
                     continue
-                newest = now - unit * last
-                if int(match[1]) > newest or newest < every:
-                    continue
-                # moved aside first: a folder that is half removed must not look like a state
-                aside = entry.with_name(f".{entry.name}.removed.tmp")
-                try:
-                    os.replace(entry, aside)
-                    _remove(aside)
-                except OSError as error:  # open in another program; that must not end a run
-                    logger.warning("%s is kept for now because it cannot be removed: %s", entry, error)
-                else:
-                    logger.info("Removed %s", entry)
+                if int(match[1]) <= newest and newest >= every:
+                    _remove_aside(entry)
 
     def remove_leftovers(self) -> None:
         """Remove temporary files that a killed run of this name left behind."""
@@ -174,6 +170,18 @@ class Saver:
                 self.publish_state(state)
 
 
+def _remove_aside(entry: Path) -> None:
+    """Remove a file or a state. It is moved aside first: half a folder must not look like a state."""
+    aside = entry.with_name(f".{entry.name}.removed.tmp")
+    try:
+        os.replace(entry, aside)
+        _remove(aside)
+    except OSError as error:  # open in another program; that must not end a run
+        logger.warning("%s is kept for now because it cannot be removed: %s", entry, error)
+    else:
+        logger.info("Removed %s", entry)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
@@ -192,9 +200,9 @@ def hold_name(folder: Path, name: str) -> Iterator[None]:
     is_new = not folder.exists()
     make_folder(folder, "--output_dir")
     try:
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as stack:
             try:
-                held.enter_context(only_one(folder / f".{name}.training.lock", waits=False))
+                stack.enter_context(only_one(folder / f".{name}.training.lock", waits=False))
             except BlockingIOError:
                 raise OutputError(
                     f"--output_name {name}: another training is saving under this name in {folder}. "
@@ -217,7 +225,7 @@ def set_aside(
     without saves are its own, and stay. Raises OutputError if a file cannot be moved.
     """
     recover_states(names.folder, names.name)
-    kept = {os.path.realpath(path) for path in inputs}
+    stays = {os.path.realpath(path) for path in inputs}
     states, start = state_pattern(names.name), re.escape(names.name)
     files = re.compile(start + r"(?:-\d{6,}|-step\d{8,})?" + names.pattern)
     samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
@@ -228,7 +236,7 @@ def set_aside(
         if (states.fullmatch(entry.name) if entry.is_dir() else files.fullmatch(entry.name) or entry in pages)
     ]
     results += [entry for entry in _entries(names.folder / SAMPLES) if samples.fullmatch(entry.name)]
-    moved = [entry for entry in results if not (entry.is_dir() and os.path.realpath(entry) in kept)]
+    moved = [entry for entry in results if not (entry.is_dir() and os.path.realpath(entry) in stays)]
     has_saves = any(entry.is_dir() or entry.suffix == ".safetensors" for entry in results)
     if not moved or (is_restarted and not has_saves):
         return None
@@ -237,7 +245,7 @@ def set_aside(
         target = folder / entry.relative_to(names.folder)
         try:
             target.parent.mkdir(exist_ok=True)
-            if os.path.realpath(entry) in kept:
+            if os.path.realpath(entry) in stays:
                 _copy(entry, target)
             else:
                 os.replace(entry, target)
@@ -280,13 +288,13 @@ def _entries(folder: Path) -> list[Path]:
 
 def _make_new(folder: Path) -> Path:
     """Make a folder of this name, or with a number behind it if there is one of this second."""
-    number, made = 1, folder
+    number, candidate = 1, folder
     while True:
         with contextlib.suppress(FileExistsError):
-            made.mkdir()
-            return made
+            candidate.mkdir()
+            return candidate
         number += 1
-        made = folder.with_name(f"{folder.name}-{number}")
+        candidate = folder.with_name(f"{folder.name}-{number}")
 
 
 def _copy(file: Path, target: Path) -> None:

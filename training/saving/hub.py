@@ -46,9 +46,12 @@ SETTINGS = {  # what the text says of a run: metadata -> words
     "ss_training_comment": "comment",
 }
 # identifiers of the hub that a user may have meant
-HUB_LICENCES = {"apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "unlicense", "openrail", "cc0-1.0"} | {
-    *("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "creativeml-openrail-m")
+# fmt: off
+HUB_LICENCES = {
+    "apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "unlicense", "openrail", "cc0-1.0",
+    "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "creativeml-openrail-m",
 }
+# fmt: on
 OF_DATASETS = ("resolution", "target_frames", "frame_extraction", "num_repeats")
 
 
@@ -76,20 +79,27 @@ def write_card(
         lines += ["", f"Words that it was taught: {_escape(', '.join(words))}"]
     if is_lora:
         lines += ["", "## Use", "", _as_block(f"--lora_weight {name}.safetensors --lora_multiplier 1.0")]
-    settings = [
-        f"{said}: {metadata[key]}"
-        for key, said in SETTINGS.items()
-        if metadata.get(key, "None") not in ("None", "", "{}")
-    ]
-    for table in tables:
-        facts = (f"{key} {table[key]}" for key in OF_DATASETS if table.get(key) is not None)
-        settings.append(f"data: {', '.join(facts)}")
+    settings = _list_settings(metadata, tables)
     if settings:
         lines += ["", "## Training", "", *map(_as_block, settings)]
     licence = spec.get("license", release.licence)
     lines += ["", "## Licence", "", f"{_escape(licence)}. Licence of the base model: {release.licence_url}"]
-    text = f"---\n{_front_matter(is_lora, release, prompts, spec, words)}---\n\n" + "\n".join(lines) + "\n\n"
+    front_matter = _front_matter(is_lora, release, prompts, spec=spec, words=words)
+    text = f"---\n{front_matter}---\n\n" + "\n".join(lines) + "\n\n"
     return f"{text}<!-- reelsmith card {_key(name)} {_digest(text)} -->\n"
+
+
+def _list_settings(metadata: Mapping[str, str], tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each setting of a training that its file records, and for each of its tables."""
+    lines = []
+    for key, name in SETTINGS.items():
+        text = metadata.get(key, "None")
+        if text not in ("None", "", "{}"):
+            lines.append(f"{name}: {text}")
+    for table in tables:
+        facts = (f"{key} {table[key]}" for key in OF_DATASETS if table.get(key) is not None)
+        lines.append(f"data: {', '.join(facts)}")
+    return lines
 
 
 def may_replace(existing: str, card: str) -> bool:
@@ -105,18 +115,18 @@ def _front_matter(
     words: Sequence[str],
 ) -> str:
     tags = [tag.strip() for tag in spec.get("tags", "").split(",")]
-    given = spec.get("license", release.licence)
-    key = given.strip().lower()
-    own_key = release.licence_key if given == release.licence else "other"
+    licence = spec.get("license", release.licence)
+    key = licence.strip().lower()
+    other_key = release.licence_key if licence == release.licence else "other"
     values: dict[str, Any] = {
         "base_model": list(release.repositories),
         "base_model_relation": "adapter" if is_lora else "finetune",
         "tags": list(dict.fromkeys(filter(None, ["reelsmith", *(["lora"] if is_lora else []), *tags]))),
-        "license": key if key in HUB_LICENCES else own_key,
+        "license": key if key in HUB_LICENCES else other_key,
     }
     if values["license"] == "other":
-        values["license_name"] = re.sub(r"[^a-z0-9.]+", "-", given.lower()).strip("-")[:64] or "other"
-        if given == release.licence:
+        values["license_name"] = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-")[:64] or "other"
+        if licence == release.licence:
             values["license_link"] = release.licence_url
     if words:
         values["instance_prompt"] = ", ".join(words)
@@ -247,8 +257,8 @@ def download_state(
 
     folder: files are put below it. Raises OptionError if the name is malformed or nothing is found.
     """
-    name, _, rest = place.partition(":")
-    revision, _, repo_type = rest.partition(":")
+    name, _, revision_and_type = place.partition(":")
+    revision, _, repo_type = revision_and_type.partition(":")
     parts = name.strip("/").split("/")
     if len(parts) < 3:
         raise OptionError(
