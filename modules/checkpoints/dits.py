@@ -25,7 +25,7 @@ from modules.contract.loading import Placement, TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.speed_options import Quantisation
-from modules.stored.forms import form_of
+from modules.stored.forms import StoredForm, form_of
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ def _stored_layers(
     def narrow(names: frozenset[str]) -> frozenset[str]:
         return frozenset(name for name in names if not name.startswith(wide))
 
-    form = form_of(quantisation)
+    form: StoredForm | None = form_of(quantisation)
     linear = narrow(linear_weights(dit, spec.block_lists))
     staying = find_stored_weights(linear, sources, checkpoint.tensors, form_is_given=True)
     if not staying:
