@@ -68,7 +68,7 @@ def start_record(
 ) -> CutRecord:
     """Return the record of a source that is about to be cut."""
     status = source.stat()
-    written = []
+    written: list[WrittenClip] = []
     for clip in clips:
         if not clip.dropped:
             name = f"{stem}_{len(written) + 1:05d}{options.form.suffix}"
