@@ -25,7 +25,8 @@ from modules.installation import MOST_BEFORE
 from modules.media.reading import read_tags
 from modules.text_files import read_text, real_path
 from training.reports.history import SampleRow, Story
-from training.reports.page import link, list_files
+from training.reports.links import link
+from training.reports.page import list_files
 from training.reports.sample_files import FOLDER as SAMPLES
 
 MOST_COLUMNS = 24

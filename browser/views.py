@@ -21,10 +21,10 @@ from modules.errors import OptionError, UserError
 from modules.pages.page import END, PRIVATE, render_page
 from modules.text_files import read_safetensors_texts, require_regular_file
 from training.reports.history import SHOWN, Points, Start, Story
+from training.reports.links import link
 from training.reports.page import (
     TEMPLATE,
     Standing,
-    link,
     list_charts,
     list_tiles,
     page_values,

@@ -30,7 +30,6 @@ from generation.script_options import (
 )
 from modules.command import name_as_typed
 from modules.errors import OptionError
-from modules.installation import import_own
 from modules.options import (
     NO_PIXELS,
     OF_DECODING,
@@ -107,10 +106,14 @@ class PostOptions(Options, title="tools for finished videos"):
         """Return the tools in their order, as `post.chain_options.AskedTools`; None without a tool. Raises
         OptionError.
 
-        `post` is imported by its name, and only for this option, because training makes its samples through
-        these loops and does not need it.
+        `post` is imported for this option alone, because training makes its samples through these loops and
+        does not need it.
         """
-        return import_own("post.chain_options").read_asked(self.post, POST) if self.post else None
+        if not self.post:
+            return None
+        from post.chain_options import read_asked  # only with --post
+
+        return read_asked(self.post, POST)
 
 
 logger = logging.getLogger(__name__)

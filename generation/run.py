@@ -36,7 +36,6 @@ from modules.contract.loading import Placement
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
 from modules.dressing import have_joined, shared_blocks
 from modules.errors import CheckpointError, OptionError, OutputError
-from modules.installation import import_own
 from modules.media.tracks import Track
 from modules.offload.swap_plan import check_swap
 from modules.output_files import refuse_replacing
@@ -273,8 +272,10 @@ def _check_loras(family: Family, uses: LorasByExpert) -> None:
 
 
 def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
-    """Return the tools of --post, checked. They are imported by name, as PostOptions explains."""
-    post: FrameTools = import_own("post.stages").PostTools(options.post.tools, device)
+    """Return the tools of --post, checked."""
+    from post.stages import PostTools  # only with --post
+
+    post: FrameTools = PostTools(options.post.tools, device)
     post.check()
     if post.hides and options.output.output_type in LATENT_OUTPUTS:
         logger.warning(

@@ -20,7 +20,7 @@ from typing import Any
 
 from modules.control_codes import columns_of, escape_control_codes, fold, shorten, shorten_lines
 from modules.errors import CheckpointError, OptionError, UserError, is_of_compiler
-from modules.installation import check_requirements, command_words, import_own
+from modules.installation import check_requirements, command_words
 
 # loggers of packages that warn at import of what nobody asked for: bitsandbytes, on some processors
 NOISY = ("bitsandbytes.backends.cpu.ops", "torch._subclasses.fake_tensor")  # the second counts at its exit
@@ -220,7 +220,9 @@ def command_line(
             message = plain_message(f"{type(error).__name__}: {trouble}")
             print(fold(message, columns_of(sys.stderr)), file=sys.stderr)
         elif draws_boxes(sys.stderr):
-            import_own("modules.console").show_traceback()
+            from modules.console import show_traceback  # only after errors
+
+            show_traceback()
         else:
             raise
         raise SystemExit(1) from None

@@ -187,11 +187,14 @@ def identify(path: Path) -> str | None:
     Returns None if no family knows the file, and for a missing file how to download it.
     """
     if not path.exists():
-        hint: str | None = import_own("downloads.catalogue").download_hint(path)
-        return hint
+        from downloads.catalogue import download_hint  # only for hints
+
+        return download_hint(path)
     if path.is_file() and path.suffix != ".json":  # once: a hostile file takes each family a second
+        from modules.checkpoints.opening import open_file  # only for hints
+
         try:
-            import_own("modules.checkpoints.opening").open_file(path).close()
+            open_file(path).close()
         except CheckpointError:
             return None
     # Wan's, the last, recognises files of no family too

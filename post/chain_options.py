@@ -15,7 +15,7 @@ from typing import Any
 
 from modules.command import as_typed, did_you_mean
 from modules.errors import OptionError, UserError
-from modules.installation import ROOT, import_own
+from modules.installation import ROOT
 from modules.options import Options, option_values, read_options
 from modules.parser import Parser, add_options
 from post.options import (
@@ -273,7 +273,9 @@ def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT 
     downloaded to; the first folder with all files of the first task is used. Raises OptionError with the
     download command if no folder has them.
     """
-    sets = import_own("downloads.catalogue").model_sets()
+    from downloads.catalogue import model_sets  # only without --model
+
+    sets = model_sets()
     models = {model_set.task: model_set.components[0] for model_set in sets if model_set.family == "tools"}
     tasks = [task for task in TASKS.get(mode, (mode,)) if task in models]
     if not tasks:

@@ -24,7 +24,6 @@ from modules.contract.rules import ONE_EXPERT, Expert
 from modules.control_codes import escape_control_codes
 from modules.devices import choose_device
 from modules.errors import OptionError
-from modules.installation import import_own
 from modules.seeds import derive_seed
 from training.caching_inside import find_live_texts, list_live_tables, open_stores, plan_tables
 from training.checks import check_teacher, judge_rate
@@ -61,9 +60,10 @@ def show_preview(
         )
         return 0
     if options.subset is not None and options.subset.debug_dataset:
-        views = import_own("data_tools.report.views")
+        from data_tools.report.views import show_datasets  # only with --debug_dataset
+
         config = read_config(options, family)
-        conclude(views.show_datasets(family, config, DEBUG_VIEW, max(1, os.cpu_count() or 1)))
+        conclude(show_datasets(family, config, DEBUG_VIEW, max(1, os.cpu_count() or 1)))
         return 0
     if options.loop.check:
         return _check(family, options, commands)
@@ -74,8 +74,8 @@ def show_preview(
 
 def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
     """Print the items that would be trained on, and write the page (--check); returns the exit code."""
-    checks = import_own("data_tools.report.check")
-    findings = import_own("data_tools.report.findings")
+    from data_tools.report import check, findings  # only with --check
+
     workers = max(1, os.cpu_count() or 1)
     config = read_config(options, family)
     counters = findings.load_counters(family.text_encoders)
@@ -85,7 +85,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     validation = (options.validation.validation_split, (options.loop.seed or 0) if seed is None else seed)
     if all(plan.is_own for plan in plans):
         facts = [f"{name}: {value}" for name, value in family.metadata.items() if name != "resolution"]
-        result = checks.check_training(
+        result = check.check_training(
             config,
             family.cache_tag,
             family.latent,
@@ -99,8 +99,8 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
             validation=validation,
         )
     else:  # some are yet to be encoded by the training itself
-        result = checks.check_caching(
-            family, config, workers, False, parts=[checks.MEDIA], validation=validation
+        result = check.check_caching(
+            family, config, workers, False, parts=[check.MEDIA], validation=validation
         )
         places = [
             f"{plan.table.name}: latents are {plan.latents.value}, embeddings of captions {plan.texts.value}"
@@ -110,7 +110,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         result = replace(result, head=head, counters=counters)
     lines = describe_run(options, num_validation=result.num_held)
     result = replace(result, tail=(*result.tail, *lines))
-    code: int = checks.tell_check(result, family, config, page=options.loop.page, workers=workers)
+    code: int = check.tell_check(result, family, config, page=options.loop.page, workers=workers)
     return code
 
 
@@ -161,6 +161,8 @@ def _plan(
     items = require_items(listed, commands)
     check_channels(items, family.latent, commands, stores)
     training, _ = split_validation(items, options.validation.validation_split)
+    from training.planning.several_cards import plan_ways  # only with --plan
+
     sample_files: Sequence[Path] = ()
     if sampling is not None and options.samples.are_made:
         sample_files = sampling.dit_files
@@ -173,6 +175,7 @@ def _plan(
         sampled=len({*sample_files} - {*family.dit_files}),
         sources=BatchSources(stores, tables),
         texts=texts,
+        plan_ways=plan_ways,
     )
 
 

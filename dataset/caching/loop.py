@@ -169,14 +169,16 @@ def run_caching(
     Raises UserError if caching fails, and SystemExit with the result of a check.
     """
     if debug is not None and debug.debug_mode is not None:
-        views = import_own("data_tools.report.views")
-        conclude(views.show_datasets(family, config, debug, workers_of(options)))
+        from data_tools.report.views import show_datasets  # only with --debug_mode
+
+        conclude(show_datasets(family, config, debug, workers_of(options)))
         return
     what, then = "sources", "cache the captions"
     if kind == TEXTS:
         what, then = "captions", "check all before training"
     if options.check:
-        check_script = import_own("data_tools.report.check").check_script
+        from data_tools.report.check import check_script  # only with --check
+
         raise SystemExit(check_script(family, config, options, kind == TEXTS))
     if options.disable_cudnn_backend:
         leave_cudnn_out()

@@ -21,7 +21,6 @@ from modules.contract.data import LatentSpec
 from modules.contract.family import Described, Family
 from modules.contract.rules import SoundLearning
 from modules.devices import gib
-from modules.installation import import_own
 from modules.options import override_options
 from modules.planning import dry_run as dry
 from modules.planning import memory_plan
@@ -236,18 +235,19 @@ def plan_training(
     sampled: int = 0,
     sources: BatchSources | None = None,
     texts: LiveTexts | None = None,
+    *,
+    plan_ways: Callable[..., None],
 ) -> None:
     """Print the plan. Nothing large is loaded, and no GPU is needed.
 
     sampled: transformers that only samples need. sources: where batches are read from.
+    plan_ways: of `several_cards`, which imports this file.
     """
     noisy_batch = read_largest(family, options, items, commands=commands, sources=sources)
     cards, size = options.speed.plan.cards
     room = room_on(device, size)
     if cards > 1:
         assert room is not None  # its size is given
-        # by its name: it imports this file
-        plan_ways = import_own("training.planning.several_cards").plan_ways
         plan_ways(
             family,
             options,

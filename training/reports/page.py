@@ -4,32 +4,25 @@ import contextlib
 import functools
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
-
-from markupsafe import Markup
 
 from modules.console import as_size, count_of, in_words
 from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM
-from modules.installation import import_own
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.page import write_page
 from modules.text_files import read_safetensors_texts
 from training.reports.history import SHOWN, Points, Start, Story, history_name
+from training.reports.links import LoadClip, link
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
 MOST_COLUMNS = 10  # of the grid of samples
 MOST_PROMPTS = 20
 SMOOTHING = 0.9
 MOST_BINS = 600  # of a curve; more than a drawing has pixels to tell apart
-
-
-# file of a sample, prompt, step, whether it is one of the newest -> the clip, or why there is none
-LoadClip = Callable[[str, str, int, bool], Markup | str]
 
 
 def page_path(folder: Path, name: str) -> Path:
@@ -71,8 +64,8 @@ def page_values(
     best = story.best_file(folder)
     grid = None
     if load:
-        # by its name: it imports this file
-        make_grid = import_own("training.reports.sample_files").make_grid
+        from training.reports.sample_files import make_grid  # only with samples
+
         most_columns, most_prompts = most
         grid = make_grid(story, load, most_columns, most_prompts)
     return {
@@ -87,10 +80,6 @@ def page_values(
         "memory": story.memory,
         "commands": story.commands,
     }
-
-
-def link(*parts: str) -> str:
-    return "./" + "/".join(quote(part.encode("utf-8", "surrogateescape"), safe="") for part in parts)
 
 
 def list_charts(story: Story, most: int = MOST_BINS) -> list[Chart]:

@@ -20,7 +20,7 @@ from modules.errors import UserError
 from modules.media.reading import Frame, read_image, video_frames, video_info
 from modules.pages.page import embed_clip, reduce_frame
 from training.reports.history import SampleRow, Story
-from training.reports.page import LoadClip, link
+from training.reports.links import LoadClip, link
 
 FOLDER = "sample"  # of samples, in the output folder
 SIDE = 256  # pixels of the longer side
