@@ -267,7 +267,7 @@ def _check_media(
             _check_family(findings, family)
         plans = _check_sources(findings, recipe, workers)
         if recipe.encoder and hears_sound(family) and is_heard(findings.table):
-            _check_table_sound(findings, family, plans, recipe=recipe, workers=workers)
+            _check_table_sound(findings, cast(HearingFamily, family), plans, recipe=recipe, workers=workers)
     except DatasetError as error:
         findings.unusable(error)
     findings.faults += find_wrong_rates(findings.sources)
@@ -291,11 +291,11 @@ def _check_family(findings: TableFindings, family: Caches) -> None:
 
 
 def _check_table_sound(
-    findings: TableFindings, family: Caches, plans: Sequence[SourcePlan], recipe: Recipe, workers: int
+    findings: TableFindings, family: HearingFamily, plans: Sequence[SourcePlan], recipe: Recipe, workers: int
 ) -> None:
     """Add the findings about the sound of a table's clips. plans: of their latents."""
     table = findings.table
-    work = SoundWork(cast(HearingFamily, family), [table], recipe.stores, torch.device("cpu"))
+    work = SoundWork(family, [table], recipe.stores, torch.device("cpu"))
     sound = check_sound(table, plans, work, fps=recipe.fps, workers=workers)
     findings.caches += sound.lines
     findings.faults += sound.faults

@@ -266,8 +266,8 @@ def summarise(values: Sequence[float]) -> Numbers | None:
     return {
         "count": _plain(len(numbers)),
         "min": _plain(np.min(numbers)),
-        "median": _plain(np.median(numbers)),
-        "mean": _plain(np.mean(numbers)),
+        "median": _plain(float(np.median(numbers))),
+        "mean": _plain(float(np.mean(numbers))),
         "max": _plain(np.max(numbers)),
         "total": _plain(numbers.sum()),
     }
