@@ -1,7 +1,7 @@
 """Convert a LoRA file between dialects. All options: python convert_lora.py --help"""
 
 import modules.interpreter  # noqa: F401
-from modules.families import plain_script
+from contract.families import plain_script
 from networks.tool_options import ConvertOptions
 
 main = plain_script(__doc__, "networks.convert.convert", ConvertOptions)

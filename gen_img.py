@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
+from contract.families import identify
 from modules.command import command_line, tell_loading
-from modules.families import identify
 from modules.installation import hide_packages
 from stable_diffusion.options import read_gen_img
 

@@ -1,7 +1,7 @@
 """Merge LoRAs into a model file, one tensor at a time. All options: python merge_lora.py --help"""
 
 import modules.interpreter  # noqa: F401
-from modules.families import plain_script
+from contract.families import plain_script
 from networks.tool_options import MergeOptions
 
 main = plain_script(__doc__, "networks.merging.merge_dit", MergeOptions)

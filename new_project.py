@@ -4,7 +4,7 @@ All options: python new_project.py --help
 """
 
 import modules.interpreter  # noqa: F401
-from modules.families import plain_script
+from contract.families import plain_script
 from project.options import NewOptions
 
 main = plain_script(__doc__, "project.files.write_project", NewOptions)

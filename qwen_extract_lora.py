@@ -1,7 +1,7 @@
 """Extract a LoRA from a fine-tuned Qwen-Image transformer. All options: python qwen_extract_lora.py --help"""
 
 import modules.interpreter  # noqa: F401
-from modules.families import plain_script
+from contract.families import plain_script
 from networks.tool_options import OF_WHOLE, BlockExtractWords, ExtractOptions
 
 main = plain_script(

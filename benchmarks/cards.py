@@ -24,7 +24,7 @@ import hv_generate_video  # noqa: E402
 import hv_train_network  # noqa: E402
 import wan_generate_video  # noqa: E402
 import wan_train_network  # noqa: E402
-from modules.checkpoints.writing import save_tensors  # noqa: E402
+from checkpoints.writing import save_tensors  # noqa: E402
 from modules.parser import Parser  # noqa: E402
 from tests.manifests import tensor_list, write_hollow  # noqa: E402
 from tests.tiny.hunyuan_encoders import write_clip_tokenizer, write_llama_tokenizer  # noqa: E402

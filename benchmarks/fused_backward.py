@@ -122,7 +122,7 @@ def _write_project(folder: Path, dim: int, layers: int) -> list[str]:
     """Write a random transformer and caches of small clips; return the options of a run on them."""
     import torch
 
-    from modules.checkpoints.writing import save_tensors
+    from checkpoints.writing import save_tensors
     from tests.tiny.wan_dit import tiny_state, write_dit
 
     sizes = {

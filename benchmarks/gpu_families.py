@@ -24,7 +24,7 @@ from benchmarks.flops import (
     wan_work,
 )
 from benchmarks.gpu_rows import Row
-from modules.contract.data import Conditions
+from contract.data import Conditions
 
 PATCH = 2  # latent rows and columns of a token; of HunyuanImage 1
 SIGLIP_TOKENS = 729

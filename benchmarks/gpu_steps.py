@@ -19,17 +19,17 @@ from benchmarks.gpu_families import (
 )
 from benchmarks.gpu_rows import GENERATION, Row
 from benchmarks.noise import NoisyFamily
+from checkpoints.stored.forms import prepare
+from contract.data import Batch
+from contract.requests import Prepared, Request, settle
+from contract.steps import EncodedPrompts
 from generation.denoise import make_latents
 from generation.dressing import dit_loader
 from generation.experts import DitTurns, plan_turns
 from generation.memory import rehearse_denoising
-from modules.contract.data import Batch
-from modules.contract.requests import Prepared, Request, settle
-from modules.contract.steps import EncodedPrompts
-from modules.dressing import swapped_weights
-from modules.planning.memory_plan import workspace
-from modules.stored.forms import prepare
 from networks.adapter import make_network
+from running.dressing import swapped_weights
+from running.planning.memory_plan import workspace
 from training.experts import dress, placement_of
 from training.loss import NoisyBatch, training_loss
 from training.optimizers.optimizer import find_averaging, make_optimizer

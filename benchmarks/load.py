@@ -79,8 +79,8 @@ def _load(path: Path, target: str) -> None:
     """Load in the child; print peak, size of the model, largest tensor (bytes) and seconds."""
     import torch
 
-    from modules.checkpoints.opening import open_checkpoint
-    from modules.contract.loading import Placement
+    from checkpoints.opening import open_checkpoint
+    from contract.loading import Placement
     from modules.speed_options import Quantisation
     from wan.checkpoints import load_dit
 

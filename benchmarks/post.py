@@ -20,7 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from modules.checkpoints.writing import save_tensors  # noqa: E402
+from checkpoints.writing import save_tensors  # noqa: E402
 from modules.devices import choose_device  # noqa: E402
 from modules.media.options import FormatOptions  # noqa: E402
 from modules.media.reading import video_frames  # noqa: E402

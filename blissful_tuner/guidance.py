@@ -35,10 +35,10 @@ from blissful_tuner.guidance_formulas import (
     watched,
 )
 from blissful_tuner.options import MOST_SCALE, PLAIN_GUIDANCE, GuidanceOptions, NagOptions
-from modules.contract.data import Conditions
-from modules.contract.requests import Prepared
-from modules.contract.rules import ONE_EXPERT, Expert, GuidanceRules, StreamGuidance, expert_at
-from modules.contract.steps import NO_TWEAKS, Away, Guidance, Predict, Section, Step, Tweaks
+from contract.data import Conditions
+from contract.requests import Prepared
+from contract.rules import ONE_EXPERT, Expert, GuidanceRules, StreamGuidance, expert_at
+from contract.steps import NO_TWEAKS, Away, Guidance, Predict, Section, Step, Tweaks
 from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from blissful_tuner.options import GuidanceOptions
-from modules.contract.data import Conditions
-from modules.contract.rules import Projection, StreamGuidance
-from modules.contract.steps import NO_TWEAKS, Predict, Section, Step, Tweaks
+from contract.data import Conditions
+from contract.rules import Projection, StreamGuidance
+from contract.steps import NO_TWEAKS, Predict, Section, Step, Tweaks
 
 Calls = Mapping[Tweaks, Mapping[int, Conditions]]  # the passes of a step, conditions by their identity
 Made = Mapping[tuple[Tweaks, int], Tensor]  # the velocity of each
@@ -238,7 +238,7 @@ def _token_norms(velocity: Tensor, side: int) -> Tensor:
 
 # Adaptive projected guidance: what the difference of the passes has along the positive velocity is dropped.
 #
-# Source: Sadat et al. 2024, arXiv 2410.02416; `modules.contract.rules.Projection` says from which step on.
+# Source: Sadat et al. 2024, arXiv 2410.02416; `contract.rules.Projection` says from which step on.
 class Momentum:
     """A running sum of the differences of the passes over the steps of one section."""
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from blissful_tuner.options import PreviewOptions
 from blissful_tuner.taehv import TinyVae, check_taehv, decoding_bytes, dtype_on, enlarge, load_taehv, project
-from modules.contract.data import LatentSpec
-from modules.contract.steps import Section, StepDone, Watcher
+from contract.data import LatentSpec
+from contract.steps import Section, StepDone, Watcher
 from modules.errors import OptionError, OutputError
 from modules.media.reading import Frame
 from modules.media.writing import write_png, write_video

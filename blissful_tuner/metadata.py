@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from contract.requests import Prepared
+from contract.rules import ONE_EXPERT, Expert
 from modules.atomic_write import make_storable
-from modules.contract.requests import Prepared
-from modules.contract.rules import ONE_EXPERT, Expert
 from modules.version import VERSION
 
 TUNER_VERSION = f"reelsmith {VERSION}"

@@ -13,8 +13,8 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.model_utility_options import ModelUtilityOptions
+from contract.families import identify
 from modules.command import command_line
-from modules.families import identify
 from modules.parser import parse_options
 
 

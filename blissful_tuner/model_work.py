@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from blissful_tuner.model_utility_options import ModelUtilityOptions
+from checkpoints import changing
+from checkpoints.kinds import kind_of
+from checkpoints.opening import SUFFIXES, Checkpoint
+from checkpoints.writing import stream_tensors
+from contract.loading import TensorInfo
 from modules.bars import BYTES, Bar
-from modules.checkpoints import changing
-from modules.checkpoints.kinds import kind_of
-from modules.checkpoints.opening import SUFFIXES, Checkpoint
-from modules.checkpoints.writing import stream_tensors
 from modules.console import as_size, count_of
-from modules.contract.loading import TensorInfo
 from modules.control_codes import escape_control_codes, shorten
 from modules.devices import dtype_name, dtype_named
 from modules.errors import CheckpointError, OptionError

@@ -20,7 +20,7 @@ from pathlib import Path
 from random import Random
 
 from blissful_tuner.options import PromptOptions
-from modules.contract.requests import Prompt, Prompts, Spans
+from contract.requests import Prompt, Prompts, Spans
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.limits import MAX_NESTED, MAX_WILDCARD_CHARACTERS, MAX_WILDCARD_DRAWS, MAX_WILDCARD_ROUNDS

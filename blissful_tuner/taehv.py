@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle, relu
 
-from modules.checkpoints.dialects import LoadPlan, load_planned, other_kind, shapes_of
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.data import LatentSpec
+from checkpoints.dialects import LoadPlan, load_planned, other_kind, shapes_of
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from contract.data import LatentSpec
 from modules.devices import numbers_on, pin, send_ahead
 from modules.errors import CheckpointError
 from modules.media.reading import Frame
-from modules.planning.dry_run import ACCELERATOR, dry_run, largest, place
+from running.planning.dry_run import ACCELERATOR, dry_run, largest, place
 
 # Show latents without a decoder: a linear map from their channels to colours, enlarged to the video's size.
 #

@@ -15,11 +15,11 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from modules.checkpoints.model_files import load_latents
-from modules.contract.data import LatentSpec, MediaEncoders
-from modules.contract.family import Family
-from modules.contract.requests import Prepared, Request, check_opens, count_frames_up_to
-from modules.contract.rules import IMAGE, LATENTS, VIDEO, Source, SourceRules
+from checkpoints.model_files import load_latents
+from contract.data import LatentSpec, MediaEncoders
+from contract.family import Family
+from contract.requests import Prepared, Request, check_opens, count_frames_up_to
+from contract.rules import IMAGE, LATENTS, VIDEO, Source, SourceRules
 from modules.errors import CheckpointError, MediaError, OptionError
 from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, add_noise, make_schedule
 from modules.paths import explain_missing

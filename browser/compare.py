@@ -19,8 +19,8 @@ from markupsafe import Markup
 from browser.jobs import WAITING, JobQueue
 from browser.runs import RUNNING, Glance, Runs
 from browser.views import COMPARED, COMPARED_FOLDER, FileNotes
+from contract.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from modules.errors import OptionError, UserError
-from modules.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from modules.installation import MOST_BEFORE
 from modules.media.reading import read_tags
 from modules.text_files import read_text, real_path

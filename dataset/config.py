@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from contract.rules import ReferenceRules
 from dataset import config_keys as forms
 from dataset.config_keys import MODES
 from dataset.subset_options import OTHER_NAMES, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.subsets import read_subsets, typed_options
 from dataset.table import KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTable, Table, defaults_of
 from modules.command import did_you_mean
-from modules.contract.rules import ReferenceRules
 from modules.errors import DatasetError
 from modules.run_limits import describe_outside
 from modules.text_files import real_path

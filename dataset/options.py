@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from contract.families import with_scripts
 from modules.command import did_you_mean
 from modules.errors import OptionError
-from modules.families import with_scripts
 from modules.options import Options, option, read_options
 from modules.parser import Parser, add_options, parse_spelled
 

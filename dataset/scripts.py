@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from contract.families import FAMILIES, Script
 from dataset.cache.commands import recall_options, remember_options
 from dataset.config import DatasetConfig, for_family, load_dataset_config, with_downloads, with_sound_files
 from dataset.options import CachingOptions, read_spelled_caching
 from modules.command import name_as_typed, tell_loading
-from modules.families import FAMILIES, Script
 from modules.option_values import option_words, require
 from modules.options import option_values
 from modules.parser import parse_spelled

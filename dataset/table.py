@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from contract.rules import ReferenceRules
 from dataset import config_keys as forms
 from dataset.config_keys import FRAMES, LATENTS, LEARNING, NOTHING, REFERENCES, SECTIONS, TEXTS, Stale, key
 from dataset.subset_options import SUBSET_KEYS
-from modules.contract.rules import ReferenceRules
 from modules.paths import hide_secrets
 
 Table = Mapping[str, Any]

@@ -25,7 +25,7 @@ from matplotlib.patches import Patch  # noqa: E402
 from torch.nn.functional import interpolate, l1_loss  # noqa: E402
 
 from blissful_tuner import upscaler, yolo_blur  # noqa: E402
-from modules.checkpoints.writing import save_tensors  # noqa: E402
+from checkpoints.writing import save_tensors  # noqa: E402
 from modules.media.encoding import Picture  # noqa: E402
 from modules.media.reading import Frame, read_image, video_frames  # noqa: E402
 from modules.media.writing import write_png, write_video  # noqa: E402

@@ -219,9 +219,9 @@ def find_other_kind(path: Path, name: str) -> str | None:
 
     Reads headers, and torch files without running code. Other suffixes are not checked.
     """
-    from modules.checkpoints.containers import ONNX, PICKLE, ZIP  # torch loads here
-    from modules.checkpoints.opening import open_file
-    from modules.checkpoints.tokenizers import check_sentencepiece
+    from checkpoints.containers import ONNX, PICKLE, ZIP  # torch loads here
+    from checkpoints.opening import open_file
+    from checkpoints.tokenizers import check_sentencepiece
 
     kind = name.rpartition(".")[2]
     try:

@@ -18,13 +18,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from checkpoints import dialects
+from checkpoints.encoders import ALL_IN_ONE, check_groups, stated_groups
+from checkpoints.model_files import inside, read_once
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from contract.loading import TensorSource
 from encoders.autoencoder_blocks import AutoencoderConfig, AutoencoderDecoder, AutoencoderEncoder
 from encoders.tiles import Cut, compute_in_tiles, sample_posterior
-from modules.checkpoints import dialects
-from modules.checkpoints.encoders import ALL_IN_ONE, check_groups, stated_groups
-from modules.checkpoints.model_files import inside, read_once
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.loading import TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.layers.convolution import Compute, lay_out, layouts

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modules.checkpoints.dialects import LoadPlan, count, other_kind, rename_sources, shapes_of
-from modules.checkpoints.encoders import head_width, network_in, told_beside
-from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.loading import TensorSource
+from checkpoints.dialects import LoadPlan, count, other_kind, rename_sources, shapes_of
+from checkpoints.encoders import head_width, network_in, told_beside
+from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.tokenizers import TokenizerFiles
+from contract.loading import TensorSource
 from modules.errors import CheckpointError
 
 CLIP_HEAD_WIDTH = 64  # of CLIP-L; cannot be read from the tensors

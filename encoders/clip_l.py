@@ -13,6 +13,12 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from checkpoints.model_files import inside
+from checkpoints.opening import open_checkpoint
+from checkpoints.tokenizers import TokenizerFiles
+from contract.data import Conditions
+from contract.family import EncoderAbilities
+from contract.requests import Prompt
 from encoders.clip_checkpoints import CLIP_END, CLIP_START, CLIP_TOKENS, ClipUse, read_clip_text
 from encoders.clip_layers import ClipText, load_clip_text
 from encoders.text_encoder import (
@@ -23,12 +29,6 @@ from encoders.text_encoder import (
     fill_rows,
     merges_of,
 )
-from modules.checkpoints.model_files import inside
-from modules.checkpoints.opening import open_checkpoint
-from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.data import Conditions
-from modules.contract.family import EncoderAbilities
-from modules.contract.requests import Prompt
 from modules.devices import dtype_name
 
 logger = logging.getLogger(__name__)

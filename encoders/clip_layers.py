@@ -17,6 +17,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
+from checkpoints.dialects import load_planned
+from checkpoints.opening import open_checkpoint
+from contract.family import DitSpec
+from contract.steps import Tweaks
 from encoders.clip_checkpoints import (
     MEAN,
     STD,
@@ -26,13 +30,9 @@ from encoders.clip_checkpoints import (
     read_clip_text,
     read_clip_vision,
 )
-from modules.checkpoints.dialects import load_planned
-from modules.checkpoints.opening import open_checkpoint
-from modules.contract.family import DitSpec
-from modules.contract.steps import Tweaks
 from modules.errors import CheckpointError
 from modules.layers.norms import TwoLayers
-from modules.run_blocks import Hidden, run_blocks
+from running.run_blocks import Hidden, run_blocks
 
 # Letters: B batch, L tokens, N heads, D head width, C = N * D
 

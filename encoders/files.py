@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import nn
 
-from modules.checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dtype
-from modules.checkpoints.model_files import inside, read_once, require_file
-from modules.checkpoints.opening import fingerprint
-from modules.contract.data import CAPTION, REFERENCE, MediaEncoders, MediaTable
-from modules.contract.family import Abilities, DitSpec, TextEncoder
-from modules.contract.few_steps import FewSteps
-from modules.contract.loading import Placement
-from modules.contract.rules import ONE_EXPERT, Expert, ReferenceRules
+from checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dtype
+from checkpoints.model_files import inside, read_once, require_file
+from checkpoints.opening import fingerprint
+from contract.data import CAPTION, REFERENCE, MediaEncoders, MediaTable
+from contract.family import Abilities, DitSpec, TextEncoder
+from contract.few_steps import FewSteps
+from contract.loading import Placement
+from contract.rules import ONE_EXPERT, Expert, ReferenceRules
 from modules.devices import choose_compute_dtype, dtype_name
 from modules.errors import CheckpointError
 from modules.speed_options import VaeOptions

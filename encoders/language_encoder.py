@@ -1,7 +1,7 @@
 """Language models as the shared loops use them: the text around a family's prompts, and the states it takes.
 
     USE = LanguageUse(name="vl", states_key="vl_embed", model=QWEN25_VL, source=QWEN_TOKENIZER, ...)
-    encoder = LanguageModelEncoder(USE, path, torch.bfloat16)     # a TextEncoder of modules/contract
+    encoder = LanguageModelEncoder(USE, path, torch.bfloat16)     # a TextEncoder of contract
     encoder.encode(prompts)                                       # {"vl_embed": [L C]} for each
 
 Source of the chat templates: the released tokenizers of Qwen3.
@@ -22,6 +22,14 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
+from checkpoints.encoders import check_state_width
+from checkpoints.model_files import inside, read_once, require_file
+from checkpoints.opening import Checkpoint, open_checkpoint
+from checkpoints.tokenizers import TokenizerFiles
+from contract.data import Conditions
+from contract.family import EncoderAbilities, TextEncoder
+from contract.loading import BlockPlace
+from contract.requests import Prompt
 from encoders.files import TransformerFiles
 from encoders.language_models import (
     LanguageConfig,
@@ -50,18 +58,10 @@ from encoders.text_encoder import (
     fill_rows,
     merges_of,
 )
-from modules.checkpoints.encoders import check_state_width
-from modules.checkpoints.model_files import inside, read_once, require_file
-from modules.checkpoints.opening import Checkpoint, open_checkpoint
-from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.data import Conditions
-from modules.contract.family import EncoderAbilities, TextEncoder
-from modules.contract.loading import BlockPlace
-from modules.contract.requests import Prompt
 from modules.devices import choose_compute_dtype, dtype_name
 from modules.errors import MediaError
-from modules.planning.device_memory import spare_bytes
 from modules.speed_options import TextEncoderOptions, text_form
+from running.planning.device_memory import spare_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -17,17 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from checkpoints.dialects import LoadPlan, count, load_planned, loaded_bytes, other_kind, shapes_of
+from checkpoints.encoders import SPIECE_MODEL, head_width, network_in, told_beside
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from contract.family import DitSpec
+from contract.loading import BlockPlace
 from encoders.vision_towers import PLACES as TOWER_PLACES
 from encoders.vision_towers import QWEN3_TOWER, QWEN25_TOWER, VisionTower
-from modules.checkpoints.dialects import LoadPlan, count, load_planned, loaded_bytes, other_kind, shapes_of
-from modules.checkpoints.encoders import SPIECE_MODEL, head_width, network_in, told_beside
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.family import DitSpec
-from modules.contract.loading import BlockPlace
 from modules.devices import send_ahead
 from modules.errors import CheckpointError, OptionError
-from modules.offload.block_swap import swap_blocks
-from modules.offload.swap_plan import SwapPlan, host_weights
+from running.offload.block_swap import swap_blocks
+from running.offload.swap_plan import SwapPlan, host_weights
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from checkpoints.dialects import LoadPlan, count, load_planned, shapes_of
+from checkpoints.encoders import told_beside
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from encoders.language_models import LanguageModel
 from encoders.vision_towers import PATCHES, VisionTower
-from modules.checkpoints.dialects import LoadPlan, count, load_planned, shapes_of
-from modules.checkpoints.encoders import told_beside
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import read_image, resize_cover, resize_stretched

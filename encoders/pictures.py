@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from encoders.autoencoder import load_autoencoder, read_autoencoder_header
-from encoders.files import OneTransformer, TransformerFiles
-from encoders.tiles import posterior_generator
-from modules.contract.data import (
+from contract.data import (
     CONTROL,
     Batch,
     CacheEntry,
@@ -26,8 +23,9 @@ from modules.contract.data import (
     MomentsRules,
     SamplingDefaults,
 )
-from modules.contract.family import NoiseSource
-from modules.contract.requests import (
+from contract.families import share_latents
+from contract.family import NoiseSource
+from contract.requests import (
     NO_MEDIA,
     Prepared,
     Prompt,
@@ -39,12 +37,14 @@ from modules.contract.requests import (
     size_of,
     whole_patches,
 )
-from modules.contract.rules import IMAGE, LATENTS, ReferenceRules, SourceRules
-from modules.contract.steps import EncodedPrompts, Section
+from contract.rules import IMAGE, LATENTS, ReferenceRules, SourceRules
+from contract.steps import EncodedPrompts, Section
+from encoders.autoencoder import load_autoencoder, read_autoencoder_header
+from encoders.files import OneTransformer, TransformerFiles
+from encoders.tiles import posterior_generator
 from modules.control_codes import shorten
 from modules.devices import send, send_ahead
 from modules.errors import CacheError, DatasetError, OptionError
-from modules.families import share_latents
 from modules.media.buckets import fit_within
 from modules.media.pixels import byte_clips
 

@@ -25,15 +25,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoints.model_files import inside, read_once
+from checkpoints.opening import Checkpoint
+from checkpoints.tokenizers import TokenizerFiles
+from contract.data import Conditions
+from contract.family import EncoderAbilities
+from contract.loading import BlockPlace
 from encoders.t5_network import T5Config, T5Kind, T5Network, load_t5, read_t5
 from encoders.text_encoder import END as TEXT_END
 from encoders.text_encoder import FileTextEncoder, TextTokenizer, TokenizerSource, fill_rows, in_groups
-from modules.checkpoints.model_files import inside, read_once
-from modules.checkpoints.opening import Checkpoint
-from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.data import Conditions
-from modules.contract.family import EncoderAbilities
-from modules.contract.loading import BlockPlace
 from modules.devices import dtype_name
 
 # Letters: L tokens of a prompt with its padding, C = width of the model

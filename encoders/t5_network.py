@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modules.attention.sdpa import attend_with_bias
-from modules.checkpoints.dialects import (
+from checkpoints.dialects import (
     LoadPlan,
     Names,
     count,
@@ -25,14 +24,15 @@ from modules.checkpoints.dialects import (
     shapes_of,
     translate_name,
 )
-from modules.checkpoints.encoders import SPIECE_MODEL
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.family import DitSpec
-from modules.contract.loading import BlockPlace
-from modules.contract.steps import NO_TWEAKS
+from checkpoints.encoders import SPIECE_MODEL
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from contract.family import DitSpec
+from contract.loading import BlockPlace
+from contract.steps import NO_TWEAKS
+from modules.attention.sdpa import attend_with_bias
 from modules.devices import dtype_name, send_ahead
 from modules.errors import CheckpointError
-from modules.run_blocks import Hidden, run_blocks
+from running.run_blocks import Hidden, run_blocks
 
 
 @dataclass(frozen=True)

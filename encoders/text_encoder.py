@@ -19,17 +19,17 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from modules.checkpoints.encoders import SPIECE_MODEL, TOKENIZER_JSON
-from modules.checkpoints.opening import Checkpoint, fingerprint, open_checkpoint
-from modules.checkpoints.tokenizers import TokenizerFiles, check_sentencepiece, piece_surfaces
-from modules.contract.data import Conditions, weigh_rows
-from modules.contract.family import EncoderAbilities
-from modules.contract.requests import Prompt, Spans
-from modules.contract.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
+from checkpoints.encoders import SPIECE_MODEL, TOKENIZER_JSON
+from checkpoints.opening import Checkpoint, fingerprint, open_checkpoint
+from checkpoints.tokenizers import TokenizerFiles, check_sentencepiece, piece_surfaces
+from contract.data import Conditions, weigh_rows
+from contract.family import EncoderAbilities
+from contract.requests import Prompt, Spans
+from contract.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
 from modules.errors import CheckpointError
 from modules.limits import MAX_TOKENIZER_BYTES
-from modules.offload.block_swap import move_network
-from modules.offload.host_memory import LoadedNetwork
+from running.offload.block_swap import move_network
+from running.offload.host_memory import LoadedNetwork
 
 # Letters: B prompts, L tokens
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from modules.checkpoints.dialects import count
+from checkpoints.dialects import count
 
 PATCHES, PLACES = "patch_embed.proj.weight", "pos_embed.weight"
 MOST_TOLD = 1 << 16  # of these in a config.json

@@ -19,12 +19,12 @@ import torch
 from diffusers.models.controlnets.controlnet_flux import FluxControlNetModel
 from torch import Tensor, nn
 
+from checkpoints.dialects import LoadPlan, count, load_planned, other_kind
+from checkpoints.model_files import find_model_folder
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from flux.configs import FluxConfig
 from flux.model import grid_of, pack
 from flux.options import CONTROL_NET
-from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind
-from modules.checkpoints.model_files import find_model_folder
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 

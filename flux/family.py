@@ -10,6 +10,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from contract import requests
+from contract.data import (
+    CONTROL,
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    SamplingDefaults,
+    name_texts,
+)
+from contract.family import DitSpec, Family, NoiseSource, NoiseSpec
+from contract.few_steps import FewSteps
+from contract.loading import Placement
+from contract.rules import ModelRelease
+from contract.steps import NO_TWEAKS, Tweaks
 from encoders.pictures import (
     GUIDANCE,
     ModelOfPictures,
@@ -31,24 +49,6 @@ from flux.options import (
     FluxTrainingOptions,
 )
 from flux.spec import LATENT, NOISE, dit_spec, size_shift, tokens_of
-from modules.contract import requests
-from modules.contract.data import (
-    CONTROL,
-    Batch,
-    CacheEntry,
-    Conditions,
-    LatentSpec,
-    MediaBatch,
-    MediaEncoders,
-    MediaTable,
-    SamplingDefaults,
-    name_texts,
-)
-from modules.contract.family import DitSpec, Family, NoiseSource, NoiseSpec
-from modules.contract.few_steps import FewSteps
-from modules.contract.loading import Placement
-from modules.contract.rules import ModelRelease
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import CacheError, DatasetError
 from modules.options import NO_OPTIONS
 

@@ -12,6 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 
+from checkpoints.dialects import DitShapes, Names, count, join_parts, joined_shapes, other_kind
+from checkpoints.dits import DitFormat, DitHeader
+from checkpoints.encoders import check_state_width
+from checkpoints.model_files import read_once, require_file
+from checkpoints.opening import Checkpoint, plain_sources
+from contract.family import TextEncoder
+from contract.loading import TensorSource
 from encoders.clip_l import CLIP_L, ClipTextEncoder
 from encoders.pictures import AutoencoderFiles
 from encoders.t5 import USE, T5TextEncoder
@@ -19,13 +26,6 @@ from flux.configs import CHROMA, DEV, PATCH, SCHNELL, T5_TOKENS, ApproximatorCon
 from flux.model import FluxModel
 from flux.names import FLUX
 from flux.options import FluxTextOptions
-from modules.checkpoints.dialects import DitShapes, Names, count, join_parts, joined_shapes, other_kind
-from modules.checkpoints.dits import DitFormat, DitHeader
-from modules.checkpoints.encoders import check_state_width
-from modules.checkpoints.model_files import read_once, require_file
-from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.contract.family import TextEncoder
-from modules.contract.loading import TensorSource
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
 from modules.speed_options import text_form

@@ -11,17 +11,17 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from contract.steps import NO_TWEAKS, Tweaks
 from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, modulation_of
 from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
 from hunyuan_model.blocks import EmbeddedText, HunyuanTokens, join_tokens
 from hunyuan_model.model import TWO_LAYERS, HunyuanFinalLayer, real_tokens, rotary_widths
 from modules.attention.attend import Lengths, lengths_on
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.norms import ScaleNorm, TwoLayers, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
-from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
+from running.run_blocks import BlockNetwork, Hidden
 
 
 class Approximator(nn.Module):

@@ -1,7 +1,7 @@
 """What FLUX.1 and Chroma are called everywhere: scripts, modules in LoRA files, tensors that tell files."""
 
+from contract.families import PICTURES, FamilyEntry, Marks
 from hunyuan_model.names import LINEAR1_PARTS
-from modules.families import PICTURES, FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import (
     FamilyNames,

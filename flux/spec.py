@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
+from contract.data import LatentSpec
+from contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from contract.rules import NpzFormat
 from encoders.pictures import PREVIEW_BIAS, PREVIEW_FACTORS
 from flux.configs import CHROMA
-from modules.contract.data import LatentSpec
-from modules.contract.family import DitSpec, NoiseSpec, count_picture_tokens
-from modules.contract.rules import NpzFormat
 from modules.flow import schedule
 
 # cached latents are in model space already: (z - 0.1159) * 0.3611

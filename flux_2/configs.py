@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modules.contract.data import LatentSpec
-from modules.contract.family import DitSpec, NoiseSpec
+from contract.data import LatentSpec
+from contract.family import DitSpec, NoiseSpec
 
 AXES = 4  # of positions: picture, row, column, place in the text; a head's width is divided among them
 

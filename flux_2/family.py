@@ -9,6 +9,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from contract.data import (
+    CONTROL,
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    SamplingDefaults,
+    name_texts,
+)
+from contract.family import DitSpec, Family, NoiseSpec
+from contract.few_steps import FewSteps
+from contract.requests import Prepared, Request
+from contract.rules import ModelRelease, ReferenceRules
+from contract.steps import NO_TWEAKS, Tweaks
 from encoders import pictures
 from flux_2.configs import DIT, LATENT, NOISE, count_latents
 from flux_2.files import Flux2Files, files_of
@@ -21,22 +37,6 @@ from flux_2.options import (
     Flux2TrainingOptions,
 )
 from flux_2.versions import DEV, KEY, VERSIONS
-from modules.contract.data import (
-    CONTROL,
-    Batch,
-    CacheEntry,
-    Conditions,
-    LatentSpec,
-    MediaBatch,
-    MediaEncoders,
-    SamplingDefaults,
-    name_texts,
-)
-from modules.contract.family import DitSpec, Family, NoiseSpec
-from modules.contract.few_steps import FewSteps
-from modules.contract.requests import Prepared, Request
-from modules.contract.rules import ModelRelease, ReferenceRules
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 

@@ -9,6 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
+from checkpoints.dits import DitFormat, DitHeader
+from checkpoints.model_files import read_once
+from checkpoints.opening import Checkpoint, plain_sources
+from contract.loading import TensorSource
 from encoders.language_encoder import LanguageModelFiles, LanguageUse
 from flux_2.configs import AXES, Flux2Config
 from flux_2.model import Flux2Model
@@ -16,11 +21,6 @@ from flux_2.names import FLUX_2
 from flux_2.options import NAME, Flux2GenerationOptions, Flux2TrainingOptions
 from flux_2.vae import Flux2Vae, load_vae, read_vae
 from flux_2.versions import VERSIONS, Flux2Version
-from modules.checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
-from modules.checkpoints.dits import DitFormat, DitHeader
-from modules.checkpoints.model_files import read_once
-from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError, OptionError
 from networks.names.layouts import swapped_tensors, tensor_patterns
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from contract.steps import NO_TWEAKS, Tweaks
 from flux_2.configs import AXES, DIT, Flux2Config
 from hunyuan_model import blocks
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import (
     Float32LayerNorm,
@@ -26,8 +26,8 @@ from modules.layers.norms import (
     in_own_dtype,
 )
 from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
-from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
+from running.run_blocks import BlockNetwork, Hidden
 
 GUIDANCE_UNIT = 1000.0  # the model was trained with 1000 times the scale
 APART = 10  # places between a picture and its references on the first axis

@@ -1,7 +1,7 @@
 """What FLUX.2 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
 
+from contract.families import PICTURES, FamilyEntry, Marks
 from flux.names import FLUX_NORMS, FLUX_NUMBERS, FLUX_QKV
-from modules.families import PICTURES, FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, WeightPart, renamed_parts
 

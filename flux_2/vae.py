@@ -13,10 +13,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from checkpoints.dialects import LoadPlan, load_planned
+from checkpoints.opening import Checkpoint, open_checkpoint
 from encoders.autoencoder import Autoencoder, AutoencoderKind, read_autoencoder
 from encoders.autoencoder_blocks import AutoencoderConfig, AutoencoderDecoder, AutoencoderEncoder
-from modules.checkpoints.dialects import LoadPlan, load_planned
-from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.layers.convolution import lay_out

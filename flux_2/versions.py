@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, replace
 
+from checkpoints.tokenizers import TokenizerFiles
+from contract.data import SamplingDefaults
+from contract.rules import ModelRelease
 from encoders.language_encoder import LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN3, LanguageModel
 from encoders.pictures import picture_defaults
 from encoders.text_encoder import TokenizerSource
-from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.data import SamplingDefaults
-from modules.contract.rules import ModelRelease
 
 MISTRAL3 = LanguageModel(
     what="the language model of Mistral Small 3",

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from contract.data import Batch, Conditions
 from frame_pack.configs import FramePackConfig
 from frame_pack.files import FRAMEPACK_CLIP, FramePackLlama
-from modules.contract.data import Batch, Conditions
 from modules.errors import CacheError
 
 logger = logging.getLogger(__name__)

@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from contract.data import CacheEntry, MediaBatch, MediaEncoders, MediaTable
+from contract.one_frame import OneFrame
 from encoders.tiles import posterior_generator
 from frame_pack.inputs import apply_masks
 from frame_pack.one_frame import one_frame_indices
 from frame_pack.sections import LATENT_STRIDE, Indices, Order, sections_in, video_frames
 from hunyuan_model.spec import LATENT as VAE_LATENT
-from modules.contract.data import CacheEntry, MediaBatch, MediaEncoders, MediaTable
-from modules.contract.one_frame import OneFrame
 from modules.errors import DatasetError, MediaError
 from modules.media.pixels import byte_clips, to_pixels
 

@@ -8,6 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from checkpoints.opening import fingerprint
+from contract import data
+from contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
+from contract.loading import Placement
+from contract.one_frame import OneFrame
+from contract.requests import Prepared, Request
+from contract.rules import LATENTS, VIDEO, ModelRelease, SourceRules
+from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
 from frame_pack import caching
 from frame_pack.batches import HISTORY, TEXT_KEYS, compare_order, conditions_of
@@ -30,14 +38,6 @@ from frame_pack.options import (
 from frame_pack.requests import FramePackRequest, prepare_request, warn_of_unused_paddings
 from frame_pack.sections import ANTI_DRIFTING, F1, Order, count_sections, parse_paddings, video_frames
 from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
-from modules.checkpoints.opening import fingerprint
-from modules.contract import data
-from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
-from modules.contract.loading import Placement
-from modules.contract.one_frame import OneFrame
-from modules.contract.requests import Prepared, Request
-from modules.contract.rules import LATENTS, VIDEO, ModelRelease, SourceRules
-from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.devices import send
 from modules.errors import DatasetError
 from modules.options import NO_OPTIONS

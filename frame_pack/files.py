@@ -14,6 +14,13 @@ import torch
 from torch import Tensor
 
 import hunyuan_model.checkpoints as hunyuan
+from checkpoints.dialects import DitShapes, other_kind
+from checkpoints.dits import DitFormat, DitHeader, own_names
+from checkpoints.encoders import check_state_width
+from checkpoints.model_files import inside, read_once, require_file
+from checkpoints.opening import Checkpoint, open_checkpoint
+from contract.data import Conditions
+from contract.requests import Prompt
 from encoders.clip_l import PooledClip
 from frame_pack.configs import DIT, FramePackConfig
 from frame_pack.image_encoder import FILES, OPTION, read_siglip
@@ -21,13 +28,6 @@ from frame_pack.model import FramePackModel
 from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.text_encoders import CLIP, LLAVA_USE, LlavaTextEncoder
 from hunyuan_model.token_refiner import FRAMEPACK_REFINER
-from modules.checkpoints.dialects import DitShapes, other_kind
-from modules.checkpoints.dits import DitFormat, DitHeader, own_names
-from modules.checkpoints.encoders import check_state_width
-from modules.checkpoints.model_files import inside, read_once, require_file
-from modules.checkpoints.opening import Checkpoint, open_checkpoint
-from modules.contract.data import Conditions
-from modules.contract.requests import Prompt
 from modules.errors import CheckpointError, OptionError
 
 FRAMEPACK_CLIP = replace(CLIP, pooled="clip_l_pooler", mask=None)

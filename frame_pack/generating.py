@@ -9,6 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from contract.data import Conditions, MediaEncoders
+from contract.family import NoiseSource
+from contract.one_frame import OneFrame
+from contract.steps import EncodedPrompts, Piece, Section
 from frame_pack.one_frame import one_frame_indices
 from frame_pack.sections import (
     CleanLatents,
@@ -22,10 +26,6 @@ from frame_pack.sections import (
 )
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from hunyuan_model.vae import HunyuanVae
-from modules.contract.data import Conditions, MediaEncoders
-from modules.contract.family import NoiseSource
-from modules.contract.one_frame import OneFrame
-from modules.contract.steps import EncodedPrompts, Piece, Section
 
 CPU = torch.device("cpu")
 Sections = Generator[Section, Tensor, Tensor]

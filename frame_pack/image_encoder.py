@@ -14,10 +14,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
+from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
+from checkpoints.encoders import ALL_IN_ONE, head_width, network_in, told_beside
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from encoders.clip_layers import ClipLayers, check_activation
-from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
-from modules.checkpoints.encoders import ALL_IN_ONE, head_width, network_in, told_beside
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.devices import dtype_name, half_where_fast
 from modules.errors import CheckpointError
 from modules.media.pixels import to_pixels

@@ -12,13 +12,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from contract.data import Conditions, MediaEncoders
+from contract.requests import Prepared
 from encoders.tiles import posterior_generator
 from frame_pack.requests import FramePackRequest
 from frame_pack.sections import LATENT_STRIDE
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from hunyuan_model.vae import HunyuanVae
-from modules.contract.data import Conditions, MediaEncoders
-from modules.contract.requests import Prepared
 from modules.media.buckets import Size
 from modules.media.pixels import byte_clips, image_pixels
 

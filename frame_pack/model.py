@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from contract.steps import NO_TWEAKS, Tweaks
 from frame_pack.blocks import (
     FramePackRefinerBlock,
     HunyuanVideoSingleTransformerBlock,
@@ -25,13 +26,12 @@ from frame_pack.configs import DIT, FramePackConfig
 from hunyuan_model.blocks import EmbeddedText, HunyuanModulation, HunyuanTokens, join_tokens
 from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_widths
 from hunyuan_model.token_refiner import mean_text, refine_tokens
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import CPU, GridTable, angles_at, on_grid, sinusoid, turns
-from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
+from running.run_blocks import BlockNetwork, Hidden
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What FramePack is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
 
+from contract.families import CLIPS, FamilyEntry, Marks
 from hunyuan_model.names import HUNYUAN_VIDEO
-from modules.families import CLIPS, FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, each
 

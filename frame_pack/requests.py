@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from contract import requests
+from contract.data import LatentSpec, SamplingDefaults
+from contract.one_frame import OneFrame, parse_one_frame
 from frame_pack.options import FRAMES_PER_SECOND, MOST_SECTIONS, parse_entries
 from frame_pack.sections import (
     LATENT_STRIDE,
@@ -20,9 +23,6 @@ from frame_pack.sections import (
     sections_in,
     video_frames,
 )
-from modules.contract import requests
-from modules.contract.data import LatentSpec, SamplingDefaults
-from modules.contract.one_frame import OneFrame, parse_one_frame
 from modules.errors import OptionError
 from modules.media.buckets import bucket_sizes, choose_bucket
 from modules.option_values import require, to_path

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from blissful_tuner.video_to_video import noisy_source
-from modules.contract.rules import ConsistencyRules
-from modules.contract.steps import Section, StepDone
+from contract.rules import ConsistencyRules
+from contract.steps import Section, StepDone
 from modules.flow.schedule import Schedule
 
 

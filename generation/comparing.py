@@ -18,6 +18,10 @@ from typing import NamedTuple
 import torch
 
 from blissful_tuner.metadata import CREATED, as_tags, lora_name
+from checkpoints.model_files import load_latents
+from contract.family import Family
+from contract.rules import Expert
+from contract.steps import DitAt, EncodedPrompts
 from generation import dressing, making
 from generation.experts import plan_turns
 from generation.grid_options import CompareOptions
@@ -31,20 +35,16 @@ from generation.run import check_models, explain_lack, make_session
 from generation.session import wanted_texts
 from generation.sheets import ClipGrid, Row, write_grids
 from modules.atomic_write import make_folder
-from modules.checkpoints.model_files import load_latents
 from modules.command import as_typed
-from modules.compile import check_compilation
 from modules.console import count_of, in_words, show_box
-from modules.contract.family import Family
-from modules.contract.rules import Expert
-from modules.contract.steps import DitAt, EncodedPrompts
 from modules.devices import Failures, allow_fp16_accumulation, choose_device, peak_in_words
 from modules.errors import OptionError, UserError
 from modules.media.reading import read_tags
-from modules.planning.device_memory import room_on
 from networks.apply import OriginalWeights
 from networks.loading import LoraUse, on_side
 from networks.text_loras import TextLoras
+from running.compile import check_compilation
+from running.planning.device_memory import room_on
 
 SEED = "0"  # if the command line and a prompt line give none: all columns need the same one
 FIRST_TIMESTEP = 1000.0

@@ -11,11 +11,11 @@ from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import RunPasses, run_passes
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.video_to_video import fit_frames, noisy_source
+from contract import steps
+from contract.data import Conditions
+from contract.family import Family, NoiseSource, Passes
+from contract.requests import Prepared
 from generation.anchors import hold_consistent, hold_masked
-from modules.contract import steps
-from modules.contract.data import Conditions
-from modules.contract.family import Family, NoiseSource, Passes
-from modules.contract.requests import Prepared
 from modules.devices import dtype_of, send, send_ahead
 from modules.flow.solvers import Solver, solver_for
 from modules.seeds import derive_seed

@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from checkpoints.opening import open_checkpoint
+from checkpoints.stored.forms import prepare
+from contract.families import HIGH_NOISE
+from contract.family import Family
+from contract.loading import Placement
+from contract.rules import Expert
 from generation.experts import Check
 from generation.options import GenerationOptions
 from generation.script_options import as_typed
 from modules.attention.attend import check_backend
-from modules.checkpoints.opening import open_checkpoint
-from modules.contract.family import Family
-from modules.contract.loading import Placement
-from modules.contract.rules import Expert
 from modules.devices import dtype_of, own_stream, warn_if_emulated
-from modules.dressing import dress, share_tokens, shared_blocks, swapped_weights
 from modules.errors import OptionError
-from modules.families import HIGH_NOISE
-from modules.offload.swap_plan import HostWeights
-from modules.offload.turns import HostCopy
 from modules.options import override_options
 from modules.speed_options import GenerationSpeedOptions, Quantisation
-from modules.stored.forms import prepare
 from networks.names.layouts import FOR_BOTH
 from networks.options import multipliers_for
+from running.dressing import dress, share_tokens, shared_blocks, swapped_weights
+from running.offload.swap_plan import HostWeights
+from running.offload.turns import HostCopy
 
 if TYPE_CHECKING:  # loaded only where LoRA files are given
     from networks.apply import LoraPatch, OriginalWeights
@@ -260,7 +260,7 @@ def _checks_of_preset(
         check_backend(placement.attention, device, lambda: family.compute_dtype(placement), training=False)
 
     def check_compile(speed: GenerationSpeedOptions) -> None:
-        from modules.compile import check_compilation  # only with --compile
+        from running.compile import check_compilation  # only with --compile
 
         check_compilation(speed.compilation.choice, device)
 

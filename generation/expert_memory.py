@@ -10,6 +10,10 @@ from operator import sub
 
 from torch import nn
 
+from checkpoints.stored.forms import stored_in
+from contract.family import Family
+from contract.loading import Placement
+from contract.requests import Prepared
 from generation.dressing import expert_loras
 from generation.experts import plan_turns
 from generation.grid_options import cells_of
@@ -18,18 +22,14 @@ from generation.prompt_lines import lines_of, parse_generation_line
 from generation.request import prepare_line
 from generation.session import needs_media
 from modules.console import quiet
-from modules.contract.family import Family
-from modules.contract.loading import Placement
-from modules.contract.requests import Prepared
 from modules.devices import gib
 from modules.errors import OptionError, UserError
 from modules.media.reading import image_size
-from modules.planning.device_memory import Room
-from modules.planning.dry_run import WEIGHTS
-from modules.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Swapped, sharing_processes
-from modules.stored.forms import stored_in
 from networks.apply import Change, LoraPatch
 from networks.loading import on_side
+from running.planning.device_memory import Room
+from running.planning.dry_run import WEIGHTS
+from running.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Swapped, sharing_processes
 
 
 @dataclass(frozen=True)

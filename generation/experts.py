@@ -18,15 +18,15 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from modules.contract.family import Family
-from modules.contract.requests import Prepared
-from modules.contract.rules import Expert, expert_at, noisiest
+from contract.family import Family
+from contract.requests import Prepared
+from contract.rules import Expert, expert_at, noisiest
 from modules.devices import free_memory, gib
 from modules.errors import MemoryPlanError
 from modules.flow.schedule import make_schedule
-from modules.offload.block_swap import move_network
-from modules.offload.turns import HostCopy
-from modules.planning.device_memory import bytes_on, host_room, spare_bytes
+from running.offload.block_swap import move_network
+from running.offload.turns import HostCopy
+from running.planning.device_memory import bytes_on, host_room, spare_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ LoadDit = Callable[[int], nn.Module]  # expert -> its network on the device
 
 
 class WaitingNetwork(Protocol):
-    """Protocol of a network whose weights can wait in host memory, as `modules.offload.turns.HostCopy`."""
+    """Protocol of a network whose weights can wait in host memory, as `running.offload.turns.HostCopy`."""
 
     def bring(self) -> None: ...
 

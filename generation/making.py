@@ -15,6 +15,11 @@ from torch import Tensor
 from blissful_tuner.guidance import plan_steps
 from blissful_tuner.metadata import as_tags
 from blissful_tuner.video_to_video_options import USED_WITH, SourceOptions
+from checkpoints.finite import is_finite
+from contract.data import Conditions, MediaEncoders
+from contract.family import Family, hears_sound
+from contract.rules import SOURCES
+from contract.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
 from generation import outputs
 from generation.anchors import save_changes
 from generation.denoise import OnSection, make_latents
@@ -39,15 +44,10 @@ from generation.session import (
 )
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar, track
-from modules.checkpoints.finite import is_finite
-from modules.contract.data import Conditions, MediaEncoders
-from modules.contract.family import Family, hears_sound
-from modules.contract.rules import SOURCES
-from modules.contract.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
 from modules.devices import Failures, free_memory
 from modules.errors import UserError
 from modules.media.tracks import Track
-from modules.planning.device_memory import comparison
+from running.planning.device_memory import comparison
 
 if TYPE_CHECKING:  # it is loaded only if prompts are rewritten
     from blissful_tuner.prompt_rewrite import PromptRewriter

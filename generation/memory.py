@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from blissful_tuner.guidance import make_guidance, plan_steps
 from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
+from checkpoints.stored.forms import rehearsed
+from contract.data import Conditions
+from contract.family import Family, TextEncoder, can_divide, hears_sound, is_layered
+from contract.loading import Placement
+from contract.requests import Prepared, Prompt
+from contract.rules import Expert, noisiest
+from contract.steps import DitAt, EncodedPrompts, Step
 from generation.denoise import SeededNoise, on_device, predictor, sections_of
 from generation.expert_memory import ALONE, ExpertTurns, all_requests, largest_of, load_with_loras, turns_of
 from generation.options import GenerationOptions
@@ -17,24 +24,17 @@ from generation.request import Peaks
 from generation.script_options import UNDECODED
 from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from modules.console import quiet
-from modules.contract.data import Conditions
-from modules.contract.family import Family, TextEncoder, can_divide, hears_sound, is_layered
-from modules.contract.loading import Placement
-from modules.contract.requests import Prepared, Prompt
-from modules.contract.rules import Expert, noisiest
-from modules.contract.steps import DitAt, EncodedPrompts, Step
 from modules.devices import dtype_of, gib
 from modules.errors import MemoryPlanError, OptionError
 from modules.options import override_options
-from modules.planning import dry_run as dry
-from modules.planning import memory_plan
-from modules.planning.device_memory import Room, host_room
 from modules.private_torch import FakeTensor
-from modules.run_blocks import spec_of
-from modules.stored.forms import rehearsed
 from networks.added import add_stage_loras
 from networks.apply import Change
 from networks.beside import add_beside
+from running.planning import dry_run as dry
+from running.planning import memory_plan
+from running.planning.device_memory import Room, host_room
+from running.run_blocks import spec_of
 
 META = torch.device("meta")
 FIRST_TIMESTEP = 1000.0

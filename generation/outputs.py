@@ -14,10 +14,10 @@ from typing import Protocol
 from torch import Tensor
 
 from blissful_tuner.metadata import as_png_texts, as_tags, with_plain_keys
+from checkpoints.writing import save_tensors
+from contract.data import SOUND
 from generation.script_options import IMAGE_OUTPUTS, OutputOptions
 from modules.atomic_write import atomic_folder, claim_name
-from modules.checkpoints.writing import save_tensors
-from modules.contract.data import SOUND
 from modules.errors import OptionError
 from modules.media.colours import Frame
 from modules.media.encoding import settle_codec

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from contract.family import Family
+from contract.requests import Prepared
+from contract.steps import Piece
 from generation.experts import experts_by_step
 from generation.session import CPU, Session
 from modules.console import Row, as_size, count_of, in_words, show_box
-from modules.contract.family import Family
-from modules.contract.requests import Prepared
-from modules.contract.steps import Piece
 from modules.devices import is_out_of_memory, peak_in_words
 from modules.errors import OutputError
 from modules.media.pixels import cross_fade, frames_of

@@ -16,6 +16,10 @@ from blissful_tuner.metadata import output_metadata
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions, SteadierOptions
 from blissful_tuner.video_to_video import begin_late, check_source
 from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
+from contract.families import HIGH_NOISE
+from contract.family import Family
+from contract.requests import Prepared, Request, check_values
+from contract.rules import SOURCES, Source
 from generation.dressing import loras_of
 from generation.options import GenerationOptions
 from generation.outputs import FrameTools
@@ -23,12 +27,8 @@ from generation.prompt_lines import SOLVERS, parse_generation_line, read_seed
 from generation.script_options import RequestOptions
 from generation.session import Session
 from modules.command import each_warning_once
-from modules.contract.family import Family
-from modules.contract.requests import Prepared, Request, check_values
-from modules.contract.rules import SOURCES, Source
 from modules.devices import Failures
 from modules.errors import CheckpointError, OptionError
-from modules.families import HIGH_NOISE
 from modules.layers.rope import Slow
 from modules.option_values import SEED_BITS, to_path
 from modules.text_files import parse_json, texts_of_files
@@ -50,7 +50,7 @@ def draw_seed() -> int:
     seed = secrets.randbelow(2**SEED_BITS)
     if not (distributed.is_available() and distributed.is_initialized()):
         return seed
-    from modules.offload.sharding import agree  # of no use to a single process
+    from running.offload.sharding import agree  # of no use to a single process
 
     return agree(seed)
 

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.metadata import frame_rate_in, read_decoded_metadata, seed_in
+from checkpoints.model_files import SavedLatents, load_latents
+from contract.data import MediaEncoders
+from contract.family import Family, hears_sound
+from contract.loading import Placement
 from generation.asking import line_reader, ring_after
 from generation.dressing import DitLoader, LorasByExpert, dit_loader, expert_loras, leave_out_missing
 from generation.experts import DitTurns
@@ -28,18 +32,14 @@ from generation.script_options import LATENT_OUTPUTS, UNDECODED
 from generation.session import Session
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
-from modules.checkpoints.model_files import SavedLatents, load_latents
 from modules.command import refuse_other_splits
-from modules.contract.data import MediaEncoders
-from modules.contract.family import Family, hears_sound
-from modules.contract.loading import Placement
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
-from modules.dressing import have_joined, shared_blocks
 from modules.errors import CheckpointError, OptionError, OutputError
 from modules.media.tracks import Track
-from modules.offload.swap_plan import check_swap
 from modules.output_files import refuse_replacing
-from modules.planning.device_memory import room_on, too_little
+from running.dressing import have_joined, shared_blocks
+from running.offload.swap_plan import check_swap
+from running.planning.device_memory import room_on, too_little
 
 if TYPE_CHECKING:  # it is loaded only if LoRAs are for texts
     from networks.text_loras import TextLoras
@@ -193,7 +193,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         save_merged_model(family, uses, options.save_merged_model, device)
         return
     if options.speed.compilation.choice is not None:
-        from modules.compile import check_compilation  # only with --compile
+        from running.compile import check_compilation  # only with --compile
 
         check_compilation(options.speed.compilation.choice, device)
     if options.speed.plan.is_asked:

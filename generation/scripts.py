@@ -5,10 +5,10 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from contract.families import FAMILIES, Script
 from generation.options import GenerationOptions, read_generation
 from generation.script_options import ScriptDefaults
 from modules.command import each_warning_once, name_as_typed, tell_loading
-from modules.families import FAMILIES, Script
 from modules.options import option_values
 
 

@@ -15,16 +15,16 @@ from torch import Tensor
 from blissful_tuner.guidance import plan_steps
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
 from blissful_tuner.video_to_video import encode_source
+from checkpoints.finite import is_finite
+from contract.data import Conditions, MediaEncoders
+from contract.family import Family, HearsSound, TextEncoder, can_divide
+from contract.loading import BlockPlace
+from contract.requests import Prepared, Prompt, Prompts
+from contract.steps import EncodedPrompts
 from generation.denoise import SOURCE, conditions_to
 from generation.experts import DitTurns
 from modules.bars import track
-from modules.checkpoints.finite import is_finite
 from modules.console import quiet
-from modules.contract.data import Conditions, MediaEncoders
-from modules.contract.family import Family, HearsSound, TextEncoder, can_divide
-from modules.contract.loading import BlockPlace
-from modules.contract.requests import Prepared, Prompt, Prompts
-from modules.contract.steps import EncodedPrompts
 from modules.devices import free_memory
 from modules.errors import UserError
 from modules.media.tracks import Track

@@ -18,24 +18,24 @@ from torch import Tensor, distributed
 
 from blissful_tuner.guidance_formulas import Calls, Made
 from blissful_tuner.options import NO_PREVIEW, PromptRewriteOptions
+from contract.family import Family
+from contract.steps import Predict, Section, Tweaks
 from generation.expert_memory import all_requests
 from generation.memory import PhasePrediction, predict, predict_largest
 from generation.options import GenerationOptions
 from generation.script_options import NOTHING
 from modules.command import LAUNCH
 from modules.console import quiet
-from modules.contract.family import Family
-from modules.contract.steps import Predict, Section, Tweaks
 from modules.devices import choose_device
 from modules.errors import OptionError
 from modules.lost_processes import OtherProcesses, meet_anew
-from modules.offload.context import ProcessGrid, device_mesh
-from modules.offload.sharding import agree, gather_parts, join_processes, launched_processes
 from modules.options import override_options
-from modules.planning.device_memory import Room
-from modules.planning.division import Division, TokenCounter, divide_tokens
-from modules.planning.several_cards import Rehearsed, print_ways, with_division
 from modules.speed_options import ShardingOptions
+from running.offload.context import ProcessGrid, device_mesh
+from running.offload.sharding import agree, gather_parts, join_processes, launched_processes
+from running.planning.device_memory import Room
+from running.planning.division import Division, TokenCounter, divide_tokens
+from running.planning.several_cards import Rehearsed, print_ways, with_division
 
 
 def plan_ways(

@@ -7,6 +7,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from contract.data import (
+    Batch,
+    Conditions,
+    LatentSpec,
+    MediaEncoders,
+    SamplingDefaults,
+    name_texts,
+)
+from contract.family import DitSpec, Family, NoiseSpec
+from contract.requests import (
+    Prepared,
+    Request,
+)
+from contract.rules import (
+    GuidanceRules,
+    ModelRelease,
+    Projection,
+)
+from contract.steps import NO_TWEAKS, Tweaks
 from encoders.pictures import ModelOfPictures, picture_defaults
 from hunyuan_image.configs import DIT, HUNYUAN_IMAGE, LATENT, NOISE
 from hunyuan_image.files import HunyuanImageFiles
@@ -21,25 +40,6 @@ from hunyuan_image.options import (
     ProjectedGuidanceOptions,
 )
 from hunyuan_image.text_encoders import QWEN_USE, GlyphTextEncoder, find_quoted
-from modules.contract.data import (
-    Batch,
-    Conditions,
-    LatentSpec,
-    MediaEncoders,
-    SamplingDefaults,
-    name_texts,
-)
-from modules.contract.family import DitSpec, Family, NoiseSpec
-from modules.contract.requests import (
-    Prepared,
-    Request,
-)
-from modules.contract.rules import (
-    GuidanceRules,
-    ModelRelease,
-    Projection,
-)
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.options import NO_OPTIONS
 
 TEXT_KEYS = QWEN_USE.keys | GlyphTextEncoder.keys

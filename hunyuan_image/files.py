@@ -8,6 +8,13 @@ from typing import Any, ClassVar
 import torch
 
 import hunyuan_model.checkpoints as hunyuan
+from checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
+from checkpoints.dits import DitFormat, DitHeader, bare_names
+from checkpoints.encoders import check_state_width
+from checkpoints.model_files import read_once, require_file
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from contract.family import TextEncoder
+from contract.loading import TensorSource
 from encoders.files import TransformerFiles
 from encoders.language_models import read_language_model
 from encoders.t5 import BYT5, read_byt5_header
@@ -18,13 +25,6 @@ from hunyuan_image.options import HunyuanImageTextOptions, HunyuanImageVaeOption
 from hunyuan_image.text_encoders import QWEN_USE, TOKENIZER, GlyphTextEncoder, QwenTextEncoder
 from hunyuan_image.vae import HunyuanImageVae, load_vae, read_vae
 from hunyuan_model.names import COMFYUI_TENSORS
-from modules.checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
-from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
-from modules.checkpoints.encoders import check_state_width
-from modules.checkpoints.model_files import read_once, require_file
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.family import TextEncoder
-from modules.contract.loading import TensorSource
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError
 from modules.speed_options import text_form

@@ -13,6 +13,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
+from contract.steps import NO_TWEAKS, Tweaks
 from hunyuan_image.configs import DIT, HunyuanImageConfig
 from hunyuan_model.blocks import (
     EmbeddedText,
@@ -24,11 +25,10 @@ from hunyuan_model.blocks import (
 from hunyuan_model.model import HunyuanFinalLayer, real_tokens
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
 from modules.attention.attend import lengths_on
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
-from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
+from running.run_blocks import BlockNetwork, Hidden
 
 GLYPH_EPS = 1e-5  # of the norm before the glyph layers
 

@@ -1,7 +1,7 @@
 """What HunyuanImage-2.1 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
 
+from contract.families import PICTURES, FamilyEntry, Marks
 from hunyuan_model.names import BLOCK_ALIASES, BLOCK_DEPTHS, BLOCK_NUMBERS, BLOCK_PARTS, BLOCK_SIDES
-from modules.families import PICTURES, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames, LoraRules, renamed_parts
 
 ENTRY = FamilyEntry(

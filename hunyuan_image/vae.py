@@ -17,10 +17,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from encoders.autoencoder import ATTENTION, DIFFUSERS, PictureVae, as_matrices
-from encoders.autoencoder_blocks import EPS, Level, Middle, norm_and_silu
-from hunyuan_image.configs import LATENT, STRIDE
-from modules.checkpoints.dialects import (
+from checkpoints.dialects import (
     LoadPlan,
     count,
     load_planned,
@@ -29,7 +26,10 @@ from modules.checkpoints.dialects import (
     shapes_of,
     translate_name,
 )
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from encoders.autoencoder import ATTENTION, DIFFUSERS, PictureVae, as_matrices
+from encoders.autoencoder_blocks import EPS, Level, Middle, norm_and_silu
+from hunyuan_image.configs import LATENT, STRIDE
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.layers.convolution import lay_out

@@ -20,11 +20,11 @@ from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
 from modules.attention.attend import Lengths, SecondText, Steer, attend
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, TwoLayers, in_own_dtype
-from modules.run_blocks import Hidden
 from modules.speed_options import AttentionChoice
+from running.run_blocks import Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from modules.offload.context import TokenPart
+    from running.offload.context import TokenPart
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 NOWHERE = sys.maxsize  # a place behind all tokens

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints.containers import load_pickled
+from checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
+from checkpoints.dits import DitFormat, DitHeader, bare_names
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.stored.fp8 import dequantise, stored_fp8
+from contract.family import DitSpec
+from contract.loading import TensorSource
 from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_model.names import COMFYUI_TENSORS, HUNYUAN_VIDEO
 from hunyuan_model.spec import DIT
-from modules.checkpoints.containers import load_pickled
-from modules.checkpoints.dialects import DitShapes, Names, join_parts, other_kind, translate_name
-from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.family import DitSpec
-from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
-from modules.stored.fp8 import dequantise, stored_fp8
 from networks.names.layouts import swapped_tensors, tensor_patterns
 
 TABLE_MULTIPLE = 32  # a head width that 32 divides splits into whole pairs for frames, rows and columns

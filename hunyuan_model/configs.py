@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from modules.contract.rules import ModelRelease
+from contract.rules import ModelRelease
 
 # default of --hidden_state_skip_layer: layers of the language model after the state used in training
 SKIP_LAYERS = 2

@@ -9,6 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from contract import data, requests
+from contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
+from contract.loading import Placement
+from contract.rules import IMAGE, LATENTS, VIDEO, ModelRelease, SourceRules
+from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
 from encoders.tiles import posterior_generator
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
@@ -27,11 +32,6 @@ from hunyuan_model.vae import (
     first_frame_of,
     sample_moments,
 )
-from modules.contract import data, requests
-from modules.contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
-from modules.contract.loading import Placement
-from modules.contract.rules import IMAGE, LATENTS, VIDEO, ModelRelease, SourceRules
-from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.devices import choose_compute_dtype, send
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import byte_clips, image_pixels

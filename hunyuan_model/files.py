@@ -7,6 +7,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
+from checkpoints.dits import DitFormat
+from checkpoints.encoders import check_state_width
+from checkpoints.model_files import read_once, require_file
+from checkpoints.opening import Checkpoint
+from contract.family import TextEncoder
 from encoders.clip_checkpoints import read_clip_text
 from encoders.clip_l import PooledClip
 from encoders.files import TransformerFiles
@@ -18,11 +23,6 @@ from hunyuan_model.text_encoders import CLIP, LLAMA_TOKENIZER, HunyuanClip, Llav
 from hunyuan_model.token_refiner import HUNYUAN_REFINER, multiply_text
 from hunyuan_model.vae import TILE_FRAMES, HunyuanVae, load_vae
 from hunyuan_model.vae_checkpoints import read_vae
-from modules.checkpoints.dits import DitFormat
-from modules.checkpoints.encoders import check_state_width
-from modules.checkpoints.model_files import read_once, require_file
-from modules.checkpoints.opening import Checkpoint
-from modules.contract.family import TextEncoder
 from modules.devices import choose_compute_dtype
 from modules.speed_options import text_form
 

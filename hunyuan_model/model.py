@@ -13,6 +13,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
+from contract.steps import NO_TWEAKS, Tweaks
 from hunyuan_model.blocks import (
     EmbeddedText,
     HunyuanTokens,
@@ -24,12 +25,11 @@ from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.spec import DIT
 from hunyuan_model.token_refiner import NumberEmbedding, TokenRefiner
 from modules.attention.attend import Lengths, lengths_on
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
-from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
+from running.run_blocks import BlockNetwork, Hidden
 
 TWO_LAYERS = "in_layer out_layer"  # of embeddings, in the files
 

@@ -1,6 +1,6 @@
 """What HunyuanVideo is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
 
-from modules.families import FamilyEntry, Marks
+from contract.families import FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import (
     FamilyNames,

@@ -1,7 +1,7 @@
 """Facts about HunyuanVideo for code outside its models: latent space, guidance, names in the transformer."""
 
-from modules.contract.data import LatentSpec
-from modules.contract.family import DitSpec
+from contract.data import LatentSpec
+from contract.family import DitSpec
 
 # Least squares fit of latents in model space to colours (R, G, B), which all known tools use
 PREVIEW_FACTORS = (

@@ -12,13 +12,13 @@ from typing import ClassVar
 
 import torch
 
+from checkpoints.tokenizers import TokenizerFiles
 from encoders.clip_checkpoints import ClipUse, clip_tokenizer_files
 from encoders.clip_l import ClipTextEncoder
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from encoders.language_models import LLAMA
 from encoders.text_encoder import TextTokenizer, TokenizerSource
 from hunyuan_model.configs import SKIP_LAYERS
-from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.text_files import parse_json, read_text
 
 logger = logging.getLogger(__name__)

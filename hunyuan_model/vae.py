@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from checkpoints.dialects import load_planned
+from checkpoints.opening import open_checkpoint
+from contract.data import Batch, CacheEntry, LatentSpec, MediaBatch, MomentsBatch
 from encoders.tiles import Cut, compute_in_spans, compute_in_tiles, posterior_generator, sample_posterior
 from hunyuan_model.vae_blocks import HunyuanVaeConfig, HunyuanVaeDecoder, HunyuanVaeEncoder
 from hunyuan_model.vae_checkpoints import read_vae
-from modules.checkpoints.dialects import load_planned
-from modules.checkpoints.opening import open_checkpoint
-from modules.contract.data import Batch, CacheEntry, LatentSpec, MediaBatch, MomentsBatch
 from modules.devices import dtype_name
 from modules.errors import OptionError
 from modules.layers.convolution import lay_out, layouts

@@ -6,12 +6,12 @@ Our modules have the names of the official file, which diffusers keeps. ComfyUI'
 import re
 from collections.abc import Mapping
 
+from checkpoints import dialects
+from checkpoints.encoders import check_groups, stated_groups
+from checkpoints.opening import Checkpoint, plain_sources
+from contract.loading import TensorSource
 from encoders.autoencoder import as_matrices
 from hunyuan_model.vae_blocks import DOWN, UP, HunyuanVaeConfig
-from modules.checkpoints import dialects
-from modules.checkpoints.encoders import check_groups, stated_groups
-from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 
 LATENT_CHANNELS = 16

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from modules.contract.family import DitSpec, NoiseSpec, count_picture_tokens
-from modules.contract.few_steps import FewSteps
-from modules.contract.rules import ModelRelease
+from contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from contract.few_steps import FewSteps
+from contract.rules import ModelRelease
 from qwen_image.configs import LATENT as QWEN_LATENT
 
 KREA_2 = ModelRelease(

@@ -9,14 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from encoders import pictures
-from encoders.language_encoder import LanguageUse
-from krea2 import options as own
-from krea2.configs import DIT, FEW_STEPS, KREA_2, LATENT, NOISE, PATCH
-from krea2.files import EDIT_USE, KEY, KREA_2_USE, MEGAPIXEL, MIXED_USE, MOST, Krea2Files, find_release
-from krea2.names import LORA
-from krea2.options import EXTRAS, NAME, SIDE, check_levels, check_mu
-from modules.contract.data import (
+from contract.data import (
     CONTROL,
     Batch,
     CacheEntry,
@@ -27,10 +20,17 @@ from modules.contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from modules.contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, count_picture_tokens
-from modules.contract.requests import Prepared, Request
-from modules.contract.rules import ModelRelease, ReferenceRules
-from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, count_picture_tokens
+from contract.requests import Prepared, Request
+from contract.rules import ModelRelease, ReferenceRules
+from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from encoders import pictures
+from encoders.language_encoder import LanguageUse
+from krea2 import options as own
+from krea2.configs import DIT, FEW_STEPS, KREA_2, LATENT, NOISE, PATCH
+from krea2.files import EDIT_USE, KEY, KREA_2_USE, MEGAPIXEL, MIXED_USE, MOST, Krea2Files, find_release
+from krea2.names import LORA
+from krea2.options import EXTRAS, NAME, SIDE, check_levels, check_mu
 from modules.errors import CacheError, OptionError
 from modules.flow.schedule import size_shift
 from modules.media.pixels import to_pixels

@@ -11,6 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+from checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kind
+from checkpoints.dits import DitFormat, DitHeader
+from checkpoints.opening import Checkpoint, plain_sources
+from contract.loading import TensorSource
 from encoders.files import told_few_steps
 from encoders.language_encoder import LanguageUse
 from encoders.language_models import QWEN3_VL
@@ -19,10 +23,6 @@ from krea2.configs import FEW_STEPS, PATCH, STATES, Krea2Config, Krea2StreamConf
 from krea2.model import Krea2Model
 from krea2.names import KREA_2
 from krea2.options import NAME
-from modules.checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kind
-from modules.checkpoints.dits import DitFormat, DitHeader
-from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from modules.text_files import read_text
 from networks.names.layouts import tensor_patterns

@@ -21,19 +21,19 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
+from contract.steps import NO_TWEAKS, Tweaks
 from krea2.configs import DIT, PATCH, Krea2Config, Krea2StreamConfig
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens, serve
 from lumina.model import real_tokens
 from modules.attention.attend import Lengths, SecondText, attend, lengths_on
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import CentredNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, rotate, sinusoid
-from modules.run_blocks import BlockNetwork, Hidden, run_blocks
 from modules.speed_options import SDPA, AttentionChoice
+from running.run_blocks import BlockNetwork, Hidden, run_blocks
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from modules.offload.context import TokenPart
+    from running.offload.context import TokenPart
 
 ROWS = 6  # that modulate a block: scale, shift and gate of attention and of feed-forward
 

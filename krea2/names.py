@@ -1,6 +1,6 @@
 """What Krea 2 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
 
-from modules.families import PICTURES, FamilyEntry, Marks
+from contract.families import PICTURES, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames, renamed_parts
 
 ENTRY = FamilyEntry(

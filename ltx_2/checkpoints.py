@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
+from checkpoints.dits import DitFormat, DitHeader
+from checkpoints.opening import Checkpoint, plain_sources
 from ltx_2.configs import LATENT, OF_SOUND, OF_VIDEO, SOUND, VIDEO, LtxConfig, StreamConfig, StreamNames
 from ltx_2.model import LtxModel
 from ltx_2.names import LTX_2
 from ltx_2.options import NAME
 from ltx_2.released import CONFIG, read_settings
-from modules.checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
-from modules.checkpoints.dits import DitFormat, DitHeader
-from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from modules.contract.data import LatentSpec
-from modules.contract.family import DitSpec, NoiseSpec
-from modules.contract.rules import ModelRelease
+from contract.data import LatentSpec
+from contract.family import DitSpec, NoiseSpec
+from contract.rules import ModelRelease
 
 
 class StreamNames(NamedTuple):

@@ -17,13 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltx_2.blocks import LtxAttention, gelu, norm_tokens
-from ltx_2.configs import EPS
-from ltx_2.model_options import STREAMS, VIDEO
-from ltx_2.released import read_settings
-from ltx_2.rope import make_row_table
-from modules.attention.attend import attend
-from modules.checkpoints.dialects import (
+from checkpoints.dialects import (
     LoadPlan,
     Names,
     count,
@@ -32,12 +26,18 @@ from modules.checkpoints.dialects import (
     shapes_of,
     translate_name,
 )
-from modules.checkpoints.opening import (
+from checkpoints.opening import (
     Checkpoint,
     checkpoint_paths,
     open_checkpoint,
     plain_sources,
 )
+from ltx_2.blocks import LtxAttention, gelu, norm_tokens
+from ltx_2.configs import EPS
+from ltx_2.model_options import STREAMS, VIDEO
+from ltx_2.released import read_settings
+from ltx_2.rope import make_row_table
+from modules.attention.attend import attend
 from modules.errors import CheckpointError
 from modules.layers.norms import NamedFeedForward
 from modules.layers.rope import THETA

@@ -9,6 +9,38 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from contract import rules
+from contract.data import (
+    FIRST_FRAME,
+    FPS,
+    HAS_SOUND,
+    REFERENCE_LATENTS,
+    Batch,
+    CacheEntry,
+    Conditions,
+    Joint,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    SamplingDefaults,
+    name_texts,
+)
+from contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
+from contract.few_steps import FewSteps
+from contract.loading import Placement
+from contract.requests import (
+    NO_MEDIA,
+    Prepared,
+    Request,
+    check_frames,
+    check_opens,
+    check_size,
+    keep_usable_media,
+    settle,
+    size_of,
+    whole_frames,
+)
+from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from ltx_2.blocks import LtxReferences
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
@@ -44,38 +76,6 @@ from ltx_2.references import (
 from ltx_2.stages import TwoStages, stage_sections, two_stages
 from ltx_2.text_encoder import MASK, prompt_key
 from ltx_2.upscaler import enlarge
-from modules.contract import rules
-from modules.contract.data import (
-    FIRST_FRAME,
-    FPS,
-    HAS_SOUND,
-    REFERENCE_LATENTS,
-    Batch,
-    CacheEntry,
-    Conditions,
-    Joint,
-    MediaBatch,
-    MediaEncoders,
-    MediaTable,
-    SamplingDefaults,
-    name_texts,
-)
-from modules.contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
-from modules.contract.few_steps import FewSteps
-from modules.contract.loading import Placement
-from modules.contract.requests import (
-    NO_MEDIA,
-    Prepared,
-    Request,
-    check_frames,
-    check_opens,
-    check_size,
-    keep_usable_media,
-    settle,
-    size_of,
-    whole_frames,
-)
-from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.options import NO_OPTIONS

@@ -9,6 +9,14 @@ from typing import ClassVar, Self
 
 import torch
 
+from checkpoints.dits import with_dtype
+from checkpoints.encoders import check_state_width
+from checkpoints.model_files import inside, read_once, require_file
+from checkpoints.opening import Checkpoint, fingerprint
+from contract.data import LATENTS_MADE, SOUND, Batch, LatentSpec, SoundSpec
+from contract.family import TextEncoder
+from contract.loading import Placement
+from contract.rules import ShiftedLogit
 from encoders.files import TransformerFiles
 from ltx_2 import gemma_4
 from ltx_2.checkpoints import FORMAT, SILENT, SOUND_ALONE
@@ -33,14 +41,6 @@ from ltx_2.text_encoder import GEMMA_USE, Ltx2TextEncoder, prompt_key
 from ltx_2.vae_checkpoints import read_video_vae
 from ltx_2.video_vae import LtxVideoVae, load_video_vae
 from ltx_2.video_vae_blocks import VideoVaeConfig
-from modules.checkpoints.dits import with_dtype
-from modules.checkpoints.encoders import check_state_width
-from modules.checkpoints.model_files import inside, read_once, require_file
-from modules.checkpoints.opening import Checkpoint, fingerprint
-from modules.contract.data import LATENTS_MADE, SOUND, Batch, LatentSpec, SoundSpec
-from modules.contract.family import TextEncoder
-from modules.contract.loading import Placement
-from modules.contract.rules import ShiftedLogit
 from modules.devices import choose_compute_dtype
 from modules.errors import CacheError, OptionError
 from modules.speed_options import text_form

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from checkpoints.encoders import config_beside
+from checkpoints.model_files import read_once
+from checkpoints.opening import Checkpoint
 from encoders.language_models import FAR, FEED_NORM, NEAR, Q_NORM, SCALAR, LanguageModel
 from ltx_2.model_options import OF_GEMMA_4
 from ltx_2.text_encoder import GEMMA_USE, NEAR_THETA, THETA, TOKENIZER_FILES, WINDOW
-from modules.checkpoints.encoders import config_beside
-from modules.checkpoints.model_files import read_once
-from modules.checkpoints.opening import Checkpoint
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
 

@@ -3,8 +3,8 @@
 Source: the released pipelines.
 """
 
+from contract.rules import GuidanceRules, StreamGuidance
 from ltx_2.model_options import AUDIO, VIDEO, Ltx2GuidanceOptions
-from modules.contract.rules import GuidanceRules, StreamGuidance
 from modules.errors import OptionError
 
 

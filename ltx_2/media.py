@@ -6,12 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from encoders.files import OneTransformer
-from ltx_2.files import Ltx2Files
-from ltx_2.options import NAME
-from ltx_2.sound import SoundVae, Vocoder
-from modules.contract import rules
-from modules.contract.data import (
+from contract import rules
+from contract.data import (
     CacheEntry,
     LatentSpec,
     MediaEncoders,
@@ -20,6 +16,10 @@ from modules.contract.data import (
     Sound,
     SoundSpec,
 )
+from encoders.files import OneTransformer
+from ltx_2.files import Ltx2Files
+from ltx_2.options import NAME
+from ltx_2.sound import SoundVae, Vocoder
 from modules.errors import DatasetError
 from modules.media.pixels import to_pixels
 

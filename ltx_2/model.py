@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from contract.steps import NO_TWEAKS, Tweaks
 from ltx_2.blocks import CrossInputs, LtxBlock, LtxReferences, LtxTokens, Stream, dim_references, gelu
 from ltx_2.configs import DIT, EPS, SOUND, VIDEO, LtxConfig, StreamNames
 from ltx_2.rope import Places, make_tables
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import GridTable, sinusoid
-from modules.run_blocks import Hidden, run_blocks
 from modules.speed_options import SDPA, AttentionChoice
+from running.run_blocks import Hidden, run_blocks
 
 USUAL_FPS = 24.0
 NO_REFERENCES = LtxReferences()

@@ -2,7 +2,7 @@
 
 import re
 
-from modules.families import CLIPS, FamilyEntry, Marks
+from contract.families import CLIPS, FamilyEntry, Marks
 from networks.names.layouts import COMFYUI, FamilyNames, each
 
 ENTRY = FamilyEntry(

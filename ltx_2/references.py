@@ -17,6 +17,11 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from contract.data import REFERENCE_LATENTS, Conditions, Joint, LatentSpec
+from contract.family import NoiseSource
+from contract.requests import count_frames_up_to
+from contract.rules import ReferenceRules
+from contract.steps import Section
 from ltx_2.configs import LATENT
 from ltx_2.reference_options import (
     FRAMES,
@@ -26,11 +31,6 @@ from ltx_2.reference_options import (
     Ltx2GivenReferences,
     Ltx2ReferenceOptions,
 )
-from modules.contract.data import REFERENCE_LATENTS, Conditions, Joint, LatentSpec
-from modules.contract.family import NoiseSource
-from modules.contract.requests import count_frames_up_to
-from modules.contract.rules import ReferenceRules
-from modules.contract.steps import Section
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.media.decoding import is_animation

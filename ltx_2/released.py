@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from modules.checkpoints.dits import OTHER_NETWORKS
-from modules.checkpoints.encoders import stated_settings
-from modules.checkpoints.opening import Checkpoint
+from checkpoints.dits import OTHER_NETWORKS
+from checkpoints.encoders import stated_settings
+from checkpoints.opening import Checkpoint
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
 

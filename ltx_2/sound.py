@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, rename_sources, shapes_of
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from ltx_2.released import own_part
 from ltx_2.vae_checkpoints import STATISTICS, UNUSED
-from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, rename_sources, shapes_of
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.installation import hide_packages
 

@@ -17,15 +17,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from checkpoints.model_files import read_once, require_file
+from contract.data import Joint, LatentSpec
+from contract.family import NoiseSource
+from contract.requests import Prepared
+from contract.rules import AS_PLAIN
+from contract.steps import Section
 from ltx_2.references import factors_of
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
 from ltx_2.upscaler import SPATIAL, TEMPORAL, UpscalerGrowth, factors, is_upscaler, load_upscaler
-from modules.checkpoints.model_files import read_once, require_file
-from modules.contract.data import Joint, LatentSpec
-from modules.contract.family import NoiseSource
-from modules.contract.requests import Prepared
-from modules.contract.rules import AS_PLAIN
-from modules.contract.steps import Section
 from modules.errors import OptionError
 
 logger = logging.getLogger(__name__)

@@ -12,6 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from checkpoints.dialects import load_planned
+from checkpoints.encoders import check_state_width
+from checkpoints.filling import on_meta_device
+from checkpoints.model_files import inside
+from checkpoints.opening import fingerprint, open_checkpoint
+from checkpoints.tokenizers import TokenizerFiles
+from contract.data import Conditions, weigh_rows
+from contract.family import EncoderAbilities
+from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from encoders.language_models import (
     ALL_STATES,
@@ -27,15 +36,6 @@ from encoders.picture_prompts import ReadPictures
 from encoders.text_encoder import TextTokenizer, TokenizerSource, Written
 from ltx_2.connectors import FILES, OPTION, TextConnectors, open_connectors, read_connectors
 from ltx_2.model_options import STREAMS
-from modules.checkpoints.dialects import load_planned
-from modules.checkpoints.encoders import check_state_width
-from modules.checkpoints.filling import on_meta_device
-from modules.checkpoints.model_files import inside
-from modules.checkpoints.opening import fingerprint, open_checkpoint
-from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.data import Conditions, weigh_rows
-from modules.contract.family import EncoderAbilities
-from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 
 # of the 12B model, and so of its text half in a file without a config.json

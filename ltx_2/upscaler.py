@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
+from checkpoints.model_files import read_once, require_file
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from ltx_2.released import read_settings
 from ltx_2.vae_checkpoints import read_video_vae
-from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
-from modules.checkpoints.model_files import read_once, require_file
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.devices import free_memory
 from modules.errors import CheckpointError, OptionError
 from modules.installation import hide_packages

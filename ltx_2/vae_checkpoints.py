@@ -16,10 +16,10 @@ from dataclasses import replace
 from math import isqrt
 from typing import Any, NamedTuple
 
+from checkpoints.dialects import LoadPlan, count, other_kind, rename_sources, shapes_of
+from checkpoints.opening import Checkpoint, plain_sources
 from ltx_2.released import own_part, read_settings
 from ltx_2.video_vae_blocks import BlockGroup, Factors, HalfConfig, Resampling, VideoVaeConfig
-from modules.checkpoints.dialects import LoadPlan, count, other_kind, rename_sources, shapes_of
-from modules.checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 
 STATISTICS = {  # of latents: the file's name -> diffusers' and ours

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from checkpoints.dialects import load_planned
+from checkpoints.opening import open_checkpoint
 from encoders.tiles import Tile, add_in_tiles, decode_in_tiles, tiles
 from ltx_2.vae_checkpoints import read_video_vae
 from ltx_2.video_vae_blocks import ClipMemory, VideoVaeConfig, VideoVaeDecoder, VideoVaeEncoder
-from modules.checkpoints.dialects import load_planned
-from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name
 from modules.layers.convolution import lay_out, layouts
 from modules.media.pixels import check_clip, from_bytes

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from contract.data import LatentSpec
+from contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from contract.rules import ModelRelease, NpzFormat
 from encoders.pictures import PREVIEW_BIAS, PREVIEW_FACTORS
-from modules.contract.data import LatentSpec
-from modules.contract.family import DitSpec, NoiseSpec, count_picture_tokens
-from modules.contract.rules import ModelRelease, NpzFormat
 
 LUMINA_2 = ModelRelease(
     ("Alpha-VLLM/Lumina-Image-2.0",),

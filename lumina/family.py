@@ -6,6 +6,24 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from contract.data import (
+    Batch,
+    Conditions,
+    LatentSpec,
+    SamplingDefaults,
+    name_texts,
+)
+from contract.family import DitSpec, Family, NoiseSpec
+from contract.requests import (
+    Prepared,
+    Prompt,
+    Request,
+)
+from contract.rules import (
+    GuidanceRules,
+    ModelRelease,
+)
+from contract.steps import NO_TWEAKS, Tweaks
 from encoders.pictures import ModelOfPictures, picture_defaults
 from lumina.configs import DIT, LATENT, LUMINA_2, NOISE
 from lumina.files import LuminaFiles
@@ -22,24 +40,6 @@ from lumina.options import (
     check_trunc_ratio,
 )
 from lumina.text_encoder import GemmaTextEncoder
-from modules.contract.data import (
-    Batch,
-    Conditions,
-    LatentSpec,
-    SamplingDefaults,
-    name_texts,
-)
-from modules.contract.family import DitSpec, Family, NoiseSpec
-from modules.contract.requests import (
-    Prepared,
-    Prompt,
-    Request,
-)
-from modules.contract.rules import (
-    GuidanceRules,
-    ModelRelease,
-)
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS
 

@@ -7,19 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
+from checkpoints.dits import DitFormat, DitHeader
+from checkpoints.encoders import check_state_width
+from checkpoints.model_files import read_once, require_file
+from checkpoints.opening import Checkpoint, plain_sources
+from contract.family import TextEncoder
+from contract.loading import TensorSource
 from encoders.pictures import AutoencoderFiles
 from lumina.configs import LuminaConfig
 from lumina.model import LuminaModel
 from lumina.names import LUMINA
 from lumina.options import MAX_TOKENS, LuminaTextOptions
 from lumina.text_encoder import GEMMA_FILES, GEMMA_NAMES, GEMMA_OPTION, GemmaTextEncoder, read_gemma
-from modules.checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
-from modules.checkpoints.dits import DitFormat, DitHeader
-from modules.checkpoints.encoders import check_state_width
-from modules.checkpoints.model_files import read_once, require_file
-from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.contract.family import TextEncoder
-from modules.contract.loading import TensorSource
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns

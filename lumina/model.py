@@ -13,15 +13,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from contract.steps import NO_TWEAKS, Tweaks
 from lumina.blocks import JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.configs import DIT, LuminaConfig
 from modules.attention.attend import Lengths, SecondText, lengths_on
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
 from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import GridTable, angles_at, on_grid, turns
-from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
+from running.run_blocks import BlockNetwork, Hidden
 
 
 class TokenLayout(NamedTuple):

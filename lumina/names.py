@@ -1,6 +1,6 @@
 """What Lumina-Image-2.0 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
 
-from modules.families import PICTURES, FamilyEntry, Marks
+from contract.families import PICTURES, FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, LoraRules, Sides, WeightPart, renamed_parts
 

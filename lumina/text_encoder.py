@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from checkpoints.dialects import LoadPlan
+from checkpoints.model_files import inside
+from checkpoints.opening import Checkpoint, open_checkpoint
+from checkpoints.tokenizers import TokenizerFiles
+from contract.data import Conditions
+from contract.family import EncoderAbilities
+from contract.loading import BlockPlace
+from contract.requests import Prompt
 from encoders import language_models
 from encoders.language_states import language_states
 from encoders.text_encoder import FileTextEncoder, TextTokenizer, TokenizerSource, Written, fill_rows
 from lumina.configs import PROMPT_START
 from lumina.options import MAX_TOKENS
-from modules.checkpoints.dialects import LoadPlan
-from modules.checkpoints.model_files import inside
-from modules.checkpoints.opening import Checkpoint, open_checkpoint
-from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.data import Conditions
-from modules.contract.family import EncoderAbilities
-from modules.contract.loading import BlockPlace
-from modules.contract.requests import Prompt
 from modules.devices import dtype_name
 
 GEMMA_OPTION = "--gemma2"

@@ -1,24 +1,18 @@
-"""What all rooms share. Read contract/ first.
+"""What all rooms share: files, media, layers, options, devices.
 
 atomic_write: write to a temporary name, then rename
 attention/: attention: one function over a table of back ends
 bars: progress bars of one look
 chat_templates: render a model's chat template within bounds
-checkpoints/: open, recognise, load and write files of weights
 command: what every script shares: logging, clean error output, exit codes
-compile: torch.compile for blocks, applied from outside
 compile_options: options for compiling the blocks of the transformer with torch
 console: show a summary as a box; silence the log
 console_options: options of log lines: how many, and where they go
-contract/: what a model family tells the shared loops
 control_codes: text for a console
 devices: choose devices, name dtypes, send tensors, free and measure memory
-doctor: tell what is installed, and what is missing
 downloading: receive a file from a site, continued and bounded
-dressing: put features around a loaded transformer, in order
 environment: the virtual environment of quickstart.py and run_tests.py
 errors: errors that a user can correct
-families: families by name: places, scripts, kinds of files
 file_locks: locks on open files that end with their process
 flow/: noise schedules and the solvers that follow them
 help_text: what -h and --help print of a parser's options
@@ -30,7 +24,6 @@ limits: limits on files and answers from outside
 lost_processes: notice that another process of a run died or stopped
 media/: images and videos on disk, and their pixels
 minimal_options: options that the minimal inference scripts share
-offload/: keep parts in host memory, recompute activations
 mistyped: name our option for another program's
 option_values: values of options: converted from what was typed, and checked
 options: declare options as fields of a record
@@ -38,16 +31,12 @@ output_files: check output names, ask about existing files
 pages/: HTML pages of runs, datasets and comparisons
 parser: argparse from records, and answers to mistakes
 paths: paths and addresses as users write them
-planning/: the memory of a run, predicted before it starts
 private_torch: everything private of torch that is used
 repeated_options: repeat one command's options in the next one
 run_limits: where `run` may write, and what it sends
-run_blocks: the one loop over blocks, the DiTs' base
 script_words: words of the command that name a script
 seeds: seeds for independent random streams, derived from names and numbers
 speed_options: options of attention, fp8, block swap, VAE, plan
-step_cache: rules decide which passes to skip; a runner skips
-stored/: linear layers with weights in 8 or 4 bits
 template_process: the program that renders one chat template
 text_encodings: guess the encoding of a file not in UTF-8
 text_files: text files that a user names, read safely

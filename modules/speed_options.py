@@ -195,9 +195,9 @@ class Quantisation:
     float32_scales: bool = False  # scales and quotients in float32 instead of the weight's dtype
     float32_linear: bool = False  # the layers compute in float32
     fp8_matmul: bool = False  # the layers should multiply in 8 bits
-    # the 8-bit product, a modules.stored.fp8_products.Product; None: multiply in 16 bits
+    # the 8-bit product, a checkpoints.stored.fp8_products.Product; None: multiply in 16 bits
     product: Callable[..., Any] | None = None
-    form: str = "fp8"  # name of its file in modules/stored
+    form: str = "fp8"  # name of its file in checkpoints/stored
     int8_backward: bool = False  # of int8: gradients are rounded to 8 bits too
     asked_by: str = dataclasses.field(default="--fp8_scaled", compare=False)  # for messages
 

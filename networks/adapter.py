@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.finite import check_finite
-from modules.checkpoints.opening import open_checkpoint
+from checkpoints.finite import check_finite
+from checkpoints.opening import open_checkpoint
 from modules.command import did_you_mean
 from modules.console import count_of
 from modules.devices import numbers_on

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from checkpoints.stored.forms import stored_in
 from modules.console import list_some
 from modules.errors import CheckpointError
-from modules.stored.forms import stored_in
 from networks import deltas, loading
 from networks.apply import changes_of
 from networks.deltas import CPU, DORA, LORA, OF_BIAS, OF_LOW_RANK, ROWS, Factors

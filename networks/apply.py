@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.opening import open_checkpoint
+from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError
-from modules.offload.sharding import gather_weight, set_weight
 from networks import deltas
 from networks.deltas import CPU, DORA, META, ROWS, Factors, has_input_magnitudes, other_channels
 from networks.key_formats import module_of_tensor
@@ -26,6 +25,7 @@ from networks.loading import LoraFile, LoraUse, refuse_unknown, warn_of_absent, 
 from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, OURS
 from networks.parts import is_cut, part_rows
+from running.offload.sharding import gather_weight, set_weight
 
 logger = getLogger(__name__)
 # HunyuanVideo in diffusers' layout has no name that FramePack has not too; FramePack has more

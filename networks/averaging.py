@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modules.checkpoints.finite import check_finite
-from modules.checkpoints.opening import Checkpoint, open_checkpoint
-from modules.checkpoints.writing import save_tensors, stream_tensors
+from checkpoints.finite import check_finite
+from checkpoints.opening import Checkpoint, open_checkpoint
+from checkpoints.writing import save_tensors, stream_tensors
 from modules.command import as_typed
 from modules.console import list_some
 from modules.errors import CheckpointError

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modules.checkpoints.dialects import cut_parts, join_parts
-from modules.checkpoints.dits import bare_names
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.checkpoints.quantising import in_values
+from checkpoints.dialects import cut_parts, join_parts
+from checkpoints.dits import bare_names
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.quantising import in_values
+from contract.loading import TensorSource
 from modules.console import count_of
-from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError, OptionError
 from networks import deltas
 from networks.apply import Change

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from modules.checkpoints.opening import checkpoint_paths, open_checkpoint
-from modules.checkpoints.writing import save_tensors
+from checkpoints.opening import checkpoint_paths, open_checkpoint
+from checkpoints.writing import save_tensors
+from contract.families import HIGH_NOISE, LOW_NOISE
 from modules.console import as_size, list_some, show_box
 from modules.devices import choose_device
 from modules.errors import CheckpointError, OptionError
-from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.output_files import refuse_replacing
 from networks import module_names
 from networks.alphas import without_alphas
@@ -150,7 +150,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     metadata = {key: value for key, value in lora.metadata.items() if key != LORA_FORMAT}
     tensors: Mapping[str, Tensor] = add_missing_alphas(take_apart(lora.tensors, Z_IMAGE))
     if options.reverse:
-        converted_lora = Converted(tensors, metadata)
+        converted_lora = ConvertedLora(tensors, metadata)
         _save(options.dst_path, converted_lora, sources=[lora], family=Z_IMAGE)
         return
     words = ""
@@ -170,7 +170,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         unchanged = {name: tensor for name, tensor in tensors.items() if name not in replaced}
         tensors = {**unchanged, **plain.lora.tensors}
     tensors = rename_to_aliases(fuse(tensors, family=Z_IMAGE), Z_IMAGE)
-    _save(options.dst_path, Converted(tensors, metadata), sources=[lora], family=Z_IMAGE, baked=words)
+    _save(options.dst_path, ConvertedLora(tensors, metadata), sources=[lora], family=Z_IMAGE, baked=words)
 
 
 def _unjoinable_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
@@ -235,7 +235,7 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, how: Conversion)
         metadata[expert] = part.metadata
     _save(
         output,
-        Converted(tensors, _join_metadata(metadata)),
+        ConvertedLora(tensors, _join_metadata(metadata)),
         sources=[baked.lora for baked in prepared.values()],
         family=next(iter(families.values())),
         baked="\n".join(baked.words for baked in prepared.values() if baked.words),
@@ -275,7 +275,7 @@ def _prepare(lora: LoraFile, family: FamilyNames | None, how: Conversion) -> Bak
     return Baked(normed, "")
 
 
-class Converted(NamedTuple):
+class ConvertedLora(NamedTuple):
     """The tensors of a LoRA in another dialect, and their metadata."""
 
     tensors: Mapping[str, Tensor]
@@ -284,7 +284,7 @@ class Converted(NamedTuple):
 
 def converted(
     lora: LoraFile, target: str, family: FamilyNames | None, start: str = IN_DIFFUSERS
-) -> Converted:
+) -> ConvertedLora:
     """Convert a LoRA to another dialect; warn of parts without a form in it.
 
     family: of the LoRA. start: prefix of the names in diffusers' dialect. Raises CheckpointError if no part
@@ -314,7 +314,7 @@ def converted(
         if len(families) < 2 or not module_names.have_same_names(families):
             # the names alone may no longer show the family
             metadata[TRAINED_ON] = family.written_version or family.name
-    return Converted({**written.tensors, **texts}, metadata)
+    return ConvertedLora({**written.tensors, **texts}, metadata)
 
 
 def _warn_of_left_out(path: Path, left_out: Mapping[str, str], remedy: str = "") -> None:
@@ -359,7 +359,7 @@ def _family_of(lora: LoraFile, name: str | None) -> FamilyNames | None:
 
 def _save(
     output: Path,
-    result: Converted,
+    result: ConvertedLora,
     sources: list[LoraFile],
     family: FamilyNames | None,
     baked: str = "",

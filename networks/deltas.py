@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from modules.checkpoints.finite import is_finite
-from modules.contract.loading import TensorInfo
+from checkpoints.finite import is_finite
+from contract.loading import TensorInfo
 from modules.devices import dtype_name
 
 Factors = Mapping[str, Tensor]  # "lora_down.weight" -> tensor: the factors of one module

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from modules.checkpoints.dits import bare_names
-from modules.checkpoints.finite import check_finite
-from modules.checkpoints.kinds import kind_of
-from modules.checkpoints.opening import Checkpoint, open_checkpoint
-from modules.checkpoints.quantising import in_values
-from modules.checkpoints.writing import save_tensors
+from checkpoints.dits import bare_names
+from checkpoints.finite import check_finite
+from checkpoints.kinds import kind_of
+from checkpoints.opening import Checkpoint, open_checkpoint
+from checkpoints.quantising import in_values
+from checkpoints.writing import save_tensors
 from modules.console import as_size, in_words, show_box
 from modules.devices import choose_device
 from modules.errors import CheckpointError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.writing import save_tensors
+from checkpoints.writing import save_tensors
 from modules.console import list_some
 from modules.errors import OptionError
 from networks import deltas
@@ -31,7 +31,7 @@ from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 
 if TYPE_CHECKING:  # most runs save the known names
-    from networks.writing import Written
+    from networks.writing import TranslatedModules
 
 logger = getLogger(__name__)
 
@@ -120,7 +120,7 @@ class LoraFormat:
             groups.setdefault(strength, {}).update(deltas.ungroup({name: factors}))
         return groups
 
-    def _convert_dit(self, tensors: Mapping[str, Tensor], is_folded: bool) -> "Written":
+    def _convert_dit(self, tensors: Mapping[str, Tensor], is_folded: bool) -> "TranslatedModules":
         """Return the tensors of a DiT. is_folded: fold alpha / rank into the factors."""
         from networks.writing import in_own_form, in_target  # most runs save the known names
 

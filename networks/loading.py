@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from modules.checkpoints.opening import open_checkpoint, refuse_quantised
+from checkpoints.opening import open_checkpoint, refuse_quantised
 from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats

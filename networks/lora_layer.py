@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from checkpoints.stored.forms import value_of
 from modules.devices import numbers_on
-from modules.offload.sharding import TOKEN_PART, gather_weight
 from modules.seeds import derive_seed
-from modules.stored.forms import value_of
 from networks.lora_products import BlockUp, add_up, branch, hold, perturbed
+from running.offload.sharding import TOKEN_PART, gather_weight
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")

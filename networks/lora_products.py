@@ -17,8 +17,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from checkpoints.stored.forms import value_of
 from modules.private_torch import disable_dynamo
-from modules.stored.forms import value_of
 
 
 def branch(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from checkpoints.finite import check_finite
+from checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
+from checkpoints.quantising import in_values
+from checkpoints.writing import save_tensors, stream_tensors
+from contract.loading import TensorInfo
+from contract.rules import expert_of_file
 from modules.atomic_write import free_bytes
-from modules.checkpoints.finite import check_finite
-from modules.checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
-from modules.checkpoints.quantising import in_values
-from modules.checkpoints.writing import save_tensors, stream_tensors
 from modules.console import as_size, in_words, show_box
-from modules.contract.loading import TensorInfo
-from modules.contract.rules import expert_of_file
 from modules.devices import choose_device, dtype_name
 from modules.errors import CheckpointError
 from modules.output_files import refuse_replacing

@@ -14,11 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.opening import Checkpoint
-from modules.checkpoints.writing import save_tensors
+from checkpoints.opening import Checkpoint
+from checkpoints.writing import save_tensors
+from contract.loading import TensorInfo
+from contract.rules import named_expert
 from modules.console import count_of
-from modules.contract.loading import TensorInfo
-from modules.contract.rules import named_expert
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
 from networks.deltas import DORA, Factors, group_by_module, hollow, rank_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import NamedTuple
 
-from modules.families import read_names
+from contract.families import read_names
 from networks.names.layouts import BEFORE_REST, REST, SWAPPED, TRAINED_ON, FamilyNames, WeightPart
 from networks.names.texts import TEXTS_NUMBERED
 
@@ -445,7 +445,7 @@ def _tables(family: FamilyNames) -> _Tables:
     )
 
 
-class _Place(NamedTuple):
+class _TensorPlace(NamedTuple):
     """Where a module lies in our layout."""
 
     path: str  # our template
@@ -453,14 +453,14 @@ class _Place(NamedTuple):
     is_cut: bool  # it has only some rows of ours
 
 
-def _place(name: str, family: FamilyNames) -> _Place | None:
+def _place(name: str, family: FamilyNames) -> _TensorPlace | None:
     """Return the place of an underscored name in any layout; None if the family has no such name."""
     tables = _tables(family)
     module = tables.ours.place(name) or tables.foreign.place(name) or tables.renamed.place(name)
     if module is not None:
-        return _Place(module.path, module.number, is_cut=False)
+        return _TensorPlace(module.path, module.number, is_cut=False)
     part = tables.cut.place(name)
-    return None if part is None else _Place(part.path, part.number, is_cut=True)
+    return None if part is None else _TensorPlace(part.path, part.number, is_cut=True)
 
 
 def diffusers_path(name: str, family: FamilyNames) -> str | None:

@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from modules.checkpoints.opening import open_checkpoint
+from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
-from modules.run_blocks import spec_of
 from networks.deltas import DORA, LORA, Factors, add_missing_alphas, group_by_module, rank_of, without_alpha
 from networks.factored import FactoredLayer, MakeShapes
 from networks.lora_layer import LoraLayer
@@ -22,6 +21,7 @@ from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, 
 from networks.names.layouts import OURS
 from networks.names.texts import published_path
 from networks.own_kinds import OWN_MODULES, WITH_FILE, NetworkArguments, read_own
+from running.run_blocks import spec_of
 
 logger = getLogger(__name__)
 LoraModule = nn.Linear | nn.Conv2d

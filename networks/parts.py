@@ -20,7 +20,7 @@ logger = getLogger(__name__)
 _BIAS = "lora_up.bias"
 
 
-class Piece(NamedTuple):
+class FusedPiece(NamedTuple):
     """The factors of a part of a fused module."""
 
     part: WeightPart
@@ -154,7 +154,7 @@ def fuse(
     modules = deltas.group_by_module(tensors)
     fused: dict[str, Factors] = {}
     part_names: dict[str, list[str]] = {}  # fused module -> the modules that are parts of it
-    pieces: dict[str, list[Piece]] = {}  # fused module -> its parts
+    pieces: dict[str, list[FusedPiece]] = {}  # fused module -> its parts
     for name, factors in modules.items():
         module = _find_whole(name, height, family)
         if module is None or OURS + module.name in modules:
@@ -162,7 +162,7 @@ def fuse(
             continue
         into = OURS + module.name
         part_names.setdefault(into, []).append(name)
-        pieces.setdefault(into, []).append(Piece(module.part, factors))
+        pieces.setdefault(into, []).append(FusedPiece(module.part, factors))
     likely = _likely_heights(pieces.values()) if height is None else {}
     for into, names in part_names.items():
         rows = likely[pieces[into][0].part.ours] if height is None else height(into)
@@ -185,7 +185,7 @@ def _find_whole(
     return None
 
 
-def _likely_heights(fused: Iterable[Sequence[Piece]]) -> dict[str, int]:
+def _likely_heights(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
     """Estimate the rows of each fused weight, equal in all blocks, from its parts."""
     heights: dict[str, dict[int | None, int]] = {}  # path -> index of a part -> its rows
     paths: set[str] = set()  # of the parts, in their layout
@@ -239,7 +239,7 @@ def _likely_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int
     return height
 
 
-def _join(pieces: Sequence[Piece], height: int, is_for_model: bool = False) -> Factors | str:
+def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False) -> Factors | str:
     """Return factors for a weight of this height, or the reason why there are none.
 
     is_for_model: whole differences are made of what no factors can be joined of. They are large: files get
@@ -267,7 +267,7 @@ def _is_low_rank_matrix(factors: Factors) -> bool:
     return not further and factors[LORA[1]].ndim == 2
 
 
-def _in_order(pieces: Sequence[Piece], slices: Sequence[slice]) -> list[PlacedFactors]:
+def _in_order(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[PlacedFactors]:
     """Return the factors of the parts in the order of their rows."""
     placed = [PlacedFactors(rows, piece.factors) for rows, piece in zip(slices, pieces, strict=True)]
     return sorted(placed, key=lambda part: part.rows.start)
@@ -340,7 +340,7 @@ def _stack_rows(placed: Sequence[PlacedFactors], name: str, height: int) -> Tens
     return stacked
 
 
-def _join_others(pieces: Sequence[Piece], height: int, is_for_model: bool) -> Factors | str:
+def _join_others(pieces: Sequence[FusedPiece], height: int, is_for_model: bool) -> Factors | str:
     """Return factors for a weight made of parts that are no plain LoRAs, or the reason why there are none."""
     slices: list[slice] = []
     for piece in pieces:

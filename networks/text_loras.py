@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from contract.family import TextEncoder, can_learn, has_text_side
 from modules.console import list_some
-from modules.contract.family import TextEncoder, can_learn, has_text_side
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.leftovers import text_side_of

@@ -25,7 +25,7 @@ Pieces = Mapping[str, Factors]  # path in the other dialect -> factors
 Form = dict[str, Tensor] | str  # tensors of a module by the ends of their names, or why there are none
 
 
-class Written(NamedTuple):
+class TranslatedModules(NamedTuple):
     """A LoRA in another dialect, and the modules that have no form there, each with the reason."""
 
     tensors: dict[str, Tensor]
@@ -34,7 +34,7 @@ class Written(NamedTuple):
 
 def in_dialect(
     tensors: Mapping[str, Tensor], family: FamilyNames | None, target: str, start: str = IN_DIFFUSERS
-) -> Written:
+) -> TranslatedModules:
     """Convert ours to the names of ComfyUI ("other") or diffusers: `diffusion_model.<path>.lora_A.weight`.
 
     Both factors are multiplied by sqrt(alpha / rank), alpha is left out; LoHa and LoKr keep their factors and
@@ -49,7 +49,7 @@ def in_dialect(
     """
     modules = deltas.group_by_module(tensors)
     if family is None:
-        return Written({}, dict.fromkeys(modules, _UNKNOWN))
+        return TranslatedModules({}, dict.fromkeys(modules, _UNKNOWN))
     if target == "diffusers" and family.lokr_in_diffusers and all(map(_is_lokr, modules.values())):
         return _lokrs_in_diffusers(tensors, family)
     if target == "diffusers" or (family.is_as_in_diffusers and family.start != IN_COMFYUI):
@@ -72,10 +72,10 @@ def in_dialect(
         lambda name, factors: _alone(module_path(name, family), factors),
         _in_comfyui,
     )
-    return Written({**written.tensors, **as_ours.tensors}, as_ours.left_out)
+    return TranslatedModules({**written.tensors, **as_ours.tensors}, as_ours.left_out)
 
 
-def _lokrs_in_diffusers(tensors: Mapping[str, Tensor], family: FamilyNames) -> Written:
+def _lokrs_in_diffusers(tensors: Mapping[str, Tensor], family: FamilyNames) -> TranslatedModules:
     """Return LoKrs in the form that diffusers reads, as ComfyUI does."""
     # names of diffusers' own layout have no prefix, and all must be of one layout
     names = deltas.group_by_module(tensors)
@@ -104,7 +104,7 @@ def _lokr_path(name: str, factors: Factors, family: FamilyNames, is_cut: bool) -
     return _alone(path, factors, "diffusers has it in parts, as the file has other layers")
 
 
-def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> Written:
+def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
     """`lora_te1_text_model_...` -> `text_encoder.text_model. ... .lora_A/lora_B.weight`, as diffusers has it.
 
     CLIP-L is `text_encoder`, T5 `text_encoder_2`. Encoders that no pipeline of diffusers takes LoRAs for are
@@ -129,7 +129,7 @@ def _write(
     start: str,
     pieces_of: Callable[[str, Factors], Pieces | str],
     form_of: Callable[[Factors], Form],
-) -> Written:
+) -> TranslatedModules:
     """Return the tensors in a dialect. pieces_of: maps a module (without our prefix) and its factors to
     factors by path there, or to a reason why there are none.
     """
@@ -149,7 +149,7 @@ def _write(
             assert not isinstance(form, str)
             prefix = "" if module_names.is_unprefixed(path) else start
             written.update({f"{prefix}{path}.{part}": tensor for part, tensor in form.items()})
-    return Written(written, left_out)
+    return TranslatedModules(written, left_out)
 
 
 def _in_comfyui(factors: Factors) -> dict[str, Tensor]:
@@ -296,7 +296,7 @@ def _changes_any(factors: Factors) -> bool:
 
 def in_target(
     native: Mapping[str, Tensor], family: FamilyNames | None, target: str, start: str = IN_DIFFUSERS
-) -> Written:
+) -> TranslatedModules:
     """Return a LoRA for a DiT under the names of a target: "default" (ours), "other" (ComfyUI), "diffusers".
 
     native: on the family's own modules, see `in_own_form`. start: as for `in_dialect`.
@@ -309,7 +309,7 @@ def in_target(
     tensors = add_missing_alphas(native)
     if names == "aliases" and family is not None:
         tensors = rename_to_aliases(tensors, family)
-    return Written(tensors, {})
+    return TranslatedModules(tensors, {})
 
 
 def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:

@@ -18,8 +18,8 @@ from torch import nn
 
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
-from modules.checkpoints.opening import open_checkpoint
-from modules.checkpoints.writing import save_tensors
+from checkpoints.opening import open_checkpoint
+from checkpoints.writing import save_tensors
 from modules.command import command_line
 from modules.layers.rope import angles_at
 from modules.options import read_options

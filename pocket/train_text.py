@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
+from checkpoints.writing import save_tensors
 from encoders.t5_network import T5Config, T5Network
 from modules.atomic_write import write_text
-from modules.checkpoints.writing import save_tensors
 from modules.seeds import derive_seed
 from pocket import drawing
 from pocket.captions import WORDINGS, caption

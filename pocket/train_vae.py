@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from checkpoints.writing import save_tensors
 from modules.atomic_write import atomic_path
-from modules.checkpoints.writing import save_tensors
 from modules.media.pixels import to_pixels
 from modules.media.reading import video_frames
 from modules.seeds import derive_seed

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from modules.families import Script
+from contract.families import Script
 from post.chain_options import read_chain
 
 

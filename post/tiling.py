@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modules.compile import check_compilation, compile_each
 from modules.compile_options import Compilation
 from modules.devices import choose_compute_dtype, free_memory, half_where_fast, is_out_of_memory
 from modules.errors import CheckpointError, MemoryPlanError
-from modules.planning.device_memory import host_room, spare_bytes
 from post.options import ToolNetworkOptions
+from running.compile import check_compilation, compile_each
+from running.planning.device_memory import host_room, spare_bytes
 
 logger = logging.getLogger(__name__)
 

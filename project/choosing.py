@@ -12,13 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
+from contract.families import with_scripts
+from contract.family import hears_sound, knows_few_steps
 from dataset.options import read_latent_caching
 from downloads.catalogue import Component, ModelSet, family_page, family_title, model_sets
 from downloads.listing import gigabytes, in_columns, total_bytes
 from modules.command import did_you_mean
-from modules.contract.family import hears_sound, knows_few_steps
 from modules.errors import OptionError, UserError
-from modules.families import with_scripts
 from modules.options import read_options
 from modules.output_files import ask_on_terminal, has_terminal
 from modules.parser import add_options

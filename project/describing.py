@@ -14,9 +14,9 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from checkpoints.opening import checkpoint_paths
+from contract.requests import COUNTS, VALUES
 from downloads.catalogue import ModelSet
-from modules.checkpoints.opening import checkpoint_paths
-from modules.contract.requests import COUNTS, VALUES
 from modules.control_codes import drop_control_codes
 from modules.errors import OptionError
 from modules.media.reading import first_frame, video_frames

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from contract.families import with_scripts
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
 from dataset.scripts import cache_family_latents
@@ -19,7 +20,6 @@ from modules import installation
 from modules.command import INTERRUPTED, as_typed, message_of
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.families import with_scripts
 from modules.option_values import option_words
 from modules.output_files import check_output_name
 from modules.paths import expand_path, path_from

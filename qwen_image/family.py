@@ -6,15 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from encoders.pictures import (
-    ModelOfPictures,
-    encode_pictures,
-    picture_defaults,
-    references_in,
-    references_of,
-)
-from modules.contract import family
-from modules.contract.data import (
+from contract import family
+from contract.data import (
     CONTROL,
     LATENTS_MADE,
     Batch,
@@ -26,13 +19,20 @@ from modules.contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from modules.contract.requests import Prepared, Request
-from modules.contract.rules import (
+from contract.requests import Prepared, Request
+from contract.rules import (
     GuidanceRules,
     ModelRelease,
     ReferenceRules,
 )
-from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from encoders.pictures import (
+    ModelOfPictures,
+    encode_pictures,
+    picture_defaults,
+    references_in,
+    references_of,
+)
 from modules.errors import CacheError, OptionError
 from modules.flow.schedule import size_shift
 from modules.media.pixels import to_pixels

@@ -11,16 +11,16 @@ from typing import Any, ClassVar
 
 import torch
 
+from checkpoints.dialects import DitShapes, other_kind
+from checkpoints.dits import DitFormat, DitHeader, own_names
+from checkpoints.model_files import read_once
+from checkpoints.opening import Checkpoint
+from checkpoints.tokenizers import TokenizerFiles
+from contract.rules import ModelRelease, ReferenceRules
 from encoders.language_encoder import LanguageModelFiles, LanguageUse, read_qwen_tokenizer
 from encoders.language_models import QWEN25_VL
 from encoders.picture_prompts import PictureUse
 from encoders.text_encoder import TokenizerSource
-from modules.checkpoints.dialects import DitShapes, other_kind
-from modules.checkpoints.dits import DitFormat, DitHeader, own_names
-from modules.checkpoints.model_files import read_once
-from modules.checkpoints.opening import Checkpoint
-from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.rules import ModelRelease, ReferenceRules
 from modules.errors import CheckpointError
 from qwen_image.configs import EDIT_RELEASES, PATCH, QWEN_IMAGE, QwenImageConfig
 from qwen_image.model import QwenImageModel

@@ -16,10 +16,10 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
+from contract.steps import NO_TWEAKS, Tweaks
 from hunyuan_model import blocks
 from hunyuan_model.joining import gelu
 from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_widths
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send_ahead
 from modules.layers.modulation import modulate
 from modules.layers.norms import (
@@ -31,12 +31,12 @@ from modules.layers.norms import (
     run_float32,
 )
 from modules.layers.rope import GridTable, angles_at, on_grid, sinusoid, turns
-from modules.run_blocks import BlockNetwork, Hidden
 from modules.speed_options import SDPA, AttentionChoice
 from qwen_image.configs import DIT, PATCH, QwenImageConfig
+from running.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from modules.offload.context import TokenPart
+    from running.offload.context import TokenPart
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from contract.requests import Prepared, Request, check_opens
+from contract.rules import ConsistencyRules
+from contract.steps import Anchor
 from encoders.pictures import show_references
-from modules.contract.requests import Prepared, Request, check_opens
-from modules.contract.rules import ConsistencyRules
-from modules.contract.steps import Anchor
 from modules.errors import MediaError, OptionError
 from modules.media.buckets import Size
 from modules.media.reading import image_size, read_image, resize_cover, resize_frame

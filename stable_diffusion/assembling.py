@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.checkpoints.dialects import count
+from checkpoints.dialects import count
 from modules.errors import OptionError
 from stable_diffusion.contract import AskedPicture, Idea
 from stable_diffusion.control_net import check_control_nets, load_control_nets

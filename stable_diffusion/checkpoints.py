@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import Tensor, nn
 
-from modules.checkpoints import dialects
-from modules.checkpoints.encoders import check_groups, stated_groups
-from modules.checkpoints.filling import on_meta_device
-from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.contract.loading import TensorSource
+from checkpoints import dialects
+from checkpoints.encoders import check_groups, stated_groups
+from checkpoints.filling import on_meta_device
+from checkpoints.opening import Checkpoint, plain_sources
+from contract.loading import TensorSource
 from modules.errors import CheckpointError
 from stable_diffusion.contract import SD1, SDXL, ModelKind
 from stable_diffusion.files import GIVE, VAE

@@ -16,11 +16,11 @@ from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
-from modules.checkpoints.filling import load_module
-from modules.checkpoints.model_files import require_file
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.loading import TensorSource
+from checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from checkpoints.filling import load_module
+from checkpoints.model_files import require_file
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from contract.loading import TensorSource
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 from stable_diffusion.checkpoints import build_network, name_translator

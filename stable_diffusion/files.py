@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.checkpoints.kinds import kind_of
-from modules.checkpoints.opening import open_checkpoint
+from checkpoints.kinds import kind_of
+from checkpoints.opening import open_checkpoint
 from modules.command import as_typed
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind

@@ -13,8 +13,8 @@ from typing import Any
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from modules.checkpoints.dialects import LoadPlan
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 from stable_diffusion.checkpoints import UnetSizes, VaeSizes, read_vae

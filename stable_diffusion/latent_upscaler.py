@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from modules.checkpoints.opening import open_checkpoint
+from checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from modules.paths import explain_missing
 

@@ -11,9 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from modules.checkpoints.dialects import LoadPlan, load_planned, other_kind
-from modules.checkpoints.model_files import require_file
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, load_planned, other_kind
+from checkpoints.model_files import require_file
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from networks.module_names import alias, module_path
 from stable_diffusion.contract import SDXL, AskedPicture, Idea, Model, ModelKind, UnetCall

@@ -17,11 +17,11 @@ from diffusers.models.attention_processor import XFormersAttnProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+from checkpoints.dialects import LoadPlan, load_planned
+from checkpoints.model_files import find_model_folder
+from checkpoints.opening import SUFFIXES, open_checkpoint
 from encoders.clip_layers import ClipText, check_activation
 from modules.attention.attend import check_backend
-from modules.checkpoints.dialects import LoadPlan, load_planned
-from modules.checkpoints.model_files import find_model_folder
-from modules.checkpoints.opening import SUFFIXES, open_checkpoint
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.paths import explain_missing

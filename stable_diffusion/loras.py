@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from modules.checkpoints.dialects import LoadPlan
+from checkpoints.dialects import LoadPlan
 from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks.added import AddedPart, attach_parts, fitting, places

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from contract.data import Conditions
+from contract.steps import Section, StepDone
 from generation import denoise as loop
 from modules.bars import Bar
-from modules.contract.data import Conditions
-from modules.contract.steps import Section, StepDone
 from modules.errors import OptionError
 from stable_diffusion import contract, samplers, starting
 from stable_diffusion.guiding import Guides

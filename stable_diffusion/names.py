@@ -8,7 +8,7 @@ transformer block: SDXL has several in a row.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from modules.families import FamilyEntry, Marks
+from contract.families import FamilyEntry, Marks
 from networks.names.layouts import OF_CLIP, UNET_IN_DIFFUSERS, FamilyNames, Sides, each
 
 ENTRY = FamilyEntry("stable_diffusion")

@@ -24,8 +24,8 @@ from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from torch import Tensor, nn
 
-from modules.contract.data import Conditions
-from modules.contract.steps import NO_TWEAKS, Guidance, Predict, Section, Step, Tweaks
+from contract.data import Conditions
+from contract.steps import NO_TWEAKS, Guidance, Predict, Section, Step, Tweaks
 from modules.errors import OptionError
 from modules.flow.schedule import Schedule
 from stable_diffusion.contract import Idea, Model, TextState, UnetCall

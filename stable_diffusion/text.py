@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from checkpoints.model_files import find_model_folder
 from encoders.clip_checkpoints import ClipTextConfig
 from encoders.clip_layers import ClipVision, load_clip_vision
-from modules.checkpoints.model_files import find_model_folder
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, DownloadError, OptionError
 from modules.media.reading import first_frame

@@ -8,6 +8,9 @@ from functools import partial
 
 from torch import Tensor
 
+from checkpoints.dialects import LoadPlan
+from checkpoints.opening import Checkpoint, plain_sources
+from contract.loading import TensorSource
 from encoders.clip_checkpoints import (
     ClipTextConfig,
     ClipUse,
@@ -15,9 +18,6 @@ from encoders.clip_checkpoints import (
     plan_clip_text,
     read_clip_text,
 )
-from modules.checkpoints.dialects import LoadPlan
-from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from networks.names.texts import open_clip_names
 from stable_diffusion.contract import SD1, SD2, ModelKind

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import ParameterDict
 
-from modules.checkpoints.containers import load_pickled
-from modules.checkpoints.opening import open_checkpoint
+from checkpoints.containers import load_pickled
+from checkpoints.opening import open_checkpoint
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from modules.limits import MAX_EMBEDDING_BYTES

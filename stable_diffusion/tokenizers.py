@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from checkpoints.tokenizers import TokenizerFiles
 from encoders.clip_checkpoints import clip_tokenizer_files
 from encoders.clip_l import ClipWords, load_clip_words
 from modules.atomic_write import make_folder, write_bytes
-from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.errors import CheckpointError, OptionError
 
 logger = logging.getLogger(__name__)

@@ -90,8 +90,8 @@ class Networks:
     def watch(self) -> None:
         """Have all loading of files and the denoising loop told here."""
         from blissful_tuner.prompt_rewrite import PromptRewriter
+        from checkpoints import filling
         from generation import denoise as denoising
-        from modules.checkpoints import filling
 
         begin, denoise, read = filling._Filling.__init__, denoising.denoise, PromptRewriter._read
 

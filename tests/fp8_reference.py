@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from modules.stored.fp8 import is_fp8
+from checkpoints.stored.fp8 import is_fp8
 
 
 def quantised_layers(module: nn.Module) -> dict[str, nn.Linear]:

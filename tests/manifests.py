@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from modules.checkpoints.dialects import LoadPlan, load_planned
-from modules.checkpoints.opening import Checkpoint, open_checkpoint
+from checkpoints.dialects import LoadPlan, load_planned
+from checkpoints.opening import Checkpoint, open_checkpoint
 
 FOLDER = Path(__file__).parent / "data" / "checkpoints"
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "U8": 1}

@@ -19,14 +19,14 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
+from contract.data import Conditions, Joint, Sound, SoundSpec
+from contract.family import Abilities, Family, HearsSound, NoiseSource
+from contract.requests import Prepared, Request
+from contract.rules import AS_PLAIN, GuidanceRules, StreamGuidance
+from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from generation.script_options import ScriptDefaults
 from generation.scripts import generation_script
 from modules.command import command_line
-from modules.contract.data import Conditions, Joint, Sound, SoundSpec
-from modules.contract.family import Abilities, Family, HearsSound, NoiseSource
-from modules.contract.requests import Prepared, Request
-from modules.contract.rules import AS_PLAIN, GuidanceRules, StreamGuidance
-from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from wan.family import Wan
 
 RATE, CHANNELS, ROWS = 8000, 2, 25

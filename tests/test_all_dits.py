@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import NormalisedGuidance
 from blissful_tuner.options import PLAIN_GUIDANCE
+from contract.data import Conditions
+from contract.requests import Request
+from contract.steps import Away, Section, Tweaks
 from generation.denoise import SeededNoise, denoise
 from generation.prompt_lines import SOLVERS
-from modules.contract.data import Conditions
-from modules.contract.requests import Request
-from modules.contract.steps import Away, Section, Tweaks
 from modules.flow.solvers import solver_for
 from modules.layers.rope import Slow
 from modules.speed_options import AttentionChoice

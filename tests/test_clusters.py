@@ -17,8 +17,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
+from contract.families import FAMILIES
 from dataset.options import CachingOptions, read_latent_caching
-from modules.families import FAMILIES
 from modules.parser import parse_options
 from networks.options import NetworkOptions
 from tests.commands import QUIET, ROOT

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import convert_lora
 import merge_lora
+from contract.loading import Placement
 from frame_pack.files import load_dit as load_framepack
-from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from networks import convert_z_image_lora_to_comfy
 from networks.apply import LoraPatch

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import merge_lora
-from modules.checkpoints.changing import CheckpointChange, plan_change
-from modules.checkpoints.opening import open_checkpoint, plain_sources
+from checkpoints.changing import CheckpointChange, plan_change
+from checkpoints.opening import open_checkpoint, plain_sources
 from modules.errors import CheckpointError
-from modules.planning import memory_plan
-from modules.planning.dry_run import NETWORK, WEIGHTS
 from networks import extract_lora_from_models
 from networks.apply import check_loras_fit
 from networks.loading import LoraUse, read_lora
+from running.planning import memory_plan
+from running.planning.dry_run import NETWORK, WEIGHTS
 from tests.faults.messages import assert_one_message, run_here
 from tests.packing import FORMS, GGUF_KINDS, gguf_file, pack_file, text_encoder_gguf
 from tests.tiny import z_image

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-import modules.families
+import contract.families
 import stable_diffusion.run  # noqa: F401
 from tests.commands import ROOT
 from tests.faults.messages import assert_one_message, run_here
@@ -27,7 +27,7 @@ class WasReadError(BaseException):
 @contextmanager
 def ending_where_work_begins() -> Iterator[None]:
     """Of a family's script, of gen_img.py, and of scripts about LoRA files."""
-    own = modules.families.import_own
+    own = contract.families.import_own
 
     def import_own(name: str) -> object:
         if name.startswith("networks.") and name != "networks.names":
@@ -35,9 +35,9 @@ def ending_where_work_begins() -> Iterator[None]:
         return own(name)
 
     with ExitStack() as stack:
-        for place in ("modules.families.FamilyEntry.make_family", "stable_diffusion.run.generate"):
+        for place in ("contract.families.FamilyEntry.make_family", "stable_diffusion.run.generate"):
             stack.enter_context(patch(place, side_effect=WasReadError))
-        stack.enter_context(patch("modules.families.import_own", import_own))
+        stack.enter_context(patch("contract.families.import_own", import_own))
         yield
 
 

@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LOADED = (
     *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard", "accelerate", "av"),
     *("cv2", "ftfy", "matplotlib.figure", "pandas", "psutil", "transformers"),
-    *("training.run", "generation.run", "modules.families"),
+    *("training.run", "generation.run", "contract.families"),
     *("dataset.caching.work", "dataset.caching.texts", "dataset.batches.starting", "networks.lora_wan"),
-    *("modules.compile", "modules.offload.checkpointing", "training.samples", "training.planning.memory"),
+    *("running.compile", "running.offload.checkpointing", "training.samples", "training.planning.memory"),
     *("generation.sheets", "generation.memory", "blissful_tuner.latent_preview"),
     *sorted(f"{file.parent.name}.family" for file in ROOT.glob("*/family.py")),
 )

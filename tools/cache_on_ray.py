@@ -12,9 +12,9 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
+from contract.families import identify
 from dataset.options import read_ray_options
 from modules.command import command_line
-from modules.families import identify
 from modules.installation import import_own
 
 

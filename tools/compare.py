@@ -15,9 +15,9 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
+from contract.families import identify, with_scripts
 from generation.grid_options import CompareOptions, expand_patterns, family_of
 from modules.command import command_line
-from modules.families import identify, with_scripts
 from modules.installation import import_own
 from modules.options import read_options
 from modules.parser import Parser, add_options

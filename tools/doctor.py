@@ -19,7 +19,7 @@ from modules.parser import Parser
 def main(argv: Sequence[str] | None = None) -> None:
     Parser(description=__doc__).parse_args(argv)
 
-    from modules.doctor import examine  # it imports torch, if there is one
+    from running.doctor import examine  # it imports torch, if there is one
 
     findings = examine(Path.cwd())
     width = max(len(finding.name) for finding in findings)

@@ -12,7 +12,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from browser.options import BrowserOptions
-from modules.families import plain_script
+from contract.families import plain_script
 
 main = plain_script(__doc__, "browser.start.run_browser", BrowserOptions)
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modules.errors import OptionError
-from modules.offload.block_swap import settle_all
-from modules.offload.sharding import as_split
 from modules.private_torch import lerp_each
+from running.offload.block_swap import settle_all
+from running.offload.sharding import as_split
 from training.learning_options import AverageOptions
 from training.optimizers.optimizer import find_averaging
 from training.saving.states import AVERAGE, SavedState

@@ -17,6 +17,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from contract.data import LOSS_MASK
+from contract.family import Caches, Family, LearningEncoder, TextEncoder, can_learn
 from dataset.batches.items import ItemKind, LiveTables, TrainingItem
 from dataset.cache.files import NpzNames, parse_latent_name, text_file_name
 from dataset.cache.npz import open_npz
@@ -30,8 +32,6 @@ from dataset.sources.listing import find_all_sources, require_captions
 from dataset.sources.media_source import MediaSource
 from dataset.table import NO_AUGMENTATION, DatasetConfig, DatasetTable
 from modules.console import as_size
-from modules.contract.data import LOSS_MASK
-from modules.contract.family import Caches, Family, LearningEncoder, TextEncoder, can_learn
 from modules.errors import DatasetError, OptionError
 from modules.media.buckets import Size
 from modules.media.reading import image_size

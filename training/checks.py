@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from contract.family import Family, LearningEncoder
 from modules.atomic_write import check_space
 from modules.console import quiet
-from modules.contract.family import Family, LearningEncoder
 from modules.errors import OptionError
-from modules.offload.swap_plan import check_swap
 from modules.options import is_given, option_name, option_values
 from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
@@ -21,6 +20,7 @@ from networks.lora_settings import DEFAULT_RANK, REG_RATES, read_rates
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
+from running.offload.swap_plan import check_swap
 from training.data.live import LiveTexts
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
 from training.learning_options import FIND_RATE, PartsOptions

@@ -9,32 +9,32 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from modules import dressing
+from checkpoints.stored.forms import prepare
+from contract.families import HIGH_NOISE
+from contract.family import DitSpec, Family, knows_few_steps
+from contract.loading import Placement
+from contract.rules import ONE_EXPERT, Expert
 from modules.attention.attend import check_backend
 from modules.compile_options import Compilation
-from modules.contract.family import DitSpec, Family, knows_few_steps
-from modules.contract.loading import Placement
-from modules.contract.rules import ONE_EXPERT, Expert
 from modules.devices import dtype_name
 from modules.errors import OptionError
-from modules.families import HIGH_NOISE
-from modules.offload.swap_plan import HostWeights
-from modules.offload.turns import HostCopy
 from modules.options import option_values
 from modules.speed_options import Quantisation
-from modules.stored.forms import prepare
 from networks.adapter import OWN_NETWORKS
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
+from running import dressing
+from running.offload.swap_plan import HostWeights
+from running.offload.turns import HostCopy
 from training.data.timesteps import check_reaches, levels_reached
 from training.noise_options import NUM_TIMESTEPS
 from training.options import TrainingOptions
 from training.run_options import LoopOptions
 
 if TYPE_CHECKING:  # loaded only where processes share a model; where a LoRA file is given
-    from modules.offload.sharding import ShardedBlocks
     from networks.loading import LoraUse
+    from running.offload.sharding import ShardedBlocks
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from contract.families import HIGH_NOISE
+from contract.rules import ONE_EXPERT, Expert
 from dataset.batches.example import find_example
 from modules.command import quote_for_powershell
-from modules.contract.rules import ONE_EXPERT, Expert
-from modules.families import HIGH_NOISE
 from modules.installation import command_words
 from modules.option_values import FillIn, missing_words, option_words
 from modules.speed_options import say_for_generation

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from modules.contract.data import CAPTION
-from modules.contract.family import Family, hears_sound
-from modules.contract.rules import Expert
+from contract.data import CAPTION
+from contract.family import Family, hears_sound
+from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
-from modules.dressing import share_tokens, shared_blocks, swapped_weights
 from modules.errors import MemoryPlanError
-from modules.offload.turns import HostCopy
-from modules.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from modules.speed_options import SwapOptions
 from networks.adapter import make_network
 from networks.options import NetworkOptions
+from running.dressing import share_tokens, shared_blocks, swapped_weights
+from running.offload.turns import HostCopy
+from running.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.loss import LossRule
@@ -45,10 +45,10 @@ from training.training_run import Requests, TrainedModel, TrainingRun, trigger_p
 from training.validation import Validation
 
 if TYPE_CHECKING:  # loaded only where processes share a model, with LoRA files, with an average, with prompts
-    from modules.offload.sharding import ShardedBlocks
-    from modules.offload.swap_plan import HostWeights
     from networks.added import AddedLoras
     from networks.apply import LoraPatch
+    from running.offload.sharding import ShardedBlocks
+    from running.offload.swap_plan import HostWeights
     from training.averages import WeightAverage
     from training.samples import Sampler
 

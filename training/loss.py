@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from modules.contract.data import FIRST_FRAME, LOSS_MASK, SOUND, Batch, Joint
-from modules.contract.family import Described, NoiseSpec, Predicts
-from modules.contract.steps import NO_TWEAKS, Tweaks
+from contract.data import FIRST_FRAME, LOSS_MASK, SOUND, Batch, Joint
+from contract.family import Described, NoiseSpec, Predicts
+from contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import numbers_on, send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from training.noise_options import ADDITIVE, L2, RAW, WITH_THRESHOLD, LossOptions

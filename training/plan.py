@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from contract.family import Family, sound_of
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, learn_no_references, require_items
 from dataset.batches.items import CachingCommands, TrainingItem
@@ -18,13 +19,12 @@ from dataset.cache.store import Stores, npz_names
 from dataset.config import DatasetConfig, for_family, load_dataset_config
 from dataset.sources.media_source import NO_REFERENCE
 from dataset.subsets import folders_config
-from modules.contract.family import Family, sound_of
-from modules.dressing import have_joined
 from modules.errors import DatasetError, OptionError, OutputError
 from modules.lost_processes import OtherProcesses
 from modules.option_values import require
 from modules.speed_options import Quantisation
 from networks.formats import LoraFormat
+from running.dressing import have_joined
 from training.checks import check_before_loading, check_teacher, choose_lora_format, list_unused_options
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
@@ -222,7 +222,7 @@ def join_processes(
         check_split(options.optimizer.optimizer_type)
     compilation = options.speed.compilation.choice
     if compilation is not None:
-        from modules.compile import check_compilation  # only with --compile
+        from running.compile import check_compilation  # only with --compile
 
         check_compilation(compilation, accelerator.device)
     with ExitStack() as stack:

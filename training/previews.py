@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from contract.family import FLOW, Family, NoiseSpec, sound_of
+from contract.rules import ONE_EXPERT, Expert
 from dataset.batches.checks import check_channels
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import CachingCommands
@@ -19,8 +21,6 @@ from dataset.caching.prefetch import conclude
 from dataset.options import DebugOptions
 from modules.atomic_write import write_bytes
 from modules.console import count_of
-from modules.contract.family import FLOW, Family, NoiseSpec, sound_of
-from modules.contract.rules import ONE_EXPERT, Expert
 from modules.control_codes import escape_control_codes
 from modules.devices import choose_device
 from modules.errors import OptionError

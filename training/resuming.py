@@ -11,9 +11,9 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from checkpoints.opening import fingerprint
+from contract.family import Family
 from dataset.batches.order import BatchOrder
-from modules.checkpoints.opening import fingerprint
-from modules.contract.family import Family
 from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
 from modules.options import options_with

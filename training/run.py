@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from contract.family import Family
 from dataset.batches.items import NO_COMMANDS, CachingCommands
-from modules.contract.family import Family
-from modules.dressing import shared_blocks
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.options import option_values
-from modules.planning.device_memory import MemoryWatch, too_little
 from modules.speed_options import SwapOptions
+from running.dressing import shared_blocks
+from running.planning.device_memory import MemoryWatch, too_little
 from training.checks import check_before_loading
 from training.following import NextSteps, plan_next_steps
 from training.learning import load_model, make_run

@@ -18,6 +18,13 @@ from blissful_tuner.guidance import warn_of_low_scales
 from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
 from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
 from blissful_tuner.options import NO_PREVIEW, PreviewOptions
+from contract.data import Conditions, LatentSpec
+from contract.families import HIGH_NOISE
+from contract.family import Family, hears_sound
+from contract.loading import BlockPlace
+from contract.requests import Prepared, Prompts, Request, check_values
+from contract.rules import expert_at
+from contract.steps import EncodedPrompts, Section, StepDone, Watcher
 from generation.denoise import OnSection, make_latents
 from generation.experts import DitTurns
 from generation.prompt_lines import SOLVERS
@@ -26,15 +33,8 @@ from generation.session import NO_ENCODERS, Session, decode_tracks, encode_input
 from modules.bars import Bar
 from modules.command import each_warning_once
 from modules.console import count_of
-from modules.contract.data import Conditions, LatentSpec
-from modules.contract.family import Family, hears_sound
-from modules.contract.loading import BlockPlace
-from modules.contract.requests import Prepared, Prompts, Request, check_values
-from modules.contract.rules import expert_at
-from modules.contract.steps import EncodedPrompts, Section, StepDone, Watcher
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.families import HIGH_NOISE
 from modules.media.pixels import frames_of
 from modules.media.tracks import Track, write_wav
 from modules.media.writing import write_png, write_video

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
-from modules.offload.block_swap import settle_all
-from modules.offload.sharding import as_split
+from running.offload.block_swap import settle_all
+from running.offload.sharding import as_split
 from training.experts import expert_metadata
 from training.metadata import continued_sizes, file_metadata, run_metadata
 from training.optimizers.optimizer import (

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from contract.families import FAMILIES, Script
 from dataset.cache.commands import recall_options
 from dataset.config import load_dataset_config
 from modules.command import name_as_typed, tell_loading
 from modules.console import quiet
 from modules.errors import UserError
-from modules.families import FAMILIES, Script
 from modules.installation import import_own
 from modules.options import Options, option_values
 from modules.repeated_options import RepeatedOption, fill_options

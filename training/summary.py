@@ -14,11 +14,11 @@ from modules.command import as_typed
 from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.devices import gib, host_peak, peak_in_words
 from modules.installation import RUN_GOES_ON
-from modules.planning.device_memory import MemoryWatch
 from modules.text_files import real_path
 from networks.lora_settings import DEFAULT_RANK
 from networks.metadata import of_numbers
 from networks.options import NetworkOptions
+from running.planning.device_memory import MemoryWatch
 from training.checks import judge_rate
 from training.following import DORA_ELSEWHERE, NextSteps
 from training.metadata import continued_sizes

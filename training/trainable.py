@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from modules.checkpoints.opening import open_checkpoint
-from modules.checkpoints.writing import stream_tensors
-from modules.contract.loading import TensorInfo
+from checkpoints.opening import open_checkpoint
+from checkpoints.writing import stream_tensors
+from contract.loading import TensorInfo
 from modules.errors import CheckpointError, OptionError
 from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
 from networks.deltas import sizes_of

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from modules.contract.family import Family, sound_of
-from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM
+from contract.family import Family, sound_of
+from contract.rules import PICTURE_STREAM, SOUND_STREAM
 from modules.devices import dtype_of
-from modules.planning.device_memory import MemoryWatch
+from running.planning.device_memory import MemoryWatch
 from training.data.feed import Feed
 from training.experts import AUTOCAST, ExpertNetworks
 from training.loss import Autocast, LossRule

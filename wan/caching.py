@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from modules.contract.data import (
+from contract.data import (
     PLACES,
     Batch,
     CacheEntry,

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from modules.checkpoints.dialects import other_kind, rename_sources, translate_name
-from modules.checkpoints.dits import DitFormat, DitHeader, bare_names
-from modules.checkpoints.encoders import config_beside
-from modules.checkpoints.kinds import kind_of
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.loading import TensorSource
+from checkpoints.dialects import other_kind, rename_sources, translate_name
+from checkpoints.dits import DitFormat, DitHeader, bare_names
+from checkpoints.encoders import config_beside
+from checkpoints.kinds import kind_of
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from contract.loading import TensorSource
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
 from wan.configs import HEAD_WIDTH, INPUT_CHANNELS, TASKS, VACE, VACE_DIM, WanConfig, WanTask

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders.clip_checkpoints import MEAN, STD
-from modules.checkpoints.dialects import (
+from checkpoints.dialects import (
     LoadPlan,
     Names,
     count,
@@ -25,8 +24,9 @@ from modules.checkpoints.dialects import (
     shapes_of,
     translate_name,
 )
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from modules.contract.loading import TensorSource
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from contract.loading import TensorSource
+from encoders.clip_checkpoints import MEAN, STD
 from modules.devices import dtype_name, half_where_fast
 from modules.errors import CheckpointError
 

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from encoders.files import OneTransformer
-from modules.checkpoints.dits import with_dtype
-from modules.checkpoints.opening import fingerprint
-from modules.contract.data import (
+from checkpoints.dits import with_dtype
+from checkpoints.opening import fingerprint
+from contract.data import (
     CAPTION,
     FIRST_FRAME,
     PLACES,
@@ -27,10 +26,11 @@ from modules.contract.data import (
     MomentsRules,
     SamplingDefaults,
 )
-from modules.contract.family import FLOW, Abilities, DitSpec, Family, NoiseSource, NoiseSpec
-from modules.contract.loading import Placement
-from modules.contract.requests import Prepared, Request
-from modules.contract.rules import (
+from contract.families import HIGH_NOISE, LOW_NOISE
+from contract.family import FLOW, Abilities, DitSpec, Family, NoiseSource, NoiseSpec
+from contract.loading import Placement
+from contract.requests import Prepared, Request
+from contract.rules import (
     IMAGE,
     LATENTS,
     ONE_EXPERT,
@@ -40,9 +40,9 @@ from modules.contract.rules import (
     ReferenceRules,
     SourceRules,
 )
-from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from encoders.files import OneTransformer
 from modules.errors import DatasetError
-from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 from modules.speed_options import text_form

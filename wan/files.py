@@ -11,15 +11,15 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from checkpoints.dits import DitFormat, DitHeader
+from checkpoints.model_files import read_once, require_file
+from contract.data import LatentSpec
+from contract.families import HIGH_NOISE, LOW_NOISE
+from contract.family import TextEncoder
+from contract.rules import expert_of_file
 from encoders.files import TransformerFiles
-from modules.checkpoints.dits import DitFormat, DitHeader
-from modules.checkpoints.model_files import read_once, require_file
-from modules.contract.data import LatentSpec
-from modules.contract.family import TextEncoder
-from modules.contract.rules import expert_of_file
 from modules.devices import choose_compute_dtype
 from modules.errors import CheckpointError, OptionError
-from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.paths import explain_missing
 from modules.speed_options import text_form
 from modules.text_files import parse_json, read_text

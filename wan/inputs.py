@@ -15,8 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from modules.contract.data import LatentSpec, MediaEncoders, SamplingDefaults
-from modules.contract.requests import (
+from contract.data import LatentSpec, MediaEncoders, SamplingDefaults
+from contract.requests import (
     Prepared,
     Request,
     check_frames,
@@ -26,7 +26,7 @@ from modules.contract.requests import (
     size_of,
     whole_frames,
 )
-from modules.contract.rules import Expert
+from contract.rules import Expert
 from modules.errors import OptionError
 from modules.media.pixels import image_pixels, image_size, read_pixels, video_pixels
 from modules.option_values import require

@@ -1,6 +1,6 @@
 """What Wan is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
 
-from modules.families import HIGH_NOISE, LOW_NOISE, FamilyEntry, Marks
+from contract.families import HIGH_NOISE, LOW_NOISE, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames, each
 
 ENTRY = FamilyEntry(

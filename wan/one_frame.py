@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modules.contract.data import (
+from contract.data import (
     PLACES,
     Batch,
     CacheEntry,
@@ -26,8 +26,8 @@ from modules.contract.data import (
     MediaTable,
     SamplingDefaults,
 )
-from modules.contract.one_frame import parse_one_frame, semicolon_hint
-from modules.contract.requests import (
+from contract.one_frame import parse_one_frame, semicolon_hint
+from contract.requests import (
     Prepared,
     Request,
     check_opens,
@@ -36,7 +36,7 @@ from modules.contract.requests import (
     settle,
     size_of,
 )
-from modules.contract.rules import Expert
+from contract.rules import Expert
 from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.pixels import image_pixels, read_pixels, to_pixels
 from wan.configs import (

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from modules.contract.data import LatentSpec
-from modules.contract.family import DitSpec
+from contract.data import LatentSpec
+from contract.family import DitSpec
 from modules.speed_options import SDPA, AttentionChoice
 from wan.configs import VACE
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from modules.offload.context import TokenPart
+    from running.offload.context import TokenPart
 
 TEXT_KEYS = frozenset({"t5"})  # of the entries that the text encoder makes
 # Least squares fit of latents in model space to colours (R, G, B), which all known tools use

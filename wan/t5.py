@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from checkpoints.tokenizers import TokenizerFiles
+from contract.data import Conditions
+from contract.family import EncoderAbilities
+from contract.loading import BlockPlace
+from contract.requests import Prompt, Spans
 from encoders.t5_network import T5Kind, T5Network, load_t5
 from encoders.text_encoder import END, FileTextEncoder, TextTokenizer, TokenizerSource, Written, in_groups
-from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.data import Conditions
-from modules.contract.family import EncoderAbilities
-from modules.contract.loading import BlockPlace
-from modules.contract.requests import Prompt, Spans
 from modules.errors import InstallationError
 from wan.spec import TEXT_KEYS
 

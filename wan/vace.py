@@ -17,7 +17,7 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor
 
-from modules.contract.requests import Prepared, Request, check_opens
+from contract.requests import Prepared, Request, check_opens
 from modules.errors import OptionError
 from modules.media.pixels import image_pixels, image_size, video_pixels
 from modules.option_values import to_path

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from modules.contract.data import CONTROL_MASK, REFERENCE_LATENTS, Batch, CacheEntry, MediaBatch
+from contract.data import CONTROL_MASK, REFERENCE_LATENTS, Batch, CacheEntry, MediaBatch
 from modules.errors import CacheError
 from modules.media.pixels import to_pixels
 from wan.spec import LATENT

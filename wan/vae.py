@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from checkpoints.dialects import load_planned
+from checkpoints.opening import open_checkpoint
 from encoders.tiles import add_in_tiles, decode_in_tiles, tiles
-from modules.checkpoints.dialects import load_planned
-from modules.checkpoints.opening import open_checkpoint
 from modules.devices import dtype_name, numbers_on
 from modules.layers.convolution import lay_out, layouts
 from modules.media.pixels import check_clip

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from math import isqrt, prod
 from pathlib import Path
 
-from modules.checkpoints.dialects import (
+from checkpoints.dialects import (
     LoadPlan,
     Names,
     count,
@@ -18,9 +18,9 @@ from modules.checkpoints.dialects import (
     shapes_of,
     translate_name,
 )
-from modules.checkpoints.kinds import OF_OTHERS, kind_of
-from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.contract.data import LatentSpec
+from checkpoints.kinds import OF_OTHERS, kind_of
+from checkpoints.opening import Checkpoint, plain_sources
+from contract.data import LatentSpec
 from modules.errors import CheckpointError
 from wan.configs import RELEASES, WAN_2_1, WAN_2_2, VaeRelease
 from wan.vae_blocks import FACTORS, VaeLayer, WanVaeConfig

@@ -8,15 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from encoders.autoencoder import SCALE, SHIFT
-from encoders.files import told_few_steps
-from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
-from encoders.language_models import QWEN3
-from encoders.pictures import AutoencoderFiles, ModelOfPictures, picture_defaults
-from lumina.family import guidance_rules
-from lumina.options import EXTRAS
-from modules.attention.attend import BACKENDS
-from modules.contract.data import (
+from contract.data import (
     Batch,
     CacheEntry,
     Conditions,
@@ -26,12 +18,20 @@ from modules.contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from modules.contract.family import DitSpec, Family, NoiseSpec
-from modules.contract.few_steps import FewSteps
-from modules.contract.loading import Placement
-from modules.contract.requests import Prepared, Request
-from modules.contract.rules import ModelRelease
-from modules.contract.steps import NO_TWEAKS, Tweaks
+from contract.family import DitSpec, Family, NoiseSpec
+from contract.few_steps import FewSteps
+from contract.loading import Placement
+from contract.requests import Prepared, Request
+from contract.rules import ModelRelease
+from contract.steps import NO_TWEAKS, Tweaks
+from encoders.autoencoder import SCALE, SHIFT
+from encoders.files import told_few_steps
+from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
+from encoders.language_models import QWEN3
+from encoders.pictures import AutoencoderFiles, ModelOfPictures, picture_defaults
+from lumina.family import guidance_rules
+from lumina.options import EXTRAS
+from modules.attention.attend import BACKENDS
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS
 from z_image.configs import DIT, LATENT, NOISE, Z_IMAGE

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 
+from checkpoints import dialects
+from checkpoints.dits import DitFormat, DitHeader
+from checkpoints.opening import Checkpoint, plain_sources
+from contract.loading import TensorSource
 from encoders.autoencoder import FLUX_KIND
-from modules.checkpoints import dialects
-from modules.checkpoints.dits import DitFormat, DitHeader
-from modules.checkpoints.opening import Checkpoint, plain_sources
-from modules.contract.loading import TensorSource
 from modules.errors import CheckpointError
 from networks.names.layouts import joined_tensors, tensor_patterns
 from z_image.configs import PATCH, ZImageConfig

@@ -1,7 +1,7 @@
 """What Z-Image is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
 
+from contract.families import PICTURES, FamilyEntry, Marks
 from lumina.names import LUMINA_BLOCKS, LUMINA_SIDES
-from modules.families import PICTURES, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames, each, stacked_parts
 
 ENTRY = FamilyEntry(

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from checkpoints.model_files import find_model_folder
 from data_tools.captions.asking import Answers, Frames, Look, NoCaptionError, caption_in, prompt_for
 from data_tools.captions.options import AskOptions, CaptionModelOptions
 from data_tools.captions.places import CaptionPlace
 from dataset.caching.prefetch import run_ahead
 from modules.chat_templates import TemplateError, render_chat
-from modules.checkpoints.model_files import find_model_folder
 from modules.control_codes import shorten
 from modules.devices import choose_compute_dtype, choose_device
 from modules.errors import (

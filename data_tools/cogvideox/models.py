@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints.model_files import find_model_folder
+from checkpoints.opening import fingerprint
+from checkpoints.tokenizers import first_line
+from contract.data import Conditions, LatentSpec
+from contract.families import FAMILIES
+from contract.family import EncoderAbilities, TextEncoder
+from contract.requests import Prompt
+from contract.rules import CountTokens, TokenCount, kept_characters
 from data_tools.cogvideox.options import MAX_TOKENS, EncodingOptions
-from modules.checkpoints.model_files import find_model_folder
-from modules.checkpoints.opening import fingerprint
-from modules.checkpoints.tokenizers import first_line
-from modules.contract.data import Conditions, LatentSpec
-from modules.contract.family import EncoderAbilities, TextEncoder
-from modules.contract.requests import Prompt
-from modules.contract.rules import CountTokens, TokenCount, kept_characters
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError, catch_panics
-from modules.families import FAMILIES
 from modules.installation import hide_packages
 from modules.parser import parse_options
 from modules.text_files import parse_json, read_text

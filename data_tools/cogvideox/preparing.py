@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints.containers import load_pickled
+from contract.data import Conditions
+from contract.requests import Prompt
 from data_tools.cogvideox import clips
 from data_tools.cogvideox.models import PipelineNetworks, find_maker
 from data_tools.cogvideox.options import PrepareOptions, ShapeOptions
@@ -26,10 +29,7 @@ from dataset.sources.cogvideox import PreparedFolder, read_prepared, write_prepa
 from dataset.sources.media_source import EMBEDS
 from modules.atomic_write import make_folder, remove_leftovers, write_text
 from modules.bars import Bar
-from modules.checkpoints.containers import load_pickled
 from modules.console import Row, count_of, show_box
-from modules.contract.data import Conditions
-from modules.contract.requests import Prompt
 from modules.devices import free_memory
 from modules.errors import DatasetError, OptionError
 

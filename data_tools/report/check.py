@@ -10,6 +10,8 @@ from typing import NamedTuple, cast
 
 import torch
 
+from contract.data import LatentSpec, MediaTable, SoundSpec
+from contract.family import Caches, Described, TextEncoder, hears_sound, sound_of
 from data_tools.report.findings import (
     NO_COUNTERS,
     CheckResult,
@@ -52,8 +54,6 @@ from dataset.sources.references import find_equal_references, lack_references, r
 from dataset.sources.sound import list_unheard
 from modules.bars import Bar
 from modules.console import count_of, count_words
-from modules.contract.data import LatentSpec, MediaTable, SoundSpec
-from modules.contract.family import Caches, Described, TextEncoder, hears_sound, sound_of
 from modules.control_codes import columns_of, escape_control_codes, fold
 from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.media.buckets import Size

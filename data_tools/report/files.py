@@ -12,6 +12,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
+from contract.data import LatentSpec
+from contract.family import TextEncoder
 from data_tools.report.findings import TableFindings
 from data_tools.report.looks import Look
 from data_tools.report.numbers import Numbers
@@ -22,8 +24,6 @@ from dataset.caching.planning import Recipe, SourcePlan, plan_all
 from dataset.caching.text_plans import CaptionFile, list_caption_files, plan_texts, why_outdated
 from dataset.sources.captions import read_caption
 from dataset.sources.media_source import MediaSource, Remote, TarMember
-from modules.contract.data import LatentSpec
-from modules.contract.family import TextEncoder
 from modules.errors import CacheError, DatasetError
 from modules.paths import hide_secrets
 

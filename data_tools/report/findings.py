@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from contract.family import TextEncoder
+from contract.rules import CountTokens, TokenCount
 from data_tools.report.looks import Look
 from dataset.batches.order import split_validation
 from dataset.config import DatasetConfig, DatasetTable
@@ -19,8 +21,6 @@ from dataset.sources.media_source import Fault, MediaSource, list_faults
 from dataset.sources.unread import find_unread
 from modules.atomic_write import write_bytes, write_text
 from modules.console import as_size, count_of
-from modules.contract.family import TextEncoder
-from modules.contract.rules import CountTokens, TokenCount
 from modules.errors import CheckpointError, DatasetError, OptionError
 from modules.installation import RUN_GOES_ON, SOURCES_LEFT_OUT
 from modules.limits import MAX_CAPTION_BYTES

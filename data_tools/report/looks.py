@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from markupsafe import Markup
 
+from contract.data import LatentSpec
 from data_tools.report.sound import Heard, draw_sound, is_heard, listen
 from dataset.config import DatasetTable
 from dataset.sources.cogvideox import measure_source, whole_span
@@ -20,7 +21,6 @@ from dataset.sources.fetching import fetch
 from dataset.sources.frames import Span, compare_rates, describe_short
 from dataset.sources.media_source import MediaSource
 from dataset.sources.references import fit_reference
-from modules.contract.data import LatentSpec
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Fit, fit_cover

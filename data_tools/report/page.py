@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from contract.data import LatentSpec
+from contract.rules import TokenCount
 from data_tools.report.findings import NO_COUNTERS, CheckResult, Counters, TableFindings, references_in_words
 from data_tools.report.looks import Look, ShownReference, StripSize, show, show_references
 from data_tools.report.numbers import Numbers, count_fits
@@ -18,8 +20,6 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
 from modules.console import count_of, count_words, in_words
-from modules.contract.data import LatentSpec
-from modules.contract.rules import TokenCount
 from modules.media.buckets import Fit, Size
 from modules.pages.page import write_page
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from contract.data import LatentSpec
+from contract.rules import ReferenceRules
 from data_tools.report.files import list_files
 from data_tools.report.findings import TableFindings, balance, check_captions, find_table
 from data_tools.report.looks import Look, Measures, measure, read_header
@@ -25,8 +27,6 @@ from dataset.sources.decoding import check_resolution
 from dataset.sources.media_source import Fault, MediaSource, Remote, list_faults
 from modules.atomic_write import write_text
 from modules.bars import Bar
-from modules.contract.data import LatentSpec
-from modules.contract.rules import ReferenceRules
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Fit

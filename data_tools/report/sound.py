@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from contract.data import SoundSpec
 from dataset.caching.planning import SourcePlan
 from dataset.caching.prefetch import Failure, map_ahead
 from dataset.caching.sound import SoundWork
@@ -18,7 +19,6 @@ from dataset.sources.media_source import Fault, MediaSource
 from dataset.sources.sound import NoSound, find_sound, read_sounds
 from modules.bars import Bar
 from modules.console import count_words
-from modules.contract.data import SoundSpec
 from modules.errors import MediaError
 from modules.media.reading import video_info
 from modules.media.samples import TrackFacts, track_facts

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from contract.family import Described
 from data_tools.report.looks import choose_evenly
 from dataset.batches.order import changed_caption
 from dataset.caching.prefetch import CacheReport, Failure, read_ahead
@@ -21,7 +22,6 @@ from dataset.sources.frames import Span
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
-from modules.contract.family import Described
 from modules.media.reading import Frame, resize_frame
 from modules.media.writing import write_png, write_video
 from modules.seeds import derive_seed

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from contract import data
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
 from dataset.cache.files import FLIPPED, tensor_key
 from dataset.cache.records import (
@@ -27,7 +28,6 @@ from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK
 from dataset.table import FROM_ALPHA, FROM_FILE, defaults_of
 from modules.console import count_of
-from modules.contract import data
 from modules.errors import CacheError
 
 if TYPE_CHECKING:  # it is loaded only if sources are compared
@@ -354,7 +354,7 @@ def as_shape(shape: Iterable[int]) -> str:
 # --- encoders
 # ------------------------------------------------------------------------------------------------------------
 
-# of a network's file: `modules.checkpoints.opening.fingerprint`
+# of a network's file: `checkpoints.opening.fingerprint`
 _FINGERPRINT = re.compile(r"([0-9a-f]{8})[0-9a-f]{24}")
 SHORTENED = r"\1..."
 # key of `Family.media_identity` for the conditions stored with the latents, in which tables may differ

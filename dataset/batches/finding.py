@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from contract.data import CONTROL, FPS, IMAGE_LATENTS, REFERENCE_LATENTS, LatentSpec, SoundSpec
 from dataset.batches.items import (
     NO_COMMANDS,
     CachingCommands,
@@ -24,7 +25,6 @@ from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import pause_collection
 from modules.console import count_of, count_words
-from modules.contract.data import CONTROL, FPS, IMAGE_LATENTS, REFERENCE_LATENTS, LatentSpec, SoundSpec
 from modules.errors import CacheError, DatasetError
 from modules.paths import explain_missing
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from contract import data
 from dataset.batches.checks import as_shape, latent_faults, sound_faults, text_faults
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem
 from dataset.cache.files import EMPTY, FLIPPED
@@ -24,7 +25,6 @@ from dataset.cache.records import (
 )
 from dataset.cache.store import CacheStore, Stores
 from dataset.sources.frames import spans
-from modules.contract import data
 from modules.errors import CacheError
 from modules.media.colours import AS_SHOWN
 

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from contract.data import Batch, MadeBy
+from contract.family import Family
 from dataset.batches.finding import FoundItems
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
@@ -23,8 +25,6 @@ from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
 from dataset.sources.sound import list_unheard
 from modules.console import count_of
-from modules.contract.data import Batch, MadeBy
-from modules.contract.family import Family
 from modules.errors import DatasetError, MediaError
 
 logger = logging.getLogger(__name__)

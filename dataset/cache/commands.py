@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from contract.families import FamilyEntry
 from dataset.config import DatasetConfig
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes
 from modules.errors import OutputError
-from modules.families import FamilyEntry
 from modules.option_values import value_words
 from modules.options import Options
 from modules.paths import path_exists

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from modules.checkpoints.writing import stream_tensors
-from modules.contract.data import SOUND, LatentSpec
-from modules.contract.loading import TensorInfo
+from checkpoints.writing import stream_tensors
+from contract.data import SOUND, LatentSpec
+from contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CacheError
 from modules.text_files import read_tensor_header

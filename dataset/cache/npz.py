@@ -18,6 +18,8 @@ from typing import ClassVar, TypeVar
 import numpy as np
 from torch import Tensor
 
+from contract.data import LOSS_MASK, LatentSpec
+from contract.rules import NpzFormat
 from dataset.cache import files as cache_files
 from dataset.cache.npz_files import (
     OURS,
@@ -36,8 +38,6 @@ from dataset.config import DatasetTable
 from dataset.sources.frames import bucket_of, shrink_mask
 from dataset.sources.listing import find_sources
 from modules.atomic_write import explain_errors
-from modules.contract.data import LOSS_MASK, LatentSpec
-from modules.contract.rules import NpzFormat
 from modules.devices import dtype_name
 from modules.errors import CacheError, DatasetError
 from modules.file_locks import only_one

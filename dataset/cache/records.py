@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints.finite import is_finite
+from contract.data import LatentSpec
 from dataset.cache.files import Entry, checksum
 from dataset.config_keys import SECTIONS
 from dataset.sources.media_source import (
@@ -35,8 +37,6 @@ from dataset.sources.media_source import (
     member_pieces,
 )
 from dataset.table import defaults_of
-from modules.checkpoints.finite import is_finite
-from modules.contract.data import LatentSpec
 from modules.errors import CacheError
 from modules.limits import MAX_FRAMES
 from modules.media.colours import AS_SHOWN

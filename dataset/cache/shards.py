@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from checkpoints.writing import safetensors_bytes
 from dataset.cache.catalog import (
     Catalog,
     CatalogRow,
@@ -31,7 +32,6 @@ from dataset.cache.catalog import (
 from dataset.cache.files import Entry, unpack, unpack_header
 from dataset.sources.media_source import OF_SHARDS, OLD_INDEXES
 from modules.atomic_write import check_space, remove_leftovers
-from modules.checkpoints.writing import safetensors_bytes
 from modules.errors import CacheError, OutputError
 from modules.file_locks import only_one
 

@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from contract.family import Caches
 from dataset.cache.files import (
     Entry,
     LatentName,
@@ -25,7 +26,6 @@ from dataset.cache.files import (
 from dataset.config import DatasetTable
 from dataset.sources.media_source import OF_SHARDS
 from modules.atomic_write import remove_leftovers, write_bytes
-from modules.contract.family import Caches
 from modules.errors import CacheError
 
 logger = logging.getLogger(__name__)

@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
+from checkpoints.containers import load_pickled
+from contract.data import Conditions, LatentSpec
+from contract.family import Caches, TextEncoder
 from dataset.cache.records import difference
 from dataset.caching.text_plans import CaptionFile
 from dataset.config import DatasetTable
 from dataset.sources import cogvideox
 from dataset.sources.decoding import NO_FRAMES, DecodedMedia
 from dataset.sources.media_source import Fault, MediaSource, raise_faults
-from modules.checkpoints.containers import load_pickled
-from modules.contract.data import Conditions, LatentSpec
-from modules.contract.family import Caches, TextEncoder
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, DatasetError, MediaError
 from modules.text_files import parse_json, read_text

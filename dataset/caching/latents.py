@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from contract import data
+from contract.family import Caches
 from dataset.cache import files as cache_files
 from dataset.cache import records
 from dataset.cache.records import LatentRecord, identify
@@ -18,8 +20,6 @@ from dataset.caching.prefetch import check_memory, fill_batches
 from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import kept_rate, media_table, shrink_mask
-from modules.contract import data
-from modules.contract.family import Caches
 from modules.devices import warn_if_emulated
 from modules.errors import MediaError
 

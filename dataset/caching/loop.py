@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from contract.family import Caches
 from dataset.cache.store import Stores
 from dataset.caching.prefetch import CacheReport, conclude, join_reports, workers_of
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, DebugOptions
 from modules.command import COUNT, LOCAL_RANK, RANK, as_typed
 from modules.console import Row, in_words
-from modules.contract.family import Caches
 from modules.devices import choose_device, leave_cudnn_out, peak_in_words
 from modules.errors import OptionError
 from modules.installation import import_own

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from contract.family import Caches
 from dataset.caching.prefetch import CacheReport
 from dataset.caching.texts import TextWork
 from dataset.caching.work import MediaWork
@@ -20,7 +21,6 @@ from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions, RayOptions
 from modules.command import as_typed
 from modules.console import show_box
-from modules.contract.family import Caches
 from modules.devices import choose_device, leave_cudnn_out
 from modules.errors import DatasetError, InstallationError, OptionError, UserError
 from modules.installation import PREFIX, ROOT

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from contract.data import CONTROL, FPS, LOSS_MASK, LatentSpec, MediaTable, SoundSpec
 from dataset.cache import records
 from dataset.cache.files import Entry, LatentName
 from dataset.cache.store import ExistingNames, Names, Stores
@@ -29,7 +30,6 @@ from dataset.sources.media_source import (
 )
 from modules.bars import Bar
 from modules.console import count_of
-from modules.contract.data import CONTROL, FPS, LOSS_MASK, LatentSpec, MediaTable, SoundSpec
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.colours import AS_SHOWN

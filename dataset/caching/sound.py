@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from contract.data import SOUND
+from contract.family import Caches, HearsSound
 from dataset.cache import files as cache_files
 from dataset.cache import records
 from dataset.cache.store import ExistingNames, LatentNames, Stores, remove_caches
@@ -26,8 +28,6 @@ from dataset.sources.frames import kept_rate
 from dataset.sources.media_source import FileIdentity, MediaSource, Origin
 from dataset.sources.sound import NoSound, find_sound, read_sounds
 from modules.bars import Bar
-from modules.contract.data import SOUND
-from modules.contract.family import Caches, HearsSound
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
 

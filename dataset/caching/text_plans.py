@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from contract.family import TextEncoder
 from dataset.cache.files import EMPTY, PART, Entry, empty_text_name, text_file_name
 from dataset.cache.records import TextRecord, difference, is_unchanged, text_records, verify_tensors
 from dataset.cache.store import Stores
@@ -18,7 +19,6 @@ from dataset.config_keys import TEXTS
 from dataset.sources.colours import references_otherwise
 from dataset.sources.media_source import MediaSource, Origin, pause_collection
 from modules.bars import Bar
-from modules.contract.family import TextEncoder
 from modules.errors import CacheError, DatasetError
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from contract.data import Conditions
+from contract.family import Caches, TextEncoder
+from contract.requests import Prompt
 from dataset.cache.files import (
     FORMAT_VERSION,
     PART,
@@ -54,9 +57,6 @@ from dataset.sources.references import explain_reference, hold_references
 from dataset.subsets import refuse_changing
 from modules.bars import Bar
 from modules.console import count_of, show_box
-from modules.contract.data import Conditions
-from modules.contract.family import Caches, TextEncoder
-from modules.contract.requests import Prompt
 from modules.errors import CacheError, CheckpointError, MediaError
 from modules.media.colours import AS_SHOWN
 from modules.paths import path_exists

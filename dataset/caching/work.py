@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from contract.data import FPS, CacheEntry, MediaEncoders
+from contract.family import Caches, hears_sound, sound_of
 from dataset.cache.files import SUFFIX, LatentName, is_latent_cache
 from dataset.cache.records import LatentRecord
 from dataset.cache.store import ExistingNames, LatentNames, Stores, may_be_mixed, npz_names, remove_caches
@@ -31,8 +33,6 @@ from dataset.subsets import refuse_changing
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
 from modules.console import Row, as_size, count_of, count_words, show_box
-from modules.contract.data import FPS, CacheEntry, MediaEncoders
-from modules.contract.family import Caches, hears_sound, sound_of
 from modules.control_codes import escape_control_codes
 from modules.devices import free_memory
 from modules.errors import DatasetError

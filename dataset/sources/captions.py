@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from contract.rules import TokenCount
 from dataset.config import DatasetTable
 from dataset.table import CaptionChanges
-from modules.contract.rules import TokenCount
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES, MAX_CAPTIONS
 from modules.text_files import bad_character, read_content, read_text

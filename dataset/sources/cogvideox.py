@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from checkpoints.containers import load_pickled
+from contract.data import LatentSpec
 from dataset.config import DatasetTable
 from dataset.sources.captions import complete_captions
 from dataset.sources.columns import JSONL, TableRow, column_names, read_columns, table_format, table_lines
@@ -28,8 +30,6 @@ from dataset.sources.media_source import (
 )
 from dataset.sources.rows import check_text, locate
 from modules.atomic_write import write_text
-from modules.checkpoints.containers import load_pickled
-from modules.contract.data import LatentSpec
 from modules.errors import CheckpointError, DatasetError, MediaError
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from contract.data import MediaTable
 from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
 from dataset.sources.media_source import Fault, MediaSource
 from modules.console import count_of
-from modules.contract.data import MediaTable
 from modules.errors import DatasetError, MediaError
 from modules.media import buckets
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from contract.data import SoundSpec
 from dataset.sources.frames import Span, file_rate
 from dataset.sources.media_source import MediaSource
-from modules.contract.data import SoundSpec
 from modules.errors import MediaError
 from modules.limits import MAX_FRAMES
 from modules.media.decoding import is_animation

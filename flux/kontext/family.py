@@ -8,6 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from checkpoints.dits import DitHeader
+from contract import data
+from contract.family import DitSpec, Family, NoiseSpec, count_picture_tokens
+from contract.requests import Prepared
+from contract.rules import ModelRelease, ReferenceRules
 from encoders.clip_l import CLIP_L
 from encoders.pictures import GUIDANCE, picture_defaults, references_of
 from encoders.t5 import USE
@@ -24,11 +29,6 @@ from flux.kontext.options import (
     KontextTrainingOptions,
 )
 from flux.spec import FLUX_DIT, LATENT
-from modules.checkpoints.dits import DitHeader
-from modules.contract import data
-from modules.contract.family import DitSpec, Family, NoiseSpec, count_picture_tokens
-from modules.contract.requests import Prepared
-from modules.contract.rules import ModelRelease, ReferenceRules
 from modules.devices import choose_compute_dtype
 from modules.errors import OptionError
 from modules.media.buckets import Size, choose_image_bucket

@@ -1,6 +1,6 @@
 """What FLUX.1 Kontext is called everywhere; its LoRAs and files are FLUX.1's."""
 
-from modules.families import PICTURES, FamilyEntry, Marks
+from contract.families import PICTURES, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames
 
 ENTRY = FamilyEntry(

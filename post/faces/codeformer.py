@@ -15,8 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear, pad, scaled_dot_product_attention, silu
 
-from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
-from modules.checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 
 # Letters: B faces, C channels, h w height and width of features, L places that get a code, D width of tokens

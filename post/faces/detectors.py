@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from modules.checkpoints.containers import PICKLE
-from modules.checkpoints.opening import open_checkpoint
+from checkpoints.containers import PICKLE
+from checkpoints.opening import open_checkpoint
 from modules.devices import half_where_fast
 from modules.errors import CheckpointError
 from modules.limits import MAX_PICKLE_BYTES

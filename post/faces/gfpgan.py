@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate, leaky_relu
 
-from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
-from modules.checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from checkpoints.opening import Checkpoint, plain_sources
 
 # Letters: B faces, C channels, h w height and width of features, S side of a face in pixels
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, leaky_relu
 
-from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
-from modules.checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
+from checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
 from modules.command import as_typed
 from modules.errors import CheckpointError
 from modules.paths import explain_missing

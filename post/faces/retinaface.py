@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, relu
 
-from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
-from modules.checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
+from checkpoints.opening import Checkpoint, plain_sources
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.layers.convolution import lay_out, layouts

@@ -10,8 +10,8 @@ import torch
 import yaml
 from torch import nn
 
-from modules.checkpoints.dialects import LoadPlan, count, load_planned, other_kind, rename_sources, shapes_of
-from modules.checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, rename_sources, shapes_of
+from checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.limits import MAX_RAFT_ITERATIONS
 from modules.paths import explain_missing

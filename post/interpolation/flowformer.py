@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
 
-from modules.checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
-from modules.checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from checkpoints.opening import Checkpoint, plain_sources
 from post.interpolation import flowformer_memory
 from post.interpolation.layers import SIDE, Correlation, EncodedPicture, grid_of, rows_of_part
 from post.interpolation.raft import FlowHead, MotionEncoder, SeparableGru, upsample_flow, upsampling_mask

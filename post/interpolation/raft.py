@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, relu, unfold
 
-from modules.checkpoints.dialects import LoadPlan, other_kind, shapes_of
-from modules.checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.dialects import LoadPlan, other_kind, shapes_of
+from checkpoints.opening import Checkpoint, plain_sources
 from post.contract import batch_norm
 from post.interpolation.layers import CHANNELS, Correlation, EncodedPicture, conv, grid_of
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from modules.checkpoints.dialects import (
+from checkpoints.dialects import (
     LoadPlan,
     Names,
     count,
@@ -20,7 +20,7 @@ from modules.checkpoints.dialects import (
     shapes_of,
     translate_name,
 )
-from modules.checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from modules.errors import CheckpointError
 from modules.layers.convolution import lay_out
 from post.upscaling.rrdb import COLOURS, CompactConfig, CompactNet, RrdbConfig, RRDBNet

@@ -12,11 +12,11 @@ from torch.nn.functional import interpolate
 
 from modules.layers.convolution import layouts
 from modules.media.encoding import Picture, Pixels
-from modules.planning.dry_run import ACCELERATOR, dry_run, largest, place
 from post import tiling
 from post.contract import Clip, Stage, enlarged_clip, to_pixels, to_tensor
 from post.options import UpscalerOptions
 from post.upscaling.files import META, Config, Upscaler, UpscalerKind, check_file, load_upscaler
+from running.planning.dry_run import ACCELERATOR, dry_run, largest, place
 
 logger = logging.getLogger(__name__)
 

@@ -36,19 +36,19 @@ from benchmarks.traffic_count import (
 )
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE
+from contract.requests import Request
+from contract.rules import ONE_EXPERT
+from contract.steps import Section
 from generation.denoise import denoise
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
 from krea2.model import Krea2Model
 from ltx_2.configs import LtxConfig, StreamConfig
 from ltx_2.model import LtxModel
-from modules.contract.requests import Request
-from modules.contract.rules import ONE_EXPERT
-from modules.contract.steps import Section
 from modules.flow.solvers import solver_for
-from modules.planning.dry_run import dry_run
-from modules.planning.memory_plan import MemoryPart, Phase
 from qwen_image.model import QwenImageModel
+from running.planning.dry_run import dry_run
+from running.planning.memory_plan import MemoryPart, Phase
 from tests.commands import ROOT
 from tests.preparing import prepare
 from tests.tiny import krea2 as tiny_krea2

@@ -15,10 +15,10 @@ from blissful_tuner.guidance import (
     warn_of_low_scales,
 )
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
+from contract.requests import Request
+from contract.rules import GuidanceRules, StreamGuidance
+from contract.steps import Step
 from generation.session import wanted_texts
-from modules.contract.requests import Request
-from modules.contract.rules import GuidanceRules, StreamGuidance
-from modules.contract.steps import Step
 from modules.errors import OptionError
 from tests.blissful_tuner.test_guidance_formulas import Network, step
 from tests.golden_cases import read_case

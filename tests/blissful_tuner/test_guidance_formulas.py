@@ -19,10 +19,10 @@ from blissful_tuner.guidance_formulas import (
     perp_neg,
 )
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions, NagOptions
-from modules.contract.data import Conditions, Joint
-from modules.contract.requests import Request
-from modules.contract.rules import GuidanceRules, Projection, StreamGuidance
-from modules.contract.steps import NO_TWEAKS, Section, Step, Tweaks
+from contract.data import Conditions, Joint
+from contract.requests import Request
+from contract.rules import GuidanceRules, Projection, StreamGuidance
+from contract.steps import NO_TWEAKS, Section, Step, Tweaks
 from tests.golden_cases import read_case
 from tests.preparing import prepare
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from blissful_tuner.latent_preview import LatentPreviews, LatestWriter, make_previews, preview_clip
 from blissful_tuner.options import PreviewOptions
 from blissful_tuner.taehv import TinyDecoder, TinyVae, check_taehv, enlarge, load_taehv, project
-from modules.contract.data import LatentSpec
-from modules.contract.steps import Piece, Section, Step, StepDone
+from contract.data import LatentSpec
+from contract.steps import Piece, Section, Step, StepDone
 from modules.errors import CheckpointError
 from modules.media.reading import read_image, video_info
 from tests.golden_cases import make_weights, read_case

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from blissful_tuner.step_cache import StepCaches
-from modules.contract.requests import Request
-from modules.contract.rules import MagCache, StepCaching, TeaCache
-from modules.contract.steps import Tweaks
-from modules.run_blocks import spec_of
-from modules.step_cache import Branch
-from tests.modules.step_cache.test_runner import turn
+from contract.requests import Request
+from contract.rules import MagCache, StepCaching, TeaCache
+from contract.steps import Tweaks
+from running.run_blocks import spec_of
+from running.step_cache import Branch
 from tests.preparing import prepare
+from tests.running.step_cache.test_runner import turn
 from tests.tiny.dits import ONE_OF_EACH, TinyDit
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blissful_tuner.video_to_video import first_step, fit_frames
-from modules.contract.rules import Source
+from contract.rules import Source
 from modules.flow.schedule import make_schedule
 from modules.media.reading import read_image, video_frames
 from tests.faults.messages import succeed_here

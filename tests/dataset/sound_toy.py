@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.contract.data import Sound, SoundSpec
-from modules.contract.family import Abilities
+from contract.data import Sound, SoundSpec
+from contract.family import Abilities
 from tests.dataset.toy_family import ToyFamily
 
 RATE = 1600  # samples in a second

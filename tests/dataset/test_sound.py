@@ -10,6 +10,7 @@ from typing import Any
 import av
 import pytest
 
+from contract.data import FPS, HAS_SOUND, SOUND, SoundSpec
 from data_tools.report.check import check_training
 from dataset.batches.finding import FoundItems, find_items, require_items
 from dataset.batches.items import CachingCommands, group_items
@@ -25,7 +26,6 @@ from dataset.sources import sound
 from dataset.sources.decoding import decode_source
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
-from modules.contract.data import FPS, HAS_SOUND, SOUND, SoundSpec
 from modules.errors import CacheError, DatasetError
 from modules.media.samples import read_track
 from tests.dataset.cache.killing import needs_fork, run_to_step

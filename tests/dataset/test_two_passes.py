@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from contract.data import Conditions
+from contract.requests import Prompt
 from data_tools.report.check import check_training
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import CachingCommands
@@ -18,8 +20,6 @@ from dataset.batches.reading import read_batch
 from dataset.cache.files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig
-from modules.contract.data import Conditions
-from modules.contract.requests import Prompt
 from modules.errors import CacheError
 from tests.dataset.cache.killing import needs_fork, run_to_step
 from tests.dataset.caching.test_loop import change, make_config, names

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from dataset.options import CachingOptions
-from modules.contract.data import (
+from contract.data import (
     CacheEntry,
     Conditions,
     LatentSpec,
@@ -21,9 +20,10 @@ from modules.contract.data import (
     MediaTable,
     SamplingDefaults,
 )
-from modules.contract.family import Abilities, EncoderAbilities
-from modules.contract.requests import Prompt
-from modules.contract.rules import CountTokens, ReferenceRules, TokenCount, kept_characters
+from contract.family import Abilities, EncoderAbilities
+from contract.requests import Prompt
+from contract.rules import CountTokens, ReferenceRules, TokenCount, kept_characters
+from dataset.options import CachingOptions
 from modules.errors import DatasetError, MediaError
 
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from contract.families import with_scripts
 from dataset.options import CachingOptions, read_latent_caching
 from docs.model_tables import FIRST, family_table, models_tables, page_of
 from downloads.catalogue import ModelSet, ReleasedFile, download_hint, families, known_components, model_sets
@@ -26,7 +27,6 @@ from hunyuan_image.configs import HUNYUAN_IMAGE
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
 from lumina.configs import LUMINA_2
 from modules.errors import UserError
-from modules.families import with_scripts
 from modules.parser import parse_options
 from post.chain_options import TOOLS as TOOLS_ON_VIDEOS
 from post.chain_options import read_chain

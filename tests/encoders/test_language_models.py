@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from checkpoints.opening import open_checkpoint
+from checkpoints.tokenizers import TokenizerFiles
+from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import (
     LLAMA,
@@ -27,9 +30,6 @@ from encoders.language_models import (
 from encoders.picture_prompts import load_vision_tower
 from encoders.text_encoder import TokenizerSource
 from flux_2.versions import MISTRAL3
-from modules.checkpoints.opening import open_checkpoint
-from modules.checkpoints.tokenizers import TokenizerFiles
-from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 from tests.manifests import tensor_list, write_hollow
 from tests.modules.fake_device import FakeDevice

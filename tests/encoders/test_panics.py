@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from checkpoints.tokenizers import TokenizerFiles
 from encoders.clip_l import load_clip_words
 from encoders.language_encoder import qwen_tokenizer
 from encoders.text_encoder import TokenizerSource
-from modules.checkpoints.tokenizers import TokenizerFiles
 from modules.errors import CheckpointError
 from tests.encoders.test_language_models import tiny_tokenizer
 

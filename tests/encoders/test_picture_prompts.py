@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import (
@@ -24,7 +25,6 @@ from encoders.picture_prompts import (
     read_within,
 )
 from generation.memory import META, rehearsing
-from modules.contract.requests import Prompt
 from modules.errors import CheckpointError, MediaError
 from tests.encoders.test_language_models import QWEN_IMAGE, STACKED, TOLERANCE, assert_close
 from tests.tiny.hunyuan_encoders import save

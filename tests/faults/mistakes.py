@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from accelerate.state import AcceleratorState
 
-from modules.checkpoints.containers import SafetensorsFile, TorchFile
+from checkpoints.containers import SafetensorsFile, TorchFile
 from tests.faults.messages import run_here
 from tests.faults.runs import FAMILIES, FRAMEPACK, HUNYUAN_VIDEO, TOKENIZERS, WAN, Scripts
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.checkpoints.model_files import load_latents
+from checkpoints.model_files import load_latents
 from networks.loading import read_lora
 from tests.faults.damage import (
     Damage,

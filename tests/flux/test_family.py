@@ -10,6 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import flux_minimal_inference
+from contract.data import Batch, MadeBy, MediaTable
+from contract.loading import Placement
+from contract.requests import Request
+from contract.steps import EncodedPrompts
 from flux.family import Flux, family_for_text_caching, family_for_training
 from flux.files import FluxFiles
 from flux.model import pack
@@ -17,10 +21,6 @@ from flux.official_options import generation_words, read_minimal
 from flux.options import FluxTextCachingOptions, FluxTextOptions, FluxTrainingOptions
 from flux.spec import size_shift, tokens_of
 from generation.denoise import make_latents
-from modules.contract.data import Batch, MadeBy, MediaTable
-from modules.contract.loading import Placement
-from modules.contract.requests import Request
-from modules.contract.steps import EncodedPrompts
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
 from modules.flow.schedule import make_schedule
 from tests.commands import joined

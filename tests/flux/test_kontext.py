@@ -10,14 +10,14 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from PIL import Image
 from safetensors.torch import load_file
 
+from contract.data import Batch
+from contract.requests import Request
+from contract.steps import Tweaks
 from flux.family import Flux
 from flux.files import FluxFiles
 from flux.kontext.family import TRAINED_SIZES, Kontext, KontextFiles
 from generation.denoise import SeededNoise
 from generation.expert_memory import largest_of
-from modules.contract.data import Batch
-from modules.contract.requests import Request
-from modules.contract.steps import Tweaks
 from modules.errors import CacheError, OptionError
 from tests.faults.messages import succeed_here
 from tests.flux.making import in_diffusers, run_there, tiny_inputs, tiny_model

@@ -12,12 +12,12 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 
+from contract.data import Batch
+from contract.requests import Prepared, Request
 from encoders.pictures import read_reference, references_in
 from flux_2.family import AMONG_SEVERAL, MOST_REFERENCES, Flux2, empirical_mu
 from flux_2.files import Flux2Files
 from flux_2.versions import VERSIONS
-from modules.contract.data import Batch
-from modules.contract.requests import Prepared, Request
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
 from tests.faults.messages import succeed_here

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints.opening import open_checkpoint
 from encoders.autoencoder import load_autoencoder
 from flux_2.vae import load_vae, read_vae
-from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from tests.flux_2.making import autoencoder_in_diffusers
 from tests.manifests import tensor_list, write_hollow

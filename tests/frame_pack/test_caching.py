@@ -11,13 +11,13 @@ import torch
 from safetensors import safe_open
 
 import fpack_cache_latents
+from contract.data import MediaBatch, MediaEncoders, MediaTable
 from frame_pack.caching import clip_entries, clip_sections, count_sections
 from frame_pack.family import FramePack, family_for_latent_caching
 from frame_pack.image_encoder import load_siglip
 from frame_pack.options import FramePackLatentCachingOptions
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from hunyuan_model.vae import load_vae
-from modules.contract.data import MediaBatch, MediaEncoders, MediaTable
 from modules.errors import DatasetError
 from modules.parser import parse_options
 from tests.faults.messages import succeed_here

@@ -13,6 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from contract.data import MediaEncoders
+from contract.one_frame import OneFrame, parse_one_frame, semicolon_hint
+from contract.requests import Prepared, Request
 from dataset.sources.frames import bucket_of
 from encoders.tiles import posterior_generator
 from frame_pack.family import LATENT, FramePack, family_for_generation, family_for_training
@@ -21,9 +24,6 @@ from frame_pack.inputs import one_frame_inputs, video_inputs
 from frame_pack.options import FramePackGenerationOptions, FramePackTrainingOptions
 from frame_pack.requests import FramePackRequest, prepare_request
 from hunyuan_model.spec import LATENT as VAE_LATENT
-from modules.contract.data import MediaEncoders
-from modules.contract.one_frame import OneFrame, parse_one_frame, semicolon_hint
-from modules.contract.requests import Prepared, Request
 from modules.errors import OptionError
 from modules.media.writing import write_png
 from modules.options import read_options

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from contract.data import Conditions
 from frame_pack.configs import DIT
 from frame_pack.family import HISTORY, FramePack, family_for_generation
 from frame_pack.options import FramePackGenerationOptions, parse_entries
@@ -24,12 +25,11 @@ from frame_pack.sections import (
     parse_paddings,
     sections_in,
 )
-from modules.compile import compile_blocks
 from modules.compile_options import Compilation
-from modules.contract.data import Conditions
 from modules.errors import OptionError
 from modules.flow.schedule import make_schedule
 from modules.parser import parse_options
+from running.compile import compile_blocks
 from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.golden_cases import read_case
 from tests.tiny.framepack_dit import CONFIG

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
-from modules.contract.data import Conditions
-from modules.contract.steps import NO_TWEAKS, Tweaks
+from contract.data import Conditions
+from contract.steps import NO_TWEAKS, Tweaks
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.project import write_image

@@ -15,17 +15,17 @@ import pytest
 import torch
 from torch import nn
 
+from contract.families import HIGH_NOISE, LOW_NOISE
+from contract.loading import Placement
+from contract.rules import Expert
 from generation.expert_memory import ExpertTurns
 from generation.experts import Check, DitTurns
-from modules.contract.loading import Placement
-from modules.contract.rules import Expert
 from modules.errors import CheckpointError
-from modules.families import HIGH_NOISE, LOW_NOISE
-from modules.offload.host_memory import Transfer
-from modules.offload.turns import HostCopy
-from modules.planning.device_memory import Room
-from modules.planning.dry_run import WEIGHTS
-from modules.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase
+from running.offload.host_memory import Transfer
+from running.offload.turns import HostCopy
+from running.planning.device_memory import Room
+from running.planning.dry_run import WEIGHTS
+from running.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase
 from tests.modules.fake_device import CountedMemory
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.wan.test_model import tiny_inputs

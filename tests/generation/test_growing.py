@@ -15,6 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from contract.data import MediaEncoders
+from contract.loading import Placement
+from contract.requests import Request
+from contract.steps import EncodedPrompts, Piece, Section
 from frame_pack.sections import section_frames
 from frame_pack.sections import video_frames as frames_of_video
 from generation.denoise import make_latents
@@ -24,10 +28,6 @@ from generation.progress import GrowingVideo, fade_in_clip
 from generation.run import generate
 from generation.script_options import ScriptDefaults
 from generation.session import CPU, Session
-from modules.contract.data import MediaEncoders
-from modules.contract.loading import Placement
-from modules.contract.requests import Request
-from modules.contract.steps import EncodedPrompts, Piece, Section
 from modules.errors import OutputError
 from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import video_frames

@@ -135,7 +135,7 @@ def test_lines_of_a_file_and_of_the_console_equal_single_runs(
 
 @pytest.mark.long
 def test_upcast_linear_computes_fp8_layers_in_float32(tmp_path: Path) -> None:
-    """The formula of a layer is in tests/modules/stored/test_fp8.py; here it arrives in the script."""
+    """The formula of a layer is in tests/checkpoints/stored/test_fp8.py; here it arrives in the script."""
     models = write_tiny_wan(tmp_path / "models", dtype=torch.bfloat16).models
     script = Script(wan_generate_video.main, [*models, "--task", "t2v-1.3B", "--video_length", "1"])
     scaled = script.latents(tmp_path / "scaled", "--fp8_scaled")

@@ -13,6 +13,11 @@ from torch import Tensor
 import qwen_image_generate_image
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.step_cache import StepCaches
+from contract.data import MediaEncoders
+from contract.loading import Placement
+from contract.requests import Request
+from contract.rules import MagCache, TeaCache
+from contract.steps import DitAt, EncodedPrompts, Step
 from fpack_generate_video import DEFAULTS
 from frame_pack.family import LATENT
 from frame_pack.family import family_for_generation as framepack_for_generation
@@ -22,19 +27,14 @@ from generation.denoise import SeededNoise, on_device, predictor
 from generation.memory import rehearse_decoding, rehearse_denoising, resolve_options
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.script_options import ScriptDefaults
-from modules.contract.data import MediaEncoders
-from modules.contract.loading import Placement
-from modules.contract.requests import Request
-from modules.contract.rules import MagCache, TeaCache
-from modules.contract.steps import DitAt, EncodedPrompts, Step
 from modules.devices import GIB
 from modules.errors import MemoryPlanError
 from modules.options import read_options
 from modules.parser import add_options
-from modules.planning.device_memory import Room
-from modules.planning.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
-from modules.planning.kernels import PlannedKernels
-from modules.planning.memory_plan import MemoryPart
+from running.planning.device_memory import Room
+from running.planning.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
+from running.planning.kernels import PlannedKernels
+from running.planning.memory_plan import MemoryPart
 from tests.commands import run_script
 from tests.preparing import prepare
 from tests.tiny import wan_dit

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints.model_files import load_latents
+from contract.requests import Request
 from generation.outputs import drop_tail, output_stem, own_stem, save_latents, save_pixels
 from generation.progress import log_turn, show_end, show_start
 from generation.script_options import OutputOptions
-from modules.checkpoints.model_files import load_latents
-from modules.contract.requests import Request
 from modules.errors import CheckpointError, OptionError
 from modules.media.options import FormatOptions
 from modules.media.pixels import pixels_to_uint8

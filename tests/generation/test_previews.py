@@ -12,13 +12,13 @@ from torch import Tensor
 
 import fpack_generate_video
 import wan_generate_video
+from contract.data import LatentSpec
+from contract.requests import Request
+from contract.steps import EncodedPrompts, StepDone
 from frame_pack.generating import video_sections
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from generation.denoise import make_latents
 from generation.run import generate
-from modules.contract.data import LatentSpec
-from modules.contract.requests import Request
-from modules.contract.steps import EncodedPrompts, StepDone
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import video_info
 from tests.generation.guided import Script

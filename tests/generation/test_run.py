@@ -17,6 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import wan_generate_video
+from contract.data import MediaEncoders
+from contract.loading import Placement
+from contract.requests import Request
 from generation import making
 from generation.asking import line_reader
 from generation.experts import DitTurns
@@ -24,9 +27,6 @@ from generation.options import GenerationOptions, generation_parser, read_argume
 from generation.run import generate
 from generation.script_options import ScriptDefaults
 from generation.session import Session, wanted_texts
-from modules.contract.data import MediaEncoders
-from modules.contract.loading import Placement
-from modules.contract.requests import Request
 from modules.errors import CheckpointError, MemoryPlanError, OptionError, UserError
 from modules.media.reading import video_frames
 from modules.options import read_options

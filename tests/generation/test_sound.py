@@ -18,13 +18,13 @@ from torch import Tensor
 import wan_generate_video
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE
+from contract.data import SOUND, Joint
+from contract.requests import Request
+from contract.steps import Section, StepDone, Tweaks
 from generation.comparing import compare
 from generation.denoise import denoise
 from generation.grid_options import CompareOptions
 from generation.outputs import save_latents, save_pixels
-from modules.contract.data import SOUND, Joint
-from modules.contract.requests import Request
-from modules.contract.steps import Section, StepDone, Tweaks
 from modules.errors import CheckpointError, OptionError
 from modules.flow.solvers import solver_for
 from modules.media.reading import read_tags, video_frames, video_info

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import wan_generate_video
+from contract.families import HIGH_NOISE, LOW_NOISE
+from contract.rules import ONE_EXPERT, Expert
 from generation.dressing import expert_loras
 from generation.options import ExpertOptions
-from modules.contract.rules import ONE_EXPERT, Expert
 from modules.errors import CheckpointError, OptionError
-from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.media.reading import read_tags
 from modules.media.writing import write_video
 from networks.apply import LoraPatch

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from frame_pack.sections import blend_overlaps, decoding_slices, section_frames, video_frames
-from modules.contract.data import (
+from contract.data import (
     Batch,
     CacheEntry,
     Conditions,
@@ -17,7 +16,7 @@ from modules.contract.data import (
     MediaEncoders,
     SamplingDefaults,
 )
-from modules.contract.family import (
+from contract.family import (
     FLOW,
     Abilities,
     DitSpec,
@@ -27,10 +26,11 @@ from modules.contract.family import (
     NoiseSpec,
     TextEncoder,
 )
-from modules.contract.loading import Placement
-from modules.contract.requests import Prepared, Prompt, Request, settle, size_of
-from modules.contract.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, SourceRules, TokenCount
-from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Piece, Section, Tweaks
+from contract.loading import Placement
+from contract.requests import Prepared, Prompt, Request, settle, size_of
+from contract.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, SourceRules, TokenCount
+from contract.steps import NO_TWEAKS, EncodedPrompts, Piece, Section, Tweaks
+from frame_pack.sections import blend_overlaps, decoding_slices, section_frames, video_frames
 from modules.errors import CheckpointError, MediaError, OptionError
 
 TOY_RELEASE = ModelRelease(("owner/toy",), "Toy licence", "other", "https://example.org/licence")

@@ -16,12 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.attention.attend import BACKENDS, attend, check_backend, lengths_on
-from modules.attention.sdpa import attend_with_bias, kernels
-from modules.errors import OptionError
-from modules.speed_options import SDPA, AttentionChoice, Quantisation
-from modules.stored.fp8 import dequantise, quantise
-from modules.stored.fp8_products import (
+from checkpoints.stored.fp8 import dequantise, quantise
+from checkpoints.stored.fp8_products import (
     LEAST_CAPABILITY,
     Product,
     choose_product,
@@ -30,6 +26,10 @@ from modules.stored.fp8_products import (
     supports_fp8,
     tensor_scaled_product,
 )
+from modules.attention.attend import BACKENDS, attend, check_backend, lengths_on
+from modules.attention.sdpa import attend_with_bias, kernels
+from modules.errors import OptionError
+from modules.speed_options import SDPA, AttentionChoice, Quantisation
 from tests.gpu.measuring import equal_bits, relative_error
 
 pytestmark = pytest.mark.gpu

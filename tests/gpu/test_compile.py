@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from checkpoints.stored.forms import attach
+from checkpoints.stored.fp8 import Fp8
+from checkpoints.stored.fp8_products import choose_product, supports_fp8
 from generation.denoise import SeededNoise
-from modules.compile import check_compilation, compile_blocks
 from modules.compile_options import Compilation
 from modules.layers.modulation import add_gated, modulate
-from modules.offload.block_swap import move_network
-from modules.offload.checkpointing import checkpoint_blocks
 from modules.speed_options import Quantisation
-from modules.stored.forms import attach
-from modules.stored.fp8 import Fp8
-from modules.stored.fp8_products import choose_product, supports_fp8
 from networks.lora_layer import keep_mask
+from running.compile import check_compilation, compile_blocks
+from running.offload.block_swap import move_network
+from running.offload.checkpointing import checkpoint_blocks
 from tests.gpu.measuring import equal_bits, relative_error, sent
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, same, swapped

@@ -10,25 +10,25 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from checkpoints.stored.forms import prepare
+from checkpoints.stored.fp8_products import supports_fp8
+from contract.data import Batch
+from contract.requests import Request, settle
+from contract.steps import EncodedPrompts
 from generation.denoise import make_latents
 from generation.dressing import dit_loader
 from generation.memory import rehearse_denoising
 from generation.options import read_generation
 from generation.script_options import ScriptDefaults
 from modules.attention.attend import attend
-from modules.contract.data import Batch
-from modules.contract.requests import Request, settle
-from modules.contract.steps import EncodedPrompts
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.rope import rotate
-from modules.offload.swap_plan import SwapPlan, host_weights
-from modules.planning.device_memory import TOLERANCE
-from modules.planning.dry_run import ACCELERATOR, dry_run
-from modules.planning.memory_plan import workspace
-from modules.stored.forms import prepare
-from modules.stored.fp8_products import supports_fp8
 from networks.adapter import make_network
+from running.offload.swap_plan import SwapPlan, host_weights
+from running.planning.device_memory import TOLERANCE
+from running.planning.dry_run import ACCELERATOR, dry_run
+from running.planning.memory_plan import workspace
 from tests.gpu.measuring import peak_of, release_cuda
 from tests.manifests import tensor_list, write_hollow
 from training.experts import dress, placement_of

@@ -1,6 +1,6 @@
 """Swapped blocks, activations in host memory and networks that take turns give the bits of those that stay.
 
-tests/modules/offload shows it on a fake device. On CUDA copies run beside the computation; to make races
+tests/running/offload shows it on a fake device. On CUDA copies run beside the computation; to make races
 show, either side is made late.
 """
 
@@ -15,21 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from blissful_tuner.latent_preview import bring_home
-from modules.checkpoints.filling import load_module
-from modules.checkpoints.opening import open_checkpoint, plain_sources
-from modules.contract.family import DitSpec
-from modules.contract.loading import Placement, TensorInfo
-from modules.contract.steps import Tweaks
+from checkpoints.filling import load_module
+from checkpoints.opening import open_checkpoint, plain_sources
+from contract.family import DitSpec
+from contract.loading import Placement, TensorInfo
+from contract.steps import Tweaks
 from modules.devices import send_ahead
 from modules.layers.convolution import lay_out, layouts, repeat_pixels
-from modules.offload import host_memory
-from modules.offload.block_swap import move_network, settle_all, swap_blocks
-from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
-from modules.offload.host_memory import PIECE, CudaTransfer, Pairs, allocate
-from modules.offload.swap_plan import SwapPlan, host_weights
-from modules.offload.turns import HostCopy
-from modules.planning.memory_plan import plan_swapped_bytes
-from modules.run_blocks import Hidden, run_blocks
+from running.offload import host_memory
+from running.offload.block_swap import move_network, settle_all, swap_blocks
+from running.offload.checkpointing import checkpoint_blocks, offload_to_host
+from running.offload.host_memory import PIECE, CudaTransfer, Pairs, allocate
+from running.offload.swap_plan import SwapPlan, host_weights
+from running.offload.turns import HostCopy
+from running.planning.memory_plan import plan_swapped_bytes
+from running.run_blocks import Hidden, run_blocks
 from tests.gpu.measuring import equal_bits, no_waits, peak_of, poison, sent
 from tests.modules.making import write
 from tests.modules.swap_cases import CASES, same, step_in_backward, swapped

@@ -14,18 +14,18 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE
+from checkpoints.opening import open_checkpoint
+from contract.data import Batch, MediaTable
+from contract.families import FAMILIES
+from contract.requests import Prepared, Request
+from contract.steps import EncodedPrompts
 from generation.denoise import SeededNoise, denoise
 from hunyuan_image.configs import LATENT, NOISE
 from hunyuan_image.family import HunyuanImage
 from hunyuan_image.files import HunyuanImageFiles, read_dit_header
 from hunyuan_image.options import HunyuanImageTrainingOptions, ProjectedGuidanceOptions, translate_training
 from hunyuan_image_train_network import DEFAULTS as TRAINING
-from modules.checkpoints.opening import open_checkpoint
-from modules.contract.data import Batch, MediaTable
-from modules.contract.requests import Prepared, Request
-from modules.contract.steps import EncodedPrompts
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
-from modules.families import FAMILIES
 from modules.flow.schedule import make_schedule
 from modules.flow.solvers import solver_for
 from modules.options import read_options

@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from checkpoints.opening import open_checkpoint
+from contract.data import Conditions
+from contract.requests import Prompt
 from encoders.tiles import posterior_generator
 from hunyuan_image.configs import LATENT
 from hunyuan_image.text_encoders import (
@@ -20,9 +23,6 @@ from hunyuan_image.text_encoders import (
     glyph_text,
 )
 from hunyuan_image.vae import HunyuanImageVae, HunyuanImageVaeConfig, compute_in_rows, load_vae, read_vae
-from modules.checkpoints.opening import open_checkpoint
-from modules.contract.data import Conditions
-from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import tensor_list, write_hollow

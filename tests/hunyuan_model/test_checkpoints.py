@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from checkpoints.model_files import read_once
+from contract.loading import Placement
 from hunyuan_model.checkpoints import identify, load_dit, read_dit_header
-from modules.checkpoints.model_files import read_once
-from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from tests.hunyuan_model.making import tiny_inputs
 from tests.manifests import tensor_list, write_hollow

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from contract.data import Batch, MediaTable
+from contract.loading import Placement
+from contract.requests import Request
+from contract.steps import EncodedPrompts
 from generation.denoise import SeededNoise
 from hunyuan_model import vae as hunyuan_vae
 from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanFiles
-from modules.contract.data import Batch, MediaTable
-from modules.contract.loading import Placement
-from modules.contract.requests import Request
-from modules.contract.steps import EncodedPrompts
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
 from tests.preparing import prepare
 from tests.tiny.hunyuan import write_tiny_hunyuan

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from checkpoints.dialects import LoadPlan
+from checkpoints.opening import Checkpoint, open_checkpoint
 from encoders.clip_checkpoints import read_clip_text
 from encoders.clip_layers import ClipText, load_clip_text
 from encoders.language_models import LLAMA, build_language_model, load_language_model, read_language_model
 from hunyuan_model.text_encoders import CLIP
-from modules.checkpoints.dialects import LoadPlan
-from modules.checkpoints.opening import Checkpoint, open_checkpoint
 from modules.errors import CheckpointError
 from tests.manifests import TensorList, fit, manifest_names, tensor_list, write_hollow
 from tests.tiny.hunyuan_encoders import (

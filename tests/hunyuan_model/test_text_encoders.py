@@ -10,14 +10,14 @@ from diffusers import HunyuanVideoPipeline
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from contract.family import TextEncoder
+from contract.requests import Prompt
 from hunyuan_model.text_encoders import (
     VIDEO_TEMPLATE,
     HunyuanClip,
     LlavaTextEncoder,
     PromptTemplate,
 )
-from modules.contract.family import TextEncoder
-from modules.contract.requests import Prompt
 from modules.errors import CheckpointError
 from tests.golden_cases import read_case
 from tests.parity.hunyuan import text_pipeline

@@ -11,14 +11,14 @@ from diffusers import AutoencoderKLHunyuanVideo
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints.model_files import read_once
 from encoders import tiles as vae_tiles
 from hunyuan_model.vae import LOG_VARIANCE, HunyuanVae, load_vae
 from hunyuan_model.vae_blocks import HunyuanVaeConfig
 from hunyuan_model.vae_checkpoints import read_vae
-from modules.checkpoints.model_files import read_once
 from modules.errors import CheckpointError, OptionError
 from modules.media.pixels import byte_clips, to_pixels
-from modules.planning.dry_run import dry_run, place
+from running.planning.dry_run import dry_run, place
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.tiny.hunyuan_vae import vae_comfy_tensors, vae_config, vae_tensors

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import krea2_generate_image
+from contract.data import Batch
+from contract.loading import Placement
+from contract.requests import Prepared, Request
 from generation.prompt_lines import parse_generation_line
 from generation.request import prepare_line
 from krea2.family import Krea2, family_for_samples
 from krea2.files import Krea2Files, find_release, load_dit
 from krea2.options import Krea2TrainingOptions
-from modules.contract.data import Batch
-from modules.contract.loading import Placement
-from modules.contract.requests import Prepared, Request
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
 from tests.manifests import tensor_list, write_hollow

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoints.model_files import read_once
+from contract import families
+from contract.loading import Placement
 from ltx_2.checkpoints import FORMAT, SILENT
 from ltx_2.files import Ltx2Files
 from ltx_2.model_options import STREAMS
-from modules import families
-from modules.checkpoints.model_files import read_once
-from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from modules.speed_options import Quantisation
 from qwen_image.files import load_dit as load_qwen

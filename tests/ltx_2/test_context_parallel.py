@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
+from contract.steps import Away, Tweaks
 from ltx_2.blocks import LtxReferences
 from ltx_2.model import NO_REFERENCES
-from modules.contract.steps import Away, Tweaks
-from modules.offload.context import ProcessGrid, share_tokens
+from running.offload.context import ProcessGrid, share_tokens
 from tests.ltx_2.tiny_dit import dit_inputs, tiny_dit
 
 PROCESSES = 2

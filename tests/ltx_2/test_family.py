@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import ltx2_generate_video
+from contract.data import SOUND
 from ltx_2.files import Ltx2Files
 from ltx_2.model_options import GEMMA
-from modules.contract.data import SOUND
 from modules.errors import CheckpointError
 from modules.media.pixels import video_pixels
 from modules.media.reading import read_image

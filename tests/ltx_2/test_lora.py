@@ -11,11 +11,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LTX2Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoints.dits import DitFormat
+from contract.loading import Placement
 from ltx_2.checkpoints import FORMAT, SILENT, SOUND_ALONE
 from ltx_2.configs import DIT, LORA_PRESETS
 from ltx_2.model import LtxModel
-from modules.checkpoints.dits import DitFormat
-from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from networks.adapter import make_network as make_trained
 from networks.added import add_loras

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ltx2_cache_latents
+from contract.rules import ReferenceRules
 from ltx_2.references import factors_of, thin_out
 from ltx_2.rope import Places, make_table
-from modules.contract.rules import ReferenceRules
 from modules.errors import OptionError
 from modules.media.writing import write_png
 from modules.seeds import derive_seed

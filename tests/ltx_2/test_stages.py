@@ -18,10 +18,10 @@ from torch import Tensor
 
 import ltx2_generate_video
 from blissful_tuner.taehv import TaehvConfig
+from contract.data import SOUND
 from ltx_2.stage_options import Ltx2OfficialStages
 from ltx_2.stages import two_stages
 from ltx_2.upscaler import SPATIAL, TEMPORAL, enlarge, factors
-from modules.contract.data import SOUND
 from modules.errors import UserError
 from modules.media.pixels import image_pixels
 from modules.media.reading import read_image, video_frames

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoints.dialects import load_planned
+from checkpoints.opening import open_checkpoint
 from encoders.language_models import ALL_STATES, build_language_model, read_language_model
 from ltx_2.connectors import TextConnectors, open_connectors, read_connectors
 from ltx_2.files import Ltx2Files
 from ltx_2.gemma_4 import GEMMA_4, GEMMA_4_USE
 from ltx_2.model_options import GEMMA
 from ltx_2.text_encoder import MASK
-from modules.checkpoints.dialects import load_planned
-from modules.checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError, OptionError
 from tests.ltx_2.test_text import AUDIO, CPU, PROMPTS, VIDEO, assert_close, encoded
 from tests.ltx_2.tiny_text import (

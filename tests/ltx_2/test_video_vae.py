@@ -12,10 +12,10 @@ from diffusers import AutoencoderKLLTX2Video
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints.model_files import read_once
 from encoders.tiles import tiles
 from ltx_2.vae_checkpoints import read_video_vae
 from ltx_2.video_vae import LtxVideoVae, load_video_vae
-from modules.checkpoints.model_files import read_once
 from modules.errors import CheckpointError
 from tests.ltx_2.tiny_media import VIDEO_VAES, video_vae, video_vae_official
 from tests.manifests import fit, manifest_names, tensor_list, write_hollow

@@ -13,6 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from contract.family import can_learn
+from contract.loading import Placement
+from contract.requests import Prepared, Prompt, Request
+from contract.steps import EncodedPrompts
 from encoders.autoencoder import read_autoencoder_header
 from generation.denoise import make_latents
 from lumina.family import DEFAULTS, Lumina
@@ -22,14 +26,10 @@ from lumina.options import LuminaTrainingOptions, translate_training
 from lumina.text_encoder import GemmaTextEncoder, load_gemma
 from lumina_generate_image import DEFAULTS as SCRIPT
 from lumina_train_network import DEFAULTS as TRAINING
-from modules.contract.family import can_learn
-from modules.contract.loading import Placement
-from modules.contract.requests import Prepared, Prompt, Request
-from modules.contract.steps import EncodedPrompts
 from modules.errors import CheckpointError, OptionError
 from modules.flow.schedule import make_schedule
 from modules.parser import add_options
-from modules.run_blocks import spec_of
+from running.run_blocks import spec_of
 from tests.commands import joined
 from tests.golden_cases import FOLDER, load_model, make_weights, read_case
 from tests.lumina.making import in_diffusers

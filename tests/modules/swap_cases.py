@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modules.contract.family import DitSpec
-from modules.offload.block_swap import move_network, swap_blocks
-from modules.offload.checkpointing import checkpoint_blocks, offload_to_host
-from modules.offload.host_memory import Transfer
-from modules.offload.swap_plan import HostWeights, SwapPlan, host_weights
+from contract.family import DitSpec
 from modules.speed_options import SLOTS
+from running.offload.block_swap import move_network, swap_blocks
+from running.offload.checkpointing import checkpoint_blocks, offload_to_host
+from running.offload.host_memory import Transfer
+from running.offload.swap_plan import HostWeights, SwapPlan, host_weights
 from tests.gpu.measuring import sent
 from tests.modules.fake_device import FakeDevice, hide
 from tests.tiny.dits import ONE_OF_EACH, Size, TinyDit

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from checkpoints.writing import save_tensors
 from modules.atomic_write import (
     atomic_folder,
     atomic_path,
@@ -21,7 +22,6 @@ from modules.atomic_write import (
     write_bytes,
     write_text,
 )
-from modules.checkpoints.writing import save_tensors
 from modules.errors import OptionError, OutputError
 from modules.limits import MAX_DEPTH
 from modules.option_values import read_literals

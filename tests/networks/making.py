@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import training.run
-from modules.contract.loading import Placement
+from contract.loading import Placement
 from modules.installation import import_own
 from networks.apply import LoraPatch
 from networks.loading import LoraFile, LoraUse, read_lora

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from checkpoints.opening import open_checkpoint
+from contract.requests import Prompt
 from encoders.clip_l import ClipTextEncoder
-from modules.checkpoints.opening import open_checkpoint
-from modules.contract.requests import Prompt
 from modules.errors import CheckpointError, OptionError
 from modules.parser import parse_options
 from networks.adapter import ForeignNetwork, NormReport, make_network

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import convert_lora
-from modules.checkpoints.writing import save_tensors
+from checkpoints.writing import save_tensors
 from modules.errors import CheckpointError, OptionError
 from networks import averaging
 from networks.apply import LoraPatch

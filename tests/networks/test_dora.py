@@ -9,12 +9,12 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from checkpoints.stored.forms import StoredForm, attach
+from checkpoints.stored.fp8 import Fp8
+from checkpoints.stored.int8 import Int8
+from checkpoints.stored.nf4 import Nf4
 from modules.errors import CheckpointError
 from modules.speed_options import Quantisation
-from modules.stored.forms import StoredForm, attach
-from modules.stored.fp8 import Fp8
-from modules.stored.int8 import Int8
-from modules.stored.nf4 import Nf4
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.deltas import decompose, find_fault, weight_delta

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import convert_lora
 import merge_lora
+from contract.families import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
-from modules.families import HIGH_NOISE, LOW_NOISE
 from networks.apply import LoraPatch
 from networks.loading import LoraFile, LoraUse, read_lora, warn_of_other_expert
 from networks.metadata import STALE, expert_of, save_network

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modules.contract.loading import Placement
+from contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from networks.added import add_loras
 from networks.apply import LoraPatch

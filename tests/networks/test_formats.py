@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modules.checkpoints.opening import open_checkpoint
+from checkpoints.opening import open_checkpoint
 from modules.errors import OptionError
 from networks.convert import convert_file
 from networks.formats import LoraFormat, choose_format

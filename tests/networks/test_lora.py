@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from modules.contract.family import DitSpec
+from contract.family import DitSpec
 from modules.errors import CheckpointError, OptionError
 from networks.lora_layer import Dropouts, LoraLayer
 from networks.metadata import save_network

@@ -9,9 +9,9 @@ import torch
 from diffusers import HunyuanVideoFramepackPipeline
 from torch import Tensor, nn
 
+from contract.loading import Placement
 from frame_pack.files import load_dit
 from frame_pack.names import FRAMEPACK
-from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.convert import convert_file

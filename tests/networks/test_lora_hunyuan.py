@@ -13,9 +13,9 @@ from diffusers.loaders import HunyuanVideoLoraLoaderMixin, lora_pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from contract.loading import Placement
 from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.names import HUNYUAN_VIDEO
-from modules.contract.loading import Placement
 from modules.errors import CheckpointError
 from networks import convert_z_image_lora_to_comfy
 from networks.apply import LoraPatch

@@ -17,12 +17,12 @@ import tests.flux_2.making as flux_2
 import tests.hunyuan_image.making as hunyuan_image
 import tests.lumina.making as lumina
 import tests.z_image.making as z_image
+from contract.family import DitSpec
 from flux.files import load_dit
 from flux.spec import CHROMA_DIT, FLUX_DIT
 from hunyuan_image.configs import DIT as HUNYUAN_IMAGE_DIT
 from lumina.configs import DIT as LUMINA_DIT
 from lumina.files import load_dit as load_lumina
-from modules.contract.family import DitSpec
 from modules.errors import OptionError
 from networks.apply import LoraPatch
 from networks.convert import convert_file

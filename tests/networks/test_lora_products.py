@@ -8,9 +8,9 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from checkpoints.stored.forms import attach
+from checkpoints.stored.fp8 import Fp8
 from modules.speed_options import Quantisation
-from modules.stored.forms import attach
-from modules.stored.fp8 import Fp8
 from networks.lora_layer import Dropouts, LoraLayer
 from networks.lora_products import add_up, branch, hold
 from tests.fp8_reference import emulated_product

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import convert_lora
 import merge_lora
-from modules.checkpoints.opening import open_checkpoint
+from checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from networks.key_formats import to_native
 from networks.loading import read_lora

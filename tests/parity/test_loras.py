@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import convert_lora
-from modules.contract.loading import Placement
+from contract.loading import Placement
 from modules.options import read_options
 from modules.parser import add_options
 from networks.adapter import make_network

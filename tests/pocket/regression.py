@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import wan_generate_video
-from modules.checkpoints.writing import save_tensors
+from checkpoints.writing import save_tensors
 from pocket.measure import CLIP, POCKET, model_options
 
 FILE = Path(__file__).resolve().parent.parent / "data" / "pocket_latents.safetensors"

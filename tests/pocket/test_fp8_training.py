@@ -17,10 +17,10 @@ from torch import nn
 
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
-from modules.contract.loading import Placement
+from checkpoints.stored.fp8_products import Product
+from contract.loading import Placement
 from modules.options import read_options
 from modules.parser import add_options
-from modules.stored.fp8_products import Product
 from pocket.clips import write_clips
 from pocket.concepts import CONCEPTS, draw_known
 from pocket.measure import POCKET, model_options

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from contract.families import with_scripts
 from dataset import config_keys as forms
 from dataset.subset_options import SUBSET_KEYS
 from dataset.table import KEYS, OF_TABLES, SOURCES
@@ -19,7 +20,6 @@ from generation.prompt_lines import (
     read_path,
 )
 from generation.sample_lines import SAMPLE_OPTIONS
-from modules.families import with_scripts
 from modules.options import IMPORTS
 from modules.parser import METAVARS
 from tests.commands import ROOT

@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+from checkpoints.writing import save_tensors
 from dataset.caching import prefetch
 from dataset.config import load_dataset_config
 from downloads.catalogue import ModelSet
-from modules.checkpoints.writing import save_tensors
 from modules.command import as_typed
 from modules.errors import OptionError
 from modules.installation import FROM_QUEUE, RUN_GOES_ON, SOURCES_LEFT_OUT

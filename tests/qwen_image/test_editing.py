@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import qwen_image_generate_image
+from contract.data import Batch, MadeBy
+from contract.requests import Prepared, Request
+from contract.rules import ConsistencyRules
+from contract.steps import Anchor, Section
 from dataset.cache.files import read_entry
 from dataset.cache.records import latent_record, record_metadata
 from generation.anchors import blur, find_changes, hold_consistent, hold_masked
-from modules.contract.data import Batch, MadeBy
-from modules.contract.requests import Prepared, Request
-from modules.contract.rules import ConsistencyRules
-from modules.contract.steps import Anchor, Section
 from modules.errors import CacheError, OptionError
 from modules.flow.solvers import solver_for
 from qwen_image.family import QwenImage, family_for_generation

@@ -12,8 +12,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import qwen_image_generate_image
 import qwen_image_train_network
 from blissful_tuner.guidance_formulas import POSITIVE, keep_norms
-from modules.contract.data import Batch
-from modules.contract.requests import Prepared, Request
+from contract.data import Batch
+from contract.requests import Prepared, Request
 from modules.errors import CacheError, OptionError
 from modules.flow.solvers import solver_for
 from qwen_image.family import QwenImage

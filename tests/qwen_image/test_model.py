@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules.contract.loading import Placement
+from checkpoints.stored.forms import stored_in
+from contract.loading import Placement
 from modules.speed_options import Quantisation
-from modules.stored.forms import stored_in
 from qwen_image.family import QwenImage
 from qwen_image.files import QwenImageFiles
 from tests.parity.running import assert_equal

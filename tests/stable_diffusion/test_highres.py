@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
-from modules.checkpoints.writing import save_tensors
+from checkpoints.writing import save_tensors
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion import latent_upscaler
 from stable_diffusion.contract import AskedPicture, PictureSettings, SecondStart, UnetCall

@@ -9,9 +9,9 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
+from contract import families
 from encoders.clip_checkpoints import ClipTextConfig
 from encoders.clip_layers import ClipText
-from modules import families
 from modules.errors import CheckpointError, UserError
 from tests.manifests import TensorList, write_hollow
 from tests.stable_diffusion.loaded import change_json, load, save

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modules.checkpoints.containers import SafetensorsFile
+from checkpoints.containers import SafetensorsFile
 from tests.faults import damage
 from tests.faults.messages import assert_one_message, run_here
 from tests.faults.mistakes import Loading, drop

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from checkpoints.dialects import load_planned
+from checkpoints.opening import open_checkpoint
 from encoders.clip_layers import ClipText
-from modules.checkpoints.dialects import load_planned
-from modules.checkpoints.opening import open_checkpoint
 from modules.errors import OptionError
 from stable_diffusion.contract import Model
 from stable_diffusion.text import Texts

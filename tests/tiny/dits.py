@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from contract.family import DitSpec
 from flux.model import FluxModel
 from flux.spec import dit_spec
 from flux_2.model import Flux2Model
@@ -17,7 +18,6 @@ from hunyuan_model.model import HunyuanVideoModel
 from krea2.model import Krea2Model
 from ltx_2.model import LtxModel
 from lumina.model import LuminaModel
-from modules.contract.family import DitSpec
 from networks.lora_network import OwnNetwork
 from qwen_image.model import QwenImageModel
 from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_inputs, dit_state

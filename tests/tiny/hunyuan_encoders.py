@@ -11,11 +11,11 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from checkpoints.filling import on_meta_device
 from encoders.clip_checkpoints import ClipTextConfig
 from encoders.clip_layers import ClipText
 from encoders.language_models import LanguageConfig, build_language_model
 from hunyuan_model.text_encoders import VIDEO_TEMPLATE, PromptTemplate
-from modules.checkpoints.filling import on_meta_device
 from tests.tiny.dit_files import write_tensors
 from tests.tiny.wan_encoders import CORPUS, random_tensors
 

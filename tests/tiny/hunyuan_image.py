@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from checkpoints.filling import on_meta_device
 from encoders.language_models import QWEN25_VL, LanguageConfig, build_language_model
 from encoders.t5_network import T5Config, T5Network
 from hunyuan_image.configs import HunyuanImageConfig
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_image.vae import HunyuanImageVaeConfig, HunyuanImageVaeDecoder, HunyuanImageVaeEncoder
-from modules.checkpoints.filling import on_meta_device
 from tests.golden_cases import read_case
 from tests.tiny import hunyuan_dit
 from tests.tiny.dit_files import write_dialect

@@ -8,7 +8,7 @@ import numpy
 import torch
 from PIL import Image
 
-from modules.checkpoints.writing import save_tensors
+from checkpoints.writing import save_tensors
 from modules.media.writing import write_png, write_video
 from tests.tiny import framepack, hunyuan
 from tests.tiny.taehv import CONFIG_5B, write_taehv

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from contract.data import Batch
+from contract.rules import NpzFormat
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import NO_COMMANDS, TrainingItem
 from dataset.batches.order import split_validation
@@ -16,8 +18,6 @@ from dataset.cache.records import CacheChecks
 from dataset.cache.store import MemoryStore
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.table import DatasetConfig
-from modules.contract.data import Batch
-from modules.contract.rules import NpzFormat
 from modules.errors import DatasetError, OptionError
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.options import NoOptions

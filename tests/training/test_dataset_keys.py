@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from contract.data import LOSS_MASK
+from contract.family import NoiseSpec
 from dataset.cache.files import checksum, read_entry, write_tensors
 from dataset.cache.records import TextRecord, record_metadata
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import load_dataset_config
-from modules.contract.data import LOSS_MASK
-from modules.contract.family import NoiseSpec
 from modules.errors import OptionError
 from modules.options import read_options
 from tests.dataset.toy_family import options as caching_options

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from modules.contract.loading import Placement
-from modules.contract.rules import Expert
+from contract.families import HIGH_NOISE, LOW_NOISE
+from contract.loading import Placement
+from contract.rules import Expert
 from modules.errors import OptionError
-from modules.families import HIGH_NOISE, LOW_NOISE
-from modules.offload.turns import HostCopy
 from networks.adapter import make_network
+from running.offload.turns import HostCopy
 from tests.modules.fake_device import FakeDevice
-from tests.modules.offload.test_turns import taking_turns
+from tests.running.offload.test_turns import taking_turns
 from tests.training import toy
 from tests.training.test_resume import train_in_two_processes
 from training.experts import ExpertNetworks

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.contract.loading import Placement
+from contract.loading import Placement
 from modules.errors import OptionError
 from tests.training import toy
 from tests.training.optimizers.test_lr_schedule import Descent

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from contract.families import FAMILIES, HIGH_NOISE, LOW_NOISE
 from hunyuan_model.options import HunyuanTrainingOptions
 from ltx_2.names import LTX_2
 from modules.command import quote_for_powershell
-from modules.families import FAMILIES, HIGH_NOISE, LOW_NOISE
 from modules.options import read_options
 from modules.parser import add_options
 from tests.training.toy import TWO_EXPERTS

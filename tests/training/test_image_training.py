@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from contract.loading import Placement
 from flux import options as flux
 from flux_2.family import Flux2
 from flux_2.files import Flux2Files
 from hunyuan_image import options as hunyuan_image
 from krea2.family import Krea2, Krea2Files
 from lumina import options as lumina
-from modules.contract.loading import Placement
 from modules.errors import OptionError
 from modules.options import NoOptions, option
 from networks.module_names import read_family

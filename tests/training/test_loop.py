@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from contract.data import Batch, Conditions
+from contract.family import NoiseSpec
+from contract.loading import Placement
 from dataset.batches.finding import find_items
 from dataset.batches.items import NO_COMMANDS
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.config import load_dataset_config
-from modules.contract.data import Batch, Conditions
-from modules.contract.family import NoiseSpec
-from modules.contract.loading import Placement
 from modules.errors import CacheError, MemoryPlanError, OptionError, OutputError, UserError
 from modules.flow.schedule import add_noise
 from networks.adapter import make_network

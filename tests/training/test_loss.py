@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from contract.data import CAPTION, FIRST_FRAME, LOSS_MASK, Batch
+from contract.family import FLOW, NoiseSpec
+from contract.steps import NO_TWEAKS, Tweaks
 from dataset.batches.finding import find_items
 from dataset.batches.order import split_validation
 from dataset.config import load_dataset_config
-from modules.contract.data import CAPTION, FIRST_FRAME, LOSS_MASK, Batch
-from modules.contract.family import FLOW, NoiseSpec
-from modules.contract.steps import NO_TWEAKS, Tweaks
 from modules.errors import DatasetError
 from modules.options import read_options
 from modules.parser import add_options

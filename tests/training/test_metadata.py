@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modules.errors import CheckpointError, OptionError
-from modules.offload.block_swap import swap_of
 from modules.options import NO_OPTIONS, read_options
+from running.offload.block_swap import swap_of
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, gradients, learner
 from tests.training import toy

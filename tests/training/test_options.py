@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from contract.family import FLOW, NoiseSpec
 from frame_pack.options import FramePackTrainingOptions
 from hunyuan_model.options import HunyuanTrainingOptions
-from modules.contract.family import FLOW, NoiseSpec
 from modules.errors import OptionError, UserError
 from modules.options import facts_of, read_options
 from modules.parser import add_options

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from blissful_tuner.metadata import output_metadata
+from contract.families import FAMILIES as ENTRIES
+from contract.requests import Prepared
 from generation.request import prepare_line
 from krea2.family import family_for_samples
-from modules.contract.requests import Prepared
-from modules.families import FAMILIES as ENTRIES
 from networks.options import NetworkOptions
 from tests.tiny.families import FAMILIES, OUTPUT, family_called
 from tests.tiny.flux import write_tiny_flux

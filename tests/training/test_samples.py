@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from blissful_tuner.taehv import TaehvConfig
+from contract.loading import Placement
 from generation.prompt_lines import EMBEDDED_GENERATION_OPTIONS, parse_generation_line
 from generation.request import make_request
 from generation.script_options import RequestOptions
-from modules.contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_image, read_tags, video_info
 from tests.sound_family import generate_with_sound, tiny_sound_family

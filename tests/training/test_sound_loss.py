@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.contract.data import HAS_SOUND, SOUND, Batch, Conditions, Joint
-from modules.contract.family import FLOW, NoiseSpec
-from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM, ShiftedLogit, SoundLearning
-from modules.contract.steps import NO_TWEAKS, Tweaks
+from contract.data import HAS_SOUND, SOUND, Batch, Conditions, Joint
+from contract.family import FLOW, NoiseSpec
+from contract.rules import PICTURE_STREAM, SOUND_STREAM, ShiftedLogit, SoundLearning
+from contract.steps import NO_TWEAKS, Tweaks
 from tests.training.toy import LATENT, ToyFamily
 from training.data.feed import Randomness
 from training.data.timesteps import draw

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modules.contract.loading import Placement
+from contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from networks.added import add_loras
 from networks.apply import LoraPatch

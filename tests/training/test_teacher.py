@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from modules.checkpoints.writing import save_tensors
+from checkpoints.writing import save_tensors
 from modules.errors import OptionError
 from tests.training import toy
 from tests.training.test_speed import COMPILED, KINDS, write_file

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from contract.family import Abilities
+from contract.few_steps import FewSteps
 from flux.family import Flux, FluxFiles
 from flux_2.family import Flux2
 from flux_2.files import Flux2Files
-from modules.contract.family import Abilities
-from modules.contract.few_steps import FewSteps
 from modules.errors import OptionError
 from networks.added import add_loras
 from networks.apply import LoraPatch

@@ -13,11 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dataset.cache.files import checksum, read_entry, write_tensors
-from dataset.cache.records import TextRecord, record_metadata
-from modules.checkpoints.writing import save_tensors
-from modules.contract.data import CAPTION, Batch, Conditions, LatentSpec, MediaEncoders, SamplingDefaults
-from modules.contract.family import (
+from checkpoints.writing import save_tensors
+from contract.data import CAPTION, Batch, Conditions, LatentSpec, MediaEncoders, SamplingDefaults
+from contract.families import HIGH_NOISE, LOW_NOISE
+from contract.family import (
     FLOW,
     Abilities,
     DitSpec,
@@ -27,12 +26,13 @@ from modules.contract.family import (
     NoiseSpec,
     TextEncoder,
 )
-from modules.contract.loading import Placement
-from modules.contract.requests import Prepared, Prompt, Request, settle, size_of
-from modules.contract.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, ReferenceRules, TokenCount
-from modules.contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from contract.loading import Placement
+from contract.requests import Prepared, Prompt, Request, settle, size_of
+from contract.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, ReferenceRules, TokenCount
+from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from dataset.cache.files import checksum, read_entry, write_tensors
+from dataset.cache.records import TextRecord, record_metadata
 from modules.errors import OptionError
-from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.options import NO_OPTIONS, read_options
 from modules.parser import add_options
 from networks.options import NetworkOptions

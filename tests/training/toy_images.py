@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from modules.checkpoints.writing import save_tensors
-from modules.contract.data import (
+from checkpoints.writing import save_tensors
+from contract.data import (
     Batch,
     CacheEntry,
     Conditions,
@@ -21,11 +21,11 @@ from modules.contract.data import (
     MediaTable,
     SamplingDefaults,
 )
-from modules.contract.family import Caches, DitSpec, EncoderAbilities, NoiseSpec, TextEncoder
-from modules.contract.loading import Placement
-from modules.contract.requests import Prompt
-from modules.contract.rules import CountTokens, TokenCount
-from modules.contract.steps import NO_TWEAKS, Tweaks
+from contract.family import Caches, DitSpec, EncoderAbilities, NoiseSpec, TextEncoder
+from contract.loading import Placement
+from contract.requests import Prompt
+from contract.rules import CountTokens, TokenCount
+from contract.steps import NO_TWEAKS, Tweaks
 from modules.options import NoOptions
 from tests.training.toy import WIDTH, ToyBlock, ToyDit, ToyFamily
 from training.image_options import ImageTrainerDefaults, read_image_training

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from modules.contract.data import MediaEncoders
+from contract.data import MediaEncoders
 
 
 class Watched:

@@ -13,7 +13,7 @@ from torch import Tensor
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
 import wan_train_network
-from modules.contract.requests import Request
+from contract.requests import Request
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
 from modules.media.reading import read_image
 from tests.faults.messages import assert_one_message, run_here, succeed_here

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modules.checkpoints.model_files import read_once
-from modules.contract.loading import Placement
+from checkpoints.model_files import read_once
+from contract.loading import Placement
 from modules.errors import CheckpointError
 from tests.manifests import TensorList, manifest_names, tensor_list, write_hollow
 from tests.tiny.wan_dit import tiny_state, write_dit

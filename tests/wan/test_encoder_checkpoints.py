@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from checkpoints.dialects import LoadPlan
+from checkpoints.opening import Checkpoint
 from encoders.t5_network import T5Network, load_t5, read_t5
-from modules.checkpoints.dialects import LoadPlan
-from modules.checkpoints.opening import Checkpoint
 from modules.errors import CheckpointError
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import fit, manifest_names, tensor_list, write_hollow

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import NormalisedGuidance
 from blissful_tuner.options import PLAIN_GUIDANCE
+from contract.data import Conditions
+from contract.requests import Request
+from contract.steps import Away, Section, StepDone, Tweaks
 from generation.denoise import SeededNoise, denoise
 from generation.prompt_lines import SOLVERS
-from modules.contract.data import Conditions
-from modules.contract.requests import Request
-from modules.contract.steps import Away, Section, StepDone, Tweaks
 from modules.flow.solvers import solver_for
-from modules.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from modules.speed_options import AttentionChoice
+from running.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from tests.modules.fake_device import FakeDevice
-from tests.modules.offload import test_checkpointing as pieces
 from tests.modules.swap_cases import swapped
 from tests.preparing import prepare
+from tests.running.offload import test_checkpointing as pieces
 from tests.tiny.dits import TI2V, TinyDit, gradients
 from tests.tiny.wan_dit import CONFIGS, tiny_state
 from tests.wan.making import golden_model, in_diffusers, tiny_inputs, tiny_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.contract.data import PLACES, Batch, MediaTable
+from contract.data import PLACES, Batch, MediaTable
 from modules.errors import CacheError, DatasetError
 from tests.tiny.wan_dit import CONFIGS
 from wan.configs import TASKS

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoints.model_files import read_once
+from contract.requests import Request
 from generation.options import read_generation
-from modules.checkpoints.model_files import read_once
-from modules.contract.requests import Request
 from modules.errors import CheckpointError, OptionError
-from modules.offload.block_swap import swap_blocks, swap_of
-from modules.offload.swap_plan import HostWeights, SwapPlan
+from running.offload.block_swap import swap_blocks, swap_of
+from running.offload.swap_plan import HostWeights, SwapPlan
 from tests.faults.messages import assert_one_message, run_here
 from tests.tiny.dits import dit_called
 from tests.tiny.wan import write_tiny_wan

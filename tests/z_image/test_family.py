@@ -12,9 +12,9 @@ import zimage_generate_image
 from blissful_tuner.guidance import guidance_scales, plan_steps
 from blissful_tuner.guidance_formulas import NEGATIVE
 from blissful_tuner.options import PLAIN_GUIDANCE
-from modules.contract.data import Batch
-from modules.contract.loading import Placement
-from modules.contract.requests import Prepared, Request
+from contract.data import Batch
+from contract.loading import Placement
+from contract.requests import Prepared, Request
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
 from modules.speed_options import AttentionChoice

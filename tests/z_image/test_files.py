@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
 
-from modules.contract.loading import Placement
+from contract.loading import Placement
 from modules.errors import CheckpointError
 from modules.speed_options import Quantisation
 from tests.manifests import write_hollow

@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from contract.data import HAS_SOUND, SOUND, Batch, LatentSpec
+from contract.family import FLOW, NoiseSpec
+from contract.rules import ONE_EXPERT, PICTURE_STREAM, SOUND_STREAM, Expert, SoundLearning
 from dataset.batches.checks import SameEncoders
 from dataset.batches.items import CachingCommands, LiveTables, TrainingItem
 from dataset.batches.order import (
@@ -34,9 +37,6 @@ from dataset.batches.order import (
 from dataset.batches.reading import read_batch
 from dataset.cache.records import CacheChecks
 from dataset.cache.store import Stores
-from modules.contract.data import HAS_SOUND, SOUND, Batch, LatentSpec
-from modules.contract.family import FLOW, NoiseSpec
-from modules.contract.rules import ONE_EXPERT, PICTURE_STREAM, SOUND_STREAM, Expert, SoundLearning
 from modules.devices import pin
 from modules.errors import UserError
 from modules.seeds import derive_seed

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from modules.contract.data import Batch, Conditions
-from modules.contract.family import LearningEncoder, TextEncoder, can_divide
-from modules.contract.loading import BlockPlace
-from modules.contract.requests import Prompt, Prompts
-from modules.contract.steps import EncodedPrompts
-from modules.offload.sharding import take_turns
+from contract.data import Batch, Conditions
+from contract.family import LearningEncoder, TextEncoder, can_divide
+from contract.loading import BlockPlace
+from contract.requests import Prompt, Prompts
+from contract.steps import EncodedPrompts
+from running.offload.sharding import take_turns
 
 logger = logging.getLogger(__name__)
 

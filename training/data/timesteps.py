@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modules.contract.family import FLOW, NoiseSpec
-from modules.contract.rules import ONE_EXPERT, Expert, ShiftedLogit, expert_at
+from contract.family import FLOW, NoiseSpec
+from contract.rules import ONE_EXPERT, Expert, ShiftedLogit, expert_at
 from modules.errors import OptionError
 from modules.flow.schedule import size_shift
 from modules.seeds import derive_seed

@@ -24,9 +24,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from modules.errors import OptionError
-from modules.offload.sharding import gather_rows, rows_of
 from modules.seeds import derive_seed
 from networks.adapter import TrainableNetwork
+from running.offload.sharding import gather_rows, rows_of
 from training.optimizers.optimizer import find_optimizer
 from training.processes import norm_of_gradients
 from training.steps import Progress

@@ -11,22 +11,22 @@ from math import prod
 import torch
 from torch import nn
 
+from checkpoints.stored.forms import rehearsed
+from contract.data import LatentSpec
+from contract.family import Described, Family
+from contract.rules import SoundLearning
 from dataset.batches.finding import with_reference_sizes
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import repeat_items
 from dataset.batches.reading import stores_for
 from dataset.cache.records import CacheChecks
 from modules.console import quiet
-from modules.contract.data import LatentSpec
-from modules.contract.family import Described, Family
-from modules.contract.rules import SoundLearning
 from modules.devices import gib
 from modules.options import override_options
-from modules.planning import dry_run as dry
-from modules.planning import memory_plan
-from modules.planning.device_memory import MemoryWatch, Room, host_room, room_on
 from modules.speed_options import SwapOptions
-from modules.stored.forms import rehearsed
+from running.planning import dry_run as dry
+from running.planning import memory_plan
+from running.planning.device_memory import MemoryWatch, Room, host_room, room_on
 from training.data.feed import BatchSources, Randomness
 from training.data.live import LiveTexts
 from training.experts import placement_of

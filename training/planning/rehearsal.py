@@ -15,10 +15,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from modules.devices import dtype_of
-from modules.planning import dry_run as dry
 from modules.private_torch import disable_modes
 from networks.adapter import make_network
 from networks.added import add_loras
+from running.planning import dry_run as dry
 from training.data.live import LiveTexts
 from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
 from training.loss import Autocast, LossRule, NoisyBatch, Trains, training_loss
@@ -164,7 +164,7 @@ def rehearse(
 
     The optimizer already has its states. dit: the network as loaded, on the meta device; do not use it
     afterwards. noisy_batch: on the CPU. texts: encoded in each step; loaded on the meta device too. watch:
-    see `modules.planning.division`.
+    see `running.planning.division`.
     """
     with dry.dry_run() as ledger:
         rehearsal = dress_trainable(family, options, dit, ledger=ledger, texts=texts)

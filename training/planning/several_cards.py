@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import torch
 
-from modules.contract.family import Family
-from modules.planning.device_memory import Room
-from modules.planning.division import Division, TokenCounter, divide_tokens
-from modules.planning.memory_plan import share_blocks
-from modules.planning.several_cards import Rehearsed, print_ways, with_division
+from contract.family import Family
+from running.planning.device_memory import Room
+from running.planning.division import Division, TokenCounter, divide_tokens
+from running.planning.memory_plan import share_blocks
+from running.planning.several_cards import Rehearsed, print_ways, with_division
 from training.checks import check_networks
 from training.data.live import LiveTexts
 from training.experts import check_experts

@@ -10,8 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from contract.rules import PICTURE_STREAM, SOUND_STREAM
 from modules.console import as_size, count_of, in_words
-from modules.contract.rules import PICTURE_STREAM, SOUND_STREAM
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.page import write_page
 from modules.text_files import read_safetensors_texts

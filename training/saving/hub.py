@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from modules.contract.rules import ModelRelease
+from contract.rules import ModelRelease
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from training.saving.options import HubOptions

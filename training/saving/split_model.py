@@ -25,11 +25,11 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from checkpoints.writing import order_of, stream_tensors
+from contract.loading import TensorInfo
 from modules.atomic_write import check_space
-from modules.checkpoints.writing import order_of, stream_tensors
-from modules.contract.loading import TensorInfo
 from modules.errors import CheckpointError
-from modules.offload.sharding import as_split, gather_rows, is_split, rows_here, rows_of, trained_rows
+from running.offload.sharding import as_split, gather_rows, is_split, rows_here, rows_of, trained_rows
 from training.saving.states import REMEDY, SavedState, file_checksum, share_of_files, write_state
 from training.trainable import Trainable, saved_dtypes, train_dit
 

@@ -20,13 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 
+from checkpoints.containers import load_pickled
 from modules.atomic_write import atomic_folder, check_space
-from modules.checkpoints.containers import load_pickled
 from modules.errors import CheckpointError, OptionError, UserError
-from modules.offload.sharding import is_split
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text, require_regular_file
 from networks.names.layouts import OF_LTX_FORK, OURS
+from running.offload.sharding import is_split
 from training.saving.files import recover_states, state_pattern
 from training.steps import Progress
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from contract.families import FAMILIES
 from dataset.cache.commands import NAME, recall_options, remember_options
 from dataset.config import DatasetConfig, load_dataset_config
-from modules.families import FAMILIES
 from modules.repeated_options import RepeatedOption
 from wan.options import WanTextCachingOptions, WanTextOptions
 

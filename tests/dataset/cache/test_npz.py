@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from contract.data import LOSS_MASK, Batch, CacheEntry, LatentSpec, MediaBatch, MediaEncoders
+from contract.rules import NpzFormat
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache import npz_files
@@ -24,8 +26,6 @@ from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, load_dataset_config
 from dataset.options import ConvertCacheOptions
 from dataset.table import Augmentation
-from modules.contract.data import LOSS_MASK, Batch, CacheEntry, LatentSpec, MediaBatch, MediaEncoders
-from modules.contract.rules import NpzFormat
 from modules.errors import CacheError, DatasetError, OptionError
 from tests.dataset.cache.killing import needs_fork, run_to_step
 from tests.dataset.making import make_table

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from contract.data import Conditions
+from contract.requests import Prompt
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache.files import EMPTY, read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.prefetch import CacheReport
 from dataset.config import DatasetConfig, with_references
-from modules.contract.data import Conditions
-from modules.contract.requests import Prompt
 from modules.errors import CacheError, DatasetError
 from modules.media.reading import read_image
 from tests.dataset.edit_sets import RULES, SIZE, EditFamily, cache, make_set, read_set

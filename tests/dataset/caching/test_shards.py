@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import cache_on_ray
+from contract.data import Conditions
+from contract.requests import Prompt
 from data_tools.report.check import check_caching, check_training
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
@@ -23,8 +25,6 @@ from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.on_ray import CachingActor, conclude_shards
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, ShardOptions, caching_scripts, read_ray_options
-from modules.contract.data import Conditions
-from modules.contract.requests import Prompt
 from modules.errors import CacheError, DatasetError, OptionError
 from tests.commands import ROOT
 from tests.dataset.cache.killing import needs_fork, run_and_kill

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from contract.data import LOSS_MASK
 from dataset.batches.finding import find_items
 from dataset.batches.items import CachingCommands
 from dataset.batches.reading import read_batch
@@ -18,7 +19,6 @@ from dataset.config import DatasetConfig
 from dataset.sources.decoding import decode_source
 from dataset.sources.frames import shrink_mask
 from dataset.sources.listing import find_sources
-from modules.contract.data import LOSS_MASK
 from modules.errors import CacheError, DatasetError, MediaError
 from tests.dataset.caching.test_loop import make_config
 from tests.dataset.making import make_clip, make_frames, make_image, make_table, subset_table

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from contract.rules import ReferenceRules
 from dataset.cache.records import identify, is_unchanged
 from dataset.config import DatasetTable
 from dataset.sources import parquet
@@ -24,7 +25,6 @@ from dataset.sources.listing import find_sources
 from dataset.sources.media_source import Fault
 from dataset.sources.parquet import cells_of, read_cell
 from dataset.sources.unread import find_unread
-from modules.contract.rules import ReferenceRules
 from modules.errors import DatasetError, MediaError
 from tests.dataset.making import make_image, make_table
 

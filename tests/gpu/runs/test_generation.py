@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from checkpoints.stored.fp8_products import supports_fp8
 from modules.media.reading import Frame, read_image
-from modules.stored.fp8_products import supports_fp8
 from post.contract import Clip
 from post.interpolation.stage import make_interpolation
 from post.upscaling.stage import make_upscaler

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules.stored.fp8_products import supports_fp8
+from checkpoints.stored.fp8_products import supports_fp8
 from tests.gpu.measuring import equal_bits
 from tests.gpu.runs.project import CPU, DEEP, ON_GPU, OTHERS, Project, Trained
 

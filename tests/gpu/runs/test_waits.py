@@ -20,7 +20,7 @@ import torch
 
 import generation.denoise
 import training.loop
-from modules.contract.steps import StepDone
+from contract.steps import StepDone
 from modules.media.reading import Frame, read_image
 from pocket.measure import CLIP, FORMS, POCKET, model_options
 from tests.gpu.runs.project import CPU, DEEP, ON_GPU, OTHERS, Project, run

@@ -78,7 +78,7 @@ def test_neither_attention_nor_networks_that_are_made_import_the_compiler() -> N
 import sys
 from torch import nn
 import modules.attention.attend
-from modules.checkpoints.filling import on_meta_device
+from checkpoints.filling import on_meta_device
 from tests.tiny.wan_dit import CONFIGS
 from wan.model import WanModel
 

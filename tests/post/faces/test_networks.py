@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modules.checkpoints.dialects import load_planned
-from modules.checkpoints.opening import open_checkpoint
+from checkpoints.dialects import load_planned
+from checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from post.faces.codeformer import CodeFormer, read_codeformer
 from post.faces.detectors import check_detector, load_detector

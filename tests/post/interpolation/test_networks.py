@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from modules.checkpoints.dialects import load_planned
-from modules.checkpoints.opening import open_checkpoint
+from checkpoints.dialects import load_planned
+from checkpoints.opening import open_checkpoint
 from modules.errors import CheckpointError
 from post.interpolation.files import read_gimm
 from post.interpolation.flowformer import FlowFormer, read_flowformer

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.checkpoints.writing import save_tensors
+from checkpoints.writing import save_tensors
 from modules.errors import CheckpointError, MediaError, OptionError
 from modules.media.encoding import Picture, Pixels
 from post.contract import Clip, to_pixels, to_tensor

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from contract.families import HIGH_NOISE, LOW_NOISE
+from contract.family import FLOW, NoiseSpec
+from contract.rules import Expert
 from flux_2.configs import count_latents
-from modules.contract.family import FLOW, NoiseSpec
-from modules.contract.rules import Expert
 from modules.errors import OptionError
-from modules.families import HIGH_NOISE, LOW_NOISE
 from modules.media.reading import read_image
 from modules.options import read_options
 from modules.parser import add_options, parse_options

@@ -9,20 +9,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from contract.data import Batch
+from contract.family import Family
+from contract.loading import Placement
 from hunyuan_model.family import family_for_training as hunyuan_family
 from hunyuan_model.options import HunyuanTrainingOptions
 from krea2.family import family_for_training as krea2_family
 from krea2.options import Krea2TrainingOptions
-from modules.contract.data import Batch
-from modules.contract.family import Family
-from modules.contract.loading import Placement
 from modules.devices import GIB
-from modules.offload import checkpointing
 from modules.options import Options, read_options
 from modules.parser import add_options
-from modules.planning.dry_run import ADAPTER, BATCH, HOST, NETWORK, WEIGHTS, Ledger, Moment, largest
-from modules.planning.kernels import PlannedKernels
 from networks.adapter import make_network
+from running.offload import checkpointing
+from running.planning.dry_run import ADAPTER, BATCH, HOST, NETWORK, WEIGHTS, Ledger, Moment, largest
+from running.planning.kernels import PlannedKernels
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import hunyuan_dit, krea2, wan_dit
 from tests.tiny.project import write_lora

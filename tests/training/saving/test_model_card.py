@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from modules.contract.rules import ModelRelease
+from contract.rules import ModelRelease
 from modules.errors import OptionError
 from tests.training.toy import metadata_of, toy_options, train_toy, write_caches
 from training.saving.hub import Uploads, download_state, make_uploads, may_replace, write_card

@@ -1,0 +1,20 @@
+"""Open, recognise, load and write files of weights.
+
+changing: plan another file, or several with an index
+containers: read safetensors and torch files without running code
+dialects: translate names of files to ours, join parts
+dits: load transformers of every family
+encoders: find encoders in Hugging Face's layout
+filling: fill a network from an open file
+finite: find NaN or infinite weights while reading
+gguf_files: read GGUF files, with bounded memory
+kinds: recognise model files by the names of tensors
+marks: recognise packed weights by what a file says
+model_files: check model files and folders given by options
+opening: open model files in any container
+quantise_options: options of quantising a model's file
+quantising: write layers in 8 bits, or 16 again
+stored/: linear layers with weights in 8 or 4 bits
+tokenizers: find and read the tokenizer of a text encoder
+writing: write a safetensors file tensor by tensor
+"""

@@ -1,0 +1,399 @@
+"""Plan another file with the tensors of a model: other dtypes, other names, fewer tensors, several files.
+
+Nothing is read before it is asked for, so that a file of any size is written tensor by tensor
+(`checkpoints.writing`). Several files have an index, and names as transformers and diffusers give
+them: model-00001-of-00003.safetensors, ..., model.safetensors.index.json
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from checkpoints.containers import HEADER, MARK, TensorFile
+from checkpoints.finite import is_finite
+from checkpoints.opening import (
+    SUFFIXES,
+    Checkpoint,
+    checkpoint_paths,
+    open_checkpoint,
+    plain_sources,
+    require_all_shards,
+    scales_in,
+)
+from checkpoints.stored.fp8 import dequantise, is_fp8
+from checkpoints.writing import stream_tensors
+from contract.loading import TensorInfo
+from modules.atomic_write import atomic_files, write_text
+from modules.console import count_of
+from modules.devices import dtype_name
+from modules.errors import CheckpointError, OptionError
+from modules.text_files import parse_json, read_text
+
+logger = logging.getLogger(__name__)
+
+INDEX = ".index.json"
+LISTED = 3  # names in a message
+MOST_SHARDS = 99_999  # their names have five digits
+NO_NAME = "__metadata__"  # reserved in the header of a safetensors file
+_MARKER = "scaled_fp8"  # a tensor that says that weights have scales
+# ends of the names of a layer's tensors in 8 bits, beside its weight and scale
+_COMPANIONS = (".scale_input", ".input_scale", MARK)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A choice of tensors by parts of their names."""
+
+    targets: tuple[str, ...] = ()  # empty: all
+    excluded: tuple[str, ...] = ()
+
+    def takes(self, name: str) -> bool:
+        is_target = not self.targets or any(part in name for part in self.targets)
+        return is_target and not any(part in name for part in self.excluded)
+
+
+ALL = Selection()
+
+
+@dataclass(frozen=True)
+class CheckpointChange:
+    """Changes of the new file. Selections are made by the names in the old file."""
+
+    dtype: torch.dtype | None = None
+    cast: Selection = ALL  # what is cast to it
+    kept: Selection = ALL  # what is written at all
+    strip: tuple[str, ...] = ()  # beginnings of names to cut off, one after the other
+    add: str = ""  # what all names begin with then
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """A file to be written, with names in the old file's order. `read` returns the tensor of a name."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    read: Callable[[str], Tensor]
+    notes: tuple[str, ...]  # what the user should know of it
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(info.size_bytes for info in self.tensors.values())
+
+
+def refuse_packed(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if the file stores weights packed in another shape: these cannot be copied."""
+    for name, info in checkpoint.tensors.items():
+        if info.packing is not None and info.packing.shape != info.shape:
+            raise CheckpointError(
+                f"{checkpoint.path} stores {name} in 4 or 8 bits, packed. Make a 16-bit file of it first: "
+                "tools/quantise.py FILE RESULT --form bf16",
+                checkpoint.path,
+            )
+
+
+def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequence[str] = ()) -> NewFile:
+    """Plan the new file; no tensor is read yet.
+
+    stale: beginnings of metadata keys that are true of the old tensors only. Raises OptionError if a
+    selection or a prefix fits no name, or two tensors would have one name; CheckpointError as
+    `refuse_packed`, or if the file's quantisation is unknown and a dtype is to be changed.
+    """
+    refuse_packed(checkpoint)
+    names = [name for name in checkpoint.tensors if change.kept.takes(name)]
+    _check_selections(change, names)
+    plain = plain_sources(checkpoint) if change.dtype is not None else {}
+    scales = scales_in(checkpoint.tensors)
+    unscaled = {  # weights that are multiplied by their scales; whole numbers stay, with theirs
+        name for name in names if name in scales and name in plain and _is_cast_fp8(checkpoint, change, name)
+    }
+    names = _without_scales(names, scales, unscaled)
+    _check_pairs(checkpoint, names, scales, unscaled)
+
+    tensors: dict[str, TensorInfo] = {}
+    old_names: dict[str, str] = {}
+    for name in names:
+        new = rename(name, change)
+        if new in tensors:
+            raise OptionError(f"{old_names[new]} and {name} would both be called {new}: leave one out")
+        old_names[new] = name
+        info = checkpoint.tensors[name]
+        is_cast = name in plain and info.dtype.is_floating_point and change.cast.takes(name)
+        if change.dtype is not None and is_cast:
+            info = replace(info, dtype=change.dtype)
+        tensors[new] = info
+
+    def read(new: str) -> Tensor:
+        name = old_names[new]
+        scale = checkpoint.read(scales[name]) if name in unscaled else None
+        tensor = checkpoint.read(name)
+        return _as_dtype(checkpoint, name, tensor=tensor, scale=scale, dtype=tensors[new].dtype)
+
+    metadata, notes = _metadata(checkpoint, change, unscaled, stale)
+    if unscaled:
+        weights = count_of(len(unscaled), "weight")
+        notes.append(f"in 8 bits: {weights}, multiplied by their scales, which are left out")
+    if checkpoint.left_out:
+        notes.append(f"only tensors are written, not {', '.join(checkpoint.left_out[:6])}")
+    dropped = [name for name in checkpoint.tensors if not change.kept.takes(name)]
+    if dropped:
+        notes.append(f"{len(dropped)} of {len(checkpoint.tensors)} tensors are left out, as asked for")
+    return NewFile(tensors, metadata, read, tuple(notes))
+
+
+def _is_cast_fp8(checkpoint: Checkpoint, change: CheckpointChange, name: str) -> bool:
+    return change.cast.takes(name) and is_fp8(checkpoint.tensors[name].dtype)
+
+
+def _without_scales(names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]) -> list[str]:
+    """Return the names without what the unscaled weights no longer need once their scales are applied."""
+    unneeded = {scales[weight] for weight in unscaled}
+    for weight in unscaled:
+        layer = weight.removesuffix(".weight")
+        unneeded |= {layer + ending for ending in _COMPANIONS}
+    still_scaled = set(scales) & set(names) - unscaled
+    if unscaled and not still_scaled:
+        unneeded |= {name for name in names if name.endswith(_MARKER)}
+    return [name for name in names if name not in unneeded]
+
+
+def _check_pairs(
+    checkpoint: Checkpoint, names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]
+) -> None:
+    """Raise OptionError if only one of a weight in 8 bits and its scale is among the names."""
+    remaining = set(names)
+    for weight, scale in scales.items():
+        is_pair = (weight in remaining) == (scale in remaining)
+        if weight in checkpoint.tensors and weight not in unscaled and not is_pair:
+            raise OptionError(
+                f"{weight} is in 8 bits and means nothing without {scale}: keep both, or leave both out"
+            )
+
+
+def rename(name: str, change: CheckpointChange) -> str:
+    for prefix in change.strip:
+        name = name.removeprefix(prefix)
+    return change.add + name
+
+
+def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
+    if not names:
+        raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
+    if change.dtype is not None and not any(change.cast.takes(name) for name in names):
+        raise OptionError("--target_keys and --exclude_keys leave no tensor to cast: give other names")
+    for index, prefix in enumerate(change.strip):
+        before = replace(change, strip=change.strip[:index], add="")
+        if not any(rename(name, before).startswith(prefix) for name in names):
+            raise OptionError(f"--strip_prefix {prefix}: no tensor's name begins so, such as {names[0]}")
+    if change.strip and any(not rename(name, replace(change, add="")) for name in names):
+        raise OptionError(f"--strip_prefix {' '.join(change.strip)} leaves nothing of a tensor's name")
+    if NO_NAME in {rename(name, change) for name in names}:
+        raise OptionError(
+            f"a tensor would be called {NO_NAME}, which stands for the metadata: leave it out with "
+            f"--full_exclude_keys {NO_NAME}, or give an --add_prefix"
+        )
+
+
+def _as_dtype(
+    checkpoint: Checkpoint, name: str, *, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    if scale is None and tensor.dtype == dtype:
+        return tensor
+    try:
+        converted = dequantise(tensor, scale, dtype)
+    except RuntimeError as error:
+        shape = None if scale is None else list(scale.shape)
+        raise CheckpointError(
+            f"{checkpoint.path}: the scale of {name} has the shape {shape}, which does not fit "
+            f"{list(tensor.shape)}. Download or copy the file again.",
+            checkpoint.path,
+        ) from error
+    if not is_finite(converted) and is_finite(tensor):
+        raise CheckpointError(
+            f"{checkpoint.path}: {name} has values that {dtype_name(dtype)} cannot hold. Use --dtype "
+            f"{'fp32' if dtype == torch.bfloat16 else 'bf16'}, or --exclude_keys {name}.",
+            checkpoint.path,
+        )
+    return converted
+
+
+def _metadata(
+    checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], stale: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Return the metadata of the new file, and notes on what of the old one is left out."""
+    old = checkpoint.metadata
+    metadata = {key: text for key, text in old.items() if not key.startswith(tuple(stale))}
+    notes = [f"{key} is left out: it is that of the old tensors" for key in old if key not in metadata]
+    if HEADER in metadata:
+        try:
+            record = json.loads(metadata[HEADER])
+            layers = _renamed_layers(checkpoint, change, unscaled, record["layers"])
+            if layers:
+                metadata[HEADER] = json.dumps({**record, "layers": layers})
+            else:
+                del metadata[HEADER]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{checkpoint.path}: its record of quantisation cannot be read ({error!r}).", checkpoint.path
+            ) from error
+    return {"format": "pt", **metadata}, notes  # transformers loads no file without a format
+
+
+def _renamed_layers(
+    checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], layers: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return ComfyUI's record of layers in 8 bits, for those that stay so and by their new names."""
+    renamed = {}
+    for layer, how in layers.items():
+        # the names of layers have no prefix of a whole model: find the tensor that is meant
+        pattern = re.compile(rf"(.*\.)?{re.escape(layer)}\.weight")
+        weights = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
+        if len(weights) != 1:
+            continue
+        weight = weights[0]
+        if change.kept.takes(weight) and weight not in unscaled:
+            prefix = weight.removesuffix(f"{layer}.weight")
+            new_layer = rename(weight, change).removesuffix(".weight")
+            renamed[new_layer.removeprefix(prefix)] = how
+    return renamed
+
+
+def split(tensors: Mapping[str, TensorInfo], most_bytes: int) -> list[dict[str, TensorInfo]]:
+    """Cut tensors, in their order, into groups of at most `most_bytes`; a larger tensor is a group alone."""
+    groups: list[dict[str, TensorInfo]] = []
+    room = 0
+    for name, info in tensors.items():
+        if not groups or info.size_bytes > room:
+            groups.append({})
+            room = most_bytes
+        groups[-1][name] = info
+        room -= info.size_bytes
+    return groups
+
+
+def existing_shards(path: Path) -> list[Path]:
+    """Return the index of an earlier model of this name, and the files, any number, that it was cut into.
+
+    Remove them in this order: an index must not lead to files that are gone.
+    """
+    digits = "[0-9]" * 5
+    shards = [
+        file
+        for file in path.parent.glob(f"*-{digits}-of-{digits}{path.suffix}")
+        if file.name[: -len(f"-00000-of-00000{path.suffix}")] == path.stem
+    ]
+    index = path.with_name(path.name + INDEX)
+    return ([index] if index.exists() else []) + sorted(shards)
+
+
+def write_shards(
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    most_bytes: int,
+) -> list[Path]:
+    """Write files of at most `most_bytes` and their index, all of them or none; return their paths.
+
+    path: the name of a single file. read: as for `stream_tensors`. Files of an earlier model of this name are
+    replaced; `existing_shards` lists the remaining ones. A kill may leave an incomplete set, which is refused
+    when opened, but never files of two models. Raises OutputError if a file cannot be written, OptionError if
+    there would be too many.
+    """
+    groups = split(tensors, most_bytes)
+    if len(groups) > MOST_SHARDS:
+        raise OptionError(
+            f"--shard_size: the model would be cut into {len(groups):,} files. Give a larger size"
+        )
+    paths = [
+        path.with_name(f"{path.stem}-{number:05d}-of-{len(groups):05d}{path.suffix}")
+        for number in range(1, len(groups) + 1)
+    ]
+    size_bytes = sum(info.size_bytes for info in tensors.values())
+    weight_map = {name: target.name for group, target in zip(groups, paths, strict=True) for name in group}
+    index = {"metadata": {"total_size": size_bytes}, "weight_map": weight_map}
+    index_path = path.with_name(path.name + INDEX)
+    with atomic_files(path, size_bytes) as folder:
+        for group, target in zip(groups, paths, strict=True):
+            stream_tensors(folder / target.name, group, read, metadata)
+        write_text(folder / index_path.name, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        # an old index must not lead to new files, nor old files lie among new ones; the new index is last
+        for old in (index_path, *paths):
+            old.unlink(missing_ok=True)
+    return [*paths, index_path]
+
+
+def gather(path: Path) -> Checkpoint:
+    """Open a model file, any shard of one, an index of shards, or a folder.
+
+    In a folder the index counts; without an index, all model files in it are one model. A tensor may be in
+    two files if it is the same in both. Raises CheckpointError as `open_checkpoint`, and if files contradict
+    each other or lack tensors of the index.
+    """
+    parts, index = _parts_and_index(path)
+    repeated: list[str] = []
+
+    def are_equal(first: TensorFile, second: TensorFile, name: str) -> bool:
+        have_equal_facts = first.tensors[name] == second.tensors[name]
+        is_repeated = have_equal_facts and _digest(first, name) == _digest(second, name)
+        if is_repeated:
+            repeated.append(name)
+        return is_repeated
+
+    checkpoint = open_checkpoint(path, parts, are_equal)
+    try:
+        if index is not None:
+            _check_index(checkpoint, index)
+    except BaseException:
+        checkpoint.close()
+        raise
+    for key in checkpoint.metadata:
+        values = {metadata[key] for metadata in checkpoint.parts.values() if key in metadata}
+        if len(values) > 1:
+            logger.warning("%s: its files say different things of %s; the last one's counts", path, key)
+    if repeated:
+        logger.info(
+            "%s: %d tensors are in two files, equal in both: %s ...", path, len(repeated), repeated[0]
+        )
+    return checkpoint
+
+
+def _parts_and_index(path: Path) -> tuple[list[Path], Path | None]:
+    """Return the files of a model, and their index if there is one; see `gather`."""
+    if not path.is_dir():
+        return checkpoint_paths(path), path if path.name.endswith(INDEX) else None
+    indexes = sorted(path.glob(f"*{INDEX}"))
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not indexes and files:
+        require_all_shards(files)
+        return files, None
+    parts = checkpoint_paths(path)  # raises for no index, and for several
+    index = indexes[0]
+    for file in sorted(set(files) - set(parts)):
+        logger.info("%s is not in %s and is left out", file.name, index.name)
+    return parts, index
+
+
+def _check_index(checkpoint: Checkpoint, index: Path) -> None:
+    """Raise CheckpointError if tensors of the index are in none of the files."""
+    names = parse_json(read_text(index))["weight_map"]
+    missing = [name for name in names if name not in checkpoint.tensors]
+    if missing:
+        raise CheckpointError(
+            f"{index}: {len(missing)} tensors are in none of its files: {', '.join(missing[:LISTED])}. "
+            "Copy the files again.",
+            index,
+        )
+
+
+def _digest(file: TensorFile, name: str) -> bytes:
+    info = file.tensors[name]
+    tensor = file.borrow(name, torch.empty(info.size_bytes, dtype=torch.uint8)).contiguous()
+    return hashlib.sha256(memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))).digest()

@@ -1,0 +1,371 @@
+"""Read files of named tensors: safetensors, and torch's zip or pickle files without running code.
+
+Each reader lists its tensors without reading them and lends one at a time, to be copied, so that no file
+stays mapped and a file on a slow or vanishing volume gives an error instead of a crash.
+"""
+
+import itertools
+import math
+import pickle
+import pickletools
+import re
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from contract.loading import TensorInfo
+from modules.control_codes import shorten
+from modules.devices import dtype_name
+from modules.errors import CheckpointError
+from modules.limits import (
+    MAX_ELEMENTS,
+    MAX_PICKLE_BYTES,
+    MAX_PICKLE_STEPS,
+    MAX_TENSOR_NAME,
+    MAX_TENSORS,
+    MAX_WRAPPERS,
+    SHORT_PICKLE_BYTES,
+)
+from modules.text_files import read_tensor_header, require_regular_file
+
+# the first bytes of what `torch.save` writes, now and in its older format
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"
+GGUF = b"GGUF"
+# marks of quantised layers: ComfyUI's, also in the metadata, and bitsandbytes'
+MARK, HEADER, BNB_STATE = ".comfy_quant", "_quantization_metadata", ".quant_state.bitsandbytes__"
+LFS_POINTER = b"version https://"
+ONNX = re.compile(rb"\x08[\x03-\x14]\x12")  # the number of its format, then who made it
+
+# keys under which trainers store the tensors
+WRAPPERS = (
+    # averages first: they are what is published
+    "params_ema", "params-ema", "params", "module", "model_state_dict", "ema", "model", "state_dict",
+)  # fmt: skip
+
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+# of the format, but of no model that can be used here: 4 and 6 bits, complex numbers
+OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "C64")
+
+
+def is_pointer_or_page(start: bytes) -> bool:
+    """Return whether these are the first bytes of a Git LFS pointer or a web page, not of the real file."""
+    return start.startswith(LFS_POINTER) or start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<"
+
+
+def describe_kind(start: bytes) -> str:
+    """Return the kind of a file with this beginning that is no model, and a remedy."""
+    if start.startswith(GGUF):
+        return "is a GGUF file, which is not read here. Give the safetensors or .pth file of the same model."
+    if ONNX.match(start):
+        return "is an ONNX file, which only yolo_blur.py --model takes. Give a safetensors or .pth file."
+    if start.startswith(LFS_POINTER):
+        return (
+            "is a Git LFS pointer, a text of a few lines in place of the model. Run git lfs pull in its "
+            "folder, or download the file itself."
+        )
+    if is_pointer_or_page(start):
+        return (
+            "is a web page, not a model: the site may have asked for a login. Log in and download the file "
+            "again."
+        )
+    return (
+        "is neither a safetensors nor a torch file, or its beginning is damaged. Download or copy it again."
+    )
+
+
+def check_count(path: Path, tensors: int) -> None:
+    """Raise CheckpointError if a file has more tensors than any model: each is looked at many times."""
+    if tensors > MAX_TENSORS:
+        raise CheckpointError(
+            f"{path} has {tensors:,} tensors, and no model has more than {MAX_TENSORS:,}. Give the file of a "
+            "model.",
+            path,
+        )
+
+
+class HeaderFile:
+    """A file whose header lists its tensors."""
+
+    left_out: Sequence[str] = ()
+    header = "header"  # for messages
+    faults: tuple[type[Exception], ...] = (ValueError,)  # that reading a damaged header raises
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self._places: dict[str, int] = {}  # name -> the byte at which a tensor begins
+        self._file = path.open("rb")
+        self.close = self._file.close
+        try:
+            self._read_header(path.stat().st_size)
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, self.faults):
+                raise
+            raise CheckpointError(
+                f"{path} is damaged or incomplete: its {self.header} cannot be read ({error}). Download or "
+                "copy it again.",
+                path,
+            ) from error
+
+    def _read_header(self, size: int) -> None:
+        """Fill `tensors`, `metadata` and `_places`. size: of the file in bytes."""
+        raise NotImplementedError
+
+    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        """Return a tensor to be copied from at once; its bytes may lie in `scratch` (uint8)."""
+        info, place = self.tensors[name], self._places[name]
+        return info.read(self._file, place, scratch=scratch, path=self.path, name=name)
+
+
+class SafetensorsFile(HeaderFile):
+    """A safetensors file, read without the library: its `safe_open` maps the whole file.
+
+    Windows sets as much memory aside for that ("the paging file is too small").
+    """
+
+    faults = (ValueError, TypeError, KeyError, AttributeError)
+
+    def _read_header(self, size: int) -> None:
+        # every number is checked against the others
+        self.metadata, header, start = read_tensor_header(self._file.read, size, no_repeats=True)
+        check_count(self.path, len(header))
+        # raises for halves of characters
+        "".join([*header, *self.metadata, *self.metadata.values()]).encode("utf-8")
+        places = []
+        for name, entry in header.items():
+            if len(name) > MAX_TENSOR_NAME:
+                raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
+            shape = entry["shape"]
+            begin, end = entry["data_offsets"]
+            dtype = self._known_dtype(name, entry["dtype"])
+            info = TensorInfo(dtype, _checked_shape(name, shape, begin, end))
+            self.tensors[name] = info
+            if end - begin != info.size_bytes:
+                raise ValueError(f"{name} has {end - begin} bytes for shape {list(shape)}")
+            places.append((begin, end, name))
+            self._places[name] = start + begin
+        last = 0
+        for begin, end, name in sorted(places):
+            if begin != last:
+                raise ValueError(f"the data of {name} begin at byte {begin}, not {last}")
+            last = end
+        if start + last != size:
+            raise ValueError(f"the file has {size} bytes, it describes {start + last}")
+
+    def _known_dtype(self, name: str, kind: str) -> torch.dtype:
+        if kind in OTHER_DTYPES:
+            raise CheckpointError(
+                f"{self.path} is quantised: {name} is of type {kind}, which is not supported. "
+                "Give the bf16, fp16 or fp8 file of the model.",
+                self.path,
+            )
+        if kind not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{name} has the unknown type {kind}")
+        return SAFETENSORS_DTYPES[kind]
+
+
+def _checked_shape(name: str, shape: Sequence[Any], begin: Any, end: Any) -> tuple[int, ...]:
+    """Return a tensor's shape. Raises ValueError if it or the place of its bytes cannot be that of one."""
+    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise ValueError(f"{name} has the shape {shape} at bytes {begin} to {end}")
+    if math.prod(max(number, 1) for number in shape) > MAX_ELEMENTS:
+        raise ValueError(f"{name} has the impossible shape {shape}")
+    return tuple(shape)
+
+
+class TorchFile:
+    """A file written by `torch.save`, mapped and unpickled with tensors and plain containers only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        content = load_pickled(path)
+        self._tensors, self.left_out = _named_tensors(content, set())
+        if not self._tensors:
+            raise CheckpointError(
+                f"{path} holds no named tensors ({type(content).__name__}). Give a model's state dict.", path
+            )
+        self.tensors = {
+            name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()
+        }
+        size = path.stat().st_size
+        try:
+            "".join(self.tensors).encode("utf-8")
+        except UnicodeEncodeError as error:  # it could not be shown, nor written again
+            raise _pickle_damage_error(path, f"a tensor's name is no text ({error})") from error
+        for name, info in self.tensors.items():
+            if len(name) > MAX_TENSOR_NAME:
+                what = f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}"
+                raise _pickle_damage_error(path, what)
+            if info.dtype not in SAFETENSORS_DTYPES.values():
+                raise CheckpointError(f"{path}: {name} is of type {dtype_name(info.dtype)}. {_PLAIN}", path)
+            # a few bytes repeated over a shape that no memory holds, or a tensor without data
+            if info.size_bytes > size:
+                raise CheckpointError(
+                    f"{path} is damaged: {name} takes {info.size_bytes} bytes, the whole file {size}.", path
+                )
+
+    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        # mapped: its pages belong to the file; bytes that are floats of 8 bits are taken as these
+        return self._tensors[name].detach().view(self.tensors[name].dtype)
+
+    def close(self) -> None:
+        self._tensors = {}
+
+
+TensorFile: TypeAlias = HeaderFile | TorchFile  # one open file of named tensors
+
+
+def load_pickled(path: Path, times: int = 1) -> Any:
+    """Load a file of `torch.save`: tensors, mapped if the format allows, in plain containers.
+
+    times: factor on the allowed length of its pickled program, 1 for files of weights. Code in the file is
+    refused, not run. Raises CheckpointError if there is code, if a tensor is not a plain one, or if the file
+    is damaged.
+    """
+    try:
+        require_regular_file(path)
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
+    try:
+        is_zip = start[:4] == ZIP
+        if start and not is_zip and start[:1] != PICKLE:
+            raise CheckpointError(f"{path} {describe_kind(start)}", path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # notes on the pickle protocol, of no use to a user
+            if is_zip:
+                _check_program(path, times)
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            else:  # the older format cannot be mapped
+                with path.open("rb") as file:
+                    counted = cast(Any, _Counted(file, times))
+                    content = torch.load(counted, map_location="cpu", weights_only=True)
+        _check_plain(content, path)
+        return content
+    except pickle.UnpicklingError as error:
+        nonsense = re.search(r"Unsupported operand \d+", str(error))
+        if nonsense is not None or "weights_only" not in str(error):
+            raise _pickle_damage_error(path, nonsense[0] if nonsense else str(error)) from error
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise CheckpointError(
+            f"{path} holds program code beside its tensors and is refused: opening it would run that code.\n"
+            f"  {f'It asks for {refused[1]}. ' if refused else ''}Use a safetensors version of the file.",
+            path,
+        ) from error
+    except (MemoryError, CheckpointError):
+        raise
+    except Exception as error:  # torch's reader meets a damaged file with whatever its next step raises
+        raise _pickle_damage_error(path, str(error) or type(error).__name__) from error
+
+
+class _Counted:
+    """A file that allows a limited number of reads: torch reads each step of a pickle by itself."""
+
+    def __init__(self, file: BinaryIO, times: int) -> None:
+        self._file, self._count, self._most = file, 0, times * MAX_PICKLE_STEPS
+
+    def read(self, *size: int) -> bytes:
+        self._count += 1
+        if self._count > self._most:
+            raise ValueError(_TOO_LONG)
+        return self._file.read(*size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+_TOO_LONG = "its list of tensors and values is longer than that of any model"
+
+
+def _check_program(path: Path, times: int) -> None:
+    """Raise ValueError if the list of tensors in a zip file takes too long to read, or too much memory."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.filename.rpartition("/")[2] == "data.pkl" and info.file_size > SHORT_PICKLE_BYTES:
+                if info.file_size > times * MAX_PICKLE_BYTES or info.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(_TOO_LONG)
+                steps = pickletools.genops(archive.read(info))
+                most = times * MAX_PICKLE_STEPS
+                if sum(1 for _ in itertools.islice(steps, most + 1)) > most:
+                    raise ValueError(_TOO_LONG)
+
+
+_PLAIN = "Only plain weights can be read: save them as dense tensors, best in a safetensors file."
+
+
+def _check_plain(content: Any, path: Path) -> None:
+    """Raise CheckpointError if a tensor in these containers is sparse, nested, quantised or without data."""
+    waiting: list[tuple[str, Any]] = [("", content)]
+    visited: set[int] = set()  # a harmful file may put a container in itself
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, (dict, list, tuple, set, frozenset)) and id(value) not in visited:
+            visited.add(id(value))
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [(f"{name}.{key}".lstrip("."), item) for key, item in inner]
+        if isinstance(value, Tensor):
+            kind = _special_kind(value)
+            if kind is not None:
+                raise CheckpointError(f"{path}: {name or 'its tensor'} is {kind}. {_PLAIN}", path)
+
+
+def _special_kind(tensor: Tensor) -> str | None:
+    """Return what a tensor is that is not dense and plain; None for a plain one."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"a sparse tensor ({str(tensor.layout).removeprefix('torch.')})"
+    if tensor.is_quantized:
+        return f"a quantised tensor ({dtype_name(tensor.dtype)})"
+    if tensor.device.type != "cpu":
+        return f"a tensor without data ({tensor.device.type})"
+    return None
+
+
+def _pickle_damage_error(path: Path, reason: str) -> CheckpointError:
+    reason = reason.strip().splitlines()[0].split(". ")[0]
+    return CheckpointError(f"{path} is damaged or incomplete: {reason}. Download or copy it again.", path)
+
+
+def _named_tensors(content: Any, visited: set[int]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors in the first wrapper with some, else those of `content` itself; and other names.
+
+    A step count next to a wrapper may be a tensor too. visited: for a harmful file that wraps a dictionary in
+    itself.
+    """
+    if not isinstance(content, dict) or id(content) in visited or len(visited) == MAX_WRAPPERS:
+        return {}, []
+    visited.add(id(content))
+    wrappers = [*WRAPPERS, *content] if len(content) == 1 else WRAPPERS
+    for key in wrappers:
+        inner, left_out = _named_tensors(content.get(key), visited)
+        if inner:
+            return inner, [str(name) for name in content if name != key] + left_out
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return tensors, [str(name) for name, value in content.items() if not isinstance(value, Tensor)]

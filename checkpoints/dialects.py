@@ -1,0 +1,369 @@
+"""Translate names of model files to ours, join tensors that are stored in parts, read dimensions off them.
+
+Also name the kind of a foreign file.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from checkpoints.filling import (
+    StoredLoading,
+    add_leading_sides,
+    find_stored_weights,
+    linear_weights,
+    load_module,
+    on_meta_device,
+    stored_as,
+)
+from checkpoints.kinds import kind_of
+from checkpoints.opening import Checkpoint, refuse_quantised
+from checkpoints.stored.forms import Stored, form_of, prepare
+from contract.loading import BlockPlace, HostPlace, TensorSource
+from modules.errors import CheckpointError
+from modules.limits import MAX_BLOCKS
+from modules.speed_options import Quantisation
+
+Config = TypeVar("Config")
+Network = TypeVar("Network", bound=nn.Module)
+Names = Sequence[tuple[str, str]]  # pattern of a whole name in the file -> our name
+# pattern -> our names of the tensors that are stacked in it, each with as many rows, in their order
+Cuts = Sequence[tuple[str, tuple[str, ...]]]
+
+
+@dataclass(frozen=True)
+class LoadPlan(Generic[Config]):
+    """Hold the plan of loading: dimensions, the source of each tensor, and names that may stay unused."""
+
+    config: Config
+    checkpoint: Checkpoint  # without prefixes
+    sources: Mapping[str, TensorSource]
+    ignore: tuple[str, ...] = ()
+
+
+def load_planned(
+    plan: LoadPlan[Config],
+    build: Callable[[Config], Network],
+    device: torch.device,
+    dtype: torch.dtype | Callable[[str, torch.dtype], torch.dtype],
+    what: str,
+    form: str | None = None,
+    host: HostPlace | None = None,
+    blocks: BlockPlace | None = None,
+) -> Network:
+    """Load the network of a plan whose file is open onto the device, in eval mode, without gradients.
+
+    build: makes the network from the plan's dimensions; called on the meta device. dtype, what: as for
+    `load_module`; a single dtype is used for all tensors. form: the module of `checkpoints.stored` in whose
+    form linear layers are kept; None: as the file has them, but fp8 multiplied out. host: as for
+    `load_module`.
+    blocks: takes each block when it is loaded. Raises CheckpointError as `load_module`, and if the file has
+    another form.
+    """
+    with on_meta_device():
+        network = build(plan.config)
+    dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
+    stored = None
+    linear = linear_weights(network)
+    staying = find_stored_weights(
+        linear, plan.sources, plan.checkpoint.tensors, form_is_given=form is not None
+    )
+    if form is not None:  # embeddings and norms are not rounded; what the file has so stays as it is
+        _refuse_other_forms(plan, staying, form)
+        stored_form = form_of(prepare(text_quantisation(form), device))
+        stored = StoredLoading(stored_form, linear - staying, staying)
+    elif staying:
+        stored = StoredLoading(None, kept=staying)
+    load_module(
+        network,
+        plan.checkpoint,
+        plan.sources,
+        device=device,
+        dtype=dtype_of,
+        ignore=plan.ignore,
+        what=what,
+        stored=stored,
+        host=host,
+        filled=None if blocks is None else blocks.watch(network),
+    )
+    if blocks is not None:
+        blocks.finish(network)
+    return network.eval()
+
+
+def text_quantisation(form: str) -> Quantisation:
+    """Return the `Quantisation` of a text encoder. form: name of a module of `checkpoints.stored`."""
+    return Quantisation("rows", float32_scales=True, form=form)
+
+
+def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str | None) -> int:
+    """Return the bytes that a tensor takes once loaded. form: of a linear weight, as in `load_planned`."""
+    source, tensors = plan.sources[name], plan.checkpoint.tensors
+    shape, stored = tensors[source.names[0]].shape, stored_as(source, tensors)
+    if stored is None or (form is None and not stored.form.stays):
+        if form is None:
+            return math.prod(shape) * dtype.itemsize
+        stored = form_of(text_quantisation(form)).empty((shape[0], shape[1]))
+    return sum(tensor.nbytes for tensor in stored.tensors if tensor is not None)
+
+
+def _refuse_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) -> None:
+    """Raise CheckpointError for weights that the file has in another form than the one asked for."""
+    tensors = plan.checkpoint.tensors
+    for name in sorted(names):
+        stored = stored_as(plan.sources[name], tensors)
+        if stored is not None and stored.form.name != form:
+            path = plan.checkpoint.path
+            raise CheckpointError(
+                f"the text encoder is to be kept in {form}, but {path} is already in {stored.form.name}, and "
+                "rounding twice only loses quality. Leave out --text_encoder_form (or --fp8_...): "
+                "its form stays; or give the file in 16 bits.",
+                path,
+            )
+
+
+def translate_name(name: str, table: Names) -> str:
+    """Return our name for a name in the file; a name not in the table stays, to be reported as unexpected."""
+    if not _any_of(tuple(pattern for pattern, _ in table)).fullmatch(name):
+        return name
+    for pattern, ours in table:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(ours)
+    return name
+
+
+@functools.cache  # of each table
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """Return a pattern of all names that fit one of these. They hold no names or numbers of groups."""
+    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+
+
+def rename_sources(
+    sources: Mapping[str, TensorSource], name_of: Callable[[str], str]
+) -> dict[str, TensorSource]:
+    return {name_of(name): source for name, source in sources.items()}
+
+
+def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
+    """Return how many different beginnings of names match the pattern.
+
+    path: of the file, for the CheckpointError raised if there are more than any model has.
+    """
+    pattern = re.compile(rf"({start})\.")
+    starts = {match[1] for match in map(pattern.match, names) if match}
+    number = len(starts)
+    if number > MAX_BLOCKS:
+        # without the path: to ask every family whose file it is would read all its names a dozen times
+        raise CheckpointError(
+            f"{path or 'a file'} has {number:,} layers such as {min(starts)}, more than any model has. Give "
+            "the released file of the model."
+        )
+    return number
+
+
+def shapes_of(
+    checkpoint: Checkpoint, sources: Mapping[str, TensorSource], wrong: CheckpointError | None = None
+) -> Callable[..., tuple[int, ...]]:
+    """Return a function: our name, number of axes (default 4) -> shape of the tensor in the file.
+
+    It raises CheckpointError if the file lacks the tensor, and `wrong`, if that is given, if the tensor has
+    another number of axes or no values.
+    """
+
+    def shape(name: str, axes: int = 4) -> tuple[int, ...]:
+        if name not in sources:
+            raise CheckpointError(
+                f"{checkpoint.path} is incomplete: {name} is missing. Download or copy it again.",
+                checkpoint.path,
+            )
+        stored_shape = checkpoint.tensors[sources[name].names[0]].shape
+        if wrong is None:
+            return stored_shape
+        stored_shape = add_leading_sides(stored_shape, axes)
+        if len(stored_shape) != axes or 0 in stored_shape:
+            raise wrong
+        return stored_shape
+
+    return shape
+
+
+@dataclass(frozen=True)
+class DitShapes:
+    """Hold the shapes of a transformer's tensors, from which its dimensions are read."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]  # published name -> shape
+    model: str  # for messages: HunyuanVideo
+
+    def of(self, name: str, axes: int = 2) -> tuple[int, ...]:
+        """Return the shape of a tensor with this many axes; leading sides of 1 may be left out in the file.
+
+        Raises CheckpointError if the file has no tensor of that name, or one with other axes.
+        """
+        if name not in self.shapes:
+            raise CheckpointError(
+                f"{self.path} is an incomplete {self.model} transformer: {name} is missing. Copy it again.",
+                self.path,
+            )
+        shape = add_leading_sides(self.shapes[name], axes)
+        if len(shape) != axes or 0 in shape:
+            sizes = " x ".join(map(str, self.shapes[name])) or "a single number"
+            raise CheckpointError(
+                f"{self.path} does not fit {self.model}: {name} is {sizes}, {axes} axes are needed. Give a "
+                "file of that model in the shapes of its release.",
+                self.path,
+            )
+        return shape
+
+    def patches(self, name: str) -> tuple[int, int, tuple[int, int, int]]:
+        """Return the width of the model, the channels of latents and the size of a patch.
+
+        name: of the layer that turns latents into tokens.
+        """
+        dim, in_dim, frames, rows, columns = self.of(name, axes=5)
+        return dim, in_dim, (frames, rows, columns)
+
+    def blocks(self, start: str) -> int:
+        return count(self.shapes, rf"{re.escape(start)}\.\d+", self.path)
+
+
+def other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> CheckpointError:
+    """Return the error for a file that does not fit its option. wanted, give: the right kind, its files.
+
+    Raises CheckpointError for a quantised file, whose tensors may have other names.
+    """
+    refuse_quantised(checkpoint)
+    kind = kind_of(checkpoint.tensors)
+    if kind is None:
+        some = ", ".join(sorted(checkpoint.tensors)[:3])
+        kind = (
+            "a LoRA"
+            if any("lora_" in name for name in checkpoint.tensors)
+            else f"an unknown model with tensors such as {some}"
+        )
+    return CheckpointError(
+        f"{checkpoint.path} is not {wanted}; it looks like {kind}.\n  Give {give} to {option}.",
+        checkpoint.path,
+    )
+
+
+def join_parts(
+    stored: Mapping[str, TensorSource], table: Names, swapped: Iterable[str] = ()
+) -> dict[str, TensorSource]:
+    """Map each of our names to how its tensor is made from those of a file.
+
+    stored: by the file's names. table: of the file's dialect; a name that ends in #n is the nth of the parts
+    that are stacked by rows in our tensor. swapped: our names of tensors whose halves the file has in the
+    other order.
+    """
+    parts: dict[str, dict[int, TensorSource]] = {}
+    for theirs, source in stored.items():
+        name, _, part = translate_name(theirs, table).partition("#")
+        parts.setdefault(name, {})[int(part or 0)] = source
+
+    def swap_halves(tensor: Tensor) -> Tensor:
+        return torch.cat(tensor.chunk(2)[::-1])
+
+    sources = {name: _join([by_row[row] for row in sorted(by_row)]) for name, by_row in parts.items()}
+    return sources | {name: sources[name].then(swap_halves) for name in swapped if name in sources}
+
+
+def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of our tensors from those of a file's, as `join_parts` makes them."""
+    joined: dict[str, tuple[int, ...]] = {}
+    for theirs, shape in shapes.items():
+        name = translate_name(theirs, table).partition("#")[0]
+        above = joined.get(name)
+        joined[name] = (above[0] + shape[0], *shape[1:]) if above and shape else shape
+    return joined
+
+
+def _join(parts: list[TensorSource]) -> TensorSource:
+    if len(parts) == 1:
+        return parts[0]
+
+    def by_part(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Return the tensors of each part."""
+        groups = []
+        start = 0
+        for part in parts:
+            end = start + len(part.names)
+            groups.append(tensors[start:end])
+            start = end
+        return groups
+
+    def build(*tensors: Tensor) -> Tensor:
+        rows = [part.make(group) for part, group in zip(parts, by_part(tensors), strict=True)]
+        dtype = torch.float32 if any(row.dtype.itemsize == 1 for row in rows) else rows[0].dtype
+        return torch.cat([row.to(dtype) for row in rows])
+
+    def as_stored(*tensors: Tensor) -> Stored | None:
+        rows: list[Stored] = []
+        for part, group in zip(parts, by_part(tensors), strict=True):
+            stored = part.make_stored(group)
+            if stored is None or (rows and stored.form != rows[0].form):
+                return None
+            rows.append(stored)
+        return rows[0].form.join(rows)
+
+    names = tuple(name for part in parts for name in part.names)
+    can_stay = all(part.as_stored is not None for part in parts)
+    return TensorSource(names, build, as_stored if can_stay else None)
+
+
+def cut_parts(stored: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, TensorSource]:
+    """Return sources of the tensors that a file has stacked by rows; other tensors keep their names.
+
+    A stored weight keeps its form, each part with its rows of the scales.
+    """
+    sources: dict[str, TensorSource] = {}
+    for name, source in stored.items():
+        parts = _parts_in(name, cuts)
+        for index, part in enumerate(parts or (name,)):
+            sources[part] = _cut(source, index, len(parts)) if parts else source
+    return sources
+
+
+def parted_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of our tensors from those of a file's, as `cut_parts` makes them."""
+    shapes_of_parts: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        parts = _parts_in(name, cuts) if shape else ()
+        if parts:
+            shapes_of_parts |= dict.fromkeys(parts, (shape[0] // len(parts), *shape[1:]))
+        else:
+            shapes_of_parts[name] = shape
+    return shapes_of_parts
+
+
+def _parts_in(name: str, cuts: Cuts) -> tuple[str, ...]:
+    for pattern, parts in cuts:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return tuple(map(match.expand, parts))
+    return ()
+
+
+def _cut(source: TensorSource, index: int, count: int) -> TensorSource:
+    """Return the source of one of `count` equal parts of the rows of a tensor."""
+
+    def build(*tensors: Tensor) -> Tensor:
+        all_rows = source.make(tensors)
+        return (all_rows if len(all_rows) % count else all_rows.chunk(count)[index]).contiguous()
+
+    def as_stored(*tensors: Tensor) -> Stored | None:
+        stored = source.make_stored(tensors)
+        if stored is None or stored.shape[0] % count:
+            return stored
+        height = stored.shape[0] // count
+        return stored.form.cut(stored, index * height, height)
+
+    return TensorSource(source.names, build, None if source.as_stored is None else as_stored)

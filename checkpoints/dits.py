@@ -1,0 +1,301 @@
+"""Load transformers of every family: prefixes of names, the dtype of weights, filling a network."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from checkpoints.filling import (
+    StoredLoading,
+    find_stored_weights,
+    linear_weights,
+    load_module,
+    on_meta_device,
+    stored_as,
+)
+from checkpoints.kinds import OF_OTHERS, kind_of
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources, refuse_quantised
+from checkpoints.stored.forms import StoredForm, form_of
+from contract.family import DitSpec
+from contract.loading import Placement, TensorSource
+from modules.devices import dtype_name
+from modules.errors import CheckpointError
+from modules.speed_options import Quantisation
+
+logger = logging.getLogger(__name__)
+
+PREFIXES = (
+    "module.",
+    "_orig_mod.",
+    "model.diffusion_model.",
+    "model.model.",
+    "diffusion_model.",
+    "transformer.",
+)
+# all-in-one
+OTHER_NETWORKS = (
+    "vae.",
+    "first_stage_model.",
+    "text_encoders.",
+    "cond_stage_model.",
+    "conditioner.",
+    "audio_vae.",
+    "vocoder.",
+    "text_embedding_projection.",
+    "scaled_fp8",
+)
+# Rounding errors of the last blocks go straight into the velocity, while later blocks even out those of
+# earlier ones. In the pocket model two of eight blocks make three quarters of the loss that fp8 adds; in Wan
+# 14B two of forty are 5 % of the gain.
+LAST_IN_16_BITS = 2
+FP8_COMPUTE = torch.bfloat16  # compute dtype of an fp8 file
+
+
+class DitConfig(Protocol):
+    """Dimensions of a family's transformer, read from a file's tensors."""
+
+    @property
+    def dim(self) -> int:
+        """Return the width of the model."""
+
+    @property
+    def kind(self) -> str:
+        """Return what the model is conditioned on: t2v, i2v, ..."""
+
+
+Config = TypeVar("Config", bound=DitConfig)
+Dit = TypeVar("Dit", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class DitHeader(Generic[Config]):
+    """Hold the facts about a transformer file that its header gives."""
+
+    config: Config
+    dialect: str  # official, diffusers, ... as the family calls them
+    block_dtype: torch.dtype  # of the block weights in the file
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.block_dtype if self.block_dtype.itemsize > 1 else FP8_COMPUTE
+
+
+@dataclass(frozen=True)
+class DitFormat(Generic[Config, Dit]):
+    """How the transformer files of a family are recognised and read."""
+
+    read_bare: Callable[[Checkpoint], DitHeader[Config]]  # of bare names; CheckpointError for another file
+    describe: Callable[[DitHeader[Config]], str]  # for messages: "a FLUX.1 dev transformer"
+    network: Callable[..., Dit]  # takes the config, the attention, and further arguments of `load`
+    # published name -> how its tensor is made of the file's
+    sources: Callable[[Checkpoint, DitHeader[Config]], Mapping[str, TensorSource]]
+    option: str = "--dit"
+    ignore: tuple[str, ...] = ()  # tensors in files that the network does not have
+
+    def read_header(self, checkpoint: Checkpoint) -> DitHeader[Config]:
+        """Read dimensions, dialect and dtype of an open file.
+
+        Raises CheckpointError if the file is not a supported transformer.
+        """
+        checkpoint = bare_names(checkpoint)
+        # first, since some have all the tensors of a network of ours
+        kind = next((what for mark, what in OF_OTHERS if mark in checkpoint.tensors), None)
+        if kind is None:
+            refuse_quantised(checkpoint)
+            try:
+                return self.read_bare(checkpoint)
+            except CheckpointError:
+                kind = kind_of(checkpoint.tensors, OF_OTHERS)  # behind other prefixes
+                if kind is None:
+                    raise
+        raise CheckpointError(
+            f"{checkpoint.path} is {kind}.\n  Give the transformer of a model that this script runs to "
+            f"{self.option}.",
+            checkpoint.path,
+        )
+
+    def identify(self, path: Path) -> str | None:
+        """Describe a file that is a transformer of this family; return None if it is not."""
+        try:
+            with open_checkpoint(path) as checkpoint:
+                return f"it is {self.describe(self.read_header(checkpoint))} ({self.option})"
+        except CheckpointError:
+            return None
+
+    def load(self, path: Path, placement: Placement, *settings: Any, beside: Path | None = None) -> Dit:
+        """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
+
+        dtype: see `choose_dtype`; some layers are always kept in float32, and with
+        `placement.keep_file_dtypes` each layer has the dtype of its weight in the file. `placement.patch` is
+        called with the published parameter names. beside: a file with further tensors of it. Raises
+        CheckpointError if the file is another model's, is incomplete, or has unknown tensors, and if an fp8
+        file is to be rounded again.
+        """
+        with contextlib.ExitStack() as opened:
+            checkpoint = bare_names(opened.enter_context(open_checkpoint(path)))
+            if beside is not None:
+                checkpoint = checkpoint.join(bare_names(opened.enter_context(open_checkpoint(beside))))
+            header = self.read_header(checkpoint)
+            what = self.describe(header)
+            target = choose_dtype(header.block_dtype, placement)
+            with on_meta_device():
+                dit = self.network(header.config, placement.attention, *settings)
+            spec = dit.spec
+            assert isinstance(spec, DitSpec)
+            counts = " + ".join(str(len(blocks)) for blocks in spec.blocks(dit).values())
+            size = f"{counts} blocks of width {header.config.dim}"
+            logger.info("Loading %s: %s, %s, as %s", path, what, size, dtype_name(target))
+            sources = self.sources(checkpoint, header)
+
+            def dtype_of(name: str, stored: torch.dtype) -> torch.dtype:
+                if name.startswith(spec.keep_float32):
+                    return torch.float32
+                if not placement.keep_file_dtypes:
+                    return target
+                # a layer has one dtype
+                weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name
+                if weight in sources:
+                    stored = checkpoint.tensors[sources[weight].names[0]].dtype
+                return stored if stored.itemsize > 1 else target
+
+            load_module(
+                dit,
+                checkpoint,
+                sources,
+                device=placement.device,
+                dtype=dtype_of,
+                patch=placement.patch,
+                ignore=self.ignore,
+                what=what,
+                stored=_stored_layers(dit, checkpoint, sources, placement=placement, spec=spec),
+                host=placement.host,
+                check=placement.check,
+                filled=None if placement.blocks is None else placement.blocks.watch(dit),
+            )
+        return dit.eval()
+
+
+def own_names(checkpoint: Checkpoint, _: object) -> Mapping[str, TensorSource]:
+    """Return the tensors of a file whose names are the published ones."""
+    return plain_sources(checkpoint)
+
+
+def bare_names(checkpoint: Checkpoint) -> Checkpoint:
+    """Remove the prefixes that trainers and all-in-one files put before a transformer's names."""
+    return checkpoint.without_prefix(*PREFIXES, others=OTHER_NETWORKS)
+
+
+def choose_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
+    """Return the dtype of weights: `compute_dtype`, else `storage_dtype`, else that of the file's blocks."""
+    if block_dtype.itemsize == 1:
+        block_dtype = placement.fp8_compute_dtype or FP8_COMPUTE
+    return placement.compute_dtype or placement.storage_dtype or block_dtype
+
+
+def with_dtype(placement: Placement, dit_dtype: torch.dtype | None) -> Placement:
+    """Set --dit_dtype in a placement if the caller sets no dtype."""
+    asks = placement.compute_dtype is not None or placement.storage_dtype is not None
+    return placement if asks else replace(placement, compute_dtype=dit_dtype)
+
+
+def _stored_layers(
+    dit: nn.Module,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, TensorSource],
+    *,
+    placement: Placement,
+    spec: DitSpec,
+) -> StoredLoading | None:
+    """Return the linear layers of the blocks that are stored in a form: the file's, else the family's choice.
+
+    If the layers multiply in 8 bits too, the last blocks stay in 16 bits: see `LAST_IN_16_BITS`.
+    """
+    quantisation = placement.quantisation
+    if quantisation is None:
+        staying = find_stored_weights(linear_weights(dit), sources, checkpoint.tensors, form_is_given=False)
+        if not staying:
+            return None
+        return StoredLoading(None, kept=_without_patched(staying, dit, checkpoint.path, placement))
+    wide = _wide_blocks(dit, spec) if quantisation.fp8_matmul else ()
+
+    def narrow(names: frozenset[str]) -> frozenset[str]:
+        return frozenset(name for name in names if not name.startswith(wide))
+
+    form: StoredForm | None = form_of(quantisation)
+    linear = narrow(linear_weights(dit, spec.block_lists))
+    staying = find_stored_weights(linear, sources, checkpoint.tensors, form_is_given=True)
+    if not staying:
+        exclude = spec.form_exclude.get(quantisation.form, spec.fp8_exclude)
+        return StoredLoading(form, narrow(linear_weights(dit, spec.block_lists, exclude)))
+    if has_asked_form(quantisation, staying, sources, checkpoint):
+        text = "%s: %s is in %s already, and stays as it is"
+        logger.info(text, quantisation.asked_by, checkpoint.path, quantisation.form)
+        form = None
+    elif quantisation.kind != "cast":
+        infos = [checkpoint.tensors[sources[name].names[0]] for name in staying]
+        is_packed = any(info.packing is not None for info in infos)
+        raise _already_quantised(checkpoint.path, quantisation.asked_by, is_packed)
+    return StoredLoading(form, kept=_without_patched(staying, dit, checkpoint.path, placement))
+
+
+def _wide_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
+    """Return the beginnings of the names of the last blocks, in the order that they run; () of few blocks."""
+    counts = {name: len(blocks) for name, blocks in spec.blocks(dit).items()}
+    names = [f"{name}.{index}." for name, count in counts.items() for index in range(count)]
+    blocks = [names[place] for place in spec.order([*counts.values()])]
+    return tuple(blocks[-LAST_IN_16_BITS:]) if len(blocks) >= 4 * LAST_IN_16_BITS else ()
+
+
+def _already_quantised(path: Path, flag: str, is_packed: bool) -> CheckpointError:
+    """Return the error for a file that would be rounded a second time. flag: the option that asks for it."""
+    state = "quantised"
+    instead = "layers stay as the file has them."
+    if not is_packed:
+        state = "in fp8"
+        instead = (
+            "--fp8_base (training) and --fp8 (generation) keep the file as it is. Or give the bf16 file."
+        )
+    return CheckpointError(
+        f"{flag}: {path} is already {state}; rounding it again would only lose more.\n"
+        f"  Leave {flag} out: {instead}",
+        path,
+    )
+
+
+# forms in which a file's layers are those that rounding them here would make; of fp8 there are several
+_SAME_FORMS = ("int8", "nf4")
+
+
+def has_asked_form(
+    quantisation: Quantisation,
+    names: frozenset[str],
+    sources: Mapping[str, TensorSource],
+    checkpoint: Checkpoint,
+) -> bool:
+    """Return whether these stored weights of a file all have the form that options ask for."""
+    if quantisation.form not in _SAME_FORMS or quantisation.int8_backward:
+        return False
+    stored = [stored_as(sources[name], checkpoint.tensors) for name in names]
+    return all(weight is not None and weight.form.name == quantisation.form for weight in stored)
+
+
+def _without_patched(
+    names: frozenset[str], dit: nn.Module, path: Path, placement: Placement
+) -> frozenset[str]:
+    """Return the stored weights without those that the patch has to change in 16 bits."""
+    if placement.patch is None:
+        return names
+    weights = dit.state_dict()
+    leave = placement.beside
+    staying = frozenset(
+        name for name in names if leave is not None and leave(name, tuple(weights[name].shape))
+    )
+    if staying != names:
+        text = "%s: %d of %d stored layers are kept in 16 bits, as LoRAs are merged into them"
+        logger.info(text, path, len(names - staying), len(names))
+    return staying

@@ -1,0 +1,166 @@
+"""Find encoders in Hugging Face's layout, under any prefix and beside other networks; read config.json.
+
+Also check whether the width of an encoder's states fits the transformer beside it.
+"""
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoints.opening import Checkpoint, refuse_quantised
+from modules.errors import CheckpointError
+from modules.text_files import parse_json, read_text
+
+logger = logging.getLogger(__name__)
+
+# name prefixes of other networks in all-in-one files
+ALL_IN_ONE = (
+    "model.diffusion_model.",
+    "vae.",
+    "first_stage_model.",
+    "cond_stage_model.",
+    "text_encoders.",
+    "scaled_fp8",
+)
+
+# tensors that hold a tokenizer as bytes, in ComfyUI's files and in LTX-2.5's
+SPIECE_MODEL, TOKENIZER_JSON = "spiece_model", "tokenizer_json"
+
+
+def network_in(
+    checkpoint: Checkpoint, embeddings: str, layer: str, beside: tuple[str, ...]
+) -> Checkpoint | None:
+    """Return the network that has both of these tensors, without prefix and other networks; None if none has.
+
+    beside: name prefixes of other networks. Raises CheckpointError if the file holds something else.
+    """
+    prefixes = [name.removesuffix(embeddings) for name in checkpoint.tensors if name.endswith(embeddings)]
+    prefix = next((prefix for prefix in prefixes if prefix + layer in checkpoint.tensors), None)
+    if prefix is None:
+        return None
+    other_prefixes = (*beside, *ALL_IN_ONE)
+    strange = [name for name in checkpoint.tensors if not name.startswith((prefix, *other_prefixes))]
+    if strange:
+        refuse_quantised(checkpoint)
+        raise CheckpointError(
+            f"{checkpoint.path}: besides {prefix}{embeddings} and its network it has {len(strange)} "
+            f"tensors of an unknown network, such as {', '.join(strange[:3])}. Give the file "
+            "of that encoder alone.",
+            checkpoint.path,
+        )
+    return checkpoint.without_prefix(prefix, others=other_prefixes)
+
+
+def head_width(path: Path, rows: int, told: Mapping[str, Any], usual: int) -> int:
+    """Return the channels of a head, from the number of heads in config.json, else the usual width.
+
+    Raises CheckpointError if that does not fit the rows.
+    """
+    heads = told.get("num_attention_heads")
+    if heads is None and rows % usual == 0:
+        return usual
+    if isinstance(heads, int) and heads > 0 and rows % heads == 0:
+        return rows // heads
+    how = f"config.json beside it says {heads} heads" if heads is not None else f"heads have {usual} channels"
+    raise CheckpointError(
+        f"{path}: {rows} rows of queries, but {how}. Give the config.json that belongs to it.", path
+    )
+
+
+def config_beside(path: Path) -> tuple[Path, Any]:
+    """Return the path of the config.json in a model's folder, and its content; None if there is no such file.
+
+    Raises CheckpointError if it cannot be read.
+    """
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        return file, parse_json(read_text(file)) if file.is_file() else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as the configuration of a model ({error}). Copy it again, or remove it.",
+            file,
+        ) from error
+
+
+def told_beside(
+    path: Path,
+    part: str,
+    kind: str,
+    dim: int,
+    defaults: Mapping[str, Any],
+    written: str | None = None,
+) -> Mapping[str, Any]:
+    """Return the settings of the network from the config.json in its folder.
+
+    Empty if the file is missing or belongs to another model. part: key of the network's own settings if the
+    model has several. kind: prefix of its model_type. dim: the width by the tensors. defaults: values of
+    missing keys. written: the config.json that the model's file holds. Raises CheckpointError if config.json
+    cannot be read.
+    """
+    file, content = config_beside(path) if written is None else (path, {})
+    if content is None:
+        return {}
+    try:
+        if written is not None:
+            content = parse_json(written)
+        config = content.get(part, content)
+        named = config.get("model_type")
+        settings: dict[str, Any] = {**(defaults if named is not None else {}), **config}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as the configuration of a model ({error}).", file
+        ) from error
+    if (named is not None and not str(named).startswith(kind)) or settings.get("hidden_size", dim) != dim:
+        logger.info("%s is ignored because it does not belong to %s", file, path.name)
+        return {}
+    return settings
+
+
+def check_state_width(
+    option: str, path: Path, width: int, dit_path: Path | None, taken: int | None, give: str
+) -> None:
+    """Raise CheckpointError if states of `width` numbers do not fit the transformer, which takes `taken`.
+
+    path: of the encoder, which `option` gave. taken: None if there is no transformer to fit. give: the files
+    that fit.
+    """
+    if taken not in (None, width):
+        raise CheckpointError(
+            f"{option} {path} gives states of {width} numbers, {dit_path} takes {taken}. Give {give}.", path
+        )
+
+
+def stated_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple[Path, Mapping[str, Any]]:
+    """Return the path and the settings of the config.json beside the file; {} if it is another model's.
+
+    classes: names that `_class_name` has for this model. Raises CheckpointError if the file cannot be read.
+    """
+    path, settings = config_beside(checkpoint.path)
+    is_ours = isinstance(settings, dict) and settings.get("_class_name") in classes
+    return path, settings if is_ours else {}
+
+
+def stated_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | None:
+    """Return the number of groups in the config.json beside the file; None if absent or of another model.
+
+    Raises CheckpointError as `stated_settings`, and if the number is below 1.
+    """
+    path, settings = stated_settings(checkpoint, classes)
+    if "norm_num_groups" not in settings:
+        return None
+    groups = settings["norm_num_groups"]
+    if type(groups) is not int or groups < 1:
+        raise CheckpointError(f'{path}: "norm_num_groups" is {groups!r}, it must be 1 or more.', path)
+    return groups
+
+
+def check_groups(checkpoint: Checkpoint, widths: Iterable[int], groups: int) -> None:
+    """Raise CheckpointError if one of the widths, in channels, cannot be divided into the groups."""
+    uneven = next((width for width in widths if width % groups), None)
+    if uneven is not None:
+        raise CheckpointError(
+            f"{checkpoint.path}: {uneven} channels cannot be divided into {groups} norm groups. "
+            'Write the number of groups as "norm_num_groups" into the config.json beside the file.',
+            checkpoint.path,
+        )

@@ -1,0 +1,515 @@
+"""Fill a network from an open model file, tensor by tensor.
+
+    with open_checkpoint(path) as checkpoint:
+        sources = plain_sources(checkpoint)              # or a dialect's table of Sources
+        with on_meta_device():
+            network = Network(config)
+        dtype = lambda name, stored: torch.bfloat16
+        load_module(network, checkpoint, sources, device=device, dtype=dtype, what="--vae")
+
+Each tensor is renamed, patched by LoRAs, rounded (also to 8 bits) and placed. Every mismatch is reported
+before anything is read. The host never holds more than the network in its target dtype and one tensor of the
+file.
+"""
+
+import contextlib
+import fnmatch
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
+
+from checkpoints.finite import check_finite, is_finite, not_finite
+from checkpoints.opening import QUANT_EXTRAS, Checkpoint
+from checkpoints.stored.forms import Stored, StoredForm, attach
+from contract.loading import HostPlace, TensorInfo, TensorSource, WeightPatch
+from modules.bars import BYTES, track
+from modules.devices import empty_pinned, release_heap, release_pinned_memory
+from modules.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredLoading:
+    """Hold which weights of linear layers are stored in a form while a network is loaded."""
+
+    form: StoredForm | None  # that options ask for
+    rounded: frozenset[str] = frozenset()
+    kept: frozenset[str] = frozenset()  # as the file has them
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.rounded or name in self.kept
+
+
+def linear_weights(
+    module: nn.Module, lists: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> frozenset[str]:
+    """Return the names of the weights of linear layers.
+
+    lists: only layers below these names. exclude: skip names that contain one of these.
+    """
+    begin = None if lists is None else tuple(f"{name}." for name in lists)
+    return frozenset(
+        f"{name}.weight"
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+        and (begin is None or name.startswith(begin))
+        and not any(part in f"{name}.weight" for part in exclude)
+    )
+
+
+def find_stored_weights(
+    names: Collection[str],
+    sources: Mapping[str, TensorSource],
+    tensors: Mapping[str, TensorInfo],
+    form_is_given: bool,
+) -> frozenset[str]:
+    """Return the names of the weights that stay in the form they have in the file.
+
+    form_is_given: whether an option gives a form; if not, only forms with `stays` count.
+    """
+    staying = set()
+    for name in names:
+        source = sources.get(name)
+        if source is not None and source.as_stored is not None:
+            stored = stored_as(source, tensors)
+            if stored is not None and (form_is_given or stored.form.stays):
+                staying.add(name)
+    return frozenset(staying)
+
+
+def stored_as(source: TensorSource, tensors: Mapping[str, TensorInfo]) -> Stored | None:
+    """Return the form of a weight in the file, with tensors on the meta device; None for a plain weight."""
+    if source.as_stored is None:
+        return None
+    return source.as_stored(*[tensors[part].hollow() for part in source.names])
+
+
+# what it takes to make weights leaves holes between them; milliseconds each time that they are given back
+_TRIM_AFTER = 8 << 20  # bytes of the file, or this part of it
+_TRIM_PARTS = 32
+_SAMPLED_ROWS = 64  # of a weight, on which its rounding error is measured
+FIRST_WEIGHTS = {init.constant_, init.kaiming_uniform_, init.normal_, init.uniform_}
+
+
+@contextlib.contextmanager
+def on_meta_device() -> Iterator[None]:
+    """Make modules without weights. Random functions, which would load torch's compiler, are not called."""
+    with torch.device("meta"), _NoFirstWeights():
+        yield
+
+
+class _NoFirstWeights(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if function in FIRST_WEIGHTS else function(*args, **kwargs)
+
+
+def load_module(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, TensorSource],
+    *,
+    device: torch.device,
+    dtype: Callable[[str, torch.dtype], torch.dtype],
+    patch: WeightPatch | None = None,
+    ignore: Sequence[str] = (),
+    what: str = "this model",
+    stored: StoredLoading | None = None,
+    host: HostPlace | None = None,
+    check: Callable[[], None] | None = None,
+    filled: Callable[[str], None] | None = None,
+) -> None:
+    """Fill a module that was built on the meta device, tensor by tensor, each going straight to its device
+    and dtype.
+
+    sources: our state-dict names -> how each is made. dtype: (our name, dtype in the file) -> dtype to keep.
+    patch: given our name and the weight before it is rounded to that dtype; returns the weight to keep.
+    ignore: patterns (`*`) of tensors in the file that need not be used. what: the option or network, for
+    messages. host: keeps some of the tensors in host memory; whatever has to be computed for them is computed
+    on the device. check: called before each tensor, in place of a progress bar; it may raise to end the
+    loading. filled: called with each name once its tensor is there. Parameters come out with `requires_grad`
+    off. On the meta device nothing is read. Raises CheckpointError listing every missing, unexpected and
+    misshaped tensor, before anything is read, and naming those with values that are NaN or infinite;
+    OptionError if the device cannot hold a form.
+    """
+    if stored is not None and stored.form is not None:
+        stored.form.check_device(device)
+    targets = module.state_dict()
+    _check_fit(targets, checkpoint, sources, ignore=ignore, what=what)
+    dtypes, sizes = {}, {}
+    for name in targets:
+        infos = [checkpoint.tensors[part] for part in sources[name].names]
+        dtypes[name] = dtype(name, infos[0].dtype)
+        sizes[name] = sum(info.size_bytes for info in infos)
+    filling = _Filling(
+        module,
+        checkpoint,
+        sources,
+        dtypes=dtypes,
+        device=device,
+        patch=patch,
+        stored=stored,
+        host=host,
+    )
+    total = sum(sizes.values())
+    names = track(
+        targets,
+        f"Loading {checkpoint.path.name}",
+        total=total,
+        size=sizes.__getitem__,
+        unit=BYTES,
+        shown=check is None and device.type != "meta",
+    )
+    untrimmed = 0
+    trim_after = max(_TRIM_AFTER, total // _TRIM_PARTS)
+    for name in names:
+        if check is not None:
+            check()
+        filling.fill(name)
+        if filled is not None:
+            filled(name)
+        untrimmed += sizes[name]
+        if device.type == "cpu" and untrimmed > trim_after:
+            release_heap()
+            untrimmed = 0
+    if filling.are_finite and not all(torch.stack([*filling.are_finite.values()]).tolist()):
+        raise not_finite(checkpoint.path, [name for name, good in filling.are_finite.items() if not good])
+    del filling.scratch
+    release_heap()
+    if device.type == "cuda":
+        release_pinned_memory()
+    if stored is not None:
+        _log_forms(stored, filling, what)
+    if filling.held and host is not None:
+        host.finish()
+
+
+def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
+    """Log forms and errors of rounding. Raises CheckpointError if one is NaN or infinite."""
+    for form, number in Counter(filling.kept_forms).items():
+        logger.info("%s: %d linear layers stay in %s as the file has them", what, number, form)
+    by_how: dict[str, list[str]] = {}
+    for name in filling.errors:
+        by_how.setdefault(filling.rounded_forms[name], []).append(name)
+    for how, names in by_how.items():
+        errors = torch.stack([filling.errors[name].cpu() for name in names])
+        wrong = errors.isfinite().logical_not().nonzero().flatten().tolist()
+        if wrong:  # the file's own are finite: a LoRA made them so
+            form_name = "" if stored.form is None else stored.form.name
+            raise CheckpointError(
+                f"{what}: {names[wrong[0]]} has NaN or infinite values, which {form_name} cannot hold. Copy "
+                "the file again."
+            )
+        logger.info(
+            "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)",
+            what,
+            len(errors),
+            how,
+            100 * float(errors.mean()),
+            100 * float(errors.min()),
+            100 * float(errors.max()),
+        )
+
+
+_ALIGNMENT = 64  # bytes; where tensors begin in the buffer for reading
+
+
+class _Filling:
+    """Sources of one network's tensors, and their targets."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        checkpoint: Checkpoint,
+        sources: Mapping[str, TensorSource],
+        *,
+        dtypes: Mapping[str, torch.dtype],
+        device: torch.device,
+        patch: WeightPatch | None,
+        stored: StoredLoading | None,
+        host: HostPlace | None,
+    ) -> None:
+        """dtypes: to keep if not stored in a form. The rest: see `load_module`."""
+        self._module = module
+        self._checkpoint = checkpoint
+        self._sources = sources
+        self._dtypes = dtypes
+        self._device = device
+        self._patch = patch
+        self._stored = stored
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        self.held: Mapping[str, Tensor] = {}  # memory for the tensors that stay on the host
+        if host is not None and device.type != "meta":
+            infos = {name: self._target_info(name) for name in self._shapes}
+            self.held = host.hold(module, infos)
+        self._is_filled_here = host is None or host.is_filled_here
+        self.are_finite: dict[str, Tensor] = {}  # by parts of the file, on another device than a CPU
+        self.errors: dict[str, Tensor] = {}  # of rounding, by name
+        self.rounded_forms: dict[str, str] = {}  # by name, as the log tells them
+        self.kept_forms: list[str] = []  # of the file's own
+        # one buffer for all reading: temporary tensors would leave holes in the heap between those that stay
+        size_bytes = 0 if device.type == "meta" else max(map(self._buffer_bytes, dtypes), default=0)
+        if device.type == "cuda":
+            self.scratch = empty_pinned([size_bytes], torch.uint8)
+        else:
+            self.scratch = torch.empty(size_bytes, dtype=torch.uint8)
+
+    def _target_info(self, name: str) -> TensorInfo:
+        """Return dtype and shape of a tensor as it is kept."""
+        if self._stored is not None and name in self._stored:
+            weight = self._empty(name).weight
+            return TensorInfo(weight.dtype, tuple(weight.shape))
+        return TensorInfo(self._dtypes[name], self._shapes[name])
+
+    def _buffer_bytes(self, name: str) -> int:
+        """Return the bytes of the buffer that reading the parts of a tensor takes."""
+        parts = self._sources[name].names
+        return sum(self._checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in parts)
+
+    def fill(self, name: str) -> None:
+        """Read, make and place one tensor of the network."""
+        parent_name, _, leaf = name.rpartition(".")
+        parent = self._module.get_submodule(parent_name)
+        if self._stored is not None and name in self._stored:
+            assert isinstance(parent, nn.Linear)
+            attach(parent, self._make_stored(name, parent, self._stored))
+            return
+        tensor = self._make_plain(name)
+        if leaf in parent._parameters:
+            parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            parent._buffers[leaf] = tensor
+
+    def _make_plain(self, name: str) -> Tensor:
+        """Return a tensor of the network in its place, with its values written."""
+        place = self.held.get(name)
+        if place is None:
+            place = torch.empty(self._shapes[name], dtype=self._dtypes[name], device=self._device)
+            self._write(name, place)
+        elif self._is_filled_here:
+            self._write(name, place)
+        elif self._patch is not None:  # it notes which deltas find their weight
+            self._patch(name, torch.empty(place.shape, dtype=self._dtypes[name], device="meta"))
+        return place
+
+    def _make_stored(self, name: str, layer: nn.Linear, loading: StoredLoading) -> Stored:
+        """Return a stored weight: the file's own, or the file's rounded after the patch.
+
+        All processes that share places make the companions, one of them writes the weights.
+        """
+        is_kept = name in loading.kept
+        source = self._sources[name]
+        if self._device.type == "meta":
+            stored = self._empty(name)
+        elif is_kept:
+            as_in_file = source.make_stored(self._parts(source))
+            assert as_in_file is not None
+            stored = Stored(as_in_file.form, (layer.out_features, layer.in_features), as_in_file.tensors)
+            self.kept_forms.append(stored.form.name)
+        else:
+            assert loading.form is not None
+            plain = self._make(name, self._checkpoint.tensors[source.names[0]].dtype)
+            stored = loading.form.quantise(plain)
+            self.errors[name] = _rounding_error(plain, stored)
+            self.rounded_forms[name] = stored.form.how
+        form = stored.form if loading.form is None else stored.form.computing_as(loading.form)
+        weight, *companions = stored.tensors
+        assert weight is not None
+        place = self.held.get(name)
+        if place is not None:
+            weight = place.copy_(weight) if self._is_filled_here else place
+        elif is_kept and self._device.type != "meta":
+            weight = weight.clone()  # not a view of the buffer
+        copies = [None if tensor is None else tensor.clone() for tensor in companions]
+        return Stored(form, stored.shape, (weight, *copies))
+
+    def _empty(self, name: str) -> Stored:
+        """Return the stored weight of a layer on the meta device."""
+        assert self._stored is not None
+        if name in self._stored.kept:
+            stored = stored_as(self._sources[name], self._checkpoint.tensors)
+        else:
+            rows, columns = self._shapes[name]
+            stored = None if self._stored.form is None else self._stored.form.empty((rows, columns))
+        assert stored is not None
+        return stored
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        """Write the values of a tensor of the network into its memory."""
+        if tensor.device.type == "meta":
+            return
+        source = self._sources[name]
+        part = source.names[0]
+        is_stored_so = source.build is None and self._checkpoint.tensors[part].dtype == tensor.dtype
+        if self._patch is not None or not is_stored_so:
+            tensor.copy_(self._make(name, tensor.dtype))
+            return
+        # straight to where it stays, which is not there twice
+        if tensor.device.type == "cpu":
+            self._checkpoint.read(part, tensor)
+        else:
+            tensor.copy_(self._checkpoint.borrow(part, self.scratch))
+        self._check_finite(part, tensor)
+
+    def _make(self, name: str, target: torch.dtype) -> Tensor:
+        """Make a tensor on the device, not yet rounded to its dtype; it may be a view of the buffer."""
+        source = self._sources[name]
+        tensor = source.make(self._parts(source))
+        tensor = tensor.view(add_leading_sides(tuple(tensor.shape), len(self._shapes[name])))
+        if self._checkpoint.tensors[source.names[0]].packing is not None:  # it may be padded
+            tensor = tensor[tuple(slice(length) for length in self._shapes[name])]
+        if self._patch is None:
+            return tensor
+        if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
+            # fp8 cannot take a small delta
+            tensor = tensor.to(target if target.itemsize > 1 else torch.float32)
+        return self._patch(name, tensor)
+
+    def _parts(self, source: TensorSource) -> list[Tensor]:
+        """Read the parts of a tensor, on the device; may be views of the buffer."""
+        parts: list[Tensor] = []
+        start = 0
+        for part in source.names:
+            tensor = self._checkpoint.borrow(part, self.scratch[start:]).to(self._device)
+            parts.append(tensor)
+            self._check_finite(part, tensor)
+            start += -(-self._checkpoint.tensors[part].size_bytes // _ALIGNMENT) * _ALIGNMENT
+        return parts
+
+    def _check_finite(self, part: str, tensor: Tensor) -> None:
+        """Check a part for NaN: on a CPU at once, on another device at the end, as copies need not wait."""
+        if tensor.device.type == "cpu":
+            check_finite(self._checkpoint.path, part, tensor)
+        else:
+            self.are_finite[part] = is_finite(tensor)
+
+
+def _rounding_error(weight: Tensor, stored: Stored) -> Tensor:
+    """Return the sum of |difference| over that of |weight|, on some rows; NaN if a scale is not finite."""
+    sample = weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
+    back = stored.form.quantise(sample).value()
+    wide = sample.float()
+    error = (back - wide).abs().sum() / wide.abs().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    for companion in stored.tensors[1:]:
+        error = error if companion is None else error + 0 * companion.float().sum()
+    return error
+
+
+def _check_fit(
+    targets: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    sources: Mapping[str, TensorSource],
+    *,
+    ignore: Sequence[str],
+    what: str,
+) -> None:
+    """Raise CheckpointError listing every missing, unexpected and misshaped tensor."""
+    missing = {
+        name
+        for name in targets
+        if name not in sources or any(part not in checkpoint.tensors for part in sources[name].names)
+    }
+    unexpected = _find_unexpected(targets, checkpoint, sources, ignore)
+    lines = []
+    for fault, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            lines += [f"  {fault}: {line}" for line in compress_names(names)]
+    for name, tensor in targets.items():
+        if name in missing:
+            continue
+        infos = [checkpoint.tensors[part] for part in sources[name].names]
+        needed = tuple(tensor.shape)
+        shape = _shape_from(sources[name], infos, len(needed))
+        packing = infos[0].packing
+        if shape != needed and (packing is None or shape != packing.padded(needed)):
+            lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(needed)} is needed")
+    if lines:
+        text = "\n".join(lines)
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit {what}:\n{text}\n  Give the complete file of that model.",
+            checkpoint.path,
+        )
+
+
+def _find_unexpected(
+    targets: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    sources: Mapping[str, TensorSource],
+    ignore: Sequence[str],
+) -> list[str]:
+    """Return the file's tensors that no target is made of and no pattern ignores."""
+    used: set[str] = set()
+    unneeded: set[str] = set()  # sources of tensors that the network lacks
+    for name, source in sources.items():
+        parts = used if name in targets else unneeded
+        parts.update(source.names)
+    unexpected = []
+    for name in checkpoint.tensors:
+        patterns = ignore if name in unneeded else (*ignore, *QUANT_EXTRAS)
+        if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            unexpected.append(name)
+    return unexpected
+
+
+def _shape_from(source: TensorSource, infos: Sequence[TensorInfo], axes: int) -> tuple[int, ...] | None:
+    """Return the shape of a tensor that is made of the file's; None if its parts do not go together."""
+    shape = infos[0].shape
+    if source.build is not None:
+        try:
+            shape = tuple(source.make([info.hollow() for info in infos]).shape)
+        except (RuntimeError, IndexError):
+            return None
+    return add_leading_sides(shape, axes)
+
+
+def add_leading_sides(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
+    """Return a shape with sides of 1 in front, up to this number of axes: converters to GGUF drop them."""
+    return (1,) * (axes - len(shape)) + shape
+
+
+def _sizes(shape: tuple[int, ...] | None) -> str:
+    if shape is None:
+        return "parts that do not fit together"
+    return " x ".join(str(size) for size in shape) or "a single number"
+
+
+def compress_names(names: Iterable[str]) -> list[str]:
+    """Sort names and join those that differ only in their first number: `blocks.{0..39}.norm3.weight`."""
+    groups: dict[tuple[str, str], list[int]] = {}  # text before and behind the number -> numbers
+    for name in names:
+        match = re.search(r"(?<=\.)\d+(?=\.)", name)
+        if match is None:
+            groups.setdefault((name, ""), [])
+        else:
+            key = (name[: match.start()], name[match.end() :])
+            groups.setdefault(key, []).append(int(match[0]))
+    lines = []
+    for (before, after), numbers in sorted(groups.items()):
+        for first, last in _runs(sorted(numbers)):
+            number = str(first) if first == last else f"{{{first}..{last}}}"
+            lines.append(f"{before}{number}{after}")
+        if not numbers:
+            lines.append(before)
+    return lines
+
+
+def _runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the first and last of sorted numbers without a gap between them."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return runs

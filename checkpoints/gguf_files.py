@@ -1,0 +1,269 @@
+"""Read GGUF files: a header of keys and tensors, then aligned data.
+
+The gguf package's reader is not used: it maps the file, and never ends on a false header. Source: the
+specification in ggml's docs/gguf.md; names of text encoders: llama.cpp's `tensor_mapping.py`.
+"""
+
+import math
+import re
+import struct
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from checkpoints.containers import HeaderFile, check_count
+from checkpoints.stored.forms import Stored
+from checkpoints.stored.ggml import KINDS, Kind, kind_of_package
+from checkpoints.stored.packed import RowForm
+from contract.loading import Packing, TensorInfo
+from modules.control_codes import shorten
+from modules.errors import CheckpointError
+from modules.limits import MAX_ELEMENTS, MAX_HEADER_BYTES, MAX_TENSOR_NAME
+
+_PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _LIST = 8, 9
+_MAX_AXES = 8
+# before a tensor's name: its shape in the model, if it lies in another one. Converters for ComfyUI store
+# layers whose rows are no multiple of 256 as rows of 256
+_SHAPE_KEY = "comfy.gguf.orig_shape."
+
+_T5 = {
+    **{f"attn_{letter}": f"layer.0.SelfAttention.{letter}" for letter in "qkvo"},
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+    "attn_norm": "layer.0.layer_norm",
+    **{"ffn_gate": "layer.1.DenseReluDense.wi_0", "ffn_up": "layer.1.DenseReluDense.wi_1"},
+    **{"ffn_down": "layer.1.DenseReluDense.wo", "ffn_norm": "layer.1.layer_norm"},
+}
+_LLAMA = {
+    **{f"attn_{letter}": f"self_attn.{letter}_proj" for letter in "qkv"},
+    **{"attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm"},
+    **{f"attn_{letter}_norm": f"self_attn.{letter}_norm" for letter in "qk"},
+    **{f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+    "ffn_norm": "post_attention_layernorm",
+}
+_OUTSIDE = {
+    "enc.output_norm": "encoder.final_layer_norm",
+    **{"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
+}
+# parts of names in files of models whose weights llama.cpp changes in ways that are not undone here
+_CHANGED = {"post_attention_norm": "Gemma", "ffn_gate_exps": "a mixture of experts"}
+
+
+class GgufFile(HeaderFile):
+    """A GGUF file. Tensors of text encoders get the names and the row order of the transformers library."""
+
+    header = "GGUF header"
+    faults = (ValueError, struct.error)
+
+    def _read_header(self, size: int) -> None:
+        head = _Header(self._file, min(size, MAX_HEADER_BYTES))
+        head.take(4)
+        version = head.number("I")
+        if version not in (2, 3):
+            raise ValueError(f"its version is {version}, 2 and 3 are known")
+        count, keys = head.number("Q"), head.number("Q")
+        own_shapes = self._read_keys(head, keys)
+        starts: dict[str, int] = {}
+        for _ in range(count):
+            name = self._read_tensor(head, own_shapes)
+            starts[name] = head.number("Q")
+        align = int(self.metadata.get("general.alignment", 32))
+        if align < 1:
+            raise ValueError(f"its alignment is {align}")
+        self._place_tensors(starts, -(-head.place // align) * align, size)
+        self._heads: dict[str, int] = {}  # of tensors whose rows are permuted within each head
+        self._name_like_transformers()
+
+    def _read_tensor(self, head: "_Header", own_shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """Add the next tensor of the header, but for its place; return its name."""
+        check_count(self.path, len(self.tensors))
+        name, axes = head.text(MAX_TENSOR_NAME), head.number("I")
+        if axes > _MAX_AXES or name in self.tensors:
+            raise ValueError(f"{shorten(name, 60)} has {axes} axes, or is there twice")
+        shape = tuple(head.number("Q") for _ in range(axes))[::-1]
+        if math.prod(max(length, 1) for length in shape) > MAX_ELEMENTS:
+            raise ValueError(f"{name} has the impossible shape {shape}")
+        own_shape = own_shapes.get(name, shape)
+        if math.prod(own_shape) != math.prod(shape) or not all(length > 0 for length in own_shape):
+            raise ValueError(f"{name} lies as {shape}, and {_SHAPE_KEY} says {shorten(str(own_shape), 60)}")
+        self.tensors[name] = self._info(name, head.number("I"), shape, own_shape)
+        return name
+
+    def _place_tensors(self, starts: Mapping[str, int], data: int, size: int) -> None:
+        """Note where tensors lie, which may not overlap. starts: from `data` on, where the header ends."""
+        places = []
+        for name, start in starts.items():
+            self._places[name] = data + start
+            places.append((data + start, data + start + self.tensors[name].size_bytes, name))
+        last = data
+        for begin, end, name in sorted(places):
+            if begin < last or end > size:
+                raise ValueError(f"{name} lies at bytes {begin} to {end} of {size}, others end at {last}")
+            last = end
+
+    def _read_keys(self, head: "_Header", number: int) -> dict[str, tuple[int, ...]]:
+        """Read keys into `metadata`; return by name the shapes of tensors that lie in another one."""
+        own_shapes: dict[str, tuple[int, ...]] = {}
+        for _ in range(number):
+            key, kind = head.text(), head.number("I")
+            if key.startswith(_SHAPE_KEY) and kind == _LIST:
+                own_shapes[key.removeprefix(_SHAPE_KEY)] = head.whole_numbers()
+                continue
+            value = head.value(kind)
+            if value is not None:
+                self.metadata[key] = str(value)
+        return own_shapes
+
+    def _info(self, name: str, number: int, shape: tuple[int, ...], own_shape: tuple[int, ...]) -> TensorInfo:
+        """Return the facts of a tensor. number: GGUF type. shape: in the file. own_shape: in the model."""
+        value_shape = _full_shape(name, shape) if own_shape == shape else own_shape
+        if number in _PLAIN:
+            return TensorInfo(_PLAIN[number], value_shape)
+        try:
+            kind = KINDS.get(number) or kind_of_package(number)
+        except ImportError:
+            raise CheckpointError(
+                f"{self.path}: {name} is of GGUF type {number}, which the package gguf may read; it is not "
+                "installed. Run: pip install gguf",
+                self.path,
+            ) from None
+        if kind is None:
+            names = ", ".join(["F32", "F16", "BF16", *(kind.name for kind in KINDS.values())])
+            raise CheckpointError(
+                f"{self.path}: {name} is of the unknown GGUF type {number}. Those known are {names}, and "
+                "what the package gguf has beside them.",
+                self.path,
+            )
+        if not shape or shape[-1] % kind.weights:
+            raise ValueError(f"{name} has the shape {shape}, {kind.name} is stored in rows of {kind.weights}")
+        has_whole_rows = own_shape[-1] % kind.weights == 0  # then its own rows are rows of blocks too
+        *ahead, columns = own_shape if has_whole_rows else shape
+        rows = math.prod(ahead)
+        packing = Packing(
+            shape=(rows, columns // kind.weights * kind.size),
+            beside=(),
+            keep=partial(_keep, kind, (rows, columns)),
+            can_stay=has_whole_rows,
+        )
+        return TensorInfo(torch.uint8, value_shape, packing)
+
+    def _name_like_transformers(self) -> None:
+        """Rename tensors of llama.cpp as in transformers; it permutes the rows of Llama's q and k.
+
+        Raises CheckpointError for models whose weights it changes otherwise.
+        """
+        if "token_embd.weight" not in self.tensors:
+            return
+        for mark, what in _CHANGED.items():
+            if any(f".{mark}." in name for name in self.tensors):
+                raise CheckpointError(
+                    f"{self.path} is {what} with llama.cpp's names, which is not supported. Give the "
+                    "safetensors file of the model.",
+                    self.path,
+                )
+        is_t5 = "enc.blk.0.attn_q.weight" in self.tensors
+        is_llama = not is_t5 and not {"blk.0.attn_q.bias", "blk.0.attn_q_norm.weight"} & set(self.tensors)
+        outside = _OUTSIDE | ({"token_embd": "shared"} if is_t5 else {})
+        inside = _T5 if is_t5 else _LLAMA
+        blocks = "encoder.block" if is_t5 else "model.layers"
+        for old in [name for name in self.tensors if "." in name]:
+            match = re.fullmatch(r"(?:enc\.)?blk\.(\d+)\.(\w+)\.(weight|bias)", old)
+            if match is None:
+                start, _, kind = old.rpartition(".")
+                new = f"{outside.get(start, start)}.{kind}"
+            else:
+                number, part, kind = match.groups()
+                new = f"{blocks}.{number}.{inside.get(part, part)}.{kind}"
+                if is_llama and part in ("attn_q", "attn_k"):
+                    self._heads[new] = self._head_count(part, self.tensors[old])
+            if new != old and new in self.tensors:
+                raise ValueError(f"{shorten(old, 60)} and {shorten(new, 60)} are the same tensor")
+            self.tensors[new] = self.tensors.pop(old)
+            self._places[new] = self._places.pop(old)
+
+    def _head_count(self, part: str, info: TensorInfo) -> int:
+        key = "llama.attention.head_count" + ("_kv" if part == "attn_k" else "")
+        heads = int(self.metadata.get(key, 0))
+        if heads < 1 or len(info.shape) != 2 or info.shape[0] % (2 * heads):
+            raise ValueError(f"{key} is {heads}, which does not divide rows of {info.shape} into pairs")
+        return heads
+
+    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        tensor = super().borrow(name, scratch)
+        if name in self._heads:  # pairs of rows lie side by side, for transformers in halves
+            tensor = tensor.unflatten(0, (self._heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)
+        return tensor
+
+
+class _Header:
+    """The numbers and texts at the beginning of a file. Reading beyond `most` bytes raises ValueError."""
+
+    def __init__(self, file: BinaryIO, most: int) -> None:
+        self._file, self._most, self.place = file, most, 0
+
+    def take(self, size: int) -> bytes:
+        self.place += size
+        if self.place > self._most:
+            raise ValueError(f"it claims more than {self._most:,} bytes")
+        return self._file.read(size)
+
+    def number(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+
+    def text(self, most: int | None = None) -> str:
+        length = self.number("Q")
+        if most is not None and length > most:
+            raise ValueError(f"a tensor has a name of {length} bytes")
+        return self.take(length).decode("utf-8")
+
+    def whole_numbers(self) -> tuple[int, ...]:
+        """Return a short list of whole numbers, such as a shape. Raises ValueError for another list."""
+        inner, count = self.number("I"), self.number("Q")
+        if _NUMBERS.get(inner, "f") in "fd?" or count > _MAX_AXES:
+            raise ValueError(f"a shape is a list of {count} values of the kind {inner}")
+        return tuple(self.number(_NUMBERS[inner]) for _ in range(count))
+
+    def value(self, kind: int) -> str | float | None:
+        """Return a text or a number; skip a list and return None."""
+        if kind in _NUMBERS:
+            number: float = self.number(_NUMBERS[kind])
+            return number
+        if kind == _TEXT:
+            return self.text()
+        if kind != _LIST:
+            raise ValueError(f"a value is of the unknown kind {kind}")
+        inner, count = self.number("I"), self.number("Q")
+        if inner in _NUMBERS:
+            self.take(count * struct.calcsize(_NUMBERS[inner]))
+        elif inner == _TEXT:
+            for _ in range(count):
+                self.take(self.number("Q"))
+        else:
+            raise ValueError(f"a list has values of the kind {inner}")
+        return None
+
+
+def _keep(kind: Kind, shape: tuple[int, int], packed: Tensor) -> Stored:
+    if packed.device.type != "meta" and not kind.is_sound(packed):
+        raise ValueError("has scales that are NaN or infinite")
+    return Stored(RowForm(kind.name, make=kind.rows), shape, (packed,))
+
+
+def _full_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the five axes of a patch embedding that a writer with at most four axes has flattened.
+
+    All released models with one have patches of 1 x 2 x 2.
+    """
+    if (
+        name.endswith("patch_embedding.weight")
+        and len(shape) in (2, 4)
+        or (name.endswith("img_in.proj.weight") and shape[-2:] == (2, 2) and len(shape) == 4)
+    ):
+        channels = math.prod(shape[1:]) // 4
+        if math.prod(shape[1:]) == channels * 4:
+            return (shape[0], channels, 1, 2, 2)
+    return shape

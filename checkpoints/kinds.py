@@ -1,0 +1,152 @@
+"""Recognise a model file by the names of its tensors, for messages about a file of another kind."""
+
+import re
+from collections.abc import Iterable
+
+from contract.families import Marks, family_marks
+
+# what trainers and exporters put before the names of one network
+_PREFIXES = ("model.diffusion_model.", "control_model.", "model.model.", "module.", "netG.", "net_g.", "net.")
+
+_NOT_YET = "which is not supported yet"
+_FLUX_3 = f"a transformer of FLUX.3, {_NOT_YET}"
+_HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, another network than HunyuanVideo's, {_NOT_YET}"
+_H3 = f"the transformer of MiniMax-H3, {_NOT_YET}"
+_OF_LTX = "a VAE of LTX-Video or LTX-2; LTX-Video is not supported yet"
+_VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
+_COSMOS = f"a transformer of Cosmos or Anima, {_NOT_YET}"
+
+# Models that no script runs. Before the others: some have tensors of theirs too. Sources: the classes of
+# diffusers 0.42 and the marks in its `single_file_utils`, and the tensor lists of released files
+OF_OTHERS: Marks = (
+    ("early_stream_modulations.image.lin.weight", _FLUX_3),
+    ("early_stream_modulations.image.linear.weight", _FLUX_3),
+    ("ref_time_in.in_layer.weight", _FLUX_3),
+    ("embed_image_indicator.weight", f"the transformer of Ideogram 4, {_NOT_YET}"),
+    ("audio_pooled_text_embeddings.in_layer.weight", f"the transformer of Kandinsky 6, {_NOT_YET}"),
+    (
+        "time_embeddings.timestep_embedder.linear_1.weight",
+        f"the upscaling transformer of Kandinsky 6, {_NOT_YET}",
+    ),
+    ("pooled_text_embeddings.in_layer.weight", f"a transformer of Kandinsky 5, {_NOT_YET}"),
+    ("cond_type_embed.weight", _HUNYUAN_15),
+    ("cond_type_embedding.weight", _HUNYUAN_15),
+    ("audio_patch_proj.weight", _H3),
+    ("token_refiner.refiner_blocks.0.attn.to_q.weight", _H3),
+    (
+        "post_upsample_res_blocks.0.conv1.weight",
+        "a latent upscaler of LTX-Video or LTX-2 (of LTX-2: --spatial_upsampler_path)",
+    ),
+    ("latents_mean", _OF_LTX),
+    ("vae.per_channel_statistics.mean-of-means", _OF_LTX),
+    ("audio_vae.per_channel_statistics.mean-of-means", _OF_LTX),
+    ("per_channel_statistics.mean-of-means", _OF_LTX),
+    ("vocoder.conv_pre.weight", _VOCODER),
+    ("vocoder.vocoder.conv_pre.weight", _VOCODER),
+    ("mel_stft.mel_basis", _VOCODER),
+    (
+        "encoder.mid_block.attentions.0.proj_out.weight",
+        f"the VAE of HunyuanVideo 1.5 or of HunyuanImage's refiner, {_NOT_YET}",
+    ),
+    ("decoder.up_blocks.2.upsampler.time_conv.weight", f"the VAE of Qwen-Image-2.1, {_NOT_YET}"),
+    ("norm_moe_gen.weight", f"the transformer of Cosmos 3, {_NOT_YET}"),
+    ("llm_adapter.blocks.0.cross_attn.q_proj.weight", f"the transformer of Anima, {_NOT_YET}"),
+    ("x_embedder.proj.1.weight", _COSMOS),
+    ("time_embed.t_embedder.linear_1.weight", f"{_COSMOS}, in diffusers layout"),
+    ("double_stream_blocks.0.block.adaLN_modulation.1.bias", f"a transformer of HiDream-I1, {_NOT_YET}"),
+    ("transformer_blocks.0.encoder_proj.weight", f"the transformer of Nucleus-Image, {_NOT_YET}"),
+    ("glyph_projector.net.0.proj.weight", f"the transformer of GLM-Image, {_NOT_YET}"),
+    ("layers.0.adaLN_sa_ln.weight", f"the transformer of ERNIE-Image, {_NOT_YET}"),
+    (
+        "time_text_embed.addition_t_embedding.weight",
+        "the transformer of Qwen-Image-Layered, which makes transparent layers and is not supported yet",
+    ),
+    (
+        "txt_in.text_norm.weight",
+        f"a transformer of Qwen-Image-2.1, another network than Qwen-Image's, {_NOT_YET}",
+    ),
+    ("siglip_embedder.0.weight", f"the transformer of Z-Image-Omni, {_NOT_YET}"),
+)
+# parts that several families have, and layouts that many have: behind the families' own marks
+OF_PARTS: Marks = (
+    ("quant_conv.weight", "a VAE of another model"),
+    ("encoder.down.0.block.0.conv1.weight", "a VAE for images"),
+    ("transformer_blocks.0.attn.to_q.weight", "a transformer in diffusers layout"),
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 encoder (--t5, --t5xxl)"),
+    ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder (--text_encoder2)"),
+    ("model.layers.0.self_attn.q_proj.bias", "a Qwen2.5 language model (HunyuanImage's --text_encoder)"),
+    (
+        "model.language_model.layers.0.self_attn.q_proj.bias",
+        "a Qwen2.5-VL model (HunyuanImage's --text_encoder)",
+    ),
+    *(
+        (
+            f"{start}layers.0.pre_feedforward_layernorm.weight",
+            "a Gemma language model (--gemma2, --gemma_root)",
+        )
+        for start in ("model.", "", "language_model.model.", "model.language_model.")
+    ),
+    *((f"{start}visual.pos_embed.weight", "a Qwen3-VL model (--text_encoder)") for start in ("model.", "")),
+    ("model.layers.0.self_attn.q_norm.weight", "a Qwen3 language model (--text_encoder)"),
+    ("model.embed_tokens.weight", "a language model (--text_encoder1)"),
+    ("embed_tokens.weight", "a language model (--text_encoder1)"),
+    ("language_model.model.embed_tokens.weight", "a language model (--text_encoder1)"),
+    ("vision_model.embeddings.class_embedding", "a CLIP image encoder (--clip)"),
+)
+
+# networks that work on finished videos, and preview decoders; of those that have two marks the first counts
+OF_TOOLS: Marks = (
+    (
+        "layers.0.residual_group.overlap_attn.relative_position_bias_table",
+        "a HAT upscaler, which is not supported",
+    ),
+    ("layers.0.residual_group.blocks.0.attn.logit_scale", "a Swin2SR upscaler, which is not supported"),
+    ("layers.0.blocks.0.attn.attns.0.rpe_biases", "a DAT upscaler, which is not supported"),
+    ("block_1.c1_r.eval_conv.weight", "a SPAN upscaler, which is not supported"),
+    ("body.0.weight", "a compact Real-ESRGAN upscaler (upscaler.py --model)"),
+    (
+        "layers.0.residual_group.blocks.0.attn.relative_position_bias_table",
+        "a SwinIR upscaler (upscaler.py --model)",
+    ),
+    ("body.0.rdb1.conv1.weight", "a Real-ESRGAN upscaler (upscaler.py --model)"),
+    ("RRDB_trunk.0.RDB1.conv1.weight", "an ESRGAN or BSRGAN upscaler (upscaler.py --model)"),
+    ("model.1.sub.0.RDB1.conv1.0.weight", "an ESRGAN upscaler with old names (upscaler.py --model)"),
+    ("amt_fproj.weight", "GIMM-VFI R, which interpolates with RAFT (GIMMVFI.py --mode gimmvfi_r)"),
+    ("amt_comb_block.0.weight", "GIMM-VFI F, which interpolates with FlowFormer (GIMMVFI.py)"),
+    ("update_block.flow_head.conv1.weight", "RAFT, the optical flow of GIMM-VFI R (GIMMVFI.py)"),
+    (
+        "memory_encoder.feat_encoder.svt.patch_embeds.0.proj.weight",
+        "FlowFormer, the optical flow of GIMM-VFI F (GIMMVFI.py)",
+    ),
+    ("conv_body_first.weight", "a GFPGAN face restorer (facefix.py --model)"),
+    ("conv_body_first.0.weight", "the first GFPGAN, which is not supported: use v1.3 or v1.4"),
+    ("idx_pred_layer.1.weight", "a CodeFormer face restorer (facefix.py --mode codeformer)"),
+    ("BboxHead.0.conv1x1.weight", "a RetinaFace face detector (yolo_blur.py --model, or beside GFPGAN)"),
+    ("out_mask_conv.conv2d.weight", "a ParseNet, which finds the parts of a face (beside GFPGAN)"),
+    ("decoder.3.conv.0.weight", "a TAEHV, a tiny decoder for previews (--preview_vae)"),
+)
+
+
+# a tensor of a LoRA, LoHa or LoKr of any program
+_OF_LORAS = re.compile(
+    r"[._](?:lora_(?:down|up|A|B|a|b)|lora\.(?:down|up)|hada_w1_a|lokr_w[12](?:_a)?)(?:[._]|$)"
+)
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Return whether tensors of these names are those of a LoRA, LoHa or LoKr."""
+    return any(_OF_LORAS.search(name) for name in names)
+
+
+def kind_of(names: Iterable[str], marks: Marks | None = None) -> str | None:
+    """Return the kind of a file with these tensors, as "a RetinaFace face detector"; None if unknown.
+
+    marks: the kinds to recognise, None: all; the first that fits counts.
+    """
+    bare = set()
+    for name in names:
+        for prefix in _PREFIXES:
+            name = name.removeprefix(prefix)
+        bare.add(name)
+    marks = (*OF_OTHERS, *family_marks(), *OF_PARTS, *OF_TOOLS) if marks is None else marks
+    return next((what for mark, what in marks if mark in bare), None)

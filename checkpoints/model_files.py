@@ -1,0 +1,156 @@
+"""Find and check model files and folders given by options; read latent files, as generation writes them."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from checkpoints.containers import load_pickled
+from checkpoints.finite import is_finite
+from checkpoints.opening import open_checkpoint
+from contract.data import SOUND
+from modules.command import as_typed
+from modules.control_codes import shorten
+from modules.errors import CheckpointError, DownloadError
+from modules.option_values import require, to_path
+from modules.paths import explain_missing
+
+Found = TypeVar("Found")
+
+
+def require_file(path: Path | None, option: str, why: str, default: Path | None = None) -> Path:
+    """Return the path. default: the option's default, so that the error can say that it was not typed.
+
+    Raises OptionError if none was given, CheckpointError if it does not exist; both name the option.
+    """
+    existing = require(
+        path, option, f"{why}. {as_typed(['python', 'tools/download.py', '--list'])} shows where it is from"
+    )
+    if not existing.exists():
+        named = f"{option} is not given, and its default" if existing == default else option
+        is_name = bool(re.fullmatch(r"[\w-]+/[\w.-]+", existing.as_posix())) and not existing.parent.exists()
+        is_name = is_name and not re.search(r"\.[a-z]\w*$", existing.name)
+        hub = " A name on the hub is not downloaded here." if is_name else ""
+        raise CheckpointError(
+            f"{named} {existing}: no such file or folder.{explain_missing(existing) or hub} Give the path of "
+            "the model",
+            existing,
+        )
+    return existing
+
+
+def inside(path: Path, folder: str) -> Path:
+    return path / folder if (path / folder).is_dir() else path
+
+
+def read_once(path: Path, read: Callable[..., Found], *arguments: Any) -> Found:
+    """Return the result of `read` for the open file and the further arguments, such as dimensions.
+
+    The result is cached while the file stays the same. read: a function of a module, such as `read_vae`.
+    arguments: hashable. Raises CheckpointError as `read` does, if the file holds another kind of network.
+    """
+    stat = path.stat()
+    stamp = (stat.st_mtime_ns, stat.st_size)
+    result: Found = _read_once(path, path.absolute(), stamp, read=read, arguments=arguments)
+    return result
+
+
+@lru_cache(maxsize=16)  # called for every prompt of a long list and for every batch
+def _read_once(
+    path: Path, where: Path, stamp: tuple[int, int], *, read: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Any:
+    """Read the file. where, stamp: identify it; path: as messages name it."""
+    with open_checkpoint(path) as checkpoint:
+        return read(checkpoint, *arguments)
+
+
+def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
+    """Return the folder `name`; if there is none, download the repository `owner/name` and return its folder.
+
+    patterns: of the files to download. Raises CheckpointError if it is neither a folder nor the name of a
+    repository, DownloadError if the hub does not give it.
+    """
+    folder = to_path(option, name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
+        raise CheckpointError(
+            f"{option} {name}: there is no such folder. Give the folder of a model, or the name of a "
+            "repository, such as owner/name."
+        )
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as error:  # no network, no such name, no rights: many classes, one remedy
+        why = (
+            "HF_HUB_OFFLINE is set and it is not here"
+            if constants.HF_HUB_OFFLINE
+            else shorten(str(error) or type(error).__name__, 300)
+        )
+        raise DownloadError(
+            f"{option} {name}: there is no such folder, and it cannot be fetched from the hub: {why}. Give "
+            "the folder of a model."
+        ) from None
+
+
+@dataclass(frozen=True)
+class SavedLatents:
+    """Contents of a latent file."""
+
+    latents: Tensor  # B C F H W
+    metadata: Mapping[str, str]
+    sound: Tensor | None = None  # B C T M, if they are a clip's with sound
+
+
+def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = False) -> SavedLatents:
+    """Read a latent file: safetensors, or a pickled tensor. option: names it in messages.
+
+    only_shape: read only the file's header and return latents on the meta device. Raises CheckpointError if
+    the file is damaged or has no latents.
+    """
+    metadata: Mapping[str, str] = {}
+    latents: Any = None
+    sound: Tensor | None = None
+    if path.suffix == ".safetensors":
+        with open_checkpoint(path) as file:
+            metadata = file.metadata
+            info = file.tensors.get("latent")
+            if info is not None:
+                latents = torch.empty(info.shape, device="meta") if only_shape else file.read("latent")
+            if SOUND in file.tensors and not only_shape:
+                sound = file.read(SOUND)[None].float()
+    else:
+        content = load_pickled(path)  # mapped: nothing is read yet
+        latents = content.get("latent") if isinstance(content, dict) else content
+        if only_shape and isinstance(latents, Tensor):
+            latents = latents.to("meta")
+    if not isinstance(latents, Tensor):
+        raise CheckpointError(
+            f"{option} {path} has no tensor `latent`. Give a file written with --output_type latent",
+            path,
+        )
+    if latents.ndim == 4:
+        latents = latents[None]
+    if latents.ndim != 5 or len(latents) != 1 or not (latents.numel() or sound is not None):
+        raise CheckpointError(
+            f"{option} {path}: `latent` has the shape {tuple(latents.shape)}; C F H W of one video is needed",
+            path,
+        )
+    if sound is not None and (sound.ndim != 4 or not sound.numel()):
+        raise CheckpointError(
+            f"{option} {path}: `{SOUND}` has the shape {tuple(sound[0].shape)}; C T M of one clip is needed",
+            path,
+        )
+    if not only_shape and not (is_finite(latents) and (sound is None or is_finite(sound))):
+        raise CheckpointError(
+            f"{option} {path}: its latents have values that are NaN or infinite, which show nothing. Make "
+            "them again",
+            path,
+        )
+    return SavedLatents(latents.float(), metadata, sound)

@@ -1,0 +1,470 @@
+"""Find and open model files in any container, list their tensors, and say how each is made.
+
+with open_checkpoint(path) as checkpoint:
+    sources = plain_sources(checkpoint)              # or a dialect's table of Sources
+    ...                                              # `filling.load_module` fills a network with them
+"""
+
+import contextlib
+import fnmatch
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints.containers import (
+    BNB_STATE,
+    GGUF,
+    HEADER,
+    MARK,
+    PICKLE,
+    ZIP,
+    SafetensorsFile,
+    TensorFile,
+    TorchFile,
+    describe_kind,
+    is_pointer_or_page,
+)
+from checkpoints.stored.forms import Stored
+from contract.loading import TensorInfo, TensorSource
+from modules.control_codes import shorten
+from modules.devices import dtype_name
+from modules.errors import CheckpointError
+from modules.paths import explain_missing
+from modules.text_files import parse_json, read_text, require_regular_file
+
+LISTED = 8  # file names in a message
+MOST_OF_NAME = 200  # characters of a name there
+SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+
+
+class Checkpoint(contextlib.ExitStack):
+    """List the named tensors of one or several files without reading them. Use it as a context manager."""
+
+    def __init__(
+        self,
+        path: Path,
+        places: Mapping[str, tuple[TensorFile, str]],
+        files: Sequence[TensorFile],
+        refusal: str = "",
+    ) -> None:
+        """files: are closed with it. refusal: why the packed weights cannot be read."""
+        super().__init__()
+        for file in files:
+            self.callback(file.close)
+        self.path = path
+        self.refusal = refusal
+        self._files = files
+        self._places = dict(places)  # our name -> file and the name there
+        self.tensors: dict[str, TensorInfo] = {
+            name: file.tensors[stored] for name, (file, stored) in self._places.items()
+        }
+        self.metadata: dict[str, str] = {key: value for file in files for key, value in file.metadata.items()}
+        self.left_out = tuple(name for file in files for name in file.left_out)  # of torch files: optimizer
+        self.parts = {file.path: file.metadata for file in files}  # its files, and what each says
+
+    def read(self, name: str, tensor: Tensor | None = None) -> Tensor:
+        """Read a tensor to the CPU: into memory of its own, or into `tensor`, which is contiguous.
+
+        Raises CheckpointError if the file ends too soon.
+        """
+        info = self.tensors[name]
+        if tensor is None:
+            tensor = torch.empty((info.packing or info).shape, dtype=info.dtype)
+        bytes_read = self.borrow(
+            name, tensor.view(-1).view(torch.uint8)
+        )  # a mapped file lends its own memory
+        return tensor if bytes_read.data_ptr() == tensor.data_ptr() else tensor.copy_(bytes_read)
+
+    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        """Return a tensor on the CPU; copy it before anything else is read.
+
+        scratch: bytes (uint8) that may be used. Raises CheckpointError as `read`.
+        """
+        file, stored = self._places[name]
+        try:
+            return file.borrow(stored, scratch)
+        except OSError as error:
+            why = f"{self.path} cannot be read: {error.strerror or error}."
+            raise CheckpointError(why, self.path) from error
+
+    def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
+        """Return the same tensors without prefixes: each is cut off in turn if every name begins with it.
+
+        others: name prefixes of other networks in an all-in-one file; these names are left out once a prefix
+        was found. The files stay shared: close one of the two.
+        """
+        places = self._places
+        for prefix in prefixes:
+            with_prefix = {name: place for name, place in places.items() if name.startswith(prefix)}
+            remaining = places.keys() - with_prefix.keys()
+            if with_prefix and all(name.startswith(tuple(others)) for name in remaining):
+                places = {name.removeprefix(prefix): place for name, place in with_prefix.items()}
+        return Checkpoint(self.path, places, self._files, self.refusal)
+
+    def starting_with(self, *prefixes: str) -> "Checkpoint":
+        """Return the tensors whose names begin with one of these; the files stay shared."""
+        places = {name: place for name, place in self._places.items() if name.startswith(prefixes)}
+        return Checkpoint(self.path, places, self._files, self.refusal)
+
+    def join(self, second: "Checkpoint") -> "Checkpoint":
+        """Return the tensors of both; the files stay shared. For names that both have, this one counts."""
+        places = {**second._places, **self._places}
+        files = [*self._files, *second._files]
+        return Checkpoint(self.path, places, files, self.refusal or second.refusal)
+
+
+def open_file(path: Path) -> TensorFile:
+    """Open one file by its content; the suffix decides only if the first bytes are damaged.
+
+    Raises CheckpointError that names the file's real kind, or its damage.
+    """
+    try:
+        require_regular_file(path)
+        with path.open("rb") as file:
+            start = file.read(16)
+        if not start:
+            raise CheckpointError(f"{path} is empty. Download or copy it again.", path)
+        if start[:4] == GGUF:
+            from checkpoints.gguf_files import GgufFile  # only for GGUF
+
+            return GgufFile(path)
+        if start[8:9] == b"{":  # first: the length before it may begin like a pickle
+            return SafetensorsFile(path)
+        if start[:4] == ZIP or start[:1] == PICKLE:
+            return TorchFile(path)
+        if is_pointer_or_page(start):
+            raise CheckpointError(f"{path} {describe_kind(start)}", path)
+        if path.suffix in {".safetensors", ".sft"}:
+            return SafetensorsFile(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
+    raise CheckpointError(f"{path} {describe_kind(start)}", path)
+
+
+def open_checkpoint(
+    path: Path,
+    parts: Sequence[Path] | None = None,
+    are_equal: Callable[[TensorFile, TensorFile, str], bool] = lambda *_: False,
+) -> Checkpoint:
+    """Open a model file, any shard of one, an index of shards, or a folder holding one of these.
+
+    parts: the files that are this model, if `path` does not name them all. are_equal: given two files that
+    have a tensor of the same name, returns whether it is the same in both; then the first counts.
+    Raises CheckpointError if it is missing, incomplete, damaged, of another kind, or holds code.
+    """
+    files: list[TensorFile] = []
+    places: dict[str, tuple[TensorFile, str]] = {}
+    try:
+        for part in checkpoint_paths(path) if parts is None else parts:
+            file = open_file(part)
+            files.append(file)
+            for name in file.tensors:
+                if name not in places:
+                    places[name] = (file, name)
+                elif not are_equal(places[name][0], file, name):
+                    raise CheckpointError(
+                        f"{path}: {name} is in two files, {places[name][0].path.name} and {part.name}. Give "
+                        "one file.",
+                        path,
+                    )
+        if not places:
+            raise CheckpointError(f"{path} holds no tensors.", path)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    marked = any(name.endswith(MARK) or BNB_STATE in name for name in places)
+    if not marked and not any(HEADER in file.metadata for file in files):
+        return Checkpoint(path, places, files)
+    return Checkpoint(path, places, files, _recognise(path, places, files))
+
+
+def checkpoint_paths(path: Path) -> list[Path]:
+    """Return the files that belong to the path that the user gave, in order.
+
+    Raises CheckpointError if one is missing.
+    """
+    if path.is_dir():  # the files of an index, else all shards, else the only model file
+        indexes = sorted(path.glob("*.index.json"))
+        if len(indexes) == 1:
+            return _read_index(indexes[0])
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+        safe = [file for file in files if file.suffix in {".safetensors", ".sft"}]
+        is_one = len(safe) == 1 or all(_SHARD.fullmatch(file.name) for file in safe)
+        if not indexes and safe and is_one:
+            require_all_shards(safe)
+            return safe
+        if not indexes and len(files) == 1:
+            return files
+        candidates = [file.name for file in indexes + files]
+        names = ", ".join(candidates[:LISTED]) + (", ..." if len(candidates) > LISTED else "")
+        raise CheckpointError(
+            f"{path} is a folder without exactly one model (model files: {names or 'none'}). Give the path "
+            "of the file.",
+            path,
+        )
+    try:
+        require_regular_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: there is no such file or folder.{explain_missing(path)}", path
+        ) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}. Give the model's file.", path
+        ) from error
+    if path.name.endswith(".index.json"):
+        return _read_index(path)
+    return [path] if _SHARD.fullmatch(path.name) is None else _require_existing(path, _shards_of(path.name))
+
+
+def require_all_shards(files: Sequence[Path]) -> None:
+    """Raise CheckpointError if names show that other shards of the same model are missing."""
+    for file in files:
+        if _SHARD.fullmatch(file.name):
+            _require_existing(file, _shards_of(file.name))
+
+
+@lru_cache(maxsize=4)  # all shards of a model have the same
+def _shards_of(name: str) -> list[str]:
+    """Return the names of all shards of the model to which a file of this name belongs."""
+    shard = _SHARD.fullmatch(name)
+    assert shard is not None
+    count = int(shard["count"])
+    return [f"{shard['stem']}-{number:05d}-of-{count:05d}{shard['suffix']}" for number in range(1, count + 1)]
+
+
+def _read_index(path: Path) -> list[Path]:
+    try:
+        names = set()
+        for name in parse_json(read_text(path))["weight_map"].values():
+            below = Path(name)
+            if below.is_absolute() or below.drive or ".." in below.parts:
+                raise ValueError(f"{shorten(name, MOST_OF_NAME)} is not in its folder")
+            names.add(str(below))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not an index of model files: {error!r}. Give the first of the files instead.", path
+        ) from error
+    return _require_existing(path, sorted(names))
+
+
+def _require_existing(path: Path, names: Sequence[str]) -> list[Path]:
+    missing = []
+    for name in names:
+        with contextlib.suppress(OSError):  # a name that is too long
+            if (path.parent / name).is_file():
+                continue
+        missing.append(name)
+    if missing:
+        shown = [shorten(name, MOST_OF_NAME) for name in missing[:LISTED]]
+        which = ", ".join(shown) + (", ..." if len(missing) > LISTED else "")
+        raise CheckpointError(
+            f"{path}: {len(missing)} of its {len(names)} files are not beside it: {which}.", path
+        )
+    return [path.parent / name for name in names]
+
+
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+
+
+def fingerprint(path: Path) -> str:
+    """Return a short identity of a model file's content, for cache records. Reads about 2 MB per file.
+
+    It covers sizes, beginnings, and chunks spread over the files: equal content gives equal text under any
+    name. Raises CheckpointError as `open_checkpoint` does.
+    """
+    digest = hashlib.sha256()
+    for part in checkpoint_paths(path):
+        try:
+            with part.open("rb") as file:
+                size = part.stat().st_size
+                digest.update(size.to_bytes(8, "little"))
+                digest.update(file.read(1 << 20))  # a safetensors header is here
+                for sample in range(_SAMPLES):
+                    file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
+        except OSError as error:
+            raise CheckpointError(f"{part} cannot be read: {error.strerror or error}.", path) from error
+    return digest.hexdigest()[:32]
+
+
+_SCALES = (".scale_weight", ".weight_scale")
+# tensors without a use once the weights are plain
+QUANT_EXTRAS = (
+    "scaled_fp8",
+    "*.scale_input",
+    "*.input_scale",
+    f"*{MARK}",
+    "*.weight.quant_map",
+    "*.weight.quant_state.*",
+)
+# end of a tensor's name -> what made it. Sources: the packages' files, comfy-kitchen's layouts
+_FOREIGN = {
+    ".weight_scale_2": "nvfp4",
+    ".weight_s_rel": "asym_w4a8_int8",
+    ".weight_zeros": "awq_w4a16",
+    ".absmax": "4 bits of bitsandbytes without a state",
+    ".SCB": "int8 of bitsandbytes",
+    **dict.fromkeys((".wscales", ".smooth_factor"), "SVDQuant of nunchaku"),
+    **dict.fromkeys((".qweight", ".qzeros", ".g_idx"), "GPTQ or AWQ"),
+    ".weight._data": "quanto",
+    ".W_q": "HQQ",
+    "_weight_qdata": "torchao",
+    ".weight_scale_inv": "fp8 in blocks",
+}
+
+
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError, naming the form, for quantised weights that are not read.
+
+    Call it before shapes are judged, as packed weights have others. Only the marks of layers are read.
+    """
+    if checkpoint.refusal:
+        remedy = "Download or copy it again, or give the bf16 file of the model."
+        raise CheckpointError(f"{checkpoint.path}: {checkpoint.refusal}.\n  {remedy}", checkpoint.path)
+    how = _find_form(checkpoint.tensors)
+    if how:
+        raise CheckpointError(
+            f"{checkpoint.path} is quantised in a way that is not supported ({how}). Give the bf16, fp16 or "
+            "fp8 file of the model, or one that ComfyUI, bitsandbytes or GGUF mark.",
+            checkpoint.path,
+        )
+
+
+def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]) -> str:
+    """Tell the files which tensors are packed weights; return why that cannot be told, else ""."""
+    from checkpoints.marks import find_packed  # of no use to other files
+
+    checkpoint = Checkpoint(path, places, files)
+    try:
+        for name, info in find_packed(checkpoint.tensors, checkpoint.metadata, checkpoint.read).items():
+            file, stored = places[name]
+            file.tensors[stored] = info
+    except (ValueError, RecursionError) as error:
+        return str(error)
+    return ""
+
+
+def companions_of(name: str, info: TensorInfo) -> tuple[str, ...]:
+    assert info.packing is not None
+    return tuple(name.removesuffix("weight") + end for end in info.packing.beside)
+
+
+def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Return the form of quantised weights without marks, and a tensor that shows it."""
+    unmarked = _without_marked(tensors)
+    for ending, form in _FOREIGN.items():
+        for name in unmarked:
+            if name.endswith(ending):
+                return f"{form}: it has {name}"
+    for name, info in unmarked.items():
+        if name.endswith(_SCALES) and len(info.shape) == 2 and min(info.shape) > 1:
+            is_float = info.dtype.is_floating_point and info.dtype.itemsize > 1
+            form = "fp8 in blocks" if is_float else "mxfp8"
+            return f"{form}: it has {name} {list(info.shape)}"
+        if name.endswith(".weight") and len(info.shape) > 1 and not info.dtype.is_floating_point:
+            return f"{dtype_name(info.dtype)}: {name} is of that type"
+    for name, info in unmarked.items():
+        if _is_packed_weight(name, tensors):
+            kind = dtype_name(info.dtype)
+            return f"quantised, form unknown: it has {name} in {kind} in place of a weight"
+    return None
+
+
+def _without_marked(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return the tensors without packed weights of known forms and their companions."""
+    marked: set[str] = set()
+    for name, info in tensors.items():
+        if info.packing is not None:
+            marked.add(name)
+            marked.update(companions_of(name, info))
+    return {name: info for name, info in tensors.items() if name not in marked}
+
+
+_TABLES = ("_ids", "_index", "_ind")  # ends of the names of whole numbers that networks have as they are
+
+
+def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Return whether a tensor of unknown name stands in place of a layer's weight, in packed numbers."""
+    info = tensors[name]
+    layer, inside, _ = name.partition(".weight.")  # blocks.0.q.weight.data
+    if not inside:
+        layer = name.rpartition(".")[0]
+    is_narrow = info.dtype.itemsize == 1 or not info.dtype.is_floating_point
+    if not layer or not is_narrow or info.dtype is torch.bool:
+        return False
+    is_table = len(info.shape) > 1 and min(info.shape) > 1
+    if not is_table and not name.removeprefix(f"{layer}.").startswith(("weight", "qweight")):
+        return False
+    return f"{layer}.weight" not in tensors and not name.endswith((*_TABLES, ".weight"))
+
+
+def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
+    """Return each tensor of the file by its own name; scaled fp8 weights are multiplied by their scales.
+
+    The scales are left out. Raises CheckpointError if the file's quantisation is not supported.
+    """
+    refuse_quantised(checkpoint)
+    scales = scales_in(checkpoint.tensors)
+    packed = {name: info for name, info in checkpoint.tensors.items() if info.packing is not None}
+    companions = set(scales.values())
+    for name, info in packed.items():
+        companions.update(companions_of(name, info))
+    sources = {}
+    for name, info in checkpoint.tensors.items():
+        if name in packed:
+            sources[name] = _packed_source(checkpoint.path, name, info)
+            continue
+        if name in companions or any(fnmatch.fnmatchcase(name, pattern) for pattern in QUANT_EXTRAS):
+            continue
+        scale = scales.get(name)
+        in_fp8 = info.dtype.itemsize == 1 and info.dtype.is_floating_point
+        if scale is None and not in_fp8:
+            sources[name] = TensorSource((name,))
+            continue
+        from checkpoints.stored import fp8  # of no use to other files
+
+        as_stored = fp8.stored_fp8 if in_fp8 else None
+        if scale is None:
+            sources[name] = TensorSource((name,), None, as_stored)
+        else:
+            sources[name] = TensorSource((name, scale), fp8.dequantise, as_stored)
+    return sources
+
+
+def _packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
+    assert info.packing is not None
+    keep = info.packing.keep
+
+    def as_stored(*tensors: Tensor) -> Stored:
+        try:
+            return keep(*tensors)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {name} {error}. Download or copy it again.", path) from error
+
+    def build(*tensors: Tensor) -> Tensor:
+        if tensors[0].device.type == "meta":
+            return torch.empty(info.shape, device="meta")
+        return as_stored(*tensors).value().view(info.shape)
+
+    names = name, *companions_of(name, info)
+    can_stay = len(info.shape) == 2 and info.packing.can_stay
+    return TensorSource(names, build, as_stored if can_stay else None)
+
+
+def scales_in(names: Iterable[str]) -> dict[str, str]:
+    return {
+        name.removesuffix(ending) + ".weight": name
+        for name in names
+        for ending in _SCALES
+        if name.endswith(ending)
+    }

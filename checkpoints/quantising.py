@@ -1,0 +1,443 @@
+"""Write a model with its layers in 8 bits, in ComfyUI's layout or as GGUF, or a quantised one in 16 bits.
+
+The tensors keep the names of the file. The layers are, in a transformer, those that its family keeps in fp8;
+in a text encoder, the linear layers of its blocks. Sources: as in `marks` and `gguf_files`.
+"""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from checkpoints.containers import HEADER, MARK
+from checkpoints.dits import DitFormat, bare_names
+from checkpoints.filling import linear_weights, on_meta_device
+from checkpoints.finite import check_finite
+from checkpoints.kinds import is_lora, kind_of
+from checkpoints.opening import (
+    Checkpoint,
+    checkpoint_paths,
+    open_checkpoint,
+    plain_sources,
+    refuse_quantised,
+)
+from checkpoints.quantise_options import GGUF, QuantiseOptions
+from checkpoints.stored.forms import Shape
+from checkpoints.stored.fp8 import E4M3, is_fp8
+from checkpoints.stored.fp8 import quantise as round_to_fp8
+from checkpoints.stored.int8 import GROUPS, Int8
+from checkpoints.writing import stream_tensors
+from contract.families import FAMILIES
+from contract.loading import TensorInfo
+from modules.atomic_write import atomic_path
+from modules.bars import BYTES, track
+from modules.console import as_size, show_box
+from modules.devices import choose_device, dtype_name
+from modules.errors import CheckpointError, OptionError
+from modules.installation import import_own
+from modules.output_files import refuse_replacing
+from modules.speed_options import SDPA, Quantisation
+
+logger = logging.getLogger(__name__)
+
+_STALE = ("sshs_", "modelspec.hash_sha256", HEADER)  # metadata that are true of the old tensors only
+_OF_GGUF = ("general.", "GGUF.", "comfy.gguf.")
+# a tensor of a text encoder's first block -> its linear layers, behind the same prefix
+_TEXT_ENCODERS = {
+    r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight": (
+        r"encoder\.block\.\d+\.layer\.\d\.(SelfAttention\.[qkvo]|DenseReluDense\.w[io](_\d)?)\.weight"
+    ),
+    r"blocks\.0\.pos_embedding\.embedding\.weight": (
+        r"blocks\.\d+\.(attn\.[qkvo]|ffn\.(gate\.0|fc[12]))\.weight"
+    ),
+    r"layers\.0\.mlp\.gate_proj\.weight": r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight",
+}
+_GGUF_KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+_LONGEST_IN_GGUF = 127  # bytes; readers take no longer name
+_SMALL_IN_GGUF = 1024  # weights
+# `general.architecture` as ComfyUI's reader of GGUF knows it; others have the family's name
+_ARCHITECTURES = {
+    **{"hunyuan_video": "hyvid", "framepack": "hyvid", "flux_2": "flux", "ltx_2": "ltxv"},
+    **{"lumina": "lumina2", "z_image": "lumina2"},
+}
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a file is, which of its weights to quantise, and the shapes of weights that may be padded."""
+
+    what: str
+    family: str | None  # None: a text encoder
+    layers: frozenset[str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def quantise_file(options: QuantiseOptions) -> None:
+    """Write the quantised or 16-bit file.
+
+    Raises CheckpointError if the model is unknown, or is quantised already (for bf16: is not), OptionError if
+    the file would replace one that is read, OutputError if it cannot be written.
+    """
+    refuse_replacing("--output", options.output, checkpoint_paths(options.model))
+    device = choose_device(options.device)
+    with open_checkpoint(options.model) as checkpoint:
+        sources = plain_sources(checkpoint)
+        narrow = [name for name in sources if _is_narrow(checkpoint.tensors[name])]
+        model = _recognise(checkpoint)
+        metadata = _without_stale(checkpoint.metadata)
+        if options.form == "bf16":
+            count = _widen(options, checkpoint, metadata, device)
+        else:
+            if narrow:
+                form = dtype_name(checkpoint.tensors[narrow[0]].dtype)
+                raise CheckpointError(
+                    f"{options.model} is quantised already ({narrow[0]}: {form}); rounding it again would "
+                    "only lose more. Give the file in 16 bits.",
+                    options.model,
+                )
+            write = _write_gguf if options.form == GGUF else _write_marked
+            count = write(options, checkpoint, model, metadata=metadata, device=device)
+        unchanged = len(sources) - count
+    size = as_size(options.output.stat().st_size)
+    rows = [
+        ("model", f"{options.model}: {model.what}"),
+        ("form", options.form),
+        ("layers", f"{count}; {unchanged} other tensors as they were"),
+        ("file", f"{options.output} ({size})"),
+    ]
+    show_box("The model is written", rows)
+
+
+def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata without what is true of the old tensors only, and log what is left out."""
+    remaining = {key: text for key, text in metadata.items() if not key.startswith((*_STALE, *_OF_GGUF))}
+    stale = sorted(metadata.keys() - remaining.keys())
+    if stale:
+        logger.info("Metadata of the old tensors are left out: %s", ", ".join(stale))
+    return remaining
+
+
+def _is_narrow(info: TensorInfo) -> bool:
+    return info.packing is not None or is_fp8(info.dtype)
+
+
+def _recognise(checkpoint: Checkpoint) -> Recognised:
+    """Recognise the file. Raises CheckpointError if it is neither a known transformer nor a text encoder."""
+    names = checkpoint.tensors
+    for mark, pattern in _TEXT_ENCODERS.items():
+        matches = (re.fullmatch(rf"(.*\.)?{mark}", name) for name in names)
+        first = next(filter(None, matches), None)
+        if first is not None:
+            prefix = first[1] or ""
+            with_prefix = re.compile(re.escape(prefix) + pattern)
+            layers = frozenset(name for name in names if with_prefix.fullmatch(name))
+            return Recognised("a text encoder", None, layers, {})
+    bare = bare_names(checkpoint)
+    # as in `families.identify`: Wan's, the last, recognises files of no family too
+    for family, entry in reversed(list(FAMILIES.items())):
+        files = import_own(f"{entry.room}.files") if entry.own_files else None
+        form: DitFormat[Any, Any] | None = getattr(files, "FORMAT", None)
+        try:
+            if form is not None:
+                return _transformer(checkpoint, bare, family, form)
+        except CheckpointError as error:
+            logger.debug("%s is not %s: %s", checkpoint.path, family, error)
+    if is_lora(names):
+        raise CheckpointError(
+            f"{checkpoint.path} is a LoRA, which is small and stays in 16 bits. Give the model that it was "
+            "trained for; merge_lora.py adds a LoRA to it before it is quantised.",
+            checkpoint.path,
+        )
+    raise CheckpointError(
+        f"{checkpoint.path} is {kind_of(names) or 'no model that is known'}. Give the transformer or the "
+        "language model or T5 of a family that is supported.",
+        checkpoint.path,
+    )
+
+
+def _transformer(
+    checkpoint: Checkpoint, bare: Checkpoint, family: str, form: DitFormat[Any, Any]
+) -> Recognised:
+    header = form.read_header(bare)
+    with on_meta_device():
+        dit: Any = form.network(header.config, SDPA)
+    sources = form.sources(bare, header)
+    linear = linear_weights(dit, dit.spec.block_lists, dit.spec.fp8_exclude)
+    ours_of: dict[str, set[str]] = {}  # tensor of the file -> ours that are made of it
+    for name, source in sources.items():
+        ours_of.setdefault(source.names[0], set()).add(name)
+    prefix = _common_prefix(checkpoint, list(ours_of))
+    weights = dit.state_dict()
+    layers: set[str] = set()
+    shapes_in_file = {}
+    for name, ours in ours_of.items():
+        if ours <= linear and len(bare.tensors[name].shape) == 2:
+            layers.add(prefix + name)
+        if len(ours) == 1:
+            (our_name,) = ours
+            shapes_in_file[prefix + name] = tuple(weights[our_name].shape)
+    return Recognised(
+        what=form.describe(header),
+        family=family,
+        layers=frozenset(layers),
+        shapes=shapes_in_file,
+    )
+
+
+def _common_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
+    """Return what all of these names have in front of them in the file."""
+    for name in checkpoint.tensors:
+        if name.endswith(names[0]):
+            prefix = name.removesuffix(names[0])
+            if checkpoint.tensors.keys() >= {prefix + bare for bare in names}:
+                return prefix
+    raise AssertionError("the names were read from this file")
+
+
+def _write_marked(
+    options: QuantiseOptions,
+    checkpoint: Checkpoint,
+    model: Recognised,
+    metadata: Mapping[str, str],
+    device: torch.device,
+) -> int:
+    """Write ComfyUI's layout. A layer is read twice, as the scales of all stand before the codes."""
+    tensors: dict[str, TensorInfo] = {}
+    makers: dict[str, Callable[[], Tensor]] = {}
+
+    def plain(name: str) -> Tensor:
+        tensor = checkpoint.read(name)
+        check_finite(checkpoint.path, name, tensor)
+        return tensor
+
+    def codes(name: str, rounding: _Rounding) -> Tensor:
+        return rounding.make(plain(name).to(device))[0]
+
+    def scale(name: str, rounding: _Rounding) -> Tensor:
+        return rounding.make(plain(name).to(device))[1]
+
+    def add(name: str, info: TensorInfo, make: Callable[[], Tensor]) -> None:
+        if name in tensors:
+            raise CheckpointError(
+                f"{checkpoint.path} has a tensor {name}, which belongs to a quantised layer."
+            )
+        tensors[name] = info
+        makers[name] = make
+
+    for name, info in checkpoint.tensors.items():
+        if name not in model.layers:
+            add(name, info, partial(plain, name))
+            continue
+        stem = name.removesuffix(".weight")
+        shape = (info.shape[0], info.shape[1])
+        rounding = _Rounding(options.form, shape)
+        mark = torch.tensor(list(json.dumps(rounding.mark).encode()), dtype=torch.uint8)
+        add(name, TensorInfo(rounding.dtype, shape), partial(codes, name, rounding))
+        scale_info = TensorInfo(torch.float32, rounding.scale_shape)
+        add(f"{stem}.weight_scale", scale_info, partial(scale, name, rounding))
+        add(stem + MARK, TensorInfo(torch.uint8, tuple(mark.shape)), mark.clone)
+    stream_tensors(options.output, tensors, lambda name: makers[name](), {"format": "pt", **metadata})
+    return len(model.layers)
+
+
+class _Rounding:
+    """How a layer is rounded, and what the file says of it."""
+
+    def __init__(self, form: str, shape: Shape) -> None:
+        self.mark: dict[str, Any] = {"format": "float8_e4m3fn" if form == "fp8" else "int8_tensorwise"}
+        self.dtype = E4M3 if form == "fp8" else torch.int8
+        self.scale_shape: tuple[int, ...] = () if form == "fp8" else (shape[0], 1)
+        if form == "convrot":
+            group = next((group for group in GROUPS if shape[1] % group == 0), 0)
+            self.mark |= {"convrot": True, "convrot_groupsize": group} if group else {}
+
+    def make(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        codes: Tensor | None
+        if self.dtype == E4M3:
+            codes, scale = round_to_fp8(weight, Quantisation("tensor", float32_scales=True))
+        else:
+            codes, scale = Int8(self.mark.get("convrot_groupsize", 0)).quantise(weight).tensors
+        assert codes is not None
+        assert scale is not None
+        return codes, scale.reshape(self.scale_shape)
+
+
+def _write_gguf(
+    options: QuantiseOptions,
+    checkpoint: Checkpoint,
+    model: Recognised,
+    metadata: Mapping[str, str],
+    device: torch.device,
+) -> int:
+    """Write layers as Q8_0, short tensors in float32, the rest as it is. The package rounds on the CPU."""
+    if model.family is None:
+        raise OptionError(
+            "--form q8_0 is for transformers: text encoders in GGUF have llama.cpp's names and a tokenizer, "
+            "which its own converter writes. Use int8, convrot or fp8"
+        )
+    try:
+        import gguf
+    except ImportError:
+        raise OptionError(
+            "--form q8_0 needs the package gguf, which is not installed. Run: pip install gguf"
+        ) from None
+    kinds = gguf.GGMLQuantizationType
+    infos = checkpoint.tensors
+    block = gguf.GGML_QUANT_SIZES[kinds.Q8_0][0]
+    layers = {name for name in model.layers if infos[name].shape[1] % block == 0}
+    if len(layers) < len(model.layers):
+        text = "%d layers stay as they are: their rows are not whole blocks of Q8_0"
+        logger.info(text, len(model.layers) - len(layers))
+    with atomic_path(options.output) as temporary:
+        writer = gguf.GGUFWriter(temporary, _ARCHITECTURES.get(model.family, model.family))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+        for key, text in metadata.items():
+            writer.add_string(key, text)
+        stored = {name: _plan_in_gguf(writer, checkpoint, name, name in layers) for name in infos}
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        sizes = {name: info.size_bytes for name, info in infos.items()}
+        names = track(
+            infos,
+            f"Writing {options.output.name}",
+            total=sum(sizes.values()),
+            size=sizes.__getitem__,
+            unit=BYTES,
+        )
+        for name in names:
+            tensor = checkpoint.read(name)
+            check_finite(checkpoint.path, name, tensor)
+            kind = stored[name]
+            if kind in (kinds.Q8_0, kinds.F32):
+                data = gguf.quants.quantize(tensor.float().numpy(), kind)
+            else:
+                data = tensor.view(-1).view(torch.uint8).numpy()
+            writer.write_tensor_data(data)
+        writer.close()
+    return len(layers)
+
+
+def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool) -> Any:
+    """Announce a tensor to gguf's writer; return its kind."""
+    import gguf
+
+    info = checkpoint.tensors[name]
+    if len(name.encode()) > _LONGEST_IN_GGUF or info.dtype not in _GGUF_KINDS:
+        raise CheckpointError(
+            f"{checkpoint.path}: {name[:60]} of {dtype_name(info.dtype)} has no place in a GGUF "
+            "file: names have up to 127 bytes, and tensors are floats. Use --form int8, convrot or fp8.",
+            checkpoint.path,
+        )
+    is_small = len(info.shape) < 2 or math.prod(info.shape) <= _SMALL_IN_GGUF
+    plain = "F32" if is_small else _GGUF_KINDS[info.dtype]
+    kind = gguf.GGMLQuantizationType["Q8_0" if is_layer else plain]
+    (*rows, columns), (per, size) = info.shape or (1,), gguf.GGML_QUANT_SIZES[kind]
+    in_bytes = (*rows, columns // per * size)
+    writer.add_tensor_info(name, in_bytes, numpy.dtype("uint8"), math.prod(in_bytes), kind)
+    return kind
+
+
+def _widen(
+    options: QuantiseOptions, checkpoint: Checkpoint, metadata: Mapping[str, str], device: torch.device
+) -> int:
+    """Write quantised weights in bfloat16, the rest as it is."""
+    values = in_values(checkpoint, device)
+    if values is checkpoint:
+        text = f"{options.model} has no quantised weights. Give a file that has, or another --form."
+        raise CheckpointError(text, options.model)
+    narrow = {name: info for name, info in values.tensors.items() if info is not checkpoint.tensors[name]}
+    as_bf16 = {name: replace(info, dtype=torch.bfloat16) for name, info in narrow.items()}
+    tensors = {**values.tensors, **as_bf16}
+
+    def read(name: str) -> Tensor:
+        tensor = values.read(name)
+        check_finite(checkpoint.path, name, tensor)
+        return tensor.to(tensors[name].dtype)
+
+    stream_tensors(options.output, tensors, read, {"format": "pt", **metadata})
+    return len(narrow)
+
+
+def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Checkpoint:
+    """Return the tensors of a file without scales, quantised ones dequantised to float32; if none is
+    quantised, return `checkpoint` itself. The files stay shared: close one of the two. device: to compute
+    them on. Raises CheckpointError if a form is not read, or the size of a padded weight is not known.
+    """
+    refuse_quantised(checkpoint)
+    infos = checkpoint.tensors.values()
+    if not any(map(_is_narrow, infos)):
+        return checkpoint
+    is_padded = any(info.packing is not None and info.packing.pad > 1 for info in infos)
+    shapes = _recognise(checkpoint).shapes if is_padded else {}
+    values: Any = _Values(checkpoint, shapes, device or torch.device("cpu"))
+    number = len(values.tensors.keys() - values.plain)
+    logger.info("%s: %d quantised weights count by their values", checkpoint.path, number)
+    return Checkpoint(checkpoint.path, {name: (values, name) for name in values.tensors}, [values])
+
+
+class _Values:
+    """The tensors of a file by their values, in float32: the file behind the result of `in_values`."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], device: torch.device
+    ) -> None:
+        """shapes: of weights that may be padded."""
+        self.path = checkpoint.path
+        self.left_out = checkpoint.left_out
+        self.metadata = {
+            key: text for key, text in checkpoint.metadata.items() if not key.startswith((HEADER, *_OF_GGUF))
+        }
+        self._checkpoint = checkpoint
+        self._device = device
+        self._sources = plain_sources(checkpoint)
+        self.tensors = {name: checkpoint.tensors[name] for name in self._sources}
+        self.plain = {name for name, info in self.tensors.items() if not _is_narrow(info)}
+        for name, info in [*self.tensors.items()]:
+            shape = self._plain_shape(name, info, shapes)
+            if name in self.plain:
+                continue
+            if self._sources[name].build is None and self.path.suffix == ".pt":
+                raise CheckpointError(
+                    f"{self.path} stores {name} in 8 bits without its scale. Give the bf16 file.", self.path
+                )
+            self.tensors[name] = TensorInfo(torch.float32, shape)
+
+    def _plain_shape(
+        self, name: str, info: TensorInfo, shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[int, ...]:
+        """Return the shape of a tensor without its padding. Raises CheckpointError if it is unknown."""
+        padding = info.packing if info.packing is not None and info.packing.pad > 1 else None
+        if padding is None:
+            is_sound = math.prod(shapes.get(name, info.shape)) == math.prod(info.shape)
+            shape = info.shape
+        else:
+            shape = shapes.get(name, ())
+            is_sound = math.prod(padding.padded(shape)) == math.prod(info.shape)
+        if not is_sound:
+            raise CheckpointError(
+                f"{self.path}: {name} may be padded, and the file does not say from which size. Give a "
+                "transformer of a family that is supported, in its released layout.",
+                self.path,
+            )
+        return shape
+
+    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        """Return a tensor; of one that is not quantised the bytes may lie in `scratch`."""
+        if name in self.plain:
+            return self._checkpoint.borrow(name, scratch)
+        source = self._sources[name]
+        value = source.make([self._checkpoint.read(part).to(self._device) for part in source.names])
+        return value[tuple(map(slice, self.tensors[name].shape))].float()
+
+    def close(self) -> None:
+        self._checkpoint.close()

@@ -1,0 +1,203 @@
+"""Stored weights: the protocol of all forms in which linear layers keep their weights, and such layers.
+
+A stored layer stays an `nn.Linear`. Its `weight` is a frozen parameter of the form's dtype and shape (packed
+forms have another one than the layer: ask `out_features` and `in_features`), and the form's companions, such
+as scales, are buffers. `forward` is set on the layer itself, so that wrappers added later (a LoRA,
+compilation) find it.
+
+A form is a frozen dataclass of a file of this room, as `StoredForm` describes. A form that options ask for
+has the name of its file in `Quantisation.form`; the file has `form_of`, `prepare` and `rehearsed`.
+"""
+
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from modules.installation import import_own
+from modules.speed_options import Quantisation
+
+Shape = tuple[int, int]  # out x in, of the value
+MOST_TENSORS = 5  # of a form: the weight and its companions
+Tensors = tuple[Tensor | None, ...]  # the weight of a layer and its companions, in the form's order
+
+
+class StoredForm(Protocol):
+    """How weights are stored, and how layers compute with them. Equal forms are equal objects."""
+
+    @property
+    def name(self) -> str: ...  # for messages and metadata: fp8, int8, nf4
+
+    @property
+    def how(self) -> str: ...  # for the log: "in fp8 with a scale per row"
+
+    @property
+    def companions(self) -> tuple[str, ...]: ...  # names of the buffers beside the weight
+
+    @property
+    def stays(self) -> bool: ...  # whether layers keep a file's weights so without an option that asks for it
+
+    def quantise(self, weight: Tensor) -> "Stored":
+        """Round a weight, out x in, of any float dtype."""
+        ...
+
+    def empty(self, shape: Shape) -> "Stored":
+        """Return what `quantise` makes of a weight of this shape, on the meta device."""
+        ...
+
+    def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return the weight's value, out x in, in memory of its own."""
+        ...
+
+    def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
+        """Compute x W^T + b, in autocast's dtype if it is on, else in that of x. Differentiable in x and b.
+
+        Keep no 16-bit copy of the weight for the backward pass; `multiply_value` does it for any form.
+        """
+        ...
+
+    def cut(self, stored: "Stored", first: int, count: int) -> "Stored | None":
+        """Return some rows of a weight; None if the form cannot be cut there."""
+        ...
+
+    def join(self, parts: Sequence["Stored"]) -> "Stored | None":
+        """Stack the rows of weights of this form; None if they have no common form."""
+        ...
+
+    def computing_as(self, asked: "StoredForm") -> "StoredForm":
+        """Return this form, found in a file, with the compute settings of the form asked for."""
+        ...
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise OptionError if the device cannot hold this form."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A stored weight that may not be in a layer yet."""
+
+    form: StoredForm
+    shape: Shape
+    tensors: Tensors
+
+    @property
+    def weight(self) -> Tensor:
+        assert self.tensors[0] is not None
+        return self.tensors[0]
+
+    def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.form.value(self.tensors, self.shape, dtype)
+
+
+def form_of(quantisation: Quantisation) -> StoredForm:
+    """Return the form that options ask for, by `form_of` in the form's file."""
+    form: StoredForm = import_own(f"checkpoints.stored.{quantisation.form}").form_of(quantisation)
+    return form
+
+
+def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
+    """Return the quantisation with the product that the device supports, by `prepare` in the form's file.
+
+    Raises OptionError if the device or the libraries lack it.
+    """
+    found: Quantisation = import_own(f"checkpoints.stored.{quantisation.form}").prepare(quantisation, device)
+    return found
+
+
+def rehearsed(quantisation: Quantisation | None) -> Quantisation | None:
+    """Return the quantisation for a dry run, by `rehearsed` in the form's file; None stays None."""
+    if quantisation is None:
+        return None
+    found: Quantisation = import_own(f"checkpoints.stored.{quantisation.form}").rehearsed(quantisation)
+    return found
+
+
+def attach(layer: nn.Linear, stored: Stored) -> None:
+    layer.weight = nn.Parameter(stored.weight, requires_grad=False)
+    for name, tensor in zip(stored.form.companions, stored.tensors[1:], strict=True):
+        layer.register_buffer(name, tensor)
+    layer.form = stored.form  # type: ignore[assignment]
+    # a method, not a partial: compiled code would know the layer by its partial, and be compiled per block
+    layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
+
+
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    # x: ... in -> ... out
+    form: StoredForm = layer.form  # type: ignore[assignment]
+    shape = (layer.out_features, layer.in_features)
+    return form.multiply(x, _tensors_of(layer, layer.weight, form), shape, layer.bias)
+
+
+def _tensors_of(layer: nn.Linear, weight: Tensor, form: StoredForm) -> Tensors:
+    return (weight, *[layer._buffers[name] for name in form.companions])
+
+
+def stored_in(layer: nn.Module) -> Stored | None:
+    """Return the stored weight of a layer; None if the layer's weight is a plain tensor."""
+    form: StoredForm | None = layer.__dict__.get("form")
+    if form is None:
+        return None
+    assert isinstance(layer, nn.Linear)
+    return Stored(form, (layer.out_features, layer.in_features), _tensors_of(layer, layer.weight, form))
+
+
+def value_of(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Return the value of a layer's weight, in float32 if it is stored. weight: the layer's own, whole."""
+    stored = stored_in(layer)
+    if stored is None:
+        return weight
+    return stored.form.value((weight, *stored.tensors[1:]), stored.shape, torch.float32)
+
+
+def multiply_value(
+    form: StoredForm, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None
+) -> Tensor:
+    """Compute x W^T + b in the dtype of x from the value of W, which the backward pass makes anew."""
+    filled = (*tensors, *[None] * (MOST_TENSORS - len(tensors)))
+    out: Tensor = _Product.apply(x, None if bias is None else bias.to(x.dtype), form, shape, *filled)
+    return out
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that a layer computes in: autocast's if it is on, else that of its input."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class _Product(torch.autograd.Function):
+    """Linear layer that keeps only its stored weight for the backward pass.
+
+    The tensors have names, as Dynamo counts the arguments: with `*tensors` it would miss `ctx`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        form: StoredForm,
+        shape: Shape,
+        weight: Tensor,
+        first: Tensor | None,
+        second: Tensor | None,
+        third: Tensor | None,
+        fourth: Tensor | None,
+    ) -> Tensor:
+        tensors = (weight, first, second, third, fourth)[: 1 + len(form.companions)]
+        ctx.save_for_backward(*tensors)
+        ctx.form, ctx.shape = form, shape
+        return functional.linear(x, form.value(tensors, shape, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        tensors, of_x = ctx.saved_tensors, None
+        if ctx.needs_input_grad[0]:
+            of_x = gradient @ ctx.form.value(tensors, ctx.shape, gradient.dtype)
+        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return of_x, of_bias, None, None, *[None] * MOST_TENSORS

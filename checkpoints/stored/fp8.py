@@ -1,0 +1,179 @@
+"""Weights in float8_e4m3fn (of files also e5m2), as they are or divided by scales.
+
+The companion `scale_weight` is float32: [1], [out, 1] or [out, blocks, 1]; None for a plain cast. The value
+is the product of weight and scale.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from checkpoints.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
+from modules.errors import OptionError
+from modules.speed_options import Quantisation
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0  # of float8_e4m3fn; larger values would become NaN
+# elements rounded at once: temporaries of a few MB instead of the size of the weight
+_BLOCK_ELEMENTS = 1 << 20
+
+
+def is_fp8(dtype: torch.dtype) -> bool:
+    return dtype.itemsize == 1 and dtype.is_floating_point
+
+
+def quantise(weight: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor | None]:
+    """Round a weight to float8_e4m3fn and return it with its scale (float32): weight ~ fp8 * scale.
+
+    weight: out x in. kind "cast": clamped to +-448 and rounded, without a scale. "tensor" and "rows":
+    divided by scale = max|weight| / 448, one number [1] or one per row [out, 1]; the scale of zeros is 1.
+    Scale and quotient are rounded to the weight's dtype before use, unless `float32_scales` is set or the
+    weight is float16, whose range is too narrow for them.
+    """
+    wide = quantisation.float32_scales or weight.dtype == torch.float16
+    dtype = torch.float32 if wide else weight.dtype
+    scale: Tensor | None = None
+    if quantisation.kind != "cast":
+        peak = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True))
+        if quantisation.kind != "rows":
+            peak = peak.amax().reshape(1)
+        scale = peak.to(dtype) / LARGEST
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    rounded = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
+    step = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel())) if len(weight) else 1
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        part = weight[rows].to(dtype)
+        if scale is not None:
+            part = part / (scale if scale.ndim == 1 else scale[rows])
+        rounded[rows] = part.clamp(-LARGEST, LARGEST).to(E4M3)
+    return rounded, None if scale is None else scale.float()
+
+
+def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return weight * scale, multiplied in float32 and rounded once to `dtype`.
+
+    weight: rows x columns. scale: one number, one per row, or one per block of a row (rows x blocks x 1).
+    """
+    plain = weight.to(dtype, copy=True)  # multiplied in place: one copy, not two
+    if scale is None:
+        return plain
+    if not scale.is_floating_point() or scale.ndim == 0 or scale.dtype != torch.float32:
+        scale = scale.float()
+    if scale.numel() == 1:
+        # with as many axes as the weight: a scalar tensor would be rounded to its dtype first
+        return plain.mul_(scale.reshape([1] * weight.ndim))
+    if scale.ndim == 3:
+        plain.unflatten(1, (scale.shape[1], -1)).mul_(scale)  # rows x blocks x width of a block
+        return plain
+    return plain.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1)))
+
+
+def store_scale(scale: Tensor) -> Tensor:
+    """Return a file's scale as layers store it: float32, [1], [out, 1] or [out, blocks, 1]."""
+    if scale.numel() == 1:
+        return scale.float().reshape(1)
+    return scale.float() if scale.ndim == 3 else scale.float().reshape(-1, 1)
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """The fp8 form. Layers compute in float32 if `float32_linear` is set; with a `product` they multiply in 8
+    bits whenever `suits_fp8` allows it.
+    """
+
+    quantisation: Quantisation = Quantisation("cast")
+    name = "fp8"
+    companions = ("scale_weight",)
+    stays = False  # without an option the model computes as the 16-bit file does
+
+    @property
+    def how(self) -> str:
+        return "cast to fp8" if self.quantisation.kind == "cast" else "in fp8 with a scale per row"
+
+    def quantise(self, weight: Tensor) -> Stored:
+        rows, columns = weight.shape
+        return Stored(self, (rows, columns), quantise(weight, self.quantisation))
+
+    def empty(self, shape: Shape) -> Stored:
+        return Stored(self, shape, (torch.empty(shape, dtype=E4M3, device="meta"), None))
+
+    def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+        weight, scale = tensors
+        assert weight is not None
+        return dequantise(weight, scale, dtype)
+
+    def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
+        how, (weight, scale) = self.quantisation, tensors
+        if how.product is not None:
+            from checkpoints.stored.fp8_products import fp8_linear, suits_fp8  # of no use without the units
+
+            assert weight is not None
+            if suits_fp8(x, weight, scale):
+                return fp8_linear(x, weight, scale, bias, product=how.product)
+        dtype = computed_dtype(x)
+        if not how.float32_linear:
+            return multiply_value(self, x.to(dtype), tensors, shape=shape, bias=bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return multiply_value(self, x.float(), tensors, shape=shape, bias=bias).to(dtype)
+
+    def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
+        def rows_of(whole: Tensor) -> Tensor:
+            # a scale may be for the whole weight; for blocks of rows it has a row for each
+            per, rest = divmod(stored.shape[0], len(whole))
+            return (
+                whole if rest or first % per or count % per else whole[first // per : (first + count) // per]
+            )
+
+        weight, scale = stored.weight, stored.tensors[1]
+        part = weight[first : first + count].contiguous()
+        return Stored(self, (count, stored.shape[1]), (part, None if scale is None else rows_of(scale)))
+
+    def join(self, parts: Sequence[Stored]) -> Stored | None:
+        """Stack the rows, with a scale for each row; None for two formats."""
+        dtypes = {part.weight.dtype for part in parts}
+        if len(dtypes) > 1:
+            return None
+        whole = torch.cat([part.weight.view(torch.uint8) for part in parts]).view(*dtypes)
+        scales = [
+            torch.ones(1, device=whole.device) if part.tensors[1] is None else part.tensors[1]
+            for part in parts
+        ]
+        if not any(scale.ndim == 3 for scale in scales):
+            scales = [scale.expand(part.shape[0], 1) for scale, part in zip(scales, parts, strict=True)]
+        shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
+        return Stored(self, shape, (whole, torch.cat(scales)))
+
+    def computing_as(self, asked: StoredForm) -> StoredForm:
+        return asked if isinstance(asked, Fp8) else self
+
+    def check_device(self, device: torch.device) -> None:
+        if device.type == "mps":
+            raise OptionError(
+                "Apple's GPUs do not support fp8: leave the fp8 options out, or use --device cpu"
+            )
+
+
+form_of = Fp8
+
+
+def stored_fp8(weight: Tensor, scale: Tensor | None = None) -> Stored:
+    """Return a file's weight and scale, if it has one, as layers keep them."""
+    rows, columns = weight.shape
+    return Stored(Fp8(), (rows, columns), (weight, None if scale is None else store_scale(scale)))
+
+
+def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
+    """Add the device's `product` for --fp8_fast. Raises as `choose_product`."""
+    if not quantisation.fp8_matmul:
+        return quantisation
+    from checkpoints.stored.fp8_products import choose_product  # of no use without the units
+
+    return replace(quantisation, product=choose_product(device))
+
+
+def rehearsed(quantisation: Quantisation) -> Quantisation:
+    """Return it for a dry run: a product in 8 bits is rehearsed as one in 16 bits."""
+    return quantisation

@@ -1,0 +1,226 @@
+"""Weights in int8 with a scale for each row, most of them rotated first (ConvRot).
+
+An outlier would cost all other values of its row their digits. Columns are therefore multiplied in groups by
+the regular Hadamard matrix H, which spreads it: symmetric, H H = 1, entries +-1 / sqrt(group), each row sums
+to 1. The weight that counts is (q * scale) H; the input is rotated alike, so that only int8 numbers meet:
+
+    output           y = (x8 q^T) * t * scale + b, with x H = x8 * t, one t = max|x H| / 127 for each token
+    input gradient   dx = (dy (q * scale)) H in 16 bits, or with dy * scale rounded by tokens to int8 too
+
+Up to 16 tokens, which hardware does not multiply faster in int8, x stays as it is. Rounding x counts as the
+identity for gradients. Source: ConvRot, arXiv 2512.03673; H as there, a Kronecker power of the one of size 4.
+"""
+# Letters: M tokens, K input features, N output features
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
+from modules.private_torch import int8_product
+from modules.speed_options import Quantisation
+
+GROUPS = (256, 64, 16)  # columns that are rotated together: the first that divides a layer's width
+LARGEST = 127
+LEAST_SCALE = 1e-30  # so that zeros are not divided by zero
+FEW_TOKENS = 16
+PIECE = 1 << 24  # values that have a float32 copy at a time: 64 MiB
+
+
+@dataclass(frozen=True)
+class Int8:
+    """The int8 form. The companion `scale_weight` is float32, out x 1."""
+
+    group: int | None = None  # columns that are rotated together; 0: none; None: by the width of a layer
+    rounds_gradients: bool = False
+    name = "int8"
+    companions = ("scale_weight",)
+    stays = True
+
+    @property
+    def how(self) -> str:
+        rotated = f"rotated in groups of {self.group}" if self.group else "not rotated: no group divides them"
+        return f"in int8 with a scale per row, {rotated}"
+
+    def _for_width(self, columns: int) -> "Int8":
+        if self.group is not None:
+            return self
+        return replace(self, group=next((group for group in GROUPS if columns % group == 0), 0))
+
+    def quantise(self, weight: Tensor) -> Stored:
+        rows, columns = weight.shape
+        form = self._for_width(columns)
+        codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+        scales = torch.empty(rows, 1, device=weight.device)
+        for part in _parts(weight):
+            codes[part], scales[part] = round_rows(rotate(weight[part], form.group))
+        return Stored(form, (rows, columns), (codes, scales))
+
+    def empty(self, shape: Shape) -> Stored:
+        codes = torch.empty(shape, dtype=torch.int8, device="meta")
+        return Stored(self._for_width(shape[1]), shape, (codes, torch.empty(shape[0], 1, device="meta")))
+
+    def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+        codes, scale = _pair(tensors)
+        return _by_parts(lambda part: rotate(_scaled(codes, scale, part), self.group), codes, dtype)
+
+    def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
+        dtype, (codes, scale) = computed_dtype(x), _pair(tensors)
+        if x.device.type == "mps" or x.numel() <= FEW_TOKENS * shape[1]:  # torch has no int8 products there
+            return multiply_value(self, x.to(dtype), tensors, shape=shape, bias=bias)
+        out: Tensor = _Int8Product.apply(x, codes, scale, bias, dtype, self)
+        return out
+
+    def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
+        codes, scale = _pair(stored.tensors)
+        rows = slice(first, first + count)
+        return Stored(self, (count, stored.shape[1]), (codes[rows], scale[rows]))
+
+    def join(self, parts: Sequence[Stored]) -> Stored | None:
+        pairs = [_pair(part.tensors) for part in parts]
+        codes, scales = (torch.cat(column) for column in zip(*pairs, strict=True))
+        return Stored(self, (len(codes), parts[0].shape[1]), (codes, scales))
+
+    def computing_as(self, asked: StoredForm) -> StoredForm:
+        if not isinstance(asked, Int8):
+            return self
+        return replace(self, rounds_gradients=asked.rounds_gradients)
+
+    def check_device(self, device: torch.device) -> None:
+        """Accept any device: all can hold int8."""
+
+
+def form_of(quantisation: Quantisation) -> Int8:
+    return Int8(rounds_gradients=quantisation.int8_backward)
+
+
+def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
+    return quantisation
+
+
+def rehearsed(quantisation: Quantisation) -> Quantisation:
+    """Return it for a dry run: a product in 8 bits is rehearsed as one in 16 bits."""
+    return quantisation
+
+
+class _Int8Product(torch.autograd.Function):
+    """Linear layer that multiplies in int8 and keeps only its stored weight for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        form: Int8,
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scale)
+        ctx.form, ctx.dtype = form, x.dtype
+        flat = x.reshape(-1, x.shape[-1])
+
+        def product(part: slice) -> Tensor:
+            rounded, by_token = round_rows(rotate(flat[part], form.group))
+            return int8_product(rounded, codes.t()).float() * by_token * scale.view(1, -1)
+
+        out = _by_parts(product, flat, dtype, len(codes))
+        out = out if bias is None else out + bias.to(dtype)
+        return out.view(*x.shape[:-1], len(codes))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (codes, scale), form = gradients, ctx.saved_tensors, ctx.form
+        flat, of_x = gradient.reshape(-1, gradient.shape[-1]), None
+        if ctx.needs_input_grad[0]:
+            if form.rounds_gradients:
+                # column-major, as int8 units need it; freed when this call ends
+                columns = codes.t().contiguous().t()
+
+                def product(part: slice) -> Tensor:
+                    rounded, by_token = round_rows(flat[part].float() * scale.view(1, -1))
+                    return rotate(int8_product(rounded, columns).float() * by_token, form.group)
+            else:
+                plain = _by_parts(lambda part: _scaled(codes, scale, part), codes, gradient.dtype)
+
+                def product(part: slice) -> Tensor:
+                    return rotate(flat[part] @ plain, form.group)
+
+            of_x = _by_parts(product, flat, ctx.dtype, codes.shape[1])
+            of_x = of_x.view(*gradient.shape[:-1], codes.shape[1])
+        of_bias = flat.sum(0) if ctx.needs_input_grad[3] else None
+        return of_x, None, None, of_bias, None, None
+
+
+def rotate(x: Tensor, group: int | None) -> Tensor:
+    """Multiply each group of columns by H, in float32: bf16 would change 9 % of the codes. group 0: none.
+
+    x: rows x columns.
+    """
+    x = x.float()
+    if not group:
+        return x
+    # H of a group is the Kronecker product of those of group / 16 and of 16: an eighth of the operations
+    with torch.autocast(x.device.type, enabled=False):
+        inner = x.reshape(-1, group // 16, 16) @ hadamard(16, x.device)
+        return (inner if group == 16 else hadamard(group // 16, x.device) @ inner).view(x.shape)
+
+
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """Return the regular Hadamard matrix of size 4 or 16, divided by its root."""
+    return _hadamard(size, device) if torch.compiler.is_compiling() else _hadamard_once(size, device)
+
+
+def _hadamard(size: int, device: torch.device) -> Tensor:
+    # that of size 4 is negative on the other diagonal; of 16, where one of both digits to base 4 is there
+    place = torch.arange(size, device=device)
+    low, high = place % 4, place // 4
+    sign = 1 - 2 * (low[:, None] + low == 3).float()
+    if size == 16:
+        sign = sign * (1 - 2 * (high[:, None] + high == 3).float())
+    return sign / size**0.5
+
+
+_hadamard_once = lru_cache(maxsize=16)(_hadamard)  # it would be eight launches for each layer
+
+
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round float32 rows to int8, half to even: codes, and the scale of each row, M 1 float32."""
+    scales = (x.abs().amax(1, keepdim=True) / LARGEST).clamp_min(LEAST_SCALE)
+    return (x / scales).round().clamp(-128, 127).to(torch.int8), scales
+
+
+def _pair(tensors: Tensors) -> tuple[Tensor, Tensor]:
+    codes, scale = tensors
+    assert codes is not None
+    assert scale is not None
+    return codes, scale
+
+
+def _scaled(codes: Tensor, scale: Tensor, part: slice) -> Tensor:
+    return codes[part] * scale[part]
+
+
+def _parts(x: Tensor) -> list[slice]:
+    """Return the rows of x that have float32 copies at a time; all of them while compiling."""
+    rows = len(x) if torch.compiler.is_compiling() else max(FEW_TOKENS + 1, PIECE // max(1, x.shape[1]))
+    if len(x) <= rows:
+        return [slice(None)]
+    return [slice(start, start + rows) for start in range(0, len(x), rows)]
+
+
+def _by_parts(
+    make: Callable[[slice], Tensor], x: Tensor, dtype: torch.dtype, columns: int | None = None
+) -> Tensor:
+    """Return what `make` makes of parts of the rows of x, in a dtype. columns: those of x if None."""
+    parts = _parts(x)
+    if len(parts) == 1:
+        return make(parts[0]).to(dtype)
+    out = torch.empty(len(x), x.shape[1] if columns is None else columns, dtype=dtype, device=x.device)
+    for part in parts:
+        out[part] = make(part)
+    return out

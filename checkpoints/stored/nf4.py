@@ -1,0 +1,170 @@
+"""Weights in 4 bits: bitsandbytes' nf4, with nested statistics.
+
+The weight, row by row, is cut into blocks of 64, also across rows. A code is the nearest of 16 levels to
+w / max|block|; two codes are a byte, the first in its high half. The maxima are stored in 8 bits themselves:
+their difference to their mean, in blocks of 256, as one of 256 values. So a weight takes 0.516 bytes.
+Sources: QLoRA, Dettmers et al. 2023, arXiv 2305.14314; the 8-bit values: Dettmers et al. 2022, arXiv
+2110.02861. Formulas of torch here; on CUDA bitsandbytes' kernel multiplies out if the package is installed.
+"""
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from checkpoints.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
+from modules.speed_options import Quantisation
+
+BLOCK, NESTED_BLOCK = 64, 256
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+PIECE = 1 << 24  # weights rounded at a time
+
+
+@lru_cache(maxsize=4)
+def _pairs(device: torch.device) -> Tensor:
+    """Return the two values of each byte, 256 2; made once, as each copy to a card waits for it."""
+    return torch.cartesian_prod(*[torch.tensor(LEVELS, device=device)] * 2)
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """The nf4 form. The weight is uint8, [out, in / 2] if `in` is even, else flat.
+
+    Companions: maxima of the blocks as codes, uint8; float32 maxima of the nested blocks, their 256 values
+    and the mean.
+    """
+
+    expand: Callable[..., Tensor] | None = None  # bitsandbytes' operation
+    name = "nf4"
+    companions = ("weight_absmax", "weight_nested_absmax", "weight_nested_map", "weight_offset")
+    stays = True
+    how = "in nf4 with nested statistics"
+
+    def quantise(self, weight: Tensor) -> Stored:
+        rows, columns = weight.shape
+        flat = weight.reshape(-1)
+        packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8, device=weight.device)
+        peaks = torch.empty(-(-len(flat) // BLOCK), device=weight.device)
+        for start in range(0, len(flat), PIECE):
+            codes, found = _round_blocks(flat[start : start + PIECE].float())
+            packed[start // 2 : start // 2 + len(codes)] = codes
+            peaks[start // BLOCK : start // BLOCK + len(found)] = found
+        offset = peaks.mean()
+        values = nested_values(weight.device)
+        blocks = _padded(peaks - offset, NESTED_BLOCK)
+        nested = blocks.abs().amax(1)
+        codes = _nearest(blocks / nested.clamp_min(1e-30)[:, None], values).to(torch.uint8)
+        beside = codes.view(-1)[: len(peaks)], nested, values, offset.view(1)
+        return Stored(self, (rows, columns), (packed.view(_packed_shape((rows, columns))), *beside))
+
+    def empty(self, shape: Shape) -> Stored:
+        blocks = -(-shape[0] * shape[1] // BLOCK)
+        made: dict[str, Any] = {"device": "meta"}
+        beside = (torch.empty(size, **made) for size in (-(-blocks // NESTED_BLOCK), 256, 1))
+        packed = torch.empty(_packed_shape(shape), dtype=torch.uint8, **made)
+        return Stored(self, shape, (packed, torch.empty(blocks, dtype=torch.uint8, **made), *beside))
+
+    def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+        packed, codes, nested, values, offset = cast(tuple[Tensor, ...], tensors)
+        wide = _padded(values.index_select(0, codes.int()), NESTED_BLOCK) * nested[:, None]
+        peaks = wide.view(-1)[: len(codes)] + offset
+        if self.expand is not None:
+            return self.expand(packed.reshape(-1, 1), peaks, BLOCK, "nf4", shape, dtype)
+        pairs = _pairs(packed.device)
+        count = math.prod(shape)
+        flat = pairs.index_select(0, packed.reshape(-1).int()).view(-1)[:count]
+        return (_padded(flat, BLOCK) * peaks[:, None]).to(dtype).view(-1)[:count].view(shape)
+
+    def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
+        return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
+
+    def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
+        """Return None: blocks of statistics cross rows."""
+        return None
+
+    def join(self, parts: Sequence[Stored]) -> Stored | None:
+        return None
+
+    def computing_as(self, asked: StoredForm) -> StoredForm:
+        return asked if isinstance(asked, Nf4) else self
+
+    def check_device(self, device: torch.device) -> None:
+        """Accept any device: all can hold bytes."""
+
+
+def form_of(quantisation: Quantisation) -> Nf4:
+    return Nf4(quantisation.product)
+
+
+def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
+    """Add bitsandbytes' operation for a CUDA device, if the package is installed."""
+    if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
+        return quantisation
+    importlib.import_module("bitsandbytes")  # it registers its operations
+    return replace(quantisation, product=torch.ops.bitsandbytes.dequantize_4bit)
+
+
+def rehearsed(quantisation: Quantisation) -> Quantisation:
+    """Return it for a dry run: if bitsandbytes is installed, only the value is allocated, as by its kernel.
+
+    Formulas of torch need several float32 copies of a weight.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return quantisation
+    return replace(quantisation, product=_allocate_value)
+
+
+def _allocate_value(
+    packed: Tensor, peaks: Tensor, block: int, kind: str, shape: Shape, dtype: torch.dtype
+) -> Tensor:
+    """Stand in for bitsandbytes' operation: it takes the same arguments."""
+    return packed.new_empty(shape, dtype=dtype)
+
+
+def nested_values(device: torch.device) -> Tensor:
+    """Return the 256 values of 8 bits with a dynamic exponent, sorted: 0, 1, and both signs of 127.
+
+    The decade from 10^(i - 7) to 10^(i - 6) has the middles of 2^i equal parts of its upper nine tenths.
+    """
+    middles = []
+    for i in range(7):
+        bounds = torch.linspace(0.1, 1, 2**i + 1)
+        middles.append(10.0 ** (i - 6) * (bounds[1:] + bounds[:-1]) / 2)
+    positive = torch.cat(middles)
+    return torch.cat([positive, -positive, torch.tensor([0.0, 1.0])]).sort().values.to(device)
+
+
+def _round_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Return packed codes, and the largest magnitude of each block."""
+    blocks = _padded(flat, BLOCK)
+    peaks = blocks.abs().amax(1)
+    levels = torch.tensor(LEVELS, device=flat.device)
+    codes = _nearest(blocks / peaks.clamp_min(1e-30)[:, None], levels).to(torch.uint8).view(-1)
+    codes = codes[: len(flat) + len(flat) % 2]
+    return codes[::2] << 4 | codes[1::2], peaks
+
+
+def _nearest(x: Tensor, levels: Tensor) -> Tensor:
+    return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2, out_int32=True)
+
+
+def _padded(flat: Tensor, width: int) -> Tensor:
+    """Return a flat tensor as rows of this width, the last filled with zeros."""
+    return functional.pad(flat, (0, -len(flat) % width)).view(-1, width)
+
+
+def _packed_shape(shape: Shape) -> tuple[int, int]:
+    rows, columns = shape
+    return (rows, columns // 2) if columns % 2 == 0 else (-(-rows * columns // 2), 1)

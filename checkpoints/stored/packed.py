@@ -1,0 +1,167 @@
+"""Weights as other programs pack them, which are read but not made here: mxfp8, nvfp4, int4 in three layouts.
+
+The weight and each companion have a row for each output, or a single row for all, so that all are cut and
+joined by rows; scales that a file has in tiles are put in rows while loading. Formulas and nibble orders:
+comfy-kitchen 0.2.40, with whose CPU back end the tests compare.
+"""
+
+# Letters: N rows (outputs), K columns (inputs), G columns that share a scale
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from checkpoints.stored.forms import Shape, Stored, StoredForm, Tensors, computed_dtype, multiply_value
+from checkpoints.stored.int8 import rotate
+
+_PIECE = 1 << 22  # values made at once: float32 temporaries of 16 MiB
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """A form whose tensors all have N rows or one. `make` returns the values of some rows in float32."""
+
+    name: str
+    companions: tuple[str, ...] = ()
+    make: Callable[..., Tensor] = torch.Tensor.float
+    rotation: int = 0  # columns that are rotated together ; 0: none
+    stays = True
+
+    @property
+    def how(self) -> str:
+        return f"in {self.name}"
+
+    def quantise(self, weight: Tensor) -> Stored:
+        raise NotImplementedError(f"{self.name} is only read")
+
+    def empty(self, shape: Shape) -> Stored:
+        raise NotImplementedError(f"{self.name} is only read")
+
+    def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """Return the weight; if it is padded, only the rows and columns of `shape`."""
+        assert tensors[0] is not None
+        out = torch.empty(shape, dtype=dtype, device=tensors[0].device)
+        if out.device.type == "meta":
+            return out
+        step = max(1, _PIECE // max(1, shape[1]))
+        for start in range(0, shape[0], step):
+            rows = slice(start, min(start + step, shape[0]))
+            made = self.make(*[one if one is None or len(one) == 1 else one[rows] for one in tensors])
+            out[rows] = (rotate(made, self.rotation) if self.rotation else made)[:, : shape[1]]
+        return out
+
+    def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
+        return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
+
+    def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
+        rows = slice(first, first + count)
+        parts = [one if one is None or len(one) == 1 else one[rows].contiguous() for one in stored.tensors]
+        return Stored(self, (count, stored.shape[1]), tuple(parts))
+
+    def join(self, parts: Sequence[Stored]) -> Stored | None:
+        """Stack the rows; None if a companion is for all rows of a part, or others lack it."""
+        columns = [[part.tensors[index] for part in parts] for index in range(1 + len(self.companions))]
+        joined: list[Tensor | None] = []
+        for column in columns:
+            found = [one for one in column if one is not None]
+            if found and [len(one) for one in found] != [len(part.weight) for part in parts]:
+                return None
+            rows = [one.contiguous().view(torch.uint8) for one in found]
+            joined.append(torch.cat(rows).view(found[0].dtype) if found else None)
+        shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
+        return Stored(self, shape, tuple(joined))
+
+    def computing_as(self, asked: StoredForm) -> StoredForm:
+        return self
+
+    def check_device(self, device: torch.device) -> None:
+        pass
+
+
+def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
+    """Return scales as rows x columns from tiles of 128 x 4: row 32 a + b of one lies in line b from 4 a on.
+
+    scales: rows and columns rounded up to whole tiles. Source: cuBLAS, "1D block scaling factors layout".
+    """
+    down, across = scales.shape[0] // 128, scales.shape[1] // 4
+    tiles = scales.contiguous().view(torch.uint8).view(down, across, 32, 4, 4)
+    flat = tiles.permute(0, 3, 2, 1, 4).reshape(scales.shape)
+    return flat[:rows, :columns].contiguous().view(scales.dtype)
+
+
+def _nibbles(packed: Tensor, high_first: bool = False) -> Tensor:
+    """Return the two codes of each byte, 0 to 15, as uint8 N 2K."""
+    low, high = packed.view(torch.uint8) & 15, packed.view(torch.uint8) >> 4
+    return torch.stack((high, low) if high_first else (low, high), dim=-1).flatten(1)
+
+
+def _grouped(values: Tensor, scales: Tensor) -> Tensor:
+    """Multiply N K by scales N K/G."""
+    return (values.unflatten(1, (scales.shape[1], -1)) * scales.float()[..., None]).flatten(1)
+
+
+@lru_cache(maxsize=8)
+def _levels(device: torch.device, values: tuple[float, ...] = _E2M1) -> Tensor:
+    return torch.tensor(values, device=device)  # once: each copy to a card waits for it
+
+
+def mxfp8_rows(weight: Tensor, scales: Tensor) -> Tensor:
+    # N K e4m3, N K/32 e8m0
+    return _grouped(weight.float(), scales)
+
+
+def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tensor | None) -> Tensor:
+    # N K/2, N K/16 e4m3, N 1; 1 K: what the layer's input is multiplied by, which the weight may be as well
+    values = _grouped(_levels(weight.device)[_nibbles(weight, high_first=True).int()], scales.float() * scale)
+    return values if input_scale is None else values * input_scale
+
+
+def w4a4_rows(weight: Tensor, scale: Tensor) -> Tensor:
+    # N K/2, signed, N 1
+    codes = _nibbles(weight)
+    return ((codes ^ 8).float() - 8) * scale
+
+
+def w4a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
+    # N K/2, N K/16, N 1, 1 16
+    return _w8(_nibbles(weight), 8, scales, scale, codebook=codebook)
+
+
+def w6a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
+    # N 3K/4: the lower four bits of each code, then the upper two
+    columns = weight.shape[1] // 3 * 4
+    shifts = torch.arange(0, 8, 2, device=weight.device, dtype=torch.uint8)
+    upper = weight[:, columns // 2 :].contiguous().view(torch.uint8)[..., None] >> shifts
+    codes = _nibbles(weight[:, : columns // 2].contiguous()) | (upper & 3).flatten(1) << 4
+    return _w8(codes, 32, scales, scale, codebook=codebook)
+
+
+def _w8(codes: Tensor, middle: int, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
+    levels = codes.float() - middle if codebook is None else codebook.flatten()[codes.int()]
+    return _grouped(levels, scales).round_().clamp_(-127, 127) * scale
+
+
+def awq_rows(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    # N K/2, N K/64 twice
+    values = _grouped(_nibbles(weight).float() - 8, scales)
+    return (values.unflatten(1, (zeros.shape[1], -1)) + zeros.float()[..., None]).flatten(1)
+
+
+def int8_rows(weight: Tensor, scale: Tensor) -> Tensor:
+    # N K, N 1
+    return weight.float() * scale
+
+
+@cache
+def four_bits(values: tuple[float, ...]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function that decodes rows of bitsandbytes' nf4 or fp4. values: of the codes 0 to 15."""
+
+    def rows(weight: Tensor, largest: Tensor) -> Tensor:
+        # N K/2, N K/64: the largest magnitude of a block
+        return _grouped(_levels(weight.device, values)[_nibbles(weight, high_first=True).int()], largest)
+
+    return rows

@@ -1,0 +1,280 @@
+"""Find the tokenizer of a text encoder (given, in or beside its folder, on the hub) and read it.
+
+Also check by how much its normaliser may lengthen a text: a small file could turn a prompt into terabytes.
+"""
+
+import base64
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from checkpoints.containers import describe_kind, is_pointer_or_page
+from checkpoints.opening import fingerprint
+from modules.errors import CheckpointError, catch_panics
+from modules.limits import MAX_TOKENIZER_BYTES, MAX_TOKENIZER_GROWTH
+from modules.paths import explain_missing
+from modules.text_files import read_content, require_regular_file
+from modules.varints import read_varint
+
+SUFFIXES = (".json", ".model")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """Hold which files are the tokenizer of one text encoder, and where they may be."""
+
+    option: str  # "--t5_tokenizer"
+    names: tuple[str, ...]  # any of these files is one; the first that exists is used
+    folder: str  # its folder in the repository on the hub; "" for the top
+    repository: str  # on the hub
+    beside: tuple[str, ...]  # folders to search, relative to the encoder's; ".." only in front
+    # must occur in a file that is in a shared place beside a single-file encoder
+    token: str = ""
+    on_hub: str = "tokenizer.json"  # the file that is downloaded
+    shared: tuple[str, ...] = (".",)  # of the places beside: where tokenizers of other models may be too
+
+    def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
+        """Return `path` if given, else the first file beside or inside the encoder's folder, else None.
+
+        path: the option's value. Raises CheckpointError if `path` is given and is not a tokenizer.
+        """
+        if path is not None:
+            return self._describe_given(path)
+        folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent
+        for place in self.beside:
+            parts = place.split("/")
+            file = self._file_in(
+                folder.parent.joinpath(*parts[1:]) if parts[0] == ".." else folder.joinpath(*parts)
+            )
+            is_loose = place in self.shared and not checkpoint_path.is_dir()
+            if file is not None and not (is_loose and self.token.encode() not in self.read_bytes(file)):
+                return file
+        return None
+
+    def check_given(self, path: Path) -> None:
+        """Raise CheckpointError if `path`, which the option names, is not a tokenizer by its first bytes."""
+        file = self._describe_given(path)
+        self.check_bytes(file)
+        try:
+            with file.open("rb") as opened:
+                start = opened.read(64)
+        except OSError as error:
+            raise self.unreadable(file, error) from error
+        if not start:
+            raise self.unreadable(file, ValueError("it is empty"))
+        if is_pointer_or_page(start):
+            raise CheckpointError(f"{self.option} {file} {describe_kind(start)}", file)
+        if file.suffix == ".json" and start.lstrip()[:1] != b"{":
+            raise self.unreadable(file, ValueError("it is not JSON"))
+        if file.suffix not in SUFFIXES:
+            raise self.unreadable(file, ValueError(f"its name ends in none of {', '.join(SUFFIXES)}"))
+
+    def identity(self, file: Path | None) -> str:
+        """Return a tokenizer's identity for cache records. file: None for the hub's."""
+        return (
+            fingerprint(file) if file is not None else "/".join(filter(None, (self.repository, self.folder)))
+        )
+
+    def download(self, checkpoint_path: Path, may_download: bool = True) -> Path:
+        """Return the path of the hub's tokenizer file, downloaded if the cache lacks it.
+
+        Raises CheckpointError if the cache lacks it and the hub cannot be reached, or `may_download` is off.
+        """
+        from huggingface_hub import hf_hub_download  # seldom needed, and 0.1 s to import
+
+        try:
+            return Path(
+                hf_hub_download(
+                    self.repository,
+                    self.on_hub,
+                    subfolder=self.folder or None,
+                    local_files_only=not may_download,
+                )
+            )
+        except Exception as error:  # no network, no such host, a proxy's answer: many classes, one remedy
+            reached = f"the hub cannot be reached ({first_line(error)})"
+            why = reached if may_download else "the hub's cache has none"
+            raise CheckpointError(
+                f"no tokenizer for {checkpoint_path}: there is none beside it or inside it, and {why}\n"
+                f"  Give {self.option} {self._describe()}.",
+                checkpoint_path,
+            ) from error
+
+    def read(self, file: Path, content: bytes | None = None) -> Tokenizer:
+        """Read the tokenizer of a tokenizer.json, without padding and truncation.
+
+        content: the bytes of the tokenizer.json, if it lies inside `file`. Raises CheckpointError if it
+        cannot be read.
+        """
+        if content is None:
+            self.check_bytes(file)
+        with self.explain(file):
+            tokenizer = Tokenizer.from_file(str(file)) if content is None else Tokenizer.from_buffer(content)
+            if tokenizer.normalizer is not None:
+                _check(_growth(json.loads(tokenizer.normalizer.__getstate__())))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+
+    def read_bytes(self, file: Path) -> bytes:
+        """Read a file of a tokenizer. Raises CheckpointError if it is too large or cannot be read."""
+        try:
+            return read_content(file, MAX_TOKENIZER_BYTES)
+        except OSError as error:
+            raise self.unreadable(file, OSError(error.strerror)) from error
+
+    def check_bytes(self, file: Path) -> None:
+        """Raise CheckpointError if a file is larger than any tokenizer, or not a regular file."""
+        try:
+            require_regular_file(file, MAX_TOKENIZER_BYTES)
+        except OSError as error:
+            raise self.unreadable(file, OSError(error.strerror)) from error
+
+    @contextlib.contextmanager
+    def explain(self, file: Path) -> Iterator[None]:
+        """Turn what the library raises in the block, while it reads or is used, into CheckpointError."""
+        try:
+            with catch_panics():
+                yield
+        except CheckpointError:
+            raise
+        except Exception as error:  # the library raises nothing more precise
+            raise self.unreadable(file, error) from error
+
+    def unreadable(self, file: Path, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{file} cannot be read as a tokenizer ({first_line(error)}). Give {self.option} "
+            f"{self._describe()}.",
+            file,
+        )
+
+    def _describe_given(self, path: Path) -> Path:
+        if not path.is_dir():
+            try:
+                require_regular_file(path)
+            except FileNotFoundError:
+                raise CheckpointError(
+                    f"{self.option} {path}: there is no such file or folder.{explain_missing(path)}", path
+                ) from None
+            except OSError as error:
+                raise self.unreadable(path, OSError(error.strerror)) from error
+            return path
+        for place in (path, *(path / place for place in self.beside if not place.startswith(".."))):
+            file = self._file_in(place)
+            if file is not None:
+                return file
+        names = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"{self.option} {path}: the folder has none of {', '.join(self.names)} (it holds {names}). Give "
+            f"{self._describe()}.",
+            path,
+        )
+
+    def _file_in(self, folder: Path) -> Path | None:
+        return next((folder / name for name in self.names if (folder / name).is_file()), None)
+
+    def _describe(self) -> str:
+        place = (
+            f"the folder {self.folder} of {self.repository}"
+            if self.folder
+            else f"the files of {self.repository}"
+        )
+        return f"{place} (or its {' or '.join(self.names[:2])})"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+_PIECE = 1 << 3 | 2  # the key of a piece of the vocabulary, field 1
+
+
+def check_sentencepiece(model: bytes) -> None:
+    """Raise ValueError if a SentencePiece model is damaged, or could lengthen a text too much.
+
+    Its normaliser may make a text MAX_TOKENIZER_GROWTH times longer at most. Source:
+    sentencepiece_model.proto, ModelProto and NormalizerSpec.
+    """
+    for specification in _entries(model, 3):
+        for charsmap in _entries(specification, 2):
+            _check(_growth_of_charsmap(charsmap))
+
+
+def piece_surfaces(encoded: bytes) -> list[str]:
+    """Return the characters that each piece stands for. encoded: a SentencePieceText as bytes.
+
+    If the bytes of one character are pieces of their own, only the last piece has the character. Source:
+    sentencepiece.proto.
+    """
+    return [b"".join(_entries(piece, 3)).decode("utf-8", "replace") for piece in _entries(encoded, 2)]
+
+
+def _check(growth: float) -> None:
+    if growth > MAX_TOKENIZER_GROWTH:
+        raise ValueError(
+            f"its normaliser makes {growth:.0f} characters of one, {MAX_TOKENIZER_GROWTH} are the most"
+        )
+
+
+def _growth(normaliser: Mapping[str, Any]) -> float:
+    """Return how many characters one may become at most; Unicode's own forms and unknown steps count as 1."""
+    match normaliser.get("type"):
+        case "Sequence":
+            product = 1.0
+            for inner in normaliser["normalizers"]:
+                product *= _growth(inner)
+            return product
+        case "Replace":
+            pattern = normaliser["pattern"]
+            if "String" in pattern:
+                return max(1.0, len(normaliser["content"]) / max(1, len(pattern["String"])))
+            # a regular expression may match between any two characters
+            return 1.0 + len(normaliser["content"])
+        case "Prepend":
+            return 1.0 + len(normaliser["prepend"])
+        case "Precompiled":
+            return _growth_of_charsmap(base64.b64decode(normaliser["precompiled_charsmap"]))
+    return 1.0
+
+
+def _growth_of_charsmap(charsmap: bytes) -> float:
+    """Return the length of the longest text in a charsmap: index size, index, texts that end in NUL."""
+    texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
+    return float(max(map(len, texts.split(b"\0"))))
+
+
+def _entries(message: bytes, field: int) -> Iterator[bytes]:
+    """Yield the texts and inner messages of a field.
+
+    Source: protobuf.dev, "Encoding". Raises ValueError if it is damaged.
+    """
+    place, last = 0, len(message) - 1
+    try:
+        while place <= last:
+            # 256,000 times in umT5's
+            while place < last and message[place] == _PIECE and message[place + 1] < 0x80:
+                place += 2 + message[place + 1]
+            if place == last + 1:
+                return
+            key, place = read_varint(message, place)
+            match key & 7:
+                case 0:
+                    _, place = read_varint(message, place)
+                case 1:
+                    place += 8
+                case 2:
+                    length, place = read_varint(message, place)
+                    if key >> 3 == field:
+                        yield message[place : place + length]
+                    place += length
+                case 5:
+                    place += 4
+                case kind:
+                    raise ValueError(f"a field of the unknown kind {kind}")
+    except IndexError:
+        raise ValueError("it ends inside a field") from None

@@ -1,0 +1,113 @@
+"""Write a safetensors file tensor by tensor, so that only one of them is in memory at a time."""
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from checkpoints.containers import SAFETENSORS_DTYPES
+from contract.loading import TensorInfo
+from modules.atomic_write import atomic_path
+from modules.bars import BYTES, track
+from modules.errors import OutputError
+from modules.limits import MAX_HEADER_BYTES
+
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+def stream_tensors(
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `path`, completely or not at all.
+
+    tensors: of the new file; the header is made from it. read: returns the tensor of a name, on any device;
+    called once for each, largest element size first, then by name, as the safetensors library orders its
+    files. Raises ValueError if `read` returns another dtype or shape, OutputError if the file cannot be
+    written, or could not be read again.
+    """
+    order, header = _lay_out(tensors, metadata, path)
+    size_bytes = len(header) + sum(info.size_bytes for info in tensors.values())
+    with atomic_path(path, size_bytes) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        names = track(
+            order,
+            f"Writing {path.name}",
+            total=size_bytes,
+            size=lambda name: tensors[name].size_bytes,
+            unit=BYTES,
+        )
+        for name in names:
+            tensor = read(name)
+            if (tensor.dtype, tuple(tensor.shape)) != (tensors[name].dtype, tensors[name].shape):
+                raise ValueError(
+                    f"{name} was announced as {tensors[name]}, but is {tensor.dtype} {tuple(tensor.shape)}"
+                )
+            _write_data(file, tensor)
+            del tensor  # before the next one is read
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors that are in memory, on any device, as `stream_tensors` does."""
+    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_tensors(path, infos, tensors.__getitem__, metadata)
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the bytes of the file that `stream_tensors` would write. Raises OutputError as it does."""
+    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    order, header = _lay_out(infos, metadata, "safetensors")
+    file = io.BytesIO()
+    file.write(header)
+    for name in order:
+        _write_data(file, tensors[name])
+    return file.getvalue()
+
+
+def order_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Return the names in the order of a file: largest element size first, then by name."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+def _lay_out(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None, what: Path | str
+) -> tuple[list[str], bytes]:
+    """Return the names in the order of the file, and its header.
+
+    Header: 8 bytes of length, then JSON padded with spaces to a multiple of 8. Source:
+    huggingface.co/docs/safetensors. Raises OutputError if it is too large.
+    """
+    order = order_of(tensors)
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        info = tensors[name]
+        start = end
+        end += info.size_bytes
+        entries[name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise OutputError(
+            f"{what}: the names of its {len(tensors):,} tensors and its metadata take {len(text):,} bytes; "
+            f"safetensors files with more than {MAX_HEADER_BYTES:,} cannot be read. Give shorter names."
+        )
+    return order, len(text).to_bytes(8, "little") + text
+
+
+def _write_data(file: BinaryIO, tensor: Tensor) -> None:
+    if tensor.numel():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        file.write(memoryview(cast(Any, flat.view(torch.uint8).numpy())))

@@ -1,0 +1,388 @@
+"""The frozen records of data: latent spaces, and what caches, datasets and encoders hand to the loops."""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contract.rules import ONE_EXPERT, Expert, NpzFormat
+from modules.devices import send
+from modules.errors import CacheError
+
+# What a network is given beside the noisy latents. A list where lengths differ per sample (as T5's). Keys are
+# the tensor names of the caches (`t5`, `clip`, `llama_vec`); entries have a batch dimension, a list one entry
+# per sample.
+Conditions = Mapping[str, Tensor | list[Tensor]]
+
+
+# key of the mask of the loss in batches and caches: 1 is learned, 0 is not; F H W of the latents
+LOSS_MASK = "reelsmith_loss_mask"
+CONTROL_MASK = "vace_mask"  # uint8, 255 is made anew; for a clip without one, everything is
+
+# what a model can be told that a sample in training may lack (`Described.fuller`)
+CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"
+REFERENCE = "the reference pictures before dropout"
+# latents of a control video or a reference picture, in caches and conditions; of several with _0, _1, ...
+CONTROL = "latents_control"
+IMAGE_LATENTS = "latents_image"  # of one frame with frames of all control images
+# latents of references beside control media, with _0, _1, ...
+REFERENCE_LATENTS = "latents_reference"
+
+# latents of a clip's sound, in caches (C T M), batches and conditions (B C T M)
+SOUND = "audio_latents"
+# which samples have sound, in batches and conditions: B bool, on the host; without sound in any sample, this
+# and the latents are absent
+HAS_SOUND = "has_sound"
+# frames per second of a clip: in caches one number; in batches and conditions B integers, in thousandths,
+# because integers stay on the host
+FPS = "reelsmith_fps"
+
+# places in time of latent frames that do not follow each other (a picture and its control images, which are
+# then frames of its latents): in caches F, in batches and conditions B F, on the host
+PLACES = "f_indices"
+
+LATENTS_MADE, SOUND_MADE = "latents", "sound"  # `MadeBy.part` of caches of latents, and of those of sound
+
+
+def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
+    """Return the conditions that texts give, under the names of the network's arguments, on its device.
+
+    names: argument -> name in caches. Texts of different lengths are padded with zeros. Masks are on the
+    host: the network reads them there, and must not wait for the device.
+    """
+    arguments = {}
+    for argument, name in names.items():
+        value = conditions[name]
+        if not isinstance(value, Tensor):
+            value = nn.utils.rnn.pad_sequence(value, batch_first=True)
+        arguments[argument] = send(value, device)
+    return arguments
+
+
+def name_text_and_mask(
+    conditions: Conditions, argument: str, name: str, device: torch.device
+) -> dict[str, Tensor]:
+    """Return texts of several lengths as `name_texts` does, and the mask of real rows, `{argument}_mask`.
+
+    argument: of the network. name: in caches.
+    """
+    lengths = torch.tensor([len(rows) for rows in conditions[name]])
+    arguments = name_texts(conditions, {argument: name}, device)
+    mask = torch.arange(arguments[argument].shape[1]) < lengths[:, None]  # on the host, which reads it
+    return {**arguments, f"{argument}_mask": mask}
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """What encoded a cache file, as its record says."""
+
+    path: Path
+    part: str  # LATENTS_MADE, SOUND_MADE, or the name of a text encoder
+    encoder: Mapping[str, str]  # `Family.media_identity`, `sound_identity` or `TextEncoder.identity`
+    own_clocks: bool = False  # of a version that read control clips and masks by clocks of their own
+    windows: int = 0  # how many items its clip gives; 0: the cache does not say
+    as_shown: int | None = None  # the mark of how an earlier version read clips; None: they are read so today
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch as read from caches: tensors by cache name (`latents` B C F H W, as the format
+    stores them).
+    """
+
+    tensors: Conditions
+    captions: tuple[str, ...]
+    keys: tuple[str, ...]  # which items, for messages
+    made_by: tuple[MadeBy, ...] = ()  # of all files that say so
+    loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () if all are 1
+    # whether to preserve what the base model predicts for each sample; () if for none
+    preserved: tuple[bool, ...] = ()
+    # dropped tensors, for a teacher: encoded captions before dropout, latents of reference pictures
+    undropped: Conditions = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def without_references(self) -> "Batch":
+        """Return the batch with the latents of its references moved from `tensors` to `undropped`."""
+        shown = CONTROL, REFERENCE_LATENTS
+        dropped = {name: value for name, value in self.tensors.items() if name.startswith(shown)}
+        remaining = {name: value for name, value in self.tensors.items() if name not in dropped}
+        return replace(self, tensors=remaining, undropped={**self.undropped, **dropped})
+
+    def tell(self, names: Collection[str]) -> "Batch":
+        """Return the batch with dropped tensors put back. names: which ones, of CAPTION and REFERENCE."""
+        parts = {
+            name: value
+            for name, value in self.undropped.items()
+            if (REFERENCE if name.startswith((CONTROL, REFERENCE_LATENTS)) else CAPTION) in names
+        }
+        return replace(self, tensors={**self.tensors, **parts})
+
+    def check(self, needed: Mapping[str, str], purpose: str) -> None:
+        """Raise CacheError if a tensor is missing.
+
+        needed: name -> the options to cache again with. purpose: "--task i2v-14B".
+        """
+        for name, remedy in needed.items():
+            if name not in self.tensors:
+                raise CacheError(
+                    f"{self.keys[0]}: the cache has no {name}, which {purpose} needs. Cache again with "
+                    f"{remedy}."
+                )
+
+    def check_widths(self, widths: Mapping[str, int], taker: Path, remedy: str) -> None:
+        """Raise CacheError if tensors were made by another encoder than the network was trained with.
+
+        widths: name -> numbers in the last axis that the network in the file `taker` takes. remedy: the
+        options to cache again with.
+        """
+        for name, expected in widths.items():
+            value = self.tensors[name]
+            for tensor in [value] if isinstance(value, Tensor) else value:
+                width = tensor.shape[-1] if tensor.ndim else 1
+                if not tensor.is_floating_point():
+                    raise CacheError(
+                        f"{self.keys[0]}: {name} in its cache has whole numbers ({tensor.dtype}), not states "
+                        f"of a text encoder. Cache again with {remedy}."
+                    )
+                if width != expected:
+                    raise CacheError(
+                        f"{self.keys[0]}: {name} in its cache is {width} numbers wide, {taker} takes "
+                        f"{expected}. Cache again with {remedy}."
+                    )
+
+    def tensor(self, name: str) -> Tensor:
+        """Return the stacked tensor of that name. Raises KeyError if the caches have none."""
+        value = self.tensors[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a list of tensors of different lengths")
+        return value
+
+
+@dataclass(frozen=True)
+class MediaTable:
+    """What a dataset table says of its items, for families that need more than the clip or the picture."""
+
+    name: str = ""  # for messages: "data.toml, [[datasets]] 2 (clips)"
+    kind: str = "video"  # or "image"
+    has_control: bool = False
+    has_references: bool = False  # those of reference_directory
+    # lengths that clips are cut to; () if clips keep their own length, and for images
+    target_frames: tuple[int, ...] = ()
+    max_frames: int | None = None  # of the longest clip, if clips keep their own length
+    window: int = 9  # latent frames that are denoised together, if a clip has several sections
+    clean_indices: tuple[int, ...] = ()  # places in time of the control images; those without one stand at 0
+    target_index: int | None = None  # place in time of the target
+    has_post: bool = True  # one black frame behind the control images
+
+
+@dataclass(frozen=True)
+class MediaBatch:
+    """Frames to encode. All items are of one table and have one size and number of frames."""
+
+    frames: Tensor  # B F H W C uint8, RGB
+    keys: tuple[str, ...]  # item names, for messages and for seeding a posterior sample
+    spans: tuple[tuple[int, int], ...]  # (first kept frame, number of frames) of each crop; (0, 1) for images
+    # each B F H W C uint8; C = 4 if a control image has alpha. Reference pictures: B 1 H W 3, each of its own
+    # size
+    control: tuple[Tensor, ...] = ()
+    alpha: Tensor | None = None  # B H W uint8: of pictures that are transparent somewhere
+    table: MediaTable = MediaTable()
+    # of reference_directory, as `ReferenceRules.clips` says: each B f h w 3 uint8, f = 1 or F
+    references: tuple[Tensor, ...] = ()
+    control_mask: Tensor | None = None  # B F H W uint8: 255 is made anew
+
+    def split_for(self, device: torch.device) -> "list[MediaBatch]":
+        """Return the items in the batches for an encoder on that device: one batch; on a CPU, one item each.
+
+        On a CPU a batch gains nothing, and alone an item's numbers do not depend on which items a killed run
+        had left to do.
+        """
+        if device.type != "cpu":
+            return [self]
+        return [
+            replace(
+                self,
+                frames=self.frames[single],
+                keys=self.keys[single],
+                spans=self.spans[single],
+                control=tuple(control[single] for control in self.control),
+                alpha=None if self.alpha is None else self.alpha[single],
+                references=tuple(reference[single] for reference in self.references),
+                control_mask=None if self.control_mask is None else self.control_mask[single],
+            )
+            for single in (slice(index, index + 1) for index in range(len(self.keys)))
+        ]
+
+
+@dataclass(frozen=True)
+class MomentsBatch:
+    """Posteriors of a VAE that were computed before, instead of frames. All items are of one size."""
+
+    # B 2C F H W, before any normalisation: means, then logarithms of variances, on the channel axis
+    moments: Tensor
+    keys: tuple[str, ...]  # item names, for messages and for seeding a posterior sample
+    image: Tensor | None = None  # B 2C 1 H W: of each clip's first frame alone
+
+
+@dataclass(frozen=True)
+class MomentsRules:
+    """Whether a family's caches can be made from moments instead of frames."""
+
+    refusal: str | None = None  # why they cannot: completes "load_tensors cannot be used: ..."
+    with_image: bool = False  # whether those of the first frame alone are needed too
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """What one cache file holds: tensors without batch dimension, by their name without sizes and dtype
+    (`latents`, `clip`).
+    """
+
+    tensors: Mapping[str, Tensor]
+    section: int | None = None  # which section of the clip, from its start, where each has a file
+    grid: tuple[int, int, int] | None = None  # F, H, W in the names of all latents; None: each tensor's own
+    start: int = 0  # which latent frame of the clip the first of `latents` is
+
+
+def add_batch_axis(conditions: Conditions) -> Conditions:
+    """Give a single sample's conditions a batch axis; lists stay, as they have one entry per sample."""
+    return {
+        name: value if isinstance(value, list) else value.unsqueeze(0) for name, value in conditions.items()
+    }
+
+
+@dataclass(frozen=True)
+class MediaEncoders:
+    """The networks that turn pixels into conditions and latents into pixels, on their device."""
+
+    vae: Any  # the family's own VAE class
+    image_encoder: Any = None
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """The latent space of a family's VAE and how cached latents become model-space latents: `cached * scale +
+    shift`.
+    """
+
+    channels: int
+    stride: tuple[int, int, int]  # frames, height, width
+    pixel_step: int  # widths and heights are multiples of this
+    frame_step: int  # frames are frame_step * n + 1
+    scale: float = 1.0
+    shift: float = 0.0
+    preview_factors: tuple[tuple[float, float, float], ...] = ()  # channels x RGB, latent to colour
+    preview_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    # clips are learned in sections, whose length is the model's: the dataset's fp_... keys count
+    in_sections: bool = False
+    npz: NpzFormat | None = None  # the caches of other trainers; None: there are none
+    # cache files hold a picture's latents as C H W, without the axis of its one frame
+    flat_in_caches: bool = False
+    # latents of pictures are 0 where these are transparent; else they are laid on white
+    masks_latents: bool = False
+    names_frames: bool = True  # names of latents in cache files say F x H x W; else H x W
+    # in training the latents of an item's references stand in front of its clip's, the last one first
+    references_first: bool = False
+    # frames per second of clips in other programs' caches, if these do not state it; else None
+    unsaid_fps: float | None = None
+
+    @property
+    def is_of_pictures(self) -> bool:
+        """Return whether time is not compressed: the model makes single pictures."""
+        return self.stride[0] == 1
+
+    def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
+        """Return the latents' shape, 1 C F H W, for a size in pixels."""
+        return (
+            1,
+            self.channels,
+            (frames - 1) // self.stride[0] + 1,
+            height // self.stride[1],
+            width // self.stride[2],
+        )
+
+    def to_model(self, cached: Tensor) -> Tensor:
+        """Return cached latents in model space, float32."""
+        return cached.float() * self.scale + self.shift
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The shapes of a clip's latents and of its sound's. The loops hold both as one tensor, B N.
+
+    The picture's numbers come first. Code that treats each number alone, such as a solver, need not know that
+    there are two.
+    """
+
+    picture: tuple[int, int, int, int]  # C F H W
+    sound: tuple[int, int, int]  # C T M
+
+    def join(self, picture: Tensor, sound: Tensor) -> Tensor:
+        """Return B N of B C F H W and B C T M."""
+        return torch.cat([picture.flatten(1), sound.flatten(1)], dim=1)
+
+    def split(self, joined: Tensor) -> tuple[Tensor, Tensor]:
+        """Return B C F H W and B C T M, views of B N."""
+        count = math.prod(self.picture)
+        return joined[:, :count].unflatten(1, self.picture), joined[:, count:].unflatten(1, self.sound)
+
+
+@dataclass(frozen=True)
+class SoundSpec:
+    """Facts about a family's latents of sound."""
+
+    rate: int  # samples in a second, as the encoder takes them
+    channels: int
+    # frames of the clip, frames in a second -> C T M of the latents. No lambda: workers receive it
+    shape: Callable[[int, float], tuple[int, int, int]]
+    modules: str = "audio"  # in the path of each module that only clips with sound reach
+    without: str = "another model"  # what to give for a run without sound: an option
+    is_alone: bool = False  # nothing is learned of clips but their sound
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A generated track: samples C S, float32, -1..1."""
+
+    samples: Tensor
+    rate: int  # samples in a second
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """Default settings of generation and of training samples."""
+
+    steps: int
+    fps: float
+    guidance_scale: float
+    embedded_guidance: float | None
+    flow_shift: float | None  # None: the family finds it from the size, and training samples cannot change it
+    solver: str
+    width: int
+    height: int
+    frames: int
+    noise_on_cpu: bool = False  # as released: the same on every device, whatever --cpu_noise says
+    # guidance scales of experts that have one of their own, by name
+    expert_guidance: Mapping[str, float] = field(default_factory=dict)
+    experts: tuple[Expert, ...] = ONE_EXPERT  # that the model has, given or not, by their lowest timestep
+    extras: tuple[str, ...] = ()  # what it reads of `Request.extra`, of a line of a training's samples
+
+
+def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
+    """Multiply the first rows by their weights; the others stay as they are.
+
+    rows: L C or L n C, of one prompt. weights: of the prompt's tokens, at most L. The product is computed in
+    float32 and rounded once, so that rows of weight 1 keep every bit.
+    """
+    assert isinstance(rows, Tensor)
+    weighed = rows.clone()
+    factors = torch.tensor(weights, dtype=torch.float32, device=rows.device)
+    factors = factors.reshape(-1, *[1] * (rows.ndim - 1))
+    weighed[: len(weights)] = (rows[: len(weights)].float() * factors).to(rows.dtype)
+    return weighed

@@ -1,0 +1,242 @@
+"""The list of families by name: where each lies, and what its names.py says for all others.
+
+No family is imported before it is asked for: a script that only prints its help reads its own alone.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from modules.command import as_typed, command_line
+from modules.errors import CheckpointError
+from modules.installation import import_own
+from modules.option_values import FillIn, option_words
+from modules.options import Options
+from modules.parser import parse_options
+from modules.repeated_options import join_options, repeat_given
+
+Marks = Sequence[tuple[str, str]]  # a tensor that only such a file has -> what the file is
+
+LOW_NOISE, HIGH_NOISE = "low_noise", "high_noise"  # names of the two experts that Wan2.2 has
+CLIPS, PICTURES = "it encodes the clips", "it encodes the pictures"
+
+
+@dataclass(frozen=True)
+class FamilyEntry:
+    """Name the folder, scripts and option records of a family."""
+
+    room: str  # its folder; functions and records of its options.py have the same names in each
+    own_files: bool = True  # there is files.py with `identify`; else its files are another family's
+    script: str = ""  # what the names of its scripts begin with
+    cache: str = ""  # likewise, of its caching scripts
+    makes: str = "image"  # end of its generation script's name
+    record: str = ""  # what the names of its option records begin with
+    # files that encode latents: name of the value, how the option is typed, what for
+    encoders: tuple[tuple[str, str, str], ...] = (("vae", "--vae", CLIPS),)
+    # options of the files that encode texts, with a word for the path of each, in a command that is shown;
+    # if they depend on the release, `text_encoder_options` of options.py says them
+    texts: str = ""
+    training: tuple[str, ...] = ()  # likewise, of its training script
+    # shared options of generation that its page spells otherwise: name -> flag
+    spelled: tuple[tuple[str, str], ...] = ()
+    # further models that its scripts run, as outputs and LoRA files name them, with its latents
+    others: tuple[str, ...] = ()
+    same_latents: str = ""  # the family whose autoencoder it has too
+
+    @property
+    def generation_script(self) -> str:
+        return f"{self.script}_generate_{self.makes}"
+
+    @property
+    def spellings(self) -> dict[str, str]:
+        """Return the flags of shared options of generation that its script spells otherwise, by name."""
+        of_pictures = {"video_size": "--image_size"} if self.makes == "image" else {}
+        return {**of_pictures, **dict(self.spelled)}
+
+    @property
+    def options(self) -> ModuleType:
+        return import_own(f"{self.room}.options")
+
+    def options_record(self, kind: str) -> Any:
+        """Return an option record of the family; kind: LatentCaching, TextCaching, Training, Generation."""
+        return getattr(self.options, f"{self.record}{kind}Options")
+
+    def text_encoder_options(self, own: Any) -> dict[str, Any]:
+        """Return the options of the files that encode texts, each with a word in place of the path.
+
+        own: the family's options of the command that caches latents.
+        """
+        by_release = vars(self.options).get("text_encoder_options")
+        if by_release is not None:
+            return dict(by_release(own))
+        flags, words = self.texts.split()[::2], self.texts.split()[1::2]
+        return {flag: FillIn(word) for flag, word in zip(flags, words, strict=True)}
+
+    def training_options(self, own: Any, made: Any) -> dict[str, Any]:
+        """Return the options that a training from caches of latents needs, by flag.
+
+        own: the family's options of the command that caches latents. made: the family as it made them.
+        """
+        by_caches = vars(self.options).get("training_options")
+        return {} if by_caches is None else dict(by_caches(own, made))
+
+    def caching_commands(
+        self,
+        own: Any,
+        dataset_config: Path | None,
+        switches: Sequence[str],
+        typed: Mapping[str, str] | None = None,
+    ) -> tuple[str, str]:
+        """Return the commands that make missing caches of latents and of texts, for a training.
+
+        own: the training's options of the family. switches: further ones of the command for latents. typed:
+        how the user spelled the options, by public name.
+        """
+        repeated, lines = repeat_given(own, typed), []
+        kinds = (("LatentCaching", "latents", switches), ("TextCaching", "text_encoder_outputs", ()))
+        for (kind, what, more), chosen in zip(kinds, self.options.caching_options(own), strict=True):
+            joined = join_options(self.options_record(kind), chosen, repeated)
+            options = option_words({"--dataset_config": str(dataset_config), **joined})
+            lines.append(as_typed(["python", f"{self.cache}_{what}.py", *options, *more]))
+        latents, texts = lines
+        return latents, texts
+
+    def generation_words(
+        self, own: Any, sample: Mapping[str, Any], typed: Mapping[str, str] | None = None
+    ) -> list[str]:
+        """Return the script and the options that generate with the models of a training.
+
+        Options of the training that the script has too are repeated. own, typed: as of `caching_commands`.
+        sample: settings of a sample, by the names of `Request`; may be empty.
+        """
+        chosen = self.options.generation_options(own, sample)
+        joined = join_options(self.options_record("Generation"), chosen, repeat_given(own, typed))
+        return [f"{self.generation_script}.py", *option_words(joined)]
+
+    def make_family(self, kind: str, own: Any) -> Any:
+        return getattr(import_own(f"{self.room}.family"), f"family_for_{kind}")(own)
+
+
+# family -> its folder, where names.py has `ENTRY`, `LORA` and `MARKS`. A family whose layers another has too
+# stands before it: of equal names of LoRA modules, and of `SHARED_MARKS`, the first family's count
+FOLDERS: Mapping[str, str] = {
+    "wan": "wan",
+    "hunyuan_video": "hunyuan_model",
+    "framepack": "frame_pack",
+    "ltx_2": "ltx_2",
+    "flux": "flux",
+    "flux_kontext": "flux.kontext",
+    "flux_2": "flux_2",
+    "hunyuan_image": "hunyuan_image",
+    "lumina": "lumina",
+    "qwen_image": "qwen_image",
+    "z_image": "z_image",
+    "krea2": "krea2",
+    "stable_diffusion": "stable_diffusion",
+}
+
+
+class Families(Mapping[str, FamilyEntry]):
+    """The entries of all families by name; each is read when it is asked for."""
+
+    def __getitem__(self, name: str) -> FamilyEntry:
+        entry: FamilyEntry = import_own(f"{FOLDERS[name]}.names").ENTRY
+        return entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(FOLDERS)
+
+    def __len__(self) -> int:
+        return len(FOLDERS)
+
+
+FAMILIES = Families()
+
+
+@cache
+def with_scripts() -> Mapping[str, FamilyEntry]:
+    """Return families with scripts for caching, training and generation; gen_img.py has files of its own."""
+    return {name: entry for name, entry in FAMILIES.items() if entry.script}
+
+
+def read_names() -> list[ModuleType]:
+    return [import_own(f"{folder}.names") for folder in FOLDERS.values()]
+
+
+def share_latents(name: str) -> frozenset[str]:
+    """Return the models, as outputs name them, whose latents are in the same space as those of a model."""
+    family_of = {model: family for family, entry in FAMILIES.items() for model in (family, *entry.others)}
+    base = {model: FAMILIES[family].same_latents or family for model, family in family_of.items()}
+    return frozenset(model for model in base if base[model] == base.get(name)) or frozenset({name})
+
+
+@cache
+def family_marks() -> Marks:
+    """Return the marks of all families: tensors that only one has, then those that others may have too."""
+    read = read_names()
+    marks = (mark for names in read for mark in names.MARKS)
+    return (*marks, *(mark for names in read for mark in vars(names).get("SHARED_MARKS", ())))
+
+
+def identify(path: Path) -> str | None:
+    """Return one line about what a checkpoint or LoRA file really is, for a hint below an error.
+
+    Returns None if no family knows the file, and for a missing file how to download it.
+    """
+    if not path.exists():
+        from downloads.catalogue import download_hint  # only for hints
+
+        return download_hint(path)
+    if path.is_file() and path.suffix != ".json":  # once: a hostile file takes each family a second
+        from checkpoints.opening import open_file  # only for hints
+
+        try:
+            open_file(path).close()
+        except CheckpointError:
+            return None
+    # Wan's, the last, recognises files of no family too
+    for entry in filter(lambda entry: entry.own_files, reversed(list(FAMILIES.values()))):
+        hint_of_family: str | None = import_own(f"{entry.room}.files").identify(path)
+        if hint_of_family is not None:
+            return hint_of_family
+    return None
+
+
+class Script(partial[None]):
+    """A script's function, which takes the words behind its name; None: those of the command line.
+
+    Made by `plain_script`, `caching_script` and the like.
+    """
+
+    def run(self) -> None:
+        command_line(self, explain=identify)
+
+
+def plain_script(
+    about: str | None,
+    work: str,
+    *records: type[Options],
+    without: Collection[str] = (),
+    prepare: Callable[[Any], tuple[Any, ...]] = lambda options: (options,),
+    going_on: Callable[[Any], str] = lambda options: "",
+) -> Script:
+    """Return the script that reads options and hands the first record to a function.
+
+    about: the script's docstring. work: the function's name, as `networks.merging.merge_flux`; its import
+    loads torch. without: as for `add_options`. prepare: makes the function's arguments from the record.
+    going_on: says what to do after Ctrl-C.
+    """
+
+    def run_tool(argv: Sequence[str] | None = None) -> None:
+        options, *_ = parse_options(about, argv, *records, without=without)
+        arguments = prepare(options)
+        module, _, function = work.rpartition(".")
+        try:
+            getattr(import_own(module), function)(*arguments)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(f"{stop} {going_on(options)}".strip()) from None
+
+    return Script(run_tool)

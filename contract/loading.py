@@ -1,0 +1,135 @@
+"""Records of loading: how a tensor is made from a file's, where and how a network's weights are placed."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from checkpoints.stored.forms import Stored
+from modules.errors import CheckpointError
+from modules.speed_options import SDPA, AttentionChoice, Quantisation
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a file stores a weight in another shape than its value's, or with companion tensors."""
+
+    shape: tuple[int, ...]  # of the tensor in the file
+    beside: tuple[str, ...]  # what the names of its companions end in, in place of "weight"
+    keep: Callable[..., Stored]  # of the weight and the companions; ValueError for scales that are none
+    pad: int = 1  # rows and columns are rounded up to multiples of it
+    can_stay: bool = True  # its rows are those of the value, so that a layer can keep it packed
+
+    def padded(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(-(-length // self.pad) * self.pad for length in shape)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Hold the facts about a tensor before it is read: dtype in the file, shape of the value."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    packing: Packing | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod((self.packing or self).shape) * self.dtype.itemsize  # of the tensor in the file
+
+    def read(self, file: BinaryIO, place: int, scratch: Tensor, path: Path, name: str) -> Tensor:
+        """Read the tensor from byte `place` of a file on into `scratch` (uint8), and return it.
+
+        path, name: for the message. Raises CheckpointError if the file ends too soon.
+        """
+        room = scratch[: self.size_bytes]
+        file.seek(place)
+        if file.readinto(memoryview(cast(Any, room.numpy()))) != len(room):  # type: ignore[attr-defined]
+            text = f"{path} ends inside {name}: it was cut short while being read. Copy it again."
+            raise CheckpointError(text, path)
+        return room.view(self.dtype).view((self.packing or self).shape)
+
+    def hollow(self) -> Tensor:
+        """Return an empty tensor like the file's, on the meta device."""
+        return torch.empty((self.packing or self).shape, dtype=self.dtype, device="meta")
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Hold how one tensor is made: names in the file, and a function of these tensors.
+
+    `build` None takes the only tensor; it also runs on meta tensors, to compare shapes before anything is
+    read. as_stored: like `build`, but keeps a weight that the file has in 8 or 4 bits in its form; returns
+    None if its parts have no common form. It runs on meta tensors too.
+    """
+
+    names: tuple[str, ...]
+    build: Callable[..., Tensor] | None = None
+    as_stored: Callable[..., Stored | None] | None = None
+
+    def then(self, change: Callable[[Tensor], Tensor]) -> "TensorSource":
+        """Return the same source with a further step, such as cutting rows or transposing."""
+        build = self.build
+        return TensorSource(self.names, change if build is None else lambda *tensors: change(build(*tensors)))
+
+    def make(self, tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0] if self.build is None else self.build(*tensors)
+
+    def make_stored(self, tensors: Sequence[Tensor]) -> Stored | None:
+        return None if self.as_stored is None else self.as_stored(*tensors)
+
+
+# (parameter name, loaded weight) -> weight with LoRA deltas added, same dtype
+WeightPatch = Callable[[str, Tensor], Tensor]
+
+
+class HostPlace(Protocol):
+    """Keep weights in host memory although their network computes on a device."""
+
+    def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
+        """Return memory for the weights that are to stay, by name.
+
+        network: may be on the meta device. tensors: all that it has.
+        """
+        ...
+
+    @property
+    def is_filled_here(self) -> bool: ...  # if not, another process writes them
+
+    def finish(self) -> None: ...  # call when all are written; returns when those of other processes are too
+
+
+class BlockPlace(Protocol):
+    """Take each block of a network as soon as it is loaded, for example to keep a part of it."""
+
+    # returns what is called with the name of each tensor that is filled
+    def watch(self, network: nn.Module) -> Callable[[str], None]: ...
+
+    def finish(self, network: nn.Module) -> None: ...  # call it last: then the network runs
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Hold where and how a network is loaded."""
+
+    device: torch.device
+    # None: as the file stores it (fp8 files: upcast to the compute dtype)
+    storage_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None  # None: that of the file's block weights (fp8 files: bfloat16)
+    # default compute dtype of fp8 files; None: bfloat16
+    fp8_compute_dtype: torch.dtype | None = None
+    keep_file_dtypes: bool = False  # every tensor as the file stores it, if it mixes dtypes
+    attention: AttentionChoice = SDPA
+    patch: WeightPatch | None = None  # LoRA deltas to add while loading, before any rounding
+    # (name, shape) of a weight that could stay as the file packs it -> whether the caller adds to the layer's
+    # output what `patch` would add to the weight; None: never
+    beside: Callable[[str, tuple[int, ...]], bool] | None = None
+    # how the linear layers of the blocks are kept in 8 or 4 bits; None: as the file has them, fp8 in 16 bits
+    quantisation: Quantisation | None = None
+    host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device
+    blocks: BlockPlace | None = None  # takes each block when it is loaded; None: it stays as it is
+    # called before each tensor, instead of a progress bar; may raise to end the loading
+    check: Callable[[], None] | None = None

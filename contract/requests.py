@@ -1,0 +1,395 @@
+"""Requests and their prepared form; checks and defaults that all families share."""
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from contract.data import Joint, LatentSpec, SamplingDefaults
+from contract.rules import AS_PLAIN, ONE_EXPERT, VIDEO, Expert, GuidanceRules, Source, StepCaching
+from modules.errors import MediaError, OptionError
+from modules.option_values import check_seed, show_number
+from modules.paths import explain_missing
+from modules.text_files import bad_character
+
+if TYPE_CHECKING:  # caching has no use for positions
+    from modules.layers.rope import Slow
+
+Spans = tuple[tuple[int, int, float], ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to encode, with weights for parts of it as (start, end, weight) in characters.
+
+    Parts stand in the order of the text, do not overlap, and neither begin nor end with white space.
+    """
+
+    text: str
+    spans: Spans = ()
+    second: str | None = None  # for the second text encoder of a family that has two; None: the same text
+    is_negative: bool = False  # set by families that read negative prompts in another way
+    # reference pictures that an encoder sees with the text, in order; it reads and resizes them itself
+    pictures: tuple[Path, ...] = ()
+    # width and height that each of these is to cover; None: as the encoder reads them
+    picture_size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The texts of one section: what to show, what to avoid, and those that guidance methods need."""
+
+    positive: Prompt
+    negative: Prompt | None = None
+    blank: Prompt | None = None  # the empty prompt
+    away: Prompt | None = None  # what attention is steered away from
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video or image as requested. None: not given. `Family.prepare` makes a `Prepared` of it."""
+
+    prompt: str
+    seed: int
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    embedded_guidance: float | None = None
+    flow_shift: float | None = None
+    solver: str | None = None  # as `modules.flow.solvers` names it
+    fps: float | None = None
+    negative_prompt: str | None = None
+    second_prompt: str | None = None  # for the second text encoder of a family that has two
+    cfg_schedule: str | None = None
+    away_prompt: str | None = None  # what attention is steered away from; None: the negative prompt
+    image_path: Path | None = None
+    end_image_path: Path | None = None
+    control_path: Path | None = None
+    control_images: tuple[Path, ...] = ()  # reference pictures, in their order (--control_image_path)
+    source: Source | None = None  # what denoising starts from; None: noise
+    # options of the family as text, which only `prepare` reads
+    extra: Mapping[str, str] = field(default_factory=dict)
+    # texts as they were typed, by their options, if something was drawn in them
+    typed: Mapping[str, str] = field(default_factory=dict)
+    step_cache: StepCaching | None = None  # which passes are skipped; None: none
+    # settings that a prompt line gives in place of the command line's, by name
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    # guidance scales of experts that have one of their own, by name
+    expert_guidance: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def first_image(self) -> Path | None:
+        """Return the image that an image-to-video model starts from, or the video whose first frame it is."""
+        if self.image_path is None and self.source is not None and self.source.option == VIDEO:
+            return self.source.path
+        return self.image_path
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One video or image with all settings decided and parsed, as `Family.prepare` returns it."""
+
+    asked: Request  # without the media that the model does not take
+    seed: int
+    prompts: Mapping[int, Prompts]  # by section; 0 is always there
+    negative_prompt: str
+    width: int  # pixels
+    height: int
+    frames: int
+    steps: int  # of the solver's schedule
+    fps: float
+    solver: str  # as `modules.flow.solvers` names it
+    flow_shift: float
+    guidance_scale: tuple[float, ...]  # one for each of `Family.experts`, in their order; 1: no guidance
+    embedded_guidance: float | None  # None: the model has no input for it
+    slow_frames: "Slow | None" = None  # a frequency of the frames' positions, for a long video
+    first_step: int = 0  # to be made; above 0 if denoising starts from a video; set by the shared loop
+    rules: GuidanceRules = AS_PLAIN  # of the model's guidance
+    joint: Joint | None = None  # the latents are those of a picture and its sound
+    levels: tuple[float, ...] = ()  # noise levels of all steps, then 0, in place of the solver's own
+    # requests that are made one after the other, each from the result of the one before it; guidance and step
+    # caches of the options apply to the first
+    stages: tuple["Prepared", ...] = ()
+    # strengths of the network's LoRAs for stages (`networks.added.add_stage_loras`); (): it needs none
+    added: tuple[float, ...] = ()
+    # functions that load further networks, which make what denoising starts from; the shapes of their inputs
+    begun_by: tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...] = ()
+    own: Any = None  # the family's own record, which only the family reads
+    name_end: str = ""  # behind the names of its files
+    own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name
+
+    @property
+    def is_sound_alone(self) -> bool:
+        return self.joint is not None and not self.joint.picture[1]
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps - self.first_step
+
+
+logger = logging.getLogger(__name__)
+
+
+# for `keep_usable_media`: of a model that makes pictures from texts alone
+NO_MEDIA = dict.fromkeys(("image_path", "end_image_path", "control_path", "control_images"), False)
+_OPTIONS = {"control_images": "control_image_path"}  # of media whose option has another name
+
+REMEMBERED = 256  # files that were decoded to check them
+MOST_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone take 4 GiB
+
+
+# field of a request -> its option, its letter in a prompt line, the most: what is larger is a slip of the
+# finger; the models know 1000 timesteps
+COUNTS = {
+    "width": ("--video_size, width", "w", 16384),
+    "height": ("--video_size, height", "h", 16384),
+    "frames": ("--video_length", "f", 100_000),
+    "steps": ("--infer_steps", "s", 10_000),
+}
+
+VALUES = {
+    "guidance_scale": ("--guidance_scale", "l", 1000),
+    "embedded_guidance": ("--embedded_cfg_scale", "g", 1000),
+    "flow_shift": ("--flow_shift", "fs", 1000),
+}
+
+
+def size_of(request: Request, usual: SamplingDefaults) -> tuple[int, int, int]:
+    return request.width or usual.width, request.height or usual.height, request.frames or usual.frames
+
+
+def settle(
+    request: Request,
+    usual: SamplingDefaults,
+    size: tuple[int, int, int],
+    flow_shift: float,
+    usual_negative: str | None,
+    experts: Sequence[Expert] = ONE_EXPERT,
+) -> Prepared:
+    """Fill in the defaults for a family whose videos are made in one section.
+
+    size: width, height and frames. usual_negative: the text if the request has no negative prompt; None:
+    there is then no guidance, and a warning. The embedded guidance is dropped if the model has no input for
+    it. experts: the usual guidance scale of each, by name, unless the request gives one; else the model's
+    scale holds.
+    """
+    width, height, frames = size
+    scale = usual.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    named = {**usual.expert_guidance, **request.expert_guidance}
+    scales = tuple(named.get(expert.name, scale) for expert in experts)
+    for name in request.expert_guidance.keys() - {expert.name for expert in experts}:
+        logger.warning("--guidance_scale_%s is ignored because --dit_%s is not given", name, name)
+    negative = usual_negative if request.negative_prompt is None else request.negative_prompt
+    if negative is None and any(scale != 1 for scale in scales):
+        logger.warning(
+            "the guidance scale of %r is ignored because it has no negative prompt (--n)", request.prompt
+        )
+        scales = (1.0,) * len(scales)
+    embedded = usual.embedded_guidance
+    if embedded is not None and request.embedded_guidance is not None:
+        embedded = request.embedded_guidance
+    steps = request.steps or usual.steps
+    away = None if request.away_prompt is None else Prompt(request.away_prompt)
+    return Prepared(
+        asked=request,
+        seed=request.seed,
+        prompts={
+            0: Prompts(
+                Prompt(request.prompt, second=request.second_prompt), Prompt(negative or ""), away=away
+            )
+        },
+        negative_prompt=negative or "",
+        width=width,
+        height=height,
+        frames=frames,
+        steps=steps,
+        fps=request.fps or usual.fps,
+        solver=request.solver or usual.solver,
+        flow_shift=flow_shift,
+        guidance_scale=scales,
+        embedded_guidance=embedded,
+    )
+
+
+def keep_usable_media(request: Request, taken: Mapping[str, bool], why_not: str) -> Request:
+    """Return the request without media that cannot be used, and warn about those.
+
+    taken: by name of the field, `image_path`. why_not: "--task t2v-1.3B does not take it".
+    Raises OptionError if a file or folder that is taken does not exist or cannot be read.
+    """
+    for name, is_taken in taken.items():
+        media, option = getattr(request, name), _OPTIONS.get(name, name)
+        paths = media if isinstance(media, tuple) else () if media is None else (media,)
+        if paths and not is_taken:
+            logger.warning("--%s %s is ignored because %s", option, " ".join(map(str, paths)), why_not)
+            dropped: dict[str, Any] = {name: () if media is paths else None}
+            request = replace(request, **dropped)
+        for path in paths if is_taken else ():
+            if not path.exists():
+                raise OptionError(
+                    f"--{option} {path}: no such file or folder.{explain_missing(path)} Correct the path"
+                )
+            check_opens(option, path, is_image=name != "control_path")
+    return request
+
+
+def check_opens(name: str, path: Path, is_image: bool) -> None:
+    """Raise OptionError if an image cannot be decoded, or a video or a folder of images cannot be opened.
+
+    Reads an image whole, and a frame of a video. name: of its option.
+    """
+    from modules.media.decoding import is_animation
+    from modules.media.reading import video_info
+
+    try:
+        if is_image:
+            _decode_image(path, *_identity(path))
+            if is_animation(path):
+                logger.warning("--%s %s is animated: only its first picture is used", name, path)
+        else:
+            video_info(path)
+    except MediaError as error:
+        kind = "an image file" if is_image else "a video, or a folder of images"
+        near = "" if path.exists() else explain_missing(path)
+        raise OptionError(f"--{name}: {str(error).rstrip('.')}.{near} Give {kind}.") from None
+
+
+def check_frames(option: str, path: Path, needed: int) -> None:
+    """Raise MediaError if a video or a folder of images has too few frames, or cannot be decoded so far.
+
+    option: as it is typed, for messages.
+    """
+    from modules.media.pixels import too_short
+
+    available = count_frames_up_to(path, needed)
+    if available < needed:
+        raise too_short(option, path, available, needed)
+
+
+def count_frames_up_to(path: Path, most: int) -> int:
+    """Decode frames of a video or a folder of images, at most so many, and return how many there are.
+
+    Raises MediaError if it cannot be decoded.
+    """
+    return _decode_frames(path, most, *_identity(path))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Return what changes with the content of a file: prompts of a file often share their pictures."""
+    if not path.exists():
+        return 0, 0
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _decode_image(path: Path, *identity: int) -> None:
+    from modules.media.reading import read_image
+
+    read_image(path)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _decode_frames(path: Path, most: int, *identity: int) -> int:
+    from modules.media.reading import video_frames
+
+    return sum(1 for _ in itertools.islice(video_frames(path), most))
+
+
+def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
+    """Raise OptionError if the model cannot make the size, naming the nearest one that it can.
+
+    size: width, height, and how many frames are denoised together.
+    """
+    width, height, frames = size
+    step = latent.pixel_step
+    option = "--image_size" if latent.is_of_pictures else "--video_size"
+    if width * height * frames > MOST_PIXELS:
+        raise OptionError(
+            f"{option} {height} {width}: {frames} such frames at once are "
+            f"{width * height * frames / 1e9:.0f} thousand "
+            f"million pixels, {MOST_PIXELS / 1e9:.0f} are the most. Lower it, or the length of the video."
+        )
+    if width % step or height % step or min(width, height) < step:
+        nearest = [max(step, round(side / step) * step) for side in (height, width)]
+        raise OptionError(
+            f"{option} {height} {width} (height width): both must be multiples of {step}. Nearest: "
+            f"{nearest[0]} {nearest[1]}"
+        )
+
+
+def whole_patches(width: int, height: int, latent: LatentSpec) -> tuple[int, int]:
+    """Return the next lower width and height that the model can make; warn if they differ."""
+    step = latent.pixel_step
+    rounded = max(width // step, 1) * step, max(height // step, 1) * step
+    if rounded != (width, height):
+        logger.warning(
+            "the size %d x %d is changed to %d x %d: width and height are multiples of %d",
+            width,
+            height,
+            *rounded,
+            step,
+        )
+    return rounded
+
+
+def whole_frames(frames: int, latent: LatentSpec) -> int:
+    """Return the next lower number of frames that the model can make; warn if that differs."""
+    step = latent.frame_step
+    rounded = (frames - 1) // step * step + 1
+    if rounded != frames:
+        logger.warning(
+            "--video_length %d is changed to %d: the model works in steps of %d frames after the first",
+            frames,
+            rounded,
+            step,
+        )
+    return rounded
+
+
+def check_values(request: Request) -> None:
+    """Raise OptionError for texts that are no valid Unicode, and numbers that no model or generator takes."""
+    # bytes that are no UTF-8 reach Python as halves of characters, which no file can hold
+    for name, text in {
+        "the prompt": request.prompt,
+        "the prompt of --prompt_2 (--p2 in a prompt line)": request.second_prompt or "",
+        "the negative prompt": request.negative_prompt or "",
+        "the prompt of --nag_prompt (--nag in a prompt line)": request.away_prompt or "",
+    }.items():
+        character = bad_character(text)
+        if character is not None:
+            raise OptionError(
+                f"{name} {text!r} is not UTF-8 text, it holds {character}: set the terminal or the file to "
+                "UTF-8"
+            )
+    *_, most_scale = VALUES["guidance_scale"]
+    for name, scale in request.expert_guidance.items():
+        if not abs(scale) <= most_scale:
+            raise OptionError(f"--guidance_scale_{name} {scale:g}: give a number of at most {most_scale}")
+    for name, (option, letter, most) in COUNTS.items():
+        count = getattr(request, name)
+        if count is not None and not 1 <= count <= most:
+            raise OptionError(
+                f"{option} {show_number(count)} (--{letter} in a prompt line): give a number from 1 to {most}"
+            )
+    for name, (option, letter, most) in VALUES.items():
+        value = getattr(request, name)
+        if value is not None and not abs(value) <= most:  # nan too
+            raise OptionError(
+                f"{option} {value:g} (--{letter} in a prompt line): give a number of at most {most}"
+            )
+    if request.flow_shift is not None and request.flow_shift <= 0:
+        raise OptionError(
+            f"--flow_shift {request.flow_shift:g} (--fs in a prompt line): give a number above 0; 3 to 7 are "
+            "usual"
+        )
+    if request.embedded_guidance is not None and request.embedded_guidance < 0:
+        raise OptionError(
+            f"--embedded_cfg_scale {request.embedded_guidance:g} (--g in a prompt line): give 0 or more"
+        )
+    check_seed("--seed (--d in a prompt line)", request.seed)

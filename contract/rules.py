@@ -1,0 +1,359 @@
+"""The small rules of a model: experts, release, sources, guidance, tokens. Standard library only."""
+
+import bisect
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from contract.families import HIGH_NOISE, LOW_NOISE
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One network of a model, used from its lowest timestep up to its highest, where the next one begins."""
+
+    name: str  # "high_noise": in options, file names and messages; "" if it is the only one
+    lowest: float  # timestep, 0..1000, from which on it is used
+    highest: float = math.inf  # this one not included
+
+    @property
+    def words(self) -> str:
+        return f"{self.name.replace('_', '-')} transformer".lstrip()
+
+
+ONE_EXPERT = (Expert("", 0.0),)
+
+_WORDS = {"high": HIGH_NOISE, "low": LOW_NOISE}
+
+
+# `high_noise`, `HighNoise`
+_IN_FULL = re.compile(r"(?:^|_)(high|low)_?noise(?=_|$)")
+
+
+# `HIGH` alone: at the end, or before a size, a dtype, a version and the like
+_IN_SHORT = re.compile(
+    r"(?:^|_)(high|low)(?=$|_(?:lora|model|fp\d+|bf16|rank\d*|r\d|v\d|e\d|ep\d|epoch|step\d|\d))"
+)
+
+
+def named_expert(name: str) -> str | None:
+    """Return the expert in the name of a file (without its suffix) or of a folder; None if there is none."""
+    plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
+    experts = set(_IN_FULL.findall(plain))
+    if not experts and not _WORDS.keys() <= set(plain.split("_")):
+        experts = set(_IN_SHORT.findall(plain))
+    return _WORDS[experts.pop()] if len(experts) == 1 else None
+
+
+def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
+    """Return the expert named by a file or folder, or by the folder around it; None if neither names one.
+
+    folders: names of folders that lie side by side in a model of several experts -> the expert of each; one
+    of these alone says nothing.
+    """
+    for part in (path, path.absolute().parent):
+        expert = named_expert(part.name if part.is_dir() else part.stem)
+        if expert is not None:
+            return expert
+        if part.name in folders and all(part.with_name(name).is_dir() for name in folders):
+            return folders[part.name]
+    return None
+
+
+def expert_at(timestep: float, experts: Sequence[Expert]) -> int:
+    """Return the index of the timestep's expert: the last that begins at or below it, else the lowest."""
+    start = max(timestep, min(expert.lowest for expert in experts))
+    begun = [(expert.lowest, index) for index, expert in enumerate(experts) if expert.lowest <= start]
+    return max(begun)[1]
+
+
+def noisiest(experts: Sequence[Expert]) -> int:
+    """Return the index of the expert of the highest timesteps, with which a video from noise begins."""
+    return max(range(len(experts)), key=lambda index: experts[index].lowest)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416), from a step on."""
+
+    after_step: int  # the last step, from 0, that is guided by the plain formula
+    scale: float  # in place of the guidance scale
+    momentum: float  # of the average of differences; negative: the change of direction counts
+    norm_limit: float  # of a difference, over all but the batch
+    eta: float = 0.0  # share of the part along the positive velocity
+    rescale: float = 0.0  # in place of --guidance_rescale
+
+
+@dataclass(frozen=True)
+class StreamGuidance:
+    """Guidance of a clip's picture, or of its sound: weights of differences between clean predictions.
+
+    With c the prediction for the prompt, u that for the negative one, p and i those of the two passes below:
+    c + (text - 1)(c - u) + perturbed (c - p) + (modality - 1)(c - i). Source: the released code of LTX-2.
+    """
+
+    text: float | None = None  # None: the guidance scale of the request; 1: none
+    perturbed: float = 0.0  # p: in some blocks self-attention is replaced by its values; 0: none
+    modality: float = 1.0  # i: picture and sound do not hear each other; 1: none
+    rescale: float = 0.0  # 0..1, how far the result gets the standard deviation of c
+
+
+@dataclass(frozen=True)
+class GuidanceRules:
+    """The rules of one request; the shared guidance applies them."""
+
+    # the guidance scale that turns guidance off, from which the model counts: 1 of the usual formula
+    off_at: float = 1.0
+    # guidance only while the share of data, 1 - sigma, is below it; later the positive pass alone
+    below_share: float | None = None
+    # largest norm of a guided velocity, in norms of the positive one; None: no limit
+    norm_limit: float | None = None
+    # a guided velocity gets the norm of the positive one, in each square of so many latent pixels a side
+    token_side: int | None = None
+    projection: Projection | None = None
+    # in place of the usual formula: of the picture, and of its sound; empty: the usual formula in each
+    streams: tuple[StreamGuidance, ...] = ()
+    perturbed_blocks: frozenset[int] = frozenset()  # of `StreamGuidance.perturbed`
+
+
+AS_PLAIN = GuidanceRules()
+
+
+@dataclass(frozen=True)
+class ConsistencyRules:
+    """Which parts of an edited picture count as changed at each step; the others are set to the original."""
+
+    threshold: float  # mean difference over the channels of latents
+    is_relative: bool = False  # the threshold is a share of the largest difference
+    kernel_size: int = 3  # latent pixels that differences are blurred over, an odd number
+    dilate_size: int = 0  # latent pixels that changed parts grow by
+    saves: bool = False  # write what is changed at each step
+
+
+@dataclass(frozen=True)
+class NpzFormat:
+    """Names of a family's npz caches. Their arrays have the names of the tensors in our own caches.
+
+    Latents: `STEM_WWWWxHHHH{latents}.npz`, W and H of the picture, with arrays `latents_{h}x{w}` of every
+    resolution. Texts: `STEM{texts}.npz`.
+    """
+
+    latents: str  # "_flux"
+    texts: str  # "_flux_te"
+    # arrays of a text file that are no tensors of ours: name -> the value that a valid file has
+    constants: Mapping[str, bool | int | float] = field(default_factory=dict)
+    # arrays of a text file that are all zeros: name -> the array with as many rows, and the columns; "": one
+    # row of so many numbers, without an axis for rows
+    zeros: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    # arrays of a text file whose length differs per caption
+    variable_length: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class ModelRelease:
+    """A released model: its repositories on the hub and the licence of its weights."""
+
+    repositories: tuple[str, ...]  # "owner/name"; several where they cannot be told apart
+    licence: str
+    licence_key: str  # the hub's identifier of it, "other" for those that have none
+    licence_url: str
+
+
+VIDEO, IMAGE, LATENTS = "video_path", "i2i_path", "from_latent"  # the options that name it
+
+
+SOURCES = (VIDEO, IMAGE, LATENTS)  # a video starts from one of them at most
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a request starts from, and how much of it is made anew."""
+
+    option: str  # VIDEO, IMAGE or LATENTS
+    path: Path
+    denoise: float  # 0..1; 1 keeps nothing of it where the schedule begins with pure noise
+    share: str = "strength"  # the option that says so, for messages and metadata
+    # "traditional": `denoise` is a share of the steps; "direct": the noise level of the first step
+    noise_mode: str = "traditional"
+    pad_mode: str | None = None  # how a short video is filled up, "front" or "end"; None: it is refused
+    extra_noise: float = 0.0  # added to the mixture with noise
+
+    @property
+    def extra_option(self) -> str:
+        return "i2_extra_noise" if self.option == IMAGE else "v2v_extra_noise"
+
+    @property
+    def needs_vae(self) -> bool:
+        return self.option != LATENTS
+
+    def in_words(self) -> Mapping[str, object]:
+        """Return what outputs say of it, by the names of the options."""
+        facts: dict[str, object] = {self.option: self.path.name, self.share: self.denoise}
+        facts["v2v_noise_mode"] = self.noise_mode
+        if self.option == VIDEO and self.pad_mode is not None:
+            facts["v2v_pad_mode"] = self.pad_mode
+        if self.extra_noise:
+            facts[self.extra_option] = self.extra_noise
+        return facts
+
+
+@dataclass(frozen=True)
+class SourceRules:
+    """How a family reads what a video starts from."""
+
+    takes: tuple[str, ...]  # of VIDEO, IMAGE, LATENTS
+    who: str  # that takes it, for messages: "--task t2v-14B"
+    stretches: bool  # frames are stretched to the size, bicubic; else scaled to cover it, and cropped
+    latents_of: frozenset[str]  # models, as outputs name them, whose latents are in the same space
+
+
+@dataclass(frozen=True)
+class MagCache:
+    """Skip passes while the size of the blocks' residual is known to change little."""
+
+    # size of what the blocks add, against the step before; resampled to the number of steps
+    ratios: tuple[float, ...]
+    retention: float  # share of the steps at the start of which none is skipped
+    threshold: float  # largest sum of errors over the passes skipped in a row
+    most_skips: int  # in a row
+
+
+@dataclass(frozen=True)
+class TeaCache:
+    """Skip passes while the input of the first block has changed little since the last one computed."""
+
+    threshold: float  # at which the sum of predicted changes makes the next pass computed
+    # polynomial from change of the input to change of the output, highest power first; None: the family's
+    coefficients: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class MagCalibration:
+    """Skip nothing, measure the ratios of `MagCache`."""
+
+
+@dataclass(frozen=True)
+class TeaCalibration:
+    """Skip nothing, fit the coefficients of `TeaCache`."""
+
+
+StepCaching = MagCache | TeaCache | MagCalibration | TeaCalibration
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """The tokens of one text.
+
+    tokens: number in the whole text, including those that the encoder puts around it. limit: how many of them
+    the encoder reads.
+    """
+
+    text: str  # as the encoder reads it, after its own cleaning
+    tokens: int
+    limit: int
+    kept: int  # characters of `text` that are read
+    size_bytes: int = 0  # of its cache, if the encoder tells
+
+    @property
+    def is_cut(self) -> bool:
+        return self.kept < len(self.text)
+
+    @property
+    def cut_text(self) -> str:
+        return self.text[self.kept :]
+
+
+# where a token stands in a text, as its first character and the one behind its last; None: not in the text
+Place = tuple[int, int] | None
+
+CountTokens = Callable[[str], TokenCount]
+
+
+def kept_characters(ends: Sequence[int], most: int, length: int) -> int:
+    """Return how many of a text's `length` characters its first `most` tokens cover.
+
+    ends: for each token of the text, the position behind its last character.
+    """
+    return length if len(ends) <= most else max(ends[:most], default=0)
+
+
+def token_weights(text: str, places: Sequence[Place], spans: Sequence[tuple[int, int, float]]) -> list[float]:
+    """Return the weight of each token: that of the part in which its first character lies, 1 outside of all.
+
+    Blanks in front of a token do not count. spans: as of a `Prompt` of that text.
+    """
+    starts = [start for start, _, _ in spans]
+
+    def of(place: Place) -> float:
+        if place is None:
+            return 1.0
+        first = next((index for index in range(*place) if not text[index].isspace()), place[0])
+        number = bisect.bisect_right(starts, first) - 1
+        return spans[number][2] if number >= 0 and first < spans[number][1] else 1.0
+
+    return [of(place) for place in places]
+
+
+@dataclass(frozen=True)
+class ShiftedLogit:
+    """The sampler shifted_logit_normal: sigmoid(n + mu) of a normal n.
+
+    mu grows with the tokens of a clip. Source: LTX-2's trainer, timestep_samplers.py.
+    """
+
+    mus: tuple[float, float] = (0.95, 2.05)  # at 1024 and at 4096 tokens, on a line that goes on beyond
+    is_clamped: bool = False  # mu stays between the two
+    is_stretched: bool = True  # nearly all draws fill 0..1: those of 0.5 % and 99.9 % become 0 and 1
+    least: float = 1e-3  # smaller stretched draws are mirrored there
+    uniform_share: float = 0.1  # of stretched draws are uniform
+
+    def shift(self, tokens: int) -> float:
+        """Return e^mu."""
+        few, many = self.mus
+        mu = few + (many - few) * (tokens - 1024) / (4096 - 1024)
+        return math.exp(min(max(mu, min(self.mus)), max(self.mus)) if self.is_clamped else mu)
+
+
+PICTURE_STREAM, SOUND_STREAM = "video", "audio"  # of a clip with sound: in logs
+
+
+@dataclass(frozen=True)
+class SoundLearning:
+    """How a training weighs a clip's sound against its picture, and how noisy each is."""
+
+    picture_weight: float = 1.0  # of the loss, of pictures without sound too
+    sound_weight: float = 1.0
+    has_own_times: bool = False  # the noise level of the sound is drawn by itself; else it is the picture's
+    given: str = ""  # the stream that stays clean and is not learned, where a clip has sound
+
+
+@dataclass(frozen=True)
+class ReferenceRules:
+    """How a family takes reference pictures: the control images of an item, or of a request.
+
+    Each picture has a size of its own: the target's, or as the keys of its table or `own_shape` say. If the
+    family takes clips, only `most`, `clips` and the fields below `clips` count.
+    """
+
+    most: int  # of one item or request
+    step: int = 16  # sides are multiples of this, in pixels
+    seen_by_text: bool = False  # by a text encoder: a changed one makes texts stale
+    edits: bool = False  # the model was trained to have one: a request without any is warned of
+    # one of an item keeps its shape, whatever the target's, and is reduced to `area`
+    own_shape: bool = False
+    area: int | None = None  # pixels at most; None: as many as the target has
+    # it takes references of reference_directory and reference_path, beside control media: a clip has as many
+    # frames as its target, a picture is one frame
+    clips: bool = False
+    size_factor: int = 1  # by which their sides are smaller than their target's
+    time_factor: int = 1  # the first of their frames is taken, then one of each so many
+    frames: int = 0  # at most; 0: as many as the target has
+    dropped: float = 0.0  # share of batches that are trained without those of clips
+    on_white: bool = False  # each is one picture, whole on white of that size; of a clip its first frame
+    control_masks: bool = False  # control_mask_directory and control_mask_path too: white is made anew
+
+    @property
+    def factors(self) -> tuple[int, int, int]:
+        return self.size_factor, self.time_factor, self.frames

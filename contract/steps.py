@@ -1,0 +1,236 @@
+"""The frozen records of denoising: sections, one call of the network, and one step of the loop."""
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from contract.data import Conditions, Joint, MediaEncoders, add_batch_axis
+from contract.rules import ConsistencyRules
+
+if TYPE_CHECKING:  # caching has no use for attention and positions
+    from modules.attention.attend import Steer
+    from modules.layers.rope import Slow
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """The conditions of one section's texts, without batch dimension, on the CPU."""
+
+    positive: Conditions
+    negative: Conditions | None = None
+    blank: Conditions | None = None
+    away: Conditions | None = None
+
+    def section(self, noise: Tensor, inputs: Conditions | None = None) -> "Section":
+        """Join texts, noise (B C F H W) and media conditions (with batch dimension) into a section.
+
+        Texts that are the same object become the same conditions, so that a pass with them runs once.
+        """
+        texts = {id(text): text for text in (self.positive, self.negative, self.blank) if text is not None}
+        conditions = {key: {**add_batch_axis(text), **(inputs or {})} for key, text in texts.items()}
+        positive = conditions[id(self.positive)]
+        negative = conditions.get(id(self.negative))
+        blank = conditions.get(id(self.blank))
+        away = None if self.away is None else add_batch_axis(self.away)
+        return Section(noise, positive, negative, blank, away=away)
+
+
+# as `Family.decode`, but not limited to -1..1
+DecodePart = Callable[[MediaEncoders, Tensor], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part that a section added to a growing video, for a preview of it."""
+
+    latents: Tensor  # B C F H W, to decode by themselves
+    overlap: int  # how many of its frames show what is there already and fade into it; 0 for the first piece
+    in_front: bool  # it is played before the video so far; else after it
+    decode: DecodePart  # makes its pixels, before they fade into what is there
+    so_far: Tensor  # B C F H W, on the CPU: latents of all sections made until now, in playing order
+
+
+@dataclass(frozen=True)
+class Away:
+    """A second text, which the attention of a pass looks at too (normalised attention guidance)."""
+
+    text: Conditions  # under the names that the family's text encoders give; in a network as its arguments
+    steer: "Steer"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Identify the step and the pass of a network call, for code that remembers something between steps."""
+
+    step: int  # from 0, of those that are made
+    num_steps: int
+    timestep: float  # what the network is fed
+    which: Hashable  # equal for the same pass of all steps of a section, and for no other pass of it
+
+
+@dataclass(frozen=True, eq=False)
+class Tweaks:
+    """Changes to a single call of the network.
+
+    Equal only to itself, so that it may be a key and hold tensors.
+    """
+
+    skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
+    # in these blocks self-attention is replaced by its values
+    skip_self_attention: frozenset[int] = frozenset()
+    isolated: bool = False  # picture and sound do not hear each other
+    away: Away | None = None
+    slow_frames: "Slow | None" = None  # one frequency of the frames' rotary positions (RIFLEx)
+    embedded_guidance: bool = True  # False: the network's input for it is left out
+    # latent frames in front that are clean, not noisy: the network is told so, and their velocity is 0
+    given_frames: int = 0
+    joint: Joint | None = None  # the noisy latents are B N of a picture and its sound; timesteps B or B 2
+    kept: dict[Any, Any] | None = None  # by a network between the passes of a section; None: nothing may be
+    turn: Turn | None = None  # set by the denoising loop
+
+    @property
+    def leaves_out(self) -> bool:
+        """Return whether a part of the network is left out, so that the pass is weaker than others."""
+        return bool(self.skip_blocks or self.skip_self_attention or self.isolated)
+
+    def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Tweaks":
+        """Return the tweaks with the second text as `rename` returns it, as a network takes its texts."""
+        if self.away is None:
+            return self
+        return replace(self, away=replace(self.away, text=rename(self.away.text)))
+
+    @property
+    def steer(self) -> "Steer | None":
+        return None if self.away is None else self.away.steer
+
+    def texts(self, batch: int, **text: Any) -> list[dict[str, Any]]:
+        """Return a network's text arguments, and then those of the second text, if there is one.
+
+        A second text of one sample serves all samples of the batch.
+        """
+        if self.away is None:
+            return [text]
+        second = {
+            name: value.expand(batch, *value.shape[1:])
+            for name, value in self.away.text.items()
+            if isinstance(value, Tensor)
+        }
+        return [text, {name: second.get(name) for name in text}]
+
+    def within(self, all_passes: "Tweaks") -> "Tweaks":
+        """Return the tweaks of a pass together with those of all passes of its section."""
+        if all_passes is NO_TWEAKS:
+            return self
+        return replace(
+            self,
+            skip_blocks=self.skip_blocks | all_passes.skip_blocks,
+            skip_self_attention=self.skip_self_attention | all_passes.skip_self_attention,
+            isolated=self.isolated or all_passes.isolated,
+            away=self.away or all_passes.away,
+            slow_frames=self.slow_frames or all_passes.slow_frames,
+            embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,
+            given_frames=self.given_frames or all_passes.given_frames,
+            joint=self.joint or all_passes.joint,
+            kept=all_passes.kept if self.kept is None else self.kept,
+        )
+
+
+NO_TWEAKS = Tweaks()
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A clean picture to which the denoised one is held in the parts that do not change."""
+
+    latents: Tensor  # B C F H W
+    changed: Tensor | None = None  # B 1 F H W, above 0 where it changes; None: as `rules` find at each step
+    rules: ConsistencyRules | None = None
+
+    def to(self, device: torch.device) -> "Anchor":
+        changed = None if self.changed is None else self.changed.to(device)
+        return replace(self, latents=self.latents.to(device), changed=changed)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One run of the denoising loop. Conditions have a batch dimension."""
+
+    noise: Tensor  # B C F H W, model space, float32; B N with `tweaks.joint`, as all latents of the loop
+    positive: Conditions
+    negative: Conditions | None = None
+    blank: Conditions | None = None
+    place: int = 0  # of its first latent frame in the video
+    source: Tensor | None = None  # clean latents to start from, B C F H W; set by the shared loop
+    away: Conditions | None = None  # of a text alone, without media
+    tweaks: Tweaks = NO_TWEAKS  # of every pass
+    # clean latents of its first frames, B C f H W, which the loop keeps in their place; `tweaks.given_frames`
+    # tells the network
+    given: Tensor | None = None
+    given_sound: Tensor | None = None  # clean latents of its whole sound, B C T M, kept likewise
+    anchor: Anchor | None = None
+    made: Piece | None = None  # what the section before this one added to the video
+    label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
+    count: int = 1  # how many sections the clip is made in
+    stage: int = 0  # of `Prepared.stages`
+    shown: int | None = None  # latent frames of the picture; those behind them are no part of the clip
+
+    @property
+    def held(self) -> tuple[bool, bool]:
+        """Return whether the whole picture is given instead of denoised, and whether the sound is."""
+        joint, frames = self.tweaks.joint, self.given
+        has_picture = joint is not None and frames is not None and frames.shape[2] == joint.picture[1]
+        return has_picture, self.given_sound is not None
+
+
+Predict = Callable[..., tuple[Tensor, ...]]  # predict(*conditions, tweaks=...) -> one velocity per condition
+
+DitAt = Callable[[float], nn.Module]  # timestep -> the expert to call
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the denoising loop, before the network is called."""
+
+    index: int  # from 0, of those that are made
+    num_steps: int  # that are made
+    sigma: float  # noise level of `noisy`
+    timestep: float  # what the network is fed
+    noisy: Tensor  # B C F H W, float32; B N of a picture and its sound
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A step whose velocity is known, after guidance."""
+
+    step: Step
+    velocity: Tensor  # like `step.noisy`, float32
+    section: Section
+
+    @property
+    def clean(self) -> Tensor:
+        """Predict the clean latents from this step, shaped like `step.noisy`.
+
+        On the straight path of flow matching, noisy = (1 - sigma) clean + sigma noise, the velocity is
+        noise - clean. If data keep their full share under the noise, noisy = clean + sigma noise, a family's
+        `predict` returns the noise itself. The formula is the same for both.
+        """
+        return self.step.noisy - self.step.sigma * self.velocity
+
+    @property
+    def picture(self) -> Tensor:
+        """Return the clean latents of the picture alone, B C F H W."""
+        joint = self.section.tweaks.joint
+        latents = self.clean if joint is None else joint.split(self.clean)[0]
+        return latents[:, :, : self.section.shown]
+
+
+# Makes the velocity of a step, shaped like `Step.noisy`, from the network passes that it requests.
+Guidance = Callable[[Step, Predict, Section], Tensor]
+
+
+# Called with each step. True: enough, take `StepDone.clean` as the result of the section. Raising ends the
+# loop without a result.
+Watcher = Callable[[StepDone], bool]

@@ -1,0 +1,10 @@
+"""How a loaded network is run: compiled, block by block, within the memory that there is.
+
+compile: torch.compile for blocks, applied from outside
+doctor: tell what is installed, and what is missing
+dressing: put features around a loaded transformer, in order
+offload/: keep parts in host memory, recompute activations
+planning/: the memory of a run, predicted before it starts
+run_blocks: the one loop over blocks, the DiTs' base
+step_cache: rules decide which passes to skip; a runner skips
+"""

@@ -1,0 +1,140 @@
+"""Examine the environment: installed packages, the device, missing packages and what they are needed for."""
+
+import importlib.util
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from modules.errors import InstallationError
+from modules.installation import EXTRAS, check_requirements, install_words, read_requirements
+
+_GB = 1 << 30
+FEW_GB = 60  # of free disk: the files and caches of a model of 14 billion weights, in 16 bits
+INDEX = "https://pytorch.org/get-started/locally"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact about the environment, and whether Reelsmith can run with it."""
+
+    name: str
+    text: str
+    is_fit: bool = True
+
+
+def examine(folder: Path) -> list[Finding]:
+    """Return what this environment has, a line each. folder: where models and caches would be written."""
+    python = f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}"
+    return [
+        Finding("Python", python),
+        *_examine_packages(),
+        *_examine_torch(),
+        _examine_disk(folder),
+    ]
+
+
+def _examine_packages() -> Iterator[Finding]:
+    try:
+        check_requirements()
+    except InstallationError as error:
+        yield Finding("packages", " ".join(str(error).split()), is_fit=False)
+        return
+    from packaging.requirements import Requirement  # accelerate brings it
+
+    requirements = [Requirement(line) for line in read_requirements()]
+    wrong = [
+        f"{requirement.name} {version(requirement.name)} is not {requirement.specifier}"
+        for requirement in requirements
+        if _is_there(requirement.name)
+        and not requirement.specifier.contains(version(requirement.name), prereleases=True)
+    ]
+    remedy = "; nothing here was tried with that: python -m pip install -r requirements.txt"
+    verdict = (
+        ", ".join(wrong) + remedy if wrong else "all of requirements.txt, in the versions that it asks for"
+    )
+    yield Finding("packages", verdict, is_fit=not wrong)
+    yield Finding("video", f"PyAV {version('av')}; it brings FFmpeg, so no other is needed")
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        yield Finding("bitsandbytes", f"{version('bitsandbytes')}: optimizers in 8 bits (adamw8bit) work")
+    else:
+        lacking = "missing: --optimizer_type adamw8bit is refused; adamw takes 6 bytes more for each weight"
+        remedy = "" if sys.platform == "darwin" else " that learns. python -m pip install bitsandbytes"
+        yield Finding("bitsandbytes", lacking + remedy)
+    yield _examine_browser()
+
+
+def _examine_torch() -> Iterator[Finding]:
+    """Yield torch, its device, its compiler and the attention packages; nothing without torch."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    try:
+        import torch
+
+        from modules.attention.attend import BACKENDS
+        from modules.devices import choose_device
+        from running.compile import missing_for_inductor
+    except Exception as error:  # a build for another system raises OSError, a damaged one anything
+        verdict = f"cannot be loaded ({type(error).__name__}: {error}). Install it anew: {INDEX}"
+        yield Finding("torch", verdict, is_fit=False)
+        return
+    device = choose_device(None)
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+    yield Finding("torch", f"{torch.__version__}, {built}")
+    if device.type == "cuda":
+        for number in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(number)
+            half = "bf16" if facts.major >= 8 else "fp16 (it computes bf16 slowly)"
+            size = f"{facts.total_memory / _GB:.0f} GB, capability {facts.major}.{facts.minor}"
+            yield Finding(f"GPU {number}", f"{facts.name}, {size}: {half}")
+    else:
+        yield _without_cuda(device.type)
+    missing = missing_for_inductor(device)
+    verdict = f"missing {missing}. Without it --compile and --optimized are refused" if missing else "works"
+    yield Finding("compile", verdict)
+    packages = {
+        backend.name: importlib.util.find_spec(backend.module) is not None
+        for backend in BACKENDS.values()
+        if backend.module
+    }
+    backends = ["torch's own", *(name for name, has in packages.items() if has)]
+    lacking = ", ".join(name for name, has in packages.items() if not has)
+    verdict = (
+        f"; not installed: {lacking}. Their options are refused, torch's own needs none" if lacking else ""
+    )
+    yield Finding("attention", ", ".join(backends) + verdict)
+
+
+def _examine_browser() -> Finding:
+    missing = [name for name in EXTRAS["browser"] if importlib.util.find_spec(name) is None]
+    if not missing:
+        return Finding("browser", "works: pages of runs, their datasets and a queue")
+    lacking = f"missing {' and '.join(missing)}, for the pages of runs, datasets and the queue"
+    return Finding("browser", f"{lacking}: {install_words('browser')}")
+
+
+def _without_cuda(kind: str) -> Finding:
+    if shutil.which("nvidia-smi") is None:
+        verdict = "no CUDA device: only small models are trained and sampled in useful time"
+        return Finding("GPU", f"{kind}; {verdict}" if kind != "cpu" else verdict)
+    verdict = (
+        "an NVIDIA driver is installed, but this torch finds no CUDA device: see what nvidia-smi prints, and "
+        f"install the build of torch for CUDA ({INDEX})"
+    )
+    return Finding("GPU", verdict, is_fit=False)
+
+
+def _examine_disk(folder: Path) -> Finding:
+    free = shutil.disk_usage(folder).free / _GB
+    few = f"; a model of 14 billion weights and its caches need about {FEW_GB} GB" if free < FEW_GB else ""
+    return Finding("disk", f"{free:.0f} GB free in {folder}{few}")
+
+
+def _is_there(distribution: str) -> bool:
+    try:
+        return bool(version(distribution))
+    except PackageNotFoundError:
+        return False

@@ -1,0 +1,97 @@
+"""Put features around a loaded transformer, in the one order that training and generation share.
+
+Before it: weights are quantised and LoRAs merged while loading, and a LoRA that is trained is attached.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed, nn
+
+from contract.family import DitSpec
+from modules.compile_options import Compilation
+from modules.speed_options import ShardingOptions, SwapOptions
+from running.offload.block_swap import swap_blocks
+from running.offload.swap_plan import HostWeights, SwapPlan, host_weights
+
+if TYPE_CHECKING:  # it is loaded only where processes share a model
+    from running.offload.sharding import ShardedBlocks
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """How blocks keep only their inputs until the backward pass."""
+
+    keeps_attention: bool = False
+    inputs_on_host: bool = False
+
+
+def swapped_weights(
+    spec: DitSpec, swap: SwapOptions, device: torch.device, whole: bool = False
+) -> HostWeights | None:
+    """Return host memory for swapped weights, or None. whole: for all weights, if the network takes turns."""
+    if not (whole or swap.number or swap.img_in_txt_in_offloading):
+        return None
+    plan = SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading, swap.block_swap_ring_size)
+    return host_weights(plan, device, whole=whole)
+
+
+def have_joined() -> bool:
+    has_joined = distributed.is_available() and distributed.is_initialized()
+    return has_joined and distributed.get_world_size() > 1
+
+
+def shared_blocks(sharding: ShardingOptions, device: torch.device) -> "ShardedBlocks | None":
+    """Return the `BlockPlace` that keeps this process' part of each block; None if blocks are not split."""
+    if not (sharding.shard_base and have_joined()):
+        return None
+    from running.offload.sharding import ShardedBlocks
+
+    return ShardedBlocks(device)
+
+
+def share_tokens(network: nn.Module, sharding: ShardingOptions, device: torch.device) -> None:
+    """Have a network run its blocks on this process' part of the tokens.
+
+    Call it last. Raises OptionError if the processes cannot share this network's tokens.
+    """
+    from running.offload import context
+
+    groups = sharding.groups_of(distributed.get_world_size())
+    grid = context.ProcessGrid(distributed.get_rank(), groups, context=sharding.context_parallel)
+    context.share_tokens(network, grid, device)
+
+
+def dress(
+    dit: nn.Module,
+    spec: DitSpec,
+    device: torch.device,
+    compilation: Compilation | None = None,
+    host: HostWeights | None = None,
+    checkpointing: Checkpointing | None = None,
+    in_pieces: bool = False,
+    shares: "ShardedBlocks | None" = None,
+) -> None:
+    """Compute token-wise parts in pieces, compile the blocks, checkpoint them, fetch swapped or split ones.
+
+    host, shares: as the network was loaded with.
+    Raises OptionError if the network has fewer blocks than are to be swapped.
+    """
+    if in_pieces:
+        from running.offload.checkpointing import compute_in_pieces
+
+        compute_in_pieces(dit, spec)
+    if compilation is not None:
+        from running.compile import compile_blocks
+
+        compile_blocks(dit, spec, compilation)
+    if checkpointing is not None:
+        from running.offload.checkpointing import checkpoint_blocks, offload_to_host
+
+        offload = offload_to_host(device) if checkpointing.inputs_on_host else None
+        checkpoint_blocks(dit, spec, checkpointing.keeps_attention, offload)
+    if host is not None:
+        swap_blocks(dit, host, device)
+    if shares is not None:
+        shares.finish(dit)

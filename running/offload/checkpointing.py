@@ -1,0 +1,349 @@
+"""Gradient checkpointing: trade compute and host memory for activation memory, from outside the network.
+
+`Offload` keeps the inputs of checkpointed blocks in host memory between forward and backward pass. Copies
+overlap with the computation: an input is copied to the host while its block computes, and back while the
+following block runs its backward pass. A running copy holds its source. The source is released when the next
+input is offloaded (the copy is done by then), after the computing stream has been made to wait for the copy.
+So memory is freed in the order of that stream, and however far Python runs ahead, the device holds at most
+two inputs that are leaving or two that are returning.
+
+A block's token-wise layers may run on a few thousand tokens at a time. A feed-forward layer widens every
+token several times. In the backward pass of a checkpointed block that is most of the live memory, although
+it is needed for one piece of the tokens at a time. So each piece is a checkpoint of its own. A nested
+checkpoint usually costs a third computation: the block, then the pieces. Here it does not: the pieces keep
+only their common inputs, which are saved once, before the first piece. At that point torch stops
+recomputing the block (its early stop), and continues piece by piece.
+"""
+
+import functools
+import math
+import types
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+from contract.family import DitSpec
+from contract.loading import TensorInfo
+from modules.private_torch import function_modes
+from running.offload.host_memory import Transfer, allocate, transfer_to
+
+ALIGNMENT = 256  # bytes
+
+
+class HostMemory:
+    """Reusable pieces of host memory: pinning is slow, so it happens in the first steps only."""
+
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        """make: memory of so many bytes, uint8."""
+        self._make = make
+        self._free: list[Tensor] = []
+        self.size_bytes = 0  # of all pieces, in use or free
+
+    def take(self, size_bytes: int) -> Tensor:
+        """Return a piece of at least that size, uint8. Give it back with `put`."""
+        fitting = [piece for piece in self._free if piece.numel() >= size_bytes]
+        if fitting:
+            best = min(fitting, key=Tensor.numel)
+            self._free = [piece for piece in self._free if piece is not best]
+            return best
+        # all free pieces are too small: drop one, as the larger new one also serves smaller sizes
+        if self._free:
+            self.size_bytes -= self._free.pop().numel()
+        size_bytes = math.ceil(size_bytes / ALIGNMENT) * ALIGNMENT
+        self.size_bytes += size_bytes
+        return self._make(size_bytes)
+
+    def put(self, piece: Tensor) -> None:
+        self._free.append(piece)
+
+
+@dataclass(eq=False)
+class _Away:
+    """An input in host memory. Its piece is freed when autograd drops it, after its backward pass."""
+
+    host: Tensor  # with the input's shape and dtype
+    device: torch.device
+    # the input before this one in the forward pass, which the backward pass needs next
+    before: "weakref.ref[_Away] | None"
+    # at most one copy on its way to the device, with the moment at which it arrives
+    coming: list[tuple[Tensor, Any]] = field(default_factory=list)
+
+
+class Offload:
+    """Host storage for the inputs of checkpointed blocks. One object serves all blocks of a network."""
+
+    def __init__(self, transfer: Transfer, make: Callable[[int], Tensor]) -> None:
+        """make: host memory of so many bytes, uint8."""
+        self._transfer = transfer
+        self.memory = HostMemory(make)
+        self._last: weakref.ref[_Away] | None = None
+        self._leaving: tuple[Tensor, Any] | None = None  # a source, and the moment at which its copy is done
+
+    def begin(self) -> None:
+        """Start a new forward pass: earlier inputs are not fetched ahead with its own."""
+        self._last = None
+
+    def hooks(self) -> saved_tensors_hooks:
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> "Tensor | _Away":
+        self._let_go()
+        # the returning copy would have other strides, which compiled code relies on
+        if not tensor.is_contiguous():
+            return tensor
+        piece = self.memory.take(tensor.nbytes)
+        host = piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        source = tensor.detach()
+        self._leaving = source, self._transfer.copy([(host, source)], self._transfer.mark())
+        away = _Away(host, tensor.device, self._last)
+        weakref.finalize(away, self._forget, piece, away.coming).atexit = False
+        self._last = weakref.ref(away)
+        return away
+
+    def _unpack(self, packed: "Tensor | _Away") -> Tensor:
+        self._let_go()
+        if isinstance(packed, Tensor):
+            return packed
+        self._send_for(packed)
+        tensor, moment = packed.coming.pop()
+        self._transfer.wait(moment)
+        before = None if packed.before is None else packed.before()
+        if before is not None:
+            self._send_for(before)
+        return tensor
+
+    def _send_for(self, away: _Away) -> None:
+        """Start copying an input back to the device, unless it is already on its way."""
+        if not away.coming:
+            # allocated on the computing stream, which also frees it; record_stream would hold it for longer
+            target = torch.empty(away.host.shape, dtype=away.host.dtype, device=away.device)
+            away.coming.append((target, self._transfer.copy([(target, away.host)], self._transfer.mark())))
+
+    def _let_go(self) -> None:
+        if self._leaving is not None:
+            self._transfer.wait(self._leaving[1])
+            self._leaving = None
+
+    def _forget(self, piece: Tensor, coming: list[tuple[Tensor, Any]]) -> None:
+        # fetched and never used: its memory must not be reused before the copy is done
+        for _, moment in coming:
+            self._transfer.wait(moment)
+        self.memory.put(piece)  # safe: later copies into it run after those out of it
+
+
+def offload_to_host(device: torch.device) -> Offload:
+    """Return an `Offload` for the device. On a CPU inputs are copied too, which saves nothing."""
+
+    def make(size_bytes: int) -> Tensor:
+        info = TensorInfo(torch.uint8, (size_bytes,))
+        return allocate({"": info}, pinned=device.type == "cuda").tensors[""]
+
+    return Offload(transfer_to(device), make)
+
+
+# prefixes of the names of attention operators, torch's and those of the optional packages
+ATTENTION = (
+    "aten::_scaled_dot_product_flash_attention",  # also _for_cpu
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "aten::_flash_attention_forward",
+    "aten::_efficient_attention_forward",
+    "aten::_cudnn_attention_forward",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::fwd",
+    "flash_attn_3::_flash_attn_forward",
+    "xformers_flash::flash_fwd",
+    "xformers_flash3::flash_fwd",
+    "xformers::efficient_attention_forward",
+    "planned::attention",  # in dry runs
+)
+# attention without a kernel: on a CPU, for few tokens
+WRITTEN_OUT = ("aten::bmm", "aten::_softmax", "aten::_safe_softmax")
+# attention to fewer keys than a quarter of the queries is cheap compared with the memory of its result
+SHORT = 4
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The forward of one checkpointed block."""
+
+    module: nn.Module
+    forward: Callable[..., Tensor]
+    keeps_attention: bool
+    offload: Offload | None
+    is_first: bool
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        if not (self.module.training and torch.is_grad_enabled()):
+            return self.forward(*inputs)
+        if self.offload is not None and self.is_first:
+            self.offload.begin()
+        # autograd does not keep results that need no gradient, and compiled code may then overwrite them
+        keeps = self.keeps_attention and any(
+            isinstance(value, Tensor) and value.requires_grad for value in inputs
+        )
+        # the second context, in which a block is computed again, reuses attention's results
+        reuse = functools.partial(create_selective_checkpoint_contexts, _policy)
+        contexts = reuse if keeps else noop_context_fn
+        hooks: AbstractContextManager[object] = (
+            nullcontext() if self.offload is None else self.offload.hooks()
+        )
+        with hooks:
+            return checkpoint(self.forward, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def checkpoint_blocks(
+    dit: nn.Module, spec: DitSpec, keep_attention: bool = False, offload: Offload | None = None
+) -> None:
+    """Make every block keep only its inputs, and recompute its activations in the backward pass.
+
+    keep_attention: also keep the result of self-attention, so that its kernel runs once. offload: keeps the
+    tensors that are direct arguments of a block; those of the last block stay on the device, as they are
+    needed next. Has an effect in train mode with gradients on only. Call after LoRA and compilation: it wraps
+    the `forward` that a block has then.
+    """
+    blocks = spec.in_order(dit)
+    for index, block in enumerate(blocks):
+        place = None if block is blocks[-1] else offload
+        block.forward = _Block(block, block.forward, keep_attention, place, is_first=index == 0)
+
+
+def _policy(_: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:
+    """Keep the result of an expensive attention, by the operator's name and the size of query and key."""
+    name, tensors = operator.name(), (*inputs, *named.values())
+    if name.startswith(ATTENTION):
+        keeps = "backward" not in name and tensors[1].numel() * SHORT >= tensors[0].numel()
+    else:
+        keeps = name.startswith(WRITTEN_OUT) and tensors[0].device.type == "cpu"
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# Letters: B batch, L tokens, C width
+
+
+# enough to keep a GPU busy, and to make up for reading (and dequantising) the weights for every piece
+TOKENS = 4096
+# attribute of a layer: if it is true, the layer's block is not computed in pieces
+WHOLE = "sees_whole_input"
+
+Method = Callable[..., Tensor]
+
+
+def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> None:
+    """Make blocks compute their methods `spec.token_wise` for at most `tokens` tokens at a time.
+
+    These methods map (x: B L C, ...) to B L C'. Has an effect in train mode with gradients on only. Call
+    after LoRA, before compilation and `checkpoint_blocks`. Results differ only by the order of summation in
+    products. Blocks with a layer that sets `sees_whole_input` are not changed.
+    """
+    # one function for all blocks of a class: compiled code knows functions by identity
+    changed: dict[Method, Method] = {}
+    for block in chain.from_iterable(spec.blocks(dit).values()):
+        if any(getattr(layer, WHOLE, False) for layer in block.modules()):
+            continue
+        for name in spec.token_wise:
+            method = getattr(type(block), name, None)
+            if method is not None:
+                changed.setdefault(method, _in_pieces(method, tokens))
+                setattr(block, name, types.MethodType(changed[method], block))
+
+
+def _in_pieces(method: Method, tokens: int) -> Method:
+    def run(block: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
+        count = -(-x.shape[1] // tokens)
+        if count == 1 or not (block.training and torch.is_grad_enabled()):
+            return method(block, x, *inputs)
+        # compiled code plans by itself what to keep and what to recompute
+        if torch.compiler.is_compiling():
+
+            def compute(piece: Tensor) -> Tensor:
+                return method(block, piece, *inputs)
+
+            return torch.cat(
+                [checkpoint(compute, piece, use_reentrant=False) for piece in x.chunk(count, dim=1)], dim=1
+            )
+        common = _CommonInputs(method, block, count, inputs=(x, *inputs))
+        # tells checkpointing the device; in a tuple, so that it is not saved, as that would happen after a
+        # piece was computed
+        device = (x.new_empty(0),)
+        computed = [checkpoint(common.compute, index, device, use_reentrant=False) for index in range(count)]
+        common.forget()
+        return torch.cat(computed, dim=1)
+
+    return run
+
+
+class _Keep(torch.autograd.Function):
+    """Saves tensors in a node of the autograd graph; no gradient flows through it."""
+
+    @staticmethod
+    def forward(ctx: Any, handle: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise AssertionError("this node only saves tensors")
+
+
+class _CommonInputs:
+    """Common inputs of all pieces of a call: first those given, in the backward pass those autograd saved."""
+
+    def __init__(self, method: Method, block: nn.Module, count: int, inputs: tuple[Any, ...]) -> None:
+        """inputs: of the method; the first, B L C, is computed in `count` pieces."""
+        self._method = method
+        self._block = block
+        self._count = count
+        self._fixed = [None if isinstance(value, Tensor) else value for value in inputs]
+        self._places = [index for index, value in enumerate(inputs) if isinstance(value, Tensor)]
+        tensors = [inputs[index] for index in self._places]
+        self._learns = [tensor.requires_grad for tensor in tensors]
+        # the output, not its node: before torch 2.13 a node frees what it saved when its output is gone
+        self._saver: Any = _Keep.apply(torch.empty(0, requires_grad=True), *tensors)
+        self._tensors: list[Tensor] | None = tensors
+        self._pieces = inputs[0].chunk(
+            count, dim=1
+        )  # split once, so that the pieces' gradients are joined once
+        self._done = 0  # recomputed pieces
+        self._modes = function_modes()  # a rehearsal's: torch turns them off during `backward`
+
+    def forget(self) -> None:
+        """Release everything until the backward pass: all pieces are computed."""
+        self._tensors, self._pieces, self._done = None, (), 0
+
+    def compute(self, index: int, device: object) -> Tensor:
+        """Compute one piece; the backward pass recomputes each once."""
+        is_again = self._tensors is None or self._done > 0
+        if self._tensors is None:
+            # read only once: this makes torch recompute the block
+            saved = zip(self._saver.grad_fn.saved_tensors, self._learns, strict=True)
+            self._tensors = [tensor.detach().requires_grad_(learns) for tensor, learns in saved]
+            self._pieces = self._tensors[0].chunk(self._count, dim=1)
+        inputs = list(self._fixed)
+        for place, tensor in zip(self._places, self._tensors, strict=True):
+            inputs[place] = tensor
+        inputs[0] = self._pieces[index]
+        if is_again:
+            self._done += 1
+            if self._done == self._count:
+                self.forget()
+        with ExitStack() as stack:
+            for mode in self._modes if is_again else ():
+                stack.enter_context(mode)
+            return self._method(self._block, *inputs)

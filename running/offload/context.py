@@ -1,0 +1,220 @@
+"""Lay out the processes of a run, and share the tokens of a clip among them (--context_parallel).
+
+Processes are laid out as micro-batches x passes of a step x tokens of a clip. Neighbours share the tokens, as
+they exchange most. Groups of them share the passes of a step (--cfg_parallel), and groups of those have
+micro-batches of their own. A transformer that is split (--shard_base) has its parts in all processes.
+
+All processes embed the whole clip; then each takes a run of its tokens, runs the blocks, and gathers the runs
+of all. In self-attention each process has all tokens in their order, but a part of the heads: an exchange
+before it and one after it. Source: Jacobs et al. 2023, arXiv 2309.14509 (DeepSpeed-Ulysses).
+
+The layers before and after the blocks, and the loss, are computed in every process from equal inputs. Each
+divides its loss by the number of processes, and gradients are summed over them.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from contract.steps import Tweaks
+from modules.attention.attend import SecondText
+from modules.errors import OptionError
+from modules.private_torch import exchange_rows
+from running.offload.sharding import TOKEN_GROUP, TOKEN_PART, gather_parts
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
+
+AXES = ("data", "passes", "context")  # the last one changes fastest
+
+
+@dataclass(frozen=True)
+class ProcessGrid:
+    """How many processes share what, and where this one stands."""
+
+    rank: int  # of this process, from 0
+    data: int  # groups of processes with micro-batches of their own (`ShardingOptions.groups_of`)
+    passes: int = 1  # parts of a group that share the passes of a step
+    context: int = 1  # processes of a part, which share the tokens of a clip
+
+    @property
+    def pass_rank(self) -> int:
+        """Return which part of the passes of a step this process runs."""
+        return self.rank // self.context % self.passes
+
+    @property
+    def context_rank(self) -> int:
+        """Return which part of a clip's tokens this process has."""
+        return self.rank % self.context
+
+
+def device_mesh(grid: ProcessGrid, device: torch.device) -> "DeviceMesh":
+    """Make the groups of processes, with the names in `AXES`. All processes must call it."""
+    from torch.distributed.device_mesh import init_device_mesh  # of no use to a single process
+
+    return init_device_mesh(device.type, (grid.data, grid.passes, grid.context), mesh_dim_names=AXES)
+
+
+def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) -> None:
+    """Make the network's blocks run on a part of the tokens. Call it last, in all processes.
+
+    Raises OptionError if the heads cannot be divided among the processes.
+    """
+    config: Any = network.config
+    heads: int = config.num_heads
+    if heads % grid.context:
+        fitting = [str(count) for count in range(2, heads + 1) if heads % count == 0]
+        raise OptionError(
+            f"--context_parallel {grid.context}: each process computes an equal part of the {heads} heads of "
+            f"this transformer's attention. Give {' or '.join(fitting) or 1}"
+        )
+    group = device_mesh(grid, device).get_group("context")
+    set_runner(network, functools.partial(_run_part, runner_of(network), group))
+    setattr(network, TOKEN_GROUP, group)
+    for block in chain.from_iterable(spec_of(network).blocks(network).values()):
+        for layer in block.modules():
+            setattr(layer, TOKEN_PART, grid.context_rank)
+
+
+def _run_part(
+    inner: Runner, group: distributed.ProcessGroup, dit: nn.Module, hidden: Hidden, tweaks: Tweaks
+) -> None:
+    """Run the blocks on this process' part of the tokens by the runner that was set before."""
+    tokens, added = hidden.tokens, hidden.added
+    # lengths of the streams of tokens; if there are several, the record of tokens states them
+    lengths = getattr(tokens, "stream_lengths", (hidden.x.shape[1],))
+    parts = [TokenPart(length, group.rank(), group.size(), group) for length in lengths]
+    _take_parts(hidden, parts, lengths)
+    inner(dit, hidden, tweaks)
+    hidden.added = added
+    lengths_here = [part.of_first(part.length) for part in parts]
+    streams = hidden.x.split(lengths_here, dim=1)
+    joined = [part.join(stream) for part, stream in zip(parts, streams, strict=True)]
+    hidden.x = joined[0] if len(joined) == 1 else torch.cat(joined, dim=1)
+    hidden.tokens = tokens
+
+
+def _take_parts(hidden: Hidden, parts: Sequence["TokenPart"], lengths: Sequence[int]) -> None:
+    """Cut the tokens, and all that is added to them, to this process' parts of their streams."""
+    streams = zip(parts, hidden.x.split(lengths, dim=1), strict=True)
+    hidden.x = torch.cat([part.take(stream) for part, stream in streams], dim=1)
+    hidden.tokens = hidden.tokens.cut(*parts)
+    hidden.added = [None if tensor is None else parts[0].take(tensor) for tensor in hidden.added]
+    if hidden.side is not None:
+        hidden.side = parts[0].take(hidden.side)
+
+
+@dataclass(frozen=True)
+class TokenPart:
+    """One of the P runs into which L tokens are cut, equally long; the last ones may be shorter or empty."""
+
+    length: int  # L
+    index: int  # of this part, from 0
+    count: int  # P
+    group: Any  # of the processes, in the order of the parts
+
+    @property
+    def size(self) -> int:
+        """Return how many tokens each part has, but for the last ones, which may be shorter."""
+        return -(-self.length // self.count)
+
+    @property
+    def run(self) -> slice:
+        return slice(min(self.index * self.size, self.length), min((self.index + 1) * self.size, self.length))
+
+    def of_first(self, count: int) -> int:
+        return min(max(count - self.run.start, 0), self.run.stop - self.run.start)
+
+    def of_last(self, count: int) -> int:
+        return self.run.stop - self.run.start - self.of_first(self.length - count)
+
+    def rows(self, table: Tensor, before: int = 0) -> Tensor:
+        """Return the rotations of this part's tokens; tokens behind the table's end have no rotation.
+
+        table: ... L' 1 D/2 2, of tokens behind the first `before`.
+        """
+        start, stop = (max(place - before, 0) for place in (self.run.start, self.run.stop))
+        return table[..., start:stop, :, :, :]
+
+    def take(self, x: Tensor) -> Tensor:
+        """Return these tokens of B L C."""
+        return x[:, self.run]
+
+    def join(self, x: Tensor) -> Tensor:
+        """Gather the tokens of all processes: B l C here to B L C."""
+        joined: Tensor = _Join.apply(x, self)
+        return joined
+
+    def gather_tokens(self, *heads: Tensor) -> tuple[Tensor, ...]:
+        """Exchange all heads of this process' tokens, B l N D, for all tokens of its heads, each B L n D."""
+        sent = []
+        for tensor in heads:
+            by_process = self._fill_up(tensor).unflatten(2, (self.count, -1)).movedim(2, 0)
+            sent.append(by_process.contiguous())
+        received = _Exchange.apply(self.group.group_name, *sent)  # each P B size n D
+        return tuple(tensor.movedim(0, 1).flatten(1, 2)[:, : self.length] for tensor in received)
+
+    def gather_heads(self, attended: Tensor) -> Tensor:
+        """Exchange all tokens of this process' heads, B L n D, for all heads of its tokens, B l N D."""
+        missing = self.count * self.size - self.length
+        padded = pad(attended, (0, 0, 0, 0, 0, missing)) if missing else attended
+        sent = padded.unflatten(1, (self.count, self.size)).movedim(1, 0).contiguous()
+        (received,) = _Exchange.apply(self.group.group_name, sent)  # P B size n D
+        return received.movedim(0, 2).flatten(2, 3)[:, : self.run.stop - self.run.start]
+
+    def combine(self, with_first: Tensor, with_second: Tensor, second: SecondText) -> Tensor:
+        """Return the attention of these tokens, B l N D, from that of n heads with either text alone.
+
+        with_first, with_second: as `SecondText.combine` takes them. Combining needs all heads of a token.
+        """
+        before = second.before
+        texts = torch.cat([with_first[:, before:], with_second[:, before:]], dim=1)
+        with_first = self.gather_heads(torch.cat([with_first[:, :before], texts], dim=1))
+        with_second = self.gather_heads(torch.cat([with_second[:, :before], texts], dim=1))
+        here = self.of_first(before)
+        steered = second.steer(with_first[:, :here], with_second[:, :here])
+        return torch.cat([steered, with_first[:, here:]], dim=1)
+
+    def _fill_up(self, x: Tensor) -> Tensor:
+        """Return B size ... of B l ..., with zeros behind it."""
+        missing = self.size - x.shape[1]
+        return pad(x, (*[0, 0] * (x.ndim - 2), 0, missing)) if missing else x
+
+
+class _Exchange(torch.autograd.Function):
+    """Send row i of each tensor, P ..., to process i of a group, and return the rows that they send."""
+
+    @staticmethod
+    def forward(ctx: Any, group: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return exchange_rows(tensors, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *exchange_rows([gradient.contiguous() for gradient in gradients], ctx.group)
+
+
+class _Join(torch.autograd.Function):
+    """Joins tokens. All processes compute the same from them, so each knows the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: TokenPart) -> Tensor:
+        ctx.part = part
+        sent = part._fill_up(x).contiguous()
+        joined = sent.new_empty(part.count, *sent.shape)
+        gather_parts(joined.view(-1, *sent.shape[1:]), sent, part.group)
+        return joined.movedim(0, 1).flatten(1, 2)[:, : part.length]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient[:, ctx.part.run] * ctx.part.count, None

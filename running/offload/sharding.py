@@ -1,0 +1,297 @@
+"""Split the blocks of a transformer over processes: each keeps a part and gathers a block to run it.
+
+    shares = ShardedBlocks(device)  # in every process, after they have joined
+    dit = family.load_dit(Placement(device, blocks=shares))  # of each block its part stays, once it is filled
+    ...  # LoRA, compilation, checkpointing
+    shares.finish(dit)
+
+torch's FSDP2 does the work: each process keeps an equal number of rows of each weight, a block is gathered
+while the one before it computes, and what was gathered is freed after the block, so that two whole blocks are
+there at a time (on a CPU one: it gathers and computes by turns). What is outside the blocks stays whole.
+Frozen weights have no gradients to send; the gradients of trained weights are summed in each backward pass,
+and each process gets those of its rows.
+
+All processes have to run the same passes in the same order, each with gradients or each without, as a block
+is gathered from all of them.
+"""
+
+import functools
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+from contract.steps import Tweaks
+from modules.devices import choose_device, keep_heap_small
+from modules.errors import OptionError
+from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+_NAME = "_sharding"  # under which a network carries its own
+TOKEN_PART = "token_part"  # attribute of a layer: which part of the tokens it gets, if it gets not all
+TOKEN_GROUP = "_token_group"  # under which it carries the processes that share its tokens
+PATIENCE = timedelta(days=1)  # for a process that waits for a prompt, or writes files
+
+
+class ShardedBlocks:
+    """The parts of a network's blocks that this process keeps: a `BlockPlace`."""
+
+    def __init__(self, device: torch.device) -> None:
+        """device: of this process. All processes that have joined take part."""
+        from torch.distributed.device_mesh import init_device_mesh  # of no use to a single process
+
+        self._mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+        if device.type == "cpu":
+            keep_heap_small()  # else whole blocks leave holes that are as large as what was split
+
+    def watch(self, network: nn.Module) -> Callable[[str], None]:
+        """Return a function to call with the name of each filled tensor; it splits complete blocks."""
+        blocks = _blocks_of(network)
+        owners = {f"{path}.{name}": path for path, block in blocks.items() for name in block.state_dict()}
+        waiting = Counter(owners.values())
+
+        def note(name: str) -> None:
+            path = owners.get(name)
+            if path is not None:
+                waiting[path] -= 1
+                if not waiting[path]:
+                    self._split(blocks[path])
+
+        return note
+
+    def split(self, network: nn.Module) -> None:
+        """Split the blocks that were not loaded with this place."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for block in _blocks_of(network).values():
+            if not isinstance(block, FSDPModule):
+                self._split(block)
+
+    def finish(self, network: nn.Module) -> None:
+        """Make the network gather its blocks. Call it last, in place of `swap_blocks`."""
+        from torch.distributed.fsdp import fully_shard
+
+        self.split(network)
+        blocks = list(_blocks_of(network).values())
+        root = _Root(blocks)
+        fully_shard(root, mesh=self._mesh)
+        runner = runner_of(network)
+        if any(parameter.requires_grad for parameter in root.parameters()):
+            runner = functools.partial(_keep_no_copies, runner)
+            for block in blocks:  # sums: the loss is divided by the micro-batches of all processes
+                block.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+                block.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+        is_host = self._mesh.device_type == "cpu"
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            if is_host:  # it gathers and computes by turns: blocks ahead would only take memory
+                block.register_forward_pre_hook(_gather_alone, prepend=True)
+                block.set_modules_to_backward_prefetch([block])  # type: ignore[operator]
+            elif following is not None:
+                block.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
+        network.forward = functools.partial(_run_inside, root, network.forward)
+        set_runner(network, functools.partial(_run_all, runner))
+        setattr(network, _NAME, self)
+        total = sum(parameter.nbytes for parameter in root.parameters())
+        logger.info(
+            "%d blocks of %.2f GB are split over %d processes", len(blocks), total / 1e9, self._mesh.size()
+        )
+
+    def _split(self, block: nn.Module) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        # vectors stay whole: they are small, and each costs more to keep track of than its half. One goes
+        # with the weights, as gloo gathers weights in 8 bits only beside another dtype
+        vectors = [parameter for parameter in block.parameters() if parameter.ndim < 2]
+        fully_shard(block, mesh=self._mesh, reshard_after_forward=True, ignored_params={*vectors[1:]})
+
+
+class _Root(nn.Module):
+    """Hold all blocks, as FSDP2 wants a module around them, and run a function.
+
+    FSDP2 moves the inputs of this module to the device, but some inputs of a network belong on the host.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, run: Callable[[], Any]) -> Any:
+        return run()
+
+
+def _gather_alone(block: nn.Module, _: object) -> None:
+    """Gather a block before it runs; FSDP2 would keep what it received for the block before until then."""
+    block.unshard(async_op=True)  # type: ignore[operator]
+
+
+def _run_inside(root: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    return root(functools.partial(forward, *args, **named))
+
+
+def _blocks_of(network: nn.Module) -> dict[str, nn.Module]:
+    lists = spec_of(network).blocks(network).items()
+    return {f"{name}.{index}": block for name, blocks in lists for index, block in enumerate(blocks)}
+
+
+def _run_all(inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    """Run the blocks by the runner that was set before; with gradients, they go back through every block.
+
+    Otherwise, if dropout left a block without gradients in one process only, the others would gather it
+    alone.
+    """
+    if torch.is_grad_enabled() and not hidden.x.requires_grad:
+        hidden.x = hidden.x.detach().requires_grad_()
+    inner(dit, hidden, tweaks)
+
+
+def _keep_no_copies(inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    """Run the blocks without autocast's cache: it would hold copies of all trained weights in the end."""
+    is_cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        inner(dit, hidden, tweaks)
+    finally:
+        torch.set_autocast_cache_enabled(is_cached)
+
+
+def is_sharded(network: nn.Module) -> bool:
+    return hasattr(network, _NAME)
+
+
+def agree_among(network: nn.Module, value: T) -> T:
+    """Return the value of the first of the processes that run the network together; all of them call it."""
+    if is_sharded(network):
+        return agree(value)
+    group = network.__dict__.get(TOKEN_GROUP)
+    return value if group is None else agree(value, group)
+
+
+def gather_block(block: nn.Module) -> None:
+    """Gather a whole block in this process until its next pass ends; all processes must call it."""
+    block.unshard()  # type: ignore[operator]
+
+
+def gather_weight(weight: Tensor) -> Tensor:
+    """Return a weight whole, in any dtype; gather it if it is split, then all processes must call this."""
+    return gather_rows(rows_here(weight), weight) if is_split(weight) else weight
+
+
+def rows_here(weight: Any) -> Tensor:
+    rows: Tensor = weight.to_local().detach()
+    return rows
+
+
+def gather_parts(whole: Tensor, part: Tensor, group: "distributed.ProcessGroup | None" = None) -> None:
+    """Fill `whole` with the parts of all processes, or of those of a group, one after the other."""
+    # the old name is deprecated where there is the new one
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    gather(whole, part, group)
+
+
+def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
+    """Gather a tensor that is divided by rows like a split weight. part: this process' rows."""
+    count = distributed.get_world_size()
+    rows = -(-weight.shape[0] // count)  # of each process but the last ones
+    row = math.prod(weight.shape[1:]) * part.dtype.itemsize
+    mine = torch.zeros(rows * row, dtype=torch.uint8, device=part.device)
+    mine[: part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
+    gathered = mine.new_empty(count * mine.numel())
+    gather_parts(gathered, mine)
+    return gathered[: weight.shape[0] * row].view(part.dtype).view(weight.shape)
+
+
+def is_split(weight: Tensor) -> bool:
+    return hasattr(weight, "to_local")
+
+
+def rows_of(weight: Any, full: Tensor) -> Tensor:
+    """Return a view of the rows of `full` that this process has of a split weight."""
+    mesh, count = weight.device_mesh, rows_here(weight).shape[0]
+    first = mesh.get_local_rank() * -(-weight.shape[0] // mesh.size())
+    return full.narrow(0, min(first, weight.shape[0] - count), count)
+
+
+def as_split(weight: Any, part: Tensor) -> Tensor:
+    """Return a tensor that is split like a weight, made from this process' rows of it."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+    mesh = weight.device_mesh
+    if mesh.device_type != part.device.type:  # nothing is sent between processes, it only says which rows
+        mesh = DeviceMesh(part.device.type, mesh.mesh)
+    shape = {"shape": weight.shape, "stride": weight.stride()}
+    return DTensor.from_local(part, mesh, weight.placements, run_check=False, **shape)
+
+
+def trained_rows(weight: Any) -> nn.Parameter:
+    """Return the rows of a split weight as a plain parameter, in the same memory.
+
+    The parameter gets the gradients, so that an optimizer steps it as any other.
+    """
+    part = nn.Parameter(rows_here(weight))
+
+    def take(weight: Any) -> None:
+        gradient, weight.grad = weight.grad.to_local(), None
+        part.grad = gradient if part.grad is None else part.grad.add_(gradient)
+
+    weight.register_post_accumulate_grad_hook(take)
+    return part
+
+
+def set_weight(weight: Tensor, full: Tensor) -> None:
+    """Set a weight in place; if it is split, set this process' part."""
+    if is_split(weight):
+        weight, full = rows_here(weight), rows_of(weight, full)
+    weight.copy_(full)
+
+
+def take_turns(work: Callable[[U], T], item: U) -> T:
+    """Return `work(item)`, which all processes do for each of them, one after the other; all must call it."""
+    items: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(items, item)
+    return [work(element) for element in items][distributed.get_rank()]
+
+
+def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
+    return int(environment.get("WORLD_SIZE", "1"))
+
+
+def join_processes(
+    device: str | None, asked: str = "--shard_base", environment: Mapping[str, str] = os.environ
+) -> torch.device:
+    """Join the launcher's processes, and return the device of this one. device: as --device has it.
+
+    asked: the option that wants them, for messages.
+
+    Raises OptionError if the machine has fewer GPUs than processes.
+    """
+    kind, local = choose_device(device).type, int(environment.get("LOCAL_RANK", "0"))
+    if device is not None and ":" in device:
+        raise OptionError(
+            f"--device {device} with {asked}: each process has a GPU of its own. Give cuda, or leave it out"
+        )
+    if kind not in {"cpu", "cuda"}:
+        raise OptionError(f"{asked}: processes do not share a model on {kind}. Use CUDA GPUs")
+    chosen = choose_device(f"cuda:{local}" if kind == "cuda" else "cpu")
+    # objects go between the hosts: on a GPU waiting for a prompt would keep it busy
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=PATIENCE)
+    return chosen
+
+
+def agree(value: T, group: "distributed.ProcessGroup | None" = None) -> T:
+    """Return the value of the first process, of all or of a group. All call it, after `join_processes`."""
+    first, values = 0 if group is None else distributed.get_global_rank(group, 0), [value]
+    distributed.broadcast_object_list(values, first, group, device=torch.device("cpu"))
+    agreed: T = values[0]
+    return agreed

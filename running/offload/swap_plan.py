@@ -1,0 +1,166 @@
+"""Choose which weights of a transformer stay in host memory: numbers of blocks, and names.
+
+With `--blocks_to_swap N` the blocks take as much device memory as all but N of them, as in the known tuners.
+Some blocks stay on the device; the others are streamed through a few slots, which count towards that memory.
+Streamed blocks are spread evenly among resident ones, whose computation hides the copies.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from contract.family import DitSpec
+from contract.loading import TensorInfo
+from modules.errors import OptionError
+from modules.speed_options import SLOTS
+from running.offload.host_memory import HostTensors, Machine, allocate, machine_of, wait_for_all
+
+
+@dataclass(frozen=True)
+class ListPlan:
+    """How the blocks of one list share the device."""
+
+    name: str  # of the nn.ModuleList
+    num_blocks: int
+    streamed: tuple[int, ...]  # indices of the blocks that are copied from host memory each time
+    slots: int  # on the device, shared by the streamed blocks
+
+
+def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> ListPlan:
+    """Plan one list. swapped: as --blocks_to_swap counts, at most num_blocks - 1.
+
+    The device holds num_blocks - swapped blocks, but at least `slots`, so that one can be copied while one
+    computes.
+    """
+    if swapped == 0:
+        return ListPlan(name, num_blocks, (), 0)
+    resident = max(num_blocks - swapped - slots, 0)
+    count = num_blocks - resident
+    streamed = tuple(i for i in range(num_blocks) if (i + 1) * count // num_blocks > i * count // num_blocks)
+    return ListPlan(name, num_blocks, streamed, min(slots, count))
+
+
+def most_blocks(num_blocks: Sequence[int], counts: Callable[[int], Sequence[int]]) -> int:
+    """Return the largest --blocks_to_swap. num_blocks: of each list. counts: `DitSpec.swap_counts`."""
+    return next(n for n in range(sum(num_blocks), -1, -1) if n == 0 or _fits(num_blocks, counts(n)))
+
+
+def _fits(num_blocks: Sequence[int], swapped: Sequence[int]) -> bool:
+    return all(count <= max(total - 1, 0) for total, count in zip(num_blocks, swapped, strict=True))
+
+
+@dataclass(frozen=True)
+class SwapPlan:
+    """The swap options for the transformers of one family."""
+
+    spec: DitSpec
+    blocks: int  # --blocks_to_swap
+    input_layers: bool = False  # --img_in_txt_in_offloading
+    slots: int = SLOTS  # --block_swap_ring_size
+
+    def __bool__(self) -> bool:
+        return self.blocks > 0 or self.input_layers
+
+    def lists(self, dit: nn.Module) -> list[ListPlan]:
+        """Return the plan of each list of blocks. Raises OptionError if the network has too few."""
+        totals = [len(blocks) for blocks in self.spec.blocks(dit).values()]
+        swapped = check_swap(self.spec, self.blocks, totals)
+        rows = zip(self.spec.block_lists, totals, swapped, strict=True)
+        return [plan_list(*row, self.slots) for row in rows]
+
+    def names(self, dit: nn.Module) -> list[str]:
+        """Return the names of all weights in host memory, in order of use. Raises as `lists` does."""
+        names = [name for path in self.input_layer_names(dit) for name in big_weights(dit, path)]
+        for blocks in self.lists(dit):
+            names += [
+                name for index in blocks.streamed for name in big_weights(dit, f"{blocks.name}.{index}")
+            ]
+        return names
+
+    def input_layer_names(self, dit: nn.Module) -> list[str]:
+        return [name for name in self.spec.input_layers if hasattr(dit, name)] if self.input_layers else []
+
+
+def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[int]:
+    """Return how many blocks of each list are swapped. totals: how many there are.
+
+    Raises OptionError if the network has too few.
+    """
+    swapped = spec.swap_counts(blocks) if blocks else [0] * len(totals)
+    if not _fits(totals, swapped):
+        most, has = most_blocks(totals, spec.swap_counts), " + ".join(map(str, totals))
+        raise OptionError(
+            f"--blocks_to_swap {blocks}: the transformer has {has} blocks, at most {most} can be "
+            f"swapped. Use {most} or less"
+        )
+    return swapped
+
+
+def big_weights(network: nn.Module, path: str) -> Iterator[str]:
+    """Yield the names of a part's weights that are worth moving: of layers, not biases, norms and scales."""
+    for name, _ in big_layers(network, path):
+        yield f"{name}.weight"
+
+
+def big_layers(network: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in network.get_submodule(path).named_modules(prefix=path):
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            yield name, module
+
+
+class HostWeights:
+    """The weights of one network that are in host memory: a `HostPlace`."""
+
+    def __init__(
+        self, plan: SwapPlan, pinned: bool, machine: Machine | None = None, whole: bool = False
+    ) -> None:
+        """pinned: for a CUDA device. machine: the processes that share the memory; None: one has it.
+
+        whole: all tensors, for a network that takes turns; else those that the plan keeps off the device.
+        """
+        self.plan = plan
+        self._pinned, self._machine, self._whole = pinned, machine, whole
+        self._held: HostTensors | None = None
+
+    def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
+        """Allocate the memory. Raises OptionError if the network has too few blocks."""
+        names = tensors if self._whole else self.plan.names(network)
+        self._held = allocate({name: tensors[name] for name in names}, self._pinned, self._machine)
+        return self._held.tensors
+
+    @property
+    def is_filled_here(self) -> bool:
+        return self._held is None or self._held.is_filled_here
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {} if self._held is None else self._held.tensors
+
+    def finish(self) -> None:
+        wait_for_all(self._machine)
+
+    def adopt(self, network: nn.Module) -> Mapping[str, Tensor]:
+        """Return the swapped weights by name; move them here if the network was loaded without `hold`."""
+        names = self.plan.names(network)
+        if self._held is None:
+            weights = {name: network.get_parameter(name) for name in names}
+            tensors = self.hold(
+                network,
+                {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
+            )
+            for name, weight in weights.items():
+                if self.is_filled_here:
+                    tensors[name].copy_(weight.data)
+                weight.data = tensors[name]  # one by one: no second copy of all
+            self.finish()
+        return {name: self.tensors[name] for name in names}
+
+
+def host_weights(plan: SwapPlan, device: torch.device, whole: bool = False) -> HostWeights | None:
+    """Return memory for weights that the plan keeps off the device, or None. whole: for all weights."""
+    if not (plan or whole):
+        return None
+    return HostWeights(plan, device.type == "cuda", machine_of(os.environ), whole)

@@ -1,0 +1,84 @@
+"""Predict what a card holds that shares a step with others, from what a single card would hold."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from contract.steps import Tweaks
+from modules.private_torch import TorchDispatchMode
+from running.planning.dry_run import (
+    ATTENTION,
+    IN_BLOCKS,
+    KEPT,
+    WORKING,
+    Counts,
+    Extrapolate,
+    Moment,
+    extrapolate,
+)
+from running.run_blocks import Hidden, runner_of, set_runner
+
+EXCHANGED = 3  # tensors of an attention: one is in order for the others, one is sent, one arrives
+
+
+@dataclass(frozen=True)
+class Division:
+    """How processes, each with a card, divide a step."""
+
+    processes: int
+    shards: bool = False  # the weights of the blocks: --shard_base
+    context: int = 1  # cards that share the tokens of a clip: --context_parallel
+
+
+class TokenCounter(TorchDispatchMode):
+    """Note the sizes of tensors that cards would share, from the operators that run while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0  # bytes of the queries of one self-attention
+        self.tokens = 0  # bytes of the tokens of a pass as they leave the blocks
+        self.heads = 0  # the largest number that divides the heads of every self-attention
+
+    def watch(self, dit: nn.Module) -> Extrapolate:
+        """Watch a network from now on; return the function that extrapolates its rehearsal."""
+        inner = runner_of(dit)
+
+        def run(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+            inner(dit, hidden, tweaks)
+            self.tokens = max(self.tokens, hidden.x.nbytes)
+
+        def watched(measure: Callable[[Counts], Mapping[str, Moment]], counts: Counts) -> dict[str, Moment]:
+            with self:
+                return extrapolate(measure, counts)
+
+        set_runner(dit, run)
+        return watched
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == "planned::attention":
+            query, key = args[:2]
+            if query.shape[1] == key.shape[1]:  # to a text each token looks on its own card
+                self.largest = max(self.largest, query.nbytes)
+                self.heads = math.gcd(self.heads, query.shape[2])
+        return func(*args, **(kwargs or {}))
+
+
+def divide_tokens(moments: Mapping[str, Moment], context: int, undivided: TokenCounter) -> dict[str, Moment]:
+    """Return a rehearsal's moments for a card that has 1 / `context` of the tokens inside the blocks.
+
+    Outside the blocks it works on all tokens, which are gathered behind them. Tokens that stay whole inside,
+    such as those of a text that is only looked at, count as divided: they are few. undivided: the
+    rehearsal's counter.
+    """
+    buffers = EXCHANGED * undivided.largest // context
+
+    def part(place: str, moment: Moment) -> Moment:
+        if not place.startswith(IN_BLOCKS):
+            return {**moment, KEPT: moment.get(KEPT, 0) // context + undivided.tokens}
+        parted = {kind: moment.get(kind, 0) // context for kind in (KEPT, ATTENTION, WORKING)}
+        return {**moment, **parted, WORKING: parted[WORKING] + buffers}
+
+    return {place: part(place, moment) for place, moment in moments.items()}

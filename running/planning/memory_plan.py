@@ -1,0 +1,383 @@
+"""Predict the peak of device and host memory by part, show it as a table, and decide whether it fits."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from contract.family import DitSpec
+from modules.control_codes import escape_control_codes
+from modules.devices import GIB, gib
+from modules.errors import MemoryPlanError, OptionError, UserError
+from modules.speed_options import (
+    GenerationSpeedOptions,
+    Speed,
+    SwapOptions,
+    TrainingSpeedOptions,
+    set_blocks_to_swap,
+)
+from running.offload.sharding import launched_processes
+from running.offload.swap_plan import SwapPlan, big_weights, most_blocks
+from running.planning import dry_run
+from running.planning.device_memory import CONTEXT, Room
+
+# cuBLAS needs a workspace for every thread that multiplies: the main one, and autograd's in training. torch
+# allocates it, so it is in `max_memory_allocated`. Source: CUDA semantics in torch's documentation,
+# CUBLAS_WORKSPACE_CONFIG; NVIDIA's cublasSetWorkspace.
+WORKSPACE, SMALL_WORKSPACE = 32 << 20, 8320 << 10  # from Hopper on, and before it
+
+
+@dataclass(frozen=True)
+class MemoryPart:
+    """One line of the plan, in bytes."""
+
+    name: str
+    device: int
+    host: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Memory held at the peak of one phase of the run."""
+
+    name: str
+    parts: tuple[MemoryPart, ...]
+
+    @property
+    def device(self) -> int:
+        """Return the peak that torch's allocator will report, in bytes."""
+        return sum(part.device for part in self.parts)
+
+    @property
+    def host(self) -> int:
+        return sum(part.host for part in self.parts)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The phases of a run, one after the other; each frees its memory before the next one starts."""
+
+    phases: tuple[Phase, ...]
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.device)
+
+    @property
+    def device(self) -> int:
+        return self.worst.device
+
+    @property
+    def host(self) -> int:
+        return max(phase.host for phase in self.phases)
+
+
+def workspace(device: torch.device, is_training: bool) -> MemoryPart:
+    """Return the part for cuBLAS's workspaces; without a CUDA device, those of a Hopper GPU."""
+    is_large = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    size = WORKSPACE if is_large else SMALL_WORKSPACE
+    return MemoryPart("cuBLAS", (2 if is_training else 1) * size, note="workspace of matrix products")
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """Effect of --blocks_to_swap or --shard_base on the weights, in bytes."""
+
+    host: int  # of weights that leave the device
+    ring: int  # of slots on the device through which they are streamed, or where blocks are gathered
+    elsewhere: int = 0  # of weights that are in the other processes
+    processes: int = 1  # that share the weights
+
+    @property
+    def saved(self) -> int:
+        return self.host + self.elsewhere - self.ring
+
+    def words(self, blocks: int, ring: str) -> str:
+        """Return a note on the weights. blocks: that are swapped. ring: words on the slots."""
+        if self.processes > 1:
+            return f"; blocks split over {self.processes} processes, {gib(self.ring)} to gather them"
+        return f"; {blocks} blocks swapped, {gib(self.ring)} {ring}" if self.host else ""
+
+
+def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> Swapped:
+    """Return the bytes of a swap plan for a network on any device.
+
+    Raises OptionError if it has too few blocks.
+    """
+
+    def size(names: Iterable[str]) -> int:
+        return sum(dry_run.round_up_bytes(dit.get_parameter(name).nbytes) for name in names)
+
+    ring = max((size(big_weights(dit, name)) for name in plan.input_layer_names(dit)), default=0)
+    for list_plan in plan.lists(dit):
+        blocks = [size(big_weights(dit, f"{list_plan.name}.{index}")) for index in list_plan.streamed]
+        ring += list_plan.slots * max(blocks, default=0)
+    return Swapped(size(plan.names(dit)), ring)
+
+
+GATHERED = 3  # blocks: one computes, one is gathered, and the buffer that it is received in
+
+
+def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> int:
+    """Return how many processes share the transformer; without a launcher --plan's cards, or two."""
+    if not speed.sharding.shard_base:
+        return 1
+    launched = launched_processes()
+    return max(2, speed.plan.cards[0]) if launched == 1 and speed.plan.is_asked else launched
+
+
+def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1) -> list[Swapped]:
+    """Return the effect of every possible --blocks_to_swap, from 0 on, with the other options of `swap`.
+
+    processes: that share the blocks; if there are several, none can be swapped.
+    """
+    if processes > 1:
+        return [share_blocks(weights_by_block(dit, spec), processes)]
+    totals = [len(blocks) for blocks in spec.blocks(dit).values()]
+    moves_layers = swap.img_in_txt_in_offloading
+    slots = swap.block_swap_ring_size
+    return [
+        plan_swapped_bytes(dit, SwapPlan(spec, count, moves_layers, slots))
+        for count in range(most_blocks(totals, spec.swap_counts) + 1)
+    ]
+
+
+BlockWeights = tuple[tuple[int, int], ...]  # rows and bytes of each weight of a block that can be split
+
+
+def weights_by_block(dit: nn.Module, spec: DitSpec) -> tuple[BlockWeights, ...]:
+    """Return the weights of each block that --shard_base splits, in the order in which the blocks run.
+
+    Of a block's vectors only one is split (`running.offload.sharding`).
+    """
+    by_block: list[BlockWeights] = []
+    for block in chain.from_iterable(spec.blocks(dit).values()):
+        weights = sorted(block.parameters(), key=lambda weight: weight.ndim < 2)  # vectors last
+        matrices = sum(weight.ndim > 1 for weight in weights)
+        split = weights[: matrices + 1]
+        by_block.append(tuple((len(weight) if weight.ndim else 1, weight.nbytes) for weight in split))
+    return tuple(by_block)
+
+
+def share_blocks(blocks: Sequence[BlockWeights], processes: int) -> Swapped:
+    """Return the effect of --shard_base."""
+    block_bytes = [sum(dry_run.round_up_bytes(size) for _, size in block) for block in blocks]
+    total = sum(block_bytes)
+    return Swapped(0, GATHERED * max(block_bytes, default=0), total - total // processes, processes)
+
+
+NAMES = {
+    dry_run.WEIGHTS: "weights of the transformer",
+    dry_run.TEXTS: "weights of text encoders",
+    dry_run.ADAPTER: "LoRA in training steps alone",
+    dry_run.NETWORK: "network (LoRA)",
+    dry_run.GRADIENTS: "gradients",
+    dry_run.OPTIMIZER: "optimizer",
+    dry_run.BATCH: "batch",
+    dry_run.KEPT: "kept activations",
+    dry_run.ATTENTION: "attention workspace",
+    dry_run.WORKING: "work on one block",
+}
+
+
+def parts_of(
+    moment: dry_run.Moment, swap: Swapped, notes: Mapping[str, str], waiting: int = 0
+) -> tuple[MemoryPart, ...]:
+    """Return a moment as lines of a plan. waiting: bytes of activations in host memory."""
+    parts = []
+    for kind, name in NAMES.items():
+        size, host = moment.get(kind, 0), 0
+        if kind == dry_run.WEIGHTS:
+            size, host = size - swap.saved, swap.host
+        elif kind == dry_run.KEPT:
+            host = waiting
+        if size or host:
+            parts.append(MemoryPart(name, size, host, notes.get(kind, "")))
+    return tuple(parts)
+
+
+def dtypes_of(dit: nn.Module) -> str:
+    """Return the GiB of a network's weights by dtype, largest first: `26.60 bfloat16, 0.30 float32`."""
+    sizes: dict[str, int] = {}
+    for tensor in [*dit.parameters(), *dit.buffers()]:
+        name = str(tensor.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + dry_run.round_up_bytes(tensor.nbytes)
+    ordered = sorted(sizes.items(), key=lambda item: -item[1])
+    return ", ".join(
+        f"{gib(size)} {name}" for name, size in ordered if size >= GIB // 200 or name == ordered[0][0]
+    )
+
+
+def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> str:
+    """Return the last line: whether the plan fits, and if not, the changes to make."""
+    needed = f"{gib(plan.device)} GiB of tensors and about {gib(CONTEXT)} of CUDA itself"
+    if room is None:
+        return (
+            f"Needs {needed}. There is no CUDA device to compare with; --plan 24 plans for a card of 24 GiB."
+        )
+    free = f"{room.name}: {gib(room.free)} of {gib(room.total)} GiB are free"
+    if room.is_planned:
+        free = f"{room.name}, all of it free; a screen and other programs take 0.5 to 1.5 GiB of one"
+    if plan.device <= room.usable:
+        return f"Fits: {needed}. {free}."
+    lines = "\n".join(f"  {line}" for line in advice)
+    return f"Does not fit: {needed}. {free}." + (
+        f"\nWhat to change, the cheapest first:\n{lines}" if lines else ""
+    )
+
+
+def show(plan: MemoryPlan, last_line: str) -> None:
+    rows = [("GiB", "device", "host", "")]
+    for phase in plan.phases:
+        marked = f"{phase.name} (largest)" if phase is plan.worst and len(plan.phases) > 1 else phase.name
+        rows += [
+            (part.name, gib(part.device), gib(part.host) if part.host else "", part.note)
+            for part in (
+                MemoryPart(marked, phase.device, phase.host),
+                *(replace(part, name=f"  {part.name}") for part in phase.parts),
+            )
+        ]
+    widths = [max(len(row[index]) for row in rows) for index in range(3)]
+    lines = [
+        f"{name:<{widths[0]}}  {device:>{widths[1]}}  {host:>{widths[2]}}  {note}".rstrip()
+        for name, device, host, note in rows
+    ]
+    text = "\n".join(["Memory plan", *lines, *plan.remarks, last_line])
+    sys.stdout.write(f"{escape_control_codes(text)}\n")
+
+
+class Swappable(Protocol):
+    """A prediction of the device's bytes for a number of swapped blocks, which can be at most `most`."""
+
+    @property
+    def most(self) -> int: ...
+
+    def device(self, blocks: int, /) -> int: ...
+
+
+def smallest_swap(prediction: Swappable, usable: int) -> int | None:
+    """Return the smallest number of swapped blocks that fits `usable` bytes; None if none does."""
+    return next((count for count in range(prediction.most + 1) if prediction.device(count) <= usable), None)
+
+
+def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tuple[int, str | None]:
+    """Return how many blocks to swap, and the reason if --blocks_to_swap is `auto`.
+
+    With `auto` the number is the smallest that fits the room, the largest if none fits, and 0 without a
+    room. Raises OptionError if there are too few blocks.
+    """
+    most = prediction.most
+    if not swap.is_auto:
+        if swap.number > most:
+            raise OptionError(
+                f"--blocks_to_swap {swap.number}: at most {most} of this transformer's blocks can be "
+                f"swapped. Use {most} or less"
+            )
+        return swap.number, None
+    if room is None:
+        return 0, "--blocks_to_swap auto: 0, because there is no CUDA device to fit."
+    count = smallest_swap(prediction, room.usable)
+    usable = f"{gib(room.usable)} of {room.name} can be used"
+    if count is None:
+        return most, (
+            f"--blocks_to_swap auto: {most}, the largest possible number; even so "
+            f"{gib(prediction.device(most))} GiB are predicted; {usable}."
+        )
+    fewer = f"; with {count - 1} it would be {gib(prediction.device(count - 1))}" if count else ""
+    return count, (
+        f"--blocks_to_swap auto: {count}. {gib(prediction.device(count))} GiB are predicted, {usable}{fewer}."
+    )
+
+
+def print_plan(
+    prediction: Swappable,
+    swap: SwapOptions,
+    room: Room | None,
+    plan_of: Callable[[int, Sequence[str]], MemoryPlan],
+    advice: Callable[[Room], Sequence[str]],
+) -> None:
+    """Print a plan and whether it fits.
+
+    plan_of: makes a plan from the number of swapped blocks and remarks. advice: called if it does not fit.
+    """
+    blocks, reason = swap_for(prediction, swap, room)
+    plan = plan_of(blocks, [] if reason is None else [reason])
+    fits = room is None or plan.device <= room.usable
+    show(plan, verdict(plan, room, () if fits or room is None else advice(room)))
+
+
+logger = logging.getLogger(__name__)
+
+Predicted = TypeVar("Predicted", bound=Swappable)
+
+
+def resolve_swap(
+    speed: Speed, room: Room | None, predict: Callable[[], Predicted]
+) -> tuple[Speed, Predicted | None]:
+    """Return the options with the number that --blocks_to_swap auto stands for, and the prediction.
+
+    room: of a CUDA device; without one nothing is rehearsed, and auto is 0. The prediction is None if there
+    is no room or the rehearsal failed, which is logged: a run works without a plan too. Raises UserErrors as
+    the rehearsal does, MemoryPlanError if it fails and auto waits for it, and OptionError if the network has
+    fewer blocks than are to be swapped.
+    """
+    if room is None:
+        return (set_blocks_to_swap(speed, 0) if speed.swap.is_auto else speed), None
+    try:
+        prediction = predict()
+    except UserError:
+        raise
+    except Exception as error:
+        if speed.swap.is_auto:
+            raise MemoryPlanError(
+                f"--blocks_to_swap auto: no plan can be made ({error}). Give a number of blocks."
+            ) from error
+        logger.warning("The memory of this run cannot be predicted (%s: %s).", type(error).__name__, error)
+        return speed, None
+    blocks, reason = swap_for(prediction, speed.swap, room)
+    if reason is not None:
+        logger.info(reason)
+        speed = set_blocks_to_swap(speed, blocks)
+    return speed, prediction
+
+
+# for a line of advice with fp8 that is not enough
+SMALL_FORMS = "; in place of fp8 --convrot_int8 is as small, --nf4_base (in generation --nf4) half of it"
+
+
+def advise(
+    prediction: Predicted,
+    cheaper: Sequence[tuple[str, Callable[[], Predicted]]],
+    usable: int,
+    swapped: int = 0,
+    can_swap: bool = True,
+    phase: str = "",
+) -> tuple[list[str], Predicted | None]:
+    """Advise changes by which a prediction fits, the cheapest first; each line adds to those before it.
+
+    cheaper: options not in use, and the prediction with each and all before it.
+    usable: bytes of the device. swapped: blocks that the options swap.
+    phase: words behind the bytes, " while denoising".
+    Returns the lines, and the last prediction if even that does not fit.
+    """
+    lines: list[str] = []
+    unchanged = [("", lambda: prediction)]
+    for name, predict in cheaper or unchanged:
+        prediction = predict()
+        if name:
+            needed = prediction.device(swapped)
+            if needed <= usable:
+                return [*lines, f"{name}: {gib(needed)} GiB{phase} fits"], None
+            lines.append(f"{name}: {gib(needed)} GiB{phase}{SMALL_FORMS if 'fp8' in name else ''}")
+        count = smallest_swap(prediction, usable) if can_swap else None
+        if count is not None:
+            needed = prediction.device(count)
+            return [*lines, f"--blocks_to_swap {count}: {gib(needed)} GiB{phase} fits"], None
+    return lines, prediction

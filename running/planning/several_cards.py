@@ -1,0 +1,198 @@
+"""Compare the ways to use several cards: `--plan 2x24`."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from modules.command import LAUNCH, as_typed
+from modules.control_codes import escape_control_codes
+from modules.devices import GIB, gib
+from modules.errors import OptionError
+from modules.installation import find_script
+from modules.options import override_options
+from modules.speed_options import Speed
+from running.planning.device_memory import Room
+from running.planning.division import Division
+from running.planning.memory_plan import MemoryPlan, Swappable, Swapped, show, smallest_swap
+
+# options that a way decides -> how many words follow; --plan may have one
+DECIDED = {"--shard_base": 0, "--blocks_to_swap": 1, "--context_parallel": 1, "--plan": 1}
+
+
+class Divided(Swappable, Protocol):
+    """A prediction of a run, for one of the cards that share it."""
+
+    @property
+    def swaps(self) -> Sequence[Swapped]: ...
+
+    def plan(self, blocks: int, /) -> MemoryPlan: ...
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """A run on one card, rehearsed, and how to divide it."""
+
+    words: tuple[str, ...]  # options that the command lacks
+    heads: int  # number of attention heads, divided among cards that share tokens
+    can_swap: bool
+    # predicts the memory of one card of a division; raises OptionError if the run cannot be divided so
+    divide: Callable[[Division], Divided]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to use the cards. A refused way has no plan."""
+
+    words: tuple[str, ...]  # options that it adds to the command
+    division: Division
+    at_once: int  # micro-batches, or clips of a generation
+    memory: MemoryPlan | None = None
+    host: int = 0  # bytes of all processes
+    fits: bool = False
+    refusal: str = ""
+
+
+def with_division(speed: Speed, division: Division) -> Speed:
+    values = {"shard_base": division.shards, "context_parallel": division.context, "blocks_to_swap": None}
+    return override_options(speed, values)
+
+
+def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -> Iterator[Way]:
+    """Yield the ways to use equal cards, first the one that waits least for others. room: of each card."""
+    for division in _divisions(cards, is_training):
+        words = ("--shard_base",) * division.shards
+        if division.context > 1:
+            words = (*words, "--context_parallel", str(division.context))
+        at_once = cards // division.context
+        if division.shards and not is_training:
+            at_once = 1
+        way = Way(words, division, at_once)
+        heads = rehearsed.heads
+        try:
+            if heads % division.context:
+                raise OptionError(f"{heads} heads of attention are not divisible by {division.context}")
+            prediction = rehearsed.divide(division)
+        except OptionError as error:
+            yield replace(way, refusal=str(error))
+            continue
+        yield _planned(way, prediction, 0, room=room, is_training=is_training)
+        if words or not rehearsed.can_swap:
+            continue
+        # as few as fit; if none are too many, all that can be
+        count = smallest_swap(prediction, room.usable)
+        if count != 0 and prediction.most:
+            count = count or prediction.most
+            way = replace(way, words=("--blocks_to_swap", str(count)))
+            yield _planned(way, prediction, count, room=room, is_training=is_training)
+
+
+def _divisions(cards: int, is_training: bool) -> list[Division]:
+    """Return the divisions of a run among cards, first the one whose cards wait least for each other."""
+    # blocks arrive while others compute, and tokens are waited for; a generation makes one clip at a time if
+    # its processes share anything, and then each computes all tokens unless it shares them
+    contexts = [count for count in range(2, cards + 1) if cards % count == 0] if is_training else [cards]
+    blocks = [Division(cards, shards=True)]
+    tokens = [Division(cards, False, count) for count in contexts]
+    both = [Division(cards, True, count) for count in contexts]
+    if is_training:
+        return [Division(cards), *blocks, *tokens, *both]
+    return [Division(cards), *tokens, *blocks, *both]
+
+
+def _planned(way: Way, prediction: Divided, blocks: int, *, room: Room, is_training: bool) -> Way:
+    memory = prediction.plan(blocks)
+    swapped = prediction.swaps[blocks]
+    processes = way.division.processes
+    # the processes of a launcher share a copy of swapped blocks
+    host = processes * memory.host - (processes - 1) * swapped.host * is_training
+    return replace(way, memory=memory, host=host, fits=memory.device <= room.usable)
+
+
+def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: bool) -> None:
+    """Print the ways for cards, and the cheapest that fits with the parts of its memory.
+
+    runs: the first has the command's options, each further one more options that save memory; it is used if
+    nothing fits in those before it.
+    """
+    ways: list[Way] = []
+    added: tuple[str, ...] = ()
+    for run in runs:
+        ways = list(find_ways(run, cards, room, is_training))
+        added = run.words
+        if any(way.fits for way in ways):
+            break
+    plans = [way.memory for way in ways if way.memory is not None]
+    if not plans:
+        raise OptionError(ways[0].refusal)
+    title = f"\n{cards} cards of {room.total / GIB:g} GiB, {gib(room.usable)} GiB of each for tensors"
+    with_words = f", with {' '.join(added)}, as nothing fits without" if added else ""
+    lines = [f"{title}{with_words}:", *table_of(ways)]
+    lines += [f"{' '.join(way.words)} is not possible: {way.refusal}" for way in ways if way.refusal]
+    fitting = [way for way in ways if way.fits]
+    if fitting:
+        memory = fitting[0].memory
+        assert memory is not None
+        lines += _advise(fitting, added, is_training)
+    else:
+        memory = min(plans, key=lambda plan: plan.device)
+        lines.append(
+            f"No way fits: {memory.worst.name} takes {gib(memory.device)} GiB at least. Run with --plan "
+            f"{room.total / GIB:g} to see what makes it smaller, or use more or larger cards."
+        )
+    show(memory, escape_control_codes("\n".join(lines)))
+
+
+def _advise(fitting: Sequence[Way], added: Sequence[str], is_training: bool) -> list[str]:
+    """Return lines with the command of the cheapest way, and of that with which one clip is made soonest."""
+    best = fitting[0]
+    on_each = "" if is_training or best.at_once == 1 else ", on each card with its own prompts (--device)"
+    lines = [f"The cheapest that fits{on_each}:", f"  {command_of(best, added, sys.argv, is_training)}"]
+    fastest = max(fitting, key=lambda way: way.division.context)
+    if not is_training and fastest is not best:
+        lines.append("One clip is made soonest by:")
+        lines.append(f"  {command_of(fastest, added, sys.argv, is_training)}")
+    return lines
+
+
+def table_of(ways: Sequence[Way]) -> list[str]:
+    rows = [("way", "GiB a card", "host", "", "at once")]
+    for way in ways:
+        if way.memory is not None:
+            rows.append(
+                (
+                    " ".join(way.words) or "the whole model on each",
+                    gib(way.memory.device),
+                    gib(way.host),
+                    "fits" if way.fits else "no",
+                    str(way.at_once),
+                )
+            )
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    return [
+        "  ".join(
+            word.ljust(width) if index == 0 else word.rjust(width)
+            for index, (word, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training: bool) -> str:
+    """Return the command to type for a way. added: options that it lacks. argv: of the planning command."""
+    words: list[str] = []  # without the options that a way decides, and their values
+    following = 0
+    for word in argv[1:]:
+        name, equals, _ = word.partition("=")
+        if following and not word.startswith("--"):
+            following -= 1
+            continue
+        following = 0 if equals else DECIDED.get(name, 0)
+        if name not in DECIDED:
+            words.append(word)
+    script = Path(argv[0]).name
+    words = [str(find_script(script) or script), *words, *added, *way.words]
+    if not is_training and way.at_once > 1:
+        return as_typed(["python", *words])
+    return as_typed([*LAUNCH.split()[:-1], str(way.division.processes), *words])

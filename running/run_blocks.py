@@ -1,0 +1,123 @@
+"""The one loop over a transformer's blocks, and the place where code from outside stands around it.
+
+Every DiT is embed -> blocks -> unembed (`BlockNetwork`; LTX-2, of two velocities, has its own `forward`).
+`run_blocks`, which it calls for the blocks, calls the DiT's runner: `run_in_order`, or the one that
+`set_runner` put in its place. A runner usually wraps the earlier one, so several stack up:
+
+    inner = runner_of(dit)
+
+    def run(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+        before = hidden.x
+        inner(dit, hidden, tweaks)  # or not at all: a step cache adds the difference of the last pass instead
+        ...
+
+    set_runner(dit, run)
+"""
+# Letters: B batch, L tokens, C width
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from contract.family import DitSpec
+from contract.steps import NO_TWEAKS, Tweaks
+
+_RUNNER = "_runner"  # under which a network carries its own
+
+
+@dataclass(eq=False)
+class Hidden:
+    """The hidden state of one forward pass: `x` goes through the blocks, `tokens` are their other inputs.
+
+    Blocks replace `x` here, so that nothing else refers to it: a block's input is freed when it is done. An
+    `x` handed from function to function would stay on the device until the last of them returns (1.4 GiB for
+    Wan 14B at 1280x720, 81 frames).
+    """
+
+    x: Tensor  # B L C
+    tokens: Any  # the model's own record
+    # B L' C for each block, added to the first L' tokens behind it; None: nothing is
+    added: Sequence[Tensor | None] = ()
+    side: Tensor | None = None  # B L C of `DitSpec.side_list`; None: its blocks do not run
+    side_scales: Tensor | None = None  # B blocks: by which what each of them adds is multiplied
+
+
+Runner = Callable[[nn.Module, Hidden, Tweaks], None]  # has the blocks of the network change `hidden.x`
+
+
+def run_blocks(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    runner_of(dit)(dit, hidden, tweaks)
+
+
+def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    """Run all blocks one after the other, except `tweaks.skip_blocks`: those pass their input through.
+
+    Blocks of `tweaks.skip_self_attention` get inputs that say so, made by the model's record of tokens.
+    Blocks are counted over all lists, in the order of `DitSpec.block_lists`. A block of the second stream is
+    given that stream and `x`; it returns the stream, and what is added to `x` behind the next block.
+    """
+    spec = spec_of(dit)
+    lists = spec.blocks(dit)
+    blocks = [block for blocks_of_list in lists.values() for block in blocks_of_list]
+    in_side_list = [name == spec.side_list for name, blocks_of_list in lists.items() for _ in blocks_of_list]
+    hint = None
+    for index in spec.order([len(blocks_of_list) for blocks_of_list in lists.values()]):
+        block = blocks[index]
+        if in_side_list[index]:
+            if hidden.side is not None:
+                hidden.side, hint = block(hidden.side, hidden.x, hidden.tokens)
+                if hidden.side_scales is not None:
+                    number = index - len(lists[spec.block_lists[0]])
+                    hint = hint * hidden.side_scales[:, number, None, None]
+            continue
+        if index not in tweaks.skip_blocks:
+            skips = index in tweaks.skip_self_attention
+            tokens = hidden.tokens.without_self_attention() if skips else hidden.tokens
+            hidden.x = block(hidden.x, tokens)
+        addition = hidden.added[index] if hidden.added else None
+        if addition is not None:
+            missing = hidden.x.shape[1] - addition.shape[1]
+            hidden.x = hidden.x + pad(addition.to(hidden.x.dtype), (0, 0, 0, missing))
+        if hint is not None:
+            hidden.x = hidden.x + hint
+            hint = None
+
+
+class BlockNetwork(nn.Module):
+    """A DiT. `embed` says what it takes, `unembed` what it predicts; some derive further inputs for both."""
+
+    spec: DitSpec
+    dtype_of: ClassVar[str]  # a parameter that has the compute dtype in every file; others may be in 8 bits
+    embed: Callable[..., Hidden]
+    unembed: Callable[[Tensor, Any], Tensor]  # of the tokens behind the blocks, and `Hidden.tokens`
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.get_parameter(self.dtype_of).dtype
+
+    def forward(self, *inputs: Any, tweaks: Tweaks = NO_TWEAKS, **named_inputs: Any) -> Any:
+        """Predict from the inputs of `embed`. tweaks: changes to this call."""
+        hidden = self.embed(*inputs, tweaks=tweaks, **named_inputs)
+        run_blocks(self, hidden, tweaks)
+        return self.unembed(hidden.x, hidden.tokens)
+
+
+def runner_of(dit: nn.Module) -> Runner:
+    return dit.__dict__.get(_RUNNER, run_in_order)
+
+
+def set_runner(dit: nn.Module, runner: Runner) -> None:
+    """Replace the runner of the network's blocks. It is given the network and need not hold it."""
+    setattr(dit, _RUNNER, runner)
+
+
+def spec_of(dit: nn.Module) -> DitSpec:
+    """Return the `spec` that a network's class states. Raises TypeError if it states none."""
+    spec = getattr(dit, "spec", None)
+    if not isinstance(spec, DitSpec):
+        raise TypeError(f"{type(dit).__name__} has no DitSpec as its `spec`")
+    return spec

@@ -1,0 +1,320 @@
+"""Skip all blocks of a pass and add their residual from the last computed pass.
+
+    cache = StepCache(lambda: MagCacheRule(...))  # of one section of a video
+    with run_around(dit_at, cache.run) as cached_at:
+        denoise(family, cached_at, section, ...)
+
+Each pass of a step (positive, negative, one that skips layers) has its own rule and residual, by
+`Turn.which`. A residual lies where the tokens lie. It is freed before the blocks of its pass run again, and
+by `forget`.
+
+MagCache: skip a pass while the size of the residual is known to change little from step to step.
+Source: Ma et al. 2025, arXiv 2506.09045. For step c the calibrated ratio is the residual's mean size against
+that of step c - 1. Over skipped steps the ratios are multiplied; the distance of each product from 1 is an
+error, and the errors of a run of skipped steps are summed.
+
+TeaCache: skip a pass while the modulated input of the first block has changed little.
+Source: Liu et al. 2024, arXiv 2411.19108. The relative change of the input from step to step, put into a
+polynomial fitted for the model, predicts the change of the output. The predictions since the last computed
+pass are summed; at the threshold the next one is computed.
+
+Both are calibrated in a video whose passes are all computed. Measurements of all passes of a step
+(positive, negative) and of all sections are averaged: both papers find them nearly equal, and one list then
+serves videos with and without guidance. The first step of each expert has nothing before it: its ratio
+counts as 1, and it is always computed. Passes that leave out layers do not count. Numbers stay on the device
+until the end, so nothing waits for them.
+"""
+
+import functools
+import math
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from contract.steps import DitAt, Turn, Tweaks
+from running.offload.block_swap import swap_of
+from running.offload.sharding import agree_among, gather_block, is_sharded
+from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
+
+# Letters: B batch, L tokens, C width
+
+
+Signal = Callable[[], Tensor]  # the input of the first block's attention, B L C
+
+
+class Rule(Protocol):
+    """Decides for one pass of each step. It remembers what it needs between steps."""
+
+    def skips(self, turn: Turn, signal: Signal) -> bool:
+        """Return whether to skip the pass. Called once at every step that has this pass.
+
+        The first answer is no: there is nothing to add yet.
+        """
+        ...
+
+
+@dataclass(eq=False)
+class Branch:
+    """The rule and residual of one pass of a step."""
+
+    rule: Rule
+    residual: Tensor | None = None  # B L C
+
+
+@dataclass(eq=False)
+class StepCache:
+    """The passes of one section of a video."""
+
+    make_rule: Callable[[], Rule]
+    passes: int = 0
+    skipped: int = 0
+
+    def __post_init__(self) -> None:
+        # by network, as each expert has residuals of its own; weak, so that one may be freed between steps
+        self._branches = weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Branch]]()
+
+    def run(self, inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+        """Run the blocks by `inner`, or add the residual of their last run to `hidden.x`."""
+        turn = tweaks.turn
+        if turn is None:
+            inner(dit, hidden, tweaks)
+            return
+        branches = self._branches.setdefault(dit, {})
+        if turn.which not in branches:
+            branches[turn.which] = Branch(self.make_rule())
+        branch = branches[turn.which]
+        self.passes += 1
+        skips = branch.rule.skips(turn, functools.partial(first_input, dit, hidden, tweaks))
+        if agree_among(dit, skips):  # a device may differ in the last digit
+            assert branch.residual is not None
+            self.skipped += 1
+            hidden.x = hidden.x + branch.residual
+            return
+        branch.residual = None  # room for the input, which is kept while the blocks run
+        before = hidden.x
+        inner(dit, hidden, tweaks)
+        branch.residual = residual_of(dit, hidden.x, before)
+
+    def forget(self) -> None:
+        self._branches.clear()
+
+
+def residual_of(dit: nn.Module, after: Tensor, before: Tensor) -> Tensor:
+    """Return the blocks' residual, B L C.
+
+    It is kept in bfloat16 if the network computes in it, also if the residual stream is float32 (Wan): half
+    the memory, and the rounding of 0.2 % is far below what changes between steps.
+    """
+    computes_in = getattr(dit, "compute_dtype", None)
+    return (after - before).to(torch.bfloat16 if computes_in == torch.bfloat16 else after.dtype)
+
+
+def first_input(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> Tensor:
+    """Return the modulated input of the first block's attention, B L C, without running the block.
+
+    If the block is swapped its weights are brought to the device: they usually are there already, since the
+    pass before fetched ahead, and stay for the next pass. Likewise if it is split over processes.
+    """
+    spec = spec_of(dit)
+    assert spec.modulated_input is not None
+    swap = swap_of(dit)
+    if swap is not None:
+        swap.bring(0, tweaks.skip_blocks)
+    first = next(iter(spec.blocks(dit)[spec.block_lists[0]]))
+    if is_sharded(dit):
+        gather_block(first)
+    signal: Tensor = getattr(first, spec.modulated_input)(hidden.x, hidden.tokens)
+    return signal
+
+
+@contextmanager
+def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Tweaks], None]) -> Iterator[DitAt]:
+    """Yield `dit_at` whose networks have `run` around the runner of their blocks.
+
+    run: is given that runner first. At the end, also after an exception, every network has its own runner
+    again.
+    """
+    # with the networks alone: a runner that fetches swapped weights would keep those of one that is freed
+    dressed = weakref.WeakSet[nn.Module]()
+
+    def at(timestep: float) -> nn.Module:
+        dit = dit_at(timestep)
+        if dit not in dressed:
+            set_runner(dit, functools.partial(run, runner_of(dit)))
+            dressed.add(dit)
+        return dit
+
+    try:
+        yield at
+    finally:
+        for dit in dressed:
+            dressing = cast("functools.partial[None]", runner_of(dit))
+            set_runner(dit, dressing.args[-1])  # `run` may be a partial too, with arguments of its own
+
+
+class MagCacheRule:
+    """Decides for one pass of each step; looks at no tensor."""
+
+    def __init__(self, ratios: Sequence[float], retention: float, threshold: float, most_skips: int) -> None:
+        """ratios: one for each step that is made. The others: see `contract.rules.MagCache`."""
+        self._ratios, self._retention = ratios, retention
+        self._threshold, self._most_skips = threshold, most_skips
+        self._last: int | None = None  # step of the last call
+        self._forget()
+
+    def skips(self, turn: Turn, signal: Signal) -> bool:
+        """Return whether the error summed since the last computed pass allows another skip."""
+        last, self._last = self._last, turn.step
+        first = max(int(self._retention * turn.num_steps), 1)
+        if last is None or not first <= turn.step < turn.num_steps - 1:
+            self._forget()
+            return False
+        for step in range(last + 1, turn.step + 1):  # several if steps lacked this pass: it has aged by all
+            self._ratio *= self._ratios[step]
+            self._error += abs(1 - self._ratio)
+            self._skipped += 1
+        if self._error <= self._threshold and self._skipped <= self._most_skips:
+            return True
+        self._forget()
+        return False
+
+    def _forget(self) -> None:
+        self._ratio, self._error, self._skipped = 1.0, 0.0, 0
+
+
+def resample(ratios: Sequence[float], count: int) -> list[float]:
+    """Return `count` ratios, each the nearest to one of `count` evenly spaced places, both ends included."""
+    if count == 1:
+        return [ratios[-1]]
+    return [ratios[round(index * (len(ratios) - 1) / (count - 1))] for index in range(count)]
+
+
+class TeaCacheRule:
+    """Decides for one pass of each step. The host waits for one number of each."""
+
+    def __init__(self, threshold: float, coefficients: tuple[float, ...]) -> None:
+        """coefficients: of the polynomial, highest power first."""
+        self._threshold, self._coefficients = threshold, coefficients
+        self._distance = 0.0
+        self._before: Tensor | None = None
+
+    def skips(self, turn: Turn, signal: Signal) -> bool:
+        """Return whether the change since the last computed pass is below the threshold."""
+        if turn.step == turn.num_steps - 1:  # the last step is computed
+            self._before = None
+            return False
+        before, self._before = self._before, signal()
+        if before is None or turn.step == 0:
+            self._distance = 0.0
+            return False
+        change = polynomial(self._coefficients, float(relative_change(before, self._before)))
+        self._distance += max(change, 0.0)  # a fitted polynomial may dip below zero
+        if self._distance < self._threshold:
+            return True
+        self._distance = 0.0
+        return False
+
+
+def relative_change(before: Tensor, now: Tensor) -> Tensor:
+    """Return the mean absolute difference of two tensors of one shape, as a share of the mean size of the
+    first: a number on their device, float32.
+    """
+    size = before.abs().mean(dtype=torch.float32)
+    return (now - before).abs_().mean(dtype=torch.float32) / size
+
+
+def polynomial(coefficients: tuple[float, ...], x: float) -> float:
+    value = 0.0
+    for coefficient in coefficients:
+        value = value * x + coefficient
+    return value
+
+
+# Letters: B batch, L tokens, C width
+
+
+MOST_POWER = 4  # of a fitted polynomial, as the published ones
+POINTS_EACH = 3  # measured for each coefficient
+FEWEST_STEPS = 1 + 2 * POINTS_EACH  # enough for a straight line with one pass a step
+
+# called for each pass with the input of the first block's attention and what the blocks added
+Measure = Callable[[Turn, Signal, Tensor], None]
+
+
+def measure_pass(measure: Measure, inner: Runner, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    before = hidden.x
+    inner(dit, hidden, tweaks)
+    if tweaks.turn is not None and not tweaks.leaves_out:
+        signal = functools.partial(first_input, dit, Hidden(before, hidden.tokens), tweaks)
+        # each expert is measured against itself; weak, so that one may be freed between steps
+        turn = replace(tweaks.turn, which=(weakref.ref(dit), tweaks.turn.which))
+        measure(turn, signal, residual_of(dit, hidden.x, before))
+
+
+class Ratios:
+    """Changes of the size of the blocks' residual from step to step."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[Hashable, tuple[int, Tensor]] = {}  # by pass: step, and B L float32
+        self._found: dict[int, list[Tensor]] = {}
+
+    def forget(self) -> None:
+        self._sizes.clear()
+
+    def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
+        """Note the mean over all tokens of the ratio of sizes."""
+        sizes = residual.norm(dim=-1, dtype=torch.float32)
+        step, before = self._sizes.get(turn.which, (None, sizes))
+        if step == turn.step - 1:
+            ratio = (sizes / before.clamp(min=torch.finfo(torch.float32).tiny)).mean()
+            self._found.setdefault(turn.step, []).append(ratio)
+        self._sizes[turn.which] = turn.step, sizes
+
+    def result(self, num_steps: int) -> list[float]:
+        """Return the mean ratio of each step; the first, and a step that was not measured, has 1."""
+        by_step = {step: [float(ratio) for ratio in ratios] for step, ratios in self._found.items()}
+        return [
+            math.fsum(by_step[step]) / len(by_step[step]) if step in by_step else 1.0
+            for step in range(num_steps)
+        ]
+
+
+class Changes:
+    """Changes of the first block's input and of the blocks' residual from step to step."""
+
+    def __init__(self) -> None:
+        self._before: dict[Hashable, tuple[int, Tensor, Tensor]] = {}
+        self._found: list[tuple[Tensor, Tensor]] = []
+
+    def forget(self) -> None:
+        self._before.clear()
+
+    def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
+        entered = signal()
+        step, before, residual_before = self._before.get(turn.which, (None, entered, residual))
+        if step == turn.step - 1:
+            self._found.append((relative_change(before, entered), relative_change(residual_before, residual)))
+        self._before[turn.which] = turn.step, entered, residual
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """Return all measurements, as (change of the input, change of the blocks' residual)."""
+        return [(float(change), float(residual)) for change, residual in self._found]
+
+    def result(self) -> list[float]:
+        """Return the fitted polynomial's coefficients, highest power first; nothing if points are too few.
+
+        Powers up to 4; fewer if there would be less than three points for each coefficient.
+        """
+        points = self.points
+        power = min(MOST_POWER, len(points) // POINTS_EACH - 1)
+        if power < 1:
+            return []
+        inputs, outputs = zip(*points, strict=True)
+        return [float(coefficient) for coefficient in numpy.polyfit(inputs, outputs, power)]

@@ -1,0 +1,176 @@
+"""Models that no script runs are recognised by the tensors of diffusers' networks, and refused by name."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from checkpoints.kinds import OF_OTHERS, kind_of
+from checkpoints.opening import open_file
+from contract import families
+from contract.loading import Placement
+from modules.errors import CheckpointError
+from modules.installation import import_own
+from tests.faults.messages import assert_one_message, run_here
+from tests.manifests import write_hollow
+from tests.tiny.project import write_plain_pictures
+
+META = Placement(torch.device("meta"))
+HIDREAM = {
+    **{"patch_size": 2, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "text_emb_dim": 8},
+    **{"attention_head_dim": 16, "num_attention_heads": 2, "caption_channels": [8, 8]},
+    **{"num_routed_experts": 2, "num_activated_experts": 1, "axes_dims_rope": (8, 4, 4)},
+    **{"max_resolution": (32, 32), "llama_layers": [0, 1]},
+}
+ONE = {"num_layers": 1}
+CASES: list[tuple[str, dict[str, Any], str]] = [
+    ("CosmosTransformer3DModel", ONE, "Cosmos or Anima"),
+    ("Cosmos3OmniTransformer", {"num_hidden_layers": 1}, "Cosmos 3"),
+    ("ErnieImageTransformer2DModel", ONE, "ERNIE-Image"),
+    ("Flux3Transformer2DModel", ONE, "FLUX.3"),
+    ("GlmImageTransformer2DModel", ONE, "GLM-Image"),
+    ("HiDreamImageTransformer2DModel", HIDREAM, "HiDream-I1"),
+    ("HunyuanVideo15Transformer3DModel", ONE, "HunyuanVideo 1.5"),
+    ("Ideogram4Transformer2DModel", ONE, "Ideogram 4"),
+    ("Kandinsky5Transformer3DModel", {"num_text_blocks": 1, "num_visual_blocks": 1}, "Kandinsky 5"),
+    ("Kandinsky6Transformer3DModel", {"num_text_blocks": 1, "num_visual_blocks": 1}, "Kandinsky 6"),
+    ("Kandinsky6SRTransformer3DModel", {"num_visual_blocks": 1}, "upscaling transformer of Kandinsky 6"),
+    ("LTXVideoTransformer3DModel", ONE, "LTX-Video 0.9, another network"),
+    ("AutoencoderKLLTXVideo", {}, "a VAE of LTX-Video"),
+    ("AutoencoderKLLTX2Video", {}, "a VAE of LTX-Video or LTX-2"),
+    ("AutoencoderKLLTX2Audio", {}, "a VAE of LTX-Video or LTX-2"),
+    ("AutoencoderKLHunyuanVideo15", {}, "the VAE of HunyuanVideo 1.5 or"),
+    ("AutoencoderKLQwenImage21", {}, "the VAE of Qwen-Image-2.1"),
+    ("MiniMaxH3Transformer3DModel", ONE, "MiniMax-H3"),
+    ("NucleusMoEImageTransformer2DModel", ONE, "Nucleus-Image"),
+    ("QwenImage21Transformer2DModel", ONE, "Qwen-Image-2.1, another network"),
+    ("QwenImageTransformer2DModel", {**ONE, "use_additional_t_cond": True}, "Qwen-Image-Layered"),
+    ("ZImageTransformer2DModel", {"siglip_feat_dim": 16, "n_layers": 1}, "Z-Image-Omni"),
+]
+# of layouts that no class here writes: diffusers' own marks, and released files
+RELEASED = {
+    "early_stream_modulations.image.lin.weight": "FLUX.3",
+    "model.diffusion_model.ref_time_in.in_layer.weight": "FLUX.3",
+    "net.x_embedder.proj.1.weight": "Cosmos or Anima",
+    "cond_type_embedding.weight": "HunyuanVideo 1.5",
+    "net.llm_adapter.blocks.0.cross_attn.q_proj.weight": "Anima",
+}
+FORMATS = [entry.room for entry in families.with_scripts().values() if entry.own_files]
+
+
+def state_of(network: str, settings: dict[str, Any]) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        state: dict[str, Tensor] = getattr(diffusers, network)(**settings).state_dict()
+    return state
+
+
+def write_network(path: Path, network: str, settings: dict[str, Any]) -> Path:
+    shapes = {name: ("BF16", tuple(one.shape)) for name, one in state_of(network, settings).items()}
+    return write_hollow(path, shapes)
+
+
+@pytest.mark.parametrize(("network", "settings", "words"), CASES, ids=[case[0] for case in CASES])
+def test_a_network_of_diffusers_is_known_by_name(network: str, settings: dict[str, Any], words: str) -> None:
+    kind = kind_of(state_of(network, settings))
+
+    assert kind is not None
+    assert words in kind
+    assert "not supported yet" in kind
+
+
+@pytest.mark.parametrize(("name", "words"), RELEASED.items())
+def test_released_names_are_known_too(name: str, words: str) -> None:
+    others = ["double_blocks.0.img_attn_qkv.weight", "blocks.0.self_attn.q_proj.weight", "byt5_in.fc1.weight"]
+
+    assert words in str(kind_of([*others, name]))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        *("FluxTransformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel"),
+        *("HunyuanVideoTransformer3DModel", "HunyuanImageTransformer2DModel", "WanTransformer3DModel"),
+        *("LTX2VideoTransformer3DModel", "QwenImageTransformer2DModel", "SkyReelsV2Transformer3DModel"),
+        *("HunyuanVideoFramepackTransformer3DModel", "Lumina2Transformer2DModel", "ZImageTransformer2DModel"),
+    ],
+)
+def test_networks_that_scripts_run_are_not_taken_for_others(network: str) -> None:
+    settings = {"n_layers": 1} if network.startswith("ZImage") else ONE
+    assert kind_of(state_of(network, settings), OF_OTHERS) is None
+
+
+def test_each_mark_says_its_own_kind_and_of_several_the_most_special_counts() -> None:
+    marks = families.family_marks()
+    assert len(marks) >= 41
+    assert {mark: kind_of([mark]) for mark, _ in marks} == dict(marks)
+    hunyuan, flux = (
+        "txt_in.individual_token_refiner.blocks.0.norm1.weight",
+        "double_blocks.0.img_attn.qkv.weight",
+    )
+    for words, *names in (
+        ("Z-Image", "context_refiner.0.attention.qkv.weight", "cap_pad_token"),  # in ComfyUI's layout
+        ("HunyuanVideo", flux, hunyuan),
+        ("HunyuanImage", flux, hunyuan, "byt5_in.fc1.weight"),
+        ("FLUX.2", flux, "double_stream_modulation_img.lin.weight"),
+        ("Chroma", flux, "distilled_guidance_layer.in_proj.weight"),
+        ("ControlNet", "transformer_blocks.0.img_mod.1.weight", "controlnet_x_embedder.weight"),
+        ("Qwen-Image", "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.img_mod.1.weight"),
+        ("the autoencoder of FLUX.2", "quant_conv.weight", "bn.running_mean"),
+    ):
+        assert words in str(kind_of(names)), names
+
+
+@pytest.mark.parametrize("folder", FORMATS)
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case[2] in {"Nucleus-Image", "HunyuanVideo 1.5"}],
+    ids=lambda case: case[2],
+)
+def test_every_family_refuses_another_model_by_its_name(
+    tmp_path: Path, folder: str, case: tuple[str, dict[str, Any], str]
+) -> None:
+    path = write_network(tmp_path / "model.safetensors", *case[:2])
+    module = import_own(f"{folder}.files")
+
+    assert module.FORMAT.identify(path) is None
+    with pytest.raises(CheckpointError, match=rf"is (the|a) transformer of {case[2]}.*\n.*Give .*--"):
+        module.FORMAT.load(path, META)
+
+
+@pytest.mark.parametrize(
+    ("network", "script", "option", "words"),
+    [
+        (
+            "NucleusMoEImageTransformer2DModel",
+            "qwen_image_generate_image.py",
+            "--dit",
+            "is the transformer of Nucleus",
+        ),
+        ("AutoencoderKLQwenImage21", "wan_cache_latents.py", "--vae", "the VAE of Qwen-Image-2.1"),
+    ],
+)
+def test_a_script_says_in_one_message_what_a_file_is(
+    tmp_path: Path, network: str, script: str, option: str, words: str
+) -> None:
+    path = write_network(tmp_path / "model.safetensors", network, ONE if option == "--dit" else {})
+    write_plain_pictures(tmp_path)
+    more = ["--prompt", "a cat", "--save_path", "out", "--output_type", "latent"]
+    command = [script, option, path, *(more if option == "--dit" else ["--dataset_config", "dataset.toml"])]
+
+    assert_one_message(*run_here(*command, folder=tmp_path), words, option)
+
+
+def test_a_damaged_pickle_is_read_once_not_by_each_family(tmp_path: Path) -> None:
+    path = tmp_path / "marks.pt"
+    path.write_bytes(b"\x80\x02" + b"(" * 100_000 + b".")
+    began = time.process_time()
+    with pytest.raises(CheckpointError):
+        open_file(path)
+    alone = time.process_time() - began
+
+    assert families.identify(path) is None
+    assert time.process_time() - began < 4 * alone
