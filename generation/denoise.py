@@ -226,8 +226,10 @@ def make_latents(
                     start = start + source.extra_noise * extra_noise.draw(start.shape)
             with ExitStack() as stack:
                 if stage.added:
+                    from networks.added import stage_loras_of  # only with LoRAs of stages
+
                     dit = dit_at(float(solver.schedule.timesteps[0]))
-                    for loras, strength in zip(vars(dit)["stage_loras"], stage.added, strict=True):
+                    for loras, strength in zip(stage_loras_of(dit), stage.added, strict=True):
                         if strength:
                             stack.enter_context(loras.switched_on(device, dtype_of(dit), strength))
                 cached_at = dit_at

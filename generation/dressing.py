@@ -30,6 +30,7 @@ from networks.options import multipliers_for
 from running.dressing import dress, share_tokens, shared_blocks, swapped_weights
 from running.offload.swap_plan import HostWeights
 from running.offload.turns import HostCopy
+from running.run_blocks import stage_files_of
 
 if TYPE_CHECKING:  # loaded only where LoRA files are given
     from networks.apply import LoraPatch, OriginalWeights
@@ -93,7 +94,7 @@ class DitLoader:
 
             add_beside(dit, merged.beside, self.device, dtype_of(dit))
         dit.eval().requires_grad_(False)
-        if "stage_files" in vars(dit):
+        if stage_files_of(dit):
             from networks.added import add_stage_loras  # only with LoRAs of stages
 
             add_stage_loras(dit, is_compiled=speed.compilation.choice is not None)

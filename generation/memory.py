@@ -28,7 +28,7 @@ from modules.devices import dtype_of, gib
 from modules.errors import MemoryPlanError, OptionError
 from modules.options import override_options
 from modules.private_torch import FakeTensor
-from networks.added import add_stage_loras
+from networks.added import add_stage_loras, stage_loras_of
 from networks.apply import Change
 from networks.beside import add_beside
 from running.planning import dry_run as dry
@@ -256,7 +256,7 @@ def _place_loras(
             add_beside(dit, lora_changes, dry.ACCELERATOR, dtype_of(dit))
     if prepared.added:
         with ledger.allocating(dry.ADAPTER):
-            for loras, strength in zip(vars(dit)["stage_loras"], prepared.added, strict=True):
+            for loras, strength in zip(stage_loras_of(dit), prepared.added, strict=True):
                 if strength:
                     loras.place_on(dry.ACCELERATOR, dtype_of(dit))
 

@@ -94,9 +94,9 @@ class LtxModel(nn.Module):
     """
 
     spec = DIT
-    # files of LoRAs that only some stages of a clip have, and the options that name them; the family sets
-    # them if there are any, for `networks.added.add_stage_loras`
-    stage_files: Sequence[tuple[Path, str]]
+    # files of LoRAs that only some stages of a clip have, and the options that name them; set by the family,
+    # for `networks.added.add_stage_loras`
+    stage_files: Sequence[tuple[Path, str]] = ()
 
     def __init__(self, config: LtxConfig, attention: AttentionChoice = SDPA) -> None:
         """attention: passed to `modules.attention.attend`."""

@@ -28,6 +28,7 @@ from networks.lora_products import add_product
 from networks.module_names import choose_family
 from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
 from networks.parts import for_model
+from running.run_blocks import stage_files_of
 
 logger = getLogger(__name__)
 _MID = "lora_mid.weight"
@@ -326,15 +327,25 @@ def add_loras(
     return AddedLoras(attach_parts(parts, by_name))
 
 
-def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
-    """Put the LoRAs that a family's stages have into its network, switched off, as `dit.stage_loras`.
+_STAGE_LORAS = "_stage_loras"  # attribute of a network
 
-    Their files and the options that name them are the network's `stage_files`. Raises as `add_loras`.
+
+def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
+    """Put the LoRAs that a family's stages have into its network, switched off: see `stage_loras_of`.
+
+    Raises as `add_loras`.
     """
-    vars(dit)["stage_loras"] = [
+    loras = [
         add_loras(dit, [LoraUse(loading.read_lora(path))], is_compiled, option)
-        for path, option in vars(dit)["stage_files"]
+        for path, option in stage_files_of(dit)
     ]
+    dit.__dict__[_STAGE_LORAS] = loras
+
+
+def stage_loras_of(dit: nn.Module) -> Sequence[AddedLoras]:
+    """Return the LoRAs that `add_stage_loras` put into a network, in the order of its files."""
+    loras: Sequence[AddedLoras] = dit.__dict__[_STAGE_LORAS]
+    return loras
 
 
 def attach_parts(

@@ -17,6 +17,7 @@ Every DiT is embed -> blocks -> unembed (`BlockNetwork`; LTX-2, of two velocitie
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -113,6 +114,15 @@ def runner_of(dit: nn.Module) -> Runner:
 def set_runner(dit: nn.Module, runner: Runner) -> None:
     """Replace the runner of the network's blocks. It is given the network and need not hold it."""
     setattr(dit, _RUNNER, runner)
+
+
+def stage_files_of(dit: nn.Module) -> Sequence[tuple[Path, str]]:
+    """Return the files of LoRAs that only some stages have, each with the option that names it.
+
+    A network has them as its field `stage_files`; most have none.
+    """
+    files: Sequence[tuple[Path, str]] = getattr(dit, "stage_files", ())
+    return files
 
 
 def spec_of(dit: nn.Module) -> DitSpec:

@@ -20,6 +20,7 @@ from networks.options import NetworkOptions
 from running.dressing import share_tokens, shared_blocks, swapped_weights
 from running.offload.turns import HostCopy
 from running.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
+from running.run_blocks import stage_files_of
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.loss import LossRule
@@ -343,7 +344,7 @@ class Loading:
         if family is self.plan.family:
             adapter = experts.read_adapter(options, expert, family.experts)
         sample_files = options.samples.loras() if self.has_samples else []
-        has_stages = self.has_samples and "stage_files" in vars(dit)
+        has_stages = self.has_samples and bool(stage_files_of(dit))
         if adapter is None and not sample_files and not has_stages:
             return
         from networks.added import add_loras, add_stage_loras  # only with LoRA files
