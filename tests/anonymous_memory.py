@@ -101,8 +101,8 @@ class Networks:
             self._loaded.append(weakref.ref(model))
             return model, tokenizer
 
-        def filled(own: Any, module: Any, *others: Any) -> None:
-            begin(own, module, *others)
+        def filled(own: Any, module: Any, *others: Any, **named: Any) -> None:
+            begin(own, module, *others, **named)
             if own._device.type != "meta":
                 self.note(type(module).__name__)
                 self._loaded.append(weakref.ref(module))

@@ -14,7 +14,7 @@ from networks.deltas import add_missing_alphas
 from networks.key_formats import split_names, to_native
 from networks.loading import read_lora
 from networks.module_names import FAMILIES, alias, choose_family, diffusers_path, module_path
-from networks.writing import Written, in_dialect
+from networks.writing import TranslatedModules, in_dialect
 from tests.golden_cases import read_case
 from tests.hunyuan_model import making as hunyuan
 from tests.manifests import manifest_names, tensor_list
@@ -41,7 +41,7 @@ def factors(name: str, rank: int = 2) -> dict[str, Tensor]:
     }
 
 
-def to_other(tensors: dict[str, Tensor], target: str = "other") -> Written:
+def to_other(tensors: dict[str, Tensor], target: str = "other") -> TranslatedModules:
     family = choose_family(name.removeprefix("lora_unet_").partition(".")[0] for name in tensors)
     return in_dialect(tensors, family, target)
 
