@@ -87,21 +87,32 @@ def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list
 
 def _fit(state: Mapping[str, Any], groups: Groups, place: Place) -> dict[str, Any] | None:
     """Return the state with our numbers; None if its groups or shapes differ from ours."""
-    theirs = state["param_groups"]
-    ours = sorted(range(len(groups)), key=lambda index: min(map(place, groups[index])))
-    if [len(group["params"]) for group in theirs] != [len(groups[index]) for index in ours]:
+    their_groups = state["param_groups"]
+    # our groups in the order of theirs
+    order = sorted(range(len(groups)), key=lambda index: min(map(place, groups[index])))
+    their_lengths = [len(group["params"]) for group in their_groups]
+    if their_lengths != [len(groups[index]) for index in order]:
         return None
     parameters = [parameter for group in groups for parameter in group]
-    own_numbers = {parameter: number for number, parameter in enumerate(parameters)}
+    our_numbers = {parameter: number for number, parameter in enumerate(parameters)}
     moments_by_number: dict[int, Any] = {}
-    settings: dict[int, dict[str, Any]] = {}
-    for group, index in zip(theirs, ours, strict=True):
-        settings[index] = {**group, "params": [own_numbers[parameter] for parameter in groups[index]]}
-        for number, parameter in zip(group["params"], sorted(groups[index], key=place), strict=True):
+    for their_group, index in zip(their_groups, order, strict=True):
+        in_their_order = sorted(groups[index], key=place)
+        for number, parameter in zip(their_group["params"], in_their_order, strict=True):
             moments = state["state"].get(number)
             if moments is None:
                 continue
-            if any(moments[name].shape != parameter.shape for name in MOMENTS & moments.keys()):
+            if not _have_shape_of(parameter, moments):
                 return None
-            moments_by_number[own_numbers[parameter]] = moments
-    return {"state": moments_by_number, "param_groups": [settings[index] for index in range(len(groups))]}
+            moments_by_number[our_numbers[parameter]] = moments
+    our_groups: list[dict[str, Any]] = []
+    for index, group in enumerate(groups):
+        settings = dict(their_groups[order.index(index)])
+        settings["params"] = [our_numbers[parameter] for parameter in group]
+        our_groups.append(settings)
+    return {"state": moments_by_number, "param_groups": our_groups}
+
+
+def _have_shape_of(parameter: Parameter, moments: Mapping[str, Any]) -> bool:
+    names = MOMENTS & moments.keys()
+    return all(moments[name].shape == parameter.shape for name in names)
