@@ -156,7 +156,9 @@ class LatentPreviews:
                 self._has_warned = True
                 then = "There are no more of this run" if self.has_ended else "It is tried again"
                 reason = f"{type(error).__name__}: {error}"
-                logger.warning("A latent preview has failed: %s\n  %s; the generation goes on.", reason, then)
+                logger.warning(
+                    "A latent preview has failed: %s\n  %s; the generation continues.", reason, then
+                )
 
     def _leave_out_vae(self, why: str) -> None:
         self.vae, self.has_ended = None, not self.latent.preview_factors

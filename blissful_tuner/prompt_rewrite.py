@@ -114,7 +114,7 @@ class PromptRewriter:
             answer = take_answer(self._ask(f"{INSTRUCTIONS[self.mode]}\n\nRequest: {prompt}"))
             if not answer:
                 logger.warning(
-                    "the chat model gave no answer within %d tokens, so this prompt is used as it is: %s",
+                    "the chat model gave no answer within %d tokens, so this prompt is used unchanged: %s",
                     MOST_NEW_TOKENS,
                     prompt,
                 )

@@ -248,7 +248,7 @@ def _read_sources(runs: Runs, form: Mapping[str, Sequence[str]]) -> list[Compara
             sources.append(source)
     if len(sources) < len(chosen_runs):
         names = {run.name for run in chosen_runs} - {source.run.name for source in sources}
-        raise OptionError(f"{', '.join(sorted(names))}: its history tells no command that generates")
+        raise OptionError(f"{', '.join(sorted(names))}: its history has no command that generates")
     if len({source.family for source in sources}) > 1:
         models = {f"{source.run.name} is of {source.family}" for source in sources}
         raise OptionError(f"Files of one model are compared: {', '.join(sorted(models))}")

@@ -274,7 +274,8 @@ def load_pickled(path: Path, times: int = 1) -> Any:
             raise _pickle_damage_error(path, nonsense[0] if nonsense else str(error)) from error
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise CheckpointError(
-            f"{path} holds program code beside its tensors and is refused: opening it would run that code.\n"
+            f"{path} holds program code in addition to its tensors and is refused: opening it would run that "
+            "code.\n"
             f"  {f'It asks for {refused[1]}. ' if refused else ''}Use a safetensors version of the file.",
             path,
         ) from error

@@ -62,7 +62,9 @@ def head_width(path: Path, rows: int, told: Mapping[str, Any], usual: int) -> in
         return usual
     if isinstance(heads, int) and heads > 0 and rows % heads == 0:
         return rows // heads
-    how = f"config.json beside it says {heads} heads" if heads is not None else f"heads have {usual} channels"
+    how = (
+        f"config.json next to it says {heads} heads" if heads is not None else f"heads have {usual} channels"
+    )
     raise CheckpointError(
         f"{path}: {rows} rows of queries, but {how}. Give the config.json that belongs to it.", path
     )
@@ -132,7 +134,7 @@ def check_state_width(
 
 
 def stated_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple[Path, Mapping[str, Any]]:
-    """Return the path and the settings of the config.json beside the file; {} if it is another model's.
+    """Return the path and the settings of the config.json next to the file; {} if it is another model's.
 
     classes: names that `_class_name` has for this model. Raises CheckpointError if the file cannot be read.
     """
@@ -142,7 +144,7 @@ def stated_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple[P
 
 
 def stated_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | None:
-    """Return the number of groups in the config.json beside the file; None if absent or of another model.
+    """Return the number of groups in the config.json next to the file; None if absent or of another model.
 
     Raises CheckpointError as `stated_settings`, and if the number is below 1.
     """
@@ -161,6 +163,6 @@ def check_groups(checkpoint: Checkpoint, widths: Iterable[int], groups: int) -> 
     if uneven is not None:
         raise CheckpointError(
             f"{checkpoint.path}: {uneven} channels cannot be divided into {groups} norm groups. "
-            'Write the number of groups as "norm_num_groups" into the config.json beside the file.',
+            'Write the number of groups as "norm_num_groups" into the config.json next to the file.',
             checkpoint.path,
         )

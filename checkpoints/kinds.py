@@ -121,8 +121,8 @@ OF_TOOLS: Marks = (
     ("conv_body_first.weight", "a GFPGAN face restorer (facefix.py --model)"),
     ("conv_body_first.0.weight", "the first GFPGAN, which is not supported: use v1.3 or v1.4"),
     ("idx_pred_layer.1.weight", "a CodeFormer face restorer (facefix.py --mode codeformer)"),
-    ("BboxHead.0.conv1x1.weight", "a RetinaFace face detector (yolo_blur.py --model, or beside GFPGAN)"),
-    ("out_mask_conv.conv2d.weight", "a ParseNet, which finds the parts of a face (beside GFPGAN)"),
+    ("BboxHead.0.conv1x1.weight", "a RetinaFace face detector (yolo_blur.py --model, or next to GFPGAN)"),
+    ("out_mask_conv.conv2d.weight", "a ParseNet, which finds the parts of a face (next to GFPGAN)"),
     ("decoder.3.conv.0.weight", "a TAEHV, a tiny decoder for previews (--preview_vae)"),
 )
 

@@ -268,7 +268,7 @@ def _require_existing(path: Path, names: Sequence[str]) -> list[Path]:
         shown = [shorten(name, MOST_OF_NAME) for name in missing[:LISTED]]
         which = ", ".join(shown) + (", ..." if len(missing) > LISTED else "")
         raise CheckpointError(
-            f"{path}: {len(missing)} of its {len(names)} files are not beside it: {which}.", path
+            f"{path}: {len(missing)} of its {len(names)} files are not next to it: {which}.", path
         )
     return [path.parent / name for name in names]
 

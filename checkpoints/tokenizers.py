@@ -100,7 +100,7 @@ class TokenizerFiles:
             reached = f"the hub cannot be reached ({first_line(error)})"
             why = reached if may_download else "the hub's cache has none"
             raise CheckpointError(
-                f"no tokenizer for {checkpoint_path}: there is none beside it or inside it, and {why}\n"
+                f"no tokenizer for {checkpoint_path}: there is none next to it or inside it, and {why}\n"
                 f"  Give {self.option} {self._describe()}.",
                 checkpoint_path,
             ) from error

@@ -139,7 +139,7 @@ class CachingInRunOptions(Options, title="caches made by this command"):
     """Caches to make before training, their place, and batch sizes. Without it our own caches are read."""
 
     cache_latents: bool = option("encode all pictures once, and keep their latents", often=True)
-    cache_latents_to_disk: bool = option("the same, in files beside the pictures")
+    cache_latents_to_disk: bool = option("the same, in files next to the pictures")
     vae_batch_size: int = option("pictures to encode at once", default=1, least=1)
     skip_cache_check: bool = option("use cache files that exist without looking into them")
     cache_text_encoder_outputs: bool = option(

@@ -187,7 +187,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
     flip_aug: bool = option("mirror half of the pictures")
     random_crop: bool = option("crop at a random place; not with cached latents")
     face_crop_aug_range: str | None = option(
-        "crop to a multiple of the face, as 2.0,4.0; faces stand in file names"
+        "crop to a multiple of the face, as 2.0,4.0; faces are in file names"
     )
     alpha_mask: bool = option("transparent parts are not learned")
     masked_loss: bool = option("the control picture says which parts are learned")

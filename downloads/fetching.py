@@ -283,7 +283,7 @@ def _receive(remote: RemoteFile, partial: Path, wait: Callable[[float], None]) -
     except BrokenTry as error:
         raise DownloadError(
             f"{remote.page}: the connection broke {TRIES} times with little new data ({error}).\n"
-            f"  {partial.stat().st_size / 1e9:.1f} GB are kept: run the same command again to go on."
+            f"  {partial.stat().st_size / 1e9:.1f} GB are kept: run the same command again to continue."
         ) from None
     except OSError as error:
         raise OutputError(

@@ -43,7 +43,7 @@ class AutoencoderKind:
     release: str = "ae.safetensors of FLUX.1 or the folder vae of its diffusers release"
     channels: int = 16  # of the latents
     is_quantised: bool = False  # whether a quant_conv follows the encoder, and another leads the decoder
-    classes: tuple[str, ...] = ("AutoencoderKL",)  # in a config.json beside the file
+    classes: tuple[str, ...] = ("AutoencoderKL",)  # in a config.json next to the file
 
 
 FLUX_KIND = AutoencoderKind()

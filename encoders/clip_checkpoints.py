@@ -88,7 +88,7 @@ def read_clip_text(
 ) -> LoadPlan[ClipTextConfig]:
     """Plan how to load the text tower of a CLIP-L: alone or with its image tower, with any prefix, fp8 too.
 
-    config_json: the network's settings; None: from a config.json beside the file. Raises CheckpointError for
+    config_json: the network's settings; None: from a config.json next to the file. Raises CheckpointError for
     any other file.
     """
     network = network_in(
@@ -132,7 +132,7 @@ def plan_clip_text(
     for name in ("num_attention_heads", "layer_norm_eps"):
         if not isinstance(config_json.get(name, 1), int | float):
             raise CheckpointError(
-                f"{network.path}: {name} is {config_json[name]!r} in the config.json beside it, which must "
+                f"{network.path}: {name} is {config_json[name]!r} in the config.json next to it, which must "
                 "be a number. Give the config.json that belongs to it.",
                 network.path,
             )

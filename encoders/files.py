@@ -32,7 +32,7 @@ class TransformerFiles(ABC):
     """Paths and dtypes of a transformer and a VAE, as the options give them.
 
     The path properties raise OptionError or CheckpointError, naming the option. Encoders have the usual
-    dtype, or float32 beside a float32 transformer.
+    dtype, or float32 with a float32 transformer.
     """
 
     dit: Path | None = None
@@ -72,7 +72,7 @@ class TransformerFiles(ABC):
         return self.dit_dtype or (None if self.dit is None else self.dit_header().compute_dtype)
 
     def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
-        """Return an encoder's dtype: `chosen`, float32 beside a float32 transformer, or the usual one."""
+        """Return an encoder's dtype: `chosen`, float32 with a float32 transformer, or the usual one."""
         in_float32 = self.compute_dtype() == torch.float32
         return chosen or (torch.float32 if in_float32 else usual or self.usual)
 

@@ -259,7 +259,7 @@ def _check_heads(
     if is_uneven or (Q_BIAS in model.marks and query_rows != dim):
         raise CheckpointError(
             f"{path}: {query_rows} rows of queries and {key_rows} of keys cannot be divided into heads of "
-            f"{width} channels. Put the model's config.json beside it, or give another copy of the file.",
+            f"{width} channels. Put the model's config.json next to it, or give another copy of the file.",
             path,
         )
 
@@ -314,7 +314,7 @@ def _read_constants(
         settings = model.read_settings(config_json, num_layers, width, shapes)
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
-            f"{path}: the config.json beside it cannot be read ({error}). Copy it again, or remove it.", path
+            f"{path}: the config.json next to it cannot be read ({error}). Copy it again, or remove it.", path
         ) from error
     if rope_type not in model.rope_types:
         raise CheckpointError(

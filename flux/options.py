@@ -15,7 +15,7 @@ MOST_TOKENS = 512  # that T5 was trained to read
 
 
 NAME = "FLUX.1 and Chroma"
-_TOKENIZER = "tokenizer: folder or file; default: in or beside the encoder's folder, else from the hub"
+_TOKENIZER = "tokenizer: folder or file; default: in or next to the encoder's folder, else from the hub"
 
 
 class FluxTextOptions(Options):

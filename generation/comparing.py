@@ -86,7 +86,7 @@ class ClipFiles(NamedTuple):
 Column = tuple[Variant, Sequence[Cell]]
 
 
-@explain_lack("Finished clips are kept: the same command goes on.")
+@explain_lack("Finished clips are kept: the same command continues.")
 def compare(family: Family, options: GenerationOptions, comparison: CompareOptions) -> None:
     """Make all clips that are missing, then the grids. Raises UserError."""
     _check(options)

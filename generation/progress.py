@@ -215,9 +215,9 @@ class GrowingVideo:
     def add(self, piece: Piece) -> None:
         """Add a new piece to the preview.
 
-        It is decoded beside the DiT if the device has room, else while the DiT waits in host memory. An error
-        here ends the preview with a warning, and the generation goes on. If the DiT cannot be moved back, the
-        error is raised.
+        It is decoded while the DiT is on the device, or waits in host memory if there is too little room. An
+        error here ends the preview with a warning, and the generation continues. If the DiT cannot be
+        moved back, the error is raised.
         """
         if self._has_failed:
             return

@@ -60,13 +60,13 @@ class HunyuanImageTextOptions(Options):
 
     text_encoder: Path | None = option("Qwen2.5-VL (7B) text encoder: file or folder", often=True)
     text_encoder_tokenizer: Path | None = option(
-        "its tokenizer: folder or file; default: in or beside the encoder's folder, else from the hub"
+        "its tokenizer: folder or file; default: in or next to the encoder's folder, else from the hub"
     )
     byt5: Path | None = option(
         "ByT5 encoder of the texts to be written in the picture: file or folder", often=True
     )
     text_encoder_dtype: str | None = option(
-        "dtype that both encoders compute in; default: bfloat16 and float16, but float32 beside a float32 "
+        "dtype that both encoders compute in; default: bfloat16 and float16, but float32 with a float32 "
         "transformer, or for a training with --mixed_precision no"
     )
     in_fp8: bool = fp8_text_option(

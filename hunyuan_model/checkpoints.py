@@ -216,7 +216,7 @@ def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) 
     scales_path = path.with_name(f"{path.stem}_map.pt")
     if not scales_path.is_file():
         raise CheckpointError(
-            f"{path} has fp8 weights whose scales are in {scales_path.name}, which is missing beside it.\n"
+            f"{path} has fp8 weights whose scales are in {scales_path.name}, which is missing next to it.\n"
             "  Download that file too, or give the bf16 checkpoint to --dit.",
             path,
         )

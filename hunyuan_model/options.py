@@ -20,7 +20,7 @@ ALWAYS_TILED: Mapping[str, Any] = {
         "vae_spatial_tile_sample_min_size": {"help": f"edge of a tile in pixels, default {VAE_TILE}"},
     },
 }
-_TOKENIZER = "tokenizer: folder or file; default: in or beside the encoder's folder, else from the hub"
+_TOKENIZER = "tokenizer: folder or file; default: in or next to the encoder's folder, else from the hub"
 REPRODUCE = "use only deterministic algorithms: slower, but every run gives the same result"
 
 

@@ -17,7 +17,7 @@ from modules.errors import CheckpointError
 LATENT_CHANNELS = 16
 MOST_GROUPS = 32  # in a group norm: as in the released VAE, whose narrowest level has 128 channels
 RELEASE = "the official vae/pytorch_model.pt, hunyuan_video_vae_bf16.safetensors or a diffusers vae folder"
-CONFIG_CLASSES = {"AutoencoderKLCausal3D", "AutoencoderKLHunyuanVideo"}  # in a config.json beside the file
+CONFIG_CLASSES = {"AutoencoderKLCausal3D", "AutoencoderKLHunyuanVideo"}  # in a config.json next to the file
 
 COMFY: dialects.Names = (  # which counts the decoder's levels from the end: see `_comfy_name`
     (r"encoder\.down\.(\d+)\.(.+)", r"encoder.down_blocks.\1.\2"),

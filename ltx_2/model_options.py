@@ -59,7 +59,7 @@ class Ltx2TextOptions(Options):
         "folder of the Gemma 3 (12B) text encoder; not for LTX-2.5", default=GEMMA, often=True
     )
     gemma_safetensors: Path | None = option(
-        "Gemma 3 as one file; its tokenizer is then in --gemma_root, or in or beside the file"
+        "Gemma 3 as one file; its tokenizer is then in --gemma_root, or in or next to the file"
     )
     ltx2_text_encoder_checkpoint: Path | None = option(
         "file with text projections and connectors, if they are not in --ltx2_checkpoint; or LTX-2.5's text "
@@ -67,7 +67,7 @@ class Ltx2TextOptions(Options):
         flags=("--text-encoder-path",),
     )
     text_encoder_dtype: str | None = option(
-        "dtype that Gemma and the connectors compute in; default: bfloat16, but float32 beside a float32 "
+        "dtype that Gemma and the connectors compute in; default: bfloat16, but float32 with a float32 "
         "transformer"
     )
     in_fp8: bool = fp8_text_option(

@@ -112,7 +112,7 @@ class Ltx2LatentCachingOptions(Options, title=NAME):
         choices=("video", "audio_files"),
     )
     ltx2_audio_dir: Path | None = option(
-        "folder of the files of --ltx2_audio_source audio_files; default: beside the clips",
+        "folder of the files of --ltx2_audio_source audio_files; default: next to the clips",
         place="there",
         only_with="ltx2_audio_source",
     )

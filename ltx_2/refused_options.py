@@ -43,7 +43,7 @@ REFERENCES = (
     "references, and given parts of the result but the first frame (--image_path), are not built"
 )
 REPORTS = "--log_with, --show_timesteps and --check report on a run"
-RESUMING = "--resume STATE_FOLDER goes on from a whole state, --network_weights starts anew from a LoRA"
+RESUMING = "--resume STATE_FOLDER continues from a whole state, --network_weights starts anew from a LoRA"
 SOUND_DTYPE = "sound is cached in float32, as its VAE computes"
 SPEED = (
     "kernels and memory are chosen by --flash_attn and the like, --compile, --gradient_checkpointing "

@@ -79,8 +79,8 @@ def _scale(checkpoint: Checkpoint, option: str) -> float:
     scale = settings.get("rational_spatial_scale", settings.get("spatial_scale"))
     if scale != 1.5:
         raise CheckpointError(
-            f"{option} {checkpoint.path}: its settings, in the file or in config.json beside it, say a scale "
-            f"of {scale}; 1.5 is known.\n  Give {FILES}.",
+            f"{option} {checkpoint.path}: its settings, in the file or in config.json next to it, say a "
+            f"scale of {scale}; 1.5 is known.\n  Give {FILES}.",
             checkpoint.path,
         )
     return 1.5

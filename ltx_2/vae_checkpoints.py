@@ -4,7 +4,7 @@ Our modules have the names of the official file, whose lists hold residual block
 diffusers' names are nested by level.
 
 Three facts are in no tensor: whether the decoder mirrors borders, looks ahead, and has shortcuts around its
-resamplings. They come from the settings in the file (metadata `config`) or in config.json beside it, else
+resamplings. They come from the settings in the file (metadata `config`) or in config.json next to it, else
 from the release, which the decoder's list tells: three resamplings, all in time and space, are LTX-2's, whose
 decoder mirrors borders and has shortcuts; others are like LTX-2.3's, with zeros and without shortcuts. Both
 decoders look ahead.
@@ -198,7 +198,7 @@ def _with_facts(checkpoint: Checkpoint, encoder: HalfConfig, decoder: HalfConfig
             raise ValueError(f"paddings {modes}, shortcuts {shortcuts}, causal decoder {is_causal}")
     except (ValueError, TypeError, AttributeError, StopIteration, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: the settings of its VAE, in the file or in config.json beside it, cannot be used: "
+            f"{path}: the settings of its VAE, in the file or in config.json next to it, cannot be used: "
             f"{error}. Give {FILES} to --vae.",
             path,
         ) from error

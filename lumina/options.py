@@ -26,7 +26,7 @@ class LuminaTextOptions(Options):
 
     gemma2: Path | None = option("Gemma 2 (2B) text encoder: file or folder", often=True)
     gemma2_tokenizer: Path | None = option(
-        "tokenizer: folder or file; default: beside or inside the encoder's file, else from the hub"
+        "tokenizer: folder or file; default: next to or inside the encoder's file, else from the hub"
     )
     gemma2_max_token_length: int | None = option(
         f"tokens of a prompt that are read, with those of the system prompt; default {MAX_TOKENS}",
@@ -34,7 +34,7 @@ class LuminaTextOptions(Options):
         most=MOST_TOKENS,
     )
     text_encoder_dtype: str | None = option(
-        "dtype that the text encoder computes in; default: bfloat16, but float32 beside a float32 model, or "
+        "dtype that the text encoder computes in; default: bfloat16, but float32 with a float32 model, or "
         "for a training with --mixed_precision no"
     )
     system_prompt: str = option(

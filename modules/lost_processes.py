@@ -175,7 +175,7 @@ class OtherProcesses:
             advice = self.advice()
         except OSError:  # the folder to look into is gone with a machine
             advice = AGAIN
-        return f"{text}. The run cannot go on without it; what was saved is untouched.{tail}\n  {advice}"
+        return f"{text}. The run cannot continue without it; what was saved is untouched.{tail}\n  {advice}"
 
 
 def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -127,7 +127,7 @@ class Parser(argparse.ArgumentParser):
         )
         if not takes_it:
             self.error(
-                f"the command ends in '{last}', and its next line was not read: a line goes on with \\ as "
+                f"the command ends in '{last}', and its next line was not read: a line continues with \\ as "
                 "its very last character in bash, with ^ in cmd, with ` in PowerShell. Write one line"
             )
 

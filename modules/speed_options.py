@@ -71,10 +71,10 @@ class TextEncoderOptions(Options):
 
     text_encoder: Path | None = option("text encoder: file or folder", often=True)
     text_encoder_tokenizer: Path | None = option(
-        "its tokenizer: folder or file; default: in or beside the encoder's folder, else from the hub"
+        "its tokenizer: folder or file; default: in or next to the encoder's folder, else from the hub"
     )
     text_encoder_dtype: str | None = option(
-        "dtype that the encoder computes in; default: bfloat16, but float32 beside a float32 transformer"
+        "dtype that the encoder computes in; default: bfloat16, but float32 with a float32 transformer"
     )
     in_fp8: bool = fp8_text_option(
         "fp8_text_encoder",

@@ -66,7 +66,7 @@ class ConvertOptions(Options):
         by_place=True,
     )
     input_high_noise: Path | None = option(
-        "LoRA file of the high-noise expert of Wan2.2, to be written beside --input",
+        "LoRA file of the high-noise expert of Wan2.2, to be written next to --input",
         place="there",
         excludes="expert",
     )

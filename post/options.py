@@ -249,7 +249,7 @@ class FacefixOptions(Options, title="faces"):
         settings={
             "model": {
                 "help": "a GFPGAN (v1.3, v1.4) or CodeFormer file, or its folder; the detector and "
-                "parsing_parsenet.pth lie beside it"
+                "parsing_parsenet.pth are next to it"
             }
         }
     )
@@ -277,7 +277,7 @@ class FacefixOptions(Options, title="faces"):
     )
     only_center: bool = option("restore only the face nearest the centre")
     detection_model: str = option(
-        f"what finds faces: {', '.join(RETINAFACES)} or {YUNET} (a file beside --model), or a file",
+        f"what finds faces: {', '.join(RETINAFACES)} or {YUNET} (a file next to --model), or a file",
         default=next(iter(RETINAFACES)),
     )
     detection_threshold: float | None = option(

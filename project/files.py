@@ -296,7 +296,7 @@ def _describe_captions(choice: describing.Choice) -> list[str]:
         lines.append(f"{names}: no caption in a {suffix} file; {trigger} (class_tokens) stands for it")
     if bare:
         lines += [
-            f"{name_some(bare)}: without a caption in a {suffix} file beside it, which `run` refuses. "
+            f"{name_some(bare)}: without a caption in a {suffix} file next to it, which `run` refuses. "
             f"A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the folder "
             f"{choice.folder}:",
             f"  {typed_in(WRITE_CAPTIONS, choice.folder)}",

@@ -551,7 +551,7 @@ def _find_references(folder: Path, places: SortedFolders, content: FolderContent
         _find_references_of(place, [*inner_sources, *places.sources, *outer_sources], content)
     for source in places.sources:
         if source not in content.references.values() and _media_in(source):
-            content.lines.append(f"{source}: left out. No file there has the name of a picture beside it")
+            content.lines.append(f"{source}: left out. No file there has the name of a picture next to it")
 
 
 def _find_references_of(place: Path, sources: Sequence[Path], content: FolderContent) -> None:
@@ -652,7 +652,7 @@ def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
         f"  {folder / 'cat.jpg'}          a result\n"
         f"  {folder / 'cat.txt'}          the edit as a text, such as: the cat wears a hat\n"
         f"  {folder / 'control' / 'cat.jpg'}  what it is made from; of several cat_0.jpg, cat_1.jpg\n"
-        "Other names for control: before, source, reference. It may also stand beside the folder of results."
+        "Other names for control: before, source, reference. It may also be next to the folder of results."
     )
 
 

@@ -215,7 +215,7 @@ def settle(
     gradual = options.gradual_latent
     if kind is not SDXL and any(size is not None for size in option_values(sampling.sizes).values()):
         logger.warning(
-            "Original sizes and crops are ignored because only %s is told any, and this is %s",
+            "Original sizes and crops are ignored because only %s takes any, and this is %s",
             SDXL.words,
             kind.words,
         )

@@ -75,7 +75,7 @@ def build_network(build: Callable[..., Any], config: Mapping[str, Any], path: Pa
     except Exception as error:  # of many classes; all mean that the dimensions do not go together
         raise CheckpointError(
             f"{path}: diffusers cannot build a network of these dimensions ({type(error).__name__}: "
-            f"{error}). The file or the config.json beside it is damaged: copy or download it again.",
+            f"{error}). The file or the config.json next to it is damaged: copy or download it again.",
             path,
         ) from error
 

@@ -57,7 +57,7 @@ class StartNoiseOptions(Options):
                 raise OptionError(f"{flag} {limits[0]} {limits[1]}: give the smaller number first")
 
 
-class SizeOptions(Options, title="sizes that Stable Diffusion XL is told"):
+class SizeOptions(Options, title="sizes that are passed to Stable Diffusion XL"):
     """SDXL's conditions of sizes and crops; None: the picture's own size, and 0."""
 
     original_height: int | None = option("original height; usually the height", least=1)

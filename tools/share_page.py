@@ -22,7 +22,7 @@ class ShareOptions(Options):
     page: Path = option(
         "page of a training, a comparison, a check or a report: an .html file", positional=True
     )
-    output: Path | None = option("file to write (default: NAME-shared.html beside the page)")
+    output: Path | None = option("file to write (default: NAME-shared.html next to the page)")
 
     def __post_init__(self) -> None:
         check_place("--output", self.copy)

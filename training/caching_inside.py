@@ -1,6 +1,6 @@
 """Caches made inside the training command, by the caching loop, and texts that are encoded while training.
 
-Options say where latents and texts of a table are kept: in npz files beside the pictures, or in host memory.
+Options say where latents and texts of a table are kept: in npz files next to the pictures, or in host memory.
 Without these options, caches of the caching scripts are used; if there are none, latents are encoded once
 into memory (like encoding at each step, but with fixed posterior noise) and texts at each step. Pictures
 that augmentation changes each time are encoded at each step too: the training process reads, changes and
@@ -50,7 +50,7 @@ class Where(Enum):
     """Where a part of a table's items is."""
 
     OWN = "in the caches that the table names"
-    NPZ = "in npz files beside the pictures"
+    NPZ = "in npz files next to the pictures"
     MEMORY = "in host memory"
     LIVE = "encoded at each step"
 

@@ -115,7 +115,7 @@ class NextSteps:
     def _resume(self, is_finished: bool) -> PageCommand:
         """Return the command that goes on; if there is no state, a new run that begins with the result."""
         title, ending = "Go on after a stop", ["--resume", LATEST_ONLY]
-        note = "Ctrl-C saves a state and ends the run; this goes on from the newest state."
+        note = "Ctrl-C saves a state and ends the run; this continues from the newest state."
         left_out, has_state, steps = RESUMING, self._has_state(), self.total_steps
         if is_finished and has_state:
             title, note = "Train longer", "From the newest state to twice as many steps."
@@ -124,7 +124,7 @@ class NextSteps:
             title = "Train longer, as a new run from the trained file"
             note = (
                 "No state was saved: a new run of as many steps begins with the trained weights. It saves a "
-                "state, so that the next one can go on exactly."
+                "state, so that the next one can continue exactly."
             )
             options = self._start_options()
             left_out, ending = RESUMING | STARTING | {*options}, []

@@ -81,7 +81,7 @@ def read_image_training(
     if options.predicted != RAW:
         logger.warning(
             "--model_prediction_type %s compares something else than the velocity with the velocity, as "
-            "known trainers do. Use raw, unless you go on with what was trained so.",
+            "known trainers do. Use raw, unless you continue with what was trained so.",
             options.predicted,
         )
     return options, family_options, given_options(parser, family_options, options)
@@ -193,7 +193,7 @@ def _find_tokenizers(args: argparse.Namespace, folders: Mapping[str, str]) -> No
             setattr(args, option_name, str(cache / folder))
     if not any((cache / folder).is_dir() for folder in folders.values()):
         logger.warning(
-            "--tokenizer_cache_dir %s has no folder %s: tokenizers are looked for beside the text encoders, "
+            "--tokenizer_cache_dir %s has no folder %s: tokenizers are looked for next to the text encoders, "
             "then on the hub, and nothing is kept in that folder. HF_HOME moves the hub's cache.",
             cache,
             " or ".join(folders.values()),

@@ -34,7 +34,7 @@ _NOTHING_FROZEN = (
 _MERGED_BEFORE = (
     "merge them into the transformer before it is trained: merge_lora.py --save_merged_model FILE"
 )
-_NO_NETWORK = "the transformer itself is trained, without a network beside it."
+_NO_NETWORK = "the transformer itself is trained, without an added network."
 
 
 class WholeDitOptions(Options, title="full fine-tuning"):
@@ -190,14 +190,14 @@ class AverageOptions(Options, title="average of the weights (EMA)"):
 
     ema_decay: float | None = option(
         "keep an exponential moving average of the trained weights with this decay per step (0.999) and "
-        "save it as OUTPUT_NAME...-ema.safetensors beside each file",
+        "save it as OUTPUT_NAME...-ema.safetensors next to each file",
         above=0,
         below=1,
         hint="such as 0.999",
     )
     ema_update_every: int = option(
         "update the average every N steps, with the decay of N steps: for a whole model, whose average "
-        "lies in host memory",
+        "is in host memory",
         default=1,
         least=1,
         acts_if={"there is no --ema_decay": lambda options: options.ema_decay is not None},

@@ -139,7 +139,7 @@ class TrainingOptions(Options):
             )
         if self.average.sample_ema:
             raise OptionError(
-                "--sample_ema: the average of a whole model lies in host memory. Leave it out, and generate "
+                "--sample_ema: the average of a whole model is in host memory. Leave it out, and generate "
                 "with the ...-ema.safetensors file"
             )
         swap = self.speed.swap

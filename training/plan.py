@@ -373,7 +373,7 @@ def begin_later(options: StartOptions, progress: Progress, plan: StepPlan, is_re
     """
     flag = "--initial_step" if options.initial_epoch is None else "--initial_epoch"
     if is_resumed:
-        logger.info("%s is ignored because --resume goes on where the state was saved.", flag)
+        logger.info("%s is ignored because --resume continues where the state was saved.", flag)
         return
     if options.initial_epoch is not None:
         step = plan.steps_until(options.initial_epoch - 1)

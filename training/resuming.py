@@ -240,7 +240,7 @@ def _refuse_differences(
     if not refused:
         return
     lines = "\n".join(f"  {name}: {then} in the state, {now} now" for name, (then, now) in refused.items())
-    also = ", add --resume_changed to go on with those of now" if refused.keys() <= changeable else ""
+    also = ", add --resume_changed to continue with the current ones" if refused.keys() <= changeable else ""
     which = "this run is not the one that was saved"
     if may_change:
         which = "not even --resume_changed can change this"

@@ -43,7 +43,7 @@ class WanTextOptions(Options):
 
     t5: Path | None = option("umT5 text encoder checkpoint", often=True)
     t5_tokenizer: Path | None = option(
-        "folder or file of the tokenizer; default: beside the checkpoint, else from the hub"
+        "folder or file of the tokenizer; default: next to the checkpoint, else from the hub"
     )
     in_fp8: bool = fp8_text_option(
         "fp8_t5", "T5's linear layers in fp8: half the memory of bf16, slightly different embeddings"

@@ -153,7 +153,7 @@ class CaptioningOptions(Options, title="what to do"):
         "also make those captions anew that this program wrote and nobody has edited since"
     )
     overwrite_all: bool = option(
-        "replace all captions, also hand-written ones; these are kept beside the new ones as .bak"
+        "replace all captions, also hand-written ones; these are kept next to the new ones as .bak"
     )
     fill_empty: bool = option("also write captions where one is there and empty")
     edit_only: bool = option(

@@ -239,7 +239,7 @@ def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
     unwritable = [table.name for table in config.datasets if not (table.directory or table.jsonl_file)]
     if unwritable:
         raise DatasetError(
-            f"{', '.join(unwritable)}: captions are written beside the files of a folder, or into a JSONL "
+            f"{', '.join(unwritable)}: captions are written next to the files of a folder, or into a JSONL "
             "list, and this table is neither. Use a configuration with video_directory, image_directory, "
             "video_jsonl_file or image_jsonl_file over the same media."
         )
@@ -288,7 +288,7 @@ def _place_in_list(source: MediaSource, lines: CaptionList) -> CaptionPlace:
 def say_missing_keys(config: DatasetConfig) -> list[str]:
     """Return a message for each table that lacks the key for the place of its captions."""
     return [
-        f"{table.name} has no caption_extension, so its captions are {EXTENSION} files beside its "
+        f"{table.name} has no caption_extension, so its captions are {EXTENSION} files next to its "
         f"{table.kind}s. "
         f'For caching, add this line to the table (or to [general]): caption_extension = "{EXTENSION}"'
         for table in config.datasets

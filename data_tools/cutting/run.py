@@ -196,7 +196,7 @@ class Workshop:
             return CutResult(record, (), is_new=False)
         if record is not None and not why:
             clips: Sequence[PlannedClip] = [written.clip for written in record.clips]
-            logger.info("%s: going on where the last run ended", path)
+            logger.info("%s: continuing where the last run ended", path)
         else:
             if record is not None:
                 self._check_untouched(path, record, why)
@@ -247,7 +247,7 @@ class Workshop:
         changed = [path for path in existing if sizes[path] and path.stat().st_size != sizes[path]]
         touched = {
             f"with a caption in {self.options.list_path.name}": with_caption,
-            "with other files of their names beside them": sorted(neighbours),
+            "with other files of their names next to them": sorted(neighbours),
             "that were changed": changed,
         }
         for words, paths in touched.items():

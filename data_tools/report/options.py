@@ -20,8 +20,7 @@ class ReportOptions(Options, title="report"):
         place="new file",
     )
     items: int = option(
-        "most files with thumbnails on the page: those with something to tell first, then an even "
-        "choice; 0 for none",
+        "most files with thumbnails on the page: those with remarks first, then an even choice; 0 for none",
         default=200,
         least=0,
         hint="0 for no thumbnails",

@@ -1,4 +1,4 @@
-"""Caches in npz files beside the pictures, in the layout that image trainers of the known family share.
+"""Caches in npz files next to the pictures, in the layout that image trainers of the known family share.
 
 Latents of a picture: `STEM_WWWWxHHHH_TAG.npz`, W and H of the picture, with the arrays `latents`,
 `latents_flipped`, `alpha_mask`, `original_size` and `crop_ltrb` of every resolution, each with the suffix

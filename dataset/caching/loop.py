@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 # the work of each half, of which a run loads one
 LATENTS, TEXTS = "dataset.caching.work:MediaWork", "dataset.caching.texts:TextWork"
-STAYS = "What is cached so far stays; the same command goes on from there."
+STAYS = "What is cached so far stays; the same command continues from there."
 PATIENCE = datetime.timedelta(days=7)  # timeout: one share may take far longer than another
 
 

@@ -104,7 +104,7 @@ def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tup
         stem, number = place
         first = numbered.setdefault(stem, {}).setdefault(number, path)
         if first != path:
-            raise DatasetError(f"{first} and {path.name} have the same name but for the suffix. Keep one")
+            raise DatasetError(f"{first} and {path.name} have the same name except for the suffix. Keep one")
     paired = {}
     for stem, by_number in numbered.items():
         paired[stem] = tuple(by_number[number] for number in sorted(by_number))

@@ -125,7 +125,7 @@ class _CaptionReader:
 def _find_companions(
     table: DatasetTable, what: str, folder: Path, media: Sequence[Path], faults: list[Fault]
 ) -> dict[Path, Path]:
-    """Return image or clip -> its mask or sound: the file in `folder` with the same name but for the suffix.
+    """Return image or clip -> its mask or sound: the file in `folder` of the same name, without the suffix.
     what: mask or sound.
 
     Adds a fault if a name is not unique, or if no file in the folder fits.
@@ -140,7 +140,7 @@ def _find_companions(
         if not companions:
             raise DatasetError(
                 f"{table.name}: {folder} has no {what} for any {table.kind}. Files there have the name of "
-                f"their {table.kind} but for the suffix: {_example_of(table, what)}."
+                f"their {table.kind} except for the suffix: {_example_of(table, what)}."
             )
     except DatasetError as error:
         faults.append(Fault(f"problems with the {what} of {table.name}", str(error)))
@@ -413,7 +413,7 @@ def _find_spare(table: DatasetTable, entries: Sequence[Path], media: Sequence[Pa
     """Return the GIF, WebP and TIFF files among `entries` that belong to the table, besides `media`.
 
     A table of clips takes animations only; a table of images takes the first picture of each GIF and TIFF. A
-    file named like one of `media` but for the suffix is left out with a warning: both would have the same
+    file named like one of `media` except for the suffix is left out with a warning: both would have the same
     cache.
     """
     files = [path for path in entries if path.is_file()]
@@ -432,7 +432,7 @@ def _find_spare(table: DatasetTable, entries: Sequence[Path], media: Sequence[Pa
     media_names = {os.path.normcase(path.stem) for path in media}
     hidden = [path for path in files if os.path.normcase(path.stem) in media_names]
     _warn_of_files(
-        table, hidden, "ignored, because another file of the folder has the same name but for its suffix"
+        table, hidden, "ignored, because another file of the folder has the same name except for its suffix"
     )
     return [path for path in files if os.path.normcase(path.stem) not in media_names]
 

@@ -38,7 +38,7 @@ def _hint_of_start(table: DatasetTable) -> str:
     folder, path = table.config_path.absolute().parent, table.directory
     if path is None or path.is_absolute() or folder == Path.cwd() or not (folder / path).is_dir():
         return ""
-    return f" Relative paths start in the current folder: to start beside the file, first `cd {folder}`."
+    return f" Relative paths start in the current folder: to start in the file's folder, first `cd {folder}`."
 
 
 def find_sources(

@@ -10,7 +10,7 @@ from modules.speed_options import VaeOptions, dit_dtype_option, fp8_text_option,
 
 NAME = "FLUX.1 Kontext"
 GUIDANCE = 2.5  # embedded guidance of a generation, where nothing is said
-_TOKENIZER = "tokenizer: folder or file; default: in or beside the encoder's folder, else from the hub"
+_TOKENIZER = "tokenizer: folder or file; default: in or next to the encoder's folder, else from the hub"
 _OWN_SIZE = (
     "keep the reference's own size, cut to multiples of 16; default: stretch it to that of the trained "
     "sizes, each about a megapixel, whose shape is the nearest"

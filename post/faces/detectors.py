@@ -68,7 +68,7 @@ def load_detector(
 def no_landmarks(detector: str) -> CheckpointError:
     """Return the error for a detector without the needed landmarks. detector: as the user gave it."""
     return CheckpointError(
-        f"{detector} tells where faces are, but not where their eyes are, which restoring needs. Give "
+        f"{detector} says where faces are, but not where their eyes are, which restoring needs. Give "
         "RetinaFace or YuNet."
     )
 

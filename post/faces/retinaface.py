@@ -200,7 +200,7 @@ class RetinaFaceDetector:
                 "The result of RetinaFace is NaN or infinite: its file may be damaged. Download or copy it "
                 "again."
             )
-        logger.info("A result of RetinaFace in %s is not finite: it goes on in float32.", dtype_name(dtype))
+        logger.info("A result of RetinaFace in %s is not finite: it continues in float32.", dtype_name(dtype))
         self.network.float()
         return self._run(image)
 

@@ -44,7 +44,9 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     shards = write_shards(tmp_path)
     shards[1].unlink()
 
-    with pytest.raises(CheckpointError, match=r"1 of its 3 files are not beside it: model-00002-of-00003\.s"):
+    with pytest.raises(
+        CheckpointError, match=r"1 of its 3 files are not next to it: model-00002-of-00003\.s"
+    ):
         open_checkpoint(shards[0])
 
 

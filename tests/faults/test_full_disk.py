@@ -1,4 +1,4 @@
-"""A disk that fills up: one clear message, what was there before stays whole, and the same command goes on
+"""A disk that fills up: one clear message, what was there before stays whole, and the same command continues
 once there is room.
 
 Two kinds: a real small file system, where the system lets an ordinary user mount one; and a limit on the size

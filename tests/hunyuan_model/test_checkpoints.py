@@ -34,7 +34,7 @@ def test_fp8_weights_without_their_map_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mp_rank_00_model_states_fp8_map.pt").unlink()
 
     with pytest.raises(
-        CheckpointError, match="mp_rank_00_model_states_fp8_map.pt, which is missing beside it"
+        CheckpointError, match="mp_rank_00_model_states_fp8_map.pt, which is missing next to it"
     ):
         load_dit(path, CPU)
 

@@ -209,7 +209,7 @@ class Logs:
         except kind as error:
             if not self._is_lost:
                 names = " ".join(self.options.trackers)
-                logger.warning("--log_with %s gets no more numbers, the training goes on: %s", names, error)
+                logger.warning("--log_with %s gets no more numbers, the training continues: %s", names, error)
             self._is_lost = True
 
     def step(self, report: StepReport) -> None:

@@ -216,7 +216,7 @@ class RunReporter:
             if not self._has_warned:
                 self._has_warned = True
                 logger.warning(
-                    "%s is not complete, the training goes on: %s",
+                    "%s is not complete, the training continues: %s",
                     self.path if self.history.is_written else "What the trackers get of samples",
                     error or type(error).__name__,
                 )

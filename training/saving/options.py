@@ -93,7 +93,7 @@ class SavingOptions(Options, title="saving"):
         often=True,
     )
     resume_changed: bool = option(
-        "go on from --resume with another learning rate, other clips or more accumulation: lists what "
+        "continue from --resume with another learning rate, other clips or more accumulation: lists what "
         "differs, old -> new; the network and the optimizer have to stay",
         acts_if={"there is no --resume": lambda options: options.resume is not None},
     )

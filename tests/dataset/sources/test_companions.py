@@ -112,7 +112,7 @@ def test_a_folder_without_any_partner_and_equal_names_are_faults(tmp_path: Path)
         find_sources(table)
     make_image(folder / "a.png")
     make_image(folder / "a.jpg")
-    with pytest.raises(DatasetError, match="the same name but for the suffix"):
+    with pytest.raises(DatasetError, match="the same name except for the suffix"):
         find_sources(make_table(tmp_path, reference_directory=folder))
 
 

@@ -220,7 +220,7 @@ def test_a_detector_that_says_it_has_no_landmarks_is_refused_before_anything_loa
     folder: Path, tmp_path: Path
 ) -> None:
     boxes = write_yolo(tmp_path / "a.onnx", notes={"names": "{0: 'face'}"})
-    with pytest.raises(CheckpointError, match="--detection_model .*a.onnx tells where faces are, but not"):
+    with pytest.raises(CheckpointError, match="--detection_model .*a.onnx says where faces are, but not"):
         check_facefix(_options(folder, "--detection_model", str(boxes)))
 
     whole = write_yolo(tmp_path / "b.onnx", notes={"names": "{0: 'face'}", "kpt_shape": "[5, 3]"})

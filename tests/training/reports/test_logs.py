@@ -94,7 +94,7 @@ def test_a_tracker_whose_disk_is_full_ends_no_training(
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     (said,) = [text for text in caplog.messages if "gets no more numbers" in text]
-    assert said.startswith("--log_with tensorboard gets no more numbers, the training goes on: [Errno 27]")
+    assert said.startswith("--log_with tensorboard gets no more numbers, the training continues: [Errno 27]")
     assert "Traceback" not in capfd.readouterr().err
 
 

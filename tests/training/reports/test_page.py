@@ -206,7 +206,7 @@ def test_a_file_that_cannot_be_written_is_one_warning_and_the_training_goes_on(
 
     train_toy(tmp_path, *sampling, "--save_every_n_steps", 2, has_page=True)
 
-    assert caplog.text.count("x.html is not complete, the training goes on") == 1
+    assert caplog.text.count("x.html is not complete, the training continues") == 1
     assert list((tmp_path / "output" / "sample").glob("*.mp4"))
 
 
