@@ -121,7 +121,7 @@ def test_an_error_is_one_warning_and_a_file_that_cannot_be_written_is_tried_agai
             with preview_clip(previews, 16.0) as ((watch,), on_section):
                 watch(step(index, 4))
     assert caplog.text.count("A latent preview has failed: OutputError") == 1
-    assert "the generation goes on" in caplog.text
+    assert "the generation continues" in caplog.text
 
     (in_the_way / "x").rmdir()
     in_the_way.rmdir()

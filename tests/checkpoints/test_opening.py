@@ -64,7 +64,7 @@ def test_a_folder_without_a_single_model_asks_for_the_file(tmp_path: Path) -> No
 def test_a_broken_index_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "m.index.json").write_text(content)
 
-    with pytest.raises(CheckpointError, match="not an index of model files|not beside it"):
+    with pytest.raises(CheckpointError, match="not an index of model files|not next to it"):
         open_checkpoint(tmp_path / "m.index.json")
 
 

@@ -340,7 +340,7 @@ def test_tokenizers_come_from_their_folder(tmp_path: Path, caplog: pytest.LogCap
         return found
 
     assert read_own() is None
-    assert "has no folder google_t5-v1_1-xxl: tokenizers are looked for beside" in caplog.text
+    assert "has no folder google_t5-v1_1-xxl: tokenizers are looked for next to" in caplog.text
     folder.mkdir()
     assert read_own() == folder
     assert read_own("--t5xxl_tokenizer", "mine") == Path("mine")

@@ -274,7 +274,7 @@ def test_what_half_precision_cannot_hold_is_found_in_float32(
         (found,) = detector.find(dotted(64, 96, (40, 30)), 0.5)
 
     assert surrounds(found, 36, 26, 44, 34)
-    assert "goes on in float32" in caplog.text
+    assert "continues in float32" in caplog.text
 
 
 @pytest.mark.parametrize(("side", "count"), [(16, 2), (20, 1)])  # 0.33 and 0.43 of both are shared
