@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,15 @@ def _pair(folder: Path, key: str, stems: Collection[str]) -> tuple[dict[str, tup
         first = numbered.setdefault(stem, {}).setdefault(number, path)
         if first != path:
             raise DatasetError(f"{first} and {path.name} have the same name except for the suffix. Keep one")
-    paired = {}
+    return _in_order(numbered), alone
+
+
+def _in_order(numbered: Mapping[str, Mapping[int, Path]]) -> dict[str, tuple[Path, ...]]:
+    """Return the paths of each stem in the order of their numbers."""
+    paths: dict[str, tuple[Path, ...]] = {}
     for stem, by_number in numbered.items():
-        paired[stem] = tuple(by_number[number] for number in sorted(by_number))
-    return paired, alone
+        paths[stem] = tuple(by_number[number] for number in sorted(by_number))
+    return paths
 
 
 def _place_of(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | None:
