@@ -166,8 +166,8 @@ def test_missing_clips_become_one_job_for_equal_files_with_the_settings_of_the_s
         (COMMAND.replace("--vae vae.pth", "--vae VAE_FILE"), "trained without --vae"),
         (COMMAND.replace("--lora_weight", "--lora_weight_high_noise"), "no LoRA for --dit"),
         (COMMAND.replace("best.safetensors", "best.safetensors fast.safetensors"), "a second LoRA"),
-        ("python rm.py --dit x", "tells no command that generates"),
-        ("python 'wan_generate_video.py", "tells no command that generates"),
+        ("python rm.py --dit x", "has no command that generates"),
+        ("python 'wan_generate_video.py", "has no command that generates"),
     ],
 )
 def test_what_cannot_be_made_is_told_and_no_job_is_added(
