@@ -8,7 +8,9 @@ import pytest
 
 from tests.marks import LONG, test_name
 
-SECONDS = "processor_seconds"  # of a report; pytest-xdist sends it on with all else
+# of a report; pytest-xdist sends them on with all else
+SECONDS = "processor_seconds"
+MARKED = "is_marked_long"
 
 
 class Measuring:
@@ -17,11 +19,7 @@ class Measuring:
     def __init__(self) -> None:
         self._last = time.process_time()
         self._seconds: Counter[str] = Counter()  # of each case
-        self._marked: set[str] = set()
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Note which tests are marked."""
-        self._marked = {test_name(item) for item in session.items if item.get_closest_marker("long")}
+        self._marked: set[str] = set()  # tests
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logstart(self) -> None:
@@ -29,9 +27,10 @@ class Measuring:
         self._last = time.process_time()
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self) -> Iterator[None]:
-        """Note in the report of a phase what it took, its fixtures included."""
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Iterator[None]:
+        """Note in the report of a phase what it took, its fixtures included, and whether it is marked."""
         report = yield
+        setattr(report, MARKED, item.get_closest_marker("long") is not None)
         now = time.process_time()
         setattr(report, SECONDS, now - self._last)
         self._last = now
@@ -40,12 +39,14 @@ class Measuring:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Add up the phases."""
         self._seconds[report.nodeid] += getattr(report, SECONDS, 0.0)
+        if getattr(report, MARKED, False):
+            self._marked.add(test_name(report.nodeid))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the tests whose mark differs from what was measured."""
         cases: dict[str, list[float]] = defaultdict(list)
         for name, seconds in self._seconds.items():
-            cases[name.partition("[")[0]].append(seconds)
+            cases[test_name(name)].append(seconds)
         for name, seconds_of_cases in sorted(cases.items()):
             is_long = sum(seconds_of_cases) > LONG * len(seconds_of_cases)
             if is_long and name not in self._marked:

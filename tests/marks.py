@@ -59,9 +59,9 @@ def _marks_of(given: tuple[Any, ...]) -> list[str]:
     return [mark for mark, applies in follows.items() if applies(*given)]
 
 
-def test_name(item: pytest.Item) -> str:
+def test_name(node_id: str) -> str:
     """Return the name of a test without that of its case."""
-    return item.nodeid.partition("[")[0]
+    return node_id.partition("[")[0]
 
 
 def reads_recorded(*functions: Any) -> bool:
