@@ -63,7 +63,6 @@ from ltx_2.references import (
     check_references,
     check_sides,
     factor_metadata,
-    is_picture,
     read_pixels,
     read_strengths,
     reference_key,
@@ -78,6 +77,7 @@ from ltx_2.text_encoder import MASK, prompt_key
 from ltx_2.upscaler import enlarge
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
+from modules.media.reading import is_still
 from modules.options import NO_OPTIONS
 
 FIRST = "first_latents"  # condition: clean latents of the given frames in front, B C F H W
@@ -411,10 +411,10 @@ class Ltx2(Ltx2Media):
         if len(paths) > MOST:
             raise OptionError(f"--reference_videos: {len(paths)} references, at most {MOST} are taken")
         for path in paths:
-            check_opens("reference_video", path, is_image=is_picture(path))
+            check_opens("reference_video", path, is_image=is_still(path))
         mask, _ = self.reference_attention
         if mask is not None:
-            check_opens("conditioning-attention-mask", mask, is_image=is_picture(mask))
+            check_opens("conditioning-attention-mask", mask, is_image=is_still(mask))
         clip = request.image_path or self.drive_video or (request.source and request.source.option)
         if clip and self.reference_strength < 1:
             raise OptionError(

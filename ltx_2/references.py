@@ -33,9 +33,8 @@ from ltx_2.reference_options import (
 )
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.media.decoding import is_animation
 from modules.media.pixels import to_pixels
-from modules.media.reading import image_suffixes, read_image, resize_cover, video_frames
+from modules.media.reading import is_still, read_image, resize_cover, video_frames
 from modules.options import override_options
 from modules.text_files import texts_of_files
 
@@ -73,9 +72,9 @@ def check_references(
     Raises MediaError if one cannot be decoded, OptionError if the mask is shorter than a reference.
     """
     for path in paths:
-        count = 1 if is_picture(path) else count_frames_up_to(path, frames)
+        count = 1 if is_still(path) else count_frames_up_to(path, frames)
         needed = count_taken(count, rules, latent.frame_step)
-        if mask is None or is_picture(mask):
+        if mask is None or is_still(mask):
             continue
         mask_frames = count_frames_up_to(mask, (needed - 1) * rules.time_factor + 1)
         check_mask_length(mask, count_taken(mask_frames, rules, latent.frame_step), needed)
@@ -221,7 +220,7 @@ def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, l
     """
     width, height, length = size
     reduced = (width // rules.size_factor, height // rules.size_factor)
-    images = [read_image(path)] if is_picture(path) else islice(video_frames(path), length)
+    images = [read_image(path)] if is_still(path) else islice(video_frames(path), length)
     frames = [resize_cover(numpy.ascontiguousarray(image[..., :3]), reduced) for image in images]
     clip = torch.from_numpy(numpy.stack(frames)[None])  # 1 F h w 3
     return to_pixels(thin_out(clip, rules, latent.frame_step))
@@ -238,7 +237,7 @@ def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, l
         _, _, frames, height, width = reference.shape
         size = (width * rules.size_factor, height * rules.size_factor, (frames - 1) * rules.time_factor + 1)
         white = (read_pixels(mask, size, rules, latent).mean(1, keepdim=True) + 1) / 2
-        if is_picture(mask):
+        if is_still(mask):
             white = white.expand((-1, -1, frames, -1, -1))
         check_mask_length(mask, white.shape[2], frames)
         # the first latent frame is of one frame
@@ -306,10 +305,6 @@ def settle_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2G
         elif typed != factor:
             logger.warning("--%s %d: the LoRA has learned with %d", option, typed, factor)
     return options
-
-
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path)
 
 
 def rules_of(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> ReferenceRules:

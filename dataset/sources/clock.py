@@ -20,7 +20,6 @@ from dataset.sources.frames import (
     TOLERANCE,
     Mask,
     frames_wanted,
-    is_still,
     keep_pattern,
     read_moving,
     read_still,
@@ -30,6 +29,7 @@ from modules.errors import MediaError
 from modules.media import reading
 from modules.media.buckets import Size
 from modules.media.decoding import animation_durations, is_animation
+from modules.media.reading import is_still
 
 # a frame, its number in the file, and the second at which other clips show the same moment
 KeptFrame = tuple[reading.Frame, int, float]

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from dataset.config import DatasetTable
 from dataset.sources.clock import frames_beside, read_mask
 from dataset.sources.folders import list_entries
-from dataset.sources.frames import is_still
 from dataset.sources.media_source import Fault, MediaSource
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
@@ -26,6 +25,7 @@ from modules.media.reading import (
     FrameSizes,
     first_frame,
     image_suffixes,
+    is_still,
     read_image,
     resize_cover,
 )

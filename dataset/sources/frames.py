@@ -262,10 +262,6 @@ def files_by_stem(
     return by_stem
 
 
-def is_still(path: Path) -> bool:
-    return path.suffix.lower() in image_suffixes() and not path.is_dir() and not is_animation(path)
-
-
 def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) -> Mask:
     """Read an image as the mask of `num_frames` frames. size: of the item; its shape has to be the same.
 

@@ -102,7 +102,7 @@ def attend_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
     cuDNN's kernel, which torch prefers on Hopper, is excluded: its gradients may be NaN (see `kernels`), and
     it is planned anew for every length of a text.
     """
-    if q.device.type != "cuda":
+    if not is_on_cuda(q):
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     order = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return attend_in_order(q, k, v, bias, order=order, scale=scale)

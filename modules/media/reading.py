@@ -93,6 +93,11 @@ def image_suffixes() -> frozenset[str]:
     return IMAGE_SUFFIXES | registered | ({".avif"} if has_avif else set())
 
 
+def is_still(path: Path) -> bool:
+    """Return whether a path is that of a picture, neither of a folder of frames nor of an animation."""
+    return path.suffix.lower() in image_suffixes() and not path.is_dir() and not decoding.is_animation(path)
+
+
 def read_image(path: Path, alpha: bool = False) -> Frame:
     """Read an image as a viewer shows it, upright, in sRGB and on white: H W 3 RGB.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from contract.family import FLOW, NoiseSpec
 from contract.rules import ONE_EXPERT, Expert, ShiftedLogit, expert_at
 from modules.errors import OptionError
-from modules.flow.schedule import size_shift
+from modules.flow.schedule import shift_sigmas, size_shift
 from modules.seeds import derive_seed
 from training.noise_options import (
     MIXTURES,
@@ -159,11 +159,11 @@ def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_
         case "sigmoid":
             t = torch.sigmoid(options.sigmoid_scale * numbers)
         case name if name == "shift" or name in SIZE_SHIFTS:
-            t = _shifted(torch.sigmoid(options.sigmoid_scale * numbers), flow_shift)
+            t = shift_sigmas(torch.sigmoid(options.sigmoid_scale * numbers), flow_shift)
         case "qinglong_flux" | "qinglong_qwen":
             t = _mixed(options, numbers, flow_shift)
         case "nextdit_shift":
-            t = _shifted(numbers.clamp(min=1e-7), flow_shift)
+            t = shift_sigmas(numbers.clamp(min=1e-7), flow_shift)
         case "shifted_logit_normal":
             t = _stretched(_shifted_logit(noise), numbers, options.sigmoid_scale, flow_shift)
         case "logsnr":
@@ -197,7 +197,7 @@ def is_in_range(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLO
     shares = shares.float().double()
     if options.timestep_sampling == "sigma":
         if noise.table_is_shifted:
-            shares = _shifted(shares, 1 / options.flow_shift)
+            shares = shift_sigmas(shares, 1 / options.flow_shift)
         index = (NUM_TIMESTEPS - NUM_TIMESTEPS * shares).round()
         return (index >= options.lowest) & (index < options.highest)
     timesteps = NUM_TIMESTEPS * shares
@@ -307,7 +307,7 @@ def _mixed(options: TimestepOptions, numbers: Tensor, flow_shift: float) -> Tens
             case "rare":
                 drawn = _of_logsnr(RARE_MEAN, RARE_STD, normal)
             case _:
-                drawn = _shifted(torch.sigmoid(options.sigmoid_scale * normal), flow_shift)
+                drawn = shift_sigmas(torch.sigmoid(options.sigmoid_scale * normal), flow_shift)
         t = torch.where(numbers >= start, drawn, t)
         start += share
     return t
@@ -318,7 +318,7 @@ def _stretched(rule: ShiftedLogit, numbers: Tensor, scale: float, flow_shift: fl
     share = rule.uniform_share if rule.is_stretched else 0.0
 
     def logit(places: Tensor) -> Tensor:
-        return _shifted(torch.sigmoid(scale * torch.special.ndtri(places)), flow_shift)
+        return shift_sigmas(torch.sigmoid(scale * torch.special.ndtri(places)), flow_shift)
 
     t = logit(((numbers - share) / (1 - share)).clamp(1e-9, 1 - 1e-9))
     if rule.is_stretched:
@@ -346,11 +346,7 @@ def _from_table(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec) -> 
     )
     index = (u * (high - low) + low).floor().clamp(0, NUM_TIMESTEPS - 1)
     shares = (NUM_TIMESTEPS - index) / NUM_TIMESTEPS
-    return _shifted(shares, options.flow_shift) if noise.table_is_shifted else shares
-
-
-def _shifted(shares: Tensor, flow_shift: float) -> Tensor:
-    return flow_shift * shares / (1 + (flow_shift - 1) * shares)
+    return shift_sigmas(shares, options.flow_shift) if noise.table_is_shifted else shares
 
 
 def _in_buckets(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Tensor:
