@@ -1,14 +1,14 @@
 """Options of all caching scripts."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from contract.families import with_scripts
 from modules.command import did_you_mean
 from modules.errors import OptionError
-from modules.options import Options, option, read_options
+from modules.options import KeyFile, Options, option, read_options
 from modules.parser import Parser, add_options, parse_spelled
 
 R = TypeVar("R", bound=Options)
@@ -17,6 +17,17 @@ GUESS = "guess"  # of --repair_captions without a value
 MOST_AT_ONCE = 1024  # items or threads
 MOST_SHARDS = 1_000_000
 COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the terminal's order
+
+
+def _dataset_keys() -> Collection[str]:
+    from dataset.config import KNOWN_KEYS  # only mistakes need them
+
+    return KNOWN_KEYS
+
+
+DATASET_FILE = KeyFile(
+    _dataset_keys, "It is a key of the dataset file: write {key} = ... in its table there."
+)
 
 
 class CheckPageOptions(Options):
@@ -80,6 +91,8 @@ class ShardOptions(Options):
 
 class CachingOptions(Options, title="caching"):
     """Content to cache, device, and files to keep."""
+
+    key_files = (DATASET_FILE,)
 
     dataset_config: Path = option("dataset configuration, .toml or .json", required=True, by_place=True)
     device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available", often=True)
@@ -161,6 +174,8 @@ class CachingInRunOptions(Options, title="caches made by this command"):
 
 class ConvertCacheOptions(Options):
     """Cache folders to convert, and the new form; options of `tools/convert_cache.py`."""
+
+    key_files = (DATASET_FILE,)
 
     dataset_config: Path | None = option(
         "TOML or JSON file: convert the cache folders of its tables", excludes="cache_directory"

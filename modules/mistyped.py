@@ -5,13 +5,12 @@ Standard library only.
 
 import argparse
 import re
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from modules.command import as_typed
-from modules.installation import import_own
 from modules.option_values import HEIGHT_WIDTH
-from modules.options import facts_of
+from modules.options import KeyFile
 from modules.paths import path_exists
 
 SWITCHES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
@@ -110,29 +109,31 @@ def ours_for(theirs: str, has: Container[str]) -> str:
     return next((ours for ours, _, names in rows if ours in has and theirs in names.split()), "")
 
 
-def meant_elsewhere(flags: Flags, name: str, key_file: str = "") -> str:
-    """Return what to write instead of an option of other programs or of the dataset file; "" if unknown.
+def meant_elsewhere(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) -> str:
+    """Return what to write instead of an option of other programs or a key of a file; "" if unknown.
 
-    key_file: a file that has options of trainings as keys.
+    key_files: the files whose keys may have been meant, the likeliest first.
     """
     name = name.replace("-", "_")
     options = {flag[2:] for flag in flags if flag[:2] == "--"}
     ours = ours_for(name, options)
-    if not ours and (key_file or "--dataset_config" in flags):
-        ours = _key_for(name, import_own("dataset.config").KNOWN_KEYS)
-    if ours in options:
-        is_size = flags[f"--{ours}"].metavar == HEIGHT_WIDTH
-        return f" Did you mean --{ours}{' HEIGHT WIDTH' if is_size else ''}?"
     if ours:
-        return f" It is a key of the dataset file: write {ours} = ... in its table there."
-    if key_file:
-        key = _key_for(name, facts_of(import_own("training.options").TrainingOptions))
+        return _suggest_option(flags, ours)
+    for key_file in key_files:
+        key = _key_for(name, key_file.read_keys())
+        if key in options:
+            return _suggest_option(flags, key)
         if key:
-            return f" It is an option of the training: write {key} = ... below [training] in {key_file}."
+            return f" {key_file.hint.format(key=key)}"
     for names, why in _NOTHING.items():
         if name in names.split():
             return f" Leave it out: {why}."
     return explain_role(flags, name)
+
+
+def _suggest_option(flags: Flags, name: str) -> str:
+    is_size = flags[f"--{name}"].metavar == HEIGHT_WIDTH
+    return f" Did you mean --{name}{' HEIGHT WIDTH' if is_size else ''}?"
 
 
 def _key_for(name: str, keys: Collection[str]) -> str:

@@ -162,6 +162,13 @@ def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **
     return Refusal(help=help, reason="", instead=instead, values=values, settings=settings)
 
 
+class KeyFile(NamedTuple):
+    """A file of settings, for the message on a key of it that is typed as an option."""
+
+    read_keys: Callable[[], Collection[str]]  # a function: only mistakes need what it imports
+    hint: str  # what to write, with {key}
+
+
 @dataclass_transform(
     kw_only_default=True, frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field,)
 )
@@ -175,7 +182,8 @@ class Options:
 
     heading: ClassVar[str] = ""
     dashed: ClassVar[bool] = False
-    key_file: ClassVar[str] = ""  # a file in which options of trainings are keys, for a script without them
+    # files whose keys are likely to be typed as options of the script by mistake
+    key_files: ClassVar[tuple[KeyFile, ...]] = ()
     __dataclass_fields__: ClassVar[dict[str, "dataclasses.Field[Any]"]]
 
     def __init_subclass__(cls, title: str = "", dashed: bool = False) -> None:

@@ -25,6 +25,7 @@ from modules.errors import OptionError
 from modules.option_values import HEIGHT_WIDTH, JOINED, UNIT, height_width
 from modules.options import (
     Declared,
+    KeyFile,
     Options,
     Refusal,
     default_of,
@@ -64,7 +65,6 @@ class Parser(argparse.ArgumentParser):
     defaults, and colours on a terminal.
     """
 
-    key_file = ""
     # option -> the flag that messages show for it if none is typed, for scripts with names of their own
     shown_flags: Mapping[str, str] = {}
 
@@ -73,6 +73,7 @@ class Parser(argparse.ArgumentParser):
         # of the options that were given: the spelling by `dest`, the first one if there are several
         self.typed_flags: dict[str, str] = {}
         self._all_typed: set[str] = set()
+        self.key_files: list[KeyFile] = []  # of the records
         texts = {"-h": "show the options that people use", "--help": "show all options"} if add_help else {}
         for flag, text in texts.items():  # `_show_help` reads them
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
@@ -292,7 +293,7 @@ class Parser(argparse.ArgumentParser):
             return ""
         from modules.mistyped import meant_elsewhere  # only mistakes need it
 
-        elsewhere = meant_elsewhere(flags, name.lstrip("-"), self.key_file)
+        elsewhere = meant_elsewhere(flags, name.lstrip("-"), self.key_files)
         # argparse takes the beginning of an option too
         begun = [flag for flag in flags if flag.startswith(name)]
         is_clear = len(begun) == 1 and begun[0] in elsewhere
@@ -413,8 +414,8 @@ def add_options(
     """
     changes = _ScriptChanges(without, defaults or {}, settings or {}, refused or {})
     for cls in records:
-        if cls.key_file and isinstance(parser, Parser):
-            parser.key_file = cls.key_file
+        if isinstance(parser, Parser):
+            parser.key_files += cls.key_files
         place = group_of(parser, cls.heading) if cls.heading else group or parser
         for field in fields(cls):
             _add_field(parser, place, cls, field=field, changes=changes)

@@ -1,14 +1,16 @@
 """Options of new_project.py and run_project.py. Standard library only."""
 
+from collections.abc import Collection
 from pathlib import Path
 
+from dataset.options import DATASET_FILE
 from downloads.catalogue import ModelSet, model_sets
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import FRONT_SCRIPT
 from modules.option_values import gibibytes, option_words
-from modules.options import Options, option, option_values, unsupported
+from modules.options import KeyFile, Options, facts_of, option, option_values, unsupported
 from modules.output_files import check_output_name
 from modules.text_files import bad_character
 from training.run_options import TRACKERS
@@ -16,6 +18,17 @@ from training.run_options import TRACKERS
 RUN_FILE = "run.toml"
 MODELS = Path("models")  # of the working folder
 MOST_OF_WORD = 200  # characters of a trigger word
+
+
+def _training_keys() -> Collection[str]:
+    from training.options import TrainingOptions  # only mistakes need them
+
+    return facts_of(TrainingOptions)
+
+
+TRAINING_TABLE = KeyFile(
+    _training_keys, f"It is an option of the training: write {{key}} = ... below [training] in {RUN_FILE}."
+)
 
 
 def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
@@ -53,7 +66,7 @@ def _names() -> str:
 class NewOptions(Options):
     """Content of the project files for a folder."""
 
-    key_file = RUN_FILE
+    key_files = (DATASET_FILE, TRAINING_TABLE)
 
     folder: Path = option(
         "clips, pictures or both, with captions in .txt files; for models that edit, with a folder control "
@@ -98,7 +111,7 @@ class NewOptions(Options):
 class RunOptions(Options):
     """Which described folder to train on."""
 
-    key_file = RUN_FILE
+    key_files = (DATASET_FILE, TRAINING_TABLE)
 
     folder: Path = option("folder that `new` described", positional=True)
     download: bool = option("download the model, after its licences")

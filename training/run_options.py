@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 from blissful_tuner.options import PreviewOptions
-from dataset.options import CheckPageOptions
+from dataset.options import DATASET_FILE, CheckPageOptions
 from modules.errors import OptionError
 from modules.option_values import text_to_seed
 from modules.options import FREE, HABIT, SECRET, SENDS, Options, not_needed, option
@@ -38,6 +38,8 @@ def read_seed(text: str) -> int:
 
 class LoopOptions(Options, title="training run"):
     """Length and data of a training. `dataset_config` is None only with --show_timesteps."""
+
+    key_files = (DATASET_FILE,)
 
     dataset_config: Path | None = option("TOML file that describes the data sets", type=Path, often=True)
     max_train_steps: int = option(

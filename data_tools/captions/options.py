@@ -5,6 +5,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dataset.config_keys import MOST_WORDS
+from dataset.options import DATASET_FILE
 from modules.errors import OptionError
 from modules.options import Options, option
 from modules.text_files import bad_character
@@ -144,6 +145,8 @@ class WordingOptions(Options, title="the text that is written"):
 
 class CaptioningOptions(Options, title="what to do"):
     """Captions to write, their maker, and changes to them."""
+
+    key_files = (DATASET_FILE,)
 
     dataset_config: Path = option("dataset configuration, .toml or .json", required=True, by_place=True)
     dry_run: bool = option(

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dataset.options import DATASET_FILE
 from modules.errors import OptionError
 from modules.options import Options, option
 
@@ -10,6 +11,8 @@ STDOUT = "-"  # of --json without a value
 
 class ReportOptions(Options, title="report"):
     """Dataset to read, place of the report, and model."""
+
+    key_files = (DATASET_FILE,)
 
     dataset_config: Path = option("dataset configuration, .toml or .json", required=True, by_place=True)
     output: Path | None = option("the HTML page to write; it is one file", place="new file")
