@@ -21,7 +21,7 @@ from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas, loading
 from networks.apply import changes_of
-from networks.deltas import CPU, DORA, LORA, OF_BIAS, OF_LOW_RANK, ROWS, Factors
+from networks.deltas import CPU, DORA, DOWN, OF_BIAS, OF_LOW_RANK, ROWS, UP, Factors
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse
 from networks.lora_products import add_product
@@ -94,11 +94,11 @@ class AddedPart:
         """Copy the factors to the device, the low-rank ones in the dtype to compute in."""
         self.release()
         factors = self.factors
-        is_low_rank = LORA[0] in factors and not factors.keys() - OF_LOW_RANK - {_MID}
+        is_low_rank = DOWN in factors and not factors.keys() - OF_LOW_RANK - {_MID}
         if self.place.adds_to_output and is_low_rank:
-            up = factors[LORA[1]].to(device, torch.float32) * deltas.strength(factors)
+            up = factors[UP].to(device, torch.float32) * deltas.strength(factors)
             middle = [factors[_MID].to(device, dtype)] if _MID in factors else []
-            self._chain = [factors[LORA[0]].to(device, dtype), *middle, up.to(dtype)]
+            self._chain = [factors[DOWN].to(device, dtype), *middle, up.to(dtype)]
         elif factors.keys() - OF_BIAS - {"alpha"}:
             self._whole = {
                 name: tensor if name == ROWS else tensor.to(device) for name, tensor in factors.items()

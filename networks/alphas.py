@@ -15,7 +15,7 @@ from torch import Tensor
 from modules.errors import CheckpointError
 from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
 from modules.text_files import parse_json, read_text
-from networks.deltas import LORA, Factors, group_by_module, rank_of, split_strength, ungroup
+from networks.deltas import DOWN, LORA, UP, Factors, group_by_module, rank_of, split_strength, ungroup
 from networks.key_formats import EXPERT_STARTS, NETWORKS, NativeTensors
 from networks.names.layouts import FOLDED, IN_DIFFUSERS, UNET_IN_DIFFUSERS
 from networks.names.texts import diffusers_path_of_text
@@ -184,7 +184,7 @@ def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
         strength = strengths[rank]
         is_exact = math.frexp(strength)[0] == 0.5
         by_down, by_up = split_strength(strength)
-        divisors = {LORA[0]: by_down, LORA[1]: by_up, "lora_up.bias": strength}
+        divisors = {DOWN: by_down, UP: by_up, "lora_up.bias": strength}
         for part, divisor in divisors.items():
             if part in factors:
                 unfolded = factors[part].float() / divisor

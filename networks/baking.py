@@ -20,7 +20,7 @@ from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks import deltas
 from networks.apply import Change
-from networks.deltas import CPU, DORA, LORA, META, Factors, weight_delta, without_alpha
+from networks.deltas import CPU, DORA, DOWN, META, UP, Factors, weight_delta, without_alpha
 from networks.extracting import decompose_change
 from networks.key_formats import module_of_tensor
 from networks.loading import LoraFile, LoraUse
@@ -104,7 +104,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
         for name, factors in replaced.items():
             change = _change(name, factors, lora=lora, weights=weights, device=baking.device)
             modules[name], losses[name] = _as_lora(name, factors, change, baking.rank)
-    ranks = {len(factors[LORA[0]]) for factors in modules.values() if LORA[0] in factors}
+    ranks = {len(factors[DOWN]) for factors in modules.values() if DOWN in factors}
     shown = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
     module = lora.metadata.get("ss_network_module", _PLAIN)
     metadata = {
@@ -217,8 +217,8 @@ def _lora_of_shape(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Ten
     """Return a LoRA of two matrices for a change of this shape, on the CPU; its alpha is the rank."""
     kernel_axes = [1] * (len(shape) - 2)
     return {
-        LORA[0]: down.unflatten(1, shape[1:]).cpu().contiguous(),
-        LORA[1]: up.reshape(*up.shape, *kernel_axes).cpu().contiguous(),
+        DOWN: down.unflatten(1, shape[1:]).cpu().contiguous(),
+        UP: up.reshape(*up.shape, *kernel_axes).cpu().contiguous(),
         "alpha": torch.tensor(float(len(down))),
     }
 

@@ -19,7 +19,9 @@ from modules.devices import dtype_name
 Factors = Mapping[str, Tensor]  # "lora_down.weight" -> tensor: the factors of one module
 CPU, META = torch.device("cpu"), torch.device("meta")
 
-LORA = ("lora_down.weight", "lora_up.weight")
+DOWN = "lora_down.weight"
+UP = "lora_up.weight"
+LORA = (DOWN, UP)
 # rows (first, last + 1) of the factors' change that are the module's: it is a part of a layer that other
 # programs join, and a LoKr has no factor with these rows. No file holds it.
 ROWS = "reelsmith_rows"
@@ -185,8 +187,8 @@ def size_of(factors: Factors) -> tuple[int, int] | None:
     if "diff" in shapes:
         shape = shapes["diff"]
         return (shape[0], shape[1]) if len(shape) == 2 else None
-    if LORA[0] in shapes and LORA[1] in shapes:
-        return shapes[LORA[1]][0], shapes[LORA[0]][1]
+    if DOWN in shapes and UP in shapes:
+        return shapes[UP][0], shapes[DOWN][1]
     if "hada_w1_a" in shapes and "hada_w1_b" in shapes and "hada_t1" not in shapes:
         return shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]
     first = _shape_of_lokr(shapes, "lokr_w1")
@@ -244,7 +246,7 @@ def split_strength(strength: float) -> tuple[float, float]:
 def fold_strength(factors: Factors) -> Factors:
     """Return LoRA factors with alpha / rank multiplied into them by `split_strength`, without alpha."""
     by_down, by_up = split_strength(strength(factors))
-    by_part = {LORA[0]: by_down, LORA[1]: by_up, "lora_up.bias": strength(factors)}
+    by_part = {DOWN: by_down, UP: by_up, "lora_up.bias": strength(factors)}
     folded: dict[str, Tensor] = {}
     for part, tensor in factors.items():
         if part in by_part:
@@ -267,7 +269,7 @@ def rows_of(factors: Factors, rows: slice | Tensor) -> Factors | None:
     if {"lokr_w1", "lokr_w1_a", ROWS} & factors.keys() or has_input_magnitudes(factors):
         return None
     cut = dict(factors)
-    for part in factors.keys() & {LORA[1], "diff", "diff_b", "lora_up.bias", DORA}:
+    for part in factors.keys() & {UP, "diff", "diff_b", "lora_up.bias", DORA}:
         cut[part] = factors[part][rows]
     for part, core in (("hada_w1_a", "hada_t1"), ("hada_w2_a", "hada_t2")):
         if part not in factors:
@@ -304,7 +306,7 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
     changes: list[Tensor] = []
     if "diff" in wide:
         changes.append(wide["diff"].clone())
-    if LORA[0] in wide:
+    if DOWN in wide:
         changes.append(_lora_delta(wide, scale))
     if "hada_w1_a" in wide:
         changes.append(_loha_delta(wide, scale))
@@ -317,8 +319,8 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
 
 
 def _lora_delta(factors: Factors, scale: float) -> Tensor:
-    down = factors[LORA[0]]  # r x in (x kernel)
-    up = factors[LORA[1]] * scale  # out x r (x 1 x 1)
+    down = factors[DOWN]  # r x in (x kernel)
+    up = factors[UP] * scale  # out x r (x 1 x 1)
     if "lora_mid.weight" in factors:
         down = torch.einsum("r s ..., s i -> r i ...", factors["lora_mid.weight"], down.flatten(1))
     return (up.flatten(1) @ down.flatten(1)).unflatten(1, down.shape[1:])

@@ -21,7 +21,7 @@ from modules.console import as_size, in_words, show_box
 from modules.devices import choose_device
 from modules.errors import CheckpointError
 from modules.seeds import derive_seed
-from networks.deltas import LORA
+from networks.deltas import DOWN, UP
 from networks.key_formats import module_of_tensor
 from networks.merging import DTYPES, as_known
 from networks.metadata import add_hashes
@@ -298,8 +298,8 @@ def _factors_of_module(
     down = down.unflatten(1, change.shape[1:])
     up = up.reshape(*up.shape, *kernel_axes)
     return {
-        LORA[0]: down.to("cpu", dtype).contiguous(),
-        LORA[1]: up.to("cpu", dtype).contiguous(),
+        DOWN: down.to("cpu", dtype).contiguous(),
+        UP: up.to("cpu", dtype).contiguous(),
         "alpha": torch.tensor(float(len(down))),
     }
 

@@ -14,7 +14,7 @@ from checkpoints.writing import save_tensors
 from modules.console import list_some
 from modules.errors import OptionError
 from networks import deltas
-from networks.deltas import LORA
+from networks.deltas import DOWN
 from networks.metadata import add_hashes
 from networks.module_names import read_family
 from networks.names.layouts import (
@@ -115,7 +115,7 @@ class LoraFormat:
         keeps = self.name == COMFYUI and self.family is not None and self.family.underscored
         groups: dict[float | None, dict[str, Tensor]] = {}
         for name, factors in modules.items():
-            is_folded = LORA[0] in factors and not keeps
+            is_folded = DOWN in factors and not keeps
             strength = deltas.strength(factors) if is_folded else None
             groups.setdefault(strength, {}).update(deltas.ungroup({name: factors}))
         return groups

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from networks.deltas import DORA, LORA, PARTS, ROWS, Factors, height_of, size_of
+from networks.deltas import DORA, DOWN, LORA, PARTS, ROWS, UP, Factors, height_of, size_of
 from networks.module_names import FAMILIES, alias, is_name, likely_families, sizes_fit
 from networks.names import layouts
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_LTX_FORK, OF_T5, OURS, FamilyNames
@@ -616,7 +616,7 @@ def _rows_and_columns(shapes: Shapes) -> Extent:
     if "diff" in shapes:
         rows, *columns = shapes["diff"]
         return rows, columns
-    if LORA[0] in shapes:
+    if DOWN in shapes:
         return _extent_of_lora(shapes)
     if "hada_w1_a" in shapes:
         return _extent_of_loha(shapes)
@@ -624,8 +624,8 @@ def _rows_and_columns(shapes: Shapes) -> Extent:
 
 
 def _extent_of_lora(shapes: Shapes) -> Extent:
-    rank, *columns = shapes[LORA[0]]
-    rows, inner, *_ = shapes[LORA[1]]
+    rank, *columns = shapes[DOWN]
+    rows, inner, *_ = shapes[UP]
     kernel = shapes.get("lora_mid.weight", ())[2:]
     return rows if rank == inner else 0, [*columns, *kernel]
 

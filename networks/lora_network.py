@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from modules.console import count_of, list_some
 from modules.errors import CheckpointError
 from networks import deltas
-from networks.deltas import LORA, Factors, add_missing_alphas, group_by_module, ungroup
+from networks.deltas import DOWN, UP, Factors, add_missing_alphas, group_by_module, ungroup
 from networks.lora_layer import DropoutSeed, LoraLayer
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
@@ -225,7 +225,7 @@ def _factors_for_network(lora: "LoraFile", here: Mapping[str, Factors]) -> dict[
     """Return the factors of a file by module, with other layouts converted to the network's modules."""
     from networks.parts import for_model  # only for --network_weights
 
-    heights = {name: len(factors[LORA[1]]) for name, factors in here.items() if LORA[1] in factors}
+    heights = {name: len(factors[UP]) for name, factors in here.items() if UP in factors}
     texts = rename_texts(lora.text_tensors, {prefix_of(name) for name in here})
     tensors = for_model({**lora.tensors, **texts}, heights.get)
     return group_by_module(add_missing_alphas(tensors))
@@ -281,7 +281,7 @@ def _refuse_other_sizes(path: Path, stored: Mapping[str, Factors], here: Mapping
 
 def _remedy(stored: Mapping[str, Factors], factors: Factors, name: str) -> str:
     """Return a remedy for a module of a file that does not fit. factors: those that it has in the network."""
-    if LORA[0] not in factors:
+    if DOWN not in factors:
         return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
     if stored[name].keys() != factors.keys():
         return (
@@ -297,7 +297,7 @@ def _remedy(stored: Mapping[str, Factors], factors: Factors, name: str) -> str:
 
 def _outer_sizes(factors: Factors) -> tuple[torch.Size, int]:
     """Return the inputs (x kernel) and the outputs of the layer that LoRA factors are for."""
-    return factors[LORA[0]].shape[1:], len(factors[LORA[1]])
+    return factors[DOWN].shape[1:], len(factors[UP])
 
 
 def prefix_of(name: str) -> str:

@@ -27,7 +27,7 @@ from modules.output_files import refuse_replacing
 from modules.text_files import real_path
 from networks import tool_options
 from networks.apply import LoraPatch
-from networks.deltas import CPU, LORA, Factors, group_by_module, hollow, strength
+from networks.deltas import CPU, DOWN, LORA, UP, Factors, group_by_module, hollow, strength
 from networks.key_formats import NETWORKS, families_of
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.metadata import add_hashes
@@ -149,7 +149,7 @@ def _metadata_of_sum(
     loras: Sequence[LoraFile], tensors: Mapping[str, Tensor], no_metadata: bool
 ) -> dict[str, str]:
     """Return the metadata of the sum of LoRAs. no_metadata: only what loaders need to know."""
-    ranks = sorted({len(tensor) for name, tensor in tensors.items() if name.endswith(LORA[0])})
+    ranks = sorted({len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)})
     rank = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
     family = _family_of_sum(loras, tensors)
     module = "networks.lora_flux"
@@ -314,9 +314,9 @@ def _add_up(
     for name, summands in _summands(uses).items():
         down, up = _sum(name, summands, device)
         if not concat and len(summands) > 1:
-            down, up = _truncate(down, up, len(summands[0].factors[LORA[0]]))
-        merged[f"{name}.{LORA[0]}"] = down.to("cpu", dtype).contiguous()
-        merged[f"{name}.{LORA[1]}"] = up.to("cpu", dtype).contiguous()
+            down, up = _truncate(down, up, len(summands[0].factors[DOWN]))
+        merged[f"{name}.{DOWN}"] = down.to("cpu", dtype).contiguous()
+        merged[f"{name}.{UP}"] = up.to("cpu", dtype).contiguous()
         merged[f"{name}.alpha"] = torch.tensor(float(len(down)))
     return merged
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError, OptionError
-from networks.deltas import DORA, LORA, Factors, add_missing_alphas, group_by_module, rank_of, without_alpha
+from networks.deltas import DORA, UP, Factors, add_missing_alphas, group_by_module, rank_of, without_alpha
 from networks.factored import FactoredLayer, MakeShapes
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
@@ -398,7 +398,7 @@ def _layer_of(
     assert rank is not None
     alpha = float(factors["alpha"])
     heights = _heights(path, module, settings) if settings.splits else ()
-    if heights and diagonal_blocks(factors[LORA[1]], heights) is not None:
+    if heights and diagonal_blocks(factors[UP], heights) is not None:
         num_parts = len(heights)
         return LoraLayer(module, rank // num_parts, alpha / num_parts, heights=heights)
     return LoraLayer(module, rank, alpha, DORA in factors)

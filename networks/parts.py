@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modules.errors import CheckpointError
 from networks import deltas
-from networks.deltas import DORA, LORA, ROWS, Factors, strength
+from networks.deltas import DORA, DOWN, LORA, ROWS, UP, Factors, strength
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import FAMILIES, Relative, relatives
 from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, WeightPart
@@ -117,7 +117,7 @@ def _height_to_cut(factors: Factors) -> int | None:
     size = deltas.size_of(factors)
     if size is not None:
         return size[0]
-    return len(factors[LORA[1]]) if LORA[1] in factors else None
+    return len(factors[UP]) if UP in factors else None
 
 
 def _places_of_parts(heights: Mapping[Relative, int], whole_height: int) -> dict[Relative, slice | Tensor]:
@@ -250,7 +250,7 @@ def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False)
         return first.factors
     if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
         return _join_others(pieces, height, is_for_model)
-    places = [part_rows(piece.part, len(piece.factors[LORA[1]]), height) for piece in pieces]
+    places = [part_rows(piece.part, len(piece.factors[UP]), height) for piece in pieces]
     if isinstance(places[0], Tensor):  # with swapped halves
         swapped = deltas.rows_of(first.factors, places[0])
         return "its DoRA magnitudes are by input" if swapped is None else swapped
@@ -264,7 +264,7 @@ def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False)
 def _is_low_rank_matrix(factors: Factors) -> bool:
     """Return whether factors are those of a LoRA or DoRA for a matrix, without a core."""
     further = set(factors) - {"alpha", *LORA, DORA, _BIAS}
-    return not further and factors[LORA[1]].ndim == 2
+    return not further and factors[UP].ndim == 2
 
 
 def _in_order(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[PlacedFactors]:
@@ -294,13 +294,13 @@ def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
     if scales.count(scale) < len(scales):
         placed = [PlacedFactors(part.rows, _fold_into_up(part.factors)) for part in placed]
         scale = 1.0
-    downs = [part.factors[LORA[0]] for part in placed]
+    downs = [part.factors[DOWN] for part in placed]
     is_shared = all(torch.equal(down, downs[0]) for down in downs)
     down = downs[0] if is_shared else torch.cat(downs)
     joined: dict[str, Tensor] = {
         "alpha": torch.tensor(scale * len(down)),
-        LORA[0]: down,
-        LORA[1]: _join_ups(placed, height, len(down), is_shared),
+        DOWN: down,
+        UP: _join_ups(placed, height, len(down), is_shared),
     }
     for name in (DORA, _BIAS):
         if any(name in part.factors for part in placed):
@@ -310,10 +310,10 @@ def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
 
 def _join_ups(placed: Sequence[PlacedFactors], height: int, rank: int, is_shared: bool) -> Tensor:
     """Return an up factor with those of parts as blocks. is_shared: the parts share their down factor."""
-    joined = placed[0].factors[LORA[1]].new_zeros(height, rank)
+    joined = placed[0].factors[UP].new_zeros(height, rank)
     start = 0
     for part in placed:
-        up = part.factors[LORA[1]]
+        up = part.factors[UP]
         joined[part.rows, start : start + up.shape[1]] = up
         if not is_shared:
             start += up.shape[1]
@@ -324,7 +324,7 @@ def _fold_into_up(factors: Factors) -> Factors:
     """Return LoRA factors with alpha / rank multiplied into the up factor and its bias."""
     scale = strength(factors)
     folded = dict(factors)
-    for name in (LORA[1], _BIAS):
+    for name in (UP, _BIAS):
         if name in factors:
             folded[name] = (factors[name].float() * scale).to(factors[name].dtype)
     return folded
@@ -398,7 +398,7 @@ def _place_rows(placed: Sequence[PlacedFactors], values: Sequence[Tensor | None]
 
 
 # of a layer's parts: what has the part's rows; everything else is the whole layer's
-_BY_ROWS = {LORA[1], "diff", "diff_b", _BIAS, DORA, "hada_w1_a", "hada_w2_a", ROWS}
+_BY_ROWS = {UP, "diff", "diff_b", _BIAS, DORA, "hada_w1_a", "hada_w2_a", ROWS}
 
 
 def _one_layer(parts: Sequence[Factors]) -> Factors | None:
@@ -500,8 +500,8 @@ def mend_split_alphas(
         if set(factors) != {"alpha", *LORA} or f"{float(factors['alpha']):g}" != trained_alpha:
             continue
         num_parts = _count_parts(name)
-        heights = fused_heights(num_parts, len(factors[LORA[1]]), factors[LORA[0]].shape[1])
-        if heights and diagonal_blocks(factors[LORA[1]], heights) is not None:
+        heights = fused_heights(num_parts, len(factors[UP]), factors[DOWN].shape[1])
+        if heights and diagonal_blocks(factors[UP], heights) is not None:
             mended[f"{name}.alpha"] = factors["alpha"] * len(heights)
             changed += 1
     if changed:

@@ -16,7 +16,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from networks.deltas import DORA, LORA, OF_BIAS, Factors, has_input_magnitudes, part_of, size_of, strength
+from networks.deltas import (
+    DORA,
+    DOWN,
+    LORA,
+    OF_BIAS,
+    UP,
+    Factors,
+    has_input_magnitudes,
+    part_of,
+    size_of,
+    strength,
+)
 from networks.module_names import count_parts
 
 _XLABS = re.compile(
@@ -24,7 +35,7 @@ _XLABS = re.compile(
     r"(?P<what>qkv|proj)_lora(?P<stream>[12]?)\.(?P<factor>down|up)\.weight"
 )
 _STREAMS = {"1": "img", "2": "txt"}
-_FACTORS = {"A": LORA[0], "B": LORA[1], "down": LORA[0], "up": LORA[1]}
+_FACTORS = {"A": DOWN, "B": UP, "down": DOWN, "up": UP}
 # the number behind the factor or behind the module
 _NUMBERED = (
     re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B|down|up)\.(?P<number>\d+)\.weight"),
@@ -159,7 +170,7 @@ def _fit_rows(factors: Factors, height: int) -> bool:
     """Return whether the factors that are cut by rows all have the rows of the whole layer."""
     if any(tensor.ndim == 0 for part, tensor in factors.items() if part != "alpha"):
         return False
-    by_rows = factors.keys() & {LORA[1], "diff", "hada_w1_a", "hada_w2_a", *OF_BIAS}
+    by_rows = factors.keys() & {UP, "diff", "hada_w1_a", "hada_w2_a", *OF_BIAS}
     if DORA in factors and not has_input_magnitudes(factors):
         by_rows.add(DORA)
     return all(len(factors[part]) == height for part in by_rows)
@@ -170,7 +181,7 @@ def _usual_end(end: str) -> str:
     if end.startswith("lora_magnitude_vector") or end == "magnitude":
         return DORA
     match = _FACTOR.match(end)
-    is_bias = match is not None and end.endswith(".bias") and _FACTORS[match["factor"]] == LORA[1]
+    is_bias = match is not None and end.endswith(".bias") and _FACTORS[match["factor"]] == UP
     return "lora_up.bias" if is_bias else end
 
 
@@ -196,7 +207,7 @@ def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:
         usual.pop(f"{module}.alpha", None)
         for part, tensor in _diagonal(pieces).items():
             usual[f"{module}.{part}"] = tensor
-        stacked[f"{module}.{LORA[0]}"] = len(pieces)
+        stacked[f"{module}.{DOWN}"] = len(pieces)
     return Rewritten(usual, stacked)
 
 
@@ -209,7 +220,7 @@ def _can_be_joined(module: str, numbers: Sequence[int], pieces: Sequence[Factors
         return False
     if len(numbers) not in count_parts(module):
         return False
-    return all(set(LORA) <= set(piece) and piece[LORA[1]].ndim == 2 for piece in pieces)
+    return all(set(LORA) <= set(piece) and piece[UP].ndim == 2 for piece in pieces)
 
 
 def _numbered_pieces(
@@ -241,12 +252,12 @@ def _diagonal(pieces: Sequence[Factors]) -> dict[str, Tensor]:
     """Join LoRAs for stacked rows into one LoRA with a block-diagonal up factor."""
     scales = [strength(piece) for piece in pieces]
     scale = scales[0]
-    ups = [piece[LORA[1]] for piece in pieces]
-    down = torch.cat([piece[LORA[0]] for piece in pieces])
+    ups = [piece[UP] for piece in pieces]
+    down = torch.cat([piece[DOWN] for piece in pieces])
     if len(set(scales)) > 1:
         ups = [(up.float() * factor).to(up.dtype) for up, factor in zip(ups, scales, strict=True)]
         scale = 1.0
-    joined = {LORA[0]: down, LORA[1]: torch.block_diag(*ups)}
+    joined = {DOWN: down, UP: torch.block_diag(*ups)}
     if any("alpha" in piece for piece in pieces):
         joined["alpha"] = torch.tensor(scale * len(down))
     return joined

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from networks import deltas, module_names
-from networks.deltas import DORA, LORA, Factors, add_missing_alphas
+from networks.deltas import DORA, DOWN, LORA, UP, Factors, add_missing_alphas
 from networks.key_formats import OTHER
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import alias, module_path, parts_of, to_alias
@@ -171,9 +171,9 @@ def _in_comfyui(factors: Factors) -> dict[str, Tensor]:
 
 def _in_diffusers(factors: Factors) -> Form:
     """Return the tensors of a module as diffusers and PEFT read them, or why there are none."""
-    if "diff" in factors and factors["diff"].ndim == 2 and LORA[0] not in factors and DORA not in factors:
+    if "diff" in factors and factors["diff"].ndim == 2 and DOWN not in factors and DORA not in factors:
         factors = _of_full_rank(factors)
-    if factors.keys() - deltas.OF_LOW_RANK - {DORA} or LORA[0] not in factors:
+    if factors.keys() - deltas.OF_LOW_RANK - {DORA} or DOWN not in factors:
         return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in this dialect"
     if deltas.has_input_magnitudes(factors):
         return "its DoRA magnitudes are by input, diffusers has them by output"
@@ -198,8 +198,8 @@ def _of_full_rank(factors: Factors) -> Factors:
     out, inner = difference.shape
     unit = torch.eye(min(out, inner), dtype=difference.dtype)
     lora = {part: tensor for part, tensor in factors.items() if part not in ("diff", "alpha")}
-    lora[LORA[0]] = difference if out <= inner else unit
-    lora[LORA[1]] = unit if out <= inner else difference
+    lora[DOWN] = difference if out <= inner else unit
+    lora[UP] = unit if out <= inner else difference
     return lora
 
 
@@ -208,18 +208,18 @@ def _fold(factors: Factors) -> dict[str, Tensor]:
     scale = deltas.strength(factors)
     root = math.sqrt(abs(scale))
     folded: dict[str, Tensor] = {}
-    if LORA[0] in factors:
-        down = factors[LORA[0]]
+    if DOWN in factors:
+        down = factors[DOWN]
         folded["lora_A.weight"] = (down.float() * root).to(down.dtype)
-    if LORA[1] in factors:
-        up = factors[LORA[1]]
+    if UP in factors:
+        up = factors[UP]
         folded["lora_B.weight"] = (up.float() * math.copysign(root, scale)).to(up.dtype)
     return folded
 
 
 def _in_toolkit(factors: Factors) -> Form:
     """Return the tensors as `_in_diffusers`, with alpha / rank folded in by `deltas.split_strength`."""
-    if LORA[0] not in factors:
+    if DOWN not in factors:
         return _in_diffusers(factors)
     folded = deltas.fold_strength(factors)
     return _in_diffusers({part: tensor.contiguous() for part, tensor in folded.items()})
@@ -237,7 +237,7 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
         return _cut(factors, [placed.path for placed in parts])
     if parts[0].part.index != SWAPPED:
         return {parts[0].path: factors}
-    by_rows = [factors[part] for part in (LORA[1], "diff", "diff_b") if part in factors]
+    by_rows = [factors[part] for part in (UP, "diff", "diff_b") if part in factors]
     height = len(by_rows[0]) if by_rows else 0
     if not height:
         return "it has no rows to swap"
@@ -254,8 +254,8 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     heights = fused_heights(len(paths), rows, columns)
     if not heights:
         return f"its {rows} rows are not those of {len(paths)} parts"
-    is_plain = LORA[0] in factors and len(factors) <= 3
-    blocks = diagonal_blocks(factors[LORA[1]], heights) if is_plain else None
+    is_plain = DOWN in factors and len(factors) <= 3
+    blocks = diagonal_blocks(factors[UP], heights) if is_plain else None
     parts: Sequence[Factors | None]
     parts = _cut_rows(factors, heights) if blocks is None else _cut_blocks(factors, blocks)
     pieces = {path: part for path, part in zip(paths, parts, strict=True) if part is not None}
@@ -268,8 +268,8 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
 
 def _size_to_cut(factors: Factors) -> tuple[int, int] | None:
     """Return rows and columns of a change that can be cut into parts; None for other factors."""
-    if LORA[0] in factors and factors[LORA[1]].ndim == 2:
-        return len(factors[LORA[1]]), factors[LORA[0]].shape[1]
+    if DOWN in factors and factors[UP].ndim == 2:
+        return len(factors[UP]), factors[DOWN].shape[1]
     if factors.keys() <= {"diff", "diff_b", "alpha"} and "diff" in factors and factors["diff"].ndim == 2:
         return len(factors["diff"]), factors["diff"].shape[1]
     return None
@@ -284,14 +284,14 @@ def _cut_rows(factors: Factors, heights: Sequence[int]) -> list[Factors | None]:
 
 def _cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
     """Return the LoRA of each block of a block-diagonal up factor."""
-    downs = factors[LORA[0]].chunk(len(blocks))
-    alpha = torch.tensor(deltas.strength(factors) * (len(factors[LORA[0]]) // len(blocks)))
-    return [{LORA[0]: down, LORA[1]: up, "alpha": alpha} for down, up in zip(downs, blocks, strict=True)]
+    downs = factors[DOWN].chunk(len(blocks))
+    alpha = torch.tensor(deltas.strength(factors) * (len(factors[DOWN]) // len(blocks)))
+    return [{DOWN: down, UP: up, "alpha": alpha} for down, up in zip(downs, blocks, strict=True)]
 
 
 def _changes_any(factors: Factors) -> bool:
     """Return whether any value but those of the down factor and alpha differs from 0."""
-    return any(bool(tensor.any()) for part, tensor in factors.items() if part not in {LORA[0], "alpha"})
+    return any(bool(tensor.any()) for part, tensor in factors.items() if part not in {DOWN, "alpha"})
 
 
 def in_target(
