@@ -15,7 +15,7 @@ from torch import Tensor
 from modules.errors import CheckpointError
 from modules.limits import MAX_EXPRESSIONS, MAX_SEARCH_SECONDS
 from modules.text_files import parse_json, read_text
-from networks.deltas import DOWN, LORA, UP, Factors, group_by_module, rank_of, split_strength, ungroup
+from networks.deltas import DOWN, UP, Factors, group_by_module, rank_of, split_strength, ungroup
 from networks.key_formats import EXPERT_STARTS, NETWORKS, NativeTensors
 from networks.names.layouts import FOLDED, IN_DIFFUSERS, UNET_IN_DIFFUSERS
 from networks.names.texts import diffusers_path_of_text
@@ -112,22 +112,14 @@ def find_alphas(
     if not is_written_here:
         sources, warnings = _sources(path, metadata, paths, start)
     distinct_ranks = set(ranks.values())
-    for source in sources:
-        if not source.fits(distinct_ranks) and source.is_sure:
-            shown = ", ".join(map(str, sorted(distinct_ranks)))
-            warnings.append(
-                f"{source.place} has an alpha for rank {source.rank:g}, the factors have rank {shown}: it is "
-                "not used"
-            )
+    warnings += _warnings_of_other_ranks(sources, distinct_ranks)
     sources = [source for source in sources if source.fits(distinct_ranks)]
     scaled = [source for source in sources if source.settings.get("lora_alpha")]
     alphas = [_finite(source.settings["lora_alpha"]) for source in scaled]
     if len(set(alphas)) > 1:
-        both = " and ".join(
-            f"{alpha:g} in {source.place}" for alpha, source in zip(alphas, scaled, strict=True)
-        )
+        places = [f"{alpha:g} in {source.place}" for alpha, source in zip(alphas, scaled, strict=True)]
         raise CheckpointError(
-            f"{path} has two alphas: {both}.\n"
+            f"{path} has two alphas: {' and '.join(places)}.\n"
             "  Take the wrong one out: the strength of the LoRA depends on it.",
             path,
         )
@@ -139,10 +131,23 @@ def find_alphas(
         words.append(f"alphas of {sources[0].place}")
     missing = len(ranks) - len(tensors)
     if missing:
-        is_bare = not tensors and not any("alpha" in factors for factors in modules.values())
-        where = "in it" if is_bare else f"for {missing} modules"
+        has_alphas = tensors or any("alpha" in factors for factors in modules.values())
+        where = f"for {missing} modules" if has_alphas else "in it"
         words.append(f"no alpha {where}: the rank is taken")
     return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
+
+
+def _warnings_of_other_ranks(sources: Iterable[_Source], ranks: Collection[int]) -> list[str]:
+    """Return a warning for each source of the file whose alpha is for other ranks than the file has."""
+    shown = ", ".join(map(str, sorted(ranks)))
+    warnings: list[str] = []
+    for source in sources:
+        if source.is_sure and not source.fits(ranks):
+            warnings.append(
+                f"{source.place} has an alpha for rank {source.rank:g}, the factors have rank {shown}: it is "
+                "not used"
+            )
+    return warnings
 
 
 def _ranks_without_alpha(modules: Mapping[str, Factors], stacked: Mapping[str, int]) -> dict[str, int]:
@@ -179,12 +184,18 @@ def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     modules = group_by_module(tensors)
     for factors in modules.values():
         rank = rank_of(factors)
-        if rank not in strengths or "alpha" in factors or not factors.keys() >= {*LORA}:
+        is_pair = DOWN in factors and UP in factors
+        if rank not in strengths or "alpha" in factors or not is_pair:
             continue
         strength = strengths[rank]
-        is_exact = math.frexp(strength)[0] == 0.5
+        mantissa, _ = math.frexp(strength)
+        is_exact = mantissa == 0.5  # a power of two
         by_down, by_up = split_strength(strength)
-        divisors = {DOWN: by_down, UP: by_up, "lora_up.bias": strength}
+        divisors = {
+            DOWN: by_down,
+            UP: by_up,
+            "lora_up.bias": strength,
+        }
         for part, divisor in divisors.items():
             if part in factors:
                 unfolded = factors[part].float() / divisor
@@ -247,8 +258,8 @@ def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], st
     is_folded = "ss_network_module" in metadata and any("." in path for path in paths.values())
     texts = {_split_key(key): text for key, text in metadata.items()}
     for full_key, text in metadata.items():
-        key = _split_key(full_key)
-        if key.name not in _KEYS or not _is_of(key.network, start):
+        network, name = _split_key(full_key)
+        if name not in _KEYS or not _is_of(network, start):
             continue
         if full_key == _TRAINED and is_folded:
             continue
@@ -256,8 +267,8 @@ def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], st
             shown = repr(str(text)[:_LONGEST])
             warnings.append(f"its metadata have {full_key} {shown}, which is no number: not used")
             continue
-        rank_keys = [_Key(key.network, name) for name in _KEYS[key.name]]
-        scaling = texts.get(_Key(key.network, "userslora"), "")
+        rank_keys = [_Key(network, rank_name) for rank_name in _KEYS[name]]
+        scaling = texts.get(_Key(network, "userslora"), "")
         settings = {
             "lora_alpha": float(text),
             "r": _first_of(texts, rank_keys),
@@ -312,9 +323,13 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
     several adapters do. Raises AttributeError if `settings` is not a JSON object.
     """
     entries = [(_split_key(full_key), value) for full_key, value in settings.items()]
-    if not any(key.name in _KEYS or key.name == "alphapattern" for key, _ in entries):
+    all_names = {key.name for key, _ in entries}
+    if all_names.isdisjoint({*_KEYS, "alphapattern"}):
         return _nested_sources(place, settings, start, network)
-    values = {key.name: value for key, value in entries if _is_of(key.network or network, start)}
+    values: dict[str, Any] = {}
+    for key, value in entries:
+        if _is_of(key.network or network, start):
+            values[key.name] = value
     common = {word: values[name] for name, word in _PEFT_KEYS.items() if name in values}
     if "use_rslora" in common:
         common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
@@ -324,7 +339,8 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
     sources: list[_Source] = []
     for name in names:
         rank = _first_of(values, _KEYS.get(name, _RANKS))
-        sources.append(_Source(place, {"lora_alpha": values.get(name), "r": rank, **common}))
+        peft_settings = {"lora_alpha": values.get(name), "r": rank, **common}
+        sources.append(_Source(place, peft_settings))
     return sources
 
 
@@ -380,25 +396,34 @@ def read_alphas(
     CheckpointError if settings are unusable.
     """
     find = partial(find_alphas, path, metadata, is_written_here)
-    texts = group_by_module(native.texts)
     start = next((start for start, name in NETWORKS.items() if name == expert), IN_DIFFUSERS)
+    texts = group_by_module(native.texts)
     try:
-        alphas = [find(group_by_module(native.tensors), native.paths, start, native.stacked)]
-        for text_start, paths in _paths_by_encoder(texts).items():
+        in_dit = find(
+            modules=group_by_module(native.tensors),
+            paths=native.paths,
+            start=start,
+            stacked=native.stacked,
+        )
+        in_texts: list[FoundAlphas] = []
+        for encoder_start, paths in _paths_by_encoder(texts).items():
             modules = {name: texts[name] for name in paths}
-            alphas.append(find(modules, paths, text_start, {}))
+            in_texts.append(find(modules=modules, paths=paths, start=encoder_start, stacked={}))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"
             "  Correct lora_alpha or alpha_pattern in them, or give another LoRA.",
             path,
         ) from error
-    warnings = dict.fromkeys(warning for entry in alphas for warning in entry.warnings)
+    tensors: dict[str, Tensor] = {}
+    warnings: dict[str, None] = {}  # each once, in order
+    for alphas in (in_dit, *in_texts):
+        tensors.update(alphas.tensors)
+        warnings.update(dict.fromkeys(alphas.warnings))
     for warning in warnings if warns else ():
         logger.warning(f"{path}: {warning}")
-    tensors = {name: alpha for entry in alphas for name, alpha in entry.tensors.items()}
-    text_words = ", ".join(dict.fromkeys(entry.words for entry in alphas[1:] if entry.words))
-    words = dict.fromkeys(filter(None, (alphas[0].words, text_words)))
+    text_words = ", ".join(dict.fromkeys(alphas.words for alphas in in_texts if alphas.words))
+    words = dict.fromkeys(filter(None, (in_dit.words, text_words)))
     return FoundAlphas(tensors, ", ".join(words), tuple(warnings))
 
 

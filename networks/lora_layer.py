@@ -131,17 +131,21 @@ class LoraLayer(nn.Module):
         dropouts = self.dropouts if self.training else None
         # compiled code computes the LoRA in any case, and drops it afterwards
         drops_after = dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
-        if self.multiplier == 0 or (dropouts and not drops_after and self._skips(dropouts.module)):
+        if self.multiplier == 0:
+            return self._original_forward(x)
+        if dropouts and not drops_after and self._skips(dropouts.module):
             return self._original_forward(x)
         if self._joins(x, dtype):
-            out = total = self._add_in_place(x, dropouts)
+            out = self._add_in_place(x, dropouts)
+            total = out
         else:
             out = self._original_forward(x)
             hidden = self._scaled(self.lora_down(x.to(dtype)), dropouts)
             added = self.lora_up(hidden).to(out.dtype)
             total = out + added if self.dora_scale is None else self._decompose(out, added, input_dtype)
         if self.training and self.noise_of is not None:
-            total = total + self._noise(x.to(dtype), *self.noise_of).to(total.dtype)
+            noise = self._noise(x.to(dtype), *self.noise_of)
+            total = total + noise.to(total.dtype)
         if drops_after and dropouts and dropouts.module > 0:
             return self._without_dropped(out, total, dropouts.module)
         return total

@@ -312,12 +312,12 @@ def _add_up(
     _refuse_other_families([use.lora for use in uses])
     merged: dict[str, Tensor] = {}
     for name, summands in _summands(uses).items():
-        down, up = _sum(name, summands, device)
+        total = _sum(name, summands, device)
         if not concat and len(summands) > 1:
-            down, up = _truncate(down, up, len(summands[0].factors[DOWN]))
-        merged[f"{name}.{DOWN}"] = down.to("cpu", dtype).contiguous()
-        merged[f"{name}.{UP}"] = up.to("cpu", dtype).contiguous()
-        merged[f"{name}.alpha"] = torch.tensor(float(len(down)))
+            total = _truncate(total, len(summands[0].factors[DOWN]))
+        merged[f"{name}.{DOWN}"] = total.down.to("cpu", dtype).contiguous()
+        merged[f"{name}.{UP}"] = total.up.to("cpu", dtype).contiguous()
+        merged[f"{name}.alpha"] = torch.tensor(float(len(total.down)))
     return merged
 
 
@@ -384,34 +384,39 @@ class _LowRank(NamedTuple):
         return _LowRank(self.down.reshape(-1, *first_inputs), self.up.reshape(up_shape))
 
 
-def _sum(name: str, summands: Sequence[_Summand], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return down R x in and up out x R of a sum, with the ranks of all parts concatenated; alpha is R."""
+def _sum(name: str, summands: Sequence[_Summand], device: torch.device) -> _LowRank:
+    """Return the factors of a sum, with the ranks of all parts concatenated; alpha is the rank."""
     scaled: list[_LowRank] = []
     for summand in summands:
-        down, up = (summand.factors[part].to(device, torch.float32) for part in LORA)
-        change = _LowRank(down, up)
+        change = _LowRank(
+            down=summand.factors[DOWN].to(device, torch.float32),
+            up=summand.factors[UP].to(device, torch.float32),
+        )
         if scaled:
-            change = change.reshaped_as(scaled[0])
-        if scaled and change.size != scaled[0].size:
-            raise CheckpointError(
-                f"{summand.lora.path} does not fit {summands[0].lora.path}: {name} changes "
-                f"{change.in_words()} there, {scaled[0].in_words()} here. Give LoRAs for one model.",
-                summand.lora.path,
-            )
+            first = scaled[0]
+            change = change.reshaped_as(first)
+            if change.size != first.size:
+                raise CheckpointError(
+                    f"{summand.lora.path} does not fit {summands[0].lora.path}: {name} changes "
+                    f"{change.in_words()} there, {first.in_words()} here. Give LoRAs for one model.",
+                    summand.lora.path,
+                )
         scale = summand.multiplier * strength(summand.factors)
         root = abs(scale) ** 0.5  # spread over both, so that neither gets too small for 16 bits
         signed_root = root if scale >= 0 else -root
         scaled.append(_LowRank(change.down * signed_root, change.up * root))
-    downs = [change.down for change in scaled]
-    ups = [change.up for change in scaled]
-    return torch.cat(downs), torch.cat(ups, 1)
+    return _LowRank(
+        down=torch.cat([change.down for change in scaled]),
+        up=torch.cat([change.up for change in scaled], 1),
+    )
 
 
-def _truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _truncate(change: _LowRank, rank: int) -> _LowRank:
     """Return the best approximation of up @ down at this rank, without computing the product.
 
-    down: R x in (x kernel). up: out x R (x 1 x 1). Eckart and Young 1936, by two QR decompositions.
+    Source: Eckart and Young 1936, by two QR decompositions.
     """
+    down, up = change
     left, small_left = torch.linalg.qr(up.flatten(1))
     right, small_right = torch.linalg.qr(down.flatten(1).T)
     u, s, vh = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
@@ -419,7 +424,10 @@ def _truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     root = s[:rank].sqrt()
     new_up = left @ (u[:, :rank] * root)
     new_down = (root[:, None] * vh[:rank]) @ right.T
-    return new_down.unflatten(1, down.shape[1:]), new_up.reshape(*new_up.shape, *up.shape[2:])
+    return _LowRank(
+        down=new_down.unflatten(1, down.shape[1:]),
+        up=new_up.reshape(*new_up.shape, *up.shape[2:]),
+    )
 
 
 def as_known(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:

@@ -180,7 +180,8 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
 
     trained_family = read_family(checkpoint.metadata)
     hint = None if trained_family is None else trained_family.name
-    native = key_formats.to_native({name: hollow(checkpoint.tensors[name]) for name in names}, hint)
+    hollow_tensors = {name: hollow(checkpoint.tensors[name]) for name in names}
+    native = key_formats.to_native(hollow_tensors, hint)
     in_dit = group_by_module(native.tensors)
     in_texts = group_by_module(native.texts)
     modules = in_dit | in_texts
@@ -190,10 +191,13 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     if not families and hint is not None:
         families = [hint]
     model = f" for {' or '.join(families)}" if families else ""
+    dialect = key_formats.dialect_in_words(native.dialect)
     alphas = _stored_alphas(checkpoint, names) | _alphas_of_settings(checkpoint, native, part)
-    words = [f"a {_kinds_in_words(modules)}{model}, {key_formats.dialect_in_words(native.dialect)}"]
-    words += _scales_in_words(modules, alphas)
-    words.append(f"{count_of(len(modules), 'layer')}: {_layers_in_words(modules)}")
+    words = [
+        f"a {_kinds_in_words(modules)}{model}, {dialect}",
+        *_scales_in_words(modules, alphas),
+        f"{count_of(len(modules), 'layer')}: {_layers_in_words(modules)}",
+    ]
     if in_texts:
         words.append(f"{len(in_texts)} of them in text encoders")
     expert = expert_of(checkpoint.metadata, checkpoint.path)

@@ -23,6 +23,7 @@ _BIAS = "lora_up.bias"
 class FusedPiece(NamedTuple):
     """The factors of a part of a fused module."""
 
+    name: str  # of the part's own module
     part: WeightPart
     factors: Factors
 
@@ -97,8 +98,10 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
         return "its change is no matrix"
     present = {relative: rows for relative, rows in heights.items() if rows is not None}
     places = _places_of_parts(present, whole_height)
-    is_complete = len(present) == len(heights)
-    if len(places) < len(present) or (is_complete and sum(present.values()) != whole_height):
+    fits = len(places) == len(present)
+    if len(present) == len(heights):  # all parts
+        fits = fits and sum(present.values()) == whole_height
+    if not fits:
         shown = " + ".join(map(str, present.values()))
         return f"its {whole_height} rows are not those of its parts, which have {shown}"
     if deltas.has_input_magnitudes(factors):
@@ -153,23 +156,21 @@ def fuse(
     """
     modules = deltas.group_by_module(tensors)
     fused: dict[str, Factors] = {}
-    part_names: dict[str, list[str]] = {}  # fused module -> the modules that are parts of it
-    pieces: dict[str, list[FusedPiece]] = {}  # fused module -> its parts
+    pieces_by_name: dict[str, list[FusedPiece]] = {}  # fused module -> its parts
     for name, factors in modules.items():
         module = _find_whole(name, height, family)
         if module is None or OURS + module.name in modules:
             fused[name] = factors
             continue
-        into = OURS + module.name
-        part_names.setdefault(into, []).append(name)
-        pieces.setdefault(into, []).append(FusedPiece(module.part, factors))
-    likely = _likely_heights(pieces.values()) if height is None else {}
-    for into, names in part_names.items():
-        rows = likely[pieces[into][0].part.ours] if height is None else height(into)
-        joined = _join(pieces[into], rows or 0, is_for_model=height is not None)
+        piece = FusedPiece(name, module.part, factors)
+        pieces_by_name.setdefault(OURS + module.name, []).append(piece)
+    likely = _likely_heights(pieces_by_name.values()) if height is None else {}
+    for into, pieces in pieces_by_name.items():
+        rows = likely[pieces[0].part.ours] if height is None else height(into)
+        joined = _join(pieces, rows or 0, is_for_model=height is not None)
         if isinstance(joined, str):
             logger.warning(f"{into}: {joined}; they stay apart")
-            fused.update({name: modules[name] for name in names})
+            fused.update({piece.name: piece.factors for piece in pieces})
         else:
             fused[into] = joined
     return deltas.ungroup(fused)
@@ -258,7 +259,9 @@ def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False)
     if len(slices) < len(places):
         return f"its parts do not fit into {height} rows"
     fault = _fault_of_magnitudes([piece.factors for piece in pieces], height)
-    return fault or _join_low_rank(_in_order(pieces, slices), height)
+    if fault:
+        return fault
+    return _join_low_rank(_in_order(pieces, slices), height)
 
 
 def _is_low_rank_matrix(factors: Factors) -> bool:
@@ -371,16 +374,17 @@ def _whole_difference(placed: Sequence[PlacedFactors], height: int) -> Factors |
     parts = [part.factors for part in placed]
     if any(deltas.has_input_magnitudes(factors) for factors in parts):
         return "its DoRA magnitudes are by input, so they belong to the parts"
-    covered = sum(part.rows.stop - part.rows.start for part in placed)
     magnitudes = [factors[DORA] for factors in parts if DORA in factors]
-    if magnitudes and (len(magnitudes) < len(parts) or covered < height):
-        return f"its parts have DoRA magnitudes for less than its {height} rows"
+    if magnitudes:
+        covered = sum(part.rows.stop - part.rows.start for part in placed)
+        if len(magnitudes) < len(parts) or covered < height:
+            return f"its parts have DoRA magnitudes for less than its {height} rows"
     changes = [deltas.weight_delta(factors, deltas.CPU) for factors in parts]
-    columns = {None if change is None else change.shape[1:] for change in changes}
-    inputs = columns.pop()
-    if columns or inputs is None:
+    inputs = {None if change is None else change.shape[1:] for change in changes}
+    shape = inputs.pop()
+    if inputs or shape is None:
         return "its parts have different inputs"
-    joined = {"diff": _place_rows(placed, changes, torch.zeros(height, *inputs))}
+    joined = {"diff": _place_rows(placed, changes, torch.zeros(height, *shape))}
     if magnitudes:
         joined[DORA] = torch.cat(magnitudes)
     biases = [deltas.bias_delta(factors, deltas.CPU) for factors in parts]
