@@ -129,21 +129,7 @@ class ForeignNetwork:
         # under the names that the network itself saves: other tools' files have many layouts
         state = self.module.state_dict()
         shapes = _read_shapes(path)
-        common = [name for name in state if name in shapes]
-        wrong = [name for name in common if state[name].numel() != math.prod(shapes[name])]
-        if wrong or not common:
-            words = f"has none of this network's {len(state)} tensors, such as {next(iter(state), 'none')}.\n"
-            if wrong:
-                lines = [
-                    f"  {name} has {shapes[name]}, here {list(state[name].shape)}\n" for name in wrong[:3]
-                ]
-                words = f"does not fit this network in {len(wrong)} of {len(common)} tensors:\n"
-                words += "".join(lines)
-            raise CheckpointError(
-                f"--network_weights {path} {words}"
-                "  Give the --network_module, --network_dim and --network_args that it was trained with.",
-                path,
-            )
+        _refuse_other_sizes(path, state, shapes)
         if not any(name.endswith(".alpha") for name in shapes):
             _refuse_other_alphas(path, state)
         if hasattr(self.module, "load_weights"):
@@ -157,6 +143,26 @@ def _read_shapes(path: Path) -> dict[str, list[int]]:
         for name in checkpoint.tensors:
             check_finite(path, name, checkpoint.read(name))
         return {name: list(info.shape) for name, info in checkpoint.tensors.items()}
+
+
+def _refuse_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise CheckpointError if a file has other sizes than a network, or nothing of it.
+
+    state: of the network. shapes: of the file's tensors.
+    """
+    common = [name for name in state if name in shapes]
+    wrong = [name for name in common if state[name].numel() != math.prod(shapes[name])]
+    if common and not wrong:
+        return
+    words = f"has none of this network's {len(state)} tensors, such as {next(iter(state), 'none')}.\n"
+    if wrong:
+        lines = [f"  {name} has {shapes[name]}, here {list(state[name].shape)}\n" for name in wrong[:3]]
+        words = f"does not fit this network in {len(wrong)} of {len(common)} tensors:\n{''.join(lines)}"
+    raise CheckpointError(
+        f"--network_weights {path} {words}"
+        "  Give the --network_module, --network_dim and --network_args that it was trained with.",
+        path,
+    )
 
 
 def _refuse_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:

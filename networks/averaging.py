@@ -205,13 +205,7 @@ def _averaged(files: Sequence[Checkpoint], weights: Sequence[float]) -> Callable
     def read(name: str) -> Tensor:
         last = files[-1].read(name)
         if name.rpartition(".")[2] == "alpha" or not last.is_floating_point():
-            for file in files[:-1]:
-                if not torch.equal(file.read(name).double(), last.double()):
-                    raise CheckpointError(
-                        f"{name} differs between {file.path} and {files[-1].path}.\n"
-                        "  Give files of one run, with equal alphas.",
-                        file.path,
-                    )
+            _refuse_unequal(name, last, files)
             return last
         total = torch.zeros(last.shape, dtype=torch.float64)
         for file, weight in zip(files, weights, strict=True):
@@ -221,3 +215,14 @@ def _averaged(files: Sequence[Checkpoint], weights: Sequence[float]) -> Callable
         return total.to(last.dtype)
 
     return read
+
+
+def _refuse_unequal(name: str, last: Tensor, files: Sequence[Checkpoint]) -> None:
+    """Raise CheckpointError if a tensor differs between files. last: that of the last file."""
+    for file in files[:-1]:
+        if not torch.equal(file.read(name).double(), last.double()):
+            raise CheckpointError(
+                f"{name} differs between {file.path} and {files[-1].path}.\n"
+                "  Give files of one run, with equal alphas.",
+                file.path,
+            )

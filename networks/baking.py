@@ -83,9 +83,10 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     not fit.
     """
     assert baking.rank is not None
-    # a DoRA for parts of a fused weight becomes one for the whole weight, as the model has it
-    is_dora = any(name.endswith(DORA) for name in lora.tensors)
-    tensors = in_own_form(lora.tensors, family) if is_dora and family is not None else lora.tensors
+    tensors = lora.tensors
+    if family is not None and any(name.endswith(DORA) for name in tensors):
+        # a DoRA for parts of a fused weight becomes one for the whole weight, as the model has it
+        tensors = in_own_form(tensors, family)
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     replaced = {name: factors for name, factors in modules.items() if factors.keys() & OTHER_KINDS}
     if not replaced:
@@ -104,18 +105,25 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
         for name, factors in replaced.items():
             change = _change(name, factors, lora=lora, weights=weights, device=baking.device)
             modules[name], losses[name] = _as_lora(name, factors, change, baking.rank)
+    metadata = _metadata_of_plain(lora.metadata, modules)
+    words = _in_words(losses, len(modules), baking.rank)
+    return Baked(_replace_factors(lora, modules, metadata), words)
+
+
+def _metadata_of_plain(metadata: Mapping[str, str], modules: Mapping[str, Factors]) -> dict[str, str]:
+    """Return the metadata of a LoRA whose modules have become plain ones."""
     ranks = {len(factors[DOWN]) for factors in modules.values() if DOWN in factors}
     shown = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
-    module = lora.metadata.get("ss_network_module", _PLAIN)
-    metadata = {
-        **lora.metadata,
-        "ss_network_module": module if module.startswith(_PLAIN) else _PLAIN,
+    network_module = metadata.get("ss_network_module", _PLAIN)
+    plain = {
+        **metadata,
+        "ss_network_module": network_module if network_module.startswith(_PLAIN) else _PLAIN,
         "ss_network_dim": shown,
         "ss_network_alpha": shown,
         "ss_network_args": "{}",
     }
-    metadata.pop(DORA_FORM, None)
-    return Baked(_replace_factors(lora, modules, metadata), _in_words(losses, len(modules), baking.rank))
+    plain.pop(DORA_FORM, None)
+    return plain
 
 
 @torch.no_grad()

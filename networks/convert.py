@@ -68,22 +68,22 @@ def convert(options: ConvertOptions) -> None:
     if options.family is not None and options.family not in names:
         raise OptionError(f"--family {options.family}: no such model; there are {', '.join(names)}")
     target = "other" if options.target == "comfyui" else options.target
-    how = Conversion(target, options.family, baking)
     if options.input_high_noise is None and options.output_high_noise is None and options.expert is None:
         convert_file(options.input, options.output, target=target, family=options.family, baking=baking)
         return
-    low, high = _read_experts(options)
+    how = Conversion(target, options.family, baking)
+    experts = _read_experts(options)
     if options.expert is not None:
-        _convert_one(high if options.expert == HIGH_NOISE else low, options.output, how)
+        _convert_one(experts[options.expert], options.output, how)
     elif options.output_high_noise is not None:
-        _convert_one(low, options.output, how)
-        _convert_one(high, options.output_high_noise, how)
+        _convert_one(experts[LOW_NOISE], options.output, how)
+        _convert_one(experts[HIGH_NOISE], options.output_high_noise, how)
     else:
-        _convert_parts({HIGH_NOISE: high, LOW_NOISE: low}, options.output, how)
+        _convert_parts(experts, options.output, how)
 
 
-def _read_experts(options: ConvertOptions) -> tuple[LoraFile, LoraFile]:
-    """Return the LoRAs of low and high noise. Raises OptionError if `--input` holds a single one."""
+def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
+    """Return the LoRA of each expert. Raises OptionError if `--input` holds a single one."""
     low = read_lora(options.input, by_expert=True, family=options.family)
     high = low
     if options.input_high_noise is not None:
@@ -96,7 +96,7 @@ def _read_experts(options: ConvertOptions) -> tuple[LoraFile, LoraFile]:
         )
     warn_of_other_expert(low.for_expert(LOW_NOISE), LOW_NOISE)
     warn_of_other_expert(high.for_expert(HIGH_NOISE), HIGH_NOISE)
-    return low.for_expert(LOW_NOISE), high.for_expert(HIGH_NOISE)
+    return {HIGH_NOISE: high.for_expert(HIGH_NOISE), LOW_NOISE: low.for_expert(LOW_NOISE)}
 
 
 def convert_flux(options: FluxConvertOptions) -> None:
@@ -114,25 +114,28 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
     in the file has a name to change.
     """
     source = options.src_path
+    output = options.dst_path
     with open_checkpoint(source) as checkpoint:
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
         metadata = {key: text for key, text in checkpoint.metadata.items() if not key.startswith(STALE)}
     if LORA_FORMAT in metadata:
         metadata[LORA_FORMAT] = KNOWN if options.reverse else COMFYUI
-    change = module_names.alias if options.reverse else module_names.to_alias
-    renamed = rename_to_aliases(stored, HUNYUAN_IMAGE, change)
+    rename = module_names.alias if options.reverse else module_names.to_alias
+    renamed = rename_to_aliases(stored, HUNYUAN_IMAGE, rename)
     if renamed.keys() == stored.keys():
         direction = "ComfyUI's names to ours" if options.reverse else "our names to ComfyUI's"
+        example = next(iter(stored), "none")
         raise CheckpointError(
-            f"{source} has no module to rename from {direction}, such as {next(iter(stored), 'none')}.\n"
+            f"{source} has no module to rename from {direction}, such as {example}.\n"
             f"  Give a LoRA for {HUNYUAN_IMAGE.name}; --reverse is the way back.",
             source,
         )
-    save_tensors(options.dst_path, renamed, add_hashes(renamed, metadata) if metadata else {})
+    save_tensors(output, renamed, add_hashes(renamed, metadata) if metadata else {})
+    num_changed = len(renamed.keys() - stored.keys())
     rows = [
         ("from", str(source)),
-        ("to", f"{options.dst_path} ({as_size(options.dst_path.stat().st_size)})"),
-        ("tensors", f"{len(renamed)}, {len(renamed.keys() - stored.keys())} with another name"),
+        ("to", f"{output} ({as_size(output.stat().st_size)})"),
+        ("tensors", f"{len(renamed)}, {num_changed} with another name"),
     ]
     show_box("The LoRA is converted", rows)
 
@@ -297,14 +300,22 @@ def converted(
         is_other_kind = any(OTHER_KINDS & modules[name].keys() for name in written.left_out)
         remedy = "\n  --bake RANK makes plain LoRAs of them." if is_other_kind else ""
         if not written.tensors and not lora.text_tensors:
-            reasons = list_some([f"{module} ({reason})" for module, reason in written.left_out.items()], 3)
-            raise CheckpointError(f"{lora.path} cannot be converted: {reasons}.{remedy}", lora.path)
+            reasons = [f"{module} ({reason})" for module, reason in written.left_out.items()]
+            raise CheckpointError(
+                f"{lora.path} cannot be converted: {list_some(reasons, 3)}.{remedy}", lora.path
+            )
         _warn_of_left_out(lora.path, written.left_out, remedy)
     texts = add_missing_alphas(lora.text_tensors)
     if target == "diffusers":  # only diffusers names text encoders otherwise
         written_texts = texts_to_diffusers(lora.text_tensors)
         texts = written_texts.tensors
         _warn_of_left_out(lora.path, written_texts.left_out)
+    metadata = _metadata_of_converted(lora, target, family)
+    return ConvertedLora({**written.tensors, **texts}, metadata)
+
+
+def _metadata_of_converted(lora: LoraFile, target: str, family: FamilyNames | None) -> dict[str, str]:
+    """Return the metadata of a LoRA in another dialect; see `converted`."""
     # its alphas are in the tensors now
     metadata = without_alphas(lora.metadata)
     if LORA_FORMAT in metadata:
@@ -314,7 +325,7 @@ def converted(
         if len(families) < 2 or not module_names.have_same_names(families):
             # the names alone may no longer show the family
             metadata[TRAINED_ON] = family.written_version or family.name
-    return ConvertedLora({**written.tensors, **texts}, metadata)
+    return metadata
 
 
 def _warn_of_left_out(path: Path, left_out: Mapping[str, str], remedy: str = "") -> None:

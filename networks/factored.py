@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 Shapes = Mapping[str, tuple[int, ...]]
 MakeShapes = Callable[[int, int, int], Shapes]  # out, in, rank -> factors
+# the factors that begin as zeros: of a LoHa, and of a LoKr with its large matrix whole or in two factors
+_FIRST_ZERO = {"hada_w2_a", "lokr_w2", "lokr_w2_b"}
 
 
 class FactoredLayer(nn.Module):
@@ -30,26 +32,19 @@ class FactoredLayer(nn.Module):
     def __init__(self, original: nn.Linear, shapes: Shapes, rank: int, alpha: float) -> None:
         """shapes: of the factors by name, from `loha_shapes` or `lokr_shapes`. alpha: 0 means rank."""
         super().__init__()
+        is_loha = "hada_w1_a" in shapes
+        self.kind = "LoHa" if is_loha else "LoKr"
         self.is_scaled = not {"lokr_w1", "lokr_w2"} <= shapes.keys()  # two whole matrices are not scaled
-        self.register_buffer("alpha", torch.tensor(float(alpha or rank) if self.is_scaled else float(rank)))
-        # first values as in LyCORIS: one factor is zero, so the change begins with nothing
-        zero = "lokr_w2" if "lokr_w2" in shapes else "lokr_w2_b"
-        if "hada_w1_a" in shapes:
-            zero = "hada_w2_a"
+        stored_alpha = float(alpha or rank) if self.is_scaled else float(rank)
+        self.register_buffer("alpha", torch.tensor(stored_alpha))
         for name, shape in shapes.items():
             weight = nn.Parameter(torch.empty(shape))
             self.register_parameter(name, weight)
-            if name == zero:
-                nn.init.zeros_(weight)
-            elif name.startswith("hada"):
-                nn.init.normal_(weight, std=0.1 if name == "hada_w1_a" else 1.0)
-            else:
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            _set_first_values(name, weight)
         self.rank = rank
         self.multiplier = 1.0
         self.factors = tuple(shapes)
-        self.kind = "LoHa" if "hada_w1_a" in shapes else "LoKr"
-        self._add: Callable[..., Tensor] = add_loha if self.kind == "LoHa" else add_lokr
+        self._add: Callable[..., Tensor] = add_loha if is_loha else add_lokr
         self._original = (original,)  # in a tuple, so that it is not registered as a submodule
         self._before: Callable[[Tensor], Tensor] = original.forward
         self.register_load_state_dict_post_hook(lambda layer, _: layer.read_alpha())
@@ -89,6 +84,16 @@ class FactoredLayer(nn.Module):
 
     def shrink(self, ratio: Tensor) -> None:
         self.get_parameter(self.factors[0]).mul_(ratio)
+
+
+def _set_first_values(name: str, weight: nn.Parameter) -> None:
+    """Set a factor as LyCORIS does: one of each layer is zero, so the change begins with nothing."""
+    if name in _FIRST_ZERO:
+        nn.init.zeros_(weight)
+    elif name.startswith("hada"):
+        nn.init.normal_(weight, std=0.1 if name == "hada_w1_a" else 1.0)
+    else:
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
 
 def loha_shapes(out_features: int, in_features: int, rank: int) -> Shapes:

@@ -88,9 +88,11 @@ class LoraFormat:
             return Formatted(dict(tensors), {}, {})
         from networks.writing import texts_to_diffusers  # most runs save the known names
 
-        modules = deltas.group_by_module(tensors)
-        texts = {name: factors for name, factors in modules.items() if not name.startswith(OURS)}
-        in_dit = {name: factors for name, factors in modules.items() if name.startswith(OURS)}
+        texts: dict[str, deltas.Factors] = {}
+        in_dit: dict[str, deltas.Factors] = {}
+        for name, factors in deltas.group_by_module(tensors).items():
+            side = in_dit if name.startswith(OURS) else texts
+            side[name] = factors
         written: dict[str, Tensor] = {}
         left_out: dict[str, str] = {}
         strengths: dict[int, set[float]] = {}  # rank in the file -> alpha / rank of the modules folded there

@@ -473,14 +473,18 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
     """
     parts = []
     for use in uses:
-        sides: dict[bool, dict[str, Mapping[str, Tensor]]] = {True: {}, False: {}}
+        in_text: dict[str, Factors] = {}
+        in_dit: dict[str, Factors] = {}
         for name, factors in use.lora.modules().items():
-            sides[bool(on_text_side(name.removeprefix(OURS)))][name] = factors
-        has_text = _keeps_any(use, sides[True])
-        has_dit = _keeps_any(use, sides[False])
-        is_kept = has_text if is_text else has_dit or (bool(sides[False]) and not has_text)
-        if is_kept:
-            tensors = ungroup(sides[is_text]) if sides[not is_text] else use.lora.tensors
+            side = in_text if on_text_side(name.removeprefix(OURS)) else in_dit
+            side[name] = factors
+        has_text = _keeps_any(use, in_text)
+        has_dit = _keeps_any(use, in_dit)
+        is_used = has_text if is_text else has_dit or (bool(in_dit) and not has_text)
+        if is_used:
+            tensors = use.lora.tensors
+            if in_text and in_dit:
+                tensors = ungroup(in_text if is_text else in_dit)
             parts.append(replace(use, lora=replace(use.lora, tensors=tensors)))
     return parts
 

@@ -5,6 +5,7 @@ the meaning of a family's own.
 import ast
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -151,14 +152,17 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
     if rules is not None:
         readers |= readers_of(rules)
     texts = {key: text for key, text in arguments.items() if text is not None}
-    typed_values = {key: read(key, texts[key]) for key, read in readers.items() if key in texts}
+    values: dict[str, Any] = {}
+    for key, read in readers.items():
+        value = read(key, texts[key]) if key in texts else None
+        if value is not None:
+            values[key] = value
     unknown = [key for key in texts if key not in readers]
     if unknown:
         raise OptionError(
             f"--network_args {unknown[0]}: this network has no such setting."
             f"{did_you_mean(unknown[0], readers)} It has {', '.join(readers)}"
         )
-    values = {key: value for key, value in typed_values.items() if value is not None}
     if ("ggpo_sigma" in values) != ("ggpo_beta" in values):
         raise OptionError(
             "--network_args ggpo_sigma and ggpo_beta need each other: give both, such as ggpo_sigma=0.03 "
@@ -241,10 +245,7 @@ def find_by_pattern(pairs: ByPattern, name: str) -> tuple[int, ...]:
 
 def log_overlaps(argument: str, pairs: ByPattern, matches: Sequence[tuple[int, ...]]) -> None:
     """Log which patterns override earlier ones. matches: for each module, the result of `find_by_pattern`."""
-    counts: dict[tuple[int, int], int] = {}  # place of a pattern and of the one that overrides it
-    for places in matches:
-        for place in places[:-1]:
-            counts[place, places[-1]] = counts.get((place, places[-1]), 0) + 1
+    counts = Counter((place, places[-1]) for places in matches for place in places[:-1])
     for (place, last), count in sorted(counts.items()):
         overridden, _ = pairs[place]
         pattern, number = pairs[last]

@@ -101,22 +101,27 @@ def _choose(
     matches: list[tuple[int, ...]] = []
     for path, module in candidates:
         name = start + path.replace(".", "_")
-        places = find_by_pattern(settings.reg_ranks, name) if settings.reg_ranks else ()
+        places = find_by_pattern(settings.reg_ranks, name)
         matches.append(places)
         size = _size(path, module, settings)
         if places:
             _, rank = settings.reg_ranks[places[-1]]
             size = LoraSize(int(rank), settings.alpha)
-        is_optional = any(part in f".{path}" for part in optional) and _rank_of_kind(path, settings) is None
-        may_go = is_optional or settings.exclude
-        if size is None or size.rank <= 0 or (may_go and _is_excluded(path, settings, is_optional)):
+        is_optional = any(part in f".{path}" for part in optional)
+        if is_optional and _rank_of_kind(path, settings) is not None:
+            is_optional = False
+        if size is not None and (size.rank <= 0 or _is_excluded(path, settings, is_optional)):
             size = None
         if settings.verbose:
             state = "left out" if size is None else f"rank {size.rank}, alpha {size.alpha:g}"
             logger.info(f"  {path}: {state}")
         if size is not None:
-            heights = _heights(path, module, settings) if settings.splits else ()
-            targets[name] = Target(module, size.rank, size.alpha, heights)
+            targets[name] = Target(
+                module=module,
+                rank=size.rank,
+                alpha=size.alpha,
+                heights=_heights(path, module, settings),
+            )
     if settings.reg_ranks:
         log_overlaps("network_reg_dims", settings.reg_ranks, matches)
     return targets
@@ -200,17 +205,20 @@ def build_network(
         for start, candidates in in_texts.items():
             modules += [(start, path) for path, _ in candidates]
         settings = fit_patterns(settings, modules)
-    is_lora = OWN_MODULES[name].kind == "LoRA"
     targets: dict[str, Target] = {}
-    if dit is not None:
-        targets = choose_modules(dit, settings if is_lora else replace(settings, conv_rank=None))
-    if not is_lora:
-        learning = {}
-    for prefix in learning:
-        start = f"{prefix}_"
+    if OWN_MODULES[name].kind == "LoRA":
+        if dit is not None:
+            targets = choose_modules(dit, settings)
         # ranks by type and numbers of blocks are for the DiT alone
-        targets |= _choose(in_texts[start], replace(settings, rules=None, splits=False), start)
-    layers = _lora_layers(targets, settings.decomposes) if is_lora else _factored_layers(targets, make_shapes)
+        text_settings = replace(settings, rules=None, splits=False)
+        for start, candidates in in_texts.items():
+            targets |= _choose(candidates, text_settings, start)
+        layers = _lora_layers(targets, settings.decomposes)
+    else:
+        learning = {}
+        if dit is not None:
+            targets = choose_modules(dit, replace(settings, conv_rank=None))
+        layers = _factored_layers(targets, make_shapes)
     if begun:
         by_name = _layers_by_name(dit, learning)
         joining = _joining_layers(layers, name, settings, begun=begun, by_name=by_name)
@@ -397,7 +405,7 @@ def _layer_of(
     rank = rank_of(factors)
     assert rank is not None
     alpha = float(factors["alpha"])
-    heights = _heights(path, module, settings) if settings.splits else ()
+    heights = _heights(path, module, settings)
     if heights and diagonal_blocks(factors[UP], heights) is not None:
         num_parts = len(heights)
         return LoraLayer(module, rank // num_parts, alpha / num_parts, heights=heights)
@@ -417,7 +425,7 @@ def _factored_layer_of(module: LoraModule, path: str, factors: Factors) -> Facto
 
 def _heights(path: str, module: LoraModule, settings: LoraSettings) -> tuple[int, ...]:
     """Return the rows of each part of a fused layer whose parts get their own factors; () for others."""
-    if settings.rules is None or not isinstance(module, nn.Linear):
+    if not settings.splits or settings.rules is None or not isinstance(module, nn.Linear):
         return ()
     name = path.replace(".", "_")
     num_parts = 0

@@ -115,11 +115,14 @@ def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         heights = _heights_of_parts(layer.name, factors)
         if not heights:
             continue
-        ends = {part: key.removeprefix(f"{layer.start}to_{layer.name}.") for part, key in keys.items()}
+        prefix = f"{layer.start}to_{layer.name}."
+        ends = {part: key.removeprefix(prefix) for part, key in keys.items()}
         first = 0
         for part, height in zip(_FUSED_PARTS[layer.name], heights, strict=True):
-            for name, tensor in part_of(factors, first, first + height).items():
-                apart[f"{layer.start}{part}.{ends.get(name, name)}"] = tensor
+            pieces = part_of(factors, first, first + height)
+            for name, tensor in pieces.items():
+                end = ends.get(name, name)
+                apart[f"{layer.start}{part}.{end}"] = tensor
             first += height
         for key in keys.values():
             del apart[key]

@@ -171,10 +171,11 @@ def _in_comfyui(factors: Factors) -> dict[str, Tensor]:
 
 def _in_diffusers(factors: Factors) -> Form:
     """Return the tensors of a module as diffusers and PEFT read them, or why there are none."""
-    if "diff" in factors and factors["diff"].ndim == 2 and DOWN not in factors and DORA not in factors:
+    if factors.keys().isdisjoint({DOWN, DORA}) and "diff" in factors and factors["diff"].ndim == 2:
         factors = _of_full_rank(factors)
     if factors.keys() - deltas.OF_LOW_RANK - {DORA} or DOWN not in factors:
-        return f"{', '.join(sorted(set(factors) - {'alpha'}))} has no form in this dialect"
+        parts = sorted(factors.keys() - {"alpha"})
+        return f"{', '.join(parts)} has no form in this dialect"
     if deltas.has_input_magnitudes(factors):
         return "its DoRA magnitudes are by input, diffusers has them by output"
     form = _fold(factors)
