@@ -143,17 +143,19 @@ class Batch:
         """
         for name, expected in widths.items():
             value = self.tensors[name]
-            for tensor in [value] if isinstance(value, Tensor) else value:
+            tensors = [value] if isinstance(value, Tensor) else value
+            where = f"{self.keys[0]}: {name} in its cache"
+            for tensor in tensors:
                 width = tensor.shape[-1] if tensor.ndim else 1
                 if not tensor.is_floating_point():
                     raise CacheError(
-                        f"{self.keys[0]}: {name} in its cache has whole numbers ({tensor.dtype}), not states "
-                        f"of a text encoder. Cache again with {remedy}."
+                        f"{where} has whole numbers ({tensor.dtype}), not states of a text encoder. Cache "
+                        f"again with {remedy}."
                     )
                 if width != expected:
                     raise CacheError(
-                        f"{self.keys[0]}: {name} in its cache is {width} numbers wide, {taker} takes "
-                        f"{expected}. Cache again with {remedy}."
+                        f"{where} is {width} numbers wide, {taker} takes {expected}. Cache again with "
+                        f"{remedy}."
                     )
 
     def tensor(self, name: str) -> Tensor:

@@ -95,14 +95,18 @@ class FamilyEntry:
         own: the training's options of the family. switches: further ones of the command for latents. typed:
         how the user spelled the options, by public name.
         """
-        repeated, lines = repeat_given(own, typed), []
-        kinds = (("LatentCaching", "latents", switches), ("TextCaching", "text_encoder_outputs", ()))
-        for (kind, what, more), chosen in zip(kinds, self.options.caching_options(own), strict=True):
+        repeated = repeat_given(own, typed)
+        of_latents, of_texts = self.options.caching_options(own)
+
+        def command(script: str, kind: str, chosen: Mapping[str, Any], further: Sequence[str] = ()) -> str:
             joined = join_options(self.options_record(kind), chosen, repeated)
             options = option_words({"--dataset_config": str(dataset_config), **joined})
-            lines.append(as_typed(["python", f"{self.cache}_{what}.py", *options, *more]))
-        latents, texts = lines
-        return latents, texts
+            return as_typed(["python", f"{self.cache}_{script}.py", *options, *further])
+
+        return (
+            command("latents", "LatentCaching", of_latents, switches),
+            command("text_encoder_outputs", "TextCaching", of_texts),
+        )
 
     def generation_words(
         self, own: Any, sample: Mapping[str, Any], typed: Mapping[str, str] | None = None

@@ -28,7 +28,8 @@ def parse_one_frame(text: str) -> OneFrame:
     Control indices are separated by `+`, `,` or, as other programs write them, `;`.
     Raises OptionError if a word is unknown or a number is missing.
     """
-    settings, word = OneFrame(), ""
+    settings = OneFrame()
+    word = ""
     for item in (piece.strip() for piece in text.split(",")):
         if word == "control_index" and _WHOLE.fullmatch(item):  # places may have commas between them too
             indices = (*settings.control_indices, _index(item, text))

@@ -223,13 +223,18 @@ def keep_usable_media(request: Request, taken: Mapping[str, bool], why_not: str)
     Raises OptionError if a file or folder that is taken does not exist or cannot be read.
     """
     for name, is_taken in taken.items():
-        media, option = getattr(request, name), _OPTIONS.get(name, name)
-        paths = media if isinstance(media, tuple) else () if media is None else (media,)
-        if paths and not is_taken:
+        media = getattr(request, name)
+        if not media:
+            continue
+        option = _OPTIONS.get(name, name)
+        has_several = isinstance(media, tuple)
+        paths = media if has_several else (media,)
+        if not is_taken:
             logger.warning("--%s %s is ignored because %s", option, " ".join(map(str, paths)), why_not)
-            dropped: dict[str, Any] = {name: () if media is paths else None}
+            dropped: dict[str, Any] = {name: () if has_several else None}
             request = replace(request, **dropped)
-        for path in paths if is_taken else ():
+            continue
+        for path in paths:
             if not path.exists():
                 raise OptionError(
                     f"--{option} {path}: no such file or folder.{explain_missing(path)} Correct the path"
@@ -309,17 +314,17 @@ def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
     width, height, frames = size
     step = latent.pixel_step
     option = "--image_size" if latent.is_of_pictures else "--video_size"
-    if width * height * frames > MOST_PIXELS:
+    num_pixels = width * height * frames
+    if num_pixels > MOST_PIXELS:
         raise OptionError(
-            f"{option} {height} {width}: {frames} such frames at once are "
-            f"{width * height * frames / 1e9:.0f} thousand "
+            f"{option} {height} {width}: {frames} such frames at once are {num_pixels / 1e9:.0f} thousand "
             f"million pixels, {MOST_PIXELS / 1e9:.0f} are the most. Lower it, or the length of the video."
         )
     if width % step or height % step or min(width, height) < step:
-        nearest = [max(step, round(side / step) * step) for side in (height, width)]
+        near_height, near_width = (max(step, round(side / step) * step) for side in (height, width))
         raise OptionError(
             f"{option} {height} {width} (height width): both must be multiples of {step}. Nearest: "
-            f"{nearest[0]} {nearest[1]}"
+            f"{near_height} {near_width}"
         )
 
 
@@ -354,19 +359,7 @@ def whole_frames(frames: int, latent: LatentSpec) -> int:
 
 def check_values(request: Request) -> None:
     """Raise OptionError for texts that are no valid Unicode, and numbers that no model or generator takes."""
-    # bytes that are no UTF-8 reach Python as halves of characters, which no file can hold
-    for name, text in {
-        "the prompt": request.prompt,
-        "the prompt of --prompt_2 (--p2 in a prompt line)": request.second_prompt or "",
-        "the negative prompt": request.negative_prompt or "",
-        "the prompt of --nag_prompt (--nag in a prompt line)": request.away_prompt or "",
-    }.items():
-        character = bad_character(text)
-        if character is not None:
-            raise OptionError(
-                f"{name} {text!r} is not UTF-8 text, it holds {character}: set the terminal or the file to "
-                "UTF-8"
-            )
+    _check_texts(request)
     *_, most_scale = VALUES["guidance_scale"]
     for name, scale in request.expert_guidance.items():
         if not abs(scale) <= most_scale:
@@ -393,3 +386,21 @@ def check_values(request: Request) -> None:
             f"--embedded_cfg_scale {request.embedded_guidance:g} (--g in a prompt line): give 0 or more"
         )
     check_seed("--seed (--d in a prompt line)", request.seed)
+
+
+def _check_texts(request: Request) -> None:
+    """Raise OptionError for texts that are no valid Unicode."""
+    texts = {
+        "the prompt": request.prompt,
+        "the prompt of --prompt_2 (--p2 in a prompt line)": request.second_prompt,
+        "the negative prompt": request.negative_prompt,
+        "the prompt of --nag_prompt (--nag in a prompt line)": request.away_prompt,
+    }
+    for name, text in texts.items():
+        # bytes that are no UTF-8 reach Python as halves of characters, which no file can hold
+        character = bad_character(text or "")
+        if character is not None:
+            raise OptionError(
+                f"{name} {text!r} is not UTF-8 text, it holds {character}: set the terminal or the file to "
+                "UTF-8"
+            )

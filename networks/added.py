@@ -313,12 +313,12 @@ def add_loras(
         if is_compiled:
             left_out = [name for name in modules if not by_name[name].adds_to_output]
             if left_out:
-                loading.warn_of_rest(
+                loading.warn_of_unused_parts(
                     use.lora.path,
                     left_out,
                     total=len(modules),
                     what="modules are not changed because blocks are compiled",
-                    loss="compiled blocks take no other weights. Leave out --compile.",
+                    consequence="compiled blocks take no other weights. Leave out --compile.",
                 )
             modules = {name: factors for name, factors in modules.items() if name not in left_out}
         parts.append(
@@ -453,15 +453,16 @@ def _fit_factors(lora: LoraFile, name: str, factors: Factors, place: ChangedPlac
         bias = deltas.bias_delta(factors, CPU)
         factors = {} if bias is None else {"diff_b": bias}
     for change in changes_of(LoraUse(lora), factors):
-        if change.leaf == "weight":
-            change.fit(None, weight, name=name, model="this model", option=f"{option} ")
-        elif place.adds_to_output or place.has("bias"):
-            of_bias = weight.new_empty(len(weight))
-            change.fit(None, of_bias, name=f"the bias of {name}", model="this model", option=f"{option} ")
-        else:
-            remedy = "Give a LoRA that was trained for this model."
-            raise CheckpointError(
-                f"{option} {lora.path} does not fit this model: {name} has no bias there.\n  {remedy}",
-                lora.path,
-            )
+        target = weight
+        target_name = name
+        if change.leaf == "bias":
+            if not place.adds_to_output and not place.has("bias"):
+                raise CheckpointError(
+                    f"{option} {lora.path} does not fit this model: {name} has no bias there.\n"
+                    "  Give a LoRA that was trained for this model.",
+                    lora.path,
+                )
+            target = weight.new_empty(len(weight))
+            target_name = f"the bias of {name}"
+        change.fit(None, target, name=target_name, model="this model", option=f"{option} ")
     return factors

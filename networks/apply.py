@@ -180,6 +180,13 @@ class FoundChange(NamedTuple):
     relative: Relative | None  # how the parameter lies to the LoRA's module
 
 
+def _our_names(parameter_names: Iterable[str]) -> dict[str, str]:
+    """Return our names of a file's modules, by theirs; {} if no family has such modules."""
+    modules = list(dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names))
+    family = choose_family(modules)
+    return {} if family is None else {module: alias(module, family) for module in modules}
+
+
 def _blocks(weight: Tensor, changes: Sequence[Change]) -> Iterator[slice | None]:
     """Yield the blocks of rows to change; a single None if the weight is small or a change has no rows."""
     if not changes or not weight.numel():
@@ -220,7 +227,8 @@ class LoraPatch:
         for use in uses:
             for module, factors in use.lora.modules().items():
                 for change in changes_of(use, factors):
-                    self._changes.setdefault(f"{module}.{change.leaf}", []).append(change)
+                    key = f"{module}.{change.leaf}"
+                    self._changes.setdefault(key, []).append(change)
         # parameter -> its changes that are not merged: see `networks.beside`
         self.beside: dict[str, list[Change]] = {}
         self._seen: set[str] = set()  # keys, in any layout, of weights that were passed in
@@ -231,9 +239,7 @@ class LoraPatch:
         self._modules: dict[str, None] = {}  # of the model, as far as its weights were passed in
         # parameter -> its changes that the patterns keep
         self._found: dict[str, list[FoundChange]] = {}
-        theirs = list(dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names or ()))
-        family = choose_family(theirs)
-        self._renamed = {} if family is None else {module: alias(module, family) for module in theirs}
+        self._renamed = _our_names(parameter_names or ())
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
         """Return the changed weight, a new tensor, or `weight` if nothing changes it. Raises as `add_to`."""

@@ -163,9 +163,9 @@ def _extract_blocks(
         for checkpoint in pair:
             if weights.example not in checkpoint.tensors:
                 kind = kind_of(checkpoint.tensors)
+                hint = f" It is {kind}." if kind else ""
                 raise CheckpointError(
-                    f"{checkpoint.path} has no blocks of {weights.model}, as {weights.example}."
-                    f"{f' It is {kind}.' if kind else ''}\n"
+                    f"{checkpoint.path} has no blocks of {weights.model}, as {weights.example}.{hint}\n"
                     "  Give a model with the published names to --model_org and --model_tuned.",
                     checkpoint.path,
                 )
@@ -173,8 +173,13 @@ def _extract_blocks(
         _check_same_shapes(pair, names, weights.of(pair.tuned))
         plan: dict[str, list[ExtractedModule]] = {}
         for name in names:
-            module = OURS + module_of_tensor(name)[0]
-            plan[name] = [ExtractedModule(module, options.dim, name, TensorPiece("", name))]
+            module = ExtractedModule(
+                name=OURS + module_of_tensor(name)[0],
+                rank=options.dim,
+                seed_name=name,
+                piece=TensorPiece("", name),
+            )
+            plan[name] = [module]
         metadata = _metadata(options, names_of(pair.original))
         _extract(options, pair, plan=plan, metadata=metadata, family=None)
 
@@ -208,9 +213,13 @@ def extract_whole(options: ExtractOptions) -> None:
         unchanged = _unchanged_texts(pair, options.min_diff)
         plan: dict[str, list[ExtractedModule]] = {}
         for name in pair.original.tensors:
-            pieces = [piece for piece in pieces_of(name) if piece.network not in unchanged]
-            modules = [_module_of_piece(piece, options, family) for piece in pieces]
-            plan[name] = [module for module in modules if module is not None]
+            plan[name] = []
+            for piece in pieces_of(name):
+                module = None
+                if piece.network not in unchanged:
+                    module = _module_of_piece(piece, options, family)
+                if module is not None:
+                    plan[name].append(module)
         arguments: dict[str, str] = {}
         if options.conv_dim is not None:
             arguments = {"conv_dim": str(options.conv_dim), "conv_alpha": str(float(options.conv_dim))}

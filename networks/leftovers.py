@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
 
 from networks import module_names
 from networks.key_formats import bare_path
@@ -19,8 +20,11 @@ _IN_PEFT = re.compile(
 _LEAVES = (".weight", ".bias")
 
 
-# description for messages, and the consequence if many are left out; "" if there is none
-Kind = tuple[str, str]
+class Kind(NamedTuple):
+    """What tensors that are left out are, for messages."""
+
+    words: str
+    consequence: str = ""  # if many are left out
 
 
 def sort_by_kind(names: Iterable[str], kind_of: Callable[[str], Kind]) -> dict[Kind, list[str]]:
@@ -35,23 +39,25 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> Kind:
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
     path = bare_path(_IN_PEFT.sub("", key.removesuffix(leaf)))
     name = path.replace(".", "_")
-    side = module_names.on_text_side(name if family is None else module_names.alias(name, family))
+    our_name = name if family is None else module_names.alias(name, family)
+    side = module_names.on_text_side(our_name)
     if side:
-        return f"are whole weights of {side}, no changes of them, and are ignored", ""
+        return Kind(f"are whole weights of {side}, no changes of them, and are ignored")
     if path.startswith(_OF_WORDS):
-        return "are embeddings of words and are ignored", ""
+        return Kind("are embeddings of words and are ignored")
     if module_names.is_name(name):
         return _kind_of_weight(name, leaf)
     if leaf and "." in path:
         start = path.partition(".")[0]
         network = key[: key.index(start)] + start
-        return f"are of another network, {network}, and are ignored", ""
+        return Kind(f"are of another network, {network}, and are ignored")
     module, dot, part = path.rpartition(".")
     if dot and module_names.is_name(module.replace(".", "_")):
-        return f"are parts of layers called {part}, which are not known here, and are ignored", (
-            f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program."
+        return Kind(
+            f"are parts of layers called {part}, which are not known here, and are ignored",
+            f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program.",
         )
-    return "are no part of a LoRA and are ignored", NOT_KNOWN
+    return Kind("are no part of a LoRA and are ignored", NOT_KNOWN)
 
 
 def _kind_of_weight(name: str, leaf: str) -> Kind:
@@ -61,9 +67,10 @@ def _kind_of_weight(name: str, leaf: str) -> Kind:
         kind = "biases"
     elif "norm" in name:
         kind = "norms"
-    return f"are whole {kind} of the model, no changes of them, and are ignored", (
+    return Kind(
+        f"are whole {kind} of the model, no changes of them, and are ignored",
         f"whole {kind} are no part of a LoRA, and it was trained together with them. Save the change "
-        "alone with its program."
+        "alone with its program.",
     )
 
 
@@ -74,29 +81,28 @@ def kind_of_module(model: FamilyNames | None, has_side: bool, numberless: Collec
     modules `without_numbers`.
     """
     module, _, leaf = name.removeprefix(OURS).partition(".")
-    words = "" if has_side else module_names.on_text_side(module)
-    if words:
-        return (
-            f": they change {words}, which read the texts before the transformer, and are not used here. To "
+    side = "" if has_side else module_names.on_text_side(module)
+    if side:
+        return Kind(
+            f": they change {side}, which read the texts before the transformer, and are not used here. To "
             "have them, merge it into the model's file with merge_lora.py, and cache texts with that file"
-        ), ""
+        )
     # a model with such layers in other blocks is of another size
     is_other_size = without_numbers(module) in numberless
     if model is not None and not is_other_size and module_names.is_optional(module, model):
-        return f": they are for {model.optional_words}; the rest is used without them", ""
+        return Kind(f": they are for {model.optional_words}; the rest is used without them")
     if model is not None and module_names.has_module(module, model):
         if leaf == "bias":
-            return ": they are biases, which these layers do not have here", "its biases are left out."
-        return f": other models of {model.name} have them", (
-            f"it is for another model of {model.name}, with other layers. Give a LoRA for this one."
+            return Kind(": they are biases, which these layers do not have here", "its biases are left out.")
+        return Kind(
+            f": other models of {model.name} have them",
+            f"it is for another model of {model.name}, with other layers. Give a LoRA for this one.",
         )
     families = [family.name for family in module_names.FAMILIES if module_names.has_module(module, family)]
     if families:
-        return (
-            f": they are of {' or '.join(families)}",
-            f"it is for {' or '.join(families)}. Give a LoRA for this model.",
-        )
-    return (
+        names = " or ".join(families)
+        return Kind(f": they are of {names}", f"it is for {names}. Give a LoRA for this model.")
+    return Kind(
         ": no known model has layers of these names",
         "the rest of it is of a network that is not known here.",
     )

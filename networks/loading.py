@@ -219,19 +219,27 @@ def _read_part(
 
     alphas = FoundAlphas({}, "")
     if any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values()):
-        alphas = read_alphas(path, metadata, native=native, expert=expert, is_written_here=is_own)
+        alphas = read_alphas(
+            path,
+            metadata,
+            native=native,
+            expert=expert,
+            is_written_here=is_own,
+        )
     logger.info(f"{path}: {_part_in_words(native, metadata, alphas, expert)}")
-    dit_alphas = {name: alpha for name, alpha in alphas.tensors.items() if name.startswith(OURS)}
-    tensors = {**tensors, **dit_alphas}
+    tensors = dict(tensors)
+    texts = dict(texts)
+    for name, alpha in alphas.tensors.items():
+        side = tensors if name.startswith(OURS) else texts
+        side[name] = alpha
     if '"split_qkv": "true"' in metadata.get("ss_network_args", "").lower():
         tensors = mend_split_alphas(path, tensors, metadata)
-    text_alphas = {name: alpha for name, alpha in alphas.tensors.items() if name not in tensors}
     return LoraFile(
         path,
         tensors,
         metadata,
         dialect=native.dialect,
-        text_tensors={**texts, **text_alphas},
+        text_tensors=texts,
         unknown_names=native.unknown_names,
     )
 
@@ -313,8 +321,15 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
     for keys, what in ignored:
         if keys:
             logger.warning(f"{path}: {count_words(len(keys), what)}: {list_some(keys)}")
-    for (words, loss), names in sort_by_kind(native.unknown, partial(kind_of_tensor, family)).items():
-        warn_of_rest(path, names, total=total, what=f"tensors {words}", loss=loss)
+    kinds = sort_by_kind(native.unknown, partial(kind_of_tensor, family))
+    for kind, names in kinds.items():
+        warn_of_unused_parts(
+            path,
+            names,
+            total=total,
+            what=f"tensors {kind.words}",
+            consequence=kind.consequence,
+        )
 
 
 def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
@@ -339,14 +354,16 @@ def refuse_unknown(lora: LoraFile, option: str = "") -> None:
         )
 
 
-def warn_of_rest(path: Path, unused: Sequence[str], total: int, what: str, loss: str = "") -> None:
+def warn_of_unused_parts(
+    path: Path, unused: Sequence[str], total: int, what: str, consequence: str = ""
+) -> None:
     """Warn of unused names, with a second, louder line if they are more than a few of `total`.
 
-    what: as in "4 of 24 {what}: a, b, c". loss: the consequence if many are unused; "": none.
+    what: as in "4 of 24 {what}: a, b, c". consequence: if many are unused; "": none.
     """
     logger.warning(f"{path}: {len(unused)} of {total} {what}: {list_some(unused)}")
-    if loss and len(unused) > A_FEW * total:
-        logger.warning(f"{path} IS USED ONLY IN PART: {loss}")
+    if consequence and len(unused) > A_FEW * total:
+        logger.warning(f"{path} IS USED ONLY IN PART: {consequence}")
 
 
 @dataclass(frozen=True)
@@ -452,7 +469,7 @@ def warn_of_absent(
     model: FamilyNames | None,
     modules: Iterable[str] = (),
 ) -> None:
-    """Warn of parts of a LoRA that a model does not have, each kind with `warn_of_rest`.
+    """Warn of parts of a LoRA that a model does not have, each kind with `warn_of_unused_parts`.
 
     absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. total: number of all
     parts. modules: of the model, without the prefix.
@@ -461,8 +478,14 @@ def warn_of_absent(
     has_side = any(on_text_side(module) for module in modules)
     numberless = {without_numbers(module) for module in modules}
     kinds = sort_by_kind(absent, partial(kind_of_module, model, has_side, numberless))
-    for (words, loss), names in kinds.items():
-        warn_of_rest(path, names, total=total, what=what + words, loss=loss)
+    for kind, names in kinds.items():
+        warn_of_unused_parts(
+            path,
+            names,
+            total=total,
+            what=what + kind.words,
+            consequence=kind.consequence,
+        )
 
 
 def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:

@@ -154,18 +154,20 @@ class OwnNetwork(nn.Module):
         no group. With LoRA+ the up matrices have their own groups. The last matching pattern of
         network_reg_lrs gives a module's rate.
         """
+        rates = {UNET: learning_rate if unet_lr is None else unet_lr}
         text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
         encoders = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
-        rates = {prefix: text_rates[min(index, len(text_rates) - 1)] for index, prefix in enumerate(encoders)}
-        rates[UNET] = learning_rate if unet_lr is None else unet_lr
+        for index, prefix in enumerate(encoders):
+            rates[prefix] = text_rates[min(index, len(text_rates) - 1)]
         matches = self._matches_of_patterns()
         groups: dict[str, dict[str, Any]] = {}
         for name, layer, places in zip(self.names, self.layers, matches, strict=True):
             prefix = prefix_of(name)
             rate = rates[prefix]
-            label = "unet" if prefix == UNET else prefix
+            label = prefix
             ratio = self.settings.loraplus_encoder_ratio
             if prefix == UNET:
+                label = "unet"
                 ratio = self.settings.loraplus_lr_ratio
             if places:
                 pattern, rate = self.settings.reg_rates[places[-1]]

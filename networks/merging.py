@@ -149,8 +149,8 @@ def _metadata_of_sum(
     loras: Sequence[LoraFile], tensors: Mapping[str, Tensor], no_metadata: bool
 ) -> dict[str, str]:
     """Return the metadata of the sum of LoRAs. no_metadata: only what loaders need to know."""
-    ranks = sorted({len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)})
-    rank = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
+    ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)}
+    rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     family = _family_of_sum(loras, tensors)
     module = "networks.lora_flux"
     version = "flux1"
@@ -164,11 +164,12 @@ def _metadata_of_sum(
         "ss_network_args": "{}",
         TRAINED_ON: _first_of_metadata(loras, TRAINED_ON) or version,
     }
-    if not no_metadata:
-        metadata["modelspec.merged_from"] = ", ".join(lora.path.name for lora in loras)
-        architecture = _first_of_metadata(loras, "modelspec.architecture")
-        if architecture is not None:
-            metadata["modelspec.architecture"] = architecture
+    if no_metadata:
+        return metadata
+    metadata["modelspec.merged_from"] = ", ".join(lora.path.name for lora in loras)
+    architecture = _first_of_metadata(loras, "modelspec.architecture")
+    if architecture is not None:
+        metadata["modelspec.architecture"] = architecture
     return metadata
 
 
@@ -227,13 +228,18 @@ def merge_into_file(
             wide = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
             return patch.add_to(name, wide).to(written[name].dtype)
 
-        rows = [("model", str(model)), ("LoRAs", _in_lines(uses)), ("result", str(output))]
+        size_bytes = sum(info.size_bytes for info in written.values())
+        rows = [
+            ("model", str(model)),
+            ("LoRAs", _in_lines(uses)),
+            ("result", str(output)),
+        ]
         if quantised:
             change = f"{len(quantised)} quantised weights become {dtype_name(dtype or torch.bfloat16)}"
             rows.append(("precision", f"{change}; tools/quantise.py rounds them again"))
-        size = as_size(sum(info.size_bytes for info in written.values()))
         free = as_size(free_bytes(real_path(output).parent))
-        show_box("Merging", [*rows, ("disk", f"{size}; {free} free")])
+        rows.append(("disk", f"{as_size(size_bytes)}; {free} free"))
+        show_box("Merging", rows)
         if not uses:
             state = "has the values" if quantised else "becomes a copy"
             logger.warning(f"no --lora_weight is given: {output} {state} of {model}")

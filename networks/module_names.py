@@ -291,10 +291,11 @@ def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, .
     distinct: dict[tuple[str, int | None, bool], Relative] = {}  # families share names and parts
     families = FAMILIES if family is None else [family]
     for part in itertools.chain.from_iterable(map(_all_parts, families)):
-        for path, relative_path, is_part in (
+        directions = (
             (part.ours, part.theirs, True),
             (part.theirs, part.ours, False),
-        ):
+        )
+        for path, relative_path, is_part in directions:
             match = _template(path).fullmatch(name)
             if match is None:
                 continue

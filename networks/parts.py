@@ -501,12 +501,16 @@ def mend_split_alphas(
     trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")
     changed = 0
     for name, factors in deltas.group_by_module(tensors).items():
-        if set(factors) != {"alpha", *LORA} or f"{float(factors['alpha']):g}" != trained_alpha:
+        if set(factors) != {"alpha", *LORA}:
             continue
-        num_parts = _count_parts(name)
-        heights = fused_heights(num_parts, len(factors[UP]), factors[DOWN].shape[1])
-        if heights and diagonal_blocks(factors[UP], heights) is not None:
-            mended[f"{name}.alpha"] = factors["alpha"] * len(heights)
+        down = factors[DOWN]
+        up = factors[UP]
+        alpha = factors["alpha"]
+        if f"{float(alpha):g}" != trained_alpha:
+            continue
+        heights = fused_heights(_count_parts(name), len(up), down.shape[1])
+        if heights and diagonal_blocks(up, heights) is not None:
+            mended[f"{name}.alpha"] = alpha * len(heights)
             changed += 1
     if changed:
         logger.info(f"{path}: the alphas of {changed} modules with split factors are set right")

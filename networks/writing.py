@@ -140,15 +140,21 @@ def _write(
         if isinstance(pieces, str):
             left_out[name] = pieces
             continue
-        forms = {path: form_of(piece) for path, piece in pieces.items()}
-        reasons = [form for form in forms.values() if isinstance(form, str)]
+        forms: dict[str, dict[str, Tensor]] = {}
+        reasons: list[str] = []
+        for path, piece in pieces.items():
+            form = form_of(piece)
+            if isinstance(form, str):
+                reasons.append(form)
+            else:
+                forms[path] = form
         if reasons:
             left_out[name] = reasons[0]
             continue
         for path, form in forms.items():
-            assert not isinstance(form, str)
             prefix = "" if module_names.is_unprefixed(path) else start
-            written.update({f"{prefix}{path}.{part}": tensor for part, tensor in form.items()})
+            for part, tensor in form.items():
+                written[f"{prefix}{path}.{part}"] = tensor
     return TranslatedModules(written, left_out)
 
 

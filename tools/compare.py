@@ -25,24 +25,29 @@ from modules.parser import Parser, add_options
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
-    families = {name: entry.others for name, entry in with_scripts().items()}
+    entries = with_scripts()
+    families = {name: entry.others for name, entry in entries.items()}
     add_options(parser, CompareOptions, settings={"family": {"choices": list(families)}})
     words = sys.argv[1:] if argv is None else list(argv)
     args, generation_words = parser.parse_known_args(_with_lora_option(words))
-    args.lora = expand_patterns(tuple(map(Path, args.lora)))
-    high_noise = tuple(map(Path, args.lora_high_noise or ()))
-    args.lora_high_noise = expand_patterns(high_noise, "--lora_high_noise") or None
+    args.lora = _expand(args.lora, "--lora")
+    args.lora_high_noise = _expand(args.lora_high_noise, "--lora_high_noise") or None
     options = read_options(CompareOptions, args)
     _refuse_generation_options(parser, generation_words)
-    family = options.family or family_of(options.lora[0], families)
+    family_name = options.family or family_of(options.lora[0], families)
 
     def make(family: object, generation_options: object) -> None:
         from generation.comparing import compare  # torch is loaded by now
 
         compare(family, generation_options, options)  # type: ignore[arg-type]
 
-    script = import_own(with_scripts()[family].generation_script)
+    script = import_own(entries[family_name].generation_script)
     script.main([*generation_words, *_lora_words(options)], make)
+
+
+def _expand(patterns: Sequence[str] | None, option: str) -> tuple[Path, ...]:
+    """Return the files that the patterns of an option name."""
+    return expand_patterns(tuple(map(Path, patterns or ())), option)
 
 
 def _with_lora_option(words: list[str]) -> list[str]:

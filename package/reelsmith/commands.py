@@ -111,7 +111,7 @@ def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
     Exits with code 2 if help was not asked for.
     """
     asks_for_help = not words or words[-1] in {"-h", "--help", "help", "--all"}
-    beginning = tuple(words[:-1] if words and asks_for_help else words)
+    beginning = tuple(words[:-1] if asks_for_help else words)
     matching = [command for command in commands if command.words[: len(beginning)] == beginning]
     if matching and asks_for_help:
         text = _listing(matching) if words else _list_first(commands)
