@@ -176,10 +176,12 @@ class Runner:
         say(f"Step {len(self.commands)} of {self._total}: {title}")
         log = FOLDER / "log.txt"
         with log.open("ab") as file:
-            environment = {**os.environ, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
-            command = [str(self._python), *arguments]
             process = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+                [str(self._python), *arguments],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"},
+                stdout=file,
+                stderr=subprocess.STDOUT,
             )
         if process.returncode:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()

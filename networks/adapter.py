@@ -75,8 +75,11 @@ class ForeignNetwork:
         )
         groups, names = result if isinstance(result, tuple) else (result, None)
         groups = [{**group, "params": list(group["params"])} for group in groups]
-        usual_names = ["unet"] if len(groups) == 1 else [f"group {index}" for index in range(len(groups))]
-        return groups, list(names or usual_names)
+        if names:
+            return groups, list(names)
+        if len(groups) == 1:
+            return groups, ["unet"]
+        return groups, [f"group {index}" for index in range(len(groups))]
 
     @property
     def state_beside_file(self) -> Mapping[str, nn.Module]:
@@ -232,12 +235,24 @@ def make_network(
         torch.manual_seed(derive_seed(seed, "network"))
         network: TrainableNetwork
         if builder is not None:
-            module = _build_foreign(builder, options, dit=dit, encoders=encoders, in_dit=in_dit)
+            module = _build_foreign(
+                builder,
+                options,
+                dit=dit,
+                encoders=encoders,
+                in_dit=in_dit,
+            )
             network = ForeignNetwork(module, dit)
         elif options.dim_from_weights:
             tensors = _tensors_of(options, encoders)
             typed = _arguments_of(options)
-            network = build_from_tensors(name, tensors, typed=typed, dit=dit, encoders=encoders)
+            network = build_from_tensors(
+                name,
+                tensors,
+                typed=typed,
+                dit=dit,
+                encoders=encoders,
+            )
         else:
             begun = dict(resumed or {})
             if not begun and options.network_weights is not None:

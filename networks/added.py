@@ -409,7 +409,13 @@ def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) ->
     fitted: dict[str, Factors] = {}
     for name, factors in stored.items():
         if name in by_name:
-            fitted[name] = _fit_factors(lora, name, factors, place=by_name[name], option=option)
+            fitted[name] = _fit_factors(
+                lora,
+                name,
+                factors,
+                place=by_name[name],
+                option=option,
+            )
     loading.warn_of_absent(
         lora.path,
         absent,
@@ -464,5 +470,11 @@ def _fit_factors(lora: LoraFile, name: str, factors: Factors, place: ChangedPlac
                 )
             target = weight.new_empty(len(weight))
             target_name = f"the bias of {name}"
-        change.fit(None, target, name=target_name, model="this model", option=f"{option} ")
+        change.fit(
+            None,
+            target,
+            name=target_name,
+            model="this model",
+            option=f"{option} ",
+        )
     return factors

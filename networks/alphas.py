@@ -408,7 +408,14 @@ def read_alphas(
         in_texts: list[FoundAlphas] = []
         for encoder_start, paths in _paths_by_encoder(texts).items():
             modules = {name: texts[name] for name in paths}
-            in_texts.append(find(modules=modules, paths=paths, start=encoder_start, stacked={}))
+            in_texts.append(
+                find(
+                    modules=modules,
+                    paths=paths,
+                    start=encoder_start,
+                    stacked={},
+                )
+            )
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"

@@ -118,12 +118,17 @@ class Change:
         """
         height = len(self.delta(deltas.without_alpha(self.factors), META))
         weight_height = len(weight)
-        part_height = height if relative.is_part else weight_height
-        whole_height = weight_height if relative.is_part else height
+        if relative.is_part:
+            part_height = height
+            whole_height = weight_height
+            relation = "it is a part of the weight"
+        else:
+            part_height = weight_height
+            whole_height = height
+            relation = "the weight is a part of it"
         if is_cut(relative.part) and part_height >= whole_height:
-            parts = "it is a part of the weight" if relative.is_part else "the weight is a part of it"
             raise RuntimeError(
-                f"{relative.name} has {height} rows, the weight {weight_height}, although {parts}"
+                f"{relative.name} has {height} rows, the weight {weight_height}, although {relation}"
             )
         rows = part_rows(relative.part, part_height, whole_height)
         if isinstance(rows, slice) and relative.is_part:
@@ -133,10 +138,14 @@ class Change:
         if has_input_magnitudes(self.factors):
             raise RuntimeError(BY_INPUT)
         factors = deltas.rows_of(self.factors, rows)
-        if factors is None:  # LoKr: computed whole, then cut
-            norms = {DORA: self.factors[DORA][rows]} if DORA in self.factors else {}
-            factors = {"diff": self.delta(self.factors, weight.device)[rows], **norms}
-        return replace(self, factors=factors)
+        if factors is not None:
+            return replace(self, factors=factors)
+        # LoKr: computed whole, then cut
+        delta = self.delta(self.factors, weight.device)
+        whole_factors = {"diff": delta[rows]}
+        if DORA in self.factors:
+            whole_factors[DORA] = self.factors[DORA][rows]
+        return replace(self, factors=whole_factors)
 
     def add_to(self, total: Tensor, block: slice | None, weight: Tensor) -> None:
         """Add the change to `total`, the float32 sum of changes for some rows of the parameter.
@@ -144,6 +153,7 @@ class Change:
         block: the rows; None: all. weight: these rows before any change.
         """
         if self.rows is not None:
+            # first to end: the rows of the parameter that are in the block and in the change
             start = 0 if block is None else block.start
             first = max(start, self.rows.start)
             end = min(start + len(total), self.rows.stop)
@@ -158,7 +168,12 @@ class Change:
             factors = deltas.rows_of(self.factors, block) or self.factors
         delta = self.delta(factors, total.device)
         if DORA in factors and self.leaf == "weight":  # it depends on the weight
-            delta = deltas.decompose(weight, delta, factors[DORA], self.use.lora.has_frozen_norms)
+            delta = deltas.decompose(
+                weight,
+                delta,
+                magnitudes=factors[DORA],
+                by_frozen_norms=self.use.lora.has_frozen_norms,
+            )
         total.add_(delta.reshape(total.shape), alpha=self.use.multiplier)
 
 

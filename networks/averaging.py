@@ -36,6 +36,7 @@ def average_files(options: AveragingOptions) -> None:
     Memory: the result; if it is larger than a LoRA, one tensor, and hashes are left out.
     Raises CheckpointError if the files are not of one network or hold NaN or infinite values.
     """
+    output = options.output_file
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(open_checkpoint(path)) for path in options.files()]
         if not options.no_sort:
@@ -48,12 +49,13 @@ def average_files(options: AveragingOptions) -> None:
         metadata = {key: value for key, value in last.metadata.items() if not key.startswith(STALE)}
         metadata[NOTE] = _note(files, weights, options)
         read = _averaged(files, weights)
-        if sum(info.size_bytes for info in last.tensors.values()) > LARGEST_HASHED:
-            stream_tensors(options.output_file, last.tensors, read, metadata)
+        size_bytes = sum(info.size_bytes for info in last.tensors.values())
+        if size_bytes > LARGEST_HASHED:
+            stream_tensors(output, last.tensors, read, metadata)
         else:
             tensors = {name: read(name) for name in last.tensors}
-            save_tensors(options.output_file, tensors, add_hashes(tensors, metadata))
-    logger.info("%s: the average of %d files", options.output_file, len(files))
+            save_tensors(output, tensors, add_hashes(tensors, metadata))
+    logger.info("%s: the average of %d files", output, len(files))
 
 
 def _sort_by_step(files: list[Checkpoint]) -> None:

@@ -20,8 +20,8 @@ from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks import deltas
 from networks.apply import Change
-from networks.deltas import CPU, DORA, DOWN, META, UP, Factors, weight_delta, without_alpha
-from networks.extracting import decompose_change
+from networks.deltas import CPU, DORA, DOWN, META, Factors, weight_delta, without_alpha
+from networks.extracting import decompose_change, lora_of_shape
 from networks.key_formats import module_of_tensor
 from networks.loading import LoraFile, LoraUse
 from networks.lora_network import prefix_of
@@ -103,7 +103,13 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     losses: dict[str, Loss] = {}
     with _open_weights(baking.models if decomposed else (), family) as weights:
         for name, factors in replaced.items():
-            change = _change(name, factors, lora=lora, weights=weights, device=baking.device)
+            change = _change(
+                name,
+                factors,
+                lora=lora,
+                weights=weights,
+                device=baking.device,
+            )
             modules[name], losses[name] = _as_lora(name, factors, change, baking.rank)
     metadata = _metadata_of_plain(lora.metadata, modules)
     words = _in_words(losses, len(modules), baking.rank)
@@ -214,21 +220,11 @@ def _as_lora(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[di
     up = (up / root).to(dtype)
     size = float(flat.norm())
     remainder = flat.addmm_(up.float(), down.float(), alpha=-1)
-    lora = _lora_of_shape(down, up, change.shape)
+    lora = lora_of_shape(down, up, change.shape)
     bias = deltas.bias_delta(factors, CPU)
     if bias is not None:
         lora["diff_b"] = bias.to(dtype)
     return lora, Loss(size, lost=float(remainder.norm()))
-
-
-def _lora_of_shape(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Tensor]:
-    """Return a LoRA of two matrices for a change of this shape, on the CPU; its alpha is the rank."""
-    kernel_axes = [1] * (len(shape) - 2)
-    return {
-        DOWN: down.unflatten(1, shape[1:]).cpu().contiguous(),
-        UP: up.reshape(*up.shape, *kernel_axes).cpu().contiguous(),
-        "alpha": torch.tensor(float(len(down))),
-    }
 
 
 def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device) -> Tensor:

@@ -69,7 +69,13 @@ def convert(options: ConvertOptions) -> None:
         raise OptionError(f"--family {options.family}: no such model; there are {', '.join(names)}")
     target = "other" if options.target == "comfyui" else options.target
     if options.input_high_noise is None and options.output_high_noise is None and options.expert is None:
-        convert_file(options.input, options.output, target=target, family=options.family, baking=baking)
+        convert_file(
+            options.input,
+            options.output,
+            target=target,
+            family=options.family,
+            baking=baking,
+        )
         return
     how = Conversion(target, options.family, baking)
     experts = _read_experts(options)
@@ -173,7 +179,13 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         unchanged = {name: tensor for name, tensor in tensors.items() if name not in replaced}
         tensors = {**unchanged, **plain.lora.tensors}
     tensors = rename_to_aliases(fuse(tensors, family=Z_IMAGE), Z_IMAGE)
-    _save(options.dst_path, ConvertedLora(tensors, metadata), sources=[lora], family=Z_IMAGE, baked=words)
+    _save(
+        options.dst_path,
+        ConvertedLora(tensors, metadata),
+        sources=[lora],
+        family=Z_IMAGE,
+        baked=words,
+    )
 
 
 def _unjoinable_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:

@@ -181,7 +181,13 @@ def _extract_blocks(
             )
             plan[name] = [module]
         metadata = _metadata(options, names_of(pair.original))
-        _extract(options, pair, plan=plan, metadata=metadata, family=None)
+        _extract(
+            options,
+            pair,
+            plan=plan,
+            metadata=metadata,
+            family=None,
+        )
 
 
 def _values_of_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
@@ -225,7 +231,13 @@ def extract_whole(options: ExtractOptions) -> None:
             arguments = {"conv_dim": str(options.conv_dim), "conv_alpha": str(float(options.conv_dim))}
         names = LoraNames("networks.lora", family.written_version, family.architecture)
         metadata = _metadata(options, names, is_v2=family is SD2, arguments=arguments)
-        _extract(options, pair, plan=plan, metadata=metadata, family=family)
+        _extract(
+            options,
+            pair,
+            plan=plan,
+            metadata=metadata,
+            family=family,
+        )
 
 
 def _module_of_piece(
@@ -261,14 +273,16 @@ def _extract(
     each model, and the LoRA. family: its aliases name the modules.
     """
     start = time.monotonic()
+    output = options.save_to
     factors = _factors_of_change(options, pair, plan)
     tensors = as_known(factors, family)
-    save_tensors(options.save_to, tensors, add_hashes(tensors, metadata))
+    save_tensors(output, tensors, add_hashes(tensors, metadata))
+    of_family = "" if family is None else f" of {family.name}"
     rows = [
         ("original", str(options.model_org)),
         ("fine-tuned", str(options.model_tuned)),
-        ("LoRA", f"{options.save_to} ({as_size(options.save_to.stat().st_size)}), rank {options.dim}"),
-        ("modules", f"{len(factors) // 3}{'' if family is None else f' of {family.name}'}"),
+        ("LoRA", f"{output} ({as_size(output.stat().st_size)}), rank {options.dim}"),
+        ("modules", f"{len(factors) // 3}{of_family}"),
         ("time", in_words(time.monotonic() - start)),
     ]
     show_box("The LoRA is extracted", rows)
@@ -303,12 +317,15 @@ def _factors_of_module(
     """Return the LoRA of a module, on the CPU. difference: the change of its tensor."""
     change = module.piece.of(difference)
     down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
-    kernel_axes = [1] * (change.ndim - 2)
-    down = down.unflatten(1, change.shape[1:])
-    up = up.reshape(*up.shape, *kernel_axes)
+    return lora_of_shape(down.to(dtype), up.to(dtype), change.shape)
+
+
+def lora_of_shape(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Tensor]:
+    """Return a LoRA of two matrices for a change of this shape, on the CPU; its alpha is the rank."""
+    kernel_axes = [1] * (len(shape) - 2)
     return {
-        DOWN: down.to("cpu", dtype).contiguous(),
-        UP: up.to("cpu", dtype).contiguous(),
+        DOWN: down.unflatten(1, shape[1:]).cpu().contiguous(),
+        UP: up.reshape(*up.shape, *kernel_axes).cpu().contiguous(),
         "alpha": torch.tensor(float(len(down))),
     }
 

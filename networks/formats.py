@@ -171,7 +171,13 @@ def choose_format(
     if module not in OWN_MODULES and typed_name in (None, KNOWN):
         return None
     name = typed_name or (KNOWN if family is None else family.usual_format)
-    fault = find_fault(name, family, options=options, module=module, texts=texts)
+    fault = find_fault(
+        name,
+        family,
+        options=options,
+        module=module,
+        texts=texts,
+    )
     if fault is None:
         return LoraFormat(name, family)
     if typed_name is None:

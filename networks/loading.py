@@ -529,12 +529,12 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
     for pattern, reason in model.refused:
         if re.search(pattern, origin, re.IGNORECASE):
             raise CheckpointError(f"{lora.path}: {reason}", lora.path)
-    if model.release_pattern:
-        release, mark = model.newest
+    newest, parameter_of_newest = model.newest
+    if model.release_pattern and parameter_of_newest in modules:
         match = re.search(model.release_pattern, origin, re.IGNORECASE)
-        if match is not None and mark in modules and match[1] != release:
+        if match is not None and match[1] != newest:
             logger.info(
-                f"{lora.path} was trained for {match[1]}, as its metadata say, and is used on {release}: "
+                f"{lora.path} was trained for {match[1]}, as its metadata say, and is used on {newest}: "
                 "most of what it has learned carries over, what it adds may be weaker or stronger"
             )
     trained_family = read_family(lora.metadata)

@@ -108,7 +108,13 @@ class OwnNetwork(nn.Module):
         self.load_state_dict(shaped, strict=False)
 
         absent = [name for name in stored if name not in here]
-        unusable = _warn_of_unusable(path, stored, absent, modules=modules, family=family)
+        unusable = _warn_of_unusable(
+            path,
+            stored,
+            absent,
+            modules=modules,
+            family=family,
+        )
         problems = [f"{name} is not in this network" for name in absent if name not in unusable]
         problems += [f"{name} is not in the file" for name in here if name not in stored]
         if problems:
@@ -154,11 +160,9 @@ class OwnNetwork(nn.Module):
         no group. With LoRA+ the up matrices have their own groups. The last matching pattern of
         network_reg_lrs gives a module's rate.
         """
-        rates = {UNET: learning_rate if unet_lr is None else unet_lr}
         text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
-        encoders = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
-        for index, prefix in enumerate(encoders):
-            rates[prefix] = text_rates[min(index, len(text_rates) - 1)]
+        rates = self._rates_of_text_encoders(text_rates)
+        rates[UNET] = learning_rate if unet_lr is None else unet_lr
         matches = self._matches_of_patterns()
         groups: dict[str, dict[str, Any]] = {}
         for name, layer, places in zip(self.names, self.layers, matches, strict=True):
@@ -182,6 +186,14 @@ class OwnNetwork(nn.Module):
                 group["params"].append(parameter)
         order = _order_of_groups(groups)
         return [groups[label] for label in order], order
+
+    def _rates_of_text_encoders(self, text_rates: Sequence[float]) -> dict[str, float]:
+        """Return the rate of each text encoder by the prefix of its modules; see `parameter_groups`."""
+        prefixes = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
+        rates: dict[str, float] = {}
+        for index, prefix in enumerate(prefixes):
+            rates[prefix] = text_rates[min(index, len(text_rates) - 1)]
+        return rates
 
     def _matches_of_patterns(self) -> list[tuple[int, ...]]:
         """Return, for each layer, the places of the patterns of network_reg_lrs that its name matches."""

@@ -221,7 +221,13 @@ def build_network(
         layers = _factored_layers(targets, make_shapes)
     if begun:
         by_name = _layers_by_name(dit, learning)
-        joining = _joining_layers(layers, name, settings, begun=begun, by_name=by_name)
+        joining = _joining_layers(
+            layers,
+            name,
+            settings,
+            begun=begun,
+            by_name=by_name,
+        )
         layers = _in_order(layers, joining, by_name)
     return OwnNetwork(layers, settings)
 
@@ -265,7 +271,13 @@ def _joining_layers(
             continue
         placed = by_name[path]
         if not _is_left_out(placed, path, settings):
-            joining[path] = _layer_of(name, placed.module, path=path, factors=factors, settings=settings)
+            joining[path] = _layer_of(
+                name,
+                placed.module,
+                path=path,
+                factors=factors,
+                settings=settings,
+            )
     return joining
 
 
@@ -358,7 +370,13 @@ def build_from_tensors(
         if module is None or (own_module.kind != "LoRA" and not isinstance(module, nn.Linear)):
             absent.append(path)
         else:
-            layers[path] = _layer_of(name, module, path=path, factors=factors, settings=settings)
+            layers[path] = _layer_of(
+                name,
+                module,
+                path=path,
+                factors=factors,
+                settings=settings,
+            )
     if not layers:
         raise CheckpointError(
             "--dim_from_weights: the model has none of the file's modules, such as "

@@ -74,21 +74,32 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
     modules = deltas.group_by_module(tensors)
     apart: dict[str, Factors] = {}
     for name, factors in modules.items():
-        heights: dict[Relative, int | None] = {}
-        candidates = () if height(name) is not None else relatives(name.removeprefix(OURS))
-        for relative in candidates:
-            if not relative.is_part or OURS + relative.name in modules:
-                continue
-            rows = height(OURS + relative.name)
-            # families split modules in different ways: a name for all rows that the model lacks is no part
-            if rows is not None or is_cut(relative.part):
-                heights[relative] = rows
+        heights = _heights_of_parts(name, modules, height) if height(name) is None else {}
         pieces = _cut(factors, heights) if any(heights.values()) else {name: factors}
         if isinstance(pieces, str):
             logger.warning(f"{name}: {pieces}; it stays whole")
             pieces = {name: factors}
         apart.update(pieces)
     return deltas.ungroup(apart)
+
+
+def _heights_of_parts(
+    name: str, modules: Collection[str], height: Callable[[str], int | None]
+) -> dict[Relative, int | None]:
+    """Return the rows of the parts of a module that have no LoRA of their own; None if the model lacks one.
+
+    modules: with LoRAs. height: as for `for_model`.
+    """
+    heights: dict[Relative, int | None] = {}
+    for relative in relatives(name.removeprefix(OURS)):
+        part_name = OURS + relative.name
+        if not relative.is_part or part_name in modules:
+            continue
+        rows = height(part_name)
+        # families split modules in different ways: a name for all rows that the model lacks is no part
+        if rows is not None or is_cut(relative.part):
+            heights[relative] = rows
+    return heights
 
 
 def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
@@ -354,13 +365,12 @@ def _join_others(pieces: Sequence[FusedPiece], height: int, is_for_model: bool) 
     if len(slices) < len(pieces):
         return "its parts are no matrices, or do not fit the rows of the weight"
     placed = _in_order(pieces, slices)
-    parts = [part.factors for part in placed]
     starts = [part.rows.start for part in placed]
     stops = [part.rows.stop for part in placed]
-    is_whole = starts == [0, *stops[:-1]] and stops[-1] == height
-    layer = _one_layer(parts) if is_whole else None
-    if layer is not None:
-        return layer
+    if starts == [0, *stops[:-1]] and stops[-1] == height:
+        layer = _one_layer([part.factors for part in placed])
+        if layer is not None:
+            return layer
     if not is_for_model:
         return "only plain LoRAs, or the parts of one layer, can be joined"
     return _whole_difference(placed, height)
@@ -408,16 +418,17 @@ _BY_ROWS = {UP, "diff", "diff_b", _BIAS, DORA, "hada_w1_a", "hada_w2_a", ROWS}
 def _one_layer(parts: Sequence[Factors]) -> Factors | None:
     """Return the factors of a layer that was taken apart into these parts, by rows; None if it was not."""
     first = parts[0]
-    if any(part.keys() != first.keys() for part in parts) or "hada_t1" in first or "hada_t2" in first:
+    names = first.keys()
+    if any(part.keys() != names for part in parts) or names & {"hada_t1", "hada_t2"}:
         return None
-    by_rows = first.keys() & _BY_ROWS - {ROWS}
+    by_rows = names & _BY_ROWS - {ROWS}
     if deltas.has_input_magnitudes(first):
         by_rows -= {DORA}
-    if ROWS in first:  # only magnitudes and biases have rows of the part
+    if ROWS in names:  # only magnitudes and biases have rows of the part
         by_rows &= {DORA, *deltas.OF_BIAS}
         if not _cover_layer(parts):
             return None
-    shared = first.keys() - by_rows - {ROWS}
+    shared = names - by_rows - {ROWS}
     for name in shared:
         if not all(torch.equal(part[name], first[name]) for part in parts):
             return None

@@ -90,16 +90,20 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
     """
     names = "|".join(sorted(scripts))
     rooms = "|".join(SCRIPT_ROOMS)
-    source = re.sub(rf'(accelerate launch [^"\n]*?)\b({names})\.py\b', rf"\1-m {PACKAGE}.\2", source)
-    source = re.sub(r"\bpython reelsmith\.py\b", PACKAGE, source)
+    launched = rf'(accelerate launch [^"\n]*?)\b({names})\.py\b'
+    # quote, python, script, quote
+    typed = rf"([\"'])?(\bpython )?\b(?:(?:{rooms})/)?({names})\.py\b([\"'])?"
 
     def rename(match: re.Match[str]) -> str:
         before, python, script, after = match.groups(default="")
-        if before and before == after and not python:
-            return f"{before}{script}{after}" if has_own_command(script) else match[0]
-        return f"{before}{' '.join(console_words(script))}{after}"
+        is_literal = before and before == after and not python
+        if not is_literal:
+            return f"{before}{' '.join(console_words(script))}{after}"
+        return f"{before}{script}{after}" if has_own_command(script) else match[0]
 
-    return re.sub(rf"([\"'])?(\bpython )?\b(?:(?:{rooms})/)?({names})\.py\b([\"'])?", rename, source)
+    source = re.sub(launched, rf"\1-m {PACKAGE}.\2", source)
+    source = re.sub(r"\bpython reelsmith\.py\b", PACKAGE, source)
+    return re.sub(typed, rename, source)
 
 
 def add_entry_point(source: str, script: str) -> str:

@@ -189,13 +189,18 @@ def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...
     replacements: dict[str, list[str]] = {}
     for part in names.joined:
         pattern = _pattern(part.ours) + r"\.weight"
-        replacements.setdefault(pattern, []).append(part.theirs.replace("{n}", r"\1") + ".weight")
+        replacements.setdefault(pattern, []).append(f"{_replacement(part.theirs)}.weight")
     return tuple((pattern, tuple(ours)) for pattern, ours in replacements.items())
 
 
 def _pattern(path: str) -> str:
     """Return the regular expression for a path whose number of the block is `{n}`."""
     return re.escape(path).replace(re.escape("{n}"), r"(\d+)")
+
+
+def _replacement(path: str) -> str:
+    """Return the replacement, with the number that a `_pattern` has found, for a path with `{n}`."""
+    return path.replace("{n}", r"\1")
 
 
 def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
@@ -213,8 +218,8 @@ def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
             place = f"#{number}"
             counts[part.ours] = number + 1
         leaf = r".\2" if "{n}" in part.theirs else r".\1"
-        replacement = part.ours.replace("{n}", r"\1") + leaf + place
-        patterns.append((_pattern(part.theirs) + r"\.(\w+)", replacement))
+        pattern = _pattern(part.theirs) + r"\.(\w+)"
+        patterns.append((pattern, _replacement(part.ours) + leaf + place))
     for theirs, ours in names.parameters:
-        patterns.append((_pattern(theirs), ours.replace("{n}", r"\1")))
+        patterns.append((_pattern(theirs), _replacement(ours)))
     return tuple(patterns)
