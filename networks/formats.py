@@ -105,10 +105,10 @@ class LoraFormat:
             written |= deltas.ungroup(texts)
         if self.name == DIFFUSERS:
             for name, factors in texts.items():
-                converted = texts_to_diffusers(deltas.ungroup({name: factors}))
-                written |= converted.tensors
-                left_out |= converted.left_out
-                _note_strength(strengths, converted.tensors, deltas.strength(factors))
+                text = texts_to_diffusers(deltas.ungroup({name: factors}))
+                written |= text.tensors
+                left_out |= text.left_out
+                _note_strength(strengths, text.tensors, deltas.strength(factors))
         return Formatted(written, _metadata_of_strengths(strengths), left_out)
 
     def _by_strength(self, modules: Mapping[str, deltas.Factors]) -> dict[float | None, dict[str, Tensor]]:
