@@ -74,7 +74,7 @@ class PassPlan:
         noisy = joint.split(step.noisy)
         parts = {pass_: joint.split(velocity) for pass_, velocity in velocities.items()}
         guided = []
-        for index, (stages, is_held) in enumerate(zip(self.stages, section.held, strict=True)):
+        for index, (stages, is_held) in enumerate(zip(self.stages, section.clean_streams, strict=True)):
             of_stream = {pass_: part[index] for pass_, part in parts.items()}
             velocity = _apply(stages, of_stream, noisy[index], step.sigma)
             guided.append(torch.zeros_like(velocity) if is_held else velocity)

@@ -201,9 +201,9 @@ def preview_clip(
     def on_section(section: Section) -> None:
         """Show the finished sections before the next one is denoised."""
         nonlocal made_sections
-        if section.made is not None:
+        if section.previous is not None:
             made_sections += 1
-            so_far = section.made.so_far
+            so_far = section.previous.so_far
             show(lambda: so_far, made_sections)
 
     is_done = False

@@ -291,7 +291,7 @@ def _without_patched(
     if placement.patch is None:
         return names
     weights = dit.state_dict()
-    leave = placement.beside
+    leave = placement.leave_unmerged
     staying = frozenset(
         name for name in names if leave is not None and leave(name, tuple(weights[name].shape))
     )

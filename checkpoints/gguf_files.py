@@ -145,7 +145,7 @@ class GgufFile(HeaderFile):
         rows = math.prod(ahead)
         packing = Packing(
             shape=(rows, columns // kind.weights * kind.size),
-            beside=(),
+            companions=(),
             keep=partial(_keep, kind, (rows, columns)),
             can_stay=has_whole_rows,
         )

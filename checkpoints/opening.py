@@ -356,7 +356,7 @@ def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: 
 
 def companions_of(name: str, info: TensorInfo) -> tuple[str, ...]:
     assert info.packing is not None
-    return tuple(name.removesuffix("weight") + end for end in info.packing.beside)
+    return tuple(name.removesuffix("weight") + end for end in info.packing.companions)
 
 
 def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:

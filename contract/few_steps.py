@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _ANYWHERE = "turbo|lightning|schnell|distill?ed|distill|lightx2v|causvid|accvid|fusionx|fastwan|fasthunyuan"
 _WORDS = r"lcm|dmd2?|hyper|[248](?:_steps|steps?)"  # whole words alone: they are part of others
@@ -14,6 +15,13 @@ _TITLES = ("modelspec.title", "modelspec.architecture", "title", "name", "genera
 # names of files that say nothing of their model, which their folder then does
 _PLAIN = re.compile(r"(diffusion_pytorch_)?model.*|transformer.*|unet.*")
 _FOLDERS = 4  # a release's folder is so far above its transformer's file, in the hub's cache too
+
+
+class Verdict(NamedTuple):
+    """Whether a transformer was distilled to few steps."""
+
+    is_distilled: bool
+    evidence: str  # the name that says so, and where it stands
 
 
 @dataclass(frozen=True)
@@ -29,16 +37,8 @@ class FewSteps:
     # likewise: names with it, "ModelRaw" as "model_raw", are of the model itself
     unless: str = ""
 
-    def found_in(self, path: Path, metadata: Mapping[str, str]) -> str | None:
-        """Return what says that a transformer was distilled, as `told_by`; None if nothing does."""
-        verdict = self.told_by(path, metadata)
-        if verdict is None:
-            return None
-        is_distilled, where = verdict
-        return where if is_distilled else None
-
-    def told_by(self, path: Path, metadata: Mapping[str, str]) -> tuple[bool, str] | None:
-        """Return whether a transformer was distilled, as the nearest telling name says, and that name.
+    def judge(self, path: Path, metadata: Mapping[str, str]) -> Verdict | None:
+        """Judge by the nearest telling name whether a transformer was distilled.
 
         Names are the file's, those of its folders if the file's says nothing of a model, and those in its
         metadata. None if no name tells.
@@ -48,12 +48,12 @@ class FewSteps:
         for name, where in _telling_names(path.absolute(), metadata):
             apart = _with_underscores(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))
             if self.unless and re.search(self.unless, apart):
-                return False, where
+                return Verdict(False, where)
             plain = _GUIDED.sub("", _with_underscores(name))
             if distilled.search(_UNDONE.sub("", plain)):
-                return True, where
+                return Verdict(True, where)
             if _UNDONE.search(plain):
-                return False, where
+                return Verdict(False, where)
         return None
 
 

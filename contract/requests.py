@@ -216,20 +216,20 @@ def settle(
     )
 
 
-def keep_usable_media(request: Request, taken: Mapping[str, bool], why_not: str) -> Request:
+def keep_usable_media(request: Request, usable: Mapping[str, bool], why_not: str) -> Request:
     """Return the request without media that cannot be used, and warn about those.
 
-    taken: by name of the field, `image_path`. why_not: "--task t2v-1.3B does not take it".
-    Raises OptionError if a file or folder that is taken does not exist or cannot be read.
+    usable: by name of the field, `image_path`. why_not: "--task t2v-1.3B does not take it".
+    Raises OptionError if a usable file or folder does not exist or cannot be read.
     """
-    for name, is_taken in taken.items():
+    for name, is_usable in usable.items():
         media = getattr(request, name)
         if not media:
             continue
         option = _OPTIONS.get(name, name)
         has_several = isinstance(media, tuple)
         paths = media if has_several else (media,)
-        if not is_taken:
+        if not is_usable:
             logger.warning("--%s %s is ignored because %s", option, " ".join(map(str, paths)), why_not)
             dropped: dict[str, Any] = {name: () if has_several else None}
             request = replace(request, **dropped)

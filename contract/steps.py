@@ -88,7 +88,8 @@ class Tweaks:
     # latent frames in front that are clean, not noisy: the network is told so, and their velocity is 0
     given_frames: int = 0
     joint: Joint | None = None  # the noisy latents are B N of a picture and its sound; timesteps B or B 2
-    kept: dict[Any, Any] | None = None  # by a network between the passes of a section; None: nothing may be
+    # what a network keeps between the passes of a section; None: it may keep nothing
+    memory: dict[Any, Any] | None = None
     turn: Turn | None = None  # set by the denoising loop
 
     @property
@@ -134,7 +135,7 @@ class Tweaks:
             embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,
             given_frames=self.given_frames or all_passes.given_frames,
             joint=self.joint or all_passes.joint,
-            kept=all_passes.kept if self.kept is None else self.kept,
+            memory=all_passes.memory if self.memory is None else self.memory,
         )
 
 
@@ -171,14 +172,14 @@ class Section:
     given: Tensor | None = None
     given_sound: Tensor | None = None  # clean latents of its whole sound, B C T M, kept likewise
     anchor: Anchor | None = None
-    made: Piece | None = None  # what the section before this one added to the video
+    previous: Piece | None = None  # what the section before this one added to the video
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
     count: int = 1  # how many sections the clip is made in
     stage: int = 0  # of `Prepared.stages`
     shown: int | None = None  # latent frames of the picture; those behind them are no part of the clip
 
     @property
-    def held(self) -> tuple[bool, bool]:
+    def clean_streams(self) -> tuple[bool, bool]:
         """Return whether the whole picture is given instead of denoised, and whether the sound is."""
         joint, frames = self.tweaks.joint, self.given
         has_picture = joint is not None and frames is not None and frames.shape[2] == joint.picture[1]

@@ -19,7 +19,7 @@ from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import fingerprint
 from contract.data import CAPTION, REFERENCE, MediaEncoders, MediaTable
 from contract.family import Abilities, DitSpec, TextEncoder
-from contract.few_steps import FewSteps
+from contract.few_steps import FewSteps, Verdict
 from contract.loading import Placement
 from contract.rules import ONE_EXPERT, Expert, ReferenceRules
 from modules.devices import choose_compute_dtype, dtype_name
@@ -112,15 +112,15 @@ class TransformerFiles(ABC):
 _METADATA = attrgetter("metadata")  # of a checkpoint
 
 
-def told_few_steps(rule: FewSteps, dit: Path) -> tuple[bool, str] | None:
-    """Return whether a transformer was distilled to few steps, and what says so: see `FewSteps.told_by`.
+def judge_few_steps(rule: FewSteps, dit: Path) -> Verdict | None:
+    """Return whether a transformer was distilled to few steps, and what says so: see `FewSteps.judge`.
 
     A missing or unreadable file, which other checks report, is judged by its name.
     """
     metadata: Mapping[str, str] = {}
     with contextlib.suppress(CheckpointError, OSError):
         metadata = read_once(dit, _METADATA)
-    return rule.told_by(dit, metadata)
+    return rule.judge(dit, metadata)
 
 
 class OneTransformer:
@@ -168,11 +168,9 @@ class OneTransformer:
     def why_few_steps(self) -> str | None:
         """Return what says that a transformer was distilled to few steps; None if nothing does."""
         for path in self.dit_files:
-            judgement = told_few_steps(self.few_steps, path)
-            if judgement is not None:
-                is_few, source = judgement
-                if is_few:
-                    return f"{path}: {source}"
+            verdict = judge_few_steps(self.few_steps, path)
+            if verdict is not None and verdict.is_distilled:
+                return f"{path}: {verdict.evidence}"
         return None
 
     def check_given_files(self) -> None:

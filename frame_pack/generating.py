@@ -63,7 +63,7 @@ def video_sections(
         label = f"section {number + 1} of {len(plan)}"
         place = 1 + section.index * window  # behind the start image
         to_denoise = prompts[section.index].section(drawn, conditions)
-        latents = yield replace(to_denoise, place=place, made=piece, label=label, count=len(plan))
+        latents = yield replace(to_denoise, place=place, previous=piece, label=label, count=len(plan))
         device, history = latents.device, order.grown(history, latents.to(CPU))
         piece = _newest(order, history, window, number)
     return order.video(_tensor(inputs[0], "start_latents"), history, len(plan) * window).to(device)

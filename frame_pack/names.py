@@ -3,7 +3,7 @@
 from contract.families import CLIPS, FamilyEntry, Marks
 from hunyuan_model.names import HUNYUAN_VIDEO
 from networks.names import layouts
-from networks.names.layouts import FamilyNames, each
+from networks.names.layouts import FamilyNames, with_endings
 
 ENTRY = FamilyEntry(
     "frame_pack",
@@ -21,8 +21,8 @@ FRAMEPACK = FamilyNames(
     "framepack",
     further=(
         *(part.theirs for part in HUNYUAN_VIDEO.parts),
-        *each("clean_x_embedder.", "proj proj_2x proj_4x"),
-        *each("image_projection.", "up down"),
+        *with_endings("clean_x_embedder.", "proj proj_2x proj_4x"),
+        *with_endings("image_projection.", "up down"),
     ),
     takes=("hunyuan_video",),
     # as diffusers' HunyuanVideoFramepackPipeline needs it; with another start it loads no layer

@@ -54,7 +54,7 @@ def denoise(
         )
         # not in a variable, which would keep this step's network while the next step's is loaded
         velocity = guidance(
-            step, predictor(family, dit_at, step, split, section.tweaks, section.held), section
+            step, predictor(family, dit_at, step, split, section.tweaks, section.clean_streams), section
         ).float()
         done = steps.StepDone(step, velocity, section)
         answers = [watch(done) for watch in watchers]  # each is called, whatever those before it say
@@ -99,8 +99,8 @@ def predictor(
     """Make the function `predict(*conditions, tweaks=...)` of one step; it returns a velocity for each
     condition.
 
-    all_passes: tweaks of every pass; those of the call are added. clean_streams: `Section.held`; a picture or
-    sound that is wholly given has timestep 0.
+    all_passes: tweaks of every pass; those of the call are added. clean_streams: those of the section; a
+    picture or sound that is wholly given has timestep 0.
     """
     dit = dit_at(step.timestep)
     noisy = step.noisy
@@ -203,7 +203,7 @@ def make_latents(
         while True:
             if on_section is not None:
                 on_section(section)
-            section = on_device(replace(section, made=None), device)
+            section = on_device(replace(section, previous=None), device)
             stage = prepared.stages[section.stage] if prepared.stages else prepared
             # what a solver draws continues the generator that the section's start came from
             solver = solver_for(

@@ -79,7 +79,7 @@ class DitLoader:
             self.device,
             attention=speed.attention.choice,
             patch=patch,
-            beside=merged.leave_beside if merged else None,
+            leave_unmerged=merged.leave_unmerged if merged else None,
             quantisation=self.quantisation,
             host=host,
             blocks=shares,
@@ -89,10 +89,10 @@ class DitLoader:
         warn_if_emulated(self.device, dtype_of(dit), "the transformer")
         if patch is not None:
             patch.check()
-        if merged is not None and merged.beside:
-            from networks.beside import add_beside  # only with LoRAs of quantised layers
+        if merged is not None and merged.unmerged:
+            from networks.unmerged import add_unmerged  # only with LoRAs of quantised layers
 
-            add_beside(dit, merged.beside, self.device, dtype_of(dit))
+            add_unmerged(dit, merged.unmerged, self.device, dtype_of(dit))
         dit.eval().requires_grad_(False)
         if stage_files_of(dit):
             from networks.added import add_stage_loras  # only with LoRAs of stages

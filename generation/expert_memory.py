@@ -163,7 +163,7 @@ def largest_of(family: Family, requests: Sequence[Prepared]) -> list[Prepared]:
 def load_with_loras(
     family: Family, options: GenerationOptions, placement: Placement
 ) -> tuple[nn.Module, Mapping[str, Sequence[Change]]]:
-    """Load the first expert for a plan, on the meta device; return it and `LoraPatch.beside` of its LoRAs.
+    """Load the first expert for a plan, on the meta device; return it and `LoraPatch.unmerged` of its LoRAs.
 
     LoRAs are read only if layers are quantised; into others they are merged, which takes no memory.
     """
@@ -171,4 +171,6 @@ def load_with_loras(
     if options.lora.lora_weight is None or not any(map(stored_in, dit.modules())):
         return dit, {}
     patch = LoraPatch(on_side(expert_loras(family.experts, options)[0], False))
-    return family.load_dit(replace(placement, patch=patch, beside=patch.leave_beside)), patch.beside
+    return family.load_dit(
+        replace(placement, patch=patch, leave_unmerged=patch.leave_unmerged)
+    ), patch.unmerged

@@ -360,12 +360,12 @@ def _preview_of_sections(run: GenerationRun, job: GenerationJob, path: Path) -> 
 
     def grow_preview(section: Section) -> None:
         nonlocal video
-        if section.made is not None and output.shows_progress and not hides:
+        if section.previous is not None and output.shows_progress and not hides:
             if video is None:
                 tags = as_tags(job.metadata or run.metadata(job.prepared) or {})
                 video = GrowingVideo(run.session, path, fps, needed=decoding_bytes, tags=tags)
-            video.add(section.made)
-        elif section.made is None and section.count > 1 and output.shows_progress and hides:
+            video.add(section.previous)
+        elif section.previous is None and section.count > 1 and output.shows_progress and hides:
             logger.info("There is no preview of the video: it would show what a tool of --post hides.")
 
     return grow_preview

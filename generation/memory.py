@@ -30,7 +30,7 @@ from modules.options import override_options
 from modules.private_torch import FakeTensor
 from networks.added import add_stage_loras, stage_loras_of
 from networks.apply import Change
-from networks.beside import add_beside
+from networks.unmerged import add_unmerged
 from running.planning import dry_run as dry
 from running.planning import memory_plan
 from running.planning.device_memory import Room, host_room
@@ -216,8 +216,8 @@ def rehearse_denoising(
         def measure(counts: dry.Counts) -> Mapping[str, dry.Moment]:
             """Return the peaks of the step if the network had so many blocks."""
             dry.keep_blocks(dit, blocks, counts, ledger)
-            if section.tweaks.kept is not None:
-                section.tweaks.kept.clear()  # by other blocks
+            if section.tweaks.memory is not None:
+                section.tweaks.memory.clear()  # by other blocks
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
             with _cached_dit(family, prepared, dit) as dit_at:
@@ -227,7 +227,7 @@ def rehearse_denoising(
                     step,
                     split=options.splits_guidance,
                     all_passes=section.tweaks,
-                    clean_streams=section.held,
+                    clean_streams=section.clean_streams,
                 )
                 with ledger.guessing():  # a family may look at the timestep
                     guidance(step, predict_at, section)
@@ -253,7 +253,7 @@ def _place_loras(
     """Put LoRAs of quantised layers and those of the request's stages on the device, next to the weights."""
     if lora_changes:
         with ledger.allocating(dry.NETWORK):
-            add_beside(dit, lora_changes, dry.ACCELERATOR, dtype_of(dit))
+            add_unmerged(dit, lora_changes, dry.ACCELERATOR, dtype_of(dit))
     if prepared.added:
         with ledger.allocating(dry.ADAPTER):
             for loras, strength in zip(stage_loras_of(dit), prepared.added, strict=True):

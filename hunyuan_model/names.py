@@ -7,10 +7,10 @@ from networks.names.layouts import (
     Numbering,
     Sides,
     WeightPart,
-    each,
     in_both_streams,
     renamed_parts,
     stacked_parts,
+    with_endings,
 )
 
 ENTRY = FamilyEntry(
@@ -150,7 +150,7 @@ HUNYUAN_VIDEO = FamilyNames(
     "hunyuan-video",
     BLOCK_ALIASES,
     (*BLOCK_PARTS, *renamed_parts("", "", _DIFFUSERS_REST)),
-    further=each("txt_in.individual_token_refiner.blocks.{n}.", "norm1 norm2"),
+    further=with_endings("txt_in.individual_token_refiner.blocks.{n}.", "norm1 norm2"),
     converted_for="ComfyUI",
     sides=BLOCK_SIDES,
     released=((3072, BLOCK_DEPTHS),),

@@ -233,7 +233,7 @@ class Krea2(pictures.ModelOfPictures):
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
-        return (yield replace(section, tweaks=Tweaks(kept={})) if self.isolated else section)
+        return (yield replace(section, tweaks=Tweaks(memory={})) if self.isolated else section)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         yield from encoders.vae.decode(latents)

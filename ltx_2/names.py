@@ -3,7 +3,7 @@
 import re
 
 from contract.families import CLIPS, FamilyEntry, Marks
-from networks.names.layouts import COMFYUI, FamilyNames, each
+from networks.names.layouts import COMFYUI, FamilyNames, with_endings
 
 ENTRY = FamilyEntry(
     "ltx_2",
@@ -28,7 +28,7 @@ _LTX_LAYERS = (
     *(
         (layer, layer)
         for name in _LTX_ATTENTIONS
-        for layer in each(f"{name}.", "to_q to_k to_v to_out.0 to_gate_logits")
+        for layer in with_endings(f"{name}.", "to_q to_k to_v to_out.0 to_gate_logits")
     ),
     *((f"{name}.norm_{x}", f"{name}.{x}_norm") for name in _LTX_ATTENTIONS for x in "qk"),
     *((f"{name}.net.{layer}",) * 2 for name in ("ff", "audio_ff") for layer in ("0.proj", "2")),
@@ -78,7 +78,7 @@ _LTX_ALIASES = (  # diffusers layout
     *(
         (f"{theirs}.{layer}", f"{ours}.{layer}")
         for theirs, ours in _LTX_TIMES
-        for layer in each("", "linear emb.timestep_embedder.linear_1 emb.timestep_embedder.linear_2")
+        for layer in with_endings("", "linear emb.timestep_embedder.linear_1 emb.timestep_embedder.linear_2")
     ),
     *((f"{prefix}proj_in", f"{prefix}patchify_proj") for prefix in ("", "audio_")),
     *((f"{prefix}proj_out",) * 2 for prefix in ("", "audio_")),

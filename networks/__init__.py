@@ -2,7 +2,6 @@
 
 adapter: the trainer's interface to a network, ours or foreign
 added: LoRAs around modules that act at times
-beside: LoRAs around layers that stay in 8 or 4 bits
 alphas: scales that stand beside the tensors
 apply: put LoRAs into weights while they are loaded
 averaging: average saved files of a run after it
@@ -38,5 +37,6 @@ rewriting: arrangements of other programs into usual ones
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 text_loras: LoRAs of text encoders, put into them
 tool_options: options to merge, convert, average and extract LoRAs
+unmerged: LoRAs around layers that stay in 8 or 4 bits
 writing: write the dialects of ComfyUI and diffusers
 """

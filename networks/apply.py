@@ -244,8 +244,8 @@ class LoraPatch:
                 for change in changes_of(use, factors):
                     key = f"{module}.{change.leaf}"
                     self._changes.setdefault(key, []).append(change)
-        # parameter -> its changes that are not merged: see `networks.beside`
-        self.beside: dict[str, list[Change]] = {}
+        # parameter -> its changes that are not merged: see `networks.unmerged`
+        self.unmerged: dict[str, list[Change]] = {}
         self._seen: set[str] = set()  # keys, in any layout, of weights that were passed in
         # use -> those of its keys that change something
         self._used: dict[int, set[str]] = {id(use): set() for use in uses}
@@ -276,7 +276,7 @@ class LoraPatch:
             part.copy_(total.add_(part))
         return weight
 
-    def leave_beside(self, name: str, shape: tuple[int, ...]) -> bool:
+    def leave_unmerged(self, name: str, shape: tuple[int, ...]) -> bool:
         """Record in `beside` the changes of a weight that stays in 8 or 4 bits. Return False, recording
         nothing, if one must be merged: a DoRA depends on the weight, and a whole matrix is as large as it.
 
@@ -286,7 +286,7 @@ class LoraPatch:
         if any(change.factors.keys() & {DORA, "diff"} for change in changes):
             return False
         if changes:
-            self.beside[name] = changes
+            self.unmerged[name] = changes
         return True
 
     def _fitting(self, name: str, weight: Tensor) -> list[Change]:

@@ -23,7 +23,7 @@ from modules.errors import CheckpointError
 from modules.seeds import derive_seed
 from networks.deltas import DOWN, UP
 from networks.key_formats import module_of_tensor
-from networks.merging import DTYPES, as_known
+from networks.merging import DTYPES, in_known_names
 from networks.metadata import add_hashes
 from networks.module_names import alias, choose_family, family_named, has_module
 from networks.names.layouts import OURS, FamilyNames
@@ -275,7 +275,7 @@ def _extract(
     start = time.monotonic()
     output = options.save_to
     factors = _factors_of_change(options, pair, plan)
-    tensors = as_known(factors, family)
+    tensors = in_known_names(factors, family)
     save_tensors(output, tensors, add_hashes(tensors, metadata))
     of_family = "" if family is None else f" of {family.name}"
     rows = [

@@ -135,7 +135,7 @@ def _write_sum(
     dtype = _dtype_of(options) or DTYPES[options.precision]
     tensors = _add_up(uses, options.concat, dtype, device)
     metadata = _metadata_of_sum([use.lora for use in uses], tensors, options.no_metadata)
-    named = as_known(tensors, read_family(metadata))
+    named = in_known_names(tensors, read_family(metadata))
     save_tensors(output, named, add_hashes(named, metadata))
     rows = [
         ("LoRAs", _in_lines(uses)),
@@ -436,7 +436,7 @@ def _truncate(change: _LowRank, rank: int) -> _LowRank:
     )
 
 
-def as_known(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
+def in_known_names(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
     """Return a LoRA under the names that other tools know for its family."""
     if family is None or family.always_underscored != "aliases":
         return tensors

@@ -2,7 +2,7 @@
 
 from contract.families import PICTURES, FamilyEntry, Marks
 from networks.names import layouts
-from networks.names.layouts import FamilyNames, each
+from networks.names.layouts import FamilyNames, with_endings
 
 ENTRY = FamilyEntry(
     "qwen_image",
@@ -19,17 +19,17 @@ QWEN_IMAGE = FamilyNames(
     "qwen_image",
     "Qwen-Image",
     further=(
-        *each(
+        *with_endings(
             "transformer_blocks.{n}.attn.",
             "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out",
         ),
-        *each("transformer_blocks.{n}.attn.", "norm_q norm_k norm_added_q norm_added_k"),
-        *each(
+        *with_endings("transformer_blocks.{n}.attn.", "norm_q norm_k norm_added_q norm_added_k"),
+        *with_endings(
             "transformer_blocks.{n}.",
             "img_mod.1 txt_mod.1 img_mlp.net.0.proj img_mlp.net.2 txt_mlp.net.0.proj txt_mlp.net.2",
         ),
-        *each("", "img_in txt_in txt_norm norm_out.linear proj_out"),
-        *each("time_text_embed.timestep_embedder.", "linear_1 linear_2"),
+        *with_endings("", "img_in txt_in txt_norm norm_out.linear proj_out"),
+        *with_endings("time_text_embed.timestep_embedder.", "linear_1 linear_2"),
     ),
     is_as_in_diffusers=True,
     versions=("qwen_image", "qwen-image", "qwenimage"),

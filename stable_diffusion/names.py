@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from contract.families import FamilyEntry, Marks
-from networks.names.layouts import OF_CLIP, UNET_IN_DIFFUSERS, FamilyNames, Sides, each
+from networks.names.layouts import OF_CLIP, UNET_IN_DIFFUSERS, FamilyNames, Sides, with_endings
 
 ENTRY = FamilyEntry("stable_diffusion")
 
@@ -25,9 +25,9 @@ RESIDUAL = (
     ("skip_connection", "conv_shortcut"),
 )
 _TRANSFORMER = (
-    *each("attn1.", "to_q to_k to_v to_out.0"),
-    *each("attn2.", "to_q to_k to_v to_out.0"),
-    *each("", "ff.net.0.proj ff.net.2 norm1 norm2 norm3"),
+    *with_endings("attn1.", "to_q to_k to_v to_out.0"),
+    *with_endings("attn2.", "to_q to_k to_v to_out.0"),
+    *with_endings("", "ff.net.0.proj ff.net.2 norm1 norm2 norm3"),
 )
 ENDS = (
     ("time_embed.0", "time_embedding.linear_1"),
@@ -85,8 +85,8 @@ def _pairs(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
     """
     pairs: list[tuple[str, str]] = [*ENDS]
     inside = [
-        *each("", "norm proj_in proj_out"),
-        *each(f"transformer_blocks.{transformer}.", " ".join(_TRANSFORMER)),
+        *with_endings("", "norm proj_in proj_out"),
+        *with_endings(f"transformer_blocks.{transformer}.", " ".join(_TRANSFORMER)),
     ]
     layers = (_LAYERS,) * levels
     for theirs, ours, is_attention in unet_blocks(layers):

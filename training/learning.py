@@ -278,8 +278,8 @@ class Loading:
         placement = experts.placement_of(options, device, plan.quantisation)
         # a DoRA learns the norms of the weights, which include merged LoRAs
         must_merge = network_options is not None and network_options.decomposes
-        leave_beside = None if patch is None or must_merge else patch.leave_beside
-        placement = replace(placement, patch=patch, beside=leave_beside, host=host, blocks=shares)
+        leave_unmerged = None if patch is None or must_merge else patch.leave_unmerged
+        placement = replace(placement, patch=patch, leave_unmerged=leave_unmerged, host=host, blocks=shares)
         if options.network is None:
             refuse_quantised_bases(family.dit_files[index : index + 1])
         dit = family.load_dit(placement, index)
@@ -287,10 +287,10 @@ class Loading:
         compute_dtype = experts.AUTOCAST.get(options.accelerator.mixed_precision) or dtype_of(dit)
         if patch is not None:
             patch.check()
-            if patch.beside:
-                from networks.beside import add_beside  # only beside quantised weights
+            if patch.unmerged:
+                from networks.unmerged import add_unmerged  # only beside quantised weights
 
-                add_beside(dit, patch.beside, device, compute_dtype)
+                add_unmerged(dit, patch.unmerged, device, compute_dtype)
         warn_if_emulated(device, compute_dtype, "the transformer")
         dit.requires_grad_(False)
         if shares is not None and plan.splits_model:

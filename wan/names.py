@@ -1,7 +1,7 @@
 """What Wan is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
 
 from contract.families import HIGH_NOISE, LOW_NOISE, FamilyEntry, Marks
-from networks.names.layouts import FamilyNames, each
+from networks.names.layouts import FamilyNames, with_endings
 
 ENTRY = FamilyEntry(
     "wan",
@@ -13,8 +13,8 @@ ENTRY = FamilyEntry(
 )
 
 _IMAGE_ATTENTION = (
-    *each("blocks.{n}.cross_attn.", "k_img v_img norm_k_img"),
-    *each("img_emb.proj.", "0 1 3 4"),
+    *with_endings("blocks.{n}.cross_attn.", "k_img v_img norm_k_img"),
+    *with_endings("img_emb.proj.", "0 1 3 4"),
     "img_emb.emb_pos",
 )
 

@@ -25,7 +25,7 @@ from contract.requests import Prepared, Request
 from contract.rules import ModelRelease
 from contract.steps import NO_TWEAKS, Tweaks
 from encoders.autoencoder import SCALE, SHIFT
-from encoders.files import told_few_steps
+from encoders.files import judge_few_steps
 from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN3
 from encoders.pictures import AutoencoderFiles, ModelOfPictures, picture_defaults
@@ -127,11 +127,9 @@ class ZImage(ModelOfPictures):
         dit = self.files.dit
         if dit is None:
             return DEFAULTS
-        evidence = told_few_steps(self.few_steps, dit)
-        if evidence is not None:
-            is_turbo, _ = evidence
-            if is_turbo:
-                return TURBO
+        verdict = judge_few_steps(self.few_steps, dit)
+        if verdict is not None and verdict.is_distilled:
+            return TURBO
         repository = dit.absolute().parts[-5:] if "transformer" in dit.parts[-2:] else ()
         names = [dit.name.removesuffix(".safetensors"), *repository]
         is_base = any(re.search(CALLED_BASE, name, re.IGNORECASE) for name in names)

@@ -2,7 +2,7 @@
 
 from contract.families import PICTURES, FamilyEntry, Marks
 from lumina.names import LUMINA_BLOCKS, LUMINA_SIDES
-from networks.names.layouts import FamilyNames, each, stacked_parts
+from networks.names.layouts import FamilyNames, stacked_parts, with_endings
 
 ENTRY = FamilyEntry(
     "z_image",
@@ -39,14 +39,14 @@ Z_IMAGE = FamilyNames(
         *(
             path
             for block in LUMINA_BLOCKS
-            for path in each(
+            for path in with_endings(
                 block,
                 "attention.to_q attention.to_k attention.to_v feed_forward.w1 feed_forward.w2 "
                 "feed_forward.w3 attention_norm1 attention_norm2 ffn_norm1 ffn_norm2",
             )
         ),
         *(f"{block}adaLN_modulation.0" for block in (LUMINA_BLOCKS[0], LUMINA_BLOCKS[2])),
-        *each("", "t_embedder.mlp.0 t_embedder.mlp.2 cap_embedder.0 cap_embedder.1"),
+        *with_endings("", "t_embedder.mlp.0 t_embedder.mlp.2 cap_embedder.0 cap_embedder.1"),
     ),
     converted_for="ComfyUI",
     lokr_in_diffusers=True,

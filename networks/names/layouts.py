@@ -157,7 +157,7 @@ class FamilyNames:
         return tuple(dict.fromkeys(named))
 
 
-def each(start: str, endings: str) -> tuple[str, ...]:
+def with_endings(start: str, endings: str) -> tuple[str, ...]:
     return tuple(start + ending for ending in endings.split())
 
 

@@ -102,7 +102,7 @@ def test_of_a_video_in_sections_the_finished_ones_are_shown(tmp_path: Path, in_f
     pieces = [None, *(Piece(one, 0, in_front, lambda *_: iter(()), one) for one in so_far)]
     with preview_clip(previews, 30.0) as ((watch,), on_section):
         for piece in pieces:
-            section = Section(draw(3), {}, made=piece, count=5)
+            section = Section(draw(3), {}, previous=piece, count=5)
             on_section(section)
             for index in range(3):
                 watch(step(index, 3, section=section))

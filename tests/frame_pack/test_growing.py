@@ -46,7 +46,7 @@ def made(model: FramePack) -> tuple[list[Piece], Tensor]:
     pieces: list[Piece] = []
 
     def note(section: Section) -> None:
-        pieces.extend([] if section.made is None else [section.made])
+        pieces.extend([] if section.previous is None else [section.previous])
         assert section.label == f"section {len(pieces) + 1} of {SECTIONS}"
 
     asked = request(video_frames(SECTIONS, model.window))

@@ -59,8 +59,8 @@ def pieces_of(family: ToyFamily) -> tuple[list[Piece], Tensor]:
     pieces: list[Piece] = []
 
     def note(section: Section) -> None:
-        if section.made is not None:
-            pieces.append(section.made)
+        if section.previous is not None:
+            pieces.append(section.previous)
 
     latents = make_latents(
         family, lambda _: ToyDit(), family.prepare(REQUEST), TEXTS, {0: {}}, CPU, on_section=note

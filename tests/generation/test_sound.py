@@ -311,7 +311,7 @@ def test_what_is_given_stays_at_every_step(given: str, solver: str) -> None:
     def watch(done: StepDone) -> bool:
         shown.append(done.step.noisy)
         for clean, whole, is_held in zip(
-            JOINT.split(done.clean), (picture, sound), section.held, strict=True
+            JOINT.split(done.clean), (picture, sound), section.clean_streams, strict=True
         ):
             assert not is_held or torch.equal(clean, whole)
         return False

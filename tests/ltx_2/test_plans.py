@@ -119,7 +119,7 @@ def measured(
             caches = StepCaches(prepared, family.dit).section(lambda _: dit)
         with caches as dit_at:
             for index in range(2):
-                at, told = replace(step, index=index), (section.tweaks, section.held)
+                at, told = replace(step, index=index), (section.tweaks, section.clean_streams)
                 guidance(at, predictor(family, dit_at, at, options.splits_guidance, *told), section)
     return max(sum(moment.values()) for moment in ledger.peaks.values())
 

@@ -234,7 +234,8 @@ def test_training_the_model_itself_refuses_them(tmp_path: Path, words: str) -> N
 )
 def test_a_distilled_transformer_is_known_by_names(name: str, title: str, found: bool) -> None:
     path = Path("/somewhere/above/all/of/it") / name
-    assert (FewSteps().found_in(path, {"modelspec.title": title}) is not None) == found
+    verdict = FewSteps().judge(path, {"modelspec.title": title})
+    assert (verdict is not None and verdict.is_distilled) == found
 
 
 def test_families_know_their_releases_of_few_steps(tmp_path: Path) -> None:

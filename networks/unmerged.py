@@ -11,12 +11,12 @@ from networks.added import AddedLayer, AddedPart, ChangedPlace
 from networks.apply import Change
 
 
-def add_beside(
+def add_unmerged(
     dit: nn.Module, changes: Mapping[str, Sequence[Change]], device: torch.device, dtype: torch.dtype
 ) -> None:
     """Put changes of quantised weights round their layers, switched on. Call before networks and compilation.
 
-    changes: `LoraPatch.beside`. dtype: to compute in.
+    changes: `LoraPatch.unmerged`. dtype: to compute in.
     """
     for name, weight_changes in changes.items():
         place = ChangedPlace(name, dit.get_submodule(name.removesuffix(".weight")))
