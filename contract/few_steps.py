@@ -62,8 +62,11 @@ def _telling_names(path: Path, metadata: Mapping[str, str]) -> list[tuple[str, s
     name = path.name if path.is_dir() else path.stem
     names = [(name, f"its name is {name}")]
     if _PLAIN.fullmatch(name.lower()):
-        names += [(folder.name, f"its folder is {folder}") for folder in path.parents[:_FOLDERS]]
-    names += [(metadata[key], f"its {key} is {metadata[key]}") for key in _TITLES if key in metadata]
+        for folder in path.parents[:_FOLDERS]:
+            names.append((folder.name, f"its folder is {folder}"))
+    for key in _TITLES:
+        if key in metadata:
+            names.append((metadata[key], f"its {key} is {metadata[key]}"))
     return names
 
 

@@ -286,14 +286,18 @@ def token_weights(text: str, places: Sequence[Place], spans: Sequence[tuple[int,
     """
     starts = [start for start, _, _ in spans]
 
-    def of(place: Place) -> float:
+    def weight_at(place: Place) -> float:
         if place is None:
             return 1.0
-        first = next((index for index in range(*place) if not text[index].isspace()), place[0])
+        visible = (index for index in range(*place) if not text[index].isspace())
+        first = next(visible, place[0])
         number = bisect.bisect_right(starts, first) - 1
-        return spans[number][2] if number >= 0 and first < spans[number][1] else 1.0
+        if number < 0:
+            return 1.0
+        _, end, weight = spans[number]
+        return weight if first < end else 1.0
 
-    return [of(place) for place in places]
+    return [weight_at(place) for place in places]
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,5 @@ def load_with_loras(
     if options.lora.lora_weight is None or not any(map(stored_in, dit.modules())):
         return dit, {}
     patch = LoraPatch(on_side(expert_loras(family.experts, options)[0], False))
-    return family.load_dit(
-        replace(placement, patch=patch, leave_unmerged=patch.leave_unmerged)
-    ), patch.unmerged
+    patched_placement = replace(placement, patch=patch, leave_unmerged=patch.leave_unmerged)
+    return family.load_dit(patched_placement), patch.unmerged

@@ -438,8 +438,13 @@ def _paths_by_encoder(texts: Iterable[str]) -> dict[str, dict[str, str]]:
     """Return, by the prefix of a text encoder's names in diffusers, its modules and their paths there."""
     paths: dict[str, dict[str, str]] = {}
     for name in texts:
-        encoder, dot, path = (diffusers_path_of_text(name) or f".{name}").partition(".")
-        paths.setdefault(encoder + dot if encoder else "", {})[name] = path
+        start = ""
+        path = name
+        full_path = diffusers_path_of_text(name)
+        if full_path:
+            encoder, dot, path = full_path.partition(".")
+            start = encoder + dot
+        paths.setdefault(start, {})[name] = path
     return paths
 
 

@@ -298,7 +298,9 @@ def _weights_of_dit(checkpoint: Checkpoint, family: FamilyNames | None) -> Itera
 
 def _in_words(losses: Mapping[str, Loss], num_modules: int, rank: int) -> str:
     """Describe the loss as relative Frobenius norms: of all modules together, and of the worst one."""
-    shares = {name: loss.lost / loss.size if loss.size else 0.0 for name, loss in losses.items()}
+    shares: dict[str, float] = {}
+    for name, loss in losses.items():
+        shares[name] = loss.lost / loss.size if loss.size else 0.0
     worst = max(shares, key=lambda name: shares[name])
     size = math.hypot(*(loss.size for loss in losses.values()))
     lost = math.hypot(*(loss.lost for loss in losses.values()))

@@ -80,11 +80,11 @@ def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def drop_unused_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors without non-finite alphas of modules without a rank, where alpha scales nothing."""
-    unused: set[str] = set()
+    usable = dict(tensors)
     for module, factors in group_by_module(tensors).items():
         if len(factors) > 1 and rank_of(factors) is None and not _is_number(factors.get("alpha")):
-            unused.add(f"{module}.alpha")
-    return {name: tensor for name, tensor in tensors.items() if name not in unused}
+            usable.pop(f"{module}.alpha", None)
+    return usable
 
 
 def _is_number(alpha: Tensor | None) -> bool:

@@ -90,9 +90,9 @@ class LoraFormat:
 
         texts: dict[str, deltas.Factors] = {}
         in_dit: dict[str, deltas.Factors] = {}
-        for name, factors in deltas.group_by_module(tensors).items():
-            side = in_dit if name.startswith(OURS) else texts
-            side[name] = factors
+        for module, factors in deltas.group_by_module(tensors).items():
+            side = in_dit if module.startswith(OURS) else texts
+            side[module] = factors
         written: dict[str, Tensor] = {}
         left_out: dict[str, str] = {}
         strengths: dict[int, set[float]] = {}  # rank in the file -> alpha / rank of the modules folded there
@@ -104,11 +104,11 @@ class LoraFormat:
         if self.name == COMFYUI:  # which reads text encoders under our names
             written |= deltas.ungroup(texts)
         if self.name == DIFFUSERS:
-            for name, factors in texts.items():
-                text = texts_to_diffusers(deltas.ungroup({name: factors}))
+            for module, text_factors in texts.items():
+                text = texts_to_diffusers(deltas.ungroup({module: text_factors}))
                 written |= text.tensors
                 left_out |= text.left_out
-                _note_strength(strengths, text.tensors, deltas.strength(factors))
+                _note_strength(strengths, text.tensors, deltas.strength(text_factors))
         return Formatted(written, _metadata_of_strengths(strengths), left_out)
 
     def _by_strength(self, modules: Mapping[str, deltas.Factors]) -> dict[float | None, dict[str, Tensor]]:

@@ -410,12 +410,15 @@ def _text_prefix(place: _TextPlace, kind: str, family: FamilyNames | None) -> st
     prefixes = [prefix for prefix, layers in encoders if layers == kind]
     label = place.start.rstrip("_.-").replace("lycoris_", "lora_")
     if not label.startswith("lora_te"):
-        label = encoders[0][0] if place.number == 1 else f"lora_te{place.number}"
+        first_prefix, _ = encoders[0]
+        label = first_prefix if place.number == 1 else f"lora_te{place.number}"
     elif kind == OF_CLIP and label == "lora_te" and (family is None or len(prefixes) > 1):
         prefixes = [label]  # Stable Diffusion 1 and 2 call their single one so
-    if not prefixes and label in dict(encoders) and kind:
+    if prefixes:
+        return prefixes[min(place.number, len(prefixes)) - 1]
+    if kind and label in dict(encoders):
         return None  # another encoder than that of this name
-    return prefixes[min(place.number, len(prefixes)) - 1] if prefixes else label
+    return label
 
 
 def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
@@ -632,18 +635,21 @@ def _extent_of_lora(shapes: Shapes) -> Extent:
 
 def _extent_of_loha(shapes: Shapes) -> Extent:
     kernel = shapes.get("hada_t1", ())[2:]
-    # if there is a core it is stored r x out
-    rows = shapes["hada_w1_a"][1 if "hada_t1" in shapes else 0]
-    return rows, [shapes["hada_w1_b"][1], *kernel]
+    # with a core it is stored r x out
+    rows_axis = 1 if "hada_t1" in shapes else 0
+    return shapes["hada_w1_a"][rows_axis], [shapes["hada_w1_b"][1], *kernel]
 
 
 def _extent_of_lokr(shapes: Shapes) -> Extent:
-    first = shapes.get("lokr_w1") or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
+    first = shapes.get("lokr_w1")
+    if not first:
+        first = (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
     second = shapes.get("lokr_w2")
     if second is None:
-        core = shapes.get("lokr_t2", ())
-        rows = shapes["lokr_w2_a"][1 if core else 0]
-        second = (rows, shapes["lokr_w2_b"][1], *core[2:])
+        kernel = shapes.get("lokr_t2", ())[2:]
+        # with a core it is stored r x out
+        rows_axis = 1 if shapes.get("lokr_t2") else 0
+        second = (shapes["lokr_w2_a"][rows_axis], shapes["lokr_w2_b"][1], *kernel)
     return first[0] * second[0], [*first[1:], *second[1:]]
 
 

@@ -281,14 +281,16 @@ def _warn_of_unusable(
 
 def _refuse_other_sizes(path: Path, stored: Mapping[str, Factors], here: Mapping[str, Factors]) -> None:
     """Raise CheckpointError if modules of a file have other factors or sizes in the network."""
-    common = [name for name in stored if name in here]
-    wrong = [name for name in common if _shapes(stored[name]) != _shapes(here[name])]
+    wrong = [name for name in stored if name in here and _shapes(stored[name]) != _shapes(here[name])]
     if not wrong:
         return
-    lines = [f"  {name} has {_in_words(stored[name])}, here {_in_words(here[name])}\n" for name in wrong[:3]]
+    first = wrong[0]
+    lines = ""
+    for name in wrong[:3]:
+        lines += f"  {name} has {_in_words(stored[name])}, here {_in_words(here[name])}\n"
     raise CheckpointError(
         f"--network_weights {path} does not fit this network in {len(wrong)} of {len(stored)} "
-        f"modules:\n{''.join(lines)}  {_remedy(stored, here[wrong[0]], wrong[0])}",
+        f"modules:\n{lines}  {_remedy(stored, here[first], first)}",
         path,
     )
 

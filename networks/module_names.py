@@ -41,14 +41,17 @@ def _count_modules(names: Iterable[str], family: FamilyNames) -> int:
 
 def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
     """Return the families that know most of the names; only the one named `hint` if it is among them."""
+    if not names:
+        return []
     hinted = [family for family in FAMILIES if family.name == hint]
-    if names and hinted and all(_place(name, hinted[0]) for name in names):
+    if hinted and all(_place(name, hinted[0]) for name in names):
         return hinted  # without the tables of the others
     # while some family knows all names, others are ruled out at the first name that they lack
-    families = [family for family in FAMILIES if names and all(_place(name, family) for name in names)]
+    families = [family for family in FAMILIES if all(_place(name, family) for name in names)]
     if not families:
         counts = {family: sum(_place(name, family) is not None for name in names) for family in FAMILIES}
-        families = [family for family, count in counts.items() if count == max(counts.values()) > 0]
+        most = max(counts.values())
+        families = [family for family, count in counts.items() if most > 0 and count == most]
     return [family for family in families if family in hinted] or families
 
 
