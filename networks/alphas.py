@@ -463,12 +463,14 @@ class _AlphaRules:
 
     def alpha_of(self, path: str) -> float | None:
         """Return the alpha of a module: `blocks.0.attn1.to_q`."""
-        ends = [path, *(path[index + 1 :] for index, char in enumerate(path) if char == ".")]
+        words = path.split(".")
+        ends = [".".join(words[place:]) for place in range(len(words))]
         matching = [end for end in ends if end in self.values]
         matching += [key for key, fits in self.expressions.items() if fits(path)]
         if not matching:
             return self.default
-        return self.values[min(matching, key=self.places.__getitem__)]
+        first = min(matching, key=lambda key: self.places[key])
+        return self.values[first]
 
 
 def _read_rules(config: Mapping[str, Any]) -> _AlphaRules:

@@ -388,11 +388,10 @@ def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: S
     names = sorted(original.keys() | tuned.keys())
     wrong = [name for name in names if original.get(name) != tuned.get(name)]
     if wrong:
-        shapes = [
-            str(list(model[wrong[0]])) if wrong[0] in model else "missing" for model in (original, tuned)
-        ]
+        first = wrong[0]
+        shapes = [str(list(model[first])) if first in model else "missing" for model in (original, tuned)]
         raise CheckpointError(
-            f"{pair.original.path} and {pair.tuned.path} are not the same model: {wrong[0]} is "
+            f"{pair.original.path} and {pair.tuned.path} are not the same model: {first} is "
             f"{' and '.join(shapes)}. Give a model and its fine-tuned version.",
             pair.tuned.path,
         )
@@ -430,7 +429,8 @@ def _unchanged_texts(pair: Pair, least: float) -> set[str]:
         pieces = pieces_of(name) if name.endswith("weight") else []
         network = pieces[0].network if pieces else ""
         if network and not changed.get(network):
-            change = (pair.tuned.read(name).float() - pair.original.read(name).float()).abs()
+            original = pair.original.read(name).float()
+            change = (pair.tuned.read(name).float() - original).abs()
             changed[network] = bool(change.numel() and float(change.max()) > least)
     unchanged = {network for network, has_changed in changed.items() if not has_changed}
     if unchanged:

@@ -116,7 +116,8 @@ def _agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[str, tu
             level = max(level, _agreement_of_numbers(numbers, dict(lists)))
     if level == _CONTRADICTS and rules:
         first = rules[0]
-        fitting_width = first.size[1] / first.columns if first.columns else first.size[0] / first.rows
+        rows, columns = first.size
+        fitting_width = columns / first.columns if first.columns else rows / first.rows
         if all(_agrees(rule, fitting_width) for rule in rules):
             level = _IN_PROPORTION
     return level

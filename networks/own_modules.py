@@ -142,10 +142,15 @@ def _modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[PlacedM
 
 def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
     """Raise OptionError for numbers of blocks that a model does not have. depths: by list of blocks."""
+    rules = settings.rules
+    if rules is None:
+        return
     for argument, numbers in settings.block_numbers.items():
-        depth = None if settings.rules is None else depths.get(settings.rules.indices[argument])
-        beyond = [] if depth is None else sorted(number for number in numbers or () if number >= depth)
-        if beyond and depth is not None:
+        depth = depths.get(rules.indices[argument])
+        if depth is None or not numbers:
+            continue
+        beyond = sorted(number for number in numbers if number >= depth)
+        if beyond:
             raise OptionError(
                 f"--network_args {argument}: there is no block {beyond[0]}; the model has {depth} such "
                 f"blocks, 0 to {depth - 1}"

@@ -365,15 +365,21 @@ def _join_others(pieces: Sequence[FusedPiece], height: int, is_for_model: bool) 
     if len(slices) < len(pieces):
         return "its parts are no matrices, or do not fit the rows of the weight"
     placed = _in_order(pieces, slices)
-    starts = [part.rows.start for part in placed]
-    stops = [part.rows.stop for part in placed]
-    if starts == [0, *stops[:-1]] and stops[-1] == height:
+    ranges = [(part.rows.start, part.rows.stop) for part in placed]
+    if _are_gapless(ranges, height):
         layer = _one_layer([part.factors for part in placed])
         if layer is not None:
             return layer
     if not is_for_model:
         return "only plain LoRAs, or the parts of one layer, can be joined"
     return _whole_difference(placed, height)
+
+
+def _are_gapless(ranges: Sequence[tuple[int, int]], height: int) -> bool:
+    """Return whether ranges of rows, in order, are all rows of a weight of this height."""
+    starts = [start for start, _ in ranges]
+    stops = [stop for _, stop in ranges]
+    return starts == [0, *stops[:-1]] and stops[-1] == height
 
 
 def _whole_difference(placed: Sequence[PlacedFactors], height: int) -> Factors | str:
@@ -442,9 +448,7 @@ def _cover_layer(parts: Sequence[Factors]) -> bool:
     """Return whether the rows of parts, by `ROWS`, are those of the whole layer, in order, without gaps."""
     size = deltas.size_of(parts[0])
     ranges = [deltas.rows_in(part) for part in parts]
-    starts = [start for start, _ in ranges]
-    stops = [stop for _, stop in ranges]
-    return size is not None and starts == [0, *stops[:-1]] and stops[-1] == size[0]
+    return size is not None and _are_gapless(ranges, size[0])
 
 
 def settle_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -262,14 +262,16 @@ class FluxMergeOptions(Options):
             raise OptionError("--save_to is missing: give the file to write the merged LoRA to")
         if self.save_to is not None and self.targets and self.flux_model is None:
             raise OptionError("--save_to is given without --flux_model: give the model to merge into")
-        outputs = [real_path(path) for name in FLUX_OUTPUTS.values() if (path := getattr(self, name))]
+        typed_outputs = [getattr(self, name) for name in FLUX_OUTPUTS.values()]
+        outputs = [real_path(path) for path in typed_outputs if path]
         if len(set(outputs)) < len(outputs):
             names = ", ".join(f"--{name}" for name in FLUX_OUTPUTS.values())
             raise OptionError(f"{names} are the same file: give others")
 
     @property
     def targets(self) -> dict[str, Path]:
-        return {name: path for name in FLUX_OUTPUTS if (path := getattr(self, name)) is not None}
+        models = {name: getattr(self, name) for name in FLUX_OUTPUTS}
+        return {name: path for name, path in models.items() if path is not None}
 
 
 class WholeMergeOptions(Options):
