@@ -108,7 +108,7 @@ def test_what_is_shown_of_sections_is_the_part_of_the_video_that_is_finished(ord
     so_far, section = [], next(sections)
     try:
         while True:
-            so_far.append(None if section.made is None else section.made.so_far)
+            so_far.append(None if section.previous is None else section.previous.so_far)
             assert section.count == 3
             section = sections.send(section.noise)
     except StopIteration as end:

@@ -268,7 +268,7 @@ class ToyFamily:
         for number in range(self.sections_made):
             latents = yield replace(
                 prompts.section(noise.draw(shape)),
-                made=made,
+                previous=made,
                 label=f"section {number + 1}",
                 count=self.sections_made,
             )
