@@ -43,7 +43,7 @@ class FamilyEntry:
     # shared options of generation that its page spells otherwise: name -> flag
     spelled: tuple[tuple[str, str], ...] = ()
     # further models that its scripts run, as outputs and LoRA files name them, with its latents
-    others: tuple[str, ...] = ()
+    further_models: tuple[str, ...] = ()
     same_latents: str = ""  # the family whose autoencoder it has too
 
     @property
@@ -64,39 +64,39 @@ class FamilyEntry:
         """Return an option record of the family; kind: LatentCaching, TextCaching, Training, Generation."""
         return getattr(self.options, f"{self.record}{kind}Options")
 
-    def text_encoder_options(self, own: Any) -> dict[str, Any]:
+    def text_encoder_options(self, family_options: Any) -> dict[str, Any]:
         """Return the options of the files that encode texts, each with a word in place of the path.
 
-        own: the family's options of the command that caches latents.
+        family_options: those of the command that caches latents.
         """
         by_release = vars(self.options).get("text_encoder_options")
         if by_release is not None:
-            return dict(by_release(own))
+            return dict(by_release(family_options))
         flags, words = self.texts.split()[::2], self.texts.split()[1::2]
         return {flag: FillIn(word) for flag, word in zip(flags, words, strict=True)}
 
-    def training_options(self, own: Any, made: Any) -> dict[str, Any]:
+    def training_options(self, family_options: Any, family: Any) -> dict[str, Any]:
         """Return the options that a training from caches of latents needs, by flag.
 
-        own: the family's options of the command that caches latents. made: the family as it made them.
+        family_options: those of the command that caches latents. family: as it made them.
         """
         by_caches = vars(self.options).get("training_options")
-        return {} if by_caches is None else dict(by_caches(own, made))
+        return {} if by_caches is None else dict(by_caches(family_options, family))
 
     def caching_commands(
         self,
-        own: Any,
+        family_options: Any,
         dataset_config: Path | None,
         switches: Sequence[str],
         typed: Mapping[str, str] | None = None,
     ) -> tuple[str, str]:
         """Return the commands that make missing caches of latents and of texts, for a training.
 
-        own: the training's options of the family. switches: further ones of the command for latents. typed:
-        how the user spelled the options, by public name.
+        family_options: those of the training. switches: further ones of the command for latents. typed: how
+        the user spelled the options, by public name.
         """
-        repeated = repeat_given(own, typed)
-        of_latents, of_texts = self.options.caching_options(own)
+        repeated = repeat_given(family_options, typed)
+        of_latents, of_texts = self.options.caching_options(family_options)
 
         def command(script: str, kind: str, chosen: Mapping[str, Any], further: Sequence[str] = ()) -> str:
             joined = join_options(self.options_record(kind), chosen, repeated)
@@ -109,19 +109,19 @@ class FamilyEntry:
         )
 
     def generation_words(
-        self, own: Any, sample: Mapping[str, Any], typed: Mapping[str, str] | None = None
+        self, family_options: Any, sample: Mapping[str, Any], typed: Mapping[str, str] | None = None
     ) -> list[str]:
         """Return the script and the options that generate with the models of a training.
 
-        Options of the training that the script has too are repeated. own, typed: as of `caching_commands`.
-        sample: settings of a sample, by the names of `Request`; may be empty.
+        Options of the training that the script has too are repeated. family_options, typed: as of
+        `caching_commands`. sample: settings of a sample, by the names of `Request`; may be empty.
         """
-        chosen = self.options.generation_options(own, sample)
-        joined = join_options(self.options_record("Generation"), chosen, repeat_given(own, typed))
+        chosen = self.options.generation_options(family_options, sample)
+        joined = join_options(self.options_record("Generation"), chosen, repeat_given(family_options, typed))
         return [f"{self.generation_script}.py", *option_words(joined)]
 
-    def make_family(self, kind: str, own: Any) -> Any:
-        return getattr(import_own(f"{self.room}.family"), f"family_for_{kind}")(own)
+    def make_family(self, kind: str, family_options: Any) -> Any:
+        return getattr(import_own(f"{self.room}.family"), f"family_for_{kind}")(family_options)
 
 
 # family -> its folder, where names.py has `ENTRY`, `LORA` and `MARKS`. A family whose layers another has too
@@ -172,7 +172,9 @@ def read_names() -> list[ModuleType]:
 
 def share_latents(name: str) -> frozenset[str]:
     """Return the models, as outputs name them, whose latents are in the same space as those of a model."""
-    family_of = {model: family for family, entry in FAMILIES.items() for model in (family, *entry.others)}
+    family_of: dict[str, str] = {}
+    for family, entry in FAMILIES.items():
+        family_of |= dict.fromkeys((family, *entry.further_models), family)
     base = {model: FAMILIES[family].same_latents or family for model, family in family_of.items()}
     return frozenset(model for model in base if base[model] == base.get(name)) or frozenset({name})
 

@@ -253,16 +253,16 @@ class TokenCount:
     text: str  # as the encoder reads it, after its own cleaning
     tokens: int
     limit: int
-    kept: int  # characters of `text` that are read
+    num_read: int  # characters of `text` that are read
     size_bytes: int = 0  # of its cache, if the encoder tells
 
     @property
     def is_cut(self) -> bool:
-        return self.kept < len(self.text)
+        return self.num_read < len(self.text)
 
     @property
     def cut_text(self) -> str:
-        return self.text[self.kept :]
+        return self.text[self.num_read :]
 
 
 # where a token stands in a text, as its first character and the one behind its last; None: not in the text

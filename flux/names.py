@@ -20,7 +20,7 @@ ENTRY = FamilyEntry(
     record="Flux",
     encoders=(("vae", "--ae", PICTURES),),
     texts="--t5xxl T5_FILE --clip_l CLIP_FILE",
-    others=("chroma",),
+    further_models=("chroma",),
 )
 
 # FLUX.1 and Chroma as Black Forest Labs publish them; ComfyUI and sd-scripts use these names. Chroma has no

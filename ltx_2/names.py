@@ -12,7 +12,7 @@ ENTRY = FamilyEntry(
     makes="video",
     record="Ltx2",
     encoders=(("ltx2_checkpoint", "--ltx2_checkpoint", CLIPS),),
-    others=("ltx2_v1",),
+    further_models=("ltx2_v1",),
 )
 
 # LTX-2, video and sound. Layers of blocks have the same names in diffusers, but for norms

@@ -11,7 +11,7 @@ ENTRY = FamilyEntry(
     record="QwenImage",
     encoders=(("vae", "--vae", PICTURES),),
     texts="--text_encoder QWEN_FILE",
-    others=("qwen_image_edit",),
+    further_models=("qwen_image_edit",),
 )
 
 # Qwen-Image, whose own layout is that of diffusers

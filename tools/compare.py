@@ -26,7 +26,7 @@ from modules.parser import Parser, add_options
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
     entries = with_scripts()
-    families = {name: entry.others for name, entry in entries.items()}
+    families = {name: entry.further_models for name, entry in entries.items()}
     add_options(parser, CompareOptions, settings={"family": {"choices": list(families)}})
     words = sys.argv[1:] if argv is None else list(argv)
     args, generation_words = parser.parse_known_args(_with_lora_option(words))

@@ -292,10 +292,10 @@ def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> 
 
 def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[CaptionPart]:
     """Split a text at each place where one of its encoders stops reading."""
-    places = sorted({0, len(text), *(count.kept for _, count in readers)})
+    places = sorted({0, len(text), *(count.num_read for _, count in readers)})
     segments = []
     for start, end in zip(places, places[1:], strict=False):
-        unread = tuple(name for name, count in readers if count.kept <= start)
+        unread = tuple(name for name, count in readers if count.num_read <= start)
         is_lost = len(unread) == len(readers)
         shown = _shorten(text[start:end], MOST_LOST if is_lost else MOST_CHARACTERS)
         segments.append((shown, unread, is_lost))

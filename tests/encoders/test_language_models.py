@@ -219,7 +219,7 @@ def test_a_prompt_is_cut_before_the_text_that_stays(tmp_path: Path) -> None:
         assert torch.equal(alone["krea2_vl_embed"], together["krea2_vl_embed"])
     counted, end = encoder.token_counter()(long), len(read(f"{BEFORE}{long}").ids) - len(before)
     assert (counted.tokens, counted.is_cut) == (end + len(after), True)
-    own = read(f"{BEFORE}{long[: counted.kept]}").ids
+    own = read(f"{BEFORE}{long[: counted.num_read]}").ids
     assert len(own) == len(before) + 128 - len(after)
 
 

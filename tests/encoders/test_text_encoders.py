@@ -117,11 +117,11 @@ def test_tokens_are_counted_and_what_is_read_ends_where_the_encoder_stops(encode
         assert found.is_cut == (found.tokens > found.limit == encoder.most)
         assert found.text.endswith(found.cut_text)
         if not found.is_cut:
-            assert found.kept == len(found.text)
+            assert found.num_read == len(found.text)
             continue
         # the last word may be cut too, and then has other tokens
-        assert abs(count(text[: found.kept]).tokens - found.limit) <= 2
-        assert count(text[: found.kept + 12]).tokens > found.limit
+        assert abs(count(text[: found.num_read]).tokens - found.limit) <= 2
+        assert count(text[: found.num_read + 12]).tokens > found.limit
     assert count(TEXTS[-1]).is_cut
 
 
