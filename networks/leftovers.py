@@ -20,21 +20,21 @@ _IN_PEFT = re.compile(
 _LEAVES = (".weight", ".bias")
 
 
-class Kind(NamedTuple):
+class UnusedKind(NamedTuple):
     """What tensors that are left out are, for messages."""
 
     words: str
     consequence: str = ""  # if many are left out
 
 
-def sort_by_kind(names: Iterable[str], kind_of: Callable[[str], Kind]) -> dict[Kind, list[str]]:
-    kinds: dict[Kind, list[str]] = {}
+def sort_by_kind(names: Iterable[str], kind_of: Callable[[str], UnusedKind]) -> dict[UnusedKind, list[str]]:
+    kinds: dict[UnusedKind, list[str]] = {}
     for name in names:
         kinds.setdefault(kind_of(name), []).append(name)
     return kinds
 
 
-def kind_of_tensor(family: FamilyNames | None, key: str) -> Kind:
+def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
     """Return the kind of a tensor that is no part of a LoRA, as in "tensors {words}". family: of the LoRA."""
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
     path = bare_path(_IN_PEFT.sub("", key.removesuffix(leaf)))
@@ -42,39 +42,41 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> Kind:
     our_name = name if family is None else module_names.alias(name, family)
     side = module_names.on_text_side(our_name)
     if side:
-        return Kind(f"are whole weights of {side}, no changes of them, and are ignored")
+        return UnusedKind(f"are whole weights of {side}, no changes of them, and are ignored")
     if path.startswith(_OF_WORDS):
-        return Kind("are embeddings of words and are ignored")
+        return UnusedKind("are embeddings of words and are ignored")
     if module_names.is_name(name):
         return _kind_of_weight(name, leaf)
     if leaf and "." in path:
         start = path.partition(".")[0]
         network = key[: key.index(start)] + start
-        return Kind(f"are of another network, {network}, and are ignored")
+        return UnusedKind(f"are of another network, {network}, and are ignored")
     module, dot, part = path.rpartition(".")
     if dot and module_names.is_name(module.replace(".", "_")):
-        return Kind(
+        return UnusedKind(
             f"are parts of layers called {part}, which are not known here, and are ignored",
             f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program.",
         )
-    return Kind("are no part of a LoRA and are ignored", NOT_KNOWN)
+    return UnusedKind("are no part of a LoRA and are ignored", NOT_KNOWN)
 
 
-def _kind_of_weight(name: str, leaf: str) -> Kind:
+def _kind_of_weight(name: str, leaf: str) -> UnusedKind:
     """Return the kind of a whole weight of a model's module."""
     kind = "weights"
     if leaf == ".bias":
         kind = "biases"
     elif "norm" in name:
         kind = "norms"
-    return Kind(
+    return UnusedKind(
         f"are whole {kind} of the model, no changes of them, and are ignored",
         f"whole {kind} are no part of a LoRA, and it was trained together with them. Save the change "
         "alone with its program.",
     )
 
 
-def kind_of_module(model: FamilyNames | None, has_side: bool, numberless: Collection[str], name: str) -> Kind:
+def kind_of_module(
+    model: FamilyNames | None, has_side: bool, numberless: Collection[str], name: str
+) -> UnusedKind:
     """Return the kind of a part that a model lacks. name: `lora_unet_x.weight` or `lora_unet_x`.
 
     model: the model's family. has_side: the model has modules of the text encoder's side. numberless: its
@@ -83,26 +85,28 @@ def kind_of_module(model: FamilyNames | None, has_side: bool, numberless: Collec
     module, _, leaf = name.removeprefix(OURS).partition(".")
     side = "" if has_side else module_names.on_text_side(module)
     if side:
-        return Kind(
+        return UnusedKind(
             f": they change {side}, which read the texts before the transformer, and are not used here. To "
             "have them, merge it into the model's file with merge_lora.py, and cache texts with that file"
         )
     # a model with such layers in other blocks is of another size
     is_other_size = without_numbers(module) in numberless
     if model is not None and not is_other_size and module_names.is_optional(module, model):
-        return Kind(f": they are for {model.optional_words}; the rest is used without them")
+        return UnusedKind(f": they are for {model.optional_words}; the rest is used without them")
     if model is not None and module_names.has_module(module, model):
         if leaf == "bias":
-            return Kind(": they are biases, which these layers do not have here", "its biases are left out.")
-        return Kind(
+            return UnusedKind(
+                ": they are biases, which these layers do not have here", "its biases are left out."
+            )
+        return UnusedKind(
             f": other models of {model.name} have them",
             f"it is for another model of {model.name}, with other layers. Give a LoRA for this one.",
         )
     families = [family.name for family in module_names.FAMILIES if module_names.has_module(module, family)]
     if families:
         names = " or ".join(families)
-        return Kind(f": they are of {names}", f"it is for {names}. Give a LoRA for this model.")
-    return Kind(
+        return UnusedKind(f": they are of {names}", f"it is for {names}. Give a LoRA for this model.")
+    return UnusedKind(
         ": no known model has layers of these names",
         "the rest of it is of a network that is not known here.",
     )
