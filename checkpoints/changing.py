@@ -111,30 +111,27 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
     _check_selections(change, names)
     plain = plain_sources(checkpoint) if change.dtype is not None else {}
     scales = scales_in(checkpoint.tensors)
-    unscaled = {  # weights that are multiplied by their scales; whole numbers stay, with theirs
-        name for name in names if name in scales and name in plain and _is_cast_fp8(checkpoint, change, name)
-    }
+    unscaled = set()  # weights that are multiplied by their scales; whole numbers stay, with theirs
+    for name in names:
+        if name in scales and name in plain and _is_cast_fp8(checkpoint, change, name):
+            unscaled.add(name)
     names = _without_scales(names, scales, unscaled)
     _check_pairs(checkpoint, names, scales, unscaled)
 
+    old_names = _plan_names(names, change)
     tensors: dict[str, TensorInfo] = {}
-    old_names: dict[str, str] = {}
-    for name in names:
-        new = rename(name, change)
-        if new in tensors:
-            raise OptionError(f"{old_names[new]} and {name} would both be called {new}: leave one out")
-        old_names[new] = name
+    for new_name, name in old_names.items():
         info = checkpoint.tensors[name]
         is_cast = name in plain and info.dtype.is_floating_point and change.cast.takes(name)
         if change.dtype is not None and is_cast:
             info = replace(info, dtype=change.dtype)
-        tensors[new] = info
+        tensors[new_name] = info
 
-    def read(new: str) -> Tensor:
-        name = old_names[new]
+    def read(new_name: str) -> Tensor:
+        name = old_names[new_name]
         scale = checkpoint.read(scales[name]) if name in unscaled else None
         tensor = checkpoint.read(name)
-        return _as_dtype(checkpoint, name, tensor=tensor, scale=scale, dtype=tensors[new].dtype)
+        return _as_dtype(checkpoint, name, tensor=tensor, scale=scale, dtype=tensors[new_name].dtype)
 
     metadata, notes = _metadata(checkpoint, change, unscaled, stale)
     if unscaled:
@@ -175,6 +172,19 @@ def _check_pairs(
             raise OptionError(
                 f"{weight} is in 8 bits and means nothing without {scale}: keep both, or leave both out"
             )
+
+
+def _plan_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str]:
+    """Return the old name of each new one. Raises OptionError if two tensors would have one name."""
+    old_names: dict[str, str] = {}
+    for name in names:
+        new_name = rename(name, change)
+        if new_name in old_names:
+            raise OptionError(
+                f"{old_names[new_name]} and {name} would both be called {new_name}: leave one out"
+            )
+        old_names[new_name] = name
+    return old_names
 
 
 def rename(name: str, change: CheckpointChange) -> str:
@@ -228,9 +238,13 @@ def _metadata(
     checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], stale: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Return the metadata of the new file, and notes on what of the old one is left out."""
-    old = checkpoint.metadata
-    metadata = {key: text for key, text in old.items() if not key.startswith(tuple(stale))}
-    notes = [f"{key} is left out: it is that of the old tensors" for key in old if key not in metadata]
+    metadata = {}
+    notes = []
+    for key, text in checkpoint.metadata.items():
+        if key.startswith(tuple(stale)):
+            notes.append(f"{key} is left out: it is that of the old tensors")
+        else:
+            metadata[key] = text
     if HEADER in metadata:
         try:
             record = json.loads(metadata[HEADER])

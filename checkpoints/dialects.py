@@ -6,7 +6,7 @@ Also name the kind of a foreign file.
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -80,7 +80,7 @@ def load_planned(
         stored_form = form_of(prepare(text_quantisation(form), device))
         stored = StoredLoading(stored_form, linear - staying, staying)
     elif staying:
-        stored = StoredLoading(None, kept=staying)
+        stored = StoredLoading(None, staying=staying)
     load_module(
         network,
         plan.checkpoint,
@@ -290,24 +290,24 @@ def _join(parts: list[TensorSource]) -> TensorSource:
     if len(parts) == 1:
         return parts[0]
 
-    def by_part(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-        """Return the tensors of each part."""
-        groups = []
+    def by_part(tensors: Sequence[Tensor]) -> Iterator[tuple[TensorSource, Sequence[Tensor]]]:
+        """Yield each part with its tensors."""
         start = 0
         for part in parts:
             end = start + len(part.names)
-            groups.append(tensors[start:end])
+            yield part, tensors[start:end]
             start = end
-        return groups
 
     def build(*tensors: Tensor) -> Tensor:
-        rows = [part.make(group) for part, group in zip(parts, by_part(tensors), strict=True)]
-        dtype = torch.float32 if any(row.dtype.itemsize == 1 for row in rows) else rows[0].dtype
+        rows = [part.make(group) for part, group in by_part(tensors)]
+        dtype = rows[0].dtype
+        if any(row.dtype.itemsize == 1 for row in rows):
+            dtype = torch.float32
         return torch.cat([row.to(dtype) for row in rows])
 
     def as_stored(*tensors: Tensor) -> Stored | None:
         rows: list[Stored] = []
-        for part, group in zip(parts, by_part(tensors), strict=True):
+        for part, group in by_part(tensors):
             stored = part.make_stored(group)
             if stored is None or (rows and stored.form != rows[0].form):
                 return None

@@ -127,19 +127,19 @@ class DitFormat(Generic[Config, Dit]):
         except CheckpointError:
             return None
 
-    def load(self, path: Path, placement: Placement, *settings: Any, beside: Path | None = None) -> Dit:
+    def load(self, path: Path, placement: Placement, *settings: Any, second_file: Path | None = None) -> Dit:
         """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
         dtype: see `choose_dtype`; some layers are always kept in float32, and with
         `placement.keep_file_dtypes` each layer has the dtype of its weight in the file. `placement.patch` is
-        called with the published parameter names. beside: a file with further tensors of it. Raises
+        called with the published parameter names. second_file: a file with further tensors of it. Raises
         CheckpointError if the file is another model's, is incomplete, or has unknown tensors, and if an fp8
         file is to be rounded again.
         """
         with contextlib.ExitStack() as opened:
             checkpoint = bare_names(opened.enter_context(open_checkpoint(path)))
-            if beside is not None:
-                checkpoint = checkpoint.join(bare_names(opened.enter_context(open_checkpoint(beside))))
+            if second_file is not None:
+                checkpoint = checkpoint.join(bare_names(opened.enter_context(open_checkpoint(second_file))))
             header = self.read_header(checkpoint)
             what = self.describe(header)
             target = choose_dtype(header.block_dtype, placement)
@@ -220,7 +220,7 @@ def _stored_layers(
         staying = find_stored_weights(linear_weights(dit), sources, checkpoint.tensors, form_is_given=False)
         if not staying:
             return None
-        return StoredLoading(None, kept=_without_patched(staying, dit, checkpoint.path, placement))
+        return StoredLoading(None, staying=_without_patched(staying, dit, checkpoint.path, placement))
     wide = _wide_blocks(dit, spec) if quantisation.fp8_matmul else ()
 
     def narrow(names: frozenset[str]) -> frozenset[str]:
@@ -232,7 +232,7 @@ def _stored_layers(
     if not staying:
         exclude = spec.form_exclude.get(quantisation.form, spec.fp8_exclude)
         return StoredLoading(form, narrow(linear_weights(dit, spec.block_lists, exclude)))
-    if has_asked_form(quantisation, staying, sources, checkpoint):
+    if have_chosen_form(quantisation, staying, sources, checkpoint):
         text = "%s: %s is in %s already, and stays as it is"
         logger.info(text, quantisation.asked_by, checkpoint.path, quantisation.form)
         form = None
@@ -240,7 +240,7 @@ def _stored_layers(
         infos = [checkpoint.tensors[sources[name].names[0]] for name in staying]
         is_packed = any(info.packing is not None for info in infos)
         raise _already_quantised(checkpoint.path, quantisation.asked_by, is_packed)
-    return StoredLoading(form, kept=_without_patched(staying, dit, checkpoint.path, placement))
+    return StoredLoading(form, staying=_without_patched(staying, dit, checkpoint.path, placement))
 
 
 def _wide_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
@@ -271,7 +271,7 @@ def _already_quantised(path: Path, flag: str, is_packed: bool) -> CheckpointErro
 _SAME_FORMS = ("int8", "nf4")
 
 
-def has_asked_form(
+def have_chosen_form(
     quantisation: Quantisation,
     names: frozenset[str],
     sources: Mapping[str, TensorSource],
@@ -291,9 +291,9 @@ def _without_patched(
     if placement.patch is None:
         return names
     weights = dit.state_dict()
-    leave = placement.beside
+    keep_packed = placement.keep_packed
     staying = frozenset(
-        name for name in names if leave is not None and leave(name, tuple(weights[name].shape))
+        name for name in names if keep_packed is not None and keep_packed(name, tuple(weights[name].shape))
     )
     if staying != names:
         text = "%s: %d of %d stored layers are kept in 16 bits, as LoRAs are merged into them"

@@ -29,17 +29,17 @@ SPIECE_MODEL, TOKENIZER_JSON = "spiece_model", "tokenizer_json"
 
 
 def network_in(
-    checkpoint: Checkpoint, embeddings: str, layer: str, beside: tuple[str, ...]
+    checkpoint: Checkpoint, embeddings: str, layer: str, excluded: tuple[str, ...]
 ) -> Checkpoint | None:
     """Return the network that has both of these tensors, without prefix and other networks; None if none has.
 
-    beside: name prefixes of other networks. Raises CheckpointError if the file holds something else.
+    excluded: name prefixes of other networks. Raises CheckpointError if the file holds something else.
     """
     prefixes = [name.removesuffix(embeddings) for name in checkpoint.tensors if name.endswith(embeddings)]
     prefix = next((prefix for prefix in prefixes if prefix + layer in checkpoint.tensors), None)
     if prefix is None:
         return None
-    other_prefixes = (*beside, *ALL_IN_ONE)
+    other_prefixes = (*excluded, *ALL_IN_ONE)
     strange = [name for name in checkpoint.tensors if not name.startswith((prefix, *other_prefixes))]
     if strange:
         refuse_quantised(checkpoint)
@@ -70,7 +70,7 @@ def head_width(path: Path, rows: int, told: Mapping[str, Any], usual: int) -> in
     )
 
 
-def config_beside(path: Path) -> tuple[Path, Any]:
+def read_config_json(path: Path) -> tuple[Path, Any]:
     """Return the path of the config.json in a model's folder, and its content; None if there is no such file.
 
     Raises CheckpointError if it cannot be read.
@@ -85,7 +85,7 @@ def config_beside(path: Path) -> tuple[Path, Any]:
         ) from error
 
 
-def told_beside(
+def read_network_config(
     path: Path,
     part: str,
     kind: str,
@@ -100,7 +100,7 @@ def told_beside(
     missing keys. written: the config.json that the model's file holds. Raises CheckpointError if config.json
     cannot be read.
     """
-    file, content = config_beside(path) if written is None else (path, {})
+    file, content = read_config_json(path) if written is None else (path, {})
     if content is None:
         return {}
     try:
@@ -138,7 +138,7 @@ def stated_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple[P
 
     classes: names that `_class_name` has for this model. Raises CheckpointError if the file cannot be read.
     """
-    path, settings = config_beside(checkpoint.path)
+    path, settings = read_config_json(checkpoint.path)
     is_ours = isinstance(settings, dict) and settings.get("_class_name") in classes
     return path, settings if is_ours else {}
 

@@ -400,13 +400,16 @@ class _Values:
         self._checkpoint = checkpoint
         self._device = device
         self._sources = plain_sources(checkpoint)
-        self.tensors = {name: checkpoint.tensors[name] for name in self._sources}
-        self.plain = {name for name, info in self.tensors.items() if not _is_narrow(info)}
-        for name, info in [*self.tensors.items()]:
+        self.tensors: dict[str, TensorInfo] = {}
+        self.plain: set[str] = set()
+        for name, source in self._sources.items():
+            info = checkpoint.tensors[name]
             shape = self._plain_shape(name, info, shapes)
-            if name in self.plain:
+            if not _is_narrow(info):
+                self.plain.add(name)
+                self.tensors[name] = info
                 continue
-            if self._sources[name].build is None and self.path.suffix == ".pt":
+            if source.build is None and self.path.suffix == ".pt":
                 raise CheckpointError(
                     f"{self.path} stores {name} in 8 bits without its scale. Give the bf16 file.", self.path
                 )

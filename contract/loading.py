@@ -19,7 +19,7 @@ class Packing:
     """How a file stores a weight in another shape than its value's, or with companion tensors."""
 
     shape: tuple[int, ...]  # of the tensor in the file
-    beside: tuple[str, ...]  # what the names of its companions end in, in place of "weight"
+    companions: tuple[str, ...]  # what the names of its companions end in, in place of "weight"
     keep: Callable[..., Stored]  # of the weight and the companions; ValueError for scales that are none
     pad: int = 1  # rows and columns are rounded up to multiples of it
     can_stay: bool = True  # its rows are those of the value, so that a layer can keep it packed
@@ -126,7 +126,7 @@ class Placement:
     patch: WeightPatch | None = None  # LoRA deltas to add while loading, before any rounding
     # (name, shape) of a weight that could stay as the file packs it -> whether the caller adds to the layer's
     # output what `patch` would add to the weight; None: never
-    beside: Callable[[str, tuple[int, ...]], bool] | None = None
+    keep_packed: Callable[[str, tuple[int, ...]], bool] | None = None
     # how the linear layers of the blocks are kept in 8 or 4 bits; None: as the file has them, fp8 in 16 bits
     quantisation: Quantisation | None = None
     host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device

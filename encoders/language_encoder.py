@@ -109,7 +109,7 @@ def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
         folder="tokenizer",
         repository=repository,
         # inside the encoder's folder; beside a file; beside text_encoder
-        beside=(".", "qwen_3", "tokenizer", "../tokenizer"),
+        folders=(".", "qwen_3", "tokenizer", "../tokenizer"),
         token="<|im_start|>",
     )
     return TokenizerSource(files, adds_own=False, read_file=read_qwen_tokenizer)

@@ -171,4 +171,4 @@ def load_with_loras(
     if options.lora.lora_weight is None or not any(map(stored_in, dit.modules())):
         return dit, {}
     patch = LoraPatch(on_side(expert_loras(family.experts, options)[0], False))
-    return family.load_dit(replace(placement, patch=patch, beside=patch.leave_beside)), patch.beside
+    return family.load_dit(replace(placement, patch=patch, keep_packed=patch.leave_beside)), patch.beside

@@ -32,17 +32,15 @@ def quantise(weight: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor
     Scale and quotient are rounded to the weight's dtype before use, unless `float32_scales` is set or the
     weight is float16, whose range is too narrow for them.
     """
-    wide = quantisation.float32_scales or weight.dtype == torch.float16
-    dtype = torch.float32 if wide else weight.dtype
+    is_wide = quantisation.float32_scales or weight.dtype == torch.float16
+    dtype = torch.float32 if is_wide else weight.dtype
     scale: Tensor | None = None
     if quantisation.kind != "cast":
-        peak = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True))
-        if quantisation.kind != "rows":
-            peak = peak.amax().reshape(1)
-        scale = peak.to(dtype) / LARGEST
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        scale = _find_scale(weight, dtype, by_row=quantisation.kind == "rows")
     rounded = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
-    step = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel())) if len(weight) else 1
+    step = 1  # rows that are rounded at once
+    if len(weight):
+        step = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel()))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         part = weight[rows].to(dtype)
@@ -50,6 +48,15 @@ def quantise(weight: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor
             part = part / (scale if scale.ndim == 1 else scale[rows])
         rounded[rows] = part.clamp(-LARGEST, LARGEST).to(E4M3)
     return rounded, None if scale is None else scale.float()
+
+
+def _find_scale(weight: Tensor, dtype: torch.dtype, by_row: bool) -> Tensor:
+    """Return max|weight| / 448, one number or one per row; 1 for zeros."""
+    peak = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True))
+    if not by_row:
+        peak = peak.amax().reshape(1)
+    scale = peak.to(dtype) / LARGEST
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
