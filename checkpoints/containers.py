@@ -166,7 +166,7 @@ class SafetensorsFile(HeaderFile):
             raise ValueError(f"the file has {size} bytes, it describes {described}")
 
     def _read_entry(self, name: str, entry: Any) -> TensorInfo:
-        """Return the facts of a tensor from its entry in the header. Raises ValueError if they do not agree."""
+        """Return the facts of a tensor. entry: in the header. Raises ValueError if they do not agree."""
         if len(name) > MAX_TENSOR_NAME:
             raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
         shape = entry["shape"]

@@ -112,11 +112,10 @@ def _read_control_net(
                 bare.path,
             )
     translate = name_translator(bare.tensors)
-    sources = {
-        _name_in_diffusers(name, translate): source
-        for name, source in plain_sources(bare).items()
-        if name != DIFFERENCE
-    }
+    sources = {}
+    for name, source in plain_sources(bare).items():
+        if name != DIFFERENCE:
+            sources[_name_in_diffusers(name, translate)] = source
     if "controlnet_mid_block.weight" not in sources or f"{_HINT}.conv_in.weight" not in sources:
         raise other_kind(checkpoint, "a ControlNet", OPTION, GIVE)
     if f"{_HINT}.conv_out.weight" not in sources:  # it is numbered as the others are
