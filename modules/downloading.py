@@ -118,7 +118,8 @@ def _write(path: Path, answer: Answer, most_bytes: int, seen: Callable[[int], ob
         file.truncate(answer.start)
         file.seek(answer.start)
         seen(answer.start)
-        since, at_start = time.monotonic(), file.tell()
+        since = time.monotonic()  # when the last SLOW_SECONDS began, and where
+        at_start = file.tell()
         try:
             for piece in answer.pieces:
                 file.write(piece)
@@ -128,7 +129,8 @@ def _write(path: Path, answer: Answer, most_bytes: int, seen: Callable[[int], ob
                 if time.monotonic() - since > SLOW_SECONDS:
                     if file.tell() - at_start < SLOW_BYTES:
                         raise BrokenTry(f"less than {SLOW_BYTES >> 10} KiB arrived in {SLOW_SECONDS:.0f} s")
-                    since, at_start = time.monotonic(), file.tell()
+                    since = time.monotonic()
+                    at_start = file.tell()
         finally:
             file.flush()
             os.fsync(file.fileno())
@@ -153,21 +155,26 @@ def ask_http(
 
     request_headers = {**(headers or {}), "accept-encoding": "identity"}
     if have:
-        request_headers |= {"range": f"bytes={have}-"} | ({} if version is None else {"if-range": version})
+        request_headers["range"] = f"bytes={have}-"
+    if have and version is not None:
+        request_headers["if-range"] = version
     try:
         session = _session(threading.get_ident())
         with session.get(address, headers=request_headers, stream=True, timeout=TIMEOUTS) as answer:
             _check_answer(address, answer)
             start = _first_byte(answer, have)
-            # an encoded answer has another length than the file; a weak version may be of other bytes
-            length = None if answer.headers.get("content-encoding") else _number(answer, "content-length")
-            etag = answer.headers.get("etag", "")
-            stamp = etag if etag.startswith('"') else answer.headers.get("last-modified")
+            end = None
+            if not answer.headers.get("content-encoding"):  # else it has another length than the file
+                length = _number(answer, "content-length")
+                end = None if length is None else start + length
+            stamp = answer.headers.get("etag", "")
+            if not stamp.startswith('"'):  # a weak version may be of other bytes
+                stamp = answer.headers.get("last-modified")
             if start and version is not None and stamp not in (None, version):  # some pay no heed to if-range
                 raise BrokenTry("the file has changed meanwhile", from_start=True)
             yield Answer(
                 start,
-                None if length is None else start + length,
+                end,
                 stamp or (version if start else None),  # the rest of a file need not say it again
                 answer.iter_content(PIECE),
             )

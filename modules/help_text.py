@@ -47,14 +47,18 @@ def full_help(parser: argparse.ArgumentParser) -> str:
     for group in groups:
         for action in group._group_actions:
             refusal = refusal_of(action)
-            if refusal is not None:
-                flags_by_reason = refused if refusal.reason else unneeded
-                reason = refusal.reason or refusal.instead
-                flags_by_reason.setdefault(reason, []).append("/".join(action.option_strings))
+            if refusal is None:
+                continue
+            flags = "/".join(action.option_strings)
+            if refusal.reason:
+                refused.setdefault(refusal.reason, []).append(flags)
+            else:
+                unneeded.setdefault(refusal.instead, []).append(flags)
     sections = {"refused, with the reason": refused, "accepted, not needed": unneeded}
     for title, flags_by_reason in sections.items():
+        lines = _by_reason(flags_by_reason.items(), formatter._width - 2)
         formatter.start_section(title)
-        formatter.add_text("\n".join(_by_reason(flags_by_reason.items(), formatter._width - 2)))
+        formatter.add_text("\n".join(lines))
         formatter.end_section()
     formatter.add_text(parser.epilog)
     return formatter.format_help()

@@ -188,9 +188,14 @@ def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
     may_restart = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not may_restart:
         return
-    rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    store = distributed.TCPStore(*place, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
+    rank = int(environment["RANK"])
+    count = int(environment["WORLD_SIZE"])
+    store = distributed.TCPStore(  # type: ignore[attr-defined]
+        environment["MASTER_ADDR"],
+        int(environment["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+    )
     if rank == 0:
         with socket.socket() as free:
             free.bind(("", 0))

@@ -441,7 +441,8 @@ def _add_field(
     changes: _ScriptChanges,
 ) -> None:
     """Declare the option of a field, or all options of the record that it holds."""
-    declared, name = field.metadata.get("declared"), option_name(field)
+    declared = field.metadata.get("declared")
+    name = option_name(field)
     if declared is not None and declared.title:
         group = group_of(parser, declared.title)
     hint = hints_of(cls)[field.name]
@@ -473,8 +474,13 @@ def _add_field(
     action.is_secret = "secret" in field.metadata  # type: ignore[attr-defined]
     action.reach = reach_of(field.metadata)  # type: ignore[attr-defined]
     if name in changes.refused:
-        reason = changes.refused[name]
-        action.refusal = Refusal(action.help or "", reason=reason, instead="", values=(), settings={})  # type: ignore[attr-defined]
+        action.refusal = Refusal(  # type: ignore[attr-defined]
+            action.help or "",
+            reason=changes.refused[name],
+            instead="",
+            values=(),
+            settings={},
+        )
 
 
 def _refusals(cls: type[Options]) -> list[tuple[str, Refusal]]:

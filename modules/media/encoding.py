@@ -205,16 +205,18 @@ def encode_pictures(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
     """
     colours = av.video.reformatter
     bt709 = colours.Colorspace.ITU709.value
+    is_deep = any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components)
     for index, pixels in enumerate(pictures):
-        if (pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2) != (stream.height, stream.width):
+        height, width, _ = pixels.shape
+        if height // 2 * 2 != stream.height or width // 2 * 2 != stream.width:
             raise MediaError(
-                f"the pictures of a video change their size: picture {index + 1} has {pixels.shape[1]} x "
-                f"{pixels.shape[0]} pixels, those before it {stream.width} x {stream.height}"
+                f"the pictures of a video change their size: picture {index + 1} has {width} x "
+                f"{height} pixels, those before it {stream.width} x {stream.height}"
             )
         even: Any = np.ascontiguousarray(pixels[: stream.height, : stream.width])
-        is_deep = any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components)
         exact: Any = in_sixteen_bits(even) if is_deep else in_eight_bits(even)
-        converted = av.VideoFrame.from_ndarray(exact, format="rgb48le" if is_deep else "rgb24").reformat(
+        frame = av.VideoFrame.from_ndarray(exact, format="rgb48le" if is_deep else "rgb24")
+        converted = frame.reformat(
             format=stream.pix_fmt,
             dst_colorspace=colours.Colorspace.ITU709,
             dst_color_range=colours.ColorRange.MPEG,
@@ -224,7 +226,7 @@ def encode_pictures(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
         converted.time_base = 1 / stream.codec_context.framerate
         # ProRes takes them from the frames
         converted.colorspace = converted.color_primaries = converted.color_trc = bt709
-        del even, exact  # before the encoder takes memory
+        del even, exact, frame  # before the encoder takes memory
         with _name_encoder(stream):
             packets = stream.encode(converted)
         yield from packets

@@ -152,9 +152,8 @@ class Timing:
         first: int | None = None  # when the first packet is stored, in ticks
         ahead: int | None = None  # ticks between those that are stored before the first is shown
         for packet in packets:
-            shown, stored = (
-                round(number * packet.time_base * self._rate) for number in (packet.pts, packet.dts)
-            )
+            shown = round(packet.pts * packet.time_base * self._rate)
+            stored = round(packet.dts * packet.time_base * self._rate)
             packet.time_base = Fraction(1, self._ticks)
             packet.pts, packet.duration = self._held[shown]
             if stored < 0 and ahead is None:

@@ -308,6 +308,20 @@ def swap_blocks(
         for name, layer in big_layers(dit, path):
             offload_layer(layer, places[f"{name}.weight"], device)
     lists = host.plan.lists(dit)
+    rings = _make_rings(dit, lists, places)
+    in_host_memory = {dit.get_parameter(name) for name in places}
+    order = host.plan.spec.order([plan.num_blocks for plan in lists])
+    swap = BlockSwap(rings, order, in_host_memory, transfer or transfer_to(device))
+    blocks = [block for plan in lists for block in dit.get_submodule(plan.name).children()]
+    for position, block in enumerate(blocks):
+        block.forward = functools.partial(swap.run, position, block.forward)
+    set_runner(dit, functools.partial(swap.run_all, runner_of(dit)))
+    setattr(dit, _NAME, swap)
+    _report(lists, swap, places, device)
+
+
+def _make_rings(dit: nn.Module, lists: Sequence[ListPlan], places: Mapping[str, Tensor]) -> list[Ring]:
+    """Return the ring of each list that has streamed blocks. places: of the weights in host memory."""
     rings: list[Ring] = []
     start = 0  # position of the first block of a list
     for plan in lists:
@@ -318,15 +332,7 @@ def swap_blocks(
         if units:
             rings.append(Ring(units, [Slot() for _ in range(plan.slots)]))
         start += plan.num_blocks
-    in_host_memory = {dit.get_parameter(name) for name in places}
-    order = host.plan.spec.order([plan.num_blocks for plan in lists])
-    swap = BlockSwap(rings, order, in_host_memory, transfer or transfer_to(device))
-    blocks = [block for plan in lists for block in dit.get_submodule(plan.name).children()]
-    for position, block in enumerate(blocks):
-        block.forward = functools.partial(swap.run, position, block.forward)
-    set_runner(dit, functools.partial(swap.run_all, runner_of(dit)))
-    setattr(dit, _NAME, swap)
-    _report(lists, swap, places, device)
+    return rings
 
 
 def _weights_of(
