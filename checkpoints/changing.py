@@ -69,7 +69,7 @@ class CheckpointChange:
 
     dtype: torch.dtype | None = None
     cast: Selection = ALL  # what is cast to it
-    kept: Selection = ALL  # what is written at all
+    written: Selection = ALL  # what is written at all
     strip: tuple[str, ...] = ()  # beginnings of names to cut off, one after the other
     add: str = ""  # what all names begin with then
 
@@ -107,7 +107,7 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
     `refuse_packed`, or if the file's quantisation is unknown and a dtype is to be changed.
     """
     refuse_packed(checkpoint)
-    names = [name for name in checkpoint.tensors if change.kept.takes(name)]
+    names = [name for name in checkpoint.tensors if change.written.takes(name)]
     _check_selections(change, names)
     plain = plain_sources(checkpoint) if change.dtype is not None else {}
     scales = scales_in(checkpoint.tensors)
@@ -139,7 +139,7 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
         notes.append(f"in 8 bits: {weights}, multiplied by their scales, which are left out")
     if checkpoint.left_out:
         notes.append(f"only tensors are written, not {', '.join(checkpoint.left_out[:6])}")
-    dropped = [name for name in checkpoint.tensors if not change.kept.takes(name)]
+    dropped = [name for name in checkpoint.tensors if not change.written.takes(name)]
     if dropped:
         notes.append(f"{len(dropped)} of {len(checkpoint.tensors)} tensors are left out, as asked for")
     return NewFile(tensors, metadata, read, tuple(notes))
@@ -272,7 +272,7 @@ def _renamed_layers(
         if len(weights) != 1:
             continue
         weight = weights[0]
-        if change.kept.takes(weight) and weight not in unscaled:
+        if change.written.takes(weight) and weight not in unscaled:
             prefix = weight.removesuffix(f"{layer}.weight")
             new_layer = rename(weight, change).removesuffix(".weight")
             renamed[new_layer.removeprefix(prefix)] = how

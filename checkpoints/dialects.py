@@ -235,8 +235,8 @@ class DitShapes:
         return count(self.shapes, rf"{re.escape(start)}\.\d+", self.path)
 
 
-def other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> CheckpointError:
-    """Return the error for a file that does not fit its option. wanted, give: the right kind, its files.
+def other_kind(checkpoint: Checkpoint, right_kind: str, option: str, give: str) -> CheckpointError:
+    """Return the error for a file that does not fit its option. give: the files of the right kind.
 
     Raises CheckpointError for a quantised file, whose tensors may have other names.
     """
@@ -244,13 +244,11 @@ def other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> C
     kind = kind_of(checkpoint.tensors)
     if kind is None:
         some = ", ".join(sorted(checkpoint.tensors)[:3])
-        kind = (
-            "a LoRA"
-            if any("lora_" in name for name in checkpoint.tensors)
-            else f"an unknown model with tensors such as {some}"
-        )
+        kind = f"an unknown model with tensors such as {some}"
+        if any("lora_" in name for name in checkpoint.tensors):
+            kind = "a LoRA"
     return CheckpointError(
-        f"{checkpoint.path} is not {wanted}; it looks like {kind}.\n  Give {give} to {option}.",
+        f"{checkpoint.path} is not {right_kind}; it looks like {kind}.\n  Give {give} to {option}.",
         checkpoint.path,
     )
 

@@ -52,12 +52,12 @@ def network_in(
     return checkpoint.without_prefix(prefix, others=other_prefixes)
 
 
-def head_width(path: Path, rows: int, told: Mapping[str, Any], usual: int) -> int:
+def head_width(path: Path, rows: int, config: Mapping[str, Any], usual: int) -> int:
     """Return the channels of a head, from the number of heads in config.json, else the usual width.
 
     Raises CheckpointError if that does not fit the rows.
     """
-    heads = told.get("num_attention_heads")
+    heads = config.get("num_attention_heads")
     if heads is None and rows % usual == 0:
         return usual
     if isinstance(heads, int) and heads > 0 and rows % heads == 0:
@@ -120,16 +120,17 @@ def read_network_config(
 
 
 def check_state_width(
-    option: str, path: Path, width: int, dit_path: Path | None, taken: int | None, give: str
+    option: str, path: Path, width: int, dit_path: Path | None, dit_width: int | None, give: str
 ) -> None:
-    """Raise CheckpointError if states of `width` numbers do not fit the transformer, which takes `taken`.
+    """Raise CheckpointError if states of `width` numbers do not fit the transformer, which takes `dit_width`.
 
-    path: of the encoder, which `option` gave. taken: None if there is no transformer to fit. give: the files
-    that fit.
+    path: of the encoder, which `option` gave. dit_width: None if there is no transformer to fit. give: the
+    files that fit.
     """
-    if taken not in (None, width):
+    if dit_width not in (None, width):
         raise CheckpointError(
-            f"{option} {path} gives states of {width} numbers, {dit_path} takes {taken}. Give {give}.", path
+            f"{option} {path} gives states of {width} numbers, {dit_path} takes {dit_width}. Give {give}.",
+            path,
         )
 
 

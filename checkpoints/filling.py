@@ -191,7 +191,7 @@ def load_module(
         release_pinned_memory()
     if stored is not None:
         _log_forms(stored, filling, what)
-    if filling.held and host is not None:
+    if filling.on_host and host is not None:
         host.finish()
 
 
@@ -249,10 +249,10 @@ class _Filling:
         self._patch = patch
         self._stored = stored
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        self.held: Mapping[str, Tensor] = {}  # memory for the tensors that stay on the host
+        self.on_host: Mapping[str, Tensor] = {}  # memory for the tensors that stay on the host
         if host is not None and device.type != "meta":
             infos = {name: self._target_info(name) for name in self._shapes}
-            self.held = host.hold(module, infos)
+            self.on_host = host.hold(module, infos)
         self._is_filled_here = host is None or host.is_filled_here
         self.are_finite: dict[str, Tensor] = {}  # by parts of the file, on another device than a CPU
         self.errors: dict[str, Tensor] = {}  # of rounding, by name
@@ -293,7 +293,7 @@ class _Filling:
 
     def _make_plain(self, name: str) -> Tensor:
         """Return a tensor of the network in its place, with its values written."""
-        place = self.held.get(name)
+        place = self.on_host.get(name)
         if place is None:
             place = torch.empty(self._shapes[name], dtype=self._dtypes[name], device=self._device)
             self._write(name, place)
@@ -320,7 +320,7 @@ class _Filling:
             form = form.computing_as(loading.form)
         weight, *companions = stored.tensors
         assert weight is not None
-        place = self.held.get(name)
+        place = self.on_host.get(name)
         if place is not None:
             weight = place.copy_(weight) if self._is_filled_here else place
         elif name in loading.staying and self._device.type != "meta":

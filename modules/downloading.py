@@ -74,14 +74,14 @@ def receive(
     most_bytes: int,
     size_bytes: int | None = None,
     check: Callable[[Answer], None] = lambda _: None,
-    seen: Callable[[int], object] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Download to `path`, which may hold the beginning of a file of known size; stop beyond `most_bytes`.
 
     tries: how many attempts in a row may bring little. wait: called with the seconds before another attempt.
     first_wait: in seconds, doubled with each such attempt. size_bytes: of the file; None: the site says it.
-    check: called with each answer before its data are read. seen: called with the number of bytes that the
-    file has. Raises BrokenTry after the last try, RefusedBySite, OSError if the file cannot be written.
+    check: called with each answer before its data are read. progress: called with the number of bytes that
+    the file has. Raises BrokenTry after the last try, RefusedBySite, OSError if the file cannot be written.
     """
     path.touch()  # also of an empty file
     failures, most, version = 0, path.stat().st_size, None
@@ -93,7 +93,7 @@ def receive(
             with ask(have, version) as answer:
                 version = answer.version
                 check(answer)
-                received = _write(path, answer, most_bytes, seen)
+                received = _write(path, answer, most_bytes, progress)
             expected = answer.size_bytes if size_bytes is None else size_bytes
             if received > most_bytes or expected in (None, received):
                 return
@@ -112,18 +112,18 @@ def receive(
             wait(seconds)
 
 
-def _write(path: Path, answer: Answer, most_bytes: int, seen: Callable[[int], object]) -> int:
+def _write(path: Path, answer: Answer, most_bytes: int, progress: Callable[[int], object]) -> int:
     """Write a site's answer at its place; return where it ends. Raises BrokenTry if it comes too slowly."""
     with path.open("r+b") as file:
         file.truncate(answer.start)
         file.seek(answer.start)
-        seen(answer.start)
+        progress(answer.start)
         since = time.monotonic()  # when the last SLOW_SECONDS began, and where
         at_start = file.tell()
         try:
             for piece in answer.pieces:
                 file.write(piece)
-                seen(file.tell())
+                progress(file.tell())
                 if file.tell() > most_bytes:
                     break
                 if time.monotonic() - since > SLOW_SECONDS:

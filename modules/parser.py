@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, NoReturn
 from modules.command import (
     as_typed,
     did_you_mean,
-    let_the_first_tell,
     name_as_typed,
     one_line,
     plain_message,
+    wait_for_first_process,
     wants_colour,
 )
 from modules.errors import OptionError
@@ -249,7 +249,7 @@ class Parser(argparse.ArgumentParser):
         else:
             message = message.replace("\n", "\\n")
         message = plain_message(message, sys.argv)
-        let_the_first_tell()
+        wait_for_first_process()
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
 
     def _help_of(self, name: str) -> str:

@@ -100,17 +100,22 @@ def load_control_net(
     return network.eval()
 
 
-def _read_control_net(
-    path: Path, checkpoint: Checkpoint, unet: Mapping[str, Any], words: str
-) -> LoadPlan[dict[str, Any]]:
-    """Plan how to load an open file. path: as the user gave it."""
-    bare = checkpoint.without_prefix(PREFIX, others=("",))  # a whole model may be beside it
+def _refuse_similar(bare: Checkpoint) -> None:
+    """Raise CheckpointError for a file of another kind that guides a U-Net."""
     for pattern, what in _OTHERS:
         if any(re.fullmatch(pattern, name) for name in bare.tensors):
             raise CheckpointError(
                 f"{bare.path} is not a ControlNet; it looks like {what}.\n  Give {GIVE} to {OPTION}.",
                 bare.path,
             )
+
+
+def _read_control_net(
+    path: Path, checkpoint: Checkpoint, unet: Mapping[str, Any], words: str
+) -> LoadPlan[dict[str, Any]]:
+    """Plan how to load an open file. path: as the user gave it."""
+    bare = checkpoint.without_prefix(PREFIX, others=("",))  # a whole model may be beside it
+    _refuse_similar(bare)
     translate = name_translator(bare.tensors)
     sources = {}
     for name, source in plain_sources(bare).items():

@@ -172,7 +172,7 @@ _EACH = re.compile(r"[eE]\$\$")
 
 def enumerates(text: str) -> bool:
     """Return whether a text has an `{e$$...}` group, which makes several pictures."""
-    return any(_EACH.match(found[1]) for found in re.finditer(r"(?<!\\)\{([^{}]{1,3})", text))
+    return any(_EACH.match(group[1]) for group in re.finditer(r"(?<!\\)\{([^{}]{1,3})", text))
 
 
 def expand(text: str, random: Random) -> list[str]:

@@ -97,7 +97,8 @@ class Maker:
         if not wants_images:
             return contract.Made(joined, None)
         labels = [picture.label for picture in pictures]
-        return contract.Made(joined, starting.decode_latents(self.model, joined, labels, self.vae_batch_size))
+        images = starting.decode_latents(self.model, joined, labels, self.vae_batch_size)
+        return contract.Made(joined, images)
 
     def _make_group(
         self, pictures: Sequence[contract.AskedPicture], start: contract.SecondStart | None

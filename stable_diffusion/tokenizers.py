@@ -173,10 +173,11 @@ def _split_at_marks(text: str) -> list[_Event]:
     for mark in _MARKS.finditer(text):
         events.append(text[place : mark.start()])
         place = mark.end()
-        kind = "[" if mark["bracket"] in ("[", "]") else "("
+        sign = mark["bracket"]
+        kind = "[" if sign in ("[", "]") else "("
         if mark["chunk"]:
             events.append(None)
-        elif mark["bracket"] in ("(", "["):
+        elif sign in ("(", "["):
             bracket = _Bracket(kind, USUAL[kind])
             opened[kind].append(bracket)
             events.append(bracket)

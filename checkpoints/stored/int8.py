@@ -85,10 +85,10 @@ class Int8:
         codes, scales = (torch.cat(column) for column in zip(*pairs, strict=True))
         return Stored(self, (len(codes), parts[0].shape[1]), (codes, scales))
 
-    def computing_as(self, asked: StoredForm) -> StoredForm:
-        if not isinstance(asked, Int8):
+    def computing_as(self, chosen: StoredForm) -> StoredForm:
+        if not isinstance(chosen, Int8):
             return self
-        return replace(self, rounds_gradients=asked.rounds_gradients)
+        return replace(self, rounds_gradients=chosen.rounds_gradients)
 
     def check_device(self, device: torch.device) -> None:
         """Accept any device: all can hold int8."""

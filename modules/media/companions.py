@@ -84,7 +84,8 @@ class Companions:
         chapters = []
         for chapter in self._source.chapters():
             ticks = round(self._origin / chapter["time_base"])
-            start, end = (max(chapter[name] - ticks, 0) for name in ("start", "end"))
+            start = max(chapter["start"] - ticks, 0)
+            end = max(chapter["end"] - ticks, 0)
             chapters.append({**chapter, "start": start, "end": end})
         target.set_chapters(chapters)
         copied = [self._source.streams[index] for index in self._tracks]

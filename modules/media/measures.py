@@ -205,7 +205,8 @@ def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> f
     if colours * smallness == 0 or float(np.sqrt(most_structure * colours)) * smallness < least:
         return 0.0
     height, width = first.grey.shape
-    most_y, most_x = min(MOST_SHIFT, height // 4), min(MOST_SHIFT, width // 4)
+    most_y = min(MOST_SHIFT, height // 4)
+    most_x = min(MOST_SHIFT, width // 4)
     best = _correlation(first, second, 0, 0)
     if best is None:  # the structure counts 0
         return 0.0

@@ -51,15 +51,23 @@ def source_info(path: Path) -> SourceInfo:
         decoding.check_size(path, container, stream)
         first, width, height = decoding.first_picture(path, container, stream)
         rate = _plain_rate(stream)
-        # a header may claim any number of frames; each takes a byte at least
-        count, most = int(stream.frames), path.stat().st_size
-        if not 0 < count <= most:
-            seconds = Fraction(stream.duration * stream.time_base) if stream.duration else None
-            if seconds is None and container.duration:
-                seconds = Fraction(container.duration, 1_000_000)
-            count = 0 if seconds is None else round(seconds * rate)
-        frames = count if 0 < count <= most else None
+        frames = _count_frames(path, container, stream, rate)
         return SourceInfo(width, height, rate, frames, is_deep=_is_deep(first))
+
+
+def _count_frames(path: Path, container: Any, stream: Any, rate: Fraction) -> int | None:
+    """Return the number of frames by the header, else by the length; None if neither makes sense."""
+    most = path.stat().st_size  # a header may claim any number; each takes a byte at least
+    count = int(stream.frames)
+    if 0 < count <= most:
+        return count
+    seconds = Fraction(0)
+    if stream.duration:
+        seconds = Fraction(stream.duration * stream.time_base)
+    elif container.duration:
+        seconds = Fraction(container.duration, 1_000_000)
+    count = round(seconds * rate)
+    return count if 0 < count <= most else None
 
 
 def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> Iterator[Picture]:

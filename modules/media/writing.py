@@ -120,7 +120,7 @@ class Timing:
         self._ticks = ticks_per_second(rate)
         self._begin = Fraction(0)
         self._end = Fraction(0)
-        self._held: dict[int, tuple[int, int]] = {}  # number of a picture -> its start and length in ticks
+        self._shown: dict[int, tuple[int, int]] = {}  # number of a picture -> its start and length in ticks
 
     @property
     def seconds(self) -> Fraction:
@@ -137,13 +137,14 @@ class Timing:
                 raise ValueError(
                     f"picture {self.count + 1} is shown at {frame.start} s, the one before at {last}"
                 )
-            last, self._end = frame.start, frame.start + frame.seconds
+            last = frame.start
+            self._end = frame.start + frame.seconds
             tick = max(round(frame.start * self._ticks), tick + 1)
-            self._held[self.count] = tick, max(round(frame.seconds * self._ticks), 1)
+            self._shown[self.count] = tick, max(round(frame.seconds * self._ticks), 1)
             self.count += 1
             yield frame.pixels
 
-    def timed(self, packets: Iterable[Any]) -> Iterator[Any]:
+    def with_times(self, packets: Iterable[Any]) -> Iterator[Any]:
         """Yield the packets of an encoder with times in place of the numbers of pictures, in storage order.
 
         The last one waits until it is known to be the last.
@@ -155,15 +156,15 @@ class Timing:
             shown = round(packet.pts * packet.time_base * self._rate)
             stored = round(packet.dts * packet.time_base * self._rate)
             packet.time_base = Fraction(1, self._ticks)
-            packet.pts, packet.duration = self._held[shown]
+            packet.pts, packet.duration = self._shown[shown]
             if stored < 0 and ahead is None:
                 # the shortest of the first: with a mean, pictures held long would begin the file early
-                ahead = min(length for _, length in self._held.values())
+                ahead = min(length for _, length in self._shown.values())
             before = round(self._begin * self._ticks) + stored * (ahead or 0)  # counted backwards
-            packet.dts = before if stored < 0 else self._held[stored][0]
+            packet.dts = before if stored < 0 else self._shown[stored][0]
             first = packet.dts if first is None else first
-            for number in [number for number in self._held if number < stored]:
-                del self._held[number]  # no later packet is stored or shown before this one
+            for number in [number for number in self._shown if number < stored]:
+                del self._shown[number]  # no later packet is stored or shown before this one
             if waiting is not None:
                 yield waiting
             waiting = packet
@@ -172,7 +173,8 @@ class Timing:
         # stored so late that all together last as long as the pictures are shown: MP4 counts from one packet
         # to the next one stored, and would lose what the encoder is ahead of a picture held near the end
         assert first is not None
-        end, last = first + round(self.seconds * self._ticks), round(self._end * self._ticks)
+        end = first + round(self.seconds * self._ticks)
+        last = round(self._end * self._ticks)
         waiting.dts = max(waiting.dts, min(waiting.pts, end - waiting.duration))
         # and, if another picture is shown after it, as long as is missing, but not beyond the end of all
         waiting.duration = max(waiting.duration, min(end - waiting.dts, last - waiting.pts))
@@ -288,7 +290,7 @@ def write_shown(
                 writer.add_streams(container, stream)
             pictures = timing.note(itertools.chain(iter([first]), remaining))
             del first  # else it lives as long as the video grows; so it would in a list above
-            for packet in timing.timed(encoding.encode_pictures(stream, pictures)):
+            for packet in timing.with_times(encoding.encode_pictures(stream, pictures)):
                 if writer is not None:
                     writer.write(container, packet.dts * packet.time_base)
                 if companions is not None:

@@ -117,13 +117,13 @@ class BlockSwap:
     """Copies the weights of one network to the device before they are needed. Made by `swap_blocks`."""
 
     def __init__(
-        self, rings: Sequence[Ring], order: Sequence[int], held: Set[Parameter], transfer: Transfer
+        self, rings: Sequence[Ring], order: Sequence[int], in_host_memory: Set[Parameter], transfer: Transfer
     ) -> None:
-        """order: positions of all blocks, as they run. held: all parameters in host memory, also those
+        """order: positions of all blocks, as they run. in_host_memory: all such parameters, also those
         outside blocks.
         """
         self.rings = rings
-        self.held = held
+        self.in_host_memory = in_host_memory
         self._ring_of = {position: ring for ring in rings for position in ring.units}
         self._order = order
         self._transfer = transfer
@@ -390,7 +390,7 @@ def move_network(network: nn.Module, device: torch.device) -> None:
         (module, name, parameter)
         for module in network.modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and parameter in swap.held
+        if parameter is not None and parameter in swap.in_host_memory
     ]
     try:
         for module, name, _ in staying:

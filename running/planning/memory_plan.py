@@ -130,7 +130,7 @@ def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> i
     if not speed.sharding.shard_base:
         return 1
     launched = launched_processes()
-    return max(2, speed.plan.cards[0]) if launched == 1 and speed.plan.is_asked else launched
+    return max(2, speed.plan.cards[0]) if launched == 1 and speed.plan.is_planning else launched
 
 
 def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1) -> list[Swapped]:
@@ -375,7 +375,8 @@ def advise(
             needed = prediction.device(swapped)
             if needed <= usable:
                 return [*lines, f"{name}: {gib(needed)} GiB{phase} fits"], None
-            lines.append(f"{name}: {gib(needed)} GiB{phase}{SMALL_FORMS if 'fp8' in name else ''}")
+            remark = SMALL_FORMS if "fp8" in name else ""
+            lines.append(f"{name}: {gib(needed)} GiB{phase}{remark}")
         count = smallest_swap(prediction, usable) if can_swap else None
         if count is not None:
             needed = prediction.device(count)
