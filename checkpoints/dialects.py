@@ -105,8 +105,10 @@ def text_quantisation(form: str) -> Quantisation:
 
 def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str | None) -> int:
     """Return the bytes that a tensor takes once loaded. form: of a linear weight, as in `load_planned`."""
-    source, tensors = plan.sources[name], plan.checkpoint.tensors
-    shape, stored = tensors[source.names[0]].shape, stored_as(source, tensors)
+    source = plan.sources[name]
+    tensors = plan.checkpoint.tensors
+    shape = tensors[source.names[0]].shape
+    stored = stored_as(source, tensors)
     if stored is None or (form is None and not stored.form.stays):
         if form is None:
             return math.prod(shape) * dtype.itemsize

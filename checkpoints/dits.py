@@ -245,10 +245,15 @@ def _stored_layers(
 
 def _wide_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
     """Return the beginnings of the names of the last blocks, in the order that they run; () of few blocks."""
-    counts = {name: len(blocks) for name, blocks in spec.blocks(dit).items()}
-    names = [f"{name}.{index}." for name, count in counts.items() for index in range(count)]
-    blocks = [names[place] for place in spec.order([*counts.values()])]
-    return tuple(blocks[-LAST_IN_16_BITS:]) if len(blocks) >= 4 * LAST_IN_16_BITS else ()
+    counts = []
+    names = []
+    for name, blocks in spec.blocks(dit).items():
+        counts.append(len(blocks))
+        names += [f"{name}.{index}." for index in range(len(blocks))]
+    in_order = [names[place] for place in spec.order(counts)]
+    if len(in_order) < 4 * LAST_IN_16_BITS:
+        return ()
+    return tuple(in_order[-LAST_IN_16_BITS:])
 
 
 def _already_quantised(path: Path, flag: str, is_packed: bool) -> CheckpointError:

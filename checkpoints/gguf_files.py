@@ -81,7 +81,8 @@ class GgufFile(HeaderFile):
     def _read_tensor(self, head: "_Header", own_shapes: Mapping[str, tuple[int, ...]]) -> str:
         """Add the next tensor of the header, but for its place; return its name."""
         check_count(self.path, len(self.tensors))
-        name, axes = head.text(MAX_TENSOR_NAME), head.number("I")
+        name = head.text(MAX_TENSOR_NAME)
+        axes = head.number("I")
         if axes > _MAX_AXES or name in self.tensors:
             raise ValueError(f"{shorten(name, 60)} has {axes} axes, or is there twice")
         shape = tuple(head.number("Q") for _ in range(axes))[::-1]
@@ -218,7 +219,8 @@ class _Header:
 
     def whole_numbers(self) -> tuple[int, ...]:
         """Return a short list of whole numbers, such as a shape. Raises ValueError for another list."""
-        inner, count = self.number("I"), self.number("Q")
+        inner = self.number("I")
+        count = self.number("Q")
         if _NUMBERS.get(inner, "f") in "fd?" or count > _MAX_AXES:
             raise ValueError(f"a shape is a list of {count} values of the kind {inner}")
         return tuple(self.number(_NUMBERS[inner]) for _ in range(count))

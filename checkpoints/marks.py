@@ -212,13 +212,15 @@ def _int8(layer: _Layer) -> None:
     shape = layer.weight.shape
     if layer.weight.dtype != torch.int8 or len(shape) < 2 or 0 in shape:
         raise ValueError(f"has a weight of {layer.weight.dtype} {list(shape)}, which its form does not have")
+    rows = shape[0]
     columns = math.prod(shape[1:])
-    by_row: tuple[tuple[int, ...], ...] = ((shape[0], *[1] * (len(shape) - 1)), (shape[0], 1), (shape[0],))
+    scale_shapes: list[tuple[int, ...]] = [(rows, *[1] * (len(shape) - 1)), (rows, 1), (rows,)]
     rotation = layer.rotation(columns) if layer.settings.get("convrot") else 0
-    end = layer.scale(*by_row, *(() if rotation and shape[0] > 1 else ((), (1,))))
-    layer.set(
-        shape, (end,), partial(_keep_int8, rotation, bool(layer.settings.get("full_precision_matrix_mult")))
-    )
+    if not rotation or rows == 1:  # else one scale for all would be wrong
+        scale_shapes += [(), (1,)]
+    end = layer.scale(*scale_shapes)
+    in_16_bits = bool(layer.settings.get("full_precision_matrix_mult"))
+    layer.set(shape, (end,), partial(_keep_int8, rotation, in_16_bits))
 
 
 def _keep_int8(rotation: int, in_16_bits: bool, weight: Tensor, scale: Tensor) -> Stored:
@@ -266,9 +268,10 @@ def _keep_nvfp4(weight: Tensor, scales: Tensor, scale: Tensor, of_input: Tensor 
     rows, half = weight.shape
     form = RowForm("nvfp4", ("scale_blocks", "scale_weight", "scale_of_input"), packed.nvfp4_rows)
     if of_input is not None:  # it lacks columns that only fill the weight up
-        of_input = functional.pad(of_input.float(), (0, 2 * half - len(of_input)), value=1.0).reshape(1, -1)
-    scales_of_rows = packed.untile(scales, rows, half // 8), _per_row(scale, rows), of_input
-    return Stored(form, (rows, 2 * half), (weight, *scales_of_rows))
+        missing = 2 * half - len(of_input)
+        of_input = functional.pad(of_input.float(), (0, missing), value=1.0).reshape(1, -1)
+    scale_blocks = packed.untile(scales, rows, half // 8)
+    return Stored(form, (rows, 2 * half), (weight, scale_blocks, _per_row(scale, rows), of_input))
 
 
 def _w4a4(layer: _Layer) -> None:

@@ -252,12 +252,18 @@ class _Rounding:
     """How a layer is rounded, and what the file says of it."""
 
     def __init__(self, form: str, shape: Shape) -> None:
-        self.mark: dict[str, Any] = {"format": "float8_e4m3fn" if form == "fp8" else "int8_tensorwise"}
-        self.dtype = E4M3 if form == "fp8" else torch.int8
-        self.scale_shape: tuple[int, ...] = () if form == "fp8" else (shape[0], 1)
-        if form == "convrot":
-            group = next((group for group in GROUPS if shape[1] % group == 0), 0)
-            self.mark |= {"convrot": True, "convrot_groupsize": group} if group else {}
+        self.scale_shape: tuple[int, ...]
+        if form == "fp8":
+            self.mark: dict[str, Any] = {"format": "float8_e4m3fn"}
+            self.dtype = E4M3
+            self.scale_shape = ()
+        else:
+            self.mark = {"format": "int8_tensorwise"}
+            self.dtype = torch.int8
+            self.scale_shape = (shape[0], 1)
+        group = next((group for group in GROUPS if shape[1] % group == 0), 0)
+        if form == "convrot" and group:
+            self.mark |= {"convrot": True, "convrot_groupsize": group}
 
     def make(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         codes: Tensor | None

@@ -196,7 +196,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        tensors, of_x = ctx.saved_tensors, None
+        tensors = ctx.saved_tensors
+        of_x = None
         if ctx.needs_input_grad[0]:
             of_x = gradient @ ctx.form.value(tensors, ctx.shape, gradient.dtype)
         of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None

@@ -69,7 +69,8 @@ class Int8:
         return _by_parts(lambda part: rotate(_scaled(codes, scale, part), self.group), codes, dtype)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        dtype, (codes, scale) = computed_dtype(x), _pair(tensors)
+        dtype = computed_dtype(x)
+        codes, scale = _pair(tensors)
         if x.device.type == "mps" or x.numel() <= FEW_TOKENS * shape[1]:  # torch has no int8 products there
             return multiply_value(self, x.to(dtype), tensors, shape=shape, bias=bias)
         out: Tensor = _Int8Product.apply(x, codes, scale, bias, dtype, self)

@@ -285,10 +285,12 @@ def _first_packet(container: Any, index: int) -> Any | None:
 
 def _name(stream: Any) -> str:
     codec = stream.codec_context.name if stream.codec_context is not None else getattr(stream, "name", None)
+    details = codec or "unknown"
     language = stream.metadata.get("language", "und")
+    if language != "und":
+        details += f", {language}"
     kind = {"video": "pictures", "audio": "sound"}.get(stream.type, stream.type)
-    details = [codec or "unknown", *([] if language == "und" else [language])]
-    return f"stream {stream.index} ({kind}: {', '.join(details)})"
+    return f"stream {stream.index} ({kind}: {details})"
 
 
 def _damage() -> tuple[type[Exception], ...]:

@@ -241,8 +241,12 @@ def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
     It is encoded by one thread: several make slices, so that pixels would depend on the number of cores.
     """
     height, width = (side // 2 * 2 for side in frame.shape[:2])
-    encoder, decoder = (av.CodecContext.create(*which) for which in (("libx264", "w"), ("h264", "r")))
-    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = width, height, "yuv420p", Fraction(1)
+    decoder: Any = av.CodecContext.create("h264", "r")
+    encoder: Any = av.CodecContext.create("libx264", "w")
+    encoder.width = width
+    encoder.height = height
+    encoder.pix_fmt = "yuv420p"
+    encoder.time_base = Fraction(1)
     encoder.thread_count = 1
     encoder.options = {**X264, "crf": str(crf), "preset": "veryfast"}
     even: Any = np.ascontiguousarray(frame[:height, :width])

@@ -11,6 +11,8 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from modules.errors import MediaError
 from modules.media import decoding
 from modules.media.colours import HDR, blend_on_white
@@ -110,6 +112,13 @@ def _animation_seconds(duration: float) -> Fraction:
     return Fraction(duration).limit_denominator(1000)  # GIF counts hundredths, WebP thousandths
 
 
+def _upright_pixels(timed: decoding.TimedFrame, stream: Any, deep: bool) -> NDArray[Any]:
+    pixels = decoding.frame_pixels(timed.frame, stream, _is_deep(timed.frame))
+    if not deep:
+        pixels = in_eight_bits(pixels)
+    return decoding.turn_upright(pixels, timed.orientation)
+
+
 def _timed(path: Path, deep: bool) -> Iterator[Picture]:
     with open_video(path) as (container, stream):
         rate = _plain_rate(stream)
@@ -127,10 +136,7 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
                     origin = (frame.pts or 0) * base
             time = None if frame.pts is None else frame.pts * base - origin
             start = clock.place(time)
-            pixels = decoding.frame_pixels(frame, stream, _is_deep(frame))
-            if not deep:
-                pixels = in_eight_bits(pixels)
-            pixels = decoding.turn_upright(pixels, timed.orientation)
+            pixels = _upright_pixels(timed, stream, deep)
             stated = Fraction(frame.duration * base) if frame.duration else None
             seconds = clock.duration(stated)
             if end is not None and end - start > seconds + 1 / rate:

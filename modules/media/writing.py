@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image, PngImagePlugin
 
@@ -110,6 +110,13 @@ def ticks_per_second(rate: Fraction) -> int:
     return ticks if ticks <= MOST_TICKS else rate.numerator * math.ceil(LEAST_TICKS / rate.numerator)
 
 
+class _Place(NamedTuple):
+    """When a picture is shown, in ticks."""
+
+    start: int
+    length: int
+
+
 class Timing:
     """The times of the pictures that an encoder holds."""
 
@@ -120,7 +127,7 @@ class Timing:
         self._ticks = ticks_per_second(rate)
         self._begin = Fraction(0)
         self._end = Fraction(0)
-        self._shown: dict[int, tuple[int, int]] = {}  # number of a picture -> its start and length in ticks
+        self._shown: dict[int, _Place] = {}  # by the number of the picture
 
     @property
     def seconds(self) -> Fraction:
@@ -140,7 +147,7 @@ class Timing:
             last = frame.start
             self._end = frame.start + frame.seconds
             tick = max(round(frame.start * self._ticks), tick + 1)
-            self._shown[self.count] = tick, max(round(frame.seconds * self._ticks), 1)
+            self._shown[self.count] = _Place(tick, max(round(frame.seconds * self._ticks), 1))
             self.count += 1
             yield frame.pixels
 
@@ -157,12 +164,15 @@ class Timing:
             stored = round(packet.dts * packet.time_base * self._rate)
             packet.time_base = Fraction(1, self._ticks)
             packet.pts, packet.duration = self._shown[shown]
-            if stored < 0 and ahead is None:
-                # the shortest of the first: with a mean, pictures held long would begin the file early
-                ahead = min(length for _, length in self._shown.values())
-            before = round(self._begin * self._ticks) + stored * (ahead or 0)  # counted backwards
-            packet.dts = before if stored < 0 else self._shown[stored][0]
-            first = packet.dts if first is None else first
+            if stored >= 0:
+                packet.dts = self._shown[stored].start
+            else:  # counted backwards
+                if ahead is None:
+                    # the shortest of the first: with a mean, pictures held long would begin the file early
+                    ahead = min(place.length for place in self._shown.values())
+                packet.dts = round(self._begin * self._ticks) + stored * ahead
+            if first is None:
+                first = packet.dts
             for number in [number for number in self._shown if number < stored]:
                 del self._shown[number]  # no later packet is stored or shown before this one
             if waiting is not None:
@@ -170,15 +180,19 @@ class Timing:
             waiting = packet
         if waiting is None:
             return
+        assert first is not None
+        self._time_last(waiting, first)
+        yield waiting
+
+    def _time_last(self, packet: Any, first: int) -> None:
+        """Set the times of the last packet. first: when the first packet is stored, in ticks."""
         # stored so late that all together last as long as the pictures are shown: MP4 counts from one packet
         # to the next one stored, and would lose what the encoder is ahead of a picture held near the end
-        assert first is not None
         end = first + round(self.seconds * self._ticks)
-        last = round(self._end * self._ticks)
-        waiting.dts = max(waiting.dts, min(waiting.pts, end - waiting.duration))
+        packet.dts = max(packet.dts, min(packet.pts, end - packet.duration))
         # and, if another picture is shown after it, as long as is missing, but not beyond the end of all
-        waiting.duration = max(waiting.duration, min(end - waiting.dts, last - waiting.pts))
-        yield waiting
+        last = round(self._end * self._ticks)
+        packet.duration = max(packet.duration, min(end - packet.dts, last - packet.pts))
 
 
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:

@@ -219,7 +219,8 @@ def is_split(weight: Tensor) -> bool:
 
 def rows_of(weight: Any, full: Tensor) -> Tensor:
     """Return a view of the rows of `full` that this process has of a split weight."""
-    mesh, count = weight.device_mesh, rows_here(weight).shape[0]
+    mesh = weight.device_mesh
+    count = rows_here(weight).shape[0]
     first = mesh.get_local_rank() * -(-weight.shape[0] // mesh.size())
     return full.narrow(0, min(first, weight.shape[0] - count), count)
 
