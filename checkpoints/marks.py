@@ -70,7 +70,7 @@ def _marks(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Callable[[str], Tensor]
 ) -> dict[str, Mapping[str, Any]]:
     """Return the settings of each marked layer, by its name in the file."""
-    marks = {}
+    marks: dict[str, Mapping[str, Any]] = {}
     for name in tensors:
         if name.endswith(MARK):
             marks[name.removesuffix(MARK)] = _settings(_parse(read, tensors, name))

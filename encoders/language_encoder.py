@@ -463,7 +463,7 @@ class LanguageModelFiles(TransformerFiles):
                 self.language_model().path,
                 width=self.text_width(),
                 dit_path=self.dit,
-                taken=None if config is None else config.text_dim,
+                dit_width=None if config is None else config.text_dim,
                 give=model.files,
             )
             if use.pictures is not None and use.pictures.always:

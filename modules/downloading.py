@@ -167,9 +167,9 @@ def ask_http(
             if not answer.headers.get("content-encoding"):  # else it has another length than the file
                 length = _number(answer, "content-length")
                 end = None if length is None else start + length
-            stamp = answer.headers.get("etag", "")
-            if not stamp.startswith('"'):  # a weak version may be of other bytes
-                stamp = answer.headers.get("last-modified")
+            etag = answer.headers.get("etag", "")
+            # a weak version may be of other bytes
+            stamp = etag if etag.startswith('"') else answer.headers.get("last-modified")
             if start and version is not None and stamp not in (None, version):  # some pay no heed to if-range
                 raise BrokenTry("the file has changed meanwhile", from_start=True)
             yield Answer(

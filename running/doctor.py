@@ -96,7 +96,7 @@ def _examine_torch() -> Iterator[Finding]:
     verdict = f"missing {missing}. Without it --compile and --optimized are refused" if missing else "works"
     yield Finding("compile", verdict)
     installed = ["torch's own"]
-    lacking = []
+    lacking: list[str] = []
     for backend in BACKENDS.values():
         if backend.module:
             has_package = importlib.util.find_spec(backend.module) is not None

@@ -138,8 +138,8 @@ def _read_part(checkpoint: Checkpoint, name: str) -> LllitePart:
             if place.isdecimal():
                 places.append(int(place))
     kernels = []
-    for place in sorted(places) or [0]:
-        channels, _, size, _ = shape(f"conditioning1.{place}.weight", (4,))
+    for number in sorted(places) or [0]:
+        channels, _, size, _ = shape(f"conditioning1.{number}.weight", (4,))
         kernels.append((channels, size))
     down = shape("down.0.weight", (2, 4))
     return LllitePart(

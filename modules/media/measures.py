@@ -147,7 +147,7 @@ def _cells(frame: Frame) -> Grey:
 def _reduce(frame: Frame, factor: float) -> Grey:
     height, width = frame.shape[:2]
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    small = np.ascontiguousarray(frame[..., :3])
+    small: NDArray[Any] = np.ascontiguousarray(frame[..., :3])
     if factor < 1:
         small = cv2.resize(small, size, interpolation=cv2.INTER_AREA)
     return np.asarray(small.astype(np.float32) @ LUMA / np.float32(255), np.float32)
