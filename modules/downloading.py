@@ -84,7 +84,9 @@ def receive(
     the file has. Raises BrokenTry after the last try, RefusedBySite, OSError if the file cannot be written.
     """
     path.touch()  # also of an empty file
-    failures, most, version = 0, path.stat().st_size, None
+    most = path.stat().st_size  # bytes of the file at the last attempt that brought much
+    failures = 0
+    version: str | None = None
     while True:
         have = path.stat().st_size if version is not None or size_bytes is not None else 0
         try:
@@ -104,7 +106,11 @@ def receive(
                 os.truncate(path, 0)
             # what is sent again is not new, nor are a few bytes: a site could go on so without end
             have = path.stat().st_size
-            failures, most = (0, have) if have >= most + PIECE else (failures + 1, most)
+            if have >= most + PIECE:
+                failures = 0
+                most = have
+            else:
+                failures += 1
             if failures == tries:
                 raise
             seconds = max(first_wait * 2 ** max(0, failures - 1), min(error.wait_seconds, MAX_WAIT_SECONDS))

@@ -10,6 +10,7 @@ fixed size, so that they hardly depend on the resolution.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import cv2
 import numpy as np
