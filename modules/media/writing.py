@@ -110,7 +110,7 @@ def ticks_per_second(rate: Fraction) -> int:
     return ticks if ticks <= MOST_TICKS else rate.numerator * math.ceil(LEAST_TICKS / rate.numerator)
 
 
-class _Place(NamedTuple):
+class _PictureTime(NamedTuple):
     """When a picture is shown, in ticks."""
 
     start: int
@@ -127,7 +127,7 @@ class Timing:
         self._ticks = ticks_per_second(rate)
         self._begin = Fraction(0)
         self._end = Fraction(0)
-        self._shown: dict[int, _Place] = {}  # by the number of the picture
+        self._shown: dict[int, _PictureTime] = {}  # by the number of the picture
 
     @property
     def seconds(self) -> Fraction:
@@ -147,7 +147,7 @@ class Timing:
             last = frame.start
             self._end = frame.start + frame.seconds
             tick = max(round(frame.start * self._ticks), tick + 1)
-            self._shown[self.count] = _Place(tick, max(round(frame.seconds * self._ticks), 1))
+            self._shown[self.count] = _PictureTime(tick, max(round(frame.seconds * self._ticks), 1))
             self.count += 1
             yield frame.pixels
 
