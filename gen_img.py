@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
 from contract.families import identify
-from modules.command import command_line, tell_loading
+from modules.command import command_line, print_loading
 from modules.installation import hide_packages
 from stable_diffusion.options import read_gen_img
 
@@ -12,7 +12,7 @@ from stable_diffusion.options import read_gen_img
 def main(argv: Sequence[str] | None = None) -> None:
     options = read_gen_img(__doc__, argv)
     options.console.apply()
-    tell_loading()
+    print_loading()
     # diffusers loads these if they are installed; nothing here uses them, and they double the time to start
     with hide_packages("accelerate", "bitsandbytes", "peft", "transformers"):
         from stable_diffusion.run import generate  # torch loads here, after every option has been read

@@ -69,7 +69,7 @@ class CheckpointChange:
 
     dtype: torch.dtype | None = None
     cast: Selection = ALL  # what is cast to it
-    kept: Selection = ALL  # what is written at all
+    written: Selection = ALL  # what is written at all
     strip: tuple[str, ...] = ()  # beginnings of names to cut off, one after the other
     add: str = ""  # what all names begin with then
 
@@ -107,34 +107,31 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
     `refuse_packed`, or if the file's quantisation is unknown and a dtype is to be changed.
     """
     refuse_packed(checkpoint)
-    names = [name for name in checkpoint.tensors if change.kept.takes(name)]
+    names = [name for name in checkpoint.tensors if change.written.takes(name)]
     _check_selections(change, names)
     plain = plain_sources(checkpoint) if change.dtype is not None else {}
     scales = scales_in(checkpoint.tensors)
-    unscaled = {  # weights that are multiplied by their scales; whole numbers stay, with theirs
-        name for name in names if name in scales and name in plain and _is_cast_fp8(checkpoint, change, name)
-    }
+    unscaled = set()  # weights that are multiplied by their scales; whole numbers stay, with theirs
+    for name in names:
+        if name in scales and name in plain and _is_cast_fp8(checkpoint, change, name):
+            unscaled.add(name)
     names = _without_scales(names, scales, unscaled)
     _check_pairs(checkpoint, names, scales, unscaled)
 
+    old_names = _plan_names(names, change)
     tensors: dict[str, TensorInfo] = {}
-    old_names: dict[str, str] = {}
-    for name in names:
-        new = rename(name, change)
-        if new in tensors:
-            raise OptionError(f"{old_names[new]} and {name} would both be called {new}: leave one out")
-        old_names[new] = name
+    for new_name, name in old_names.items():
         info = checkpoint.tensors[name]
         is_cast = name in plain and info.dtype.is_floating_point and change.cast.takes(name)
         if change.dtype is not None and is_cast:
             info = replace(info, dtype=change.dtype)
-        tensors[new] = info
+        tensors[new_name] = info
 
-    def read(new: str) -> Tensor:
-        name = old_names[new]
+    def read(new_name: str) -> Tensor:
+        name = old_names[new_name]
         scale = checkpoint.read(scales[name]) if name in unscaled else None
         tensor = checkpoint.read(name)
-        return _as_dtype(checkpoint, name, tensor=tensor, scale=scale, dtype=tensors[new].dtype)
+        return _as_dtype(checkpoint, name, tensor=tensor, scale=scale, dtype=tensors[new_name].dtype)
 
     metadata, notes = _metadata(checkpoint, change, unscaled, stale)
     if unscaled:
@@ -142,7 +139,7 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
         notes.append(f"in 8 bits: {weights}, multiplied by their scales, which are left out")
     if checkpoint.left_out:
         notes.append(f"only tensors are written, not {', '.join(checkpoint.left_out[:6])}")
-    dropped = [name for name in checkpoint.tensors if not change.kept.takes(name)]
+    dropped = [name for name in checkpoint.tensors if not change.written.takes(name)]
     if dropped:
         notes.append(f"{len(dropped)} of {len(checkpoint.tensors)} tensors are left out, as asked for")
     return NewFile(tensors, metadata, read, tuple(notes))
@@ -175,6 +172,19 @@ def _check_pairs(
             raise OptionError(
                 f"{weight} is in 8 bits and means nothing without {scale}: keep both, or leave both out"
             )
+
+
+def _plan_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str]:
+    """Return the old name of each new one. Raises OptionError if two tensors would have one name."""
+    old_names: dict[str, str] = {}
+    for name in names:
+        new_name = rename(name, change)
+        if new_name in old_names:
+            raise OptionError(
+                f"{old_names[new_name]} and {name} would both be called {new_name}: leave one out"
+            )
+        old_names[new_name] = name
+    return old_names
 
 
 def rename(name: str, change: CheckpointChange) -> str:
@@ -228,9 +238,13 @@ def _metadata(
     checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], stale: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Return the metadata of the new file, and notes on what of the old one is left out."""
-    old = checkpoint.metadata
-    metadata = {key: text for key, text in old.items() if not key.startswith(tuple(stale))}
-    notes = [f"{key} is left out: it is that of the old tensors" for key in old if key not in metadata]
+    metadata = {}
+    notes = []
+    for key, text in checkpoint.metadata.items():
+        if key.startswith(tuple(stale)):
+            notes.append(f"{key} is left out: it is that of the old tensors")
+        else:
+            metadata[key] = text
     if HEADER in metadata:
         try:
             record = json.loads(metadata[HEADER])
@@ -258,7 +272,7 @@ def _renamed_layers(
         if len(weights) != 1:
             continue
         weight = weights[0]
-        if change.kept.takes(weight) and weight not in unscaled:
+        if change.written.takes(weight) and weight not in unscaled:
             prefix = weight.removesuffix(f"{layer}.weight")
             new_layer = rename(weight, change).removesuffix(".weight")
             renamed[new_layer.removeprefix(prefix)] = how

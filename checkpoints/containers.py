@@ -11,7 +11,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
@@ -157,26 +157,27 @@ class SafetensorsFile(HeaderFile):
         "".join([*header, *self.metadata, *self.metadata.values()]).encode("utf-8")
         places = []
         for name, entry in header.items():
-            if len(name) > MAX_TENSOR_NAME:
-                raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
-            shape = entry["shape"]
+            self.tensors[name] = self._read_entry(name, entry)
             begin, end = entry["data_offsets"]
-            dtype = self._known_dtype(name, entry["dtype"])
-            info = TensorInfo(dtype, _checked_shape(name, shape, begin, end))
-            self.tensors[name] = info
-            if end - begin != info.size_bytes:
-                raise ValueError(f"{name} has {end - begin} bytes for shape {list(shape)}")
             places.append((begin, end, name))
             self._places[name] = start + begin
-        last = 0
-        for begin, end, name in sorted(places):
-            if begin != last:
-                raise ValueError(f"the data of {name} begin at byte {begin}, not {last}")
-            last = end
-        if start + last != size:
-            raise ValueError(f"the file has {size} bytes, it describes {start + last}")
+        described = start + _check_places(places)
+        if described != size:
+            raise ValueError(f"the file has {size} bytes, it describes {described}")
 
-    def _known_dtype(self, name: str, kind: str) -> torch.dtype:
+    def _read_entry(self, name: str, entry: Any) -> TensorInfo:
+        """Return the facts of a tensor. entry: in the header. Raises ValueError if they do not agree."""
+        if len(name) > MAX_TENSOR_NAME:
+            raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
+        shape = entry["shape"]
+        begin, end = entry["data_offsets"]
+        dtype = self._find_dtype(name, entry["dtype"])
+        info = TensorInfo(dtype, _checked_shape(name, shape, begin, end))
+        if end - begin != info.size_bytes:
+            raise ValueError(f"{name} has {end - begin} bytes for shape {list(shape)}")
+        return info
+
+    def _find_dtype(self, name: str, kind: str) -> torch.dtype:
         if kind in OTHER_DTYPES:
             raise CheckpointError(
                 f"{self.path} is quantised: {name} is of type {kind}, which is not supported. "
@@ -186,6 +187,19 @@ class SafetensorsFile(HeaderFile):
         if kind not in SAFETENSORS_DTYPES:
             raise ValueError(f"{name} has the unknown type {kind}")
         return SAFETENSORS_DTYPES[kind]
+
+
+def _check_places(places: Iterable[tuple[int, int, str]]) -> int:
+    """Return where the data end. Raises ValueError if a tensor does not begin where the one before ends.
+
+    places: first byte, end and name of each tensor.
+    """
+    last = 0
+    for begin, end, name in sorted(places):
+        if begin != last:
+            raise ValueError(f"the data of {name} begin at byte {begin}, not {last}")
+        last = end
+    return last
 
 
 def _checked_shape(name: str, shape: Sequence[Any], begin: Any, end: Any) -> tuple[int, ...]:
@@ -212,6 +226,11 @@ class TorchFile:
         self.tensors = {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()
         }
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        """Raise CheckpointError if a name, dtype or size cannot be that of a model's tensor."""
+        path = self.path
         size = path.stat().st_size
         try:
             "".join(self.tensors).encode("utf-8")

@@ -6,7 +6,7 @@ Also name the kind of a foreign file.
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -80,7 +80,7 @@ def load_planned(
         stored_form = form_of(prepare(text_quantisation(form), device))
         stored = StoredLoading(stored_form, linear - staying, staying)
     elif staying:
-        stored = StoredLoading(None, kept=staying)
+        stored = StoredLoading(None, staying=staying)
     load_module(
         network,
         plan.checkpoint,
@@ -105,8 +105,10 @@ def text_quantisation(form: str) -> Quantisation:
 
 def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str | None) -> int:
     """Return the bytes that a tensor takes once loaded. form: of a linear weight, as in `load_planned`."""
-    source, tensors = plan.sources[name], plan.checkpoint.tensors
-    shape, stored = tensors[source.names[0]].shape, stored_as(source, tensors)
+    source = plan.sources[name]
+    tensors = plan.checkpoint.tensors
+    shape = tensors[source.names[0]].shape
+    stored = stored_as(source, tensors)
     if stored is None or (form is None and not stored.form.stays):
         if form is None:
             return math.prod(shape) * dtype.itemsize
@@ -235,8 +237,8 @@ class DitShapes:
         return count(self.shapes, rf"{re.escape(start)}\.\d+", self.path)
 
 
-def other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> CheckpointError:
-    """Return the error for a file that does not fit its option. wanted, give: the right kind, its files.
+def other_kind(checkpoint: Checkpoint, right_kind: str, option: str, give: str) -> CheckpointError:
+    """Return the error for a file that does not fit its option. give: the files of the right kind.
 
     Raises CheckpointError for a quantised file, whose tensors may have other names.
     """
@@ -244,13 +246,11 @@ def other_kind(checkpoint: Checkpoint, wanted: str, option: str, give: str) -> C
     kind = kind_of(checkpoint.tensors)
     if kind is None:
         some = ", ".join(sorted(checkpoint.tensors)[:3])
-        kind = (
-            "a LoRA"
-            if any("lora_" in name for name in checkpoint.tensors)
-            else f"an unknown model with tensors such as {some}"
-        )
+        kind = f"an unknown model with tensors such as {some}"
+        if any("lora_" in name for name in checkpoint.tensors):
+            kind = "a LoRA"
     return CheckpointError(
-        f"{checkpoint.path} is not {wanted}; it looks like {kind}.\n  Give {give} to {option}.",
+        f"{checkpoint.path} is not {right_kind}; it looks like {kind}.\n  Give {give} to {option}.",
         checkpoint.path,
     )
 
@@ -290,24 +290,24 @@ def _join(parts: list[TensorSource]) -> TensorSource:
     if len(parts) == 1:
         return parts[0]
 
-    def by_part(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-        """Return the tensors of each part."""
-        groups = []
+    def by_part(tensors: Sequence[Tensor]) -> Iterator[tuple[TensorSource, Sequence[Tensor]]]:
+        """Yield each part with its tensors."""
         start = 0
         for part in parts:
             end = start + len(part.names)
-            groups.append(tensors[start:end])
+            yield part, tensors[start:end]
             start = end
-        return groups
 
     def build(*tensors: Tensor) -> Tensor:
-        rows = [part.make(group) for part, group in zip(parts, by_part(tensors), strict=True)]
-        dtype = torch.float32 if any(row.dtype.itemsize == 1 for row in rows) else rows[0].dtype
+        rows = [part.make(group) for part, group in by_part(tensors)]
+        dtype = rows[0].dtype
+        if any(row.dtype.itemsize == 1 for row in rows):
+            dtype = torch.float32
         return torch.cat([row.to(dtype) for row in rows])
 
     def as_stored(*tensors: Tensor) -> Stored | None:
         rows: list[Stored] = []
-        for part, group in zip(parts, by_part(tensors), strict=True):
+        for part, group in by_part(tensors):
             stored = part.make_stored(group)
             if stored is None or (rows and stored.form != rows[0].form):
                 return None

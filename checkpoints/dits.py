@@ -127,19 +127,19 @@ class DitFormat(Generic[Config, Dit]):
         except CheckpointError:
             return None
 
-    def load(self, path: Path, placement: Placement, *settings: Any, beside: Path | None = None) -> Dit:
+    def load(self, path: Path, placement: Placement, *settings: Any, second_file: Path | None = None) -> Dit:
         """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
         dtype: see `choose_dtype`; some layers are always kept in float32, and with
         `placement.keep_file_dtypes` each layer has the dtype of its weight in the file. `placement.patch` is
-        called with the published parameter names. beside: a file with further tensors of it. Raises
+        called with the published parameter names. second_file: a file with further tensors of it. Raises
         CheckpointError if the file is another model's, is incomplete, or has unknown tensors, and if an fp8
         file is to be rounded again.
         """
         with contextlib.ExitStack() as opened:
             checkpoint = bare_names(opened.enter_context(open_checkpoint(path)))
-            if beside is not None:
-                checkpoint = checkpoint.join(bare_names(opened.enter_context(open_checkpoint(beside))))
+            if second_file is not None:
+                checkpoint = checkpoint.join(bare_names(opened.enter_context(open_checkpoint(second_file))))
             header = self.read_header(checkpoint)
             what = self.describe(header)
             target = choose_dtype(header.block_dtype, placement)
@@ -220,7 +220,7 @@ def _stored_layers(
         staying = find_stored_weights(linear_weights(dit), sources, checkpoint.tensors, form_is_given=False)
         if not staying:
             return None
-        return StoredLoading(None, kept=_without_patched(staying, dit, checkpoint.path, placement))
+        return StoredLoading(None, staying=_without_patched(staying, dit, checkpoint.path, placement))
     wide = _wide_blocks(dit, spec) if quantisation.fp8_matmul else ()
 
     def narrow(names: frozenset[str]) -> frozenset[str]:
@@ -232,7 +232,7 @@ def _stored_layers(
     if not staying:
         exclude = spec.form_exclude.get(quantisation.form, spec.fp8_exclude)
         return StoredLoading(form, narrow(linear_weights(dit, spec.block_lists, exclude)))
-    if has_asked_form(quantisation, staying, sources, checkpoint):
+    if have_chosen_form(quantisation, staying, sources, checkpoint):
         text = "%s: %s is in %s already, and stays as it is"
         logger.info(text, quantisation.asked_by, checkpoint.path, quantisation.form)
         form = None
@@ -240,15 +240,20 @@ def _stored_layers(
         infos = [checkpoint.tensors[sources[name].names[0]] for name in staying]
         is_packed = any(info.packing is not None for info in infos)
         raise _already_quantised(checkpoint.path, quantisation.asked_by, is_packed)
-    return StoredLoading(form, kept=_without_patched(staying, dit, checkpoint.path, placement))
+    return StoredLoading(form, staying=_without_patched(staying, dit, checkpoint.path, placement))
 
 
 def _wide_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
     """Return the beginnings of the names of the last blocks, in the order that they run; () of few blocks."""
-    counts = {name: len(blocks) for name, blocks in spec.blocks(dit).items()}
-    names = [f"{name}.{index}." for name, count in counts.items() for index in range(count)]
-    blocks = [names[place] for place in spec.order([*counts.values()])]
-    return tuple(blocks[-LAST_IN_16_BITS:]) if len(blocks) >= 4 * LAST_IN_16_BITS else ()
+    counts = []
+    names = []
+    for name, blocks in spec.blocks(dit).items():
+        counts.append(len(blocks))
+        names += [f"{name}.{index}." for index in range(len(blocks))]
+    in_order = [names[place] for place in spec.order(counts)]
+    if len(in_order) < 4 * LAST_IN_16_BITS:
+        return ()
+    return tuple(in_order[-LAST_IN_16_BITS:])
 
 
 def _already_quantised(path: Path, flag: str, is_packed: bool) -> CheckpointError:
@@ -271,7 +276,7 @@ def _already_quantised(path: Path, flag: str, is_packed: bool) -> CheckpointErro
 _SAME_FORMS = ("int8", "nf4")
 
 
-def has_asked_form(
+def have_chosen_form(
     quantisation: Quantisation,
     names: frozenset[str],
     sources: Mapping[str, TensorSource],

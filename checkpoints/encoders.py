@@ -29,17 +29,17 @@ SPIECE_MODEL, TOKENIZER_JSON = "spiece_model", "tokenizer_json"
 
 
 def network_in(
-    checkpoint: Checkpoint, embeddings: str, layer: str, beside: tuple[str, ...]
+    checkpoint: Checkpoint, embeddings: str, layer: str, excluded: tuple[str, ...]
 ) -> Checkpoint | None:
     """Return the network that has both of these tensors, without prefix and other networks; None if none has.
 
-    beside: name prefixes of other networks. Raises CheckpointError if the file holds something else.
+    excluded: name prefixes of other networks. Raises CheckpointError if the file holds something else.
     """
     prefixes = [name.removesuffix(embeddings) for name in checkpoint.tensors if name.endswith(embeddings)]
     prefix = next((prefix for prefix in prefixes if prefix + layer in checkpoint.tensors), None)
     if prefix is None:
         return None
-    other_prefixes = (*beside, *ALL_IN_ONE)
+    other_prefixes = (*excluded, *ALL_IN_ONE)
     strange = [name for name in checkpoint.tensors if not name.startswith((prefix, *other_prefixes))]
     if strange:
         refuse_quantised(checkpoint)
@@ -52,12 +52,12 @@ def network_in(
     return checkpoint.without_prefix(prefix, others=other_prefixes)
 
 
-def head_width(path: Path, rows: int, told: Mapping[str, Any], usual: int) -> int:
+def head_width(path: Path, rows: int, config: Mapping[str, Any], usual: int) -> int:
     """Return the channels of a head, from the number of heads in config.json, else the usual width.
 
     Raises CheckpointError if that does not fit the rows.
     """
-    heads = told.get("num_attention_heads")
+    heads = config.get("num_attention_heads")
     if heads is None and rows % usual == 0:
         return usual
     if isinstance(heads, int) and heads > 0 and rows % heads == 0:
@@ -70,7 +70,7 @@ def head_width(path: Path, rows: int, told: Mapping[str, Any], usual: int) -> in
     )
 
 
-def config_beside(path: Path) -> tuple[Path, Any]:
+def read_config_json(path: Path) -> tuple[Path, Any]:
     """Return the path of the config.json in a model's folder, and its content; None if there is no such file.
 
     Raises CheckpointError if it cannot be read.
@@ -85,7 +85,7 @@ def config_beside(path: Path) -> tuple[Path, Any]:
         ) from error
 
 
-def told_beside(
+def read_network_config(
     path: Path,
     part: str,
     kind: str,
@@ -100,7 +100,7 @@ def told_beside(
     missing keys. written: the config.json that the model's file holds. Raises CheckpointError if config.json
     cannot be read.
     """
-    file, content = config_beside(path) if written is None else (path, {})
+    file, content = read_config_json(path) if written is None else (path, {})
     if content is None:
         return {}
     try:
@@ -120,16 +120,17 @@ def told_beside(
 
 
 def check_state_width(
-    option: str, path: Path, width: int, dit_path: Path | None, taken: int | None, give: str
+    option: str, path: Path, width: int, dit_path: Path | None, dit_width: int | None, give: str
 ) -> None:
-    """Raise CheckpointError if states of `width` numbers do not fit the transformer, which takes `taken`.
+    """Raise CheckpointError if states of `width` numbers do not fit the transformer, which takes `dit_width`.
 
-    path: of the encoder, which `option` gave. taken: None if there is no transformer to fit. give: the files
-    that fit.
+    path: of the encoder, which `option` gave. dit_width: None if there is no transformer to fit. give: the
+    files that fit.
     """
-    if taken not in (None, width):
+    if dit_width not in (None, width):
         raise CheckpointError(
-            f"{option} {path} gives states of {width} numbers, {dit_path} takes {taken}. Give {give}.", path
+            f"{option} {path} gives states of {width} numbers, {dit_path} takes {dit_width}. Give {give}.",
+            path,
         )
 
 
@@ -138,7 +139,7 @@ def stated_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple[P
 
     classes: names that `_class_name` has for this model. Raises CheckpointError if the file cannot be read.
     """
-    path, settings = config_beside(checkpoint.path)
+    path, settings = read_config_json(checkpoint.path)
     is_ours = isinstance(settings, dict) and settings.get("_class_name") in classes
     return path, settings if is_ours else {}
 

@@ -43,10 +43,10 @@ class StoredLoading:
 
     form: StoredForm | None  # that options ask for
     rounded: frozenset[str] = frozenset()
-    kept: frozenset[str] = frozenset()  # as the file has them
+    staying: frozenset[str] = frozenset()  # as the file has them
 
     def __contains__(self, name: str) -> bool:
-        return name in self.rounded or name in self.kept
+        return name in self.rounded or name in self.staying
 
 
 def linear_weights(
@@ -191,7 +191,7 @@ def load_module(
         release_pinned_memory()
     if stored is not None:
         _log_forms(stored, filling, what)
-    if filling.held and host is not None:
+    if filling.on_host and host is not None:
         host.finish()
 
 
@@ -204,13 +204,13 @@ def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
         by_how.setdefault(filling.rounded_forms[name], []).append(name)
     for how, names in by_how.items():
         errors = torch.stack([filling.errors[name].cpu() for name in names])
-        wrong = errors.isfinite().logical_not().nonzero().flatten().tolist()
-        if wrong:  # the file's own are finite: a LoRA made them so
-            form_name = "" if stored.form is None else stored.form.name
-            raise CheckpointError(
-                f"{what}: {names[wrong[0]]} has NaN or infinite values, which {form_name} cannot hold. Copy "
-                "the file again."
-            )
+        for name, is_sound in zip(names, errors.isfinite().tolist(), strict=True):
+            if not is_sound:  # the file's own are finite: a LoRA made them so
+                form_name = "" if stored.form is None else stored.form.name
+                raise CheckpointError(
+                    f"{what}: {name} has NaN or infinite values, which {form_name} cannot hold. Copy "
+                    "the file again."
+                )
         logger.info(
             "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)",
             what,
@@ -249,10 +249,10 @@ class _Filling:
         self._patch = patch
         self._stored = stored
         self._shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        self.held: Mapping[str, Tensor] = {}  # memory for the tensors that stay on the host
+        self.on_host: Mapping[str, Tensor] = {}  # memory for the tensors that stay on the host
         if host is not None and device.type != "meta":
             infos = {name: self._target_info(name) for name in self._shapes}
-            self.held = host.hold(module, infos)
+            self.on_host = host.hold(module, infos)
         self._is_filled_here = host is None or host.is_filled_here
         self.are_finite: dict[str, Tensor] = {}  # by parts of the file, on another device than a CPU
         self.errors: dict[str, Tensor] = {}  # of rounding, by name
@@ -293,7 +293,7 @@ class _Filling:
 
     def _make_plain(self, name: str) -> Tensor:
         """Return a tensor of the network in its place, with its values written."""
-        place = self.held.get(name)
+        place = self.on_host.get(name)
         if place is None:
             place = torch.empty(self._shapes[name], dtype=self._dtypes[name], device=self._device)
             self._write(name, place)
@@ -308,36 +308,47 @@ class _Filling:
 
         All processes that share places make the companions, one of them writes the weights.
         """
-        is_kept = name in loading.kept
-        source = self._sources[name]
         if self._device.type == "meta":
             stored = self._empty(name)
-        elif is_kept:
-            as_in_file = source.make_stored(self._parts(source))
-            assert as_in_file is not None
-            stored = Stored(as_in_file.form, (layer.out_features, layer.in_features), as_in_file.tensors)
-            self.kept_forms.append(stored.form.name)
+        elif name in loading.staying:
+            stored = self._stored_in_file(name, layer)
         else:
             assert loading.form is not None
-            plain = self._make(name, self._checkpoint.tensors[source.names[0]].dtype)
-            stored = loading.form.quantise(plain)
-            self.errors[name] = _rounding_error(plain, stored)
-            self.rounded_forms[name] = stored.form.how
-        form = stored.form if loading.form is None else stored.form.computing_as(loading.form)
+            stored = self._round(name, loading.form)
+        form = stored.form
+        if loading.form is not None:
+            form = form.computing_as(loading.form)
         weight, *companions = stored.tensors
         assert weight is not None
-        place = self.held.get(name)
+        place = self.on_host.get(name)
         if place is not None:
             weight = place.copy_(weight) if self._is_filled_here else place
-        elif is_kept and self._device.type != "meta":
+        elif name in loading.staying and self._device.type != "meta":
             weight = weight.clone()  # not a view of the buffer
         copies = [None if tensor is None else tensor.clone() for tensor in companions]
         return Stored(form, stored.shape, (weight, *copies))
 
+    def _stored_in_file(self, name: str, layer: nn.Linear) -> Stored:
+        """Return a weight in the form of the file; its tensors may be views of the buffer."""
+        source = self._sources[name]
+        stored = source.make_stored(self._parts(source))
+        assert stored is not None
+        self.kept_forms.append(stored.form.name)
+        return Stored(stored.form, (layer.out_features, layer.in_features), stored.tensors)
+
+    def _round(self, name: str, form: StoredForm) -> Stored:
+        """Return a weight of the file rounded to a form after the patch; note the error."""
+        first_part = self._sources[name].names[0]
+        plain = self._make(name, self._checkpoint.tensors[first_part].dtype)
+        stored = form.quantise(plain)
+        self.errors[name] = _rounding_error(plain, stored)
+        self.rounded_forms[name] = stored.form.how
+        return stored
+
     def _empty(self, name: str) -> Stored:
         """Return the stored weight of a layer on the meta device."""
         assert self._stored is not None
-        if name in self._stored.kept:
+        if name in self._stored.staying:
             stored = stored_as(self._sources[name], self._checkpoint.tensors)
         else:
             rows, columns = self._shapes[name]
@@ -415,11 +426,11 @@ def _check_fit(
     what: str,
 ) -> None:
     """Raise CheckpointError listing every missing, unexpected and misshaped tensor."""
-    missing = {
-        name
-        for name in targets
-        if name not in sources or any(part not in checkpoint.tensors for part in sources[name].names)
-    }
+    missing = set()
+    for name in targets:
+        parts = sources[name].names if name in sources else ()
+        if not parts or any(part not in checkpoint.tensors for part in parts):
+            missing.add(name)
     unexpected = _find_unexpected(targets, checkpoint, sources, ignore)
     lines = []
     for fault, names in (("missing", missing), ("unexpected", unexpected)):

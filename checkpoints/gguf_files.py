@@ -81,7 +81,8 @@ class GgufFile(HeaderFile):
     def _read_tensor(self, head: "_Header", own_shapes: Mapping[str, tuple[int, ...]]) -> str:
         """Add the next tensor of the header, but for its place; return its name."""
         check_count(self.path, len(self.tensors))
-        name, axes = head.text(MAX_TENSOR_NAME), head.number("I")
+        name = head.text(MAX_TENSOR_NAME)
+        axes = head.number("I")
         if axes > _MAX_AXES or name in self.tensors:
             raise ValueError(f"{shorten(name, 60)} has {axes} axes, or is there twice")
         shape = tuple(head.number("Q") for _ in range(axes))[::-1]
@@ -140,16 +141,7 @@ class GgufFile(HeaderFile):
             )
         if not shape or shape[-1] % kind.weights:
             raise ValueError(f"{name} has the shape {shape}, {kind.name} is stored in rows of {kind.weights}")
-        has_whole_rows = own_shape[-1] % kind.weights == 0  # then its own rows are rows of blocks too
-        *ahead, columns = own_shape if has_whole_rows else shape
-        rows = math.prod(ahead)
-        packing = Packing(
-            shape=(rows, columns // kind.weights * kind.size),
-            companions=(),
-            keep=partial(_keep, kind, (rows, columns)),
-            can_stay=has_whole_rows,
-        )
-        return TensorInfo(torch.uint8, value_shape, packing)
+        return TensorInfo(torch.uint8, value_shape, _packing_of(kind, shape, own_shape))
 
     def _name_like_transformers(self) -> None:
         """Rename tensors of llama.cpp as in transformers; it permutes the rows of Llama's q and k.
@@ -166,10 +158,15 @@ class GgufFile(HeaderFile):
                     self.path,
                 )
         is_t5 = "enc.blk.0.attn_q.weight" in self.tensors
-        is_llama = not is_t5 and not {"blk.0.attn_q.bias", "blk.0.attn_q_norm.weight"} & set(self.tensors)
-        outside = _OUTSIDE | ({"token_embd": "shared"} if is_t5 else {})
-        inside = _T5 if is_t5 else _LLAMA
-        blocks = "encoder.block" if is_t5 else "model.layers"
+        is_llama = not is_t5 and "blk.0.attn_q.bias" not in self.tensors
+        is_llama = is_llama and "blk.0.attn_q_norm.weight" not in self.tensors
+        outside = _OUTSIDE
+        inside = _LLAMA
+        blocks = "model.layers"
+        if is_t5:
+            outside = {**_OUTSIDE, "token_embd": "shared"}
+            inside = _T5
+            blocks = "encoder.block"
         for old in [name for name in self.tensors if "." in name]:
             match = re.fullmatch(r"(?:enc\.)?blk\.(\d+)\.(\w+)\.(weight|bias)", old)
             if match is None:
@@ -222,7 +219,8 @@ class _Header:
 
     def whole_numbers(self) -> tuple[int, ...]:
         """Return a short list of whole numbers, such as a shape. Raises ValueError for another list."""
-        inner, count = self.number("I"), self.number("Q")
+        inner = self.number("I")
+        count = self.number("Q")
         if _NUMBERS.get(inner, "f") in "fd?" or count > _MAX_AXES:
             raise ValueError(f"a shape is a list of {count} values of the kind {inner}")
         return tuple(self.number(_NUMBERS[inner]) for _ in range(count))
@@ -245,6 +243,19 @@ class _Header:
         else:
             raise ValueError(f"a list has values of the kind {inner}")
         return None
+
+
+def _packing_of(kind: Kind, shape: tuple[int, ...], own_shape: tuple[int, ...]) -> Packing:
+    """Return how a tensor is packed. shape: in the file. own_shape: in the model."""
+    has_whole_rows = own_shape[-1] % kind.weights == 0  # then its own rows are rows of blocks too
+    *ahead, columns = own_shape if has_whole_rows else shape
+    rows = math.prod(ahead)
+    return Packing(
+        shape=(rows, columns // kind.weights * kind.size),
+        companions=(),
+        keep=partial(_keep, kind, (rows, columns)),
+        can_stay=has_whole_rows,
+    )
 
 
 def _keep(kind: Kind, shape: tuple[int, int], packed: Tensor) -> Stored:

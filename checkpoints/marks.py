@@ -70,23 +70,28 @@ def _marks(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Callable[[str], Tensor]
 ) -> dict[str, Mapping[str, Any]]:
     """Return the settings of each marked layer, by its name in the file."""
-    marks = {}
+    marks: dict[str, Mapping[str, Any]] = {}
     for name in tensors:
         if name.endswith(MARK):
             marks[name.removesuffix(MARK)] = _settings(_parse(read, tensors, name))
-    header = _json(metadata.get(HEADER, "{}"), HEADER).get("layers", {})
-    prefix = _prefix_of(_table(header), tensors)
-    for layer, how in header.items():
+    record = _json(metadata.get(HEADER, "{}"), HEADER)
+    layers = _table(record.get("layers", {}))
+    prefix = _prefix_of(layers, tensors)
+    for layer, mark in layers.items():
         stem = f"{prefix}{layer}"
-        settings = _settings(how)
+        settings = _settings(mark)
         if marks.setdefault(stem, settings) != settings:
             raise ValueError(f"the layer {stem} is marked as {marks[stem]} and as {settings}")
     missing = [stem for stem in marks if f"{stem}.weight" not in tensors]
     if missing:
         logger.info(
-            "marks of %d layers that are not in the file count for nothing: %s", len(missing), missing[0]
+            "marks of %d layers that are not in the file count for nothing: %s",
+            len(missing),
+            missing[0],
         )
-    return {stem: settings for stem, settings in marks.items() if f"{stem}.weight" in tensors}
+    for stem in missing:
+        del marks[stem]
+    return marks
 
 
 def _prefix_of(header: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
@@ -104,12 +109,11 @@ def _table(value: Any) -> dict[str, Any]:
     return value
 
 
-def _settings(how: Any) -> dict[str, Any]:
+def _settings(mark: Any) -> dict[str, Any]:
     """Return a layer's settings, with those of `params` moved to the top level."""
-    settings = {"format": how} if isinstance(how, str) else _table(how)
-    return {key: value for key, value in settings.items() if key != "params"} | _table(
-        settings.get("params") or {}
-    )
+    settings = {"format": mark} if isinstance(mark, str) else _table(mark)
+    parameters = _table(settings.get("params") or {})
+    return {key: value for key, value in settings.items() if key != "params"} | parameters
 
 
 def _parse(read: Callable[[str], Tensor], tensors: Mapping[str, TensorInfo], name: str) -> dict[str, Any]:
@@ -208,13 +212,15 @@ def _int8(layer: _Layer) -> None:
     shape = layer.weight.shape
     if layer.weight.dtype != torch.int8 or len(shape) < 2 or 0 in shape:
         raise ValueError(f"has a weight of {layer.weight.dtype} {list(shape)}, which its form does not have")
+    rows = shape[0]
     columns = math.prod(shape[1:])
-    by_row: tuple[tuple[int, ...], ...] = ((shape[0], *[1] * (len(shape) - 1)), (shape[0], 1), (shape[0],))
+    scale_shapes: list[tuple[int, ...]] = [(rows, *[1] * (len(shape) - 1)), (rows, 1), (rows,)]
     rotation = layer.rotation(columns) if layer.settings.get("convrot") else 0
-    end = layer.scale(*by_row, *(() if rotation and shape[0] > 1 else ((), (1,))))
-    layer.set(
-        shape, (end,), partial(_keep_int8, rotation, bool(layer.settings.get("full_precision_matrix_mult")))
-    )
+    if not rotation or rows == 1:  # else one scale for all would be wrong
+        scale_shapes += [(), (1,)]
+    end = layer.scale(*scale_shapes)
+    in_16_bits = bool(layer.settings.get("full_precision_matrix_mult"))
+    layer.set(shape, (end,), partial(_keep_int8, rotation, in_16_bits))
 
 
 def _keep_int8(rotation: int, in_16_bits: bool, weight: Tensor, scale: Tensor) -> Stored:
@@ -262,9 +268,10 @@ def _keep_nvfp4(weight: Tensor, scales: Tensor, scale: Tensor, of_input: Tensor 
     rows, half = weight.shape
     form = RowForm("nvfp4", ("scale_blocks", "scale_weight", "scale_of_input"), packed.nvfp4_rows)
     if of_input is not None:  # it lacks columns that only fill the weight up
-        of_input = functional.pad(of_input.float(), (0, 2 * half - len(of_input)), value=1.0).reshape(1, -1)
-    scales_of_rows = packed.untile(scales, rows, half // 8), _per_row(scale, rows), of_input
-    return Stored(form, (rows, 2 * half), (weight, *scales_of_rows))
+        missing = 2 * half - len(of_input)
+        of_input = functional.pad(of_input.float(), (0, missing), value=1.0).reshape(1, -1)
+    scale_blocks = packed.untile(scales, rows, half // 8)
+    return Stored(form, (rows, 2 * half), (weight, scale_blocks, _per_row(scale, rows), of_input))
 
 
 def _w4a4(layer: _Layer) -> None:
@@ -344,22 +351,27 @@ def _bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
     _check_four_bits(layer, rows, columns, block)
     blocks = rows * columns // block
     ends = ["weight.absmax"]
-    is_nested = "nested_offset" in state  # the largest magnitudes are in 8 bits themselves
-    if is_nested:
-        groups = -(-blocks // layer.number("nested_blocksize", 256))
+    peak_dtypes: tuple[torch.dtype, ...] = _FLOATS
+    if "nested_offset" in state:  # the largest magnitudes are in 8 bits themselves
         ends += ["weight.nested_absmax", "weight.nested_quant_map"]
+        peak_dtypes = (torch.uint8,)
+        groups = -(-blocks // layer.number("nested_blocksize", 256))
         layer.companion("weight.nested_absmax", _FLOATS, (groups,))
         layer.companion("weight.nested_quant_map", _FLOATS, (256,))
-    layer.companion("weight.absmax", (torch.uint8,) if is_nested else _FLOATS, (blocks,))
+    layer.companion("weight.absmax", peak_dtypes, (blocks,))
     layer.companion("weight.quant_map", _FLOATS, (16,))
-    levels = tuple(read(f"{layer.stem}.weight.quant_map").float().tolist())
-    offset = float(state.get("nested_offset", 0))
+    _set_four_bits(layer, (rows, columns), tuple(ends), read(f"{layer.stem}.weight.quant_map"))
+
+
+def _set_four_bits(layer: _Layer, shape: tuple[int, int], ends: tuple[str, ...], quant_map: Tensor) -> None:
+    """Set the packing of a 4-bit weight of bitsandbytes. ends: of the names of its companions."""
+    levels = tuple(quant_map.float().tolist())
+    offset = float(layer.settings.get("nested_offset", 0))
     nested = layer.number("nested_blocksize", 256)
     if not all(map(math.isfinite, (offset, *levels))):
         raise ValueError("its levels or its nested_offset are NaN or infinite")
-    form = RowForm(state["quant_type"], ("largest",), four_bits(levels))
-    shape = (rows, columns)
-    layer.set(shape, tuple(ends), partial(_keep_four_bits, form, shape, offset, nested))
+    form = RowForm(layer.settings["quant_type"], ("largest",), four_bits(levels))
+    layer.set(shape, ends, partial(_keep_four_bits, form, shape, offset, nested))
 
 
 def _check_four_bits(layer: _Layer, rows: Any, columns: Any, block: int) -> None:

@@ -61,10 +61,12 @@ class Checkpoint(contextlib.ExitStack):
         self.refusal = refusal
         self._files = files
         self._places = dict(places)  # our name -> file and the name there
-        self.tensors: dict[str, TensorInfo] = {
-            name: file.tensors[stored] for name, (file, stored) in self._places.items()
-        }
-        self.metadata: dict[str, str] = {key: value for file in files for key, value in file.metadata.items()}
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, (file, stored_name) in places.items():
+            self.tensors[name] = file.tensors[stored_name]
+        self.metadata: dict[str, str] = {}
+        for file in files:
+            self.metadata |= file.metadata
         self.left_out = tuple(name for file in files for name in file.left_out)  # of torch files: optimizer
         self.parts = {file.path: file.metadata for file in files}  # its files, and what each says
 
@@ -203,7 +205,9 @@ def checkpoint_paths(path: Path) -> list[Path]:
         if not indexes and len(files) == 1:
             return files
         candidates = [file.name for file in indexes + files]
-        names = ", ".join(candidates[:LISTED]) + (", ..." if len(candidates) > LISTED else "")
+        names = ", ".join(candidates[:LISTED])
+        if len(candidates) > LISTED:
+            names += ", ..."
         raise CheckpointError(
             f"{path} is a folder without exactly one model (model files: {names or 'none'}). Give the path "
             "of the file.",
@@ -221,7 +225,9 @@ def checkpoint_paths(path: Path) -> list[Path]:
         ) from error
     if path.name.endswith(".index.json"):
         return _read_index(path)
-    return [path] if _SHARD.fullmatch(path.name) is None else _require_existing(path, _shards_of(path.name))
+    if _SHARD.fullmatch(path.name):
+        return _require_existing(path, _shards_of(path.name))
+    return [path]
 
 
 def require_all_shards(files: Sequence[Path]) -> None:

@@ -252,12 +252,18 @@ class _Rounding:
     """How a layer is rounded, and what the file says of it."""
 
     def __init__(self, form: str, shape: Shape) -> None:
-        self.mark: dict[str, Any] = {"format": "float8_e4m3fn" if form == "fp8" else "int8_tensorwise"}
-        self.dtype = E4M3 if form == "fp8" else torch.int8
-        self.scale_shape: tuple[int, ...] = () if form == "fp8" else (shape[0], 1)
-        if form == "convrot":
-            group = next((group for group in GROUPS if shape[1] % group == 0), 0)
-            self.mark |= {"convrot": True, "convrot_groupsize": group} if group else {}
+        self.scale_shape: tuple[int, ...]
+        if form == "fp8":
+            self.mark: dict[str, Any] = {"format": "float8_e4m3fn"}
+            self.dtype = E4M3
+            self.scale_shape = ()
+        else:
+            self.mark = {"format": "int8_tensorwise"}
+            self.dtype = torch.int8
+            self.scale_shape = (shape[0], 1)
+        group = next((group for group in GROUPS if shape[1] % group == 0), 0)
+        if form == "convrot" and group:
+            self.mark |= {"convrot": True, "convrot_groupsize": group}
 
     def make(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         codes: Tensor | None
@@ -400,13 +406,16 @@ class _Values:
         self._checkpoint = checkpoint
         self._device = device
         self._sources = plain_sources(checkpoint)
-        self.tensors = {name: checkpoint.tensors[name] for name in self._sources}
-        self.plain = {name for name, info in self.tensors.items() if not _is_narrow(info)}
-        for name, info in [*self.tensors.items()]:
+        self.tensors: dict[str, TensorInfo] = {}
+        self.plain: set[str] = set()
+        for name, source in self._sources.items():
+            info = checkpoint.tensors[name]
             shape = self._plain_shape(name, info, shapes)
-            if name in self.plain:
+            if not _is_narrow(info):
+                self.plain.add(name)
+                self.tensors[name] = info
                 continue
-            if self._sources[name].build is None and self.path.suffix == ".pt":
+            if source.build is None and self.path.suffix == ".pt":
                 raise CheckpointError(
                     f"{self.path} stores {name} in 8 bits without its scale. Give the bf16 file.", self.path
                 )

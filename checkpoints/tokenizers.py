@@ -32,11 +32,11 @@ class TokenizerFiles:
     names: tuple[str, ...]  # any of these files is one; the first that exists is used
     folder: str  # its folder in the repository on the hub; "" for the top
     repository: str  # on the hub
-    beside: tuple[str, ...]  # folders to search, relative to the encoder's; ".." only in front
+    folders: tuple[str, ...]  # folders to search, relative to the encoder's; ".." only in front
     # must occur in a file that is in a shared place beside a single-file encoder
     token: str = ""
     on_hub: str = "tokenizer.json"  # the file that is downloaded
-    shared: tuple[str, ...] = (".",)  # of the places beside: where tokenizers of other models may be too
+    shared: tuple[str, ...] = (".",)  # of `folders`: where tokenizers of other models may be too
 
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
         """Return `path` if given, else the first file beside or inside the encoder's folder, else None.
@@ -46,7 +46,7 @@ class TokenizerFiles:
         if path is not None:
             return self._describe_given(path)
         folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent
-        for place in self.beside:
+        for place in self.folders:
             parts = place.split("/")
             file = self._file_in(
                 folder.parent.joinpath(*parts[1:]) if parts[0] == ".." else folder.joinpath(*parts)
@@ -164,7 +164,7 @@ class TokenizerFiles:
             except OSError as error:
                 raise self.unreadable(path, OSError(error.strerror)) from error
             return path
-        for place in (path, *(path / place for place in self.beside if not place.startswith(".."))):
+        for place in (path, *(path / place for place in self.folders if not place.startswith(".."))):
             file = self._file_in(place)
             if file is not None:
                 return file

@@ -9,7 +9,7 @@ from contract.families import FAMILIES, Script
 from dataset.cache.commands import recall_options, remember_options
 from dataset.config import DatasetConfig, for_family, load_dataset_config, with_downloads, with_sound_files
 from dataset.options import CachingOptions, read_spelled_caching
-from modules.command import name_as_typed, tell_loading
+from modules.command import name_as_typed, print_loading
 from modules.option_values import option_words, require
 from modules.options import option_values
 from modules.parser import parse_spelled
@@ -43,7 +43,7 @@ def cache_family_latents(
         if sound_files is not None:
             config = with_sound_files(config, *sound_files)
 
-        tell_loading()
+        print_loading()
         from dataset.caching import loop  # torch loads here, after every option has been read
 
         caches = entry.make_family("latent_caching", family_options)
@@ -79,7 +79,7 @@ def cache_family_texts(
     with name_as_typed(options.typed_names):
         config = with_downloads(load_dataset_config(options.dataset_config), options.download_directory)
 
-        tell_loading()
+        print_loading()
         from dataset.caching import loop  # torch loads here, after every option has been read
 
         caches = entry.make_family("text_caching", family_options)

@@ -272,7 +272,7 @@ def _receive(remote: RemoteFile, partial: Path, wait: Callable[[float], None]) -
                 first_wait=FIRST_WAIT,
                 most_bytes=size,
                 size_bytes=size,
-                seen=lambda n: bar.update(n - bar.n),
+                progress=lambda n: bar.update(n - bar.n),
             )
     except RefusedBySite as refused:
         if refused.status is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpoints.dialects import LoadPlan, count, other_kind, rename_sources, shapes_of
-from checkpoints.encoders import head_width, network_in, told_beside
+from checkpoints.encoders import head_width, network_in, read_network_config
 from checkpoints.opening import Checkpoint, plain_sources
 from checkpoints.tokenizers import TokenizerFiles
 from contract.loading import TensorSource
@@ -38,7 +38,7 @@ def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFile
         names=("tokenizer.json", "vocab.json"),
         folder="",
         repository="openai/clip-vit-large-patch14",
-        beside=folders,
+        folders=folders,
         token=CLIP_START,
         shared=(".", "tokenizer"),
     )
@@ -102,7 +102,7 @@ def read_clip_text(
     sources = plain_sources(network)
     if config_json is None:
         width = shapes_of(network, sources)("embeddings.token_embedding.weight")[-1]
-        config_json = told_beside(
+        config_json = read_network_config(
             checkpoint.path, "text_config", kind="clip", dim=width, defaults=CLIP_DEFAULTS
         )
     return plan_clip_text(network, sources, config_json, use)
@@ -198,7 +198,9 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
         )
     dim = patches[0]
     patch = patches[2]
-    config_json = told_beside(checkpoint.path, "vision_config", kind="clip", dim=dim, defaults=DEFAULTS)
+    config_json = read_network_config(
+        checkpoint.path, "vision_config", kind="clip", dim=dim, defaults=DEFAULTS
+    )
     config = ClipVisionConfig(
         dim=dim,
         ffn_dim=shape("encoder.layers.0.mlp.fc1.weight")[0],

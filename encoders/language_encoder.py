@@ -109,7 +109,7 @@ def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
         folder="tokenizer",
         repository=repository,
         # inside the encoder's folder; beside a file; beside text_encoder
-        beside=(".", "qwen_3", "tokenizer", "../tokenizer"),
+        folders=(".", "qwen_3", "tokenizer", "../tokenizer"),
         token="<|im_start|>",
     )
     return TokenizerSource(files, adds_own=False, read_file=read_qwen_tokenizer)
@@ -463,7 +463,7 @@ class LanguageModelFiles(TransformerFiles):
                 self.language_model().path,
                 width=self.text_width(),
                 dit_path=self.dit,
-                taken=None if config is None else config.text_dim,
+                dit_width=None if config is None else config.text_dim,
                 give=model.files,
             )
             if use.pictures is not None and use.pictures.always:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.dialects import LoadPlan, count, load_planned, loaded_bytes, other_kind, shapes_of
-from checkpoints.encoders import SPIECE_MODEL, head_width, network_in, told_beside
+from checkpoints.encoders import SPIECE_MODEL, head_width, network_in, read_network_config
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from contract.family import DitSpec
 from contract.loading import BlockPlace
@@ -202,7 +202,7 @@ def read_language_model(
     query_rows = shape("layers.0.self_attn.q_proj.weight", 2)[0]
     key_rows = shape("layers.0.self_attn.k_proj.weight", 2)[0]
     stored_config = network.metadata.get(model.config_key)
-    config_json = told_beside(
+    config_json = read_network_config(
         path, "text_config", kind=model.kind, dim=dim, defaults=model.defaults, written=stored_config
     )
     if Q_NORM in model.marks:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.dialects import LoadPlan, count, load_planned, shapes_of
-from checkpoints.encoders import told_beside
+from checkpoints.encoders import read_network_config
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from encoders.language_models import LanguageModel
 from encoders.vision_towers import PATCHES, VisionTower
@@ -121,7 +121,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
         "spatial_merge_size": merge,
         "out_hidden_size": out_dim,
     }
-    config_json = told_beside(path, "vision_config", kind=tower.kind, dim=dim, defaults={})
+    config_json = read_network_config(path, "vision_config", kind=tower.kind, dim=dim, defaults={})
     shapes = {name: info.shape for name, info in network.tensors.items()}
     settings = tower.read(sizes, config_json, shapes)
     if settings is None:

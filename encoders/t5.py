@@ -56,7 +56,7 @@ T5_FILES = TokenizerFiles(
     folder="",
     repository="google/t5-v1_1-xxl",
     # diffusers: FLUX.1 has it as its second, Chroma as its only one
-    beside=(
+    folders=(
         "t5xxl",
         "t5-v1_1-xxl",
         "google_t5-v1_1-xxl",

@@ -35,7 +35,7 @@ _MISTRAL_FILES = TokenizerFiles(
     folder="tokenizer",
     repository="black-forest-labs/FLUX.2-dev",
     # inside the encoder's folder; beside a single file; beside text_encoder (diffusers)
-    beside=(".", "mistral_3", "tokenizer", "../tokenizer"),
+    folders=(".", "mistral_3", "tokenizer", "../tokenizer"),
     token="[INST]",
 )
 MISTRAL_USE = LanguageUse(

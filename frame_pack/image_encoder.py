@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
-from checkpoints.encoders import ALL_IN_ONE, head_width, network_in, told_beside
+from checkpoints.encoders import ALL_IN_ONE, head_width, network_in, read_network_config
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from encoders.clip_layers import ClipLayers, check_activation
 from modules.devices import dtype_name, half_where_fast
@@ -76,7 +76,7 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
             checkpoint.path,
         )
     dim, patch = patches[0], patches[2]
-    settings = told_beside(checkpoint.path, "vision_config", "siglip", dim, DEFAULTS)
+    settings = read_network_config(checkpoint.path, "vision_config", "siglip", dim, DEFAULTS)
     config = SiglipConfig(
         dim=dim,
         ffn_dim=shape("encoder.layers.0.mlp.fc1.weight")[0],

@@ -204,7 +204,7 @@ def _check(options: GenerationOptions) -> None:
         "--save_merged_model": options.save_merged_model is not None,
         "--num_videos": options.num_videos > 1,
         "--prompt_rewrite": options.rewriting.prompt_rewrite is not None,
-        "--plan": options.speed.plan.is_asked,
+        "--plan": options.speed.plan.is_planning,
         **dict.fromkeys(options.speed.shared_by, True),
         f"--output_type {output.output_type}": output.output_type not in output_types,
         "--no_metadata": output.no_metadata,

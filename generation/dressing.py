@@ -59,7 +59,7 @@ class DitLoader:
         """
         place = None
         if self.device.type != "cpu":
-            place = swapped_weights(self.family.dit, self.options.speed.swap, self.device, whole=True)
+            place = swapped_weights(self.family.dit, self.options.speed.swap, self.device, all_weights=True)
         with own_stream(self.device):
             dit = self(expert, place, check)
             return dit, HostCopy(dit, self.device, place)

@@ -196,7 +196,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         from running.compile import check_compilation  # only with --compile
 
         check_compilation(options.speed.compilation.choice, device)
-    if options.speed.plan.is_asked:
+    if options.speed.plan.is_planning:
         _print_plan(family, options, device)
         return
     run = _make_run(family, options, uses, device)

@@ -8,7 +8,7 @@ from typing import Any
 from contract.families import FAMILIES, Script
 from generation.options import GenerationOptions, read_generation
 from generation.script_options import ScriptDefaults
-from modules.command import each_warning_once, name_as_typed, tell_loading
+from modules.command import each_warning_once, name_as_typed, print_loading
 from modules.options import option_values
 
 
@@ -43,7 +43,7 @@ def generation_script(
             options.warn_of_ignored()
             if options.interactive:  # each prompt has its own
                 warnings.close()
-            tell_loading()
+            print_loading()
             from generation.run import generate  # torch loads here, after every option has been read
             from modules.devices import make_deterministic
 

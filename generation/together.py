@@ -88,7 +88,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
     """
     speed = options.speed
     launched = launched_processes()
-    runs_none = bool(options.latent_path or options.save_merged_model or speed.plan.is_asked)
+    runs_none = bool(options.latent_path or options.save_merged_model or speed.plan.is_planning)
     if not runs_none:
         _check_groups(options, launched)
     if launched == 1:

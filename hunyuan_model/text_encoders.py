@@ -42,7 +42,7 @@ LLAMA_TOKENIZER = TokenizerSource(
         folder="tokenizer",
         repository="hunyuanvideo-community/HunyuanVideo",
         # inside the encoder's folder (official); beside a single file; beside text_encoder (diffusers)
-        beside=(".", "llava_llama3", "tokenizer", "../tokenizer"),
+        folders=(".", "llava_llama3", "tokenizer", "../tokenizer"),
         token="<|begin_of_text|>",
     ),
     begin="<|begin_of_text|>",  # some files leave it to transformers to add it

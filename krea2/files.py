@@ -30,7 +30,7 @@ from qwen_image.files import QWEN_USE, TOKENIZER, QwenImageFiles
 
 KEY = "krea2_vl_embed"
 BESIDE = (".", "qwen_3_vl", "tokenizer", "../tokenizer")
-FROM = replace(TOKENIZER, repository="Qwen/Qwen3-VL-4B-Instruct", beside=BESIDE)
+FROM = replace(TOKENIZER, repository="Qwen/Qwen3-VL-4B-Instruct", folders=BESIDE)
 # the template is Qwen-Image's
 KREA_2_USE = replace(
     QWEN_USE,

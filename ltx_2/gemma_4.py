@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints.encoders import config_beside
+from checkpoints.encoders import read_config_json
 from checkpoints.model_files import read_once
 from checkpoints.opening import Checkpoint
 from encoders.language_models import FAR, FEED_NORM, NEAR, Q_NORM, SCALAR, LanguageModel
@@ -116,7 +116,7 @@ def _version(checkpoint: Checkpoint, key: str) -> str | None:
     try:
         settings = parse_json(checkpoint.metadata[key]) if key in checkpoint.metadata else {}
         if not settings and key == CONFIG:
-            settings = config_beside(checkpoint.path)[1] or {}
+            settings = read_config_json(checkpoint.path)[1] or {}
         version = settings.get("gemma_version")
         return None if version is None else str(version)
     except (ValueError, TypeError, AttributeError) as error:

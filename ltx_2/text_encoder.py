@@ -124,7 +124,7 @@ TOKENIZER_FILES = TokenizerFiles(
     folder="tokenizer",
     repository="Lightricks/LTX-2",
     # google's folder; diffusers' text_encoder, with tokenizer beside it; beside a single file
-    beside=(".", "tokenizer", "../tokenizer"),
+    folders=(".", "tokenizer", "../tokenizer"),
     token="<start_of_turn>",
 )
 GEMMA_USE = LanguageUse(

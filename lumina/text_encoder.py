@@ -84,7 +84,7 @@ GEMMA_FILES = TokenizerFiles(
     folder="tokenizer",
     repository="Alpha-VLLM/Lumina-Image-2.0",
     # beside a single file; diffusers pipelines, with text_encoder and tokenizer side by side; google's folder
-    beside=("tokenizer", "../tokenizer", "."),
+    folders=("tokenizer", "../tokenizer", "."),
     token="<start_of_turn>",
 )
 

@@ -86,12 +86,17 @@ class Bar(ExitStack):
         """Return the progress in words, with an estimate of the time left and, for frames, the rate."""
         passed = self.now() - self._start
         show = as_size if self.unit == BYTES else "{:g}".format
-        parts = [show(self.done) if self.total is None else f"{show(self.done)} of {show(self.total)}"]
+        progress = show(self.done)
+        if self.total is not None:
+            progress += f" of {show(self.total)}"
+        parts = [progress]
         if self.unit == FRAMES and self.done and passed > 0:
             parts.append(f"{self.done / passed:.3g} frames a second")
         if self.total is not None and self.done:
-            parts.append(f"about {in_words(passed * max(0, self.total - self.done) / self.done)} left")
-        return f"{self.what}{', step ' if self.unit == STEPS else ': '}{', '.join(parts)}"
+            seconds_left = passed * max(0, self.total - self.done) / self.done
+            parts.append(f"about {in_words(seconds_left)} left")
+        separator = ", step " if self.unit == STEPS else ": "
+        return f"{self.what}{separator}{', '.join(parts)}"
 
 
 def track(

@@ -191,7 +191,7 @@ def command_line(
             check_requirements()
         main()
     except UserError as error:
-        let_the_first_tell()
+        wait_for_first_process()
         message = plain_message(f"{type(error).__name__}: {error}", sys.argv)
         print(fold(message, columns_of(sys.stderr)), file=sys.stderr)
         has_room = str(error).count("\n") + 1 < MOST_LINES
@@ -216,7 +216,7 @@ def command_line(
     except Exception as error:
         trouble = explain_compilation(error)
         if trouble is not None:
-            let_the_first_tell()
+            wait_for_first_process()
             message = plain_message(f"{type(error).__name__}: {trouble}")
             print(fold(message, columns_of(sys.stderr)), file=sys.stderr)
         elif draws_boxes(sys.stderr):
@@ -298,12 +298,12 @@ def _folder_with_blank(command: str) -> str | None:
     return next((folder for folder in folders if folder and " " in folder and folder in command), None)
 
 
-def tell_loading() -> None:
+def print_loading() -> None:
     if draws_boxes(sys.stderr) and "torch" not in sys.modules and os.environ.get("LOCAL_RANK", "0") == "0":
         print("Loading torch ...", file=sys.stderr, flush=True)
 
 
-def let_the_first_tell() -> None:
+def wait_for_first_process() -> None:
     """Wait a little unless this is the first process of a launcher on this machine.
 
     If the first has the same error, the launcher ends this one meanwhile, so the error is printed once.
@@ -337,14 +337,17 @@ def one_line(word: str) -> str:
     return shorten(word, MOST_OF_WORD).replace("\n", "\\n")
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return " Did you mean NAME?" with the most similar name, else a name with which `given` begins, else
-    the only name that begins with `given` (both up to a _). Return "" if there is none.
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """Return " Did you mean NAME?" with the most similar name, else a name with which `word` begins, else
+    the only name that begins with `word` (both up to a _). Return "" if there is none.
     """
-    known = list(known)
-    near = difflib.get_close_matches(given[:MOST_OF_WORD], known, 1)
-    near = near or sorted((name for name in known if name and given.startswith(f"{name}_")), key=len)[-1:]
-    near = near or [name for name in known if given and name.lower().startswith(f"{given.lower()}_")]
+    names = list(names)
+    near = difflib.get_close_matches(word[:MOST_OF_WORD], names, 1)
+    if not near:
+        beginnings = [name for name in names if name and word.startswith(f"{name}_")]
+        near = sorted(beginnings, key=len)[-1:]
+    if not near and word:
+        near = [name for name in names if name.lower().startswith(f"{word.lower()}_")]
     return f" Did you mean {near[0]}?" if len(near) == 1 else ""
 
 

@@ -70,8 +70,8 @@ class CompileWords(Options):
         facts=NO_PIXELS,
     )
 
-    def given(self, is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> dict[str, str]:
-        """Return the words that are given here, by their names in `COMPILE_ARGS`.
+    def typed_words(self, is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> dict[str, str]:
+        """Return the words that are typed here, by their names in `COMPILE_ARGS`.
 
         Raises OptionError if words, here or of --compile_args, do nothing or say the same.
         """
@@ -140,21 +140,19 @@ class TrainingCompileOptions(Options):
     words: CompileWords = option(facts=FREE)
 
     def __post_init__(self) -> None:
-        backend, others = (
-            self.dynamo_backend.lower(),
-            self.dynamo_mode or self.dynamo_fullgraph or self.dynamo_dynamic,
-        )
-        if self.compile and (backend != "no" or others):
+        has_backend = self.dynamo_backend.lower() != "no"
+        has_settings = bool(self.dynamo_mode or self.dynamo_fullgraph or self.dynamo_dynamic)
+        if self.compile and (has_backend or has_settings):
             raise OptionError(
                 "--compile and --dynamo_backend (here or given to accelerate launch) both say how to "
                 "compile. Give either --compile with --compile_args, or the --dynamo_ options"
             )
-        if backend == "no" and others:
+        if has_settings and not has_backend:
             raise OptionError(
                 "--dynamo_mode, --dynamo_fullgraph and --dynamo_dynamic do nothing without --dynamo_backend: "
                 "add --dynamo_backend inductor"
             )
-        self.words.given(self.compile, self.compile_args, TRAINING_ARGS)
+        self.words.typed_words(self.compile, self.compile_args, TRAINING_ARGS)
         _ = self.choice
 
     @property
@@ -188,7 +186,7 @@ class GenerationCompileOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        self.words.given(self.compile, self.compile_args, GENERATION_ARGS)
+        self.words.typed_words(self.compile, self.compile_args, GENERATION_ARGS)
         _ = self.choice
 
     @property
@@ -198,7 +196,7 @@ class GenerationCompileOptions(Options):
 
 def compilation_of(args: tuple[str, ...], usual: tuple[str, ...], words: CompileWords) -> Compilation:
     """Parse the four words of --compile_args, or their replacement. Raises OptionError if one is unknown."""
-    named = dict(zip(COMPILE_ARGS, args, strict=True)) | words.given(True, args, usual)
+    named = dict(zip(COMPILE_ARGS, args, strict=True)) | words.typed_words(True, args, usual)
     backend, mode, dynamic, fullgraph = named.values()
     is_dynamic = None
     if dynamic.strip().lower() not in {"auto", "none"}:

@@ -144,13 +144,16 @@ def count_words(number: int, words: str) -> str:
     """Return a count with words for several, changed for one: `1 table has no item`, `2 tables have ...`."""
     if number != 1:
         return f"{number} {words}"
-    head, colon, tail = words.partition(": ")
-    verb = re.search(rf"\b({'|'.join(_VERBS)})\b", head)
-    nouns, predicate = (head, "") if verb is None else (head[: verb.start()], head[verb.end() :])
+    nouns, colon, tail = words.partition(": ")
+    verb = re.search(rf"\b({'|'.join(_VERBS)})\b", nouns)
+    predicate = ""
+    if verb is not None:
+        predicate = _VERBS[verb[0]] + nouns[verb.end() :]
+        nouns = nouns[: verb.start()]
     nouns = re.sub(r"^(\w+?)(ie)?s\b", lambda match: match[1] + ("y" if match[2] else ""), nouns)
     nouns = re.sub(r"^(\w+ or \w+?)s\b", r"\1", nouns)
     nouns = re.sub(r"^(text \w+?)s\b", r"\1", nouns)
-    return f"1 {nouns}{_VERBS[verb[0]] if verb else ''}{predicate}{colon}{tail}"
+    return f"1 {nouns}{predicate}{colon}{tail}"
 
 
 @contextlib.contextmanager

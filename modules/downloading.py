@@ -74,17 +74,19 @@ def receive(
     most_bytes: int,
     size_bytes: int | None = None,
     check: Callable[[Answer], None] = lambda _: None,
-    seen: Callable[[int], object] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Download to `path`, which may hold the beginning of a file of known size; stop beyond `most_bytes`.
 
     tries: how many attempts in a row may bring little. wait: called with the seconds before another attempt.
     first_wait: in seconds, doubled with each such attempt. size_bytes: of the file; None: the site says it.
-    check: called with each answer before its data are read. seen: called with the number of bytes that the
-    file has. Raises BrokenTry after the last try, RefusedBySite, OSError if the file cannot be written.
+    check: called with each answer before its data are read. progress: called with the number of bytes that
+    the file has. Raises BrokenTry after the last try, RefusedBySite, OSError if the file cannot be written.
     """
     path.touch()  # also of an empty file
-    failures, most, version = 0, path.stat().st_size, None
+    most = path.stat().st_size  # bytes of the file at the last attempt that brought much
+    failures = 0
+    version: str | None = None
     while True:
         have = path.stat().st_size if version is not None or size_bytes is not None else 0
         try:
@@ -93,7 +95,7 @@ def receive(
             with ask(have, version) as answer:
                 version = answer.version
                 check(answer)
-                received = _write(path, answer, most_bytes, seen)
+                received = _write(path, answer, most_bytes, progress)
             expected = answer.size_bytes if size_bytes is None else size_bytes
             if received > most_bytes or expected in (None, received):
                 return
@@ -104,7 +106,11 @@ def receive(
                 os.truncate(path, 0)
             # what is sent again is not new, nor are a few bytes: a site could go on so without end
             have = path.stat().st_size
-            failures, most = (0, have) if have >= most + PIECE else (failures + 1, most)
+            if have >= most + PIECE:
+                failures = 0
+                most = have
+            else:
+                failures += 1
             if failures == tries:
                 raise
             seconds = max(first_wait * 2 ** max(0, failures - 1), min(error.wait_seconds, MAX_WAIT_SECONDS))
@@ -112,23 +118,25 @@ def receive(
             wait(seconds)
 
 
-def _write(path: Path, answer: Answer, most_bytes: int, seen: Callable[[int], object]) -> int:
+def _write(path: Path, answer: Answer, most_bytes: int, progress: Callable[[int], object]) -> int:
     """Write a site's answer at its place; return where it ends. Raises BrokenTry if it comes too slowly."""
     with path.open("r+b") as file:
         file.truncate(answer.start)
         file.seek(answer.start)
-        seen(answer.start)
-        since, at_start = time.monotonic(), file.tell()
+        progress(answer.start)
+        since = time.monotonic()  # when the last SLOW_SECONDS began, and where
+        at_start = file.tell()
         try:
             for piece in answer.pieces:
                 file.write(piece)
-                seen(file.tell())
+                progress(file.tell())
                 if file.tell() > most_bytes:
                     break
                 if time.monotonic() - since > SLOW_SECONDS:
                     if file.tell() - at_start < SLOW_BYTES:
                         raise BrokenTry(f"less than {SLOW_BYTES >> 10} KiB arrived in {SLOW_SECONDS:.0f} s")
-                    since, at_start = time.monotonic(), file.tell()
+                    since = time.monotonic()
+                    at_start = file.tell()
         finally:
             file.flush()
             os.fsync(file.fileno())
@@ -153,21 +161,26 @@ def ask_http(
 
     request_headers = {**(headers or {}), "accept-encoding": "identity"}
     if have:
-        request_headers |= {"range": f"bytes={have}-"} | ({} if version is None else {"if-range": version})
+        request_headers["range"] = f"bytes={have}-"
+    if have and version is not None:
+        request_headers["if-range"] = version
     try:
         session = _session(threading.get_ident())
         with session.get(address, headers=request_headers, stream=True, timeout=TIMEOUTS) as answer:
             _check_answer(address, answer)
             start = _first_byte(answer, have)
-            # an encoded answer has another length than the file; a weak version may be of other bytes
-            length = None if answer.headers.get("content-encoding") else _number(answer, "content-length")
+            end = None
+            if not answer.headers.get("content-encoding"):  # else it has another length than the file
+                length = _number(answer, "content-length")
+                end = None if length is None else start + length
             etag = answer.headers.get("etag", "")
+            # a weak version may be of other bytes
             stamp = etag if etag.startswith('"') else answer.headers.get("last-modified")
             if start and version is not None and stamp not in (None, version):  # some pay no heed to if-range
                 raise BrokenTry("the file has changed meanwhile", from_start=True)
             yield Answer(
                 start,
-                None if length is None else start + length,
+                end,
                 stamp or (version if start else None),  # the rest of a file need not say it again
                 answer.iter_content(PIECE),
             )

@@ -36,10 +36,12 @@ def prepare_environment(extra: str | None = None, packages: Iterable[str] = ()) 
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         runtime += project["optional-dependencies"][extra]
     packages_to_install = [*runtime, *packages]
-    is_active = sys.prefix != sys.base_prefix
-    folder = Path(sys.prefix) if is_active else ROOT / ".venv"
-    inside = "Scripts/python.exe" if os.name == "nt" else "bin/python"
-    python = Path(sys.executable) if is_active else folder / inside
+    if sys.prefix != sys.base_prefix:  # an environment is active
+        folder = Path(sys.prefix)
+        python = Path(sys.executable)
+    else:
+        folder = ROOT / ".venv"
+        python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         create_environment(folder)
     stamp = folder / f"reelsmith-{extra or 'runtime'}.stamp"
@@ -89,17 +91,18 @@ def provide_pip(python: Path) -> None:
 def _install(python: Path, packages: list[str]) -> None:
     provide_pip(python)
     has_torch = _runs(python, "-c", "import torch")
-    plain = [
-        line
-        for line in packages
-        if not (has_torch and requirement_name(line) == "torch")
-        and requirement_name(line) not in WITHOUT_DEPENDENCIES
-    ]
-    alone = [line for line in packages if requirement_name(line) in WITHOUT_DEPENDENCIES]
-    # torch first, so that no other package chooses its version
-    torch_first = [line for line in plain if requirement_name(line) == "torch"]
-    following = [line for line in plain if line not in torch_first]
-    for lines, flags in ((torch_first, []), (following, []), (alone, ["--no-deps"])):
+    torch_alone = []  # first, so that no other package chooses its version
+    following = []
+    without_dependencies = []
+    for line in packages:
+        name = requirement_name(line)
+        if name in WITHOUT_DEPENDENCIES:
+            without_dependencies.append(line)
+        elif name != "torch":
+            following.append(line)
+        elif not has_torch:
+            torch_alone.append(line)
+    for lines, flags in ((torch_alone, []), (following, []), (without_dependencies, ["--no-deps"])):
         if lines:
             command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             command += [*flags, *lines]

@@ -47,14 +47,18 @@ def full_help(parser: argparse.ArgumentParser) -> str:
     for group in groups:
         for action in group._group_actions:
             refusal = refusal_of(action)
-            if refusal is not None:
-                flags_by_reason = refused if refusal.reason else unneeded
-                reason = refusal.reason or refusal.instead
-                flags_by_reason.setdefault(reason, []).append("/".join(action.option_strings))
+            if refusal is None:
+                continue
+            flags = "/".join(action.option_strings)
+            if refusal.reason:
+                refused.setdefault(refusal.reason, []).append(flags)
+            else:
+                unneeded.setdefault(refusal.instead, []).append(flags)
     sections = {"refused, with the reason": refused, "accepted, not needed": unneeded}
     for title, flags_by_reason in sections.items():
+        lines = _by_reason(flags_by_reason.items(), formatter._width - 2)
         formatter.start_section(title)
-        formatter.add_text("\n".join(_by_reason(flags_by_reason.items(), formatter._width - 2)))
+        formatter.add_text("\n".join(lines))
         formatter.end_section()
     formatter.add_text(parser.epilog)
     return formatter.format_help()
@@ -88,20 +92,29 @@ def short_help(parser: argparse.ArgumentParser) -> str:
 
 def _in_short(formatter: argparse.HelpFormatter, action: argparse.Action, width: int) -> list[str]:
     """Return the lines of an option in the short help: whole clauses, its choices and its default."""
-    names, value = [*map(str, action.choices or ())], ""
+    names = [*map(str, action.choices or ())]
     is_long = len(" ".join(names)) > LONGEST_CHOICES
+    value = ""
     if action.nargs != 0:
         value = "NAME" if is_long else formatter._format_args(action, action.dest.upper())
     words = f"{' or '.join(action.option_strings)} {value}".strip()
     if len(words) > COLUMN - 4 and len(action.option_strings) > 1:
         words = f"{action.option_strings[-1]} {value}".strip()
     help_text = (action.help or "").replace("%%", "%")
-    text = _first_clauses(help_text) + (f": {', '.join(names)}" if is_long else "")
+    text = _first_clauses(help_text)
+    if is_long:
+        text += f": {', '.join(names)}"
     match = re.search(r"\bdefault:? ([^;]+)", help_text)
     default = _default_of(action) if match is None else match[1]
-    text += f" (default: {default})" if default and "default" not in text else ""
-    starts = f"  {words:{COLUMN - 4}}  ", " " * COLUMN
-    return wrap(text, width, initial_indent=starts[0], subsequent_indent=starts[1], break_on_hyphens=False)
+    if default and "default" not in text:
+        text += f" (default: {default})"
+    return wrap(
+        text,
+        width,
+        initial_indent=f"  {words:{COLUMN - 4}}  ",
+        subsequent_indent=" " * COLUMN,
+        break_on_hyphens=False,
+    )
 
 
 def _first_clauses(text: str) -> str:

@@ -232,7 +232,8 @@ def import_user_module(option: str, name: str, example: str, remedy: str) -> Mod
     """
     if not all(part.isidentifier() for part in name.split(".")):
         raise OptionError(f"{option} {name} is not an import path. Write package.module, as {example}.")
-    here, reason = str(Path.cwd()), refuses_code()
+    here = str(Path.cwd())
+    reason = refuses_code()
     if reason is None and here not in sys.path:
         sys.path.append(here)
     try:

@@ -99,7 +99,7 @@ class OtherProcesses:
             if not is_of_processes:
                 raise
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that knows too: first this is told
-            if not self._tells:
+            if not self._prints_error:
                 raise SystemExit(LostProcessError.exit_code) from None
             summary = shorten((str(error) or type(error).__name__).splitlines()[0], 160)
             raise LostProcessError(self._describe(f" torch says: {summary}")) from None
@@ -148,14 +148,14 @@ class OtherProcesses:
         if self._over.wait(self._pace.grace):
             return
         try:
-            if self._tells:
+            if self._prints_error:
                 text = plain_message(f"{LostProcessError.__name__}: {self._describe()}")
                 os.write(2, f"\n{text}\n".encode())  # the main thread may hold the stream
         finally:
             os._exit(LostProcessError.exit_code)  # the main thread waits in C++, which no exception reaches
 
     @property
-    def _tells(self) -> bool:
+    def _prints_error(self) -> bool:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         is_lost = self._lost is not None and self._lost[0] == self._rank - local
         return local == int(is_lost)
@@ -165,12 +165,14 @@ class OtherProcesses:
         text = "another process of this run was lost: it was killed, or ended by an error"
         if self._lost is not None:
             lost, how = self._lost
-            text = f"process {lost} (counted from 0) " + (
-                f"has not answered for {self._pace.silence:g} seconds: it is stopped, or its machine cannot "
-                "be reached"
-                if how == SILENT
-                else "was lost: it was killed, for example because memory was full, or ended by an error"
-            )
+            text = f"process {lost} (counted from 0) "
+            if how == SILENT:
+                text += (
+                    f"has not answered for {self._pace.silence:g} seconds: it is stopped, or its machine "
+                    "cannot be reached"
+                )
+            else:
+                text += "was lost: it was killed, for example because memory was full, or ended by an error"
         try:
             advice = self.advice()
         except OSError:  # the folder to look into is gone with a machine
@@ -188,9 +190,14 @@ def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
     may_restart = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not may_restart:
         return
-    rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    store = distributed.TCPStore(*place, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined]
+    rank = int(environment["RANK"])
+    count = int(environment["WORLD_SIZE"])
+    store = distributed.TCPStore(  # type: ignore[attr-defined]
+        environment["MASTER_ADDR"],
+        int(environment["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+    )
     if rank == 0:
         with socket.socket() as free:
             free.bind(("", 0))

@@ -327,11 +327,12 @@ def _check_relations(record: Any, field: "dataclasses.Field[Any]", hint: str) ->
         raise OptionError(f"{option} needs {flags}: give {what}{hint}")
     if useful and not _names_of_given(record, useful):
         value = getattr(record, field.name)
-        typed = option if isinstance(value, (bool, tuple)) else f"{option} {value}"
+        if not isinstance(value, (bool, tuple)):
+            option += f" {value}"
         reason = f"none of --{', --'.join(useful)} is"
         if len(useful) == 1:
             reason = f"--{useful[0]} is not"
-        logger.warning("%s is ignored because %s given", typed, reason)
+        logger.warning("%s is ignored because %s given", option, reason)
 
 
 def _names_of_given(record: Any, names: Collection[str]) -> list[str]:
@@ -411,7 +412,8 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
             is_declared = record is hint or hasattr(args, option_name(dataclasses.fields(record)[0]))
             values[field.name] = read_options(record, args) if is_declared else None
             continue
-        option, declared = option_name(field), field.metadata.get("declared")
+        option = option_name(field)
+        declared = field.metadata.get("declared")
         argument = option.replace("-", "_")
         if not hasattr(args, argument) and declared is not None and not declared.help:
             values[field.name] = default_of(cls, field)

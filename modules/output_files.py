@@ -28,7 +28,8 @@ def check_output_name(option: str, name: str, is_windows: bool = os.name == "nt"
 
     is_windows: also refuse names that Windows cannot have.
     """
-    size, reason = len(name.encode("utf-8", "surrogateescape")), ""
+    size = len(name.encode("utf-8", "surrogateescape"))
+    reason = ""
     if "/" in name or "\\" in name:
         reason = "it holds a folder, which --output_dir names"
     elif not name.strip() or set(name.strip()) == {"."}:

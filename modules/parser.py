@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, NoReturn
 from modules.command import (
     as_typed,
     did_you_mean,
-    let_the_first_tell,
     name_as_typed,
     one_line,
     plain_message,
+    wait_for_first_process,
     wants_colour,
 )
 from modules.errors import OptionError
@@ -250,7 +250,7 @@ class Parser(argparse.ArgumentParser):
         else:
             message = message.replace("\n", "\\n")
         message = plain_message(message, sys.argv)
-        let_the_first_tell()
+        wait_for_first_process()
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
 
     def _help_of(self, name: str) -> str:
@@ -442,7 +442,8 @@ def _add_field(
     changes: _ScriptChanges,
 ) -> None:
     """Declare the option of a field, or all options of the record that it holds."""
-    declared, name = field.metadata.get("declared"), option_name(field)
+    declared = field.metadata.get("declared")
+    name = option_name(field)
     if declared is not None and declared.title:
         group = group_of(parser, declared.title)
     hint = hints_of(cls)[field.name]
@@ -474,8 +475,13 @@ def _add_field(
     action.is_secret = "secret" in field.metadata  # type: ignore[attr-defined]
     action.reach = reach_of(field.metadata)  # type: ignore[attr-defined]
     if name in changes.refused:
-        reason = changes.refused[name]
-        action.refusal = Refusal(action.help or "", reason=reason, instead="", values=(), settings={})  # type: ignore[attr-defined]
+        action.refusal = Refusal(  # type: ignore[attr-defined]
+            action.help or "",
+            reason=changes.refused[name],
+            instead="",
+            values=(),
+            settings={},
+        )
 
 
 def _refusals(cls: type[Options]) -> list[tuple[str, Refusal]]:

@@ -58,20 +58,23 @@ def accepted_options(
     extra_flags = flags or {}
     accepted: dict[str, AcceptedOption] = {}
     for field in dataclasses.fields(record):
-        name, declared, hint = (
-            option_name(field),
-            field.metadata.get("declared"),
-            hints_of(record)[field.name],
-        )
+        name = option_name(field)
+        hint = hints_of(record)[field.name]
+        declared = field.metadata.get("declared")
+        declared_flags: Sequence[str] = ()
+        settings: Mapping[str, Any] = {}
+        if declared is not None:
+            declared_flags = declared.flags
+            settings = declared.settings
         inner = record_of(hint)
         if inner is not None:
-            settings = {} if declared is None else declared.settings.get("settings", {})
-            inner_flags = {key: facts["flags"] for key, facts in settings.items() if "flags" in facts}
+            inner_flags = {
+                key: facts["flags"] for key, facts in settings.get("settings", {}).items() if "flags" in facts
+            }
             accepted |= accepted_options(inner, {**inner_flags, **extra_flags})
             continue
-        spelled = extra_flags.get(name) or (() if declared is None else declared.flags)
-        spellings = tuple(flag for flag in spelled if flag != f"--{name}")
-        choices = () if declared is None else tuple(declared.settings.get("choices") or ())
+        spellings = [flag for flag in extra_flags.get(name) or declared_flags if flag != f"--{name}"]
+        choices = tuple(settings.get("choices") or ())
         accepted[name] = AcceptedOption((*spellings, f"--{name}"), hint is bool, hint, choices)
     return accepted
 

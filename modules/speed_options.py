@@ -372,10 +372,6 @@ class ShardingOptions(Options):
         uses = {"--shard_base": self.shard_base, shared: self.context_parallel > 1}
         return tuple(name for name, is_given in uses.items() if is_given)
 
-    @property
-    def is_asked(self) -> bool:
-        return bool(self.shared_by)
-
     def groups_of(self, processes: int, passes: int = 1) -> int:
         """Return how many groups of processes have micro-batches of their own.
 
@@ -389,17 +385,18 @@ class ShardingOptions(Options):
             )
         return processes // peers
 
-    def check_beside(self, swap: SwapOptions) -> None:
+    def refuse_swapping(self, swap: SwapOptions) -> None:
         """Raise OptionError if blocks would be swapped too, with --shard_base."""
         uses = {
             f"--blocks_to_swap {swap.blocks_to_swap}": bool(swap.blocks_to_swap),
             "--img_in_txt_in_offloading": swap.img_in_txt_in_offloading,
         }
-        for name in (name for name, is_given in uses.items() if is_given):
-            raise OptionError(
-                f"--shard_base and {name} both say where the weights wait: in the other processes, or in "
-                "host memory. Give one of them; fp8 and more processes save memory beside --shard_base"
-            )
+        for name, is_given in uses.items():
+            if is_given:
+                raise OptionError(
+                    f"--shard_base and {name} both say where the weights wait: in the other processes, or in "
+                    "host memory. Give one of them; fp8 and more processes save memory beside --shard_base"
+                )
 
 
 def cards_or_size(text: str) -> str:
@@ -427,7 +424,7 @@ class PlanOptions(Options):
     )
 
     @property
-    def is_asked(self) -> bool:
+    def is_planning(self) -> bool:
         return self.plan is not None
 
     @property
@@ -453,7 +450,7 @@ class TrainingSpeedOptions(Options, title="memory and speed"):
 
     def __post_init__(self) -> None:
         if self.sharding.shard_base:
-            self.sharding.check_beside(self.swap)
+            self.sharding.refuse_swapping(self.swap)
 
 
 class GenerationSpeedOptions(Options, title="memory and speed"):
@@ -479,7 +476,7 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
 
     def __post_init__(self) -> None:
         if self.sharding.shard_base:
-            self.sharding.check_beside(self.swap)
+            self.sharding.refuse_swapping(self.swap)
 
     @property
     def shared_by(self) -> tuple[str, ...]:

@@ -142,20 +142,22 @@ def guess_encodings(contents: Sequence[bytes]) -> list[EncodingGuess | None]:
     A short text alone says little: the files whose own encoding is not sure take that of all together, if it
     decodes them.
     """
-    alone = [guess_encoding(content) for content in contents]
-    plain = [
-        content
-        for content, guess in zip(contents, alone, strict=True)
-        if guess is None or not guess.encoding.startswith("utf")
-    ]
-    together = guess_encoding(b"\n".join(plain)) if len(plain) > 1 else None
-    if together is None or together.encoding.startswith("utf"):
-        return alone
-    guesses: list[EncodingGuess | None] = []
-    for content, guess in zip(contents, alone, strict=True):
-        is_sure = guess is not None and (guess.is_sure or guess.encoding.startswith("utf"))
-        text = None if is_sure else _decode(content, together.encoding)
-        guesses.append(guess if text is None else EncodingGuess(together.encoding, text, together.is_sure))
+    guesses = [guess_encoding(content) for content in contents]
+    plain = []
+    for content, guess in zip(contents, guesses, strict=True):
+        if guess is None or not guess.encoding.startswith("utf"):
+            plain.append(content)
+    if len(plain) < 2:
+        return guesses
+    joint = guess_encoding(b"\n".join(plain))
+    if joint is None or joint.encoding.startswith("utf"):
+        return guesses
+    for index, (content, guess) in enumerate(zip(contents, guesses, strict=True)):
+        if guess is not None and (guess.is_sure or guess.encoding.startswith("utf")):
+            continue
+        text = _decode(content, joint.encoding)
+        if text is not None:
+            guesses[index] = EncodingGuess(joint.encoding, text, joint.is_sure)
     return guesses
 
 

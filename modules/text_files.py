@@ -10,7 +10,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from modules.limits import MAX_DEPTH, MAX_HEADER_BYTES, MAX_LINE_CHARACTERS, MAX_TEXT_BYTES
 
@@ -68,7 +68,7 @@ def read_safetensors_texts(path: Path) -> dict[str, str]:
     """
     size = require_regular_file(path)
     with path.open("rb") as file:
-        return read_tensor_header(file.read, size)[0]
+        return read_tensor_header(file.read, size).metadata
 
 
 def texts_of_files(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, str]]]:
@@ -81,10 +81,18 @@ def texts_of_files(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, str]
         yield path, texts
 
 
+class TensorHeader(NamedTuple):
+    """The header of a safetensors file."""
+
+    metadata: dict[str, str]
+    entries: dict[str, Any]  # of the tensors, by name
+    start: int  # byte at which the data begin
+
+
 def read_tensor_header(
     read: Callable[[int], bytes], size: int, first: int = 8, no_repeats: bool = False
-) -> tuple[dict[str, str], dict[str, Any], int]:
-    """Return the metadata of a safetensors file, the entries of its tensors by name, and where data begin.
+) -> TensorHeader:
+    """Read the header of a safetensors file.
 
     read: returns the next bytes of the file. size: of the file in bytes. first: bytes to read at once, more
     if most headers are short. no_repeats: as of `parse_json`. Raises ValueError if the header is wrong;
@@ -108,7 +116,7 @@ def read_tensor_header(
     if not isinstance(metadata, dict):
         raise ValueError("it is not a table of tensors")
     texts = {str(key): str(text) for key, text in metadata.items()}
-    return texts, entries, end
+    return TensorHeader(texts, entries, end)
 
 
 def read_text(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> str:

@@ -37,7 +37,7 @@ TOKENIZER = TokenizerFiles(
     folder="",
     repository="Qwen/Qwen2.5-VL-7B-Instruct",
     # inside the encoder's folder; beside a single file; beside text_encoder (diffusers)
-    beside=(".", "qwen_2.5_vl", "tokenizer", "../tokenizer"),
+    folders=(".", "qwen_2.5_vl", "tokenizer", "../tokenizer"),
     token="<|im_start|>",
 )
 QWEN_USE = LanguageUse(

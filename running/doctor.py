@@ -45,17 +45,17 @@ def _examine_packages() -> Iterator[Finding]:
         return
     from packaging.requirements import Requirement  # accelerate brings it
 
-    requirements = [Requirement(line) for line in read_requirements()]
-    wrong = [
-        f"{requirement.name} {version(requirement.name)} is not {requirement.specifier}"
-        for requirement in requirements
-        if _is_there(requirement.name)
-        and not requirement.specifier.contains(version(requirement.name), prereleases=True)
-    ]
-    remedy = "; nothing here was tried with that: python -m pip install -r requirements.txt"
-    verdict = (
-        ", ".join(wrong) + remedy if wrong else "all of requirements.txt, in the versions that it asks for"
-    )
+    wrong = []
+    for requirement in map(Requirement, read_requirements()):
+        if not _is_there(requirement.name):
+            continue
+        installed = version(requirement.name)
+        if not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append(f"{requirement.name} {installed} is not {requirement.specifier}")
+    verdict = "all of requirements.txt, in the versions that it asks for"
+    if wrong:
+        remedy = "; nothing here was tried with that: python -m pip install -r requirements.txt"
+        verdict = ", ".join(wrong) + remedy
     yield Finding("packages", verdict, is_fit=not wrong)
     yield Finding("video", f"PyAV {version('av')}; it brings FFmpeg, so no other is needed")
     if importlib.util.find_spec("bitsandbytes") is not None:
@@ -95,17 +95,17 @@ def _examine_torch() -> Iterator[Finding]:
     missing = missing_for_inductor(device)
     verdict = f"missing {missing}. Without it --compile and --optimized are refused" if missing else "works"
     yield Finding("compile", verdict)
-    packages = {
-        backend.name: importlib.util.find_spec(backend.module) is not None
-        for backend in BACKENDS.values()
-        if backend.module
-    }
-    backends = ["torch's own", *(name for name, has in packages.items() if has)]
-    lacking = ", ".join(name for name, has in packages.items() if not has)
-    verdict = (
-        f"; not installed: {lacking}. Their options are refused, torch's own needs none" if lacking else ""
-    )
-    yield Finding("attention", ", ".join(backends) + verdict)
+    installed = ["torch's own"]
+    lacking: list[str] = []
+    for backend in BACKENDS.values():
+        if backend.module:
+            has_package = importlib.util.find_spec(backend.module) is not None
+            (installed if has_package else lacking).append(backend.name)
+    verdict = ", ".join(installed)
+    if lacking:
+        names = ", ".join(lacking)
+        verdict += f"; not installed: {names}. Their options are refused, torch's own needs none"
+    yield Finding("attention", verdict)
 
 
 def _examine_browser() -> Finding:

@@ -28,13 +28,13 @@ class Checkpointing:
 
 
 def swapped_weights(
-    spec: DitSpec, swap: SwapOptions, device: torch.device, whole: bool = False
+    spec: DitSpec, swap: SwapOptions, device: torch.device, all_weights: bool = False
 ) -> HostWeights | None:
-    """Return host memory for swapped weights, or None. whole: for all weights, if the network takes turns."""
-    if not (whole or swap.number or swap.img_in_txt_in_offloading):
+    """Return host memory for swapped weights, or None. all_weights: hold all, if the network takes turns."""
+    if not (all_weights or swap.number or swap.img_in_txt_in_offloading):
         return None
     plan = SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading, swap.block_swap_ring_size)
-    return host_weights(plan, device, whole=whole)
+    return host_weights(plan, device, all_weights=all_weights)
 
 
 def have_joined() -> bool:

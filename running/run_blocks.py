@@ -54,6 +54,14 @@ def run_blocks(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
     runner_of(dit)(dit, hidden, tweaks)
 
 
+def _run_side_block(block: nn.Module, hidden: Hidden, number: int) -> Tensor:
+    """Run a block of the second stream; return what is added to `x` behind the next block."""
+    hidden.side, hint = block(hidden.side, hidden.x, hidden.tokens)
+    if hidden.side_scales is not None:
+        hint = hint * hidden.side_scales[:, number, None, None]
+    return hint
+
+
 def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
     """Run all blocks one after the other, except `tweaks.skip_blocks`: those pass their input through.
 
@@ -70,10 +78,8 @@ def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
         block = blocks[index]
         if in_side_list[index]:
             if hidden.side is not None:
-                hidden.side, hint = block(hidden.side, hidden.x, hidden.tokens)
-                if hidden.side_scales is not None:
-                    number = index - len(lists[spec.block_lists[0]])
-                    hint = hint * hidden.side_scales[:, number, None, None]
+                number = index - len(lists[spec.block_lists[0]])
+                hint = _run_side_block(block, hidden, number)
             continue
         if index not in tweaks.skip_blocks:
             skips = index in tweaks.skip_self_attention

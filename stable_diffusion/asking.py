@@ -114,12 +114,12 @@ class Asking:
         line_seeds = split_seeds(line.text)
         seeds = self.seeds.for_line(line_seeds)
         is_one_seed = enumerates(line.text)
-        if len(line_seeds or ()) > (1 if is_one_seed else count):
-            logger.warning(
-                "%s: --d has more seeds than are used. %s",
-                line.label,
-                "All variants have the first one" if is_one_seed else "Raise --images_per_prompt to use all",
-            )
+        num_used = 1 if is_one_seed else count
+        if len(line_seeds or ()) > num_used:
+            advice = "Raise --images_per_prompt to use all"
+            if is_one_seed:
+                advice = "All variants have the first one"
+            logger.warning("%s: --d has more seeds than are used. %s", line.label, advice)
         if is_one_seed:
             seed = next(seeds)
             return [(seed, text) for text in expand(line.text, Random(seed))]

@@ -15,7 +15,7 @@ from stable_diffusion.contract import AskedPicture, Idea
 from stable_diffusion.control_net import check_control_nets, load_control_nets
 from stable_diffusion.guiding import check_guides, load_guides
 from stable_diffusion.lllites import check_lllites, load_lllites
-from stable_diffusion.loading import check_attention, load_release, open_release
+from stable_diffusion.loading import OpenedCheckpoint, check_attention, load_release, open_release
 from stable_diffusion.loras import check_networks, load_networks, read_networks
 from stable_diffusion.making import Maker, MakesIdeas
 from stable_diffusion.names import unet_blocks
@@ -79,6 +79,16 @@ def _with_part(attend: Callable[..., Tensor], place: int, places: int) -> Callab
     return forward
 
 
+def _check_painting(options: GenImgOptions, release: OpenedCheckpoint) -> None:
+    """Raise OptionError if an inpainting checkpoint has no image and mask."""
+    is_painted = options.prompts.image_path is not None and options.prompts.mask_path is not None
+    if release.unet.config["in_channels"] == 9 and not is_painted:
+        raise OptionError(
+            f"--ckpt {release.path} is an inpainting checkpoint, which needs --image_path and "
+            "--mask_path. Give both, or another checkpoint"
+        )
+
+
 def assemble(options: GenImgOptions, device: torch.device) -> Maker:
     """Load the checkpoint and all that acts on it; return what makes pictures with them.
 
@@ -92,12 +102,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> Maker:
         check_networks(loras, release)
         velocity = release.marks.predicts_velocity or options.model.v_parameterization
         check_sampling(options.sampling, velocity)
-        is_painted = options.prompts.image_path is not None and options.prompts.mask_path is not None
-        if release.unet.config["in_channels"] == 9 and not is_painted:
-            raise OptionError(
-                f"--ckpt {release.path} is an inpainting checkpoint, which needs --image_path and "
-                "--mask_path. Give both, or another checkpoint"
-            )
+        _check_painting(options, release)
         check_control_nets(options.control, release.unet.config, release.kind)
         check_lllites(options.control, release.kind)
         layers = list_cross_attentions(release.unet.sources) if options.text.XTI_embeddings else {}
@@ -117,7 +122,8 @@ def assemble(options: GenImgOptions, device: torch.device) -> Maker:
         ideas.append(control_nets)
     if lllites is not None:
         ideas.append(lllites)
-    ideas += [DeepShrinks(model.unet), LayerTexts(model.unet, tuple(layers.values()))]
+    ideas.append(DeepShrinks(model.unet))
+    ideas.append(LayerTexts(model.unet, tuple(layers.values())))
     regions = Regions(
         model.unet,
         () if networks is None else networks.layers,

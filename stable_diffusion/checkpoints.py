@@ -123,7 +123,9 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
     if attention is None:
         raise broken("it has no attention to the text")
     projection = sources.get(f"{attention}.proj_in.weight")
-    heads = [SD1_HEADS if kind is SD1 else max(1, width // HEAD_WIDTH) for width in widths]
+    heads = [max(1, width // HEAD_WIDTH) for width in widths]
+    if kind is SD1:
+        heads = [SD1_HEADS] * len(widths)
     config: dict[str, Any] = {
         "sample_size": kind.size // 8,
         "in_channels": shape("conv_in.weight")[1],

@@ -34,6 +34,16 @@ logger = logging.getLogger(__name__)
 Residuals = tuple[tuple[Tensor, ...], Tensor]  # one for each skip of the U-Net, one for its middle
 
 
+def _mean_residuals(residuals: Sequence[Residuals]) -> Residuals:
+    """Return the mean over ControlNets, separately for each skip and the middle."""
+    if len(residuals) == 1:
+        return residuals[0]
+    skips = zip(*(down for down, _ in residuals), strict=True)
+    mean_skips = tuple(torch.stack(of_networks).mean(0) for of_networks in skips)
+    mean_middle = torch.stack([middle for _, middle in residuals]).mean(0)
+    return mean_skips, mean_middle
+
+
 class ControlNets:
     """The ControlNets of a run."""
 
@@ -63,12 +73,7 @@ class ControlNets:
                 return call
             images = guides.at(call, self._model.dtype)
             residuals = [self._residuals(number, call, images[number], parts) for number in active]
-            if len(residuals) == 1:
-                return replace(call, residuals=residuals[0])
-            skips = zip(*(down for down, _ in residuals), strict=True)
-            mean_skips = tuple(torch.stack(of_networks).mean(0) for of_networks in skips)
-            mean_middle = torch.stack([middle for _, middle in residuals]).mean(0)
-            return replace(call, residuals=(mean_skips, mean_middle))
+            return replace(call, residuals=_mean_residuals(residuals))
 
         yield control
 

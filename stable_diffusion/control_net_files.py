@@ -100,23 +100,27 @@ def load_control_net(
     return network.eval()
 
 
-def _read_control_net(
-    path: Path, checkpoint: Checkpoint, unet: Mapping[str, Any], words: str
-) -> LoadPlan[dict[str, Any]]:
-    """Plan how to load an open file. path: as the user gave it."""
-    bare = checkpoint.without_prefix(PREFIX, others=("",))  # a whole model may be beside it
+def _refuse_similar(bare: Checkpoint) -> None:
+    """Raise CheckpointError for a file of another kind that guides a U-Net."""
     for pattern, what in _OTHERS:
         if any(re.fullmatch(pattern, name) for name in bare.tensors):
             raise CheckpointError(
                 f"{bare.path} is not a ControlNet; it looks like {what}.\n  Give {GIVE} to {OPTION}.",
                 bare.path,
             )
+
+
+def _read_control_net(
+    path: Path, checkpoint: Checkpoint, unet: Mapping[str, Any], words: str
+) -> LoadPlan[dict[str, Any]]:
+    """Plan how to load an open file. path: as the user gave it."""
+    bare = checkpoint.without_prefix(PREFIX, others=("",))  # a whole model may be beside it
+    _refuse_similar(bare)
     translate = name_translator(bare.tensors)
-    sources = {
-        _name_in_diffusers(name, translate): source
-        for name, source in plain_sources(bare).items()
-        if name != DIFFERENCE
-    }
+    sources = {}
+    for name, source in plain_sources(bare).items():
+        if name != DIFFERENCE:
+            sources[_name_in_diffusers(name, translate)] = source
     if "controlnet_mid_block.weight" not in sources or f"{_HINT}.conv_in.weight" not in sources:
         raise other_kind(checkpoint, "a ControlNet", OPTION, GIVE)
     if f"{_HINT}.conv_out.weight" not in sources:  # it is numbered as the others are

@@ -192,7 +192,8 @@ def _read_config(folder: Path, network: Any) -> dict[str, Any]:
             raise CheckpointError(f"{file}: {name} is {config[name]!r}. Copy the file again.", file)
     parameters = inspect.signature(network.__init__).parameters
     settings = {name: value for name, value in config.items() if name in parameters}
-    ignored = sorted(name for name in config.keys() - settings.keys() if not name.startswith("_"))
+    ignored = sorted(config.keys() - settings.keys())
+    ignored = [name for name in ignored if not name.startswith("_")]
     if ignored:
         logger.warning("%s: %s is ignored because diffusers does not know it", file, ", ".join(ignored))
     return settings

@@ -99,11 +99,12 @@ def _plan_layers(checkpoint: Checkpoint, last: int) -> list[_Layer]:
                     f"--vgg16_guidance_layer {last}: the last layer in {checkpoint.path} is {number - 1}. "
                     f"Give a lower one, or {RELEASE} to {OPTION}"
                 )
-        elif info is None or len(info.shape) != 4 or info.shape[1:] != (channels, 3, 3) or not info.shape[0]:
+            continue
+        shape = () if info is None else info.shape
+        if len(shape) != 4 or shape[1:] != (channels, 3, 3) or not shape[0]:
             raise other_kind(checkpoint, "VGG16", OPTION, RELEASE)
-        else:
-            layers.append((channels, info.shape[0]))
-            channels = info.shape[0]
+        layers.append((channels, shape[0]))
+        channels = shape[0]
     return layers
 
 
@@ -179,8 +180,9 @@ class Guides:
                     clean = (x - step.sigma * prompted) / share
                 loss = measure(_decode(model, step.sigma * clean + (1 - step.sigma) * x))
                 (gradient,) = torch.autograd.grad(loss, x)
-            # v = (noise - s x) / a
-            strength = step.sigma / share if model.predicts_velocity else step.sigma
+            strength = step.sigma
+            if model.predicts_velocity:  # v = (noise - s x) / a
+                strength = step.sigma / share
             return velocity + gradient * strength
 
         return steered

@@ -51,7 +51,14 @@ class UpscalingModule:
         try:
             # by position, as upscalers of other programs name their parameters as they like
             result = self.upscaler.upscale(
-                model.vae, images, latents, model.dtype, width, height, count, vae_batch
+                model.vae,
+                images,
+                latents,
+                model.dtype,
+                width,
+                height,
+                count,
+                vae_batch,
             )
         except UserError:
             raise

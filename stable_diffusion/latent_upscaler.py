@@ -124,17 +124,22 @@ def create_upscaler(**args: str) -> LatentUpscaler:
         near = explain_missing(path)
         raise OptionError(f"{ARGS} weights={path}: no such file.{near} Give a latent upscaler of sd-scripts")
     refiner = LatentRefiner()
-    shapes = {name: tuple(tensor.shape) for name, tensor in refiner.state_dict().items()}
+    state = {}
     with open_checkpoint(path) as checkpoint:
-        stored = {name: tuple(info.shape) for name, info in checkpoint.tensors.items()}
-        # counts of batches, which only a training needs, are not in every file
-        needed = {name for name in shapes if not name.endswith("num_batches_tracked")}
-        if any(stored.get(name) != shapes[name] for name in needed):
-            raise CheckpointError(
-                f"{path} is not a latent upscaler of sd-scripts. Give such a file to weights=, or a SwinIR "
-                "or ESRGAN file to --highres_fix_upscaler stable_diffusion.model_upscaler with model=FILE",
-                path,
-            )
-        state = {name: checkpoint.read(name) for name in shapes if name in stored}
+        for name, tensor in refiner.state_dict().items():
+            info = checkpoint.tensors.get(name)
+            # counts of batches, which only a training needs, are not in every file
+            if name.endswith("num_batches_tracked"):
+                if info is not None:
+                    state[name] = checkpoint.read(name)
+                continue
+            if info is None or info.shape != tensor.shape:
+                raise CheckpointError(
+                    f"{path} is not a latent upscaler of sd-scripts. Give such a file to weights=, or a "
+                    "SwinIR or ESRGAN file to --highres_fix_upscaler stable_diffusion.model_upscaler with "
+                    "model=FILE",
+                    path,
+                )
+            state[name] = checkpoint.read(name)
     refiner.load_state_dict(state, strict=False)
     return LatentUpscaler(refiner.eval())

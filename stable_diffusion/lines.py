@@ -172,7 +172,7 @@ _EACH = re.compile(r"[eE]\$\$")
 
 def enumerates(text: str) -> bool:
     """Return whether a text has an `{e$$...}` group, which makes several pictures."""
-    return any(_EACH.match(found[1]) for found in re.finditer(r"(?<!\\)\{([^{}]{1,3})", text))
+    return any(_EACH.match(group[1]) for group in re.finditer(r"(?<!\\)\{([^{}]{1,3})", text))
 
 
 def expand(text: str, random: Random) -> list[str]:
@@ -215,9 +215,13 @@ def _read_group(content: str) -> tuple[list[str], int, int, str]:
         return content.split("|"), 1, 1, JOINER
     options = content[counts.end() :].split("|")
     exact, low, high, joiner = counts.groups()
-    fewest, most = (exact, exact) if exact is not None else (low or "0", high or str(len(options)))
-    ends = sorted(min(int(end), len(options)) for end in (fewest, most))
-    return options, ends[0], ends[1], JOINER if joiner is None else joiner
+    if exact is not None:
+        low = high = exact
+    fewest = min(int(low or "0"), len(options))
+    most = min(int(high or len(options)), len(options))
+    if fewest > most:
+        fewest, most = most, fewest
+    return options, fewest, most, JOINER if joiner is None else joiner
 
 
 logger = logging.getLogger(__name__)

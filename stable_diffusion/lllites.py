@@ -137,10 +137,16 @@ def _read_part(checkpoint: Checkpoint, name: str) -> LllitePart:
             place = tensor_name.removeprefix(start).removesuffix(".weight")
             if place.isdecimal():
                 places.append(int(place))
-    kernels = [shape(f"conditioning1.{place}.weight", (4,)) for place in sorted(places) or [0]]
+    kernels = []
+    for number in sorted(places) or [0]:
+        channels, _, size, _ = shape(f"conditioning1.{number}.weight", (4,))
+        kernels.append((channels, size))
     down = shape("down.0.weight", (2, 4))
     return LllitePart(
-        tuple((kernel[0], kernel[2]) for kernel in kernels), down[1], down[0], is_convolution=len(down) == 4
+        tuple(kernels),
+        down[1],
+        down[0],
+        is_convolution=len(down) == 4,
     )
 
 

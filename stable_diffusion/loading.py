@@ -67,8 +67,16 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
         check_vocabulary(words, plan.network.config.vocabulary, release.path)
     parts = _make_networks(release, dtype, vae_dtype)
     _fill(parts, META)  # compares names and shapes; reads nothing
-    what = release.kind.words + (", inpainting" if release.unet.config.get("in_channels") == 9 else "")
-    logger.info("Loading %s: %s, as %s, VAE as %s", release.path, what, *map(dtype_name, (dtype, vae_dtype)))
+    what = release.kind.words
+    if release.unet.config.get("in_channels") == 9:
+        what += ", inpainting"
+    logger.info(
+        "Loading %s: %s, as %s, VAE as %s",
+        release.path,
+        what,
+        dtype_name(dtype),
+        dtype_name(vae_dtype),
+    )
     if release.kind is SDXL and vae_dtype == torch.float16 and options.vae is None:
         logger.warning(
             "The released VAE of Stable Diffusion XL overflows in float16 and then makes black pictures. If "
@@ -90,16 +98,7 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
         )
         for plan, network, words, lora_prefix in rows
     )
-    # options that change the computation of networks without changing their weights
-    if options.xformers or options.diffusers_xformers:
-        unet.set_attn_processor(XFormersAttnProcessor())  # diffusers' own choice else: torch's
-    if options.diffusers_xformers:
-        vae.set_attn_processor(XFormersAttnProcessor())
-    if options.opt_channels_last:
-        for network in (unet, vae):
-            network.to(memory_format=torch.channels_last)
-    if options.vae_slices is not None and options.vae_slices > 1:
-        checkpoints.band_convolutions(vae, options.vae_slices)
+    _set_computation(options, unet, vae)
     return Model(
         kind=release.kind,
         path=release.path,
@@ -112,6 +111,19 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
         dtype=dtype,
         vae_dtype=vae_dtype,
     )
+
+
+def _set_computation(options: ModelOptions, unet: Any, vae: Any) -> None:
+    """Set options that change the computation of networks without changing their weights."""
+    if options.xformers or options.diffusers_xformers:
+        unet.set_attn_processor(XFormersAttnProcessor())  # diffusers' own choice else: torch's
+    if options.diffusers_xformers:
+        vae.set_attn_processor(XFormersAttnProcessor())
+    if options.opt_channels_last:
+        for network in (unet, vae):
+            network.to(memory_format=torch.channels_last)
+    if options.vae_slices is not None and options.vae_slices > 1:
+        checkpoints.band_convolutions(vae, options.vae_slices)
 
 
 def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:

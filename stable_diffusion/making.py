@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -96,7 +97,8 @@ class Maker:
         if not wants_images:
             return contract.Made(joined, None)
         labels = [picture.label for picture in pictures]
-        return contract.Made(joined, starting.decode_latents(self.model, joined, labels, self.vae_batch_size))
+        images = starting.decode_latents(self.model, joined, labels, self.vae_batch_size)
+        return contract.Made(joined, images)
 
     def _make_group(
         self, pictures: Sequence[contract.AskedPicture], start: contract.SecondStart | None
@@ -231,13 +233,7 @@ class Maker:
 
         positive = [join(picture, parts) for picture, parts in zip(pictures, prompts, strict=True)]
         if self.vision is not None:
-            paths = [picture.image for picture in pictures if picture.image is not None]
-            if len(paths) < len(pictures):
-                raise OptionError(
-                    f"{pictures[0].label}: --clip_vision_strength needs --image_path, the picture that CLIP "
-                    "sees"
-                )
-            positive = self.vision.replace_pooled(positive, paths)
+            positive = self.vision.replace_pooled(positive, _paths_for_vision(pictures))
         return _Texts(positive, negative=join_avoided(0), blank=join_avoided(1))
 
     def _encode_parts(
@@ -284,6 +280,16 @@ def time_ids(settings: contract.PictureSettings, negative: bool) -> Tensor:
     top = sizes.crop_top or 0
     left = sizes.crop_left or 0
     return torch.tensor([(height, width, top, left, settings.height, settings.width)], dtype=torch.float32)
+
+
+def _paths_for_vision(pictures: Sequence[contract.AskedPicture]) -> list[Path]:
+    """Return the image that CLIP sees for each picture. Raises OptionError if one has none."""
+    paths = [picture.image for picture in pictures if picture.image is not None]
+    if len(paths) < len(pictures):
+        raise OptionError(
+            f"{pictures[0].label}: --clip_vision_strength needs --image_path, the picture that CLIP sees"
+        )
+    return paths
 
 
 def _pick(start: contract.SecondStart, places: Sequence[int]) -> contract.SecondStart:

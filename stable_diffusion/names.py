@@ -90,8 +90,10 @@ def _pairs(levels: int, transformer: str, plain: tuple[int, ...]) -> Pairs:
     ]
     layers = (_LAYERS,) * levels
     for theirs, ours, is_attention in unet_blocks(layers):
-        leaves = [(leaf, leaf) for leaf in inside] if is_attention else RESIDUAL
-        pairs += [(f"{theirs}.{their_leaf}", f"{ours}.{our_leaf}") for their_leaf, our_leaf in leaves]
+        if is_attention:
+            pairs += [(f"{theirs}.{leaf}", f"{ours}.{leaf}") for leaf in inside]
+        else:
+            pairs += [(f"{theirs}.{their_leaf}", f"{ours}.{our_leaf}") for their_leaf, our_leaf in RESIDUAL]
     for level, (smaller, larger, down, up) in enumerate(unet_samplers(layers)):
         pairs.append((smaller, down))
         usual_first = larger[::-1] if level in plain else larger

@@ -253,18 +253,13 @@ class UnetPasses:
         if self.inpainting is not None:
             passes = len(sample) // len(self.inpainting)
             sample = torch.cat([sample, self.inpainting.repeat(passes, 1, 1, 1)], dim=1)
-        residuals: dict[str, Any] = {}
-        if call.residuals is not None:
-            skips, middle = call.residuals
-            residuals["down_block_additional_residuals"] = tuple(skip.to(dtype) for skip in skips)
-            residuals["mid_block_additional_residual"] = middle.to(dtype)
         (output,) = dit(
             sample.to(dtype),
             torch.full((len(sample),), call.timestep, device=sample.device),
             encoder_hidden_states=call.context.to(dtype),
             added_cond_kwargs=dict(call.added) or None,
             return_dict=False,
-            **residuals,
+            **_residuals_for_unet(call, dtype),
         )
         return output.float().unsqueeze(2)
 
@@ -273,6 +268,17 @@ def _tensor(conditions: Conditions, name: str) -> Tensor:
     value = conditions[name]
     assert isinstance(value, Tensor)
     return value
+
+
+def _residuals_for_unet(call: UnetCall, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments that pass the residuals of ControlNets to the U-Net; none without ControlNets."""
+    if call.residuals is None:
+        return {}
+    skips, middle = call.residuals
+    return {
+        "down_block_additional_residuals": tuple(skip.to(dtype) for skip in skips),
+        "mid_block_additional_residual": middle.to(dtype),
+    }
 
 
 def make_conditions(

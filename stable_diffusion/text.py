@@ -104,12 +104,17 @@ class Texts:
             # the end of each chunk's text, unless it writes <|endoftext|> itself
             ends = torch.tensor([row.index(tower.end) for row in rows]).to(device)
         states, pooled = tower.network.states(
-            torch.cat(ids).to(device), layer, final_norm=not is_pooled, ends=ends
+            torch.cat(ids).to(device),
+            layer,
+            final_norm=not is_pooled,
+            ends=ends,
         )
         copies = []
         for chunk_states in states.chunk(len(ids)):
-            copies.append(weigh_states(_join_chunks(chunk_states), weights, self._mode))
-        return torch.cat(copies * (self._copies // len(ids))), pooled
+            text_states = _join_chunks(chunk_states)
+            copies.append(weigh_states(text_states, weights, self._mode))
+        repeats = self._copies // len(ids)
+        return torch.cat(copies * repeats), pooled
 
     def _copy_ids(self, tower: TextTower, ids: Tensor) -> list[Tensor]:
         """Return a text's ids, K 77, once, or for each cross-attention if words have vectors for each."""

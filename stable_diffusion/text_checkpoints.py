@@ -143,9 +143,9 @@ def _projection(checkpoint: Checkpoint, config: ClipTextConfig) -> PooledProject
                 checkpoint.path,
             )
         source = plain_sources(checkpoint)[name]
-        return PooledProjection(
-            checkpoint, source.then(Tensor.t) if is_linear else source, shape[not is_linear]
-        )
+        if is_linear:
+            source = source.then(Tensor.t)
+        return PooledProjection(checkpoint, source, shape[not is_linear])
     raise CheckpointError(
         f"--ckpt {checkpoint.path} is incomplete: text_projection of its second text encoder is missing.\n"
         f"  Give {GIVE}.",

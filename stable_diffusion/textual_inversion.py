@@ -100,13 +100,14 @@ def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTo
     embeddings.token_embedding = nn.Embedding.from_pretrained(rows, freeze=True)
     strides = torch.zeros(len(rows), dtype=torch.int64)
     ids: dict[str, list[int]] = {}
-    first = len(old)
-    for word, word_vectors in zip(words, vectors, strict=True):
-        word_ids = list(range(first, first + _count(word)))
+    first = len(old)  # row of the word's first vector
+    for word in words:
+        count = _count(word)
+        word_ids = list(range(first, first + count))
         if word.layers > 1:
-            strides[word_ids] = len(word_ids)
+            strides[word_ids] = count
         ids[word.word] = word_ids
-        first += len(word_vectors)
+        first += len(word.vectors[index])
     # names of files take precedence over names derived from other files
     file_names = {name.lower() for name in ids}
     for name, numbers in _derived_names(words, ids).items():
@@ -285,11 +286,11 @@ def _read_content(path: Path, option: str) -> Mapping[str, Any]:
         content = load_pickled(path)
     if not isinstance(content, Mapping):
         raise _not_one(path, f"it holds a {type(content).__name__}")
+    tables = {}
     try:
-        return {
-            str(name): dict(value) if isinstance(value, ParameterDict) else value
-            for name, value in content.items()
-        }
+        for name, value in content.items():
+            tables[str(name)] = dict(value) if isinstance(value, ParameterDict) else value
+        return tables
     except Exception as error:  # a ParameterDict without its own fields fails with any
         raise _not_one(path, f"its string_to_param is damaged ({error})") from error
 

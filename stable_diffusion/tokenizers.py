@@ -46,7 +46,9 @@ def find_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequenc
         files = clip_tokenizer_files(OPTION, (own_folder, *names, "tokenizer", CLIP_L, "clip_l", "."))
         file = _find_in(places, files)
         if file is None:
-            file = next(iter(loaded), None) or _download(files, cache, checkpoint)
+            file = next(iter(loaded), None)  # that of the first encoder
+        if file is None:
+            file = _download(files, cache, checkpoint)
         if file not in loaded:
             logger.info("tokenizer: %s", file)
             loaded[file] = load_clip_words(files, file)
@@ -171,10 +173,11 @@ def _split_at_marks(text: str) -> list[_Event]:
     for mark in _MARKS.finditer(text):
         events.append(text[place : mark.start()])
         place = mark.end()
-        kind = "[" if mark["bracket"] in ("[", "]") else "("
+        sign = mark["bracket"]
+        kind = "[" if sign in ("[", "]") else "("
         if mark["chunk"]:
             events.append(None)
-        elif mark["bracket"] in ("(", "["):
+        elif sign in ("(", "["):
             bracket = _Bracket(kind, USUAL[kind])
             opened[kind].append(bracket)
             events.append(bracket)

@@ -271,7 +271,7 @@ class Loading:
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
-        host = swapped_weights(family.dit, self.swap, device, whole=self.takes_turns)
+        host = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
         shares = shared_blocks(options.speed.sharding, device)
         network_options = experts.network_for(options, expert)
         patch = self._read_base_weights(network_options, expert)

@@ -87,7 +87,7 @@ class TrainingOptions(Options):
     def only_shows(self) -> bool:
         shows_pictures = self.subset is not None and self.subset.debug_dataset
         shows_timesteps = self.timesteps.show_timesteps is not None
-        return shows_timesteps or shows_pictures or self.loop.check or self.speed.plan.is_asked
+        return shows_timesteps or shows_pictures or self.loop.check or self.speed.plan.is_planning
 
     @property
     def by_expert(self) -> learning_options.ExpertTrainingOptions:

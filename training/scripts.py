@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from contract.families import FAMILIES, Script
 from dataset.cache.commands import recall_options
 from dataset.config import load_dataset_config
-from modules.command import name_as_typed, tell_loading
+from modules.command import name_as_typed, print_loading
 from modules.console import quiet
 from modules.errors import UserError
 from modules.installation import import_own
@@ -58,7 +58,7 @@ def training_script(
                 refuse_for_whole(option_values(family_options).get("dit_dtype"))
             check(family_options)
 
-            tell_loading()
+            print_loading()
             from dataset.batches.items import CachingCommands
             from training.following import plan_next_steps
             from training.run import train_network  # torch loads here, after every option has been read

@@ -11,7 +11,7 @@ import torch
 
 from checkpoints.dialects import other_kind, rename_sources, translate_name
 from checkpoints.dits import DitFormat, DitHeader, bare_names
-from checkpoints.encoders import config_beside
+from checkpoints.encoders import read_config_json
 from checkpoints.kinds import kind_of
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from contract.loading import TensorSource
@@ -257,7 +257,7 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
 def _check_places(path: Path, layers: int, vace_layers: int) -> None:
     """Raise CheckpointError if the file's config.json puts VACE's blocks beside other blocks than usual."""
     usual = list(range(0, layers, layers // vace_layers))
-    file, settings = config_beside(path)
+    file, settings = read_config_json(path)
     is_its = isinstance(settings, dict) and settings.get("num_layers") == layers
     if is_its and settings.get("vace_layers", usual) != usual:
         raise CheckpointError(

@@ -257,7 +257,7 @@ class Wan(OneTransformer):
         note_task(self.files.dit_header(), self.files.task, path, self.compute_dtype(placement))
         placement = with_dtype(placement, self.files.dit_dtype)
         placement = replace(placement, keep_file_dtypes=self.keep_file_dtypes)
-        return load_dit(path, placement, self.rope, self.precision, beside=self.files.vace_of(path))
+        return load_dit(path, placement, self.rope, self.precision, second_file=self.files.vace_of(path))
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions for training: text, by task CLIP features, `condition_latents` B C F H W."""

@@ -38,7 +38,7 @@ TOKENIZER = TokenizerSource(
         repository="Wan-AI/Wan2.1-T2V-14B",
         # official repositories; diffusers pipelines, with text_encoder and tokenizer side by side; a
         # tokenizer saved in the text encoder's folder
-        beside=("google/umt5-xxl", "tokenizer", "../tokenizer", "."),
+        folders=("google/umt5-xxl", "tokenizer", "../tokenizer", "."),
     ),
     end=END,
     may_be_inside=True,

@@ -68,8 +68,8 @@ class StoredForm(Protocol):
         """Stack the rows of weights of this form; None if they have no common form."""
         ...
 
-    def computing_as(self, asked: "StoredForm") -> "StoredForm":
-        """Return this form, found in a file, with the compute settings of the form asked for."""
+    def computing_as(self, chosen: "StoredForm") -> "StoredForm":
+        """Return this form, found in a file, with the compute settings of the chosen form."""
         ...
 
     def check_device(self, device: torch.device) -> None:
@@ -105,16 +105,16 @@ def prepare(quantisation: Quantisation, device: torch.device) -> Quantisation:
 
     Raises OptionError if the device or the libraries lack it.
     """
-    found: Quantisation = import_own(f"checkpoints.stored.{quantisation.form}").prepare(quantisation, device)
-    return found
+    result: Quantisation = import_own(f"checkpoints.stored.{quantisation.form}").prepare(quantisation, device)
+    return result
 
 
 def rehearsed(quantisation: Quantisation | None) -> Quantisation | None:
     """Return the quantisation for a dry run, by `rehearsed` in the form's file; None stays None."""
     if quantisation is None:
         return None
-    found: Quantisation = import_own(f"checkpoints.stored.{quantisation.form}").rehearsed(quantisation)
-    return found
+    result: Quantisation = import_own(f"checkpoints.stored.{quantisation.form}").rehearsed(quantisation)
+    return result
 
 
 def attach(layer: nn.Linear, stored: Stored) -> None:
@@ -196,7 +196,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        tensors, of_x = ctx.saved_tensors, None
+        tensors = ctx.saved_tensors
+        of_x = None
         if ctx.needs_input_grad[0]:
             of_x = gradient @ ctx.form.value(tensors, ctx.shape, gradient.dtype)
         of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None

@@ -32,17 +32,15 @@ def quantise(weight: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor
     Scale and quotient are rounded to the weight's dtype before use, unless `float32_scales` is set or the
     weight is float16, whose range is too narrow for them.
     """
-    wide = quantisation.float32_scales or weight.dtype == torch.float16
-    dtype = torch.float32 if wide else weight.dtype
+    is_wide = quantisation.float32_scales or weight.dtype == torch.float16
+    dtype = torch.float32 if is_wide else weight.dtype
     scale: Tensor | None = None
     if quantisation.kind != "cast":
-        peak = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True))
-        if quantisation.kind != "rows":
-            peak = peak.amax().reshape(1)
-        scale = peak.to(dtype) / LARGEST
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        scale = _find_scale(weight, dtype, by_row=quantisation.kind == "rows")
     rounded = torch.empty(weight.shape, dtype=E4M3, device=weight.device)
-    step = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel())) if len(weight) else 1
+    step = 1  # rows that are rounded at once
+    if len(weight):
+        step = max(1, _BLOCK_ELEMENTS // max(1, weight[0].numel()))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         part = weight[rows].to(dtype)
@@ -50,6 +48,15 @@ def quantise(weight: Tensor, quantisation: Quantisation) -> tuple[Tensor, Tensor
             part = part / (scale if scale.ndim == 1 else scale[rows])
         rounded[rows] = part.clamp(-LARGEST, LARGEST).to(E4M3)
     return rounded, None if scale is None else scale.float()
+
+
+def _find_scale(weight: Tensor, dtype: torch.dtype, by_row: bool) -> Tensor:
+    """Return max|weight| / 448, one number or one per row; 1 for zeros."""
+    peak = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True))
+    if not by_row:
+        peak = peak.amax().reshape(1)
+    scale = peak.to(dtype) / LARGEST
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -120,34 +127,32 @@ class Fp8:
             return multiply_value(self, x.float(), tensors, shape=shape, bias=bias).to(dtype)
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
-        def rows_of(whole: Tensor) -> Tensor:
-            # a scale may be for the whole weight; for blocks of rows it has a row for each
-            per, rest = divmod(stored.shape[0], len(whole))
-            return (
-                whole if rest or first % per or count % per else whole[first // per : (first + count) // per]
-            )
-
-        weight, scale = stored.weight, stored.tensors[1]
-        part = weight[first : first + count].contiguous()
-        return Stored(self, (count, stored.shape[1]), (part, None if scale is None else rows_of(scale)))
+        scale = stored.tensors[1]
+        part = stored.weight[first : first + count].contiguous()
+        if scale is not None:
+            # it may be for the whole weight; for blocks of rows it has a row for each
+            block, remainder = divmod(stored.shape[0], len(scale))
+            if not (remainder or first % block or count % block):
+                scale = scale[first // block : (first + count) // block]
+        return Stored(self, (count, stored.shape[1]), (part, scale))
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
         """Stack the rows, with a scale for each row; None for two formats."""
         dtypes = {part.weight.dtype for part in parts}
         if len(dtypes) > 1:
             return None
-        whole = torch.cat([part.weight.view(torch.uint8) for part in parts]).view(*dtypes)
+        weight = torch.cat([part.weight.view(torch.uint8) for part in parts]).view(*dtypes)
         scales = [
-            torch.ones(1, device=whole.device) if part.tensors[1] is None else part.tensors[1]
+            torch.ones(1, device=weight.device) if part.tensors[1] is None else part.tensors[1]
             for part in parts
         ]
         if not any(scale.ndim == 3 for scale in scales):
             scales = [scale.expand(part.shape[0], 1) for scale, part in zip(scales, parts, strict=True)]
         shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
-        return Stored(self, shape, (whole, torch.cat(scales)))
+        return Stored(self, shape, (weight, torch.cat(scales)))
 
-    def computing_as(self, asked: StoredForm) -> StoredForm:
-        return asked if isinstance(asked, Fp8) else self
+    def computing_as(self, chosen: StoredForm) -> StoredForm:
+        return chosen if isinstance(chosen, Fp8) else self
 
     def check_device(self, device: torch.device) -> None:
         if device.type == "mps":

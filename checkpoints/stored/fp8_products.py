@@ -86,8 +86,8 @@ def tensor_scaled_product(
     The unscaled sums are rounded to bfloat16 and scaled afterwards. That costs one more pass over the result
     and a second rounding of 2^-9, which is small compared with that to e4m3. piece: as for `quantise_rows`.
     """
-    one = torch.ones(1, device=a.device)
-    sums = scaled_product(a, b, one, one, out_dtype=torch.bfloat16, use_fast_accum=fast_sums)
+    no_scale = torch.ones(1, device=a.device)
+    sums = scaled_product(a, b, no_scale, no_scale, out_dtype=torch.bfloat16, use_fast_accum=fast_sums)
     parts = _parts(sums, piece)
     if len(parts) == 1:
         return _scale_sums(sums, scale_a, scale_b, bias).to(dtype)
@@ -137,12 +137,13 @@ def choose_product(
         try:
             for tokens in (STEP, FEW_TOKENS + STEP):  # a tile of few and one of more, with bias
                 tile = torch.ones(tokens, STEP, device=device).to(WEIGHT_DTYPE)
-                rows, columns = torch.ones(tokens, 1, device=device), torch.ones(1, STEP, device=device)
+                rows = torch.ones(tokens, 1, device=device)
+                columns = torch.ones(1, STEP, device=device)
                 bias = torch.zeros(STEP, device=device)
                 out = product(tile, tile[:STEP].t(), rows, columns, bias, torch.bfloat16, FAST_SUMS)
                 if not bool((out == STEP).all()):
-                    found = float(out.flatten()[0])
-                    raise RuntimeError(f"the product of two tiles of ones is {found}, not {STEP}")
+                    number = float(out.flatten()[0])
+                    raise RuntimeError(f"the product of two tiles of ones is {number}, not {STEP}")
         except (RuntimeError, ValueError, NotImplementedError) as error:
             reasons.append(str(error).partition("\n")[0])
         else:

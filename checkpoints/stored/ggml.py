@@ -152,8 +152,8 @@ def kind_of_package(number: int) -> Kind | None:
     def values(blocks: Tensor) -> Tensor:
         if type(blocks) is not Tensor:  # of a plan, which has no values
             return torch.empty(len(blocks), weights, device=blocks.device)
-        found = torch.from_numpy(gguf.quants.dequantize(blocks.cpu().numpy(), kind))
-        return found.to(blocks.device)
+        weights_of_blocks = gguf.quants.dequantize(blocks.cpu().numpy(), kind)
+        return torch.from_numpy(weights_of_blocks).to(blocks.device)
 
     weights, size = gguf.GGML_QUANT_SIZES[kind]
     return Kind(kind.name, weights, size, halves=(), values=values)

@@ -69,7 +69,8 @@ class Int8:
         return _by_parts(lambda part: rotate(_scaled(codes, scale, part), self.group), codes, dtype)
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
-        dtype, (codes, scale) = computed_dtype(x), _pair(tensors)
+        dtype = computed_dtype(x)
+        codes, scale = _pair(tensors)
         if x.device.type == "mps" or x.numel() <= FEW_TOKENS * shape[1]:  # torch has no int8 products there
             return multiply_value(self, x.to(dtype), tensors, shape=shape, bias=bias)
         out: Tensor = _Int8Product.apply(x, codes, scale, bias, dtype, self)
@@ -85,10 +86,10 @@ class Int8:
         codes, scales = (torch.cat(column) for column in zip(*pairs, strict=True))
         return Stored(self, (len(codes), parts[0].shape[1]), (codes, scales))
 
-    def computing_as(self, asked: StoredForm) -> StoredForm:
-        if not isinstance(asked, Int8):
+    def computing_as(self, chosen: StoredForm) -> StoredForm:
+        if not isinstance(chosen, Int8):
             return self
-        return replace(self, rounds_gradients=asked.rounds_gradients)
+        return replace(self, rounds_gradients=chosen.rounds_gradients)
 
     def check_device(self, device: torch.device) -> None:
         """Accept any device: all can hold int8."""
@@ -121,7 +122,8 @@ class _Int8Product(torch.autograd.Function):
         form: Int8,
     ) -> Tensor:
         ctx.save_for_backward(codes, scale)
-        ctx.form, ctx.dtype = form, x.dtype
+        ctx.form = form
+        ctx.dtype = x.dtype
         flat = x.reshape(-1, x.shape[-1])
 
         def product(part: slice) -> Tensor:
@@ -129,31 +131,47 @@ class _Int8Product(torch.autograd.Function):
             return int8_product(rounded, codes.t()).float() * by_token * scale.view(1, -1)
 
         out = _by_parts(product, flat, dtype, len(codes))
-        out = out if bias is None else out + bias.to(dtype)
+        if bias is not None:
+            out = out + bias.to(dtype)
         return out.view(*x.shape[:-1], len(codes))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,), (codes, scale), form = gradients, ctx.saved_tensors, ctx.form
-        flat, of_x = gradient.reshape(-1, gradient.shape[-1]), None
+        (gradient,) = gradients
+        codes, scale = ctx.saved_tensors
+        form = ctx.form
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        of_x = None
         if ctx.needs_input_grad[0]:
-            if form.rounds_gradients:
-                # column-major, as int8 units need it; freed when this call ends
-                columns = codes.t().contiguous().t()
-
-                def product(part: slice) -> Tensor:
-                    rounded, by_token = round_rows(flat[part].float() * scale.view(1, -1))
-                    return rotate(int8_product(rounded, columns).float() * by_token, form.group)
-            else:
-                plain = _by_parts(lambda part: _scaled(codes, scale, part), codes, gradient.dtype)
-
-                def product(part: slice) -> Tensor:
-                    return rotate(flat[part] @ plain, form.group)
-
-            of_x = _by_parts(product, flat, ctx.dtype, codes.shape[1])
-            of_x = of_x.view(*gradient.shape[:-1], codes.shape[1])
+            make_product = _narrow_product if form.rounds_gradients else _wide_product
+            product = make_product(flat, codes, scale, form.group)
+            in_features = codes.shape[1]
+            of_x = _by_parts(product, flat, ctx.dtype, in_features)
+            of_x = of_x.view(*gradient.shape[:-1], in_features)
         of_bias = flat.sum(0) if ctx.needs_input_grad[3] else None
         return of_x, None, None, of_bias, None, None
+
+
+def _narrow_product(gradients: Tensor, codes: Tensor, scale: Tensor, group: int) -> Callable[[slice], Tensor]:
+    """Return a function from rows to the gradients of their inputs, multiplied in int8."""
+    # column-major, as int8 units need it; freed with the function that is returned
+    columns = codes.t().contiguous().t()
+
+    def product(part: slice) -> Tensor:
+        rounded, by_token = round_rows(gradients[part].float() * scale.view(1, -1))
+        return rotate(int8_product(rounded, columns).float() * by_token, group)
+
+    return product
+
+
+def _wide_product(gradients: Tensor, codes: Tensor, scale: Tensor, group: int) -> Callable[[slice], Tensor]:
+    """Return a function from rows to the gradients of their inputs, multiplied in 16 bits."""
+    plain = _by_parts(lambda part: _scaled(codes, scale, part), codes, gradients.dtype)
+
+    def product(part: slice) -> Tensor:
+        return rotate(gradients[part] @ plain, group)
+
+    return product
 
 
 def rotate(x: Tensor, group: int | None) -> Tensor:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as functional
@@ -58,23 +58,24 @@ class Nf4:
         packed = torch.empty(-(-len(flat) // 2), dtype=torch.uint8, device=weight.device)
         peaks = torch.empty(-(-len(flat) // BLOCK), device=weight.device)
         for start in range(0, len(flat), PIECE):
-            codes, found = _round_blocks(flat[start : start + PIECE].float())
+            codes, block_peaks = _round_blocks(flat[start : start + PIECE].float())
             packed[start // 2 : start // 2 + len(codes)] = codes
-            peaks[start // BLOCK : start // BLOCK + len(found)] = found
+            peaks[start // BLOCK : start // BLOCK + len(block_peaks)] = block_peaks
         offset = peaks.mean()
         values = nested_values(weight.device)
         blocks = _padded(peaks - offset, NESTED_BLOCK)
         nested = blocks.abs().amax(1)
         codes = _nearest(blocks / nested.clamp_min(1e-30)[:, None], values).to(torch.uint8)
-        beside = codes.view(-1)[: len(peaks)], nested, values, offset.view(1)
-        return Stored(self, (rows, columns), (packed.view(_packed_shape((rows, columns))), *beside))
+        shape = (rows, columns)
+        companions = (codes.view(-1)[: len(peaks)], nested, values, offset.view(1))
+        return Stored(self, shape, (packed.view(_packed_shape(shape)), *companions))
 
     def empty(self, shape: Shape) -> Stored:
         blocks = -(-shape[0] * shape[1] // BLOCK)
-        made: dict[str, Any] = {"device": "meta"}
-        beside = (torch.empty(size, **made) for size in (-(-blocks // NESTED_BLOCK), 256, 1))
-        packed = torch.empty(_packed_shape(shape), dtype=torch.uint8, **made)
-        return Stored(self, shape, (packed, torch.empty(blocks, dtype=torch.uint8, **made), *beside))
+        packed = torch.empty(_packed_shape(shape), dtype=torch.uint8, device="meta")
+        codes = torch.empty(blocks, dtype=torch.uint8, device="meta")
+        statistics = [torch.empty(size, device="meta") for size in (-(-blocks // NESTED_BLOCK), 256, 1)]
+        return Stored(self, shape, (packed, codes, *statistics))
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
         packed, codes, nested, values, offset = cast(tuple[Tensor, ...], tensors)
@@ -97,8 +98,8 @@ class Nf4:
     def join(self, parts: Sequence[Stored]) -> Stored | None:
         return None
 
-    def computing_as(self, asked: StoredForm) -> StoredForm:
-        return asked if isinstance(asked, Nf4) else self
+    def computing_as(self, chosen: StoredForm) -> StoredForm:
+        return chosen if isinstance(chosen, Nf4) else self
 
     def check_device(self, device: torch.device) -> None:
         """Accept any device: all can hold bytes."""

@@ -50,8 +50,11 @@ class RowForm:
         step = max(1, _PIECE // max(1, shape[1]))
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
-            made = self.make(*[one if one is None or len(one) == 1 else one[rows] for one in tensors])
-            out[rows] = (rotate(made, self.rotation) if self.rotation else made)[:, : shape[1]]
+            parts = [part if part is None or len(part) == 1 else part[rows] for part in tensors]
+            values = self.make(*parts)
+            if self.rotation:
+                values = rotate(values, self.rotation)
+            out[rows] = values[:, : shape[1]]
         return out
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
@@ -59,7 +62,11 @@ class RowForm:
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
         rows = slice(first, first + count)
-        parts = [one if one is None or len(one) == 1 else one[rows].contiguous() for one in stored.tensors]
+        parts: list[Tensor | None] = []
+        for tensor in stored.tensors:
+            if tensor is not None and len(tensor) != 1:
+                tensor = tensor[rows].contiguous()
+            parts.append(tensor)
         return Stored(self, (count, stored.shape[1]), tuple(parts))
 
     def join(self, parts: Sequence[Stored]) -> Stored | None:
@@ -67,15 +74,18 @@ class RowForm:
         columns = [[part.tensors[index] for part in parts] for index in range(1 + len(self.companions))]
         joined: list[Tensor | None] = []
         for column in columns:
-            found = [one for one in column if one is not None]
-            if found and [len(one) for one in found] != [len(part.weight) for part in parts]:
+            tensors = [tensor for tensor in column if tensor is not None]
+            if not tensors:
+                joined.append(None)
+                continue
+            if list(map(len, tensors)) != [len(part.weight) for part in parts]:
                 return None
-            rows = [one.contiguous().view(torch.uint8) for one in found]
-            joined.append(torch.cat(rows).view(found[0].dtype) if found else None)
+            rows = [tensor.contiguous().view(torch.uint8) for tensor in tensors]
+            joined.append(torch.cat(rows).view(tensors[0].dtype))
         shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
         return Stored(self, shape, tuple(joined))
 
-    def computing_as(self, asked: StoredForm) -> StoredForm:
+    def computing_as(self, chosen: StoredForm) -> StoredForm:
         return self
 
     def check_device(self, device: torch.device) -> None:

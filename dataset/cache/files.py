@@ -287,7 +287,7 @@ def unpack(path: Path | str, data: bytes) -> Entry:
     """
     try:
         tensors = load(data)
-        metadata = read_tensor_header(lambda _: data, len(data))[0]
+        metadata = read_tensor_header(lambda _: data, len(data)).metadata
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise _damage_error(path, error) from error
     named = {name: tensors[name] for name in sorted(tensors)}

@@ -213,10 +213,15 @@ def attend(
     together with lengths. Returns B L N D. Raises ValueError if the arguments do not go together.
     """
     if choice.in_float32:
-        plain = replace(choice, in_float32=False)
-        query_wide, key_wide, value_wide = query.float(), key.float(), value.float()
         with torch.autocast(query.device.type, enabled=False):
-            output = attend(query_wide, key_wide, value_wide, plain, lengths=lengths, repeats=repeats)
+            output = attend(
+                query.float(),
+                key.float(),
+                value.float(),
+                replace(choice, in_float32=False),
+                lengths=lengths,
+                repeats=repeats,
+            )
         return output.to(value.dtype)
     backend = BACKENDS[choice.mode]
     front = key.shape[1] - query.shape[1]
@@ -229,11 +234,14 @@ def attend(
     # sdpa needs no cast: torch's own function follows autocast
     if backend.module and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        query = query.to(dtype)
+        key = key.to(dtype)
+        value = value.to(dtype)
     dense = backend.dense if repeats is None else functools.partial(sdpa, repeats=repeats)
     if lengths is None:
-        one_by_one = choice.split and len(query) > 1
-        return _attend_one_by_one(dense, query, key, value) if one_by_one else dense(query, key, value)
+        if choice.split and len(query) > 1:
+            return _attend_one_by_one(dense, query, key, value)
+        return dense(query, key, value)
     if choice.split or backend.packed is None or front:
         return _attend_to_real_tokens(dense, query, key, value, lengths=lengths)
     packed = backend.packed(pack(query, lengths), pack(key, lengths), pack(value, lengths), lengths)

@@ -20,7 +20,9 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
     query: B L N D. key, value: B S N D. repeats: S float32, how many equal keys each key stands for.
     Returns B L N D.
     """
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # B N L D
+    q = query.transpose(1, 2)  # B N L D
+    k = key.transpose(1, 2)
+    v = value.transpose(1, 2)
     length = query.shape[1]
     if not is_on_cuda(query):
         bias = None if repeats is None else key_bias(repeats, length, torch.float32)

@@ -195,9 +195,12 @@ class _Level:
 
     @classmethod
     def at(cls, schedule: Schedule, index: int, keeps_data: bool = False) -> "_Level":
-        sigma, alpha = float(schedule.sigmas[index]), 1.0 if keeps_data else float(schedule.alphas[index])
-        if sigma <= 0 or alpha <= 0:
-            return cls(sigma, alpha, math.inf if sigma <= 0 else -math.inf)
+        sigma = float(schedule.sigmas[index])
+        alpha = 1.0 if keeps_data else float(schedule.alphas[index])
+        if sigma <= 0:
+            return cls(sigma, alpha, math.inf)
+        if alpha <= 0:
+            return cls(sigma, alpha, -math.inf)
         return cls(sigma, alpha, math.log(alpha / sigma))
 
 

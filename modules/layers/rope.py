@@ -84,15 +84,16 @@ def exact_table(
     """
     # only the axes are computed on the host and sent: the table of a long video takes 60 MB, and batches of
     # several sizes need a new one every step
-    starts = (grid.first, *[0] * (len(grid.sizes) - 1))
-    axes = [
-        torch.arange(start, start + size, dtype=dtype) for start, size in zip(starts, grid.sizes, strict=True)
-    ]
-    if grid.places:
-        axes[0] = torch.tensor(grid.places, dtype=dtype)
-    axis_settings = zip(axes, widths, [grid.slow, *[None] * (len(axes) - 1)], strict=True)
-    pairs = [turns(angles_at(axis, width, theta, slow)).float() for axis, width, slow in axis_settings]
-    return on_grid([send_ahead(pair, device) for pair in pairs]).unsqueeze(1).to(stored)
+    pairs = []
+    for axis, (size, width) in enumerate(zip(grid.sizes, widths, strict=True)):
+        start = grid.first if axis == 0 else 0
+        slow = grid.slow if axis == 0 else None
+        places = torch.arange(start, start + size, dtype=dtype)
+        if axis == 0 and grid.places:
+            places = torch.tensor(grid.places, dtype=dtype)
+        pair = turns(angles_at(places, width, theta, slow)).float()
+        pairs.append(send_ahead(pair, device))
+    return on_grid(pairs).unsqueeze(1).to(stored)
 
 
 def turns(angles: Tensor) -> Tensor:

@@ -71,12 +71,16 @@ def fit_within(size: Size, area: int | None, step: int) -> Fit:
 
     area: None keeps the size. step: sides become multiples of this.
     """
-    resized, how = size, "none"
-    if area is not None and size[0] * size[1] > area:
-        scale, how = math.sqrt(area / (size[0] * size[1])), "lanczos"
-        resized = max(int(size[0] * scale), step), max(int(size[1] * scale), step)
-    crop = resized[0] % step // 2, resized[1] % step // 2
-    return Fit(resized, crop, (resized[0] // step * step, resized[1] // step * step), how)
+    width, height = size
+    how = "none"
+    if area is not None and width * height > area:
+        scale = math.sqrt(area / (width * height))
+        width = max(int(width * scale), step)
+        height = max(int(height * scale), step)
+        how = "lanczos"
+    crop = (width % step // 2, height % step // 2)
+    bucket = (width // step * step, height // step * step)
+    return Fit((width, height), crop, bucket, how)
 
 
 # The buckets of image trainers: sizes by a shortest and a longest side, and how a picture fits one.

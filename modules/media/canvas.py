@@ -19,12 +19,14 @@ def on_white(frame: NDArray[numpy.uint8], width: int, height: int) -> Tensor:
     rounded down (bilinear, without antialiasing).
     """
     rows, columns = (max(side // STEP, 1) * STEP for side in frame.shape[:2])
-    frame = resize_frame(frame, (columns, rows), "none" if (rows, columns) == frame.shape[:2] else "lanczos")
+    if (rows, columns) != frame.shape[:2]:
+        frame = resize_frame(frame, (columns, rows), "lanczos")
     scale = min(height / rows, width / columns)
     rows, columns = (max(int(side * scale), 1) for side in (rows, columns))
     image = to_pixels(torch.from_numpy(frame[None, None]))[:, :, 0]
     scaled = functional.interpolate(image, (rows, columns), mode="bilinear", align_corners=False)
     canvas = image.new_ones(1, 3, 1, height, width)
-    top, left = (height - rows) // 2, (width - columns) // 2
+    top = (height - rows) // 2
+    left = (width - columns) // 2
     canvas[:, :, 0, top : top + rows, left : left + columns] = scaled
     return canvas

@@ -131,7 +131,8 @@ def look_at(path: Path, file: Image.Image) -> Colours:
     profile = _profile_of(path, file)
     transform, fault = (None, None) if profile is None else _transform(profile)
     is_converted = transform is not None or (profile is None and _curve(file.info) is not None)
-    opacity, transfer = _opacity(file), file.info.get(_CICP, (0, 0))[1]
+    opacity = _opacity(file)
+    transfer = file.info.get(_CICP, (0, 0))[1]
     is_transparent = opacity is not None and int(opacity.min()) < 255
     by_codes = is_converted and file.format == "AVIF" and _CICP in file.info
     return Colours(is_transparent, is_converted, fault, HDR.get(transfer), by_codes=by_codes)

@@ -84,7 +84,8 @@ class Companions:
         chapters = []
         for chapter in self._source.chapters():
             ticks = round(self._origin / chapter["time_base"])
-            start, end = (max(chapter[name] - ticks, 0) for name in ("start", "end"))
+            start = max(chapter["start"] - ticks, 0)
+            end = max(chapter["end"] - ticks, 0)
             chapters.append({**chapter, "start": start, "end": end})
         target.set_chapters(chapters)
         copied = [self._source.streams[index] for index in self._tracks]
@@ -151,31 +152,10 @@ class Companions:
     def _add(self, target: Any, stream: Any) -> None:
         """Add a stream by the first way that the format allows."""
         name = _name(stream)
-        codec = stream.codec_context.name if stream.codec_context is not None else ""
-        if stream.type == "video" and not is_cover(stream):
-            self._leave_out(name, "only the main stream of pictures is written", remedy="")
-        elif stream.type == "video" and not self._covers:
-            self._leave_out(name, "it is a picture that no tool has worked on", remedy="")
-        elif stream.type == "video" and self._suffix == ".mkv" and codec in _COVERS:
-            with open_container(self._path) as again:
-                picture = _first_packet(again, stream.index)
-            if picture is not None:
-                target.add_attachment(*_COVERS[codec], bytes(picture))
-        elif stream.type == "video":
-            if self._suffix == ".mp4" and codec in _COVERS and not needs_own_tags(self.tags):
-                self._add_copy(target, stream, name)
-            else:
-                self._leave_out(name)
+        if stream.type == "video":
+            self._add_pictures(target, stream, name)
         elif stream.type == "attachment":
-            tags = [stream.metadata.get(key, "").lower() for key in ("filename", "mimetype")]
-            is_font = tags[0].endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2")) or "font" in tags[1]
-            if not self._covers and not is_font:  # subtitles need fonts
-                self._leave_out(name, "there may be a picture in it, that no tool has worked on", remedy="")
-            elif self._suffix == ".mkv":
-                mimetype = stream.metadata.get("mimetype", "application/octet-stream")
-                target.add_attachment(stream.metadata.get("filename", "attachment"), mimetype, stream.data)
-            else:
-                self._leave_out(name)
+            self._add_attachment(target, stream, name)
         elif stream.type == "data" and (
             int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata
         ):  # chapters or a time code, which FFmpeg writes anew in MP4 and MOV
@@ -194,6 +174,36 @@ class Companions:
         elif stream.type == "subtitle" and is_text(stream):
             added, convert = add_text(target, stream, self._suffix)
             self._keep(stream, added, name, convert)
+        else:
+            self._leave_out(name)
+
+    def _add_pictures(self, target: Any, stream: Any, name: str) -> None:
+        """Add a stream of pictures that is not the main one, if it is a cover."""
+        codec = stream.codec_context.name if stream.codec_context is not None else ""
+        if not is_cover(stream):
+            self._leave_out(name, "only the main stream of pictures is written", remedy="")
+        elif not self._covers:
+            self._leave_out(name, "it is a picture that no tool has worked on", remedy="")
+        elif self._suffix == ".mkv" and codec in _COVERS:
+            with open_container(self._path) as again:
+                picture = _first_packet(again, stream.index)
+            if picture is not None:
+                target.add_attachment(*_COVERS[codec], bytes(picture))
+        elif self._suffix == ".mp4" and codec in _COVERS and not needs_own_tags(self.tags):
+            self._add_copy(target, stream, name)
+        else:
+            self._leave_out(name)
+
+    def _add_attachment(self, target: Any, stream: Any, name: str) -> None:
+        """Add an attached file, if it is a font or may hold a picture."""
+        file_name = stream.metadata.get("filename", "").lower()
+        is_font = file_name.endswith((".ttf", ".otf", ".ttc", ".woff", ".woff2"))
+        is_font = is_font or "font" in stream.metadata.get("mimetype", "").lower()
+        if not self._covers and not is_font:  # subtitles need fonts
+            self._leave_out(name, "there may be a picture in it, that no tool has worked on", remedy="")
+        elif self._suffix == ".mkv":
+            mimetype = stream.metadata.get("mimetype", "application/octet-stream")
+            target.add_attachment(stream.metadata.get("filename", "attachment"), mimetype, stream.data)
         else:
             self._leave_out(name)
 
@@ -275,10 +285,12 @@ def _first_packet(container: Any, index: int) -> Any | None:
 
 def _name(stream: Any) -> str:
     codec = stream.codec_context.name if stream.codec_context is not None else getattr(stream, "name", None)
+    details = codec or "unknown"
     language = stream.metadata.get("language", "und")
+    if language != "und":
+        details += f", {language}"
     kind = {"video": "pictures", "audio": "sound"}.get(stream.type, stream.type)
-    details = [codec or "unknown", *([] if language == "und" else [language])]
-    return f"stream {stream.index} ({kind}: {', '.join(details)})"
+    return f"stream {stream.index} ({kind}: {details})"
 
 
 def _damage() -> tuple[type[Exception], ...]:

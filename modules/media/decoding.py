@@ -89,34 +89,32 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
     stream.thread_type = "AUTO"
     decoder: Any = None  # for packets with transparency, if the stream's own decoder would drop it
     orientation = AS_STORED
-    codec = stream.codec_context.name
     if hides_alpha(stream):
-        try:
-            decoder = av.CodecContext.create(_ALPHA_DECODERS[codec], "r")
-        except ValueError:
-            raise MediaError(
-                f"{path} has transparency in {codec}, for which FFmpeg here lacks {_ALPHA_DECODERS[codec]}. "
-                "Convert it to ProRes 4444, or to a folder of PNG images."
-            ) from None
-        decoder.options = {"max_pixels": str(MAX_PIXELS)}
+        decoder = _alpha_decoder(path, stream.codec_context.name)
         # this decoder is not given the matrix that the container holds
         with open_video(path) as (again, same_stream):
             first, _, _ = first_picture(path, again, same_stream)
             orientation = orientation_of(first)
     usual_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
-    num_frames, end_seconds = 0, 0.0
+    num_frames = 0
+    end_seconds = 0.0  # from which the last frame is shown
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise MediaError(
                 f"{path} is damaged or cut short: only {count_of(num_frames, 'frame')} could be read"
             )
         # the last packet, which has no data, makes the decoder give what it holds back
-        for frame in packet.decode() if decoder is None else decoder.decode(packet if packet.size else None):
+        content = packet if packet.size else None
+        frames = packet.decode() if decoder is None else decoder.decode(content)
+        for frame in frames:
             num_frames += 1
-            base = frame.time_base or stream.time_base
-            start = end_seconds + usual_seconds if frame.pts is None else float(frame.pts * base)
+            start = end_seconds + usual_seconds
+            if frame.pts is not None:
+                start = float(frame.pts * (frame.time_base or stream.time_base))
             end_seconds = max(end_seconds, start)
-            yield TimedFrame(frame, start, orientation_of(frame) if decoder is None else orientation)
+            if decoder is None:
+                orientation = orientation_of(frame)
+            yield TimedFrame(frame, start, orientation)
     if not num_frames:
         refuse_cut(path)
         raise _no_frames(path)
@@ -126,18 +124,35 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
     frame_seconds = usual_seconds or 0.1
     if seconds is None or end_seconds + max(4 * frame_seconds, 0.3) >= seconds:
         return
-    # a picture may be held long at the end; a file that has all its bytes, with no zeros for an end that was
-    # not fetched, is not cut
-    stated, has_all = _matroska_size(path), False
-    if 0 < stated <= path.stat().st_size:
-        with path.open("rb") as file:
-            file.seek(max(stated - TAIL, 0))
-            has_all = any(file.read(TAIL))
-    if not has_all:
+    # a picture may be held long at the end
+    if not _has_all_bytes(path):
         raise MediaError(
             f"{path} is cut short: it should last {float(seconds):.2f} s, the last of {num_frames} frames is "
             f"at {end_seconds:.2f} s"
         )
+
+
+def _alpha_decoder(path: Path, codec: str) -> Any:
+    """Return a decoder that reads the transparency of this codec. Raises MediaError if FFmpeg lacks it."""
+    try:
+        decoder = av.CodecContext.create(_ALPHA_DECODERS[codec], "r")
+    except ValueError:
+        raise MediaError(
+            f"{path} has transparency in {codec}, for which FFmpeg here lacks {_ALPHA_DECODERS[codec]}. "
+            "Convert it to ProRes 4444, or to a folder of PNG images."
+        ) from None
+    decoder.options = {"max_pixels": str(MAX_PIXELS)}
+    return decoder
+
+
+def _has_all_bytes(path: Path) -> bool:
+    """Return whether a Matroska file has the size that it states, with no zeros for an end not fetched."""
+    stated = _matroska_size(path)
+    if not 0 < stated <= path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(max(stated - TAIL, 0))
+        return any(file.read(TAIL))
 
 
 def hides_alpha(stream: Any) -> bool:

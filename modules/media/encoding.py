@@ -205,16 +205,18 @@ def encode_pictures(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
     """
     colours = av.video.reformatter
     bt709 = colours.Colorspace.ITU709.value
+    is_deep = any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components)
     for index, pixels in enumerate(pictures):
-        if (pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2) != (stream.height, stream.width):
+        height, width, _ = pixels.shape
+        if height // 2 * 2 != stream.height or width // 2 * 2 != stream.width:
             raise MediaError(
-                f"the pictures of a video change their size: picture {index + 1} has {pixels.shape[1]} x "
-                f"{pixels.shape[0]} pixels, those before it {stream.width} x {stream.height}"
+                f"the pictures of a video change their size: picture {index + 1} has {width} x "
+                f"{height} pixels, those before it {stream.width} x {stream.height}"
             )
         even: Any = np.ascontiguousarray(pixels[: stream.height, : stream.width])
-        is_deep = any(part.bits > 8 for part in av.VideoFormat(stream.pix_fmt).components)
         exact: Any = in_sixteen_bits(even) if is_deep else in_eight_bits(even)
-        converted = av.VideoFrame.from_ndarray(exact, format="rgb48le" if is_deep else "rgb24").reformat(
+        frame = av.VideoFrame.from_ndarray(exact, format="rgb48le" if is_deep else "rgb24")
+        converted = frame.reformat(
             format=stream.pix_fmt,
             dst_colorspace=colours.Colorspace.ITU709,
             dst_color_range=colours.ColorRange.MPEG,
@@ -224,7 +226,7 @@ def encode_pictures(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
         converted.time_base = 1 / stream.codec_context.framerate
         # ProRes takes them from the frames
         converted.colorspace = converted.color_primaries = converted.color_trc = bt709
-        del even, exact  # before the encoder takes memory
+        del even, exact, frame  # before the encoder takes memory
         with _name_encoder(stream):
             packets = stream.encode(converted)
         yield from packets
@@ -239,8 +241,12 @@ def recompress(frame: NDArray[np.uint8], crf: int) -> NDArray[np.uint8]:
     It is encoded by one thread: several make slices, so that pixels would depend on the number of cores.
     """
     height, width = (side // 2 * 2 for side in frame.shape[:2])
-    encoder, decoder = (av.CodecContext.create(*which) for which in (("libx264", "w"), ("h264", "r")))
-    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = width, height, "yuv420p", Fraction(1)
+    decoder: Any = av.CodecContext.create("h264", "r")
+    encoder: Any = av.CodecContext.create("libx264", "w")
+    encoder.width = width
+    encoder.height = height
+    encoder.pix_fmt = "yuv420p"
+    encoder.time_base = Fraction(1)
     encoder.thread_count = 1
     encoder.options = {**X264, "crf": str(crf), "preset": "veryfast"}
     even: Any = np.ascontiguousarray(frame[:height, :width])

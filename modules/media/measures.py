@@ -10,6 +10,7 @@ fixed size, so that they hardly depend on the resolution.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import cv2
 import numpy as np
@@ -147,8 +148,9 @@ def _cells(frame: Frame) -> Grey:
 def _reduce(frame: Frame, factor: float) -> Grey:
     height, width = frame.shape[:2]
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    colours = np.ascontiguousarray(frame[..., :3])
-    small = cv2.resize(colours, size, interpolation=cv2.INTER_AREA) if factor < 1 else colours
+    small: NDArray[Any] = np.ascontiguousarray(frame[..., :3])
+    if factor < 1:
+        small = cv2.resize(small, size, interpolation=cv2.INTER_AREA)
     return np.asarray(small.astype(np.float32) @ LUMA / np.float32(255), np.float32)
 
 
@@ -177,13 +179,15 @@ def thumbnail(pixels: Pixels) -> Thumbnail:
     """Return the reduced form of a picture (H W 3)."""
     height, width = pixels.shape[:2]
     factor = min(1.0, LONG_SIDE / max(height, width))
-    size = max(1, round(width * factor)), max(1, round(height * factor))
+    columns = max(1, round(width * factor))
+    rows = max(1, round(height * factor))
     # twice as fine for the colours, so that the histogram has enough samples
-    fine = cv2.resize(in_eight_bits(pixels), (4 * size[0], 4 * size[1]), interpolation=cv2.INTER_AREA)
-    small = cv2.resize(fine, size, interpolation=cv2.INTER_AREA)
-    shares = [
-        np.bincount((fine[..., colour] // (256 // BINS)).ravel(), minlength=BINS) for colour in range(3)
-    ]
+    fine = cv2.resize(in_eight_bits(pixels), (4 * columns, 4 * rows), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(fine, (columns, rows), interpolation=cv2.INTER_AREA)
+    shares = []
+    for colour in range(3):
+        bins = fine[..., colour] // (256 // BINS)
+        shares.append(np.bincount(bins.ravel(), minlength=BINS))
     histogram = (np.stack(shares) / (fine.shape[0] * fine.shape[1])).astype(np.float32)
     grey: NDArray[np.float32] = (small.astype(np.float32) @ LUMA) / np.float32(255)
     return Thumbnail(grey, small.max(axis=-1) >= WHITE, histogram)
@@ -205,7 +209,8 @@ def scene_distance(first: Thumbnail, second: Thumbnail, least: float = 0.0) -> f
     if colours * smallness == 0 or float(np.sqrt(most_structure * colours)) * smallness < least:
         return 0.0
     height, width = first.grey.shape
-    most_y, most_x = min(MOST_SHIFT, height // 4), min(MOST_SHIFT, width // 4)
+    most_y = min(MOST_SHIFT, height // 4)
+    most_x = min(MOST_SHIFT, width // 4)
     best = _correlation(first, second, 0, 0)
     if best is None:  # the structure counts 0
         return 0.0

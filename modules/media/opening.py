@@ -109,18 +109,22 @@ def refuse_cut(path: Path) -> None:
 
     Source: ISO/IEC 14496-12, 4.2.
     """
-    size, place, kinds = path.stat().st_size, 0, set[bytes]()
+    size = path.stat().st_size
+    place = 0  # where the next box begins
+    kinds: set[bytes] = set()
     with path.open("rb") as file:
         for _ in range(_MOST_BOXES):
             file.seek(place)
             head = file.read(16)
-            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+            length = int.from_bytes(head[:4], "big")
+            kind = head[4:8]
             if not kinds and kind not in _FIRST_BOXES:
                 return
             if not head or length == 0 and len(head) > 7:  # the last one may go to the end of the file
                 break
             kinds.add(kind)
-            length = int.from_bytes(head[8:], "big") if length == 1 else length
+            if length == 1:
+                length = int.from_bytes(head[8:], "big")
             place += max(length, 8)
             if place > size:
                 raise MediaError(

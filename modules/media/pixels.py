@@ -142,9 +142,9 @@ def video_pixels(
     return to_pixels(torch.from_numpy(numpy.stack(resized)[None]))
 
 
-def too_short(option: str, path: Path, found: int, needed: int) -> MediaError:
+def too_short(option: str, path: Path, frames: int, needed: int) -> MediaError:
     """Return the error about a video with too few frames."""
-    has = "1 frame" if found == 1 else f"{found} frames"
+    has = "1 frame" if frames == 1 else f"{frames} frames"
     return MediaError(
         f"{option} {path}: it has {has}, {needed} are needed. Lower the length or give a longer video."
     )

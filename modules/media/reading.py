@@ -125,20 +125,19 @@ def media_colours(path: Path) -> Colours:
         )
     if path.suffix.lower() in VIDEO_SUFFIXES:
         with open_video(path) as (container, stream):
-            codec, is_transparent = stream.codec_context, False
+            codec = stream.codec_context
+            is_transparent = False
             if decoding.hides_alpha(stream) or (codec.format is not None and decoding.has_alpha(codec)):
                 first = next(decoding.decode_frames(path, container, stream)).frame
-                shown, plain = (
-                    decoding.frame_pixels(first, stream),
-                    first.to_ndarray(format="rgb24", threads=1),
-                )
-                is_transparent = not np.array_equal(shown, plain)
-            is_converted, fields = code_transform(codec) is not None, int(codec.field_order)
+                on_white = decoding.frame_pixels(first, stream)
+                plain = first.to_ndarray(format="rgb24", threads=1)
+                is_transparent = not np.array_equal(on_white, plain)
+            is_converted = code_transform(codec) is not None
             return Colours(
                 is_transparent,
                 is_converted,
                 hdr=HDR.get(int(codec.color_trc)),
-                is_interlaced=fields > PROGRESSIVE,
+                is_interlaced=int(codec.field_order) > PROGRESSIVE,
                 by_codes=is_converted,
                 is_square=decoding.square_width(codec, stream) == codec.width,
             )
@@ -322,23 +321,33 @@ def frames_at(
     file ends. Raises MediaError as `video_frames`, and if a frame is shown longer than MAX_SHOWN_SECONDS.
     """
     moments = iter(seconds)
-    place, number, begin, start, end = next(moments), -1, 0.0, 0.0, 0.0
+    place = next(moments)
+    begin = 0.0  # of the file
     shown: Frame | None = None
+    start = 0.0  # of the shown frame
+    end = 0.0
+    number = -1
     is_first = True
     for frame, frame_start, frame_end in timed_frames(path, alpha):
-        begin = frame_start if shown is None else begin
+        if shown is None:
+            begin = frame_start
         while shown is not None and place < frame_start - begin:
             _check_shown(path, frame_start - start)
             yield shown, number, place
-            place, is_first = next(moments, math.inf), False
+            is_first = False
+            place = next(moments, math.inf)
         if place == math.inf:
             return
-        shown, number, start, end = frame, number + 1, frame_start, frame_end
+        shown = frame
+        start = frame_start
+        end = frame_end
+        number += 1
     assert shown is not None  # else `timed_frames` raises
     _check_shown(path, end - start)
     while is_first or place < end - begin:
         yield shown, number, place
-        place, is_first = next(moments, math.inf), False
+        is_first = False
+        place = next(moments, math.inf)
 
 
 def video_info(path: Path) -> VideoInfo:

@@ -180,22 +180,32 @@ def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any]
     codec = source.codec_context.name
 
     def convert(packet: Any) -> Iterator[Any]:
-        data = bytes(packet) if packet.size else b""
-        if codec == "mov_text":
-            data = data[2 : 2 + int.from_bytes(data[:2], "big")]
-        text = data.decode("utf-8", "replace")
-        if codec in ("ass", "ssa"):  # without marks of style, as below
-            text = re.sub(r"\{[^}]*\}", "", text.split(",", _ASS_FIELDS)[-1])
-            text = text.replace(r"\N", "\n").replace(r"\n", "\n").replace(r"\h", " ")
-        elif codec != "mov_text":
-            text = re.sub(r"</?[a-zA-Z][^>]*>", "", text)
-        text = text.strip()
+        content = bytes(packet) if packet.size else b""
+        text = _plain_text(codec, content)
         if text:
-            data = text.encode("utf-8")
-            repacked = av.Packet(data if suffix == ".mkv" else len(data).to_bytes(2, "big") + data)
-            repacked.time_base, repacked.duration = packet.time_base, packet.duration
-            repacked.pts, repacked.dts = packet.pts, packet.dts
+            encoded = text.encode("utf-8")
+            if suffix != ".mkv":
+                encoded = len(encoded).to_bytes(2, "big") + encoded
+            repacked = av.Packet(encoded)
+            repacked.time_base = packet.time_base
+            repacked.duration = packet.duration
+            repacked.pts = packet.pts
+            repacked.dts = packet.dts
             repacked.is_keyframe = True
             yield repacked
 
     return stream, convert
+
+
+def _plain_text(codec: str, content: bytes) -> str:
+    """Return the text of a packet of subtitles, without marks of style."""
+    if codec == "mov_text":
+        length = int.from_bytes(content[:2], "big")
+        return content[2 : 2 + length].decode("utf-8", "replace").strip()
+    text = content.decode("utf-8", "replace")
+    if codec in ("ass", "ssa"):
+        text = re.sub(r"\{[^}]*\}", "", text.split(",", _ASS_FIELDS)[-1])
+        text = text.replace(r"\N", "\n").replace(r"\n", "\n").replace(r"\h", " ")
+    else:
+        text = re.sub(r"</?[a-zA-Z][^>]*>", "", text)
+    return text.strip()

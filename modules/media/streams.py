@@ -11,6 +11,8 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from modules.errors import MediaError
 from modules.media import decoding
 from modules.media.colours import HDR, blend_on_white
@@ -51,15 +53,23 @@ def source_info(path: Path) -> SourceInfo:
         decoding.check_size(path, container, stream)
         first, width, height = decoding.first_picture(path, container, stream)
         rate = _plain_rate(stream)
-        # a header may claim any number of frames; each takes a byte at least
-        count, most = int(stream.frames), path.stat().st_size
-        if not 0 < count <= most:
-            seconds = Fraction(stream.duration * stream.time_base) if stream.duration else None
-            if seconds is None and container.duration:
-                seconds = Fraction(container.duration, 1_000_000)
-            count = 0 if seconds is None else round(seconds * rate)
-        frames = count if 0 < count <= most else None
+        frames = _count_frames(path, container, stream, rate)
         return SourceInfo(width, height, rate, frames, is_deep=_is_deep(first))
+
+
+def _count_frames(path: Path, container: Any, stream: Any, rate: Fraction) -> int | None:
+    """Return the number of frames by the header, else by the length; None if neither makes sense."""
+    most = path.stat().st_size  # a header may claim any number; each takes a byte at least
+    count = int(stream.frames)
+    if 0 < count <= most:
+        return count
+    seconds = Fraction(0)
+    if stream.duration:
+        seconds = Fraction(stream.duration * stream.time_base)
+    elif container.duration:
+        seconds = Fraction(container.duration, 1_000_000)
+    count = round(seconds * rate)
+    return count if 0 < count <= most else None
 
 
 def shown_frames(path: Path, deep: bool = False, limit: int | None = None) -> Iterator[Picture]:
@@ -102,6 +112,13 @@ def _animation_seconds(duration: float) -> Fraction:
     return Fraction(duration).limit_denominator(1000)  # GIF counts hundredths, WebP thousandths
 
 
+def _upright_pixels(timed: decoding.TimedFrame, stream: Any, deep: bool) -> NDArray[Any]:
+    pixels = decoding.frame_pixels(timed.frame, stream, _is_deep(timed.frame))
+    if not deep:
+        pixels = in_eight_bits(pixels)
+    return decoding.turn_upright(pixels, timed.orientation)
+
+
 def _timed(path: Path, deep: bool) -> Iterator[Picture]:
     with open_video(path) as (container, stream):
         rate = _plain_rate(stream)
@@ -119,10 +136,7 @@ def _timed(path: Path, deep: bool) -> Iterator[Picture]:
                     origin = (frame.pts or 0) * base
             time = None if frame.pts is None else frame.pts * base - origin
             start = clock.place(time)
-            pixels = decoding.frame_pixels(frame, stream, _is_deep(frame))
-            if not deep:
-                pixels = in_eight_bits(pixels)
-            pixels = decoding.turn_upright(pixels, timed.orientation)
+            pixels = _upright_pixels(timed, stream, deep)
             stated = Fraction(frame.duration * base) if frame.duration else None
             seconds = clock.duration(stated)
             if end is not None and end - start > seconds + 1 / rate:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image, PngImagePlugin
 
@@ -110,6 +110,13 @@ def ticks_per_second(rate: Fraction) -> int:
     return ticks if ticks <= MOST_TICKS else rate.numerator * math.ceil(LEAST_TICKS / rate.numerator)
 
 
+class _PictureTime(NamedTuple):
+    """When a picture is shown, in ticks."""
+
+    start: int
+    length: int
+
+
 class Timing:
     """The times of the pictures that an encoder holds."""
 
@@ -120,7 +127,7 @@ class Timing:
         self._ticks = ticks_per_second(rate)
         self._begin = Fraction(0)
         self._end = Fraction(0)
-        self._held: dict[int, tuple[int, int]] = {}  # number of a picture -> its start and length in ticks
+        self._shown: dict[int, _PictureTime] = {}  # by the number of the picture
 
     @property
     def seconds(self) -> Fraction:
@@ -137,13 +144,14 @@ class Timing:
                 raise ValueError(
                     f"picture {self.count + 1} is shown at {frame.start} s, the one before at {last}"
                 )
-            last, self._end = frame.start, frame.start + frame.seconds
+            last = frame.start
+            self._end = frame.start + frame.seconds
             tick = max(round(frame.start * self._ticks), tick + 1)
-            self._held[self.count] = tick, max(round(frame.seconds * self._ticks), 1)
+            self._shown[self.count] = _PictureTime(tick, max(round(frame.seconds * self._ticks), 1))
             self.count += 1
             yield frame.pixels
 
-    def timed(self, packets: Iterable[Any]) -> Iterator[Any]:
+    def with_times(self, packets: Iterable[Any]) -> Iterator[Any]:
         """Yield the packets of an encoder with times in place of the numbers of pictures, in storage order.
 
         The last one waits until it is known to be the last.
@@ -152,32 +160,39 @@ class Timing:
         first: int | None = None  # when the first packet is stored, in ticks
         ahead: int | None = None  # ticks between those that are stored before the first is shown
         for packet in packets:
-            shown, stored = (
-                round(number * packet.time_base * self._rate) for number in (packet.pts, packet.dts)
-            )
+            shown = round(packet.pts * packet.time_base * self._rate)
+            stored = round(packet.dts * packet.time_base * self._rate)
             packet.time_base = Fraction(1, self._ticks)
-            packet.pts, packet.duration = self._held[shown]
-            if stored < 0 and ahead is None:
-                # the shortest of the first: with a mean, pictures held long would begin the file early
-                ahead = min(length for _, length in self._held.values())
-            before = round(self._begin * self._ticks) + stored * (ahead or 0)  # counted backwards
-            packet.dts = before if stored < 0 else self._held[stored][0]
-            first = packet.dts if first is None else first
-            for number in [number for number in self._held if number < stored]:
-                del self._held[number]  # no later packet is stored or shown before this one
+            packet.pts, packet.duration = self._shown[shown]
+            if stored >= 0:
+                packet.dts = self._shown[stored].start
+            else:  # counted backwards
+                if ahead is None:
+                    # the shortest of the first: with a mean, pictures held long would begin the file early
+                    ahead = min(place.length for place in self._shown.values())
+                packet.dts = round(self._begin * self._ticks) + stored * ahead
+            if first is None:
+                first = packet.dts
+            for number in [number for number in self._shown if number < stored]:
+                del self._shown[number]  # no later packet is stored or shown before this one
             if waiting is not None:
                 yield waiting
             waiting = packet
         if waiting is None:
             return
+        assert first is not None
+        self._time_last(waiting, first)
+        yield waiting
+
+    def _time_last(self, packet: Any, first: int) -> None:
+        """Set the times of the last packet. first: when the first packet is stored, in ticks."""
         # stored so late that all together last as long as the pictures are shown: MP4 counts from one packet
         # to the next one stored, and would lose what the encoder is ahead of a picture held near the end
-        assert first is not None
-        end, last = first + round(self.seconds * self._ticks), round(self._end * self._ticks)
-        waiting.dts = max(waiting.dts, min(waiting.pts, end - waiting.duration))
+        end = first + round(self.seconds * self._ticks)
+        packet.dts = max(packet.dts, min(packet.pts, end - packet.duration))
         # and, if another picture is shown after it, as long as is missing, but not beyond the end of all
-        waiting.duration = max(waiting.duration, min(end - waiting.dts, last - waiting.pts))
-        yield waiting
+        last = round(self._end * self._ticks)
+        packet.duration = max(packet.duration, min(end - packet.dts, last - packet.pts))
 
 
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
@@ -289,7 +304,7 @@ def write_shown(
                 writer.add_streams(container, stream)
             pictures = timing.note(itertools.chain(iter([first]), remaining))
             del first  # else it lives as long as the video grows; so it would in a list above
-            for packet in timing.timed(encoding.encode_pictures(stream, pictures)):
+            for packet in timing.with_times(encoding.encode_pictures(stream, pictures)):
                 if writer is not None:
                     writer.write(container, packet.dts * packet.time_base)
                 if companions is not None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import cycle, groupby
 
 from markupsafe import Markup, escape
 
@@ -63,14 +63,14 @@ def draw_chart(chart: Chart) -> Markup:
         y_values += [*curve.y, *(curve.low or []), *(curve.high or [])]
     across = _Axis(x_values, LEFT, RIGHT)
     up = _Axis(y_values, BOTTOM, TOP)
-    colours = [COLOURS[number % len(COLOURS)] for number in range(len(chart.curves))]
+    coloured = list(zip(chart.curves, cycle(COLOURS), strict=False))
     parts = [START, *_draw_frame(across, up)]
-    for curve, colour in zip(chart.curves, colours, strict=True):
+    for curve, colour in coloured:
         parts += _draw_curve(curve, across, up, colour)
     parts += _draw_labels(chart)
     if len(chart.curves) > 1:
         y = TOP + 15
-        for curve, colour in zip(chart.curves, colours, strict=True):
+        for curve, colour in coloured:
             parts.append(_text(RIGHT - 4, y, curve.name, f'text-anchor="end" fill="{colour}"'))
             y += 17
     drawing = as_url("image/svg+xml", "".join([*parts, "</svg>"]).encode())
@@ -102,10 +102,13 @@ class _Axis:
 
     def __init__(self, values: Iterable[float], start: float, end: float) -> None:
         finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
-        low, high = min(finite), max(finite)
+        low = min(finite)
+        high = max(finite)
         room = (high - low or abs(high) or 1.0) * ROOM
-        self._low, self._high = low - room, high + room
-        self._start, self._end = start, end
+        self._low = low - room
+        self._high = high + room
+        self._start = start
+        self._end = end
 
     def place(self, value: float) -> float:
         return self._start + (self._end - self._start) * (value - self._low) / (self._high - self._low)
@@ -114,7 +117,9 @@ class _Axis:
         span = self._high - self._low
         step = 10.0 ** math.floor(math.log10(span / MOST_TICKS))
         step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= MOST_TICKS)
-        for number in range(math.ceil(self._low / step), math.floor(self._high / step) + 1):
+        first = math.ceil(self._low / step)
+        last = math.floor(self._high / step)
+        for number in range(first, last + 1):
             yield self.place(number * step), f"{number * step:.6g}"
 
 

@@ -117,13 +117,13 @@ class BlockSwap:
     """Copies the weights of one network to the device before they are needed. Made by `swap_blocks`."""
 
     def __init__(
-        self, rings: Sequence[Ring], order: Sequence[int], held: Set[Parameter], transfer: Transfer
+        self, rings: Sequence[Ring], order: Sequence[int], in_host_memory: Set[Parameter], transfer: Transfer
     ) -> None:
-        """order: positions of all blocks, as they run. held: all parameters in host memory, also those
+        """order: positions of all blocks, as they run. in_host_memory: all such parameters, also those
         outside blocks.
         """
         self.rings = rings
-        self.held = held
+        self.in_host_memory = in_host_memory
         self._ring_of = {position: ring for ring in rings for position in ring.units}
         self._order = order
         self._transfer = transfer
@@ -308,6 +308,20 @@ def swap_blocks(
         for name, layer in big_layers(dit, path):
             offload_layer(layer, places[f"{name}.weight"], device)
     lists = host.plan.lists(dit)
+    rings = _make_rings(dit, lists, places)
+    in_host_memory = {dit.get_parameter(name) for name in places}
+    order = host.plan.spec.order([plan.num_blocks for plan in lists])
+    swap = BlockSwap(rings, order, in_host_memory, transfer or transfer_to(device))
+    blocks = [block for plan in lists for block in dit.get_submodule(plan.name).children()]
+    for position, block in enumerate(blocks):
+        block.forward = functools.partial(swap.run, position, block.forward)
+    set_runner(dit, functools.partial(swap.run_all, runner_of(dit)))
+    setattr(dit, _NAME, swap)
+    _report(lists, swap, places, device)
+
+
+def _make_rings(dit: nn.Module, lists: Sequence[ListPlan], places: Mapping[str, Tensor]) -> list[Ring]:
+    """Return the ring of each list that has streamed blocks. places: of the weights in host memory."""
     rings: list[Ring] = []
     start = 0  # position of the first block of a list
     for plan in lists:
@@ -318,15 +332,7 @@ def swap_blocks(
         if units:
             rings.append(Ring(units, [Slot() for _ in range(plan.slots)]))
         start += plan.num_blocks
-    in_host_memory = {dit.get_parameter(name) for name in places}
-    order = host.plan.spec.order([plan.num_blocks for plan in lists])
-    swap = BlockSwap(rings, order, in_host_memory, transfer or transfer_to(device))
-    blocks = [block for plan in lists for block in dit.get_submodule(plan.name).children()]
-    for position, block in enumerate(blocks):
-        block.forward = functools.partial(swap.run, position, block.forward)
-    set_runner(dit, functools.partial(swap.run_all, runner_of(dit)))
-    setattr(dit, _NAME, swap)
-    _report(lists, swap, places, device)
+    return rings
 
 
 def _weights_of(
@@ -384,7 +390,7 @@ def move_network(network: nn.Module, device: torch.device) -> None:
         (module, name, parameter)
         for module in network.modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and parameter in swap.held
+        if parameter is not None and parameter in swap.in_host_memory
     ]
     try:
         for module, name, _ in staying:

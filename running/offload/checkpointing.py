@@ -275,9 +275,9 @@ def _in_pieces(method: Method, tokens: int) -> Method:
             def compute(piece: Tensor) -> Tensor:
                 return method(block, piece, *inputs)
 
-            return torch.cat(
-                [checkpoint(compute, piece, use_reentrant=False) for piece in x.chunk(count, dim=1)], dim=1
-            )
+            pieces = x.chunk(count, dim=1)
+            outputs = [checkpoint(compute, piece, use_reentrant=False) for piece in pieces]
+            return torch.cat(outputs, dim=1)
         common = _CommonInputs(method, block, count, inputs=(x, *inputs))
         # tells checkpointing the device; in a tuple, so that it is not saved, as that would happen after a
         # piece was computed
@@ -331,9 +331,11 @@ class _CommonInputs:
         """Compute one piece; the backward pass recomputes each once."""
         is_again = self._tensors is None or self._done > 0
         if self._tensors is None:
-            # read only once: this makes torch recompute the block
-            saved = zip(self._saver.grad_fn.saved_tensors, self._learns, strict=True)
-            self._tensors = [tensor.detach().requires_grad_(learns) for tensor, learns in saved]
+            saved = self._saver.grad_fn.saved_tensors  # read only once: this makes torch recompute the block
+            self._tensors = [
+                tensor.detach().requires_grad_(learns)
+                for tensor, learns in zip(saved, self._learns, strict=True)
+            ]
             self._pieces = self._tensors[0].chunk(self._count, dim=1)
         inputs = list(self._fixed)
         for place, tensor in zip(self._places, self._tensors, strict=True):

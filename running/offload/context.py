@@ -165,8 +165,9 @@ class TokenPart:
     def gather_heads(self, attended: Tensor) -> Tensor:
         """Exchange all tokens of this process' heads, B L n D, for all heads of its tokens, B l N D."""
         missing = self.count * self.size - self.length
-        padded = pad(attended, (0, 0, 0, 0, 0, missing)) if missing else attended
-        sent = padded.unflatten(1, (self.count, self.size)).movedim(1, 0).contiguous()
+        if missing:
+            attended = pad(attended, (0, 0, 0, 0, 0, missing))
+        sent = attended.unflatten(1, (self.count, self.size)).movedim(1, 0).contiguous()
         (received,) = _Exchange.apply(self.group.group_name, sent)  # P B size n D
         return received.movedim(0, 2).flatten(2, 3)[:, : self.run.stop - self.run.start]
 

@@ -103,7 +103,10 @@ class ShardedBlocks:
         setattr(network, _NAME, self)
         total = sum(parameter.nbytes for parameter in root.parameters())
         logger.info(
-            "%d blocks of %.2f GB are split over %d processes", len(blocks), total / 1e9, self._mesh.size()
+            "%d blocks of %.2f GB are split over %d processes",
+            len(blocks),
+            total / 1e9,
+            self._mesh.size(),
         )
 
     def _split(self, block: nn.Module) -> None:
@@ -191,11 +194,11 @@ def rows_here(weight: Any) -> Tensor:
     return rows
 
 
-def gather_parts(whole: Tensor, part: Tensor, group: "distributed.ProcessGroup | None" = None) -> None:
-    """Fill `whole` with the parts of all processes, or of those of a group, one after the other."""
+def gather_parts(gathered: Tensor, part: Tensor, group: "distributed.ProcessGroup | None" = None) -> None:
+    """Fill `gathered` with the parts of all processes, or of those of a group, one after the other."""
     # the old name is deprecated where there is the new one
     gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-    gather(whole, part, group)
+    gather(gathered, part, group)
 
 
 def gather_rows(part: Tensor, weight: Tensor) -> Tensor:
@@ -216,7 +219,8 @@ def is_split(weight: Tensor) -> bool:
 
 def rows_of(weight: Any, full: Tensor) -> Tensor:
     """Return a view of the rows of `full` that this process has of a split weight."""
-    mesh, count = weight.device_mesh, rows_here(weight).shape[0]
+    mesh = weight.device_mesh
+    count = rows_here(weight).shape[0]
     first = mesh.get_local_rank() * -(-weight.shape[0] // mesh.size())
     return full.narrow(0, min(first, weight.shape[0] - count), count)
 
@@ -267,21 +271,22 @@ def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def join_processes(
-    device: str | None, asked: str = "--shard_base", environment: Mapping[str, str] = os.environ
+    device: str | None, option: str = "--shard_base", environment: Mapping[str, str] = os.environ
 ) -> torch.device:
     """Join the launcher's processes, and return the device of this one. device: as --device has it.
 
-    asked: the option that wants them, for messages.
+    option: that wants them, for messages.
 
     Raises OptionError if the machine has fewer GPUs than processes.
     """
-    kind, local = choose_device(device).type, int(environment.get("LOCAL_RANK", "0"))
+    kind = choose_device(device).type
+    local = int(environment.get("LOCAL_RANK", "0"))
     if device is not None and ":" in device:
         raise OptionError(
-            f"--device {device} with {asked}: each process has a GPU of its own. Give cuda, or leave it out"
+            f"--device {device} with {option}: each process has a GPU of its own. Give cuda, or leave it out"
         )
     if kind not in {"cpu", "cuda"}:
-        raise OptionError(f"{asked}: processes do not share a model on {kind}. Use CUDA GPUs")
+        raise OptionError(f"{option}: processes do not share a model on {kind}. Use CUDA GPUs")
     chosen = choose_device(f"cuda:{local}" if kind == "cuda" else "cpu")
     # objects go between the hosts: on a GPU waiting for a prompt would keep it busy
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
@@ -291,7 +296,8 @@ def join_processes(
 
 def agree(value: T, group: "distributed.ProcessGroup | None" = None) -> T:
     """Return the value of the first process, of all or of a group. All call it, after `join_processes`."""
-    first, values = 0 if group is None else distributed.get_global_rank(group, 0), [value]
+    first = 0 if group is None else distributed.get_global_rank(group, 0)
+    values = [value]
     distributed.broadcast_object_list(values, first, group, device=torch.device("cpu"))
     agreed: T = values[0]
     return agreed

@@ -115,19 +115,20 @@ class HostWeights:
     """The weights of one network that are in host memory: a `HostPlace`."""
 
     def __init__(
-        self, plan: SwapPlan, pinned: bool, machine: Machine | None = None, whole: bool = False
+        self, plan: SwapPlan, pinned: bool, machine: Machine | None = None, all_weights: bool = False
     ) -> None:
         """pinned: for a CUDA device. machine: the processes that share the memory; None: one has it.
 
-        whole: all tensors, for a network that takes turns; else those that the plan keeps off the device.
+        all_weights: hold all tensors, for a network that takes turns; else those that the plan keeps off the
+        device.
         """
         self.plan = plan
-        self._pinned, self._machine, self._whole = pinned, machine, whole
+        self._pinned, self._machine, self._all_weights = pinned, machine, all_weights
         self._held: HostTensors | None = None
 
     def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
         """Allocate the memory. Raises OptionError if the network has too few blocks."""
-        names = tensors if self._whole else self.plan.names(network)
+        names = tensors if self._all_weights else self.plan.names(network)
         self._held = allocate({name: tensors[name] for name in names}, self._pinned, self._machine)
         return self._held.tensors
 
@@ -159,8 +160,8 @@ class HostWeights:
         return {name: self.tensors[name] for name in names}
 
 
-def host_weights(plan: SwapPlan, device: torch.device, whole: bool = False) -> HostWeights | None:
-    """Return memory for weights that the plan keeps off the device, or None. whole: for all weights."""
-    if not (plan or whole):
+def host_weights(plan: SwapPlan, device: torch.device, all_weights: bool = False) -> HostWeights | None:
+    """Return memory for weights that the plan keeps off the device, or None. all_weights: for all of them."""
+    if not (plan or all_weights):
         return None
-    return HostWeights(plan, device.type == "cuda", machine_of(os.environ), whole)
+    return HostWeights(plan, device.type == "cuda", machine_of(os.environ), all_weights)

@@ -1,6 +1,6 @@
 """Take turns on a device: frozen weights of a network stay in host memory and are copied there to work.
 
-    place = swapped_weights(..., device, whole=True)      # to load from disk straight into host memory
+    place = swapped_weights(..., device, all_weights=True)  # to load from disk straight into host memory
     dit = family.load_dit(Placement(device, host=place), expert)
     ...                                                   # LoRA, compilation, checkpointing, swap
     copy = HostCopy(dit, device, place)                   # call last; None: it was loaded without a place
@@ -41,7 +41,8 @@ class HostCopy:
         Call it when the network is dressed: it may be on the host or on the device, and is on the host
         afterwards. device: where it works. transfer: None chooses one for the device.
         """
-        self._network, self._is_here = network, False
+        self._network = network
+        self._is_here = False
         # each with its memory on the host
         self._pairs: list[tuple[Tensor, Tensor]] = []
         if device.type == "cpu" and transfer is None:
@@ -49,24 +50,21 @@ class HostCopy:
             return
         self._transfer = transfer or transfer_to(device)
         swap = swap_of(network)
-        swapped = frozenset() if swap is None else swap.held
+        swapped = frozenset() if swap is None else swap.in_host_memory
         moving = {
             name: tensor
             for name, tensor in chain(network.named_parameters(), network.named_buffers())
             if not tensor.requires_grad and tensor not in swapped
         }
         filled = {} if place is None else place.tensors
-        on_host = {
-            name: filled[name]
-            for name, tensor in moving.items()
-            if name in filled
-            and (tensor.data_ptr(), tensor.dtype) == (filled[name].data_ptr(), filled[name].dtype)
-        }
-        remaining = {
-            name: TensorInfo(tensor.dtype, tuple(tensor.shape))
-            for name, tensor in moving.items()
-            if name not in on_host
-        }
+        on_host: dict[str, Tensor] = {}
+        remaining: dict[str, TensorInfo] = {}
+        for name, tensor in moving.items():
+            host = filled.get(name)
+            if host is not None and tensor.data_ptr() == host.data_ptr() and tensor.dtype == host.dtype:
+                on_host[name] = host
+            else:
+                remaining[name] = TensorInfo(tensor.dtype, tuple(tensor.shape))
         new = allocate(remaining, device.type == "cuda").tensors
         for name, tensor in moving.items():
             host = on_host.get(name)

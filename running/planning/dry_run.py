@@ -132,7 +132,10 @@ class Ledger(TorchDispatchMode):
                     self._add(allocation, 1)
                 return
         allocation = _Allocation(
-            round_up_bytes(storage.nbytes()), kind or self._kind, self._number, tensor.device == self.device
+            round_up_bytes(storage.nbytes()),
+            kind or self._kind,
+            self._number,
+            tensor.device == self.device,
         )
 
         def forget(_: Any) -> None:
@@ -165,15 +168,16 @@ class Ledger(TorchDispatchMode):
 def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
     """Run an operation; the result has values if all inputs have, or if it creates a small integer tensor."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    is_fake = [isinstance(tensor, FakeTensor) for tensor in tensors]
-    if tensors and not any(is_fake):
-        if kwargs.get("device") == device != HOST and any(tensor.is_floating_point() for tensor in tensors):
-            # sent there
-            return torch.empty(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype, device=device)
+    fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
+    if tensors and not fakes:
+        is_sent = kwargs.get("device") == device != HOST
+        if is_sent and any(tensor.is_floating_point() for tensor in tensors):
+            dtype = kwargs.get("dtype") or tensors[0].dtype
+            return torch.empty(tensors[0].shape, dtype=dtype, device=device)
         with unset_fake_temporarily():
             return func(*args, **kwargs)
-    if tensors and not all(is_fake):
-        fake_device = next(tensor.device for tensor in tensors if isinstance(tensor, FakeTensor))
+    if len(fakes) < len(tensors):
+        fake_device = fakes[0].device
 
         def without_values(tensor: Tensor) -> Tensor:
             if isinstance(tensor, FakeTensor):
@@ -188,8 +192,10 @@ def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
         and not result.dtype.is_floating_point
         and result.numel() <= SMALL
     ):
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": HOST}
         with unset_fake_temporarily():
-            return func(*args, **{**kwargs, "device": HOST} if "device" in kwargs else kwargs)
+            return func(*args, **kwargs)
     return result
 
 

@@ -130,7 +130,9 @@ def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> i
     if not speed.sharding.shard_base:
         return 1
     launched = launched_processes()
-    return max(2, speed.plan.cards[0]) if launched == 1 and speed.plan.is_asked else launched
+    if launched == 1 and speed.plan.is_planning:
+        return max(2, speed.plan.cards[0])
+    return launched
 
 
 def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 1) -> list[Swapped]:
@@ -236,21 +238,24 @@ def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> 
 def show(plan: MemoryPlan, last_line: str) -> None:
     rows = [("GiB", "device", "host", "")]
     for phase in plan.phases:
-        marked = f"{phase.name} (largest)" if phase is plan.worst and len(plan.phases) > 1 else phase.name
-        rows += [
-            (part.name, gib(part.device), gib(part.host) if part.host else "", part.note)
-            for part in (
-                MemoryPart(marked, phase.device, phase.host),
-                *(replace(part, name=f"  {part.name}") for part in phase.parts),
-            )
-        ]
-    widths = [max(len(row[index]) for row in rows) for index in range(3)]
-    lines = [
-        f"{name:<{widths[0]}}  {device:>{widths[1]}}  {host:>{widths[2]}}  {note}".rstrip()
-        for name, device, host, note in rows
-    ]
+        is_marked = phase is plan.worst and len(plan.phases) > 1
+        name = f"{phase.name} (largest)" if is_marked else phase.name
+        rows.append(_row_of(MemoryPart(name, phase.device, phase.host)))
+        for part in phase.parts:
+            rows.append(_row_of(replace(part, name=f"  {part.name}")))
+    names, devices, hosts, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = []
+    for name, device, host, note in rows:
+        line = f"{name:<{names}}  {device:>{devices}}  {host:>{hosts}}  {note}"
+        lines.append(line.rstrip())
     text = "\n".join(["Memory plan", *lines, *plan.remarks, last_line])
     sys.stdout.write(f"{escape_control_codes(text)}\n")
+
+
+def _row_of(part: MemoryPart) -> tuple[str, str, str, str]:
+    """Return name, bytes of the device and of the host, and remark, as words."""
+    host = gib(part.host) if part.host else ""
+    return part.name, gib(part.device), host, part.note
 
 
 class Swappable(Protocol):
@@ -375,7 +380,8 @@ def advise(
             needed = prediction.device(swapped)
             if needed <= usable:
                 return [*lines, f"{name}: {gib(needed)} GiB{phase} fits"], None
-            lines.append(f"{name}: {gib(needed)} GiB{phase}{SMALL_FORMS if 'fp8' in name else ''}")
+            remark = SMALL_FORMS if "fp8" in name else ""
+            lines.append(f"{name}: {gib(needed)} GiB{phase}{remark}")
         count = smallest_swap(prediction, usable) if can_swap else None
         if count is not None:
             needed = prediction.device(count)

@@ -169,14 +169,13 @@ def table_of(ways: Sequence[Way]) -> list[str]:
                     str(way.at_once),
                 )
             )
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    return [
-        "  ".join(
-            word.ljust(width) if index == 0 else word.rjust(width)
-            for index, (word, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    first_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = []
+    for first, *words in rows:
+        cells = [word.rjust(width) for word, width in zip(words, widths, strict=True)]
+        line = "  ".join([first.ljust(first_width), *cells])
+        lines.append(line.rstrip())
+    return lines
 
 
 def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training: bool) -> str:

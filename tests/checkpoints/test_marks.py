@@ -237,7 +237,7 @@ def test_tensors_of_gguf_get_the_shapes_that_the_header_or_the_model_says(tmp_pa
             sources,
             device=torch.device("cpu"),
             dtype=lambda *_: torch.float32,
-            stored=StoredLoading(None, kept=kept),
+            stored=StoredLoading(None, staying=kept),
         )
 
     assert kept == (set() if kind == "F16" else {"wide.weight"})

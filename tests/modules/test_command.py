@@ -363,10 +363,10 @@ def test_a_terminal_is_told_that_torch_loads(
 ) -> None:
     monkeypatch.setattr(command, "draws_boxes", lambda stream: True)
     monkeypatch.setitem(sys.modules, "torch", sys)
-    command.tell_loading()  # it is there
+    command.print_loading()  # it is there
     assert capsys.readouterr().err == ""
     monkeypatch.delitem(sys.modules, "torch")
-    command.tell_loading()
+    command.print_loading()
     assert capsys.readouterr().err == "Loading torch ...\n"
 
 

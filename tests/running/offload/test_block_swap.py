@@ -76,7 +76,7 @@ def test_output_and_gradients_are_those_without_swap_in_the_memory_promised(
     counts = case.spec.swap_counts(blocks)
     for name, total, count in zip(case.spec.block_lists, case.blocks, counts, strict=True):
         layers = [part for part in dit.get_submodule(name).modules() if isinstance(part, nn.Linear)]
-        live += sum(layer.weight.nbytes for layer in layers if layer.weight not in swap.held)
+        live += sum(layer.weight.nbytes for layer in layers if layer.weight not in swap.in_host_memory)
         all_of_them = sum(layer.weight.nbytes for layer in layers)
         promised += all_of_them // total * (total if count == 0 else max(total - count, 2))
     assert live + device.live_bytes == promised

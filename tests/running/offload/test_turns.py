@@ -45,7 +45,7 @@ def taking_turns(dit: nn.Module, device: FakeDevice, place: HostWeights | None =
     swap = swap_of(dit)
     copy = HostCopy(dit, CPU, place, device)
     for tensor in [*dit.parameters(), *dit.buffers()]:
-        if not tensor.requires_grad and (swap is None or tensor not in swap.held):
+        if not tensor.requires_grad and (swap is None or tensor not in swap.in_host_memory):
             hide(tensor.data)
     return copy
 
@@ -82,7 +82,7 @@ def test_weights_are_read_straight_to_where_they_wait(
 ) -> None:
     path = write_dit(tmp_path / "dit.safetensors", tiny_state("t2v", num_layers=5))
     plain = load_dit(path, Placement(CPU, quantisation=quantisation)).eval()
-    place, device = host_weights(SwapPlan(WAN.spec, 0), CPU, whole=True), FakeDevice()
+    place, device = host_weights(SwapPlan(WAN.spec, 0), CPU, all_weights=True), FakeDevice()
     assert place is not None
     dit = load_dit(path, Placement(CPU, quantisation=quantisation, host=place)).eval()
     addresses = {tensor.data_ptr() for tensor in place.tensors.values()}
@@ -97,7 +97,7 @@ def test_weights_are_read_straight_to_where_they_wait(
 
 def test_swapped_weights_keep_their_own_place(tmp_path: Path) -> None:
     path = write_dit(tmp_path / "dit.safetensors", tiny_state("t2v", num_layers=5))
-    host, device = host_weights(SwapPlan(WAN.spec, 3, False), CPU, whole=True), FakeDevice()
+    host, device = host_weights(SwapPlan(WAN.spec, 3, False), CPU, all_weights=True), FakeDevice()
     dit = load_dit(path, Placement(CPU, host=host)).eval()
     swap_blocks(dit, host, CPU, device)
     assert host is not None
