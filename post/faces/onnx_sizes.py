@@ -45,12 +45,15 @@ def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str
     first = counts.get(node.inputs[0], 1.0) if node.inputs else 1.0
     operands = [constants[name] for name in node.inputs[1:] if name in constants]
     weight = operands[0].dims if operands else ()
+    groups = next(iter(node.settings.get("group", ())), 1)
     strides = math.prod(map(float, node.settings.get("strides", ()))) or 1.0
     match node.kind:
         case "Conv" if len(weight) > 2:
-            return first * weight[0] / max(1, weight[1] * _groups(node)) / strides
+            outputs, inputs_of_group, *_ = weight
+            return first * outputs / max(1, inputs_of_group * groups) / strides
         case "ConvTranspose" if len(weight) > 2:
-            return first * weight[1] * _groups(node) / max(1, weight[0]) * strides
+            inputs, outputs_of_group, *_ = weight
+            return first * outputs_of_group * groups / max(1, inputs) * strides
         case "MaxPool" | "AveragePool":
             return first / strides
         case "MatMul" | "Gemm" if len(weight) == 2:
@@ -60,11 +63,13 @@ def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str
             return sum(input_counts)
         case "Gather":
             indices = constants.get(node.inputs[1]) if len(node.inputs) > 1 else None
-            return first * (1 if indices is None else max(1, math.prod(indices.dims)))
+            return first if indices is None else first * max(1, math.prod(indices.dims))
         case "Tile" | "OneHot":
-            return first * max((_product(repeats) for repeats in operands), default=1.0)
+            repeats = map(_product, operands)
+            return first * max(repeats, default=1.0)
         case "Expand":
-            return max((_expanded(first, shape) for shape in operands), default=first)
+            expanded_counts = (_expanded(first, shape) for shape in operands)
+            return max(expanded_counts, default=first)
         case "Resize" | "Upsample":
             return _resized(first, operands)
         case _:
@@ -75,10 +80,6 @@ def _resized(count: float, operands: Sequence[Constant]) -> float:
     """Return the numbers of what is resized by factors, or to sizes."""
     products = [_product(sizes) * (count if sizes.is_float else 1) for sizes in operands if sizes.values]
     return max(products, default=count)
-
-
-def _groups(node: Node) -> int:
-    return next(iter(node.settings.get("group", ())), 1)
 
 
 def _product(constant: Constant) -> float:
