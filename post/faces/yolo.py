@@ -18,6 +18,7 @@ from modules.errors import CheckpointError
 from modules.limits import MAX_NOTE_CHARACTERS
 from post.faces.boxes import FoundFace, Numbers, best_of, shrunk
 from post.faces.onnx_header import OnnxHeader
+from post.tiling import round_up
 
 logger = logging.getLogger(__name__)
 
@@ -117,34 +118,44 @@ def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout 
 
     side: of the square picture, for files of any size. Raises CheckpointError for a YOLO without boxes.
     """
-    input_shapes = list(header.inputs.values())
-    task = header.notes.get("task")
-    if len(input_shapes) != 1 or len(input_shapes[0]) != 4 or input_shapes[0][1] not in (3, None):
+    if len(header.inputs) != 1:
         return None
+    (input_shape,) = header.inputs.values()
+    if len(input_shape) != 4 or input_shape[1] not in (3, None):
+        return None
+    task = header.notes.get("task")
     if task is not None and task not in TASKS:
         raise CheckpointError(
             f"{path} is a YOLO for {task}, which gives no upright boxes. Give one for detect, segment or "
             "pose.",
             path,
         )
-    if task is None and not any(
-        len(shape) == 3 and shape[0] in (1, None) for shape in header.outputs.values()
-    ):
+    gives_rows = any(len(shape) == 3 and shape[0] in (1, None) for shape in header.outputs.values())
+    if task is None and not gives_rows:
         return None
-    height, width = input_shapes[0][2:]
+    height, width = input_shape[2:]
     if height != width:
         raise CheckpointError(
             f"{path} takes pictures of {width or 'any width'} x {height or 'any height'} pixels. Export it "
             f"for square ones: imgsz={USUAL_SIDE}.",
             path,
         )
-    step = max(STEPS)
-    side = height or -(-(side or USUAL_SIDE) // step) * step
+    return YoloLayout(
+        side=height or round_up(side or USUAL_SIDE, max(STEPS)),
+        classes=_count_classes(header),
+        landmarks=_numbers_of_landmark(header),
+    )
+
+
+def _count_classes(header: OnnxHeader) -> int | None:
     names = _literal(header.notes.get("names"))
+    return len(names) if isinstance(names, (dict, list)) and names else None
+
+
+def _numbers_of_landmark(header: OnnxHeader) -> Any:
     points = _literal(header.notes.get("kpt_shape"))
     is_face = isinstance(points, list) and len(points) == 2 and points[0] == POINTS
-    num_classes = len(names) if isinstance(names, (dict, list)) and names else None
-    return YoloLayout(side, classes=num_classes, landmarks=points[1] if is_face else 0)
+    return points[1] if is_face else 0
 
 
 def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout) -> YoloDetector:
@@ -279,7 +290,13 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
     bare = np.frombuffer(content, np.uint8)
     try:
         network = cv2.FaceDetectorYN.create(
-            "onnx", bare, np.empty(0, np.uint8), (SMALLEST, SMALLEST), 0.5, MOST_OVERLAP_YUNET, MOST_BEFORE
+            "onnx",
+            bufferModel=bare,
+            bufferConfig=np.empty(0, np.uint8),
+            input_size=(SMALLEST, SMALLEST),
+            score_threshold=0.5,
+            nms_threshold=MOST_OVERLAP_YUNET,
+            top_k=MOST_BEFORE,
         )
     except cv2.error as error:
         raise _cannot_run(path, error, YUNETS) from error
@@ -288,10 +305,18 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
         for shape in ((96, 160, 3), (64, 64, 3)):  # pictures of another size must do, too
             YuNetDetector(path, network, None).find(np.zeros(shape, np.uint8), 0.5)
     except CheckpointError:
-        shape_in_file = next(iter(header.inputs.values()), ())
-        height, width = shape_in_file[-2:] if len(shape_in_file) == 4 else (None, None)
-        if height is None or width is None:
+        canvas = _canvas_in_file(header)
+        if canvas is None:
             raise
-        detector = YuNetDetector(path, network, side, (width, height))
+        detector = YuNetDetector(path, network, side, canvas)
         detector.find(np.zeros((64, 64, 3), np.uint8), 0.5)
     return detector
+
+
+def _canvas_in_file(header: OnnxHeader) -> tuple[int, int] | None:
+    """Return the width and height that a file is made for; None if any will do."""
+    shape = next(iter(header.inputs.values()), ())
+    if len(shape) != 4:
+        return None
+    height, width = shape[-2:]
+    return None if height is None or width is None else (width, height)
