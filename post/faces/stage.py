@@ -115,6 +115,10 @@ class _Region:
     def is_empty(self) -> bool:
         return self.left >= self.right or self.top >= self.bottom
 
+    def slices(self, left: int = 0, top: int = 0) -> tuple[slice, slice]:
+        """Return the rows and columns of an array that begins at `left` and `top` of the picture."""
+        return slice(self.top - top, self.bottom - top), slice(self.left - left, self.right - left)
+
 
 def paste(
     pixels: Pixels, matrices: Sequence[Matrix], faces: Iterable[Restored], size: int, upscale: float
@@ -131,25 +135,29 @@ def paste(
         to_picture = np.vstack([cv2.invertAffineTransform(matrix), [[0.0, 0.0, 1.0]]])
         face_to_canvas.append(to_canvas @ to_picture)
     regions = [_region_of(matrix, size, canvas) for matrix in face_to_canvas]
-    changed = _Region(
+    changed = _enclosing(regions)
+    if changed.is_empty:
+        return canvas
+    white = float(np.iinfo(canvas.dtype).max)
+    values = canvas[changed.slices()].astype(np.float32)
+    for region, matrix, face in zip(regions, face_to_canvas, faces, strict=True):
+        if not region.is_empty:
+            part = values[region.slices(changed.left, changed.top)]
+            _blend(part, face, matrix, region, white=white)
+    # a copy: the picture itself belongs to whoever gave it
+    result: Pixels = canvas.copy()
+    result[changed.slices()] = np.rint(values).clip(0, white)
+    return result
+
+
+def _enclosing(regions: Sequence[_Region]) -> _Region:
+    """Return the smallest rectangle around all regions."""
+    return _Region(
         left=min(region.left for region in regions),
         top=min(region.top for region in regions),
         right=max(region.right for region in regions),
         bottom=max(region.bottom for region in regions),
     )
-    if changed.is_empty:
-        return canvas
-    most = float(np.iinfo(canvas.dtype).max)
-    values = canvas[changed.top : changed.bottom, changed.left : changed.right].astype(np.float32)
-    for region, matrix, face in zip(regions, face_to_canvas, faces, strict=True):
-        if not region.is_empty:
-            rows = slice(region.top - changed.top, region.bottom - changed.top)
-            columns = slice(region.left - changed.left, region.right - changed.left)
-            _blend(values[rows, columns], face, matrix, region, most=most)
-    # a copy: the picture itself belongs to whoever gave it
-    result: Pixels = canvas.copy()
-    result[changed.top : changed.bottom, changed.left : changed.right] = np.rint(values).clip(0, most)
-    return result
 
 
 def _canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
@@ -173,12 +181,12 @@ def _region_of(matrix: NDArray[np.float64], size: int, canvas: Pixels) -> _Regio
     )
 
 
-def _blend(values: Plane, face: Restored, matrix: NDArray[np.float64], region: _Region, most: float) -> None:
-    """Put a face over the values of its region. most: the value of white."""
+def _blend(values: Plane, face: Restored, matrix: NDArray[np.float64], region: _Region, white: float) -> None:
+    """Put a face over the values of its region. white: the value of it."""
     to_region = matrix[:2] - np.array([[0, 0, region.left], [0, 0, region.top]])
     extent = (region.right - region.left, region.bottom - region.top)
     shown = cv2.warpAffine(face.mask, to_region, extent)[..., None]
-    colours = cv2.warpAffine(face.face, to_region, extent) * most
+    colours = cv2.warpAffine(face.face, to_region, extent) * white
     values[:] = shown * colours + (1 - shown) * values
 
 

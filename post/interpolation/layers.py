@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -110,14 +111,13 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
     x, y = _targets(flow)
     left = x.floor()
     top = y.floor()
-    for dx in (0, 1):
-        for dy in (0, 1):
-            column = left + dx
-            row = top + dy
-            place, share = _neighbour(x, y, column, row, size=(height, width))
-            total.scatter_add_(0, place[:, None].expand_as(values), values * share[:, None])
+    for dx, dy in product((0, 1), (0, 1)):
+        place, share = _neighbour(x, y, column=left + dx, row=top + dy, size=(height, width))
+        index = place[:, None].expand_as(values)
+        total.scatter_add_(0, index, values * share[:, None])
+    colours = total[:, :-1]
     norm = total[:, -1:]
-    mean = total[:, :-1] / torch.where(norm == 0, 1.0, norm)
+    mean = colours / torch.where(norm == 0, 1.0, norm)
     return mean.t().reshape(1, channels, height, width)
 
 
@@ -197,9 +197,7 @@ class Correlation:
         self._sizes = [(int(scale.shape[-2]), int(scale.shape[-1])) for scale in scales]
         if keeps_volume is None:
             # by the size alone, so that a clip gives the same pictures on every device
-            height, width = self._size
-            places = sum((height >> level) * (width >> level) for level in range(levels))
-            keeps_volume = 4 * height * width * places <= VOLUME_BYTES
+            keeps_volume = _volume_bytes(*self._size, levels) <= VOLUME_BYTES
         self._keeps_volume = keeps_volume
         if keeps_volume:
             self._levels = [self._first @ scale[0].flatten(1) for scale in scales]
@@ -242,10 +240,13 @@ class Correlation:
         steps = torch.arange(REACH, device=start.device)
         x = start[:, :1] + steps  # P 10
         y = start[:, 1:] + steps
-        is_inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None]
-        index = y.clamp(0, height - 1)[:, :, None] * width + x.clamp(0, width - 1)[:, None]
+        is_row = (y >= 0) & (y < height)
+        is_column = (x >= 0) & (x < width)
+        row = y.clamp(0, height - 1)
+        column = x.clamp(0, width - 1)
+        index = row[:, :, None] * width + column[:, None]  # P 10 10
         products = self._levels[level].gather(1, index.flatten(1)).view_as(index)
-        return products * is_inside
+        return products * (is_row[:, :, None] & is_column[:, None])
 
     def _sampled(self, level: int, start: Tensor) -> Tensor:
         """Return products P 10 10 (y, x), computed from the features around each place."""
@@ -264,6 +265,12 @@ class Correlation:
             around = features.index_select(0, places.flatten()).view(-1, REACH**2, channels)
             products.append(around @ first[:, :, None])
         return torch.cat(products).view(-1, REACH, REACH)
+
+
+def _volume_bytes(height: int, width: int, levels: int) -> int:
+    """Return the bytes of the products of all pairs of places, at all scales."""
+    places = sum((height >> level) * (width >> level) for level in range(levels))
+    return 4 * height * width * places
 
 
 def places_of(height: int, width: int, device: torch.device) -> Tensor:
