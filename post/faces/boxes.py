@@ -69,6 +69,34 @@ def shrunk(pixels: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
     return small
 
 
+@dataclass(frozen=True)
+class Area:
+    """A rectangle of pixels; left and top are included, right and bottom are not."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def is_empty(self) -> bool:
+        return self.left >= self.right or self.top >= self.bottom
+
+    def widened(self, pixels: int, width: int, height: int) -> "Area":
+        """Return the area grown by `pixels` on each side, clipped to a picture of width x height."""
+        return Area(
+            max(0, self.left - pixels),
+            max(0, self.top - pixels),
+            min(width, self.right + pixels),
+            min(height, self.bottom + pixels),
+        )
+
+    def slices(self, origin: "Area | None" = None) -> tuple[slice, slice]:
+        """Return its rows and columns, relative to the top left corner of `origin`, else of the picture."""
+        x, y = (origin.left, origin.top) if origin else (0, 0)
+        return slice(self.top - y, self.bottom - y), slice(self.left - x, self.right - x)
+
+
 # Where faces lie, and the square pictures of them that the networks restore.
 Matrix = NDArray[np.float64]  # 2 3: places x, y, 1 in one picture -> x, y in another
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from modules.media.encoding import Picture, Pixels, in_eight_bits, in_sixteen_bits
 from post.contract import Clip, Stage, enlarged_clip, enlarged_size
 from post.faces import restorers
-from post.faces.boxes import TEMPLATE_SIZE, Detector, Matrix, alignment, crops, eye_distance, restorable
+from post.faces.boxes import TEMPLATE_SIZE, Area, Detector, Matrix, alignment, crops, eye_distance, restorable
 from post.faces.detectors import check_detector, load_detector, no_landmarks
 from post.faces.onnx_header import may_be_onnx
 from post.options import FacefixOptions
@@ -102,24 +102,6 @@ def enlarge(pixels: Pixels, upscale: float) -> Pixels:
     return result
 
 
-@dataclass(frozen=True)
-class _Region:
-    """A rectangle of an enlarged picture, in pixels."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    @property
-    def is_empty(self) -> bool:
-        return self.left >= self.right or self.top >= self.bottom
-
-    def slices(self, left: int = 0, top: int = 0) -> tuple[slice, slice]:
-        """Return the rows and columns of an array that begins at `left` and `top` of the picture."""
-        return slice(self.top - top, self.bottom - top), slice(self.left - left, self.right - left)
-
-
 def paste(
     pixels: Pixels, matrices: Sequence[Matrix], faces: Iterable[Restored], size: int, upscale: float
 ) -> Pixels:
@@ -142,7 +124,7 @@ def paste(
     values = canvas[changed.slices()].astype(np.float32)
     for region, matrix, face in zip(regions, face_to_canvas, faces, strict=True):
         if not region.is_empty:
-            part = values[region.slices(changed.left, changed.top)]
+            part = values[region.slices(changed)]
             _blend(part, face, matrix, region, white=white)
     # a copy: the picture itself belongs to whoever gave it
     result: Pixels = canvas.copy()
@@ -150,9 +132,9 @@ def paste(
     return result
 
 
-def _enclosing(regions: Sequence[_Region]) -> _Region:
+def _enclosing(regions: Sequence[Area]) -> Area:
     """Return the smallest rectangle around all regions."""
-    return _Region(
+    return Area(
         left=min(region.left for region in regions),
         top=min(region.top for region in regions),
         right=max(region.right for region in regions),
@@ -167,13 +149,13 @@ def _canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
     return np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])
 
 
-def _region_of(matrix: NDArray[np.float64], size: int, canvas: Pixels) -> _Region:
+def _region_of(matrix: NDArray[np.float64], size: int, canvas: Pixels) -> Area:
     """Return the part of the canvas that a face of size x size may change. matrix: from face to canvas."""
     face_corners = np.array([[-1, -1, 1], [size, -1, 1], [-1, size, 1], [size, size, 1]])
     corners = face_corners @ matrix[:2].T
     left, top = corners.min(axis=0)
     right, bottom = corners.max(axis=0)
-    return _Region(
+    return Area(
         left=max(0, math.floor(left)),
         top=max(0, math.floor(top)),
         right=min(canvas.shape[1], math.ceil(right) + 1),
@@ -181,8 +163,8 @@ def _region_of(matrix: NDArray[np.float64], size: int, canvas: Pixels) -> _Regio
     )
 
 
-def _blend(values: Plane, face: Restored, matrix: NDArray[np.float64], region: _Region, white: float) -> None:
-    """Put a face over the values of its region. white: the value of it."""
+def _blend(values: Plane, face: Restored, matrix: NDArray[np.float64], region: Area, white: float) -> None:
+    """Put a face over the values of its region. white: the largest value."""
     to_region = matrix[:2] - np.array([[0, 0, region.left], [0, 0, region.top]])
     extent = (region.right - region.left, region.bottom - region.top)
     shown = cv2.warpAffine(face.mask, to_region, extent)[..., None]
