@@ -16,7 +16,7 @@ from modules.devices import is_out_of_memory
 from modules.errors import MemoryPlanError, OptionError
 from modules.media.encoding import Picture, in_eight_bits
 from post.blurring.stage import check_blur, make_blur
-from post.chain_options import AskedTools, ToolOptions, name_tool
+from post.chain_options import NamedTools, ToolOptions, name_tool
 from post.contract import Clip, Stage
 from post.faces.stage import check_facefix, make_facefix
 from post.interpolation.stage import check_interpolation, make_interpolation
@@ -128,7 +128,7 @@ LoadStages = Callable[[Sequence[ToolOptions], Sequence[str], torch.device], list
 class PostTools:
     """The tools of a run: loaded for the first video that is decoded, and kept to the end."""
 
-    selected: AskedTools
+    selected: NamedTools
     device: torch.device
     load: LoadStages = make_stages
     _stages: list[NamedStage] | None = field(default=None, init=False)
