@@ -213,22 +213,21 @@ def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
         raise wrong_kind
     sources = plain_sources(checkpoint)
     shape = shapes_of(checkpoint, sources, wrong_kind)
-    levels = count(names, r"conv_body_down\.\d+")
-    body = (
-        shape("conv_body_first.weight")[0],
-        *(shape(f"conv_body_down.{n}.conv2.weight")[0] for n in range(levels)),
-    )
+    levels = range(count(names, r"conv_body_down\.\d+"))
     start = "stylegan_decoder."
-    decoder = (
-        shape(f"{start}constant_input.weight")[1],
-        *(shape(f"{start}style_convs.{2 * n}.modulated_conv.weight", 5)[1] for n in range(levels)),
-    )
+    body = [shape("conv_body_first.weight")[0]]
+    for level in levels:
+        body.append(shape(f"conv_body_down.{level}.conv2.weight")[0])
+    decoder = [shape(f"{start}constant_input.weight")[1]]
+    for level in levels:
+        decoder.append(shape(f"{start}style_convs.{2 * level}.modulated_conv.weight", 5)[1])
     config = GfpganConfig(
-        body=body,
-        decoder=decoder,
+        body=tuple(body),
+        decoder=tuple(decoder),
         style=shape(f"{start}style_conv1.modulated_conv.modulation.weight", 2)[1],
-        steered=tuple(shape(f"condition_scale.{n}.2.weight")[0] for n in range(levels)),
+        steered=tuple(shape(f"condition_scale.{level}.2.weight")[0] for level in levels),
     )
-    if any(some > all_of for some, all_of in zip(config.steered, config.decoder[1:], strict=True)):
-        raise wrong_kind
+    for steered, channels in zip(config.steered, config.decoder[1:], strict=True):
+        if steered > channels:
+            raise wrong_kind
     return LoadPlan(config, checkpoint, sources, ignore=UNUSED)

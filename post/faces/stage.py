@@ -256,16 +256,19 @@ class Facefix:
 
 def check_facefix(options: FacefixOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
-    model, parsenet, detector = restorers.find_files(options)
-    restorers.load_both(options, model, parsenet, device=torch.device("meta"), dtype=torch.float32)
-    check_detector(detector, "--detection_model", needs_landmarks=True)
+    files = restorers.find_files(options)
+    restorers.load_both(
+        options, files.model, files.parsenet, device=torch.device("meta"), dtype=torch.float32
+    )
+    check_detector(files.detector, "--detection_model", needs_landmarks=True)
 
 
 def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
     """Load the networks. Raises as `check_facefix`."""
-    model, parsenet, path = restorers.find_files(options)
-    restorer = restorers.load_restorer(options, model, parsenet, device)
+    files = restorers.find_files(options)
+    restorer = restorers.load_restorer(options, files.model, files.parsenet, device)
     # float32 whatever --dtype says: scores are compared with a limit, and landmarks must not tremble
-    detector = load_detector(path, device, torch.float32, option="--detection_model")
-    least = options.detection_threshold or (LEAST_SCORE_ONNX if may_be_onnx(path) else LEAST_SCORE)
+    detector = load_detector(files.detector, device, torch.float32, option="--detection_model")
+    usual_least = LEAST_SCORE_ONNX if may_be_onnx(files.detector) else LEAST_SCORE
+    least = options.detection_threshold or usual_least
     return Facefix(options, detector, restorer, device=device, least_score=least)
