@@ -81,23 +81,26 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
 
     Ends the program, as argparse does, if it cannot be understood. Raises OptionError.
     """
-    words = split_assigned(sys.argv[1:] if argv is None else list(argv), THEN)
-    first, *later_tools = split_at(words, THEN)
+    if argv is None:
+        argv = sys.argv[1:]
+    first, *later_tools = split_at(split_assigned(argv, THEN), THEN)
     parser = Parser(description=description)
+    before = f"{parser.prog} {THEN}"
     chosen = find_tool(tool)
     add_options(parser, ToolRunOptions, chosen.record)
     _add_then(parser)
     for later in later_tools:  # their help is not to wait for what the first tool lacks
         if HELP & set(later):
-            read_tool(later, f"{parser.prog} {THEN}")
+            read_tool(later, before)
     args = _parse(parser, chosen, first)
     if args.then is not None:
         parser.error(f"write {THEN} in full")
     run = read_options(ToolRunOptions, args)
     tools: list[ToolOptions] = [(chosen, read_options(chosen.record, args))]
     for later in later_tools:
-        with name_tool(" ".join([THEN, *later[:1]])):
-            tools.append(read_tool(later, f"{parser.prog} {THEN}"))
+        name = " ".join([THEN, *later[:1]])
+        with name_tool(name):
+            tools.append(read_tool(later, before))
     return Chain(run, tuple(tools))
 
 

@@ -219,9 +219,11 @@ class CodeFormer(nn.Module):
         # the features of the codes get the mean and spread that the latents have
         codes = self.quantize["embedding"](self._choose(latents))
         codes = rearrange(codes, "b (h w) c -> b c h w", h=self.config.side)
-        (mean, spread), (wanted_mean, wanted_spread) = map(_statistics, (codes, latents.float()))
-        x = ((codes - mean) / spread * wanted_spread + wanted_mean).to(latents.dtype)
-        size, is_doubled = self.config.side, False
+        mean, spread = _statistics(codes)
+        latents_mean, latents_spread = _statistics(latents.float())
+        x = ((codes - mean) / spread * latents_spread + latents_mean).to(latents.dtype)
+        size = self.config.side
+        is_doubled = False
         for block, part in zip(self.generator["blocks"], self.config.generator, strict=True):
             x = block(x)
             if is_doubled and size in self.config.fused and fidelity > 0:  # after the block behind a doubling

@@ -218,16 +218,19 @@ class _Checks:
         if count > 2 * _stored_size(tensor):  # the smallest numbers have four bits
             raise _RefusedError(f"its tensor {_shown(names)} of shape {dims[:8]} has not so many numbers")
         self.counts |= dict.fromkeys(names, float(count))
-        constant = Constant(tuple(dims))
+        self.tensors |= dict.fromkeys(names, Constant(tuple(dims)))
         layout = _layout_of(tensor)
         if layout is not None and count <= _MOST_SIZES:
-            values = _read_values(tensor, layout, count)
-            constant = Constant(tuple(dims), tuple(values), is_float=layout.letter == "f")
-            product = _product(values)
-            if constant.is_float:
-                product *= limits.MAX_ONNX_VALUES / limits.MAX_ONNX_SCALE
-            self.constants |= dict.fromkeys(names, product)
+            values = tuple(_read_values(tensor, layout, count))
+            self._sizes(Constant(tuple(dims), values, is_float=layout.letter == "f"), names)
+
+    def _sizes(self, constant: Constant, names: Sequence[str]) -> None:
+        """Record a small tensor, whose values may be sizes."""
+        product = _product(constant.values)
+        if constant.is_float:
+            product *= limits.MAX_ONNX_VALUES / limits.MAX_ONNX_SCALE
         self.tensors |= dict.fromkeys(names, constant)
+        self.constants |= dict.fromkeys(names, product)
 
     def parts(self, message: _Value) -> _Parts:
         """Return the values of a message by field number; all messages together may have MAX_ONNX_FIELDS."""

@@ -180,11 +180,12 @@ class RetinaFaceDetector:
         size = torch.tensor([width, height], dtype=torch.float32)  # anchors are parts of a picture
         corners = (decode_boxes(boxes[chosen], priors) * size.repeat(2)).numpy()
         points = (decode_landmarks(landmarks[chosen], priors) * size).numpy()
-        values = scores[chosen].numpy()
-        return [
-            FoundFace((*corners[index].tolist(),), float(values[index]), points[index])
-            for index in best_of(corners, values, MOST_OVERLAP)
-        ]
+        chosen_scores = scores[chosen].numpy()
+        faces = []
+        for index in best_of(corners, chosen_scores, MOST_OVERLAP):
+            box = tuple(corners[index].tolist())
+            faces.append(FoundFace(box, float(chosen_scores[index]), points[index]))
+        return faces
 
     def _run(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the heads' output; if it is not finite in half precision, switch to float32 for good.

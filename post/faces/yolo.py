@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -43,6 +43,14 @@ class YoloLayout:
     landmarks: int  # numbers of each landmark; 0: no landmarks of faces
 
 
+class _Rows(NamedTuple):
+    """What a YOLO has found, in pixels of the square picture."""
+
+    boxes: Numbers  # N 4
+    scores: Numbers  # N
+    points: Numbers | None  # landmarks, N 5 2
+
+
 @dataclass(frozen=True)
 class YoloDetector:
     """A YOLO that OpenCV runs; detections of all classes count."""
@@ -56,18 +64,18 @@ class YoloDetector:
         image, factor, offset = letterbox(pixels, self.layout.side)
         try:
             self.network.setInput(np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / 255)
-            result = self._result(self.network.forward(self.network.getUnconnectedOutLayersNames()))
+            outputs = self.network.forward(self.network.getUnconnectedOutLayersNames())
         except cv2.error as error:
             raise _cannot_run(self.path, error) from error
-        boxes, scores, points = self._read(result, least_score)
+        rows = self._read(self._result(outputs), least_score)
         shift = np.array(offset, np.float32)
-        boxes = ((boxes.reshape(-1, 2, 2) - shift) / factor).reshape(-1, 4)
-        if points is not None:
-            points = (points - shift) / factor
+        boxes = ((rows.boxes.reshape(-1, 2, 2) - shift) / factor).reshape(-1, 4)
+        points = None if rows.points is None else (rows.points - shift) / factor
         faces = []
-        for index in best_of(boxes, scores, MOST_OVERLAP, MOST_FOUND):
+        for index in best_of(boxes, rows.scores, MOST_OVERLAP, MOST_FOUND):
+            box = tuple(boxes[index].tolist())
             landmarks = None if points is None else points[index]
-            faces.append(FoundFace(tuple(boxes[index].tolist()), float(scores[index]), landmarks))
+            faces.append(FoundFace(box, float(rows.scores[index]), landmarks))
         return faces
 
     def _result(self, outputs: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32]:
@@ -85,14 +93,12 @@ class YoloDetector:
         shapes = ", ".join(str(list(output.shape)) for output in arrays)
         raise _other_layout(self.path, shapes)
 
-    def _read(
-        self, result: NDArray[np.float32], least_score: float
-    ) -> tuple[Numbers, Numbers, Numbers | None]:
-        """Return boxes N 4, scores N and landmarks N 5 2 or None, in pixels of the square picture."""
+    def _read(self, result: NDArray[np.float32], least_score: float) -> _Rows:
+        """Return the rows with at least that score."""
         counts = [sum((self.layout.side // step) ** 2 for step in steps) for steps in (STEPS, *OTHER_STEPS)]
         if result.shape[1] in FINISHED and result.shape[0] not in counts:
             rows = result[result[:, BOX] >= least_score]
-            return rows[:, :BOX], rows[:, BOX], _points(rows[:, BOX + 2 :], 3)
+            return _Rows(rows[:, :BOX], rows[:, BOX], _points(rows[:, BOX + 2 :], 3))
         if result.shape[1] in counts:
             result = result.T
         if result.shape[0] not in counts or result.shape[1] <= BOX:
@@ -101,9 +107,11 @@ class YoloDetector:
         scores = result[:, BOX : BOX + num_classes].max(axis=1)
         is_chosen = scores >= least_score
         rows = result[is_chosen]
+        centres = rows[:, :2]
         half = rows[:, 2:BOX] / 2
-        boxes = np.concatenate([rows[:, :2] - half, rows[:, :2] + half], axis=1)
-        return boxes, scores[is_chosen], _points(rows[:, BOX + num_classes :], numbers_of_point)
+        boxes = np.concatenate([centres - half, centres + half], axis=1)
+        points = _points(rows[:, BOX + num_classes :], numbers_of_point)
+        return _Rows(boxes, scores[is_chosen], points)
 
     def _columns(self, width: int) -> tuple[int, int]:
         """Return the classes in a row of `width` numbers, and the numbers of each landmark behind them."""

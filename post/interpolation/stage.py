@@ -119,11 +119,14 @@ class Interpolator:
         if is_same or is_cut:
             new_pixels = repeat(first.picture.pixels, factor - 1)
         else:
-            times = [number / factor for number in range(1, factor)]
-            between = self._network.between(first.frame, second.frame, times)
-            new_pixels = (self._pixels(image, first.picture, is_deep) for image in between)
+            new_pixels = self._between(first, second, is_deep)
         for number, pixels in enumerate(new_pixels, start=1):
             yield Picture(pixels, start + number * step, step)
+
+    def _between(self, first: "_Shown", second: "_Shown", is_deep: bool) -> Iterator[Pixels]:
+        times = [number / self._options.factor for number in range(1, self._options.factor)]
+        images = self._network.between(first.frame, second.frame, times)
+        return (self._pixels(image, first.picture, is_deep) for image in images)
 
     def _is_cut(self, first: "_Shown", second: "_Shown") -> bool:
         threshold = self._options.scene_threshold
