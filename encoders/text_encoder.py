@@ -138,7 +138,9 @@ class TokenizerSource:
         with self.files.explain(file):
             empty: list[int] = tokenizer.encode("").ids
             tokenizer.encode("a b")  # what fails with a text does so now
-        first = [] if begin is None or empty[:1] == [begin] else [begin]
+        first = []
+        if begin is not None and empty[:1] != [begin]:
+            first.append(begin)
         if self.end and empty[-1:] != [tokenizer.token_to_id(self.end)]:
             logger.warning(
                 "tokenizer %s does not end texts with %s, but the encoder was trained with it", file, self.end

@@ -160,21 +160,25 @@ class PostTools:
         Raises UserError.
         """
         first = next(frames)
-        height, width = first.shape[:2]
         self.check_length(1 if is_single else 2, "the video")
         if self._stages is None:
             self._stages = self.load(self.selected.tools, self.selected.labels, self.device)
         rate = Fraction(fps).limit_denominator(1001)
-        clip = Clip(
-            path=Path("the video"),
-            width=width,
-            height=height,
-            rate=None if is_single else rate,
-            frames=1 if is_single else None,
-            is_deep=False,
-        )
-        clips = results(self._stages, clip)
+        clips = results(self._stages, _clip_of(first, None if is_single else rate))
         numbered = enumerate(chain([first], frames))
         pictures = (Picture(frame, index / rate, 1 / rate) for index, frame in numbered)
         processed = lead_through(self._stages, pictures, clips)
         return (in_eight_bits(picture.pixels) for picture in processed), float(clips[-1].rate or fps)
+
+
+def _clip_of(frame: Frame, rate: Fraction | None) -> Clip:
+    """Return the facts of a clip that begins with a frame. rate: None for a single frame."""
+    height, width = frame.shape[:2]
+    return Clip(
+        path=Path("the video"),
+        width=width,
+        height=height,
+        rate=rate,
+        frames=1 if rate is None else None,
+        is_deep=False,
+    )

@@ -213,19 +213,19 @@ def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
         raise wrong_kind
     sources = plain_sources(checkpoint)
     shape = shapes_of(checkpoint, sources, wrong_kind)
+
+    def rows(name: str) -> int:
+        return shape(f"{name}.weight")[0]
+
     levels = range(count(names, r"conv_body_down\.\d+"))
     start = "stylegan_decoder."
-    body = [shape("conv_body_first.weight")[0]]
-    for level in levels:
-        body.append(shape(f"conv_body_down.{level}.conv2.weight")[0])
-    decoder = [shape(f"{start}constant_input.weight")[1]]
-    for level in levels:
-        decoder.append(shape(f"{start}style_convs.{2 * level}.modulated_conv.weight", 5)[1])
+    body = [rows(f"conv_body_down.{level}.conv2") for level in levels]
+    decoder = [shape(f"{start}style_convs.{2 * level}.modulated_conv.weight", 5)[1] for level in levels]
     config = GfpganConfig(
-        body=tuple(body),
-        decoder=tuple(decoder),
+        body=(rows("conv_body_first"), *body),
+        decoder=(shape(f"{start}constant_input.weight")[1], *decoder),
         style=shape(f"{start}style_conv1.modulated_conv.modulation.weight", 2)[1],
-        steered=tuple(shape(f"condition_scale.{level}.2.weight")[0] for level in levels),
+        steered=tuple(rows(f"condition_scale.{level}.2") for level in levels),
     )
     for steered, channels in zip(config.steered, config.decoder[1:], strict=True):
         if steered > channels:

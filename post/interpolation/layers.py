@@ -191,19 +191,19 @@ class Correlation:
         scale = first.shape[1] ** -0.5 if scale is None else scale
         self._first = rearrange(first.float(), "1 c h w -> (h w) c") * scale
         self._second = second[0].float().flatten(1)
-        scales = [second.float()]
+        pyramid = [second.float()]
         for _ in range(levels - 1):
-            scales.append(avg_pool2d(scales[-1], 2, stride=2))
-        self._sizes = [(int(scale.shape[-2]), int(scale.shape[-1])) for scale in scales]
+            pyramid.append(avg_pool2d(pyramid[-1], 2, stride=2))
+        self._sizes = [features.shape[-2:] for features in pyramid]
         if keeps_volume is None:
             # by the size alone, so that a clip gives the same pictures on every device
             keeps_volume = _volume_bytes(*self._size, levels) <= VOLUME_BYTES
         self._keeps_volume = keeps_volume
         if keeps_volume:
-            self._levels = [self._first @ scale[0].flatten(1) for scale in scales]
+            self._levels = [self._first @ features[0].flatten(1) for features in pyramid]
         else:  # a row of channels for each place, with so many zeros around that a window may lie outside
-            padded = [pad(scale, (REACH,) * 4) for scale in scales]
-            self._levels = [rearrange(scale, "1 c h w -> (h w) c").contiguous() for scale in padded]
+            padded = [pad(features, (REACH,) * 4) for features in pyramid]
+            self._levels = [rearrange(features, "1 c h w -> (h w) c").contiguous() for features in padded]
 
     def lookup(self, places: Tensor) -> Tensor:
         """Return 1 81*levels h w: for each place of the first picture, products around a place of the second.
