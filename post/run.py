@@ -87,7 +87,8 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
     # the beginning of a damaged file may still be useful
     total = most if is_single or most is not None else source_info(path).frames
     make_folder(folder, "--output")
-    started, written = time.monotonic(), 0
+    started = time.monotonic()
+    written = 0
     with atomic_folder(frames) as temporary:
         if is_single:
             write_png(temporary / "000000.png", read_image(path))

@@ -53,7 +53,8 @@ def best_of(boxes: Numbers, scores: Numbers, most_overlap: float, most: int | No
     waiting = np.argsort(-scores, kind="stable")
     chosen: list[int] = []
     while len(waiting) and (most is None or len(chosen) < most):
-        best, waiting = int(waiting[0]), waiting[1:]
+        best = int(waiting[0])
+        waiting = waiting[1:]
         chosen.append(best)
         waiting = waiting[~(overlaps(boxes[best], boxes[waiting]) > most_overlap)]
     return chosen

@@ -120,7 +120,8 @@ class StyleDecoder(nn.Module):
 
     def __init__(self, config: GfpganConfig) -> None:
         super().__init__()
-        widths, style = config.decoder, config.style
+        widths = config.decoder
+        style = config.style
         self.constant_input = nn.ParameterDict(
             {"weight": nn.Parameter(torch.empty(1, widths[0], SMALLEST, SMALLEST))}
         )
@@ -162,7 +163,8 @@ class Gfpgan(nn.Module):
 
     def __init__(self, config: GfpganConfig) -> None:
         super().__init__()
-        body, levels = config.body, len(config.body) - 1
+        body = config.body
+        levels = len(body) - 1
         self.config = config
         self.conv_body_first = nn.Conv2d(3, body[0], 1)
         self.conv_body_down = nn.ModuleList(StyleResidualBlock(a, b, 0.5) for a, b in pairwise(body))

@@ -169,7 +169,7 @@ class _Checks:
         for attribute in map(self.parts, node[_ATTRIBUTES]):
             name, numbers = self._attribute(attribute, outputs, depth)
             settings[name] = numbers
-        kind = next(map(_text, node[_KIND]), "")
+        kind = _first_text(node[_KIND])
         inputs = list(map(_text, node[_NODE_INPUTS]))
         products = [self.constants[name] for name in inputs if name in self.constants]
         if kind in _GROWING and max(products, default=0) > limits.MAX_ONNX_VALUES:
@@ -187,7 +187,7 @@ class _Checks:
         for inner in attribute[_INNER_GRAPH] + attribute[_INNER_GRAPHS]:
             self.graph(self.parts(inner), depth + 1)
         numbers = _numbers(attribute[_NUMBERS] or attribute[_NUMBER])
-        name = next(map(_text, attribute[_SETTING]), "")
+        name = _first_text(attribute[_SETTING])
         if attribute[_NUMBERS]:
             # 2**31 - 1: the end, of old files
             sizes = (number for number in numbers if number != 2**31 - 1)
@@ -289,7 +289,8 @@ def _fields(content: _Value) -> Iterator[tuple[int, _Value]]:
     position = 0
     while position < len(content):
         key, position = read_varint(content, position)
-        number, kind = key >> 3, key & 7
+        number = key >> 3
+        kind = key & 7
         if number == 0:  # as in the empty rest of a file that was not downloaded whole
             raise ValueError("damaged")
         if kind == _VARINT:
@@ -328,6 +329,10 @@ def _product(sizes: Iterable[float]) -> float:
 
 def _shown(names: Sequence[str]) -> str:
     return repr(", ".join(names)[:80])
+
+
+def _first_text(values: Iterable[_Value]) -> str:
+    return next(map(_text, values), "")
 
 
 def _text(value: _Value | None) -> str:

@@ -135,15 +135,17 @@ def anchors(height: int, width: int) -> Tensor:
     """Return the anchors of a picture, N 4: centre x, centre y, width, height as parts of its sides."""
     scales = []
     for step, sizes in zip(STEPS, SIZES, strict=True):
-        rows, columns = -(-height // step), -(-width // step)
+        rows = torch.arange(-(-height // step), dtype=torch.float64)
+        columns = torch.arange(-(-width // step), dtype=torch.float64)
         y, x = torch.meshgrid(
-            (torch.arange(rows, dtype=torch.float64) + 0.5) * step / height,
-            (torch.arange(columns, dtype=torch.float64) + 0.5) * step / width,
+            (rows + 0.5) * step / height,
+            (columns + 0.5) * step / width,
             indexing="ij",
         )
         centres = torch.stack([x, y], dim=-1).reshape(-1, 1, 2).expand(-1, len(sizes), -1)
         extents = torch.tensor([[size / width, size / height] for size in sizes], dtype=torch.float64)
-        scales.append(torch.cat([centres, extents.expand(len(centres), -1, -1)], dim=-1).reshape(-1, 4))
+        extents = extents.expand(len(centres), -1, -1)
+        scales.append(torch.cat([centres, extents], dim=-1).reshape(-1, 4))
     return torch.cat(scales).float()
 
 

@@ -196,7 +196,8 @@ class FlowFormer(nn.Module):
         self, config: FlowFormerConfig, iterations: int = ITERATIONS, table_bytes: int = TABLE_BYTES
     ) -> None:
         super().__init__()
-        self.iterations, self.table_bytes = iterations, table_bytes
+        self.iterations = iterations
+        self.table_bytes = table_bytes
         self.memory_encoder = MemoryEncoder(config)
         self.context_encoder = nn.ModuleDict({"svt": Twins(config.context)})
         self.memory_decoder = MemoryDecoder(config.decoder)

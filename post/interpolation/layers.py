@@ -103,10 +103,18 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
 
     image: 1 C H W. flow: 1 2 H W. weight: 1 1 H W. Returns 1 C H W float32, 0 at places nothing arrives at.
     """
-    _, channels, height, width = image.shape
-    # H*W rows: one place each, so that what arrives is added in whole rows
     weighted = torch.cat([image * weight, weight], dim=1).float()
-    values = weighted[0].flatten(1).t().contiguous()
+    # H*W rows: one place each, so that what arrives is added in whole rows
+    total = _moved(weighted[0].flatten(1).t().contiguous(), flow)
+    colours = total[:, :-1]
+    norm = total[:, -1:]
+    mean = colours / torch.where(norm == 0, 1.0, norm)
+    return mean.t().reshape(image.shape)
+
+
+def _moved(values: Tensor, flow: Tensor) -> Tensor:
+    """Return the sum of the rows that arrive at each place. values: H*W C. flow: 1 2 H W."""
+    height, width = flow.shape[-2:]
     total = torch.zeros_like(values)
     x, y = _targets(flow)
     left = x.floor()
@@ -115,10 +123,7 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
         place, share = _neighbour(x, y, column=left + dx, row=top + dy, size=(height, width))
         index = place[:, None].expand_as(values)
         total.scatter_add_(0, index, values * share[:, None])
-    colours = total[:, :-1]
-    norm = total[:, -1:]
-    mean = colours / torch.where(norm == 0, 1.0, norm)
-    return mean.t().reshape(1, channels, height, width)
+    return total
 
 
 def _neighbour(

@@ -52,7 +52,9 @@ class Interpolator:
     name = NAME
 
     def __init__(self, options: InterpolationOptions, network: Interpolation, device: torch.device) -> None:
-        self._options, self._network, self._device = options, network, device
+        self._options = options
+        self._network = network
+        self._device = device
 
     def result(self, clip: Clip) -> Clip:
         """Return the clip with the added pictures. Raises MediaError if it is one picture, or too small."""
@@ -159,7 +161,8 @@ class _Shown:
     """A picture of the stream; its features are computed on first use."""
 
     def __init__(self, picture: Picture, make: Callable[[Pixels], Frame]) -> None:
-        self.picture, self._make = picture, make
+        self.picture = picture
+        self._make = make
 
     @cached_property
     def frame(self) -> Frame:

@@ -194,7 +194,8 @@ class Synthesis(nn.Module):
 
     def __init__(self, config: SynthesisConfig) -> None:
         super().__init__()
-        feature, blends = config.feature, config.blends
+        feature = config.feature
+        blends = config.blends
         self.is_projected = bool(config.projections)
         if config.projections:
             quarter, eighth, matching = config.projections
