@@ -138,7 +138,7 @@ def make_blur(options: BlurOptions, device: torch.device) -> Stage:
 class _Waiting(NamedTuple):
     """A picture that waits until the boxes of the next ones are known."""
 
-    index: int
+    number: int
     picture: Picture
     has_boxes: bool
 
@@ -218,8 +218,8 @@ class BlurStage:
 
     def _cover(self, waiting: _Waiting, tracks: Tracks, count: _Count) -> Picture:
         picture = waiting.picture
-        boxes = tracks.boxes(waiting.index)
-        tracks.forget(waiting.index)
+        boxes = tracks.boxes(waiting.number)
+        tracks.forget(waiting.number)
         if not boxes:
             return picture
         count.covered_without += not waiting.has_boxes

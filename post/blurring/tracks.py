@@ -24,7 +24,7 @@ GROWTH, MOST_GROWN = 0.02, 0.3  # of a box on each side, for each picture from w
 class Sighting(NamedTuple):
     """Where something was found in a picture."""
 
-    index: int  # of the picture
+    number: int  # of the picture
     box: Box
 
 
@@ -42,26 +42,26 @@ class Track:
 
     def expected(self, index: int) -> Box:
         motion = _motion(list(self.sightings)[-MOTION:])
-        return _moved(self.last.box, motion, index - self.last.index)
+        return _moved(self.last.box, motion, index - self.last.number)
 
     def covered(self, index: int, hold: int, lookback: int) -> Box | None:
         """Return the box to cover in a picture; None if it is too long before or after the sightings."""
         first = self.sightings[0]
         last = self.last
-        if index < first.index:
-            away = first.index - index
+        if index < first.number:
+            away = first.number - index
             if not self.is_new or away > lookback:
                 return None
             motion = _motion(list(self.sightings)[:MOTION])
             earlier_box = _moved(first.box, motion, -away)
             return _grown(_hull(first.box, earlier_box), away)
-        if index > last.index:
-            away = index - last.index
+        if index > last.number:
+            away = index - last.number
             return _grown(_hull(last.box, self.expected(index)), away) if away <= hold else None
-        before = [sighting for sighting in self.sightings if sighting.index <= index]
-        if before[-1].index == index:
+        before = [sighting for sighting in self.sightings if sighting.number <= index]
+        if before[-1].number == index:
             return before[-1].box
-        after = [sighting for sighting in self.sightings if sighting.index > index]
+        after = [sighting for sighting in self.sightings if sighting.number > index]
         return _between(before[-MOTION:], after[:MOTION], index)
 
 
@@ -81,7 +81,7 @@ class Tracks:
     def see(self, index: int, boxes: Sequence[Box]) -> None:
         """Note the boxes found in a picture."""
         waiting = [
-            track for track in self._tracks if track.is_open and index - track.last.index <= self.hold + 1
+            track for track in self._tracks if track.is_open and index - track.last.number <= self.hold + 1
         ]
         unmatched = list(boxes)
         for track, box in _take_pairs(waiting, unmatched, _closeness, index):
@@ -100,13 +100,13 @@ class Tracks:
         return [box for box in boxes_of_tracks if box is not None]
 
     def forget(self, index: int) -> None:
-        self._tracks = [track for track in self._tracks if track.last.index + self.hold > index]
+        self._tracks = [track for track in self._tracks if track.last.number + self.hold > index]
         for track in self._tracks:
-            while len(track.sightings) > MOTION and track.sightings[1].index <= index:
+            while len(track.sightings) > MOTION and track.sightings[1].number <= index:
                 track.sightings.popleft()
 
     def _note_gap(self, track: Track, index: int) -> None:
-        self.longest_gap = max(self.longest_gap, index - track.last.index - 1)
+        self.longest_gap = max(self.longest_gap, index - track.last.number - 1)
 
 
 def _take_pairs(
@@ -156,14 +156,14 @@ def _between(before: Sequence[Sighting], after: Sequence[Sighting], index: int) 
     """
     first = before[-1]
     last = after[0]
-    part = (index - first.index) / (last.index - first.index)
+    part = (index - first.number) / (last.number - first.number)
     left, top, right, bottom = ((1 - part) * a + part * b for a, b in zip(first.box, last.box, strict=True))
     interpolated = (left, top, right, bottom)
-    if index - first.index <= last.index - index:
-        away = index - first.index
+    if index - first.number <= last.number - index:
+        away = index - first.number
         extrapolated = _moved(first.box, _motion(before), away)
     else:
-        away = last.index - index
+        away = last.number - index
         extrapolated = _moved(last.box, _motion(after), -away)
     return _grown(_hull(interpolated, extrapolated), away)
 
@@ -172,7 +172,7 @@ def _motion(sightings: Sequence[Sighting]) -> tuple[float, float]:
     """Return the mean motion from picture to picture, in pixels to the right and down."""
     first = sightings[0]
     last = sightings[-1]
-    pictures = last.index - first.index
+    pictures = last.number - first.number
     if not pictures:
         return 0.0, 0.0
     x0, y0 = _centre(first.box)

@@ -45,17 +45,11 @@ def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str
     first = counts.get(node.inputs[0], 1.0) if node.inputs else 1.0
     operands = [constants[name] for name in node.inputs[1:] if name in constants]
     weight = operands[0].dims if operands else ()
-    groups = next(iter(node.settings.get("group", ())), 1)
-    strides = math.prod(map(float, node.settings.get("strides", ()))) or 1.0
     match node.kind:
-        case "Conv" if len(weight) > 2:
-            outputs, inputs_of_group, *_ = weight
-            return first * outputs / max(1, inputs_of_group * groups) / strides
-        case "ConvTranspose" if len(weight) > 2:
-            inputs, outputs_of_group, *_ = weight
-            return first * outputs_of_group * groups / max(1, inputs) * strides
+        case "Conv" | "ConvTranspose" if len(weight) > 2:
+            return _convolved(first, node, weight)
         case "MaxPool" | "AveragePool":
-            return first / strides
+            return first / _strides(node)
         case "MatMul" | "Gemm" if len(weight) == 2:
             rows, columns = sorted(weight)
             return first * columns / max(1, rows)  # whichever of them is summed over
@@ -74,6 +68,20 @@ def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str
             return _resized(first, operands)
         case _:
             return max(input_counts, default=1.0)
+
+
+def _convolved(count: float, node: Node, weight: Sequence[int]) -> float:
+    """Return the numbers of the result of a convolution, or of a transposed one."""
+    groups = next(iter(node.settings.get("group", ())), 1)
+    if node.kind == "Conv":
+        outputs, inputs_of_group, *_ = weight
+        return count * outputs / max(1, inputs_of_group * groups) / _strides(node)
+    inputs, outputs_of_group, *_ = weight
+    return count * outputs_of_group * groups / max(1, inputs) * _strides(node)
+
+
+def _strides(node: Node) -> float:
+    return math.prod(map(float, node.settings.get("strides", ()))) or 1.0
 
 
 def _resized(count: float, operands: Sequence[Constant]) -> float:

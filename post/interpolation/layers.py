@@ -202,7 +202,8 @@ class Correlation:
         self._sizes = [features.shape[-2:] for features in pyramid]
         if keeps_volume is None:
             # by the size alone, so that a clip gives the same pictures on every device
-            keeps_volume = _volume_bytes(*self._size, levels) <= VOLUME_BYTES
+            height, width = self._size
+            keeps_volume = _volume_bytes(height, width, levels) <= VOLUME_BYTES
         self._keeps_volume = keeps_volume
         if keeps_volume:
             self._levels = [self._first @ features[0].flatten(1) for features in pyramid]

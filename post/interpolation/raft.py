@@ -143,8 +143,8 @@ class SeparableGru(nn.Module):
         bias = torch.cat([update.bias, reset.bias, fresh.bias])
         width = len(bias) // 3
         inputs = context.shape[1]
-        others = weight.shape[1] - width - inputs
-        of_hidden, of_context, moving = weight.split([width, inputs, others], dim=1)
+        motion = weight.shape[1] - width - inputs
+        of_hidden, of_context, moving = weight.split([width, inputs, motion], dim=1)
         return RecurrentTurn(
             constant=_keeping_size(context, of_context, bias),
             moving=moving.contiguous(),

@@ -174,18 +174,18 @@ def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
     return bias + APART * (region[:, None] != region[None]).to(bias.dtype)
 
 
-class _Part(NamedTuple):
+class _WindowRange(NamedTuple):
     """Some rows, or columns, of windows that have the same mask."""
 
     windows: range
     masked: int  # tokens at the end of each window that shifting has brought there
 
 
-def _parts(count: int, shift: int) -> list[_Part]:
+def _parts(count: int, shift: int) -> list[_WindowRange]:
     """Return the rows, or columns, of windows; the last one is for itself if they are shifted."""
     if not shift:
-        return [_Part(range(count), 0)]
-    return [_Part(range(count - 1), 0), _Part(range(count - 1, count), shift)]
+        return [_WindowRange(range(count), 0)]
+    return [_WindowRange(range(count - 1), 0), _WindowRange(range(count - 1, count), shift)]
 
 
 def pieces(batch: int, rows: range, columns: range, most: int) -> Iterator[tuple[slice, slice, slice]]:
