@@ -294,9 +294,10 @@ def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT 
     if not tasks:
         return None  # the tool says so itself
     for task in tasks:
+        model = models[task]
         for folder in folders:
-            if all((folder / file.name).is_file() for file in models[task].files):
-                path = folder / models[task].path
+            if all((folder / file.name).is_file() for file in model.files):
+                path = folder / model.path
                 logger.info("%s: --model is not given; %s is used", tool, path)
                 return path
     command = as_typed(["python", "tools/download.py", "--family", "tools", "--task", tasks[0]])

@@ -178,9 +178,7 @@ def settle_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]
     existing = [job for job in jobs if os.path.lexists(job.output)]
     if not existing:
         return list(jobs)
-    names = ", ".join(str(job.output) for job in existing[:NAMED])
-    if len(existing) > NAMED:
-        names += f" and {len(existing) - NAMED} more"
+    names = _name_outputs(existing)
     is_one = len(existing) == 1
     exist = f"{names} exists already" if is_one else f"{names} exist already"
     answer = ask(f"{exist}. Overwrite")
@@ -192,6 +190,12 @@ def settle_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]
         logger.info("%s %s as before", names, "stays" if is_one else "stay")
         return [job for job in jobs if job not in existing]
     return _rename_outputs(jobs, existing)
+
+
+def _name_outputs(jobs: Sequence[FileJob]) -> str:
+    """Return the paths of the results, or of the first few, for a message."""
+    names = ", ".join(str(job.output) for job in jobs[:NAMED])
+    return f"{names} and {len(jobs) - NAMED} more" if len(jobs) > NAMED else names
 
 
 def _rename_outputs(jobs: Sequence[FileJob], existing: Sequence[FileJob]) -> list[FileJob]:

@@ -32,8 +32,12 @@ class Node:
 
 def input_count(shape: Sequence[int | None]) -> float:
     """Return the numbers of an input; open sizes are 1 for pictures at once, else `USUAL_SIDE`."""
-    sizes = [(1 if axis == 0 else USUAL_SIDE) if size is None else size for axis, size in enumerate(shape)]
-    return math.prod(map(float, sizes))
+    count = 1.0
+    for axis, size in enumerate(shape):
+        if size is None:
+            size = 1 if axis == 0 else USUAL_SIDE
+        count *= float(size)
+    return count
 
 
 def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str, Constant]) -> float:
