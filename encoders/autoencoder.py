@@ -75,8 +75,9 @@ def read_autoencoder(
 
     Raises CheckpointError for any other file.
     """
-    other_networks = tuple(start for start in ALL_IN_ONE if start not in ("vae.", "first_stage_model."))
-    checkpoint = checkpoint.without_prefix("first_stage_model.", "vae.", others=(*other_networks, "model."))
+    prefixes = ("first_stage_model.", "vae.")
+    other_networks = [start for start in ALL_IN_ONE if start not in prefixes]
+    checkpoint = checkpoint.without_prefix(*prefixes, others=(*other_networks, "model."))
     sources = plain_sources(checkpoint)
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:
         levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
@@ -87,16 +88,10 @@ def read_autoencoder(
     as_matrices(sources, ATTENTION)
     shape = dialects.shapes_of(checkpoint, sources, wrong)
     channels = shape("decoder.conv_in.weight")[1]
-    is_quantised = any(name in sources for name in ("quant_conv.weight", "encoder.quant_conv.weight"))
+    is_quantised = "quant_conv.weight" in sources or "encoder.quant_conv.weight" in sources
     _check_kind(checkpoint, kind, channels, is_quantised)
-    for start in (r"encoder\.down", r"decoder\.up"):
-        num_levels = dialects.count(sources, rf"{start}\.\d+")
-        if num_levels != LEVELS:
-            raise CheckpointError(
-                f"{checkpoint.path}: {start.replace(chr(92), '')} has {num_levels} levels, that of FLUX has "
-                f"{LEVELS}. The file holds another model, or tensors are missing. Give {kind.release}.",
-                checkpoint.path,
-            )
+    for part in ("encoder.down", "decoder.up"):
+        _check_levels(checkpoint, kind, part, dialects.count(sources, rf"{re.escape(part)}\.\d+"))
     widths = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
     groups = stated_groups(checkpoint, kind.classes) or GROUPS
     check_groups(checkpoint, widths, groups)
@@ -107,7 +102,17 @@ def read_autoencoder(
         encoder_blocks=dialects.count(sources, r"encoder\.down\.0\.block\.\d+"),
         decoder_blocks=dialects.count(sources, r"decoder\.up\.0\.block\.\d+"),
     )
-    return dialects.LoadPlan(config, checkpoint, sources, ("bn.*",) if kind.is_quantised else ())
+    unused = ("bn.*",) if kind.is_quantised else ()
+    return dialects.LoadPlan(config, checkpoint, sources, unused)
+
+
+def _check_levels(checkpoint: Checkpoint, kind: AutoencoderKind, part: str, num_levels: int) -> None:
+    if num_levels != LEVELS:
+        raise CheckpointError(
+            f"{checkpoint.path}: {part} has {num_levels} levels, that of FLUX has {LEVELS}. The file "
+            f"holds another model, or tensors are missing. Give {kind.release}.",
+            checkpoint.path,
+        )
 
 
 def _check_kind(checkpoint: Checkpoint, kind: AutoencoderKind, channels: int, is_quantised: bool) -> None:

@@ -27,7 +27,7 @@ CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_DEFAULTS = {"hidden_size": 512, "num_attention_heads": 8, "layer_norm_eps": 1e-5}
 
 # beginnings of the names of tensors beside the wanted network: other parts of the same model
-_BESIDE_CLIP = ("vision_model.", "visual_projection.", "text_projection", "logit_scale")
+_OTHER_TENSORS = ("vision_model.", "visual_projection.", "text_projection", "logit_scale")
 _COMPUTED = ("embeddings.position_ids",)  # saved by old versions of transformers; computed here
 
 
@@ -95,7 +95,7 @@ def read_clip_text(
         checkpoint,
         "embeddings.token_embedding.weight",
         "encoder.layers.0.self_attn.q_proj.weight",
-        _BESIDE_CLIP,
+        _OTHER_TENSORS,
     )
     if network is None:
         raise other_kind(checkpoint, "a CLIP text encoder", use.option, use.release)
@@ -146,7 +146,8 @@ def plan_clip_text(
         activation=str(config_json.get("hidden_act", ClipTextConfig.activation)),
         eps=float(config_json.get("layer_norm_eps", ClipTextConfig.eps)),
     )
-    return LoadPlan(config, network, sources, (*_COMPUTED, *(f"{start}*" for start in _BESIDE_CLIP)))
+    other_tensors = [f"{start}*" for start in _OTHER_TENSORS]
+    return LoadPlan(config, network, sources, (*_COMPUTED, *other_tensors))
 
 
 HEAD_WIDTH = 104  # of OpenCLIP's bigG; cannot be read from the tensors
@@ -188,11 +189,11 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
         raise other_kind(checkpoint, "a CLIP image encoder with its projection", option, release)
     shape = shapes_of(checkpoint, sources)
     patches = shape("embeddings.patch_embedding.weight")
-    positions = shape("embeddings.position_embedding.weight")[0] - 1
-    side = math.isqrt(max(positions, 0))
-    if len(patches) != 4 or patches[1] != 3 or patches[2] != patches[3] or side * side != positions:
+    places = shape("embeddings.position_embedding.weight")[0] - 1
+    side = math.isqrt(max(places, 0))
+    if len(patches) != 4 or patches[1] != 3 or patches[2] != patches[3] or side * side != places:
         raise CheckpointError(
-            f"{checkpoint.path}: its patches ({list(patches)}) and {positions} places are no CLIP image "
+            f"{checkpoint.path}: its patches ({list(patches)}) and {places} places are no CLIP image "
             f"encoder's. Give {release}.",
             checkpoint.path,
         )

@@ -53,9 +53,7 @@ def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
     Raises CheckpointError if it cannot be read or has no start or end token.
     """
     tokenizer = _read_clip(files, file)
-    start, end = (tokenizer.token_to_id(token) for token in (CLIP_START, CLIP_END))
-    if start is None or end is None:
-        raise files.unreadable(file, ValueError(f"it has no {CLIP_START} or no {CLIP_END}"))
+    start, end = _start_and_end(tokenizer, files, file)
 
     def tokenize(text: str) -> list[int]:
         with files.explain(file):
@@ -63,6 +61,15 @@ def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
         return ids
 
     return ClipWords(tokenize, start, end)
+
+
+def _start_and_end(tokenizer: Tokenizer, files: TokenizerFiles, file: Path) -> tuple[int, int]:
+    """Return the ids of the tokens around a text. Raises CheckpointError if the tokenizer lacks one."""
+    start = tokenizer.token_to_id(CLIP_START)
+    end = tokenizer.token_to_id(CLIP_END)
+    if start is None or end is None:
+        raise files.unreadable(file, ValueError(f"it has no {CLIP_START} or no {CLIP_END}"))
+    return start, end
 
 
 def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
@@ -83,11 +90,12 @@ def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
-    start, end = (tokenizer.token_to_id(token) for token in (CLIP_START, CLIP_END))
-    if start is None or end is None:
-        raise files.unreadable(file, ValueError(f"it has no {CLIP_START} or no {CLIP_END}"))
+    start, end = _start_and_end(tokenizer, files, file)
     tokenizer.post_processor = processors.RobertaProcessing(
-        (CLIP_END, end), (CLIP_START, start), False, False
+        (CLIP_END, end),
+        (CLIP_START, start),
+        trim_offsets=False,
+        add_prefix_space=False,
     )
     tokenizer.add_special_tokens([CLIP_START, CLIP_END])
     return tokenizer

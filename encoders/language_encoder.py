@@ -175,7 +175,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     """A language model. Each prompt gives a state for each of its tokens."""
 
     can = EncoderAbilities(wait=True, divide=True)
-    tells_cuts = True
+    logs_cuts = True
     blocks: BlockPlace | None = None  # splits the network over processes
 
     def __init__(
@@ -324,7 +324,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """
         use = self.use
         pad = self.find_pad(tokenizer)
-        check_ids([[pad]], len(network.get_parameter(self.embedding)), self.path, self.source.files.option)
+        vocabulary = len(network.get_parameter(self.embedding))
+        check_ids([[pad]], vocabulary, self.path, self.source.files.option)
         results: list[Conditions] = []
         for first in range(0, len(rows), use.at_once):
             group = rows[first : first + use.at_once]
@@ -390,20 +391,16 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if not use.always and not hasattr(network, "visual"):
             device = network.get_parameter(self.embedding).device
             network.visual = load_vision_tower(self.path, self.use.model, device, self.dtype)
-        tower = network.get_submodule("visual")
-        pictures: list[ReadPictures] = []
-        for prompt in prompts:
-            frames = [use.read(path, prompt.picture_size) for path in use.choose(prompt.pictures)]
-            pictures.append(read_pictures(tower, frames, use))
+        pictures = _read_all_pictures(network.get_submodule("visual"), prompts, use)
         token = self.find_token(tokenizer, use.token)
         written: list[Written] = []
         for prompt, prompt_pictures in zip(prompts, pictures, strict=True):
-            plain = self.write(prompt)
-            if prompt_pictures.sides and token in tokenizer.read(plain.prompt).ids:
+            text = self.write(prompt)
+            if prompt_pictures.sides and token in tokenizer.read(text.prompt).ids:
                 raise MediaError(
-                    f"{use.token} stands for a picture. Leave it out of the prompt: {plain.prompt}"
+                    f"{use.token} stands for a picture. Leave it out of the prompt: {text.prompt}"
                 )
-            written.append(_put_in_front(plain, prompt_pictures, use))
+            written.append(_put_in_front(text, prompt_pictures, use))
         return self.encode_written(written, functools.partial(self.compute, pictures=pictures))
 
 
@@ -474,6 +471,14 @@ class LanguageModelFiles(TransformerFiles):
     def check_tower(self) -> None:
         """Raise CheckpointError if the language model has no vision tower, or one of another model."""
         read_once(self.language_model().path, _tower_of, self.text_use)
+
+
+def _read_all_pictures(tower: nn.Module, prompts: Sequence[Prompt], use: PictureUse) -> list[ReadPictures]:
+    pictures = []
+    for prompt in prompts:
+        frames = [use.read(path, prompt.picture_size) for path in use.choose(prompt.pictures)]
+        pictures.append(read_pictures(tower, frames, use))
+    return pictures
 
 
 def _put_in_front(written: Written, pictures: ReadPictures, use: PictureUse) -> Written:

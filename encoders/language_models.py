@@ -47,7 +47,7 @@ ALL_STATES: tuple[int, ...] = ()  # the embeddings, the states behind each layer
 NEAR, FAR = "sliding_attention", "full_attention"  # kinds of layers: tokens see a window, or all before them
 # beginnings of the names of tensors beside the wanted network: other parts of the same model, and the bytes
 # of files such as a tokenizer's
-BESIDE = (
+OTHER_TENSORS = (
     *(f"{prefix}{part}" for prefix in ("", "model.", "language_model.") for part in _PARTS),
     "tokenizer",
     "tekken_model",
@@ -189,21 +189,28 @@ def read_language_model(
     Raises CheckpointError for any other file, or one with fewer layers.
     """
     path = checkpoint.path
-    network = network_in(checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", BESIDE)
+    network = network_in(checkpoint, "embed_tokens.weight", "layers.0.self_attn.q_proj.weight", OTHER_TENSORS)
     if network is None or model.marks != _marks_of(network, checkpoint):
         raise other_kind(checkpoint, model.what, model.option, model.files)
     sources = plain_sources(network)
-    damaged = f"{path}: its tensors do not have the sizes of {model.what}. Give {model.files} to"
-    shape = shapes_of(network, sources, CheckpointError(f"{damaged} {model.option}.", path))
+    wrong = CheckpointError(
+        f"{path}: its tensors do not have the sizes of {model.what}. Give {model.files} to {model.option}.",
+        path,
+    )
+    shape = shapes_of(network, sources, wrong)
     all_layers = count(sources, r"layers\.\d+", path)
     states = states or all_states(all_layers)
     num_layers = _layers_before(states[-1], all_layers, path, model)
     vocabulary, dim = shape("embed_tokens.weight", 2)
     query_rows = shape("layers.0.self_attn.q_proj.weight", 2)[0]
     key_rows = shape("layers.0.self_attn.k_proj.weight", 2)[0]
-    stored_config = network.metadata.get(model.config_key)
     config_json = read_network_config(
-        path, "text_config", kind=model.kind, dim=dim, defaults=model.defaults, written=stored_config
+        path,
+        "text_config",
+        kind=model.kind,
+        dim=dim,
+        defaults=model.defaults,
+        written=network.metadata.get(model.config_key),
     )
     if Q_NORM in model.marks:
         width = shape(f"layers.0.{Q_NORM}", 1)[0]
@@ -212,9 +219,13 @@ def read_language_model(
     _check_heads(path, width, query_rows=query_rows, key_rows=key_rows, dim=dim, model=model)
     shapes = {name: network.tensors[source.names[0]].shape for name, source in sources.items()}
     constants = _read_constants(
-        path, config_json, model=model, num_layers=num_layers, width=width, shapes=shapes
+        path,
+        config_json,
+        model=model,
+        num_layers=num_layers,
+        width=width,
+        shapes=shapes,
     )
-    is_normed = final_norm or states[-1] == -1
     config = LanguageConfig(
         vocabulary=vocabulary,
         dim=dim,
@@ -223,20 +234,24 @@ def read_language_model(
         num_kv_heads=key_rows // width,
         head_width=width,
         num_layers=num_layers,
-        final_norm=is_normed,
+        final_norm=final_norm or states[-1] == -1,
         theta=constants.theta,
         eps=constants.eps,
         model=model,
         sections=constants.sections,
         settings=constants.settings,
     )
-    unused = (
-        *_COMPUTED,
-        *(f"{start}*" for start in BESIDE),
-        *(f"layers.{index}.*" for index in range(num_layers, all_layers)),
-        *(() if is_normed else ("norm.weight",)),
-    )
-    return LoadPlan(config, network, sources, unused)
+    return LoadPlan(config, network, sources, _unused_names(config, all_layers))
+
+
+def _unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
+    """Return patterns of the file's tensors that are not loaded. all_layers: how many the file has."""
+    names = [*_COMPUTED]
+    names += [f"{start}*" for start in OTHER_TENSORS]
+    names += [f"layers.{index}.*" for index in range(config.num_layers, all_layers)]
+    if not config.final_norm:
+        names.append("norm.weight")
+    return tuple(names)
 
 
 def _usual_width(config_json: Mapping[str, Any], model: LanguageModel) -> int:
@@ -306,9 +321,7 @@ def _read_constants(
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         theta = float(rope.get("rope_theta", config_json.get("rope_theta", model.theta)))
         eps = float(config_json.get("rms_norm_eps", model.eps))
-        sections = tuple(map(int, rope.get("mrope_section", ()))) if model.grid_shares else ()
-        if sections and (len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != width):
-            raise ValueError(f"mrope_section {list(sections)} for heads of {width} channels")
+        sections = _read_sections(rope, width) if model.grid_shares else ()
         if not (0 < theta < math.inf and 0 <= eps < math.inf):
             raise ValueError(f"rope_theta {theta}, rms_norm_eps {eps}")
         settings = model.read_settings(config_json, num_layers, width, shapes)
@@ -323,6 +336,14 @@ def _read_constants(
             path,
         )
     return RotaryConstants(theta, eps, sections, settings)
+
+
+def _read_sections(rope: Mapping[str, Any], width: int) -> tuple[int, ...]:
+    """Return the frequencies for time, rows and columns, if they are given. Raises ValueError, TypeError."""
+    sections = tuple(map(int, rope.get("mrope_section", ())))
+    if sections and (len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != width):
+        raise ValueError(f"mrope_section {list(sections)} for heads of {width} channels")
+    return sections
 
 
 def all_states(num_layers: int) -> tuple[int, ...]:

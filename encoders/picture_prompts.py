@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from checkpoints.dialects import LoadPlan, count, load_planned, shapes_of
 from checkpoints.encoders import read_network_config
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from contract.loading import TensorSource
 from encoders.language_models import LanguageModel
 from encoders.vision_towers import PATCHES, VisionTower
 from modules.errors import CheckpointError, MediaError
@@ -104,6 +105,19 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
     sources = plain_sources(network)
     what = f"its vision tower is not that of {tower.name}. Give {model.files} with its config.json."
     wrong = CheckpointError(f"{path}: {what}", path)
+    sizes = _read_sizes(tower, network, sources, wrong)
+    config_json = told_beside(path, "vision_config", kind=tower.kind, dim=sizes["hidden_size"], defaults={})
+    shapes = {name: info.shape for name, info in network.tensors.items()}
+    settings = tower.read(sizes, config_json, shapes)
+    if settings is None:
+        raise wrong
+    return LoadPlan(VisionConfig(tower, {**sizes, **settings}), network, sources)
+
+
+def _read_sizes(
+    tower: VisionTower, network: Checkpoint, sources: Mapping[str, TensorSource], wrong: CheckpointError
+) -> dict[str, int]:
+    """Return the settings of a tower that its tensors show. Raises `wrong` for those of another tower."""
     shape = shapes_of(network, sources, wrong)
     dim, _, frames, patch, columns = shape(PATCHES, 5)
     merged_layer, out_layer = tower.merger
@@ -112,7 +126,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
     merge = math.isqrt(merged_dim // dim)
     if patch != columns or merge < 1 or merge**2 * dim != merged_dim:
         raise wrong
-    sizes = {
+    return {
         "depth": count(sources, r"blocks\.\d+"),
         "hidden_size": dim,
         "intermediate_size": shape(tower.feed, 2)[0],
@@ -121,12 +135,6 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
         "spatial_merge_size": merge,
         "out_hidden_size": out_dim,
     }
-    config_json = read_network_config(path, "vision_config", kind=tower.kind, dim=dim, defaults={})
-    shapes = {name: info.shape for name, info in network.tensors.items()}
-    settings = tower.read(sizes, config_json, shapes)
-    if settings is None:
-        raise wrong
-    return LoadPlan(VisionConfig(tower, {**sizes, **settings}), network, sources)
 
 
 def build_vision_tower(config: VisionConfig) -> nn.Module:
@@ -261,9 +269,8 @@ def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: in
         length = len(list(group))
         while length and is_picture:  # pictures may follow one another
             rows, columns = remaining.pop(0)
-            grid = torch.cartesian_prod(
-                torch.zeros(1, dtype=torch.int64), torch.arange(rows), torch.arange(columns)
-            )
+            no_time = torch.zeros(1, dtype=torch.int64)
+            grid = torch.cartesian_prod(no_time, torch.arange(rows), torch.arange(columns))
             places.append(grid.T + start)
             start += max(rows, columns)
             length -= rows * columns

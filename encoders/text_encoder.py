@@ -138,7 +138,9 @@ class TokenizerSource:
         with self.files.explain(file):
             empty: list[int] = tokenizer.encode("").ids
             tokenizer.encode("a b")  # what fails with a text does so now
-        first = [] if begin is None or empty[:1] == [begin] else [begin]
+        first = []
+        if begin is not None and empty[:1] != [begin]:
+            first.append(begin)
         if self.end and empty[-1:] != [tokenizer.token_to_id(self.end)]:
             logger.warning(
                 "tokenizer %s does not end texts with %s, but the encoder was trained with it", file, self.end
@@ -147,7 +149,7 @@ class TokenizerSource:
         def read(text: str) -> Tokens:
             with self.files.explain(file):
                 encoded = tokenizer.encode(text, add_special_tokens=self.adds_own)
-            places: list[Place] = [None for _ in first]
+            places: list[Place] = [None] * len(first)
             for place, is_added in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
                 places.append(None if is_added else place)
             return Tokens([*first, *encoded.ids], places)
@@ -177,8 +179,11 @@ class TokenizerSource:
                 surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
             # they follow one another; white space that is dropped can only stand in front of them
             begin = len(text) - sum(map(len, surfaces))
-            places = itertools.pairwise(itertools.accumulate(map(len, surfaces), initial=begin))
-            return Tokens([*first, *ids, *last], [*(None for _ in first), *places, *(None for _ in last)])
+            edges = itertools.accumulate(map(len, surfaces), initial=begin)
+            places: list[Place] = [None] * len(first)
+            places += itertools.pairwise(edges)
+            places += [None] * len(last)
+            return Tokens([*first, *ids, *last], places)
 
         return TextTokenizer(read, processor.piece_to_id, origin)
 
@@ -260,7 +265,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     most: int  # tokens of a prompt that are kept, without those that are dropped
     weighed: str = ""  # key of the states that the weights of parts multiply; "": none
     pads_left: bool = False  # the states of a short prompt are the last ones of `most`
-    tells_cuts: ClassVar[bool] = False  # log each prompt that is too long
+    logs_cuts: ClassVar[bool] = False  # log each prompt that is too long
     embedding: ClassVar[str] = "embed_tokens.weight"  # of the tokens, in the network
 
     def __init__(self, path: Path, tokenizer: Path | None = None, form: str | None = None) -> None:
@@ -330,8 +335,13 @@ class FileTextEncoder(ABC, Generic[Network]):
             characters = kept_characters(ends, dropped + self.most - behind, length)
             counted = max(len(tokens.ids) - dropped, 0)
             stored = min(counted, self.most) if self.variable_length else self.most
-            used = min(max(characters, 0), length)
-            return TokenCount(written.prompt, counted, self.most, used, stored * token_bytes)
+            return TokenCount(
+                written.prompt,
+                tokens=counted,
+                limit=self.most,
+                kept=min(max(characters, 0), length),
+                size_bytes=stored * token_bytes,
+            )
 
         return count
 
@@ -376,11 +386,11 @@ class FileTextEncoder(ABC, Generic[Network]):
         network, tokenizer = self._loaded.get()
         dropped = self.count_dropped(tokenizer)
         all_tokens = [tokenizer.read(prompt.text) for prompt in written]
-        cut_tokens = [
-            tokens.cut(dropped + prompt.uncounted + self.most, prompt.end)
-            for tokens, prompt in zip(all_tokens, written, strict=True)
-        ]
-        if self.tells_cuts:
+        cut_tokens = []
+        for tokens, prompt in zip(all_tokens, written, strict=True):
+            most = dropped + prompt.uncounted + self.most
+            cut_tokens.append(tokens.cut(most, prompt.end))
+        if self.logs_cuts:
             self._log_cuts(written, all_tokens, cut_tokens)
         rows = [tokens.ids for tokens in cut_tokens]
         vocabulary = len(network.get_parameter(self.embedding))
@@ -391,7 +401,8 @@ class FileTextEncoder(ABC, Generic[Network]):
         weighed = []
         for conditions, prompt, tokens in zip(results, written, cut_tokens, strict=True):
             if prompt.spans:
-                conditions = self._weigh(conditions, _weights_of(prompt, tokens.places[dropped:]))
+                weights = _weights_of(prompt, tokens.places[dropped:])
+                conditions = self._weigh(conditions, weights)
             weighed.append(conditions)
         return weighed
 

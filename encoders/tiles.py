@@ -31,22 +31,25 @@ class Cut:
     def stride(self) -> int:
         return int(self.size * 0.75)
 
+    def pick(self, start: int) -> slice:
+        """Return the input's slice of the piece that begins at a unit."""
+        return slice(start * self.unit_in, (start + self.size) * self.unit_in)
+
 
 def compute_in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device) -> Tensor:
     """Apply `compute` to x, ... H W, tile by tile in height and width.
 
     Returns ... H' W', float32, on `device`.
     """
-    height, width = (size // cut.unit_in for size in x.shape[-2:])
+    height = x.shape[-2] // cut.unit_in
+    width = x.shape[-1] // cut.unit_in
     inside = cut.stride * cut.unit_out
     out = torch.empty(0)
     above: dict[int, Tensor] = {}  # by left edge: this tile's first rows as the tile above computed them
     for top in range(0, height, cut.stride):
-        rows = slice(top * cut.unit_in, (top + cut.size) * cut.unit_in)
         on_left = torch.empty(0)  # this tile's first columns as the tile to its left computed them
         for left in range(0, width, cut.stride):
-            columns = slice(left * cut.unit_in, (left + cut.size) * cut.unit_in)
-            tile = compute_piece(compute, x[..., rows, columns]).float()
+            tile = compute_piece(compute, x[..., cut.pick(top), cut.pick(left)]).float()
             if top:
                 _fade_in(tile, above[left], -2)
             if left:
@@ -57,9 +60,8 @@ def compute_in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device
                 shape = (*tile.shape[:-2], height * cut.unit_out, width * cut.unit_out)
                 out = torch.empty(shape, device=device)
             tile = tile[..., :inside, :inside]
-            out_top = top * cut.unit_out
-            out_left = left * cut.unit_out
-            out[..., out_top : out_top + tile.shape[-2], out_left : out_left + tile.shape[-1]] = tile
+            room = out[..., top * cut.unit_out :, left * cut.unit_out :]
+            room[..., : tile.shape[-2], : tile.shape[-1]] = tile
             del tile  # free it before the next one is computed
     return out
 
@@ -158,12 +160,14 @@ def add_in_tiles(
     rows, columns = cuts
     for row in rows:
         for column in columns:
-            start = 0
+            tile = x[..., row.pick(unit_in), column.pick(unit_in)]
+            place = out[..., row.pick(unit_out), column.pick(unit_out)]
             weights = (row.weights(unit_out)[:, None] * column.weights(unit_out)).to(out.device)
-            for piece in compute(x[..., row.pick(unit_in), column.pick(unit_in)]):
+            start = 0
+            for piece in compute(tile):
                 end = start + piece.shape[2]
-                place = out[:, :, start:end, row.pick(unit_out), column.pick(unit_out)]
-                place += piece.to(out.device, out.dtype) * weights
+                frames = place[:, :, start:end]
+                frames += piece.to(out.device, out.dtype) * weights
                 start = end
 
 

@@ -103,7 +103,7 @@ class PostOptions(Options, title="tools for finished videos"):
 
     @functools.cached_property
     def tools(self) -> Any:
-        """Return the tools in their order, as `post.chain_options.AskedTools`; None without a tool. Raises
+        """Return the tools in their order, as `post.chain_options.NamedTools`; None without a tool. Raises
         OptionError.
 
         `post` is imported for this option alone, because training makes its samples through these loops and
@@ -111,9 +111,9 @@ class PostOptions(Options, title="tools for finished videos"):
         """
         if not self.post:
             return None
-        from post.chain_options import read_asked  # only with --post
+        from post.chain_options import read_named_tools  # only with --post
 
-        return read_asked(self.post, POST)
+        return read_named_tools(self.post, POST)
 
 
 logger = logging.getLogger(__name__)

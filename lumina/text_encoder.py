@@ -103,7 +103,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     lora_prefix = "lora_te"
     source = TokenizerSource(GEMMA_FILES, begin=BEGIN, may_be_inside=True)
     weighed = "hidden_state"
-    tells_cuts = True
+    logs_cuts = True
     blocks: BlockPlace | None = None  # splits the network over processes
 
     def __init__(

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,30 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
 
     Ends the program, as argparse does, if it cannot be understood. Raises OptionError.
     """
-    words = split_assigned(sys.argv[1:] if argv is None else list(argv), THEN)
-    first, *later_tools = split_at(words, THEN)
+    if argv is None:
+        argv = sys.argv[1:]
+    first, *later_tools = split_at(split_assigned(argv, THEN), THEN)
     parser = Parser(description=description)
+    before = f"{parser.prog} {THEN}"
     chosen = find_tool(tool)
     add_options(parser, ToolRunOptions, chosen.record)
+    _add_then(parser)
+    for later in later_tools:  # their help is not to wait for what the first tool lacks
+        if HELP & set(later):
+            read_tool(later, before)
+    args = _parse(parser, chosen, first)
+    if args.then is not None:
+        parser.error(f"write {THEN} in full")
+    run = read_options(ToolRunOptions, args)
+    tools: list[ToolOptions] = [(chosen, read_options(chosen.record, args))]
+    for later in later_tools:
+        name = " ".join([THEN, *later[:1]])
+        with name_tool(name):
+            tools.append(read_tool(later, before))
+    return Chain(run, tuple(tools))
+
+
+def _add_then(parser: Parser) -> None:
     group = parser.add_argument_group("several tools in one run")
     group.add_argument(
         THEN,
@@ -93,24 +112,12 @@ def read_chain(tool: str, description: str, argv: Sequence[str] | None = None) -
         help="give each picture on to another tool, without a file in between. Behind the tool's name stand "
         f"its own options ({THEN} upscaler --help lists them; without --model the downloaded one is taken), "
         f"before the first {THEN} what holds for the whole run. May be repeated. The tools: "
-        f"{', '.join(known_tool.name for known_tool in TOOLS)}",
+        f"{', '.join(tool.name for tool in TOOLS)}",
     )
-    for later in later_tools:  # their help is not to wait for what the first tool lacks
-        if HELP & set(later):
-            read_tool(later, f"{parser.prog} {THEN}")
-    args = _parse(parser, chosen, first)
-    if args.then is not None:
-        parser.error(f"write {THEN} in full")
-    run = read_options(ToolRunOptions, args)
-    tools: list[ToolOptions] = [(chosen, read_options(chosen.record, args))]
-    for later in later_tools:
-        with name_tool(" ".join([THEN, *later[:1]])):
-            tools.append(read_tool(later, f"{parser.prog} {THEN}"))
-    return Chain(run, tuple(tools))
 
 
 @dataclass(frozen=True)
-class AskedTools:
+class NamedTools:
     """Tools that an option names, in the order of work."""
 
     option: str  # for messages
@@ -129,7 +136,7 @@ class AskedTools:
         return f" {THEN} ".join(tool_in_words(tool, options) for tool, options in self.tools)
 
 
-def read_asked(texts: Sequence[str], option: str) -> AskedTools:
+def read_named_tools(texts: Sequence[str], option: str) -> NamedTools:
     """Read tools from texts such as `upscaler scale=2 model=x.pth --then gimmvfi model=y`.
 
     option: the option that the texts were given to, for messages. Exits, as argparse does, if a word is
@@ -144,7 +151,7 @@ def read_asked(texts: Sequence[str], option: str) -> AskedTools:
                 )
             with name_tool(f"{option} {words[0]}"):
                 tools.append(read_tool(words, option))
-    return AskedTools(option, tuple(tools))
+    return NamedTools(option, tuple(tools))
 
 
 def read_tool(words: Sequence[str], before: str) -> ToolOptions:
@@ -158,20 +165,24 @@ def read_tool(words: Sequence[str], before: str) -> ToolOptions:
     tool = find_tool(words[0])
     parser = Parser(prog=f"{before} {tool.name}", description=f"Options of {tool.name}.")
     add_options(parser, tool.record)
-    of_run = Parser(add_help=False)
-    own_flags = _flags(parser)
-    typed_words = []
-    add_options(of_run, ToolRunOptions)
-    flags = {**_flags(of_run), **own_flags}
-    for word in words[1:]:  # `factor=2` is `--factor=2`, and `only_center` `--only_center`; others stay
-        name, has_value, _ = word.partition("=")
-        flag = flags.get(f"--{name}")
-        typed_words.append(f"--{word}" if flag is not None and (has_value or flag.nargs == 0) else word)
+    run_parser = Parser(add_help=False)
+    add_options(run_parser, ToolRunOptions)
+    tool_flags = _flags(parser)
+    run_flags = _flags(run_parser)
+    typed_words = [_as_typed_word(word, {**run_flags, **tool_flags}) for word in words[1:]]
     for word in typed_words:
         name = word.partition("=")[0]
-        if name in flags and name not in own_flags:
+        if name in run_flags and name not in tool_flags:
             raise OptionError(f"{name} holds for the whole run. Write it before the first {THEN}.")
     return tool, read_options(tool.record, _parse(parser, tool, typed_words))
+
+
+def _as_typed_word(word: str, flags: Mapping[str, argparse.Action]) -> str:
+    """Return `--factor=2` for `factor=2`, `--only_center` for `only_center`, and other words unchanged."""
+    name, has_value, _ = word.partition("=")
+    flag = flags.get(f"--{name}")
+    is_option = flag is not None and (has_value or flag.nargs == 0)
+    return f"--{word}" if is_option else word
 
 
 def _parse(parser: Parser, tool: Tool, words: Sequence[str]) -> argparse.Namespace:
@@ -250,9 +261,11 @@ def split_at(words: Sequence[str], mark: str) -> list[list[str]]:
 
 
 def split_assigned(words: Sequence[str], flag: str) -> list[str]:
-    return [
-        part for word in words for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])
-    ]
+    """Split each `flag=value` in two."""
+    parts: list[str] = []
+    for word in words:
+        parts += word.split("=", 1) if word.startswith(f"{flag}=") else [word]
+    return parts
 
 
 def _flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
@@ -281,9 +294,10 @@ def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT 
     if not tasks:
         return None  # the tool says so itself
     for task in tasks:
+        model = models[task]
         for folder in folders:
-            if all((folder / file.name).is_file() for file in models[task].files):
-                path = folder / models[task].path
+            if all((folder / file.name).is_file() for file in model.files):
+                path = folder / model.path
                 logger.info("%s: --model is not given; %s is used", tool, path)
                 return path
     command = as_typed(["python", "tools/download.py", "--family", "tools", "--task", tasks[0]])

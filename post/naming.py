@@ -38,14 +38,9 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
     MediaError or OutputError if a file is missing, or if a result would replace an input or another result.
     """
     sources = list_sources(chain)
-    for path in sources if chain.run.output is None else ():
-        caption = next(filter(Path.is_file, map(path.with_suffix, CAPTIONS)), None)
-        if caption is not None:
-            raise OptionError(
-                f"{path} has a caption, {caption.name}: its folder looks like a data set, and a training "
-                "would take the results too. Give another folder: --output "
-                f"{path.parent.name or 'made'}_{chain.added}/"
-            )
+    if chain.run.output is None:
+        for path in sources:
+            _check_caption(path, chain)
     jobs = [FileJob(path, name_output(chain, path), is_picture(path)) for path in sources]
     if chain.needs_video and any(job.is_picture for job in jobs):
         tool = next(tool for tool, _ in chain.tools if tool.needs_video)
@@ -53,25 +48,46 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
             f"{tool.name} works between the pictures of a video, and --input {chain.run.input} is a single "
             "picture. Give a video."
         )
-    for job in jobs:  # no result may replace an input or a folder, whatever the names look like
-        if job.output.is_dir():
-            raise OutputError(f"{job.output} is a folder. Choose another --output.")
-        for input_job in jobs if job.output.exists() else ():
-            if job.output.samefile(input_job.source):
-                name = "the input" if input_job is job else f"the input {input_job.source}"
-                raise OutputError(
-                    f"{job.output} is {name}, which is never overwritten. Choose another --output."
-                )
-    first: dict[str, Path] = {}
+    for job in jobs:
+        _check_output(job, jobs)
+    _check_collisions(jobs)
+    return jobs if chain.run.yes else settle_existing(jobs, ask)
+
+
+def _check_caption(path: Path, chain: Chain) -> None:
+    """Raise OptionError if a source has a caption: its folder is one that results must not get into."""
+    caption = next(filter(Path.is_file, map(path.with_suffix, CAPTIONS)), None)
+    if caption is not None:
+        raise OptionError(
+            f"{path} has a caption, {caption.name}: its folder looks like a data set, and a training "
+            "would take the results too. Give another folder: --output "
+            f"{path.parent.name or 'made'}_{chain.added}/"
+        )
+
+
+def _check_output(job: FileJob, jobs: Sequence[FileJob]) -> None:
+    """Raise OutputError if a result would replace an input or a folder, whatever the names look like."""
+    if job.output.is_dir():
+        raise OutputError(f"{job.output} is a folder. Choose another --output.")
+    if not job.output.exists():
+        return
+    for input_job in jobs:
+        if job.output.samefile(input_job.source):
+            name = "the input" if input_job is job else f"the input {input_job.source}"
+            raise OutputError(f"{job.output} is {name}, which is never overwritten. Choose another --output.")
+
+
+def _check_collisions(jobs: Sequence[FileJob]) -> None:
+    """Raise OutputError if two results would be the same file."""
+    sources: dict[str, Path] = {}
     for job in jobs:
         # file systems of Windows and macOS ignore case
-        earlier = first.setdefault(str(job.output).casefold(), job.source)
+        earlier = sources.setdefault(str(job.output).casefold(), job.source)
         if earlier is not job.source:
             raise OutputError(
                 f"{earlier.name} and {job.source.name} would both be written to {job.output}. "
                 "Rename one of them, or move it to another folder."
             )
-    return jobs if chain.run.yes else settle_existing(jobs, ask)
 
 
 def list_sources(chain: Chain) -> list[Path]:
@@ -96,9 +112,11 @@ def list_sources(chain: Chain) -> list[Path]:
         raise MediaError(
             f"--input {path_of_input} is a folder that holds no {kinds}{results}. Give another folder."
         )
-    if len(fresh) < len(files):
-        left = count_of(len(files) - len(fresh), "file")
-        logger.info("%s with names in %s: left out because they are results", left, ending)
+    num_results = len(files) - len(fresh)
+    if num_results:
+        logger.info(
+            "%s with names in %s: left out because they are results", count_of(num_results, "file"), ending
+        )
     return fresh
 
 
@@ -119,7 +137,8 @@ def _is_still(path: Path) -> bool:
 
 def name_output(chain: Chain, source: Path) -> Path:
     """Return the path of a file's result. Raises OptionError if it cannot be written to --output."""
-    run, suffix = chain.run, PICTURE_SUFFIX if is_picture(source) else chain.run.format.suffix
+    run = chain.run
+    suffix = PICTURE_SUFFIX if is_picture(source) else run.format.suffix
     usual = f"{source.stem}_{chain.added}{suffix}"
     output = run.output_path
     if output is None:
@@ -136,9 +155,10 @@ def name_output(chain: Chain, source: Path) -> Path:
     return output.with_suffix(suffix) if has_ending else output.with_name(f"{output.name}{suffix}")
 
 
-def tell_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
+def log_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
     """Log if results have another suffix than the user gave."""
-    form, output = chain.run.format, chain.run.output_path
+    form = chain.run.format
+    output = chain.run.output_path
     if any(not job.is_picture for job in jobs) and form.suffix != f".{form.container}":
         logger.warning(
             "--codec %s is written as %s because %s cannot hold it", form.codec, form.suffix, form.container
@@ -158,20 +178,24 @@ def settle_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]
     existing = [job for job in jobs if os.path.lexists(job.output)]
     if not existing:
         return list(jobs)
-    are_several = len(existing) > 1
-    names = ", ".join(str(job.output) for job in existing[:NAMED])
-    if len(existing) > NAMED:
-        names += f" and {len(existing) - NAMED} more"
-    exist = f"{names} {'exist' if are_several else 'exists'} already"
+    names = _name_outputs(existing)
+    is_one = len(existing) == 1
+    exist = f"{names} exists already" if is_one else f"{names} exist already"
     answer = ask(f"{exist}. Overwrite")
     if answer is None:
         raise OutputError(f"{exist}. Use --yes to overwrite, or choose another --output.")
     if answer == "overwrite":
         return list(jobs)
     if answer == "leave":
-        logger.info("%s %s as before", names, "stay" if are_several else "stays")
+        logger.info("%s %s as before", names, "stays" if is_one else "stay")
         return [job for job in jobs if job not in existing]
     return _rename_outputs(jobs, existing)
+
+
+def _name_outputs(jobs: Sequence[FileJob]) -> str:
+    """Return the paths of the results, or of the first few, for a message."""
+    names = ", ".join(str(job.output) for job in jobs[:NAMED])
+    return f"{names} and {len(jobs) - NAMED} more" if len(jobs) > NAMED else names
 
 
 def _rename_outputs(jobs: Sequence[FileJob], existing: Sequence[FileJob]) -> list[FileJob]:

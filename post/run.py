@@ -23,7 +23,7 @@ from modules.output_files import Answer, ask_at_console
 from modules.paths import explain_missing
 from post.chain_options import Chain, tool_in_words
 from post.contract import Clip
-from post.naming import FileJob, is_picture, plan_jobs, tell_suffix
+from post.naming import FileJob, is_picture, log_suffix, plan_jobs
 from post.stages import NamedStage, check_tools, lead_through, make_stages, results
 from post.streaming import read_ahead, write_behind
 
@@ -37,7 +37,7 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
     check_tools(chain.tools, chain.labels, device)
     if not jobs:
         return
-    tell_suffix(chain, jobs)
+    log_suffix(chain, jobs)
     for folder in sorted({job.output.parent for job in jobs}):
         make_folder(folder, "--output")
     if chain.run.format.keep_pngs:
@@ -87,7 +87,8 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
     # the beginning of a damaged file may still be useful
     total = most if is_single or most is not None else source_info(path).frames
     make_folder(folder, "--output")
-    started, written = time.monotonic(), 0
+    started = time.monotonic()
+    written = 0
     with atomic_folder(frames) as temporary:
         if is_single:
             write_png(temporary / "000000.png", read_image(path))

@@ -16,7 +16,7 @@ from modules.devices import is_out_of_memory
 from modules.errors import MemoryPlanError, OptionError
 from modules.media.encoding import Picture, in_eight_bits
 from post.blurring.stage import check_blur, make_blur
-from post.chain_options import AskedTools, ToolOptions, name_tool
+from post.chain_options import NamedTools, ToolOptions, name_tool
 from post.contract import Clip, Stage
 from post.faces.stage import check_facefix, make_facefix
 from post.interpolation.stage import check_interpolation, make_interpolation
@@ -128,7 +128,7 @@ LoadStages = Callable[[Sequence[ToolOptions], Sequence[str], torch.device], list
 class PostTools:
     """The tools of a run: loaded for the first video that is decoded, and kept to the end."""
 
-    selected: AskedTools
+    selected: NamedTools
     device: torch.device
     load: LoadStages = make_stages
     _stages: list[NamedStage] | None = field(default=None, init=False)
@@ -160,21 +160,25 @@ class PostTools:
         Raises UserError.
         """
         first = next(frames)
-        height, width = first.shape[:2]
         self.check_length(1 if is_single else 2, "the video")
         if self._stages is None:
             self._stages = self.load(self.selected.tools, self.selected.labels, self.device)
         rate = Fraction(fps).limit_denominator(1001)
-        clip = Clip(
-            path=Path("the video"),
-            width=width,
-            height=height,
-            rate=None if is_single else rate,
-            frames=1 if is_single else None,
-            is_deep=False,
-        )
-        clips = results(self._stages, clip)
+        clips = results(self._stages, _clip_of(first, None if is_single else rate))
         numbered = enumerate(chain([first], frames))
         pictures = (Picture(frame, index / rate, 1 / rate) for index, frame in numbered)
         processed = lead_through(self._stages, pictures, clips)
         return (in_eight_bits(picture.pixels) for picture in processed), float(clips[-1].rate or fps)
+
+
+def _clip_of(frame: Frame, rate: Fraction | None) -> Clip:
+    """Return the facts of a clip that begins with a frame. rate: None for a single frame."""
+    height, width = frame.shape[:2]
+    return Clip(
+        path=Path("the video"),
+        width=width,
+        height=height,
+        rate=rate,
+        frames=1 if rate is None else None,
+        is_deep=False,
+    )

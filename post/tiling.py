@@ -7,6 +7,7 @@ compute in half precision, with float32 where that is not enough.
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,10 +77,11 @@ def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 
     images: B C H W, H and W multiples of `step`. tile, overlap: pixels of `images`; see `cut`. factor:
     scale of the results. Values on which overlapping tiles agree are unchanged, to the bit.
     """
+    if tile == WHOLE:
+        return run(images)
     height, width = images.shape[-2:]
-    rows, columns = (
-        [(0, size)] if tile == WHOLE else cut(size, tile, overlap, step) for size in (height, width)
-    )
+    rows = cut(height, tile, overlap, step)
+    columns = cut(width, tile, overlap, step)
     if len(rows) == len(columns) == 1:
         return run(images)
     result = None
@@ -89,36 +91,43 @@ def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 
             tile_result = run(images[..., top:bottom, left:right])
             strip = _join(strip, tile_result, start=left * factor, length=width * factor, axis=-1)
         assert strip is not None
-        result = _join(result, strip[0], start=top * factor, length=height * factor, axis=-2)
+        result = _join(result, strip.room, start=top * factor, length=height * factor, axis=-2)
     assert result is not None
-    return result[0]
+    return result.room
 
 
-Joined = tuple[Tensor, int]  # memory for the whole result, and the place up to which it is filled
+class _Joined(NamedTuple):
+    """Tiles, or strips of tiles, that are joined along an axis."""
+
+    room: Tensor  # for the whole result
+    filled: int  # place up to which it is
 
 
-def _join(joined: Joined | None, tile: Tensor, start: int, length: int, axis: int) -> Joined:
+def _join(joined: _Joined | None, tile: Tensor, start: int, length: int, axis: int) -> _Joined:
     """Blend a tile, or a strip of tiles, into the result from place `start` of an axis."""
     end = start + tile.shape[axis]
     if joined is None:
         if end == length:
-            return tile, length
+            return _Joined(tile, length)
         size = list(tile.shape)
         size[axis] = length
-        room = tile.new_empty(size)
-        room.narrow(axis, 0, end).copy_(tile)
-        return room, end
-    room, filled = joined
-    shared = filled - start
+        joined = _Joined(tile.new_empty(size), start)
+    shared = joined.filled - start
     if shared > 0:
-        shape = [1] * tile.dim()
-        shape[axis] = shared
-        weight = ((torch.arange(shared, dtype=torch.float32) + 0.5) / shared).to(tile.device, tile.dtype)
-        overlap = room.narrow(axis, start, shared)
-        # interpolated, not a weighted sum: equal values stay exactly equal
-        overlap.lerp_(tile.narrow(axis, 0, shared), weight.view(shape))
-    room.narrow(axis, filled, end - filled).copy_(tile.narrow(axis, shared, end - filled))
-    return room, end
+        _fade_in(tile.narrow(axis, 0, shared), joined.room.narrow(axis, start, shared), axis)
+    added = end - joined.filled
+    joined.room.narrow(axis, joined.filled, added).copy_(tile.narrow(axis, shared, added))
+    return _Joined(joined.room, end)
+
+
+def _fade_in(tile: Tensor, overlap: Tensor, axis: int) -> None:
+    """Blend the start of a tile into the part of the result that it overlaps."""
+    length = tile.shape[axis]
+    shape = [1] * tile.dim()
+    shape[axis] = length
+    weight = ((torch.arange(length, dtype=torch.float32) + 0.5) / length).to(tile.device, tile.dtype)
+    # interpolated, not a weighted sum: equal values stay exactly equal
+    overlap.lerp_(tile, weight.view(shape))
 
 
 def room_on(device: torch.device) -> int | None:
@@ -166,23 +175,27 @@ class Fitting:
                     raise
                 reason = short_reason(error)
             # here, as the error holds the tensors of the run that failed
-            batch, longest = min(self.batch, len(images)), max(images.shape[-2:])
-            least, now = least_tile(self.step, self.overlap), min(self.tile or longest, longest)
-            if batch > 1:
-                self.batch = batch // 2
-                logger.info("Memory is full: from now on %d at once.", self.batch)
-            elif self.is_auto and now > least:
-                self.tile = max(round_up(now // 2, self.step), least)
-                logger.info(
-                    "Memory is full: from now on pictures are cut into tiles of %d pixels.", self.tile
-                )
-            else:
-                raise MemoryPlanError(
-                    f"the device has too little memory even for {now} x {now} pixels at once ({reason}).\n"
-                    "  Use a smaller --tile, --dtype fp16 or bf16, or close other programs that use the "
-                    "device."
-                )
+            self._reduce(images, reason)
             free_memory(self.device)
+
+    def _reduce(self, images: Tensor, reason: str) -> None:
+        """Choose a smaller batch or smaller tiles. reason: why `images` failed, for MemoryPlanError."""
+        batch = min(self.batch, len(images))
+        longest = max(images.shape[-2:])
+        side = min(self.tile or longest, longest)
+        least = least_tile(self.step, self.overlap)
+        if batch > 1:
+            self.batch = batch // 2
+            logger.info("Memory is full: from now on %d at once.", self.batch)
+        elif self.is_auto and side > least:
+            self.tile = max(round_up(side // 2, self.step), least)
+            logger.info("Memory is full: from now on pictures are cut into tiles of %d pixels.", self.tile)
+        else:
+            raise MemoryPlanError(
+                f"the device has too little memory even for {side} x {side} pixels at once ({reason}).\n"
+                "  Use a smaller --tile, --dtype fp16 or bf16, or close other programs that use the "
+                "device."
+            )
 
     def _run_tiled(self, run: Run, images: Tensor) -> Tensor:
         return run_in_tiles(run, images, self.tile, self.overlap, step=self.step, factor=self.factor)

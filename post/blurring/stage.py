@@ -4,8 +4,8 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from modules.devices import choose_compute_dtype
 from modules.errors import NothingFoundError, OptionError
 from modules.media.encoding import Picture, Pixels, in_eight_bits
-from post.blurring.tracks import Box, Tracks
+from post.blurring.tracks import Box, Tracks, widened
 from post.contract import Clip, Stage
-from post.faces.boxes import Detector, FoundFace
+from post.faces.boxes import Area, Detector, FoundFace
 from post.faces.detectors import check_detector, load_detector
 from post.faces.onnx_header import may_be_onnx
 from post.faces.retinaface import RetinaFaceDetector
@@ -30,30 +30,6 @@ logger = logging.getLogger(__name__)
 LEAST_OF_BOX = 0.5  # size of the blur as part of the longer side of what it covers
 LEAST_SIGMA = 0.25  # as part of the blur's size: below that a Gaussian uses only the middle of it
 COARSE = 48  # pixels: larger blurs are made on a copy in which they have this size
-
-
-@dataclass(frozen=True)
-class _Area:
-    """A rectangle of pixels; left and top are included, right and bottom are not."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    def widened(self, pixels: int, width: int, height: int) -> "_Area":
-        """Return the area grown by `pixels` on each side, clipped to a picture of width x height."""
-        return _Area(
-            max(0, self.left - pixels),
-            max(0, self.top - pixels),
-            min(width, self.right + pixels),
-            min(height, self.bottom + pixels),
-        )
-
-    def slices(self, origin: "_Area | None" = None) -> tuple[slice, slice]:
-        """Return its rows and columns, relative to the top left corner of `origin`, else of the picture."""
-        x, y = (origin.left, origin.top) if origin else (0, 0)
-        return slice(self.top - y, self.bottom - y), slice(self.left - x, self.right - x)
 
 
 def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
@@ -70,11 +46,11 @@ def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
 def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
     """Cover a box, widened by the margin, in a picture (H W 3)."""
     height, width = pixels.shape[:2]
-    left, top, right, bottom = _widened(box, options.margin)
-    core = _Area(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
+    left, top, right, bottom = widened(box, options.margin)
+    core = Area(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
     feather = round(options.feather * min(right - left, bottom - top))
     area = core.widened(feather, width, height)
-    if area.left >= area.right or area.top >= area.bottom:
+    if area.is_empty:
         return  # outside of the picture
     place = area.slices()
     covered = _make_cover(pixels, core, area, options)
@@ -88,14 +64,7 @@ def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
     pixels[place] = np.rint(mixed).astype(pixels.dtype)
 
 
-def _widened(box: Box, margin: float) -> Box:
-    """Return a box grown on each side by a part of its width and height."""
-    across = margin * (box[2] - box[0])
-    down = margin * (box[3] - box[1])
-    return box[0] - across, box[1] - down, box[2] + across, box[3] + down
-
-
-def _make_cover(pixels: Pixels, core: _Area, area: _Area, options: BlurOptions) -> Pixels:
+def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) -> Pixels:
     """Return an area of a picture, blurred or black. core: the area without its soft edge."""
     if options.method == "fill":
         return np.zeros_like(pixels[area.slices()])
@@ -130,7 +99,7 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
     return result
 
 
-def _weights(area: _Area, core: _Area, ellipse: Box | None, feather: int) -> NDArray[np.float32]:
+def _weights(area: Area, core: Area, ellipse: Box | None, feather: int) -> NDArray[np.float32]:
     """Return the opacity of the cover, 0..1, for each pixel of an area: falling in the soft edge."""
     x = np.arange(area.left, area.right, dtype=np.float32)[None]
     y = np.arange(area.top, area.bottom, dtype=np.float32)[:, None]
@@ -140,9 +109,12 @@ def _weights(area: _Area, core: _Area, ellipse: Box | None, feather: int) -> NDA
         outside = np.hypot(across, down)
     else:
         left, top, right, bottom = ellipse
-        axes = max((right - left) / 2, 0.5), max((bottom - top) / 2, 0.5)
-        radius = np.hypot((x + 0.5 - (left + right) / 2) / axes[0], (y + 0.5 - (top + bottom) / 2) / axes[1])
-        outside = np.maximum(radius - 1, 0) * min(axes)
+        half_width = max((right - left) / 2, 0.5)
+        half_height = max((bottom - top) / 2, 0.5)
+        across = (x + 0.5 - (left + right) / 2) / half_width
+        down = (y + 0.5 - (top + bottom) / 2) / half_height
+        radius = np.hypot(across, down)
+        outside = np.maximum(radius - 1, 0) * min(half_width, half_height)
     soft = 1 - outside / (feather + 1) if feather else outside <= 0
     return np.clip(soft, 0, 1).astype(np.float32)
 
@@ -163,8 +135,12 @@ def make_blur(options: BlurOptions, device: torch.device) -> Stage:
     return BlurStage(detector, options)
 
 
-# a picture that waits until the boxes of the next ones are known: (number, picture, whether it has boxes)
-_Waiting = tuple[int, Picture, bool]
+class _Waiting(NamedTuple):
+    """A picture that waits until the boxes of the next ones are known."""
+
+    number: int
+    picture: Picture
+    has_boxes: bool
 
 
 @dataclass
@@ -203,9 +179,10 @@ class BlurStage:
         count = _Count()
         for index, picture in enumerate(pictures):
             height, width = picture.pixels.shape[:2]
-            boxes = within(self.detector.find(in_eight_bits(picture.pixels), options.conf), height, width)
+            faces = self.detector.find(in_eight_bits(picture.pixels), options.conf)
+            boxes = within(faces, height, width)
             tracks.see(index, boxes)
-            waiting.append((index, picture, bool(boxes)))
+            waiting.append(_Waiting(index, picture, bool(boxes)))
             count.pictures += 1
             count.with_findings += bool(boxes)
             if len(waiting) > max(options.hold, options.lookback):
@@ -240,13 +217,13 @@ class BlurStage:
         logger.warning("%s: nothing was blurred: %s.", clip.path, least)
 
     def _cover(self, waiting: _Waiting, tracks: Tracks, count: _Count) -> Picture:
-        number, picture, is_found = waiting
-        boxes = tracks.boxes(number)
-        tracks.forget(number)
+        picture = waiting.picture
+        boxes = tracks.boxes(waiting.number)
+        tracks.forget(waiting.number)
         if not boxes:
             return picture
-        count.covered_without += not is_found
-        return Picture(cover(picture.pixels, boxes, self.options), picture.start, picture.seconds)
+        count.covered_without += not waiting.has_boxes
+        return replace(picture, pixels=cover(picture.pixels, boxes, self.options))
 
 
 def within(faces: Sequence[FoundFace], height: int, width: int) -> list[Box]:

@@ -6,6 +6,7 @@ The estimates rather cover too much: a face that the detector misses in a few fr
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,38 +21,47 @@ MOST_MOVED = 3.0  # times its longer side: the farthest that a box is extrapolat
 GROWTH, MOST_GROWN = 0.02, 0.3  # of a box on each side, for each picture from where it was seen
 
 
+class Sighting(NamedTuple):
+    """Where something was found in a picture."""
+
+    number: int  # of the picture
+    box: Box
+
+
 @dataclass(eq=False)
 class Track:
     """The sightings of one thing in successive pictures."""
 
-    sightings: deque[tuple[int, Box]]  # number of the picture, box; in order
+    sightings: deque[Sighting]  # in order
     is_new: bool  # False: the first sighting is also the last one of another track
     is_open: bool = True  # it may be found again
 
     @property
-    def last(self) -> tuple[int, Box]:
+    def last(self) -> Sighting:
         return self.sightings[-1]
 
     def expected(self, index: int) -> Box:
-        number, box = self.last
-        return _moved(box, _motion(list(self.sightings)[-MOTION:]), index - number)
+        motion = _motion(list(self.sightings)[-MOTION:])
+        return _moved(self.last.box, motion, index - self.last.number)
 
     def covered(self, index: int, hold: int, lookback: int) -> Box | None:
         """Return the box to cover in a picture; None if it is too long before or after the sightings."""
-        first, last = self.sightings[0][0], self.last[0]
-        if index < first:
-            away = first - index
+        first = self.sightings[0]
+        last = self.last
+        if index < first.number:
+            away = first.number - index
             if not self.is_new or away > lookback:
                 return None
-            box, motion = self.sightings[0][1], _motion(list(self.sightings)[:MOTION])
-            return _grown(_hull(box, _moved(box, motion, -away)), away)
-        if index > last:
-            away = index - last
-            return _grown(_hull(self.last[1], self.expected(index)), away) if away <= hold else None
-        before = [sighting for sighting in self.sightings if sighting[0] <= index]
-        if before[-1][0] == index:
-            return before[-1][1]
-        after = [sighting for sighting in self.sightings if sighting[0] > index]
+            motion = _motion(list(self.sightings)[:MOTION])
+            earlier_box = _moved(first.box, motion, -away)
+            return _grown(_hull(first.box, earlier_box), away)
+        if index > last.number:
+            away = index - last.number
+            return _grown(_hull(last.box, self.expected(index)), away) if away <= hold else None
+        before = [sighting for sighting in self.sightings if sighting.number <= index]
+        if before[-1].number == index:
+            return before[-1].box
+        after = [sighting for sighting in self.sightings if sighting.number > index]
         return _between(before[-MOTION:], after[:MOTION], index)
 
 
@@ -71,32 +81,32 @@ class Tracks:
     def see(self, index: int, boxes: Sequence[Box]) -> None:
         """Note the boxes found in a picture."""
         waiting = [
-            track for track in self._tracks if track.is_open and index - track.last[0] <= self.hold + 1
+            track for track in self._tracks if track.is_open and index - track.last.number <= self.hold + 1
         ]
-        left = list(boxes)
-        for track, box in _take_pairs(waiting, left, _closeness, index):
+        unmatched = list(boxes)
+        for track, box in _take_pairs(waiting, unmatched, _closeness, index):
             self._note_gap(track, index)
-            track.sightings.append((index, box))
-        for track, box in _take_pairs(waiting, left, _nearness, index):
+            track.sightings.append(Sighting(index, box))
+        for track, box in _take_pairs(waiting, unmatched, _nearness, index):
             # perhaps another one: where it was stays covered, and so is the way from there
             self._note_gap(track, index)
             track.is_open = False
-            self._tracks.append(Track(deque([track.last, (index, box)]), is_new=False))
-        self._tracks += [Track(deque([(index, box)]), is_new=True) for box in left]
-        self.started += len(left)
+            self._tracks.append(Track(deque([track.last, Sighting(index, box)]), is_new=False))
+        self._tracks += [Track(deque([Sighting(index, box)]), is_new=True) for box in unmatched]
+        self.started += len(unmatched)
 
     def boxes(self, index: int) -> list[Box]:
         boxes_of_tracks = (track.covered(index, self.hold, self.lookback) for track in self._tracks)
         return [box for box in boxes_of_tracks if box is not None]
 
     def forget(self, index: int) -> None:
-        self._tracks = [track for track in self._tracks if track.last[0] + self.hold > index]
+        self._tracks = [track for track in self._tracks if track.last.number + self.hold > index]
         for track in self._tracks:
-            while len(track.sightings) > MOTION and track.sightings[1][0] <= index:
+            while len(track.sightings) > MOTION and track.sightings[1].number <= index:
                 track.sightings.popleft()
 
     def _note_gap(self, track: Track, index: int) -> None:
-        self.longest_gap = max(self.longest_gap, index - track.last[0] - 1)
+        self.longest_gap = max(self.longest_gap, index - track.last.number - 1)
 
 
 def _take_pairs(
@@ -114,7 +124,8 @@ def _take_pairs(
     while scores.max() > 0:
         row, column = np.unravel_index(scores.argmax(), scores.shape)  # of equal ones the first
         pairs.append((tracks[row], boxes[column]))
-        scores[row], scores[:, column] = 0, 0
+        scores[row] = 0
+        scores[:, column] = 0
     for track, box in pairs:
         tracks.remove(track)
         boxes.remove(box)
@@ -122,43 +133,51 @@ def _take_pairs(
 
 
 def _closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
-    places = np.array([track.last[1], track.expected(index)], np.float32)
-    best = np.maximum(overlaps(places[0], boxes), overlaps(places[1], boxes))
+    last, expected = np.array([track.last.box, track.expected(index)], np.float32)
+    best = np.maximum(overlaps(last, boxes), overlaps(expected, boxes))
     return np.where(best >= LEAST_OVERLAP, best, 0)
 
 
 def _nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
     """Return how near boxes are to a track's last or expected place, 0..1; 0 if they are too far."""
-    reach = REACH * np.maximum(_longer(track.last[1]), (boxes[:, 2:] - boxes[:, :2]).max(axis=1))
+    longer_sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
+    reach = REACH * np.maximum(_longer(track.last.box), longer_sides)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    places = np.array([_centre(track.last[1]), _centre(track.expected(index))], np.float32)
-    away = np.minimum(*(np.hypot(*(centres - place).T) for place in places))
+    places = np.array([_centre(track.last.box), _centre(track.expected(index))], np.float32)
+    from_last, from_expected = (np.hypot(*(centres - place).T) for place in places)
+    away = np.minimum(from_last, from_expected)
     return np.maximum(0, 1 - away / np.maximum(reach, 1e-6))
 
 
-def _between(before: Sequence[tuple[int, Box]], after: Sequence[tuple[int, Box]], index: int) -> Box:
+def _between(before: Sequence[Sighting], after: Sequence[Sighting], index: int) -> Box:
     """Return a box to cover between two sightings, around the interpolated box and the extrapolated one.
 
     Something that changes its speed in between is near one of the two.
     """
-    (first, begin), (last, end) = before[-1], after[0]
-    part = (index - first) / (last - first)
-    left, top, right, bottom = ((1 - part) * a + part * b for a, b in zip(begin, end, strict=True))
-    box = (left, top, right, bottom)
-    if index - first <= last - index:
-        expected, away = _moved(begin, _motion(before), index - first), index - first
+    first = before[-1]
+    last = after[0]
+    part = (index - first.number) / (last.number - first.number)
+    left, top, right, bottom = ((1 - part) * a + part * b for a, b in zip(first.box, last.box, strict=True))
+    interpolated = (left, top, right, bottom)
+    if index - first.number <= last.number - index:
+        away = index - first.number
+        extrapolated = _moved(first.box, _motion(before), away)
     else:
-        expected, away = _moved(end, _motion(after), index - last), last - index
-    return _grown(_hull(box, expected), away)
+        away = last.number - index
+        extrapolated = _moved(last.box, _motion(after), -away)
+    return _grown(_hull(interpolated, extrapolated), away)
 
 
-def _motion(sightings: Sequence[tuple[int, Box]]) -> tuple[float, float]:
+def _motion(sightings: Sequence[Sighting]) -> tuple[float, float]:
     """Return the mean motion from picture to picture, in pixels to the right and down."""
-    (first, begin), (last, end) = sightings[0], sightings[-1]
-    if first == last:
+    first = sightings[0]
+    last = sightings[-1]
+    pictures = last.number - first.number
+    if not pictures:
         return 0.0, 0.0
-    (x0, y0), (x1, y1) = _centre(begin), _centre(end)
-    return (x1 - x0) / (last - first), (y1 - y0) / (last - first)
+    x0, y0 = _centre(first.box)
+    x1, y1 = _centre(last.box)
+    return (x1 - x0) / pictures, (y1 - y0) / pictures
 
 
 def _moved(box: Box, motion: tuple[float, float], pictures: int) -> Box:
@@ -169,9 +188,15 @@ def _moved(box: Box, motion: tuple[float, float], pictures: int) -> Box:
 
 
 def _grown(box: Box, away: int) -> Box:
-    part = min(GROWTH * away, MOST_GROWN)
-    across, down = part * (box[2] - box[0]), part * (box[3] - box[1])
-    return box[0] - across, box[1] - down, box[2] + across, box[3] + down
+    return widened(box, min(GROWTH * away, MOST_GROWN))
+
+
+def widened(box: Box, margin: float) -> Box:
+    """Return a box grown on each side by a part of its width and height."""
+    left, top, right, bottom = box
+    across = margin * (right - left)
+    down = margin * (bottom - top)
+    return left - across, top - down, right + across, bottom + down
 
 
 def _hull(first: Box, second: Box) -> Box:

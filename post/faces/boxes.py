@@ -53,7 +53,8 @@ def best_of(boxes: Numbers, scores: Numbers, most_overlap: float, most: int | No
     waiting = np.argsort(-scores, kind="stable")
     chosen: list[int] = []
     while len(waiting) and (most is None or len(chosen) < most):
-        best, waiting = int(waiting[0]), waiting[1:]
+        best = int(waiting[0])
+        waiting = waiting[1:]
         chosen.append(best)
         waiting = waiting[~(overlaps(boxes[best], boxes[waiting]) > most_overlap)]
     return chosen
@@ -67,6 +68,34 @@ def shrunk(pixels: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
     # the mean of the pixels that merge: small faces stay whole, sharper filters would alias
     small: NDArray[np.uint8] = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)  # type: ignore[assignment]
     return small
+
+
+@dataclass(frozen=True)
+class Area:
+    """A rectangle of pixels; left and top are included, right and bottom are not."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def is_empty(self) -> bool:
+        return self.left >= self.right or self.top >= self.bottom
+
+    def widened(self, pixels: int, width: int, height: int) -> "Area":
+        """Return the area grown by `pixels` on each side, clipped to a picture of width x height."""
+        return Area(
+            max(0, self.left - pixels),
+            max(0, self.top - pixels),
+            min(width, self.right + pixels),
+            min(height, self.bottom + pixels),
+        )
+
+    def slices(self, origin: "Area | None" = None) -> tuple[slice, slice]:
+        """Return its rows and columns, relative to the top left corner of `origin`, else of the picture."""
+        x, y = (origin.left, origin.top) if origin else (0, 0)
+        return slice(self.top - y, self.bottom - y), slice(self.left - x, self.right - x)
 
 
 # Where faces lie, and the square pictures of them that the networks restore.

@@ -6,7 +6,7 @@ Source: Zhou et al. 2022, arXiv 2206.11253; Esser et al. 2021 (VQGAN), arXiv 201
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,7 +198,8 @@ class CodeFormer(nn.Module):
 
     def __init__(self, config: CodeFormerConfig) -> None:
         super().__init__()
-        width, (codes, code_width) = config.tokens, config.codes
+        width = config.tokens
+        codes, code_width = config.codes
         self.config = config
         self.encoder: Any = _build(config.encoder, Halving)
         self.generator: Any = _build(config.generator, Doubling)
@@ -219,16 +220,22 @@ class CodeFormer(nn.Module):
         # the features of the codes get the mean and spread that the latents have
         codes = self.quantize["embedding"](self._choose(latents))
         codes = rearrange(codes, "b (h w) c -> b c h w", h=self.config.side)
-        (mean, spread), (wanted_mean, wanted_spread) = map(_statistics, (codes, latents.float()))
-        x = ((codes - mean) / spread * wanted_spread + wanted_mean).to(latents.dtype)
-        size, is_doubled = self.config.side, False
+        mean, spread = _statistics(codes)
+        latents_mean, latents_spread = _statistics(latents.float())
+        x = ((codes - mean) / spread * latents_spread + latents_mean).to(latents.dtype)
+        return self._generate(x, encoded, fidelity).float()
+
+    def _generate(self, x: Tensor, encoded: Mapping[int, Tensor], fidelity: float) -> Tensor:
+        """Run the generator on x, B C h w. encoded: by size the features that are fused."""
+        size = self.config.side
+        is_doubled = False
         for block, part in zip(self.generator["blocks"], self.config.generator, strict=True):
             x = block(x)
             if is_doubled and size in self.config.fused and fidelity > 0:  # after the block behind a doubling
                 x = self.fuse_convs_dict[str(size)](encoded[size], x, fidelity)
             is_doubled = part.kind == RESIZE
             size *= 2 if is_doubled else 1
-        return x.float()
+        return x
 
     def codes(self, faces: Tensor) -> Tensor:
         """Return the index of the code for each place, B L. faces: B 3 S S, -1..1."""
@@ -260,7 +267,8 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def last_blocks(config: CodeFormerConfig) -> dict[int, int]:
     """Return for each size of features the index of the encoder's last block before the next halving."""
-    blocks, size = {}, config.size
+    blocks = {}
+    size = config.size
     for number, block in enumerate(config.encoder):
         if block.kind == RESIZE:
             blocks[size] = number - 1

@@ -91,14 +91,7 @@ def _layout(path: Path, header: OnnxHeader, side: int | None, option: str) -> Yo
 def _refuse_pickled_yolo(path: Path, option: str) -> None:
     """Raise CheckpointError for a model that ultralytics has pickled: opening it would run its program."""
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                name = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
-                start = b"" if name is None else archive.open(name).read(MAX_PICKLE_BYTES)
-        else:
-            with path.open("rb") as file:
-                start = file.read(MAX_PICKLE_BYTES)
-                start = start if start[:1] == PICKLE else b""
+        start = _read_pickle(path)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
         return  # said by what opens it next
     if b"ultralytics" in start or b"models.yolo" in start:
@@ -108,3 +101,14 @@ def _refuse_pickled_yolo(path: Path, option: str) -> None:
             f"give the .onnx file to {option}.",
             path,
         )
+
+
+def _read_pickle(path: Path) -> bytes:
+    """Return the beginning of the pickle that a file is or holds; empty if there is none."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            name = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
+            return b"" if name is None else archive.open(name).read(MAX_PICKLE_BYTES)
+    with path.open("rb") as file:
+        start = file.read(MAX_PICKLE_BYTES)
+    return start if start[:1] == PICKLE else b""

@@ -120,7 +120,8 @@ class StyleDecoder(nn.Module):
 
     def __init__(self, config: GfpganConfig) -> None:
         super().__init__()
-        widths, style = config.decoder, config.style
+        widths = config.decoder
+        style = config.style
         self.constant_input = nn.ParameterDict(
             {"weight": nn.Parameter(torch.empty(1, widths[0], SMALLEST, SMALLEST))}
         )
@@ -162,7 +163,8 @@ class Gfpgan(nn.Module):
 
     def __init__(self, config: GfpganConfig) -> None:
         super().__init__()
-        body, levels = config.body, len(config.body) - 1
+        body = config.body
+        levels = len(body) - 1
         self.config = config
         self.conv_body_first = nn.Conv2d(3, body[0], 1)
         self.conv_body_down = nn.ModuleList(StyleResidualBlock(a, b, 0.5) for a, b in pairwise(body))
@@ -213,22 +215,21 @@ def read_gfpgan(checkpoint: Checkpoint) -> LoadPlan[GfpganConfig]:
         raise wrong_kind
     sources = plain_sources(checkpoint)
     shape = shapes_of(checkpoint, sources, wrong_kind)
-    levels = count(names, r"conv_body_down\.\d+")
-    body = (
-        shape("conv_body_first.weight")[0],
-        *(shape(f"conv_body_down.{n}.conv2.weight")[0] for n in range(levels)),
-    )
+
+    def rows(name: str) -> int:
+        return shape(f"{name}.weight")[0]
+
+    levels = range(count(names, r"conv_body_down\.\d+"))
     start = "stylegan_decoder."
-    decoder = (
-        shape(f"{start}constant_input.weight")[1],
-        *(shape(f"{start}style_convs.{2 * n}.modulated_conv.weight", 5)[1] for n in range(levels)),
-    )
+    body = [rows(f"conv_body_down.{level}.conv2") for level in levels]
+    decoder = [shape(f"{start}style_convs.{2 * level}.modulated_conv.weight", 5)[1] for level in levels]
     config = GfpganConfig(
-        body=body,
-        decoder=decoder,
+        body=(rows("conv_body_first"), *body),
+        decoder=(shape(f"{start}constant_input.weight")[1], *decoder),
         style=shape(f"{start}style_conv1.modulated_conv.modulation.weight", 2)[1],
-        steered=tuple(shape(f"condition_scale.{n}.2.weight")[0] for n in range(levels)),
+        steered=tuple(rows(f"condition_scale.{level}.2") for level in levels),
     )
-    if any(some > all_of for some, all_of in zip(config.steered, config.decoder[1:], strict=True)):
-        raise wrong_kind
+    for steered, channels in zip(config.steered, config.decoder[1:], strict=True):
+        if steered > channels:
+            raise wrong_kind
     return LoadPlan(config, checkpoint, sources, ignore=UNUSED)

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from modules import limits
 from modules.errors import CheckpointError
@@ -27,8 +28,6 @@ _SETTING, _NUMBER = 1, 3  # of an attribute: its name, and the number of one
 _TENSOR, _INNER_GRAPH, _NUMBERS, _TENSORS, _INNER_GRAPHS = 5, 6, 8, 10, 11  # of an attribute
 _DIMS, _DTYPE, _TENSOR_NAME, _RAW, _EXTERNAL, _PLACE = 1, 2, 8, 9, 13, 14
 _VALUES = (4, 5, 6, 7, _RAW, 10, 11)  # of a tensor, by its dtype
-# those that may be sizes: float32, int32, int64; each with the field of its values if they are not in _RAW
-_DTYPES = {1: ("f", 4), 6: ("i", 5), 7: ("q", 7)}
 _MOST_SIZES = 16
 # operators whose result may be far larger than what they are given
 _GROWING = {"ConstantOfShape", "EyeLike", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"}
@@ -36,6 +35,17 @@ _UNBOUNDED = {"Exp", "Pow"}
 _FOLDED = {"Add", "Concat", "Max", "Mul", "Sum", *_UNBOUNDED}  # that may make sizes of sizes
 # that hand sizes on, or some of them
 _SAME = {"Cast", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+
+
+class _Layout(NamedTuple):
+    """How a tensor's values are stored."""
+
+    letter: str  # of `struct`, for values in _RAW
+    field_number: int  # of values that are not in _RAW
+
+
+# the dtypes that sizes may have: float32, int32, int64
+_LAYOUTS = {1: _Layout("f", 4), 6: _Layout("i", 5), 7: _Layout("q", 7)}
 
 Shape = tuple[int | None, ...]  # None: any size
 _Value = int | memoryview  # of a field
@@ -100,12 +110,17 @@ def _parse(content: bytes) -> OnnxHeader:
     if not graph[_NODES] or not outputs:
         raise ValueError("an empty graph")
     checks.graph(graph)
-    tensors = [dict(_fields(tensor)) for tensor in graph[_INITIALIZERS]]
-    filled = {_text(tensor.get(_TENSOR_NAME)) for tensor in tensors}
+    filled = _initializer_names(graph)
     inputs = {name: shape for name, shape in values if name not in filled}
     _check_inputs(inputs)
     texts = {_text(note.get(1)): _text(note.get(2)) for note in notes}
     return OnnxHeader(inputs, outputs, texts)
+
+
+def _initializer_names(graph: _Parts) -> set[str]:
+    """Return the names of the inputs that the file itself fills."""
+    tensors = [dict(_fields(tensor)) for tensor in graph[_INITIALIZERS]]
+    return {_text(tensor.get(_TENSOR_NAME)) for tensor in tensors}
 
 
 def _check_inputs(inputs: Mapping[str, Shape]) -> None:
@@ -154,7 +169,7 @@ class _Checks:
         for attribute in map(self.parts, node[_ATTRIBUTES]):
             name, numbers = self._attribute(attribute, outputs, depth)
             settings[name] = numbers
-        kind = next(map(_text, node[_KIND]), "")
+        kind = _first_text(node[_KIND])
         inputs = list(map(_text, node[_NODE_INPUTS]))
         products = [self.constants[name] for name in inputs if name in self.constants]
         if kind in _GROWING and max(products, default=0) > limits.MAX_ONNX_VALUES:
@@ -172,7 +187,7 @@ class _Checks:
         for inner in attribute[_INNER_GRAPH] + attribute[_INNER_GRAPHS]:
             self.graph(self.parts(inner), depth + 1)
         numbers = _numbers(attribute[_NUMBERS] or attribute[_NUMBER])
-        name = next(map(_text, attribute[_SETTING]), "")
+        name = _first_text(attribute[_SETTING])
         if attribute[_NUMBERS]:
             # 2**31 - 1: the end, of old files
             sizes = (number for number in numbers if number != 2**31 - 1)
@@ -202,17 +217,20 @@ class _Checks:
         count = math.prod(dims)
         if count > 2 * _stored_size(tensor):  # the smallest numbers have four bits
             raise _RefusedError(f"its tensor {_shown(names)} of shape {dims[:8]} has not so many numbers")
-        self.tensors |= dict.fromkeys(names, Constant(tuple(dims)))
         self.counts |= dict.fromkeys(names, float(count))
-        dtype = next((number for number in tensor[_DTYPE] if isinstance(number, int)), 0)
-        if dtype in _DTYPES and count <= _MOST_SIZES:
-            is_float = _DTYPES[dtype][0] == "f"
-            values = _read_values(tensor, dtype, count)
-            product = _product(values)
-            self.tensors |= dict.fromkeys(names, Constant(tuple(dims), tuple(values), is_float))
-            if is_float:
-                product *= limits.MAX_ONNX_VALUES / limits.MAX_ONNX_SCALE
-            self.constants |= dict.fromkeys(names, product)
+        self.tensors |= dict.fromkeys(names, Constant(tuple(dims)))
+        layout = _layout_of(tensor)
+        if layout is not None and count <= _MOST_SIZES:
+            values = tuple(_read_values(tensor, layout, count))
+            self._sizes(Constant(tuple(dims), values, is_float=layout.letter == "f"), names)
+
+    def _sizes(self, constant: Constant, names: Sequence[str]) -> None:
+        """Record a small tensor, whose values may be sizes."""
+        product = _product(constant.values)
+        if constant.is_float:
+            product *= limits.MAX_ONNX_VALUES / limits.MAX_ONNX_SCALE
+        self.tensors |= dict.fromkeys(names, constant)
+        self.constants |= dict.fromkeys(names, product)
 
     def parts(self, message: _Value) -> _Parts:
         """Return the values of a message by field number; all messages together may have MAX_ONNX_FIELDS."""
@@ -234,14 +252,19 @@ def _stored_size(tensor: _Parts) -> int:
     return size
 
 
-def _read_values(tensor: _Parts, dtype: int, count: int) -> Sequence[float]:
-    """Return the values of a small tensor. dtype: one of _DTYPES."""
-    letter, field_number = _DTYPES[dtype]
-    stored = tensor[_RAW][-1:] or tensor[field_number]
-    if letter != "f" and not tensor[_RAW]:
+def _layout_of(tensor: _Parts) -> _Layout | None:
+    """Return how a tensor's values are stored; None if they cannot be sizes."""
+    dtype = next((number for number in tensor[_DTYPE] if isinstance(number, int)), 0)
+    return _LAYOUTS.get(dtype)
+
+
+def _read_values(tensor: _Parts, layout: _Layout, count: int) -> Sequence[float]:
+    """Return the values of a small tensor."""
+    stored = tensor[_RAW][-1:] or tensor[layout.field_number]
+    if layout.letter != "f" and not tensor[_RAW]:
         return _numbers(stored)
-    data = b"".join(value for value in stored if not isinstance(value, int))
-    return struct.unpack(f"<{count}{letter}", data)
+    content = b"".join(value for value in stored if not isinstance(value, int))
+    return struct.unpack(f"<{count}{layout.letter}", content)
 
 
 def _read_value(content: _Value) -> tuple[str, Shape]:
@@ -266,7 +289,8 @@ def _fields(content: _Value) -> Iterator[tuple[int, _Value]]:
     position = 0
     while position < len(content):
         key, position = read_varint(content, position)
-        number, kind = key >> 3, key & 7
+        number = key >> 3
+        kind = key & 7
         if number == 0:  # as in the empty rest of a file that was not downloaded whole
             raise ValueError("damaged")
         if kind == _VARINT:
@@ -305,6 +329,10 @@ def _product(sizes: Iterable[float]) -> float:
 
 def _shown(names: Sequence[str]) -> str:
     return repr(", ".join(names)[:80])
+
+
+def _first_text(values: Iterable[_Value]) -> str:
+    return next(map(_text, values), "")
 
 
 def _text(value: _Value | None) -> str:

@@ -32,8 +32,12 @@ class Node:
 
 def input_count(shape: Sequence[int | None]) -> float:
     """Return the numbers of an input; open sizes are 1 for pictures at once, else `USUAL_SIDE`."""
-    sizes = [(1 if axis == 0 else USUAL_SIDE) if size is None else size for axis, size in enumerate(shape)]
-    return math.prod(map(float, sizes))
+    count = 1.0
+    for axis, size in enumerate(shape):
+        if size is None:
+            size = 1 if axis == 0 else USUAL_SIDE
+        count *= float(size)
+    return count
 
 
 def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str, Constant]) -> float:
@@ -45,14 +49,11 @@ def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str
     first = counts.get(node.inputs[0], 1.0) if node.inputs else 1.0
     operands = [constants[name] for name in node.inputs[1:] if name in constants]
     weight = operands[0].dims if operands else ()
-    strides = math.prod(map(float, node.settings.get("strides", ()))) or 1.0
     match node.kind:
-        case "Conv" if len(weight) > 2:
-            return first * weight[0] / max(1, weight[1] * _groups(node)) / strides
-        case "ConvTranspose" if len(weight) > 2:
-            return first * weight[1] * _groups(node) / max(1, weight[0]) * strides
+        case "Conv" | "ConvTranspose" if len(weight) > 2:
+            return _convolved(first, node, weight)
         case "MaxPool" | "AveragePool":
-            return first / strides
+            return first / _strides(node)
         case "MatMul" | "Gemm" if len(weight) == 2:
             rows, columns = sorted(weight)
             return first * columns / max(1, rows)  # whichever of them is summed over
@@ -60,25 +61,37 @@ def output_count(node: Node, counts: Mapping[str, float], constants: Mapping[str
             return sum(input_counts)
         case "Gather":
             indices = constants.get(node.inputs[1]) if len(node.inputs) > 1 else None
-            return first * (1 if indices is None else max(1, math.prod(indices.dims)))
+            return first if indices is None else first * max(1, math.prod(indices.dims))
         case "Tile" | "OneHot":
-            return first * max((_product(repeats) for repeats in operands), default=1.0)
+            repeats = map(_product, operands)
+            return first * max(repeats, default=1.0)
         case "Expand":
-            return max((_expanded(first, shape) for shape in operands), default=first)
+            expanded_counts = (_expanded(first, shape) for shape in operands)
+            return max(expanded_counts, default=first)
         case "Resize" | "Upsample":
             return _resized(first, operands)
         case _:
             return max(input_counts, default=1.0)
 
 
+def _convolved(count: float, node: Node, weight: Sequence[int]) -> float:
+    """Return the numbers of the result of a convolution, or of a transposed one."""
+    groups = next(iter(node.settings.get("group", ())), 1)
+    if node.kind == "Conv":
+        outputs, inputs_of_group, *_ = weight
+        return count * outputs / max(1, inputs_of_group * groups) / _strides(node)
+    inputs, outputs_of_group, *_ = weight
+    return count * outputs_of_group * groups / max(1, inputs) * _strides(node)
+
+
+def _strides(node: Node) -> float:
+    return math.prod(map(float, node.settings.get("strides", ()))) or 1.0
+
+
 def _resized(count: float, operands: Sequence[Constant]) -> float:
     """Return the numbers of what is resized by factors, or to sizes."""
     products = [_product(sizes) * (count if sizes.is_float else 1) for sizes in operands if sizes.values]
     return max(products, default=count)
-
-
-def _groups(node: Node) -> int:
-    return next(iter(node.settings.get("group", ())), 1)
 
 
 def _product(constant: Constant) -> float:

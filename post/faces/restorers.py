@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -177,7 +177,8 @@ def load_both(
 
 def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: torch.device) -> Restorer:
     """Load both networks in the dtype that --dtype says. Raises CheckpointError as `load_both`."""
-    network, name = options.network, "GFPGAN" if options.mode == GFPGAN else "CodeFormer"
+    network = options.network
+    name = "GFPGAN" if options.mode == GFPGAN else "CodeFormer"
     dtype = network_dtype(network, device, name)
 
     def prepared(model: Gfpgan | CodeFormer) -> Run:
@@ -200,9 +201,9 @@ def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: 
     logger.info("%s; %s.", LICENCES[options.mode], PARSENET_LICENCE)
     compile_parts(network, (restorer, parts))
     return Restorer(
-        Guarded(prepared(restorer), dtype, exact_restorer, name),
-        Guarded(parts, dtype, exact_parts, "ParseNet"),
-        restorer.config.size,
+        restore=Guarded(prepared(restorer), dtype, exact_restorer, name),
+        parse=Guarded(parts, dtype, exact_parts, "ParseNet"),
+        size=restorer.config.size,
     )
 
 
@@ -212,7 +213,13 @@ def _load_model(
     if options.mode == GFPGAN:
         return _load(path, read_gfpgan, Gfpgan, device=device, dtype=dtype, what="--model")
     return _load(
-        path, read_codeformer, CodeFormer, device=device, dtype=dtype, what="--model", in_float32=CHOOSING
+        path,
+        read_codeformer,
+        CodeFormer,
+        device=device,
+        dtype=dtype,
+        what="--model",
+        in_float32=CHOOSING,
     )
 
 
@@ -254,39 +261,55 @@ ORIGINS = {
 }
 
 
-def find_files(options: FacefixOptions) -> tuple[Path, Path, Path]:
-    """Return the paths of the model, ParseNet and the detector. Raises CheckpointError if one is missing.
+class FacefixFiles(NamedTuple):
+    """The files that restoring faces takes."""
 
-    --model is the model or its folder; the others lie beside it, unless --detection_model is a path.
+    model: Path
+    parsenet: Path
+    detector: Path
+
+
+def find_files(options: FacefixOptions) -> FacefixFiles:
+    """Return the paths of the files. Raises CheckpointError if one is missing.
+
+    --model is the model or its folder; the others are next to it, unless --detection_model is a path.
     """
-    mode, model, named = options.mode, options.network.model, options.detection_model
+    mode = options.mode
+    model = options.network.model
     if model.is_dir():
         model = _first_file(model, MODELS[mode], "--model", origin=ORIGINS[mode], task=mode)
     elif not model.exists():
         raise CheckpointError(
             f"--model {model}: there is no such file or folder.{explain_missing(model)}", model
         )
-    what, detector = f"--detection_model {named}", Path(named)
-    if named in RETINAFACES:
-        stem = RETINAFACES[named]
-        is_larger = stem == next(iter(RETINAFACES.values()))  # tools/download.py has no other
-        task = mode if is_larger else None
-        detector = _first_file(model.parent, (stem,), what, origin=ORIGINS[stem], task=task)
-    elif named == YUNET:
-        files = [path for path in sorted(model.parent.glob("*.onnx")) if "yunet" in path.name.lower()]
-        if not files:
-            file = ".onnx file with yunet in its name"
-            raise _missing(what, file, model.parent, origin=ORIGINS[YUNET], task=YUNET)
-        detector = files[-1]  # their names end with a date
-    elif not detector.exists():
-        raise CheckpointError(
-            f"{what}: there is no such file.{explain_missing(detector)} Give the path of one, or one of "
-            f"{', '.join([*RETINAFACES, YUNET])}.",
-            detector,
-        )
+    detector = _find_detector(options.detection_model, model.parent, mode)
     what = "ParseNet, which finds the parts of a face"
     parsenet = _first_file(model.parent, (PARSENET,), what, origin=ORIGINS[PARSENET], task=mode)
-    return model, parsenet, detector
+    return FacefixFiles(model, parsenet, detector)
+
+
+def _find_detector(name: str, folder: Path, mode: str) -> Path:
+    """Return the path of a detector. name: of a released one in the folder, or its path."""
+    what = f"--detection_model {name}"
+    if name in RETINAFACES:
+        stem = RETINAFACES[name]
+        is_larger = stem == next(iter(RETINAFACES.values()))  # tools/download.py has no other
+        task = mode if is_larger else None
+        return _first_file(folder, (stem,), what, origin=ORIGINS[stem], task=task)
+    if name == YUNET:
+        files = [path for path in sorted(folder.glob("*.onnx")) if "yunet" in path.name.lower()]
+        if not files:
+            file = ".onnx file with yunet in its name"
+            raise _missing(what, file, folder, origin=ORIGINS[YUNET], task=YUNET)
+        return files[-1]  # their names end with a date
+    path = Path(name)
+    if not path.exists():
+        raise CheckpointError(
+            f"{what}: there is no such file.{explain_missing(path)} Give the path of one, or one of "
+            f"{', '.join([*RETINAFACES, YUNET])}.",
+            path,
+        )
+    return path
 
 
 def _first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task: str | None) -> Path:

@@ -5,7 +5,7 @@ biubug6/Pytorch_Retinaface, MIT).
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -135,15 +135,17 @@ def anchors(height: int, width: int) -> Tensor:
     """Return the anchors of a picture, N 4: centre x, centre y, width, height as parts of its sides."""
     scales = []
     for step, sizes in zip(STEPS, SIZES, strict=True):
-        rows, columns = -(-height // step), -(-width // step)
+        rows = torch.arange(-(-height // step), dtype=torch.float64)
+        columns = torch.arange(-(-width // step), dtype=torch.float64)
         y, x = torch.meshgrid(
-            (torch.arange(rows, dtype=torch.float64) + 0.5) * step / height,
-            (torch.arange(columns, dtype=torch.float64) + 0.5) * step / width,
+            (rows + 0.5) * step / height,
+            (columns + 0.5) * step / width,
             indexing="ij",
         )
         centres = torch.stack([x, y], dim=-1).reshape(-1, 1, 2).expand(-1, len(sizes), -1)
         extents = torch.tensor([[size / width, size / height] for size in sizes], dtype=torch.float64)
-        scales.append(torch.cat([centres, extents.expand(len(centres), -1, -1)], dim=-1).reshape(-1, 4))
+        extents = extents.expand(len(centres), -1, -1)
+        scales.append(torch.cat([centres, extents], dim=-1).reshape(-1, 4))
     return torch.cat(scales).float()
 
 
@@ -180,11 +182,12 @@ class RetinaFaceDetector:
         size = torch.tensor([width, height], dtype=torch.float32)  # anchors are parts of a picture
         corners = (decode_boxes(boxes[chosen], priors) * size.repeat(2)).numpy()
         points = (decode_landmarks(landmarks[chosen], priors) * size).numpy()
-        values = scores[chosen].numpy()
-        return [
-            FoundFace((*corners[index].tolist(),), float(values[index]), points[index])
-            for index in best_of(corners, values, MOST_OVERLAP)
-        ]
+        chosen_scores = scores[chosen].numpy()
+        faces = []
+        for index in best_of(corners, chosen_scores, MOST_OVERLAP):
+            box = tuple(corners[index].tolist())
+            faces.append(FoundFace(box, float(chosen_scores[index]), points[index]))
+        return faces
 
     def _run(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the heads' output; if it is not finite in half precision, switch to float32 for good.
@@ -216,7 +219,8 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
     """Plan how to load a RetinaFace of any width. Raises CheckpointError for any other file."""
     checkpoint = checkpoint.without_prefix("module.")
     names = checkpoint.tensors
-    is_resnet, is_mobile = "body.conv1.weight" in names, "body.stage1.0.0.weight" in names
+    is_resnet = "body.conv1.weight" in names
+    is_mobile = "body.stage1.0.0.weight" in names
     if "BboxHead.0.conv1x1.weight" not in names or not (is_resnet or is_mobile):
         raise other_kind(checkpoint, "a detector of faces", option, FILES)
     sources = plain_sources(checkpoint)
@@ -225,25 +229,32 @@ def read_retinaface(checkpoint: Checkpoint, option: str) -> LoadPlan[RetinaFaceC
         checkpoint.path,
     )
     shape = shapes_of(checkpoint, sources, wrong)
-    body: ResNetConfig | MobileNetConfig
-    if is_resnet:
-        layers = [f"body.layer{number}" for number in (1, 2, 3, 4)]
-        last = [shape(f"{layer}.0.conv3.weight") for layer in layers]
-        body = ResNetConfig(
-            stem=shape("body.conv1.weight")[0],
-            blocks=tuple(count(names, rf"{layer}\.\d+") for layer in layers),
-            inner=tuple(sizes[1] for sizes in last),
-            outer=tuple(sizes[0] for sizes in last),
-        )
-    else:
-        stages = [
-            [f"body.stage{stage}.{block}.3.weight" for block in range(len(strides))]
-            for stage, strides in enumerate(MOBILE_STRIDES, start=1)
-        ]
-        stages[0][0] = "body.stage1.0.0.weight"  # the first block has no other convolution
-        body = MobileNetConfig(tuple(tuple(shape(name)[0] for name in stage) for stage in stages))
+    body: ResNetConfig | MobileNetConfig = (
+        _read_resnet(names, shape) if is_resnet else _read_mobile_net(shape)
+    )
     config = RetinaFaceConfig(body, shape("fpn.output1.0.weight")[0])
     return LoadPlan(config, checkpoint, sources, ignore=("*.num_batches_tracked",))
+
+
+def _read_resnet(names: Iterable[str], shape: Callable[..., tuple[int, ...]]) -> ResNetConfig:
+    layers = [f"body.layer{number}" for number in (1, 2, 3, 4)]
+    last = [shape(f"{layer}.0.conv3.weight") for layer in layers]
+    return ResNetConfig(
+        stem=shape("body.conv1.weight")[0],
+        blocks=tuple(count(names, rf"{layer}\.\d+") for layer in layers),
+        inner=tuple(sizes[1] for sizes in last),
+        outer=tuple(sizes[0] for sizes in last),
+    )
+
+
+def _read_mobile_net(shape: Callable[..., tuple[int, ...]]) -> MobileNetConfig:
+    widths = []
+    for stage, strides in enumerate(MOBILE_STRIDES, start=1):
+        names = [f"body.stage{stage}.{block}.3.weight" for block in range(len(strides))]
+        if stage == 1:
+            names[0] = "body.stage1.0.0.weight"  # the first block has no other convolution
+        widths.append(tuple(shape(name)[0] for name in names))
+    return MobileNetConfig(tuple(widths))
 
 
 def load_retinaface(

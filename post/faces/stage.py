@@ -15,7 +15,7 @@ from torch import Tensor
 from modules.media.encoding import Picture, Pixels, in_eight_bits, in_sixteen_bits
 from post.contract import Clip, Stage, enlarged_clip, enlarged_size
 from post.faces import restorers
-from post.faces.boxes import TEMPLATE_SIZE, Detector, Matrix, alignment, crops, eye_distance, restorable
+from post.faces.boxes import TEMPLATE_SIZE, Area, Detector, Matrix, alignment, crops, eye_distance, restorable
 from post.faces.detectors import check_detector, load_detector, no_landmarks
 from post.faces.onnx_header import may_be_onnx
 from post.options import FacefixOptions
@@ -102,20 +102,6 @@ def enlarge(pixels: Pixels, upscale: float) -> Pixels:
     return result
 
 
-@dataclass(frozen=True)
-class _Region:
-    """A rectangle of an enlarged picture, in pixels."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    @property
-    def is_empty(self) -> bool:
-        return self.left >= self.right or self.top >= self.bottom
-
-
 def paste(
     pixels: Pixels, matrices: Sequence[Matrix], faces: Iterable[Restored], size: int, upscale: float
 ) -> Pixels:
@@ -131,25 +117,29 @@ def paste(
         to_picture = np.vstack([cv2.invertAffineTransform(matrix), [[0.0, 0.0, 1.0]]])
         face_to_canvas.append(to_canvas @ to_picture)
     regions = [_region_of(matrix, size, canvas) for matrix in face_to_canvas]
-    changed = _Region(
+    changed = _enclosing(regions)
+    if changed.is_empty:
+        return canvas
+    white = float(np.iinfo(canvas.dtype).max)
+    values = canvas[changed.slices()].astype(np.float32)
+    for region, matrix, face in zip(regions, face_to_canvas, faces, strict=True):
+        if not region.is_empty:
+            part = values[region.slices(changed)]
+            _blend(part, face, matrix, region, white=white)
+    # a copy: the picture itself belongs to whoever gave it
+    result: Pixels = canvas.copy()
+    result[changed.slices()] = np.rint(values).clip(0, white)
+    return result
+
+
+def _enclosing(regions: Sequence[Area]) -> Area:
+    """Return the smallest rectangle around all regions."""
+    return Area(
         left=min(region.left for region in regions),
         top=min(region.top for region in regions),
         right=max(region.right for region in regions),
         bottom=max(region.bottom for region in regions),
     )
-    if changed.is_empty:
-        return canvas
-    most = float(np.iinfo(canvas.dtype).max)
-    values = canvas[changed.top : changed.bottom, changed.left : changed.right].astype(np.float32)
-    for region, matrix, face in zip(regions, face_to_canvas, faces, strict=True):
-        if not region.is_empty:
-            rows = slice(region.top - changed.top, region.bottom - changed.top)
-            columns = slice(region.left - changed.left, region.right - changed.left)
-            _blend(values[rows, columns], face, matrix, region, most=most)
-    # a copy: the picture itself belongs to whoever gave it
-    result: Pixels = canvas.copy()
-    result[changed.top : changed.bottom, changed.left : changed.right] = np.rint(values).clip(0, most)
-    return result
 
 
 def _canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
@@ -159,13 +149,13 @@ def _canvas_matrix(pixels: Pixels, canvas: Pixels) -> NDArray[np.float64]:
     return np.array([[across, 0, (across - 1) / 2], [0, down, (down - 1) / 2], [0, 0, 1]])
 
 
-def _region_of(matrix: NDArray[np.float64], size: int, canvas: Pixels) -> _Region:
+def _region_of(matrix: NDArray[np.float64], size: int, canvas: Pixels) -> Area:
     """Return the part of the canvas that a face of size x size may change. matrix: from face to canvas."""
     face_corners = np.array([[-1, -1, 1], [size, -1, 1], [-1, size, 1], [size, size, 1]])
     corners = face_corners @ matrix[:2].T
     left, top = corners.min(axis=0)
     right, bottom = corners.max(axis=0)
-    return _Region(
+    return Area(
         left=max(0, math.floor(left)),
         top=max(0, math.floor(top)),
         right=min(canvas.shape[1], math.ceil(right) + 1),
@@ -173,12 +163,12 @@ def _region_of(matrix: NDArray[np.float64], size: int, canvas: Pixels) -> _Regio
     )
 
 
-def _blend(values: Plane, face: Restored, matrix: NDArray[np.float64], region: _Region, most: float) -> None:
-    """Put a face over the values of its region. most: the value of white."""
+def _blend(values: Plane, face: Restored, matrix: NDArray[np.float64], region: Area, white: float) -> None:
+    """Put a face over the values of its region. white: the largest value."""
     to_region = matrix[:2] - np.array([[0, 0, region.left], [0, 0, region.top]])
     extent = (region.right - region.left, region.bottom - region.top)
     shown = cv2.warpAffine(face.mask, to_region, extent)[..., None]
-    colours = cv2.warpAffine(face.face, to_region, extent) * most
+    colours = cv2.warpAffine(face.face, to_region, extent) * white
     values[:] = shown * colours + (1 - shown) * values
 
 
@@ -266,16 +256,19 @@ class Facefix:
 
 def check_facefix(options: FacefixOptions) -> None:
     """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
-    model, parsenet, detector = restorers.find_files(options)
-    restorers.load_both(options, model, parsenet, device=torch.device("meta"), dtype=torch.float32)
-    check_detector(detector, "--detection_model", needs_landmarks=True)
+    files = restorers.find_files(options)
+    restorers.load_both(
+        options, files.model, files.parsenet, device=torch.device("meta"), dtype=torch.float32
+    )
+    check_detector(files.detector, "--detection_model", needs_landmarks=True)
 
 
 def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
     """Load the networks. Raises as `check_facefix`."""
-    model, parsenet, path = restorers.find_files(options)
-    restorer = restorers.load_restorer(options, model, parsenet, device)
+    files = restorers.find_files(options)
+    restorer = restorers.load_restorer(options, files.model, files.parsenet, device)
     # float32 whatever --dtype says: scores are compared with a limit, and landmarks must not tremble
-    detector = load_detector(path, device, torch.float32, option="--detection_model")
-    least = options.detection_threshold or (LEAST_SCORE_ONNX if may_be_onnx(path) else LEAST_SCORE)
+    detector = load_detector(files.detector, device, torch.float32, option="--detection_model")
+    usual_least = LEAST_SCORE_ONNX if may_be_onnx(files.detector) else LEAST_SCORE
+    least = options.detection_threshold or usual_least
     return Facefix(options, detector, restorer, device=device, least_score=least)

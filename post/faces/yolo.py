@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,6 +18,7 @@ from modules.errors import CheckpointError
 from modules.limits import MAX_NOTE_CHARACTERS
 from post.faces.boxes import FoundFace, Numbers, best_of, shrunk
 from post.faces.onnx_header import OnnxHeader
+from post.tiling import round_up
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,14 @@ class YoloLayout:
     landmarks: int  # numbers of each landmark; 0: no landmarks of faces
 
 
+class _Rows(NamedTuple):
+    """What a YOLO has found, in pixels of the square picture."""
+
+    boxes: Numbers  # N 4
+    scores: Numbers  # N
+    points: Numbers | None  # landmarks, N 5 2
+
+
 @dataclass(frozen=True)
 class YoloDetector:
     """A YOLO that OpenCV runs; detections of all classes count."""
@@ -55,18 +64,18 @@ class YoloDetector:
         image, factor, offset = letterbox(pixels, self.layout.side)
         try:
             self.network.setInput(np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32) / 255)
-            result = self._result(self.network.forward(self.network.getUnconnectedOutLayersNames()))
+            outputs = self.network.forward(self.network.getUnconnectedOutLayersNames())
         except cv2.error as error:
             raise _cannot_run(self.path, error) from error
-        boxes, scores, points = self._read(result, least_score)
+        rows = self._read(self._result(outputs), least_score)
         shift = np.array(offset, np.float32)
-        boxes = ((boxes.reshape(-1, 2, 2) - shift) / factor).reshape(-1, 4)
-        if points is not None:
-            points = (points - shift) / factor
+        boxes = ((rows.boxes.reshape(-1, 2, 2) - shift) / factor).reshape(-1, 4)
+        points = None if rows.points is None else (rows.points - shift) / factor
         faces = []
-        for index in best_of(boxes, scores, MOST_OVERLAP, MOST_FOUND):
+        for index in best_of(boxes, rows.scores, MOST_OVERLAP, MOST_FOUND):
+            box = tuple(boxes[index].tolist())
             landmarks = None if points is None else points[index]
-            faces.append(FoundFace(tuple(boxes[index].tolist()), float(scores[index]), landmarks))
+            faces.append(FoundFace(box, float(rows.scores[index]), landmarks))
         return faces
 
     def _result(self, outputs: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32]:
@@ -84,14 +93,12 @@ class YoloDetector:
         shapes = ", ".join(str(list(output.shape)) for output in arrays)
         raise _other_layout(self.path, shapes)
 
-    def _read(
-        self, result: NDArray[np.float32], least_score: float
-    ) -> tuple[Numbers, Numbers, Numbers | None]:
-        """Return boxes N 4, scores N and landmarks N 5 2 or None, in pixels of the square picture."""
+    def _read(self, result: NDArray[np.float32], least_score: float) -> _Rows:
+        """Return the rows with at least that score."""
         counts = [sum((self.layout.side // step) ** 2 for step in steps) for steps in (STEPS, *OTHER_STEPS)]
         if result.shape[1] in FINISHED and result.shape[0] not in counts:
             rows = result[result[:, BOX] >= least_score]
-            return rows[:, :BOX], rows[:, BOX], _points(rows[:, BOX + 2 :], 3)
+            return _Rows(rows[:, :BOX], rows[:, BOX], _points(rows[:, BOX + 2 :], 3))
         if result.shape[1] in counts:
             result = result.T
         if result.shape[0] not in counts or result.shape[1] <= BOX:
@@ -100,9 +107,11 @@ class YoloDetector:
         scores = result[:, BOX : BOX + num_classes].max(axis=1)
         is_chosen = scores >= least_score
         rows = result[is_chosen]
+        centres = rows[:, :2]
         half = rows[:, 2:BOX] / 2
-        boxes = np.concatenate([rows[:, :2] - half, rows[:, :2] + half], axis=1)
-        return boxes, scores[is_chosen], _points(rows[:, BOX + num_classes :], numbers_of_point)
+        boxes = np.concatenate([centres - half, centres + half], axis=1)
+        points = _points(rows[:, BOX + num_classes :], numbers_of_point)
+        return _Rows(boxes, scores[is_chosen], points)
 
     def _columns(self, width: int) -> tuple[int, int]:
         """Return the classes in a row of `width` numbers, and the numbers of each landmark behind them."""
@@ -117,34 +126,44 @@ def read_layout(path: Path, header: OnnxHeader, side: int | None) -> YoloLayout 
 
     side: of the square picture, for files of any size. Raises CheckpointError for a YOLO without boxes.
     """
-    input_shapes = list(header.inputs.values())
-    task = header.notes.get("task")
-    if len(input_shapes) != 1 or len(input_shapes[0]) != 4 or input_shapes[0][1] not in (3, None):
+    if len(header.inputs) != 1:
         return None
+    (input_shape,) = header.inputs.values()
+    if len(input_shape) != 4 or input_shape[1] not in (3, None):
+        return None
+    task = header.notes.get("task")
     if task is not None and task not in TASKS:
         raise CheckpointError(
             f"{path} is a YOLO for {task}, which gives no upright boxes. Give one for detect, segment or "
             "pose.",
             path,
         )
-    if task is None and not any(
-        len(shape) == 3 and shape[0] in (1, None) for shape in header.outputs.values()
-    ):
+    gives_rows = any(len(shape) == 3 and shape[0] in (1, None) for shape in header.outputs.values())
+    if task is None and not gives_rows:
         return None
-    height, width = input_shapes[0][2:]
+    height, width = input_shape[2:]
     if height != width:
         raise CheckpointError(
             f"{path} takes pictures of {width or 'any width'} x {height or 'any height'} pixels. Export it "
             f"for square ones: imgsz={USUAL_SIDE}.",
             path,
         )
-    step = max(STEPS)
-    side = height or -(-(side or USUAL_SIDE) // step) * step
+    return YoloLayout(
+        side=height or round_up(side or USUAL_SIDE, max(STEPS)),
+        classes=_count_classes(header),
+        landmarks=_numbers_of_landmark(header),
+    )
+
+
+def _count_classes(header: OnnxHeader) -> int | None:
     names = _literal(header.notes.get("names"))
+    return len(names) if isinstance(names, (dict, list)) and names else None
+
+
+def _numbers_of_landmark(header: OnnxHeader) -> Any:
     points = _literal(header.notes.get("kpt_shape"))
     is_face = isinstance(points, list) and len(points) == 2 and points[0] == POINTS
-    num_classes = len(names) if isinstance(names, (dict, list)) and names else None
-    return YoloLayout(side, classes=num_classes, landmarks=points[1] if is_face else 0)
+    return points[1] if is_face else 0
 
 
 def load_yolo(path: Path, content: bytes, header: OnnxHeader, layout: YoloLayout) -> YoloDetector:
@@ -279,7 +298,13 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
     bare = np.frombuffer(content, np.uint8)
     try:
         network = cv2.FaceDetectorYN.create(
-            "onnx", bare, np.empty(0, np.uint8), (SMALLEST, SMALLEST), 0.5, MOST_OVERLAP_YUNET, MOST_BEFORE
+            "onnx",
+            bufferModel=bare,
+            bufferConfig=np.empty(0, np.uint8),
+            input_size=(SMALLEST, SMALLEST),
+            score_threshold=0.5,
+            nms_threshold=MOST_OVERLAP_YUNET,
+            top_k=MOST_BEFORE,
         )
     except cv2.error as error:
         raise _cannot_run(path, error, YUNETS) from error
@@ -288,10 +313,18 @@ def load_yunet(path: Path, content: bytes, header: OnnxHeader, side: int | None)
         for shape in ((96, 160, 3), (64, 64, 3)):  # pictures of another size must do, too
             YuNetDetector(path, network, None).find(np.zeros(shape, np.uint8), 0.5)
     except CheckpointError:
-        shape_in_file = next(iter(header.inputs.values()), ())
-        height, width = shape_in_file[-2:] if len(shape_in_file) == 4 else (None, None)
-        if height is None or width is None:
+        canvas = _canvas_in_file(header)
+        if canvas is None:
             raise
-        detector = YuNetDetector(path, network, side, (width, height))
+        detector = YuNetDetector(path, network, side, canvas)
         detector.find(np.zeros((64, 64, 3), np.uint8), 0.5)
     return detector
+
+
+def _canvas_in_file(header: OnnxHeader) -> tuple[int, int] | None:
+    """Return the width and height that a file is made for; None if any will do."""
+    shape = next(iter(header.inputs.values()), ())
+    if len(shape) != 4:
+        return None
+    height, width = shape[-2:]
+    return None if height is None or width is None else (width, height)

@@ -1,10 +1,10 @@
 """Find the files of GIMM-VFI in the folder of --model, and load the networks in them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -36,6 +36,7 @@ ESTIMATOR = "flow_estimator."  # the optical flow inside the original files
 IGNORED = ("*.num_batches_tracked", "g_filter", f"{ESTIMATOR}*")  # g_filter is a constant
 PROJECTIONS = ("amt_second_last_cproj", "amt_last_cproj", "amt_fproj")
 
+Shape = Callable[..., tuple[int, ...]]  # of `shapes_of`
 Of = Callable[[str], tuple[int, ...]]  # name of a convolution -> shape of its weight
 
 
@@ -50,23 +51,55 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
         raise wrong_kind
     shape = shapes_of(checkpoint, sources, wrong_kind)
 
-    def of(name: str, axes: int = 4) -> tuple[int, ...]:
-        return shape(f"{name}.weight" if axes == 4 else name, axes)
+    def of(name: str) -> tuple[int, ...]:
+        return shape(f"{name}.weight")
 
-    layers = count((f"{name}." for name in sources), r"hyponet\.params_dict\.linear_wb\d+")
-    widths = tuple(of(f"hyponet.params_dict.linear_wb{layer}", 2)[1] for layer in range(layers))
-    encoder, residual = (count(sources, rf"{part}\.\d+\.layers") for part in ("cnn_encoder", "res_conv"))
-    motion = MotionConfig(
-        encoder=(of("cnn_encoder.0")[0], of("cnn_encoder.1")[0], of(f"cnn_encoder.{encoder + 4}")[0]),
-        encoder_blocks=encoder,
+    motion = _read_motion(sources, shape, of)
+    synthesis = _read_synthesis(sources, of)
+    if (
+        synthesis.last.outputs % PER_BLEND
+        or synthesis.feature <= 0
+        or synthesis.first.side > synthesis.first.width
+        or synthesis.last.side > synthesis.last.width
+        or of("amt_update4_low.convc1")[1] != 2 * CHANNELS
+    ):
+        raise wrong_kind
+    config = GimmConfig(motion, synthesis)
+    return LoadPlan(config, checkpoint, rename_sources(sources, _our_name), IGNORED)
+
+
+def _our_name(name: str) -> str:
+    """Return the name of a tensor in our network, which has two parts."""
+    if name == "g_filter" or name.startswith(ESTIMATOR):
+        return name
+    return f"synthesis.{name}" if name.startswith("amt_") else f"motion.{name}"
+
+
+def _read_motion(names: Iterable[str], shape: Shape, of: Of) -> MotionConfig:
+    layers = count((f"{name}." for name in names), r"hyponet\.params_dict\.linear_wb\d+")
+    widths = tuple(shape(f"hyponet.params_dict.linear_wb{layer}", 2)[1] for layer in range(layers))
+    encoder_blocks = count(names, r"cnn_encoder\.\d+\.layers")
+    residual_blocks = count(names, r"res_conv\.\d+\.layers")
+    last = f"cnn_encoder.{encoder_blocks + 4}"
+    return MotionConfig(
+        encoder=(of("cnn_encoder.0")[0], of("cnn_encoder.1")[0], of(last)[0]),
+        encoder_blocks=encoder_blocks,
         residual=(of("res_conv.0")[0], of("res_conv.1")[0]),
-        residual_blocks=residual,
+        residual_blocks=residual_blocks,
         layers=widths,
     )
-    first, last = _decoder("amt_init_decoder", 1, of), _decoder("amt_final_decoder", 2, of)
-    shapes = [of(name) for name in PROJECTIONS if f"{PROJECTIONS[0]}.weight" in sources]
-    synthesis = SynthesisConfig(
-        projections=tuple((inputs, outputs) for outputs, inputs, *_ in shapes),
+
+
+def _read_synthesis(names: Container[str], of: Of) -> SynthesisConfig:
+    first = _decoder("amt_init_decoder", 1, of)
+    last = _decoder("amt_final_decoder", 2, of)
+    projections = []
+    if f"{PROJECTIONS[0]}.weight" in names:
+        for name in PROJECTIONS:
+            outputs, inputs, *_ = of(name)
+            projections.append((inputs, outputs))
+    return SynthesisConfig(
+        projections=tuple(projections),
         quarter=16 * of("amt_final_decoder.upsample.2.0")[1],
         eighth=4 * of("amt_init_decoder.upsample.1.0")[1],
         first=first,
@@ -75,20 +108,6 @@ def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
         high=_update("amt_update4_high", of),
         mixed=of("amt_comb_block.0")[0],
     )
-    if (
-        last.outputs % PER_BLEND
-        or synthesis.feature <= 0
-        or any(decoder.side > decoder.width for decoder in (first, last))
-        or of("amt_update4_low.convc1")[1] != 2 * CHANNELS
-    ):
-        raise wrong_kind
-
-    def ours(name: str) -> str:  # our network has two parts
-        if name == "g_filter" or name.startswith(ESTIMATOR):
-            return name
-        return f"synthesis.{name}" if name.startswith("amt_") else f"motion.{name}"
-
-    return LoadPlan(GimmConfig(motion, synthesis), checkpoint, rename_sources(sources, ours), IGNORED)
 
 
 def _decoder(name: str, doublings: int, of: Of) -> RefinementConfig:
@@ -131,10 +150,18 @@ class ModeSettings:
 USUAL = ModeSettings()
 
 
-def find_files(path: Path, kind: str) -> tuple[Path, Path, Path | None]:
-    """Return the paths of a mode's network, optical flow and settings. path: the folder or the main file.
+class ModeFiles(NamedTuple):
+    """The files of a mode."""
 
-    The main file may also hold the flow. Raises CheckpointError if a file is missing.
+    main: Path
+    flow: Path  # of the optical flow; may be the main file
+    settings: Path | None  # None: the released settings
+
+
+def find_files(path: Path, kind: str) -> ModeFiles:
+    """Return the paths of a mode's files. path: the folder or the main file.
+
+    Raises CheckpointError if a file is missing.
     """
     if not path.exists():
         raise CheckpointError(
@@ -154,20 +181,23 @@ def find_files(path: Path, kind: str) -> tuple[Path, Path, Path | None]:
             f"another folder to {OPTION} or another --mode.",
             path,
         )
-    names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
-    flow = _find(folder, names, names[1].partition(".")[0])
+    flow_names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
+    flow = _find(folder, flow_names, flow_names[1].partition(".")[0])
     if flow is None:
-        with open_checkpoint(main) as checkpoint:
-            is_inside = any(
-                name.startswith(ESTIMATOR) for name in checkpoint.without_prefix("module.").tensors
-            )
-        if not is_inside:
+        if not _holds_flow(main):
             raise CheckpointError(
-                f"{folder}: the optical flow of {kind} is not beside {main.name}. Put {names[0]} there.",
+                f"{folder}: the optical flow of {kind} is not beside {main.name}. Put {flow_names[0]} there.",
                 folder,
             )
+        flow = main
     settings = folder / f"{kind}_arb.yaml"
-    return main, flow or main, settings if settings.is_file() else None
+    return ModeFiles(main, flow, settings if settings.is_file() else None)
+
+
+def _holds_flow(main: Path) -> bool:
+    with open_checkpoint(main) as checkpoint:
+        names = checkpoint.without_prefix("module.").tensors
+        return any(name.startswith(ESTIMATOR) for name in names)
 
 
 def _find(folder: Path, names: Sequence[str], start: str) -> Path | None:
@@ -194,32 +224,40 @@ def read_settings(path: Path | None) -> ModeSettings:
     if path is None:
         return ModeSettings()
     try:
-        arch = _mapping(_mapping(yaml.safe_load(read_text(path))).get("arch"))
-        hyponet = _mapping(arch.get("hyponet"))
-        activation = hyponet.get("activation", "siren")
-        sine = _mapping(activation) or {"type": activation}
-        for name, setting, usual in (
-            ("fwarp_type", arch.get("fwarp_type", "linear"), "linear"),
-            ("activation", sine.get("type", "siren"), "siren"),
-            ("normalize_weight", hyponet.get("normalize_weight", True), True),
-        ):
-            if setting != usual:
-                raise CheckpointError(f"{path}: {name} {setting} is not supported, only {usual}.", path)
-        low, high = arch.get("coord_range", USUAL.coordinates)
-        iterations = int(arch.get("raft_iter", USUAL.raft_iterations))
-        if not 1 <= iterations <= MAX_RAFT_ITERATIONS:
-            raise ValueError(f"raft_iter {iterations} is not 1 to {MAX_RAFT_ITERATIONS}")
-        return ModeSettings(
-            coordinates=(float(low), float(high)),
-            frequency=float(sine.get("siren_w0", USUAL.frequency)),
-            output_bias=float(hyponet.get("output_bias", USUAL.output_bias)),
-            raft_iterations=iterations,
-        )
+        return _parse_settings(path)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"{path} cannot be used: {reason}. Without it the released settings hold.", path
         ) from error
+
+
+def _parse_settings(path: Path) -> ModeSettings:
+    """Return the settings in a YAML file.
+
+    Raises CheckpointError for an unsupported computation, and any other error if the file cannot be read.
+    """
+    arch = _mapping(_mapping(yaml.safe_load(read_text(path))).get("arch"))
+    hyponet = _mapping(arch.get("hyponet"))
+    activation = hyponet.get("activation", "siren")
+    sine = _mapping(activation) or {"type": activation}
+    for name, setting, supported in (
+        ("fwarp_type", arch.get("fwarp_type", "linear"), "linear"),
+        ("activation", sine.get("type", "siren"), "siren"),
+        ("normalize_weight", hyponet.get("normalize_weight", True), True),
+    ):
+        if setting != supported:
+            raise CheckpointError(f"{path}: {name} {setting} is not supported, only {supported}.", path)
+    low, high = arch.get("coord_range", USUAL.coordinates)
+    iterations = int(arch.get("raft_iter", USUAL.raft_iterations))
+    if not 1 <= iterations <= MAX_RAFT_ITERATIONS:
+        raise ValueError(f"raft_iter {iterations} is not 1 to {MAX_RAFT_ITERATIONS}")
+    return ModeSettings(
+        coordinates=(float(low), float(high)),
+        frequency=float(sine.get("siren_w0", USUAL.frequency)),
+        output_bias=float(hyponet.get("output_bias", USUAL.output_bias)),
+        raft_iterations=iterations,
+    )
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -253,40 +291,58 @@ def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtyp
     On the meta device only headers are read.
     Raises CheckpointError if a file is missing or not what its name says, or if the two do not match.
     """
-    main, flow, settings_file = find_files(path, kind)
-    settings = read_settings(settings_file)
+    files = find_files(path, kind)
+    settings = read_settings(files.settings)
 
     def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
         return dtype if name.startswith("synthesis.") else torch.float32
 
-    with open_checkpoint(main) as checkpoint:
+    with open_checkpoint(files.main) as checkpoint:
         plan = _plan_gimm(checkpoint, kind, settings)
         gimm = load_planned(plan, GimmVfi, device=device, dtype=dtype_of, what=OPTION)
-    with open_checkpoint(flow) as checkpoint:
-        if flow == main:
+    with open_checkpoint(files.flow) as checkpoint:
+        if files.flow == files.main:
             checkpoint = checkpoint.without_prefix("module.").without_prefix(ESTIMATOR, others=("",))
-        # with the channels of its quarter, eighth and matching maps
-        estimator: Raft | FlowFormer
-        widths: tuple[int, ...]
         if kind == WITH_RAFT:
-            raft = read_raft(checkpoint)
-            build = partial(Raft, iterations=settings.raft_iterations)
-            estimator = load_planned(raft, build, device=device, dtype=torch.float32, what=OPTION)
-            widths = (*raft.config.stages[1:], raft.config.features)
+            estimator, maps = _load_raft(checkpoint, settings.raft_iterations, device)
         else:
-            flowformer = read_flowformer(checkpoint)
-            estimator = load_planned(flowformer, FlowFormer, device=device, dtype=torch.float32, what=OPTION)
-            widths = (*(stage.width for stage in flowformer.config.context), flowformer.config.matching)
+            estimator, maps = _load_flowformer(checkpoint, device)
     config = plan.config.synthesis
-    expected = tuple(inputs for inputs, _ in config.projections)
-    expected = expected or (config.quarter, config.eighth, widths[2])
-    if widths != expected:
+    expected_maps = tuple(inputs for inputs, _ in config.projections)
+    if not expected_maps:
+        expected_maps = (config.quarter, config.eighth, maps.matching)
+    if maps != expected_maps:
         raise CheckpointError(
-            f"{flow} does not fit {main.name}: it makes maps of {widths[0]} and {widths[1]} channels. Give "
-            "both files of one release.",
-            flow,
+            f"{files.flow} does not fit {files.main.name}: it makes maps of {maps.quarter} and {maps.eighth} "
+            "channels. Give both files of one release.",
+            files.flow,
         )
     return InterpolationNetworks(gimm, estimator)
+
+
+class _Maps(NamedTuple):
+    """Channels of the maps of an `EncodedPicture`."""
+
+    quarter: int
+    eighth: int
+    matching: int
+
+
+def _load_raft(
+    checkpoint: Checkpoint, iterations: int, device: torch.device
+) -> tuple[Raft | FlowFormer, _Maps]:
+    plan = read_raft(checkpoint)
+    build = partial(Raft, iterations=iterations)
+    raft = load_planned(plan, build, device=device, dtype=torch.float32, what=OPTION)
+    _, quarter, eighth = plan.config.stages
+    return raft, _Maps(quarter, eighth, plan.config.features)
+
+
+def _load_flowformer(checkpoint: Checkpoint, device: torch.device) -> tuple[Raft | FlowFormer, _Maps]:
+    plan = read_flowformer(checkpoint)
+    flowformer = load_planned(plan, FlowFormer, device=device, dtype=torch.float32, what=OPTION)
+    quarter, eighth = plan.config.context
+    return flowformer, _Maps(quarter.width, eighth.width, plan.config.matching)
 
 
 def _plan_gimm(checkpoint: Checkpoint, kind: str, settings: ModeSettings) -> LoadPlan[GimmConfig]:

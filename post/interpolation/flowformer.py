@@ -5,6 +5,7 @@ Source: Huang et al. 2022, arXiv 2203.16194 (Apache licence). Attributes are nam
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,14 +58,15 @@ class Alike(nn.Module):
             weights = q.new_empty(len(q), len(k))
             rows = rows_of_part(8 * len(k), q.device)
             scaled = q * q.shape[1] ** -0.5
-            for part, asking in zip(weights.split(rows), scaled.split(rows), strict=True):
-                part.copy_((asking @ k.T).softmax(dim=1))
-            return lambda x: _over_places(x, lambda v: weights @ v)
-        # four axes: with fewer there is no kernel that leaves out the table
-        asking, keys = q[None, None], k[None, None]
-        return lambda x: _over_places(
-            x, lambda v: scaled_dot_product_attention(asking, keys, v[None, None])[0, 0]
-        )
+            for part, queries in zip(weights.split(rows), scaled.split(rows), strict=True):
+                part.copy_((queries @ k.T).softmax(dim=1))
+            return partial(_over_places, weights.matmul)
+
+        def attend(v: Tensor) -> Tensor:
+            # four axes: with fewer there is no kernel that leaves out the table
+            return scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])[0, 0]
+
+        return partial(_over_places, attend)
 
 
 class Aggregator(nn.Module):
@@ -116,7 +118,8 @@ class MemoryDecoder(nn.Module):
         Returns the flow, 1 2 8H 8W.
         """
         hidden, context = self.proj(context).chunk(2, dim=1)
-        hidden, context = torch.tanh(hidden), relu(context)
+        hidden = torch.tanh(hidden)
+        context = relu(context)
         # what stays the same in all iterations
         layer: Any = self.decoder_layer["cross_attend"]
         block = self.update_block
@@ -126,15 +129,20 @@ class MemoryDecoder(nn.Module):
         start = places = grid_of(context)
         for _ in range(iterations):
             near = costs.lookup(places)
-            query = self.flow_token_encoder(near)
-            code = flowformer_memory.position_code(_rows(places), query.shape[1])
-            recalled = layer(_rows(query)[:, None], keys_and_values, code[:, None])
-            recalled = recalled.squeeze(1).T.view(query.shape)
+            recalled = self._recall(near, places, keys_and_values)
             motion = block.encoder(torch.cat([recalled, near], dim=1), places - start)
             moving = torch.cat([motion, block.aggregator(motion, mean)], dim=1)
             hidden = block.gru(hidden, moving, turns)
             places = places + block.flow_head(hidden)
         return upsample_flow(places - start, 0.25 * block.mask(hidden))
+
+    def _recall(self, near: Tensor, places: Tensor, keys_and_values: Any) -> Tensor:
+        """Return what the memory holds about each place, 1 . H W. near: the costs around the places."""
+        query = self.flow_token_encoder(near)
+        code = flowformer_memory.position_code(_rows(places), query.shape[1])
+        attend = self.decoder_layer["cross_attend"]
+        recalled = attend(_rows(query)[:, None], keys_and_values, code[:, None])
+        return recalled.squeeze(1).T.view(query.shape)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -142,7 +150,7 @@ def _rows(x: Tensor) -> Tensor:
     return x[0].flatten(1).T
 
 
-def _over_places(x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+def _over_places(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a function of rows (N C) to a map (1 C H W)."""
     return run(_rows(x).contiguous()).T.reshape(x.shape)
 
@@ -188,7 +196,8 @@ class FlowFormer(nn.Module):
         self, config: FlowFormerConfig, iterations: int = ITERATIONS, table_bytes: int = TABLE_BYTES
     ) -> None:
         super().__init__()
-        self.iterations, self.table_bytes = iterations, table_bytes
+        self.iterations = iterations
+        self.table_bytes = table_bytes
         self.memory_encoder = MemoryEncoder(config)
         self.context_encoder = nn.ModuleDict({"svt": Twins(config.context)})
         self.memory_decoder = MemoryDecoder(config.decoder)

@@ -164,13 +164,16 @@ class CoarseContextAttention(nn.Module):
         height, width = x.shape[1:3]
         projected = self.context_proj(context).expand(len(x), -1, -1, -1)
         coded = torch.cat([x, projected], dim=-1)
-        q = self.q(coded + position_code(places_of(height, width, x.device), self.joined))
+        places = places_of(height, width, x.device)
+        q = self.q(coded + position_code(places, self.joined))
         coded = coded.permute(0, 3, 1, 2)
         keys = self.norm(self.sr_key(coded).permute(0, 2, 3, 1))
         values = self.norm(self.sr_value(coded[:, : x.shape[3]]).permute(0, 2, 3, 1))
         rows, columns = keys.shape[1:3]
-        keys = keys + position_code(places_of(rows, columns, x.device) * COARSE, x.shape[3])
-        k, v = self.k(keys).flatten(1, 2), self.v(values).flatten(1, 2)
+        coarse_places = places_of(rows, columns, x.device) * COARSE
+        keys = keys + position_code(coarse_places, x.shape[3])
+        k = self.k(keys).flatten(1, 2)
+        v = self.v(values).flatten(1, 2)
         return self.proj(attend(q.flatten(1, 2), k, v, HEADS)).view(x.shape)
 
 

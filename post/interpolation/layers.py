@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -102,23 +103,27 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
 
     image: 1 C H W. flow: 1 2 H W. weight: 1 1 H W. Returns 1 C H W float32, 0 at places nothing arrives at.
     """
-    _, channels, height, width = image.shape
-    # H*W rows: one place each, so that what arrives is added in whole rows
     weighted = torch.cat([image * weight, weight], dim=1).float()
-    values = weighted[0].flatten(1).t().contiguous()
+    # H*W rows: one place each, so that what arrives is added in whole rows
+    total = _moved(weighted[0].flatten(1).t().contiguous(), flow)
+    colours = total[:, :-1]
+    norm = total[:, -1:]
+    mean = colours / torch.where(norm == 0, 1.0, norm)
+    return mean.t().reshape(image.shape)
+
+
+def _moved(values: Tensor, flow: Tensor) -> Tensor:
+    """Return the sum of the rows that arrive at each place. values: H*W C. flow: 1 2 H W."""
+    height, width = flow.shape[-2:]
     total = torch.zeros_like(values)
     x, y = _targets(flow)
     left = x.floor()
     top = y.floor()
-    for dx in (0, 1):
-        for dy in (0, 1):
-            column = left + dx
-            row = top + dy
-            place, share = _neighbour(x, y, column, row, size=(height, width))
-            total.scatter_add_(0, place[:, None].expand_as(values), values * share[:, None])
-    norm = total[:, -1:]
-    mean = total[:, :-1] / torch.where(norm == 0, 1.0, norm)
-    return mean.t().reshape(1, channels, height, width)
+    for dx, dy in product((0, 1), (0, 1)):
+        place, share = _neighbour(x, y, column=left + dx, row=top + dy, size=(height, width))
+        index = place[:, None].expand_as(values)
+        total.scatter_add_(0, index, values * share[:, None])
+    return total
 
 
 def _neighbour(
@@ -191,21 +196,20 @@ class Correlation:
         scale = first.shape[1] ** -0.5 if scale is None else scale
         self._first = rearrange(first.float(), "1 c h w -> (h w) c") * scale
         self._second = second[0].float().flatten(1)
-        scales = [second.float()]
+        pyramid = [second.float()]
         for _ in range(levels - 1):
-            scales.append(avg_pool2d(scales[-1], 2, stride=2))
-        self._sizes = [(int(scale.shape[-2]), int(scale.shape[-1])) for scale in scales]
+            pyramid.append(avg_pool2d(pyramid[-1], 2, stride=2))
+        self._sizes = [features.shape[-2:] for features in pyramid]
         if keeps_volume is None:
             # by the size alone, so that a clip gives the same pictures on every device
             height, width = self._size
-            places = sum((height >> level) * (width >> level) for level in range(levels))
-            keeps_volume = 4 * height * width * places <= VOLUME_BYTES
+            keeps_volume = _volume_bytes(height, width, levels) <= VOLUME_BYTES
         self._keeps_volume = keeps_volume
         if keeps_volume:
-            self._levels = [self._first @ scale[0].flatten(1) for scale in scales]
+            self._levels = [self._first @ features[0].flatten(1) for features in pyramid]
         else:  # a row of channels for each place, with so many zeros around that a window may lie outside
-            padded = [pad(scale, (REACH,) * 4) for scale in scales]
-            self._levels = [rearrange(scale, "1 c h w -> (h w) c").contiguous() for scale in padded]
+            padded = [pad(features, (REACH,) * 4) for features in pyramid]
+            self._levels = [rearrange(features, "1 c h w -> (h w) c").contiguous() for features in padded]
 
     def lookup(self, places: Tensor) -> Tensor:
         """Return 1 81*levels h w: for each place of the first picture, products around a place of the second.
@@ -242,10 +246,13 @@ class Correlation:
         steps = torch.arange(REACH, device=start.device)
         x = start[:, :1] + steps  # P 10
         y = start[:, 1:] + steps
-        is_inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None]
-        index = y.clamp(0, height - 1)[:, :, None] * width + x.clamp(0, width - 1)[:, None]
+        is_row = (y >= 0) & (y < height)
+        is_column = (x >= 0) & (x < width)
+        row = y.clamp(0, height - 1)
+        column = x.clamp(0, width - 1)
+        index = row[:, :, None] * width + column[:, None]  # P 10 10
         products = self._levels[level].gather(1, index.flatten(1)).view_as(index)
-        return products * is_inside
+        return products * (is_row[:, :, None] & is_column[:, None])
 
     def _sampled(self, level: int, start: Tensor) -> Tensor:
         """Return products P 10 10 (y, x), computed from the features around each place."""
@@ -264,6 +271,12 @@ class Correlation:
             around = features.index_select(0, places.flatten()).view(-1, REACH**2, channels)
             products.append(around @ first[:, :, None])
         return torch.cat(products).view(-1, REACH, REACH)
+
+
+def _volume_bytes(height: int, width: int, levels: int) -> int:
+    """Return the bytes of the products of all pairs of places, at all scales."""
+    places = sum((height >> level) * (width >> level) for level in range(levels))
+    return 4 * height * width * places
 
 
 def places_of(height: int, width: int, device: torch.device) -> Tensor:

@@ -213,7 +213,9 @@ class Interpolation:
 
     def __init__(self, network: GimmVfi, estimator: FlowEstimator, ds_factor: float = 1.0) -> None:
         """ds_factor: scale at which all but the last step is computed, above 0, at most 1."""
-        self.network, self.estimator, self.ds_factor = network, estimator, ds_factor
+        self.network = network
+        self.estimator = estimator
+        self.ds_factor = ds_factor
 
     @torch.no_grad()
     def frame(self, image: Tensor) -> Frame:

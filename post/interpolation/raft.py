@@ -141,8 +141,10 @@ class SeparableGru(nn.Module):
         update, reset, fresh = (getattr(self, f"conv{gate}{number}") for gate in "zrq")
         weight = torch.cat([update.weight, reset.weight, fresh.weight])
         bias = torch.cat([update.bias, reset.bias, fresh.bias])
-        width, inputs = len(bias) // 3, context.shape[1]
-        of_hidden, of_context, moving = weight.split([width, inputs, weight.shape[1] - width - inputs], dim=1)
+        width = len(bias) // 3
+        inputs = context.shape[1]
+        motion = weight.shape[1] - width - inputs
+        of_hidden, of_context, moving = weight.split([width, inputs, motion], dim=1)
         return RecurrentTurn(
             constant=_keeping_size(context, of_context, bias),
             moving=moving.contiguous(),
@@ -190,7 +192,8 @@ class Raft(nn.Module):
 
     def __init__(self, config: RaftConfig, iterations: int = ITERATIONS) -> None:
         super().__init__()
-        self.config, self.iterations = config, iterations
+        self.config = config
+        self.iterations = iterations
         self.fnet = RaftEncoder(config.stages, config.features, nn.InstanceNorm2d)
         self.cnet = RaftEncoder(config.stages, config.hidden + config.context, batch_norm)
         self.update_block = UpdateBlock(config)

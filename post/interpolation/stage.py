@@ -52,7 +52,9 @@ class Interpolator:
     name = NAME
 
     def __init__(self, options: InterpolationOptions, network: Interpolation, device: torch.device) -> None:
-        self._options, self._network, self._device = options, network, device
+        self._options = options
+        self._network = network
+        self._device = device
 
     def result(self, clip: Clip) -> Clip:
         """Return the clip with the added pictures. Raises MediaError if it is one picture, or too small."""
@@ -80,12 +82,14 @@ class Interpolator:
             yield from pictures
             return
         cuts: list[Fraction] = []  # beginnings of new scenes
-        count, before = 0, None
+        count = 0
+        before = None
         for picture in pictures:
             now = _Shown(picture, self._frame)
             if before is not None:
                 yield from self._pair(before, now, clip.is_deep, cuts)
-            count, before = count + 1, now
+            count += 1
+            before = now
         if before is None:
             return  # what that means is known where it was to be read
         if count == 1:
@@ -106,11 +110,8 @@ class Interpolator:
         start = first.picture.start
         step = (second.picture.start - start) / factor
         yield replace(first.picture, seconds=step)
-        threshold = self._options.scene_threshold
         is_same = np.array_equal(first.picture.pixels, second.picture.pixels)
-        is_cut = False
-        if not is_same and threshold > 0:
-            is_cut = threshold <= scene_distance(first.thumbnail, second.thumbnail)
+        is_cut = not is_same and self._is_cut(first, second)
         if is_cut:
             cuts.append(second.picture.start)
             if len(cuts) <= SHOWN:
@@ -120,11 +121,18 @@ class Interpolator:
         if is_same or is_cut:
             new_pixels = repeat(first.picture.pixels, factor - 1)
         else:
-            times = [number / factor for number in range(1, factor)]
-            between = self._network.between(first.frame, second.frame, times)
-            new_pixels = (self._pixels(image, first.picture, is_deep) for image in between)
-        for number, pixels in zip(range(1, factor), new_pixels, strict=True):
+            new_pixels = self._between(first, second, is_deep)
+        for number, pixels in enumerate(new_pixels, start=1):
             yield Picture(pixels, start + number * step, step)
+
+    def _between(self, first: "_Shown", second: "_Shown", is_deep: bool) -> Iterator[Pixels]:
+        times = [number / self._options.factor for number in range(1, self._options.factor)]
+        images = self._network.between(first.frame, second.frame, times)
+        return (self._pixels(image, first.picture, is_deep) for image in images)
+
+    def _is_cut(self, first: "_Shown", second: "_Shown") -> bool:
+        threshold = self._options.scene_threshold
+        return threshold > 0 and threshold <= scene_distance(first.thumbnail, second.thumbnail)
 
     def _edges(self, height: int, width: int) -> tuple[int, int, int, int]:
         across, down = (-side % self._options.alignment for side in (width, height))
@@ -139,7 +147,8 @@ class Interpolator:
         left, _, top, _ = self._edges(height, width)
         image = image[..., top : top + height, left : left + width]
         if not bool(image.isfinite().all()):
-            what, network = f"a picture of {NAME} has values that are NaN or infinite", self._options.network
+            what = f"a picture of {NAME} has values that are NaN or infinite"
+            network = self._options.network
             if self._network.network.synthesis.dtype != torch.float32:
                 raise OptionError(f"--dtype {network.dtype}: {what}. Use --dtype bf16 or fp32.")
             raise CheckpointError(
@@ -152,7 +161,8 @@ class _Shown:
     """A picture of the stream; its features are computed on first use."""
 
     def __init__(self, picture: Picture, make: Callable[[Pixels], Frame]) -> None:
-        self.picture, self._make = picture, make
+        self.picture = picture
+        self._make = make
 
     @cached_property
     def frame(self) -> Frame:

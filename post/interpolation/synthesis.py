@@ -194,7 +194,8 @@ class Synthesis(nn.Module):
 
     def __init__(self, config: SynthesisConfig) -> None:
         super().__init__()
-        feature, blends = config.feature, config.blends
+        feature = config.feature
+        blends = config.blends
         self.is_projected = bool(config.projections)
         if config.projections:
             quarter, eighth, matching = config.projections
@@ -240,8 +241,10 @@ class Synthesis(nn.Module):
 
     def _begin(self, images: Tensor, flow: Tensor, first: Tensor, second: Tensor) -> Refined:
         """Make the first estimate, at a quarter of the size. first, second: maps at an eighth."""
-        flow, images = 0.25 * resize(flow, 0.25), resize(images, 0.25)
-        decoder, both = self.amt_init_decoder, _joined(flow)
+        flow = 0.25 * resize(flow, 0.25)
+        images = resize(images, 0.25)
+        decoder = self.amt_init_decoder
+        both = _joined(flow)
         parts = []
         for place, features in enumerate((first, second)):
             parts.append(warp(decoder.upsample(features), flow[place, None]))
@@ -263,18 +266,20 @@ class Synthesis(nn.Module):
 
     def _end(self, images: Tensor, refined: Refined, first: Tensor, second: Tensor) -> Blend:
         """Make the estimate at full size. first, second: maps at a quarter."""
-        decoder, dtype = self.amt_final_decoder, self.dtype
+        decoder = self.amt_final_decoder
         flow, mask, feature = refined
-        both, mask = 4 * resize(flow, 4), resize(mask, 4)
-        flow = both[0].unflatten(0, (2, 2))
+        both = 4 * resize(flow, 4)
+        mask = resize(mask, 4)
+        flow = both[0].unflatten(0, (2, 2))  # 2 2 H W
         parts = [resize(feature, 4)]
         for place, features_of_picture in enumerate((first, second)):
-            parts.append(warp(decoder.upsample(features_of_picture), flow[place, None]).to(dtype))
+            parts.append(warp(decoder.upsample(features_of_picture), flow[place, None]).to(self.dtype))
         parts += [both, mask, _joined(images), _joined(warp(images, flow))]
-        predicted = _through(decoder.convblock, parts, dtype).float()
+        predicted = _through(decoder.convblock, parts, self.dtype).float()
         blends = predicted.shape[1] // PER_BLEND
         change, shift, colours = predicted.split([FLOWS * blends, blends, 3 * blends], dim=1)
-        return Blend(_joined(flow.repeat(1, blends, 1, 1)) + change, torch.sigmoid(mask + shift), colours)
+        repeated = _joined(flow.repeat(1, blends, 1, 1))
+        return Blend(repeated + change, torch.sigmoid(mask + shift), colours)
 
     def put_together(self, images: Tensor, blend: Blend) -> Tensor:
         """Return the picture, 1 3 H W, 0..1. images: 2 3 H W, -1..1."""

@@ -142,7 +142,8 @@ class Twins(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images: B 3 H W in -1..1. Returns the output of each stage, B C h w."""
-        x, outputs = images, []
+        x = images
+        outputs = []
         for embed, pair, neighbours in zip(self.patch_embeds, self.blocks, self.pos_block, strict=True):
             windowed, coarse = pair.children()
             x = coarse(neighbours(windowed(embed(x)))).permute(0, 3, 1, 2)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import count as numbers_from
 from math import isqrt
 from pathlib import Path
 from typing import Any, cast
@@ -113,10 +112,12 @@ def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
     sources = rename_sources(plain_sources(checkpoint), lambda name: translate_name(name, table))
     shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
     features, channels, *_ = shape.of("conv_first.weight", 4)
-    shape.expect("conv_last.weight", 4, 0, COLOURS)
+    shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
+    doublings = 0
+    while f"conv_up{doublings + 1}.weight" in sources:
+        doublings += 1
     unshuffle = isqrt(channels // COLOURS)
-    doublings = next(number for number in numbers_from() if f"conv_up{number + 1}.weight" not in sources)
-    possible = {2**power for power in range(doublings + 1)}
+    possible = [2**power for power in range(doublings + 1)]
     if channels != COLOURS * unshuffle**2 or unshuffle not in possible:
         raise shape.error(
             f"its first layer takes {channels} channels of pictures that it makes {2**doublings} times larger"
@@ -154,13 +155,14 @@ def _rrdb_names(checkpoint: Checkpoint) -> Names:
 def _read_compact(checkpoint: Checkpoint) -> LoadPlan[CompactConfig]:
     sources = plain_sources(checkpoint)
     shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
-    shape.expect("body.0.weight", 4, 1, COLOURS)
+    shape.expect("body.0.weight", 4, axis=1, size=COLOURS)
     layers = count(sources, r"body\.\d+")
     if layers < 5 or layers % 2 == 0:
         raise shape.error(f"it has {layers} layers, not convolutions and PReLUs in turns")
     shape.of("body.1.weight", 1)
     factor = _factor(shape, f"body.{layers - 1}.weight", COLOURS)
-    config = CompactConfig(shape.of("body.0.weight", 4)[0], (layers - 3) // 2, factor)
+    features = shape.of("body.0.weight", 4)[0]
+    config = CompactConfig(features, (layers - 3) // 2, factor)
     return LoadPlan(config, checkpoint, sources)
 
 
@@ -171,21 +173,17 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
     if channels != COLOURS:
         raise shape.error(f"it is for pictures of {channels} channels, such as grey ones")
     layers = range(count(sources, r"layers\.\d+"))
-    tables = [
-        shape.of(f"layers.{layer}.residual_group.blocks.0.attn.relative_position_bias_table", 2)
+    heads = tuple(
+        shape.of(f"layers.{layer}.residual_group.blocks.0.attn.relative_position_bias_table", 2)[1]
         for layer in layers
-    ]
-    num_distances = tables[0][0]
-    heads = tuple(table[1] for table in tables)
-    side = isqrt(num_distances)
-    if side**2 != num_distances or side % 2 == 0 or side < 3 or any(dim % number for number in heads):
-        raise shape.error(f"{dim} channels, {heads} heads and {num_distances} distances do not go together")
-    window = (side + 1) // 2
+    )
+    window = _read_window(shape, dim, heads)
     end = _read_swinir_end(shape, sources)
+    depths = tuple(count(sources, rf"layers\.{layer}\.residual_group\.blocks\.\d+") for layer in layers)
     config = SwinirConfig(
         dim=dim,
         heads=heads,
-        depths=tuple(count(sources, rf"layers\.{layer}\.residual_group\.blocks\.\d+") for layer in layers),
+        depths=depths,
         window=window,
         hidden=shape.of("layers.0.residual_group.blocks.0.mlp.fc1.weight", 2)[0],
         convolutions=1 if "conv_after_body.weight" in sources else 3,
@@ -195,6 +193,15 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
         pixel_range=255.0 if window == 7 else 1.0,  # windows of 7 are those of the files for JPEG
     )
     return LoadPlan(config, checkpoint, sources, ignore=BUFFERS)
+
+
+def _read_window(shape: "_Shapes", dim: int, heads: Sequence[int]) -> int:
+    """Return the side of a window, which has a bias for each distance in y and x."""
+    num_distances = shape.of(SWINIR_NAME, 2)[0]
+    side = isqrt(num_distances)
+    if side**2 != num_distances or side % 2 == 0 or side < 3 or any(dim % number for number in heads):
+        raise shape.error(f"{dim} channels, {heads} heads and {num_distances} distances do not go together")
+    return (side + 1) // 2
 
 
 @dataclass(frozen=True)
@@ -209,7 +216,7 @@ class _SwinirEnd:
 def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
     if "conv_before_upsample.0.weight" in sources:
         features = shape.of("conv_before_upsample.0.weight", 4)[0]
-        shape.expect("conv_last.weight", 4, 0, COLOURS)
+        shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
         if "conv_up1.weight" in sources:
             return _SwinirEnd("nearest+conv", [2] * count(sources, r"conv_up\d+"), features)
         names = [name for name in sources if name.startswith("upsample.") and name.endswith(".weight")]
@@ -218,7 +225,7 @@ def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
         return _SwinirEnd("pixelshuffle", ups, features)
     if "upsample.0.weight" in sources:
         return _SwinirEnd("pixelshuffledirect", [_factor(shape, "upsample.0.weight", COLOURS)])
-    shape.expect("conv_last.weight", 4, 0, COLOURS)
+    shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
     return _SwinirEnd("none")
 
 

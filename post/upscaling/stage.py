@@ -31,7 +31,8 @@ def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> f
 
     All blocks of a network take equal memory, so only one block of each form is run.
     """
-    sizes, peaks = tuple(tiling.round_up(size, config.step) for size in SIZES), []
+    sizes = [tiling.round_up(size, config.step) for size in SIZES]
+    peaks = []
     for size in sizes:
         with META:
             network = kind.build(config.short).to(dtype)
@@ -39,8 +40,11 @@ def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> f
             place(network, ledger)
             images = torch.empty(1, 3, size, size, dtype=dtype, device=ACCELERATOR)
             network(images.contiguous(memory_format=torch.channels_last))
-        peaks.append(sum(largest(ledger.peaks)[1].values()))
-    return (peaks[1] - peaks[0]) / (sizes[1] ** 2 - sizes[0] ** 2)
+        _, peak = largest(ledger.peaks)
+        peaks.append(sum(peak.values()))
+    small, large = sizes
+    small_peak, large_peak = peaks
+    return (large_peak - small_peak) / (large**2 - small**2)
 
 
 def result_bytes(config: Config, width: int, height: int) -> int:
@@ -64,15 +68,19 @@ def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
     path = options.network.model
     dtype = tiling.network_dtype(options.network, device, "the upscaler")
     upscaler = load_upscaler(path, device, dtype)
-    name, kind, factor = path.name, upscaler.kind.name, upscaler.config.factor
+    name = path.name
+    kind = upscaler.kind.name
+    factor = upscaler.config.factor
     if upscaler.kind.mode != options.mode:
         logger.info("--mode %s, but %s is of another kind: %s is used.", options.mode, name, kind)
     resized = "" if options.scale == factor else f", then resized to --scale {options.scale:g}"
     logger.info("%s: %s, %d times as large%s.", name, kind, factor, resized)
     tiling.compile_parts(options.network, upscaler.network.repeated)
-    guarded = tiling.Guarded(
-        upscaler.network, dtype, lambda: load_upscaler(path, device, torch.float32).network, kind
-    )
+
+    def load_exact() -> tiling.Run:
+        return load_upscaler(path, device, torch.float32).network
+
+    guarded = tiling.Guarded(upscaler.network, dtype, load_exact, kind)
     return UpscalerStage(upscaler, guarded, options, device)
 
 
@@ -119,11 +127,13 @@ class UpscalerStage:
 
     def _fitting(self, clip: Clip) -> tiling.Fitting:
         """Choose the sizes of batch and tiles to try first for a clip."""
-        options, config, tile = self.options, self.upscaler.config, self.options.tile
+        options = self.options
+        config = self.upscaler.config
         batch = options.batch_size
         if batch is None:
             fits = BATCH_PIXELS // (clip.width * clip.height) if self.device.type != "cpu" else 1
             batch = min(max(fits, 1), MOST_AT_ONCE)
+        tile = options.tile
         if tile is None:
             tile = self._forecast(clip, batch)
         elif tile % config.step:
@@ -146,10 +156,12 @@ class UpscalerStage:
         It is estimated, not tried: on a CPU the system would kill the program, and some GPU drivers would
         fall back to host memory, which is slower than tiles.
         """
-        room, config = self.room(self.device), self.upscaler.config
+        room = self.room(self.device)
+        config = self.upscaler.config
         if room is None:
             return tiling.WHOLE
-        width, height = (tiling.round_up(side, config.step) for side in (clip.width, clip.height))
+        width = tiling.round_up(clip.width, config.step)
+        height = tiling.round_up(clip.height, config.step)
         if batch * width * height * PLENTY <= room:
             return tiling.WHOLE
         per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -141,26 +142,25 @@ class ResidualGroup(nn.Module):
     def _in_windows(self, x: Tensor, block: nn.Module, index: Tensor, shift: int) -> Tensor:
         """Apply a block to the windows of a map, a few windows at a time."""
         out = torch.empty_like(x)
-        # views, without a copy
-        windows, results = (
-            rearrange(tokens, "b (h p) (w q) c -> b h w p q c", p=self.window, q=self.window)
-            for tokens in (x, out)
-        )
+        windows = self._windows(x)
+        results = self._windows(out)
         batch, rows, columns = windows.shape[:3]
         most = WINDOWS_ON_CPU * torch.get_num_threads() if x.device.type == "cpu" else WINDOWS
         attention = block.get_submodule("attn")
         assert isinstance(attention, Attention)
         bias = attention.bias(index)
         # only windows in the last row and in the last column hold tokens that shifting has brought together
-        for is_last_row, is_last_column in product((False, True) if shift else (False,), repeat=2):
-            mask = apart(self.window, shift if is_last_row else 0, shift if is_last_column else 0, bias)
-            row_range = _part(rows, is_last_row, bool(shift))
-            column_range = _part(columns, is_last_column, bool(shift))
-            for piece in pieces(batch, row_range, column_range, most):
+        for row_part, column_part in product(_parts(rows, shift), _parts(columns, shift)):
+            mask = apart(self.window, row_part.masked, column_part.masked, bias)
+            for piece in pieces(batch, row_part.windows, column_part.windows, most):
                 some = windows[piece]
-                done = block(rearrange(some, "b h w p q c -> (b h w) (p q) c"), mask)
-                results[piece] = done.reshape(some.shape)
+                tokens = rearrange(some, "b h w p q c -> (b h w) (p q) c")
+                results[piece] = block(tokens, mask).reshape(some.shape)
         return out
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """Return a view of B H W C as B, rows and columns of windows, S S C."""
+        return rearrange(x, "b (h p) (w q) c -> b h w p q c", p=self.window, q=self.window)
 
 
 def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
@@ -174,10 +174,18 @@ def apart(window: int, rows: int, columns: int, bias: Tensor) -> Tensor:
     return bias + APART * (region[:, None] != region[None]).to(bias.dtype)
 
 
-def _part(count: int, is_last: bool, is_split: bool) -> range:
-    if not is_split:
-        return range(count)
-    return range(count - 1, count) if is_last else range(count - 1)
+class _WindowRange(NamedTuple):
+    """Some rows, or columns, of windows that have the same mask."""
+
+    windows: range
+    masked: int  # tokens at the end of each window that shifting has brought there
+
+
+def _parts(count: int, shift: int) -> list[_WindowRange]:
+    """Return the rows, or columns, of windows; the last one is for itself if they are shifted."""
+    if not shift:
+        return [_WindowRange(range(count), 0)]
+    return [_WindowRange(range(count - 1), 0), _WindowRange(range(count - 1, count), shift)]
 
 
 def pieces(batch: int, rows: range, columns: range, most: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -199,17 +207,21 @@ def pieces(batch: int, rows: range, columns: range, most: int) -> Iterator[tuple
         )
 
 
+def convolution(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
 def convolutions(config: SwinirConfig) -> nn.Module:
     """Return the convolutions after a layer: one, or three with a bottleneck of a quarter of the channels."""
     dim, narrow = config.dim, config.dim // 4
     if config.convolutions == 1:
-        return nn.Conv2d(dim, dim, 3, padding=1)
+        return convolution(dim, dim)
     return nn.Sequential(
-        nn.Conv2d(dim, narrow, 3, padding=1),
+        convolution(dim, narrow),
         nn.LeakyReLU(0.2, inplace=True),
         nn.Conv2d(narrow, narrow, 1),
         nn.LeakyReLU(0.2, inplace=True),
-        nn.Conv2d(narrow, dim, 3, padding=1),
+        convolution(narrow, dim),
     )
 
 
@@ -242,35 +254,41 @@ class SwinIR(nn.Module):
     def __init__(self, config: SwinirConfig) -> None:
         super().__init__()
         self.config = config
-        dim, features = config.dim, config.features
-        self.conv_first = nn.Conv2d(COLOURS, dim, 3, padding=1)
+        self.conv_first = convolution(COLOURS, config.dim)
         # one deeper, as in the files
-        self.patch_embed = nn.ModuleDict({"norm": Float32LayerNorm(dim, EPSILON, affine=True)})
+        self.patch_embed = nn.ModuleDict({"norm": Float32LayerNorm(config.dim, EPSILON, affine=True)})
         self.layers = nn.ModuleList(
             Layer(config, heads, depth) for heads, depth in zip(config.heads, config.depths, strict=True)
         )
-        self.norm = Float32LayerNorm(dim, EPSILON, affine=True)
+        self.norm = Float32LayerNorm(config.dim, EPSILON, affine=True)
         self.conv_after_body = convolutions(config)
-        if config.upsampler in {"nearest+conv", "pixelshuffle"}:
-            self.conv_before_upsample = nn.Sequential(
-                nn.Conv2d(dim, features, 3, padding=1), nn.LeakyReLU(inplace=True)
-            )
-        if config.upsampler == "nearest+conv":
-            for number in range(1, len(config.ups) + 1):
-                self.add_module(f"conv_up{number}", nn.Conv2d(features, features, 3, padding=1))
-            self.conv_hr = nn.Conv2d(features, features, 3, padding=1)
-        elif config.upsampler == "pixelshuffle":
-            self.upsample = nn.Sequential()
-            for factor in config.ups:
-                self.upsample.append(nn.Conv2d(features, features * factor**2, 3, padding=1))
-                self.upsample.append(nn.PixelShuffle(factor))
         if config.upsampler == "pixelshuffledirect":
             (factor,) = config.ups
             self.upsample = nn.Sequential(
-                nn.Conv2d(dim, COLOURS * factor**2, 3, padding=1), nn.PixelShuffle(factor)
+                convolution(config.dim, COLOURS * factor**2),
+                nn.PixelShuffle(factor),
             )
+        elif config.upsampler == "none":
+            self.conv_last = convolution(config.dim, COLOURS)
         else:
-            self.conv_last = nn.Conv2d(dim if config.upsampler == "none" else features, COLOURS, 3, padding=1)
+            self._add_upsampling(config)
+
+    def _add_upsampling(self, config: SwinirConfig) -> None:
+        """Add the layers that enlarge features, for the upsamplers nearest+conv and pixelshuffle."""
+        features = config.features
+        self.conv_before_upsample = nn.Sequential(
+            convolution(config.dim, features), nn.LeakyReLU(inplace=True)
+        )
+        if config.upsampler == "nearest+conv":
+            for number in range(1, len(config.ups) + 1):
+                self.add_module(f"conv_up{number}", convolution(features, features))
+            self.conv_hr = convolution(features, features)
+        else:
+            self.upsample = nn.Sequential()
+            for factor in config.ups:
+                self.upsample.append(convolution(features, features * factor**2))
+                self.upsample.append(nn.PixelShuffle(factor))
+        self.conv_last = convolution(features, COLOURS)
 
     @property
     def repeated(self) -> tuple[nn.Module, ...]:

@@ -12,7 +12,7 @@ from generation.outputs import save_pixels
 from generation.run import generate
 from modules.errors import NothingFoundError, OptionError
 from modules.media.reading import read_image, read_tags, video_info
-from post.chain_options import AskedTools, ToolOptions
+from post.chain_options import NamedTools, ToolOptions
 from post.contract import Stage
 from post.stages import NamedStage, PostTools
 from tests.generation.test_outputs import output_options
@@ -33,7 +33,7 @@ def post_of(*stages: Stage, needs_video: bool = False) -> tuple[PostTools, list[
         return [NamedStage(stage, label) for stage, label in zip(stages, labels, strict=True)]
 
     tools = tuple(tool_for(stage, needs_video, hides=isinstance(stage, Black)) for stage in stages)
-    return PostTools(AskedTools("--post", tools), CPU, load), loaded
+    return PostTools(NamedTools("--post", tools), CPU, load), loaded
 
 
 def chunks(frames: int = 5) -> Iterator[Tensor]:

@@ -12,8 +12,8 @@ from modules.errors import MediaError, OptionError, OutputError
 from modules.media.options import FormatOptions
 from modules.media.writing import write_png
 from modules.output_files import Answer
-from post.chain_options import TASKS, default_model, read_asked, read_chain
-from post.naming import FileJob, plan_jobs, tell_suffix
+from post.chain_options import TASKS, default_model, read_chain, read_named_tools
+from post.naming import FileJob, log_suffix, plan_jobs
 from post.options import CODEFORMER, GFPGAN, WITH_FLOWFORMER, WITH_RAFT, FacefixOptions, InterpolationOptions
 from post.run import run_chain
 from tests.post.stages_here import H264, PRORES, Asked, Same, chain_of, files_in, write_clip
@@ -104,7 +104,7 @@ def test_the_help_of_a_later_tool_needs_nothing_of_the_first(capsys: pytest.Capt
 def test_metadata_tell_a_tool_and_its_settings_but_no_folder() -> None:
     texts = ("upscaler --model '/home/me/my model.pth' scale=2 --then gimmvfi model=vfi", "facefix model=y")
 
-    said = read_asked(texts, "--post").in_words
+    said = read_named_tools(texts, "--post").in_words
 
     first, second, third = said.split(" --then ")
     assert first.startswith("upscaler 'model=my model.pth' dtype=fp32 ")
@@ -158,7 +158,7 @@ def test_pictures_are_png_and_the_log_says_so(tmp_path: Path, caplog: pytest.Log
     chain = chain_of(TOOL, write_picture(tmp_path / "a.png"), tmp_path / "b.jpg")
 
     jobs = plan_jobs(chain, Asked())
-    tell_suffix(chain, jobs)
+    log_suffix(chain, jobs)
 
     assert jobs == [FileJob(tmp_path / "a.png", tmp_path / "b.png", True)]
     assert caplog.messages == [f"The result is written to {tmp_path / 'b.png'}: pictures are PNG files"]
@@ -167,7 +167,7 @@ def test_pictures_are_png_and_the_log_says_so(tmp_path: Path, caplog: pytest.Log
 def test_prores_in_mp4_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     chain = chain_of(TOOL, write_clip(tmp_path / "a.mp4"), form=replace(PRORES, container="mp4"))
 
-    tell_suffix(chain, plan_jobs(chain, Asked()))
+    log_suffix(chain, plan_jobs(chain, Asked()))
 
     assert caplog.messages == ["--codec prores is written as .mkv because mp4 cannot hold it"]
 

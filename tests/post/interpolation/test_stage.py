@@ -207,7 +207,7 @@ def test_files_are_found_and_missing_ones_named(folder: Path, tmp_path: Path) ->
     inside = {f"module.flow_estimator.{name}": tensor for name, tensor in raft.items()}
     torch.save({"state_dict": {**published, **inside}, "epoch": 3}, main)
     check_interpolation(options(tmp_path))
-    assert find_files(tmp_path, "gimmvfi_r")[1] == main
+    assert find_files(tmp_path, "gimmvfi_r").flow == main
     loaded = load_networks(tmp_path, "gimmvfi_r", CPU, torch.float32)
     for name, tensor in loaded.estimator.state_dict().items():  # type: ignore[attr-defined]
         assert torch.equal(tensor, raft[name])
