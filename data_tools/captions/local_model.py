@@ -98,9 +98,13 @@ class LocalModel:
     @torch.no_grad()
     def describe(self, batch: Sequence[Shown]) -> list[tuple[str, bool]]:
         """Return for each image or clip the model's answer, and whether it was cut off."""
-        texts = [self.message(prompt_for(place, self.ask), len(frames)) for place, frames in batch]
+        texts = []
+        for place, frames in batch:
+            prompt = prompt_for(place, self.ask)
+            texts.append(self.message(prompt, num_images=len(frames)))
         inputs = self._make_inputs(texts, [frames for _, frames in batch])
-        noise = RowNoise(self.ask.temperature, self.ask.seed, [place.name for place, _ in batch])
+        names = [place.name for place, _ in batch]
+        noise = RowNoise(self.ask.temperature, self.ask.seed, names)
         generated = self.model.generate(
             **inputs,
             max_new_tokens=self.ask.max_new_tokens,
@@ -117,8 +121,8 @@ class LocalModel:
         decoded = self.processor.tokenizer.batch_decode(answer_tokens, skip_special_tokens=True)
         end_tokens = self._end_tokens()
         answers = []
-        for prompt, answer, tokens in zip(texts, decoded, answer_tokens, strict=True):
-            if prompt.rstrip().endswith("<think>"):  # templates may begin the thought
+        for text, answer, tokens in zip(texts, decoded, answer_tokens, strict=True):
+            if text.rstrip().endswith("<think>"):  # templates may begin the thought
                 answer = f"<think>{answer}"
             was_cut = end_tokens.isdisjoint(tokens.tolist())
             answers.append((answer, was_cut))
@@ -148,19 +152,22 @@ class LocalModel:
         Raises OptionError if the template does not take the system prompt.
         """
         system = self.ask.system_prompt
-        content = [*[{"type": "image"}] * num_images, {"type": "text", "text": prompt}]
-        plain = getattr(self.processor, "image_token", "<image>") * num_images + "\n" + prompt
-        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if getattr(self.processor, "chat_template", None) is not None:
+        template = getattr(self.processor, "chat_template", None)
+        image_mark = getattr(self.processor, "image_token", "<image>")
+        plain = f"{image_mark * num_images}\n{prompt}"
+        turns: list[dict[str, Any]] = []
+        if template is not None:
             if system:
-                turns.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+                turns.append({"role": "system", "content": [{"type": "text", "text": system}]})
+            images: list[dict[str, str]] = [{"type": "image"}] * num_images
+            turns.append({"role": "user", "content": [*images, {"type": "text", "text": prompt}]})
         elif self.processor.tokenizer.chat_template is not None:  # of a model for texts: contents are texts
-            turns = [{"role": "system", "content": system}] if system else []
+            if system:
+                turns.append({"role": "system", "content": system})
             turns.append({"role": "user", "content": plain})
         else:
             return f"{system}\n{plain}" if system else plain
         try:
-            template = getattr(self.processor, "chat_template", None)
             return render_chat(self.processor.tokenizer, template, turns)
         except TemplateError as error:
             why = "; does it know system messages? Try without --system_prompt" if system else ""

@@ -81,7 +81,8 @@ class CaptionList:
         """
         waiting_lines: dict[str, dict[str, Any]] = {}  # by the path in the line
         # the last line may be unfinished, even within a letter
-        for text in waiting.read_bytes().decode("utf-8", "replace").split("\n"):
+        content = waiting.read_bytes().decode("utf-8", "replace")
+        for text in content.split("\n"):
             with contextlib.suppress(ValueError, LookupError, TypeError):
                 line = parse_json(text)
                 waiting_lines[line["path"]] = line
