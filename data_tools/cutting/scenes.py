@@ -3,7 +3,7 @@
 import importlib
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
@@ -81,6 +81,13 @@ class PySceneDetect:
         return [(number, number) for number in sorted({int(time.frame_num) for time in self._found})]
 
 
+class _Jump(NamedTuple):
+    """A picture that differs from the one before it: a cut, or the start of a flash."""
+
+    number: int
+    before: Thumbnail
+
+
 class OwnDetector:
     """Find hard cuts, dissolves, and pictures of one colour between scenes.
 
@@ -97,7 +104,7 @@ class OwnDetector:
         self._plain = max(2, round(rate * PLAIN_SECONDS))
         self._count = 0
         self._before: Thumbnail | None = None
-        self._jump: tuple[int, Thumbnail] | None = None  # possible flash; the picture before it
+        self._jump: _Jump | None = None  # possible flash
         self._structured: Thumbnail | None = None  # the last picture that was not plain
         self._plain_since: int | None = None
         self._found: list[SceneChange] = []
@@ -109,23 +116,27 @@ class OwnDetector:
         number = self._count
         self._count += 1
         is_break = self._see_plain(now, number)
-        if self._before is not None and scene_distance(self._before, now, self._threshold) >= self._threshold:
+        before = self._before
+        jump = self._jump
+        if before is not None and self._differ(before, now):
             is_break = True
-            jump = self._jump
             is_flash = (
                 jump is not None
-                and number - jump[0] <= self._flash
-                and scene_distance(jump[1], now, self._threshold) < self._threshold
+                and number - jump.number <= self._flash
+                and not self._differ(jump.before, now)
             )
             if is_flash:
                 self._jump = None  # the scene goes on
             else:
                 self._confirm()
-                self._jump = number, self._before
-        elif self._jump is not None and number - self._jump[0] > self._flash:
+                self._jump = _Jump(number, before)
+        elif jump is not None and number - jump.number > self._flash:
             self._confirm()
         self._before = now
         self._dissolves.see(now, number, is_break)
+
+    def _differ(self, first: Thumbnail, second: Thumbnail) -> bool:
+        return scene_distance(first, second, self._threshold) >= self._threshold
 
     def changes(self) -> list[SceneChange]:
         """Return the changes, in order, after the last picture."""
@@ -142,7 +153,7 @@ class OwnDetector:
 
     def _confirm(self) -> None:
         if self._jump is not None:
-            self._found.append((self._jump[0], self._jump[0]))
+            self._found.append((self._jump.number, self._jump.number))
         self._jump = None
 
     def _see_plain(self, now: Thumbnail, number: int) -> bool:

@@ -183,9 +183,12 @@ def check_caching(
         tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
     hold_back(tables, *validation)
     balance(tables)
-    head = (RECOGNISED, *indent([*identified.lines, *counters.missing]))
-    tail = (_describe_training(tables),) if scope.media else ()
-    return CheckResult(head, tuple(tables), tail, counters)
+    return CheckResult(
+        head=(RECOGNISED, *indent([*identified.lines, *counters.missing])),
+        tables=tuple(tables),
+        tail=(_describe_training(tables),) if scope.media else (),
+        counters=counters,
+    )
 
 
 def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, scope: _Scope) -> Recipe:
@@ -440,8 +443,10 @@ def check_training(
         is_held_back = ", for validation" if table.validation else ""
         findings.title = f"{table.name}: {len(items)} cached items{is_held_back}"
         tables.append(findings)
-    if cached.items and learn_no_references(cached.items, stores_for(cached.items[0], latent)):
-        tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
+    if cached.items:
+        stores = stores_for(cached.items[0], latent)
+        if learn_no_references(cached.items, stores):
+            tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
     trained, held_back = split_validation(cached.items, *validation)
     hold_back(tables, *validation)
     tail = [_describe_epoch(trained, batches_per_step=accumulation * processes)]
