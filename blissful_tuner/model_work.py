@@ -99,7 +99,7 @@ def as_lines(facts: Facts, listed: Mapping[str, TensorInfo] | None) -> Iterator[
 def as_json(
     facts: Facts,
     listed: Mapping[str, TensorInfo] | None,
-    hashes: Sequence[Mapping[str, str]],
+    hashes: Sequence[dict[str, str]],
     of_lora: Mapping[str, str],
 ) -> str:
     """Return the facts as JSON.
@@ -118,11 +118,11 @@ def as_json(
             name: {"tensors": count, "bytes": size_bytes}
             for name, count, size_bytes in dtypes_of(facts.tensors)
         },
-        "left_out": list(facts.left_out),
+        "left_out": facts.left_out,
         "metadata": dict(facts.metadata),
     }
     if hashes:
-        content["hashes"] = [dict(record) for record in hashes]
+        content["hashes"] = hashes
         content["lora_hashes"] = dict(of_lora)
     if listed is not None:
         content["listed"] = {

@@ -210,10 +210,9 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     assert options.model is not None
     folder = find_model_folder("--model", options.model, FETCHED)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"--model {folder}: there is no config.json in this folder. Give the folder of a model as "
-            "transformers saves it.",
+        raise _unusable(
             folder,
+            "there is no config.json in this folder. Give the folder of a model as transformers saves it.",
         )
     import transformers  # only with --model
 
@@ -232,11 +231,8 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files raise errors of many libraries
-        raise CheckpointError(
-            f"--model {folder}: transformers cannot load it as a vision-language model: "
-            f"{shorten(str(error), 400)}",
-            folder,
-        ) from None
+        why = shorten(str(error), 400)
+        raise _unusable(folder, f"transformers cannot load it as a vision-language model: {why}") from None
     model.eval().requires_grad_(False)
     if dtype is None and device.type == "cpu":  # few CPUs are fast in 16 bits
         model.float()
@@ -262,12 +258,16 @@ def _load_processor(folder: Path, model_type: str) -> Any:
                 f"{' '.join(str(error).split())}"
             ) from None
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise CheckpointError(
-            f"--model {folder}: its processor takes no images. Give a vision-language model, with "
-            "preprocessor_config.json or processor_config.json.",
+        raise _unusable(
             folder,
+            "its processor takes no images. Give a vision-language model, with preprocessor_config.json or "
+            "processor_config.json.",
         )
     return processor
+
+
+def _unusable(folder: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"--model {folder}: {why}", folder)
 
 
 def _without_videos(folder: Path, model_type: str) -> Any:
@@ -305,10 +305,10 @@ def _load_network(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
     from transformers import AutoModelForImageTextToText
 
     if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(
-            f"--model {folder}: its weights are quantised, for which transformers may fetch code. Give the "
-            "model in 16 or 32 bits, or let a server run it: --api_base.",
+        raise _unusable(
             folder,
+            "its weights are quantised, for which transformers may fetch code. Give the model in 16 or 32 "
+            "bits, or let a server run it: --api_base.",
         )
     settings = {"config": config, "dtype": dtype or "auto", "use_safetensors": True, **LOCAL}
     try:

@@ -113,9 +113,7 @@ def _find_work(
 
 
 def _is_complete(item: clips.PreparedItem, options: PrepareOptions, maker: PipelineNetworks | None) -> bool:
-    saves_latents = maker is not None
-    saves_images = options.encoding.save_image_latents
-    return item.has_texts(saves_latents) and item.has_media(saves_latents, saves_images)
+    return _find_work([item], options, maker).num_items == 0
 
 
 def _write_lists(items: Sequence[clips.PreparedItem], folder: Path) -> None:

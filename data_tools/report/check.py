@@ -299,7 +299,7 @@ def _check_table_sound(
     """Add the findings about the sound of a table's clips. plans: of their latents."""
     table = findings.table
     work = SoundWork(family, [table], recipe.stores, torch.device("cpu"))
-    sound = check_sound(table, plans, work, fps=recipe.fps, workers=workers)
+    sound = check_sound(table, plans, work, workers)
     findings.caches += sound.lines
     findings.faults += sound.faults
     findings.remarks += sound.remarks

@@ -149,7 +149,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         frames = choose_evenly(sample.frames, MOST_FRAMES)
         facts["measures"] = _measure_frames(frames, source.table.kind == "video")
     del facts["spans"]
-    return Look(**facts, sound=_listen(source, fps))
+    return Look(**facts, sound=_listen(source))
 
 
 def _measured_size(frame: Frame) -> tuple[int, int]:
@@ -193,7 +193,7 @@ def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
 
 def _add_sound(source: MediaSource, fps: float, facts: dict[str, Any]) -> None:
     """Add the sound of the used frames of a clip, with a drawing of it."""
-    sound = _listen(source, fps)
+    sound = _listen(source)
     facts["sound"] = sound
     if sound is not None and sound.track is not None:
         with contextlib.suppress(MediaError, OSError):  # damaged, as caching says
@@ -228,14 +228,14 @@ def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         frames=info.frames if info else None,
         lengths=_count_lengths(plan.spans),
         none=plan.reason,
-        sound=_listen(source, fps),
+        sound=_listen(source),
     )
 
 
-def _listen(source: MediaSource, fps: float) -> Heard | None:
+def _listen(source: MediaSource) -> Heard | None:
     if is_heard(source.table):
         with contextlib.suppress(MediaError, DatasetError, OSError):
-            return listen(source, fps)
+            return listen(source)
     return None
 
 

@@ -42,8 +42,8 @@ def is_heard(table: DatasetTable) -> bool:
     return table.kind == "video" and table.audio != IGNORE
 
 
-def listen(source: MediaSource, fps: float) -> Heard:
-    """Return facts about the sound of a clip, without decoding it. fps: of the model.
+def listen(source: MediaSource) -> Heard:
+    """Return facts about the sound of a clip, without decoding it.
 
     Raises MediaError or OSError if a file cannot be read.
     """
@@ -91,14 +91,14 @@ class SoundFindings:
 
 
 def check_sound(
-    table: DatasetTable, plans: Sequence[SourcePlan], work: SoundWork, fps: float, workers: int
+    table: DatasetTable, plans: Sequence[SourcePlan], work: SoundWork, workers: int
 ) -> SoundFindings:
     """Report a table's sound and its caches. plans: of its latents."""
 
     def check_clip(plan: SourcePlan) -> tuple[Heard, int] | Failure:
         """Return the facts about a clip's sound, and how many of its caches are valid."""
         try:
-            sound = listen(plan.source, fps)
+            sound = listen(plan.source)
             num_valid = 0 if sound.track is None else work.count_valid(plan.source, plan.kept)
         except (MediaError, OSError) as error:
             return Failure.of(plan.source, error)
