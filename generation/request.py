@@ -157,8 +157,9 @@ def _extra_settings(options: RequestOptions, line: Mapping[str, Any]) -> dict[st
 
 def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
     """Return the source that the command line or a prompt line names. Raises OptionError for several."""
-    in_line = {name: line[name] for name in SOURCES if name in line}
-    paths = in_line or {name: getattr(options, name) for name in SOURCES}
+    paths = {name: line[name] for name in SOURCES if name in line}
+    if not paths:
+        paths = {name: getattr(options, name) for name in SOURCES}
     sources = {name: str(path) for name, path in paths.items() if path is not None and str(path) != ""}
     if "denoise" in line:
         check_share("--vd in a prompt line", line["denoise"])
