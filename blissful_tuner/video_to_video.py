@@ -21,14 +21,13 @@ from contract.family import Family
 from contract.requests import Prepared, Request, check_opens, count_frames_up_to
 from contract.rules import IMAGE, LATENTS, VIDEO, Source, SourceRules
 from modules.errors import CheckpointError, MediaError, OptionError
-from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, add_noise, make_schedule
+from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, make_schedule
 from modules.paths import explain_missing
 
 logger = logging.getLogger(__name__)
 
 # how much wider or narrower a stretched video may become before it is warned about
 UNSEEN = 1.05
-ROUNDING = 1e-6  # of a noise level in float32
 
 
 # before anything is loaded
@@ -252,20 +251,3 @@ def _load_saved_latents(
             source.path,
         )
     return saved.latents
-
-
-# the start of denoising
-
-
-def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Mix clean latents with noise, both B C F H W, as the schedule does at this step.
-
-    A noise level within rounding of 1 gives pure noise.
-    """
-    if abs(1 - schedule.sigmas[step]) <= ROUNDING and schedule.alphas[step] <= ROUNDING:
-        return noise
-    sigmas, alphas = (
-        levels[step].float().expand(len(noise)).to(noise.device)
-        for levels in (schedule.sigmas, schedule.alphas)
-    )
-    return add_noise(source.float(), noise, sigmas, alphas)
