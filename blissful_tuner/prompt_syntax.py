@@ -352,7 +352,7 @@ _PARENTHESES = re.compile(r"\\[()]|[()]")
 class _Opened(NamedTuple):
     """An opening parenthesis."""
 
-    index: int  # of its piece
+    number: int  # of its piece
     place: int  # in the text without marks
 
 
@@ -371,20 +371,20 @@ def parse_weights(text: str) -> tuple[str, Spans]:
         length += mark.start() - place
         place = mark.end()
         if mark[0] == ")" and opened is not None:
-            index, start = opened
-            inside = "".join(pieces[index + 1 :])
+            number, start = opened
+            inside = "".join(pieces[number + 1 :])
             opened = None
             weighted = _weight_of(inside)
             if weighted is not None:
                 part, weight = weighted
-                pieces[index:] = [part]
+                pieces[number:] = [part]
                 length = start + len(part)
                 first = start + len(part) - len(part.lstrip())
                 if weight != 1:
                     spans.append((first, first + len(part.strip()), weight))
                 continue
         if mark[0] == "(":
-            opened = _Opened(index=len(pieces), place=length)
+            opened = _Opened(number=len(pieces), place=length)
         pieces.append(mark[0][-1])
         length += 1
     return "".join(pieces) + text[place:], tuple(spans)

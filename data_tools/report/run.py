@@ -178,9 +178,9 @@ def _add_look(findings: TableFindings, source: MediaSource, look: Look) -> None:
     for length, count in look.lengths:
         bucket = look.fit.bucket if is_image else (*look.fit.bucket, length)
         findings.buckets[bucket] += count
-    for kind, text in _remarks_of(look).items():
-        if text is not None:
-            findings.remarks.append(Fault(kind, text, source.stem))
+    for kind, remark in _remarks_of(look).items():
+        if remark is not None:
+            findings.remarks.append(Fault(kind, remark, source.stem))
 
 
 def _remarks_of(look: Look) -> dict[str, str | None]:
