@@ -198,12 +198,8 @@ class Workshop:
         path = job.source
         record = job.record
         why = "" if record is None else record.changes(path, self.options)
-        if record is not None and record.is_done and not why:
-            return CutResult(record, (), is_new=False)
-        if record is not None and not why:
-            clips: Sequence[PlannedClip] = [written.clip for written in record.clips]
-            logger.info("%s: continuing where the last run ended", path)
-        else:
+        clips: Sequence[PlannedClip]
+        if record is None or why:
             if record is not None:
                 self._check_untouched(path, record, why)
                 logger.warning("%s is cut anew: %s", path, why)
@@ -212,6 +208,11 @@ class Workshop:
             if self.options.dry_run:
                 return CutResult(None, clips)
             record = self._begin(job, look, clips, why)
+        elif record.is_done:
+            return CutResult(record, (), is_new=False)
+        else:
+            clips = [written.clip for written in record.clips]
+            logger.info("%s: continuing where the last run ended", path)
         num_written = self._write_clips(path, record)
         if not record.is_of(path):
             raise MediaError(f"{path} has changed while it was cut. Run the same command again.")

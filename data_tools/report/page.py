@@ -229,7 +229,7 @@ def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
     texts = []
     for caption, counts_of_caption in zip(captions, counts, strict=True):
         texts += caption_segments(caption, counts_of_caption)
-    flags = {
+    is_marked = {
         "faulty": bool(faults),
         "told": bool(remarks),
         "black": measures is not None and measures.is_black,
@@ -247,7 +247,7 @@ def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
         counts=counts[0] if counts else [],
         texts=texts,
         windows=_windows(look),
-        marks=[mark for mark, is_set in flags.items() if is_set],
+        marks=[mark for mark in is_marked if is_marked[mark]],
         references=show_references(source, look.fit, drawing.sizes),
     )
 

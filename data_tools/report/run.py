@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -286,24 +286,28 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
 
 def _label_matches(measures: Sequence[Measures]) -> Indices:
     """Return a label for each of N measures; those of a chain of matches have the same."""
-    num_frames = len(measures[0].hashes)
     colours = _read_colours(measures)
-    signs = _hash_signs(measures)
-    least = (BITS - 2 * NEAR) * num_frames
     labels = np.arange(len(measures))
+    for index, near in _find_near(measures):
+        near = near[labels[near] != labels[index]]
+        if not len(near):
+            continue
+        is_match = _have_same_colours(colours, index, near)
+        for match in near[is_match]:
+            labels[labels == labels[match]] = labels[index]
+    return labels
+
+
+def _find_near(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
+    """Yield each index with the later ones whose hashes differ in few bits."""
+    signs = _hash_signs(measures)
+    least = (BITS - 2 * NEAR) * len(measures[0].hashes)
     at_once = max(1, PRODUCTS // len(measures))
     for start in range(0, len(measures), at_once):
         products = signs[start : start + at_once] @ signs[start:].T
-        for row, products_of_row in enumerate(products, start):
-            near = np.flatnonzero(products_of_row >= least) + start
-            is_unseen = (near > row) & (labels[near] != labels[row])
-            near = near[is_unseen]
-            if not len(near):
-                continue
-            is_match = _have_same_colours(colours, row, near)
-            for match in near[is_match]:
-                labels[labels == labels[match]] = labels[row]
-    return labels
+        for index, products_of_one in enumerate(products, start):
+            near = np.flatnonzero(products_of_one >= least) + start
+            yield index, near[near > index]
 
 
 def _read_colours(measures: Sequence[Measures]) -> _Colours:
