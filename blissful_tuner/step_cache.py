@@ -36,7 +36,7 @@ def choose_step_cache(
     line: the line's options by name. A line can only change a cache that the command line turned on; other
     values are ignored with a warning. Raises OptionError for values that make no sense.
     """
-    says = {}
+    settings = {}
     for name, letters in LETTERS.items():
         value = line.get(name)
         if value is None:
@@ -48,9 +48,9 @@ def choose_step_cache(
         if getattr(options, switch) is None:
             logger.warning("--%s %g is ignored because --%s is not given", letters, value, switch)
         else:
-            says[name] = value
-    chosen: StepCacheOptions = replace(options, **says) if says else options
-    return _make_step_cache(chosen), says
+            settings[name] = value
+    chosen: StepCacheOptions = replace(options, **settings) if settings else options
+    return _make_step_cache(chosen), settings
 
 
 def _make_step_cache(options: StepCacheOptions) -> StepCaching | None:

@@ -193,11 +193,13 @@ def find_edit_loras(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
             tables = parse_json(metadata.get("ss_datasets", ""))
         except ValueError:
             continue
-        has_control = isinstance(tables, list) and all(
-            isinstance(table, dict) and table.get("has_control") is True for table in tables
-        )
-        if tables and has_control:
+        if isinstance(tables, list) and tables and all(map(_has_control, tables)):
             yield path, ""
+
+
+def _has_control(table: object) -> bool:
+    """Return whether all items of a table of `ss_datasets` had control media."""
+    return isinstance(table, dict) and table.get("has_control") is True
 
 
 def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[str, Any]) -> Prepared:

@@ -64,7 +64,7 @@ class PySceneDetect:
         # times at an even rate encode the numbers of the pictures, whatever the file's times are
         self._time = lambda number: package.FrameTimecode(number, rate)
         self._count = 0
-        self._found: list[Any] = []
+        self._cuts: list[Any] = []
 
     def see(self, pixels: Pixels) -> None:
         """Look at the next picture, H W 3."""
@@ -72,13 +72,13 @@ class PySceneDetect:
         size = max(1, round(pixels.shape[1] * factor)), max(1, round(pixels.shape[0] * factor))
         small = cv2.resize(in_eight_bits(pixels), size, interpolation=cv2.INTER_AREA)
         blue_first = np.ascontiguousarray(small[..., ::-1])
-        self._found += self._detector.process_frame(self._time(self._count), blue_first)
+        self._cuts += self._detector.process_frame(self._time(self._count), blue_first)
         self._count += 1
 
     def changes(self) -> list[SceneChange]:
         if self._count:
-            self._found += self._detector.post_process(self._time(self._count - 1))
-        return [(number, number) for number in sorted({int(time.frame_num) for time in self._found})]
+            self._cuts += self._detector.post_process(self._time(self._count - 1))
+        return [(number, number) for number in sorted({int(time.frame_num) for time in self._cuts})]
 
 
 class _Jump(NamedTuple):
@@ -107,7 +107,7 @@ class OwnDetector:
         self._jump: _Jump | None = None  # possible flash
         self._structured: Thumbnail | None = None  # the last picture that was not plain
         self._plain_since: int | None = None
-        self._found: list[SceneChange] = []
+        self._changes: list[SceneChange] = []
         self._dissolves = _Dissolves(threshold, rate)
 
     def see(self, pixels: Pixels) -> None:
@@ -144,7 +144,7 @@ class OwnDetector:
         if self._plain_since is not None:
             self._end_plain(self._count, is_other=True)
         joined: list[SceneChange] = []
-        for begin, end in sorted({*self._found, *self._dissolves.found}):
+        for begin, end in sorted({*self._changes, *self._dissolves.changes}):
             if joined and begin < joined[-1][1]:  # they overlap
                 begin, last = joined.pop()
                 end = max(last, end)
@@ -153,7 +153,7 @@ class OwnDetector:
 
     def _confirm(self) -> None:
         if self._jump is not None:
-            self._found.append((self._jump.number, self._jump.number))
+            self._changes.append((self._jump.number, self._jump.number))
         self._jump = None
 
     def _see_plain(self, now: Thumbnail, number: int) -> bool:
@@ -177,7 +177,7 @@ class OwnDetector:
         assert begin is not None
         if is_other or end - begin >= self._plain:
             # becomes a scene, which is usually too short for a clip, or black
-            self._found += [(begin, begin), (end, end)]
+            self._changes += [(begin, begin), (end, end)]
 
 
 class _Dissolves:
@@ -196,7 +196,7 @@ class _Dissolves:
         self._pictures: deque[Thumbnail] = deque(maxlen=most)
         self._variances: deque[float] = deque(maxlen=most)
         self._last_break = -1
-        self.found: list[SceneChange] = []  # those of one dissolve overlap
+        self.changes: list[SceneChange] = []  # those of one dissolve overlap
 
     def see(self, now: Thumbnail, number: int, is_break: bool) -> None:
         """Look at picture `number`. is_break: it follows a cut, or has one colour."""
@@ -222,7 +222,7 @@ class _Dissolves:
         if distance < self._threshold:
             return
         mixed = [place for place, share in enumerate(shares) if BEGUN < share < 1 - BEGUN]
-        self.found.append((first + mixed[0], first + mixed[-1] + 1))
+        self.changes.append((first + mixed[0], first + mixed[-1] + 1))
 
     def _loses_contrast(self, offset: int, reach: int) -> bool:
         """Return whether the variances from `offset` on are low enough between the ends."""

@@ -340,8 +340,9 @@ def _plan_sources(
     planned, unreadable = plan_all(findings.sources, {table.index: existing}, recipe, workers)
 
     def plan_decoded(plan: SourcePlan) -> SourcePlan:
-        media = decode_source(plan.source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
-        planning = Planning(plan.source, existing.of(plan.source.stem), recipe)
+        source = plan.source
+        media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+        planning = Planning(source, existing.of(source.stem), recipe)
         compared = planning.compare(media.size, media.spans, len(media.frames), media.reason)
         changes = () if media.clip is None else media.clip.size_changes
         return replace(compared, size_changes=changes)
