@@ -261,7 +261,7 @@ class _Group:
     bars: list[int] = field(default_factory=list)
 
 
-class _Branch(NamedTuple):
+class _Alternative(NamedTuple):
     """Where an alternative is in the text, without its weight."""
 
     start: int
@@ -287,9 +287,9 @@ def choose_alternatives(text: str, choose: Choose) -> str:
             if number == len(groups) or groups[number].start >= end:
                 break
             group = groups[number]
-            branches = _list_branches(text, group)
-            index = choose([branch.weight for branch in branches])
-            chosen = expand(branches[index].start, branches[index].end)
+            alternatives = _list_alternatives(text, group)
+            index = choose([alternative.weight for alternative in alternatives])
+            chosen = expand(alternatives[index].start, alternatives[index].end)
             pieces += [text[place : group.start], chosen.strip()]
             place = group.end + 1
         return "".join([*pieces, text[place:end]])
@@ -297,16 +297,16 @@ def choose_alternatives(text: str, choose: Choose) -> str:
     return expand(0, len(text)) if groups else text
 
 
-def _list_branches(text: str, group: _Group) -> list[_Branch]:
+def _list_alternatives(text: str, group: _Group) -> list[_Alternative]:
     """Return the alternatives of a group, in order."""
-    branches = []
+    alternatives = []
     for border, end in pairwise([group.start, *group.bars, group.end]):
         mark = _WEIGHT.match(text, border + 1, end)
         if mark is None:
-            branches.append(_Branch(border + 1, end, weight=1.0))
+            alternatives.append(_Alternative(border + 1, end, weight=1.0))
         else:
-            branches.append(_Branch(mark.end(), end, weight=float(mark[1][:40])))
-    return branches
+            alternatives.append(_Alternative(mark.end(), end, weight=float(mark[1][:40])))
+    return alternatives
 
 
 def _find_groups(text: str) -> list[_Group]:
