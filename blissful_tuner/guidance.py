@@ -5,6 +5,7 @@ the stages of each step. A new kind is a function there, and a line here.
 """
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -62,10 +63,14 @@ def make_guidance(
     below = prepared.rules.below_share
     steering = _Steering(options.nag)
 
-    def guide(step: Step, predict: Predict, section: Section) -> Tensor:
+    def plan_at(step: Step) -> PassPlan:
         plan = plans[expert_at(step.timestep, experts)][step.index]
         if below is not None and 1 - step.sigma >= below:  # so late the model's rules leave guidance out
-            plan = PassPlan(plan.passes[:1], factor=plan.factor)
+            return PassPlan(plan.passes[:1], factor=plan.factor)
+        return plan
+
+    def guide(step: Step, predict: Predict, section: Section) -> Tensor:
+        plan = plan_at(step)
         if not plan.passes:
             return torch.zeros_like(step.noisy)
         steered = steering.tweaks_of(section)
@@ -79,8 +84,9 @@ def make_guidance(
                 tweaks = join(tweaks, steered)
             calls.setdefault(tweaks, {})[id(conditions)] = conditions
             keys[pass_] = tweaks, id(conditions)
-        velocities = run(calls, predict, section)
-        return plan.combine({pass_: velocities[key] for pass_, key in keys.items()}, step, section)
+        by_call = run(calls, predict, section)
+        velocities = {pass_: by_call[key] for pass_, key in keys.items()}
+        return plan.combine(velocities, step, section)
 
     return guide
 
@@ -191,11 +197,13 @@ class _StepPlanner:
                 stages = [watched(stages[0], momentum, negative)]
         if weakens and options.slg_mode == "original" and options.slg_scale != 0:
             stages.append(add_skipped_layers(self._weakened, options.slg_scale))
-        if stages and share != 0:
+        if not stages:
+            return ()
+        if share != 0:
             stages.append(rescale(share))
-        if stages and rules.norm_limit is not None:
+        if rules.norm_limit is not None:
             stages.append(limit_norm(rules.norm_limit))
-        if stages and rules.token_side is not None:
+        if rules.token_side is not None:
             stages.append(keep_norms(rules.token_side))
         return tuple(stages)
 
@@ -213,17 +221,17 @@ class _StepPlanner:
 
 def refuse_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> None:
     """Raise OptionError if the options replace a formula that is the model's own."""
-    is_given = {
+    replacing = {
         "--cfgzerostar_scaling": options.cfgzerostar_scaling,
         "--perp_neg": options.perp_neg is not None,
     }
     formula = "projected guidance"
     if rules.streams:
         formula = "for the picture and for the sound"
-        is_given["--slg_layers"] = bool(options.skipped_layers)
-        is_given["--guidance_rescale"] = options.guidance_rescale != 0
-    for option in is_given:
-        if is_given[option]:
+        replacing["--slg_layers"] = bool(options.skipped_layers)
+        replacing["--guidance_rescale"] = options.guidance_rescale != 0
+    for option, replaces in replacing.items():
+        if replaces:
             raise OptionError(
                 f"{option} replaces the formula of guidance, and this model has one of its own ({formula}). "
                 "Leave it out"
@@ -262,23 +270,25 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
     applied = (True,) * num_steps
     if options.cfg_skip_mode != "none" and options.cfg_apply_ratio is not None:
         applied = choose_applied_steps(options.cfg_skip_mode, options.cfg_apply_ratio, num_steps)
-    usual = 1 - rules.off_at
-    # guidance besides the prompt's
-    guides_streams = any(
-        stream.perturbed or stream.modality != 1 or stream.text not in (None, 1) for stream in rules.streams
-    )
+    to_usual = 1 - rules.off_at
+    guides_streams = any(map(_has_guidance, rules.streams))
     scales_by_expert: list[tuple[float | None, ...]] = []
     for scale in prepared.guidance_scale:
         if schedule:
             table = parse_cfg_schedule(schedule, num_steps, scale)
             numbers = range(1, num_steps + 1)
-            scales = tuple(table[number] + usual if number in table else None for number in numbers)
+            scales = tuple(table[number] + to_usual if number in table else None for number in numbers)
         else:  # at 1 the formula gives the positive velocity back
-            weight = scale + usual
+            weight = scale + to_usual
             guides = weight != 1 or guides_streams
             scales = tuple(weight if is_applied and guides else None for is_applied in applied)
         scales_by_expert.append(scales)
     return scales_by_expert
+
+
+def _has_guidance(stream: StreamGuidance) -> bool:
+    """Return whether a picture or a sound is guided by more than the scale of the prompt."""
+    return bool(stream.perturbed) or stream.modality != 1 or stream.text not in (None, 1)
 
 
 def choose_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool, ...]:
@@ -370,16 +380,17 @@ NO_STEP = "no step uses guidance"
 
 def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
     """Raise OptionError if the guidance is impossible; warn of its options that have no effect."""
-    is_guided = any(scale is not None for scales in guidance_scales(prepared, options) for scale in scales)
-    plans = [plan for plans in plan_steps(prepared, options) for plan in plans]
+    scales = list(itertools.chain(*guidance_scales(prepared, options)))
+    is_guided = any(scale is not None for scale in scales)
+    plans = list(itertools.chain(*plan_steps(prepared, options)))
     passes = [pass_ for plan in plans for pass_ in plan.passes]
     init_steps = options.cfgzerostar_init_steps
     of_zero_star = {
         "--cfgzerostar_scaling": options.cfgzerostar_scaling,
         f"--cfgzerostar_init_steps {init_steps}": init_steps > 0,
     }
-    for option, is_given in of_zero_star.items():
-        if is_given and not is_guided:
+    for option, needs_guidance in of_zero_star.items():
+        if needs_guidance and not is_guided:
             raise OptionError(
                 f"{option} needs guidance, and {NO_STEP}: give a --guidance_scale other than "
                 f"{prepared.rules.off_at:g} or a --cfg_schedule, or leave it out"
@@ -425,11 +436,16 @@ def _warn_of_unused_options(
         perpendicular: options.perp_neg is not None,
         embedded: options.disable_embedded_for_cfg,
     }
-    reasons: dict[str, str] = {} if is_guided else dict.fromkeys(is_given, NO_STEP)
-    if is_guided and not any(pass_.tweaks.skip_blocks for pass_ in passes):
+    negatives = [texts.negative for texts in prepared.prompts.values()]
+    has_negative_text = any(negative is not None and negative.text for negative in negatives)
+    skips_layers = any(pass_.tweaks.skip_blocks for pass_ in passes)
+    reasons: dict[str, str] = {}
+    if not is_guided:
+        reasons = dict.fromkeys(is_given, NO_STEP)
+    elif not skips_layers:
         if options.skipped_layers:
             reasons[layers] = why_none_skipped(options, prepared.num_steps)
-        if all(texts.negative is None or not texts.negative.text for texts in prepared.prompts.values()):
+        if not has_negative_text:
             reasons[perpendicular] = "the negative prompt is empty"
     if prepared.embedded_guidance is None:
         reasons[embedded] = "the model has no embedded guidance"

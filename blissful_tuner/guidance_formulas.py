@@ -74,10 +74,10 @@ class PassPlan:
         noisy = joint.split(step.noisy)
         parts = {pass_: joint.split(velocity) for pass_, velocity in velocities.items()}
         guided = []
-        for index, (stages, is_held) in enumerate(zip(self.stages, section.clean_streams, strict=True)):
+        for index, stages in enumerate(self.stages):
             of_stream = {pass_: part[index] for pass_, part in parts.items()}
             velocity = _apply(stages, of_stream, noisy[index], step.sigma)
-            guided.append(torch.zeros_like(velocity) if is_held else velocity)
+            guided.append(torch.zeros_like(velocity) if section.clean_streams[index] else velocity)
         velocity = joint.join(*guided)
         return velocity if self.factor == 1 else velocity * self.factor
 
@@ -97,11 +97,17 @@ def _apply(stages: Iterable[GuidanceStage], velocities: Velocities, noisy: Tenso
 
 def run_passes(calls: Calls, predict: Predict, _: Section) -> Made:
     """Run all passes here: those with the same tweaks are one call of `predict`, which may batch them."""
-    return {
-        (tweaks, key): velocity
-        for tweaks, together in calls.items()
-        for key, velocity in zip(together, predict(*together.values(), tweaks=tweaks), strict=True)
-    }
+    by_call: dict[tuple[Tweaks, int], Tensor] = {}
+    for tweaks, conditions in calls.items():
+        velocities = predict(*conditions.values(), tweaks=tweaks)
+        for key, velocity in zip(conditions, velocities, strict=True):
+            by_call[tweaks, key] = velocity
+    return by_call
+
+
+def _sum_of(products: Tensor) -> Tensor:
+    """Return the sum over each sample, B 1 1 1 1."""
+    return products.sum(tuple(range(1, products.ndim)), keepdim=True)
 
 
 # CFG-Zero*: guidance that also holds while the network's prediction is still poor, in the first steps.
@@ -113,12 +119,10 @@ def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
-        positive, without = velocities[POSITIVE], velocities[negative]
-        axes = tuple(range(1, positive.ndim))
-        fit = (positive * without).sum(axes, keepdim=True) / (
-            without.square().sum(axes, keepdim=True) + 1e-8  # as in the released code
-        )
-        without = fit * without
+        positive = velocities[POSITIVE]
+        without = velocities[negative]
+        power = _sum_of(without.square()) + 1e-8  # as in the released code
+        without = _sum_of(positive * without) / power * without
         return without + scale * (positive - without)
 
     return GuidanceStage((POSITIVE, negative), change)
@@ -139,13 +143,13 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
         if weight == 0:
             return blank + scale * toward
         unwanted = velocities[negative] - blank
-        axes = tuple(range(1, blank.ndim))
         # where the prompt changes nothing, the length is 0 and so is the product
-        length = toward.square().sum(axes, keepdim=True).clamp_min(torch.finfo(toward.dtype).tiny)
-        along = (unwanted * toward).sum(axes, keepdim=True) / length * toward
+        length = _sum_of(toward.square()).clamp_min(torch.finfo(toward.dtype).tiny)
+        along = _sum_of(unwanted * toward) / length * toward
         return blank + scale * (toward - weight * (unwanted - along))
 
-    return GuidanceStage((POSITIVE, *(() if weight == 0 else (negative,)), BLANK), change)
+    passes = (POSITIVE, BLANK) if weight == 0 else (POSITIVE, negative, BLANK)
+    return GuidanceStage(passes, change)
 
 
 # Skip-layer guidance: steer away from what the network makes of the negative text without some blocks.
@@ -272,21 +276,25 @@ def projected(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceS
     def change(_: Tensor, velocities: Velocities) -> Tensor:
         positive = velocities[POSITIVE]
         without = velocities[negative]
-        axes = tuple(range(1, positive.ndim))
         total = momentum.add(positive - without)
-        length = total.square().sum(axes, keepdim=True).sqrt()
-        step = total * (rule.norm_limit / length).clamp(max=1.0)
+        shrinking = (rule.norm_limit / _norms(total)).clamp(max=1.0)
+        step = total * shrinking
         # its parts along the positive velocity and across. float64, as released: the part across is a small
         # difference of large numbers; MPS has no float64
         exact = step.dtype if step.device.type == "mps" else torch.float64
         exact_step = step.to(exact)
         direction = positive.to(exact)
-        unit = direction / direction.square().sum(axes, keepdim=True).sqrt().clamp(min=1e-12)
-        along = (exact_step * unit).sum(axes, keepdim=True) * unit
+        unit = direction / _norms(direction).clamp(min=1e-12)
+        along = _sum_of(exact_step * unit) * unit
         across = (exact_step - along).to(step.dtype)
         return without + rule.scale * (across + rule.eta * along.to(step.dtype))
 
     return GuidanceStage((POSITIVE, negative), change)
+
+
+def _norms(velocity: Tensor) -> Tensor:
+    """Return the Euclidean norm of each sample, B 1 1 1 1."""
+    return _sum_of(velocity.square()).sqrt()
 
 
 # Letters: B batch, L tokens, N heads, D head width

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -88,8 +88,12 @@ REST_ON_CPU = 50.0
 CPU = torch.device("cpu")
 
 
-# unwritten preview: function that returns frames H W 3 and may wait for the device; rate; is it a picture
-Shot = tuple[Callable[[], Iterator[Frame]], float, bool]
+class Shot(NamedTuple):
+    """An unwritten preview."""
+
+    frames: Callable[[], Iterator[Frame]]  # H W 3; may wait for the device
+    fps: float
+    is_picture: bool
 
 
 @dataclass
@@ -111,23 +115,30 @@ class LatentPreviews:
 
         None if no preview is possible.
         """
-        if self.vae is not None and self.device.type != "cpu":
-            needed = decoding_bytes(self.vae.config, dtype_on(self.device), *latents.shape[3:])
-            if not self.has_room(needed):
-                room = f"{needed / 2**20:,.0f} MiB free beside the transformer"
-                self._leave_out_vae(f"the device is not known to have {room}")
-        is_picture = latents.shape[2] == 1
+        _, _, num_frames, height, width = latents.shape
+        is_picture = num_frames == 1
+        self._check_room(height, width)
         if self.vae is not None:
             try:
                 chunks = [bring_home(chunk) for chunk in self.vae.frames(latents[0], self.device)]
-                return lambda: (frame for chunk in chunks for frame in chunk().numpy()), fps, is_picture
             except torch.OutOfMemoryError:
                 self._leave_out_vae("the device ran out of memory")
+            else:
+                return Shot(lambda: (frame for chunk in chunks for frame in chunk().numpy()), fps, is_picture)
         if not self.latent.preview_factors:
             return None
         step, rows, columns = self.latent.stride
         colours = bring_home(project(latents[0], self.latent))
-        return lambda: enlarge(colours(), rows, columns), fps / step, is_picture
+        return Shot(lambda: enlarge(colours(), rows, columns), fps / step, is_picture)
+
+    def _check_room(self, height: int, width: int) -> None:
+        """Leave the decoder out if the device has no room for it. height, width: of the latents."""
+        if self.vae is None or self.device.type == "cpu":
+            return
+        needed = decoding_bytes(self.vae.config, dtype_on(self.device), height, width)
+        if not self.has_room(needed):
+            room = f"{needed / 2**20:,.0f} MiB free beside the transformer"
+            self._leave_out_vae(f"the device is not known to have {room}")
 
     @torch.no_grad()
     def write(self, take: Callable[[], Shot | None]) -> None:
@@ -136,11 +147,11 @@ class LatentPreviews:
             shot = take()
             if shot is None:
                 return
-            frames, fps, is_picture = shot
-            if is_picture:
-                write_png(self.folder / f"{NAME}.png", next(frames()))
+            if shot.is_picture:
+                write_png(self.folder / f"{NAME}.png", next(shot.frames()))
             else:
-                write_video(self.folder / f"{NAME}.mp4", frames(), fps, crf=CRF, preset=PRESET)
+                path = self.folder / f"{NAME}.mp4"
+                write_video(path, shot.frames(), shot.fps, crf=CRF, preset=PRESET)
 
     @contextmanager
     def optional(self) -> Iterator[None]:
@@ -161,7 +172,8 @@ class LatentPreviews:
                 )
 
     def _leave_out_vae(self, why: str) -> None:
-        self.vae, self.has_ended = None, not self.latent.preview_factors
+        self.vae = None
+        self.has_ended = not self.latent.preview_factors
         then = "There are no more previews" if self.has_ended else "Previews are made without --preview_vae"
         logger.warning("%s because %s.", then, why)
 

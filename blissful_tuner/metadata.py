@@ -36,6 +36,10 @@ PLAIN = (
 )
 
 
+# folders of paths, one path per line or by section: `0:a/first.png;;;1-2:b/then.png`
+_FOLDERS = re.compile(r"((?:^|;;;|\n)(?:\s*-?\d+(?:-\d+)?:)?)(?:(?!;;;|\n).)*[/\\]")
+
+
 def output_metadata(
     request: Prepared,
     model: Mapping[str, str],
@@ -69,28 +73,31 @@ def output_metadata(
         "fps": f"{request.fps:g}",
     }
     values |= _optional(request, device, created)
-    # of further experts: their guidance scales, and where they begin
-    values |= {f"guidance_scale_{name}": scale for name, scale in request.asked.expert_guidance.items()}
-    further = list(zip(experts, request.guidance_scale, strict=True))[1:]
-    values |= {f"guidance_scale_{expert.name}": scale for expert, scale in further}
-    if further:
-        values["timestep_boundary"] = ", ".join(f"{expert.lowest:g}" for expert, _ in further)
-    # paths, one per line or by section (`0:a/first.png;;;1-2:b/then.png`), become names of files
-    folders = r"((?:^|;;;|\n)(?:\s*-?\d+(?:-\d+)?:)?)(?:(?!;;;|\n).)*[/\\]"
-    values |= {
-        name: re.sub(folders, r"\1", text) if name.endswith("_path") else text
-        for name, text in request.own_metadata.items()
-    }
-    values |= {
-        f"{lora_name(expert)}_{index}": f"{name}: {multiplier}"
-        for expert, files in (loras or {}).items()
-        for index, (name, multiplier) in enumerate(files)
-    }
+    values |= _describe_experts(request, experts)
+    for name, text in request.own_metadata.items():
+        values[name] = _FOLDERS.sub(r"\1", text) if name.endswith("_path") else text
+    for expert_name, files in (loras or {}).items():
+        for index, (name, multiplier) in enumerate(files):
+            values[f"{lora_name(expert_name)}_{index}"] = f"{name}: {multiplier}"
     values |= _record({**(settings or {}), **request.asked.settings})
     return {
         f"bt_{name}": NOT_SET if value is None else make_storable(str(value))
         for name, value in values.items()
     }
+
+
+def _describe_experts(request: Prepared, experts: Sequence[Expert]) -> dict[str, object]:
+    """Return the guidance scales of further experts, and where they begin."""
+    values: dict[str, object] = {}
+    for name, scale in request.asked.expert_guidance.items():
+        values[f"guidance_scale_{name}"] = scale
+    boundaries = []
+    for expert, scale in list(zip(experts, request.guidance_scale, strict=True))[1:]:
+        values[f"guidance_scale_{expert.name}"] = scale
+        boundaries.append(f"{expert.lowest:g}")
+    if boundaries:
+        values["timestep_boundary"] = ", ".join(boundaries)
+    return values
 
 
 def _optional(request: Prepared, device: str | None, created: datetime | None) -> dict[str, object]:
@@ -102,8 +109,9 @@ def _optional(request: Prepared, device: str | None, created: datetime | None) -
         "prompt_2": options.second_prompt,
         "device": device,
         CREATED: None if created is None else created.isoformat(timespec="seconds"),
-        **(options.source.in_words() if options.source is not None else {}),
     }
+    if options.source is not None:
+        values |= options.source.in_words()
     values |= {f"original_{name}": text for name, text in options.typed.items()}
     for name in ("image_path", "end_image_path", "control_path"):
         path = getattr(options, name)
@@ -187,14 +195,19 @@ def as_png_texts(metadata: Mapping[str, str]) -> dict[str, str]:
     negative = value_in(metadata, "negative_prompt")
     if negative and negative != NOT_SET:
         lines.append(f"{NEGATIVE} {negative.strip()}")
+    lines.append(_settings_line(metadata))
+    return as_tags(metadata) | {"parameters": "\n".join(lines)}
+
+
+def _settings_line(metadata: Mapping[str, str]) -> str:
+    """Return the last line of `parameters`."""
     settings = []
     for name, text in _list_parameters(metadata).items():
         if text and text != NOT_SET:
             has_separator = re.search(r"[,:\n\"]", text)
             quoted = json.dumps(text, ensure_ascii=False) if has_separator else text
             settings.append(f"{name}: {quoted}")
-    lines.append(", ".join(settings))
-    return as_tags(metadata) | {"parameters": "\n".join(lines)}
+    return ", ".join(settings)
 
 
 def _list_parameters(metadata: Mapping[str, str]) -> dict[str, str | None]:

@@ -89,14 +89,7 @@ class ModelUtilityOptions(Options):
         if weights_only not in {"true", "yes", "1"}:
             raise OptionError(f"--weights_only {self.weights_only}: only true can be used: {_NO_CODE}")
         if self.dtype is not None and self.dtype not in DTYPES:
-            if "8" in self.dtype:
-                raise OptionError(
-                    f"--dtype {self.dtype}: weights in 8 bits are not written. Load the file with "
-                    "--fp8_scaled, or use fp16 or bf16"
-                )
-            raise OptionError(
-                f"--dtype {self.dtype} is no dtype. Use fp32, fp16 or bf16.{did_you_mean(self.dtype, DTYPES)}"
-            )
+            raise _no_dtype(self.dtype)
         for name in ("target_keys", "exclude_keys", "full_target_keys", "full_exclude_keys"):
             if "" in (getattr(self, name) or ()):
                 raise OptionError(f"--{name}: an empty text is in every name. Leave it out")
@@ -113,3 +106,13 @@ class ModelUtilityOptions(Options):
         if match["binary"]:
             unit = {1: 0, 10**3: 1 << 10, 10**6: 1 << 20, 10**9: 1 << 30, 10**12: 1 << 40}[unit]
         return int(float(match["number"]) * unit)
+
+
+def _no_dtype(name: str) -> OptionError:
+    if "8" in name:
+        return OptionError(
+            f"--dtype {name}: weights in 8 bits are not written. Load the file with --fp8_scaled, or use "
+            "fp16 or bf16"
+        )
+    guess = did_you_mean(name, DTYPES)
+    return OptionError(f"--dtype {name} is no dtype. Use fp32, fp16 or bf16.{guess}")

@@ -99,7 +99,7 @@ def as_lines(facts: Facts, listed: Mapping[str, TensorInfo] | None) -> Iterator[
 def as_json(
     facts: Facts,
     listed: Mapping[str, TensorInfo] | None,
-    hashes: Sequence[Mapping[str, str]],
+    hashes: Sequence[dict[str, str]],
     of_lora: Mapping[str, str],
 ) -> str:
     """Return the facts as JSON.
@@ -118,11 +118,11 @@ def as_json(
             name: {"tensors": count, "bytes": size_bytes}
             for name, count, size_bytes in dtypes_of(facts.tensors)
         },
-        "left_out": list(facts.left_out),
+        "left_out": facts.left_out,
         "metadata": dict(facts.metadata),
     }
     if hashes:
-        content["hashes"] = [dict(record) for record in hashes]
+        content["hashes"] = hashes
         content["lora_hashes"] = dict(of_lora)
     if listed is not None:
         content["listed"] = {
@@ -198,23 +198,25 @@ def work(
 
     ask: answers whether files that exist are replaced. Raises UserError.
     """
-    output = None if options.convert is None else output_name(options.convert, options.shard_size is not None)
+    in_shards = options.shard_size is not None
+    output = None if options.convert is None else output_name(options.convert, in_shards)
     with changing.gather(options.input) as checkpoint:
-        plan, replaced = None, []
-        if output is not None:
-            replaced = [output] if options.shard_size is None else [output, *changing.existing_shards(output)]
-            indexes = list(options.input.glob(f"*{changing.INDEX}")) if options.input.is_dir() else []
-            for path in replaced:
-                refuse_replacing(OPTION, path, [*checkpoint.parts, options.input, *indexes])
-            change = _make_change(options)
-            plan = changing.plan_change(checkpoint, change, knowledge.stale)
-            ask_to_replace(replaced, options.yes, ask)
+        if output is None:
+            _show(options, knowledge, checkpoint)
+            return
+        replaced = [output, *changing.existing_shards(output)] if in_shards else [output]
+        inputs = [*checkpoint.parts, options.input]
+        if options.input.is_dir():
+            inputs += options.input.glob(f"*{changing.INDEX}")
+        for path in replaced:
+            refuse_replacing(OPTION, path, inputs)
+        plan = changing.plan_change(checkpoint, _make_change(options), knowledge.stale)
+        ask_to_replace(replaced, options.yes, ask)
         _show(options, knowledge, checkpoint)
-        if output is not None and plan is not None:
-            written = _write(output, plan, options.shard_bytes)
-            for path in replaced:  # what would be taken for the new model, too
-                if path not in written:
-                    path.unlink(missing_ok=True)
+        written = _write(output, plan, options.shard_bytes)
+        for path in replaced:  # what would be taken for the new model, too
+            if path not in written:
+                path.unlink(missing_ok=True)
 
 
 def output_name(path: Path, in_shards: bool) -> Path:
@@ -248,29 +250,20 @@ def _selection(options: ModelUtilityOptions) -> changing.Selection:
 
 
 def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkpoint) -> None:
-    what = knowledge.describe_lora(checkpoint)
-    if what is None:
-        what = knowledge.identify(checkpoint.path) or kind_of(checkpoint.tensors)
-        if what is None:
-            what = f"an unknown model with tensors such as {', '.join(sorted(checkpoint.tensors)[:3])}"
-        else:
-            what = what.removeprefix("it is ").removeprefix("it looks like ")
     facts = Facts(
         path=checkpoint.path,
-        what=what,
+        what=_identify(knowledge, checkpoint),
         files=tuple(checkpoint.parts),
         tensors=dict(checkpoint.tensors),
         metadata=dict(checkpoint.metadata),
         left_out=checkpoint.left_out,
     )
-    listed: dict[str, TensorInfo] | None = None
-    if options.inspect:
-        selection = _selection(options)
-        listed = {name: info for name, info in facts.tensors.items() if selection.takes(name)}
-        if not listed:
-            raise OptionError("--target_keys and --exclude_keys leave no tensor to list: give other names")
-    hashes = [file_hashes(file) for file in facts.files] if options.hash else []
-    lora_hashes = dict(knowledge.lora_hashes(checkpoint)) if options.hash else {}
+    listed = _list_tensors(options, facts.tensors) if options.inspect else None
+    hashes: list[dict[str, str]] = []
+    lora_hashes: Mapping[str, str] = {}
+    if options.hash:
+        hashes = [file_hashes(file) for file in facts.files]
+        lora_hashes = knowledge.lora_hashes(checkpoint)
     if options.json:
         lines = [as_json(facts, listed, hashes, lora_hashes)]
     else:
@@ -278,6 +271,27 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
         lines = [escape_control_codes(line) for line in plain]  # names of files and tensors may hold some
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
+
+
+def _identify(knowledge: Knowledge, checkpoint: Checkpoint) -> str:
+    """Return what a file is, in words."""
+    description = knowledge.describe_lora(checkpoint)
+    if description is not None:
+        return description
+    description = knowledge.identify(checkpoint.path) or kind_of(checkpoint.tensors)
+    if description is not None:
+        return description.removeprefix("it is ").removeprefix("it looks like ")
+    names = sorted(checkpoint.tensors)[:3]
+    return f"an unknown model with tensors such as {', '.join(names)}"
+
+
+def _list_tensors(options: ModelUtilityOptions, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return the tensors to list. Raises OptionError if the options leave none."""
+    selection = _selection(options)
+    listed = {name: info for name, info in tensors.items() if selection.takes(name)}
+    if not listed:
+        raise OptionError("--target_keys and --exclude_keys leave no tensor to list: give other names")
+    return listed
 
 
 def _hash_lines(

@@ -67,20 +67,18 @@ class PromptRewriter:
             with catch_panics():
                 tokenizer = AutoTokenizer.from_pretrained(self.folder, **local)
             if tokenizer.chat_template is None:
-                raise CheckpointError(
-                    f"--prompt_rewrite_model {self.folder}: its tokenizer has no chat template, so it is no "
-                    "chat model. Give one that follows instructions.",
-                    self.folder,
+                raise self._unusable(
+                    "its tokenizer has no chat template, so it is no chat model. Give one that follows "
+                    "instructions."
                 )
             _render(tokenizer, "a cat")  # a template that fails does so now
             config = AutoConfig.from_pretrained(self.folder, **local)
             # config.json may name an attention whose code is fetched from the hub and run
             config._attn_implementation = ATTENTION
             if getattr(config, "quantization_config", None) is not None:
-                raise CheckpointError(
-                    f"--prompt_rewrite_model {self.folder}: its weights are quantised, for which "
-                    "transformers may fetch code. Give the model in 16 or 32 bits.",
-                    self.folder,
+                raise self._unusable(
+                    "its weights are quantised, for which transformers may fetch code. Give the model in "
+                    "16 or 32 bits."
                 )
             model: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder, config=config, dtype="auto", use_safetensors=True, **local
@@ -88,20 +86,16 @@ class PromptRewriter:
         except (CheckpointError, torch.OutOfMemoryError):
             raise
         except TemplateError as error:
-            raise CheckpointError(
-                f"--prompt_rewrite_model {self.folder}: its chat template fails: {error}. Give another model",
-                self.folder,
-            ) from None
+            raise self._unusable(f"its chat template fails: {error}. Give another model") from None
         except Exception as error:  # damaged files raise errors of many libraries
-            raise CheckpointError(
-                f"--prompt_rewrite_model {self.folder}: transformers cannot load it: "
-                f"{shorten(str(error), 300)}",
-                self.folder,
-            ) from None
+            raise self._unusable(f"transformers cannot load it: {shorten(str(error), 300)}") from None
         model.eval().requires_grad_(False)
         if device.type == "cpu":  # few CPUs are fast in 16 bits
             model.float()
         return model.to(device), tokenizer
+
+    def _unusable(self, why: str) -> CheckpointError:
+        return CheckpointError(f"--prompt_rewrite_model {self.folder}: {why}", self.folder)
 
     def free(self) -> None:
         self._loaded.free()

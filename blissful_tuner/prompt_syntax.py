@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 from blissful_tuner.options import PromptOptions
 from contract.requests import Prompt, Prompts, Spans
@@ -63,7 +64,8 @@ class Drawing:
 
         Raises OptionError if a wildcard has no file, names a path outside the folder or draws itself.
         """
-        self.drawn, self.characters = [], 0
+        self.drawn = []
+        self.characters = 0
         return self._expand(text, where, ())
 
     def _expand(self, text: str, where: str, keys: tuple[str, ...]) -> str:
@@ -84,21 +86,9 @@ class Drawing:
         return unescape(text) if self.options.prompt_alternatives else text
 
     def _draw(self, key: str, where: str, keys: tuple[str, ...]) -> str:
-        if len(keys) == MAX_WILDCARD_ROUNDS:
-            chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*keys[:4], key))
-            raise OptionError(
-                f"--prompt_wildcards: {where} is drawn by wildcards that draw one another more than "
-                f"{MAX_WILDCARD_ROUNDS} times ({chain} ...). Take the one out of the file that leads back"
-            )
-        if len(self.drawn) == MAX_WILDCARD_DRAWS:
-            raise OptionError(
-                f"--prompt_wildcards: {where} draws line number {MAX_WILDCARD_DRAWS + 1:,} of a prompt"
-            )
-        if key not in self.files:
-            folder = self.options.prompt_wildcards
-            assert folder is not None
-            self.files[key] = read_lines_of(find_file(folder, key, where), where)
-        lines = self.files[key]
+        """Return a line of a wildcard with everything drawn. keys: of the wildcards that led to this one."""
+        self._check_draws(key, where, keys)
+        lines = self._lines_of(key, where)
         index = self._choose(lines.sums)
         line = lines.texts[index]
         self.drawn.append((f"__{key}__", line))
@@ -109,6 +99,27 @@ class Drawing:
                 "million characters. Draw fewer or shorter lines"
             )
         return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*keys, key))
+
+    def _check_draws(self, key: str, where: str, keys: tuple[str, ...]) -> None:
+        """Raise OptionError if wildcards draw one another without end, or too often."""
+        if len(keys) == MAX_WILDCARD_ROUNDS:
+            chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*keys[:4], key))
+            raise OptionError(
+                f"--prompt_wildcards: {where} is drawn by wildcards that draw one another more than "
+                f"{MAX_WILDCARD_ROUNDS} times ({chain} ...). Take the one out of the file that leads back"
+            )
+        if len(self.drawn) == MAX_WILDCARD_DRAWS:
+            raise OptionError(
+                f"--prompt_wildcards: {where} draws line number {MAX_WILDCARD_DRAWS + 1:,} of a prompt"
+            )
+
+    def _lines_of(self, key: str, where: str) -> Lines:
+        if key not in self.files:
+            folder = self.options.prompt_wildcards
+            assert folder is not None
+            path = find_file(folder, key, where)
+            self.files[key] = read_lines_of(path, where)
+        return self.files[key]
 
     def _choose(self, sums: Sequence[float]) -> int:
         """Draw an index. sums: running sums of the weights."""
@@ -166,19 +177,40 @@ def find_file(folder: Path, key: str, where: str) -> Path:
         )
     path = folder.joinpath(*parts[:-1], f"{parts[-1]}.txt")
     try:
-        real, home = path.resolve(strict=True), folder.resolve(strict=True)
+        real_path = path.resolve(strict=True)
+        real_folder = folder.resolve(strict=True)
     except (OSError, RuntimeError, ValueError):  # a circle of links is a RuntimeError
         raise OptionError(
             f"{where}: {shown} needs the file {shorten(str(path), 300)}, which is not there. Write "
             "it, or \\__ for a plain __"
         ) from None
-    if not real.is_relative_to(home):
+    if not real_path.is_relative_to(real_folder):
         raise OptionError(f"{where}: {shown} is a link that leads out of --prompt_wildcards {folder}")
     return path
 
 
 def read_lines_of(path: Path, where: str) -> Lines:
     """Read the lines of a wildcard's file. Raises OptionError if it has none or cannot be read."""
+    texts, weights, numbers = [], [], []
+    content = _read_content(path, where)
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        text, weight = _parse_line(line)
+        if not 0 <= weight <= MOST_WEIGHT:
+            raise OptionError(
+                f"{path}, line {number}: the weight {weight:g} is not one. Give 0 to {MOST_WEIGHT:g}"
+            )
+        texts.append(text)
+        weights.append(weight)
+        numbers.append(number)
+    if not texts:
+        raise OptionError(f"{where}: {path} has no line to draw. Write one text on each line")
+    return Lines(path, tuple(texts), tuple(numbers), sums_of(weights, str(path)))
+
+
+def _read_content(path: Path, where: str) -> str:
+    """Return the text of a file. Raises OptionError if it cannot be read, or is no clean UTF-8 text."""
     try:
         content = read_text(path)
     except UnicodeDecodeError as error:
@@ -190,31 +222,21 @@ def read_lines_of(path: Path, where: str) -> Lines:
     character = bad_character(content)
     if character is not None:
         raise OptionError(f"{where}: {path} holds {character}")
-    texts, weights, numbers = [], [], []
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        text, weight = _parse_line(line)
-        if not 0 <= weight <= MOST_WEIGHT:
-            raise OptionError(
-                f"{path}, line {number}: the weight {weight:g} is not one. Give 0 to {MOST_WEIGHT:g}"
-            )
-        if len(text) > 1 and text[0] == text[-1] == '"':  # they keep a number behind a colon
-            text = text[1:-1]
-        texts.append(text)
-        weights.append(weight)
-        numbers.append(number)
-    if not texts:
-        raise OptionError(f"{where}: {path} has no line to draw. Write one text on each line")
-    return Lines(path, tuple(texts), tuple(numbers), sums_of(weights, str(path)))
+    return content
 
 
 def _parse_line(line: str) -> tuple[str, float]:
-    """Return the text of a line, and the weight behind its last colon, else 1."""
-    text, colon, weight = line.strip().rpartition(":")
-    if colon and NUMBER.fullmatch(weight.strip()):
-        return text.strip(), float(weight.strip()[:40])
-    return line.strip(), 1.0
+    """Return the text of a line without its quotation marks, and the weight behind its last colon, else 1."""
+    text = line.strip()
+    weight = 1.0
+    before, colon, number = text.rpartition(":")
+    number = number.strip()
+    if colon and NUMBER.fullmatch(number):
+        text = before.strip()
+        weight = float(number[:40])
+    if len(text) > 1 and text[0] == text[-1] == '"':  # they keep a number behind a colon
+        text = text[1:-1]
+    return text, weight
 
 
 # Alternatives in a prompt: `a {red|blue} car` becomes one of the two, `{3::red|blue}` red three times as
@@ -239,6 +261,14 @@ class _Group:
     bars: list[int] = field(default_factory=list)
 
 
+class _Alternative(NamedTuple):
+    """Where an alternative is in the text, without its weight."""
+
+    start: int
+    end: int
+    weight: float
+
+
 def choose_alternatives(text: str, choose: Choose) -> str:
     """Return a text with one alternative of each group. Escaped characters stay so until `unescape`.
 
@@ -257,18 +287,26 @@ def choose_alternatives(text: str, choose: Choose) -> str:
             if number == len(groups) or groups[number].start >= end:
                 break
             group = groups[number]
-            borders = [group.start, *group.bars, group.end]
-            branches = [(before + 1, after) for before, after in pairwise(borders)]
-            marks = [_WEIGHT.match(text, first, last) for first, last in branches]
-            index = choose([1.0 if mark is None else float(mark[1][:40]) for mark in marks])
-            first, last = branches[index]
-            mark = marks[index]
-            chosen = expand(first if mark is None else mark.end(), last).strip()
-            pieces += [text[place : group.start], chosen]
+            alternatives = _list_alternatives(text, group)
+            index = choose([alternative.weight for alternative in alternatives])
+            chosen = expand(alternatives[index].start, alternatives[index].end)
+            pieces += [text[place : group.start], chosen.strip()]
             place = group.end + 1
         return "".join([*pieces, text[place:end]])
 
     return expand(0, len(text)) if groups else text
+
+
+def _list_alternatives(text: str, group: _Group) -> list[_Alternative]:
+    """Return the alternatives of a group, in order."""
+    alternatives = []
+    for border, end in pairwise([group.start, *group.bars, group.end]):
+        mark = _WEIGHT.match(text, border + 1, end)
+        if mark is None:
+            alternatives.append(_Alternative(border + 1, end, weight=1.0))
+        else:
+            alternatives.append(_Alternative(mark.end(), end, weight=float(mark[1][:40])))
+    return alternatives
 
 
 def _find_groups(text: str) -> list[_Group]:
@@ -311,6 +349,13 @@ MOST = 100.0  # larger weights are typing mistakes, and would overflow float16
 _PARENTHESES = re.compile(r"\\[()]|[()]")
 
 
+class _Opened(NamedTuple):
+    """An opening parenthesis."""
+
+    number: int  # of its piece
+    place: int  # in the text without marks
+
+
 def parse_weights(text: str) -> tuple[str, Spans]:
     """Return a text without weight marks, and its weighted parts as (start, end, weight), in characters.
 
@@ -320,26 +365,26 @@ def parse_weights(text: str) -> tuple[str, Spans]:
     pieces: list[str] = []
     spans: list[tuple[int, int, float]] = []
     length = place = 0
-    opened: tuple[int, int] | None = None  # the last "(" without its ")": number of the piece, its place
+    opened: _Opened | None = None  # the last one without its ")"
     for mark in _PARENTHESES.finditer(text):
         pieces.append(text[place : mark.start()])
         length += mark.start() - place
         place = mark.end()
         if mark[0] == ")" and opened is not None:
-            piece, start = opened
-            inside = "".join(pieces[piece + 1 :])
+            number, start = opened
+            inside = "".join(pieces[number + 1 :])
             opened = None
             weighted = _weight_of(inside)
             if weighted is not None:
                 part, weight = weighted
-                pieces[piece:] = [part]
+                pieces[number:] = [part]
                 length = start + len(part)
                 first = start + len(part) - len(part.lstrip())
                 if weight != 1:
                     spans.append((first, first + len(part.strip()), weight))
                 continue
         if mark[0] == "(":
-            opened = len(pieces), length
+            opened = _Opened(number=len(pieces), place=length)
         pieces.append(mark[0][-1])
         length += 1
     return "".join(pieces) + text[place:], tuple(spans)

@@ -36,32 +36,39 @@ def choose_step_cache(
     line: the line's options by name. A line can only change a cache that the command line turned on; other
     values are ignored with a warning. Raises OptionError for values that make no sense.
     """
-    says = {name: line[name] for name in LETTERS if line.get(name) is not None}
-    for name, value in [*says.items()]:
-        letters = f"--{LETTERS[name]}"
+    settings = {}
+    for name, letters in LETTERS.items():
+        value = line.get(name)
+        if value is None:
+            continue
         most = 1 if name in SHARES else MOST
         if not 0 <= value <= most:
-            raise OptionError(f"{letters} {show_number(value)}: give 0 to {most:,}, as --{name} takes it")
+            raise OptionError(f"--{letters} {show_number(value)}: give 0 to {most:,}, as --{name} takes it")
         switch = "teacache_threshold" if name == "teacache_threshold" else "magcache_mag_ratios"
         if getattr(options, switch) is None:
-            logger.warning("%s %g is ignored because --%s is not given", letters, value, switch)
-            del says[name]
-    chosen: StepCacheOptions = replace(options, **says) if says else options
-    cache: StepCaching | None = None
-    if chosen.magcache_calibration:
-        cache = MagCalibration()
-    elif chosen.teacache_calibration:
-        cache = TeaCalibration()
-    elif chosen.teacache_threshold:
-        cache = TeaCache(chosen.teacache_threshold, chosen.teacache_coefficients)
-    elif chosen.magcache_mag_ratios is not None and chosen.magcache_threshold and chosen.magcache_k:
-        cache = MagCache(
-            chosen.magcache_mag_ratios,
-            chosen.magcache_retention_ratio,
-            chosen.magcache_threshold,
-            chosen.magcache_k,
+            logger.warning("--%s %g is ignored because --%s is not given", letters, value, switch)
+        else:
+            settings[name] = value
+    chosen: StepCacheOptions = replace(options, **settings) if settings else options
+    return _make_step_cache(chosen), settings
+
+
+def _make_step_cache(options: StepCacheOptions) -> StepCaching | None:
+    """Return the step cache of options; None if nothing is skipped or measured."""
+    if options.magcache_calibration:
+        return MagCalibration()
+    if options.teacache_calibration:
+        return TeaCalibration()
+    if options.teacache_threshold:
+        return TeaCache(options.teacache_threshold, options.teacache_coefficients)
+    if options.magcache_mag_ratios is not None and options.magcache_threshold and options.magcache_k:
+        return MagCache(
+            options.magcache_mag_ratios,
+            options.magcache_retention_ratio,
+            options.magcache_threshold,
+            options.magcache_k,
         )
-    return cache, says
+    return None
 
 
 def check_step_cache(choice: StepCaching, prepared: Prepared, spec: DitSpec) -> None:

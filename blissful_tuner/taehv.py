@@ -4,7 +4,7 @@ Source: madebyollin/taehv (MIT licence), the networks `taehv`, `taew2_1` and the
 encoder too, which is not used.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -176,7 +176,7 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
     """Plan how to load the decoder of a TAEHV file. Raises CheckpointError for any other file."""
     names = checkpoint.tensors
     if "decoder.3.conv.0.weight" not in names or "decoder.22.weight" not in names:
-        raise other_kind(checkpoint, "a TAEHV", "--preview_vae", FILES)
+        raise _other_kind(checkpoint)
     sources = {}
     for name, source in plain_sources(checkpoint).items():
         if name.startswith("decoder."):
@@ -187,22 +187,30 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
         """Return the channels that a convolution makes, and those that it takes."""
         shape = shape_of(f"decoder.{layer}.weight")
         if len(shape) != 4 or 0 in shape:
-            raise other_kind(checkpoint, "a TAEHV", "--preview_vae", FILES)
+            raise _other_kind(checkpoint)
         return shape[0], shape[1]
 
+    return LoadPlan(_read_config(sides), checkpoint, sources, ignore=("encoder.*",))
+
+
+def _other_kind(checkpoint: Checkpoint) -> CheckpointError:
+    return other_kind(checkpoint, "a TAEHV", "--preview_vae", FILES)
+
+
+def _read_config(sides: Callable[[str], tuple[int, int]]) -> TaehvConfig:
+    """Return the dimensions of a decoder. sides: output and input channels of a convolution."""
     later_widths = [sides(str(number + 5))[0] for number in STAGES]
     first_width, channels = sides("1")
     widths = (first_width, later_widths[0], later_widths[1], later_widths[2])
     grown = [sides(f"{number + 4}.conv")[0] for number in STAGES]
     strides = (grown[0] // widths[0], grown[1] // widths[1], grown[2] // widths[2])
     colours, _ = sides("22")
-    config = TaehvConfig(
+    return TaehvConfig(
         channels=channels,
         widths=widths,
         strides=strides,
         patch=max(1, round((colours / 3) ** 0.5)),
     )
-    return LoadPlan(config, checkpoint, sources, ignore=("encoder.*",))
 
 
 def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:
@@ -221,7 +229,7 @@ def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[Tae
         plan = replace(plan, config=config, sources=sources)
     size = config.patch * WIDENING
     stride = (config.frames, size, size)
-    if (config.channels, stride) == (latent.channels, latent.stride):
+    if config.channels == latent.channels and stride == latent.stride:
         return plan
     pixels = "{} x {} x {} (frames, height, width)"
     raise CheckpointError(

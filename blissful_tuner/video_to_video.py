@@ -21,14 +21,13 @@ from contract.family import Family
 from contract.requests import Prepared, Request, check_opens, count_frames_up_to
 from contract.rules import IMAGE, LATENTS, VIDEO, Source, SourceRules
 from modules.errors import CheckpointError, MediaError, OptionError
-from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, add_noise, make_schedule
+from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, make_schedule
 from modules.paths import explain_missing
 
 logger = logging.getLogger(__name__)
 
 # how much wider or narrower a stretched video may become before it is warned about
 UNSEEN = 1.05
-ROUNDING = 1e-6  # of a noise level in float32
 
 
 # before anything is loaded
@@ -40,23 +39,27 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
     Reads headers, and one frame of a video. Raises OptionError if the source does not exist or the family
     does not take it, MediaError or CheckpointError if it cannot be read.
     """
-    named = f"--{source.option} {source.path}"
+    named = _named(source)
     if source.option not in rules.takes:
         options = " or ".join(f"--{option}" for option in rules.takes)
         raise OptionError(f"{named}: {rules.who} does not take it. Use {options}")
     if not source.path.exists():
         raise OptionError(f"{named}: no such file or folder.{explain_missing(source.path)}")
     if source.option == LATENTS:
-        latent_frames = _load_saved_latents(source, rules, latent, only_shape=True).shape[2]
-        frames = (latent_frames - 1) * latent.stride[0] + 1
-        return request if request.frames is not None else replace(request, frames=frames)
-    check_opens(source.option, source.path, source.option == IMAGE)
-    if source.option == IMAGE and request.frames not in (None, 1):
+        saved = _load_saved_latents(source, rules, latent, only_shape=True)
+        if request.frames is not None:
+            return request
+        return replace(request, frames=(saved.shape[2] - 1) * latent.stride[0] + 1)
+    is_image = source.option == IMAGE
+    check_opens(source.option, source.path, is_image)
+    if not is_image:
+        return request
+    if request.frames not in (None, 1):
         raise OptionError(
             f"{named} and --video_length {request.frames}: one image is made from one image. Give "
             "--video_length 1, or a video to --video_path"
         )
-    return replace(request, frames=1) if source.option == IMAGE else request
+    return replace(request, frames=1)
 
 
 def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
@@ -67,8 +70,8 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
     """
     if prepared.joint is not None:
         raise OptionError(
-            f"--{source.option} {source.path}: a video that is made with its sound starts from noise. Make "
-            f"it without sound, or leave --{source.option} out"
+            f"{_named(source)}: a video that is made with its sound starts from noise. Make it without "
+            f"sound, or leave --{source.option} out"
         )
     if source.option == LATENTS:
         _check_latent_frames(prepared, source, family)
@@ -94,8 +97,8 @@ def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> 
     needed = family.latent.shape(prepared.frames, prepared.height, prepared.width)[2]
     if num_frames != needed:
         raise OptionError(
-            f"--{source.option} {source.path}: it has {num_frames} latent frames, the video asked for has "
-            f"{needed} ({prepared.frames} frames). Ask for the length that the file was made with: "
+            f"{_named(source)}: it has {num_frames} latent frames, the video asked for has {needed} "
+            f"({prepared.frames} frames). Ask for the length that the file was made with: "
             f"{(num_frames - 1) * family.latent.stride[0] + 1} frames"
         )
 
@@ -146,9 +149,14 @@ def first_step(source: Source, schedule: Schedule) -> int:
 
 def _too_short(source: Source, num_frames: int, needed: int) -> MediaError:
     return MediaError(
-        f"--{source.option} {source.path}: it has {num_frames} frames, {needed} are needed. Lower the "
-        "length, give a longer video, or repeat its last frame with --v2v_pad_mode end."
+        f"{_named(source)}: it has {num_frames} frames, {needed} are needed. Lower the length, give a longer "
+        "video, or repeat its last frame with --v2v_pad_mode end."
     )
+
+
+def _named(source: Source) -> str:
+    """Return the option and the path of a source, for messages."""
+    return f"--{source.option} {source.path}"
 
 
 # clean latents
@@ -232,32 +240,14 @@ def _load_saved_latents(
     model = saved.metadata.get("bt_model_type")
     if model is not None and model not in rules.latents_of:
         raise CheckpointError(
-            f"--{source.option} {source.path}: the latents were made by {model}, whose latents mean "
-            f"something else to {rules.who}. Decode them with that model's script, and give the video to "
-            "--video_path",
+            f"{_named(source)}: the latents were made by {model}, whose latents mean something else to "
+            f"{rules.who}. Decode them with that model's script, and give the video to --video_path",
             source.path,
         )
     if saved.latents.shape[1] != latent.channels:
         raise CheckpointError(
-            f"--{source.option} {source.path}: the latents have {saved.latents.shape[1]} channels, "
-            f"{rules.who} has {latent.channels}",
+            f"{_named(source)}: the latents have {saved.latents.shape[1]} channels, {rules.who} has "
+            f"{latent.channels}",
             source.path,
         )
     return saved.latents
-
-
-# the start of denoising
-
-
-def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -> Tensor:
-    """Mix clean latents with noise, both B C F H W, as the schedule does at this step.
-
-    A noise level within rounding of 1 gives pure noise.
-    """
-    if abs(1 - schedule.sigmas[step]) <= ROUNDING and schedule.alphas[step] <= ROUNDING:
-        return noise
-    sigmas, alphas = (
-        levels[step].float().expand(len(noise)).to(noise.device)
-        for levels in (schedule.sigmas, schedule.alphas)
-    )
-    return add_noise(source.float(), noise, sigmas, alphas)

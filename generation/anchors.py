@@ -8,10 +8,9 @@ import torch.nn.functional as functional
 from PIL import Image
 from torch import Tensor
 
-from blissful_tuner.video_to_video import noisy_source
 from contract.rules import ConsistencyRules
 from contract.steps import Section, StepDone
-from modules.flow.schedule import Schedule
+from modules.flow.schedule import Schedule, noisy_source
 
 
 def hold_masked(section: Section, latents: Tensor, schedule: Schedule, step: int) -> Tensor:

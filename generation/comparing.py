@@ -226,9 +226,10 @@ def make_variants(
     uses: by expert. Files at the same position in each expert's list share a column, named after the first.
     """
     variants = [Variant(WITHOUT, "", ((),) * len(experts), {})]
-    count = max(map(len, uses), default=0)
-    # by column: for each expert one file, or none
-    columns = [[expert_uses[index : index + 1] for expert_uses in uses] for index in range(count)]
+    num_columns = max(map(len, uses), default=0)
+    columns = []  # for each expert one file, or none
+    for index in range(num_columns):
+        columns.append([expert_uses[index : index + 1] for expert_uses in uses])
     paths = [_first_path(column) for column in columns]
     names = [path.stem for path in paths]
     for column, path in zip(columns, paths, strict=True):
@@ -421,19 +422,32 @@ def write_grid(
     """
     without_lora = variants[0]
     with_lora = variants[1:]
-    strengths = tuple(dict.fromkeys(variant.strength for variant in with_lora)) or ("",)
+    strengths = list(dict.fromkeys(variant.strength for variant in with_lora)) or [""]
     columns = tuple(dict.fromkeys(variant.column for variant in variants))
     by_place = {(variant.column, variant.strength): variant for variant in with_lora}
     rows: list[Row] = []
     for job, strength in product(jobs, strengths):
         row_variants = [by_place.get((column, strength), without_lora) for column in columns]
-        rows.append(_make_row(run.family.experts, job, strength, variants=row_variants, paths=paths))
-    # the trainings that saved the files: x for x-000010 and x-step00000020
-    trainings = dict.fromkeys(re.sub(r"-(step)?\d+$", "", name) for name in columns[1:])
-    title = in_short(jobs[0].prepared.asked.prompt) if len(jobs) == 1 else ", ".join(trainings)
+        row = _make_row(
+            run.family.experts,
+            job,
+            strength,
+            variants=row_variants,
+            paths=paths,
+        )
+        rows.append(row)
     folder = run.options.output.save_path
+    grid = ClipGrid(columns, tuple(rows))
     with own_stem(folder, f"compare_{datetime.now():%Y%m%d-%H%M%S}") as stem:
-        return write_grids(folder, stem, ClipGrid(columns, tuple(rows)), title)
+        return write_grids(folder, stem, grid, title=_make_title(jobs, names=columns[1:]))
+
+
+def _make_title(jobs: Sequence[GenerationJob], names: Sequence[str]) -> str:
+    """Return the only prompt, or the trainings that saved the files: x for x-000010 and x-step00000020."""
+    if len(jobs) == 1:
+        return in_short(jobs[0].prepared.asked.prompt)
+    trainings = [re.sub(r"-(step)?\d+$", "", name) for name in names]
+    return ", ".join(dict.fromkeys(trainings))
 
 
 def _make_row(

@@ -10,13 +10,13 @@ from torch import Tensor
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import RunPasses, run_passes
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
-from blissful_tuner.video_to_video import fit_frames, noisy_source
 from contract import steps
 from contract.data import Conditions
 from contract.family import Family, NoiseSource, Passes
 from contract.requests import Prepared
 from generation.anchors import hold_consistent, hold_masked
 from modules.devices import dtype_of, send, send_ahead
+from modules.flow.schedule import noisy_source
 from modules.flow.solvers import Solver, solver_for
 from modules.seeds import derive_seed
 
@@ -276,6 +276,8 @@ def sections_of(
         while True:
             section = replace(section, tweaks=section.tweaks.within(request_tweaks))
             if isinstance(source, Tensor):
+                from blissful_tuner.video_to_video import fit_frames  # only with a source
+
                 # behind the end of the video (the frame of an end image) it starts from the last frame
                 part = fit_frames(source[:, :, section.place :], section.noise.shape[2], "end")
                 section = replace(section, source=part)

@@ -204,12 +204,13 @@ def family_of(path: Path, families: Mapping[str, Sequence[str]]) -> str:
     metadata: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):  # an error is reported when it is read as a LoRA
         metadata = read_safetensors_texts(path)
-    description = " ".join(
-        metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")
-    )
+    keys = ("ss_base_model_version", "modelspec.architecture")
+    description = " ".join(metadata.get(key, "") for key in keys)
     words = re.sub(r"[^a-z0-9]", "", description.lower())
     letters = re.sub(r"\d", "", words)  # flux-1-kontext
-    family_by_model = {model: family for family, models in families.items() for model in (family, *models)}
+    family_by_model: dict[str, str] = {}
+    for family, models in families.items():
+        family_by_model |= dict.fromkeys((family, *models), family)
     for name in sorted(family_by_model, key=len, reverse=True):  # flux_kontext and flux_2 are no flux
         bare = name.replace("_", "")
         if bare in (letters if bare.isalpha() else words):

@@ -322,24 +322,31 @@ def read_generation(
         family_options = read_options(record, args)
     values = option_values(options) | option_values(family_options)
     values["post"] = options.post.tools and options.post.tools.in_words  # no folders
-    typed_flags = {
-        action.dest
-        for action in parser._actions
-        if getattr(args, action.dest, action.default) != action.default
-    }
     facts = facts_of(GenerationOptions) | facts_of(record)
     decoding_options = frozenset(
         name for name, option_facts in facts.items() if option_facts.items() >= OF_DECODING.items()
     )
-    # options that the metadata have elsewhere, or not at all
-    unrecorded = {
-        name for name, option_facts in facts.items() if option_facts.get("record") in {"request", "nothing"}
-    }
-    recorded = (typed_flags | ALWAYS_RECORDED) - unrecorded
+    recorded = _choose_recorded(parser, args, facts)
     settings = {name: value for name, value in values.items() if name in recorded}
     output = options.output.in_folder() if options.output.names_file else options.output
     options = replace(options, settings=settings, decoding_options=decoding_options, output=output)
     return options, family_options
+
+
+def _choose_recorded(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, facts: Mapping[str, Mapping[str, Any]]
+) -> set[str]:
+    """Return the options that metadata record: what was typed, without what they have elsewhere, or never."""
+    recorded = {
+        action.dest
+        for action in parser._actions
+        if getattr(args, action.dest, action.default) != action.default
+    }
+    recorded |= ALWAYS_RECORDED
+    for name, option_facts in facts.items():
+        if option_facts.get("record") in {"request", "nothing"}:
+            recorded.discard(name)
+    return recorded
 
 
 def generation_parser(description: str | None, defaults: ScriptDefaults) -> argparse.ArgumentParser:

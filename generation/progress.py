@@ -61,10 +61,12 @@ def show_start(
     first = requests[0]
     is_single = len(requests) == 1
     has_names = any(expert.name for expert in family.experts)
-    latents_size = as_size(FLOAT_BYTES * sum(_count_latents(family, request) for request in requests))
+    num_values = sum(_count_latents(family, request) for request in requests)
+    latents_size = as_size(FLOAT_BYTES * num_values)
     free = as_size(shutil.disk_usage(folder).free)
+    model_names = filter(None, map(family.metadata.get, NAMING))
     box: list[Row] = [
-        ("model", ", ".join(filter(None, map(family.metadata.get, NAMING)))),
+        ("model", ", ".join(model_names)),
         ("experts", "\n".join(experts_in_words(family)) if has_names else None),
         ("LoRAs", "\n".join(_loras_in_words(loras))),
         _results_in_words(requests),

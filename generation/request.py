@@ -14,7 +14,6 @@ from blissful_tuner.guidance import check_guidance, warn_of_low_scales
 from blissful_tuner.guidance_formulas import RunPasses, run_passes
 from blissful_tuner.metadata import output_metadata
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions, SteadierOptions
-from blissful_tuner.video_to_video import begin_late, check_source
 from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
 from contract.families import HIGH_NOISE
 from contract.family import Family
@@ -29,7 +28,6 @@ from generation.session import Session
 from modules.command import each_warning_once
 from modules.devices import Failures
 from modules.errors import CheckpointError, OptionError
-from modules.layers.rope import Slow
 from modules.option_values import SEED_BITS, to_path
 from modules.text_files import parse_json, texts_of_files
 
@@ -157,8 +155,9 @@ def _extra_settings(options: RequestOptions, line: Mapping[str, Any]) -> dict[st
 
 def _source(options: SourceOptions, line: Mapping[str, Any]) -> Source | None:
     """Return the source that the command line or a prompt line names. Raises OptionError for several."""
-    in_line = {name: line[name] for name in SOURCES if name in line}
-    paths = in_line or {name: getattr(options, name) for name in SOURCES}
+    paths = {name: line[name] for name in SOURCES if name in line}
+    if not paths:
+        paths = {name: getattr(options, name) for name in SOURCES}
     sources = {name: str(path) for name, path in paths.items() if path is not None and str(path) != ""}
     if "denoise" in line:
         check_share("--vd in a prompt line", line["denoise"])
@@ -194,11 +193,13 @@ def find_edit_loras(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
             tables = parse_json(metadata.get("ss_datasets", ""))
         except ValueError:
             continue
-        has_control = isinstance(tables, list) and all(
-            isinstance(table, dict) and table.get("has_control") is True for table in tables
-        )
-        if tables and has_control:
+        if isinstance(tables, list) and tables and all(map(_has_control, tables)):
             yield path, ""
+
+
+def _has_control(table: object) -> bool:
+    """Return whether all items of a table of `ss_datasets` had control media."""
+    return isinstance(table, dict) and table.get("has_control") is True
 
 
 def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[str, Any]) -> Prepared:
@@ -213,11 +214,15 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
         step_cache, settings = choose_step_cache(options.step_cache, overrides)
         request = replace(request, step_cache=step_cache, settings={**request.settings, **settings})
     if request.source is not None:
+        from blissful_tuner.video_to_video import check_source  # only with a source
+
         request = check_source(request, request.source, family.source, family.latent)
     prepared = family.prepare(request)
     if family.references is not None and not family.references.clips and not request.control_images:
         _warn_of_edit_loras(options.lora.lora_weight or ())
     if prepared.asked.source is not None:
+        from blissful_tuner.video_to_video import begin_late  # only with a source
+
         prepared = begin_late(prepared, prepared.asked.source, family)
     if options.prompts.prompt_weighting:
         from blissful_tuner.prompt_syntax import weigh_all  # only with --prompt_weighting
@@ -257,6 +262,8 @@ def _with_riflex(prepared: Prepared, options: SteadierOptions) -> Prepared:
             shortest,
         )
         return prepared
+    from modules.layers.rope import Slow  # only with --riflex_index
+
     # a frequency that the video needs slowed down to TURN * 2 pi / frames
     return replace(prepared, slow_frames=Slow(index - 1, prepared.frames / TURN))
 

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.metadata import frame_rate_in, read_decoded_metadata, seed_in
-from checkpoints.model_files import SavedLatents, load_latents
 from contract.data import MediaEncoders
 from contract.family import Family, hears_sound
 from contract.loading import Placement
-from generation.asking import line_reader, ring_after
 from generation.dressing import DitLoader, LorasByExpert, dit_loader, expert_loras, leave_out_missing
 from generation.experts import DitTurns
 from generation.making import decode, make_outputs, make_tracks
@@ -41,7 +39,8 @@ from running.dressing import have_joined, shared_blocks
 from running.offload.swap_plan import check_swap
 from running.planning.device_memory import room_on, too_little
 
-if TYPE_CHECKING:  # it is loaded only if LoRAs are for texts
+if TYPE_CHECKING:  # loaded only with --latent_path, or with LoRAs for texts
+    from checkpoints.model_files import SavedLatents
     from networks.text_loras import TextLoras
 
 logger = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
     failures.raise_if_any(len(paths))
 
 
-def _check_lengths(run: GenerationRun, files: Mapping[Path, SavedLatents]) -> None:
+def _check_lengths(run: GenerationRun, files: "Mapping[Path, SavedLatents]") -> None:
     """Raise OptionError if --post or the name of --save_path does not fit the frames of a latent file."""
     stride = run.family.latent.stride[0]
     frames = {path: (saved.latents.shape[2] - 1) * stride + 1 for path, saved in files.items()}
@@ -88,7 +87,7 @@ def _check_lengths(run: GenerationRun, files: Mapping[Path, SavedLatents]) -> No
 
 
 def _decode_file(
-    run: GenerationRun, encoders: MediaEncoders, path: Path, saved: SavedLatents, track: Track | None
+    run: GenerationRun, encoders: MediaEncoders, path: Path, saved: "SavedLatents", track: Track | None
 ) -> Path:
     """Decode one latent file and return the path of the result."""
     options = run.options
@@ -111,8 +110,10 @@ def _decode_file(
         )
 
 
-def check_latents(family: Family, path: Path) -> SavedLatents:
+def check_latents(family: Family, path: Path) -> "SavedLatents":
     """Load a latent file. Raises CheckpointError if it is not of this family's latent space."""
+    from checkpoints.model_files import load_latents  # only with --latent_path
+
     saved = load_latents(path)
     _, channels, latent_frames, rows, columns = saved.latents.shape
     if channels != family.latent.channels:
@@ -457,6 +458,8 @@ def make_lines(run: GenerationRun) -> None:
 
 def converse(run: GenerationRun) -> None:
     """Read prompts from the console until the end of input. Ctrl-C cancels the current prompt."""
+    from generation.asking import line_reader, ring_after  # only with --interactive
+
     remembers = run.options.remembers_lines
     ask = line_reader(
         ((letter, option.key) for letter, option in run.options.line_options.items()),

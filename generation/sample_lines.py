@@ -200,10 +200,7 @@ def read_all(entries: Iterable[Entry], read: Callable[[Entry], Made]) -> list[Ma
 
 def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
     """Return the values of a prompt's table by key, converted. Raises OptionError for wrong types."""
-    kinds: dict[str, type] = {
-        option.key: list if option.repeats else type(option.read("1")) for option in SAMPLE_OPTIONS.values()
-    }
-    kinds["prompt"] = str
+    kinds = _kinds_by_key()
     values: dict[str, Any] = {}
     for name, value in entry.items():
         key = name
@@ -213,7 +210,8 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
         if key != name and key in entry:
             continue
         if option is _SIZE:
-            values |= {side: number for side, number in _sides(value, where).items() if side not in entry}
+            sides = _sides(value, where)
+            values |= {side: number for side, number in sides.items() if side not in entry}
             continue
         if key not in kinds:
             hint = did_you_mean(key, kinds) or f" Known: {', '.join(sorted(kinds))}"
@@ -221,6 +219,15 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
             continue
         values[key] = _convert(key, value, kinds[key], where)
     return values
+
+
+def _kinds_by_key() -> dict[str, type]:
+    """Return the types of the values that a prompt's table may have."""
+    kinds: dict[str, type] = {}
+    for option in SAMPLE_OPTIONS.values():
+        kinds[option.key] = list if option.repeats else type(option.read("1"))
+    kinds["prompt"] = str
+    return kinds
 
 
 def _convert(key: str, value: Any, kind: type, where: str) -> Any:

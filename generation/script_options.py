@@ -331,12 +331,25 @@ class ScriptDefaults:
 
     def _settings(self, source_settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Return choices, helps and flags of options. source_settings: of options of video-to-video."""
+        settings = self._choices_and_helps()
+        if self.pictures:
+            settings["output_type"]["refused"] = dict.fromkeys(("video", "both"), NO_VIDEOS)
+        for name, about in self.by_model.items():
+            if about:
+                settings[name] = {"help": about}
+        with_flags = {}
+        for name, flags in self.spelled.items():
+            with_flags[name] = {**settings.get(name, {}), "flags": flags}
+        return {**settings, **source_settings, **with_flags}
+
+    def _choices_and_helps(self) -> dict[str, dict[str, Any]]:
+        """Return the settings of options that say what this script has of them."""
         output_types = ", ".join(f"{name} ({OUTPUT_TYPES[name]})" for name in self.output_types)
         solvers = ", ".join(f"{name} is {solver}" for name, solver in self.solver_names.items())
         preset = " ".join(as_typed(self.optimized, name) for name in self.optimized)
         lengths = f" of more than {self.riflex_beyond} frames" if self.riflex_beyond else ""
         height, width = self.size
-        settings: dict[str, dict[str, Any]] = {
+        return {
             "output_type": {
                 "choices": list(self.output_types),
                 "help": f"what to write: {output_types}",
@@ -350,15 +363,6 @@ class ScriptDefaults:
             "riflex_index": {"help": RIFLEX.format(lengths, self.riflex_frequencies)},
             "video_size": {"help": f"size in pixels; default {height} {width}"},
         }
-        if self.pictures:
-            settings["output_type"]["refused"] = dict.fromkeys(("video", "both"), NO_VIDEOS)
-        for name, about in self.by_model.items():
-            if about:
-                settings[name] = {"help": about}
-        with_flags = {}
-        for name, flags in self.spelled.items():
-            with_flags[name] = {**settings.get(name, {}), "flags": flags}
-        return {**settings, **source_settings, **with_flags}
 
     def _absent(self) -> list[str]:
         """Return the shared options that the script does not have."""

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from blissful_tuner.guidance import plan_steps
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
-from blissful_tuner.video_to_video import encode_source
 from checkpoints.finite import is_finite
 from contract.data import Conditions, MediaEncoders
 from contract.family import Family, HearsSound, TextEncoder, can_divide
@@ -47,6 +46,8 @@ def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -
     """
     inputs = dict(family.request_conditions(encoders, prepared))
     if prepared.asked.source is not None:
+        from blissful_tuner.video_to_video import encode_source  # only with a source
+
         inputs[0] = {**inputs.get(0, {}), SOURCE: encode_source(family, encoders, prepared)}
     return {section: conditions_to(conditions, CPU) for section, conditions in inputs.items()}
 

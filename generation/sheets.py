@@ -70,10 +70,12 @@ class ClipGrid:
 def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Path]:
     """Write `stem`.html with that title, .png and, unless all are pictures, .mp4; return the paths."""
     page, sheet, video = (folder / f"{stem}{suffix}" for suffix in (".html", ".png", ".mp4"))
-    prompts = [
-        {"rows": [(row, [*_cells(grid.columns, row, bool(index))]) for index, row in enumerate(rows)]}
-        for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.facts))
-    ]
+    prompts = []
+    for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.facts)):
+        rows_of_prompt = [
+            (row, list(_cells(grid.columns, row, is_lower=index > 0))) for index, row in enumerate(rows)
+        ]
+        prompts.append({"rows": rows_of_prompt})
     write_page(page, TEMPLATE, title, {"columns": grid.columns, "prompts": prompts})
     write_png(sheet, compose(grid, _middle_frames(grid)))
     if all(map(is_picture, grid.clips)):
@@ -87,7 +89,9 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
 
 
 def _cells(columns: Sequence[str], row: Row, is_lower: bool) -> Iterator[Mapping[str, str]]:
-    for column, path, command in [*zip(columns, row.paths, row.commands, strict=True)][is_lower:]:
+    """Yield the cells of a row on the page. is_lower: without the first, which the row above has."""
+    cells = list(zip(columns, row.paths, row.commands, strict=True))
+    for column, path, command in cells[1:] if is_lower else cells:
         assert path is not None  # a page shows finished comparisons only
         clip = embed_clip(list(frames_of(path)), row.fps, f"{column} {row.strength}: {row.prompt}")
         yield {"clip": clip, "file": path.name, "command": command}
@@ -136,22 +140,31 @@ def compose(grid: ClipGrid, frames: Sequence[Sequence[Frame | None]]) -> Frame:
     Frames may differ in size. A missing frame is an empty cell as large as the first existing frame.
     """
     sizes = _cell_sizes(grid, frames)
-    column_width = max(NARROWEST_COLUMN, *(width for row in sizes for width, _ in row))
-    row_heights = [max(height for _, height in row) for row in sizes]
-    top = HEAD if not grid.title else HEAD + LINE
-    sheet = _blank_sheet(column_width * len(grid.columns), top + sum(row_heights) + LINE * len(row_heights))
+    widths = [width for row in sizes for width, _ in row]
+    column_width = max(NARROWEST_COLUMN, *widths)
+    row_heights = [LINE + max(height for _, height in row) for row in sizes]
+    top = HEAD + LINE if grid.title else HEAD
+    sheet = _blank_sheet(column_width * len(grid.columns), top + sum(row_heights))
     pen = _Pen(ImageDraw.Draw(sheet), ImageFont.load_default(size=FONT_SIZE))
     pen.write((0, 0), grid.title, sheet.width)
-    for column, heading in enumerate(grid.columns):
-        pen.write((column * column_width, top - HEAD), heading, column_width)
+    left = 0
+    for heading in grid.columns:
+        pen.write((left, top - HEAD), heading, column_width)
+        left += column_width
     for row, row_frames, row_sizes, height in zip(grid.rows, frames, sizes, row_heights, strict=True):
         label = f"{row.strength} {row.prompt}".strip()
         pen.write((0, top), label, sheet.width)
         left = 0
         for frame, size in zip(row_frames, row_sizes, strict=True):
-            _draw_cell(sheet, pen, corner=(left, top + LINE), frame=frame, size=size)
+            _draw_cell(
+                sheet,
+                pen,
+                corner=(left, top + LINE),
+                frame=frame,
+                size=size,
+            )
             left += column_width
-        top += height + LINE
+        top += height
     return np.asarray(sheet)
 
 
@@ -252,7 +265,8 @@ def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -
     Rows and columns are labelled with the values of the axes; the prompt is the title, unless it is an axis.
     """
     output = run.options.output
-    first = cells[next(iter(paths))].prepared
+    first_place = next(iter(paths))
+    first = cells[first_place].prepared
     prompt = first.asked.prompt
     grid = _sheet_grid(run.options.axes, paths, prompt, first.fps)
     metadata = {} if output.no_metadata else _sheet_metadata(run, cells, paths)

@@ -98,9 +98,13 @@ class LocalModel:
     @torch.no_grad()
     def describe(self, batch: Sequence[Shown]) -> list[tuple[str, bool]]:
         """Return for each image or clip the model's answer, and whether it was cut off."""
-        texts = [self.message(prompt_for(place, self.ask), len(frames)) for place, frames in batch]
+        texts = []
+        for place, frames in batch:
+            prompt = prompt_for(place, self.ask)
+            texts.append(self.message(prompt, num_images=len(frames)))
         inputs = self._make_inputs(texts, [frames for _, frames in batch])
-        noise = RowNoise(self.ask.temperature, self.ask.seed, [place.name for place, _ in batch])
+        names = [place.name for place, _ in batch]
+        noise = RowNoise(self.ask.temperature, self.ask.seed, names)
         generated = self.model.generate(
             **inputs,
             max_new_tokens=self.ask.max_new_tokens,
@@ -117,8 +121,8 @@ class LocalModel:
         decoded = self.processor.tokenizer.batch_decode(answer_tokens, skip_special_tokens=True)
         end_tokens = self._end_tokens()
         answers = []
-        for prompt, answer, tokens in zip(texts, decoded, answer_tokens, strict=True):
-            if prompt.rstrip().endswith("<think>"):  # templates may begin the thought
+        for text, answer, tokens in zip(texts, decoded, answer_tokens, strict=True):
+            if text.rstrip().endswith("<think>"):  # templates may begin the thought
                 answer = f"<think>{answer}"
             was_cut = end_tokens.isdisjoint(tokens.tolist())
             answers.append((answer, was_cut))
@@ -148,19 +152,22 @@ class LocalModel:
         Raises OptionError if the template does not take the system prompt.
         """
         system = self.ask.system_prompt
-        content = [*[{"type": "image"}] * num_images, {"type": "text", "text": prompt}]
-        plain = getattr(self.processor, "image_token", "<image>") * num_images + "\n" + prompt
-        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if getattr(self.processor, "chat_template", None) is not None:
+        template = getattr(self.processor, "chat_template", None)
+        image_mark = getattr(self.processor, "image_token", "<image>")
+        plain = f"{image_mark * num_images}\n{prompt}"
+        turns: list[dict[str, Any]] = []
+        if template is not None:
             if system:
-                turns.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+                turns.append({"role": "system", "content": [{"type": "text", "text": system}]})
+            images: list[dict[str, str]] = [{"type": "image"}] * num_images
+            turns.append({"role": "user", "content": [*images, {"type": "text", "text": prompt}]})
         elif self.processor.tokenizer.chat_template is not None:  # of a model for texts: contents are texts
-            turns = [{"role": "system", "content": system}] if system else []
+            if system:
+                turns.append({"role": "system", "content": system})
             turns.append({"role": "user", "content": plain})
         else:
             return f"{system}\n{plain}" if system else plain
         try:
-            template = getattr(self.processor, "chat_template", None)
             return render_chat(self.processor.tokenizer, template, turns)
         except TemplateError as error:
             why = "; does it know system messages? Try without --system_prompt" if system else ""
@@ -203,10 +210,9 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     assert options.model is not None
     folder = find_model_folder("--model", options.model, FETCHED)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"--model {folder}: there is no config.json in this folder. Give the folder of a model as "
-            "transformers saves it.",
+        raise _unusable(
             folder,
+            "there is no config.json in this folder. Give the folder of a model as transformers saves it.",
         )
     import transformers  # only with --model
 
@@ -225,11 +231,8 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files raise errors of many libraries
-        raise CheckpointError(
-            f"--model {folder}: transformers cannot load it as a vision-language model: "
-            f"{shorten(str(error), 400)}",
-            folder,
-        ) from None
+        why = shorten(str(error), 400)
+        raise _unusable(folder, f"transformers cannot load it as a vision-language model: {why}") from None
     model.eval().requires_grad_(False)
     if dtype is None and device.type == "cpu":  # few CPUs are fast in 16 bits
         model.float()
@@ -255,12 +258,16 @@ def _load_processor(folder: Path, model_type: str) -> Any:
                 f"{' '.join(str(error).split())}"
             ) from None
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise CheckpointError(
-            f"--model {folder}: its processor takes no images. Give a vision-language model, with "
-            "preprocessor_config.json or processor_config.json.",
+        raise _unusable(
             folder,
+            "its processor takes no images. Give a vision-language model, with preprocessor_config.json or "
+            "processor_config.json.",
         )
     return processor
+
+
+def _unusable(folder: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"--model {folder}: {why}", folder)
 
 
 def _without_videos(folder: Path, model_type: str) -> Any:
@@ -298,10 +305,10 @@ def _load_network(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
     from transformers import AutoModelForImageTextToText
 
     if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(
-            f"--model {folder}: its weights are quantised, for which transformers may fetch code. Give the "
-            "model in 16 or 32 bits, or let a server run it: --api_base.",
+        raise _unusable(
             folder,
+            "its weights are quantised, for which transformers may fetch code. Give the model in 16 or 32 "
+            "bits, or let a server run it: --api_base.",
         )
     settings = {"config": config, "dtype": dtype or "auto", "use_safetensors": True, **LOCAL}
     try:

@@ -171,22 +171,27 @@ class CaptioningOptions(Options, title="what to do"):
     wording: WordingOptions
 
     def __post_init__(self) -> None:
-        if self.model.model is not None and self.api.api_base is not None:
+        has_model = self.model.model is not None
+        has_server = self.api.api_base is not None
+        if has_model and has_server:
             raise OptionError("--model and --api_base exclude each other: give one of the two")
-        for name in ("batch_size", "dtype", "device") if self.api.api_base is not None else ():
-            if getattr(self.model, name) is not None:
-                raise OptionError(f"--{name} is for --model: leave it out with --api_base")
-        is_made = self.model.model is not None or self.api.api_base is not None
-        if not self.edit_only and not self.dry_run and not is_made:
+        if has_server:
+            for name in ("batch_size", "dtype", "device"):
+                if getattr(self.model, name) is not None:
+                    raise OptionError(f"--{name} is for --model: leave it out with --api_base")
+        needs_neither = self.edit_only or self.dry_run
+        if not (needs_neither or has_model or has_server):
             raise OptionError(
                 "--model or --api_base is missing: give the folder of a model, or a server and --api_model. "
                 "--dry_run and --edit_only need neither"
             )
-        for name, group in (("model", self.model), ("api_base", self.api), ("prompt", self.ask)):
-            if self.edit_only and getattr(group, name) is not None:
-                raise OptionError(f"--edit_only makes no captions: leave out --{name}")
-        if self.edit_only and not self.wording.changes_something:
-            raise OptionError(
-                "--edit_only changes nothing by itself: add --replace, --replace_regex, --trigger_word, "
-                "--caption_prefix or --caption_suffix"
-            )
+        if self.edit_only:
+            making = {"model": has_model, "api_base": has_server, "prompt": self.ask.prompt is not None}
+            for name, is_given in making.items():
+                if is_given:
+                    raise OptionError(f"--edit_only makes no captions: leave out --{name}")
+            if not self.wording.changes_something:
+                raise OptionError(
+                    "--edit_only changes nothing by itself: add --replace, --replace_regex, --trigger_word, "
+                    "--caption_prefix or --caption_suffix"
+                )

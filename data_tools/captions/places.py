@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_tools.captions.options import CaptioningOptions
 from dataset.config import DatasetConfig, DatasetTable
@@ -63,7 +63,7 @@ class CaptionList:
         self.path, self._key = table.jsonl_file, table.path_key
         self._lines: list[str] = []
         self._numbers: dict[str, int] = {}  # path in the line -> its place
-        self._stamp: tuple[int, ...] = ()
+        self._stamp: _Stamp | None = None
         self._has_backup = False  # whether the state before this run is backed up
         self._read()
         self.entries: dict[Path, str] = {}  # of each source, its path as it stands in its line
@@ -81,7 +81,8 @@ class CaptionList:
         """
         waiting_lines: dict[str, dict[str, Any]] = {}  # by the path in the line
         # the last line may be unfinished, even within a letter
-        for text in waiting.read_bytes().decode("utf-8", "replace").split("\n"):
+        content = waiting.read_bytes().decode("utf-8", "replace")
+        for text in content.split("\n"):
             with contextlib.suppress(ValueError, LookupError, TypeError):
                 line = parse_json(text)
                 waiting_lines[line["path"]] = line
@@ -150,7 +151,8 @@ class CaptionList:
     def _replace_file(self, lines: Sequence[str]) -> None:
         """Write the list atomically. Raises _ListChanged if it has changed since it was read."""
         path = real_path(self.path)  # a link stays one
-        with atomic_path(path, self._stamp[1]) as temporary:
+        assert self._stamp is not None
+        with atomic_path(path, self._stamp.size_bytes) as temporary:
             temporary.write_bytes("".join(lines).encode("utf-8"))
             shutil.copymode(path, temporary)
             if _stamp_of(self.path) != self._stamp:
@@ -171,9 +173,16 @@ class _ListChanged(Exception):
     """The list has changed since it was read."""
 
 
-def _stamp_of(path: Path) -> tuple[int, int]:
+class _Stamp(NamedTuple):
+    """State of a file, which changes when it is written."""
+
+    mtime_ns: int
+    size_bytes: int
+
+
+def _stamp_of(path: Path) -> _Stamp:
     state = path.stat()
-    return state.st_mtime_ns, state.st_size
+    return _Stamp(state.st_mtime_ns, state.st_size)
 
 
 def _key_of(entry: str) -> str:

@@ -78,9 +78,7 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
     jobs, num_done = plan_captions(places, records, options)
     num_kept = len(places) - len(jobs) - num_done
     if options.dry_run:
-        lines = [f"{place.source.path} ({why}): {place}" for place, why in jobs.items()]
-        counts = f"{count_of(len(jobs), 'caption')} would be made, {num_kept} are kept"
-        _print([f"{counts}. Nothing is written.", *first_lines(lines, LISTED), *say_missing_keys(config)])
+        _print_jobs(config, jobs, num_kept)
         return
     _show_start(config, options, jobs, num_kept=num_kept, num_done=num_done)
     for text in say_missing_keys(config):
@@ -97,19 +95,28 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
         for record in replaced_records:
             record.end_pass()
     num_written = len(jobs) - len(failures) - num_changed
+    num_not_written = len(places) - len(jobs) + num_changed
     foreign = f"{num_changed} of them were written by somebody else meanwhile" if num_changed else None
     rows: list[Row] = [
-        ("captions", f"{num_written} written, {len(places) - len(jobs) + num_changed} kept"),
+        ("captions", f"{num_written} written, {num_not_written} kept"),
         ("kept", foreign),
         ("time", in_words(time.monotonic() - start)),
     ]
     show_box("Captioning is finished", rows)
     if failures:
-        raise DatasetError(
-            f"{len(failures)} of {len(jobs)} got no caption; all others are done:\n"
-            + "\n".join(first_lines(failures, LISTED))
-            + "\n  Repair or remove these files, or try other options, then run the same command again."
-        )
+        lines = [
+            f"{len(failures)} of {len(jobs)} got no caption; all others are done:",
+            *first_lines(failures, LISTED),
+            "  Repair or remove these files, or try other options, then run the same command again.",
+        ]
+        raise DatasetError("\n".join(lines))
+
+
+def _print_jobs(config: DatasetConfig, jobs: Mapping[CaptionPlace, str], num_kept: int) -> None:
+    """Print what would be captioned, for --dry_run."""
+    counts = f"{count_of(len(jobs), 'caption')} would be made, {num_kept} are kept"
+    lines = [f"{place.source.path} ({why}): {place}" for place, why in jobs.items()]
+    _print([f"{counts}. Nothing is written.", *first_lines(lines, LISTED), *say_missing_keys(config)])
 
 
 def _take_waiting(config: DatasetConfig) -> None:
@@ -129,8 +136,9 @@ def _show_start(
     num_done: int,
 ) -> None:
     """Show what is captioned with what. num_done: captions that an interrupted run has remade."""
-    api = options.api
-    engine = str(options.model.model) if api.api_base is None else f"{api.api_model} at {api.api_base}"
+    engine = str(options.model.model)
+    if options.api.api_base is not None:
+        engine = f"{options.api.api_model} at {options.api.api_base}"
     reasons = Counter(jobs.values())
     counts = [f"{len(jobs)} to make", f"{num_kept} kept"]
     if reasons[OURS]:
@@ -139,7 +147,11 @@ def _show_start(
         counts.append(f"{reasons[FOREIGN]} of these in place of hand-written ones, which become .bak")
     if num_done:
         counts.append(f"{num_done} made anew by the run before")
-    rows: list[Row] = [("data", str(config.path)), ("captions", ", ".join(counts)), ("made by", engine)]
+    rows: list[Row] = [
+        ("data", str(config.path)),
+        ("captions", ", ".join(counts)),
+        ("made by", engine),
+    ]
     show_box("Captioning", rows)
 
 
@@ -307,7 +319,8 @@ def _edit_line(
     """Return the edit of a line of a list; None if nothing changes. is_several: it may have "captions"."""
     old: dict[str, Any] = {}
     new: dict[str, Any] = {}
-    for key in ("caption", "captions") if is_several else ("caption",):
+    keys = ("caption", "captions") if is_several else ("caption",)
+    for key in keys:
         value = line.get(key)
         if value is None:
             continue
@@ -320,9 +333,13 @@ def _edit_line(
             new[key] = reworded
     if not new:
         return None
-    old_texts = _list_texts(old)
     new_texts = _list_texts(new)
-    return _Edit(place, "\n".join(old_texts), "\n".join(new_texts) if all(new_texts) else "", (old, new))
+    return _Edit(
+        place,
+        old="\n".join(_list_texts(old)),
+        new="\n".join(new_texts) if all(new_texts) else "",
+        change=(old, new),
+    )
 
 
 def _list_texts(values: Mapping[str, Any]) -> list[str]:

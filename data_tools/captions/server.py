@@ -29,6 +29,7 @@ from data_tools.captions.places import CaptionPlace
 from modules.control_codes import shorten
 from modules.errors import MediaError, OptionError, UserError
 from modules.limits import MAX_ANSWER_BYTES, MAX_WAIT_SECONDS
+from modules.media.reading import Frame
 from modules.text_files import parse_json
 
 logger = logging.getLogger(__name__)
@@ -162,10 +163,7 @@ class ApiServer:
         """Return the body of a request for a caption."""
         content: list[dict[str, Any]] = []
         for frame in frames:
-            file = io.BytesIO()
-            Image.fromarray(frame).save(file, "JPEG", quality=JPEG_QUALITY)
-            url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
-            content.append({"type": "image_url", "image_url": {"url": url}})
+            content.append({"type": "image_url", "image_url": {"url": _data_url(frame)}})
         content.append({"type": "text", "text": prompt})
         messages: list[dict[str, Any]] = []
         if self.ask.system_prompt:
@@ -183,8 +181,11 @@ class ApiServer:
 
     def _request(self, body: Mapping[str, Any]) -> str:
         """Request a caption once and return it. Raises _TryAgain if a retry may help, else as `describe`."""
-        renamed = {OTHER_NAMES[key] if key in self._replaced else key: value for key, value in body.items()}
-        parameters = {key: value for key, value in renamed.items() if key is not None}
+        parameters: dict[str, Any] = {}
+        for key, value in body.items():
+            name = OTHER_NAMES[key] if key in self._replaced else key
+            if name is not None:
+                parameters[name] = value
         try:
             status, wait, text = self._post(parameters)
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
@@ -196,8 +197,9 @@ class ApiServer:
         if status in RETRIED:
             raise _TryAgain(f"the server answers {status}: {message}", wait)
         if status in REFUSED:
-            key = f"check {KEY}" if self._key else f"set {KEY}"
-            remedy = "check --api_base and --api_model" if status == 404 else key
+            remedy = f"check {KEY}" if self._key else f"set {KEY}"
+            if status == 404:
+                remedy = "check --api_base and --api_model"
             raise UserError(
                 f"{self._address} answers {status}, {REFUSED[status]}: {message}. "
                 f"Give what it wants: {remedy}."
@@ -292,6 +294,14 @@ class ApiServer:
         if self._key:
             text = text.replace(self._key, "(the key)")
         return shorten(" ".join(text.split()), 300)
+
+
+def _data_url(frame: Frame) -> str:
+    """Return a frame as an address that holds it as a JPEG."""
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=JPEG_QUALITY)
+    encoded = base64.b64encode(file.getvalue()).decode("ascii")
+    return f"data:image/jpeg;base64,{encoded}"
 
 
 def _error_text(text: str) -> str:

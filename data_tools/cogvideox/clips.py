@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from modules.text_files import parse_json, read_text
 
 T = TypeVar("T")
 Clip = NDArray[np.uint8]  # F H W 3
-Draws = tuple[tuple[float, float], bool]  # (left, top) of the crop in 0..1, and whether to mirror
+
 MOST_WAITING = 1 << 29  # bytes of frames that wait for a full batch
 IMAGES, VIDEOS, PROMPTS = "images", "videos", "prompts"
 FOLDERS = (IMAGES, IMAGE_MOMENTS, VIDEOS, MOMENTS, PROMPTS, EMBEDS)
@@ -56,6 +56,13 @@ KEYS = {
     "video": VIDEOS,
     "video_latent": MOMENTS,
 }
+
+
+class Draws(NamedTuple):
+    """Random choices for a clip."""
+
+    place: tuple[float, float]  # left and top of the crop, in 0..1
+    is_flipped: bool
 
 
 @dataclass(frozen=True)
@@ -331,7 +338,8 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
     decoding. Raises MediaError if the clip cannot be read or is too short.
     """
     chance = random.Random(derive_seed(options.seed, "prepare", name))
-    draws = (chance.random(), chance.random()), chance.random() < (options.random_flip or 0.0)
+    place = (chance.random(), chance.random())
+    draws = Draws(place, is_flipped=chance.random() < (options.random_flip or 0.0))
     size: Size | None = None
 
     def choose(available: int) -> range:
@@ -341,7 +349,8 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
                 f"{path} has {available} frames, the smallest of --frame_buckets is "
                 f"{min(options.frame_buckets)}"
             )
-        return range(0, available // count * count, available // count)
+        step = available // count
+        return range(0, step * count, step)
 
     def shape(frame: Frame) -> Frame:
         nonlocal size
@@ -372,9 +381,9 @@ def choose_size(size: Size, heights: Sequence[int], widths: Sequence[int]) -> Si
 
 def shape_frame(frame: Frame, size: Size, options: ShapeOptions, draws: Draws) -> Frame:
     """Resize, crop and mirror a frame H W 3 to a size, as the options say."""
-    place, is_flipped = draws
     if options.video_reshape_mode is None:
         frame = resize_stretched(frame, size)
     else:
-        frame = resize_cover(frame, size, place=None if options.video_reshape_mode == "center" else place)
-    return np.ascontiguousarray(frame[:, ::-1]) if is_flipped else frame
+        is_centred = options.video_reshape_mode == "center"
+        frame = resize_cover(frame, size, place=None if is_centred else draws.place)
+    return np.ascontiguousarray(frame[:, ::-1]) if draws.is_flipped else frame

@@ -76,18 +76,20 @@ def find_maker(options: EncodingOptions) -> PipelineNetworks:
     hint = "Give the folder of a diffusers pipeline, with vae, text_encoder and tokenizer."
     if not (folder / "text_encoder").is_dir():
         raise CheckpointError(f"--model_id {folder} has no folder text_encoder. {hint}", folder)
-    path = folder / "vae" / "config.json"
+    config_path = folder / "vae" / "config.json"
     try:
-        name = str(parse_json(read_text(path))["_class_name"])
+        config = parse_json(read_text(config_path))
+        vae_class = str(config["_class_name"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"{path} does not say what the VAE is ({type(error).__name__}: {error})"
-        raise CheckpointError(f"--model_id {folder}: {why}. {hint}", path) from error
-    if name == COGVIDEOX:
+        why = f"{config_path} does not say what the VAE is ({type(error).__name__}: {error})"
+        raise CheckpointError(f"--model_id {folder}: {why}. {hint}", config_path) from error
+    if vae_class == COGVIDEOX:
         return make_cogvideox(folder, options)
-    if name not in KNOWN:
+    if vae_class not in KNOWN:
         names = ", ".join((*KNOWN, COGVIDEOX))
-        raise CheckpointError(f"--model_id {options.model_id}: its VAE is {name}; known are {names}", folder)
-    family, texts, tokens = KNOWN[name]
+        text = f"--model_id {options.model_id}: its VAE is {vae_class}; known are {names}"
+        raise CheckpointError(text, folder)
+    family, texts, tokens = KNOWN[vae_class]
     if options.max_sequence_length != MAX_TOKENS:
         raise OptionError(
             f"--max_sequence_length {options.max_sequence_length}: {tokens}. Leave the option out."
@@ -102,16 +104,15 @@ def _make_of_family(
     entry = FAMILIES[name]
     dtype = dtype_name(DTYPES[options.dtype])
     words = ["--vae", str(folder / "vae"), "--vae_dtype", dtype]
-    words += ["--vae_tiling"] if options.use_tiling else []
+    if options.use_tiling:
+        words.append("--vae_tiling")
     media = entry.make_family(
         "latent_caching", *parse_options(None, words, entry.options_record("LatentCaching"))
     )
-    words = [
-        word
-        for part, option in texts.items()
-        if part.startswith("text") or (folder / part).exists()
-        for word in (option, str(folder / part))
-    ]
+    words = []
+    for part, option in texts.items():
+        if part.startswith("text") or (folder / part).exists():
+            words += [option, str(folder / part)]
     texts_of = entry.make_family(
         "text_caching", *parse_options(None, words, entry.options_record("TextCaching"))
     )

@@ -113,9 +113,7 @@ def _find_work(
 
 
 def _is_complete(item: clips.PreparedItem, options: PrepareOptions, maker: PipelineNetworks | None) -> bool:
-    saves_latents = maker is not None
-    saves_images = options.encoding.save_image_latents
-    return item.has_texts(saves_latents) and item.has_media(saves_latents, saves_images)
+    return _find_work([item], options, maker).num_items == 0
 
 
 def _write_lists(items: Sequence[clips.PreparedItem], folder: Path) -> None:
@@ -137,8 +135,9 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
         wrong = [str(side) for side in getattr(shape, name) if side % step]
         if wrong:
             raise OptionError(f"--{name} {', '.join(wrong)}: the model takes multiples of {step}")
-    rounded = tuple(dict.fromkeys(maker.usable_frames(frames) for frames in shape.frame_buckets))
-    if rounded != tuple(dict.fromkeys(shape.frame_buckets)):
+    distinct = tuple(dict.fromkeys(shape.frame_buckets))
+    rounded = tuple(dict.fromkeys(map(maker.usable_frames, shape.frame_buckets)))
+    if rounded != distinct:
         logger.warning(
             "--frame_buckets %s become %s, which the VAE takes",
             " ".join(map(str, shape.frame_buckets)),
@@ -149,10 +148,10 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
 
 def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
     """Record the settings of the folder. Raises OptionError if it was begun with others."""
-    settings: dict[str, Any] = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(options.shape).items()
-    }
+    settings = dataclasses.asdict(options.shape)
+    for name, value in settings.items():
+        if isinstance(value, tuple):
+            settings[name] = list(value)  # as JSON has it
     earlier = read_prepared(options.output_dir)
     now = PreparedFolder(None, {}, settings)
     if maker is not None:
@@ -170,8 +169,9 @@ def _settle(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
             )
     write_prepared(options.output_dir, now)
     for name in clips.FOLDERS:  # left by killed runs; no other process has begun
-        if (options.output_dir / name).is_dir():
-            remove_leftovers(options.output_dir / name, lambda _: True, older_seconds=0)
+        folder = options.output_dir / name
+        if folder.is_dir():
+            remove_leftovers(folder, lambda _: True, older_seconds=0)
 
 
 def _describe_model(folder: PreparedFolder) -> dict[str, Any]:

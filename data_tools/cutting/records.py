@@ -192,7 +192,8 @@ class ClipList:
                     is_listed = facts["video_path"] in listed_paths
                     if not is_listed and (is_new or (self._output / clip.name).exists()):
                         lines.append(json.dumps(facts, ensure_ascii=False))
-            write_bytes(self._path, "".join(f"{line}\n" for line in lines).encode("utf-8"))
+            content = "".join(f"{line}\n" for line in lines)
+            write_bytes(self._path, content.encode("utf-8"))
             for record, _ in self._unlisted:
                 lists = tuple(dict.fromkeys([*record.lists, str(self._path)]))
                 write_record(self._output, replace(record, lists=lists))

@@ -88,23 +88,29 @@ def cut_footage(options: CuttingOptions) -> None:
     try:
         for source, result in _cut_all(jobs, shop, failures):
             results.append(result)
+            words = f"{source}: {_in_words(result.clips)}"
             if result.record is None:
-                lines = [f"{source}: {_in_words(result.clips)}", *map(_scene_line, result.clips)]
+                lines = [words, *map(_scene_line, result.clips)]
                 sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
                 continue
             if result.is_new:
-                logger.info("%s: %s", source, _in_words(result.clips))
+                logger.info("%s", words)
             clip_list.add(result.record, result.is_new)
     finally:
         clip_list.write()
     if results and not options.dry_run:
         _show_results(results, list_path, seconds=time.monotonic() - started)
-    if len(failures) == len(sources) == 1:
+    if failures:
+        _raise_failures(failures, len(sources))
+
+
+def _raise_failures(failures: Sequence[tuple[Path, Exception]], num_sources: int) -> None:
+    """Raise DatasetError for the sources that could not be cut; for a single source its own error."""
+    if num_sources == 1:
         _, error = failures[0]
         raise error if isinstance(error, UserError) else DatasetError(str(error)) from error
-    if failures:
-        sources_failed = [Failure(path, str(error), 0, path.stem) for path, error in failures]
-        raise failure_error(sources_failed, count_of(len(sources), "video"))
+    failed_sources = [Failure(path, str(error), 0, path.stem) for path, error in failures]
+    raise failure_error(failed_sources, count_of(num_sources, "video"))
 
 
 def _plan_jobs(stems: Mapping[Path, str], records: Mapping[str, CutRecord]) -> list[CuttingJob]:
@@ -192,12 +198,8 @@ class Workshop:
         path = job.source
         record = job.record
         why = "" if record is None else record.changes(path, self.options)
-        if record is not None and record.is_done and not why:
-            return CutResult(record, (), is_new=False)
-        if record is not None and not why:
-            clips: Sequence[PlannedClip] = [written.clip for written in record.clips]
-            logger.info("%s: continuing where the last run ended", path)
-        else:
+        clips: Sequence[PlannedClip]
+        if record is None or why:
             if record is not None:
                 self._check_untouched(path, record, why)
                 logger.warning("%s is cut anew: %s", path, why)
@@ -206,16 +208,25 @@ class Workshop:
             if self.options.dry_run:
                 return CutResult(None, clips)
             record = self._begin(job, look, clips, why)
+        elif record.is_done:
+            return CutResult(record, (), is_new=False)
+        else:
+            clips = [written.clip for written in record.clips]
+            logger.info("%s: continuing where the last run ended", path)
         num_written = self._write_clips(path, record)
         if not record.is_of(path):
             raise MediaError(f"{path} has changed while it was cut. Run the same command again.")
-        done = []
+        return CutResult(self._finish(record), clips, written=num_written)
+
+    def _finish(self, record: CutRecord) -> CutRecord:
+        """Record that all clips of a source are written, with their sizes; return the record."""
+        clips = []
         for clip in record.clips:
             size_bytes = (self.output / clip.name).stat().st_size
-            done.append(replace(clip, size_bytes=size_bytes))
-        record = replace(record, clips=tuple(done), is_done=True)
+            clips.append(replace(clip, size_bytes=size_bytes))
+        record = replace(record, clips=tuple(clips), is_done=True)
         write_record(self.output, record)
-        return CutResult(record, clips, written=num_written)
+        return record
 
     def _look_at(self, path: Path) -> VideoLook:
         """Read all pictures of a video once."""
@@ -336,7 +347,8 @@ def _cut_all(
     """Yield each source and its result, in order; add errors to `failures`, logging those of several jobs."""
     pool = ThreadPoolExecutor(shop.options.num_workers, thread_name_prefix="cut")
     try:
-        for job, future in [(job, pool.submit(shop.cut, job)) for job in jobs]:
+        futures = [pool.submit(shop.cut, job) for job in jobs]
+        for job, future in zip(jobs, futures, strict=True):
             while not future.done():
                 wait([future], WAIT_SECONDS)
             error = future.exception()

@@ -3,7 +3,7 @@
 import importlib
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
@@ -64,7 +64,7 @@ class PySceneDetect:
         # times at an even rate encode the numbers of the pictures, whatever the file's times are
         self._time = lambda number: package.FrameTimecode(number, rate)
         self._count = 0
-        self._found: list[Any] = []
+        self._cuts: list[Any] = []
 
     def see(self, pixels: Pixels) -> None:
         """Look at the next picture, H W 3."""
@@ -72,13 +72,20 @@ class PySceneDetect:
         size = max(1, round(pixels.shape[1] * factor)), max(1, round(pixels.shape[0] * factor))
         small = cv2.resize(in_eight_bits(pixels), size, interpolation=cv2.INTER_AREA)
         blue_first = np.ascontiguousarray(small[..., ::-1])
-        self._found += self._detector.process_frame(self._time(self._count), blue_first)
+        self._cuts += self._detector.process_frame(self._time(self._count), blue_first)
         self._count += 1
 
     def changes(self) -> list[SceneChange]:
         if self._count:
-            self._found += self._detector.post_process(self._time(self._count - 1))
-        return [(number, number) for number in sorted({int(time.frame_num) for time in self._found})]
+            self._cuts += self._detector.post_process(self._time(self._count - 1))
+        return [(number, number) for number in sorted({int(time.frame_num) for time in self._cuts})]
+
+
+class _Jump(NamedTuple):
+    """A picture that differs from the one before it: a cut, or the start of a flash."""
+
+    number: int
+    before: Thumbnail
 
 
 class OwnDetector:
@@ -97,10 +104,10 @@ class OwnDetector:
         self._plain = max(2, round(rate * PLAIN_SECONDS))
         self._count = 0
         self._before: Thumbnail | None = None
-        self._jump: tuple[int, Thumbnail] | None = None  # possible flash; the picture before it
+        self._jump: _Jump | None = None  # possible flash
         self._structured: Thumbnail | None = None  # the last picture that was not plain
         self._plain_since: int | None = None
-        self._found: list[SceneChange] = []
+        self._changes: list[SceneChange] = []
         self._dissolves = _Dissolves(threshold, rate)
 
     def see(self, pixels: Pixels) -> None:
@@ -109,23 +116,27 @@ class OwnDetector:
         number = self._count
         self._count += 1
         is_break = self._see_plain(now, number)
-        if self._before is not None and scene_distance(self._before, now, self._threshold) >= self._threshold:
+        before = self._before
+        jump = self._jump
+        if before is not None and self._differ(before, now):
             is_break = True
-            jump = self._jump
             is_flash = (
                 jump is not None
-                and number - jump[0] <= self._flash
-                and scene_distance(jump[1], now, self._threshold) < self._threshold
+                and number - jump.number <= self._flash
+                and not self._differ(jump.before, now)
             )
             if is_flash:
                 self._jump = None  # the scene goes on
             else:
                 self._confirm()
-                self._jump = number, self._before
-        elif self._jump is not None and number - self._jump[0] > self._flash:
+                self._jump = _Jump(number, before)
+        elif jump is not None and number - jump.number > self._flash:
             self._confirm()
         self._before = now
         self._dissolves.see(now, number, is_break)
+
+    def _differ(self, first: Thumbnail, second: Thumbnail) -> bool:
+        return scene_distance(first, second, self._threshold) >= self._threshold
 
     def changes(self) -> list[SceneChange]:
         """Return the changes, in order, after the last picture."""
@@ -133,7 +144,7 @@ class OwnDetector:
         if self._plain_since is not None:
             self._end_plain(self._count, is_other=True)
         joined: list[SceneChange] = []
-        for begin, end in sorted({*self._found, *self._dissolves.found}):
+        for begin, end in sorted({*self._changes, *self._dissolves.changes}):
             if joined and begin < joined[-1][1]:  # they overlap
                 begin, last = joined.pop()
                 end = max(last, end)
@@ -142,7 +153,7 @@ class OwnDetector:
 
     def _confirm(self) -> None:
         if self._jump is not None:
-            self._found.append((self._jump[0], self._jump[0]))
+            self._changes.append((self._jump.number, self._jump.number))
         self._jump = None
 
     def _see_plain(self, now: Thumbnail, number: int) -> bool:
@@ -166,7 +177,7 @@ class OwnDetector:
         assert begin is not None
         if is_other or end - begin >= self._plain:
             # becomes a scene, which is usually too short for a clip, or black
-            self._found += [(begin, begin), (end, end)]
+            self._changes += [(begin, begin), (end, end)]
 
 
 class _Dissolves:
@@ -185,7 +196,7 @@ class _Dissolves:
         self._pictures: deque[Thumbnail] = deque(maxlen=most)
         self._variances: deque[float] = deque(maxlen=most)
         self._last_break = -1
-        self.found: list[SceneChange] = []  # those of one dissolve overlap
+        self.changes: list[SceneChange] = []  # those of one dissolve overlap
 
     def see(self, now: Thumbnail, number: int, is_break: bool) -> None:
         """Look at picture `number`. is_break: it follows a cut, or has one colour."""
@@ -211,7 +222,7 @@ class _Dissolves:
         if distance < self._threshold:
             return
         mixed = [place for place, share in enumerate(shares) if BEGUN < share < 1 - BEGUN]
-        self.found.append((first + mixed[0], first + mixed[-1] + 1))
+        self.changes.append((first + mixed[0], first + mixed[-1] + 1))
 
     def _loses_contrast(self, offset: int, reach: int) -> bool:
         """Return whether the variances from `offset` on are low enough between the ends."""

@@ -85,10 +85,10 @@ def check_script(family: Caches, config: DatasetConfig, options: CachingOptions,
     )
     if not of_texts:
         result = replace(result, counters=TOKENS_ELSEWHERE)
-    return tell_check(result, family, config, page=options.page, workers=workers)
+    return print_check(result, family, config, page=options.page, workers=workers)
 
 
-def tell_check(
+def print_check(
     result: CheckResult,
     family: Described,
     config: DatasetConfig,
@@ -183,9 +183,12 @@ def check_caching(
         tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
     hold_back(tables, *validation)
     balance(tables)
-    head = (RECOGNISED, *indent([*identified.lines, *counters.missing]))
-    tail = (_describe_training(tables),) if scope.media else ()
-    return CheckResult(head, tuple(tables), tail, counters)
+    return CheckResult(
+        head=(RECOGNISED, *indent([*identified.lines, *counters.missing])),
+        tables=tuple(tables),
+        tail=(_describe_training(tables),) if scope.media else (),
+        counters=counters,
+    )
 
 
 def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, scope: _Scope) -> Recipe:
@@ -296,7 +299,7 @@ def _check_table_sound(
     """Add the findings about the sound of a table's clips. plans: of their latents."""
     table = findings.table
     work = SoundWork(family, [table], recipe.stores, torch.device("cpu"))
-    sound = check_sound(table, plans, work, fps=recipe.fps, workers=workers)
+    sound = check_sound(table, plans, work, workers)
     findings.caches += sound.lines
     findings.faults += sound.faults
     findings.remarks += sound.remarks
@@ -337,8 +340,9 @@ def _plan_sources(
     planned, unreadable = plan_all(findings.sources, {table.index: existing}, recipe, workers)
 
     def plan_decoded(plan: SourcePlan) -> SourcePlan:
-        media = decode_source(plan.source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
-        planning = Planning(plan.source, existing.of(plan.source.stem), recipe)
+        source = plan.source
+        media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+        planning = Planning(source, existing.of(source.stem), recipe)
         compared = planning.compare(media.size, media.spans, len(media.frames), media.reason)
         changes = () if media.clip is None else media.clip.size_changes
         return replace(compared, size_changes=changes)
@@ -440,8 +444,10 @@ def check_training(
         is_held_back = ", for validation" if table.validation else ""
         findings.title = f"{table.name}: {len(items)} cached items{is_held_back}"
         tables.append(findings)
-    if cached.items and learn_no_references(cached.items, stores_for(cached.items[0], latent)):
-        tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
+    if cached.items:
+        stores = stores_for(cached.items[0], latent)
+        if learn_no_references(cached.items, stores):
+            tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
     trained, held_back = split_validation(cached.items, *validation)
     hold_back(tables, *validation)
     tail = [_describe_epoch(trained, batches_per_step=accumulation * processes)]

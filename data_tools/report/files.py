@@ -119,10 +119,9 @@ def _compare_caches(
         store = stores.of(findings.table)
         names = store.names()
     except (DatasetError, CacheError) as error:
-        return {stem: {"": dict.fromkeys((MEDIA, TEXT), (UNKNOWN, str(error)))} for stem in states}
-    matches = [match for name in names if (match := _TAG.search(name))]
-    tags = {match[1] or match[2] for match in matches}
-    for tag in sorted(tags):
+        unknown = (UNKNOWN, str(error))
+        return {stem: {"": {MEDIA: unknown, TEXT: unknown}} for stem in states}
+    for tag in _find_tags(names):
         media = _compare_media(findings, tag, names, stores=stores, fps=fps, latent=latent, workers=workers)
         texts = _compare_texts(findings.sources, tag, store, stores=stores, workers=workers)
         for stem, states_of_stem in states.items():
@@ -131,6 +130,16 @@ def _compare_caches(
                 TEXT: texts.get(stem, (MISSING, "")),
             }
     return states
+
+
+def _find_tags(names: Iterable[str]) -> list[str]:
+    """Return the tags of the models that these cache files are of, sorted."""
+    tags = set()
+    for name in names:
+        match = _TAG.search(name)
+        if match is not None:
+            tags.add(match[1] or match[2])
+    return sorted(tags)
 
 
 def _compare_media(
@@ -150,10 +159,11 @@ def _compare_media(
         return {}
     record = _first_record(store, [name for name, *_ in caches[:FIRST]])
     # the number of sections into which a model cuts a length shows in the files of its items
-    num_files = Counter(
-        (stem, name.span) for _, stem, name in caches if name.span is not None and name.section is not None
-    )
-    sections = {span[1]: count for (_, span), count in num_files.items() if span is not None}
+    num_files: Counter[tuple[str, tuple[int, int]]] = Counter()
+    for _, stem, name in caches:
+        if name.span is not None and name.section is not None:
+            num_files[stem, name.span] += 1
+    sections = {length: count for (_, (_, length)), count in num_files.items()}
     options = {} if record is None else record.options
     recipe = Recipe(
         tag=tag,

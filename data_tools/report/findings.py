@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from contract.family import TextEncoder
 from contract.rules import CountTokens, TokenCount
@@ -32,6 +33,15 @@ BACKUP = ".bak"  # behind the name of a caption that is rewritten
 LISTED = 50  # most lines of one kind
 UNUSABLE = "tables cannot be used"
 NO_CAPTION = "have no caption"
+
+
+class BucketRow(NamedTuple):
+    """Numbers of a bucket of a table."""
+
+    bucket: tuple[int, ...]
+    items: int
+    batches: int  # of an epoch
+    last_batch: int  # items in it
 
 
 @dataclass
@@ -73,14 +83,15 @@ class TableFindings:
     def num_items(self) -> int:
         return self.buckets.total()
 
-    def bucket_rows(self) -> list[tuple[tuple[int, ...], int, int, int]]:
-        """Return (bucket, items, batches in an epoch, items in the last batch) of each bucket, ascending."""
-        size = self.table.batch_size
+    def bucket_rows(self) -> list[BucketRow]:
+        """Return the items and batches of each bucket, ascending."""
+        batch_size = self.table.batch_size
         rows = []
-        for bucket, count in sorted(self.buckets.items()):
-            shown = round(count * self.table.num_repeats * self.times)
-            batches = -(-shown // size)
-            rows.append((bucket, count, batches, shown - (batches - 1) * size if shown else size))
+        for bucket, num_items in sorted(self.buckets.items()):
+            num_shown = round(num_items * self.table.num_repeats * self.times)
+            num_batches = -(-num_shown // batch_size)
+            last_batch = num_shown - (num_batches - 1) * batch_size if num_shown else batch_size
+            rows.append(BucketRow(bucket, num_items, num_batches, last_batch))
         return rows
 
     def lines(self) -> list[str]:
@@ -89,10 +100,11 @@ class TableFindings:
         repeats = self.table.num_repeats * self.times
         times = str(int(repeats)) if repeats == int(repeats) else f"{repeats:.1f}"
         lines = []
-        for bucket, count, batches, last in self.bucket_rows():
-            remainder = f" (the last has {last})" if last < size else ""
-            of_size = f"{count_of(batches, 'batch')} of {size}{remainder}"
-            lines.append(f"{self._bucket_in_words(bucket)}: {count_of(count, 'item')} x {times}, {of_size}")
+        for row in self.bucket_rows():
+            remainder = f" (the last has {row.last_batch})" if row.last_batch < size else ""
+            batches = f"{count_of(row.batches, 'batch')} of {size}{remainder}"
+            items = f"{count_of(row.items, 'item')} x {times}"
+            lines.append(f"{self._bucket_in_words(row.bucket)}: {items}, {batches}")
         faults = list_faults([*self.faults, *self.remarks], LISTED)
         return [self.title, *indent([*lines, *self.caches, *faults])]
 
@@ -364,21 +376,21 @@ def _repair_caption(path: Path, guess: EncodingGuess | None, converted: list[str
     if guess is None or bad_character(guess.text):
         left.append(f"  {path}: left as it is, it is no text in that encoding")
         return
-    words = " ".join(guess.text.split())[:SHOWN]
+    start = " ".join(guess.text.split())[:SHOWN]
+    backup = path.with_name(path.name + BACKUP)
     if not guess.is_sure:
         left.append(
-            f"  {path}: left as it is, it may be {guess.name}: {words!r}. If that is right, name it: "
+            f"  {path}: left as it is, it may be {guess.name}: {start!r}. If that is right, name it: "
             f"--repair_captions {guess.encoding}"
         )
         return
-    backup = path.with_name(path.name + BACKUP)
     if backup.exists():
         left.append(f"  {path}: left as it is, {backup.name} is there already; move it away")
         return
     # the backup first, so that the old text is never lost
     write_bytes(backup, read_content(path, MAX_CAPTION_BYTES))
     write_text(path, guess.text.removeprefix("\ufeff"))
-    converted.append(f"  {path}: was {guess.name}, now UTF-8: {words!r}")
+    converted.append(f"  {path}: was {guess.name}, now UTF-8: {start!r}")
 
 
 def _decode(path: Path, encoding: str) -> EncodingGuess | None:

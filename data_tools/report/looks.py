@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -39,6 +39,8 @@ from modules.media.measures import (
 )
 from modules.media.reading import Frame, FrameSizes, read_image, video_info
 from modules.pages.page import embed_picture
+
+T = TypeVar("T")
 
 MOST_FRAMES = 12  # frames of a clip that are measured or shown
 GAP = 4  # pixels between frames
@@ -121,26 +123,40 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
 
     def reduce(frame: Frame) -> Frame:
         nonlocal size
-        height, width = frame.shape[:2]
         if size is None:
-            factor = min(1.0, SHARP_SIDE / max(height, width))
-            size = (max(1, round(width * factor)), max(1, round(height * factor)))
-        if (width, height) == size:
+            size = _measured_size(frame)
+        if (frame.shape[1], frame.shape[0]) == size:
             return frame
         return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
 
     sample = EvenFrames(reduce)
     facts = _look_over(source, fps, latent, sample.add)
-    if "problem" not in facts and (source.control or source.mask_from is not None):
+    has_companions = bool(source.control) or source.mask_from is not None
+    if has_companions and "problem" not in facts:
         try:
-            decode_source(source, fps, latent.pixel_step, latent.frame_step, keeps_alpha=latent.masks_latents)
+            decode_source(
+                source,
+                fps,
+                latent.pixel_step,
+                latent.frame_step,
+                keeps_alpha=latent.masks_latents,
+            )
         except (MediaError, DatasetError, OSError) as error:  # caching would refuse it
-            facts |= {"problem": str(error), "lengths": (), "none": None}
+            facts["problem"] = str(error)
+            facts["lengths"] = ()
+            facts["none"] = None
     if "problem" not in facts and sample.frames:
         frames = choose_evenly(sample.frames, MOST_FRAMES)
         facts["measures"] = _measure_frames(frames, source.table.kind == "video")
     del facts["spans"]
-    return Look(**facts, sound=_listen(source, fps))
+    return Look(**facts, sound=_listen(source))
+
+
+def _measured_size(frame: Frame) -> tuple[int, int]:
+    """Return the (width, height) at which a frame is measured."""
+    height, width = frame.shape[:2]
+    factor = min(1.0, SHARP_SIDE / max(height, width))
+    return max(1, round(width * factor)), max(1, round(height * factor))
 
 
 def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, hears: bool = False) -> Look:
@@ -152,10 +168,8 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
     height = sizes.clip_height if is_clip else sizes.picture_height
 
     def reduce(frame: Frame) -> Frame:
-        width = round(frame.shape[1] * height / frame.shape[0])
-        width = min(max(1, width), sizes.width)
         method = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_CUBIC
-        return np.asarray(cv2.resize(frame, (width, height), interpolation=method), np.uint8)
+        return _scale(frame, height, sizes.width, method)
 
     sample = EvenFrames(reduce)
     facts = _look_over(source, fps, latent, sample.add)
@@ -170,9 +184,16 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
     return Look(**facts)
 
 
+def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
+    """Return a frame resized to a height, and squeezed if it is wider than `max_width`."""
+    width = round(frame.shape[1] * height / frame.shape[0])
+    width = min(max(1, width), max_width)
+    return np.asarray(cv2.resize(frame, (width, height), interpolation=method), np.uint8)
+
+
 def _add_sound(source: MediaSource, fps: float, facts: dict[str, Any]) -> None:
     """Add the sound of the used frames of a clip, with a drawing of it."""
-    sound = _listen(source, fps)
+    sound = _listen(source)
     facts["sound"] = sound
     if sound is not None and sound.track is not None:
         with contextlib.suppress(MediaError, OSError):  # damaged, as caching says
@@ -207,14 +228,14 @@ def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         frames=info.frames if info else None,
         lengths=_count_lengths(plan.spans),
         none=plan.reason,
-        sound=_listen(source, fps),
+        sound=_listen(source),
     )
 
 
-def _listen(source: MediaSource, fps: float) -> Heard | None:
+def _listen(source: MediaSource) -> Heard | None:
     if is_heard(source.table):
         with contextlib.suppress(MediaError, DatasetError, OSError):
-            return listen(source, fps)
+            return listen(source)
     return None
 
 
@@ -264,20 +285,20 @@ def _read_frames(
     source: MediaSource, fps: float, latent: LatentSpec, take: Callable[[Frame], None], facts: dict[str, Any]
 ) -> None:
     """Pass the frames of a source on disk to `take`; add the facts to `facts`."""
+    table = source.table
     facts["bytes"] = _size_bytes(source)
-    if source.table.holds == "video":
+    if table.holds == "video":
         info = video_info(source.path)
         facts["fps"] = info.fps
         facts["frames"] = info.frames
         if not is_animation(source.path):  # these are played by the times in the file
-            facts["rate_remark"] = compare_rates(info.fps, source.table.source_fps, fps)
+            facts["rate_remark"] = compare_rates(info.fps, table.source_fps, fps)
     sizes = FrameSizes()
     for frame in sizes.watch(source_frames(source, fps)):
         if "fit" not in facts:
             size = (frame.shape[1], frame.shape[0])
-            fit = fit_of(source.table, size, latent.pixel_step, source.path)
+            facts["fit"] = fit_of(table, size, latent.pixel_step, source.path)
             facts["size"] = size
-            facts["fit"] = fit
         take(frame)
         facts["used"] += 1
     facts["size_change"] = sizes.change
@@ -314,9 +335,11 @@ class EvenFrames:
         self._count += 1
 
 
-def choose_evenly(frames: Sequence[Frame], most: int) -> list[Frame]:
-    count = max(1, min(most, len(frames)))
-    return [frames[index] for index in np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))]
+def choose_evenly(items: Sequence[T], most: int) -> list[T]:
+    """Return at most `most` items, at least one, evenly spaced from the first to the last."""
+    count = max(1, min(most, len(items)))
+    indices = np.linspace(0, len(items) - 1, count).round().astype(int)
+    return [items[index] for index in np.unique(indices)]
 
 
 def draw_crop(frame: Frame, fit: Fit) -> Frame:
@@ -336,23 +359,25 @@ def draw_crop(frame: Frame, fit: Fit) -> Frame:
 
 def _measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
     """Return the measures of a picture or a clip from its frames, all of one size."""
-    black = all(map(is_black, frames))
+    are_black = all(map(is_black, frames))
     flat = [is_flat(frame) for frame in frames]
     sharpnesses = [sharpness(frame) for frame in frames]
     num_blurred = 0
-    for frame_is_flat, sharp in zip(flat, sharpnesses, strict=True):
-        num_blurred += not frame_is_flat and sharp < BLURRED
+    for frame_is_flat, frame_sharpness in zip(flat, sharpnesses, strict=True):
+        num_blurred += not frame_is_flat and frame_sharpness < BLURRED
     brightnesses = [brightness(frame) for frame in frames]
+    small_colours = [_small_colours(frame) for frame in hashed_frames(frames)]
+    can_move = is_clip and len(frames) > 1 and not are_black
     return Measures(
         brightness=round(float(np.mean(brightnesses)), DIGITS),
         motion=round(motion(frames), DIGITS),
         sharpness=round(float(np.median(sharpnesses)), DIGITS),
-        is_black=black,
-        is_static=is_clip and len(frames) > 1 and not black and is_static(frames),
+        is_black=are_black,
+        is_static=can_move and is_static(frames),
         is_blurred=2 * num_blurred > len(frames),
         is_flat=all(flat),
         hashes=clip_hash(frames),
-        colours=b"".join(_small_colours(frame) for frame in hashed_frames(frames)),
+        colours=b"".join(small_colours),
     )
 
 
@@ -408,10 +433,7 @@ def _show_reference(
         return ShownReference(name, text=str(error), is_bad=True)
     if fit is None and bucket is not None:
         fit = fit_cover(size, bucket)
-    height = sizes.picture_height
-    width = round(size[0] * height / size[1])
-    width = min(max(1, width), sizes.width)
-    small = np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+    small = _scale(frame, sizes.picture_height, sizes.width, cv2.INTER_AREA)
     text = f"{size[0]} x {size[1]}"
     if fit is not None:
         small = draw_crop(small, fit)

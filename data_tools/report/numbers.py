@@ -159,6 +159,7 @@ def _count_table(findings: TableFindings, epoch: int) -> Numbers:
     items_per_epoch = _items_per_epoch(findings)
     share = round(100 * items_per_epoch / epoch, PERCENT_DIGITS) if epoch else 0.0
     rows = findings.bucket_rows()
+    num_references = count_references(findings.sources)
     return {
         "name": table.place,
         "kind": table.kind,
@@ -169,17 +170,15 @@ def _count_table(findings: TableFindings, epoch: int) -> Numbers:
         "items_per_epoch": items_per_epoch,
         "share_percent": share,
         "batch_size": table.batch_size,
-        "batches_per_epoch": 0 if table.validation else sum(batches for _, _, batches, _ in rows),
-        "part_batches": sum(last < table.batch_size for *_, last in rows),
+        "batches_per_epoch": 0 if table.validation else sum(row.batches for row in rows),
+        "part_batches": sum(row.last_batch < table.batch_size for row in rows),
         "resolution": list(table.resolution),
         "validation": table.validation,
         "broken": sum(look.problem is not None for look in findings.looks),
         "without_items": sum(look.none is not None for look in findings.looks),
         "buckets": _count_buckets_of(findings),
         # numbers of control images or clips, and how many items have so many; empty if there are none
-        "control": [
-            {"files": number, "count": count} for number, count in count_references(findings.sources)
-        ],
+        "control": [{"files": number, "count": count} for number, count in num_references],
         "captions": count_captions(findings.sources),
         **_distributions(findings.looks),
     }
@@ -187,21 +186,21 @@ def _count_table(findings: TableFindings, epoch: int) -> Numbers:
 
 def _count_buckets_of(findings: TableFindings) -> list[Numbers]:
     """Return items, batches and what is cut off of each bucket of a table."""
-    cuts = {
-        size: [cut_percent(fit) for fit in fits.elements()] for size, fits in count_fits(findings).items()
-    }
+    cuts: dict[Size, list[float]] = {}
+    for size, fits in count_fits(findings).items():
+        cuts[size] = [cut_percent(fit) for fit in fits.elements()]
     buckets = []
-    for bucket, items, batches, last in findings.bucket_rows():
-        width, height, frames = _complete_bucket(bucket)
+    for row in findings.bucket_rows():
+        width, height, frames = _complete_bucket(row.bucket)
         percents = cuts[width, height]
         buckets.append(
             {
                 "width": width,
                 "height": height,
                 "frames": frames,
-                "items": items,
-                "batches_per_epoch": batches,
-                "last_batch": last,
+                "items": row.items,
+                "batches_per_epoch": row.batches,
+                "last_batch": row.last_batch,
                 "cut_percent_mean": round(statistics.fmean(percents), PERCENT_DIGITS),
                 "cut_percent_max": round(max(percents), PERCENT_DIGITS),
             }
@@ -286,19 +285,27 @@ def count_bins(values: Sequence[float]) -> list[Numbers]:
     high = float(numbers.max())
     usual = float(np.quantile(numbers, 0.98))
     end = high if high <= 2 * usual - low else usual
-    width = _bin_width((end - low) / MOST_BINS, are_whole=bool((numbers == np.floor(numbers)).all()))
+    are_whole = bool((numbers == np.floor(numbers)).all())
+    width = _bin_width((end - low) / MOST_BINS, are_whole)
+    edges = _place_edges(width, low, end, high)
+    # a little is added, so that rounding moves no value into an earlier bin
+    raised = np.minimum(numbers + 1e-9 * width, edges[-1])
+    counts, _ = np.histogram(raised, edges)
+    bins = []
+    for start, stop, count in zip(edges, edges[1:], counts, strict=False):
+        bins.append({"from": _plain(start), "to": _plain(stop), "count": int(count)})
+    return bins
+
+
+def _place_edges(width: float, low: float, end: float, high: float) -> list[float]:
+    """Return the edges of bins of a width that hold `low` to `end`; the last one reaches `high`."""
     start = math.floor(low / width) * width
     count = math.floor((end - start) / width + 1e-9) + 1
     if high >= start + count * width:
         count += 1  # the last bin takes what is far larger
     edges = [start + index * width for index in range(count)]
     edges.append(max(high, start + count * width))
-    # a little is added, so that rounding moves no value into an earlier bin
-    sums, _ = np.histogram(np.minimum(numbers + 1e-9 * width, edges[-1]), edges)
-    bins = []
-    for edge, top, number in zip(edges, edges[1:], sums, strict=False):
-        bins.append({"from": _plain(edge), "to": _plain(top), "count": int(number)})
-    return bins
+    return edges
 
 
 def _bin_width(least: float, are_whole: bool) -> float:
@@ -322,20 +329,18 @@ def count_captions(sources: Iterable[MediaSource]) -> Numbers:
     for source in sources:
         captions.add(source)
     without = captions.without
+    num_without = {name: len(paths) for name, paths in without.items()}
     repeated = {text: list(paths.values()) for text, paths in captions.paths.items() if len(paths) > 1}
     return {
-        "total": len(captions.num_words) + len(without["empty"]),
-        **{name: len(paths) for name, paths in without.items()},
+        "total": len(captions.num_words) + num_without["empty"],
+        **num_without,
         "duplicates": sum(len(paths) - 1 for paths in repeated.values()),
         "words": summarise(captions.num_words),
         "characters": summarise(captions.num_characters),
         "words_histogram": count_bins(captions.num_words),
         "distinct_words": len(captions.words),
         "frequent_words": captions.list_frequent_words(),
-        "trigger_words": [
-            {"word": word, "captions": count, "present": captions.present[word]}
-            for word, count in sorted(captions.triggers.items())
-        ],
+        "trigger_words": captions.list_trigger_words(),
         "duplicate_texts": _list_repeated(repeated),
         **{f"{name}_paths": paths for name, paths in without.items()},
     }
@@ -378,6 +383,13 @@ class _CaptionCounts:
             self.triggers[trigger] += 1
             is_present = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption) is not None
             self.present[trigger] += is_present
+
+    def list_trigger_words(self) -> list[Numbers]:
+        """Return the trigger words, and how many captions of their tables have them."""
+        return [
+            {"word": word, "captions": count, "present": self.present[word]}
+            for word, count in sorted(self.triggers.items())
+        ]
 
     def list_frequent_words(self) -> list[Numbers]:
         """Return the words that most captions have, without stop words."""

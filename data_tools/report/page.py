@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from contract.data import LatentSpec
 from contract.rules import TokenCount
 from data_tools.report.findings import NO_COUNTERS, CheckResult, Counters, TableFindings, references_in_words
-from data_tools.report.looks import Look, ShownReference, StripSize, show, show_references
+from data_tools.report.looks import Look, ShownReference, StripSize, choose_evenly, show, show_references
 from data_tools.report.numbers import Numbers, count_fits
 from data_tools.report.options import ReportOptions
 from dataset.caching.prefetch import Failure, read_ahead
@@ -58,7 +56,7 @@ class Card:
     look: Look
     faults: Sequence[str]
     remarks: Sequence[str]
-    counts: Sequence[tuple[str, TokenCount]]
+    counts: Sequence[tuple[str, TokenCount]]  # of the first caption
     texts: Sequence[Sequence[CaptionPart]]  # the captions as each group of encoders reads them
     windows: Sequence[tuple[int, Sequence[tuple[float, float]], int]]  # of `_windows`
     marks: Sequence[str]  # classes by which the page filters
@@ -110,7 +108,8 @@ def write_report_page(
     sections = []
     for table_numbers, findings in zip(numbers["tables"], tables, strict=True):
         drawings, num_not_drawn = _draw_table(table_numbers, findings)
-        sections.append((table_numbers, drawings, num_not_drawn, _cards_of(cards, findings.table)))
+        cards_of_table = _cards_of(cards, findings.table)
+        sections.append((table_numbers, drawings, num_not_drawn, cards_of_table))
     values = {
         "result": None,
         "report": numbers,
@@ -192,7 +191,13 @@ def _make_cards(
         remarks = findings.texts_by_stem("remarks")
         for index in indices:
             stem = findings.sources[index].stem
-            places.append(_CardPlace(findings, index, faults.get(stem, []), remarks.get(stem, [])))
+            place = _CardPlace(
+                findings,
+                index,
+                faults=faults.get(stem, []),
+                remarks=remarks.get(stem, []),
+            )
+            places.append(place)
     read = read_ahead(
         places,
         source_of=lambda place: place.source,
@@ -219,15 +224,12 @@ def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
         faults = [look.problem]
     looks = place.findings.looks
     measures = looks[place.index].measures if looks else None
-    counts: Sequence[tuple[str, TokenCount]] = []
-    texts = []
     captions = [] if source.caption is None else [source.caption, *source.more_captions]
-    for number, caption in enumerate(captions):
-        counts_of_caption = drawing.counters.count(caption) if caption else []
+    counts = [drawing.counters.count(caption) if caption else [] for caption in captions]
+    texts = []
+    for caption, counts_of_caption in zip(captions, counts, strict=True):
         texts += caption_segments(caption, counts_of_caption)
-        if number == 0:
-            counts = counts_of_caption
-    flags = {
+    is_marked = {
         "faulty": bool(faults),
         "told": bool(remarks),
         "black": measures is not None and measures.is_black,
@@ -242,10 +244,10 @@ def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
         look=replace(look, measures=measures),
         faults=faults,
         remarks=remarks,
-        counts=counts,
+        counts=counts[0] if counts else [],
         texts=texts,
         windows=_windows(look),
-        marks=[mark for mark, is_set in flags.items() if is_set],
+        marks=[mark for mark in is_marked if is_marked[mark]],
         references=show_references(source, look.fit, drawing.sizes),
     )
 
@@ -269,14 +271,12 @@ def choose_sources(tables: Sequence[TableFindings], most: int) -> list[list[int]
             else:
                 plain.append((table_index, index))
     chosen: list[list[int]] = [[] for _ in tables]
-    left = most
     for places in (faulty, remarked, plain):
-        count = min(left, len(places))
-        evenly = np.linspace(0, len(places) - 1, count).round().astype(int) if count else ()
-        for number in evenly:
-            table_index, index = places[number]
-            chosen[table_index].append(index)
-        left -= count
+        count = min(most, len(places))
+        most -= count
+        if count:
+            for table_index, index in choose_evenly(places, count):
+                chosen[table_index].append(index)
     return chosen
 
 

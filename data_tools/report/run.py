@@ -4,9 +4,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,9 +56,8 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     config = with_lengths(config, options.frame_step)
     if options.references:
         config = with_references(config, ReferenceRules(options.references, options.pixel_step))
-    tars = [tar for table in config.datasets for tar in table.tars or () if is_address(tar)]
-    if options.no_download and tars:
-        raise DatasetError(f"{hide_secrets(tars[0])} is downloaded to be listed: leave out --no_download")
+    if options.no_download:
+        _refuse_remote_tars(config)
     tables = [_measure_table(config, table, options, latent, workers=workers) for table in config.datasets]
     faults = [fault for findings in tables for fault in findings.faults]
     if not any(findings.sources for findings in tables):
@@ -80,10 +80,25 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
         logger.warning("Faults were found:\n  %s", escape_control_codes(text))
     if options.output is not None:
         write_report_page(
-            options.output, config, tables, numbers=numbers, options=options, latent=latent, workers=workers
+            options.output,
+            config,
+            tables,
+            numbers=numbers,
+            options=options,
+            latent=latent,
+            workers=workers,
         )
     if options.json is not None:
         _write_json(options.json, numbers, prints=options.prints)
+
+
+def _refuse_remote_tars(config: DatasetConfig) -> None:
+    """Raise DatasetError if a tar is at an address: it must be downloaded to list its members."""
+    for table in config.datasets:
+        for tar in table.tars or ():
+            if is_address(tar):
+                text = f"{hide_secrets(tar)} is downloaded to be listed: leave out --no_download"
+                raise DatasetError(text)
 
 
 def _choose_latents(options: ReportOptions) -> LatentSpec:
@@ -159,24 +174,31 @@ def _add_look(findings: TableFindings, source: MediaSource, look: Look) -> None:
         findings.faults.append(Fault(CANNOT_BE_READ, text, source.stem))
         return
     assert look.fit is not None  # readable sources have a size
+    is_image = findings.table.kind == "image"
     for length, count in look.lengths:
-        is_image = findings.table.kind == "image"
         bucket = look.fit.bucket if is_image else (*look.fit.bucket, length)
         findings.buckets[bucket] += count
-    texts = {
+    for kind, remark in _remarks_of(look).items():
+        if remark is not None:
+            findings.remarks.append(Fault(kind, remark, source.stem))
+
+
+def _remarks_of(look: Look) -> dict[str, str | None]:
+    """Return what is remarkable about a source by the kind of remark; None where nothing is."""
+    remarks = {
         "give no item": look.none,
         "give no item of some lengths": look.short,
         SIZE_CHANGES: look.size_change,
     }
     measures = look.measures
     if measures is not None:
-        sharpness = f"blurred: sharpness {measures.sharpness:g}"
-        texts["are black"] = "black" if measures.is_black else None
-        texts["do not move"] = "nothing moves" if measures.is_static else None
-        texts["are blurred"] = sharpness if measures.is_blurred else None
-    for kind, remark in texts.items():
-        if remark is not None:
-            findings.remarks.append(Fault(kind, remark, source.stem))
+        if measures.is_black:
+            remarks["are black"] = "black"
+        if measures.is_static:
+            remarks["do not move"] = "nothing moves"
+        if measures.is_blurred:
+            remarks["are blurred"] = f"blurred: sharpness {measures.sharpness:g}"
+    return remarks
 
 
 def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]:
@@ -264,28 +286,28 @@ def group_copies(measures: Sequence[Measures]) -> list[list[int]]:
 
 def _label_matches(measures: Sequence[Measures]) -> Indices:
     """Return a label for each of N measures; those of a chain of matches have the same."""
-    num_frames = len(measures[0].hashes)
     colours = _read_colours(measures)
-    signs = _hash_signs(measures)
-    least = (BITS - 2 * NEAR) * num_frames
     labels = np.arange(len(measures))
+    for index, near in _find_near(measures):
+        near = near[labels[near] != labels[index]]
+        if not len(near):
+            continue
+        is_match = _have_same_colours(colours, index, near)
+        for match in near[is_match]:
+            labels[labels == labels[match]] = labels[index]
+    return labels
+
+
+def _find_near(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
+    """Yield each index with the later ones whose hashes differ in few bits."""
+    signs = _hash_signs(measures)
+    least = (BITS - 2 * NEAR) * len(measures[0].hashes)
     at_once = max(1, PRODUCTS // len(measures))
     for start in range(0, len(measures), at_once):
         products = signs[start : start + at_once] @ signs[start:].T
-        rows, columns = np.nonzero(products >= least)
-        is_later = columns > rows
-        rows = rows[is_later] + start
-        columns = columns[is_later] + start
-        for row in np.unique(rows):
-            first, end = np.searchsorted(rows, (row, row + 1))
-            near = columns[first:end]
-            near = near[labels[near] != labels[row]]
-            if not len(near):
-                continue
-            is_match = _have_same_colours(colours, row, near)
-            for match in near[is_match]:
-                labels[labels == labels[match]] = labels[row]
-    return labels
+        for index, products_of_one in enumerate(products, start):
+            near = np.flatnonzero(products_of_one >= least) + start
+            yield index, near[near > index]
 
 
 def _read_colours(measures: Sequence[Measures]) -> _Colours:
@@ -315,24 +337,34 @@ def _have_same_colours(colours: _Colours, index: int, near: Indices) -> NDArray[
     return np.where(one_is_flat, both_are_flat & is_same_flat, _match_contrast(first, second))
 
 
-def _match_contrast(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Return which of `second` (N K C) are `first` (1 K C) at another brightness and contrast."""
-    first_mean = first.mean(axis=(1, 2))
-    second_mean = second.mean(axis=(1, 2))
-    first_centred = first - first_mean[:, None, None]
-    second_centred = second - second_mean[:, None, None]
-    first_power = np.square(first_centred).mean(axis=(1, 2))
-    second_power = np.square(second_centred).mean(axis=(1, 2))
+class _Centred(NamedTuple):
+    """Small pictures of N files, without their mean brightness."""
+
+    pictures: NDArray[np.float32]  # N K C
+    mean: NDArray[np.float32]  # N
+    power: NDArray[np.float32]  # N
+
+
+def _centre(pictures: NDArray[np.float32]) -> _Centred:
+    mean = pictures.mean(axis=(1, 2))
+    centred = pictures - mean[:, None, None]
+    return _Centred(centred, mean, power=np.square(centred).mean(axis=(1, 2)))
+
+
+def _match_contrast(pictures: NDArray[np.float32], copies: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return which of `copies` (N K C) are `pictures` (1 K C) at another brightness and contrast."""
+    first = _centre(pictures)
+    second = _centre(copies)
     # least squares: the one of less contrast is `gain` times the other, and a rest
-    power = np.maximum(first_power, second_power)
-    covariance = (first_centred * second_centred).mean(axis=(1, 2))
+    power = np.maximum(first.power, second.power)
+    covariance = (first.pictures * second.pictures).mean(axis=(1, 2))
     gain = covariance / np.maximum(power, 1e-9)
-    second_is_stronger = (first_power < second_power)[:, None, None]
-    strong = np.where(second_is_stronger, second_centred, first_centred)
-    weak = np.where(second_is_stronger, first_centred, second_centred)
+    second_is_stronger = (first.power < second.power)[:, None, None]
+    strong = np.where(second_is_stronger, second.pictures, first.pictures)
+    weak = np.where(second_is_stronger, first.pictures, second.pictures)
     misfit = np.abs(weak - gain[:, None, None] * strong)
     worst_misfit = misfit.mean(axis=1).max(axis=1)  # over frames, then cells
-    is_same = worst_misfit <= SAME_COLOURS
-    is_same &= np.abs(first_mean - second_mean) <= MOST_SHIFT
-    is_same &= (gain >= LEAST_GAIN) | (power < LEAST_DEVIATION**2)
-    return is_same
+    has_same_shapes = worst_misfit <= SAME_COLOURS
+    has_near_brightness = np.abs(first.mean - second.mean) <= MOST_SHIFT
+    has_near_contrast = (gain >= LEAST_GAIN) | (power < LEAST_DEVIATION**2)
+    return has_same_shapes & has_near_brightness & has_near_contrast

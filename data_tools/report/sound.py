@@ -42,8 +42,8 @@ def is_heard(table: DatasetTable) -> bool:
     return table.kind == "video" and table.audio != IGNORE
 
 
-def listen(source: MediaSource, fps: float) -> Heard:
-    """Return facts about the sound of a clip, without decoding it. fps: of the model.
+def listen(source: MediaSource) -> Heard:
+    """Return facts about the sound of a clip, without decoding it.
 
     Raises MediaError or OSError if a file cannot be read.
     """
@@ -54,8 +54,8 @@ def listen(source: MediaSource, fps: float) -> Heard:
             track = track_facts(path)
             if track is None:
                 raise NoSound(f"{path}: it has no track of sound")
-            has_no_video = here.tensors is not None or here.path.is_dir() or here.table.is_of_sound
-            if not has_no_video:
+            is_video = here.tensors is None and not here.path.is_dir() and not here.table.is_of_sound
+            if is_video:
                 info = video_info(here.path)
                 rate = here.table.stated_fps or info.fps
                 seconds = info.frames / rate if info.frames and rate else None
@@ -91,14 +91,14 @@ class SoundFindings:
 
 
 def check_sound(
-    table: DatasetTable, plans: Sequence[SourcePlan], work: SoundWork, fps: float, workers: int
+    table: DatasetTable, plans: Sequence[SourcePlan], work: SoundWork, workers: int
 ) -> SoundFindings:
     """Report a table's sound and its caches. plans: of its latents."""
 
     def check_clip(plan: SourcePlan) -> tuple[Heard, int] | Failure:
         """Return the facts about a clip's sound, and how many of its caches are valid."""
         try:
-            sound = listen(plan.source, fps)
+            sound = listen(plan.source)
             num_valid = 0 if sound.track is None else work.count_valid(plan.source, plan.kept)
         except (MediaError, OSError) as error:
             return Failure.of(plan.source, error)
@@ -128,9 +128,10 @@ def check_sound(
             text = f"{plan.source.path}: {sound.remark}"
             remarks.append(Fault("have sound that does not fit", text, stem))
     have = "can be heard" if table.is_of_sound else "clips have it"
+    forms = _describe_tracks(tracks)
     needs = count_words(total_missing, "items need encoding")
     lines = [
-        f"sound: {len(tracks)} of {len(plans)} {have}{_describe_tracks(tracks)}",
+        f"sound: {len(tracks)} of {len(plans)} {have}{forms}",
         f"caches of sound: {total_valid} files are valid, {needs}",
     ]
     return SoundFindings(lines, faults, remarks)
@@ -164,10 +165,14 @@ def draw_sound(source: MediaSource, fps: float, used: int) -> Markup | None:
     except NoSound:
         return None
     loud = np.abs(samples[0].numpy())
-    edges = np.linspace(0, len(loud), min(WAVE_BARS, len(loud)) + 1).astype(int)
-    peaks = np.maximum.reduceat(loud, edges[:-1]).clip(0, 1) * WAVE_HEIGHT
-    bars = "".join(f"M{place} {(WAVE_HEIGHT - peak) / 2:.1f}v{peak:.1f}" for place, peak in enumerate(peaks))
+    num_bars = min(WAVE_BARS, len(loud))
+    edges = np.linspace(0, len(loud), num_bars + 1).astype(int)
+    peaks = np.maximum.reduceat(loud, edges[:-1])
+    heights = peaks.clip(0, 1) * WAVE_HEIGHT
+    bars = ""
+    for place, height in enumerate(heights):
+        bars += f"M{place} {(WAVE_HEIGHT - height) / 2:.1f}v{height:.1f}"
     return Markup(
-        f'<svg class="wave" viewBox="0 0 {len(peaks)} {WAVE_HEIGHT}" preserveAspectRatio="none" role="img" '
+        f'<svg class="wave" viewBox="0 0 {num_bars} {WAVE_HEIGHT}" preserveAspectRatio="none" role="img" '
         f'aria-label="loudness of the sound"><path d="{bars}"/></svg>'
     )

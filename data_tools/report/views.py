@@ -185,23 +185,27 @@ def coloured_text(picture: Frame, columns: int, background: str | None) -> str:
     SHADES, denser for lighter pixels.
     """
     rows = max(round(picture.shape[0] / picture.shape[1] * columns / 2), 1)
+    lines = []
     if background is None:
         small = cv2.resize(picture, (columns, 2 * rows), interpolation=cv2.INTER_AREA)
-        cells = [
-            [f"\033[38;2;{_rgb(above)};48;2;{_rgb(below)}m▀" for above, below in zip(*pair, strict=True)]
-            for pair in zip(small[::2], small[1::2], strict=True)
-        ]
+        for upper, lower in zip(small[::2], small[1::2], strict=True):
+            lines.append("".join(map(_half_blocks, upper, lower)))
     else:
         small = cv2.resize(picture, (columns, rows), interpolation=cv2.INTER_AREA)
         back = 40 + COLOURS.index(background.lower())
-        cells = [
-            [
-                f"\033[{back};38;2;{_rgb(pixel)}m{SHADES[int(pixel.mean()) * len(SHADES) // 256]}"
-                for pixel in row
-            ]
-            for row in small
-        ]
-    return "\n".join("".join(row) + "\033[0m" for row in cells) + "\n"
+        for row in small:
+            lines.append("".join(_shaded(pixel, back) for pixel in row))
+    return "".join(f"{line}\033[0m\n" for line in lines)
+
+
+def _half_blocks(above: NDArray[np.uint8], below: NDArray[np.uint8]) -> str:
+    return f"\033[38;2;{_rgb(above)};48;2;{_rgb(below)}m▀"
+
+
+def _shaded(pixel: NDArray[np.uint8], back: int) -> str:
+    """Return a pixel as a character of SHADES in its colour. back: terminal code of the background."""
+    shade = SHADES[int(pixel.mean()) * len(SHADES) // 256]
+    return f"\033[{back};38;2;{_rgb(pixel)}m{shade}"
 
 
 def _rgb(pixel: NDArray[np.uint8]) -> str:

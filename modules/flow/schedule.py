@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 TRAIN_TIMESTEPS = 1000  # a network is fed sigma * TRAIN_TIMESTEPS
+ROUNDING = 1e-6  # of a noise level in float32
 
 # Wan's released UniPC starts from the training table, whose noisiest entry is 1 - 1/1000, kept in float32
 _NOISIEST_TRAINED_SIGMA = float(np.float32(1.0 - 1.0 / TRAIN_TIMESTEPS))
@@ -52,6 +53,20 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor, alphas: Tensor | N
     weights = sigmas.float().view(rows)
     shares = 1 - weights if alphas is None else alphas.float().view(rows)
     return (shares * latents.float() + weights * noise.float()).to(latents.dtype)
+
+
+def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -> Tensor:
+    """Mix clean latents with noise, both B C F H W, as the schedule does at this step.
+
+    A noise level within rounding of 1 gives pure noise.
+    """
+    if abs(1 - schedule.sigmas[step]) <= ROUNDING and schedule.alphas[step] <= ROUNDING:
+        return noise
+    sigmas, alphas = (
+        levels[step].float().expand(len(noise)).to(noise.device)
+        for levels in (schedule.sigmas, schedule.alphas)
+    )
+    return add_noise(source.float(), noise, sigmas, alphas)
 
 
 def size_shift(tokens: int, few: tuple[int, float], many: tuple[int, float]) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from logging import getLogger
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from modules.errors import MediaError
-from modules.media.buckets import Size
+
+if TYPE_CHECKING:  # the type alone
+    from modules.media.buckets import Size
 
 logger = getLogger(__name__)
 
@@ -64,7 +67,7 @@ def check_clip(pixels: Tensor, frame_step: int, side_step: int) -> None:
         )
 
 
-def image_size(path: Path) -> Size:
+def image_size(path: Path) -> "Size":
     from modules.media.reading import frame_size
 
     return frame_size(path)
