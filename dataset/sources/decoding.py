@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,6 @@ from modules.console import count_of
 from modules.errors import MediaError
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
 from modules.media.buckets import Fit, Size, fit_cover, fit_like, fit_without_enlarging, how_to_resize
-from modules.media.budget import ByteBudget
 from modules.media.decoding import is_animation
 from modules.media.reading import (
     Frame,
@@ -51,8 +51,35 @@ LARGE = 1 << 14  # the side of a picture that no table finds too small
 GROWTH = 64  # frames by which memory grows at a time
 DECODED_COPIES = 9  # bytes of a pixel while a picture is decoded: three copies in RGB
 SMALL_PICTURE = 1 << 26  # bytes up to which pictures are decoded by all threads at once
-PICTURES = ByteBudget(1 << 30)  # of all threads of this process
 IMAGE_SPANS: tuple[Span, ...] = ((0, 1),)
+
+
+class ByteBudget:
+    """So many bytes for all threads that decode: small files may hold pictures of a gigabyte.
+
+    A thread that needs more than all of them works alone.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
+        self._used = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, size_bytes: int) -> Iterator[None]:
+        """Wait until so many bytes are free, and hold them until the block ends; blocks are not nested."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + size_bytes <= self._size_bytes)
+            self._used += size_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size_bytes
+                self._changed.notify_all()
+
+
+PICTURES = ByteBudget(1 << 30)  # of all threads of this process
 
 
 @dataclass(frozen=True)
