@@ -16,6 +16,7 @@ from typing import Any
 from dataset.config_keys import BAD, read_keys, without_nulls
 from dataset.subset_options import ANYWHERE, DATASET, OTHER_NAMES, SAME, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.table import Augmentation, BucketRule, CaptionChanges, DatasetConfig, DatasetTable, Table
+from modules.console import as_shape
 from modules.errors import DatasetError
 from modules.text_files import real_path
 
@@ -250,11 +251,11 @@ def _size_problems(values: Table) -> list[str]:
     if values["enable_bucket"] and not values["bucket_no_upscale"]:
         if min(size) < low:
             problems.append(
-                f"min_bucket_reso = {low} is above the resolution {_sides(size)}; set at most {min(size)}"
+                f"min_bucket_reso = {low} is above the resolution {as_shape(size)}; set at most {min(size)}"
             )
         if max(size) > high:
             problems.append(
-                f"max_bucket_reso = {high} is below the resolution {_sides(size)}; set at least {max(size)}"
+                f"max_bucket_reso = {high} is below the resolution {as_shape(size)}; set at least {max(size)}"
             )
     return problems
 
@@ -281,17 +282,13 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
         if table.cache_directory is None and table.cache_format == "npz":
             table = dataclasses.replace(table, cache_directory=folder)
         elif table.cache_directory is None:
-            name = _sides(table.resolution)
+            name = as_shape(table.resolution)
             key = (os.path.normcase(real_path(folder)), name)
             used[key] += 1
             name += f"_{used[key]}" if used[key] > 1 else ""
             table = dataclasses.replace(table, cache_directory=folder / name)
         changed.append(table)
     return tuple(changed)
-
-
-def _sides(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 # --- folders without a file

@@ -171,7 +171,7 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
 
 def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     version = {"--model_version": _not_original(options.version)}
-    return {"--vae": options.vae.file.vae or FillIn("VAE_FILE"), **version}, {
+    return {**options.vae.file.words(), **version}, {
         **options.text.words("QWEN_FILE"),
         **version,
     }
@@ -179,7 +179,7 @@ def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], 
 
 def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
-    files = {"--dit": options.dit or FillIn("DIT_FILE"), "--vae": options.vae.file.vae or FillIn("VAE_FILE")}
+    files = {"--dit": options.dit or FillIn("DIT_FILE"), **options.vae.file.words()}
     controls = sample.get("control_images") or ()
     return {
         **files,

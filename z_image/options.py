@@ -80,14 +80,14 @@ class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
 
 
 def caching_options(options: ZImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {"--vae": options.vae.vae or FillIn("VAE_FILE")}, options.text.words("QWEN3_FILE")
+    return options.vae.words(), options.text.words("QWEN3_FILE")
 
 
 def generation_options(options: ZImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
-        "--vae": options.vae.vae or FillIn("VAE_FILE"),
+        **options.vae.words(),
         **options.text.words("QWEN3_FILE"),
         "--dit_dtype": options.dit_dtype,
         "--use_32bit_attention": options.use_32bit_attention,

@@ -27,7 +27,7 @@ from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK
 from dataset.table import FROM_ALPHA, FROM_FILE, defaults_of
-from modules.console import count_of
+from modules.console import as_shape, count_of
 from modules.errors import CacheError
 
 if TYPE_CHECKING:  # it is loaded only if sources are compared
@@ -345,10 +345,6 @@ def _companions_now(item: TrainingItem) -> "CompanionCounts | None":
     from dataset.sources.listing import companions_now  # only if sources are compared
 
     return companions_now(table).get(item.source_stem)
-
-
-def as_shape(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 # --- encoders

@@ -12,7 +12,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from contract import data
-from dataset.batches.checks import as_shape, latent_faults, sound_faults, text_faults
+from dataset.batches.checks import latent_faults, sound_faults, text_faults
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem
 from dataset.cache.files import EMPTY, FLIPPED
 from dataset.cache.records import (
@@ -25,6 +25,7 @@ from dataset.cache.records import (
 )
 from dataset.cache.store import CacheStore, Stores
 from dataset.sources.frames import spans
+from modules.console import as_shape
 from modules.errors import CacheError
 from modules.media.colours import AS_SHOWN
 

@@ -29,7 +29,7 @@ from dataset.sources.media_source import (
     pause_collection,
 )
 from modules.bars import Bar
-from modules.console import count_of
+from modules.console import as_shape, count_of
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.colours import AS_SHOWN
@@ -408,8 +408,8 @@ class Planning:
             raise OtherKind(f"{path}: it has no record of what it was made from")
         grid = self._grid(name, bucket, span)
         if grid not in header.grids:
-            stored = ", ".join(_as_text(stored) for stored in sorted(header.grids)) or "no latents"
-            raise OtherKind(f"{path}: it holds {stored}, this configuration writes {_as_text(grid)}")
+            stored = ", ".join(as_shape(stored) for stored in sorted(header.grids)) or "no latents"
+            raise OtherKind(f"{path}: it holds {stored}, this configuration writes {as_shape(grid)}")
 
     def _grid(self, name: LatentName, bucket: Size, span: Span) -> tuple[int, ...]:
         """Return F, H, W of the latents of an item, or of its section."""
@@ -475,7 +475,3 @@ class Planning:
             if self._is_unchanged(0, record.files[0]):
                 return name.size
         return None if self.source.origins else image_size(self.source.path)
-
-
-def _as_text(grid: Sequence[int]) -> str:
-    return "x".join(map(str, grid))

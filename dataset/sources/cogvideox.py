@@ -30,6 +30,7 @@ from dataset.sources.media_source import (
 )
 from dataset.sources.rows import check_text, locate
 from modules.atomic_write import write_text
+from modules.console import as_shape
 from modules.errors import CheckpointError, DatasetError, MediaError
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text
@@ -68,7 +69,7 @@ def read_moments(path: Path, latent: LatentSpec) -> Tensor:
     moments = read_tensor(path)
     if moments.ndim == 5 and len(moments) == 1:
         moments = moments[0]
-    shape = "x".join(map(str, moments.shape))
+    shape = as_shape(moments.shape)
     if moments.ndim != 4 or not moments.numel() or not moments.is_floating_point():
         raise MediaError(
             f"{path} holds {shape or 'a number'} of {moments.dtype}, not moments of a VAE (channels x frames "
