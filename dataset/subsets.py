@@ -16,8 +16,8 @@ from typing import Any
 from dataset.config_keys import BAD, read_keys, without_nulls
 from dataset.subset_options import ANYWHERE, DATASET, OTHER_NAMES, SAME, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.table import Augmentation, BucketRule, CaptionChanges, DatasetConfig, DatasetTable, Table
-from modules.console import as_shape
 from modules.errors import DatasetError
+from modules.option_values import as_shape
 from modules.text_files import real_path
 
 logger = logging.getLogger(__name__)

@@ -126,11 +126,6 @@ def as_size(size_bytes: float) -> str:
     return f"{round(size_bytes)} bytes"
 
 
-def as_shape(sizes: Iterable[int]) -> str:
-    """Return sizes as people write them: `1024x768`."""
-    return "x".join(map(str, sizes))
-
-
 def count_of(number: int, what: str) -> str:
     """Return a count with its noun: `1 clip`, `2 clips`, `2 batches`."""
     end = "" if number == 1 else "es" if what.endswith(("tch", "sh", "x")) else "s"

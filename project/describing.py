@@ -17,11 +17,11 @@ from typing import Any
 from checkpoints.opening import checkpoint_paths
 from contract.requests import COUNTS, VALUES
 from downloads.catalogue import ModelSet
-from modules.console import as_shape
 from modules.control_codes import drop_control_codes
 from modules.errors import OptionError
 from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
+from modules.option_values import as_shape
 from modules.paths import explain_missing, path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts, is_small

@@ -27,8 +27,9 @@ from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK
 from dataset.table import FROM_ALPHA, FROM_FILE, defaults_of
-from modules.console import as_shape, count_of
+from modules.console import count_of
 from modules.errors import CacheError
+from modules.option_values import as_shape
 
 if TYPE_CHECKING:  # it is loaded only if sources are compared
     from dataset.sources.listing import CompanionCounts

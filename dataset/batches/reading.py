@@ -25,9 +25,9 @@ from dataset.cache.records import (
 )
 from dataset.cache.store import CacheStore, Stores
 from dataset.sources.frames import spans
-from modules.console import as_shape
 from modules.errors import CacheError
 from modules.media.colours import AS_SHOWN
+from modules.option_values import as_shape
 
 
 def read_batch(

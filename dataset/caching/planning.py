@@ -29,11 +29,12 @@ from dataset.sources.media_source import (
     pause_collection,
 )
 from modules.bars import Bar
-from modules.console import as_shape, count_of
+from modules.console import count_of
 from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.colours import AS_SHOWN
 from modules.media.reading import image_size
+from modules.option_values import as_shape
 
 _AS_SHOWN = re.compile(r'"as_shown": (\d{1,9}|true)')  # in the text of a record
 # in the options of a record:

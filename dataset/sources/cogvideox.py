@@ -30,8 +30,8 @@ from dataset.sources.media_source import (
 )
 from dataset.sources.rows import check_text, locate
 from modules.atomic_write import write_text
-from modules.console import as_shape
 from modules.errors import CheckpointError, DatasetError, MediaError
+from modules.option_values import as_shape
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text
 
