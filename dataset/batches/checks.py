@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from dataset.cache.records import (
 )
 from dataset.cache.store import Stores
 from dataset.config import DatasetTable
-from dataset.config_keys import REFERENCES, SECTIONS, TEXTS
+from dataset.config_keys import REFERENCES, SECTIONS, TEXTS, Stale
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK
@@ -228,14 +228,13 @@ def _option_faults(
     bucket = bucket_of(table, tuple(options["size"]), latent.pixel_step, item.latent_path)
     if tuple(options["bucket"]) != bucket:
         yield f"made for {as_shape(options['bucket'])} pixels, {table.name} asks for {as_shape(bucket)}"
-    section_keys = defaults_of(SECTIONS)
-    sections = {key: option for key, option in options.items() if key in section_keys}
+    sections = _recorded(options, SECTIONS)
     changed = options_difference(sections, table.changed(SECTIONS), latent)
     if changed is not None:
         yield f"{changed} in {table.name}"
     if any(key.startswith(data.CONTROL) for key in tensors):
         defaults = defaults_of(REFERENCES)
-        recorded = {key: option for key, option in options.items() if key in defaults}
+        recorded = _recorded(options, REFERENCES)
         changed = difference(defaults | recorded, defaults | table.changed(REFERENCES))
         if changed is not None:
             yield f"{changed} in {table.name}"
@@ -252,6 +251,12 @@ def _option_faults(
 
 def _describe_factors(factors: Sequence[int]) -> str:
     return "size factor {}, time factor {} and {} frames (0: all)".format(*factors)
+
+
+def _recorded(options: Mapping[str, Any], stale: Stale) -> dict[str, Any]:
+    """Return the options of a record that are keys of a table which make its caches stale in this way."""
+    keys = defaults_of(stale)
+    return {key: option for key, option in options.items() if key in keys}
 
 
 def sound_faults(

@@ -153,16 +153,19 @@ def _refuse_other_form(path: Path, line: str) -> None:
     """
     start = line.strip()
     form = "a list has one object on each line, with nothing around or between them (JSONL)"
-    if start.startswith("[") and start[1:].strip()[:1] in {"", "{"}:
+    is_array = start.startswith("[") and start[1:].strip()[:1] in {"", "{"}
+    if is_array:
         lines = as_typed([str(path.with_name(f"{path.stem}_lines.jsonl"))])
         remedy = f"{as_typed(['python', '-c', TO_LINES, str(path)])} > {lines}"
         raise DatasetError(f"{path} is one JSON array; {form}.\n  Convert it: {remedy}")
-    if start.startswith("{") and start.endswith(("{", "[", ":", ",")) and not start.endswith("},"):
+    continues = start.endswith(("{", "[", ":", ",")) and not start.endswith("},")
+    if start.startswith("{") and continues:
         raise DatasetError(
             f"{path} has an object over several lines; {form}. Write each object on one line, as json.dumps "
             "without indent does."
         )
-    if not start.startswith(("{", "[")) and ("," in start or "\t" in start or ";" in start):
+    has_separator = any(mark in start for mark in ",\t;")
+    if has_separator and not start.startswith(("{", "[")):
         raise DatasetError(
             f"{path} looks like a table with a header ({start[:60]!r}); {form}. Name it .csv or .tsv, and "
             "give it to image_table_file or video_table_file."

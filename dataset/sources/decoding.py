@@ -196,7 +196,12 @@ def _decode_clip(
     size = (first.shape[1], first.shape[0])
     bucket = bucket_of(table, size, step, here.path)
     enough = frames_wanted(table)
-    frames, mask = _gather(itertools.chain([first], frames_in), bucket, enough, table.is_of_sound)
+    all_frames = itertools.chain([first], frames_in)
+    mask: Mask | None = None
+    if table.is_of_sound:
+        frames = _repeat_first(all_frames)
+    else:
+        frames, mask = _gather(all_frames, bucket, enough)
     if sizes.change is not None:
         size_changes.append(f"{source.path.name}: {sizes.change}")
     count = len(frames)
@@ -422,24 +427,27 @@ def check_resolution(table: DatasetTable, step: int) -> None:
         fit_reference(table, (LARGE, LARGE), table.source)
 
 
-def _gather(
-    frames: Iterator[Frame], bucket: Size, wanted_frames: int | None, are_equal: bool = False
-) -> tuple[Clip, Mask | None]:
+def _repeat_first(frames: Iterator[Frame]) -> Clip:
+    """Return frames that are all the same, already at bucket size, as a clip of which memory holds one."""
+    black = next(frames)
+    count = 1 + sum(1 for _ in frames)
+    return np.ndarray((count, *black.shape), np.uint8, black, strides=(0, *black.strides))
+
+
+def _gather(frames: Iterator[Frame], bucket: Size, wanted_frames: int | None) -> tuple[Clip, Mask | None]:
     """Collect frames at bucket size, and their transparency if any, in a growing array, so that a clip is
-    never copied. are_equal: all frames are the same, already at bucket size; memory holds one.
+    never copied.
     """
-    if are_equal:
-        black = next(frames)
-        count = 1 + sum(1 for _ in frames)
-        return np.ndarray((count, *black.shape), np.uint8, black, strides=(0, *black.strides)), None
     width, height = bucket
-    clip = np.empty((min(wanted_frames or GROWTH, GROWTH), height, width, 3), np.uint8)
+    room = min(wanted_frames or GROWTH, GROWTH)
+    clip = np.empty((room, height, width, 3), np.uint8)
     count = 0
     alphas = []
     for frame in frames:
         if count == len(clip):
             # no other reference to the array exists yet
-            clip.resize((count + max(GROWTH, count // 4), height, width, 3), refcheck=False)
+            room = count + max(GROWTH, count // 4)
+            clip.resize((room, height, width, 3), refcheck=False)
         colours, alpha = (frame, None) if frame.shape[2] == 3 else _colours_and_alpha(frame)
         alphas.append(None if alpha is None else resize_cover(alpha, bucket))
         clip[count] = resize_cover(colours, bucket)
