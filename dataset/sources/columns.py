@@ -175,18 +175,20 @@ def _refuse_other_form(path: Path, line: str) -> None:
 def _open_csv(path: Path, kind: str) -> tuple[list[str], Any]:
     """Return the columns of a CSV or TSV file, and a reader of the rows after the first line."""
     lines = table_lines(path)
-    head = []  # empty lines, and the line that names the columns
-    for line in lines:
-        head.append(line if line.strip() else "")
-        if head[-1]:
+    num_empty = 0
+    header = ""  # the line that names the columns
+    for header in lines:
+        if header.strip():
             break
-    if not head or not head[-1]:
+        num_empty += 1
+    if not header.strip():
         raise DatasetError(f"{path} is empty; its first line names the columns")
-    mark = _mark_between(head[-1], kind)
-    separator_line = re.fullmatch(r"sep=(.) *", head[-1]) if kind == CSV else None
+    mark = _mark_between(header, kind)
+    separator_line = re.fullmatch(r"sep=(.) *", header) if kind == CSV else None
     if separator_line is not None:  # as spreadsheets write it: the next line names the columns
         mark = separator_line[1]
-        head[-1] = ""
+        header = ""
+    head = [*[""] * num_empty, header]
     lines_with_ends = (f"{line}\n" for line in itertools.chain(head, lines))
     rows = csv.reader(lines_with_ends, delimiter=mark, strict=True)
     try:

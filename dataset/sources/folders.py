@@ -190,15 +190,19 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
         if ending in spare:
             spare_files.append(table.directory / entry.name)
     if table.leaves_animations:
-        animations = {path for path in (*media, *spare_files) if _moves(path)}
+        animations = _find_animations(table, [*media, *spare_files])
         media = [path for path in media if path not in animations]
         spare_files = [path for path in spare_files if path not in animations]
-        if animations:
-            text = (
-                "%s: %d files, such as %s, are animated: the table of clips with the same folder takes them"
-            )
-            logger.info(text, table.name, len(animations), min(animations))
     return sorted([*media, *_find_spare(table, spare_files, media)], key=str)
+
+
+def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:
+    """Return the files of a table of pictures that are clips of another table; log how many they are."""
+    animations = {path for path in paths if _moves(path)}
+    if animations:
+        text = "%s: %d files, such as %s, are animated: the table of clips with the same folder takes them"
+        logger.info(text, table.name, len(animations), min(animations))
+    return animations
 
 
 def _moves(path: Path) -> bool:
