@@ -108,14 +108,21 @@ def text_faults(
         file = checks.changed_file(folders, record.references)
         if file is not None:
             yield f"{file} has changed since its encoder saw it"
-        if record.file is None:
-            continue
-        path = table.directory / record.file.name
-        text = read_caption(path)
-        captions = None if text is None else captions_in(text, table)
-        is_same = captions is None or captions[number : number + 1] == (record.caption,)
-        if not is_same and stamp_of(path)[1] <= checks.started_ns:
-            yield f"made from the caption {record.caption!r}, which now is {text!r}"
+        if record.file is not None:
+            path = table.directory / record.file.name
+            yield from _caption_faults(path, number, record=record, table=table, checks=checks)
+
+
+def _caption_faults(
+    path: Path, number: int, record: TextRecord, table: DatasetTable, checks: CacheChecks
+) -> Iterator[str]:
+    """Yield how a caption in a file has changed, unless the file was written after the start of the run."""
+    text = read_caption(path)
+    if text is None:
+        return
+    is_same = captions_in(text, table)[number : number + 1] == (record.caption,)
+    if not is_same and stamp_of(path)[1] <= checks.started_ns:
+        yield f"made from the caption {record.caption!r}, which now is {text!r}"
 
 
 def _seen_reference_faults(item: TrainingItem, records: Mapping[str, TextRecord]) -> Iterator[str]:
@@ -383,7 +390,7 @@ class SameEncoders:
     def difference(self, made_by: Iterable[data.MadeBy]) -> str | None:
         """Return the text of the warning; None if there is nothing new."""
         lines: list[str] = []
-        are_latents: set[bool] = set()  # of the parts that differ
+        has_latents = has_texts = False  # among the parts that differ
         has_other_networks = False
         for origin in made_by:
             first = self._first.setdefault(origin.part, origin)
@@ -391,7 +398,10 @@ class SameEncoders:
             if origin.part in self._warned or not keys:
                 continue
             self._warned.add(origin.part)
-            are_latents.add(first.part in (data.LATENTS_MADE, data.SOUND_MADE))
+            if first.part in (data.LATENTS_MADE, data.SOUND_MADE):
+                has_latents = True
+            else:
+                has_texts = True
             for file in (first, origin):
                 texts = {key: file.encoder.get(key, "none") for key in keys}
                 has_other_networks |= any(map(_FINGERPRINT.fullmatch, texts.values()))
@@ -399,8 +409,9 @@ class SameEncoders:
                 lines.append(f"{file.path}: {', '.join(shown)}")
         if not lines:
             return None
-        commands = [self.commands.latents] if True in are_latents else []
-        commands += [self.commands.text] if False in are_latents else []
+        commands = [self.commands.latents] if has_latents else []
+        if has_texts:
+            commands.append(self.commands.text)
         if has_other_networks:
             consequence = (
                 "Unless the encoders' files hold the same network, the model learns a mixture that fits "

@@ -64,14 +64,18 @@ def find_unread(table: DatasetTable) -> list[Fault]:
             if name in read or name in unread or _is_companion(name):
                 continue
             if name in CAPTION_COLUMNS and value:
-                is_misnamed = is_list and not row.values.get("caption")
-                unread[name] = (
-                    ": did you mean 'caption'?" if is_misnamed else ": captions are read from another column"
-                )
+                unread[name] = ": captions are read from another column"
+                if is_list and not row.values.get("caption"):
+                    unread[name] = ": did you mean 'caption'?"
                 continue
             text = _explain(name, value, table=table, path=path, media=row.values.get(columns.media))
             if text is not None:
                 unread[name] = text
+    return _as_faults(path, unread)
+
+
+def _as_faults(path: Path, unread: Mapping[str, str]) -> list[Fault]:
+    """Return the faults of a file. unread: text by column."""
     kind = f"column of {path} is not read" if len(unread) == 1 else f"columns of {path} are not read"
     lines = [f"{name!r}{text}" for name, text in unread.items()]
     return [Fault(kind, line if line.endswith("?") else f"{line}.") for line in lines]
