@@ -63,7 +63,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, config: LuminaConfig, hidden: int | None = None) -> None:
         """hidden: width between the two layers; default: that of the embedding."""
         super().__init__()
-        self.freq_dim, hidden = config.freq_dim, hidden or config.time_dim
+        self.freq_dim = config.freq_dim
+        hidden = hidden or config.time_dim
         self.mlp = nn.Sequential(
             nn.Linear(config.freq_dim, hidden), nn.SiLU(), nn.Linear(hidden, config.time_dim)
         )
@@ -111,7 +112,9 @@ class GroupedAttention(nn.Module):
             heads = part.gather_tokens(heads[0], *serve(*heads))
         if second is None:
             attended = self.look(heads, tokens.rotary, tokens, tokens.lengths)
-            return (attended if part is None else part.gather_heads(attended)).flatten(2)
+            if part is not None:
+                attended = part.gather_heads(attended)
+            return attended.flatten(2)
         assert tokens.second_rotary is not None
         attended = self.look(map(second.without, heads), tokens.rotary, tokens, tokens.lengths)
         second_attended = self.look(map(second.alone, heads), tokens.second_rotary, tokens, second.lengths)
@@ -164,7 +167,8 @@ class JointTransformerBlock(nn.Module):
         self.ffn_norm2 = RMSNorm(config.dim, config.eps)
         if is_modulated:
             linear = nn.Linear(config.time_dim, 4 * config.dim)
-            self.adaLN_modulation = nn.Sequential(*([nn.SiLU()] if self.activates_time else []), linear)
+            before = [nn.SiLU()] if self.activates_time else []
+            self.adaLN_modulation = nn.Sequential(*before, linear)
         self.is_modulated = is_modulated
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
