@@ -245,11 +245,14 @@ def _option_faults(
         changed = difference(defaults | recorded, defaults | table.changed(REFERENCES))
         if changed is not None:
             yield f"{changed} in {table.name}"
-    if table.clip_references is None or CLIP_REFERENCES not in options:
-        return
-    _, *factors = options[CLIP_REFERENCES]
-    factors_now = [*table.clip_references.factors]
-    if factors != factors_now:
+    if table.clip_references is not None and CLIP_REFERENCES in options:
+        yield from _factor_faults(options[CLIP_REFERENCES], table.clip_references.factors)
+
+
+def _factor_faults(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
+    """Yield how the factors of a clip's references have changed. recorded: their number, then the factors."""
+    _, *factors = recorded
+    if factors != [*factors_now]:
         yield (
             f"its references were made with {_describe_factors(factors)}, this run has "
             f"{_describe_factors(factors_now)}"

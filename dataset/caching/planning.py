@@ -62,13 +62,14 @@ class Recipe:
 
     def options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
         """Return the options in the record of an item of a source. sizes: its size, bucket and span."""
-        table, mask_from = source.table, source.mask_from
+        table = source.table
         options: dict[str, Any] = {name: [*numbers] for name, numbers in sizes.items()}
         if table.kind == "video":
+            fps_of_model = None if table.source_fps is None else self.fps
             options["source_fps"] = table.source_fps
-            options["fps"] = table.target_fps or (None if table.source_fps is None else self.fps)
-        if mask_from is not None:
-            options["mask"] = mask_from
+            options["fps"] = table.target_fps or fps_of_model
+        if source.mask_from is not None:
+            options["mask"] = source.mask_from
         if source.tensors is not None:
             options["moments"] = True
         if table.augmentation.flip:

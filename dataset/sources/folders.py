@@ -174,7 +174,10 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     entries = list_entries(table.directory, f"{table.name}: {key}")
     endings = [split_name(entry.name)[1].lower() for entry in entries]
     media: list[Path] = []
+    spare_files: list[Path] = []
     for entry, ending in zip(entries, endings, strict=True):
+        if ending in spare:
+            spare_files.append(table.directory / entry.name)
         if ending not in suffixes:
             continue
         path = table.directory / entry.name
@@ -185,10 +188,6 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
             faults.append(Fault(kind, f"{path}: {_explain(path)}", path.stem, ends_run=False))
     if (ANIMATION_SUFFIXES | spare).isdisjoint(endings):
         return media
-    spare_files = []
-    for entry, ending in zip(entries, endings, strict=True):
-        if ending in spare:
-            spare_files.append(table.directory / entry.name)
     if table.leaves_animations:
         animations = _find_animations(table, [*media, *spare_files])
         media = [path for path in media if path not in animations]

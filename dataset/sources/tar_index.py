@@ -231,8 +231,8 @@ def _sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
         if len(endings) > 1:
             raise ValueError(f"it has two files of one kind among {', '.join(endings)}; keep one")
     extras = []
-    for (kind, number), endings in sorted(by_role.items()):
-        extras.append((kind, number, files[endings[0]]))
+    for (kind, number), (ending,) in sorted(by_role.items()):
+        extras.append((kind, number, files[ending]))
     return TarSample(key, files[media[0]], caption, tuple(extras))
 
 
