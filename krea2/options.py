@@ -191,7 +191,7 @@ def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
 def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options of the commands that make missing caches of latents and of texts."""
     match, edit = {"--match_target_res": options.match_target_res}, {"--edit": options.edit}
-    latents = {**options.vae.file.words(), **edit, **match}
+    latents = {"--vae": options.vae.file.vae or FillIn("VAE_FILE"), **edit, **match}
     return latents, {**options.text.words("QWEN3_VL_FILE"), **edit}
 
 
@@ -210,7 +210,7 @@ def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any])
         "--dit": options.turbo_dit or options.dit or FillIn("DIT_FILE"),
         **{f"--{name}": level for name, level in levels.items()},
         **turbo,
-        **options.vae.file.words(),
+        "--vae": options.vae.file.vae or FillIn("VAE_FILE"),
         **options.text.words("QWEN3_VL_FILE"),
         "--dit_dtype": options.dit_dtype,
         "--control_image_path": controls,

@@ -138,7 +138,7 @@ class QwenImage(ModelOfPictures):
         return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
 
     def _check_cache(self, cache: MadeBy) -> None:
-        """Raise CacheError if latents or texts are of another release. Those of other tools have no records."""
+        """Raise CacheError if a cache is of another release. Those of other tools have no records."""
         if cache.part == LATENTS_MADE and not PIXELS.items() <= cache.encoder.items():
             raise CacheError(
                 f"{cache.path}: an earlier version encoded these latents from pixels of a wrong range. "

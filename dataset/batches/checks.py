@@ -298,7 +298,7 @@ def _source_faults(
     table, rate = item.table, record.options.get("source_fps")
     if table.kind == "video" and rate != table.source_fps:
         yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
-    if table.directory is not None and (table.index, item.key) not in checks.known:
+    if table.directory is not None and (table.index, item.key) not in checks.checked:
         file = checks.changed_file(folders[: len(record.files)], record.files)
         if file is not None:
             yield f"{file} has changed since it was encoded"

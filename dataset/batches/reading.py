@@ -202,7 +202,7 @@ class _Reader:
             records = text_records(entry)
             for record in records.values():
                 verify_tensors(entry, record.crc32)
-            if number != EMPTY and (item.table.index, path.name) not in self.checks.known:
+            if number != EMPTY and (item.table.index, path.name) not in self.checks.checked:
                 faults = text_faults(
                     item,
                     number=number,

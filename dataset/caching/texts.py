@@ -104,7 +104,7 @@ class TextWork:
         if any(source.caption is None for source in self._sources):
             require_captions(self._sources)
         family.check_given_files()
-        own_folders = [table for table in config.datasets if table.index not in stores.given]
+        own_folders = [table for table in config.datasets if table.index not in stores.elsewhere]
         mixed = [table for table in own_folders if may_be_mixed(table)]
         if mixed:
             from dataset.cache.form import require_form  # only with shards

@@ -148,7 +148,7 @@ class MediaWork:
 
             sources = use_moments(family, sources)
         self.pieces: Sequence[MediaSource] = sources
-        own_folders = [table for table in config.datasets if table.index not in stores.given]
+        own_folders = [table for table in config.datasets if table.index not in stores.elsewhere]
         mixed = [table for table in own_folders if may_be_mixed(table)]
         if mixed:
             from dataset.cache.form import require_form  # only with shards

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
-from dataset.sources.clock import frames_beside, kept_frames, read_mask
+from dataset.sources.clock import companion_frames, kept_frames, read_mask
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import (
     Mask,
@@ -196,12 +196,12 @@ def _decode_clip(
     size = (first.shape[1], first.shape[0])
     bucket = bucket_of(table, size, step, here.path)
     enough = frames_wanted(table)
-    all_frames = itertools.chain([first], frames_in)
+    frames_in = itertools.chain([first], frames_in)
     mask: Mask | None = None
     if table.is_of_sound:
-        frames = _repeat_first(all_frames)
+        frames = _repeat_first(frames_in)
     else:
-        frames, mask = _gather(all_frames, bucket, enough)
+        frames, mask = _gather(frames_in, bucket, enough)
     if sizes.change is not None:
         size_changes.append(f"{source.path.name}: {sizes.change}")
     count = len(frames)
@@ -242,12 +242,12 @@ def _read_control_clips(
     changes: list[str],
 ) -> list[Clip]:
     """Read the control clips of a fetched clip of `count` frames; add a line to `changes` for each whose
-    frames change their size. clock: see `frames_beside`.
+    frames change their size. clock: see `companion_frames`.
     """
     clips = []
     for path in here.control:
         sizes = FrameSizes()
-        frames = sizes.watch(frames_beside(path, here.path, table=here.table, fps=fps, clock=clock))
+        frames = sizes.watch(companion_frames(path, here.path, table=here.table, fps=fps, clock=clock))
         clip, _ = _gather(frames, bucket, count)
         if sizes.change is not None:
             changes.append(f"{path.name}: {sizes.change}")

@@ -110,11 +110,11 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
         index = _scan(file, stat.st_size, rules, tar)
     # a tar that just grows may have the same time twice; damage is looked at again
     if len(index.samples) >= LEAST_SAMPLES and index.damage is None and not index.faults:
-        _keep_index(path, index, made_for)
+        _write_index(path, index, made_for)
     return index
 
 
-def _keep_index(path: Path, index: TarIndex, made_for: str) -> None:
+def _write_index(path: Path, index: TarIndex, made_for: str) -> None:
     """Write an index. made_for: version, tar and rules that it is of."""
     rows = [(sample.key, sample.media, sample.caption, sample.extras) for sample in index.samples]
     try:
