@@ -175,11 +175,13 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
     changes = CaptionChanges(**by_record["changes"])
     from_json = values["metadata_file"] is not None
     conditioning = values["conditioning_data_dir"]
+    controls = None if is_masked else conditioning
+    masks = conditioning if is_masked else None
     return by_record[""] | {
         "directory": None if from_json else values["image_dir"],
         "image_folder": values["image_dir"] if from_json else None,
-        "control_directory": None if is_masked else conditioning,
-        "mask_directory": (conditioning if is_masked else None) or values["mask_directory"],
+        "control_directory": controls,
+        "mask_directory": masks or values["mask_directory"],
         "bucket_no_upscale": values["bucket_no_upscale"] and values["enable_bucket"],
         "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,
         "buckets": buckets,

@@ -185,14 +185,16 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
             media.append(path)
         else:
             kind = f"{table.holds}s of {table.name} cannot be opened"
-            faults.append(Fault(kind, f"{path}: {_explain(path)}", path.stem, ends_run=False))
+            text = f"{path}: {_explain(path)}"
+            faults.append(Fault(kind, text, path.stem, ends_run=False))
     if (ANIMATION_SUFFIXES | spare).isdisjoint(endings):
         return media
     if table.leaves_animations:
         animations = _find_animations(table, [*media, *spare_files])
         media = [path for path in media if path not in animations]
         spare_files = [path for path in spare_files if path not in animations]
-    return sorted([*media, *_find_spare(table, spare_files, media)], key=str)
+    media += _find_spare(table, spare_files, media)
+    return sorted(media, key=str)
 
 
 def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:

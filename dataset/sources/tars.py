@@ -228,7 +228,8 @@ def expand_braces(pattern: str, where: str) -> list[str]:
                 raise DatasetError(
                     f"{where}: {hide_secrets(pattern)} stands for more than {MAX_PATTERN_NAMES:,} names"
                 )
-            before, after = name[: braces.start()], name[braces.end() :]
+            before = name[: braces.start()]
+            after = name[braces.end() :]
             longer += [f"{before}{option:0>{width}}{after}" for option in options]
         names = longer
     return names
