@@ -378,9 +378,13 @@ class Planning:
         Raises CacheError if it does not fit.
         """
         path = self.table.cache_directory / file
-        entry = self.store.read(file) if self.reads_values else None
-        header = self._header(file) if entry is None else entry
-        record = self._record(file) if entry is None else records.latent_record(header)
+        entry: Entry | None = None
+        if self.reads_values:
+            header = entry = self.store.read(file)
+            record = records.latent_record(header)
+        else:
+            header = self._header(file)
+            record = self._record(file)
         if record is None:
             self._check_foreign(path, header, name=files[file], bucket=bucket, span=span)
             return True

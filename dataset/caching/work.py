@@ -61,8 +61,9 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
             _check_table(family, table, has_control, with_companions.get(table.index, ()))
             _check_sound(table, learns_sound_alone)
         except DatasetError as error:
-            is_hint = has_control and table.conditioning_directory is not None
-            problems.append(f"{error}{MASKS_HINT if is_hint else ''}")
+            may_be_masks = has_control and table.conditioning_directory is not None
+            hint = MASKS_HINT if may_be_masks else ""
+            problems.append(f"{error}{hint}")
     if problems:
         raise DatasetError("\n".join(problems))
 
