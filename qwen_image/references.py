@@ -152,14 +152,14 @@ def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReference
 
     latents: of the first picture, 1 C 1 h w.
     """
-    mask = prepared.asked.extra.get(MASK)
+    mask, threshold = prepared.asked.extra.get(MASK), options.rcm_threshold
     if mask is not None:
         step = prepared.width // latents.shape[-1]
         return Anchor(latents, read_mask(Path(mask), (prepared.width, prepared.height), step))
-    if options.rcm_threshold is None:
+    if threshold is None:
         return None
     rules = ConsistencyRules(
-        options.rcm_threshold,
+        threshold,
         is_relative=options.rcm_relative_threshold,
         kernel_size=options.rcm_kernel_size,
         dilate_size=options.rcm_dilate_size,
