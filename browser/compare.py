@@ -23,9 +23,9 @@ from contract.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from modules.errors import OptionError, UserError
 from modules.installation import MOST_BEFORE
 from modules.media.reading import read_tags
+from modules.pages.page import link
 from modules.text_files import read_text, real_path
 from training.reports.history import SampleRow, Story
-from training.reports.links import link
 from training.reports.page import list_files
 from training.reports.sample_files import FOLDER as SAMPLES
 

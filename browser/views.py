@@ -18,10 +18,9 @@ from browser.runs import RUNNING, STATES, Glance, Runs, describe_left, find_stat
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
-from modules.pages.page import END, PRIVATE, render_page
+from modules.pages.page import END, PRIVATE, link, render_page
 from modules.text_files import read_safetensors_texts, require_regular_file
 from training.reports.history import SHOWN, Points, Start, Story
-from training.reports.links import link
 from training.reports.page import (
     TEMPLATE,
     Standing,

@@ -367,7 +367,9 @@ def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str 
     """Return the key that says where a table's items are; None, with a line in `problems`, if there is not
     exactly one.
     """
-    sources = [name for name in SOURCES if name in entry] or [name for name in OF_SOUND if name in entry]
+    sources = [name for name in SOURCES if name in entry]
+    if not sources:
+        sources = [name for name in OF_SOUND if name in entry]
     if len(sources) == 1:
         return sources[0]
     if sources:
@@ -378,11 +380,10 @@ def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str 
     if refused:
         problems += [f"{where}: {line}" for line in refused]
         return None
-    hints = (did_you_mean(key, SOURCES) for key in entry if key not in KEYS)
+    hints = [did_you_mean(key, SOURCES) for key in entry if key not in KEYS]
     hint = next(filter(None, hints), "")
-    problems.append(
-        f"{where}: the source of its items is missing; it needs one of {', '.join(SOURCES)}.{hint}"
-    )
+    names = ", ".join(SOURCES)
+    problems.append(f"{where}: the source of its items is missing; it needs one of {names}.{hint}")
     return None
 
 

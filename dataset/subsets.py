@@ -17,6 +17,7 @@ from dataset.config_keys import BAD, read_keys, without_nulls
 from dataset.subset_options import ANYWHERE, DATASET, OTHER_NAMES, SAME, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.table import Augmentation, BucketRule, CaptionChanges, DatasetConfig, DatasetTable, Table
 from modules.errors import DatasetError
+from modules.option_values import as_shape
 from modules.text_files import real_path
 
 logger = logging.getLogger(__name__)
@@ -174,11 +175,13 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
     changes = CaptionChanges(**by_record["changes"])
     from_json = values["metadata_file"] is not None
     conditioning = values["conditioning_data_dir"]
+    controls = None if is_masked else conditioning
+    masks = conditioning if is_masked else None
     return by_record[""] | {
         "directory": None if from_json else values["image_dir"],
         "image_folder": values["image_dir"] if from_json else None,
-        "control_directory": None if is_masked else conditioning,
-        "mask_directory": (conditioning if is_masked else None) or values["mask_directory"],
+        "control_directory": controls,
+        "mask_directory": masks or values["mask_directory"],
         "bucket_no_upscale": values["bucket_no_upscale"] and values["enable_bucket"],
         "prior_loss_weight": values["prior_loss_weight"] if values["is_reg"] else 1.0,
         "buckets": buckets,
@@ -250,11 +253,11 @@ def _size_problems(values: Table) -> list[str]:
     if values["enable_bucket"] and not values["bucket_no_upscale"]:
         if min(size) < low:
             problems.append(
-                f"min_bucket_reso = {low} is above the resolution {_sides(size)}; set at most {min(size)}"
+                f"min_bucket_reso = {low} is above the resolution {as_shape(size)}; set at most {min(size)}"
             )
         if max(size) > high:
             problems.append(
-                f"max_bucket_reso = {high} is below the resolution {_sides(size)}; set at least {max(size)}"
+                f"max_bucket_reso = {high} is below the resolution {as_shape(size)}; set at least {max(size)}"
             )
     return problems
 
@@ -281,17 +284,13 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
         if table.cache_directory is None and table.cache_format == "npz":
             table = dataclasses.replace(table, cache_directory=folder)
         elif table.cache_directory is None:
-            name = _sides(table.resolution)
+            name = as_shape(table.resolution)
             key = (os.path.normcase(real_path(folder)), name)
             used[key] += 1
             name += f"_{used[key]}" if used[key] > 1 else ""
             table = dataclasses.replace(table, cache_directory=folder / name)
         changed.append(table)
     return tuple(changed)
-
-
-def _sides(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 # --- folders without a file

@@ -74,7 +74,7 @@ class Flux2GenerationOptions(Options, title=NAME):
 
 def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     version = {"--model_version": options.model_version}
-    latents = {"--vae": options.vae.file.vae or FillIn("VAE_FILE"), **version}
+    latents = {**options.vae.file.words(), **version}
     return latents, {**options.text.words("TEXT_ENCODER_FILE"), **version}
 
 
@@ -83,7 +83,7 @@ def generation_options(options: Flux2TrainingOptions, sample: Mapping[str, Any])
     controls = sample.get("control_images") or ()
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
-        "--vae": options.vae.file.vae or FillIn("VAE_FILE"),
+        **options.vae.file.words(),
         **options.text.words("TEXT_ENCODER_FILE"),
         "--model_version": options.model_version,
         "--dit_dtype": options.dit_dtype,

@@ -204,7 +204,7 @@ class FramePackGenerationOptions(Options, title="FramePack"):
 
 def caching_options(options: FramePackTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     text = options.text
-    latents = {"--vae": options.vae.file.vae or FillIn("VAE_FILE")}
+    latents = options.vae.file.words()
     latents["--image_encoder"] = options.image_encoder or FillIn("IMAGE_ENCODER_FILE")
     encoders = {"--text_encoder1": text.text_encoder1 or FillIn("TEXT_ENCODER1_FILE")}
     encoders["--text_encoder2"] = text.text_encoder2 or FillIn("TEXT_ENCODER2_FILE")

@@ -161,11 +161,11 @@ def translate_training(args: argparse.Namespace) -> None:
 
 
 def caching_options(options: HunyuanImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {"--vae": options.vae.file.vae or FillIn("VAE_FILE")}, _text_options(options.text)
+    return options.vae.file.words(), _text_options(options.text)
 
 
 def generation_options(options: HunyuanImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    files = {"--dit": options.dit or FillIn("DIT_FILE"), "--vae": options.vae.file.vae or FillIn("VAE_FILE")}
+    files = {"--dit": options.dit or FillIn("DIT_FILE"), **options.vae.file.words()}
     return files | _text_options(options.text)
 
 

@@ -158,7 +158,7 @@ def caching_options(options: HunyuanTrainingOptions) -> tuple[dict[str, Any], di
     text = options.text
     encoders = {"--text_encoder1": text.text_encoder1 or FillIn("TEXT_ENCODER1_FILE")}
     encoders["--text_encoder2"] = text.text_encoder2 or FillIn("TEXT_ENCODER2_FILE")
-    return {"--vae": options.vae.file.vae or FillIn("VAE_FILE")}, encoders
+    return options.vae.file.words(), encoders
 
 
 def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def generation_options(options: HunyuanTrainingOptions, sample: Mapping[str, Any
 def model_options(dit: Path | None, vae: HunyuanVaeOptions, text: HunyuanTextOptions) -> dict[str, Any]:
     return {
         "--dit": dit or FillIn("DIT_FILE"),
-        "--vae": vae.file.vae or FillIn("VAE_FILE"),
+        **vae.file.words(),
         "--text_encoder1": text.text_encoder1 or FillIn("TEXT_ENCODER1_FILE"),
         "--text_encoder2": text.text_encoder2 or FillIn("TEXT_ENCODER2_FILE"),
         "--text_encoder1_tokenizer": text.text_encoder1_tokenizer,

@@ -89,9 +89,9 @@ class GatedAttention(GroupedAttention):
         return self.qknorm.qnorm(query), self.qknorm.knorm(key), value
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
-        return self.gated(x, self.see(x, tokens))
+        return self.gated(x, self.attend_tokens(x, tokens))
 
-    def look(
+    def attend_heads(
         self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: Lengths | None
     ) -> Tensor:
         assert isinstance(tokens, Krea2Tokens)

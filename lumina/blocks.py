@@ -63,7 +63,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, config: LuminaConfig, hidden: int | None = None) -> None:
         """hidden: width between the two layers; default: that of the embedding."""
         super().__init__()
-        self.freq_dim, hidden = config.freq_dim, hidden or config.time_dim
+        self.freq_dim = config.freq_dim
+        hidden = hidden or config.time_dim
         self.mlp = nn.Sequential(
             nn.Linear(config.freq_dim, hidden), nn.SiLU(), nn.Linear(hidden, config.time_dim)
         )
@@ -91,7 +92,7 @@ class GroupedAttention(nn.Module):
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
         return self.q_norm(query), self.k_norm(key), value
 
-    def look(
+    def attend_heads(
         self, heads: Iterable[Tensor], rotary: Tensor, tokens: LuminaTokens, lengths: Lengths | None
     ) -> Tensor:
         """Return the attention of tokens, B L N D, from heads whose queries and keys are not rotated yet."""
@@ -101,20 +102,24 @@ class GroupedAttention(nn.Module):
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         # x: B L+T C, with a second caption B L+T+T' C
-        return self.project(self.see(x, tokens))
+        return self.project(self.attend_tokens(x, tokens))
 
-    def see(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
+    def attend_tokens(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         """Return the attention of the tokens among each other, heads side by side: B L C."""
         heads: tuple[Tensor, ...] = self.heads(x)
         second, part = tokens.second, tokens.part
         if part is not None:
             heads = part.gather_tokens(heads[0], *serve(*heads))
         if second is None:
-            attended = self.look(heads, tokens.rotary, tokens, tokens.lengths)
-            return (attended if part is None else part.gather_heads(attended)).flatten(2)
+            attended = self.attend_heads(heads, tokens.rotary, tokens, tokens.lengths)
+            if part is not None:
+                attended = part.gather_heads(attended)
+            return attended.flatten(2)
         assert tokens.second_rotary is not None
-        attended = self.look(map(second.without, heads), tokens.rotary, tokens, tokens.lengths)
-        second_attended = self.look(map(second.alone, heads), tokens.second_rotary, tokens, second.lengths)
+        attended = self.attend_heads(map(second.without, heads), tokens.rotary, tokens, tokens.lengths)
+        second_attended = self.attend_heads(
+            map(second.alone, heads), tokens.second_rotary, tokens, second.lengths
+        )
         if part is None:
             return second.combine(attended, second_attended).flatten(2)
         return part.combine(attended, second_attended, second).flatten(2)
@@ -164,7 +169,8 @@ class JointTransformerBlock(nn.Module):
         self.ffn_norm2 = RMSNorm(config.dim, config.eps)
         if is_modulated:
             linear = nn.Linear(config.time_dim, 4 * config.dim)
-            self.adaLN_modulation = nn.Sequential(*([nn.SiLU()] if self.activates_time else []), linear)
+            before = [nn.SiLU()] if self.activates_time else []
+            self.adaLN_modulation = nn.Sequential(*before, linear)
         self.is_modulated = is_modulated
 
     def forward(self, x: Tensor, tokens: LuminaTokens) -> Tensor:

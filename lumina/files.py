@@ -42,12 +42,19 @@ UNUSED = "norm_final.weight"  # in the published files; the model does not use i
 
 def _header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
     names = checkpoint.tensors
-    dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), "official")
+    known_dialects = (name for name, (mark, _) in DIALECTS.items() if mark in names)
+    dialect = next(known_dialects, "official")
     mark, table = DIALECTS[dialect]
-    file_shapes = joined_shapes({name: info.shape for name, info in names.items()}, table)
+    stored_shapes = {name: info.shape for name, info in names.items()}
+    file_shapes = joined_shapes(stored_shapes, table)
     if mark not in names or MARK not in file_shapes:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
     shapes = DitShapes(checkpoint.path, file_shapes, "Lumina-Image-2.0")
+    return DitHeader(_read_config(shapes), dialect, names[mark].dtype)
+
+
+def _read_config(shapes: DitShapes) -> LuminaConfig:
+    """Return the sizes of a transformer. Raises CheckpointError if they are not of Lumina-Image-2.0."""
     dim, patch_width = shapes.of("x_embedder.weight")
     (head_width,) = shapes.of("layers.0.attention.q_norm.weight", axes=1)
     rows = shapes.of("layers.0.attention.qkv.weight")[0]
@@ -59,14 +66,15 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
             "are not those of a Lumina-Image-2.0 transformer. Copy the file again.",
             shapes.path,
         )
-    num_heads, num_kv_heads = dim // head_width, kv_rows // (2 * head_width)
+    num_heads = dim // head_width
+    num_kv_heads = kv_rows // (2 * head_width)
     if num_heads % num_kv_heads or patch_width % PATCH**2:
         raise CheckpointError(
             f"{shapes.path}: {num_heads} heads of queries and {num_kv_heads} of keys, patches of "
             f"{patch_width} numbers are not those of a Lumina-Image-2.0 transformer. Copy the file again.",
             shapes.path,
         )
-    config = LuminaConfig(
+    return LuminaConfig(
         dim=dim,
         ffn_dim=shapes.of("layers.0.feed_forward.w1.weight")[0],
         num_heads=num_heads,
@@ -79,7 +87,6 @@ def _header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
         time_dim=time_dim,
         freq_dim=freq_dim,
     )
-    return DitHeader(config, dialect, names[mark].dtype)
 
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[LuminaConfig]) -> Mapping[str, TensorSource]:

@@ -93,22 +93,19 @@ class LuminaModel(BlockNetwork):
         call; their second text has the names caption and caption_mask; it comes behind the first one. Raises
         ValueError if sizes do not go together.
         """
-        if noisy.shape[1] != self.config.in_dim:
-            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
-        if any(size % self.config.patch_size for size in noisy.shape[2:]):
-            raise ValueError(
-                f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {self.config.patch_size}"
-            )
-        if caption_mask.shape != caption.shape[:2]:
-            raise ValueError(
-                f"a text mask of {tuple(caption_mask.shape)} for text of {tuple(caption.shape[:2])}"
-            )
+        self._check_sizes(noisy, caption, caption_mask)
         patch = self.config.patch_size
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         grid = (noisy.shape[2] // patch, noisy.shape[3] // patch)
         patches = rearrange(noisy, "b c (h ph) (w pw) -> b (h w) (ph pw c)", ph=patch, pw=patch)
         time = self.embed_time(times)
-        tokens_of = partial(LuminaTokens, grid=grid, time=time, dtype=dtype, attention=self.attention)
+        tokens_of = partial(
+            LuminaTokens,
+            grid=grid,
+            time=time,
+            dtype=dtype,
+            attention=self.attention,
+        )
         captions = []
         for prompt in tweaks.texts(len(noisy), caption=caption, caption_mask=caption_mask):
             captions.append(self._read_caption(**prompt, grid=grid, tokens_of=tokens_of))
@@ -122,13 +119,32 @@ class LuminaModel(BlockNetwork):
             return Hidden(torch.cat([image, text], dim=1), tokens)
         second_text, second_tokens = captions[1]
         assert tweaks.steer is not None  # it comes with a second text
-        second = SecondText(image.shape[1], second_text.shape[1], second_tokens.lengths, tweaks.steer)
+        second = SecondText(
+            image.shape[1],
+            second_text.shape[1],
+            second_tokens.lengths,
+            tweaks.steer,
+        )
         tokens = replace(tokens, second=second, second_rotary=second_tokens.rotary)
         return Hidden(torch.cat([image, text, second_text], dim=1), tokens)
 
+    def _check_sizes(self, noisy: Tensor, caption: Tensor, caption_mask: Tensor) -> None:
+        """Raise ValueError if sizes do not go together."""
+        if noisy.shape[1] != self.config.in_dim:
+            raise ValueError(f"{noisy.shape[1]} input channels, the model takes {self.config.in_dim}")
+        if any(size % self.config.patch_size for size in noisy.shape[2:]):
+            raise ValueError(
+                f"latents of {tuple(noisy.shape[2:])} cannot be cut into patches of {self.config.patch_size}"
+            )
+        if caption_mask.shape != caption.shape[:2]:
+            raise ValueError(
+                f"a text mask of {tuple(caption_mask.shape)} for text of {tuple(caption.shape[:2])}"
+            )
+
     def unembed(self, x: Tensor, tokens: LuminaTokens) -> Tensor:
         """Turn tokens B L+T C into the direction, B in_dim H W in float32."""
-        (rows, columns), patch = tokens.grid, self.config.patch_size
+        rows, columns = tokens.grid
+        patch = self.config.patch_size
         patches = self.last(x[:, : tokens.image], tokens).float()
         return rearrange(
             patches, "b (h w) (ph pw c) -> b c (h ph) (w pw)", h=rows, w=columns, ph=patch, pw=patch
@@ -191,11 +207,14 @@ class LuminaModel(BlockNetwork):
 
         def axis(positions: Sequence[int], width: int) -> Tensor:
             exact = torch.tensor(positions, dtype=torch.float64)
-            return send_ahead(turns(angles_at(exact, width, self.config.rope_theta)).float(), device)
+            pairs = turns(angles_at(exact, width, self.config.rope_theta))
+            return send_ahead(pairs.float(), device)
 
         num_rows, num_columns = layout.grid
-        rows, columns = axis(range(num_rows), row_width), axis(range(num_columns), column_width)
-        first_row, first_column = axis([0], row_width), axis([0], column_width)
+        rows = axis(range(num_rows), row_width)
+        columns = axis(range(num_columns), column_width)
+        first_row = axis([0], row_width)
+        first_column = axis([0], column_width)
         num_padding = self.count_tokens(num_rows * num_columns) - num_rows * num_columns
         padding = on_grid([axis([0] * num_padding, place_width), first_row, first_column])
         begin = self.config.first_place
@@ -206,7 +225,9 @@ class LuminaModel(BlockNetwork):
         for count in layout.captions:
             image = on_grid([axis([begin + count], place_width), rows, columns])
             tables.append(torch.cat([image, behind]))
-        return (tables[0] if len(tables) == 1 else torch.stack(tables)).unsqueeze(-3)
+        if len(tables) == 1:
+            return tables[0].unsqueeze(-3)
+        return torch.stack(tables).unsqueeze(-3)
 
 
 def real_tokens(mask: Tensor) -> tuple[int, tuple[int, ...]]:

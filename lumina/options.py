@@ -140,11 +140,11 @@ def generation_options(options: LuminaTrainingOptions, sample: Mapping[str, Any]
         "--vae_dtype": options.vae.vae_dtype,
         "--text_encoder_dtype": options.text.text_encoder_dtype,
         **_text_options(options.text),
-        **say_extras(sample),
+        **extra_words(sample),
     }
 
 
-def say_extras(sample: Mapping[str, Any]) -> dict[str, Any]:
+def extra_words(sample: Mapping[str, Any]) -> dict[str, Any]:
     extra = sample.get("extra") or {}
     return {f"--{option}": extra.get(name) for option, name in EXTRAS.items()}
 

@@ -164,8 +164,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
             embeds = network.get_submodule("embed_tokens")(ids.to(device))
             # those before the last layer, B L C; real tokens come first
             states = language_states(network, embeds, mask.to(device), STATES).cpu() * mask[..., None]
-            results += [
-                {"hidden_state": state.clone(), "attention_mask": real.clone(), "input_ids": row.clone()}
-                for state, real, row in zip(states, mask, ids, strict=True)
-            ]
+            for state, real, row in zip(states, mask, ids, strict=True):
+                outputs = {"hidden_state": state, "attention_mask": real, "input_ids": row}
+                results.append({name: tensor.clone() for name, tensor in outputs.items()})
         return results

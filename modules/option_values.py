@@ -6,7 +6,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,6 +103,11 @@ def show_number(number: float) -> str:
     if isinstance(number, int) and abs(number) >= 10**40:
         return f"of {len(str(abs(number)))} digits"
     return str(number) if isinstance(number, int) else f"{number:.12g}"
+
+
+def as_shape(sizes: Iterable[int]) -> str:
+    """Return sizes as people write them: `1024x768`."""
+    return "x".join(map(str, sizes))
 
 
 def convert_value(value: Any, hint: Any, option: str) -> Any:

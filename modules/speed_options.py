@@ -46,6 +46,10 @@ class VaeOptions(Options):
             return self.vae_spatial_tile_sample_min_size
         return VAE_TILE if self.vae_tiling else None
 
+    def words(self) -> dict[str, Any]:
+        """Return the file as printed commands name it."""
+        return {"--vae": self.vae or FillIn("VAE_FILE")}
+
 
 def fp8_text_option(name: str, what: str) -> Any:
     """Return the field `in_fp8` of a family's options of texts, whose flag has a name of its own."""

@@ -21,6 +21,7 @@ from modules.control_codes import drop_control_codes
 from modules.errors import OptionError
 from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
+from modules.option_values import as_shape
 from modules.paths import explain_missing, path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts, is_small
@@ -99,23 +100,19 @@ def explain_size(model: ModelSet, media: list[Media]) -> str:
     sizes = sorted({item.size for item in _learned(model, media)}, key=_area)
     span = ""
     if len(sizes) > 1:
-        span = f" of files from {_sides(sizes[0])} to {_sides(sizes[-1])}"
+        span = f" of files from {as_shape(sizes[0])} to {as_shape(sizes[-1])}"
     usual = model.data["resolution"]
     reduced = ""
     if _area(middle.size) > _area(usual):
-        reduced = f", reduced to the area of {_sides(usual)} that the model's page has"
+        reduced = f", reduced to the area of {as_shape(usual)} that the model's page has"
     return (
-        f"the shape of {middle.path.name} ({_sides(middle.size)}), the middle one by area{span}{reduced}, in "
-        "steps of 32. Every file is fitted to this area in its own shape (resolution in dataset.toml)"
+        f"the shape of {middle.path.name} ({as_shape(middle.size)}), the middle one by area{span}{reduced}, "
+        "in steps of 32. Every file is fitted to this area in its own shape (resolution in dataset.toml)"
     )
 
 
 def _area(size: Sequence[int]) -> int:
     return size[0] * size[1]
-
-
-def _sides(size: Sequence[int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def _learned(model: ModelSet, media: list[Media]) -> list[Media]:

@@ -14,6 +14,7 @@ from contract.data import (
     CacheEntry,
     Conditions,
     LatentSpec,
+    MadeBy,
     MediaBatch,
     MediaEncoders,
     SamplingDefaults,
@@ -132,24 +133,24 @@ class QwenImage(ModelOfPictures):
         batch.check({KEY: TEXTS_AGAIN}, "the transformer")
         width = self.files.dit_header().config.text_dim
         batch.check_widths({KEY: width}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen2.5-VL (7B)")
-        use = self.version.use  # caches of other tools have no records
         for cache in batch.made_by:
-            if cache.part == LATENTS_MADE and not PIXELS.items() <= cache.encoder.items():
-                raise CacheError(
-                    f"{cache.path}: an earlier version encoded these latents from pixels of a wrong range. "
-                    f"Cache again with {LATENTS_AGAIN}: it replaces them."
-                )
-            fingerprint = cache.encoder.get(use.template_key, use.fingerprint)
-            if cache.part == use.name and fingerprint != use.fingerprint:
-                models = [
-                    version.called for version in VERSIONS.values() if version.use.fingerprint == fingerprint
-                ]
-                raise CacheError(
-                    f"{cache.path}: the caption was encoded for {' or '.join(models) or 'another model'}, "
-                    f"this training is of {self.called}. Give the same --model_version to {TEXTS_AGAIN} and "
-                    "to the training."
-                )
+            self._check_cache(cache)
         return {KEY: batch.tensors[KEY], **references_of(batch, LATENT.channels, PATCH, LATENTS_AGAIN)}
+
+    def _check_cache(self, cache: MadeBy) -> None:
+        """Raise CacheError if a cache is of another release. Those of other tools have no records."""
+        if cache.part == LATENTS_MADE and not PIXELS.items() <= cache.encoder.items():
+            raise CacheError(
+                f"{cache.path}: an earlier version encoded these latents from pixels of a wrong range. "
+                f"Cache again with {LATENTS_AGAIN}: it replaces them."
+            )
+        use = self.version.use
+        fingerprint = cache.encoder.get(use.template_key, use.fingerprint)
+        if cache.part == use.name and fingerprint != use.fingerprint:
+            raise CacheError(
+                f"{cache.path}: the caption was encoded for {_models_with(fingerprint)}, this training "
+                f"is of {self.called}. Give the same --model_version to {TEXTS_AGAIN} and to the training."
+            )
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
@@ -212,6 +213,12 @@ class QwenImage(ModelOfPictures):
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         yield from encoders.vae.decode(latents)
+
+
+def _models_with(fingerprint: str) -> str:
+    """Return the models whose use of the text encoder has this fingerprint, in words."""
+    versions = [version for version in VERSIONS.values() if version.use.fingerprint == fingerprint]
+    return " or ".join(version.called for version in versions) or "another model"
 
 
 def family_for_latent_caching(options: QwenImageLatentCachingOptions) -> QwenImage:

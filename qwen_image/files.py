@@ -77,24 +77,30 @@ FILES = (
     "Qwen/Qwen-Image"
 )
 MARK = "transformer_blocks.0.img_mod.1.weight"
+QUERY = "transformer_blocks.0.attn.to_q.weight"  # whose dtype is that of the file
 
 
 def _header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
     names = checkpoint.tensors
     if MARK not in names:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    shapes = DitShapes(checkpoint.path, {name: info.shape for name, info in names.items()}, NAME)
+    file_shapes = {name: info.shape for name, info in names.items()}
+    shapes = DitShapes(checkpoint.path, file_shapes, NAME)
+    return DitHeader(_read_config(shapes), "released", names[QUERY].dtype)
+
+
+def _read_config(shapes: DitShapes) -> QwenImageConfig:
+    """Return the sizes of a transformer. Raises CheckpointError if they are not of Qwen-Image."""
     dim, numbers = shapes.of("img_in.weight")
     (width,) = shapes.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
     if dim % width or width % 16 or numbers % PATCH**2:
         raise CheckpointError(
-            f"{checkpoint.path}: width {dim}, heads of {width} and tokens of {numbers} numbers are not those "
+            f"{shapes.path}: width {dim}, heads of {width} and tokens of {numbers} numbers are not those "
             f"of {WHAT}. Copy the file again.",
-            checkpoint.path,
+            shapes.path,
         )
-    query = "transformer_blocks.0.attn.to_q.weight"
-    shapes.of(query)  # that it is there
-    config = QwenImageConfig(
+    shapes.of(QUERY)  # that it is there
+    return QwenImageConfig(
         dim=dim,
         ffn_dim=shapes.of("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],
         num_heads=dim // width,
@@ -103,7 +109,6 @@ def _header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
         text_dim=shapes.of("txt_in.weight")[1],
         freq_dim=shapes.of("time_text_embed.timestep_embedder.linear_1.weight")[1],
     )
-    return DitHeader(config, "released", names[query].dtype)
 
 
 FORMAT = DitFormat(_header, lambda _: WHAT, network=QwenImageModel, sources=own_names, option=OPTION)

@@ -83,18 +83,14 @@ class QwenAttention(nn.Module):
     def heads(self, x: Tensor, is_text: bool) -> blocks.Heads:
         """Return query, key and value of a stream's tokens, each B L N D; the first two normalised."""
         if is_text:
-            layers, norms = (
-                (self.add_q_proj, self.add_k_proj, self.add_v_proj),
-                (
-                    self.norm_added_q,
-                    self.norm_added_k,
-                ),
-            )
+            layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+            norm_q, norm_k = self.norm_added_q, self.norm_added_k
         else:
-            layers, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k)
-        heads = -1, *norms[0].normalized_shape
+            layers = (self.to_q, self.to_k, self.to_v)
+            norm_q, norm_k = self.norm_q, self.norm_k
+        heads = -1, *norm_q.normalized_shape
         query, key, value = (in_own_dtype(layer, x).unflatten(-1, heads) for layer in layers)
-        return norms[0](query), norms[1](key), value
+        return norm_q(query), norm_k(key), value
 
 
 class QwenBlock(blocks.DoubleStreamBlock):
@@ -207,8 +203,11 @@ class QwenImageModel(BlockNetwork):
                 raise ValueError(f"{latents.shape[1]} input channels, the model takes {self.config.channels}")
             check_sizes(latents, (1, PATCH, PATCH), text, text_mask)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        embedded = [in_own_dtype(self.img_in, patches_of(latents)).to(dtype) for latents in pictures]
-        grids = tuple((latents.shape[-2] // PATCH, latents.shape[-1] // PATCH) for latents in pictures)
+        embedded = []
+        grids = []
+        for latents in pictures:
+            embedded.append(in_own_dtype(self.img_in, patches_of(latents)).to(dtype))
+            grids.append((latents.shape[-2] // PATCH, latents.shape[-1] // PATCH))
         num_target = embedded[0].shape[1]
         num_pictures = sum(tokens.shape[1] for tokens in embedded)
         has_clean = clean_references and len(pictures) > 1
@@ -221,7 +220,7 @@ class QwenImageModel(BlockNetwork):
             states = self.txt_norm(prompt["text"][:, :longest].to(dtype))
             text_tokens = in_own_dtype(self.txt_in, states).to(dtype)
             texts.append(blocks.EmbeddedText(text_tokens, lengths, vector))
-        layout = QwenLayout(grids, tuple(embedded_text.tokens.shape[1] for embedded_text in texts))
+        layout = QwenLayout(tuple(grids), tuple(embedded_text.tokens.shape[1] for embedded_text in texts))
         rotary = self._rotary.of(layout, noisy.device)
         return blocks.join_tokens(
             embedded,
@@ -249,21 +248,23 @@ class QwenImageModel(BlockNetwork):
         the middle. A text's token j stands at j + the largest half of a picture's side, on all three axes.
         """
         widths = rotary_widths(self.config.dim // self.config.num_heads)
+        number_width, row_width, column_width = widths
 
         def axis(first: int, size: int, width: int) -> Tensor:
             places = torch.arange(first, first + size, dtype=torch.float64)
-            return send_ahead(turns(angles_at(places, width, self.config.rope_theta)).float(), device)
+            pairs = turns(angles_at(places, width, self.config.rope_theta))
+            return send_ahead(pairs.float(), device)
 
         tables = []
-        for number, sides in enumerate(layout.pictures):
-            around = (
-                axis(side // 2 - side, side, width) for side, width in zip(sides, widths[1:], strict=True)
-            )
-            tables.append(on_grid([axis(number, 1, widths[0]), *around]))
+        for number, (rows, columns) in enumerate(layout.pictures):
+            picture = axis(number, 1, number_width)
+            along_rows = axis(rows // 2 - rows, rows, row_width)
+            along_columns = axis(columns // 2 - columns, columns, column_width)
+            tables.append(on_grid([picture, along_rows, along_columns]))
         start = max(side // 2 for sides in layout.pictures for side in sides)
-        tables += [
-            torch.cat([axis(start, count, width) for width in widths], dim=1) for count in layout.texts
-        ]
+        for count in layout.texts:
+            axes = [axis(start, count, width) for width in widths]
+            tables.append(torch.cat(axes, dim=1))
         return torch.cat(tables).unsqueeze(1)
 
 

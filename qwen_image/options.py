@@ -171,18 +171,16 @@ class QwenImageGenerationOptions(QwenImageModelOptions, title=NAME):
 
 def caching_options(options: QwenImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     version = {"--model_version": _not_original(options.version)}
-    return {"--vae": options.vae.file.vae or FillIn("VAE_FILE"), **version}, {
-        **options.text.words("QWEN_FILE"),
-        **version,
-    }
+    latents = {**options.vae.file.words(), **version}
+    return latents, {**options.text.words("QWEN_FILE"), **version}
 
 
 def generation_options(options: QwenImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
-    files = {"--dit": options.dit or FillIn("DIT_FILE"), "--vae": options.vae.file.vae or FillIn("VAE_FILE")}
     controls = sample.get("control_images") or ()
     return {
-        **files,
+        "--dit": options.dit or FillIn("DIT_FILE"),
+        **options.vae.file.words(),
         **options.text.words("QWEN_FILE"),
         "--dit_dtype": options.dit_dtype,
         "--model_version": _not_original(options.version),

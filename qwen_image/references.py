@@ -31,8 +31,9 @@ AS_TRAINED = QwenImageReferenceOptions(resize_control_to_official_size=True)
 
 def official_size(size: Size, area: int) -> Size:
     """Return width and height of about `area` pixels in the shape of `size`, multiples of OFFICIAL_STEP."""
-    width = math.sqrt(area * (size[0] / size[1]))
-    height = width / (size[0] / size[1])
+    shape = size[0] / size[1]
+    width = math.sqrt(area * shape)
+    height = width / shape
     return (
         max(round(width / OFFICIAL_STEP), 1) * OFFICIAL_STEP,
         max(round(height / OFFICIAL_STEP), 1) * OFFICIAL_STEP,
@@ -42,7 +43,9 @@ def official_size(size: Size, area: int) -> Size:
 def taken_size(size: Size, area: int | None, target: Size | None = None) -> Size:
     if target is not None:
         return target
-    return (size[0] // STEP * STEP, size[1] // STEP * STEP) if area is None else official_size(size, area)
+    if area is not None:
+        return official_size(size, area)
+    return size[0] // STEP * STEP, size[1] // STEP * STEP
 
 
 def read_reference(path: Path, target: Size | None = None, *, area: int | None = None) -> Tensor:
@@ -98,18 +101,23 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
     if mask is not None or rcm:
         option = "--rcm_threshold" if rcm else f"--{MASK} {mask}"
         size = taken_size(image_size(paths[0]), area_of(options), target)
-        if size != (prepared.width, prepared.height):
-            width, height = size
-            raise OptionError(
-                f"{option}: {paths[0]} is taken with {width} x {height} pixels, and the result has "
-                f"{prepared.width} x {prepared.height}: they must be equal. Give --image_size {height} "
-                f"{width}, or --resize_control_to_image_size"
-            )
+        _check_size(option, paths[0], size, prepared)
     metadata = dict(prepared.own_metadata)
     if mask is not None:
         metadata[MASK] = Path(mask).name
     end = f"_{paths[0].stem}" if options.append_original_name else ""
     return replace(show_references(prepared, target), own_metadata=metadata, name_end=end)
+
+
+def _check_size(option: str, path: Path, size: Size, prepared: Prepared) -> None:
+    """Raise OptionError if a picture is taken with another size than the result. option: needs it."""
+    width, height = size
+    if size != (prepared.width, prepared.height):
+        raise OptionError(
+            f"{option}: {path} is taken with {width} x {height} pixels, and the result has "
+            f"{prepared.width} x {prepared.height}: they must be equal. Give --image_size {height} "
+            f"{width}, or --resize_control_to_image_size"
+        )
 
 
 def _warn_of_unused(options: QwenImageReferenceOptions) -> None:
@@ -168,5 +176,6 @@ def read_mask(path: Path, size: Size, latent_step: int) -> Tensor:
     """
     frame = resize_frame(read_image(path), size, "lanczos")
     grey = torch.from_numpy(frame.copy()).float().mean(-1)
+    is_white = (grey >= 127.5).float()[None, None]
     sides = size[1] // latent_step, size[0] // latent_step
-    return functional.interpolate((grey >= 127.5).float()[None, None], sides)[:, :, None]
+    return functional.interpolate(is_white, sides)[:, :, None]

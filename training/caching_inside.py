@@ -22,7 +22,7 @@ from contract.family import Caches, Family, LearningEncoder, TextEncoder, can_le
 from dataset.batches.items import ItemKind, LiveTables, TrainingItem
 from dataset.cache.files import NpzNames, parse_latent_name, text_file_name
 from dataset.cache.npz import open_npz
-from dataset.cache.store import CacheStore, MemoryStore, Stores, npz_names, open_store
+from dataset.cache.store import CacheStore, MemoryStore, StorePair, Stores, npz_names, open_store
 from dataset.caching.latents import batch_media, load_encoders
 from dataset.options import CachingInRunOptions, CachingOptions
 from dataset.sources.decoding import IMAGE_SPANS, DecodedMedia, decode_source
@@ -95,7 +95,7 @@ def prepare_sources(
         _fill(family, config, plans, options=options, device=device, stores=stores)
     # those in memory that have entries, or will have those of other processes
     memory_stores = [
-        store for pair in stores.given.values() for store in pair if isinstance(store, MemoryStore)
+        store for pair in stores.elsewhere.values() for store in pair if isinstance(store, MemoryStore)
     ]
     if memory_stores:
         _share_entries(memory_stores)
@@ -184,7 +184,7 @@ def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
     )
 
 
-def stores_for_plan(plan: TablePlan, names: NpzNames) -> tuple[CacheStore, CacheStore]:
+def stores_for_plan(plan: TablePlan, names: NpzNames) -> StorePair:
     """Return where the latents and the texts of a table are."""
     table = plan.table
 
@@ -195,7 +195,7 @@ def stores_for_plan(plan: TablePlan, names: NpzNames) -> tuple[CacheStore, Cache
             return open_npz(table, names, table.picture_folder)
         return MemoryStore(table.cache_directory)  # empty: everything is encoded at each step
 
-    return place(plan.latents), place(plan.texts)
+    return StorePair(latents=place(plan.latents), texts=place(plan.texts))
 
 
 def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool) -> LiveTables:

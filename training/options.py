@@ -279,7 +279,7 @@ def read_arguments(
     refuse_unsupported(parser, args)
     if is_limited():  # `run`: also the words of its commands are from a file
         check_imports(parser, vars(args), "run.toml")
-    else:
+    elif config_file is not None:
         untyped = {
             action.dest for action in parser._actions if getattr(typed, action.dest, None) == action.default
         }

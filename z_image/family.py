@@ -186,16 +186,20 @@ class ZImage(ModelOfPictures):
     def prepare(self, request: Request) -> Prepared:
         """Settle a request. A guidance scale of 0 or below means no guidance."""
         prepared = self.settle_picture(request, FLOW_SHIFT)
-        if min(prepared.guidance_scale) < 0:
+        lowest = min(prepared.guidance_scale)
+        if lowest < 0:
             logger.warning(
                 "--guidance_scale %g (--l in a prompt line): it counts from 0 here; below 0 guidance is off",
-                min(prepared.guidance_scale),
+                lowest,
             )
-        extra, is_euler = request.extra, prepared.solver in {"euler", SOLVER}
+        solver = prepared.solver
+        if solver in {"euler", SOLVER}:
+            solver = "euler" if self.even_steps else SOLVER
+        extra = request.extra
         rules = guidance_rules(extra, CFG_TRUNC_RATIO, RENORM_CFG)
         return replace(
             prepared,
-            solver=("euler" if self.even_steps else SOLVER) if is_euler else prepared.solver,
+            solver=solver,
             guidance_scale=tuple(max(scale, 0.0) for scale in prepared.guidance_scale),
             rules=replace(rules, off_at=0.0),
             own_metadata={

@@ -33,11 +33,18 @@ def _our_name(name: str) -> str:
 
 def _header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
     names = checkpoint.tensors
-    dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
-    if dialect is None or MARK not in names or any(name.startswith(OTHERS) for name in names):
+    known_dialects = (name for name, mark in DIALECTS.items() if mark in names)
+    dialect = next(known_dialects, None)
+    has_others = any(name.startswith(OTHERS) for name in names)
+    if dialect is None or MARK not in names or has_others:
         raise dialects.other_kind(checkpoint, WHAT, OPTION, FILES)
     file_shapes = {_our_name(name): info.shape for name, info in names.items()}
     shapes = dialects.DitShapes(checkpoint.path, dialects.parted_shapes(file_shapes, CUTS), NAME)
+    return DitHeader(_read_config(shapes), dialect, names[DIALECTS[dialect]].dtype)
+
+
+def _read_config(shapes: dialects.DitShapes) -> ZImageConfig:
+    """Return the sizes of a transformer. Raises CheckpointError if they are not of Z-Image."""
     dim, numbers = shapes.of(f"all_x_embedder.{PART}.weight")
     (width,) = shapes.of("layers.0.attention.norm_q.weight", axes=1)
     hidden, freq_dim = shapes.of("t_embedder.mlp.0.weight")
@@ -56,7 +63,7 @@ def _header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
             f"relative such as Zeta-Chroma or L2P, which are not supported. Give {FILES}.",
             shapes.path,
         )
-    config = ZImageConfig(
+    return ZImageConfig(
         dim=dim,
         ffn_dim=shapes.of("layers.0.feed_forward.w1.weight")[0],
         num_heads=dim // width,
@@ -70,7 +77,6 @@ def _header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
         time_hidden=hidden,
         freq_dim=freq_dim,
     )
-    return DitHeader(config, dialect, names[DIALECTS[dialect]].dtype)
 
 
 def _sources(checkpoint: Checkpoint, _: DitHeader[ZImageConfig]) -> Mapping[str, TensorSource]:

@@ -100,4 +100,5 @@ def _fill_up(tokens: Tensor, pad: Tensor, length: int) -> Tensor:
     missing = length - tokens.shape[1]
     if not missing:
         return tokens
-    return torch.cat([tokens, pad.to(tokens.dtype).expand(len(tokens), missing, -1)], dim=1)
+    padding = pad.to(tokens.dtype).expand(len(tokens), missing, -1)
+    return torch.cat([tokens, padding], dim=1)

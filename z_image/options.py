@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lumina.options import check_renorm, check_trunc_ratio, say_extras
+from lumina.options import check_renorm, check_trunc_ratio, extra_words
 from modules.option_values import FillIn
 from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, option
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
@@ -80,16 +80,16 @@ class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
 
 
 def caching_options(options: ZImageTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {"--vae": options.vae.vae or FillIn("VAE_FILE")}, options.text.words("QWEN3_FILE")
+    return options.vae.words(), options.text.words("QWEN3_FILE")
 
 
 def generation_options(options: ZImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
-        "--vae": options.vae.vae or FillIn("VAE_FILE"),
+        **options.vae.words(),
         **options.text.words("QWEN3_FILE"),
         "--dit_dtype": options.dit_dtype,
         "--use_32bit_attention": options.use_32bit_attention,
-        **say_extras(sample),
+        **extra_words(sample),
     }

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -22,13 +22,14 @@ from dataset.cache.records import (
 )
 from dataset.cache.store import Stores
 from dataset.config import DatasetTable
-from dataset.config_keys import REFERENCES, SECTIONS, TEXTS
+from dataset.config_keys import REFERENCES, SECTIONS, TEXTS, Stale
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK
 from dataset.table import FROM_ALPHA, FROM_FILE, defaults_of
 from modules.console import count_of
 from modules.errors import CacheError
+from modules.option_values import as_shape
 
 if TYPE_CHECKING:  # it is loaded only if sources are compared
     from dataset.sources.listing import CompanionCounts
@@ -107,14 +108,21 @@ def text_faults(
         file = checks.changed_file(folders, record.references)
         if file is not None:
             yield f"{file} has changed since its encoder saw it"
-        if record.file is None:
-            continue
-        path = table.directory / record.file.name
-        text = read_caption(path)
-        captions = None if text is None else captions_in(text, table)
-        is_same = captions is None or captions[number : number + 1] == (record.caption,)
-        if not is_same and stamp_of(path)[1] <= checks.started_ns:
-            yield f"made from the caption {record.caption!r}, which now is {text!r}"
+        if record.file is not None:
+            path = table.directory / record.file.name
+            yield from _caption_faults(path, number, record=record, table=table, checks=checks)
+
+
+def _caption_faults(
+    path: Path, number: int, record: TextRecord, table: DatasetTable, checks: CacheChecks
+) -> Iterator[str]:
+    """Yield how a caption in a file has changed, unless the file was written after the start of the run."""
+    text = read_caption(path)
+    if text is None:
+        return
+    is_same = captions_in(text, table)[number : number + 1] == (record.caption,)
+    if not is_same and stamp_of(path)[1] <= checks.started_ns:
+        yield f"made from the caption {record.caption!r}, which now is {text!r}"
 
 
 def _seen_reference_faults(item: TrainingItem, records: Mapping[str, TextRecord]) -> Iterator[str]:
@@ -227,22 +235,24 @@ def _option_faults(
     bucket = bucket_of(table, tuple(options["size"]), latent.pixel_step, item.latent_path)
     if tuple(options["bucket"]) != bucket:
         yield f"made for {as_shape(options['bucket'])} pixels, {table.name} asks for {as_shape(bucket)}"
-    section_keys = defaults_of(SECTIONS)
-    sections = {key: option for key, option in options.items() if key in section_keys}
+    sections = _recorded(options, SECTIONS)
     changed = options_difference(sections, table.changed(SECTIONS), latent)
     if changed is not None:
         yield f"{changed} in {table.name}"
     if any(key.startswith(data.CONTROL) for key in tensors):
         defaults = defaults_of(REFERENCES)
-        recorded = {key: option for key, option in options.items() if key in defaults}
+        recorded = _recorded(options, REFERENCES)
         changed = difference(defaults | recorded, defaults | table.changed(REFERENCES))
         if changed is not None:
             yield f"{changed} in {table.name}"
-    if table.clip_references is None or CLIP_REFERENCES not in options:
-        return
-    _, *factors = options[CLIP_REFERENCES]
-    factors_now = [*table.clip_references.factors]
-    if factors != factors_now:
+    if table.clip_references is not None and CLIP_REFERENCES in options:
+        yield from _factor_faults(options[CLIP_REFERENCES], table.clip_references.factors)
+
+
+def _factor_faults(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
+    """Yield how the factors of a clip's references have changed. recorded: their number, then the factors."""
+    _, *factors = recorded
+    if factors != [*factors_now]:
         yield (
             f"its references were made with {_describe_factors(factors)}, this run has "
             f"{_describe_factors(factors_now)}"
@@ -251,6 +261,12 @@ def _option_faults(
 
 def _describe_factors(factors: Sequence[int]) -> str:
     return "size factor {}, time factor {} and {} frames (0: all)".format(*factors)
+
+
+def _recorded(options: Mapping[str, Any], stale: Stale) -> dict[str, Any]:
+    """Return the options of a record that are keys of a table which make its caches stale in this way."""
+    keys = defaults_of(stale)
+    return {key: option for key, option in options.items() if key in keys}
 
 
 def sound_faults(
@@ -282,7 +298,7 @@ def _source_faults(
     table, rate = item.table, record.options.get("source_fps")
     if table.kind == "video" and rate != table.source_fps:
         yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
-    if table.directory is not None and (table.index, item.key) not in checks.known:
+    if table.directory is not None and (table.index, item.key) not in checks.checked:
         file = checks.changed_file(folders[: len(record.files)], record.files)
         if file is not None:
             yield f"{file} has changed since it was encoded"
@@ -347,10 +363,6 @@ def _companions_now(item: TrainingItem) -> "CompanionCounts | None":
     return companions_now(table).get(item.source_stem)
 
 
-def as_shape(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape))
-
-
 # --- encoders
 # ------------------------------------------------------------------------------------------------------------
 
@@ -381,7 +393,7 @@ class SameEncoders:
     def difference(self, made_by: Iterable[data.MadeBy]) -> str | None:
         """Return the text of the warning; None if there is nothing new."""
         lines: list[str] = []
-        are_latents: set[bool] = set()  # of the parts that differ
+        has_latents = has_texts = False  # among the parts that differ
         has_other_networks = False
         for origin in made_by:
             first = self._first.setdefault(origin.part, origin)
@@ -389,7 +401,10 @@ class SameEncoders:
             if origin.part in self._warned or not keys:
                 continue
             self._warned.add(origin.part)
-            are_latents.add(first.part in (data.LATENTS_MADE, data.SOUND_MADE))
+            if first.part in (data.LATENTS_MADE, data.SOUND_MADE):
+                has_latents = True
+            else:
+                has_texts = True
             for file in (first, origin):
                 texts = {key: file.encoder.get(key, "none") for key in keys}
                 has_other_networks |= any(map(_FINGERPRINT.fullmatch, texts.values()))
@@ -397,8 +412,9 @@ class SameEncoders:
                 lines.append(f"{file.path}: {', '.join(shown)}")
         if not lines:
             return None
-        commands = [self.commands.latents] if True in are_latents else []
-        commands += [self.commands.text] if False in are_latents else []
+        commands = [self.commands.latents] if has_latents else []
+        if has_texts:
+            commands.append(self.commands.text)
         if has_other_networks:
             consequence = (
                 "Unless the encoders' files hold the same network, the model learns a mixture that fits "

@@ -103,7 +103,7 @@ def _add_table(
     store = stores.of(table)
     texts_store = stores.of_texts(table)
     names = store.names()
-    if table.index not in stores.given and may_be_mixed(table, names):
+    if table.index not in stores.elsewhere and may_be_mixed(table, names):
         _add_form_faults(listing, table, kind.tag)
     latent_files = _latent_files(names, kind)
     stems = None

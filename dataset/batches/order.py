@@ -44,14 +44,7 @@ class BatchOrder:
         self._items.sort(key=lambda item: item.table.index)
         self._pools = repeat_items(self._items)
         if any(item.table.is_reg for item in self._items):
-            used = {id(item) for pool in self._pools.values() for item in pool}
-            unused = len(self._items) - len(used)
-            if unused:
-                logger.warning(
-                    "%d regularisation images are not used because fewer other pictures are trained in an "
-                    "epoch. More num_repeats of those would use more.",
-                    unused,
-                )
+            self._warn_of_unused()
         sizes = [(len(pool), pool[0].table.batch_size) for pool in self._pools.values()]
         # in an epoch, repeats included
         self.num_items = sum(count for count, _ in sizes)
@@ -59,6 +52,16 @@ class BatchOrder:
         self._last = -1  # the epoch whose batches are held
         self._batches: list[tuple[TrainingItem, ...]] = []
         self._starts = array("q")  # how many items of the epoch stand before each batch
+
+    def _warn_of_unused(self) -> None:
+        used = {id(item) for pool in self._pools.values() for item in pool}
+        unused = len(self._items) - len(used)
+        if unused:
+            logger.warning(
+                "%d regularisation images are not used because fewer other pictures are trained in an "
+                "epoch. More num_repeats of those would use more.",
+                unused,
+            )
 
     @property
     def learning_keys(self) -> list[str]:
@@ -125,8 +128,9 @@ def repeat_items(items: Sequence[TrainingItem]) -> dict[tuple[int, ...], list[Tr
         if min(group.counts) == max(group.counts):
             pool = group.items * group.counts[0]
         else:
-            repeated = map(itertools.repeat, group.items, group.counts)
-            pool = list(itertools.chain.from_iterable(repeated))
+            pool = []
+            for item, count in zip(group.items, group.counts, strict=True):
+                pool += [item] * count
         if pool:
             pools[key] = pool
     return pools

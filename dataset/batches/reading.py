@@ -12,9 +12,9 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from contract import data
-from dataset.batches.checks import as_shape, latent_faults, sound_faults, text_faults
+from dataset.batches.checks import latent_faults, sound_faults, text_faults
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem
-from dataset.cache.files import EMPTY, FLIPPED
+from dataset.cache.files import EMPTY, FLIPPED, Entry
 from dataset.cache.records import (
     CLOCK,
     CacheChecks,
@@ -27,6 +27,7 @@ from dataset.cache.store import CacheStore, Stores
 from dataset.sources.frames import spans
 from modules.errors import CacheError
 from modules.media.colours import AS_SHOWN
+from modules.option_values import as_shape
 
 
 def read_batch(
@@ -197,17 +198,11 @@ class _Reader:
         with _remedy(self.commands.text, store):
             entry = store.read(path.name)
             tensors = entry.tensors
-            absent = sorted(item.kind.text_keys - tensors.keys())
-            if absent:
-                maker = entry.metadata.get("architecture", "")
-                made_for = f" (made for {maker})" if maker else ""
-                raise CacheError(
-                    f"{path}: the text cache is incomplete, it has no {', '.join(absent)}{made_for}"
-                )
+            _check_complete(path, entry, item.kind.text_keys)
             records = text_records(entry)
             for record in records.values():
                 verify_tensors(entry, record.crc32)
-            if number != EMPTY and (item.table.index, path.name) not in self.checks.known:
+            if number != EMPTY and (item.table.index, path.name) not in self.checks.checked:
                 faults = text_faults(
                     item,
                     number=number,
@@ -295,27 +290,44 @@ def _fill_gaps(media: Sequence[_Part]) -> None:
 def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tensor]]:
     """Return the tensors of equal parts of all items. Raises CacheError with the command that makes them."""
     first = parts[0]
-    stacked: dict[str, Tensor | list[Tensor]] = {}
     for part in parts:
-        if part.tensors.keys() != first.tensors.keys():
-            odd = ", ".join(sorted(part.tensors.keys() ^ first.tensors.keys()))
+        odd = part.tensors.keys() ^ first.tensors.keys()
+        if odd:
             raise CacheError(
-                f"{part.path} and {first.path} do not have the same tensors: {odd}.\n"
+                f"{part.path} and {first.path} do not have the same tensors: {', '.join(sorted(odd))}.\n"
                 f"  Make them again with the same options: {command}"
             )
-    for name, like in first.tensors.items():
+    stacked: dict[str, Tensor | list[Tensor]] = {}
+    for name in first.tensors:
         tensors = [part.tensors[name] for part in parts]
         if name in first.variable:
             stacked[name] = tensors
-            continue
-        for part, tensor in zip(parts, tensors, strict=True):
-            if tensor.shape != like.shape:
-                raise CacheError(
-                    f"{part.path}: {name} has the shape {as_shape(tensor.shape)}, in {first.path} it has "
-                    f"{as_shape(like.shape)}.\n  Make both again with the same options: {command}"
-                )
-        stacked[name] = torch.stack(tensors)
+        else:
+            _check_shapes(parts, name, command)
+            stacked[name] = torch.stack(tensors)
     return stacked
+
+
+def _check_complete(path: Path, entry: Entry, keys: frozenset[str]) -> None:
+    """Raise CacheError if a text cache lacks tensors. keys: of all encoders of the model."""
+    absent = sorted(keys - entry.tensors.keys())
+    if absent:
+        maker = entry.metadata.get("architecture", "")
+        made_for = f" (made for {maker})" if maker else ""
+        raise CacheError(f"{path}: the text cache is incomplete, it has no {', '.join(absent)}{made_for}")
+
+
+def _check_shapes(parts: Sequence[_Part], name: str, command: str) -> None:
+    """Raise CacheError if a tensor has another shape in another part."""
+    first = parts[0]
+    expected = first.tensors[name].shape
+    for part in parts:
+        shape = part.tensors[name].shape
+        if shape != expected:
+            raise CacheError(
+                f"{part.path}: {name} has the shape {as_shape(shape)}, in {first.path} it has "
+                f"{as_shape(expected)}.\n  Make both again with the same options: {command}"
+            )
 
 
 def _put_in_front(tensors: dict[str, Tensor | list[Tensor]]) -> None:

@@ -18,7 +18,14 @@ from modules.errors import OutputError
 from modules.option_values import value_words
 from modules.options import Options
 from modules.paths import path_exists
-from modules.repeated_options import RepeatedOption, accepted_options, is_path_option, repeat_given, types_of
+from modules.repeated_options import (
+    AcceptedOption,
+    RepeatedOption,
+    accepted_options,
+    is_path_option,
+    repeat_given,
+    types_of,
+)
 from modules.text_files import parse_json, read_text, real_path
 
 NAME = ".reelsmith_commands.json"  # hidden: cache folders may be folders of pictures
@@ -99,17 +106,23 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
         if name not in accepted or not isinstance(facts, dict):
             continue
         option = accepted[name]
-        value, flag = facts.get("value"), facts.get("flag")
-        if not _is_plain(value) or not any(_has_type(value, kind) for kind in types_of(option)):
-            continue
-        if option.choices and isinstance(value, str) and value not in option.choices:
+        value = facts.get("value")
+        if not _is_valid(value, option):
             continue
         if is_path_option(option):
             value = _find_path(str(value), Path(folder))
             if value is None:
                 continue
+        flag = facts.get("flag")
         typed = flag if flag in option.flags else option.flags[-1]
         yield RepeatedOption(name, option.flags, typed, value)
+
+
+def _is_valid(value: Any, option: AcceptedOption) -> bool:
+    """Return whether an option of today takes a value of the file; whether a file is there is not checked."""
+    if not _is_plain(value) or not any(_has_type(value, kind) for kind in types_of(option)):
+        return False
+    return not option.choices or not isinstance(value, str) or value in option.choices
 
 
 def _find_path(text: str, folder: Path) -> Path | None:

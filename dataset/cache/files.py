@@ -22,6 +22,7 @@ from contract.data import SOUND, LatentSpec
 from contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CacheError
+from modules.option_values import as_shape
 from modules.text_files import read_tensor_header
 
 FORMAT_VERSION = "1.0.1"  # of the known tuners' caches
@@ -196,7 +197,7 @@ def tensor_name(
         return f"{key}_{length}x{width}x{channels}_{dtype_name(tensor.dtype)}"
     if key == "latents" or key.startswith("latents_"):
         sizes = grid or tuple(tensor.shape[-3:])
-        shown = "x".join(map(str, sizes if has_frames else sizes[1:]))
+        shown = as_shape(sizes if has_frames else sizes[1:])
         return f"{key}_{shown}_{dtype_name(tensor.dtype)}"
     return f"{key}_{dtype_name(tensor.dtype)}"
 

@@ -214,13 +214,13 @@ class NpzStore:
             if key not in arrays:
                 raise CacheError(f"{path}: it has no {key} of {grid[0]}x{grid[1]}, which {option} needs")
         named = {}
+        shape = (self.latent.channels, *grid)
         for key in needed_by:
             tensor = arrays[key].tensor
             if key == ALPHA:
                 mask = self._foreign_mask(path, tensor, grid)
                 named[cache_files.tensor_name(LOSS_MASK, mask)] = mask
                 continue
-            shape = (self.latent.channels, *grid)
             if tensor.shape != shape or not tensor.is_floating_point():
                 raise CacheError(
                     f"{path}: its {key} are {dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}, this "

@@ -35,16 +35,20 @@ def read_old_shard(path: Path) -> list[OldRow]:
                 return rows
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             start = file.tell()
-            end = start + -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            num_blocks = -(-header.size // tarfile.BLOCKSIZE)
+            end = start + num_blocks * tarfile.BLOCKSIZE
             if not start <= end <= size:
                 raise tarfile.HeaderError("a wrong size")
-            if header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE) and header.size <= _MOST_COMMENT:
+            is_comment = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE)
+            if is_comment and header.size <= _MOST_COMMENT:
                 comment = _read_comment(file.read(header.size))
                 if comment is not None and comment["kind"] == b"removed":
-                    rows.append((comment["name"], 0, int(comment["generation"]), None, -1))
+                    generation = int(comment["generation"])
+                    rows.append((comment["name"], 0, generation, None, -1))
             elif comment is not None and header.size == int(comment["size"]):
+                generation = int(comment["generation"])
                 crc32 = int(comment["crc32"], 16)
-                rows.append((comment["name"], start, int(comment["generation"]), header.size, crc32))
+                rows.append((comment["name"], start, generation, header.size, crc32))
                 comment = None
             else:
                 raise tarfile.HeaderError("a file without a comment")

@@ -48,7 +48,7 @@ CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
 # the parts of a record's text (`record_metadata`) that differ between items of a table
 _OF_ITEM = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
-MOST_KNOWN = 1 << 16  # items that are remembered as unchanged: a few megabytes
+MOST_CHECKED = 1 << 16  # items that are remembered as unchanged: a few megabytes
 
 
 # in the options of a record: the frames of control clips and masks were chosen by the clip's clock
@@ -323,15 +323,15 @@ class CacheChecks:
     """
 
     started_ns: int = field(default_factory=time.time_ns)
-    most_known: int = MOST_KNOWN
+    most_checked: int = MOST_CHECKED
     # table and key of items whose sources are as they were
-    known: set[tuple[int, str]] = field(default_factory=set)
+    checked: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, table: int, key: str) -> None:
         """Remember an item that passed; if there are too many, the others are forgotten and checked again."""
-        if len(self.known) >= self.most_known:
-            self.known.clear()
-        self.known.add((table, key))
+        if len(self.checked) >= self.most_checked:
+            self.checked.clear()
+        self.checked.add((table, key))
 
     def changed_file(self, folders: Sequence[Path | None], files: tuple[FileIdentity, ...]) -> Path | None:
         """Return the first existing source that has changed.

@@ -69,11 +69,11 @@ class ShardStore:
 
     def names(self) -> Collection[str]:
         with self._lock:
-            return self._look(is_new=True).names()
+            return self._read_catalog(is_new=True).names()
 
     def __contains__(self, name: str) -> bool:
         with self._lock:
-            row = self._look().rows.get(name)
+            row = self._read_catalog().rows.get(name)
             return row is not None and row.size is not None
 
     def read(self, name: str, is_whole: bool = True) -> Entry:
@@ -102,12 +102,12 @@ class ShardStore:
     def write_bytes(self, name: str, data: bytes | None) -> None:
         """Write an entry that is the bytes of a file; None: remove it. Raises OutputError."""
         with self._lock:
-            catalog = self._look()
+            catalog = self._read_catalog()
             if self._writer is not None:
                 is_old = self._writer.began + SHARD_SECONDS < time.monotonic()
                 if self._writer.size >= self._shard_bytes or is_old:
                     self._finish()
-                    catalog = self._look()
+                    catalog = self._read_catalog()
             if self._writer is None:
                 self._writer = ShardWriter(self.folder)
             old = catalog.rows.get(name)
@@ -139,7 +139,7 @@ class ShardStore:
 
     # --- reading ---
 
-    def _look(self, is_new: bool = False) -> Catalog:
+    def _read_catalog(self, is_new: bool = False) -> Catalog:
         if self._process != os.getpid():  # a forked process must not close its parent's connections
             self._inherited = self._writer, self._opened, self._catalog
             self._process = os.getpid()
@@ -163,7 +163,7 @@ class ShardStore:
         """Read an entry; if that fails, list the shards again and retry: they may have been merged."""
         for is_last in (False, True):
             with self._lock:
-                row = self._look().rows.get(name)
+                row = self._read_catalog().rows.get(name)
             if row is None or row.size is None:
                 error = CacheError(f"{self.folder / name}: no such cache file, in none of the shards")
             else:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -191,6 +191,13 @@ def npz_names(family: Caches) -> NpzNames:
     return family.cache_tag, family.latent, family.text_keys if has_npz else frozenset()
 
 
+class StorePair(NamedTuple):
+    """Where the entries of a table are."""
+
+    latents: CacheStore
+    texts: CacheStore
+
+
 @dataclass
 class Stores:
     """The stores of a run's tables, each opened when it is first asked for.
@@ -200,7 +207,7 @@ class Stores:
 
     names: NpzNames | None = None  # of the family in npz files; None: no table has any
     # of latents and of texts, by table index, if they are elsewhere than its cache_format says
-    given: Mapping[int, tuple[CacheStore, CacheStore]] = field(default_factory=dict)
+    elsewhere: Mapping[int, StorePair] = field(default_factory=dict)
     trusts: bool = False  # shared files that are there are taken to be right, unread
     skip_existing: bool = False  # what has no record counts as valid if its size or its caption is right
     verify: bool = False  # read all values to compare entries, however many there are
@@ -208,8 +215,8 @@ class Stores:
 
     def of(self, table: DatasetTable) -> CacheStore:
         """Return the store of a table's latents. Raises as `open_store`."""
-        if table.index in self.given:
-            return self.given[table.index][0]
+        if table.index in self.elsewhere:
+            return self.elsewhere[table.index].latents
         key = table.index, table.cache_directory
         if key not in self._opened:
             self._opened[key] = open_store(table, self.names)
@@ -217,7 +224,9 @@ class Stores:
 
     def of_texts(self, table: DatasetTable) -> CacheStore:
         """Return the store of a table's texts, mostly that of its latents. Raises as `open_store`."""
-        return self.given[table.index][1] if table.index in self.given else self.of(table)
+        if table.index in self.elsewhere:
+            return self.elsewhere[table.index].texts
+        return self.of(table)
 
     def close(self, tables: Iterable[DatasetTable], is_last: bool = False) -> None:
         """Close the stores of these tables, as `CacheStore.close` does."""

@@ -163,13 +163,15 @@ def take_embeds(
     to_encode = []
     problems: list[str] = []
     for file in files:
-        conditions, problem = read_embeds(file, encoder, identity)
-        if conditions is not None:
-            submit(file, conditions)
-            continue
-        to_encode.append(file)
-        if problem is not None:
+        conditions = None
+        try:
+            conditions = read_embeds(file, encoder, identity)
+        except _UnfitEmbeds as problem:
             problems.append(f"{file.embeds}: {problem}")
+        if conditions is None:
+            to_encode.append(file)
+        else:
+            submit(file, conditions)
     if len(to_encode) < len(files) or problems:
         logger.info("%s: %d captions have embeddings already", encoder.name, len(files) - len(to_encode))
     if problems:
@@ -182,44 +184,56 @@ def take_embeds(
     return to_encode
 
 
-def read_embeds(
-    file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]
-) -> tuple[Conditions | None, str | None]:
-    """Return the encoder's outputs for a caption, if computed earlier, or the reason against using them.
+class _UnfitEmbeds(Exception):
+    """The reason against using embeddings of a caption that were computed earlier."""
 
-    Both are None if there are none. Only unchanged embeddings of this encoder and this caption are used.
+
+def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]) -> Conditions | None:
+    """Return the encoder's outputs for a caption, computed earlier; None if there are none.
+
+    Raises _UnfitEmbeds unless they are unchanged, of this encoder and of this caption.
     """
     if file.embeds is None:
-        return None, None
+        return None
     note = embeds_note(file.embeds)
-    if not note.exists():
-        return None, f"nothing beside it says which encoder made it ({note.name} is missing)"
-    try:
-        content = parse_json(read_text(note))
-        changed = difference(content["encoders"].get(encoder.name, {}), identity)
-        if changed is not None:
-            return None, f"it was made by another encoder: {changed}"
-        if content["caption"] != file.caption:
-            return None, f"it is of the caption {content['caption']!r}, which now is {file.caption!r}"
-        stated = {key: content["tensors"][key] for key in encoder.keys}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return None, f"{note.name} cannot be read ({type(error).__name__}: {error})"
+    stated = _stated_shapes(note, file, encoder, identity)
     try:
         tensors = load_pickled(file.embeds)
     except CheckpointError as error:
-        return None, str(error)
+        raise _UnfitEmbeds(str(error)) from error
     if isinstance(tensors, Tensor) and len(encoder.keys) == 1:
         tensors = dict.fromkeys(encoder.keys, tensors)
     if not isinstance(tensors, dict):
-        return None, f"it holds {type(tensors).__name__}, not tensors by name"
+        raise _UnfitEmbeds(f"it holds {type(tensors).__name__}, not tensors by name")
     conditions: dict[str, Tensor | list[Tensor]] = {}
     for key in encoder.keys:
         tensor = tensors.get(key)
         if not isinstance(tensor, Tensor) or _shape_of(tensor) != stated[key]:
-            return None, f"its {key} is not what {note.name} says"
+            raise _UnfitEmbeds(f"its {key} is not what {note.name} says")
         # a copy: a file that is mapped can change
         conditions[key] = [tensor.clone()] if key in encoder.variable_length else tensor.clone()
-    return conditions, None
+    return conditions
+
+
+def _stated_shapes(
+    note: Path, file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what the note on embeddings says of the encoder's tensors, by key.
+
+    Raises _UnfitEmbeds if they are of another encoder or caption, or if there is no such note.
+    """
+    if not note.exists():
+        raise _UnfitEmbeds(f"nothing beside it says which encoder made it ({note.name} is missing)")
+    try:
+        content = parse_json(read_text(note))
+        changed = difference(content["encoders"].get(encoder.name, {}), identity)
+        if changed is not None:
+            raise _UnfitEmbeds(f"it was made by another encoder: {changed}")
+        if content["caption"] != file.caption:
+            raise _UnfitEmbeds(f"it is of the caption {content['caption']!r}, which now is {file.caption!r}")
+        return {key: content["tensors"][key] for key in encoder.keys}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _UnfitEmbeds(f"{note.name} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _shape_of(tensor: Tensor) -> dict[str, Any]:

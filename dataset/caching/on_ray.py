@@ -163,16 +163,22 @@ def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> N
         ],
         [("Last, check everything and remove what is stale", command)],
     )
+    errors = _errors_of(rows)
+    if errors:
+        raise DatasetError("\n  ".join(errors))
+
+
+def _errors_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines on shards that could not be done; if all are, those on sources."""
     errors = [f"shard {row['shard_index']}: {row['error']}" for row in rows if row["error"]]
+    if errors:
+        return [f"{len(errors)} of {len(rows)} shards could not be done; all others are:", *errors]
     failures: list[str] = []
     for row in rows:
         failures += json.loads(row["failures"])
-    if errors:
-        errors.insert(0, f"{len(errors)} of {len(rows)} shards could not be done; all others are:")
-    elif failures:
-        errors = [f"{len(failures)} of the sources could not be used; all others are done:", *failures]
-    if errors:
-        raise DatasetError("\n  ".join(errors))
+    if failures:
+        failures.insert(0, f"{len(failures)} of the sources could not be used; all others are done:")
+    return failures
 
 
 def _refuse_looks(family: Caches, config: DatasetConfig, options: CachingOptions, *arguments: Any) -> None:

@@ -34,6 +34,7 @@ from modules.errors import CacheError, MediaError
 from modules.media.buckets import Size
 from modules.media.colours import AS_SHOWN
 from modules.media.reading import image_size
+from modules.option_values import as_shape
 
 _AS_SHOWN = re.compile(r'"as_shown": (\d{1,9}|true)')  # in the text of a record
 # in the options of a record:
@@ -61,13 +62,14 @@ class Recipe:
 
     def options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
         """Return the options in the record of an item of a source. sizes: its size, bucket and span."""
-        table, mask_from = source.table, source.mask_from
+        table = source.table
         options: dict[str, Any] = {name: [*numbers] for name, numbers in sizes.items()}
         if table.kind == "video":
+            fps_of_model = None if table.source_fps is None else self.fps
             options["source_fps"] = table.source_fps
-            options["fps"] = table.target_fps or (None if table.source_fps is None else self.fps)
-        if mask_from is not None:
-            options["mask"] = mask_from
+            options["fps"] = table.target_fps or fps_of_model
+        if source.mask_from is not None:
+            options["mask"] = source.mask_from
         if source.tensors is not None:
             options["moments"] = True
         if table.augmentation.flip:
@@ -376,9 +378,13 @@ class Planning:
         Raises CacheError if it does not fit.
         """
         path = self.table.cache_directory / file
-        entry = self.store.read(file) if self.reads_values else None
-        header = self._header(file) if entry is None else entry
-        record = self._record(file) if entry is None else records.latent_record(header)
+        entry: Entry | None = None
+        if self.reads_values:
+            header = entry = self.store.read(file)
+            record = records.latent_record(header)
+        else:
+            header = self._header(file)
+            record = self._record(file)
         if record is None:
             self._check_foreign(path, header, name=files[file], bucket=bucket, span=span)
             return True
@@ -408,8 +414,8 @@ class Planning:
             raise OtherKind(f"{path}: it has no record of what it was made from")
         grid = self._grid(name, bucket, span)
         if grid not in header.grids:
-            stored = ", ".join(_as_text(stored) for stored in sorted(header.grids)) or "no latents"
-            raise OtherKind(f"{path}: it holds {stored}, this configuration writes {_as_text(grid)}")
+            stored = ", ".join(as_shape(stored) for stored in sorted(header.grids)) or "no latents"
+            raise OtherKind(f"{path}: it holds {stored}, this configuration writes {as_shape(grid)}")
 
     def _grid(self, name: LatentName, bucket: Size, span: Span) -> tuple[int, ...]:
         """Return F, H, W of the latents of an item, or of its section."""
@@ -475,7 +481,3 @@ class Planning:
             if self._is_unchanged(0, record.files[0]):
                 return name.size
         return None if self.source.origins else image_size(self.source.path)
-
-
-def _as_text(grid: Sequence[int]) -> str:
-    return "x".join(map(str, grid))

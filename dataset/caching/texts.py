@@ -89,14 +89,12 @@ class TextWork:
             stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
         )
         self._existing: dict[int, list[str]] = {}
+        self._parts: set[str] = set()
         for table in config.datasets:
             names = stores.of_texts(table).names()
-            self._existing[table.index] = [
-                name for name in names if is_text_name(name.removesuffix(PART), family.cache_tag)
-            ]
-        self._parts: set[str] = set()
-        for names in self._existing.values():
-            self._parts |= {name for name in names if name.endswith(PART)}
+            existing = [name for name in names if is_text_name(name.removesuffix(PART), family.cache_tag)]
+            self._existing[table.index] = existing
+            self._parts |= {name for name in existing if name.endswith(PART)}
         for table in config.datasets:
             if table.group is not None:
                 refuse_changing(table, table.changes.varying_keys, "texts")
@@ -106,13 +104,14 @@ class TextWork:
         if any(source.caption is None for source in self._sources):
             require_captions(self._sources)
         family.check_given_files()
-        own_folders = [table for table in config.datasets if table.index not in stores.given]
+        own_folders = [table for table in config.datasets if table.index not in stores.elsewhere]
         mixed = [table for table in own_folders if may_be_mixed(table)]
         if mixed:
             from dataset.cache.form import require_form  # only with shards
 
             require_form(mixed, family.cache_tag)
-        self._files = distinct_texts(list_caption_files(self._sources, family.cache_tag), stores)
+        files = list_caption_files(self._sources, family.cache_tag)
+        self._files = distinct_texts(files, stores)
         self.pieces: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
         self._encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
         self._find = partial(find_outputs, encoders=self._encoders, stores=stores)
@@ -146,10 +145,11 @@ class TextWork:
             logger.info("%s: %d captions, %d of them to encode", encoder.name, len(files), len(to_do))
             if to_do:
                 self._encode(encoder, identity, batches=batches, to_do=to_do, shows=who is not None)
-        num_changed = sum(bool(file.missing or file.in_part) for file in files) - len(self._failed)
+        num_failed = len(self._failed)
+        num_written = sum(bool(file.missing or file.in_part) for file in files) - num_failed
         return CacheReport(
-            written=num_changed,
-            kept=len(files) - num_changed - len(self._failed),
+            written=num_written,
+            kept=len(files) - num_written - num_failed,
             foreign=sum(file.is_foreign for file in files),
             failures=tuple(dict.fromkeys(self._failed.values())),
             share=len(files),

@@ -61,8 +61,9 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
             _check_table(family, table, has_control, with_companions.get(table.index, ()))
             _check_sound(table, learns_sound_alone)
         except DatasetError as error:
-            is_hint = has_control and table.conditioning_directory is not None
-            problems.append(f"{error}{MASKS_HINT if is_hint else ''}")
+            may_be_masks = has_control and table.conditioning_directory is not None
+            hint = MASKS_HINT if may_be_masks else ""
+            problems.append(f"{error}{hint}")
     if problems:
         raise DatasetError("\n".join(problems))
 
@@ -148,7 +149,7 @@ class MediaWork:
 
             sources = use_moments(family, sources)
         self.pieces: Sequence[MediaSource] = sources
-        own_folders = [table for table in config.datasets if table.index not in stores.given]
+        own_folders = [table for table in config.datasets if table.index not in stores.elsewhere]
         mixed = [table for table in own_folders if may_be_mixed(table)]
         if mixed:
             from dataset.cache.form import require_form  # only with shards
@@ -187,13 +188,7 @@ class MediaWork:
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
         self._warn_of_sources([plan.source for plan in to_do])
         if who is not None:
-            rows: list[Row] = [
-                ("data", str(self._config.path)),
-                (f"latents{who}", f"{count_of(len(pieces), 'source')}, {len(to_do)} of them to encode"),
-                ("disk", self._disk(to_do)),
-                ("device", str(self._device)),
-            ]
-            show_box("Caching latents", rows)
+            self._show(to_do, len(pieces), who)
         of_another_kind = [plan.outdated for plan in to_do if plan.outdated is not None and plan.is_other]
         if of_another_kind and shows:
             _warn_of_outdated(of_another_kind)
@@ -365,6 +360,17 @@ class MediaWork:
             store = self.stores.of(item.source.table)
             is_ours = partial(is_latent_cache, architecture=self._family.name)
             write(partial(remove_caches, store, surplus, is_ours))
+
+    def _show(self, to_do: Sequence[SourcePlan], num_sources: int, who: str) -> None:
+        """Show the plan of a share of the work. who: its name."""
+        sources = count_of(num_sources, "source")
+        rows: list[Row] = [
+            ("data", str(self._config.path)),
+            (f"latents{who}", f"{sources}, {len(to_do)} of them to encode"),
+            ("disk", self._disk(to_do)),
+            ("device", str(self._device)),
+        ]
+        show_box("Caching latents", rows)
 
     def _disk(self, plans: Sequence[SourcePlan]) -> str | None:
         """Describe the estimated disk space for the latents of some sources; None if no size is known yet."""

@@ -70,7 +70,7 @@ def _all_frames(path: Path, alpha: bool) -> Iterator[KeptFrame]:
         yield frame, number, start - begin + reading.PLACE_IN_FRAME * (end - start)
 
 
-def frames_beside(
+def companion_frames(
     path: Path,
     clip: Path,
     table: DatasetTable,
@@ -104,13 +104,13 @@ def read_mask(
 ) -> Mask:
     """Read the mask of a fetched clip for `count` kept frames: an image for all of them, or a clip.
 
-    sizes: of the clip, and of its bucket. clock: see `frames_beside`. Raises MediaError.
+    sizes: of the clip, and of its bucket. clock: see `companion_frames`. Raises MediaError.
     """
     size, bucket = sizes
     place = functools.partial(reading.resize_cover, bucket=bucket)
     if is_still(path):
         return read_still(path, place, size, count)
-    frames = frames_beside(path, here.path, table=here.table, fps=fps, clock=clock, alpha=True)
+    frames = companion_frames(path, here.path, table=here.table, fps=fps, clock=clock, alpha=True)
     return read_moving(path, frames, place=place, size=size, num_frames=count)
 
 

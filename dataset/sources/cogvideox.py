@@ -31,6 +31,7 @@ from dataset.sources.media_source import (
 from dataset.sources.rows import check_text, locate
 from modules.atomic_write import write_text
 from modules.errors import CheckpointError, DatasetError, MediaError
+from modules.option_values import as_shape
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text
 
@@ -68,7 +69,7 @@ def read_moments(path: Path, latent: LatentSpec) -> Tensor:
     moments = read_tensor(path)
     if moments.ndim == 5 and len(moments) == 1:
         moments = moments[0]
-    shape = "x".join(map(str, moments.shape))
+    shape = as_shape(moments.shape)
     if moments.ndim != 4 or not moments.numel() or not moments.is_floating_point():
         raise MediaError(
             f"{path} holds {shape or 'a number'} of {moments.dtype}, not moments of a VAE (channels x frames "
@@ -241,14 +242,11 @@ class _Clips(NamedTuple):
 def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
     prompts = root / (table.caption_column or _find_prompts(root, name))
     videos = root / (table.video_column or VIDEOS)
-    for path, key in ((prompts, "caption_column"), (videos, "video_column")):
-        if not path.exists():
-            raise DatasetError(
-                f"{name}: {path}: no such file. Without dataset_file, a CogVideoX folder has {PROMPTS[0]} "
-                f"and {VIDEOS}; name another list with {key}."
-            )
+    _require_list(prompts, "caption_column", name)
+    _require_list(videos, "video_column", name)
     captions = [line for line in table_lines(prompts) if line.strip()]
-    paths = [(number, line) for number, line in enumerate(table_lines(videos), 1) if line.strip()]
+    numbered = enumerate(table_lines(videos), 1)
+    paths = [(number, line) for number, line in numbered if line.strip()]
     if len(captions) != len(paths):
         raise DatasetError(
             f"{name}: {prompts} has {len(captions)} lines, {videos} has {len(paths)}; each video has one "
@@ -259,6 +257,15 @@ def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
         for caption, (number, video) in zip(captions, paths, strict=True)
     )
     return _Clips(rows, "caption", "video")
+
+
+def _require_list(path: Path, key: str, name: str) -> None:
+    """Raise DatasetError if a list is missing. key: of the data set, which names another one."""
+    if not path.exists():
+        raise DatasetError(
+            f"{name}: {path}: no such file. Without dataset_file, a CogVideoX folder has {PROMPTS[0]} "
+            f"and {VIDEOS}; name another list with {key}."
+        )
 
 
 def _find_prompts(root: Path, name: str) -> str:
@@ -314,12 +321,12 @@ def _find_tensors(row: CogRow, folders: dict[str, _TensorFolder], faults: list[F
     to `faults` and returns None if a file is missing.
     """
     place = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path takes three times as long
-    if place not in folders:  # listed once: a million files are not asked for one by one
+    folder = folders.get(place)
+    if folder is None:  # listed once: a million files are not asked for one by one
         path = Path(place)
-        folders[place] = _TensorFolder(path, _names_in(path / MOMENTS), _names_in(path / EMBEDS))
-        if folders[place].moments is None:
+        folder = folders[place] = _TensorFolder(path, _names_in(path / MOMENTS), _names_in(path / EMBEDS))
+        if folder.moments is None:
             faults.append(Fault("folders are missing, which load_tensors needs", str(path / MOMENTS)))
-    folder = folders[place]
     if folder.moments is None:
         return None
     stem = row.video.stem

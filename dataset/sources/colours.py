@@ -119,16 +119,25 @@ def find_colours(sources: Sequence[MediaSource], masks_latents: bool = False) ->
             read[path] = colours
             source_keeps, control_keeps = keeps_transparency(source, masks_latents)
             keeps = control_keeps if number else source_keeps
-            for applies, kind, text in (
-                (colours.is_transparent and not keeps, "are transparent and laid on white", ""),
-                (colours.is_converted, CONVERTED, ""),
-                (colours.fault is not None, "have a colour profile that is not used", f": {colours.fault}"),
-                (colours.hdr is not None, PALE, f": {colours.hdr}"),
-                (colours.is_interlaced, TORN, ""),
-            ):
-                if applies:
-                    remarks.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))
+            for kind, text in _describe(colours, keeps).items():
+                remarks.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))
     return list(remarks.values())
+
+
+def _describe(colours: Colours, keeps_transparency: bool) -> dict[str, str]:
+    """Return what the pixel values of a file do not tell: the kind of remark, and a text behind the path."""
+    remarks = {}
+    if colours.is_transparent and not keeps_transparency:
+        remarks["are transparent and laid on white"] = ""
+    if colours.is_converted:
+        remarks[CONVERTED] = ""
+    if colours.fault is not None:
+        remarks["have a colour profile that is not used"] = f": {colours.fault}"
+    if colours.hdr is not None:
+        remarks[PALE] = f": {colours.hdr}"
+    if colours.is_interlaced:
+        remarks[TORN] = ""
+    return remarks
 
 
 def find_reordered(sources: Sequence[MediaSource]) -> list[Fault]:

@@ -153,16 +153,19 @@ def _refuse_other_form(path: Path, line: str) -> None:
     """
     start = line.strip()
     form = "a list has one object on each line, with nothing around or between them (JSONL)"
-    if start.startswith("[") and start[1:].strip()[:1] in {"", "{"}:
+    is_array = start.startswith("[") and start[1:].strip()[:1] in {"", "{"}
+    if is_array:
         lines = as_typed([str(path.with_name(f"{path.stem}_lines.jsonl"))])
         remedy = f"{as_typed(['python', '-c', TO_LINES, str(path)])} > {lines}"
         raise DatasetError(f"{path} is one JSON array; {form}.\n  Convert it: {remedy}")
-    if start.startswith("{") and start.endswith(("{", "[", ":", ",")) and not start.endswith("},"):
+    continues = start.endswith(("{", "[", ":", ",")) and not start.endswith("},")
+    if start.startswith("{") and continues:
         raise DatasetError(
             f"{path} has an object over several lines; {form}. Write each object on one line, as json.dumps "
             "without indent does."
         )
-    if not start.startswith(("{", "[")) and ("," in start or "\t" in start or ";" in start):
+    has_separator = any(mark in start for mark in ",\t;")
+    if has_separator and not start.startswith(("{", "[")):
         raise DatasetError(
             f"{path} looks like a table with a header ({start[:60]!r}); {form}. Name it .csv or .tsv, and "
             "give it to image_table_file or video_table_file."
@@ -172,18 +175,20 @@ def _refuse_other_form(path: Path, line: str) -> None:
 def _open_csv(path: Path, kind: str) -> tuple[list[str], Any]:
     """Return the columns of a CSV or TSV file, and a reader of the rows after the first line."""
     lines = table_lines(path)
-    head = []  # empty lines, and the line that names the columns
-    for line in lines:
-        head.append(line if line.strip() else "")
-        if head[-1]:
+    num_empty = 0
+    header = ""  # the line that names the columns
+    for header in lines:
+        if header.strip():
             break
-    if not head or not head[-1]:
+        num_empty += 1
+    if not header.strip():
         raise DatasetError(f"{path} is empty; its first line names the columns")
-    mark = _mark_between(head[-1], kind)
-    separator_line = re.fullmatch(r"sep=(.) *", head[-1]) if kind == CSV else None
+    mark = _mark_between(header, kind)
+    separator_line = re.fullmatch(r"sep=(.) *", header) if kind == CSV else None
     if separator_line is not None:  # as spreadsheets write it: the next line names the columns
         mark = separator_line[1]
-        head[-1] = ""
+        header = ""
+    head = [*[""] * num_empty, header]
     lines_with_ends = (f"{line}\n" for line in itertools.chain(head, lines))
     rows = csv.reader(lines_with_ends, delimiter=mark, strict=True)
     try:

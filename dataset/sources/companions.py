@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset.config import DatasetTable
-from dataset.sources.clock import frames_beside, read_mask
+from dataset.sources.clock import companion_frames, read_mask
 from dataset.sources.folders import list_entries
 from dataset.sources.media_source import Fault, MediaSource
 from modules.console import count_of
@@ -224,7 +224,7 @@ def read_companions(
         if is_still(path) or here.table.kind == "image":
             return resize_cover(read_image(path), small)[None]
         sizes = FrameSizes()
-        frames = sizes.watch(frames_beside(path, here.path, table=here.table, fps=fps, clock=clock))
+        frames = sizes.watch(companion_frames(path, here.path, table=here.table, fps=fps, clock=clock))
         clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), small) for frame in frames][:count]
         if sizes.change is not None:
             changes.append(f"{path.name}: {sizes.change}")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
-from dataset.sources.clock import frames_beside, kept_frames, read_mask
+from dataset.sources.clock import companion_frames, kept_frames, read_mask
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import (
     Mask,
@@ -32,7 +33,6 @@ from modules.console import count_of
 from modules.errors import MediaError
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
 from modules.media.buckets import Fit, Size, fit_cover, fit_like, fit_without_enlarging, how_to_resize
-from modules.media.budget import ByteBudget
 from modules.media.decoding import is_animation
 from modules.media.reading import (
     Frame,
@@ -51,8 +51,35 @@ LARGE = 1 << 14  # the side of a picture that no table finds too small
 GROWTH = 64  # frames by which memory grows at a time
 DECODED_COPIES = 9  # bytes of a pixel while a picture is decoded: three copies in RGB
 SMALL_PICTURE = 1 << 26  # bytes up to which pictures are decoded by all threads at once
-PICTURES = ByteBudget(1 << 30)  # of all threads of this process
 IMAGE_SPANS: tuple[Span, ...] = ((0, 1),)
+
+
+class ByteBudget:
+    """So many bytes for all threads that decode: small files may hold pictures of a gigabyte.
+
+    A thread that needs more than all of them works alone.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
+        self._used = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, size_bytes: int) -> Iterator[None]:
+        """Wait until so many bytes are free, and hold them until the block ends; blocks are not nested."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + size_bytes <= self._size_bytes)
+            self._used += size_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size_bytes
+                self._changed.notify_all()
+
+
+PICTURES = ByteBudget(1 << 30)  # of all threads of this process
 
 
 @dataclass(frozen=True)
@@ -169,7 +196,12 @@ def _decode_clip(
     size = (first.shape[1], first.shape[0])
     bucket = bucket_of(table, size, step, here.path)
     enough = frames_wanted(table)
-    frames, mask = _gather(itertools.chain([first], frames_in), bucket, enough, table.is_of_sound)
+    frames_in = itertools.chain([first], frames_in)
+    mask: Mask | None = None
+    if table.is_of_sound:
+        frames = _repeat_first(frames_in)
+    else:
+        frames, mask = _gather(frames_in, bucket, enough)
     if sizes.change is not None:
         size_changes.append(f"{source.path.name}: {sizes.change}")
     count = len(frames)
@@ -210,12 +242,12 @@ def _read_control_clips(
     changes: list[str],
 ) -> list[Clip]:
     """Read the control clips of a fetched clip of `count` frames; add a line to `changes` for each whose
-    frames change their size. clock: see `frames_beside`.
+    frames change their size. clock: see `companion_frames`.
     """
     clips = []
     for path in here.control:
         sizes = FrameSizes()
-        frames = sizes.watch(frames_beside(path, here.path, table=here.table, fps=fps, clock=clock))
+        frames = sizes.watch(companion_frames(path, here.path, table=here.table, fps=fps, clock=clock))
         clip, _ = _gather(frames, bucket, count)
         if sizes.change is not None:
             changes.append(f"{path.name}: {sizes.change}")
@@ -395,24 +427,27 @@ def check_resolution(table: DatasetTable, step: int) -> None:
         fit_reference(table, (LARGE, LARGE), table.source)
 
 
-def _gather(
-    frames: Iterator[Frame], bucket: Size, wanted_frames: int | None, are_equal: bool = False
-) -> tuple[Clip, Mask | None]:
+def _repeat_first(frames: Iterator[Frame]) -> Clip:
+    """Return frames that are all the same, already at bucket size, as a clip of which memory holds one."""
+    black = next(frames)
+    count = 1 + sum(1 for _ in frames)
+    return np.ndarray((count, *black.shape), np.uint8, black, strides=(0, *black.strides))
+
+
+def _gather(frames: Iterator[Frame], bucket: Size, wanted_frames: int | None) -> tuple[Clip, Mask | None]:
     """Collect frames at bucket size, and their transparency if any, in a growing array, so that a clip is
-    never copied. are_equal: all frames are the same, already at bucket size; memory holds one.
+    never copied.
     """
-    if are_equal:
-        black = next(frames)
-        count = 1 + sum(1 for _ in frames)
-        return np.ndarray((count, *black.shape), np.uint8, black, strides=(0, *black.strides)), None
     width, height = bucket
-    clip = np.empty((min(wanted_frames or GROWTH, GROWTH), height, width, 3), np.uint8)
+    room = min(wanted_frames or GROWTH, GROWTH)
+    clip = np.empty((room, height, width, 3), np.uint8)
     count = 0
     alphas = []
     for frame in frames:
         if count == len(clip):
             # no other reference to the array exists yet
-            clip.resize((count + max(GROWTH, count // 4), height, width, 3), refcheck=False)
+            room = count + max(GROWTH, count // 4)
+            clip.resize((room, height, width, 3), refcheck=False)
         colours, alpha = (frame, None) if frame.shape[2] == 3 else _colours_and_alpha(frame)
         alphas.append(None if alpha is None else resize_cover(alpha, bucket))
         clip[count] = resize_cover(colours, bucket)

@@ -174,7 +174,10 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     entries = list_entries(table.directory, f"{table.name}: {key}")
     endings = [split_name(entry.name)[1].lower() for entry in entries]
     media: list[Path] = []
+    spare_files: list[Path] = []
     for entry, ending in zip(entries, endings, strict=True):
+        if ending in spare:
+            spare_files.append(table.directory / entry.name)
         if ending not in suffixes:
             continue
         path = table.directory / entry.name
@@ -182,23 +185,25 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
             media.append(path)
         else:
             kind = f"{table.holds}s of {table.name} cannot be opened"
-            faults.append(Fault(kind, f"{path}: {_explain(path)}", path.stem, ends_run=False))
+            text = f"{path}: {_explain(path)}"
+            faults.append(Fault(kind, text, path.stem, ends_run=False))
     if (ANIMATION_SUFFIXES | spare).isdisjoint(endings):
         return media
-    spare_files = []
-    for entry, ending in zip(entries, endings, strict=True):
-        if ending in spare:
-            spare_files.append(table.directory / entry.name)
     if table.leaves_animations:
-        animations = {path for path in (*media, *spare_files) if _moves(path)}
+        animations = _find_animations(table, [*media, *spare_files])
         media = [path for path in media if path not in animations]
         spare_files = [path for path in spare_files if path not in animations]
-        if animations:
-            text = (
-                "%s: %d files, such as %s, are animated: the table of clips with the same folder takes them"
-            )
-            logger.info(text, table.name, len(animations), min(animations))
-    return sorted([*media, *_find_spare(table, spare_files, media)], key=str)
+    media += _find_spare(table, spare_files, media)
+    return sorted(media, key=str)
+
+
+def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:
+    """Return the files of a table of pictures that are clips of another table; log how many they are."""
+    animations = {path for path in paths if _moves(path)}
+    if animations:
+        text = "%s: %d files, such as %s, are animated: the table of clips with the same folder takes them"
+        logger.info(text, table.name, len(animations), min(animations))
+    return animations
 
 
 def _moves(path: Path) -> bool:

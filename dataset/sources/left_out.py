@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,13 +59,18 @@ def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
     counts = _count_unread(table, table.directory, rules)
     if not counts:
         return None
-    number = sum(count.total() for count in counts.values())
+    number = sum(of_endings.total() for of_endings in counts.values())
+    verb = "file is" if number == 1 else "files are"
+    return f"{table.directory}: {number} {verb} not read: {_describe(counts)}"
+
+
+def _describe(counts: Mapping[str, Counter[str]]) -> str:
+    """Return the counts of `_count_unread` as a text, the largest first."""
     parts = []
     for why, of_endings in sorted(counts.items(), key=lambda pair: -pair[1].total()):
         files = ", ".join(f"{ending} ({count})" for ending, count in sorted(of_endings.items()))
         parts.append(f"{files}: {why}" if why else files)
-    verb = "file is" if number == 1 else "files are"
-    return f"{table.directory}: {number} {verb} not read: {'; '.join(parts)}"
+    return "; ".join(parts)
 
 
 def _count_unread(table: DatasetTable, folder: Path, rules: "_UnreadRules") -> dict[str, Counter[str]]:

@@ -121,7 +121,9 @@ class MediaSource:
 
     @property
     def mask_from(self) -> str | None:
-        return FROM_ALPHA if self.table.alpha_mask else FROM_FILE if self.mask is not None else None
+        if self.table.alpha_mask:
+            return FROM_ALPHA
+        return None if self.mask is None else FROM_FILE
 
 
 @dataclass(frozen=True)

@@ -227,16 +227,18 @@ def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[in
     Raises DatasetError if its row groups are too large to read one at a time.
     """
     may_be_null: list[bool] = []  # by row group: whether some cells may be null
+    starts = [0]  # rows before each row group, and before the end
     leaves: set[str] = set()
     with open_parquet(path) as file:
-        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-        for group in groups:
-            chunks = [group.column(index) for index in range(group.num_columns)]
+        for index in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(index)
+            starts.append(starts[-1] + group.num_rows)
+            chunks = [group.column(place) for place in range(group.num_columns)]
             leaves |= {chunk.path_in_schema for chunk in chunks}
             cells = [chunk for chunk in chunks if chunk.path_in_schema == column]
-            _check_group_size(path, column, sum(chunk.total_uncompressed_size for chunk in cells))
+            size_bytes = sum(chunk.total_uncompressed_size for chunk in cells)
+            _check_group_size(path, column, size_bytes)
             may_be_null.append(finds_nulls and _may_have_nulls(cells))
-        starts = list(accumulate((group.num_rows for group in groups), initial=0))
     path_column = f"{column.rpartition('.')[0]}.path"
     columns = [name for name in (column, path_column) if name in leaves]
 

@@ -154,18 +154,22 @@ def fit_reference(table: DatasetTable, size: Size, path: Path, bucket: Size | No
     rules = table.references
     assert rules is not None
     width, height = size
-    step, resolution = rules.step, table.control_resolution
+    step = rules.step
+    resolution = table.control_resolution
     if min(size) < step:
         raise MediaError(f"{path} has {width}x{height} pixels, each side needs at least {step}")
-    area = None if resolution is None else resolution[0] * resolution[1]
-    if table.no_resize_control and (area is None or width * height <= area):
-        return Fit(size, (0, 0), (width // step * step, height // step * step), "none")
-    if resolution is None or area is None:
+    is_small = resolution is None or width * height <= resolution[0] * resolution[1]
+    if table.no_resize_control and is_small:
+        cropped = (width // step * step, height // step * step)
+        return Fit(size, (0, 0), cropped, "none")
+    if resolution is None:
         if not rules.own_shape or bucket is None:
             return None
-        return fit_within(size, bucket[0] * bucket[1] if rules.area is None else rules.area, step)
+        area = bucket[0] * bucket[1] if rules.area is None else rules.area
+        return fit_within(size, area, step)
     try:
         sizes = _bucket_sizes(*resolution, step)
     except ValueError as error:
         raise DatasetError(f"{table.name}: control_resolution: {error}. Enlarge it.") from None
-    return fit_cover(size, choose_bucket(size, sizes, area, step, no_upscale=False))
+    chosen = choose_bucket(size, sizes, resolution[0] * resolution[1], step, no_upscale=False)
+    return fit_cover(size, chosen)

@@ -97,24 +97,30 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
     """
     require_regular_file(tar)
     stat = tar.stat()
-    made_for = json.dumps(
-        [VERSION, stat.st_size, stat.st_mtime_ns, dataclasses.asdict(rules)], ensure_ascii=False
-    )
-    path = cache_directory / FOLDER / f"{tar.stem[:80]}-{short_hash(str(real_path(tar)))}.json"
+    facts = [VERSION, stat.st_size, stat.st_mtime_ns, dataclasses.asdict(rules)]
+    made_for = json.dumps(facts, ensure_ascii=False)
+    tar_hash = short_hash(str(real_path(tar)))
+    path = cache_directory / FOLDER / f"{tar.stem[:80]}-{tar_hash}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
         stored_for, others, num_others, rows = json.loads(path.read_text("utf-8"))
         if stored_for == made_for:
-            return TarIndex([_unpack_sample(*row) for row in rows], [], others, num_others)
+            samples = [_unpack_sample(*row) for row in rows]
+            return TarIndex(samples, others=others, num_others=num_others)
     with tar.open("rb", buffering=0) as file:
         index = _scan(file, stat.st_size, rules, tar)
     # a tar that just grows may have the same time twice; damage is looked at again
     if len(index.samples) >= LEAST_SAMPLES and index.damage is None and not index.faults:
-        rows = [(sample.key, sample.media, sample.caption, sample.extras) for sample in index.samples]
-        try:
-            write_text(path, json.dumps([made_for, index.others, index.num_others, rows]))
-        except OutputError as error:  # the tar is read again next time
-            logger.info("the index of a tar is not kept: %s", error)
+        _write_index(path, index, made_for)
     return index
+
+
+def _write_index(path: Path, index: TarIndex, made_for: str) -> None:
+    """Write an index. made_for: version, tar and rules that it is of."""
+    rows = [(sample.key, sample.media, sample.caption, sample.extras) for sample in index.samples]
+    try:
+        write_text(path, json.dumps([made_for, index.others, index.num_others, rows]))
+    except OutputError as error:  # the tar is read again next time
+        logger.info("the index of a tar is not kept: %s", error)
 
 
 def _unpack_sample(key: str, media: Any, caption: str | None, extras: Any) -> TarSample:
@@ -205,15 +211,11 @@ def _read_text(file: BinaryIO, member: Member) -> str:
 
 def _sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
     """Return the sample that a group of files makes; None without media. Raises ValueError on a fault."""
-    files: dict[str, Member] = {}
-    texts: dict[str, str] = {}
+    texts = {ending: content for ending, content in group.items() if isinstance(content, str)}
+    files = {ending: content for ending, content in group.items() if not isinstance(content, str)}
     by_role: dict[tuple[str, int], list[str]] = {}  # names as `mask.png` or `control_1.png`
     candidates = []
-    for ending, content in group.items():
-        if isinstance(content, str):
-            texts[ending] = content
-            continue
-        files[ending] = content
+    for ending in files:
         role = _role_of(ending, rules)
         if role is None:
             candidates.append(ending)
@@ -229,8 +231,8 @@ def _sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
         if len(endings) > 1:
             raise ValueError(f"it has two files of one kind among {', '.join(endings)}; keep one")
     extras = []
-    for (kind, number), endings in sorted(by_role.items()):
-        extras.append((kind, number, files[endings[0]]))
+    for (kind, number), (ending,) in sorted(by_role.items()):
+        extras.append((kind, number, files[ending]))
     return TarSample(key, files[media[0]], caption, tuple(extras))
 
 

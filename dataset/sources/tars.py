@@ -168,18 +168,24 @@ def _tars_of(table: DatasetTable, name: str) -> Iterator[Path]:
     """
     if is_address(name) and protocol_of(name) == "file":
         name = url2pathname(split_address(name).path)
-    if is_address(name):
-        has_pattern = protocol_of(name) not in HTTP and any(mark in name for mark in "*?[")
-        addresses = find_remote(name) if has_pattern else [name]
-        if not addresses:
-            raise DatasetError(f"{hide_secrets(name)}: no file there fits.")
-        for address in addresses:
-            target = download_folder(table) / media_source.local_name(address)
-            if not target.is_file():
-                logger.info("downloading %s", hide_secrets(address))
-            download(address, target, check=check_tar)
-            yield target
-        return
+    yield from _remote_tars(table, name) if is_address(name) else _local_tars(name)
+
+
+def _remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
+    """Yield the tars of an address, each as soon as it is downloaded."""
+    has_pattern = protocol_of(name) not in HTTP and has_wildcard(name)
+    addresses = find_remote(name) if has_pattern else [name]
+    if not addresses:
+        raise DatasetError(f"{hide_secrets(name)}: no file there fits.")
+    for address in addresses:
+        target = download_folder(table) / media_source.local_name(address)
+        if not target.is_file():
+            logger.info("downloading %s", hide_secrets(address))
+        download(address, target, check=check_tar)
+        yield target
+
+
+def _local_tars(name: str) -> list[Path]:
     try:
         path = expand_path(name)
     except ValueError as error:
@@ -187,16 +193,18 @@ def _tars_of(table: DatasetTable, name: str) -> Iterator[Path]:
     if path.exists():
         if path.is_dir():
             raise DatasetError(f"{path} is a folder. Name its tars: {path / '*.tar'}")
-        yield path
-        return
-    has_pattern = any(mark in name for mark in "*?[")
-    matches = sorted(glob.glob(str(path))) if has_pattern else []  # noqa: PTH207  # of any depth and root
+        return [path]
+    matches = sorted(glob.glob(str(path))) if has_wildcard(name) else []  # noqa: PTH207  # of any depth and root
     # the caches may lie beside the sources
     matches = [name for name in matches if not media_source.OF_SHARDS.fullmatch(Path(name).name)]
     if not matches:
         where = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
         raise DatasetError(f"{path}: no such file{where}. Correct the path.")
-    yield from map(Path, matches)
+    return [Path(match) for match in matches]
+
+
+def has_wildcard(name: str) -> bool:
+    return any(mark in name for mark in "*?[")
 
 
 def expand_braces(pattern: str, where: str) -> list[str]:
@@ -220,7 +228,8 @@ def expand_braces(pattern: str, where: str) -> list[str]:
                 raise DatasetError(
                     f"{where}: {hide_secrets(pattern)} stands for more than {MAX_PATTERN_NAMES:,} names"
                 )
-            before, after = name[: braces.start()], name[braces.end() :]
+            before = name[: braces.start()]
+            after = name[braces.end() :]
             longer += [f"{before}{option:0>{width}}{after}" for option in options]
         names = longer
     return names

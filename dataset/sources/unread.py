@@ -11,7 +11,7 @@ from dataset.config import DatasetTable
 from dataset.sources.columns import TableRow, column_names, plain_columns, read_columns, read_jsonl
 from dataset.sources.media_source import Fault
 from dataset.sources.rows import control_number
-from dataset.sources.tables import CAPTION_COLUMNS, Cells, choose_columns, find_cells, names_read
+from dataset.sources.tables import CAPTION_COLUMNS, choose_columns, find_cells, names_read
 from modules.control_codes import shorten
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.opening import SOUND_SUFFIXES
@@ -49,35 +49,36 @@ def find_unread(table: DatasetTable) -> list[Fault]:
     for name in columns.cells:
         if name not in companion_cells:
             unread[name] = f", which holds files{_hint(name, table) or ''}"
-    finders: dict[str, Cells] = {}
-    for name in companion_cells:
-        finder = find_cells(path, name, finds_nulls=True)
-        if finder is not None:
-            finders[name] = finder
+    finders = {name: find_cells(path, name, finds_nulls=True) for name in companion_cells}
     is_list = table.jsonl_file is not None
     read = names_read(table, columns.media, "caption" if is_list else "")
     for row in itertools.islice(columns.rows, LOOKED_AT):
-        filled: dict[str, Any] = {name: True for name, finder in finders.items() if finder(row) is not None}
-        for name in _surplus({**filled, **row.values}, table):
+        values: dict[str, Any] = {}
+        for name, finder in finders.items():
+            if finder is not None and finder(row) is not None:
+                values[name] = True
+        values |= row.values
+        for name in _surplus(values, table):
             unread[name] = f": of such files the model takes {table.control_count} an item"
         for name, value in row.values.items():
             if name in read or name in unread or _is_companion(name):
                 continue
             if name in CAPTION_COLUMNS and value:
-                is_misnamed = is_list and not row.values.get("caption")
-                unread[name] = (
-                    ": did you mean 'caption'?" if is_misnamed else ": captions are read from another column"
-                )
+                unread[name] = ": captions are read from another column"
+                if is_list and not row.values.get("caption"):
+                    unread[name] = ": did you mean 'caption'?"
                 continue
             text = _explain(name, value, table=table, path=path, media=row.values.get(columns.media))
             if text is not None:
                 unread[name] = text
+    return _as_faults(path, unread)
+
+
+def _as_faults(path: Path, unread: Mapping[str, str]) -> list[Fault]:
+    """Return the faults of a file. unread: text by column."""
     kind = f"column of {path} is not read" if len(unread) == 1 else f"columns of {path} are not read"
-    faults = []
-    for name, text in unread.items():
-        full_stop = "" if text.endswith("?") else "."
-        faults.append(Fault(kind, f"{name!r}{text}{full_stop}"))
-    return faults
+    lines = [f"{name!r}{text}" for name, text in unread.items()]
+    return [Fault(kind, line if line.endswith("?") else f"{line}.") for line in lines]
 
 
 class _Columns(NamedTuple):

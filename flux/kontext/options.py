@@ -75,7 +75,7 @@ class KontextGenerationOptions(Options, title=NAME):
 
 
 def caching_options(options: KontextTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {"--vae": options.vae.file.vae or FillIn("VAE_FILE")}, _text_options(options.text)
+    return options.vae.file.words(), _text_options(options.text)
 
 
 def generation_options(options: KontextTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def generation_options(options: KontextTrainingOptions, sample: Mapping[str, Any
     controls = sample.get("control_images") or ()
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),
-        "--vae": options.vae.file.vae or FillIn("VAE_FILE"),
+        **options.vae.file.words(),
         **_text_options(options.text),
         "--dit_dtype": options.dit_dtype,
         "--control_image_path": controls,

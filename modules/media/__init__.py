@@ -2,7 +2,6 @@
 
 augmenting: pictures that differ each time in training
 buckets: sizes of an area, and bucket of a picture
-budget: share bytes among threads that decode pictures
 canvas: a reference picture on a white canvas
 colours: pictures and frames as a viewer shows them
 companions: sound, subtitles and tags into another video

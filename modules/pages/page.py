@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import cv2
 import jinja2
@@ -136,6 +137,11 @@ def reduce_frame(frame: Frame, largest_side: int) -> Frame:
         return frame
     size = (max(2, round(width * scale / 2) * 2), max(2, round(height * scale / 2) * 2))
     return cv2.resize(frame, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
+
+
+def link(*parts: str) -> str:
+    """Return the relative address of a file. parts: folders and the file's name."""
+    return "./" + "/".join(quote(part.encode("utf-8", "surrogateescape"), safe="") for part in parts)
 
 
 def as_url(kind: str, data: bytes) -> str:

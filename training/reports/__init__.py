@@ -1,7 +1,6 @@
 """What a run reports: logs, numbers, slow steps.
 
 history: keep all reports of a run in lines
-links: addresses and clips of a training's page
 logs: progress bar, TensorBoard and wandb
 page: one HTML page about a training
 pauses: time steps and what interrupts them; slow steps

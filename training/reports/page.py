@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from contract.rules import PICTURE_STREAM, SOUND_STREAM
 from modules.console import as_size, count_of, in_words
 from modules.pages.charts import Chart, Curve, draw_chart
-from modules.pages.page import write_page
+from modules.pages.page import link, write_page
 from modules.text_files import read_safetensors_texts
 from training.reports.history import SHOWN, Points, Start, Story, history_name
-from training.reports.links import LoadClip, link
+
+if TYPE_CHECKING:
+    from training.reports.sample_files import LoadClip  # only with samples
 
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
 MOST_COLUMNS = 10  # of the grid of samples
@@ -41,7 +43,7 @@ class Standing:
 
 
 def write_training_page(
-    path: Path, history: Path, story: Story, standing: Standing, load: LoadClip | None = None
+    path: Path, history: Path, story: Story, standing: Standing, load: "LoadClip | None" = None
 ) -> None:
     """Write the page of a run: the content of its history. load: see `page_values`.
 
@@ -55,7 +57,7 @@ def page_values(
     folder: Path,
     story: Story,
     standing: Standing,
-    load: LoadClip | None = None,
+    load: "LoadClip | None" = None,
     most: tuple[int, int] = (MOST_COLUMNS, MOST_PROMPTS),
 ) -> dict[str, Any]:
     """Return the values of the template. folder: --output_dir. load: gives the clips, if the story has

@@ -18,9 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from modules.control_codes import escape_control_codes
 from modules.errors import UserError
 from modules.media.reading import Frame, read_image, video_frames, video_info
-from modules.pages.page import embed_clip, reduce_frame
+from modules.pages.page import embed_clip, link, reduce_frame
 from training.reports.history import SampleRow, Story
-from training.reports.links import LoadClip, link
 
 FOLDER = "sample"  # of samples, in the output folder
 SIDE = 256  # pixels of the longer side
@@ -32,6 +31,8 @@ GAP = 8  # pixels of a sheet
 TITLE_SIZE, TEXT_SIZE = 18, 14
 MOST_ROWS = 40  # a picture of more would be too tall to look at
 LEAST_WIDTH = 480  # so that a prompt can be read
+# file of a sample, prompt, step, whether it is one of the newest -> the clip, or why there is none
+LoadClip = Callable[[str, str, int, bool], Markup | str]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dataset.sources.decoding import planned_bytes
+from dataset.sources.decoding import ByteBudget, planned_bytes
 from dataset.sources.listing import find_sources
-from modules.media.budget import ByteBudget
 from tests.dataset.making import make_table
 
 
