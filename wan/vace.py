@@ -153,7 +153,8 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
     from modules.media.canvas import on_white
     from modules.media.reading import first_frame
 
-    request, settings = prepared.asked, prepared.own
+    request = prepared.asked
+    settings = prepared.own
     assert isinstance(settings, VaceRequest)
     if not any(settings.scales):
         return {}

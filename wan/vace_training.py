@@ -23,20 +23,22 @@ def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[Cac
 
     A missing control video is grey; a missing mask marks all as to be made new.
     """
-    pixels = to_pixels(media.frames.to(vae.device))
-    control = to_pixels(media.control[0].to(vae.device)) if media.control else torch.zeros_like(pixels)
+    device = vae.device
+    pixels = to_pixels(media.frames.to(device))
+    control = torch.zeros_like(pixels)
+    if media.control:
+        control = to_pixels(media.control[0].to(device))
     mask = media.control_mask
     if mask is None:
         mask = torch.full_like(media.frames[..., 0], 255)
-    levels = mask.to(vae.device)[:, None].float()  # 0..255
-    tensors = {
-        "latents": vae.encode(pixels).to(store),
-        "latents_control": encode_halves(vae, control, levels / 255).to(store),
-    }
+    levels = mask.to(device)[:, None].float()  # 0..255
+    tensors = {"latents": vae.encode(pixels).to(store)}
+    halves = encode_halves(vae, control, levels / 255)
+    tensors["latents_control"] = halves.to(store)
     if media.control_mask is not None:
         tensors[CONTROL_MASK] = fold_mask(levels).to(torch.uint8)
     for index, reference in enumerate(media.references):
-        latents = vae.encode(to_pixels(reference.to(vae.device)))
+        latents = vae.encode(to_pixels(reference.to(device)))
         tensors[f"{REFERENCE_LATENTS}_{index}"] = latents.to(store)
     return [_entry(tensors, item) for item in range(len(pixels))]
 
