@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from checkpoints.dialects import load_planned
 from checkpoints.opening import open_checkpoint
-from contract.data import Batch, CacheEntry, LatentSpec, MediaBatch, MomentsBatch
+from contract.data import Batch, CacheEntry, LatentSpec, MediaBatch, MomentsBatch, split_items
 from encoders.tiles import Cut, compute_in_spans, compute_in_tiles, posterior_generator, sample_posterior
 from hunyuan_model.vae_blocks import HunyuanVaeConfig, HunyuanVaeDecoder, HunyuanVaeEncoder
 from hunyuan_model.vae_checkpoints import read_vae
@@ -211,13 +211,10 @@ def encode_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list
     """
     generators = [posterior_generator(key) for key in media.keys]
     pixels = byte_clips(media.frames)
-    tensors = {"latents": vae.encode(pixels, generators)}
+    tensors = {"latents": vae.encode(pixels, generators).to(vae.dtype)}
     if with_image:
-        tensors["latents_image"] = vae.encode(pixels[:, :, :1], generators)
-    return [
-        CacheEntry({name: tensor[item].to(vae.dtype) for name, tensor in tensors.items()})
-        for item in range(len(pixels))
-    ]
+        tensors["latents_image"] = vae.encode(pixels[:, :, :1], generators).to(vae.dtype)
+    return split_items(tensors)
 
 
 def sample_moments(media: MomentsBatch, dtype: torch.dtype) -> list[CacheEntry]:
@@ -226,13 +223,12 @@ def sample_moments(media: MomentsBatch, dtype: torch.dtype) -> list[CacheEntry]:
     dtype: of the VAE. With moments of first frames, also `latents_image`.
     """
     generators = [posterior_generator(key) for key in media.keys]
-    tensors = {"latents": sample_posterior(_copied(media.moments), generators, LOG_VARIANCE)}
+    latents = sample_posterior(_copied(media.moments), generators, LOG_VARIANCE)
+    tensors = {"latents": latents.to(dtype)}
     if media.image is not None:
-        tensors["latents_image"] = sample_posterior(_copied(media.image), generators, LOG_VARIANCE)
-    return [
-        CacheEntry({name: tensor[item].to(dtype) for name, tensor in tensors.items()})
-        for item in range(len(media.keys))
-    ]
+        image = sample_posterior(_copied(media.image), generators, LOG_VARIANCE)
+        tensors["latents_image"] = image.to(dtype)
+    return split_items(tensors)
 
 
 def _copied(moments: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from contract.data import (
     MediaTable,
     SamplingDefaults,
     name_texts,
+    split_items,
 )
 from contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
 from contract.few_steps import FewSteps
@@ -183,8 +184,7 @@ class Ltx2(Ltx2Media):
         entries = []
         for part in media.split_for(encoders.vae.device):
             latents = self._encode_clips(encoders.vae, part)
-            for index in range(len(part.keys)):
-                entries.append([CacheEntry({name: batch[index] for name, batch in latents.items()})])
+            entries += [[entry] for entry in split_items(latents)]
         return entries
 
     def _encode_clips(self, vae: Any, media: MediaBatch) -> dict[str, Tensor]:

@@ -5,12 +5,10 @@ In caches: `latents_control` C 32 (what stays, what changes), `vace_mask` as byt
 clip's latents, noised and learned with them, as in sampling. Source: DiffSynth-Studio's training of VACE.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from contract.data import CONTROL_MASK, REFERENCE_LATENTS, Batch, CacheEntry, MediaBatch
+from contract.data import CONTROL_MASK, REFERENCE_LATENTS, Batch, CacheEntry, MediaBatch, split_items
 from modules.errors import CacheError
 from modules.media.pixels import to_pixels
 from wan.spec import LATENT
@@ -40,11 +38,7 @@ def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[Cac
     for index, reference in enumerate(media.references):
         latents = vae.encode(to_pixels(reference.to(device)))
         tensors[f"{REFERENCE_LATENTS}_{index}"] = latents.to(store)
-    return [_entry(tensors, item) for item in range(len(pixels))]
-
-
-def _entry(tensors: Mapping[str, Tensor], item: int) -> CacheEntry:
-    return CacheEntry({name: tensor[item] for name, tensor in tensors.items()})
+    return split_items(tensors)
 
 
 def batch_control(batch: Batch) -> dict[str, Tensor | list[Tensor]]:
