@@ -105,10 +105,13 @@ class HunyuanVae(nn.Module):
             height // PIXELS,
             width // PIXELS,
         )
-        moments, done = torch.empty(shape, device=self.device), 0
-        for span in compute_in_spans(self._encode, pixels, Cut(self.tiling.frames // FRAMES, FRAMES, 1)):
-            moments[:, :, done : done + span.shape[2]] = span
-            done += span.shape[2]
+        moments = torch.empty(shape, device=self.device)
+        cut = Cut(self.tiling.frames // FRAMES, FRAMES, 1)
+        start = 0
+        for span in compute_in_spans(self._encode, pixels, cut):
+            stop = start + span.shape[2]
+            moments[:, :, start:stop] = span
+            start = stop
         return moments
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
