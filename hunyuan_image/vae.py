@@ -197,10 +197,11 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
     sources = plain_sources(checkpoint)
     if "encoder.down_blocks.0.conv1.weight" in sources:
         sources = rename_sources(sources, NamesByLevel(sources))
-    if "encoder.down.0.downsample.conv.weight" not in sources or "decoder.conv_in.weight" not in sources:
-        raise other_kind(checkpoint, WHAT, "--vae", RELEASE)
+    refusal = other_kind(checkpoint, WHAT, "--vae", RELEASE)
+    if not sources.keys() >= {"encoder.down.0.downsample.conv.weight", "decoder.conv_in.weight"}:
+        raise refusal
     as_matrices(sources, ATTENTION)
-    shape = shapes_of(checkpoint, sources, other_kind(checkpoint, WHAT, "--vae", RELEASE))
+    shape = shapes_of(checkpoint, sources, refusal)
     levels = {count(sources, r"encoder\.down\.\d+"), count(sources, r"decoder\.up\.\d+")}
     if levels != {LEVELS}:
         raise _wrong(checkpoint, f"it has {' and '.join(map(str, levels))} levels, the model has {LEVELS}")

@@ -101,9 +101,9 @@ class GatedAttention(GroupedAttention):
         if tokens.remembers:
             self.remembered = key, value
         elif self.remembered:
-            keys, values = self.remembered
-            key = torch.cat([keys.expand(len(key), -1, -1, -1), key], dim=1)
-            value = torch.cat([values.expand(len(value), -1, -1, -1), value], dim=1)
+            remembered_key, remembered_value = self.remembered
+            key = _put_in_front(remembered_key, key)
+            value = _put_in_front(remembered_value, value)
         key, value = serve(query, key, value)
         isolated = tokens.isolated
         choice = tokens.attention
@@ -121,6 +121,11 @@ class GatedAttention(GroupedAttention):
     def gated(self, x: Tensor, attended: Tensor) -> Tensor:
         """Gate the result of attention, `attended`, by the tokens x, and project it; all B L C."""
         return in_own_dtype(self.wo, attended * in_own_dtype(self.gate, x).sigmoid())
+
+
+def _put_in_front(references: Tensor, heads: Tensor) -> Tensor:
+    """Return B R+L K D. references: 1 R K D, the same for all samples. heads: B L K D."""
+    return torch.cat([references.expand(len(heads), -1, -1, -1), heads], dim=1)
 
 
 class SwiGlu(nn.Module):

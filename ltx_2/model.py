@@ -9,7 +9,7 @@ of the other one. `blocks` lists the steps in float32.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -211,7 +211,8 @@ class LtxModel(nn.Module):
         dtype = activation_dtype(first.device, self.compute_dtype)
         prompts = tweaks.texts(len(first), text=texts[VIDEO], sound_text=texts[SOUND])
         sees_other = len(latents) == 2 and not tweaks.isolated
-        parts, streams = {}, {}
+        parts = {}
+        streams = {}
         for names, stream_latents in latents.items():
             is_video = names is VIDEO
             inputs = StreamInputs(
@@ -224,23 +225,13 @@ class LtxModel(nn.Module):
             text_name = "text" if is_video else "sound_text"
             stream_texts = self._embed_texts(names, [prompt[text_name] for prompt in prompts])
             parts[names] = self._project(inputs, dtype)
-            rows, time = self._embed_times(self._part(names, "adaln_single"), inputs)
-            text_rows = self._embed_text_times(inputs, rows)
-            cross = None
+            stream = self._embed_stream(inputs, [text.to(dtype) for text in stream_texts], fps)
             if sees_other:
                 other_times = timesteps[SOUND if is_video else VIDEO]
                 influence = has_sound if is_video else None
                 cross = self._embed_cross(inputs, other_times, influence, fps)
-            streams[names] = Stream(
-                rotary=self._rotation(inputs, fps, by_time=False),
-                texts=tuple(text.to(dtype) for text in stream_texts),
-                rows=rows,
-                time=time,
-                text_rows=text_rows,
-                num_given=inputs.num_given,
-                cross=cross,
-                dimmed=inputs.dim_references(),
-            )
+                stream = replace(stream, cross=cross)
+            streams[names] = stream
         tokens = LtxTokens(
             streams,
             grid=tuple(latents[VIDEO].shape[2:]) if VIDEO in latents else (),
@@ -251,6 +242,22 @@ class LtxModel(nn.Module):
             keeps_references=references.share > 0,
         )
         return Hidden(tokens.join(parts), tokens)
+
+    def _embed_stream(self, inputs: StreamInputs, texts: Sequence[Tensor], fps: Fps) -> Stream:
+        """Return what the blocks need for a stream, but not what it needs to see the other one.
+
+        texts: as attention sees them, each B T C.
+        """
+        rows, time = self._embed_times(self._part(inputs.names, "adaln_single"), inputs)
+        return Stream(
+            rotary=self._rotation(inputs, fps, by_time=False),
+            texts=tuple(texts),
+            rows=rows,
+            time=time,
+            text_rows=self._embed_text_times(inputs, rows),
+            num_given=inputs.num_given,
+            dimmed=inputs.dim_references(),
+        )
 
     def _embed_texts(self, names: StreamNames, texts: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the texts of a stream as attention sees them, each B T C."""

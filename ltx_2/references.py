@@ -190,11 +190,8 @@ def _denoise_with_references(
     joint = section.tweaks.joint or joint
     picture, sound = split_sound(section.noise, joint)
     frames = picture.shape[2]
-    clean = join_tokens(references_of(section.positive)).to(picture.device)
-    _, channels, count = clean.shape
-    drawn = noise.draw((1, count, channels)).to(picture.device).mT
-    noisy = strength * clean + (1 - strength) * drawn
-    packed = pack(picture, noisy)
+    references = join_tokens(references_of(section.positive)).to(picture.device)
+    packed = pack(picture, _blend_with_noise(references, strength, noise))
     if joint is None or sound is None:
         latents = yield replace(section, noise=packed, shown=frames)
         return latents[:, :, :frames]
@@ -205,6 +202,13 @@ def _denoise_with_references(
     latents = yield replace(section, noise=noise_of_both, tweaks=tweaks, shown=frames)
     picture, sound = packed_joint.split(latents)
     return joint.join(picture[:, :, :frames], sound)
+
+
+def _blend_with_noise(references: Tensor, strength: float, noise: NoiseSource) -> Tensor:
+    """Return `strength` of clean references, 1 C N, and the rest noise, which is drawn token by token."""
+    _, channels, count = references.shape
+    drawn = noise.draw((1, count, channels)).to(references.device).mT
+    return strength * references + (1 - strength) * drawn
 
 
 def velocity_of_references(
@@ -243,17 +247,21 @@ def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, l
     steps = (latent.frame_step, latent.pixel_step, latent.pixel_step)
     for reference in shown:
         _, _, frames, height, width = reference.shape
-        length = (frames - 1) * rules.time_factor + 1
-        size = (width * rules.size_factor, height * rules.size_factor, length)
+        size = (
+            width * rules.size_factor,
+            height * rules.size_factor,
+            (frames - 1) * rules.time_factor + 1,
+        )
         pixels = read_pixels(mask, size, rules, latent)
         white = (pixels.mean(1, keepdim=True) + 1) / 2
         if is_still(mask):
             white = white.expand((-1, -1, frames, -1, -1))
         check_mask_length(mask, white.shape[2], frames)
         # the first latent frame is of one frame
-        first = white[:, :, :1].expand((-1, -1, latent.frame_step - 1, -1, -1))
-        white = torch.cat([first, white], dim=2)
-        strengths.append(functional.avg_pool3d(white, steps).flatten(1))
+        num_repeats = latent.frame_step - 1
+        first = white[:, :, :1].expand((-1, -1, num_repeats, -1, -1))
+        repeated = torch.cat([first, white], dim=2)
+        strengths.append(functional.avg_pool3d(repeated, steps).flatten(1))
     return torch.cat(strengths, dim=1)
 
 

@@ -237,10 +237,10 @@ class WanModel(BlockNetwork):
         if config.has_ref_conv:
             # embeds a reference image; not called without one
             self.ref_conv = nn.Conv2d(REF_CHANNELS, dim, 2, 2)
-        width = dim // config.num_heads
+        head_width = dim // config.num_heads
         # rows and columns get a third of the pairs each, rounded down; frames get the rest
-        side = 2 * (width // 6)
-        widths = (width - 2 * side, side, side)
+        side = 2 * (head_width // 6)
+        widths = (head_width - 2 * side, side, side)
         self._rotary = GridTable(table_maker(TABLES[rope], widths, dtype=precision))
 
     def embed(
