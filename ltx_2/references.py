@@ -195,8 +195,7 @@ def _denoise_with_references(
     if joint is None or sound is None:
         latents = yield replace(section, noise=packed, shown=frames)
         return latents[:, :, :frames]
-    _, channels, *sides = packed.shape
-    packed_joint = Joint((channels, *sides), joint.sound)
+    packed_joint = Joint((packed.shape[1], *packed.shape[2:]), joint.sound)
     tweaks = replace(section.tweaks, joint=packed_joint)
     noise_of_both = packed_joint.join(packed, sound)
     latents = yield replace(section, noise=noise_of_both, tweaks=tweaks, shown=frames)
