@@ -63,6 +63,13 @@ def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.d
     return arguments
 
 
+def tensor_on(conditions: Conditions, name: str, device: torch.device) -> Tensor:
+    """Return a condition that is one tensor, sent to the network's device."""
+    tensor = conditions[name]
+    assert isinstance(tensor, Tensor)
+    return send(tensor, device)
+
+
 def name_text_and_mask(
     conditions: Conditions, argument: str, name: str, device: torch.device
 ) -> dict[str, Tensor]:
@@ -250,6 +257,15 @@ class CacheEntry:
     section: int | None = None  # which section of the clip, from its start, where each has a file
     grid: tuple[int, int, int] | None = None  # F, H, W in the names of all latents; None: each tensor's own
     start: int = 0  # which latent frame of the clip the first of `latents` is
+
+
+def split_items(tensors: Mapping[str, Tensor]) -> list[CacheEntry]:
+    """Return an entry for each item of a batch. tensors: B ... each."""
+    batch_size = len(next(iter(tensors.values())))
+    entries = []
+    for item in range(batch_size):
+        entries.append(CacheEntry({name: tensor[item] for name, tensor in tensors.items()}))
+    return entries
 
 
 def add_batch_axis(conditions: Conditions) -> Conditions:

@@ -61,7 +61,8 @@ class FluxControl(nn.Module):
         noisy, control: B Z 1 H W, latents in model space. timesteps: B, 0..1000. t5: B T D. pooled: B E.
         guidance: B, as it is asked for.
         """
-        dtype, device = self.network.dtype, noisy.device
+        dtype = self.network.dtype
+        device = noisy.device
         has_guidance: bool = self.network.config["guidance_embeds"]
         _, rows, columns = grid_of(noisy)
         places = torch.zeros(rows, columns, 3, device=device)
@@ -137,13 +138,16 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
             f"picture, which datasets do not say.\n  Give one of a single kind, or without modes: {GIVE}.",
             path,
         )
-    text, pooled = "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"
+
+    def takes(layer: str) -> int:
+        return names[layer].shape[1] if layer in names else 0
+
     # what -> sizes of the ControlNet and of the transformer
     sizes = {
         "width": (names[_MARK].shape[0], config.dim),
         "numbers of a token": (names[_MARK].shape[1], config.token_dim),
-        "text": (names[text].shape[1] if text in names else 0, config.text_dim),
-        "pooled text": (names[pooled].shape[1] if pooled in names else 0, config.pooled_dim),
+        "text": (takes("context_embedder.weight"), config.text_dim),
+        "pooled text": (takes("time_text_embed.text_embedder.linear_1.weight"), config.pooled_dim),
     }
     wrong = [f"{what} {size} and {needed}" for what, (size, needed) in sizes.items() if size != needed]
     if wrong:
@@ -160,17 +164,27 @@ def _open(path: Path) -> Checkpoint:
     return open_checkpoint(path if path.exists() else find_model_folder(CONTROL_NET, path.as_posix(), FILES))
 
 
-def _settings(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    names, place = checkpoint.tensors, checkpoint.path
+def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the settings in a ControlNet's config.json; None if there is none, or it is of another model."""
+    place = checkpoint.path
     file = place / "config.json" if place.is_dir() else place.with_name("config.json")
+    if not file.is_file():
+        return None
+    try:
+        settings = parse_json(read_text(file))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}). Copy it again.", path) from error
+    if not isinstance(settings, Mapping) or settings.get("_class_name") != FluxControlNetModel.__name__:
+        return None
     parameters = inspect.signature(FluxControlNetModel.__init__).parameters
-    if file.is_file():
-        try:
-            settings = parse_json(read_text(file))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be read ({error}). Copy it again.", path) from error
-        if isinstance(settings, Mapping) and settings.get("_class_name") == FluxControlNetModel.__name__:
-            return {name: value for name, value in settings.items() if name in parameters}
+    return {name: value for name, value in settings.items() if name in parameters}
+
+
+def _settings(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    names = checkpoint.tensors
+    settings = _read_config(path, checkpoint)
+    if settings is not None:
+        return settings
     (head,) = names["transformer_blocks.0.attn.norm_q.weight"].shape
     dim, token_dim = names[_MARK].shape
     if head != sum(_AXES):

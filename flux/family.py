@@ -54,6 +54,7 @@ from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
 
+TEXTS_AGAIN = "flux_cache_text_encoder_outputs.py"
 POOLED, STATES, MASK = "l_pooled", "t5_out", "t5_attn_mask"  # names in caches
 NAME = "FLUX.1 or Chroma"  # in messages
 CHROMA_SCALE = 4.0  # guidance scale of Chroma where nothing is said; FLUX.1 is distilled and needs none
@@ -127,16 +128,17 @@ class Flux(ModelOfPictures):
     @property
     def metadata(self) -> Mapping[str, str]:
         kind = self.files.kind
-        is_chroma = kind == configs.CHROMA
         names = {
             "architecture": configs.ARCHITECTURES[kind],
             "base_model_version": configs.BASE_VERSIONS[kind],
-            "implementation": "https://huggingface.co/lodestones/Chroma1-HD"
-            if is_chroma
-            else "https://github.com/black-forest-labs/flux",
-            "model_type": "chroma" if is_chroma else "flux",
-            **({} if is_chroma else {"task": kind}),
         }
+        if kind == configs.CHROMA:
+            names["implementation"] = "https://huggingface.co/lodestones/Chroma1-HD"
+            names["model_type"] = "chroma"
+        else:
+            names["implementation"] = "https://github.com/black-forest-labs/flux"
+            names["model_type"] = "flux"
+            names["task"] = kind
         return self.metadata_of(names)
 
     # a ControlNet
@@ -193,57 +195,67 @@ class Flux(ModelOfPictures):
 
         Raises CacheError if T5 read captions otherwise than in this training, or states have no mask.
         """
-        remedy, control = "flux_cache_text_encoder_outputs.py", dict[str, Tensor]()
-        if self.controlnet is not None:
-            batch.check(
-                {CONTROL: f"flux_cache_latents.py and {CONTROL_NET}, of a control picture"}, CONTROL_NET
-            )
-            control[CONTROL] = batch.tensor(CONTROL)
-            if control[CONTROL].shape != latents.shape:
-                raise CacheError(
-                    f"{batch.keys[0]}: {CONTROL} in its cache is of another size than its picture's. Cache "
-                    "again with flux_cache_latents.py."
-                )
-        elif CONTROL in batch.tensors:
-            _tell_unused_control()
-        batch.check(dict.fromkeys(sorted(self.text_keys), remedy), "the transformer")
+        control = self._control_of(latents, batch)
+        batch.check(dict.fromkeys(sorted(self.text_keys), TEXTS_AGAIN), "the transformer")
         config = self.files.dit_header().config
-        widths = {STATES: config.text_dim} | ({POOLED: config.pooled_dim} if self.files.has_pooled else {})
-        batch.check_widths(widths, self.files.dit_path, f"{remedy} and the text encoders of FLUX.1")
-        is_chroma, most = self.files.kind == configs.CHROMA, self.files.t5_tokens
+        widths = {STATES: config.text_dim}
+        if self.files.has_pooled:
+            widths[POOLED] = config.pooled_dim
+        batch.check_widths(widths, self.files.dit_path, f"{TEXTS_AGAIN} and the text encoders of FLUX.1")
+        self._check_t5(batch)
+        conditions = {name: batch.tensor(name) for name in self.text_keys}
+        # Chroma is made for 0
+        guidance = 0.0 if self.files.kind == configs.CHROMA else self.trained_guidance
+        return {**conditions, **control, GUIDANCE: torch.full((len(latents),), guidance)}
+
+    def _control_of(self, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return the control pictures' latents for a ControlNet. Raises CacheError if their size differs."""
+        if self.controlnet is None:
+            if CONTROL in batch.tensors:
+                _warn_of_unused_control()
+            return {}
+        batch.check({CONTROL: f"flux_cache_latents.py and {CONTROL_NET}, of a control picture"}, CONTROL_NET)
+        control = batch.tensor(CONTROL)
+        if control.shape != latents.shape:
+            raise CacheError(
+                f"{batch.keys[0]}: {CONTROL} in its cache is of another size than its picture's. Cache "
+                "again with flux_cache_latents.py."
+            )
+        return {CONTROL: control}
+
+    def _check_t5(self, batch: Batch) -> None:
+        """Raise CacheError if T5 read captions otherwise than in this training, or states have no mask."""
+        uses_mask = self.files.uses_mask
         for record in batch.made_by:
             mask = record.encoder.get("t5_mask")
-            if mask not in (None, "used" if self.files.uses_mask else "not used"):
-                option = configs.CHROMA if is_chroma else "--apply_t5_attn_mask"
-                how = f"for {option}" if self.files.uses_mask else "without --apply_t5_attn_mask"
+            if mask not in (None, "used" if uses_mask else "not used"):
+                option = configs.CHROMA if self.files.kind == configs.CHROMA else "--apply_t5_attn_mask"
+                how = f"for {option}" if uses_mask else "without --apply_t5_attn_mask"
                 raise CacheError(
                     f"{record.path}: T5's mask of padding was {mask} when it was made, and this training is "
-                    f"{how}. Cache again with {remedy} and the same --model_type and --apply_t5_attn_mask."
+                    f"{how}. Cache again with {TEXTS_AGAIN} and the same --model_type and "
+                    "--apply_t5_attn_mask."
                 )
-        states = batch.tensor(STATES)
-        if batch.tensor(MASK).shape != states.shape[:2]:
+        batch_size, length = batch.tensor(STATES).shape[:2]
+        if batch.tensor(MASK).shape != (batch_size, length):
             raise CacheError(
                 f"{batch.keys[0]}: {MASK} in its cache is of another length than {STATES}. Cache again with "
-                f"{remedy}."
+                f"{TEXTS_AGAIN}."
             )
-        if states.shape[1] > most:
+        most = self.files.t5_tokens
+        if length > most:
             raise CacheError(
-                f"{batch.keys[0]}: its text has {states.shape[1]} tokens of T5, this transformer was trained "
-                f"with {most}. Cache again with {remedy} --t5xxl_max_token_length {most}, or train with "
-                f"--t5xxl_max_token_length {states.shape[1]}."
+                f"{batch.keys[0]}: its text has {length} tokens of T5, this transformer was trained "
+                f"with {most}. Cache again with {TEXTS_AGAIN} --t5xxl_max_token_length {most}, or train with "
+                f"--t5xxl_max_token_length {length}."
             )
-        return {
-            **{name: batch.tensor(name) for name in self.text_keys},
-            **control,
-            # Chroma is made for 0
-            GUIDANCE: torch.full((len(latents),), 0.0 if is_chroma else self.trained_guidance),
-        }
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
         """Predict from t5_out B T D, t5_attn_mask B T, l_pooled B E, guidance B; Kontext: latents_control."""
-        device, pictures = noisy.device, references_in(cond, noisy.device)
+        device = noisy.device
+        pictures = references_in(cond, device)
         is_control = self.controlnet is not None and bool(pictures)
         return dit(
             noisy,
@@ -276,11 +288,13 @@ class Flux(ModelOfPictures):
         if kind != configs.DEV:
             request = replace(request, embedded_guidance=None)
         width, height, _ = requests.size_of(request, usual)
-        requests.check_size((width, height, 1), LATENT)
-        shift = 1.0 if kind == configs.SCHNELL else size_shift(tokens_of(height, width))
-        flow_shift = shift if request.flow_shift is None else request.flow_shift
+        size = (width, height, 1)
+        requests.check_size(size, LATENT)
+        flow_shift = request.flow_shift
+        if flow_shift is None:
+            flow_shift = 1.0 if kind == configs.SCHNELL else size_shift(tokens_of(height, width))
         negative = "" if self.negative_is_empty else None
-        return requests.settle(request, usual, (width, height, 1), flow_shift, usual_negative=negative)
+        return requests.settle(request, usual, size, flow_shift, usual_negative=negative)
 
     def draw_noise(self, prepared: requests.Prepared, noise: NoiseSource) -> Tensor:
         """Return the noise of a picture, 1 C 1 h w float32: it is drawn as tokens."""
@@ -292,12 +306,16 @@ class Flux(ModelOfPictures):
     @property
     def _text_inputs(self) -> Mapping[str, str]:
         """Map the network's text arguments to names in caches. Without a mask padding counts as text."""
-        pooled = {"pooled": POOLED} if self.files.has_pooled else {}
-        return {"t5": STATES, **pooled, **({"t5_mask": MASK} if self.files.uses_mask else {})}
+        inputs = {"t5": STATES}
+        if self.files.has_pooled:
+            inputs["pooled"] = POOLED
+        if self.files.uses_mask:
+            inputs["t5_mask"] = MASK
+        return inputs
 
 
 @cache
-def _tell_unused_control() -> None:
+def _warn_of_unused_control() -> None:
     logger.warning("%s in caches is not used, because %s is not given", CONTROL, CONTROL_NET)
 
 

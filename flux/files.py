@@ -66,9 +66,11 @@ def _header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
     names = checkpoint.tensors
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), "official")
     mark, table = DIALECTS[dialect]
-    file_shapes = joined_shapes({name: info.shape for name, info in names.items()}, table)
+    stored_shapes = {name: info.shape for name, info in names.items()}
+    file_shapes = joined_shapes(stored_shapes, table)
     is_relative = any(name in names for name in OTHERS)
-    if mark not in names or len(file_shapes.get("img_in.weight", ())) != 2 or is_relative:
+    takes_tokens = len(file_shapes.get("img_in.weight", ())) == 2
+    if mark not in names or not takes_tokens or is_relative:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
     shapes = DitShapes(checkpoint.path, file_shapes, "FLUX.1")
     dim, token_dim = shapes.of("img_in.weight")
@@ -88,22 +90,25 @@ def _header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
         "token_dim": token_dim,
         "text_dim": shapes.of("txt_in.weight")[1],
     }
-    if f"{APPROXIMATOR}.in_proj.weight" in shapes.shapes:  # Chroma
-        width, in_dim = shapes.of(f"{APPROXIMATOR}.in_proj.weight")
-        layers = count(shapes.shapes, rf"{APPROXIMATOR}\.layers\.\d+")
-        if in_dim % 8:
-            raise CheckpointError(
-                f"{shapes.path}: an approximator of {in_dim} inputs is not Chroma's. Copy the file again.",
-                shapes.path,
-            )
-        sizes |= {"approximator": ApproximatorConfig(in_dim, width, layers)}
+    if f"{APPROXIMATOR}.in_proj.weight" in file_shapes:  # Chroma
+        sizes["approximator"] = _approximator(shapes)
     else:
-        sizes |= {
-            "pooled_dim": shapes.of("vector_in.in_layer.weight")[1],
-            "freq_dim": shapes.of("time_in.in_layer.weight")[1],
-            "has_guidance": "guidance_in.in_layer.weight" in shapes.shapes,
-        }
+        sizes["pooled_dim"] = shapes.of("vector_in.in_layer.weight")[1]
+        sizes["freq_dim"] = shapes.of("time_in.in_layer.weight")[1]
+        sizes["has_guidance"] = "guidance_in.in_layer.weight" in file_shapes
     return DitHeader(FluxConfig(**sizes), dialect, names[mark].dtype)
+
+
+def _approximator(shapes: DitShapes) -> ApproximatorConfig:
+    """Read the dimensions of the network that computes Chroma's modulation."""
+    width, in_dim = shapes.of(f"{APPROXIMATOR}.in_proj.weight")
+    layers = count(shapes.shapes, rf"{APPROXIMATOR}\.layers\.\d+")
+    if in_dim % 8:
+        raise CheckpointError(
+            f"{shapes.path}: an approximator of {in_dim} inputs is not Chroma's. Copy the file again.",
+            shapes.path,
+        )
+    return ApproximatorConfig(in_dim, width, layers)
 
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[FluxConfig]) -> Mapping[str, TensorSource]:
@@ -122,7 +127,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 
 @lru_cache
-def _tell_chroma(path: Path) -> None:
+def _log_chroma(path: Path) -> None:
     logger.info("%s is Chroma: it is used as --model_type chroma, without CLIP-L", path)
 
 
@@ -177,7 +182,7 @@ class FluxFiles(AutoencoderFiles):
                 "or give a Chroma checkpoint"
             )
         if header.config.kind == CHROMA and not self.says_chroma:
-            _tell_chroma(self.dit_path)
+            _log_chroma(self.dit_path)
         return header
 
     @property

@@ -40,23 +40,16 @@ class Approximator(nn.Module):
     @torch.no_grad()
     def forward(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
         """Return B M C float32. timesteps: B, 0..1000. guidance: B, as it is asked for."""
-        number = torch.arange(self.rows, dtype=torch.float32, device=timesteps.device)
-        numbered = sinusoid(GUIDANCE_UNIT * number, self.config.in_dim // 2, torch.float32)  # M in/2
-        shared = torch.cat(
-            [
-                sinusoid(value, self.config.in_dim // 4, torch.float32)
-                for value in (timesteps, GUIDANCE_UNIT * guidance)
-            ],
-            dim=1,
-        )  # B in/2
+        in_dim = self.config.in_dim
         batch = len(timesteps)
-        x = torch.cat(
-            [
-                shared.unsqueeze(1).expand(batch, self.rows, -1),
-                numbered.unsqueeze(0).expand(batch, -1, -1),
-            ],
-            dim=2,
-        )
+        number = torch.arange(self.rows, dtype=torch.float32, device=timesteps.device)
+        numbered = sinusoid(GUIDANCE_UNIT * number, in_dim // 2, torch.float32)  # M in/2
+        times = sinusoid(timesteps, in_dim // 4, torch.float32)
+        guided = sinusoid(GUIDANCE_UNIT * guidance, in_dim // 4, torch.float32)
+        shared = torch.cat([times, guided], dim=1)  # B in/2
+        shared_rows = shared.unsqueeze(1).expand(batch, self.rows, -1)
+        numbered_rows = numbered.unsqueeze(0).expand(batch, -1, -1)
+        x = torch.cat([shared_rows, numbered_rows], dim=2)
         x = in_own_dtype(self.in_proj, x)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = x + layer(norm(x))
@@ -109,10 +102,11 @@ class FluxModel(BlockNetwork):
         self.img_in = nn.Linear(config.token_dim, dim)
         self.txt_in = nn.Linear(config.text_dim, dim)
         if config.approximator is None:
-            self.time_in = TwoLayers(TWO_LAYERS, (config.freq_dim, dim, dim), in_float32=True)
+            number_sizes = (config.freq_dim, dim, dim)
+            self.time_in = TwoLayers(TWO_LAYERS, number_sizes, in_float32=True)
             self.vector_in = TwoLayers(TWO_LAYERS, (config.pooled_dim, dim, dim), in_float32=True)
             if config.has_guidance:
-                self.guidance_in = TwoLayers(TWO_LAYERS, (config.freq_dim, dim, dim), in_float32=True)
+                self.guidance_in = TwoLayers(TWO_LAYERS, number_sizes, in_float32=True)
         else:
             self.distilled_guidance_layer = Approximator(
                 config.approximator, config.modulations, dim, config.eps

@@ -43,12 +43,14 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
     if dialect is None:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    file_shapes = {name: info.shape for name, info in names.items()}
-    shapes = DitShapes(checkpoint.path, joined_shapes(file_shapes, DIALECTS[dialect][1]), NAME)
+    _, table = DIALECTS[dialect]
+    stored_shapes = {name: info.shape for name, info in names.items()}
+    shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, table), NAME)
     dim, channels = shapes.of("img_in.weight")
     (width,) = shapes.of(HEADS, axes=1)
     ffn_dim = shapes.of("double_blocks.0.img_mlp.2.weight")[1]
-    if dim % width or width % (2 * AXES) or shapes.of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
+    has_heads = dim % width == 0 and width % (2 * AXES) == 0
+    if not has_heads or shapes.of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
             f"{checkpoint.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those "
             f"of {WHAT}. Copy the file again.",

@@ -160,6 +160,11 @@ class Flux2FinalLayer(nn.Module):
         return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
 
 
+def _number_embedding(config: Flux2Config) -> TwoLayers:
+    sizes = (config.freq_dim, config.dim, config.dim)
+    return TwoLayers("in_layer out_layer", sizes, bias=False, in_float32=True)
+
+
 class Flux2Model(BlockNetwork):
     """Predict the velocity of noisy latents of a picture from states of a language model.
 
@@ -189,10 +194,9 @@ class Flux2Model(BlockNetwork):
         dim = config.dim
         self.img_in = nn.Linear(config.channels, dim, bias=False)
         self.txt_in = nn.Linear(config.text_dim, dim, bias=False)
-        layers, sizes = "in_layer out_layer", (config.freq_dim, dim, dim)
-        self.time_in = TwoLayers(layers, sizes, bias=False, in_float32=True)
+        self.time_in = _number_embedding(config)
         if config.has_guidance:
-            self.guidance_in = TwoLayers(layers, sizes, bias=False, in_float32=True)
+            self.guidance_in = _number_embedding(config)
         self.double_stream_modulation_img = SharedModulation(dim, 6)
         self.double_stream_modulation_txt = SharedModulation(dim, 6)
         self.single_stream_modulation = SharedModulation(dim, 3)
@@ -238,9 +242,11 @@ class Flux2Model(BlockNetwork):
         # a picture's token stands at (picture, row, column, 0), a text's at (0, 0, 0, place)
         grids = []
         for number, latents in enumerate(pictures):
-            grids.append(Grid((1, *latents.shape[-2:], 1), first=APART * number))
+            _, _, _, rows, columns = latents.shape
+            grids.append(Grid((1, rows, columns, 1), first=APART * number))
         for embedded_text in texts:
-            grids.append(Grid((1, 1, 1, embedded_text.tokens.shape[1])))
+            length = embedded_text.tokens.shape[1]
+            grids.append(Grid((1, 1, 1, length)))
         rotary = self._rotary.of(tuple(grids), noisy.device)
         num_pictures = sum(tokens.shape[1] for tokens in embedded)
         return blocks.join_tokens(

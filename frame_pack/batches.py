@@ -42,36 +42,37 @@ def conditions_of(batch: Batch, config: FramePackConfig, dit: Path) -> Condition
         dit,
         f"{LATENTS_AGAIN} and the SigLIP image encoder of FramePack",
     )
-    history = [
-        name
-        for latents, (_, indices) in HISTORY.items()
-        for name in (latents, indices)
-        if name in batch.tensors
-    ]
-    tensors: Mapping[str, Tensor] = {
-        name: batch.tensor(name) for name in ("latents", *sorted(TEXT_KEYS), *_NEEDED, *history)
-    }
+    names = ["latents", *sorted(TEXT_KEYS), *_NEEDED]
+    for latents, (_, indices) in HISTORY.items():
+        names += [name for name in (latents, indices) if name in batch.tensors]
+    tensors = {name: batch.tensor(name) for name in names}
+    _check_indices(batch, tensors, "latents", "latent_indices")
+    for latents, (_, indices) in HISTORY.items():
+        if latents in tensors:
+            _check_indices(batch, tensors, latents, indices)
+    del tensors["latents"]
+    return tensors
+
+
+def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, indices: str) -> None:
+    """Raise CacheError if the indices of a kind of latents are missing, or do not fit these or the target.
+
+    latents, indices: their names in caches.
+    """
+    if indices not in tensors:
+        raise CacheError(
+            f"{batch.keys[0]}: the cache has {latents} without {indices}. Cache again with {LATENTS_AGAIN}."
+        )
     target = tensors["latents"]
-    for latents, (_, indices) in {"latents": ("", "latent_indices"), **HISTORY}.items():
-        if latents not in tensors:
-            continue
-        if indices not in tensors:
-            raise CacheError(
-                f"{batch.keys[0]}: the cache has {latents} without {indices}. Cache again with "
-                f"{LATENTS_AGAIN}."
-            )
-        shape, places = tensors[latents].shape, tensors[indices]
-        if (
-            places.dtype.is_floating_point
-            or places.shape != (len(target), shape[2])
-            or shape[3:] != target.shape[3:]
-        ):
-            raise CacheError(
-                f"{batch.keys[0]}: {indices} of shape {_join_sides(places)} ({places.dtype}) and {latents} "
-                f"of {_join_sides(tensors[latents])} do not fit latents of {_join_sides(target)}. Cache "
-                f"again with {LATENTS_AGAIN}."
-            )
-    return {name: tensor for name, tensor in tensors.items() if name != "latents"}
+    places = tensors[indices]
+    _, _, frames, *area = tensors[latents].shape
+    is_whole = not places.dtype.is_floating_point
+    if not is_whole or places.shape != (len(target), frames) or area != list(target.shape[3:]):
+        raise CacheError(
+            f"{batch.keys[0]}: {indices} of shape {_join_sides(places)} ({places.dtype}) and {latents} "
+            f"of {_join_sides(tensors[latents])} do not fit latents of {_join_sides(target)}. Cache "
+            f"again with {LATENTS_AGAIN}."
+        )
 
 
 def compare_order(batch: Batch, is_f1: bool, one_frame: bool) -> None:

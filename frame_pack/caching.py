@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # a clip of up to six seconds is encoded as a whole, as in other tuners; in memory a longer one is as large
 WHOLE_FRAMES = 192
-COARSENESS = ("", "_2x", "_4x")  # of the past; as in the names of tensors
+
 
 NO_MOMENTS = (
     "FramePack learns sections of clips, whose conditions (the first frame's features, the past) are made "
@@ -149,15 +149,13 @@ def clip_sections(latents: Tensor, features: Tensor, order: Order, window: int) 
     entries = []
     for plan in order.plan(len(targets), window, ()):
         target = targets[plan.index]
-        clean = order.seen(start, history)
-        named = {"latents": target}
-        for name, part in zip(COARSENESS, (clean.clean, clean.clean_2x, clean.clean_4x), strict=True):
-            named[f"latents_clean{name}"] = part
+        clean = order.clean_latents(start, history)
+        batched = {"latents": target, **clean.by_name()}
         # a copy; else each section would keep the whole history
-        tensors = {name: part[0].clone() for name, part in named.items()}
+        tensors = {name: latents[0].clone() for name, latents in batched.items()}
         entry = _entry(tensors, plan.indices, features, section=plan.index)
         entries.append(replace(entry, start=start.shape[2] + plan.index * window))
-        history = order.grown(history, target)
+        history = order.extend(history, target)
     return entries
 
 
@@ -184,7 +182,8 @@ def picture_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFra
     for latents, frames in zip(controls, media.control, strict=True):
         alpha = frames[:, 0, :, :, 3] if frames.shape[-1] == 4 else None
         frames_before.append(apply_masks(latents, alpha))
-    frames_before += [torch.zeros_like(target)] * (len(indices.clean) - len(frames_before))
+    num_black = len(indices.clean) - len(frames_before)
+    frames_before += [torch.zeros_like(target)] * num_black
     clean = torch.cat(frames_before, dim=2)
     features = _features(encoders, media.control[0])
     entries = []
@@ -216,12 +215,9 @@ def _entry(
     tensors: dict[str, Tensor], indices: Indices, features: Tensor, section: int | None = None
 ) -> CacheEntry:
     """Build an entry. tensors: C F h w each; all their names get the size of `latents`, the target."""
-    clean = indices.clean, indices.clean_2x, indices.clean_4x
-    places = {f"clean_latent{name}_indices": part for name, part in zip(COARSENESS, clean, strict=True)}
-    numbers = {
-        name: torch.tensor(part)
-        for name, part in {"latent_indices": indices.target, **places}.items()
-        if part
-    }
+    all_tensors = dict(tensors)
+    for name, numbers in indices.by_name().items():
+        all_tensors[name] = torch.tensor(numbers)
+    all_tensors["image_embeddings"] = features
     frames, height, width = tensors["latents"].shape[1:]
-    return CacheEntry({**tensors, **numbers, "image_embeddings": features}, section, (frames, height, width))
+    return CacheEntry(all_tensors, section, grid=(frames, height, width))

@@ -38,7 +38,6 @@ from frame_pack.options import (
 from frame_pack.requests import FramePackRequest, prepare_request, warn_of_unused_paddings
 from frame_pack.sections import ANTI_DRIFTING, F1, Order, count_sections, parse_paddings, video_frames
 from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
-from modules.devices import send
 from modules.errors import DatasetError
 from modules.options import NO_OPTIONS
 from modules.speed_options import VAE_TILE
@@ -207,19 +206,19 @@ class FramePack(OneTransformer):
         latents has black latents.
         """
 
-        def read(name: str) -> Tensor:
-            tensor = cond[name]
-            assert isinstance(tensor, Tensor)
-            return send(tensor, noisy.device)
-
+        device = noisy.device
         history: dict[str, Tensor] = {}
         for name, (latents, indices) in HISTORY.items():
-            if indices in cond:
-                places = read(indices)
+            if indices not in cond:
+                continue
+            places = data.tensor_on(cond, indices, device)
+            if name in cond:
+                history[latents] = data.tensor_on(cond, name, device).to(noisy.dtype)
+            else:
                 black = (*noisy.shape[:2], places.shape[1], *noisy.shape[3:])
-                history[latents] = read(name).to(noisy.dtype) if name in cond else noisy.new_zeros(black)
-                history[indices] = places
-        guidance = read("guidance")
+                history[latents] = noisy.new_zeros(black)
+            history[indices] = places
+        guidance = data.tensor_on(cond, "guidance", device)
         # a turn says on the host what the device would have to be asked for
         on_host = timesteps if tweaks.turn is None else torch.tensor([tweaks.turn.timestep])
         timesteps = timesteps.to(guidance.dtype).float()
@@ -227,13 +226,13 @@ class FramePack(OneTransformer):
         return dit(
             noisy,
             timesteps,
-            *data.name_texts(cond, TEXT_INPUTS, noisy.device).values(),
-            guidance.float(),
-            read("image_embeddings"),
-            read("latent_indices"),
+            **data.name_texts(cond, TEXT_INPUTS, device),
+            guidance=guidance.float(),
+            image_embeddings=data.tensor_on(cond, "image_embeddings", device),
+            latent_indices=data.tensor_on(cond, "latent_indices", device),
             **history,
             position_scale=scale,
-            tweaks=tweaks.rename_away(lambda text: data.name_texts(text, TEXT_INPUTS, noisy.device)),
+            tweaks=tweaks.rename_away(lambda text: data.name_texts(text, TEXT_INPUTS, device)),
         )
 
     # generation

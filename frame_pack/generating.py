@@ -15,7 +15,6 @@ from contract.one_frame import OneFrame
 from contract.steps import EncodedPrompts, Piece, Section
 from frame_pack.one_frame import one_frame_indices
 from frame_pack.sections import (
-    CleanLatents,
     Indices,
     Order,
     blend_overlaps,
@@ -50,23 +49,32 @@ def video_sections(
     end = inputs[0].get("end_latents")
     assert end is None or isinstance(end, Tensor)
     start = _tensor(inputs[plan[0].index], "start_latents")
-    history, piece, device = order.begin(start, end), None, CPU
+    history = order.begin(start, end)
+    piece = None
+    device = CPU
     for number, section in enumerate(plan):
         section_inputs = inputs[section.index]
         start = _tensor(section_inputs, "start_latents")
         conditions = {
             "image_embeddings": section_inputs["image_embeddings"],
             "guidance": guidance,
-            **_place(section.indices, order.seen(start, history)),
+            **_index_tensors(section.indices),
+            **order.clean_latents(start, history).by_name(),
         }
         drawn = noise.draw((*start.shape[:2], window, *start.shape[3:]))
-        label = f"section {number + 1} of {len(plan)}"
-        place = 1 + section.index * window  # behind the start image
         to_denoise = prompts[section.index].section(drawn, conditions)
-        latents = yield replace(to_denoise, place=place, previous=piece, label=label, count=len(plan))
-        device, history = latents.device, order.grown(history, latents.to(CPU))
+        latents = yield replace(
+            to_denoise,
+            place=1 + section.index * window,  # behind the start image
+            previous=piece,
+            label=f"section {number + 1} of {len(plan)}",
+            count=len(plan),
+        )
+        device = latents.device
+        history = order.extend(history, latents.to(CPU))
         piece = _newest(order, history, window, number)
-    return order.video(_tensor(inputs[0], "start_latents"), history, len(plan) * window).to(device)
+    first_image = _tensor(inputs[0], "start_latents")
+    return order.video(first_image, history, len(plan) * window).to(device)
 
 
 def _newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
@@ -108,7 +116,7 @@ def one_frame_section(
     conditions = {
         "image_embeddings": inputs["image_embeddings"],
         "guidance": guidance,
-        **_places(indices),
+        **_index_tensors(indices),
         "latents_clean": clean,
     }
     return (yield prompts.section(noise.draw(shape), conditions))
@@ -139,25 +147,9 @@ def decode_part(encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
     return encoders.vae.decode_unclamped(latents / VAE_LATENT.scale)
 
 
-def _place(indices: Indices, clean: CleanLatents) -> dict[str, Tensor]:
-    """Return indices and finished latents under their names in caches, with a batch dimension."""
-    history = {
-        "latents_clean": clean.clean,
-        "latents_clean_2x": clean.clean_2x,
-        "latents_clean_4x": clean.clean_4x,
-    }
-    return _places(indices) | history
-
-
-def _places(indices: Indices) -> dict[str, Tensor]:
-    """Return the indices of all kinds that have any."""
-    places = {
-        "latent_indices": indices.target,
-        "clean_latent_indices": indices.clean,
-        "clean_latent_2x_indices": indices.clean_2x,
-        "clean_latent_4x_indices": indices.clean_4x,
-    }
-    return {name: torch.tensor([where]) for name, where in places.items() if where}
+def _index_tensors(indices: Indices) -> dict[str, Tensor]:
+    """Return the indices by their names in caches, with a batch dimension."""
+    return {name: torch.tensor([numbers]) for name, numbers in indices.by_name().items()}
 
 
 def _tensor(conditions: Conditions, name: str) -> Tensor:

@@ -65,19 +65,22 @@ def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, C
     """
     settings: FramePackRequest = prepared.own
     (image,) = settings.images
-    controls, masks = settings.controls, settings.masks
+    masks = settings.masks
     conditions: dict[str, Tensor | list[Tensor]] = {
         "image_embeddings": _embeddings(encoders, image, prepared, on_white=False)
     }
-    if controls:
-        latents = {path: _latents(encoders, path, prepared, False) for path in dict.fromkeys(controls)}
-        masked = []
-        for index, path in enumerate(controls):
-            latent = latents[path]
-            size = (latent.shape[-1], latent.shape[-2])
-            mask = read_mask(masks[index], size) if index < len(masks) else read_alpha(path, size)
-            masked.append(latent if mask is None else latent * mask)
-        conditions["control_latents"] = torch.cat(masked, dim=2)
+    if not settings.controls:
+        return {0: conditions}
+    latents = {}
+    for path in dict.fromkeys(settings.controls):
+        latents[path] = _latents(encoders, path, prepared, on_white=False)
+    masked = []
+    for index, path in enumerate(settings.controls):
+        *_, height, width = latents[path].shape
+        size = (width, height)
+        mask = read_mask(masks[index], size) if index < len(masks) else read_alpha(path, size)
+        masked.append(latents[path] if mask is None else latents[path] * mask)
+    conditions["control_latents"] = torch.cat(masked, dim=2)
     return {0: conditions}
 
 

@@ -9,6 +9,7 @@ of the turns it covers.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -248,8 +249,7 @@ class FramePackModel(BlockNetwork):
         )
         self.layer_norm = Float32LayerNorm(dim, config.eps)
         self.norm_out = HunyuanModulation(dim, 2)
-        frames, rows, columns = config.patch_size
-        self.proj_out = nn.Linear(dim, frames * rows * columns * config.out_dim)
+        self.proj_out = nn.Linear(dim, math.prod(config.patch_size) * config.out_dim)
         widths = rotary_widths(dim // config.num_heads)
         table = functools.partial(rotary_table, widths=widths, theta=config.rope_theta)
         self._rotary = GridTable[WindowLayout](table)

@@ -222,9 +222,10 @@ def generation_options(options: FramePackTrainingOptions, sample: Mapping[str, A
     one_frame = options.one_frame
     if example is not None:
         one_frame |= CLEAN in example.cached and DOUBLED not in example.cached
-        picture = next(iter(example.controls), None) if one_frame else example.picture
         controls = example.controls
-        extra = {"one_frame": _join_places(example.places, sample.get("cached_with") or {})}
+        picture = next(iter(controls), None) if one_frame else example.picture
+        cached_with = sample.get("cached_with") or {}
+        extra = {"one_frame": _join_places(example.places, cached_with)}
     words = {
         **model_options(options.dit, options.vae, options.text),
         "--image_encoder": options.image_encoder or FillIn("IMAGE_ENCODER_FILE"),

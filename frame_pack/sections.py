@@ -43,6 +43,16 @@ class Indices:
     clean_4x: tuple[int, ...]
     target: tuple[int, ...]  # the frames to denoise
 
+    def by_name(self) -> dict[str, tuple[int, ...]]:
+        """Return the indices of the parts that are used, by their names in caches."""
+        parts = {
+            "latent_indices": self.target,
+            "clean_latent_indices": self.clean,
+            "clean_latent_2x_indices": self.clean_2x,
+            "clean_latent_4x_indices": self.clean_4x,
+        }
+        return {name: numbers for name, numbers in parts.items() if numbers}
+
 
 @dataclass(frozen=True)
 class SectionPlan:
@@ -180,6 +190,14 @@ class CleanLatents:
     clean_2x: Tensor  # at full size like the next one: the network reduces them
     clean_4x: Tensor
 
+    def by_name(self) -> dict[str, Tensor]:
+        """Return the latents by their names in caches."""
+        return {
+            "latents_clean": self.clean,
+            "latents_clean_2x": self.clean_2x,
+            "latents_clean_4x": self.clean_4x,
+        }
+
 
 @dataclass(frozen=True)
 class Order:
@@ -195,11 +213,13 @@ class Order:
         """Return the sections in the order of making. paddings: --latent_paddings, which F1 ignores."""
         if not self.in_front:
             return tuple(SectionPlan(index, 0, f1_indices(window)) for index in range(sections))
-        all_paddings = (*paddings, *default_paddings(sections)[len(paddings) :])[:sections]
-        return tuple(
-            SectionPlan(sections - 1 - number, padding, section_indices(padding, window))
-            for number, padding in enumerate(all_paddings)
-        )
+        further_paddings = default_paddings(sections)[len(paddings) :]
+        all_paddings = (*paddings, *further_paddings)
+        plans = []
+        for number, padding in enumerate(all_paddings[:sections]):
+            indices = section_indices(padding, window)
+            plans.append(SectionPlan(sections - 1 - number, padding, indices))
+        return tuple(plans)
 
     def begin(self, start: Tensor, end: Tensor | None) -> Tensor:
         """Return the history before the first section. start, end: images, B C 1 H W; F1 ignores the end."""
@@ -210,7 +230,7 @@ class Order:
             history[:, :, :1] = end
         return history
 
-    def seen(self, start: Tensor, history: Tensor) -> CleanLatents:
+    def clean_latents(self, start: Tensor, history: Tensor) -> CleanLatents:
         """Return what the next section sees."""
         if self.in_front:
             near, half, quarter = history[:, :, :HISTORY].split([1, FRAMES_2X, FRAMES_4X], dim=2)
@@ -218,7 +238,7 @@ class Order:
             quarter, half, near = history[:, :, -HISTORY:].split([FRAMES_4X, FRAMES_2X, 1], dim=2)
         return CleanLatents(torch.cat([start, near], dim=2), half, quarter)
 
-    def grown(self, history: Tensor, section: Tensor) -> Tensor:
+    def extend(self, history: Tensor, section: Tensor) -> Tensor:
         return torch.cat([section, history] if self.in_front else [history, section], dim=2)
 
     def video(self, start: Tensor, history: Tensor, frames: int) -> Tensor:

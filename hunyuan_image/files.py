@@ -70,7 +70,8 @@ def _is_distilled(checkpoint: Checkpoint) -> bool:
 
 
 def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
-    path, names = checkpoint.path, checkpoint.tensors
+    path = checkpoint.path
+    names = checkpoint.tensors
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
     if dialect is None or not any(mark in names for mark in MARKS):
         relative = hunyuan.describe(checkpoint)
@@ -87,7 +88,8 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
         )
     mark, table = DIALECTS[dialect]
     file_shapes = {translate_name(name, table): info.shape for name, info in names.items()}
-    return DitHeader(_config(DitShapes(path, file_shapes, "HunyuanImage-2.1")), dialect, names[mark].dtype)
+    config = _config(DitShapes(path, file_shapes, "HunyuanImage-2.1"))
+    return DitHeader(config, dialect, names[mark].dtype)
 
 
 def _config(shapes: DitShapes) -> HunyuanImageConfig:

@@ -157,15 +157,19 @@ class GlyphTextEncoder:
             text = glyph_text(prompt.text)
             states = torch.zeros(GLYPH_TOKENS, network.config.dim, dtype=self.dtype)
             mask = torch.zeros(GLYPH_TOKENS, dtype=torch.int64)
+            has_letters = text is not None
             if text is not None:
-                ids, masks = byte_rows([text], GLYPH_TOKENS)
-                real, mask = int(masks.sum()), masks[0]
+                (ids,), (mask,) = byte_rows([text], GLYPH_TOKENS)
+                length = int(mask.sum())
                 # alone and without padding: a state does not depend on other prompts
-                (real_states,) = network([ids[0, :real]])
-                states[:real] = real_states.cpu()
-            results.append(
-                {"byt5_embed": states, "byt5_mask": mask, "ocr_mask": torch.tensor(text is not None)}
-            )
+                (real_states,) = network([ids[:length]])
+                states[:length] = real_states.cpu()
+            conditions: Conditions = {
+                "byt5_embed": states,
+                "byt5_mask": mask,
+                "ocr_mask": torch.tensor(has_letters),
+            }
+            results.append(conditions)
         return results
 
     def free(self) -> None:

@@ -197,11 +197,12 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
     sources = plain_sources(checkpoint)
     if "encoder.down_blocks.0.conv1.weight" in sources:
         sources = rename_sources(sources, NamesByLevel(sources))
-    if "encoder.down.0.downsample.conv.weight" not in sources or "decoder.conv_in.weight" not in sources:
-        raise other_kind(checkpoint, WHAT, "--vae", RELEASE)
+    refusal = other_kind(checkpoint, WHAT, "--vae", RELEASE)
+    if not sources.keys() >= {"encoder.down.0.downsample.conv.weight", "decoder.conv_in.weight"}:
+        raise refusal
     as_matrices(sources, ATTENTION)
-    shape = shapes_of(checkpoint, sources, other_kind(checkpoint, WHAT, "--vae", RELEASE))
-    levels = {count(sources, rf"{part}\.\d+") for part in (r"encoder\.down", r"decoder\.up")}
+    shape = shapes_of(checkpoint, sources, refusal)
+    levels = {count(sources, r"encoder\.down\.\d+"), count(sources, r"decoder\.up\.\d+")}
     if levels != {LEVELS}:
         raise _wrong(checkpoint, f"it has {' and '.join(map(str, levels))} levels, the model has {LEVELS}")
     widths = tuple(shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(LEVELS))
@@ -210,12 +211,9 @@ def read_vae(checkpoint: Checkpoint) -> LoadPlan[HunyuanImageVaeConfig]:
         raise _wrong(checkpoint, f"it has {channels} latent channels, the model has {LATENT.channels}")
     if not _widths_fit(widths, channels):
         raise _wrong(checkpoint, f"its levels have {', '.join(map(str, widths))} channels, which do not fit")
-    config = HunyuanImageVaeConfig(
-        channels,
-        widths,
-        count(sources, r"encoder\.down\.0\.block\.\d+"),
-        count(sources, r"decoder\.up\.0\.block\.\d+"),
-    )
+    encoder_blocks = count(sources, r"encoder\.down\.0\.block\.\d+")
+    decoder_blocks = count(sources, r"decoder\.up\.0\.block\.\d+")
+    config = HunyuanImageVaeConfig(channels, widths, encoder_blocks, decoder_blocks)
     return LoadPlan(config, checkpoint, sources)
 
 
@@ -246,13 +244,15 @@ class NamesByLevel:
         match = _LAYER.fullmatch(name)
         if match is None:
             return translate_name(name, DIFFUSERS)
-        half, way, digits, name_end = match.groups()
-        place, changes = int(digits), self._changes[half]
+        half, direction, digits, name_end = match.groups()
+        place = int(digits)
+        changes = self._changes[half]
         level = sum(change < place for change in changes)
+        start = f"{half}.{direction}.{level}"
         if place in changes:
-            return f"{half}.{way}.{level}.{way}sample.{name_end}"
+            return f"{start}.{direction}sample.{name_end}"
         first = changes[level - 1] + 1 if level else 0
-        return f"{half}.{way}.{level}.block.{place - first}.{name_end}"
+        return f"{start}.block.{place - first}.{name_end}"
 
 
 logger = logging.getLogger(__name__)

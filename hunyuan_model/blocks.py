@@ -172,6 +172,7 @@ class DoubleStreamBlock(nn.Module):
         video_vector, text_vector = tokens.rows
         video_modulation, video_project, video_mlp = self.layers(False)
         text_modulation, text_project, text_mlp = self.layers(True)
+        # shift, scale and gate of attention, then those of the feed-forward
         video_rows = video_modulation(video_vector)
         text_rows = text_modulation(text_vector)
 
@@ -180,16 +181,14 @@ class DoubleStreamBlock(nn.Module):
         heads = tokens.join(video_heads, text_heads)
         del video_heads, text_heads
         video_branch, text_branch = tokens.split_video(attend_jointly(*heads, tokens))
+        video = add_gated(video, video_rows[2], in_own_dtype(video_project, video_branch), tokens.clean)
+        text = add_gated(text, text_rows[2], in_own_dtype(text_project, text_branch), tokens.split)
 
-        _, _, gate, *video_rows = video_rows
-        video = add_gated(video, gate, in_own_dtype(video_project, video_branch), tokens.clean)
-        _, _, gate, *text_rows = text_rows
-        text = add_gated(text, gate, in_own_dtype(text_project, text_branch), tokens.split)
         # without names: code that computes it in pieces takes arguments by their order
-        text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.split, *text_rows)
+        text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.split, *text_rows[3:])
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         parts = []
-        for part, *rows in split_segments(tokens.clean, video_rows, video):
+        for part, *rows in split_segments(tokens.clean, video_rows[3:], video):
             parts.append(self.feed_forward(part, video_mlp, tokens.dtype, 0, *rows))
         return torch.cat([*parts, text], dim=1)
 

@@ -88,7 +88,8 @@ def _name_of(config: HunyuanVideoConfig) -> str:
 
 
 def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
-    path, names = checkpoint.path, checkpoint.tensors
+    path = checkpoint.path
+    names = checkpoint.tensors
     relative = _relative(checkpoint)
     if relative is not None:
         raise CheckpointError(
@@ -96,8 +97,9 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
             "checkpoint to --dit.",
             path,
         )
-    marked = [name for name, (mark, _) in DIALECTS.items() if mark in names]
-    dialect = next(iter(marked), None) if _has_refiner(names) else None
+    dialect = None
+    if _has_refiner(names):
+        dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
     if dialect is None:
         files = (
             "the transformer's checkpoint, such as mp_rank_00_model_states.pt or "
@@ -107,8 +109,9 @@ def _header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
     mark, table = DIALECTS[dialect]
     file_shapes = {translate_name(name, table): info.shape for name, info in names.items()}
     shapes = DitShapes(path, file_shapes, "HunyuanVideo")
+    dimensions = read_dimensions(shapes, DIT, DIMENSIONS)
     has_guidance = "guidance_in.mlp.0.weight" in file_shapes
-    config = HunyuanVideoConfig(**read_dimensions(shapes, DIT, DIMENSIONS), has_guidance=has_guidance)
+    config = HunyuanVideoConfig(**dimensions, has_guidance=has_guidance)
     if config.in_dim not in (config.out_dim, config.out_dim + IMAGE_CHANNELS):
         is_i2v = config.in_dim == 2 * config.out_dim + 1
         name = "HunyuanVideo-I2V" if is_i2v else "an unknown variant of HunyuanVideo"
@@ -205,11 +208,10 @@ def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) 
     Raises CheckpointError if the map of scales is missing or invalid.
     """
     sources = plain_sources(checkpoint)
-    plain_fp8 = [
-        name
-        for name in sources
-        if checkpoint.tensors[name].dtype.itemsize == 1 and sources[name].build is None
-    ]
+    plain_fp8 = []
+    for name, source in sources.items():
+        if checkpoint.tensors[name].dtype.itemsize == 1 and source.build is None:
+            plain_fp8.append(name)
     path = checkpoint.path
     if path.suffix != ".pt" or header.dialect != "official" or not plain_fp8:
         return sources  # safetensors files without scales are plain casts
@@ -220,19 +222,26 @@ def _with_scales(checkpoint: Checkpoint, header: DitHeader[HunyuanVideoConfig]) 
             "  Download that file too, or give the bf16 checkpoint to --dit.",
             path,
         )
-    content: Any = load_pickled(scales_path)
+    scales = _read_scales(scales_path)
+    for name in plain_fp8:
+        scale = scales.get(name.removesuffix(".weight"))
+        if scale is None:
+            raise CheckpointError(
+                f"{scales_path} has no scale for {name}: it does not belong to {path}.", path
+            )
+        sources[name] = _times(name, scale)
+    return sources
+
+
+def _read_scales(path: Path) -> dict[str, float]:
+    """Read the scales of fp8 weights, by the path of a module. Raises CheckpointError for another file."""
+    content: Any = load_pickled(path)
     try:
-        scales = {str(name): float(value) for name, value in content.items()}  # by the path of a module
+        return {str(name): float(value) for name, value in content.items()}
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{scales_path} is not a map of scales ({error}). Download or copy it again.", scales_path
+            f"{path} is not a map of scales ({error}). Download or copy it again.", path
         ) from error
-    missing = [name for name in plain_fp8 if name.removesuffix(".weight") not in scales]
-    if missing:
-        raise CheckpointError(
-            f"{scales_path} has no scale for {missing[0]}: it does not belong to {path}.", path
-        )
-    return sources | {name: _times(name, scales[name.removesuffix(".weight")]) for name in plain_fp8}
 
 
 def _times(name: str, scale: float) -> TensorSource:

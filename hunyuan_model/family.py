@@ -32,7 +32,7 @@ from hunyuan_model.vae import (
     first_frame_of,
     sample_moments,
 )
-from modules.devices import choose_compute_dtype, send
+from modules.devices import choose_compute_dtype
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import byte_clips, image_pixels
 from modules.option_values import require
@@ -180,20 +180,17 @@ class HunyuanVideo(OneTransformer):
         released code does, training rounds neither.
         """
 
-        def given(name: str) -> Tensor:
-            value = cond[name]
-            assert isinstance(value, Tensor)
-            return send(value, noisy.device)
-
+        device = noisy.device
         if "condition_latents" in cond:
-            noisy = torch.cat([noisy, given("condition_latents").to(noisy)], dim=1)
-        guidance = given("guidance")
+            condition = data.tensor_on(cond, "condition_latents", device)
+            noisy = torch.cat([noisy, condition.to(noisy)], dim=1)
+        guidance = data.tensor_on(cond, "guidance", device)
         return dit(
             noisy,
             timesteps.to(guidance.dtype).float(),
-            *data.name_texts(cond, TEXT_INPUTS, noisy.device).values(),
-            guidance.float(),
-            tweaks=tweaks.rename_away(lambda text: data.name_texts(text, TEXT_INPUTS, noisy.device)),
+            **data.name_texts(cond, TEXT_INPUTS, device),
+            guidance=guidance.float(),
+            tweaks=tweaks.rename_away(lambda text: data.name_texts(text, TEXT_INPUTS, device)),
         )
 
     # generation

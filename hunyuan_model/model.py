@@ -91,7 +91,8 @@ class HunyuanVideoModel(BlockNetwork):
         sizes = (dim, config.ffn_dim, config.num_heads, config.eps)
         self.double_blocks = nn.ModuleList(MMDoubleStreamBlock(*sizes) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(MMSingleStreamBlock(*sizes) for _ in range(config.single_blocks))
-        self.final_layer = HunyuanFinalLayer(dim, math.prod(config.patch_size) * config.out_dim, config.eps)
+        patch_numbers = math.prod(config.patch_size) * config.out_dim
+        self.final_layer = HunyuanFinalLayer(dim, patch_numbers, config.eps)
         widths = rotary_widths(dim // config.num_heads)
         self._rotary = GridTable(table_maker(exact_table, widths, config.rope_theta))
 

@@ -165,19 +165,23 @@ def read_official(description: str | None, argv: Sequence[str] | None) -> Offici
     base = os.environ.get("MODEL_BASE", "ckpts")
     options: OfficialOptions
     (options,) = parse_options(description, argv, OfficialOptions, defaults={"model-base": base})
-    video, resolution = options.video, options.model.model_resolution
+    video = options.video
+    resolution = options.model.model_resolution
     height, width = video.size
     if video.neg_prompt is not None and video.cfg_scale == 1:
         logger.warning("--neg-prompt is ignored because --cfg-scale is 1, which means no guidance")
     trained = [size for sizes in SIZES.values() for size in sizes]
     if (height, width) not in trained:
-        nearest = min(trained, key=lambda size: abs(size[0] - height) + abs(size[1] - width))
+        nearest_height, nearest_width = min(
+            trained, key=lambda size: abs(size[0] - height) + abs(size[1] - width)
+        )
         logger.warning(
             "--video-size %d %d (height width) is none of the sizes that the model was trained for. Nearest: "
             "%d %d",
             height,
             width,
-            *nearest,
+            nearest_height,
+            nearest_width,
         )
     elif resolution and (height, width) not in SIZES[resolution]:
         size = next(name for name, sizes in SIZES.items() if (height, width) in sizes)
@@ -207,7 +211,8 @@ TYPED = {
 
 
 def generation_words(options: OfficialOptions) -> list[str]:
-    video, model = options.video, options.model
+    video = options.video
+    model = options.model
     base = model.model_base
     values: dict[str, Any] = {
         "--prompt": video.prompt,
@@ -235,5 +240,8 @@ def generation_words(options: OfficialOptions) -> list[str]:
     }
     words = option_words(values)
     if video.cfg_scale != 1:
-        words.append(f"--negative_prompt={NEGATIVE_PROMPT if video.neg_prompt is None else video.neg_prompt}")
-    return words + [f"--post={text}" for text in options.post or ()]
+        negative = NEGATIVE_PROMPT if video.neg_prompt is None else video.neg_prompt
+        words.append(f"--negative_prompt={negative}")
+    for text in options.post or ():
+        words.append(f"--post={text}")
+    return words

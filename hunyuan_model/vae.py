@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from checkpoints.dialects import load_planned
 from checkpoints.opening import open_checkpoint
-from contract.data import Batch, CacheEntry, LatentSpec, MediaBatch, MomentsBatch
+from contract.data import Batch, CacheEntry, LatentSpec, MediaBatch, MomentsBatch, split_items
 from encoders.tiles import Cut, compute_in_spans, compute_in_tiles, posterior_generator, sample_posterior
 from hunyuan_model.vae_blocks import HunyuanVaeConfig, HunyuanVaeDecoder, HunyuanVaeEncoder
 from hunyuan_model.vae_checkpoints import read_vae
@@ -105,10 +105,13 @@ class HunyuanVae(nn.Module):
             height // PIXELS,
             width // PIXELS,
         )
-        moments, done = torch.empty(shape, device=self.device), 0
-        for span in compute_in_spans(self._encode, pixels, Cut(self.tiling.frames // FRAMES, FRAMES, 1)):
-            moments[:, :, done : done + span.shape[2]] = span
-            done += span.shape[2]
+        moments = torch.empty(shape, device=self.device)
+        cut = Cut(self.tiling.frames // FRAMES, FRAMES, 1)
+        start = 0
+        for span in compute_in_spans(self._encode, pixels, cut):
+            stop = start + span.shape[2]
+            moments[:, :, start:stop] = span
+            start = stop
         return moments
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
@@ -211,13 +214,10 @@ def encode_latents(vae: HunyuanVae, media: MediaBatch, with_image: bool) -> list
     """
     generators = [posterior_generator(key) for key in media.keys]
     pixels = byte_clips(media.frames)
-    tensors = {"latents": vae.encode(pixels, generators)}
+    tensors = {"latents": vae.encode(pixels, generators).to(vae.dtype)}
     if with_image:
-        tensors["latents_image"] = vae.encode(pixels[:, :, :1], generators)
-    return [
-        CacheEntry({name: tensor[item].to(vae.dtype) for name, tensor in tensors.items()})
-        for item in range(len(pixels))
-    ]
+        tensors["latents_image"] = vae.encode(pixels[:, :, :1], generators).to(vae.dtype)
+    return split_items(tensors)
 
 
 def sample_moments(media: MomentsBatch, dtype: torch.dtype) -> list[CacheEntry]:
@@ -226,13 +226,12 @@ def sample_moments(media: MomentsBatch, dtype: torch.dtype) -> list[CacheEntry]:
     dtype: of the VAE. With moments of first frames, also `latents_image`.
     """
     generators = [posterior_generator(key) for key in media.keys]
-    tensors = {"latents": sample_posterior(_copied(media.moments), generators, LOG_VARIANCE)}
+    latents = sample_posterior(_copied(media.moments), generators, LOG_VARIANCE)
+    tensors = {"latents": latents.to(dtype)}
     if media.image is not None:
-        tensors["latents_image"] = sample_posterior(_copied(media.image), generators, LOG_VARIANCE)
-    return [
-        CacheEntry({name: tensor[item].to(dtype) for name, tensor in tensors.items()})
-        for item in range(len(media.keys))
-    ]
+        image = sample_posterior(_copied(media.image), generators, LOG_VARIANCE)
+        tensors["latents_image"] = image.to(dtype)
+    return split_items(tensors)
 
 
 def _copied(moments: Tensor) -> Tensor:

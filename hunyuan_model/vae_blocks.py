@@ -88,7 +88,8 @@ class ClipNorm(nn.GroupNorm):
         variances = torch.stack(piece_variances).unflatten(2, groups)
         mean = (share * means).sum(dim=0).mean(dim=-1, keepdim=True)
         squares = share * (variances + (means - mean).square())
-        return mean, squares.sum(dim=0).mean(dim=-1, keepdim=True)
+        variance = squares.sum(dim=0).mean(dim=-1, keepdim=True)
+        return mean, variance
 
 
 class HunyuanCausalConv(nn.Module):
@@ -119,28 +120,32 @@ class HunyuanCausalConv(nn.Module):
         """
         factors = None if norm is None else norm.factors(x, chunk)
         frames, height, width = self._sizes(x)
-        values = max(self.conv.in_channels, self.conv.out_channels) * height * width  # of a frame
+        channels = max(self.conv.in_channels, self.conv.out_channels)
         out = onto
-        for start, stop in steps(frames, values, chunk):
+        for start, stop in steps(frames, channels * height * width, chunk):
             piece = self._convolve(self._pad(x, start, stop, factors))
-            if out is None and stop - start == frames:
-                return piece
             if out is None:
-                size = (piece.shape[0], piece.shape[1], frames, height, width)
+                if stop - start == frames:
+                    return piece
+                size = (*piece.shape[:2], frames, height, width)
                 out = empty_clip(x, *size)
+            part = out[:, :, start:stop]
             if onto is None:
-                out[:, :, start:stop] = piece
+                part.copy_(piece)
             else:
-                out[:, :, start:stop] += piece
+                part += piece
         assert out is not None
         return out
 
-    def _sizes(self, x: Tensor) -> tuple[int, ...]:
+    def _sizes(self, x: Tensor) -> list[int]:
         """Return frames, height, width of the result; `enlarge` repeats in time from the second frame on."""
         frames, height, width = x.shape[2:]
         repeats, rows, columns = self.enlarge
         enlarged = (1 + (frames - 1) * repeats, height * rows, width * columns)
-        return tuple((size - 1) // step + 1 for size, step in zip(enlarged, self.conv.stride, strict=True))
+        sizes = []
+        for size, step in zip(enlarged, self.conv.stride, strict=True):
+            sizes.append((size - 1) // step + 1)
+        return sizes
 
     def _pad(self, x: Tensor, start: int, stop: int, factors: tuple[Tensor, Tensor] | None) -> Tensor:
         """Return the input of the results `start` to `stop`, B C T H+2 W+2. A single frame stays one."""

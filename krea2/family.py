@@ -195,9 +195,10 @@ class Krea2(pictures.ModelOfPictures):
         if request.flow_shift is not None:
             return prepared
         if "mu" in levels and len(levels) > 1:
-            idle = " ".join(f"--{name}" for name in levels if name != "mu")
-            logger.warning("%s is ignored because --mu %g fixes the noise levels", idle, levels["mu"])
-        return replace(prepared, flow_shift=self._flow_shift(levels, prepared.height, prepared.width))
+            unused = " ".join(f"--{name}" for name in levels if name != "mu")
+            logger.warning("%s is ignored because --mu %g fixes the noise levels", unused, levels["mu"])
+        flow_shift = self._flow_shift(levels, prepared.height, prepared.width)
+        return replace(prepared, flow_shift=flow_shift)
 
     def _flow_shift(self, levels: Mapping[str, float], height: int, width: int) -> float:
         """Return the flow shift of a picture. levels: mu, y1 and y2 as the request gives them."""

@@ -68,19 +68,24 @@ def _stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
     rows, dim = shapes.of(f"{start}.0.attn.wq.weight")
     key_rows, _ = shapes.of(f"{start}.0.attn.wk.weight")
     (width,) = shapes.of(f"{start}.0.attn.qknorm.qnorm.scale", axes=1)
-    heads, kv_heads = rows // width, key_rows // width
-    if rows != dim or dim % width or width % 16 or key_rows % width or not kv_heads or heads % kv_heads:
+    heads, remainder = divmod(rows, width)
+    kv_heads, key_remainder = divmod(key_rows, width)
+    has_heads = rows == dim and not remainder and width % 16 == 0
+    has_kv_heads = kv_heads > 0 and not key_remainder
+    if not has_heads or not has_kv_heads or heads % kv_heads:
         raise CheckpointError(
             f"{shapes.path}: {rows} rows of queries and {key_rows} of keys in blocks of width {dim} with "
             f"heads of {width} are not those of {WHAT}. Copy the file again.",
             shapes.path,
         )
-    return Krea2StreamConfig(dim, shapes.of(f"{start}.0.mlp.gate.weight")[0], heads, kv_heads)
+    ffn_dim = shapes.of(f"{start}.0.mlp.gate.weight")[0]
+    return Krea2StreamConfig(dim, ffn_dim, heads, kv_heads)
 
 
 def _blocks(shapes: DitShapes, name: str, released: Iterable[tuple[str, int]]) -> int:
     """Return the number of blocks of a list. Raises CheckpointError if the release has more."""
-    number, least = shapes.blocks(name), dict(released).get(name, 0)
+    number = shapes.blocks(name)
+    least = dict(released).get(name, 0)
     if number < least:
         raise CheckpointError(
             f"{shapes.path}: {number} of {least} blocks of {name} are there. Give the complete file.",
@@ -94,8 +99,8 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
     dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
     if dialect is None:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
-    file_shapes = {name: info.shape for name, info in names.items()}
-    shapes = DitShapes(checkpoint.path, joined_shapes(file_shapes, PATTERNS[dialect]), NAME)
+    stored_shapes = {name: info.shape for name, info in names.items()}
+    shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, PATTERNS[dialect]), NAME)
     blocks = _stream(shapes, "blocks")
     text = _stream(shapes, "txtfusion.layerwise_blocks")
     numbers = shapes.of("first.weight")[1]
@@ -104,13 +109,14 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
             f"{shapes.path}: patches of {numbers} numbers are not those of {WHAT}. Copy the file again.",
             shapes.path,
         )
+    released_blocks = dict(KREA_2.released).get(blocks.dim, ())
     config = Krea2Config(
         dim=blocks.dim,
         ffn_dim=blocks.ffn_dim,
         num_heads=blocks.num_heads,
         num_kv_heads=blocks.num_kv_heads,
         text=text,
-        num_layers=_blocks(shapes, "blocks", dict(KREA_2.released).get(blocks.dim, ())),
+        num_layers=_blocks(shapes, "blocks", released_blocks),
         layerwise_blocks=_blocks(shapes, "txtfusion.layerwise_blocks", TEXT_BLOCKS),
         refiner_blocks=_blocks(shapes, "txtfusion.refiner_blocks", TEXT_BLOCKS),
         states=shapes.of("txtfusion.projector.weight")[1],

@@ -96,15 +96,17 @@ class GatedAttention(GroupedAttention):
     ) -> Tensor:
         assert isinstance(tokens, Krea2Tokens)
         query, key, value = heads
-        query, key = rotate(query, rotary), rotate(key, rotary)
+        query = rotate(query, rotary)
+        key = rotate(key, rotary)
         if tokens.remembers:
             self.remembered = key, value
         elif self.remembered:
-            keys, values = self.remembered
-            key = torch.cat([keys.expand(len(key), -1, -1, -1), key], dim=1)
-            value = torch.cat([values.expand(len(value), -1, -1, -1), value], dim=1)
+            remembered_key, remembered_value = self.remembered
+            key = _put_in_front(remembered_key, key)
+            value = _put_in_front(remembered_value, value)
         key, value = serve(query, key, value)
-        isolated, choice = tokens.isolated, tokens.attention
+        isolated = tokens.isolated
+        choice = tokens.attention
         attended = attend(query[:, isolated:], key, value, choice, lengths=lengths)
         if not isolated:
             return attended
@@ -121,6 +123,11 @@ class GatedAttention(GroupedAttention):
         return in_own_dtype(self.wo, attended * in_own_dtype(self.gate, x).sigmoid())
 
 
+def _put_in_front(references: Tensor, heads: Tensor) -> Tensor:
+    """Return B R+L K D. references: 1 R K D, the same for all samples. heads: B L K D."""
+    return torch.cat([references.expand(len(heads), -1, -1, -1), heads], dim=1)
+
+
 class SwiGlu(nn.Module):
     """Gated feed-forward: down(silu(gate x) * up x). Source: Shazeer 2020, arXiv 2002.05202."""
 
@@ -131,7 +138,8 @@ class SwiGlu(nn.Module):
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return in_own_dtype(self.down, functional.silu(in_own_dtype(self.gate, x)) * in_own_dtype(self.up, x))
+        gates = functional.silu(in_own_dtype(self.gate, x))
+        return in_own_dtype(self.down, gates * in_own_dtype(self.up, x))
 
 
 class StreamBlock(nn.Module):
@@ -292,7 +300,7 @@ class Krea2Model(BlockNetwork):
         tweaks: Tweaks = NO_TWEAKS,
         references: Sequence[Tensor] = (),
         isolated: bool = False,
-        **more: Any,
+        **named_inputs: Any,
     ) -> Any:
         """Predict as `embed` says. With `tweaks.memory` isolated references are computed once."""
         memory = tweaks.memory if isolated and references else None
@@ -303,7 +311,13 @@ class Krea2Model(BlockNetwork):
                 references = ()
                 for attention, keys_values in memory.items():
                     attention.remembered = keys_values
-            return super().forward(*inputs, tweaks=tweaks, references=references, isolated=isolated, **more)
+            return super().forward(
+                *inputs,
+                tweaks=tweaks,
+                references=references,
+                isolated=isolated,
+                **named_inputs,
+            )
         finally:
             self._forget()
 
@@ -312,8 +326,10 @@ class Krea2Model(BlockNetwork):
         device = references[0].device
         dtype = activation_dtype(device, self.compute_dtype)
         times = torch.zeros(1, device=device)
-        x = torch.cat([self.embed_picture(latents).to(dtype) for latents in references], dim=1)
-        layout = Krea2Layout((0, 0), 0, tuple(self.grid_of(latents) for latents in references))
+        pictures = [self.embed_picture(latents).to(dtype) for latents in references]
+        x = torch.cat(pictures, dim=1)
+        grids = tuple(self.grid_of(latents) for latents in references)
+        layout = Krea2Layout(grid=(0, 0), texts=0, references=grids)
         tokens = Krea2Tokens(
             layout.grid,
             rotary=self._rotary.of(layout, device),
@@ -356,7 +372,8 @@ class Krea2Model(BlockNetwork):
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        *reference_grids, grid = [self.grid_of(latents) for latents in (*references, noisy)]
+        reference_grids = tuple(self.grid_of(latents) for latents in references)
+        grid = self.grid_of(noisy)
         pictures = [self.embed_picture(latents).to(dtype) for latents in (*references, noisy)]
         picture = pictures[0] if not references else torch.cat(pictures, dim=1)
         num_pictures = picture.shape[1]  # tokens of references and picture, R + L
@@ -366,7 +383,7 @@ class Krea2Model(BlockNetwork):
         for arguments in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
             texts.append(self._embed_prompt(arguments, num_pictures - num_isolated, dtype))
         x = torch.cat([picture, *(embedded.states for embedded in texts)], dim=1)
-        layout = Krea2Layout(grid, x.shape[1] - num_pictures, tuple(reference_grids))
+        layout = Krea2Layout(grid, x.shape[1] - num_pictures, reference_grids)
         rotary = self._rotary.of(layout, noisy.device)
         first, *seconds = texts
         tokens = Krea2Tokens(

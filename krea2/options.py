@@ -162,18 +162,26 @@ def settle_generation(
     levels = [name for name in EXTRAS if getattr(own_options, name) is not None]
     check_levels(levels, options.request.flow_shift is not None)
     _warn_of_other_attention(options.lora.lora_weight or (), own_options.kv_cache)
+    if options.request.video_size is None:
+        height = own_options.height or SIDE
+        width = own_options.width or SIDE
+    else:
+        height, width = options.request.video_size
+        _check_sides(own_options, height, width)
+    request = replace(options.request, video_size=(height, width))
+    return replace(options, request=request), own_options
+
+
+def _check_sides(own_options: Krea2GenerationOptions, height: int, width: int) -> None:
+    """Raise OptionError if --width or --height differs from --image_size."""
+    if own_options.width in (None, width) and own_options.height in (None, height):
+        return
     sides = {"width": own_options.width, "height": own_options.height}
-    size = own_options.height or SIDE, own_options.width or SIDE
-    if options.request.video_size is not None:
-        size = tuple(options.request.video_size)
-        height, width = size
-        if sides["width"] not in (None, width) or sides["height"] not in (None, height):
-            typed = " ".join(f"--{name} {side}" for name, side in sides.items() if side is not None)
-            raise OptionError(
-                f"{typed} and --image_size {' '.join(map(str, size))} differ: give one of them (--image_size "
-                "has the height first)"
-            )
-    return replace(options, request=replace(options.request, video_size=size)), own_options
+    typed = " ".join(f"--{name} {side}" for name, side in sides.items() if side is not None)
+    raise OptionError(
+        f"{typed} and --image_size {height} {width} differ: give one of them (--image_size "
+        "has the height first)"
+    )
 
 
 def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
@@ -190,25 +198,29 @@ def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
 
 def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options of the commands that make missing caches of latents and of texts."""
-    match, edit = {"--match_target_res": options.match_target_res}, {"--edit": options.edit}
-    latents = {"--vae": options.vae.file.vae or FillIn("VAE_FILE"), **edit, **match}
-    return latents, {**options.text.words("QWEN3_VL_FILE"), **edit}
+    latents = {
+        "--vae": options.vae.file.vae or FillIn("VAE_FILE"),
+        "--edit": options.edit,
+        "--match_target_res": options.match_target_res,
+    }
+    texts = {**options.text.words("QWEN3_VL_FILE"), "--edit": options.edit}
+    return latents, texts
 
 
 def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     controls = sample.get("control_images") or ()
     extra = sample.get("extra") or {}
-    levels = {name: extra[name] for name in EXTRAS if name in extra}
+    levels = {f"--{name}": extra[name] for name in EXTRAS if name in extra}
     turbo: dict[str, Any] = {}
     if options.turbo_dit is not None:
-        levels = levels or {"mu": MU_OF_TURBO}
+        levels = levels or {"--mu": MU_OF_TURBO}
         # a sample says its own; the file's name need not say that it is Turbo
         if not sample.get("steps"):
             turbo = {"--steps": STEPS_OF_TURBO, "--guidance_scale": GUIDANCE_OF_TURBO}
     return {
         "--dit": options.turbo_dit or options.dit or FillIn("DIT_FILE"),
-        **{f"--{name}": level for name, level in levels.items()},
+        **levels,
         **turbo,
         "--vae": options.vae.file.vae or FillIn("VAE_FILE"),
         **options.text.words("QWEN3_VL_FILE"),

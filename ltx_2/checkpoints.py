@@ -104,18 +104,21 @@ def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError for impossible numbers, and Python's own errors for values of other types.
     """
     frames = settings.get("pos_embed_max_pos", 20)
-    rows, columns = settings.get("base_height", 2048), settings.get("base_width", 2048)
-    longest_values = settings.get("positional_embedding_max_pos", (frames, rows, columns))
-    longest = tuple(float(number) for number in longest_values)
-    stride = tuple(int(number) for number in settings.get("vae_scale_factors", LATENT.stride))
+    rows = settings.get("base_height", 2048)
+    columns = settings.get("base_width", 2048)
+    longest = tuple(map(float, settings.get("positional_embedding_max_pos", (frames, rows, columns))))
+    stride = tuple(map(int, settings.get("vae_scale_factors", LATENT.stride)))
     gate_time = _gate_time(settings)
     theta = settings.get("rope_theta", 10000)
     theta = float(settings.get("positional_embedding_theta", theta))
+    have_axes = len(longest) == len(stride) == 3  # frames, rows, columns
     numbers = (gate_time, theta, *longest, *stride)
-    if not len(longest) == len(stride) == 3 or not all(0 < number < math.inf for number in numbers):
+    are_possible = all(0 < number < math.inf for number in numbers)
+    if not have_axes or not are_possible:
         raise ValueError(f"gates {gate_time}, theta {theta}, positions {longest}, strides {stride}")
+    rope_type = settings.get("rope_type", "split")
     return {
-        "splits_heads": {"split": True, "interleaved": False}[settings.get("rope_type", "split")],
+        "splits_heads": {"split": True, "interleaved": False}[rope_type],
         "gate_time": gate_time,
         "rope_theta": theta,
         "longest": longest,

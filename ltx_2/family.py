@@ -24,6 +24,7 @@ from contract.data import (
     MediaTable,
     SamplingDefaults,
     name_texts,
+    split_items,
 )
 from contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
 from contract.few_steps import FewSteps
@@ -69,6 +70,7 @@ from ltx_2.references import (
     references_of,
     rules_of,
     split_denoised,
+    split_sound,
     thin_out,
     with_noisy_references,
 )
@@ -183,8 +185,7 @@ class Ltx2(Ltx2Media):
         entries = []
         for part in media.split_for(encoders.vae.device):
             latents = self._encode_clips(encoders.vae, part)
-            for index in range(len(part.keys)):
-                entries.append([CacheEntry({name: batch[index] for name, batch in latents.items()})])
+            entries += [[entry] for entry in split_items(latents)]
         return entries
 
     def _encode_clips(self, vae: Any, media: MediaBatch) -> dict[str, Tensor]:
@@ -221,14 +222,15 @@ class Ltx2(Ltx2Media):
         cond: video_prompt_embeds, audio_prompt_embeds B T C; FPS and HAS_SOUND.
         """
         joint = tweaks.joint
-        picture, sound = (noisy, None) if joint is None else joint.split(noisy)
-        has_two_times = timesteps.ndim == 2
-        picture_times, sound_times = timesteps.unbind(1) if has_two_times else (timesteps, timesteps)
+        picture, sound = split_sound(noisy, joint)
+        picture_times = sound_times = timesteps
+        if timesteps.ndim == 2:
+            picture_times, sound_times = timesteps.unbind(1)
         references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]
         denoised = None
         if references and self.reference_strength != 1:
             picture, denoised = split_denoised(picture, references, self.reference_strength)
-        has_sound = cond.get(HAS_SOUND)
+        has_sound = None if sound is None else cond.get(HAS_SOUND)
         arguments_of = partial(_name_texts, device=noisy.device)
         velocity, sound_velocity = dit(
             picture if self.files.has_pictures else None,
@@ -236,7 +238,7 @@ class Ltx2(Ltx2Media):
             fps=self._rates_of(cond),
             sound=sound,
             sound_timesteps=sound_times,
-            has_sound=has_sound if sound is not None and isinstance(has_sound, Tensor) else None,
+            has_sound=has_sound if isinstance(has_sound, Tensor) else None,
             tweaks=tweaks.rename_away(arguments_of),
             references=self._network_references(references, denoised, cond.get(STRENGTHS), noisy.device),
             **arguments_of(cond),
@@ -245,7 +247,9 @@ class Ltx2(Ltx2Media):
             velocity = torch.zeros_like(picture)
         if denoised is not None:
             velocity = denoised.pack_velocity(velocity, picture, sigma=picture_times / 1000)
-        return velocity if joint is None else joint.join(velocity, sound_velocity)
+        if joint is None:
+            return velocity
+        return joint.join(velocity, sound_velocity)
 
     def _rates_of(self, cond: Conditions) -> float | list[float]:
         """Return the frames per second of each sample; the default if the conditions do not say."""
@@ -402,8 +406,8 @@ class Ltx2(Ltx2Media):
 
     def _references_for(self, request: Request) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
-        lines = request.extra.get("reference_video", "").split("\n")
-        paths = tuple(Path(line) for line in lines if line)
+        names = request.extra.get("reference_video", "").split("\n")
+        paths = tuple(Path(name) for name in names if name)
         if not paths:
             return ()
         if self.references is None:

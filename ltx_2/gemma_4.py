@@ -31,10 +31,7 @@ def read_settings(
     Layers without a value projection see all tokens, have wider heads, and use their keys as values. Raises
     ValueError or TypeError for impossible values, and for another pattern of layers.
     """
-    layers = []
-    for number in range(num_layers):
-        has_values = f"layers.{number}.self_attn.v_proj.weight" in shapes
-        layers.append(NEAR if has_values else FAR)
+    layers = _layer_types(num_layers, shapes)
     rope = settings.get("rope_parameters") or {}
     far = rope.get(FAR) or {}
     near = rope.get(NEAR) or {}
@@ -42,9 +39,12 @@ def read_settings(
     near_theta = float(near.get("rope_theta", NEAR_THETA))
     rotated_share = float(far.get("partial_rotary_factor", 0.25))
     window = int(settings.get("sliding_window", WINDOW))
-    kinds = (far.get("rope_type", "proportional"), near.get("rope_type", "default"))
+    has_kinds = (
+        far.get("rope_type", "proportional") == "proportional"
+        and near.get("rope_type", "default") == "default"
+    )
     are_finite = all(0 < number < math.inf for number in (theta, near_theta, window))
-    if kinds != ("proportional", "default") or not are_finite:
+    if not has_kinds or not are_finite:
         raise ValueError(f"rotary frequencies {rope}, sliding_window {window}")
     layer_types = settings.get("layer_types")
     if not 0 < rotated_share <= 1 or layers != list(layer_types or layers)[:num_layers]:
@@ -56,6 +56,7 @@ def read_settings(
     rows = shapes.get(f"{far_layer}.k_proj.weight", (0,))[0]
     if width < 2 or rows < width or rows % width:
         raise ValueError(f"{rows} rows of keys for heads of {width} channels")
+    near_rope = {"rope_type": "default", "rope_theta": near_theta}
     far_rope = {
         "rope_type": "proportional",
         "partial_rotary_factor": rotated_share,
@@ -67,8 +68,17 @@ def read_settings(
         "num_global_key_value_heads": rows // width,
         "attention_k_eq_v": True,
         "sliding_window": window,
-        "rope_parameters": {NEAR: {"rope_type": "default", "rope_theta": near_theta}, FAR: far_rope},
+        "rope_parameters": {NEAR: near_rope, FAR: far_rope},
     }
+
+
+def _layer_types(num_layers: int, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return the kind of each layer: those without a value projection see all tokens."""
+    layers = []
+    for number in range(num_layers):
+        has_values = f"layers.{number}.self_attn.v_proj.weight" in shapes
+        layers.append(NEAR if has_values else FAR)
+    return layers
 
 
 GEMMA_4 = LanguageModel(

@@ -9,7 +9,7 @@ of the other one. `blocks` lists the steps in float32.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,19 +123,22 @@ class LtxModel(nn.Module):
         dim = stream.dim
         prefix = names.prefix
         modulation = partial(TimeModulation, config, dim)
-        setattr(self, f"{prefix}patchify_proj", nn.Linear(stream.channels, dim))
+        parts: dict[str, nn.Module | nn.Parameter] = {}
+        parts[f"{prefix}patchify_proj"] = nn.Linear(stream.channels, dim)
         if config.projects_text:
-            layers = TwoLayers("linear_1 linear_2", (stream.text_dim, dim, dim), gelu)
-            setattr(self, f"{prefix}caption_projection", layers)
-        setattr(self, f"{prefix}adaln_single", modulation(9 if config.modulates_text else 6))
+            sizes = (stream.text_dim, dim, dim)
+            parts[f"{prefix}caption_projection"] = TwoLayers("linear_1 linear_2", sizes, gelu)
+        parts[f"{prefix}adaln_single"] = modulation(9 if config.modulates_text else 6)
         if config.modulates_text and config.times_text:
-            setattr(self, f"{prefix}prompt_adaln_single", modulation(2))
+            parts[f"{prefix}prompt_adaln_single"] = modulation(2)
         if len(config.streams) == 2:
-            setattr(self, names.cross_rows, modulation(4))
-            setattr(self, names.cross_gate, modulation(1))
-        setattr(self, f"{prefix}scale_shift_table", nn.Parameter(torch.zeros(2, dim)))
-        setattr(self, f"{prefix}proj_out", nn.Linear(dim, stream.channels))
-        setattr(self, f"{prefix}norm_out", Float32LayerNorm(dim, EPS))
+            parts[names.cross_rows] = modulation(4)
+            parts[names.cross_gate] = modulation(1)
+        parts[f"{prefix}scale_shift_table"] = nn.Parameter(torch.zeros(2, dim))
+        parts[f"{prefix}proj_out"] = nn.Linear(dim, stream.channels)
+        parts[f"{prefix}norm_out"] = Float32LayerNorm(dim, EPS)
+        for name, part in parts.items():
+            setattr(self, name, part)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -174,9 +177,11 @@ class LtxModel(nn.Module):
             latents[VIDEO] = noisy
         if sound is not None:
             latents[SOUND] = sound
+        if sound_timesteps is None:
+            sound_timesteps = timesteps
         hidden = self.embed(
             latents,
-            timesteps={VIDEO: timesteps, SOUND: timesteps if sound_timesteps is None else sound_timesteps},
+            timesteps={VIDEO: timesteps, SOUND: sound_timesteps},
             texts={VIDEO: text, SOUND: sound_text},
             fps=fps,
             has_sound=has_sound,
@@ -206,7 +211,8 @@ class LtxModel(nn.Module):
         dtype = activation_dtype(first.device, self.compute_dtype)
         prompts = tweaks.texts(len(first), text=texts[VIDEO], sound_text=texts[SOUND])
         sees_other = len(latents) == 2 and not tweaks.isolated
-        parts, streams = {}, {}
+        parts = {}
+        streams = {}
         for names, stream_latents in latents.items():
             is_video = names is VIDEO
             inputs = StreamInputs(
@@ -216,27 +222,16 @@ class LtxModel(nn.Module):
                 given_frames=tweaks.given_frames if is_video else 0,
                 references=references if is_video else NO_REFERENCES,
             )
-            stream_texts = self._embed_texts(
-                names, [prompt["text" if is_video else "sound_text"] for prompt in prompts]
-            )
+            text_name = "text" if is_video else "sound_text"
+            stream_texts = self._embed_texts(names, [prompt[text_name] for prompt in prompts])
             parts[names] = self._project(inputs, dtype)
-            rows, time = self._embed_times(self._part(names, "adaln_single"), inputs)
-            text_rows = self._embed_text_times(inputs, rows)
-            cross = None
+            stream = self._embed_stream(inputs, [text.to(dtype) for text in stream_texts], fps)
             if sees_other:
                 other_times = timesteps[SOUND if is_video else VIDEO]
                 influence = has_sound if is_video else None
                 cross = self._embed_cross(inputs, other_times, influence, fps)
-            streams[names] = Stream(
-                rotary=self._rotation(inputs, fps, by_time=False),
-                texts=tuple(text.to(dtype) for text in stream_texts),
-                rows=rows,
-                time=time,
-                text_rows=text_rows,
-                num_given=inputs.num_given,
-                cross=cross,
-                dimmed=inputs.dim_references(),
-            )
+                stream = replace(stream, cross=cross)
+            streams[names] = stream
         tokens = LtxTokens(
             streams,
             grid=tuple(latents[VIDEO].shape[2:]) if VIDEO in latents else (),
@@ -247,6 +242,22 @@ class LtxModel(nn.Module):
             keeps_references=references.share > 0,
         )
         return Hidden(tokens.join(parts), tokens)
+
+    def _embed_stream(self, inputs: StreamInputs, texts: Sequence[Tensor], fps: Fps) -> Stream:
+        """Return what the blocks need for a stream, but not what it needs to see the other one.
+
+        texts: as attention sees them, each B T C.
+        """
+        rows, time = self._embed_times(self._part(inputs.names, "adaln_single"), inputs)
+        return Stream(
+            rotary=self._rotation(inputs, fps, by_time=False),
+            texts=tuple(texts),
+            rows=rows,
+            time=time,
+            text_rows=self._embed_text_times(inputs, rows),
+            num_given=inputs.num_given,
+            dimmed=inputs.dim_references(),
+        )
 
     def _embed_texts(self, names: StreamNames, texts: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the texts of a stream as attention sees them, each B T C."""
@@ -338,21 +349,20 @@ class LtxModel(nn.Module):
 
         by_time: for the attention between the streams, by time alone.
         """
-        names, latents, references = inputs.names, inputs.latents, inputs.references
-        width = self.config.cross_dim if by_time else self.config.streams[names].dim
-        if names is SOUND:
-            return self._rotary[names, by_time].of(
-                (Places(width, (latents.shape[2],), by_time=by_time),), latents.device
-            )
-        rates = _distinct_rates(fps)
+        latents = inputs.latents
+        width = self.config.cross_dim if by_time else self.config.streams[inputs.names].dim
+        tables = self._rotary[inputs.names, by_time]
+        if inputs.names is SOUND:
+            _, _, length, _ = latents.shape
+            return tables.of((Places(width, (length,), by_time=by_time),), latents.device)
+        places_of = partial(Places, width, fps=_distinct_rates(fps), by_time=by_time)
         places = []
-        for reference in references.latents:
-            factors = (latents.shape[-1] // reference.shape[-1], references.time)
-            places.append(
-                Places(width, tuple(reference.shape[2:]), fps=rates, by_time=by_time, factors=factors)
-            )
-        places.append(Places(width, tuple(latents.shape[2:]), fps=rates, by_time=by_time))
-        return self._rotary[names, by_time].of(tuple(places), latents.device)
+        for reference in inputs.references.latents:
+            size_factor = latents.shape[-1] // reference.shape[-1]
+            factors = (size_factor, inputs.references.time)
+            places.append(places_of(tuple(reference.shape[2:]), factors=factors))
+        places.append(places_of(tuple(latents.shape[2:])))
+        return tables.of(tuple(places), latents.device)
 
     def _check(self, latents: dict[StreamNames, Tensor], texts: dict[StreamNames, Tensor | None]) -> None:
         if not latents:

@@ -349,7 +349,8 @@ def settle_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T,
     Raises OptionError if an option is given under both names, with two values.
     """
     values = option_values(shared)
-    changes: dict[str, Any] = {"typed_names": dict(values["typed_names"])}
+    typed_names = dict(values["typed_names"])
+    changes: dict[str, Any] = {"typed_names": typed_names}
     for other_name, name in _SAME.items():
         # a frame rate is always there: the usual one was not typed
         is_default = name == "fps" and values[name] == FPS
@@ -359,18 +360,20 @@ def settle_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T,
         if value is not None:
             changes[name] = value
         if other_value is not None:
-            changes["typed_names"][f"--{name}"] = f"--{other_name}"
+            typed_names[f"--{name}"] = f"--{other_name}"
     kernels = _chosen_kernels(values, own_options)
-    changes["attn_mode"] = next(iter(kernels.values()), "torch")
+    kernel = next(iter(kernels.values()), "torch")
+    changes["attn_mode"] = kernel
     if kernels:
-        changes["settings"] = {**values["settings"], "attn_mode": changes["attn_mode"]}
+        changes["settings"] = {**values["settings"], "attn_mode": kernel}
     if own_options.height is not None:
         changes["video_size"] = (own_options.height, own_options.width)
     if own_options.output_name is not None:
         changes["name_start"] = own_options.output_name
     mixed = DTYPES.get(own_options.mixed_precision or "")
     dtype = _one_of("dit_dtype", own_options.dit_dtype, mixed)
-    return override_options(shared, changes), override_options(own_options, {"dit_dtype": dtype})
+    own_options = override_options(own_options, {"dit_dtype": dtype})
+    return override_options(shared, changes), own_options
 
 
 def _chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, str]:

@@ -148,6 +148,13 @@ class DenoisedReferences:
         return pack(picture_velocity.unflatten(2, picture.shape[2:]), reference_velocity)
 
 
+def split_sound(latents: Tensor, joint: Joint | None) -> tuple[Tensor, Tensor | None]:
+    """Return the latents of picture and sound; None for the sound of a clip without. joint: of the clip."""
+    if joint is None:
+        return latents, None
+    return joint.split(latents)
+
+
 def split_denoised(
     packed: Tensor, references: Sequence[Tensor], strength: float
 ) -> tuple[Tensor, DenoisedReferences]:
@@ -181,25 +188,26 @@ def _denoise_with_references(
 ) -> Generator[Section, Tensor, Tensor]:
     """Yield one section with its references behind its picture; return its latents without them."""
     joint = section.tweaks.joint or joint
-    picture, sound = (section.noise, None) if joint is None else joint.split(section.noise)
+    picture, sound = split_sound(section.noise, joint)
     frames = picture.shape[2]
-    clean = join_tokens(references_of(section.positive)).to(picture.device)
-    _, channels, count = clean.shape
-    drawn = noise.draw((1, count, channels)).to(picture.device).mT
-    noisy = strength * clean + (1 - strength) * drawn
-    packed = pack(picture, noisy)
+    references = join_tokens(references_of(section.positive)).to(picture.device)
+    packed = pack(picture, _blend_with_noise(references, strength, noise))
     if joint is None or sound is None:
         latents = yield replace(section, noise=packed, shown=frames)
         return latents[:, :, :frames]
     packed_joint = Joint((packed.shape[1], *packed.shape[2:]), joint.sound)
-    latents = yield replace(
-        section,
-        noise=packed_joint.join(packed, sound),
-        tweaks=replace(section.tweaks, joint=packed_joint),
-        shown=frames,
-    )
+    tweaks = replace(section.tweaks, joint=packed_joint)
+    noise_of_both = packed_joint.join(packed, sound)
+    latents = yield replace(section, noise=noise_of_both, tweaks=tweaks, shown=frames)
     picture, sound = packed_joint.split(latents)
     return joint.join(picture[:, :, :frames], sound)
+
+
+def _blend_with_noise(references: Tensor, strength: float, noise: NoiseSource) -> Tensor:
+    """Return `strength` of clean references, 1 C N, and the rest noise, which is drawn token by token."""
+    _, channels, count = references.shape
+    drawn = noise.draw((1, count, channels)).to(references.device).mT
+    return strength * references + (1 - strength) * drawn
 
 
 def velocity_of_references(
@@ -221,7 +229,10 @@ def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, l
     width, height, length = size
     reduced = (width // rules.size_factor, height // rules.size_factor)
     images = [read_image(path)] if is_still(path) else islice(video_frames(path), length)
-    frames = [resize_cover(numpy.ascontiguousarray(image[..., :3]), reduced) for image in images]
+    frames = []
+    for image in images:
+        colours = numpy.ascontiguousarray(image[..., :3])  # without an alpha channel
+        frames.append(resize_cover(colours, reduced))
     clip = torch.from_numpy(numpy.stack(frames)[None])  # 1 F h w 3
     return to_pixels(thin_out(clip, rules, latent.frame_step))
 
@@ -235,15 +246,21 @@ def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, l
     steps = (latent.frame_step, latent.pixel_step, latent.pixel_step)
     for reference in shown:
         _, _, frames, height, width = reference.shape
-        size = (width * rules.size_factor, height * rules.size_factor, (frames - 1) * rules.time_factor + 1)
-        white = (read_pixels(mask, size, rules, latent).mean(1, keepdim=True) + 1) / 2
+        size = (
+            width * rules.size_factor,
+            height * rules.size_factor,
+            (frames - 1) * rules.time_factor + 1,
+        )
+        pixels = read_pixels(mask, size, rules, latent)
+        white = (pixels.mean(1, keepdim=True) + 1) / 2
         if is_still(mask):
             white = white.expand((-1, -1, frames, -1, -1))
         check_mask_length(mask, white.shape[2], frames)
         # the first latent frame is of one frame
-        first = white[:, :, :1].expand((-1, -1, latent.frame_step - 1, -1, -1))
-        white = torch.cat([first, white], dim=2)
-        strengths.append(functional.avg_pool3d(white, steps).flatten(1))
+        num_repeats = latent.frame_step - 1
+        first = white[:, :, :1].expand((-1, -1, num_repeats, -1, -1))
+        repeated = torch.cat([first, white], dim=2)
+        strengths.append(functional.avg_pool3d(repeated, steps).flatten(1))
     return torch.cat(strengths, dim=1)
 
 

@@ -318,25 +318,34 @@ def declare_all(record: R, table: Table) -> R:
 
 def _read_word(word: str) -> tuple[list[str], dict[str, Any]]:
     """Return the names of an option and its settings for `add_argument`."""
-    word, is_given, text = word.partition("=")
+    word, has_default, text = word.partition("=")
     word, _, kind = word.partition(":")
     mark = word[-1] if word[-1] in "?*+" else ""
     names = word.removesuffix(mark).split(",")
     if mark == "?":
         return names, {
             "action": argparse.BooleanOptionalAction,
-            "default": text == "True" if is_given else None,
+            "default": text == "True" if has_default else None,
             "values": (False,),
         }
-    if kind == "switch" or not (is_given or kind):
+    if kind == "switch" or not (has_default or kind):
         return names, {"action": "store_true", "default": None if kind else False}
-    try:
-        default: Any = ast.literal_eval(text) if text[:1].isdigit() or text[:1] == "-" else text
-    except (ValueError, SyntaxError):
-        default = text
-    if not is_given:
-        default = None
-    settings = {"type": TYPES[kind] if kind else type(default), "default": default, "metavar": "VALUE"}
+    default = _read_default(text) if has_default else None
+    settings = {
+        "type": TYPES[kind] if kind else type(default),
+        "default": default,
+        "metavar": "VALUE",
+    }
     if mark:
         settings["nargs"] = mark
     return names, settings
+
+
+def _read_default(text: str) -> Any:
+    """Return the number that a text says, else the text."""
+    if not text[:1].isdigit() and text[:1] != "-":
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

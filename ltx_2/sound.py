@@ -219,23 +219,24 @@ def _vocoder_name(name: str) -> str:
 
 def _generator(shape: Shape, names: Collection[str], start: str, refusal: CheckpointError) -> dict[str, Any]:
     """Read the settings of one generator of waveforms."""
-    num_upsamplings = count(names, rf"{re.escape(start)}upsamplers\.\d+")
+    escaped = re.escape(start)
+    num_upsamplings = count(names, rf"{escaped}upsamplers\.\d+")
     kernels = []
     for index in range(num_upsamplings):
         kernels.append(shape(f"{start}upsamplers.{index}.weight", 3)[2])
-    num_blocks = count(names, rf"{re.escape(start)}resnets\.\d+") // max(1, num_upsamplings)
-    are_known = set(kernels) <= set(UPSAMPLINGS)
-    if not kernels or not are_known:
+    if not kernels or not set(kernels) <= set(UPSAMPLINGS):
         raise refusal
-    hidden_channels, in_channels = shape(f"{start}conv_in.weight", 3)[:2]
+    hidden_channels, in_channels, _ = shape(f"{start}conv_in.weight", 3)
+    num_blocks = count(names, rf"{escaped}resnets\.\d+") // num_upsamplings
     block_kernels = []
     for block in range(num_blocks):
         block_kernels.append(shape(f"{start}resnets.{block}.convs1.0.weight", 3)[2])
+    out_channels = shape(f"{start}conv_out.weight", 3)[0]
     is_snake = f"{start}resnets.0.acts1.0.act.alpha" in names
     return {
         "in_channels": in_channels,
         "hidden_channels": hidden_channels,
-        "out_channels": shape(f"{start}conv_out.weight", 3)[0],
+        "out_channels": out_channels,
         "upsample_kernel_sizes": kernels,
         "upsample_factors": [UPSAMPLINGS[kernel] for kernel in kernels],
         "resnet_kernel_sizes": block_kernels,

@@ -23,7 +23,7 @@ from contract.family import NoiseSource
 from contract.requests import Prepared
 from contract.rules import AS_PLAIN
 from contract.steps import Section
-from ltx_2.references import factors_of
+from ltx_2.references import factors_of, split_sound
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
 from ltx_2.upscaler import SPATIAL, TEMPORAL, UpscalerGrowth, factors, is_upscaler, load_upscaler
 from modules.errors import OptionError
@@ -186,20 +186,21 @@ def keep_for_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
     """
     both_stages: list[tuple[Path, float]] = []
     first_stage: list[tuple[Path, float]] = []
+    patterns = shared.lora_patterns
     uses = zip(shared.lora.lora_weight or (), shared.lora.multipliers(), strict=True)
     for path, strength in uses:
         loras = first_stage if factors_of([path]) else both_stages
         loras.append((path, strength))
     if not first_stage:
         return shared, own_options
-    names = [path.name for path, _ in first_stage]
-    if shared.lora_patterns.include_patterns or shared.lora_patterns.exclude_patterns:
+    if patterns.include_patterns or patterns.exclude_patterns:
         raise OptionError(
             f"--include_patterns, --exclude_patterns: {first_stage[0][0]} is an IC-LoRA, which "
             "--sample_two_stage puts beside the weights of the first stage, whole. Leave the patterns out"
         )
     logger.info(
-        "%s: an IC-LoRA, which the first stage alone has, as in the official pipeline", ", ".join(names)
+        "%s: an IC-LoRA, which the first stage alone has, as in the official pipeline",
+        ", ".join(path.name for path, _ in first_stage),
     )
     lora = replace(
         shared.lora,
@@ -223,16 +224,19 @@ def stage_sections(
     second's.
     """
     first, second = prepared.stages
-    latents = yield _of_stage(begin(first, 0, draw(first)), first, 0)
-    picture, sound = (latents, None) if first.joint is None else first.joint.split(latents)
+    section = begin(first, 0, draw(first))
+    latents = yield _of_stage(section, first, 0)
+    picture, sound = split_sound(latents, first.joint)
     picture = enlarge(picture)
     level = second.levels[0]
     start = _blend(picture, _draw_picture_tokens(noise, picture), level)
     if second.joint is None or sound is None:
-        return (yield _of_stage(begin(second, 1, start), second, 1))
+        section = begin(second, 1, start)
+        return (yield _of_stage(section, second, 1))
     sound_start = _blend(sound, _draw_sound_tokens(noise, sound), level)
     start = second.joint.join(start, sound_start)
-    latents = yield _of_stage(begin(second, 1, start), second, 1)
+    section = begin(second, 1, start)
+    latents = yield _of_stage(section, second, 1)
     picture, _ = second.joint.split(latents)
     return second.joint.join(picture, sound)
 

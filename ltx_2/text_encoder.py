@@ -58,8 +58,11 @@ def read_settings(
     scaling = far if rope else settings.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     stretch = float(scaling.get("factor", 1.0)) if settings else STRETCH
-    theta = float(far.get("rope_theta", settings.get("rope_theta", THETA)))
-    near_theta = float(near.get("rope_theta", settings.get("rope_local_base_freq", NEAR_THETA)))
+    # transformers 5 has bases by the kind of layer, 4 has one name for each
+    theta = settings.get("rope_theta", THETA)
+    theta = float(far.get("rope_theta", theta))
+    near_theta = settings.get("rope_local_base_freq", NEAR_THETA)
+    near_theta = float(near.get("rope_theta", near_theta))
     scalar = int(settings.get("query_pre_attn_scalar", head_width))
     window = int(settings.get("sliding_window", WINDOW))
     pattern = settings.get("_sliding_window_pattern", PATTERN)
@@ -69,10 +72,13 @@ def read_settings(
     if kind not in ("default", "linear") or not are_possible:
         listed = ", ".join(map(str, numbers))
         raise ValueError(f"rotary frequencies of type {kind}, numbers {listed}")
+    rope_scaling = None
+    if stretch != 1:
+        rope_scaling = {"rope_type": "linear", "factor": stretch}
     return {
         "rope_theta": theta,
         "rope_local_base_freq": near_theta,
-        "rope_scaling": None if stretch == 1 else {"rope_type": "linear", "factor": stretch},
+        "rope_scaling": rope_scaling,
         "query_pre_attn_scalar": scalar,
         "sliding_window": window,
         "layer_types": _layer_types(settings, num_layers, pattern),

@@ -43,7 +43,8 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     Raises CheckpointError for any other file.
     """
     refusal = other_kind(checkpoint, "a latent upscaler of LTX-2", option, FILES)
-    names, sources = checkpoint.tensors, plain_sources(checkpoint)
+    names = checkpoint.tensors
+    sources = plain_sources(checkpoint)
     if not is_upscaler(checkpoint):
         raise refusal
     shape = shapes_of(checkpoint, sources, refusal)
@@ -53,13 +54,15 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     layer = "upsampler.conv.weight" if is_rational else "upsampler.0.weight"
     is_timed = layer in names and len(names[layer].shape) == 5
     # the layer makes a block of pixels of each pixel; its size tells the factor of the sides
-    block, remainder = divmod(shape(layer, 5 if is_timed else 4)[0], width)
+    width_out = shape(layer, 5 if is_timed else 4)[0]
+    block, remainder = divmod(width_out, width)
     sides_by_block = {2: 1, 8: 2} if is_timed else {4: 2, 9: 3, 16: 4}
     side = sides_by_block.get(block)
     if axes not in (4, 5) or remainder or width % GROUPS:
         raise refusal
     if side is None or (side > 2 and not is_rational):
         raise refusal
+    scale = _scale(checkpoint, option) if side == 3 else SCALES.get(side, 2.0)
     settings = {
         "in_channels": channels,
         "mid_channels": width,
@@ -68,7 +71,7 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
         "spatial_upsample": side > 1,
         "temporal_upsample": is_timed,
         "use_rational_resampler": is_rational,
-        "rational_spatial_scale": SCALES.get(side, 2.0) if side != 3 else _scale(checkpoint, option),
+        "rational_spatial_scale": scale,
     }
     return LoadPlan(settings, checkpoint, sources)
 

@@ -58,11 +58,9 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
     decoder = _half(shape, sources, "decoder", refusal)
     config = _with_facts(checkpoint, encoder, decoder)
     colours = shape("encoder.conv_in.conv.weight", 5)[1]
-    if (
-        colours != 3 * config.patch**2
-        or shape("decoder.conv_out.conv.weight", 5)[0] != colours
-        or not _halves_fit(config)
-    ):
+    if colours != 3 * config.patch**2:
+        raise refusal
+    if shape("decoder.conv_out.conv.weight", 5)[0] != colours or not _halves_fit(config):
         raise refusal
     return LoadPlan(config, checkpoint, sources, UNUSED)
 
@@ -147,14 +145,16 @@ def _half(
     parts: list[BlockGroup | Resampling] = []
     width_out, last_width = shape(f"{half}.conv_out.conv.weight", 5)[:2]
     width = last_width  # behind the part that is read
-    for index in reversed(range(count(names, rf"{re.escape(start)}\.\d+"))):
+    num_parts = count(names, rf"{re.escape(start)}\.\d+")
+    for index in reversed(range(num_parts)):
         name = f"{start}.{index}"
         if f"{name}.conv.conv.weight" in names:
             convolved, width_in = shape(f"{name}.conv.conv.weight", 5)[:2]
             large, small = (width, convolved) if is_down else (convolved, width)
-            if not parts or large % small or large // small not in FACTORS:
+            ratio, remainder = divmod(large, small)
+            if not parts or remainder or ratio not in FACTORS:
                 raise refusal
-            parts.insert(0, Resampling(width_in, width, FACTORS[large // small], is_residual=is_down))
+            parts.insert(0, Resampling(width_in, width, FACTORS[ratio], is_residual=is_down))
             width = width_in
         else:
             first = f"{name}.res_blocks.0.conv1.conv.weight"  # LTX-Video 0.9 has other resamplings
@@ -179,35 +179,45 @@ def _with_facts(checkpoint: Checkpoint, encoder: HalfConfig, decoder: HalfConfig
     """Add what is in no tensor. Raises CheckpointError if the file's settings cannot be used."""
     path = checkpoint.path
     settings = read_settings(checkpoint, "vae", DIFFUSERS_CLASS)
-    is_first = [part.factors for part in decoder.resamplings] == 3 * [FACTORS[8]]
     try:
-        shortcuts = _read_shortcuts(settings, len(decoder.resamplings), is_first)
-        encoder_mode = settings.get("encoder_spatial_padding_mode", ZEROS)
-        decoder_mode = settings.get("spatial_padding_mode", REFLECT if is_first else ZEROS)
-        decoder_mode = settings.get("decoder_spatial_padding_mode", decoder_mode)
-        is_causal = settings.get("decoder_causal", settings.get("causal_decoder", False))
-        from_latents = iter([bool(shortcut) for shortcut in reversed(shortcuts)])  # listed from the pixels on
-        parts: list[BlockGroup | Resampling] = []
-        for part in decoder.parts:
-            if isinstance(part, Resampling):
-                part = replace(part, is_residual=next(from_latents))
-            parts.append(part)
-        modes = (encoder_mode, decoder_mode)
-        has_all = len(shortcuts) == len(decoder.resamplings)
-        if not {*modes} <= {ZEROS, REFLECT} or not has_all or type(is_causal) is not bool:
-            raise ValueError(f"paddings {modes}, shortcuts {shortcuts}, causal decoder {is_causal}")
+        encoder, decoder = _apply_settings(settings, encoder, decoder)
     except (ValueError, TypeError, AttributeError, StopIteration, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: the settings of its VAE, in the file or in config.json next to it, cannot be used: "
             f"{error}. Give {FILES} to --vae.",
             path,
         ) from error
-    return VideoVaeConfig(
-        decoder.channels_in,
-        isqrt(encoder.channels_in // 3),
-        replace(encoder, reflects=encoder_mode == REFLECT),
-        replace(decoder, parts=tuple(parts), reflects=decoder_mode == REFLECT, is_causal=is_causal),
-    )
+    patch = isqrt(encoder.channels_in // 3)
+    return VideoVaeConfig(decoder.channels_in, patch, encoder, decoder)
+
+
+def _apply_settings(
+    settings: Mapping[str, Any], encoder: HalfConfig, decoder: HalfConfig
+) -> tuple[HalfConfig, HalfConfig]:
+    """Add paddings, shortcuts and causality to both halves.
+
+    Raises ValueError for impossible settings, and Python's own errors for values of other types.
+    """
+    is_first = [part.factors for part in decoder.resamplings] == 3 * [FACTORS[8]]
+    shortcuts = _read_shortcuts(settings, len(decoder.resamplings), is_first)
+    encoder_mode = settings.get("encoder_spatial_padding_mode", ZEROS)
+    decoder_mode = settings.get("spatial_padding_mode", REFLECT if is_first else ZEROS)
+    decoder_mode = settings.get("decoder_spatial_padding_mode", decoder_mode)
+    is_causal = settings.get("causal_decoder", False)
+    is_causal = settings.get("decoder_causal", is_causal)
+    from_latents = iter([bool(shortcut) for shortcut in reversed(shortcuts)])  # listed from the pixels on
+    parts: list[BlockGroup | Resampling] = []
+    for part in decoder.parts:
+        if isinstance(part, Resampling):
+            part = replace(part, is_residual=next(from_latents))
+        parts.append(part)
+    modes = (encoder_mode, decoder_mode)
+    has_all = len(shortcuts) == len(decoder.resamplings)
+    if not {*modes} <= {ZEROS, REFLECT} or not has_all or type(is_causal) is not bool:
+        raise ValueError(f"paddings {modes}, shortcuts {shortcuts}, causal decoder {is_causal}")
+    encoder = replace(encoder, reflects=encoder_mode == REFLECT)
+    decoder = replace(decoder, parts=tuple(parts), reflects=decoder_mode == REFLECT, is_causal=is_causal)
+    return encoder, decoder
 
 
 def _read_shortcuts(settings: Mapping[str, Any], num_resamplings: int, is_first: bool) -> Sequence[Any]:

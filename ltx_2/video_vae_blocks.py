@@ -142,24 +142,30 @@ class ClipConv(nn.Module):
             return self._convolve_end(memory)
         if not x.shape[2]:
             return x.new_empty(x.shape[0], self.conv.out_channels, 0, *x.shape[3:])
-        frames_before = memory.take(self)
+        joined = self._join(memory.take(self), x)
+        memory.keep(self, joined[:, :, 1 - KERNEL :])
+        if joined.shape[2] < KERNEL:  # the first frame of a clip waits for the second
+            return x.new_empty(x.shape[0], self.conv.out_channels, 0, *x.shape[3:])
+        return conv3d(self.conv, joined)
+
+    def _join(self, frames_before: Tensor | None, x: Tensor) -> Tensor:
+        """Return x behind the frames before it; None: the first frame of x is repeated before it.
+
+        Written into one tensor, so that no concatenation copies x again.
+        """
         batch, channels, frames, height, width = x.shape
         if self.reflects and min(height, width) < 2:
             raise ValueError(f"latents of {height} x {width}: this VAE mirrors borders, so it needs 2 x 2")
         edge = int(self.reflects)
         num_before = self.before if frames_before is None else frames_before.shape[2]
-        # x goes behind the frames before it in one tensor, so that no concatenation copies it again
         size = (batch, channels, num_before + frames, height + 2 * edge, width + 2 * edge)
         joined = empty_clip(x, *size)
-        place = joined[:, :, num_before:]  # of x
-        self._write(x, place[..., edge : edge + height, edge : edge + width])
+        behind = joined[:, :, num_before:]
+        self._write(x, behind[..., edge : edge + height, edge : edge + width])
         if self.reflects:
-            _mirror_borders(place)
-        joined[:, :, :num_before] = place[:, :, :1] if frames_before is None else frames_before
-        memory.keep(self, joined[:, :, 1 - KERNEL :])
-        if joined.shape[2] < KERNEL:  # the first frame of a clip waits for the second
-            return x.new_empty(batch, self.conv.out_channels, 0, height, width)
-        return conv3d(self.conv, joined)
+            _mirror_borders(behind)
+        joined[:, :, :num_before] = behind[:, :, :1] if frames_before is None else frames_before
+        return joined
 
     def _convolve_end(self, memory: ClipMemory) -> Tensor:
         """Return the frame that has waited for the one behind it: the last frame is repeated."""

@@ -10,6 +10,7 @@ from contract.data import (
     Conditions,
     MediaBatch,
     MediaEncoders,
+    split_items,
 )
 from modules.errors import CacheError
 from modules.media.pixels import to_pixels
@@ -43,13 +44,11 @@ def encode_together(
     pixels = to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
     tensors = {"latents": vae.encode(pixels).to(store)}
     if media.control:
-        tensors["latents_control"] = vae.encode(to_pixels(media.control[0].to(vae.device))).to(store)
+        control = to_pixels(media.control[0].to(vae.device))
+        tensors["latents_control"] = vae.encode(control).to(store)
     if image_kind is not None:
         tensors |= _encode_images(encoders, pixels, store, has_last=image_kind == "flf2v")
-    entries = []
-    for item in range(len(pixels)):
-        entries.append(CacheEntry({name: tensor[item] for name, tensor in tensors.items()}))
-    return entries
+    return split_items(tensors)
 
 
 def _encode_images(
@@ -130,13 +129,16 @@ def batch_conditions(
 
 def _cached_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
     """Return the CLIP features of a batch. Raises CacheError if they are of another number of images."""
-    clip, positions = batch.tensor("clip"), config.image_positions
-    fits = clip.shape[1] == positions if positions else clip.shape[1] != 2 * CLIP_TOKENS
+    clip = batch.tensor("clip")
+    positions = config.image_positions
+    if positions:
+        fits = clip.shape[1] == positions
+        switches, images = "--clip --flf2v", "two images"
+    else:
+        fits = clip.shape[1] != 2 * CLIP_TOKENS
+        switches, images = "--clip, without --flf2v", "one image"
     if fits:
         return clip
-    switches, images = "--clip, without --flf2v", "one image"
-    if positions:
-        switches, images = "--clip --flf2v", "two images"
     raise CacheError(
         f"{batch.keys[0]}: the cached CLIP features have {clip.shape[1]} rows, --task {task.name} needs "
         f"{positions or CLIP_TOKENS}, of {images}. Cache again with wan_cache_latents.py {switches}."

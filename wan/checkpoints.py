@@ -168,7 +168,8 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
 
     Raises CheckpointError if it is another file, or of another size, or if the transformer has such blocks.
     """
-    path, config = checkpoint.path, header.config
+    path = checkpoint.path
+    config = header.config
     shapes = _shapes(bare_names(checkpoint))
     weight = shapes.get("vace_patch_embedding.weight", ())
     layers = _count_blocks(shapes, "vace_blocks")
@@ -200,14 +201,17 @@ _LEAST_AXES = {
 }
 
 
-def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
-    needed = (
-        "blocks.0.ffn.0.weight",
-        "time_embedding.0.weight",
-        "text_embedding.0.weight",
-        "head.head.weight",
-    )
-    missing = [name for name in needed if name not in shapes]
+_NEEDED = (
+    "blocks.0.ffn.0.weight",
+    "time_embedding.0.weight",
+    "text_embedding.0.weight",
+    "head.head.weight",
+)
+
+
+def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError if a weight that `_config` reads is missing or has too few axes."""
+    missing = [name for name in _NEEDED if name not in shapes]
     if missing:
         raise CheckpointError(
             f"{path} is an incomplete Wan transformer without {', '.join(missing)}. Download it again.",
@@ -218,8 +222,13 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
         if shape is not None and (len(shape) < axes or 0 in shape):
             sizes = " x ".join(map(str, shape)) or "a single number"
             raise CheckpointError(f"{path} does not fit Wan: {name} is {sizes}. Download it again.", path)
+
+
+def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
+    _check_shapes(path, shapes)
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
-    layers, vace_layers = _count_blocks(shapes, "blocks"), _count_blocks(shapes, "vace_blocks")
+    layers = _count_blocks(shapes, "blocks")
+    vace_layers = _count_blocks(shapes, "vace_blocks")
     vace_dim = shapes.get("vace_patch_embedding.weight", (0, 0))[1]
     if vace_layers and (layers % vace_layers or vace_dim != VACE_DIM):
         raise CheckpointError(
@@ -235,6 +244,7 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
             f"{path}: width {dim} is not a multiple of {HEAD_WIDTH}, the head width of Wan models.", path
         )
     image = shapes.get("img_emb.proj.0.weight")
+    frames, rows, columns = patch[:3]
     return WanConfig(
         dim=dim,
         ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
@@ -245,8 +255,8 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
         vace_layers=vace_layers,
         vace_dim=vace_dim,
         in_dim=in_dim,
-        out_dim=shapes["head.head.weight"][0] // (patch[0] * patch[1] * patch[2]),
-        patch_size=(patch[0], patch[1], patch[2]),
+        out_dim=shapes["head.head.weight"][0] // (frames * rows * columns),
+        patch_size=(frames, rows, columns),
         has_image="blocks.0.cross_attn.k_img.weight" in shapes,
         image_dim=image[0] if image else WanConfig.image_dim,
         image_positions=shapes["img_emb.emb_pos"][-2] if "img_emb.emb_pos" in shapes else 0,
@@ -268,9 +278,12 @@ def _check_places(path: Path, layers: int, vace_layers: int) -> None:
 
 
 def _count_blocks(shapes: Mapping[str, tuple[int, ...]], blocks: str) -> int:
-    return 1 + max(
-        (int(name.split(".")[1]) for name in shapes if re.match(rf"{blocks}\.\d+\.", name)), default=-1
-    )
+    count = 0
+    for name in shapes:
+        match = re.match(rf"{blocks}\.(\d+)\.", name)
+        if match is not None:
+            count = max(count, 1 + int(match[1]))
+    return count
 
 
 def _names_of(header: DitHeader[WanConfig]) -> str:

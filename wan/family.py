@@ -275,7 +275,7 @@ class Wan(OneTransformer):
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
     ) -> Tensor:
         """Predict the velocity, B C F H W float32, from t5 (n D each), clip (B T 1280), condition_latents."""
-        condition, clip, places = cond.get("condition_latents"), cond.get("clip"), cond.get(PLACES)
+        condition = cond.get("condition_latents")
         if isinstance(condition, Tensor):
             noisy = torch.cat([noisy, condition.to(noisy)], dim=1)
         arguments: dict[str, Any] = {}
@@ -283,8 +283,10 @@ class Wan(OneTransformer):
             tensor = cond.get(name)
             if isinstance(tensor, Tensor):
                 arguments[argument] = tensor.to(noisy.device)
+        places = cond.get(PLACES)
         if isinstance(places, Tensor):  # on the host, the same for all samples
             arguments["places"] = tuple(places[0].tolist())
+        clip = cond.get("clip")
         features = clip.to(noisy.device) if isinstance(clip, Tensor) else None
         tweaks = tweaks.rename_away(lambda texts: {"text": texts["t5"]})
         return dit(noisy, timesteps, cond["t5"], features, tweaks=tweaks, **arguments)
@@ -295,27 +297,25 @@ class Wan(OneTransformer):
         self.files.check(("dit", "texts", *(("vae", "clip") if media else ())))
 
     def prepare(self, request: Request) -> Prepared:
+        task = self.files.task
         self.files.check_dits()
+        settings: dict[str, Any] = {"usual": self.defaults, "latent": self.latent, "experts": self.experts}
         if self.image_kind == ONE_FRAME:  # samples of a training of pictures
             request = replace(request, extra={ONE_FRAME: "default", **request.extra})
         if ONE_FRAME in request.extra:
             from wan import one_frame  # only for single pictures
 
             self.files.check(("dit", "clip"))
-            return one_frame.prepare(
-                self.files.task, request, usual=self.defaults, latent=self.latent, experts=self.experts
-            )
+            return one_frame.prepare(task, request, **settings)
         control = None
-        if self.files.task.kind == VACE:
+        if task.kind == VACE:
             from wan.vace import take_control  # only for VACE
 
             request, control = take_control(request, self.files.dit_header().config.vace_layers)
-        request = take_inputs(self.files.task, request)
+        request = take_inputs(task, request)
         self.files.check(("dit", "clip"))
-        prepared = prepare_request(
-            self.files.task, request, usual=self.defaults, latent=self.latent, experts=self.experts
-        )
-        check_control(self.files.task, prepared)
+        prepared = prepare_request(task, request, **settings)
+        check_control(task, prepared)
         return prepared if control is None else control.add_to(prepared)
 
     def needs_media(self, prepared: Prepared) -> bool:
@@ -340,11 +340,11 @@ class Wan(OneTransformer):
     @property
     def source(self) -> SourceRules:
         """Return the rules for starts of denoising: a picture's task starts from a picture."""
-        makes_picture, starts_from_noise = self.files.task.frames == 1, not self.files.task.takes_image
-        takes = {VIDEO: not makes_picture, IMAGE: starts_from_noise, LATENTS: True}
+        task = self.files.task
+        takes = {VIDEO: task.frames != 1, IMAGE: not task.takes_image, LATENTS: True}
         return SourceRules(
             tuple(option for option, is_taken in takes.items() if is_taken),
-            f"--task {self.files.task.name}",
+            f"--task {task.name}",
             stretches=True,
             latents_of=frozenset({"wan"}),
         )
@@ -364,13 +364,16 @@ class Wan(OneTransformer):
         Noise is one draw of C F H W; extra noise on the image's condition, for more motion, is drawn after
         it. An image that is the first frame of the video is given to the section.
         """
+        request = prepared.asked
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
+        is_picture = ONE_FRAME in request.extra
         # references of VACE stand in front and are cut off; Fun-Control and the like have none here. Of a
         # single picture and its control images the picture is kept
-        is_picture = ONE_FRAME in prepared.asked.extra
-        front = len(prepared.asked.control_images)
-        behind = not is_picture and appends_end(self.files.task, prepared.asked)
-        start = noise.draw((batch, channels, front + frames + behind, *area))
+        front = len(request.control_images)
+        frames += front
+        if not is_picture and appends_end(self.files.task, request):
+            frames += 1
+        start = noise.draw((batch, channels, frames, *area))
         conditions = dict(inputs.get(0, {}))
         first = conditions.pop(FIRST_LATENTS, None)
         if self.image_noise and self.files.task.takes_image:
@@ -382,7 +385,9 @@ class Wan(OneTransformer):
         if isinstance(first, Tensor):
             section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))
         latents = yield section
-        return latents[:, :, prepared.own.slot].unsqueeze(2) if is_picture else latents[:, :, front:]
+        if is_picture:
+            return latents[:, :, prepared.own.slot].unsqueeze(2)
+        return latents[:, :, front:]
 
     def _add_image_noise(self, condition: Tensor, noise: NoiseSource) -> Tensor:
         """Return the condition with noise on the image's channels, which are the last ones."""

@@ -193,12 +193,14 @@ def read_release(folder: Path, latent: LatentSpec) -> WanRelease:
         )
     index = folder / PIPELINE_INDEX
     if index.exists():
-        has_experts = (folder / PIPELINE_EXPERTS["dit"]).is_dir()
-        files = _existing(folder, PIPELINE | (PIPELINE_EXPERTS if has_experts else PIPELINE_DIT))
-        return WanRelease(files, _read_boundary(index) if has_experts else None)
+        if (folder / PIPELINE_EXPERTS["dit"]).is_dir():
+            files = _existing(folder, PIPELINE | PIPELINE_EXPERTS)
+            return WanRelease(files, _read_boundary(index))
+        return WanRelease(_existing(folder, PIPELINE | PIPELINE_DIT))
     names = {**OFFICIAL, "vae": RELEASES[latent.channels].file, **OFFICIAL_EXPERTS}
     files = _existing(folder, names)
-    if not files.keys() & OFFICIAL_EXPERTS.keys() and any(folder.glob(OFFICIAL_DIT)):
+    has_experts = not files.keys().isdisjoint(OFFICIAL_EXPERTS)
+    if not has_experts and any(folder.glob(OFFICIAL_DIT)):
         files["dit"] = folder
     return WanRelease(files)
 
@@ -241,6 +243,7 @@ def add_release(files: WanFiles, release: Mapping[str, Path]) -> WanFiles:
 class _NamedDit(NamedTuple):
     """A transformer and which expert it is."""
 
+    option: str
     path: Path
     name: str | None  # the expert that its file's name says; None: it says nothing
     use: str  # the expert that it is given for
@@ -252,30 +255,33 @@ def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
     Raises OptionError if both say that they were swapped. Warns if one of them does, as a name is only a
     hint.
     """
-    dits = {}
-    for option, path, use in (("--dit", dit, LOW_NOISE), ("--dit_high_noise", dit_high_noise, HIGH_NOISE)):
-        if path is not None:
-            dits[option] = _NamedDit(path, expert_of_file(path, dict(WAN.experts)), use)
-    wrong = {option: named for option, named in dits.items() if named.name not in {None, named.use}}
-    if len(wrong) > 1:
+    experts = dict(WAN.experts)
+    dits = []
+    if dit is not None:
+        dits.append(_NamedDit("--dit", dit, expert_of_file(dit, experts), LOW_NOISE))
+    if dit_high_noise is not None:
+        name = expert_of_file(dit_high_noise, experts)
+        dits.append(_NamedDit("--dit_high_noise", dit_high_noise, name, HIGH_NOISE))
+    misnamed = [named for named in dits if named.name not in (None, named.use)]
+    if len(misnamed) > 1:
         raise OptionError(
             f"--dit {dit} is named as the transformer for much noise, and --dit_high_noise {dit_high_noise} "
             "as the one for little noise: swap the two"
         )
-    for option, named in wrong.items():
+    for named in misnamed:
         is_alone = len(dits) == 1 and named.use == LOW_NOISE
         logger.warning(
             "%s %s is used for %s, but its name says that it is for %s noise",
-            option,
+            named.option,
             named.path,
-            "all noise levels" if is_alone else f"{_words(named.use)} noise",
-            _words(named.name),
+            "all noise levels" if is_alone else f"{_amount_of_noise(named.use)} noise",
+            _amount_of_noise(named.name),
         )
     if dit is not None and dit == dit_high_noise:
         logger.warning("--dit and --dit_high_noise are the same file: %s does all steps", dit)
 
 
-def _words(expert: str | None) -> str:
+def _amount_of_noise(expert: str | None) -> str:
     return "much" if expert == HIGH_NOISE else "little"
 
 
@@ -285,7 +291,8 @@ def _existing(folder: Path, parts: Mapping[str, str]) -> dict[str, Path]:
 
 def files_of(options: WanTrainingOptions | WanGenerationOptions) -> WanFiles:
     """Return the files that are given and that the task takes. Raises OptionError if two were swapped."""
-    text, high = options.text, options.experts.dit_high_noise
+    text = options.text
+    high = options.experts.dit_high_noise
     check_names(options.dit, high)
     clip = options.clip
     if clip is not None and TASKS[options.task].version != "2.1":
@@ -312,7 +319,9 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
 
     Raises OptionError if the transformer for little noise is missing.
     """
-    files, task, boundary = files_of(options), TASKS[options.task], None
+    files = files_of(options)
+    task = TASKS[options.task]
+    boundary = None
     if options.ckpt_dir is not None:
         release = read_release(options.ckpt_dir, LATENT_SPECS[task.kind])
         files = add_release(files, release.files)
@@ -364,16 +373,18 @@ def caching_files(options: WanLatentCachingOptions) -> tuple[WanFiles, str | Non
         release = RELEASES[read_once(files.vae_path, read_vae).config.latent_channels]
     if release is None:
         logger.info("Sizes are those of %s; for others give --vae", WAN_2_1.about)
-    if release is WAN_2_2 and image_kind is not None:
-        if image_kind == VACE:
-            raise OptionError(f"--vace: --vae {options.vae.vae} is {WAN_2_2.about}; VACE has that of Wan2.1")
+    if release is not WAN_2_2:
+        return replace(files, task=TASKS["t2v-14B"]), image_kind
+    if image_kind == VACE:
+        raise OptionError(f"--vace: --vae {options.vae.vae} is {WAN_2_2.about}; VACE has that of Wan2.1")
+    if image_kind is not None:
         switch = "--clip" if options.clip is not None else "--i2v"
+        switches = f"{switch} and --flf2v" if options.flf2v else switch
         raise OptionError(
             f"{switch}: --vae {options.vae.vae} is {WAN_2_2.about}. That model starts from an image by the "
-            f"latents of the clip itself, so nothing else is cached. Leave out {switch}"
-            f"{' and --flf2v' if options.flf2v else ''}."
+            f"latents of the clip itself, so nothing else is cached. Leave out {switches}."
         )
-    return replace(files, task=TASKS["ti2v-5B" if release is WAN_2_2 else "t2v-14B"]), image_kind
+    return replace(files, task=TASKS["ti2v-5B"]), None
 
 
 def _image_kind(options: WanLatentCachingOptions) -> str | None:

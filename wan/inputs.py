@@ -45,10 +45,15 @@ def size_like_image(image: tuple[int, int], area: int) -> tuple[int, int]:
     the patch.
     """
     aspect = image[1] / image[0]
-    sides = ((area / aspect) ** 0.5, (area * aspect) ** 0.5)
     # add a little because the root of an exact square may come out just below it
-    width, height = (max(int((side + 1e-6) // SIZE_STEP) * SIZE_STEP, SIZE_STEP) for side in sides)
-    return width, height
+    width = (area / aspect) ** 0.5 + 1e-6
+    height = (area * aspect) ** 0.5 + 1e-6
+    return _floor_side(width, SIZE_STEP), _floor_side(height, SIZE_STEP)
+
+
+def _floor_side(side: float, step: int) -> int:
+    """Return the multiple of `step` below a side, one step at least."""
+    return max(int(side // step) * step, step)
 
 
 def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int]:
@@ -60,12 +65,11 @@ def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int
     """
     aspect = image[0] / image[1]
     # add a little because the root of an exact square may come out just below it
-    width, height = (
-        int((area * ratio) ** 0.5 + 1e-6) // step * step or step for ratio in (aspect, 1 / aspect)
-    )
+    width = _floor_side((area * aspect) ** 0.5 + 1e-6, step)
+    height = _floor_side((area * (1 / aspect)) ** 0.5 + 1e-6, step)
     sizes = [
-        (width, area // width // step * step or step),
-        (area // height // step * step or step, height),
+        (width, _floor_side(area // width, step)),
+        (_floor_side(area // height, step), height),
     ]
 
     def stretch(size: tuple[int, int]) -> float:
@@ -111,9 +115,10 @@ def first_last_condition(vae: WanVae, first: Tensor, last: Tensor, frames: int) 
     if frames == 1:
         return image_condition(vae, first, 1)
     middle = first.new_zeros(*first.shape[:2], frames - 2, *first.shape[3:])
+    latents = vae.encode(torch.cat([first, middle, last], dim=2))
     known_frames = torch.zeros(frames)
     known_frames[0] = known_frames[-1] = 1
-    return _with_mask(frame_mask(known_frames), vae.encode(torch.cat([first, middle, last], dim=2)))
+    return _with_mask(frame_mask(known_frames), latents)
 
 
 def _with_mask(mask: Tensor, latents: Tensor) -> Tensor:
@@ -164,26 +169,29 @@ def encode_inputs(
 
     Images are stretched to the size, which has the aspect of the first one.
     """
-    request, width, height = prepared.asked, prepared.width, prepared.height
+    request = prepared.asked
     vae = encoders.vae
     conditions: dict[str, Tensor | list[Tensor]] = {}
     image: Tensor | None = None
     first = request.first_image
     if task.takes_image and first is not None:
         if task.has_features:
-            conditions["clip"] = _encode_features(encoders, task, request, first)
+            paths = [first]
+            if task.kind == "flf2v" and request.end_image_path is not None:
+                paths.append(request.end_image_path)
+            conditions["clip"] = encode_features(encoders, paths)
         image = _encode_images(vae, task, prepared, first)
         conditions["condition_latents"] = image.cpu()
     if task.keeps_image and request.image_path is not None:
-        pixels = image_pixels(request.image_path, width, height, shrink="lanczos")
+        pixels = image_pixels(request.image_path, prepared.width, prepared.height, shrink="lanczos")
         conditions[FIRST_LATENTS] = vae.encode(pixels).cpu()
     if task.has_control and request.control_path is not None:
         has_end = appends_end(task, request)
         pixels = video_pixels(
             request.control_path,
             "--control_path",
-            width=width,
-            height=height,
+            width=prepared.width,
+            height=prepared.height,
             frames=prepared.frames,
             end_frames=FRAMES_PER_LATENT if has_end else 0,
         )
@@ -192,11 +200,8 @@ def encode_inputs(
     return conditions
 
 
-def _encode_features(encoders: MediaEncoders, task: WanTask, request: Request, first: Path) -> Tensor:
-    """Return the CLIP features of the first image, and of the end image if the task has both."""
-    paths = [first]
-    if task.kind == "flf2v" and request.end_image_path is not None:
-        paths.append(request.end_image_path)
+def encode_features(encoders: MediaEncoders, paths: Sequence[Path]) -> Tensor:
+    """Return the CLIP features of images, 1 T D, on the CPU."""
     features = [encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in paths]
     return torch.cat(features, dim=1).cpu()
 

@@ -220,9 +220,15 @@ class WanModel(BlockNetwork):
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+            nn.Linear(config.text_dim, dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(dim, dim),
         )
-        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, dim),
+            nn.SiLU(),
+            nn.Linear(dim, dim),
+        )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(WanAttentionBlock(config) for _ in range(config.num_layers))
         self.head = Head(config)
@@ -231,10 +237,10 @@ class WanModel(BlockNetwork):
         if config.has_ref_conv:
             # embeds a reference image; not called without one
             self.ref_conv = nn.Conv2d(REF_CHANNELS, dim, 2, 2)
-        width = dim // config.num_heads
+        head_width = dim // config.num_heads
         # rows and columns get a third of the pairs each, rounded down; frames get the rest
-        side = 2 * (width // 6)
-        widths = (width - 2 * side, side, side)
+        side = 2 * (head_width // 6)
+        widths = (head_width - 2 * side, side, side)
         self._rotary = GridTable(table_maker(TABLES[rope], widths, dtype=precision))
 
     def embed(
@@ -259,19 +265,21 @@ class WanModel(BlockNetwork):
         self._check(noisy, image_embeds)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         patches = in_own_dtype(self.patch_embedding, noisy).float()  # B C f h w
-        grid = (patches.shape[2], patches.shape[3], patches.shape[4])
+        _, _, frames, rows, columns = patches.shape
+        grid = (frames, rows, columns)
         time, modulation = self._embed_times(timesteps, tweaks.given_frames > 0)
         text_is_image = self.config.has_image and image_embeds is None
         merges = None if text_is_image else self.attention  # every row is needed if some are the image
         texts = [text] if tweaks.away is None else [text, tweaks.away.text["text"]]
-        embedded = [self._embed_text(rows, noisy, merges, dtype) for rows in texts]
+        embedded = [self._embed_text(prompt, noisy, merges, dtype) for prompt in texts]
         image_tokens = None
         if image_embeds is not None:
             image_tokens = self.img_emb(image_embeds).to(dtype)
         elif text_is_image:
             first, _ = embedded[0]
             image_tokens = first[:, :TEXT_ROWS_AS_IMAGE]
-            embedded = [(rows[:, TEXT_ROWS_AS_IMAGE:], repeats) for rows, repeats in embedded]
+            embedded = [(text_rows[:, TEXT_ROWS_AS_IMAGE:], repeats) for text_rows, repeats in embedded]
+        given_patches = tweaks.given_frames // self.config.patch_size[0]
         tokens = WanTokens(
             grid,
             rotary=self._rotary.of(Grid(grid, tweaks.slow_frames, places=places), noisy.device),
@@ -279,7 +287,7 @@ class WanModel(BlockNetwork):
             image=image_tokens,
             time=time,
             modulation=modulation,
-            num_given=tweaks.given_frames // self.config.patch_size[0] * grid[1] * grid[2],
+            num_given=given_patches * rows * columns,
             dtype=dtype,
             attention=self.attention,
             combine=tweaks.steer,
@@ -352,8 +360,9 @@ class WanModel(BlockNetwork):
 
 def _put_last_first(rows: Tensor) -> Tensor:
     """Return B 2 ... of B+1 rows: the last one, repeated, in front of each of the others."""
-    last, others = rows[-1:], rows[:-1]
-    return torch.stack([last.expand_as(others), others], dim=1)
+    last = rows[-1:]
+    front = rows[:-1]
+    return torch.stack([last.expand_as(front), front], dim=1)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tokens: WanTokens, repeats: Tensor | None = None) -> Tensor:

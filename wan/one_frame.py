@@ -38,7 +38,7 @@ from contract.requests import (
 )
 from contract.rules import Expert
 from modules.errors import CacheError, DatasetError, OptionError
-from modules.media.pixels import image_pixels, read_pixels, to_pixels
+from modules.media.pixels import image_pixels, to_pixels
 from wan.configs import (
     FIRST_LAST_NEGATIVE_PROMPT,
     NEGATIVE_PROMPT,
@@ -46,7 +46,7 @@ from wan.configs import (
     WanTask,
     default_flow_shift,
 )
-from wan.inputs import FRAMES_PER_LATENT
+from wan.inputs import FRAMES_PER_LATENT, encode_features
 from wan.options import ONE_FRAME, check_one_frame
 
 logger = logging.getLogger(__name__)
@@ -172,24 +172,25 @@ def encode_request(
 
     Control images are scaled to cover the picture and cropped.
     """
-    request, order = prepared.asked, prepared.own
+    request = prepared.asked
+    order = prepared.own
     assert isinstance(order, FrameOrder)
+    vae = encoders.vae
     pixels = [image_pixels(path, prepared.width, prepared.height) for path in request.control_images]
-    grey = encoders.vae.encode(torch.zeros_like(pixels[0])).cpu()
-    latents = [encoders.vae.encode(image).cpu() for image in pixels]
+    grey = vae.encode(torch.zeros_like(pixels[0])).cpu()
+    controls = [vae.encode(image).cpu() for image in pixels]
     conditions = dict[str, Tensor | list[Tensor]]()
     if task.has_features:
-        features = [
-            encoders.image_encoder.encode(read_pixels(path)[:, :, 0]) for path in _feature_images(request)
-        ]
-        conditions["clip"] = torch.cat(features, dim=1).cpu()
+        conditions["clip"] = encode_features(encoders, _feature_images(request))
     conditions[PLACES] = torch.tensor([order.places])
-    return conditions | {"condition_latents": _condition(order, latents, grey)}
+    conditions["condition_latents"] = _condition(order, controls, grey)
+    return conditions
 
 
 def _condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor) -> Tensor:
     """Return mask and latents, B 20 F h w. controls, grey: B 16 1 h w each."""
-    frames, mask = [*controls, grey], grey[:, :FRAMES_PER_LATENT]
+    frames = [*controls, grey]  # the picture, -1 in the order, is grey
+    mask = grey[:, :FRAMES_PER_LATENT]
     masks = [torch.full_like(mask, float(image >= 0)) for image in order.images]
     latents = [frames[image] for image in order.images]
     return torch.cat([torch.cat(masks, dim=2), torch.cat(latents, dim=2)], dim=1)
@@ -217,7 +218,8 @@ def check_table(table: MediaTable, has_features: bool) -> None:
 
 def encode_items(encoders: MediaEncoders, media: MediaBatch, store: torch.dtype) -> list[CacheEntry]:
     """Encode pictures with their control images, each image alone. store: dtype of the latents."""
-    vae, table = encoders.vae, media.table
+    vae = encoders.vae
+    table = media.table
     order = order_frames(table.clean_indices, table.target_index)
     controls = [to_pixels(frames.to(vae.device)) for frames in media.control]
     picture = to_pixels(media.frames.to(vae.device))
@@ -252,7 +254,20 @@ def batch_conditions(task: WanTask, config: WanConfig, batch: Batch) -> Conditio
     batch.check(needed, f"--task {task.name}")
     places = batch.tensor(PLACES)
     image = batch.tensor("latents_image").float()
-    if places.is_floating_point() or places.shape != (len(batch), image.shape[2]):
+    _check_places(batch, places, num_frames=image.shape[2])
+    conditions: dict[str, Tensor | list[Tensor]] = {
+        "t5": batch.tensors["t5"],
+        PLACES: places,
+        "condition_latents": image,
+    }
+    if task.has_features:
+        conditions["clip"] = _batch_features(batch, task, config.image_positions)
+    return conditions
+
+
+def _check_places(batch: Batch, places: Tensor, num_frames: int) -> None:
+    """Raise CacheError if places, B F, do not fit the latents, or differ between items."""
+    if places.is_floating_point() or places.shape != (len(batch), num_frames):
         raise CacheError(
             f"{batch.keys[0]}: its {PLACES} do not fit its latents. Cache again with {CACHE_AGAIN}."
         )
@@ -261,19 +276,20 @@ def batch_conditions(task: WanTask, config: WanConfig, batch: Batch) -> Conditio
             f"{batch.keys[0]} and {batch.keys[-1]}: their images have other places (fp_1f_clean_indices, "
             "fp_1f_target_index) and are in one batch. Set batch_size = 1."
         )
-    conditions: Conditions = {"t5": batch.tensors["t5"], PLACES: places, "condition_latents": image}
-    if not task.has_features:
-        return conditions
-    clip = batch.tensor("clip")
-    if clip.ndim == 4:  # B images T D, as other tuners cache them
-        clip = clip.flatten(1, 2)
-    if config.image_positions and clip.shape[1] != config.image_positions:
+
+
+def _batch_features(batch: Batch, task: WanTask, positions: int) -> Tensor:
+    """Return CLIP features, B T D. Raises CacheError if the network has another number of positions."""
+    features = batch.tensor("clip")
+    if features.ndim == 4:  # B images T D, as other tuners cache them
+        features = features.flatten(1, 2)
+    if positions and features.shape[1] != positions:
         raise CacheError(
-            f"{batch.keys[0]}: the cached CLIP features have {clip.shape[1]} rows, --task {task.name} needs "
-            f"{config.image_positions}, of two images. Set fp_1f_clean_indices for two control images, as in "
+            f"{batch.keys[0]}: the cached CLIP features have {features.shape[1]} rows, --task {task.name} "
+            f"needs {positions}, of two images. Set fp_1f_clean_indices for two control images, as in "
             f"[0, 2], and cache again with {CACHE_AGAIN}."
         )
-    return {**conditions, "clip": clip}
+    return features
 
 
 @lru_cache  # once, not with every batch

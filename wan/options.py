@@ -190,7 +190,8 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        probability, task = self.first_frame_probability, TASKS[self.task]
+        task = TASKS[self.task]
+        probability = self.first_frame_probability
         if self.one_frame:
             check_one_frame(task)
         if probability is not None and not task.keeps_image:
@@ -199,17 +200,22 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
                 f"--first_frame_probability {probability:g}: --task {task.name} {why}. Leave the option out, "
                 "or use --task ti2v-5B"
             )
-        sample_dit, dits = self.sample_dit_other, (self.dit, self.experts.dit_high_noise)
-        if sample_dit is not None and None not in dits:
+        if self.sample_dit_other is not None:
+            self._check_sample_dit(self.sample_dit_other)
+
+    def _check_sample_dit(self, sample_dit: Path) -> None:
+        """Raise OptionError unless samples need a transformer besides those that are trained."""
+        trained = (self.dit, self.experts.dit_high_noise)
+        if None not in trained:
             raise OptionError(
                 "--sample_dit_other: samples use both transformers, --dit and --dit_high_noise. Leave it out"
             )
-        if sample_dit is not None and task.boundary is None:
+        if TASKS[self.task].boundary is None:
             raise OptionError(
                 f"--sample_dit_other: --task {self.task} has one transformer. Leave the option out, or use "
                 "--task t2v-A14B or i2v-A14B"
             )
-        if sample_dit is not None and sample_dit in dits:
+        if sample_dit in trained:
             raise OptionError(
                 f"--sample_dit_other {sample_dit}: this one is trained. Give the file of the other "
                 "transformer"
@@ -287,21 +293,32 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
                     "--one_frame_inference is empty: give default, or places such as "
                     "target_index=1,control_index=0+2; or leave it out for a video"
                 )
-        task, one_frame = TASKS[self.task], self.one_frame_inference is not None
-        is_able = task.takes_image and not task.has_control
-        if is_able:  # lines may ask for one frame too
-            one_frame |= self.from_file is not None or self.interactive
-        useless = {
-            MASK: self.src_mask,
-            SCALE: self.vace_scale != (1.0,),
-            "control_path": None if task.has_control else self.control_path,
-            "control_image_path": None if one_frame else self.control_image_path,
-        }
-        idle = next((name for name, value in useless.items() if value), None)
-        if idle and task.kind != VACE:
-            alone = " without --one_frame_inference" if is_able and idle == "control_image_path" else ""
+        if TASKS[self.task].kind != VACE:
+            self._check_vace_options()
+
+    def _check_vace_options(self) -> None:
+        """Raise OptionError if an option is given that VACE alone has a use for."""
+        task = TASKS[self.task]
+        can_make_one_frame = task.takes_image and not task.has_control
+        # prompt lines may ask for one frame too
+        reads_lines = self.from_file is not None or self.interactive
+        one_frame = self.one_frame_inference is not None or (can_make_one_frame and reads_lines)
+        control_images = None if one_frame else self.control_image_path
+        unused = None
+        if self.src_mask:
+            unused = MASK
+        elif self.vace_scale != (1.0,):
+            unused = SCALE
+        elif self.control_path and not task.has_control:
+            unused = "control_path"
+        elif control_images:
+            unused = "control_image_path"
+        if unused is not None:
+            alone = ""
+            if can_make_one_frame and unused == "control_image_path":
+                alone = " without --one_frame_inference"
             raise OptionError(
-                f"--{idle}: --task {self.task} has no use for it{alone}. Use --task vace-1.3B, vace-14B or "
+                f"--{unused}: --task {self.task} has no use for it{alone}. Use --task vace-1.3B, vace-14B or "
                 "vace-A14B, with a checkpoint of VACE"
             )
 
@@ -339,33 +356,42 @@ def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[s
 def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     task = TASKS[options.task]
-    low, high = options.dit, options.experts.dit_high_noise
+    low = options.dit
+    high = options.experts.dit_high_noise
     if high is None:
         high = options.sample_dit_other
     else:
         low = low or options.sample_dit_other
-    one_frame = options.one_frame or ONE_FRAME in (sample.get("extra") or {})
-    if sample.get("example"):
-        one_frame |= PLACES_KEY in sample["example"].cached
-        inputs = _inputs_of_item(task, one_frame, sample)
-    else:
-        inputs = _inputs_of_sample(options, sample)
+    boundary = None if high is None else options.experts.timestep_boundary
+    clip = (options.clip or FillIn("CLIP_FILE")) if task.has_features else None
     return {
         "--task": options.task,
-        "--timestep_boundary": None if high is None else options.experts.timestep_boundary,
+        "--timestep_boundary": boundary,
         "--dit": low or FillIn("DIT_FILE"),
         "--dit_high_noise": high,
         "--vace": options.vace,
         "--vace_high_noise": options.vace_high_noise,
         "--vae": options.vae.vae or FillIn("VAE_FILE"),
         "--t5": options.text.t5 or FillIn("T5_FILE"),
-        "--clip": (options.clip or FillIn("CLIP_FILE")) if task.has_features else None,
+        "--clip": clip,
         "--t5_tokenizer": options.text.t5_tokenizer,
         "--dit_dtype": options.dit_dtype,
-        **_needed_inputs(task, one_frame),
-        **{flag: value for flag, value in inputs.items() if value},
+        **_generation_inputs(options, sample),
         "--video_length": sample.get("frames"),
     }
+
+
+def _generation_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pictures and clips of a sample; placeholders for those that its task needs."""
+    task = TASKS[options.task]
+    one_frame = options.one_frame or ONE_FRAME in (sample.get("extra") or {})
+    if sample.get("example"):
+        one_frame |= PLACES_KEY in sample["example"].cached
+        inputs = _inputs_of_item(task, one_frame, sample)
+    else:
+        inputs = _inputs_of_sample(options, sample)
+    present = {flag: value for flag, value in inputs.items() if value}
+    return _needed_inputs(task, one_frame) | present
 
 
 def _needed_inputs(task: WanTask, one_frame: bool) -> dict[str, Any]:

@@ -134,11 +134,15 @@ def pad_texts(
     longest = max(len(rows) for rows in text)
     if longest > length:
         raise ValueError(f"a text has {longest} tokens, the model takes {length}")
-    merges = attention is not None and attention.mode == SDPA.mode and text[0].device.type == "cpu"
-    size = min(longest + 1, length) if merges else length
-    rows = torch.stack([functional.pad(rows, (0, 0, 0, size - len(rows))) for rows in text])
+    on_cpu = text[0].device.type == "cpu"
+    can_repeat = attention is not None and attention.mode == SDPA.mode
+    size = length
+    if on_cpu and can_repeat:
+        size = min(longest + 1, length)
+    padded = [functional.pad(rows, (0, 0, 0, size - len(rows))) for rows in text]
+    stacked = torch.stack(padded)
     if size == length:
-        return rows, None
-    repeats = torch.ones(size, device=rows.device)
+        return stacked, None
+    repeats = torch.ones(size, device=stacked.device)
     repeats[-1] = length - longest
-    return rows, repeats
+    return stacked, repeats

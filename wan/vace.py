@@ -74,7 +74,8 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
 
     Raises OptionError if a file is missing or has no use.
     """
-    for option, path in {"image_path": request.image_path, "end_image_path": request.end_image_path}.items():
+    unusable = {"image_path": request.image_path, "end_image_path": request.end_image_path}
+    for option, path in unusable.items():
         if path is not None:
             raise OptionError(
                 f"--{option} {path}: VACE has no such input. To keep a first or last frame give --src_video "
@@ -82,7 +83,9 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
                 "elsewhere; to show what something looks like, give the picture to --src_ref_images"
             )
     references = divide(request.control_images)
-    mask = to_path("--src_mask", request.extra[MASK]) if request.extra.get(MASK) else None
+    mask = None
+    if request.extra.get(MASK):
+        mask = to_path("--src_mask", request.extra[MASK])
     if mask is not None and request.control_path is None:
         raise OptionError(
             f"--src_mask {mask}: it says what of a video is made new, and there is none. Give --src_video"
@@ -97,9 +100,10 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
     _check_pictures(mask, references)
     scale = request.extra.get(SCALE, "1")
     if request.control_path is None and not references and request.source is None:
+        unused_scale = "" if scale in _PLAIN else f"--vace_scale {scale} acts on nothing: "
         logger.warning(
             "%sneither --src_video nor --src_ref_images is given, and the video is made from the text alone",
-            "" if scale in _PLAIN else f"--vace_scale {scale} acts on nothing: ",
+            unused_scale,
         )
     settings = VaceRequest(mask, read_scales(scale, layers))
     return replace(request, control_images=references), settings
@@ -153,7 +157,8 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
     from modules.media.canvas import on_white
     from modules.media.reading import first_frame
 
-    request, settings = prepared.asked, prepared.own
+    request = prepared.asked
+    settings = prepared.own
     assert isinstance(settings, VaceRequest)
     if not any(settings.scales):
         return {}

@@ -51,13 +51,13 @@ class WanVaceModel(WanModel):
         *inputs: Any,
         control: Tensor | None = None,
         hint_scales: Tensor | None = None,
-        **more: Any,
+        **named_inputs: Any,
     ) -> Hidden:
         """Embed as `WanModel.embed`. control: B vace_dim F H W, of the noisy latents' size; None: no hints.
 
         hint_scales: B layers; None: hints are added as they are.
         """
-        hidden = super().embed(*inputs, **more)
+        hidden = super().embed(*inputs, **named_inputs)
         if control is not None:
             patches = in_own_dtype(self.vace_patch_embedding, control).float()
             hidden.side = rearrange(patches, "b c f h w -> b (f h w) c").contiguous()

@@ -5,12 +5,10 @@ In caches: `latents_control` C 32 (what stays, what changes), `vace_mask` as byt
 clip's latents, noised and learned with them, as in sampling. Source: DiffSynth-Studio's training of VACE.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from contract.data import CONTROL_MASK, REFERENCE_LATENTS, Batch, CacheEntry, MediaBatch
+from contract.data import CONTROL_MASK, REFERENCE_LATENTS, Batch, CacheEntry, MediaBatch, split_items
 from modules.errors import CacheError
 from modules.media.pixels import to_pixels
 from wan.spec import LATENT
@@ -23,26 +21,24 @@ def encode_items(vae: WanVae, media: MediaBatch, store: torch.dtype) -> list[Cac
 
     A missing control video is grey; a missing mask marks all as to be made new.
     """
-    pixels = to_pixels(media.frames.to(vae.device))
-    control = to_pixels(media.control[0].to(vae.device)) if media.control else torch.zeros_like(pixels)
+    device = vae.device
+    pixels = to_pixels(media.frames.to(device))
+    control = torch.zeros_like(pixels)
+    if media.control:
+        control = to_pixels(media.control[0].to(device))
     mask = media.control_mask
     if mask is None:
         mask = torch.full_like(media.frames[..., 0], 255)
-    levels = mask.to(vae.device)[:, None].float()  # 0..255
-    tensors = {
-        "latents": vae.encode(pixels).to(store),
-        "latents_control": encode_halves(vae, control, levels / 255).to(store),
-    }
+    levels = mask.to(device)[:, None].float()  # 0..255
+    tensors = {"latents": vae.encode(pixels).to(store)}
+    halves = encode_halves(vae, control, levels / 255)
+    tensors["latents_control"] = halves.to(store)
     if media.control_mask is not None:
         tensors[CONTROL_MASK] = fold_mask(levels).to(torch.uint8)
     for index, reference in enumerate(media.references):
-        latents = vae.encode(to_pixels(reference.to(vae.device)))
+        latents = vae.encode(to_pixels(reference.to(device)))
         tensors[f"{REFERENCE_LATENTS}_{index}"] = latents.to(store)
-    return [_entry(tensors, item) for item in range(len(pixels))]
-
-
-def _entry(tensors: Mapping[str, Tensor], item: int) -> CacheEntry:
-    return CacheEntry({name: tensor[item] for name, tensor in tensors.items()})
+    return split_items(tensors)
 
 
 def batch_control(batch: Batch) -> dict[str, Tensor | list[Tensor]]:

@@ -5,6 +5,7 @@ Module names follow the published checkpoints. Source: the released VAEs of Wan2
 """
 # Letters: B batch, C channels, T frames of the chunk, H height, W width (at the layer's own resolution)
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,15 +120,14 @@ def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Ten
     Written into one tensor, so that no concatenation copies it again.
     """
     batch, channels, frames, height, width = x.shape
-    size = (batch, channels, frames + TIME_KERNEL - 1, height, width)
+    earlier = TIME_KERNEL - 1
+    size = (batch, channels, earlier + frames, height, width)
     joined = empty_clip(x, *size)
-    missing = TIME_KERNEL - 1
-    if before is not None:
-        missing -= before.shape[2]
+    missing = earlier if before is None else earlier - before.shape[2]
     joined[:, :, :missing] = 0
     if before is not None:
-        joined[:, :, missing : TIME_KERNEL - 1] = before
-    now = joined[:, :, TIME_KERNEL - 1 :]
+        joined[:, :, missing:earlier] = before
+    now = joined[:, :, earlier:]
     if norm is None:
         now.copy_(x)
     else:
@@ -242,24 +242,24 @@ class WanVaeHalf(nn.Module):
 
     def __init__(self, config: WanVaeConfig, is_encoder: bool) -> None:
         super().__init__()
-        layers = config.encoder if is_encoder else config.decoder
-        first, last = layers[0].width_in, layers[-1].width_out
-        pixels, latents = 3 * config.patch**2, config.latent_channels
-        if is_encoder:
-            wide, channels_in, channels_out = last, pixels, 2 * latents
-        else:
-            wide, channels_in, channels_out = first, latents, pixels
         self.is_encoder = is_encoder
-        self.conv1 = WanCausalConv(channels_in, first)
-        parts = nn.ModuleList(_part(layer, is_encoder) for layer in layers)
-        middle = nn.ModuleList(
-            [WanResidualBlock(wide, wide), WanFrameAttention(wide), WanResidualBlock(wide, wide)]
-        )
+        layers = config.encoder if is_encoder else config.decoder
+        width_in = layers[0].width_in
+        width_out = layers[-1].width_out
+        pixel_channels = 3 * config.patch**2
         if is_encoder:
-            self.downsamples, self.middle = parts, middle
+            self.conv1 = WanCausalConv(pixel_channels, width_in)
+            self.downsamples = _layer_list(layers, is_down=True)
+            self.middle = _middle(width_out)
+            channels_out = 2 * config.latent_channels  # means and log variances
         else:
-            self.middle, self.upsamples = middle, parts
-        self.head = nn.ModuleDict({"0": RmsNorm(last), "2": WanCausalConv(last, channels_out)})
+            self.conv1 = WanCausalConv(config.latent_channels, width_in)
+            # weights are drawn in this order, though the middle runs first
+            upsamples = _layer_list(layers, is_down=False)
+            self.middle = _middle(width_in)
+            self.upsamples = upsamples
+            channels_out = pixel_channels
+        self.head = nn.ModuleDict({"0": RmsNorm(width_out), "2": WanCausalConv(width_out, channels_out)})
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
         x = self.conv1(x, memory)
@@ -274,7 +274,7 @@ class DownStage(nn.Module):
 
     def __init__(self, stage: VaeLayer) -> None:
         super().__init__()
-        self.downsamples = nn.ModuleList(_part(layer, True) for layer in stage.layers)
+        self.downsamples = _layer_list(stage.layers, is_down=True)
         self.factors = FACTORS[stage.kind]
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
@@ -289,7 +289,7 @@ class UpStage(nn.Module):
 
     def __init__(self, stage: VaeLayer) -> None:
         super().__init__()
-        self.upsamples = nn.ModuleList(_part(layer, False) for layer in stage.layers)
+        self.upsamples = _layer_list(stage.layers, is_down=False)
         self.factors = FACTORS[stage.kind]
 
     def forward(self, x: Tensor, memory: TimeMemory | None) -> Tensor:
@@ -299,7 +299,17 @@ class UpStage(nn.Module):
         return h if self.factors == (1, 1, 1) else add_repeated(h, x, self.factors)
 
 
-def _part(layer: VaeLayer, is_down: bool) -> nn.Module:
+def _middle(width: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        [WanResidualBlock(width, width), WanFrameAttention(width), WanResidualBlock(width, width)]
+    )
+
+
+def _layer_list(layers: Sequence[VaeLayer], is_down: bool) -> nn.ModuleList:
+    return nn.ModuleList(_make_layer(layer, is_down) for layer in layers)
+
+
+def _make_layer(layer: VaeLayer, is_down: bool) -> nn.Module:
     if layer.layers:
         return DownStage(layer) if is_down else UpStage(layer)
     if layer.kind == "residual":

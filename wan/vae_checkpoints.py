@@ -6,7 +6,7 @@ Our modules have the names of the official files, so these need no table. diffus
 
 import re
 from collections.abc import Callable, Collection, Iterable
-from math import isqrt, prod
+from math import isqrt
 from pathlib import Path
 
 from checkpoints.dialects import (
@@ -46,6 +46,10 @@ DIFFUSERS_RESIDUAL: Names = (  # inside a numbered layer of a list
 )
 # a layer of a level: of the decoder in Wan2.1, of both halves in Wan2.2
 _LAYER = re.compile(r"(?:en|de)coder\.(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)|\w+sampler(?:s\.0)?)\.(.+)")
+_OFFICIAL_FIRST = {  # the encoder's first layer: of Wan2.1, and of Wan2.2, where it is in a stage
+    "encoder.downsamples.0.residual.2.weight",
+    "encoder.downsamples.0.downsamples.0.residual.2.weight",
+}
 _Layer = tuple[str, int, int]  # down or up, level, index in it
 _RESAMPLER = 1 << 30  # its index there: behind all residual blocks
 _HALVES = {"down": "encoder.downsamples", "up": "decoder.upsamples"}
@@ -64,7 +68,8 @@ def read_vae(
     checkpoint = checkpoint.without_prefix(
         "first_stage_model.", "vae.", others=("model.diffusion_model.", "text_encoders.")
     )
-    names, sources = checkpoint.tensors, plain_sources(checkpoint)
+    names = checkpoint.tensors
+    sources = plain_sources(checkpoint)
     translate: Callable[[str], str] | None = None
     if kind_of(names, OF_OTHERS) is not None:
         pass  # a relative, whose layers have the same names
@@ -72,21 +77,18 @@ def read_vae(
         translate = _flat_names(names)
     elif "quant_conv.weight" in names and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
         translate = _staged_names(names)
-    elif "decoder.conv1.weight" in names and any(
-        f"encoder.downsamples.0.{inner}residual.2.weight" in names for inner in ("", "downsamples.0.")
-    ):
+    elif "decoder.conv1.weight" in names and not _OFFICIAL_FIRST.isdisjoint(names):
         translate = str
     if translate is None:
         raise other_kind(checkpoint, model, "--vae", files)
     sources = rename_sources(sources, translate)
     shape = shapes_of(checkpoint, sources)
-    config = WanVaeConfig(
-        shape("conv2.weight")[0],
-        _layers(shape, sources, "encoder.downsamples"),
-        _layers(shape, sources, "decoder.upsamples"),
-        isqrt(shape("encoder.conv1.weight")[1] // 3),
-    )
-    _check_dimensions(config, shape("encoder.conv1.weight")[1], checkpoint.path)
+    latent_channels = shape("conv2.weight")[0]
+    encoder = _layers(shape, sources, "encoder.downsamples")
+    decoder = _layers(shape, sources, "decoder.upsamples")
+    colours = shape("encoder.conv1.weight")[1]
+    config = WanVaeConfig(latent_channels, encoder, decoder, patch=isqrt(colours // 3))
+    _check_dimensions(config, colours, checkpoint.path)
     return LoadPlan(config, checkpoint, sources)
 
 
@@ -159,23 +161,34 @@ def _layers(
 def _check_dimensions(config: WanVaeConfig, colours: int, path: Path) -> None:
     """Raise CheckpointError if a VAE is of neither generation. colours: input channels of its first layer."""
     release = RELEASES.get(config.latent_channels)
-    if release is None or colours != 3 * config.patch**2:
-        what = f"takes {colours} channels" if release else f"has {config.latent_channels} latent channels"
-        raise CheckpointError(
-            f"{path}: this VAE {what}; known are {WAN_2_1.about} and {WAN_2_2.about}.\n"
-            f"  Give {WAN_2_1.file} or {WAN_2_2.file} to --vae.",
-            path,
-        )
+    if release is None:
+        raise _unknown_vae(path, f"has {config.latent_channels} latent channels")
+    if colours != 3 * config.patch**2:
+        raise _unknown_vae(path, f"takes {colours} channels")
+    frame_stride, side_stride, _ = release.stride
     for half, layers in (("encoder", config.encoder), ("decoder", config.decoder)):
-        frames, rows, _ = map(prod, zip(*(FACTORS[layer.kind] for layer in layers), strict=True))
-        if (frames, config.patch * rows) != release.stride[:2]:
+        frames = 1
+        side = config.patch
+        for layer in layers:
+            layer_frames, layer_rows, _ = FACTORS[layer.kind]
+            frames *= layer_frames
+            side *= layer_rows
+        if (frames, side) != (frame_stride, side_stride):
             raise CheckpointError(
-                f"{path}: its {half} scales time by {frames} and space by {config.patch * rows}, that of "
-                f"{release.name} by {release.stride[0]} and {release.stride[1]}. It holds another model, or "
+                f"{path}: its {half} scales time by {frames} and space by {side}, that of "
+                f"{release.name} by {frame_stride} and {side_stride}. It holds another model, or "
                 f"tensors are missing.\n  Give {release.files} to --vae.",
                 path,
             )
     _check_shortcuts(config, release, path)
+
+
+def _unknown_vae(path: Path, difference: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: this VAE {difference}; known are {WAN_2_1.about} and {WAN_2_2.about}.\n"
+        f"  Give {WAN_2_1.file} or {WAN_2_2.file} to --vae.",
+        path,
+    )
 
 
 def _check_shortcuts(config: WanVaeConfig, release: VaeRelease, path: Path) -> None:

@@ -55,12 +55,13 @@ class RecordingDit(nn.Module):
         llama_mask: Tensor,
         clip_l: Tensor,
         guidance: Tensor,
-        image: Tensor,
-        indices: Tensor,
+        image_embeddings: Tensor,
+        latent_indices: Tensor,
         tweaks: Tweaks = NO_TWEAKS,
         **history: Tensor,
     ) -> Tensor:
-        self.calls.append(Call(noisy, timesteps, llama, guidance, image, indices, history))
+        call = Call(noisy, timesteps, llama, guidance, image_embeddings, latent_indices, history)
+        self.calls.append(call)
         return noisy - len(self.calls)
 
 

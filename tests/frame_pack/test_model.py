@@ -105,11 +105,8 @@ WINDOW, AREA = 2, (4, 6)
 class Seen(nn.Module):
     """Keeps what it is called with."""
 
-    def forward(
-        self, noisy: Tensor, *others: object, position_scale: object, tweaks: object, **history: object
-    ) -> Tensor:
-        self.given = (noisy, *others)
-        self.history = history
+    def forward(self, noisy: Tensor, timesteps: Tensor, **inputs: Any) -> Tensor:
+        self.history = {name: tensor for name, tensor in inputs.items() if name.startswith("clean_")}
         return noisy
 
 

@@ -197,7 +197,7 @@ def sections(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     order: Order = request.param
     history, found = order.begin(start, None), []
     for section in order.plan(5, WINDOW, ()):
-        seen, places = order.seen(start, history), section.indices
+        seen, places = order.clean_latents(start, history), section.indices
         found.append(
             ONE
             | {
@@ -210,7 +210,7 @@ def sections(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
                 "clean_latent_4x_indices": torch.tensor([places.clean_4x]),
             }
         )
-        history = order.grown(history, ONE["noisy"])
+        history = order.extend(history, ONE["noisy"])
     return found
 
 
