@@ -19,7 +19,8 @@ from torch import Tensor
 
 from contract.data import LOSS_MASK
 from contract.family import Caches, Family, LearningEncoder, TextEncoder, can_learn
-from dataset.batches.items import ItemKind, LiveTables, TrainingItem
+from dataset.batches.checks import SameEncoders
+from dataset.batches.items import NO_COMMANDS, CachingCommands, ItemKind, LiveTables, TrainingItem
 from dataset.cache.files import NpzNames, parse_latent_name, text_file_name
 from dataset.cache.npz import open_npz
 from dataset.cache.store import CacheStore, MemoryStore, Stores, npz_names, open_store
@@ -82,10 +83,12 @@ def prepare_sources(
     options: CachingInRunOptions | None,
     device: torch.device,
     live: Collection[str] = (),
+    commands: CachingCommands = NO_COMMANDS,
 ) -> BatchSources:
     """Make the caches that the options ask for, and return the sources of batches.
 
     options: None for a script that trains from caches alone. device: for encoding. live: see `plan_tables`.
+    commands: to show if a cache cannot be used.
     All processes of a training call this, and share the work. Raises UserError if something cannot be cached
     in this way, or a file cannot be used.
     """
@@ -108,7 +111,14 @@ def prepare_sources(
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
         encoder = LiveMedia(family, device)
     stays = encoder is not None or any(store.entries for store in memory_stores)
-    return BatchSources(stores, tables, encoder, stays)
+    return BatchSources(
+        family.latent,
+        SameEncoders(commands),
+        stores=stores,
+        tables=tables,
+        media=encoder,
+        stays=stays,
+    )
 
 
 def _fill(

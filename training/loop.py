@@ -107,7 +107,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     rates = name_rates(model.schedule.get_last_lr(), trainable.group_names, model.optimizer)
     reached = _find_reached(run, group)
     with contextlib.ExitStack() as stack:
-        for adapter in model.adapters:
+        for adapter in model.dits.loras:
             stack.enter_context(adapter.switched_to(is_on=True))
         row, keys = _accumulate(run, group, micro_batches)
     if not run.options.is_fused:  # else most weights are stepped already
@@ -156,8 +156,7 @@ def _read_wishes(run: TrainingRun) -> Wishes:
     if requests.asks_for(STOP):
         requests.finish(STOP)  # at once: the run that goes on from here was not asked
         requests.ends = True
-    is_due = run.clock is not None and run.clock.is_due()
-    return Wishes(saves=is_due or requests.asks_for(SAVE), samples=requests.asks_for(SAMPLE))
+    return Wishes(saves=requests.asks_to_save(), samples=requests.asks_for(SAMPLE))
 
 
 def _step_weights(run: TrainingRun) -> list[Tensor]:
@@ -340,8 +339,8 @@ def _after_step(run: TrainingRun, wishes: Wishes) -> None:
     if is_ending(run):
         _save_to_go_on(run)
     elif saves:
-        if run.clock is not None:
-            run.clock.restart()
+        if run.requests.clock is not None:
+            run.requests.clock.restart()
         if run.saver is not None:
             with run.logs.clock.pause(SAVING):
                 run.saver.save_step(progress.step)
@@ -418,7 +417,12 @@ def _sample(run: TrainingRun) -> None:
             logger.info("Samples of step %d will be made after resuming.", progress.step)
             run.requests.agreed = True
             return
-        run.reporter.note_samples(progress.step, progress.sample_pending)
+        run.reporter.note_samples(
+            progress.step,
+            progress.sample_pending,
+            prompts=run.sampler.prompts,
+            trackers=run.logs.trackers,
+        )
     progress.sample_pending = ""
     progress.sampled_step = progress.step
 
@@ -452,7 +456,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
 def _as_sampled(run: TrainingRun) -> Iterator[None]:
     """Use --sample_lora, and with --sample_ema the averaged weights, during the block."""
     with contextlib.ExitStack() as stack:
-        for loras in run.model.sample_loras:
+        for loras in run.model.sample_dits.loras:
             stack.enter_context(loras.switched_on(run.device, run.model.compute_dtype))
         if run.options.average.sample_ema and run.model.average is not None:
             stack.enter_context(run.model.average.in_place())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from contract.family import FLOW, Family, NoiseSpec, sound_of
 from contract.rules import ONE_EXPERT, Expert
-from dataset.batches.checks import check_channels
+from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import CachingCommands
 from dataset.batches.order import split_validation
@@ -25,6 +25,7 @@ from modules.control_codes import escape_control_codes
 from modules.devices import choose_device
 from modules.errors import OptionError
 from modules.seeds import derive_seed
+from running.planning.device_memory import room_on
 from training.caching_inside import find_live_texts, list_live_tables, open_stores, plan_tables
 from training.checks import check_teacher, judge_rate
 from training.data.feed import BatchSources
@@ -32,7 +33,7 @@ from training.data.timesteps import Timesteps, draw, loss_weights
 from training.noise_options import NOTHING, NUM_TIMESTEPS, WEIGHTS_OF_LOSS, TimestepOptions
 from training.options import TrainingOptions
 from training.plan import read_config
-from training.planning.memory import plan_training
+from training.planning.memory import plan_one_card, read_largest
 
 # of --debug_dataset: windows, or files where there are none
 DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=None, console_num_images=None)
@@ -161,21 +162,38 @@ def _plan(
     items = require_items(listed, commands)
     check_channels(items, family.latent, commands, stores)
     training, _ = split_validation(items, options.validation.validation_split)
-    from training.planning.several_cards import plan_ways  # only with --plan
-
     sample_files: Sequence[Path] = ()
     if sampling is not None and options.samples.are_made:
         sample_files = sampling.dit_files
-    plan_training(
+    sources = BatchSources(family.latent, SameEncoders(commands), stores=stores, tables=tables)
+    noisy_batch = read_largest(family, options, training or items, sources)
+    device = choose_device(None)
+    sampled = len({*sample_files} - {*family.dit_files})
+    cards, size = options.speed.plan.cards
+    room = room_on(device, size)
+    if cards == 1:
+        plan_one_card(
+            family,
+            options,
+            noisy_batch,
+            device=device,
+            room=room,
+            sampled=sampled,
+            texts=texts,
+        )
+        return
+    from training.planning.several_cards import plan_ways  # only with several cards
+
+    assert room is not None  # its size is given
+    plan_ways(
         family,
         options,
-        training or items,
-        commands=commands,
-        device=choose_device(None),
-        sampled=len({*sample_files} - {*family.dit_files}),
-        sources=BatchSources(stores, tables),
+        noisy_batch,
+        device=device,
+        cards=cards,
+        room=room,
+        sampled=sampled,
         texts=texts,
-        plan_ways=plan_ways,
     )
 
 

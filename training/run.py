@@ -98,7 +98,7 @@ def prepare_run(
             plan.texts.load(accelerator.device, blocks)
             stack.callback(plan.texts.free)
         logs = _make_logs(plan, swap)
-        reporter = make_reporter(plan, following, sampler, memory)
+        reporter = make_reporter(plan, following, memory)
         model = load_model(plan, swap, sampler is not None)
         # nothing can be missing any more
         _set_earlier_aside(plan, reporter.history.path)

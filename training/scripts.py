@@ -46,13 +46,13 @@ def training_script(
     def train(argv: Sequence[str] | None = None) -> None:
         record = entry.options_record("Training")
         if images is None:
-            options, family_options, given = read_training(
+            options, family_options, script_options = read_training(
                 about, record, argv, learner=learner, shared=extra_options, settings=settings
             )
         else:
             from training.image_options import read_image_training  # only for image models
 
-            options, family_options, given = read_image_training(about, record, images, argv)
+            options, family_options, script_options = read_image_training(about, record, images, argv)
         with name_as_typed(options.typed_names):
             if whole_dit:
                 refuse_for_whole(option_values(family_options).get("dit_dtype"))
@@ -64,7 +64,7 @@ def training_script(
             from training.run import train_network  # torch loads here, after every option has been read
 
             model = entry.make_family("training", family_options)
-            typed = {option.name: option.flag for option in given if option.is_changed}
+            typed = {option.name: option.flag for option in script_options if option.is_changed}
             recalled = _recall(options, family)
             # the files that made the caches are known where the training does not need them itself
             with quiet():  # a record that is made again warns again
@@ -78,7 +78,7 @@ def training_script(
             follow = partial(
                 plan_next_steps,
                 script=f"{entry.script}_train{'' if whole_dit else '_network'}.py",
-                given=given,
+                script_options=script_options,
                 generation=partial(entry.generation_words, family_options, typed=typed),
                 generation_of_caches=partial(entry.generation_words, filled, typed=typed_before),
                 spellings=entry.spellings,

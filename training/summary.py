@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,9 +32,6 @@ from training.run_options import LEAST_STEPS, SampleOptions
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
 from training.training_run import TrainingRun
-
-if TYPE_CHECKING:  # it is loaded only if there are prompts
-    from training.samples import Sampler
 
 MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less
 FLOAT_BYTES = 4  # states are saved in float32
@@ -313,9 +309,7 @@ def judge_alpha(
     return f"{text}, which is LOW: --network_alpha {max(1, rank // 2)} or {rank} is usual"
 
 
-def make_reporter(
-    plan: TrainingPlan, following: NextSteps, sampler: "Sampler | None", memory: MemoryWatch | None
-) -> RunReporter:
+def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch | None) -> RunReporter:
     """Return the reporter of the run. With --no_page it keeps the last box."""
     progress, names, device = plan.progress, plan.names, plan.accelerator.device
     is_main = plan.accelerator.is_main_process
@@ -325,11 +319,12 @@ def make_reporter(
         progress.step if is_main else 0,  # other processes read nothing of it
         is_written=is_main and not plan.options.logs.no_page,
     )
+    script_options = following.script_options
     start = history.Start(
         model=plan.family.name,
-        total_steps=following.total_steps,
-        changed=[(option.name, option.text) for option in following.given if option.is_changed],
-        unchanged=[(option.name, option.text) for option in following.given if not option.is_changed],
+        total_steps=plan.steps.total_steps,
+        changed=[(option.name, option.text) for option in script_options if option.is_changed],
+        unchanged=[(option.name, option.text) for option in script_options if not option.is_changed],
         listens=True,
         process=history.describe_process(),
         written_in=str(real_path(names.folder)),
@@ -338,11 +333,9 @@ def make_reporter(
     return RunReporter(
         history=lines,
         start=start,
-        prompts={} if sampler is None else dict(enumerate(sampler.prompts)),
         step=progress.step,
         commands=following.commands,
         memory=lambda: list_memory(device, memory),
-        trackers=lambda: plan.accelerator.trackers if is_main else (),  # they start later
     )
 
 

@@ -121,13 +121,11 @@ class Validation:
         plan = self.plan
         batch = plan.sources.read(
             (item,),
-            plan.family.latent,
-            plan.commands,
             checks=self.checks,
             stream=("validation", item.key),
         )
         if self.process == 0:
-            plan.encoders.warn(batch.made_by)
+            plan.sources.encoders.warn(batch.made_by)
         if plan.sources.tables:
             place = RunPlace(0, 0, 1, 1)  # wildcards are drawn alike each time, all parts are there
             batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), place))

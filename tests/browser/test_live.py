@@ -38,11 +38,11 @@ class SteppedTraining:
         words = ["--sample_prompts", write_prompts(self.folder, PROMPTS), "--sample_at_first", "--sample_now"]
         words += ["--sample_every_n_steps", 30, "--max_train_steps", STEPS]
         options = toy_options(self.folder, *words, has_page=True)
-        given = given_options(toy_parser(whole_dit=False), options)
+        script_options = given_options(toy_parser(whole_dit=False), options)
         self.thread = threading.Thread(
             target=train_network,
             args=(ToyFamily(watch=self._wait), options),
-            kwargs={"follow": partial(plan_next_steps, given=given)},
+            kwargs={"follow": partial(plan_next_steps, script_options=script_options)},
         )
         self.thread.start()
 

@@ -291,8 +291,9 @@ def train_toy(
 ) -> dict[str, Tensor]:
     """Train the whole way; returns the tensors of the final file, none if the run was asked to stop."""
     options = toy_options(folder, *arguments, whole_dit=whole_dit, has_page=has_page)
-    given = given_options(toy_parser(whole_dit), options) if has_page else ()
-    assert train_network(family or ToyFamily(), options, follow=partial(plan_next_steps, given=given)) == 0
+    script_options = given_options(toy_parser(whole_dit), options) if has_page else ()
+    follow = partial(plan_next_steps, script_options=script_options)
+    assert train_network(family or ToyFamily(), options, follow=follow) == 0
     folder, name = options.saving.place
     path = folder / f"{name}.safetensors"
     return load_file(path) if path.exists() else {}
