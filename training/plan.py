@@ -268,13 +268,7 @@ def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
             logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
         path = require(path, "--dataset_config", "the clips to train on")
         config = load_dataset_config(path, subset)
-    return for_family(
-        config,
-        family.references,
-        family.latent.frame_step,
-        in_sections=family.latent.in_sections,
-        instead=family.can.references,
-    )
+    return for_family(config, family)
 
 
 def _find_items(
