@@ -56,24 +56,15 @@ if TYPE_CHECKING:  # loaded only where processes share a model, with LoRA files,
 logger = logging.getLogger(__name__)
 
 
-def load_model(plan: TrainingPlan, swap: SwapOptions, has_samples: bool) -> TrainedModel:
-    """Load the networks, add the trained part, dress them, and restore the state of --resume.
+def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
+    """Load the networks with their trained part, make its optimizer, and restore the state of --resume.
 
     swap: the plan's, with auto resolved. The text encoders that stay are loaded already; those that learn get
     a part of the network.
     """
     accelerator = plan.accelerator
-    family = plan.family
-    loading = Loading(plan, swap, has_samples)
-    learners = Learners(plan)
-    networks: list[nn.Module] = []
-    for index in range(len(family.experts)):
-        network = loading.load(family, index)
-        learners.add(network.dit, network.expert)
-        loading.dress(network)
-        networks.append(network.dit)
-    sampled = _load_sampled(loading, learners, networks) if loading.samples_with_others else networks
-    trainable = learners.join()
+    networks = load_networks(plan, swap)
+    trainable = networks.trainable
     optimizer, optimizer_name = _make_optimizer(plan, trainable)
     schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
     averaging = find_averaging(optimizer)
@@ -82,20 +73,47 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, has_samples: bool) -> Trai
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
     model = TrainedModel(
         plan=plan,
-        dits=experts.ExpertNetworks(networks, loading.copies, loading.adapters),
-        sample_dits=experts.ExpertNetworks(sampled, loading.copies, loading.sample_loras),
+        dits=networks.dits,
+        sample_dits=networks.sample_dits,
         trainable=trainable,
         optimizer=optimizer,
         optimizer_name=optimizer_name,
         schedule=schedule,
         scaler=scaler,
-        average=_make_average(plan, networks, trainable, optimizer),
+        average=_make_average(plan, networks.dits.networks, trainable, optimizer),
         stepping=_make_stepping(plan, trainable, optimizer, scaler),
     )
     for adapter in model.dits.loras:
         adapter.place_on(accelerator.device, model.compute_dtype)
     restore(model)
     return model
+
+
+@dataclass(frozen=True)
+class LoadedNetworks:
+    """Hold the networks of a run, dressed, with the part of them that is trained."""
+
+    dits: experts.ExpertNetworks
+    sample_dits: experts.ExpertNetworks  # see `TrainedModel`
+    trainable: Trainable
+
+
+def load_networks(plan: TrainingPlan, swap: SwapOptions) -> LoadedNetworks:
+    """Load the networks one after the other, add the trained part to each, and dress it."""
+    loading = Loading(plan, swap)
+    learners = Learners(plan)
+    networks: list[nn.Module] = []
+    for index in range(len(plan.family.experts)):
+        network = loading.load(plan.family, index)
+        learners.add(network.dit, network.expert)
+        loading.dress(network)
+        networks.append(network.dit)
+    sampled = _load_sampled(loading, learners, networks) if loading.samples_with_others else networks
+    return LoadedNetworks(
+        dits=experts.ExpertNetworks(networks, loading.copies, loading.adapters),
+        sample_dits=experts.ExpertNetworks(sampled, loading.copies, loading.sample_loras),
+        trainable=learners.join(),
+    )
 
 
 def _load_sampled(loading: "Loading", learners: "Learners", networks: Sequence[nn.Module]) -> list[nn.Module]:
@@ -233,10 +251,13 @@ class Loading:
 
     plan: TrainingPlan
     swap: SwapOptions  # auto is resolved
-    has_samples: bool
     sample_loras: "list[AddedLoras]" = field(default_factory=list)
     adapters: "list[AddedLoras]" = field(default_factory=list)  # in networks that are trained
     copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # of networks that take turns
+
+    @property
+    def has_samples(self) -> bool:
+        return self.plan.options.samples.are_made
 
     @property
     def samples_with_others(self) -> bool:

@@ -24,7 +24,13 @@ from modules.option_values import require
 from modules.speed_options import Quantisation
 from networks.formats import LoraFormat
 from running.dressing import have_joined
-from training.checks import check_before_loading, check_teacher, choose_lora_format, list_unused_options
+from training.checks import (
+    check_before_loading,
+    check_schedule,
+    check_teacher,
+    choose_lora_format,
+    list_unused_options,
+)
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.experts import check_computing, module_of, note_experts
@@ -102,8 +108,7 @@ def make_plan(
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = first_progress(options, saved)
     quantisation = check_computing(family, options, device)
-    if options.caching is not None:  # before minutes of encoding
-        check_before_loading(family, options, options.loop.known_steps, sampling)
+    check_before_loading(family, options, sampling)  # before minutes of encoding
     texts = _find_texts(family, options, config)
     lora_format = choose_lora_format(family, options, () if texts is None else texts.learning)
     sources = _find_sources(
@@ -126,7 +131,8 @@ def make_plan(
         _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
     steps = _plan_steps(options, order, accelerator.num_processes, progress)
-    check_before_loading(family, options, steps.total_steps, sampling)
+    if options.loop.known_steps is None:
+        check_schedule(options, steps.total_steps)
     if is_main:
         note_experts(family, options, sampling is not None)
     settings = settings_of(family, options, seed=progress.seed, order=order, plan=steps)
@@ -286,7 +292,6 @@ def _find_items(
     commands = sources.encoders.commands
     from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
 
-    family.check_given_files()  # first: caches are made with them
     listed = find_items(
         config,
         family.cache_tag,

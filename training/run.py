@@ -56,7 +56,7 @@ def train_network(
     """
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:
         read_config(options, family)
-        check_before_loading(family, options, options.loop.known_steps, sampling)
+        check_before_loading(family, options, sampling)
         return 0
     if options.only_shows:
         from training.previews import show_preview  # trains nothing
@@ -99,7 +99,7 @@ def prepare_run(
             stack.callback(plan.texts.free)
         logs = _make_logs(plan, swap)
         reporter = make_reporter(plan, following, memory)
-        model = load_model(plan, swap, sampler is not None)
+        model = load_model(plan, swap)
         # nothing can be missing any more
         _set_earlier_aside(plan, reporter.history.path)
         accelerator.wait_for_everyone()  # before any writes samples there
