@@ -291,9 +291,9 @@ def _without_patched(
     if placement.patch is None:
         return names
     weights = dit.state_dict()
-    leave = placement.beside
+    may_stay = placement.may_stay_stored
     staying = frozenset(
-        name for name in names if leave is not None and leave(name, tuple(weights[name].shape))
+        name for name in names if may_stay is not None and may_stay(name, tuple(weights[name].shape))
     )
     if staying != names:
         text = "%s: %d of %d stored layers are kept in 16 bits, as LoRAs are merged into them"

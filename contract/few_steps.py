@@ -30,14 +30,14 @@ class FewSteps:
     unless: str = ""
 
     def found_in(self, path: Path, metadata: Mapping[str, str]) -> str | None:
-        """Return what says that a transformer was distilled, as `told_by`; None if nothing does."""
-        verdict = self.told_by(path, metadata)
+        """Return what says that a transformer was distilled, as `judge`; None if nothing does."""
+        verdict = self.judge(path, metadata)
         if verdict is None:
             return None
         is_distilled, where = verdict
         return where if is_distilled else None
 
-    def told_by(self, path: Path, metadata: Mapping[str, str]) -> tuple[bool, str] | None:
+    def judge(self, path: Path, metadata: Mapping[str, str]) -> tuple[bool, str] | None:
         """Return whether a transformer was distilled, as the nearest telling name says, and that name.
 
         Names are the file's, those of its folders if the file's says nothing of a model, and those in its

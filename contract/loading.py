@@ -126,7 +126,7 @@ class Placement:
     patch: WeightPatch | None = None  # LoRA deltas to add while loading, before any rounding
     # (name, shape) of a weight that could stay as the file packs it -> whether the caller adds to the layer's
     # output what `patch` would add to the weight; None: never
-    beside: Callable[[str, tuple[int, ...]], bool] | None = None
+    may_stay_stored: Callable[[str, tuple[int, ...]], bool] | None = None
     # how the linear layers of the blocks are kept in 8 or 4 bits; None: as the file has them, fp8 in 16 bits
     quantisation: Quantisation | None = None
     host: HostPlace | None = None  # keeps some weights in host memory; None: all go to the device

@@ -88,7 +88,8 @@ class Tweaks:
     # latent frames in front that are clean, not noisy: the network is told so, and their velocity is 0
     given_frames: int = 0
     joint: Joint | None = None  # the noisy latents are B N of a picture and its sound; timesteps B or B 2
-    kept: dict[Any, Any] | None = None  # by a network between the passes of a section; None: nothing may be
+    # values of a network that serve all passes of a section; None: nothing may be stored
+    section_cache: dict[Any, Any] | None = None
     turn: Turn | None = None  # set by the denoising loop
 
     @property
@@ -134,7 +135,7 @@ class Tweaks:
             embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,
             given_frames=self.given_frames or all_passes.given_frames,
             joint=self.joint or all_passes.joint,
-            kept=all_passes.kept if self.kept is None else self.kept,
+            section_cache=all_passes.section_cache if self.section_cache is None else self.section_cache,
         )
 
 

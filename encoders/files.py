@@ -112,15 +112,15 @@ class TransformerFiles(ABC):
 _METADATA = attrgetter("metadata")  # of a checkpoint
 
 
-def told_few_steps(rule: FewSteps, dit: Path) -> tuple[bool, str] | None:
-    """Return whether a transformer was distilled to few steps, and what says so: see `FewSteps.told_by`.
+def judge_distillation(rule: FewSteps, dit: Path) -> tuple[bool, str] | None:
+    """Return whether a transformer was distilled to few steps, and what says so: see `FewSteps.judge`.
 
     A missing or unreadable file, which other checks report, is judged by its name.
     """
     metadata: Mapping[str, str] = {}
     with contextlib.suppress(CheckpointError, OSError):
         metadata = read_once(dit, _METADATA)
-    return rule.told_by(dit, metadata)
+    return rule.judge(dit, metadata)
 
 
 class OneTransformer:
@@ -168,7 +168,7 @@ class OneTransformer:
     def why_few_steps(self) -> str | None:
         """Return what says that a transformer was distilled to few steps; None if nothing does."""
         for path in self.dit_files:
-            judgement = told_few_steps(self.few_steps, path)
+            judgement = judge_distillation(self.few_steps, path)
             if judgement is not None:
                 is_few, source = judgement
                 if is_few:

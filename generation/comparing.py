@@ -186,7 +186,7 @@ def _show_start(
         [
             ("model", ", ".join(model_names)),
             ("columns", "\n".join(labels)),
-            ("prompts", f"{len(jobs)}; the first: {in_short(jobs[0].prepared.asked.prompt)}"),
+            ("prompts", f"{len(jobs)}; the first: {in_short(jobs[0].prepared.request.prompt)}"),
             ("clips", f"{count_of(total, 'clip')}{finished}"),
             ("folder", str(run.options.output.save_path)),
         ],
@@ -430,7 +430,7 @@ def write_grid(
         rows.append(_make_row(run.family.experts, job, strength, variants=row_variants, paths=paths))
     # the trainings that saved the files: x for x-000010 and x-step00000020
     trainings = dict.fromkeys(re.sub(r"-(step)?\d+$", "", name) for name in columns[1:])
-    title = in_short(jobs[0].prepared.asked.prompt) if len(jobs) == 1 else ", ".join(trainings)
+    title = in_short(jobs[0].prepared.request.prompt) if len(jobs) == 1 else ", ".join(trainings)
     folder = run.options.output.save_path
     with own_stem(folder, f"compare_{datetime.now():%Y%m%d-%H%M%S}") as stem:
         return write_grids(folder, stem, ClipGrid(columns, tuple(rows)), title)
@@ -446,7 +446,7 @@ def _make_row(
     """Return the row of a prompt at a strength. variants: one for each column."""
     steps = count_of(job.prepared.num_steps, "step")
     return Row(
-        prompt=job.prepared.asked.prompt,
+        prompt=job.prepared.request.prompt,
         fps=job.prepared.fps,
         paths=tuple(paths[f"{job.label}, {variant.label}"] for variant in variants),
         facts=f"{job.label}, seed {job.prepared.seed}, {steps}",

@@ -79,7 +79,7 @@ class DitLoader:
             self.device,
             attention=speed.attention.choice,
             patch=patch,
-            beside=merged.leave_beside if merged else None,
+            may_stay_stored=merged.leave_beside if merged else None,
             quantisation=self.quantisation,
             host=host,
             blocks=shares,

@@ -150,7 +150,7 @@ def largest_of(family: Family, requests: Sequence[Prepared]) -> list[Prepared]:
     # of equal ones the last that has something to encode
     sizes: dict[tuple[int, int, int], Prepared] = {}
     for prepared in sorted(requests, key=lambda prepared: needs_media(family, prepared)):
-        paths = () if family.references is None else prepared.asked.control_images
+        paths = () if family.references is None else prepared.request.control_images
         pixels = sum(prod(image_size(path)) for path in paths)  # before they are resized
         sizes[prepared.width * prepared.height, prepared.frames, pixels] = prepared
 
@@ -171,4 +171,4 @@ def load_with_loras(
     if options.lora.lora_weight is None or not any(map(stored_in, dit.modules())):
         return dit, {}
     patch = LoraPatch(on_side(expert_loras(family.experts, options)[0], False))
-    return family.load_dit(replace(placement, patch=patch, beside=patch.leave_beside)), patch.beside
+    return family.load_dit(replace(placement, patch=patch, may_stay_stored=patch.leave_beside)), patch.beside

@@ -217,8 +217,8 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     prepared = family.prepare(request)
     if family.references is not None and not family.references.clips and not request.control_images:
         _warn_of_edit_loras(options.lora.lora_weight or ())
-    if prepared.asked.source is not None:
-        prepared = begin_late(prepared, prepared.asked.source, family)
+    if prepared.request.source is not None:
+        prepared = begin_late(prepared, prepared.request.source, family)
     if options.prompts.prompt_weighting:
         from blissful_tuner.prompt_syntax import weigh_all  # only with --prompt_weighting
 

@@ -46,13 +46,13 @@ def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -
     will do if the request does not `needs_media`.
     """
     inputs = dict(family.request_conditions(encoders, prepared))
-    if prepared.asked.source is not None:
+    if prepared.request.source is not None:
         inputs[0] = {**inputs.get(0, {}), SOURCE: encode_source(family, encoders, prepared)}
     return {section: conditions_to(conditions, CPU) for section, conditions in inputs.items()}
 
 
 def needs_media(family: Family, prepared: Prepared) -> bool:
-    source = prepared.asked.source
+    source = prepared.request.source
     return family.needs_media(prepared) or (source is not None and source.needs_vae)
 
 

@@ -15,7 +15,7 @@ from checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kin
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.opening import Checkpoint, plain_sources
 from contract.loading import TensorSource
-from encoders.files import told_few_steps
+from encoders.files import judge_distillation
 from encoders.language_encoder import LanguageUse
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import PictureUse, read_within
@@ -150,7 +150,7 @@ class Krea2Release(NamedTuple):
 def find_release(dit: Path | None) -> Krea2Release | None:
     """Return whether a transformer is Turbo or raw, and what says so; None if nothing does.
 
-    That is the release's model_index.json, else the nearest name, as in `FewSteps.told_by`.
+    That is the release's model_index.json, else the nearest name, as in `FewSteps.judge`.
     """
     if dit is None:
         return None
@@ -163,7 +163,7 @@ def find_release(dit: Path | None) -> Krea2Release | None:
             raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
         if isinstance(is_distilled, bool):
             return Krea2Release(is_distilled, f"{index} has is_distilled {str(is_distilled).lower()}")
-    evidence = told_few_steps(FEW_STEPS, dit)
+    evidence = judge_distillation(FEW_STEPS, dit)
     return None if evidence is None else Krea2Release(*evidence)
 
 

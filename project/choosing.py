@@ -188,7 +188,7 @@ def _find_kind(family: Any, dit: Path) -> TransformerKind | None:
     metadata: Mapping[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
         metadata = read_safetensors_texts(dit)
-    verdict = family.few_steps.told_by(dit, metadata)
+    verdict = family.few_steps.judge(dit, metadata)
     return None if verdict is None else TransformerKind(*verdict)
 
 

@@ -396,7 +396,7 @@ def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, in
 
     def check(family: Any, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
         # with torch: loaded when a run checks
-        from data_tools.report.check import TOKENS_ELSEWHERE, check_caching, tell_check
+        from data_tools.report.check import TOKENS_ELSEWHERE, check_caching, report_check
         from dataset.caching.prefetch import workers_of
 
         workers = workers_of(options)
@@ -409,7 +409,7 @@ def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, in
             validation=validation,
         )
         findings = replace(findings, counters=TOKENS_ELSEWHERE)
-        tell_check(findings, family, config, page=options.page, workers=workers)
+        report_check(findings, family, config, page=options.page, workers=workers)
         for table in findings.tables:
             faults.extend(table.faults)
 

@@ -285,8 +285,13 @@ class Loading:
         placement = experts.placement_of(options, device, plan.quantisation)
         # a DoRA learns the norms of the weights, which include merged LoRAs
         must_merge = network_options is not None and network_options.decomposes
-        leave_beside = None if patch is None or must_merge else patch.leave_beside
-        placement = replace(placement, patch=patch, beside=leave_beside, host=host, blocks=shares)
+        placement = replace(
+            placement,
+            patch=patch,
+            may_stay_stored=None if patch is None or must_merge else patch.leave_beside,
+            host=host,
+            blocks=shares,
+        )
         if options.network is None:
             refuse_quantised_bases(family.dit_files[index : index + 1])
         dit = family.load_dit(placement, index)

@@ -111,7 +111,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         result = replace(result, head=head, counters=counters)
     lines = describe_run(options, num_validation=result.num_held)
     result = replace(result, tail=(*result.tail, *lines))
-    code: int = check.tell_check(result, family, config, page=options.loop.page, workers=workers)
+    code: int = check.report_check(result, family, config, page=options.loop.page, workers=workers)
     return code
 
 

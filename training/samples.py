@@ -438,7 +438,7 @@ def _no_dit(expert: int) -> nn.Module:
 
 def sample_values(prepared: Prepared, is_seeded: bool, family: Family) -> dict[str, Any]:
     """Return the values that make a sample, by the names of `Request`; see `following.Generation`."""
-    request = prepared.asked
+    request = prepared.request
     values = vars(request) | {
         name: getattr(prepared, name) for name in ("frames", "steps", "embedded_guidance")
     }

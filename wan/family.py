@@ -320,7 +320,7 @@ class Wan(OneTransformer):
 
     def needs_media(self, prepared: Prepared) -> bool:
         task = self.files.task
-        keeps_one = task.keeps_image and prepared.asked.image_path is not None
+        keeps_one = task.keeps_image and prepared.request.image_path is not None
         return task.takes_image or task.has_control or keeps_one or task.kind == VACE
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
@@ -329,7 +329,7 @@ class Wan(OneTransformer):
             from wan.vace import encode_control  # only for VACE
 
             return {0: encode_control(encoders.vae, prepared)}
-        if ONE_FRAME in prepared.asked.extra:
+        if ONE_FRAME in prepared.request.extra:
             from wan.one_frame import encode_request  # only for single pictures
 
             return {0: encode_request(encoders, prepared, self.files.task)}
@@ -367,9 +367,9 @@ class Wan(OneTransformer):
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
         # references of VACE stand in front and are cut off; Fun-Control and the like have none here. Of a
         # single picture and its control images the picture is kept
-        is_picture = ONE_FRAME in prepared.asked.extra
-        front = len(prepared.asked.control_images)
-        behind = not is_picture and appends_end(self.files.task, prepared.asked)
+        is_picture = ONE_FRAME in prepared.request.extra
+        front = len(prepared.request.control_images)
+        behind = not is_picture and appends_end(self.files.task, prepared.request)
         start = noise.draw((batch, channels, front + frames + behind, *area))
         conditions = dict(inputs.get(0, {}))
         first = conditions.pop(FIRST_LATENTS, None)
@@ -382,7 +382,9 @@ class Wan(OneTransformer):
         if isinstance(first, Tensor):
             section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))
         latents = yield section
-        return latents[:, :, prepared.own.slot].unsqueeze(2) if is_picture else latents[:, :, front:]
+        if is_picture:
+            return latents[:, :, prepared.family_record.slot].unsqueeze(2)
+        return latents[:, :, front:]
 
     def _add_image_noise(self, condition: Tensor, noise: NoiseSource) -> Tensor:
         """Return the condition with noise on the image's channels, which are the last ones."""

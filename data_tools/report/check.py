@@ -85,10 +85,10 @@ def check_script(family: Caches, config: DatasetConfig, options: CachingOptions,
     )
     if not of_texts:
         result = replace(result, counters=TOKENS_ELSEWHERE)
-    return tell_check(result, family, config, page=options.page, workers=workers)
+    return report_check(result, family, config, page=options.page, workers=workers)
 
 
-def tell_check(
+def report_check(
     result: CheckResult,
     family: Described,
     config: DatasetConfig,

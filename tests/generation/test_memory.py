@@ -123,7 +123,7 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path, cache: MagCache | Te
     family, options = tiny_generation(tmp_path)
     texts, extra = {0: EncodedPrompts(TEXT, dict(TEXT))}, MemoryPart("more", 0)
     plain = rehearse_denoising(family, options, REQUEST, texts, {0: {}}, extra)
-    request = replace(REQUEST, asked=replace(REQUEST.asked, step_cache=cache))
+    request = replace(REQUEST, request=replace(REQUEST.request, step_cache=cache))
     predicted = rehearse_denoising(family, options, request, texts, {0: {}}, extra)
 
     dit = family.load_dit(Placement(HOST)).requires_grad_(False)
@@ -174,7 +174,7 @@ def test_a_section_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...
     asked = Request(
         "x", 0, 8 * COLUMNS, 8 * ROWS, 4 * 9 * SECTIONS + 1, 4, 5.0, 10.0, 3.0, "unipc-bh1", 30.0, "y"
     )
-    request = replace(prepare(asked), own=FramePackRequest((Path("start.png"),) * SECTIONS))
+    request = replace(prepare(asked), family_record=FramePackRequest((Path("start.png"),) * SECTIONS))
     encoded = {index: EncodedPrompts(text(20), text(11)) for index in range(SECTIONS)}
     image = {
         "image_embeddings": torch.zeros(1, 7, CONFIG.image_dim),
