@@ -121,15 +121,19 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
         row = sum_over_processes(unsplit, row)
     norms = _step_weights(run)
     report = StepReport(run.progress.step + 1, rates, keys, _sizes_of(run, group))
-    before = run.readings.push(report, torch.cat([row, *norms]))
-    _note(run, before)
+    previous = run.readings.push(report, torch.cat([row, *norms]))
+    _note(run, previous)
     if is_alone:
         run.requests.agreed = run.requests.ends
         return wishes
-    # processes must agree, so this is what was asked for during the previous step: all have read it by now
-    if before is None:
+    return _common_wishes(previous)
+
+
+def _common_wishes(previous: StepReport | None) -> Wishes:
+    """Return the requests that any process read during the previous step: all processes know of these."""
+    if previous is None:
         return Wishes(saves=False, samples=False)
-    _, saves, samples = before.row[WISHES]
+    _, saves, samples = previous.row[WISHES]
     return Wishes(saves=saves > 0, samples=samples > 0)
 
 

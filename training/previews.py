@@ -18,6 +18,7 @@ from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import CachingCommands
 from dataset.batches.order import split_validation
 from dataset.caching.prefetch import conclude
+from dataset.config import DatasetConfig
 from dataset.options import DebugOptions
 from modules.atomic_write import write_bytes
 from modules.console import count_of
@@ -29,7 +30,9 @@ from running.planning.device_memory import room_on
 from training.caching_inside import find_live_texts, list_live_tables, open_stores, plan_tables
 from training.checks import check_teacher, judge_rate
 from training.data.feed import BatchSources
+from training.data.live import LiveTexts
 from training.data.timesteps import Timesteps, draw, loss_weights
+from training.loss import NoisyBatch
 from training.noise_options import NOTHING, NUM_TIMESTEPS, WEIGHTS_OF_LOSS, TimestepOptions
 from training.options import TrainingOptions
 from training.plan import read_config
@@ -141,32 +144,10 @@ def _plan(
     texts = find_live_texts(family, options, config)
     if options.frozen.teacher is not None:
         check_teacher(family, options.frozen.teacher, texts)
-    plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
-    if not all(plan.can_be_planned for plan in plans):
-        raise OptionError(
-            "--plan rehearses a batch from caches on disk, and this training makes others: make them first, "
-            f"with --cache_latents_to_disk and --cache_text_encoder_outputs_to_disk, or with\n  "
-            f"{commands.latents}\n  {commands.text}"
-        )
-    stores = open_stores(family, plans)
-    tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
-    listed = find_items(
-        config,
-        family.cache_tag,
-        family.latent,
-        text_keys=family.text_keys,
-        stores=stores,
-        live=tables,
-        sound=sound_of(family),
-    )
-    items = require_items(listed, commands)
-    check_channels(items, family.latent, commands, stores)
-    training, _ = split_validation(items, options.validation.validation_split)
+    noisy_batch = _read_for_plan(family, options, commands, config=config, texts=texts)
     sample_files: Sequence[Path] = ()
     if sampling is not None and options.samples.are_made:
         sample_files = sampling.dit_files
-    sources = BatchSources(family.latent, SameEncoders(commands), stores=stores, tables=tables)
-    noisy_batch = read_largest(family, options, training or items, sources)
     device = choose_device(None)
     sampled = len({*sample_files} - {*family.dit_files})
     cards, size = options.speed.plan.cards
@@ -195,6 +176,39 @@ def _plan(
         sampled=sampled,
         texts=texts,
     )
+
+
+def _read_for_plan(
+    family: Family,
+    options: TrainingOptions,
+    commands: CachingCommands,
+    config: DatasetConfig,
+    texts: LiveTexts | None,
+) -> NoisyBatch:
+    """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
+    plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
+    if not all(plan.can_be_planned for plan in plans):
+        raise OptionError(
+            "--plan rehearses a batch from caches on disk, and this training makes others: make them first, "
+            f"with --cache_latents_to_disk and --cache_text_encoder_outputs_to_disk, or with\n  "
+            f"{commands.latents}\n  {commands.text}"
+        )
+    stores = open_stores(family, plans)
+    tables = list_live_tables(family.cache_tag, plans, needs_captions=texts is not None)
+    listed = find_items(
+        config,
+        family.cache_tag,
+        family.latent,
+        text_keys=family.text_keys,
+        stores=stores,
+        live=tables,
+        sound=sound_of(family),
+    )
+    items = require_items(listed, commands)
+    check_channels(items, family.latent, commands, stores)
+    training, _ = split_validation(items, options.validation.validation_split)
+    sources = BatchSources(family.latent, SameEncoders(commands), stores=stores, tables=tables)
+    return read_largest(family, options, training or items, sources)
 
 
 SHOWN_LATENTS = (1, 16, 1, 128, 128)  # of a picture of 1024 x 1024 pixels

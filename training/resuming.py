@@ -133,17 +133,20 @@ def settings_of(
     family: Family, options: TrainingOptions, *, seed: int, order: BatchOrder, plan: StepPlan
 ) -> RunSettings:
     """Return the settings that a resumed run is compared with."""
-    config = public_config(options)
-    module = module_of(family, options)
+    config = public_config(options) | {"network_module": module_of(family, options)}
     identity: dict[str, Any] = {"--seed": seed if options.loop.seed is None else options.loop.seed}
-    identity |= _flagged({**config, "network_module": module}, "identity")
+    identity |= _flagged(config, "identity")
     identity |= {f"--{name}": value for name, value in recorded_values(family.options, "identity").items()}
     identity[GROUP_SIZE] = plan.group_size
     identity[BATCHES] = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
     experts = [f"{expert.name or 'one'} from {expert.lowest:g}" for expert in family.experts]
     identity[TRANSFORMERS] = ", ".join(experts)
     identity[TRAINING_ADAPTER] = _adapter_with_content(options)
+    return RunSettings(identity, _habits_of(family, options, config))
 
+
+def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a resumed run may change with a warning. config: all options by name."""
     habits = _flagged(config, "habit")
     habits |= {f"--{name}": value for name, value in recorded_values(family.options, "habit").items()}
     models = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
@@ -153,7 +156,7 @@ def settings_of(
     high_noise = options.by_expert.base_weights_high_noise
     if high_noise:
         habits["--base_weights_high_noise"] = ", ".join(path.name for path in high_noise)
-    return RunSettings(identity, habits)
+    return habits
 
 
 def _flagged(config: Mapping[str, Any], kind: str) -> dict[str, Any]:

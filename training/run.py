@@ -104,7 +104,8 @@ def prepare_run(
         _set_earlier_aside(plan, reporter.history.path)
         accelerator.wait_for_everyone()  # before any writes samples there
         uploads = _make_uploads(options)
-        saver = make_saver(model, uploads, sampler.prompts if sampler else (), reporter.note_saved)
+        prompts = () if sampler is None else sampler.prompts
+        saver = make_saver(model, uploads, prompts, reporter.note_saved)
         run = make_run(model, sampler, memory=memory, logs=logs, reporter=reporter, saver=saver)
         closing = contextlib.closing(uploads) if uploads is not None else contextlib.nullcontext()
         with closing, logs, reporter:
