@@ -274,39 +274,51 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
         why = "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
         encoders = _encoders(family, why)
         able = [encoder for encoder in encoders if can_learn(encoder)]
-        learning, prefixes = _learning(family, options, able), [encoder.lora_prefix for encoder in able]
+        prefixes = [encoder.lora_prefix for encoder in able]
+        learning = _learning(family, options, able)
         if varying is not None or (learning and not caches_texts):
             return LiveTexts(encoders, learning, prefixes)
         if 0 < len(learning) < len(encoders):
             return LiveTexts(learning, learning, prefixes)
-        names, switches = ", ".join(encoder.name for encoder in learning), _switches(family, options)
-        if any(switches.get(encoder.lora_prefix) for encoder in learning):
-            logger.warning(
-                "--cache_text_encoder_outputs is ignored because it would keep the outputs of %s, which "
-                "learn: captions are encoded at each step.",
-                names,
-            )
+        if learning and _learns_in_spite_of_caches(family, options, learning):
             return LiveTexts(encoders, learning, prefixes)
-        if learning:
-            # they do not learn because all texts are cached, as the guides' commands have it
-            if options.parts is None or not options.parts.trains_dit:
-                raise OptionError(
-                    f"--cache_text_encoder_outputs: {names} is trained, so that its outputs change. Leave it "
-                    "out"
-                )
-            log = logger.info if options.parts.text_encoder_lr is None else logger.warning
-            log(
-                "%s does not learn because --cache_text_encoder_outputs keeps its outputs: only the "
-                "transformer is trained, as with %s. To train both leave out the caches.",
-                names,
-                UNET_ONLY,
-            )
     if caches_texts or not options.is_for_images:
         return None
     stores, end = Stores(npz_names(family)), text_file_name("", family.cache_tag)
     if any(name.endswith(end) for table in config.datasets for name in stores.of(table).names()):
         return None
     return LiveTexts(_encoders(family, "there are no text caches"))
+
+
+def _learns_in_spite_of_caches(
+    family: Family, options: TrainingOptions, learning: Sequence[LearningEncoder]
+) -> bool:
+    """Return whether text encoders learn though --cache_text_encoder_outputs is given; log what is left out.
+
+    learning: all text encoders. Raises OptionError if nothing else is trained.
+    """
+    names = ", ".join(encoder.name for encoder in learning)
+    switches = _switches(family, options)
+    if any(switches.get(encoder.lora_prefix) for encoder in learning):
+        logger.warning(
+            "--cache_text_encoder_outputs is ignored because it would keep the outputs of %s, which "
+            "learn: captions are encoded at each step.",
+            names,
+        )
+        return True
+    # they do not learn because all texts are cached, as the guides' commands have it
+    if options.parts is None or not options.parts.trains_dit:
+        raise OptionError(
+            f"--cache_text_encoder_outputs: {names} is trained, so that its outputs change. Leave it out"
+        )
+    log = logger.info if options.parts.text_encoder_lr is None else logger.warning
+    log(
+        "%s does not learn because --cache_text_encoder_outputs keeps its outputs: only the "
+        "transformer is trained, as with %s. To train both leave out the caches.",
+        names,
+        UNET_ONLY,
+    )
+    return False
 
 
 def _may_learn(options: TrainingOptions) -> bool:

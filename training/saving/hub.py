@@ -114,14 +114,15 @@ def _front_matter(
     spec: Mapping[str, str],
     words: Sequence[str],
 ) -> str:
-    tags = [tag.strip() for tag in spec.get("tags", "").split(",")]
+    tags = ["reelsmith", *(["lora"] if is_lora else [])]
+    tags += [tag.strip() for tag in spec.get("tags", "").split(",")]
     licence = spec.get("license", release.licence)
     key = licence.strip().lower()
     other_key = release.licence_key if licence == release.licence else "other"
     values: dict[str, Any] = {
         "base_model": list(release.repositories),
         "base_model_relation": "adapter" if is_lora else "finetune",
-        "tags": list(dict.fromkeys(filter(None, ["reelsmith", *(["lora"] if is_lora else []), *tags]))),
+        "tags": list(dict.fromkeys(tag for tag in tags if tag)),
         "license": key if key in HUB_LICENCES else other_key,
     }
     if values["license"] == "other":
