@@ -279,8 +279,6 @@ class ScriptDefaults:
     by_model: Mapping[str, str] = field(default_factory=dict)
     has_sound: bool = False  # whether videos can have sound, and there is a --save_audio
     noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
-    # options of the family -> their names in Request.extra
-    extras: Mapping[str, str] = field(default_factory=dict)
     # options of a prompt line, by letter
     line_options: Mapping[str, LineOption] = field(default_factory=lambda: GENERATION_OPTIONS)
     output_types: tuple[str, ...] = ("video", "images", "latent", "both")  # the first is the default
