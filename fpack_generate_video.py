@@ -22,7 +22,6 @@ DEFAULTS = ScriptDefaults(
     media=frozenset({"end_image_path", "control_image_path"}),
     source=SourceDefaults(takes_image=False),
     has_second_prompt=True,
-    has_length=False,
     noise_on_cpu=True,
     line_options=SECTIONED_GENERATION_OPTIONS,
     output_types=("video", "images", "latent", "both", "latent_images"),

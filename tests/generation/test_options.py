@@ -52,7 +52,7 @@ def test_what_cannot_be_done_is_said_at_once(tmp_path: Path, arguments: list[str
 
 
 def test_a_script_may_have_options_about_each_video_of_its_own(tmp_path: Path) -> None:
-    defaults = ScriptDefaults(fps=30, guidance_scale=1.0, has_length=False)
+    defaults = ScriptDefaults(fps=30, guidance_scale=1.0, in_sections=True)
     parser = generation_parser(None, defaults)
     parser.set_defaults(extras={"paws": "feet"})  # as `of_request` says of an option of a record
     parser.add_argument("--paws", type=int, default=4)
