@@ -25,12 +25,10 @@ from frame_pack.options import FramePackGenerationOptions
 from frame_pack.requests import FramePackRequest
 from generation.denoise import SeededNoise, on_device, predictor
 from generation.memory import rehearse_decoding, rehearse_denoising, resolve_options
-from generation.options import GenerationOptions, generation_parser, read_arguments
+from generation.options import GenerationOptions, read_generation
 from generation.script_options import ScriptDefaults
 from modules.devices import GIB
 from modules.errors import MemoryPlanError
-from modules.options import read_options
-from modules.parser import add_options
 from running.planning.device_memory import Room
 from running.planning.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
 from running.planning.kernels import PlannedKernels
@@ -94,10 +92,7 @@ def test_a_plan_keeps_layers_of_a_language_model_on_the_host_if_there_is_no_room
 
 def options_of(defaults: ScriptDefaults, record: type[Own], *words: object) -> tuple[GenerationOptions, Own]:
     """What a script reads of its command line."""
-    parser = generation_parser("", defaults)
-    add_options(parser, record)
-    args = read_arguments(parser, list(map(str, words)))
-    return read_options(GenerationOptions, args), read_options(record, args)
+    return read_generation("", defaults, record, [*map(str, words)])
 
 
 def tiny_generation(tmp_path: Path) -> tuple[Wan, GenerationOptions]:
