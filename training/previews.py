@@ -86,7 +86,9 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     texts = find_live_texts(family, options, config)
     plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     seed = options.validation.validation_seed
-    validation = (options.validation.validation_split, (options.loop.seed or 0) if seed is None else seed)
+    if seed is None:
+        seed = options.loop.seed or 0
+    validation = options.validation.validation_split, seed
     if all(plan.is_own for plan in plans):
         facts = [f"{name}: {value}" for name, value in family.metadata.items() if name != "resolution"]
         result = check.check_training(

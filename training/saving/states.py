@@ -264,11 +264,16 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             "it."
         )
     unsplit = {name: tensor for name, tensor in tensors.items() if not is_split(tensor)}
-    for name, tensor in unsplit.items():  # the others are in place
+    _require_finite(unsplit)  # the others are in place
+    module.load_state_dict(unsplit, strict=len(unsplit) == len(tensors))
+
+
+def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for a value that is NaN or infinite. Tensors in 8 bits are not looked at."""
+    for name, tensor in tensors.items():
         is_wide = tensor.is_floating_point() and tensor.element_size() > 1
         if is_wide and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{name} holds values that are NaN or infinite.\n  {REMEDY}")
-    module.load_state_dict(unsplit, strict=len(unsplit) == len(tensors))
 
 
 def shorten_value(value: Any) -> str:
