@@ -15,7 +15,7 @@ from modules.speed_options import say_for_generation
 from networks.module_names import read_family
 from networks.names.layouts import KNOWN, TRAINED_ON
 from networks.options import NetworkOptions
-from training.options import GivenOption, TrainingOptions
+from training.options import ScriptOption, TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.history import PageCommand
 from training.saving.files import Names, state_pattern
@@ -48,7 +48,7 @@ class NextSteps:
 
     plan: TrainingPlan
     script: str  # that trains
-    script_options: Sequence[GivenOption]
+    script_options: Sequence[ScriptOption]
     generation: Generation | None
     # of the first sample, see `Generation`; in a run without samples caption and files of a training item
     sample: Mapping[str, Any]
@@ -251,7 +251,7 @@ def plan_next_steps(
     plan: TrainingPlan,
     sampler: "Sampler | None",
     script: str = "the training script",
-    script_options: Sequence[GivenOption] = (),
+    script_options: Sequence[ScriptOption] = (),
     generation: Generation | None = None,
     generation_of_caches: Generation | None = None,
     cached_with: Mapping[str, Any] | None = None,

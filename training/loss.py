@@ -128,7 +128,7 @@ def measure_streams(
     teacher_output: Tensor | None = None
     if rule.teacher_weight:
         assert rule.as_base is not None
-        teacher_batch = _tell_teacher(family, noisy_batch)
+        teacher_batch = _batch_for_teacher(family, noisy_batch)
         with torch.no_grad(), rule.as_base():
             teacher_output = network(teacher_batch)
     output = network(noisy_batch)
@@ -161,7 +161,7 @@ def _replace_preserved(
     return torch.where(_per_sample(chosen, velocity), base_output, velocity)
 
 
-def _tell_teacher(family: Trains, noisy_batch: NoisyBatch) -> NoisyBatch:
+def _batch_for_teacher(family: Trains, noisy_batch: NoisyBatch) -> NoisyBatch:
     """Return the batch with all inputs, also those that the trained network lacks."""
     has_first = FIRST_FRAME in family.fuller and noisy_batch.noise.shape[2] > 1
     given_frames = max(noisy_batch.given_frames, int(has_first))

@@ -20,9 +20,9 @@ from tests.training.toy import TWO_EXPERTS
 from training.following import NextSteps
 from training.learning_options import WholeDitOptions
 from training.options import (
-    GivenOption,
+    ScriptOption,
     TrainingOptions,
-    given_options,
+    list_script_options,
     read_arguments,
     read_training,
     training_parser,
@@ -42,7 +42,7 @@ EVERY_KIND = [
 ]
 
 
-def read(words: list[str]) -> tuple[TrainingOptions, WanTrainingOptions, list[GivenOption]]:
+def read(words: list[str]) -> tuple[TrainingOptions, WanTrainingOptions, list[ScriptOption]]:
     return read_training(None, WanTrainingOptions, words)
 
 
@@ -242,7 +242,7 @@ def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path)
     args = read_arguments(parser, [*NEEDED, "--dit", "released.safetensors"], {})
     options, own = read_options(TrainingOptions, args), read_options(HunyuanTrainingOptions, args)
     generation = partial(FAMILIES["hunyuan_video"].generation_words, own)
-    given = given_options(parser, own, options)
+    given = list_script_options(parser, own, options)
 
     steps = NextSteps(plan_of(options, tmp_path, "wan"), "hv_train.py", given, generation, {})
     resume, generate, _ = steps.commands(None, is_finished=False)

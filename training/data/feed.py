@@ -112,12 +112,12 @@ class Packed:
     def of(cls, noisy_batch: NoisyBatch) -> "Packed":
         pieces: list[Tensor] = []
 
-        def taken(tensor: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> Tensor:
             flat = tensor.contiguous().view(-1).view(torch.uint8)
             pieces.extend([flat, flat.new_zeros(-len(flat) % ALIGNMENT)])
             return torch.empty_like(tensor, device="meta")
 
-        outline = noisy_batch.moved(taken)
+        outline = noisy_batch.moved(pack)
         return cls(outline, torch.cat(pieces))
 
     def pin_memory(self) -> "Packed":
@@ -128,13 +128,13 @@ class Packed:
         """Return the micro-batch again. Its tensors are views of `content`."""
         start = 0
 
-        def given(outline: Tensor) -> Tensor:
+        def take_view(outline: Tensor) -> Tensor:
             nonlocal start
             piece = self.content[start : start + outline.nbytes]
             start += outline.nbytes + -outline.nbytes % ALIGNMENT
             return piece.view(outline.dtype).view(outline.shape)
 
-        return self.outline.moved(given)
+        return self.outline.moved(take_view)
 
 
 @dataclass(frozen=True)
