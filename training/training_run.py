@@ -208,7 +208,7 @@ class TrainingRun:
         names = self.model.trainable.names
         return frozenset(parameter for parameter, name in names.items() if sound.modules in name)
 
-    @property
+    @functools.cached_property
     def parts(self) -> tuple[str, ...]:
         """Return the parts with losses of their own: experts, or picture and sound."""
         experts = self.family.experts
