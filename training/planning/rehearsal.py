@@ -245,7 +245,7 @@ def _single_steps(
     is_stepped_alone = whole_dit is not None and (whole_dit.full_bf16 or whole_dit.fused_backward_pass)
     if not (is_stepped_alone and steps_alone(type(optimizer))):
         return None
-    names = {parameter: str(index) for index, parameter in enumerate(parameters)}
+    names: dict[Tensor, str] = {parameter: str(index) for index, parameter in enumerate(parameters)}
     return ParameterSteps(optimizer, names, Progress(0, 0, 0.0))
 
 
