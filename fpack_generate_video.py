@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
-from frame_pack.options import REQUEST_OPTIONS, FramePackGenerationOptions, parse_entries
+from frame_pack.options import FramePackGenerationOptions, parse_entries
 from generation.options import GenerationOptions
 from generation.prompt_lines import SECTIONED_GENERATION_OPTIONS
 from generation.script_options import ScriptDefaults
@@ -22,9 +22,7 @@ DEFAULTS = ScriptDefaults(
     media=frozenset({"end_image_path", "control_image_path"}),
     source=SourceDefaults(takes_image=False),
     has_second_prompt=True,
-    has_length=False,
     noise_on_cpu=True,
-    extras=REQUEST_OPTIONS,
     line_options=SECTIONED_GENERATION_OPTIONS,
     output_types=("video", "images", "latent", "both", "latent_images"),
     numbers_single=True,

@@ -7,7 +7,7 @@ from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_number
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
-from krea2.options import EXTRAS, REPLACED, SIDE, settle_generation
+from krea2.options import REPLACED, SIDE, settle_generation
 
 
 def _read_one(text: str) -> int:
@@ -54,7 +54,6 @@ DEFAULTS = ScriptDefaults(
     size=(SIDE, SIDE),
     pictures=True,
     spellings={"infer_steps": ("--steps",), "num_videos": ("--num-images",)},
-    extras=EXTRAS,
     line_options={
         **IMAGE_GENERATION_OPTIONS,
         **REFERENCES,

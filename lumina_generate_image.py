@@ -5,7 +5,6 @@ from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, NO_TEXT, LineOption
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
-from lumina.options import EXTRAS
 
 DEFAULTS = ScriptDefaults(
     fps=PICTURE_FPS,
@@ -18,7 +17,6 @@ DEFAULTS = ScriptDefaults(
     blocks_to_swap=None,
     size=(1024, 1024),
     pictures=True,
-    extras=EXTRAS,
     line_options={
         **IMAGE_GENERATION_OPTIONS,
         "ctr": LineOption("cfg_trunc_ratio", str, NO_TEXT),

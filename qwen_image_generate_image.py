@@ -5,7 +5,6 @@ from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import CANCELS, IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_path
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
-from qwen_image.options import MASK
 
 DEFAULTS = ScriptDefaults(
     fps=PICTURE_FPS,
@@ -21,7 +20,6 @@ DEFAULTS = ScriptDefaults(
         **REFERENCES,
         "mask_path": LineOption("mask_path", read_path, CANCELS),
     },
-    extras={"mask_path": MASK},
     output_types=PICTURE_OUTPUTS,
 )
 main = generation_script("qwen_image", DEFAULTS, __doc__)

@@ -11,7 +11,7 @@ from generation.prompt_lines import (
 )
 from generation.script_options import FASTER, ScriptDefaults
 from generation.scripts import generation_script
-from wan.options import MASK, ONE_FRAME, SCALE
+from wan.options import MASK, SCALE
 
 DEFAULTS = ScriptDefaults(
     fps=16,
@@ -32,7 +32,6 @@ DEFAULTS = ScriptDefaults(
         "control_path": ("--control_path", "--src_video", "--vace_video"),
         "control_image_path": ("--control_image_path", "--src_ref_images", "--vace_reference_image"),
     },
-    extras={MASK: MASK, SCALE: SCALE, "one_frame_inference": ONE_FRAME},
     media=frozenset({"image_path", "end_image_path", "control_path", "control_image_path"}),
 )
 main = generation_script("wan", DEFAULTS, __doc__)

@@ -51,9 +51,9 @@ class BenchFamily:
 
     texts: (config of the transformer, numbers, T) -> conditions of one sample with batch dimension, as caches
     have them. work: (config, shape of the latents, T) -> operations of a pass. inputs: (config, numbers,
-    shape) -> what generation encodes from images, by section. own: `Prepared.own` of a video of one section.
-    trained: (as inputs) -> more tensors of a training sample's cache. section: shape of a clip's latents ->
-    shape of those that are denoised together.
+    shape) -> what generation encodes from images, by section. own: `Prepared.family_record` of a video of
+    one section. trained: (as inputs) -> more tensors of a training sample's cache. section: shape of a clip's
+    latents -> shape of those that are denoised together.
     """
 
     room: str  # folder with family.py and options.py

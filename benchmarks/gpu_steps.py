@@ -197,7 +197,7 @@ def random_request(row: Row, family: Any) -> tuple[Prepared, Any, Any]:
         usual_negative="",
         experts=family.experts,
     )
-    return replace(prepared, own=entry.own()), {0: EncodedPrompts(*texts)}, inputs
+    return replace(prepared, family_record=entry.own()), {0: EncodedPrompts(*texts)}, inputs
 
 
 def without_batch(conditions: dict[str, Tensor | list[Tensor]]) -> dict[str, Tensor | list[Tensor]]:

@@ -80,9 +80,9 @@ def _measure_pages(folder: Path, prompts: int) -> tuple[float, list[float]]:
     folder.mkdir()
     history = History(folder / "x-history.jsonl", 1)
     generator = np.random.default_rng(1)
-    names = {index: f"a prompt {index}" for index in range(prompts)}
+    texts = [f"a prompt {index}" for index in range(prompts)]
     start = Start("wan", OLD_STEPS)
-    reporter = RunReporter(history, start, names, 0, lambda best, done: [], lambda: [])
+    reporter = RunReporter(history, start, 0, lambda best, done: [], lambda: [])
     started = time.perf_counter()
     for step, loss in enumerate(generator.random(OLD_STEPS) + 0.1, 1):
         reporter.note_step(StepReport(step, {"lr/unet": 1e-4}, seconds=0.5, loss=float(loss), average=0.5))
@@ -99,7 +99,7 @@ def _measure_pages(folder: Path, prompts: int) -> tuple[float, list[float]]:
                 path = folder / "sample" / f"x_{mark}_{index:02d}_20300101000000.mp4"
                 write_video(path, clip, 16.0, crf=20, preset="veryfast")
             started = time.perf_counter()
-            reporter.note_samples(int(mark), mark)
+            reporter.note_samples(int(mark), mark, texts)
             seconds.append(time.perf_counter() - started)
     return note, seconds[1:]
 

@@ -257,7 +257,7 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
     The scales are those of the usual formula, in which 1 turns guidance off. Raises OptionError if the
     request's schedule and the options do not go together.
     """
-    schedule = prepared.asked.cfg_schedule
+    schedule = prepared.request.cfg_schedule
     num_steps = prepared.num_steps
     rules = prepared.rules
     if rules.below_share is not None and rules.below_share <= 0:
@@ -407,8 +407,8 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
 def _warn_of_unused_prompts(
     prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
 ) -> None:
-    text = prepared.asked.negative_prompt
-    away = prepared.asked.away_prompt
+    text = prepared.request.negative_prompt
+    away = prepared.request.away_prompt
     if away is not None and not options.nag.is_on:
         logger.warning("--nag_prompt %r is ignored because --nag_scale is not given, or turned off", away)
     # without --nag_prompt attention is steered away from the negative one
@@ -457,7 +457,7 @@ def _warn_of_unused_options(
 def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
     """Warn about guidance scales below the one that turns guidance off, which other programs count from 0."""
     off = prepared.rules.off_at
-    scheduled = guidance_scales(prepared, options) if prepared.asked.cfg_schedule else []
+    scheduled = guidance_scales(prepared, options) if prepared.request.cfg_schedule else []
     named = _name_scales(prepared)
     for scales in scheduled:
         for weight in scales:
@@ -471,7 +471,7 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
 
 def _name_scales(prepared: Prepared) -> dict[float, str]:
     """Return by scale the first option that gives it: each is reported once."""
-    request = prepared.asked
+    request = prepared.request
     named: dict[float, str] = {}
     if request.guidance_scale is not None:
         named[request.guidance_scale] = "--guidance_scale {} (--l in a prompt line)"

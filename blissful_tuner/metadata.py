@@ -41,7 +41,7 @@ _FOLDERS = re.compile(r"((?:^|;;;|\n)(?:\s*-?\d+(?:-\d+)?:)?)(?:(?!;;;|\n).)*[/\
 
 
 def output_metadata(
-    request: Prepared,
+    prepared: Prepared,
     model: Mapping[str, str],
     loras: Mapping[str, Sequence[tuple[str, float]]] | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -60,39 +60,39 @@ def output_metadata(
         "model_type": model.get("model_type"),
         "task": model.get("task"),
         "tunerver": TUNER_VERSION,
-        "seeds": request.seed,
-        "prompt": request.asked.prompt,
-        "negative_prompt": request.negative_prompt,
-        "infer_steps": request.steps,
-        "guidance_scale": request.guidance_scale[0],
-        "cfg_schedule": request.asked.cfg_schedule,
-        "flow_shift": request.flow_shift,
-        "height": request.height,
-        "width": request.width,
-        "video_length": request.frames,
-        "fps": f"{request.fps:g}",
+        "seeds": prepared.seed,
+        "prompt": prepared.request.prompt,
+        "negative_prompt": prepared.negative_prompt,
+        "infer_steps": prepared.steps,
+        "guidance_scale": prepared.guidance_scale[0],
+        "cfg_schedule": prepared.request.cfg_schedule,
+        "flow_shift": prepared.flow_shift,
+        "height": prepared.height,
+        "width": prepared.width,
+        "video_length": prepared.frames,
+        "fps": f"{prepared.fps:g}",
     }
-    values |= _optional(request, device, created)
-    values |= _describe_experts(request, experts)
-    for name, text in request.own_metadata.items():
+    values |= _optional(prepared, device, created)
+    values |= _describe_experts(prepared, experts)
+    for name, text in prepared.own_metadata.items():
         values[name] = _FOLDERS.sub(r"\1", text) if name.endswith("_path") else text
     for expert_name, files in (loras or {}).items():
         for index, (name, multiplier) in enumerate(files):
             values[f"{lora_name(expert_name)}_{index}"] = f"{name}: {multiplier}"
-    values |= _record({**(settings or {}), **request.asked.settings})
+    values |= _record({**(settings or {}), **prepared.request.settings})
     return {
         f"bt_{name}": NOT_SET if value is None else make_storable(str(value))
         for name, value in values.items()
     }
 
 
-def _describe_experts(request: Prepared, experts: Sequence[Expert]) -> dict[str, object]:
+def _describe_experts(prepared: Prepared, experts: Sequence[Expert]) -> dict[str, object]:
     """Return the guidance scales of further experts, and where they begin."""
     values: dict[str, object] = {}
-    for name, scale in request.asked.expert_guidance.items():
+    for name, scale in prepared.request.expert_guidance.items():
         values[f"guidance_scale_{name}"] = scale
     boundaries = []
-    for expert, scale in list(zip(experts, request.guidance_scale, strict=True))[1:]:
+    for expert, scale in list(zip(experts, prepared.guidance_scale, strict=True))[1:]:
         values[f"guidance_scale_{expert.name}"] = scale
         boundaries.append(f"{expert.lowest:g}")
     if boundaries:
@@ -100,11 +100,11 @@ def _describe_experts(request: Prepared, experts: Sequence[Expert]) -> dict[str,
     return values
 
 
-def _optional(request: Prepared, device: str | None, created: datetime | None) -> dict[str, object]:
+def _optional(prepared: Prepared, device: str | None, created: datetime | None) -> dict[str, object]:
     """Return the values that only some outputs have."""
-    options = request.asked
+    options = prepared.request
     values: dict[str, object] = {
-        "embedded_cfg_scale": request.embedded_guidance,
+        "embedded_cfg_scale": prepared.embedded_guidance,
         "nag_prompt": options.away_prompt,
         "prompt_2": options.second_prompt,
         "device": device,

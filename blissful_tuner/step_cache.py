@@ -82,7 +82,7 @@ def check_step_cache(choice: StepCaching, prepared: Prepared, spec: DitSpec) -> 
         )
     if isinstance(choice, (MagCalibration, TeaCalibration)):
         option = "--magcache_calibration" if isinstance(choice, MagCalibration) else "--teacache_calibration"
-        source = prepared.asked.source
+        source = prepared.request.source
         if source is not None and prepared.first_step:
             raise OptionError(
                 f"{option} measures all steps from noise on, and a video that starts from another has only "
@@ -101,7 +101,7 @@ class StepCaches:
 
     def __init__(self, prepared: Prepared, spec: DitSpec) -> None:
         """prepared: asks for a step cache."""
-        self._choice, self._steps = prepared.asked.step_cache, prepared.steps
+        self._choice, self._steps = prepared.request.step_cache, prepared.steps
         self._make_rule: Callable[[], step_cache.Rule] | None = None
         self._measured: step_cache.Ratios | step_cache.Changes | None = None
         self._passes = self._skipped = 0

@@ -167,7 +167,7 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
 
     encoders: on their device; unused if the source is latents. Raises MediaError if a video is too short.
     """
-    source = prepared.asked.source
+    source = prepared.request.source
     assert source is not None
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     if source.option == LATENTS:

@@ -94,7 +94,7 @@ class Request:
 class Prepared:
     """One video or image with all settings decided and parsed, as `Family.prepare` returns it."""
 
-    asked: Request  # without the media that the model does not take
+    request: Request  # without the media that the model does not take
     seed: int
     prompts: Mapping[int, Prompts]  # by section; 0 is always there
     negative_prompt: str
@@ -119,7 +119,7 @@ class Prepared:
     added: tuple[float, ...] = ()
     # functions that load further networks, which make what denoising starts from; the shapes of their inputs
     begun_by: tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...] = ()
-    own: Any = None  # the family's own record, which only the family reads
+    family_record: Any = None  # the family's own settings, which only the family reads
     name_end: str = ""  # behind the names of its files
     own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name
 
@@ -196,7 +196,7 @@ def settle(
     steps = request.steps or usual.steps
     away = None if request.away_prompt is None else Prompt(request.away_prompt)
     return Prepared(
-        asked=request,
+        request=request,
         seed=request.seed,
         prompts={
             0: Prompts(

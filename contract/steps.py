@@ -89,7 +89,7 @@ class Tweaks:
     given_frames: int = 0
     joint: Joint | None = None  # the noisy latents are B N of a picture and its sound; timesteps B or B 2
     # what a network keeps between the passes of a section; None: it may keep nothing
-    memory: dict[Any, Any] | None = None
+    section_cache: dict[Any, Any] | None = None
     turn: Turn | None = None  # set by the denoising loop
 
     @property
@@ -135,7 +135,7 @@ class Tweaks:
             embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,
             given_frames=self.given_frames or all_passes.given_frames,
             joint=self.joint or all_passes.joint,
-            memory=all_passes.memory if self.memory is None else self.memory,
+            section_cache=all_passes.section_cache if self.section_cache is None else self.section_cache,
         )
 
 

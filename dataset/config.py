@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from contract.rules import ReferenceRules
 from dataset import config_keys as forms
@@ -21,6 +21,9 @@ from modules.command import did_you_mean
 from modules.errors import DatasetError
 from modules.run_limits import describe_outside
 from modules.text_files import real_path
+
+if TYPE_CHECKING:  # torch is not loaded to read a file
+    from contract.family import Caches
 
 __all__ = ["KEYS", "MODES", "DatasetConfig", "DatasetTable", "load_dataset_config"]
 
@@ -191,22 +194,21 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
     return {**content, "general": {**general, **above}}
 
 
-def for_family(
-    config: DatasetConfig, rules: ReferenceRules | None, frame_step: int, in_sections: bool, instead: str = ""
-) -> DatasetConfig:
+def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False) -> DatasetConfig:
     """Return a configuration as a family takes it: `with_lengths` and `with_references`.
 
-    in_sections: whether its latents depend on the keys of sections; else a warning names those that are set.
-    instead: `Abilities.references`.
+    Warns of keys of sections if the latents of the family do not depend on them. for_texts: only texts are
+    encoded, which depend on none of these keys.
     """
     for table in config.datasets:
         of_sections = table.changed(forms.SECTIONS)
-        if of_sections and not in_sections:
+        if of_sections and not (family.latent.in_sections or for_texts):
             keys = " and ".join(of_sections)
             logger.warning(
                 "%s: %s: ignored, as only FramePack, and Wan with --one_frame, take them", table.name, keys
             )
-    return with_references(with_lengths(config, frame_step), rules, instead)
+    config = with_lengths(config, family.latent.frame_step)
+    return with_references(config, family.references, family.can.references)
 
 
 def with_sound_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
@@ -249,7 +251,7 @@ def with_lengths(config: DatasetConfig, frame_step: int) -> DatasetConfig:
 def with_references(config: DatasetConfig, rules: ReferenceRules | None, instead: str = "") -> DatasetConfig:
     """Return a configuration whose control images follow a family's rules (`Family.references`).
 
-    Raises DatasetError if the family has no use for a key.
+    instead: `Abilities.references`. Raises DatasetError if the family has no use for a key.
     """
     flips = [table.name for table in config.datasets if table.augmentation.flip]
     if rules is not None and rules.seen_by_text and flips:

@@ -47,13 +47,7 @@ def cache_family_latents(
         from dataset.caching import loop  # torch loads here, after every option has been read
 
         caches = entry.make_family("latent_caching", family_options)
-        config = for_family(
-            config,
-            rules=caches.references,
-            frame_step=caches.latent.frame_step,
-            in_sections=caches.latent.in_sections,
-            instead=caches.can.references,
-        )
+        config = for_family(config, caches)
         words = [*_caption_words(config, family, family_options, typed), *_shared_words(options)]
         remember = partial(
             remember_options,
@@ -83,13 +77,7 @@ def cache_family_texts(
         from dataset.caching import loop  # torch loads here, after every option has been read
 
         caches = entry.make_family("text_caching", family_options)
-        config = for_family(
-            config,
-            rules=caches.references,
-            frame_step=caches.latent.frame_step,
-            in_sections=True,  # texts are the same whatever the keys of sections say
-            instead=caches.can.references,
-        )
+        config = for_family(config, caches, for_texts=True)
         repeated = [*repeat_given(family_options, typed), *_recall(config, family, "LatentCaching")]
         training = option_words(join_options(entry.options_record("Training"), {}, repeated))
         words = ["python", f"{entry.script}_train_network.py", *entry.training, *training]

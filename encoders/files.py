@@ -112,7 +112,7 @@ class TransformerFiles(ABC):
 _METADATA = attrgetter("metadata")  # of a checkpoint
 
 
-def judge_few_steps(rule: FewSteps, dit: Path) -> Verdict | None:
+def judge_distillation(rule: FewSteps, dit: Path) -> Verdict | None:
     """Return whether a transformer was distilled to few steps, and what says so: see `FewSteps.judge`.
 
     A missing or unreadable file, which other checks report, is judged by its name.
@@ -168,7 +168,7 @@ class OneTransformer:
     def why_few_steps(self) -> str | None:
         """Return what says that a transformer was distilled to few steps; None if nothing does."""
         for path in self.dit_files:
-            verdict = judge_few_steps(self.few_steps, path)
+            verdict = judge_distillation(self.few_steps, path)
             if verdict is not None and verdict.is_distilled:
                 return f"{path}: {verdict.evidence}"
         return None

@@ -151,7 +151,7 @@ def read_reference(path: Path, area: int | None, step: int) -> Tensor:
 
 def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> Prepared:
     """Return the request with its reference pictures in all prompts. size: `Prompt.picture_size`."""
-    paths = prepared.asked.control_images
+    paths = prepared.request.control_images
     texts = prepared.prompts[0]
 
     def with_pictures(prompt: Prompt | None) -> Prompt:
@@ -260,7 +260,7 @@ class ModelOfPictures(OneTransformer):
         return request
 
     def needs_media(self, prepared: Prepared) -> bool:
-        return bool(prepared.asked.control_images)
+        return bool(prepared.request.control_images)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Return no conditions: a picture has none besides its texts."""

@@ -253,7 +253,7 @@ class FramePack(OneTransformer):
             takes_shape=self.takes_shape,
         )
         if not self.is_f1:  # which takes none, as is said once for all videos
-            warn_of_unused_paddings(self.paddings, prepared.own)
+            warn_of_unused_paddings(self.paddings, prepared.family_record)
         return prepared
 
     def needs_media(self, prepared: Prepared) -> bool:
@@ -269,7 +269,7 @@ class FramePack(OneTransformer):
     def request_conditions(
         self, encoders: data.MediaEncoders, prepared: Prepared
     ) -> Mapping[int, data.Conditions]:
-        settings: FramePackRequest = prepared.own
+        settings: FramePackRequest = prepared.family_record
         if settings.one_frame is None:
             return video_inputs(encoders, prepared)
         return one_frame_inputs(encoders, prepared)
@@ -284,7 +284,7 @@ class FramePack(OneTransformer):
         """Yield each section for the denoising loop, in the order of generation; an image has one."""
         scale = GUIDANCE_UNIT * (prepared.embedded_guidance or 0.0)
         guidance = torch.full((1,), scale, dtype=self.files.compute_dtype())
-        settings: FramePackRequest = prepared.own
+        settings: FramePackRequest = prepared.family_record
         if settings.one_frame is not None:
             return one_frame_section(
                 settings.one_frame,

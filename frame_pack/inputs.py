@@ -29,8 +29,8 @@ def video_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Condi
     Section 0 may also have `end_latents`. All on the CPU, latents in model space; sections with the same
     image share its tensors.
     """
-    settings: FramePackRequest = prepared.own
-    images, end_image = settings.images, prepared.asked.end_image_path
+    settings: FramePackRequest = prepared.family_record
+    images, end_image = settings.images, prepared.request.end_image_path
     embeddings = {path: _embeddings(encoders, path, prepared) for path in dict.fromkeys(images)}
     end = [] if end_image is None else [end_image]
     latents = {path: _latents(encoders, path, prepared) for path in dict.fromkeys([*images, *end])}
@@ -63,7 +63,7 @@ def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, C
 
     A control's latent is multiplied by its mask: the mask file, else the control's alpha channel. On the CPU.
     """
-    settings: FramePackRequest = prepared.own
+    settings: FramePackRequest = prepared.family_record
     (image,) = settings.images
     masks = settings.masks
     conditions: dict[str, Tensor | list[Tensor]] = {

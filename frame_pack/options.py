@@ -17,7 +17,7 @@ from hunyuan_model.options import (
 )
 from modules.errors import OptionError
 from modules.option_values import FillIn
-from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, option
+from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, of_request, option
 
 SEPARATOR = ";;;"
 _PLACES = re.compile(r"(-?[0-9]+)(?:-([0-9]+))?")
@@ -61,14 +61,6 @@ def _pieces(piece: str, option: str) -> Iterator[tuple[int, str]]:
 
 logger = logging.getLogger(__name__)
 
-# options of each video, which a prompt line may give too -> their names in Request.extra
-REQUEST_OPTIONS = {
-    "image_path": "image_path",
-    "video_seconds": "video_seconds",
-    "video_sections": "video_sections",
-    "one_frame_inference": "one_frame",
-    "control_image_mask_path": "control_image_mask_path",
-}
 # keys of caches: clean latents, and those at half the resolution, which single pictures lack
 CLEAN, DOUBLED = "latents_clean", "latents_clean_2x"
 FRAMES_PER_SECOND = 30  # as in training; --fps only sets the rate in the file
@@ -137,24 +129,32 @@ class FramePackTrainingOptions(Options, title="FramePack"):
 
 
 class FramePackVideoOptions(Options, title="length and images of a video"):
-    """Options of each video, which REQUEST_OPTIONS lists: read here only to be checked early."""
+    """Options of each video, read here only to be checked early: a prompt line may give them too."""
 
     image_path: str | None = option(
         "start image, or one for each section, as with --prompt: '0:first.png;;;1-2:then.png;;;-1:last.png'",
         often=True,
+        facts=of_request("image_path"),
     )
     video_seconds: float = option(
-        "length of the video, rounded to whole sections; default 5", default=USUAL_SECONDS, often=True
+        "length of the video, rounded to whole sections; default 5",
+        default=USUAL_SECONDS,
+        often=True,
+        facts=of_request("video_seconds"),
     )
-    video_sections: int | None = option("number of sections, in place of --video_seconds")
+    video_sections: int | None = option(
+        "number of sections, in place of --video_seconds", facts=of_request("video_sections")
+    )
     one_frame_inference: str | None = option(
         "generate an image, not a video: default, or with commas no_2x, no_4x, no_post, target_index=N, "
         "control_index=N+N",
         flags=("--one_frame_inference", "--one_frame"),
         metavar="default|target_index=N,control_index=N+N",
+        facts=of_request("one_frame"),
     )
     control_image_mask_path: tuple[str, ...] | None = option(
-        "a mask for each control image: white parts are used; default: its alpha channel"
+        "a mask for each control image: white parts are used; default: its alpha channel",
+        facts=of_request("control_image_mask_path"),
     )
 
     def __post_init__(self) -> None:
@@ -178,7 +178,7 @@ class FramePackGenerationOptions(Options, title="FramePack"):
     )
     bulk_decode: bool = option(_BULK, facts=OF_DECODING)
     f1: bool = option("generate the video as FramePack-F1 does, in playing order", facts=OF_REQUEST, flags=F1)
-    video: FramePackVideoOptions = option(facts=OF_REQUEST)
+    video: FramePackVideoOptions
     one_frame_auto_resize: bool = option(
         "with --one_frame_inference: as many pixels as --video_size says, in the shape of the first control "
         "image, or of the start image if there is none",

@@ -38,7 +38,7 @@ _NEEDS_IMAGE = (
 
 @dataclass(frozen=True)
 class FramePackRequest:
-    """Settings of a request that only FramePack reads: `Prepared.own`."""
+    """Settings of a request that only FramePack reads: `Prepared.family_record`."""
 
     images: tuple[Path, ...]  # the start image of each section, in playing order
     one_frame: OneFrame | None = None  # a single picture, which has one section; None: a video
@@ -101,7 +101,7 @@ def prepare_request(
         prepared,
         solver=SOLVER if prepared.solver == "unipc" else prepared.solver,  # the released one is its own unipc
         prompts=prompts,
-        own=settings,
+        family_record=settings,
         own_metadata=metadata,
     )
 

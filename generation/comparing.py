@@ -186,7 +186,7 @@ def _show_start(
         [
             ("model", ", ".join(model_names)),
             ("columns", "\n".join(labels)),
-            ("prompts", f"{len(jobs)}; the first: {in_short(jobs[0].prepared.asked.prompt)}"),
+            ("prompts", f"{len(jobs)}; the first: {in_short(jobs[0].prepared.request.prompt)}"),
             ("clips", f"{count_of(total, 'clip')}{finished}"),
             ("folder", str(run.options.output.save_path)),
         ],
@@ -445,7 +445,7 @@ def write_grid(
 def _make_title(jobs: Sequence[GenerationJob], names: Sequence[str]) -> str:
     """Return the only prompt, or the trainings that saved the files: x for x-000010 and x-step00000020."""
     if len(jobs) == 1:
-        return in_short(jobs[0].prepared.asked.prompt)
+        return in_short(jobs[0].prepared.request.prompt)
     trainings = [re.sub(r"-(step)?\d+$", "", name) for name in names]
     return ", ".join(dict.fromkeys(trainings))
 
@@ -460,7 +460,7 @@ def _make_row(
     """Return the row of a prompt at a strength. variants: one for each column."""
     steps = count_of(job.prepared.num_steps, "step")
     return Row(
-        prompt=job.prepared.asked.prompt,
+        prompt=job.prepared.request.prompt,
         fps=job.prepared.fps,
         paths=tuple(paths[f"{job.label}, {variant.label}"] for variant in variants),
         facts=f"{job.label}, seed {job.prepared.seed}, {steps}",

@@ -189,12 +189,12 @@ def make_latents(
     on_cpu = cpu_noise or family.defaults.noise_on_cpu
     noise = SeededNoise(prepared.seed, device, on_cpu)
     extra_noise = None
-    if prepared.asked.source is not None and prepared.asked.source.extra_noise:
+    if prepared.request.source is not None and prepared.request.source.extra_noise:
         # a stream of its own: however much of it is added, all other noise of a seed stays the same
         extra_noise = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
     sections = sections_of(family, prepared, prompts=prompts, inputs=inputs, noise=noise)
     caches = None
-    if prepared.asked.step_cache is not None:
+    if prepared.request.step_cache is not None:
         from blissful_tuner.step_cache import StepCaches  # only with a step cache
 
         caches = StepCaches(prepared, family.dit)
@@ -218,7 +218,7 @@ def make_latents(
             guidance = make_guidance(stage, stage_guidance, family.experts, run)
             first_step = 0
             start = section.noise
-            source = prepared.asked.source
+            source = prepared.request.source
             if section.source is not None and source is not None:
                 first_step = prepared.first_step
                 start = noisy_source(section.source, section.noise, solver.schedule, first_step)

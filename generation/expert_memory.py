@@ -150,7 +150,7 @@ def largest_of(family: Family, requests: Sequence[Prepared]) -> list[Prepared]:
     # of equal ones the last that has something to encode
     sizes: dict[tuple[int, int, int], Prepared] = {}
     for prepared in sorted(requests, key=lambda prepared: needs_media(family, prepared)):
-        paths = () if family.references is None else prepared.asked.control_images
+        paths = () if family.references is None else prepared.request.control_images
         pixels = sum(prod(image_size(path)) for path in paths)  # before they are resized
         sizes[prepared.width * prepared.height, prepared.frames, pixels] = prepared
 

@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 def warn_of_unused_sources(options: SourceOptions, jobs: Sequence[GenerationJob]) -> None:
     """Warn of options of video-to-video that no job uses."""
-    used = {job.prepared.asked.source.option for job in jobs if job.prepared.asked.source is not None}
+    used = {job.prepared.request.source.option for job in jobs if job.prepared.request.source is not None}
     for name, default in options.of_script.items():
         needed = USED_WITH.get(name, {*SOURCES})
         if getattr(options, name) != default and not needed & used:
@@ -252,7 +252,7 @@ def denoise_all(
 def _stem_of(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
     """Reserve the name of a job's files while it is denoised, unless the name is given."""
     begun = datetime.now()
-    name = outputs.name_job(output, begun, job.prepared.seed, job.prepared.asked.prompt)
+    name = outputs.name_job(output, begun, job.prepared.seed, job.prepared.request.prompt)
     name += job.prepared.name_end
     stem = job.stem or Path(output.file_name).stem
     if stem or output.output_type == NOTHING:

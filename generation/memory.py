@@ -216,8 +216,8 @@ def rehearse_denoising(
         def measure(counts: dry.Counts) -> Mapping[str, dry.Moment]:
             """Return the peaks of the step if the network had so many blocks."""
             dry.keep_blocks(dit, blocks, counts, ledger)
-            if section.tweaks.memory is not None:
-                section.tweaks.memory.clear()  # by other blocks
+            if section.tweaks.section_cache is not None:
+                section.tweaks.section_cache.clear()  # by other blocks
             ledger.enter("forward outside the blocks")
             ledger.forget_peaks()
             with _cached_dit(family, prepared, dit) as dit_at:
@@ -263,7 +263,7 @@ def _place_loras(
 
 def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractContextManager[DitAt]:
     """Return a function: timestep -> the network, with the request's step cache if it has one."""
-    if prepared.asked.step_cache is None:
+    if prepared.request.step_cache is None:
         return nullcontext(lambda _: dit)
     return StepCaches(prepared, family.dit).section(lambda _: dit)
 

@@ -316,13 +316,15 @@ def read_generation(
     parser = generation_parser(description, defaults)
     add_options(parser, record)
     add_more(parser)
+    facts = facts_of(GenerationOptions) | facts_of(record)
+    extras = {name: option_facts["extra"] for name, option_facts in facts.items() if "extra" in option_facts}
+    parser.set_defaults(extras=extras)
     args = read_arguments(parser, argv)
     with name_as_typed(typed_names(args)):
         options = read_options(GenerationOptions, args)
         family_options = read_options(record, args)
     values = option_values(options) | option_values(family_options)
     values["post"] = options.post.tools and options.post.tools.in_words  # no folders
-    facts = facts_of(GenerationOptions) | facts_of(record)
     decoding_options = frozenset(
         name for name, option_facts in facts.items() if option_facts.items() >= OF_DECODING.items()
     )
@@ -355,7 +357,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
     parser.shown_flags = {name: flags[0] for name, flags in defaults.spelled.items()}
     add_options(parser, GenerationOptions, **defaults.declared())
     parser.set_defaults(
-        extras=defaults.extras,
+        extras={},
         line_options=defaults.line_options,
         numbers_single=defaults.numbers_single,
         pictures=defaults.pictures,

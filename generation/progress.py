@@ -71,7 +71,7 @@ def show_start(
         ("LoRAs", "\n".join(_loras_in_words(loras))),
         _results_in_words(requests),
         ("turns", turns_in_words(family, first) if has_names else None),
-        ("prompt", in_short(first.asked.prompt, 3 * PROMPT_LENGTH) if is_single else None),
+        ("prompt", in_short(first.request.prompt, 3 * PROMPT_LENGTH) if is_single else None),
         ("from", _source_in_words(first) if is_single else None),
         ("device", str(device)),
         ("disk", f"latents {latents_size}; {free} free"),
@@ -95,11 +95,11 @@ def _loras_in_words(loras: Mapping[str, Sequence[tuple[str, float]]]) -> list[st
     return lines
 
 
-def _source_in_words(request: Prepared) -> str | None:
-    source = request.asked.source
+def _source_in_words(prepared: Prepared) -> str | None:
+    source = prepared.request.source
     if source is None:
         return None
-    return f"{source.path}, the last {request.num_steps} of {count_of(request.steps, 'step')}"
+    return f"{source.path}, the last {prepared.num_steps} of {count_of(prepared.steps, 'step')}"
 
 
 def _results_in_words(requests: Sequence[Prepared]) -> Row:
@@ -163,7 +163,7 @@ def log_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: floa
     left = f", about {in_words(seconds * to_do / done)} left" if done else ""
     where = f"{begun + 1} of {len(requests)}{left}"
     prepared = requests[begun]
-    logger.info("%s (%s): %s: %s", where, label, size_in_words(prepared), in_short(prepared.asked.prompt))
+    logger.info("%s (%s): %s: %s", where, label, size_in_words(prepared), in_short(prepared.request.prompt))
 
 
 def work_of(prepared: Prepared) -> float:

@@ -220,10 +220,10 @@ def prepare_line(family: Family, options: GenerationOptions, overrides: Mapping[
     prepared = family.prepare(request)
     if family.references is not None and not family.references.clips and not request.control_images:
         _warn_of_edit_loras(options.lora.lora_weight or ())
-    if prepared.asked.source is not None:
+    if prepared.request.source is not None:
         from blissful_tuner.video_to_video import begin_late  # only with a source
 
-        prepared = begin_late(prepared, prepared.asked.source, family)
+        prepared = begin_late(prepared, prepared.request.source, family)
     if options.prompts.prompt_weighting:
         from blissful_tuner.prompt_syntax import weigh_all  # only with --prompt_weighting
 

@@ -270,7 +270,6 @@ class ScriptDefaults:
     blocks_to_swap: int | None = 0
     splits_attention: bool = False  # whether there is a --split_attn
     has_second_prompt: bool = False  # whether there is a --prompt_2
-    has_length: bool = True  # whether there is a --video_length
     size: tuple[int, int] = (256, 256)  # height, width
     pictures: bool = False  # the script makes single pictures; what only videos have is refused by name
     has_experts: bool = False  # whether there are models with two experts, and options for them
@@ -279,15 +278,14 @@ class ScriptDefaults:
     by_model: Mapping[str, str] = field(default_factory=dict)
     has_sound: bool = False  # whether videos can have sound, and there is a --save_audio
     noise_on_cpu: bool = False  # always, so that there is no --cpu_noise
-    # options of the family -> their names in Request.extra
-    extras: Mapping[str, str] = field(default_factory=dict)
     # options of a prompt line, by letter
     line_options: Mapping[str, LineOption] = field(default_factory=lambda: GENERATION_OPTIONS)
     output_types: tuple[str, ...] = ("video", "images", "latent", "both")  # the first is the default
     # rotary frequencies of the frames that --riflex_index counts; None: no such option
     riflex_frequencies: int | None = None
     riflex_beyond: int = 0  # frames: videos of up to so many are left as they are
-    in_sections: bool = False  # videos are made section by section and can be watched while they grow
+    # videos are made section by section and can be watched while they grow; there is no --video_length
+    in_sections: bool = False
     numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
     # shared option -> other flags for it, the usual one first
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -368,7 +366,7 @@ class ScriptDefaults:
         """Return the shared options that the script does not have."""
         absent = {
             "prompt_2": not self.has_second_prompt,
-            "video_length": not self.has_length and not self.pictures,
+            "video_length": self.in_sections,
             "guidance_scale_high_noise": not self.has_experts,
             "embedded_cfg_scale": self.embedded_guidance is None,
             "disable_embedded_for_cfg": self.embedded_guidance is None,

@@ -45,7 +45,7 @@ def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -
     will do if the request does not `needs_media`.
     """
     inputs = dict(family.request_conditions(encoders, prepared))
-    if prepared.asked.source is not None:
+    if prepared.request.source is not None:
         from blissful_tuner.video_to_video import encode_source  # only with a source
 
         inputs[0] = {**inputs.get(0, {}), SOURCE: encode_source(family, encoders, prepared)}
@@ -53,7 +53,7 @@ def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -
 
 
 def needs_media(family: Family, prepared: Prepared) -> bool:
-    source = prepared.asked.source
+    source = prepared.request.source
     return family.needs_media(prepared) or (source is not None and source.needs_vae)
 
 

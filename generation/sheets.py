@@ -267,7 +267,7 @@ def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -
     output = run.options.output
     first_place = next(iter(paths))
     first = cells[first_place].prepared
-    prompt = first.asked.prompt
+    prompt = first.request.prompt
     grid = _sheet_grid(run.options.axes, paths, prompt, first.fps)
     metadata = {} if output.no_metadata else _sheet_metadata(run, cells, paths)
     name = f"{datetime.now():%Y%m%d-%H%M%S}_sheet"

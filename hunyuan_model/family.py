@@ -241,7 +241,7 @@ class HunyuanVideo(OneTransformer):
         self, encoders: data.MediaEncoders, prepared: requests.Prepared
     ) -> Mapping[int, data.Conditions]:
         """Encode the image as `condition_latents`, on the CPU, in model space."""
-        image = prepared.asked.first_image
+        image = prepared.request.first_image
         width, height, frames = prepared.width, prepared.height, prepared.frames
         generators = [posterior_generator(prepared.seed)]
         conditions: dict[str, Tensor | list[Tensor]] = {}

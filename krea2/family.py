@@ -177,7 +177,7 @@ class Krea2(pictures.ModelOfPictures):
         Raises OptionError if a size or a number cannot be used.
         """
         prepared = self.settle_picture(request, 1.0)
-        if prepared.asked.control_images:
+        if prepared.request.control_images:
             if self.files.text_encoder is not None:
                 self.files.check_tower()
             prepared = pictures.show_references(prepared)
@@ -216,7 +216,7 @@ class Krea2(pictures.ModelOfPictures):
         if self.references and self.references.area:
             area = self.references.area
         conditions: dict[str, Tensor | list[Tensor]] = {}
-        for index, path in enumerate(prepared.asked.control_images):
+        for index, path in enumerate(prepared.request.control_images):
             frames = pictures.read_reference(path, area, LATENT.pixel_step)
             conditions[f"{CONTROL}_{index}"] = encoders.vae.encode(to_pixels(frames))
         return {0: conditions}
@@ -234,7 +234,7 @@ class Krea2(pictures.ModelOfPictures):
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
-        return (yield replace(section, tweaks=Tweaks(memory={})) if self.isolated else section)
+        return (yield replace(section, tweaks=Tweaks(section_cache={})) if self.isolated else section)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         yield from encoders.vae.decode(latents)

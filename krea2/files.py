@@ -15,7 +15,7 @@ from checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kin
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.opening import Checkpoint, plain_sources
 from contract.loading import TensorSource
-from encoders.files import judge_few_steps
+from encoders.files import judge_distillation
 from encoders.language_encoder import LanguageUse
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import PictureUse, read_within
@@ -169,7 +169,7 @@ def find_release(dit: Path | None) -> Krea2Release | None:
             raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
         if isinstance(is_distilled, bool):
             return Krea2Release(is_distilled, f"{index} has is_distilled {str(is_distilled).lower()}")
-    evidence = judge_few_steps(FEW_STEPS, dit)
+    evidence = judge_distillation(FEW_STEPS, dit)
     return None if evidence is None else Krea2Release(*evidence)
 
 

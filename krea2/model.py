@@ -302,8 +302,8 @@ class Krea2Model(BlockNetwork):
         isolated: bool = False,
         **named_inputs: Any,
     ) -> Any:
-        """Predict as `embed` says. With `tweaks.memory` isolated references are computed once."""
-        memory = tweaks.memory if isolated and references else None
+        """Predict as `embed` says. With `tweaks.section_cache` isolated references are computed once."""
+        memory = tweaks.section_cache if isolated and references else None
         try:
             if memory is not None and not memory:
                 memory.update(self.remember([latents[:1] for latents in references]))

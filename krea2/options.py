@@ -9,7 +9,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import FillIn
-from modules.options import FREE, HABIT, OF_REQUEST, Options, not_needed, option
+from modules.options import FREE, HABIT, OF_REQUEST, Options, not_needed, of_request, option
 from modules.speed_options import TextEncoderOptions, dit_dtype_option, fp8_text_option
 from modules.text_files import texts_of_files
 from qwen_image.options import QwenImageVaeOptions
@@ -112,17 +112,17 @@ class Krea2GenerationOptions(Krea2ModelOptions, title=NAME):
     mu: float | None = option(
         "how far the noise levels are shifted, as the exponent of --flow_shift (--mu in a prompt line); "
         f"default: {MU_OF_TURBO} for Turbo, else by the size",
-        facts=OF_REQUEST,
+        facts=of_request("mu"),
     )
     y1: float | None = option(
         "mu of a picture of 256 tokens, 256 x 256 pixels (--y1 in a prompt line); it grows evenly to --y2",
         default=MU_OF_FEW,
-        facts=OF_REQUEST,
+        facts=of_request("y1"),
     )
     y2: float | None = option(
         "mu of a picture of 6400 tokens, 1280 x 1280 pixels (--y2 in a prompt line)",
         default=MU_OF_MANY,
-        facts=OF_REQUEST,
+        facts=of_request("y2"),
     )
     kv_cache: bool = option(
         f"{_ALONE}, for LoRAs of edits that were trained with --kv_cache", facts=OF_REQUEST

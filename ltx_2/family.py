@@ -316,7 +316,7 @@ class Ltx2(Ltx2Media):
             joint=joint,
             rules=self._guidance_for(request),
             solver=SOLVER if prepared.solver == "euler" else prepared.solver,
-            own=references,
+            family_record=references,
             own_metadata=self._output_metadata(references),
         )
         if self.stages is not None:
@@ -428,7 +428,11 @@ class Ltx2(Ltx2Media):
         return paths
 
     def needs_media(self, prepared: Prepared) -> bool:
-        return prepared.asked.image_path is not None or self.drive_video is not None or bool(prepared.own)
+        return (
+            prepared.request.image_path is not None
+            or self.drive_video is not None
+            or bool(prepared.family_record)
+        )
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the image (the first latent frame) or the driving video, and references; on the CPU."""
@@ -453,10 +457,10 @@ class Ltx2(Ltx2Media):
     def _encode_references(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
         """Return the latents of references, and by which strengths the video sees their tokens."""
         reference_rules = self.references
-        if not prepared.own or reference_rules is None:
+        if not prepared.family_record or reference_rules is None:
             return {}
         size = (prepared.width, prepared.height, prepared.frames)
-        pixels = [read_pixels(path, size, reference_rules, self.latent) for path in prepared.own]
+        pixels = [read_pixels(path, size, reference_rules, self.latent) for path in prepared.family_record]
         conditions = {}
         for number, clip in enumerate(pixels):
             conditions[reference_key(number)] = vae.encode(clip.to(vae.device)).float().cpu()
@@ -472,7 +476,7 @@ class Ltx2(Ltx2Media):
 
     def _read_frames(self, prepared: Prepared) -> Tensor | None:
         """Return the pixels of the driving video or of the first image; None without either."""
-        path = prepared.asked.image_path
+        path = prepared.request.image_path
         if self.drive_video is not None:
             return video_pixels(
                 self.drive_video,

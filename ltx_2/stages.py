@@ -95,7 +95,7 @@ class TwoStages:
 
     def split(self, prepared: Prepared, latent: LatentSpec, dtype: torch.dtype) -> Prepared:
         """Return the request of a clip as one in two stages. dtype: of the upscalers."""
-        request = prepared.asked
+        request = prepared.request
         if request.source is not None:
             raise OptionError(
                 f"--{request.source.option} with --sample_two_stage: the first stage starts from noise. "
@@ -109,13 +109,13 @@ class TwoStages:
         shape = latent.shape(first.frames, first.height, first.width)
         second = replace(
             prepared,
-            asked=replace(request, cfg_schedule=None, step_cache=None),
+            request=replace(request, cfg_schedule=None, step_cache=None),
             steps=self.steps,
             levels=tuple(float(level) for level in levels),
             solver="euler",
             guidance_scale=(1.0,),
             rules=AS_PLAIN,
-            own=(),  # references are for the first stage alone
+            family_record=(),  # references are for the first stage alone
             added=tuple(lora.second for lora in self.loras),
             begun_by=self._upscaling(shape, dtype),
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import FillIn
-from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, option
+from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, option
 from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, take_ae
 
 MAX_TOKENS = 256  # of a caption, with the system prompt, where nothing is said
@@ -89,13 +89,13 @@ class LuminaGenerationOptions(Options, title=NAME):
         "share of data in the noisy picture, 0 to 1, from which on guidance is left out; 1 keeps it to the "
         "end (--ctr in a prompt line)",
         default=CFG_TRUNC_RATIO,
-        facts=OF_REQUEST,
+        facts=of_request("cfg_trunc_ratio"),
     )
     renorm_cfg: float = option(
         "largest norm of a guided prediction, in norms of the one without guidance; 0: no limit (--rcfg in a "
         "prompt line)",
         default=RENORM_CFG,
-        facts=OF_REQUEST,
+        facts=of_request("renorm_cfg"),
     )
 
     def __post_init__(self) -> None:

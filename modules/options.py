@@ -51,6 +51,15 @@ IMPORTS_MODULE = {"reach": "imports module"}  # it names a module, which is impo
 IMPORTS = ("imports class", "imports module")
 MADE_PLACES = ("new file", "new folder", "safetensors")  # of `place`: something is written there
 
+
+def of_request(name: str) -> dict[str, str]:
+    """Return the facts of an option whose value for this video the family reads as text.
+
+    name: of it in `Request.extra`. A prompt line may give it too.
+    """
+    return {**OF_REQUEST, "extra": name}
+
+
 _UNSET: Any = object()
 # of a record: field -> its type
 hints_of: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)

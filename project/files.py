@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataset.config import for_family, load_dataset_config
+from dataset.config import load_dataset_config, with_lengths, with_references
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from downloads.catalogue import ModelSet
@@ -136,18 +136,12 @@ def find_problems(choice: describing.Choice) -> list[str]:
     Missing captions are left out, as other lines report them, except those of files that cannot be read.
     """
     family = choice.facts.family
-    step = choice.model.data.get("frame_step", 4)
     damaged = {path.name for path in choice.content.unreadable}
     problems: list[Fault] = []
     with contextlib.chdir(choice.options.folder), quiet():
         config = load_dataset_config(Path(WRITTEN[0]))
-        config = for_family(
-            config,
-            family.references,
-            frame_step=step,
-            in_sections=True,
-            instead=family.can.references,
-        )
+        config = with_lengths(config, choice.model.data.get("frame_step", 4))
+        config = with_references(config, family.references, family.can.references)
         for table in config.datasets:
             faults: list[Fault] = []
             sources: list[MediaSource] = []

@@ -188,7 +188,7 @@ class QwenImage(ModelOfPictures):
         conditions: dict[str, Tensor | list[Tensor]] = {}
         fits = self.edit.resize_control_to_image_size
         target = (prepared.width, prepared.height) if fits else None
-        for index, path in enumerate(prepared.asked.control_images):
+        for index, path in enumerate(prepared.request.control_images):
             frames = read_reference(path, target, area=area_of(self.edit))[None, None]
             conditions[f"{CONTROL}_{index}"] = encoders.vae.encode(to_pixels(frames))
         return {0: conditions}

@@ -12,9 +12,9 @@ from modules.options import (
     HABIT,
     NO_PIXELS,
     OF_DECODING,
-    OF_REQUEST,
     Options,
     not_needed,
+    of_request,
     option,
     unsupported,
 )
@@ -113,7 +113,7 @@ class QwenImageReferenceOptions(Options, title="pictures to edit"):
         "a picture that is white where the first one is changed; the rest of it stays as it is. That picture "
         "must have the size of the result",
         excludes="rcm_threshold",
-        facts=OF_REQUEST,
+        facts=of_request(MASK),
     )
     rcm_threshold: float | None = option(
         "keep what an edit leaves alone in its place: at each step, what differs from the first picture by "

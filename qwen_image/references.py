@@ -88,8 +88,8 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
 
     Raises OptionError if the result cannot be held to the first picture, or the mask cannot be read.
     """
-    paths = prepared.asked.control_images
-    mask = prepared.asked.extra.get(MASK)
+    paths = prepared.request.control_images
+    mask = prepared.request.extra.get(MASK)
     rcm = options.rcm_threshold is not None
     if mask is not None:
         _check_mask(Path(mask), bool(paths), rcm)
@@ -152,7 +152,7 @@ def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReference
 
     latents: of the first picture, 1 C 1 h w.
     """
-    mask, threshold = prepared.asked.extra.get(MASK), options.rcm_threshold
+    mask, threshold = prepared.request.extra.get(MASK), options.rcm_threshold
     if mask is not None:
         step = prepared.width // latents.shape[-1]
         return Anchor(latents, read_mask(Path(mask), (prepared.width, prepared.height), step))

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from contract.data import LOSS_MASK
 from contract.family import Caches, Family, LearningEncoder, TextEncoder, can_learn
-from dataset.batches.items import ItemKind, LiveTables, TrainingItem
+from dataset.batches.checks import SameEncoders
+from dataset.batches.items import NO_COMMANDS, CachingCommands, ItemKind, LiveTables, TrainingItem
 from dataset.cache.files import NpzNames, parse_latent_name, text_file_name
 from dataset.cache.npz import open_npz
 from dataset.cache.store import CacheStore, MemoryStore, StorePair, Stores, npz_names, open_store
@@ -82,10 +83,12 @@ def prepare_sources(
     options: CachingInRunOptions | None,
     device: torch.device,
     live: Collection[str] = (),
+    commands: CachingCommands = NO_COMMANDS,
 ) -> BatchSources:
     """Make the caches that the options ask for, and return the sources of batches.
 
     options: None for a script that trains from caches alone. device: for encoding. live: see `plan_tables`.
+    commands: to show if a cache cannot be used.
     All processes of a training call this, and share the work. Raises UserError if something cannot be cached
     in this way, or a file cannot be used.
     """
@@ -108,7 +111,14 @@ def prepare_sources(
         logger.info("Pictures that change are encoded at each step: the VAE stays on the device.")
         encoder = LiveMedia(family, device)
     stays = encoder is not None or any(store.entries for store in memory_stores)
-    return BatchSources(stores, tables, encoder, stays)
+    return BatchSources(
+        family.latent,
+        SameEncoders(commands),
+        stores=stores,
+        tables=tables,
+        media=encoder,
+        stays=stays,
+    )
 
 
 def _fill(
@@ -264,39 +274,51 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
         why = "captions vary" if varying is not None else f"they are trained without {UNET_ONLY}"
         encoders = _encoders(family, why)
         able = [encoder for encoder in encoders if can_learn(encoder)]
-        learning, prefixes = _learning(family, options, able), [encoder.lora_prefix for encoder in able]
+        prefixes = [encoder.lora_prefix for encoder in able]
+        learning = _learning(family, options, able)
         if varying is not None or (learning and not caches_texts):
             return LiveTexts(encoders, learning, prefixes)
         if 0 < len(learning) < len(encoders):
             return LiveTexts(learning, learning, prefixes)
-        names, switches = ", ".join(encoder.name for encoder in learning), _switches(family, options)
-        if any(switches.get(encoder.lora_prefix) for encoder in learning):
-            logger.warning(
-                "--cache_text_encoder_outputs is ignored because it would keep the outputs of %s, which "
-                "learn: captions are encoded at each step.",
-                names,
-            )
+        if learning and _learns_in_spite_of_caches(family, options, learning):
             return LiveTexts(encoders, learning, prefixes)
-        if learning:
-            # they do not learn because all texts are cached, as the guides' commands have it
-            if options.parts is None or not options.parts.trains_dit:
-                raise OptionError(
-                    f"--cache_text_encoder_outputs: {names} is trained, so that its outputs change. Leave it "
-                    "out"
-                )
-            log = logger.info if options.parts.text_encoder_lr is None else logger.warning
-            log(
-                "%s does not learn because --cache_text_encoder_outputs keeps its outputs: only the "
-                "transformer is trained, as with %s. To train both leave out the caches.",
-                names,
-                UNET_ONLY,
-            )
     if caches_texts or not options.is_for_images:
         return None
     stores, end = Stores(npz_names(family)), text_file_name("", family.cache_tag)
     if any(name.endswith(end) for table in config.datasets for name in stores.of(table).names()):
         return None
     return LiveTexts(_encoders(family, "there are no text caches"))
+
+
+def _learns_in_spite_of_caches(
+    family: Family, options: TrainingOptions, learning: Sequence[LearningEncoder]
+) -> bool:
+    """Return whether text encoders learn though --cache_text_encoder_outputs is given; log what is left out.
+
+    learning: all text encoders. Raises OptionError if nothing else is trained.
+    """
+    names = ", ".join(encoder.name for encoder in learning)
+    switches = _switches(family, options)
+    if any(switches.get(encoder.lora_prefix) for encoder in learning):
+        logger.warning(
+            "--cache_text_encoder_outputs is ignored because it would keep the outputs of %s, which "
+            "learn: captions are encoded at each step.",
+            names,
+        )
+        return True
+    # they do not learn because all texts are cached, as the guides' commands have it
+    if options.parts is None or not options.parts.trains_dit:
+        raise OptionError(
+            f"--cache_text_encoder_outputs: {names} is trained, so that its outputs change. Leave it out"
+        )
+    log = logger.info if options.parts.text_encoder_lr is None else logger.warning
+    log(
+        "%s does not learn because --cache_text_encoder_outputs keeps its outputs: only the "
+        "transformer is trained, as with %s. To train both leave out the caches.",
+        names,
+        UNET_ONLY,
+    )
+    return False
 
 
 def _may_learn(options: TrainingOptions) -> bool:

@@ -34,14 +34,8 @@ from training.run_options import MOST_STEPS
 USUAL_RATES = (2e-5, "1e-4", 5e-3), (5e-8, "1e-5", 1e-4)
 
 
-def check_before_loading(
-    family: Family, options: TrainingOptions, total_steps: int | None, sampling: Family | None = None
-) -> None:
-    """Raise UserError for a run that is impossible.
-
-    The optimizer and its schedule are made once for a stand-in of a weight. total_steps: of the whole run;
-    None: not known yet, nothing is too long for it. sampling: the model of samples, if it is another one.
-    """
+def check_before_loading(family: Family, options: TrainingOptions, sampling: Family | None = None) -> None:
+    """Raise UserError for a run that is impossible. sampling: the model of samples, if it is another one."""
     family.check_given_files()
     if sampling is not None:
         sampling.check_given_files()
@@ -55,13 +49,7 @@ def check_before_loading(
     swap = options.speed.swap
     if counts and isinstance(swap.blocks_to_swap, int):
         check_swap(family.dit, swap.number, counts)
-    with quiet():
-        stand_in: Mapping[str, object] = {
-            "params": [Parameter(torch.zeros(2, 2))],
-            "lr": options.optimizer.learning_rate,
-        }
-        optimizer, _ = make_optimizer(options.optimizer, [stand_in])
-        make_lr_schedule(options.lr_schedule, optimizer, total_steps or MOST_STEPS)
+    check_schedule(options, options.loop.known_steps)
     check_networks(family, options)
     check_rates(options.optimizer, _list_rates(options))
     with quiet():
@@ -70,6 +58,20 @@ def check_before_loading(
     folder, name = options.saving.output_dir, options.saving.output_name
     if folder is not None and name is not None and folder.is_dir():
         check_space(folder / f"{name}.safetensors", _smallest_file(family, options))
+
+
+def check_schedule(options: TrainingOptions, total_steps: int | None) -> None:
+    """Raise UserError if the optimizer or its schedule cannot be made; both are, for a stand-in of a weight.
+
+    total_steps: of the whole run; None: not known yet, nothing is too long for it.
+    """
+    with quiet():
+        stand_in: Mapping[str, object] = {
+            "params": [Parameter(torch.zeros(2, 2))],
+            "lr": options.optimizer.learning_rate,
+        }
+        optimizer, _ = make_optimizer(options.optimizer, [stand_in])
+        make_lr_schedule(options.lr_schedule, optimizer, total_steps or MOST_STEPS)
 
 
 def _check_samples(family: Family, options: TrainingOptions) -> None:

@@ -44,15 +44,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
     if name.lower().endswith((".yaml", ".yml", ".json")):
         raise UserError(f"--config_file {name} is no TOML file. Write its options as TOML: network_dim = 16")
     path = to_path("--config_file", name if name.endswith(".toml") else f"{name}.toml")
-    actions = {
-        action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}
-    }
-    actions |= {  # by other spellings, but of switches, which may mean the opposite
-        flag.lstrip("-"): action
-        for action in [*actions.values()]
-        for flag in action.option_strings
-        if action.nargs != 0 and flag.lstrip("-") not in actions
-    }
+    actions = _actions_by_key(parser)
     values = {}
     tables = {name: value for name, value in _load(path).items() if name != OTHERS_TABLE}
     if isinstance(tables.get("datasets"), list):
@@ -69,6 +61,17 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
                 raise OptionError(f"{path}: no option is called {key}. Did you mean {close[0]}?")
             logger.warning(f"{path}: {key} is ignored because no option has that name")
     return values
+
+
+def _actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Return the options that a file may give, by their name and their other spellings."""
+    named = {action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}}
+    spelled: dict[str, argparse.Action] = {}
+    for action in named.values():
+        if action.nargs == 0:  # other spellings of switches may mean the opposite
+            continue
+        spelled |= {flag.lstrip("-"): action for flag in action.option_strings}
+    return spelled | named
 
 
 def check_imports(parser: argparse.ArgumentParser, values: Mapping[str, Any], place: str) -> None:

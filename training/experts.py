@@ -33,6 +33,7 @@ from training.options import TrainingOptions
 from training.run_options import LoopOptions
 
 if TYPE_CHECKING:  # loaded only where processes share a model; where a LoRA file is given
+    from networks.added import AddedLoras
     from networks.loading import LoraUse
     from running.offload.sharding import ShardedBlocks
 
@@ -43,13 +44,15 @@ TRAINING_ADAPTER = "--training_adapter"
 
 @dataclass(frozen=True)
 class ExpertNetworks:
-    """Networks by the index of their expert.
+    """Networks by the index of their expert, with the LoRAs that are switched on when they work.
 
     copies: those that take turns on the device, while the others wait in host memory; empty if all stay.
+    loras: of --training_adapter in networks that train, of --sample_lora in those that make samples.
     """
 
     networks: Sequence[nn.Module]
     copies: Mapping[nn.Module, HostCopy] = field(default_factory=dict)
+    loras: "Sequence[AddedLoras]" = ()
 
     def at(self, expert: int) -> nn.Module:
         """Return the network of an expert, on the device. If experts take turns it replaces the others there,
@@ -89,6 +92,11 @@ def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Exp
         )
         return None
     return read_use(path, expert, multiplier)
+
+
+def module_of(family: Family, options: TrainingOptions) -> str:
+    """Return the module of the network that is trained; empty if the model itself is."""
+    return "" if options.network is None else options.network.network_module or family.lora_module
 
 
 def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contract.families import HIGH_NOISE
-from contract.rules import ONE_EXPERT, Expert
 from dataset.batches.example import find_example
 from modules.command import quote_for_powershell
 from modules.installation import command_words
@@ -16,7 +15,7 @@ from modules.speed_options import say_for_generation
 from networks.module_names import read_family
 from networks.names.layouts import KNOWN, TRAINED_ON
 from networks.options import NetworkOptions
-from training.options import GivenOption, TrainingOptions
+from training.options import ScriptOption, TrainingOptions
 from training.plan import TrainingPlan
 from training.reports.history import PageCommand
 from training.saving.files import Names, state_pattern
@@ -45,25 +44,32 @@ Generation = Callable[[Mapping[str, Any]], Sequence[str]]
 
 @dataclass(frozen=True)
 class NextSteps:
-    """Make the command lines that can follow a run. `sample`: the first sample, see `Generation`."""
+    """Make the command lines that can follow a run."""
 
+    plan: TrainingPlan
     script: str  # that trains
-    given: Sequence[GivenOption]  # to it
+    script_options: Sequence[ScriptOption]
     generation: Generation | None
-    options: TrainingOptions
-    names: Names
-    total_steps: int
-    processes: int
+    # of the first sample, see `Generation`; in a run without samples caption and files of a training item
     sample: Mapping[str, Any]
     sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
-    experts: Sequence[Expert] = ONE_EXPERT  # that are trained
-    dits: Sequence[Path] = ()  # files of the transformers that are trained, little noise first
     spellings: Mapping[str, str] = field(default_factory=dict)  # of shared options: `FamilyEntry.spellings`
-    # of a run without samples: files and caption of a training item, in the form of `sample`
-    example: Mapping[str, Any] = field(default_factory=dict)
-    # the tool that reads LoRAs of this family with the names of the known tuners only once they are converted
-    converted_for: str = ""
-    lora_format: str = KNOWN  # of the run's files
+
+    @property
+    def options(self) -> TrainingOptions:
+        return self.plan.options
+
+    @property
+    def names(self) -> Names:
+        return self.plan.names
+
+    @property
+    def converted_for(self) -> str:
+        """Return the tool that reads LoRAs of this family, with the names of the known tuners, only once they
+        are converted; empty if there is none.
+        """
+        family_names = read_family({TRAINED_ON: self.plan.family.name})
+        return "" if family_names is None else family_names.converted_for
 
     def commands(self, best: Path | None, is_finished: bool) -> list[PageCommand]:
         """Return commands to train on, to generate with the best file, to convert it if a tool needs that,
@@ -83,7 +89,9 @@ class NextSteps:
 
     def _needs_conversion(self, network: NetworkOptions) -> bool:
         """Return whether the tool of `converted_for` does not read the run's files as they are."""
-        if not self.converted_for or self.lora_format == KNOWN:
+        lora_format = self.plan.lora_format
+        has_known_names = lora_format is None or lora_format.name == KNOWN
+        if not self.converted_for or has_known_names:
             return bool(self.converted_for)
         # which ComfyUI alone reads under its names
         return network.network_module in FACTORED and self.converted_for != COMFYUI_TOOL
@@ -107,16 +115,18 @@ class NextSteps:
 
     def _dit_of(self, file: Path) -> str:
         """Return the file of the transformer that a LoRA was trained in."""
-        if not self.dits:
+        dit_files = self.plan.family.dit_files  # little noise first
+        if not dit_files:
             return FillIn("DIT_FILE")
         is_high = bool(self.names.parts) and file.stem.endswith(HIGH_NOISE)
-        return str(self.dits[-1] if is_high else self.dits[0])
+        return str(dit_files[-1] if is_high else dit_files[0])
 
     def _resume(self, is_finished: bool) -> PageCommand:
         """Return the command that goes on; if there is no state, a new run that begins with the result."""
         title, ending = "Go on after a stop", ["--resume", LATEST_ONLY]
         note = "Ctrl-C saves a state and ends the run; this continues from the newest state."
-        left_out, has_state, steps = RESUMING, self._has_state(), self.total_steps
+        left_out, has_state = RESUMING, self._has_state()
+        steps = self.plan.steps.total_steps
         if is_finished and has_state:
             title, note = "Train longer", "From the newest state to twice as many steps."
             steps *= 2
@@ -138,21 +148,23 @@ class NextSteps:
         """Return the options that start a run from trained files, one for each file."""
         is_network = self.options.network is not None
         option = "network_weights" if is_network else "dit"
-        parts = self.names.parts if is_network else [expert.name for expert in self.experts]
+        parts = self.names.parts if is_network else [expert.name for expert in self.plan.family.experts]
         return [f"{option}_{HIGH_NOISE}" if part == HIGH_NOISE else option for part in parts] or [option]
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
         options = [
             option
-            for option in self.given
+            for option in self.script_options
             if option.is_changed and option.is_typed and option.name not in without
         ]
         words = [word for option in options for word in option.words]
-        return [*self._launcher(self.processes > 1), self.script, *words]
+        return [*self._launcher(), self.script, *words]
 
-    def _launcher(self, has_processes: bool) -> list[str]:
-        launcher = ["accelerate", "launch", "--quiet", "--num_processes", str(self.processes)]
-        return launcher if has_processes else ["python"]
+    def _launcher(self) -> list[str]:
+        processes = self.plan.accelerator.num_processes
+        if processes == 1:
+            return ["python"]
+        return ["accelerate", "launch", "--quiet", "--num_processes", str(processes)]
 
     def after_loss(self) -> str:
         if self._has_state():
@@ -164,20 +176,22 @@ class NextSteps:
         return any(map(state_pattern(self.names.name).fullmatch, entries))
 
     def _generate(self, generation: Generation, file: Path) -> PageCommand:
-        sample, speed = self.sample or self.example, self.options.speed
-        shares_base = speed.sharding.shard_base and self.processes > 1
-        words = [*self._launcher(shares_base), *generation(sample)]
+        speed = self.options.speed
+        launcher = self._launcher() if speed.sharding.shard_base else ["python"]
+        words = [*launcher, *generation(self.sample)]
         words += option_words(say_for_generation(speed))
         suffix = "-ema" if self.options.average.sample_ema else ""  # what the samples show
         files = [*self.names.files(self.names.stem_of(file) + suffix).values()]
-        high = {index for index, expert in enumerate(self.experts) if expert.name == HIGH_NOISE}
-        low = {*range(len(self.experts))} - high
+        experts = self.plan.family.experts
+        high = {index for index, expert in enumerate(experts) if expert.name == HIGH_NOISE}
+        low = {*range(len(experts))} - high
         words = self._with_trained(words, "", [files[_file_index(files, index)] for index in sorted(low)])
         if f"--dit_{HIGH_NOISE}" in words:
             trained = [files[_file_index(files, index)] for index in sorted(high)]
             words = self._with_trained(words, f"_{HIGH_NOISE}", trained)
-        words += [*say_sample(sample, self.spellings), "--save_path", str(file.parent / "generated")]
-        note = "The first sample again; change the prompt." if self.sample else ""
+        words += [*say_sample(self.sample, self.spellings), "--save_path", str(file.parent / "generated")]
+        shows_sample = self.options.samples.are_made and self.sample
+        note = "The first sample again; change the prompt." if shows_sample else ""
         return _command("Generate with it", words, note)
 
     def _with_trained(self, words: Sequence[str], ending: str, files: Sequence[Path]) -> list[str]:
@@ -237,7 +251,7 @@ def plan_next_steps(
     plan: TrainingPlan,
     sampler: "Sampler | None",
     script: str = "the training script",
-    given: Sequence[GivenOption] = (),
+    script_options: Sequence[ScriptOption] = (),
     generation: Generation | None = None,
     generation_of_caches: Generation | None = None,
     cached_with: Mapping[str, Any] | None = None,
@@ -248,26 +262,17 @@ def plan_next_steps(
     generation_of_caches: in place of `generation` for a run without samples, which needs no encoders and may
     not know their files. cached_with: the options that made the caches, by name. spellings: see `NextSteps`.
     """
-    example: dict[str, Any] = {}
+    sample: dict[str, Any] = {} if sampler is None else sampler.first_values
     if sampler is None and plan.accelerator.is_main_process:
         generation = generation_of_caches or generation
-        example = say_example(plan, cached_with or {})
-    family_names = read_family({TRAINED_ON: plan.family.name})
+        sample = say_example(plan, cached_with or {})
     return NextSteps(
+        plan,
         script=script,
-        given=given,
+        script_options=script_options,
         generation=generation,
-        options=plan.options,
-        names=plan.names,
-        total_steps=plan.steps.total_steps,
-        processes=plan.accelerator.num_processes,
-        sample={} if sampler is None else sampler.first_values,
+        sample=sample,
         sample_loras=() if sampler is None else plan.options.samples.loras(),
-        experts=plan.family.experts,
-        dits=plan.family.dit_files,
-        example=example,
-        converted_for="" if family_names is None else family_names.converted_for,
-        lora_format=KNOWN if plan.lora_format is None else plan.lora_format.name,
         spellings=spellings or {},
     )
 

@@ -21,7 +21,13 @@ from modules.parser import Parser, add_options, typed_names
 from training.config_options import write_config_file
 from training.learning_options import PartsOptions
 from training.noise_options import RAW, WEIGHTINGS, PredictionOptions
-from training.options import GivenOption, TrainingOptions, given_options, read_arguments, training_parser
+from training.options import (
+    ScriptOption,
+    TrainingOptions,
+    list_script_options,
+    read_arguments,
+    training_parser,
+)
 from training.run_options import StartOptions
 
 logger = logging.getLogger(__name__)
@@ -57,7 +63,7 @@ class ImageTrainerDefaults:
 
 def read_image_training(
     doc: str | None, record: type[R], defaults: ImageTrainerDefaults, argv: Sequence[str] | None
-) -> tuple[TrainingOptions, R, list[GivenOption]]:
+) -> tuple[TrainingOptions, R, list[ScriptOption]]:
     """Read the options of a script that trains an image model; return what `read_training` does.
 
     record: the family's own options. --pretrained_model_name_or_path and --vae are declared
@@ -84,7 +90,7 @@ def read_image_training(
             "known trainers do. Use raw, unless you continue with what was trained so.",
             options.predicted,
         )
-    return options, family_options, given_options(parser, family_options, options)
+    return options, family_options, list_script_options(parser, family_options, options)
 
 
 class ImageModelOptions(Options, title="model"):

@@ -56,22 +56,15 @@ if TYPE_CHECKING:  # loaded only where processes share a model, with LoRA files,
 logger = logging.getLogger(__name__)
 
 
-def load_model(plan: TrainingPlan, swap: SwapOptions, has_samples: bool) -> TrainedModel:
-    """Load the networks, add the trained part, dress them, and restore the state of --resume.
+def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
+    """Load the networks with their trained part, make its optimizer, and restore the state of --resume.
 
     swap: the plan's, with auto resolved. The text encoders that stay are loaded already; those that learn get
     a part of the network.
     """
     accelerator = plan.accelerator
-    family = plan.family
-    loading = Loading(plan, swap, has_samples)
-    learners = Learners(plan)
-    networks = [loading.load_learning(family, index, learners) for index in range(len(family.experts))]
-    dits = sample_dits = experts.ExpertNetworks(networks, loading.copies)
-    if loading.samples_with_others:
-        sampled = _load_sampled(loading, networks, learners)
-        sample_dits = experts.ExpertNetworks(sampled, loading.copies)
-    trainable = learners.join()
+    networks = load_networks(plan, swap)
+    trainable = networks.trainable
     optimizer, optimizer_name = _make_optimizer(plan, trainable)
     schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
     averaging = find_averaging(optimizer)
@@ -80,25 +73,50 @@ def load_model(plan: TrainingPlan, swap: SwapOptions, has_samples: bool) -> Trai
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
     model = TrainedModel(
         plan=plan,
-        dits=dits,
-        sample_dits=sample_dits,
-        sample_loras=loading.sample_loras,
-        adapters=loading.adapters,
+        dits=networks.dits,
+        sample_dits=networks.sample_dits,
         trainable=trainable,
         optimizer=optimizer,
         optimizer_name=optimizer_name,
         schedule=schedule,
         scaler=scaler,
-        average=_make_average(plan, networks, trainable, optimizer),
+        average=_make_average(plan, networks.dits.networks, trainable, optimizer),
         stepping=_make_stepping(plan, trainable, optimizer, scaler),
     )
-    for adapter in model.adapters:
+    for adapter in model.dits.loras:
         adapter.place_on(accelerator.device, model.compute_dtype)
     restore(model)
     return model
 
 
-def _load_sampled(loading: "Loading", networks: Sequence[nn.Module], learners: "Learners") -> list[nn.Module]:
+@dataclass(frozen=True)
+class LoadedNetworks:
+    """Hold the networks of a run, dressed, with the part of them that is trained."""
+
+    dits: experts.ExpertNetworks
+    sample_dits: experts.ExpertNetworks  # see `TrainedModel`
+    trainable: Trainable
+
+
+def load_networks(plan: TrainingPlan, swap: SwapOptions) -> LoadedNetworks:
+    """Load the networks one after the other, add the trained part to each, and dress it."""
+    loading = Loading(plan, swap)
+    learners = Learners(plan)
+    networks: list[nn.Module] = []
+    for index in range(len(plan.family.experts)):
+        network = loading.load(plan.family, index)
+        learners.add(network.dit, network.expert)
+        loading.dress(network)
+        networks.append(network.dit)
+    sampled = _load_sampled(loading, learners, networks) if loading.samples_with_others else networks
+    return LoadedNetworks(
+        dits=experts.ExpertNetworks(networks, loading.copies, loading.adapters),
+        sample_dits=experts.ExpertNetworks(sampled, loading.copies, loading.sample_loras),
+        trainable=learners.join(),
+    )
+
+
+def _load_sampled(loading: "Loading", learners: "Learners", networks: Sequence[nn.Module]) -> list[nn.Module]:
     """Load the networks that only samples are made with; return all that samples need, by their experts.
 
     networks: those that are trained.
@@ -109,10 +127,12 @@ def _load_sampled(loading: "Loading", networks: Sequence[nn.Module], learners: "
     in_place = not by_file.keys() & set(plan.sampled.dit_files)
     sampled = []
     for index, file in enumerate(plan.sampled.dit_files):
-        if file not in by_file and in_place:
-            by_file[file] = loading.load_learning(plan.sampled, index, learners)
-        elif file not in by_file:
-            by_file[file] = loading.load_frozen(plan.sampled, index)
+        if file not in by_file:
+            network = loading.load(plan.sampled, index)
+            if in_place:
+                learners.add(network.dit, network.expert)
+            loading.dress(network)
+            by_file[file] = network.dit
         sampled.append(by_file[file].eval())
     return sampled
 
@@ -159,6 +179,7 @@ def make_run(
         rule = replace(rule, teacher_weight=options.frozen.teacher_weight)
     minutes = plan.saving.save_every_n_minutes
     watched = trigger_paths(plan.names, options.samples.sample_now) if is_main else {}
+    clock = MinuteClock(minutes) if is_main and minutes is not None else None
     return TrainingRun(
         model=model,
         feed=_make_feed(plan),
@@ -168,8 +189,7 @@ def make_run(
         memory=memory,
         logs=logs,
         reporter=reporter,
-        requests=Requests(watched, sampler is not None),
-        clock=MinuteClock(minutes) if is_main and minutes is not None else None,
+        requests=Requests(watched, sampler is not None, clock=clock),
         saver=saver,
     )
 
@@ -200,16 +220,13 @@ def _make_feed(plan: TrainingPlan) -> Feed:
     )
     return Feed(
         order=plan.order,
-        latent=family.latent,
+        sources=plan.sources,
         randomness=randomness,
-        commands=plan.commands,
         plan=plan.steps,
         process=accelerator.process_index // plan.steps.peers,
         workers=options.loop.max_data_loader_n_workers,
         pin_memory=accelerator.device.type == "cuda",
-        sources=plan.sources,
         reads_dropped=options.frozen.teacher is not None and CAPTION in family.fuller,
-        encoders=plan.encoders,
     )
 
 
@@ -234,10 +251,13 @@ class Loading:
 
     plan: TrainingPlan
     swap: SwapOptions  # auto is resolved
-    has_samples: bool
     sample_loras: "list[AddedLoras]" = field(default_factory=list)
     adapters: "list[AddedLoras]" = field(default_factory=list)  # in networks that are trained
     copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # of networks that take turns
+
+    @property
+    def has_samples(self) -> bool:
+        return self.plan.options.samples.are_made
 
     @property
     def samples_with_others(self) -> bool:
@@ -251,23 +271,10 @@ class Loading:
         alternates = len(self.plan.family.experts) > 1 and by_expert.offload_inactive_dit
         return alternates or self.samples_with_others
 
-    def load_learning(self, family: Family, index: int, learners: "Learners") -> nn.Module:
-        """Load the network of an expert, add its trained part to `learners`, and dress it."""
-        network = self._load(family, index)
-        learners.add(network.dit, network.expert)
-        self._dress(network)
-        return network.dit
-
-    def load_frozen(self, family: Family, index: int) -> nn.Module:
-        """Load and dress the network of an expert that is for samples only."""
-        network = self._load(family, index)
-        self._dress(network)
-        return network.dit
-
-    def _load(self, family: Family, index: int) -> UndressedNetwork:
+    def load(self, family: Family, index: int) -> UndressedNetwork:
         """Load the network of an expert, frozen, merging --base_weights while loading.
 
-        A network to train gets the training dtype.
+        A network to train gets the training dtype. Its trained part is added before it is dressed.
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
@@ -309,7 +316,7 @@ class Loading:
 
         return LoraPatch(loras)
 
-    def _dress(self, network: UndressedNetwork) -> None:
+    def dress(self, network: UndressedNetwork) -> None:
         """Add the LoRAs that do not learn, compile, checkpoint and swap the blocks.
 
         Raises MemoryPlanError if the device has no room for the next network.

@@ -107,7 +107,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     rates = name_rates(model.schedule.get_last_lr(), trainable.group_names, model.optimizer)
     reached = _find_reached(run, group)
     with contextlib.ExitStack() as stack:
-        for adapter in model.adapters:
+        for adapter in model.dits.loras:
             stack.enter_context(adapter.switched_to(is_on=True))
         row, keys = _accumulate(run, group, micro_batches)
     if not run.options.is_fused:  # else most weights are stepped already
@@ -121,15 +121,19 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
         row = sum_over_processes(unsplit, row)
     norms = _step_weights(run)
     report = StepReport(run.progress.step + 1, rates, keys, _sizes_of(run, group))
-    before = run.readings.push(report, torch.cat([row, *norms]))
-    _note(run, before)
+    previous = run.readings.push(report, torch.cat([row, *norms]))
+    _note(run, previous)
     if is_alone:
         run.requests.agreed = run.requests.ends
         return wishes
-    # processes must agree, so this is what was asked for during the previous step: all have read it by now
-    if before is None:
+    return _common_wishes(previous)
+
+
+def _common_wishes(previous: StepReport | None) -> Wishes:
+    """Return the requests that any process read during the previous step: all processes know of these."""
+    if previous is None:
         return Wishes(saves=False, samples=False)
-    _, saves, samples = before.row[WISHES]
+    _, saves, samples = previous.row[WISHES]
     return Wishes(saves=saves > 0, samples=samples > 0)
 
 
@@ -156,8 +160,7 @@ def _read_wishes(run: TrainingRun) -> Wishes:
     if requests.asks_for(STOP):
         requests.finish(STOP)  # at once: the run that goes on from here was not asked
         requests.ends = True
-    is_due = run.clock is not None and run.clock.is_due()
-    return Wishes(saves=is_due or requests.asks_for(SAVE), samples=requests.asks_for(SAMPLE))
+    return Wishes(saves=requests.asks_to_save(), samples=requests.asks_for(SAMPLE))
 
 
 def _step_weights(run: TrainingRun) -> list[Tensor]:
@@ -340,8 +343,8 @@ def _after_step(run: TrainingRun, wishes: Wishes) -> None:
     if is_ending(run):
         _save_to_go_on(run)
     elif saves:
-        if run.clock is not None:
-            run.clock.restart()
+        if run.requests.clock is not None:
+            run.requests.clock.restart()
         if run.saver is not None:
             with run.logs.clock.pause(SAVING):
                 run.saver.save_step(progress.step)
@@ -418,7 +421,12 @@ def _sample(run: TrainingRun) -> None:
             logger.info("Samples of step %d will be made after resuming.", progress.step)
             run.requests.agreed = True
             return
-        run.reporter.note_samples(progress.step, progress.sample_pending)
+        run.reporter.note_samples(
+            progress.step,
+            progress.sample_pending,
+            prompts=run.sampler.prompts,
+            trackers=run.logs.trackers,
+        )
     progress.sample_pending = ""
     progress.sampled_step = progress.step
 
@@ -452,7 +460,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
 def _as_sampled(run: TrainingRun) -> Iterator[None]:
     """Use --sample_lora, and with --sample_ema the averaged weights, during the block."""
     with contextlib.ExitStack() as stack:
-        for loras in run.model.sample_loras:
+        for loras in run.model.sample_dits.loras:
             stack.enter_context(loras.switched_on(run.device, run.model.compute_dtype))
         if run.options.average.sample_ema and run.model.average is not None:
             stack.enter_context(run.model.average.in_place())

@@ -123,19 +123,12 @@ def measure_streams(
         sound_velocity = family.noise.velocity(batch.tensor(SOUND).float(), noisy_batch.sound.noise)
         velocity = noisy_batch.joint.join(velocity, sound_velocity)
     target = velocity
-    is_preserved = any(batch.preserved)
-    if is_preserved or rule.always_as_base:
-        assert rule.as_base is not None  # the loop sets it if there are such samples
-        with torch.no_grad(), rule.as_base():
-            base_output = network(noisy_batch)
-        if is_preserved:
-            chosen = numbers_on(velocity.device, batch.preserved, torch.bool)
-            target = torch.where(_per_sample(chosen, velocity), base_output, velocity)
-        del base_output  # frees memory before the forward pass with gradients
+    if any(batch.preserved) or rule.always_as_base:
+        target = _replace_preserved(velocity, noisy_batch, network, rule)
     teacher_output: Tensor | None = None
     if rule.teacher_weight:
         assert rule.as_base is not None
-        teacher_batch = _tell_teacher(family, noisy_batch)
+        teacher_batch = _batch_for_teacher(family, noisy_batch)
         with torch.no_grad(), rule.as_base():
             teacher_output = network(teacher_batch)
     output = network(noisy_batch)
@@ -150,7 +143,25 @@ def measure_streams(
     )
 
 
-def _tell_teacher(family: Trains, noisy_batch: NoisyBatch) -> NoisyBatch:
+def _replace_preserved(
+    velocity: Tensor, noisy_batch: NoisyBatch, network: Callable[[NoisyBatch], Tensor], rule: LossRule
+) -> Tensor:
+    """Return the velocity, for samples in `preserved` replaced by the base model's prediction.
+
+    The model runs for every batch. A function of its own, so that its output is freed before the forward pass
+    with gradients.
+    """
+    assert rule.as_base is not None  # the loop sets it if there are such samples
+    with torch.no_grad(), rule.as_base():
+        base_output = network(noisy_batch)
+    preserved = noisy_batch.batch.preserved
+    if not any(preserved):
+        return velocity
+    chosen = numbers_on(velocity.device, preserved, torch.bool)
+    return torch.where(_per_sample(chosen, velocity), base_output, velocity)
+
+
+def _batch_for_teacher(family: Trains, noisy_batch: NoisyBatch) -> NoisyBatch:
     """Return the batch with all inputs, also those that the trained network lacks."""
     has_first = FIRST_FRAME in family.fuller and noisy_batch.noise.shape[2] > 1
     given_frames = max(noisy_batch.given_frames, int(has_first))

@@ -235,30 +235,51 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
     }
 
 
-def _image_values(plan: TrainingPlan, parts: PartsOptions, prediction: PredictionOptions) -> dict[str, Any]:
-    """Return the entries that files of image trainers have besides."""
-    options, model_type = plan.options, plan.family.metadata.get("model_type")
-    validation, rates = options.validation, parts.text_encoder_lr
+def _text_rates_as_known(parts: PartsOptions) -> float | list[float] | None:
+    """Return the learning rates of the text encoders, in the form that image trainers write."""
+    rates = parts.text_encoder_lr
+    if rates is None:
+        return None
+    return rates[0] if len(rates) == 1 else list(rates)
+
+
+def _picture_counts(items: Iterable[TrainingItem]) -> dict[str, Any]:
+    """Return the entries on the numbers of pictures: in total, by folder, by size."""
     folders: dict[str, dict[str, int]] = {}
     buckets: Counter[tuple[int, int]] = Counter()
-    totals = {False: 0, True: 0}  # of pictures to learn, and of those for regularisation
-    for item in plan.training:
+    num_learned = num_regularisation = 0
+    for item in items:
         table = item.table
         folder = folders.setdefault(table.source.name, {"n_repeats": table.num_repeats, "img_count": 0})
         folder["img_count"] += 1
         buckets[item.bucket[0], item.bucket[1]] += table.num_repeats
-        totals[table.is_reg] += table.num_repeats
+        if table.is_reg:
+            num_regularisation += table.num_repeats
+        else:
+            num_learned += table.num_repeats
     rows = {
         str(number): {"resolution": list(size), "count": count}
         for number, (size, count) in enumerate(sorted(buckets.items()))
     }
+    return {
+        "num_train_images": num_learned,
+        "num_reg_images": num_regularisation,
+        "dataset_dirs": json.dumps(folders, ensure_ascii=False),
+        "bucket_info": json.dumps({"buckets": rows}),
+    }
+
+
+def _image_values(plan: TrainingPlan, parts: PartsOptions, prediction: PredictionOptions) -> dict[str, Any]:
+    """Return the entries that files of image trainers have besides."""
+    options, model_type = plan.options, plan.family.metadata.get("model_type")
+    validation = options.validation
     values: dict[str, Any] = {
         "ip_noise_gamma": options.noise.ip_noise_gamma,
         "ip_noise_gamma_random_strength": options.noise.ip_noise_gamma_random_strength,
         "model_prediction_type": prediction.model_prediction_type,
         "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
         "unet_lr": options.optimizer.learning_rate if parts.unet_lr is None else parts.unet_lr,
-        "text_encoder_lr": None if rates is None else rates[0] if len(rates) == 1 else list(rates),
+        "text_encoder_lr": _text_rates_as_known(parts),
         "validation_split": validation.validation_split,
         "validation_seed": validation.validation_seed,
         "max_validation_steps": validation.max_validation_steps,
@@ -266,10 +287,7 @@ def _image_values(plan: TrainingPlan, parts: PartsOptions, prediction: Predictio
         "validate_every_n_steps": validation.validate_every_n_steps,
         "num_validation_images": len(plan.validation),
         **({} if model_type is None else {"model_type": model_type}),
-        "num_train_images": totals[False],
-        "num_reg_images": totals[True],
-        "dataset_dirs": json.dumps(folders, ensure_ascii=False),
-        "bucket_info": json.dumps({"buckets": rows}),
+        **_picture_counts(plan.training),
         "tag_frequency": json.dumps(count_tags(plan.training), ensure_ascii=False),
     }
     if options.subset is not None:

@@ -178,7 +178,7 @@ class TrainingOptions(Options):
 OF_LAUNCHER = {"mixed_precision": "ACCELERATE_MIXED_PRECISION", "dynamo_backend": "ACCELERATE_DYNAMO_BACKEND"}
 
 
-class GivenOption(NamedTuple):
+class ScriptOption(NamedTuple):
     """Hold a given option of a run, and the words to type for it."""
 
     name: str
@@ -192,20 +192,20 @@ class GivenOption(NamedTuple):
         return self.words[0].partition("=")[0] if self.words else f"--{self.name}"
 
 
-def given_options(parser: argparse.ArgumentParser, *records: Options) -> list[GivenOption]:
+def list_script_options(parser: argparse.ArgumentParser, *records: Options) -> list[ScriptOption]:
     """Return the options that a parser read, in its order. Keys and tokens are left out."""
     values: dict[str, Any] = {}
     for record in records:
         values |= option_values(record)
     typed_flags = parser.typed_flags if isinstance(parser, Parser) else {}
     return [
-        _given_option(action, values[action.dest], typed_flags)
+        _describe_option(action, values[action.dest], typed_flags)
         for action in parser._actions
         if action.dest in values and not vars(action).get("is_secret") and action.option_strings
     ]
 
 
-def _given_option(action: argparse.Action, value: Any, typed_flags: Mapping[str, str]) -> GivenOption:
+def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[str, str]) -> ScriptOption:
     """Return an option with its value. typed_flags: the flags on the command line, by the option's name."""
     # the value if nothing is typed: the default, or that of another option (`not_given`)
     default = getattr(action, "not_given", action.default)
@@ -217,7 +217,7 @@ def _given_option(action: argparse.Action, value: Any, typed_flags: Mapping[str,
     flag = next(flag for flag in preferred if flag in flags)
     is_switch = action.nargs == 0 or not texts
     follows = is_changed and typed_flags and action.dest not in {*typed_flags, *OF_LAUNCHER}
-    return GivenOption(
+    return ScriptOption(
         name=action.dest,
         text=" ".join(texts),
         words=option_words({flag: True if is_switch else value}),
@@ -233,7 +233,7 @@ def read_training(
     learner: type[Options] = NetworkOptions,
     shared: Sequence[type[Options]] = (),
     **settings: Any,
-) -> tuple[TrainingOptions, R, list[GivenOption]]:
+) -> tuple[TrainingOptions, R, list[ScriptOption]]:
     """Read the options of a script that trains: the shared ones, the family's, and both as words.
 
     record: the family's own. doc, learner, settings: see `training_parser`. shared: further records of shared
@@ -245,7 +245,7 @@ def read_training(
     with name_as_typed(typed_names(args)):
         options = read_options(TrainingOptions, args)
         family_options = read_options(record, args)
-    return options, family_options, given_options(parser, family_options, options)
+    return options, family_options, list_script_options(parser, family_options, options)
 
 
 def training_parser(

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,15 +24,28 @@ from modules.option_values import require
 from modules.speed_options import Quantisation
 from networks.formats import LoraFormat
 from running.dressing import have_joined
-from training.checks import check_before_loading, check_teacher, choose_lora_format, list_unused_options
+from training.checks import (
+    check_before_loading,
+    check_schedule,
+    check_teacher,
+    choose_lora_format,
+    list_unused_options,
+)
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
-from training.experts import check_computing, note_experts
+from training.experts import check_computing, module_of, note_experts
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
 from training.processes import make_accelerator
 from training.reports.logs import check_trackers
-from training.resuming import check_resumable, find_state, first_progress, settings_of, take_over
+from training.resuming import (
+    RunSettings,
+    check_resumable,
+    find_state,
+    first_progress,
+    settings_of,
+    take_over,
+)
 from training.run_options import StartOptions
 from training.saving.files import Names, hold_name
 from training.saving.options import SavingOptions
@@ -50,14 +62,11 @@ class TrainingPlan:
     family: Family
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
     sampled: Family  # the model that samples are made with: may have transformers that are not trained
-    commands: CachingCommands
     accelerator: Accelerator
     quantisation: Quantisation | None  # with what multiplies on the device
     saved: SavedState | ForeignState | None
     progress: Progress
-    names: Names  # of the run's files
     saving: SavingOptions  # with the epochs of --save_n_epoch_ratio
-    network_module: str  # empty if the model itself is trained
     lora_format: LoraFormat | None  # of its files; None: they have the names of what is trained
     config: DatasetConfig
     training: Sequence[TrainingItem]
@@ -65,12 +74,21 @@ class TrainingPlan:
     order: BatchOrder
     steps: StepPlan
     sources: BatchSources  # where batches are read from
-    encoders: SameEncoders  # that made the caches
     texts: LiveTexts | None  # encoded while training; None: all come from caches
-    # settings that states record, and changes by --resume_changed
-    identity: dict[str, Any]
-    habits: dict[str, Any]
-    changes: Mapping[str, str]
+    settings: RunSettings  # that states record
+    changes: Mapping[str, str]  # of settings, by --resume_changed
+
+    @property
+    def names(self) -> Names:
+        """Return the names of the run's files: one for each expert, if each has a LoRA of its own."""
+        has_parts = self.options.by_expert.lora_per_expert
+        parts = tuple(expert.name for expert in self.family.experts) if has_parts else ()
+        return Names(*self.options.saving.place, parts)
+
+    @property
+    def network_module(self) -> str:
+        """Return the module of the network; empty if the model itself is trained."""
+        return module_of(self.family, self.options)
 
     @property
     def splits_model(self) -> bool:
@@ -90,16 +108,21 @@ def make_plan(
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = first_progress(options, saved)
     quantisation = check_computing(family, options, device)
-    if options.caching is not None:  # before minutes of encoding
-        check_before_loading(family, options, options.loop.known_steps, sampling)
+    check_before_loading(family, options, sampling)  # before minutes of encoding
     texts = _find_texts(family, options, config)
     lora_format = choose_lora_format(family, options, () if texts is None else texts.learning)
-    sources = _find_sources(family, options, config=config, device=device, texts=texts)
+    sources = _find_sources(
+        family,
+        options,
+        config=config,
+        device=device,
+        texts=texts,
+        commands=commands,
+    )
     items = _find_items(
         family,
         config,
         sources,
-        commands=commands,
         accelerator=accelerator,
         has_live_texts=texts is not None,
     )
@@ -108,18 +131,16 @@ def make_plan(
         _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
     steps = _plan_steps(options, order, accelerator.num_processes, progress)
-    check_before_loading(family, options, steps.total_steps, sampling)
+    if options.loop.known_steps is None:
+        check_schedule(options, steps.total_steps)
     if is_main:
         note_experts(family, options, sampling is not None)
-    module = "" if options.network is None else options.network.network_module or family.lora_module
-    identity, habits = settings_of(
-        family, options, seed=progress.seed, order=order, plan=steps, module=module
-    )
+    settings = settings_of(family, options, seed=progress.seed, order=order, plan=steps)
     if saving.save_n_epoch_ratio is not None:
         saving = saving.spread(steps.num_epochs, saving.save_n_epoch_ratio)
     changes: Mapping[str, str] = {}
     if saved is not None:
-        changes = check_resumable(saved, identity, habits, options=options, saving=saving)
+        changes = check_resumable(saved, settings, options, saving)
     if changes and isinstance(saved, SavedState):
         take_over(changes, progress, saved)
         steps = _plan_steps(options, order, accelerator.num_processes, progress)  # they may begin anew
@@ -129,14 +150,11 @@ def make_plan(
         family=family,
         options=options,
         sampled=sampling or family,
-        commands=commands,
         accelerator=accelerator,
         quantisation=quantisation,
         saved=saved,
         progress=progress,
-        names=_names_of(family, options),
         saving=saving,
-        network_module=module,
         lora_format=lora_format,
         config=config,
         training=training,
@@ -144,18 +162,10 @@ def make_plan(
         order=order,
         steps=steps,
         sources=sources,
-        encoders=SameEncoders(commands),
         texts=texts,
-        identity=identity,
-        habits=habits,
+        settings=settings,
         changes=changes,
     )
-
-
-def _names_of(family: Family, options: TrainingOptions) -> Names:
-    """Return the names of the run's files: one for each expert, if each has a LoRA of its own."""
-    parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
-    return Names(*options.saving.place, parts)
 
 
 def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
@@ -183,14 +193,21 @@ def _find_sources(
     config: DatasetConfig,
     device: torch.device,
     texts: LiveTexts | None,
+    commands: CachingCommands,
 ) -> BatchSources:
     """Return where the parts of batches are read from that `texts` does not encode."""
     if not _may_encode(options, config):
-        return BatchSources(Stores(npz_names(family)))
-    keys = () if texts is None else texts.keys
+        return BatchSources(family.latent, SameEncoders(commands), stores=Stores(npz_names(family)))
     from training.caching_inside import prepare_sources  # most runs read caches alone
 
-    return prepare_sources(family, config, options.caching, device=device, live=keys)
+    return prepare_sources(
+        family,
+        config,
+        options.caching,
+        device=device,
+        live=() if texts is None else texts.keys,
+        commands=commands,
+    )
 
 
 @contextmanager
@@ -257,13 +274,7 @@ def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
             logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
         path = require(path, "--dataset_config", "the clips to train on")
         config = load_dataset_config(path, subset)
-    return for_family(
-        config,
-        family.references,
-        family.latent.frame_step,
-        in_sections=family.latent.in_sections,
-        instead=family.can.references,
-    )
+    return for_family(config, family)
 
 
 def _find_items(
@@ -271,7 +282,6 @@ def _find_items(
     config: DatasetConfig,
     sources: BatchSources,
     *,
-    commands: CachingCommands,
     accelerator: Accelerator,
     has_live_texts: bool,
 ) -> Sequence[TrainingItem]:
@@ -279,9 +289,9 @@ def _find_items(
 
     Raises CacheError with the caching commands if there are none.
     """
+    commands = sources.encoders.commands
     from dataset.batches.starting import check_caches, compare_sources  # only where a run starts
 
-    family.check_given_files()  # first: caches are made with them
     listed = find_items(
         config,
         family.cache_tag,

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from contract.family import FLOW, Family, NoiseSpec, sound_of
 from contract.rules import ONE_EXPERT, Expert
-from dataset.batches.checks import check_channels
+from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import CachingCommands
 from dataset.batches.order import split_validation
 from dataset.caching.prefetch import conclude
+from dataset.config import DatasetConfig
 from dataset.options import DebugOptions
 from modules.atomic_write import write_bytes
 from modules.console import count_of
@@ -25,14 +26,17 @@ from modules.control_codes import escape_control_codes
 from modules.devices import choose_device
 from modules.errors import OptionError
 from modules.seeds import derive_seed
+from running.planning.device_memory import room_on
 from training.caching_inside import find_live_texts, list_live_tables, open_stores, plan_tables
 from training.checks import check_teacher, judge_rate
 from training.data.feed import BatchSources
+from training.data.live import LiveTexts
 from training.data.timesteps import Timesteps, draw, loss_weights
+from training.loss import NoisyBatch
 from training.noise_options import NOTHING, NUM_TIMESTEPS, WEIGHTS_OF_LOSS, TimestepOptions
 from training.options import TrainingOptions
 from training.plan import read_config
-from training.planning.memory import plan_training
+from training.planning.memory import plan_one_card, read_largest
 
 # of --debug_dataset: windows, or files where there are none
 DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=None, console_num_images=None)
@@ -82,7 +86,9 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     texts = find_live_texts(family, options, config)
     plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     seed = options.validation.validation_seed
-    validation = (options.validation.validation_split, (options.loop.seed or 0) if seed is None else seed)
+    if seed is None:
+        seed = options.loop.seed or 0
+    validation = options.validation.validation_split, seed
     if all(plan.is_own for plan in plans):
         facts = [f"{name}: {value}" for name, value in family.metadata.items() if name != "resolution"]
         result = check.check_training(
@@ -140,6 +146,48 @@ def _plan(
     texts = find_live_texts(family, options, config)
     if options.frozen.teacher is not None:
         check_teacher(family, options.frozen.teacher, texts)
+    noisy_batch = _read_for_plan(family, options, commands, config=config, texts=texts)
+    sample_files: Sequence[Path] = ()
+    if sampling is not None and options.samples.are_made:
+        sample_files = sampling.dit_files
+    device = choose_device(None)
+    sampled = len({*sample_files} - {*family.dit_files})
+    cards, size = options.speed.plan.cards
+    room = room_on(device, size)
+    if cards == 1:
+        plan_one_card(
+            family,
+            options,
+            noisy_batch,
+            device=device,
+            room=room,
+            sampled=sampled,
+            texts=texts,
+        )
+        return
+    from training.planning.several_cards import plan_ways  # only with several cards
+
+    assert room is not None  # its size is given
+    plan_ways(
+        family,
+        options,
+        noisy_batch,
+        device=device,
+        cards=cards,
+        room=room,
+        sampled=sampled,
+        texts=texts,
+    )
+
+
+def _read_for_plan(
+    family: Family,
+    options: TrainingOptions,
+    commands: CachingCommands,
+    config: DatasetConfig,
+    texts: LiveTexts | None,
+) -> NoisyBatch:
+    """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
     plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     if not all(plan.can_be_planned for plan in plans):
         raise OptionError(
@@ -161,22 +209,8 @@ def _plan(
     items = require_items(listed, commands)
     check_channels(items, family.latent, commands, stores)
     training, _ = split_validation(items, options.validation.validation_split)
-    from training.planning.several_cards import plan_ways  # only with --plan
-
-    sample_files: Sequence[Path] = ()
-    if sampling is not None and options.samples.are_made:
-        sample_files = sampling.dit_files
-    plan_training(
-        family,
-        options,
-        training or items,
-        commands=commands,
-        device=choose_device(None),
-        sampled=len({*sample_files} - {*family.dit_files}),
-        sources=BatchSources(stores, tables),
-        texts=texts,
-        plan_ways=plan_ways,
-    )
+    sources = BatchSources(family.latent, SameEncoders(commands), stores=stores, tables=tables)
+    return read_largest(family, options, training or items, sources)
 
 
 SHOWN_LATENTS = (1, 16, 1, 128, 128)  # of a picture of 1024 x 1024 pixels

@@ -36,15 +36,9 @@ def make_accelerator(
     support this precision or a tracker is not installed.
     """
     refuse_other_splits()  # before accelerate looks for the packages that split a model
-    alone = {name: value for name in ("WORLD_SIZE", "LOCAL_RANK") if (value := os.environ.get(name))}
-    if alone.get("WORLD_SIZE", "1") == "1" and alone.get("LOCAL_RANK", "-1") == "-1":
-        alone = {}  # one process
-    if alone and not any(name in os.environ for name in RANK):
-        raise OptionError(
-            f"the environment has {' and '.join(map('='.join, alone.items()))}, but no RANK. Unset what is "
-            "there, or start several processes with accelerate launch or torchrun, which set all of them"
-        )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    _check_environment()
+    has_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if has_processes:
         meet_anew()
     folder = None
     if logs.logging_dir is not None:
@@ -53,7 +47,7 @@ def make_accelerator(
     try:
         accelerator = Accelerator(
             # if launched as several processes without a GPU, accelerate would let each of them train alone
-            cpu=int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available(),
+            cpu=has_processes and not torch.cuda.is_available(),
             mixed_precision=options.mixed_precision,
             # always 1, whatever the launcher's setting: the loop accumulates, so backward() must not divide
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -83,6 +77,21 @@ def make_accelerator(
     ):
         logger.warning("--fp16_accumulation: gradients are less exact too; compare with a run without it.")
     return accelerator
+
+
+def _check_environment() -> None:
+    """Raise OptionError if only some of the variables that a launcher of several processes sets are there."""
+    variables = {}
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        text = os.environ.get(name)
+        if text:
+            variables[name] = text
+    is_single = variables.get("WORLD_SIZE", "1") == "1" and variables.get("LOCAL_RANK", "-1") == "-1"
+    if not is_single and not any(name in os.environ for name in RANK):
+        raise OptionError(
+            f"the environment has {' and '.join(map('='.join, variables.items()))}, but no RANK. Unset what "
+            "is there, or start several processes with accelerate launch or torchrun, which set all of them"
+        )
 
 
 BUCKET_ELEMENTS = 64 << 20  # a LoRA fits into one buffer, a whole DiT is sent in pieces

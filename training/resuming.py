@@ -6,6 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from modules.option_values import read_literals, to_path
 from modules.options import options_with
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NOTHING_FROZEN
-from training.experts import TRAINING_ADAPTER
+from training.experts import TRAINING_ADAPTER, module_of
 from training.optimizers.optimizer import PATHS
 from training.options import TrainingOptions
 from training.reports.logs import public_config
@@ -120,24 +121,32 @@ def recorded_values(options: Any, *kinds: str) -> dict[str, Any]:
     return {name: value for name, value in public_config(options).items() if name in names}
 
 
-def settings_of(
-    family: Family, options: TrainingOptions, *, seed: int, order: BatchOrder, plan: StepPlan, module: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings that must be equal in a resumed run, and those that it may change with a warning.
+@dataclass(frozen=True)
+class RunSettings:
+    """Hold the settings of a run that a resumed one is compared with, by words that a user knows."""
 
-    Keys are words that a user knows; models in the second mapping are given by file name. module: of the
-    trained network.
-    """
-    config = public_config(options)
+    identity: dict[str, Any]  # must be equal in a resumed run
+    habits: dict[str, Any]  # may change, with a warning; models are given by file name
+
+
+def settings_of(
+    family: Family, options: TrainingOptions, *, seed: int, order: BatchOrder, plan: StepPlan
+) -> RunSettings:
+    """Return the settings that a resumed run is compared with."""
+    config = public_config(options) | {"network_module": module_of(family, options)}
     identity: dict[str, Any] = {"--seed": seed if options.loop.seed is None else options.loop.seed}
-    identity |= _flagged({**config, "network_module": module}, "identity")
+    identity |= _flagged(config, "identity")
     identity |= {f"--{name}": value for name, value in recorded_values(family.options, "identity").items()}
     identity[GROUP_SIZE] = plan.group_size
     identity[BATCHES] = ", ".join([f"{plan.num_batches}, {epoch_digest(order)}", *order.learning_keys])
     experts = [f"{expert.name or 'one'} from {expert.lowest:g}" for expert in family.experts]
     identity[TRANSFORMERS] = ", ".join(experts)
     identity[TRAINING_ADAPTER] = _adapter_with_content(options)
+    return RunSettings(identity, _habits_of(family, options, config))
 
+
+def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a resumed run may change with a warning. config: all options by name."""
     habits = _flagged(config, "habit")
     habits |= {f"--{name}": value for name, value in recorded_values(family.options, "habit").items()}
     models = [value for name, value in family.metadata.items() if name.startswith("sd_model_name")]
@@ -147,7 +156,7 @@ def settings_of(
     high_noise = options.by_expert.base_weights_high_noise
     if high_noise:
         habits["--base_weights_high_noise"] = ", ".join(path.name for path in high_noise)
-    return identity, habits
+    return habits
 
 
 def _flagged(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -175,8 +184,7 @@ def epoch_digest(order: BatchOrder) -> str:
 
 def check_resumable(
     saved: states.SavedState | states.ForeignState,
-    identity: Mapping[str, Any],
-    habits: Mapping[str, Any],
+    settings: RunSettings,
     options: TrainingOptions,
     saving: SavingOptions,
 ) -> dict[str, str]:
@@ -195,14 +203,15 @@ def check_resumable(
         )
     if not isinstance(saved, states.SavedState):
         return {}
+    habits = settings.habits
     # a state of before there were models with several transformers is of a model with one
     usual = {
         TRANSFORMERS: "one from 0",
-        PER_EXPERT: identity.get(PER_EXPERT) and False,
+        PER_EXPERT: settings.identity.get(PER_EXPERT) and False,
         TRAINING_ADAPTER: None,
     }
     before = _resolve({**usual, **saved.identity})
-    identity = _resolve(identity)
+    identity = _resolve(settings.identity)
     # likewise of before the frozen model could teach
     unsaid = {f"--{name}": value for name, value in public_config(NOTHING_FROZEN).items()}
     habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)

@@ -56,7 +56,7 @@ def train_network(
     """
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:
         read_config(options, family)
-        check_before_loading(family, options, options.loop.known_steps, sampling)
+        check_before_loading(family, options, sampling)
         return 0
     if options.only_shows:
         from training.previews import show_preview  # trains nothing
@@ -98,13 +98,14 @@ def prepare_run(
             plan.texts.load(accelerator.device, blocks)
             stack.callback(plan.texts.free)
         logs = _make_logs(plan, swap)
-        reporter = make_reporter(plan, following, sampler, memory)
-        model = load_model(plan, swap, sampler is not None)
+        reporter = make_reporter(plan, following, memory)
+        model = load_model(plan, swap)
         # nothing can be missing any more
         _set_earlier_aside(plan, reporter.history.path)
         accelerator.wait_for_everyone()  # before any writes samples there
         uploads = _make_uploads(options)
-        saver = make_saver(model, uploads, sampler.prompts if sampler else (), reporter.note_saved)
+        prompts = () if sampler is None else sampler.prompts
+        saver = make_saver(model, uploads, prompts, reporter.note_saved)
         run = make_run(model, sampler, memory=memory, logs=logs, reporter=reporter, saver=saver)
         closing = contextlib.closing(uploads) if uploads is not None else contextlib.nullcontext()
         with closing, logs, reporter:

@@ -99,34 +99,18 @@ class Sampler:
         samples. note: gets the sample and its step in words. Only the samples' own random state is used.
         """
         paths = []
-        experts = self.session.family.experts
         for place, sample in enumerate(self.samples, 1):
             prepared = sample.prepared
             if not sample.is_seeded:
                 prepared = replace(prepared, seed=self.draw_seed())
-            prompts = sample.prompts
-            if self.renew is not None:
-                with autocast():
-                    prompts = self.renew(sample.texts, prompts)
-            title = f"sample {place} of {len(self.samples)}"
-            with (
-                preview_clip(self.previews, prepared.fps) as (watchers, preview_section),
-                _show_steps(title, prepared, check=check, note=note, preview_section=preview_section) as (
-                    watch,
-                    on_section,
-                ),
-                autocast(),
-            ):
-                latents = make_latents(
-                    self.session.family,
-                    lambda timestep: dit_of(expert_at(timestep, experts)),
-                    prepared,
-                    prompts,
-                    inputs=sample.inputs,
-                    device=self.session.device,
-                    watchers=[watch, *watchers],
-                    on_section=on_section,
-                )
+            latents = self._denoise(
+                replace(sample, prepared=prepared),
+                f"sample {place} of {len(self.samples)}",
+                dit_of=dit_of,
+                autocast=autocast,
+                check=check,
+                note=note,
+            )
             if not self.writes:
                 continue
             seed = f"_{prepared.seed}" if sample.is_seeded else ""
@@ -134,6 +118,41 @@ class Sampler:
             paths.append(self._write(latents, prepared, stem, f"{self.name}_{mark}{self.weights}"))
             logger.info("Sample %s", paths[-1])
         return paths
+
+    def _denoise(
+        self,
+        sample: Sample,
+        title: str,
+        *,
+        dit_of: DitOf,
+        autocast: Autocast,
+        check: Callable[[], None],
+        note: Callable[[str], None],
+    ) -> torch.Tensor:
+        """Return the latents of a sample. title: of its bar. The others: see `make`."""
+        experts, prepared = self.session.family.experts, sample.prepared
+        prompts = sample.prompts
+        if self.renew is not None:
+            with autocast():
+                prompts = self.renew(sample.texts, prompts)
+        with (
+            preview_clip(self.previews, prepared.fps) as (watchers, preview_section),
+            _show_steps(title, prepared, check=check, note=note, preview_section=preview_section) as (
+                watch,
+                on_section,
+            ),
+            autocast(),
+        ):
+            return make_latents(
+                self.session.family,
+                lambda timestep: dit_of(expert_at(timestep, experts)),
+                prepared,
+                prompts,
+                inputs=sample.inputs,
+                device=self.session.device,
+                watchers=[watch, *watchers],
+                on_section=on_section,
+            )
 
     @torch.no_grad()
     def _write(self, latents: torch.Tensor, prepared: Prepared, stem: str, model: str) -> Path:
@@ -438,7 +457,7 @@ def _no_dit(expert: int) -> nn.Module:
 
 def sample_values(prepared: Prepared, is_seeded: bool, family: Family) -> dict[str, Any]:
     """Return the values that make a sample, by the names of `Request`; see `following.Generation`."""
-    request = prepared.asked
+    request = prepared.request
     values = vars(request) | {
         name: getattr(prepared, name) for name in ("frames", "steps", "embedded_guidance")
     }

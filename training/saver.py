@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,6 @@ def make_saver(
             of_average = {} if options.metadata.no_metadata else average.metadata
             trainable.writes[part](path, dtype, _metadata_now(plan, metadata[part]) | of_average)
 
-    card = None
     if uploads is not None and is_first:
         from training.saving.hub import write_card  # only with uploads
 
@@ -83,6 +82,7 @@ def make_saver(
             metadata=_metadata_now(plan, next(iter(metadata.values()))),
             prompts=[prompt for prompt in prompts if prompt],
         )
+        uploads = replace(uploads, card=card)
 
     def write_state(folder: Path) -> None:
         if plan.splits_model:
@@ -97,8 +97,7 @@ def make_saver(
         plan.names,
         write_file=write_file,
         write_state=write_state,
-        publish=None if uploads is None else partial(uploads.publish, card=card),
-        publish_state=None if uploads is None else uploads.publish_state,
+        publisher=uploads,
         write_average=None if average is None else write_average,
         is_main=is_first,
         note_saved=lambda paths: note_saved(paths, progress.step),
@@ -151,8 +150,8 @@ def take_state(model: TrainedModel) -> states.SavedState:
     return states.SavedState(
         folder=Path(),
         progress=plan.progress,
-        identity=plan.identity,
-        habits=plan.habits,
+        identity=plan.settings.identity,
+        habits=plan.settings.habits,
         parts=parts,
         optimizer=optimizer,
         schedule=model.schedule.state_dict(),

@@ -1,10 +1,10 @@
 """Make the training scripts of a family: read its options, then hand it to the training loop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from contract.families import FAMILIES, Script
+from contract.families import FAMILIES, FamilyEntry, Script
 from dataset.cache.commands import recall_options
 from dataset.config import load_dataset_config
 from modules.command import name_as_typed, print_loading
@@ -46,13 +46,13 @@ def training_script(
     def train(argv: Sequence[str] | None = None) -> None:
         record = entry.options_record("Training")
         if images is None:
-            options, family_options, given = read_training(
+            options, family_options, script_options = read_training(
                 about, record, argv, learner=learner, shared=extra_options, settings=settings
             )
         else:
             from training.image_options import read_image_training  # only for image models
 
-            options, family_options, given = read_image_training(about, record, images, argv)
+            options, family_options, script_options = read_image_training(about, record, images, argv)
         with name_as_typed(options.typed_names):
             if whole_dit:
                 refuse_for_whole(option_values(family_options).get("dit_dtype"))
@@ -64,23 +64,19 @@ def training_script(
             from training.run import train_network  # torch loads here, after every option has been read
 
             model = entry.make_family("training", family_options)
-            typed = {option.name: option.flag for option in given if option.is_changed}
-            recalled = _recall(options, family)
-            # the files that made the caches are known where the training does not need them itself
-            with quiet():  # a record that is made again warns again
-                filled = fill_options(family_options, recalled)
-            typed_before = {option.name: option.typed for option in recalled} | typed
+            typed = {option.name: option.flag for option in script_options if option.is_changed}
             # options of the caching script that follow from the checkpoint; not the files of the caches that
             # are there, which may be of another model
             commands = entry.caching_commands(
                 family_options, options.loop.dataset_config, model.caching_switches, typed
             )
+            recalled = _recall(options, family)
             follow = partial(
                 plan_next_steps,
                 script=f"{entry.script}_train{'' if whole_dit else '_network'}.py",
-                given=given,
+                script_options=script_options,
                 generation=partial(entry.generation_words, family_options, typed=typed),
-                generation_of_caches=partial(entry.generation_words, filled, typed=typed_before),
+                generation_of_caches=_generation_of_caches(entry, family_options, recalled, typed),
                 spellings=entry.spellings,
                 cached_with={option.name: option.value for option in recalled},
             )
@@ -97,6 +93,20 @@ def training_script(
             raise SystemExit(code)
 
     return Script(train)
+
+
+def _generation_of_caches(
+    entry: FamilyEntry, family_options: Any, recalled: Sequence[RepeatedOption], typed: Mapping[str, str]
+) -> Callable[[Mapping[str, Any]], Sequence[str]]:
+    """Return a function as `following.Generation`, with the files that made the caches.
+
+    The training does not need them itself. recalled: the options that made the caches. typed: flags of the
+    options of this run.
+    """
+    with quiet():  # a record that is made again warns again
+        filled = fill_options(family_options, recalled)
+    typed_before = {option.name: option.typed for option in recalled}
+    return partial(entry.generation_words, filled, typed={**typed_before, **typed})
 
 
 def _recall(options: TrainingOptions, family: str) -> list[RepeatedOption]:

@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,16 +25,13 @@ from training.options import RANKED_NETWORKS, TrainingOptions
 from training.plan import TrainingPlan
 from training.reports import history
 from training.reports.page import page_path
-from training.reports.pauses import SAMPLES, SAVING, VALIDATION
+from training.reports.pauses import SAMPLES, SAVING, VALIDATION, StepClock
 from training.reports.reporter import RunReporter
 from training.reports.sample_files import FOLDER
 from training.run_options import LEAST_STEPS, SampleOptions
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
 from training.training_run import TrainingRun
-
-if TYPE_CHECKING:  # it is loaded only if there are prompts
-    from training.samples import Sampler
 
 MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less
 FLOAT_BYTES = 4  # states are saved in float32
@@ -85,25 +81,21 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
     plan, options = run.plan, run.options
     names, network, samples = plan.names, options.network, options.samples
     split = run.model.trainable.split  # rows of a weight, and the whole weight
-    parameters = [split.get(parameter, parameter) for parameter in run.model.trainable.parameters]
+    parameters = [split.get(parameter, parameter) for parameter in run.parameters]
     num_weights = sum(parameter.numel() for parameter in parameters)
     sizes = _sizes_of_file(run)
-    item_count = count_of(plan.order.num_items, "item")
-    validation = f", {count_of(len(plan.validation), 'item')} for validation" if plan.validation else ""
-    counts = count_saves(plan.saving, run.steps, plan.progress.step, plan.progress.epoch)
-    has_average = options.average.ema_decay is not None
     sampling = f"{_sampling_times(samples)}, from {samples.sample_prompts}"
     rows: list[Row] = [
         ("model", _describe_model(plan)),
         ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
         ("alpha", None if network is None else judge_alpha(network, sizes)),
-        ("data", f"{item_count} with repeats{validation}, {count_of(run.steps.num_batches, 'batch')}"),
+        ("data", _describe_data(plan)),
         ("steps", _describe_length(plan)),
         ("learning rate", judge_rate(options)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
         ("saves", _saving_times(plan.saving)),
         ("samples", sampling if samples.are_made else None),
-        ("disk", disk_needed(names.folder, counts, saved_bytes(parameters, dtype, has_average))),
+        ("disk", _describe_disk(plan, parameters, dtype)),
         ("folder", str(names.folder)),
         ("page", None if options.logs.no_page else str(page_path(names.folder, names.name))),
     ]
@@ -117,6 +109,21 @@ def _sizes_of_file(run: TrainingRun) -> tuple[list[int], list[float]] | None:
         return None
     is_continued = any(continued_sizes(run.model, part) for part in trainable.writes)
     return trainable.sizes() if is_continued else None
+
+
+def _describe_data(plan: TrainingPlan) -> str:
+    """Return the numbers of items and batches of an epoch, and of items for validation."""
+    text = f"{count_of(plan.order.num_items, 'item')} with repeats"
+    if plan.validation:
+        text += f", {count_of(len(plan.validation), 'item')} for validation"
+    return f"{text}, {count_of(plan.steps.num_batches, 'batch')}"
+
+
+def _describe_disk(plan: TrainingPlan, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> str:
+    """Return the room that the run's files need. parameters: the trained ones. dtype: see `show_start`."""
+    counts = count_saves(plan.saving, plan.steps, plan.progress.step, plan.progress.epoch)
+    has_average = plan.options.average.ema_decay is not None
+    return disk_needed(plan.names.folder, counts, saved_bytes(parameters, dtype, has_average))
 
 
 def _describe_model(plan: TrainingPlan) -> str:
@@ -176,31 +183,37 @@ def _times(every: Mapping[str, float | None]) -> list[str]:
 def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> None:
     """Show the result of a finished run, and the commands that can follow."""
     names, logs = run.plan.names, run.options.logs
-    clock, losses = run.logs.clock, run.progress.losses
-    network = run.options.network
-    files = names.files(names.name).values()
+    losses, network = run.progress.losses, run.options.network
     samples = names.folder / FOLDER
     has_samples = run.sampler is not None and samples.is_dir()
-    seconds = clock.seconds_per_step
-    speed = "" if seconds is None else f" ({seconds:.3g} s a step)"
-    peak = peak_in_words(run.device)
-    if run.memory is not None:
-        peak = f"{gib(run.memory.highest)} GiB"
-    results: list[Row] = [
-        ("result", f"{path} ({as_size(path.stat().st_size)})" if path.exists() else None) for path in files
-    ]
     rows: list[Row] = [
-        *results,
+        ("result", f"{path} ({as_size(path.stat().st_size)})")
+        for path in names.files(names.name).values()
+        if path.exists()
+    ]
+    rows += [
         ("best by validation", describe_best(story, names.folder) if story.validations else None),
-        ("steps", f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"),
+        ("steps", _describe_speed(run.logs.clock)),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
         ("samples", str(samples) if has_samples else None),
         ("page", None if logs.no_page else str(page_path(names.folder, names.name))),
-        ("peak memory", peak),
+        ("peak memory", _describe_peak(run)),
         ("other tools", DORA_ELSEWHERE if network is not None and network.decomposes else None),
         ("commands", f"typed in {Path.cwd()}" if os.environ.get(RUN_GOES_ON) else None),
     ]
     show_box(f"{names.name} is trained", rows, _list_commands(run, story, following))
+
+
+def _describe_speed(clock: StepClock) -> str:
+    """Return the number of steps and the time that they took."""
+    seconds = clock.seconds_per_step
+    speed = "" if seconds is None else f" ({seconds:.3g} s a step)"
+    return f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"
+
+
+def _describe_peak(run: TrainingRun) -> str:
+    """Return the most memory of the device that was in use."""
+    return peak_in_words(run.device) if run.memory is None else f"{gib(run.memory.highest)} GiB"
 
 
 def _list_commands(run: TrainingRun, story: history.Story, following: NextSteps) -> list[Row]:
@@ -313,9 +326,7 @@ def judge_alpha(
     return f"{text}, which is LOW: --network_alpha {max(1, rank // 2)} or {rank} is usual"
 
 
-def make_reporter(
-    plan: TrainingPlan, following: NextSteps, sampler: "Sampler | None", memory: MemoryWatch | None
-) -> RunReporter:
+def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch | None) -> RunReporter:
     """Return the reporter of the run. With --no_page it keeps the last box."""
     progress, names, device = plan.progress, plan.names, plan.accelerator.device
     is_main = plan.accelerator.is_main_process
@@ -325,11 +336,12 @@ def make_reporter(
         progress.step if is_main else 0,  # other processes read nothing of it
         is_written=is_main and not plan.options.logs.no_page,
     )
+    script_options = following.script_options
     start = history.Start(
         model=plan.family.name,
-        total_steps=following.total_steps,
-        changed=[(option.name, option.text) for option in following.given if option.is_changed],
-        unchanged=[(option.name, option.text) for option in following.given if not option.is_changed],
+        total_steps=plan.steps.total_steps,
+        changed=[(option.name, option.text) for option in script_options if option.is_changed],
+        unchanged=[(option.name, option.text) for option in script_options if not option.is_changed],
         listens=True,
         process=history.describe_process(),
         written_in=str(real_path(names.folder)),
@@ -338,11 +350,9 @@ def make_reporter(
     return RunReporter(
         history=lines,
         start=start,
-        prompts={} if sampler is None else dict(enumerate(sampler.prompts)),
         step=progress.step,
         commands=following.commands,
         memory=lambda: list_memory(device, memory),
-        trackers=lambda: plan.accelerator.trackers if is_main else (),  # they start later
     )
 
 

@@ -1,6 +1,7 @@
 """The record that the training loop works with, and requests to it from outside: signals and files."""
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -8,7 +9,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -37,7 +38,6 @@ from training.steps import Progress, StepPlan
 from training.trainable import Trainable
 
 if TYPE_CHECKING:  # loaded where they are made
-    from networks.added import AddedLoras
     from training.averages import WeightAverage
     from training.samples import Sampler
     from training.validation import Validation
@@ -64,7 +64,7 @@ def trigger_paths(names: Names, also_plain: bool) -> dict[Path, str]:
 @dataclass
 class Requests:
     """Hold the requests to a run from outside: signals (Ctrl-C, SIGTERM) end it after its step, files also
-    ask for samples and saves.
+    ask for samples and saves, and a clock asks for saves.
 
     A second signal ends it at once. A file is removed only when its request was served: if the run is killed
     before, the next run serves it.
@@ -73,6 +73,7 @@ class Requests:
     paths: Mapping[Path, str] = field(default_factory=dict)  # none: no file is watched
     can_sample: bool = True
     now: Callable[[], float] = time.monotonic  # seconds
+    clock: MinuteClock | None = None  # of --save_every_n_minutes
     ends: bool = field(default=False, init=False)  # the run was asked to end
     agreed: bool = field(default=False, init=False)  # all processes know of it
     _looked: float | None = field(default=None, init=False)
@@ -130,6 +131,11 @@ class Requests:
         else:
             logger.info("%s asks to %s at the end of this step.", path, kind)
 
+    def asks_to_save(self) -> bool:
+        """Return whether the clock or a file asks for a save."""
+        is_due = self.clock is not None and self.clock.is_due()
+        return is_due or self.asks_for(SAVE)
+
     def finish(self, kind: str) -> None:
         """Remove the files that asked for this; files touched again meanwhile stay, as new requests."""
         for path in [path for path in self._found if self.paths[path] == kind]:
@@ -151,8 +157,6 @@ class TrainedModel:
     plan: TrainingPlan
     dits: ExpertNetworks  # of the experts that are trained
     sample_dits: ExpertNetworks  # those, or more that only samples are made with
-    sample_loras: "Sequence[AddedLoras]"  # switched on for samples
-    adapters: "Sequence[AddedLoras]"  # --training_adapter: switched on for training steps
     trainable: Trainable
     optimizer: Optimizer
     optimizer_name: str  # for metadata
@@ -186,26 +190,31 @@ class TrainingRun:
     memory: MemoryWatch | None  # None: the device has no counters, or this is not the main process
     logs: Logs
     reporter: RunReporter  # to the page
-    requests: Requests  # its files are watched by the main process only
-    clock: MinuteClock | None  # of --save_every_n_minutes; ticks in the main process only
+    requests: Requests  # its files and its clock are watched by the main process only
     saver: Saver | None  # None: another process saves
     readings: Readings = field(default_factory=Readings)
-    parameters: list[Parameter] = field(init=False)  # that are trained, in the optimizer's order
-    of_sound: frozenset[Tensor] = field(init=False)  # parameters that only clips with sound reach
-    parts: tuple[str, ...] = field(init=False)  # with losses of their own: experts, picture and sound
 
-    def __post_init__(self) -> None:
-        trainable = self.model.trainable
-        self.parameters = trainable.parameters
+    @functools.cached_property
+    def parameters(self) -> list[Parameter]:
+        """Return the parameters that are trained, in the optimizer's order."""
+        return self.model.trainable.parameters
+
+    @functools.cached_property
+    def of_sound(self) -> frozenset[Tensor]:
+        """Return the parameters that only clips with sound reach."""
         sound = sound_of(self.family)
-        names = {} if sound is None else trainable.names
-        self.of_sound = frozenset(
-            parameter for parameter, name in names.items() if sound and sound.modules in name
-        )
+        if sound is None:
+            return frozenset()
+        names = self.model.trainable.names
+        return frozenset(parameter for parameter, name in names.items() if sound.modules in name)
+
+    @functools.cached_property
+    def parts(self) -> tuple[str, ...]:
+        """Return the parts with losses of their own: experts, or picture and sound."""
         experts = self.family.experts
-        self.parts = tuple(expert.name for expert in experts) if len(experts) > 1 else ()
-        if sound is not None and not self.parts:
-            self.parts = PICTURE_STREAM, SOUND_STREAM
+        if len(experts) > 1:
+            return tuple(expert.name for expert in experts)
+        return () if sound_of(self.family) is None else (PICTURE_STREAM, SOUND_STREAM)
 
     @property
     def plan(self) -> TrainingPlan:

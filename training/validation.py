@@ -77,14 +77,13 @@ class Validation:
     def _sum_losses(self, dit_at: DitOf, autocast: Autocast) -> Tensor:
         """Return the sums over this process' items of their losses at each noise level, then their number."""
         steps = self.plan.steps
-        chosen = self.plan.validation[: self.plan.options.validation.max_validation_steps]
-        items = chosen[self.process :: steps.processes]
-        lacks = steps.in_lockstep and len(items) * steps.processes < len(chosen)
-        repeated = [chosen[-1]] if lacks else []
+        measured = self.plan.validation[: self.plan.options.validation.max_validation_steps]
+        items = measured[self.process :: steps.processes]
+        lacks_item = steps.in_lockstep and len(items) * steps.processes < len(measured)
         experts = [expert_at(NUM_TIMESTEPS * sigma, self.plan.family.experts) for sigma in self.sigmas]
         sums = torch.zeros(len(self.sigmas) + 1, dtype=torch.float64)
         sums[-1] = len(items)
-        if not (items or repeated):
+        if not (items or lacks_item):
             return sums
         # all items by one network, then by the next: bringing one to the device takes longer than reading
         for expert in sorted(set(experts)):
@@ -94,8 +93,8 @@ class Validation:
             for item in track(items, f"validation, {len(places)} noise levels", len(items), unit="item"):
                 losses = self._losses(item, sigmas, dit, autocast)
                 sums[places] += torch.tensor(losses, dtype=torch.float64)
-            for item in repeated:  # for the others, which gather the blocks from this process
-                self._losses(item, sigmas, dit, autocast)
+            if lacks_item:  # for the others, which gather the blocks from this process
+                self._losses(measured[-1], sigmas, dit, autocast)
         return sums
 
     def _losses(
@@ -121,13 +120,11 @@ class Validation:
         plan = self.plan
         batch = plan.sources.read(
             (item,),
-            plan.family.latent,
-            plan.commands,
             checks=self.checks,
             stream=("validation", item.key),
         )
         if self.process == 0:
-            plan.encoders.warn(batch.made_by)
+            plan.sources.encoders.warn(batch.made_by)
         if plan.sources.tables:
             place = RunPlace(0, 0, 1, 1)  # wildcards are drawn alike each time, all parts are there
             batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), place))

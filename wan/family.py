@@ -320,7 +320,7 @@ class Wan(OneTransformer):
 
     def needs_media(self, prepared: Prepared) -> bool:
         task = self.files.task
-        keeps_one = task.keeps_image and prepared.asked.image_path is not None
+        keeps_one = task.keeps_image and prepared.request.image_path is not None
         return task.takes_image or task.has_control or keeps_one or task.kind == VACE
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
@@ -329,7 +329,7 @@ class Wan(OneTransformer):
             from wan.vace import encode_control  # only for VACE
 
             return {0: encode_control(encoders.vae, prepared)}
-        if ONE_FRAME in prepared.asked.extra:
+        if ONE_FRAME in prepared.request.extra:
             from wan.one_frame import encode_request  # only for single pictures
 
             return {0: encode_request(encoders, prepared, self.files.task)}
@@ -364,7 +364,7 @@ class Wan(OneTransformer):
         Noise is one draw of C F H W; extra noise on the image's condition, for more motion, is drawn after
         it. An image that is the first frame of the video is given to the section.
         """
-        request = prepared.asked
+        request = prepared.request
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
         is_picture = ONE_FRAME in request.extra
         # references of VACE stand in front and are cut off; Fun-Control and the like have none here. Of a
@@ -386,7 +386,7 @@ class Wan(OneTransformer):
             section = replace(section, given=first, tweaks=Tweaks(given_frames=first.shape[2]))
         latents = yield section
         if is_picture:
-            return latents[:, :, prepared.own.slot].unsqueeze(2)
+            return latents[:, :, prepared.family_record.slot].unsqueeze(2)
         return latents[:, :, front:]
 
     def _add_image_noise(self, condition: Tensor, noise: NoiseSource) -> Tensor:

@@ -154,11 +154,11 @@ def take_inputs(task: WanTask, request: Request) -> Request:
 
 def check_control(task: WanTask, prepared: Prepared) -> None:
     """Raise MediaError if a control video has too few frames, before a text encoder is loaded."""
-    path = prepared.asked.control_path
+    path = prepared.request.control_path
     if path is None:
         return
     option = "--src_video" if task.kind == VACE else "--control_path"
-    end_frames = int(task.has_control and appends_end(task, prepared.asked))
+    end_frames = int(task.has_control and appends_end(task, prepared.request))
     check_frames(option, path, prepared.frames + end_frames)
 
 
@@ -169,7 +169,7 @@ def encode_inputs(
 
     Images are stretched to the size, which has the aspect of the first one.
     """
-    request = prepared.asked
+    request = prepared.request
     vae = encoders.vae
     conditions: dict[str, Tensor | list[Tensor]] = {}
     image: Tensor | None = None
@@ -212,8 +212,8 @@ def _encode_images(vae: WanVae, task: WanTask, prepared: Prepared, first: Path) 
     def pixels(path: Path) -> Tensor:
         return image_pixels(path, prepared.width, prepared.height, keep_aspect=False)
 
-    end = prepared.asked.end_image_path
-    if end is not None and not appends_end(task, prepared.asked):
+    end = prepared.request.end_image_path
+    if end is not None and not appends_end(task, prepared.request):
         return first_last_condition(vae, pixels(first), pixels(end), prepared.frames)
     return image_condition(vae, pixels(first), prepared.frames, pixels(end) if end else None)
 

@@ -89,7 +89,10 @@ def prepare(
     latent: LatentSpec,
     experts: Sequence[Expert],
 ) -> Prepared:
-    """Settle a request for a single picture; `Prepared.own` is its `FrameOrder`. Raises OptionError."""
+    """Settle a request for a single picture, with its `FrameOrder` as `Prepared.family_record`.
+
+    Raises OptionError.
+    """
     check_one_frame(task)
     where = f"--one_frame_inference {request.extra[ONE_FRAME]!r}"
     request = _take_images(task, request, where)
@@ -109,7 +112,7 @@ def prepare(
         usual_negative=negative,
         experts=experts,
     )
-    return replace(prepared, own=order, own_metadata={ONE_FRAME: request.extra[ONE_FRAME]})
+    return replace(prepared, family_record=order, own_metadata={ONE_FRAME: request.extra[ONE_FRAME]})
 
 
 def _read_order(request: Request, where: str) -> FrameOrder:
@@ -172,8 +175,8 @@ def encode_request(
 
     Control images are scaled to cover the picture and cropped.
     """
-    request = prepared.asked
-    order = prepared.own
+    request = prepared.request
+    order = prepared.family_record
     assert isinstance(order, FrameOrder)
     vae = encoders.vae
     pixels = [image_pixels(path, prepared.width, prepared.height) for path in request.control_images]

@@ -15,6 +15,7 @@ from modules.options import (
     OF_REQUEST,
     Options,
     not_needed,
+    of_request,
     option,
     unsupported,
 )
@@ -252,7 +253,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         "video or picture of what is made new of --src_video: white is new, black is kept (a loss mask of a "
         "training is white where it learns); without it all is new",
         flags=("--src_mask", "--vace_video_mask"),
-        facts=OF_REQUEST,
+        facts=of_request(MASK),
         title="VACE",
     )
     vace_scale: tuple[float, ...] = option(
@@ -261,14 +262,14 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
         flags=("--vace_scale", "--context_scale", "--conditioning_scale"),
         least=-MOST_HINT_SCALE,
         most=MOST_HINT_SCALE,
-        facts=OF_REQUEST,
+        facts=of_request(SCALE),
         title="VACE",
         nargs="+",
     )
     one_frame_inference: str | None = option(
         "make one image from --control_image_path: places in time, 'target_index=1,control_index=0+2', or "
         "default, which is one control image at 0",
-        facts=OF_REQUEST,
+        facts=of_request(ONE_FRAME),
         flags=("--one_frame_inference", "--one_frame"),
         metavar="default|target_index=N,control_index=N+N",
     )

@@ -46,14 +46,14 @@ class VaceRequest:
         in it is white; MediaError if it is too short.
         """
         metadata = dict(prepared.own_metadata)
-        if self.mask is not None and prepared.asked.control_path is not None:
+        if self.mask is not None and prepared.request.control_path is not None:
             metadata["src_mask_path"] = str(self.mask)
-            _check_mask_shape(self.mask, prepared.asked.control_path, prepared)
+            _check_mask_shape(self.mask, prepared.request.control_path, prepared)
             read_mask(self.mask, prepared.width, prepared.height, prepared.frames)
         if set(self.scales) != {1.0}:
             different = self.scales if len(set(self.scales)) > 1 else self.scales[:1]
             metadata["vace_scale"] = ", ".join(f"{scale:g}" for scale in different)
-        return replace(prepared, own=self, own_metadata=metadata)
+        return replace(prepared, family_record=self, own_metadata=metadata)
 
 
 def _check_mask_shape(mask: Path, clip: Path, prepared: Prepared) -> None:
@@ -157,8 +157,8 @@ def encode_control(vae: WanVae, prepared: Prepared) -> dict[str, Tensor | list[T
     from modules.media.canvas import on_white
     from modules.media.reading import first_frame
 
-    request = prepared.asked
-    settings = prepared.own
+    request = prepared.request
+    settings = prepared.family_record
     assert isinstance(settings, VaceRequest)
     if not any(settings.scales):
         return {}

@@ -25,7 +25,7 @@ from contract.requests import Prepared, Request
 from contract.rules import ModelRelease
 from contract.steps import NO_TWEAKS, Tweaks
 from encoders.autoencoder import SCALE, SHIFT
-from encoders.files import judge_few_steps
+from encoders.files import judge_distillation
 from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN3
 from encoders.pictures import AutoencoderFiles, ModelOfPictures, picture_defaults
@@ -127,7 +127,7 @@ class ZImage(ModelOfPictures):
         dit = self.files.dit
         if dit is None:
             return DEFAULTS
-        verdict = judge_few_steps(self.few_steps, dit)
+        verdict = judge_distillation(self.few_steps, dit)
         if verdict is not None and verdict.is_distilled:
             return TURBO
         repository = dit.absolute().parts[-5:] if "transformer" in dit.parts[-2:] else ()

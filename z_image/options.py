@@ -6,7 +6,7 @@ from typing import Any
 
 from lumina.options import check_renorm, check_trunc_ratio, extra_words
 from modules.option_values import FillIn
-from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, option
+from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, option
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
 
 NAME = "Z-Image"
@@ -62,13 +62,13 @@ class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
         "share of data in the noisy picture, 0 to 1, from which on guidance is left out (--ctr in a prompt "
         "line); cfg_truncation of the official pipeline",
         default=CFG_TRUNC_RATIO,
-        facts=OF_REQUEST,
+        facts=of_request("cfg_trunc_ratio"),
     )
     renorm_cfg: float = option(
         "largest norm of a guided prediction, in norms of the one without guidance; 0: no limit (--rcfg in a "
         "prompt line); cfg_normalization of the official pipeline",
         default=RENORM_CFG,
-        facts=OF_REQUEST,
+        facts=of_request("renorm_cfg"),
     )
     embedded_cfg_scale = not_needed(
         "the model has no such input; --guidance_scale guides it.", type=float, default=2.5

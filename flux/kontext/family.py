@@ -168,7 +168,7 @@ class Kontext(Flux):
     ) -> Mapping[int, data.Conditions]:
         """Encode the reference as `latents_control`, 1 C 1 h w: its posterior's mean."""
         conditions: dict[str, Tensor | list[Tensor]] = {}
-        for path in prepared.asked.control_images:
+        for path in prepared.request.control_images:
             conditions[data.CONTROL] = encoders.vae.encode(byte_clips(self._read_reference(path)))
         return {0: conditions}
 

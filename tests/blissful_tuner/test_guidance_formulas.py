@@ -103,7 +103,7 @@ def test_passes_with_equal_tweaks_are_asked_for_together_and_once(
 
 
 def test_the_first_steps_are_multiplied_with_and_without_guidance() -> None:
-    request = replace(REQUEST, asked=replace(REQUEST.asked, cfg_schedule="2-4"))
+    request = replace(REQUEST, request=replace(REQUEST.request, cfg_schedule="2-4"))
     options = replace(PLAIN_GUIDANCE, cfgzerostar_init_steps=2, cfgzerostar_multiplier=0.5)
     network = four()
 
@@ -329,7 +329,7 @@ def test_schedules_and_attention_guidance_hold_for_streams_too() -> None:
     nag = NagOptions(nag_scale=5.0)
     _, network = guide_streams(JOINT, nag=nag)
     assert network.steered == ["positive", "perturbed", "isolated"]
-    request = replace(REQUEST, asked=replace(REQUEST.asked, cfg_schedule="2"), joint=JOINT, rules=RULES)
+    request = replace(REQUEST, request=replace(REQUEST.request, cfg_schedule="2"), joint=JOINT, rules=RULES)
     alone = Hears(JOINT)
     now = Step(0, 4, 0.6, 600.0, alone.numbers["noisy"])
 

@@ -109,7 +109,7 @@ def read_parameters(text: str) -> tuple[str, str, dict[str, str]]:
     ],
 )
 def test_pictures_say_what_made_them_in_the_words_of_other_viewers(prompt: str, negative: str) -> None:
-    request = replace(REQUEST, asked=replace(ASKED, prompt=prompt), negative_prompt=negative)
+    request = replace(REQUEST, request=replace(ASKED, prompt=prompt), negative_prompt=negative)
     metadata = output_metadata(
         request, {"model_type": "wan", "task": "t2v-14B"}, settings={"sample_solver": "unipc"}
     )

@@ -31,7 +31,7 @@ def test_nothing_is_kept_behind_a_section_by_those_who_still_hold_its_networks(
     tiny: TinyDit, cache: StepCaching
 ) -> None:
     prepared = prepare(Request("p", 0, steps=4))
-    prepared = replace(prepared, asked=replace(prepared.asked, step_cache=cache))
+    prepared = replace(prepared, request=replace(prepared.request, step_cache=cache))
     dit = tiny.make(2).eval()
     others = branches()
     inside = StepCaches(prepared, spec_of(dit)).section(lambda _: dit)

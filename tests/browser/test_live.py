@@ -15,7 +15,7 @@ from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from tests.training.toy import ToyFamily, toy_options, toy_parser, write_caches, write_prompts
 from training.following import plan_next_steps
-from training.options import given_options
+from training.options import list_script_options
 from training.reports.history import History
 from training.run import train_network
 from training.training_run import EVERY_SECONDS
@@ -38,11 +38,11 @@ class SteppedTraining:
         words = ["--sample_prompts", write_prompts(self.folder, PROMPTS), "--sample_at_first", "--sample_now"]
         words += ["--sample_every_n_steps", 30, "--max_train_steps", STEPS]
         options = toy_options(self.folder, *words, has_page=True)
-        given = given_options(toy_parser(whole_dit=False), options)
+        script_options = list_script_options(toy_parser(whole_dit=False), options)
         self.thread = threading.Thread(
             target=train_network,
             args=(ToyFamily(watch=self._wait), options),
-            kwargs={"follow": partial(plan_next_steps, given=given)},
+            kwargs={"follow": partial(plan_next_steps, script_options=script_options)},
         )
         self.thread.start()
 

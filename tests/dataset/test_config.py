@@ -5,6 +5,8 @@ import json
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -273,13 +275,22 @@ def test_masks_may_be_spelt_as_in_the_known_fork(tmp_path: Path) -> None:
         tables(tmp_path, text.replace("'m'", "'m'\nmask_directory = 'n'"))
 
 
+def family(frame_step: int, in_sections: bool = False) -> Any:
+    """The facts of a family that change a configuration."""
+    return SimpleNamespace(
+        latent=SimpleNamespace(frame_step=frame_step, in_sections=in_sections),
+        references=None,
+        can=SimpleNamespace(references=""),
+    )
+
+
 @pytest.mark.parametrize(("step", "lengths"), [(1, (1, 14, 45)), (4, (1, 13, 45)), (8, (1, 9, 41))])
 def test_lengths_are_those_of_the_family(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, step: int, lengths: tuple[int, ...]
 ) -> None:
     text = "[[datasets]]\nvideo_directory = 'v'\ntarget_frames = [45, 1, 14]\n"
     config = load_dataset_config(write(tmp_path, text))
-    assert for_family(config, None, step, False).datasets[0].target_frames == lengths
+    assert for_family(config, family(step)).datasets[0].target_frames == lengths
     assert "ignored" not in caplog.text
     assert (f"become {list(lengths)}, because clips of this model have {step}n + 1" in caplog.text) == (
         step > 1
@@ -291,9 +302,10 @@ def test_keys_of_sections_are_told_to_families_that_take_clips_whole(
 ) -> None:
     text = "[[datasets]]\nimage_directory = 'v'\nfp_1f_target_index = 3\nfp_1f_no_post = true\n"
     config = load_dataset_config(write(tmp_path, text))
-    for_family(config, None, 1, True)
+    for_family(config, family(1, in_sections=True))
+    for_family(config, family(1), for_texts=True)
     assert not caplog.text
-    for_family(config, None, 1, False)
+    for_family(config, family(1))
     assert (
         "fp_1f_target_index and fp_1f_no_post: ignored, as only FramePack, and Wan with --one_frame,"
         in caplog.text

@@ -94,7 +94,7 @@ def test_a_plan_is_made_of_the_request_with_the_largest_reference(tmp_path: Path
     smaller = replace(of_large, width=32)
 
     def planned(*requests: Request) -> list[Request]:
-        return [one.asked for one in largest_of(family, [family.prepare(request) for request in requests])]
+        return [one.request for one in largest_of(family, [family.prepare(request) for request in requests])]
 
     assert planned(of_large, of_small, start) == [of_large]
     assert planned(start, smaller) == [start, smaller]  # a rehearsal shows which needs more

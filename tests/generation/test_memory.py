@@ -25,12 +25,10 @@ from frame_pack.options import FramePackGenerationOptions
 from frame_pack.requests import FramePackRequest
 from generation.denoise import SeededNoise, on_device, predictor
 from generation.memory import rehearse_decoding, rehearse_denoising, resolve_options
-from generation.options import GenerationOptions, generation_parser, read_arguments
+from generation.options import GenerationOptions, read_generation
 from generation.script_options import ScriptDefaults
 from modules.devices import GIB
 from modules.errors import MemoryPlanError
-from modules.options import read_options
-from modules.parser import add_options
 from running.planning.device_memory import Room
 from running.planning.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
 from running.planning.kernels import PlannedKernels
@@ -94,10 +92,7 @@ def test_a_plan_keeps_layers_of_a_language_model_on_the_host_if_there_is_no_room
 
 def options_of(defaults: ScriptDefaults, record: type[Own], *words: object) -> tuple[GenerationOptions, Own]:
     """What a script reads of its command line."""
-    parser = generation_parser("", defaults)
-    add_options(parser, record)
-    args = read_arguments(parser, list(map(str, words)))
-    return read_options(GenerationOptions, args), read_options(record, args)
+    return read_generation("", defaults, record, [*map(str, words)])
 
 
 def tiny_generation(tmp_path: Path) -> tuple[Wan, GenerationOptions]:
@@ -123,7 +118,7 @@ def test_denoising_takes_what_was_predicted(tmp_path: Path, cache: MagCache | Te
     family, options = tiny_generation(tmp_path)
     texts, extra = {0: EncodedPrompts(TEXT, dict(TEXT))}, MemoryPart("more", 0)
     plain = rehearse_denoising(family, options, REQUEST, texts, {0: {}}, extra)
-    request = replace(REQUEST, asked=replace(REQUEST.asked, step_cache=cache))
+    request = replace(REQUEST, request=replace(REQUEST.request, step_cache=cache))
     predicted = rehearse_denoising(family, options, request, texts, {0: {}}, extra)
 
     dit = family.load_dit(Placement(HOST)).requires_grad_(False)
@@ -174,7 +169,7 @@ def test_a_section_takes_what_was_predicted(tmp_path: Path, more: tuple[str, ...
     asked = Request(
         "x", 0, 8 * COLUMNS, 8 * ROWS, 4 * 9 * SECTIONS + 1, 4, 5.0, 10.0, 3.0, "unipc-bh1", 30.0, "y"
     )
-    request = replace(prepare(asked), own=FramePackRequest((Path("start.png"),) * SECTIONS))
+    request = replace(prepare(asked), family_record=FramePackRequest((Path("start.png"),) * SECTIONS))
     encoded = {index: EncodedPrompts(text(20), text(11)) for index in range(SECTIONS)}
     image = {
         "image_embeddings": torch.zeros(1, 7, CONFIG.image_dim),

@@ -52,8 +52,9 @@ def test_what_cannot_be_done_is_said_at_once(tmp_path: Path, arguments: list[str
 
 
 def test_a_script_may_have_options_about_each_video_of_its_own(tmp_path: Path) -> None:
-    defaults = ScriptDefaults(fps=30, guidance_scale=1.0, has_length=False, extras={"paws": "feet"})
+    defaults = ScriptDefaults(fps=30, guidance_scale=1.0, in_sections=True)
     parser = generation_parser(None, defaults)
+    parser.set_defaults(extras={"paws": "feet"})  # as `of_request` says of an option of a record
     parser.add_argument("--paws", type=int, default=4)
     args = read_arguments(
         parser, ["--save_path", str(tmp_path), "--prompt", "p", "--paws", "3", "--guidance_rescale", "0.5"]
@@ -184,7 +185,7 @@ CPU = torch.device("cpu")
 
 
 def read_wan(folder: Path, *arguments: object) -> GenerationOptions:
-    parser = generation_parser(None, replace(wan_generate_video.DEFAULTS, extras={}))
+    parser = generation_parser(None, wan_generate_video.DEFAULTS)
     parser.set_defaults(rope_func="default")
     words = ["--save_path", folder, "--prompt", "p", *arguments]
     return read_options(GenerationOptions, read_arguments(parser, [str(word) for word in words]))

@@ -48,8 +48,8 @@ class Script:
     def facts(self) -> Mapping[str, str]:
         """What of a video's metadata its options are: `setting`, `request`, `decoding` or `nothing`."""
         facts = facts_of(GenerationOptions) | facts_of(self.record)
-        # a prompt line may give the extras; --optimized turns on options that are recorded
-        own = dict.fromkeys([*self.defaults.extras, "optimized", "scheduler"], "request")
+        # --optimized turns on options that are recorded
+        own = dict.fromkeys(["optimized", "scheduler"], "request")
         return {
             name: facts[name].get("record", "setting") if name in facts else own[name]
             for name in self.actions

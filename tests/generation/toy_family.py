@@ -236,10 +236,10 @@ class ToyFamily:
         raise NotImplementedError
 
     def needs_media(self, prepared: Prepared) -> bool:
-        return prepared.asked.image_path is not None
+        return prepared.request.image_path is not None
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        path = prepared.asked.image_path
+        path = prepared.request.image_path
         if path is None:
             return {0: {}}
         if path.name == "missing.png":

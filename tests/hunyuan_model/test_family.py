@@ -100,7 +100,7 @@ def test_image_to_video_asks_for_an_image_and_text_to_video_ignores_one(
     with caplog.at_level(logging.WARNING):
         request = family_of().prepare(replace(REQUEST, image_path=picture))
     assert "--image_path" in caplog.text
-    assert request.asked.image_path is None
+    assert request.request.image_path is None
 
 
 def test_an_embedded_guidance_that_the_model_has_no_input_for_is_said_to_be_ignored(

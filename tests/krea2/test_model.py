@@ -96,7 +96,7 @@ def test_references_that_see_each_other_alone_are_computed_once(
         counts.clear()
         plain = model(**asked, tweaks=Tweaks(**told))
         assert counts == [counts[0]]
-        found = model(**asked, tweaks=Tweaks(kept=kept, **told))
+        found = model(**asked, tweaks=Tweaks(section_cache=kept, **told))
         assert_equal(found, plain, "velocity", 1e-5)
         once = [10] if not change and not told else []  # tokens of both references
         assert counts[1:] == [*once, counts[0] - (0 if "skip_blocks" in told else 10)]

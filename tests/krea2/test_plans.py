@@ -52,5 +52,5 @@ def test_a_plan_counts_the_keys_and_values_of_references(tmp_path: Path) -> None
                 make_guidance(request, options.guidance, family.experts)(step, predict, section)
             real = max(sum(moment.values()) for moment in ledger.peaks.values())
         assert predicted.phase(0).device == pytest.approx(real, rel=0.02)
-        kept = (section.tweaks.memory or {}).values()
+        kept = (section.tweaks.section_cache or {}).values()
         assert sum(one.nbytes for pair in kept for one in pair) == (KEPT if more else 0)

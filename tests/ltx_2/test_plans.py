@@ -115,7 +115,7 @@ def measured(
         step = heaviest_step(prepared, options, family.experts, section.noise)
         guidance = make_guidance(prepared, options.guidance)
         caches: AbstractContextManager[DitAt] = nullcontext(lambda _: dit)
-        if prepared.asked.step_cache is not None:
+        if prepared.request.step_cache is not None:
             caches = StepCaches(prepared, family.dit).section(lambda _: dit)
         with caches as dit_at:
             for index in range(2):

@@ -22,7 +22,7 @@ from generation.denoise import make_latents
 from lumina.family import DEFAULTS, Lumina
 from lumina.files import LuminaFiles, load_dit
 from lumina.official_options import generation_words, read_minimal
-from lumina.options import LuminaTrainingOptions, translate_training
+from lumina.options import EXTRAS, LuminaTrainingOptions, translate_training
 from lumina.text_encoder import GemmaTextEncoder, load_gemma
 from lumina_generate_image import DEFAULTS as SCRIPT
 from lumina_train_network import DEFAULTS as TRAINING
@@ -153,7 +153,7 @@ def test_the_guides_command_is_that_of_the_generation_script(tmp_path: Path) -> 
 
 
 def test_prompt_lines_have_the_options_of_lumina_s_guidance() -> None:
-    assert {SCRIPT.line_options[letter].key for letter in ("ctr", "rcfg")} == set(SCRIPT.extras)
+    assert {SCRIPT.line_options[letter].key for letter in ("ctr", "rcfg")} == set(EXTRAS)
 
 
 def all_in_one() -> TensorList:

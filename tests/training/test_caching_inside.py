@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from contract.data import Batch
 from contract.rules import NpzFormat
 from dataset.batches.finding import find_items, require_items
-from dataset.batches.items import NO_COMMANDS, TrainingItem
+from dataset.batches.items import TrainingItem
 from dataset.batches.order import split_validation
 from dataset.cache.records import CacheChecks
 from dataset.cache.store import MemoryStore
@@ -96,7 +96,7 @@ def items_of(folder: Path, sources: BatchSources) -> list[TrainingItem]:
 
 
 def read_one(sources: BatchSources, item: TrainingItem, number: int = 0) -> Batch:
-    return sources.read((item,), family().latent, NO_COMMANDS, CacheChecks(), (3, number))
+    return sources.read((item,), CacheChecks(), (3, number))
 
 
 def batches(folder: Path, sources: BatchSources, number: int = 0) -> list[Batch]:

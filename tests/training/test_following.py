@@ -4,11 +4,13 @@ import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from contract.families import FAMILIES, HIGH_NOISE, LOW_NOISE
+from contract.rules import ONE_EXPERT
 from hunyuan_model.options import HunyuanTrainingOptions
 from ltx_2.names import LTX_2
 from modules.command import quote_for_powershell
@@ -18,9 +20,9 @@ from tests.training.toy import TWO_EXPERTS
 from training.following import NextSteps
 from training.learning_options import WholeDitOptions
 from training.options import (
-    GivenOption,
+    ScriptOption,
     TrainingOptions,
-    given_options,
+    list_script_options,
     read_arguments,
     read_training,
     training_parser,
@@ -40,14 +42,30 @@ EVERY_KIND = [
 ]
 
 
-def read(words: list[str]) -> tuple[TrainingOptions, WanTrainingOptions, list[GivenOption]]:
+def read(words: list[str]) -> tuple[TrainingOptions, WanTrainingOptions, list[ScriptOption]]:
     return read_training(None, WanTrainingOptions, words)
 
 
-def next_steps(folder: Path, words: list[str], processes: int = 1, **sample: Any) -> NextSteps:
+def plan_of(options: TrainingOptions, folder: Path, family: str = "hunyuan_video", processes: int = 1) -> Any:
+    """The facts of a plan that stand in commands."""
+    return SimpleNamespace(
+        options=options,
+        names=Names(folder, "x"),
+        steps=SimpleNamespace(total_steps=40),
+        accelerator=SimpleNamespace(num_processes=processes),
+        family=SimpleNamespace(name=family, experts=ONE_EXPERT, dit_files=()),
+        lora_format=None,
+    )
+
+
+def next_steps(
+    folder: Path, words: list[str], processes: int = 1, family: str = "hunyuan_video", **sample: Any
+) -> NextSteps:
+    """What follows a run of Wan. family: the name by which it is known which tool reads its LoRAs."""
     options, own, given = read([*NEEDED, "--output_dir", str(folder), "--output_name", "x", *words])
-    scripts = "wan_train_network.py", given, partial(FAMILIES["wan"].generation_words, own)
-    return NextSteps(*scripts, options, Names(folder, "x"), 40, processes, sample, converted_for="ComfyUI")
+    plan = plan_of(options, folder, family, processes)
+    generation = partial(FAMILIES["wan"].generation_words, own)
+    return NextSteps(plan, "wan_train_network.py", given, generation, sample)
 
 
 def words_of(command: PageCommand) -> list[str]:
@@ -94,7 +112,7 @@ def test_a_finished_run_goes_on_from_its_state_if_there_is_one(tmp_path: Path) -
 
 def test_two_files_saved_together_have_one_state(tmp_path: Path) -> None:
     steps = next_steps(tmp_path, [])
-    steps = replace(steps, names=Names(tmp_path, "x", (LOW_NOISE, HIGH_NOISE)))
+    steps.plan.names = Names(tmp_path, "x", (LOW_NOISE, HIGH_NOISE))
     (tmp_path / "x-step00000040-state").mkdir()
 
     longer, *_ = steps.commands(None, is_finished=True)
@@ -106,7 +124,8 @@ def test_two_files_saved_together_have_one_state(tmp_path: Path) -> None:
 def test_what_begins_with_the_trained_files_names_one_for_each_network(tmp_path: Path) -> None:
     low, high = (str(tmp_path / f"x_{part}.safetensors") for part in (LOW_NOISE, HIGH_NOISE))
     steps = next_steps(tmp_path, ["--network_weights", __file__])
-    steps = replace(steps, names=Names(tmp_path, "x", (LOW_NOISE, HIGH_NOISE)), experts=TWO_EXPERTS)
+    steps.plan.names = Names(tmp_path, "x", (LOW_NOISE, HIGH_NOISE))
+    steps.plan.family.experts = TWO_EXPERTS
 
     words = words_of(steps.commands(None, is_finished=True)[0])
 
@@ -144,13 +163,10 @@ def test_two_transformers_are_generated_with_by_the_files_for_each(
     marks = [f"_{part}" for part in parts] or ["", ""]
     generation = ["wan_generate_video.py", "--dit", "low", "--dit_high_noise", "high"]
     steps = next_steps(tmp_path, ["--ema_decay", "0.9", "--sample_ema"], guidance_scale_high_noise=4.0)
-    steps = replace(
-        steps,
-        generation=lambda _: generation,
-        experts=TWO_EXPERTS,
-        names=Names(tmp_path, "x", parts),
-        sample_loras=[(Path("distilled.safetensors"), 0.8)],
-    )
+    loras = [(Path("distilled.safetensors"), 0.8)]
+    steps = replace(steps, generation=lambda _: generation, sample_loras=loras)
+    steps.plan.family.experts = TWO_EXPERTS
+    steps.plan.names = Names(tmp_path, "x", parts)
     best = tmp_path / f"x-step00000010{marks[1]}.safetensors"
 
     _, generate, *converting, _ = steps.commands(best, is_finished=True)
@@ -166,20 +182,21 @@ def test_two_transformers_are_generated_with_by_the_files_for_each(
 
 
 def test_a_file_that_tools_read_as_it_is_saved_is_not_converted(tmp_path: Path) -> None:
-    steps = replace(next_steps(tmp_path, []), converted_for="")
+    steps = next_steps(tmp_path, [], family="wan")
 
     *titles, _ = (each.title for each in steps.commands(None, is_finished=True))
     assert titles == ["Train longer, as a new run from the trained file", "Generate with it"]
 
 
-@pytest.mark.parametrize(("tool", "target"), [("ComfyUI", "other"), ("", "default")])
+@pytest.mark.parametrize(("family", "target"), [("hunyuan_video", "other"), ("wan", "default")])
 @pytest.mark.parametrize("dit", ["--dit", "--dit_high_noise"])
 def test_a_dora_becomes_a_plain_lora_for_tools_that_take_it_otherwise(
-    tmp_path: Path, tool: str, target: str, dit: str
+    tmp_path: Path, family: str, target: str, dit: str
 ) -> None:
-    steps = next_steps(tmp_path, ["--network_args", "dora_wd=True", dit, "mo dels/dit.safetensors"])
+    words = ["--network_args", "dora_wd=True", dit, "mo dels/dit.safetensors"]
+    steps = next_steps(tmp_path, words, family=family)
+    steps.plan.family.dit_files = [Path("mo dels/dit.safetensors")]
 
-    steps = replace(steps, converted_for=tool, dits=[Path("mo dels/dit.safetensors")])
     *_, command, _ = steps.commands(None, is_finished=True)
 
     files = ["--input", str(tmp_path / "x.safetensors"), "--output", str(tmp_path / "x_plain.safetensors")]
@@ -190,9 +207,9 @@ def test_a_dora_becomes_a_plain_lora_for_tools_that_take_it_otherwise(
 
 @pytest.mark.parametrize(("module", "more"), [("networks.lora_wan", []), ("networks.lokr", ["--bake", "64"])])
 def test_tools_besides_comfyui_get_what_they_read(tmp_path: Path, module: str, more: list[str]) -> None:
-    steps = next_steps(tmp_path, ["--network_module", module])
+    steps = next_steps(tmp_path, ["--network_module", module], family=LTX_2.name)
 
-    *_, command, _ = replace(steps, converted_for=LTX_2.converted_for).commands(None, is_finished=True)
+    *_, command, _ = steps.commands(None, is_finished=True)
 
     files = [str(tmp_path / f"x{end}.safetensors") for end in ("", "_converted")]
     assert words_of(command)[2:] == ["--input", files[0], "--output", files[1], "--target", "other", *more]
@@ -200,20 +217,21 @@ def test_tools_besides_comfyui_get_what_they_read(tmp_path: Path, module: str, m
 
 
 @pytest.mark.parametrize(
-    ("tool", "module", "converts"),
+    ("family", "module", "converts"),
     [
-        ("ComfyUI", "networks.lora", False),
-        ("ComfyUI", "networks.lokr", False),
-        (LTX_2.converted_for, "networks.lora_ltx2", False),
-        (LTX_2.converted_for, "networks.loha", True),  # which ComfyUI alone reads
+        ("hunyuan_video", "networks.lora", False),
+        ("hunyuan_video", "networks.lokr", False),
+        (LTX_2.name, "networks.lora_ltx2", False),
+        (LTX_2.name, "networks.loha", True),  # which ComfyUI alone reads
     ],
 )
 def test_a_file_in_the_format_of_the_tool_is_not_converted(
-    tmp_path: Path, tool: str, module: str, converts: bool
+    tmp_path: Path, family: str, module: str, converts: bool
 ) -> None:
-    steps = next_steps(tmp_path, ["--network_module", module])
+    steps = next_steps(tmp_path, ["--network_module", module], family=family)
+    steps.plan.lora_format = SimpleNamespace(name="comfyui")
 
-    commands = replace(steps, converted_for=tool, lora_format="comfyui").commands(None, is_finished=True)
+    commands = steps.commands(None, is_finished=True)
 
     assert any("convert_lora.py" in one.bash for one in commands) == converts
 
@@ -224,9 +242,9 @@ def test_a_whole_transformer_takes_the_place_of_the_released_one(tmp_path: Path)
     args = read_arguments(parser, [*NEEDED, "--dit", "released.safetensors"], {})
     options, own = read_options(TrainingOptions, args), read_options(HunyuanTrainingOptions, args)
     generation = partial(FAMILIES["hunyuan_video"].generation_words, own)
-    scripts = "hv_train.py", given_options(parser, own, options), generation
+    given = list_script_options(parser, own, options)
 
-    steps = NextSteps(*scripts, options, Names(tmp_path, "x"), 9, 1, {})
+    steps = NextSteps(plan_of(options, tmp_path, "wan"), "hv_train.py", given, generation, {})
     resume, generate, _ = steps.commands(None, is_finished=False)
 
     assert words_of(resume)[:2] == ["python", "hv_train.py"]

@@ -14,7 +14,6 @@ from contract.data import Batch, Conditions
 from contract.family import NoiseSpec
 from contract.loading import Placement
 from dataset.batches.finding import find_items
-from dataset.batches.items import NO_COMMANDS
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.config import load_dataset_config
@@ -23,7 +22,7 @@ from modules.flow.schedule import add_noise
 from networks.adapter import make_network
 from tests.dataset.making import make_image
 from tests.training import toy
-from training.data.feed import Feed, Packed, Randomness, draw_given_frames
+from training.data.feed import BatchSources, Feed, Packed, Randomness, draw_given_frames
 from training.loop import take_step
 from training.loss import NoisyBatch
 from training.optimizers.stepping import StepAfterBackward
@@ -236,7 +235,7 @@ def feed(
     order = BatchOrder(find_items(load_dataset_config(folder / "dataset.toml"), "toy", toy.LATENT).items, 3)
     drawn = Randomness(toy.toy_options(folder, *arguments).timesteps, 3)
     plan = plan or StepPlan(order.num_batches, 1, 1, 2)
-    return Feed(order, toy.LATENT, drawn, NO_COMMANDS, plan, process, workers)
+    return Feed(order, BatchSources(toy.LATENT), drawn, plan, process, workers)
 
 
 def test_a_micro_batch_is_the_same_whatever_was_read_before(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_line_that_says_nothing_is_made_as_the_generation_script_makes_it(
         words = [changed.get(word, word) for word in tiny.train]
         entry, family, own = training_of([*words, *OUTPUT, *more])
         ((entry_of_line,), (sample,)) = read_requests(family, Path("prompts.txt"))
-        media = {key: value for key, value in vars(sample.asked).items() if key in MEDIA}
+        media = {key: value for key, value in vars(sample.request).items() if key in MEDIA}
         alone = ["--prompt", "a cat", "--seed", "7", *GENERATION.get(name, [])]
         printed = sample_values(sample, True, family)
         for values, words in ((media, alone), (printed, say_sample(printed))):
@@ -163,10 +163,10 @@ def test_a_line_that_says_nothing_is_made_as_the_generation_script_makes_it(
 
     made, again = found
     assert entry_of_line["seed"] == 7
-    assert replace(sample, asked=made.asked, own_metadata=made.own_metadata) == made
+    assert replace(sample, request=made.request, own_metadata=made.own_metadata) == made
     here, there = (output_metadata(one, {}, experts=family.experts) for one in (sample, made))
     assert here == there
-    assert replace(again, asked=made.asked, own_metadata=made.own_metadata) == made
+    assert replace(again, request=made.request, own_metadata=made.own_metadata) == made
     assert {key: getattr(made, key) for key in expected} == expected
     assert (made.joint is not None) == (case == "ltx_2 with sound")
 

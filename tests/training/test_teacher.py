@@ -100,7 +100,7 @@ def test_the_teacher_has_the_adapter_as_the_network_has(tmp_path: Path) -> None:
     words = ["--training_adapter", write_file(tmp_path, KINDS["LoRA"]), *ALONE]
     with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, *words)) as run:
         batch = run.feed.read((0, 0))
-        with torch.no_grad(), run.model.adapters[0].switched_to(is_on=True):
+        with torch.no_grad(), run.model.dits.loras[0].switched_to(is_on=True):
             assert training_loss(toy.ToyFamily(), run.model.dits.at(0), batch, run.autocast, run.rule) == 0
 
 

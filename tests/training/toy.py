@@ -39,7 +39,7 @@ from networks.options import NetworkOptions
 from training.following import plan_next_steps
 from training.learning_options import ExpertTrainingOptions, WholeDitOptions
 from training.loss import Trains
-from training.options import TrainingOptions, given_options, read_arguments, training_parser
+from training.options import TrainingOptions, list_script_options, read_arguments, training_parser
 from training.run import train_network
 from training.saving.states import SavedState, read_state
 
@@ -291,8 +291,9 @@ def train_toy(
 ) -> dict[str, Tensor]:
     """Train the whole way; returns the tensors of the final file, none if the run was asked to stop."""
     options = toy_options(folder, *arguments, whole_dit=whole_dit, has_page=has_page)
-    given = given_options(toy_parser(whole_dit), options) if has_page else ()
-    assert train_network(family or ToyFamily(), options, follow=partial(plan_next_steps, given=given)) == 0
+    script_options = list_script_options(toy_parser(whole_dit), options) if has_page else ()
+    follow = partial(plan_next_steps, script_options=script_options)
+    assert train_network(family or ToyFamily(), options, follow=follow) == 0
     folder, name = options.saving.place
     path = folder / f"{name}.safetensors"
     return load_file(path) if path.exists() else {}

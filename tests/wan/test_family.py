@@ -165,7 +165,7 @@ def test_an_end_image_is_one_more_latent_frame_or_the_last_of_the_clip(
 ) -> None:
     """Of Wan2.2 as in diffusers' pipeline: the last of the clip."""
     request = Request("p", 0, image_path=picture, end_image_path=picture)
-    assert appends_end(TASKS[task], family_of(task, kind).prepare(request).asked) == bool(frames)
+    assert appends_end(TASKS[task], family_of(task, kind).prepare(request).request) == bool(frames)
 
 
 def test_experts_of_different_sizes_are_refused(family_of: FamilyOf, tmp_path: Path) -> None:

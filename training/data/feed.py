@@ -25,7 +25,7 @@ from contract.data import HAS_SOUND, SOUND, Batch, LatentSpec
 from contract.family import FLOW, NoiseSpec
 from contract.rules import ONE_EXPERT, PICTURE_STREAM, SOUND_STREAM, Expert, SoundLearning
 from dataset.batches.checks import SameEncoders
-from dataset.batches.items import CachingCommands, LiveTables, TrainingItem
+from dataset.batches.items import LiveTables, TrainingItem
 from dataset.batches.order import (
     BatchOrder,
     RunPlace,
@@ -60,6 +60,8 @@ class EncodesPictures(Protocol):
 class BatchSources:
     """Sources of the parts of a run's batches: caches, and encoding while training."""
 
+    latent: LatentSpec
+    encoders: SameEncoders = field(default_factory=SameEncoders)  # that made the caches that were read
     stores: Stores = field(default_factory=Stores)
     tables: LiveTables = field(default_factory=dict)  # tables with a part that is not cached, by index
     media: EncodesPictures | None = None  # None: all latents are cached
@@ -69,8 +71,6 @@ class BatchSources:
     def read(
         self,
         items: Sequence[TrainingItem],
-        latent: LatentSpec,
-        commands: CachingCommands,
         checks: CacheChecks,
         stream: Sequence[int | str],
         captions: Sequence[int] | None = None,
@@ -87,8 +87,8 @@ class BatchSources:
         sides = [flip and place not in encoded for place, flip in enumerate(flips)]
         return read_batch(
             items,
-            latent,
-            commands,
+            self.latent,
+            self.encoders.commands,
             checks=checks,
             captions=captions,
             stores=self.stores,
@@ -112,12 +112,12 @@ class Packed:
     def of(cls, noisy_batch: NoisyBatch) -> "Packed":
         pieces: list[Tensor] = []
 
-        def taken(tensor: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> Tensor:
             flat = tensor.contiguous().view(-1).view(torch.uint8)
             pieces.extend([flat, flat.new_zeros(-len(flat) % ALIGNMENT)])
             return torch.empty_like(tensor, device="meta")
 
-        outline = noisy_batch.moved(taken)
+        outline = noisy_batch.moved(pack)
         return cls(outline, torch.cat(pieces))
 
     def pin_memory(self) -> "Packed":
@@ -128,13 +128,13 @@ class Packed:
         """Return the micro-batch again. Its tensors are views of `content`."""
         start = 0
 
-        def given(outline: Tensor) -> Tensor:
+        def take_view(outline: Tensor) -> Tensor:
             nonlocal start
             piece = self.content[start : start + outline.nbytes]
             start += outline.nbytes + -outline.nbytes % ALIGNMENT
             return piece.view(outline.dtype).view(outline.shape)
 
-        return self.outline.moved(given)
+        return self.outline.moved(take_view)
 
 
 @dataclass(frozen=True)
@@ -254,16 +254,13 @@ class Feed:
     """
 
     order: BatchOrder
-    latent: LatentSpec
+    sources: BatchSources
     randomness: Randomness
-    commands: CachingCommands
     plan: StepPlan
     process: int = 0
     workers: int = 0  # as asked for; never more than there are CPUs
     pin_memory: bool = False
-    sources: BatchSources = field(default_factory=BatchSources)
     reads_dropped: bool = False  # captions that are dropped are read too, for a teacher
-    encoders: SameEncoders = field(default_factory=SameEncoders)  # of the caches that were read
     checks: CacheChecks = field(default_factory=CacheChecks, init=False)  # of the run, which begins here
 
     def start(self, epoch: int, position: int) -> Generator[NoisyBatch]:
@@ -285,7 +282,7 @@ class Feed:
             with contextlib.closing(read):
                 for noisy_batch in read:
                     if self.process == 0:  # one process warns; in shuffled epochs it gets items of all tables
-                        self.encoders.warn(noisy_batch.batch.made_by)
+                        self.sources.encoders.warn(noisy_batch.batch.made_by)
                     yield noisy_batch
 
     def _read_here(self, keys: Iterable[Key]) -> Generator[NoisyBatch]:
@@ -332,8 +329,6 @@ class Feed:
             undropped = choose_captions(items, seed, number, epoch, drops=False)
         batch = self.sources.read(
             items,
-            self.latent,
-            self.commands,
             checks=self.checks,
             stream=(seed, number),
             captions=captions,
@@ -360,7 +355,7 @@ class Feed:
             return 0
         number, items = epoch * self.order.num_batches + index, self.order.epoch(epoch)[index]
         width, height, *frames = items[0].bucket
-        shape = self.latent.shape(frames[0] if frames else 1, height, width)
+        shape = self.sources.latent.shape(frames[0] if frames else 1, height, width)
         return self.randomness.draw(len(items), number, self.order.items_before(*key), shape).expert
 
 

@@ -76,7 +76,7 @@ def draw(
     def shares_between(u: Tensor, low: float, high: float) -> Tensor:
         return shares_of_uniform(options, low + u * (high - low), noise, flow_shift)
 
-    def drawn_again(shares: Tensor, expert: Expert, low: float, high: float) -> Tensor:
+    def draw_again(shares: Tensor, expert: Expert, low: float, high: float) -> Tensor:
         while not (fits := is_accepted(options, shares, noise, expert)).all():
             shares = torch.where(fits, shares, shares_between(uniform(), low, high))
         return shares
@@ -88,12 +88,12 @@ def draw(
         u = _in_buckets(u, options.num_timestep_buckets, seed, first_sample)
     shares = shares_between(u, low, high)
     if not takes_all:
-        shares = drawn_again(shares, any_expert, low, high)
+        shares = draw_again(shares, any_expert, low, high)
     if len(experts) == 1:
         return times_at(options, shares, noise)
     index = expert_at(NUM_TIMESTEPS * float(shares[0]), experts)
     side = experts[index]
-    shares = drawn_again(shares, side, *find_accepted_range(options, noise, flow_shift, side))
+    shares = draw_again(shares, side, *find_accepted_range(options, noise, flow_shift, side))
     return replace(times_at(options, shares, noise), expert=index)
 
 

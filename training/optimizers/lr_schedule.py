@@ -67,17 +67,8 @@ def make_curve(
 
     Raises OptionError for unknown arguments.
     """
-    arguments, allowed = options.arguments(), ARGUMENTS.get(options.lr_scheduler, ())
-    unknown = sorted(set(arguments) - set(allowed))
-    if unknown:
-        choices = f"it has {', '.join(allowed)}" if allowed else "it has none"
-        raise OptionError(
-            f"--lr_scheduler_args {unknown[0]}: --lr_scheduler {options.lr_scheduler} has no such argument; "
-            f"{choices}."
-        )
-    for key in arguments.keys() - {"step_rules"}:
-        if not isinstance(arguments[key], (int, float)) or not abs(arguments[key]) < LARGEST_ARGUMENT:
-            raise OptionError(f"--lr_scheduler_args {key}={arguments[key]}: give a number, as {key}=1")
+    arguments = options.arguments()
+    _check_arguments(options.lr_scheduler, arguments)
     warmup = count_steps(options.lr_warmup_steps, total_steps)
     decay = count_steps(options.lr_decay_steps, total_steps)
     numbers: dict[str, Any] = {
@@ -102,6 +93,20 @@ def make_curve(
     if options.lr_scheduler == "piecewise_constant":
         _read_rules(numbers["step_rules"])
     return partial(factor_at, name, total_steps, warmup, decay, learning_rate, **numbers)
+
+
+def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    """Raise OptionError for a wrong argument of --lr_scheduler_args. name: of the schedule."""
+    allowed = ARGUMENTS.get(name, ())
+    unknown = sorted(set(arguments) - set(allowed))
+    if unknown:
+        choices = f"it has {', '.join(allowed)}" if allowed else "it has none"
+        raise OptionError(
+            f"--lr_scheduler_args {unknown[0]}: --lr_scheduler {name} has no such argument; {choices}."
+        )
+    for key in arguments.keys() - {"step_rules"}:
+        if not isinstance(arguments[key], (int, float)) or not abs(arguments[key]) < LARGEST_ARGUMENT:
+            raise OptionError(f"--lr_scheduler_args {key}={arguments[key]}: give a number, as {key}=1")
 
 
 def count_steps(steps: int | float, total_steps: int) -> int:

@@ -338,19 +338,7 @@ def restore_optimizer(
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     names_here = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    saved_groups = [group["params"] for group in saved["groups"]]
-    if names_here != saved_groups:
-        saved_names = {name for group in saved_groups for name in group}
-        own_names = {name for group in names_here for name in group}
-        missing = ", ".join(sorted(saved_names - own_names)[:3]) or "none"
-        new = ", ".join(sorted(own_names - saved_names)[:3]) or "none"
-        raise CheckpointError(
-            f"the saved optimizer state belongs to other parameters (only in the state: {missing}; only in "
-            f"this run: {new}; in groups of {[*map(len, saved_groups)]} there and "
-            f"{[*map(len, names_here)]} here).\n"
-            "  Use the network options, or --trainable_modules, of the run that made it, or start a new run "
-            "from what was trained"
-        )
+    _require_equal_names([group["params"] for group in saved["groups"]], names_here)
     numbers = {names[parameter]: number for number, parameter in enumerate(parameters)}
     groups = []
     for group, saved_group in zip(optimizer.param_groups, saved["groups"], strict=True):
@@ -361,14 +349,30 @@ def restore_optimizer(
         saved_state = saved["states"].pop(names[parameter], None)  # two copies of one at a time
         if saved_state is None:
             continue
-        # of what was on the host only step counters stay there: a run on the CPU has all of it there
-        state = {}
+        state: dict[str, Any] = {}
         for key, value in saved_state.items():
+            # of what was on the host only step counters stay there: a run on the CPU has all of it there
             stays_on_host = key in saved["on_host"] and not getattr(value, "ndim", 0)
             state[key] = _copied(value, "cpu" if stays_on_host else device)
         optimizer.state[parameter] = state
         if getattr(optimizer, "is_paged", False):
             _page(optimizer, parameter, state, device)
+
+
+def _require_equal_names(saved_groups: Sequence[Sequence[str]], groups: Sequence[Sequence[str]]) -> None:
+    """Raise CheckpointError if the parameters of this run, by name, differ from the saved ones."""
+    if saved_groups == groups:
+        return
+    saved_names = {name for group in saved_groups for name in group}
+    names = {name for group in groups for name in group}
+    missing = ", ".join(sorted(saved_names - names)[:3]) or "none"
+    new = ", ".join(sorted(names - saved_names)[:3]) or "none"
+    raise CheckpointError(
+        f"the saved optimizer state belongs to other parameters (only in the state: {missing}; only in "
+        f"this run: {new}; in groups of {[*map(len, saved_groups)]} there and {[*map(len, groups)]} here).\n"
+        "  Use the network options, or --trainable_modules, of the run that made it, or start a new run "
+        "from what was trained"
+    )
 
 
 def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], device: torch.device) -> None:

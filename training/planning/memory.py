@@ -16,9 +16,8 @@ from contract.data import LatentSpec
 from contract.family import Described, Family
 from contract.rules import SoundLearning
 from dataset.batches.finding import with_reference_sizes
-from dataset.batches.items import CachingCommands, TrainingItem
+from dataset.batches.items import TrainingItem
 from dataset.batches.order import repeat_items
-from dataset.batches.reading import stores_for
 from dataset.cache.records import CacheChecks
 from modules.console import quiet
 from modules.devices import gib
@@ -213,52 +212,31 @@ def read_largest(
     family: Described,
     options: TrainingOptions,
     items: Sequence[TrainingItem],
-    commands: CachingCommands,
-    sources: BatchSources | None = None,
+    sources: BatchSources,
 ) -> NoisyBatch:
     """Read the largest batch as for training. Raises CacheError if its caches cannot be used."""
-    sources = sources or BatchSources(stores_for(items[0], family.latent))
     largest = largest_batch(with_reference_sizes(items, sources.stores), family.latent.stride[1])
-    batch = sources.read(largest, family.latent, commands, checks=CacheChecks(), stream=("largest",))
+    batch = sources.read(largest, checks=CacheChecks(), stream=("largest",))
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
     drawn = Randomness(options.timesteps, 0, noise, perturbation=options.noise, sound=SoundLearning())
     return drawn.add(batch, 0, 0)
 
 
-def plan_training(
+def plan_one_card(
     family: Family,
     options: TrainingOptions,
-    items: Sequence[TrainingItem],
-    commands: CachingCommands,
-    device: torch.device,
-    sampled: int = 0,
-    sources: BatchSources | None = None,
-    texts: LiveTexts | None = None,
+    noisy_batch: NoisyBatch,
     *,
-    plan_ways: Callable[..., None],
+    device: torch.device,
+    room: Room | None,
+    sampled: int,
+    texts: LiveTexts | None,
 ) -> None:
-    """Print the plan. Nothing large is loaded, and no GPU is needed.
+    """Print the plan for one card. Nothing large is loaded, and no GPU is needed.
 
-    sampled: transformers that only samples need. sources: where batches are read from.
-    plan_ways: of `several_cards`, which imports this file.
+    room: memory of the card; None: not known. sampled: transformers that only samples need.
     """
-    noisy_batch = read_largest(family, options, items, commands=commands, sources=sources)
-    cards, size = options.speed.plan.cards
-    room = room_on(device, size)
-    if cards > 1:
-        assert room is not None  # its size is given
-        plan_ways(
-            family,
-            options,
-            noisy_batch,
-            device=device,
-            cards=cards,
-            room=room,
-            sampled=sampled,
-            texts=texts,
-        )
-        return
     prediction = predict(family, options, noisy_batch, device=device, sampled=sampled, texts=texts)
     compiled = [] if options.speed.compilation.choice is None else [COMPILED]
 
@@ -296,9 +274,7 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
     device, room = accelerator.device, room_on(accelerator.device)
 
     def rehearse_largest() -> StepPrediction:
-        noisy_batch = read_largest(
-            family, options, plan.training, commands=plan.commands, sources=plan.sources
-        )
+        noisy_batch = read_largest(family, options, plan.training, plan.sources)
         return predict(family, options, noisy_batch, device, texts=plan.texts)
 
     speed, prediction = memory_plan.resolve_swap(options.speed, room, rehearse_largest)

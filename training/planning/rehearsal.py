@@ -217,16 +217,10 @@ def dress_trainable(
     if averaging is not None:
         averaging.train()
     parameters = [parameter for group in groups for parameter in group["params"]]
-    whole_dit = options.whole_dit
-    steps: ParameterSteps | None = None
-    is_stepped_alone = whole_dit is not None and (whole_dit.full_bf16 or whole_dit.fused_backward_pass)
-    if is_stepped_alone and steps_alone(type(optimizer)):
-        names = {parameter: str(index) for index, parameter in enumerate(parameters)}
-        steps = ParameterSteps(optimizer, names, Progress(0, 0, 0.0))
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(lambda weight: ledger.see(weight.grad, dry.GRADIENTS))
     average: list[Tensor] = []
-    if options.average.ema_decay is not None and whole_dit is None:
+    if options.average.ema_decay is not None and options.whole_dit is None:
         with ledger.allocating(dry.NETWORK):
             average = [parameter.new_empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
     return Rehearsal(
@@ -236,11 +230,23 @@ def dress_trainable(
         dit=dit,
         parameters=parameters,
         optimizer=optimizer,
-        steps=steps,
+        steps=_single_steps(options, optimizer, parameters),
         states=average,
         blocks=blocks,
         texts=texts,
     )
+
+
+def _single_steps(
+    options: TrainingOptions, optimizer: Optimizer, parameters: Sequence[Parameter]
+) -> ParameterSteps | None:
+    """Return what steps single weights; None if all are stepped at once."""
+    whole_dit = options.whole_dit
+    is_stepped_alone = whole_dit is not None and (whole_dit.full_bf16 or whole_dit.fused_backward_pass)
+    if not (is_stepped_alone and steps_alone(type(optimizer))):
+        return None
+    names: dict[Tensor, str] = {parameter: str(index) for index, parameter in enumerate(parameters)}
+    return ParameterSteps(optimizer, names, Progress(0, 0, 0.0))
 
 
 def _learning_groups(

@@ -161,6 +161,11 @@ class Logs:
     _is_lost: bool = field(default=False, init=False)  # a tracker takes no more numbers
     _hook: Any = field(default=None, init=False)  # of threads, as it was
 
+    @property
+    def trackers(self) -> Sequence[Any]:
+        """Return the trackers of accelerate; only the main process has some, from entering on."""
+        return self.accelerator.trackers if self.accelerator.is_main_process else ()
+
     def __enter__(self) -> "Logs":
         options = self.options
         if options.trackers:

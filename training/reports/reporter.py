@@ -29,6 +29,22 @@ MOST_MESSAGES, MOST_CHARACTERS = 1000, 2000
 
 
 @dataclass
+class Pace:
+    """Limit work that is repeated during the training to SHARE of the time."""
+
+    ended: float = 0.0  # when it was last done
+    cost: float = 0.0  # seconds that it took then
+
+    def is_due(self, now: float, least: float) -> bool:
+        """Return whether it may be done again. least: seconds between two times at least."""
+        return now - self.ended >= max(least, self.cost / SHARE)
+
+    def note(self, started: float, ended: float) -> None:
+        self.ended = ended
+        self.cost = ended - started
+
+
+@dataclass
 class RunReporter:
     """Report one run. Use it as a context manager: leaving it writes the last page.
 
@@ -37,30 +53,36 @@ class RunReporter:
 
     history: History  # if it is not written, there is no page either
     start: Start
-    prompts: Mapping[int, str]  # of the samples
     step: int  # the last finished one
     commands: Callable[[Path | None, bool], Sequence[PageCommand]]  # of the best file; finished or not
     memory: Callable[[], Sequence[tuple[str, str]]]
-    trackers: Callable[[], Sequence[Any]] = tuple  # of accelerate, which get the samples
     now: Callable[[], float] = time.monotonic
-    folder: Path = field(init=False)  # --output_dir
-    name: str = field(init=False)  # --output_name
-    path: Path = field(init=False)  # of the page
     clips: sample_files.ClipStore | None = field(default=None, init=False)  # None: there are no samples yet
     _messages: "_Messages" = field(init=False)
-    _written: float = field(init=False)  # when the last page was
-    _cost: float = 0.0  # seconds that writing the page took
-    _flushed: float = 0.0  # when the history was
-    _flush_cost: float = 0.0
+    _page_pace: Pace = field(init=False)  # of writing the page
+    _flush_pace: Pace = field(default_factory=Pace)  # of writing the history to disk
     _noted: dict[str, Any] = field(default_factory=dict)  # memory and commands, as last noted
     _has_warned: bool = False
     _doing: float = -math.inf  # when work between steps was last recorded
 
     def __post_init__(self) -> None:
-        self.folder, self.name = self.history.path.parent, history_name(self.history.path)
-        self.path = page_path(self.folder, self.name)
-        self._written = self.now()
+        self._page_pace = Pace(self.now())
         self._messages = _Messages(lambda level, text: self._note(self.step, level=level, message=text))
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of --output_dir."""
+        return self.history.path.parent
+
+    @property
+    def name(self) -> str:
+        """Return the name of --output_name."""
+        return history_name(self.history.path)
+
+    @property
+    def path(self) -> Path:
+        """Return where the page is written."""
+        return page_path(self.folder, self.name)
 
     def __enter__(self) -> "RunReporter":
         self._note(self.step, started=asdict(self.start))
@@ -105,11 +127,10 @@ class RunReporter:
                 **experts,
             )
             started = self.now()
-            if started - self._flushed >= max(FLUSH_SECONDS, self._flush_cost / SHARE):
+            if self._flush_pace.is_due(started, FLUSH_SECONDS):
                 with self._guarded():
                     self.history.flush()
-                self._flushed = self.now()
-                self._flush_cost = self._flushed - started
+                self._flush_pace.note(started, self.now())
 
     @property
     def validations(self) -> Mapping[int, float]:
@@ -118,30 +139,36 @@ class RunReporter:
     def note_validation(self, step: int, losses: Mapping[str, float]) -> None:
         self._note(step, validation=dict(losses))
 
-    def note_samples(self, step: int, mark: str) -> None:
-        """Pass on the samples that all processes have made, and write a sheet of them and the page."""
-        if not (self.history.is_written or self.trackers()):
+    def note_samples(
+        self, step: int, mark: str, prompts: Sequence[str] = (), trackers: Sequence[Any] = ()
+    ) -> None:
+        """Pass on the samples that all processes have made, and write a sheet of them and the page.
+
+        prompts: of all samples. trackers: of accelerate, which get the samples.
+        """
+        if not (self.history.is_written or trackers):
             return
+        all_prompts = dict(enumerate(prompts))
         files: dict[int, Path] = {}
         with self._guarded():
             files = sample_files.find_samples(self.folder / sample_files.FOLDER, self.name, mark)
-        prompts = {index: self.prompts.get(index, "") for index in files}
-        strips = self._read_strips(files, prompts, step)
+        by_file = {index: all_prompts.get(index, "") for index in files}
+        strips = self._read_strips(files, by_file, step)
         with self._guarded():
-            sample_files.log_samples(self.trackers(), step, files=files, strips=strips, prompts=prompts)
+            sample_files.log_samples(trackers, step, files=files, strips=strips, prompts=by_file)
         if not self.history.is_written:
             return
         self._note(
             step,
             samples=mark,
             files={str(index): path.name for index, path in files.items()},
-            prompts={str(index): prompt for index, prompt in prompts.items()},
+            prompts={str(index): prompt for index, prompt in by_file.items()},
         )
         with self._guarded():
             title = f"{self.name}, step {step:,}"
             # sorts behind the samples on it
             sheet = self.folder / sample_files.FOLDER / f"{self.name}_{mark}_sheet.png"
-            sample_files.write_sheet(sheet, title, strips, prompts)
+            sample_files.write_sheet(sheet, title, strips, by_file)
         self._write()
 
     def _read_strips(
@@ -166,7 +193,7 @@ class RunReporter:
             self._note(step, saved=path.name)
         with self._guarded():
             self.history.flush()
-        if step < self.start.total_steps and self.now() - self._written >= max(PAUSE, self._cost / SHARE):
+        if step < self.start.total_steps and self._page_pace.is_due(self.now(), PAUSE):
             self._write()
 
     def _note(self, step: int, **what: Any) -> None:
@@ -190,8 +217,7 @@ class RunReporter:
                 standing=Standing(self.start, self.step, standing, kind),
                 load=load,
             )
-        self._written = self.now()
-        self._cost = self._written - started
+        self._page_pace.note(started, self.now())
 
     def _note_changes(self, is_finished: bool) -> None:
         """Add lines on memory and commands, if they have changed since they were noted last."""

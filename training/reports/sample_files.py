@@ -249,23 +249,29 @@ def make_grid(story: Story, load: LoadClip, most_columns: int, most_prompts: int
         best_column = min(columns, key=lambda row: abs(row.step - best_step), default=None)
     prompts = {(index, row.prompts.get(index, "")) for row in rows for index in row.files}
     shown = sorted(prompts)[:most_prompts]
-    cells: dict[tuple[int, str, int], dict[str, Any]] = {}
-    for place, row in reversed([*enumerate(columns)]):  # the newest first: they are shown in any case
-        for index, prompt in shown:
-            name = row.files.get(index)
-            if name is not None and row.prompts.get(index, "") == prompt:
-                clip = load(name, prompt, row.step, row is columns[-1])
-                cells[index, prompt, place] = {"clip": clip, "href": link("sample", name)}
-    grid_rows = []
+    grid_rows: list[dict[str, Any]] = []
     for index, prompt in shown:
-        in_row = [cells.get((index, prompt, place)) for place in range(len(columns))]
-        grid_rows.append({"prompt": prompt, "index": index, "cells": in_row})
+        grid_rows.append({"prompt": prompt, "index": index, "cells": [None] * len(columns)})
+    for place, row in reversed([*enumerate(columns)]):  # the newest first: they are shown in any case
+        for grid_row in grid_rows:
+            cell = _load_cell(row, grid_row["index"], grid_row["prompt"], load, is_newest=row is columns[-1])
+            grid_row["cells"][place] = cell
     return {
         "columns": [{"title": _column_title(row), "is_best": row is best_column} for row in columns],
         "rows": grid_rows,
         "times": len(rows),
         "prompts": len(prompts),
     }
+
+
+def _load_cell(
+    row: SampleRow, index: int, prompt: str, load: LoadClip, is_newest: bool
+) -> dict[str, Any] | None:
+    """Return the cell of a prompt in the column of a row; None if there is no sample of it."""
+    name = row.files.get(index)
+    if name is None or row.prompts.get(index, "") != prompt:
+        return None
+    return {"clip": load(name, prompt, row.step, is_newest), "href": link("sample", name)}
 
 
 def _column_title(row: SampleRow) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Protocol
 
 from modules.atomic_write import make_folder, recover_folder
 from modules.console import count_of
@@ -23,7 +24,14 @@ from training.saving.options import SavingOptions
 logger = logging.getLogger(__name__)
 
 WriteFile = Callable[[str, Path], None]  # what ends the file's name, see `Names.parts`; the file
-Publish = Callable[[Path], None]  # pass on a finished file or folder, e.g. to the hub
+
+
+class Publisher(Protocol):
+    """Functions that pass on what is saved, as `training.saving.hub.Uploads` does."""
+
+    def publish(self, path: Path) -> None: ...
+
+    def publish_state(self, folder: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,7 @@ class Saver:
     names: Names
     write_file: WriteFile
     write_state: Callable[[Path], None]
-    publish: Publish | None  # None: nothing is uploaded
-    publish_state: Publish | None
+    publisher: Publisher | None  # None: nothing is uploaded
     write_average: WriteFile | None = None  # of the weights, beside each file; None if it is not kept
     is_main: bool = True
     note_saved: Callable[[Sequence[Path]], None] = lambda _: None  # gets all files of a save
@@ -159,15 +166,15 @@ class Saver:
                 written.append(path)
         written.reverse()  # the file before its average
         if self.is_main:
-            if self.publish is not None:
+            if self.publisher is not None:
                 for path in written:
-                    self.publish(path)
+                    self.publisher.publish(path)
             self.note_saved(written)
         if with_state:
             self.write_state(state)
             logger.info("Saved %s", state)
-            if self.is_main and self.publish_state is not None:
-                self.publish_state(state)
+            if self.is_main and self.publisher is not None:
+                self.publisher.publish_state(state)
 
 
 def _remove_aside(entry: Path) -> None:
@@ -226,16 +233,7 @@ def set_aside(
     """
     recover_states(names.folder, names.name)
     stays = {os.path.realpath(path) for path in inputs}
-    states, start = state_pattern(names.name), re.escape(names.name)
-    files = re.compile(start + r"(?:-\d{6,}|-step\d{8,})?" + names.pattern)
-    samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
-    pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
-    results = [
-        entry
-        for entry in _entries(names.folder)
-        if (states.fullmatch(entry.name) if entry.is_dir() else files.fullmatch(entry.name) or entry in pages)
-    ]
-    results += [entry for entry in _entries(names.folder / SAMPLES) if samples.fullmatch(entry.name)]
+    results = _find_results(names)
     moved = [entry for entry in results if not (entry.is_dir() and os.path.realpath(entry) in stays)]
     has_saves = any(entry.is_dir() or entry.suffix == ".safetensors" for entry in results)
     if not moved or (is_restarted and not has_saves):
@@ -263,6 +261,25 @@ def set_aside(
         folder,
     )
     return folder
+
+
+def _find_results(names: Names) -> list[Path]:
+    """Return all that a run of these names leaves behind: files, states, its page and samples."""
+    start = re.escape(names.name)
+    states = state_pattern(names.name)
+    files = re.compile(start + r"(?:-\d{6,}|-step\d{8,})?" + names.pattern)
+    samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
+    pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
+    results = []
+    for entry in _entries(names.folder):
+        if entry.is_dir():
+            is_result = states.fullmatch(entry.name) is not None
+        else:
+            is_result = files.fullmatch(entry.name) is not None or entry in pages
+        if is_result:
+            results.append(entry)
+    results += [entry for entry in _entries(names.folder / SAMPLES) if samples.fullmatch(entry.name)]
+    return results
 
 
 def state_pattern(name: str) -> re.Pattern[str]:

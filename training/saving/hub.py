@@ -114,14 +114,15 @@ def _front_matter(
     spec: Mapping[str, str],
     words: Sequence[str],
 ) -> str:
-    tags = [tag.strip() for tag in spec.get("tags", "").split(",")]
+    tags = ["reelsmith", *(["lora"] if is_lora else [])]
+    tags += [tag.strip() for tag in spec.get("tags", "").split(",")]
     licence = spec.get("license", release.licence)
     key = licence.strip().lower()
     other_key = release.licence_key if licence == release.licence else "other"
     values: dict[str, Any] = {
         "base_model": list(release.repositories),
         "base_model_relation": "adapter" if is_lora else "finetune",
-        "tags": list(dict.fromkeys(filter(None, ["reelsmith", *(["lora"] if is_lora else []), *tags]))),
+        "tags": list(dict.fromkeys(tag for tag in tags if tag)),
         "license": key if key in HUB_LICENCES else other_key,
     }
     if values["license"] == "other":
@@ -184,17 +185,21 @@ class Uploads:
     """Upload finished files and folders to the repository of --huggingface_repo_id.
 
     api: the client, `huggingface_hub.HfApi`. Uploads run one after the other, so that the repository is
-    created once. The model card is uploaded once a run, if the repository has none or an unchanged one of the
-    same run.
+    created once. The model card is uploaded once a run, after the first file, if the repository has none or
+    an unchanged one of the same run.
     """
 
     options: HubOptions
     api: Any
+    card: str | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     _sent_cards: set[str] = field(default_factory=set)
 
-    def publish(self, path: Path, card: str | None = None) -> None:
-        """Upload a file or a folder, and its model card; with --async_upload in the background."""
+    def publish(self, path: Path) -> None:
+        """Upload a file, and the model card; with --async_upload in the background."""
+        self._start_upload(path, self.card)
+
+    def _start_upload(self, path: Path, card: str | None) -> None:
         if self.options.async_upload:
             self._pool.submit(self._upload, path, card)
         else:
@@ -202,7 +207,7 @@ class Uploads:
 
     def publish_state(self, folder: Path) -> None:
         if self.options.save_state_to_huggingface:
-            self.publish(folder)
+            self._start_upload(folder, None)
 
     def close(self) -> None:
         """Wait until every upload is done or has failed. Call it after an error too: the files are saved."""

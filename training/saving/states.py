@@ -143,13 +143,8 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         return _read_foreign(folder)
     with one_error(folder):
         content = _content(folder, is_checked=True)
-        if "files" in content:  # all processes look at a share of them, and all raise
-            sums: Mapping[str, int] = content["files"]
-            shares = gather_object([(path.name, file_checksum(path)) for path in share_of_files(folder)])
-            sums_here = dict(shares)
-            for name in sums.keys() | sums_here:
-                if sums_here.get(name) != sums.get(name):
-                    raise ValueError(f"{name} is missing, or its checksum is not the one in {FILE}")
+        if "files" in content:
+            _check_files(folder, content["files"])
         state = SavedState(folder, Progress(**content.pop("progress")), **content)
         _check_types(state)
         _check_types(state.progress)
@@ -159,6 +154,18 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         if not (has_epochs and has_steps):
             raise ValueError("its counts of steps and epochs do not go together")
         return state
+
+
+def _check_files(folder: Path, checksums: Mapping[str, int]) -> None:
+    """Raise ValueError if a file of split tensors is missing or changed. checksums: by name, of all of them.
+
+    All processes look at a share of them, and all raise.
+    """
+    shares = gather_object([(path.name, file_checksum(path)) for path in share_of_files(folder)])
+    present = dict(shares)
+    for name in checksums.keys() | present:
+        if present.get(name) != checksums.get(name):
+            raise ValueError(f"{name} is missing, or its checksum is not the one in {FILE}")
 
 
 def _check_types(record: SavedState | Progress) -> None:
@@ -257,11 +264,16 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             "it."
         )
     unsplit = {name: tensor for name, tensor in tensors.items() if not is_split(tensor)}
-    for name, tensor in unsplit.items():  # the others are in place
+    _require_finite(unsplit)  # the others are in place
+    module.load_state_dict(unsplit, strict=len(unsplit) == len(tensors))
+
+
+def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for a value that is NaN or infinite. Tensors in 8 bits are not looked at."""
+    for name, tensor in tensors.items():
         is_wide = tensor.is_floating_point() and tensor.element_size() > 1
         if is_wide and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{name} holds values that are NaN or infinite.\n  {REMEDY}")
-    module.load_state_dict(unsplit, strict=len(unsplit) == len(tensors))
 
 
 def shorten_value(value: Any) -> str:

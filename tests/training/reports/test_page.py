@@ -178,7 +178,7 @@ def test_the_page_is_written_once_for_a_save_for_samples_and_at_the_end(tmp_path
         whole.append(history.path.exists() and "a-ema" in history.path.read_text(encoding="utf-8"))
         return []
 
-    reporter = RunReporter(history, start, {}, 0, commands, list, now=lambda: clock[0])
+    reporter = RunReporter(history, start, 0, commands, list, now=lambda: clock[0])
     with reporter:
         for moment, step, name in [(1, 2, "a"), (3, 3, "b"), (5, 4, "x")]:
             clock[0] = 1000.0 * moment  # late enough for another one

@@ -28,11 +28,14 @@ class Written:
         def write(_: str, path: Path) -> None:
             path.write_bytes(b"x")
 
-        def publish(path: Path) -> None:
-            self.published.append(path.name)
-
         options, names = toy.toy_options(self.folder, *words.split()).saving, Names(self.folder, "x")
-        return Saver(options, names, write, lambda folder: folder.mkdir(exist_ok=True), publish, publish)
+        return Saver(options, names, write, lambda folder: folder.mkdir(exist_ok=True), self)
+
+    def publish(self, path: Path) -> None:
+        self.published.append(path.name)
+
+    def publish_state(self, folder: Path) -> None:
+        self.published.append(folder.name)
 
     def names(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir())

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +157,9 @@ def uploads_to(folder: Path, api: FakeRepository, *more: str) -> Uploads:
 
 def publish(folder: Path, api: FakeRepository, *more: str) -> FakeRepository:
     """Upload a file twice with its card."""
-    with contextlib.closing(uploads_to(folder, api, *more)) as uploads:
+    with contextlib.closing(replace(uploads_to(folder, api, *more), card=card_of())) as uploads:
         for name in ("x-000001.safetensors", "x.safetensors"):
-            uploads.publish(folder / name, card_of())
+            uploads.publish(folder / name)
     return api
 
 
