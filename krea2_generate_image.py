@@ -44,7 +44,7 @@ DEFAULTS = ScriptDefaults(
         **dict.fromkeys(("video_size", "width", "height", "y1", "y2"), ""),
         "flow_shift": "time shift of the schedule, e^mu, in place of --mu; default: by size, of Turbo e^1.15",
         "guidance_scale": "weight of the prompt: negative + weight * (positive - negative); 1 turns guidance "
-        "off. Others count it from 0, one less; default: 1 for Turbo, else 5.5",
+        "off. Other programs count it from 0, one less; default: 1 for Turbo, else 5.5",
         "infer_steps": "number of denoising steps; default: 8 for Turbo, else 28",
     },
     sample_solver="vanilla",

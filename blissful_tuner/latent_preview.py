@@ -114,7 +114,7 @@ class LatentPreviews:
         if self.vae is not None and self.device.type != "cpu":
             needed = decoding_bytes(self.vae.config, dtype_on(self.device), *latents.shape[3:])
             if not self.has_room(needed):
-                room = f"{needed / 2**20:,.0f} MiB free beside the transformer"
+                room = f"{needed / 2**20:,.0f} MiB free in addition to the transformer"
                 self._leave_out_vae(f"the device is not known to have {room}")
         is_picture = latents.shape[2] == 1
         if self.vae is not None:

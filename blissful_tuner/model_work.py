@@ -85,7 +85,7 @@ def as_lines(facts: Facts, listed: Mapping[str, TensorInfo] | None) -> Iterator[
     for name, count, size_bytes in dtypes_of(facts.tensors):
         yield f"  {name}: {count_of(count, 'tensor')}, {as_size(size_bytes)} ({size_bytes:,} bytes)"
     if facts.left_out:
-        yield f"beside the tensors, not read: {_line(', '.join(facts.left_out))}"
+        yield f"in addition to the tensors, not read: {_line(', '.join(facts.left_out))}"
     if facts.metadata:
         yield "metadata:"
         for key, text in list(facts.metadata.items())[:MOST_VALUES]:

@@ -88,7 +88,8 @@ class Drawing:
             chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*keys[:4], key))
             raise OptionError(
                 f"--prompt_wildcards: {where} is drawn by wildcards that draw one another more than "
-                f"{MAX_WILDCARD_ROUNDS} times ({chain} ...). Take the one out of the file that leads back"
+                f"{MAX_WILDCARD_ROUNDS} times ({chain} ...). Remove the wildcard that leads back from "
+                "its file"
             )
         if len(self.drawn) == MAX_WILDCARD_DRAWS:
             raise OptionError(
@@ -121,8 +122,8 @@ def sums_of(weights: Sequence[float], where: str) -> tuple[float, ...]:
     sums = tuple(itertools.accumulate(weights))
     if not 0 < sums[-1] <= MOST_WEIGHT:
         raise OptionError(
-            f"{where}: the weights of what is to draw from are together {sums[-1]:g}. Give one of them more "
-            f"than 0, and all at most {MOST_WEIGHT:g}"
+            f"{where}: the weights of the texts to draw from add up to {sums[-1]:g}. Give one of them "
+            f"more than 0, and all together at most {MOST_WEIGHT:g}"
         )
     return sums
 
@@ -196,9 +197,7 @@ def read_lines_of(path: Path, where: str) -> Lines:
             continue
         text, weight = _parse_line(line)
         if not 0 <= weight <= MOST_WEIGHT:
-            raise OptionError(
-                f"{path}, line {number}: the weight {weight:g} is not one. Give 0 to {MOST_WEIGHT:g}"
-            )
+            raise OptionError(f"{path}, line {number}: {weight:g} is not a weight. Give 0 to {MOST_WEIGHT:g}")
         if len(text) > 1 and text[0] == text[-1] == '"':  # they keep a number behind a colon
             text = text[1:-1]
         texts.append(text)

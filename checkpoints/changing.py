@@ -230,7 +230,7 @@ def _metadata(
     """Return the metadata of the new file, and notes on what of the old one is left out."""
     old = checkpoint.metadata
     metadata = {key: text for key, text in old.items() if not key.startswith(tuple(stale))}
-    notes = [f"{key} is left out: it is that of the old tensors" for key in old if key not in metadata]
+    notes = [f"{key} is left out: it belongs to the old tensors" for key in old if key not in metadata]
     if HEADER in metadata:
         try:
             record = json.loads(metadata[HEADER])
@@ -357,7 +357,7 @@ def gather(path: Path) -> Checkpoint:
     for key in checkpoint.metadata:
         values = {metadata[key] for metadata in checkpoint.parts.values() if key in metadata}
         if len(values) > 1:
-            logger.warning("%s: its files say different things of %s; the last one's counts", path, key)
+            logger.warning("%s: its files differ in %s; the last file counts", path, key)
     if repeated:
         logger.info(
             "%s: %d tensors are in two files, equal in both: %s ...", path, len(repeated), repeated[0]

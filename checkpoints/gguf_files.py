@@ -102,7 +102,9 @@ class GgufFile(HeaderFile):
         last = data
         for begin, end, name in sorted(places):
             if begin < last or end > size:
-                raise ValueError(f"{name} lies at bytes {begin} to {end} of {size}, others end at {last}")
+                raise ValueError(
+                    f"{name} lies at bytes {begin} to {end} of {size}, other tensors end at {last}"
+                )
             last = end
 
     def _read_keys(self, head: "_Header", number: int) -> dict[str, tuple[int, ...]]:
@@ -135,7 +137,7 @@ class GgufFile(HeaderFile):
             names = ", ".join(["F32", "F16", "BF16", *(kind.name for kind in KINDS.values())])
             raise CheckpointError(
                 f"{self.path}: {name} is of the unknown GGUF type {number}. Those known are {names}, and "
-                "what the package gguf has beside them.",
+                "those of the package gguf.",
                 self.path,
             )
         if not shape or shape[-1] % kind.weights:

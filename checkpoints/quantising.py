@@ -110,7 +110,7 @@ def quantise_file(options: QuantiseOptions) -> None:
     rows = [
         ("model", f"{options.model}: {model.what}"),
         ("form", options.form),
-        ("layers", f"{count}; {unchanged} other tensors as they were"),
+        ("layers", f"{count}; {unchanged} other tensors unchanged"),
         ("file", f"{options.output} ({size})"),
     ]
     show_box("The model is written", rows)
@@ -294,7 +294,7 @@ def _write_gguf(
     block = gguf.GGML_QUANT_SIZES[kinds.Q8_0][0]
     layers = {name for name in model.layers if infos[name].shape[1] % block == 0}
     if len(layers) < len(model.layers):
-        text = "%d layers stay as they are: their rows are not whole blocks of Q8_0"
+        text = "%d layers are not quantised: their rows are not whole blocks of Q8_0"
         logger.info(text, len(model.layers) - len(layers))
     with atomic_path(options.output) as temporary:
         writer = gguf.GGUFWriter(temporary, _ARCHITECTURES.get(model.family, model.family))
@@ -381,7 +381,7 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
     shapes = _recognise(checkpoint).shapes if is_padded else {}
     values: Any = _Values(checkpoint, shapes, device or torch.device("cpu"))
     number = len(values.tensors.keys() - values.plain)
-    logger.info("%s: %d quantised weights count by their values", checkpoint.path, number)
+    logger.info("%s: %d quantised weights are read by their values", checkpoint.path, number)
     return Checkpoint(checkpoint.path, {name: (values, name) for name in values.tensors}, [values])
 
 

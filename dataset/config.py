@@ -178,7 +178,7 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
     in_general |= {*OTHER_NAMES, *forms.SPELLINGS}
     general = content.get("general", {})
     of_tables = [name for name in content if name in KEYS and not KEYS[name].in_general]
-    problems += [f"{name} stands above all tables: write it below [[datasets]]" for name in of_tables]
+    problems += [f"{name} is above all tables: write it below [[datasets]]" for name in of_tables]
     content = {name: value for name, value in content.items() if name not in of_tables}
     above = {name: value for name, value in content.items() if name in in_general}
     if not above or not isinstance(general, dict):

@@ -262,7 +262,7 @@ NO_KEYS: Mapping[str, str] = {
         ("reference_audio_directory", "reference_audio_cache_directory"),
         "sounds as references are not built. reference_directory has clips and pictures",
     ),
-    "separate_audio_buckets": "clips without sound leave the sound of others in their batch alone",
+    "separate_audio_buckets": "clips without sound do not affect the sound of other clips in their batch",
     "bucket_batch_sizes": "batch_size is that of all sizes; make a [[datasets]] table for each",
     **dict.fromkeys(
         ("default_loss_mask_path", "loss_mask_invert"),
@@ -274,7 +274,7 @@ NO_KEYS: Mapping[str, str] = {
 # keys of that fork that are taken and need nothing, and why
 UNNEEDED: Mapping[str, str] = dict.fromkeys(
     ("reference_cache_directory", "reference_cache_directories"),
-    "caches of references lie with those of their clips, in cache_directory",
+    "caches of references are with those of their clips, in cache_directory",
 )
 
 

@@ -178,7 +178,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
         "share of empty captions", default=0.0, least=0, most=1, hint=A_SHARE
     )
     caption_dropout_every_n_epochs: int = option(
-        "every so many epochs have empty captions", default=0, least=0, hint="0: none"
+        "one epoch in every N has empty captions", default=0, least=0, hint="0: none"
     )
     caption_tag_dropout_rate: float = option(
         "share of a caption's parts left out", default=0.0, least=0, most=1, hint=A_SHARE

@@ -133,8 +133,8 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
         raise other_kind(checkpoint, "a ControlNet of FLUX.1", CONTROL_NET, GIVE)
     if "controlnet_mode_embedder.weight" in names:
         raise CheckpointError(
-            f"{CONTROL_NET} {path} is a Union ControlNet that has to be told the kind of each control "
-            f"picture, which datasets do not say.\n  Give one of a single kind, or without modes: {GIVE}.",
+            f"{CONTROL_NET} {path} is a Union ControlNet that needs the kind of each control picture, "
+            f"which datasets do not state.\n  Give one of a single kind, or without modes: {GIVE}.",
             path,
         )
     text, pooled = "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"

@@ -218,7 +218,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
 def _print_plan(family: Family, options: GenerationOptions, device: torch.device) -> None:
     """Print the plan of --plan, for one card or for several."""
     if options.post.tools:
-        logger.warning("--plan does not count what the networks of --post take beside the VAE")
+        logger.warning("--plan does not count what the networks of --post take in addition to the VAE")
     cards, card_size = options.speed.plan.cards
     room = room_on(device, card_size)
     if cards > 1:

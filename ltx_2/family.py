@@ -419,7 +419,7 @@ class Ltx2(Ltx2Media):
         if clip and self.reference_strength < 1:
             raise OptionError(
                 f"--reference_strength {self.reference_strength:g} and {clip}: references that are "
-                "denoised stand beside no frames that are given. Leave one of them out"
+                "denoised cannot be combined with given frames. Leave one of them out"
             )
         return paths
 

@@ -295,7 +295,7 @@ def settle_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2G
     factors = factors_of(loras)
     if not factors and options.paths and options.reference_downscale is None:
         logger.info(
-            "no LoRA says by which factors its references were smaller: --reference_downscale does, else 1"
+            "no LoRA records how much smaller its references were: --reference_downscale counts, or 1"
         )
     for option, factor in factors.items():
         typed = getattr(options, option)

@@ -27,10 +27,10 @@ class Ltx2StageOptions(Options, title="two stages"):
         only_with=_STAGES,
     )
     distilled_lora_path: Path | None = option(
-        "LoRA for few steps, which the second stage has", place="there", only_with=_STAGES
+        "LoRA for few steps, which the second stage uses", place="there", only_with=_STAGES
     )
     sample_stage2_steps: int = option(
-        "steps of the second stage; 3 have the released noise levels, others are spread along these",
+        "steps of the second stage; 3 use the released noise levels, other numbers are spread along these",
         default=3,
         least=1,
         most=1000,

@@ -141,7 +141,7 @@ def with_norms(
         return lora
     if baking is None and lora.has_frozen_norms:
         raise CheckpointError(
-            f"{lora.path} is a DoRA in ComfyUI's form, which others read otherwise.\n"
+            f"{lora.path} is a DoRA in ComfyUI's form, which other programs read differently.\n"
             "  Add --dit with the model's file; after it those of the text encoders that it changes.",
             lora.path,
         )

@@ -234,7 +234,7 @@ def _likely_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int
         if not part_height and part.usual_height > reference.usual_height:
             logger.info(
                 f"{part.theirs} is not in the file; it is assumed to have {part.usual_height} times as "
-                "many rows as the parts beside it"
+                "many rows as the parts next to it"
             )
     return height
 

@@ -121,7 +121,7 @@ def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str],
     """
     pixels = read_image(job.source)
     if media_colours(job.source).is_transparent:
-        logger.warning("%s is transparent: it is laid on white", job.source)
+        logger.warning("%s is transparent: it is filled with white", job.source)
     height, width = pixels.shape[:2]
     clip = Clip(job.source, width, height, rate=None, frames=1, is_deep=False)
     clips = results(stages, clip)

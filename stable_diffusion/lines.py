@@ -133,8 +133,8 @@ def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
     size = len(name.encode("utf-8", "replace"))
     if size > LONGEST_NAME:
         raise OptionError(
-            f"--f {shown}: the name has {size} bytes, and files take {LONGEST_NAME} beside the number and "
-            "the ending. Give a shorter one"
+            f"--f {shown}: the name has {size} bytes, and files take {LONGEST_NAME} in addition to the "
+            "number and the ending. Give a shorter one"
         )
     return values
 

@@ -213,7 +213,7 @@ def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> None:
 def _log_added(use: LoraUse, parts: Sequence[AddedPart]) -> None:
     """Log how many modules a LoRA changes, and how many of them are computed anew at each step."""
     anew = sum(part.is_made_whole for part in parts)
-    hint = f"; {anew} of them are made anew at each step: --network_pre_calc is faster" if anew else ""
+    hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
     modules = count_of(len(parts), "module")
     logger.info(f"{use.lora.path}: added to {modules}, strength {use.multiplier:g}{hint}")
 

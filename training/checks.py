@@ -191,8 +191,8 @@ def check_teacher(family: Family, teacher: str, texts: LiveTexts | None) -> None
     """Raise OptionError if the family has no extra inputs for --teacher, or if texts are not cached."""
     if not family.fuller:
         raise OptionError(
-            f"--teacher {teacher}: there is nothing that the model {family.name} can be told besides, so "
-            "that the teacher would know no more than the network. Leave it out"
+            f"--teacher {teacher}: the model {family.name} takes no further conditions, so the teacher "
+            "would know no more than the network. Leave it out"
         )
     if texts is not None:
         names = " and ".join(encoder.name for encoder in texts.encoders)

@@ -114,7 +114,7 @@ class NextSteps:
 
     def _resume(self, is_finished: bool) -> PageCommand:
         """Return the command that goes on; if there is no state, a new run that begins with the result."""
-        title, ending = "Go on after a stop", ["--resume", LATEST_ONLY]
+        title, ending = "Continue after a stop", ["--resume", LATEST_ONLY]
         note = "Ctrl-C saves a state and ends the run; this continues from the newest state."
         left_out, has_state, steps = RESUMING, self._has_state(), self.total_steps
         if is_finished and has_state:
@@ -156,7 +156,7 @@ class NextSteps:
 
     def after_loss(self) -> str:
         if self._has_state():
-            return f"Go on from the newest state: {self._resume(is_finished=False).bash}"
+            return f"Continue from the newest state: {self._resume(is_finished=False).bash}"
         return "No state was saved yet. Start the same command again; --save_state keeps one with each save."
 
     def _has_state(self) -> bool:

@@ -319,7 +319,7 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
         boundary = release.boundary
     if files.dit is None and files.dit_high_noise is not None:
         raise OptionError(
-            "--dit is missing: --dit_high_noise alone cannot take away the last of the noise. Give the "
+            "--dit is missing: --dit_high_noise alone cannot remove the last of the noise. Give the "
             "transformer for little noise"
         )
     if task.boundary is not None and files.dit is not None and files.dit_high_noise is None:

@@ -77,7 +77,9 @@ def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
     controls = controls or (USUAL_CONTROL,)
     target = USUAL_TARGET if target is None else target
     if target in controls:
-        raise ValueError(f"the picture and a control image stand at {target}. Give the picture another place")
+        raise ValueError(
+            f"the picture and a control image are both at {target}. Give the picture another place"
+        )
     pairs = sorted([*zip(controls, range(len(controls)), strict=True), (target, -1)])
     return FrameOrder(tuple(place for place, _ in pairs), tuple(image for _, image in pairs))
 

@@ -134,11 +134,11 @@ def _show_start(
     reasons = Counter(jobs.values())
     counts = [f"{len(jobs)} to make", f"{num_kept} kept"]
     if reasons[OURS]:
-        counts.append(f"{reasons[OURS]} of these anew")
+        counts.append(f"{reasons[OURS]} of these again")
     if reasons[FOREIGN]:
         counts.append(f"{reasons[FOREIGN]} of these in place of hand-written ones, which become .bak")
     if num_done:
-        counts.append(f"{num_done} made anew by the run before")
+        counts.append(f"{num_done} made again by the previous run")
     rows: list[Row] = [("data", str(config.path)), ("captions", ", ".join(counts)), ("made by", engine)]
     show_box("Captioning", rows)
 
@@ -250,7 +250,7 @@ def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool)
         _print_edits(edits)
     else:
         _write_edits(edits, records)
-        unchanged = f"{len(places) - len(edits)} are as they were"
+        unchanged = f"{len(places) - len(edits)} are unchanged"
         show_box("Editing is finished", [("captions", f"{len(edits)} changed, {unchanged}")])
     if emptied:
         raise DatasetError(

@@ -200,7 +200,7 @@ class Workshop:
         else:
             if record is not None:
                 self._check_untouched(path, record, why)
-                logger.warning("%s is cut anew: %s", path, why)
+                logger.warning("%s is cut again: %s", path, why)
             look = self._look_at(path)
             clips = plan_clips(look, self.options.lengths, self.options.choice)
             if self.options.dry_run:
@@ -254,7 +254,7 @@ class Workshop:
             if paths:
                 raise OutputError(
                     f"{source} was cut in another way ({why}), and there are clips {words}, such as "
-                    f"{paths[0].name}. Cutting anew would make them wrong: move them away, or choose "
+                    f"{paths[0].name}. Cutting again would make them wrong: move them away, or choose "
                     "another --output."
                 )
 

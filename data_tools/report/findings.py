@@ -347,7 +347,7 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
         for path, guess in zip(paths, guesses, strict=True):
             _repair_caption(path, guess, converted, left)
     counts = f"{count_of(len(converted), 'caption')} converted to UTF-8 (the old files end in {BACKUP})"
-    return [f"{counts}, {len(left)} left as they are", *converted, *left]
+    return [f"{counts}, {len(left)} left unchanged", *converted, *left]
 
 
 def _is_other_encoding(path: Path) -> bool:
@@ -362,18 +362,18 @@ def _is_other_encoding(path: Path) -> bool:
 def _repair_caption(path: Path, guess: EncodingGuess | None, converted: list[str], left: list[str]) -> None:
     """Rewrite a caption as UTF-8 if its encoding is sure; add a line to `converted` or `left`."""
     if guess is None or bad_character(guess.text):
-        left.append(f"  {path}: left as it is, it is no text in that encoding")
+        left.append(f"  {path}: unchanged: it is not text in that encoding")
         return
     words = " ".join(guess.text.split())[:SHOWN]
     if not guess.is_sure:
         left.append(
-            f"  {path}: left as it is, it may be {guess.name}: {words!r}. If that is right, name it: "
+            f"  {path}: unchanged: it may be {guess.name}: {words!r}. If that is right, name it: "
             f"--repair_captions {guess.encoding}"
         )
         return
     backup = path.with_name(path.name + BACKUP)
     if backup.exists():
-        left.append(f"  {path}: left as it is, {backup.name} is there already; move it away")
+        left.append(f"  {path}: unchanged: {backup.name} exists already; move it away")
         return
     # the backup first, so that the old text is never lost
     write_bytes(backup, read_content(path, MAX_CAPTION_BYTES))

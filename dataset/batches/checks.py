@@ -67,8 +67,8 @@ def check_channels(
             unsaid.append(item.latent_path)
     if unsaid:
         logger.warning(
-            "%s, and maybe others, was made by another program and does not say how many frames make a "
-            "second: %g are taken. If it was cached at another rate (target_fps), cache it here: %s",
+            "%s, and maybe others, was made by another program and does not record its frame rate: %g "
+            "frames per second are assumed. If it was cached at another rate (target_fps), cache it here: %s",
             unsaid[0],
             latent.unsaid_fps,
             commands.latents,

@@ -193,7 +193,7 @@ def read_embeds(
         return None, None
     note = embeds_note(file.embeds)
     if not note.exists():
-        return None, f"nothing beside it says which encoder made it ({note.name} is missing)"
+        return None, f"nothing next to it says which encoder made it ({note.name} is missing)"
     try:
         content = parse_json(read_text(note))
         changed = difference(content["encoders"].get(encoder.name, {}), identity)

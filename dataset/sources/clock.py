@@ -223,8 +223,8 @@ def kept_one_clock(source: MediaSource, fps: float) -> bool:
 
 
 OTHER_LENGTHS = (
-    "control clips or masks have other numbers of frames than their clips, and last another time; of each is "
-    "taken what it shows at the clip's times, and its last frame behind its end"
+    "control clips or masks differ from their clips in number of frames and duration; their frames at "
+    "the clip's times are taken, and their last frame after their end"
 )
 
 

@@ -120,7 +120,7 @@ def find_colours(sources: Sequence[MediaSource], masks_latents: bool = False) ->
             source_keeps, control_keeps = keeps_transparency(source, masks_latents)
             keeps = control_keeps if number else source_keeps
             for applies, kind, text in (
-                (colours.is_transparent and not keeps, "are transparent and laid on white", ""),
+                (colours.is_transparent and not keeps, "are transparent and filled with white", ""),
                 (colours.is_converted, CONVERTED, ""),
                 (colours.fault is not None, "have a colour profile that is not used", f": {colours.fault}"),
                 (colours.hdr is not None, PALE, f": {colours.hdr}"),

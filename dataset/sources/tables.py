@@ -231,7 +231,7 @@ def list_metadata(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]
         texts.append(text)
     if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in content.values()):
         logger.info(
-            "%s: %s is not needed: the sizes of pictures are read from themselves", table.name, SIZE_KEY
+            "%s: %s is not needed: the sizes of pictures are read from the pictures", table.name, SIZE_KEY
         )
     stems = unique_stems([picture.stem for picture in pictures], [str(picture) for picture in pictures])
     sources = []

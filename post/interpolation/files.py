@@ -163,7 +163,7 @@ def find_files(path: Path, kind: str) -> tuple[Path, Path, Path | None]:
             )
         if not is_inside:
             raise CheckpointError(
-                f"{folder}: the optical flow of {kind} is not beside {main.name}. Put {names[0]} there.",
+                f"{folder}: the optical flow of {kind} is not next to {main.name}. Put {names[0]} there.",
                 folder,
             )
     settings = folder / f"{kind}_arb.yaml"

@@ -99,7 +99,7 @@ def test_keys_above_all_tables_are_those_of_general(tmp_path: Path) -> None:
     )
     said = faults(tmp_path, f'image_directory = "cats"\n{TWO_SIZES}')
     assert said.endswith(
-        "cannot be used:\n  image_directory stands above all tables: write it below [[datasets]]"
+        "cannot be used:\n  image_directory is above all tables: write it below [[datasets]]"
     )
 
 

@@ -507,7 +507,7 @@ def test_colours_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, variable: st
         ("problems with the masks of t", "1 problem with the masks of t"),
         ("of 20 captions are missing; write them", "1 of 20 captions is missing; write them"),
         ("have a caption that cannot be used", "1 has a caption that cannot be used"),
-        ("shards or folders are not whole", "1 shard or folder is not whole"),
+        ("shards or folders are incomplete", "1 shard or folder is incomplete"),
         ("entries of x cannot be used", "1 entry of x cannot be used"),
     ],
 )

@@ -135,7 +135,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
     if not folder.is_dir():
         problem = "a file, and a state is a folder" if folder.is_file() else "no such folder"
         near = "" if folder.is_file() else explain_missing(folder)
-        anew = f" To begin with what was trained, give {FRESH_START}." if folder.is_file() else ""
+        anew = f" To begin with the trained weights, give {FRESH_START}." if folder.is_file() else ""
         raise OptionError(
             f"--resume {folder}: {problem}.{near} Give a ...-state folder, or the word latest.{anew}"
         )

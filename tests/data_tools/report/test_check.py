@@ -194,7 +194,7 @@ def test_captions_are_converted_and_the_old_files_kept(tmp_path: Path) -> None:
     lines = repair_captions(config_of(tmp_path, old), GUESS)
 
     assert lines[0].startswith("2 captions converted")
-    assert lines[0].endswith("0 left as they are")
+    assert lines[0].endswith("0 left unchanged")
     for name in old:
         assert (tmp_path / f"{name}.txt").read_text(encoding="utf-8") == GERMAN
     assert (tmp_path / "a.txt.bak").read_bytes() == old["a"]
@@ -210,9 +210,9 @@ def test_what_cannot_be_converted_surely_is_left_as_it_is_and_named(tmp_path: Pa
 
     lines = repair_captions(config, GUESS)
 
-    assert lines[0].endswith("4 left as they are")
+    assert lines[0].endswith("4 left unchanged")
     assert "--repair_captions cp1252" in lines[1]
-    assert "b.txt.bak is there already" in "\n".join(lines)
+    assert "b.txt.bak exists already" in "\n".join(lines)
     assert {name: (tmp_path / f"{name}.txt").read_bytes() for name in old} == old
     assert (tmp_path / "b.txt.bak").read_bytes() == b"older"
     repair_captions(config, "cp1252")
