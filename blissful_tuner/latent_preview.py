@@ -242,7 +242,7 @@ def make_previews(
 ) -> LatentPreviews | None:
     """Return the previews that the options ask for; None if they ask for none.
 
-    has_room: whether so many bytes of the device are free beside the network. Raises as `check_preview`.
+    has_room: whether this many bytes of the device are free next to the network. Raises as `check_preview`.
     """
     if options.preview_latent_every is None:
         return None

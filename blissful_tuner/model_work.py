@@ -1,4 +1,4 @@
-"""Inspect a model file and write it anew: the work of model_utility.py."""
+"""Inspect a model file and rewrite it: the work of model_utility.py."""
 
 import hashlib
 import json
@@ -194,7 +194,7 @@ def work(
     knowledge: Knowledge,
     ask: Callable[[str], Answer | None] = ask_yes_or_no,
 ) -> None:
-    """Show the facts of a file, and write it anew if the options ask for it.
+    """Show the facts of a file, and rewrite it if the options ask for it.
 
     ask: answers whether files that exist are replaced. Raises UserError.
     """

@@ -75,7 +75,7 @@ def is_pointer_or_page(start: bytes) -> bool:
 
 
 def describe_kind(start: bytes) -> str:
-    """Return the kind of a file with this beginning that is no model, and a remedy."""
+    """Return the kind of a file with this beginning that is not a model, and a remedy."""
     if start.startswith(GGUF):
         return "is a GGUF file, which is not read here. Give the safetensors or .pth file of the same model."
     if ONNX.match(start):
@@ -136,7 +136,7 @@ class HeaderFile:
         raise NotImplementedError
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor to be copied from at once; its bytes may lie in `scratch` (uint8)."""
+        """Return a tensor to be copied from at once; its bytes may be in `scratch` (uint8)."""
         info, place = self.tensors[name], self._places[name]
         return info.read(self._file, place, scratch=scratch, path=self.path, name=name)
 

@@ -79,7 +79,7 @@ class GgufFile(HeaderFile):
         self._name_like_transformers()
 
     def _read_tensor(self, head: "_Header", own_shapes: Mapping[str, tuple[int, ...]]) -> str:
-        """Add the next tensor of the header, but for its place; return its name."""
+        """Add the next tensor of the header, except for its place; return its name."""
         check_count(self.path, len(self.tensors))
         name, axes = head.text(MAX_TENSOR_NAME), head.number("I")
         if axes > _MAX_AXES or name in self.tensors:
@@ -94,7 +94,7 @@ class GgufFile(HeaderFile):
         return name
 
     def _place_tensors(self, starts: Mapping[str, int], data: int, size: int) -> None:
-        """Note where tensors lie, which may not overlap. starts: from `data` on, where the header ends."""
+        """Note where tensors are, which may not overlap. starts: from `data` on, where the header ends."""
         places = []
         for name, start in starts.items():
             self._places[name] = data + start
@@ -108,7 +108,7 @@ class GgufFile(HeaderFile):
             last = end
 
     def _read_keys(self, head: "_Header", number: int) -> dict[str, tuple[int, ...]]:
-        """Read keys into `metadata`; return by name the shapes of tensors that lie in another one."""
+        """Read keys into `metadata`; return by name the shapes of tensors that are in another one."""
         own_shapes: dict[str, tuple[int, ...]] = {}
         for _ in range(number):
             key, kind = head.text(), head.number("I")

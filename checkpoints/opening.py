@@ -394,7 +394,7 @@ _TABLES = ("_ids", "_index", "_ind")  # ends of the names of whole numbers that 
 
 
 def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Return whether a tensor of unknown name stands in place of a layer's weight, in packed numbers."""
+    """Return whether a tensor of unknown name takes the place of a layer's weight, in packed numbers."""
     info = tensors[name]
     layer, inside, _ = name.partition(".weight.")  # blocks.0.q.weight.data
     if not inside:

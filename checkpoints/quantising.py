@@ -209,7 +209,7 @@ def _write_marked(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write ComfyUI's layout. A layer is read twice, as the scales of all stand before the codes."""
+    """Write ComfyUI's layout. A layer is read twice, because the scales of all come before the codes."""
     tensors: dict[str, TensorInfo] = {}
     makers: dict[str, Callable[[], Tensor]] = {}
 
@@ -277,7 +277,7 @@ def _write_gguf(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write layers as Q8_0, short tensors in float32, the rest as it is. The package rounds on the CPU."""
+    """Write layers as Q8_0, short tensors in float32, the rest unchanged. The package rounds on the CPU."""
     if model.family is None:
         raise OptionError(
             "--form q8_0 is for transformers: text encoders in GGUF have llama.cpp's names and a tokenizer, "
@@ -350,7 +350,7 @@ def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool
 def _widen(
     options: QuantiseOptions, checkpoint: Checkpoint, metadata: Mapping[str, str], device: torch.device
 ) -> int:
-    """Write quantised weights in bfloat16, the rest as it is."""
+    """Write quantised weights in bfloat16, the rest unchanged."""
     values = in_values(checkpoint, device)
     if values is checkpoint:
         text = f"{options.model} has no quantised weights. Give a file that has, or another --form."
@@ -432,7 +432,7 @@ class _Values:
         return shape
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor; of one that is not quantised the bytes may lie in `scratch`."""
+        """Return a tensor; of one that is not quantised the bytes may be in `scratch`."""
         if name in self.plain:
             return self._checkpoint.borrow(name, scratch)
         source = self._sources[name]

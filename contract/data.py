@@ -375,7 +375,7 @@ class SamplingDefaults:
 
 
 def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
-    """Multiply the first rows by their weights; the others stay as they are.
+    """Multiply the first rows by their weights; the others do not change.
 
     rows: L C or L n C, of one prompt. weights: of the prompt's tokens, at most L. The product is computed in
     float32 and rounded once, so that rows of weight 1 keep every bit.

@@ -337,7 +337,7 @@ def knows_few_steps(family: Described) -> TypeGuard[KnowsFewSteps]:
 
 
 class HearsSound(Protocol):
-    """A family whose clips can have sound, with latents of its own beside the picture's."""
+    """A family whose clips can have sound, with latents of its own next to the picture's."""
 
     @property
     def sound(self) -> SoundSpec | None: ...  # None: this run is without

@@ -58,7 +58,7 @@ class FewSteps:
 
 
 def _telling_names(path: Path, metadata: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return the names that may tell of distillation, nearest first, each with where it stands."""
+    """Return the names that may tell of distillation, nearest first, each with its place."""
     name = path.name if path.is_dir() else path.stem
     names = [(name, f"its name is {name}")]
     if _PLAIN.fullmatch(name.lower()):

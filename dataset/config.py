@@ -212,7 +212,7 @@ def for_family(
 def with_sound_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
     """Return a configuration whose folders of clips take their sound from files named like the clips.
 
-    folder: of these files; None: beside the clips. Tables with an audio_directory keep it. option: name of
+    folder: of these files; None: next to the clips. Tables with an audio_directory keep it. option: name of
     the option that asked for this, for the warning about tables that name the sound in their rows.
     """
     tables = []

@@ -128,7 +128,7 @@ PROGRAMS = frozenset(
 
 
 def _is_of_programs(extension: str) -> bool:
-    """Return whether a file with this extension may lie in another folder, or be run."""
+    """Return whether a file with this extension may be in another folder, or be run."""
     return bool(set(extension) & set("/\\\0")) or extension.rpartition(".")[2].strip().lower() in PROGRAMS
 
 
@@ -371,7 +371,7 @@ def other_trainers() -> ModuleType:
 
 
 def without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]:
-    """Return a table without the keys whose value is null, which JSON has; {} if it is no table."""
+    """Return a table without the keys whose value is null, which JSON has; {} if it is not a table."""
     if isinstance(table, dict):
         return {key: value for key, value in table.items() if value is not None}
     if table is not None:

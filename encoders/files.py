@@ -87,7 +87,7 @@ class TransformerFiles(ABC):
 
     @abstractmethod
     def check_vae(self) -> None:
-        """Raise CheckpointError if the file is no VAE of the model."""
+        """Raise CheckpointError if the file is not a VAE of the model."""
 
     @abstractmethod
     def text_encoders(self) -> list[TextEncoder]:

@@ -1,7 +1,7 @@
 """Compare LoRAs: every prompt with every LoRA at every strength, on a model that is loaded once.
 
 A clip that was finished by an earlier run with the same settings and the same LoRA is kept, so that an
-interrupted comparison goes on with the same command.
+interrupted comparison continues with the same command.
 """
 
 import hashlib

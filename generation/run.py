@@ -162,7 +162,7 @@ def _check_sound(family: Family, path: Path, sound: Tensor, latent_frames: int) 
 
 @contextlib.contextmanager
 def explain_lack(stays: str) -> Iterator[None]:
-    """Turn a lack of memory in the block into a UserError. stays: what is kept, and how to go on."""
+    """Turn a lack of memory in the block into a UserError. stays: what is kept, and how to continue."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -287,9 +287,10 @@ def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
 
 
 def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
-    """Return the run with these strengths of its LoRAs; if they change, its networks are freed and read anew.
+    """Return the run with these strengths of its LoRAs; if they change, its networks are freed and read
+    again.
 
-    text: numbers separated by commas, one for each LoRA; None: as they are. Raises OptionError if it cannot
+    text: numbers separated by commas, one for each LoRA; None: unchanged. Raises OptionError if it cannot
     be read.
     """
     options = run.options

@@ -199,7 +199,7 @@ class LtxModel(nn.Module):
     ) -> Hidden:
         """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
 
-        References stand in front of the video's tokens: attention knows no order but that of positions.
+        References are in front of the video's tokens: attention knows no order but that of positions.
         """
         self._check(latents, texts)
         first = next(iter(latents.values()))

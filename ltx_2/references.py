@@ -58,7 +58,7 @@ def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
 
 
 def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
-    """Return how many of so many frames of a reference are encoded; see `thin_out`."""
+    """Return how many of this many frames of a reference are encoded; see `thin_out`."""
     count = 1 + len(range(1, frames, rules.time_factor))
     most = min(count, rules.frames or count)
     return (most - 1) // frame_step * frame_step + 1

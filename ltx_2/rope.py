@@ -55,7 +55,7 @@ def _seconds(config: LtxConfig, places: Places) -> list[Tensor]:
 
 
 def make_tables(config: LtxConfig, places: tuple[Places, ...], /, *, device: torch.device) -> Tensor:
-    """Return the same for tokens that stand one behind the other."""
+    """Return the same for tokens that are one behind the other."""
     tables = [make_table(config, key, device=device) for key in places]
     return tables[0] if len(tables) == 1 else torch.cat(tables, dim=-4)
 

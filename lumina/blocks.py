@@ -33,7 +33,7 @@ class LuminaTokens:
     """Inputs of the blocks besides the tokens x (B L+T C, the image first); built once per forward pass.
 
     In the published code the caption stands in front. Attention does not depend on the order of its tokens,
-    only on their positions, and with the image first it lies at the same place in all samples of a batch.
+    only on their positions, and with the image first it is at the same place in all samples of a batch.
     With a second caption x is B L+T+T' C (`modules.attention.attend`).
     """
 

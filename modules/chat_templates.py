@@ -33,7 +33,7 @@ def render_chat(
     seconds: float = MAX_TEMPLATE_SECONDS,
     **more: Any,
 ) -> str:
-    """Return the text of a conversation that the model is to go on with.
+    """Return the text of a conversation that the model is to continue with.
 
     tokenizer: of transformers, whose special tokens the template may use. template: its text, or a mapping
     with one called default; None: the tokenizer's. turns: `role` and `content` each. seconds: until it is

@@ -136,7 +136,7 @@ _TWICE = re.compile(rf"({_FLAG.pattern}) \(\1\)")
 def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
     """Name options in warnings and errors of the block as they were typed: --nf4 in place of --nf4_base.
 
-    names: flag -> the flag to show. Lines that hold a command are left as they are.
+    names: flag -> the flag to show. Lines that hold a command are left unchanged.
     """
     if not names:
         yield

@@ -2,8 +2,8 @@
 
     class SavingOptions(Options, title="saving"):
         output_dir: Path | None = option("folder to save into", often=True)
-        save_every_n_epochs: int | None = option("save after so many epochs", least=1)
-        save_n_epoch_ratio: int | None = option("so many saves", least=1, excludes="save_every_n_epochs")
+        save_every_n_epochs: int | None = option("save after this many epochs", least=1)
+        save_n_epoch_ratio: int | None = option("this many saves", least=1, excludes="save_every_n_epochs")
 
 A field's type gives the form of the value: bool is a switch, a tuple takes several words, str, int, float and
 Path one. Other facts stand in `option`. `add_options(parser, SavingOptions)` (modules/parser.py) declares all

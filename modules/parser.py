@@ -118,7 +118,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _refuse_open_line(self, words: Sequence[str]) -> None:
-        """Refuse a command that ends in the mark of another shell for a line that goes on."""
+        """Refuse a command that ends in the mark of another shell for a line that continues."""
         last_but_one, last = ["", "", *words][-2:]
         if last not in _LINE_ENDS:
             return
@@ -353,7 +353,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _explain_number(action: argparse.Action, word: str) -> str:
-    """Return a message on a word that is no number, for an option that takes numbers."""
+    """Return a message on a word that is not a number, for an option that takes numbers."""
     parts = word.split(",")
     point = f"write a decimal point: {'.'.join(parts)}"
     has_comma = re.fullmatch(r"-?\d+,\d+(e[+-]?\d+)?", word, re.IGNORECASE) is not None

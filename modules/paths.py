@@ -86,7 +86,7 @@ def path_exists(path: Path) -> bool:
 
 
 def explain_path(text: str) -> str | None:
-    """Return why a path that names nothing is no path, if it shows a usual mistake.
+    """Return why a path that names nothing is not a path, if it shows a usual mistake.
 
     These are backslashes that a file's format took for control characters, an address, quotation marks, a
     variable, a pattern and another system's path. The result follows the path in a message and ends without a

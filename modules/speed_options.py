@@ -58,7 +58,7 @@ def text_form(options: Any) -> str | None:
 
 
 def text_form_option() -> Any:
-    """Return the field `text_encoder_form` of a family's options, beside `fp8_text_option`."""
+    """Return the field `text_encoder_form` of a family's options, next to `fp8_text_option`."""
     return option(
         "form in which the text encoder's linear layers are kept: fp8, int8 (rotated; as small, closer to 16 "
         "bits) or nf4 (half of that, less exact)",

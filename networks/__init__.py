@@ -3,7 +3,7 @@
 adapter: the trainer's interface to a network, ours or foreign
 added: LoRAs around modules that act at times
 beside: LoRAs around layers that stay in 8 or 4 bits
-alphas: scales that stand beside the tensors
+alphas: scales that are next to the tensors
 apply: put LoRAs into weights while they are loaded
 averaging: average saved files of a run after it
 baking: plain LoRAs from LoHas, LoKrs and DoRAs

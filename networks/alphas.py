@@ -489,7 +489,8 @@ def _finite(value: Any) -> float:
 def _expression(key: str) -> Callable[[str], bool]:
     """Return a function that tests whether a key of PEFT's `alpha_pattern` matches a module's path.
 
-    Raises ValueError if the key is no regular expression; so does the function if the search takes too long.
+    Raises ValueError if the key is not a regular expression; so does the function if the search takes too
+    long.
     """
     import regex  # seldom needed
 

@@ -78,7 +78,7 @@ class Loss(NamedTuple):
 def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     """Replace each LoHa, LoKr and DoRA by the best LoRA of a given rank for its change at multiplier 1.
 
-    Other modules stay as they are. Memory: the LoRA, and one weight with its change in float32. Raises
+    Other modules do not change. Memory: the LoRA, and one weight with its change in float32. Raises
     OptionError if there is nothing to replace, or a DoRA without its model, CheckpointError if the model does
     not fit.
     """

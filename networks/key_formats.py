@@ -459,7 +459,7 @@ def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
 def module_of_tensor(name: str) -> tuple[str, str]:
     """Split a tensor's name: `model.diffusion_model.blocks.0.ffn.0.weight` -> (`blocks_0_ffn_0`, `weight`).
 
-    A parameter that is no module's weight or bias counts as a module, as in LoRA files:
+    A parameter that is not a module's weight or bias counts as a module, as in LoRA files:
     `blocks.0.modulation` -> (`blocks_0_modulation`, `weight`).
     """
     path, _, leaf = name.rpartition(".")
@@ -611,7 +611,7 @@ Extent = tuple[int, Sequence[int]]  # rows, sizes along all further axes
 def _rows_and_columns(shapes: Shapes) -> Extent:
     """Return the extent of a weight's change.
 
-    Raises KeyError, ValueError or IndexError if the shapes are no factors of one change.
+    Raises KeyError, ValueError or IndexError if the shapes are not factors of one change.
     """
     if "diff" in shapes:
         rows, *columns = shapes["diff"]

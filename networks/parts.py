@@ -113,7 +113,7 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
 
 
 def _height_to_cut(factors: Factors) -> int | None:
-    """Return the rows of a change; None if it is no matrix."""
+    """Return the rows of a change; None if it is not a matrix."""
     size = deltas.size_of(factors)
     if size is not None:
         return size[0]
@@ -145,7 +145,7 @@ def fuse(
     """Join the LoRAs for parts of a module to one for the module; warn of LoRAs that cannot be joined.
 
     tensors: under our names, with our prefix; others are unchanged. height: fused module -> number of rows of
-    its weight, None if the model lacks it: its parts then stay as they are. Without `height` every part is
+    its weight, None if the model lacks it: its parts then do not change. Without `height` every part is
     joined, and heights come from the parts, also those in other blocks; if no block has the last part of a
     weight, its height is that of all published models. family: of the modules; None: any. The
     change of the weight stays the same. The rank is the sum of the parts' ranks, or their rank if they share

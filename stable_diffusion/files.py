@@ -52,7 +52,7 @@ _REFINER = "the refiner of Stable Diffusion XL, which only finishes pictures of 
 
 @dataclass(frozen=True)
 class Marks:
-    """Facts about a single file beside its tensors' sizes."""
+    """Facts about a single file in addition to its tensors' sizes."""
 
     kind: ModelKind
     predicts_velocity: bool

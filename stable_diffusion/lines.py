@@ -251,7 +251,7 @@ def find_inputs(options: PictureInputOptions, control_nets: int) -> Inputs:
     """List the input pictures of a run, and read their headers.
 
     control_nets: guides for each picture, at least one. Raises OptionError if a file is missing, or the
-    number of guides is neither 1 nor a multiple of it; MediaError if a file is no picture.
+    number of guides is neither 1 nor a multiple of it; MediaError if a file is not a picture.
     """
     guides = [_list_pictures(path) for path in options.guide_image_path or ()]
     inputs = Inputs(

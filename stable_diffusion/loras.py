@@ -94,7 +94,7 @@ class _Target:
 def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     """Read the files of `--network_weights`; show their metadata if the options ask for it.
 
-    Raises CheckpointError if one is no LoRA, or for a model that is no Stable Diffusion.
+    Raises CheckpointError if one is not a LoRA, or for a model that is no Stable Diffusion.
     """
     loras = []
     for path in options.files:
@@ -166,7 +166,7 @@ def load_networks(
     """Put the files of `--network_weights` into a model; return those whose strengths can be chosen.
 
     loras: the files, if they are read already. Returns None if there are none, or if all are folded in for
-    good. Raises CheckpointError if a file is no LoRA or does not fit.
+    good. Raises CheckpointError if a file is not a LoRA or does not fit.
     """
     if not options.files:
         return None
@@ -211,7 +211,7 @@ def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> None:
 
 
 def _log_added(use: LoraUse, parts: Sequence[AddedPart]) -> None:
-    """Log how many modules a LoRA changes, and how many of them are computed anew at each step."""
+    """Log how many modules a LoRA changes, and how many of them are computed again at each step."""
     anew = sum(part.is_made_whole for part in parts)
     hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
     modules = count_of(len(parts), "module")

@@ -284,7 +284,7 @@ def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | 
 
 
 def find_image_tower(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
-    """Return bigG's image tower: in --tokenizer_cache_dir, beside the checkpoint, or in the hub's cache.
+    """Return bigG's image tower: in --tokenizer_cache_dir, next to the checkpoint, or in the hub's cache.
 
     checkpoint: of --ckpt. Downloads it if it is nowhere. Raises DownloadError if the hub does not give it.
     """

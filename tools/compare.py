@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _with_lora_option(words: list[str]) -> list[str]:
-    """Return the words of the command line, with the option --lora before files that stand first."""
+    """Return the words of the command line, with the option --lora before files that come first."""
     begins_with_file = bool(words) and not words[0].startswith("-")
     return ["--lora", *words] if begins_with_file else words
 

@@ -216,7 +216,7 @@ def _smallest_file(family: Family, options: TrainingOptions) -> int:
 
 
 def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_table: bool) -> list[str]:
-    """Return one line for each given option that has no effect beside the others.
+    """Return one line for each given option that has no effect together with the others.
 
     Most options declare this with `acts_if`; this adds those that depend on the model or on several records.
     takes_guidance: the model has an input for embedded guidance. shifts_table: see

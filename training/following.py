@@ -1,4 +1,4 @@
-"""Make the command lines that can follow a training: go on, generate, convert."""
+"""Make the command lines that can follow a training: continue, generate, convert."""
 
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -113,7 +113,7 @@ class NextSteps:
         return str(self.dits[-1] if is_high else self.dits[0])
 
     def _resume(self, is_finished: bool) -> PageCommand:
-        """Return the command that goes on; if there is no state, a new run that begins with the result."""
+        """Return the command that continues; if there is no state, a new run that begins with the result."""
         title, ending = "Continue after a stop", ["--resume", LATEST_ONLY]
         note = "Ctrl-C saves a state and ends the run; this continues from the newest state."
         left_out, has_state, steps = RESUMING, self._has_state(), self.total_steps
@@ -275,7 +275,7 @@ def plan_next_steps(
 def say_example(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:
     """Return the caption and the files of the first training item, by the names of `Request`.
 
-    What only some families use stands under `example`, an `ExampleItem`; the options that made the caches
+    What only some families use is under `example`, an `ExampleItem`; the options that made the caches
     under `cached_with`.
     """
     item = plan.training[0]

@@ -186,7 +186,7 @@ class OptimizerOptions(Options, title="optimizer"):
 
 
 class AverageOptions(Options, title="average of the weights (EMA)"):
-    """Options of the average that a run keeps beside its weights."""
+    """Options of the average that a run keeps next to its weights."""
 
     ema_decay: float | None = option(
         "keep an exponential moving average of the trained weights with this decay per step (0.999) and "
@@ -251,7 +251,7 @@ class PartsOptions(Options, title="what is trained"):
         return not self.network_train_unet_only
 
     def text_rates(self, count: int, learning_rate: float) -> tuple[float, ...]:
-        """Return a learning rate for each of so many text encoders that can learn.
+        """Return a learning rate for each of this many text encoders that can learn.
 
         One value is for all of them, none means --learning_rate. Raises OptionError if there are too many.
         """

@@ -1,4 +1,4 @@
-"""Find the state that a run goes on from, and compare the settings of both runs."""
+"""Find the state that a run continues from, and compare the settings of both runs."""
 
 import ast
 import hashlib
@@ -268,7 +268,7 @@ def take_over(changes: Mapping[str, str], progress: Progress, saved: states.Save
     """Note the changes in the run's progress; begin a new plan of steps if they need one.
 
     If the clips changed, the current epoch begins again in their order; if only the size of a step changed,
-    it goes on with the clips that are left.
+    it continues with the clips that are left.
     """
     logger.info("--resume_changed: %d differ from the saved run:", len(changes))
     for change in changes.values():

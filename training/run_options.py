@@ -158,7 +158,7 @@ class ValidationOptions(Options, title="validation"):
     )
 
     def is_due_after_epoch(self, epoch: int, step: int, steps: int, is_saved: bool) -> bool:
-        """Return whether to validate at the end of an epoch of so many steps, at `step`.
+        """Return whether to validate at the end of an epoch of this many steps, at `step`.
 
         Without options: after each epoch that saves a file, and after each that passes a multiple of
         LEAST_STEPS steps; a few batches are not worth a validation.

@@ -255,7 +255,7 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
 
 
 def _check_places(path: Path, layers: int, vace_layers: int) -> None:
-    """Raise CheckpointError if the file's config.json puts VACE's blocks beside other blocks than usual."""
+    """Raise CheckpointError if the file's config.json puts VACE's blocks next to other blocks than usual."""
     usual = list(range(0, layers, layers // vace_layers))
     file, settings = config_beside(path)
     is_its = isinstance(settings, dict) and settings.get("num_layers") == layers

@@ -1,4 +1,4 @@
-"""A single picture from image-to-video models: one latent frame beside those of its control images.
+"""A single picture from image-to-video models: one latent frame next to those of its control images.
 
 Each has a place in time, which is its rotary position; the latents stand in the order of these places. A
 control image is known (mask 1); in place of the picture the model is shown grey (mask 0), as for the unknown

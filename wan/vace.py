@@ -4,7 +4,7 @@
 latent pixel are channels. Without a mask all of a video changes: it is followed, as one of depth or poses.
 Each reference is a latent frame in front of the clip, also in the noise; it is cut off in the end. Source:
 the released code (ali-vilab/VACE) and diffusers' WanVACEPipeline, whose order of references is kept: the
-first one stands beside the clip.
+first one is next to the clip.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """Find the captions of a dataset, know which of them this program wrote, and choose which to make.
 
-A caption is a text file beside its image or clip, or the "caption" in a line of a JSONL list. A hidden file
-beside the captions, `.captions_made.jsonl`, has the hash of each text that this program wrote: a caption
+A caption is a text file next to its image or clip, or the "caption" in a line of a JSONL list. A hidden file
+next to the captions, `.captions_made.jsonl`, has the hash of each text that this program wrote: a caption
 without a matching line was written or edited by a person. The line is written before the caption, so that a
 kill between the two leaves only a line without effect.
 """
@@ -75,7 +75,7 @@ class CaptionList:
                 self.entries[expand_path(entry)] = entry
 
     def take_waiting(self, waiting: Path) -> None:
-        """Add the captions that a killed run of an earlier version left in a file beside the list.
+        """Add the captions that a killed run of an earlier version left in a file next to the list.
 
         Raises OutputError.
         """

@@ -113,7 +113,7 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
 
 
 def _take_waiting(config: DatasetConfig) -> None:
-    """Put the captions into their lists that a killed run of an earlier version left beside them."""
+    """Put the captions into their lists that a killed run of an earlier version left next to them."""
     for table in config.datasets:
         if table.jsonl_file:
             waiting = table.jsonl_file.with_name(f".{table.jsonl_file.name}.captions")
@@ -238,7 +238,7 @@ class _Edit:
 def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool) -> None:
     """Apply `wording` to all captions of a dataset; each file that changes is kept as .bak.
 
-    dry_run: print the changes instead. A caption that would become empty stays as it is. Raises DatasetError
+    dry_run: print the changes instead. A caption that would become empty does not change. Raises DatasetError
     if the dataset cannot be used, or at the end if captions would become empty.
     """
     places = find_places(config, texts=True)

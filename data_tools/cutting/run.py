@@ -236,7 +236,7 @@ class Workshop:
     def _check_untouched(self, source: Path, record: CutRecord, why: str) -> None:
         """Raise OutputError if a user has put work into the clips of an earlier cut.
 
-        Work is a file beside a clip, a caption in the list, or a changed clip. why: reason to cut again.
+        Work is a file next to a clip, a caption in the list, or a changed clip. why: reason to cut again.
         """
         sizes = {self.output / clip.name: clip.size_bytes for clip in record.clips}
         existing = [path for path in sizes if os.path.lexists(path)]

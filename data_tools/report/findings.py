@@ -36,7 +36,7 @@ NO_CAPTION = "have no caption"
 
 @dataclass
 class TableFindings:
-    """Findings in one table; filled as a check goes on."""
+    """Findings in one table; filled as a check continues."""
 
     table: DatasetTable
     title: str = ""  # "data.toml, [[datasets]] 1 (clips): 3 videos, 6 items"
@@ -221,7 +221,7 @@ def indent(lines: Iterable[str]) -> list[str]:
 
 
 def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
-    """List the sources of a table with all faults of the listing, and the files beside them.
+    """List the sources of a table with all faults of the listing, and the files next to them.
 
     Remarks name unused files that look as if they were meant to be used.
     """
@@ -329,10 +329,10 @@ def is_unread(source: MediaSource) -> bool:
 
 
 def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
-    """Rewrite the captions of all tables that are not UTF-8; the old file stays beside each as .bak.
+    """Rewrite the captions of all tables that are not UTF-8; the old file stays next to each as .bak.
 
-    encoding: Python's name, or GUESS: a file of uncertain encoding is left as it is. Returns lines about what
-    was done. Raises OutputError if a file cannot be written.
+    encoding: Python's name, or GUESS: a file of uncertain encoding is left unchanged. Returns lines about
+    what was done. Raises OutputError if a file cannot be written.
     """
     converted: list[str] = []
     left: list[str] = []

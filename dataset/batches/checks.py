@@ -289,7 +289,7 @@ def _source_faults(
 
 
 def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield why latents of reference pictures are not what a table asks for. Deleted picture files are no
+    """Yield why latents of reference pictures are not what a table asks for. Deleted picture files are not a
     fault; pictures that a list no longer names are.
     """
     table, rules = item.table, item.table.references

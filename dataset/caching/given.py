@@ -134,7 +134,7 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
 
 
 def embeds_note(path: Path) -> Path:
-    """Return the file that names the texts of the embeddings in `path`: NAME.json beside NAME.pt."""
+    """Return the file that names the texts of the embeddings in `path`: NAME.json next to NAME.pt."""
     return path.with_suffix(".json")
 
 

@@ -1,4 +1,4 @@
-"""Caption files: a text file beside an image or a clip, and a table's additions to their text."""
+"""Caption files: a text file next to an image or a clip, and a table's additions to their text."""
 
 import codecs
 import errno

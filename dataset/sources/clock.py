@@ -115,7 +115,7 @@ def read_mask(
 
 
 def _numbered(frames: Iterator[reading.Frame], numbers: Sequence[int]) -> Iterator[reading.Frame]:
-    """Yield the frames with these ascending numbers; the last frame if all numbers lie beyond it."""
+    """Yield the frames with these ascending numbers; the last frame if all numbers are beyond it."""
     done = 0
     frame = None
     for number, frame in enumerate(frames):
@@ -198,7 +198,7 @@ class _Pair:
 
 
 def _moving_companions(source: MediaSource) -> Iterator[Path]:
-    """Yield the control clips, masks and references of a clip that are no still pictures."""
+    """Yield the control clips, masks and references of a clip that are not still pictures."""
     if source.table.kind == "video" and source.tensors is None:
         yield from source.control
         for path in (source.mask, source.control_mask, *source.references):

@@ -79,8 +79,8 @@ def column_names(path: Path) -> tuple[str, ...]:
 
 
 def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[TableRow]:
-    """Yield the rows of a table with the columns `names`; None: all of them. A name that is no column is left
-    out.
+    """Yield the rows of a table with the columns `names`; None: all of them. A name that is not a column is
+    left out.
 
     A row that cannot be read has a `fault` and no values; the next ones follow. Raises DatasetError if the
     file is missing, does not fit its suffix, or is not UTF-8.

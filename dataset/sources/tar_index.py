@@ -1,9 +1,9 @@
-"""The samples of one tar: read from its headers once, then kept beside the caches for the next run.
+"""The samples of one tar: read from its headers once, then kept next to the caches for the next run.
 
 A sample is the files of a tar whose names are equal up to the first dot (the WebDataset form). Texts are read
-at the same time, because they lie beside the headers. Nothing is unpacked, and names are only labels, so that
-absolute names and links do no harm. Reading the headers of a million samples takes half a minute from memory,
-and far longer from a disk.
+at the same time, because they are next to the headers. Nothing is unpacked, and names are only labels, so
+that absolute names and links do no harm. Reading the headers of a million samples takes half a minute from
+memory, and far longer from a disk.
 """
 
 import contextlib

@@ -55,7 +55,7 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor, alphas: Tensor | N
 
 
 def size_shift(tokens: int, few: tuple[int, float], many: tuple[int, float]) -> float:
-    """Return the flow shift e^mu of a picture of so many tokens.
+    """Return the flow shift e^mu of a picture of this many tokens.
 
     few, many: two numbers of tokens and mu there; mu is on the line through them. Source: the FLUX.1
     reference code.

@@ -18,7 +18,7 @@ class ByteBudget:
 
     @contextlib.contextmanager
     def hold(self, size_bytes: int) -> Iterator[None]:
-        """Wait until so many bytes are free, and hold them until the block ends; blocks are not nested."""
+        """Wait until this many bytes are free, and hold them until the block ends; blocks are not nested."""
         with self._changed:
             self._changed.wait_for(lambda: not self._used or self._used + size_bytes <= self._size_bytes)
             self._used += size_bytes

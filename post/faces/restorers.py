@@ -73,7 +73,7 @@ class ConvLayer(nn.Module):
 
 
 class ParsingBlock(nn.Module):
-    """Two convolutions beside a straight path; `scale` of 0.5, 1 or 2 changes height and width."""
+    """Two convolutions next to a straight path; `scale` of 0.5, 1 or 2 changes height and width."""
 
     def __init__(self, width_in: int, width: int, scale: float) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ ORIGINS = {
 def find_files(options: FacefixOptions) -> tuple[Path, Path, Path]:
     """Return the paths of the model, ParseNet and the detector. Raises CheckpointError if one is missing.
 
-    --model is the model or its folder; the others lie beside it, unless --detection_model is a path.
+    --model is the model or its folder; the others are next to it, unless --detection_model is a path.
     """
     mode, model, named = options.mode, options.network.model, options.detection_model
     if model.is_dir():

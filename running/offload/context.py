@@ -123,7 +123,7 @@ class TokenPart:
 
     @property
     def size(self) -> int:
-        """Return how many tokens each part has, but for the last ones, which may be shorter."""
+        """Return how many tokens each part has, except for the last ones, which may be shorter."""
         return -(-self.length // self.count)
 
     @property

@@ -232,7 +232,7 @@ class Logs:
         self.values(_tracked_values(report), report.step)
 
     def _fitting(self, numbers: Mapping[str, str]) -> dict[str, str]:
-        """Return as many of the numbers as fit beside a bar of some columns."""
+        """Return as many of the numbers as fit next to a bar of some columns."""
         fitting = dict(numbers)
         bar = self.bar.format_dict
         elapsed = tqdm.format_interval(bar["elapsed"])
