@@ -29,7 +29,7 @@ def _shift_options() -> dict[str, LineOption]:
 
 
 def _take_prompt(parser: argparse.ArgumentParser) -> None:
-    """Have the prompt stand without its flag too, and the negative one be empty, as in the known tuner."""
+    """Accept the prompt without its flag too, and leave the negative prompt empty, as in the known tuner."""
     parser.set_defaults(negative_prompt="")
     for action in parser._actions:
         if action.dest == "prompt":

@@ -239,7 +239,7 @@ class _Group:
 
 
 def choose_alternatives(text: str, choose: Choose) -> str:
-    """Return a text with one alternative of each group. Escaped characters stay so until `unescape`.
+    """Return a text with one alternative of each group. Escaped characters stay escaped until `unescape`.
 
     Raises OptionError if groups are nested more than MAX_NESTED deep, and as `choose`.
     """
@@ -361,7 +361,7 @@ def _weight_of(inside: str) -> tuple[str, float] | None:
 
 
 def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
-    """Return the texts of all sections without marks, and with the weights that these gave.
+    """Return the texts of all sections without marks, with the weights that the marks gave.
 
     The second text loses its marks too, but gets no weights: CLIP, which reads it, makes one vector of it.
     """

@@ -326,7 +326,8 @@ _FOREIGN = {
 def refuse_quantised(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError, naming the form, for quantised weights that are not read.
 
-    Call it before shapes are judged, as packed weights have others. Only the marks of layers are read.
+    Call it before shapes are compared, because packed weights have other shapes. Only the marks of layers are
+    read.
     """
     if checkpoint.refusal:
         remedy = "Download or copy it again, or give the bf16 file of the model."

@@ -117,7 +117,7 @@ def quantise_file(options: QuantiseOptions) -> None:
 
 
 def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata without what is true of the old tensors only, and log what is left out."""
+    """Return the metadata without entries that are true only of the old tensors, and log what is left out."""
     remaining = {key: text for key, text in metadata.items() if not key.startswith((*_STALE, *_OF_GGUF))}
     stale = sorted(metadata.keys() - remaining.keys())
     if stale:
@@ -193,7 +193,7 @@ def _transformer(
 
 
 def _common_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
-    """Return what all of these names have in front of them in the file."""
+    """Return the prefix that all of these names have in the file."""
     for name in checkpoint.tensors:
         if name.endswith(names[0]):
             prefix = name.removesuffix(names[0])

@@ -137,7 +137,7 @@ class TokenizerFiles:
 
     @contextlib.contextmanager
     def explain(self, file: Path) -> Iterator[None]:
-        """Turn what the library raises in the block, while it reads or is used, into CheckpointError."""
+        """Turn errors that the library raises in the block into CheckpointError."""
         try:
             with catch_panics():
                 yield

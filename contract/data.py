@@ -200,8 +200,8 @@ class MediaBatch:
     def split_for(self, device: torch.device) -> "list[MediaBatch]":
         """Return the items in the batches for an encoder on that device: one batch; on a CPU, one item each.
 
-        On a CPU a batch gains nothing, and alone an item's numbers do not depend on which items a killed run
-        had left to do.
+        On a CPU a batch gains nothing. Encoded alone, an item's numbers do not depend on the items that a
+        killed run left to do.
         """
         if device.type != "cpu":
             return [self]

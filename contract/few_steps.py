@@ -40,8 +40,8 @@ class FewSteps:
     def told_by(self, path: Path, metadata: Mapping[str, str]) -> tuple[bool, str] | None:
         """Return whether a transformer was distilled, as the nearest telling name says, and that name.
 
-        Names are the file's, those of its folders if the file's says nothing of a model, and those in its
-        metadata. None if no name tells.
+        Names are that of the file, those of its folders if the file's name says nothing about a model, and
+        those in its metadata. None if no name tells.
         """
         words = "|".join(filter(None, (_WORDS, self.words)))
         distilled = re.compile(rf"{_ANYWHERE}|(?<![a-z0-9])(?:{words})(?![a-z0-9])")

@@ -189,7 +189,7 @@ class Source:
         return self.option != LATENTS
 
     def in_words(self) -> Mapping[str, object]:
-        """Return what outputs say of it, by the names of the options."""
+        """Return its entries in the metadata of outputs, by the names of the options."""
         facts: dict[str, object] = {self.option: self.path.name, self.share: self.denoise}
         facts["v2v_noise_mode"] = self.noise_mode
         if self.option == VIDEO and self.pad_mode is not None:

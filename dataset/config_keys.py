@@ -221,7 +221,7 @@ REFERENCES, TEXTS, LEARNING = Stale.REFERENCES, Stale.TEXTS, Stale.LEARNING
 @dataclasses.dataclass(frozen=True)
 class TableKey:
     """One key of a table. kinds: of tables that may have it. only_with: endings of source keys, of which the
-    table needs one; (): any. rank: among LEARNING keys; lower ranks stand first in states and metadata.
+    table needs one; (): any. rank: among LEARNING keys; lower ranks come first in states and metadata.
     """
 
     form: Form

@@ -128,7 +128,7 @@ OTHER_NAMES: Mapping[str, str] = {
 
 
 class SubsetOptions(Options, title="data sets without a TOML file"):
-    """Data sets from folders or a JSON file, and values for whatever a subset does not say itself."""
+    """Data sets from folders or a JSON file, and values for the keys that a subset leaves out."""
 
     train_data_dir: Path | None = option(
         "folder with folders REPEATS_CLASS of pictures, or the pictures of --in_json",

@@ -310,7 +310,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return 0
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens with those around it; weights are not loaded.
+        """Return a function that counts a text's tokens, including those around it; weights are not loaded.
 
         Raises CheckpointError if there is no tokenizer here; none is downloaded.
         """

@@ -163,7 +163,7 @@ def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
 
 
 def _missing_cells(options: GenerationOptions, columns: Sequence[Column]) -> list[Column]:
-    """Return the columns with the cells that have neither a clip nor latents, without complete columns."""
+    """Return the columns that are not complete, each with its cells that have neither a clip nor latents."""
     incomplete: list[Column] = []
     for variant, cells in columns:
         missing = [cell for cell in cells if not _files(options, cell.clip).exist]

@@ -205,8 +205,7 @@ class DitTurns:
         return self._dits[expert]
 
     def _may_stay(self, working: int, coming: int) -> bool:
-        """Return whether a working expert may stay on the device next to the coming one, which is as
-        large."""
+        """Return whether a working expert may stay on the device with the next one, which is as large."""
         if self.lazy or self.together:
             return self.together
         weights = bytes_on(self._dits[working], self.device)

@@ -287,11 +287,10 @@ def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
 
 
 def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
-    """Return the run with these strengths of its LoRAs; if they change, its networks are freed and read
-    again.
+    """Return the run with these strengths of its LoRAs.
 
-    text: numbers separated by commas, one for each LoRA; None: unchanged. Raises OptionError if it cannot
-    be read.
+    If they change, its networks are freed and read again. text: numbers separated by commas, one for each
+    LoRA; None: unchanged. Raises OptionError if it cannot be read.
     """
     options = run.options
     if text is None:

@@ -187,8 +187,10 @@ class OutputOptions(Options, title="output"):
         )
 
     def check_file_name(self, frames: int) -> None:
-        """Raise OptionError if `file_name` does not fit a result of this many frames; below 1: sound
-        alone."""
+        """Raise OptionError if `file_name` does not fit a result of this many frames.
+
+        Below 1: sound alone.
+        """
         path = self.save_path / self.file_name
         what = "a video is made"
         suffix = self.format.suffix

@@ -192,8 +192,8 @@ def norm_tokens(x: Tensor) -> Tensor:
 class LtxBlock(nn.Module):
     """Self-attention, attention to the text, attention between the streams, feed-forward.
 
-    Each stream has its own layers. The times modulate all of them by shift, scale and gate, but in LTX-2.0
-    not the attention to the text.
+    Each stream has its own layers. The times modulate all of them by shift, scale and gate, except the
+    attention to the text in LTX-2.0.
     """
 
     def __init__(self, config: LtxConfig) -> None:

@@ -356,7 +356,7 @@ class Ltx2(Ltx2Media):
         )
 
     def _output_metadata(self, references: Sequence[Path]) -> dict[str, str]:
-        """Return what outputs say of the references and of the stages."""
+        """Return the metadata of outputs about the references and the stages."""
         metadata = {}
         if references:
             metadata["reference_video"] = ", ".join(path.name for path in references)

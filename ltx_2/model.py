@@ -389,7 +389,7 @@ def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tenso
 
 
 def _pair_times(rows: Tensor, batch: int) -> Tensor:
-    """Return B 2 ... of the outputs of B timesteps, and in front those of given tokens, which follow them."""
+    """Return B 2 ...: the outputs for B timesteps, and in front of each those of given tokens."""
     of_timesteps, of_given = rows[:batch], rows[batch:]
     return torch.stack([of_given.expand_as(of_timesteps), of_timesteps], dim=1)
 

@@ -85,7 +85,7 @@ def _turn(theta: float, count: int, device: torch.device, bounds: Tensor, longes
 def _join(axes: list[Tensor], places: Places, heads: int) -> Tensor:
     """Spread the axes over the grid, and their frequencies over the heads: L N D/2 2.
 
-    Each frequency has its axes side by side. The pairs that are left over stand in front and do not turn.
+    Each frequency has its axes side by side. The remaining pairs come first and do not turn.
     """
     grid, spread = places.grid, []
     for axis, table in enumerate(axes):

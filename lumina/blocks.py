@@ -148,7 +148,7 @@ class FeedForward(nn.Module):
 class JointTransformerBlock(nn.Module):
     """Attention and feed-forward, each normed before and after and added to the stream.
 
-    Without modulation the norms stand alone, as in the blocks that refine captions.
+    Without modulation there are only the norms, as in the blocks that refine captions.
     """
 
     attention_class: ClassVar[type[GroupedAttention]] = GroupedAttention

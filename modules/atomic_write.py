@@ -89,12 +89,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
-    """Yield an empty temporary folder next to `path`; if the block succeeds, move its files next to `path`
-    too.
+    """Yield an empty temporary folder next to `path`.
 
-    For files that belong together: none appears until all are written; then they appear in the order of their
-    names. size_bytes: as for `atomic_path`. Raises OutputError if they cannot be written; existing files then
-    stay unchanged.
+    If the block succeeds, move its files next to `path` too. For files that belong together: none appears
+    until all are written; then they appear in the order of their names. size_bytes: as for `atomic_path`.
+    Raises OutputError if they cannot be written; existing files then stay unchanged.
     """
     refuse_writing(path)
     with explain_errors(path):

@@ -182,7 +182,7 @@ def command_line(
     """Run `main` as a program: print a UserError without a traceback and exit with its code.
 
     explain: given the file of a CheckpointError, returns its real kind, or None; printed as a hint.
-    needs_packages: end at once if a package of requirements.txt is missing, but show the help without.
+    needs_packages: end at once if a package of requirements.txt is missing, but show the help without it.
     """
     start_logging()
     try:

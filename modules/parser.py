@@ -144,7 +144,7 @@ class Parser(argparse.ArgumentParser):
         return {flag: shown for flag, shown in names.items() if flag != shown}
 
     def _note_flags(self, words: Sequence[str]) -> None:
-        """Keep the spelling of each option that is given, whole where only its beginning was typed."""
+        """Keep the spelling of each option that is given; in full if only its beginning was typed."""
         flags = self._option_string_actions
         for word in words[: words.index("--") if "--" in words else None]:
             name = word.partition("=")[0]
@@ -199,7 +199,7 @@ class Parser(argparse.ArgumentParser):
         return [*used, *joined]
 
     def _parse_without_required(self, words: list[_Word]) -> tuple[argparse.Namespace, list[str]]:
-        """Return what argparse makes of the words, and those that it leaves, also if options are missing."""
+        """Return argparse's result, and the words that it leaves, also if options are missing."""
         required = [action for action in self._actions if action.required]
         for action in required:
             action.required = False

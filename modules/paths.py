@@ -179,7 +179,7 @@ def protocol_of(address: str) -> str:
 
 
 def split_address(address: str) -> SplitResult:
-    """Take an address apart. One that cannot be (`http://[::1`) is a path alone; asking for it fails."""
+    """Take an address apart. An impossible one (`http://[::1`) counts as a path; requesting it fails."""
     try:
         return urlsplit(address)
     except ValueError:

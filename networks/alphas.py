@@ -239,7 +239,7 @@ def _sources(path: Path, metadata: Mapping[str, str], paths: Mapping[str, str], 
 
 
 def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], start: str) -> _Sources:
-    """Return the alphas that stand in a file's header as keys of their own."""
+    """Return the alphas that are separate keys of a file's header."""
     sources: list[_Source] = []
     warnings: list[str] = []
     # trainers that write this key store alphas as tensors; dotted names show that a converter has
@@ -354,7 +354,7 @@ def _split_key(key: str) -> _Key:
 
 
 def _is_of(network: str, start: str) -> bool:
-    """Return whether a key that begins with `network` belongs to the one that a pipeline calls `start`."""
+    """Return whether a key that begins with `network` belongs to what a pipeline calls `start`."""
     if not network or f"{network}." == start:
         return True
     match = _OF_TEXTS.fullmatch(network)

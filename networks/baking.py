@@ -68,7 +68,7 @@ Weights = Mapping[str, Sequence[StoredWeight]]
 
 
 class Loss(NamedTuple):
-    """Norms of a change, and of what is lost of it."""
+    """Norms of a change, and of the part of it that is lost."""
 
     size: float
     lost: float
@@ -280,7 +280,7 @@ def _weights_of_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeigh
 
 
 def _weights_of_dit(checkpoint: Checkpoint, family: FamilyNames | None) -> Iterator[tuple[str, StoredWeight]]:
-    """Yield our tensors as they are made from a file's, as far as the family's lists go."""
+    """Yield how our tensors are made from a file's, for the names in the family's lists."""
     bare = bare_names(checkpoint)
     sources = plain_sources(bare)
     if family is not None:

@@ -190,7 +190,7 @@ class _NamedModules(NamedTuple):
         return {self.modules[place.path]: place.path for place in self.places.values()}
 
     def counts(self, by_key: Mapping[str, int]) -> dict[str, int]:
-        """Return numbers by key as numbers by module of ours."""
+        """Turn numbers by key into numbers by our modules."""
         counts: dict[str, int] = {}
         for key, count in by_key.items():
             if key in self.places:
@@ -246,7 +246,7 @@ def _first_keys(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _repeated_keys(names: Mapping[str, str], first_keys: Mapping[str, str]) -> dict[str, str]:
-    """Return the keys of names that another key has too: key -> the first key of the name."""
+    """Return the keys whose name an earlier key has too: key -> the first key of that name."""
     return {key: first_keys[name] for key, name in names.items() if first_keys[name] != key}
 
 

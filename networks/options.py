@@ -22,7 +22,7 @@ BASE = "base"
 
 
 class FrozenModelOptions(Options, title="frozen model"):
-    """What the frozen model has in training steps alone, and whether it teaches the network."""
+    """What is added to the frozen model in training steps only, and whether the model teaches the network."""
 
     training_adapter: Path | None = option(
         "LoRA file that the model has only in training steps, such as one that undoes a distillation: "

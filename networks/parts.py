@@ -242,8 +242,8 @@ def _likely_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int
 def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False) -> Factors | str:
     """Return factors for a weight of this height, or the reason why there are none.
 
-    is_for_model: whole differences are made of what no factors can be joined of. They are large: files get
-    them apart.
+    is_for_model: make whole differences of parts whose factors cannot be joined. These are large, so files
+    get the parts separately.
     """
     first = pieces[0]
     if first.part.index is None and len(pieces) == 1:

@@ -120,7 +120,10 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
 
 
 def _alone(path: str | None, factors: Factors, reason: str = _UNKNOWN) -> Pieces | str:
-    """Return the factors of a module that is whole in the other dialect. reason: why, if it has no path."""
+    """Return the factors of a module that is whole in the other dialect.
+
+    reason: why it has no path, if so.
+    """
     return reason if path is None else {path: factors}
 
 

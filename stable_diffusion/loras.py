@@ -165,8 +165,8 @@ def load_networks(
 ) -> ChosenLoras | None:
     """Put the files of `--network_weights` into a model; return those whose strengths can be chosen.
 
-    loras: the files, if they are read already. Returns None if there are none, or if all are folded in for
-    good. Raises CheckpointError if a file is not a LoRA or does not fit.
+    loras: the files, if they are read already. Returns None if there are none, or if all are folded in
+    permanently. Raises CheckpointError if a file is not a LoRA or does not fit.
     """
     if not options.files:
         return None
@@ -201,7 +201,7 @@ def load_networks(
 
 
 def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> None:
-    """Fold LoRAs into the weights of the networks for good."""
+    """Fold LoRAs permanently into the weights of the networks."""
     for target in targets:
         target_uses = uses_for(uses, target.prefix)
         if target_uses:

@@ -90,7 +90,7 @@ def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
 def check_regions(parts: int, loras: int, is_folded: bool) -> None:
     """Raise OptionError if a mask cannot give each part of a prompt and its LoRA a region.
 
-    loras: number of LoRAs that are not folded in for good. is_folded: LoRAs are folded in for each batch.
+    loras: number of LoRAs that are not folded in permanently. is_folded: LoRAs are folded in for each batch.
     """
     if is_folded:
         raise OptionError(

@@ -100,7 +100,7 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
 def _list_rates(options: TrainingOptions) -> dict[str, float]:
     """Return the learning rates of the parts of the networks, by the option that gives each.
 
-    Parts with rate 0 do not learn. What only the loaded networks tell is left out.
+    Parts with rate 0 do not learn. Facts that only the loaded networks show are left out.
     """
     base, parts = options.optimizer.learning_rate, options.parts
     rates = {"--learning_rate": base}

@@ -55,8 +55,8 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
     """The `ss_*` entries that stay the same over the run; with --no_metadata only keys for loading.
 
     optimizer, lr_scheduler: their names. `Family.metadata` has architecture, implementation, sd_model_name,
-    vae_name; resolution if it is not the usual one; base_model_version where files name the model otherwise
-    than we; trained_for where a model has several uses that its files do not tell apart. A whole DiT has no
+    vae_name; resolution if it is not the usual one; base_model_version if files name the model otherwise than
+    we do; trained_for if a model has several uses that its files do not distinguish. A whole DiT has no
     `ss_network_*`: these mark a LoRA.
     """
     network, family = plan.options.network, plan.family

@@ -249,8 +249,8 @@ class _NamedDit(NamedTuple):
 def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
     """Compare the names of the transformers with their options.
 
-    Raises OptionError if both say that they were swapped. Warns if one of them does, as a name is only a
-    hint.
+    Raises OptionError if both names say that the files were swapped. Warns if only one of them does, because
+    a name is only a hint.
     """
     dits = {}
     for option, path, use in (("--dit", dit, LOW_NOISE), ("--dit_high_noise", dit_high_noise, HIGH_NOISE)):

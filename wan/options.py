@@ -309,7 +309,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
 def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:
     """Return the --task of a training from caches of latents, if it is not the usual one.
 
-    family: as it made them. Which size of the model is trained the caches do not tell.
+    family: as it made them. The caches do not show which size of the model is trained.
     """
     has_features = options.clip is not None
     if options.vace:

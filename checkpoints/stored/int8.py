@@ -216,7 +216,10 @@ def _parts(x: Tensor) -> list[slice]:
 def _by_parts(
     make: Callable[[slice], Tensor], x: Tensor, dtype: torch.dtype, columns: int | None = None
 ) -> Tensor:
-    """Return what `make` makes of parts of the rows of x, in a dtype. columns: those of x if None."""
+    """Apply `make` to parts of the rows of x, and return the result in a dtype.
+
+    columns: those of x if None.
+    """
     parts = _parts(x)
     if len(parts) == 1:
         return make(parts[0]).to(dtype)

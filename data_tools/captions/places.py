@@ -104,8 +104,8 @@ class CaptionList:
     def write(self, changes: Mapping[str, Change], is_foreign: bool) -> int:
         """Write values into lines, except lines that others have changed meanwhile; return how many.
 
-        changes: (old values, new values) by the path in the line. is_foreign: a person wrote what is
-        replaced: the first such write of a run keeps the old list as .bak. Raises OutputError.
+        changes: (old values, new values) by the path in the line. is_foreign: a person wrote the replaced
+        values; then the first write of a run keeps the old list as .bak. Raises OutputError.
         """
         for _ in range(TRIES):
             try:

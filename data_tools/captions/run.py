@@ -194,7 +194,7 @@ def _make_captions(
 
 
 class _Refusals:
-    """Count sources that can be read and get no caption; end a run in which that is the rule."""
+    """Count readable sources that get no caption; end the run if nearly all of them get none."""
 
     def __init__(self) -> None:
         self._has_answer = False

@@ -290,7 +290,7 @@ def _source_faults(
 
 def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
     """Yield why latents of reference pictures are not what a table asks for. Deleted picture files are not a
-    fault; pictures that a list no longer names are.
+    fault; pictures that a list no longer names are one.
     """
     table, rules = item.table, item.table.references
     if table.clip_references is not None and table.directory is not None:

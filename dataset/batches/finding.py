@@ -99,7 +99,7 @@ def _add_table(
     stores: Stores,
     sound: SoundSpec | None,
 ) -> None:
-    """Add the items of a table to `listing`, and what is missing of them."""
+    """Add the items of a table to `listing`, and their missing files."""
     store = stores.of(table)
     texts_store = stores.of_texts(table)
     names = store.names()

@@ -142,7 +142,7 @@ class _Timing:
 
     @property
     def likely(self) -> int:
-        """Return how many frames there are, as far as the duration tells; 0: unknown."""
+        """Return the number of frames by the duration; 0: unknown."""
         return self.frames or (round(self.seconds * self.rate) if self.rate > 0 else 0)
 
 

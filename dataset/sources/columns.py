@@ -199,7 +199,7 @@ def _open_csv(path: Path, kind: str) -> tuple[list[str], Any]:
 
 
 def _mark_between(first: str, kind: str) -> str:
-    """Return what stands between the cells of a table, from the line that names its columns."""
+    """Return the separator of a table's cells, from the line that names its columns."""
     if kind == TSV or ("," not in first and ";" not in first and "\t" in first):
         return "\t"
     # spreadsheets write semicolons where the comma stands in numbers
@@ -267,7 +267,7 @@ def _parquet_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRo
 def _parquet_batches(
     file: Any, path: Path, names: Sequence[str], limit: parquet.Unpacking
 ) -> Iterator[list[list[Any]]]:
-    """Yield the values of some rows after the others, by column. limit: counts what they take."""
+    """Yield the values of rows by column, some rows at a time. limit: counts the memory that they take."""
     for group in range(file.metadata.num_row_groups):
         largest = parquet.largest_value(file, parquet.Unpacking.of(path), group, names)
         num_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))

@@ -116,7 +116,7 @@ class _UnreadRules:
         return _UnreadRules(kinds, read, captions, {suffix.lower() for suffix in captions})
 
     def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
-        """Return whether a file is no media, but usual in such a folder. has_media: media with its stem are
+        """Return whether a file is not media, but usual in such a folder. has_media: media with its stem are
         there.
         """
         if (suffix in self.caption_suffixes and has_media) or name.lower() in NO_MEDIA:

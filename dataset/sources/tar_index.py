@@ -350,8 +350,8 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
 
 
 def _name_of(info: tarfile.TarInfo, file: BinaryIO) -> str:
-    """Return the name of a member without times: GNU tar writes these into incremental archives, where others
-    have the beginning of a name, and `tarfile` takes them for it.
+    """Return the name of a member without times: GNU tar writes times into incremental archives where other
+    archives have the beginning of a name, and `tarfile` reads them as such.
     """
     if not info.name[0].isdigit():
         return info.name

@@ -333,8 +333,7 @@ def _open_writers(
     rate: Fraction,
     covers: bool,
 ) -> Iterator[tuple["TrackSound | Companions | SectionSound | None", "Companions | None"]]:
-    """Yield the writer of the streams next to the new pictures, and the same again if it copies a whole
-    video.
+    """Yield the writer of the other streams, and the same again if it copies a whole video.
 
     It writes a generated track, or streams of a video that is opened here. None: there is neither, or the
     video is a GIF or WebP animation.

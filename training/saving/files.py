@@ -72,7 +72,7 @@ class MinuteClock:
 class Saver:
     """Write files and states of a run and remove expired ones, in the main process.
 
-    Others of a split model only give that one their part of what it writes.
+    The other processes of a split model only give it their part of the data.
     """
 
     options: SavingOptions
