@@ -189,7 +189,7 @@ class SafetensorsFile(HeaderFile):
 
 
 def _checked_shape(name: str, shape: Sequence[Any], begin: Any, end: Any) -> tuple[int, ...]:
-    """Return a tensor's shape. Raises ValueError if it or the place of its bytes cannot be that of one."""
+    """Return a tensor's shape. Raises ValueError if no tensor can have it, or bytes at that place."""
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
         raise ValueError(f"{name} has the shape {shape} at bytes {begin} to {end}")
     if math.prod(max(number, 1) for number in shape) > MAX_ELEMENTS:

@@ -219,8 +219,8 @@ def settle(
 def keep_usable_media(request: Request, taken: Mapping[str, bool], why_not: str) -> Request:
     """Return the request without media that cannot be used, and warn about those.
 
-    taken: by name of the field, `image_path`. why_not: "--task t2v-1.3B does not take it".
-    Raises OptionError if a file or folder that is taken does not exist or cannot be read.
+    taken: by the name of the field, such as `image_path`. why_not: "--task t2v-1.3B does not take it". Raises
+    OptionError if a file or folder that is taken does not exist or cannot be read.
     """
     for name, is_taken in taken.items():
         media, option = getattr(request, name), _OPTIONS.get(name, name)

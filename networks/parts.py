@@ -510,6 +510,6 @@ def mend_split_alphas(
 
 
 def _count_parts(name: str) -> int:
-    """Return in how many parts, with some of its rows, other layouts have a module."""
+    """Return the number of parts, each with some of its rows, that other layouts make of a module."""
     parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
     return len({part.index for part in parts} - {None, SWAPPED})

@@ -124,7 +124,7 @@ def _warn_of_fewer(
 
 
 def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
-    """Warn if a cache that was made before clip and companions shared one clock would be different now.
+    """Warn of caches from before clip and companions shared one clock, if they would be different now.
 
     Compares the headers of the source files; missing files are skipped.
     """

@@ -293,7 +293,7 @@ def _tracked_values(report: StepReport) -> dict[str, float]:
 
 
 def check_trackers(options: LogOptions) -> None:
-    """Raise OptionError, naming the package to install, if a tracker's is missing.
+    """Raise OptionError, naming the package to install, if the package of a tracker is missing.
 
     Raises UserError if --log_tracker_config cannot be read, OutputError if nothing can be written in
     --logging_dir.
