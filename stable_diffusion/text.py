@@ -112,8 +112,7 @@ class Texts:
         return torch.cat(copies * (self._copies // len(ids))), pooled
 
     def _copy_ids(self, tower: TextTower, ids: Tensor) -> list[Tensor]:
-        """Return a text's ids, K 77: once, or for each cross-attention if words have vectors of their own
-        there."""
+        """Return a text's ids, K 77: once, or for each cross-attention if its words' vectors differ."""
         if tower.strides is None:
             return [ids]
         strides = tower.strides[ids]
