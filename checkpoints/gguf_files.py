@@ -103,7 +103,7 @@ class GgufFile(HeaderFile):
         for begin, end, name in sorted(places):
             if begin < last or end > size:
                 raise ValueError(
-                    f"{name} lies at bytes {begin} to {end} of {size}, other tensors end at {last}"
+                    f"{name} is at bytes {begin} to {end} of {size}, other tensors end at {last}"
                 )
             last = end
 

@@ -186,7 +186,7 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
     twice = [name for name in above if name in general]
     if twice:
         problems.append(f"above all tables and in [general]: {', '.join(twice)}; leave one out")
-    logger.info("%s: read as if in [general]: %s, which stand above all tables", path, ", ".join(above))
+    logger.info("%s: read as if in [general]: %s, which are above all tables", path, ", ".join(above))
     content = {name: value for name, value in content.items() if name not in above}
     return {**content, "general": {**general, **above}}
 

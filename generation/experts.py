@@ -279,7 +279,7 @@ class DitTurns:
         if self.lazy:
             return ", as --lazy_loading asks"
         if self.device.type not in {"cpu", "cuda"}:  # a thread must not compute on others
-            return f": {self.device.type} cannot prepare it beside its work"
+            return f": {self.device.type} cannot prepare it while it works"
         dit = self._dits[present]  # the next one is as large
         room = self.host_room()
         needed = sum(tensor.nbytes for tensor in chain(dit.parameters(), dit.buffers()))

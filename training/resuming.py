@@ -78,7 +78,7 @@ def _explain_no_state(resume: str, folder: Path, name: str) -> None:
     if resume == LATEST_ONLY:
         raise OptionError(
             f"--resume {resume}: there is no state of {name} in {folder}: none was saved yet, or it is "
-            f"elsewhere.{earlier} Leave --resume out to begin anew, or begin with what was trained: "
+            f"elsewhere.{earlier} Leave --resume out to start over, or begin with the trained weights: "
             f"{states.FRESH_START}"
         )
     if is_trained and not aside:

@@ -223,8 +223,9 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
     vace_dim = shapes.get("vace_patch_embedding.weight", (0, 0))[1]
     if vace_layers and (layers % vace_layers or vace_dim != VACE_DIM):
         raise CheckpointError(
-            f"{path}: {vace_layers} VACE blocks beside {layers} blocks, and a vace_patch_embedding for "
-            f"{vace_dim} channels. Each of VACE's belongs to equally many others, and they take {VACE_DIM} "
+            f"{path}: {vace_layers} VACE blocks next to {layers} blocks, and a vace_patch_embedding for "
+            f"{vace_dim} channels. Each block of VACE belongs to the same number of other blocks, and "
+            f"they take {VACE_DIM} "
             "channels. Download it again.",
             path,
         )
@@ -261,8 +262,8 @@ def _check_places(path: Path, layers: int, vace_layers: int) -> None:
     is_its = isinstance(settings, dict) and settings.get("num_layers") == layers
     if is_its and settings.get("vace_layers", usual) != usual:
         raise CheckpointError(
-            f"{file}: vace_layers are {settings['vace_layers']}; VACE's blocks run beside {usual} here, as "
-            "in all that was released. Give such a model, or correct the file.",
+            f"{file}: vace_layers are {settings['vace_layers']}; VACE's blocks run next to {usual} here, "
+            f"as in every release. Give such a model, or correct the file.",
             path,
         )
 

@@ -129,7 +129,7 @@ def read_jsonl(path: Path, names: Collection[str] | None, example: str = "") -> 
         except ValueError as error:
             fault = f"invalid JSON: {error}{hint}"
             if line.rstrip().endswith("},"):
-                fault = f"a comma stands behind the object. Remove it{hint}"
+                fault = f"there is a comma after the object. Remove it{hint}"
         if is_first and not isinstance(record, dict):
             _refuse_other_form(path, line)
         is_first = False

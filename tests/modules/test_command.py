@@ -439,13 +439,13 @@ COMMAND = (
 
 
 def test_lines_end_at_blanks_and_commands_and_paths_stay_whole() -> None:
-    path = f"/data/{'x' * 60}/clip.mp4: no caption beside it"
+    path = f"/data/{'x' * 60}/clip.mp4: no caption next to it"
     assert fold("\n".join([SENTENCE, COMMAND, path, "short"]), 60).split("\n") == [
         "  LTX-2 takes clips of 8n + 1 frames, and the sides of a",
         "  FramePack clip are multiples of sixteen.",
         COMMAND,
         f"/data/{'x' * 60}/clip.mp4:",
-        "no caption beside it",
+        "no caption next to it",
         "short",
     ]
     assert fold(SENTENCE, None) == SENTENCE  # no terminal

@@ -112,7 +112,7 @@ def test_all_faults_of_all_tables_are_reported_in_one_run(tmp_path: Path) -> Non
     for part in (
         "1 has a caption that cannot be used:",
         "Windows-1251 (Cyrillic): 'девушка на улице'",
-        "clip_2.mp4: no clip_2.txt beside it",
+        "clip_2.mp4: no clip_2.txt next to it",
         "clip_3.mp4 is empty (0 bytes)",
         "absent: No such file or directory",
         "clip_1.mp4: 7 frames, too few for 9 of target_frames",
