@@ -29,7 +29,7 @@ def _shift_options() -> dict[str, LineOption]:
 
 
 def _take_prompt(parser: argparse.ArgumentParser) -> None:
-    """Have the prompt stand without its flag too, and the negative one be empty, as in the known tuner."""
+    """Accept the prompt without its flag too, and leave the negative prompt empty, as in the known tuner."""
     parser.set_defaults(negative_prompt="")
     for action in parser._actions:
         if action.dest == "prompt":
@@ -44,7 +44,7 @@ DEFAULTS = ScriptDefaults(
         **dict.fromkeys(("video_size", "width", "height", "y1", "y2"), ""),
         "flow_shift": "time shift of the schedule, e^mu, in place of --mu; default: by size, of Turbo e^1.15",
         "guidance_scale": "weight of the prompt: negative + weight * (positive - negative); 1 turns guidance "
-        "off. Others count it from 0, one less; default: 1 for Turbo, else 5.5",
+        "off. Other programs count it from 0, one less; default: 1 for Turbo, else 5.5",
         "infer_steps": "number of denoising steps; default: 8 for Turbo, else 28",
     },
     sample_solver="vanilla",

@@ -35,8 +35,8 @@ DEFAULTS = ScriptDefaults(
 def settle(
     shared: GenerationOptions, family_options: Ltx2GenerationOptions
 ) -> tuple[GenerationOptions, Ltx2GenerationOptions]:
-    """Settle what has two names; take the factors of references from LoRAs that say them, and such LoRAs out
-    of a second stage.
+    """Settle options that have two names. Take the factors of references from LoRAs that record them, and
+    leave such LoRAs out of a second stage.
     """
     shared, family_options = settle_generation(shared, family_options)
     if VIDEO not in family_options.streams:

@@ -8,7 +8,7 @@
 Tests that compare with recorded numbers run again with the arithmetic of other processors: of old ones, and
 with AVX-512 if this processor has it. They run once more with the Python that the environment variable
 REELSMITH_SECOND_PYTHON names, or that of .venv-second: an environment with another torch, made by you.
-Tests that failed beside others run once more, alone: what passes then is named and does not fail the run.
+Tests that failed while others ran run once more, alone: what passes then is named and does not fail the run.
 Further arguments go to pytest.
 """
 

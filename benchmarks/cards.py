@@ -202,7 +202,7 @@ def plan_for(run: PlannedRun, card: int, places: dict[str, str]) -> str:
         run.main(argv)
     text = shown.getvalue()
     if "\nFits:" in text:
-        return f"`{encoder}`" if encoder else "as it is"
+        return f"`{encoder}`" if encoder else "no option"
     advice = re.findall(
         r"^  (.+?)(?:: ([\d.]+) GiB.*)?$", text.partition("the cheapest first:\n")[2], re.MULTILINE
     )

@@ -7,9 +7,9 @@ guidance_formulas: formulas of guidance, each made a `GuidanceStage`
 latent_preview: show a clip in a file while it is denoised
 metadata: `bt_*` texts in latent files, pictures and videos
 metaview: command: show how files say they were made
-model_utility: command: inspect model files, and write them anew
+model_utility: command: inspect model files, and rewrite them
 model_utility_options: options of model_utility.py: file and result
-model_work: the work of model_utility.py: inspect, write anew
+model_work: the work of model_utility.py: inspect, rewrite
 options: options of guidance, prompts, previews, long videos, step caches
 prompt_rewrite: a chat model turns requests into full descriptions
 prompt_syntax: draws and weights in prompts: `(red:1.4)`, `{a|b}`, `__name__`

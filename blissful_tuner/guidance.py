@@ -323,8 +323,8 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
 
     text: comma-separated `k`, `a-b` or `e~m` (every m-th step), each with an optional `:scale`, by default
     `guidance_scale`; `!` in front excludes. Later entries override earlier ones; exclusions override all
-    entries, wherever they stand. Raises OptionError naming the entry if it is not a number, lies outside
-    1..steps, runs backwards, or has a scale that is no number or too large.
+    entries, wherever they are. Raises OptionError naming the entry if it is not a number, is outside
+    1..steps, runs backwards, or has a scale that is not a number or too large.
     """
     scales: dict[int, float] = {}
     excluded: set[int] = set()

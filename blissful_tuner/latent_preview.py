@@ -137,7 +137,7 @@ class LatentPreviews:
             return
         needed = decoding_bytes(self.vae.config, dtype_on(self.device), height, width)
         if not self.has_room(needed):
-            room = f"{needed / 2**20:,.0f} MiB free beside the transformer"
+            room = f"{needed / 2**20:,.0f} MiB free in addition to the transformer"
             self._leave_out_vae(f"the device is not known to have {room}")
 
     @torch.no_grad()
@@ -254,7 +254,7 @@ def make_previews(
 ) -> LatentPreviews | None:
     """Return the previews that the options ask for; None if they ask for none.
 
-    has_room: whether so many bytes of the device are free beside the network. Raises as `check_preview`.
+    has_room: whether this many bytes of the device are free next to the network. Raises as `check_preview`.
     """
     if options.preview_latent_every is None:
         return None

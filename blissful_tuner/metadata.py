@@ -53,8 +53,8 @@ def output_metadata(
     folders.
 
     model: `Family.metadata`. loras: by expert, "" for those that have no LoRAs of their own, file name and
-    multiplier of each. settings: the script's options that were given and that nothing else here says, by
-    name. device: the kind that made it. created: when. experts: `Family.experts`.
+    multiplier of each. settings: the other options of the script that were given, by name. device: the kind
+    of device that made it. created: the time. experts: `Family.experts`.
     """
     values: dict[str, object] = {
         "model_type": model.get("model_type"),

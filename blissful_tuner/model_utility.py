@@ -1,4 +1,4 @@
-"""Look into model files of any size, and write them anew: other dtype, names, one file or several.
+"""Look into model files of any size, and rewrite them: other dtype, names, one file or several.
 
 All options: python blissful_tuner/model_utility.py --help
 """
@@ -19,7 +19,7 @@ from modules.parser import parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Show what a file is, and write it anew if that is asked for. Raises UserError."""
+    """Show what a file is, and rewrite it if that is asked for. Raises UserError."""
     (options,) = parse_options(__doc__, argv, ModelUtilityOptions)
 
     from blissful_tuner.model_work import Knowledge, work

@@ -1,4 +1,4 @@
-"""Inspect a model file and write it anew: the work of model_utility.py."""
+"""Inspect a model file and rewrite it: the work of model_utility.py."""
 
 import hashlib
 import json
@@ -85,7 +85,7 @@ def as_lines(facts: Facts, listed: Mapping[str, TensorInfo] | None) -> Iterator[
     for name, count, size_bytes in dtypes_of(facts.tensors):
         yield f"  {name}: {count_of(count, 'tensor')}, {as_size(size_bytes)} ({size_bytes:,} bytes)"
     if facts.left_out:
-        yield f"beside the tensors, not read: {_line(', '.join(facts.left_out))}"
+        yield f"in addition to the tensors, not read: {_line(', '.join(facts.left_out))}"
     if facts.metadata:
         yield "metadata:"
         for key, text in list(facts.metadata.items())[:MOST_VALUES]:
@@ -194,7 +194,7 @@ def work(
     knowledge: Knowledge,
     ask: Callable[[str], Answer | None] = ask_yes_or_no,
 ) -> None:
-    """Show the facts of a file, and write it anew if the options ask for it.
+    """Show the facts of a file, and rewrite it if the options ask for it.
 
     ask: answers whether files that exist are replaced. Raises UserError.
     """

@@ -162,7 +162,7 @@ class PromptOptions(Options, title="prompts"):
         "often"
     )
     prompt_weighting: bool = option(
-        "(word:1.4) in a prompt multiplies what the model is given for that part; (word) means 1.1, "
+        "(word:1.4) in a prompt multiplies the model's input for that part; (word) means 1.1, "
         "\\( a parenthesis"
     )
 
@@ -209,7 +209,7 @@ class PreviewOptions(Options, title="previews"):
     """When to show a preview, and how to decode it."""
 
     preview_latent_every: int | None = option(
-        "every so many steps show the clip as it is expected to become, in latent_preview.mp4 or .png in "
+        "every N steps, show the clip as it will probably look, in latent_preview.mp4 or .png in "
         "--save_path; counts sections if a clip is made in several (FramePack)",
         least=1,
         hint="leave it out for no previews",
@@ -272,7 +272,7 @@ class StepCacheOptions(Options, title="step caches: skip passes that resemble th
         hint="MagCache and TeaCache both decide which steps are skipped",
     )
     magcache_retention_ratio: float = option(
-        f"share of the steps at the start of which none is skipped; default {RETENTION:g}",
+        f"share of the steps, from the first on, in which nothing is skipped; default {RETENTION:g}",
         default=RETENTION,
         least=0,
         most=1,

@@ -106,7 +106,8 @@ class Drawing:
             chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*keys[:4], key))
             raise OptionError(
                 f"--prompt_wildcards: {where} is drawn by wildcards that draw one another more than "
-                f"{MAX_WILDCARD_ROUNDS} times ({chain} ...). Take the one out of the file that leads back"
+                f"{MAX_WILDCARD_ROUNDS} times ({chain} ...). Remove the wildcard that leads back from "
+                "its file"
             )
         if len(self.drawn) == MAX_WILDCARD_DRAWS:
             raise OptionError(
@@ -132,8 +133,8 @@ def sums_of(weights: Sequence[float], where: str) -> tuple[float, ...]:
     sums = tuple(itertools.accumulate(weights))
     if not 0 < sums[-1] <= MOST_WEIGHT:
         raise OptionError(
-            f"{where}: the weights of what is to draw from are together {sums[-1]:g}. Give one of them more "
-            f"than 0, and all at most {MOST_WEIGHT:g}"
+            f"{where}: the weights of the texts to draw from add up to {sums[-1]:g}. Give one of them "
+            f"more than 0, and all together at most {MOST_WEIGHT:g}"
         )
     return sums
 
@@ -199,7 +200,7 @@ def read_lines_of(path: Path, where: str) -> Lines:
         text, weight = _parse_line(line)
         if not 0 <= weight <= MOST_WEIGHT:
             raise OptionError(
-                f"{path}, line {number}: the weight {weight:g} is not one. Give 0 to {MOST_WEIGHT:g}"
+                f"{path}, line {number}: {weight:g} is not a weight. Give 0 to {MOST_WEIGHT:g}"
             )
         texts.append(text)
         weights.append(weight)
@@ -270,7 +271,7 @@ class _Alternative(NamedTuple):
 
 
 def choose_alternatives(text: str, choose: Choose) -> str:
-    """Return a text with one alternative of each group. Escaped characters stay so until `unescape`.
+    """Return a text with one alternative of each group. Escaped characters stay escaped until `unescape`.
 
     Raises OptionError if groups are nested more than MAX_NESTED deep, and as `choose`.
     """
@@ -407,7 +408,7 @@ def _weight_of(inside: str) -> tuple[str, float] | None:
 
 
 def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
-    """Return the texts of all sections without marks, and with the weights that these gave.
+    """Return the texts of all sections without marks, with the weights that the marks gave.
 
     The second text loses its marks too, but gets no weights: CLIP, which reads it, makes one vector of it.
     """

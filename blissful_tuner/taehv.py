@@ -243,7 +243,7 @@ def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[Tae
 def check_taehv(path: Path, latent: LatentSpec) -> TaehvConfig:
     """Return the dimensions of the decoder in a file; only names and shapes are read.
 
-    Raises CheckpointError if it is no TAEHV, or one for other latents.
+    Raises CheckpointError if it is not a TAEHV, or one for other latents.
     """
     with open_checkpoint(path) as checkpoint:
         plan = for_latents(read_taehv(checkpoint), latent)

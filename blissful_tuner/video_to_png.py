@@ -26,7 +26,7 @@ class VideoToPngOptions(Options):
         "input's folder)"
     )
     num_frames: int | None = option(
-        "write only so many from the beginning, and read no more",
+        "write only this many frames from the beginning, and read no more",
         least=1,
         hint="leave it out for all frames",
     )

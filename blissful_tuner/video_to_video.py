@@ -104,7 +104,7 @@ def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> 
 
 
 def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) -> None:
-    """Warn if a picture or video gets other proportions."""
+    """Warn if the proportions of a picture or video change."""
     from modules.media import reading  # only with a source file
 
     if source.option == IMAGE:

@@ -150,7 +150,7 @@ def _is_cast_fp8(checkpoint: Checkpoint, change: CheckpointChange, name: str) ->
 
 
 def _without_scales(names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]) -> list[str]:
-    """Return the names without what the unscaled weights no longer need once their scales are applied."""
+    """Return the names without those of scales, which weights no longer need once the scales are applied."""
     unneeded = {scales[weight] for weight in unscaled}
     for weight in unscaled:
         layer = weight.removesuffix(".weight")
@@ -242,7 +242,7 @@ def _metadata(
     notes = []
     for key, text in checkpoint.metadata.items():
         if key.startswith(tuple(stale)):
-            notes.append(f"{key} is left out: it is that of the old tensors")
+            notes.append(f"{key} is left out: it belongs to the old tensors")
         else:
             metadata[key] = text
     if HEADER in metadata:
@@ -371,7 +371,7 @@ def gather(path: Path) -> Checkpoint:
     for key in checkpoint.metadata:
         values = {metadata[key] for metadata in checkpoint.parts.values() if key in metadata}
         if len(values) > 1:
-            logger.warning("%s: its files say different things of %s; the last one's counts", path, key)
+            logger.warning("%s: its files differ in %s; the last file counts", path, key)
     if repeated:
         logger.info(
             "%s: %d tensors are in two files, equal in both: %s ...", path, len(repeated), repeated[0]

@@ -75,7 +75,7 @@ def is_pointer_or_page(start: bytes) -> bool:
 
 
 def describe_kind(start: bytes) -> str:
-    """Return the kind of a file with this beginning that is no model, and a remedy."""
+    """Return the kind of a file with this beginning that is not a model, and a remedy."""
     if start.startswith(GGUF):
         return "is a GGUF file, which is not read here. Give the safetensors or .pth file of the same model."
     if ONNX.match(start):
@@ -136,7 +136,7 @@ class HeaderFile:
         raise NotImplementedError
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor to be copied from at once; its bytes may lie in `scratch` (uint8)."""
+        """Return a tensor to be copied from at once; its bytes may be in `scratch` (uint8)."""
         info, place = self.tensors[name], self._places[name]
         return info.read(self._file, place, scratch=scratch, path=self.path, name=name)
 
@@ -203,7 +203,7 @@ def _check_places(places: Iterable[tuple[int, int, str]]) -> int:
 
 
 def _checked_shape(name: str, shape: Sequence[Any], begin: Any, end: Any) -> tuple[int, ...]:
-    """Return a tensor's shape. Raises ValueError if it or the place of its bytes cannot be that of one."""
+    """Return a tensor's shape. Raises ValueError if no tensor can have it, or bytes at that place."""
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
         raise ValueError(f"{name} has the shape {shape} at bytes {begin} to {end}")
     if math.prod(max(number, 1) for number in shape) > MAX_ELEMENTS:

@@ -261,8 +261,8 @@ def join_parts(
     """Map each of our names to how its tensor is made from those of a file.
 
     stored: by the file's names. table: of the file's dialect; a name that ends in #n is the nth of the parts
-    that are stacked by rows in our tensor. swapped: our names of tensors whose halves the file has in the
-    other order.
+    that are stacked by rows in our tensor. swapped: our names of tensors whose halves are in the other order
+    in the file.
     """
     parts: dict[str, dict[int, TensorSource]] = {}
     for theirs, source in stored.items():

@@ -1,6 +1,6 @@
-"""Find encoders in Hugging Face's layout, under any prefix and beside other networks; read config.json.
+"""Find encoders in Hugging Face's layout, under any prefix and next to other networks; read config.json.
 
-Also check whether the width of an encoder's states fits the transformer beside it.
+Also check whether the width of an encoder's states fits the transformer next to it.
 """
 
 import logging

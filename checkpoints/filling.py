@@ -134,7 +134,7 @@ def load_module(
     and dtype.
 
     sources: our state-dict names -> how each is made. dtype: (our name, dtype in the file) -> dtype to keep.
-    patch: given our name and the weight before it is rounded to that dtype; returns the weight to keep.
+    patch: takes our name and the weight before it is rounded to that dtype; returns the weight to keep.
     ignore: patterns (`*`) of tensors in the file that need not be used. what: the option or network, for
     messages. host: keeps some of the tensors in host memory; whatever has to be computed for them is computed
     on the device. check: called before each tensor, in place of a progress bar; it may raise to end the
@@ -459,7 +459,7 @@ def _find_unexpected(
     sources: Mapping[str, TensorSource],
     ignore: Sequence[str],
 ) -> list[str]:
-    """Return the file's tensors that no target is made of and no pattern ignores."""
+    """Return the file's tensors that are used by no target and ignored by no pattern."""
     used: set[str] = set()
     unneeded: set[str] = set()  # sources of tensors that the network lacks
     for name, source in sources.items():

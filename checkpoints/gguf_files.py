@@ -79,7 +79,7 @@ class GgufFile(HeaderFile):
         self._name_like_transformers()
 
     def _read_tensor(self, head: "_Header", own_shapes: Mapping[str, tuple[int, ...]]) -> str:
-        """Add the next tensor of the header, but for its place; return its name."""
+        """Add the next tensor of the header, except for its place; return its name."""
         check_count(self.path, len(self.tensors))
         name = head.text(MAX_TENSOR_NAME)
         axes = head.number("I")
@@ -95,7 +95,7 @@ class GgufFile(HeaderFile):
         return name
 
     def _place_tensors(self, starts: Mapping[str, int], data: int, size: int) -> None:
-        """Note where tensors lie, which may not overlap. starts: from `data` on, where the header ends."""
+        """Note where tensors are, which may not overlap. starts: from `data` on, where the header ends."""
         places = []
         for name, start in starts.items():
             self._places[name] = data + start
@@ -103,11 +103,13 @@ class GgufFile(HeaderFile):
         last = data
         for begin, end, name in sorted(places):
             if begin < last or end > size:
-                raise ValueError(f"{name} lies at bytes {begin} to {end} of {size}, others end at {last}")
+                raise ValueError(
+                    f"{name} is at bytes {begin} to {end} of {size}, other tensors end at {last}"
+                )
             last = end
 
     def _read_keys(self, head: "_Header", number: int) -> dict[str, tuple[int, ...]]:
-        """Read keys into `metadata`; return by name the shapes of tensors that lie in another one."""
+        """Read keys into `metadata`; return by name the shapes of tensors that are in another one."""
         own_shapes: dict[str, tuple[int, ...]] = {}
         for _ in range(number):
             key, kind = head.text(), head.number("I")
@@ -136,7 +138,7 @@ class GgufFile(HeaderFile):
             names = ", ".join(["F32", "F16", "BF16", *(kind.name for kind in KINDS.values())])
             raise CheckpointError(
                 f"{self.path}: {name} is of the unknown GGUF type {number}. Those known are {names}, and "
-                "what the package gguf has beside them.",
+                "those of the package gguf.",
                 self.path,
             )
         if not shape or shape[-1] % kind.weights:

@@ -85,7 +85,7 @@ def _marks(
     missing = [stem for stem in marks if f"{stem}.weight" not in tensors]
     if missing:
         logger.info(
-            "marks of %d layers that are not in the file count for nothing: %s",
+            "marks of %d layers that are not in the file have no effect: %s",
             len(missing),
             missing[0],
         )

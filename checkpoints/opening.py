@@ -332,7 +332,8 @@ _FOREIGN = {
 def refuse_quantised(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError, naming the form, for quantised weights that are not read.
 
-    Call it before shapes are judged, as packed weights have others. Only the marks of layers are read.
+    Call it before shapes are compared, because packed weights have other shapes. Only the marks of layers are
+    read.
     """
     if checkpoint.refusal:
         remedy = "Download or copy it again, or give the bf16 file of the model."
@@ -400,7 +401,7 @@ _TABLES = ("_ids", "_index", "_ind")  # ends of the names of whole numbers that 
 
 
 def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Return whether a tensor of unknown name stands in place of a layer's weight, in packed numbers."""
+    """Return whether a tensor of unknown name takes the place of a layer's weight, in packed numbers."""
     info = tensors[name]
     layer, inside, _ = name.partition(".weight.")  # blocks.0.q.weight.data
     if not inside:

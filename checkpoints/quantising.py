@@ -110,14 +110,14 @@ def quantise_file(options: QuantiseOptions) -> None:
     rows = [
         ("model", f"{options.model}: {model.what}"),
         ("form", options.form),
-        ("layers", f"{count}; {unchanged} other tensors as they were"),
+        ("layers", f"{count}; {unchanged} other tensors unchanged"),
         ("file", f"{options.output} ({size})"),
     ]
     show_box("The model is written", rows)
 
 
 def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata without what is true of the old tensors only, and log what is left out."""
+    """Return the metadata without entries that are true only of the old tensors, and log what is left out."""
     remaining = {key: text for key, text in metadata.items() if not key.startswith((*_STALE, *_OF_GGUF))}
     stale = sorted(metadata.keys() - remaining.keys())
     if stale:
@@ -193,7 +193,7 @@ def _transformer(
 
 
 def _common_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
-    """Return what all of these names have in front of them in the file."""
+    """Return the prefix that all of these names have in the file."""
     for name in checkpoint.tensors:
         if name.endswith(names[0]):
             prefix = name.removesuffix(names[0])
@@ -209,7 +209,7 @@ def _write_marked(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write ComfyUI's layout. A layer is read twice, as the scales of all stand before the codes."""
+    """Write ComfyUI's layout. A layer is read twice, because the scales of all come before the codes."""
     tensors: dict[str, TensorInfo] = {}
     makers: dict[str, Callable[[], Tensor]] = {}
 
@@ -283,7 +283,7 @@ def _write_gguf(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write layers as Q8_0, short tensors in float32, the rest as it is. The package rounds on the CPU."""
+    """Write layers as Q8_0, short tensors in float32, the rest unchanged. The package rounds on the CPU."""
     if model.family is None:
         raise OptionError(
             "--form q8_0 is for transformers: text encoders in GGUF have llama.cpp's names and a tokenizer, "
@@ -300,7 +300,7 @@ def _write_gguf(
     block = gguf.GGML_QUANT_SIZES[kinds.Q8_0][0]
     layers = {name for name in model.layers if infos[name].shape[1] % block == 0}
     if len(layers) < len(model.layers):
-        text = "%d layers stay as they are: their rows are not whole blocks of Q8_0"
+        text = "%d layers are not quantised: their rows are not whole blocks of Q8_0"
         logger.info(text, len(model.layers) - len(layers))
     with atomic_path(options.output) as temporary:
         writer = gguf.GGUFWriter(temporary, _ARCHITECTURES.get(model.family, model.family))
@@ -356,7 +356,7 @@ def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool
 def _widen(
     options: QuantiseOptions, checkpoint: Checkpoint, metadata: Mapping[str, str], device: torch.device
 ) -> int:
-    """Write quantised weights in bfloat16, the rest as it is."""
+    """Write quantised weights in bfloat16, the rest unchanged."""
     values = in_values(checkpoint, device)
     if values is checkpoint:
         text = f"{options.model} has no quantised weights. Give a file that has, or another --form."
@@ -387,7 +387,7 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
     shapes = _recognise(checkpoint).shapes if is_padded else {}
     values: Any = _Values(checkpoint, shapes, device or torch.device("cpu"))
     number = len(values.tensors.keys() - values.plain)
-    logger.info("%s: %d quantised weights count by their values", checkpoint.path, number)
+    logger.info("%s: %d quantised weights are read by their values", checkpoint.path, number)
     return Checkpoint(checkpoint.path, {name: (values, name) for name in values.tensors}, [values])
 
 
@@ -441,7 +441,7 @@ class _Values:
         return shape
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor; of one that is not quantised the bytes may lie in `scratch`."""
+        """Return a tensor; of one that is not quantised the bytes may be in `scratch`."""
         if name in self.plain:
             return self._checkpoint.borrow(name, scratch)
         source = self._sources[name]

@@ -1,4 +1,4 @@
-"""Find the tokenizer of a text encoder (given, in or beside its folder, on the hub) and read it.
+"""Find the tokenizer of a text encoder (given, in or next to its folder, on the hub) and read it.
 
 Also check by how much its normaliser may lengthen a text: a small file could turn a prompt into terabytes.
 """
@@ -39,7 +39,7 @@ class TokenizerFiles:
     shared: tuple[str, ...] = (".",)  # of `folders`: where tokenizers of other models may be too
 
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
-        """Return `path` if given, else the first file beside or inside the encoder's folder, else None.
+        """Return `path` if given, else the first file next to or inside the encoder's folder, else None.
 
         path: the option's value. Raises CheckpointError if `path` is given and is not a tokenizer.
         """
@@ -108,7 +108,7 @@ class TokenizerFiles:
     def read(self, file: Path, content: bytes | None = None) -> Tokenizer:
         """Read the tokenizer of a tokenizer.json, without padding and truncation.
 
-        content: the bytes of the tokenizer.json, if it lies inside `file`. Raises CheckpointError if it
+        content: the bytes of the tokenizer.json, if it is inside `file`. Raises CheckpointError if it
         cannot be read.
         """
         if content is None:
@@ -137,7 +137,7 @@ class TokenizerFiles:
 
     @contextlib.contextmanager
     def explain(self, file: Path) -> Iterator[None]:
-        """Turn what the library raises in the block, while it reads or is used, into CheckpointError."""
+        """Turn errors that the library raises in the block into CheckpointError."""
         try:
             with catch_panics():
                 yield

@@ -209,8 +209,8 @@ class MediaBatch:
     def split_for(self, device: torch.device) -> "list[MediaBatch]":
         """Return the items in the batches for an encoder on that device: one batch; on a CPU, one item each.
 
-        On a CPU a batch gains nothing, and alone an item's numbers do not depend on which items a killed run
-        had left to do.
+        On a CPU a batch gains nothing. Encoded alone, an item's numbers do not depend on the items that a
+        killed run left to do.
         """
         if device.type != "cpu":
             return [self]
@@ -393,7 +393,7 @@ class SamplingDefaults:
 
 
 def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
-    """Multiply the first rows by their weights; the others stay as they are.
+    """Multiply the first rows by their weights; the others do not change.
 
     rows: L C or L n C, of one prompt. weights: of the prompt's tokens, at most L. The product is computed in
     float32 and rounded once, so that rows of weight 1 keep every bit.

@@ -1,4 +1,4 @@
-"""The list of families by name: where each lies, and what its names.py says for all others.
+"""The list of families by name: where each is, and what its names.py says for all others.
 
 No family is imported before it is asked for: a script that only prints its help reads its own alone.
 """

@@ -205,7 +205,7 @@ def has_text_side(encoder: TextEncoder) -> TypeGuard[EncoderWithSide]:
 
 
 class LayeredEncoder(TextEncoder, Protocol):
-    """A text encoder some of whose layers stay in host memory if a CUDA device has no room for all."""
+    """A text encoder that keeps some layers in host memory if a CUDA device has no room for all."""
 
     def waiting_bytes(self, room: int) -> int: ...  # of these layers, beside so many free bytes
 
@@ -337,7 +337,7 @@ def knows_few_steps(family: Described) -> TypeGuard[KnowsFewSteps]:
 
 
 class HearsSound(Protocol):
-    """A family whose clips can have sound, with latents of its own beside the picture's."""
+    """A family whose clips can have sound, with latents of its own next to the picture's."""
 
     @property
     def sound(self) -> SoundSpec | None: ...  # None: this run is without

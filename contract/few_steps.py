@@ -40,8 +40,8 @@ class FewSteps:
     def judge(self, path: Path, metadata: Mapping[str, str]) -> Verdict | None:
         """Judge by the nearest telling name whether a transformer was distilled.
 
-        Names are the file's, those of its folders if the file's says nothing of a model, and those in its
-        metadata. None if no name tells.
+        Names are that of the file, those of its folders if the file's name says nothing about a model, and
+        those in its metadata. None if no name tells.
         """
         words = "|".join(filter(None, (_WORDS, self.words)))
         distilled = re.compile(rf"{_ANYWHERE}|(?<![a-z0-9])(?:{words})(?![a-z0-9])")
@@ -58,7 +58,7 @@ class FewSteps:
 
 
 def _telling_names(path: Path, metadata: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return the names that may tell of distillation, nearest first, each with where it stands."""
+    """Return the names that may tell of distillation, nearest first, each with its place."""
     name = path.name if path.is_dir() else path.stem
     names = [(name, f"its name is {name}")]
     if _PLAIN.fullmatch(name.lower()):

@@ -1,4 +1,4 @@
-"""The words of --one_frame_inference: where in time a single picture and its control images stand."""
+"""The words of --one_frame_inference: where in time a single picture and its control images are."""
 
 import re
 from collections.abc import Callable, Mapping

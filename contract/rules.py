@@ -50,7 +50,7 @@ def named_expert(name: str) -> str | None:
 def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
     """Return the expert named by a file or folder, or by the folder around it; None if neither names one.
 
-    folders: names of folders that lie side by side in a model of several experts -> the expert of each; one
+    folders: names of folders that are side by side in a model of several experts -> the expert of each; one
     of these alone says nothing.
     """
     for part in (path, path.absolute().parent):
@@ -169,7 +169,7 @@ SOURCES = (VIDEO, IMAGE, LATENTS)  # a video starts from one of them at most
 
 @dataclass(frozen=True)
 class Source:
-    """What a request starts from, and how much of it is made anew."""
+    """What a request starts from, and how much of it is made new."""
 
     option: str  # VIDEO, IMAGE or LATENTS
     path: Path
@@ -189,7 +189,7 @@ class Source:
         return self.option != LATENTS
 
     def in_words(self) -> Mapping[str, object]:
-        """Return what outputs say of it, by the names of the options."""
+        """Return its entries in the metadata of outputs, by the names of the options."""
         facts: dict[str, object] = {self.option: self.path.name, self.share: self.denoise}
         facts["v2v_noise_mode"] = self.noise_mode
         if self.option == VIDEO and self.pad_mode is not None:
@@ -280,7 +280,7 @@ def kept_characters(ends: Sequence[int], most: int, length: int) -> int:
 
 
 def token_weights(text: str, places: Sequence[Place], spans: Sequence[tuple[int, int, float]]) -> list[float]:
-    """Return the weight of each token: that of the part in which its first character lies, 1 outside of all.
+    """Return the weight of each token: that of the part in which its first character is, 1 outside of all.
 
     Blanks in front of a token do not count. spans: as of a `Prompt` of that text.
     """

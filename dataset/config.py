@@ -181,7 +181,7 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
     in_general |= {*OTHER_NAMES, *forms.SPELLINGS}
     general = content.get("general", {})
     of_tables = [name for name in content if name in KEYS and not KEYS[name].in_general]
-    problems += [f"{name} stands above all tables: write it below [[datasets]]" for name in of_tables]
+    problems += [f"{name} is above all tables: write it below [[datasets]]" for name in of_tables]
     content = {name: value for name, value in content.items() if name not in of_tables}
     above = {name: value for name, value in content.items() if name in in_general}
     if not above or not isinstance(general, dict):
@@ -189,7 +189,7 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
     twice = [name for name in above if name in general]
     if twice:
         problems.append(f"above all tables and in [general]: {', '.join(twice)}; leave one out")
-    logger.info("%s: read as if in [general]: %s, which stand above all tables", path, ", ".join(above))
+    logger.info("%s: read as if in [general]: %s, which are above all tables", path, ", ".join(above))
     content = {name: value for name, value in content.items() if name not in above}
     return {**content, "general": {**general, **above}}
 
@@ -214,7 +214,7 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
 def with_sound_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
     """Return a configuration whose folders of clips take their sound from files named like the clips.
 
-    folder: of these files; None: beside the clips. Tables with an audio_directory keep it. option: name of
+    folder: of these files; None: next to the clips. Tables with an audio_directory keep it. option: name of
     the option that asked for this, for the warning about tables that name the sound in their rows.
     """
     tables = []

@@ -128,7 +128,7 @@ PROGRAMS = frozenset(
 
 
 def _is_of_programs(extension: str) -> bool:
-    """Return whether a file with this extension may lie in another folder, or be run."""
+    """Return whether a file with this extension may be in another folder, or be run."""
     return bool(set(extension) & set("/\\\0")) or extension.rpartition(".")[2].strip().lower() in PROGRAMS
 
 
@@ -221,7 +221,7 @@ REFERENCES, TEXTS, LEARNING = Stale.REFERENCES, Stale.TEXTS, Stale.LEARNING
 @dataclasses.dataclass(frozen=True)
 class TableKey:
     """One key of a table. kinds: of tables that may have it. only_with: endings of source keys, of which the
-    table needs one; (): any. rank: among LEARNING keys; lower ranks stand first in states and metadata.
+    table needs one; (): any. rank: among LEARNING keys; lower ranks come first in states and metadata.
     """
 
     form: Form
@@ -262,7 +262,7 @@ NO_KEYS: Mapping[str, str] = {
         ("reference_audio_directory", "reference_audio_cache_directory"),
         "sounds as references are not built. reference_directory has clips and pictures",
     ),
-    "separate_audio_buckets": "clips without sound leave the sound of others in their batch alone",
+    "separate_audio_buckets": "clips without sound do not affect the sound of other clips in their batch",
     "bucket_batch_sizes": "batch_size is that of all sizes; make a [[datasets]] table for each",
     **dict.fromkeys(
         ("default_loss_mask_path", "loss_mask_invert"),
@@ -274,7 +274,7 @@ NO_KEYS: Mapping[str, str] = {
 # keys of that fork that are taken and need nothing, and why
 UNNEEDED: Mapping[str, str] = dict.fromkeys(
     ("reference_cache_directory", "reference_cache_directories"),
-    "caches of references lie with those of their clips, in cache_directory",
+    "caches of references are with those of their clips, in cache_directory",
 )
 
 
@@ -371,7 +371,7 @@ def other_trainers() -> ModuleType:
 
 
 def without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]:
-    """Return a table without the keys whose value is null, which JSON has; {} if it is no table."""
+    """Return a table without the keys whose value is null, which JSON has; {} if it is not a table."""
     if isinstance(table, dict):
         return {key: value for key, value in table.items() if value is not None}
     if table is not None:

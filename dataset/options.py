@@ -192,7 +192,7 @@ class ConvertCacheOptions(Options):
         required=True,
         choices=("files", "shards"),
     )
-    keep: bool = option("keep what was converted too, in its old form")
+    keep: bool = option("also keep the old form of what was converted")
     dry_run: bool = option("only count what would be converted")
 
     def __post_init__(self) -> None:

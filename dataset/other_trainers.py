@@ -53,4 +53,4 @@ def hint_of(content: Any) -> str:
 
 def _translate(key: str) -> str:
     words = as_typed(["python", "reelsmith.py", "new", "FOLDER"])
-    return f"Write it anew ({words} does it): {OF_OTHERS[key][1]}."
+    return f"Write a new file ({words} does it): {OF_OTHERS[key][1]}."

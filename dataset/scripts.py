@@ -98,7 +98,7 @@ def cache_family_texts(
 def _caption_words(
     config: DatasetConfig, family: str, family_options: Any, typed: Mapping[str, str]
 ) -> list[str]:
-    """Return the command that caches captions, but for its shared options.
+    """Return the command that caches captions, except for its shared options.
 
     family_options, typed: the family's options of the command that caches latents, and how they were spelled.
     """

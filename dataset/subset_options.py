@@ -128,7 +128,7 @@ OTHER_NAMES: Mapping[str, str] = {
 
 
 class SubsetOptions(Options, title="data sets without a TOML file"):
-    """Data sets from folders or a JSON file, and values for whatever a subset does not say itself."""
+    """Data sets from folders or a JSON file, and values for the keys that a subset leaves out."""
 
     train_data_dir: Path | None = option(
         "folder with folders REPEATS_CLASS of pictures, or the pictures of --in_json",
@@ -178,7 +178,7 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
         "share of empty captions", default=0.0, least=0, most=1, hint=A_SHARE
     )
     caption_dropout_every_n_epochs: int = option(
-        "every so many epochs have empty captions", default=0, least=0, hint="0: none"
+        "one epoch in every N has empty captions", default=0, least=0, hint="0: none"
     )
     caption_tag_dropout_rate: float = option(
         "share of a caption's parts left out", default=0.0, least=0, most=1, hint=A_SHARE

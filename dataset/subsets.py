@@ -272,10 +272,10 @@ def refuse_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None
 
 
 def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, ...]:
-    """Give each table without a cache_directory its own folder: `1024x768` beside its pictures.
+    """Give each table without a cache_directory its own folder: `1024x768` next to its pictures.
 
     Several datasets may have one folder of pictures; if their resolutions are equal too, the later one gets
-    `1024x768_2`. npz files, which hold many resolutions, are beside the pictures.
+    `1024x768_2`. npz files, which hold many resolutions, are next to the pictures.
     """
     used: Counter[tuple[str, str]] = Counter()
     changed = []

@@ -1,8 +1,8 @@
 """Checkpoint files of CLIP's text and image towers: recognise them, read dimensions.
 
-The text tower is published under several prefixes, alone or beside the image tower. So its prefix is whatever
-precedes the name of the token embeddings, and tensors of other networks are left out by name. Our modules
-have Hugging Face's names, without `text_model.` in front.
+The text tower is published under several prefixes, alone or next to the image tower. So its prefix is
+whatever precedes the name of the token embeddings, and tensors of other networks are left out by name. Our
+modules have Hugging Face's names, without `text_model.` in front.
 """
 
 import math

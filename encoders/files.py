@@ -87,7 +87,7 @@ class TransformerFiles(ABC):
 
     @abstractmethod
     def check_vae(self) -> None:
-        """Raise CheckpointError if the file is no VAE of the model."""
+        """Raise CheckpointError if the file is not a VAE of the model."""
 
     @abstractmethod
     def text_encoders(self) -> list[TextEncoder]:
@@ -162,7 +162,7 @@ class OneTransformer:
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """Name what a teacher is told and a training sample may lack: the caption, and reference pictures."""
+        """Name what a teacher sees and a training sample may lack: the caption, and reference pictures."""
         return (CAPTION,) if self.references is None else (CAPTION, REFERENCE)
 
     def why_few_steps(self) -> str | None:

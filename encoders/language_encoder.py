@@ -248,7 +248,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return len(tokenizer.read(self.use.before).ids)
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Warn if the template has another number of tokens with this tokenizer than is cut off."""
+        """Warn if this tokenizer gives the template another number of tokens than is cut off."""
         counted = len(tokenizer.read(self.use.before).ids)
         expected = self.use.dropped
         if expected and counted != expected:
@@ -318,9 +318,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         dropped: int,
         pictures: Sequence[ReadPictures] = (),
     ) -> list[Conditions]:
-        """Return each prompt's states and mask: states [L nC], or T nC if padded (n C for nC if stacked).
+        """Return each prompt's states and mask: states [L nC], or T nC if padded.
 
-        L: tokens of the prompt and of the template behind it. n: number of states. pictures: of each prompt.
+        If stacked, n C instead of nC. L: tokens of the prompt and of the template behind it. n: number of
+        states. pictures: of each prompt.
         """
         use = self.use
         pad = self.find_pad(tokenizer)

@@ -1,9 +1,9 @@
 """Language models as text encoders: files in every layout, and networks of the classes of transformers.
 
 Only the layers before the last state that is read are built and loaded, and never the head that predicts
-words. They are published under several prefixes, alone or beside an image tower: the prefix is whatever
+words. They are published under several prefixes, alone or next to an image tower: the prefix is whatever
 precedes the name of the token embeddings. Dimensions come from the tensors; what these do not show comes from
-a config.json beside them, else from the facts about the released model.
+a config.json next to them, else from the facts about the released model.
 """
 # Letters: B prompts, L tokens, C width of the model, D width of a head
 

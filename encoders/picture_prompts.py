@@ -1,6 +1,6 @@
 """Pictures in prompts: the vision tower of a language model, what it is given, and where its tokens stand.
 
-The tower is the class of transformers; its files are those of the language model beside it.
+The tower is the class of transformers; its files are those of the language model next to it.
 """
 # Letters: B prompts, L tokens, P patches of all pictures, K numbers of a patch, C width of the language model
 

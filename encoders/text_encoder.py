@@ -85,7 +85,7 @@ class TokenizerSource:
     def find(self, path: Path | None, checkpoint_path: Path) -> tuple[Path | None, bool]:
         """Return the tokenizer's file, and whether the tokenizer is inside the checkpoint.
 
-        The file is `path` (of its option), else one beside the checkpoint; None for those inside or on the
+        The file is `path` (of its option), else one next to the checkpoint; None for those inside or on the
         hub. Raises CheckpointError if `path` is given and is not a tokenizer.
         """
         file = self.files.find(path, checkpoint_path)
@@ -286,7 +286,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     @property
     @abstractmethod
     def identity(self) -> Mapping[str, str]:
-        """Return what an output depends on beside the text. Reads a few MB.
+        """Return what an output depends on in addition to the text. Reads a few MB.
 
         Raises CheckpointError if the file holds another model.
         """
@@ -315,7 +315,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return 0
 
     def token_counter(self) -> CountTokens:
-        """Return a function that counts a text's tokens with those around it; weights are not loaded.
+        """Return a function that counts a text's tokens, including those around it; weights are not loaded.
 
         Raises CheckpointError if there is no tokenizer here; none is downloaded.
         """

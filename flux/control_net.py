@@ -1,4 +1,4 @@
-"""A ControlNet of FLUX.1 beside the transformer while a LoRA is trained: frozen, in diffusers' class.
+"""A ControlNet of FLUX.1 next to the transformer while a LoRA is trained: frozen, in diffusers' class.
 
 Its residuals are added to the picture's tokens behind the blocks, as diffusers' transformer does: one of
 its n residuals serves ceil(blocks / n) blocks in a row. It sees the control picture as latents of the
@@ -119,8 +119,8 @@ def check_control_net(path: Path, config: FluxConfig) -> None:
 def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> dict[str, Any]:
     """Return the settings of diffusers' class, from the folder's config.json or the tensors' shapes.
 
-    path: as given. config: of the transformer. Raises CheckpointError if the file is no ControlNet of FLUX.1
-    that sees latents, or if it does not fit the transformer.
+    path: as given. config: of the transformer. Raises CheckpointError if the file is not a ControlNet of
+    FLUX.1 that sees latents, or if it does not fit the transformer.
     """
     names = checkpoint.tensors
     hint = next((name for name in names if name.startswith("input_hint_block.")), None)
@@ -134,8 +134,8 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
         raise other_kind(checkpoint, "a ControlNet of FLUX.1", CONTROL_NET, GIVE)
     if "controlnet_mode_embedder.weight" in names:
         raise CheckpointError(
-            f"{CONTROL_NET} {path} is a Union ControlNet that has to be told the kind of each control "
-            f"picture, which datasets do not say.\n  Give one of a single kind, or without modes: {GIVE}.",
+            f"{CONTROL_NET} {path} is a Union ControlNet that needs the kind of each control picture, "
+            f"which datasets do not state.\n  Give one of a single kind, or without modes: {GIVE}.",
             path,
         )
 

@@ -200,7 +200,7 @@ class FluxModel(BlockNetwork):
     def _embed_text(
         self, t5: Tensor, mask: Tensor | None, before: int, dtype: torch.dtype
     ) -> tuple[Tensor, Lengths | None]:
-        """Return text tokens, B T C, and how many of all tokens are real with `before` in front of them."""
+        """Return text tokens, B T C, and the number of real tokens, with the `before` tokens in front."""
         if mask is None:
             return in_own_dtype(self.txt_in, t5).to(dtype), None
         longest, counts = real_tokens(mask)

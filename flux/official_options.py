@@ -150,7 +150,7 @@ def negative(text: str) -> str:
 
 
 def line_sizes(text: str) -> int:
-    """Return a side of a line in pixels, rounded up. Raises ValueError if it is no whole number."""
+    """Return a side of a line in pixels, rounded up. Raises ValueError if it is not a whole number."""
     return round_up(int(text))
 
 

@@ -46,7 +46,7 @@ class FluxTextOptions(Options):
 
 def _model_type() -> Any:
     return option(  # the transformer's file says it too
-        "kind of model; not needed where the transformer's file says it",
+        "kind of model; not needed if the transformer's file says it",
         default=FLUX,
         choices=(FLUX, CHROMA),
         facts={**FREE, **NO_PIXELS},
@@ -97,8 +97,8 @@ class FluxTrainingOptions(Options, title=NAME):
     text: FluxTextOptions = option(facts=HABIT)
     embedded_guidance: float = option(name="guidance_scale", facts=HABIT)
     controlnet: Path | None = _control_net(
-        "ControlNet of FLUX.1 to train with: frozen, what it makes of the tables' control pictures is added "
-        "behind the blocks; a folder in diffusers' layout, its file, or owner/name of the hub"
+        "ControlNet of FLUX.1 to train with: frozen; its output for the tables' control pictures is "
+        "added after the blocks; a folder in diffusers' layout, its file, or owner/name of the hub"
     )
     split_mode = unsupported(
         "training both at once takes as little memory with --blocks_to_swap. Use that",

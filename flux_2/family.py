@@ -197,9 +197,9 @@ class Flux2(pictures.ModelOfPictures):
 
 
 def empirical_mu(tokens: int, steps: int) -> float:
-    """Return mu of the noise levels for a picture of so many tokens: their shift is e^mu.
+    """Return mu of the noise levels for a picture of this many tokens: their shift is e^mu.
 
-    It lies on a line between those for 10 and for 200 steps. Source: the released code of FLUX.2.
+    It is on a line between those for 10 and for 200 steps. Source: the released code of FLUX.2.
     """
     of_200 = 0.00016927 * tokens + 0.45666666
     if tokens > 4300:

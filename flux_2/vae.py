@@ -72,7 +72,7 @@ class Flux2Vae(Autoencoder):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """As `PictureVae.encode`, but the posterior's means, packed and normalised: nothing is drawn."""
+        """Encode as `PictureVae.encode`, but return the posterior's means, packed and normalised."""
         return self.moments(pixels)
 
     def _moments(self, pixels: Tensor) -> Tensor:

@@ -31,9 +31,7 @@ from modules.paths import explain_missing
 logger = logging.getLogger(__name__)
 
 SOLVER = "unipc-bh1"
-_NEEDS_IMAGE = (
-    "FramePack starts from an image, and a single picture is made of one too (--i in a line of prompts)"
-)
+_NEEDS_IMAGE = "FramePack starts from an image, and so does a single picture (--i in a line of prompts)"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Compare LoRAs: every prompt with every LoRA at every strength, on a model that is loaded once.
 
 A clip that was finished by an earlier run with the same settings and the same LoRA is kept, so that an
-interrupted comparison goes on with the same command.
+interrupted comparison continues with the same command.
 """
 
 import hashlib
@@ -163,7 +163,7 @@ def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
 
 
 def _missing_cells(options: GenerationOptions, columns: Sequence[Column]) -> list[Column]:
-    """Return the columns with the cells that have neither a clip nor latents, without complete columns."""
+    """Return the columns that are not complete, each with its cells that have neither a clip nor latents."""
     incomplete: list[Column] = []
     for variant, cells in columns:
         missing = [cell for cell in cells if not _files(options, cell.clip).exist]

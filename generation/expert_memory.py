@@ -165,7 +165,7 @@ def load_with_loras(
 ) -> tuple[nn.Module, Mapping[str, Sequence[Change]]]:
     """Load the first expert for a plan, on the meta device; return it and `LoraPatch.unmerged` of its LoRAs.
 
-    LoRAs are read only if layers are quantised; into others they are merged, which takes no memory.
+    LoRAs are read only if layers are quantised; otherwise they are merged, which takes no memory.
     """
     dit = family.load_dit(placement)
     if options.lora.lora_weight is None or not any(map(stored_in, dit.modules())):

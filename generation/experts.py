@@ -205,7 +205,7 @@ class DitTurns:
         return self._dits[expert]
 
     def _may_stay(self, working: int, coming: int) -> bool:
-        """Return whether a working expert may stay on the device beside the coming one, which is as large."""
+        """Return whether a working expert may stay on the device with the next one, which is as large."""
         if self.lazy or self.together:
             return self.together
         weights = bytes_on(self._dits[working], self.device)
@@ -279,7 +279,7 @@ class DitTurns:
         if self.lazy:
             return ", as --lazy_loading asks"
         if self.device.type not in {"cpu", "cuda"}:  # a thread must not compute on others
-            return f": {self.device.type} cannot prepare it beside its work"
+            return f": {self.device.type} cannot prepare it while it works"
         dit = self._dits[present]  # the next one is as large
         room = self.host_room()
         needed = sum(tensor.nbytes for tensor in chain(dit.parameters(), dit.buffers()))

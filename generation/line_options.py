@@ -1,4 +1,4 @@
-"""Long names of options in prompt lines and sample lines: --steps beside --s, --cfg beside --l.
+"""Long names of options in prompt lines and sample lines: --steps next to --s, --cfg next to --l.
 
 Standard library only.
 """

@@ -214,7 +214,7 @@ def rehearse_denoising(
         step = heaviest_step(prepared, options, family.experts, section.noise)
 
         def measure(counts: dry.Counts) -> Mapping[str, dry.Moment]:
-            """Return the peaks of the step if the network had so many blocks."""
+            """Return the peaks of the step if the network had this many blocks."""
             dry.keep_blocks(dit, blocks, counts, ledger)
             if section.tweaks.section_cache is not None:
                 section.tweaks.section_cache.clear()  # by other blocks
@@ -326,7 +326,7 @@ def phase_of(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> me
 def make_solid(conditions: Conditions) -> Conditions:
     """Return conditions that outlive their rehearsal: real tensors of the same sizes.
 
-    Whole numbers, whose values matter, stay as they are.
+    Whole numbers, whose values matter, do not change.
     """
 
     def real(tensor: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class ExpertOptions(Options, title="two experts"):
         facts=OF_REQUEST,
     )
     offload_inactive_dit: bool = option(
-        "keep the expert that does not work in host memory, even if the device has room for both",
+        "keep the idle expert in host memory, even if the device has room for both",
         facts=NO_PIXELS,
     )
     lazy_loading: bool = option(

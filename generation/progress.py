@@ -232,8 +232,8 @@ class GrowingVideo:
                     if self.session.device.type == "cpu" or not is_out_of_memory(error):
                         raise
                     logger.info(
-                        "Too little memory to decode beside the transformer: it leaves the device during "
-                        "decoding"
+                        "Too little memory to decode next to the transformer: it leaves the device "
+                        "during decoding"
                     )
                     self.needed = None  # from now on it leaves
         if clip is None and not self._has_failed:

@@ -54,7 +54,10 @@ class LineOption:
 
 
 def read_seed(text: str) -> int:
-    """Return the seed that a text stands for; if it is no number, its seed is logged. Raises ValueError."""
+    """Return the seed that a text stands for; if it is not a number, its seed is logged.
+
+    Raises ValueError.
+    """
     seed = text_to_seed(text)
     if seed == -1:  # of other programs: a random one
         logger.warning("seed -1 is a seed like any other here: leave it out for a random one")

@@ -346,9 +346,9 @@ class GenerationRun:
 
 
 def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
-    """Make the job of a prompt line, or of the command line alone.
+    """Make the job of a prompt line, or of the command line alone. Loads no network.
 
-    Loads no network; raises as `prepare_line`, and OptionError for a picture that --post can do nothing with.
+    Raises as `prepare_line`, and OptionError if --post cannot work on a picture.
     """
     prepared = prepare_line(run.family, run.options, overrides)
     if run.options.output.file_name:

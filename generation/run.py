@@ -163,7 +163,7 @@ def _check_sound(family: Family, path: Path, sound: Tensor, latent_frames: int) 
 
 @contextlib.contextmanager
 def explain_lack(stays: str) -> Iterator[None]:
-    """Turn a lack of memory in the block into a UserError. stays: what is kept, and how to go on."""
+    """Turn a lack of memory in the block into a UserError. stays: what is kept, and how to continue."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -219,7 +219,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
 def _print_plan(family: Family, options: GenerationOptions, device: torch.device) -> None:
     """Print the plan of --plan, for one card or for several."""
     if options.post.tools:
-        logger.warning("--plan does not count what the networks of --post take beside the VAE")
+        logger.warning("--plan does not count what the networks of --post take in addition to the VAE")
     cards, card_size = options.speed.plan.cards
     room = room_on(device, card_size)
     if cards > 1:
@@ -288,10 +288,10 @@ def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
 
 
 def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
-    """Return the run with these strengths of its LoRAs; if they change, its networks are freed and read anew.
+    """Return the run with these strengths of its LoRAs.
 
-    text: numbers separated by commas, one for each LoRA; None: as they are. Raises OptionError if it cannot
-    be read.
+    If they change, its networks are freed and read again. text: numbers separated by commas, one for each
+    LoRA; None: unchanged. Raises OptionError if it cannot be read.
     """
     options = run.options
     if text is None:

@@ -171,7 +171,7 @@ class OutputOptions(Options, title="output"):
 
     @property
     def names_file(self) -> bool:
-        """Return whether --save_path is a file: it has the suffix of a result, and is no folder."""
+        """Return whether --save_path is a file: it has the suffix of a result, and is not a folder."""
         return self.save_path.suffix.lower() in OF_RESULTS and not self.save_path.is_dir()
 
     def in_folder(self) -> "OutputOptions":
@@ -187,7 +187,10 @@ class OutputOptions(Options, title="output"):
         )
 
     def check_file_name(self, frames: int) -> None:
-        """Raise OptionError if `file_name` does not fit a result of so many frames; below 1: sound alone."""
+        """Raise OptionError if `file_name` does not fit a result of this many frames.
+
+        Below 1: sound alone.
+        """
         path = self.save_path / self.file_name
         what = "a video is made"
         suffix = self.format.suffix

@@ -123,7 +123,7 @@ class HunyuanImageVaeDecoder(nn.Module):
 
 
 class RowConvolution(nn.Module):
-    """A 3x3 convolution that computes a few rows at a time, with the rows beside them: the same result.
+    """A 3x3 convolution that computes a few rows at a time, with the rows next to them: the same result.
 
     It takes over the weights of the layer that it stands for.
     """
@@ -150,7 +150,7 @@ class RowConvolution(nn.Module):
 
 
 def compute_in_rows(network: nn.Module, rows: int) -> None:
-    """Replace the 3x3 convolutions of a network by ones that compute so many rows at a time."""
+    """Replace the 3x3 convolutions of a network by ones that compute this many rows at a time."""
     for module in list(network.modules()):
         for name, layer in module.named_children():
             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):

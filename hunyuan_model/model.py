@@ -35,7 +35,7 @@ TWO_LAYERS = "in_layer out_layer"  # of embeddings, in the files
 
 
 class HunyuanFinalLayer(nn.Module):
-    """Final norm, modulated by the embedding, and projection to patches of so many numbers."""
+    """Final norm, modulated by the embedding, and projection to patches of this many numbers."""
 
     def __init__(self, dim: int, patch: int, eps: float) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ def real_tokens(mask: Tensor) -> tuple[int, list[int] | None]:
     """Return the longest text's number of real rows, and that of each sample; None if all are equal.
 
     mask: B T. Padding after the longest text is cut off, not masked: attention without a mask is faster and
-    gives the same result. Raises ValueError if padding stands before a real token.
+    gives the same result. Raises ValueError if padding is before a real token.
     """
     real = mask != 0
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)

@@ -147,7 +147,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 
 class Krea2Release(NamedTuple):
-    """What a transformer is, as far as something says it."""
+    """What a transformer is, if something shows it."""
 
     is_turbo: bool  # False: raw
     source: str  # what says so

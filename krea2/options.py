@@ -77,8 +77,8 @@ class Krea2TrainingOptions(Krea2ModelOptions, title=NAME):
     """Options of krea2_train_network.py besides the shared ones."""
 
     turbo_dit: Path | None = option(
-        "transformer of Turbo, to make samples with in place of --dit, under what is trained: eight steps "
-        "without guidance. Both wait in host memory while the other one works",
+        "transformer of Turbo, which makes samples in place of --dit, with the trained network: eight "
+        "steps without guidance. Each of the two waits in host memory while the other one works",
         facts=FREE,
     )
     edit: bool = option(f"learn {_EDIT}. Caches need the same option", facts=HABIT)
@@ -147,7 +147,7 @@ def check_levels(levels: Collection[str], has_shift: bool) -> None:
     if levels and has_shift:
         typed = " ".join(f"--{name}" for name in levels)
         raise OptionError(
-            f"--flow_shift and {typed}: each says the noise levels alone. Leave one of them out"
+            f"--flow_shift and {typed}: each sets the noise levels by itself. Leave one of them out"
         )
 
 
@@ -191,8 +191,8 @@ def _warn_of_other_attention(loras: Iterable[Path], kv_cache: bool) -> None:
         trained_with = metadata.get("ss_kv_cache", str(kv_cache))
         if metadata.get("ss_edit") == "True" and trained_with != str(kv_cache):
             logger.warning(
-                f"{path} was trained {how} --kv_cache, as its metadata say: its references look another way "
-                f"at each other. {mend} here too"
+                f"{path} was trained {how} --kv_cache, as its metadata say: its references attend to "
+                f"each other differently. {mend} here too"
             )
 
 

@@ -36,7 +36,7 @@ UNSEEN = -1e4  # added to the logarithm of an attention weight that is to be 0
 
 @dataclass(frozen=True)
 class LtxReferences:
-    """References of a video: their tokens stand in front of the video's."""
+    """References of a video: their tokens are in front of the video's."""
 
     latents: Sequence[Tensor] = ()  # each B Z f h w; sides are smaller by a whole number
     time: int = 1  # the step at which their frames were taken
@@ -192,8 +192,8 @@ def norm_tokens(x: Tensor) -> Tensor:
 class LtxBlock(nn.Module):
     """Self-attention, attention to the text, attention between the streams, feed-forward.
 
-    Each stream has its own layers. The times modulate all of them by shift, scale and gate, but in LTX-2.0
-    not the attention to the text.
+    Each stream has its own layers. The times modulate all of them by shift, scale and gate, except the
+    attention to the text in LTX-2.0.
     """
 
     def __init__(self, config: LtxConfig) -> None:
@@ -346,7 +346,7 @@ def dim_references(strengths: Tensor, counts: Sequence[int], num_video_tokens: i
     """Return further channels of queries and keys, L E each, whose products are added to attention's logits.
 
     strengths: M, 0..1, how much each token of references and the video see each other; the logarithm is
-    added. References do not see each other. counts: tokens of each reference; they stand in front of those of
+    added. References do not see each other. counts: tokens of each reference; they are in front of those of
     the video. Source: the released code of LTX-2.
     """
     is_video = functional.pad(torch.ones_like(strengths[:1]).expand(num_video_tokens), (len(strengths), 0))

@@ -58,8 +58,8 @@ def _read_config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
         fits = all(width % (2 * config.num_heads) == 0 for width in widths)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{path}: its record of settings cannot be read ({error!r}). Copy the file, or the config.json "
-            "beside it, again.",
+            f"{path}: its record of settings cannot be read ({error!r}). Copy the file, or the "
+            f"config.json next to it, again.",
             path,
         ) from None
     if not fits:

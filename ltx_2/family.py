@@ -360,7 +360,7 @@ class Ltx2(Ltx2Media):
         )
 
     def _output_metadata(self, references: Sequence[Path]) -> dict[str, str]:
-        """Return what outputs say of the references and of the stages."""
+        """Return the metadata of outputs about the references and the stages."""
         metadata = {}
         if references:
             metadata["reference_video"] = ", ".join(path.name for path in references)
@@ -423,7 +423,7 @@ class Ltx2(Ltx2Media):
         if clip and self.reference_strength < 1:
             raise OptionError(
                 f"--reference_strength {self.reference_strength:g} and {clip}: references that are "
-                "denoised stand beside no frames that are given. Leave one of them out"
+                "denoised cannot be combined with given frames. Leave one of them out"
             )
         return paths
 

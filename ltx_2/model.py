@@ -204,7 +204,7 @@ class LtxModel(nn.Module):
     ) -> Hidden:
         """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
 
-        References stand in front of the video's tokens: attention knows no order but that of positions.
+        References are in front of the video's tokens: attention knows no order but that of positions.
         """
         self._check(latents, texts)
         first = next(iter(latents.values()))
@@ -399,7 +399,7 @@ def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tenso
 
 
 def _pair_times(rows: Tensor, batch: int) -> Tensor:
-    """Return B 2 ... of the outputs of B timesteps, and in front those of given tokens, which follow them."""
+    """Return B 2 ...: the outputs for B timesteps, and in front of each those of given tokens."""
     of_timesteps, of_given = rows[:batch], rows[batch:]
     return torch.stack([of_given.expand_as(of_timesteps), of_timesteps], dim=1)
 

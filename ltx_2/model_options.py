@@ -28,7 +28,7 @@ def is_version_2_5(checkpoint: Path) -> bool:
 
 
 class Ltx2ModelOptions(Options):
-    """The released file, and what is taken from it."""
+    """The released file, and the parts that are taken from it."""
 
     ltx2_checkpoint: Path = option(
         "the released file, with transformer, autoencoders, vocoder and connectors (LTX-2.5: transformer and "

@@ -107,7 +107,8 @@ class Ltx2LatentCachingOptions(Options, title=NAME):
     model: Ltx2ModelOptions
     vae: Ltx2VaeOptions
     ltx2_audio_source: str = option(
-        "where sound is: in the clips, or in files of their names; a table's audio_directory goes before",
+        "where sound is: in the clips, or in files of their names; a table's audio_directory takes "
+        "precedence",
         default="video",
         choices=("video", "audio_files"),
     )
@@ -187,7 +188,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     """Options of ltx2_train_network.py besides the shared ones."""
 
     ltx_version: str | None = option(
-        "which release the file is; only compared with the file, which says so itself",
+        "release of the file; it is only compared with the release that the file records",
         choices=VERSIONS,
         facts=FREE,
     )
@@ -232,7 +233,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         most=1,
         facts=HABIT,
     )
-    height: int = option("height of samples, if their line says none", default=512, least=1, facts=FREE)
+    height: int = option("height of samples, if their line gives none", default=512, least=1, facts=FREE)
     width: int = option("width of samples, likewise", default=768, least=1, facts=FREE)
     sample_num_frames: int = option("frames of samples, likewise: 8n + 1", default=41, least=1, facts=FREE)
     references: Ltx2ReferenceOptions = option(facts=HABIT)
@@ -303,13 +304,13 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     ic_lora_strategy: str = _strategy("auto and v2v: as references are given; none: refuse them", NO_PIXELS)
     output_name: str | None = option("start of file names, before time and seed", facts=NO_PIXELS)
     image_crf: int | None = option(
-        "show the first image as a video of this H.264 quality has it, as the frames were that the model "
-        "learned from; 0: as it is; default: 33, of LTX-2.5 18",
+        "compress the first image like a frame of a video of this H.264 quality, because the model "
+        "learned from such frames; 0: do not compress; default: 33, for LTX-2.5 18",
         least=0,
         most=51,
     )
     drive_video: Path | None = option(
-        "make sound for this video or folder of images, which stays as it is; with --ltx2_mode av",
+        "make sound for this video or folder of images, which does not change; with --ltx2_mode av",
         place="there",
     )
     sample_prompts = unsupported("--from_file reads prompts with their options", type=str)

@@ -22,7 +22,7 @@ class Ltx2ReferenceOptions(Options, title="references (IC-LoRA)"):
         facts=HABIT,
     )
     reference_temporal_scale: int = option(
-        "take the first frame of references, and then each of so many", default=1, least=1, facts=HABIT
+        "take the first frame of references, and then every Nth", default=1, least=1, facts=HABIT
     )
     reference_frames: int | None = option(
         "frames of a reference at most, made 8n + 1; 1: its first; default: those of its clip",
@@ -59,14 +59,15 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         least=1,
     )
     reference_temporal_scale: int | None = option(
-        "take their first frame, and then each of so many; default: likewise", least=1
+        "take their first frame, and then every Nth; default: likewise", least=1
     )
     reference_frames: int | None = option(
         "frames of a reference at most; default: as the LoRA's metadata says, else those of the video",
         least=1,
     )
     reference_strength: float = option(
-        "1: references stay as they are; below, so much less of them, and they are denoised with the video",
+        "1: references stay clean; below 1: only this share of them is kept, and they are denoised with "
+        "the video",
         default=1.0,
         least=0,
         most=1,
@@ -106,7 +107,9 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
             strengths.add(self.reference_strength)
         if len(strengths) > 1:
             listed = " and ".join(f"{strength:g}" for strength in sorted(strengths))
-            raise OptionError(f"references of strength {listed}: all of a clip have one. Give them the same")
+            raise OptionError(
+                f"references of strength {listed}: all references of a clip need the same strength"
+            )
         return strengths.pop()
 
     @property

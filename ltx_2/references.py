@@ -58,7 +58,7 @@ def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
 
 
 def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
-    """Return how many of so many frames of a reference are encoded; see `thin_out`."""
+    """Return how many of this many frames of a reference are encoded; see `thin_out`."""
     count = 1 + len(range(1, frames, rules.time_factor))
     most = min(count, rules.frames or count)
     return (most - 1) // frame_step * frame_step + 1
@@ -312,7 +312,7 @@ def settle_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2G
     factors = factors_of(loras)
     if not factors and options.paths and options.reference_downscale is None:
         logger.info(
-            "no LoRA says by which factors its references were smaller: --reference_downscale does, else 1"
+            "no LoRA records how much smaller its references were: --reference_downscale counts, or 1"
         )
     for option, factor in factors.items():
         typed = getattr(options, option)

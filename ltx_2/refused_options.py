@@ -35,15 +35,14 @@ MODULES = (
     "--learning_rate. --lora_target_preset says which ones they are"
 )
 PRESET = (
-    "the defaults are those of the release. Steps, scales, --sample_solver and --negative_prompt say "
-    "another thing"
+    "the defaults are those of the release. Steps, scales, --sample_solver and --negative_prompt change them"
 )
 REFERENCES = (
     "references are clips or pictures (--reference_video; in training reference_directory); sounds as "
-    "references, and given parts of the result but the first frame (--image_path), are not built"
+    "references, and given parts of the result except the first frame (--image_path), are not built"
 )
 REPORTS = "--log_with, --show_timesteps and --check report on a run"
-RESUMING = "--resume STATE_FOLDER continues from a whole state, --network_weights starts anew from a LoRA"
+RESUMING = "--resume STATE_FOLDER continues a whole state, --network_weights starts a new run from a LoRA"
 SOUND_DTYPE = "sound is cached in float32, as its VAE computes"
 SPEED = (
     "kernels and memory are chosen by --flash_attn and the like, --compile, --gradient_checkpointing "
@@ -65,8 +64,8 @@ KERNELS_SO = "torch's own kernels are the default of --attn_mode."
 SAMPLES_SO = "a training encodes the texts and pictures of its samples itself."
 SOUND_NAMES_SO = "a file of the clip's name is its sound, whatever it ends with."
 SOUND_SO = (
-    "sound keeps its speed, clips without it leave that of others in their batch alone, and a video file "
-    "holds its sound."
+    "sound keeps its speed, clips without it do not affect the sound of other clips in their batch, and a "
+    "video file holds its sound."
 )
 WORK_SO = "processes share the work, and weights wait in host memory, where that is of use."
 

@@ -1,4 +1,4 @@
-"""Files as LTX-2 is released: one with all parts, or diffusers' folders, and the settings beside tensors."""
+"""Files as LTX-2 is released: one with all parts, or diffusers' folders, and the settings next to tensors."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -55,7 +55,7 @@ def _seconds(config: LtxConfig, places: Places) -> list[Tensor]:
 
 
 def make_tables(config: LtxConfig, places: tuple[Places, ...], /, *, device: torch.device) -> Tensor:
-    """Return the same for tokens that stand one behind the other."""
+    """Return the same for tokens that are one behind the other."""
     tables = [make_table(config, key, device=device) for key in places]
     return tables[0] if len(tables) == 1 else torch.cat(tables, dim=-4)
 
@@ -85,7 +85,7 @@ def _turn(theta: float, count: int, device: torch.device, bounds: Tensor, longes
 def _join(axes: list[Tensor], places: Places, heads: int) -> Tensor:
     """Spread the axes over the grid, and their frequencies over the heads: L N D/2 2.
 
-    Each frequency has its axes side by side. The pairs that are left over stand in front and do not turn.
+    Each frequency has its axes side by side. The remaining pairs come first and do not turn.
     """
     grid, spread = places.grid, []
     for axis, table in enumerate(axes):

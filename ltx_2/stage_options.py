@@ -27,10 +27,10 @@ class Ltx2StageOptions(Options, title="two stages"):
         only_with=_STAGES,
     )
     distilled_lora_path: Path | None = option(
-        "LoRA for few steps, which the second stage has", place="there", only_with=_STAGES
+        "LoRA for few steps, which the second stage uses", place="there", only_with=_STAGES
     )
     sample_stage2_steps: int = option(
-        "steps of the second stage; 3 have the released noise levels, others are spread along these",
+        "steps of the second stage; 3 use the released noise levels, other numbers are spread along these",
         default=3,
         least=1,
         most=1000,
@@ -56,7 +56,7 @@ class Ltx2StageOptions(Options, title="two stages"):
 
 
 class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):
-    """The same, with what the official scripts say otherwise."""
+    """The same, with the other spellings of the official scripts."""
 
     distilled_lora: tuple[str, ...] | None = option(
         f"FILE [STRENGTH]: as --{_LORA} with --sample_stage2_distilled_lora_multiplier",

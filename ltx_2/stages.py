@@ -196,10 +196,10 @@ def keep_for_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
     if patterns.include_patterns or patterns.exclude_patterns:
         raise OptionError(
             f"--include_patterns, --exclude_patterns: {first_stage[0][0]} is an IC-LoRA, which "
-            "--sample_two_stage puts beside the weights of the first stage, whole. Leave the patterns out"
+            "--sample_two_stage adds to the first stage as a whole. Leave the patterns out"
         )
     logger.info(
-        "%s: an IC-LoRA, which the first stage alone has, as in the official pipeline",
+        "%s: an IC-LoRA, which only the first stage uses, as in the official pipeline",
         ", ".join(path.name for path, _ in first_stage),
     )
     lora = replace(

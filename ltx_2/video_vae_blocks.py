@@ -168,7 +168,7 @@ class ClipConv(nn.Module):
         return joined
 
     def _convolve_end(self, memory: ClipMemory) -> Tensor:
-        """Return the frame that has waited for the one behind it: the last frame is repeated."""
+        """Return the frame that waited for its successor: the last frame is repeated."""
         frames_before = memory.take(self)
         assert frames_before is not None
         joined = torch.cat([frames_before, frames_before[:, :, -1:]], dim=2)

@@ -33,7 +33,7 @@ class LuminaTokens:
     """Inputs of the blocks besides the tokens x (B L+T C, the image first); built once per forward pass.
 
     In the published code the caption stands in front. Attention does not depend on the order of its tokens,
-    only on their positions, and with the image first it lies at the same place in all samples of a batch.
+    only on their positions, and with the image first it is at the same place in all samples of a batch.
     With a second caption x is B L+T+T' C (`modules.attention.attend`).
     """
 
@@ -153,7 +153,7 @@ class FeedForward(nn.Module):
 class JointTransformerBlock(nn.Module):
     """Attention and feed-forward, each normed before and after and added to the stream.
 
-    Without modulation the norms stand alone, as in the blocks that refine captions.
+    Without modulation there are only the norms, as in the blocks that refine captions.
     """
 
     attention_class: ClassVar[type[GroupedAttention]] = GroupedAttention

@@ -234,7 +234,7 @@ def real_tokens(mask: Tensor) -> tuple[int, tuple[int, ...]]:
     """Return the longest caption's number of real rows, and that of each sample, at least 1.
 
     mask: B T. Padding after the longest caption is cut off. An empty caption keeps one row, because its rows
-    need something to attend to. Raises ValueError if padding stands before a real token.
+    need something to attend to. Raises ValueError if padding is before a real token.
     """
     real = mask != 0
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)

@@ -38,7 +38,7 @@ class LuminaTextOptions(Options):
         "for a training with --mixed_precision no"
     )
     system_prompt: str = option(
-        "instruction that stands before every prompt, as in the model's training, such as 'You are an "
+        "instruction that is put before every prompt, as in the model's training, such as 'You are an "
         "assistant designed to generate high-quality images based on user prompts.'; default: none",
         default="",
     )
@@ -86,14 +86,14 @@ class LuminaGenerationOptions(Options, title=NAME):
     text: LuminaTextOptions
     add_system_prompt_to_negative_prompt: bool = option("put the system prompt before negative prompts too")
     cfg_trunc_ratio: float = option(
-        "share of data in the noisy picture, 0 to 1, from which on guidance is left out; 1 keeps it to the "
-        "end (--ctr in a prompt line)",
+        "leave guidance out once the noisy picture holds this share of data, 0 to 1; 1 keeps guidance to "
+        "the end (--ctr in a prompt line)",
         default=CFG_TRUNC_RATIO,
         facts=of_request("cfg_trunc_ratio"),
     )
     renorm_cfg: float = option(
-        "largest norm of a guided prediction, in norms of the one without guidance; 0: no limit (--rcfg in a "
-        "prompt line)",
+        "largest norm of a guided prediction, as a multiple of the norm without guidance; 0: no limit "
+        "(--rcfg in a prompt line)",
         default=RENORM_CFG,
         facts=of_request("renorm_cfg"),
     )

@@ -40,7 +40,7 @@ def read_settings(
 ) -> dict[str, Any]:
     """Return settings of transformers' Gemma2Config: `LanguageModel.read_settings`.
 
-    Raises ValueError or TypeError for a value that is no number.
+    Raises ValueError or TypeError for a value that is not a number.
     """
     return {SCALAR: int(settings.get(SCALAR, head_width))}
 

@@ -32,7 +32,7 @@ SPARE_BYTES = 1 << 20  # what a volume needs beyond the data itself: header, dir
 
 @contextlib.contextmanager
 def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; if the block succeeds, flush it to disk and rename it to `path`.
+    """Yield a temporary path next to `path`; if the block succeeds, flush it to disk and rename it to `path`.
 
     The temporary name ends in `.tmp`, so no pattern for finished files matches it; old leftovers of killed
     runs are removed. size_bytes: size of the whole file, compared with the free space first. Raises
@@ -57,7 +57,7 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; if the block succeeds, rename it to `path`.
+    """Yield an empty temporary folder next to `path`; if the block succeeds, rename it to `path`.
 
     An existing folder is first moved aside and deleted last; `recover_folder` repairs a kill between the two
     renames. Raises OutputError if the folder cannot be written.
@@ -89,11 +89,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_files(path: Path, size_bytes: int = 0) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; if the block succeeds, move its files beside `path` too.
+    """Yield an empty temporary folder next to `path`.
 
-    For files that belong together: none appears until all are written; then they appear in the order of their
-    names. size_bytes: as for `atomic_path`. Raises OutputError if they cannot be written; existing files then
-    stay unchanged.
+    If the block succeeds, move its files next to `path` too. For files that belong together: none appears
+    until all are written; then they appear in the order of their names. size_bytes: as for `atomic_path`.
+    Raises OutputError if they cannot be written; existing files then stay unchanged.
     """
     refuse_writing(path)
     with explain_errors(path):

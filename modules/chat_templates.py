@@ -33,12 +33,11 @@ def render_chat(
     seconds: float = MAX_TEMPLATE_SECONDS,
     **more: Any,
 ) -> str:
-    """Return the text of a conversation that the model is to go on with.
+    """Return the text of a conversation that the model is to continue with.
 
     tokenizer: of transformers, whose special tokens the template may use. template: its text, or a mapping
-    with one called default; None: the tokenizer's. turns: `role` and `content` each. seconds: until it is
-    stopped. more: further variables.
-    Raises TemplateError if it fails or goes beyond a bound.
+    with one called default; None: the tokenizer's. turns: `role` and `content` each. seconds: after which it
+    is stopped. more: further variables. Raises TemplateError if it fails or goes beyond a bound.
     """
     if template is None:
         template = tokenizer.get_chat_template()

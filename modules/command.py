@@ -136,7 +136,7 @@ _TWICE = re.compile(rf"({_FLAG.pattern}) \(\1\)")
 def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
     """Name options in warnings and errors of the block as they were typed: --nf4 in place of --nf4_base.
 
-    names: flag -> the flag to show. Lines that hold a command are left as they are.
+    names: flag -> the flag to show. Lines that hold a command are left unchanged.
     """
     if not names:
         yield
@@ -182,7 +182,7 @@ def command_line(
     """Run `main` as a program: print a UserError without a traceback and exit with its code.
 
     explain: given the file of a CheckpointError, returns its real kind, or None; printed as a hint.
-    needs_packages: end at once if a package of requirements.txt is missing, but show the help without.
+    needs_packages: end at once if a package of requirements.txt is missing, but show the help without it.
     """
     start_logging()
     try:

@@ -73,7 +73,7 @@ class CompileWords(Options):
     def typed_words(self, is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> dict[str, str]:
         """Return the words that are typed here, by their names in `COMPILE_ARGS`.
 
-        Raises OptionError if words, here or of --compile_args, do nothing or say the same.
+        Raises OptionError if words, here or of --compile_args, have no effect or say the same twice.
         """
         values = {
             "BACKEND": self.compile_backend if self.compile_backend != INDUCTOR else None,

@@ -141,7 +141,7 @@ _VERBS = {"are": "is", "were": "was", "have": "has", "give": "gives", "need": "n
 
 
 def count_words(number: int, words: str) -> str:
-    """Return a count with words for several, changed for one: `1 table has no item`, `2 tables have ...`."""
+    """Return a count with plural words, singular for one: `1 table has no item`, `2 tables have ...`."""
     if number != 1:
         return f"{number} {words}"
     nouns, colon, tail = words.partition(": ")

@@ -250,7 +250,7 @@ def release_pinned_memory() -> None:
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """Run the block in a CUDA stream of its own, for threads beside each other; wait for it at the end."""
+    """Run the block in a CUDA stream of its own, for threads side by side; wait for it at the end."""
     if device.type != "cuda":
         yield
         return
@@ -289,7 +289,7 @@ class Failures:
     def note_errors(
         self, label: str, fatal: type[Exception] | tuple[type[Exception], ...] = ()
     ) -> Iterator[None]:
-        """Record an error of the block and go on, unless the error is `fatal` or of the compiler."""
+        """Record an error of the block and continue, unless the error is `fatal` or of the compiler."""
         try:
             yield
         except Exception as error:

@@ -211,7 +211,7 @@ def _check_answer(address: str, answer: "requests.Response") -> None:
 
 
 def _first_byte(answer: "requests.Response", have: int) -> int:
-    """Return where an answer's data begin: behind the `have` bytes that are here, or at 0."""
+    """Return where an answer's data begin: after the `have` bytes that exist already, or at 0."""
     if answer.status_code != 206:
         return 0
     sent = answer.headers.get("content-range", "")

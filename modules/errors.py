@@ -67,7 +67,7 @@ class NothingFoundError(UserError):
 
 @contextlib.contextmanager
 def catch_panics() -> Iterator[None]:
-    """Raise ValueError for a panic of a library in Rust (tokenizers), which is no `Exception`."""
+    """Raise ValueError for a panic of a library in Rust (tokenizers), which is not an `Exception`."""
     try:
         yield
     except BaseException as error:

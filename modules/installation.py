@@ -1,6 +1,6 @@
 """Find whether this copy of Reelsmith is a checkout or an installed package; import modules by name.
 
-Standard library only. In the package, all of our code lies below `reelsmith` (package/staging.py). Also
+Standard library only. In the package, all of our code is below `reelsmith` (package/staging.py). Also
 import modules that a user names in an option, and hide packages that a process has no use for.
 """
 

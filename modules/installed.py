@@ -1,7 +1,7 @@
 """Find the file of a module of an installed package, without importing anything. Standard library only.
 
 A file that describes a training may come from somebody else. It may name what an installed package has, and
-nothing else: no module of the working folder or beside the file, none of Python itself, none of a package
+nothing else: no module of the working folder or next to the file, none of Python itself, none of a package
 that begins with `_` (`unittest.__main__` would run).
 """
 
@@ -65,14 +65,14 @@ def _find_top(package: str) -> ModuleSpec | None:
 
 
 def _has_installed_file(spec: ModuleSpec) -> bool:
-    """Return whether a module's file lies in an installed package. A folder without code has none to run."""
+    """Return whether a module's file is in an installed package. A folder without code has none to run."""
     if spec.origin is None:
         return spec.submodule_search_locations is not None
     return spec.has_location and is_installed_file(Path(spec.origin))
 
 
 def is_installed_file(file: Path) -> bool:
-    """Return whether a file lies in a folder of installed packages, or in one that is installed in place."""
+    """Return whether a file is in a folder of installed packages, or in one that is installed in place."""
     if _is_below(file, _package_folders()):
         return True
     here = real_path(Path.cwd())

@@ -1,7 +1,7 @@
 """Notice that another process of a run died or stopped, and end this one with a message.
 
     with OtherProcesses(rank, count) as others:  # in every process, after they have joined
-        others.advice = ...  # how to go on
+        others.advice = ...  # how to continue
         with others.explain():
             ...  # passes that need all processes
 
@@ -161,7 +161,7 @@ class OtherProcesses:
         return local == int(is_lost)
 
     def _describe(self, tail: str = "") -> str:
-        """Return what happened, with `tail` behind it, and how to go on."""
+        """Return what happened, with `tail` behind it, and how to continue."""
         text = "another process of this run was lost: it was killed, or ended by an error"
         if self._lost is not None:
             lost, how = self._lost

@@ -69,8 +69,8 @@ def height_width(joined: re.Match[str]) -> tuple[str, str]:
 def check_path(option: str, path: Path, place: str, hint: str) -> None:
     """Raise OptionError if an option cannot take a path.
 
-    place: what has to exist, "file", "folder" or "there" for both; or what will be made, "new folder", "new
-    file" or "safetensors" (a new file of that kind). hint: what to give, for a path that has to exist.
+    place: what has to exist ("file", "folder", or "there" for both), or what will be made ("new folder", "new
+    file", or "safetensors" for a new file of that kind). hint: what to give, for a path that has to exist.
     """
     if place == "safetensors":
         check_output_file(option, path)

@@ -2,8 +2,8 @@
 
     class SavingOptions(Options, title="saving"):
         output_dir: Path | None = option("folder to save into", often=True)
-        save_every_n_epochs: int | None = option("save after so many epochs", least=1)
-        save_n_epoch_ratio: int | None = option("so many saves", least=1, excludes="save_every_n_epochs")
+        save_every_n_epochs: int | None = option("save after this many epochs", least=1)
+        save_n_epoch_ratio: int | None = option("this many saves", least=1, excludes="save_every_n_epochs")
 
 A field's type gives the form of the value: bool is a switch, a tuple takes several words, str, int, float and
 Path one. Other facts stand in `option`. `add_options(parser, SavingOptions)` (modules/parser.py) declares all
@@ -242,7 +242,7 @@ class Options:
 
 
 def _values(record: Options) -> dict[str, Any]:
-    """Return field -> value, without what is kept of properties."""
+    """Return field -> value, without the cached values of properties."""
     return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
@@ -345,13 +345,13 @@ def _check_relations(record: Any, field: "dataclasses.Field[Any]", hint: str) ->
 
 
 def _names_of_given(record: Any, names: Collection[str]) -> list[str]:
-    """Return which of some options of a record, by public name, are given."""
+    """Return those of some options of a record, by public name, that are given."""
     fields = {option_name(field): field for field in dataclasses.fields(record)}
     return [name for name in names if is_given(record, fields[name])]
 
 
 def reach_of(facts: Mapping[str, Any]) -> str:
-    """Return what a value reaches outside of the program, such as "writes"; "" if its facts do not say."""
+    """Return how a value acts outside of the program, such as "writes"; "" if its facts do not say."""
     return str(facts.get("reach", "writes" if facts.get("place") in MADE_PLACES else ""))
 
 

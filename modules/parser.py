@@ -119,7 +119,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def _refuse_open_line(self, words: Sequence[str]) -> None:
-        """Refuse a command that ends in the mark of another shell for a line that goes on."""
+        """Refuse a command that ends in the mark of another shell for a line that continues."""
         last_but_one, last = ["", "", *words][-2:]
         if last not in _LINE_ENDS:
             return
@@ -145,7 +145,7 @@ class Parser(argparse.ArgumentParser):
         return {flag: shown for flag, shown in names.items() if flag != shown}
 
     def _note_flags(self, words: Sequence[str]) -> None:
-        """Keep the spelling of each option that is given, whole where only its beginning was typed."""
+        """Keep the spelling of each option that is given; in full if only its beginning was typed."""
         flags = self._option_string_actions
         for word in words[: words.index("--") if "--" in words else None]:
             name = word.partition("=")[0]
@@ -200,7 +200,7 @@ class Parser(argparse.ArgumentParser):
         return [*used, *joined]
 
     def _parse_without_required(self, words: list[_Word]) -> tuple[argparse.Namespace, list[str]]:
-        """Return what argparse makes of the words, and those that it leaves, also if options are missing."""
+        """Return argparse's result, and the words that it leaves, also if options are missing."""
         required = [action for action in self._actions if action.required]
         for action in required:
             action.required = False
@@ -354,7 +354,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _explain_number(action: argparse.Action, word: str) -> str:
-    """Return a message on a word that is no number, for an option that takes numbers."""
+    """Return a message on a word that is not a number, for an option that takes numbers."""
     parts = word.split(",")
     point = f"write a decimal point: {'.'.join(parts)}"
     has_comma = re.fullmatch(r"-?\d+,\d+(e[+-]?\d+)?", word, re.IGNORECASE) is not None

@@ -86,7 +86,7 @@ def path_exists(path: Path) -> bool:
 
 
 def explain_path(text: str) -> str | None:
-    """Return why a path that names nothing is no path, if it shows a usual mistake.
+    """Return why a path that names nothing is not a path, if it shows a usual mistake.
 
     These are backslashes that a file's format took for control characters, an address, quotation marks, a
     variable, a pattern and another system's path. The result follows the path in a message and ends without a
@@ -179,7 +179,7 @@ def protocol_of(address: str) -> str:
 
 
 def split_address(address: str) -> SplitResult:
-    """Take an address apart. One that cannot be (`http://[::1`) is a path alone; asking for it fails."""
+    """Take an address apart. An impossible one (`http://[::1`) counts as a path; requesting it fails."""
     try:
         return urlsplit(address)
     except ValueError:

@@ -141,7 +141,7 @@ def find_names(
 def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
     """Return a record with the values of earlier commands in place of its own defaults.
 
-    Values that the record refuses beside its own are left out.
+    Values that the record refuses together with its own are left out.
     """
     accepted = accepted_options(type(options))
     by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}

@@ -84,7 +84,7 @@ def describe_outside(path: Path, option: str = "") -> str | None:
         return None
     typed = _run_command(f"--{ALLOWED_BY.get(option, ANY)}", str(place))
     return (
-        f"{place} lies outside of {folders[0]}, where alone `run` writes unasked.\n"
+        f"{place} is outside of {folders[0]}, the only place where `run` writes unasked.\n"
         f"  Correct it; or, if you want it there, type it: {typed}"
     )
 
@@ -112,8 +112,8 @@ def refuse_sending(option: str, value: object) -> None:
     else:
         remedy = f"start the training itself, with the last command of {_run_command('--dry_run')}"
     raise OptionError(
-        f"--{option}: what a folder describes does not leave this machine unasked. Leave it out; or, if you "
-        f"want it, {remedy}"
+        f"--{option}: what a folder describes does not leave this machine unasked. Leave it out; or, "
+        f"if you want it, {remedy}"
     )
 
 

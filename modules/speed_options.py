@@ -62,7 +62,7 @@ def text_form(options: Any) -> str | None:
 
 
 def text_form_option() -> Any:
-    """Return the field `text_encoder_form` of a family's options, beside `fp8_text_option`."""
+    """Return the field `text_encoder_form` of a family's options, next to `fp8_text_option`."""
     return option(
         "form in which the text encoder's linear layers are kept: fp8, int8 (rotated; as small, closer to 16 "
         "bits) or nf4 (half of that, less exact)",
@@ -242,7 +242,8 @@ class TrainingFp8Options(Options):
     )
     convrot_int8: bool = option(_INT8, excludes=("fp8_base", "nf4_base"), hint=_ONE_FORM)
     convrot_int8_bwd: str = option(
-        "what computes the gradients of these layers' inputs: bf16, or int8, which is faster and less exact",
+        "how the gradients of these layers' inputs are computed: in bf16, or in int8, which is faster "
+        "and less exact",
         default="bf16",
         choices=("bf16", "int8"),
         acts_if={"it needs --convrot_int8": lambda options: options.convrot_int8},
@@ -325,7 +326,7 @@ class SwapOptions(Options):
         "costs little time"
     )
     block_swap_ring_size: int = option(
-        "how many swapped blocks are on the device at a time, the one that computes among them; they count "
+        "how many swapped blocks are on the device at a time, including the one that computes; they count "
         "towards the blocks that --blocks_to_swap leaves there. More than 2 help if copies take unevenly "
         "long",
         default=SLOTS,
@@ -399,7 +400,7 @@ class ShardingOptions(Options):
             if is_given:
                 raise OptionError(
                     f"--shard_base and {name} both say where the weights wait: in the other processes, or in "
-                    "host memory. Give one of them; fp8 and more processes save memory beside --shard_base"
+                    "host memory. Give one of them; fp8 and more processes save memory together with --shard_base"
                 )
 
 

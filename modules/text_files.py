@@ -34,7 +34,7 @@ def real_path(path: Path) -> Path:
 
 
 def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:
-    """Check that `path` is a regular file, or a link to one: reading anything else could wait or go on for
+    """Check that `path` is a regular file, or a link to one: reading anything else could wait or continue for
     ever.
 
     Returns its size. Raises OSError whose `strerror` names its kind, as `open` does for a folder or a missing

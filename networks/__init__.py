@@ -2,7 +2,7 @@
 
 adapter: the trainer's interface to a network, ours or foreign
 added: LoRAs around modules that act at times
-alphas: scales that stand beside the tensors
+alphas: scales that are next to the tensors
 apply: put LoRAs into weights while they are loaded
 averaging: average saved files of a run after it
 baking: plain LoRAs from LoHas, LoKrs and DoRAs

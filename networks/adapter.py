@@ -289,7 +289,7 @@ def _load_file(network: TrainableNetwork, path: Path, dit: nn.Module) -> None:
         problems = network.load_weights(path, dict(dit.named_parameters()))
     else:
         network.load_weights(path)
-    fits = f"but for {count_of(len(problems), 'module')}, see above" if problems else "everything fits"
+    fits = f"except for {count_of(len(problems), 'module')}, see above" if problems else "everything fits"
     logger.info(f"{path}: loaded, {fits}")
 
 

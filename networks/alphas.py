@@ -250,7 +250,7 @@ def _sources(path: Path, metadata: Mapping[str, str], paths: Mapping[str, str], 
 
 
 def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], start: str) -> _Sources:
-    """Return the alphas that stand in a file's header as keys of their own."""
+    """Return the alphas that are separate keys of a file's header."""
     sources: list[_Source] = []
     warnings: list[str] = []
     # trainers that write this key store alphas as tensors; dotted names show that a converter has
@@ -370,7 +370,7 @@ def _split_key(key: str) -> _Key:
 
 
 def _is_of(network: str, start: str) -> bool:
-    """Return whether a key that begins with `network` belongs to the one that a pipeline calls `start`."""
+    """Return whether a key that begins with `network` belongs to what a pipeline calls `start`."""
     if not network or f"{network}." == start:
         return True
     match = _OF_TEXTS.fullmatch(network)
@@ -528,7 +528,8 @@ def _finite(value: Any) -> float:
 def _expression(key: str) -> Callable[[str], bool]:
     """Return a function that tests whether a key of PEFT's `alpha_pattern` matches a module's path.
 
-    Raises ValueError if the key is no regular expression; so does the function if the search takes too long.
+    Raises ValueError if the key is not a regular expression; so does the function if the search takes too
+    long.
     """
     import regex  # seldom needed
 

@@ -68,7 +68,7 @@ Weights = Mapping[str, Sequence[StoredWeight]]
 
 
 class Loss(NamedTuple):
-    """Norms of a change, and of what is lost of it."""
+    """Norms of a change, and of the part of it that is lost."""
 
     size: float
     lost: float
@@ -78,7 +78,7 @@ class Loss(NamedTuple):
 def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     """Replace each LoHa, LoKr and DoRA by the best LoRA of a given rank for its change at multiplier 1.
 
-    Other modules stay as they are. Memory: the LoRA, and one weight with its change in float32. Raises
+    Other modules do not change. Memory: the LoRA, and one weight with its change in float32. Raises
     OptionError if there is nothing to replace, or a DoRA without its model, CheckpointError if the model does
     not fit.
     """
@@ -155,7 +155,7 @@ def with_norms(
         return lora
     if baking is None and lora.has_frozen_norms:
         raise CheckpointError(
-            f"{lora.path} is a DoRA in ComfyUI's form, which others read otherwise.\n"
+            f"{lora.path} is a DoRA in ComfyUI's form, which other programs read differently.\n"
             "  Add --dit with the model's file; after it those of the text encoders that it changes.",
             lora.path,
         )
@@ -284,7 +284,7 @@ def _weights_of_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeigh
 
 
 def _weights_of_dit(checkpoint: Checkpoint, family: FamilyNames | None) -> Iterator[tuple[str, StoredWeight]]:
-    """Yield our tensors as they are made from a file's, as far as the family's lists go."""
+    """Yield how our tensors are made from a file's, for the names in the family's lists."""
     bare = bare_names(checkpoint)
     sources = plain_sources(bare)
     if family is not None:

@@ -206,7 +206,7 @@ def convert_file(
     Metadata are copied, with new hashes; the family is added if tensor names alone no longer show it. Modules
     without a form in the other dialect are listed in a warning. LoRAs for parts of a fused module are joined.
     A file with a LoRA for each expert stays one file in diffusers' dialect; the others have no form for it.
-    Raises CheckpointError if the file is no LoRA, if nothing of it can be written, or if its model is not
+    Raises CheckpointError if the file is not a LoRA, if nothing of it can be written, or if its model is not
     `family` or ambiguous; OptionError if the output would replace the source.
     """
     refuse_replacing("--output", output, checkpoint_paths(source))

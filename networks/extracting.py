@@ -63,7 +63,7 @@ class Pair(NamedTuple):
 
 
 class LoraNames(NamedTuple):
-    """What the metadata of a LoRA say of its model."""
+    """The entries about its model in the metadata of a LoRA."""
 
     module: str  # that trains such LoRAs
     version: str  # of the base model

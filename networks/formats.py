@@ -148,7 +148,7 @@ def _note_strength(
 
 
 def _metadata_of_strengths(strengths: Mapping[int, set[float]]) -> dict[str, str]:
-    """Return the metadata that say which alpha / rank was folded into factors of a rank, if it is one."""
+    """Return the metadata about the alpha / rank that was folded into factors of a rank, if it is one."""
     single = {rank: min(values) for rank, values in strengths.items() if len(values) == 1}
     return {FOLDED: json.dumps(single)} if single else {}
 

@@ -190,7 +190,7 @@ class _NamedModules(NamedTuple):
         return {self.modules[place.path]: place.path for place in self.places.values()}
 
     def counts(self, by_key: Mapping[str, int]) -> dict[str, int]:
-        """Return numbers by key as numbers by module of ours."""
+        """Turn numbers by key into numbers by our modules."""
         counts: dict[str, int] = {}
         for key, count in by_key.items():
             if key in self.places:
@@ -246,7 +246,7 @@ def _first_keys(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _repeated_keys(names: Mapping[str, str], first_keys: Mapping[str, str]) -> dict[str, str]:
-    """Return the keys of names that another key has too: key -> the first key of the name."""
+    """Return the keys whose name an earlier key has too: key -> the first key of that name."""
     return {key: first_keys[name] for key, name in names.items() if first_keys[name] != key}
 
 
@@ -462,7 +462,7 @@ def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
 def module_of_tensor(name: str) -> tuple[str, str]:
     """Split a tensor's name: `model.diffusion_model.blocks.0.ffn.0.weight` -> (`blocks_0_ffn_0`, `weight`).
 
-    A parameter that is no module's weight or bias counts as a module, as in LoRA files:
+    A parameter that is not a module's weight or bias counts as a module, as in LoRA files:
     `blocks.0.modulation` -> (`blocks_0_modulation`, `weight`).
     """
     path, _, leaf = name.rpartition(".")
@@ -614,7 +614,7 @@ Extent = tuple[int, Sequence[int]]  # rows, sizes along all further axes
 def _rows_and_columns(shapes: Shapes) -> Extent:
     """Return the extent of a weight's change.
 
-    Raises KeyError, ValueError or IndexError if the shapes are no factors of one change.
+    Raises KeyError, ValueError or IndexError if the shapes are not factors of one change.
     """
     if "diff" in shapes:
         rows, *columns = shapes["diff"]

@@ -35,7 +35,10 @@ def sort_by_kind(names: Iterable[str], kind_of: Callable[[str], UnusedKind]) -> 
 
 
 def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
-    """Return the kind of a tensor that is no part of a LoRA, as in "tensors {words}". family: of the LoRA."""
+    """Return the kind of a tensor that is not a part of a LoRA, as in "tensors {words}".
+
+    family: of the LoRA.
+    """
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
     path = bare_path(_IN_PEFT.sub("", key.removesuffix(leaf)))
     name = path.replace(".", "_")

@@ -145,7 +145,7 @@ LARGEST = 4 << 30  # largest size of tensors, in bytes, to hash in memory
 
 
 def describe_lora(checkpoint: Checkpoint) -> str | None:
-    """Describe the LoRA in an open file: kind, model, ranks, layers; None if it is no LoRA.
+    """Describe the LoRA in an open file: kind, model, ranks, layers; None if it is not a LoRA.
 
     Only scales are read.
     """
@@ -164,7 +164,7 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
 
 
 def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the checksums by which browsers find a LoRA; {} if the file is no LoRA or too large."""
+    """Return the checksums by which browsers find a LoRA; {} if the file is not a LoRA or too large."""
     size = sum(info.size_bytes for info in checkpoint.tensors.values())
     if size > LARGEST or describe_lora(checkpoint) is None:
         return {}
@@ -172,7 +172,7 @@ def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -> str | None:
-    """Describe the LoRA of one expert, or of a model without experts; None if it is no LoRA.
+    """Describe the LoRA of one expert, or of a model without experts; None if it is not a LoRA.
 
     names: of its tensors. part: the expert, if the file has a LoRA for each.
     """

@@ -194,8 +194,8 @@ def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
 def module_path(name: str, family: FamilyNames) -> str | None:
     """Return `blocks.0.self_attn.q` for `blocks_0_self_attn_q`; None if the family lacks the module.
 
-    A parameter that is no module's weight counts as a module: `blocks.0.modulation`. A module that is stacked
-    in another layout gets its path there.
+    A parameter that is not a module's weight counts as a module: `blocks.0.modulation`. A module that is
+    stacked in another layout gets its path there.
     """
     tables = _tables(family)
     return tables.ours.find(name) or (tables.renamed.find(name) if family.joined else None)
@@ -451,7 +451,7 @@ def _tables(family: FamilyNames) -> _Tables:
 
 
 class _TensorPlace(NamedTuple):
-    """Where a module lies in our layout."""
+    """Where a module is in our layout."""
 
     path: str  # our template
     number: str

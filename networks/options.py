@@ -22,10 +22,10 @@ BASE = "base"
 
 
 class FrozenModelOptions(Options, title="frozen model"):
-    """What the frozen model has in training steps alone, and whether it teaches the network."""
+    """What is added to the frozen model in training steps only, and whether the model teaches the network."""
 
     training_adapter: Path | None = option(
-        "LoRA file that the model has in training steps alone, such as one that undoes a distillation: "
+        "LoRA file that the model has only in training steps, such as one that undoes a distillation: "
         "samples, the validation loss and what is saved are without it",
         place="there",
         facts=FREE,
@@ -40,8 +40,8 @@ class FrozenModelOptions(Options, title="frozen model"):
         facts=FREE,
     )
     teacher: str | None = option(
-        "base: the loss is also measured against what the frozen model, without the network, predicts from "
-        "all that there is: the caption where it was dropped, the first frame if the model takes it. One "
+        "base: the loss is also measured against the prediction of the frozen model, without the network, "
+        "from the full conditions: also a dropped caption, and the first frame if the model takes one. One "
         "more pass in each step, without gradients",
         choices=(BASE,),
         facts=HABIT,
@@ -113,9 +113,9 @@ class NetworkOptions(Options, title="network"):
         facts=HABIT,
     )
     lora_format: str | None = option(
-        "whose names the layers have in saved files. known: of the known tuners (lora_unet_..., with "
-        "alphas); comfyui: of ComfyUI; diffusers: of diffusers' pipelines. Default: known, of LTX-2 comfyui, "
-        "which are the names of its official code. Every script here reads all of them",
+        "names of the layers in saved files. known: those of the known tuners (lora_unet_..., with "
+        "alphas); comfyui: those of ComfyUI; diffusers: those of diffusers' pipelines. Default: known, "
+        "for LTX-2 comfyui, which are the names of its official code. Every script here reads all of them",
         choices=(KNOWN, COMFYUI, DIFFUSERS),
         facts=FREE,
     )

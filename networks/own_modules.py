@@ -421,7 +421,7 @@ def _layer_of(
     name: str, module: LoraModule, path: str, factors: Factors, settings: LoraSettings
 ) -> LoraLayer | FactoredLayer:
     """Return a layer of a network module with the rank and alpha of factors; split if that is asked for and
-    the up factor has blocks. Raises CheckpointError if factors of a LoHa or LoKr are no matrices.
+    the up factor has blocks. Raises CheckpointError if factors of a LoHa or LoKr are not matrices.
     """
     if OWN_MODULES[name].kind != "LoRA":
         return _factored_layer_of(module, path, factors)
@@ -436,7 +436,7 @@ def _layer_of(
 
 
 def _factored_layer_of(module: LoraModule, path: str, factors: Factors) -> FactoredLayer:
-    """Return a layer of a LoHa or LoKr. Raises CheckpointError if its factors are no matrices."""
+    """Return a layer of a LoHa or LoKr. Raises CheckpointError if its factors are not matrices."""
     shapes = {part: tuple(tensor.shape) for part, tensor in without_alpha(factors).items()}
     if not isinstance(module, nn.Linear) or any(len(shape) != 2 for shape in shapes.values()):
         raise CheckpointError(f"--dim_from_weights: {path} has {shapes}, and only matrices can be trained")

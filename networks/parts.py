@@ -127,7 +127,7 @@ def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, 
 
 
 def _height_to_cut(factors: Factors) -> int | None:
-    """Return the rows of a change; None if it is no matrix."""
+    """Return the rows of a change; None if it is not a matrix."""
     size = deltas.size_of(factors)
     if size is not None:
         return size[0]
@@ -159,7 +159,7 @@ def fuse(
     """Join the LoRAs for parts of a module to one for the module; warn of LoRAs that cannot be joined.
 
     tensors: under our names, with our prefix; others are unchanged. height: fused module -> number of rows of
-    its weight, None if the model lacks it: its parts then stay as they are. Without `height` every part is
+    its weight, None if the model lacks it: its parts then do not change. Without `height` every part is
     joined, and heights come from the parts, also those in other blocks; if no block has the last part of a
     weight, its height is that of all published models. family: of the modules; None: any. The
     change of the weight stays the same. The rank is the sum of the parts' ranks, or their rank if they share
@@ -246,7 +246,7 @@ def _likely_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int
         if not part_height and part.usual_height > reference.usual_height:
             logger.info(
                 f"{part.theirs} is not in the file; it is assumed to have {part.usual_height} times as "
-                "many rows as the parts beside it"
+                "many rows as the parts next to it"
             )
     return height
 
@@ -254,8 +254,8 @@ def _likely_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int
 def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False) -> Factors | str:
     """Return factors for a weight of this height, or the reason why there are none.
 
-    is_for_model: whole differences are made of what no factors can be joined of. They are large: files get
-    them apart.
+    is_for_model: make whole differences of parts whose factors cannot be joined. These are large, so files
+    get the parts separately.
     """
     first = pieces[0]
     if first.part.index is None and len(pieces) == 1:
@@ -533,6 +533,6 @@ def mend_split_alphas(
 
 
 def _count_parts(name: str) -> int:
-    """Return in how many parts, with some of its rows, other layouts have a module."""
+    """Return the number of parts, each with some of its rows, that other layouts make of a module."""
     parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
     return len({part.index for part in parts} - {None, SWAPPED})

@@ -16,7 +16,7 @@ MOST_LETTERS = 200  # of a pattern that is compared with names
 
 @dataclass(frozen=True)
 class NamePattern:
-    """Replaces a pattern that fits these names only in another spelling than its option reads."""
+    """Replaces a pattern that fits these names only in a spelling that its option does not read."""
 
     pattern: str  # as it was typed
     names: frozenset[str]  # in all spellings

@@ -107,7 +107,7 @@ def _in_flux(match: re.Match[str]) -> list[str]:
 def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split the tensors for fused queries, keys and values into tensors for each of them.
 
-    Layers whose change is no matrix, or whose factors do not fit it, stay whole.
+    Layers whose change is not a matrix, or whose factors do not fit it, stay whole.
     """
     apart = dict(tensors)
     for layer, keys in _fused_layers(tensors).items():

@@ -19,8 +19,8 @@ DIALECTS = ("sd-scripts", "ai-toolkit")
 BY_TENSOR = "models are always read and written tensor by tensor."
 ONLY_NEEDED = "write only what loaders need to know"
 EXACT_SUM = (
-    "LoRA into LoRA: add up the ranks, so that the sum is exact; without, the best LoRA of the first file's "
-    "rank"
+    "LoRA into LoRA: add up the ranks, so that the sum is exact; without it, the best LoRA of the first "
+    "file's rank"
 )
 OF_LORAS = "it is for merging LoRAs into one"
 # option of a model to merge into -> of its result
@@ -77,7 +77,7 @@ class ConvertOptions(Options):
         **_RESULT,
     )
     expert: str | None = option(
-        "of a file with a LoRA for each expert, take this one alone", choices=("high_noise", "low_noise")
+        "of a file with a LoRA for each expert, take only this one", choices=("high_noise", "low_noise")
     )
     target: str = option(
         "other or comfyui: as ComfyUI and most tools read it: diffusion_model. (FramePack, FLUX: "
@@ -129,7 +129,8 @@ class AveragingOptions(Options):
         "saved files of one run, from any of its epochs or steps", positional=True, nargs="+"
     )
     no_sort: bool = option(
-        "take the files in the order given; else by their step, or by time if they do not say it"
+        "take the files in the given order; without it they are sorted by their step, or by time if they "
+        "do not record it"
     )
     beta: float = option(
         "share of the average so far at each further file; the first file keeps a large share",
@@ -252,7 +253,7 @@ class FluxMergeOptions(Options):
     mem_eff_load_save = not_needed(BY_TENSOR)
     loading_device = not_needed("tensors are read one by one.", default="cpu")
     shuffle = NO_SHUFFLE
-    diffusers = not_needed("names of diffusers are recognised by themselves.")
+    diffusers = not_needed("names of diffusers are recognised automatically.")
 
     def __post_init__(self) -> None:
         if not self.models:

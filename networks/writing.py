@@ -97,7 +97,7 @@ def _lokr_path(name: str, factors: Factors, family: FamilyNames, is_cut: bool) -
     """Return a LoKr by its path, or why there is none. is_cut: the file has layers of diffusers' layout."""
     parts = parts_of(name, family)
     if any(placed.part.index == SWAPPED for placed in parts):
-        return "its halves stand the other way round in diffusers, which does not swap those of a LoKr"
+        return "its halves are in the other order in diffusers, which does not swap those of a LoKr"
     if not is_cut:
         return _alone(module_path(name, family), factors)
     path = parts[0].path if len(parts) == 1 else module_names.part_path(name, family)
@@ -120,7 +120,10 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
 
 
 def _alone(path: str | None, factors: Factors, reason: str = _UNKNOWN) -> Pieces | str:
-    """Return the factors of a module that is whole in the other dialect. reason: why, if it has no path."""
+    """Return the factors of a module that is whole in the other dialect.
+
+    reason: why it has no path, if so.
+    """
     return reason if path is None else {path: factors}
 
 
@@ -187,7 +190,7 @@ def _in_diffusers(factors: Factors) -> Form:
     form = _fold(factors)
     bias = deltas.stored_bias(factors)
     if bias is not None and DORA in factors:
-        return "it has a bias beside DoRA magnitudes, which has no form in that dialect"
+        return "it has a bias together with DoRA magnitudes, which has no form in that dialect"
     if bias is not None:
         form["lora_B.bias"] = bias
     if DORA in factors:

@@ -22,8 +22,8 @@ class ToolRunOptions(Options, title="input and output"):
         by_place=True,
     )
     output: str | None = option(  # str, because Path drops a trailing /
-        "file of the result, whose ending is that of --container or .png, or folder for results (default: "
-        "beside the input, with the name of the network added)",
+        "file of the result, whose ending is that of --container or .png, or folder for results "
+        "(default: next to the input, with the name of the network added)",
         metavar="PATH",
     )
     yes: bool = option("overwrite results that exist, and ask nothing", flags=("-y",))
@@ -52,7 +52,7 @@ class ToolNetworkOptions(Options, title="network"):
     dtype: str = option(
         "fp32 (float32), bf16 (bfloat16) or fp16 (float16): the halves take half the memory", default="fp32"
     )
-    seed: str | None = option("of what is drawn at random; most of these networks draw nothing")
+    seed: str | None = option("seed of random values; most of these networks use none")
     compile: bool = option("compile the network with torch: slow to start, then faster")
 
 
@@ -208,7 +208,7 @@ class BlurOptions(Options, title="what is blurred"):
     )
     hold: int = option(
         "frames for which something stays blurred after it was last found; frames in which it was missed are "
-        "blurred where it has moved through. So many frames wait in memory",
+        "blurred where it has moved through. This many frames wait in memory",
         default=15,
         least=0,
         most=MOST_HELD,

@@ -49,7 +49,7 @@ def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console
 
 
 def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]) -> None:
-    """Work on the files in turn. If one of several fails, the failure is reported and the others go on.
+    """Work on the files in turn. If one of several fails, the failure is reported and the others continue.
 
     Raises UserError at the end if one failed, with the exit code of the failures if all have the same.
     """
@@ -122,7 +122,7 @@ def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str],
     """
     pixels = read_image(job.source)
     if media_colours(job.source).is_transparent:
-        logger.warning("%s is transparent: it is laid on white", job.source)
+        logger.warning("%s is transparent: it is filled with white", job.source)
     height, width = pixels.shape[:2]
     clip = Clip(job.source, width, height, rate=None, frames=1, is_deep=False)
     clips = results(stages, clip)

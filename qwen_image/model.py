@@ -245,7 +245,7 @@ class QwenImageModel(BlockNetwork):
         """Return (cosine, sine) pairs of all tokens, L+T 1 D/2 2 float32, from float64 angles.
 
         A picture's token stands at (number of the picture, row, column), with rows and columns counted from
-        the middle. A text's token j stands at j + the largest half of a picture's side, on all three axes.
+        the middle. A text's token j is at j + the largest half of a picture's side, on all three axes.
         """
         widths = rotary_widths(self.config.dim // self.config.num_heads)
         number_width, row_width, column_width = widths

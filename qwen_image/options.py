@@ -116,8 +116,8 @@ class QwenImageReferenceOptions(Options, title="pictures to edit"):
         facts=of_request(MASK),
     )
     rcm_threshold: float | None = option(
-        "keep what an edit leaves alone in its place: at each step, what differs from the first picture by "
-        "less than this is set back to it; 0.01 to 0.1 is usual. That picture must have the size of the "
+        "keep what an edit does not change in its place: at each step, what differs from the first picture "
+        "by less than this is set back to it; 0.01 to 0.1 is usual. That picture must have the size of the "
         "result",
         above=0,
         below=math.inf,
@@ -128,14 +128,14 @@ class QwenImageReferenceOptions(Options, title="pictures to edit"):
         only_with="rcm_threshold",
     )
     rcm_kernel_size: int = option(
-        "blur differences over so many latent pixels, an odd number; 1: not at all",
+        "blur differences over this many latent pixels, an odd number; 1: not at all",
         default=3,
         least=1,
         most=MOST_KERNEL,
         only_with="rcm_threshold",
     )
     rcm_dilate_size: int = option(
-        "enlarge what is changed by so many latent pixels",
+        "enlarge the changed area by this many latent pixels",
         default=0,
         least=0,
         most=MOST_KERNEL,

@@ -81,8 +81,7 @@ def check_compilation(choice: Compilation | None, device: torch.device) -> None:
 
 
 def missing_for_inductor(device: torch.device) -> str:
-    """Return the missing parts of torch's compiler and how to get them; empty if nothing is known to be
-    missing."""
+    """Return the parts of torch's compiler that are known to be missing, and how to get them."""
     if device.type == "mps":
         return ""  # Metal's compiler is part of the system
     if device.type == "cpu":

@@ -78,7 +78,7 @@ def _examine_torch() -> Iterator[Finding]:
         from modules.devices import choose_device
         from running.compile import missing_for_inductor
     except Exception as error:  # a build for another system raises OSError, a damaged one anything
-        verdict = f"cannot be loaded ({type(error).__name__}: {error}). Install it anew: {INDEX}"
+        verdict = f"cannot be loaded ({type(error).__name__}: {error}). Install it again: {INDEX}"
         yield Finding("torch", verdict, is_fit=False)
         return
     device = choose_device(None)

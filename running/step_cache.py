@@ -5,7 +5,7 @@
         denoise(family, cached_at, section, ...)
 
 Each pass of a step (positive, negative, one that skips layers) has its own rule and residual, by
-`Turn.which`. A residual lies where the tokens lie. It is freed before the blocks of its pass run again, and
+`Turn.which`. A residual is where the tokens are. It is freed before the blocks of its pass run again, and
 by `forget`.
 
 MagCache: skip a pass while the size of the residual is known to change little from step to step.

@@ -192,7 +192,7 @@ def _strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tuple[float
     strengths: tuple[float, ...] | None = values.get(MULTIPLIERS)
     if strengths is not None and not options.networks.num_adjustable:
         logger.warning(
-            "--am is ignored because there are no --network_weights, or all are folded in for good"
+            "--am is ignored because there are no --network_weights, or all are folded in permanently"
         )
         return None
     options.networks.check_strengths(strengths or ())

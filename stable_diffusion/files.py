@@ -40,7 +40,7 @@ _OTHERS = (
     ("model.diffusion_model.clf.", "Stable Cascade, which is another network"),
     ("edm_mean", "Playground 2.5, whose noise follows another formula (EDM)"),
     ("edm_vpred.", "CosXL, whose noise follows another formula (EDM)"),
-    ("depth_model.", "Stable Diffusion 2 with depth, which needs a depth map beside the picture"),
+    ("depth_model.", "Stable Diffusion 2 with depth, which needs a depth map in addition to the picture"),
     ("embedder.model.", "Stable unCLIP, whose U-Net takes the embedding of a picture"),
     ("control_model.", "a ControlNet (--control_net_models)"),
     ("lllite_unet", "a ControlNet-LLLite (--control_net_lllite_models)"),
@@ -52,7 +52,7 @@ _REFINER = "the refiner of Stable Diffusion XL, which only finishes pictures of 
 
 @dataclass(frozen=True)
 class Marks:
-    """Facts about a single file beside its tensors' sizes."""
+    """Facts about a single file in addition to its tensors' sizes."""
 
     kind: ModelKind
     predicts_velocity: bool

@@ -133,8 +133,8 @@ def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
     size = len(name.encode("utf-8", "replace"))
     if size > LONGEST_NAME:
         raise OptionError(
-            f"--f {shown}: the name has {size} bytes, and files take {LONGEST_NAME} beside the number and "
-            "the ending. Give a shorter one"
+            f"--f {shown}: the name has {size} bytes, and files take {LONGEST_NAME} in addition to the "
+            "number and the ending. Give a shorter one"
         )
     return values
 
@@ -255,7 +255,7 @@ def find_inputs(options: PictureInputOptions, control_nets: int) -> Inputs:
     """List the input pictures of a run, and read their headers.
 
     control_nets: guides for each picture, at least one. Raises OptionError if a file is missing, or the
-    number of guides is neither 1 nor a multiple of it; MediaError if a file is no picture.
+    number of guides is neither 1 nor a multiple of it; MediaError if a file is not a picture.
     """
     guides = [_list_pictures(path) for path in options.guide_image_path or ()]
     inputs = Inputs(

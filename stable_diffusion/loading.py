@@ -155,7 +155,7 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
         averages = sum(name.startswith(EMA) for name in checkpoint.tensors)
         if averages:
             logger.info(
-                "%s: %d averaged tensors (model_ema.) are not used; the U-Net beside them is", path, averages
+                "%s: %d averaged tensors (model_ema.) are not used; the U-Net next to them is", path, averages
             )
         if marks.predicts_velocity:
             also = " with a zero terminal SNR" if marks.zero_terminal_snr else ""
@@ -250,9 +250,9 @@ def _check_together(release: OpenedCheckpoint) -> None:
         pooled_width = config.get("projection_class_embeddings_input_dim")
         if pooled_width != needed:
             raise CheckpointError(
-                f"--ckpt {path}: its U-Net takes {pooled_width} numbers beside the text, its second text "
-                f"encoder and {checkpoints.SIZE_NUMBERS} sizes make {needed}. Parts of different "
-                "models were joined.",
+                f"--ckpt {path}: its U-Net takes {pooled_width} numbers in addition to the text, its second "
+                f"text encoder and {checkpoints.SIZE_NUMBERS} sizes make {needed}. Parts of different models "
+                "were joined.",
                 path,
             )
 

@@ -94,7 +94,7 @@ class _Target:
 def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
     """Read the files of `--network_weights`; show their metadata if the options ask for it.
 
-    Raises CheckpointError if one is no LoRA, or for a model that is no Stable Diffusion.
+    Raises CheckpointError if one is not a LoRA, or for a model that is no Stable Diffusion.
     """
     loras = []
     for path in options.files:
@@ -165,8 +165,8 @@ def load_networks(
 ) -> ChosenLoras | None:
     """Put the files of `--network_weights` into a model; return those whose strengths can be chosen.
 
-    loras: the files, if they are read already. Returns None if there are none, or if all are folded in for
-    good. Raises CheckpointError if a file is no LoRA or does not fit.
+    loras: the files, if they are read already. Returns None if there are none, or if all are folded in
+    permanently. Raises CheckpointError if a file is not a LoRA or does not fit.
     """
     if not options.files:
         return None
@@ -201,7 +201,7 @@ def load_networks(
 
 
 def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> None:
-    """Fold LoRAs into the weights of the networks for good."""
+    """Fold LoRAs permanently into the weights of the networks."""
     for target in targets:
         target_uses = uses_for(uses, target.prefix)
         if target_uses:
@@ -211,9 +211,9 @@ def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> None:
 
 
 def _log_added(use: LoraUse, parts: Sequence[AddedPart]) -> None:
-    """Log how many modules a LoRA changes, and how many of them are computed anew at each step."""
+    """Log how many modules a LoRA changes, and how many of them are computed again at each step."""
     anew = sum(part.is_made_whole for part in parts)
-    hint = f"; {anew} of them are made anew at each step: --network_pre_calc is faster" if anew else ""
+    hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
     modules = count_of(len(parts), "module")
     logger.info(f"{use.lora.path}: added to {modules}, strength {use.multiplier:g}{hint}")
 

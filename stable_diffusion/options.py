@@ -32,8 +32,10 @@ class ModelOptions(Options, title="model"):
         excludes=("v1", "v2"),
         often=True,
     )
-    v1: bool = option("it is Stable Diffusion 1.x; likewise", excludes="v2")
-    v2: bool = option("it is Stable Diffusion 2.x; likewise")
+    v1: bool = option(
+        "the checkpoint is Stable Diffusion 1.x; read from the file if not given", excludes="v2"
+    )
+    v2: bool = option("the checkpoint is Stable Diffusion 2.x; read from the file if not given")
     v_parameterization: bool = option(
         "the model predicts velocity (v-prediction), as Stable Diffusion 2.x of 768 pixels does"
     )
@@ -95,7 +97,7 @@ class PictureInputOptions(Options, title="prompts"):
     images_per_prompt: int = option(
         "pictures of each prompt, with different seeds", default=1, least=1, often=True
     )
-    n_iter: int = option("how often all prompts are gone through", default=1, least=1)
+    n_iter: int = option("how many times all prompts are made", default=1, least=1)
     shuffle_prompts: bool = option(
         "go through the prompts in another order in each round",
         excludes="from_module",
@@ -115,7 +117,7 @@ class PictureInputOptions(Options, title="prompts"):
         often=True,
     )
     mask_path: Path | None = option(
-        "a picture, or a folder of them. With --image_path, inpainting: white is painted anew. For prompts "
+        "a picture, or a folder of them. With --image_path, inpainting: white is repainted. For prompts "
         "with AND: red, green and blue are the regions of the first three parts and of their LoRAs",
         **_PICTURE,
         flags=("--mask_path", "--mask_image"),
@@ -178,8 +180,8 @@ class TextOptions(Options, title="text"):
         "files of textual inversion; the name of a file, without its ending, is the word for it"
     )
     clip_vision_strength: float | None = option(
-        "Stable Diffusion XL with --image_path: the picture, seen by CLIP, stands in place of the prompt's "
-        "pooled state, times this"
+        "Stable Diffusion XL with --image_path: the picture as CLIP sees it, times this number, replaces "
+        "the prompt's pooled state"
     )
     XTI_embeddings: tuple[Path, ...] | None = option(
         "files of extended textual inversion (P+), for Stable Diffusion 1.x and 2.x: a word has another "

@@ -1,6 +1,6 @@
 """Attention couple with regional LoRA: each part of a prompt, and its LoRA, acts in a region of its own.
 
-The parts of a prompt stand between " AND ". In the cross-attention of the U-Net each part is attended to
+The parts of a prompt are between " AND ". In the cross-attention of the U-Net each part is attended to
 on its own, and the mean of the results is weighted by the regions of the parts; LoRA i's addition is
 multiplied by the region of part i. Keys and values of part i see LoRA i alone. A negative text acts
 everywhere, as a part of every region: guidance then compares two passes with the same weights.
@@ -75,7 +75,7 @@ def split_parts(prompt: str) -> list[str]:
 def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
     """Return the state of a prompt from those of its parts.
 
-    states: of equal length. regions: P H W. The contexts stand one after the other (P*L C); the pooled
+    states: of equal length. regions: P H W. The contexts are one after the other (P*L C); the pooled
     vectors, which act on the whole picture, are averaged by the areas of the parts.
     """
     context = torch.cat([state.context for state in states])
@@ -90,7 +90,7 @@ def join_parts(states: Sequence[TextState], regions: Tensor) -> TextState:
 def check_regions(parts: int, loras: int, is_folded: bool) -> None:
     """Raise OptionError if a mask cannot give each part of a prompt and its LoRA a region.
 
-    loras: number of LoRAs that are not folded in for good. is_folded: LoRAs are folded in for each batch.
+    loras: number of LoRAs that are not folded in permanently. is_folded: LoRAs are folded in for each batch.
     """
     if is_folded:
         raise OptionError(

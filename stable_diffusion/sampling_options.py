@@ -17,7 +17,7 @@ PNDM_STEPS = 4  # Runge-Kutta steps that pndm begins with, from noise
 LARGEST_SIDE = 16384  # pixels; no memory holds more
 USUAL_STRENGTH = 0.8  # of image to image
 STEPS_HINT = f"the models know {TRAINED_STEPS} timesteps"
-STRENGTH_HINT = "0 keeps the picture, 1 makes it anew"
+STRENGTH_HINT = "0 keeps the picture, 1 replaces it"
 _SIZE_HINT = "a multiple of 8 pixels"
 
 
@@ -210,7 +210,7 @@ class GradualLatentOptions(Options, title="Gradual Latent: begin small and grow 
     gradual_latent_ratio: float = option("size at the beginning", default=0.5, above=0, most=1)
     gradual_latent_ratio_step: float = option("how much they grow", default=0.125, above=0)
     gradual_latent_every_n_steps: int = option(
-        "they grow every so many steps",
+        "number of steps after which they grow again",
         default=3,
         least=1,
         flags=("--gradual_latent_every_n_steps", "--gradual_latent_ratio_every_n_steps"),

@@ -235,7 +235,7 @@ def begin_small(
 ) -> tuple[Tensor, SchedulerSolver]:
     """Return the start latents, B C 1 h w, at their first size, and the sampler that makes them grow.
 
-    If no step is made, both stay as they are. Raises OptionError if the blur of an unsharp mask is larger
+    If no step is made, neither changes. Raises OptionError if the blur of an unsharp mask is larger
     than the latents.
     """
     if sampler.first >= sampler.schedule.num_steps:

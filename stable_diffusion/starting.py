@@ -86,7 +86,7 @@ def _draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> T
 
 # Inpainting: what the mask leaves black is put back after each step, as noisy as the rest is then.
 def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
-    """Return a mask of that size, 1 1 H W: 1 (painted anew) from half grey on, else 0, as in diffusers."""
+    """Return a mask of that size, 1 1 H W: 1 (repainted) from half grey on, else 0, as in diffusers."""
     grey = fit(mask.convert("RGB"), width, height).convert("L")
     values = torch.from_numpy(np.asarray(grey, dtype=np.float32) / 255)
     return (values >= 0.5).float()[None, None]
@@ -218,7 +218,7 @@ def _start_pixels(pictures: Sequence[AskedPicture], start: SecondStart | None) -
 
 
 def _read_masks(pictures: Sequence[AskedPicture]) -> Tensor:
-    """Return the masks of pictures, B 1 H W: 1 is painted anew."""
+    """Return the masks of pictures, B 1 H W: 1 is repainted."""
     settings = pictures[0].settings
     masks = [Image.fromarray(read_mask(picture.mask)) for picture in pictures if picture.mask is not None]
     return torch.cat([mask_pixels(mask, settings.width, settings.height) for mask in masks])

@@ -117,7 +117,7 @@ class Texts:
         return torch.cat(copies * repeats), pooled
 
     def _copy_ids(self, tower: TextTower, ids: Tensor) -> list[Tensor]:
-        """Return a text's ids, K 77, once, or for each cross-attention if words have vectors for each."""
+        """Return a text's ids, K 77: once, or for each cross-attention if its words' vectors differ."""
         if tower.strides is None:
             return [ids]
         strides = tower.strides[ids]
@@ -289,7 +289,7 @@ def check_vision(kind: ModelKind, checkpoint: Path, tokenizer_cache_dir: Path | 
 
 
 def find_image_tower(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path:
-    """Return bigG's image tower: in --tokenizer_cache_dir, beside the checkpoint, or in the hub's cache.
+    """Return bigG's image tower: in --tokenizer_cache_dir, next to the checkpoint, or in the hub's cache.
 
     checkpoint: of --ckpt. Downloads it if it is nowhere. Raises DownloadError if the hub does not give it.
     """

@@ -76,7 +76,7 @@ def read_texts(checkpoint: Checkpoint, kind: ModelKind) -> tuple[TextPlan, ...]:
 
 
 def read_folder_text(checkpoint: Checkpoint, is_open_clip: bool, is_projected: bool) -> TextPlan:
-    """Plan how to load a text encoder of a diffusers folder, whose config.json is beside the file.
+    """Plan how to load a text encoder of a diffusers folder, whose config.json is next to the file.
 
     SD 2.x does not use the last layer: released folders lack it, those made from whole OpenCLIP files do not.
     """

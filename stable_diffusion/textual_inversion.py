@@ -92,7 +92,7 @@ def add_words(
 
 
 def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTower:
-    """Return a text encoder that knows words. index: of the encoder, which is that of the words' vectors."""
+    """Return a text encoder that knows words. index: of the encoder, equal to that of the words' vectors."""
     embeddings = tower.network.embeddings
     old = embeddings.token_embedding.weight
     vectors = [word.vectors[index].to(old.device, old.dtype) for word in words]
@@ -117,7 +117,7 @@ def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTo
 
 
 def _derived_names(words: Sequence[LearnedWord], ids: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    """Return further names and their ids: of each word's single vectors, and those that the files have."""
+    """Return further names and their ids: those of each word's single vectors, and those in the files."""
     derived: dict[str, list[int]] = {}
     for word in words:
         word_ids = ids[word.word]

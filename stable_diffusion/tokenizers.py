@@ -83,7 +83,7 @@ def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Pa
     except CheckpointError as error:
         looked = f" in {cache} or" if cache is not None else ""
         raise CheckpointError(
-            f"no tokenizer for {checkpoint}: there is none{looked} beside it, and {files.repository} cannot "
+            f"no tokenizer for {checkpoint}: there is none{looked} next to it, and {files.repository} cannot "
             "be downloaded from the hub.\n  Put vocab.json and merges.txt, or tokenizer.json, of that "
             f"repository into a folder {CLIP_L} and give the folder that holds it to {OPTION}."
         ) from error

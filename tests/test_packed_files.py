@@ -355,7 +355,7 @@ def test_files_that_lie_give_one_message(
     project, (dit, encoder, cut) = small_files
     small = dit if what == "dit" else encoder
     target = small.with_suffix(".safetensors")
-    words = "lies at bytes"
+    words = "is at bytes"
     if lie == "cut short":
         target.write_bytes(cut.read_bytes())
     else:

@@ -51,7 +51,7 @@ def _expand(patterns: Sequence[str] | None, option: str) -> tuple[Path, ...]:
 
 
 def _with_lora_option(words: list[str]) -> list[str]:
-    """Return the words of the command line, with the option --lora before files that stand first."""
+    """Return the words of the command line, with the option --lora before files that come first."""
     begins_with_file = bool(words) and not words[0].startswith("-")
     return ["--lora", *words] if begins_with_file else words
 

@@ -21,7 +21,7 @@ planning/: the memory of a training run
 previews: show what a run would do, without training
 processes: join processes, sum gradients, find a lost one
 reports/: what a run reports: logs, numbers, slow steps
-resuming: find a state to go on from, compare settings
+resuming: find a state to continue from, compare settings
 run: build a run from options, give it to the loop
 run_options: options of data, length, samples, logs, processes
 samples: samples while training, by the loops of generation

@@ -102,7 +102,7 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
 def _list_rates(options: TrainingOptions) -> dict[str, float]:
     """Return the learning rates of the parts of the networks, by the option that gives each.
 
-    Parts with rate 0 do not learn. What only the loaded networks tell is left out.
+    Parts with rate 0 do not learn. Facts that only the loaded networks show are left out.
     """
     base, parts = options.optimizer.learning_rate, options.parts
     rates = {"--learning_rate": base}
@@ -193,8 +193,8 @@ def check_teacher(family: Family, teacher: str, texts: LiveTexts | None) -> None
     """Raise OptionError if the family has no extra inputs for --teacher, or if texts are not cached."""
     if not family.fuller:
         raise OptionError(
-            f"--teacher {teacher}: there is nothing that the model {family.name} can be told besides, so "
-            "that the teacher would know no more than the network. Leave it out"
+            f"--teacher {teacher}: the model {family.name} takes no further conditions, so the teacher "
+            "would know no more than the network. Leave it out"
         )
     if texts is not None:
         names = " and ".join(encoder.name for encoder in texts.encoders)
@@ -218,7 +218,7 @@ def _smallest_file(family: Family, options: TrainingOptions) -> int:
 
 
 def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_table: bool) -> list[str]:
-    """Return one line for each given option that has no effect beside the others.
+    """Return one line for each given option that has no effect together with the others.
 
     Most options declare this with `acts_if`; this adds those that depend on the model or on several records.
     takes_guidance: the model has an input for embedded guidance. shifts_table: see

@@ -36,10 +36,10 @@ class ConfigOptions(Options):
 def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Read options from the TOML file `name` (".toml" may be left out), converted as the command line would.
 
-    Tables are flattened, but for `reelsmith`, which is not for training; the last of equal keys wins. A key
-    that is similar to no option is ignored with a warning: it may be another tool's. Raises UserError if the
-    file is missing or is not TOML, OptionError if a key is a mistyped option, or if a value has a wrong type
-    or is not one of the choices.
+    Tables are flattened, except for `reelsmith`, which is not for training; the last of equal keys wins. A
+    key that is similar to no option is ignored with a warning: it may be another tool's. Raises UserError if
+    the file is missing or is not TOML, OptionError if a key is a mistyped option, or if a value has a wrong
+    type or is not one of the choices.
     """
     if name.lower().endswith((".yaml", ".yml", ".json")):
         raise UserError(f"--config_file {name} is no TOML file. Write its options as TOML: network_dim = 16")

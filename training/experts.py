@@ -193,8 +193,8 @@ def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
     why = family.why_few_steps()
     if why is not None:
         logger.warning(
-            "The transformer may be one that was distilled to few steps (%s). If it is, and is trained as it "
-            "is, it loses them: with what is trained it needs more steps, and guidance, for equal quality. "
+            "The transformer may be distilled for few steps (%s). If it is, plain training unlearns "
+            "them: with the trained network it needs more steps, and guidance, for equal quality. "
             "%s.",
             why,
             family.few_steps.instead,

@@ -1,4 +1,4 @@
-"""Make the command lines that can follow a training: go on, generate, convert."""
+"""Make the command lines that can follow a training: continue, generate, convert."""
 
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -122,8 +122,8 @@ class NextSteps:
         return str(dit_files[-1] if is_high else dit_files[0])
 
     def _resume(self, is_finished: bool) -> PageCommand:
-        """Return the command that goes on; if there is no state, a new run that begins with the result."""
-        title, ending = "Go on after a stop", ["--resume", LATEST_ONLY]
+        """Return the command that continues; if there is no state, a new run that begins with the result."""
+        title, ending = "Continue after a stop", ["--resume", LATEST_ONLY]
         note = "Ctrl-C saves a state and ends the run; this continues from the newest state."
         left_out, has_state = RESUMING, self._has_state()
         steps = self.plan.steps.total_steps
@@ -168,7 +168,7 @@ class NextSteps:
 
     def after_loss(self) -> str:
         if self._has_state():
-            return f"Go on from the newest state: {self._resume(is_finished=False).bash}"
+            return f"Continue from the newest state: {self._resume(is_finished=False).bash}"
         return "No state was saved yet. Start the same command again; --save_state keeps one with each save."
 
     def _has_state(self) -> bool:
@@ -280,7 +280,7 @@ def plan_next_steps(
 def say_example(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:
     """Return the caption and the files of the first training item, by the names of `Request`.
 
-    What only some families use stands under `example`, an `ExampleItem`; the options that made the caches
+    What only some families use is under `example`, an `ExampleItem`; the options that made the caches
     under `cached_with`.
     """
     item = plan.training[0]

@@ -369,7 +369,7 @@ def _require_room(size: int, room: int) -> None:
     if size > room:
         raise MemoryPlanError(
             f"both transformers do not fit on the device: one takes {gib(size)} GiB, {gib(room)} GiB are "
-            "left beside it. Use --offload_inactive_dit, so that they take turns, or --blocks_to_swap"
+            "left next to it. Use --offload_inactive_dit, so that they take turns, or --blocks_to_swap"
         )
 
 

@@ -65,7 +65,7 @@ class WholeDitOptions(Options, title="full fine-tuning"):
         "keep the weights in fp16",
     )
 
-    training_adapter = unsupported(_NOTHING_FROZEN, "LoRA in training steps alone", metavar="FILE")
+    training_adapter = unsupported(_NOTHING_FROZEN, "LoRA in training steps only", metavar="FILE")
     training_adapter_multiplier = unsupported(_NOTHING_FROZEN, "its strength", type=float)
     teacher = unsupported(_NOTHING_FROZEN, "the frozen model as a teacher", choices=(BASE,))
     teacher_weight = unsupported(_NOTHING_FROZEN, "its share in the loss", type=float)
@@ -99,7 +99,7 @@ class ExpertTrainingOptions(Options, title="two transformers"):
         facts=IDENTITY,
     )
     offload_inactive_dit: bool = option(
-        "keep the transformer that does not work in host memory; each step brings the one that it needs"
+        "keep the idle transformer in host memory; each step loads the one that it needs"
     )
     network_weights_high_noise: Path | None = option(
         "with --lora_per_expert: LoRA file that the network of --dit_high_noise starts from; "
@@ -186,7 +186,7 @@ class OptimizerOptions(Options, title="optimizer"):
 
 
 class AverageOptions(Options, title="average of the weights (EMA)"):
-    """Options of the average that a run keeps beside its weights."""
+    """Options of the average that a run keeps next to its weights."""
 
     ema_decay: float | None = option(
         "keep an exponential moving average of the trained weights with this decay per step (0.999) and "
@@ -251,7 +251,7 @@ class PartsOptions(Options, title="what is trained"):
         return not self.network_train_unet_only
 
     def text_rates(self, count: int, learning_rate: float) -> tuple[float, ...]:
-        """Return a learning rate for each of so many text encoders that can learn.
+        """Return a learning rate for each of this many text encoders that can learn.
 
         One value is for all of them, none means --learning_rate. Raises OptionError if there are too many.
         """

@@ -356,7 +356,7 @@ def _after_step(run: TrainingRun, wishes: Wishes) -> None:
 
 
 def _is_due(every: int | None, count: int) -> bool:
-    """Return whether something is due after so many steps or epochs. every: None for never."""
+    """Return whether something is due after this many steps or epochs. every: None for never."""
     return every is not None and count % every == 0
 
 

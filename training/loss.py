@@ -112,8 +112,8 @@ def measure_streams(
 ) -> tuple[Tensor, ...]:
     """Return the mean error of each sample's picture: B; if the batch has sound, a second one of the sound.
 
-    Samples that the batch names in `preserved` are compared with the base model's prediction, and all with
-    the teacher's besides, if the rule has one.
+    Samples that the batch names in `preserved` are compared with the base model's prediction, and all samples
+    also with the teacher's, if the rule has one.
     """
     batch = noisy_batch.batch
     latents = family.latent.to_model(batch.tensor("latents"))

@@ -32,7 +32,7 @@ IMAGE_RESOLUTION = "1024x1024"
 
 
 def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
-    """Return rank and alpha of a network that goes on from a file or a state, if they are not the options'.
+    """Return rank and alpha of a network that continues from a file or a state, if they are not the options'.
 
     part: whose file it is, see `Trainable.writes`.
     """
@@ -55,8 +55,8 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
     """The `ss_*` entries that stay the same over the run; with --no_metadata only keys for loading.
 
     optimizer, lr_scheduler: their names. `Family.metadata` has architecture, implementation, sd_model_name,
-    vae_name; resolution if it is not the usual one; base_model_version where files name the model otherwise
-    than we; trained_for where a model has several uses that its files do not tell apart. A whole DiT has no
+    vae_name; resolution if it is not the usual one; base_model_version if files name the model otherwise than
+    we do; trained_for if a model has several uses that its files do not distinguish. A whole DiT has no
     `ss_network_*`: these mark a LoRA.
     """
     network, family = plan.options.network, plan.family
@@ -205,8 +205,8 @@ def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> d
 def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
     """Return how often each part of a caption between commas occurs, by the names of the items' folders.
 
-    Captions are counted once, without repeats; those that are not there, as beside copied caches, not at all.
-    Of a folder with more parts than MOST_TAGS, only the most frequent ones: they stand in a file's header.
+    Captions are counted once, without repeats; those that are not there, as with copied caches, not at all.
+    Of a folder with more parts than MOST_TAGS, only the most frequent ones: they are in a file's header.
     """
     from dataset.sources.listing import find_sources  # other trainings read caches alone
 

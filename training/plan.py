@@ -379,7 +379,7 @@ def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, pro
 def begin_later(options: StartOptions, progress: Progress, plan: StepPlan, is_resumed: bool) -> None:
     """Put a new run's progress to the step where it begins.
 
-    is_resumed: a saved state says where to go on instead. Raises OptionError if the run has no such step.
+    is_resumed: a saved state says where to continue instead. Raises OptionError if the run has no such step.
     """
     flag = "--initial_step" if options.initial_epoch is None else "--initial_epoch"
     if is_resumed:

@@ -1,4 +1,4 @@
-"""Find the state that a run goes on from, and compare the settings of both runs."""
+"""Find the state that a run continues from, and compare the settings of both runs."""
 
 import ast
 import hashlib
@@ -79,7 +79,7 @@ def _explain_no_state(resume: str, folder: Path, name: str) -> None:
     if resume == LATEST_ONLY:
         raise OptionError(
             f"--resume {resume}: there is no state of {name} in {folder}: none was saved yet, or it is "
-            f"elsewhere.{earlier} Leave --resume out to begin anew, or begin with what was trained: "
+            f"elsewhere.{earlier} Leave --resume out to start over, or begin with the trained weights: "
             f"{states.FRESH_START}"
         )
     if is_trained and not aside:
@@ -277,7 +277,7 @@ def take_over(changes: Mapping[str, str], progress: Progress, saved: states.Save
     """Note the changes in the run's progress; begin a new plan of steps if they need one.
 
     If the clips changed, the current epoch begins again in their order; if only the size of a step changed,
-    it goes on with the clips that are left.
+    it continues with the clips that are left.
     """
     logger.info("--resume_changed: %d differ from the saved run:", len(changes))
     for change in changes.values():

@@ -162,7 +162,7 @@ def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
 
 
 def _set_earlier_aside(plan: TrainingPlan, history: Path) -> None:
-    """Set aside the files of an earlier run of this name, unless this one goes on or replaces them."""
+    """Set aside the files of an earlier run of this name, unless this one continues or replaces them."""
     saving, saved = plan.saving, plan.saved
     if saving.overwrite or not plan.accelerator.is_main_process:
         return

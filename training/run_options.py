@@ -119,12 +119,12 @@ class StartOptions(Options, title="beginning later"):
     """Where the run begins without a saved state. The data and noise of the steps before are left out."""
 
     initial_epoch: int | None = option(
-        "begin at this epoch, from 1, as with --network_weights from a run that ended before it; "
-        "without the optimizer's state, which --resume has",
+        "begin at this epoch, counted from 1, for example with --network_weights from a run that ended "
+        "before it; the optimizer's state is not restored (--resume does)",
         least=1,
         excludes="initial_step",
     )
-    initial_step: int | None = option("begin after so many steps, likewise", least=0)
+    initial_step: int | None = option("likewise, begin after this many steps", least=0)
     skip_until_initial_step = not_needed("the data before the initial step are always left out.")
 
     @property
@@ -148,7 +148,7 @@ class ValidationOptions(Options, title="validation"):
         "steps if epochs are shorter",
         least=1,
     )
-    validate_every_n_epochs: int | None = option("compute it after every so many epochs, too", least=1)
+    validate_every_n_epochs: int | None = option("also compute it every N epochs", least=1)
     max_validation_steps: int | None = option(
         "most batches of each validation; all when not given", least=1, hint="leave it out for all batches"
     )
@@ -160,7 +160,7 @@ class ValidationOptions(Options, title="validation"):
     )
 
     def is_due_after_epoch(self, epoch: int, step: int, steps: int, is_saved: bool) -> bool:
-        """Return whether to validate at the end of an epoch of so many steps, at `step`.
+        """Return whether to validate at the end of an epoch of this many steps, at `step`.
 
         Without options: after each epoch that saves a file, and after each that passes a multiple of
         LEAST_STEPS steps; a few batches are not worth a validation.
@@ -180,16 +180,16 @@ class SampleOptions(Options, title="samples while training"):
         hint="a .txt, .toml or .json file of prompts",
         often=True,
     )
-    sample_every_n_steps: int | None = option("make samples after every so many steps", least=1, often=True)
-    sample_every_n_epochs: int | None = option("make samples after every so many epochs", least=1, often=True)
+    sample_every_n_steps: int | None = option("make samples every N steps", least=1, often=True)
+    sample_every_n_epochs: int | None = option("make samples every N epochs", least=1, often=True)
     sample_at_first: bool = option("sample before the first step too", often=True)
     sample_now: bool = option(
-        "let files named sample, save and stop in --output_dir ask any run of the folder, as those that "
-        "begin with OUTPUT_NAME ask one run",
+        "let files named sample, save and stop in --output_dir act on every run of the folder; files "
+        "that begin with OUTPUT_NAME act on one run",
         often=True,
     )
     sample_lora: tuple[Path, ...] | None = option(
-        "LoRA files that samples have besides the learning network, e.g. distill.safetensors:0.8 for "
+        "LoRA files that samples use in addition to the trained network, e.g. distill.safetensors:0.8 for "
         "samples of 4 steps; neither trained nor saved",
         metavar="FILE[:MULTIPLIER]",
     )

@@ -5,7 +5,7 @@ accumulation` of them; the last step of an epoch takes the rest. Process r of P 
 r modulo P; where processes share the tokens of a clip, a group of them counts as one process here. So two
 processes take the same steps as one process with twice the accumulation. Processes in lockstep, which share a
 model, run equal passes: a process without a micro-batch in the last step of an epoch repeats the step's last
-micro-batch with weight 0. `Progress` says where a run stands in its plan.
+micro-batch with weight 0. `Progress` says how far a run has come in its plan.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Progress:
-    """Hold where a run stands: the only record of it that changes."""
+    """Hold how far a run has come: the only record of it that changes."""
 
     seed: int
     session_id: int

@@ -68,7 +68,7 @@ def saved_bytes(
 ) -> tuple[int, int]:
     """Return the bytes of one model, with its average (EMA), and of one state.
 
-    parameters: the trained ones. dtype: of saved models; None: as they are.
+    parameters: the trained ones. dtype: of saved models; None: unchanged.
     """
     model = sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in parameters)
     count = sum(parameter.numel() for parameter in parameters)
@@ -77,7 +77,7 @@ def saved_bytes(
 
 
 def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
-    """Show the plan of the run. dtype: of saved models; None: as they are."""
+    """Show the plan of the run. dtype: of saved models; None: unchanged."""
     plan, options = run.plan, run.options
     names, network, samples = plan.names, options.network, options.samples
     split = run.model.trainable.split  # rows of a weight, and the whole weight
@@ -103,7 +103,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
 
 
 def _sizes_of_file(run: TrainingRun) -> tuple[list[int], list[float]] | None:
-    """Return ranks and alphas of a network that goes on from a file; None if they are the options'."""
+    """Return ranks and alphas of a network that continues from a file; None if they are the options'."""
     trainable = run.model.trainable
     if run.options.network is None:
         return None
@@ -309,7 +309,7 @@ def judge_alpha(
 ) -> str | None:
     """Return alpha with its effect, and the usual value if it is low; None for networks without a rank.
 
-    sizes: ranks and alphas of a network that goes on from a file; they replace the options.
+    sizes: ranks and alphas of a network that continues from a file; they replace the options.
     """
     if sizes is not None:
         ranks, alphas = sizes

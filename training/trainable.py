@@ -1,4 +1,4 @@
-"""The trained part: a network beside the frozen DiT (a LoRA), or the DiT itself."""
+"""The trained part: a network next to the frozen DiT (a LoRA), or the DiT itself."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -194,7 +194,7 @@ def train_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = 
 
 
 def saved_dtypes(dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None) -> Mapping[str, torch.dtype]:
-    """Return the dtypes of tensors in a file. dtype: of floating-point tensors; None: as they are."""
+    """Return the dtypes of tensors in a file. dtype: of floating-point tensors; None: unchanged."""
     if dtype is None:
         return dtypes
     return {name: dtype if usual.is_floating_point else usual for name, usual in dtypes.items()}

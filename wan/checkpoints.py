@@ -232,8 +232,9 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
     vace_dim = shapes.get("vace_patch_embedding.weight", (0, 0))[1]
     if vace_layers and (layers % vace_layers or vace_dim != VACE_DIM):
         raise CheckpointError(
-            f"{path}: {vace_layers} VACE blocks beside {layers} blocks, and a vace_patch_embedding for "
-            f"{vace_dim} channels. Each of VACE's belongs to equally many others, and they take {VACE_DIM} "
+            f"{path}: {vace_layers} VACE blocks next to {layers} blocks, and a vace_patch_embedding for "
+            f"{vace_dim} channels. Each block of VACE belongs to the same number of other blocks, and "
+            f"they take {VACE_DIM} "
             "channels. Download it again.",
             path,
         )
@@ -265,14 +266,14 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
 
 
 def _check_places(path: Path, layers: int, vace_layers: int) -> None:
-    """Raise CheckpointError if the file's config.json puts VACE's blocks beside other blocks than usual."""
+    """Raise CheckpointError if the file's config.json puts VACE's blocks next to other blocks than usual."""
     usual = list(range(0, layers, layers // vace_layers))
     file, settings = read_config_json(path)
     is_its = isinstance(settings, dict) and settings.get("num_layers") == layers
     if is_its and settings.get("vace_layers", usual) != usual:
         raise CheckpointError(
-            f"{file}: vace_layers are {settings['vace_layers']}; VACE's blocks run beside {usual} here, as "
-            "in all that was released. Give such a model, or correct the file.",
+            f"{file}: vace_layers are {settings['vace_layers']}; VACE's blocks run next to {usual} here, "
+            f"as in every release. Give such a model, or correct the file.",
             path,
         )
 
@@ -293,7 +294,7 @@ def _names_of(header: DitHeader[WanConfig]) -> str:
 
 
 def _fitting(header: DitHeader[WanConfig]) -> list[str]:
-    """Return the tasks that a file fits, those of its size if there are any."""
+    """Return the tasks that a file fits; only those of its size, if there are any."""
     tasks = [task for task in TASKS.values() if task.model_kind == header.config.kind and task.frames > 1]
     sized = [task for task in tasks if task.dim == header.config.dim]
     return [task.name for task in sized or tasks]

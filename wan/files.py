@@ -252,8 +252,8 @@ class _NamedDit(NamedTuple):
 def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
     """Compare the names of the transformers with their options.
 
-    Raises OptionError if both say that they were swapped. Warns if one of them does, as a name is only a
-    hint.
+    Raises OptionError if both names say that the files were swapped. Warns if only one of them does, because
+    a name is only a hint.
     """
     experts = dict(WAN.experts)
     dits = []
@@ -328,7 +328,7 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
         boundary = release.boundary
     if files.dit is None and files.dit_high_noise is not None:
         raise OptionError(
-            "--dit is missing: --dit_high_noise alone cannot take away the last of the noise. Give the "
+            "--dit is missing: --dit_high_noise alone cannot remove the last of the noise. Give the "
             "transformer for little noise"
         )
     if task.boundary is not None and files.dit is not None and files.dit_high_noise is None:

@@ -359,7 +359,7 @@ class WanModel(BlockNetwork):
 
 
 def _put_last_first(rows: Tensor) -> Tensor:
-    """Return B 2 ... of B+1 rows: the last one, repeated, in front of each of the others."""
+    """Return B 2 ... from B+1 rows: the last row, repeated, comes before each of the other rows."""
     last = rows[-1:]
     front = rows[:-1]
     return torch.stack([last.expand_as(front), front], dim=1)

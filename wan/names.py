@@ -106,7 +106,7 @@ MARKS: Marks = (
     ("encoder.down_blocks.0.norm1.gamma", "a Wan2.1 VAE in diffusers layout (--vae)"),
     ("blocks.0.self_attn.q.weight", "a Wan transformer (--dit)"),
     ("blocks.0.attn1.to_q.weight", "a Wan transformer in diffusers layout (--dit)"),
-    ("vace_patch_embedding.weight", "the blocks of VACE alone (--vace, beside a T2V --dit of Wan)"),
+    ("vace_patch_embedding.weight", "the blocks of VACE alone (--vace, next to a T2V --dit of Wan)"),
     ("blocks.0.pos_embedding.embedding.weight", "an umT5 encoder (--t5)"),
     ("visual.cls_embedding", "a CLIP image encoder (--clip)"),
 )

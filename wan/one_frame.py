@@ -1,4 +1,4 @@
-"""A single picture from image-to-video models: one latent frame beside those of its control images.
+"""A single picture from image-to-video models: one latent frame next to those of its control images.
 
 Each has a place in time, which is its rotary position; the latents stand in the order of these places. A
 control image is known (mask 1); in place of the picture the model is shown grey (mask 0), as for the unknown
@@ -77,7 +77,9 @@ def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
     controls = controls or (USUAL_CONTROL,)
     target = USUAL_TARGET if target is None else target
     if target in controls:
-        raise ValueError(f"the picture and a control image stand at {target}. Give the picture another place")
+        raise ValueError(
+            f"the picture and a control image are both at {target}. Give the picture another place"
+        )
     pairs = sorted([*zip(controls, range(len(controls)), strict=True), (target, -1)])
     return FrameOrder(tuple(place for place, _ in pairs), tuple(image for _, image in pairs))
 

@@ -89,8 +89,8 @@ class WanLatentCachingOptions(Options, title="Wan"):
         hint="--clip has the image encoder, which encodes both frames; Wan2.2 has none and takes --i2v",
     )
     vace: bool = option(
-        "cache for VACE: control videos (control_directory), masks of what of them is made new, white "
-        "(control_mask_directory), and references (reference_directory), of items that have them",
+        "cache for VACE, of items that have them: control videos (control_directory), masks whose white "
+        "parts are made new (control_mask_directory), and references (reference_directory)",
         excludes=("clip", "i2v"),
         often=True,
     )
@@ -134,10 +134,10 @@ class WanModelOptions(Options, title="Wan"):
         facts=HABIT,
     )
     vace: Path | None = option(
-        "the blocks of VACE alone, as a file beside a text-to-video --dit that has none", facts=FREE
+        "the blocks of VACE alone, as a file next to a text-to-video --dit that has none", facts=FREE
     )
     vace_high_noise: Path | None = option(
-        "likewise beside --dit_high_noise; it may be the same file", needs="vace", facts=FREE
+        "likewise next to --dit_high_noise; it may be the same file", needs="vace", facts=FREE
     )
     vae: VaeOptions = option(facts={**FREE, **OF_DECODING})
     vae_cache_cpu: bool = option(_CACHE_CPU, facts={**FREE, **NO_PIXELS})
@@ -174,8 +174,8 @@ class WanTrainingOptions(WanModelOptions, title="Wan"):
     """Options of wan_train_network.py besides the shared ones."""
 
     sample_dit_other: Path | None = option(
-        "training one transformer of a model with two: the file of the other one, for samples only. It is "
-        "not trained and gets no LoRA but those of --sample_lora; both wait in host memory",
+        "training one transformer of a model with two: the file of the other one, for samples only. It "
+        "is not trained and gets only the LoRAs of --sample_lora; both wait in host memory",
         facts=FREE,
     )
     first_frame_probability: float | None = option(
@@ -250,8 +250,8 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
     from_file: Path | None = option(facts=NO_PIXELS)
     interactive: bool = option(facts=NO_PIXELS)
     src_mask: Path | None = option(
-        "video or picture of what is made new of --src_video: white is new, black is kept (a loss mask of a "
-        "training is white where it learns); without it all is new",
+        "mask of --src_video, a video or a picture: white is made new, black is kept (a loss mask of a "
+        "training is white where it learns); without it everything is made new",
         flags=("--src_mask", "--vace_video_mask"),
         facts=of_request(MASK),
         title="VACE",
@@ -327,7 +327,7 @@ class WanGenerationOptions(WanModelOptions, title="Wan"):
 def training_options(options: WanLatentCachingOptions, family: Any) -> dict[str, Any]:
     """Return the --task of a training from caches of latents, if it is not the usual one.
 
-    family: as it made them. Which size of the model is trained the caches do not tell.
+    family: as it made them. The caches do not show which size of the model is trained.
     """
     has_features = options.clip is not None
     if options.vace:

@@ -4,7 +4,7 @@
 latent pixel are channels. Without a mask all of a video changes: it is followed, as one of depth or poses.
 Each reference is a latent frame in front of the clip, also in the noise; it is cut off in the end. Source:
 the released code (ali-vilab/VACE) and diffusers' WanVACEPipeline, whose order of references is kept: the
-first one stands beside the clip.
+first one is next to the clip.
 """
 
 import logging
@@ -65,7 +65,7 @@ def _check_mask_shape(mask: Path, clip: Path, prepared: Prepared) -> None:
     if min(abs(other / aspect - 1) for other in aspects) > SAME_SHAPE:
         raise OptionError(
             f"--src_mask {mask} has {width} x {height} pixels, --src_video {clip} "
-            f"{clip_width} x {clip_height}: it would lie elsewhere. Give a mask of the clip's size"
+            f"{clip_width} x {clip_height}: the two would not match. Give a mask of the clip's size"
         )
 
 
@@ -88,14 +88,15 @@ def take_control(request: Request, layers: int) -> tuple[Request, VaceRequest]:
         mask = to_path("--src_mask", request.extra[MASK])
     if mask is not None and request.control_path is None:
         raise OptionError(
-            f"--src_mask {mask}: it says what of a video is made new, and there is none. Give --src_video"
+            f"--src_mask {mask}: it marks which parts of a video are made new, and there is no video. "
+            "Give --src_video"
         )
     if len(references) > MOST_REFERENCES:
         raise OptionError(f"{len(references)} reference pictures: give at most {MOST_REFERENCES}")
     if references and request.source is not None:
         raise OptionError(
-            f"--{request.source.option} {request.source.path} with reference pictures, which stand in front "
-            "of the clip: leave one of them out, or give the video to --src_video"
+            f"--{request.source.option} {request.source.path} with reference pictures, which come before "
+            "the clip: leave one of them out, or give the video to --src_video"
         )
     _check_pictures(mask, references)
     scale = request.extra.get(SCALE, "1")
@@ -187,7 +188,9 @@ def read_mask(path: Path, width: int, height: int, frames: int) -> Tensor:
         pixels = video_pixels(path, "--src_mask", width=width, height=height, frames=frames)
     mask = ((pixels[:, :1] + 1) / 2).clamp(0, 1)
     if not bool((mask > 0.5).any()):
-        raise OptionError(f"--src_mask {path}: it is black. Make white what shall be new, or leave it out")
+        raise OptionError(
+            f"--src_mask {path}: it is black. Make the parts white that are to be new, or leave it out"
+        )
     return mask
 
 

@@ -139,7 +139,7 @@ def _statistics(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def load_vae(
     path: Path, device: torch.device, dtype: torch.dtype, cache_on_cpu: bool = False, tile: int | None = None
 ) -> WanVae:
-    """Load the VAE of Wan2.1 or of Wan2.2, which one its tensors say, from any of its file layouts.
+    """Load the VAE of Wan2.1 or of Wan2.2 from any of its file layouts; the tensors show which one it is.
 
     Raises CheckpointError if the file is damaged or holds another model.
     """

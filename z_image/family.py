@@ -123,7 +123,7 @@ class ZImage(ModelOfPictures):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Return the defaults of the release that the name of the file or of the repository tells."""
+        """Return the defaults of the release that the name of the file or of the repository shows."""
         dit = self.files.dit
         if dit is None:
             return DEFAULTS

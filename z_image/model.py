@@ -77,7 +77,7 @@ class ZImageModel(LuminaModel):
         return super().embed_time(times * TIME_SCALE)
 
     def count_tokens(self, real: int) -> int:
-        """Return the number of tokens, with padding, of a text or a picture with so many real ones."""
+        """Return the number of tokens, with padding, of a text or a picture with this many real ones."""
         return -(-real // TOKEN_STEP) * TOKEN_STEP
 
     def embed_image(self, patches: Tensor, dtype: torch.dtype) -> Tensor:

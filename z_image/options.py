@@ -59,14 +59,14 @@ class ZImageGenerationOptions(ZImageModelOptions, title=NAME):
         "the known tuner",
     )
     cfg_trunc_ratio: float = option(
-        "share of data in the noisy picture, 0 to 1, from which on guidance is left out (--ctr in a prompt "
+        "leave guidance out once the noisy picture holds this share of data, 0 to 1 (--ctr in a prompt "
         "line); cfg_truncation of the official pipeline",
         default=CFG_TRUNC_RATIO,
         facts=of_request("cfg_trunc_ratio"),
     )
     renorm_cfg: float = option(
-        "largest norm of a guided prediction, in norms of the one without guidance; 0: no limit (--rcfg in a "
-        "prompt line); cfg_normalization of the official pipeline",
+        "largest norm of a guided prediction, as a multiple of the norm without guidance; 0: no limit "
+        "(--rcfg in a prompt line); cfg_normalization of the official pipeline",
         default=RENORM_CFG,
         facts=of_request("renorm_cfg"),
     )

@@ -157,7 +157,7 @@ def value_of(layer: nn.Module, weight: Tensor) -> Tensor:
 def multiply_value(
     form: StoredForm, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None
 ) -> Tensor:
-    """Compute x W^T + b in the dtype of x from the value of W, which the backward pass makes anew."""
+    """Compute x W^T + b in the dtype of x from the value of W, which the backward pass makes again."""
     filled = (*tensors, *[None] * (MOST_TENSORS - len(tensors)))
     out: Tensor = _Product.apply(x, None if bias is None else bias.to(x.dtype), form, shape, *filled)
     return out

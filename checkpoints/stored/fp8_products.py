@@ -11,7 +11,7 @@ outlier in one token costs no precision in another.
 
 The backward pass needs only the weight and its scales: no activation is kept for a frozen base.
 Rounding to e4m3 is unbiased, with an error of at most 2^-4 of a value (2.7 % root mean square); the fp8
-weight itself counts as exact. Gradients are e4m3 too: with one scale per row they lie well inside its 18
+weight itself counts as exact. Gradients are e4m3 too: with one scale per row they are well inside its 18
 binades (error of a product of the pocket model's gradients: 2.1 %, in e5m2 4.3 %). Source of the recipe:
 Micikevicius et al. 2022, arXiv 2209.05433, with row-wise scales as in torchao.
 """
@@ -60,8 +60,8 @@ def row_scaled_product(
 ) -> Tensor:
     """Compute a `Product` on the device's fp8 units, applying scales and bias while sums are in registers.
 
-    It is rounded to bfloat16, for float16 too: but for Hopper, GPUs have no other result of row-wise scales.
-    Up to FEW_TOKENS rows are computed as by `tensor_scaled_product`.
+    It is rounded to bfloat16, for float16 too: except for Hopper, GPUs have no other result of row-wise
+    scales. Up to FEW_TOKENS rows are computed as by `tensor_scaled_product`.
     """
     if len(a) <= FEW_TOKENS:
         return tensor_scaled_product(a, b, scale_a, scale_b, bias=bias, dtype=dtype, fast_sums=fast_sums)

@@ -21,7 +21,7 @@ def _half(blocks: Tensor, start: int) -> Tensor:
 
 
 def _planes(codes: Tensor, bits: int) -> Tensor:
-    """Cut bytes B n into their parts of so many bits, lowest first, one behind the other: B 8/bits n."""
+    """Cut bytes B n into their parts of this many bits, lowest first, one behind the other: B 8/bits n."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     return (codes[:, None] >> shifts[:, None]) & ((1 << bits) - 1)
 

@@ -7,7 +7,7 @@ to 1. The weight that counts is (q * scale) H; the input is rotated alike, so th
     output           y = (x8 q^T) * t * scale + b, with x H = x8 * t, one t = max|x H| / 127 for each token
     input gradient   dx = (dy (q * scale)) H in 16 bits, or with dy * scale rounded by tokens to int8 too
 
-Up to 16 tokens, which hardware does not multiply faster in int8, x stays as it is. Rounding x counts as the
+Up to 16 tokens, which hardware does not multiply faster in int8, x does not change. Rounding x counts as the
 identity for gradients. Source: ConvRot, arXiv 2512.03673; H as there, a Kronecker power of the one of size 4.
 """
 # Letters: M tokens, K input features, N output features
@@ -234,7 +234,10 @@ def _parts(x: Tensor) -> list[slice]:
 def _by_parts(
     make: Callable[[slice], Tensor], x: Tensor, dtype: torch.dtype, columns: int | None = None
 ) -> Tensor:
-    """Return what `make` makes of parts of the rows of x, in a dtype. columns: those of x if None."""
+    """Apply `make` to parts of the rows of x, and return the result in a dtype.
+
+    columns: those of x if None.
+    """
     parts = _parts(x)
     if len(parts) == 1:
         return make(parts[0]).to(dtype)

@@ -93,7 +93,7 @@ class RowForm:
 
 
 def untile(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """Return scales as rows x columns from tiles of 128 x 4: row 32 a + b of one lies in line b from 4 a on.
+    """Return scales as rows x columns from tiles of 128 x 4: row 32 a + b of one is in line b from 4 a on.
 
     scales: rows and columns rounded up to whole tiles. Source: cuBLAS, "1D block scaling factors layout".
     """

@@ -153,12 +153,12 @@ class CaptioningOptions(Options, title="what to do"):
         "name the captions that are missing and where they would be written; load and write nothing"
     )
     overwrite: bool = option(
-        "also make those captions anew that this program wrote and nobody has edited since"
+        "also write again the captions that this program wrote and nobody has edited since"
     )
     overwrite_all: bool = option(
         "replace all captions, also hand-written ones; these are kept next to the new ones as .bak"
     )
-    fill_empty: bool = option("also write captions where one is there and empty")
+    fill_empty: bool = option("also write captions where the existing one is empty")
     edit_only: bool = option(
         "make no captions: apply --replace, --replace_regex, --trigger_word, --caption_prefix and "
         "--caption_suffix to those that are there; the old ones are kept as .bak",

@@ -1,7 +1,7 @@
 """Find the captions of a dataset, know which of them this program wrote, and choose which to make.
 
-A caption is a text file beside its image or clip, or the "caption" in a line of a JSONL list. A hidden file
-beside the captions, `.captions_made.jsonl`, has the hash of each text that this program wrote: a caption
+A caption is a text file next to its image or clip, or the "caption" in a line of a JSONL list. A hidden file
+next to the captions, `.captions_made.jsonl`, has the hash of each text that this program wrote: a caption
 without a matching line was written or edited by a person. The line is written before the caption, so that a
 kill between the two leaves only a line without effect.
 """
@@ -75,7 +75,7 @@ class CaptionList:
                 self.entries[expand_path(entry)] = entry
 
     def take_waiting(self, waiting: Path) -> None:
-        """Add the captions that a killed run of an earlier version left in a file beside the list.
+        """Add the captions that a killed run of an earlier version left in a file next to the list.
 
         Raises OutputError.
         """
@@ -105,8 +105,8 @@ class CaptionList:
     def write(self, changes: Mapping[str, Change], is_foreign: bool) -> int:
         """Write values into lines, except lines that others have changed meanwhile; return how many.
 
-        changes: (old values, new values) by the path in the line. is_foreign: a person wrote what is
-        replaced: the first such write of a run keeps the old list as .bak. Raises OutputError.
+        changes: (old values, new values) by the path in the line. is_foreign: a person wrote the replaced
+        values; then the first write of a run keeps the old list as .bak. Raises OutputError.
         """
         for _ in range(TRIES):
             try:

@@ -120,7 +120,7 @@ def _print_jobs(config: DatasetConfig, jobs: Mapping[CaptionPlace, str], num_kep
 
 
 def _take_waiting(config: DatasetConfig) -> None:
-    """Put the captions into their lists that a killed run of an earlier version left beside them."""
+    """Put the captions into their lists that a killed run of an earlier version left next to them."""
     for table in config.datasets:
         if table.jsonl_file:
             waiting = table.jsonl_file.with_name(f".{table.jsonl_file.name}.captions")
@@ -142,11 +142,11 @@ def _show_start(
     reasons = Counter(jobs.values())
     counts = [f"{len(jobs)} to make", f"{num_kept} kept"]
     if reasons[OURS]:
-        counts.append(f"{reasons[OURS]} of these anew")
+        counts.append(f"{reasons[OURS]} of these again")
     if reasons[FOREIGN]:
         counts.append(f"{reasons[FOREIGN]} of these in place of hand-written ones, which become .bak")
     if num_done:
-        counts.append(f"{num_done} made anew by the run before")
+        counts.append(f"{num_done} made again by the previous run")
     rows: list[Row] = [
         ("data", str(config.path)),
         ("captions", ", ".join(counts)),
@@ -206,7 +206,7 @@ def _make_captions(
 
 
 class _Refusals:
-    """Count sources that can be read and get no caption; end a run in which that is the rule."""
+    """Count readable sources that get no caption; end the run if nearly all of them get none."""
 
     def __init__(self) -> None:
         self._has_answer = False
@@ -250,7 +250,7 @@ class _Edit:
 def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool) -> None:
     """Apply `wording` to all captions of a dataset; each file that changes is kept as .bak.
 
-    dry_run: print the changes instead. A caption that would become empty stays as it is. Raises DatasetError
+    dry_run: print the changes instead. A caption that would become empty does not change. Raises DatasetError
     if the dataset cannot be used, or at the end if captions would become empty.
     """
     places = find_places(config, texts=True)
@@ -262,7 +262,7 @@ def edit_captions(config: DatasetConfig, wording: WordingOptions, dry_run: bool)
         _print_edits(edits)
     else:
         _write_edits(edits, records)
-        unchanged = f"{len(places) - len(edits)} are as they were"
+        unchanged = f"{len(places) - len(edits)} are unchanged"
         show_box("Editing is finished", [("captions", f"{len(edits)} changed, {unchanged}")])
     if emptied:
         raise DatasetError(

@@ -71,7 +71,7 @@ class ShapeOptions(Options, title="frames and sizes"):
         choices=("center", "random", "none"),
     )
     seed: int = option(
-        "of names, flips and random parts; a run with the same one continues the last",
+        "seed of names, flips and random parts; a run with the same seed continues the last one",
         default=42,
         least=-(2**63),
         below=2**64,
@@ -92,7 +92,7 @@ class EncodingOptions(Options, title="encoding"):
         "with vae, text_encoder and tokenizer"
     )
     save_latents_and_embeddings: bool = option(
-        "also save the VAE's moments of each clip, and what the text encoder makes of its caption",
+        "also save the VAE's moments of each clip, and the text encoder's output for its caption",
         needs="model_id",
         hint="its VAE and text encoder compute them",
     )
@@ -106,8 +106,8 @@ class EncodingOptions(Options, title="encoding"):
         most=4096,
     )
     dtype: str = option(
-        "that the VAE computes in and its moments are saved in; also of CogVideoX's text encoder, while "
-        "others have the one that they are cached with",
+        "dtype in which the VAE computes and its moments are saved; also for CogVideoX's text encoder, "
+        "while other encoders keep the dtype that they are cached with",
         default="fp32",
         choices=DTYPES,
     )
@@ -136,7 +136,7 @@ class PrepareOptions(Options, title="output and threads"):
     source: ClipSourceOptions
     shape: ShapeOptions
     encoding: EncodingOptions
-    output_dir: Path = option("folder for what is prepared", required=True)
+    output_dir: Path = option("folder for the prepared data", required=True)
     workers: WorkerOptions
 
     def __post_init__(self) -> None:

@@ -90,9 +90,9 @@ class ChoiceOptions(Options, title="what is left out"):
         above=0,
         most=1,
     )
-    keep_static: bool = option("keep static clips, which are left out else")
-    keep_black: bool = option("keep black clips, which are left out else")
-    drop_blurred: bool = option("leave out blurred clips, which are kept else")
+    keep_static: bool = option("keep static clips, which are otherwise left out")
+    keep_black: bool = option("keep black clips, which are otherwise left out")
+    drop_blurred: bool = option("leave out blurred clips, which are otherwise kept")
 
 
 class ClipFormat(CodecOptions, title="video format"):
@@ -106,7 +106,7 @@ class ClipFormat(CodecOptions, title="video format"):
         hint="0 is lossless except for the conversion of colours",
     )
     preset: str = option("speed of h264 and h265; slower is smaller", default="medium", choices=PRESETS)
-    no_audio: bool = option("write no sound; else the main sound of a source is cut with it")
+    no_audio: bool = option("write no sound; without this option the main sound of a source is cut with it")
 
 
 class CuttingOptions(Options, title="input and output"):

@@ -1,6 +1,6 @@
 """Record how each source was cut, and list its clips, so that a rerun continues where the last one ended.
 
-A record is a JSON file in a hidden folder beside the clips. It is written before the first clip, with the
+A record is a JSON file in a hidden folder next to the clips. It is written before the first clip, with the
 names of all clips: files with these names are ours, all other files belong to the user.
 """
 

@@ -202,7 +202,7 @@ class Workshop:
         if record is None or why:
             if record is not None:
                 self._check_untouched(path, record, why)
-                logger.warning("%s is cut anew: %s", path, why)
+                logger.warning("%s is cut again: %s", path, why)
             look = self._look_at(path)
             clips = plan_clips(look, self.options.lengths, self.options.choice)
             if self.options.dry_run:
@@ -247,7 +247,7 @@ class Workshop:
     def _check_untouched(self, source: Path, record: CutRecord, why: str) -> None:
         """Raise OutputError if a user has put work into the clips of an earlier cut.
 
-        Work is a file beside a clip, a caption in the list, or a changed clip. why: reason to cut again.
+        Work is a file next to a clip, a caption in the list, or a changed clip. why: reason to cut again.
         """
         sizes = {self.output / clip.name: clip.size_bytes for clip in record.clips}
         existing = [path for path in sizes if os.path.lexists(path)]
@@ -265,7 +265,7 @@ class Workshop:
             if paths:
                 raise OutputError(
                     f"{source} was cut in another way ({why}), and there are clips {words}, such as "
-                    f"{paths[0].name}. Cutting anew would make them wrong: move them away, or choose "
+                    f"{paths[0].name}. Cutting again would make them wrong: move them away, or choose "
                     "another --output."
                 )
 

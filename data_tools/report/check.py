@@ -170,7 +170,7 @@ def check_caching(
         if scope.texts:
             _check_text_caches(findings, family, identified.texts, stores)
         if scope.texts or (findings.sources and identified.media):
-            kind = "shards or folders are not whole; caching mends them"
+            kind = "shards or folders are incomplete; caching repairs them"
             findings.remarks += [Fault(kind, line) for line in list_shard_faults(table)]
         check_captions(findings, counters)
         findings.title = f"{table.name}: {count_of(len(findings.sources), table.holds)}"

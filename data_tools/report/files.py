@@ -210,7 +210,7 @@ def _media_state(plan: SourcePlan, has_files: bool) -> State:
     if plan.missing:
         return MISSING, f"{len(plan.missing)} of {len(plan.items)} items"
     if plan.foreign:
-        return VALID, "made by another program: nothing says what from"
+        return VALID, "made by another program, without a record of its source"
     return VALID, plan.reason or ""
 
 
@@ -268,7 +268,7 @@ def _text_state(plan: CaptionFile, store: CacheStore, records: Mapping[str, Text
     if plan.file_name not in store:
         return MISSING, ""
     if not records:
-        return UNKNOWN, "made by another program: nothing says of which caption"
+        return UNKNOWN, "made by another program, without a record of its caption"
     if not plan.missing:
         return VALID, "made by another program, of the same caption" if plan.is_foreign else ""
     encoder = plan.missing[0]

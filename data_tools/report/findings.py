@@ -46,7 +46,7 @@ class BucketRow(NamedTuple):
 
 @dataclass
 class TableFindings:
-    """Findings in one table; filled as a check goes on."""
+    """Findings in one table; filled as a check continues."""
 
     table: DatasetTable
     title: str = ""  # "data.toml, [[datasets]] 1 (clips): 3 videos, 6 items"
@@ -233,7 +233,7 @@ def indent(lines: Iterable[str]) -> list[str]:
 
 
 def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
-    """List the sources of a table with all faults of the listing, and the files beside them.
+    """List the sources of a table with all faults of the listing, and the files next to them.
 
     Remarks name unused files that look as if they were meant to be used.
     """
@@ -341,10 +341,10 @@ def is_unread(source: MediaSource) -> bool:
 
 
 def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
-    """Rewrite the captions of all tables that are not UTF-8; the old file stays beside each as .bak.
+    """Rewrite the captions of all tables that are not UTF-8; the old file stays next to each as .bak.
 
-    encoding: Python's name, or GUESS: a file of uncertain encoding is left as it is. Returns lines about what
-    was done. Raises OutputError if a file cannot be written.
+    encoding: Python's name, or GUESS: a file of uncertain encoding is left unchanged. Returns lines about
+    what was done. Raises OutputError if a file cannot be written.
     """
     converted: list[str] = []
     left: list[str] = []
@@ -359,7 +359,7 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
         for path, guess in zip(paths, guesses, strict=True):
             _repair_caption(path, guess, converted, left)
     counts = f"{count_of(len(converted), 'caption')} converted to UTF-8 (the old files end in {BACKUP})"
-    return [f"{counts}, {len(left)} left as they are", *converted, *left]
+    return [f"{counts}, {len(left)} left unchanged", *converted, *left]
 
 
 def _is_other_encoding(path: Path) -> bool:
@@ -374,18 +374,18 @@ def _is_other_encoding(path: Path) -> bool:
 def _repair_caption(path: Path, guess: EncodingGuess | None, converted: list[str], left: list[str]) -> None:
     """Rewrite a caption as UTF-8 if its encoding is sure; add a line to `converted` or `left`."""
     if guess is None or bad_character(guess.text):
-        left.append(f"  {path}: left as it is, it is no text in that encoding")
+        left.append(f"  {path}: unchanged: it is not text in that encoding")
         return
     start = " ".join(guess.text.split())[:SHOWN]
     backup = path.with_name(path.name + BACKUP)
     if not guess.is_sure:
         left.append(
-            f"  {path}: left as it is, it may be {guess.name}: {start!r}. If that is right, name it: "
+            f"  {path}: unchanged: it may be {guess.name}: {start!r}. If that is right, name it: "
             f"--repair_captions {guess.encoding}"
         )
         return
     if backup.exists():
-        left.append(f"  {path}: left as it is, {backup.name} is there already; move it away")
+        left.append(f"  {path}: unchanged: {backup.name} exists already; move it away")
         return
     # the backup first, so that the old text is never lost
     write_bytes(backup, read_content(path, MAX_CAPTION_BYTES))

@@ -185,7 +185,7 @@ def _count_table(findings: TableFindings, epoch: int) -> Numbers:
 
 
 def _count_buckets_of(findings: TableFindings) -> list[Numbers]:
-    """Return items, batches and what is cut off of each bucket of a table."""
+    """Return for each bucket of a table its items, its batches, and how much is cut off."""
     cuts: dict[Size, list[float]] = {}
     for size, fits in count_fits(findings).items():
         cuts[size] = [cut_percent(fit) for fit in fits.elements()]
@@ -347,7 +347,7 @@ def count_captions(sources: Iterable[MediaSource]) -> Numbers:
 
 
 class _CaptionCounts:
-    """What is counted of captions, one source after the other."""
+    """Counts about captions, added source by source."""
 
     def __init__(self) -> None:
         self.words: Counter[str] = Counter()

@@ -42,7 +42,9 @@ class ReportOptions(Options, title="report"):
         hint="16, or 32 for Wan2.2 TI2V-5B and LTX-2",
     )
     frame_step: int = option(
-        "clips have a multiple of so many frames, and one: 4, or 8 for LTX-2", default=4, choices=(4, 8)
+        "clips have a multiple of this number of frames, and one more: 4, or 8 for LTX-2",
+        default=4,
+        choices=(4, 8),
     )
     references: int = option(
         "most reference pictures of an image that the model takes, for models that edit pictures; 0: it "

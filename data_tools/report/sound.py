@@ -75,7 +75,7 @@ def _list_misfits(track: TrackFacts, seconds: float | None) -> list[str]:
         if after < -FITS:
             misfits.append(f"ends {-after:.2f} s early")
         if after > FITS:
-            misfits.append(f"goes on for {after:.2f} s, which are cut off")
+            misfits.append(f"continues for {after:.2f} s, which are cut off")
     if track.tracks > 1:
         misfits.append(f"{track.tracks} tracks, of which FFmpeg chooses one")
     return misfits

@@ -58,7 +58,10 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
         )
 
     def show_items(media: DecodedMedia, most: int | None) -> str:
-        """Show at most `most` items of a source, until the user's answer is another than NEXT; return it."""
+        """Show at most `most` items of a source, until the user answers something other than NEXT.
+
+        Return that answer.
+        """
         for span in media.spans[:most]:
             _log_item(media, span)
             file = folder / f"{media.source.table.index}_{media.key(span)}"

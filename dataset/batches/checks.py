@@ -68,8 +68,8 @@ def check_channels(
             unsaid.append(item.latent_path)
     if unsaid:
         logger.warning(
-            "%s, and maybe others, was made by another program and does not say how many frames make a "
-            "second: %g are taken. If it was cached at another rate (target_fps), cache it here: %s",
+            "%s, and maybe others, was made by another program and does not record its frame rate: %g "
+            "frames per second are assumed. If it was cached at another rate (target_fps), cache it here: %s",
             unsaid[0],
             latent.unsaid_fps,
             commands.latents,
@@ -305,8 +305,8 @@ def _source_faults(
 
 
 def _reference_faults(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield why latents of reference pictures are not what a table asks for. Deleted picture files are no
-    fault; pictures that a list no longer names are.
+    """Yield why latents of reference pictures are not what a table asks for. Deleted picture files are not a
+    fault; pictures that a list no longer names are one.
     """
     table, rules = item.table, item.table.references
     if table.clip_references is not None and table.directory is not None:

@@ -66,7 +66,7 @@ def find_items(
     sound: SoundSpec | None = None,
 ) -> FoundItems:
     """Find all items by the names of their files, reading headers at most. If a table's sources are listed
-    (encoded while training, or npz files beside pictures), caches of other sources are left out.
+    (encoded while training, or npz files next to pictures), caches of other sources are left out.
 
     text_keys: the keys of a complete text cache. stores: of the run, if caches are elsewhere than the tables
     say. live: tables encoded while training, by index. sound: spec of a family that is trained with sound.
@@ -99,7 +99,7 @@ def _add_table(
     stores: Stores,
     sound: SoundSpec | None,
 ) -> None:
-    """Add the items of a table to `listing`, and what is missing of them."""
+    """Add the items of a table to `listing`, and their missing files."""
     store = stores.of(table)
     texts_store = stores.of_texts(table)
     names = store.names()

@@ -32,8 +32,8 @@ T = TypeVar("T")
 class BatchOrder:
     """Order of batches of every epoch, a function of the items' names and the seed only.
 
-    Each epoch is shuffled anew: first the items within each bucket, then the batches. A bucket is a table, or
-    a group of tables, and a size; its items occur `num_repeats` times, regularisation images as often as
+    Each epoch is shuffled again: first the items within each bucket, then the batches. A bucket is a table,
+    or a group of tables, and a size; its items occur `num_repeats` times, regularisation images as often as
     `repeat_regularisation` says; the last batch of a bucket may be smaller.
     """
 

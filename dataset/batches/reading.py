@@ -44,14 +44,14 @@ def read_batch(
     """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay
     lists.
 
-    Raises CacheError naming the file, the reason and the command that mends it: damaged, made for other
+    Raises CacheError naming the file, the reason and the command that repairs it: damaged, made for other
     options, made from a source or a caption that has changed since, or not of the shape that the
     configuration asks for. checks: of the run, which remembers checked files. captions: the number of the
     caption to use of each item, or EMPTY; without it the first. stores: of the run, which keeps them open.
     flips: which items are mirrored; () for none. undropped: the numbers before dropout, for a teacher, all
-    cached; if `captions` are others, the batch has these texts too. encoded: what was encoded for items, by
-    their places: tensors without batch dimension. Of texts that have no cache there are `captions` alone, as
-    their files have them.
+    cached; if `captions` differ from them, the batch has these texts too. encoded: what was encoded for
+    items, by their places: tensors without batch dimension. For texts without a cache the batch has only
+    `captions`, as their files have them.
     """
     stores = stores or stores_for(items[0], latent)
     reader = _Reader(
@@ -223,8 +223,8 @@ class _Reader:
     def _read_entry(
         self, item: TrainingItem, path: Path, part: str, key: str, find_faults: Callable[..., Iterator[str]]
     ) -> _Part:
-        """Read a cache of media. part: for `MadeBy`. key: of a tensor that it must have. find_faults: yields
-        why its tensors are not what the table asks for.
+        """Read a cache of media. part: for `MadeBy`. key: name of a tensor that it must have. find_faults:
+        yields why its tensors are not what the table asks for.
         """
         store = self.stores.of(item.table)
         with _remedy(self.commands.latents, store):

@@ -31,10 +31,9 @@ logger = logging.getLogger(__name__)
 
 OLDER = (
     "%s is of an earlier version, which read control clips and masks without regard to their clip's rate: "
-    "where the rates differ, as here, frames do not belong together. Cache again: it changes such caches "
-    "alone.\n  %s"
+    "if the rates differ, as here, the frames do not match. Cache again: only such caches change.\n  %s"
 )
-READ_OTHERWISE = "%s is of an earlier version: %s. Cache again: it changes such caches alone.\n  %s"
+READ_OTHERWISE = "%s is of an earlier version: %s. Cache again: only such caches change.\n  %s"
 MOST_LOOKED_AT = 100  # clips of which a frame is decoded
 MOST_READ, MOST_READ_BYTES = 1000, 1 << 30  # of caches: a second or a few
 MOST_LISTED = 50_000  # files of a folder, captions among them
@@ -125,7 +124,7 @@ def _warn_of_fewer(
 
 
 def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
-    """Warn if a cache that was made before clip and companions shared one clock would be different now.
+    """Warn of caches from before clip and companions shared one clock, if they would be different now.
 
     Compares the headers of the source files; missing files are skipped.
     """

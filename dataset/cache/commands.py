@@ -47,7 +47,7 @@ def remember_options(
 
     family: by name. kind: one of KINDS. family_options: the family's options of the command. typed: how the
     user spelled them, by public name. training: options that a training from these caches needs, by flag. A
-    folder that cannot be written to is left as it is: the caches are what counts.
+    folder that cannot be written to is left unchanged: the caches are what counts.
     """
     accepted = accepted_options(type(family_options))
     options = {

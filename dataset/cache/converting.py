@@ -65,9 +65,9 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
 
 
 def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
-    """Put the single files of a folder into shards. Files that are no caches stay as they are.
+    """Put the single files of a folder into shards. Files that are not caches do not change.
 
-    Shards of earlier versions, in tars, are made anew. keep: leave the files too. dry_run: change nothing.
+    Shards of earlier versions, in tars, are made again. keep: leave the files too. dry_run: change nothing.
     Raises CacheError, OutputError.
     """
     names = list(single_files(folder, cache_files.is_cache_name))

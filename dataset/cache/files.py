@@ -75,7 +75,7 @@ class LatentName:
 
 
 def sound_tag(tag: str) -> str:
-    """Return the tag in file names of sound latents: `clip_..._ltx2_audio` beside `clip_..._ltx2`."""
+    """Return the tag in file names of sound latents: `clip_..._ltx2_audio` next to `clip_..._ltx2`."""
     return f"{tag}_audio"
 
 
@@ -284,7 +284,7 @@ def read_entry(path: Path | str, is_whole: bool = True) -> Entry:
 def unpack(path: Path | str, data: bytes) -> Entry:
     """Return the tensors of a cache file's bytes, sorted by name.
 
-    path: for messages. Raises CacheError if they are no safetensors.
+    path: for messages. Raises CacheError if they are not safetensors.
     """
     try:
         tensors = load(data)
@@ -298,7 +298,7 @@ def unpack(path: Path | str, data: bytes) -> Entry:
 def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> Entry:
     """Return the metadata and tensor names of a cache file of `size` bytes; its tensors are not read.
 
-    read: returns the next N bytes of the file. Raises CacheError if they are no safetensors.
+    read: returns the next N bytes of the file. Raises CacheError if they are not safetensors.
     """
     try:
         metadata, content, start = read_tensor_header(read, size, _FIRST_BYTES)

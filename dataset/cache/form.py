@@ -31,7 +31,7 @@ def list_shard_faults(table: DatasetTable) -> list[str]:
 def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
     """Yield a fault if a table that `may_be_mixed` has caches in the other form than its `cache_format`.
 
-    Caches in both forms, as `tools/convert_cache.py --keep` leaves them, are no fault.
+    Caches in both forms, as `tools/convert_cache.py --keep` leaves them, are not a fault.
     """
     from dataset.cache.catalog import list_shards  # few folders are mixed
     from dataset.cache.shards import ShardStore

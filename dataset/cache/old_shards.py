@@ -1,6 +1,6 @@
 """Shards of earlier versions: tars, each entry behind a comment with its facts.
 
-`tools/convert_cache.py --to shards` makes them anew.
+`tools/convert_cache.py --to shards` makes them again.
 """
 
 import re

@@ -319,7 +319,7 @@ def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: 
 class CacheChecks:
     """Check sources during one run. Files newer than `started_ns` pass, so that an edit does not end the run.
 
-    Missing sources are no fault: training needs only the caches.
+    Missing sources are not a fault: training needs only the caches.
     """
 
     started_ns: int = field(default_factory=time.time_ns)

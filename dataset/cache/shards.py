@@ -268,7 +268,7 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
                 path = folder / row.shard
                 if isinstance(error, sqlite3.OperationalError):  # of the volume: the shard may be whole
                     raise OutputError(f"{path} cannot be read: {error}. Run this again") from error
-                logger.warning("%s: an entry is damaged; cache again to make it anew (%s)", path, error)
+                logger.warning("%s: an entry is damaged; cache again to replace it (%s)", path, error)
                 continue
             if writer is not None and writer.size >= shard_bytes:
                 writer.finish()

@@ -49,7 +49,7 @@ class CacheStore(Protocol):
         """Return whether other programs keep entries there: theirs count if they fit, and none is stale."""
 
     def names(self) -> Collection[str]:
-        """Return the names of all entries, and of other files that lie beside them."""
+        """Return the names of all entries, and of other files that are next to them."""
 
     def __contains__(self, name: str) -> bool:
         """Return whether there is an entry of that name, whole or damaged."""

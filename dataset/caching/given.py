@@ -134,7 +134,7 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
 
 
 def embeds_note(path: Path) -> Path:
-    """Return the file that names the texts of the embeddings in `path`: NAME.json beside NAME.pt."""
+    """Return the file that names the texts of the embeddings in `path`: NAME.json next to NAME.pt."""
     return path.with_suffix(".json")
 
 
@@ -223,7 +223,7 @@ def _stated_shapes(
     Raises _UnfitEmbeds if they are of another encoder or caption, or if there is no such note.
     """
     if not note.exists():
-        raise _UnfitEmbeds(f"nothing beside it says which encoder made it ({note.name} is missing)")
+        raise _UnfitEmbeds(f"nothing next to it says which encoder made it ({note.name} is missing)")
     try:
         content = parse_json(read_text(note))
         changed = difference(content["encoders"].get(encoder.name, {}), identity)

@@ -40,7 +40,7 @@ PATIENCE = datetime.timedelta(days=7)  # timeout: one share may take far longer 
 
 @dataclass(frozen=True)
 class NextCommand:
-    """Hold the command that follows a caching command, and what it needs to know then."""
+    """Hold the command that follows a caching command, and the values that it needs."""
 
     words: Sequence[str]
     remember: Callable[[], None]  # keeps the options of this command, once all is cached

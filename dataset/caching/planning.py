@@ -156,7 +156,7 @@ class _Comparison:
     is_other: bool = False  # a file is of another kind
 
     def add_outdated(self, error: CacheError) -> None:
-        """Note why a file is made again: the first reason, or the last of one of another kind."""
+        """Note why a file is made again: the first reason, or a later one of another kind."""
         is_other = isinstance(error, OtherKind)
         if self.outdated is None or is_other:
             self.outdated = str(error)
@@ -281,7 +281,7 @@ class Planning:
         return max(recorded, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 
     def _compare_clip(self, clip: ClipFacts) -> SourcePlan:
-        """Return the plan of a clip by what is known of it."""
+        """Return the plan of a clip from its known facts."""
         table = self.table
         clip_spans = spans(table, clip.kept_frames, self.recipe.latent.frame_step)
         reason = None

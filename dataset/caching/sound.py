@@ -1,4 +1,4 @@
-"""Encode the sound of clips whose latents are cached, each into a file of its own beside the latents.
+"""Encode the sound of clips whose latents are cached, each into a file of its own next to the latents.
 
 Turning sound on therefore encodes sound alone, and a changed sound file makes only its own cache stale.
 """
@@ -150,8 +150,8 @@ class SoundWork:
             free_memory(self._device)
 
     def plan(self, source: MediaSource, names: Sequence[cache_files.LatentName], verifies: bool) -> SoundPlan:
-        """Compare a clip's entries of sound with those that this run would write. With `audio = "ignore"` all
-        stay as they are.
+        """Compare a clip's entries of sound with those that this run would write. With `audio = "ignore"`
+        nothing changes.
         """
         existing = self._existing[source.table.index].of(source.stem)
         valid: list[str] = []

@@ -2,8 +2,8 @@
 
 One file per caption serves all items of its source and holds the tensors of all encoders. Each text encoder
 runs in a pass of its own, because two of them would not fit into memory. Until the last pass, outputs go to a
-`.part` beside the file; the last pass joins everything, writes the file, and then removes the `.part`. A file
-is always complete, even if several processes work on it: when the `.part` is gone, the file exists.
+`.part` next to the file; the last pass joins everything, writes the file, and then removes the `.part`. A
+file is always complete, even if several processes work on it: when the `.part` is gone, the file exists.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Caption files: a text file beside an image or a clip, and a table's additions to their text."""
+"""Caption files: a text file next to an image or a clip, and a table's additions to their text."""
 
 import codecs
 import errno
@@ -71,8 +71,8 @@ def read_caption_file(path: Path) -> CaptionContent | None:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise DatasetError(
-                f"{path}: no file has so long a name, so that its caption can be nowhere. Shorten the name "
-                "that both have."
+                f"{path}: a file name cannot be that long, so its caption cannot exist. Shorten the name "
+                "that both share."
             ) from None
         raise DatasetError(
             f"{path}: this caption cannot be read: {error.strerror}. Put a text file there."

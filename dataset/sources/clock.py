@@ -115,7 +115,7 @@ def read_mask(
 
 
 def _numbered(frames: Iterator[reading.Frame], numbers: Sequence[int]) -> Iterator[reading.Frame]:
-    """Yield the frames with these ascending numbers; the last frame if all numbers lie beyond it."""
+    """Yield the frames with these ascending numbers; the last frame if all numbers are beyond it."""
     done = 0
     frame = None
     for number, frame in enumerate(frames):
@@ -142,7 +142,7 @@ class _Timing:
 
     @property
     def likely(self) -> int:
-        """Return how many frames there are, as far as the duration tells; 0: unknown."""
+        """Return the number of frames by the duration; 0: unknown."""
         return self.frames or (round(self.seconds * self.rate) if self.rate > 0 else 0)
 
 
@@ -198,7 +198,7 @@ class _Pair:
 
 
 def _moving_companions(source: MediaSource) -> Iterator[Path]:
-    """Yield the control clips, masks and references of a clip that are no still pictures."""
+    """Yield the control clips, masks and references of a clip that are not still pictures."""
     if source.table.kind == "video" and source.tensors is None:
         yield from source.control
         for path in (source.mask, source.control_mask, *source.references):
@@ -223,8 +223,8 @@ def kept_one_clock(source: MediaSource, fps: float) -> bool:
 
 
 OTHER_LENGTHS = (
-    "control clips or masks have other numbers of frames than their clips, and last another time; of each is "
-    "taken what it shows at the clip's times, and its last frame behind its end"
+    "control clips or masks differ from their clips in number of frames and duration; their frames at "
+    "the clip's times are taken, and their last frame after their end"
 )
 
 

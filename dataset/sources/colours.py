@@ -128,7 +128,7 @@ def _describe(colours: Colours, keeps_transparency: bool) -> dict[str, str]:
     """Return what the pixel values of a file do not tell: the kind of remark, and a text behind the path."""
     remarks = {}
     if colours.is_transparent and not keeps_transparency:
-        remarks["are transparent and laid on white"] = ""
+        remarks["are transparent and filled with white"] = ""
     if colours.is_converted:
         remarks[CONVERTED] = ""
     if colours.fault is not None:

@@ -79,8 +79,8 @@ def column_names(path: Path) -> tuple[str, ...]:
 
 
 def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[TableRow]:
-    """Yield the rows of a table with the columns `names`; None: all of them. A name that is no column is left
-    out.
+    """Yield the rows of a table with the columns `names`; None: all of them. A name that is not a column is
+    left out.
 
     A row that cannot be read has a `fault` and no values; the next ones follow. Raises DatasetError if the
     file is missing, does not fit its suffix, or is not UTF-8.
@@ -129,7 +129,7 @@ def read_jsonl(path: Path, names: Collection[str] | None, example: str = "") -> 
         except ValueError as error:
             fault = f"invalid JSON: {error}{hint}"
             if line.rstrip().endswith("},"):
-                fault = f"a comma stands behind the object. Remove it{hint}"
+                fault = f"there is a comma after the object. Remove it{hint}"
         if is_first and not isinstance(record, dict):
             _refuse_other_form(path, line)
         is_first = False
@@ -204,7 +204,7 @@ def _open_csv(path: Path, kind: str) -> tuple[list[str], Any]:
 
 
 def _mark_between(first: str, kind: str) -> str:
-    """Return what stands between the cells of a table, from the line that names its columns."""
+    """Return the separator of a table's cells, from the line that names its columns."""
     if kind == TSV or ("," not in first and ";" not in first and "\t" in first):
         return "\t"
     # spreadsheets write semicolons where the comma stands in numbers
@@ -272,7 +272,7 @@ def _parquet_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRo
 def _parquet_batches(
     file: Any, path: Path, names: Sequence[str], limit: parquet.Unpacking
 ) -> Iterator[list[list[Any]]]:
-    """Yield the values of some rows after the others, by column. limit: counts what they take."""
+    """Yield the values of rows by column, some rows at a time. limit: counts the memory that they take."""
     for group in range(file.metadata.num_row_groups):
         largest = parquet.largest_value(file, parquet.Unpacking.of(path), group, names)
         num_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))

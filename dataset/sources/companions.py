@@ -147,7 +147,7 @@ def refuse_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> No
             )
 
 
-FIRST_ONLY = "files are references of several pictures, of which the model takes the first alone"
+FIRST_ONLY = "files are references of several pictures, of which the model takes only the first"
 
 
 def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:

@@ -348,8 +348,8 @@ def _draw_crop(source: MediaSource, size: Size, fit: Fit, numbers: random.Random
 
 
 def _read_control(path: Path, place: Callable[[Frame], Frame], keeps_alpha: bool) -> Clip:
-    """Read a control image, 1 H W 3 or 4: alpha apart from the colours, as Pillow would darken these by it,
-    and generation does not.
+    """Read a control image, 1 H W 3 or 4: alpha is kept apart from the colours, because Pillow would darken
+    the colours by it, and generation does not.
     """
     colours, alpha = _colours_and_alpha(read_image(path, keeps_alpha))
     channels = [place(colours)]

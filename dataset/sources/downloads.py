@@ -118,14 +118,14 @@ def download(
 
 
 def check_media(path: Path) -> None:
-    """Raise MediaError if a downloaded file is no picture, clip or sound that can be read here."""
+    """Raise MediaError if a downloaded file is not a picture, clip or sound that can be read here."""
     from modules.media.opening import require_media  # here: tables without addresses need no decoder
 
     require_media(path)
 
 
 def check_tar(path: Path) -> None:
-    """Raise MediaError if a downloaded file is no tar, as its first header shows."""
+    """Raise MediaError if a downloaded file is not a tar, as its first header shows."""
     if not tarfile.is_tarfile(path):
         raise MediaError(f"{path} is no tar.")
 

@@ -167,7 +167,7 @@ def _example_of(table: DatasetTable, what: str) -> str:
 
 
 def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
-    """Return a table folder's images or clips, sorted; add a fault for each that is no regular file."""
+    """Return a table folder's images or clips, sorted; add a fault for each that is not a regular file."""
     assert table.directory is not None
     suffixes, spare = media_suffixes(table.holds)
     key = table.source_key if table.group is None else "image_dir"
@@ -461,7 +461,7 @@ def _has_pages(path: Path) -> bool:
 
 
 def _explain(path: Path) -> str:
-    """Say why an entry named like a picture or clip is no regular file."""
+    """Say why an entry named like a picture or clip is not a regular file."""
     try:
         require_regular_file(path)
     except FileNotFoundError:
@@ -472,7 +472,7 @@ def _explain(path: Path) -> str:
 
 
 def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]:
-    """Return the paths without results of our tools: clip_SWINIR.mkv beside clip.mp4.
+    """Return the paths without results of our tools: clip_SWINIR.mkv next to clip.mp4.
 
     A warning says so. Only files whose names begin with another's are opened.
     """

@@ -38,13 +38,13 @@ REMEDIES = {
 
 
 def remedy_of(suffix: str) -> str | None:
-    """Return advice for files with a suffix that is not read; None if it is no kind of media."""
+    """Return advice for files with a suffix that is not read; None if it is not a kind of media."""
     return next((text for ends, text in REMEDIES.items() if suffix in ends), None)
 
 
 def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
     """Return a line that counts the files of a table's folder that nothing reads by their suffixes; None if
-    there are none, or if an earlier table has the same folder. What usually lies beside media is not counted.
+    there are none, or if an earlier table has the same folder. What usually is next to media is not counted.
 
     Raises DatasetError if the folder cannot be listed.
     """
@@ -101,7 +101,7 @@ def _count_unread(table: DatasetTable, folder: Path, rules: "_UnreadRules") -> d
 
 @dataclass(frozen=True)
 class _UnreadRules:
-    """Which files of a folder are read, or usually lie beside media."""
+    """Which files of a folder are read, or usually are next to media."""
 
     kinds: set[str]  # what the tables with the folder hold
     read: frozenset[str]  # endings, in lower case
@@ -121,7 +121,7 @@ class _UnreadRules:
         return _UnreadRules(kinds, read, captions, {suffix.lower() for suffix in captions})
 
     def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
-        """Return whether a file is no media, but usual in such a folder. has_media: media with its stem are
+        """Return whether a file is not media, but usual in such a folder. has_media: media with its stem are
         there.
         """
         if (suffix in self.caption_suffixes and has_media) or name.lower() in NO_MEDIA:

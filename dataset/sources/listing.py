@@ -227,7 +227,7 @@ def _caption_place(source: MediaSource) -> str:
     table = source.table
     if source.caption_path is not None:
         hint = ", and no class_tokens in its table" if table.group is not None else ""
-        return f"no {source.caption_path.name} beside it{hint}"
+        return f"no {source.caption_path.name} next to it{hint}"
     if table.metadata_file:
         return 'neither "caption" nor "tags" in its entry'
     if table.jsonl_file:

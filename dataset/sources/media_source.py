@@ -1,4 +1,4 @@
-"""A source of a dataset: an image or clip with its caption and the files beside it; nothing is opened yet.
+"""A source of a dataset: an image or clip with its caption and the files next to it; nothing is opened yet.
 
 Its bytes are in a file at its path, in a tar, in a table, or at an address. Below: its names for caches and
 downloads, and faults of files, collected so that one run reports all of them.
@@ -43,7 +43,7 @@ class TarMember:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A file at an address; once it is downloaded it lies at the source's path."""
+    """A file at an address; once it is downloaded it is at the source's path."""
 
     address: str = field(repr=False)  # with its password and signature
 

@@ -62,8 +62,8 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
     over = [source for source in sources if len(source.control) > most]
     if over:
         logger.warning(
-            "%s: %d of %d images have more reference pictures than the %d that this model takes; those "
-            "behind are left out. The first: %s has %d",
+            "%s: %d of %d images have more reference pictures than the %d that this model takes; further "
+            "ones are left out. The first: %s has %d",
             table.name,
             len(over),
             number,

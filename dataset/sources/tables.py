@@ -114,9 +114,9 @@ def _open_table(table: DatasetTable, path: Path) -> tuple[RowReader, dict[str, C
 
 
 def choose_columns(table: DatasetTable, columns: Sequence[str]) -> tuple[str, str | None]:
-    """Return the columns of a table's media and captions, None without these.
+    """Return the columns of a table's media and captions; None for captions if the table has none.
 
-    Raises DatasetError if a column that a key names is missing, or that of the media.
+    Raises DatasetError if the column of the media, or a column that a key names, is missing.
     """
     path_column = _choose(table, "path_column", (f"{table.kind}_path", *PATH_COLUMNS), columns)
     if path_column is None and table.kind not in columns:
@@ -231,7 +231,7 @@ def list_metadata(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]
         texts.append(text)
     if any(isinstance(entry, dict) and SIZE_KEY in entry for entry in content.values()):
         logger.info(
-            "%s: %s is not needed: the sizes of pictures are read from themselves", table.name, SIZE_KEY
+            "%s: %s is not needed: the sizes of pictures are read from the pictures", table.name, SIZE_KEY
         )
     stems = unique_stems([picture.stem for picture in pictures], [str(picture) for picture in pictures])
     sources = []

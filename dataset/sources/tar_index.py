@@ -1,9 +1,9 @@
-"""The samples of one tar: read from its headers once, then kept beside the caches for the next run.
+"""The samples of one tar: read from its headers once, then kept next to the caches for the next run.
 
 A sample is the files of a tar whose names are equal up to the first dot (the WebDataset form). Texts are read
-at the same time, because they lie beside the headers. Nothing is unpacked, and names are only labels, so that
-absolute names and links do no harm. Reading the headers of a million samples takes half a minute from memory,
-and far longer from a disk.
+at the same time, because they are next to the headers. Nothing is unpacked, and names are only labels, so
+that absolute names and links do no harm. Reading the headers of a million samples takes half a minute from
+memory, and far longer from a disk.
 """
 
 import contextlib
@@ -352,8 +352,8 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
 
 
 def _name_of(info: tarfile.TarInfo, file: BinaryIO) -> str:
-    """Return the name of a member without times: GNU tar writes these into incremental archives, where others
-    have the beginning of a name, and `tarfile` takes them for it.
+    """Return the name of a member without times: GNU tar writes times into incremental archives where other
+    archives have the beginning of a name, and `tarfile` reads them as such.
     """
     if not info.name[0].isdigit():
         return info.name

@@ -36,7 +36,7 @@ _QUOTED = re.compile(r"""["']([^"']+)["']""")
 
 
 def find_unread(table: DatasetTable) -> list[Fault]:
-    """Return a remark for each column that is not read, but holds files, or is named almost like one that is.
+    """Return a remark for each unread column that holds files, or is named almost like one that is read.
 
     Looks at LOOKED_AT rows at most. Raises DatasetError as listing the table does.
     """
@@ -162,7 +162,7 @@ def _similar(name: str, table: DatasetTable) -> str | None:
 
 
 def _hint(name: str, table: DatasetTable) -> str | None:
-    """Return advice for a column whose name is that of a column of ours, or means the same."""
+    """Return advice for a column whose name equals, or means the same as, that of a column of ours."""
     words = set(re.split(r"[^a-z]+", name.lower()))
     similar = _similar(name, table)
     for column, (contents, synonyms) in MEANT.items():

@@ -102,7 +102,7 @@ def attend_with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
     """Run scaled_dot_product_attention on B N L D with a bias, B N L S or broadcast to it, in q's dtype.
 
     cuDNN's kernel, which torch prefers on Hopper, is excluded: its gradients may be NaN (see `kernels`), and
-    it is planned anew for every length of a text.
+    it is planned again for every length of a text.
     """
     if not is_on_cuda(q):
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)

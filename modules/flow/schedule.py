@@ -70,7 +70,7 @@ def noisy_source(source: Tensor, noise: Tensor, schedule: Schedule, step: int) -
 
 
 def size_shift(tokens: int, few: tuple[int, float], many: tuple[int, float]) -> float:
-    """Return the flow shift e^mu of a picture of so many tokens.
+    """Return the flow shift e^mu of a picture of this many tokens.
 
     few, many: two numbers of tokens and mu there; mu is on the line through them. Source: the FLUX.1
     reference code.

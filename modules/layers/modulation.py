@@ -71,7 +71,7 @@ def _spread(rows: Tensor, tokens: Tensor, split: int) -> Tensor:
 
 
 def _sum_rows(gradients: Tensor, rows: Tensor, split: int) -> Tensor:
-    """Sum the gradients of tokens, B L C, to those of their rows, whose shape this returns."""
+    """Sum the gradients of tokens, B L C, to those of their rows."""
     parts = split_segments(split, [rows], gradients)
     return torch.cat([part.sum_to_size(row.shape) for part, row in parts], dim=1)
 

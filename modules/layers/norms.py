@@ -41,7 +41,10 @@ class TwoLayers(nn.Module):
         bias: bool = True,
         in_float32: bool = False,
     ) -> None:
-        """names: of the two in files, such as "fc1 fc2". sizes: C, the width between, C'."""
+        """names: of the two layers in files, such as "fc1 fc2".
+
+        sizes: C, the width between the layers, C'.
+        """
         super().__init__()
         self._first, self._second = names.split()
         self.add_module(self._first, nn.Linear(sizes[0], sizes[1], bias=bias))

@@ -122,7 +122,7 @@ def table_maker(
 
 
 def joined_tables(make: TableMaker[Grid]) -> TableMaker[tuple[Grid, ...]]:
-    """Return a function that makes the table of several grids, whose tokens stand one behind the other."""
+    """Return a function that makes the table of several grids, whose tokens are one behind the other."""
 
     def of(grids: tuple[Grid, ...], /, *, device: torch.device) -> Tensor:
         return torch.cat([make(grid, device=device) for grid in grids])

@@ -132,7 +132,7 @@ def fit_without_enlarging(size: Size, area: int, step: int) -> Fit:
 def fit_like(fit: Fit, size: Size, like: Size) -> Fit:
     """Return how a picture fits the bucket of the one it belongs to, whose size is `like`, whose fit `fit`.
 
-    With the same proportions, to within 2 %, it lies on the other exactly; else it covers the bucket.
+    With the same proportions, to within 2 %, it is on the other exactly; else it covers the bucket.
     """
     if size == like:
         return fit

@@ -49,7 +49,7 @@ class _Track:
 
 
 class Companions:
-    """The other streams of a video, read as far as the new one has grown."""
+    """The other streams of a video, read as far as the new video has been written."""
 
     def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, covers: bool) -> None:
         """source: the opened file at `path`. suffix, rate: of the new file and of its pictures. covers:

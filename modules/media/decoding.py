@@ -328,7 +328,10 @@ def animation_frames(path: Path) -> Iterator[tuple[NDArray[np.uint8], float]]:
 
 
 def _durations(path: Path, most: int | None = None) -> list[float]:
-    """Return the seconds of all frames, or of the first `most`; empty for a picture that is no animation."""
+    """Return the seconds of all frames, or of the first `most`.
+
+    Empty for a picture that is not an animation.
+    """
     with reading(path), path.open("rb") as file:
         start = file.read(6)
         read_durations = (

@@ -152,7 +152,7 @@ def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
 
 
 def require_media(path: Path) -> None:
-    """Raise MediaError if a file is no picture, clip or sound in a format that is read here.
+    """Raise MediaError if a file is not a picture, clip or sound in a format that is read here.
 
     Only its beginning is read: it may still be damaged, or too large.
     """
@@ -188,7 +188,7 @@ def check_pixels(path: Path, width: int, height: int) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn errors of Pillow and FFmpeg into MediaError; raise it also if `path` is no file or folder."""
+    """Turn errors of Pillow and FFmpeg into MediaError; raise it also if `path` is not a file or folder."""
     if not path.exists():
         leads = f" is a link to {path.readlink()}, which is not there" if path.is_symlink() else ""
         raise MediaError(f"{path}{leads or ' does not exist'}")

@@ -494,7 +494,7 @@ def pick_frames(
     """Return chosen frames of a clip, each through `reduce`. The whole clip is read, to find damage.
 
     choose: given the number of frames, returns which to take. threads: that decode; 0: FFmpeg's choice.
-    exact: choose anew if the header's count is wrong, else only if chosen frames are missing. Raises
+    exact: choose again if the header's count is wrong, else only if chosen frames are missing. Raises
     MediaError if the clip cannot be read.
     """
     number = count_frames(path, threads)

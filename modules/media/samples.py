@@ -158,7 +158,7 @@ def _decoded(
 def _resampled(
     path: Path, container: Any, stream: Any, begin: Fraction, *, rate: int, layout: str, lenient: bool
 ) -> Iterator[tuple[int, Samples]]:
-    """Yield as `_decoded` does. If the times or the form of the sound jump, resampling begins anew."""
+    """Yield as `_decoded` does. If the times or the form of the sound jump, resampling begins again."""
     resampler = None
     form = None  # of the samples that it takes
     place = 0  # where the next sample is, counted from `begin`

@@ -1,4 +1,4 @@
-"""Encode sound anew, and repack subtitles, for files that cannot hold them as they are."""
+"""Encode sound again, and repack subtitles, for files that cannot hold them as they are."""
 
 import re
 import struct

@@ -1,4 +1,4 @@
-"""Put a generated track beside the pictures of a new video, or into a WAV file."""
+"""Put a generated track next to the pictures of a new video, or into a WAV file."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Write uint8 frames to image and video files, join videos, and take the sound of a part of one.
 
-Videos are joined without encoding them again. Sound of a part is decoded and encoded anew (AAC): a packet of
+Videos are joined without encoding them again. Sound of a part is decoded and encoded again (AAC): a packet of
 sound holds some 20 milliseconds and cannot be cut.
 """
 
@@ -348,7 +348,7 @@ def _open_writers(
     rate: Fraction,
     covers: bool,
 ) -> Iterator[tuple["TrackSound | Companions | SectionSound | None", "Companions | None"]]:
-    """Yield the writer of the streams beside the new pictures, and the same again if it copies a whole video.
+    """Yield the writer of the other streams, and the same again if it copies a whole video.
 
     It writes a generated track, or streams of a video that is opened here. None: there is neither, or the
     video is a GIF or WebP animation.

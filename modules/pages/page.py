@@ -1,6 +1,6 @@
 """Write an HTML page: one file that needs no server, runs no script but `page.js`, and fetches nothing.
 
-A page is a Jinja2 template beside the code that fills it. It extends `base.html` of this folder:
+A page is a Jinja2 template next to the code that fills it. It extends `base.html` of this folder:
 
     {% extends "base.html" %}{% block body %}<p>{{ prompt }}</p>{% endblock %}
 

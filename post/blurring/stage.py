@@ -196,7 +196,7 @@ class BlurStage:
         elif count.with_findings:
             logger.info(
                 "%s: of %d frames, %d with something found, %d blurred only because it was found shortly "
-                "before or after, %d left as they are. Tracks: %d, the longest gap in one: %d frames.",
+                "before or after, %d left unchanged. Tracks: %d, the longest gap in one: %d frames.",
                 clip.path.name,
                 count.pictures,
                 count.with_findings,

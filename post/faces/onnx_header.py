@@ -196,7 +196,10 @@ class _Checks:
         return name, numbers
 
     def _fold(self, names: Sequence[str], product: float) -> None:
-        """Record sizes that an operator makes of sizes; which of them belongs to which axis is not known."""
+        """Record the sizes that an operator computes from sizes.
+
+        It is not known which belongs to which axis.
+        """
         self.constants |= dict.fromkeys(names, product)
         self.tensors |= dict.fromkeys(names, Constant((2,), (product, 1.0)))
 
@@ -323,7 +326,7 @@ def _numbers(values: Iterable[_Value]) -> list[int]:
 
 
 def _product(sizes: Iterable[float]) -> float:
-    """Multiply sizes; skip those that mean the end of an axis or count from it."""
+    """Multiply sizes; skip those that stand for the end of an axis or count from the end."""
     return math.prod(max(1, size) for size in sizes if size < 2**63 - 1)
 
 

@@ -73,7 +73,7 @@ class ConvLayer(nn.Module):
 
 
 class ParsingBlock(nn.Module):
-    """Two convolutions beside a straight path; `scale` of 0.5, 1 or 2 changes height and width."""
+    """Two convolutions next to a straight path; `scale` of 0.5, 1 or 2 changes height and width."""
 
     def __init__(self, width_in: int, width: int, scale: float) -> None:
         super().__init__()

@@ -108,7 +108,7 @@ def paste(
     """Return the enlarged picture (H W 3) with faces in it; where all masks are 0 no value changes.
 
     matrices: from the picture to each face, size x size. faces: read one at a time, so that not all must be
-    in memory. Of overlapping faces, the later one lies on top. Values are rounded once.
+    in memory. Of overlapping faces, the later one is on top. Values are rounded once.
     """
     canvas = enlarge(pixels, upscale)
     to_canvas = _canvas_matrix(pixels, canvas)

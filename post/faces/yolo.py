@@ -85,7 +85,7 @@ class YoloDetector:
             if output.ndim == 3 and output.shape[0] == 1:
                 if np.isnan(output).any():
                     raise CheckpointError(
-                        f"The result of {self.path} is NaN: what it has missed could not be told. The file "
+                        f"The result of {self.path} is NaN: what it missed would be unknown. The file "
                         "may be damaged: export it again, without half precision.",
                         self.path,
                     )

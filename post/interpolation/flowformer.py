@@ -187,9 +187,9 @@ class MemoryEncoder(nn.Module):
 class FlowFormer(nn.Module):
     """The network: a `FlowEstimator`. It computes in float32, also inside autocast.
 
-    Memory beside weights and features: two tables of all pairs of places, up to TABLE_BYTES each, and one or
-    two parts (`rows_of_part`). Larger pictures have no tables: costs and attention are recomputed in every
-    iteration.
+    Memory in addition to weights and features: two tables of all pairs of places, up to TABLE_BYTES each, and
+    one or two parts (`rows_of_part`). Larger pictures have no tables: costs and attention are recomputed in
+    every iteration.
     """
 
     def __init__(

@@ -129,7 +129,7 @@ def _moved(values: Tensor, flow: Tensor) -> Tensor:
 def _neighbour(
     x: Tensor, y: Tensor, column: Tensor, row: Tensor, size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Return the index of a place beside each target, and the share of the pixel that it gets.
+    """Return the index of a place next to each target, and the share of the pixel that it gets.
 
     x, y: the targets. column, row: of the place. size: height and width of the picture; outside, the share
     is 0.

@@ -46,7 +46,7 @@ Norm = Callable[[int], nn.Module]
 
 
 class RaftResidual(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions next to a shortcut."""
 
     def __init__(self, inputs: int, width: int, stride: int, norm: Norm) -> None:
         super().__init__()

@@ -78,7 +78,7 @@ class Decoder(nn.Module):
     """Enlarge the features of each picture, then predict `outputs` channels from them and other inputs."""
 
     def __init__(self, features: int, further: int, config: RefinementConfig) -> None:
-        """features: channels of a picture's map. further: inputs beside the two enlarged maps."""
+        """features: channels of a picture's map. further: inputs in addition to the two enlarged maps."""
         super().__init__()
         inner, outer = config.upsample
         shuffles = [nn.PixelShuffle(2) for _ in range(config.doublings)]

@@ -48,7 +48,7 @@ class HostMemory:
     """Reusable pieces of host memory: pinning is slow, so it happens in the first steps only."""
 
     def __init__(self, make: Callable[[int], Tensor]) -> None:
-        """make: memory of so many bytes, uint8."""
+        """make: memory of this many bytes, uint8."""
         self._make = make
         self._free: list[Tensor] = []
         self.size_bytes = 0  # of all pieces, in use or free
@@ -87,7 +87,7 @@ class Offload:
     """Host storage for the inputs of checkpointed blocks. One object serves all blocks of a network."""
 
     def __init__(self, transfer: Transfer, make: Callable[[int], Tensor]) -> None:
-        """make: host memory of so many bytes, uint8."""
+        """make: host memory of this many bytes, uint8."""
         self._transfer = transfer
         self.memory = HostMemory(make)
         self._last: weakref.ref[_Away] | None = None

@@ -38,7 +38,7 @@ AXES = ("data", "passes", "context")  # the last one changes fastest
 
 @dataclass(frozen=True)
 class ProcessGrid:
-    """How many processes share what, and where this one stands."""
+    """How many processes share passes and tokens, and the place of this process among them."""
 
     rank: int  # of this process, from 0
     data: int  # groups of processes with micro-batches of their own (`ShardingOptions.groups_of`)
@@ -123,7 +123,7 @@ class TokenPart:
 
     @property
     def size(self) -> int:
-        """Return how many tokens each part has, but for the last ones, which may be shorter."""
+        """Return how many tokens each part has, except for the last ones, which may be shorter."""
         return -(-self.length // self.count)
 
     @property

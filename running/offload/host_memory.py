@@ -98,7 +98,7 @@ def _warn_of_unlocked(size: int, total: int) -> None:
 def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
     """Return where tensors of these sizes begin, and the pieces in which the memory is locked.
 
-    No tensor lies in two pieces, as a copy may not cross their border, and no page does.
+    No tensor is in two pieces, as a copy may not cross their border, and no page does.
     """
     starts, pieces, begin, end = list[int](), list[range](), 0, 0
     for size in sizes:

@@ -185,7 +185,7 @@ def gather_block(block: nn.Module) -> None:
 
 
 def gather_weight(weight: Tensor) -> Tensor:
-    """Return a weight whole, in any dtype; gather it if it is split, then all processes must call this."""
+    """Return a whole weight, in any dtype. A split one is gathered: all processes must call this."""
     return gather_rows(rows_here(weight), weight) if is_split(weight) else weight
 
 

@@ -81,7 +81,7 @@ class HostCopy:
 
     @property
     def size_bytes(self) -> int:
-        """Return the bytes that the network takes on its device beside those it always has there."""
+        """Return the bytes that the network takes on its device in addition to those it always has there."""
         return sum(host.nbytes for _, host in self._pairs)
 
     def bring(self) -> None:

@@ -178,7 +178,7 @@ def share_blocks(blocks: Sequence[BlockWeights], processes: int) -> Swapped:
 NAMES = {
     dry_run.WEIGHTS: "weights of the transformer",
     dry_run.TEXTS: "weights of text encoders",
-    dry_run.ADAPTER: "LoRA in training steps alone",
+    dry_run.ADAPTER: "LoRA in training steps only",
     dry_run.NETWORK: "network (LoRA)",
     dry_run.GRADIENTS: "gradients",
     dry_run.OPTIMIZER: "optimizer",

@@ -138,10 +138,10 @@ BROKEN = {
     "big": (header(1, 0, tensor(b"a", (1 << 30, 1 << 30), 0, 0)), "impossible shape"),
     "axes": (header(1, 0, tensor(b"a", (1,) * 9, 0, 0)), "9 axes"),
     "twice": (header(2, 0, tensor(b"a", (1,), 0, 0) * 2 + bytes(64)), "is there twice"),
-    "beyond": (header(1, 0, tensor(b"a", (64,), 0, 0)), "lies at bytes"),
+    "beyond": (header(1, 0, tensor(b"a", (64,), 0, 0)), "is at bytes"),
     "shared": (
         header(2, 0, tensor(b"a", (8,), 0, 0) + tensor(b"b", (8,), 0, 0) + bytes(128)),
-        "lies at bytes",
+        "is at bytes",
     ),
     "uneven": (header(1, 0, tensor(b"a", (33,), 8, 0) + bytes(64)), "rows of 32"),
     "kind": (header(1, 0, tensor(b"a", (32,), 77, 0) + bytes(64)), "unknown GGUF type 77.*Q4_K"),

@@ -154,10 +154,10 @@ def test_check_and_caching_count_transparent_pictures_and_profiles(
     cached(config)
     page = tmp_path / "x.html"
     run_report(config, ReportOptions.usual(dataset_config=config.path, output=page, no_decode=True))
-    assert "are transparent and laid on white" in page.read_text(encoding="utf-8")
+    assert "are transparent and filled with white" in page.read_text(encoding="utf-8")
 
     for text in ("\n".join(lines), caplog.text):
-        assert "1 is transparent and laid on white:\n" in text
+        assert "1 is transparent and filled with white:\n" in text
         assert "clear.png" in text
         assert "1 has a colour profile, or colours other than sRGB" in text
         assert "opaque.png" not in text

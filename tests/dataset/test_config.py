@@ -219,7 +219,7 @@ def test_a_cache_folder_of_references_is_taken_with_a_line(
         (table,) = load_dataset_config(path).datasets
 
     assert table.reference_directory == Path("r")
-    said = "reference_cache_directory is not needed: caches of references lie with those of their clips"
+    said = "reference_cache_directory is not needed: caches of references are with those of their clips"
     assert caplog.text.count(said) == 1
 
 
@@ -229,7 +229,7 @@ def test_a_cache_folder_of_references_is_taken_with_a_line(
         ("reference_audio_directory = 'r'", "sounds as references are not built"),
         ("audio_bucket_strategy = 'pad'", "sound is as long as its clip"),
         ("audio_jsonl_file = 'a'", "it lists sounds without clips"),
-        ("separate_audio_buckets = true", "leave the sound of others in their batch alone"),
+        ("separate_audio_buckets = true", "do not affect the sound of other clips"),
     ],
 )
 @pytest.mark.parametrize("place", ["[general]", "[[datasets]]"])

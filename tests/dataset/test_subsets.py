@@ -99,7 +99,7 @@ def test_keys_above_all_tables_are_those_of_general(tmp_path: Path) -> None:
     )
     said = faults(tmp_path, f'image_directory = "cats"\n{TWO_SIZES}')
     assert said.endswith(
-        "cannot be used:\n  image_directory stands above all tables: write it below [[datasets]]"
+        "cannot be used:\n  image_directory is above all tables: write it below [[datasets]]"
     )
 
 
@@ -259,7 +259,7 @@ def items_of(config: DatasetConfig) -> tuple[TrainingItem, ...]:
 def test_datasets_of_two_sizes_share_a_folder_of_pictures(tmp_path: Path) -> None:
     make_pictures(tmp_path)
     config = load(tmp_path, OF_TWO_SIZES, "--prior_loss_weight", "0.5")
-    with pytest.raises(DatasetError, match="no b.txt beside it, and no class_tokens in its table"):
+    with pytest.raises(DatasetError, match="no b.txt next to it, and no class_tokens in its table"):
         cache_texts(ToyFamily(), config, options())
     (tmp_path / "cat" / "b.txt").write_text("other", encoding="utf-8")
 

@@ -223,7 +223,7 @@ IN_TEXTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "no captions": (no_captions, ("2 of 3 captions are missing", "no a.txt", "no c.txt")),
     "no extension": (no_extension, ("caption_extension",)),
     "a folder": (caption_is_a_folder, ("a.txt", "Is a directory")),
-    "two bad lines": (two_bad_lines, ("2 lines", "line 3", "line 4", "a comma stands behind the object")),
+    "two bad lines": (two_bad_lines, ("2 lines", "line 3", "line 4", "there is a comma after the object")),
     "a line without a caption": (without_caption, ('no "caption" in its line',)),
     "a list in UTF-16": (lambda folder: write_list(folder, "{}".encode("utf-16")), ("UTF-16", "list.jsonl")),
     "an empty list": (lambda folder: write_list(folder, b""), ("has no lines",)),
@@ -244,7 +244,7 @@ def test_latent_caching_warns_of_missing_captions(folder: Path) -> None:
     _, said = run_here(*LATENTS, "--dataset_config", "dataset.toml", folder=folder)
 
     assert "2 of 3 have no caption, and text caching needs one for each. The first: " in said
-    assert "no a.txt beside it" in said
+    assert "no a.txt next to it" in said
 
 
 OF_OTHERS = {

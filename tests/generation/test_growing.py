@@ -234,7 +234,7 @@ def test_the_dit_leaves_the_device_where_it_turns_out_that_both_do_not_fit(
             video.add(piece)
     notes = [line for line in family.diary if not line.startswith("pass")]
     assert notes == ["load dit", "load vae", "decode", "decode", "decode"]
-    assert caplog.text.count("Too little memory to decode beside the transformer") == 1
+    assert caplog.text.count("Too little memory to decode next to the transformer") == 1
     assert sum(1 for _ in video_frames(video.path)) == 4 * WINDOW * 3 - 3
 
 

@@ -132,7 +132,7 @@ def test_loras_of_the_other_form_are_refused(project: Path) -> None:
     trainer = {"ss_base_model_version": "krea2_edit", "software": '{"name": "ai-toolkit"}'}
     for metadata in ({"name": "krea2_identity_edit_v1_2"}, trainer):
         save_file(lora, project / "lora.safetensors", metadata)
-        refuse(project, *make, told=["lora.safetensors", "identity edit", "not built"])
+        refuse(project, *make, told=["lora.safetensors", "identity edit", "not supported"])
     save_file(lora, project / "lora.safetensors", {**trainer, "ss_network_module": "networks.lora_krea2"})
     succeed_here(*make, folder=project)
 

@@ -76,7 +76,7 @@ def test_noise_levels_of_raw_follow_the_size_and_those_of_turbo_do_not(family: K
 def test_noise_levels_can_be_asked_for(family: Krea2, turbo: Krea2, extra: dict[str, str], mu: float) -> None:
     for one in (family, turbo):
         assert prepare(one, extra=extra).flow_shift == pytest.approx(math.exp(mu))
-        with pytest.raises(OptionError, match=f"--flow_shift and --{' --'.join(extra)}: each says the noise"):
+        with pytest.raises(OptionError, match=f"--flow_shift and --{' --'.join(extra)}: each sets the noise"):
             prepare(one, extra=extra, flow_shift=3.0)
     with pytest.raises(OptionError, match="--mu 99: give a number from -20 to 20"):
         prepare(family, extra={"mu": "99"})
@@ -175,7 +175,7 @@ def test_the_words_of_the_known_tuner_are_read() -> None:
 
 
 def test_noise_levels_that_are_said_twice_are_told(family: Krea2, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(OptionError, match="--flow_shift and --mu --y2: each says the noise levels alone"):
+    with pytest.raises(OptionError, match="--flow_shift and --mu --y2: each sets the noise levels by itself"):
         options_of("a cat", "--flow_shift", "3", "--mu", "1", "--y2", "1.15")
     options = options_of("a cat", "--mu", "1.15", "--y1", "0.5")
     assert prepare_line(family, options, {}).flow_shift == pytest.approx(math.exp(1.15))

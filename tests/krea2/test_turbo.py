@@ -55,7 +55,7 @@ def test_raw_is_refused_as_turbo_and_turbo_is_warned_of(tmp_path: Path) -> None:
     code, said = run_here(*words, "--dit", turbo, "--turbo_dit", turbo, folder=tmp_path)
     assert_one_message(code, said, "--turbo_dit", "this is what --dit trains")
     said = succeed_here(*words, "--dit", turbo, folder=tmp_path)
-    assert "distilled to few steps" in said
+    assert "distilled for few steps" in said
     assert f"is Krea 2 Turbo: its name is {turbo.stem}" in said
     assert "Train on raw (raw.safetensors)" in said
 

@@ -402,7 +402,7 @@ def test_caches_of_other_programs_are_of_25_frames_a_second(alone: Project, tmp_
     finally:
         shutil.rmtree(alone.folder / "cache")
         kept.rename(alone.folder / "cache")
-    warning = "does not say how many frames make a second: 25 are taken"
+    warning = "does not record its frame rate: 25 frames per second are assumed"
     assert (said.count(warning), told_so.count(warning)) == (1, 0)
     assert all(torch.equal(theirs[name], at_25[name]) for name in at_25)
     assert not all(torch.equal(at_24[name], at_25[name]) for name in at_25)

@@ -439,13 +439,13 @@ COMMAND = (
 
 
 def test_lines_end_at_blanks_and_commands_and_paths_stay_whole() -> None:
-    path = f"/data/{'x' * 60}/clip.mp4: no caption beside it"
+    path = f"/data/{'x' * 60}/clip.mp4: no caption next to it"
     assert fold("\n".join([SENTENCE, COMMAND, path, "short"]), 60).split("\n") == [
         "  LTX-2 takes clips of 8n + 1 frames, and the sides of a",
         "  FramePack clip are multiples of sixteen.",
         COMMAND,
         f"/data/{'x' * 60}/clip.mp4:",
-        "no caption beside it",
+        "no caption next to it",
         "short",
     ]
     assert fold(SENTENCE, None) == SENTENCE  # no terminal
@@ -507,7 +507,7 @@ def test_colours_can_be_turned_off(monkeypatch: pytest.MonkeyPatch, variable: st
         ("problems with the masks of t", "1 problem with the masks of t"),
         ("of 20 captions are missing; write them", "1 of 20 captions is missing; write them"),
         ("have a caption that cannot be used", "1 has a caption that cannot be used"),
-        ("shards or folders are not whole", "1 shard or folder is not whole"),
+        ("shards or folders are incomplete", "1 shard or folder is incomplete"),
         ("entries of x cannot be used", "1 entry of x cannot be used"),
     ],
 )

@@ -20,7 +20,7 @@ def test_folders_below_those_of_the_run_are_allowed(tmp_path: Path) -> None:
         refuse_outside("output_dir", folder / "output")
         refuse_outside("logging_dir", logs)
         for place in (tmp_path, tmp_path / "clips2", folder / ".." / "x", Path("/")):
-            with pytest.raises(OptionError, match="lies outside of"):
+            with pytest.raises(OptionError, match="is outside of"):
                 refuse_outside("output_dir", place)
     assert FOLDERS not in os.environ
     refuse_outside("output_dir", tmp_path)  # other commands have no limits
@@ -53,7 +53,7 @@ def test_nothing_is_written_through_a_link_that_leads_elsewhere(
     folder.mkdir()
     elsewhere.mkdir()
     (folder / "sample").symlink_to(elsewhere, target_is_directory=True)
-    with limit_run([folder], []), pytest.raises(OutputError, match="lies outside of"):
+    with limit_run([folder], []), pytest.raises(OutputError, match="is outside of"):
         write(folder / "sample" / "a")
     assert not [*elsewhere.iterdir()]
 
@@ -64,7 +64,7 @@ def test_nothing_is_appended_to_a_file_that_a_link_names(tmp_path: Path) -> None
     mine.write_text("mine", encoding="utf-8")
     (folder / "history.jsonl").symlink_to(mine)
     with limit_run([folder], []):
-        with pytest.raises(OutputError, match="lies outside of"):
+        with pytest.raises(OutputError, match="is outside of"):
             atomic_write.append_text(folder / "history.jsonl", "x")
         atomic_write.write_text(folder / "history.jsonl", "new")  # takes the place of the link
     assert mine.read_text(encoding="utf-8") == "mine"
@@ -74,7 +74,7 @@ def test_a_page_embeds_clips_though_they_are_written_to_a_temporary_folder(tmp_p
     frames = [np.zeros((32, 32, 3), np.uint8)] * 3
     with limit_run([tmp_path], []):
         tag = embed_clip(frames, 8.0, "black")
-        with pytest.raises(OutputError, match="lies outside of"):
+        with pytest.raises(OutputError, match="is outside of"):
             atomic_write.write_text(tmp_path.parent / "other.txt", "x")
     assert "data:video/mp4;base64," in tag
 

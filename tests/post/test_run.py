@@ -100,7 +100,7 @@ def test_a_transparent_picture_is_laid_on_white_and_that_is_said(
     (made,) = run_stages([Same()], tmp_path / "a.png")
 
     assert read_image(made, alpha=True).tolist() == [[[255] * 3] * 16] * 16
-    assert f"{tmp_path / 'a.png'} is transparent: it is laid on white" in caplog.messages
+    assert f"{tmp_path / 'a.png'} is transparent: it is filled with white" in caplog.messages
 
 
 def test_pngs_are_kept_beside_the_input_under_a_free_name(tmp_path: Path) -> None:

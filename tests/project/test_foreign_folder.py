@@ -114,7 +114,7 @@ OUTSIDE = [
 def test_a_run_writes_nowhere_else_unasked(keys: dict[str, str], typed: str, foreign: Path) -> None:
     describe(foreign, **keys)
     code, said = run_here("run_project.py", foreign, folder=foreign.parent)
-    assert_one_message(code, said, "lies outside of", f"run {foreign} {typed}")
+    assert_one_message(code, said, "is outside of", f"run {foreign} {typed}")
     assert [*foreign.parent.iterdir()] == [foreign]
 
 
@@ -163,7 +163,7 @@ def test_nor_does_its_dataset(cache: str | None, foreign: Path) -> None:
     words = ["--dataset_config", "dataset.toml", "--check"]
     with limit_run([foreign], []):
         code, said = run_here("wan_cache_latents.py", *words, folder=foreign)
-    assert_one_message(code, said, "cache_directory", "lies outside of", "--may_write")
+    assert_one_message(code, said, "cache_directory", "is outside of", "--may_write")
     with limit_run([foreign, foreign.parent, Path("/elsewhere")], []):
         assert "lies outside" not in run_here("wan_cache_latents.py", *words, folder=foreign)[1]
 

@@ -280,7 +280,7 @@ def test_a_distilled_transformer_without_an_adapter_is_warned_of(
             [
                 text
                 for text in caplog.messages
-                if "may be one that was distilled to few steps (it is called turbo). If it is," in text
+                if "may be distilled for few steps (it is called turbo). If it is," in text
             ]
         )
 

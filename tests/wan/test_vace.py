@@ -142,7 +142,7 @@ def test_control_images_may_be_for_lines_that_ask_for_one_frame(tmp_path: Path) 
 def test_blocks_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     path = write_dit(tmp_path, tiny_state("vace", num_layers=5), name="odd")
 
-    with pytest.raises(CheckpointError, match="2 VACE blocks beside 5 blocks"):
+    with pytest.raises(CheckpointError, match="2 VACE blocks next to 5 blocks"):
         read_once(path, read_dit_header)
 
 
@@ -154,7 +154,7 @@ def test_places_that_a_configuration_has_are_compared(tmp_path: Path, number: in
     (tmp_path / "config.json").write_text(json.dumps(said), encoding="utf-8")
 
     if is_refused:
-        with pytest.raises(CheckpointError, match=r"vace_layers are \[1, 3\]; .* beside \[0, 2\]"):
+        with pytest.raises(CheckpointError, match=r"vace_layers are \[1, 3\]; .* next to \[0, 2\]"):
             read_once(path, read_dit_header)
     else:
         assert read_once(path, read_dit_header).config.vace_layers == 2

@@ -1,7 +1,7 @@
 """Texts that are encoded while training.
 
-Text encoders stay loaded beside the network if captions vary, if they learn, or if there are no caches; every
-process encodes the captions of its own micro-batches.
+Text encoders stay loaded next to the network if captions vary, if they learn, or if there are no caches;
+every process encodes the captions of its own micro-batches.
 """
 
 import logging

@@ -268,7 +268,7 @@ class Imported:
         self.inner.load_state_dict(saved)
 
     def go_to(self, step: int) -> None:
-        """Step so often: most of these compute each rate from the one before."""
+        """Step this many times: most of these schedulers compute each rate from the previous one."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             for _ in range(step):

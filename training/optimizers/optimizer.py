@@ -162,7 +162,7 @@ OLD_NAME = "No trainer has this name of early guides; it stands for AdamW with 8
 def find_optimizer(name: str) -> Callable[..., Optimizer]:
     """Find the class behind a name.
 
-    Raises OptionError naming the missing package or the known names, or if it is no optimizer.
+    Raises OptionError naming the missing package or the known names, or if it is not an optimizer.
     """
     module, _, class_name = PATHS.get(name.lower(), name).rpartition(".")
     if not module:

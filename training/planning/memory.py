@@ -86,7 +86,7 @@ class StepPrediction:
         return memory_plan.Phase(f"training step, {self.batch}", (*parts, self.workspace))
 
     def _further_transformers(self, weights: int, swap: memory_plan.Swapped) -> memory_plan.MemoryPart:
-        """Return the memory of all transformers but the rehearsed one. weights: bytes of one."""
+        """Return the memory of all transformers except the rehearsed one. weights: bytes of one."""
         count = self.further + self.sampled
         if self.takes_turns:  # each has all its weights in host memory, also the one at work
             host = (1 + count) * weights - swap.host

@@ -1,4 +1,4 @@
-"""Keep a run's reports as lines of a file beside its results; its page is made from this file alone.
+"""Keep a run's reports as lines of a file next to its results; its page is made from this file alone.
 
 `OUTPUT_NAME-history.jsonl` has one JSON object a line: first the number of the run, then its settings, steps,
 validations, samples, saved files, messages and its end as they happen. Lines are appended. A resumed run
@@ -49,7 +49,7 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class PageCommand:
-    """Hold a command line that goes on from here, for two kinds of shells."""
+    """Hold a command line that continues from here, for two kinds of shells."""
 
     title: str
     bash: str

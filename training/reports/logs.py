@@ -237,7 +237,7 @@ class Logs:
         self.values(_tracked_values(report), report.step)
 
     def _fitting(self, numbers: Mapping[str, str]) -> dict[str, str]:
-        """Return as many of the numbers as fit beside a bar of some columns."""
+        """Return as many of the numbers as fit next to a bar of some columns."""
         fitting = dict(numbers)
         bar = self.bar.format_dict
         elapsed = tqdm.format_interval(bar["elapsed"])
@@ -298,7 +298,7 @@ def _tracked_values(report: StepReport) -> dict[str, float]:
 
 
 def check_trackers(options: LogOptions) -> None:
-    """Raise OptionError, naming the package to install, if a tracker's is missing.
+    """Raise OptionError, naming the package to install, if the package of a tracker is missing.
 
     Raises UserError if --log_tracker_config cannot be read, OutputError if nothing can be written in
     --logging_dir.

@@ -1,4 +1,5 @@
-"""Describe a training on one HTML page: samples, curves, files, memory, commands to go on, and settings."""
+"""Describe a training on one HTML page: samples, curves, files, memory, commands to continue, and
+settings."""
 
 import contextlib
 import functools
@@ -34,7 +35,7 @@ def page_path(folder: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class Standing:
-    """Hold how a run stands."""
+    """Hold the state of a run."""
 
     start: Start
     step: int

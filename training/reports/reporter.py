@@ -174,7 +174,7 @@ class RunReporter:
     def _read_strips(
         self, files: Mapping[int, Path], prompts: Mapping[int, str], step: int
     ) -> dict[int, Frame]:
-        """Read samples once for all that shows them; return the strip of each that can be read."""
+        """Read samples once for all displays; return the strip of each that can be read."""
         strips: dict[int, Frame] = {}
         for index, path in files.items():
             with self._guarded():

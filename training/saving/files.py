@@ -80,7 +80,7 @@ class MinuteClock:
 class Saver:
     """Write files and states of a run and remove expired ones, in the main process.
 
-    Others of a split model only give that one their part of what it writes.
+    The other processes of a split model only give it their part of the data.
     """
 
     options: SavingOptions
@@ -225,10 +225,10 @@ def hold_name(folder: Path, name: str) -> Iterator[None]:
 def set_aside(
     names: Names, inputs: Collection[Path], now: datetime, is_restarted: bool = False
 ) -> Path | None:
-    """Move the results of an earlier run to a folder beside them; return it, or None if there are none.
+    """Move the results of an earlier run to a folder next to them; return it, or None if there are none.
 
     inputs: files and states that this run reads. A file is copied instead of moved, so that the same command
-    works again; a state only stays. is_restarted: the run looked for a state to go on from; then results
+    works again; a state only stays. is_restarted: the run looked for a state to continue from; then results
     without saves are its own, and stay. Raises OutputError if a file cannot be moved.
     """
     recover_states(names.folder, names.name)
@@ -316,7 +316,7 @@ def _make_new(folder: Path) -> Path:
 
 def _copy(file: Path, target: Path) -> None:
     """Give a file a second name (hard link), or copy it if the volume has no links. Files are replaced, never
-    changed, so the second one stays as it is.
+    changed, so the second one does not change.
     """
     try:
         os.link(file, target)

@@ -48,7 +48,7 @@ class SavingOptions(Options, title="saving"):
         "dtype of saved weights; the model's dtype when not given", choices=SAVE_PRECISIONS
     )
     save_every_n_epochs: int | None = option(
-        "save the model after every so many epochs", least=1, hint=AT_THE_END, often=True
+        "save the model every N epochs", least=1, hint=AT_THE_END, often=True
     )
     save_n_epoch_ratio: int | None = option(
         "save N times in the run, spread over its epochs; replaces --save_every_n_epochs",
@@ -57,7 +57,7 @@ class SavingOptions(Options, title="saving"):
         hint=AT_THE_END,
     )
     save_every_n_steps: int | None = option(
-        "save the model after every so many steps", least=1, hint=AT_THE_END, often=True
+        "save the model every N steps", least=1, hint=AT_THE_END, often=True
     )
     # saved after the step that passes this time, named by the step
     save_every_n_minutes: float | None = option(

@@ -1,6 +1,6 @@
 """Write to a folder all that a run needs to continue as if it had never stopped; find, check and read it.
 
-A state folder holds one file of tensors and plain values, and its checksum. It is built beside its final
+A state folder holds one file of tensors and plain values, and its checksum. It is built next to its final
 place and renamed, so an existing one is complete. Nothing random is stored: all of it follows from the seed
 and the micro-batch.
 """
@@ -118,7 +118,7 @@ def write_state(
 def _as_bytes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]]:
     """Return weights as bytes, not copied, with dtype and shape.
 
-    Swapped ones lie side by side in one memory, which `torch.save` takes in one dtype only.
+    Swapped ones are side by side in one memory, which `torch.save` takes in one dtype only.
     """
     flat = {}
     for name, tensor in tensors.items():
@@ -135,7 +135,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
     if not folder.is_dir():
         problem = "a file, and a state is a folder" if folder.is_file() else "no such folder"
         near = "" if folder.is_file() else explain_missing(folder)
-        anew = f" To begin with what was trained, give {FRESH_START}." if folder.is_file() else ""
+        anew = f" To begin with the trained weights, give {FRESH_START}." if folder.is_file() else ""
         raise OptionError(
             f"--resume {folder}: {problem}.{near} Give a ...-state folder, or the word latest.{anew}"
         )

@@ -112,7 +112,7 @@ def test_all_faults_of_all_tables_are_reported_in_one_run(tmp_path: Path) -> Non
     for part in (
         "1 has a caption that cannot be used:",
         "Windows-1251 (Cyrillic): 'девушка на улице'",
-        "clip_2.mp4: no clip_2.txt beside it",
+        "clip_2.mp4: no clip_2.txt next to it",
         "clip_3.mp4 is empty (0 bytes)",
         "absent: No such file or directory",
         "clip_1.mp4: 7 frames, too few for 9 of target_frames",
@@ -194,7 +194,7 @@ def test_captions_are_converted_and_the_old_files_kept(tmp_path: Path) -> None:
     lines = repair_captions(config_of(tmp_path, old), GUESS)
 
     assert lines[0].startswith("2 captions converted")
-    assert lines[0].endswith("0 left as they are")
+    assert lines[0].endswith("0 left unchanged")
     for name in old:
         assert (tmp_path / f"{name}.txt").read_text(encoding="utf-8") == GERMAN
     assert (tmp_path / "a.txt.bak").read_bytes() == old["a"]
@@ -210,9 +210,9 @@ def test_what_cannot_be_converted_surely_is_left_as_it_is_and_named(tmp_path: Pa
 
     lines = repair_captions(config, GUESS)
 
-    assert lines[0].endswith("4 left as they are")
+    assert lines[0].endswith("4 left unchanged")
     assert "--repair_captions cp1252" in lines[1]
-    assert "b.txt.bak is there already" in "\n".join(lines)
+    assert "b.txt.bak exists already" in "\n".join(lines)
     assert {name: (tmp_path / f"{name}.txt").read_bytes() for name in old} == old
     assert (tmp_path / "b.txt.bak").read_bytes() == b"older"
     repair_captions(config, "cp1252")

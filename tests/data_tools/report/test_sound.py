@@ -61,7 +61,7 @@ def test_a_check_says_which_clips_have_sound_and_where_it_does_not_fit(config: D
     told = {fault.stem: fault.text.rpartition(".mp4: ")[2] for fault in table.remarks if fault.stem}
     assert told == {
         "late": "its sound: begins 0.38 s late",  # with what the decoder needs to start
-        "long": "its sound: goes on for 1.00 s, which are cut off",
+        "long": "its sound: continues for 1.00 s, which are cut off",
         "short": "its sound: ends 1.00 s early",
         "silent": "it has no track of sound",
         "two": "its sound: 2 tracks, of which FFmpeg chooses one",

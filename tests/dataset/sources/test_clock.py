@@ -107,7 +107,7 @@ def test_caches_that_one_clock_changes_are_made_anew_and_other_lengths_are_told(
     config = DatasetConfig(tmp_path / "data.toml", (pair_of(tmp_path, "mkv", beside, count, **keys),))
     family = ToyFamily(latent=dataclasses.replace(LATENT, frame_step=4))
     assert cache_media(family, config, options()).written == 1
-    told = "control clips or masks have other numbers of frames"
+    told = "control clips or masks differ from their clips in number of frames"
     assert (told in caplog.text) == remarks
     assert (told in "\n".join(check_caching(family, config, 1, False).lines)) == remarks
     assert cache_media(family, config, options()).kept == 1

@@ -106,7 +106,7 @@ def test_captions_lie_beside_their_files(tmp_path: Path) -> None:
     sources = find_sources(make_table(tmp_path, "image_directory", caption_extension=".txt"))
 
     assert [source.caption for source in sources] == ["a cat, 猫", "with a mark", None]
-    assert missing_captions(sources) == [f"{tmp_path / 'c.png'}: no c.txt beside it"]
+    assert missing_captions(sources) == [f"{tmp_path / 'c.png'}: no c.txt next to it"]
     others = make_table(tmp_path, "image_directory", caption_extension=".txt", class_tokens="ohwx")
     assert [source.caption for source in find_sources(others)] == ["a cat, 猫", "with a mark", "ohwx"]
     with pytest.raises(DatasetError, match="1 of 3 captions is missing"):

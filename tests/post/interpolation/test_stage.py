@@ -201,7 +201,7 @@ def test_files_are_found_and_missing_ones_named(folder: Path, tmp_path: Path) ->
     tensors = weights.gimm.state_dict()
     published = {f"module.{name.split('.', 1)[1]}": tensor for name, tensor in tensors.items()}
     torch.save(published, main)
-    with pytest.raises(CheckpointError, match="optical flow of gimmvfi_r is not beside"):
+    with pytest.raises(CheckpointError, match="optical flow of gimmvfi_r is not next to"):
         check_interpolation(options(tmp_path))
     raft = weights.estimator.state_dict()  # type: ignore[attr-defined]
     inside = {f"module.flow_estimator.{name}": tensor for name, tensor in raft.items()}

@@ -214,7 +214,7 @@ def test_an_adapter_of_two_experts_is_there_twice_also_if_they_take_turns(tmp_pa
 
     factors = 2 * sum(tensor.numel() for tensor in load_file(path).values() if tensor.ndim)
     assert adapted.host == plain.host
-    assert size_of(adapted, "LoRA in training steps alone")[0] == 2 * factors
+    assert size_of(adapted, "LoRA in training steps only")[0] == 2 * factors
 
 
 def test_turns_are_advised_first(tmp_path: Path) -> None:
