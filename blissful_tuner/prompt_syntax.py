@@ -199,9 +199,7 @@ def read_lines_of(path: Path, where: str) -> Lines:
             continue
         text, weight = _parse_line(line)
         if not 0 <= weight <= MOST_WEIGHT:
-            raise OptionError(
-                f"{path}, line {number}: {weight:g} is not a weight. Give 0 to {MOST_WEIGHT:g}"
-            )
+            raise OptionError(f"{path}, line {number}: {weight:g} is not a weight. Give 0 to {MOST_WEIGHT:g}")
         texts.append(text)
         weights.append(weight)
         numbers.append(number)

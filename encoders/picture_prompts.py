@@ -106,7 +106,9 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
     what = f"its vision tower is not that of {tower.name}. Give {model.files} with its config.json."
     wrong = CheckpointError(f"{path}: {what}", path)
     sizes = _read_sizes(tower, network, sources, wrong)
-    config_json = read_network_config(path, "vision_config", kind=tower.kind, dim=sizes["hidden_size"], defaults={})
+    config_json = read_network_config(
+        path, "vision_config", kind=tower.kind, dim=sizes["hidden_size"], defaults={}
+    )
     shapes = {name: info.shape for name, info in network.tensors.items()}
     settings = tower.read(sizes, config_json, shapes)
     if settings is None:

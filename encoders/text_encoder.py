@@ -339,7 +339,7 @@ class FileTextEncoder(ABC, Generic[Network]):
                 written.prompt,
                 tokens=counted,
                 limit=self.most,
-                kept=min(max(characters, 0), length),
+                num_read=min(max(characters, 0), length),
                 size_bytes=stored * token_bytes,
             )
 

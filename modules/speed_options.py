@@ -400,7 +400,8 @@ class ShardingOptions(Options):
             if is_given:
                 raise OptionError(
                     f"--shard_base and {name} both say where the weights wait: in the other processes, or in "
-                    "host memory. Give one of them; fp8 and more processes save memory together with --shard_base"
+                    "host memory. Give one of them; fp8 and more processes save memory together with "
+                    "--shard_base"
                 )
 
 

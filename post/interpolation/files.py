@@ -186,7 +186,8 @@ def find_files(path: Path, kind: str) -> ModeFiles:
     if flow is None:
         if not _holds_flow(main):
             raise CheckpointError(
-                f"{folder}: the optical flow of {kind} is not next to {main.name}. Put {flow_names[0]} there.",
+                f"{folder}: the optical flow of {kind} is not next to {main.name}. Put {flow_names[0]} "
+                "there.",
                 folder,
             )
         flow = main

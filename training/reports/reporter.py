@@ -29,7 +29,7 @@ MOST_MESSAGES, MOST_CHARACTERS = 1000, 2000
 
 
 @dataclass
-class Pace:
+class RepeatedWork:
     """Limit work that is repeated during the training to SHARE of the time."""
 
     ended: float = 0.0  # when it was last done
@@ -59,14 +59,14 @@ class RunReporter:
     now: Callable[[], float] = time.monotonic
     clips: sample_files.ClipStore | None = field(default=None, init=False)  # None: there are no samples yet
     _messages: "_Messages" = field(init=False)
-    _page_pace: Pace = field(init=False)  # of writing the page
-    _flush_pace: Pace = field(default_factory=Pace)  # of writing the history to disk
+    _page_pace: RepeatedWork = field(init=False)  # of writing the page
+    _flush_pace: RepeatedWork = field(default_factory=Pace)  # of writing the history to disk
     _noted: dict[str, Any] = field(default_factory=dict)  # memory and commands, as last noted
     _has_warned: bool = False
     _doing: float = -math.inf  # when work between steps was last recorded
 
     def __post_init__(self) -> None:
-        self._page_pace = Pace(self.now())
+        self._page_pace = RepeatedWork(self.now())
         self._messages = _Messages(lambda level, text: self._note(self.step, level=level, message=text))
 
     @property
