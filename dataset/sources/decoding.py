@@ -55,7 +55,7 @@ IMAGE_SPANS: tuple[Span, ...] = ((0, 1),)
 
 
 class ByteBudget:
-    """So many bytes for all threads that decode: small files may hold pictures of a gigabyte.
+    """A number of bytes for all threads that decode: small files may hold pictures of a gigabyte.
 
     A thread that needs more than all of them works alone.
     """

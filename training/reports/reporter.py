@@ -60,7 +60,7 @@ class RunReporter:
     clips: sample_files.ClipStore | None = field(default=None, init=False)  # None: there are no samples yet
     _messages: "_Messages" = field(init=False)
     _page_pace: RepeatedWork = field(init=False)  # of writing the page
-    _flush_pace: RepeatedWork = field(default_factory=Pace)  # of writing the history to disk
+    _flush_pace: RepeatedWork = field(default_factory=RepeatedWork)  # of writing the history to disk
     _noted: dict[str, Any] = field(default_factory=dict)  # memory and commands, as last noted
     _has_warned: bool = False
     _doing: float = -math.inf  # when work between steps was last recorded
