@@ -50,10 +50,10 @@ def check_before_loading(family: Family, options: TrainingOptions, sampling: Fam
     if counts and isinstance(swap.blocks_to_swap, int):
         check_swap(family.dit, swap.number, counts)
     check_schedule(options, options.loop.known_steps)
-    check_networks(family, options)
-    check_rates(options.optimizer, _list_rates(options))
     with quiet():
         choose_lora_format(family, options)
+    check_networks(family, options)
+    check_rates(options.optimizer, _list_rates(options))
     _check_samples(sampling or family, options)
     folder, name = options.saving.output_dir, options.saving.output_name
     if folder is not None and name is not None and folder.is_dir():

@@ -173,7 +173,7 @@ def test_lines_have_places_and_images_too(tmp_path: Path, start: Scene) -> None:
 REFUSED = {
     "no image": (["--one_frame_inference", "default"], "--control_image_path"),
     "fewer places": (["--one_frame_inference", "control_index=0", "TWO"], "2 control images"),
-    "one place": (["--one_frame_inference", "target_index=0", "ONE"], "stand at 0"),
+    "one place": (["--one_frame_inference", "target_index=0", "ONE"], "both at 0"),
     "a word": (["--one_frame_inference", "soon", "ONE"], "'soon' is unknown"),
     "empty": (["--one_frame_inference", " ", "ONE"], "is empty"),
     "a mask": (["--one_frame_inference", "default", "ONE", "--control_image_mask_path", "a.png"], "masks"),

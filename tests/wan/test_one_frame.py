@@ -28,7 +28,7 @@ def test_frames_stand_in_the_order_of_their_places() -> None:
         ({"kind": "video"}, "learns images from control images"),
         ({"has_control": False}, "learns images from control images"),
         ({"clean_indices": (0, 2, 4)}, "takes 2 at most"),
-        ({"clean_indices": (0, 5), "target_index": 5}, "fp_1f_target_index: .* stand at 5"),
+        ({"clean_indices": (0, 5), "target_index": 5}, "fp_1f_target_index: .* both at 5"),
     ],
 )
 def test_tables_are_refused(change: dict[str, object], words: str) -> None:
