@@ -39,7 +39,9 @@ MAY_IMPORT = {
     "training": GROUND | {"networks", "dataset", "data_tools.report", "generation", "blissful_tuner"},
     "downloads": GROUND,
     "project": GROUND | {"dataset", "data_tools.report", "downloads", "training"},
-    "browser": GROUND | {"training.reports"},
+    "browser": GROUND
+    | {"training.reports", "training.config_options", "downloads.catalogue", "downloads.listing"}
+    | {"project.options", "project.fitting"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
