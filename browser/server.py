@@ -20,7 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from browser.answers import NO_WRITING, Form, answer_file, answer_form, answer_gone, answer_json, answer_page
 from browser.dataset_pages import dataset_routes
 from browser.errands import Errands
+from browser.generate_pages import generate_routes
 from browser.jobs import JobQueue, open_queue
+from browser.making import Maker
 from browser.new_pages import new_routes
 from browser.queue_views import compare_routes, queue_routes
 from browser.runs import RUNNING, Glance, Runs
@@ -258,11 +260,12 @@ def make_app(
     """
     notes = FileNotes()
     queue = queue or open_queue(runs, read_only)
-    site = Site(runs, queue, Errands(queue), models=models, notes=notes)
+    site = Site(runs, queue, Errands(queue), Maker(queue), models=models, notes=notes)
     pages = RunPages(runs, notes, queue)
     routes = [
         Route("/", pages.guard(pages.show_list)),
         *new_routes(site),
+        *generate_routes(site),
         Route("/static/{name}", pages.guard(pages.show_static)),
         Route("/run/{id}/", pages.guard(pages.show_run)),
         Route("/run/{id}/news", pages.guard(pages.show_news)),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from browser.errands import Errands
 from browser.jobs import JobQueue
+from browser.making import Maker
 from browser.runs import Runs
 from browser.views import FileNotes
 from project.options import MODELS
@@ -17,6 +18,7 @@ class Site:
     runs: Runs
     queue: JobQueue
     errands: Errands
+    maker: Maker
     models: Path = MODELS  # folder of the models' files
     notes: FileNotes = field(default_factory=FileNotes)
 
