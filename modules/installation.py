@@ -31,6 +31,8 @@ RUN_GOES_ON = "REELSMITH_RUN_GOES_ON"
 FROM_QUEUE = "REELSMITH_FROM_QUEUE"
 # variable of a generation with --interactive that the browser drives: it reads and answers in JSON
 DRIVEN = "REELSMITH_DRIVEN"
+# variable that names the file in which a program notes how far it is (modules/progress.py)
+PROGRESS = "REELSMITH_PROGRESS"
 RUN_CHECKS = "checks"  # its value for a training that only checks its options and files
 SOURCES_LEFT_OUT = 4  # exit code of caching, for that program alone: all is cached but sources with faults
 # distribution -> what it is imported as, if that is another name

@@ -169,7 +169,8 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
         if _is_check_of_media(words):
             left_out = _check_before_caching(words, project)
         else:
-            _run_or_exit(words, project.folder, may_leave_out=bool(left_out))
+            with trace.follow(words) as progress:
+                _run_or_exit(words, project.folder, may_leave_out=bool(left_out), progress=progress)
         if words == project.download and project.missing:
             raise OptionError(
                 f"{project.missing[0]} is still missing: correct its path in {project.folder / RUN_FILE}"
@@ -220,12 +221,15 @@ def _check_before_caching(words: Sequence[str], project: Project) -> list[str]:
     return outcome.left_out
 
 
-def _run_or_exit(words: Sequence[str], folder: Path, may_leave_out: bool) -> None:
+def _run_or_exit(
+    words: Sequence[str], folder: Path, may_leave_out: bool, progress: Path | None = None
+) -> None:
     """Run a command; exit with its code if it fails.
 
     may_leave_out: a command that leaves files out has not failed, as the check has found which these are.
+    progress: see `run_command`.
     """
-    code = run_command(words, folder)
+    code = run_command(words, folder, progress)
     leaves_out = code == installation.SOURCES_LEFT_OUT
     if not code or (leaves_out and may_leave_out):
         return
@@ -499,15 +503,20 @@ def _scripts_of_runs() -> set[Path | None]:
     return scripts
 
 
-def run_command(words: Sequence[str], folder: Path) -> int:
+def run_command(words: Sequence[str], folder: Path, progress: Path | None = None) -> int:
     """Run one of our scripts as a program in a folder and return its exit code.
+
+    progress: file in which the program is to note how far it is.
 
     The terminal sends Ctrl-C to it directly; SIGTERM is passed on; this process waits for its end. Raises
     OptionError if it is not one of our scripts.
     """
     script = _require_script(words)
     interrupts: list[int] = []
-    environment = installation.program_environment(**{installation.RUN_GOES_ON: "1"})
+    variables = {installation.RUN_GOES_ON: "1"}
+    if progress is not None:
+        variables[installation.PROGRESS] = str(progress)
+    environment = installation.program_environment(**variables)
     program = [sys.executable, *installation.program_words(script), *words[2:]]
     with subprocess.Popen(program, cwd=folder, env=environment) as process:
 

@@ -55,7 +55,7 @@ FLOORS = {
         {"installed", "options"},
         {"compile_options", "help_text", "repeated_options"},
         {"speed_options"},
-        {"console", "environment"},
+        {"console", "environment", "progress"},
         {"command"},
         {"chat_templates", "lost_processes", "mistyped", "template_process"},
         {"downloading", "parser"},
