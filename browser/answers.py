@@ -37,6 +37,14 @@ def answer_file(path: Path) -> Response:
     return FileResponse(path, headers=policy, media_type="application/octet-stream", filename=path.name)
 
 
+def answer_move(address: str) -> Response:
+    """Return the answer to a form of htmx that makes the browser open another page of this server.
+
+    Forms are sent by htmx: without a referrer, a plain form has the origin null, which is refused.
+    """
+    return Response(headers={"hx-redirect": address})
+
+
 def answer_gone() -> Response:
     return PlainTextResponse(GONE, 404)
 

@@ -8,6 +8,7 @@ from modules.errors import OptionError
 from modules.options import Options, option
 from modules.paths import explain_missing
 from modules.text_files import read_text, real_path
+from project.options import MODELS
 
 LOCAL = "localhost"
 USUAL_PORT = 8765
@@ -41,6 +42,7 @@ class BrowserOptions(Options, title="browser"):
         default="127.0.0.1",
     )
     token: Path | None = option("file with a secret word; who does not have it sees nothing")
+    models: Path = option("folder of the models' files, which downloads fill", default=MODELS)
     work: bool = option(
         "run the command lines of the queue one after another: FOLDER/reelsmith-queue/queue.txt, see "
         "docs/browser.md",

@@ -19,12 +19,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from browser.answers import NO_WRITING, Form, answer_file, answer_form, answer_gone, answer_json, answer_page
 from browser.dataset_pages import dataset_routes
+from browser.errands import Errands
+from browser.generate_pages import generate_routes
 from browser.jobs import JobQueue, open_queue
+from browser.making import Maker
+from browser.new_pages import new_routes
 from browser.queue_views import compare_routes, queue_routes
 from browser.runs import RUNNING, Glance, Runs
+from browser.site import Site
 from browser.views import HERE, POLICY, FileNotes, collect_news, file_of, list_page, mark_list, run_page
 from modules.errors import UserError
 from modules.pages.page import HERE as PAGES
+from project.options import MODELS
 
 logger = logging.getLogger(__name__)
 
@@ -246,16 +252,20 @@ def make_app(
     token: str | None = None,
     read_only: bool = False,
     queue: JobQueue | None = None,
+    models: Path = MODELS,
 ) -> ASGIApp:
     """Return the application. host: its name in requests, besides IP addresses and this machine's name.
 
-    queue: None means the one of `open_queue`.
+    queue: None means the one of `open_queue`. models: folder of the models' files.
     """
     notes = FileNotes()
     queue = queue or open_queue(runs, read_only)
+    site = Site(runs, queue, Errands(queue), Maker(queue), models=models, notes=notes)
     pages = RunPages(runs, notes, queue)
     routes = [
         Route("/", pages.guard(pages.show_list)),
+        *new_routes(site),
+        *generate_routes(site),
         Route("/static/{name}", pages.guard(pages.show_static)),
         Route("/run/{id}/", pages.guard(pages.show_run)),
         Route("/run/{id}/news", pages.guard(pages.show_news)),

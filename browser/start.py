@@ -45,7 +45,14 @@ def run_browser(options: BrowserOptions) -> None:
         queue.begin_work()
     show_address(options, port, token)
     log_runs(runs)
-    app: Any = make_app(runs, host=options.host, token=token, read_only=options.read_only, queue=queue)
+    app: Any = make_app(
+        runs,
+        host=options.host,
+        token=token,
+        read_only=options.read_only,
+        queue=queue,
+        models=options.models,
+    )
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
     )

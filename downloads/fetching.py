@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from modules.downloading import PIECE, Answer, BrokenTry, RefusedBySite, ask_htt
 from modules.errors import CheckpointError, DownloadError, OutputError
 from modules.file_locks import only_one
 from modules.limits import MAX_TOKENIZER_BYTES
+from modules.progress import ProgressFile
 from modules.text_files import parse_json, read_content, read_text, real_path
 
 logger = logging.getLogger(__name__)
@@ -53,10 +54,11 @@ def run_download(options: DownloadOptions) -> None:
     if planned:
         make_folder(options.to, "--to")
         _require_space(planned, options.to)
+    arrived = Arrived(total=sum(remote.size_bytes for remote, _ in planned))
     for remote, target in planned:
         logger.info("%s (%s) from %s", target, gigabytes(remote.size_bytes), remote.page)
         try:
-            download_file(remote, target)
+            download_file(remote, target, note=arrived.note)
         except OSError as error:
             raise OutputError(
                 f"{target} cannot be written: {error.strerror or error}. Choose another --to."
@@ -66,6 +68,21 @@ def run_download(options: DownloadOptions) -> None:
     for command in model.typed_commands(options.to):
         lines += ["", command]
     print_lines(lines)
+
+
+@dataclass
+class Arrived:
+    """Note the bytes of all files of a download that have arrived."""
+
+    total: int
+    complete: int = 0  # of files that have arrived whole
+    _file: ProgressFile = field(default_factory=ProgressFile)
+
+    def note(self, have: int, size_bytes: int) -> None:
+        """Note how many bytes of the present file have arrived, of its size."""
+        self._file.note(self.complete + have, self.total, "B")
+        if have == size_bytes:
+            self.complete += size_bytes
 
 
 class PlannedDownload(NamedTuple):
@@ -137,11 +154,18 @@ def _compare(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def download_file(remote: RemoteFile, target: Path, wait: Callable[[float], None] = time.sleep) -> None:
+def download_file(
+    remote: RemoteFile,
+    target: Path,
+    wait: Callable[[float], None] = time.sleep,
+    note: Callable[[int, int], None] = lambda *_: None,
+) -> None:
     """Download `remote` to `target`; do nothing if another run has just done it.
 
     A part that has arrived is kept next to the target in a hidden file, and a later call continues it. The
     target appears when size, checksum and kind are right. wait: called with seconds before a new attempt.
+    note: called with the bytes that have arrived, and the size.
+
     Raises DownloadError if the connection stays broken, if the data are damaged twice, or if they are not of
     the kind that the name promises; OutputError if the disk is full.
     """
@@ -157,7 +181,7 @@ def download_file(remote: RemoteFile, target: Path, wait: Callable[[float], None
             return
         partial = partial_path(remote, target)
         for is_last in (False, True):
-            _receive(remote, partial, wait)
+            _receive(remote, partial, wait, note)
             damage = find_damage(partial, remote)
             if damage is None:
                 break
@@ -251,7 +275,9 @@ def find_other_kind(path: Path, name: str) -> str | None:
     return None
 
 
-def _receive(remote: RemoteFile, partial: Path, wait: Callable[[float], None]) -> None:
+def _receive(
+    remote: RemoteFile, partial: Path, wait: Callable[[float], None], note: Callable[[int, int], None]
+) -> None:
     name = _shown(partial)
     have = partial.stat().st_size if partial.exists() else 0
     if have:
@@ -264,6 +290,11 @@ def _receive(remote: RemoteFile, partial: Path, wait: Callable[[float], None]) -
     size = remote.size_bytes
     try:
         with _bar(name, size, have) as bar:
+
+            def show(arrived: int) -> None:
+                bar.update(arrived - bar.n)
+                note(arrived, size)
+
             receive(
                 ask,
                 partial,
@@ -272,7 +303,7 @@ def _receive(remote: RemoteFile, partial: Path, wait: Callable[[float], None]) -
                 first_wait=FIRST_WAIT,
                 most_bytes=size,
                 size_bytes=size,
-                progress=lambda n: bar.update(n - bar.n),
+                progress=show,
             )
     except RefusedBySite as refused:
         if refused.status is not None:

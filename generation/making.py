@@ -347,7 +347,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
             bar = Bar(stage.num_steps, section.label or "Denoising")
             section_bars.append(bars.enter_context(bar))
 
-        yield [advance, *watchers], on_section
+        yield [advance, *watchers, *run.watchers], on_section
 
 
 def _preview_of_sections(run: GenerationRun, job: GenerationJob, path: Path) -> OnSection:

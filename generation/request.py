@@ -19,6 +19,7 @@ from contract.families import HIGH_NOISE
 from contract.family import Family
 from contract.requests import Prepared, Request, check_values
 from contract.rules import SOURCES, Source
+from contract.steps import Watcher
 from generation.dressing import loras_of
 from generation.options import GenerationOptions
 from generation.outputs import FrameTools
@@ -305,6 +306,7 @@ class GenerationRun:
     fatal: tuple[type[Exception], ...] = ()  # errors that end the run, whatever is left to make
     run_passes: RunPasses = run_passes  # of a step
     processes: int = 1  # that share the passes of a step
+    watchers: Sequence[Watcher] = ()  # called after each step, besides the bars and previews
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def with_previews(self) -> "GenerationRun":

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import re
 import sys
 import time
@@ -33,6 +34,7 @@ from modules.attention.attend import check_backend
 from modules.command import refuse_other_splits
 from modules.devices import Failures, allow_fp16_accumulation, choose_device
 from modules.errors import CheckpointError, OptionError, OutputError
+from modules.installation import DRIVEN
 from modules.media.tracks import Track
 from modules.output_files import refuse_replacing
 from running.dressing import have_joined, shared_blocks
@@ -208,7 +210,11 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     _check_loras(family, uses)
     if options.preview.preview_latent_every is not None:
         run = run.with_previews()
-    if options.interactive:
+    if options.interactive and os.environ.get(DRIVEN):
+        from generation.driven import serve_requests  # only from the browser
+
+        serve_requests(run, with_strengths)
+    elif options.interactive:
         converse(run)
     elif options.from_file is not None or options.sheet.sheet is not None:
         make_lines(run)

@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from modules.console import as_size, in_words
 from modules.control_codes import escape_control_codes
+from modules.progress import ProgressFile
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Bar(ExitStack):
         self.is_terminal = is_terminal
         self.done: float = 0
         self._bar: Any = None
+        self._file = ProgressFile()
         self._start = self._told = now()
         if at_once and self.shown and is_terminal():
             self._open_bar()
@@ -56,6 +58,7 @@ class Bar(ExitStack):
         self.done += amount
         if not self.shown:
             return
+        self._file.note(self.done, self.total, self.unit)
         if self._bar is not None:
             self._bar.update(amount)
         elif not self.is_terminal():

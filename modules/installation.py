@@ -29,6 +29,10 @@ MOST_BEFORE = 16  # words of a command before the script: options of the launche
 RUN_GOES_ON = "REELSMITH_RUN_GOES_ON"
 # variable of a program that the browser's queue starts: its command is a line of a file
 FROM_QUEUE = "REELSMITH_FROM_QUEUE"
+# variable of a generation with --interactive that the browser drives: it reads and answers in JSON
+DRIVEN = "REELSMITH_DRIVEN"
+# variable that names the file in which a program notes how far it is (modules/progress.py)
+PROGRESS = "REELSMITH_PROGRESS"
 RUN_CHECKS = "checks"  # its value for a training that only checks its options and files
 SOURCES_LEFT_OUT = 4  # exit code of caching, for that program alone: all is cached but sources with faults
 # distribution -> what it is imported as, if that is another name

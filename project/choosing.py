@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from contract.families import with_scripts
 from contract.family import hears_sound, knows_few_steps
 from dataset.options import read_latent_caching
-from downloads.catalogue import Component, ModelSet, family_page, family_title, model_sets
+from downloads.catalogue import ModelSet, family_page, family_title, model_sets
 from downloads.listing import gigabytes, in_columns, total_bytes
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
@@ -24,14 +24,12 @@ from modules.output_files import ask_on_terminal, has_terminal
 from modules.parser import add_options
 from modules.speed_options import take_ae
 from modules.text_files import read_safetensors_texts
+from project.fitting import describe_fit, needs_picture, transformer_bytes, transformers_of
 from project.options import NewOptions, check_trigger, find_models
 from training.image_options import ImageModelOptions
 from training.options import training_parser
 
 T = TypeVar("T")
-
-SLOW = "Slow on a CPU"
-IN_USE = 2  # GiB of a card that the network itself cannot have: activations, LoRA, optimizer
 
 
 @dataclass(frozen=True)
@@ -147,11 +145,6 @@ def _select_options(words: Sequence[str], names: Collection[str], files: Mapping
     return selected
 
 
-def needs_picture(model: ModelSet) -> bool:
-    """Return whether the model's command to generate edits a picture."""
-    return "--control_image_path" in shlex.split(model.commands["generate"])
-
-
 def script_family(words: Sequence[str]) -> str:
     """Return the family of a command that caches latents. Raises KeyError if it is none."""
     scripts = {f"{entry.cache}_latents.py": name for name, entry in with_scripts().items()}
@@ -238,29 +231,6 @@ def describe_makes(model: ModelSet, facts: ModelFacts) -> str:
     if facts.hears:
         kinds.append("sound")
     return " and ".join(kinds)
-
-
-def transformer_bytes(model: ModelSet) -> int:
-    return sum(part.size_bytes or 0 for part in transformers_of(model))
-
-
-def transformers_of(model: ModelSet) -> list[Component]:
-    return [part for part in model.components if part.role.startswith("transformer")]
-
-
-def is_small(model: ModelSet, memory: float) -> bool:
-    """Return whether the released transformer leaves half of a card of `memory` GiB free."""
-    return transformer_bytes(model) <= memory / 2 * 2**30
-
-
-def describe_fit(model: ModelSet, memory: float) -> str:
-    """Return whether a model can be trained on a card of `memory` GiB, by the size of its transformer."""
-    if not memory:
-        return SLOW
-    if is_small(model, memory):
-        return "fits"
-    left = transformer_bytes(model) / 2 / 2**30 - max(memory - IN_USE, 0)
-    return "fits in 8 bits" if left <= 0 else f"in 8 bits, {left:.0f} GiB in RAM"
 
 
 def choose_model(options: NewOptions, memory: float) -> ModelChoice:

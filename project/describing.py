@@ -24,7 +24,8 @@ from modules.media.writing import write_png
 from modules.option_values import as_shape
 from modules.paths import explain_missing, path_from
 from modules.text_files import real_path
-from project.choosing import ModelFacts, is_small
+from project.choosing import ModelFacts
+from project.fitting import is_small
 from project.media import CHECK_PAGE, FolderContent, Media, reference_of, why_unread
 from project.options import RUN_FILE, NewOptions, find_models
 from training.config_options import OTHERS_TABLE, toml_value

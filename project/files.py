@@ -1,8 +1,6 @@
 """Write dataset.toml, prompts.txt and run.toml into a folder, and report what was found and chosen."""
 
 import contextlib
-import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,10 +24,9 @@ from project.choosing import (
     ask_family,
     check_model_files,
     choose_model,
-    describe_fit,
     describe_makes,
-    needs_picture,
 )
+from project.fitting import describe_fit, find_memory, needs_picture
 from project.media import WRITTEN, FolderContent, Media, collect_content, name_some
 from project.options import RUN_FILE, NewOptions, find_models, own_command
 from project.running import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS, typed_in
@@ -178,17 +175,6 @@ def _download_options(options: NewOptions) -> list[str]:
     if real_path(options.models) == real_path(usual_models):
         return ["--download"]
     return ["--download", "--models", str(options.models)]
-
-
-def find_memory() -> float:
-    """Return the GiB of this machine's smallest NVIDIA card, from the driver; 0 if there is none."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return 0.0
-    words = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    output = subprocess.run(words, capture_output=True, text=True).stdout
-    sizes = [int(line) / 1024 for line in output.split() if line.isdecimal()]
-    return min(sizes, default=0.0)
 
 
 def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]:

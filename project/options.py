@@ -140,11 +140,12 @@ class RunOptions(Options):
         action="extend",
     )
     dry_run: bool = option("print the commands, and run none")
+    check: bool = option("check the folder and the options of its training, and end", excludes="dry_run")
 
     @property
     def words(self) -> list[str]:
-        """Return the words behind `reelsmith` that run this again, with all options except --dry_run."""
-        unsaid = {"folder": None, "dry_run": None}
+        """Return the words behind `reelsmith` that run this again, but without --dry_run and --check."""
+        unsaid = {"folder": None, "dry_run": None, "check": None}
         if self.models == MODELS:
             unsaid["models"] = None
         typed = {f"--{name}": value for name, value in (option_values(self) | unsaid).items()}

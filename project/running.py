@@ -25,7 +25,8 @@ from modules.output_files import check_output_name
 from modules.paths import expand_path, path_from
 from modules.run_limits import OF_TRAINING, describe_outside, limit_run, refuse_outside
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
-from project.choosing import script_family, transformers_of
+from project.choosing import script_family
+from project.fitting import transformers_of
 from project.options import RUN_FILE, RunOptions, find_models, own_command
 from project.tracing import RunTrace, trace_run
 from training.config_options import OTHERS_TABLE
@@ -109,6 +110,9 @@ def _typed_options(options: RunOptions) -> dict[str, Any]:
 
 def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace) -> None:
     """Do what `run_commands` does, once the run may only write into its folders."""
+    if options.check:
+        check_project(project)
+        return
     if _report_trained(project, options):
         return
     if find_latest(project.output, project.name) is not None:
@@ -165,12 +169,41 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
         if _is_check_of_media(words):
             left_out = _check_before_caching(words, project)
         else:
-            _run_or_exit(words, project.folder, may_leave_out=bool(left_out))
+            with trace.follow(words) as progress:
+                _run_or_exit(words, project.folder, may_leave_out=bool(left_out), progress=progress)
         if words == project.download and project.missing:
             raise OptionError(
                 f"{project.missing[0]} is still missing: correct its path in {project.folder / RUN_FILE}"
             )
     return left_out
+
+
+def check_project(project: Project) -> None:
+    """Make all checks that a run begins with, and print what they find; cache and train nothing.
+
+    Exits with 1 if there are faults that end a run. Raises OptionError for wrong options of the training.
+    """
+    print_lines([f"In the folder {project.folder}:"])
+    if project.missing:
+        size = _download_size(project.download)
+        print_lines([f"{project.missing[0]} is missing{size}: its options are checked when it is there."])
+    else:
+        _check_training(project)
+    has_faults = False
+    for words in project.commands:
+        if "--check" not in words:
+            continue
+        _print_command(words, project.folder)
+        if _is_check_of_media(words):
+            outcome = _check_media(words, project.folder, project.validation)
+            if outcome.fault_kinds:
+                _explain(words, project.folder, outcome.fault_kinds)
+            has_faults |= bool(outcome.fault_kinds)
+        else:
+            has_faults |= bool(run_command(words, project.folder))
+    if has_faults:
+        raise SystemExit(1)
+    print_lines(["", f"The run can begin: {own_command('run', str(project.folder))}"])
 
 
 def _check_before_caching(words: Sequence[str], project: Project) -> list[str]:
@@ -188,12 +221,15 @@ def _check_before_caching(words: Sequence[str], project: Project) -> list[str]:
     return outcome.left_out
 
 
-def _run_or_exit(words: Sequence[str], folder: Path, may_leave_out: bool) -> None:
+def _run_or_exit(
+    words: Sequence[str], folder: Path, may_leave_out: bool, progress: Path | None = None
+) -> None:
     """Run a command; exit with its code if it fails.
 
     may_leave_out: a command that leaves files out has not failed, as the check has found which these are.
+    progress: see `run_command`.
     """
-    code = run_command(words, folder)
+    code = run_command(words, folder, progress)
     leaves_out = code == installation.SOURCES_LEFT_OUT
     if not code or (leaves_out and may_leave_out):
         return
@@ -467,15 +503,20 @@ def _scripts_of_runs() -> set[Path | None]:
     return scripts
 
 
-def run_command(words: Sequence[str], folder: Path) -> int:
+def run_command(words: Sequence[str], folder: Path, progress: Path | None = None) -> int:
     """Run one of our scripts as a program in a folder and return its exit code.
+
+    progress: file in which the program is to note how far it is.
 
     The terminal sends Ctrl-C to it directly; SIGTERM is passed on; this process waits for its end. Raises
     OptionError if it is not one of our scripts.
     """
     script = _require_script(words)
     interrupts: list[int] = []
-    environment = installation.program_environment(**{installation.RUN_GOES_ON: "1"})
+    variables = {installation.RUN_GOES_ON: "1"}
+    if progress is not None:
+        variables[installation.PROGRESS] = str(progress)
+    environment = installation.program_environment(**variables)
     program = [sys.executable, *installation.program_words(script), *words[2:]]
     with subprocess.Popen(program, cwd=folder, env=environment) as process:
 

@@ -2,28 +2,34 @@
 
 import logging
 import shlex
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from downloads.listing import gigabytes
 from modules.command import quote_for_powershell
 from modules.control_codes import shorten_lines
 from modules.errors import OutputError, UserError
 from modules.installation import FRONT_SCRIPT, command_words
+from modules.progress import Progress, read_progress
 from modules.text_files import real_path
 from training.reports.history import BEFORE_TRAINING, History, Start, describe_process, history_path
 
 logger = logging.getLogger(__name__)
 
+TRAINING = "training"
+BYTES = "B"  # unit of a progress
+SHOWN_EVERY = 2.0  # seconds between two lines about a progress
 # what a command of a run does, by the end of its script's name, and when it only checks
 STEPS = {
     "download": ("downloading the model",) * 2,
     "_latents": ("caching latents", "checking the clips"),
     "_text_encoder_outputs": ("caching captions", "checking the captions"),
-    "_train_network": ("training",) * 2,
-    "_train": ("training",) * 2,
+    "_train_network": (TRAINING,) * 2,
+    "_train": (TRAINING,) * 2,
 }
 
 
@@ -34,6 +40,13 @@ def describe_step(words: Sequence[str]) -> str:
         if script.endswith(end):
             return checking if "--check" in words else doing
     return script
+
+
+def describe_progress(progress: Progress) -> str:
+    """Return a progress in words: `11.2 GB of 34.8 GB`, `40 of 120`."""
+    show = gigabytes if progress.unit == BYTES else "{:,}".format
+    done = show(int(progress.done))
+    return done if progress.total is None else f"{done} of {show(int(progress.total))}"
 
 
 class RunTrace:
@@ -76,6 +89,40 @@ class RunTrace:
                 self._history.add(0, doing=self._step)
                 self._history.flush()
 
+    @contextmanager
+    def follow(self, words: Sequence[str]) -> Iterator[Path | None]:
+        """Yield the file in which a command of a run is to note how far it is; show that meanwhile.
+
+        None for the training, which writes a history of its own.
+        """
+        step = describe_step(words)
+        if self._history is None or step == TRAINING:
+            yield None
+            return
+        path = self._history.path.with_name(f".{self._history.path.stem}-progress.json")
+        is_over = threading.Event()
+        watcher = threading.Thread(target=self._show_progress, args=(path, step, is_over), daemon=True)
+        watcher.start()
+        try:
+            yield real_path(path)
+        finally:
+            is_over.set()
+            watcher.join()
+            with self._guarded():
+                path.unlink(missing_ok=True)
+
+    def _show_progress(self, path: Path, step: str, is_over: threading.Event) -> None:
+        """Add a line to the history whenever the progress in a file has changed, every few seconds."""
+        shown = ""
+        while not is_over.wait(SHOWN_EVERY):
+            progress = read_progress(path)
+            words = "" if progress is None else f"{step}: {describe_progress(progress)}"
+            if self._history is not None and words not in ("", shown):
+                shown = words
+                with self._guarded():
+                    self._history.add(0, doing=words)
+                    self._history.flush()
+
     def end(self, reason: str, kind: str) -> None:
         """Note how the run ended, unless its training notes that itself. kind: as of a history's end."""
         if self._history is None or not self._step:
@@ -92,7 +139,7 @@ class RunTrace:
     def _has_training(self) -> bool:
         """Return whether the training has begun to write its own history."""
         try:
-            return self._step == "training" and self._training.stat().st_mtime >= self._since
+            return self._step == TRAINING and self._training.stat().st_mtime >= self._since
         except OSError:
             return False
 

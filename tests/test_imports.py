@@ -39,7 +39,9 @@ MAY_IMPORT = {
     "training": GROUND | {"networks", "dataset", "data_tools.report", "generation", "blissful_tuner"},
     "downloads": GROUND,
     "project": GROUND | {"dataset", "data_tools.report", "downloads", "training"},
-    "browser": GROUND | {"training.reports"},
+    "browser": GROUND
+    | {"training.reports", "training.config_options", "downloads.catalogue", "downloads.listing"}
+    | {"project.options", "project.fitting", "generation.prompt_lines", "generation.script_options"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
@@ -53,7 +55,7 @@ FLOORS = {
         {"installed", "options"},
         {"compile_options", "help_text", "repeated_options"},
         {"speed_options"},
-        {"console", "environment"},
+        {"console", "environment", "progress"},
         {"command"},
         {"chat_templates", "lost_processes", "mistyped", "template_process"},
         {"downloading", "parser"},

@@ -1,0 +1,141 @@
+"""Read a folder that `new` has described, and change keys of its files: comments and unknown keys stay.
+
+The three files are the draft of a training. Pages keep nothing of it elsewhere, so a terminal and several
+pages may change it in turn.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
+
+from browser.captions import mark_bytes
+from modules.atomic_write import write_bytes
+from modules.text_files import parse_toml, read_content
+from project.options import RUN_FILE, find_models
+from training.config_options import OTHERS_TABLE
+
+DATASET_FILE = "dataset.toml"
+PROMPTS_FILE = "prompts.txt"
+FILES = (DATASET_FILE, PROMPTS_FILE, RUN_FILE)  # in the order that `new` writes them
+TRAINING_TABLE = "training"  # of RUN_FILE
+
+
+class ChangedMeanwhileError(Exception):
+    """Signal that a file is not what the page was made from."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """Hold what the files of a described folder say, as far as the form New shows it."""
+
+    folder: Path
+    family: str
+    task: str
+    name: str
+    steps: int | None  # None: epochs say how long the training is
+    trigger: str
+    model_files: Mapping[str, str]  # path of each file of the model by its option
+    values: Mapping[str, Any]  # all options of the training
+    mark: str  # checksum of the files
+
+    @property
+    def output(self) -> Path:
+        return self.folder / str(self.values.get("output_dir", "output"))
+
+
+def is_described(folder: Path) -> bool:
+    return (folder / RUN_FILE).is_file()
+
+
+def mark_files(folder: Path) -> str:
+    """Return a checksum of the three files of a folder; "" if it has none of them."""
+    marks = []
+    for name in FILES:
+        try:
+            marks.append(mark_bytes(read_content(folder / name)))
+        except FileNotFoundError:
+            marks.append("")
+    return hashlib.blake2s("".join(marks).encode(), digest_size=8).hexdigest() if any(marks) else ""
+
+
+def read_described(folder: Path) -> Described:
+    """Read a described folder.
+
+    Raises OSError if a file cannot be read, ValueError if it is not as `new` writes it.
+    """
+    mark = mark_files(folder)
+    run = parse_toml(read_content(folder / RUN_FILE).decode())
+    try:
+        values = dict(run[TRAINING_TABLE])
+        project = run[OTHERS_TABLE]
+        download = [str(word) for word in project["commands"][0]]
+        family = download[download.index("--family") + 1]
+        task = download[download.index("--task") + 1]
+        steps = values.get("max_train_steps")
+        return Described(
+            folder=folder,
+            family=family,
+            task=task,
+            name=str(values["output_name"]),
+            steps=None if steps is None or "max_train_epochs" in values else int(steps),
+            trigger=_read_trigger(folder),
+            model_files=_name_model_files(family, task, [str(file) for file in project["files"]]),
+            values=values,
+            mark=mark,
+        )
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / RUN_FILE} is not as `new` writes it: {error}") from None
+
+
+def _read_trigger(folder: Path) -> str:
+    try:
+        general = parse_toml(read_content(folder / DATASET_FILE).decode()).get("general", {})
+    except FileNotFoundError:
+        return ""
+    return str(general.get("trigger_word", "")) if isinstance(general, dict) else ""
+
+
+def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str]:
+    """Return the files of a model by their options; `new` lists them in the order of the catalogue."""
+    for model in find_models():
+        if (model.family, model.task) == (family, task):
+            names = dict.fromkeys(part.option.lstrip("-") for part in model.components if part.option)
+            return dict(zip(names, paths, strict=False))
+    return {}
+
+
+def change_keys(
+    path: Path, table: str, changes: Mapping[str, Any], have: str, removed: tuple[str, ...] = ()
+) -> None:
+    """Set and remove keys of a table in a TOML file; all else stays as it is written, comments too.
+
+    have: checksum (`mark_bytes`) of the content that the change was made for. Raises ChangedMeanwhileError if
+    the file has changed since, ValueError if it is no TOML or has no such table, OSError or OutputError if it
+    cannot be read or written.
+    """
+    content = read_content(path)
+    if mark_bytes(content) != have:
+        raise ChangedMeanwhileError
+    changed = edit_toml(content.decode(), table, changes, removed)
+    write_bytes(path, changed.encode())
+
+
+def edit_toml(text: str, table: str, changes: Mapping[str, Any], removed: tuple[str, ...] = ()) -> str:
+    """Return a TOML text with keys of a table set or removed. Raises ValueError; see `change_keys`."""
+    try:
+        document = tomlkit.parse(text)
+        keys = document[table]
+    except TOMLKitError as error:
+        raise ValueError(f"it is no TOML: {error}") from None
+    if not isinstance(keys, tomlkit.items.Table):
+        raise ValueError(f"[{table}] is no table")
+    for name in removed:
+        keys.pop(name, None)
+    for name, value in changes.items():
+        keys[name] = value
+    return tomlkit.dumps(document)

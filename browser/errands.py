@@ -1,0 +1,117 @@
+"""Run commands of ours for a page, next to the queue: describing and checking a folder, a try of captions.
+
+They need no graphics card for long, so that they do not wait for a training. Each has a name, such as
+`check-0123456789abcdef`, and is kept in files: another server, or this one started again, finds it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from browser import launch
+from browser.jobs import KINDS, LOGS, Job, JobQueue, as_line
+from browser.runs import RUNNING
+from modules.atomic_write import append_text, explain_errors, write_text
+from modules.errors import OptionError, OutputError
+from modules.file_locks import only_one
+from modules.text_files import parse_json, read_text, real_path
+from training.reports.history import describe_process
+
+NAME = re.compile(r"[a-z]+-[0-9a-f]{16}")
+STORED = ("line", "folder", "process", "stops")
+LOOKED_EVERY = 0.1  # seconds
+MOST_OF_RECORD = 1 << 17  # bytes
+
+
+def errand_name(kind: str, folder: Path) -> str:
+    """Return the name of the errand of a kind in a folder. There is one of each."""
+    digest = hashlib.blake2s(os.fsencode(real_path(folder)), digest_size=8).hexdigest()
+    return f"{kind}-{digest}"
+
+
+class Errands:
+    """Start commands in processes of their own, and read their state and what they have printed."""
+
+    def __init__(self, queue: JobQueue) -> None:
+        """queue: the files lie in its folder, next to the logs of its jobs."""
+        self.folder = queue.folder / LOGS
+        self.read_only = queue.read_only
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, words: Sequence[str], folder: Path) -> None:
+        """Start a command of ours, in place of what the errand of this name was before.
+
+        Raises OptionError if it is no command of ours or the errand is still running, OutputError if its
+        files cannot be written.
+        """
+        if self.read_only:
+            raise OutputError("the browser was started with --read_only")
+        _, program = launch.find_program(words, folder)
+        with explain_errors(self.folder / name):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with only_one(self.folder / ".lock"):
+                earlier = self.find(name)
+                if earlier is not None and earlier.state == RUNNING:
+                    raise OptionError("it is running already: wait until it has ended, or stop it")
+                log = self._log(name)
+                for path in (log, log.with_suffix(".code")):
+                    path.unlink(missing_ok=True)
+                child = launch.prepare_process(log)
+                self._children[name] = child
+                record = {
+                    "line": as_line(words),
+                    "folder": str(real_path(folder)),
+                    "process": describe_process(child.pid),
+                    "stops": 0,
+                }
+                write_text(self._record(name), json.dumps(record))
+        launch.send_job(child, program, str(folder), log.with_suffix(".code"))
+
+    def find(self, name: str) -> Job | None:
+        """Return an errand with its present state; None if there is none, or its record is damaged."""
+        child = self._children.get(name)
+        if child is not None and child.poll() is not None:
+            del self._children[name]
+        try:
+            record = parse_json(read_text(self._record(name), MOST_OF_RECORD))
+            for key in STORED:
+                if not isinstance(record[key], KINDS[key]):
+                    return None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return Job(id=0, log=self._log(name), **{key: record[key] for key in STORED})
+
+    def wait(self, name: str, seconds: float) -> Job | None:
+        """Return an errand when it has ended, or after so many seconds."""
+        end = time.monotonic() + seconds
+        while True:
+            errand = self.find(name)
+            if errand is None or errand.state != RUNNING or time.monotonic() > end:
+                return errand
+            time.sleep(LOOKED_EVERY)
+
+    def stop(self, name: str) -> None:
+        """End a running errand at once, with all processes that it has started."""
+        errand = self.find(name)
+        if errand is None or errand.state != RUNNING or not errand.process:
+            return
+        with explain_errors(self._record(name)):
+            append_text(errand.log, "It was stopped.\n")
+            record = {key: getattr(errand, key) for key in STORED} | {"stops": 1}
+            write_text(self._record(name), json.dumps(record))
+        with contextlib.suppress(KeyError):
+            launch.kill_processes(errand.process["number"])
+
+    def _log(self, name: str) -> Path:
+        if not NAME.fullmatch(name):
+            raise OptionError(f"{name!r} names no errand")
+        return self.folder / f"{name}.log"
+
+    def _record(self, name: str) -> Path:
+        return self._log(name).with_suffix(".json")

@@ -1,0 +1,121 @@
+"""List the folders below the roots that hold clips, pictures or sounds, and take files into new ones."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from browser.described import is_described
+from browser.runs import Runs
+from modules.console import count_of
+from modules.media.opening import SOUND_SUFFIXES
+from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from modules.text_files import real_path
+from training.reports.sample_files import FOLDER as SAMPLES
+
+DEEPEST = 6  # folders below a root
+MOST_FOLDERS = 500
+MOST_ENTRIES = 20_000  # of a folder
+# folders that programs of ours write
+NOT_MEDIA = re.compile(
+    rf"\..*|{SAMPLES}|output|cache|generated|compare|reelsmith-queue|reelsmith-bin|.*-state"
+)
+
+
+@dataclass(frozen=True)
+class MediaFolder:
+    """Hold what the list of folders says of one: counts of its files, subfolders not included."""
+
+    path: Path
+    pictures: int
+    clips: int
+    sounds: int
+    uncaptioned: int  # files without a caption file of the same name
+    first: Path | None  # picture or clip that is shown
+    is_described: bool
+
+    @property
+    def words(self) -> str:
+        """Return the counts in words: `12 clips, 3 without caption`."""
+        counts = {"picture": self.pictures, "clip": self.clips, "sound": self.sounds}
+        words = [count_of(count, name) for name, count in counts.items() if count]
+        if self.uncaptioned:
+            words.append(f"{self.uncaptioned} without caption")
+        return ", ".join(words)
+
+
+def list_media_folders(runs: Runs) -> list[MediaFolder]:
+    """Return the folders below the roots that hold media, at most MOST_FOLDERS."""
+    folders = []
+    for top in dict.fromkeys(runs.tops):
+        for folder in _walk(top, DEEPEST):
+            media_folder = read_media_folder(folder)
+            if media_folder is not None:
+                folders.append(media_folder)
+            if len(folders) >= MOST_FOLDERS:
+                return folders
+    return folders
+
+
+def _walk(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield a folder and those below it, in the order of their names. Links are not followed."""
+    yield folder
+    if not depth:
+        return
+    with contextlib.suppress(OSError):
+        inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
+        for name in inner:
+            if not NOT_MEDIA.fullmatch(name):
+                yield from _walk(folder / name, depth - 1)
+
+
+def read_media_folder(folder: Path) -> MediaFolder | None:
+    """Count the media of a folder; None if it has none or cannot be read."""
+    names: dict[str, list[str]] = {"picture": [], "clip": [], "sound": []}
+    captions = set()
+    try:
+        entries = os.listdir(folder)[:MOST_ENTRIES]
+    except OSError:
+        return None
+    for name in entries:
+        path = Path(name)
+        suffix = path.suffix.lower()
+        if suffix in IMAGE_SUFFIXES:
+            names["picture"].append(name)
+        elif suffix in VIDEO_SUFFIXES:
+            names["clip"].append(name)
+        elif suffix in SOUND_SUFFIXES:
+            names["sound"].append(name)
+        elif suffix in {".txt", ".caption"}:
+            captions.add(path.stem)
+    media = [name for group in names.values() for name in group]
+    if not media:
+        return None
+    shown = min([*names["picture"], *names["clip"]], default=None)
+    return MediaFolder(
+        path=folder,
+        pictures=len(names["picture"]),
+        clips=len(names["clip"]),
+        sounds=len(names["sound"]),
+        uncaptioned=sum(Path(name).stem not in captions for name in media),
+        first=None if shown is None else folder / shown,
+        is_described=is_described(folder),
+    )
+
+
+def find_folder(runs: Runs, text: str) -> Path | None:
+    """Return the real path of an existing folder below the roots; None for any other text.
+
+    text: an absolute path, or one that begins in the first root.
+    """
+    if not text.strip() or "\0" in text:
+        return None
+    path = runs.tops[0] / Path(text.strip()).expanduser()
+    try:
+        if not path.is_dir() or not runs.is_below(path):
+            return None
+    except (OSError, ValueError):
+        return None
+    return real_path(path)

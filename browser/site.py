@@ -1,0 +1,27 @@
+"""What all pages of one server are made from."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from browser.errands import Errands
+from browser.jobs import JobQueue
+from browser.making import Maker
+from browser.runs import Runs
+from browser.views import FileNotes
+from project.options import MODELS
+
+
+@dataclass(frozen=True)
+class Site:
+    """Hold the runs, the queue and the settings of a server; every group of pages gets it."""
+
+    runs: Runs
+    queue: JobQueue
+    errands: Errands
+    maker: Maker
+    models: Path = MODELS  # folder of the models' files
+    notes: FileNotes = field(default_factory=FileNotes)
+
+    @property
+    def read_only(self) -> bool:
+        return self.queue.read_only

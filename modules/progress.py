@@ -1,0 +1,54 @@
+"""Note how far a program is in a small file, for the program that has started it: `run` shows it in a page.
+
+The environment variable `PROGRESS` names the file; without it nothing is written. It is replaced at most once
+a second.
+"""
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from modules.atomic_write import write_text
+from modules.errors import OutputError
+from modules.installation import PROGRESS
+from modules.text_files import parse_json, read_text
+
+EVERY_SECONDS = 1.0
+MOST_BYTES = 1000
+
+
+class Progress(NamedTuple):
+    """How far a loop is. total: None if it is not known. unit: "B" for bytes, else of the items."""
+
+    done: float
+    total: float | None
+    unit: str
+
+
+class ProgressFile:
+    """Write the progress of one loop after another into the file that `PROGRESS` names, if it does."""
+
+    def __init__(self) -> None:
+        name = os.environ.get(PROGRESS)
+        self.path = Path(name) if name else None
+        self._written = -EVERY_SECONDS
+
+    def note(self, done: float, total: float | None, unit: str) -> None:
+        """Note a progress, unless the last one was written less than a second ago and this is not the end."""
+        now = time.monotonic()
+        if self.path is None or (now - self._written < EVERY_SECONDS and done != total):
+            return
+        self._written = now
+        with contextlib.suppress(OSError, OutputError):  # a page that shows less ends nothing
+            write_text(self.path, json.dumps([done, total, unit]))
+
+
+def read_progress(path: Path) -> Progress | None:
+    """Return the progress in a file of `ProgressFile`; None if there is none."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        done, total, unit = parse_json(read_text(path, MOST_BYTES))
+        return Progress(float(done), None if total is None else float(total), str(unit))
+    return None

@@ -1,0 +1,49 @@
+"""Say how large a released model is, and whether it fits a card. Light: loads no torch, as pages ask too."""
+
+import shlex
+import shutil
+import subprocess
+
+from downloads.catalogue import Component, ModelSet
+
+SLOW = "Slow on a CPU"
+IN_USE = 2  # GiB of a card that the network itself cannot have: activations, LoRA, optimizer
+
+
+def needs_picture(model: ModelSet) -> bool:
+    """Return whether the model's command to generate edits a picture."""
+    return "--control_image_path" in shlex.split(model.commands["generate"])
+
+
+def transformer_bytes(model: ModelSet) -> int:
+    return sum(part.size_bytes or 0 for part in transformers_of(model))
+
+
+def transformers_of(model: ModelSet) -> list[Component]:
+    return [part for part in model.components if part.role.startswith("transformer")]
+
+
+def is_small(model: ModelSet, memory: float) -> bool:
+    """Return whether the released transformer leaves half of a card of `memory` GiB free."""
+    return transformer_bytes(model) <= memory / 2 * 2**30
+
+
+def describe_fit(model: ModelSet, memory: float) -> str:
+    """Return whether a model can be trained on a card of `memory` GiB, by the size of its transformer."""
+    if not memory:
+        return SLOW
+    if is_small(model, memory):
+        return "fits"
+    left = transformer_bytes(model) / 2 / 2**30 - max(memory - IN_USE, 0)
+    return "fits in 8 bits" if left <= 0 else f"in 8 bits, {left:.0f} GiB in RAM"
+
+
+def find_memory() -> float:
+    """Return the GiB of this machine's smallest NVIDIA card, from the driver; 0 if there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return 0.0
+    words = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    output = subprocess.run(words, capture_output=True, text=True).stdout
+    sizes = [int(line) / 1024 for line in output.split() if line.isdecimal()]
+    return min(sizes, default=0.0)
