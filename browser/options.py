@@ -23,9 +23,9 @@ class BrowserOptions(Options, title="browser"):
     """Folders to look into, and who may see them."""
 
     folders: tuple[Path, ...] = option(
-        "folders with runs in them, at any depth (default: this one); with --export the folder of one run, "
-        "or its history",
-        default=(Path(),),
+        "folders with runs in them, at any depth (default: this one, or ~/Reelsmith if this is the home "
+        "folder or that of the program); with --export the folder of one run, or its history",
+        default=(),
         positional=True,
         nargs="*",
         metavar="FOLDER",
@@ -49,6 +49,10 @@ class BrowserOptions(Options, title="browser"):
         excludes=("read_only", "export"),
     )
     read_only: bool = option("show no buttons and write no file")
+    no_open: bool = option(
+        "do not open the page in a web browser; it is opened only from a terminal of a machine with a "
+        "screen, if the page is for this machine alone"
+    )
     export: Path | None = option(
         "write one run as a page that needs no server, and end",
         metavar="FILE",
@@ -66,7 +70,7 @@ class BrowserOptions(Options, title="browser"):
             )
         if self.export is not None and self.export.suffix.lower() not in {".html", ".htm"}:
             raise OptionError(f"--export {self.export}: name a file that ends in .html")
-        if self.export is not None and len(self.folders) != 1:
+        if self.export is not None and len(self.folders) > 1:
             raise OptionError(f"--export writes one run: give its folder, not {len(self.folders)} folders")
 
     def _check_folder(self, folder: Path) -> None:
