@@ -25,7 +25,7 @@ class BrowserOptions(Options, title="browser"):
     folders: tuple[Path, ...] = option(
         "folders with runs in them, at any depth (default: this one, or ~/Reelsmith if this is the home "
         "folder or that of the program); with --export the folder of one run, or its history",
-        default=(),
+        default=(Path(),),
         positional=True,
         nargs="*",
         metavar="FOLDER",
@@ -70,7 +70,7 @@ class BrowserOptions(Options, title="browser"):
             )
         if self.export is not None and self.export.suffix.lower() not in {".html", ".htm"}:
             raise OptionError(f"--export {self.export}: name a file that ends in .html")
-        if self.export is not None and len(self.folders) > 1:
+        if self.export is not None and len(self.folders) != 1:
             raise OptionError(f"--export writes one run: give its folder, not {len(self.folders)} folders")
 
     def _check_folder(self, folder: Path) -> None:

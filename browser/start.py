@@ -90,21 +90,20 @@ def run_browser(options: BrowserOptions) -> None:
 
 
 def choose_places(options: BrowserOptions, here: Path, checkout: Path) -> Places:
-    """Return the folders of the options; without any, the working folder, or HOME/Reelsmith where the working
-    folder is the home folder or the checkout, whose files are no runs.
+    """Return the folders of the options. In the home folder or the checkout, whose files are no runs, the
+    working folder stands for HOME/Reelsmith.
 
     here: the working folder. checkout: folder of the program.
     """
-    if options.folders:
-        return Places(options.folders, options.models)
     home = Path.home()
     is_home = real_path(here) == real_path(home)
     is_checkout = real_path(here) == real_path(checkout)
-    if options.export is not None or not (is_home or is_checkout):
-        return Places((Path(),), options.models)
+    is_unnamed = options.folders == (Path(),) and options.export is None
+    if not is_unnamed or not (is_home or is_checkout):
+        return Places(options.folders, options.models)
     usual = home / USUAL_FOLDER
     note = "" if usual.is_dir() else ", which is made when something is written"
-    logger.info("The folder is %s%s. Name folders to show others.", usual, note)
+    logger.info("The folder is %s%s. Type the path of another one to show that.", usual, note)
     is_own = is_home and options.models == MODELS and not (here / MODELS).is_dir()
     return Places((usual,), usual / MODELS if is_own else options.models)
 
