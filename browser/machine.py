@@ -31,7 +31,7 @@ QUERY = "--query-gpu=name,memory.used,memory.total,temperature.gpu"
 
 
 @dataclass(frozen=True)
-class Card:
+class GraphicsCard:
     """A graphics card, as its driver describes it."""
 
     name: str
@@ -51,11 +51,11 @@ class CardReader:
     def __init__(self, program: str | None) -> None:
         """program: path of nvidia-smi, if there is one."""
         self.program = program
-        self._cards: list[Card] = []
+        self._cards: list[GraphicsCard] = []
         self._next = 0.0  # when the driver is asked again
         self._lock = threading.Lock()
 
-    def read(self) -> list[Card]:
+    def read(self) -> list[GraphicsCard]:
         """Return the cards as they were when the driver was asked last. At most one call runs at a time."""
         program = self.program
         if program is None or time.monotonic() < self._next or not self._lock.acquire(blocking=False):
@@ -71,7 +71,7 @@ class CardReader:
         return self._cards
 
 
-def ask_driver(program: str) -> list[Card]:
+def ask_driver(program: str) -> list[GraphicsCard]:
     """Return the cards that nvidia-smi lists. Raises OSError or SubprocessError if it fails or takes long."""
     words = [program, QUERY, "--format=csv,noheader,nounits"]
     done = subprocess.run(
@@ -80,7 +80,7 @@ def ask_driver(program: str) -> list[Card]:
     return read_cards(done.stdout)
 
 
-def read_cards(text: str) -> list[Card]:
+def read_cards(text: str) -> list[GraphicsCard]:
     """Return the cards of a list of nvidia-smi; lines of another form are left out."""
     cards = []
     for line in text.splitlines():
@@ -88,7 +88,7 @@ def read_cards(text: str) -> list[Card]:
         if len(numbers) == 3 and numbers[0].isdecimal() and numbers[1].isdecimal():
             used, total, temperature = numbers
             cards.append(
-                Card(
+                GraphicsCard(
                     name=name,
                     used_gib=int(used) / 1024,
                     total_gib=int(total) / 1024,
@@ -121,7 +121,7 @@ class MachineFacts:
     """What the line says."""
 
     running: Sequence[RunningThing] = ()
-    cards: Sequence[Card] = ()
+    cards: Sequence[GraphicsCard] = ()
     free: str = ""  # of the disk of the first root
 
 

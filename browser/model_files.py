@@ -30,7 +30,7 @@ PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{1,12}\.part")  # see downloads/fetching.
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """A network or tokenizer of the catalogue, and what of it is on disk."""
 
     component: Component
@@ -63,7 +63,7 @@ class TaskFiles:
     """A task and its parts."""
 
     model: ModelSet
-    parts: tuple[Part, ...]
+    parts: tuple[ModelPart, ...]
     in_fp8: bool  # with text encoders in 8 bits
 
     @property
@@ -79,7 +79,7 @@ class TaskFiles:
         return all(part.is_there for part in self.parts)
 
     @property
-    def missing(self) -> list[Part]:
+    def missing(self) -> list[ModelPart]:
         return [part for part in self.parts if not part.is_there]
 
     @property
@@ -127,7 +127,7 @@ def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[str, ...]]:
 
 def list_tasks(models: Path, in_fp8: bool = False) -> list[TaskFiles]:
     """Return all tasks of the catalogue, with what of them is in the models folder."""
-    parts: dict[tuple[ReleasedFile, ...], Part] = {}  # many tasks share one
+    parts: dict[tuple[ReleasedFile, ...], ModelPart] = {}  # many tasks share one
     tasks = []
     for model in model_sets(in_fp8):
         own_parts = []
@@ -147,12 +147,12 @@ def find_task(models: Path, family: str, task: str, in_fp8: bool = False) -> Tas
     return None
 
 
-def read_part(component: Component, models: Path) -> Part:
+def read_part(component: Component, models: Path) -> ModelPart:
     """Return a part with its state in the models folder."""
     sizes = {file: _size_of(models / file.name) for file in component.files}
     size_bytes = sum(size or 0 for size in sizes.values())
     size_bytes += sum(_size_of(path) or 0 for path in _partial_paths(component, models))
-    return Part(
+    return ModelPart(
         component=component,
         tasks=_list_uses().get(component.files, ()),
         size_bytes=size_bytes,
@@ -192,9 +192,9 @@ def _partial_paths(component: Component, models: Path) -> list[Path]:
     return paths
 
 
-def list_parts_on_disk(models: Path) -> list[Part]:
+def list_parts_on_disk(models: Path) -> list[ModelPart]:
     """Return all parts of which something is on disk, the largest first."""
-    parts: dict[tuple[ReleasedFile, ...], Part] = {}
+    parts: dict[tuple[ReleasedFile, ...], ModelPart] = {}
     for in_fp8 in (False, True):
         for files in list_tasks(models, in_fp8):
             parts |= {part.component.files: part for part in files.parts if part.size_bytes}

@@ -15,7 +15,7 @@ from browser.bin_folder import BinFolder
 from browser.hub_login import describe_login
 from browser.machine import free_bytes
 from browser.model_files import (
-    Part,
+    ModelPart,
     TaskFiles,
     download_name,
     find_download,
@@ -122,7 +122,7 @@ class ModelPages:
         except OSError:
             return "an unknown number of GB"
 
-    def shared_with(self, files: TaskFiles, part: Part) -> list[str]:
+    def shared_with(self, files: TaskFiles, part: ModelPart) -> list[str]:
         """Return the other tasks that use a part and are on disk whole."""
         complete = {other.name for other in list_tasks(self.site.models, files.in_fp8) if other.is_there}
         return [name for name in part.tasks if name != files.name and name in complete]

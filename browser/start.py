@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 USUAL_FOLDER = "Reelsmith"  # of the home folder
 
 
-class Places(NamedTuple):
+class ServedFolders(NamedTuple):
     """The folders of a server."""
 
     folders: tuple[Path, ...]
@@ -89,7 +89,7 @@ def run_browser(options: BrowserOptions) -> None:
         queue.end_work()
 
 
-def choose_places(options: BrowserOptions, here: Path, checkout: Path) -> Places:
+def choose_places(options: BrowserOptions, here: Path, checkout: Path) -> ServedFolders:
     """Return the folders of the options. In the home folder or the checkout, whose files are no runs, the
     working folder stands for HOME/Reelsmith.
 
@@ -100,12 +100,12 @@ def choose_places(options: BrowserOptions, here: Path, checkout: Path) -> Places
     is_checkout = real_path(here) == real_path(checkout)
     is_unnamed = options.folders == (Path(),) and options.export is None
     if not is_unnamed or not (is_home or is_checkout):
-        return Places(options.folders, options.models)
+        return ServedFolders(options.folders, options.models)
     usual = home / USUAL_FOLDER
     note = "" if usual.is_dir() else ", which is made when something is written"
     logger.info("The folder is %s%s. Type the path of another one to show that.", usual, note)
     is_own = is_home and options.models == MODELS and not (here / MODELS).is_dir()
-    return Places((usual,), usual / MODELS if is_own else options.models)
+    return ServedFolders((usual,), usual / MODELS if is_own else options.models)
 
 
 def opens_page(options: BrowserOptions) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from browser.jobs import STATE, JobQueue
-from browser.machine import Card, CardReader, free_bytes, read_cards
+from browser.machine import GraphicsCard, CardReader, free_bytes, read_cards
 from browser.model_files import download_name
 from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page, wait_until
@@ -33,7 +33,7 @@ def count_calls(folder: Path) -> int:
 def test_cards_are_read_from_the_list_of_the_driver() -> None:
     first, second = read_cards(LISTED)
 
-    assert first == Card("NVIDIA GeForce RTX 4090", 12.0, 24564 / 1024, 61)
+    assert first == GraphicsCard("NVIDIA GeForce RTX 4090", 12.0, 24564 / 1024, 61)
     assert first.words == "NVIDIA GeForce RTX 4090, 12.0 of 24.0 GiB, 61 °C"
     assert (second.name, second.words) == ("Tesla, K80", "Tesla, K80, 0.0 of 11.2 GiB")
 
