@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from browser.jobs import STATE, JobQueue
-from browser.machine import GraphicsCard, CardReader, free_bytes, read_cards
+from browser.machine import CardReader, GraphicsCard, free_bytes, read_cards
 from browser.model_files import download_name
 from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page, wait_until
