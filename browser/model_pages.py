@@ -58,8 +58,8 @@ class Chosen:
 
 
 def open_bin(site: Site) -> BinFolder:
-    """Return the bin: in the first root, and in the models folder for files of another disk."""
-    return BinFolder(site.runs.tops[0] / BIN, site.models.absolute() / BIN)
+    """Return the bin: in the first root; in the other roots and the models folder for files of other disks."""
+    return BinFolder(*(top / BIN for top in site.runs.tops), site.models.absolute() / BIN)
 
 
 class ModelPages:
@@ -94,6 +94,7 @@ class ModelPages:
             "describe_fit": describe_fit,
             "files": files,
             "chosen": chosen,
+            "is_whole": files is not None and _is_whole(files),
             "can_be_smaller": files is not None and _has_smaller(files),
             "command": "" if files is None else files.shown_download(models),
             "download": None if files is None else find_download(site.errands, files, models),
@@ -155,7 +156,7 @@ class ModelPages:
         """Start the download of a task. Raises UserError if its licences are not accepted."""
         if not is_accepted:
             raise OptionError("Read the licences of its parts, and tick that you accept them.")
-        if files.is_there and not any(part.has_other_size for part in files.parts):
+        if _is_whole(files):
             raise OptionError("All of its parts are on disk.")
         models = self.site.models
         name = download_name(models, files.model.family, files.model.task)
@@ -171,6 +172,11 @@ class ModelPages:
             if shared:
                 raise OptionError(f"{shared[0]} is being loaded for {download.files.name}: stop that first.")
         return remove_parts(self.site.models, files, parts, open_bin(self.site)).name
+
+
+def _is_whole(files: TaskFiles) -> bool:
+    """Return whether nothing is to be loaded, as far as sizes tell."""
+    return files.is_there and not any(part.has_other_size for part in files.parts)
 
 
 def _has_smaller(files: TaskFiles) -> bool:

@@ -115,9 +115,12 @@ def test_a_damaged_queue_does_not_hide_the_rest(tmp_path: Path) -> None:
         assert "free" in served.ask("/machine").text
 
 
-@pytest.mark.parametrize("address", ["/", "/new", "/queue", "/datasets", "/models", "/settings"])
+@pytest.mark.parametrize("address", ["/", "/new", "/queue", "/datasets", "/models", "/settings", "run"])
 def test_every_page_shows_the_line(tmp_path: Path, address: str) -> None:
     write_run(tmp_path, "y", 4, None)
-    with serve_runs(tmp_path) as served, open_page(f"{served.url}{address}") as page:
+    with (
+        serve_runs(tmp_path) as served,
+        open_page(served.url + (address if address.startswith("/") else served.of("y"))) as page,
+    ):
         wait_until(page, "document.querySelector('#machine a')?.textContent.startsWith('y, step 4')")
         assert page.problems == []

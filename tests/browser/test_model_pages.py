@@ -179,10 +179,11 @@ def test_the_page_lists_tasks_parts_licences_and_foreign_files(tmp_path: Path, m
         assert "<b>own" not in text
         assert re.search(r"14\.7 GB on disk in <code>.*models</code> · [\d.]+ [GM]B free", text)
         chosen = re.sub("<!--.*?-->", "", served.ask(f"/models?{urlencode(TASK)}").text)
-    command = f"--family wan --task t2v-1.3B --to {models}</code>"
+    command = f"--family wan --task t2v-1.3B --to {models} --verify</code>"
     assert command in chosen
     assert ">Apache-2.0</a>: any use; keep the notices" in chosen
-    assert "<button>Load</button>" in chosen
+    assert "--verify</code> compares" in chosen
+    assert "<button>Load</button>" not in chosen
 
 
 def test_the_login_is_told_without_its_text(
