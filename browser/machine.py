@@ -35,13 +35,15 @@ class GraphicsCard:
     """A graphics card, as its driver describes it."""
 
     name: str
-    used_gib: float
-    total_gib: float
+    used_gib: float | None  # None: it shares the machine's memory
+    total_gib: float | None
     temperature: int | None  # Celsius
 
     @property
     def words(self) -> str:
-        words = f"{self.name}, {self.used_gib:.1f} of {self.total_gib:.1f} GiB"
+        words = self.name
+        if self.used_gib is not None and self.total_gib is not None:
+            words += f", {self.used_gib:.1f} of {self.total_gib:.1f} GiB"
         return words if self.temperature is None else f"{words}, {self.temperature} °C"
 
 
@@ -84,17 +86,18 @@ def read_cards(text: str) -> list[GraphicsCard]:
     """Return the cards of a list of nvidia-smi; lines of another form are left out."""
     cards = []
     for line in text.splitlines():
-        name, *numbers = [cell.strip() for cell in line.rsplit(",", 3)]
-        if len(numbers) == 3 and numbers[0].isdecimal() and numbers[1].isdecimal():
-            used, total, temperature = numbers
-            cards.append(
-                GraphicsCard(
-                    name=name,
-                    used_gib=int(used) / 1024,
-                    total_gib=int(total) / 1024,
-                    temperature=int(temperature) if temperature.isdecimal() else None,
-                )
+        name, *cells = [cell.strip() for cell in line.rsplit(",", 3)]
+        if len(cells) != 3:
+            continue
+        used, total, temperature = [int(cell) if cell.isdecimal() else None for cell in cells]
+        cards.append(
+            GraphicsCard(
+                name=name,
+                used_gib=None if used is None else used / 1024,
+                total_gib=None if total is None else total / 1024,
+                temperature=temperature,
             )
+        )
     return cards
 
 

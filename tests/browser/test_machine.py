@@ -15,7 +15,11 @@ from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from training.reports.history import describe_process
 
-LISTED = "NVIDIA GeForce RTX 4090, 12288, 24564, 61\nTesla, K80, 0, 11441, [N/A]\nnot a card\n"
+LISTED = """NVIDIA GeForce RTX 4090, 12288, 24564, 61
+Tesla, K80, 0, 11441, [N/A]
+not a card
+NVIDIA GB10, [N/A], [N/A], 40
+"""
 
 
 def write_driver(folder: Path, body: str) -> str:
@@ -31,18 +35,19 @@ def count_calls(folder: Path) -> int:
 
 
 def test_cards_are_read_from_the_list_of_the_driver() -> None:
-    first, second = read_cards(LISTED)
+    first, second, shared = read_cards(LISTED)
 
     assert first == GraphicsCard("NVIDIA GeForce RTX 4090", 12.0, 24564 / 1024, 61)
     assert first.words == "NVIDIA GeForce RTX 4090, 12.0 of 24.0 GiB, 61 °C"
     assert (second.name, second.words) == ("Tesla, K80", "Tesla, K80, 0.0 of 11.2 GiB")
+    assert shared.words == "NVIDIA GB10, 40 °C"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
 def test_the_driver_is_asked_once_in_a_while_and_a_slow_or_broken_one_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "list").write_text(LISTED, encoding="utf-8")
     reader = CardReader(write_driver(tmp_path, f'cat "{tmp_path / "list"}"'))
-    assert [len(reader.read()) for _ in range(5)] == [2] * 5
+    assert [len(reader.read()) for _ in range(5)] == [3] * 5
     assert count_calls(tmp_path) == 1
 
     for name, body in {"broken": "exit 9", "slow": "exec sleep 30"}.items():
