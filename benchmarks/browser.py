@@ -129,7 +129,7 @@ def ended(process: psutil.Popen) -> Iterator[psutil.Popen]:
 
 
 def ask_for_ever(address: str) -> None:
-    """Ask for the list and for what is new of the run that trains."""
+    """Ask for the list, for what is new of the run that trains, and for the line of the machine."""
     host = address.split("/")[2]
 
     def ask(place: str) -> str:
@@ -143,6 +143,7 @@ def ask_for_ever(address: str) -> None:
     while True:
         key = json.loads(ask(f"/run/{run}news?have={key}"))["key"]
         ask("/")
+        ask("/machine")  # the line of both pages
         time.sleep(EVERY)
 
 

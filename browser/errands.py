@@ -20,6 +20,7 @@ from browser.runs import RUNNING
 from modules.atomic_write import append_text, explain_errors, write_text
 from modules.errors import OptionError, OutputError
 from modules.file_locks import only_one
+from modules.installation import PROGRESS
 from modules.text_files import parse_json, read_text, real_path
 from training.reports.history import describe_process
 
@@ -60,9 +61,10 @@ class Errands:
                 if earlier is not None and earlier.state == RUNNING:
                     raise OptionError("it is running already: wait until it has ended, or stop it")
                 log = self._log(name)
-                for path in (log, log.with_suffix(".code")):
+                progress = log.with_suffix(".progress")  # of loops, for pages that show it
+                for path in (log, log.with_suffix(".code"), progress):
                     path.unlink(missing_ok=True)
-                child = launch.prepare_process(log)
+                child = launch.prepare_process(log, **{PROGRESS: str(progress)})
                 self._children[name] = child
                 record = {
                     "line": as_line(words),

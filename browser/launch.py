@@ -215,12 +215,16 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
     )
 
 
-def prepare_process(log: Path) -> "subprocess.Popen[bytes]":
-    """Start the process that will wait for a job, in its own group. It ends if no job is sent to it."""
+def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
+    """Start the process that will wait for a job, in its own group. It ends if no job is sent to it.
+
+    variables: of the environment, for the job too.
+    """
     with log.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "-m", f"{PREFIX}browser.launch"],
             cwd=ROOT,
+            env={**os.environ, **variables},
             stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,

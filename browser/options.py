@@ -23,8 +23,8 @@ class BrowserOptions(Options, title="browser"):
     """Folders to look into, and who may see them."""
 
     folders: tuple[Path, ...] = option(
-        "folders with runs in them, at any depth (default: this one); with --export the folder of one run, "
-        "or its history",
+        "folders with runs in them, at any depth (default: this one, or ~/Reelsmith if this is the home "
+        "folder or that of the program); with --export the folder of one run, or its history",
         default=(Path(),),
         positional=True,
         nargs="*",
@@ -49,6 +49,10 @@ class BrowserOptions(Options, title="browser"):
         excludes=("read_only", "export"),
     )
     read_only: bool = option("show no buttons and write no file")
+    no_open: bool = option(
+        "do not open the page in a web browser; it is opened only from a terminal of a machine with a "
+        "screen, if the page is for this machine alone"
+    )
     export: Path | None = option(
         "write one run as a page that needs no server, and end",
         metavar="FILE",

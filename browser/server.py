@@ -22,10 +22,14 @@ from browser.dataset_pages import dataset_routes
 from browser.errands import Errands
 from browser.generate_pages import generate_routes
 from browser.jobs import JobQueue, open_queue
+from browser.machine import machine_routes
 from browser.making import Maker
+from browser.model_pages import model_routes
 from browser.new_pages import new_routes
 from browser.queue_views import compare_routes, queue_routes
 from browser.runs import RUNNING, Glance, Runs
+from browser.settings import ServerSettings
+from browser.settings_page import settings_routes
 from browser.site import Site
 from browser.views import HERE, POLICY, FileNotes, collect_news, file_of, list_page, mark_list, run_page
 from modules.errors import UserError
@@ -253,19 +257,32 @@ def make_app(
     read_only: bool = False,
     queue: JobQueue | None = None,
     models: Path = MODELS,
+    settings: ServerSettings | None = None,
 ) -> ASGIApp:
     """Return the application. host: its name in requests, besides IP addresses and this machine's name.
 
-    queue: None means the one of `open_queue`. models: folder of the models' files.
+    queue: None means the one of `open_queue`. models: folder of the models' files. settings: for the page
+    that shows them.
     """
     notes = FileNotes()
     queue = queue or open_queue(runs, read_only)
-    site = Site(runs, queue, Errands(queue), Maker(queue), models=models, notes=notes)
+    site = Site(
+        runs,
+        queue,
+        Errands(queue),
+        Maker(queue),
+        models=models,
+        notes=notes,
+        settings=settings or ServerSettings(),
+    )
     pages = RunPages(runs, notes, queue)
     routes = [
         Route("/", pages.guard(pages.show_list)),
         *new_routes(site),
         *generate_routes(site),
+        *model_routes(site),
+        *settings_routes(site),
+        *machine_routes(site),
         Route("/static/{name}", pages.guard(pages.show_static)),
         Route("/run/{id}/", pages.guard(pages.show_run)),
         Route("/run/{id}/news", pages.guard(pages.show_news)),

@@ -7,6 +7,7 @@ from browser.errands import Errands
 from browser.jobs import JobQueue
 from browser.making import Maker
 from browser.runs import Runs
+from browser.settings import ServerSettings
 from browser.views import FileNotes
 from project.options import MODELS
 
@@ -21,6 +22,7 @@ class Site:
     maker: Maker
     models: Path = MODELS  # folder of the models' files
     notes: FileNotes = field(default_factory=FileNotes)
+    settings: ServerSettings = field(default_factory=ServerSettings)
 
     @property
     def read_only(self) -> bool:

@@ -7,21 +7,39 @@ import logging
 import os
 import socket
 import sys
-from typing import Any
+import threading
+import webbrowser
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from browser.jobs import open_queue
 from browser.options import USUAL_PORT, BrowserOptions
+from browser.qr_code import draw_code
 from browser.runs import RUNNING, Runs
+from browser.settings import ServerSettings
 from modules.console import count_of
-from modules.errors import InstallationError, OutputError
-from modules.installation import install_words
+from modules.errors import OutputError
+from modules.installation import FROM_QUEUE, ROOT
+from modules.screen import has_screen
+from modules.text_files import real_path
+from project.options import MODELS
 
 logger = logging.getLogger(__name__)
+
+USUAL_FOLDER = "Reelsmith"  # of the home folder
+
+
+class ServedFolders(NamedTuple):
+    """The folders of a server."""
+
+    folders: tuple[Path, ...]
+    models: Path
 
 
 def run_browser(options: BrowserOptions) -> None:
     """Serve pages until Ctrl-C, or write the page that --export asks for. Raises UserError if that fails."""
-    runs = Runs(options.folders)
+    places = choose_places(options, Path.cwd(), ROOT)
+    runs = Runs(places.folders)
     if options.export is not None:
         from browser.views import export_run
 
@@ -29,38 +47,72 @@ def run_browser(options: BrowserOptions) -> None:
         logger.info("wrote %s", options.export)
         return
     token = options.read_token()
-    try:
-        import starlette  # noqa: F401
-        import uvicorn
+    # starlette loads here
+    import uvicorn
 
-        from browser.server import make_app
-    except ImportError as error:
-        raise InstallationError(
-            f"{error.name} is not installed, and the browser needs it: {install_words('browser')}"
-        ) from None
+    from browser.server import make_app
+
     listener = open_socket(options.host, options.port)
     port = listener.getsockname()[1]
     queue = open_queue(runs, options.read_only)
     if options.work:
         queue.begin_work()
-    show_address(options, port, token)
+    address = find_address(options, port, token)
+    show_address(options, address)
     log_runs(runs)
+    settings = ServerSettings(
+        host=options.host,
+        port=port,
+        token_file=options.token,
+        is_local=options.is_local,
+        address=address,
+    )
     app: Any = make_app(
         runs,
         host=options.host,
         token=token,
         read_only=options.read_only,
         queue=queue,
-        models=options.models,
+        models=places.models,
+        settings=settings,
     )
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
     )
+    if opens_page(options):
+        # the socket listens already; some browsers keep their caller waiting
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
     try:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
     finally:
         queue.end_work()
+
+
+def choose_places(options: BrowserOptions, here: Path, checkout: Path) -> ServedFolders:
+    """Return the folders of the options. In the home folder or the checkout, whose files are no runs, the
+    working folder stands for HOME/Reelsmith.
+
+    here: the working folder. checkout: folder of the program.
+    """
+    home = Path.home()
+    is_home = real_path(here) == real_path(home)
+    is_checkout = real_path(here) == real_path(checkout)
+    is_unnamed = options.folders == (Path(),) and options.export is None
+    if not is_unnamed or not (is_home or is_checkout):
+        return ServedFolders(options.folders, options.models)
+    usual = home / USUAL_FOLDER
+    note = "" if usual.is_dir() else ", which is made when something is written"
+    logger.info("The folder is %s%s. Type the path of another one to show that.", usual, note)
+    is_own = is_home and options.models == MODELS and not (here / MODELS).is_dir()
+    return ServedFolders((usual,), usual / MODELS if is_own else options.models)
+
+
+def opens_page(options: BrowserOptions) -> bool:
+    """Return whether the page is to be opened: if a person has typed the command where it can be seen."""
+    is_typed = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    is_by_hand = is_typed and FROM_QUEUE not in os.environ
+    return options.is_local and not options.no_open and is_by_hand and has_screen()
 
 
 def log_runs(runs: Runs) -> None:
@@ -102,8 +154,8 @@ def _is_taken(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
 
 
-def show_address(options: BrowserOptions, port: int, token: str | None) -> None:
-    """Print the address, with a QR code for phones if other machines can reach the server."""
+def find_address(options: BrowserOptions, port: int, token: str | None) -> str:
+    """Return the address of the page, with the token, as the machines that can reach it open it."""
     host = options.host
     if host in ("0.0.0.0", "::", ""):  # the address that this machine has in its network
         host = socket.gethostname()
@@ -113,25 +165,12 @@ def show_address(options: BrowserOptions, port: int, token: str | None) -> None:
     if ":" in host:
         host = f"[{host}]"
     url = f"http://{host}:{port}/"
-    if token:
-        url += f"?token={token}"
-    sys.stdout.write(f"{url}\n")
+    return f"{url}?token={token}" if token else url
+
+
+def show_address(options: BrowserOptions, address: str) -> None:
+    """Print the address, with a QR code for phones if other machines can reach the server."""
+    sys.stdout.write(f"{address}\n")
     if not options.is_local:
-        sys.stdout.write(draw_code(url))
+        sys.stdout.write(draw_code(address))
     sys.stdout.flush()
-
-
-def draw_code(text: str) -> str:
-    """Return a QR code of a text as lines of half blocks, dark on light in any terminal."""
-    import cv2
-    import numpy as np
-
-    cells = np.pad(cv2.QRCodeEncoder.create().encode(text) > 0, 2, constant_values=True)
-    cells = np.pad(cells, ((0, len(cells) % 2), (0, 0)), constant_values=True)
-    blocks = {(True, True): " ", (True, False): "\u2584", (False, True): "\u2580", (False, False): "\u2588"}
-    code = ""
-    for upper_row, lower_row in zip(cells[::2], cells[1::2], strict=True):
-        pairs = zip(upper_row, lower_row, strict=True)
-        line = "".join(blocks[bool(upper), bool(lower)] for upper, lower in pairs)
-        code += f"\033[30;107m{line}\033[0m\n"
-    return code

@@ -7,6 +7,7 @@ Its runs and samples are drawn. It is photographed in a headless Chromium, as te
 
 import json
 import math
+import os
 import re
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from browser.jobs import QUEUE, STATE, JobQueue  # noqa: E402
+from browser.model_files import list_tasks  # noqa: E402
 from modules.atomic_write import write_text  # noqa: E402
 from modules.media.reading import Frame  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
@@ -50,7 +52,12 @@ SHOWN = {  # widths and schemes of each page
     "compare": ((1440, "light"),),
     "queue": ((1440, "light"), (360, "dark")),
     "dataset": ((1440, "light"), (360, "dark")),
+    "new": ((1440, "light"), (360, "light")),
+    "generate": ((1440, "dark"),),
+    "models": ((1440, "light"),),
 }
+HOME = "/home/me"  # what the pictures show in place of a temporary folder
+LOADED = (("wan", "t2v-1.3B"), ("z_image", "turbo"))  # tasks whose files are there, without content
 # number, script with its options, exit code; -1: it runs, None: it waits
 JOBS = (
     (1, "wan_cache_latents.py --dataset_config harbour.toml --vae models/wan_2.1_vae.safetensors", 0),
@@ -83,9 +90,21 @@ video_directory = "{0}/clips"
 cache_directory = "{0}/cache"
 target_frames = [17]
 """
+# replaces the temporary folder in texts and fields
+RENAME = """([folder, home]) => {
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) texts.currentNode.data = texts.currentNode.data.replaceAll(folder, home);
+  for (const field of document.querySelectorAll('input, textarea')) {
+    field.value = field.value.replaceAll(folder, home);
+    field.placeholder = field.placeholder?.replaceAll(folder, home) ?? '';
+  }
+}"""
 MOVES = "seen.size && [...seen].every(clip => clip.currentTime > 0)"
 READY = {
     "queue": "true",
+    "new": "true",
+    "models": "true",
+    "generate": "true",
     "dataset": "$('state').textContent.startsWith('o') && document.querySelectorAll('.view img').length > 3"
     " && [...document.querySelectorAll('.view img')].slice(0, 2).every(one => one.naturalWidth)",
 }
@@ -93,21 +112,30 @@ COLOURS = 200
 
 
 def main() -> None:
-    Parser(description=__doc__).parse_args()
+    parser = Parser(description=__doc__)
+    parser.add_argument("pages", nargs="*", help="only these; all if none is named")
+    chosen = parser.parse_args().pages or list(SHOWN)
     with tempfile.TemporaryDirectory() as name:
+        films = Path(name) / "films"
         for run in reversed(RUNS):  # the newest is the first
-            write_run(Path(name) / run[0], *run)
-        write_dataset(Path(name) / RUNS[0][0])
-        queue = write_queue(Path(name) / "queue")
-        with serve_runs(Path(name), queue=queue) as served:
+            write_run(films / run[0], *run)
+        write_dataset(films / RUNS[0][0])
+        write_results(films / "generated")
+        write_models(Path(name) / "models")
+        queue = write_queue(films / "queue")
+        with serve_runs(films, queue=queue, models=Path(name) / "models") as served:
             queue.begin_work()
-            for place, address in find_pages(served).items():
+            addresses = find_pages(served)
+            for place in chosen:
+                address = addresses[place]
                 for width, scheme in SHOWN[place]:
                     height = 1500 if place == "compare" else 1000 if width > 1000 else 760
                     with open_page(served.url + address, width, height, color_scheme=scheme) as page:
                         wait_until(page, READY.get(place, MOVES))
-                        folder = "document.querySelector('main > .note').childNodes[1]"  # a temporary one
-                        page.evaluate(f"if (typeof drafts !== 'undefined') {folder}.remove()")
+                        wait_until(page, "document.getElementById('machine').textContent.includes('free')")
+                        if place in ("new", "generate", "models"):
+                            page.wait_for_timeout(1500)  # for small pictures, if there are any
+                        page.evaluate(RENAME, [name, HOME])
                         page.screenshot(path=Path(name) / "page.png")
                     shown = Image.open(Path(name) / "page.png").convert("RGB")
                     shown.quantize(COLOURS, dither=Image.Dither.NONE).save(
@@ -121,7 +149,38 @@ def find_pages(served: Served) -> dict[str, str]:
     files = [f"{run.split('/')[2]}/{saved_name(RUNS[0][0], step)}" for step in COMPARED]
     asked = urlencode({"file": files, "prompt": PROMPTS[:2], "more": "in fog --d 7"}, doseq=True)
     dataset = re.findall(rf'(/dataset/\w+/)"><b>[\w.]+ in {RUNS[0][0]}', listed)[0]
-    return {"list": "/", "run": run, "compare": f"/compare?{asked}", "queue": "/queue", "dataset": dataset}
+    (folder,) = [run.history.parent for run in served.runs.list_all() if run.name == RUNS[0][0]]
+    form = {"folder": str(folder / "clips"), "family": "wan", "task": "t2v-1.3B", "trigger": "hrbr"}
+    return {
+        "list": "/",
+        "run": run,
+        "compare": f"/compare?{asked}",
+        "queue": "/queue",
+        "dataset": dataset,
+        "new": f"/new?{urlencode({**form, 'steps': '2000'})}",
+        "generate": "/generate",
+        "models": "/models?family=wan&task=t2v-1.3B",
+    }
+
+
+def write_results(folder: Path) -> None:
+    """Write clips in place of what the page Generate has made."""
+    folder.mkdir()
+    for seed in range(31, 37):
+        write_video(folder / f"harbour_{seed}.mp4", iter(draw_clip(seed, 0)), 16, crf=20, preset="veryfast")
+
+
+def write_models(folder: Path) -> None:
+    """Write files of the released names and sizes, without content."""
+    for files in list_tasks(folder):
+        if (files.model.family, files.model.task) not in LOADED:
+            continue
+        for part in files.parts:
+            for file in part.component.files:
+                path = folder / file.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as opened:
+                    opened.truncate(file.size_bytes or part.component.tensor_bytes or 1000)
 
 
 def write_run(
@@ -164,11 +223,11 @@ def saved_name(name: str, step: int) -> str:
 
 
 def write_queue(folder: Path) -> JobQueue:
-    """Write a queue whose running job is this process."""
+    """Write a queue whose running job is the process that has started this one."""
     (folder / "logs").mkdir(parents=True)
     rows = []
     for number, words, code in JOBS:
-        process = None if code is None else describe_process()
+        process = None if code is None else describe_process(os.getppid())  # the run is its child
         rows.append({"id": number, "line": f"python {words}", "folder": "/home/me/films", "process": process})
         (folder / "logs" / f"{number}.log").write_text(SAID.get(number, ""), encoding="utf-8")
         if code in (0, 1):

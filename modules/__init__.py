@@ -34,6 +34,7 @@ paths: paths and addresses as users write them
 private_torch: everything private of torch that is used
 repeated_options: repeat one command's options in the next one
 run_limits: where `run` may write, and what it sends
+screen: whether this machine has a screen to look at
 script_words: words of the command that name a script
 seeds: seeds for independent random streams, derived from names and numbers
 speed_options: options of attention, fp8, block swap, VAE, plan

@@ -37,8 +37,6 @@ RUN_CHECKS = "checks"  # its value for a training that only checks its options a
 SOURCES_LEFT_OUT = 4  # exit code of caching, for that program alone: all is cached but sources with faults
 # distribution -> what it is imported as, if that is another name
 IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
-# extras of pyproject.toml whose lack is told by name
-EXTRAS = {"browser": ("starlette", "uvicorn")}
 # module that an option may name -> its distribution on PyPI, looked up there: any other name may be free for
 # anyone to take, so it is not printed as a command
 DISTRIBUTIONS = {
@@ -156,11 +154,6 @@ def read_requirements() -> list[str]:
 def requirement_name(requirement: str) -> str:
     """Return the name of the distribution that a line asks for: `torch` of `torch>=2.7`."""
     return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower()
-
-
-def install_words(extra: str) -> str:
-    """Return the command that installs the packages of an extra; a checkout has no name to install it by."""
-    return f"pip install 'reelsmith[{extra}]'" if PREFIX else f"pip install {' '.join(EXTRAS[extra])}"
 
 
 def check_requirements() -> None:

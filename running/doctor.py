@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from modules.errors import InstallationError
-from modules.installation import EXTRAS, check_requirements, install_words, read_requirements
+from modules.installation import check_requirements, read_requirements
 
 _GB = 1 << 30
 FEW_GB = 60  # of free disk: the files and caches of a model of 14 billion weights, in 16 bits
@@ -64,7 +64,7 @@ def _examine_packages() -> Iterator[Finding]:
         lacking = "missing: --optimizer_type adamw8bit is refused; adamw takes 6 bytes more for each weight"
         remedy = "" if sys.platform == "darwin" else " that learns. python -m pip install bitsandbytes"
         yield Finding("bitsandbytes", lacking + remedy)
-    yield _examine_browser()
+    yield Finding("browser", "works: `reelsmith browser` opens a page to train, generate and watch by clicks")
 
 
 def _examine_torch() -> Iterator[Finding]:
@@ -106,14 +106,6 @@ def _examine_torch() -> Iterator[Finding]:
         names = ", ".join(lacking)
         verdict += f"; not installed: {names}. Their options are refused, torch's own needs none"
     yield Finding("attention", verdict)
-
-
-def _examine_browser() -> Finding:
-    missing = [name for name in EXTRAS["browser"] if importlib.util.find_spec(name) is None]
-    if not missing:
-        return Finding("browser", "works: pages of runs, their datasets and a queue")
-    lacking = f"missing {' and '.join(missing)}, for the pages of runs, datasets and the queue"
-    return Finding("browser", f"{lacking}: {install_words('browser')}")
 
 
 def _without_cuda(kind: str) -> Finding:

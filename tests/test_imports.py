@@ -46,7 +46,7 @@ MAY_IMPORT = {
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {
     "modules": (
-        {"errors", "flow", "interpreter", "limits", "script_words", "seeds"}
+        {"errors", "flow", "interpreter", "limits", "screen", "script_words", "seeds"}
         | {"private_torch"}
         | {"text_encodings", "varints", "version"},
         {"control_codes", "text_files"},

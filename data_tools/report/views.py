@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import random
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from dataset.sources.media_source import MediaSource
 from modules.bars import Bar
 from modules.media.reading import Frame, resize_frame
 from modules.media.writing import write_png, write_video
+from modules.screen import has_display
 from modules.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def _choose_way(debug: DebugOptions, folder: Path) -> str:
     reason = "this machine has no display"
     try:
         # the headless build cannot open a window, and without a display OpenCV aborts
-        if not sys.platform.startswith("linux") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY"))):
+        if not sys.platform.startswith("linux") or has_display():
             cv2.namedWindow("dataset")
             logger.info("keys in the window: d for the next dataset, q to quit, any other for the next item")
             return WINDOW

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.installation import PREFIX, ROOT, SCRIPT_ROOMS, import_own
+from modules.screen import has_screen
 from modules.script_words import has_own_command, name_words
 from modules.version import VERSION
 
@@ -27,7 +28,7 @@ FIRST = {
     "new_project": "describe a folder of clips or pictures for training",
     "caption_dataset": "write captions with a vision-language model",
     "run_project": "check, download, cache and train a described folder",
-    "run_browser": "watch runs, edit captions and queue jobs in a web browser",
+    "run_browser": "open a page to do all of this by clicks, watch runs and generate",
     "compare": "make a grid of clips or pictures from several LoRA files",
 }
 # scripts that set up a checkout, and its door to the commands; the package has none of them
@@ -162,6 +163,9 @@ def _list_first(commands: Sequence[ScriptCommand]) -> str:
     kinds = dict.fromkeys(command.words[0] for command in commands if len(command.words) > 1)
     lines = [USAGE, "", f"{FIRST_STEPS}:"]
     lines += [f"  {command.name:{width}}  {FIRST[command.script]}" for command in first]
+    if "run_browser" in by_script and has_screen():
+        opening = f"{PROGRAM} {by_script['run_browser'].name}"
+        lines += ["", f"To do this by clicks, type {opening}: it opens a page in your web browser."]
     lines += [
         "",
         f"The steps of each model: {', '.join(kinds)}. {PROGRAM} train --help lists the models.",

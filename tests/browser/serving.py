@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-pytest.importorskip("starlette", reason="the extra `browser` is not installed")
-
 import uvicorn
 
 from browser.runs import Runs

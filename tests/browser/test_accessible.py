@@ -145,8 +145,8 @@ def assert_fits(page: Any) -> None:
     assert page.evaluate(f"{unnamed}.map(one => one.outerHTML)") == []
 
 
-@pytest.mark.slow_cases("/", "/queue", "x")
-@pytest.mark.parametrize("name", ["/", "x", "/queue"])
+@pytest.mark.slow_cases("/", "/queue", "/models", "/settings", "x")
+@pytest.mark.parametrize("name", ["/", "x", "/queue", "/models", "/settings"])
 def test_pages_fit_no_text_is_small_and_all_is_named(served: Served, name: str) -> None:
     with open_page(served.url + (name if name.startswith("/") else served.of(name))) as page:
         wait_until(page, "!document.getElementById('plots') || plots.length > 1")
@@ -168,15 +168,17 @@ def test_pages_of_one_file_fit_and_have_no_serious_fault(axe: str, files: dict[s
         assert page.problems == []
 
 
-@pytest.mark.slow_cases("/", "/compare", "/datasets", "run_bad", "x")
-@pytest.mark.parametrize("name", ["/", "/queue", "/compare", "/datasets", "x", "run_None", "run_bad"])
+@pytest.mark.slow_cases("/", "/compare", "/datasets", "/models", "/settings", "run_bad", "x")
+@pytest.mark.parametrize(
+    "name", ["/", "/queue", "/compare", "/datasets", "/models", "/settings", "x", "run_None", "run_bad"]
+)
 def test_no_page_has_a_serious_fault(axe: str, served: Served, name: str) -> None:
     with open_page(served.url + (name if name.startswith("/") else served.of(name))) as page:
         wait_until(page, "!document.getElementById('plots') || plots.length > 1")
         page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         page.evaluate(axe)
         assert list_faults(page) == []
-        assert page.locator("nav a").count() == 6
+        assert page.locator("nav a").count() == 8
         if not name.startswith("/"):
             page.locator(".grid td a").first.click()
             page.wait_for_selector("#beside[open]")

@@ -9,9 +9,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-
-pytest.importorskip("starlette", reason="the extra `browser` is not installed")
-
 from starlette.applications import Starlette
 from starlette.routing import Route
 

@@ -1,5 +1,6 @@
 """The program: it says where it listens, as a picture too, and ends when it is told to."""
 
+import io
 import os
 import re
 import signal
@@ -14,10 +15,10 @@ import pytest
 
 from browser.options import USUAL_PORT, BrowserOptions
 from browser.runs import Runs
-from browser.start import draw_code, open_socket
+from browser.start import choose_places, draw_code, open_socket, opens_page
 from modules.errors import OptionError, OutputError
 from modules.parser import parse_options
-from tests.browser.serving import write_run
+from tests.browser.serving import serve_runs, write_run
 from tests.commands import ROOT, run_python
 
 
@@ -89,6 +90,80 @@ def test_the_output_folder_of_a_described_folder_need_not_exist_yet(tmp_path: Pa
 
 def test_without_a_folder_it_looks_into_this_one() -> None:
     assert parse_options("", [], BrowserOptions)[0].folders == (Path(),)
+
+
+@pytest.mark.parametrize("place", ["home", "checkout"])
+def test_in_the_home_folder_or_the_checkout_it_uses_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    home, checkout = tmp_path / "home", tmp_path / "checkout"
+    home.mkdir()
+    checkout.mkdir()
+    monkeypatch.setattr(Path, "home", lambda: home)
+    caplog.set_level("INFO")
+    plain, *_ = parse_options("", [], BrowserOptions)
+
+    places = choose_places(plain, tmp_path / place, checkout)
+
+    assert places.folders == (home / "Reelsmith",)
+    # a checkout's models are where its pages download them to
+    assert places.models == (home / "Reelsmith" / "models" if place == "home" else Path("models"))
+    assert not (home / "Reelsmith").exists()
+    assert f"The folder is {home / 'Reelsmith'}, which is made when something is written." in caplog.text
+
+    caplog.clear()
+    assert choose_places(plain, tmp_path, checkout).folders == (Path(),)
+    typed, *_ = parse_options("", [str(tmp_path / place)], BrowserOptions)
+    assert choose_places(typed, tmp_path / place, checkout).folders == (tmp_path / place,)
+    assert caplog.text == ""
+
+
+def test_pages_of_a_root_that_does_not_exist_yet_are_shown(tmp_path: Path) -> None:
+    root = tmp_path / "Reelsmith"
+    with serve_runs(root) as served:
+        for address in ("/", "/new", "/queue", "/generate", "/datasets", "/models", "/settings", "/machine"):
+            assert served.ask(address).status == 200, address
+        assert not root.exists()
+        answer = served.ask("/settings/work", "POST", "", Origin=served.url)
+        assert answer.status == 200
+        assert (root / "reelsmith-queue").is_dir()
+
+
+def test_the_page_is_opened_only_for_a_person_who_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for name in ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY", "WAYLAND_DISPLAY", "REELSMITH_FROM_QUEUE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    options = BrowserOptions()
+    assert opens_page(options)
+    assert not opens_page(BrowserOptions(no_open=True))
+    assert not opens_page(BrowserOptions(host="0.0.0.0", token=Path("t")))
+    monkeypatch.setenv("SSH_TTY", "/dev/pts/1")
+    assert not opens_page(options)
+    monkeypatch.delenv("SSH_TTY")
+    monkeypatch.setenv("REELSMITH_FROM_QUEUE", "1")
+    assert not opens_page(options)
+    monkeypatch.delenv("REELSMITH_FROM_QUEUE")
+    monkeypatch.delenv("DISPLAY")
+    assert not opens_page(options)
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert not opens_page(options)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+@pytest.mark.parametrize("name", ["Reelsmith.command", "Reelsmith.bat"])
+def test_a_file_to_double_click_has_three_lines_and_starts_the_browser(name: str) -> None:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 3
+    assert sum("reelsmith.py browser" in line for line in lines) == 1
+    assert os.access(ROOT / name, os.X_OK) or name.endswith(".bat")
 
 
 def test_the_browser_never_loads_torch() -> None:

@@ -97,6 +97,21 @@ def test_the_door_of_a_checkout_runs_a_script_as_it_is(tmp_path: Path) -> None:
     assert_user_error(done, "merge_lora.py: error: ")
 
 
+def test_on_a_screen_the_list_says_how_to_open_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("modules.screen.sys.platform", "linux")
+    monkeypatch.setenv("DISPLAY", ":0")
+    line = f"To do this by clicks, type {commands.PROGRAM} browser: it opens a page in your web browser."
+    assert commands._list_first(find_commands(ROOT)).splitlines().count(line) == 1
+
+    monkeypatch.setenv("SSH_CONNECTION", "192.0.2.1 1 192.0.2.2 22")
+    assert line not in commands._list_first(find_commands(ROOT))
+    monkeypatch.delenv("SSH_CONNECTION")
+    monkeypatch.delenv("DISPLAY")
+    assert line not in commands._list_first(find_commands(ROOT))
+
+
 def test_the_pages_name_commands_that_exist() -> None:
     known = {command.words: command.module for command in find_commands(ROOT)}
     named = []

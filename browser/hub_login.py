@@ -1,0 +1,34 @@
+"""Say whether there is a token for the hub, without reading its text."""
+
+import os
+from pathlib import Path
+
+VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # as huggingface_hub reads them
+TOKENS = "https://huggingface.co/settings/tokens"
+
+
+def describe_login() -> str:
+    """Return one sentence about the login at the hub."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set: nothing is loaded. Start the page without it."
+    for name in VARIABLES:
+        if os.environ.get(name, "").strip():
+            return f"A token is there: the variable {name}."
+    path = token_path()
+    try:
+        is_there = path.is_file() and path.stat().st_size > 0
+    except OSError:
+        is_there = False
+    if is_there:
+        return f"A token is there: the file {path}."
+    return (
+        f"No token. Models whose licence is accepted on their page need one: make it at {TOKENS} and type "
+        "hf auth login in a terminal."
+    )
+
+
+def token_path() -> Path:
+    """Return where the hub's own program keeps its token."""
+    from huggingface_hub import constants  # takes a while to load
+
+    return Path(constants.HF_TOKEN_PATH)

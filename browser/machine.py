@@ -1,0 +1,217 @@
+"""The line below the links of every page: what runs now, the graphics cards, and free disk."""
+
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from browser.answers import answer_page
+from browser.jobs import WAITING
+from browser.model_files import list_downloads
+from browser.queue_views import is_of
+from browser.runs import RUNNING, Glance, is_living
+from browser.site import Site
+from browser.views import HERE
+from downloads.listing import gigabytes
+from modules.errors import UserError
+from modules.pages.page import render_page
+
+EVERY_SECONDS = 4.0  # pages ask every five seconds; what one has asked for is for all
+PATIENCE = 1.0  # seconds for the driver's answer
+PAUSE_SECONDS = 60.0  # after a call that has failed
+MOST_OF_LINE = 60  # characters of a command or a name
+QUERY = "--query-gpu=name,memory.used,memory.total,temperature.gpu"
+
+
+@dataclass(frozen=True)
+class GraphicsCard:
+    """A graphics card, as its driver describes it."""
+
+    name: str
+    used_gib: float | None  # None: it shares the machine's memory
+    total_gib: float | None
+    temperature: int | None  # Celsius
+
+    @property
+    def words(self) -> str:
+        words = self.name
+        if self.used_gib is not None and self.total_gib is not None:
+            words += f", {self.used_gib:.1f} of {self.total_gib:.1f} GiB"
+        return words if self.temperature is None else f"{words}, {self.temperature} °C"
+
+
+class CardReader:
+    """Ask the NVIDIA driver for the cards, once in a while. Without its program nothing is started."""
+
+    def __init__(self, program: str | None) -> None:
+        """program: path of nvidia-smi, if there is one."""
+        self.program = program
+        self._cards: list[GraphicsCard] = []
+        self._next = 0.0  # when the driver is asked again
+        self._lock = threading.Lock()
+
+    def read(self) -> list[GraphicsCard]:
+        """Return the cards as they were when the driver was asked last. At most one call runs at a time."""
+        program = self.program
+        if program is None or time.monotonic() < self._next or not self._lock.acquire(blocking=False):
+            return self._cards
+        try:
+            self._cards = ask_driver(program)
+            pause = EVERY_SECONDS
+        except (OSError, subprocess.SubprocessError):
+            pause = PAUSE_SECONDS
+        finally:
+            self._lock.release()
+        self._next = time.monotonic() + pause
+        return self._cards
+
+
+def ask_driver(program: str) -> list[GraphicsCard]:
+    """Return the cards that nvidia-smi lists. Raises OSError or SubprocessError if it fails or takes long."""
+    words = [program, QUERY, "--format=csv,noheader,nounits"]
+    done = subprocess.run(
+        words, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=True
+    )
+    return read_cards(done.stdout)
+
+
+def read_cards(text: str) -> list[GraphicsCard]:
+    """Return the cards of a list of nvidia-smi; lines of another form are left out."""
+    cards = []
+    for line in text.splitlines():
+        name, *cells = [cell.strip() for cell in line.rsplit(",", 3)]
+        if len(cells) != 3:
+            continue
+        used, total, temperature = [int(cell) if cell.isdecimal() else None for cell in cells]
+        cards.append(
+            GraphicsCard(
+                name=name,
+                used_gib=None if used is None else used / 1024,
+                total_gib=None if total is None else total / 1024,
+                temperature=temperature,
+            )
+        )
+    return cards
+
+
+def free_bytes(folder: Path) -> int:
+    """Return how much of the disk of a folder is free; the folder need not exist yet.
+
+    Raises OSError if the disk cannot be asked.
+    """
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+@dataclass(frozen=True)
+class RunningThing:
+    """What runs now, and the page that shows it."""
+
+    text: str
+    address: str
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """What the line says."""
+
+    running: Sequence[RunningThing] = ()
+    cards: Sequence[GraphicsCard] = ()
+    free: str = ""  # of the disk of the first root
+
+
+@dataclass
+class MachineLine:
+    """Gather what the line says, and answer the pages that ask for it."""
+
+    site: Site
+    cards: CardReader = field(default_factory=lambda: CardReader(shutil.which("nvidia-smi")))
+    _facts: MachineFacts = field(default_factory=MachineFacts)
+    _next: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def show(self, _: Request) -> Response:
+        values = {"facts": self.read()}
+        return answer_page(render_page(HERE / "machine.html", "", values))
+
+    def read(self) -> MachineFacts:
+        """Return the facts of a few seconds ago at most."""
+        with self._lock:
+            if time.monotonic() >= self._next:
+                self._facts = self._gather()
+                self._next = time.monotonic() + EVERY_SECONDS
+            return self._facts
+
+    def _gather(self) -> MachineFacts:
+        try:
+            free = gigabytes(free_bytes(self.site.runs.tops[0]))
+        except OSError:
+            free = ""
+        return MachineFacts(self.list_running(), self.cards.read(), free)
+
+    def list_running(self) -> list[RunningThing]:
+        """Return what runs on this machine: trainings, other jobs of the queue, results, downloads."""
+        runs = [run for run in self.site.runs.list_all() if _is_running_here(run)]
+        things = [_describe_run(run) for run in runs]
+        things += self._list_jobs(runs)
+        making = self.site.maker.current
+        if making is not None:
+            steps = f", step {making.done} of {making.steps}" if making.steps else ""
+            things.append(RunningThing(f"making with {making.title}{steps}", "/generate"))
+        for download in list_downloads(self.site.errands, self.site.models):
+            if download.state == RUNNING:
+                words = f"loading {download.family} {download.task}{download.progress_words}"
+                things.append(RunningThing(words, "/models#loading"))
+        return things
+
+    def _list_jobs(self, runs: Sequence[Glance]) -> list[RunningThing]:
+        """Return the running jobs that have no run of their own, and how many jobs a paused queue holds."""
+        queue = self.site.queue
+        try:
+            jobs = queue.jobs()
+            is_paused = queue.worker == ""
+        except UserError:  # the page of the queue tells it
+            return []
+        things = []
+        for job in jobs:
+            if job.state == RUNNING and not any(is_of(run, job) for run in runs):
+                things.append(RunningThing(f"job {job.id}: {_cut(job.line)}", f"/queue#j{job.id}"))
+        num_waiting = sum(job.state == WAITING for job in jobs)
+        if is_paused and num_waiting:
+            verb = "waits" if num_waiting == 1 else "wait"
+            things.append(RunningThing(f"{num_waiting} {verb}: the queue is paused", "/queue"))
+        return things
+
+
+def _is_running_here(run: Glance) -> bool:
+    return run.state == RUNNING and run.start is not None and bool(is_living(run.start.process))
+
+
+def _describe_run(run: Glance) -> RunningThing:
+    words = _cut(run.name)
+    if run.step or not run.doing:
+        words += f", step {run.step:,} of {run.total_steps:,}"
+    if run.doing:
+        words += f", {run.doing}"
+    elif run.left:
+        words += f", {run.left} left"
+    return RunningThing(words, f"/run/{run.id}/")
+
+
+def _cut(text: str) -> str:
+    """Return the beginning of a text in one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= MOST_OF_LINE else f"{line[:MOST_OF_LINE]} …"
+
+
+def machine_routes(site: Site) -> list[Route]:
+    """Return the routes of the line."""
+    return [Route("/machine", MachineLine(site).show)]

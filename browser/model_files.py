@@ -1,0 +1,357 @@
+"""What the models folder holds of the released files: which tasks use each, what is missing, what is unknown.
+
+Paths come from the catalogue alone; a page names tasks and parts, never files.
+"""
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from browser.bin_folder import FOLDER as BIN
+from browser.bin_folder import BinFolder
+from browser.errands import Errands, errand_name
+from browser.jobs import Job
+from browser.runs import RUNNING
+from downloads.catalogue import Component, Licence, ModelSet, ReleasedFile, family_title, model_sets
+from downloads.listing import gigabytes, total_bytes
+from modules.command import as_typed
+from modules.errors import OptionError, OutputError
+from modules.progress import read_progress
+from modules.text_files import real_path
+
+DOWNLOAD = "download"  # kind of errands
+DEEPEST = 6  # folders below that of the models
+MOST_FILES = 2000  # of no part, that are listed
+PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{1,12}\.part")  # see downloads/fetching.py
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """A network or tokenizer of the catalogue, and what of it is on disk."""
+
+    component: Component
+    tasks: tuple[str, ...]  # `family task` of each that uses it
+    size_bytes: int  # on disk, with unfinished downloads
+    is_there: bool  # all of its files
+    has_other_size: bool  # a file is not as large as the released one
+
+    @property
+    def path(self) -> str:
+        return str(self.component.path)
+
+    @property
+    def shown_size(self) -> str:
+        """Return its size on disk, or the size to load."""
+        known = self.size_bytes if self.is_there else self.component.size_bytes
+        return "a few MB" if known is None else gigabytes(known)
+
+    @property
+    def state(self) -> str:
+        if self.has_other_size:
+            return "another file than the released one, by its size"
+        if self.is_there:
+            return "on disk"
+        return f"{gigabytes(self.size_bytes)} of it on disk" if self.size_bytes else "to load"
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """A task and its parts."""
+
+    model: ModelSet
+    parts: tuple[ModelPart, ...]
+    in_fp8: bool  # with text encoders in 8 bits
+
+    @property
+    def name(self) -> str:
+        return task_name(self.model)
+
+    @property
+    def title(self) -> str:
+        return family_title(self.model.family) or self.model.family
+
+    @property
+    def is_there(self) -> bool:
+        return all(part.is_there for part in self.parts)
+
+    @property
+    def missing(self) -> list[ModelPart]:
+        return [part for part in self.parts if not part.is_there]
+
+    @property
+    def size(self) -> str:
+        return gigabytes(total_bytes(self.model.components))
+
+    @property
+    def state(self) -> str:
+        if self.is_there:
+            return "on disk"
+        if len(self.missing) == len(self.parts):
+            return "to load"
+        return f"{gigabytes(total_bytes(part.component for part in self.missing))} to load"
+
+    @property
+    def licences(self) -> list[Licence]:
+        return list(dict.fromkeys(part.component.licence for part in self.parts))
+
+    def download_words(self, models: Path) -> list[str]:
+        """Return the command that loads what is missing."""
+        words = ["reelsmith", "download", "--family", self.model.family, "--task", self.model.task]
+        words += ["--to", str(models.absolute())]
+        return [*words, "--fp8_encoders"] if self.in_fp8 else words
+
+    def shown_download(self, models: Path) -> str:
+        """Return the command as it is typed."""
+        _, _, *options = self.download_words(models)
+        return as_typed(["python", "tools/download.py", *options])
+
+
+def task_name(model: ModelSet) -> str:
+    return f"{model.family} {model.task}"
+
+
+@functools.cache
+def _list_models(in_fp8: bool) -> tuple[ModelSet, ...]:
+    """Return the tasks of the catalogue; it takes a while to build them."""
+    return tuple(model_sets(in_fp8))
+
+
+@functools.cache
+def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[str, ...]]:
+    """Return which tasks use each part, by its files, also with text encoders in 8 bits."""
+    uses: dict[tuple[ReleasedFile, ...], dict[str, None]] = {}
+    for in_fp8 in (False, True):
+        for model in _list_models(in_fp8):
+            for component in model.components:
+                uses.setdefault(component.files, {})[task_name(model)] = None
+    return {files: tuple(names) for files, names in uses.items()}
+
+
+def list_tasks(models: Path, in_fp8: bool = False) -> list[TaskFiles]:
+    """Return all tasks of the catalogue, with what of them is in the models folder."""
+    parts: dict[tuple[ReleasedFile, ...], ModelPart] = {}  # many tasks share one
+    tasks = []
+    for model in _list_models(in_fp8):
+        own_parts = []
+        for component in model.components:
+            if component.files not in parts:
+                parts[component.files] = read_part(component, models)
+            own_parts.append(parts[component.files])
+        tasks.append(TaskFiles(model, tuple(own_parts), in_fp8))
+    return tasks
+
+
+def find_task(models: Path, family: str, task: str, in_fp8: bool = False) -> TaskFiles | None:
+    """Return a task by its names; None if the catalogue has no such task."""
+    for files in list_tasks(models, in_fp8):
+        if (files.model.family, files.model.task) == (family, task):
+            return files
+    return None
+
+
+def read_part(component: Component, models: Path) -> ModelPart:
+    """Return a part with its state in the models folder."""
+    sizes = {file: _size_of(models / file.name) for file in component.files}
+    size_bytes = sum(size or 0 for size in sizes.values())
+    size_bytes += sum(_size_of(path) or 0 for path in _partial_paths(component, models))
+    return ModelPart(
+        component=component,
+        tasks=_list_uses().get(component.files, ()),
+        size_bytes=size_bytes,
+        is_there=all(size is not None for size in sizes.values()),
+        has_other_size=any(
+            size is not None and file.size_bytes not in (None, size) for file, size in sizes.items()
+        )
+        or _is_cut_off(component, list(sizes.values())),
+    )
+
+
+def _is_cut_off(component: Component, sizes: Sequence[int | None]) -> bool:
+    """Return whether the only file of a part is smaller than its tensors."""
+    if len(sizes) != 1 or sizes[0] is None or component.tensor_bytes is None:
+        return False
+    return sizes[0] < component.tensor_bytes
+
+
+def _size_of(path: Path) -> int | None:
+    """Return the size of a file, also behind a link; None if there is none."""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            return path.stat().st_size
+    return None
+
+
+def _partial_paths(component: Component, models: Path) -> list[Path]:
+    """Return the unfinished downloads of a part."""
+    paths = []
+    for file in component.files:
+        target = models / file.name
+        with contextlib.suppress(OSError):
+            for path in target.parent.glob(".*.part"):
+                match = PARTIAL.fullmatch(path.name)
+                if match is not None and match[1] == target.name:
+                    paths.append(path)
+    return paths
+
+
+def list_parts_on_disk(models: Path) -> list[ModelPart]:
+    """Return all parts of which something is on disk, the largest first."""
+    parts: dict[tuple[ReleasedFile, ...], ModelPart] = {}
+    for in_fp8 in (False, True):
+        for files in list_tasks(models, in_fp8):
+            parts |= {part.component.files: part for part in files.parts if part.size_bytes}
+    return sorted(parts.values(), key=lambda part: -part.size_bytes)
+
+
+@dataclass(frozen=True)
+class UnknownFile:
+    """A file of the models folder that no part of the catalogue is."""
+
+    path: Path  # below the folder
+    size_bytes: int
+
+
+def list_unknown_files(models: Path) -> list[UnknownFile]:
+    """Return files that no part knows, the largest first, at most MOST_FILES."""
+    names = {
+        file.name
+        for in_fp8 in (False, True)
+        for model in _list_models(in_fp8)
+        for component in model.components
+        for file in component.files
+    }
+    files = []
+    for path in _walk(models, DEEPEST):
+        inner = path.relative_to(models)
+        if inner.as_posix() in names or path.name.startswith("."):
+            continue
+        size = _size_of(path)
+        if size is not None:
+            files.append(UnknownFile(inner, size))
+        if len(files) == MOST_FILES:
+            break
+    return sorted(files, key=lambda file: -file.size_bytes)
+
+
+def _walk(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield the files of a folder and of those below it. Links to folders are not followed."""
+    try:
+        with os.scandir(folder) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in entries:
+        if not entry.is_dir(follow_symlinks=False):
+            yield Path(entry.path)
+        elif depth and entry.name != BIN and not entry.name.startswith("."):
+            yield from _walk(Path(entry.path), depth - 1)
+
+
+def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_folder: BinFolder) -> Path:
+    """Move parts of a task into the bin; return the folder that they are in now.
+
+    chosen: paths of parts. Raises OptionError if one is no part of the task or is not on disk, OutputError
+    if one cannot be moved.
+    """
+    parts = {part.path: part for part in files.parts if part.size_bytes}
+    for name in chosen:
+        if name not in parts:
+            raise OptionError(f"{name} is no part of {files.name} on disk (any more). Look at it again.")
+    if not chosen:
+        raise OptionError("Tick what is to be removed.")
+    paths = []
+    for name in chosen:
+        component = parts[name].component
+        paths += [models / file.name for file in component.files]
+        paths += _partial_paths(component, models)
+    present = [path for path in paths if os.path.lexists(path)]
+    for path in present:
+        if not real_path(path.parent).is_relative_to(real_path(models)):
+            raise OutputError(f"{path.parent} is a link to another place than {models}: remove it there")
+    folder = bin_folder.take(f"models {files.name}", models, present)
+    for path in present:
+        _remove_empty(path.parent, models)
+    return folder
+
+
+def _remove_empty(folder: Path, models: Path) -> None:
+    """Remove the folders of moved files that are empty now."""
+    while folder != models:
+        with contextlib.suppress(OSError):
+            for lock in folder.glob(".*.lock"):  # of downloads
+                lock.unlink()
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+        folder = folder.parent
+
+
+# --- downloads
+
+
+@dataclass(frozen=True)
+class Download:
+    """The download of a task that was started last."""
+
+    files: TaskFiles
+    job: Job
+
+    @property
+    def family(self) -> str:
+        return self.files.model.family
+
+    @property
+    def task(self) -> str:
+        return self.files.model.task
+
+    @property
+    def state(self) -> str:
+        return self.job.state
+
+    @property
+    def progress_words(self) -> str:
+        """Return how much has arrived: `, 3.1 of 11.2 GB`; empty if nothing is known."""
+        progress = read_progress(self.job.log.with_suffix(".progress"))
+        if progress is None or not progress.total:
+            return ""
+        return f", {progress.done / 1e9:.1f} of {progress.total / 1e9:.1f} GB"
+
+    @property
+    def fraction(self) -> float | None:
+        progress = read_progress(self.job.log.with_suffix(".progress"))
+        return None if progress is None or not progress.total else progress.done / progress.total
+
+
+def download_name(models: Path, family: str, task: str) -> str:
+    """Return the name of the errand that loads a task."""
+    return errand_name(DOWNLOAD, models / family / task)
+
+
+def find_download(errands: Errands, files: TaskFiles, models: Path) -> Download | None:
+    job = errands.find(download_name(models, files.model.family, files.model.task))
+    return None if job is None else Download(files, job)
+
+
+def list_downloads(errands: Errands, models: Path) -> list[Download]:
+    """Return the downloads of this models folder, running ones first."""
+    names = _list_logs(errands)
+    downloads = []
+    for model in _list_models(in_fp8=False):
+        name = download_name(models, model.family, model.task)
+        if name in names:
+            download = find_download(errands, TaskFiles(model, (), in_fp8=False), models)
+            if download is not None:
+                downloads.append(download)
+    return sorted(downloads, key=lambda download: download.state != RUNNING)
+
+
+def _list_logs(errands: Errands) -> set[str]:
+    """Return the names of all downloads that were ever started."""
+    with contextlib.suppress(OSError):
+        return {path.stem for path in errands.folder.glob(f"{DOWNLOAD}-*.json")}
+    return set()

@@ -1,0 +1,193 @@
+"""The page Models: released files on disk, what each task needs, loading and removing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlencode
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from browser.answers import Form, answer_form, answer_move, answer_page
+from browser.bin_folder import FOLDER as BIN
+from browser.bin_folder import BinFolder
+from browser.hub_login import describe_login
+from browser.machine import free_bytes
+from browser.model_files import (
+    ModelPart,
+    TaskFiles,
+    download_name,
+    find_download,
+    find_task,
+    list_downloads,
+    list_parts_on_disk,
+    list_tasks,
+    list_unknown_files,
+    remove_parts,
+)
+from browser.runs import RUNNING
+from browser.site import Site
+from browser.views import HERE, POLICY
+from downloads.listing import UNVERIFIED, gigabytes
+from modules.errors import OptionError, UserError
+from modules.pages.page import render_page
+from project.fitting import describe_fit, find_memory
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The task that a page shows, by its names."""
+
+    family: str = ""
+    task: str = ""
+    in_fp8: bool = False
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Sequence[str]]) -> "Chosen":
+        family = "".join(fields.get("family", ()))
+        task = "".join(fields.get("task", ()))
+        return cls(family, task, in_fp8="fp8" in fields)
+
+    @property
+    def address(self) -> str:
+        query = {"family": self.family, "task": self.task}
+        if self.in_fp8:
+            query["fp8"] = "yes"
+        return f"/models?{urlencode(query)}"
+
+
+def open_bin(site: Site) -> BinFolder:
+    """Return the bin: in the first root; in others and the models folder for files of other disks."""
+    return BinFolder(*(top / BIN for top in site.runs.tops), site.models.absolute() / BIN)
+
+
+class ModelPages:
+    """Show the page Models, and do what its buttons ask for."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def show(self, request: Request) -> Response:
+        query = request.query_params
+        fields = {name: query.getlist(name) for name in query}
+        is_asked = query.get("ask") == "remove"
+        return self.answer(Chosen.of_fields(fields), is_removing=is_asked, moved=query.get("moved", ""))
+
+    def answer(self, chosen: Chosen, error: str = "", is_removing: bool = False, moved: str = "") -> Response:
+        """Return the page.
+
+        error: a message to show. is_removing: ask which parts are to be removed. moved: name of the folder of
+        the bin that has what was just removed.
+        """
+        site = self.site
+        models = site.models
+        tasks = list_tasks(models)
+        files = find_task(models, chosen.family, chosen.task, chosen.in_fp8) if chosen.family else None
+        if chosen.family and files is None:
+            error = error or f"{chosen.family} {chosen.task}: the list of models has no such task."
+        on_disk = list_parts_on_disk(models)
+        places = [place / moved for place in open_bin(site).places]
+        values = {
+            "tasks": tasks,
+            "memory": find_memory(),
+            "describe_fit": describe_fit,
+            "files": files,
+            "chosen": chosen,
+            "is_whole": files is not None and _is_whole(files),
+            "can_be_smaller": files is not None and _has_smaller(files),
+            "command": "" if files is None else files.shown_download(models),
+            "download": None if files is None else find_download(site.errands, files, models),
+            "downloads": list_downloads(site.errands, models),
+            "removable": [] if files is None else [part for part in files.parts if part.size_bytes],
+            "is_removing": is_removing,
+            "shared_with": self.shared_with,
+            "on_disk": on_disk,
+            "total": gigabytes(sum(part.size_bytes for part in on_disk)),
+            "unknown": list_unknown_files(models),
+            "gigabytes": gigabytes,
+            "unverified": UNVERIFIED,
+            "models": models.absolute(),
+            "bin": site.runs.tops[0] / BIN,
+            "moved": next((place for place in places if moved and place.is_dir()), ""),
+            "free": self.describe_free(),
+            "login": describe_login(),
+            "can_write": not site.read_only,
+            "said": error,
+        }
+        return answer_page(render_page(HERE / "models.html", "Models", values, POLICY), 422 if error else 200)
+
+    def describe_free(self) -> str:
+        try:
+            return gigabytes(free_bytes(self.site.models.absolute()))
+        except OSError:
+            return "an unknown number of GB"
+
+    def shared_with(self, files: TaskFiles, part: ModelPart) -> list[str]:
+        """Return the other tasks that use a part and are on disk whole."""
+        complete = {other.name for other in list_tasks(self.site.models, files.in_fp8) if other.is_there}
+        return [name for name in part.tasks if name != files.name and name in complete]
+
+    def change(self, request: Request, form: Form) -> Response:
+        """Do what a button asks for, and show the page again."""
+        chosen = Chosen.of_fields(form)
+        what = request.path_params["what"]
+        files = find_task(self.site.models, chosen.family, chosen.task, chosen.in_fp8)
+        if files is None:
+            return self.answer(chosen, "Choose a task from the list.")
+        moved = ""
+        try:
+            if what == "load":
+                self.load(files, is_accepted="accept" in form)
+            elif what == "stop":
+                name = download_name(self.site.models, chosen.family, chosen.task)
+                self.site.errands.stop(name)
+            elif what == "remove":
+                moved = self.remove(files, form.get("part", ()))
+            else:
+                return PlainTextResponse("There is no such request.", 404)
+        except UserError as error:
+            return self.answer(chosen, str(error), is_removing=what == "remove")
+        except OSError as error:
+            return self.answer(chosen, f"{error.filename or 'a file'}: {error.strerror or error}")
+        return answer_move(f"{chosen.address}&{urlencode({'moved': moved})}" if moved else chosen.address)
+
+    def load(self, files: TaskFiles, is_accepted: bool) -> None:
+        """Start the download of a task. Raises UserError if its licences are not accepted."""
+        if not is_accepted:
+            raise OptionError("Read the licences of its parts, and tick that you accept them.")
+        if _is_whole(files):
+            raise OptionError("All of its parts are on disk.")
+        models = self.site.models
+        name = download_name(models, files.model.family, files.model.task)
+        self.site.errands.start(name, files.download_words(models), Path.cwd())
+
+    def remove(self, files: TaskFiles, parts: Sequence[str]) -> str:
+        """Move parts into the bin; return the name of the folder that has them."""
+        for download in list_downloads(self.site.errands, self.site.models):
+            if download.state != RUNNING:
+                continue
+            loading = find_task(self.site.models, download.family, download.task, files.in_fp8)
+            shared = [] if loading is None else [part.path for part in loading.parts if part.path in parts]
+            if shared:
+                raise OptionError(f"{shared[0]} is being loaded for {download.files.name}: stop that first.")
+        return remove_parts(self.site.models, files, parts, open_bin(self.site)).name
+
+
+def _is_whole(files: TaskFiles) -> bool:
+    """Return whether nothing is to be loaded, as far as sizes tell."""
+    return files.is_there and not any(part.has_other_size for part in files.parts)
+
+
+def _has_smaller(files: TaskFiles) -> bool:
+    """Return whether a task has a part that can be loaded in 8 bits, or is shown so."""
+    return files.in_fp8 or any(part.component.in_fp8 for part in files.parts)
+
+
+def model_routes(site: Site) -> list[Route]:
+    """Return the routes of the page Models."""
+    pages = ModelPages(site)
+    return [
+        Route("/models", pages.show),
+        Route("/models/{what}", answer_form(pages.change), methods=["POST"]),
+    ]

@@ -1,0 +1,155 @@
+"""The page Settings: folders, the server, the queue's worker, and the bin."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from browser.answers import Form, answer_form, answer_move, answer_page
+from browser.jobs import QUEUE
+from browser.model_pages import open_bin
+from browser.options import USUAL_PORT
+from browser.qr_code import code_svg
+from browser.site import Site
+from browser.views import HERE, POLICY
+from downloads.listing import gigabytes
+from modules.command import as_typed
+from modules.console import count_of
+from modules.errors import UserError
+from modules.option_values import option_words
+from modules.pages.page import render_page
+from project.options import MODELS
+
+MOST_ENTRIES = 200  # of the bin, that are listed
+WORKERS = {
+    "here": "this page's server runs its jobs",
+    "elsewhere": "another server runs its jobs",
+    "": "paused: jobs wait until it is started",
+}
+
+
+class Setting(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    value: str
+    how: str  # the option that changes it
+
+
+class SettingsPages:
+    """Show the page Settings, and do what its buttons ask for."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def show(self, request: Request) -> Response:
+        return self.answer(is_asked=request.query_params.get("ask") == "empty")
+
+    def answer(self, error: str = "", is_asked: bool = False) -> Response:
+        """Return the page. error: a message to show. is_asked: ask whether the bin is to be emptied."""
+        site = self.site
+        bin_folder = open_bin(site)
+        entries = bin_folder.list_entries()
+        size = gigabytes(sum(entry.size_bytes for entry in entries))
+        worker = self.find_worker()
+        settings = site.settings
+        has_code = not settings.is_local and bool(settings.address)
+        values: dict[str, Any] = {
+            "rows": self.list_settings(),
+            "worker": worker,
+            "worker_words": WORKERS.get(worker, worker),
+            "command": as_typed(self.command_words(worker)),
+            "phone_command": as_typed(self.phone_words(worker)),
+            "entries": entries[:MOST_ENTRIES],
+            "num_more": max(0, len(entries) - MOST_ENTRIES),
+            "bin_words": f"{count_of(len(entries), 'removal')}, {size}" if entries else "empty",
+            "bin": bin_folder.places[0],
+            "mark": bin_folder.mark(),
+            "is_asked": is_asked and bool(entries),
+            "gigabytes": gigabytes,
+            "count_of": count_of,
+            "code": code_svg(settings.address, "QR code of this page's address") if has_code else "",
+            "is_local": settings.is_local,
+            "can_write": not site.read_only,
+            "said": error,
+        }
+        page = render_page(HERE / "settings.html", "Settings", values, POLICY)
+        return answer_page(page, 422 if error else 200)
+
+    def find_worker(self) -> str:
+        """Return who runs the queue, as `JobQueue.worker`, or why that is not known."""
+        try:
+            return self.site.queue.worker
+        except UserError as error:
+            return str(error)
+
+    def list_settings(self) -> list[Setting]:
+        """Return the rows of the table."""
+        site = self.site
+        settings = site.settings
+        roots = [Setting("folder with runs", str(root), "FOLDER") for root in site.runs.roots]
+        port = "not known" if settings.port is None else str(settings.port)
+        token = "none: only this machine can open the page"
+        if settings.token_file is not None:
+            token = f"the word in {settings.token_file.absolute()}"
+        return [
+            *roots,
+            Setting("folder of models", str(site.models.absolute()), "--models DIR"),
+            Setting("relative paths begin in", str(Path.cwd()), "the folder where the command is typed"),
+            Setting("queue", str(site.queue.folder / QUEUE), "in the first folder"),
+            Setting("host", settings.host, "--host ADDRESS"),
+            Setting("port", port, "--port N"),
+            Setting("token", token, "--token FILE"),
+            Setting("may write", "no" if site.read_only else "yes", "--read_only"),
+        ]
+
+    def command_words(self, worker: str) -> list[str]:
+        """Return the command that starts this page with these settings."""
+        settings = self.site.settings
+        port = None if settings.port in (None, USUAL_PORT) else settings.port
+        token = None if settings.token_file is None else str(settings.token_file.absolute())
+        return self._words(settings.host, port, token, worker)
+
+    def phone_words(self, worker: str) -> list[str]:
+        """Return the command that starts this page for other devices too."""
+        token = self.site.settings.token_file or Path("token.txt")
+        return self._words("0.0.0.0", USUAL_PORT, str(token.absolute()), worker)
+
+    def _words(self, host: str, port: int | None, token: str | None, worker: str) -> list[str]:
+        options: dict[str, Any] = {
+            "--models": None if self.site.models == MODELS else str(self.site.models.absolute()),
+            "--host": None if host == "127.0.0.1" else host,
+            "--port": port,
+            "--token": token,
+            "--work": worker == "here" or None,
+            "--read_only": self.site.read_only or None,
+        }
+        folders = [str(root) for root in self.site.runs.roots]
+        return ["python", "tools/run_browser.py", *folders, *option_words(options)]
+
+    def change(self, request: Request, form: Form) -> Response:
+        """Do what a button asks for, and show the page again."""
+        what = request.path_params["what"]
+        try:
+            if what == "work":
+                self.site.queue.begin_work()
+            elif what == "pause":
+                self.site.queue.end_work()
+            elif what == "empty":
+                open_bin(self.site).empty("".join(form.get("mark", ())))
+            else:
+                return PlainTextResponse("There is no such request.", 404)
+        except UserError as error:
+            return self.answer(str(error), is_asked=what == "empty")
+        return answer_move("/settings")
+
+
+def settings_routes(site: Site) -> list[Route]:
+    """Return the routes of the page Settings."""
+    pages = SettingsPages(site)
+    return [
+        Route("/settings", pages.show),
+        Route("/settings/{what}", answer_form(pages.change), methods=["POST"]),
+    ]

@@ -1,0 +1,18 @@
+"""Find out whether this machine has a screen that a person sits at. Standard library only."""
+
+import os
+import sys
+
+
+def has_screen() -> bool:
+    """Return whether a window opened here would be seen: not through SSH, and on Linux with a display."""
+    if any(os.environ.get(name) for name in ("SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY")):
+        return False
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return has_display()
+
+
+def has_display() -> bool:
+    """Return whether the variables of this process name a display of X11 or Wayland."""
+    return any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
