@@ -205,7 +205,7 @@ def preview_clip(
             writer.put(lambda: shot)
 
     def watch(done: StepDone) -> bool:
-        """Show the clean clip predicted from a step, without its sound. Never says "enough"."""
+        """Show the clean clip predicted from a step, without its sound. Return False: denoising continues."""
         if done.section.count == 1 and first_step <= done.step.index < done.step.num_steps - 1:
             show(lambda: done.picture, done.step.index + 1)
         return False

@@ -214,7 +214,8 @@ def work(
         ask_to_replace(replaced, options.yes, ask)
         _show(options, knowledge, checkpoint)
         written = _write(output, plan, options.shard_bytes)
-        for path in replaced:  # what would be taken for the new model, too
+        # shards of the old model that have no successor would be read as parts of the new one
+        for path in replaced:
             if path not in written:
                 path.unlink(missing_ok=True)
 

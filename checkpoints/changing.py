@@ -150,7 +150,7 @@ def _is_cast_fp8(checkpoint: Checkpoint, change: CheckpointChange, name: str) ->
 
 
 def _without_scales(names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]) -> list[str]:
-    """Return the names without those of scales, which weights no longer need once the scales are applied."""
+    """Return the names without the scales of the weights in `unscaled`, which have been applied to them."""
     unneeded = {scales[weight] for weight in unscaled}
     for weight in unscaled:
         layer = weight.removesuffix(".weight")

@@ -271,7 +271,7 @@ def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractC
 def _work_between_steps(
     family: Family, options: GenerationOptions, prepared: Prepared
 ) -> list[tuple[int, str]]:
-    """Return the bytes and names of what works between two steps: previews, and networks of later stages."""
+    """Return bytes and names of the networks that run between steps: for previews, and to begin a stage."""
     between: list[tuple[int, str]] = []
     preview_vae = options.preview.preview_vae
     if preview_vae is not None:

@@ -48,14 +48,15 @@ THETA, NEAR_THETA = 1e6, 1e4  # bases of the rotary frequencies
 def read_settings(
     settings: Mapping[str, Any], num_layers: int, head_width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """Return settings of transformers' Gemma3TextConfig: `LanguageModel.read_settings`.
+    """Return settings of transformers' Gemma3TextConfig, as `LanguageModel.read_settings`.
 
     Reads the keys of transformers 4 and 5. Raises ValueError or TypeError for impossible values.
     """
     rope = settings.get("rope_parameters") or {}
     far = rope.get(FAR) or {}
     near = rope.get(NEAR) or {}
-    scaling = far if rope else settings.get("rope_scaling") or {}
+    old_scaling = settings.get("rope_scaling") or {}
+    scaling = far if rope else old_scaling
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     stretch = float(scaling.get("factor", 1.0)) if settings else STRETCH
     # transformers 5 has bases by the kind of layer, 4 has one name for each

@@ -88,7 +88,8 @@ def receive(
     failures = 0
     version: str | None = None
     while True:
-        have = path.stat().st_size if version is not None or size_bytes is not None else 0
+        can_continue = version is not None or size_bytes is not None
+        have = path.stat().st_size if can_continue else 0
         try:
             if size_bytes is not None and have >= size_bytes:
                 return
@@ -97,14 +98,15 @@ def receive(
                 check(answer)
                 received = _write(path, answer, most_bytes, progress)
             expected = answer.size_bytes if size_bytes is None else size_bytes
-            if received > most_bytes or expected in (None, received):
+            is_whole = expected is None or received == expected
+            if is_whole or received > most_bytes:
                 return
             raise BrokenTry(f"{received:,} of {expected:,} bytes arrived")
         except BrokenTry as error:
             if error.from_start:
                 version = None
                 os.truncate(path, 0)
-            # what is sent again is not new, nor are a few bytes: a site could go on so without end
+            # only PIECE new bytes count as progress: a site may send a few, or the same again, without end
             have = path.stat().st_size
             if have >= most + PIECE:
                 failures = 0

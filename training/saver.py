@@ -184,7 +184,7 @@ def restore(model: TrainedModel) -> None:
 
 def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
     """Restore weights, and the optimizer if it is known which of its tensors belongs to which layer."""
-    module = next(iter(model.trainable.modules.values()))  # beside it may be what no file holds
+    module = next(iter(model.trainable.modules.values()))  # the network; further ones are only in our states
     states.load_module(module, saved.network)
     if model.average is not None:
         model.average.begin()

@@ -202,7 +202,7 @@ class Planning:
     def _shape(self) -> tuple[object, ...] | None:
         """Return all that `plan` depends on besides unchanged source files; None if they changed."""
         source = self.source
-        # on the number of references it depends whether keys of the table count
+        # the number of control files decides which keys of the table matter
         shape: list[object] = [
             self.table.index,
             source.mask_from,

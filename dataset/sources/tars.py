@@ -217,7 +217,7 @@ def expand_braces(pattern: str, where: str) -> list[str]:
         longer: list[str] = []
         for name in names:
             braces = _BRACES.search(name)
-            assert braces is not None  # equal but for what others stood for
+            assert braces is not None  # the names differ only in what earlier braces stood for
             options: Sequence[Any] = braces[1].split(",")
             width = 0
             limits = _RANGE.fullmatch(braces[1])

@@ -321,8 +321,8 @@ def frames_at(
     file ends. Raises MediaError as `video_frames`, and if a frame is shown longer than MAX_SHOWN_SECONDS.
     """
     moments = iter(seconds)
-    place = next(moments)
-    begin = 0.0  # of the file
+    moment = next(moments)
+    file_start = 0.0
     shown: Frame | None = None
     start = 0.0  # of the shown frame
     end = 0.0
@@ -330,13 +330,13 @@ def frames_at(
     is_first = True
     for frame, frame_start, frame_end in timed_frames(path, alpha):
         if shown is None:
-            begin = frame_start
-        while shown is not None and place < frame_start - begin:
+            file_start = frame_start
+        while shown is not None and moment < frame_start - file_start:
             _check_shown(path, frame_start - start)
-            yield shown, number, place
+            yield shown, number, moment
             is_first = False
-            place = next(moments, math.inf)
-        if place == math.inf:
+            moment = next(moments, math.inf)
+        if moment == math.inf:
             return
         shown = frame
         start = frame_start
@@ -344,10 +344,10 @@ def frames_at(
         number += 1
     assert shown is not None  # else `timed_frames` raises
     _check_shown(path, end - start)
-    while is_first or place < end - begin:
-        yield shown, number, place
+    while is_first or moment < end - file_start:
+        yield shown, number, moment
         is_first = False
-        place = next(moments, math.inf)
+        moment = next(moments, math.inf)
 
 
 def video_info(path: Path) -> VideoInfo:

@@ -169,14 +169,14 @@ def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
     """Run an operation; the result has values if all inputs have, or if it creates a small integer tensor."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
-    if tensors and not fakes:
-        is_sent = kwargs.get("device") == device != HOST
-        if is_sent and any(tensor.is_floating_point() for tensor in tensors):
+    if tensors and not fakes:  # all inputs have values
+        goes_to_device = device != HOST and kwargs.get("device") == device
+        if goes_to_device and any(tensor.is_floating_point() for tensor in tensors):
             dtype = kwargs.get("dtype") or tensors[0].dtype
             return torch.empty(tensors[0].shape, dtype=dtype, device=device)
         with unset_fake_temporarily():
             return func(*args, **kwargs)
-    if len(fakes) < len(tensors):
+    if len(fakes) < len(tensors):  # only some inputs have values, which are not needed then
         fake_device = fakes[0].device
 
         def without_values(tensor: Tensor) -> Tensor:

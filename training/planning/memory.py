@@ -241,19 +241,17 @@ def plan_one_card(
     compiled = [] if options.speed.compilation.choice is None else [COMPILED]
 
     def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
-        phase, host = prediction.phase(blocks), host_room()
+        phase = prediction.phase(blocks)
+        host = host_room()
         remarks = (*remarks, *compiled)
         if prediction.takes_turns and host is not None and phase.host > host:
             remarks = (*remarks, _host_remark(options, phase.host, host))
         return prediction.plan(blocks, remarks)
 
-    memory_plan.print_plan(
-        prediction,
-        options.speed.swap,
-        room,
-        plan,
-        lambda room: advice(family, prediction, noisy_batch, room=room, device=device),
-    )
+    def advise(known_room: Room) -> list[str]:
+        return advice(family, prediction, noisy_batch, room=known_room, device=device)
+
+    memory_plan.print_plan(prediction, options.speed.swap, room, plan_of=plan, advice=advise)
 
 
 def _host_remark(options: TrainingOptions, needed: int, free: int) -> str:
