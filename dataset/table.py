@@ -355,4 +355,8 @@ def defaults_of(stale: Stale) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
-    return value.name if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    if isinstance(value, Path):
+        return value.name
+    if isinstance(value, tuple):
+        return list(value)
+    return value

@@ -71,7 +71,7 @@ class DitLoader:
         family = self.family
         speed = self.options.speed
         uses = self.uses[expert] if self.uses else ()
-        merged = self._make_patch(uses)
+        merged = self._make_patch(uses)  # None if the originals are noted
         patch = self.originals[expert] if self.originals else merged
         host = place or swapped_weights(family.dit, speed.swap, self.device)
         shares = shared_blocks(speed.sharding, self.device)

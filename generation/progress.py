@@ -107,8 +107,9 @@ def _results_in_words(requests: Sequence[Prepared]) -> Row:
     first = requests[0]
     size = size_in_words(first)
     if len(requests) == 1:
-        kind = "sound" if first.is_sound_alone else "clip" if first.frames > 1 else "picture"
-        return kind, size
+        if first.is_sound_alone:
+            return "sound", size
+        return "clip" if first.frames > 1 else "picture", size
     are_pictures = all(request.frames == 1 and not request.is_sound_alone for request in requests)
     return "pictures" if are_pictures else "clips", f"{len(requests)}; the first: {size}"
 

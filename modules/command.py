@@ -277,7 +277,8 @@ def explain_compilation(error: Exception) -> str | None:
         remedy = (
             f"{folder} has a blank in its path, which breaks the compiler's command: use a folder without one"
         )
-    what = reason or (lines[0] if lines else "no reason is given")
+    first_line = lines[0] if lines else "no reason is given"
+    what = reason or first_line
     return (
         f"compiling the blocks failed: {shorten(what, MOST_OF_WORD)}\n"
         f"  {remedy}. Or leave --compile, --dynamo_backend and --optimized out"

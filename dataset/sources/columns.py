@@ -249,7 +249,8 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
 
 def _parquet_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
     columns = _parquet_columns(path, names)
-    for name, kind in columns.nested.items():  # whose size is unknown
+    if columns.nested:  # their size is unknown
+        name, kind = next(iter(columns.nested.items()))
         raise DatasetError(
             f"{path}: the column {name!r} holds {kind}, which is neither a text nor a list of them"
         )

@@ -43,8 +43,8 @@ def remedy_of(suffix: str) -> str | None:
 
 
 def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
-    """Return a line that counts the files of a table's folder that nothing reads by their suffixes; None if
-    there are none, or if an earlier table has the same folder. What usually is next to media is not counted.
+    """Return a line with the number of unread files in a table's folder, by suffix; None if there are none,
+    or if an earlier table has the same folder. Files that are usual next to media are not counted.
 
     Raises DatasetError if the folder cannot be listed.
     """

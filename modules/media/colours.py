@@ -285,7 +285,9 @@ def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
     _, marker, codes = stream.read(_BOX_BYTES).partition(b"colrnclx")
     stream.seek(place)
     primaries, transfer = int.from_bytes(codes[:2], "big"), int.from_bytes(codes[2:4], "big")
-    return (primaries, 1 if transfer == _UNSAID else transfer) if marker else None
+    if not marker:
+        return None
+    return primaries, 1 if transfer == _UNSAID else transfer
 
 
 def _curve(info: dict[Any, Any]) -> list[int] | None:

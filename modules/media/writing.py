@@ -158,7 +158,7 @@ class Timing:
         """
         waiting = None
         first: int | None = None  # when the first packet is stored, in ticks
-        ahead: int | None = None  # ticks between those that are stored before the first is shown
+        ahead: int | None = None  # ticks between packets that are stored before the first picture is shown
         for packet in packets:
             shown = round(packet.pts * packet.time_base * self._rate)
             stored = round(packet.dts * packet.time_base * self._rate)
@@ -166,9 +166,9 @@ class Timing:
             packet.pts, packet.duration = self._shown[shown]
             if stored >= 0:
                 packet.dts = self._shown[stored].start
-            else:  # counted backwards
+            else:  # counted backwards from the first picture
                 if ahead is None:
-                    # the shortest of the first: with a mean, pictures held long would begin the file early
+                    # the shortest picture so far: a mean of long ones would make the file begin too early
                     ahead = min(place.length for place in self._shown.values())
                 packet.dts = round(self._begin * self._ticks) + stored * ahead
             if first is None:

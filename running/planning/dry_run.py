@@ -315,13 +315,18 @@ def _watch(
             if is_first and x.requires_grad:
                 x.register_hook(entering("backward before the blocks"))
             ledger.inputs[name] = round_up_bytes(x.nbytes)
-            # both ends of a list have two places: the outermost block, and one like all those between
-            where = ("first", SECOND, "between")[min(index, 2)]
+            # two places at each end of a list: the outermost block, and one that is like all those between
             count = ledger.counts[name]
             if index == count - 1:
                 where = "last"
-            elif 1 < index == count - 2:
+            elif index == 0:
+                where = "first"
+            elif index == 1:
+                where = SECOND
+            elif index == count - 2:
                 where = BEFORE_LAST
+            else:
+                where = "between"
             ledger.enter(f"forward of {name}, {where}")
             result = forward(x, *inputs)
         ledger.enter("forward outside the blocks")
