@@ -300,7 +300,8 @@ def choose_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool,
     """
     if mode == "alternate":
         # plain doubles: 0.6 added five times is a little below 3, and existing tools depend on that
-        applied, due = [], 0.0
+        applied = []
+        due = 0.0
         for _ in range(num_steps):
             due += ratio
             applied.append(due >= 1.0)

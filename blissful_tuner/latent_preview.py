@@ -190,7 +190,8 @@ def preview_clip(
     if previews is None:
         yield [], lambda _: None
         return
-    on_cpu, made_sections = previews.device.type == "cpu", 0
+    on_cpu = previews.device.type == "cpu"
+    made_sections = 0
     writer = LatestWriter(previews.write, REST_ON_CPU if on_cpu else 0.0)
 
     def show(latents: Callable[[], Tensor], count: int) -> None:

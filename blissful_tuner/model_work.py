@@ -329,7 +329,8 @@ def _write(output: Path, plan: changing.NewFile, shard_bytes: int) -> list[Path]
         if shard_bytes:
             logger.info("All of it fits into one file of that size, which needs no index")
         stream_tensors(output, plan.tensors, plan.read, plan.metadata)
-        paths, what = [output], str(output)
+        paths = [output]
+        what = str(output)
     kinds = ", ".join(f"{name} {as_size(size)}" for name, _, size in dtypes_of(plan.tensors))
     logger.info("Written: %s (%s: %s)", what, count_of(len(plan.tensors), "tensor"), kinds)
     return paths

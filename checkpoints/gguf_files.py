@@ -112,7 +112,8 @@ class GgufFile(HeaderFile):
         """Read keys into `metadata`; return by name the shapes of tensors that are in another one."""
         own_shapes: dict[str, tuple[int, ...]] = {}
         for _ in range(number):
-            key, kind = head.text(), head.number("I")
+            key = head.text()
+            kind = head.number("I")
             if key.startswith(_SHAPE_KEY) and kind == _LIST:
                 own_shapes[key.removeprefix(_SHAPE_KEY)] = head.whole_numbers()
                 continue

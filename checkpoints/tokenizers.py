@@ -253,7 +253,8 @@ def _entries(message: bytes, field: int) -> Iterator[bytes]:
 
     Source: protobuf.dev, "Encoding". Raises ValueError if it is damaged.
     """
-    place, last = 0, len(message) - 1
+    place = 0
+    last = len(message) - 1
     try:
         while place <= last:
             # 256,000 times in umT5's

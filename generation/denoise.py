@@ -41,7 +41,8 @@ def denoise(
     are returned. split: run passes one by one instead of equal-shaped conditions as one batch. first_step: in
     the solver's schedule; later than 0 for video-to-video.
     """
-    schedule, is_anchored = solver.schedule, section.anchor is not None
+    schedule = solver.schedule
+    is_anchored = section.anchor is not None
     assert not (is_anchored and section.tweaks.joint), "an anchor holds a picture alone"
     latents = hold_given(section, latents.float())
     if is_anchored:

@@ -69,7 +69,8 @@ class GatedAttention(GroupedAttention):
 
     def __init__(self, config: Krea2StreamConfig) -> None:
         nn.Module.__init__(self)
-        dim, rows = config.dim, config.num_kv_heads * config.head_width
+        dim = config.dim
+        rows = config.num_kv_heads * config.head_width
         self.wq = nn.Linear(dim, dim, bias=False)
         self.gate = nn.Linear(dim, dim, bias=False)
         self.wo = nn.Linear(dim, dim, bias=False)

@@ -87,7 +87,8 @@ def _join(axes: list[Tensor], places: Places, heads: int) -> Tensor:
 
     Each frequency has its axes side by side. The remaining pairs come first and do not turn.
     """
-    grid, spread = places.grid, []
+    grid = places.grid
+    spread = []
     for axis, table in enumerate(axes):
         shape = [1] * len(grid)
         shape[axis] = grid[axis]

@@ -174,7 +174,8 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         in `dtype`. use: which Gemma.
         """
         super().__init__(use, path, dtype, tokenizer, form=form, on_cpu=on_cpu)
-        self.connectors, self.streams = inside(connectors, "connectors"), tuple(streams)
+        self.connectors = inside(connectors, "connectors")
+        self.streams = tuple(streams)
         self.keys = frozenset({*map(prompt_key, self.streams), MASK})
         self.variable_length = frozenset()
         self.weighed = prompt_key(self.streams[0])

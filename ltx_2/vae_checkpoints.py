@@ -45,7 +45,8 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
     Raises CheckpointError for any other file.
     """
     checkpoint = own_part(checkpoint, "vae.")
-    names, sources = checkpoint.tensors, plain_sources(checkpoint)
+    names = checkpoint.tensors
+    sources = plain_sources(checkpoint)
     refusal = other_kind(checkpoint, "a video VAE of LTX-2", "--vae", FILES)
     _refuse_other_decoders(checkpoint)
     if "latents_mean" in names and "decoder.mid_block.resnets.0.conv1.conv.weight" in names:

@@ -308,7 +308,8 @@ def _names_in_diffusers(sources: Mapping[str, TensorSource]) -> dict[str, str]:
 class _TensorName(str):
     """A tensor's name with the shape of a matrix, so that diffusers' conversion does not reshape it."""
 
-    shape, ndim = (0, 0), 2
+    shape = (0, 0)
+    ndim = 2
 
 
 def _as_matrix(weight: Tensor) -> Tensor:

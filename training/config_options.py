@@ -80,7 +80,8 @@ def check_imports(parser: argparse.ArgumentParser, values: Mapping[str, Any], pl
     values: by destination. place: the file that they are from, for the message.
     """
     for action in parser._actions:
-        reach, value = getattr(action, "reach", ""), values.get(action.dest)
+        reach = getattr(action, "reach", "")
+        value = values.get(action.dest)
         if reach not in IMPORTS or not value:
             continue
         is_class = reach == IMPORTS_CLASS["reach"]

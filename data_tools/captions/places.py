@@ -329,7 +329,8 @@ class MadeCaptions:
 
     def _take(self, entry: Any) -> None:
         if "begin" in entry:
-            self._pass, self._of_pass = entry["begin"], set()
+            self._pass = entry["begin"]
+            self._of_pass = set()
         elif "end" in entry:
             self._pass = None
         else:

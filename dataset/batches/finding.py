@@ -351,7 +351,8 @@ class _TextNames:
 
     def has(self, stem: str) -> bool:
         """Return whether the first text of a source is cached."""
-        text, folder = stem + self._end, self._table.cache_directory
+        text = stem + self._end
+        folder = self._table.cache_directory
         if text + cache_files.PART in self._unfinished_first:
             self._listing.unfinished_text[folder / (text + cache_files.PART)] = None
         elif text not in self._first:

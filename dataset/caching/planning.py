@@ -185,7 +185,8 @@ class Planning:
         """Return the same as `plan`, faster: of many sources whose caches differ only in files and values,
         one is compared fully, and for the others only the source files are checked.
         """
-        shape, valid = self._shape(), self.recipe.valid
+        shape = self._shape()
+        valid = self.recipe.valid
         if shape in valid:
             return self._valid_plan(valid[shape])
         plan = self.plan()

@@ -174,7 +174,8 @@ def kept_rate(source: MediaSource, fps: float) -> float:
 def compare_rates(rate: float | None, stated: object, fps: float) -> str | None:
     """Return the fault if a file's rate differs from the stated one or, without one, from the model's."""
     if isinstance(stated, (int, float)):
-        expected, cause = float(stated), f"source_fps says {stated:g}"
+        expected = float(stated)
+        cause = f"source_fps says {stated:g}"
     elif stated is None:
         expected, cause = fps, "without source_fps all frames are used"
     else:  # "auto"

@@ -266,7 +266,9 @@ def split_name(address: str) -> tuple[str, str]:
     """Return the last part of an address, readable, and its suffix; without one, the host."""
     stem, dot, end = address_name(address).rpartition(".")
     if not stem or not 0 < len(end) < LONGEST_SUFFIX or not end.isalnum():
-        stem, dot, end = address_name(address), "", ""
+        stem = address_name(address)
+        dot = ""
+        end = ""
     return readable_stem(stem or split_address(address).hostname or ""), dot + end
 
 

@@ -258,7 +258,8 @@ def _caption(texts: Mapping[str, str], rules: TarRules) -> str | None:
     for ending, text in texts.items():
         if text.startswith("\0"):
             raise ValueError(f"its .{ending} {text[1:]}")
-    caption_text, json_text = texts.get(rules.caption_suffix[1:]), texts.get("json")
+    caption_text = texts.get(rules.caption_suffix[1:])
+    json_text = texts.get("json")
     if caption_text is not None and not (rules.json_first and json_text is not None):
         return caption_text.strip()
     if json_text is None:

@@ -124,7 +124,9 @@ class _AddGated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate: Tensor, branch: Tensor, split: int) -> Tensor:
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(branch)
-        ctx.gate, ctx.dtype, ctx.split = gate.detach(), branch.dtype, split
+        ctx.gate = gate.detach()
+        ctx.dtype = branch.dtype
+        ctx.split = split
         output = torch.empty_like(x)
         for part, added, target, times in split_segments(split, [gate], x, branch, output):
             # with `out` also because autocast casts what a plain addcmul gets

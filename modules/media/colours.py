@@ -78,7 +78,8 @@ def upright(file: Image.Image) -> Image.Image:
 
 def _note_facts(file: Image.Image) -> None:
     """Note in `info` what Pillow leaves out, before pixels are read."""
-    tile, key = getattr(file, "tile", None), file.info.get("transparency")
+    tile = getattr(file, "tile", None)
+    key = file.info.get("transparency")
     raw = str(tile[0][3]) if tile else ""
     if key is not None:  # Pillow leaves the transparent colour of a PNG as it is stored, and spreads pixels
         spread = {"L;2": 85, "L;4": 17}.get(raw, 1)
@@ -98,7 +99,8 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
 
     image: from `upright`. path: for messages.
     """
-    opacity, colours = _opacity(image), _srgb(path, image)
+    opacity = _opacity(image)
+    colours = _srgb(path, image)
     if opacity is None:
         return colours
     with_alpha = np.dstack([colours, opacity])
@@ -162,7 +164,8 @@ def _opacity(image: Image.Image) -> NDArray[np.uint8] | None:
 def _srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
     """Return the colours of a picture as sRGB, H W 3, whatever is transparent."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bit grey instead of scaling it
-        info, grey = image.info, (np.asarray(image) >> 8).astype(np.uint8)
+        info = image.info
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
         image = Image.fromarray(~grey if _INVERTED in info else grey)
         image.info = info
     profile = _profile_of(path, image)
@@ -221,7 +224,8 @@ def _transform(profile: _Profile) -> tuple[ImageCms.ImageCmsTransform | None, st
 
     The reason, None for a usable profile, is logged once for each.
     """
-    space, mode = profile.data[16:20].decode("latin-1").strip(), profile.mode
+    space = profile.data[16:20].decode("latin-1").strip()
+    mode = profile.mode
     if space != {"L": "GRAY"}.get(mode, mode):
         fault = f"its colour profile is for {space or 'nothing'}, its pixels are {mode}"
     else:
@@ -284,7 +288,8 @@ def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
     stream.seek(0)
     _, marker, codes = stream.read(_BOX_BYTES).partition(b"colrnclx")
     stream.seek(place)
-    primaries, transfer = int.from_bytes(codes[:2], "big"), int.from_bytes(codes[2:4], "big")
+    primaries = int.from_bytes(codes[:2], "big")
+    transfer = int.from_bytes(codes[2:4], "big")
     if not marker:
         return None
     return primaries, 1 if transfer == _UNSAID else transfer

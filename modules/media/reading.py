@@ -148,7 +148,8 @@ def media_colours(path: Path) -> Colours:
 
 def read_mask(path: Path) -> Frame:
     """Read a mask, H W 3: white counts; if it is drawn by transparency, opaque does. Raises MediaError."""
-    look, frame = MaskLook(), read_image(path, alpha=True)
+    look = MaskLook()
+    frame = read_image(path, alpha=True)
     on_white, opacity = look.add(frame)
     return np.repeat(opacity[..., None], 3, axis=2) if look.is_drawn else on_white
 
@@ -157,15 +158,18 @@ class MaskLook:
     """Whether a mask is drawn by its transparency: it has some, and all that can be seen has one colour."""
 
     def __init__(self) -> None:
-        self._lows, self._highs = np.full(3, 255), np.zeros(3, int)
+        self._lows = np.full(3, 255)
+        self._highs = np.zeros(3, int)
         self._is_transparent = False
 
     def add(self, frame: Frame) -> tuple[Frame, Frame]:
         """Look at a frame of the mask, H W 3 or 4; return it on white, H W 3, and how opaque it is, H W."""
         if frame.shape[2] == 3:
-            opacity, on_white = np.full(frame.shape[:2], 255, np.uint8), frame
+            opacity = np.full(frame.shape[:2], 255, np.uint8)
+            on_white = frame
         else:
-            opacity, on_white = np.ascontiguousarray(frame[..., 3]), blend_on_white(frame)
+            opacity = np.ascontiguousarray(frame[..., 3])
+            on_white = blend_on_white(frame)
             self._is_transparent = self._is_transparent or int(opacity.min()) < 255
         visible = frame[..., :3][opacity > 127]
         if len(visible):
@@ -499,7 +503,9 @@ def pick_frames(
     """
     number = count_frames(path, threads)
     for _ in range(TRIES):
-        chosen, count, frames = choose(number), 0, []
+        chosen = choose(number)
+        count = 0
+        frames = []
         for count, frame in enumerate(video_frames(path, threads=threads), 1):
             if count - 1 in chosen:
                 frames.append(reduce(frame))

@@ -415,7 +415,9 @@ def join_segments(
                     stream.time_base = 1 / _rate(fps)
                 for packet in source.demux(source.streams.video[0]):
                     if packet.size:  # the last one is empty
-                        packet.time_base, packet.duration, packet.stream = 1 / _rate(fps), 1, stream
+                        packet.time_base = 1 / _rate(fps)
+                        packet.duration = 1
+                        packet.stream = stream
                         packet.pts = packet.dts = next(number)
                         target.mux(packet)
 

@@ -213,7 +213,8 @@ def convolution(inputs: int, outputs: int) -> nn.Conv2d:
 
 def convolutions(config: SwinirConfig) -> nn.Module:
     """Return the convolutions after a layer: one, or three with a bottleneck of a quarter of the channels."""
-    dim, narrow = config.dim, config.dim // 4
+    dim = config.dim
+    narrow = config.dim // 4
     if config.convolutions == 1:
         return convolution(dim, dim)
     return nn.Sequential(

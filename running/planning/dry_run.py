@@ -89,7 +89,9 @@ class Ledger(TorchDispatchMode):
 
     def enter(self, place: str) -> None:
         """Enter another place of the run: live tensors without another kind count as kept."""
-        self._place, self._number, self._here = place, self._number + 1, 0
+        self._place = place
+        self._number += 1
+        self._here = 0
         self._compare()
 
     def forget_peaks(self) -> None:

@@ -154,7 +154,7 @@ def test_tokens_are_counted_as_they_are_read(gemma: Any, tmp_path: Path) -> None
     assert (count("").tokens, count(PROMPTS[0]).limit) == (1, ROWS)
     long = count(PROMPTS[3])
     assert long.tokens > ROWS
-    assert 0 < long.kept < len(PROMPTS[3])
+    assert 0 < long.num_read < len(PROMPTS[3])
 
 
 def test_identity_follows_both_files_and_the_dtype(gemma: Any, tmp_path: Path) -> None:

@@ -103,7 +103,8 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
     mu grows linearly with the number of tokens (`SIZE_SHIFTS`).
     Raises OptionError if a sampler follows the size and the family's shift does not, or counts other tokens.
     """
-    line, is_logit = _line_of(options), options.timestep_sampling == SHIFTED_LOGIT
+    line = _line_of(options)
+    is_logit = options.timestep_sampling == SHIFTED_LOGIT
     if line is None and not is_logit:
         return options.flow_shift
     if noise.tokens is None:
@@ -297,7 +298,8 @@ def _mixed(options: TimestepOptions, numbers: Tensor, flow_shift: float) -> Tens
 
     The number's place within a sampler's share is uniform again, and is fed to it.
     """
-    t, start = torch.zeros_like(numbers), 0.0
+    t = torch.zeros_like(numbers)
+    start = 0.0
     for sampler, share in MIXTURES[options.timestep_sampling]:
         place = ((numbers - start) / share).clamp(1e-9, 1 - 1e-9)
         normal = torch.special.ndtri(place)

@@ -225,7 +225,8 @@ class CurveSchedule(LambdaLR):
         self.go_to(self.last_epoch + 1)
 
     def go_to(self, step: int) -> None:
-        self.last_epoch, self._step_count = step, step + 1
+        self.last_epoch = step
+        self._step_count = step + 1
         self._last_lr = [
             base * factor(step) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
         ]

@@ -85,7 +85,9 @@ class ParameterSteps:
 
     @torch.no_grad()
     def step(self, parameter: Parameter) -> None:
-        value, gradient, weight = parameter.detach(), parameter.grad, self.split.get(parameter)
+        value = parameter.detach()
+        gradient = parameter.grad
+        weight = self.split.get(parameter)
         assert gradient is not None
         gathers = weight is not None and not steps_numbers(type(self.optimizer))
         if gathers and weight is not None:

@@ -269,7 +269,8 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
     device. Raises MemoryPlanError if auto cannot be resolved.
     """
     family, options, accelerator = plan.family, plan.options, plan.accelerator
-    device, room = accelerator.device, room_on(accelerator.device)
+    device = accelerator.device
+    room = room_on(accelerator.device)
 
     def rehearse_largest() -> StepPrediction:
         noisy_batch = read_largest(family, options, plan.training, plan.sources)
@@ -329,7 +330,8 @@ def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, Train
 
     further: how many transformers are trained in addition to the first one.
     """
-    loop, is_plain = options.loop, options.whole_dit is None and options.speed.fp8.quantisation is None
+    loop = options.loop
+    is_plain = options.whole_dit is None and options.speed.fp8.quantisation is None
     unused = {
         "--offload_inactive_dit": further > 0 and not options.by_expert.offload_inactive_dit,
         "--gradient_checkpointing": not loop.gradient_checkpointing,

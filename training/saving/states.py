@@ -367,7 +367,8 @@ def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
     content = {name: record[name] for name in ("progress", "identity", "habits")}
     if not is_checked:
         return content
-    described, tensors = record["described"], parts.pop("optimizer")
+    described = record["described"]
+    tensors = parts.pop("optimizer")
     return content | {
         "parts": parts,
         "optimizer": _decode_optimizer(described["optimizer"], tensors),
