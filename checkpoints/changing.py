@@ -44,7 +44,7 @@ LISTED = 3  # names in a message
 MOST_SHARDS = 99_999  # their names have five digits
 NO_NAME = "__metadata__"  # reserved in the header of a safetensors file
 _MARKER = "scaled_fp8"  # a tensor that says that weights have scales
-# ends of the names of a layer's tensors in 8 bits, beside its weight and scale
+# ends of the names of a layer's tensors in 8 bits, other than its weight and scale
 _COMPANIONS = (".scale_input", ".input_scale", MARK)
 
 

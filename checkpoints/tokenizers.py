@@ -33,7 +33,7 @@ class TokenizerFiles:
     folder: str  # its folder in the repository on the hub; "" for the top
     repository: str  # on the hub
     folders: tuple[str, ...]  # folders to search, relative to the encoder's; ".." only in front
-    # must occur in a file that is in a shared place beside a single-file encoder
+    # must occur in a file that is in a shared place next to a single-file encoder
     token: str = ""
     on_hub: str = "tokenizer.json"  # the file that is downloaded
     shared: tuple[str, ...] = (".",)  # of `folders`: where tokenizers of other models may be too

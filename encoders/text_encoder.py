@@ -271,7 +271,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     def __init__(self, path: Path, tokenizer: Path | None = None, form: str | None = None) -> None:
         """Set up the encoder; `load` reads the files.
 
-        tokenizer: path from its option; None: look for it. form: as of `load_planned`.
+        tokenizer: path from its option; None: look for it. form: see `load_planned`.
         """
         self.path = path
         self.tokenizer = tokenizer

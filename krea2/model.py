@@ -409,7 +409,7 @@ class Krea2Model(BlockNetwork):
         return Hidden(x, tokens)
 
     def _embed_prompt(self, arguments: Mapping[str, Any], before: int, dtype: torch.dtype) -> Krea2Text:
-        """Return an embedded text. arguments: text and text_mask, as of `embed`.
+        """Return an embedded text. arguments: text and text_mask, as in `embed`.
 
         before: number of tokens in front of the text that attend to all.
         """

@@ -170,7 +170,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         """Set up the encoder; `load` reads the files.
 
         path: file or folder of Gemma. connectors: file that holds them, or a release's folder. streams: whose
-        texts are wanted. dtype, tokenizer, form, on_cpu: as of `LanguageModelEncoder`; the connectors stay
+        texts are wanted. dtype, tokenizer, form, on_cpu: see `LanguageModelEncoder`; the connectors stay
         in `dtype`. use: which Gemma.
         """
         super().__init__(use, path, dtype, tokenizer, form=form, on_cpu=on_cpu)

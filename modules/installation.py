@@ -33,7 +33,7 @@ RUN_CHECKS = "checks"  # its value for a training that only checks its options a
 SOURCES_LEFT_OUT = 4  # exit code of caching, for that program alone: all is cached but sources with faults
 # distribution -> what it is imported as, if that is another name
 IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
-# extras of pyproject.toml whose lack is told by name
+# extras of pyproject.toml that a message names if they are missing
 EXTRAS = {"browser": ("starlette", "uvicorn")}
 # module that an option may name -> its distribution on PyPI, looked up there: any other name may be free for
 # anyone to take, so it is not printed as a command

@@ -409,7 +409,7 @@ def add_options(
 
     An optional record in one (`Record | None`) is declared only if it is named itself. By public name:
     `without` are options that the script does not have, whose record holds the default; `defaults` and
-    `settings` (of `add_argument`, such as `help`; `flags` for further spellings; `refused` as of `option`)
+    `settings` (of `add_argument`, such as `help`; `flags` for further spellings; `refused` as in `option`)
     are the script's own;
     `refused` says why the script refuses an option. group: where a record without a title goes.
     """

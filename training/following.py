@@ -34,7 +34,7 @@ DORA_ELSEWHERE = (
 COMFYUI_TOOL = "ComfyUI"
 FACTORED = ("networks.loha", "networks.lokr")  # which ComfyUI reads, but not the tools of `converted_for`
 STARTING = {"initial_step", "initial_epoch"}
-# options that make a sample; its values are named as they are, but for two
+# options that make a sample; the values keep their names, except two
 SCALES = ("guidance_scale", f"guidance_scale_{HIGH_NOISE}")
 OF_SAMPLES = ("infer_steps", *SCALES, "flow_shift", "sample_solver", "seed", "negative_prompt")
 OTHER_NAMES = {"infer_steps": "steps", "sample_solver": "solver"}
@@ -225,7 +225,7 @@ def _file_index(files: Sequence[Path], expert: int) -> int:
 def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
     """Return the words of shared options that make a sample; see `Generation`.
 
-    spellings: as of `FamilyEntry`.
+    spellings: see `FamilyEntry`.
     """
     size = [sample[side] for side in ("height", "width") if sample.get(side)]
     values = {

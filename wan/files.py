@@ -155,7 +155,7 @@ def _size_of(config: WanConfig) -> str:
 
 logger = logging.getLogger(__name__)
 
-# The file names of the official releases, beside that of the VAE
+# The file names of the official releases, except that of the VAE
 OFFICIAL = {
     "t5": "models_t5_umt5-xxl-enc-bf16.pth",
     "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",

@@ -372,7 +372,8 @@ def _hash_of(text: str) -> str:
 
 
 def read_made(places: Iterable[CaptionPlace]) -> dict[Path, MadeCaptions]:
-    return {folder: MadeCaptions(folder) for folder in {place.file.parent for place in places}}
+    folders = {place.file.parent for place in places}
+    return {folder: MadeCaptions(folder) for folder in folders}
 
 
 def pass_of(options: CaptioningOptions) -> str:

@@ -354,7 +354,7 @@ def change_captions(
 ) -> tuple[str, ...]:
     """Return the texts that samples are trained with, as the tables change them each time.
 
-    texts: of the sources. chosen: as of `choose_captions`; a caption that is EMPTY stays so.
+    texts: of the sources. chosen: see `choose_captions`; a caption that is EMPTY stays so.
     """
     changed = []
     for place, (item, text, which) in enumerate(zip(items, texts, chosen, strict=True)):

@@ -142,7 +142,7 @@ def resample_indices(num_frames: int, source_fps: float | None, target_fps: floa
     )
 
 
-# --- rates of clips beside those that their table states
+# --- rates of clips that their table does not state
 # ------------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.opening import SOUND_SUFFIXES
 
 LOOKED_INTO = 1000  # names of a folder inside a folder
-# what lies beside media without being read: files of runs and caches, captions of other programs
+# files that are usual next to media and are not read: files of runs and caches, captions of other programs
 NO_MEDIA = {"prompts.txt", "check.html", "thumbs.db", "desktop.ini"}
 _USUAL = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db", ".txt"})
 _USUAL |= {".caption", ".csv", ".tsv", ".parquet", ".md"}

@@ -45,7 +45,7 @@ def solver_for(
     """Make a new solver with its schedule: "euler" (also "euler-trained", "euler-terminal", "euler-tenth",
     "euler-thousandth"), "unipc", "unipc-bh1", "dpm++", or one that adds noise: "dpm++sde", "lcm".
 
-    table, levels: as of `make_schedule`. draw: where the noise comes from; it is called only by a step that
+    table, levels: see `make_schedule`. draw: where the noise comes from; it is called only by a step that
     adds some. Raises ValueError for another name, or if a solver that adds noise has no `draw`.
     """
     schedule = make_schedule(name, steps, flow_shift, table=table, levels=levels)

@@ -32,7 +32,7 @@ _SCREEN = 2.2  # value of 1 / gAMA that browsers take for the curve of sRGB
 _NEAR = 0.05  # how far the product of gAMA and _SCREEN may be from 1
 # x, y of white, red, green and blue of sRGB as cHRM states them (IEC 61966-2-1)
 _SRGB_PLACES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
-# codes of ITU-T H.273, as cICP and videos have them: primaries, and exponents as of gAMA; None: the curve of
+# codes of ITU-T H.273, as cICP and videos have them: primaries, and exponents as in gAMA; None: the curve of
 # sRGB, which browsers take those of television for too
 _CICP = "cicp"
 _INVERTED = "inverted"
@@ -109,7 +109,8 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
 
 def coded_pixels(pixels: NDArray[np.uint8], frame: Any) -> NDArray[np.uint8]:
     """Return the pixels of FFmpeg's frame, H W 3 or 4, as sRGB."""
-    if (transform := code_transform(frame)) is None:
+    transform = code_transform(frame)
+    if transform is None:
         return pixels
     colours = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
     return np.dstack([np.asarray(ImageCms.applyTransform(colours, transform)), pixels[..., 3:]])

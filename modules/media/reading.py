@@ -211,7 +211,7 @@ def resize_cover(
 
 
 def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) -> Frame:
-    """Resize and crop a frame, as `fit` says. place: as of `resize_cover`."""
+    """Resize and crop a frame, as `fit` says. place: see `resize_cover`."""
     resized = resize_frame(frame, fit.resized, fit.interpolation)
     left, top = fit.crop
     if place is not None:
@@ -244,7 +244,7 @@ def resize_stretched(frame: Frame, size: Size) -> Frame:
 
 
 def first_frame(path: Path, alpha: bool = False) -> Frame:
-    """Read an image or a clip's first frame, H W 3. alpha: as of `read_image`. Raises MediaError."""
+    """Read an image or a clip's first frame, H W 3. alpha: see `read_image`. Raises MediaError."""
     return next(video_frames(path, alpha)) if _plays(path) else read_image(path, alpha)
 
 
@@ -289,7 +289,8 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
             frame, start = timed.frame, timed.start
             shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
             pixels = coded_pixels(decoding.frame_pixels(frame, stream, alpha=alpha), frame)
-            if (width := decoding.square_width(frame, stream)) != frame.width:
+            width = decoding.square_width(frame, stream)
+            if width != frame.width:
                 pixels = resize_frame(pixels, (width, frame.height), "lanczos")
             yield decoding.turn_upright(pixels, timed.orientation), start, start + shown
 

@@ -265,11 +265,11 @@ def write_shown(
 
     frames: read one at a time; 8 and 16 bits may be mixed. Their times rise. rate: pictures a second if they
     come evenly; places n / rate are kept exactly, others to a twentieth of a millisecond, in .mkv to half of
-    one. codec, crf, preset, bit_rate: as of `write_video`. companions_of: a video whose sound, subtitles,
+    one. codec, crf, preset, bit_rate: see `write_video`. companions_of: a video whose sound, subtitles,
     attachments, chapters and tags go into this one as they are; parts that the format cannot hold are logged.
     covers: whether its cover pictures go too, and whatever else may show the old pictures. section_of: a part
     of a video whose sound goes into this one, in place of all that. track: generated sound, likewise. tags:
-    as of `write_video`; they replace the video's own. Raises MediaError if there is no frame, the codec does
+    see `write_video`; they replace the video's own. Raises MediaError if there is no frame, the codec does
     not fit the suffix or the pictures, or their size changes; ValueError if their times do not rise;
     OutputError if the file cannot be written.
     """

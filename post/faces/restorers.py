@@ -245,7 +245,7 @@ def _load(
         return load_planned(read(checkpoint), build, device=device, dtype=dtype_of, what=what)
 
 
-# Find the files that restoring faces takes: the model, and beside it the detector and ParseNet.
+# Find the files that restoring faces takes: the model, and next to it the detector and ParseNet.
 # without suffix, the first that is there counts
 MODELS = {
     GFPGAN: ("GFPGANv1.4", "GFPGANv1.3", "GFPGANCleanv1-NoCE-C2"),

@@ -302,7 +302,7 @@ class Compared:
     """Correlations of the features of two pictures, in both directions."""
 
     def __init__(self, first: Maps, second: Maps) -> None:
-        # few lookups: storing all products would take longer, and memory beside the largest layers
+        # few lookups: storing all products would take longer, and memory in addition to the largest layers
         self._forth = Correlation(first.matching, second.matching, keeps_volume=False)
         self._back = Correlation(second.matching, first.matching, keeps_volume=False)
         self._grid = grid_of(first.matching)

@@ -129,7 +129,7 @@ class ResidualGroup(nn.Module):
         self.blocks = nn.ModuleList(Block(config, heads) for _ in range(depth))
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        """x: B H W C. index: as of `Attention.bias`."""
+        """x: B H W C. index: see `Attention.bias`."""
         for number, block in enumerate(self.blocks):
             shift = self.window // 2 if number % 2 else 0
             if shift:

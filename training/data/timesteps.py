@@ -77,9 +77,11 @@ def draw(
         return shares_of_uniform(options, low + u * (high - low), noise, flow_shift)
 
     def draw_again(shares: Tensor, expert: Expert, low: float, high: float) -> Tensor:
-        while not (fits := is_accepted(options, shares, noise, expert)).all():
+        while True:
+            fits = is_accepted(options, shares, noise, expert)
+            if fits.all():
+                return shares
             shares = torch.where(fits, shares, shares_between(uniform(), low, high))
-        return shares
 
     u = uniform()
     if options.num_timestep_buckets is not None:

@@ -191,7 +191,10 @@ def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
     """
     *rules, last = str(text).split(",")
     try:
-        read = [(float(factor), int(until)) for factor, until in (rule.split(":") for rule in rules)]
+        read: list[tuple[float, int]] = []
+        for rule in rules:
+            factor, until = rule.split(":")
+            read.append((float(factor), int(until)))
         return read, float(last)
     except ValueError:
         raise OptionError(

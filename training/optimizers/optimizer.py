@@ -307,12 +307,12 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[s
 
     Raises OptionError if the optimizer keeps something else than tensors and plain values.
     """
-    states = {
-        names[parameter]: plain_state(dict(optimizer.state[parameter]), names[parameter])
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter in optimizer.state
-    }
+    states: dict[str, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in optimizer.state:
+                name = names[parameter]
+                states[name] = plain_state(dict(optimizer.state[parameter]), name)
     groups = [
         {
             **plain_state(_settings(group), "group"),

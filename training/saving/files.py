@@ -88,7 +88,7 @@ class Saver:
     write_file: WriteFile
     write_state: Callable[[Path], None]
     publisher: Publisher | None  # None: nothing is uploaded
-    write_average: WriteFile | None = None  # of the weights, beside each file; None if it is not kept
+    write_average: WriteFile | None = None  # of the weights, next to each file; None if it is not kept
     is_main: bool = True
     note_saved: Callable[[Sequence[Path]], None] = lambda _: None  # gets all files of a save
 
