@@ -171,19 +171,23 @@ def ask_http(
         with session.get(address, headers=request_headers, stream=True, timeout=TIMEOUTS) as answer:
             _check_answer(address, answer)
             start = _first_byte(answer, have)
-            end = None
-            if not answer.headers.get("content-encoding"):  # else it has another length than the file
+            size_bytes = None  # of the file; a packed answer has another length
+            length = None
+            if not answer.headers.get("content-encoding"):
                 length = _number(answer, "content-length")
-                end = None if length is None else start + length
+            if length is not None:
+                size_bytes = start + length
             etag = answer.headers.get("etag", "")
             # a weak version may be of other bytes
             stamp = etag if etag.startswith('"') else answer.headers.get("last-modified")
             if start and version is not None and stamp not in (None, version):  # some pay no heed to if-range
                 raise BrokenTry("the file has changed meanwhile", from_start=True)
+            if not stamp and start:
+                stamp = version  # the answer with the rest of a file need not repeat it
             yield Answer(
                 start,
-                end,
-                stamp or (version if start else None),  # the rest of a file need not say it again
+                size_bytes,
+                stamp or None,
                 answer.iter_content(PIECE),
             )
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:

@@ -53,9 +53,9 @@ MADE_PLACES = ("new file", "new folder", "safetensors")  # of `place`: something
 
 
 def of_request(name: str) -> dict[str, str]:
-    """Return the facts of an option whose value for this video the family reads as text.
+    """Return the facts of an option that belongs to a single request; the family reads its value as text.
 
-    name: of it in `Request.extra`. A prompt line may give it too.
+    name: its key in `Request.extra`. A prompt line may give it too.
     """
     return {**OF_REQUEST, "extra": name}
 

@@ -91,7 +91,7 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
         for record in replaced_records:
             record.begin_pass(pass_of(options))
         failures, num_changed = _make_captions(answerer, jobs, records, options)
-    if not failures:  # with failures the pass goes on: the same command tries these again, not all
+    if not failures:  # otherwise the pass is not over: the same command tries only the failures again
         for record in replaced_records:
             record.end_pass()
     num_written = len(jobs) - len(failures) - num_changed

@@ -241,11 +241,12 @@ def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list
     training: list[S] = []
     validation: list[S] = []
     for item in items:
-        held_back, table = chosen.get(item.table.index, (frozenset[str](), item.table))
-        if item.source_stem in held_back:
-            validation.append(dataclasses.replace(item, table=table))
-        else:
-            training.append(item)
+        if item.table.index in chosen:
+            held_back, as_validated = chosen[item.table.index]
+            if item.source_stem in held_back:
+                validation.append(dataclasses.replace(item, table=as_validated))
+                continue
+        training.append(item)
     return training, validation
 
 

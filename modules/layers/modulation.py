@@ -114,7 +114,7 @@ class _Modulate(torch.autograd.Function):
 
 
 class _AddGated(torch.autograd.Function):
-    """Holds the gate itself instead of saving it.
+    """Add a gated branch; keep the gate as an attribute instead of saving it for the backward pass.
 
     A checkpoint recomputes up to the last saved tensor. A gate saved here, at the end of a block, would make
     it compute the last branch to its end, although no gradient depends on the result.

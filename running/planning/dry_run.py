@@ -127,7 +127,7 @@ class Ledger(TorchDispatchMode):
         key = id(storage)
         if key in self._known:
             reference, allocation = self._known[key]
-            if reference() is storage:
+            if reference() is storage:  # not a new one with the id of one that is gone
                 if kind is not None and allocation.kind != kind:
                     self._add(allocation, -1)
                     allocation.kind = kind

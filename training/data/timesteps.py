@@ -179,9 +179,10 @@ def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_
 
 
 def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Timesteps:
-    """Return sigmas and timesteps at these shares of noise, or places in the table: B, 0..1.
+    """Return sigmas and timesteps at these shares of noise.
 
-    Timesteps are 1000 t and the family's offset.
+    shares: B, 0..1; for a family with a table of sigmas, places in the table. Timesteps are 1000 times the
+    share, plus the family's offset.
     """
     if noise.table:
         places = ((NUM_TIMESTEPS * shares.double() - NEARLY).ceil() - 1).clamp(0, NUM_TIMESTEPS - 1).long()
