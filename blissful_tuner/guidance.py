@@ -65,7 +65,7 @@ def make_guidance(
 
     def plan_at(step: Step) -> PassPlan:
         plan = plans[expert_at(step.timestep, experts)][step.index]
-        if below is not None and 1 - step.sigma >= below:  # so late the model's rules leave guidance out
+        if below is not None and 1 - step.sigma >= below:  # the model's rules have no guidance in late steps
             return PassPlan(plan.passes[:1], factor=plan.factor)
         return plan
 
@@ -75,7 +75,8 @@ def make_guidance(
             return torch.zeros_like(step.noisy)
         steered = steering.tweaks_of(section)
         calls: dict[Tweaks, dict[int, Conditions]] = {}
-        keys: dict[Pass, tuple[Tweaks, int]] = {}  # two with the same conditions and tweaks are one
+        # by pass: its tweaks and conditions. Passes in which both are the same are computed once
+        keys: dict[Pass, tuple[Tweaks, int]] = {}
         for pass_ in plan.passes:
             conditions = getattr(section, pass_.text)
             assert conditions is not None, f"the section has no {pass_.text} conditions"
@@ -299,7 +300,8 @@ def choose_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool,
     """
     if mode == "alternate":
         # plain doubles: 0.6 added five times is a little below 3, and existing tools depend on that
-        applied, due = [], 0.0
+        applied = []
+        due = 0.0
         for _ in range(num_steps):
             due += ratio
             applied.append(due >= 1.0)

@@ -190,7 +190,8 @@ def preview_clip(
     if previews is None:
         yield [], lambda _: None
         return
-    on_cpu, made_sections = previews.device.type == "cpu", 0
+    on_cpu = previews.device.type == "cpu"
+    made_sections = 0
     writer = LatestWriter(previews.write, REST_ON_CPU if on_cpu else 0.0)
 
     def show(latents: Callable[[], Tensor], count: int) -> None:
@@ -205,7 +206,7 @@ def preview_clip(
             writer.put(lambda: shot)
 
     def watch(done: StepDone) -> bool:
-        """Show the clean clip predicted from a step, without its sound. Never says "enough"."""
+        """Show the clean clip predicted from a step, without its sound. Return False: denoising continues."""
         if done.section.count == 1 and first_step <= done.step.index < done.step.num_steps - 1:
             show(lambda: done.picture, done.step.index + 1)
         return False

@@ -148,7 +148,8 @@ def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
     ours = {name.lower().removeprefix(PREFIX): text for name, text in prefixed.items()}
     plain = {name: text for name, text in metadata.items() if name not in prefixed}
     if not ours and {"seeds", "prompt"} <= plain.keys():
-        ours, plain = plain, {}
+        ours = plain
+        plain = {}
     plain = {name: text for name, text in plain.items() if ours.get(name) != text}
     first = [name for name in FIRST if name in ours]
     further = sorted(ours.keys() - set(first))

@@ -214,7 +214,8 @@ def work(
         ask_to_replace(replaced, options.yes, ask)
         _show(options, knowledge, checkpoint)
         written = _write(output, plan, options.shard_bytes)
-        for path in replaced:  # what would be taken for the new model, too
+        # shards of the old model that have no successor would be read as parts of the new one
+        for path in replaced:
             if path not in written:
                 path.unlink(missing_ok=True)
 
@@ -328,7 +329,8 @@ def _write(output: Path, plan: changing.NewFile, shard_bytes: int) -> list[Path]
         if shard_bytes:
             logger.info("All of it fits into one file of that size, which needs no index")
         stream_tensors(output, plan.tensors, plan.read, plan.metadata)
-        paths, what = [output], str(output)
+        paths = [output]
+        what = str(output)
     kinds = ", ".join(f"{name} {as_size(size)}" for name, _, size in dtypes_of(plan.tensors))
     logger.info("Written: %s (%s: %s)", what, count_of(len(plan.tensors), "tensor"), kinds)
     return paths

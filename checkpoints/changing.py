@@ -44,7 +44,7 @@ LISTED = 3  # names in a message
 MOST_SHARDS = 99_999  # their names have five digits
 NO_NAME = "__metadata__"  # reserved in the header of a safetensors file
 _MARKER = "scaled_fp8"  # a tensor that says that weights have scales
-# ends of the names of a layer's tensors in 8 bits, beside its weight and scale
+# ends of the names of a layer's tensors in 8 bits, other than its weight and scale
 _COMPANIONS = (".scale_input", ".input_scale", MARK)
 
 
@@ -150,7 +150,7 @@ def _is_cast_fp8(checkpoint: Checkpoint, change: CheckpointChange, name: str) ->
 
 
 def _without_scales(names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]) -> list[str]:
-    """Return the names without those of scales, which weights no longer need once the scales are applied."""
+    """Return the names without the scales of the weights in `unscaled`, which have been applied to them."""
     unneeded = {scales[weight] for weight in unscaled}
     for weight in unscaled:
         layer = weight.removesuffix(".weight")

@@ -308,7 +308,9 @@ class _Counted:
     """A file that allows a limited number of reads: torch reads each step of a pickle by itself."""
 
     def __init__(self, file: BinaryIO, times: int) -> None:
-        self._file, self._count, self._most = file, 0, times * MAX_PICKLE_STEPS
+        self._file = file
+        self._count = 0
+        self._most = times * MAX_PICKLE_STEPS
 
     def read(self, *size: int) -> bytes:
         self._count += 1

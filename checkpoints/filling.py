@@ -205,7 +205,7 @@ def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
     for how, names in by_how.items():
         errors = torch.stack([filling.errors[name].cpu() for name in names])
         for name, is_sound in zip(names, errors.isfinite().tolist(), strict=True):
-            if not is_sound:  # the file's own are finite: a LoRA made them so
+            if not is_sound:  # a LoRA caused it: values of the file itself are checked when they are read
                 form_name = "" if stored.form is None else stored.form.name
                 raise CheckpointError(
                     f"{what}: {name} has NaN or infinite values, which {form_name} cannot hold. Copy "

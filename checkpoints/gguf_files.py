@@ -112,7 +112,8 @@ class GgufFile(HeaderFile):
         """Read keys into `metadata`; return by name the shapes of tensors that are in another one."""
         own_shapes: dict[str, tuple[int, ...]] = {}
         for _ in range(number):
-            key, kind = head.text(), head.number("I")
+            key = head.text()
+            kind = head.number("I")
             if key.startswith(_SHAPE_KEY) and kind == _LIST:
                 own_shapes[key.removeprefix(_SHAPE_KEY)] = head.whole_numbers()
                 continue
@@ -271,11 +272,10 @@ def _full_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
     All released models with one have patches of 1 x 2 x 2.
     """
-    if (
-        name.endswith("patch_embedding.weight")
-        and len(shape) in (2, 4)
-        or (name.endswith("img_in.proj.weight") and shape[-2:] == (2, 2) and len(shape) == 4)
-    ):
+    num_axes = len(shape)
+    is_of_wan = name.endswith("patch_embedding.weight") and num_axes in (2, 4)
+    is_of_hunyuan = name.endswith("img_in.proj.weight") and num_axes == 4 and shape[-2:] == (2, 2)
+    if is_of_wan or is_of_hunyuan:
         channels = math.prod(shape[1:]) // 4
         if math.prod(shape[1:]) == channels * 4:
             return (shape[0], channels, 1, 2, 2)

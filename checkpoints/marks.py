@@ -379,7 +379,8 @@ def _check_four_bits(layer: _Layer, rows: Any, columns: Any, block: int) -> None
     form = layer.settings["quant_type"]
     if form not in ("nf4", "fp4"):
         raise ValueError(f"the form {str(form)[:60]!r}; nf4 and fp4 are read")
-    is_shape = type(rows) is type(columns) is int and rows > 0 and columns > 0
+    are_whole = type(rows) is int and type(columns) is int
+    is_shape = are_whole and rows > 0 and columns > 0
     if not is_shape or columns % block or block % 2:
         raise ValueError(f"rows of {columns} weights are not whole blocks of {block}")
     info = layer.weight

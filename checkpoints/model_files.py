@@ -147,7 +147,8 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
             f"{option} {path}: `{SOUND}` has the shape {tuple(sound[0].shape)}; C T M of one clip is needed",
             path,
         )
-    if not only_shape and not (is_finite(latents) and (sound is None or is_finite(sound))):
+    tensors = [latents] if sound is None else [latents, sound]
+    if not only_shape and not all(map(is_finite, tensors)):
         raise CheckpointError(
             f"{option} {path}: its latents have values that are NaN or infinite, which show nothing. Make "
             "them again",

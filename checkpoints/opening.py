@@ -438,13 +438,13 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
         if scale is None and not in_fp8:
             sources[name] = TensorSource((name,))
             continue
-        from checkpoints.stored import fp8  # of no use to other files
+        from checkpoints.stored import fp8  # only for fp8 or scaled weights
 
         as_stored = fp8.stored_fp8 if in_fp8 else None
-        if scale is None:
-            sources[name] = TensorSource((name,), None, as_stored)
-        else:
+        if scale is not None:
             sources[name] = TensorSource((name, scale), fp8.dequantise, as_stored)
+        else:
+            sources[name] = TensorSource((name,), None, as_stored)
     return sources
 
 

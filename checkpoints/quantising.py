@@ -308,7 +308,9 @@ def _write_gguf(
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
         for key, text in metadata.items():
             writer.add_string(key, text)
-        stored = {name: _plan_in_gguf(writer, checkpoint, name, name in layers) for name in infos}
+        stored: dict[str, Any] = {}  # kinds of GGUF by name
+        for name in infos:
+            stored[name] = _plan_in_gguf(writer, checkpoint, name, name in layers)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -33,7 +33,7 @@ class TokenizerFiles:
     folder: str  # its folder in the repository on the hub; "" for the top
     repository: str  # on the hub
     folders: tuple[str, ...]  # folders to search, relative to the encoder's; ".." only in front
-    # must occur in a file that is in a shared place beside a single-file encoder
+    # must occur in a file that is in a shared place next to a single-file encoder
     token: str = ""
     on_hub: str = "tokenizer.json"  # the file that is downloaded
     shared: tuple[str, ...] = (".",)  # of `folders`: where tokenizers of other models may be too
@@ -253,7 +253,8 @@ def _entries(message: bytes, field: int) -> Iterator[bytes]:
 
     Source: protobuf.dev, "Encoding". Raises ValueError if it is damaged.
     """
-    place, last = 0, len(message) - 1
+    place = 0
+    last = len(message) - 1
     try:
         while place <= last:
             # 256,000 times in umT5's

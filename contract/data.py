@@ -13,9 +13,9 @@ from contract.rules import ONE_EXPERT, Expert, NpzFormat
 from modules.devices import send
 from modules.errors import CacheError
 
-# What a network is given beside the noisy latents. A list where lengths differ per sample (as T5's). Keys are
-# the tensor names of the caches (`t5`, `clip`, `llama_vec`); entries have a batch dimension, a list one entry
-# per sample.
+# What a network gets in addition to the noisy latents. A list where lengths differ per sample (as T5's). Keys
+# are the tensor names of the caches (`t5`, `clip`, `llama_vec`); entries have a batch dimension, a list one
+# entry per sample.
 Conditions = Mapping[str, Tensor | list[Tensor]]
 
 
@@ -29,7 +29,7 @@ REFERENCE = "the reference pictures before dropout"
 # latents of a control video or a reference picture, in caches and conditions; of several with _0, _1, ...
 CONTROL = "latents_control"
 IMAGE_LATENTS = "latents_image"  # of one frame with frames of all control images
-# latents of references beside control media, with _0, _1, ...
+# latents of references other than control media, with _0, _1, ...
 REFERENCE_LATENTS = "latents_reference"
 
 # latents of a clip's sound, in caches (C T M), batches and conditions (B C T M)

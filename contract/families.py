@@ -72,7 +72,8 @@ class FamilyEntry:
         by_release = vars(self.options).get("text_encoder_options")
         if by_release is not None:
             return dict(by_release(family_options))
-        flags, words = self.texts.split()[::2], self.texts.split()[1::2]
+        flags = self.texts.split()[::2]
+        words = self.texts.split()[1::2]
         return {flag: FillIn(word) for flag, word in zip(flags, words, strict=True)}
 
     def training_options(self, family_options: Any, family: Any) -> dict[str, Any]:

@@ -164,7 +164,7 @@ class TextEncoder(Protocol):
     def variable_length(self) -> frozenset[str]: ...
 
     @property
-    # what an output depends on beside the text; found without loading the weights
+    # what an output depends on in addition to the text; found without loading the weights
     def identity(self) -> Mapping[str, str]: ...
 
     # loads no weights, and downloads nothing; CheckpointError if there is no tokenizer

@@ -348,8 +348,8 @@ class ReferenceRules:
     # one of an item keeps its shape, whatever the target's, and is reduced to `area`
     own_shape: bool = False
     area: int | None = None  # pixels at most; None: as many as the target has
-    # it takes references of reference_directory and reference_path, beside control media: a clip has as many
-    # frames as its target, a picture is one frame
+    # it takes references of reference_directory and reference_path, in addition to control media: a clip has
+    # as many frames as its target, a picture is one frame
     clips: bool = False
     size_factor: int = 1  # by which their sides are smaller than their target's
     time_factor: int = 1  # the first of their frames is taken, then one of each so many

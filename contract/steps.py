@@ -85,7 +85,7 @@ class Tweaks:
     away: Away | None = None
     slow_frames: "Slow | None" = None  # one frequency of the frames' rotary positions (RIFLEx)
     embedded_guidance: bool = True  # False: the network's input for it is left out
-    # latent frames in front that are clean, not noisy: the network is told so, and their velocity is 0
+    # latent frames in front that are clean, not noisy: the network knows this, and their velocity is 0
     given_frames: int = 0
     joint: Joint | None = None  # the noisy latents are B N of a picture and its sound; timesteps B or B 2
     # what a network keeps between the passes of a section; None: it may keep nothing

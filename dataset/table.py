@@ -126,7 +126,7 @@ class DatasetTable:
     dataset_file: Path | None = key(forms.PATH, kinds=VIDEO, only_with=OF_COGVIDEOX, stale=NOTHING)
     # None: the usual names
     path_column: str | None = key(forms.COLUMN, only_with=("table_file",), stale=NOTHING)
-    # beside control_path and control_path_1, ...
+    # in addition to control_path and control_path_1, ...
     control_column: str | None = key(forms.COLUMN, only_with=("table_file", "jsonl_file"), stale=NOTHING)
     # None: the usual names
     caption_column: str | None = key(
@@ -355,4 +355,8 @@ def defaults_of(stale: Stale) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
-    return value.name if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    if isinstance(value, Path):
+        return value.name
+    if isinstance(value, tuple):
+        return list(value)
+    return value

@@ -26,7 +26,7 @@ CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 # values that a config.json leaves out: transformers do not write what equals their default
 CLIP_DEFAULTS = {"hidden_size": 512, "num_attention_heads": 8, "layer_norm_eps": 1e-5}
 
-# beginnings of the names of tensors beside the wanted network: other parts of the same model
+# beginnings of the names of tensors outside the wanted network: other parts of the same model
 _OTHER_TENSORS = ("vision_model.", "visual_projection.", "text_projection", "logit_scale")
 _COMPUTED = ("embeddings.position_ids",)  # saved by old versions of transformers; computed here
 

@@ -69,12 +69,16 @@ class TransformerFiles(ABC):
         return read_once(self.dit_path, self.format.read_header)
 
     def compute_dtype(self) -> torch.dtype | None:
-        return self.dit_dtype or (None if self.dit is None else self.dit_header().compute_dtype)
+        if self.dit_dtype or self.dit is None:
+            return self.dit_dtype
+        return self.dit_header().compute_dtype
 
     def beside(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
         """Return an encoder's dtype: `chosen`, float32 with a float32 transformer, or the usual one."""
         in_float32 = self.compute_dtype() == torch.float32
-        return chosen or (torch.float32 if in_float32 else usual or self.usual)
+        if chosen:
+            return chosen
+        return torch.float32 if in_float32 else usual or self.usual
 
     @abstractmethod
     def load_vae(self, device: torch.device) -> Any:

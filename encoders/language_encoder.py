@@ -190,7 +190,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """Set up the encoder; `load` reads the files.
 
         path: file or folder of the model, or a release's folder that holds it as `text_encoder`. dtype:
-        compute dtype. form: as of `load_planned`. on_cpu: compute there, whatever the device.
+        compute dtype. form: see `load_planned`. on_cpu: compute there, whatever the device.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer, form)
         self.use = use

@@ -45,7 +45,7 @@ _PARTS = (
 )  # fmt: skip
 ALL_STATES: tuple[int, ...] = ()  # the embeddings, the states behind each layer, the last one normed
 NEAR, FAR = "sliding_attention", "full_attention"  # kinds of layers: tokens see a window, or all before them
-# beginnings of the names of tensors beside the wanted network: other parts of the same model, and the bytes
+# beginnings of the names of tensors outside the wanted network: other parts of the same model, and the bytes
 # of files such as a tokenizer's
 OTHER_TENSORS = (
     *(f"{prefix}{part}" for prefix in ("", "model.", "language_model.") for part in _PARTS),
@@ -437,7 +437,7 @@ def load_language_model(
 ) -> nn.Module:
     """Load the language model up to the last of the states that are read.
 
-    form: as of `load_planned`; without one fp8 weights are dequantized. room: bytes free on the device;
+    form: see `load_planned`; without one fp8 weights are dequantized. room: bytes free on the device;
     layers that do not fit stay in host memory, and each is copied to the device before it runs. None: all
     fit. blocks: takes each layer. model, states, final_norm: as for `read_language_model`. Raises
     CheckpointError if the file is damaged, holds another model, or has its weights in another form.

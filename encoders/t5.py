@@ -120,7 +120,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 
         path: file or folder of the model, or a whole release. dtype: compute dtype; None: the file's.
         max_length: tokens of each row (L), with the end token and padding. uses_mask: no token attends to
-        padding; otherwise padding counts as tokens. form: as of `load_planned`.
+        padding; otherwise padding counts as tokens. form: see `load_planned`.
         """
         folders = [folder for folder in use.folders if (path / folder).is_dir()]
         super().__init__(inside(path, folders[0] if folders else ""), tokenizer, form)

@@ -312,7 +312,7 @@ def load_t5(
 ) -> T5Network:
     """Load an encoder of that kind.
 
-    dtype: compute dtype; None: that of the file, and bfloat16 for fp8. form: as of `load_planned`; without
+    dtype: compute dtype; None: that of the file, and bfloat16 for fp8. form: see `load_planned`; without
     one fp8 weights are dequantized. blocks: takes each block. Raises CheckpointError if the file is damaged,
     holds another model, or has its weights in another form.
     """

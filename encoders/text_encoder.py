@@ -271,7 +271,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     def __init__(self, path: Path, tokenizer: Path | None = None, form: str | None = None) -> None:
         """Set up the encoder; `load` reads the files.
 
-        tokenizer: path from its option; None: look for it. form: as of `load_planned`.
+        tokenizer: path from its option; None: look for it. form: see `load_planned`.
         """
         self.path = path
         self.tokenizer = tokenizer
@@ -322,17 +322,18 @@ class FileTextEncoder(ABC, Generic[Network]):
         tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
         dropped = self.count_dropped(tokenizer)
         token_bytes = 0
-        with contextlib.suppress(CheckpointError):  # a file that is missing or damaged is told by caching
+        with contextlib.suppress(CheckpointError):  # caching reports a file that is missing or damaged
             token_bytes = self.token_bytes
 
         def count(text: str) -> TokenCount:
             written = self.write(Prompt(text))
             tokens = tokenizer.read(written.text)
-            behind = tokens.behind(written.end)
-            inside = tokens.places[: len(tokens.places) - behind]
-            ends = [0 if place is None else place[1] - written.start for place in inside]
+            num_behind = tokens.behind(written.end)
+            places = tokens.places[: len(tokens.places) - num_behind]  # of tokens that a cut may drop
+            ends = [0 if place is None else place[1] - written.start for place in places]
             length = len(written.prompt)
-            characters = kept_characters(ends, dropped + self.most - behind, length)
+            most_kept = dropped + self.most - num_behind
+            characters = kept_characters(ends, most_kept, length)
             counted = max(len(tokens.ids) - dropped, 0)
             stored = min(counted, self.most) if self.variable_length else self.most
             return TokenCount(

@@ -137,7 +137,8 @@ def generation_options(options: FluxTrainingOptions, sample: Mapping[str, Any]) 
 
 
 def _text_options(options: FluxTrainingOptions) -> dict[str, Any]:
-    text, is_chroma = options.text, options.model_type == CHROMA
+    text = options.text
+    is_chroma = options.model_type == CHROMA
     return {
         "--t5xxl": text.t5xxl or FillIn("T5_FILE"),
         "--t5xxl_tokenizer": text.t5xxl_tokenizer,

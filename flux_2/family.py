@@ -180,7 +180,9 @@ class Flux2(pictures.ModelOfPictures):
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
         paths = prepared.request.control_images
-        area = (ALONE if len(paths) == 1 else AMONG_SEVERAL) if self.resizes_references else None
+        area = None  # each keeps its size
+        if self.resizes_references:
+            area = ALONE if len(paths) == 1 else AMONG_SEVERAL
         return {
             0: {
                 f"{CONTROL}_{number}": encoders.vae.encode(

@@ -57,7 +57,8 @@ class FramePackAttention(SingleAttention):
                 (self.norm_added_q, self.norm_added_k),
             )
         else:
-            layers, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k)
+            layers = (self.to_q, self.to_k, self.to_v)
+            norms = (self.norm_q, self.norm_k)
         q, k, v = (heads(layer, x, self.num_heads) for layer in layers)
         return norms[0](q), norms[1](k), v
 

@@ -120,13 +120,13 @@ class FramePack(OneTransformer):
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        version = "-F1" if self.is_f1 else ""
+        is_one_frame = self.one_frame is not None
         names = {
             "architecture": "framepack",
             "implementation": "https://github.com/lllyasviel/FramePack",
             "model_type": "framepack",
-            "trained_for": "single pictures"
-            if self.one_frame is not None
-            else f"videos of FramePack{'-F1' if self.is_f1 else ''}",
+            "trained_for": "single pictures" if is_one_frame else f"videos of FramePack{version}",
         }
         return self.metadata_of(names)
 

@@ -31,7 +31,7 @@ HEAD_WIDTH = 72  # of so400m; cannot be read from the tensors
 IMAGE_SIZE = 384  # as FramePack was trained: the tensors only show the number of whole patches
 # values that a config.json leaves out: transformers do not write what equals their default
 DEFAULTS = {"hidden_size": 768, "num_attention_heads": 12, "layer_norm_eps": 1e-6, "image_size": 224}
-_BESIDE = ("text_model.", "logit_scale", "logit_bias")  # the other tower
+_OTHER_TOWER = ("text_model.", "logit_scale", "logit_bias")
 # the pooling after the last hidden state; a tensor that old versions of transformers saved
 _UNUSED = ("head.*", "embeddings.position_ids")
 
@@ -61,7 +61,10 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
     Raises CheckpointError for any other file. A CLIP is recognised by its patches, which have no bias.
     """
     tower = network_in(
-        checkpoint, "embeddings.patch_embedding.bias", "encoder.layers.0.self_attn.q_proj.weight", _BESIDE
+        checkpoint,
+        "embeddings.patch_embedding.bias",
+        "encoder.layers.0.self_attn.q_proj.weight",
+        _OTHER_TOWER,
     )
     if tower is None:
         raise other_kind(checkpoint, "a SigLIP image encoder", OPTION, FILES)
@@ -89,8 +92,8 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
         activation=str(settings.get("hidden_act", SiglipConfig.activation)),
         eps=float(settings.get("layer_norm_eps", SiglipConfig.eps)),
     )
-    unused = (*_UNUSED, *(f"{start}*" for start in (*_BESIDE, *ALL_IN_ONE)))
-    return LoadPlan(config, tower, sources, unused)
+    other_networks = tuple(f"{start}*" for start in _OTHER_TOWER + ALL_IN_ONE)
+    return LoadPlan(config, tower, sources, _UNUSED + other_networks)
 
 
 def _image_size(positions: int, patch: int, stated: object) -> int:

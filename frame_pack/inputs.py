@@ -49,7 +49,8 @@ def encode_clip(vae: HunyuanVae, frames: Tensor, seed: int, window: int) -> Tens
     Two sections are encoded at a time, the first only to lead up to the second, so that memory does not grow
     with the length.
     """
-    section, generators = LATENT_STRIDE * window, [posterior_generator(seed)]
+    section = LATENT_STRIDE * window
+    generators = [posterior_generator(seed)]
     parts: list[Tensor] = []
     for start in range(0, max(frames.shape[1] - 1 - section, 1), section):
         piece = byte_clips(frames[:, start : start + 2 * section + 1])

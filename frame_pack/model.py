@@ -362,7 +362,8 @@ def _describe_given(name: str, latents: Tensor | None, indices: Tensor | None, t
 def _layout(kinds: Sequence[Given], grid: tuple[int, int, int], scale: float) -> WindowLayout:
     # indices on the device would make the host wait for it; this waits once for all kinds
     rows: list[list[int]] = torch.cat([kind.indices for kind in kinds], dim=1).tolist()
-    stretches, start = [], 0
+    stretches = []
+    start = 0
     for kind in kinds:
         end = start + kind.indices.shape[1]
         stretches.append(Stretch(tuple(tuple(row[start:end]) for row in rows), kind.times))

@@ -114,7 +114,8 @@ def _size_like(images: Sequence[Path], width: int, height: int, step: int) -> tu
 
 def warn_of_unused_paddings(paddings: Sequence[int], settings: FramePackRequest) -> None:
     """Warn if not all of --latent_paddings are used."""
-    typed, sections = ",".join(map(str, paddings)), len(settings.images)
+    typed = ",".join(map(str, paddings))
+    sections = len(settings.images)
     if paddings and settings.one_frame is not None:
         logger.warning("--latent_paddings %s is ignored because a single picture is made", typed)
     elif len(paddings) > sections:
@@ -184,7 +185,8 @@ def _with_controls(request: requests.Request) -> requests.Request:
     """Return the request without unused control images and masks. Raises OptionError if a used one is
     missing.
     """
-    images, extra = request.control_images, dict(request.extra)
+    images = request.control_images
+    extra = dict(request.extra)
     masks = _paths(extra, "control_image_mask_path")
     named = {"control_image_path": images, "control_image_mask_path": masks}
     if "one_frame" not in extra:

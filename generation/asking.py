@@ -42,8 +42,10 @@ def line_reader(options: Iterable[tuple[str, str]], help_end: str = "") -> Calla
             logger.info("For line editing and history: pip install prompt_toolkit")
 
     def read() -> str:
-        while _HELP.fullmatch((line := ask()).strip()):
+        line = ask()
+        while _HELP.fullmatch(line.strip()):
             logger.info("A line is a prompt, then options: a cat --w 832 --h 480\n  %s", "\n  ".join(letters))
+            line = ask()
         if _QUIT.fullmatch(line.strip()):
             raise EOFError
         return line

@@ -1,11 +1,11 @@
 """Denoise section by section: run the passes of each step, combine them by guidance, take a solver step."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import RunPasses, run_passes
@@ -16,7 +16,7 @@ from contract.family import Family, NoiseSource, Passes
 from contract.requests import Prepared
 from generation.anchors import hold_consistent, hold_masked
 from modules.devices import dtype_of, send, send_ahead
-from modules.flow.schedule import noisy_source
+from modules.flow.schedule import Schedule, noisy_source
 from modules.flow.solvers import Solver, solver_for
 from modules.seeds import derive_seed
 
@@ -41,7 +41,8 @@ def denoise(
     are returned. split: run passes one by one instead of equal-shaped conditions as one batch. first_step: in
     the solver's schedule; later than 0 for video-to-video.
     """
-    schedule, is_anchored = solver.schedule, section.anchor is not None
+    schedule = solver.schedule
+    is_anchored = section.anchor is not None
     assert not (is_anchored and section.tweaks.joint), "an anchor holds a picture alone"
     latents = hold_given(section, latents.float())
     if is_anchored:
@@ -216,22 +217,11 @@ def make_latents(
             )
             stage_guidance = PLAIN_GUIDANCE if section.stage else guidance_options
             guidance = make_guidance(stage, stage_guidance, family.experts, run)
-            first_step = 0
-            start = section.noise
-            source = prepared.request.source
-            if section.source is not None and source is not None:
-                first_step = prepared.first_step
-                start = noisy_source(section.source, section.noise, solver.schedule, first_step)
-                if extra_noise is not None:
-                    start = start + source.extra_noise * extra_noise.draw(start.shape)
+            start, first_step = _start_of(section, prepared, solver.schedule, extra_noise)
             with ExitStack() as stack:
                 if stage.added:
-                    from networks.added import stage_loras_of  # only with LoRAs of stages
-
                     dit = dit_at(float(solver.schedule.timesteps[0]))
-                    for loras, strength in zip(stage_loras_of(dit), stage.added, strict=True):
-                        if strength:
-                            stack.enter_context(loras.switched_on(device, dtype_of(dit), strength))
+                    stack.enter_context(_stage_loras_on(dit, stage.added, device))
                 cached_at = dit_at
                 if caches is not None and not section.stage:
                     cached_at = stack.enter_context(caches.section(dit_at))
@@ -284,6 +274,35 @@ def sections_of(
             section = sections.send((yield section))
     except StopIteration as end:
         return end.value
+
+
+def _start_of(
+    section: steps.Section, prepared: Prepared, schedule: Schedule, extra_noise: SeededNoise | None
+) -> tuple[Tensor, int]:
+    """Return the latents that denoising of a section starts from, and its first step.
+
+    They are noise, or the section of a source video with noise on it.
+    """
+    source = prepared.request.source
+    if section.source is None or source is None:
+        return section.noise, 0
+    first_step = prepared.first_step
+    start = noisy_source(section.source, section.noise, schedule, first_step)
+    if extra_noise is not None:
+        start = start + source.extra_noise * extra_noise.draw(start.shape)
+    return start, first_step
+
+
+@contextmanager
+def _stage_loras_on(dit: nn.Module, strengths: Sequence[float], device: torch.device) -> Iterator[None]:
+    """Switch on the LoRAs of a stage whose strength is not 0, until the block ends."""
+    from networks.added import stage_loras_of  # only with LoRAs of stages
+
+    with ExitStack() as stack:
+        for loras, strength in zip(stage_loras_of(dit), strengths, strict=True):
+            if strength:
+                stack.enter_context(loras.switched_on(device, dtype_of(dit), strength))
+        yield
 
 
 def on_device(section: steps.Section, device: torch.device) -> steps.Section:

@@ -71,7 +71,7 @@ class DitLoader:
         family = self.family
         speed = self.options.speed
         uses = self.uses[expert] if self.uses else ()
-        merged = self._make_patch(uses)
+        merged = self._make_patch(uses)  # None if the originals are noted
         patch = self.originals[expert] if self.originals else merged
         host = place or swapped_weights(family.dit, speed.swap, self.device)
         shares = shared_blocks(speed.sharding, self.device)
@@ -188,8 +188,11 @@ def expert_loras(
 def _check_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequence[str]) -> None:
     """Raise OptionError if LoRAs are given for an expert that is not given. keys: of the experts."""
     for key, uses in uses_by_key.items():
+        if key in keys:
+            continue
         has_single = any(not use.lora.parts for use in uses)
-        if key not in keys and (has_single or (key and uses)):
+        is_of_named_expert = bool(key and uses)
+        if has_single or is_of_named_expert:
             dit = f"--dit_{key}" if key else "--dit"
             remedy = "add it, or leave the option out"
             if keys[0]:

@@ -37,7 +37,7 @@ class ExpertTurns:
     """Order in which experts work in a run. order: indices of experts, from `plan_turns`."""
 
     order: tuple[int, ...] = ()
-    # as of `DitTurns`
+    # see `DitTurns`
     keep: bool = False
     never_beside: bool = False
     lazy: bool = False

@@ -98,7 +98,7 @@ class DitTurns:
     spare_bytes: Callable[[torch.device], int] = spare_bytes  # of a CUDA device
     host_room: Callable[[], int | None] = host_room
     make_copy: Callable[[nn.Module, torch.device], WaitingNetwork] = HostCopy
-    # bytes of the device, where something was let in beside them
+    # bytes of the device, when something was allowed next to them
     most_beside: int = field(default=0, init=False)
     _dits: dict[int, nn.Module] = field(default_factory=dict)  # the loaded experts
     _copies: dict[int, WaitingNetwork] = field(default_factory=dict)  # of experts that have one
@@ -214,7 +214,7 @@ class DitTurns:
             return coming in self._dits or room is None or weights <= room
         if self.device.type != "cuda" or self.never_beside:
             return False
-        # what the steps until now have taken beside the weights, the next ones will take again
+        # the next steps need as much memory in addition to the weights as those until now
         steps = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
         return self.can_stay(weights + steps)
 

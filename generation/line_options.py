@@ -9,7 +9,7 @@ from modules.command import did_you_mean
 
 # the sides of --video_size, which have keys of their own in a line
 SIDES = {"width": "video_size_width", "height": "video_size_height"}
-# names that are suggested, beside the options' own
+# names that are suggested in addition to the options' own
 USUAL_NAMES = (
     "width", "height", "frames", "size", "seed", "steps", "cfg", "scale", "shift", "negative", "solver",
     "image", "end_image", "control", "reference",

@@ -49,7 +49,7 @@ class PhasePrediction:
     moments: Mapping[str, dry.Moment]
     swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the most that can be
     weights: str  # their dtypes
-    between: Sequence[tuple[int, str]]  # bytes of what works between two steps, beside weights; its name
+    between: Sequence[tuple[int, str]]  # bytes that networks between two steps take, and their names
     turns: ExpertTurns
     extra: memory_plan.MemoryPart
     before: tuple[memory_plan.Phase, ...] = ()  # texts and inputs
@@ -191,7 +191,7 @@ def rehearse_denoising(
     turns: ExpertTurns = ALONE,
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
 ) -> PhasePrediction:
-    """Rehearse the step that takes most memory. watch: as of `predict`."""
+    """Rehearse the step that takes most memory. watch: see `predict`."""
     speed = options.speed
     sdpa = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
     placement = Placement(META, attention=sdpa, quantisation=rehearsed(speed.fp8.quantisation))
@@ -271,7 +271,7 @@ def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractC
 def _work_between_steps(
     family: Family, options: GenerationOptions, prepared: Prepared
 ) -> list[tuple[int, str]]:
-    """Return the bytes and names of what works between two steps: previews, and networks of later stages."""
+    """Return bytes and names of the networks that run between steps: for previews, and to begin a stage."""
     between: list[tuple[int, str]] = []
     preview_vae = options.preview.preview_vae
     if preview_vae is not None:

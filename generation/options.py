@@ -286,7 +286,7 @@ class GenerationOptions(Options, title="run"):
                 )
         if self.sheet.has_prompts and (self.from_file is not None or self.interactive):
             raise OptionError("--sheet prompt: the prompts are those of the lines. Vary another option")
-        _ = self.axes
+        _ = self.axes  # raises OptionError
 
     def warn_of_ignored(self) -> None:
         """Warn of options that have no effect with others; call it once, as records are made repeatedly."""

@@ -107,8 +107,9 @@ def _results_in_words(requests: Sequence[Prepared]) -> Row:
     first = requests[0]
     size = size_in_words(first)
     if len(requests) == 1:
-        kind = "sound" if first.is_sound_alone else "clip" if first.frames > 1 else "picture"
-        return kind, size
+        if first.is_sound_alone:
+            return "sound", size
+        return "clip" if first.frames > 1 else "picture", size
     are_pictures = all(request.frames == 1 and not request.is_sound_alone for request in requests)
     return "pictures" if are_pictures else "clips", f"{len(requests)}; the first: {size}"
 
@@ -226,23 +227,9 @@ class GrowingVideo:
         clip = None
         with self._optional():
             if self.session.dits.can_stay(self.needed):
-                try:
-                    clip = self._decode(piece)
-                except RuntimeError as error:  # of torch's allocator, or of a convolution without a workspace
-                    if self.session.device.type == "cpu" or not is_out_of_memory(error):
-                        raise
-                    logger.info(
-                        "Too little memory to decode next to the transformer: it leaves the device "
-                        "during decoding"
-                    )
-                    self.needed = None  # from now on it leaves
+                clip = self._decode_next_to_dit(piece)
         if clip is None and not self._has_failed:
-            with ExitStack() as stack:
-                with self._optional():  # if the DiT cannot be moved away, it stays where it was
-                    stack.enter_context(self.session.dits.aside())
-                if not self._has_failed:
-                    with self._optional():
-                        clip = self._decode(piece)
+            clip = self._decode_without_dit(piece)
         with self._optional():
             if clip is not None:
                 if self._grows_in_front not in (None, piece.in_front):
@@ -251,6 +238,30 @@ class GrowingVideo:
                 final, self._edge = fade_in_clip(self._edge, clip, piece.overlap, piece.in_front)
                 del clip  # frees its memory while files are written
                 self._write(final)
+
+    def _decode_next_to_dit(self, piece: Piece) -> Tensor | None:
+        """Decode a piece while the DiT is on the device; return None if that takes too much memory."""
+        try:
+            return self._decode(piece)
+        except RuntimeError as error:  # of torch's allocator, or of a convolution without a workspace
+            if self.session.device.type == "cpu" or not is_out_of_memory(error):
+                raise
+            logger.info(
+                "Too little memory to decode next to the transformer: it leaves the device during decoding"
+            )
+            self.needed = None  # from now on it leaves
+            return None
+
+    def _decode_without_dit(self, piece: Piece) -> Tensor | None:
+        """Decode a piece while the DiT waits in host memory; return None if that fails."""
+        clip = None
+        with ExitStack() as stack:
+            with self._optional():  # if the DiT cannot be moved away, it stays where it was
+                stack.enter_context(self.session.dits.aside())
+            if not self._has_failed:
+                with self._optional():
+                    clip = self._decode(piece)
+        return clip
 
     @contextmanager
     def _optional(self) -> Iterator[None]:

@@ -255,14 +255,19 @@ def parse_words(
     words = [part.partition(" ")[0] for part in parts]
     spellings_by_key = _spellings_by_key(words, find)
     problems = _find_odd_options(line, find)
-    # once for a line, and only if an option is unknown
-    usable = functools.cache(lambda: known_names(options, [option.key for option in options.values()], find))
+
+    @functools.cache  # only if an option is unknown, and once for all such options
+    def usable_names() -> list[str]:
+        keys = [option.key for option in options.values()]
+        return known_names(options, keys, find)
+
     for part in parts:
         word, _, text = part.partition(" ")
         text = text.strip()
         option = find(word)
         if option is None:
-            hint = no_use if find_option(word, OF_ALL_SCRIPTS) else suggest(word, options, usable())
+            is_of_other_script = find_option(word, OF_ALL_SCRIPTS) is not None
+            hint = no_use if is_of_other_script else suggest(word, options, usable_names())
             unknown = shorten(part.strip(), MAX_LINE_SHOWN)
             logger.warning("%s: the unknown option --%s is ignored. %s", shown_line, unknown, hint)
             continue

@@ -108,7 +108,8 @@ class HunyuanImage(ModelOfPictures):
 
     def prepare(self, request: Request) -> Prepared:
         prepared = self.settle_picture(request, FLOW_SHIFT)
-        options, has_letters = self.projection, bool(find_quoted(request.prompt))
+        options = self.projection
+        has_letters = bool(find_quoted(request.prompt))
         projection = Projection(  # a picture with letters keeps the plain formula for longer
             options.apg_start_step_ocr if has_letters else options.apg_start_step_general,
             APG_SCALE,

@@ -189,10 +189,12 @@ class HunyuanImageFiles(TransformerFiles):
     def check_texts(self, config: Any, needed: bool) -> None:
         if self.text_encoder is not None or needed:
             path, qwen = QwenTextEncoder(self.text_encoder_path).path, QWEN_USE.model
-            width, takes = read_once(path, _text_width), None if config is None else config.text_dim
+            width = read_once(path, _text_width)
+            takes = None if config is None else config.text_dim
             check_state_width(qwen.option, path, width, self.dit, takes, qwen.files)
         if self.byt5 is not None or needed:
-            path, takes = GlyphTextEncoder(self.byt5_path).path, None if config is None else config.glyph_dim
+            path = GlyphTextEncoder(self.byt5_path).path
+            takes = None if config is None else config.glyph_dim
             check_state_width(BYT5.option, path, read_byt5_header(path).dim, self.dit, takes, BYT5.release)
         if self.text_encoder_tokenizer is not None:
             TOKENIZER.files.check_given(self.text_encoder_tokenizer)

@@ -136,7 +136,7 @@ class HunyuanImageModel(BlockNetwork):
     ) -> tuple[Tensor, list[int]]:
         """Return the tokens of glyphs and text, B J C, and how many are real in each sample.
 
-        prompt: text, text_mask, glyphs and glyph_mask, as of `embed`.
+        prompt: text, text_mask, glyphs and glyph_mask, as in `embed`.
         """
         text, glyphs = prompt["text"], prompt["glyphs"]
         _check_mask(text, prompt["text_mask"])

@@ -83,7 +83,8 @@ class HunyuanImageVaeEncoder(nn.Module):
 
     def __init__(self, config: HunyuanImageVaeConfig) -> None:
         super().__init__()
-        widths, moments = config.widths, 2 * config.latent_channels
+        widths = config.widths
+        moments = 2 * config.latent_channels
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = _levels(widths, config.encoder_blocks)
         for level, width, following in zip(self.down, widths, widths[1:], strict=False):

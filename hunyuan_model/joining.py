@@ -75,7 +75,8 @@ class _Turn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, text: Tensor | None, table: Tensor) -> Tensor:
-        ctx.table, ctx.has_text = table, text is not None
+        ctx.table = table
+        ctx.has_text = text is not None
         length = table.shape[-4]
         behind = x[:, length:] if text is None else text
         joined = x.new_empty(len(x), length + behind.shape[1], *x.shape[2:])

@@ -117,7 +117,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
     ) -> None:
         """Set up the encoder; `load` reads the files.
 
-        path, dtype, tokenizer, form: as of `LanguageModelEncoder`. skip_layers: number of layers after the
+        path, dtype, tokenizer, form: see `LanguageModelEncoder`. skip_layers: number of layers after the
         state that is returned; 0 returns the last state, always normed. final_norm: norm other states too.
         """
         use = replace(

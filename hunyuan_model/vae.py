@@ -191,7 +191,9 @@ def load_vae(
         )
     if tile is not None and tile < LEAST_TILE:
         raise OptionError(f"--vae_spatial_tile_sample_min_size {tile}: give at least {LEAST_TILE} pixels.")
-    cuts = Tiling(TILE if tile is None else tile, tile_frames) if tiling or tile is not None else None
+    cuts = None
+    if tiling or tile is not None:
+        cuts = Tiling(TILE if tile is None else tile, tile_frames)
     with open_checkpoint(path) as checkpoint:
         plan = read_vae(checkpoint)
         vae = load_planned(

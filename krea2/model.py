@@ -69,7 +69,8 @@ class GatedAttention(GroupedAttention):
 
     def __init__(self, config: Krea2StreamConfig) -> None:
         nn.Module.__init__(self)
-        dim, rows = config.dim, config.num_kv_heads * config.head_width
+        dim = config.dim
+        rows = config.num_kv_heads * config.head_width
         self.wq = nn.Linear(dim, dim, bias=False)
         self.gate = nn.Linear(dim, dim, bias=False)
         self.wo = nn.Linear(dim, dim, bias=False)
@@ -408,7 +409,7 @@ class Krea2Model(BlockNetwork):
         return Hidden(x, tokens)
 
     def _embed_prompt(self, arguments: Mapping[str, Any], before: int, dtype: torch.dtype) -> Krea2Text:
-        """Return an embedded text. arguments: text and text_mask, as of `embed`.
+        """Return an embedded text. arguments: text and text_mask, as in `embed`.
 
         before: number of tokens in front of the text that attend to all.
         """

@@ -323,7 +323,8 @@ class LtxBlock(nn.Module):
         assert stream.cross is not None
         assert other_stream.cross is not None
         query = layer.queries(x, stream.cross.rotary)
-        key, value = layer.keys(other_x, other_stream.cross.rotary), layer.values(other_x)
+        key = layer.keys(other_x, other_stream.cross.rotary)
+        value = layer.values(other_x)
         if stream.part is None or other_stream.part is None:
             return layer.project(x, _attend(query, key, value, tokens))
         (query,) = stream.part.gather_tokens(query)

@@ -26,7 +26,7 @@ DIALECTS: dict[str, tuple[str, Names]] = {
     "official": ("av_ca_a2v_gate_adaln_single.linear.weight", ()),
     "diffusers": ("av_cross_attn_video_a2v_gate.linear.weight", tensor_patterns(LTX_2)),
 }
-# of the official file, beside the transformer's tensors: parts of the text encoder
+# of the official file, in addition to the transformer's tensors: parts of the text encoder
 CONNECTORS = ("video_embeddings_connector.*", "audio_embeddings_connector.*")
 DIFFUSERS_CLASS = "LTX2VideoTransformer3DModel"
 BLOCK = "transformer_blocks.0"

@@ -99,7 +99,9 @@ class LtxConfig:
     @property
     def kind(self) -> str:
         is_new = self.marks_first or not self.video.ff_bias
-        return "2.5" if is_new else "2.3" if self.is_gated else "2.0"
+        if is_new:
+            return "2.5"
+        return "2.3" if self.is_gated else "2.0"
 
     @property
     def streams(self) -> dict[StreamNames, StreamConfig]:

@@ -280,7 +280,8 @@ class ConnectorBlock(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         # x: 1 T S
-        layer, h = self.attn1, norm_tokens(x)
+        layer = self.attn1
+        h = norm_tokens(x)
         attended = attend(layer.queries(h, rotary), layer.keys(h, rotary), layer.values(h))
         x = x + layer.project(h, attended)
         return x + self.ff(norm_tokens(x))

@@ -91,18 +91,19 @@ class Ltx2TextOptions(Options):
 
         checkpoint: the released file. A word stands for a file that is not given.
         """
-        apart: Path | str | None = self.ltx2_text_encoder_checkpoint
-        root: Path | str | None = self.gemma_root
+        encoder_file: Path | str | None = self.ltx2_text_encoder_checkpoint
+        folder: Path | str | None = self.gemma_root
         if is_version_2_5(checkpoint):
-            apart, root = apart or FillIn("GEMMA_4_FILE"), None
+            encoder_file = encoder_file or FillIn("GEMMA_4_FILE")
+            folder = None
         elif self.gemma_safetensors is not None:
-            root = self.tokenizer
-        elif root == GEMMA and not GEMMA.is_dir():
-            root = FillIn("GEMMA_FOLDER") if apart is None else None  # another release in an unknown form
+            folder = self.tokenizer
+        elif folder == GEMMA and not GEMMA.is_dir():  # the default, which is not there
+            folder = FillIn("GEMMA_FOLDER") if encoder_file is None else None
         return {
-            "--gemma_root": root,
+            "--gemma_root": folder,
             "--gemma_safetensors": self.gemma_safetensors,
-            "--ltx2_text_encoder_checkpoint": apart,
+            "--ltx2_text_encoder_checkpoint": encoder_file,
             "--gemma_load_in_8bit": self.in_fp8,
             "--text_encoder_form": self.text_encoder_form,
         }

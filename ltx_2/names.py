@@ -15,7 +15,7 @@ ENTRY = FamilyEntry(
     further_models=("ltx2_v1",),
 )
 
-# LTX-2, video and sound. Layers of blocks have the same names in diffusers, but for norms
+# LTX-2, video and sound. Layers of blocks have the same names in diffusers, except norms
 _LTX_ATTENTIONS = (
     "attn1",
     "attn2",

@@ -419,7 +419,7 @@ def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[
 
 
 def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
-    """Return the options that cache texts with the text encoder of a release, for which a word stands."""
+    """Return the options that cache texts with a release's text encoder, with a placeholder for its file."""
     return Ltx2TextOptions.usual().words(options.model.ltx2_checkpoint)
 
 

@@ -44,18 +44,18 @@ def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) ->
 
 
 def _seconds(config: LtxConfig, places: Places) -> list[Tensor]:
-    """Return start and end of each latent in seconds, for each rate of frames; a sound has one rate."""
+    """Return start and end of each latent in seconds: one tensor for each frame rate, one for sound."""
     if not places.fps:
         return [_bounds(places.grid[0], MEL_STRIDE, is_causal=True) / MEL_RATE]
     _, time_factor = places.factors
     frames = _bounds(places.grid[0], config.stride[0], is_causal=True)
-    # a frame in front of the others is one frame long still
+    # the first latent covers one frame only
     spread = (frames * time_factor - (time_factor - 1)).clamp(min=0)
     return [spread / fps for fps in places.fps]
 
 
 def make_tables(config: LtxConfig, places: tuple[Places, ...], /, *, device: torch.device) -> Tensor:
-    """Return the same for tokens that are one behind the other."""
+    """Return the tables of several sequences of tokens, one after the other. See `make_table`."""
     tables = [make_table(config, key, device=device) for key in places]
     return tables[0] if len(tables) == 1 else torch.cat(tables, dim=-4)
 
@@ -87,7 +87,8 @@ def _join(axes: list[Tensor], places: Places, heads: int) -> Tensor:
 
     Each frequency has its axes side by side. The remaining pairs come first and do not turn.
     """
-    grid, spread = places.grid, []
+    grid = places.grid
+    spread = []
     for axis, table in enumerate(axes):
         shape = [1] * len(grid)
         shape[axis] = grid[axis]

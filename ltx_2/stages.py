@@ -77,7 +77,8 @@ class TwoStages:
                 raise OptionError(
                     f"{lora.option} {lora.path} is a latent upscaler. Give it to {SPATIAL}, and a LoRA here"
                 )
-        frames, side = 1, Fraction(1)
+        frames = 1
+        side = Fraction(1)
         for option, path in self.upscalers.items():
             growth = factors(path, option, latent.channels)
             frames *= growth.frames

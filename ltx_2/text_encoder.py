@@ -48,14 +48,15 @@ THETA, NEAR_THETA = 1e6, 1e4  # bases of the rotary frequencies
 def read_settings(
     settings: Mapping[str, Any], num_layers: int, head_width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """Return settings of transformers' Gemma3TextConfig: `LanguageModel.read_settings`.
+    """Return settings of transformers' Gemma3TextConfig, as `LanguageModel.read_settings`.
 
     Reads the keys of transformers 4 and 5. Raises ValueError or TypeError for impossible values.
     """
     rope = settings.get("rope_parameters") or {}
     far = rope.get(FAR) or {}
     near = rope.get(NEAR) or {}
-    scaling = far if rope else settings.get("rope_scaling") or {}
+    old_scaling = settings.get("rope_scaling") or {}
+    scaling = far if rope else old_scaling
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     stretch = float(scaling.get("factor", 1.0)) if settings else STRETCH
     # transformers 5 has bases by the kind of layer, 4 has one name for each
@@ -169,11 +170,12 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         """Set up the encoder; `load` reads the files.
 
         path: file or folder of Gemma. connectors: file that holds them, or a release's folder. streams: whose
-        texts are wanted. dtype, tokenizer, form, on_cpu: as of `LanguageModelEncoder`; the connectors stay
+        texts are wanted. dtype, tokenizer, form, on_cpu: see `LanguageModelEncoder`; the connectors stay
         in `dtype`. use: which Gemma.
         """
         super().__init__(use, path, dtype, tokenizer, form=form, on_cpu=on_cpu)
-        self.connectors, self.streams = inside(connectors, "connectors"), tuple(streams)
+        self.connectors = inside(connectors, "connectors")
+        self.streams = tuple(streams)
         self.keys = frozenset({*map(prompt_key, self.streams), MASK})
         self.variable_length = frozenset()
         self.weighed = prompt_key(self.streams[0])

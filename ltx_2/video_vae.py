@@ -92,7 +92,8 @@ class LtxVideoVae(nn.Module):
 
     def _means(self, pixels: Tensor) -> Iterator[Tensor]:
         """Yield the means of each latent frame, B Z 1 h w float32."""
-        step, memory = self.config.stride[0], ClipMemory()
+        step = self.config.stride[0]
+        memory = ClipMemory()
         for group in pixels.split([1] + [step] * ((pixels.shape[2] - 1) // step), dim=2):
             if group.dtype == torch.uint8:
                 group = from_bytes(group.to(self.device))

@@ -143,7 +143,8 @@ class LuminaFiles(AutoencoderFiles):
 
     def check_texts(self, config: Any, needed: bool) -> None:
         if self.gemma2 is not None or needed:
-            path, takes = GemmaTextEncoder(self.gemma2_path).path, None if config is None else config.text_dim
+            path = GemmaTextEncoder(self.gemma2_path).path
+            takes = None if config is None else config.text_dim
             check_state_width(GEMMA_OPTION, path, read_once(path, _gemma_width), self.dit, takes, GEMMA_NAMES)
         if self.gemma2_tokenizer is not None:
             GEMMA_FILES.check_given(self.gemma2_tokenizer)

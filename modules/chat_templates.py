@@ -45,13 +45,12 @@ def render_chat(
         if "default" not in template:
             raise TemplateError(f"it has {', '.join(map(str, template)) or 'none'}, but none called default")
         template = template["default"]
-    variables = {
-        **{
-            name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
-        },
-        **{"messages": turns, "tools": None, "documents": None, "add_generation_prompt": True},
-        **more,
-    }
+    variables: dict[str, Any] = {}
+    for name, token in tokenizer.special_tokens_map.items():
+        if isinstance(token, str):
+            variables[name] = str(token)
+    variables |= {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": True}
+    variables |= more
     return _render(str(template), json.dumps(variables), seconds)
 
 

@@ -91,7 +91,8 @@ def wants_colour(stream: Any) -> bool:
     kernel32 = ctypes.windll.kernel32  # type: ignore[attr-defined,unused-ignore]
     is_done = True
     for number in (-11, -12):  # standard output and error
-        handle, mode = kernel32.GetStdHandle(number), ctypes.c_ulong()
+        handle = kernel32.GetStdHandle(number)
+        mode = ctypes.c_ulong()
         if kernel32.GetConsoleMode(handle, ctypes.byref(mode)):  # else it is no console
             is_done = bool(kernel32.SetConsoleMode(handle, mode.value | 4)) and is_done
     return is_done
@@ -146,7 +147,8 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
         if record.levelno >= logging.WARNING:
             # a message that does not fit its values: the handler itself reports it
             with contextlib.suppress(TypeError, ValueError, LookupError):
-                record.msg, record.args = respell_options(record.getMessage(), names), ()
+                record.msg = respell_options(record.getMessage(), names)
+                record.args = ()
         return True
 
     handlers = list(logging.getLogger().handlers)
@@ -255,7 +257,8 @@ def refuse_other_splits() -> None:
     accelerate splits a model that a script hands to it; the loops here never do, so nothing would be split.
     """
     for variable, (name, ours) in OTHER_SPLITS.items():
-        value, least = os.environ.get(variable, "0").lower(), 1 if "_USE_" in variable else 2
+        value = os.environ.get(variable, "0").lower()
+        least = 1 if "_USE_" in variable else 2
         if value in {"true", "yes", "y", "t", "on"} or (value.isdecimal() and int(value) >= least):
             raise OptionError(
                 f"accelerate launch asks for {name} ({variable}={os.environ[variable]}): the loops here "
@@ -277,7 +280,8 @@ def explain_compilation(error: Exception) -> str | None:
         remedy = (
             f"{folder} has a blank in its path, which breaks the compiler's command: use a folder without one"
         )
-    what = reason or (lines[0] if lines else "no reason is given")
+    first_line = lines[0] if lines else "no reason is given"
+    what = reason or first_line
     return (
         f"compiling the blocks failed: {shorten(what, MOST_OF_WORD)}\n"
         f"  {remedy}. Or leave --compile, --dynamo_backend and --optimized out"

@@ -45,7 +45,9 @@ class _LogFile(logging.FileHandler):
     """A file of log lines. Those that it cannot take, as on a full disk, go to the console."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        error, root, console = sys.exc_info()[1], logging.getLogger(), logging.StreamHandler()
+        error = sys.exc_info()[1]
+        root = logging.getLogger()
+        console = logging.StreamHandler()
         if not isinstance(error, OSError):
             super().handleError(record)
             return

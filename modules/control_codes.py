@@ -7,7 +7,7 @@ from typing import Any
 
 from modules.limits import MAX_ANSWER_CHARACTERS
 
-# C0 but for newline and tab, DEL, C1; line and paragraph separators; what turns the direction of writing;
+# C0 except newline and tab, DEL, C1; line and paragraph separators; what turns the direction of writing;
 # halves of characters
 _CODES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

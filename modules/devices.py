@@ -40,7 +40,7 @@ DTYPES: dict[str, torch.dtype] = {
     },
 }
 
-# in the messages of torch's allocators and libraries, beside torch.OutOfMemoryError
+# in the messages of torch's allocators and libraries, in addition to torch.OutOfMemoryError
 NO_MEMORY = (
     "can't allocate memory",
     "not enough memory",

@@ -88,7 +88,8 @@ def receive(
     failures = 0
     version: str | None = None
     while True:
-        have = path.stat().st_size if version is not None or size_bytes is not None else 0
+        can_continue = version is not None or size_bytes is not None
+        have = path.stat().st_size if can_continue else 0
         try:
             if size_bytes is not None and have >= size_bytes:
                 return
@@ -97,14 +98,15 @@ def receive(
                 check(answer)
                 received = _write(path, answer, most_bytes, progress)
             expected = answer.size_bytes if size_bytes is None else size_bytes
-            if received > most_bytes or expected in (None, received):
+            is_whole = expected is None or received == expected
+            if is_whole or received > most_bytes:
                 return
             raise BrokenTry(f"{received:,} of {expected:,} bytes arrived")
         except BrokenTry as error:
             if error.from_start:
                 version = None
                 os.truncate(path, 0)
-            # what is sent again is not new, nor are a few bytes: a site could go on so without end
+            # only PIECE new bytes count as progress: a site may send a few, or the same again, without end
             have = path.stat().st_size
             if have >= most + PIECE:
                 failures = 0
@@ -169,19 +171,23 @@ def ask_http(
         with session.get(address, headers=request_headers, stream=True, timeout=TIMEOUTS) as answer:
             _check_answer(address, answer)
             start = _first_byte(answer, have)
-            end = None
-            if not answer.headers.get("content-encoding"):  # else it has another length than the file
+            size_bytes = None  # of the file; a packed answer has another length
+            length = None
+            if not answer.headers.get("content-encoding"):
                 length = _number(answer, "content-length")
-                end = None if length is None else start + length
+            if length is not None:
+                size_bytes = start + length
             etag = answer.headers.get("etag", "")
             # a weak version may be of other bytes
             stamp = etag if etag.startswith('"') else answer.headers.get("last-modified")
             if start and version is not None and stamp not in (None, version):  # some pay no heed to if-range
                 raise BrokenTry("the file has changed meanwhile", from_start=True)
+            if not stamp and start:
+                stamp = version  # the answer with the rest of a file need not repeat it
             yield Answer(
                 start,
-                end,
-                stamp or (version if start else None),  # the rest of a file need not say it again
+                size_bytes,
+                stamp or None,
                 answer.iter_content(PIECE),
             )
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:

@@ -145,7 +145,8 @@ def _rank(group: argparse._ArgumentGroup) -> int:
 
 def _usage(parser: argparse.ArgumentParser) -> str:
     """Return the usage line with the required options only."""
-    formatter, words = HelpFormatter(parser.prog), []
+    formatter = HelpFormatter(parser.prog)
+    words = []
     for action in parser._actions:
         if not action.option_strings:
             words.append(formatter._format_args(action, action.dest))

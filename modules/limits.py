@@ -11,7 +11,7 @@ MAX_METADATA_BYTES = 1 << 30  # of a JSON list of pictures: some million
 MAX_LINE_CHARACTERS = 1 << 23  # of a JSONL list: a caption of 1 MiB with every character written as \uXXXX
 MAX_DEPTH = 64  # tables in tables; no file that is meant goes beyond 10
 
-# checkpoints and what stands beside them
+# checkpoints and the files next to them
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the library's own limit
 MAX_TENSOR_NAME = 1_000  # characters; of numbers in it Python reads some 4,000 digits, and no more
 MAX_TENSORS = 50_000  # of a file; the largest models and LoRAs in use have some ten thousand

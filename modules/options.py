@@ -53,9 +53,9 @@ MADE_PLACES = ("new file", "new folder", "safetensors")  # of `place`: something
 
 
 def of_request(name: str) -> dict[str, str]:
-    """Return the facts of an option whose value for this video the family reads as text.
+    """Return the facts of an option that belongs to a single request; the family reads its value as text.
 
-    name: of it in `Request.extra`. A prompt line may give it too.
+    name: its key in `Request.extra`. A prompt line may give it too.
     """
     return {**OF_REQUEST, "extra": name}
 
@@ -255,7 +255,8 @@ NO_OPTIONS = NoOptions()
 
 def default_of(cls: type, field: "dataclasses.Field[Any]") -> Any:
     """Return the default of a record's field. Raises TypeError if it must be given."""
-    declared, hint = field.metadata.get("declared"), hints_of(cls)[field.name]
+    declared = field.metadata.get("declared")
+    hint = hints_of(cls)[field.name]
     if declared is not None and declared.default is not _UNSET:
         return declared.default
     if field.default is not dataclasses.MISSING:
@@ -455,7 +456,8 @@ def override_options(options: T, values: Mapping[str, Any]) -> T:
     """
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
-        name, value = option_name(field), getattr(options, field.name)
+        name = option_name(field)
+        value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
             changes[field.name] = override_options(value, values)
         elif name in values:

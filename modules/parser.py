@@ -80,7 +80,8 @@ class Parser(argparse.ArgumentParser):
 
     def print_help(self, file: Any = None, is_short: bool = False) -> None:
         """Print all options, by group, or one screen of them; in colour on a terminal."""
-        file, text = file or sys.stdout, self.format_short_help() if is_short else self.format_help()
+        file = file or sys.stdout
+        text = self.format_short_help() if is_short else self.format_help()
         if wants_colour(file):
             text = re.sub(r"(?m)^(\S.*:)$|^usage:", rf"{_BOLD}\g<0>{_PLAIN}", text)
             text = re.sub(r"(?<![\w-])--?[A-Za-z]\w*(?:-\w+)*", rf"{_CYAN}\g<0>{_PLAIN}", text)
@@ -408,7 +409,7 @@ def add_options(
 
     An optional record in one (`Record | None`) is declared only if it is named itself. By public name:
     `without` are options that the script does not have, whose record holds the default; `defaults` and
-    `settings` (of `add_argument`, such as `help`; `flags` for further spellings; `refused` as of `option`)
+    `settings` (of `add_argument`, such as `help`; `flags` for further spellings; `refused` as in `option`)
     are the script's own;
     `refused` says why the script refuses an option. group: where a record without a title goes.
     """
@@ -547,7 +548,8 @@ def _add_option(
 def refuse_unsupported(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Raise OptionError if an option that is refused is used; say which are not needed."""
     for action in parser._actions:
-        refusal, value = refusal_of(action), getattr(args, action.dest, action.default)
+        refusal = refusal_of(action)
+        value = getattr(args, action.dest, action.default)
         if refusal is None or value in (action.default, *refusal.values):
             continue
         if refusal.reason:

@@ -142,7 +142,9 @@ def similar_path(path: Path, only_folders: bool = False) -> Path | None:
     names: list[str] = []
     with contextlib.suppress(OSError), os.scandir(missing.parent) as entries:
         for entry in itertools.islice(entries, MOST_NAMES):
-            names += [entry.name] if entry.is_dir() or not (only_folders or path != missing) else []
+            takes_files = not only_folders and path == missing
+            if entry.is_dir() or takes_files:
+                names.append(entry.name)
     stem = missing.stem[:MOST_OF_NAME]
     for name in difflib.get_close_matches(missing.name[:MOST_OF_NAME], names, 5):
         if difflib.SequenceMatcher(None, stem, Path(name).stem).ratio() < ALIKE:  # by their suffix alone

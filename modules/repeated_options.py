@@ -145,7 +145,8 @@ def fill_options(options: T, repeated: Iterable[RepeatedOption]) -> T:
     """
     accepted = accepted_options(type(options))
     by_flag = {flag: name for name, option in accepted.items() for flag in option.flags}
-    facts, names = facts_of(type(options)), {name for name, _ in _given_values(options)}
+    facts = facts_of(type(options))
+    names = {name for name, _ in _given_values(options)}
     values: dict[str, Any] = {}
     for option in repeated:
         for name in find_names(option, accepted, by_flag):

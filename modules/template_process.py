@@ -59,7 +59,8 @@ def _generate(job: dict[str, Any]) -> str:
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = fail
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    pieces, count = [], 0
+    pieces = []
+    count = 0
     for piece in environment.from_string(job["template"]).generate(**job["variables"]):
         pieces.append(piece)
         count += len(piece)

@@ -95,7 +95,7 @@ def read_tensor_header(
     """Read the header of a safetensors file.
 
     read: returns the next bytes of the file. size: of the file in bytes. first: bytes to read at once, more
-    if most headers are short. no_repeats: as of `parse_json`. Raises ValueError if the header is wrong;
+    if most headers are short. no_repeats: see `parse_json`. Raises ValueError if the header is wrong;
     entries are not looked at.
     """
     start = read(min(size, first))

@@ -333,13 +333,13 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
     common = {word: values[name] for name, word in _PEFT_KEYS.items() if name in values}
     if "use_rslora" in common:
         common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
-    names = [name for name in _KEYS if name in values]
-    if not names and common:
-        names = [""]  # patterns alone
+    alpha_keys = [name for name in _KEYS if name in values]
+    if not alpha_keys and common:
+        alpha_keys = [""]  # patterns without an alpha for all modules are one source, too
     sources: list[_Source] = []
-    for name in names:
-        rank = _first_of(values, _KEYS.get(name, _RANKS))
-        peft_settings = {"lora_alpha": values.get(name), "r": rank, **common}
+    for alpha_key in alpha_keys:
+        rank = _first_of(values, _KEYS.get(alpha_key, _RANKS))
+        peft_settings = {"lora_alpha": values.get(alpha_key), "r": rank, **common}
         sources.append(_Source(place, peft_settings))
     return sources
 

@@ -146,26 +146,28 @@ def with_norms(
     magnitudes = [tensor for name, tensor in tensors.items() if name.endswith(DORA)]
     is_dora = any(len(tensor) == tensor.numel() for tensor in magnitudes)
     is_same_form = lora.has_frozen_norms == are_frozen
-    if baking is not None and (not is_dora or is_same_form):
+    if not is_dora or is_same_form:
+        if baking is None:
+            return lora
         state = "no DoRA by output" if not is_dora else "a DoRA of this form already"
         raise OptionError(
             f"--dit: {lora.path} is {state}, so that --target {target} needs no model. Leave --dit out"
         )
-    if not is_dora or is_same_form or (baking is None and target == "default"):
+    if baking is not None:
+        return _with_norms(lora, family, baking, are_frozen)
+    if target == "default":
         return lora
-    if baking is None and lora.has_frozen_norms:
+    if lora.has_frozen_norms:
         raise CheckpointError(
             f"{lora.path} is a DoRA in ComfyUI's form, which other programs read differently.\n"
             "  Add --dit with the model's file; after it those of the text encoders that it changes.",
             lora.path,
         )
-    if baking is None:
-        logger.warning(
-            f"{lora.path} is a DoRA: ComfyUI divides its magnitudes by other norms, which makes it 3 to 24 % "
-            "different there. Add --dit with the model that it was trained for: then it is exact"
-        )
-        return lora
-    return _with_norms(lora, family, baking, are_frozen)
+    logger.warning(
+        f"{lora.path} is a DoRA: ComfyUI divides its magnitudes by other norms, which makes it 3 to 24 % "
+        "different there. Add --dit with the model that it was trained for: then it is exact"
+    )
+    return lora
 
 
 def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_frozen: bool) -> LoraFile:

@@ -201,7 +201,7 @@ def _unjoinable_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
 def convert_file(
     source: Path, output: Path, target: str, family: str | None = None, baking: Baking | None = None
 ) -> None:
-    """Write the LoRA of `source`, of any dialect, as a `Conversion` of the last three says.
+    """Write the LoRA of `source`, of any dialect, in the dialect `target`. family, baking: see `Conversion`.
 
     Metadata are copied, with new hashes; the family is added if tensor names alone no longer show it. Modules
     without a form in the other dialect are listed in a warning. LoRAs for parts of a fused module are joined.

@@ -661,4 +661,7 @@ def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
         if size is not None:
             widths.add(size[1])
     unets = [family for family in FAMILIES if family.start == layouts.UNET_IN_DIFFUSERS]
-    return next((unet for unet in unets if {width for width, _ in unet.released} == widths), None)
+    for unet in unets:
+        if {width for width, _ in unet.released} == widths:
+            return unet
+    return None

@@ -193,20 +193,7 @@ def _read_part(
     """
     if expert is not None:
         metadata = _metadata_of_expert(path, metadata, expert)
-    trained_family = read_family(metadata)
-    hint = family or (None if trained_family is None else trained_family.name)
-    native = key_formats.to_native(stored, hint, with_texts)
-    if trained_family is None and native.family_name is not None:
-        metadata = {**metadata, TRAINED_ON: native.family_name}
-    if native.dialect == "other" and is_of_frozen_norms(native.tensors, metadata):
-        metadata = {**metadata, DORA_FORM: FROZEN_NORMS}
-        logger.info(f"{path}: its DoRA magnitudes are in ComfyUI's form, as its writer has them there")
-    if not native.tensors and not native.texts:
-        raise _no_lora(path, stored)
-    _refuse_clash(path, native)
-    if native.text_encoder or native.repeated or native.unknown:
-        _warn_of_unused(path, native, trained_family or native.family, len(stored))
-
+    native, metadata = _recognise(path, stored, metadata, family=family, with_texts=with_texts)
     tensors = drop_unused_alphas(native.tensors)
     texts = drop_unused_alphas(native.texts)
     if is_own:
@@ -216,7 +203,6 @@ def _read_part(
     native = replace(native, tensors=tensors, texts=texts)
     modules = group_by_module(tensors) | group_by_module(texts)
     _refuse_faulty(path, modules, native.unknown)
-
     alphas = FoundAlphas({}, "")
     if any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values()):
         alphas = read_alphas(
@@ -242,6 +228,33 @@ def _read_part(
         text_tensors=texts,
         unknown_names=native.unknown_names,
     )
+
+
+def _recognise(
+    path: Path,
+    stored: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    family: str | None,
+    with_texts: bool,
+) -> tuple[key_formats.NativeTensors, Mapping[str, str]]:
+    """Return the tensors with our names, and the metadata with the family and the form that they show.
+
+    Raises CheckpointError if they are no LoRA or two have one name.
+    """
+    trained_family = read_family(metadata)
+    hint = family or (None if trained_family is None else trained_family.name)
+    native = key_formats.to_native(stored, hint, with_texts)
+    if trained_family is None and native.family_name is not None:
+        metadata = {**metadata, TRAINED_ON: native.family_name}
+    if native.dialect == "other" and is_of_frozen_norms(native.tensors, metadata):
+        metadata = {**metadata, DORA_FORM: FROZEN_NORMS}
+        logger.info(f"{path}: its DoRA magnitudes are in ComfyUI's form, as its writer has them there")
+    if not native.tensors and not native.texts:
+        raise _no_lora(path, stored)
+    _refuse_clash(path, native)
+    if native.text_encoder or native.repeated or native.unknown:
+        _warn_of_unused(path, native, trained_family or native.family, len(stored))
+    return native, metadata
 
 
 def _metadata_of_expert(path: Path, metadata: Mapping[str, str], expert: str) -> dict[str, str]:
@@ -503,7 +516,8 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
             side[name] = factors
         has_text = _keeps_any(use, in_text)
         has_dit = _keeps_any(use, in_dit)
-        is_used = has_text if is_text else has_dit or (bool(in_dit) and not has_text)
+        keeps_nothing = bool(in_dit) and not has_dit and not has_text  # the transformer's side reports it
+        is_used = has_text if is_text else has_dit or keeps_nothing
         if is_used:
             tensors = use.lora.tensors
             if in_text and in_dit:

@@ -262,7 +262,8 @@ class _Noise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, deviations: Tensor, seed: int) -> Tensor:
         ctx.save_for_backward(deviations)
-        ctx.seed, ctx.width = seed, x.shape[-1]
+        ctx.seed = seed
+        ctx.width = x.shape[-1]
         return x @ draw_noise(deviations, x.shape[-1], seed, x.dtype).T
 
     @staticmethod

@@ -50,11 +50,13 @@ def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
     numbers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+        if not dash:
+            last = first
+        if not first.isdecimal() or not last.isdecimal() or int(last) < int(first):
             raise OptionError(
                 f"--network_args {argument}={text}: write all, none, or numbers of blocks such as 0,1,8-12"
             )
-        numbers.update(range(int(first), int(last if dash else first) + 1))
+        numbers.update(range(int(first), int(last) + 1))
     return frozenset(numbers)
 
 

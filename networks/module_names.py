@@ -71,8 +71,9 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     families = _families_knowing(names, hint)
     if len(families) < 2:
         return families
-    kinds = {_DIGITS.sub("n", name): name for name in reversed(names)}
-    sizes = _known_sizes(kinds.values(), size_of)
+    # blocks are alike: one name stands for those that differ in numbers only, the first in the file
+    name_by_kind = {_DIGITS.sub("n", name): name for name in reversed(names)}
+    sizes = _known_sizes(name_by_kind.values(), size_of)
     levels = {family: _agreement(family, names, sizes) for family in families}
     best = max(levels.values())
     chosen = [family for family in families if levels[family] == best]

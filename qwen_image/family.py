@@ -236,7 +236,8 @@ def family_for_training(options: QwenImageTrainingOptions) -> QwenImage:
 
 
 def family_for_generation(options: QwenImageGenerationOptions) -> QwenImage:
-    version, references = VERSIONS[options.version.name], options.references
+    version = VERSIONS[options.version.name]
+    references = options.references
     use = version.use
     if use.pictures is not None and not references.resize_control_to_official_size:
         use = replace(use, pictures=replace(use.pictures, read=read_reference))

@@ -72,7 +72,8 @@ class QwenAttention(nn.Module):
 
     def __init__(self, config: QwenImageConfig) -> None:
         super().__init__()
-        dim, width = config.dim, config.dim // config.num_heads
+        dim = config.dim
+        width = config.dim // config.num_heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])

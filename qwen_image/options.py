@@ -43,7 +43,11 @@ class QwenImageVersionOptions(Options):
 
     @property
     def name(self) -> str:
-        return self.model_version or (EDIT_2509 if self.edit_plus else EDIT if self.edit else ORIGINAL)
+        if self.model_version:
+            return self.model_version
+        if self.edit_plus:
+            return EDIT_2509
+        return EDIT if self.edit else ORIGINAL
 
 
 class QwenImageVaeOptions(Options):

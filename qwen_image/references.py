@@ -152,7 +152,8 @@ def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReference
 
     latents: of the first picture, 1 C 1 h w.
     """
-    mask, threshold = prepared.request.extra.get(MASK), options.rcm_threshold
+    mask = prepared.request.extra.get(MASK)
+    threshold = options.rcm_threshold
     if mask is not None:
         step = prepared.width // latents.shape[-1]
         return Anchor(latents, read_mask(Path(mask), (prepared.width, prepared.height), step))

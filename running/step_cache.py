@@ -209,7 +209,8 @@ class TeaCacheRule:
         if turn.step == turn.num_steps - 1:  # the last step is computed
             self._before = None
             return False
-        before, self._before = self._before, signal()
+        before = self._before
+        self._before = signal()
         if before is None or turn.step == 0:
             self._distance = 0.0
             return False

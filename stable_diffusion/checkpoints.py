@@ -308,7 +308,8 @@ def _names_in_diffusers(sources: Mapping[str, TensorSource]) -> dict[str, str]:
 class _TensorName(str):
     """A tensor's name with the shape of a matrix, so that diffusers' conversion does not reshape it."""
 
-    shape, ndim = (0, 0), 2
+    shape = (0, 0)
+    ndim = 2
 
 
 def _as_matrix(weight: Tensor) -> Tensor:
@@ -318,7 +319,7 @@ def _as_matrix(weight: Tensor) -> Tensor:
 # Convolutions computed in bands of rows, so that a large picture needs less memory in the VAE.
 #
 # Only the workspace of the convolutions shrinks; norms and attention see the whole picture, so that the
-# result is that without bands, but for the order of sums in the convolution itself.
+# result is that without bands, except for the order of sums in the convolution itself.
 def band_convolutions(network: nn.Module, bands: int) -> None:
     """Let all convolutions of a network that look beyond one pixel work in bands, at most this many."""
     for module in network.modules():

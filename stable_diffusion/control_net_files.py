@@ -286,7 +286,12 @@ def _compare(checkpoint: Checkpoint, config: Mapping[str, Any], unet: Mapping[st
         if in_control_net != in_unet:
             lines += f"\n  {what}: {_words(in_control_net)} in the ControlNet, {_words(in_unet)} in the model"
     if lines:
-        kind = SDXL if config.get("addition_embed_type") else SD2 if config["use_linear_projection"] else SD1
+        if config.get("addition_embed_type"):
+            kind = SDXL
+        elif config["use_linear_projection"]:
+            kind = SD2
+        else:
+            kind = SD1
         raise CheckpointError(
             f"{checkpoint.path} is a ControlNet for {kind.words}, but --ckpt is {words}:{lines}\n"
             f"  Give a ControlNet for {words} to {OPTION}.",

@@ -178,7 +178,9 @@ class Guides:
                     clean = share * x - step.sigma * prompted
                 else:
                     clean = (x - step.sigma * prompted) / share
-                loss = measure(_decode(model, step.sigma * clean + (1 - step.sigma) * x))
+                # the less noise there is, the more of the noisy latents themselves is shown to the networks
+                shown = step.sigma * clean + (1 - step.sigma) * x
+                loss = measure(_decode(model, shown))
                 (gradient,) = torch.autograd.grad(loss, x)
             strength = step.sigma
             if model.predicts_velocity:  # v = (noise - s x) / a

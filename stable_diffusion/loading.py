@@ -287,7 +287,9 @@ def _keep(network: Any, _: Any) -> Any:
 
 
 def _dtype_of(options: ModelOptions) -> torch.dtype:
-    return torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else torch.float32
+    if options.fp16:
+        return torch.float16
+    return torch.bfloat16 if options.bf16 else torch.float32
 
 
 def check_attention(options: ModelOptions, device: torch.device) -> None:

@@ -171,7 +171,7 @@ class _Batch:
         self._weights: dict[tuple[int, int], Tensor] = {}
 
     def begin(self, call: UnetCall) -> UnetCall:
-        """Move the regions to the device of a call. An `Idea`."""
+        """Move the regions to the device of a call, which is returned unchanged."""
         assert call.context.shape[1] % self.parts == 0, (call.context.shape, self.parts)
         if self._regions.device != call.sample.device:
             self._regions = self._regions.to(call.sample.device)

@@ -228,7 +228,7 @@ class UnetPasses:
     model: Model
     sampler: SchedulerSolver
     ideas: Sequence[Idea] = ()  # each sees the call as those before it left it
-    # B 5 h w: mask and masked picture, which the U-Net of an inpainting checkpoint sees beside the sample
+    # B 5 h w: mask and masked picture, which the U-Net of an inpainting checkpoint takes with the sample
     inpainting: Tensor | None = None
 
     def predict(

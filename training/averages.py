@@ -35,11 +35,14 @@ class WeightAverage:
         """Begin with the current weights. dits: those that are trained whole; their weights may be swapped.
         on_host: keep the average in host memory, as for a whole model.
         """
-        self.decay, self.every, self.on_host = options.ema_decay or 0.0, options.ema_update_every, on_host
+        self.decay = options.ema_decay or 0.0
+        self.every = options.ema_update_every
+        self.on_host = on_host
         self._dits, self._parameters, self._split = dits, trainable.parameters, trainable.split
         names = trainable.names
         self._names = [names[parameter] for parameter in self._parameters]
-        self.steps, self.values = 0, list[Tensor]()
+        self.steps = 0
+        self.values = list[Tensor]()
         self.begin()
 
     def begin(self) -> None:

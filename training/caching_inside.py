@@ -284,7 +284,8 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
             return LiveTexts(encoders, learning, prefixes)
     if caches_texts or not options.is_for_images:
         return None
-    stores, end = Stores(npz_names(family)), text_file_name("", family.cache_tag)
+    stores = Stores(npz_names(family))
+    end = text_file_name("", family.cache_tag)
     if any(name.endswith(end) for table in config.datasets for name in stores.of(table).names()):
         return None
     return LiveTexts(_encoders(family, "there are no text caches"))
@@ -377,7 +378,8 @@ class LiveMedia:
 
     def __init__(self, family: Caches, device: torch.device) -> None:
         """Load the encoders. Raises CheckpointError if they cannot be."""
-        self._family, self._encoders = family, load_encoders(family, device)
+        self._family = family
+        self._encoders = load_encoders(family, device)
 
     def encode(self, items: Sequence[TrainingItem], *stream: int | str) -> dict[int, dict[str, Tensor]]:
         """Encode the items of a batch that are not cached. Returns place in the batch -> tensors on the CPU,

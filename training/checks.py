@@ -266,7 +266,9 @@ def _list_idle(record: Any, reasons: Mapping[str, str]) -> Iterator[str]:
     reasons: option name -> reason, for options without effect because of facts outside their record.
     """
     for field in fields(record):
-        name, value, facts = option_name(field), getattr(record, field.name), field.metadata
+        name = option_name(field)
+        value = getattr(record, field.name)
+        facts = field.metadata
         if is_dataclass(value):
             yield from _list_idle(value, reasons)
         elif (name in reasons or "acts_if" in facts) and is_given(record, field):
@@ -279,7 +281,9 @@ def _list_idle(record: Any, reasons: Mapping[str, str]) -> Iterator[str]:
 
 def judge_rate(options: TrainingOptions) -> str:
     """Return the learning rate, and the usual one if it is far from that."""
-    optimizer, parts, is_whole = options.optimizer, options.parts, options.network is None
+    optimizer = options.optimizer
+    parts = options.parts
+    is_whole = options.network is None
     rate = optimizer.learning_rate if parts is None or parts.unet_lr is None else parts.unet_lr
     text = f"{rate:g}"
     name = (optimizer.optimizer_type or "AdamW").rpartition(".")[2].lower()

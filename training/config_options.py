@@ -80,7 +80,8 @@ def check_imports(parser: argparse.ArgumentParser, values: Mapping[str, Any], pl
     values: by destination. place: the file that they are from, for the message.
     """
     for action in parser._actions:
-        reach, value = getattr(action, "reach", ""), values.get(action.dest)
+        reach = getattr(action, "reach", "")
+        value = values.get(action.dest)
         if reach not in IMPORTS or not value:
             continue
         is_class = reach == IMPORTS_CLASS["reach"]
@@ -182,13 +183,12 @@ def _wrong(path: Path, action: argparse.Action, value: Any) -> OptionError:
         float: "a number",
         int_or_float: "steps, or a fraction such as 0.05",
     }
-    many = (
-        ""
-        if action.nargs in {None, 0}
-        else f", {action.nargs} in a list"
-        if isinstance(action.nargs, int)
-        else ", or a list of them"
-    )
+    if action.nargs in {None, 0}:
+        many = ""
+    elif isinstance(action.nargs, int):
+        many = f", {action.nargs} in a list"
+    else:
+        many = ", or a list of them"
     return OptionError(
         f"{path}: {action.dest} = {value!r}: expected {names.get(kind, 'text in quotes')}{many}"
     )

@@ -213,7 +213,9 @@ def _warn_of_weights(family: Family, network: NetworkOptions | None, expert: str
 
 def _warn_of_all_levels(options: TrainingOptions, boundary: float) -> None:
     """Warn that one of two transformers is trained at all timesteps. boundary: where they meet."""
-    below, above, counted = "--max_timestep", "--min_timestep", round(boundary)
+    below = "--max_timestep"
+    above = "--min_timestep"
+    counted = round(boundary)
     if options.timesteps.timestep_sampling == "sigma":  # counts its bounds from the noisy end
         below, above, counted = above, below, NUM_TIMESTEPS - counted
     logger.warning(

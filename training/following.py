@@ -34,7 +34,7 @@ DORA_ELSEWHERE = (
 COMFYUI_TOOL = "ComfyUI"
 FACTORED = ("networks.loha", "networks.lokr")  # which ComfyUI reads, but not the tools of `converted_for`
 STARTING = {"initial_step", "initial_epoch"}
-# options that make a sample; its values are named as they are, but for two
+# options that make a sample; the values keep their names, except two
 SCALES = ("guidance_scale", f"guidance_scale_{HIGH_NOISE}")
 OF_SAMPLES = ("infer_steps", *SCALES, "flow_shift", "sample_solver", "seed", "negative_prompt")
 OTHER_NAMES = {"infer_steps": "steps", "sample_solver": "solver"}
@@ -101,7 +101,8 @@ class NextSteps:
         network = self.options.network
         ending = self.converted_for.lower()
         ending = ending if ending.isalpha() else "converted"
-        title, note = f"Convert the LoRA for {self.converted_for}", ""
+        title = f"Convert the LoRA for {self.converted_for}"
+        note = ""
         words = ["--target", "other" if self.converted_for else "default"]
         if network is not None and network.decomposes:
             title, ending, note = "Make a plain LoRA of the DoRA", "plain", DORA_ELSEWHERE
@@ -123,9 +124,11 @@ class NextSteps:
 
     def _resume(self, is_finished: bool) -> PageCommand:
         """Return the command that continues; if there is no state, a new run that begins with the result."""
-        title, ending = "Continue after a stop", ["--resume", LATEST_ONLY]
+        title = "Continue after a stop"
+        ending = ["--resume", LATEST_ONLY]
         note = "Ctrl-C saves a state and ends the run; this continues from the newest state."
-        left_out, has_state = RESUMING, self._has_state()
+        left_out = RESUMING
+        has_state = self._has_state()
         steps = self.plan.steps.total_steps
         if is_finished and has_state:
             title, note = "Train longer", "From the newest state to twice as many steps."
@@ -137,7 +140,8 @@ class NextSteps:
                 "state, so that the next one can continue exactly."
             )
             options = self._start_options()
-            left_out, ending = RESUMING | STARTING | {*options}, []
+            left_out = RESUMING | STARTING | {*options}
+            ending = []
             for option, file in zip(options, self.names.files(self.names.name).values(), strict=False):
                 ending += [f"--{option}", str(file)]
             if not self.options.saving.saves_state_at_end:
@@ -221,7 +225,7 @@ def _file_index(files: Sequence[Path], expert: int) -> int:
 def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
     """Return the words of shared options that make a sample; see `Generation`.
 
-    spellings: as of `FamilyEntry`.
+    spellings: see `FamilyEntry`.
     """
     size = [sample[side] for side in ("height", "width") if sample.get(side)]
     values = {

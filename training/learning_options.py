@@ -346,7 +346,9 @@ class LrScheduleOptions(Options, title="learning-rate schedule"):
     )
 
     def __post_init__(self) -> None:
-        arguments, name, names = self.arguments(), self.lr_scheduler, (*CURVES, ADAFACTOR)
+        arguments = self.arguments()
+        name = self.lr_scheduler
+        names = (*CURVES, ADAFACTOR)
         if self.lr_scheduler_type:
             return
         is_adafactor = name.partition(":")[0] == ADAFACTOR

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from contract.data import FIRST_FRAME, LOSS_MASK, SOUND, Batch, Joint
+from contract.data import FIRST_FRAME, LOSS_MASK, SOUND, Batch, Conditions, Joint
 from contract.family import Described, NoiseSpec, Predicts
 from contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import numbers_on, send
@@ -67,13 +67,15 @@ class NoisyBatch:
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyBatch":
         """Return a copy with `move` applied to every tensor."""
-        tensors, undropped = (
-            {
+
+        def moved_conditions(conditions: Conditions) -> Conditions:
+            return {
                 name: [move(item) for item in value] if isinstance(value, list) else move(value)
                 for name, value in conditions.items()
             }
-            for conditions in (self.batch.tensors, self.batch.undropped)
-        )
+
+        tensors = moved_conditions(self.batch.tensors)
+        undropped = moved_conditions(self.batch.undropped)
         return replace(
             self,
             batch=replace(self.batch, tensors=tensors, undropped=undropped),
@@ -260,9 +262,9 @@ def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, s
     """Return the value to compare with the velocity for --model_prediction_type, B C F H W.
 
     additive: the network's output plus the noisy latents; sigma_scaled: the noisy latents minus sigma times
-    the output. Both estimate other things than the velocity, as known trainers have them. sign: of the
-    velocity in the output (`NoiseSpec.output_sign`); where it is -1, output and target are turned round
-    together, which no loss sees.
+    the output. Neither estimates the velocity; known trainers compare so. sign: of the velocity in the
+    output (`NoiseSpec.output_sign`); where it is -1, output and target are both negated, which
+    changes no loss.
     """
     if prediction == ADDITIVE:
         return velocity + sign * noisy.float()

@@ -271,7 +271,8 @@ def _picture_counts(items: Iterable[TrainingItem]) -> dict[str, Any]:
 
 def _image_values(plan: TrainingPlan, parts: PartsOptions, prediction: PredictionOptions) -> dict[str, Any]:
     """Return the entries that files of image trainers have besides."""
-    options, model_type = plan.options, plan.family.metadata.get("model_type")
+    options = plan.options
+    model_type = plan.family.metadata.get("model_type")
     validation = options.validation
     values: dict[str, Any] = {
         "ip_noise_gamma": options.noise.ip_noise_gamma,

@@ -81,7 +81,7 @@ class TrainingOptions(Options):
                 "--resume_from_huggingface resumes from owner/repo/path[:revision[:type]]",
             )
         if not self.only_shows:
-            _ = self.saving.place
+            _ = self.saving.place  # raises OptionError
 
     @property
     def only_shows(self) -> bool:

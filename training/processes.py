@@ -155,7 +155,8 @@ def _buckets(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:
     for parameter in parameters:
         if bucket and (size + parameter.numel() > BUCKET_ELEMENTS or parameter.dtype != bucket[0].dtype):
             yield bucket
-            bucket, size = [], 0
+            bucket = []
+            size = 0
         bucket.append(parameter)
         size += parameter.numel()
     if bucket:

@@ -288,7 +288,8 @@ def take_over(changes: Mapping[str, str], progress: Progress, saved: states.Save
     with states.one_error(saved.folder):
         batches = int(str(saved.identity[BATCHES]).partition(",")[0])  # of an epoch
     if progress.position >= batches:
-        progress.epoch, progress.position = progress.epoch + 1, 0
+        progress.epoch += 1
+        progress.position = 0
     if BATCHES in changes:
         progress.position = 0
         logger.info("  Epoch %d begins again, with the clips of now.", progress.epoch + 1)

@@ -255,19 +255,17 @@ def prepare_samples(
     encoded = session.texts(texts)
     writes = not together or process == 0
     inputs = _encode_media(session, requests, writes)
-    samples = [
-        Sample(
+    samples: list[Sample] = []
+    for place, number in enumerate(numbers):
+        sample = Sample(
             number,
-            prepared,
+            requests[place],
             is_seeded=entries[number].get("seed") is not None,
-            prompts=prompts,
-            inputs=conditions,
-            texts=sample_texts,
+            prompts=encoded[place],
+            inputs=inputs[place],
+            texts=texts[place],
         )
-        for number, prepared, prompts, conditions, sample_texts in zip(
-            numbers, requests, encoded, inputs, texts, strict=True
-        )
-    ]
+        samples.append(sample)
     previews = None
     if process == 0:  # one preview file for all: the first process shows its samples one after the other
         previews = make_previews(
@@ -283,7 +281,9 @@ def prepare_samples(
         prompts=[str(entry.get("prompt", "")) for entry in entries],
         previews=previews,
     )
-    return replace(sampler, draw_seed=draw_together, writes=writes) if together else sampler
+    if together:
+        sampler = replace(sampler, draw_seed=draw_together, writes=writes)
+    return sampler
 
 
 def _encode_media(

@@ -143,10 +143,12 @@ def take_state(model: TrainedModel) -> states.SavedState:
     if model.average is not None:
         parts[states.AVERAGE] = model.average.tensors()
     optimizer = optimizer_state(model.optimizer, model.trainable.names)
+    # moments of split weights are marked as split, in `optimizer` itself
     for name, weight in _stepped_rows(model).items():
         values = optimizer["states"].get(name, {})
         rows = {key: value for key, value in values.items() if isinstance(value, Tensor) and value.ndim}
-        values |= {key: as_split(weight, value) for key, value in rows.items()}
+        for key, value in rows.items():
+            values[key] = as_split(weight, value)
     return states.SavedState(
         folder=Path(),
         progress=plan.progress,
@@ -184,7 +186,7 @@ def restore(model: TrainedModel) -> None:
 
 def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
     """Restore weights, and the optimizer if it is known which of its tensors belongs to which layer."""
-    module = next(iter(model.trainable.modules.values()))  # beside it may be what no file holds
+    module = next(iter(model.trainable.modules.values()))  # the network; further ones are only in our states
     states.load_module(module, saved.network)
     if model.average is not None:
         model.average.begin()

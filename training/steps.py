@@ -56,7 +56,8 @@ class StepPlan:
     num_epochs: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.everyone, self.works_together = self.processes * self.peers, self.in_lockstep or self.peers > 1
+        self.everyone = self.processes * self.peers
+        self.works_together = self.in_lockstep or self.peers > 1
         self.group_size = self.processes * self.accumulation
         self.steps_per_epoch = -(-self.num_batches // self.group_size)
         later_steps = self.total_steps - self.steps_until(self.first_epoch + 1)

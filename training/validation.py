@@ -32,11 +32,14 @@ class Validation:
     """The items of a plan that are not trained on, and the noise levels at which their loss is measured."""
 
     def __init__(self, plan: TrainingPlan, loss: LossRule) -> None:
-        self.plan, self.loss, self.checks = plan, loss, CacheChecks()
+        self.plan = plan
+        self.loss = loss
+        self.checks = CacheChecks()
         self.process = plan.accelerator.process_index // plan.steps.peers
         # as image trainers do: four levels between the bounds of the timesteps
         self.is_of_images, times = plan.options.is_for_images, plan.options.timesteps
-        low, width = times.lowest, times.highest - times.lowest
+        low = times.lowest
+        width = times.highest - times.lowest
         levels = [(band + 0.5) / NUM_BANDS for band in range(NUM_BANDS)]
         if self.is_of_images:
             levels = [int(low + width * place / 5) / NUM_TIMESTEPS for place in range(1, 5)]

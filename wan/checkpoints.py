@@ -137,7 +137,8 @@ def _is_wan(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
-    names, shapes = checkpoint.tensors, _shapes(checkpoint)
+    names = checkpoint.tensors
+    shapes = _shapes(checkpoint)
     dialect = "diffusers" if "condition_embedder.time_proj.weight" in names else "official"
     if not _is_wan(shapes):
         raise other_kind(checkpoint, "a Wan transformer", "--dit", "the checkpoint of a transformer")

@@ -102,7 +102,7 @@ class WanConfig:
 
     @property
     def kind(self) -> str:
-        """Return the name of `INPUT_CHANNELS`. Text-to-video of Wan2.1 and of 2.2 have the same tensors."""
+        """Return the kind of model, a key in `INPUT_CHANNELS`. Wan2.1 and 2.2 have one for text-to-video."""
         if self.vace_layers:
             return VACE if self.in_dim == INPUT_CHANNELS[False]["t2v"] else "unknown"
         if self.image_positions:

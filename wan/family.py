@@ -367,8 +367,8 @@ class Wan(OneTransformer):
         request = prepared.request
         batch, channels, frames, *area = self.latent.shape(prepared.frames, prepared.height, prepared.width)
         is_picture = ONE_FRAME in request.extra
-        # references of VACE stand in front and are cut off; Fun-Control and the like have none here. Of a
-        # single picture and its control images the picture is kept
+        # a frame for each control image precedes the clip and is cut off at the end: references of VACE or
+        # control images of a single picture
         front = len(request.control_images)
         frames += front
         if not is_picture and appends_end(self.files.task, request):

@@ -104,7 +104,8 @@ class WanFiles(TransformerFiles):
         dit: None takes the first one: experts are alike.
         """
         dit = self.dits[0] if dit is None else dit
-        header, vace = read_once(dit, read_dit_header), self.vace_of(dit)
+        header = read_once(dit, read_dit_header)
+        vace = self.vace_of(dit)
         return header if vace is None else read_once(vace, add_vace_header, header, dit)
 
     def compute_dtype(self) -> torch.dtype | None:
@@ -154,7 +155,7 @@ def _size_of(config: WanConfig) -> str:
 
 logger = logging.getLogger(__name__)
 
-# The file names of the official releases, beside that of the VAE
+# The file names of the official releases, except that of the VAE
 OFFICIAL = {
     "t5": "models_t5_umt5-xxl-enc-bf16.pth",
     "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",

@@ -76,8 +76,9 @@ def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int
         ratio = size[0] / size[1] / aspect
         return max(ratio, 1 / ratio)
 
-    # a side of one step may be too long for the area; of equal ones that with the rounded height, as released
+    # a side of one step may be too long for the area
     fitting = [size for size in sizes if size[0] * size[1] <= area] or sizes
+    # if both are equally near, the one whose height was rounded first, as released: `min` returns the first
     return min(reversed(fitting), key=stretch)
 
 

@@ -87,7 +87,7 @@ VACE_DIT = replace(
     # the released sizes have 5 or 2 blocks for one of VACE
     swap_counts=lambda blocks: (blocks - blocks // 6, blocks // 6),
     input_layers=(*DIT.input_layers, "vace_patch_embedding"),
-    # the base stays that of T2V: the LoRA is small, and LoRAs of T2V fit beside it
+    # the base stays that of T2V: the LoRA is small, and can be combined with LoRAs of T2V
     lora_exclude=(".blocks.", "before_proj", "after_proj"),
 )
 

@@ -68,7 +68,9 @@ def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
     Each part is cleaned alone to measure its length. If cleaning joins it to its neighbours (an accent behind
     the last letter of a part), places may be off by a character or two.
     """
-    cleaned, length, places = clean_text(text).strip(), 0, []
+    cleaned = clean_text(text).strip()
+    length = 0
+    places = []
     edges = [0, *(edge for start, end, _ in spans for edge in (start, end)), len(text)]
     for start, end in itertools.pairwise(edges):
         piece = clean_text(text[start:end])

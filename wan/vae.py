@@ -93,9 +93,11 @@ class WanVae(nn.Module):
 
     def _encode(self, pixels: Tensor, as_moments: bool) -> Tensor:
         """Encode one frame, then groups of as many as make a latent frame."""
-        frames, parts = pixels.shape[2], []
+        frames = pixels.shape[2]
+        parts = []
         memory = TimeMemory(self.cache_on_cpu) if frames > 1 else None
-        step, patch = RELEASES[self.config.latent_channels].stride[0], self.config.patch
+        step = RELEASES[self.config.latent_channels].stride[0]
+        patch = self.config.patch
         for group in pixels.split([1] + [step] * ((frames - 1) // step), dim=2):
             if patch > 1:
                 group = fold_patches(group.to(self.device, self.dtype), patch)

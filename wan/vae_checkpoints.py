@@ -144,7 +144,8 @@ def _layers(
     """Read the layers of a list; those of Wan2.2 are stages, which hold a list of the same name."""
     layers: list[VaeLayer] = []
     for index in range(count(names, rf"{re.escape(start)}\.\d+")):
-        name, kind = f"{start}.{index}", "residual"
+        name = f"{start}.{index}"
+        kind = "residual"
         inner = _layers(shape, names, f"{name}.{start.split('.')[-1]}")
         if inner:
             layers.append(VaeLayer(inner[-1].kind, inner[0].width_in, inner[-1].width_out, inner))

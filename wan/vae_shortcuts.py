@@ -27,7 +27,8 @@ def unfold_patches(channels: Tensor, patch: int) -> Tensor:
 
 
 def fits_shortcut(width: int, width_out: int, factors: Factors, is_down: bool) -> bool:
-    block, pair = prod(factors), (width, width_out)
+    block = prod(factors)
+    pair = (width, width_out)
     if is_down:
         return width * block % width_out == 0
     return max(pair) % min(pair) == 0 and width_out * block % width == 0
@@ -51,7 +52,8 @@ def add_repeated(h: Tensor, x: Tensor, factors: Factors) -> Tensor:
     One pixel of all blocks is added at a time, so that no enlarged copy of x is made.
     """
     frames, rows, columns = factors
-    block, width = prod(factors), h.shape[1]
+    block = prod(factors)
+    width = h.shape[1]
     if width > x.shape[1]:
         x = x.repeat_interleave(width // x.shape[1], dim=1)
     step = x.shape[1] // width

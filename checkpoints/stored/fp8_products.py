@@ -169,12 +169,14 @@ def suits_fp8(x: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
     tokens. Depends on shapes and dtypes only. x: ... K. weight: N K. scale: one number, N 1, or None.
     """
     rows, columns = weight.shape
+    is_by_tensor = scale is None or scale.numel() == 1
+    is_by_row = scale is not None and scale.numel() == rows and scale.ndim <= 2
     return (
         weight.dtype == WEIGHT_DTYPE
         and rows % STEP == 0
         and columns % STEP == 0
         and x.numel() >= FEWEST_ROWS * columns
-        and (scale is None or scale.numel() == 1 or (scale.numel() == rows and scale.ndim <= 2))
+        and (is_by_tensor or is_by_row)
     )
 
 

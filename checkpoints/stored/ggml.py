@@ -56,7 +56,9 @@ def _q5_1(blocks: Tensor) -> Tensor:
 
 def _sixths(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Return the 8 scales and 8 minima of 6 bits in 12 bytes of Q4_K and Q5_K, each B 8."""
-    first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    first = packed[:, :4]
+    second = packed[:, 4:8]
+    third = packed[:, 8:]
     scales = torch.cat((first & 63, third & 15 | first >> 6 << 4), dim=1)
     return scales, torch.cat((second & 63, third >> 4 | second >> 6 << 4), dim=1)
 

@@ -114,4 +114,5 @@ def reword_lines(caption: str, wording: WordingOptions, is_several: bool) -> str
     """Reword an existing caption. is_several: each line is a caption (multi_caption)."""
     if not is_several:
         return reword(caption, wording)
-    return "\n".join(line for line in (reword(line, wording) for line in lines_of(caption)) if line)
+    lines = [reword(line, wording) for line in lines_of(caption)]
+    return "\n".join(filter(None, lines))

@@ -53,7 +53,8 @@ class ApiOptions(Options, title="a server of your own, OpenAI-compatible"):
             parts = urlsplit(self.api_base)
             is_address = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
         except ValueError:
-            is_address, parts = False, urlsplit("")
+            is_address = False
+            parts = urlsplit("")
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise OptionError(
                 "--api_base holds a user's name, a password, or what follows ? or #. Give the address alone, "

@@ -329,7 +329,8 @@ class MadeCaptions:
 
     def _take(self, entry: Any) -> None:
         if "begin" in entry:
-            self._pass, self._of_pass = entry["begin"], set()
+            self._pass = entry["begin"]
+            self._of_pass = set()
         elif "end" in entry:
             self._pass = None
         else:
@@ -371,7 +372,8 @@ def _hash_of(text: str) -> str:
 
 
 def read_made(places: Iterable[CaptionPlace]) -> dict[Path, MadeCaptions]:
-    return {folder: MadeCaptions(folder) for folder in {place.file.parent for place in places}}
+    folders = {place.file.parent for place in places}
+    return {folder: MadeCaptions(folder) for folder in folders}
 
 
 def pass_of(options: CaptioningOptions) -> str:

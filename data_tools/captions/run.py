@@ -91,7 +91,7 @@ def write_captions(config: DatasetConfig, options: CaptioningOptions) -> None:
         for record in replaced_records:
             record.begin_pass(pass_of(options))
         failures, num_changed = _make_captions(answerer, jobs, records, options)
-    if not failures:  # with failures the pass goes on: the same command tries these again, not all
+    if not failures:  # otherwise the pass is not over: the same command tries only the failures again
         for record in replaced_records:
             record.end_pass()
     num_written = len(jobs) - len(failures) - num_changed
@@ -187,20 +187,21 @@ def _make_captions(
     answers = answerer(list(jobs), look)
     with contextlib.closing(answers), Bar(len(jobs), "captions", unit="caption") as bar:
         for place, answer in answers:
+            error = None if isinstance(answer, str) else answer
             if isinstance(answer, str):
                 refusals.clear()
                 caption = reword(answer, options.wording)
                 if not caption:
-                    answer = NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
+                    error = NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
                 elif not place.write(caption, jobs[place] == FOREIGN, records[place.file.parent]):
                     num_changed += 1
-            if isinstance(answer, (MediaError, NoCaptionError)):
-                failures.append(Failure.of(place.source, answer))
+            if isinstance(error, (MediaError, NoCaptionError)):
+                failures.append(Failure.of(place.source, error))
                 logger.warning("%s", failures[-1])
-            elif not isinstance(answer, str):  # an answerer hands on all that ends it, SystemExit too
-                raise answer
-            if isinstance(answer, NoCaptionError):
-                refusals.add(answer)
+            elif error is not None:  # it ends the answerer: SystemExit too
+                raise error
+            if isinstance(error, NoCaptionError):
+                refusals.add(error)
             bar.update()
     return failures, num_changed
 

@@ -247,7 +247,8 @@ class ApiServer:
         ):
             if "," in answer.headers.get("Content-Encoding", ""):  # a few bytes packed twice may be gigabytes
                 raise NoCaptionError("the server's answer is packed more than once")
-            content, end = bytearray(), start + self.timeout
+            content = bytearray()
+            end = start + self.timeout
             for piece in answer.iter_content(1):  # as they come: larger ones are waited for until full
                 content += piece
                 if time.monotonic() > end:  # the library's own time begins anew with each byte

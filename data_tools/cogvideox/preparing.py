@@ -213,19 +213,22 @@ def _encode_captions(
     """
     identities = {encoder.name: dict(encoder.identity) for encoder in maker.text_encoders}
     batch_size = options.encoding.batch_size
-    for number, encoder in enumerate(maker.text_encoders, 1):
 
-        def write(item: clips.PreparedItem, conditions: Conditions, number: int = number) -> None:
-            tensors = {key: _own_copy(tensor) for key, tensor in conditions.items()}
-            if number > 1:
-                earlier = load_pickled(item.file(EMBEDS))
-                tensors |= {key: tensor.clone() for key, tensor in earlier.items()}
-            if number == len(maker.text_encoders):
-                clips.write_texts(item, maker.architecture, identities, tensors)
-            else:
-                item.file(clips.PROMPTS).unlink(missing_ok=True)
-                clips.save_pickled(item.file(EMBEDS), tensors)
+    def write(item: clips.PreparedItem, conditions: Conditions, *, is_first: bool, is_last: bool) -> None:
+        """Add what an encoder made to the file of a caption."""
+        tensors = {key: _own_copy(tensor) for key, tensor in conditions.items()}
+        if not is_first:
+            earlier = load_pickled(item.file(EMBEDS))
+            tensors |= {key: tensor.clone() for key, tensor in earlier.items()}
+        if is_last:
+            clips.write_texts(item, maker.architecture, identities, tensors)
+        else:
+            item.file(clips.PROMPTS).unlink(missing_ok=True)
+            clips.save_pickled(item.file(EMBEDS), tensors)
 
+    for encoder in maker.text_encoders:
+        is_first = encoder is maker.text_encoders[0]
+        is_last = encoder is maker.text_encoders[-1]
         encoder.load(device)
         warn_cut_captions(encoder, [(item.source, item.caption) for item in items])
         try:
@@ -238,7 +241,7 @@ def _encode_captions(
                     batch = items[start : start + batch_size]
                     encoded = encoder.encode([Prompt(item.caption) for item in batch])
                     for item, conditions in zip(batch, encoded, strict=True):
-                        behind(partial(write, item, conditions))
+                        behind(partial(write, item, conditions, is_first=is_first, is_last=is_last))
                     bar.update(len(batch))
         finally:
             encoder.free()

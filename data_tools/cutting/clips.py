@@ -174,10 +174,13 @@ def _equal_pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions)
 
 
 def _is_short_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:
+    num_frames = end - first
+    if num_frames == 1:  # it cannot be cut
+        return True
     seconds = look.time(end) - look.time(first)
     is_short = not lengths.max_seconds or seconds <= lengths.max_seconds + ROUNDING
-    # a single frame cannot be cut
-    return end - first == 1 or (is_short and (not lengths.max_frames or end - first <= lengths.max_frames))
+    has_few_frames = not lengths.max_frames or num_frames <= lengths.max_frames
+    return is_short and has_few_frames
 
 
 def _is_long_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:

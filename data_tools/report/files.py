@@ -17,7 +17,7 @@ from contract.family import TextEncoder
 from data_tools.report.findings import TableFindings
 from data_tools.report.looks import Look
 from data_tools.report.numbers import Numbers
-from dataset.cache.files import latent_names, tensor_key, text_file_name
+from dataset.cache.files import LatentName, latent_names, tensor_key, text_file_name
 from dataset.cache.records import LatentRecord, TextRecord, latent_record, text_records
 from dataset.cache.store import CacheStore, LatentNames, Stores
 from dataset.caching.planning import Recipe, SourcePlan, plan_all
@@ -142,6 +142,19 @@ def _find_tags(names: Iterable[str]) -> list[str]:
     return sorted(tags)
 
 
+def _count_sections(caches: Iterable[tuple[str, str, LatentName]]) -> dict[int, int]:
+    """Return the number of sections, a file each, into which a model cuts items of each length."""
+    num_files: Counter[tuple[str, tuple[int, int]]] = Counter()  # by item: stem and span
+    for _, stem, name in caches:
+        if name.span is not None and name.section is not None:
+            num_files[stem, name.span] += 1
+    sections: dict[int, int] = {}
+    for (_, span), count in num_files.items():
+        _, length = span
+        sections[length] = count
+    return sections
+
+
 def _compare_media(
     findings: TableFindings,
     tag: str,
@@ -158,12 +171,7 @@ def _compare_media(
     if not caches:
         return {}
     record = _first_record(store, [name for name, *_ in caches[:FIRST]])
-    # the number of sections into which a model cuts a length shows in the files of its items
-    num_files: Counter[tuple[str, tuple[int, int]]] = Counter()
-    for _, stem, name in caches:
-        if name.span is not None and name.section is not None:
-            num_files[stem, name.span] += 1
-    sections = {length: count for (_, (_, length)), count in num_files.items()}
+    sections = _count_sections(caches)
     options = {} if record is None else record.options
     recipe = Recipe(
         tag=tag,

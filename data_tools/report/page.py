@@ -216,7 +216,7 @@ def _make_card(place: _CardPlace, drawing: _CardDrawing) -> Card:
     """Read a file again and return its card."""
     source = place.source
     look = show(source, drawing.fps, drawing.latent, drawing.sizes, hears=drawing.hears)
-    # empty captions are reported by path only: the card shows them
+    # the text about an empty caption is only its path: the card itself shows that it is empty
     paths = {str(source.path), str(source.caption_path)}
     faults = [text for text in place.faults if text not in paths]
     remarks = [text for text in place.remarks if text not in paths]

@@ -295,7 +295,8 @@ def _source_faults(
     item: TrainingItem, folders: Sequence[Path | None], record: LatentRecord, checks: CacheChecks
 ) -> Iterator[str]:
     """Yield how the sources of an item differ from its record. folders: of each file in the record."""
-    table, rate = item.table, record.options.get("source_fps")
+    table = item.table
+    rate = record.options.get("source_fps")
     if table.kind == "video" and rate != table.source_fps:
         yield f"made for source_fps = {rate}, {table.name} has {table.source_fps}"
     if table.directory is not None and (table.index, item.key) not in checks.checked:

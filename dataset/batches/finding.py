@@ -101,16 +101,16 @@ def _add_table(
 ) -> None:
     """Add the items of a table to `listing`, and their missing files."""
     store = stores.of(table)
-    texts_store = stores.of_texts(table)
     names = store.names()
     if table.index not in stores.elsewhere and may_be_mixed(table, names):
         _add_form_faults(listing, table, kind.tag)
     latent_files = _latent_files(names, kind)
-    stems = None
+    stems = None  # of the sources that are listed; None: any
     if kind.sources or store.is_shared:
         stems = _listed_stems(table, kind, latent_files)
     if stems is not None:
         listing.listed.setdefault(table.picture_folder, set()).update(stems)
+    texts_store = stores.of_texts(table)
     text_names = names if texts_store is store else texts_store.names()
     texts = _TextNames(table, text_names, kind.tag, listing) if kind.has_text else None
     sections = Counter[_Clip]()
@@ -119,7 +119,7 @@ def _add_table(
         sections = _count_sections(latent_files, kind.tag)
         if sound is not None and table.audio != IGNORE:
             sounds = _SoundNames(table, names=names, tag=kind.tag, spec=sound, listing=listing)
-    del names, text_names  # a million names: what is needed of them is held elsewhere
+    del names, text_names  # may be a million; what is needed of them is in `texts`, `sounds` and `sections`
     maker = _ItemMaker(
         table=table,
         kind=kind,
@@ -351,7 +351,8 @@ class _TextNames:
 
     def has(self, stem: str) -> bool:
         """Return whether the first text of a source is cached."""
-        text, folder = stem + self._end, self._table.cache_directory
+        text = stem + self._end
+        folder = self._table.cache_directory
         if text + cache_files.PART in self._unfinished_first:
             self._listing.unfinished_text[folder / (text + cache_files.PART)] = None
         elif text not in self._first:

@@ -97,7 +97,8 @@ class OfSource(Protocol):
 
 
 def tables_of(items: Iterable[OfSource]) -> list[DatasetTable]:
-    return [table for _, table in sorted({item.table.index: item.table for item in items}.items())]
+    by_index = {item.table.index: item.table for item in items}
+    return [by_index[index] for index in sorted(by_index)]
 
 
 def group_items(items: Iterable[TrainingItem]) -> dict[tuple[int, ...], list[TrainingItem]]:

@@ -241,11 +241,12 @@ def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list
     training: list[S] = []
     validation: list[S] = []
     for item in items:
-        held_back, table = chosen.get(item.table.index, (frozenset[str](), item.table))
-        if item.source_stem in held_back:
-            validation.append(dataclasses.replace(item, table=table))
-        else:
-            training.append(item)
+        if item.table.index in chosen:
+            held_back, as_validated = chosen[item.table.index]
+            if item.source_stem in held_back:
+                validation.append(dataclasses.replace(item, table=as_validated))
+                continue
+        training.append(item)
     return training, validation
 
 
@@ -354,7 +355,7 @@ def change_captions(
 ) -> tuple[str, ...]:
     """Return the texts that samples are trained with, as the tables change them each time.
 
-    texts: of the sources. chosen: as of `choose_captions`; a caption that is EMPTY stays so.
+    texts: of the sources. chosen: see `choose_captions`; a caption that is EMPTY stays so.
     """
     changed = []
     for place, (item, text, which) in enumerate(zip(items, texts, chosen, strict=True)):

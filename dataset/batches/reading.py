@@ -48,10 +48,10 @@ def read_batch(
     options, made from a source or a caption that has changed since, or not of the shape that the
     configuration asks for. checks: of the run, which remembers checked files. captions: the number of the
     caption to use of each item, or EMPTY; without it the first. stores: of the run, which keeps them open.
-    flips: which items are mirrored; () for none. undropped: the numbers before dropout, for a teacher, all
-    cached; if `captions` differ from them, the batch has these texts too. encoded: what was encoded for
-    items, by their places: tensors without batch dimension. For texts without a cache the batch has only
-    `captions`, as their files have them.
+    flips: which items are mirrored; () for none. undropped: for a teacher, the numbers before dropout, of
+    captions that are all cached; the batch also has these texts if `captions` differ. encoded: what was
+    encoded for items, by their places: tensors without batch dimension. For texts without a cache the batch
+    has only `captions`, as their files have them.
     """
     stores = stores or stores_for(items[0], latent)
     reader = _Reader(
@@ -67,8 +67,8 @@ def read_batch(
     for place, (item, side) in enumerate(zip(items, sides, strict=True)):
         media.append(reader.read_media(item, place, side))
     texts = reader.read_texts(items, numbers)
-    full_texts: list[_Part] = []
     tensors = _join_media_and_texts(media, texts, latent, commands)
+    full_texts: list[_Part] = []  # before dropout
     full_tensors: dict[str, Any] = {}
     if undropped and tuple(undropped) != tuple(numbers):
         full_texts = reader.read_texts(items, undropped)

@@ -121,10 +121,10 @@ class Catalog:
                     self.faults.append(f"{path} has no end: caching was stopped, or is still running")
                 elif path.suffix == ".tar":
                     self._add(name, read_old_shard(path))
-                    del self.bytes[name]
+                    del self.bytes[name]  # which counts shards of today's form only
                 else:
                     self._read_shard(path)
-            except FileNotFoundError:  # merged meanwhile: what took its place is there
+            except FileNotFoundError:  # merged meanwhile: the new shard has its entries
                 pass
             except OSError as error:
                 raise CacheError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -99,7 +99,8 @@ def recall_options(
 def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iterable[RepeatedOption]:
     """Yield the options of a remembered command that are known and still valid. key: which of them."""
     accepted = accepted_options(record)
-    folder, options = command.get("folder"), command.get(key)
+    folder = command.get("folder")
+    options = command.get(key)
     if not isinstance(folder, str) or not isinstance(options, dict):
         return
     for name, facts in options.items():

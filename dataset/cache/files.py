@@ -111,7 +111,9 @@ def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[st
     end = f"_{tag}{SUFFIX}"
     num_ends = 1 if kind == "image" else 2  # _0112x0080, _00000-017_0112x0080
     ends: dict[str, LatentName | None] = {}
-    tail, what = end + "?", None  # of the name before, which are mostly the same
+    # the end of the name before, and its meaning: mostly those of the next name, too
+    tail = end + "?"
+    what: LatentName | None = None
     for name in names:
         if not name.endswith(end) or name[0] == ".":
             continue

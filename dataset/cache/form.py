@@ -41,14 +41,13 @@ def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
 
     folder, form = table.cache_directory, table.cache_format
     shards = ShardStore(folder) if list_shards(folder) else None
-    names: Iterable[str] = ()
+    first = None  # the first cache in the other form alone
     if form == "shards":
-        names = single_files(folder, is_of_table)
-        if shards is not None:
-            names = (name for name in names if name not in shards)
+        single_names = single_files(folder, is_of_table)
+        first = next((name for name in single_names if shards is None or name not in shards), None)
     elif shards is not None:
-        names = (name for name in shards.names() if is_of_table(name) and not (folder / name).exists())
-    first = next(iter(names), None)
+        names_in_shards = filter(is_of_table, shards.names())
+        first = next((name for name in names_in_shards if not (folder / name).exists()), None)
     if first is not None:
         words = ["python", "tools/convert_cache.py", "--dataset_config", str(table.config_path), "--to", form]
         where = "a file of its own" if form == "shards" else "a shard"

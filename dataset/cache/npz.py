@@ -293,7 +293,9 @@ class NpzStore:
     # --- texts ---
 
     def _read_text(self, name: str) -> cache_files.Entry:
-        path, form, keys = self._path(name), self.form, self.text_keys
+        path = self._path(name)
+        form = self.form
+        keys = self.text_keys
         arrays = read_arrays(path, lambda array: array in keys or array in form.constants or array == OURS)
         is_part = name.endswith(cache_files.PART)
         if not is_part:

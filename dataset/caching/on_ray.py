@@ -118,14 +118,16 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
         gpus, cpus = options.gpus_per_actor, options.cpus_per_actor
         if gpus is None:
             gpus = 1.0 if available.get("GPU", 0) >= 1 else 0.0
-        actors = options.num_actors or (max(1, int(available.get("GPU", 0) / gpus)) if gpus else 1)
+        usual_actors = max(1, int(available.get("GPU", 0) / gpus)) if gpus else 1
+        actors = options.num_actors or usual_actors
         for name, needed in (("GPU", actors * gpus), ("CPU", actors * cpus)):
             if needed > available.get(name, 0):  # Ray would wait for them forever
                 raise DatasetError(
                     f"{actors} actors need {needed:g} {name}s, the cluster has {available.get(name, 0):g}. "
                     f"Give a smaller --num_actors or --{name.lower()}s_per_actor."
                 )
-        count = options.num_shards or actors * (SHARDS_PER_ACTOR if options.is_latents else 1)
+        shards_per_actor = SHARDS_PER_ACTOR if options.is_latents else 1
+        count = options.num_shards or actors * shards_per_actor
         logger.info("%d actors cache %d shards", actors, count)
         ray.data.DataContext.get_current().enable_progress_bars = False
         # a block for each, made here: tasks that cut blocks would wait for the cores that the actors have

@@ -185,7 +185,8 @@ class Planning:
         """Return the same as `plan`, faster: of many sources whose caches differ only in files and values,
         one is compared fully, and for the others only the source files are checked.
         """
-        shape, valid = self._shape(), self.recipe.valid
+        shape = self._shape()
+        valid = self.recipe.valid
         if shape in valid:
             return self._valid_plan(valid[shape])
         plan = self.plan()
@@ -202,7 +203,7 @@ class Planning:
     def _shape(self) -> tuple[object, ...] | None:
         """Return all that `plan` depends on besides unchanged source files; None if they changed."""
         source = self.source
-        # on the number of references it depends whether keys of the table count
+        # the number of control files decides which keys of the table matter
         shape: list[object] = [
             self.table.index,
             source.mask_from,

@@ -106,7 +106,8 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
     """
     code = DatasetError.exit_code
     if os.environ.get(RUN_GOES_ON):
-        code, commands = SOURCES_LEFT_OUT, ()
+        code = SOURCES_LEFT_OUT
+        commands = ()
     if not report.is_main:
         if report.failures:
             raise SystemExit(code)
@@ -357,7 +358,8 @@ def _estimate_frames(source: MediaSource) -> float:
 
 def check_memory(source: MediaSource) -> None:
     """Raise MediaError if a clip's frames do not fit into memory, before the system kills the program."""
-    needed, limit = estimate_decoded_bytes(source), 0
+    needed = estimate_decoded_bytes(source)
+    limit = 0
     with contextlib.suppress(AttributeError, ValueError, OSError):  # else unknown
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if limit and needed > 0.6 * limit:

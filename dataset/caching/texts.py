@@ -133,8 +133,8 @@ class TextWork:
             show_box("Caching texts", [("data", data), ("device", str(self._device))])
         files = [file for batch in pieces for file in batch]
         files = plan_texts(files, self._encoders, self.stores, self._workers)
-        following = iter(files)
-        batches = [tuple(itertools.islice(following, len(batch))) for batch in pieces]
+        planned = iter(files)  # as many as before, to be cut into the same batches
+        batches = [tuple(itertools.islice(planned, len(batch))) for batch in pieces]
         self._failed.clear()
         for file in files:
             if not file.missing:

@@ -245,7 +245,8 @@ class MediaWork:
         if keep_cache:
             return 0
         belongs = {name for index, name in right if index == table.index}
-        store, family = self.stores.of(table), self._family
+        store = self.stores.of(table)
+        family = self._family
         stale = self._existing[table.index].not_in(belongs, except_of=failed)
         of_sound = 0 if self._sound is None else self._sound.remove_stale(table, belongs, failed)
         is_ours = partial(is_latent_cache, architecture=family.name)

@@ -98,7 +98,9 @@ def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipFacts:
     one. Raises MediaError if the model does not take the size.
     """
     step, rows, columns = latent.stride
-    count, height, width = moments.shape[1], moments.shape[2] * rows, moments.shape[3] * columns
+    count = moments.shape[1]
+    height = moments.shape[2] * rows
+    width = moments.shape[3] * columns
     if height % latent.pixel_step or width % latent.pixel_step:
         raise MediaError(
             f"{path} is of a clip of {width}x{height}; the model takes sides that are multiples of "

@@ -192,7 +192,8 @@ def _open_csv(path: Path, kind: str) -> tuple[list[str], Any]:
     lines_with_ends = (f"{line}\n" for line in itertools.chain(head, lines))
     rows = csv.reader(lines_with_ends, delimiter=mark, strict=True)
     try:
-        names = [name.strip() for name in next(row for row in rows if row)]
+        first_row = next(row for row in rows if row)
+        names = [name.strip() for name in first_row]
     except StopIteration:
         raise DatasetError(f"{path} ends before the names of its columns") from None
     except csv.Error as error:
@@ -249,7 +250,8 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
 
 def _parquet_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
     columns = _parquet_columns(path, names)
-    for name, kind in columns.nested.items():  # whose size is unknown
+    if columns.nested:  # their size is unknown
+        name, kind = next(iter(columns.nested.items()))
         raise DatasetError(
             f"{path}: the column {name!r} holds {kind}, which is neither a text nor a list of them"
         )

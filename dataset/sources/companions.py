@@ -228,7 +228,9 @@ def read_companions(
         clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), small) for frame in frames][:count]
         if sizes.change is not None:
             changes.append(f"{path.name}: {sizes.change}")
-        return np.stack(clip + clip[-1:] * (count - len(clip)))
+        num_missing = count - len(clip)
+        last = clip[-1:]
+        return np.stack(clip + last * num_missing)
 
     fields: dict[str, Any] = {"references": tuple(map(read, here.references)), "size_changes": changes}
     if here.control_mask is not None:

@@ -30,17 +30,15 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
         yield source
         return
     with contextlib.ExitStack() as stack:
-        places: dict[Path, Path] = {}  # of copies: what they are called
+        path_of_copy: dict[Path, Path] = {}  # copy -> the path that errors name
+        folder: Path | None = None  # of copies, made for the first one
         paths = []
         for path, origin in source.parts:
             if isinstance(origin, (TarMember, ParquetCell)):
-                if not places:
-                    _sweep(tempfile.gettempdir())
-                    # Windows cannot remove a file that is still open: the next run does
-                    temporary = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
-                    folder = Path(stack.enter_context(temporary))
-                copy = _extract(origin, path, folder / str(len(places)))
-                places[copy] = path
+                if folder is None:
+                    folder = _temporary_folder(stack)
+                copy = _extract(origin, path, folder / str(len(path_of_copy)))
+                path_of_copy[copy] = path
                 paths.append(copy)
             else:
                 if isinstance(origin, Remote):
@@ -61,7 +59,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
             )
         except MediaError as error:
             text = str(error)
-            for copy, path in places.items():
+            for copy, path in path_of_copy.items():
                 text = text.replace(str(copy), str(path))
             raise type(error)(text) from error
 
@@ -72,6 +70,14 @@ def _sweep(folder: str) -> None:
         with contextlib.suppress(OSError):
             if left.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _temporary_folder(stack: contextlib.ExitStack) -> Path:
+    """Make a temporary folder, removed with the stack; folders that killed runs left are removed first."""
+    _sweep(tempfile.gettempdir())
+    # Windows cannot remove a file that is still open: the next run does
+    temporary = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+    return Path(stack.enter_context(temporary))
 
 
 def _extract(origin: TarMember | ParquetCell, path: Path, copy: Path) -> Path:

@@ -142,7 +142,7 @@ def resample_indices(num_frames: int, source_fps: float | None, target_fps: floa
     )
 
 
-# --- rates of clips beside those that their table states
+# --- rates of clips that their table does not state
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -174,7 +174,8 @@ def kept_rate(source: MediaSource, fps: float) -> float:
 def compare_rates(rate: float | None, stated: object, fps: float) -> str | None:
     """Return the fault if a file's rate differs from the stated one or, without one, from the model's."""
     if isinstance(stated, (int, float)):
-        expected, cause = float(stated), f"source_fps says {stated:g}"
+        expected = float(stated)
+        cause = f"source_fps says {stated:g}"
     elif stated is None:
         expected, cause = fps, "without source_fps all frames are used"
     else:  # "auto"

@@ -15,7 +15,7 @@ from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.opening import SOUND_SUFFIXES
 
 LOOKED_INTO = 1000  # names of a folder inside a folder
-# what lies beside media without being read: files of runs and caches, captions of other programs
+# files that are usual next to media and are not read: files of runs and caches, captions of other programs
 NO_MEDIA = {"prompts.txt", "check.html", "thumbs.db", "desktop.ini"}
 _USUAL = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db", ".txt"})
 _USUAL |= {".caption", ".csv", ".tsv", ".parquet", ".md"}
@@ -43,8 +43,8 @@ def remedy_of(suffix: str) -> str | None:
 
 
 def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
-    """Return a line that counts the files of a table's folder that nothing reads by their suffixes; None if
-    there are none, or if an earlier table has the same folder. What usually is next to media is not counted.
+    """Return a line with the number of unread files in a table's folder, by suffix; None if there are none,
+    or if an earlier table has the same folder. Files that are usual next to media are not counted.
 
     Raises DatasetError if the folder cannot be listed.
     """

@@ -247,7 +247,7 @@ def require_captions(sources: Sequence[MediaSource]) -> None:
 
 def warn_captions(sources: Sequence[MediaSource]) -> None:
     """Warn about captions that are missing or cannot be used, which text caching will refuse, before hours of
-    encoding clips. Of files at most MOST_READ are looked at.
+    encoding clips. At most MOST_READ files are read.
     """
     missing: list[MediaSource] = []
     bad: dict[Path, str] = {}

@@ -20,7 +20,7 @@ from modules.console import count_words
 from modules.errors import DatasetError
 from modules.paths import address_identity, address_name, short_hash, split_address
 
-# folders beside that of the clips, in CogVideoX form
+# folders next to that of the clips, in CogVideoX form
 MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
 PIECE = 1 << 20  # bytes
 # in the options of a record: how many references, and `ReferenceRules.factors`; that there is a mask
@@ -266,7 +266,9 @@ def split_name(address: str) -> tuple[str, str]:
     """Return the last part of an address, readable, and its suffix; without one, the host."""
     stem, dot, end = address_name(address).rpartition(".")
     if not stem or not 0 < len(end) < LONGEST_SUFFIX or not end.isalnum():
-        stem, dot, end = address_name(address), "", ""
+        stem = address_name(address)
+        dot = ""
+        end = ""
     return readable_stem(stem or split_address(address).hostname or ""), dot + end
 
 

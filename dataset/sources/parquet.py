@@ -175,7 +175,8 @@ def _read_struct(data: memoryview, place: int, depth: int = 0) -> tuple[dict[int
     values: dict[int, Any] = {}
     field = 0
     while data[place]:
-        step, kind = data[place] >> 4, data[place] & 15
+        step = data[place] >> 4
+        kind = data[place] & 15
         place += 1
         if step:
             field += step

@@ -58,7 +58,8 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
     assert table.references is not None
     if not any(source.control for source in sources):
         return sources
-    most, number = table.references.most, len(sources)
+    most = table.references.most
+    number = len(sources)
     over = [source for source in sources if len(source.control) > most]
     if over:
         logger.warning(

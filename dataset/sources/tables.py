@@ -141,7 +141,7 @@ def names_read(table: DatasetTable, path_column: str, caption_column: str) -> se
 def find_cells(path: Path, name: str, finds_nulls: bool) -> Cells | None:
     """Return a function row -> place of its file if the column `name` holds files; None if it does not.
 
-    finds_nulls: as of `cells_of`.
+    finds_nulls: see `cells_of`.
     """
     if table_format(path) != PARQUET:
         return None

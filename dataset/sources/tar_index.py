@@ -133,7 +133,7 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
     _refuse_compressed(file, tar)
     index = TarIndex()
     groups: dict[str, _Group] = {}  # by key
-    last = ""
+    last_key = ""  # of the last member read: a damage may have cut its group
     try:
         for member in read_members(file, size_bytes):
             folder, slash, base = member.name.removeprefix("./").rpartition("/")
@@ -141,10 +141,11 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
             if not ending or not start:  # also what begins with a dot
                 continue
             ending = ending.lower()
-            last = f"{folder}{slash}{start}"
-            group = groups.setdefault(last, {})
+            key = f"{folder}{slash}{start}"
+            last_key = key
+            group = groups.setdefault(key, {})
             if ending in group:
-                index.faults.append((last, f"{member.name} is there twice"))
+                index.faults.append((key, f"{member.name} is there twice"))
             elif f".{ending}" in (rules.caption_suffix, ".json"):
                 group[ending] = _read_text(file, member)
             else:
@@ -154,7 +155,7 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
             raise DatasetError(
                 f"{tar} is no tar, or it is damaged at its beginning. Make it again."
             ) from None
-        index.damage = _describe_damage(damage, groups, last)
+        index.damage = _describe_damage(damage, groups, last_key)
     for key, group in groups.items():
         try:
             sample = _sample(key, group, rules)
@@ -257,7 +258,8 @@ def _caption(texts: Mapping[str, str], rules: TarRules) -> str | None:
     for ending, text in texts.items():
         if text.startswith("\0"):
             raise ValueError(f"its .{ending} {text[1:]}")
-    caption_text, json_text = texts.get(rules.caption_suffix[1:]), texts.get("json")
+    caption_text = texts.get(rules.caption_suffix[1:])
+    json_text = texts.get("json")
     if caption_text is not None and not (rules.json_first and json_text is not None):
         return caption_text.strip()
     if json_text is None:

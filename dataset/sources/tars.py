@@ -85,7 +85,8 @@ def _sources(
     table: DatasetTable, samples: Sequence[tuple[Path, TarSample]], faults: list[media_source.Fault]
 ) -> list[media_source.MediaSource]:
     """Return the sources of samples. A sample's stem is its key, with a hash if two tars have that key."""
-    names = Counter(tar.name for tar in {tar for tar, _ in samples})
+    tars = {tar for tar, _ in samples}
+    names = Counter(tar.name for tar in tars)
     labels = {tar: tar.name if names[tar.name] == 1 else str(tar) for tar, _ in samples}
     stems = media_source.unique_stems(
         [media_source.readable_stem(sample.key) for _, sample in samples],
@@ -195,7 +196,7 @@ def _local_tars(name: str) -> list[Path]:
             raise DatasetError(f"{path} is a folder. Name its tars: {path / '*.tar'}")
         return [path]
     matches = sorted(glob.glob(str(path))) if has_wildcard(name) else []  # noqa: PTH207  # of any depth and root
-    # the caches may lie beside the sources
+    # the caches may be next to the sources
     matches = [name for name in matches if not media_source.OF_SHARDS.fullmatch(Path(name).name)]
     if not matches:
         where = "" if path.is_absolute() else f" (looked in {Path.cwd()})"
@@ -217,7 +218,7 @@ def expand_braces(pattern: str, where: str) -> list[str]:
         longer: list[str] = []
         for name in names:
             braces = _BRACES.search(name)
-            assert braces is not None  # equal but for what others stood for
+            assert braces is not None  # the names differ only in what earlier braces stood for
             options: Sequence[Any] = braces[1].split(",")
             width = 0
             limits = _RANGE.fullmatch(braces[1])

@@ -45,7 +45,7 @@ def solver_for(
     """Make a new solver with its schedule: "euler" (also "euler-trained", "euler-terminal", "euler-tenth",
     "euler-thousandth"), "unipc", "unipc-bh1", "dpm++", or one that adds noise: "dpm++sde", "lcm".
 
-    table, levels: as of `make_schedule`. draw: where the noise comes from; it is called only by a step that
+    table, levels: see `make_schedule`. draw: where the noise comes from; it is called only by a step that
     adds some. Raises ValueError for another name, or if a solver that adds noise has no `draw`.
     """
     schedule = make_schedule(name, steps, flow_shift, table=table, levels=levels)
@@ -63,7 +63,8 @@ class Euler:
     schedule: Schedule
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        sigma, sigma_next = self.schedule.sigmas[index], self.schedule.sigmas[index + 1]
+        sigma = self.schedule.sigmas[index]
+        sigma_next = self.schedule.sigmas[index + 1]
         return sample.float() + float(sigma_next - sigma) * velocity.float()
 
 
@@ -78,7 +79,8 @@ class Lcm:
     draw: Draw
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        here, following = _Level.at(self.schedule, index), _Level.at(self.schedule, index + 1)
+        here = _Level.at(self.schedule, index)
+        following = _Level.at(self.schedule, index + 1)
         x0 = sample.float() - here.sigma * velocity.float()
         return following.alpha * x0 + following.sigma * self.draw(sample.shape) if following.sigma > 0 else x0
 
@@ -218,7 +220,9 @@ def _weights(step: float, ratios: list[float]) -> list[float]:
     step: h of this step. ratios: distances of the predictions from its start, in units of h; one weight each.
     """
     phi = math.expm1(-step) / -step - 1
-    factorial, rows, right = 1.0, [], []
+    factorial = 1.0
+    rows = []
+    right = []
     for power in range(len(ratios)):
         rows.append([ratio**power for ratio in ratios])
         right.append(phi * factorial / math.expm1(-step))

@@ -114,7 +114,7 @@ class _Modulate(torch.autograd.Function):
 
 
 class _AddGated(torch.autograd.Function):
-    """Holds the gate itself instead of saving it.
+    """Add a gated branch; keep the gate as an attribute instead of saving it for the backward pass.
 
     A checkpoint recomputes up to the last saved tensor. A gate saved here, at the end of a block, would make
     it compute the last branch to its end, although no gradient depends on the result.
@@ -124,7 +124,9 @@ class _AddGated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gate: Tensor, branch: Tensor, split: int) -> Tensor:
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(branch)
-        ctx.gate, ctx.dtype, ctx.split = gate.detach(), branch.dtype, split
+        ctx.gate = gate.detach()
+        ctx.dtype = branch.dtype
+        ctx.split = split
         output = torch.empty_like(x)
         for part, added, target, times in split_segments(split, [gate], x, branch, output):
             # with `out` also because autocast casts what a plain addcmul gets

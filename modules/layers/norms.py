@@ -49,7 +49,8 @@ class TwoLayers(nn.Module):
         self._first, self._second = names.split()
         self.add_module(self._first, nn.Linear(sizes[0], sizes[1], bias=bias))
         self.add_module(self._second, nn.Linear(sizes[1], sizes[2], bias=bias))
-        self._activation, self._run = activation, run_float32 if in_float32 else in_own_dtype
+        self._activation = activation
+        self._run = run_float32 if in_float32 else in_own_dtype
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self._activation(self._run(getattr(self, self._first), x))

@@ -61,7 +61,8 @@ def on_grid(axes: Sequence[Tensor]) -> Tensor:
 
     axes: each n W/2 ..., with n positions along the axis and W of its channels. Returns L D/2 ...
     """
-    sizes, columns = [len(table) for table in axes], []
+    sizes = [len(table) for table in axes]
+    columns = []
     for axis, table in enumerate(axes):
         shape = [1] * len(axes) + list(table.shape[1:])
         shape[axis] = sizes[axis]

@@ -32,7 +32,7 @@ _SCREEN = 2.2  # value of 1 / gAMA that browsers take for the curve of sRGB
 _NEAR = 0.05  # how far the product of gAMA and _SCREEN may be from 1
 # x, y of white, red, green and blue of sRGB as cHRM states them (IEC 61966-2-1)
 _SRGB_PLACES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
-# codes of ITU-T H.273, as cICP and videos have them: primaries, and exponents as of gAMA; None: the curve of
+# codes of ITU-T H.273, as cICP and videos have them: primaries, and exponents as in gAMA; None: the curve of
 # sRGB, which browsers take those of television for too
 _CICP = "cicp"
 _INVERTED = "inverted"
@@ -78,7 +78,8 @@ def upright(file: Image.Image) -> Image.Image:
 
 def _note_facts(file: Image.Image) -> None:
     """Note in `info` what Pillow leaves out, before pixels are read."""
-    tile, key = getattr(file, "tile", None), file.info.get("transparency")
+    tile = getattr(file, "tile", None)
+    key = file.info.get("transparency")
     raw = str(tile[0][3]) if tile else ""
     if key is not None:  # Pillow leaves the transparent colour of a PNG as it is stored, and spreads pixels
         spread = {"L;2": 85, "L;4": 17}.get(raw, 1)
@@ -98,7 +99,8 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
 
     image: from `upright`. path: for messages.
     """
-    opacity, colours = _opacity(image), _srgb(path, image)
+    opacity = _opacity(image)
+    colours = _srgb(path, image)
     if opacity is None:
         return colours
     with_alpha = np.dstack([colours, opacity])
@@ -107,7 +109,8 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
 
 def coded_pixels(pixels: NDArray[np.uint8], frame: Any) -> NDArray[np.uint8]:
     """Return the pixels of FFmpeg's frame, H W 3 or 4, as sRGB."""
-    if (transform := code_transform(frame)) is None:
+    transform = code_transform(frame)
+    if transform is None:
         return pixels
     colours = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
     return np.dstack([np.asarray(ImageCms.applyTransform(colours, transform)), pixels[..., 3:]])
@@ -162,7 +165,8 @@ def _opacity(image: Image.Image) -> NDArray[np.uint8] | None:
 def _srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
     """Return the colours of a picture as sRGB, H W 3, whatever is transparent."""
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bit grey instead of scaling it
-        info, grey = image.info, (np.asarray(image) >> 8).astype(np.uint8)
+        info = image.info
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
         image = Image.fromarray(~grey if _INVERTED in info else grey)
         image.info = info
     profile = _profile_of(path, image)
@@ -221,7 +225,8 @@ def _transform(profile: _Profile) -> tuple[ImageCms.ImageCmsTransform | None, st
 
     The reason, None for a usable profile, is logged once for each.
     """
-    space, mode = profile.data[16:20].decode("latin-1").strip(), profile.mode
+    space = profile.data[16:20].decode("latin-1").strip()
+    mode = profile.mode
     if space != {"L": "GRAY"}.get(mode, mode):
         fault = f"its colour profile is for {space or 'nothing'}, its pixels are {mode}"
     else:
@@ -284,8 +289,11 @@ def _read_nclx(file: Image.Image) -> tuple[int, int] | None:
     stream.seek(0)
     _, marker, codes = stream.read(_BOX_BYTES).partition(b"colrnclx")
     stream.seek(place)
-    primaries, transfer = int.from_bytes(codes[:2], "big"), int.from_bytes(codes[2:4], "big")
-    return (primaries, 1 if transfer == _UNSAID else transfer) if marker else None
+    primaries = int.from_bytes(codes[:2], "big")
+    transfer = int.from_bytes(codes[2:4], "big")
+    if not marker:
+        return None
+    return primaries, 1 if transfer == _UNSAID else transfer
 
 
 def _curve(info: dict[Any, Any]) -> list[int] | None:

@@ -226,7 +226,8 @@ class Companions:
 
     def _can_hold(self, stream: Any) -> bool:
         """Return whether the new file can hold the stream, by writing a small file in memory."""
-        unplayed, context = _UNPLAYED.get(self._suffix), stream.codec_context
+        unplayed = _UNPLAYED.get(self._suffix)
+        context = stream.codec_context
         if stream.type == "audio" and unplayed and context is not None and unplayed.match(context.name):
             return False
         try:

@@ -91,7 +91,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
     orientation = AS_STORED
     if hides_alpha(stream):
         decoder = _alpha_decoder(path, stream.codec_context.name)
-        # this decoder is not given the matrix that the container holds
+        # frames of this decoder lack the rotation that the container states: take it from the stream's own
         with open_video(path) as (again, same_stream):
             first, _, _ = first_picture(path, again, same_stream)
             orientation = orientation_of(first)
@@ -124,7 +124,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
     frame_seconds = usual_seconds or 0.1
     if seconds is None or end_seconds + max(4 * frame_seconds, 0.3) >= seconds:
         return
-    # a picture may be held long at the end
+    # the last frame may be shown for long: only missing bytes prove that the file is cut
     if not _has_all_bytes(path):
         raise MediaError(
             f"{path} is cut short: it should last {float(seconds):.2f} s, the last of {num_frames} frames is "
@@ -334,10 +334,11 @@ def _durations(path: Path, most: int | None = None) -> list[float]:
     """
     with reading(path), path.open("rb") as file:
         start = file.read(6)
-        read_durations = (
-            _gif_durations if start[:4] == b"GIF8" else _webp_durations if start[:4] == b"RIFF" else None
-        )
-        if read_durations is None:
+        if start[:4] == b"GIF8":
+            read_durations = _gif_durations
+        elif start[:4] == b"RIFF":
+            read_durations = _webp_durations
+        else:
             return []
         durations: list[float] = []
         try:

@@ -118,7 +118,7 @@ def perceptual_hash(frame: Frame) -> int:
     if grey.std() < FLAT:
         return 0
     terms = cv2.dct(grey)[:HASH_BLOCK, :HASH_BLOCK].ravel()[1:]
-    # rounded: terms that are 0 but for rounding give 0 everywhere
+    # rounded, so that terms that differ from 0 by rounding errors only give 0 everywhere
     is_above = np.round(terms, 4) > round(float(np.median(terms)), 4)
     return int("".join("1" if bit else "0" for bit in is_above), 2)
 

@@ -148,7 +148,8 @@ def media_colours(path: Path) -> Colours:
 
 def read_mask(path: Path) -> Frame:
     """Read a mask, H W 3: white counts; if it is drawn by transparency, opaque does. Raises MediaError."""
-    look, frame = MaskLook(), read_image(path, alpha=True)
+    look = MaskLook()
+    frame = read_image(path, alpha=True)
     on_white, opacity = look.add(frame)
     return np.repeat(opacity[..., None], 3, axis=2) if look.is_drawn else on_white
 
@@ -157,15 +158,18 @@ class MaskLook:
     """Whether a mask is drawn by its transparency: it has some, and all that can be seen has one colour."""
 
     def __init__(self) -> None:
-        self._lows, self._highs = np.full(3, 255), np.zeros(3, int)
+        self._lows = np.full(3, 255)
+        self._highs = np.zeros(3, int)
         self._is_transparent = False
 
     def add(self, frame: Frame) -> tuple[Frame, Frame]:
         """Look at a frame of the mask, H W 3 or 4; return it on white, H W 3, and how opaque it is, H W."""
         if frame.shape[2] == 3:
-            opacity, on_white = np.full(frame.shape[:2], 255, np.uint8), frame
+            opacity = np.full(frame.shape[:2], 255, np.uint8)
+            on_white = frame
         else:
-            opacity, on_white = np.ascontiguousarray(frame[..., 3]), blend_on_white(frame)
+            opacity = np.ascontiguousarray(frame[..., 3])
+            on_white = blend_on_white(frame)
             self._is_transparent = self._is_transparent or int(opacity.min()) < 255
         visible = frame[..., :3][opacity > 127]
         if len(visible):
@@ -207,7 +211,7 @@ def resize_cover(
 
 
 def fit_frame(frame: Frame, fit: Fit, place: tuple[float, float] | None = None) -> Frame:
-    """Resize and crop a frame, as `fit` says. place: as of `resize_cover`."""
+    """Resize and crop a frame, as `fit` says. place: see `resize_cover`."""
     resized = resize_frame(frame, fit.resized, fit.interpolation)
     left, top = fit.crop
     if place is not None:
@@ -240,7 +244,7 @@ def resize_stretched(frame: Frame, size: Size) -> Frame:
 
 
 def first_frame(path: Path, alpha: bool = False) -> Frame:
-    """Read an image or a clip's first frame, H W 3. alpha: as of `read_image`. Raises MediaError."""
+    """Read an image or a clip's first frame, H W 3. alpha: see `read_image`. Raises MediaError."""
     return next(video_frames(path, alpha)) if _plays(path) else read_image(path, alpha)
 
 
@@ -285,7 +289,8 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
             frame, start = timed.frame, timed.start
             shown = float(frame.duration * stream.time_base) if frame.duration else usual_seconds
             pixels = coded_pixels(decoding.frame_pixels(frame, stream, alpha=alpha), frame)
-            if (width := decoding.square_width(frame, stream)) != frame.width:
+            width = decoding.square_width(frame, stream)
+            if width != frame.width:
                 pixels = resize_frame(pixels, (width, frame.height), "lanczos")
             yield decoding.turn_upright(pixels, timed.orientation), start, start + shown
 
@@ -321,8 +326,8 @@ def frames_at(
     file ends. Raises MediaError as `video_frames`, and if a frame is shown longer than MAX_SHOWN_SECONDS.
     """
     moments = iter(seconds)
-    place = next(moments)
-    begin = 0.0  # of the file
+    moment = next(moments)
+    file_start = 0.0
     shown: Frame | None = None
     start = 0.0  # of the shown frame
     end = 0.0
@@ -330,13 +335,13 @@ def frames_at(
     is_first = True
     for frame, frame_start, frame_end in timed_frames(path, alpha):
         if shown is None:
-            begin = frame_start
-        while shown is not None and place < frame_start - begin:
+            file_start = frame_start
+        while shown is not None and moment < frame_start - file_start:
             _check_shown(path, frame_start - start)
-            yield shown, number, place
+            yield shown, number, moment
             is_first = False
-            place = next(moments, math.inf)
-        if place == math.inf:
+            moment = next(moments, math.inf)
+        if moment == math.inf:
             return
         shown = frame
         start = frame_start
@@ -344,10 +349,10 @@ def frames_at(
         number += 1
     assert shown is not None  # else `timed_frames` raises
     _check_shown(path, end - start)
-    while is_first or place < end - begin:
-        yield shown, number, place
+    while is_first or moment < end - file_start:
+        yield shown, number, moment
         is_first = False
-        place = next(moments, math.inf)
+        moment = next(moments, math.inf)
 
 
 def video_info(path: Path) -> VideoInfo:
@@ -499,7 +504,9 @@ def pick_frames(
     """
     number = count_frames(path, threads)
     for _ in range(TRIES):
-        chosen, count, frames = choose(number), 0, []
+        chosen = choose(number)
+        count = 0
+        frames = []
         for count, frame in enumerate(video_frames(path, threads=threads), 1):
             if count - 1 in chosen:
                 frames.append(reduce(frame))

@@ -170,9 +170,10 @@ def is_text(stream: Any) -> bool:
 
 
 def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any], Iterator[Any]]]:
-    """Add a stream of text to a file with this suffix for the text of `source`, a stream of another file.
+    """Add a subtitle stream to `target`, for the subtitles of `source`, a stream of another file.
 
-    Returns it, and a function from packets of `source` to packets to write.
+    suffix: of the target. Returns the new stream, and a function from packets of `source` to packets of the
+    new stream.
     """
     stream = target.add_stream(_ENCODERS[suffix])
     stream.codec_context.subtitle_header = _HEADER

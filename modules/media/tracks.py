@@ -44,7 +44,9 @@ class TrackSound:
             frame = av.AudioFrame.from_ndarray(
                 np.ascontiguousarray(part), format="fltp", layout=self._stream.layout.name
             )
-            frame.sample_rate, frame.pts, frame.time_base = self._rate, self._written, Fraction(1, self._rate)
+            frame.sample_rate = self._rate
+            frame.pts = self._written
+            frame.time_base = Fraction(1, self._rate)
             self._written = end
             target.mux(self._stream.encode(frame))
         if seconds is None:

@@ -158,7 +158,7 @@ class Timing:
         """
         waiting = None
         first: int | None = None  # when the first packet is stored, in ticks
-        ahead: int | None = None  # ticks between those that are stored before the first is shown
+        ahead: int | None = None  # ticks between packets that are stored before the first picture is shown
         for packet in packets:
             shown = round(packet.pts * packet.time_base * self._rate)
             stored = round(packet.dts * packet.time_base * self._rate)
@@ -166,9 +166,9 @@ class Timing:
             packet.pts, packet.duration = self._shown[shown]
             if stored >= 0:
                 packet.dts = self._shown[stored].start
-            else:  # counted backwards
+            else:  # counted backwards from the first picture
                 if ahead is None:
-                    # the shortest of the first: with a mean, pictures held long would begin the file early
+                    # the shortest picture so far: a mean of long ones would make the file begin too early
                     ahead = min(place.length for place in self._shown.values())
                 packet.dts = round(self._begin * self._ticks) + stored * ahead
             if first is None:
@@ -265,11 +265,11 @@ def write_shown(
 
     frames: read one at a time; 8 and 16 bits may be mixed. Their times rise. rate: pictures a second if they
     come evenly; places n / rate are kept exactly, others to a twentieth of a millisecond, in .mkv to half of
-    one. codec, crf, preset, bit_rate: as of `write_video`. companions_of: a video whose sound, subtitles,
+    one. codec, crf, preset, bit_rate: see `write_video`. companions_of: a video whose sound, subtitles,
     attachments, chapters and tags go into this one as they are; parts that the format cannot hold are logged.
     covers: whether its cover pictures go too, and whatever else may show the old pictures. section_of: a part
     of a video whose sound goes into this one, in place of all that. track: generated sound, likewise. tags:
-    as of `write_video`; they replace the video's own. Raises MediaError if there is no frame, the codec does
+    see `write_video`; they replace the video's own. Raises MediaError if there is no frame, the codec does
     not fit the suffix or the pictures, or their size changes; ValueError if their times do not rise;
     OutputError if the file cannot be written.
     """
@@ -415,7 +415,9 @@ def join_segments(
                     stream.time_base = 1 / _rate(fps)
                 for packet in source.demux(source.streams.video[0]):
                     if packet.size:  # the last one is empty
-                        packet.time_base, packet.duration, packet.stream = 1 / _rate(fps), 1, stream
+                        packet.time_base = 1 / _rate(fps)
+                        packet.duration = 1
+                        packet.stream = stream
                         packet.pts = packet.dts = next(number)
                         target.mux(packet)
 

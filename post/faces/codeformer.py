@@ -73,8 +73,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = _norm(width_in), _conv(width_in, width)
-        self.norm2, self.conv2 = _norm(width), _conv(width, width)
+        self.norm1 = _norm(width_in)
+        self.conv1 = _conv(width_in, width)
+        self.norm2 = _norm(width)
+        self.conv2 = _conv(width, width)
         self.conv_out = None if width_in == width else nn.Conv2d(width_in, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -245,7 +245,7 @@ def _load(
         return load_planned(read(checkpoint), build, device=device, dtype=dtype_of, what=what)
 
 
-# Find the files that restoring faces takes: the model, and beside it the detector and ParseNet.
+# Find the files that restoring faces takes: the model, and next to it the detector and ParseNet.
 # without suffix, the first that is there counts
 MODELS = {
     GFPGAN: ("GFPGANv1.4", "GFPGANv1.3", "GFPGANCleanv1-NoCE-C2"),
@@ -293,8 +293,8 @@ def _find_detector(name: str, folder: Path, mode: str) -> Path:
     what = f"--detection_model {name}"
     if name in RETINAFACES:
         stem = RETINAFACES[name]
-        is_larger = stem == next(iter(RETINAFACES.values()))  # tools/download.py has no other
-        task = mode if is_larger else None
+        is_first = stem == next(iter(RETINAFACES.values()))
+        task = mode if is_first else None  # tools/download.py has only the first
         return _first_file(folder, (stem,), what, origin=ORIGINS[stem], task=task)
     if name == YUNET:
         files = [path for path in sorted(folder.glob("*.onnx")) if "yunet" in path.name.lower()]

@@ -123,10 +123,13 @@ class RetinaFace(nn.Module):
         """
         fine, middle, coarse = self.fpn(self.body(x))
         scales = [self.ssh1(fine), self.ssh2(middle), self.ssh3(coarse)]
-        classes, boxes, landmarks = (
-            torch.cat([head(scale) for head, scale in zip(heads, scales, strict=True)], dim=1).float()
-            for heads in (self.ClassHead, self.BboxHead, self.LandmarkHead)
-        )
+
+        def run_heads(heads: nn.ModuleList) -> Tensor:
+            return torch.cat([head(scale) for head, scale in zip(heads, scales, strict=True)], dim=1).float()
+
+        classes = run_heads(self.ClassHead)
+        boxes = run_heads(self.BboxHead)
+        landmarks = run_heads(self.LandmarkHead)
         return classes.softmax(dim=-1)[..., 1], boxes, landmarks
 
 

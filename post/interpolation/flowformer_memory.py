@@ -73,7 +73,7 @@ class MemoryConfig:
     tokens: int  # K
     width: int  # D
     context: int  # C
-    context_part: int  # channels of the context beside a token
+    context_part: int  # channels of the context next to a token
     costs: tuple[int, int, int]  # widths of the convolutions over a cost map
     layers: int
 

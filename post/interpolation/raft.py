@@ -50,8 +50,10 @@ class RaftResidual(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int, norm: Norm) -> None:
         super().__init__()
-        self.conv1, self.norm1 = conv(inputs, width, stride=stride), norm(width)
-        self.conv2, self.norm2 = conv(width, width), norm(width)
+        self.conv1 = conv(inputs, width, stride=stride)
+        self.norm1 = norm(width)
+        self.conv2 = conv(width, width)
+        self.norm2 = norm(width)
         self.downsample = nn.Sequential(conv(inputs, width, 1, stride), norm(width)) if stride > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +68,8 @@ class RaftEncoder(nn.Module):
     def __init__(self, stages: tuple[int, int, int], outputs: int, norm: Norm) -> None:
         super().__init__()
         first, second, third = stages
-        self.conv1, self.norm1 = conv(3, first, 7, stride=2), norm(first)
+        self.conv1 = conv(3, first, 7, stride=2)
+        self.norm1 = norm(first)
         self.layer1 = nn.Sequential(RaftResidual(first, first, 1, norm), RaftResidual(first, first, 1, norm))
         self.layer2 = nn.Sequential(
             RaftResidual(first, second, 2, norm), RaftResidual(second, second, 1, norm)
@@ -88,8 +91,10 @@ class MotionEncoder(nn.Module):
     def __init__(self, inputs: int, correlation: tuple[int, int], flow: tuple[int, int], motion: int) -> None:
         """inputs: channels of the correlation. motion: output channels, including the flow."""
         super().__init__()
-        self.convc1, self.convc2 = conv(inputs, correlation[0], 1), conv(*correlation)
-        self.convf1, self.convf2 = conv(2, flow[0], 7), conv(*flow)
+        self.convc1 = conv(inputs, correlation[0], 1)
+        self.convc2 = conv(*correlation)
+        self.convf1 = conv(2, flow[0], 7)
+        self.convf2 = conv(*flow)
         self.conv = conv(correlation[1] + flow[1], motion - 2)
 
     def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
@@ -162,7 +167,8 @@ class FlowHead(nn.Module):
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.conv1, self.conv2 = conv(hidden, width), conv(width, 2)
+        self.conv1 = conv(hidden, width)
+        self.conv2 = conv(width, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv2(relu(self.conv1(x)))

@@ -91,11 +91,12 @@ class Interpolator:
             count += 1
             before = now
         if before is None:
-            return  # what that means is known where it was to be read
+            return  # whoever reads the file raises the error
         if count == 1:
             raise MediaError(f"{clip.path} has one picture: pictures can be made between two or more only.")
         last = before.picture
-        # one that is held long stays: only one of an even rate is cut to the new rate
+        # at an even rate the last picture is shown for one step of the new rate; if it is shown longer, it is
+        # shortened by one step of the old rate at most
         usual = 1 / clip.rate if clip.rate else last.seconds
         shown = max(last.seconds / self._options.factor, last.seconds - usual)
         yield replace(last, seconds=shown)

@@ -61,7 +61,8 @@ class Residual(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = prelu(width, width), prelu(side, side)
         self.conv3, self.conv4 = prelu(width, width), prelu(side, side)
-        self.conv5, self.prelu = conv(width, width), nn.PReLU(width)
+        self.conv5 = conv(width, width)
+        self.prelu = nn.PReLU(width)
         self._side = side
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,8 +104,10 @@ class Update(nn.Module):
 
     def __init__(self, feature: int, config: UpdateConfig) -> None:
         super().__init__()
-        self.convc1, self.convc2 = conv(2 * CHANNELS, config.correlation[0], 1), conv(*config.correlation)
-        self.convf1, self.convf2 = conv(4, config.flow[0], 7), conv(*config.flow)
+        self.convc1 = conv(2 * CHANNELS, config.correlation[0], 1)
+        self.convc2 = conv(*config.correlation)
+        self.convf1 = conv(4, config.flow[0], 7)
+        self.convf2 = conv(*config.flow)
         self.conv = conv(config.correlation[1] + config.flow[1], config.motion)
         hidden = config.hidden
         self.gru = self._two(config.motion + 4 + feature, hidden, hidden)
@@ -299,7 +302,7 @@ class Compared:
     """Correlations of the features of two pictures, in both directions."""
 
     def __init__(self, first: Maps, second: Maps) -> None:
-        # few lookups: storing all products would take longer, and memory beside the largest layers
+        # few lookups: storing all products would take longer, and memory in addition to the largest layers
         self._forth = Correlation(first.matching, second.matching, keeps_volume=False)
         self._back = Correlation(second.matching, first.matching, keeps_volume=False)
         self._grid = grid_of(first.matching)

@@ -129,7 +129,7 @@ class ResidualGroup(nn.Module):
         self.blocks = nn.ModuleList(Block(config, heads) for _ in range(depth))
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        """x: B H W C. index: as of `Attention.bias`."""
+        """x: B H W C. index: see `Attention.bias`."""
         for number, block in enumerate(self.blocks):
             shift = self.window // 2 if number % 2 else 0
             if shift:
@@ -213,7 +213,8 @@ def convolution(inputs: int, outputs: int) -> nn.Conv2d:
 
 def convolutions(config: SwinirConfig) -> nn.Module:
     """Return the convolutions after a layer: one, or three with a bottleneck of a quarter of the channels."""
-    dim, narrow = config.dim, config.dim // 4
+    dim = config.dim
+    narrow = config.dim // 4
     if config.convolutions == 1:
         return convolution(dim, dim)
     return nn.Sequential(

@@ -226,7 +226,8 @@ def checkpoint_blocks(
 
 def _policy(_: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:
     """Keep the result of an expensive attention, by the operator's name and the size of query and key."""
-    name, tensors = operator.name(), (*inputs, *named.values())
+    name = operator.name()
+    tensors = (*inputs, *named.values())
     if name.startswith(ATTENTION):
         keeps = "backward" not in name and tensors[1].numel() * SHORT >= tensors[0].numel()
     else:
@@ -325,7 +326,9 @@ class _CommonInputs:
 
     def forget(self) -> None:
         """Release everything until the backward pass: all pieces are computed."""
-        self._tensors, self._pieces, self._done = None, (), 0
+        self._tensors = None
+        self._pieces = ()
+        self._done = 0
 
     def compute(self, index: int, device: object) -> Tensor:
         """Compute one piece; the backward pass recomputes each once."""

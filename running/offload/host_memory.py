@@ -50,7 +50,8 @@ def machine_of(environment: Mapping[str, str]) -> Machine | None:
     has_joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not has_joined or int(environment.get("LOCAL_WORLD_SIZE", "1")) == 1:
         return None
-    rank, local = torch.distributed.get_rank(), int(environment.get("LOCAL_RANK", "0"))
+    rank = torch.distributed.get_rank()
+    local = int(environment.get("LOCAL_RANK", "0"))
     return Machine(local, rank - local)
 
 
@@ -100,7 +101,10 @@ def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
 
     No tensor is in two pieces, as a copy may not cross their border, and no page does.
     """
-    starts, pieces, begin, end = list[int](), list[range](), 0, 0
+    starts = list[int]()
+    pieces = list[range]()
+    begin = 0
+    end = 0
     for size in sizes:
         if size and begin < end and end + size > begin + PIECE:  # the driver refuses pieces of nothing
             pieces.append(range(begin, end))

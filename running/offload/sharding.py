@@ -245,7 +245,8 @@ def trained_rows(weight: Any) -> nn.Parameter:
     part = nn.Parameter(rows_here(weight))
 
     def take(weight: Any) -> None:
-        gradient, weight.grad = weight.grad.to_local(), None
+        gradient = weight.grad.to_local()
+        weight.grad = None
         part.grad = gradient if part.grad is None else part.grad.add_(gradient)
 
     weight.register_post_accumulate_grad_hook(take)

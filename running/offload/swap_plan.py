@@ -91,7 +91,8 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
     """
     swapped = spec.swap_counts(blocks) if blocks else [0] * len(totals)
     if not _fits(totals, swapped):
-        most, has = most_blocks(totals, spec.swap_counts), " + ".join(map(str, totals))
+        most = most_blocks(totals, spec.swap_counts)
+        has = " + ".join(map(str, totals))
         raise OptionError(
             f"--blocks_to_swap {blocks}: the transformer has {has} blocks, at most {most} can be "
             f"swapped. Use {most} or less"

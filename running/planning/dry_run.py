@@ -89,7 +89,9 @@ class Ledger(TorchDispatchMode):
 
     def enter(self, place: str) -> None:
         """Enter another place of the run: live tensors without another kind count as kept."""
-        self._place, self._number, self._here = place, self._number + 1, 0
+        self._place = place
+        self._number += 1
+        self._here = 0
         self._compare()
 
     def forget_peaks(self) -> None:
@@ -125,7 +127,7 @@ class Ledger(TorchDispatchMode):
         key = id(storage)
         if key in self._known:
             reference, allocation = self._known[key]
-            if reference() is storage:
+            if reference() is storage:  # not a new one with the id of one that is gone
                 if kind is not None and allocation.kind != kind:
                     self._add(allocation, -1)
                     allocation.kind = kind
@@ -169,14 +171,14 @@ def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
     """Run an operation; the result has values if all inputs have, or if it creates a small integer tensor."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
-    if tensors and not fakes:
-        is_sent = kwargs.get("device") == device != HOST
-        if is_sent and any(tensor.is_floating_point() for tensor in tensors):
+    if tensors and not fakes:  # all inputs have values
+        goes_to_device = device != HOST and kwargs.get("device") == device
+        if goes_to_device and any(tensor.is_floating_point() for tensor in tensors):
             dtype = kwargs.get("dtype") or tensors[0].dtype
             return torch.empty(tensors[0].shape, dtype=dtype, device=device)
         with unset_fake_temporarily():
             return func(*args, **kwargs)
-    if len(fakes) < len(tensors):
+    if len(fakes) < len(tensors):  # only some inputs have values, which are not needed then
         fake_device = fakes[0].device
 
         def without_values(tensor: Tensor) -> Tensor:
@@ -315,13 +317,18 @@ def _watch(
             if is_first and x.requires_grad:
                 x.register_hook(entering("backward before the blocks"))
             ledger.inputs[name] = round_up_bytes(x.nbytes)
-            # both ends of a list have two places: the outermost block, and one like all those between
-            where = ("first", SECOND, "between")[min(index, 2)]
+            # two places at each end of a list: the outermost block, and one that is like all those between
             count = ledger.counts[name]
             if index == count - 1:
                 where = "last"
-            elif 1 < index == count - 2:
+            elif index == 0:
+                where = "first"
+            elif index == 1:
+                where = SECOND
+            elif index == count - 2:
                 where = BEFORE_LAST
+            else:
+                where = "between"
             ledger.enter(f"forward of {name}, {where}")
             result = forward(x, *inputs)
         ledger.enter("forward outside the blocks")

@@ -81,7 +81,8 @@ def _rms_norm(
 ) -> Tensor:
     """Stand in for `torch.nn.functional.rms_norm` on CUDA: one kernel, under autocast in float32."""
     if torch.is_autocast_enabled(x.device.type):
-        x, weight = x.float(), None if weight is None else weight.float()
+        x = x.float()
+        weight = None if weight is None else weight.float()
     return _RmsNorm.apply(x, weight, len(shape))
 
 

@@ -195,9 +195,11 @@ def parts_of(
     """Return a moment as lines of a plan. waiting: bytes of activations in host memory."""
     parts = []
     for kind, name in NAMES.items():
-        size, host = moment.get(kind, 0), 0
+        size = moment.get(kind, 0)
+        host = 0
         if kind == dry_run.WEIGHTS:
-            size, host = size - swap.saved, swap.host
+            size -= swap.saved
+            host = swap.host
         elif kind == dry_run.KEPT:
             host = waiting
         if size or host:

@@ -318,7 +318,8 @@ class Feed:
     def read(self, key: Key) -> NoisyBatch:
         """Read a micro-batch. Raises CacheError with the caching command if a cache cannot be used."""
         epoch, index = key
-        number, items = epoch * self.order.num_batches + index, self.order.epoch(epoch)[index]
+        number = epoch * self.order.num_batches + index
+        items = self.order.epoch(epoch)[index]
         seed, plan = self.randomness.seed, self.plan
         captions = choose_captions(items, seed, number, epoch)
         flips: Sequence[bool] = ()
@@ -353,7 +354,8 @@ class Feed:
         epoch, index = key
         if len(self.randomness.experts) == 1:
             return 0
-        number, items = epoch * self.order.num_batches + index, self.order.epoch(epoch)[index]
+        number = epoch * self.order.num_batches + index
+        items = self.order.epoch(epoch)[index]
         width, height, *frames = items[0].bucket
         shape = self.sources.latent.shape(frames[0] if frames else 1, height, width)
         return self.randomness.draw(len(items), number, self.order.items_before(*key), shape).expert

@@ -77,9 +77,11 @@ def draw(
         return shares_of_uniform(options, low + u * (high - low), noise, flow_shift)
 
     def draw_again(shares: Tensor, expert: Expert, low: float, high: float) -> Tensor:
-        while not (fits := is_accepted(options, shares, noise, expert)).all():
+        while True:
+            fits = is_accepted(options, shares, noise, expert)
+            if fits.all():
+                return shares
             shares = torch.where(fits, shares, shares_between(uniform(), low, high))
-        return shares
 
     u = uniform()
     if options.num_timestep_buckets is not None:
@@ -103,7 +105,8 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
     mu grows linearly with the number of tokens (`SIZE_SHIFTS`).
     Raises OptionError if a sampler follows the size and the family's shift does not, or counts other tokens.
     """
-    line, is_logit = _line_of(options), options.timestep_sampling == SHIFTED_LOGIT
+    line = _line_of(options)
+    is_logit = options.timestep_sampling == SHIFTED_LOGIT
     if line is None and not is_logit:
         return options.flow_shift
     if noise.tokens is None:
@@ -176,9 +179,10 @@ def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_
 
 
 def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Timesteps:
-    """Return sigmas and timesteps at these shares of noise, or places in the table: B, 0..1.
+    """Return sigmas and timesteps at these shares of noise.
 
-    Timesteps are 1000 t and the family's offset.
+    shares: B, 0..1; for a family with a table of sigmas, places in the table. Timesteps are 1000 times the
+    share, plus the family's offset.
     """
     if noise.table:
         places = ((NUM_TIMESTEPS * shares.double() - NEARLY).ceil() - 1).clamp(0, NUM_TIMESTEPS - 1).long()
@@ -297,7 +301,8 @@ def _mixed(options: TimestepOptions, numbers: Tensor, flow_shift: float) -> Tens
 
     The number's place within a sampler's share is uniform again, and is fed to it.
     """
-    t, start = torch.zeros_like(numbers), 0.0
+    t = torch.zeros_like(numbers)
+    start = 0.0
     for sampler, share in MIXTURES[options.timestep_sampling]:
         place = ((numbers - start) / share).clamp(1e-9, 1 - 1e-9)
         normal = torch.special.ndtri(place)

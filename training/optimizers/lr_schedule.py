@@ -191,7 +191,10 @@ def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
     """
     *rules, last = str(text).split(",")
     try:
-        read = [(float(factor), int(until)) for factor, until in (rule.split(":") for rule in rules)]
+        read: list[tuple[float, int]] = []
+        for rule in rules:
+            factor, until = rule.split(":")
+            read.append((float(factor), int(until)))
         return read, float(last)
     except ValueError:
         raise OptionError(
@@ -225,7 +228,8 @@ class CurveSchedule(LambdaLR):
         self.go_to(self.last_epoch + 1)
 
     def go_to(self, step: int) -> None:
-        self.last_epoch, self._step_count = step, step + 1
+        self.last_epoch = step
+        self._step_count = step + 1
         self._last_lr = [
             base * factor(step) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
         ]

@@ -127,7 +127,7 @@ def check_arguments(
 ) -> None:
     """Raise OptionError for an argument that a class does not have, naming the nearest.
 
-    given: names of arguments that are not the option's.
+    excluded: names of arguments that cannot be given with the option.
     """
     try:
         parameters = inspect.signature(kind).parameters
@@ -307,12 +307,12 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[s
 
     Raises OptionError if the optimizer keeps something else than tensors and plain values.
     """
-    states = {
-        names[parameter]: plain_state(dict(optimizer.state[parameter]), names[parameter])
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter in optimizer.state
-    }
+    states: dict[str, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in optimizer.state:
+                name = names[parameter]
+                states[name] = plain_state(dict(optimizer.state[parameter]), name)
     groups = [
         {
             **plain_state(_settings(group), "group"),
@@ -351,7 +351,7 @@ def restore_optimizer(
             continue
         state: dict[str, Any] = {}
         for key, value in saved_state.items():
-            # of what was on the host only step counters stay there: a run on the CPU has all of it there
+            # step counters stay on the host if they were there; a run on the CPU had the moments there, too
             stays_on_host = key in saved["on_host"] and not getattr(value, "ndim", 0)
             state[key] = _copied(value, "cpu" if stays_on_host else device)
         optimizer.state[parameter] = state

@@ -85,7 +85,9 @@ class ParameterSteps:
 
     @torch.no_grad()
     def step(self, parameter: Parameter) -> None:
-        value, gradient, weight = parameter.detach(), parameter.grad, self.split.get(parameter)
+        value = parameter.detach()
+        gradient = parameter.grad
+        weight = self.split.get(parameter)
         assert gradient is not None
         gathers = weight is not None and not steps_numbers(type(self.optimizer))
         if gathers and weight is not None:
@@ -112,7 +114,7 @@ class ParameterSteps:
         return precise.detach()
 
     def _round(self, parameter: Parameter, value: Tensor, weight: Tensor | None) -> Tensor:
-        """Round new values of a parameter to bf16 at random. weight: as of `stochastic_bfloat16`."""
+        """Round new values of a parameter to bf16 at random. weight: as in `stochastic_bfloat16`."""
         seed = derive_seed(self.progress.seed, "rounding", self.progress.step, self.names[parameter])
         # on the parameter's device: bits for billions of weights take seconds on a CPU
         generator = torch.Generator(parameter.device).manual_seed(seed)

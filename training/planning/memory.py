@@ -241,19 +241,17 @@ def plan_one_card(
     compiled = [] if options.speed.compilation.choice is None else [COMPILED]
 
     def plan(blocks: int, remarks: Sequence[str]) -> memory_plan.MemoryPlan:
-        phase, host = prediction.phase(blocks), host_room()
+        phase = prediction.phase(blocks)
+        host = host_room()
         remarks = (*remarks, *compiled)
         if prediction.takes_turns and host is not None and phase.host > host:
             remarks = (*remarks, _host_remark(options, phase.host, host))
         return prediction.plan(blocks, remarks)
 
-    memory_plan.print_plan(
-        prediction,
-        options.speed.swap,
-        room,
-        plan,
-        lambda room: advice(family, prediction, noisy_batch, room=room, device=device),
-    )
+    def advise(known_room: Room) -> list[str]:
+        return advice(family, prediction, noisy_batch, room=known_room, device=device)
+
+    memory_plan.print_plan(prediction, options.speed.swap, room, plan_of=plan, advice=advise)
 
 
 def _host_remark(options: TrainingOptions, needed: int, free: int) -> str:
@@ -271,7 +269,8 @@ def prepare_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]
     device. Raises MemoryPlanError if auto cannot be resolved.
     """
     family, options, accelerator = plan.family, plan.options, plan.accelerator
-    device, room = accelerator.device, room_on(accelerator.device)
+    device = accelerator.device
+    room = room_on(accelerator.device)
 
     def rehearse_largest() -> StepPrediction:
         noisy_batch = read_largest(family, options, plan.training, plan.sources)
@@ -331,7 +330,8 @@ def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, Train
 
     further: how many transformers are trained in addition to the first one.
     """
-    loop, is_plain = options.loop, options.whole_dit is None and options.speed.fp8.quantisation is None
+    loop = options.loop
+    is_plain = options.whole_dit is None and options.speed.fp8.quantisation is None
     unused = {
         "--offload_inactive_dit": further > 0 and not options.by_expert.offload_inactive_dit,
         "--gradient_checkpointing": not loop.gradient_checkpointing,

@@ -113,7 +113,8 @@ class Rehearsal:
 
         Returns the largest moment of such a step.
         """
-        whole_dit, max_norm = self.options.whole_dit, self.options.optimizer.max_grad_norm
+        whole_dit = self.options.whole_dit
+        max_norm = self.options.optimizer.max_grad_norm
         moments: dict[str, dry.Moment] = {}
         if type(self.optimizer).__module__.partition(".")[0] in REHEARSABLE:
             self.fill_gradients()
@@ -125,8 +126,11 @@ class Rehearsal:
                 stepping.finish()
             self.know_states()
             self.clear_gradients()
-            states, peak = self.ledger.moment.get(dry.OPTIMIZER, 0), self.ledger.peaks[STEP]
-            moments = {STEP: {**peak, dry.OPTIMIZER: states, dry.WORKING: peak[dry.WORKING] - states}}
+            states = self.ledger.moment.get(dry.OPTIMIZER, 0)
+            peak = self.ledger.peaks[STEP]
+            # the new states were counted as working memory
+            working = peak[dry.WORKING] - states
+            moments = {STEP: {**peak, dry.OPTIMIZER: states, dry.WORKING: working}}
         else:
             with self.ledger.allocating(dry.OPTIMIZER):
                 size = state_bytes(self.optimizer, self.parameters)
@@ -134,6 +138,7 @@ class Rehearsal:
         if whole_dit is None or not whole_dit.fused_backward_pass:
             return moments
         assert self.steps is not None
+        # the weights step during the backward pass, so that no moment of a whole step exists
         self.fused = self.fused or FusedBackward(self.steps, self.parameters, max_norm)
         return {}
 

@@ -79,8 +79,10 @@ class Start:
     @classmethod
     def of(cls, facts: Row) -> "Start":
         """Read the line of a start. Raises ValueError, TypeError or LookupError if it is not one of ours."""
-        changed, unchanged = ([(str(a), str(b)) for a, b in facts[key]] for key in ("changed", "unchanged"))
-        total_steps, listens = int(facts["total_steps"]), bool(facts["listens"])
+        changed = _pairs_of_texts(facts["changed"])
+        unchanged = _pairs_of_texts(facts["unchanged"])
+        total_steps = int(facts["total_steps"])
+        listens = bool(facts["listens"])
         if not 0 <= total_steps <= MOST_STEPS:
             raise ValueError("no run has so many steps")
         return cls(
@@ -132,9 +134,7 @@ class Story:
             self._add_validation(step, row["validation"])
         elif "samples" in row:
             mark = str(row["samples"])
-            files, prompts = (
-                {int(index): str(text) for index, text in row[key].items()} for key in SAMPLE_TEXTS
-            )
+            files, prompts = (_texts_by_index(row[key]) for key in SAMPLE_TEXTS)
             self.samples[step, mark] = SampleRow(step, mark, files, prompts)
         elif "saved" in row:
             self.saved[row["saved"]] = step
@@ -344,6 +344,14 @@ def parse_row(line: bytes) -> Row | None:
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError):
         return None
     return row
+
+
+def _pairs_of_texts(pairs: Any) -> list[tuple[str, str]]:
+    return [(str(first), str(second)) for first, second in pairs]
+
+
+def _texts_by_index(texts: Any) -> dict[int, str]:
+    return {int(index): str(text) for index, text in texts.items()}
 
 
 def _number(value: Any) -> float | None:

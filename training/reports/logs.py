@@ -121,7 +121,8 @@ class Readings:
         if ended is not None and not isinstance(ended, float):
             ended.synchronize()
         values = tuple(row.tolist())
-        begun, self.last = self.last, self.now() if ended is None else ended
+        begun = self.last
+        self.last = self.now() if ended is None else ended
         if begun is None:
             return replace(step, row=values)
         if isinstance(begun, float):
@@ -169,7 +170,8 @@ class Logs:
     def __enter__(self) -> "Logs":
         options = self.options
         if options.trackers:
-            arguments, is_main = tracker_arguments(options), self.accelerator.is_main_process
+            arguments = tracker_arguments(options)
+            is_main = self.accelerator.is_main_process
             if is_main and "wandb" in options.trackers and options.wandb_api_key is not None:
                 import wandb  # optional; `check_trackers` has found it
 
@@ -250,7 +252,8 @@ class Logs:
 
     def _numbers(self, report: StepReport) -> dict[str, str]:
         shown = {}
-        seconds, left = self.clock.seconds_per_step, self.clock.left(report.step, self.total_steps)
+        seconds = self.clock.seconds_per_step
+        left = self.clock.left(report.step, self.total_steps)
         if seconds is not None and left is not None:
             shown = {"s/it": f"{seconds:.3g}", "left": in_words(left)}
         shown["avr_loss"] = f"{report.average:.4g}"
@@ -345,7 +348,8 @@ def public_config(*records: Any) -> dict[str, int | float | str | bool]:
     for record in records:
         hints = typing.get_type_hints(type(record))
         for item in dataclasses.fields(record):
-            value, name = getattr(record, item.name), option_name(item)
+            value = getattr(record, item.name)
+            name = option_name(item)
             if record_of(hints[item.name]) is not None:
                 config |= {} if value is None else public_config(value)
             elif name != PRIVATE and not (item.metadata.get("secret") or "Path" in str(item.type)):

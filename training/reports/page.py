@@ -168,7 +168,8 @@ def list_tiles(standing: Standing, story: Story) -> list[tuple[str, str, str]]:
     seconds = [number for number in story.seconds.values() if number is not None]
     if seconds:
         last = seconds[-SHOWN:]
-        count, total = count_of(len(last), "step"), in_words(sum(seconds))
+        count = count_of(len(last), "step")
+        total = in_words(sum(seconds))
         note = f"mean of the last {count}, without pauses; {total} in all"
         tiles.append(("Seconds per step", f"{sum(last) / len(last):.3g}", note))
     return tiles
@@ -182,7 +183,8 @@ def _loss_tile(story: Story) -> tuple[str, str, str]:
         bins = [*join_bins(story.loss).values()]
         last_bins = bins[-max(1, len(bins) // 10) :]
         latest = [loss for losses in last_bins for loss in losses]
-        mean, note = sum(latest) / len(latest), f"mean of the last {count_of(len(latest), 'step')}"
+        mean = sum(latest) / len(latest)
+        note = f"mean of the last {count_of(len(latest), 'step')}"
     left_out = sum(loss is None for loss in story.loss.values())
     if left_out:
         note += f"; {left_out:,} steps without a finite loss"

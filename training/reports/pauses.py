@@ -64,7 +64,8 @@ class StepClock:
 
         sizes: of the items; steps with equal sizes take equally long.
         """
-        self.active, self.steps = self.active + seconds, self.steps + 1
+        self.active += seconds
+        self.steps += 1
         self._last.append(seconds)
         self.seconds_per_step = sum(self._last) / len(self._last)
         if self.skips:

@@ -94,10 +94,12 @@ class RunReporter:
         logging.getLogger().removeHandler(self._messages)
         if error is not None and not isinstance(error, Exception):
             return  # asked to end at once
-        standing, ending = f"stopped after step {self.step:,}", ""
+        standing = f"stopped after step {self.step:,}"
+        ending = ""
         if error is not None:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            standing, ending = f"ended by an error after step {self.step:,}: {reason}", "bad"
+            standing = f"ended by an error after step {self.step:,}: {reason}"
+            ending = "bad"
         elif self.step >= self.start.total_steps:
             standing, ending = "finished", "good"
         self._note(self.step, ended=standing, kind=ending)

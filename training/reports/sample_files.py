@@ -50,7 +50,8 @@ def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = pattern.fullmatch(path.name)
         if match is not None:
-            index, time_text = int(match[1]), match[2]
+            index = int(match[1])
+            time_text = match[2]
             newest[index] = max(newest.get(index, ("", path)), (time_text, path))
     return {index: path for index, (_, path) in sorted(newest.items())}
 
@@ -68,7 +69,8 @@ def read_reduced(path: Path) -> ReducedClip:
             continue
         frames.append(reduce_frame(frame, SIDE))
         if len(frames) > MOST_FRAMES:
-            frames, stride = frames[::2], 2 * stride
+            frames = frames[::2]
+            stride = 2 * stride
     return ReducedClip(frames, (video_info(path).fps or 16.0) / stride)
 
 
@@ -198,7 +200,8 @@ class ClipStore:
         the newest samples. Clips that the last page did not show are freed.
         """
         deadline = self.now() + OLD_CLIPS_SECONDS
-        before, self.clips = self.clips, {}
+        before = self.clips
+        self.clips = {}
 
         def load(name: str, prompt: str, step: int, is_newest: bool) -> Markup | str:
             if name in before:

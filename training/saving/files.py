@@ -88,7 +88,7 @@ class Saver:
     write_file: WriteFile
     write_state: Callable[[Path], None]
     publisher: Publisher | None  # None: nothing is uploaded
-    write_average: WriteFile | None = None  # of the weights, beside each file; None if it is not kept
+    write_average: WriteFile | None = None  # of the weights, next to each file; None if it is not kept
     is_main: bool = True
     note_saved: Callable[[Sequence[Path]], None] = lambda _: None  # gets all files of a save
 
@@ -154,7 +154,8 @@ class Saver:
 
     def _save(self, end: str, with_state: bool) -> None:
         """Write model, average and state under the run's name and `end`."""
-        written, stem = list[Path](), f"{self.names.name}{end}"
+        written = list[Path]()
+        stem = f"{self.names.name}{end}"
         state = self.names.folder / f"{stem}-state"
         kinds = {"": self.write_file}
         if self.write_average is not None:
@@ -294,7 +295,8 @@ def recover_states(output_dir: Path, name: str) -> None:
 
 
 def find_set_aside(folder: Path, name: str) -> list[Path]:
-    states, pattern = state_pattern(name), re.compile(rf"{re.escape(name)}\.before-\d{{8}}-\d{{6}}(-\d+)?")
+    states = state_pattern(name)
+    pattern = re.compile(rf"{re.escape(name)}\.before-\d{{8}}-\d{{6}}(-\d+)?")
     asides = [entry for entry in _entries(folder) if pattern.fullmatch(entry.name)]
     return [entry for aside in asides for entry in _entries(aside) if states.fullmatch(entry.name)]
 

@@ -34,7 +34,7 @@ from training.saving.states import REMEDY, SavedState, file_checksum, share_of_f
 from training.trainable import Trainable, saved_dtypes, train_dit
 
 FILE_BYTES = 128 << 20  # about so much of a process' rows is in a file: two copies of it are made to write it
-OPTIMIZER = "optimizer"  # beside the parts of a state
+OPTIMIZER = "optimizer"  # in addition to the parts of a state
 
 
 def train_split_dit(dit: nn.Module, learning_rate: float, name_parts: Sequence[str] = ()) -> Trainable:

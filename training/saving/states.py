@@ -133,9 +133,14 @@ def read_state(folder: Path) -> SavedState | ForeignState:
     Raises CheckpointError if it is damaged or holds no state; OptionError if it is not a folder.
     """
     if not folder.is_dir():
-        problem = "a file, and a state is a folder" if folder.is_file() else "no such folder"
-        near = "" if folder.is_file() else explain_missing(folder)
-        anew = f" To begin with the trained weights, give {FRESH_START}." if folder.is_file() else ""
+        problem = "no such folder"
+        near = ""
+        anew = ""
+        if folder.is_file():
+            problem = "a file, and a state is a folder"
+            anew = f" To begin with the trained weights, give {FRESH_START}."
+        else:
+            near = explain_missing(folder)
         raise OptionError(
             f"--resume {folder}: {problem}.{near} Give a ...-state folder, or the word latest.{anew}"
         )
@@ -362,7 +367,8 @@ def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
     content = {name: record[name] for name in ("progress", "identity", "habits")}
     if not is_checked:
         return content
-    described, tensors = record["described"], parts.pop("optimizer")
+    described = record["described"]
+    tensors = parts.pop("optimizer")
     return content | {
         "parts": parts,
         "optimizer": _decode_optimizer(described["optimizer"], tensors),
