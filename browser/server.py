@@ -26,6 +26,7 @@ from browser.making import Maker
 from browser.new_pages import new_routes
 from browser.queue_views import compare_routes, queue_routes
 from browser.runs import RUNNING, Glance, Runs
+from browser.settings_pages import settings_routes
 from browser.site import Site
 from browser.views import HERE, POLICY, FileNotes, collect_news, file_of, list_page, mark_list, run_page
 from modules.errors import UserError
@@ -265,6 +266,7 @@ def make_app(
     routes = [
         Route("/", pages.guard(pages.show_list)),
         *new_routes(site),
+        *settings_routes(site),
         *generate_routes(site),
         Route("/static/{name}", pages.guard(pages.show_static)),
         Route("/run/{id}/", pages.guard(pages.show_run)),
