@@ -23,9 +23,11 @@ from browser.errands import Errands
 from browser.generate_pages import generate_routes
 from browser.jobs import JobQueue, open_queue
 from browser.making import Maker
+from browser.memory import memory_routes
 from browser.new_pages import new_routes
 from browser.queue_views import compare_routes, queue_routes
 from browser.runs import RUNNING, Glance, Runs
+from browser.samples import sample_routes
 from browser.settings_pages import settings_routes
 from browser.site import Site
 from browser.views import HERE, POLICY, FileNotes, collect_news, file_of, list_page, mark_list, run_page
@@ -266,6 +268,8 @@ def make_app(
     routes = [
         Route("/", pages.guard(pages.show_list)),
         *new_routes(site),
+        *sample_routes(site),
+        *memory_routes(site),
         *settings_routes(site),
         *generate_routes(site),
         Route("/static/{name}", pages.guard(pages.show_static)),
