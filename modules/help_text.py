@@ -74,7 +74,7 @@ def help_as_json(parser: argparse.ArgumentParser) -> str:
 
 
 def _describe(action: argparse.Action, group: str) -> dict[str, Any]:
-    kinds = {None: "text", str: "text", int: "whole", float: "number"}
+    kinds: dict[Any, str] = {None: "text", str: "text", int: "whole", float: "number"}
     is_switch = action.nargs == 0
     default = str(action.default).lower() if is_switch else _default_of(action)
     return {
@@ -82,7 +82,7 @@ def _describe(action: argparse.Action, group: str) -> dict[str, Any]:
         "flags": action.option_strings,
         "help": (action.help or "").replace("%%", "%"),
         "group": group,
-        "kind": "switch" if is_switch else kinds.get(action.type, "other"),  # type: ignore[call-overload]
+        "kind": "switch" if is_switch else kinds.get(action.type, "other"),
         "is_list": action.nargs not in (None, 0, "?"),
         "choices": [str(choice) for choice in action.choices or ()],
         "default": default,
