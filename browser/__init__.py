@@ -7,10 +7,14 @@ dataset_pages: routes for datasets: files, small pictures, edited captions
 datasets: find datasets, measure them in another process
 jobs: command lines of a text file, run one after another
 launch: a line to a program; its processes started, interrupted, outlasted
+memory: plan of a training as a bar, its switches
 options: options of run_browser.py: folders, address, token
 queue_views: pages of queue and comparison, their buttons
 runs: find runs by their histories, tell each at a glance
+samples: rows of prompts.txt, and how often they are made
 server: routes, and what a request must have to pass
+settings_pages: show, check and save the settings of a folder
+settings_table: run.toml as a table of all its options
 start: serve pages or export one; show the address
 views: pages, curves and files of one run
 """

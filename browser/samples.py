@@ -28,7 +28,7 @@ from browser.described import (
 from browser.folders import NOT_MEDIA
 from browser.settings_pages import (
     LOOK_AGAIN,
-    Change,
+    DraftChange,
     DraftFile,
     find_described,
     guard,
@@ -70,7 +70,7 @@ OF_NUMBERS = ["width", "height", "frames", "seed", "denoising"]
 
 
 @dataclass(frozen=True)
-class SampleRow:
+class PromptRow:
     """A line of prompts.txt as a row: what the fields show, and the options that they do not."""
 
     line: int | None  # index of the line in the file; None: a new one
@@ -91,7 +91,7 @@ def _key_of(part: str) -> str:
     return "" if option is None else option.key
 
 
-def read_row(number: int, line: str) -> SampleRow:
+def read_row(number: int, line: str) -> PromptRow:
     """Return the row of a line. Of an option that is there twice, the last one counts."""
     prompt, parts = split_line(line)
     fields = {key: name for name, (key, _) in FIELDS.items()}
@@ -103,10 +103,10 @@ def read_row(number: int, line: str) -> SampleRow:
             more.append(f"--{part.strip()}")
         else:
             texts[name] = part.partition(" ")[2].strip()
-    return SampleRow(number, prompt.strip(), texts, " ".join(more))
+    return PromptRow(number, prompt.strip(), texts, " ".join(more))
 
 
-def read_rows(text: str) -> list[SampleRow]:
+def read_rows(text: str) -> list[PromptRow]:
     """Return the rows of a prompts.txt, without comments and blank lines."""
     lines = text.split("\n")
     return [read_row(number, line) for number, line in enumerate(lines) if not is_blank(line)]
@@ -144,7 +144,7 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_picture: Any) -> st
         if f"row {number}" not in fields:
             continue
         place = fields.get(f"line {number}", "")
-        row = rows.get(int(place) if place.isdecimal() else None) or SampleRow(None, "", {})
+        row = rows.get(int(place) if place.isdecimal() else None) or PromptRow(None, "", {})
         prompt = " ".join(fields.get(f"prompt {number}", "").split("\n")).strip()
         typed = {
             name: fields.get(f"{name} {number}", "").strip() for name in FIELDS if f"has {name}" in fields
@@ -167,7 +167,7 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_picture: Any) -> st
 
 
 def _check_row(
-    number: int, prompt: str, row: SampleRow, changes: Mapping[str, str], check_picture: Any
+    number: int, prompt: str, row: PromptRow, changes: Mapping[str, str], check_picture: Any
 ) -> None:
     """Raise OptionError for a row that no line can be made of."""
     if prompt.startswith("#") and prompt != row.prompt:
@@ -242,10 +242,10 @@ class SamplePages:
         return Drafts(read_file(self.site, folder, PROMPTS_FILE), run)
 
     def answer(
-        self, folder: Path, change: Change | None = None, *, num_rows: int = 0, status: int = 200
+        self, folder: Path, change: DraftChange | None = None, *, num_rows: int = 0, status: int = 200
     ) -> Response:
         """Return the part of the page. num_rows: to show at least. change: what a form would save."""
-        values: dict[str, Any] = {"folder": folder, "change": change or Change(part=""), "problem": ""}
+        values: dict[str, Any] = {"folder": folder, "change": change or DraftChange(part=""), "problem": ""}
         try:
             values |= self.collect_values(folder, num_rows)
         except (OSError, ValueError, UserError) as error:
@@ -259,7 +259,7 @@ class SamplePages:
         rows = read_rows(drafts.prompts.form.text)
         count = min(max(FEWEST_ROWS, len(rows), num_rows), MOST_ROWS)
         rows = rows[:MOST_ROWS]
-        blank = SampleRow(None, "", {})
+        blank = PromptRow(None, "", {})
         pictures = self.choose_picture_fields(described.family, described.task, rows)
         keys = read_keys(drafts.run.form.text)
         return {
@@ -275,7 +275,7 @@ class SamplePages:
             "can_write": not self.site.read_only,
         }
 
-    def choose_picture_fields(self, family: str, task: str, rows: Sequence[SampleRow]) -> list[str]:
+    def choose_picture_fields(self, family: str, task: str, rows: Sequence[PromptRow]) -> list[str]:
         """Return the fields for pictures that the model, or a line, has a use for."""
         fields = {name for row in rows for name in PICTURES if name in row.texts}
         for model in find_models():
@@ -299,14 +299,14 @@ class SamplePages:
                 raise ChangedMeanwhileError
             change = self.edit(folder, drafts, fields, is_saving=what == "save")
         except ChangedMeanwhileError:
-            change = Change(part="samples", fault=describe_conflict(folder, fields))
+            change = DraftChange(part="samples", fault=describe_conflict(folder, fields))
         except (OSError, ValueError, UserError) as error:
-            change = Change(part="samples", fault=str(error))
+            change = DraftChange(part="samples", fault=str(error))
         is_refused = what == "save" and (change.fault != "" or change.said == LOOK_AGAIN)
         num_rows = sum(name.startswith("row ") for name in fields) if is_refused else 0
         return self.answer(folder, change, num_rows=num_rows, status=422 if is_refused else 200)
 
-    def edit(self, folder: Path, drafts: Drafts, fields: Mapping[str, str], is_saving: bool) -> Change:
+    def edit(self, folder: Path, drafts: Drafts, fields: Mapping[str, str], is_saving: bool) -> DraftChange:
         """Return what a form changes, after it is saved if that is asked for and the page has shown it."""
         if "complete" not in fields:
             raise OptionError("The form did not arrive as a whole. Load the page again.")
@@ -320,20 +320,20 @@ class SamplePages:
             refuse_new_faults(PROMPTS_FILE, prompts, after=prompts_after, folder=folder, run_text=run)
         if run_after != run:
             refuse_new_faults(RUN_FILE, run, after=run_after, folder=folder, run_text=run)
-        change = Change(part="samples", difference=difference, mark=mark)
+        change = DraftChange(part="samples", difference=difference, mark=mark)
         if not is_saving:
             return change
         if not difference:
-            return Change(part="samples", said="Nothing is changed.")
+            return DraftChange(part="samples", said="Nothing is changed.")
         if fields.get("shown", "") != mark:
-            return Change(part="samples", difference=difference, said=LOOK_AGAIN, mark=mark)
+            return DraftChange(part="samples", difference=difference, said=LOOK_AGAIN, mark=mark)
         changed = {drafts.prompts: (prompts, prompts_after), drafts.run: (run, run_after)}
         names = []
         for draft, (before, after) in changed.items():
             if before != after:
                 replace_content(folder / draft.name, draft.form.with_text(after), draft.mark)
                 names.append(draft.name)
-        return Change(part="samples", said=f"Saved into {' and '.join(names)}: {'; '.join(difference)}")
+        return DraftChange(part="samples", said=f"Saved into {' and '.join(names)}: {'; '.join(difference)}")
 
     def check_picture(self, folder: Path, text: str) -> None:
         """Raise OptionError if a path, relative to a folder, names no picture below the roots."""

@@ -62,7 +62,7 @@ class DraftFile:
 
 
 @dataclass(frozen=True)
-class Change:
+class DraftChange:
     """What a form would save of a part of the page."""
 
     part: str  # TABLE or the name of a file
@@ -84,7 +84,7 @@ class SettingsView:
     is_asking: bool  # what `new` chose is being found out
     chosen_problem: str = ""  # why it could not be found out
     problem: str = ""  # why there are no rows
-    change: Change = field(default_factory=lambda: Change(part=""))
+    change: DraftChange = field(default_factory=lambda: DraftChange(part=""))
 
 
 def read_file(site: Site, folder: Path, name: str) -> DraftFile:
@@ -100,7 +100,9 @@ def read_file(site: Site, folder: Path, name: str) -> DraftFile:
 def find_described(site: Site, text: str) -> Path | None:
     """Return a described folder below the roots; None for any other text."""
     folder = find_folder(site.runs, text)
-    return folder if folder is not None and is_described(folder) else None
+    if folder is None or not is_described(folder) or not site.runs.is_below(folder / RUN_FILE):
+        return None
+    return folder
 
 
 def list_fields(form: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -119,17 +121,17 @@ class SettingsPages:
             return PlainTextResponse("There is no such described folder.", 404)
         return self.answer(folder)
 
-    def answer(self, folder: Path, change: Change | None = None, status: int = 200) -> Response:
+    def answer(self, folder: Path, change: DraftChange | None = None, status: int = 200) -> Response:
         """Return the settings of a folder. change: what a form would save."""
         values = {
-            "view": self.view(folder, change or Change(part="")),
+            "view": self.view(folder, change or DraftChange(part="")),
             "field_of": field_of,
             "can_write": not self.site.read_only,
             "table_part": TABLE,
         }
         return answer_page(render_page(HERE / "settings_table.html", RUN_FILE, values, POLICY), status)
 
-    def view(self, folder: Path, change: Change) -> SettingsView:
+    def view(self, folder: Path, change: DraftChange) -> SettingsView:
         chosen = self.read_chosen_text(folder)
         problem = ""
         rows: list[SettingRow] = []
@@ -158,14 +160,16 @@ class SettingsPages:
     def chosen_words(self, folder: Path) -> list[str]:
         """Return the command that makes the run.toml of a folder again, and only prints it.
 
-        It is the command that described the folder, or what the files say if a terminal did that.
+        It is the command with which a page described the folder, or what the files say if a terminal did that
+        since.
         """
+        described = read_described(folder)
+        words = new_words(NewForm.of_described(described, self.site.models), self.site.models)
         errand = self.site.errands.find(errand_name(DESCRIBE, folder))
         if errand is not None and errand.code == 0:
-            words = shlex.split(errand.line)
-        else:
-            form = NewForm.of_described(read_described(folder), self.site.models)
-            words = new_words(form, self.site.models)
+            typed = NewForm.of_words(shlex.split(errand.line))
+            if (typed.family, typed.task) == (described.family, described.task):
+                words = shlex.split(errand.line)
         return [*(word for word in words if word != "--overwrite"), "--dry_run"]
 
     def read_chosen_text(self, folder: Path) -> str | None:
@@ -206,7 +210,7 @@ class SettingsPages:
         except ChangedMeanwhileError:
             return self.answer_conflict(folder, part, read_file(self.site, folder, name), fields)
         except (OSError, ValueError, UserError) as error:
-            change = Change(part=part, fault=str(error), text=fields.get("text"))
+            change = DraftChange(part=part, fault=str(error), text=fields.get("text"))
         is_refused = what == "save" and (change.fault != "" or change.said == LOOK_AGAIN)
         return self.answer(folder, change, 422 if is_refused else 200)
 
@@ -219,7 +223,7 @@ class SettingsPages:
         rows = self.read_rows(present.form.text, None)
         return apply_edits(present.form.text, rows, fields)
 
-    def describe_change(self, folder: Path, part: str, present: DraftFile, after: str) -> Change:
+    def describe_change(self, folder: Path, part: str, present: DraftFile, after: str) -> DraftChange:
         """Return the change from a file's text to another one, after it is checked."""
         before = present.form.text
         text = None if part == TABLE else after
@@ -230,19 +234,25 @@ class SettingsPages:
                 run_text = read_file(self.site, folder, RUN_FILE).form.text
                 refuse_new_faults(present.name, before, after=after, folder=folder, run_text=run_text)
             except (ValueError, UserError) as error:
-                return Change(part, difference, fault=str(error), mark=mark, text=text)
-        return Change(part, difference, mark=mark, text=text)
+                return DraftChange(part, difference, fault=str(error), mark=mark, text=text)
+        return DraftChange(part, difference, mark=mark, text=text)
 
-    def save(self, folder: Path, change: Change, *, after: str, present: DraftFile, shown: str) -> Change:
+    def save(
+        self, folder: Path, change: DraftChange, *, after: str, present: DraftFile, shown: str
+    ) -> DraftChange:
         """Write a change that the page has shown, and return what is left to say."""
         if change.fault:
             return change
         if after == present.form.text:
-            return Change(part=change.part, said="Nothing is changed.")
+            return DraftChange(part=change.part, said="Nothing is changed.")
         if shown != change.mark:
-            return Change(change.part, change.difference, said=LOOK_AGAIN, mark=change.mark, text=change.text)
+            return DraftChange(
+                change.part, change.difference, said=LOOK_AGAIN, mark=change.mark, text=change.text
+            )
         replace_content(folder / present.name, present.form.with_text(after), present.mark)
-        return Change(part=change.part, said=f"Saved into {present.name}: {'; '.join(change.difference)}")
+        return DraftChange(
+            part=change.part, said=f"Saved into {present.name}: {'; '.join(change.difference)}"
+        )
 
     def answer_conflict(
         self, folder: Path, part: str, present: DraftFile, fields: Mapping[str, str]
@@ -264,7 +274,7 @@ class SettingsPages:
             f"{present.name} has changed meanwhile, and nothing was overwritten. The file now: "
             f"{'; '.join(now) or 'as before'}. What you changed: {'; '.join(wanted) or 'nothing'}"
         )
-        change = Change(part=part, fault=fault, text=typed)
+        change = DraftChange(part=part, fault=fault, text=typed)
         return self.answer(folder, change, 422)
 
     def ask_chosen(self, folder: Path) -> Response:
@@ -275,7 +285,7 @@ class SettingsPages:
             if errand is None or errand.words != words or errand.state != RUNNING:
                 self.site.errands.start(errand_name(CHOSEN, folder), words, Path.cwd())
         except (OSError, ValueError, UserError) as error:
-            return self.answer(folder, Change(part=TABLE, fault=str(error)), 422)
+            return self.answer(folder, DraftChange(part=TABLE, fault=str(error)), 422)
         return self.answer(folder)
 
 

@@ -33,6 +33,7 @@ from training.config_options import OTHERS_TABLE
 
 HELP_SECONDS = 60
 TRAINS = ("train", "finetune")  # first words of the commands that train
+CACHES = "cache"  # likewise, of those that cache
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 NOT_IN_FILE = {"config_file", "help"}  # options that name the file itself
 
@@ -273,12 +274,20 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> None:
 
 
 def find_caching_words(run_text: str) -> list[str]:
-    """Return the command of a run.toml that caches the dataset; [] if there is none."""
+    """Return the command of a run.toml that caches the dataset; [] if there is none.
+
+    The file may be somebody else's: only scripts of ours that cache are taken, which write nothing before
+    they have read their options.
+    """
     try:
-        for words in parse_toml(run_text)[OTHERS_TABLE]["commands"]:
-            if DATASET_FILE in words and "--check" not in words:
-                return [str(word) for word in words]
-    except (KeyError, TypeError, ValueError):
+        for line in parse_toml(run_text)[OTHERS_TABLE]["commands"]:
+            words = [str(word) for word in line]
+            if DATASET_FILE not in words or "--check" in words:
+                continue
+            command, _ = launch.find_program(words, Path.cwd())
+            if command.words[0] == CACHES:
+                return words
+    except (KeyError, TypeError, ValueError, OptionError):
         pass
     return []
 

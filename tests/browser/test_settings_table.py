@@ -18,6 +18,7 @@ from browser.settings_table import (
     check_text,
     describe_difference,
     field_of,
+    find_caching_words,
     list_rows,
     read_chosen,
     read_settings,
@@ -304,6 +305,35 @@ def test_nothing_outside_of_the_roots_is_read_or_written(tmp_path: Path) -> None
         fields = {"folder": str(inside), "part": "../prompts.txt", "have": "", "text": "x"}
         assert post(served, "/new/settings/save", **fields).status == 404
     assert (outside / RUN_FILE).read_text(encoding="utf-8") == RUN
+
+
+def test_a_run_file_that_is_a_link_to_elsewhere_is_not_shown(tmp_path: Path) -> None:
+    outside = write_draft(tmp_path / "outside")
+    inside = write_draft(tmp_path / "root")
+    (inside / RUN_FILE).unlink()
+    (inside / RUN_FILE).symlink_to(outside / RUN_FILE)
+    with serve_runs(tmp_path / "root") as served:
+        for part in ("settings", "memory", "samples"):
+            assert served.ask(f"/new/{part}?folder={quote(str(inside))}").status == 404
+
+
+@pytest.mark.parametrize("script", ["../evil.py", "-c", "tools/download.py", "wan_generate_video.py"])
+def test_a_script_that_does_not_train_is_not_asked(script: str, tmp_path: Path) -> None:
+    run = RUN.replace('["python", "wan_train_network.py"', f'["python", "{script}"')
+    folder = write_draft(tmp_path, run=run)
+    with serve_runs(tmp_path) as served:
+        page = served.ask(f"/new/settings?folder={quote(str(folder))}").text
+    assert 'name="set ' not in page
+    assert 'role="alert"' in page
+    assert "their_key = 7" in page  # the text is there to be corrected
+
+
+def test_only_a_script_that_caches_reads_a_dataset() -> None:
+    words = ["python", "wan_cache_latents.py", "--dataset_config", "dataset.toml", "--vae", "vae.safetensors"]
+    assert find_caching_words(RUN) == words
+    theirs = RUN.replace('"wan_cache_latents.py"', '"flux_train_network.py", "--output_config"')
+    assert find_caching_words(theirs) == []
+    assert find_caching_words("nothing = 1") == []
 
 
 def test_read_only_shows_values_without_fields_and_saves_nothing(tmp_path: Path) -> None:
