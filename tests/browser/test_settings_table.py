@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.captions import mark_bytes
-from browser.described import ChangedMeanwhileError, change_keys, edit_toml
+from browser.described import FILES, ChangedMeanwhileError, change_keys, edit_toml
 from browser.settings_table import (
     apply_edits,
     check_text,
@@ -27,6 +27,7 @@ from modules.errors import OptionError
 from tests.browser.drafts import DATASET, PROMPTS, RUN, write_draft
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page, wait_until
+from tests.commands import ROOT
 
 SCRIPT = "wan_train_network.py"
 RUN_FILE = "run.toml"
@@ -365,7 +366,7 @@ def open_settings(served: Served, folder: Path, **look: Any) -> Iterator[Any]:
 
 
 def wait_for_text(page: Any, place: str, text: str) -> None:
-    wait_until(page, f"document.querySelector({place!r}).textContent.includes({text!r})")
+    wait_until(page, f"document.querySelector({place!r})?.textContent.includes({text!r}) === true")
 
 
 def test_search_finds_names_and_helps(tmp_path: Path) -> None:
@@ -440,3 +441,41 @@ def test_back_restores_what_new_chose(tmp_path: Path) -> None:
         assert page.problems == []
     assert (folder / RUN_FILE).read_text(encoding="utf-8") == run
     assert {path.name for path in folder.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_what_is_typed_stays_while_a_folder_is_described_and_checked(tmp_path: Path) -> None:
+    """The parts appear once the folder is described, and a check that is followed does not touch them."""
+    files = {name: ROOT / "pocket" / f"{name}.safetensors" for name in ("dit", "vae", "t5")}
+    if not all(path.exists() for path in files.values()):
+        pytest.skip("the pocket model is not there")
+    folder = write_draft(tmp_path)
+    for name in FILES:
+        (folder / name).unlink()
+    with serve_runs(tmp_path) as served:
+        words = {"folder": str(folder), "family": "wan", "task": "t2v-1.3B", "trigger": "fluff", "steps": "9"}
+        words |= {f"file_{name}": str(path) for name, path in files.items()}
+        assert post(served, "/new/describe", **words).status == 200
+        with open_settings(served, folder) as page:
+            wait_for_text(page, "#row-network_dim > :last-child", "32")
+            page.locator("#set-network_dim").fill("8")
+            page.locator("#set-loss_type").select_option("huber")
+            wait_until(page, "document.querySelector('#sample-form') !== null")
+            page.get_by_label("Sample 1 prompt").fill("a dog")
+            wait_for_text(page, "#changes-samples", "+a dog")
+            with page.expect_navigation():
+                page.get_by_role("button", name="Check", exact=True).click()
+            wait_for_text(page, "#changes-samples", "+a dog")
+            wait_for_text(page, "#changes-keys", "+network_dim = 8")
+            wait_until(page, "/checking|fault/.test(document.querySelector('#state').textContent)")
+            page.wait_for_timeout(2500)  # the state is read again each second
+            assert page.locator("#set-network_dim").input_value() == "8"
+            assert page.locator("#set-loss_type").input_value() == "huber"
+            assert page.get_by_label("Sample 1 prompt").input_value() == "a dog"
+            page.get_by_label("Blocks swapped").fill("3")
+            page.get_by_label("Blocks swapped").press("Tab")
+            # another part has written the file: the table follows, and keeps what was typed
+            wait_until(page, "document.querySelector('#set-blocks_to_swap').value === '3'")
+            assert page.locator("#set-network_dim").input_value() == "8"
+            assert page.locator("#set-loss_type").input_value() == "huber"
+            assert page.problems == []
