@@ -114,7 +114,7 @@ def _ask_script(script: str, version: str) -> Sequence[Setting]:
     try:
         process = subprocess.run(
             program,
-            env=program_environment(**{HELP_AS_JSON: "1"}),
+            env=program_environment(**{HELP_AS_JSON: "1", "NO_COLOR": "1"}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=HELP_SECONDS,
