@@ -5,13 +5,15 @@ pages may change it in turn.
 """
 
 import hashlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
+from tomlkit.items import Table
 
 from browser.captions import mark_bytes
 from modules.atomic_write import write_bytes
@@ -23,6 +25,9 @@ DATASET_FILE = "dataset.toml"
 PROMPTS_FILE = "prompts.txt"
 FILES = (DATASET_FILE, PROMPTS_FILE, RUN_FILE)  # in the order that `new` writes them
 TRAINING_TABLE = "training"  # of RUN_FILE
+
+
+_WRITING = threading.Lock()  # between reading a file's mark and writing it
 
 
 class ChangedMeanwhileError(Exception):
@@ -110,9 +115,9 @@ def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str
 
 
 def change_keys(
-    path: Path, table: str, changes: Mapping[str, Any], have: str, removed: tuple[str, ...] = ()
+    path: Path, table: str, changes: Mapping[str, Any], have: str, removed: Sequence[str] = ()
 ) -> None:
-    """Set and remove keys of a table in a TOML file; all else stays as it is written, comments too.
+    """Set and remove keys of a TOML file; all else stays as it is written, comments too.
 
     have: checksum (`mark_bytes`) of the content that the change was made for. Raises ChangedMeanwhileError if
     the file has changed since, ValueError if it is no TOML or has no such table, OSError or OutputError if it
@@ -122,20 +127,70 @@ def change_keys(
     if mark_bytes(content) != have:
         raise ChangedMeanwhileError
     changed = edit_toml(content.decode(), table, changes, removed)
-    write_bytes(path, changed.encode())
+    replace_content(path, changed.encode(), have)
 
 
-def edit_toml(text: str, table: str, changes: Mapping[str, Any], removed: tuple[str, ...] = ()) -> str:
-    """Return a TOML text with keys of a table set or removed. Raises ValueError; see `change_keys`."""
+def replace_content(path: Path, content: bytes, have: str) -> None:
+    """Write a file in place of what it was, if that still is what `have` marks; "" marks a missing file.
+
+    Raises ChangedMeanwhileError, OSError or OutputError; see `change_keys`.
+    """
+    with _WRITING:
+        try:
+            present: bytes | None = read_content(path)
+        except FileNotFoundError:
+            present = None
+        if mark_bytes(present) != have:
+            raise ChangedMeanwhileError
+        if content != present:
+            write_bytes(path, content)
+
+
+def edit_toml(text: str, table: str, changes: Mapping[str, Any], removed: Sequence[str] = ()) -> str:
+    """Return a TOML text with keys set or removed. Raises ValueError; see `change_keys`.
+
+    A key is changed in the table that has it, the last one if several do, as they only group keys. A new key
+    goes to the end of `table`.
+    """
     try:
         document = tomlkit.parse(text)
-        keys = document[table]
+        home = document[table]
     except TOMLKitError as error:
         raise ValueError(f"it is no TOML: {error}") from None
-    if not isinstance(keys, tomlkit.items.Table):
+    if not isinstance(home, Table):
         raise ValueError(f"[{table}] is no table")
     for name in removed:
-        keys.pop(name, None)
+        for holder in _list_holders(document, name):
+            holder.remove(name)
     for name, value in changes.items():
-        keys[name] = value
+        holders = _list_holders(document, name)
+        if holders:
+            holders[-1][name] = value
+        else:
+            _append_key(home, name, value)
     return tomlkit.dumps(document)
+
+
+def _list_holders(document: Any, name: str) -> list[Any]:
+    """Return the tables that have a key, in their order, except what `run` keeps in the file."""
+    holders = []
+    tables = [document]
+    while tables:
+        table = tables.pop(0)
+        for key, value in table.items():
+            if isinstance(value, dict) and key != OTHERS_TABLE:
+                tables.append(value)
+            elif key == name:
+                holders.append(table)
+    return holders
+
+
+def _append_key(table: Table, name: str, value: Any) -> None:
+    """Set a new key of a table behind its others, before the blank lines and comments at its end."""
+    body = table.value.body
+    tail = []
+    while body and body[-1][0] is None:
+        tail.append(body.pop()[1])
+    table.append(name, value)
+    for item in reversed(tail):
+        table.value.append(None, item)

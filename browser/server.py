@@ -20,14 +20,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from browser.answers import NO_WRITING, Form, answer_file, answer_form, answer_gone, answer_json, answer_page
 from browser.dataset_pages import dataset_routes
 from browser.errands import Errands
+from browser.folder_settings import folder_settings_routes
 from browser.generate_pages import generate_routes
 from browser.jobs import JobQueue, open_queue
 from browser.machine import machine_routes
 from browser.making import Maker
+from browser.memory import memory_routes
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
 from browser.queue_views import compare_routes, queue_routes
 from browser.runs import RUNNING, Glance, Runs
+from browser.samples import sample_routes
 from browser.settings import ServerSettings
 from browser.settings_page import settings_routes
 from browser.site import Site
@@ -279,6 +282,9 @@ def make_app(
     routes = [
         Route("/", pages.guard(pages.show_list)),
         *new_routes(site),
+        *sample_routes(site),
+        *memory_routes(site),
+        *folder_settings_routes(site),
         *generate_routes(site),
         *model_routes(site),
         *settings_routes(site),

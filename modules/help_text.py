@@ -7,6 +7,7 @@ import argparse
 import re
 from collections.abc import Iterable
 from textwrap import wrap
+from typing import Any
 
 from modules.options import refusal_of
 
@@ -62,6 +63,34 @@ def full_help(parser: argparse.ArgumentParser) -> str:
         formatter.end_section()
     formatter.add_text(parser.epilog)
     return formatter.format_help()
+
+
+def help_as_json(parser: argparse.ArgumentParser) -> str:
+    """Return all options that can be given, in the order of the full help, as a JSON list of objects."""
+    import json  # here: few commands print it
+
+    options = []
+    for group in sorted(parser._action_groups, key=_rank):
+        for action in group._group_actions:
+            if action.option_strings and action.dest != "help" and not refusal_of(action):
+                options.append(_describe(action, group.title or ""))
+    return json.dumps(options)
+
+
+def _describe(action: argparse.Action, group: str) -> dict[str, Any]:
+    kinds: dict[Any, str] = {None: "text", str: "text", int: "whole", float: "number"}
+    is_switch = action.nargs == 0
+    default = str(action.default).lower() if is_switch else _default_of(action)
+    return {
+        "name": action.dest,
+        "flags": action.option_strings,
+        "help": (action.help or "").replace("%%", "%"),
+        "group": group,
+        "kind": "switch" if is_switch else kinds.get(action.type, "other"),
+        "is_list": action.nargs not in (None, 0, "?"),
+        "choices": [str(choice) for choice in action.choices or ()],
+        "default": default,
+    }
 
 
 def _by_reason(flags_by_reason: Iterable[tuple[str, list[str]]], width: int) -> list[str]:

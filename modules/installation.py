@@ -31,6 +31,8 @@ RUN_GOES_ON = "REELSMITH_RUN_GOES_ON"
 FROM_QUEUE = "REELSMITH_FROM_QUEUE"
 # variable of a generation with --interactive that the browser drives: it reads and answers in JSON
 DRIVEN = "REELSMITH_DRIVEN"
+# variable of a script that prints its --help as JSON, for the browser
+HELP_AS_JSON = "REELSMITH_HELP_AS_JSON"
 # variable that names the file in which a program notes how far it is (modules/progress.py)
 PROGRESS = "REELSMITH_PROGRESS"
 RUN_CHECKS = "checks"  # its value for a training that only checks its options and files

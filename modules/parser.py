@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import re
 import sys
 import typing
@@ -22,6 +23,7 @@ from modules.command import (
     wants_colour,
 )
 from modules.errors import OptionError
+from modules.installation import HELP_AS_JSON
 from modules.option_values import HEIGHT_WIDTH, JOINED, UNIT, height_width
 from modules.options import (
     Declared,
@@ -88,9 +90,9 @@ class Parser(argparse.ArgumentParser):
         self._print_message(text, file)
 
     def format_help(self) -> str:
-        from modules.help_text import full_help  # only -h and --help need it
+        from modules.help_text import full_help, help_as_json  # only -h and --help need it
 
-        return full_help(self)
+        return help_as_json(self) if os.environ.get(HELP_AS_JSON) else full_help(self)
 
     def format_short_help(self) -> str:
         from modules.help_text import short_help  # likewise

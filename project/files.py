@@ -40,17 +40,20 @@ def write_project(options: NewOptions) -> None:
     """Write the three files; print found and chosen files, and the commands that use them.
 
     Also writes captions that lists have into caption files, and the first frames of clips for a model that
-    learns pictures. Raises OutputError if one of the three files exists.
+    learns pictures. With --dry_run only prints run.toml. Raises OutputError if one of the three files exists.
     """
     paths = [options.folder / name for name in WRITTEN]
     existing = [path for path in paths if path.exists()]
-    if existing and not options.overwrite:
+    if existing and not options.overwrite and not options.dry_run:
         raise OutputError(
             f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
         )
     memory = find_memory() if options.memory is None else options.memory
     model_choice = choose_model(options, memory)
     choice = _gather_choice(options, model_choice, memory)
+    if options.dry_run:
+        print_lines(describing.describe_run(choice, describing.list_commands(choice)).splitlines())
+        return
 
     dataset = describing.describe_dataset(choice)
     _write_content(choice.content)

@@ -97,6 +97,7 @@ class NewOptions(Options):
         "GiB of the card; this machine's when not given, 0: a CPU", type=gibibytes, metavar="GIB"
     )
     overwrite: bool = option("replace dataset.toml, prompts.txt and run.toml")
+    dry_run: bool = option("print what run.toml would be, and write nothing")
     download = unsupported("`new` only writes files: give it to `run`")
     card = unsupported("give the GiB of the card as --memory, such as --memory 12", nargs="?")
     vram = unsupported("give the GiB of the card as --memory, such as --memory 12", nargs="?")

@@ -1,0 +1,381 @@
+"""The memory of a training on the page New: the plan of the training script as a bar, and what changes it.
+
+A plan is an errand in the folder, `python SCRIPT --config_file run.toml --plan GIB`. It rehearses a batch
+from the caches with the headers of the model's files, and needs no card.
+"""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from browser.answers import Form, answer_form, answer_page
+from browser.described import (
+    DATASET_FILE,
+    TRAINING_TABLE,
+    ChangedMeanwhileError,
+    Described,
+    edit_toml,
+    read_described,
+    replace_content,
+)
+from browser.errands import errand_name
+from browser.folder_settings import DraftFile, find_described, guard, list_fields, read_file
+from browser.jobs import Job
+from browser.runs import RUNNING, read_glance
+from browser.settings_table import NUMBER, find_training_script, read_settings, refuse_new_faults
+from browser.site import Site
+from browser.views import HERE, POLICY
+from modules.console import count_of
+from modules.errors import OptionError, UserError
+from modules.pages.page import render_page
+from modules.text_files import read_text
+from project.fitting import find_memory
+from project.options import RUN_FILE
+from training.reports.history import history_path
+
+PLAN = "plan"  # kind of the errand
+SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141)  # GiB of cards that are sold
+USUAL_SIZE = 24  # GiB, on a machine without a card
+STOP_SECONDS = 5
+TABLE_HEAD = re.compile(r"GiB +device +host")
+PART = re.compile(r"( *)(.*?) {2,}(\d+\.\d+)")
+OF_CUDA = re.compile(r"about (\d+\.\d+) of CUDA itself")
+# the forms of the transformer's weights, and the switches of each
+WEIGHTS = {
+    "fp8": ("fp8_base", "fp8_scaled"),
+    "int8": ("convrot_int8",),
+    "nf4": ("nf4_base",),
+}
+CHECKPOINTING = {
+    "recomputed": ("gradient_checkpointing",),
+    "offloaded": ("gradient_checkpointing", "gradient_checkpointing_cpu_offload"),
+}
+SWAP = "blocks_to_swap"
+
+
+@dataclass(frozen=True)
+class PlannedPart:
+    """A line of a plan."""
+
+    name: str
+    device: float  # GiB
+    host: float  # GiB
+    note: str
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """What a training script has planned: its largest phase by part."""
+
+    phase: PlannedPart
+    parts: Sequence[PlannedPart]
+    remarks: Sequence[str]  # the lines below the table, the verdict among them
+
+    @property
+    def of_cuda(self) -> float:
+        """Return the GiB that CUDA itself takes."""
+        match = OF_CUDA.search(" ".join(self.remarks))
+        return float(match[1]) if match else 0.0
+
+    @property
+    def fits(self) -> bool | None:
+        """Return whether it fits; None if there is no card to compare with."""
+        verdicts = {"Fits": True, "Does not fit": False}
+        for remark in self.remarks:
+            if remark.partition(":")[0] in verdicts:
+                return verdicts[remark.partition(":")[0]]
+        return None
+
+    def segments(self, size: float) -> list[tuple[PlannedPart, float]]:
+        """Return the parts on the card, with the share of the bar in percent. size: GiB of the card."""
+        of_cuda = PlannedPart("CUDA itself", self.of_cuda, 0.0, "")
+        parts = [part for part in (*self.parts, of_cuda) if part.device]
+        whole = max(size, sum(part.device for part in parts))
+        return [(part, 100 * part.device / whole) for part in parts]
+
+    def card_share(self, size: float) -> float:
+        """Return where the card ends on the bar, in percent."""
+        needed = sum(part.device for part in self.parts) + self.of_cuda
+        return 100 * size / max(size, needed)
+
+
+def read_plan(text: str) -> ReadPlan | None:
+    """Return the plan in what a training script has printed for one card; None if there is none."""
+    lines = text.splitlines()
+    heads = [number for number, line in enumerate(lines) if TABLE_HEAD.fullmatch(line.rstrip())]
+    if not heads:
+        return None
+    head = heads[-1]
+    ends = lines[head].index("device") + len("device"), lines[head].index("host") + len("host")
+    phases: list[tuple[PlannedPart, list[PlannedPart]]] = []
+    number = head + 1
+    for line in lines[head + 1 :]:
+        match = PART.fullmatch(line[: ends[0]])
+        if match is None:
+            break
+        number += 1
+        host = line[ends[0] : ends[1]].strip()
+        part = PlannedPart(
+            name=match[2].strip(),
+            device=float(match[3]),
+            host=float(host) if host else 0.0,
+            note=line[ends[1] :].strip(),
+        )
+        if match[1]:
+            phases[-1][1].append(part)
+        else:
+            phases.append((part, []))
+    if not phases:
+        return None
+    phase, parts = max(phases, key=lambda entry: entry[0].device)
+    return ReadPlan(phase, parts, [line.strip() for line in lines[number:] if line.strip()])
+
+
+@dataclass(frozen=True)
+class Switches:
+    """The keys of run.toml that change the memory most, as the page shows them."""
+
+    swap: str  # of blocks
+    weights: str  # name of WEIGHTS; "": 16 bits
+    checkpointing: str  # name of CHECKPOINTING; "": activations stay on the card
+    weight_choices: Sequence[str]
+    checkpointing_choices: Sequence[str]
+    can_swap: bool
+
+
+def read_switches(values: Mapping[str, Any], names: Sequence[str]) -> Switches:
+    """Return the switches of a run.toml. names: of all options of its script."""
+
+    def find(forms: Mapping[str, Sequence[str]]) -> str:
+        used = [form for form, keys in forms.items() if all(values.get(key) for key in keys if key in names)]
+        return used[-1] if used else ""
+
+    weights = {form: keys for form, keys in WEIGHTS.items() if any(key in names for key in keys)}
+    checkpointing = {form: keys for form, keys in CHECKPOINTING.items() if all(key in names for key in keys)}
+    return Switches(
+        swap=str(values.get(SWAP, "")),
+        weights=find(weights),
+        checkpointing=find(checkpointing),
+        weight_choices=list(weights),
+        checkpointing_choices=list(checkpointing),
+        can_swap=SWAP in names,
+    )
+
+
+def edit_switches(text: str, switches: Switches, fields: Mapping[str, str], names: Sequence[str]) -> str:
+    """Return run.toml with the switches that were changed. fields: of the form. Raises ValueError."""
+    changes: dict[str, Any] = {}
+    removed: list[str] = []
+    swap = fields.get("swap", "").strip()
+    if switches.can_swap and swap != switches.swap:
+        if swap:
+            changes[SWAP] = tomlkit.value(swap) if NUMBER.fullmatch(swap) else swap
+        else:
+            removed.append(SWAP)
+    forms_by_field = {
+        "weights": (WEIGHTS, switches.weights),
+        "checkpointing": (CHECKPOINTING, switches.checkpointing),
+    }
+    for name, (forms, present) in forms_by_field.items():
+        chosen = fields.get(name, "")
+        if chosen == present or chosen not in ("", *forms):
+            continue
+        wanted = [key for key in forms.get(chosen, ()) if key in names]
+        for key in dict.fromkeys(key for keys in forms.values() for key in keys):
+            if key in wanted:
+                changes[key] = True
+            else:
+                removed.append(key)
+    return edit_toml(text, TRAINING_TABLE, changes, removed)
+
+
+@dataclass(frozen=True)
+class PrintedLine:
+    """A line that a plan has printed; a command of ours in it can be put into the queue."""
+
+    text: str
+    command: str = ""
+
+
+class MemoryPages:
+    """Show the memory of a described folder, plan it, and change its switches."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def show(self, request: Request) -> Response:
+        folder = find_described(self.site, request.query_params.get("folder", ""))
+        if folder is None:
+            return PlainTextResponse("There is no such described folder.", 404)
+        return self.answer(folder)
+
+    def answer(self, folder: Path, fault: str = "", done: str = "") -> Response:
+        """Return the part of the page. fault: why something was not done. done: what was."""
+        described = read_described(folder)
+        file = read_file(self.site, folder, RUN_FILE)
+        errand = self.site.errands.find(errand_name(PLAN, folder))
+        card = find_memory()
+        size = self.planned_size(errand, card)
+        plan = self.read_plan(errand)
+        settings = read_settings(find_training_script(file.form.text))
+        values = {
+            "folder": folder,
+            "have": file.mark,
+            "base": file.form.text,
+            "switches": read_switches(described.values, [setting.name for setting in settings]),
+            "errand": errand,
+            "plan": plan,
+            "lines": self.printed_lines(errand, folder) if plan is None else [],
+            "is_old": plan is not None and errand is not None and is_older(errand, folder),
+            "card": card,
+            "size": size,
+            "sizes": sorted({*SIZES, size, *([card] if card else [])}),
+            "missing": self.list_missing(described),
+            "duration": self.describe_duration(described),
+            "command": f"cd {shlex.quote(str(folder))} && {shlex.join(self.plan_words(file, size))}",
+            "can_write": not self.site.read_only,
+            "fault": fault,
+            "done": done,
+        }
+        page = render_page(HERE / "memory_bar.html", "Memory", values, POLICY)
+        return answer_page(page, 422 if fault else 200)
+
+    def planned_size(self, errand: Job | None, card: float) -> float:
+        """Return the GiB that the last plan was made for, or those of this machine's card."""
+        try:
+            return float(errand.words[-1]) if errand is not None else card or USUAL_SIZE
+        except (UserError, ValueError, IndexError):
+            return card or USUAL_SIZE
+
+    def read_plan(self, errand: Job | None) -> ReadPlan | None:
+        if errand is None or errand.state == RUNNING or errand.code != 0:
+            return None
+        try:
+            return read_plan(read_text(errand.log))
+        except (OSError, ValueError):
+            return None
+
+    def printed_lines(self, errand: Job | None, folder: Path) -> list[PrintedLine]:
+        """Return what an errand has printed; commands to make caches become lines of the queue."""
+        if errand is None:
+            return []
+        lines = []
+        for line in errand.last_lines().splitlines():
+            text = line.strip()
+            is_command = line.startswith("  ") and text.startswith(("python ", "reelsmith "))
+            command = f"cd {shlex.quote(str(folder))} && {text}" if is_command else ""
+            if text:
+                lines.append(PrintedLine(text, command))
+        return lines
+
+    def list_missing(self, described: Described) -> list[str]:
+        paths = described.model_files.values()
+        return [path for path in paths if not (described.folder / path).exists()]
+
+    def describe_duration(self, described: Described) -> str:
+        """Return how long the whole training takes, if a run of this name has measured its steps."""
+        path = history_path(described.output, described.name)
+        if described.steps is None or not self.site.runs.is_below(path):
+            return ""
+        seconds = read_glance(path, path.stat()).step_seconds
+        if seconds is None:
+            return ""
+        hours = described.steps * seconds / 3600
+        whole = f"{hours:.1f} hours" if hours >= 1 else count_of(max(1, round(hours * 60)), "minute")
+        steps = count_of(described.steps, "step")
+        return f"{steps} take {whole}: {seconds:.2g} seconds each, as the run {described.name} measured."
+
+    def plan_words(self, file: DraftFile, size: float) -> list[str]:
+        script = find_training_script(file.form.text)
+        return ["python", script, "--config_file", RUN_FILE, "--plan", f"{size:g}"]
+
+    def change(self, request: Request, form: Form) -> Response:
+        """Plan for a card, or write a switch and plan again."""
+        fields = list_fields(form)
+        folder = find_described(self.site, fields.get("folder", ""))
+        if folder is None:
+            return PlainTextResponse("There is no such described folder.", 404)
+        what = request.path_params["what"]
+        if what not in (PLAN, "switch", "stop"):
+            return PlainTextResponse("There is no such request.", 404)
+        done = ""
+        try:
+            if what == "stop":
+                self.site.errands.stop(errand_name(PLAN, folder))
+                return self.answer(folder)
+            if what == "switch":
+                done = self.write_switches(folder, fields)
+            self.plan(folder, read_size(fields.get("size", "")))
+        except ChangedMeanwhileError:
+            fault = f"{RUN_FILE} has changed meanwhile, and was not overwritten. This is what it has now."
+            return self.answer(folder, fault)
+        except (OSError, ValueError, UserError) as error:
+            return self.answer(folder, str(error), done)
+        return self.answer(folder, done=done)
+
+    def write_switches(self, folder: Path, fields: Mapping[str, str]) -> str:
+        """Write the switches that were changed, and return what was written."""
+        present = read_file(self.site, folder, RUN_FILE)
+        if present.mark != fields.get("have", ""):
+            raise ChangedMeanwhileError
+        text = present.form.text
+        names = [setting.name for setting in read_settings(find_training_script(text))]
+        switches = read_switches(read_described(folder).values, names)
+        after = edit_switches(text, switches, fields, names)
+        if after == text:
+            return ""
+        refuse_new_faults(RUN_FILE, text, after=after, folder=folder, run_text=text)
+        replace_content(folder / RUN_FILE, present.form.with_text(after), present.mark)
+        lines = {*text.splitlines()} ^ {*after.splitlines()}
+        changed = [f"-{line}" for line in text.splitlines() if line in lines]
+        changed += [f"+{line}" for line in after.splitlines() if line in lines]
+        return f"Saved into {RUN_FILE}: {'; '.join(changed)}"
+
+    def plan(self, folder: Path, size: float) -> None:
+        """Start the plan of a folder, in place of one that is running."""
+        missing = self.list_missing(read_described(folder))
+        if missing:
+            raise OptionError(
+                f"{missing[0]} is missing. A plan reads the headers of the model's files: load them first "
+                "(Start does, with --download)."
+            )
+        words = self.plan_words(read_file(self.site, folder, RUN_FILE), size)
+        name = errand_name(PLAN, folder)
+        errand = self.site.errands.find(name)
+        if errand is not None and errand.state == RUNNING:
+            self.site.errands.stop(name)
+            self.site.errands.wait(name, STOP_SECONDS)
+        self.site.errands.start(name, words, folder)
+
+
+def read_size(text: str) -> float:
+    """Return the GiB of a card. Raises OptionError for another text."""
+    if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text) or not float(text):
+        raise OptionError(f"{text or 'nothing'}: give the GiB of the card, such as {USUAL_SIZE}")
+    return float(text)
+
+
+def is_older(errand: Job, folder: Path) -> bool:
+    """Return whether a file that a plan is made from has changed since it was started."""
+    try:
+        begun = errand.log.with_suffix(".json").stat().st_mtime
+        return any((folder / name).stat().st_mtime > begun for name in (RUN_FILE, DATASET_FILE))
+    except OSError:
+        return True
+
+
+def memory_routes(site: Site) -> list[Route]:
+    """Return the routes of the memory of a folder."""
+    pages = MemoryPages(site)
+    return [
+        Route("/new/memory", guard(pages.show)),
+        Route("/new/memory/{what}", answer_form(pages.change), methods=["POST"]),
+    ]

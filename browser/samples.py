@@ -1,0 +1,385 @@
+"""The samples of a training on the page New: rows with the prompt lines of prompts.txt, and how often.
+
+A row shows some options of its line. Only what was changed in a row is changed in its line, so that other
+options, other lines and comments stay as they are written.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from browser.answers import Form, answer_form, answer_page
+from browser.captions import mark_bytes
+from browser.described import (
+    PROMPTS_FILE,
+    TRAINING_TABLE,
+    ChangedMeanwhileError,
+    edit_toml,
+    read_described,
+    replace_content,
+)
+from browser.folder_settings import (
+    LOOK_AGAIN,
+    DraftChange,
+    DraftFile,
+    find_described,
+    guard,
+    list_fields,
+    read_file,
+)
+from browser.folders import NOT_MEDIA
+from browser.settings_table import describe_difference, read_keys, refuse_new_faults
+from browser.site import Site
+from browser.views import HERE, POLICY
+from generation.prompt_lines import is_blank
+from generation.sample_lines import find_sample_option
+from modules.errors import OptionError, UserError
+from modules.media.reading import IMAGE_SUFFIXES
+from modules.pages.page import render_page
+from project.fitting import needs_picture
+from project.options import RUN_FILE, find_models
+
+FEWEST_ROWS = 3
+MOST_ROWS = 100
+MOST_PICTURES = 2000
+DEEPEST = 3  # folders below the described one that pictures are looked for in
+EVERY = "sample_every_n_steps"  # keys of run.toml
+EVERY_EPOCHS = "sample_every_n_epochs"
+AT_FIRST = "sample_at_first"
+PROMPTS = "sample_prompts"
+# fields of a row: key of the option, letters of a new one
+FIELDS = {
+    "width": ("width", "w"),
+    "height": ("height", "h"),
+    "frames": ("frame_count", "f"),
+    "seed": ("seed", "d"),
+    "denoising": ("sample_steps", "s"),
+    "start": ("image_path", "i"),
+    "source": ("control_image_path", "ci"),
+}
+WHOLE = ("width", "height", "frames", "denoising")
+PICTURES = ("start", "source")
+OF_NUMBERS = ["width", "height", "frames", "seed", "denoising"]
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A line of prompts.txt as a row: what the fields show, and the options that they do not."""
+
+    line: int | None  # index of the line in the file; None: a new one
+    prompt: str
+    texts: Mapping[str, str]  # by the name of the field
+    more: str = ""
+
+
+def split_line(line: str) -> tuple[str, list[str]]:
+    """Return the prompt of a line and its options, each without the dashes in front of it."""
+    prompt, *options = line.split(" --")
+    return prompt, options
+
+
+def _key_of(part: str) -> str:
+    """Return the key of an option of a line; "" for an unknown one."""
+    option = find_sample_option(part.partition(" ")[0])
+    return "" if option is None else option.key
+
+
+def read_row(number: int, line: str) -> PromptRow:
+    """Return the row of a line. Of an option that is there twice, the last one counts."""
+    prompt, parts = split_line(line)
+    fields = {key: name for name, (key, _) in FIELDS.items()}
+    texts: dict[str, str] = {}
+    more = []
+    for part in parts:
+        name = fields.get(_key_of(part))
+        if name is None:
+            more.append(f"--{part.strip()}")
+        else:
+            texts[name] = part.partition(" ")[2].strip()
+    return PromptRow(number, prompt.strip(), texts, " ".join(more))
+
+
+def read_rows(text: str) -> list[PromptRow]:
+    """Return the rows of a prompts.txt, without comments and blank lines."""
+    lines = text.split("\n")
+    return [read_row(number, line) for number, line in enumerate(lines) if not is_blank(line)]
+
+
+def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
+    """Return a line with another prompt and other options; an empty text removes an option.
+
+    prompt: None leaves it as it is. changes: texts by the name of the field.
+    """
+    present, parts = split_line(line)
+    for name, text in changes.items():
+        key, letters = FIELDS[name]
+        places = [index for index, part in enumerate(parts) if _key_of(part) == key]
+        if text and places:
+            word = parts[places[-1]].partition(" ")[0]
+            parts[places[-1]] = f"{word} {text}"
+        elif text:
+            parts.append(f"{letters} {text}")
+        else:
+            parts = [part for index, part in enumerate(parts) if index not in places]
+    return " --".join([present if prompt is None else prompt, *parts])
+
+
+def edit_prompts(text: str, fields: Mapping[str, str], check_picture: Any) -> str:
+    """Return prompts.txt with what was typed into its rows.
+
+    An emptied prompt removes its line; a new row goes to the end. fields: of the form, `width 2` of the
+    second row. check_picture: raises OptionError for a path that is no picture. Raises OptionError.
+    """
+    lines: list[str | None] = [*text.split("\n")]
+    rows = {row.line: row for row in read_rows(text)}
+    added = []
+    for number in range(1, MOST_ROWS + 1):
+        if f"row {number}" not in fields:
+            continue
+        place = fields.get(f"line {number}", "")
+        row = rows.get(int(place) if place.isdecimal() else None) or PromptRow(None, "", {})
+        prompt = " ".join(fields.get(f"prompt {number}", "").split("\n")).strip()
+        typed = {
+            name: fields.get(f"{name} {number}", "").strip() for name in FIELDS if f"has {name}" in fields
+        }
+        changes = {name: value for name, value in typed.items() if value != row.texts.get(name, "")}
+        _check_row(number, prompt, row, changes, check_picture)
+        if row.line is None:
+            if prompt:
+                added.append(edit_line(prompt, None, changes))
+        elif not prompt and row.prompt:
+            lines[row.line] = None
+        else:
+            before = lines[row.line] or ""
+            lines[row.line] = edit_line(before, None if prompt == row.prompt else prompt, changes)
+    left = "\n".join(line for line in lines if line is not None)
+    if not added:
+        return left
+    gap = "" if not left or left.endswith("\n") else "\n"
+    return left + gap + "\n".join(added) + "\n"
+
+
+def _check_row(
+    number: int, prompt: str, row: PromptRow, changes: Mapping[str, str], check_picture: Any
+) -> None:
+    """Raise OptionError for a row that no line can be made of."""
+    if prompt.startswith("#") and prompt != row.prompt:
+        raise OptionError(
+            f"Sample {number}: a line that begins with # is a comment. Begin with another letter."
+        )
+    if changes and not prompt and row.line is None:
+        raise OptionError(f"Sample {number}: write its prompt.")
+    for name, text in changes.items():
+        if name in WHOLE and text and not (text.isdecimal() and int(text)):
+            raise OptionError(f"Sample {number} {name}: {text} is no whole number above 0, such as 512.")
+        if " --" in f" {text}":
+            raise OptionError(f"Sample {number} {name}: {text}: leave out the dashes.")
+        if name in PICTURES and text:
+            check_picture(text)
+
+
+def edit_times(text: str, fields: Mapping[str, str]) -> str:
+    """Return run.toml with how often samples are made. Raises OptionError, ValueError."""
+    keys = read_keys(text)
+    changes: dict[str, Any] = {}
+    removed = []
+    every = fields.get("every", "").strip()
+    if every != str(keys.get(EVERY, "")):
+        if every and not (every.isdecimal() and int(every)):
+            raise OptionError(f"Made after every: {every} is no whole number above 0, such as 200.")
+        if every:
+            changes[EVERY] = int(every)
+        else:
+            removed.append(EVERY)
+    at_first = "first" in fields
+    if at_first != bool(keys.get(AT_FIRST)):
+        if at_first:
+            changes[AT_FIRST] = True
+        else:
+            removed.append(AT_FIRST)
+    if changes and PROMPTS not in keys:
+        changes[PROMPTS] = PROMPTS_FILE
+    return edit_toml(text, TRAINING_TABLE, changes, removed) if changes or removed else text
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """Both files that the rows are made from, with their texts."""
+
+    prompts: DraftFile
+    run: DraftFile
+
+
+class SamplePages:
+    """Show the samples of a described folder, and save them."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def show(self, request: Request) -> Response:
+        folder = find_described(self.site, request.query_params.get("folder", ""))
+        if folder is None:
+            return PlainTextResponse("There is no such described folder.", 404)
+        number = request.query_params.get("rows", "0")
+        return self.answer(folder, num_rows=int(number) if re.fullmatch(r"[0-9]{1,3}", number) else 0)
+
+    def read_drafts(self, folder: Path) -> Drafts:
+        """Read the files. Raises OptionError if the run's prompts are in another file."""
+        run = read_file(self.site, folder, RUN_FILE)
+        name = str(read_keys(run.form.text).get(PROMPTS, PROMPTS_FILE))
+        if name != PROMPTS_FILE:
+            raise OptionError(
+                f"The prompts are in {name} ({PROMPTS} of {RUN_FILE}), which is edited elsewhere. With "
+                f'{PROMPTS} = "{PROMPTS_FILE}" they are edited here.'
+            )
+        return Drafts(read_file(self.site, folder, PROMPTS_FILE), run)
+
+    def answer(
+        self, folder: Path, change: DraftChange | None = None, *, num_rows: int = 0, status: int = 200
+    ) -> Response:
+        """Return the part of the page. num_rows: to show at least. change: what a form would save."""
+        values: dict[str, Any] = {"folder": folder, "change": change or DraftChange(part=""), "problem": ""}
+        try:
+            values |= self.collect_values(folder, num_rows)
+        except (OSError, ValueError, UserError) as error:
+            values["problem"] = str(error)
+        page = render_page(HERE / "sample_rows.html", "Samples", values, POLICY)
+        return answer_page(page, status)
+
+    def collect_values(self, folder: Path, num_rows: int) -> dict[str, Any]:
+        drafts = self.read_drafts(folder)
+        described = read_described(folder)
+        rows = read_rows(drafts.prompts.form.text)
+        count = min(max(FEWEST_ROWS, len(rows), num_rows), MOST_ROWS)
+        rows = rows[:MOST_ROWS]
+        blank = PromptRow(None, "", {})
+        pictures = self.choose_picture_fields(described.family, described.task, rows)
+        keys = read_keys(drafts.run.form.text)
+        return {
+            "drafts": drafts,
+            "rows": [*rows, *[blank] * (count - len(rows))],
+            "next_count": count + 1,
+            "number_fields": OF_NUMBERS,
+            "picture_fields": pictures,
+            "pictures": list_pictures(folder) if pictures else [],
+            "every": str(keys.get(EVERY, "")),
+            "every_epochs": str(keys.get(EVERY_EPOCHS, "")),
+            "at_first": bool(keys.get(AT_FIRST)),
+            "can_write": not self.site.read_only,
+        }
+
+    def choose_picture_fields(self, family: str, task: str, rows: Sequence[PromptRow]) -> list[str]:
+        """Return the fields for pictures that the model, or a line, has a use for."""
+        fields = {name for row in rows for name in PICTURES if name in row.texts}
+        for model in find_models():
+            if (model.family, model.task) == (family, task):
+                if model.data.get("from_image"):
+                    fields.add("start")
+                if needs_picture(model):
+                    fields.add("source")
+        return [name for name in PICTURES if name in fields]
+
+    def change(self, request: Request, form: Form) -> Response:
+        """Show what a form would save, or save it."""
+        fields = list_fields(form)
+        folder = find_described(self.site, fields.get("folder", ""))
+        what = request.path_params["what"]
+        if folder is None or what not in ("look", "save"):
+            return PlainTextResponse("There is no such request, or no such described folder.", 404)
+        try:
+            drafts = self.read_drafts(folder)
+            if (drafts.prompts.mark, drafts.run.mark) != (fields.get("have", ""), fields.get("have run", "")):
+                raise ChangedMeanwhileError
+            change = self.edit(folder, drafts, fields, is_saving=what == "save")
+        except ChangedMeanwhileError:
+            change = DraftChange(part="samples", fault=describe_conflict(folder, fields))
+        except (OSError, ValueError, UserError) as error:
+            change = DraftChange(part="samples", fault=str(error))
+        is_refused = what == "save" and (change.fault != "" or change.said == LOOK_AGAIN)
+        num_rows = sum(name.startswith("row ") for name in fields) if is_refused else 0
+        return self.answer(folder, change, num_rows=num_rows, status=422 if is_refused else 200)
+
+    def edit(self, folder: Path, drafts: Drafts, fields: Mapping[str, str], is_saving: bool) -> DraftChange:
+        """Return what a form changes, after it is saved if that is asked for and the page has shown it."""
+        if "complete" not in fields:
+            raise OptionError("The form did not arrive as a whole. Load the page again.")
+        prompts = drafts.prompts.form.text
+        run = drafts.run.form.text
+        prompts_after = edit_prompts(prompts, fields, lambda text: self.check_picture(folder, text))
+        run_after = edit_times(run, fields)
+        difference = [*describe_difference(prompts, prompts_after), *describe_difference(run, run_after)]
+        mark = mark_bytes(f"{prompts_after}\0{run_after}".encode("utf-8", "surrogatepass"))
+        if prompts_after != prompts:
+            refuse_new_faults(PROMPTS_FILE, prompts, after=prompts_after, folder=folder, run_text=run)
+        if run_after != run:
+            refuse_new_faults(RUN_FILE, run, after=run_after, folder=folder, run_text=run)
+        change = DraftChange(part="samples", difference=difference, mark=mark)
+        if not is_saving:
+            return change
+        if not difference:
+            return DraftChange(part="samples", said="Nothing is changed.")
+        if fields.get("shown", "") != mark:
+            return DraftChange(part="samples", difference=difference, said=LOOK_AGAIN, mark=mark)
+        changed = {drafts.prompts: (prompts, prompts_after), drafts.run: (run, run_after)}
+        names = []
+        for draft, (before, after) in changed.items():
+            if before != after:
+                replace_content(folder / draft.name, draft.form.with_text(after), draft.mark)
+                names.append(draft.name)
+        return DraftChange(part="samples", said=f"Saved into {' and '.join(names)}: {'; '.join(difference)}")
+
+    def check_picture(self, folder: Path, text: str) -> None:
+        """Raise OptionError if a path, relative to a folder, names no picture below the roots."""
+        path = folder / text
+        is_picture = Path(text).suffix.lower() in IMAGE_SUFFIXES
+        if "\0" in text or not is_picture or not self.site.runs.is_inside(path):
+            raise OptionError(f"{text}: there is no such picture in {folder}")
+
+
+def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:
+    """Return the message for files that have changed meanwhile, with the lines that were typed."""
+    base = fields.get("base", "")
+    try:
+        edited = edit_prompts(base, fields, lambda text: None)
+        typed = describe_difference(base, edited)
+    except OptionError as error:
+        typed = [str(error)]
+    return (
+        f"{PROMPTS_FILE} or {RUN_FILE} has changed meanwhile, and nothing was overwritten. The rows show "
+        f"what it has now. What you changed: {'; '.join(typed) or 'how often'}"
+    )
+
+
+def list_pictures(folder: Path) -> list[str]:
+    """Return the pictures of a folder and of those below it, relative to it; at most MOST_PICTURES."""
+    pictures: list[str] = []
+    waiting = [(folder, 0)]
+    while waiting and len(pictures) < MOST_PICTURES:
+        place, depth = waiting.pop(0)
+        try:
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except OSError:
+            continue
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                if depth < DEEPEST and not NOT_MEDIA.fullmatch(entry.name):
+                    waiting.append((place / entry.name, depth + 1))
+            elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not re.search(r"\s--", entry.name):
+                pictures.append((place / entry.name).relative_to(folder).as_posix())
+    return pictures[:MOST_PICTURES]
+
+
+def sample_routes(site: Site) -> list[Route]:
+    """Return the routes of the samples of a folder."""
+    pages = SamplePages(site)
+    return [
+        Route("/new/samples", guard(pages.show)),
+        Route("/new/samples/{what}", answer_form(pages.change), methods=["POST"]),
+    ]

@@ -1,0 +1,104 @@
+"use strict";
+// The parts of the page New below its form: search in the table of keys, "back", and parts that follow a file.
+
+const KEPT = `typed ${new URLSearchParams(location.search).get("folder")}`; // in the storage of this tab: what is not yet saved
+const keyFields = () => [...document.querySelectorAll("#setting-rows input, #setting-rows select")];
+// fields that are saved by a button; those of the memory are written when they change
+const fieldsOf = (part) => [...part.querySelectorAll("form:not(#memory-form) :is(input, select, textarea)[name]:not([type=hidden])")];
+const nameOf = (field) => `${field.form.id} ${field.name}`;
+const valueOf = (field) => field.type === "checkbox" ? field.checked : field.value;
+
+function defaultOf(field) {
+  if (field.type === "checkbox") return field.defaultChecked;
+  return field.options ? [...field.options].find((option) => option.defaultSelected)?.value ?? "" : field.defaultValue;
+}
+
+function setValue(field, value) {
+  if (field.type === "checkbox") field.checked = value;
+  else field.value = value;
+}
+
+const isEdited = (field) => valueOf(field) !== defaultOf(field);
+const markEdited = () => keyFields().forEach((field) => field.closest("tr").classList.toggle("edited", isEdited(field)));
+
+// ---- the table: search over names and helps, and what was typed is marked
+function filterRows(field) {
+  const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const rows = [...document.querySelectorAll(`${field.dataset.find} tr`)];
+  let count = 0;
+  for (const row of rows) {
+    const text = `${row.textContent} ${row.dataset.help ?? ""}`.toLowerCase();
+    row.hidden = !words.every((word) => text.includes(word));
+    count += !row.hidden;
+  }
+  document.getElementById("setting-count").textContent = words.length ? `${count} of ${rows.length} keys` : `${rows.length} keys`;
+}
+
+document.addEventListener("input", (event) => {
+  const part = event.target.closest(".later");
+  if (event.target.dataset.find) {
+    event.stopPropagation(); // the search changes no key
+    filterRows(event.target);
+  } else if (part) {
+    markEdited();
+    keepTyped(part);
+  }
+}, true);
+
+document.addEventListener("click", ({ target }) => {
+  if (target.dataset?.back === undefined) return;
+  const field = target.closest("tr").querySelector("input, select");
+  field.value = target.dataset.back;
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+  field.focus();
+});
+
+// ---- what is typed outlasts a reload, such as that of Check and Start, until it is saved
+const readTyped = () => JSON.parse(sessionStorage.getItem(KEPT) ?? "{}");
+
+function keepTyped(part) {
+  const typed = readTyped();
+  for (const field of fieldsOf(part)) {
+    delete typed[nameOf(field)];
+    if (isEdited(field)) typed[nameOf(field)] = [defaultOf(field), valueOf(field)];
+  }
+  sessionStorage.setItem(KEPT, JSON.stringify(typed));
+}
+
+// Puts what was typed before the reload into a part; where the file has another value since, that one stays.
+function restoreTyped(part) {
+  const typed = readTyped();
+  for (const field of fieldsOf(part)) {
+    const [before, value] = typed[nameOf(field)] ?? [];
+    if (value === undefined || before !== defaultOf(field)) continue;
+    setValue(field, value);
+    field.dispatchEvent(new Event("input", { bubbles: true })); // shows what would be saved
+  }
+}
+
+// ---- a part that is read again keeps what was typed; a choice that was not touched follows the file
+let untouched = [];
+document.addEventListener("htmx:before:swap", () => { untouched = keyFields().filter((field) => field.options && !isEdited(field)); });
+document.addEventListener("htmx:after:swap", ({ target }) => {
+  for (const field of untouched) if (field.isConnected) setValue(field, defaultOf(field));
+  untouched = [];
+  const find = document.querySelector("[data-find]");
+  if (find) filterRows(find);
+  const part = target.closest?.(".later");
+  if (part?.querySelector("[data-run-mark]")) {
+    if (part.restored) keepTyped(part);
+    else restoreTyped(part);
+    part.restored = true;
+    followFile(part);
+  }
+  markEdited();
+});
+
+// When one part has written run.toml, the others are read again.
+function followFile(part) {
+  const { runMark } = part.querySelector("[data-run-mark]").dataset;
+  for (const other of document.querySelectorAll(".later")) {
+    const shown = other.querySelector("[data-run-mark]")?.dataset.runMark;
+    if (other !== part && shown !== undefined && shown !== runMark) htmx.trigger(other, "refresh");
+  }
+}

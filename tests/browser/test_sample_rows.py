@@ -1,0 +1,236 @@
+"""The samples of a described folder: rows of prompts.txt, in which only what was typed is changed."""
+
+from pathlib import Path
+from urllib.parse import quote, urlencode
+
+import pytest
+
+pytest.importorskip("starlette", reason="the extra `browser` is not installed")
+
+from browser.captions import mark_bytes
+from browser.samples import FIELDS, edit_prompts, edit_times, list_pictures, read_rows
+from modules.errors import OptionError
+from tests.browser.drafts import PROMPTS, RUN, write_draft
+from tests.browser.serving import Answer, Served, serve_runs
+from tests.browser.test_settings_table import shown_by
+from tests.chromium import open_page, wait_until
+
+
+def fields_of(text: str, **typed: str) -> dict[str, str]:
+    """The fields of the rows of a prompts.txt, three at least, with other texts in some: `width_2`."""
+    rows = read_rows(text)
+    fields = {f"has {name}": "yes" for name in FIELDS}
+    for number in range(1, max(3, len(rows)) + 1):
+        row = rows[number - 1] if number <= len(rows) else None
+        fields[f"row {number}"] = "yes"
+        if row is not None:
+            fields |= {f"line {number}": str(row.line), f"prompt {number}": row.prompt}
+            fields |= {f"{name} {number}": value for name, value in row.texts.items()}
+    return fields | {name.replace("_", " "): value for name, value in typed.items()}
+
+
+def accept(text: str) -> None:
+    """Take any path for a picture."""
+
+
+def edit(text: str = PROMPTS, **typed: str) -> str:
+    return edit_prompts(text, fields_of(text, **typed), accept)
+
+
+def send(
+    served: Served, folder: Path, what: str, base: str = PROMPTS, shown: str = "", **typed: str
+) -> Answer:
+    fields = fields_of(base, **typed)
+    fields |= {"folder": str(folder), "base": base, "have": mark_bytes(base.encode()), "shown": shown}
+    fields |= {"have run": mark_bytes(RUN.encode()), "complete": "yes", "every": "200", "first": "yes"}
+    fields |= {name: value for name, value in typed.items() if name in ("every", "first")}
+    origin = {"Origin": served.url, "Content_Type": "application/x-www-form-urlencoded"}
+    return served.ask(f"/new/samples/{what}", "POST", urlencode(fields), **origin)
+
+
+def test_a_row_shows_its_line() -> None:
+    first, second = read_rows(PROMPTS)
+    assert first.prompt == "fluff, in falling snow"
+    assert first.texts == {"width": "64", "height": "64", "frames": "1", "seed": "1", "denoising": "4"}
+    assert first.more == "--n ugly"
+    assert (second.line, second.texts) == (3, {"width": "64", "seed": "2"})
+
+
+def test_of_an_option_given_twice_the_last_counts() -> None:
+    text = "a cat --w 64 --width 32\n"
+    (row,) = read_rows(text)
+    assert row.texts == {"width": "32"}
+    assert edit(text, width_1="48") == "a cat --w 64 --width 48\n"
+    assert edit(text, width_1="") == "a cat\n"
+
+
+def test_nothing_typed_leaves_every_byte() -> None:
+    text = "  # mine\n a  cat   --w 64   --n  ugly \n\n\tb --zz 3 --W  64"
+    assert edit(text) == text
+    assert edit() == PROMPTS
+
+
+def test_only_what_was_typed_is_changed() -> None:
+    changed = edit(width_1="96", seed_1="", height_2="80", prompt_2="fluff, on a boat")
+    assert changed == PROMPTS.replace(
+        "--w 64 --h 64 --f 1 --n ugly  --d 1 --s 4", "--w 96 --h 64 --f 1 --n ugly  --s 4"
+    ).replace("fluff, in a kitchen --W 64 --d 2", "fluff, on a boat --W 64 --d 2 --h 80")
+
+
+def test_a_new_row_goes_to_the_end_and_an_emptied_one_goes() -> None:
+    assert edit(prompt_3="a dog\nruns", seed_3="7") == f"{PROMPTS}a dog runs --d 7\n"
+    assert edit(prompt_1="") == PROMPTS.replace(PROMPTS.splitlines(keepends=True)[1], "")
+    assert edit("a cat", prompt_2="a dog") == "a cat\na dog\n"
+    assert edit("", prompt_1="a dog") == "a dog\n"
+
+
+def test_options_of_a_prompt_are_taken_as_they_are_typed() -> None:
+    assert edit(prompt_3="a dog --n blurry", width_3="64").endswith("a dog --n blurry --w 64\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ({"width_1": "wide"}, "Sample 1 width: wide is no whole number above 0"),
+        ({"frames_2": "0"}, "Sample 2 frames: 0 is no whole number above 0"),
+        ({"denoising_1": "-3"}, "Sample 1 denoising: -3"),
+        ({"seed_1": "1 --w 5"}, "Sample 1 seed: 1 --w 5: leave out the dashes"),
+        ({"seed_3": "5"}, "Sample 3: write its prompt."),
+        ({"prompt_3": "# no prompt"}, "Sample 3: a line that begins with # is a comment"),
+    ],
+)
+def test_what_makes_no_line_is_refused(typed: dict[str, str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        edit(**typed)
+
+
+def test_how_often_is_written_into_run_toml() -> None:
+    assert edit_times(RUN, {"every": "200", "first": "yes"}) == RUN
+    changed = edit_times(RUN, {"every": "50"})
+    assert changed == RUN.replace("n_steps = 200\n", "n_steps = 50\n").replace("sample_at_first = true\n", "")
+    without = RUN.replace('sample_prompts = "prompts.txt"\nsample_every_n_steps = 200\n', "")
+    assert 'sample_prompts = "prompts.txt"\n' in edit_times(without, {"every": "9", "first": "yes"})
+    with pytest.raises(OptionError, match="often is no whole number"):
+        edit_times(RUN, {"every": "often"})
+
+
+def test_rows_are_saved_after_they_were_shown(tmp_path: Path) -> None:
+    folder = write_draft(tmp_path)
+    with serve_runs(tmp_path) as served:
+        at_once = send(served, folder, "save", width_1="96")
+        assert at_once.status == 422
+        looked = send(served, folder, "look", width_1="96")
+        saved = send(served, folder, "save", shown=shown_by(looked, "samples"), width_1="96")
+    assert saved.status == 200
+    assert (folder / "prompts.txt").read_text(encoding="utf-8") == PROMPTS.replace("--w 64", "--w 96")
+    assert (folder / "run.toml").read_text(encoding="utf-8") == RUN
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "run.toml"])
+def test_a_file_that_changed_meanwhile_is_not_overwritten(name: str, tmp_path: Path) -> None:
+    folder = write_draft(tmp_path)
+    with (folder / name).open("a", encoding="utf-8") as file:
+        file.write("# theirs\n")
+    theirs = (folder / name).read_text(encoding="utf-8")
+    with serve_runs(tmp_path) as served:
+        answer = send(served, folder, "save", shown="x", prompt_2="fluff, on a boat")
+    assert answer.status == 422
+    assert "has changed meanwhile" in answer.text
+    assert "+fluff, on a boat --W 64 --d 2" in answer.text
+    assert (folder / name).read_text(encoding="utf-8") == theirs
+
+
+def test_rows_of_a_folder_without_prompts_are_blank(tmp_path: Path) -> None:
+    folder = write_draft(tmp_path)
+    (folder / "prompts.txt").unlink()
+    with serve_runs(tmp_path) as served:
+        page = served.ask(f"/new/samples?folder={quote(str(folder))}").text
+        assert page.count('<li id="sample-') == 3
+        answer = send_new(served, folder, "look", "a dog")
+        saved = send_new(served, folder, "save", "a dog", shown_by(answer, "samples"))
+    assert saved.status == 200
+    assert (folder / "prompts.txt").read_text(encoding="utf-8") == "a dog\n"
+
+
+def send_new(served: Served, folder: Path, what: str, prompt: str, shown: str = "") -> Answer:
+    """Send the first prompt of a folder that has no prompts.txt."""
+    fields = fields_of("", prompt_1=prompt)
+    fields |= {"folder": str(folder), "have run": mark_bytes(RUN.encode()), "complete": "yes"}
+    fields |= {"every": "200", "first": "yes", "shown": shown}
+    origin = {"Origin": served.url, "Content_Type": "application/x-www-form-urlencoded"}
+    return served.ask(f"/new/samples/{what}", "POST", urlencode(fields), **origin)
+
+
+def test_prompts_in_another_file_are_left_alone(tmp_path: Path) -> None:
+    folder = write_draft(tmp_path, run=RUN.replace('"prompts.txt"', '"mine.toml"'))
+    with serve_runs(tmp_path) as served:
+        page = served.ask(f"/new/samples?folder={quote(str(folder))}").text
+    assert "The prompts are in mine.toml" in page
+    assert "<textarea" not in page
+
+
+def test_pictures_are_chosen_from_the_folder(tmp_path: Path) -> None:
+    folder = write_draft(tmp_path / "root", pictures=3)
+    (folder / "control").mkdir()
+    (folder / "p0.png").rename(folder / "control" / "p0.png")
+    (folder / "cache").mkdir()
+    (folder / "p1.png").rename(folder / "cache" / "p1.png")
+    assert list_pictures(folder) == ["p2.png", "control/p0.png"]
+    (tmp_path / "secret.png").write_bytes(b"x")
+    base = PROMPTS
+    with serve_runs(tmp_path / "root") as served:
+        for path in ("../../secret.png", str(tmp_path / "secret.png"), "run.toml", "none.png", "control"):
+            answer = send(served, folder, "look", base, source_1=path)
+            assert "there is no such picture" in answer.text, path
+        assert "+fluff" in send(served, folder, "look", base, source_1="control/p0.png").text
+
+
+@pytest.mark.parametrize(
+    ("task", "label"), [("i2v-14B-480p", "starts from"), ("t2v-1.3B", ""), ("edit", "is made from")]
+)
+def test_models_that_need_a_picture_have_a_field_for_it(task: str, label: str, tmp_path: Path) -> None:
+    run = RUN.replace("t2v-1.3B", task)
+    if task == "edit":
+        run = run.replace('"--family", "wan"', '"--family", "qwen_image"')
+    folder = write_draft(tmp_path, run=run)
+    with serve_runs(tmp_path) as served:
+        page = served.ask(f"/new/samples?folder={quote(str(folder))}").text
+    for text in ("starts from", "is made from"):
+        assert (text in page) == (text == label)
+
+
+def test_markup_in_a_prompt_is_shown_as_text(tmp_path: Path) -> None:
+    folder = write_draft(tmp_path, prompts='</textarea><script>x</script> --zz "><b>\n')
+    with serve_runs(tmp_path) as served:
+        page = served.ask(f"/new/samples?folder={quote(str(folder))}").text
+    assert "<script" not in page
+    assert "<b>" not in page
+
+
+def test_read_only_saves_nothing(tmp_path: Path) -> None:
+    folder = write_draft(tmp_path)
+    with serve_runs(tmp_path, read_only=True) as served:
+        assert "<button" not in served.ask(f"/new/samples?folder={quote(str(folder))}").text
+        assert send(served, folder, "save", width_1="96").status == 403
+
+
+def test_samples_are_edited_by_their_labels(tmp_path: Path) -> None:
+    folder = write_draft(tmp_path)
+    with serve_runs(tmp_path) as served, open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
+        wait_until(page, "document.querySelector('#sample-form') !== null")
+        wait_until(page, "document.querySelector('#set-sample_every_n_steps') !== null")
+        page.get_by_label("Sample 3 prompt").fill("a dog")
+        page.get_by_role("button", name="One more sample").click()
+        wait_until(page, "document.querySelector('#sample-4') !== null")
+        assert page.get_by_label("Sample 3 prompt").input_value() == "a dog"
+        page.get_by_label("Sample 4 prompt").fill("a hen")
+        page.get_by_label("Sample 4 seed").fill("9")
+        page.get_by_label("Made after every").fill("50")
+        wait_until(page, "document.querySelector('#changes-samples').textContent.includes('_steps = 50')")
+        page.get_by_role("button", name="Save the samples").click()
+        wait_until(page, "document.querySelector('#changes-samples').textContent.includes('Saved into')")
+        # the table of all settings follows
+        wait_until(page, "document.querySelector('#set-sample_every_n_steps').value === '50'")
+        assert page.problems == []
+    assert (folder / "prompts.txt").read_text(encoding="utf-8") == f"{PROMPTS}a dog\na hen --d 9\n"
+    assert "sample_every_n_steps = 50\n" in (folder / "run.toml").read_text(encoding="utf-8")
