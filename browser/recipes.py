@@ -415,7 +415,9 @@ class Wish:
         options: dict[str, Any] = dict(self._values(seed))
         if self.references and "references" in self.recipe.fields:
             options["control_image_path"] = list(self.references)
-        strengths = {expert: self._strengths(expert) for expert in ("", HIGH_NOISE)}
+        strengths = {}
+        for expert in dict.fromkeys(lora.expert for lora in self.loras):
+            strengths[expert] = self._strengths(expert)
         return {"prompt": self.prompt.strip(), "options": options, "strengths": strengths}
 
     def command(self, seed: str) -> list[str]:

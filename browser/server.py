@@ -21,6 +21,7 @@ from browser.answers import NO_WRITING, Form, answer_file, answer_form, answer_g
 from browser.dataset_pages import dataset_routes
 from browser.errands import Errands
 from browser.generate_pages import generate_routes
+from browser.inputs import MOST_BYTES as MOST_OF_INPUT
 from browser.jobs import JobQueue, open_queue
 from browser.making import Maker
 from browser.new_pages import new_routes
@@ -51,6 +52,8 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
 }
 MOST_BYTES = 128 << 10  # largest body of a request: a caption as JSON
+# the same of routes that take files, which have limits of their own
+LARGER = {"/generate/file": MOST_OF_INPUT, "/generate/settings": MOST_OF_INPUT}
 
 
 @dataclass
@@ -75,13 +78,14 @@ class Gate:
         request = Request(scope)
         is_begun = False
         received = 0  # bytes
+        most = LARGER.get(request.url.path, MOST_BYTES)
 
         async def receive_bounded() -> Message:  # counted: a body in chunks has no Content-Length
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > MOST_BYTES:
-                raise HTTPException(413, f"A request has at most {MOST_BYTES:,} bytes.")
+            if received > most:
+                raise HTTPException(413, f"A request has at most {most:,} bytes.")
             return message
 
         async def send_guarded(message: Message) -> None:

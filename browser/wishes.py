@@ -85,7 +85,8 @@ class WishStore:
         """folder: made when the first wish is noted."""
         self.folder = folder
         self._lock = threading.RLock()
-        self._read: dict[int, tuple[tuple[int, int, int], Making]] = {}  # by number: mark of the file, content
+        # by number: mark of the file, and its content
+        self._read: dict[int, tuple[tuple[int, int, int], Making]] = {}
 
     def list_all(self) -> list[Making]:
         """Return all wishes, the oldest first. Those of a server that has ended have died with it."""
@@ -204,10 +205,8 @@ class WishStore:
 
 def _with_living_server(making: Making) -> Making:
     """Return a wish, died if the server that made it has ended."""
-    if making.state == RUNNING and is_living(making.process or {}) is False:
-        making.state = DIED
-        making.reason = ENDED_MEANWHILE
-    elif making.state == RUNNING and not making.process:
+    is_lost = not making.process or is_living(making.process) is False
+    if making.state == RUNNING and is_lost:
         making.state = DIED
         making.reason = ENDED_MEANWHILE
     return making
