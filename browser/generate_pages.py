@@ -240,15 +240,16 @@ class GeneratePages:
         return answer_page(render_page(HERE / "generate_work.html", "Generate", values, POLICY))
 
     def show_preview(self, request: Request) -> Response:
+        """Return the newest preview; nothing if it was removed just now, as the next poll says."""
         preview = self.maker.preview
         name = request.path_params["name"]
         if preview is None or Path(name).suffix != preview.suffix:
-            return answer_gone()
+            return Response(status_code=204)
         kind = {".png": "image/png", ".mp4": "video/mp4"}[preview.suffix]
         try:  # at once: the next preview may replace it meanwhile
             return Response(preview.read_bytes(), media_type=kind, headers={"cache-control": "no-store"})
         except OSError:
-            return answer_gone()
+            return Response(status_code=204)
 
     def show_input(self, request: Request) -> Response:
         """Return a picture that was dropped, by its name."""

@@ -52,6 +52,7 @@ TAIL = 64 << 10  # bytes at the end of the log that are searched for an error
 LAST_LINES = 12
 MOST_OF_LINE = 500
 LOADING = "loading the model"
+FindProgram = Callable[[Sequence[str], Path], tuple[object, list[str]]]
 ENDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines")
 CANCELLING = "cancelling; once more ends the process, and the model is loaded again for the next"
 NO_WRITING = "the browser was started with --read_only"
@@ -98,8 +99,11 @@ class Session:
 class Maker:
     """Note the wishes of a server's page Generate, and make them in a thread."""
 
-    def __init__(self, queue: JobQueue) -> None:
+    def __init__(self, queue: JobQueue, find_program: FindProgram = launch.find_program) -> None:
+        """find_program: returns what the words of a session start in a folder, as `launch.find_program`."""
         self.queue = queue
+        self.find_program = find_program
+        self.idle_seconds = IDLE_SECONDS
         self.folder = queue.folder / FOLDER
         self.read_only = queue.read_only
         self.store = WishStore(self.folder)
@@ -323,7 +327,7 @@ class Maker:
             session = self.session
             if session is None:
                 return
-            is_idle = time.monotonic() - session.used > IDLE_SECONDS
+            is_idle = time.monotonic() - session.used > self.idle_seconds
             if is_blocked or is_idle or not session.is_alive:
                 self._end_session(PATIENCE)
 
@@ -462,7 +466,7 @@ class Maker:
         folder = Path(making.folder)
         if not folder.is_dir():
             raise OptionError(f"{folder}: the folder of this command is gone")
-        _, program = launch.find_program(making.session, folder)
+        _, program = self.find_program(making.session, folder)
         variables = {FROM_QUEUE: "1", DRIVEN: str(self.folder.absolute() / PREVIEWS), "PYTHONUTF8": "1"}
         with explain_errors(self.folder / LOG), (self.folder / LOG).open("wb") as log:
             process = subprocess.Popen(
