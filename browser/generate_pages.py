@@ -18,7 +18,7 @@ from browser.drafts import Drafts
 from browser.inputs import FOLDER as INPUTS
 from browser.inputs import InputFolder
 from browser.lora_rows import BOTH, LoraRow, RunShelf, check_family, chosen_at_first, usual_expert
-from browser.making import IDLE_SECONDS, Making
+from browser.making import IDLE_SECONDS
 from browser.recipes import (
     FIELDS,
     PICTURES,
@@ -35,6 +35,7 @@ from browser.refilling import FoundSettings, read_found
 from browser.results import list_results
 from browser.site import Site
 from browser.views import HERE, POLICY
+from browser.wishes import Making
 from contract.families import HIGH_NOISE, LOW_NOISE
 from downloads.catalogue import model_sets
 from modules.errors import MediaError, OptionError, UserError
@@ -445,7 +446,7 @@ class GeneratePages:
         source = self._source_for(found, sources) or self.first_source(sources)
         recipe = self.find_recipe(source)
         rows = self.shelf.list_rows(recipe)
-        strengths = {}
+        strengths: dict[str, str] = {}
         for row in rows:
             if row.name in found.loras and not any(Path(path).name == row.name for path in strengths):
                 strengths[row.path] = found.loras[row.name]
@@ -480,8 +481,11 @@ class GeneratePages:
         if task and found.task and task != found.task:
             return -1
         names = {Path(lora.path).name for lora in recipe.loras}
-        points = sum(lora in names for lora in found.loras)
-        return points + (1 if kind == "model" and found.task in source.split() else 0)
+        if kind == "run":
+            names |= self.shelf.names_of(name)
+        has_files = kind == "run" or not recipe.missing
+        has_task = kind == "model" and found.task in source.split()
+        return 4 * sum(lora in names for lora in found.loras) + 2 * has_files + has_task
 
     def show_result(self, request: Request) -> Response:
         """Return the file of a result."""

@@ -8,9 +8,10 @@ import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from modules.atomic_write import check_space, explain_errors, refuse_writing
+from modules.atomic_write import check_space, explain_errors
 from modules.errors import MediaError, OptionError
 from modules.media.opening import open_image, open_video
+from modules.run_limits import refuse_writing
 
 FOLDER = "inputs"  # in that of results
 MOST_BYTES = 256 << 20  # of a file
@@ -73,7 +74,7 @@ class InputFolder:
 def plain_stem(name: str) -> str:
     """Return a file's name without folders, suffix and characters that a shell or a disk minds."""
     stem = re.split(r"[\\/]", name)[-1].rpartition(".")[0]
-    words = re.sub(r"[^\w-]+", "-", stem).strip("-")[:LONGEST_NAME]
+    words = re.sub(r"[\W-]+", "-", stem).strip("-")[:LONGEST_NAME]
     return words or "input"
 
 

@@ -94,9 +94,14 @@ class RunShelf:
         known = self._rows.get(run_id)
         return "" if known is None else known[1]
 
+    def names_of(self, run_id: str) -> set[str]:
+        """Return the names of a run's files."""
+        known = self._rows.get(run_id)
+        return set() if known is None else {row.name for row in known[2]}
+
     def list_rows(self, recipe: Recipe) -> list[LoraRow]:
         """Return the LoRAs for a recipe: those of its own command, then those of runs of its family."""
-        rows = {}
+        rows: dict[str, LoraRow] = {}
         for lora in recipe.loras:
             row = LoraRow(path=lora.path, title=recipe.title)
             rows.setdefault(_full(recipe, lora.path), row)

@@ -257,14 +257,16 @@ def make_app(
     read_only: bool = False,
     queue: JobQueue | None = None,
     models: Path = MODELS,
+    maker: Maker | None = None,
 ) -> ASGIApp:
     """Return the application. host: its name in requests, besides IP addresses and this machine's name.
 
-    queue: None means the one of `open_queue`. models: folder of the models' files.
+    queue: None means the one of `open_queue`. models: folder of the models' files. maker: of the page
+    Generate; None means one for the queue.
     """
     notes = FileNotes()
     queue = queue or open_queue(runs, read_only)
-    site = Site(runs, queue, Errands(queue), Maker(queue), models=models, notes=notes)
+    site = Site(runs, queue, Errands(queue), maker or Maker(queue), models=models, notes=notes)
     pages = RunPages(runs, notes, queue)
     routes = [
         Route("/", pages.guard(pages.show_list)),

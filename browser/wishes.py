@@ -118,7 +118,7 @@ class WishStore:
             waiting = sum(making.state == WAITING for making in makings)
             if waiting + len(makers) > MOST_WAITING:
                 raise OptionError(f"{waiting} are waiting: {MOST_WAITING} are the most")
-            numbers = []
+            numbers: list[int] = []
             for make in makers:
                 number = max([0, *(making.id for making in makings), *numbers]) + 1
                 self._write(make(number))

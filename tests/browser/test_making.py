@@ -1,4 +1,4 @@
-"""The worker of the page Generate: a model that stays loaded, and what befalls it; results equal a command's."""
+"""The worker of the page Generate: a model that stays loaded, what befalls it, and results to the bit."""
 
 import json
 import os
