@@ -63,7 +63,7 @@ KILLED = (
 
 
 @dataclass
-class Session:
+class LoadedModel:
     """A running process with a loaded model, and what it has answered."""
 
     words: list[str]
@@ -107,7 +107,7 @@ class Maker:
         self.folder = queue.folder / FOLDER
         self.read_only = queue.read_only
         self.store = WishStore(self.folder)
-        self.session: Session | None = None
+        self.session: LoadedModel | None = None
         self.problem = ""  # why wishes wait although nothing is made
         self.waits_for = ""  # the same, if it is as it should be
         self._current: Making | None = None
@@ -391,7 +391,7 @@ class Maker:
         elif event == "cancelled":
             self._end_making(making, FINISHED if making.file else STOPPED)
 
-    def _wait_for_answer(self, session: Session, making: Making) -> dict[str, Any] | None:
+    def _wait_for_answer(self, session: LoadedModel, making: Making) -> dict[str, Any] | None:
         """Return the next answer of a process; None if it has ended."""
         while True:
             answer = session.next_answer(LOOKED_EVERY)
@@ -402,7 +402,7 @@ class Maker:
             if self.store.take_cancel(making.id):
                 self.cancel(making.id)
 
-    def _note_lost(self, session: Session, making: Making) -> None:
+    def _note_lost(self, session: LoadedModel, making: Making) -> None:
         """Note that a process has ended while it made a wish."""
         session.process.wait()
         if self._cancels:
@@ -437,7 +437,7 @@ class Maker:
                     self.store.change(number, [RUNNING], **values)
                 del self._unsaved[number]
 
-    def _open_session(self, making: Making) -> Session | None:
+    def _open_session(self, making: Making) -> LoadedModel | None:
         """Return a process with the model of a wish, that waits for a request; loads it if need be.
 
         None if that fails, which is noted.
@@ -462,7 +462,7 @@ class Maker:
             return None
         return session
 
-    def _start_session(self, making: Making) -> Session:
+    def _start_session(self, making: Making) -> LoadedModel:
         folder = Path(making.folder)
         if not folder.is_dir():
             raise OptionError(f"{folder}: the folder of this command is gone")
@@ -481,14 +481,14 @@ class Maker:
                 start_new_session=True,
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
-        session = Session(making.session, making.title, process)
+        session = LoadedModel(making.session, making.title, process)
         session.start_reading()
         row = {"server": describe_process(), "process": describe_process(process.pid)}
         with contextlib.suppress(OutputError):  # then only a killed server's process stays until it notices
             write_text(self.folder / SESSION, json.dumps(row))
         return session
 
-    def _send(self, session: Session, making: Making) -> None:
+    def _send(self, session: LoadedModel, making: Making) -> None:
         assert session.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: no answer will come
             session.process.stdin.write(json.dumps(making.request) + "\n")

@@ -24,6 +24,7 @@ from modules.errors import OptionError
 from modules.media.writing import write_png
 from pocket.measure import POCKET
 from tests.browser.serving import Answer, Served, serve_runs, write_run
+from tests.browser.test_accessible import assert_fits, axe, list_faults  # noqa: F401  # a fixture
 from tests.browser.test_jobs import wait_for
 from tests.browser.test_making import start_fake
 from tests.chromium import open_page, wait_until
@@ -596,3 +597,20 @@ def test_waiting_wishes_say_for_what_they_wait(served: Served, root: Path) -> No
         queue.stop(number)
         queue.stop(number)
         queue.end_work()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("source", ["run", "model wan22 t2v-A14B", "model framepack i2v"])
+def test_the_page_fits_has_names_and_no_serious_fault(axe: str, served: Served, source: str) -> None:  # noqa: F811
+    fields = fields_of(served) if source == "run" else {"source": source}
+    post(served, "make", {**fields_of(served), "prompt": "fail"})
+    with open_page(f"{served.url}/generate?{urlencode(fields)}") as page:
+        wait_until(page, "document.querySelector('.died') !== null")
+        page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        assert_fits(page)
+        page.evaluate(axe)
+        assert list_faults(page) == []
+        page.keyboard.press("Tab")
+        for _ in range(12):  # by keyboard alone
+            page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.closest('#make') !== null")

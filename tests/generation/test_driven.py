@@ -1,4 +1,4 @@
-"""A generation script that another program drives: requests and answers as JSON, interrupted at any moment."""
+"""A generation script that another program drives: requests and answers as JSON, interrupted anywhere."""
 
 import contextlib
 import json
