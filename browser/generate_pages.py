@@ -159,7 +159,7 @@ class GeneratePages:
         stored = self.drafts.read(draft) or self.drafts.newest()
         if stored is None:
             return self.answer(MakingForm(), is_new=True)
-        return self.answer(MakingForm.of_fields(stored), draft=draft)
+        return self.answer(MakingForm.of_fields(stored), draft=draft, said="".join(stored.get("note", ())))
 
     def answer(
         self, form: MakingForm, error: str = "", is_new: bool = False, draft: str = "", said: str = ""
@@ -437,7 +437,7 @@ class GeneratePages:
         found = read_found(tags)
         form = self.form_of_settings(found)
         draft = self.drafts.new_name()
-        self.drafts.write(draft, form.as_fields())
+        self.drafts.write(draft, {**form.as_fields(), "note": [self.describe_filling(found, form)]})
         return answer_json({"address": f"/generate?draft={draft}"})
 
     def form_of_settings(self, found: FoundSettings) -> MakingForm:
@@ -452,6 +452,25 @@ class GeneratePages:
                 strengths[row.path] = found.loras[row.name]
         texts = {**usual_form(source, recipe, []).texts, **found.fields(recipe)}
         return MakingForm(source, texts=texts, strengths=strengths, is_locked=bool(texts.get("seed")))
+
+    def describe_filling(self, found: FoundSettings, form: MakingForm) -> str:
+        """Return what the form was filled with, and what of the file it could not take, in words."""
+        sentences = [f"Filled with the settings of a file that {found.program} made."]
+        recipe = self.find_recipe(form.source)
+        if not found.family:
+            sentences.append("Its model is not known here: choose one.")
+        elif self._fit(found, form.source) < 0:
+            name = f"{found.model} {found.task}".strip()
+            sentences.append(f"Its model, {name}, is not among the models here: choose one.")
+        chosen = {Path(path).name for path in form.strengths}
+        sentences += [f"{name}, a LoRA of it, is not here." for name in found.loras if name not in chosen]
+        sentences += [
+            f"It began from {text.splitlines()[0]}: drop that on the form."
+            for name in PICTURES
+            for text in [found.texts.get(recipe.keys.get(name, ""), "")]
+            if text
+        ]
+        return " ".join(sentences)
 
     def _source_for(self, found: FoundSettings, sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
         """Return the source whose model is the one of a file; empty if there is none.

@@ -54,6 +54,7 @@ MOST_OF_LINE = 500
 LOADING = "loading the model"
 FindProgram = Callable[[Sequence[str], Path], tuple[object, list[str]]]
 ENDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines")
+GENERATE = "the page Generate"
 CANCELLING = "cancelling; once more ends the process, and the model is loaded again for the next"
 NO_WRITING = "the browser was started with --read_only"
 KILLED = (
@@ -119,7 +120,7 @@ class Maker:
         self._unsaved: dict[int, Making] = {}  # ended, but not yet written: the disk was full
         if not self.read_only:
             self._end_orphan()
-            queue.before_start = self.lets_queue_begin
+            queue.before_start = self.make_room
             atexit.register(self.close)
             if any(making.state == WAITING for making in self.store.list_all()):
                 self._begin()
@@ -203,18 +204,23 @@ class Maker:
             self._end_session(PATIENCE)
 
     def lets_queue_begin(self) -> bool:
-        """Return whether a job of the queue may begin now: nothing is made, and no model is loaded.
+        """Return whether a job of the queue may begin now, as `make_room`."""
+        return not self.make_room()
 
-        If nothing is made, a loaded model is freed.
-        """
+    def make_room(self) -> str:
+        """Free a loaded model, unless something is made. Return why the card is not free; empty if it is."""
         with self._lock:
             if self._current is not None:
-                return False
+                return (
+                    f"{GENERATE} makes result {self._current.id}: the job begins after it, or cancel it there"
+                )
             self._end_session(PATIENCE)
             self._end_orphan()
-        if any(making.state == RUNNING for making in self.list_all()):  # by another server
-            return False
-        return not self._is_loaded_elsewhere()
+        if any(making.state == RUNNING for making in self.list_all()):
+            return f"{GENERATE} of another server makes a result: the job begins after it"
+        if self._is_loaded_elsewhere():
+            return f"{GENERATE} of another server still holds its model: the job begins when that has ended"
+        return ""
 
     def _is_loaded_elsewhere(self) -> bool:
         """Return whether another server has a model loaded; it frees it when it sees the job that waits."""
@@ -293,6 +299,7 @@ class Maker:
         making = None if blocking is not None else self._take_next()
         if making is None:
             return False
+        self.problem = ""
         try:
             self._make(making)
         except (UserError, OSError, ValueError) as error:

@@ -17,7 +17,7 @@ from typing import Any
 from browser.jobs import WAITING
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_living
 from modules.atomic_write import explain_errors, write_text
-from modules.errors import OptionError
+from modules.errors import OptionError, OutputError
 from modules.file_locks import only_one
 from modules.text_files import parse_json, read_text
 
@@ -119,10 +119,15 @@ class WishStore:
             if waiting + len(makers) > MOST_WAITING:
                 raise OptionError(f"{waiting} are waiting: {MOST_WAITING} are the most")
             numbers: list[int] = []
-            for make in makers:
-                number = max([0, *(making.id for making in makings), *numbers]) + 1
-                self._write(make(number))
-                numbers.append(number)
+            try:
+                for make in makers:
+                    number = max([0, *(making.id for making in makings), *numbers]) + 1
+                    self._write(make(number))
+                    numbers.append(number)
+            except OutputError:  # all or none
+                for number in numbers:
+                    self._path(number).unlink(missing_ok=True)
+                raise
             self._forget(makings)
         return numbers
 

@@ -78,18 +78,30 @@ async function takeFiles(name, files) {
 }
 
 document.addEventListener("dragover", (event) => {
-  if (!event.dataTransfer?.types.includes("Files")) return;
+  const types = event.dataTransfer?.types ?? [];
+  if (!types.includes("Files") && !(types.includes("text/uri-list") && event.target.closest?.(".drop"))) return;
   event.preventDefault();
   for (const one of document.querySelectorAll(".drop.over")) one.classList.remove("over");
   event.target.closest?.(".drop")?.classList.add("over");
 });
 document.addEventListener("dragleave", ({ target }) => target.closest?.(".drop")?.classList.remove("over"));
+// A result of this page is dragged by its address.
+async function resultOf(address) {
+  const url = new URL(address, location.href);
+  if (url.origin !== location.origin || !url.pathname.startsWith("/result/")) return [];
+  const answer = await fetch(url);
+  return answer.ok ? [new File([await answer.blob()], url.pathname.split("/").pop())] : [];
+}
+
 document.addEventListener("drop", async (event) => {
-  const files = event.dataTransfer?.files;
-  if (!files?.length) return;
-  event.preventDefault();
   const place = event.target.closest?.(".drop");
   place?.classList.remove("over");
+  let files = event.dataTransfer?.files ?? [];
+  const address = event.dataTransfer?.getData("text/uri-list");
+  if (!files.length && !(place && address)) return;
+  event.preventDefault();
+  if (!files.length) files = await resultOf(address).catch(() => []);
+  if (!files.length) return;
   if (place) {
     await takeFiles(place.dataset.drop, files);
     return;

@@ -1,8 +1,12 @@
 """The page Generate: its form, dropped files, wishes in Chromium, and what it refuses."""
 
 import contextlib
+import html
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +14,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -19,7 +24,8 @@ from safetensors.torch import save_file
 from browser.jobs import WAITING, JobQueue
 from browser.making import Maker
 from browser.refilling import read_found
-from browser.runs import FINISHED, RUNNING, STOPPED
+from browser.runs import FINISHED, RUNNING, STOPPED, Runs
+from browser.wishes import ENDED_MEANWHILE
 from modules.errors import OptionError
 from modules.media.writing import write_png
 from pocket.measure import POCKET
@@ -28,6 +34,7 @@ from tests.browser.test_accessible import assert_fits, axe, list_faults  # noqa:
 from tests.browser.test_jobs import wait_for
 from tests.browser.test_making import start_fake
 from tests.chromium import open_page, wait_until
+from tests.commands import QUIET, ROOT
 from training.reports.history import History, history_path
 
 PICTURE = np.full((32, 48, 3), 90, np.uint8)
@@ -409,10 +416,46 @@ def test_a_result_dropped_on_the_page_fills_the_form(served: Served, tmp_path: P
         assert page.get_by_label("use x-step2.safetensors").is_checked()
         assert page.get_by_label("strength of x-step2.safetensors").input_value() == "0.6"
         assert not page.get_by_label("use x-step4.safetensors").is_checked()
+        note = "Filled with the settings of a file that Reelsmith made."
+        assert note == page.locator(".status").first.inner_text()
+        page.get_by_label("Steps").fill("8")
+        wait_until(page, "document.querySelector('#command').textContent.includes('--infer_steps 8')")
+        page.reload()
+        assert note not in page.locator("body").inner_text()
         write_png(tmp_path / "plain.png", PICTURE)
         drop(page, "h1", tmp_path / "plain.png")
         wait_until(page, "document.querySelector('#said').textContent.includes('It holds no settings')")
         assert page.get_by_label("Prompt").input_value() == PROMPT
+
+
+def test_what_a_dropped_file_needs_and_is_not_here_is_said(served: Served, tmp_path: Path) -> None:
+    tags = {"bt_prompt": "a", "bt_seeds": "1", "bt_model_type": "wan", "bt_task": "t2v-1.3B"}
+    write_png(
+        tmp_path / "a.png", PICTURE, {**tags, "bt_lora_0": "gone.safetensors: 1.0", "bt_i2i_path": "b.png"}
+    )
+    page = served.ask(send(served, "settings", tmp_path / "a.png").json()["address"]).text
+    assert "gone.safetensors, a LoRA of it, is not here. It began from b.png: drop that on the form." in page
+    write_png(tmp_path / "b.png", PICTURE, {**tags, "bt_model_type": "no such"})
+    page = served.ask(send(served, "settings", tmp_path / "b.png").json()["address"]).text
+    assert "Its model is not known here: choose one." in page
+    write_png(tmp_path / "c.png", PICTURE, {**tags, "bt_task": "t2v-99B"})
+    page = served.ask(send(served, "settings", tmp_path / "c.png").json()["address"]).text
+    assert "Its model, wan t2v-99B, is not among the models here: choose one." in page
+
+
+def test_a_result_is_dragged_onto_a_field(served: Served, root: Path) -> None:
+    (root / "generated").mkdir()
+    write_png(root / "generated" / "made.png", PICTURE)
+    with open_page(f"{served.url}/generate?source=model+framepack+i2v") as page:
+        address = page.locator(".plate a").get_attribute("href")
+        transfer = page.evaluate_handle(
+            "(address) => { const all = new DataTransfer(); all.setData('text/uri-list', address); return all; }",
+            f"{served.url}{address}",
+        )
+        page.dispatch_event("[data-drop=start]", "drop", {"dataTransfer": transfer})
+        wait_until(page, "document.querySelector('#start').value !== ''")
+        path = Path(page.get_by_label("Start from").input_value())
+        assert path.read_bytes() == (root / "generated" / "made.png").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -614,3 +657,68 @@ def test_the_page_fits_has_names_and_no_serious_fault(axe: str, served: Served, 
         for _ in range(12):  # by keyboard alone
             page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.closest('#make') !== null")
+
+
+@contextlib.contextmanager
+def serve_alone(root: Path) -> Iterator[tuple["subprocess.Popen[str]", Served]]:
+    """Serve the page in a process of its own, with the real generation script."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tools" / "run_browser.py", root, "--port", "0"],
+        cwd=root,
+        env={**os.environ, **QUIET},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().strip().rstrip("/").rpartition(":")[2])
+        yield process, Served(port, Runs([root]))
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="it has no such signal")
+def test_a_killed_server_loses_no_wish_and_leaves_no_process(root: Path) -> None:
+    with serve_alone(root) as (server, served):
+        fields = fields_of(served, steps="400", prompt="a red square")
+        assert post(served, "make", fields).status == 200
+        assert post(served, "make", {**fields, "steps": "2"}).status == 200
+        wait_for(lambda: wishes(root)[0]["done"] > 0, lambda: str(wishes(root)))
+        session = json.loads((root / "reelsmith-queue" / "making" / "session.json").read_text())
+        server.kill()
+        server.wait()
+        # it notices at its next step that nobody reads
+        wait_for(lambda: not psutil.pid_exists(session["process"]["number"]))
+    with serve_alone(root) as (_, served):
+        assert ENDED_MEANWHILE in html.unescape(served.ask("/generate").text)
+        wait_for(lambda: states(root)[1] == FINISHED, lambda: str(wishes(root)))
+        assert Path(wishes(root)[1]["file"]).is_file()
+        assert post(served, "again", {"id": "1"}).status == 200
+        wait_for(lambda: wishes(root)[0]["done"] > 0, lambda: str(wishes(root)))
+        assert post(served, "cancel", {"id": "1"}).status == 200
+        wait_for(lambda: states(root) == [STOPPED, FINISHED], lambda: str(wishes(root)))
+        made = sorted(path.suffix for path in (root / "generated").iterdir())
+        assert made == [".mp4"]
+
+
+@pytest.mark.slow
+def test_a_wrong_model_file_is_named_where_one_clicked(root: Path, tmp_path: Path) -> None:
+    write_generating(root / "wrong", "y")
+    history = next((root / "wrong").glob("*-history.jsonl"))
+    text = history.read_text(encoding="utf-8")
+    wrong = root / "wrong" / "other.safetensors"
+    save_file({"x": torch.zeros(2)}, wrong)
+    history.write_text(text.replace(f"{POCKET / 'dit'}.safetensors", str(wrong)), encoding="utf-8")
+    with serve_alone(root) as (_, served):
+        fields = fields_of(served, source=f"run {run_id(served, 'y')}")
+        with open_page(f"{served.url}/generate?{urlencode(fields)}") as page:
+            page.get_by_role("button", name="Make", exact=True).click()
+            wait_until(page, "document.querySelector('.died .bad') !== null")
+            assert "other.safetensors" in page.locator(".died .bad").inner_text()
+            page.get_by_text("Last lines").click()
+            assert "other.safetensors" in page.locator(".last").inner_text()

@@ -228,6 +228,9 @@ def test_a_job_of_the_queue_waits_for_the_wish_and_then_has_the_card(
     try:
         time.sleep(1)
         assert [each.state for each in queue.jobs()] == [WAITING]
+        assert queue.problem == (
+            "the page Generate makes result 1: the job begins after it, or cancel it there"
+        )
         maker.cancel(1)
         wait_for(lambda: [each.state for each in queue.jobs()] == [RUNNING])
         assert maker.session is None
