@@ -226,11 +226,9 @@ def test_a_job_of_the_queue_waits_for_the_wish_and_then_has_the_card(
     job = queue.add(["python", "tools/run_browser.py", "."], tmp_path)  # until Ctrl-C
     queue.begin_work()
     try:
-        time.sleep(1)
+        reason = "the page Generate makes result 1: the job begins after it, or cancel it there"
+        wait_for(lambda: queue.problem == reason, lambda: queue.problem)
         assert [each.state for each in queue.jobs()] == [WAITING]
-        assert queue.problem == (
-            "the page Generate makes result 1: the job begins after it, or cancel it there"
-        )
         maker.cancel(1)
         wait_for(lambda: [each.state for each in queue.jobs()] == [RUNNING])
         assert maker.session is None
