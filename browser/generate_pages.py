@@ -83,8 +83,8 @@ CHOOSERS = {
 EXPERTS = {BOTH: "both parts", HIGH_NOISE: "high noise", LOW_NOISE: "low noise"}
 SEED_BITS = 32
 NO_STABLE_DIFFUSION = (
-    "Stable Diffusion 1.5, 2.1 and XL are not in this list: gen_img.py reads whole command lines only, and "
-    "cannot keep a model loaded for a page. Put such a line into the queue."
+    "Stable Diffusion 1.5, 2.1 and XL are not in this list: gen_img.py has options and prompt lines of its "
+    "own, and takes no requests from this page. Put its command line into the queue."
 )
 
 

@@ -5,7 +5,7 @@ form are options that a prompt line may have, by their names on the command line
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -258,7 +258,7 @@ def _make_recipe(
     options: Mapping[str, Sequence[str]],
     folder: Path,
     missing: Sequence[str],
-    is_example: Any,
+    is_example: Callable[[str], bool],
 ) -> Recipe:
     """Split the options of a command into those that are fixed and those that fields show.
 
