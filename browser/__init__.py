@@ -6,17 +6,24 @@ captions: write caption files, undo, refuse to overwrite others
 compare: find samples and clips of chosen files, plan the rest
 dataset_pages: routes for datasets: files, small pictures, edited captions
 datasets: find datasets, measure them in another process
+drafts: what is typed into the form Generate, in files
 folder_settings: show, check and save the settings of a folder
+generate_pages: routes of Generate: form, wishes, dropped files
 hub_login: whether there is a token, without its text
+inputs: take dropped pictures and clips, judged by content
 jobs: command lines of a text file, run one after another
 launch: a line to a program; its processes started, interrupted, outlasted
+lora_rows: LoRAs of runs that a model can take
 machine: line of each page: what runs, cards, free disk
+making: make wishes with a model that stays loaded
 memory: plan of a training as a bar, its switches
 model_files: released files on disk, what uses them, downloads
 model_pages: page of models: loading after licences, removing
 options: options of run_browser.py: folders, address, token
 qr_code: a text as QR code, for terminal and page
 queue_views: pages of queue and comparison, their buttons
+recipes: a form to a command line and a request
+refilling: how a dropped file was made, as a form
 runs: find runs by their histories, tell each at a glance
 samples: rows of prompts.txt, and how often they are made
 server: routes, and what a request must have to pass
@@ -25,4 +32,5 @@ settings_page: page of settings: folders, server, queue, bin
 settings_table: run.toml as a table of all its options
 start: serve pages or export one; show the address
 views: pages, curves and files of one run
+wishes: results to make, in files that servers share
 """

@@ -3,36 +3,49 @@
 import secrets
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser import compare
-from browser.answers import Form, answer_file, answer_form, answer_gone, answer_page
-from browser.making import Making
+from browser import launch
+from browser.answers import Form, answer_file, answer_form, answer_gone, answer_json, answer_page
+from browser.drafts import Drafts
+from browser.inputs import FOLDER as INPUTS
+from browser.inputs import InputFolder
+from browser.lora_rows import BOTH, LoraRow, RunShelf, check_family, chosen_at_first, usual_expert
+from browser.making import IDLE_SECONDS
 from browser.recipes import (
-    LETTERS,
+    FIELDS,
+    PICTURES,
     RESULTS,
     Recipe,
     UsedLora,
     Wish,
     find_model_set,
+    flag_of,
     recipe_of_model,
     recipe_of_run,
 )
+from browser.refilling import FoundSettings, read_found
 from browser.results import list_results
 from browser.site import Site
-from browser.views import HERE, POLICY, label_runs
+from browser.views import HERE, POLICY
+from browser.wishes import Making
+from contract.families import HIGH_NOISE, LOW_NOISE
 from downloads.catalogue import model_sets
-from modules.errors import OptionError, UserError
+from modules.errors import MediaError, OptionError, UserError
+from modules.media.reading import read_tags
 from modules.pages.page import render_page
 
 MOST_AT_ONCE = 64  # results of one press of Make
+FOUR = 4  # of "Make with four seeds"
 SHOWN = 48  # results in the page
+SHOWN_ENDED = 12  # wishes that were stopped or died, in the page
 LABELS = {
     "prompt": "Prompt",
     "negative": "Negative",
@@ -41,13 +54,38 @@ LABELS = {
     "frames": "Frames",
     "steps": "Steps",
     "guidance": "Guidance",
+    "cfg": "CFG",
+    "high_cfg": "CFG at high noise",
     "seed": "Seed",
     "start": "Start from",
     "end": "End with",
+    "control": "Follow",
     "references": "Edit",
+    "redraw": "Redraw",
+    "share": "Share made anew",
     "count": "How many",
 }
+NUMBERS = ("width", "height", "frames", "steps", "guidance", "cfg", "high_cfg", "share")  # in their order
+NOTES = {
+    "start": "the first picture",
+    "end": "the last picture",
+    "control": "a clip whose motion is followed",
+    "references": "pictures to edit, one a line",
+    "redraw": "a picture or clip that is made anew in part",
+}
+CHOOSERS = {
+    "start": "file of the first picture",
+    "end": "file of the last picture",
+    "control": "file of the clip",
+    "references": "files of pictures",
+    "redraw": "file of the picture or clip",
+}
+EXPERTS = {BOTH: "both parts", HIGH_NOISE: "high noise", LOW_NOISE: "low noise"}
 SEED_BITS = 32
+NO_STABLE_DIFFUSION = (
+    "Stable Diffusion 1.5, 2.1 and XL are not in this list: gen_img.py has options and prompt lines of its "
+    "own, and takes no requests from this page. Put its command line into the queue."
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +95,7 @@ class MakingForm:
     source: str = ""  # `run ID` or `model FAMILY TASK`
     texts: Mapping[str, str] = field(default_factory=dict)  # by the name of the field
     strengths: Mapping[str, str] = field(default_factory=dict)  # of chosen LoRAs, by path
+    experts: Mapping[str, str] = field(default_factory=dict)  # that they are for, by path
     count: str = "1"
     is_locked: bool = False  # the seed stays in the form
 
@@ -66,12 +105,23 @@ class MakingForm:
         texts = {name: "".join(form[name]) for name in LABELS if name in form}
         chosen = form.get("lora", ())
         return cls(
-            source="".join(form.get("source", ())),
+            source="".join(form.get("source", ())[:1]),
             texts={name: text for name, text in texts.items() if name != "count"},
             strengths={path: "".join(form.get(f"strength {path}", ["1"])) for path in chosen},
+            experts={path: form[f"expert {path}"][0] for path in chosen if form.get(f"expert {path}")},
             count=texts.get("count", "") or "1",
             is_locked="lock" in form,
         )
+
+    def as_fields(self) -> dict[str, list[str]]:
+        """Return the fields that a page with this form sends."""
+        fields = {name: [text] for name, text in self.texts.items()}
+        fields |= {"source": [self.source], "count": [self.count], "lora": list(self.strengths)}
+        fields |= {f"strength {path}": [strength] for path, strength in self.strengths.items()}
+        fields |= {f"expert {path}": [expert] for path, expert in self.experts.items()}
+        if self.is_locked:
+            fields["lock"] = ["yes"]
+        return fields
 
 
 class GeneratePages:
@@ -80,150 +130,381 @@ class GeneratePages:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.maker = site.maker
+        self.shelf = RunShelf(site.runs)
+        self.drafts = Drafts(self.maker.folder)
+        self.models = [model for model in model_sets() if "generate" in model.commands]
+
+    @property
+    def results_folder(self) -> Path:
+        return self.site.runs.tops[0] / RESULTS
+
+    @property
+    def inputs(self) -> InputFolder:
+        return InputFolder(self.results_folder / INPUTS)
+
+    # --- the page
 
     def show(self, request: Request) -> Response:
         query = request.query_params
-        form = MakingForm.of_fields({name: query.getlist(name) for name in query})
-        return self.answer(form, is_new="prompt" not in query)
+        fields = {name: query.getlist(name) for name in query}
+        draft = "".join(fields.pop("draft", ()))
+        run = "".join(fields.pop("run", ()))
+        if run:
+            fields["source"] = [f"run {run}"]
+        if "fill" in fields:  # another source was chosen
+            return self.answer(self.refill(MakingForm.of_fields(fields)), draft=draft)
+        if fields:
+            form = MakingForm.of_fields(fields)
+            return self.answer(form, is_new="prompt" not in fields, draft=draft)
+        stored = self.drafts.read(draft) or self.drafts.newest()
+        if stored is None:
+            return self.answer(MakingForm(), is_new=True)
+        return self.answer(MakingForm.of_fields(stored), draft=draft, said="".join(stored.get("note", ())))
 
-    def answer(self, form: MakingForm, error: str = "", is_new: bool = False) -> Response:
+    def answer(
+        self, form: MakingForm, error: str = "", is_new: bool = False, draft: str = "", said: str = ""
+    ) -> Response:
         """Return the page with a filled form.
 
-        error: a message to show. is_new: show what the recipe usually has.
+        error: a message to show. is_new: show what the recipe usually has. draft: that holds the form. said:
+        a message that is no error.
         """
         problem = error
         recipe = None
-        with self.site.runs.lock:
-            sources = self.list_sources()
-            try:
-                recipe = self.find_recipe(form.source or next(iter(sources), ""))
-            except (UserError, OSError) as reason:
-                problem = problem or str(reason)
+        sources = self.list_sources()
+        source = form.source
+        if not source and sources:
+            source = self.first_source(sources)
+        try:
+            recipe = self.find_recipe(source) if source else None
+        except (UserError, OSError) as reason:
+            problem = problem or str(reason)
+        form = replace(form, source=source)
+        rows = [] if recipe is None else self.shelf.list_rows(recipe)
         if recipe is not None and is_new:
-            form = MakingForm(
-                source=form.source,
-                texts={**recipe.usual, "seed": ""},
-                strengths={lora.path: lora.strength for lora in recipe.loras},
-            )
-        results = list_results(self.site.runs)
-        command = ""
-        if recipe is not None:
-            wish = self.wish_of(recipe, form)
-            command = shlex.join(wish.command(form.texts.get("seed", "")))
+            form = usual_form(source, recipe, rows)
+        wish = None if recipe is None else self.wish_of(recipe, form, rows)
         values = {
             "form": form,
             "recipe": recipe,
-            "labels": LABELS,
+            "labels": {**LABELS, "frames": "Seconds" if recipe and recipe.counts_seconds else "Frames"},
+            "numbers": NUMBERS,
+            "pictures": PICTURES,
+            "notes": NOTES,
+            "choosers": CHOOSERS,
+            "experts": EXPERTS,
             "sources": sources,
-            "loras": self.list_loras(recipe),
-            "command": command,
-            "makings": self.list_shown(),
-            "loaded": self.maker.loaded,
-            "results": results[:SHOWN],
-            "num_results": len(results),
+            "no_stable_diffusion": NO_STABLE_DIFFUSION,
+            "rows": rows,
+            "usual_expert": lambda row: usual_expert(row, recipe.folder) if recipe else BOTH,
+            "command": "" if wish is None else self.command_of(wish, form),
+            "draft": draft or self.drafts.new_name(),
+            "loading_note": loading_note(recipe),
+            **self.work_values(),
+            **self.result_values(),
             "can_write": not self.site.read_only,
             "said": problem,
+            "note": said,
         }
         page = render_page(HERE / "generate.html", "Generate", values, POLICY)
         return answer_page(page, 422 if error else 200)
 
-    def list_shown(self) -> list[Making]:
-        """Return the wishes that have not ended well, and the newest that have."""
-        makings = self.maker.list_all()
-        return [making for making in makings if making.state != "finished"][::-1]
+    def result_values(self) -> dict[str, object]:
+        results = list_results(self.site.runs)
+        return {"results": results[:SHOWN], "num_results": len(results)}
 
-    def list_sources(self) -> dict[str, str]:
-        """Return what can be generated with: runs with a command that generates, and released models."""
-        sources = {}
-        for run, label in label_runs(self.site.runs.list_all()):
-            sources[f"run {run.id}"] = f"{label} (run)"
-        for model in model_sets():
-            if "generate" in model.commands and model.family != "stable_diffusion":
-                sources[f"model {model.family} {model.task}"] = f"{model.family} {model.task}"
-        return sources
+    def work_values(self) -> dict[str, object]:
+        """Return what the part of the page about wishes shows."""
+        makings = self.maker.list_all()
+        ended = [making for making in makings if making.state in ("stopped", "died")]
+        open_ones = [making for making in makings if making.state in ("running", "waiting")]
+        preview = self.maker.preview
+        address = ""
+        if preview is not None:
+            try:
+                address = f"/generate/preview/{preview.stat().st_mtime_ns}{preview.suffix}"
+            except OSError:
+                address = ""
+        return {
+            "makings": [*open_ones, *ended[: -SHOWN_ENDED - 1 : -1]],
+            "waiting": sum(making.state == "waiting" for making in makings),
+            "loaded": self.maker.loaded,
+            "preview": address,
+            "waits_for": self.maker.waits_for,
+            "maker_problem": self.maker.problem,
+            "idle_minutes": round(IDLE_SECONDS / 60),
+        }
+
+    def show_work(self, request: Request) -> Response:
+        """Return the part of the page about wishes alone, for a page that asks every second."""
+        values = {**self.work_values(), "can_write": not self.site.read_only}
+        return answer_page(render_page(HERE / "generate_work.html", "Generate", values, POLICY))
+
+    def show_preview(self, request: Request) -> Response:
+        """Return the newest preview; nothing if it was removed just now, as the next poll says."""
+        preview = self.maker.preview
+        name = request.path_params["name"]
+        if preview is None or Path(name).suffix != preview.suffix:
+            return Response(status_code=204)
+        kind = {".png": "image/png", ".mp4": "video/mp4"}[preview.suffix]
+        try:  # at once: the next preview may replace it meanwhile
+            return Response(preview.read_bytes(), media_type=kind, headers={"cache-control": "no-store"})
+        except OSError:
+            return Response(status_code=204)
+
+    def show_input(self, request: Request) -> Response:
+        """Return a picture that was dropped, by its name."""
+        path = self.inputs.folder / request.path_params["name"]
+        kinds = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".mp4": "video/mp4"}
+        kind = kinds.get(path.suffix)
+        if kind is None or path.parent != self.inputs.folder or not self.site.runs.is_inside(path):
+            return answer_gone()
+        return FileResponse(path, media_type=kind)
+
+    # --- sources
+
+    def list_sources(self) -> dict[str, list[tuple[str, str]]]:
+        """Return what can be generated with, by the title of its group: values of the field, and names."""
+        groups: dict[str, list[tuple[str, str]]] = {"Runs": [], "Models on disk": [], "Models to load": []}
+        for run, label in self.shelf.refresh():
+            groups["Runs"].append((f"run {run.id}", f"{label} (run)"))
+        for model in self.models:
+            if model.family == "stable_diffusion":
+                continue
+            paths = [self.site.models / part.path for part in model.components if part.option]
+            is_there = all(path.exists() for path in paths)
+            group = "Models on disk" if is_there else "Models to load"
+            value = f"model {model.family} {model.task}"
+            groups[group].append((value, f"{model.family} {model.task} · {model.about}"))
+        return {title: sources for title, sources in groups.items() if sources}
+
+    @staticmethod
+    def first_source(sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+        return next((rows[0][0] for rows in sources.values() if rows), "")
 
     def find_recipe(self, source: str) -> Recipe:
         """Return the recipe of a source. Raises OptionError if there is none, OSError for a lost history."""
-        kind, _, rest = source.partition(" ")
+        kind, _, name = source.partition(" ")
         if kind == "run":
-            run = self.site.runs.find(rest)
-            source_run = None if run is None else compare.read_source(self.site.runs, run)
-            if source_run is None:
-                raise OptionError("This run has no command that generates (any more).")
-            return recipe_of_run(source_run)
-        family, _, task = rest.partition(" ")
+            with self.site.runs.lock:
+                run_source = self.shelf.find_source(name)
+            if run_source is None:
+                raise OptionError("This run has no command that generates (any more). Choose another model.")
+            return recipe_of_run(run_source)
+        family, _, task = name.partition(" ")
         model = find_model_set(family, task)
-        if model is None:
-            raise OptionError(f"{rest or source}: there is no such model.")
+        if model is None or family == "stable_diffusion":
+            raise OptionError(f"{name or source}: there is no such model here.")
         return recipe_of_model(model, self.site.models, Path.cwd())
 
-    def list_loras(self, recipe: Recipe | None) -> list[str]:
-        """Return the LoRA files of runs of the recipe's family, as paths for its command."""
-        if recipe is None:
-            return []
-        paths = [lora.path for lora in recipe.loras]
-        with self.site.runs.lock:
-            for run in self.site.runs.list_all():
-                try:
-                    source = compare.read_source(self.site.runs, run)
-                except OSError:
-                    continue
-                if source is not None and source.family == recipe.family:
-                    paths += [str(file.paths[0]) for file in source.files]
-        return list(dict.fromkeys(paths))
+    def refill(self, form: MakingForm) -> MakingForm:
+        """Return the form for another source: what was written and the seed stay, the rest is its own."""
+        recipe = self.find_recipe(form.source)
+        usual = usual_form(form.source, recipe, self.shelf.list_rows(recipe))
+        texts = dict(usual.texts)
+        for name in ("prompt", "negative", "seed"):
+            if form.texts.get(name, "").strip():
+                texts[name] = form.texts[name]
+        return replace(usual, texts=texts, count=form.count, is_locked=form.is_locked)
 
-    def save_path(self, recipe: Recipe) -> str:
-        """Return the folder for results: that of the run's own command, else one in the first root."""
-        return str(self.site.runs.tops[0] / RESULTS)
+    # --- wishes
 
-    def wish_of(self, recipe: Recipe, form: MakingForm) -> Wish:
+    def wish_of(self, recipe: Recipe, form: MakingForm, rows: Sequence[LoraRow]) -> Wish:
         """Return what a form asks for."""
-        texts = {name: form.texts.get(name, "") for name in LETTERS if name not in ("seed", "references")}
+        texts = {name: form.texts.get(name, "") for name in FIELDS if name not in ("seed", "references")}
+        if "start" not in recipe.fields and "redraw" in recipe.fields and texts["start"].strip():
+            texts["redraw"] = texts["redraw"] or texts["start"]  # of a result: start from this
         references = [line.strip() for line in form.texts.get("references", "").splitlines() if line.strip()]
+        loras: list[UsedLora] = []
+        for row in rows:
+            if row.path in form.strengths:
+                expert = form.experts.get(row.path) or usual_expert(row, recipe.folder)
+                loras += row.as_used(form.strengths[row.path], expert, recipe.has_experts)
         return Wish(
             recipe=recipe,
             prompt=form.texts.get("prompt", ""),
             texts=texts,
-            loras=[UsedLora(path, strength) for path, strength in form.strengths.items()],
-            save_path=self.save_path(recipe),
+            loras=loras,
+            save_path=str(self.results_folder),
             references=references,
+            labels=LABELS,
         )
+
+    def command_of(self, wish: Wish, form: MakingForm) -> str:
+        """Return the command that the form stands for, as text."""
+        words = wish.command(form.texts.get("seed", "").strip())
+        if form.count.strip() not in ("", "1"):
+            words += [flag_of("num_videos", wish.recipe.defaults), form.count.strip()]
+        return shlex.join(words)
 
     def change(self, request: Request, fields: Form) -> Response:
         """Do what a button asks for."""
-        form = MakingForm.of_fields(fields)
-        number = "".join(fields.get("id", ()))
         what = request.path_params["what"]
+        draft = "".join(fields.pop("draft", ())[:1])
+        number = "".join(fields.pop("id", ()))
+        is_of_wish = what in ("cancel", "again", "remove")
+        form = MakingForm.of_fields(fields)
         try:
-            if what == "make":
+            if what == "form":
+                if "fill" in fields:
+                    form = self.refill(form)
+                self.drafts.write(draft, form.as_fields())
+                return self.answer(form, draft=draft)
+            if what in ("make", "four"):
+                if what == "four":
+                    form = replace(form, count=str(FOUR))
                 self.make(form)
+                self.drafts.write(draft, MakingForm.of_fields(fields).as_fields())
             elif what == "free":
                 self.maker.free()
-            elif what in ("cancel", "again", "remove") and number.isdecimal():
+            elif is_of_wish and number.isdecimal() and len(number) < 10:
                 {"cancel": self.maker.cancel, "again": self.maker.again, "remove": self.maker.remove}[what](
                     int(number)
                 )
-                return self.answer(form, is_new=True)
             else:
                 return PlainTextResponse("There is no such request.", 404)
         except (UserError, OSError) as error:
-            return self.answer(form, str(error))
-        return self.answer(form)
+            return self.answer_work(str(error))
+        return self.answer_work()
+
+    def answer_work(self, error: str = "") -> Response:
+        """Return the part of the page about wishes, with a message."""
+        values = {**self.work_values(), "can_write": not self.site.read_only, "said": error}
+        page = render_page(HERE / "generate_work.html", "Generate", values, POLICY)
+        return answer_page(page, 422 if error else 200, {"hx-trigger": "wished"})
 
     def make(self, form: MakingForm) -> None:
         """Note the wishes of a form. Raises OptionError if they cannot be made."""
-        with self.site.runs.lock:
-            recipe = self.find_recipe(form.source)
-        wish = self.wish_of(recipe, form)
+        recipe = self.find_recipe(form.source)
+        self.shelf.refresh()
+        rows = self.shelf.list_rows(recipe)
+        gone = [path for path in form.strengths if path not in {row.path for row in rows}]
+        if gone:
+            raise OptionError(f"{gone[0]}: there is no such LoRA (any more). Choose another one.")
+        wish = self.wish_of(recipe, form, rows)
         wish.check()
+        self._check_paths(wish)
+        for lora in wish.loras:
+            check_family(recipe.folder / lora.path, recipe.family)
         seed = form.texts.get("seed", "").strip()
-        if seed and not seed.isdecimal():
+        if seed and not (seed.isdecimal() and len(seed) < 20):
             raise OptionError(f"Seed {seed}: give a whole number, or leave it empty for another each time.")
-        if not form.count.isdecimal() or not 1 <= int(form.count) <= MOST_AT_ONCE:
-            raise OptionError(f"How many {form.count}: give a number from 1 to {MOST_AT_ONCE}.")
+        count = form.count.strip()
+        if not count.isdecimal() or len(count) > 4 or not 1 <= int(count) <= MOST_AT_ONCE:
+            raise OptionError(f"How many {count}: give a number from 1 to {MOST_AT_ONCE}.")
         first = int(seed) if seed else secrets.randbits(SEED_BITS)
-        seeds = [str(first + place) for place in range(int(form.count))]
-        self.maker.add([_maker_of(wish, each) for each in seeds])
+        seeds = [str(first + place) for place in range(int(count))]
+        launch.check_options(wish.command(seeds[0]), recipe.folder)
+        self.maker.add([_maker_of(wish, each, form) for each in seeds])
+
+    def _check_paths(self, wish: Wish) -> None:
+        """Raise OptionError for a picture outside the roots that the model's own command does not name."""
+        named = {*wish.recipe.paths}
+        paths = [*wish.references, *(wish.texts.get(name, "").strip() for name in PICTURES)]
+        for path in filter(None, paths):
+            if path not in named and not self.site.runs.is_inside(wish.recipe.folder / path):
+                raise OptionError(
+                    f"{path} is outside the folders that this page shows: drop the file on the page, and it "
+                    "is copied into one of them."
+                )
+
+    # --- dropped files
+
+    def receive(self, answer: Callable[[Path, str], Response]) -> Callable[[Request], Awaitable[Response]]:
+        """Return a handler that receives a file, and hands it and its name to `answer`."""
+
+        async def handle(request: Request) -> Response:
+            name = request.query_params.get("name", "")
+            try:
+                path = await self.inputs.receive(request.stream())
+                return await run_in_threadpool(answer, path, name)
+            except (UserError, OSError) as error:
+                return answer_json({"said": str(error)}, 422)
+
+        return handle
+
+    def keep_input(self, path: Path, name: str) -> Response:
+        """Keep a picture or clip to start from, and return its path."""
+        kept = self.inputs.keep(path, name)
+        return answer_json({"path": str(kept), "address": f"/generate/input/{kept.name}"})
+
+    def read_dropped(self, path: Path, name: str) -> Response:
+        """Fill a form with the settings of a file, and return the address of the page with it."""
+        try:
+            tags = read_tags_of(path, Path(name).suffix)
+        finally:
+            path.unlink(missing_ok=True)
+        found = read_found(tags)
+        form = self.form_of_settings(found)
+        draft = self.drafts.new_name()
+        self.drafts.write(draft, {**form.as_fields(), "note": [self.describe_filling(found, form)]})
+        return answer_json({"address": f"/generate?draft={draft}"})
+
+    def form_of_settings(self, found: FoundSettings) -> MakingForm:
+        """Return the form for settings of a file. Raises OptionError if there is no model for it."""
+        sources = self.list_sources()
+        source = self._source_for(found, sources) or self.first_source(sources)
+        recipe = self.find_recipe(source)
+        rows = self.shelf.list_rows(recipe)
+        strengths: dict[str, str] = {}
+        for row in rows:
+            if row.name in found.loras and not any(Path(path).name == row.name for path in strengths):
+                strengths[row.path] = found.loras[row.name]
+        texts = {**usual_form(source, recipe, []).texts, **found.fields(recipe)}
+        return MakingForm(source, texts=texts, strengths=strengths, is_locked=bool(texts.get("seed")))
+
+    def describe_filling(self, found: FoundSettings, form: MakingForm) -> str:
+        """Return what the form was filled with, and what of the file it could not take, in words."""
+        sentences = [f"Filled with the settings of a file that {found.program} made."]
+        recipe = self.find_recipe(form.source)
+        if not found.family:
+            sentences.append("Its model is not known here: choose one.")
+        elif self._fit(found, form.source) < 0:
+            name = f"{found.model} {found.task}".strip()
+            sentences.append(f"Its model, {name}, is not among the models here: choose one.")
+        chosen = {Path(path).name for path in form.strengths}
+        sentences += [f"{name}, a LoRA of it, is not here." for name in found.loras if name not in chosen]
+        sentences += [
+            f"It began from {text.splitlines()[0]}: drop that on the form."
+            for name in PICTURES
+            for text in [found.texts.get(recipe.keys.get(name, ""), "")]
+            if text
+        ]
+        return " ".join(sentences)
+
+    def _source_for(self, found: FoundSettings, sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+        """Return the source whose model is the one of a file; empty if there is none.
+
+        Of several the one with the LoRAs counts, then a run, then a model on disk.
+        """
+        best = ("", -1)
+        for group in sources.values():
+            for value, _ in group:
+                points = self._fit(found, value)
+                if points > best[1]:
+                    best = (value, points)
+        return best[0]
+
+    def _fit(self, found: FoundSettings, source: str) -> int:
+        """Return how well a source fits settings; below 0 if it does not."""
+        kind, _, name = source.partition(" ")
+        if not found.family or (kind == "run" and self.shelf.family_of(name) != found.family):
+            return -1
+        try:
+            recipe = self.find_recipe(source)
+        except (UserError, OSError):
+            return -1
+        if recipe.family != found.family:
+            return -1
+        task = "".join(recipe.fixed.get("--task", ()))
+        if task and found.task and task != found.task:
+            return -1
+        names = {Path(lora.path).name for lora in recipe.loras}
+        if kind == "run":
+            names |= self.shelf.names_of(name)
+        has_files = kind == "run" or not recipe.missing
+        has_task = kind == "model" and found.task in source.split()
+        return 4 * sum(lora in names for lora in found.loras) + 2 * has_files + has_task
 
     def show_result(self, request: Request) -> Response:
         """Return the file of a result."""
@@ -234,8 +515,49 @@ class GeneratePages:
         return answer_gone()
 
 
-def _maker_of(wish: Wish, seed: str) -> Callable[[int], Making]:
+def usual_form(source: str, recipe: Recipe, rows: Sequence[LoraRow]) -> MakingForm:
+    """Return the form that a source usually has."""
+    chosen = chosen_at_first(recipe, rows)
+    return MakingForm(
+        source=source,
+        texts={**recipe.usual, "seed": ""},
+        strengths={path: strength for path, (strength, _) in chosen.items()},
+        experts={path: expert for path, (_, expert) in chosen.items()} if recipe.has_experts else {},
+    )
+
+
+def loading_note(recipe: Recipe | None) -> str:
+    """Return what has to be loaded before a recipe can be made; empty if nothing has."""
+    if recipe is None or not recipe.missing:
+        return ""
+    if recipe.missing[0].startswith("--"):
+        return f"This run was trained without {', '.join(recipe.missing)}, which making needs."
+    return f"{len(recipe.missing)} of its files are not there, {recipe.missing[0]} first."
+
+
+def read_tags_of(path: Path, suffix: str) -> dict[str, str]:
+    """Return the texts in a received file. suffix: of the name that it had.
+
+    Raises OptionError if it is neither a picture, a clip nor a sound.
+    """
+    for ending in dict.fromkeys((suffix.lower(), ".png", ".mp4", ".wav")):
+        if ending not in (".png", ".mp4", ".mkv", ".wav"):
+            continue
+        named = path.with_suffix(ending)
+        path.rename(named)
+        try:
+            return read_tags(named)
+        except MediaError:
+            continue
+        finally:
+            named.rename(path)
+    raise OptionError("It is neither a picture, a clip nor a sound that can be read.")
+
+
+def _maker_of(wish: Wish, seed: str, form: MakingForm) -> Callable[[int], Making]:
     """Return a function that makes the record of one result, given its number."""
+    texts = {**form.texts, "seed": seed}
+    fields = replace(form, texts=texts, count="1", is_locked=True).as_fields()
 
     def make(number: int) -> Making:
         return Making(
@@ -247,6 +569,7 @@ def _maker_of(wish: Wish, seed: str) -> Callable[[int], Making]:
             folder=str(wish.recipe.folder),
             save_path=wish.save_path,
             created=time.time(),
+            form=fields,
         )
 
     return make
@@ -257,6 +580,11 @@ def generate_routes(site: Site) -> list[Route]:
     pages = GeneratePages(site)
     return [
         Route("/generate", pages.show),
+        Route("/generate/work", pages.show_work),
+        Route("/generate/preview/{name}", pages.show_preview),
+        Route("/generate/input/{name}", pages.show_input),
+        Route("/generate/file", pages.receive(pages.keep_input), methods=["POST"]),
+        Route("/generate/settings", pages.receive(pages.read_dropped), methods=["POST"]),
         Route("/generate/{what}", answer_form(pages.change), methods=["POST"]),
         Route("/result/{name}", pages.show_result),
     ]

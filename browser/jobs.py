@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,8 @@ class JobQueue:
         self.folder = folder
         self.read_only = read_only
         self.problem = ""  # why the last try to begin a job has failed
+        # frees the card before a job starts; returns why it has to wait, else an empty text
+        self.before_start: Callable[[], str] = lambda: ""
         self._ended = threading.Event()
         self._worker: threading.Thread | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -313,11 +315,14 @@ class JobQueue:
                     self.problem = str(error)
 
     def start_next(self) -> None:
-        """Start the first waiting job, if none runs."""
+        """Start the first waiting job, if none runs. Raises OutputError if it has to wait."""
         if self._child is not None and self._child.poll() is not None:
             self._child = None
         if self._read_book().next() is None:
             return
+        reason = self.before_start()
+        if reason:
+            raise OutputError(reason)
         with self._change() as book:
             job = book.next()
             if job is None:

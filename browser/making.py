@@ -1,9 +1,8 @@
 """Make what the page Generate asks for, one result after the other, with a model that stays loaded.
 
-Each wish is a file, so that a page, the server and a machine may be started again: what waited still waits,
-and what was being made is said to have died. One process of a generation script with --interactive makes
-the results (`generation/driven.py`). It ends when another model is asked for, when it has been idle for a
-while, and when a job of the queue waits for the card.
+One process of a generation script with --interactive makes the results (`generation/driven.py`). It ends when
+another model is asked for, when it has been idle for a while, and when a job of the queue waits for the card.
+Of several servers of one folder, one at a time makes the wishes (`browser/wishes.py`) of all.
 """
 
 import atexit
@@ -11,7 +10,7 @@ import contextlib
 import json
 import logging
 import os
-import re
+import queue
 import signal
 import subprocess
 import threading
@@ -22,92 +21,119 @@ from pathlib import Path
 from typing import Any
 
 from browser import launch
-from browser.jobs import WAITING, JobQueue
-from browser.runs import DIED, FINISHED, RUNNING, STOPPED
+from browser.jobs import WAITING, Job, JobQueue
+from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_living
+from browser.wishes import Making, WishStore
 from modules.atomic_write import explain_errors, write_text
-from modules.errors import OptionError, OutputError
+from modules.command import message_of
+from modules.control_codes import escape_control_codes, shorten_lines
+from modules.errors import OptionError, OutputError, UserError
+from modules.file_locks import only_one
 from modules.installation import DRIVEN, FROM_QUEUE, program_environment
 from modules.text_files import parse_json, read_text
+from training.reports.history import describe_process
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "making"  # in that of the queue
 LOG = "making.log"
-NAME = re.compile(r"\d{1,9}\.json")
+PREVIEWS = "preview"  # folder
+PREVIEW_NAMES = ("latent_preview.mp4", "latent_preview.png")
+SESSION = "session.json"  # names the process with the model
 IDLE_SECONDS = 600.0  # after which a model is freed
-EVERY_SECONDS = 0.2
-MOST_WAITING = 200
-MOST_OF_WISH = 1 << 18  # bytes of a file
+LOOKED_EVERY = 0.2  # seconds, at what a process answers
+QUEUE_LOOKED_EVERY = 1.0
+WRITTEN_EVERY = 1.0  # the steps of a wish, for other servers
+RETRIED_EVERY = 2.0  # after an error, or while another server makes the wishes
 PATIENCE = 20.0  # seconds for a process to end by itself
+PATIENCE_AT_END = 5.0  # the same, when the server ends
+MOST_OF_SESSION = 1000  # bytes
+TAIL = 64 << 10  # bytes at the end of the log that are searched for an error
+LAST_LINES = 12
+MOST_OF_LINE = 500
 LOADING = "loading the model"
+FindProgram = Callable[[Sequence[str], Path], tuple[object, list[str]]]
+ENDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines")
+GENERATE = "the page Generate"
+CANCELLING = "cancelling; once more ends the process, and the model is loaded again for the next"
+NO_WRITING = "the browser was started with --read_only"
+KILLED = (
+    "the process was killed. Often the machine had too little memory: try a smaller size, or options that "
+    "take less"
+)
 
 
 @dataclass
-class Making:
-    """A wish for one result: how it is made, and what has become of it."""
-
-    id: int
-    title: str  # of the model
-    session: list[str]  # command that loads the model
-    command: list[str]  # command line that makes the same result
-    request: dict[str, Any]  # of `generation/driven.py`
-    folder: str  # in which the commands are typed
-    save_path: str
-    created: float
-    state: str = WAITING
-    reason: str = ""  # why it died
-    file: str = ""  # result
-    doing: str = ""  # while it is made
-    done: int = 0  # steps
-    steps: int = 0
-
-    @property
-    def line(self) -> str:
-        return " ".join(self.request["prompt"].split())
-
-
-STORED = ("id", "title", "session", "command", "request", "folder", "save_path", "created")
-STORED_LATER = ("state", "reason", "file")
-
-
-@dataclass
-class Session:
-    """A running process with a loaded model."""
+class LoadedModel:
+    """A running process with a loaded model, and what it has answered."""
 
     words: list[str]
+    title: str
     process: "subprocess.Popen[str]"
+    answers: "queue.Queue[dict[str, Any]]" = field(default_factory=queue.Queue)
     used: float = field(default_factory=time.monotonic)  # when it made something last
+    is_ready: bool = False
 
     @property
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
+    def start_reading(self) -> None:
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with contextlib.suppress(OSError, ValueError):
+            for line in self.process.stdout:
+                with contextlib.suppress(ValueError):  # somebody else's print
+                    answer = parse_json(line)
+                    if isinstance(answer, dict):
+                        self.answers.put(answer)
+
+    def next_answer(self, seconds: float) -> dict[str, Any] | None:
+        """Return the next answer; None if none comes in so many seconds."""
+        with contextlib.suppress(queue.Empty):
+            return self.answers.get(timeout=seconds)
+        return None
+
 
 class Maker:
-    """Keep the wishes of a server's page Generate, and make them in a thread."""
+    """Note the wishes of a server's page Generate, and make them in a thread."""
 
-    def __init__(self, queue: JobQueue) -> None:
+    def __init__(self, queue: JobQueue, find_program: FindProgram = launch.find_program) -> None:
+        """find_program: returns what the words of a session start in a folder, as `launch.find_program`."""
         self.queue = queue
+        self.find_program = find_program
+        self.idle_seconds = IDLE_SECONDS
         self.folder = queue.folder / FOLDER
         self.read_only = queue.read_only
-        self.session: Session | None = None
-        self._makings: dict[int, Making] = {}
+        self.store = WishStore(self.folder)
+        self.session: LoadedModel | None = None
+        self.problem = ""  # why wishes wait although nothing is made
+        self.waits_for = ""  # the same, if it is as it should be
+        self._current: Making | None = None
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._is_ended = False
-        self._is_cancelled = False  # the one that is being made
-        self._read_all()
-        atexit.register(self.close)
+        self._cancels = 0  # of the one that is being made
+        self._unsaved: dict[int, Making] = {}  # ended, but not yet written: the disk was full
+        if not self.read_only:
+            self._end_orphan()
+            queue.before_start = self.make_room
+            atexit.register(self.close)
+            if any(making.state == WAITING for making in self.store.list_all()):
+                self._begin()
 
     def list_all(self) -> list[Making]:
         """Return all wishes, the oldest first."""
-        with self._lock:
-            return [self._makings[number] for number in sorted(self._makings)]
+        newer = dict(self._unsaved)
+        if self._current is not None:
+            newer[self._current.id] = self._current
+        return [newer.get(making.id, making) for making in self.store.list_all()]
 
     def find(self, number: int) -> Making | None:
-        with self._lock:
-            return self._makings.get(number)
+        return next((making for making in self.list_all() if making.id == number), None)
 
     @property
     def current(self) -> Making | None:
@@ -117,196 +143,343 @@ class Maker:
     def loaded(self) -> str:
         """Return the title of the model that is loaded; empty if none is."""
         session = self.session
-        if session is None or not session.is_alive:
-            return ""
-        titles = [making.title for making in self.list_all() if making.session == session.words]
-        return titles[-1] if titles else "a model"
+        return session.title if session is not None and session.is_alive and session.is_ready else ""
+
+    @property
+    def preview(self) -> Path | None:
+        """Return the newest preview of what is being made; None if there is none."""
+        if self.current is None:
+            return None
+        return next((path for path in self._preview_paths() if path.is_file()), None)
+
+    def _preview_paths(self) -> list[Path]:
+        return [self.folder / PREVIEWS / name for name in PREVIEW_NAMES]
 
     def add(self, wishes: Sequence[Callable[[int], Making]]) -> list[int]:
         """Note wishes; return their numbers. Raises OptionError if too many wait, OutputError if it fails."""
         if self.read_only:
-            raise OutputError("the browser was started with --read_only")
-        with self._changed:
-            waiting = sum(making.state == WAITING for making in self._makings.values())
-            if waiting + len(wishes) > MOST_WAITING:
-                raise OptionError(f"{waiting} are waiting: {MOST_WAITING} are the most")
-            numbers = []
-            for make in wishes:
-                number = max(self._makings, default=0) + 1
-                making = make(number)
-                self._write(making)
-                self._makings[number] = making
-                numbers.append(number)
-            self._begin()
-            self._changed.notify_all()
+            raise OutputError(NO_WRITING)
+        numbers = self.store.add(wishes)
+        self._begin()
         return numbers
 
     def cancel(self, number: int) -> None:
-        """Take a waiting wish back, or stop the one that is being made. Raises OptionError for another."""
+        """Take a waiting wish back, or stop the one that is being made; the second time, end its process.
+
+        Raises OptionError if it neither waits nor is made.
+        """
         with self._lock:
-            making = self._makings.get(number)
-            if making is None or making.state not in (WAITING, RUNNING):
-                raise OptionError(f"{number} neither waits nor is made (any more)")
-            if making.state == WAITING:
-                making.state = STOPPED
-                self._write(making)
-            elif self.session is not None:
-                self._is_cancelled = True
-                if making.doing == LOADING or os.name == "nt":
-                    self.session.process.kill()
+            if self._current is None or self._current.id != number:
+                making = self.store.find(number)
+                if making is not None and making.state == RUNNING:  # by another server
+                    self.store.ask_to_cancel(number)
                 else:
-                    self.session.process.send_signal(signal.SIGINT)
+                    self.store.change(number, [WAITING], state=STOPPED)
+                return
+            self._cancels += 1
+            session = self.session
+            if session is None:
+                return
+            self._current.doing = CANCELLING
+            if self._cancels > 1 or not session.is_ready or os.name == "nt":
+                launch.kill_processes(session.process.pid)
+            else:
+                session.process.send_signal(signal.SIGINT)
 
     def again(self, number: int) -> None:
         """Let a wish that was stopped or died wait again. Raises OptionError for another."""
-        with self._changed:
-            making = self._makings.get(number)
-            if making is None or making.state not in (STOPPED, DIED):
-                raise OptionError(f"{number} was neither stopped, nor has it died")
-            making.state = WAITING
-            making.reason = ""
-            self._write(making)
-            self._begin()
-            self._changed.notify_all()
+        changes: dict[str, Any] = {"reason": "", "last_lines": "", "file": "", "done": 0, "steps": 0}
+        self.store.change(number, [STOPPED, DIED], state=WAITING, process=None, **changes)
+        self._begin()
 
     def remove(self, number: int) -> None:
         """Forget a wish that has ended; its result stays."""
-        with self._lock:
-            making = self._makings.get(number)
-            if making is None or making.state in (WAITING, RUNNING):
-                raise OptionError(f"{number} has not ended")
-            del self._makings[number]
-            self._path(number).unlink(missing_ok=True)
+        self.store.remove(number)
 
     def free(self) -> None:
-        """End the process with the model, unless it makes something."""
+        """End the process with the model, unless it makes something. Raises OptionError then."""
         with self._lock:
-            if self.current is None and self.session is not None:
-                self._end_session()
+            if self._current is not None:
+                raise OptionError(f"wish {self._current.id} is being made: cancel it first")
+            self._end_session(PATIENCE)
 
     def lets_queue_begin(self) -> bool:
-        """Return whether a job of the queue may begin now: nothing is made, and no model is loaded."""
+        """Return whether a job of the queue may begin now, as `make_room`."""
+        return not self.make_room()
+
+    def make_room(self) -> str:
+        """Free a loaded model, unless something is made. Return why the card is not free; empty if it is."""
         with self._lock:
-            if self.current is not None:
-                return False
-            if self.session is not None:
-                self._end_session()
-            return True
+            if self._current is not None:
+                return (
+                    f"{GENERATE} makes result {self._current.id}: the job begins after it, or cancel it there"
+                )
+            self._end_session(PATIENCE)
+            self._end_orphan()
+        if any(making.state == RUNNING for making in self.list_all()):
+            return f"{GENERATE} of another server makes a result: the job begins after it"
+        if self._is_loaded_elsewhere():
+            return f"{GENERATE} of another server still holds its model: the job begins when that has ended"
+        return ""
+
+    def _is_loaded_elsewhere(self) -> bool:
+        """Return whether another server has a model loaded; it frees it when it sees the job that waits."""
+        owner = self._read_session()
+        return bool(owner) and is_living(owner["server"]) is True and is_living(owner["process"]) is True
 
     def close(self) -> None:
         """End the thread and the process; what waits stays on disk."""
         with self._changed:
             self._is_ended = True
             self._changed.notify_all()
-            if self.session is not None:
-                self._end_session()
+            if self._current is not None and self.session is not None and os.name != "nt":
+                with contextlib.suppress(OSError):
+                    self.session.process.send_signal(signal.SIGINT)
+            self._end_session(PATIENCE_AT_END)
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(PATIENCE_AT_END)
 
     # --- the thread
 
     def _begin(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._work, daemon=True)
-            self._thread.start()
+        with self._changed:
+            if not self._is_ended and (self._thread is None or not self._thread.is_alive()):
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
 
     def _work(self) -> None:
-        while not self._is_ended:
-            making = self._next()
-            if making is None:
-                self._free_if_idle()
+        """Make all wishes, until none waits and no model is loaded."""
+        with contextlib.ExitStack() as stack:
+            has_lock = False
+            while not self._is_ended:
+                wait = QUEUE_LOOKED_EVERY
+                try:
+                    if not has_lock:
+                        stack.enter_context(only_one(self.folder / ".maker.lock", waits=False))
+                        has_lock = True
+                        self._end_orphan()
+                    is_made = self._turn()
+                    self.problem = ""
+                    if is_made:
+                        continue
+                    if self._has_ended():
+                        return
+                except BlockingIOError:
+                    self.problem = "another server of these folders makes the wishes"
+                    wait = RETRIED_EVERY
+                    if self._has_ended():
+                        return
+                except (UserError, OSError, ValueError) as error:
+                    if str(error) != self.problem:
+                        logger.warning("no wish can be made: %s", error)
+                    self.problem = str(error)
+                    wait = RETRIED_EVERY
                 with self._changed:
-                    self._changed.wait(EVERY_SECONDS)
-                continue
-            try:
-                self._make(making)
-            except (OSError, OutputError, OptionError, ValueError) as error:
-                logger.debug("%s", making.command, exc_info=error)
-                self._note(making, DIED, reason=str(error))
+                    if not self._is_ended:
+                        self._changed.wait(wait)
 
-    def _next(self) -> Making | None:
-        """Return the wish to make now, marked as running; None while a job of the queue has the card."""
-        with self._lock:
-            waiting = [making for making in self.list_all() if making.state == WAITING]
-            if not waiting or self._is_card_taken():
-                return None
-            making = waiting[0]
-            making.state = RUNNING
-            making.doing = LOADING
-            making.done = 0
-            making.steps = 0
-            self._is_cancelled = False
-            self._write(making)
-            return making
+    def _has_ended(self) -> bool:
+        """Return whether nothing is left to do. The thread then ends, and `_begin` starts another."""
+        with self._changed:
+            if self.session is not None or self._unsaved or self._has_waiting():
+                return False
+            self._thread = None
+            return True
 
-    def _is_card_taken(self) -> bool:
-        """Return whether a job of the queue runs."""
-        try:
-            return any(job.state == RUNNING for job in self.queue.jobs())
-        except OutputError:
+    def _has_waiting(self) -> bool:
+        return any(making.state == WAITING for making in self.store.list_all())
+
+    def _turn(self) -> bool:
+        """Make the next wish; return whether there was one. A model that is not needed is freed."""
+        self._save_ends()
+        blocking = self._find_blocking_job()
+        self._free_if_unneeded(blocking is not None)
+        making = None if blocking is not None else self._take_next()
+        if making is None:
             return False
+        self.problem = ""
+        try:
+            self._make(making)
+        except (UserError, OSError, ValueError) as error:
+            logger.debug("%s", making.command, exc_info=error)
+            self._end_making(making, DIED, str(error))
+            with self._lock:  # what it still answers would be taken for answers to the next wish
+                self._end_session(PATIENCE)
+        finally:
+            self._remove_previews()
+            with self._lock:
+                self._current = None
+        return True
 
-    def _free_if_idle(self) -> None:
+    def _find_blocking_job(self) -> Job | None:
+        """Return the job of the queue that has the card, or that gets it next; None if there is none."""
+        try:
+            jobs = self.queue.jobs()
+            works = bool(self.queue.worker)
+        except OutputError:  # the page of the queue says it
+            return None
+        for state in (RUNNING, WAITING) if works else (RUNNING,):
+            for job in jobs:
+                if job.state == state:
+                    verb = "runs" if state == RUNNING else "is next"
+                    self.waits_for = f"job {job.id} of the queue {verb}"
+                    return job
+        self.waits_for = ""
+        return None
+
+    def _free_if_unneeded(self, is_blocked: bool) -> None:
         with self._lock:
             session = self.session
-            is_idle = session is not None and time.monotonic() - session.used > IDLE_SECONDS
-            if session is not None and (is_idle or not session.is_alive):
-                self._end_session()
+            if session is None:
+                return
+            is_idle = time.monotonic() - session.used > self.idle_seconds
+            if is_blocked or is_idle or not session.is_alive:
+                self._end_session(PATIENCE)
+
+    def _take_next(self) -> Making | None:
+        """Return the wish to make now, marked as running; None if none waits."""
+        with self._lock:
+            for making in self.store.list_all():
+                if making.state != WAITING:
+                    continue
+                with contextlib.suppress(OptionError):  # it was cancelled just now
+                    self.store.take_cancel(making.id)
+                    self._cancels = 0
+                    self._current = self.store.change(
+                        making.id, [WAITING], state=RUNNING, process=describe_process(), doing=LOADING, done=0
+                    )
+                    return self._current
+        return None
 
     def _make(self, making: Making) -> None:
         """Make one wish, and note how it ends."""
         session = self._open_session(making)
+        if session is None:
+            return
         self._send(session, making)
+        written = time.monotonic()
         while True:
-            answer = self._read_answer(session)
+            answer = self._wait_for_answer(session, making)
             if answer is None:
-                state = STOPPED if self._is_cancelled else DIED
-                self._note(making, state, reason="" if self._is_cancelled else self.last_words())
-                with self._lock:
-                    self._end_session()
+                self._note_lost(session, making)
                 return
-            event = answer.get("event")
-            if event == "begun":
-                making.steps = int(answer["steps"])
-                making.doing = "making"
-            elif event == "step":
-                making.done = int(answer["done"])
-            elif event == "made":
-                making.file = str(answer["file"])
-            elif event == "failed":
-                self._note(making, DIED, reason=str(answer["reason"]))
-            elif event == "cancelled":
-                self._note(making, STOPPED)
-            elif event == "ready":
+            if answer.get("event") == "ready":
                 break
+            self._follow(making, answer)
+            if time.monotonic() - written > WRITTEN_EVERY and making.state == RUNNING:
+                written = time.monotonic()
+                values = {"doing": making.doing, "done": making.done, "steps": making.steps}
+                with contextlib.suppress(UserError):  # what it ends with is what counts
+                    self.store.change(making.id, [RUNNING], **values)
         session.used = time.monotonic()
-        if making.state == RUNNING:
-            is_made = bool(making.file)
-            self._note(making, FINISHED if is_made else DIED, reason="" if is_made else self.last_words())
+        if making.state == RUNNING and making.file:
+            self._end_making(making, FINISHED)
+        elif making.state == RUNNING:
+            self._end_making(making, DIED, self.last_words())
 
-    def _open_session(self, making: Making) -> Session:
-        """Return a process with the model of a wish, that waits for a request; loads it if need be."""
+    def _follow(self, making: Making, answer: dict[str, Any]) -> None:
+        """Note an answer that comes while a wish is made."""
+        event = answer.get("event")
+        is_cancelled = self._cancels > 0
+        if event == "begun":
+            making.steps = int(answer["steps"])
+        elif event == "phase" and not is_cancelled:
+            making.doing = str(answer["what"])
+        elif event == "step":
+            making.done = int(answer["done"])
+            if not is_cancelled:
+                making.doing = "denoising"
+        elif event == "made":
+            making.file = str(answer["file"])
+        elif event == "failed":
+            self._end_making(making, DIED, str(answer["reason"]))
+        elif event == "cancelled":
+            self._end_making(making, FINISHED if making.file else STOPPED)
+
+    def _wait_for_answer(self, session: LoadedModel, making: Making) -> dict[str, Any] | None:
+        """Return the next answer of a process; None if it has ended."""
+        while True:
+            answer = session.next_answer(LOOKED_EVERY)
+            if answer is not None:
+                return answer
+            if not session.is_alive:
+                return session.next_answer(LOOKED_EVERY)  # it may have answered just before
+            if self.store.take_cancel(making.id):
+                self.cancel(making.id)
+
+    def _note_lost(self, session: LoadedModel, making: Making) -> None:
+        """Note that a process has ended while it made a wish."""
+        session.process.wait()
+        if self._cancels:
+            self._end_making(making, STOPPED)
+        elif self._is_ended:
+            self._end_making(making, STOPPED, "the page's server was ended")
+        else:
+            is_killed = session.process.returncode == -getattr(signal, "SIGKILL", 9)
+            self._end_making(making, DIED, KILLED if is_killed else self.last_words())
+        with self._lock:
+            self._end_session(PATIENCE)
+
+    def _end_making(self, making: Making, state: str, reason: str = "") -> None:
+        with self._lock:
+            if making.state != RUNNING:
+                return
+            making.state = state
+            making.reason = reason
+            making.doing = ""
+            making.process = None
+            making.last_lines = self._last_lines() if state == DIED else ""
+            self._unsaved[making.id] = making
+        with contextlib.suppress(OutputError):  # it is tried again in the next turn, which says why
+            self._save_ends()
+
+    def _save_ends(self) -> None:
+        """Write how wishes have ended. Raises OutputError if that fails; it is tried again."""
+        with self._lock:
+            for number, making in list(self._unsaved.items()):
+                values = {name: getattr(making, name) for name in ENDS}
+                with contextlib.suppress(OptionError):  # its file is gone
+                    self.store.change(number, [RUNNING], **values)
+                del self._unsaved[number]
+
+    def _open_session(self, making: Making) -> LoadedModel | None:
+        """Return a process with the model of a wish, that waits for a request; loads it if need be.
+
+        None if that fails, which is noted.
+        """
         with self._lock:
             session = self.session
-            if session is not None and session.is_alive and session.words == making.session:
+            is_same = session is not None and session.words == making.session
+            if session is not None and session.is_alive and session.is_ready and is_same:
                 return session
-            if session is not None:
-                self._end_session()
+            self._end_session(PATIENCE)
+            if self._cancels or self._is_ended:
+                self._end_making(making, STOPPED)
+                return None
             session = self.session = self._start_session(making)
-        answer = self._read_answer(session)
+        answer = self._wait_for_answer(session, making)
         if answer is None or answer.get("event") != "ready":
-            if self._is_cancelled:
-                self._note(making, STOPPED)
-            raise OptionError(self.last_words() or "the process has ended without a word")
+            self._note_lost(session, making)
+            return None
+        session.is_ready = True
+        if self._cancels:
+            self._end_making(making, STOPPED)
+            return None
         return session
 
-    def _start_session(self, making: Making) -> Session:
+    def _start_session(self, making: Making) -> LoadedModel:
         folder = Path(making.folder)
-        _, program = launch.find_program(making.session, folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOG).open("wb") as log:
+        if not folder.is_dir():
+            raise OptionError(f"{folder}: the folder of this command is gone")
+        _, program = self.find_program(making.session, folder)
+        variables = {FROM_QUEUE: "1", DRIVEN: str(self.folder.absolute() / PREVIEWS), "PYTHONUTF8": "1"}
+        with explain_errors(self.folder / LOG), (self.folder / LOG).open("wb") as log:
             process = subprocess.Popen(
                 program,
                 cwd=folder,
-                env=program_environment(**{FROM_QUEUE: "1", DRIVEN: "1", "PYTHONUTF8": "1"}),
+                env=program_environment(**variables),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -315,25 +488,21 @@ class Maker:
                 start_new_session=True,
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
-        return Session(making.session, process)
+        session = LoadedModel(making.session, making.title, process)
+        session.start_reading()
+        row = {"server": describe_process(), "process": describe_process(process.pid)}
+        with contextlib.suppress(OutputError):  # then only a killed server's process stays until it notices
+            write_text(self.folder / SESSION, json.dumps(row))
+        return session
 
-    def _send(self, session: Session, making: Making) -> None:
+    def _send(self, session: LoadedModel, making: Making) -> None:
         assert session.process.stdin is not None
-        session.process.stdin.write(json.dumps(making.request) + "\n")
-        session.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: no answer will come
+            session.process.stdin.write(json.dumps(making.request) + "\n")
+            session.process.stdin.flush()
 
-    def _read_answer(self, session: Session) -> dict[str, Any] | None:
-        """Return the next answer of a process; None if it has ended."""
-        assert session.process.stdout is not None
-        for line in session.process.stdout:
-            with contextlib.suppress(ValueError):  # somebody else's print
-                answer = parse_json(line)
-                if isinstance(answer, dict):
-                    return answer
-        return None
-
-    def _end_session(self) -> None:
-        """End the process: by the end of its input, else by force. To be called with the lock."""
+    def _end_session(self, patience: float) -> None:
+        """End the process: by the end of its input, after so many seconds by force. Needs the lock."""
         session = self.session
         self.session = None
         if session is None:
@@ -342,51 +511,49 @@ class Maker:
             assert session.process.stdin is not None
             session.process.stdin.close()
         try:
-            session.process.wait(PATIENCE if session.is_alive else 0)
+            session.process.wait(patience)
         except subprocess.TimeoutExpired:
             launch.kill_processes(session.process.pid)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                session.process.wait(patience)
+        with contextlib.suppress(OSError):
+            (self.folder / SESSION).unlink()
 
-    def last_words(self) -> str:
-        """Return the last line that the process has logged."""
-        with contextlib.suppress(OSError, ValueError):
-            lines = read_text(self.folder / LOG).replace("\r", "\n").strip().splitlines()
-            return lines[-1] if lines else ""
+    def _end_orphan(self) -> None:
+        """End the process of a server that was killed: it would share the card with ours."""
+        owner = self._read_session()
+        if owner and is_living(owner["process"]) is True and is_living(owner["server"]) is False:
+            launch.kill_processes(owner["process"]["number"])
+        if owner and is_living(owner["server"]) is not True:
+            with contextlib.suppress(OSError):
+                (self.folder / SESSION).unlink()
+            self._remove_previews()
+
+    def _read_session(self) -> dict[str, dict[str, Any]]:
+        """Return the process with a model and the server that it belongs to; empty if there is none."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            row = parse_json(read_text(self.folder / SESSION, MOST_OF_SESSION))
+            return {"server": dict(row["server"]), "process": dict(row["process"])}
+        return {}
+
+    def _remove_previews(self) -> None:
+        for path in self._preview_paths():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _read_log(self) -> str:
+        with contextlib.suppress(OSError), (self.folder / LOG).open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - TAIL))
+            text = file.read().decode("utf-8", "replace")
+            return "\n".join(line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n"))
         return ""
 
-    # --- files
+    def _last_lines(self) -> str:
+        """Return the last lines that the process has logged."""
+        lines = [line for line in self._read_log().split("\n") if line.strip()]
+        return shorten_lines(escape_control_codes("\n".join(lines[-LAST_LINES:])), MOST_OF_LINE)
 
-    def _note(self, making: Making, state: str, reason: str = "") -> None:
-        with self._lock:
-            if making.state != RUNNING:
-                return
-            making.state = state
-            making.reason = reason
-            making.doing = ""
-            self._write(making)
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number}.json"
-
-    def _write(self, making: Making) -> None:
-        with explain_errors(self._path(making.id)):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            row = {name: getattr(making, name) for name in (*STORED, *STORED_LATER)}
-            write_text(self._path(making.id), json.dumps(row, indent=1))
-
-    def _read_all(self) -> None:
-        """Read the wishes of earlier servers. One that was being made has died with its server."""
-        with contextlib.suppress(OSError):
-            for path in sorted(self.folder.iterdir()):
-                if NAME.fullmatch(path.name):
-                    self._read(path)
-        if any(making.state == WAITING for making in self._makings.values()) and not self.read_only:
-            self._begin()
-
-    def _read(self, path: Path) -> None:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            row = parse_json(read_text(path, MOST_OF_WISH))
-            making = Making(**{name: row[name] for name in (*STORED, *STORED_LATER)})
-            if making.state == RUNNING:
-                making.state = DIED
-                making.reason = "the page's server was ended meanwhile"
-            self._makings[making.id] = making
+    def last_words(self) -> str:
+        """Return the message of the error that the process has logged, else that it said nothing."""
+        return message_of(self._read_log()) or "the process has ended without a word"

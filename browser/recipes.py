@@ -1,45 +1,73 @@
 """Turn what the form Generate holds into a generation: its command line, and its request to a loaded model.
 
 A recipe is what a model, or a run, fixes of a command: the script, the model's files, its task. Fields of the
-form are options of a prompt line, by their letters in the family's script, so both say the same.
+form are options that a prompt line may have, by their names on the command line, so both say the same.
 """
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from browser.compare import PLACEHOLDER, ComparableRun, group_options
-from contract.families import with_scripts
+from contract.families import HIGH_NOISE, with_scripts
 from downloads.catalogue import ModelSet, model_sets
-from generation.prompt_lines import LineOption
+from generation.prompt_lines import LineOption, find_option
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
 from modules.installation import import_own
+from modules.media.reading import VIDEO_SUFFIXES
 from modules.option_values import option_words
 
 LORA = "--lora_weight"
 STRENGTHS = "--lora_multiplier"
 SAVE_PATH = "--save_path"
 RESULTS = "generated"  # folder of results, in a root or in the output folder of a run
-# letter of a prompt line's option by the name of the field, in the order in which a command shows them
+MOST_STRENGTH = 1000  # of a LoRA, as training has it
+# by name of the field: the options that it may set, of which the first that the script has counts. In the
+# order in which a command shows them
+FIELDS: Mapping[str, Sequence[str]] = {
+    "negative": ["negative_prompt"],
+    "width": ["video_size_width"],
+    "height": ["video_size_height"],
+    "frames": ["video_length", "video_seconds"],
+    "steps": ["infer_steps"],
+    "guidance": ["embedded_cfg_scale", "guidance_scale"],
+    "cfg": ["guidance_scale"],  # of models whose `guidance` is embedded
+    "high_cfg": [f"guidance_scale_{HIGH_NOISE}"],
+    "seed": ["seed"],
+    "start": ["image_path"],
+    "end": ["end_image_path"],
+    "control": ["control_path"],
+    "references": ["control_image_path"],
+    "redraw": ["i2i_path", "video_path"],
+    "share": ["denoise"],  # of `redraw` that is made anew
+}
+PICTURES = ("start", "end", "control", "references", "redraw")  # fields that hold paths
+COUNTS = ("width", "height", "steps")  # fields of at least 1
+SIZES = {"video_size_width": 1, "video_size_height": 0}  # keys of sides: places in the option of both
+SIZE = "video_size"
+MOST_SIDE = 16384
+# options that a form sets itself, besides those of its fields
 # fmt: off
-LETTERS = {
-    "negative": "n", "width": "w", "height": "h", "frames": "f", "steps": "s", "guidance": "g",
-    "seed": "d", "start": "i", "end": "ei", "references": "ci",
+REPLACED = {
+    "prompt", "save_path", "lora_weight", "lora_multiplier", f"lora_weight_{HIGH_NOISE}",
+    f"lora_multiplier_{HIGH_NOISE}", "num_videos", "from_file", "interactive", "preview_latent_every",
 }
 # fmt: on
-SIZES = {"video_size_width": 1, "video_size_height": 0}  # keys of sides: places in the option of both
-# options that a form sets itself, besides those of its fields
-REPLACED = {"--prompt", SAVE_PATH, LORA, STRENGTHS, "--num_videos", "--num_images", "--from_file"}
+EXAMPLES = {"start.png", "end.png", "control.mp4"}  # that commands of the catalogue name
+ASPECTS = (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16)  # width by height
+SIDE_STEP = 32  # pixels: all models take such sides
 
 
 class UsedLora(NamedTuple):
-    """A LoRA file of a generation, and its strength as it was typed."""
+    """A LoRA file of a generation, its strength as it was typed, and the expert that it is for."""
 
     path: str
     strength: str
+    expert: str = ""  # of `--lora_weight`, or HIGH_NOISE
 
 
 @dataclass(frozen=True)
@@ -52,33 +80,143 @@ class Recipe:
     usual: Mapping[str, str]  # what fields hold before they are changed, by the name of the field
     folder: Path  # in which the command is typed
     missing: Sequence[str] = ()  # files of the model that are not there
-    loras: Sequence[UsedLora] = ()  # of the run
+    loras: Sequence[UsedLora] = ()  # of the command
+    needed: Sequence[str] = ()  # fields that must be filled
+    paths: Sequence[str] = ()  # of pictures that the command names
 
     @property
     def script(self) -> str:
         return f"{with_scripts()[self.family].generation_script}.py"
 
-    @property
+    @cached_property
     def defaults(self) -> ScriptDefaults:
         """Return the defaults of the family's script."""
         defaults: ScriptDefaults = import_own(with_scripts()[self.family].generation_script).DEFAULTS
         return defaults
 
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Return the option that each field sets, by the name of the field; only fields that there are."""
+        keys = keys_of_fields(self.defaults)
+        if not self.has_experts:
+            keys.pop("high_cfg", None)
+        for name in ("start", "end", "control", "references"):
+            if name not in self.needed and not self._may_take(name):
+                keys.pop(name, None)
+        if "redraw" not in keys:
+            keys.pop("share", None)
+        return keys
+
+    def _may_take(self, name: str) -> bool:
+        """Return whether the model can do something with a picture that its command does not need."""
+        tasks = vars(with_scripts()[self.family].options).get("TASKS", {})
+        task = tasks.get("".join(self.fixed.get("--task", ())))
+        if task is None:
+            return name == "references" or not _is_needed_by_another(self.script, name)
+        from_image = task.takes_image or task.keeps_image
+        is_vace = bool(getattr(task, "kind", "") == "vace")
+        takes = {
+            "start": from_image,
+            "end": task.takes_image,
+            "control": task.has_control or is_vace,
+            "references": is_vace,
+        }
+        return bool(takes[name])
+
+    @property
+    def has_experts(self) -> bool:
+        return self.defaults.has_experts and f"--dit_{HIGH_NOISE}" in self.fixed
+
+    @property
+    def counts_seconds(self) -> bool:
+        return self.keys.get("frames") == "video_seconds"
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Return whether `guidance` is fed into the network, and 1 does not turn it off."""
+        return self.keys.get("guidance") == "embedded_cfg_scale"
+
     def option_of(self, name: str) -> LineOption | None:
-        """Return the option of a prompt line that a field sets; None if the script has none."""
-        return self.defaults.line_options.get(LETTERS[name])
+        """Return the option of a prompt line that a field sets; None if the model has no such field."""
+        key = self.keys.get(name)
+        return None if key is None else find_option(key, self.defaults.line_options)
 
     @property
     def fields(self) -> list[str]:
         """Return the fields that the model has."""
-        return [name for name in LETTERS if self.option_of(name) is not None]
+        return list(self.keys)
+
+    def default_of(self, name: str) -> str:
+        """Return what counts if a field is empty, in words; empty if only the model knows it."""
+        values = {
+            "steps": self.defaults.infer_steps,
+            "guidance": self.defaults.embedded_guidance if self.embeds_guidance else None,
+            "frames": self.defaults.video_length,
+        }
+        if not self.embeds_guidance:
+            values["guidance"] = self.defaults.guidance_scale
+        values["cfg"] = self.defaults.guidance_scale
+        value = values.get(name)
+        return "" if value is None else f"{value:g}"
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Return usual sizes, width and height, of about as many pixels as the model's usual size."""
+        try:
+            width = int(self.usual.get("width", ""))
+            height = int(self.usual.get("height", ""))
+        except ValueError:
+            return []
+        sizes = [(width, height), (height, width)]
+        for aspect in ASPECTS:
+            side = (width * height * aspect) ** 0.5
+            rounded = [max(1, round(length / SIDE_STEP)) * SIDE_STEP for length in (side, side / aspect)]
+            sizes.append((rounded[0], rounded[1]))
+        return list(dict.fromkeys(sizes))
+
+
+def keys_of_fields(defaults: ScriptDefaults) -> dict[str, str]:
+    """Return the option that each field sets in a script, by the name of the field."""
+    absent = {*defaults.declared()["without"], *defaults.declared()["refused"]}
+    keys = {}
+    for name, candidates in FIELDS.items():
+        if name == "cfg" and defaults.embedded_guidance is None:
+            continue
+        for key in candidates:
+            is_there = key in defaults.extras or key in SIZES or key not in absent
+            if is_there and find_option(key, defaults.line_options) is not None:
+                keys[name] = key
+                break
+    return keys
+
+
+def _is_needed_by_another(script: str, name: str) -> bool:
+    """Return whether the command of a released model of this script needs the picture of a field."""
+    flags = {f"--{key}" for key in FIELDS[name]}
+    for model in model_sets():
+        words = model.commands.get("generate", "").split()
+        if script in words and flags.intersection(words):
+            return True
+    return False
 
 
 def flag_of(key: str, defaults: ScriptDefaults) -> str:
     """Return the flag on the command line for a key of a prompt line's option."""
-    name = "video_size" if key in SIZES else key
+    if key == "denoise":
+        return f"--{defaults.source.share}"
+    name = SIZE if key in SIZES else key
     spelled = defaults.spelled.get(name)
     return spelled[0] if spelled else f"--{name}"
+
+
+def _key_of(flag: str, defaults: ScriptDefaults) -> str:
+    """Return the key of a flag, whichever spelling it has."""
+    for key, flags in defaults.spelled.items():
+        if flag in flags:
+            return key
+    if flag in ("--strength", "--v2v_denoise", "--denoise_strength"):
+        return "denoise"
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def recipe_of_model(model: ModelSet, models: Path, folder: Path) -> Recipe:
@@ -87,34 +225,30 @@ def recipe_of_model(model: ModelSet, models: Path, folder: Path) -> Recipe:
     _, script, *words = shlex.split(model.commands["generate"])
     paths = {f"{{{part.option.lstrip('-')}}}": part.path for part in model.components if part.option}
     options = {}
-    missing = []
+    needed = []
     for name, texts in group_options(words).items():
         options[name] = [str(models / paths[text]) if text in paths else text for text in texts]
-        missing += [str(models / paths[text]) for text in texts if text in paths]
+        needed += [str(models / paths[text]) for text in texts if text in paths]
+    options.pop("--seed", None)
     return _make_recipe(
         title=f"{model.family} {model.task}",
         family=families[script],
         options=options,
         folder=folder,
-        missing=[path for path in missing if not (folder / path).exists()],
+        missing=[path for path in needed if not (folder / path).exists()],
+        is_example=lambda word: word in EXAMPLES,
     )
 
 
 def recipe_of_run(source: ComparableRun) -> Recipe:
-    """Return the recipe of a run, from the command that its history has. Raises OptionError without one."""
-    missing = []
-    options = {}
-    for name, words in source.options.items():
-        options[name] = [word for word in words if not PLACEHOLDER.fullmatch(word)]
-        if len(options[name]) < len(words) and name not in REPLACED:
-            missing.append(name)
-            del options[name]
+    """Return the recipe of a run, from the command that its history has."""
     return _make_recipe(
         title=source.run.name,
         family=source.family,
-        options=options,
+        options=source.options,
         folder=source.working_folder,
-        missing=missing,
+        missing=[],
+        is_example=lambda word: word in source.missing or PLACEHOLDER.fullmatch(word) is not None,
     )
 
 
@@ -124,41 +258,55 @@ def _make_recipe(
     options: Mapping[str, Sequence[str]],
     folder: Path,
     missing: Sequence[str],
+    is_example: Callable[[str], bool],
 ) -> Recipe:
-    """Split the options of a command into those that are fixed and those that fields show."""
+    """Split the options of a command into those that are fixed and those that fields show.
+
+    is_example: says whether a word stands for a file that somebody has to name.
+    """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
-    flags: dict[str, str] = {}  # name of the field by flag
-    for name, letter in LETTERS.items():
-        if letter in defaults.line_options:
-            key = defaults.line_options[letter].key
-            if key not in SIZES:
-                flags[flag_of(key, defaults)] = name
-    size_flag = flag_of("video_size_width", defaults)
+    names = {key: name for name, key in keys_of_fields(defaults).items()}
     usual = {"height": str(defaults.size[0]), "width": str(defaults.size[1])}
     fixed: dict[str, Sequence[str]] = {}
+    by_key: dict[str, list[str]] = {}
+    unknown = [*missing]
+    needed = []
     for flag, words in options.items():
-        if flag in (size_flag, "--video_size") and len(words) == 2:
-            usual |= {"height": words[0], "width": words[1]}
-        elif flag in flags:
-            usual[flags[flag]] = " ".join(words)
-        elif flag == "--prompt":
-            usual["prompt"] = " ".join(words)
-        elif flag not in REPLACED:
-            fixed[flag] = words
-    strengths = list(options.get(STRENGTHS, ()))
-    strengths += ["1"] * (len(options.get(LORA, ())) - len(strengths))
-    loras = [
-        UsedLora(path, strength) for path, strength in zip(options.get(LORA, ()), strengths, strict=False)
-    ]
+        key = _key_of(flag, defaults)
+        known = [word for word in words if not is_example(word)]
+        name = names.get("i2i_path" if key == "video_path" else key)
+        by_key[key] = known
+        if key == SIZE and len(known) == 2:
+            usual |= {"height": known[0], "width": known[1]}
+        elif name is not None:
+            usual[name] = ("\n" if name == "references" else " ").join(known)
+            if len(known) < len(words) and name in PICTURES:
+                needed.append(name)
+        elif key == "prompt":
+            usual["prompt"] = " ".join(known)
+        elif key not in REPLACED:
+            fixed[flag] = known
+            if len(known) < len(words):
+                unknown.append(flag)
     return Recipe(
         title=title,
         family=family,
         fixed=fixed,
         usual=usual,
         folder=folder,
-        missing=missing,
-        loras=loras,
+        missing=unknown,
+        loras=[*_read_loras(by_key, ""), *_read_loras(by_key, HIGH_NOISE)],
+        needed=needed,
+        paths=[path for name in PICTURES for path in usual.get(name, "").splitlines()],
     )
+
+
+def _read_loras(by_key: Mapping[str, Sequence[str]], expert: str) -> list[UsedLora]:
+    """Return the LoRAs of an expert. by_key: the words of each option of a command."""
+    end = f"_{expert}" if expert else ""
+    paths = by_key.get(f"lora_weight{end}", ())
+    strengths = [*by_key.get(f"lora_multiplier{end}", ()), *["1"] * len(paths)]
+    return [UsedLora(path, strength, expert) for path, strength in zip(paths, strengths, strict=False)]
 
 
 @dataclass(frozen=True)
@@ -171,74 +319,145 @@ class Wish:
     loras: Sequence[UsedLora]
     save_path: str
     references: Sequence[str] = ()  # pictures to edit
-    files: Mapping[str, str] = field(default_factory=dict)  # start and end picture
+    labels: Mapping[str, str] = field(default_factory=dict)  # of fields, for messages
 
     def check(self) -> None:
         """Raise OptionError for what no command can be made of."""
+        recipe = self.recipe
         if not self.prompt.strip():
             raise OptionError("Prompt: write what is to be made.")
-        if self.recipe.missing:
-            raise OptionError(f"{self.recipe.missing[0]} is missing: load the model first (Models).")
+        if recipe.missing and recipe.missing[0].startswith("--"):
+            raise OptionError(f"{recipe.title} was trained without {recipe.missing[0]}, which making needs.")
+        if recipe.missing:
+            raise OptionError(f"{recipe.missing[0]} is missing: load the model first (Models).")
+        for name in recipe.needed:
+            is_filled = self.references if name == "references" else self.texts.get(name, "").strip()
+            if not is_filled:
+                raise OptionError(f"{self._label(name)}: this model needs one. Drop it on the field.")
         for lora in self.loras:
-            try:
-                float(lora.strength)
-            except ValueError:
-                raise OptionError(f"{lora.strength}: give the strength as a number, such as 0.8") from None
+            self._check_lora(lora)
         for name, text in self.texts.items():
-            option = self.recipe.option_of(name)
-            if option is None or not text.strip():
+            if text.strip() and name in recipe.fields:
+                self._check_text(name, text.strip())
+        if ("width" in recipe.fields) and bool(self._text("width")) != bool(self._text("height")):
+            raise OptionError("Width and Height: give both, or neither for the model's usual size.")
+        for name in PICTURES:
+            paths = self.references if name == "references" else [self._text(name)]
+            for path in filter(None, paths):
+                if name in recipe.fields and not (recipe.folder / path).is_file():
+                    raise OptionError(f"{self._label(name)} {path}: there is no such file.")
+
+    def _label(self, name: str) -> str:
+        return self.labels.get(name, name.capitalize())
+
+    def _text(self, name: str) -> str:
+        return self.texts.get(name, "").strip()
+
+    def _check_lora(self, lora: UsedLora) -> None:
+        name = Path(lora.path).name
+        try:
+            is_number = abs(float(lora.strength)) <= MOST_STRENGTH
+        except ValueError:
+            is_number = False
+        if not is_number:
+            raise OptionError(f"strength {lora.strength} of {name}: give a number, such as 0.8")
+        if not (self.recipe.folder / lora.path).is_file():
+            raise OptionError(f"{lora.path} is not there any more. Choose another LoRA")
+
+    def _check_text(self, name: str, text: str) -> None:
+        option = self.recipe.option_of(name)
+        assert option is not None, "the model has the field"
+        try:
+            value = option.read(text)
+        except ValueError as error:
+            raise OptionError(f"{self._label(name)}: {error}") from None
+        is_number = isinstance(value, (int, float))
+        if is_number and name in (*COUNTS, "frames") and not 0 < float(value) <= MOST_SIDE:  # type: ignore[arg-type]
+            raise OptionError(f"{self._label(name)} {text}: give a number from 1 to {MOST_SIDE:,}")
+        if is_number and name == "share" and not 0 <= float(value) <= 1:  # type: ignore[arg-type]
+            raise OptionError(f"{self._label(name)} {text}: give a share from 0 to 1")
+
+    def _lora_options(self) -> dict[str, list[str]]:
+        """Return the options of the LoRAs, their strengths not included."""
+        options: dict[str, list[str]] = {}
+        for lora in self.loras:
+            options.setdefault(_with_expert(LORA, lora.expert), []).append(lora.path)
+        return options
+
+    def _strengths(self, expert: str) -> list[str]:
+        return [lora.strength.strip() for lora in self.loras if lora.expert == expert]
+
+    def _values(self, seed: str) -> dict[str, str]:
+        """Return the texts of fields that are not empty, by the key of their option."""
+        recipe = self.recipe
+        values = {}
+        for name, key in recipe.keys.items():
+            text = seed if name == "seed" else self._text(name)
+            if not text or name in ("references", "share"):
                 continue
-            try:
-                option.read(text.strip())
-            except ValueError as error:
-                raise OptionError(f"{name.capitalize()}: {error}") from None
+            if name == "redraw":
+                is_clip = Path(text).suffix.lower() in VIDEO_SUFFIXES
+                key = "video_path" if is_clip and recipe.defaults.source.takes_video else key
+                if self._text("share"):
+                    values["denoise"] = self._text("share")
+            values[key] = text
+        return values
 
     @property
     def session_words(self) -> list[str]:
         """Return the command that loads the model for requests; strengths are said with each request."""
         recipe = self.recipe
-        words = ["python", recipe.script, *option_words(dict(recipe.fixed))]
-        if self.loras:
-            words += option_words({LORA: [lora.path for lora in self.loras]})
-        return [*words, "--interactive", SAVE_PATH, self.save_path]
+        words = ["python", recipe.script, *_as_words({**recipe.fixed, **self._lora_options()})]
+        return [*words, "--interactive", flag_of("save_path", recipe.defaults), self.save_path]
 
     def request(self, seed: str) -> dict[str, Any]:
         """Return the request of `generation/driven.py` for one result."""
-        options: dict[str, Any] = {}
-        for name, text in (dict(self.texts) | {"seed": seed}).items():
-            if text.strip() and self.recipe.option_of(name) is not None:
-                options[LETTERS[name]] = text.strip()
-        if self.references:
-            options[LETTERS["references"]] = list(self.references)
-        if self.loras:
-            options["m"] = ",".join(lora.strength for lora in self.loras)
-        return {"prompt": self.prompt, "options": options}
+        options: dict[str, Any] = dict(self._values(seed))
+        if self.references and "references" in self.recipe.fields:
+            options["control_image_path"] = list(self.references)
+        strengths = {}
+        for expert in dict.fromkeys(lora.expert for lora in self.loras):
+            strengths[expert] = self._strengths(expert)
+        return {"prompt": self.prompt.strip(), "options": options, "strengths": strengths}
 
     def command(self, seed: str) -> list[str]:
         """Return the command line that makes the same result."""
         recipe = self.recipe
         defaults = recipe.defaults
-        options: dict[str, Any] = {**recipe.fixed}
-        if self.loras:
-            options[LORA] = [lora.path for lora in self.loras]
-            options[STRENGTHS] = [lora.strength for lora in self.loras]
-        options["--prompt"] = self.prompt
+        options: dict[str, Any] = {**recipe.fixed, **self._lora_options()}
+        for expert in ("", HIGH_NOISE):
+            strengths = self._strengths(expert)
+            if any(float_or_one(strength) != 1 for strength in strengths):
+                options[_with_expert(STRENGTHS, expert)] = strengths
+        options["--prompt"] = self.prompt.strip()
         sides = ["", ""]
-        for name, text in (dict(self.texts) | {"seed": seed}).items():
-            option = recipe.option_of(name)
-            if option is None or not text.strip():
-                continue
-            if option.key in SIZES:
-                sides[SIZES[option.key]] = text.strip()
+        for key, text in self._values(seed).items():
+            if key in SIZES:
+                sides[SIZES[key]] = text
             else:
-                options[flag_of(option.key, defaults)] = text.strip()
+                options[flag_of(key, defaults)] = text
         if all(sides):
-            options[flag_of("video_size_width", defaults)] = sides
-        if self.references:
-            reference_option = recipe.option_of("references")
-            assert reference_option is not None, "the form has no field for them otherwise"
-            options[flag_of(reference_option.key, defaults)] = list(self.references)
-        return ["python", recipe.script, *option_words(options), SAVE_PATH, self.save_path]
+            options[flag_of(SIZE, defaults)] = sides
+        if self.references and "references" in recipe.fields:
+            options[flag_of("control_image_path", defaults)] = list(self.references)
+        save_flag = flag_of("save_path", defaults)
+        return ["python", recipe.script, *_as_words(options), save_flag, self.save_path]
+
+
+def _as_words(options: Mapping[str, Any]) -> list[str]:
+    """Return options as words. An option without words is a switch."""
+    return option_words({flag: True if value == [] else value for flag, value in options.items()})
+
+
+def _with_expert(flag: str, expert: str) -> str:
+    return f"{flag}_{expert}" if expert else flag
+
+
+def float_or_one(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 1.0
 
 
 def find_model_set(family: str, task: str) -> ModelSet | None:

@@ -22,6 +22,7 @@ from browser.dataset_pages import dataset_routes
 from browser.errands import Errands
 from browser.folder_settings import folder_settings_routes
 from browser.generate_pages import generate_routes
+from browser.inputs import MOST_BYTES as MOST_OF_INPUT
 from browser.jobs import JobQueue, open_queue
 from browser.machine import machine_routes
 from browser.making import Maker
@@ -58,6 +59,8 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
 }
 MOST_BYTES = 128 << 10  # largest body of a request: a caption as JSON
+# the same of routes that take files, which have limits of their own
+LARGER = {"/generate/file": MOST_OF_INPUT, "/generate/settings": MOST_OF_INPUT}
 
 
 @dataclass
@@ -82,13 +85,14 @@ class Gate:
         request = Request(scope)
         is_begun = False
         received = 0  # bytes
+        most = LARGER.get(request.url.path, MOST_BYTES)
 
         async def receive_bounded() -> Message:  # counted: a body in chunks has no Content-Length
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > MOST_BYTES:
-                raise HTTPException(413, f"A request has at most {MOST_BYTES:,} bytes.")
+            if received > most:
+                raise HTTPException(413, f"A request has at most {most:,} bytes.")
             return message
 
         async def send_guarded(message: Message) -> None:
@@ -261,11 +265,12 @@ def make_app(
     queue: JobQueue | None = None,
     models: Path = MODELS,
     settings: ServerSettings | None = None,
+    maker: Maker | None = None,
 ) -> ASGIApp:
     """Return the application. host: its name in requests, besides IP addresses and this machine's name.
 
     queue: None means the one of `open_queue`. models: folder of the models' files. settings: for the page
-    that shows them.
+    that shows them. maker: of the page Generate; None means one for the queue.
     """
     notes = FileNotes()
     queue = queue or open_queue(runs, read_only)
@@ -273,7 +278,7 @@ def make_app(
         runs,
         queue,
         Errands(queue),
-        Maker(queue),
+        maker or Maker(queue),
         models=models,
         notes=notes,
         settings=settings or ServerSettings(),

@@ -1,23 +1,31 @@
 """Take prompts from another program, a JSON object on each line of standard input, and answer in JSON.
 
-The browser drives a process of --interactive this way, so that its model stays loaded: the environment
-variable `modules.installation.DRIVEN` asks for it. A request:
+The browser drives a process of --interactive this way, so that its model stays loaded. The environment
+variable `modules.installation.DRIVEN` asks for it, and names the folder for previews. A request:
 
-    {"prompt": "a cat", "options": {"w": "832", "h": "480", "ci": ["a.png", "b.png"]}}
+    {"prompt": "a cat", "options": {"video_size_width": "832", "control_image_path": ["a.png", "b.png"]},
+     "strengths": {"": ["0.8"]}}
 
-Options are those of a prompt line, with their texts, so that no prompt is taken for options. Each answer is
-an object with `event`:
+Options are those of a prompt line, by letter or name, with their texts, so that no prompt is taken for
+options. Strengths are those of the LoRAs, by expert. Each answer is an object with `event`:
 
-ready: the next request can be read. begun: with the number of steps. step: with the steps done so far.
-made: with the file. failed: with the reason. cancelled: by SIGINT.
+ready: the next request can be read. begun: with the number of steps. phase: with what begins now. step: with
+the steps done so far. made: with the file. failed: with the reason. cancelled: by SIGINT.
+
+Answers go to what was standard output; what else is printed goes to standard error.
 """
 
+import contextlib
 import json
-import logging
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from io import TextIOWrapper
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
 
 from contract.steps import StepDone
 from generation.making import make_outputs
@@ -26,76 +34,157 @@ from generation.request import GenerationRun, make_job
 from modules.devices import Failures
 from modules.errors import OptionError
 
-logger = logging.getLogger(__name__)
-
 LABEL = "the prompt"
-STRENGTHS = "m"  # option of a request: strengths of the LoRAs, separated by commas
+PREVIEW_EVERY = 2  # steps; one that is late is left out
+ChangeStrengths = Callable[[GenerationRun, Mapping[str, Sequence[float]]], GenerationRun]
 
 
-def tell(event: str, **facts: Any) -> None:
-    """Write an answer. Raises BrokenPipeError if nobody reads it any more."""
-    sys.stdout.write(json.dumps({"event": event, **facts}) + "\n")
+class Interrupts:
+    """Let SIGINT end a request, and nothing else: not an answer that is being written, nor the process."""
+
+    def __init__(self) -> None:
+        self._may_raise = False
+        self._is_held = False
+        self._has_come = False
+        signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, _: int, __: FrameType | None) -> None:
+        if not self._may_raise:
+            return
+        if self._is_held:
+            self._has_come = True
+            return
+        self._may_raise = False  # what an interrupted request still tidies up is not interrupted
+        raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Let SIGINT raise KeyboardInterrupt in the block, once."""
+        self._may_raise = True
+        try:
+            yield
+        finally:
+            self._may_raise = False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Delay a KeyboardInterrupt until the block has ended."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self._has_come:
+            self._has_come = False
+            self._may_raise = False
+            raise KeyboardInterrupt
+
+
+class Answers:
+    """Write answers to what was standard output."""
+
+    def __init__(self, stream: TextIOWrapper, interrupts: Interrupts) -> None:
+        self._stream = stream
+        self._interrupts = interrupts
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """Write an answer. Raises BrokenPipeError if nobody reads it any more."""
+        with self._interrupts.held():
+            self._stream.write(json.dumps({"event": event, **facts}) + "\n")
+            self._stream.flush()
+
+
+def open_answers() -> TextIOWrapper:
+    """Return standard output as a stream of its own; what others print then goes to standard error."""
     sys.stdout.flush()
+    stream = TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="utf-8", newline="\n")
+    os.dup2(2, 1)
+    return stream
 
 
-def serve_requests(
-    run: GenerationRun, change_strengths: Callable[[GenerationRun, str | None], GenerationRun]
-) -> None:
+def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, preview_folder: Path) -> None:
     """Make one request after the other, until the end of standard input.
 
-    change_strengths: returns a run with other strengths of its LoRAs.
+    change_strengths: returns a run with other strengths of its LoRAs. preview_folder: for previews; it need
+    not exist.
     """
-    tell("ready")
-    for line in sys.stdin:
-        failures = Failures()
-        try:
-            with failures.note_errors(LABEL, run.fatal):
-                run = _serve(run, line, change_strengths, failures)
-        except KeyboardInterrupt:
-            tell("cancelled")
-        if failures.reasons:
-            tell("failed", reason=failures.reasons[LABEL])
-        tell("ready")
+    interrupts = Interrupts()
+    with contextlib.closing(open_answers()) as stream:
+        answers = Answers(stream, interrupts)
+        answers.tell("ready")
+        for line in sys.stdin:
+            failures = Failures()
+            try:
+                with interrupts.allowed(), failures.note_errors(LABEL, (*run.fatal, BrokenPipeError)):
+                    request = read_request(line, run)
+                    run = change_strengths(run, request.strengths)
+                    _serve(with_previews(run, preview_folder), request.values, answers, failures)
+            except KeyboardInterrupt:
+                answers.tell("cancelled")
+            if failures.reasons:
+                answers.tell("failed", reason=failures.reasons[LABEL])
+            answers.tell("ready")
 
 
-def _serve(
-    run: GenerationRun,
-    line: str,
-    change_strengths: Callable[[GenerationRun, str | None], GenerationRun],
-    failures: Failures,
-) -> GenerationRun:
-    """Make the request of a line; return the run with its strengths. Raises UserError if that fails."""
-    values, strengths = read_request(line, run)
-    run = change_strengths(run, strengths)
+def with_previews(run: GenerationRun, folder: Path) -> GenerationRun:
+    """Return the run with previews in a folder, if its latents can be shown and nothing has to be hidden."""
+    hides = run.post is not None and run.post.hides
+    if run.previews is not None:
+        return replace(run, previews=replace(run.previews, folder=folder))
+    if hides or not run.family.latent.preview_factors:
+        return run
+    from blissful_tuner.latent_preview import LatentPreviews  # only from the browser
+
+    previews = LatentPreviews(
+        every=PREVIEW_EVERY,
+        folder=folder,
+        latent=run.family.latent,
+        device=run.session.device,
+        has_room=run.session.dits.can_stay,
+    )
+    return replace(run, previews=previews)
+
+
+def _serve(run: GenerationRun, values: Mapping[str, Any], answers: Answers, failures: Failures) -> None:
+    """Make a request. Raises UserError if that fails."""
     job = make_job(run, LABEL, values)
-    tell("begun", steps=job.prepared.num_steps)
+    answers.tell("begun", steps=job.prepared.num_steps)
     done = 0
 
     def tell_step(_: StepDone) -> bool:
         nonlocal done
         done += 1
-        tell("step", done=done)
+        answers.tell("step", done=done)
         return False
 
-    clips = make_outputs(replace(run, watchers=[tell_step]), [job], failures)
-    for path in clips.values():
-        tell("made", file=str(path.absolute()))
-    return run
+    def tell_phase(what: str) -> None:
+        answers.tell("phase", what=what)
+
+    watched = replace(run, watchers=[tell_step], on_phase=tell_phase)
+    for path in make_outputs(watched, [job], failures).values():
+        answers.tell("made", file=str(path.absolute()))
 
 
-def read_request(line: str, run: GenerationRun) -> tuple[dict[str, Any], str | None]:
-    """Return the values of a request as those of a prompt line, and the strengths of its LoRAs.
+class DrivenRequest(NamedTuple):
+    """What is to be made: the values of a prompt line, and the strengths of the LoRAs by expert."""
 
-    Raises OptionError if it cannot be read.
-    """
+    values: Mapping[str, Any]
+    strengths: Mapping[str, Sequence[float]]
+
+
+def read_request(line: str, run: GenerationRun) -> DrivenRequest:
+    """Return the request of a line. Raises OptionError if it cannot be read."""
     try:
         request = json.loads(line)
-        prompt = request["prompt"]
+        prompt = str(request["prompt"]).strip()
         options = dict(request["options"])
+        strengths = {
+            str(expert): [float(number) for number in numbers]
+            for expert, numbers in dict(request.get("strengths", {})).items()
+        }
     except (ValueError, TypeError, KeyError) as error:
         raise OptionError(f"a request is a JSON object with prompt and options: {error}") from None
-    strengths = options.pop(STRENGTHS, None)
-    values: dict[str, Any] = {"prompt": str(prompt).strip()}
+    values: dict[str, Any] = {"prompt": prompt}
     for word, texts in options.items():
         option = find_option(word, run.options.line_options)
         if option is None:
@@ -105,4 +194,4 @@ def read_request(line: str, run: GenerationRun) -> tuple[dict[str, Any], str | N
                 store(values, option, option.read(str(text)))
             except ValueError as error:
                 raise OptionError(f"--{word}: {error}") from None
-    return values, strengths
+    return DrivenRequest(values, strengths)

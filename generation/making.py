@@ -95,6 +95,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     denoised = _encode_and_denoise(run, jobs, failures)
     clips: Mapping[str, Path] = {}
     if denoised and output.output_type not in UNDECODED:
+        run.on_phase("decoding")
         are_named = len(denoised) > 1 or options.interactive
         clips = decode_all(run, denoised, failures, are_named)
     if not options.interactive:
@@ -152,7 +153,10 @@ def _encode_and_denoise(
 ) -> list[GenerationJob]:
     """Return the jobs with their latents, without those that failed."""
     session = run.session
+    run.on_phase("reading the prompt")
     texts = session.texts([wanted_texts(job.prepared, run.options.guidance) for job in jobs])
+    if any(needs_media(run.family, job.prepared) for job in jobs):
+        run.on_phase("reading the pictures")
     inputs = encode_all_inputs(run, jobs, failures)
     ready = [
         Ready(job, job_texts, inputs[job.label])
@@ -162,6 +166,7 @@ def _encode_and_denoise(
     if not ready:
         return []
     turns = plan_turns(run.family, [job.prepared for job, _, _ in ready])
+    run.on_phase("loading the transformer")
     with session.dits.phase(turns) as dit_at:
         return list(denoise_all(run, ready, failures, [(ready, dit_at)]))
 

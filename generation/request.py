@@ -307,6 +307,7 @@ class GenerationRun:
     run_passes: RunPasses = run_passes  # of a step
     processes: int = 1  # that share the passes of a step
     watchers: Sequence[Watcher] = ()  # called after each step, besides the bars and previews
+    on_phase: Callable[[str], None] = lambda _: None  # called with what begins now
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def with_previews(self) -> "GenerationRun":

@@ -17,9 +17,17 @@ from torch import Tensor
 
 from blissful_tuner.metadata import frame_rate_in, read_decoded_metadata, seed_in
 from contract.data import MediaEncoders
+from contract.families import HIGH_NOISE
 from contract.family import Family, hears_sound
 from contract.loading import Placement
-from generation.dressing import DitLoader, LorasByExpert, dit_loader, expert_loras, leave_out_missing
+from generation.dressing import (
+    DitLoader,
+    LorasByExpert,
+    dit_loader,
+    expert_loras,
+    leave_out_missing,
+    loras_of,
+)
 from generation.experts import DitTurns
 from generation.making import decode, make_outputs, make_tracks
 from generation.options import GenerationOptions
@@ -213,7 +221,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     if options.interactive and os.environ.get(DRIVEN):
         from generation.driven import serve_requests  # only from the browser
 
-        serve_requests(run, with_strengths)
+        serve_requests(run, change_strengths, Path(os.environ[DRIVEN]))
     elif options.interactive:
         converse(run)
     elif options.from_file is not None or options.sheet.sheet is not None:
@@ -299,19 +307,35 @@ def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
     If they change, its networks are freed and read again. text: numbers separated by commas, one for each
     LoRA; None: unchanged. Raises OptionError if it cannot be read.
     """
-    options = run.options
     if text is None:
         return run
     try:
         numbers = tuple(float(number) for number in text.split(","))
     except ValueError:
         raise OptionError(f"--m {text}: give numbers separated by commas, such as 1,0.5") from None
-    count = len(options.lora.lora_weight or ())
+    count = len(run.options.lora.lora_weight or ())
     if len(numbers) != count:
         raise OptionError(f"--m {text}: there are {count} LoRAs. Give a number for each")
-    if numbers == tuple(options.lora.multipliers()):
+    return change_strengths(run, {"": numbers})
+
+
+def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]]) -> GenerationRun:
+    """Return the run with these strengths of its LoRAs; if they change, its networks are freed and read anew.
+
+    strengths: by expert, as `loras_of` names them: a number for each file. Raises OptionError if a number is
+    missing or not finite.
+    """
+    options = run.options
+    present = {expert: [strength for _, strength in loras] for expert, loras in loras_of(options).items()}
+    changed = {**present, **{expert: list(numbers) for expert, numbers in strengths.items()}}
+    if changed == present:
         return run
-    options = replace(options, lora=replace(options.lora, lora_multiplier=numbers))
+    for expert, numbers in changed.items():
+        if len(numbers) != len(present.get(expert, ())):
+            raise OptionError(f"{len(numbers)} strengths for {len(present.get(expert, ()))} LoRAs")
+    lora = replace(options.lora, lora_multiplier=tuple(changed[""]))
+    experts = replace(options.experts, lora_multiplier_high_noise=tuple(changed[HIGH_NOISE]))
+    options = replace(options, lora=lora, experts=experts)
     uses = expert_loras(run.family.experts, options, with_texts=True)
     loader = dit_loader(run.family, uses, run.session.device, options)
     run.session.free()  # callers hold the old run for as long as the console is open

@@ -1,0 +1,67 @@
+"""Keep what is typed into the form Generate in small files, one for each open page, so that none is lost."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from modules.atomic_write import explain_errors, write_text
+from modules.text_files import parse_json, read_text
+
+FOLDER = "drafts"  # in that of the wishes
+NAME = re.compile(r"[0-9a-f]{16}")
+MOST_DRAFTS = 40
+MOST_BYTES = 1 << 18
+
+Fields = Mapping[str, Sequence[str]]
+
+
+class Drafts:
+    """Read and write the fields of forms by the names of their drafts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / FOLDER
+
+    @staticmethod
+    def new_name() -> str:
+        return secrets.token_hex(8)
+
+    def read(self, name: str) -> dict[str, list[str]] | None:
+        """Return the fields of a draft; None if there is none of this name, or it is damaged."""
+        if not NAME.fullmatch(name):
+            return None
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            row = parse_json(read_text(self._path(name), MOST_BYTES))
+            return {str(key): [str(text) for text in texts] for key, texts in row.items()}
+        return None
+
+    def newest(self) -> dict[str, list[str]] | None:
+        """Return the fields of the draft that was changed last."""
+        names = self._names()
+        return self.read(names[0]) if names else None
+
+    def write(self, name: str, fields: Fields) -> None:
+        """Keep the fields of a form. Raises OutputError if that fails; a wrong name is left alone."""
+        if not NAME.fullmatch(name):
+            return
+        with explain_errors(self._path(name)):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self._path(name), json.dumps({key: list(texts) for key, texts in fields.items()}))
+            for old in self._names()[MOST_DRAFTS:]:
+                self._path(old).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def _names(self) -> list[str]:
+        """Return the names of all drafts, the one that was changed last first."""
+        changed = {}
+        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                name = entry.name.removesuffix(".json")
+                if NAME.fullmatch(name) and entry.name != name:
+                    changed[name] = entry.stat().st_mtime_ns
+        return sorted(changed, key=lambda name: -changed[name])

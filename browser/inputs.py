@@ -1,0 +1,97 @@
+"""Take pictures and clips that are dropped on a page: judged by their content, kept below a root."""
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from modules.atomic_write import check_space, explain_errors
+from modules.errors import MediaError, OptionError
+from modules.media.opening import open_image, open_video
+from modules.run_limits import refuse_writing
+
+FOLDER = "inputs"  # in that of results
+MOST_BYTES = 256 << 20  # of a file
+MOST_FILES = 1000
+LONGEST_NAME = 60  # characters
+SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
+CLIPS = {"mov": ".mp4", "matroska": ".mkv", "avi": ".avi"}  # by the first name of FFmpeg's format
+PARTLY = re.compile(r"\.[0-9a-f]{16}\.part")
+
+
+class InputFolder:
+    """The folder that holds the files that somebody has dropped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    async def receive(self, chunks: AsyncIterator[bytes]) -> Path:
+        """Write what comes to a temporary file, and return it.
+
+        Raises OptionError if it is too large or there are too many, OutputError if it cannot be written.
+        """
+        path = self.folder / f".{secrets.token_hex(8)}.part"
+        refuse_writing(path)
+        with explain_errors(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if sum(1 for _ in os.scandir(self.folder)) >= MOST_FILES:
+                raise OptionError(f"{self.folder} has {MOST_FILES:,} files: remove some of them first")
+            check_space(path, 1)
+            size = 0
+            try:
+                with path.open("xb") as file:
+                    async for chunk in chunks:
+                        size += len(chunk)
+                        if size > MOST_BYTES:
+                            raise OptionError(f"It has more than {MOST_BYTES >> 20} MB")
+                        file.write(chunk)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+        return path
+
+    def keep(self, path: Path, name: str) -> Path:
+        """Give a received file its name, and return the new path; equal files are kept once.
+
+        name: that it had. Raises OptionError if it is neither a picture nor a clip.
+        """
+        try:
+            suffix = find_suffix(path)
+            digest = hashlib.blake2s(path.read_bytes(), digest_size=6).hexdigest()
+            target = self.folder / f"{plain_stem(name)}-{digest}{suffix}"
+            with explain_errors(target):
+                os.replace(path, target)
+            return target
+        except BaseException:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
+
+
+def plain_stem(name: str) -> str:
+    """Return a file's name without folders, suffix and characters that a shell or a disk minds."""
+    stem = re.split(r"[\\/]", name)[-1].rpartition(".")[0]
+    words = re.sub(r"[\W-]+", "-", stem).strip("-")[:LONGEST_NAME]
+    return words or "input"
+
+
+def find_suffix(path: Path) -> str:
+    """Return the suffix that fits what a file holds. Raises OptionError if models here cannot read it."""
+    with contextlib.suppress(MediaError):
+        with open_image(path) as image:
+            image.load()
+            kind = image.format or ""
+        if kind in SUFFIXES:
+            return SUFFIXES[kind]
+        raise OptionError(f"It is a {kind} picture: give it as PNG, JPEG or WebP")
+    with contextlib.suppress(MediaError):
+        with open_video(path) as (container, _):
+            names = container.format.name.split(",")
+        for name, suffix in CLIPS.items():
+            if name in names:
+                return suffix
+        raise OptionError(f"It is a clip of the kind {names[0]}: give it as MP4 or MKV")
+    raise OptionError("It is neither a picture nor a clip that can be read")

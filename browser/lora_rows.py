@@ -1,0 +1,172 @@
+"""List the LoRA files of all runs that a model can take, and read from their headers what they are for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from browser import compare
+from browser.compare import ComparableRun
+from browser.recipes import Recipe, UsedLora
+from browser.runs import Glance, Runs
+from browser.views import label_runs
+from contract.families import FOLDERS, HIGH_NOISE, LOW_NOISE
+from modules.errors import OptionError
+from modules.installation import import_own
+from modules.text_files import read_safetensors_texts
+from networks.module_names import read_family
+
+BOTH = "both"  # experts
+
+
+@dataclass(frozen=True)
+class LoraRow:
+    """A LoRA of the form: its file, or the files of both experts, and what is known of it."""
+
+    path: str
+    title: str
+    high_path: str = ""  # of the expert for much noise, if it has a file of its own
+    step: int | None = None
+    loss: float | None = None
+    is_best: bool = False
+    folder: str = ""
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    def as_used(self, strength: str, expert: str, has_experts: bool) -> list[UsedLora]:
+        """Return the LoRA as a generation uses it. expert: BOTH, HIGH_NOISE or LOW_NOISE."""
+        if not has_experts:
+            return [UsedLora(self.path, strength)]
+        used = []
+        if expert != HIGH_NOISE:
+            used.append(UsedLora(self.path, strength))
+        if expert != LOW_NOISE:
+            used.append(UsedLora(self.high_path or self.path, strength, HIGH_NOISE))
+        return used
+
+
+class RunShelf:
+    """Remember which runs have a command that generates, and their files, until the runs change."""
+
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+        self._rows: dict[str, tuple[float, str, list[LoraRow]]] = {}  # by id: time, family, rows
+
+    def refresh(self) -> list[tuple[Glance, str]]:
+        """Read runs that have changed; return those that generate, with their labels, the newest first."""
+        with self.runs.lock:
+            labelled = label_runs(self.runs.list_all())
+            rows = {}
+            for run, label in labelled:
+                known = self._rows.get(run.id)
+                if known is None or known[0] != run.changed:
+                    known = (run.changed, *self._read(run, label))
+                rows[run.id] = known
+            self._rows = rows
+        return [(run, label) for run, label in labelled if rows[run.id][1]]
+
+    def _read(self, run: Glance, label: str) -> tuple[str, list[LoraRow]]:
+        """Return the family of a run and its rows; no family if it has no command that generates."""
+        try:
+            source = compare.read_source(self.runs, run)
+        except OSError:
+            return "", []
+        if source is None:
+            return "", []
+        files = [file for file in source.files if all(map(self.runs.is_inside, file.paths))]
+        rows = [
+            LoraRow(
+                path=str(file.paths[0]),
+                title=label,
+                high_path=str(file.paths[1]) if len(file.paths) > 1 else "",
+                step=file.step,
+                loss=file.loss,
+                is_best=file.is_best,
+                folder=str(file.paths[0].parent),
+            )
+            for file in source.files
+            if file in files
+        ]
+        return source.family, rows[::-1]
+
+    def family_of(self, run_id: str) -> str:
+        known = self._rows.get(run_id)
+        return "" if known is None else known[1]
+
+    def names_of(self, run_id: str) -> set[str]:
+        """Return the names of a run's files."""
+        known = self._rows.get(run_id)
+        return set() if known is None else {row.name for row in known[2]}
+
+    def list_rows(self, recipe: Recipe) -> list[LoraRow]:
+        """Return the LoRAs for a recipe: those of its own command, then those of runs of its family."""
+        rows: dict[str, LoraRow] = {}
+        for lora in recipe.loras:
+            row = LoraRow(path=lora.path, title=recipe.title)
+            rows.setdefault(_full(recipe, lora.path), row)
+        for _, family, run_rows in self._rows.values():
+            for row in run_rows if family == recipe.family else ():
+                rows[row.path] = replace(row, path=_as_named(row.path, recipe))
+        taken = {_full(recipe, row.high_path) for row in rows.values() if row.high_path}
+        return [row for path, row in rows.items() if path not in taken]
+
+    def find_source(self, run_id: str) -> ComparableRun | None:
+        """Return a run that generates; None if there is none of this id. Raises OSError."""
+        run = self.runs.find(run_id)
+        return None if run is None else compare.read_source(self.runs, run)
+
+
+def _full(recipe: Recipe, path: str) -> str:
+    return str(recipe.folder / path) if path else ""
+
+
+def _as_named(path: str, recipe: Recipe) -> str:
+    """Return the path of a file as the recipe's command has it, if it does."""
+    for lora in recipe.loras:
+        if _full(recipe, lora.path) == path:
+            return lora.path
+    return path
+
+
+def chosen_at_first(recipe: Recipe, rows: Sequence[LoraRow]) -> dict[str, tuple[str, str]]:
+    """Return strength and expert of each LoRA that the recipe's command has, by the path of its row."""
+    chosen: dict[str, tuple[str, str]] = {}
+    for lora in recipe.loras:
+        for row in rows:
+            if lora.path == row.path:
+                expert = lora.expert or (BOTH if row.high_path else LOW_NOISE)
+                is_second = row.path in chosen and chosen[row.path][1] != expert
+                chosen[row.path] = (lora.strength, BOTH if is_second else expert)
+    return chosen
+
+
+def usual_expert(row: LoraRow, folder: Path) -> str:
+    """Return the expert that a LoRA is for, by its file."""
+    if row.high_path:
+        return BOTH
+    name = row.name.lower().replace("-", "_")
+    for expert in (HIGH_NOISE, LOW_NOISE):
+        if expert in name:
+            return expert
+    trained = _read_texts(folder / row.path).get("ss_wan_expert", "").strip().lower()
+    return {"high": HIGH_NOISE, "low": LOW_NOISE}.get(trained, BOTH)
+
+
+def check_family(path: Path, family: str) -> None:
+    """Raise OptionError if the header of a LoRA file says that it is of another family than a script's."""
+    texts = _read_texts(path)
+    trained_on = read_family(texts)
+    if trained_on is None:
+        return
+    names = import_own(f"{FOLDERS[family]}.names").LORA
+    taken = {name for names_of_family in names for name in (names_of_family.name, *names_of_family.takes)}
+    if trained_on.name not in taken:
+        raise OptionError(f"{path.name} is a LoRA of {trained_on.name}, and this model is of {family}.")
+
+
+def _read_texts(path: Path) -> Mapping[str, str]:
+    try:
+        return read_safetensors_texts(path)
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,111 @@
+"use strict";
+// The form Generate: dropped files, shapes, sliders, the lock of the seed, and an address that keeps the form.
+
+const field = (name) => document.getElementById(name);
+
+function say(text) {
+  const said = field("said");
+  if (said) said.textContent = text;
+}
+
+function changed(input) {
+  input.dispatchEvent(new Event("input", { bubbles: true }));
+}
+
+// ---- the address names the draft, so that a reload shows what was typed
+document.addEventListener("htmx:after:request", ({ detail }) => {
+  const address = detail.ctx?.request?.action ?? "";
+  const draft = document.querySelector("#make [name=draft]");
+  if (draft && address.startsWith("/generate/") && detail.ctx.response?.raw.ok && /(form|make|four)$/.test(address)) {
+    history.replaceState(null, "", `/generate?draft=${draft.value}`);
+  }
+});
+
+// ---- the seed: a typed one is locked; without the lock each result has another
+document.addEventListener("input", ({ target }) => {
+  if (target.id === "seed") field("lock").checked = target.value.trim() !== "";
+  if (target.matches("input[type=range][data-for]")) {
+    const number = document.getElementsByName(target.dataset.for)[0];
+    number.value = target.value;
+    target.closest("li").querySelector("[name=lora]").checked = true;
+  }
+  if (target.name?.startsWith("strength ")) {
+    const slider = [...document.querySelectorAll("input[type=range]")].find((one) => one.dataset.for === target.name);
+    if (slider) slider.value = target.value;
+  }
+});
+
+document.addEventListener("change", ({ target }) => {
+  if (target.id === "lock") {
+    const seed = field("seed");
+    if (!target.checked) seed.value = "";
+    else if (!seed.value.trim()) seed.value = crypto.getRandomValues(new Uint32Array(1))[0];
+    const isLocked = target.checked;
+    changed(seed);
+    target.checked = isLocked;
+  }
+  if (target.id === "shape" && target.value) {
+    [field("width").value, field("height").value] = target.value.split(" ");
+    changed(field("width"));
+  }
+  if (target.matches(".chooser")) takeFiles(target.dataset.for, target.files).then(() => { target.value = ""; });
+});
+
+// ---- files
+async function send(address, file) {
+  say(`${file.name} is read …`);
+  try {
+    const answer = await fetch(`${address}?name=${encodeURIComponent(file.name)}`, { method: "POST", body: file });
+    const text = await answer.text();
+    let row;
+    try { row = JSON.parse(text); } catch { row = { said: text }; }
+    say(answer.ok ? "" : `${file.name}: ${row.said}`);
+    return answer.ok ? row : null;
+  } catch {
+    say(`${file.name} could not be sent: it is too large, or the server is not there.`);
+    return null;
+  }
+}
+
+async function takeFiles(name, files) {
+  const input = field(name);
+  for (const file of files) {
+    const row = await send("/generate/file", file);
+    if (!row) return;
+    input.value = input.matches("textarea") ? `${input.value.trim()}\n${row.path}`.trim() : row.path;
+    changed(input);
+  }
+}
+
+document.addEventListener("dragover", (event) => {
+  const types = event.dataTransfer?.types ?? [];
+  if (!types.includes("Files") && !(types.includes("text/uri-list") && event.target.closest?.(".drop"))) return;
+  event.preventDefault();
+  for (const one of document.querySelectorAll(".drop.over")) one.classList.remove("over");
+  event.target.closest?.(".drop")?.classList.add("over");
+});
+document.addEventListener("dragleave", ({ target }) => target.closest?.(".drop")?.classList.remove("over"));
+// A result of this page is dragged by its address.
+async function resultOf(address) {
+  const url = new URL(address, location.href);
+  if (url.origin !== location.origin || !url.pathname.startsWith("/result/")) return [];
+  const answer = await fetch(url);
+  return answer.ok ? [new File([await answer.blob()], url.pathname.split("/").pop())] : [];
+}
+
+document.addEventListener("drop", async (event) => {
+  const place = event.target.closest?.(".drop");
+  place?.classList.remove("over");
+  let files = event.dataTransfer?.files ?? [];
+  const address = event.dataTransfer?.getData("text/uri-list");
+  if (!files.length && !(place && address)) return;
+  event.preventDefault();
+  if (!files.length) files = await resultOf(address).catch(() => []);
+  if (!files.length) return;
+  if (place) {
+    await takeFiles(place.dataset.drop, files);
+    return;
+  }
+  const row = await send("/generate/settings", files[0]);
+  if (row) location.assign(row.address);
+});

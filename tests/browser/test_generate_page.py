@@ -1,0 +1,724 @@
+"""The page Generate: its form, dropped files, wishes in Chromium, and what it refuses."""
+
+import contextlib
+import html
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
+
+from browser.jobs import WAITING, JobQueue
+from browser.making import Maker
+from browser.refilling import read_found
+from browser.runs import FINISHED, RUNNING, STOPPED, Runs
+from browser.wishes import ENDED_MEANWHILE
+from modules.errors import OptionError
+from modules.media.writing import write_png
+from pocket.measure import POCKET
+from tests.browser.serving import Answer, Served, serve_runs, write_run
+from tests.browser.test_accessible import assert_fits, axe, list_faults  # noqa: F401  # a fixture
+from tests.browser.test_jobs import wait_for
+from tests.browser.test_making import start_fake
+from tests.chromium import open_page, wait_until
+from tests.commands import QUIET, ROOT
+from training.reports.history import History, history_path
+
+PICTURE = np.full((32, 48, 3), 90, np.uint8)
+PROMPT = 'a <b>cat</b> & "dog" ü --w 9'
+
+
+def write_generating(folder: Path, name: str = "x", trained_on: str = "wan") -> None:
+    """Write a run of the pocket model with two LoRA files, the lowest loss at step 2."""
+    write_run(folder, name)
+    history = History(history_path(folder, name), 1, 6)
+    for step, loss in ((2, 0.2), (4, 0.3)):
+        file = folder / f"{name}-step{step}.safetensors"
+        save_file({"x": torch.full((1,), float(step))}, file, {"ss_base_model_version": trained_on})
+        history.add(step, saved=file.name)
+        history.add(step, validation={"validation/loss": loss})
+    models = " ".join(f"--{part} {POCKET / part}.safetensors" for part in ("dit", "vae", "t5"))
+    command = f"python wan_generate_video.py --task t2v-1.3B {models} --flow_shift 3.0 "
+    command += f"--lora_weight {folder}/{name}-step4.safetensors --lora_multiplier 0.8 "
+    command += "--prompt 'a square' --video_size 48 64 --video_length 5 --infer_steps 2 --guidance_scale 5.0 "
+    command += "--seed 5 --save_path out"
+    history.add(6, commands=[["Generate with it", command, command, ""]])
+    history.flush()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The folder of a run, beside which lies a picture that no page may read."""
+    write_generating(tmp_path / "roots" / "out")
+    write_png(tmp_path / "secret.png", PICTURE)
+    return tmp_path / "roots"
+
+
+@contextlib.contextmanager
+def serve(root: Path, **options: Any) -> Iterator[Served]:
+    """Serve the page with a process that only seems to make pictures."""
+    queue = JobQueue(root / "reelsmith-queue", bool(options.get("read_only")))
+    maker = Maker(queue, start_fake)
+    try:
+        with serve_runs(root, queue=queue, maker=maker, **options) as served:
+            yield served
+    finally:
+        maker.close()
+
+
+@pytest.fixture
+def served(root: Path) -> Iterator[Served]:
+    with serve(root) as served:
+        yield served
+
+
+def run_id(served: Served, name: str = "x") -> str:
+    return served.of(name).split("/")[2]
+
+
+def fields_of(served: Served, **changes: str) -> dict[str, str]:
+    """What the form sends for the run."""
+    fields = {"source": f"run {run_id(served)}", "prompt": "a cat", "width": "64", "height": "48"}
+    return {**fields, "frames": "5", "steps": "2", "seed": "7", "count": "1", **changes}
+
+
+def post(served: Served, what: str, fields: Mapping[str, object]) -> Answer:
+    body = urlencode(fields, doseq=True)
+    return served.ask(f"/generate/{what}", "POST", body, Origin=served.url)
+
+
+def send(served: Served, what: str, path: Path, name: str = "") -> Answer:
+    """Send a file as the page does."""
+    import http.client
+
+    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    with contextlib.closing(link):
+        address = f"/generate/{what}?name={quote(name or path.name)}"
+        link.request("POST", address, path.read_bytes(), {"Origin": served.url})
+        answer = link.getresponse()
+        return Answer(answer.status, dict(answer.getheaders()), answer.read())
+
+
+def wishes(root: Path) -> list[dict[str, Any]]:
+    files = (root / "reelsmith-queue" / "making").glob("[0-9]*.json")
+    return [json.loads(path.read_text()) for path in sorted(files, key=lambda path: int(path.stem))]
+
+
+def states(root: Path) -> list[str]:
+    return [wish["state"] for wish in wishes(root)]
+
+
+def said(answer: Answer) -> str:
+    text = answer.text.split('id="said"')[1].split(">", 1)[1].split("</p>")[0]
+    return re.sub("<!--.*?-->", "", text)
+
+
+# --- the form
+
+
+def test_a_run_fills_the_form_with_its_own_command(served: Served) -> None:
+    with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        values = {name: page.get_by_label(name).input_value() for name in ("Prompt", "Width", "Height")}
+        assert values == {"Prompt": "a square", "Width": "64", "Height": "48"}
+        for name, value in {
+            "Frames": "5",
+            "Steps": "2",
+            "Guidance": "5.0",
+            "Seed": "",
+            "How many": "1",
+        }.items():
+            assert page.get_by_label(name).input_value() == value
+        assert page.get_by_label("use x-step4.safetensors").is_checked()
+        assert not page.get_by_label("use x-step2.safetensors").is_checked()
+        assert page.get_by_label("strength of x-step4.safetensors").input_value() == "0.8"
+        rows = page.locator(".loras li").all_inner_texts()
+        assert ["best loss" in row for row in rows] == ["x-step2" in row for row in rows]
+        command = page.locator("#command").inner_text()
+        assert "--lora_multiplier 0.8" in command
+        assert "--video_size 48 64" in command
+        assert page.problems == []
+
+
+def test_the_command_follows_what_is_typed_and_a_reload_keeps_it(served: Served, root: Path) -> None:
+    with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        page.get_by_label("Prompt").fill(PROMPT)
+        page.get_by_label("Seed").fill("7")
+        page.get_by_label("How many").fill("3")
+        page.get_by_label("use x-step2.safetensors").check()
+        page.get_by_label("strength of x-step2.safetensors").fill("0.35")
+        wait_until(page, "document.querySelector('#command').textContent.includes('0.8 0.35')")
+        command = page.locator("#command").inner_text()
+        assert "--prompt 'a <b>cat</b> & \"dog\" ü --w 9'" in command
+        assert command.endswith("--num_videos 3")
+        assert page.get_by_label("Lock").is_checked()
+        wait_until(page, "location.search.startsWith('?draft=')")
+        page.reload()
+        assert page.get_by_label("Prompt").input_value() == PROMPT
+        assert page.get_by_label("strength of x-step2.safetensors").input_value() == "0.35"
+        assert page.locator("#command").inner_text() == command
+        assert page.problems == []
+        with serve(root) as again:  # the newest draft, after a restart
+            page.goto(f"{again.url}/generate")
+            assert page.get_by_label("Prompt").input_value() == PROMPT
+            assert page.get_by_label("How many").input_value() == "3"
+
+
+def test_two_pages_keep_forms_of_their_own(served: Served) -> None:
+    address = f"{served.url}/generate?run={run_id(served)}"
+    with open_page(address) as page:
+        other = page.context.browser.new_page()
+        other.goto(address)
+        for each, prompt in ((page, "of the first"), (other, "of the second")):
+            each.get_by_label("Prompt").fill(prompt)
+            wait_until(each, "location.search.startsWith('?draft=')")
+        page.reload()
+        other.reload()
+        assert page.get_by_label("Prompt").input_value() == "of the first"
+        assert other.get_by_label("Prompt").input_value() == "of the second"
+
+
+def test_shape_slider_and_lock_set_what_they_say(served: Served) -> None:
+    with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        page.get_by_label("Shape").select_option("48 64")
+        assert page.get_by_label("Width").input_value() == "48"
+        assert page.get_by_label("Height").input_value() == "64"
+        page.get_by_label("slider of x-step2.safetensors").fill("1.5")
+        assert page.get_by_label("strength of x-step2.safetensors").input_value() == "1.5"
+        assert page.get_by_label("use x-step2.safetensors").is_checked()
+        page.get_by_label("Lock").check()
+        seed = page.get_by_label("Seed").input_value()
+        assert seed.isdecimal()
+        wait_until(page, f"document.querySelector('#command').textContent.includes('--seed {seed}')")
+        page.get_by_label("Lock").uncheck()
+        assert page.get_by_label("Seed").input_value() == ""
+
+
+def test_another_model_keeps_the_texts_and_brings_its_fields(served: Served) -> None:
+    with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        page.get_by_label("Prompt").fill("a cat that stays")
+        page.get_by_label("Model").select_option("model framepack i2v")
+        page.get_by_label("Seconds").wait_for()
+        assert page.get_by_label("Prompt").input_value() == "a cat that stays"
+        assert page.get_by_label("Width").input_value() == "640"
+        assert page.get_by_label("Start from").count() == 1
+        assert page.get_by_label("End with").count() == 1
+        assert "of its files are not there" in page.locator("#fields").inner_text()
+        assert page.locator("#fields a").get_attribute("href") == "/models"
+
+
+def test_no_label_holds_another_one(served: Served) -> None:
+    """A person and a test find fields by their labels."""
+    for source in (
+        f"run {run_id(served)}",
+        "model framepack i2v",
+        "model wan22 t2v-A14B",
+        "model vace vace-1.3B",
+    ):
+        with open_page(f"{served.url}/generate?{urlencode({'source': source})}") as page:
+            labels = page.locator("#page label").all_text_contents()
+            named = page.locator("#page :is(input, select, textarea, pre)[aria-label]")
+            labels += [one.get_attribute("aria-label") for one in named.all()]
+            words = [" ".join(label.lower().split()) for label in labels]
+            assert len(words) > 8
+            for word in words:
+                assert [other for other in words if word in other] == [word]
+
+
+# --- wishes
+
+
+def test_make_makes_what_the_form_says(served: Served, root: Path) -> None:
+    with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        page.get_by_label("Prompt").fill(PROMPT)
+        page.get_by_label("Seed").fill("7")
+        page.get_by_label("How many").fill("2")
+        page.get_by_role("button", name="Make", exact=True).click()
+        wait_for(lambda: states(root) == [FINISHED] * 2, lambda: page.locator("#said").inner_text())
+        assert [wish["request"]["options"]["seed"] for wish in wishes(root)] == ["7", "8"]
+        assert wishes(root)[0]["request"]["prompt"] == PROMPT
+        assert wishes(root)[0]["request"]["strengths"] == {"": ["0.8"]}
+        assert "--seed" in wishes(root)[0]["command"]
+        wait_until(page, "document.querySelector('#work').textContent.includes('x stays loaded')")
+        assert page.get_by_label("Prompt").input_value() == PROMPT
+        page.get_by_role("button", name="Free the card").click()
+        wait_until(page, "!document.querySelector('#work').textContent.includes('stays loaded')")
+        assert page.problems == []
+
+
+def test_four_seeds_follow_one_another(served: Served, root: Path) -> None:
+    with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        page.get_by_role("button", name="Make with four seeds").click()
+        wait_for(lambda: states(root) == [FINISHED] * 4)
+        seeds = [int(wish["request"]["options"]["seed"]) for wish in wishes(root)]
+        assert seeds == [*range(seeds[0], seeds[0] + 4)]
+
+
+def test_a_wish_is_watched_cancelled_and_made_again(served: Served, root: Path) -> None:
+    with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        page.get_by_label("Prompt").fill("slow")
+        page.get_by_role("button", name="Make", exact=True).click()
+        wait_until(page, "/denoising · step [0-9]+ of 3/.test(document.querySelector('#work').textContent)")
+        wait_until(page, "document.querySelector('.preview img') !== null")
+        address = page.locator(".preview img").get_attribute("src")
+        assert served.ask(address).body == b"a preview"
+        page.get_by_role("button", name="Cancel").click()
+        wait_for(lambda: states(root) == [STOPPED])
+        page.get_by_role("button", name="Again", exact=True).click()
+        wait_for(lambda: states(root) == [RUNNING])
+        page.get_by_role("button", name="Cancel").click()
+        wait_for(lambda: states(root) == [STOPPED])
+        page.get_by_role("button", name="Forget").click()
+        wait_for(lambda: states(root) == [])
+        assert served.ask(address).status == 204
+
+
+def test_a_fault_is_shown_and_the_form_stays(served: Served, root: Path) -> None:
+    with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        page.get_by_label("Steps").fill("many")
+        page.get_by_role("button", name="Make", exact=True).click()
+        wait_until(page, "document.querySelector('#said').textContent !== ''")
+        assert "Steps: 'many' is not a whole number" in page.locator("#said").inner_text()
+        page.wait_for_timeout(1500)  # the next poll leaves it
+        assert "Steps: 'many'" in page.locator("#said").inner_text()
+        assert page.get_by_label("Steps").input_value() == "many"
+        assert states(root) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": ""}, "Prompt: write what is to be made."),
+        ({"seed": "x"}, "Seed x: give a whole number"),
+        ({"seed": "9" * 30}, "give a whole number"),
+        ({"count": "0"}, "How many 0: give a number from 1 to 64."),
+        ({"count": "65"}, "How many 65"),
+        ({"count": "1e2"}, "How many 1e2"),
+        ({"source": "run 0123456789abcdef"}, "This run has no command that generates"),
+        ({"source": "model no such"}, "there is no such model"),
+        ({"source": "model stable_diffusion xl"}, "there is no such model"),
+        ({"source": "model flux dev"}, "is missing: load the model first"),
+        ({"lora": "/etc/passwd"}, "/etc/passwd: there is no such LoRA"),
+        ({"redraw": "../secret.png"}, "Redraw ../secret.png: there is no such file."),
+    ],
+)
+def test_wishes_that_cannot_be_made_are_refused(
+    served: Served, root: Path, changes: dict[str, str], message: str
+) -> None:
+    answer = post(served, "make", fields_of(served, **changes))
+    assert answer.status == 422
+    assert message in said(answer)
+    assert states(root) == []
+
+
+def test_what_the_script_refuses_is_refused_with_its_words(served: Served, root: Path) -> None:
+    (root / "a.png").write_bytes(b"")
+    path = str(root / "a.png")
+    answer = post(served, "make", fields_of(served, redraw=path, share="0.5", prompt=path[:-4] + ".txt"))
+    assert answer.status == 200  # a text like the name of a file that is not there
+    (root / "a.txt").write_text("a dog")
+    answer = post(served, "make", fields_of(served, prompt=str(root / "a.txt")))
+    assert answer.status == 422
+    assert "is a file. For the prompts in it give --from_file" in said(answer)
+
+
+def test_no_picture_outside_the_folders_is_read(served: Served, root: Path) -> None:
+    secret = root.parent / "secret.png"
+    link = root / "link.png"
+    link.symlink_to(secret)
+    for path in (secret, link, root / ".." / "secret.png"):
+        answer = post(served, "make", fields_of(served, redraw=str(path)))
+        assert answer.status == 422
+        assert "is outside the folders that this page shows" in said(answer)
+
+
+def test_a_lora_of_another_family_is_refused_by_its_header(root: Path) -> None:
+    write_generating(root / "other", "y", trained_on="flux")
+    with serve(root) as served:
+        path = str(root / "other" / "y-step2.safetensors")
+        answer = post(served, "make", fields_of(served, lora=path, **{f"strength {path}": "1"}))
+        assert answer.status == 422
+        assert "y-step2.safetensors is a LoRA of flux, and this model is of wan." in said(answer)
+
+
+def test_a_file_that_is_gone_is_said(served: Served, root: Path) -> None:
+    path = root / "out" / "x-step4.safetensors"
+    post(served, "form", fields_of(served))  # the list of LoRAs is read
+    path.unlink()
+    answer = post(served, "make", fields_of(served, lora=str(path), **{f"strength {path}": "1"}))
+    assert answer.status == 422
+    assert "is not there any more" in said(answer)
+
+
+def test_numbers_of_wishes_that_are_not_there_are_refused(served: Served) -> None:
+    for what in ("cancel", "again", "remove"):
+        assert post(served, what, {"id": "99"}).status == 422
+        assert post(served, what, {"id": "../1"}).status == 404
+    assert post(served, "other", {}).status == 404
+
+
+# --- dropped files
+
+
+def test_a_chosen_picture_is_copied_below_the_root(served: Served, root: Path, tmp_path: Path) -> None:
+    write_png(tmp_path / "my cat; rm -rf.png", PICTURE)
+    with open_page(f"{served.url}/generate?source=model+framepack+i2v") as page:
+        page.get_by_label("file of the first picture").set_input_files(tmp_path / "my cat; rm -rf.png")
+        wait_until(page, "document.querySelector('#start').value !== ''")
+        path = Path(page.get_by_label("Start from").input_value())
+        assert path.parent == root / "generated" / "inputs"
+        assert path.name.startswith("my-cat-rm-rf-")
+        assert path.read_bytes() == (tmp_path / "my cat; rm -rf.png").read_bytes()
+        wait_until(page, "document.querySelector('#command').textContent.includes('my-cat-rm-rf-')")
+
+
+def drop(page: Any, selector: str, path: Path) -> None:
+    """Drop a file on a place of the page."""
+    data = list(path.read_bytes())
+    transfer = page.evaluate_handle(
+        "([bytes, name]) => { const all = new DataTransfer(); "
+        "all.items.add(new File([new Uint8Array(bytes)], name)); return all; }",
+        [data, path.name],
+    )
+    page.dispatch_event(selector, "drop", {"dataTransfer": transfer})
+
+
+def test_a_result_dropped_on_the_page_fills_the_form(served: Served, tmp_path: Path) -> None:
+    tags = {
+        "bt_prompt": PROMPT,
+        "bt_seeds": "123",
+        "bt_width": "96",
+        "bt_height": "80",
+        "bt_infer_steps": "9",
+    }
+    tags |= {"bt_model_type": "wan", "bt_task": "t2v-1.3B", "bt_guidance_scale": "4.5"}
+    tags |= {"bt_lora_0": "x-step2.safetensors: 0.6", "bt_negative_prompt": "N/A"}
+    write_png(tmp_path / "made.png", PICTURE, tags)
+    with open_page(f"{served.url}/generate?source=model+flux+dev") as page:
+        drop(page, "h1", tmp_path / "made.png")
+        page.wait_for_url("**/generate?draft=*")
+        assert page.get_by_label("Model").input_value() == f"run {run_id(served)}"
+        for name, value in {"Prompt": PROMPT, "Seed": "123", "Width": "96", "Steps": "9"}.items():
+            assert page.get_by_label(name).input_value() == value
+        assert page.get_by_label("Negative").input_value() == ""
+        assert page.get_by_label("use x-step2.safetensors").is_checked()
+        assert page.get_by_label("strength of x-step2.safetensors").input_value() == "0.6"
+        assert not page.get_by_label("use x-step4.safetensors").is_checked()
+        note = "Filled with the settings of a file that Reelsmith made."
+        assert note == page.locator(".status").first.inner_text()
+        page.get_by_label("Steps").fill("8")
+        wait_until(page, "document.querySelector('#command').textContent.includes('--infer_steps 8')")
+        page.reload()
+        assert note not in page.locator("body").inner_text()
+        write_png(tmp_path / "plain.png", PICTURE)
+        drop(page, "h1", tmp_path / "plain.png")
+        wait_until(page, "document.querySelector('#said').textContent.includes('It holds no settings')")
+        assert page.get_by_label("Prompt").input_value() == PROMPT
+
+
+def test_what_a_dropped_file_needs_and_is_not_here_is_said(served: Served, tmp_path: Path) -> None:
+    tags = {"bt_prompt": "a", "bt_seeds": "1", "bt_model_type": "wan", "bt_task": "t2v-1.3B"}
+    write_png(
+        tmp_path / "a.png", PICTURE, {**tags, "bt_lora_0": "gone.safetensors: 1.0", "bt_i2i_path": "b.png"}
+    )
+    page = served.ask(send(served, "settings", tmp_path / "a.png").json()["address"]).text
+    assert "gone.safetensors, a LoRA of it, is not here. It began from b.png: drop that on the form." in page
+    write_png(tmp_path / "b.png", PICTURE, {**tags, "bt_model_type": "no such"})
+    page = served.ask(send(served, "settings", tmp_path / "b.png").json()["address"]).text
+    assert "Its model is not known here: choose one." in page
+    write_png(tmp_path / "c.png", PICTURE, {**tags, "bt_task": "t2v-99B"})
+    page = served.ask(send(served, "settings", tmp_path / "c.png").json()["address"]).text
+    assert "Its model, wan t2v-99B, is not among the models here: choose one." in page
+
+
+def test_a_result_is_dragged_onto_a_field(served: Served, root: Path) -> None:
+    (root / "generated").mkdir()
+    write_png(root / "generated" / "made.png", PICTURE)
+    with open_page(f"{served.url}/generate?source=model+framepack+i2v") as page:
+        address = re.sub("<!--.*?-->", "", page.locator(".plate a").get_attribute("href"))
+        transfer = page.evaluate_handle(
+            "(text) => { const all = new DataTransfer(); all.setData('text/uri-list', text); return all; }",
+            f"{served.url}{address}",
+        )
+        page.dispatch_event("[data-drop=start]", "drop", {"dataTransfer": transfer})
+        wait_until(page, "document.querySelector('#start').value !== ''")
+        path = Path(page.get_by_label("Start from").input_value())
+        assert path.read_bytes() == (root / "generated" / "made.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.png", b"not a picture", "neither a picture nor a clip"),
+        ("a.html", b"<script>alert(1)</script>", "neither a picture nor a clip"),
+        ("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "neither a picture nor a clip"),
+        ("a.mp4", b"#EXTM3U\nfile:///etc/passwd\n", "neither a picture nor a clip"),
+        ("a.png", b"", "neither a picture nor a clip"),
+    ],
+)
+def test_files_are_judged_by_their_content(
+    served: Served, root: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    answer = send(served, "file", tmp_path / name)
+    assert answer.status == 422
+    assert message in answer.json()["said"]
+    assert [*(root / "generated" / "inputs").iterdir()] == []
+
+
+def test_a_picture_has_the_suffix_of_its_content_and_no_path_of_its_name(
+    served: Served, root: Path, tmp_path: Path
+) -> None:
+    Image.fromarray(PICTURE).save(tmp_path / "x", "JPEG")
+    first = send(served, "file", tmp_path / "x", "../../.ssh/authorized_keys.png").json()["path"]
+    second = send(served, "file", tmp_path / "x", "..\\..\\.ssh\\authorized_keys.png").json()["path"]
+    assert first == second
+    assert Path(first).parent == root / "generated" / "inputs"
+    assert Path(first).name.startswith("authorized_keys-")
+    assert Path(first).suffix == ".jpg"
+    shown = served.ask(f"/generate/input/{Path(first).name}")
+    assert (shown.status, shown.headers["content-type"]) == (200, "image/jpeg")
+    for name in ("..%2f..%2f..%2fsecret.png", "gone.png", "%2e%2e"):
+        assert served.ask(f"/generate/input/{name}").status == 404
+
+
+def test_a_file_that_is_too_large_is_refused(
+    served: Served, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("browser.inputs.MOST_BYTES", 1000)
+    (tmp_path / "a.png").write_bytes(b"0" * 2000)
+    answer = send(served, "file", tmp_path / "a.png")
+    assert answer.status == 422
+    assert "It has more than" in answer.json()["said"]
+    assert [*(root / "generated" / "inputs").iterdir()] == []
+
+
+GRAPH = {
+    "3": {
+        "class_type": "KSampler",
+        "inputs": {
+            "seed": 5,
+            "steps": 20,
+            "cfg": 7.5,
+            "positive": ["6", 0],
+            "negative": ["7", 0],
+            "latent_image": ["5", 0],
+        },
+    },
+    "5": {"class_type": "EmptyLatentImage", "inputs": {"width": 640, "height": 512, "batch_size": 1}},
+    "6": {"class_type": "FluxGuidance", "inputs": {"guidance": 3.5, "conditioning": ["8", 0]}},
+    "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "blurry", "clip": ["4", 1]}},
+    "8": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat", "clip": ["4", 1]}},
+}
+EXPECTED = {"prompt": "a cat", "negative_prompt": "blurry", "seed": "5", "infer_steps": "20"}
+EXPECTED |= {"guidance_scale": "7.5", "video_size_width": "640", "video_size_height": "512"}
+
+
+def test_prompts_of_other_programs_are_read_where_they_are_plain() -> None:
+    found = read_found({"prompt": json.dumps(GRAPH), "workflow": "{}"})
+    assert (found.program, dict(found.texts)) == ("ComfyUI", EXPECTED)
+    found = read_found({"comment": json.dumps({"prompt": json.dumps(GRAPH), "workflow": {}})})  # of a clip
+    assert found.texts["prompt"] == "a cat"
+    text = "a cat,\nsitting\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 5, "
+    text += 'Size: 640x512, Model: "a, b"'
+    found = read_found({"parameters": text})
+    assert dict(found.texts) == EXPECTED | {"prompt": "a cat,\nsitting"}
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {},
+        {"prompt": "a text that is no graph"},
+        {"prompt": json.dumps({"1": {"class_type": "Other", "inputs": {}}})},
+        {"prompt": json.dumps({"1": {"class_type": "K", "inputs": {"positive": ["1", 0]}}})},
+        {"prompt": json.dumps({"1": {"class_type": "K", "inputs": {"positive": [{}]}}})},
+        {"prompt": "[" * 100_000},
+        {"parameters": "no settings"},
+    ],
+)
+def test_files_without_plain_settings_say_so(tags: dict[str, str]) -> None:
+    with pytest.raises(OptionError, match="It holds"):
+        read_found(tags)
+
+
+def test_a_picture_of_comfyui_fills_the_form(served: Served, tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_text("prompt", json.dumps(GRAPH))
+    Image.fromarray(PICTURE).save(tmp_path / "comfy.png", pnginfo=info)
+    address = send(served, "settings", tmp_path / "comfy.png").json()["address"]
+    page = served.ask(address).text
+    for text in ('value="640"', 'value="512"', ">a cat</textarea>", ">blurry</textarea>", 'value="5"'):
+        assert text in page
+
+
+# --- safety
+
+
+def test_nothing_is_written_with_read_only(root: Path, tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", PICTURE)
+    with serve(root, read_only=True) as served:
+        page = served.ask(f"/generate?run={run_id(served)}").text
+        for text in ("hx-post", ">Make<", "Free the card", 'type="file"'):
+            assert text not in page
+        assert "python wan_generate_video.py" in page
+        assert post(served, "make", fields_of(served)).status == 403
+        assert post(served, "form", fields_of(served)).status == 403
+        assert send(served, "file", tmp_path / "a.png").status == 403
+        assert send(served, "settings", tmp_path / "a.png").status == 403
+        with open_page(f"{served.url}/generate?run={run_id(served)}") as shown:
+            shown.get_by_label("Steps").fill("17")
+            wait_until(shown, "document.querySelector('#command').textContent.includes('--infer_steps 17')")
+    assert not (root / "generated").exists()
+    assert not (root / "reelsmith-queue").exists()
+
+
+def test_posts_from_elsewhere_are_refused(served: Served, root: Path) -> None:
+    body = urlencode(fields_of(served))
+    for headers in ({}, {"Origin": "http://evil.example"}, {"Origin": "null"}):
+        assert served.ask("/generate/make", "POST", body, **headers).status == 403
+        assert served.ask("/generate/file?name=a.png", "POST", "x", **headers).status == 403
+    assert states(root) == []
+
+
+def test_texts_are_shown_as_texts(served: Served, root: Path) -> None:
+    hostile = "</textarea><script>alert(1)</script>"
+    fields = fields_of(served, prompt=hostile, negative=hostile, steps='"><img src=x onerror=alert(1)>')
+    page = served.ask(f"/generate?{urlencode(fields)}").text
+    assert "<script>alert" not in page
+    assert "<img src=x" not in page
+    (root / "reelsmith-queue" / "making").mkdir(parents=True, exist_ok=True)
+    with open_page(f"{served.url}/generate?{urlencode(fields)}") as shown:
+        assert shown.get_by_label("Prompt").input_value() == hostile
+        assert shown.problems == []
+
+
+@pytest.mark.parametrize("name", ["../1", "a" * 16 + "/..", "%00", "x" * 5000, "0123456789ABCDEF"])
+def test_drafts_have_no_other_names(served: Served, root: Path, name: str) -> None:
+    fields = fields_of(served, draft=name)
+    assert post(served, "form", fields).status == 200
+    folder = root / "reelsmith-queue" / "making" / "drafts"
+    assert not folder.exists() or [*folder.iterdir()] == []
+    assert served.ask(f"/generate?{urlencode({'draft': name})}").status == 200
+
+
+def test_old_drafts_and_damaged_ones_are_left_out(served: Served, root: Path) -> None:
+    folder = root / "reelsmith-queue" / "making" / "drafts"
+    for number in range(45):
+        post(served, "form", fields_of(served, draft=f"{number:016x}", prompt=f"number {number}"))
+    assert len([*folder.iterdir()]) == 40
+    (folder / f"{44:016x}.json").write_bytes(b"[]")
+    assert served.ask(f"/generate?draft={44:016x}").status == 200
+
+
+def test_waiting_wishes_say_for_what_they_wait(served: Served, root: Path) -> None:
+    queue = JobQueue(root / "reelsmith-queue")
+    number = queue.add(["python", "tools/run_browser.py", "."], root)
+    queue.begin_work()
+    try:
+        wait_for(lambda: [job.state for job in queue.jobs()] == [RUNNING])
+        assert post(served, "make", fields_of(served)).status == 200
+        end = time.monotonic() + 20
+        words = f"1 waiting: job {number} of the queue runs."
+        while words not in served.ask("/generate/work").text:
+            assert time.monotonic() < end, served.ask("/generate/work").text
+            time.sleep(0.2)
+        assert states(root) == [WAITING]
+    finally:
+        queue.stop(number)
+        queue.stop(number)
+        queue.end_work()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("source", ["run", "model wan22 t2v-A14B", "model framepack i2v"])
+def test_the_page_fits_has_names_and_no_serious_fault(axe: str, served: Served, source: str) -> None:  # noqa: F811
+    fields = fields_of(served) if source == "run" else {"source": source}
+    post(served, "make", {**fields_of(served), "prompt": "fail"})
+    with open_page(f"{served.url}/generate?{urlencode(fields)}") as page:
+        wait_until(page, "document.querySelector('.died') !== null")
+        page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        assert_fits(page)
+        page.evaluate(axe)
+        assert list_faults(page) == []
+        page.keyboard.press("Tab")
+        for _ in range(12):  # by keyboard alone
+            page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.closest('#make') !== null")
+
+
+@contextlib.contextmanager
+def serve_alone(root: Path) -> Iterator[tuple["subprocess.Popen[str]", Served]]:
+    """Serve the page in a process of its own, with the real generation script."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tools" / "run_browser.py", root, "--port", "0"],
+        cwd=root,
+        env={**os.environ, **QUIET},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().strip().rstrip("/").rpartition(":")[2])
+        yield process, Served(port, Runs([root]))
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="it has no such signal")
+def test_a_killed_server_loses_no_wish_and_leaves_no_process(root: Path) -> None:
+    with serve_alone(root) as (server, served):
+        fields = fields_of(served, steps="400", prompt="a red square")
+        assert post(served, "make", fields).status == 200
+        assert post(served, "make", {**fields, "steps": "2"}).status == 200
+        wait_for(lambda: wishes(root)[0]["done"] > 0, lambda: str(wishes(root)))
+        session = json.loads((root / "reelsmith-queue" / "making" / "session.json").read_text())
+        server.kill()
+        server.wait()
+        # it notices at its next step that nobody reads
+        wait_for(lambda: not psutil.pid_exists(session["process"]["number"]))
+    with serve_alone(root) as (_, served):
+        assert ENDED_MEANWHILE in html.unescape(served.ask("/generate").text)
+        wait_for(lambda: states(root)[1] == FINISHED, lambda: str(wishes(root)))
+        assert Path(wishes(root)[1]["file"]).is_file()
+        assert post(served, "again", {"id": "1"}).status == 200
+        wait_for(lambda: wishes(root)[0]["done"] > 0, lambda: str(wishes(root)))
+        assert post(served, "cancel", {"id": "1"}).status == 200
+        wait_for(lambda: states(root) == [STOPPED, FINISHED], lambda: str(wishes(root)))
+        made = sorted(path.suffix for path in (root / "generated").iterdir())
+        assert made == [".mp4"]
+
+
+@pytest.mark.slow
+def test_a_wrong_model_file_is_named_where_one_clicked(root: Path, tmp_path: Path) -> None:
+    write_generating(root / "wrong", "y")
+    history = next((root / "wrong").glob("*-history.jsonl"))
+    text = history.read_text(encoding="utf-8")
+    wrong = root / "wrong" / "other.safetensors"
+    save_file({"x": torch.zeros(2)}, wrong)
+    history.write_text(text.replace(f"{POCKET / 'dit'}.safetensors", str(wrong)), encoding="utf-8")
+    with serve_alone(root) as (_, served):
+        fields = fields_of(served, source=f"run {run_id(served, 'y')}")
+        with open_page(f"{served.url}/generate?{urlencode(fields)}") as page:
+            page.get_by_role("button", name="Make", exact=True).click()
+            wait_until(page, "document.querySelector('.died .bad') !== null")
+            assert "other.safetensors" in page.locator(".died .bad").inner_text()
+            page.get_by_text("Last lines").click()
+            assert "other.safetensors" in page.locator(".last").inner_text()

@@ -1,0 +1,244 @@
+"""Forms of the page Generate become commands that the scripts read, and requests that say the same."""
+
+import shlex
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from browser.recipes import LORA, Recipe, UsedLora, Wish, find_model_set, recipe_of_model
+from contract.families import HIGH_NOISE, with_scripts
+from downloads.catalogue import ModelSet, model_sets
+from generation.options import generation_parser
+from generation.prompt_lines import find_option
+from modules.errors import OptionError
+from modules.option_values import few_digits
+from modules.parser import add_options
+
+SETS = [
+    model for model in model_sets() if "generate" in model.commands and model.family != "stable_diffusion"
+]
+of_each_model = pytest.mark.parametrize("model", SETS, ids=lambda model: f"{model.family} {model.task}")
+TEXTS = {
+    "negative": "blurry\ntext",
+    "width": "832",
+    "height": "480",
+    "frames": "9",
+    "steps": "20",
+    "guidance": "3.5",
+    "cfg": "2",
+    "high_cfg": "4",
+    "start": "a b.png",
+    "end": "b.png",
+    "control": "c.mp4",
+    "redraw": "",
+}
+# where the parsed options have what a field sets
+NAMES = {
+    "negative": "negative_prompt",
+    "steps": "infer_steps",
+    "start": "image_path",
+    "end": "end_image_path",
+    "control": "control_path",
+    "cfg": "guidance_scale",
+    "high_cfg": "guidance_scale_high_noise",
+}
+
+
+def recipe_of(model: ModelSet, folder: Path) -> Recipe:
+    return recipe_of_model(model, Path("models"), folder)
+
+
+def parse(words: list[str], recipe: Recipe) -> Namespace:
+    """What the script reads of a command."""
+    assert words[:2] == ["python", recipe.script]
+    entry = with_scripts()[recipe.family]
+    parser = generation_parser(None, recipe.defaults)
+    add_options(parser, entry.options_record("Generation"))
+    read, unknown = parser.parse_known_args(words[2:])
+    # what scripts add themselves
+    assert not {word for word in unknown if word.startswith("--")} - {"--f1", "--system_prompt"}
+    return read
+
+
+@of_each_model
+def test_a_form_becomes_a_command_and_a_request_that_say_the_same(model: ModelSet, tmp_path: Path) -> None:
+    recipe = recipe_of(model, tmp_path)
+    texts = {name: text for name, text in TEXTS.items() if name in recipe.fields}
+    wish = Wish(
+        recipe=recipe,
+        prompt="-a 'cat' --w 9",
+        texts=texts,
+        loras=[UsedLora("x.safetensors", "0.5"), UsedLora("y.safetensors", "1")],
+        save_path="out/generated",
+        references=["r 1.png", "r2.png"],
+    )
+    read = parse(wish.command("7"), recipe)
+    assert read.prompt == "-a 'cat' --w 9"
+    assert read.seed == "7"
+    assert [int(side) for side in read.video_size] == [480, 832]
+    assert [str(path) for path in read.lora_weight] == ["x.safetensors", "y.safetensors"]
+    assert list(read.lora_multiplier) == [0.5, 1]
+    assert str(read.save_path) == "out/generated"
+    assert read.num_videos == 1
+    for name, option in NAMES.items():
+        if name in texts:
+            assert str(getattr(read, option)) in (texts[name], f"{texts[name]}.0")
+    request = wish.request("7")
+    values = {}
+    for key, text in request["options"].items():
+        option = find_option(key, recipe.defaults.line_options)
+        assert option is not None
+        if not isinstance(text, list):
+            values[option.key] = option.read(text)
+    assert values["seed"] == 7
+    assert (values["video_size_width"], values["video_size_height"]) == (832, 480)
+    assert request["strengths"] == {"": ["0.5", "1"]}
+    if "frames" in texts:
+        key = "video_seconds" if recipe.counts_seconds else "video_length"
+        assert values[key] == getattr(read, key) == 9
+    if "references" in recipe.fields:
+        assert [str(path) for path in read.control_image_path] == ["r 1.png", "r2.png"]
+        assert request["options"]["control_image_path"] == ["r 1.png", "r2.png"]
+    guidance = "embedded_cfg_scale" if recipe.embeds_guidance else "guidance_scale"
+    assert values[guidance] == getattr(read, guidance) == 3.5
+
+
+@of_each_model
+def test_a_model_keeps_what_its_command_fixes(model: ModelSet, tmp_path: Path) -> None:
+    """Switches among them; what a person has to name is needed, and no example is taken for a file."""
+    recipe = recipe_of(model, tmp_path)
+    wish = Wish(recipe=recipe, prompt="a cat", texts=recipe.usual, loras=recipe.loras, save_path="generated")
+    typed = shlex.split(model.commands["generate"])
+    words = wish.command("1")
+    for switch in ("--fp8_scaled", "--f1", "--split_uncond", "--sample_two_stage"):
+        assert (switch in words) == (switch in typed)
+        assert (switch in wish.session_words) == (switch in typed)
+    assert not {"start.png", "end.png", "control.mp4"}.intersection(words)
+    examples = {"--image_path": "start", "--end_image_path": "end", "--control_path": "control"}
+    examples |= {"--src_video": "control", "--control_image_path": "references"}
+    assert {*recipe.needed} == {name for flag, name in examples.items() if flag in typed}
+    assert recipe.missing  # no file is there
+    assert "--interactive" in wish.session_words
+    assert "--prompt" not in wish.session_words
+
+
+def test_fields_are_those_that_a_model_can_use(tmp_path: Path) -> None:
+    fields = {
+        f"{model.family} {model.task}": {*recipe_of(model, tmp_path).fields} & {"start", "end", "control"}
+        for model in SETS
+    }
+    assert fields["wan t2v-1.3B"] == set()
+    assert fields["wan i2v-14B-480p"] == {"start", "end"}
+    assert fields["wan22 ti2v-5B"] == {"start"}
+    assert fields["wan t2v-14B-FC"] == {"control"}
+    assert fields["vace vace-1.3B"] == {"control"}
+    assert fields["hunyuan_video t2v"] == set()
+    assert fields["skyreels i2v"] == {"start"}
+    assert fields["framepack i2v"] == {"start", "end"}
+    assert fields["ltx_2 av"] == {"start"}
+    assert fields["flux dev"] == set()
+
+
+def ready_recipe(folder: Path, family: str = "wan", task: str = "t2v-1.3B") -> Recipe:
+    model = find_model_set(family, task)
+    assert model is not None
+    return replace(recipe_of(model, folder), missing=())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts", "loras", "message"),
+    [
+        (" \n", {}, [], "Prompt: write what is to be made."),
+        ("a", {"steps": "ten"}, [], "Steps: 'ten' is not a whole number"),
+        ("a", {"steps": "0"}, [], "Steps 0: give a number from 1"),
+        ("a", {"width": "64"}, [], "Width and Height: give both"),
+        ("a", {"width": "1e3", "height": "64"}, [], "Width: '1e3' is not a whole number"),
+        ("a", {"width": "832x480", "height": "64"}, [], "give --w 832 --h 480"),
+        ("a", {"frames": "-3"}, [], "Frames -3: give a number from 1"),
+        ("a", {"guidance": "high"}, [], "Guidance: 'high' is not a number"),
+        ("a", {"redraw": "gone.png"}, [], "Redraw gone.png: there is no such file."),
+        ("a", {"share": "2"}, [], "Share 2: give a share from 0 to 1"),
+        ("a", {}, [UsedLora("x.safetensors", "much")], "strength much of x.safetensors: give a number"),
+        ("a", {}, [UsedLora("x.safetensors", "nan")], "strength nan of x.safetensors: give a number"),
+        ("a", {}, [UsedLora("x.safetensors", "1")], "x.safetensors is not there any more"),
+    ],
+)
+def test_wrong_wishes_say_which_field_is_wrong(
+    tmp_path: Path, prompt: str, texts: dict[str, str], loras: list[UsedLora], message: str
+) -> None:
+    wish = Wish(ready_recipe(tmp_path), prompt=prompt, texts=texts, loras=loras, save_path="generated")
+    with pytest.raises(OptionError) as error:
+        wish.check()
+    assert message in str(error.value)
+
+
+def test_a_model_that_needs_a_picture_asks_for_it(tmp_path: Path) -> None:
+    recipe = ready_recipe(tmp_path, task="i2v-14B-480p")
+    with pytest.raises(OptionError, match="Start: this model needs one"):
+        Wish(recipe, prompt="a", texts={}, loras=[], save_path="generated").check()
+    (tmp_path / "a.png").write_bytes(b"")
+    Wish(recipe, prompt="a", texts={"start": "a.png"}, loras=[], save_path="generated").check()
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
+    model = find_model_set("flux", "dev")
+    assert model is not None
+    wish = Wish(recipe_of(model, tmp_path), prompt="a", texts={}, loras=[], save_path="generated")
+    with pytest.raises(OptionError, match=r"is missing: load the model first \(Models\)"):
+        wish.check()
+
+
+def test_loras_of_two_experts_have_options_of_their_own(tmp_path: Path) -> None:
+    recipe = ready_recipe(tmp_path, "wan22", "t2v-A14B")
+    wish = Wish(
+        recipe=recipe,
+        prompt="a",
+        texts={},
+        loras=[UsedLora("low.safetensors", "1"), UsedLora("high.safetensors", "0.5", HIGH_NOISE)],
+        save_path="generated",
+    )
+    read = parse(wish.command("1"), recipe)
+    assert [str(path) for path in read.lora_weight] == ["low.safetensors"]
+    assert [str(path) for path in read.lora_weight_high_noise] == ["high.safetensors"]
+    assert list(read.lora_multiplier_high_noise) == [0.5]
+    assert wish.request("1")["strengths"] == {"": ["1"], HIGH_NOISE: ["0.5"]}
+    words = wish.session_words
+    assert words[words.index(LORA) + 1] == "low.safetensors"
+    assert words[words.index(f"{LORA}_{HIGH_NOISE}") + 1] == "high.safetensors"
+
+
+def test_loras_of_a_released_model_are_of_its_command(tmp_path: Path) -> None:
+    recipe = ready_recipe(tmp_path, "wan22", "t2v-A14B-4steps")
+    assert [(lora.strength, lora.expert) for lora in recipe.loras] == [("1", ""), ("1", HIGH_NOISE)]
+    assert recipe.usual["steps"] == "4"
+    assert recipe.usual["high_cfg"] == "1"
+
+
+def test_a_picture_or_a_clip_is_changed_in_part(tmp_path: Path) -> None:
+    recipe = ready_recipe(tmp_path)
+    texts = {"redraw": "a.mp4", "share": "0.4"}
+    wish = Wish(recipe, prompt="a", texts=texts, loras=[], save_path="generated")
+    read = parse(wish.command("1"), recipe)
+    assert str(read.video_path) == "a.mp4"
+    assert read.v2v_denoise == 0.4
+    assert wish.request("1")["options"] == {"video_path": "a.mp4", "denoise": "0.4", "seed": "1"}
+    still = replace(wish, texts={"redraw": "a.png"})
+    assert str(parse(still.command("1"), recipe).i2i_path) == "a.png"
+
+
+def test_shapes_have_about_as_many_pixels_as_the_usual_one(tmp_path: Path) -> None:
+    shapes = ready_recipe(tmp_path).shapes
+    assert shapes[:3] == [(832, 480), (480, 832), (640, 640)]
+    for width, height in shapes:
+        assert abs(width * height / (832 * 480) - 1) < 0.06
+        assert few_digits(str(width)) % 16 == 0
+
+
+@pytest.mark.parametrize(("family", "embeds"), [("flux", True), ("wan", False), ("hunyuan_video", True)])
+def test_guidance_is_what_the_model_has(tmp_path: Path, family: str, embeds: bool) -> None:
+    model = next(model for model in SETS if model.family == family)
+    recipe = recipe_of(model, tmp_path)
+    assert recipe.embeds_guidance == embeds
+    assert ("cfg" in recipe.fields) == embeds
