@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomlkit
-from tomlkit.exceptions import TOMLKitError
-
 from browser.captions import mark_bytes
 from modules.atomic_write import write_bytes
 from modules.text_files import parse_toml, read_content
@@ -127,6 +124,9 @@ def change_keys(
 
 def edit_toml(text: str, table: str, changes: Mapping[str, Any], removed: tuple[str, ...] = ()) -> str:
     """Return a TOML text with keys of a table set or removed. Raises ValueError; see `change_keys`."""
+    import tomlkit  # only where a key is changed
+    from tomlkit.exceptions import TOMLKitError  # likewise
+
     try:
         document = tomlkit.parse(text)
         keys = document[table]

@@ -226,16 +226,7 @@ def set_aside(
     """
     recover_states(names.folder, names.name)
     stays = {os.path.realpath(path) for path in inputs}
-    states, start = state_pattern(names.name), re.escape(names.name)
-    files = re.compile(start + r"(?:-\d{6,}|-step\d{8,})?" + names.pattern)
-    samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
-    pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
-    results = [
-        entry
-        for entry in _entries(names.folder)
-        if (states.fullmatch(entry.name) if entry.is_dir() else files.fullmatch(entry.name) or entry in pages)
-    ]
-    results += [entry for entry in _entries(names.folder / SAMPLES) if samples.fullmatch(entry.name)]
+    results = find_results(names)
     moved = [entry for entry in results if not (entry.is_dir() and os.path.realpath(entry) in stays)]
     has_saves = any(entry.is_dir() or entry.suffix == ".safetensors" for entry in results)
     if not moved or (is_restarted and not has_saves):
@@ -263,6 +254,21 @@ def set_aside(
         folder,
     )
     return folder
+
+
+def find_results(names: Names) -> list[Path]:
+    """Return the files, states, samples and pages that a run has written under its name."""
+    states, start = state_pattern(names.name), re.escape(names.name)
+    files = re.compile(start + r"(?:-\d{6,}|-step\d{8,})?" + names.pattern)
+    samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
+    pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
+    results = [
+        entry
+        for entry in _entries(names.folder)
+        if (states.fullmatch(entry.name) if entry.is_dir() else files.fullmatch(entry.name) or entry in pages)
+    ]
+    results += [entry for entry in _entries(names.folder / SAMPLES) if samples.fullmatch(entry.name)]
+    return results
 
 
 def state_pattern(name: str) -> re.Pattern[str]:

@@ -1,0 +1,139 @@
+"""Keep what pages remove in a folder, until it is emptied: nothing is deleted by the first click."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.atomic_write import explain_errors
+from modules.errors import OptionError, OutputError
+
+FOLDER = "reelsmith-bin"
+LONGEST_TITLE = 80  # characters of it in the name of a folder
+
+
+@dataclass(frozen=True)
+class BinEntry:
+    """Something that was removed at one time."""
+
+    path: Path
+    size_bytes: int
+    num_files: int
+
+
+class BinFolder:
+    """Take files in by renaming them, and delete them for good."""
+
+    def __init__(self, *places: Path) -> None:
+        """places: its folders. A later one is used for files on another disk than the earlier ones: renaming
+        takes no time and no space. They are created when something is removed.
+        """
+        self.places = tuple(dict.fromkeys(places))
+
+    def list_entries(self) -> list[BinEntry]:
+        """Return what was removed, the newest first."""
+        entries = []
+        for place in self.places:
+            if place.is_symlink():
+                continue
+            with contextlib.suppress(OSError):
+                entries += [_measure(path) for path in place.iterdir()]
+        return sorted(entries, key=lambda entry: entry.path.name, reverse=True)
+
+    def mark(self) -> str:
+        """Return a checksum of what is in it."""
+        rows = [f"{entry.path}\0{entry.size_bytes}\0{entry.num_files}" for entry in self.list_entries()]
+        return hashlib.blake2s(os.fsencode("\n".join(rows)), digest_size=8).hexdigest()
+
+    def take(self, title: str, base: Path, paths: Sequence[Path]) -> Path:
+        """Move files or folders into a new folder of the bin, under their paths from `base`; return it.
+
+        title: what they were, for the name of the folder. Raises OutputError if one cannot be moved; those
+        before it have been.
+        """
+        plain = re.sub(r"[^\w.-]+", "_", title)[:LONGEST_TITLE]
+        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{plain}"
+        used = self.places[0]
+        for path in paths:
+            used = self._take_one(path, base, name)
+        return used / name
+
+    def _take_one(self, path: Path, base: Path, name: str) -> Path:
+        """Move a file or folder; return the place that it is in."""
+        with explain_errors(path):
+            for place in self.places:
+                if place.is_symlink():
+                    raise OutputError(f"{place} is a link: make it a folder")
+                target = _free_name(place / name / path.relative_to(base))
+                is_new = not place.exists()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    path.rename(target)
+                except OSError as error:
+                    _remove_empty(target.parent, place.parent if is_new else place)
+                    if error.errno != errno.EXDEV:
+                        raise
+                else:
+                    return place
+        raise OutputError(f"{path} is on another disk than {self.places[0]}. Delete it by hand")
+
+    def empty(self, mark: str) -> int:
+        """Delete all that is in it for good; return how many bytes that were.
+
+        mark: of the content that was shown. Raises OptionError if it has changed since, OutputError if
+        something cannot be deleted.
+        """
+        if mark != self.mark():
+            raise OptionError("The bin has changed meanwhile. Look at it again.")
+        size_bytes = 0
+        for entry in self.list_entries():
+            with explain_errors(entry.path):
+                if entry.path.is_dir() and not entry.path.is_symlink():
+                    shutil.rmtree(entry.path)
+                else:
+                    entry.path.unlink()
+            size_bytes += entry.size_bytes
+        return size_bytes
+
+
+def _measure(path: Path) -> BinEntry:
+    """Return the size of a file or folder. Links count nothing and are not followed."""
+    size_bytes = num_files = 0
+    waiting = [path]
+    while waiting:
+        inner = waiting.pop()
+        with contextlib.suppress(OSError):
+            if inner.is_symlink():
+                num_files += 1
+            elif inner.is_dir():
+                waiting += inner.iterdir()
+            else:
+                num_files += 1
+                size_bytes += inner.stat().st_size
+    return BinEntry(path, size_bytes, num_files)
+
+
+def _free_name(path: Path) -> Path:
+    """Return a path that does not exist: this one, or with a number behind its name."""
+    number = 1
+    free = path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def _remove_empty(folder: Path, end: Path) -> None:
+    """Remove a folder and those above it, below `end`, as long as they are empty."""
+    while folder != end and folder.is_relative_to(end):
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+        folder = folder.parent
