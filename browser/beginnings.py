@@ -312,7 +312,9 @@ class Beginnings:
     def _find_state(self, plan: Plan, run: Glance | None, trace: Glance | None, job: Job | None) -> RunState:
         """Return how a described folder's run stands: what works now first, then what ended last."""
         if run is not None and run.state == RUNNING:
-            return replace(state_of_run(run), job=job)
+            state = state_of_run(run)
+            is_asked = state.is_asked or (job is not None and job.state == RUNNING and job.stops > 0)
+            return replace(state, job=job, is_asked=is_asked)
         if trace is not None and trace.state == RUNNING:
             is_asked = job is not None and job.state == RUNNING and job.stops > 0
             return replace(state_of_trace(trace), job=job, is_asked=is_asked)
@@ -324,7 +326,7 @@ class Beginnings:
             return RunState(WAITING, job=job)
         check = self.errands.find(errand_name(CHECK, plan.folder))
         if check is not None and check.state == RUNNING:
-            return RunState(CHECKING, errand=check, words=check.last_lines(1))
+            return RunState(CHECKING, errand=check)
         return _find_last_ending(plan, run, trace, job=job, check=check)
 
     # ---- starting
