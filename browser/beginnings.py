@@ -377,9 +377,21 @@ def run_words(described: Described, models: Path) -> list[str]:
     paths = [described.folder / path for path in described.model_files.values()]
     if not all(path.exists() for path in paths):
         words.append("--download")
-        if models != MODELS:
+        target = find_models_folder(described.folder)
+        if target is not None and target != real_path(models):
+            words += ["--models", str(target)]
+        elif models != MODELS:
             words += ["--models", str(models)]
     return words
+
+
+def find_models_folder(folder: Path) -> Path | None:
+    """Return the folder that a described folder's download fills; None if it is not of this machine."""
+    with contextlib.suppress(OSError):
+        plan = read_plan(folder / RUN_FILE, changed=0)
+        if plan is not None and _is_written_here(plan):
+            return plan.models
+    return None
 
 
 def words_of_plan(plan: Plan, models: Path) -> list[str]:

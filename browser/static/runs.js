@@ -57,7 +57,8 @@
     setTimeout(goOn, box()?.dataset.active === "yes" ? 1500 : 5000);
   }
 
-  document.addEventListener("htmx:after:request", ({ target }) => {
+  document.addEventListener("htmx:after:request", ({ target, detail }) => {
+    if (detail.ctx.response?.raw.headers.get("hx-redirect")) return; // to another page
     if (target !== document && target.closest?.("#deeds, #panel") && !target.matches("#deeds")) look().catch(() => {});
   });
   if (!box() || !tell) return;

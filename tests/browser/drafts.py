@@ -14,8 +14,10 @@ DATASET = '[[datasets]]\nimage_directory = "."\ncache_directory = "cache"\n'
 
 
 def describe(folder: Path, name: str = "own", steps: int = 10, **changed: Any) -> Path:
-    """Describe a folder with one picture; the files of its model are not there."""
+    """Describe a folder with one picture; the file of its model is empty."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cache").mkdir(exist_ok=True)
+    (folder / "cache" / "dit.safetensors").touch()
     (folder / "cat.png").write_bytes(b"\x89PNG not really")
     (folder / "cat.txt").write_text("a cat\n", encoding="utf-8")
     (folder / "dataset.toml").write_text(DATASET, encoding="utf-8")
@@ -36,7 +38,13 @@ def describe(folder: Path, name: str = "own", steps: int = 10, **changed: Any) -
         ["python", "wan_train_network.py", "--config_file", "run.toml"],
     ]
     lines = ["# mine", "[training]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-    lines += ["", "[reelsmith]", 'files = ["dit.safetensors"]', f"commands = {json.dumps(commands)}", ""]
+    lines += [
+        "",
+        "[reelsmith]",
+        'files = ["cache/dit.safetensors"]',
+        f"commands = {json.dumps(commands)}",
+        "",
+    ]
     (folder / "run.toml").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
