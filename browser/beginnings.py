@@ -227,12 +227,6 @@ class Beginnings:
             return before
         return mark, read_plan(path, status.st_mtime)
 
-    def find_plan(self, id: str) -> Plan | None:
-        """Return the described folder whose run has this id; None if there is none."""
-        with self.runs.lock:
-            self.runs.list_all()
-            return next((plan for plan in self.list_plans() if plan.id == id), None)
-
     def find_plan_of(self, run: Glance) -> Plan | None:
         """Return the described folder that a run can be started from again; None if there is none."""
         plans = self.list_plans()
@@ -255,12 +249,12 @@ class Beginnings:
     def find(self, id: str) -> ShownRun | None:
         """Return the run or draft of this id; None if there is none."""
         with self.runs.lock:
-            run = self.runs.find(id)
-            plan = self.find_plan(id)
+            found = self.runs.list_all()
+            plan = next((plan for plan in self.list_plans() if plan.id == id), None)
+            run = next((one for one in found if one.id == id), None) or self.runs.find(id)
             trace = None
             if plan is not None:
-                traces = [one for one in self.runs.list_all() if one.history == plan.trace]
-                trace = traces[0] if traces else None
+                trace = next((one for one in found if one.history == plan.trace), None)
         if plan is None:
             return None if run is None else ShownRun(run, state_of_run(run))
         return self._show(plan, run, trace, self._list_jobs())
@@ -321,6 +315,8 @@ class Beginnings:
         if job is not None and job.state == RUNNING:
             if run is not None and run.changed > born(job) + SECOND:
                 return replace(state_of_run(run), job=job)  # its process is about to end
+            if trace is not None and trace.changed > born(job) + SECOND:
+                return replace(state_of_run(trace), job=job)  # likewise
             return RunState(STARTING, words=job.last_lines(1), job=job, is_asked=job.stops > 0)
         if job is not None and job.state == WAITING:
             return RunState(WAITING, job=job)

@@ -5,6 +5,7 @@
   const box = () => document.getElementById("deeds");
   const tell = document.getElementById("tell");
   const key = `tell ${box()?.dataset.id}`;
+  let said = 0; // when a button was answered
   let wasActive = box()?.dataset.active === "yes";
 
   function remember(value) {
@@ -46,7 +47,10 @@
     if (!answer.ok) return;
     const standing = await answer.json();
     if (standing.is_begun && now.dataset.begun !== "yes") { location.reload(); return; } // it has a page of its own now
-    if (standing.mark !== now.dataset.standing) htmx.trigger(now, "look");
+    if (standing.mark !== now.dataset.standing) {
+      htmx.trigger(now, "look");
+      if (Date.now() - said > 4000) document.getElementById("done").replaceChildren(); // it was about an earlier state
+    }
     if (wasActive && !standing.is_active && tell.checked) announce(now.dataset.name, standing.state);
     wasActive = standing.is_active;
   }
@@ -59,7 +63,9 @@
 
   document.addEventListener("htmx:after:request", ({ target, detail }) => {
     if (detail.ctx.response?.raw.headers.get("hx-redirect")) return; // to another page
-    if (target !== document && target.closest?.("#deeds, #panel") && !target.matches("#deeds")) look().catch(() => {});
+    if (target === document || !target.closest?.("#deeds, #panel") || target.matches("#deeds")) return;
+    said = Date.now();
+    look().catch(() => {});
   });
   if (!box() || !tell) return;
   tell.checked = isWanted();
