@@ -15,11 +15,13 @@ from typing import Any
 
 from browser.described import DATASET_FILE, TRAINING_TABLE, Described, read_described
 from browser.errands import Errands, errand_name
-from browser.jobs import ENDED, WAITING, Job, JobQueue
+from browser.jobs import ENDED, QUEUE, WAITING, Job, JobQueue
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance, Runs
+from modules.atomic_write import explain_errors
 from modules.command import message_of
 from modules.control_codes import shorten_lines
 from modules.errors import OptionError, UserError
+from modules.file_locks import only_one
 from modules.output_files import check_output_name
 from modules.paths import expand_path
 from modules.text_files import parse_toml, read_content, real_path
@@ -294,6 +296,9 @@ class Beginnings:
         changed = max(one.changed for one in (plan, run, trace) if one is not None)
         if job is not None and (job.state == RUNNING or state.job is job):
             changed = max(changed, born(job))
+        if state.name == WAITING:
+            with contextlib.suppress(OSError):
+                changed = max(changed, (self.queue.folder / QUEUE).stat().st_mtime)
         glance = plan.glance if run is None else run
         return ShownRun(replace(glance, changed=changed), state, plan)
 
@@ -346,12 +351,19 @@ class Beginnings:
         is_read: somebody has looked at its run.toml. Raises OptionError if the run is under way, or if its
         run.toml comes from elsewhere and was not read; OutputError if the queue cannot be written.
         """
+        with explain_errors(self.queue.folder):
+            self.queue.folder.mkdir(parents=True, exist_ok=True)
+            with only_one(self.queue.folder / ".start.lock"):  # of two that press at once
+                self._start(real_path(folder), words, is_read)
+
+    def _start(self, folder: Path, words: Sequence[str], is_read: bool) -> None:
+        """Do what `start` does, while nobody else starts a run of this queue."""
         job = self.find_job(folder)
         if job is not None and job.state in (RUNNING, WAITING):
             raise OptionError("It is in the queue already.")
         with self.runs.lock:
             self.runs.list_all()
-            plans = [plan for plan in self.list_plans() if plan.folder == real_path(folder)]
+            plans = [plan for plan in self.list_plans() if plan.folder == folder]
         for plan in plans:
             if not is_read and not self.is_known(plan):
                 raise OptionError(
@@ -359,7 +371,7 @@ class Beginnings:
                     f"of {plan.name}, and start it there."
                 )
             shown = self.find(plan.id)
-            if shown is not None and shown.state.is_active:
+            if shown is not None and shown.state.is_active and shown.state.errand is None:
                 raise OptionError(f"It runs already: it is {shown.state.text}.")
         others_wait = any(one.state == WAITING for one in self._list_jobs())
         self.queue.add(words, Path.cwd())
@@ -542,7 +554,8 @@ def mark_state(shown: ShownRun) -> str:
     """Return a text that changes with what a page says of a run's state."""
     state = shown.state
     lines = state.last_lines if state.name in BEFORE else ""
-    facts = (state.text, state.reason, state.is_asked, state.is_paused, lines)
+    changed = 0.0 if shown.plan is None else shown.plan.changed
+    facts = (state.text, state.reason, state.is_asked, state.is_paused, lines, changed)
     return hashlib.blake2s(repr(facts).encode(), digest_size=8).hexdigest()
 
 

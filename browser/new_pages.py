@@ -186,7 +186,8 @@ class NewPages:
     def show(self, request: Request) -> Response:
         form = NewForm.of_fields({name: request.query_params.getlist(name) for name in request.query_params})
         if "folder" in request.query_params and set(request.query_params) <= {"folder", "name"}:
-            form = replace(self.read_form(form.folder), **({"name": form.name} if form.name else {}))
+            described = self.read_form(form.folder)
+            form = replace(described, name=form.name or described.name)
         return self.answer(form)
 
     def read_form(self, folder_text: str) -> NewForm:

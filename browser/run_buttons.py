@@ -67,6 +67,7 @@ class Deeds:
     stop: str = ""
     train_on: str = ""
     steps: int = 0  # of Train on, before somebody changes it
+    have: str = ""  # checksum of the run.toml that Train on changes
     again: str = ""  # name of the next run
     folder: str = ""  # of Again with changes
     samples: str = ""  # file of the prompts
@@ -161,6 +162,7 @@ class RunButtons:
                 facts["check"] = shlex.join(["reelsmith", "run", str(plan.folder), "--check"])
             if has_run and plan.steps:
                 facts["steps"] = usual_steps(run, plan.steps)
+                facts["have"] = mark_bytes(read_content(plan.folder / RUN_FILE))
                 facts["train_on"] = f"max_train_steps in {RUN_FILE}, then {typed}"
             if has_run or not is_draft:
                 facts["again"] = free_name(plan)
@@ -438,7 +440,8 @@ class RunButtons:
         if not plan.steps:
             raise OptionError(f"{plan.folder / RUN_FILE} counts in epochs. Change max_train_epochs there.")
         path = plan.folder / RUN_FILE
-        change_keys(path, TRAINING_TABLE, {"max_train_steps": steps}, have=mark_bytes(read_content(path)))
+        have = "".join(form.get("have", ()))
+        change_keys(path, TRAINING_TABLE, {"max_train_steps": steps}, have=have)
         self.beginnings.start(plan.folder, words_of_plan(plan, self.site.models))
         return f"It is in the queue, to {steps:,} steps."
 

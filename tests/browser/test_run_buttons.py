@@ -130,9 +130,14 @@ def test_train_on_changes_one_key_and_starts(served: Served, queue: JobQueue, tm
     write_run(tmp_path / "my clips" / "output", "own", steps=10, kind="good")
     path = tmp_path / "my clips" / "run.toml"
     before = path.read_text(encoding="utf-8")
-    assert 'value="20"' in served.ask(f"{address_of(served)}deeds").text
+    deeds = served.ask(f"{address_of(served)}deeds")
+    assert 'value="20"' in deeds.text
+    path.write_text(before.replace("# mine", "# changed"), encoding="utf-8")
+    answer = press(served, "train_on", steps="3000", have=mark_in(deeds))
+    assert (answer.status, "changed meanwhile" in answer.text) == (422, True)
+    path.write_text(before, encoding="utf-8")
 
-    assert "to 3,000 steps" in press(served, "train_on", steps="3000").text
+    assert "to 3,000 steps" in press(served, "train_on", steps="3000", have=mark_in(deeds)).text
 
     after = path.read_text(encoding="utf-8")
     assert after == before.replace("max_train_steps = 10", "max_train_steps = 3000")
