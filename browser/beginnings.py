@@ -286,6 +286,10 @@ class Beginnings:
     def _show(self, plan: Plan, run: Glance | None, trace: Glance | None, jobs: Sequence[Job]) -> ShownRun:
         """Return a described folder's run with its state. run, trace: from its histories, if they exist."""
         job = newest_job(jobs, plan.folder)
+        if job is not None and job.state == RUNNING and run is not None and run.state != RUNNING:
+            waiting = [one for one in jobs if one.state == WAITING and runs_folder(one, plan.folder)]
+            if waiting and run.changed > born(job) + SECOND:  # the running one is about to end
+                job = waiting[0]
         state = self._find_state(plan, run, trace, job)
         if state.name == WAITING and job is not None:
             waiting = [one for one in jobs if one.state == WAITING]
@@ -358,8 +362,8 @@ class Beginnings:
 
     def _start(self, folder: Path, words: Sequence[str], is_read: bool) -> None:
         """Do what `start` does, while nobody else starts a run of this queue."""
-        job = self.find_job(folder)
-        if job is not None and job.state in (RUNNING, WAITING):
+        jobs = [job for job in self._list_jobs() if runs_folder(job, folder)]
+        if any(job.state == WAITING for job in jobs):
             raise OptionError("It is in the queue already.")
         with self.runs.lock:
             self.runs.list_all()
@@ -370,7 +374,7 @@ class Beginnings:
                     f"{plan.folder / RUN_FILE} comes from elsewhere. Read what it may do first, on the page "
                     f"of {plan.name}, and start it there."
                 )
-            shown = self.find(plan.id)
+            shown = self.find(plan.id)  # a job whose training has ended is about to end
             if shown is not None and shown.state.is_active and shown.state.errand is None:
                 raise OptionError(f"It runs already: it is {shown.state.text}.")
         others_wait = any(one.state == WAITING for one in self._list_jobs())

@@ -144,6 +144,27 @@ def test_a_run_that_is_started_again_waits_before_it_is_what_it_was(tmp_path: Pa
     assert state(beginnings) == "stopped"
 
 
+def test_a_run_is_continued_while_the_job_of_its_stopped_training_is_about_to_end(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    beginnings = look(tmp_path)
+    beginnings.queue.begin_work = lambda: None  # type: ignore[method-assign]
+    words = ["reelsmith", "run", str(folder)]
+    beginnings.start(folder, words)
+    set_job(beginnings.queue, None)
+    with pytest.raises(OptionError, match="It runs already: it is starting"):
+        beginnings.start(folder, words)
+    history = write_run(folder / "output", "own", kind="")
+    later = time.time() + 5
+    os.utime(history, (later, later))
+    assert state(beginnings) == "stopped"
+
+    beginnings.start(folder, words)
+
+    assert state(beginnings).startswith("waiting, place 1")
+    with pytest.raises(OptionError, match="in the queue already"):
+        beginnings.start(folder, words)
+
+
 DIED = "OptionError: dit.safetensors is missing. Add --download"
 
 
