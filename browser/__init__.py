@@ -1,14 +1,18 @@
 """Pages for all runs: a server that reads their files, and writes only a queue of command lines and captions.
 
 answers: pages, JSON, refusals; bodies and forms of requests
+beginnings: how a run stands from its draft on
+bin_folder: keep what pages remove until it is emptied
 captions: write caption files, undo, refuse to overwrite others
 compare: find samples and clips of chosen files, plan the rest
 dataset_pages: routes for datasets: files, small pictures, edited captions
 datasets: find datasets, measure them in another process
+intentions: what a run.toml lets its run do
 jobs: command lines of a text file, run one after another
 launch: a line to a program; its processes started, interrupted, outlasted
 options: options of run_browser.py: folders, address, token
 queue_views: pages of queue and comparison, their buttons
+run_buttons: the buttons of a run and what they do
 runs: find runs by their histories, tell each at a glance
 server: routes, and what a request must have to pass
 start: serve pages or export one; show the address

@@ -368,6 +368,21 @@ def test_typed_steps_stay_and_the_page_follows_the_run(served: Served, tmp_path:
         assert page.problems == []
 
 
+def test_a_run_is_started_and_taken_back_by_the_keyboard_alone(served: Served, queue: JobQueue) -> None:
+    with open_page(f"{served.url}{address_of(served)}") as page:
+        page.get_by_role("button", name="Start").focus()
+        page.keyboard.press("Enter")
+        page.get_by_text("waiting, place 1").wait_for()
+        wait_until(page, "document.activeElement.id === 'stop' || document.activeElement.id === 'go_on'")
+        while page.evaluate("document.activeElement.id") != "stop":
+            page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        page.get_by_text("It was taken out of the queue").wait_for()
+        wait_until(page, "!!document.activeElement.closest('#deeds')")
+        assert page.problems == []
+    assert lines(queue) == []
+
+
 def test_a_draft_leads_to_the_page_of_its_training(served: Served, tmp_path: Path) -> None:
     with open_page(f"{served.url}{address_of(served)}") as page:
         page.get_by_role("button", name="Start").wait_for()
