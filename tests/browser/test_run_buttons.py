@@ -8,13 +8,15 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
+from PIL import Image
 
 from browser.jobs import JobQueue, open_queue
 from browser.runs import RUNNING, Runs
+from pocket.measure import POCKET
 from tests.browser.drafts import describe, trace
 from tests.browser.serving import Answer, Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
-from tests.commands import QUIET
+from tests.commands import QUIET, ROOT, run_python
 from training.reports.history import History, history_path
 
 
@@ -420,3 +422,37 @@ def test_a_page_fits_its_window(width: int, served: Served, tmp_path: Path) -> N
         page.get_by_role("button", name="Remove").click()
         page.get_by_role("button", name="Move it into the bin").wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.slow
+def test_a_run_is_watched_from_its_draft_to_its_lora(
+    tmp_path: Path, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pocket model learns from twelve pictures; each state is seen on the page where one clicked."""
+    folder = tmp_path / "my clips"
+    folder.mkdir()
+    for number in range(12):
+        Image.new("RGB", (64, 64), (20 * number, 90, 90)).save(folder / f"p{number}.png")
+        (folder / f"p{number}.txt").write_text("a colour\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    words = ["new", str(folder), "--family", "wan", "--task", "t2v-1.3B", "--trigger_word", "ohwx"]
+    words += ["--output_name", "own", "--max_train_steps", "4", "--memory", "0"]
+    for option in ("dit", "vae", "t5"):
+        words += ["--model_file", f"{option}={POCKET / option}.safetensors"]
+    run_python(str(ROOT / "reelsmith.py"), *words)
+    (folder / "prompts.txt").write_text("a colour --s 2 --w 32 --h 32 --f 1\n" * 2, encoding="utf-8")
+    seen: list[str] = []
+    with serve_runs(tmp_path, queue=queue) as served, open_page(f"{served.url}{address_of(served)}") as page:
+        page.get_by_role("button", name="Start").click()
+        for _ in range(3000):
+            texts = page.locator(".status").all_inner_texts()  # of the page, and of the buttons
+            word = (texts[-1] if texts else "loading").split()[0].rstrip(",")
+            seen += [word] if word not in seen else []
+            if word in ("finished", "died"):
+                break
+            page.wait_for_timeout(100)
+        assert seen[-1] == "finished", page.locator("#deeds").inner_text()
+        assert {"checking", "caching", "loading"} <= set(seen)
+        assert page.get_by_role("button", name="Generate with it").is_visible()
+        assert page.problems == []
+    assert (folder / "output" / "own.safetensors").is_file()
