@@ -23,8 +23,8 @@ SENDING = {
     "log_tracker_config": "has its trackers read {}",
     "resume_from_huggingface": "downloads a state from {}",
 }
-CODE = ("network_module", "from_module")  # options that load code
-WRITING = ("output_dir", "logging_dir", "sample_output_dir")
+CODE = ("network_module",)  # options that load code
+WRITING = ("output_dir", "logging_dir")
 CACHES = "cache_directory"  # ends the names of keys of a dataset
 MOST_LINES = 100
 MOST_SHOWN = 64 << 10  # bytes of a file
