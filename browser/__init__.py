@@ -1,6 +1,7 @@
 """Pages for all runs: a server that reads their files, and writes only a queue of command lines and captions.
 
 answers: pages, JSON, refusals; bodies and forms of requests
+beginnings: how a run stands from its draft on
 bin_folder: what pages have removed, until it is emptied
 captions: write caption files, undo, refuse to overwrite others
 compare: find samples and clips of chosen files, plan the rest
@@ -11,6 +12,7 @@ folder_settings: show, check and save the settings of a folder
 generate_pages: routes of Generate: form, wishes, dropped files
 hub_login: whether there is a token, without its text
 inputs: take dropped pictures and clips, judged by content
+intentions: what a run.toml lets its run do
 jobs: command lines of a text file, run one after another
 launch: a line to a program; its processes started, interrupted, outlasted
 lora_rows: LoRAs of runs that a model can take
@@ -24,6 +26,7 @@ qr_code: a text as QR code, for terminal and page
 queue_views: pages of queue and comparison, their buttons
 recipes: a form to a command line and a request
 refilling: how a dropped file was made, as a form
+run_buttons: the buttons of a run and what they do
 runs: find runs by their histories, tell each at a glance
 samples: rows of prompts.txt, and how often they are made
 server: routes, and what a request must have to pass

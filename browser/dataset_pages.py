@@ -271,7 +271,12 @@ class DatasetPages:
 
     def show_list(self, _: Request) -> Response:
         datasets = [(dataset, *self.datasets.glance(dataset)) for dataset in self.datasets.list_all()]
-        values = {"dataset": None, "found": datasets, "roots": self.runs.roots}
+        values = {
+            "dataset": None,
+            "found": datasets,
+            "roots": self.runs.roots,
+            "can_write": not self.read_only,
+        }
         return answer_page(render_page(HERE / "dataset.html", "Datasets", values, POLICY))
 
     def show_page(self, dataset: FoundDataset, _: Request) -> Response:  # its script asks for the files

@@ -6,7 +6,7 @@ reload, a restart of the server and a terminal see the same.
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -16,6 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from browser.answers import Form, answer_form, answer_move, answer_page
+from browser.beginnings import CHECK, DESCRIBE, run_words
 from browser.captions import mark_bytes
 from browser.described import (
     FILES,
@@ -28,7 +29,7 @@ from browser.described import (
 )
 from browser.errands import errand_name
 from browser.folders import find_folder, list_media_folders, read_media_folder
-from browser.jobs import WAITING, Job
+from browser.jobs import Job
 from browser.runs import RUNNING
 from browser.site import Site
 from browser.views import HERE, POLICY
@@ -41,8 +42,6 @@ from modules.text_files import read_content
 from project.fitting import describe_fit, find_memory
 from project.options import MODELS, RUN_FILE, NewOptions, find_models
 
-DESCRIBE = "describe"  # kinds of errands
-CHECK = "check"
 USUAL_STEPS = NewOptions.__dataclass_fields__["max_train_steps"].default
 
 
@@ -186,8 +185,9 @@ class NewPages:
 
     def show(self, request: Request) -> Response:
         form = NewForm.of_fields({name: request.query_params.getlist(name) for name in request.query_params})
-        if list(request.query_params) == ["folder"]:
-            form = self.read_form(form.folder)
+        if "folder" in request.query_params and set(request.query_params) <= {"folder", "name"}:
+            described = self.read_form(form.folder)
+            form = replace(described, name=form.name or described.name)
         return self.answer(form)
 
     def read_form(self, folder_text: str) -> NewForm:
@@ -256,21 +256,13 @@ class NewPages:
 
     def find_job(self, folder: Path | None) -> Job | None:
         """Return the newest job of the queue that runs a folder; None if there is none."""
-        jobs = [] if folder is None else [job for job in self.site.queue.jobs() if runs_folder(job, folder)]
-        return jobs[-1] if jobs else None
+        return None if folder is None else self.site.beginnings.find_job(folder)
 
     def run_command(self, described: Described | None, rows: Sequence[ModelRow]) -> str:
         return "" if described is None else shlex.join(self.run_words(described))
 
     def run_words(self, described: Described) -> list[str]:
-        """Return the command that trains on a described folder, with the download of what is missing."""
-        words = ["reelsmith", "run", str(described.folder)]
-        paths = [described.folder / path for path in described.model_files.values()]
-        if not all(path.exists() for path in paths):
-            words.append("--download")
-            if self.site.models != MODELS:
-                words += ["--models", str(self.site.models)]
-        return words
+        return run_words(described, self.site.models)
 
     def change(self, request: Request, form: Form) -> Response:
         """Do what a button asks for, and show the page of the folder again."""
@@ -342,26 +334,7 @@ class NewPages:
 
     def start(self, folder: Path) -> None:
         """Put the run of a folder into the queue, and start the queue unless other jobs wait in it."""
-        queue = self.site.queue
-        earlier = self.find_job(folder)
-        if earlier is not None and earlier.state in (RUNNING, WAITING):
-            raise OptionError("It is in the queue already.")
-        others_wait = any(job.state == WAITING for job in queue.jobs())
-        queue.add(self.run_words(read_described(folder)), Path.cwd())
-        if queue.worker == "" and not others_wait:
-            queue.begin_work()
-
-
-def runs_folder(job: Job, folder: Path) -> bool:
-    """Return whether a job is a `run` of a folder."""
-    try:
-        words = job.words
-    except OptionError:
-        return False
-    if "run" not in words[:3]:
-        return False
-    place = words.index("run") + 1
-    return len(words) > place and Path(job.folder, words[place]) in (folder, folder / RUN_FILE)
+        self.site.beginnings.start(folder, self.run_words(read_described(folder)))
 
 
 def _file_options(row: ModelRow | None) -> list[str]:

@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from browser import compare
 from browser.answers import Form, answer_form, answer_page
+from browser.beginnings import Beginnings
 from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue
 from browser.launch import check_options, command_part, split_folder, split_words
 from browser.runs import RUNNING, Glance, Runs, is_living
@@ -175,9 +176,9 @@ def read_jobs(text: str, run: Glance | None) -> list[tuple[list[str], Path]]:
     return jobs
 
 
-def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
+def queue_routes(runs: Runs, queue: JobQueue, beginnings: Beginnings) -> list[Route]:
     """Return the routes of the queue."""
-    pages = QueuePages(runs, queue)
+    pages = QueuePages(runs, queue, beginnings)
     return [
         Route("/queue", pages.show),
         Route("/queue/{what}", answer_form(pages.change), methods=["POST"]),
@@ -187,9 +188,10 @@ def queue_routes(runs: Runs, queue: JobQueue) -> list[Route]:
 class QueuePages:
     """Show the queue, and handle its buttons."""
 
-    def __init__(self, runs: Runs, queue: JobQueue) -> None:
+    def __init__(self, runs: Runs, queue: JobQueue, beginnings: Beginnings) -> None:
         self.runs = runs
         self.queue = queue
+        self.beginnings = beginnings
         self.changes: dict[str, Callable[[int], None]] = {
             "up": lambda number: queue.move(number, -1),
             "down": lambda number: queue.move(number, 1),
@@ -216,10 +218,12 @@ class QueuePages:
         with self.runs.lock:
             trainings = self.find_trainings(running)
             draft = find_draft(self.runs, query)
+        shown_runs = self.beginnings.states_of_jobs(jobs)
         worker = self.queue.worker
         values = {
             "running": running,
             "trainings": trainings,
+            "shown_runs": shown_runs,
             "waiting": [job for job in jobs if job.state == WAITING],
             "ended": sorted(ended, key=when_begun, reverse=True),
             "worker": worker,

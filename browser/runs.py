@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import psutil  # comes with accelerate
 
+from browser.bin_folder import FOLDER as BIN
 from modules.atomic_write import identify_machine
 from modules.console import in_words
 from modules.limits import MAX_LINE_CHARACTERS
@@ -301,7 +302,7 @@ def find_doing(tail: bytes) -> str:
     """Return the work between two steps that the end of a history tells; empty if a step followed it."""
     row = _last_row(tail, "doing", 0)
     place = tail.rfind(b', "doing": ')
-    later = ("loss", "ended", "started", "samples")
+    later = ("loss", "ended", "started", "samples", "saved", "validation")
     is_over = any(tail.rfind(f', "{key}": '.encode()) > place for key in later)
     return "" if row is None or is_over else str(row["doing"])
 
@@ -489,5 +490,5 @@ def _list_folder(folder: Path, changed: int) -> ListedFolder:
 
 
 def _is_of_run(name: str) -> bool:
-    """Return whether a folder of this name is hidden, or holds samples or the state of a run."""
-    return name.startswith(".") or name == SAMPLES or name.endswith("-state")
+    """Return whether a folder of this name is hidden, removed, or holds samples or the state of a run."""
+    return name.startswith(".") or name in (SAMPLES, BIN) or name.endswith("-state")

@@ -13,7 +13,7 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,6 +30,7 @@ from browser.memory import memory_routes
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
 from browser.queue_views import compare_routes, queue_routes
+from browser.run_buttons import RunButtons, run_button_routes
 from browser.runs import RUNNING, Glance, Runs
 from browser.samples import sample_routes
 from browser.settings import ServerSettings
@@ -179,10 +180,12 @@ class Gate:
 class RunPages:
     """Show the list of runs, and the page, news and files of each; pass requests on to trainings."""
 
-    def __init__(self, runs: Runs, notes: FileNotes, queue: JobQueue) -> None:
-        self.runs = runs
-        self.notes = notes
-        self.queue = queue
+    def __init__(self, site: Site, buttons: RunButtons) -> None:
+        self.runs = site.runs
+        self.notes = site.notes
+        self.queue = site.queue
+        self.beginnings = site.beginnings
+        self.buttons = buttons
 
     def find(self, request: Request) -> Glance | None:
         return self.runs.find(request.path_params["id"])
@@ -192,21 +195,29 @@ class RunPages:
         return None if run is None else file_of(self.runs, run, request.path_params["name"])
 
     def show_list(self, request: Request) -> Response:
-        found_runs = self.runs.list_all()
+        found_runs = self.beginnings.list_all()
         query = request.query_params
         mark = f'"{mark_list(found_runs, query)}"'
         if request.headers.get("if-none-match") == mark:
             return Response(status_code=304, headers={"etag": mark})
-        return answer_page(list_page(found_runs, self.runs.roots, query), headers={"etag": mark})
+        page = list_page(found_runs, self.runs.roots, query, can_write=not self.queue.read_only)
+        return answer_page(page, headers={"etag": mark})
 
     def show_run(self, request: Request) -> Response:
-        run = self.find(request)
-        if run is None:
+        shown = self.beginnings.find(request.path_params["id"])
+        if shown is None:
             return answer_gone()
+        run = shown.glance
+        if not run.history.exists():
+            return answer_page(self.buttons.show_page(shown))
+        plan = self.beginnings.find_plan_of(run)
+        if plan is not None and plan.id != run.id:  # what `run` did before its training
+            return RedirectResponse(f"/run/{plan.id}/", 303)
         is_paused = False
         with contextlib.suppress(UserError):  # the page of the queue tells it
             is_paused = self.queue.worker == ""
-        return answer_page(run_page(self.runs, run, not self.queue.read_only, is_paused))
+        deeds = self.buttons.render(shown)
+        return answer_page(run_page(self.runs, run, not self.queue.read_only, is_paused, deeds=deeds))
 
     def show_news(self, request: Request) -> Response:
         run = self.find(request)
@@ -283,7 +294,8 @@ def make_app(
         notes=notes,
         settings=settings or ServerSettings(),
     )
-    pages = RunPages(runs, notes, queue)
+    buttons = RunButtons(site)
+    pages = RunPages(site, buttons)
     routes = [
         Route("/", pages.guard(pages.show_list)),
         *new_routes(site),
@@ -299,8 +311,9 @@ def make_app(
         Route("/run/{id}/news", pages.guard(pages.show_news)),
         Route("/run/{id}/ask", answer_form(pages.ask), methods=["POST"]),
         Route("/run/{id}/about/{name:path}", pages.show_about),
+        *run_button_routes(buttons),
         Route("/run/{id}/{name:path}", pages.guard(pages.show_file)),
-        *queue_routes(runs, queue),
+        *queue_routes(runs, queue, site.beginnings),
         *compare_routes(runs, notes, queue),
         *dataset_routes(runs, read_only),
     ]

@@ -1,8 +1,10 @@
 """What all pages of one server are made from."""
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from browser.beginnings import Beginnings
 from browser.errands import Errands
 from browser.jobs import JobQueue
 from browser.making import Maker
@@ -23,6 +25,10 @@ class Site:
     models: Path = MODELS  # folder of the models' files
     notes: FileNotes = field(default_factory=FileNotes)
     settings: ServerSettings = field(default_factory=ServerSettings)
+
+    @functools.cached_property
+    def beginnings(self) -> Beginnings:
+        return Beginnings(self.runs, self.queue, self.errands)
 
     @property
     def read_only(self) -> bool:

@@ -14,7 +14,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from browser.runs import RUNNING, STATES, Glance, Runs, describe_left, find_state
+from browser.beginnings import BUSY, STATES, RunState, ShownRun, state_of_run
+from browser.runs import RUNNING, Glance, Runs, describe_left, find_state
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
@@ -58,8 +59,10 @@ SORTS = {
 }
 
 
-def select_runs(runs: Sequence[Glance], query: Mapping[str, str]) -> list[Glance]:
-    """Filter and sort the runs for a list. query: text, family, state and sort."""
+def select_runs(
+    runs: Sequence[Glance], query: Mapping[str, str], states: Mapping[str, RunState] | None = None
+) -> list[Glance]:
+    """Filter and sort the runs for a list. query: text, family, state and sort. states: by the run's id."""
     words = query.get("text", "").lower().split()
     chosen = []
     for run in runs:
@@ -68,20 +71,29 @@ def select_runs(runs: Sequence[Glance], query: Mapping[str, str]) -> list[Glance
             continue
         if query.get("family") not in (None, "", run.model):
             continue
-        if query.get("state") in (None, "", run.state):
+        state = (states or {}).get(run.id) or state_of_run(run)
+        is_running = query.get("state") == RUNNING and state.name in BUSY
+        if is_running or query.get("state") in (None, "", state.name):
             chosen.append(run)
     return sorted(chosen, key=SORTS.get(query.get("sort", ""), SORTS["newest"]))
 
 
-def mark_list(runs: Sequence[Glance], query: Mapping[str, str]) -> str:
+def mark_list(runs: Sequence[ShownRun], query: Mapping[str, str]) -> str:
     """Return a text that changes with what a list of runs shows."""
-    states = [(run.id, run.changed, run.state) for run in runs]
+    states = [
+        (one.glance.id, one.glance.changed, one.state.text, one.state.reason, one.state.is_asked)
+        for one in runs
+    ]
     return hashlib.blake2s(repr((states, sorted(query.items()))).encode(), digest_size=12).hexdigest()
 
 
-def list_page(runs: Sequence[Glance], roots: Sequence[Path], query: Mapping[str, str]) -> str:
+def list_page(
+    shown_runs: Sequence[ShownRun], roots: Sequence[Path], query: Mapping[str, str], can_write: bool = True
+) -> str:
     """Return the page of all runs. roots: the folders that they were found in."""
-    chosen = select_runs(runs, query)
+    runs = [one.glance for one in shown_runs]
+    states_of_runs = {one.glance.id: one.state for one in shown_runs}
+    chosen = select_runs(runs, query, states_of_runs)
     shown = chosen if query.get("all") else chosen[:MOST_RUNS]
     families = sorted({run.model for run in runs if run.model})
     view = query.get("view")
@@ -92,10 +104,12 @@ def list_page(runs: Sequence[Glance], roots: Sequence[Path], query: Mapping[str,
         "date": lambda run: f"{datetime.fromtimestamp(run.changed):%Y-%m-%d %H:%M}",
         "chosen": len(chosen),
         "count": len(runs),
-        "running": sum(run.state == RUNNING for run in runs),
+        "running": sum(state.name in BUSY for state in states_of_runs.values()),
+        "states_of_runs": states_of_runs,
+        "can_write": can_write,
         "families": families,
         "asked": {name: query.get(name, "") for name in LIST_CHOICES},
-        "states": STATES,
+        "states": (RUNNING, *STATES),
         "sorts": list(SORTS),
         "roots": roots,
     }
@@ -155,8 +169,10 @@ def linked_clip(name: str, prompt: str, step: int, _: bool) -> Markup:
     return Markup(tag).format(link(SAMPLES, name), f"{prompt}, step {step}")
 
 
-def run_page(runs: Runs, run: Glance, can_write: bool, is_paused: bool = False) -> str:
-    """Return the page of a run. is_paused: no job of the queue begins.
+def run_page(
+    runs: Runs, run: Glance, can_write: bool, is_paused: bool = False, deeds: Markup | str = ""
+) -> str:
+    """Return the page of a run. is_paused: no job of the queue begins. deeds: HTML of its buttons.
 
     Raises OSError if its history cannot be read.
     """
@@ -175,6 +191,7 @@ def run_page(runs: Runs, run: Glance, can_write: bool, is_paused: bool = False) 
         "can_queue": can_write,
         "plays": any(name.endswith(PLAYED) for name in sample_names),
         "is_paused": is_paused,
+        "deeds": Markup(deeds),
         "is_of_here": run.is_of_here,
         "others": _list_other_runs(runs, run),
         "messages": story.messages[-MOST_MESSAGES:],

@@ -76,6 +76,7 @@ def train(run: TrainingRun) -> bool:
                     return False
         _note(run, run.readings.flush())
         if run.saver is not None:
+            run.reporter.note_pause(SAVING)
             run.saver.save_final()
     return True
 
@@ -346,6 +347,7 @@ def _after_step(run: TrainingRun, wishes: Wishes) -> None:
         if run.requests.clock is not None:
             run.requests.clock.restart()
         if run.saver is not None:
+            run.reporter.note_pause(SAVING)
             with run.logs.clock.pause(SAVING):
                 run.saver.save_step(progress.step)
     if wishes.saves:
@@ -381,6 +383,7 @@ def _after_epoch(run: TrainingRun) -> None:
     # the last epoch is saved as the final file
     saves = is_whole and epoch < run.steps.num_epochs and _is_due(run.plan.saving.save_every_n_epochs, epoch)
     if saves and run.saver is not None:
+        run.reporter.note_pause(SAVING)
         with run.logs.clock.pause(SAVING):
             run.saver.save_epoch(epoch)
     if progress.sample_pending:
@@ -396,6 +399,7 @@ def _after_epoch(run: TrainingRun) -> None:
 
 def _save_to_go_on(run: TrainingRun) -> None:
     if run.saver is not None:
+        run.reporter.note_pause(SAVING)
         run.saver.save_step(run.progress.step, with_state=True)
     logger.info(
         "Ended after step %d of %d; continue with --resume latest-or-fail.",
@@ -440,6 +444,8 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
         if largest_of_processes(run.requests.ends, together, run.device):
             raise SamplingStopped
 
+    if sampler.samples:
+        run.reporter.note_pause(f"sample 1 of {len(sampler.samples)}")
     pause = run.logs.clock.pause(SAMPLES)
     in_evaluation = evaluation(model.modules, model.optimizer, run.parameters)
     try:
@@ -469,6 +475,7 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
 
 def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     in_evaluation = evaluation(run.model.modules, run.model.optimizer, run.parameters)
+    run.reporter.note_pause("validating")
     with run.logs.clock.pause(VALIDATION), in_evaluation:
         losses = validation.measure(run.model.dits.at, run.autocast)
     step = run.progress.step

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import itertools
+import re
 import shutil
 import subprocess
 import tarfile
@@ -20,6 +21,7 @@ from generation.sheets import ClipGrid, Row, write_grids
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.page import write_page
 from pocket import report as quickstart
+from tests.browser.described_folders import describe
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from tests.data_tools.report.making import report, save_clip
@@ -183,6 +185,24 @@ def test_no_page_has_a_serious_fault(axe: str, served: Served, name: str) -> Non
             page.locator(".grid td a").first.click()
             page.wait_for_selector("#beside[open]")
             assert list_faults(page) == []
+
+
+def test_a_draft_and_what_its_buttons_open_have_no_serious_fault(axe: str, tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips", log_with="wandb")
+    text = (folder / "run.toml").read_text(encoding="utf-8")
+    (folder / "run.toml").write_text(text.replace(str(tmp_path), "/no/such/place"), encoding="utf-8")
+    with serve_runs(tmp_path) as served:
+        (address,) = re.findall(r'href="(/run/\w+/)"', served.ask("/").text)
+        with open_page(f"{served.url}{address}") as page:
+            page.get_by_role("button", name="I have read it").wait_for()
+            page.evaluate(axe)
+            assert list_faults(page) == []
+            for button, shown in (("Edit samples", "Write"), ("Remove", "Move it into the bin")):
+                page.get_by_role("button", name=button).click()
+                page.get_by_role("button", name=shown).wait_for()
+                assert list_faults(page) == []
+            assert_fits(page)
+            assert page.problems == []
 
 
 @pytest.mark.slow

@@ -113,6 +113,12 @@ class RunReporter:
             with self._guarded():
                 self.history.flush()
 
+    def note_pause(self, text: str) -> None:
+        """Record at once what the run does between two steps, as `saving`: it may take minutes."""
+        self._doing = -math.inf
+        self.note_doing(text)
+        self._doing = -math.inf
+
     def note_step(self, report: StepReport, left: float | None = None) -> None:
         """Add a step. left: seconds to the end of the run, with what interrupts the steps."""
         self.step = report.step

@@ -234,7 +234,7 @@ def set_aside(
     """
     recover_states(names.folder, names.name)
     stays = {os.path.realpath(path) for path in inputs}
-    results = _find_results(names)
+    results = find_results(names)
     moved = [entry for entry in results if not (entry.is_dir() and os.path.realpath(entry) in stays)]
     has_saves = any(entry.is_dir() or entry.suffix == ".safetensors" for entry in results)
     if not moved or (is_restarted and not has_saves):
@@ -264,8 +264,8 @@ def set_aside(
     return folder
 
 
-def _find_results(names: Names) -> list[Path]:
-    """Return all that a run of these names leaves behind: files, states, its page and samples."""
+def find_results(names: Names) -> list[Path]:
+    """Return the files, states, samples and pages that a run has written under its name."""
     start = re.escape(names.name)
     states = state_pattern(names.name)
     files = re.compile(start + r"(?:-\d{6,}|-step\d{8,})?" + names.pattern)

@@ -284,7 +284,9 @@ def test_what_is_left_counts_the_pauses_to_come_and_the_history_says_what_is_mad
     assert min(first, second) >= OTHER
     assert [left[3], left[4], left[7]] == [5 * STEP, 4 * STEP + first, STEP]
     doing = [row["doing"] for row in rows if "doing" in row]
-    assert re.fullmatch(r"sample 1 of 2, step 1 of \d+, about .* left", doing[0])
+    assert doing[0] == "sample 1 of 2"
+    assert re.fullmatch(r"sample 1 of 2, step 1 of \d+, about .* left", doing[1])
+    assert doing[-1] == "saving"
 
 
 @pytest.mark.parametrize(

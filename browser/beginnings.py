@@ -1,0 +1,575 @@
+"""Tell how a run stands from its first minute: by its draft, its job, its check and its histories.
+
+A folder that `new` has described is the draft of a run. Its run has the address of the history that its
+training will write, so that one address leads to it from the draft to the finished LoRA.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from browser.described import DATASET_FILE, TRAINING_TABLE, Described, read_described
+from browser.errands import Errands, errand_name
+from browser.jobs import ENDED, QUEUE, WAITING, Job, JobQueue
+from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance, Runs
+from modules.atomic_write import explain_errors
+from modules.command import message_of
+from modules.control_codes import shorten_lines
+from modules.errors import OptionError, UserError
+from modules.file_locks import only_one
+from modules.output_files import check_output_name
+from modules.paths import expand_path
+from modules.text_files import parse_toml, read_content, real_path
+from project.options import MODELS, RUN_FILE
+from training.config_options import OTHERS_TABLE
+from training.reports.history import BEFORE_TRAINING, history_path
+
+DESCRIBE = "describe"  # kinds of errands
+CHECK = "check"
+DRAFT, CHECKING, FAULTS, STARTING = "draft", "checking", "faults", "starting"
+DOWNLOADING, CACHING, LOADING = "downloading", "caching", "loading"
+TRAINING, SAMPLING, VALIDATING, SAVING = "training", "sampling", "validating", "saving"
+BEFORE = (DRAFT, CHECKING, FAULTS, WAITING, STARTING, DOWNLOADING, CACHING, LOADING)
+DURING = (TRAINING, SAMPLING, VALIDATING, SAVING)
+STATES = (*BEFORE, *DURING, STOPPED, FINISHED, DIED)
+BUSY = (CHECKING, STARTING, DOWNLOADING, CACHING, LOADING, *DURING)  # a process works
+# what a trace of `run` says that it does -> the state, and what is said of it
+STEPS = {
+    "downloading the model": (DOWNLOADING, ""),
+    "checking the clips": (CHECKING, "the clips"),
+    "checking the captions": (CHECKING, "the captions"),
+    "caching latents": (CACHING, "latents"),
+    "caching captions": (CACHING, "captions"),
+    "training": (LOADING, "the model"),
+}
+SAMPLE = re.compile(r"sample (\d+ of \d+)(.*)", re.DOTALL)
+BYTES = re.compile(r"([\d.,]+) (\w+) of ([\d.,]+) \2")  # `11.2 GB of 34.8 GB`
+KILLED = (9, -9, 137)  # exit codes after SIGKILL
+SAID_LINES = 12  # of a log, on a page
+READ_LINES = 60  # in which the reason of an end is looked for
+MOST_OF_REASON = 600  # characters
+SECOND = 1.0  # a process' birth is rounded
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Hold how a run stands."""
+
+    name: str  # one of STATES
+    words: str = ""  # what is said behind it: `40 of 120`
+    reason: str = ""  # why it ended, or cannot begin
+    job: Job | None = None  # of the queue, that is or was this run
+    errand: Job | None = None  # a check of its folder
+    is_asked: bool = False  # to stop
+    is_paused: bool = False  # it waits in a queue that begins no job
+
+    @property
+    def text(self) -> str:
+        """Return the state in words: `caching 40 of 120, latents`."""
+        separator = ", " if self.name in (WAITING, DRAFT, STARTING) else " "
+        return f"{self.name}{separator}{self.words}" if self.words else self.name
+
+    @property
+    def kind(self) -> str:
+        """Return the state that it looks like in a list."""
+        if self.name in BUSY:
+            return RUNNING
+        return {DRAFT: WAITING, FAULTS: DIED}.get(self.name, self.name)
+
+    @property
+    def is_active(self) -> bool:
+        """Return whether a process works on it, or it waits for one."""
+        return self.name in BUSY or self.name == WAITING
+
+    @property
+    def last_lines(self) -> str:
+        """Return the last lines that its command has printed; empty if it is not known where."""
+        source = self.errand if self.errand is not None else self.job
+        return "" if source is None else source.last_lines(SAID_LINES)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold what the run.toml of a described folder says of its run."""
+
+    folder: Path
+    history: Path  # that its training writes
+    changed: float  # when run.toml was
+    model: str = ""
+    steps: int = 0
+    prompts: Path | None = None  # of the samples
+    models: Path | None = None  # folder that its download fills
+    problem: str = ""  # why run.toml cannot be read
+
+    @property
+    def id(self) -> str:
+        return self.glance.id
+
+    @property
+    def name(self) -> str:
+        return self.glance.name
+
+    @property
+    def output(self) -> Path:
+        return self.history.parent
+
+    @property
+    def trace(self) -> Path:
+        """Return the history of what `run` does before the training."""
+        return history_path(self.output, f"{self.name}{BEFORE_TRAINING}")
+
+    @property
+    def glance(self) -> Glance:
+        """Return what a list shows of the run before it has a history."""
+        return Glance(
+            history=self.history,
+            changed=self.changed,
+            start=None,
+            ending=None,
+            step=0,
+            losses=(),
+            step_seconds=None,
+            sample="",
+            memory={},
+            model=self.model,
+            total_steps=self.steps,
+        )
+
+
+def read_plan(path: Path, changed: float) -> Plan | None:
+    """Read a run.toml; None if it is another program's.
+
+    changed: when it was. Raises OSError if it cannot be read.
+    """
+    folder = real_path(path.parent)
+    try:
+        tables = parse_toml(read_content(path).decode())
+    except ValueError as error:
+        if not (folder / DATASET_FILE).is_file():
+            return None
+        return Plan(folder, _usual_history(folder), changed, problem=f"{path}: {error}")
+    if OTHERS_TABLE not in tables:
+        return None
+    try:
+        return _parse_plan(folder, tables, changed)
+    except (OptionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        problem = f"{path} is not as `new` writes it ({reason})"
+        return Plan(folder, _usual_history(folder), changed, problem=problem)
+
+
+def _usual_history(folder: Path) -> Path:
+    return history_path(folder / "output", folder.name)
+
+
+def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Plan:
+    values = tables[TRAINING_TABLE]
+    name = str(values["output_name"])
+    check_output_name("output_name", name)
+    download = [str(word) for word in tables[OTHERS_TABLE]["commands"][0]]
+    typed = dict(zip(download, download[1:], strict=False))
+    prompts = values.get("sample_prompts")
+    return Plan(
+        folder=folder,
+        history=history_path(real_path(expand_path(str(values["output_dir"]), folder)), name),
+        changed=changed,
+        model=typed.get("--family", ""),
+        steps=0 if "max_train_epochs" in values else int(values.get("max_train_steps", 0)),
+        prompts=None if prompts is None else expand_path(str(prompts), folder),
+        models=Path(typed["--to"]) if "--to" in typed else None,
+    )
+
+
+@dataclass(frozen=True)
+class ShownRun:
+    """Hold a run and how it stands."""
+
+    glance: Glance
+    state: RunState
+    plan: Plan | None = None  # of the described folder that it can be started from
+
+
+class Beginnings:
+    """Find drafts below the roots, and tell how all runs stand."""
+
+    def __init__(self, runs: Runs, queue: JobQueue, errands: Errands) -> None:
+        self.runs = runs
+        self.queue = queue
+        self.errands = errands
+        self._plans: dict[Path, tuple[tuple[int, int, int], Plan | None]] = {}
+
+    # ---- what there is
+
+    def list_plans(self) -> list[Plan]:
+        """Return the described folders below the roots. Call it after the runs were listed."""
+        with self.runs.lock:
+            plans = {}
+            known: dict[Path, tuple[tuple[int, int, int], Plan | None]] = {}
+            for path in self.runs.configs():
+                if path.name == RUN_FILE and path not in known:
+                    with contextlib.suppress(OSError):
+                        known[path] = self._read_plan(path)
+            self._plans = known
+            for _, plan in known.values():
+                if plan is not None:
+                    plans[plan.history] = plan
+            return list(plans.values())
+
+    def _read_plan(self, path: Path) -> tuple[tuple[int, int, int], Plan | None]:
+        """Return a plan with the state of its file; the file is read only if it has changed."""
+        status = path.lstat()
+        mark = status.st_mtime_ns, status.st_size, status.st_ino
+        before = self._plans.get(path)
+        if before is not None and before[0] == mark:
+            return before
+        return mark, read_plan(path, status.st_mtime)
+
+    def find_plan_of(self, run: Glance) -> Plan | None:
+        """Return the described folder that a run can be started from again; None if there is none."""
+        plans = self.list_plans()
+        return next((plan for plan in plans if run.history in (plan.history, plan.trace)), None)
+
+    def list_all(self) -> list[ShownRun]:
+        """Return all runs and drafts with how they stand, the newest first."""
+        with self.runs.lock:
+            found = {run.history: run for run in self.runs.list_all()}
+            plans = self.list_plans()
+        jobs = self._list_jobs()
+        shown = []
+        for plan in plans:
+            run = found.pop(plan.history, None)
+            trace = found.pop(plan.trace, None)
+            shown.append(self._show(plan, run, trace, jobs))
+        shown += [ShownRun(run, state_of_run(run)) for run in found.values()]
+        return sorted(shown, key=lambda one: -one.glance.changed)
+
+    def find(self, id: str) -> ShownRun | None:
+        """Return the run or draft of this id; None if there is none."""
+        with self.runs.lock:
+            found = self.runs.list_all()
+            plan = next((plan for plan in self.list_plans() if plan.id == id), None)
+            run = next((one for one in found if one.id == id), None) or self.runs.find(id)
+            trace = None
+            if plan is not None:
+                trace = next((one for one in found if one.history == plan.trace), None)
+        if plan is None:
+            return None if run is None else ShownRun(run, state_of_run(run))
+        return self._show(plan, run, trace, self._list_jobs())
+
+    def states_of_jobs(self, jobs: Sequence[Job]) -> dict[int, ShownRun]:
+        """Return the run of each job that waits or runs and is a `run` of a described folder, by number."""
+        shown = {}
+        for one in self.list_all():
+            job = one.state.job
+            if job is not None and job.state in (WAITING, RUNNING):
+                shown[job.id] = one
+        numbers = {job.id for job in jobs}
+        return {number: one for number, one in shown.items() if number in numbers}
+
+    def _list_jobs(self) -> list[Job]:
+        try:
+            return self.queue.jobs()
+        except UserError:
+            return []  # the page of the queue says why
+
+    def find_job(self, folder: Path) -> Job | None:
+        """Return the job of the queue that runs a folder, or ran it last; None if there is none."""
+        return newest_job(self._list_jobs(), folder)
+
+    # ---- how a run stands
+
+    def _show(self, plan: Plan, run: Glance | None, trace: Glance | None, jobs: Sequence[Job]) -> ShownRun:
+        """Return a described folder's run with its state. run, trace: from its histories, if they exist."""
+        job = newest_job(jobs, plan.folder)
+        if job is not None and job.state == RUNNING and run is not None and run.state != RUNNING:
+            waiting = [one for one in jobs if one.state == WAITING and runs_folder(one, plan.folder)]
+            if waiting and run.changed > born(job) + SECOND:  # the running one is about to end
+                job = waiting[0]
+        state = self._find_state(plan, run, trace, job)
+        if state.name == WAITING and job is not None:
+            waiting = [one for one in jobs if one.state == WAITING]
+            place = [one.id for one in waiting].index(job.id) + 1
+            is_paused = self._is_paused()
+            words = f"place {place} in the queue" + (", which is paused" if is_paused else "")
+            state = replace(state, words=words, is_paused=is_paused)
+        changed = max(one.changed for one in (plan, run, trace) if one is not None)
+        if job is not None and (job.state == RUNNING or state.job is job):
+            changed = max(changed, born(job))
+        if state.name == WAITING:
+            with contextlib.suppress(OSError):
+                changed = max(changed, (self.queue.folder / QUEUE).stat().st_mtime)
+        glance = plan.glance if run is None else run
+        return ShownRun(replace(glance, changed=changed), state, plan)
+
+    def _is_paused(self) -> bool:
+        try:
+            return self.queue.worker == ""
+        except UserError:
+            return False
+
+    def _find_state(self, plan: Plan, run: Glance | None, trace: Glance | None, job: Job | None) -> RunState:
+        """Return how a described folder's run stands: what works now first, then what ended last."""
+        if run is not None and run.state == RUNNING:
+            state = state_of_run(run)
+            is_asked = state.is_asked or (job is not None and job.state == RUNNING and job.stops > 0)
+            return replace(state, job=job, is_asked=is_asked)
+        if trace is not None and trace.state == RUNNING:
+            is_asked = job is not None and job.state == RUNNING and job.stops > 0
+            return replace(state_of_trace(trace), job=job, is_asked=is_asked)
+        if job is not None and job.state == RUNNING:
+            if run is not None and run.changed > born(job) + SECOND:
+                return replace(state_of_run(run), job=job)  # its process is about to end
+            if trace is not None and trace.changed > born(job) + SECOND:
+                return replace(state_of_run(trace), job=job)  # likewise
+            return RunState(STARTING, words=job.last_lines(1), job=job, is_asked=job.stops > 0)
+        if job is not None and job.state == WAITING:
+            return RunState(WAITING, job=job)
+        check = self.errands.find(errand_name(CHECK, plan.folder))
+        if check is not None and check.state == RUNNING:
+            return RunState(CHECKING, errand=check)
+        return _find_last_ending(plan, run, trace, job=job, check=check)
+
+    # ---- starting
+
+    def is_known(self, plan: Plan) -> bool:
+        """Return whether this machine has described or run a folder; else it may be somebody else's."""
+        errand = self.errands.find(errand_name(DESCRIBE, plan.folder))
+        if errand is not None and errand.state in ENDED and errand.code == 0:
+            return True
+        if self.find_job(plan.folder) is not None:
+            return True
+        with self.runs.lock:
+            for run in self.runs.list_all():
+                if run.history in (plan.history, plan.trace) and run.is_of_here:
+                    return True
+        return _is_written_here(plan)
+
+    def start(self, folder: Path, words: Sequence[str], is_read: bool = False) -> None:
+        """Put a run of a described folder into the queue; start the queue unless other jobs wait in it.
+
+        is_read: somebody has looked at its run.toml. Raises OptionError if the run is under way, or if its
+        run.toml comes from elsewhere and was not read; OutputError if the queue cannot be written.
+        """
+        with explain_errors(self.queue.folder):
+            self.queue.folder.mkdir(parents=True, exist_ok=True)
+            with only_one(self.queue.folder / ".start.lock"):  # of two that press at once
+                self._start(real_path(folder), words, is_read)
+
+    def _start(self, folder: Path, words: Sequence[str], is_read: bool) -> None:
+        """Do what `start` does, while nobody else starts a run of this queue."""
+        jobs = [job for job in self._list_jobs() if runs_folder(job, folder)]
+        if any(job.state == WAITING for job in jobs):
+            raise OptionError("It is in the queue already.")
+        with self.runs.lock:
+            self.runs.list_all()
+            plans = [plan for plan in self.list_plans() if plan.folder == folder]
+        for plan in plans:
+            if not is_read and not self.is_known(plan):
+                raise OptionError(
+                    f"{plan.folder / RUN_FILE} comes from elsewhere. Read what it may do first, on the page "
+                    f"of {plan.name}, and start it there."
+                )
+            shown = self.find(plan.id)  # a job whose training has ended is about to end
+            if shown is not None and shown.state.is_active and shown.state.errand is None:
+                raise OptionError(f"It runs already: it is {shown.state.text}.")
+        others_wait = any(one.state == WAITING for one in self._list_jobs())
+        self.queue.add(words, Path.cwd())
+        if self._is_paused() and not others_wait:
+            self.queue.begin_work()
+
+
+def run_words(described: Described, models: Path) -> list[str]:
+    """Return the command that trains on a described folder, with the download of what is missing."""
+    words = ["reelsmith", "run", str(described.folder)]
+    paths = [described.folder / path for path in described.model_files.values()]
+    if not all(path.exists() for path in paths):
+        words.append("--download")
+        target = find_models_folder(described.folder)
+        if target is not None and target != real_path(models):
+            words += ["--models", str(target)]
+        elif models != MODELS:
+            words += ["--models", str(models)]
+    return words
+
+
+def find_models_folder(folder: Path) -> Path | None:
+    """Return the folder that a described folder's download fills; None if it is not of this machine."""
+    with contextlib.suppress(OSError):
+        plan = read_plan(folder / RUN_FILE, changed=0)
+        if plan is not None and _is_written_here(plan):
+            return plan.models
+    return None
+
+
+def words_of_plan(plan: Plan, models: Path) -> list[str]:
+    """Return the command that starts a plan, also of a run.toml that `new` has not written."""
+    try:
+        return run_words(read_described(plan.folder), models)
+    except (OSError, ValueError):
+        return ["reelsmith", "run", str(plan.folder)]
+
+
+def runs_folder(job: Job, folder: Path) -> bool:
+    """Return whether a job is a `run` of a folder, and not only its check."""
+    try:
+        words = job.words
+    except OptionError:
+        return False
+    if "run" not in words[:3] or "--check" in words or "--dry_run" in words:
+        return False
+    place = words.index("run") + 1
+    if len(words) <= place:
+        return False
+    return real_path(Path(job.folder, words[place])) in (folder, folder / RUN_FILE)
+
+
+def newest_job(jobs: Sequence[Job], folder: Path) -> Job | None:
+    """Return the job that runs a folder: one that runs, else one that waits, else the one that began last."""
+    of_folder = [job for job in jobs if runs_folder(job, folder)]
+    for state in (RUNNING, WAITING):
+        for job in of_folder:
+            if job.state == state:
+                return job
+    return max(of_folder, key=lambda job: (born(job), job.id), default=None)
+
+
+def born(job: Job) -> float:
+    """Return when a job began, in seconds since 1970; 0 if it has not."""
+    began = (job.process or {}).get("born", 0)
+    return float(began) if isinstance(began, (int, float)) else 0.0
+
+
+def ended_at(job: Job) -> float:
+    return born(job) + job.seconds
+
+
+def state_of_run(run: Glance) -> RunState:
+    """Return how a run with a history stands."""
+    if run.state == RUNNING:
+        state = state_of_trace(run) if run.name.endswith(BEFORE_TRAINING) else _state_of_doing(run.doing)
+        return replace(state, is_asked=(run.history.parent / f"{run.name}.stop").exists())
+    if run.state == DIED:
+        reason = f"It ended after step {run.step:,} without a word: it was killed, or the machine went off."
+        if run.ending is not None:
+            reason = run.ending[0]
+        is_at_check = run.name.endswith(BEFORE_TRAINING) and "while checking" in reason
+        return RunState(FAULTS if is_at_check else DIED, reason=reason)
+    return RunState(run.state)
+
+
+def _state_of_doing(doing: str) -> RunState:
+    """Return the state of a running training. doing: what it does between two steps, see `History`."""
+    sample = SAMPLE.fullmatch(doing)
+    if sample is not None:
+        return RunState(SAMPLING, words=f"{sample[1]}{sample[2]}")
+    if doing in DURING:
+        return RunState(doing)
+    return RunState(TRAINING, words=doing)
+
+
+def state_of_trace(trace: Glance) -> RunState:
+    """Return how a `run` stands that has not begun its training."""
+    step, _, progress = trace.doing.partition(": ")
+    if step not in STEPS:
+        return RunState(STARTING, words=trace.doing)
+    name, about = STEPS[step]
+    size = BYTES.fullmatch(progress)
+    if size is not None:
+        progress = f"{size[1]} of {size[3]} {size[2]}"
+    return RunState(name, words=", ".join(filter(None, (progress, about))))
+
+
+def _find_last_ending(
+    plan: Plan, run: Glance | None, trace: Glance | None, job: Job | None, check: Job | None
+) -> RunState:
+    """Return how a run stands on which nothing works: as what was last of its job, histories and check."""
+    began = 0.0 if job is None else born(job)
+    candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=plan.problem))]
+    if run is not None:
+        state = state_of_run(run)
+        if job is not None and began <= run.changed + SECOND:
+            state = replace(state, job=job)
+            if state.name == DIED and run.ending is None:
+                state = replace(state, reason=_explain(job, state.reason))
+        candidates.append((run.changed, state))
+    if trace is not None:
+        state = state_of_run(trace)
+        if job is not None and began <= trace.changed + SECOND:
+            state = replace(state, job=job)
+            if state.name == DIED:
+                state = replace(state, reason=_explain(job, state.reason))
+        candidates.append((trace.changed, state))
+    # a job of before run.toml was changed may be of another name
+    histories = [one for one in (run, trace) if one is not None]
+    if job is not None and (began + SECOND >= plan.changed or histories):
+        tells_itself = any(one.changed + SECOND >= began for one in histories)
+        if not tells_itself:
+            candidates.append((ended_at(job), _state_of_job(job)))
+    if check is not None and born(check) + SECOND >= plan.changed:
+        candidates.append((ended_at(check), _state_of_check(check)))
+    _, latest = max(candidates, key=lambda candidate: candidate[0])
+    if latest.name == DRAFT and run is not None:
+        return state_of_run(run)
+    return latest
+
+
+def _state_of_check(check: Job) -> RunState:
+    if check.code == 0:
+        return RunState(DRAFT, words="checked, no fault", errand=check)
+    if check.state == STOPPED:
+        return RunState(DRAFT, words="its check was stopped", errand=check)
+    return RunState(FAULTS, reason=_explain(check, "The check found faults."), errand=check)
+
+
+def _state_of_job(job: Job) -> RunState:
+    """Return how a run stands whose job has ended before its training began."""
+    if job.state != DIED:
+        return RunState(job.state, job=job)
+    return RunState(DIED, reason=_explain(job, "It ended without a word."), job=job)
+
+
+def _explain(job: Job, otherwise: str) -> str:
+    """Return why a command has ended: its last error, or the signal that killed it."""
+    lines = job.last_lines(READ_LINES)
+    if job.code in KILLED:
+        return "It was killed: memory ran out, or somebody ended it."
+    if job.code is None:
+        return "Its process has ended without a word: it was killed, or the machine went off."
+    if re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", lines, re.MULTILINE):
+        return shorten_lines(message_of(lines), MOST_OF_REASON)
+    return otherwise
+
+
+def _is_written_here(plan: Plan) -> bool:
+    """Return whether a run.toml looks like one of this machine: its user's, with a folder that is here."""
+    try:
+        is_own = not hasattr(os, "getuid") or (plan.folder / RUN_FILE).stat().st_uid == os.getuid()
+        return is_own and plan.models is not None and plan.models.parent.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def mark_state(shown: ShownRun) -> str:
+    """Return a text that changes with what a page says of a run's state."""
+    state = shown.state
+    lines = state.last_lines if state.name in BEFORE else ""
+    changed = 0.0 if shown.plan is None else shown.plan.changed
+    facts = (state.text, state.reason, state.is_asked, state.is_paused, lines, changed)
+    return hashlib.blake2s(repr(facts).encode(), digest_size=8).hexdigest()
+
+
+def free_name(plan: Plan) -> str:
+    """Return a name for a further run of a folder: `own-2`, or the next number that no run has."""
+    base = re.sub(r"-\d{1,4}$", "", plan.name) or plan.name
+    taken = set()
+    with contextlib.suppress(OSError):
+        taken = set(os.listdir(plan.output))
+    number = 2
+    while any(entry.startswith((f"{base}-{number}.", f"{base}-{number}-")) for entry in taken):
+        number += 1
+    return f"{base}-{number}"

@@ -1,0 +1,134 @@
+"""List what a run.toml lets a run do, before it is started: it may come from somebody else.
+
+`run` itself refuses what is marked as refused here, see `modules/run_limits.py`: the list only says it first.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from browser.described import DATASET_FILE, TRAINING_TABLE
+from modules.command import as_typed
+from modules.paths import expand_path
+from modules.run_limits import ALLOWED_BY, ANY
+from modules.text_files import parse_toml, read_content, real_path
+from project.options import RUN_FILE
+from training.config_options import OTHERS_TABLE, OUR_NETWORKS
+
+LOCAL_TRACKERS = ("tensorboard", "aim")  # write files; the others send what they get
+# options that send something from this machine
+SENDING = {
+    "huggingface_repo_id": "uploads the trained files to {}",
+    "log_tracker_config": "has its trackers read {}",
+    "resume_from_huggingface": "downloads a state from {}",
+}
+CODE = ("network_module",)  # options that load code
+WRITING = ("output_dir", "logging_dir")
+CACHES = "cache_directory"  # ends the names of keys of a dataset
+MOST_LINES = 100
+MOST_SHOWN = 64 << 10  # bytes of a file
+
+
+@dataclass(frozen=True)
+class Intention:
+    """Something that a run does, and what to know of it."""
+
+    text: str
+    note: str = ""  # why it is refused, or unusual
+    is_unusual: bool = False  # `new` writes no such thing
+
+
+def read_intentions(folder: Path) -> list[Intention]:
+    """Return what the files of a described folder let a run do; what `new` does not write comes first.
+
+    Raises OSError if run.toml cannot be read, ValueError if it is no TOML.
+    """
+    tables = parse_toml(read_content(folder / RUN_FILE).decode())
+    found = [
+        *_list_writing(folder, tables),
+        *_list_caches(folder),
+        *_list_sending(tables),
+        *_list_code(tables),
+        *_list_commands(tables),
+    ]
+    return sorted(found[:MOST_LINES], key=lambda intention: not intention.is_unusual)
+
+
+def read_shown(path: Path) -> str:
+    """Return the text of a file for reading; its first part if it is long. Raises OSError."""
+    content = read_content(path)
+    text = content[:MOST_SHOWN].decode("utf-8", "replace")
+    return text if len(content) <= MOST_SHOWN else f"{text}\n… and {len(content) - MOST_SHOWN:,} bytes"
+
+
+def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = tables.get(name)
+    return table if isinstance(table, dict) else {}
+
+
+def _describe_place(folder: Path, option: str, text: str) -> Intention:
+    try:
+        place = real_path(expand_path(text, folder))
+    except ValueError as error:
+        return Intention(f"--{option} {text}: {error}", is_unusual=True)
+    if place.is_relative_to(folder):
+        return Intention(f"writes into {place}")
+    allowing = ALLOWED_BY.get(option, ANY)
+    note = f"outside of {folder}: `run` refuses it unless --{allowing} is typed"
+    return Intention(f"writes into {place}", note=note, is_unusual=True)
+
+
+def _list_writing(folder: Path, tables: Mapping[str, Any]) -> Iterator[Intention]:
+    values = _table(tables, TRAINING_TABLE)
+    for option in WRITING:
+        if option in values:
+            yield _describe_place(folder, option, str(values[option]))
+
+
+def _list_caches(folder: Path) -> Iterator[Intention]:
+    """Yield the folders that the caches of a dataset are written into."""
+    try:
+        dataset = parse_toml(read_content(folder / DATASET_FILE).decode())
+    except (OSError, ValueError) as error:
+        yield Intention(f"{folder / DATASET_FILE} cannot be read: {error}", is_unusual=True)
+        return
+    tables = [dataset.get("general"), *_list_of(dataset.get("datasets"))]
+    for table in tables:
+        if isinstance(table, dict):
+            for name, value in table.items():
+                if name.endswith(CACHES):
+                    yield _describe_place(folder, name, str(value))
+
+
+def _list_of(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _list_sending(tables: Mapping[str, Any]) -> Iterator[Intention]:
+    values = _table(tables, TRAINING_TABLE)
+    for option, words in SENDING.items():
+        if values.get(option):
+            note = f"`run` refuses it unless --{option} is typed"
+            yield Intention(words.format(values[option]), note=note, is_unusual=True)
+    tracker = values.get("log_with")
+    if tracker:
+        is_local = tracker in LOCAL_TRACKERS
+        note = "" if is_local else "`run` refuses it unless --log_with is typed"
+        yield Intention(f"gives its losses to {tracker}", note=note, is_unusual=not is_local)
+
+
+def _list_code(tables: Mapping[str, Any]) -> Iterator[Intention]:
+    values = _table(tables, TRAINING_TABLE)
+    for option in CODE:
+        name = str(values.get(option, ""))
+        if name and not name.startswith(OUR_NETWORKS):
+            note = "no code of this program: `run` refuses it"
+            yield Intention(f"loads the code {name}", note=note, is_unusual=True)
+
+
+def _list_commands(tables: Mapping[str, Any]) -> Iterator[Intention]:
+    commands = _list_of(_table(tables, OTHERS_TABLE).get("commands"))
+    for number, words in enumerate(commands):
+        typed = as_typed([str(word) for word in _list_of(words)])
+        yield Intention(f"{'downloads with' if number == 0 else 'runs'} {typed}")

@@ -1,0 +1,557 @@
+"""Answer the buttons of a run: start, stop and continue it, train on, edit its samples, remove it."""
+
+import contextlib
+import hashlib
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from browser.answers import Form, answer_form, answer_gone, answer_json, answer_move, answer_page
+from browser.beginnings import (
+    BUSY,
+    CHECK,
+    CHECKING,
+    DRAFT,
+    FAULTS,
+    TRAINING,
+    ShownRun,
+    free_name,
+    mark_state,
+    runs_folder,
+    words_of_plan,
+)
+from browser.bin_folder import FOLDER as BIN
+from browser.bin_folder import BinFolder
+from browser.captions import CaptionConflictError, Captions, mark_bytes
+from browser.described import FILES, TRAINING_TABLE, ChangedMeanwhileError, change_keys
+from browser.errands import errand_name
+from browser.intentions import read_intentions, read_shown
+from browser.jobs import ENDED, QUEUE, WAITING, Job
+from browser.queue_views import is_of, read_jobs
+from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance
+from browser.site import Site
+from browser.views import HERE, POLICY
+from modules.command import as_typed
+from modules.console import as_size, count_of
+from modules.errors import OptionError, UserError
+from modules.pages.page import render_page
+from modules.paths import expand_path
+from modules.text_files import read_content
+from project.options import RUN_FILE
+from training.reports.history import BEFORE_TRAINING, END, PageCommand, history_path
+from training.saving.files import Names, find_results
+
+PROMPT_FILES = (".txt",)  # endings of prompt files that are edited as text
+MOST_LISTED = 200  # files that a question lists
+RESUME = "--resume"
+STEPS_OPTION = "--max_train_steps"
+MOST_STEPS = 10**9
+
+
+@dataclass(frozen=True)
+class Deeds:
+    """Hold which buttons a run has now, each with the command that it stands for; "": there is no button."""
+
+    start: str = ""
+    start_label: str = "Continue"
+    is_known: bool = True  # else its run.toml is read before it is started
+    check: str = ""
+    stop: str = ""
+    train_on: str = ""
+    steps: int = 0  # of Train on, before somebody changes it
+    have: str = ""  # checksum of the run.toml that Train on changes
+    again: str = ""  # name of the next run
+    folder: str = ""  # of Again with changes
+    samples: str = ""  # file of the prompts
+    generate: bool = False
+    remove: str = ""
+    read_line: str = ""  # address of the queue's page, where a command from elsewhere is read first
+
+
+class RunButtons:
+    """Show how a run stands with its buttons, and do what they ask for."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.beginnings = site.beginnings
+        self.prompts = Captions()
+        self.actions: dict[str, Callable[[ShownRun, Form], str]] = {
+            "start": self.start,
+            "check": self.check,
+            "stop": self.stop,
+            "train_on": self.train_on,
+            "go_on": self.go_on,
+            "prompts": self.write_prompts,
+        }
+
+    # ---- what is shown
+
+    def show_page(self, shown: ShownRun) -> str:
+        """Return the page of a run that has no history yet."""
+        values = {
+            "deeds": Markup(self.render(shown)),
+            "plan": shown.plan,
+            "is_known": shown.plan is None or self.beginnings.is_known(shown.plan),
+        }
+        return render_page(HERE / "beginning.html", shown.glance.name, values, POLICY)
+
+    def render(self, shown: ShownRun) -> str:
+        """Return the buttons of a run, with what a page shows beside them."""
+        return render_page(HERE / "deeds.html", shown.glance.name, self.values(shown))
+
+    def values(self, shown: ShownRun) -> dict[str, Any]:
+        run = shown.glance
+        state = shown.state
+        return {
+            "id": run.id,
+            "name": run.name,
+            "state": state,
+            "mark": mark_state(shown),
+            "is_begun": run.history.exists(),
+            "says_state": state.name not in (TRAINING, STOPPED, FINISHED) or not run.history.exists(),
+            "last_lines": self.last_lines(shown),
+            "deeds": Deeds() if self.site.read_only else self.list_deeds(shown),
+            "can_write": not self.site.read_only,
+            "is_over": state.name in (DIED, FINISHED, STOPPED, FAULTS),
+        }
+
+    def last_lines(self, shown: ShownRun) -> str:
+        """Return the last lines of a run that has not begun or has died: of its command or its history."""
+        state = shown.state
+        if state.name in (TRAINING, FINISHED, STOPPED, WAITING):
+            return ""
+        if state.last_lines:
+            return state.last_lines
+        if state.name not in (DIED, FAULTS):
+            return ""
+        with contextlib.suppress(OSError), self.site.runs.lock:
+            messages = self.site.runs.open(shown.glance).story.messages[-12:]
+            return "\n".join(text for _, _, text in messages)
+        return ""
+
+    def list_deeds(self, shown: ShownRun) -> Deeds:
+        """Return the buttons of a run."""
+        run, plan, state = shown.glance, shown.plan, shown.state
+        command = self.find_resuming(run) if plan is None else None
+        facts: dict[str, Any] = {"remove": f"moves its files into {BIN}"}
+        prompts = self.find_prompts(shown)
+        if prompts is not None:
+            facts["samples"] = str(prompts)
+        facts["generate"] = has_lora(run)
+        if state.is_active:
+            facts["stop"] = self.stop_command(shown)
+            return Deeds(**facts)
+        has_run = run.history.exists()
+        if plan is not None:
+            typed = shlex.join(words_of_plan(plan, self.site.models))
+            is_draft = state.name == DRAFT
+            facts["folder"] = str(plan.folder)
+            facts["is_known"] = self.beginnings.is_known(plan)
+            if state.name != FINISHED:
+                facts["start"] = typed
+                facts["start_label"] = "Start" if is_draft else "Continue"
+            if is_draft or state.name == FAULTS:
+                facts["check"] = shlex.join(["reelsmith", "run", str(plan.folder), "--check"])
+            if has_run and plan.steps:
+                facts["steps"] = usual_steps(run, plan.steps)
+                facts["have"] = mark_bytes(read_content(plan.folder / RUN_FILE))
+                facts["train_on"] = f"max_train_steps in {RUN_FILE}, then {typed}"
+            if has_run or not is_draft:
+                facts["again"] = free_name(plan)
+        elif command is not None:
+            place, page_command = command
+            if not run.is_of_here:
+                facts["read_line"] = f"/queue?run={run.id}&command={place}#words"
+            elif state.name != FINISHED:
+                facts["start"] = page_command.bash
+            if run.is_of_here and STEPS_OPTION in page_command.bash:
+                facts["steps"] = usual_steps(run, run.total_steps)
+                facts["train_on"] = f"{STEPS_OPTION} and the command that goes on"
+        return Deeds(**facts)
+
+    def stop_command(self, shown: ShownRun) -> str:
+        state, run = shown.state, shown.glance
+        if state.errand is not None:
+            return "ends the check"
+        if state.name == WAITING and state.job is not None:
+            return f"takes job {state.job.id} out of {QUEUE}"
+        job = self.find_running_job(shown)
+        if job is not None:
+            return f"Ctrl-C for job {job.id} of the queue"
+        return as_typed(["touch", str(run.history.parent / f"{run.name}.stop")])
+
+    def find_running_job(self, shown: ShownRun) -> Job | None:
+        """Return the running job of the queue that a run belongs to; None if it was started elsewhere."""
+        job = shown.state.job
+        if job is not None and job.state == RUNNING:
+            return job
+        with contextlib.suppress(UserError):
+            for candidate in self.site.queue.jobs():
+                if candidate.state == RUNNING and is_of(shown.glance, candidate):
+                    return candidate
+        return None
+
+    def find_resuming(self, run: Glance) -> tuple[int, PageCommand] | None:
+        """Return the command of a history that continues its run, with its place among the commands."""
+        with contextlib.suppress(OSError), self.site.runs.lock:
+            for place, command in enumerate(self.site.runs.open(run).story.commands):
+                is_again = run.name.endswith(BEFORE_TRAINING)
+                if (RESUME in command.bash or is_again) and not command.missing:
+                    return place, command
+        return None
+
+    def find_prompts(self, shown: ShownRun) -> Path | None:
+        """Return the file of a run's prompts, if it lies below the roots and can be edited as text."""
+        run = shown.glance
+        path = None
+        if shown.plan is not None:
+            path = shown.plan.prompts
+        elif run.start is not None and run.working_folder is not None:
+            text = dict(run.start.changed).get("sample_prompts")
+            with contextlib.suppress(ValueError):
+                path = expand_path(text, run.working_folder) if text else None
+        if path is None or path.suffix.lower() not in PROMPT_FILES:
+            return None
+        place = path if path.exists() or path.is_symlink() else path.parent
+        return path if self.site.runs.is_below(place) else None
+
+    # ---- parts of the page
+
+    def find(self, request: Request) -> ShownRun | None:
+        return self.beginnings.find(request.path_params["id"])
+
+    def show_deeds(self, request: Request) -> Response:
+        shown = self.find(request)
+        return answer_gone() if shown is None else answer_page(self.render(shown))
+
+    def show_standing(self, request: Request) -> Response:
+        """Return what a page asks for every few seconds."""
+        shown = self.find(request)
+        if shown is None:
+            return answer_gone()
+        return answer_json(
+            {
+                "mark": mark_state(shown),
+                "state": shown.state.text,
+                "is_active": shown.state.is_active,
+                "is_begun": shown.glance.history.exists(),
+            }
+        )
+
+    def show_panel(self, request: Request) -> Response:
+        """Return what a button opens: the prompts, what a removal takes, what a run.toml may do."""
+        shown = self.find(request)
+        if shown is None:
+            return answer_gone()
+        return self.answer_panel(shown, request.path_params["what"])
+
+    def answer_panel(
+        self, shown: ShownRun, what: str, error: str = "", facts: Mapping[str, Any] | None = None
+    ) -> Response:
+        values: dict[str, Any] = {
+            "id": shown.glance.id,
+            "name": shown.glance.name,
+            "state": shown.state,
+            "said": error,
+            "what": what,
+            "can_write": not self.site.read_only,
+            "mine": "",
+        }
+        try:
+            if what == "read":
+                values |= self.facts_of_plan(shown)
+            elif what == "prompts":
+                values |= self.facts_of_prompts(shown)
+            elif what == "remove":
+                values |= self.facts_of_removal(shown)
+            else:
+                return answer_gone()
+        except (OptionError, OSError, ValueError) as problem:
+            values["said"] = error or str(problem)
+            values["what"] = ""
+        values |= facts or {}
+        page = render_page(HERE / "panel.html", shown.glance.name, values)
+        return answer_page(page, 422 if error else 200)
+
+    def facts_of_plan(self, shown: ShownRun) -> dict[str, Any]:
+        """Return what a page shows of a run.toml before it is started."""
+        if shown.plan is None:
+            raise OptionError("There is no run.toml below the folders of this page.")
+        path = shown.plan.folder / RUN_FILE
+        return {
+            "intentions": read_intentions(shown.plan.folder),
+            "path": path,
+            "text": read_shown(path),
+            "have": mark_bytes(read_content(path)),
+            "command": shlex.join(words_of_plan(shown.plan, self.site.models)),
+            "is_known": self.beginnings.is_known(shown.plan),
+        }
+
+    def facts_of_prompts(self, shown: ShownRun) -> dict[str, Any]:
+        path = self.find_prompts(shown)
+        if path is None:
+            raise OptionError("It has no prompt file (.txt) below the folders of this page.")
+        caption, have, _ = self.prompts.read(path)
+        return {"path": path, "text": caption.text, "have": have, "is_running": shown.state.name in BUSY}
+
+    def facts_of_removal(self, shown: ShownRun) -> dict[str, Any]:
+        if shown.state.is_active:
+            raise OptionError(f"It is {shown.state.text}: stop it first.")
+        paths = self.list_removed(shown)
+        if not paths:
+            raise OptionError("It has no files that can be removed.")
+        sizes = {path: size_of(path) for path in paths}
+        return {
+            "files": [(path, as_size(sizes[path])) for path in paths[:MOST_LISTED]],
+            "more": max(0, len(paths) - MOST_LISTED),
+            "count": count_of(len(paths), "file or folder").replace("file or folders", "files and folders"),
+            "size": as_size(sum(sizes.values())),
+            "have": mark_removed(paths),
+            "bin": self.bin_folder.places[0],
+            "is_draft": not shown.glance.history.exists(),
+        }
+
+    # ---- what is removed
+
+    @property
+    def bin_folder(self) -> BinFolder:
+        return BinFolder(*(top / BIN for top in self.site.runs.tops))
+
+    def list_removed(self, shown: ShownRun) -> list[Path]:
+        """Return the files and folders that a run consists of; of a draft the files that `new` wrote.
+
+        Media, captions and caches stay: they are the dataset's.
+        """
+        run = shown.glance
+        folder = run.history.parent
+        name = run.name.removesuffix(BEFORE_TRAINING)
+        results = list_results(folder, name) if run.history.exists() or shown.plan is None else []
+        if run.history.exists() and not run.name.endswith(BEFORE_TRAINING):
+            with contextlib.suppress(OSError), self.site.runs.lock:
+                saved = self.site.runs.open(run).story.saved
+                results += [folder / file for file in saved if (folder / file).is_file()]
+        trace = history_path(folder, f"{name}{BEFORE_TRAINING}")
+        results += [trace] if trace.exists() else []
+        if not results and shown.plan is not None:
+            others = list(folder.glob(f"*{END}"))
+            names = [RUN_FILE] if others else FILES  # which other runs of this folder were trained with
+            results = [shown.plan.folder / file for file in names if (shown.plan.folder / file).is_file()]
+        below = [path for path in dict.fromkeys(results) if self.site.runs.is_below(path)]
+        return sorted(below)
+
+    def remove(self, shown: ShownRun, form: Form) -> Response:
+        """Move a run's files into the bin, if they are those that were listed."""
+        try:
+            self.facts_of_removal(shown)  # what refuses it
+            paths = self.list_removed(shown)
+            if "".join(form.get("have", ())) != mark_removed(paths):
+                return self.answer_panel(shown, "remove", "Its files have changed meanwhile: look again.")
+            base = next(top for top in self.site.runs.tops if paths[0].is_relative_to(top))
+            self.bin_folder.take(shown.glance.name, base, paths)
+            self.forget_jobs(shown)
+        except (UserError, OSError, ValueError) as error:
+            return self.answer_panel(shown, "remove", str(error))
+        return answer_move("/")
+
+    def forget_jobs(self, shown: ShownRun) -> None:
+        """Remove the ended jobs of a described folder from the queue."""
+        if shown.plan is None:
+            return
+        for job in self.site.queue.jobs():
+            if job.state in ENDED and runs_folder(job, shown.plan.folder):
+                self.site.queue.remove(job.id)
+
+    # ---- what the buttons do
+
+    def act(self, request: Request, form: Form) -> Response:
+        """Do what a button asks for; return what it says."""
+        what = request.path_params["what"]
+        shown = self.find(request)
+        if shown is None:
+            return answer_gone()
+        if what == "remove":
+            return self.remove(shown, form)
+        if what not in self.actions:
+            return answer_gone()
+        try:
+            said = self.actions[what](shown, form)
+        except CaptionConflictError:
+            mine = "".join(form.get("text", ())).replace("\r\n", "\n")
+            error = "The file has changed since this page read it. Nothing was written."
+            return self.answer_panel(shown, "prompts", error, {"mine": mine})
+        except ChangedMeanwhileError:
+            return say(f"{RUN_FILE} has changed meanwhile. Nothing was written: look at it again.", 422)
+        except (UserError, OSError, ValueError) as error:
+            return say(str(error), 422)
+        return say(said)
+
+    def start(self, shown: ShownRun, form: Form) -> str:
+        """Start a run, or continue it. The form has the mark of a run.toml that was read."""
+        if shown.plan is None:
+            self.add_command(shown.glance, steps=0)
+        else:
+            have = "".join(form.get("read", ()))
+            if have and have != mark_bytes(read_content(shown.plan.folder / RUN_FILE)):
+                raise ChangedMeanwhileError
+            words = words_of_plan(shown.plan, self.site.models)
+            self.beginnings.start(shown.plan.folder, words, is_read=bool(have))
+        return "It is in the queue."
+
+    def add_command(self, run: Glance, steps: int) -> None:
+        """Put the command that continues a run into the queue. steps: to train to; 0: as it says."""
+        command = self.find_resuming(run)
+        if command is None:
+            raise OptionError("Its history has no command that continues it: no state was saved.")
+        if not run.is_of_here:
+            raise OptionError("It comes from elsewhere: read its command on the page of the queue first.")
+        _, page_command = command
+        for words, folder in read_jobs(page_command.bash, run):
+            changed = [*words]
+            if steps:
+                place = changed.index(STEPS_OPTION) + 1
+                changed[place] = str(steps)
+            self.site.queue.add(changed, folder)
+
+    def train_on(self, shown: ShownRun, form: Form) -> str:
+        """Raise the number of steps in run.toml, and start the run again."""
+        text = "".join(form.get("steps", ())).strip()
+        if not text.isdecimal() or not 0 < int(text) <= MOST_STEPS:
+            raise OptionError(f"Steps {text!r}: give a whole number, such as 3000.")
+        steps = int(text)
+        run = shown.glance
+        if steps <= run.step:
+            raise OptionError(f"It has trained {run.step:,} steps already: give more than that.")
+        if shown.state.is_active:
+            raise OptionError(f"It is {shown.state.text}: stop it first.")
+        if shown.plan is None:
+            self.add_command(run, steps)
+            return "It is in the queue."
+        plan = shown.plan
+        if not self.beginnings.is_known(plan):
+            raise OptionError(f"{plan.folder / RUN_FILE} comes from elsewhere. Press Continue to read it.")
+        if not plan.steps:
+            raise OptionError(f"{plan.folder / RUN_FILE} counts in epochs. Change max_train_epochs there.")
+        path = plan.folder / RUN_FILE
+        have = "".join(form.get("have", ()))
+        change_keys(path, TRAINING_TABLE, {"max_train_steps": steps}, have=have)
+        self.beginnings.start(plan.folder, words_of_plan(plan, self.site.models))
+        return f"It is in the queue, to {steps:,} steps."
+
+    def check(self, shown: ShownRun, _: Form) -> str:
+        if shown.plan is None:
+            raise OptionError("There is no described folder to check.")
+        words = ["reelsmith", "run", str(shown.plan.folder), "--check"]
+        self.site.errands.start(errand_name(CHECK, shown.plan.folder), words, Path.cwd())
+        return ""
+
+    def stop(self, shown: ShownRun, _: Form) -> str:
+        """End a run: its place in the queue, its check, or what works on it."""
+        state, run = shown.state, shown.glance
+        if not state.is_active:
+            raise OptionError(f"It does not run: it is {state.text}.")
+        if state.name == CHECKING and state.errand is not None and shown.plan is not None:
+            self.site.errands.stop(errand_name(CHECK, shown.plan.folder))
+            return "Its check was ended."
+        if state.name == WAITING and state.job is not None:
+            self.site.queue.remove(state.job.id)
+            return "It was taken out of the queue."
+        job = self.find_running_job(shown)
+        if job is not None:
+            self.site.queue.stop(job.id)
+            if job.stops:
+                return "Ended at once."
+            return "Asked: it saves and ends when its step is done. Press Stop again to end it at once."
+        if run.state == RUNNING and run.start is not None and run.start.listens:
+            (run.history.parent / f"{run.name}.stop").touch()
+            return "Asked: it saves and ends when its step is done."
+        raise OptionError("It was started from a terminal: end it there with Ctrl-C.")
+
+    def go_on(self, _: ShownRun, __: Form) -> str:
+        self.site.queue.begin_work()
+        return "The queue goes on."
+
+    def write_prompts(self, shown: ShownRun, form: Form) -> str:
+        path = self.find_prompts(shown)
+        if path is None:
+            raise OptionError("It has no prompt file (.txt) below the folders of this page.")
+        have = "".join(form.get("have", ()))
+        self.prompts.save(path, "".join(form.get("text", ())), have)
+        if shown.state.name in BUSY:
+            return f"Written into {path.name}. The training reads it when it starts: Stop, then Continue."
+        return f"Written into {path.name}."
+
+
+def say(text: str, status: int = 200) -> Response:
+    """Return a short message for the line beside the buttons."""
+    words = Markup('<span class="{}">{}</span>').format("bad" if status >= 400 else "", text)
+    return HTMLResponse(str(words).encode("utf-8", "backslashreplace"), status)
+
+
+def has_lora(run: Glance) -> bool:
+    """Return whether a run has a trained file that pictures can be made with."""
+    with contextlib.suppress(OSError):
+        results = list_results(run.history.parent, run.name)
+        return any(path.suffix == ".safetensors" for path in results)
+    return False
+
+
+def list_results(folder: Path, name: str) -> list[Path]:
+    """Return what a training has written under a name, and the files that ask it for something."""
+    results = find_results(Names(folder, name))
+    asked = [folder / f"{name}.{kind}" for kind in ("sample", "save", "stop")]
+    return [*results, *(path for path in asked if path.is_file())]
+
+
+def usual_steps(run: Glance, planned: int) -> int:
+    """Return the length that Train on offers: what is planned, if that is more; else twice as many steps."""
+    return planned if planned > run.step else 2 * max(run.step, 1)
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder; links count nothing."""
+    if path.is_symlink():
+        return 0
+    if not path.is_dir():
+        return path.stat().st_size
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += (Path(folder) / name).lstat().st_size
+    return total
+
+
+def mark_removed(paths: Sequence[Path]) -> str:
+    """Return a checksum of the names and sizes of files."""
+    facts = [(os.fsencode(path), size_of(path)) for path in paths]
+    return hashlib.blake2s(repr(facts).encode(), digest_size=8).hexdigest()
+
+
+def run_button_routes(buttons: RunButtons) -> list[Route]:
+    """Return the routes of the buttons of runs."""
+    return [
+        Route("/run/{id}/deeds", _guard(buttons.show_deeds)),
+        Route("/run/{id}/standing", _guard(buttons.show_standing)),
+        Route("/run/{id}/panel/{what}", _guard(buttons.show_panel)),
+        Route("/run/{id}/do/{what}", answer_form(buttons.act), methods=["POST"]),
+    ]
+
+
+def _guard(show: Callable[[Request], Response]) -> Callable[[Request], Response]:
+    """Return a handler that says "not there" where a file vanishes."""
+
+    def answer(request: Request) -> Response:
+        try:
+            return show(request)
+        except OSError:
+            return answer_gone()
+
+    return answer

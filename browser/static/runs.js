@@ -1,0 +1,85 @@
+"use strict";
+// A run's buttons: look how it stands, and tell when it ends if one wants that.
+
+(() => {
+  const box = () => document.getElementById("deeds");
+  const tell = document.getElementById("tell");
+  const key = `tell ${box()?.dataset.id}`;
+  let said = 0; // when a button was answered
+  let wasActive = box()?.dataset.active === "yes";
+
+  function remember(value) {
+    try { value ? localStorage.setItem(key, "yes") : localStorage.removeItem(key); } catch { /* private windows keep nothing */ }
+  }
+  function isWanted() {
+    try { return localStorage.getItem(key) === "yes"; } catch { return tell.checked; }
+  }
+
+  function explain() {
+    const how = document.getElementById("told_how");
+    if (!tell.checked) how.textContent = "";
+    else if (!("Notification" in window) || !isSecureContext) how.textContent = "by a sound: this browser shows notices of pages from localhost or https alone";
+    else if (Notification.permission === "denied") how.textContent = "by a sound: notices of this page are switched off in the browser";
+    else how.textContent = "by a notice and a sound, while this page is open";
+  }
+
+  function ring() {
+    const sound = new AudioContext(), tone = sound.createOscillator(), level = sound.createGain();
+    tone.frequency.value = 660;
+    level.gain.setValueAtTime(0.2, sound.currentTime);
+    level.gain.exponentialRampToValueAtTime(0.001, sound.currentTime + 1.2);
+    tone.connect(level).connect(sound.destination);
+    tone.start();
+    tone.stop(sound.currentTime + 1.2);
+  }
+
+  function announce(name, state) {
+    const text = `${name}: ${state}`;
+    document.title = text;
+    try { ring(); } catch { /* a browser may want a click before a sound */ }
+    if ("Notification" in window && Notification.permission === "granted") new Notification(text);
+  }
+
+  async function look() {
+    const now = box();
+    if (!now) return;
+    const answer = await fetch(`/run/${now.dataset.id}/standing`);
+    if (!answer.ok) return;
+    const standing = await answer.json();
+    if (standing.is_begun && now.dataset.begun !== "yes") { location.reload(); return; } // it has a page of its own now
+    if (standing.mark !== now.dataset.standing) {
+      htmx.trigger(now, "look");
+      if (Date.now() - said > 4000) document.getElementById("done").replaceChildren(); // it was about an earlier state
+    }
+    if (wasActive && !standing.is_active && tell.checked) announce(now.dataset.name, standing.state);
+    wasActive = standing.is_active;
+  }
+
+  async function goOn() {
+    // also in a hidden window, if somebody waits for the end
+    if (!document.hidden || tell.checked) await look().catch(() => {});
+    setTimeout(goOn, box()?.dataset.active === "yes" ? 1500 : 5000);
+  }
+
+  document.addEventListener("htmx:after:request", ({ target, detail }) => {
+    if (detail.ctx.response?.raw.headers.get("hx-redirect")) return; // to another page
+    if (target === document || !target.closest?.("#deeds, #panel") || target.matches("#deeds")) return;
+    said = Date.now();
+    look().catch(() => {});
+  });
+  // who presses a button that goes away stays among the buttons
+  let focused = null;
+  document.addEventListener("focusin", ({ target }) => { focused = target.closest?.("#deeds") ? target : null; });
+  document.addEventListener("htmx:after:swap", () => {
+    if (focused && !focused.isConnected && document.activeElement === document.body) box()?.querySelector("button")?.focus();
+  });
+  if (!box() || !tell) return;
+  tell.checked = isWanted();
+  explain();
+  tell.addEventListener("change", async () => {
+    remember(tell.checked);
+    if (tell.checked && "Notification" in window && isSecureContext && Notification.permission === "default") await Notification.requestPermission();
+    explain();
+  });
+  goOn();
+})();

@@ -1,0 +1,336 @@
+"""How a run stands from its first minute: as a draft, a job, a check, and in its histories."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from browser.beginnings import free_name, state_of_trace
+from browser.errands import errand_name
+from browser.jobs import JobQueue
+from browser.runs import read_glance
+from modules.errors import OptionError
+from tests.browser.described_folders import describe, find, look, state, trace
+from tests.browser.serving import serve_runs, write_run
+from training.reports.history import History, describe_process, history_path
+
+TRAIN = ["python", "wan_train_network.py", "--config_file", "run.toml"]
+LATENTS = ["python", "wan_cache_latents.py", "--dataset_config", "dataset.toml"]
+
+
+def set_job(queue: JobQueue, code: int | None, printed: str = "", stops: int = 0) -> None:
+    """Write for the first job that its process has begun just now; it has ended with the code, if any."""
+    (job, *_) = queue.jobs()
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    job.log.write_text(printed, encoding="utf-8")
+    path = queue.folder / "jobs.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    process = describe_process()
+    stored["jobs"][0]["process"] = {
+        **process,
+        "born": process["born"] if code is None else round(time.time()),
+    }
+    stored["jobs"][0]["stops"] = stops
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    if code is not None:
+        job.code_path.write_text(str(code), encoding="utf-8")
+
+
+def set_back(folder: Path, seconds: float = 60) -> None:
+    """Make the three files of a folder older."""
+    then = time.time() - seconds
+    for name in ("run.toml", "dataset.toml", "prompts.txt"):
+        os.utime(folder / name, (then, then))
+
+
+def test_a_described_folder_is_a_draft_with_the_address_of_its_training(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "my clips", steps=2000)
+    beginnings = look(tmp_path)
+    shown = find(beginnings)
+    assert (shown.state.text, shown.glance.model, shown.glance.total_steps) == ("draft", "wan", 2000)
+
+    write_run(folder / "output", "own", kind="good")
+
+    assert find(beginnings).glance.id == shown.glance.id
+    assert state(beginnings) == "finished"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[training]\n", None),  # another program's
+        ("[reelsmith]\ncommands = [[]]\n", "it has no 'training'"),
+        ('[training]\noutput_dir = "o"\noutput_name = "../x"\n[reelsmith]\n', "it holds a folder"),
+        ("[training\n", "Expected ']'"),
+    ],
+)
+def test_a_run_toml_that_cannot_be_used_says_why(content: str, reason: str | None, tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    (folder / "run.toml").write_text(content, encoding="utf-8")
+    shown = look(tmp_path).list_all()
+
+    assert [one.state.name for one in shown] == ([] if reason is None else ["draft"])
+    assert all(reason in one.state.reason for one in shown if reason is not None)
+
+
+def test_a_job_waits_at_its_place_in_a_queue_that_is_paused(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    beginnings = look(tmp_path)
+    beginnings.queue.add(["python", "tools/download.py", "--list"], tmp_path)
+    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+
+    shown = find(beginnings)
+
+    assert shown.state.text == "waiting, place 2 in the queue, which is paused"
+    assert shown.state.is_paused
+    assert [one.glance.name for one in beginnings.states_of_jobs(beginnings.queue.jobs()).values()] == ["own"]
+
+
+@pytest.mark.parametrize(
+    ("doing", "text"),
+    [
+        ("downloading the model: 11.2 GB of 34.8 GB", "downloading 11.2 of 34.8 GB"),
+        ("downloading the model: 900 MB of 34.8 GB", "downloading 900 MB of 34.8 GB"),
+        ("checking the clips", "checking the clips"),
+        ("caching latents: 40 of 120", "caching 40 of 120, latents"),
+        ("caching captions", "caching captions"),
+        ("training", "loading the model"),
+        ("something else", "starting, something else"),
+    ],
+)
+def test_what_run_does_before_its_training_is_a_state(doing: str, text: str, tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    begun = trace(folder)
+    assert begun._history is not None
+    begun._history.add(0, doing=doing)
+    begun._history.flush()
+    path = history_path(folder / "output", "own.run")
+
+    assert state_of_trace(read_glance(path, path.stat())).text == text
+    assert state(look(tmp_path)) == text
+    assert [shown.glance.name for shown in look(tmp_path).list_all()] == ["own"]
+
+
+@pytest.mark.parametrize(
+    ("doing", "text"),
+    [
+        ("sample 1 of 3, step 14 of 30", "sampling 1 of 3, step 14 of 30"),
+        ("saving", "saving"),
+        ("validating", "validating"),
+        ("", "training"),
+    ],
+)
+def test_what_a_training_does_between_two_steps_is_a_state(doing: str, text: str, tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    write_run(folder / "output", "own", kind=None)
+    history = History(history_path(folder / "output", "own"), 1, 6)
+    history.add(6, **({"doing": doing} if doing else {"loss": 1.0}))
+    history.flush()
+
+    assert state(look(tmp_path)) == text
+
+
+def test_a_run_that_is_started_again_waits_before_it_is_what_it_was(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    write_run(folder / "output", "own", kind="")
+    beginnings = look(tmp_path)
+    assert state(beginnings) == "stopped"
+    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    assert state(beginnings).startswith("waiting, place 1")
+    beginnings.queue.remove(1)
+    assert state(beginnings) == "stopped"
+
+
+def test_a_run_is_continued_while_the_job_of_its_stopped_training_is_about_to_end(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    beginnings = look(tmp_path)
+    beginnings.queue.begin_work = lambda: None  # type: ignore[method-assign]
+    words = ["reelsmith", "run", str(folder)]
+    beginnings.start(folder, words)
+    set_job(beginnings.queue, None)
+    with pytest.raises(OptionError, match="It runs already: it is starting"):
+        beginnings.start(folder, words)
+    history = write_run(folder / "output", "own", kind="")
+    later = time.time() + 5
+    os.utime(history, (later, later))
+    assert state(beginnings) == "stopped"
+
+    beginnings.start(folder, words)
+
+    assert state(beginnings).startswith("waiting, place 1")
+    with pytest.raises(OptionError, match="in the queue already"):
+        beginnings.start(folder, words)
+
+
+DIED = "OptionError: dit.safetensors is missing. Add --download"
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "name", "reason"),
+    [
+        (2, f"In the folder x:\n{DIED}\n", "died", "dit.safetensors is missing. Add --download"),
+        (1, "OutputError: x: No space left on device\n", "died", "x: No space left on device"),
+        (9, "Loading torch ...\n", "died", "It was killed: memory ran out, or somebody ended it."),
+        (1, "what\n", "died", "It ended without a word."),
+        (0, "", "finished", ""),
+    ],
+)
+def test_a_job_that_ended_before_its_training_says_why(
+    code: int, printed: str, name: str, reason: str, tmp_path: Path
+) -> None:
+    folder = describe(tmp_path / "clips")
+    set_back(folder)
+    beginnings = look(tmp_path)
+    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    set_job(beginnings.queue, code, printed)
+
+    shown = find(beginnings)
+
+    assert (shown.state.name, shown.state.reason) == (name, reason)
+    assert shown.state.last_lines == printed.strip()
+
+
+def test_a_killed_process_is_named_and_a_changed_run_toml_is_a_draft_again(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    set_back(folder)
+    beginnings = look(tmp_path)
+    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    set_job(beginnings.queue, None)
+    assert state(beginnings).startswith("starting")
+    path = beginnings.queue.folder / "jobs.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored["jobs"][0]["process"] = {**describe_process(), "born": round(time.time()), "number": 2**22 + 1}
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    assert find(beginnings).state.reason.startswith("Its process has ended without a word")
+
+    describe(folder, steps=20)
+    later = time.time() + 5
+    os.utime(folder / "run.toml", (later, later))
+
+    assert state(beginnings) == "draft"
+
+
+def test_faults_of_a_check_are_a_state_with_its_last_lines(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    set_back(folder)
+    beginnings = look(tmp_path)
+    name = errand_name("check", folder)
+    log = beginnings.queue.folder / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True)
+    process = {**describe_process(), "born": round(time.time())}
+    record = {
+        "line": f"reelsmith run {folder} --check",
+        "folder": str(tmp_path),
+        "process": process,
+        "stops": 0,
+    }
+    log.with_suffix(".json").write_text(json.dumps(record), encoding="utf-8")
+    log.write_text("3 captions are empty\n", encoding="utf-8")
+    log.with_suffix(".code").write_text("1", encoding="utf-8")
+    shown = find(beginnings)
+    assert (shown.state.name, shown.state.last_lines) == ("faults", "3 captions are empty")
+
+    log.with_suffix(".code").write_text("0", encoding="utf-8")
+
+    assert state(beginnings) == "draft, checked, no fault"
+
+
+def test_a_run_that_ended_at_a_check_has_faults_and_a_trace_alone_tells_it(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    begun = trace(folder)
+    begun.note([*LATENTS, "--check"])
+    begun.end("exit code 1", "bad")
+
+    shown = find(look(tmp_path))
+
+    assert (shown.state.name, shown.state.reason) == ("faults", "ended while checking the clips: exit code 1")
+
+
+def test_a_training_that_died_tells_its_own_reason(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    history = History(history_path(folder / "output", "own"), 1)
+    started: dict[str, Any] = {"model": "wan", "total_steps": 10, "changed": [], "unchanged": []}
+    (folder / "output").mkdir()
+    history.add(0, started={**started, "listens": True, "process": describe_process()})
+    history.add(3, ended="ended by an error after step 3: out of memory", kind="bad")
+    history.flush()
+    assert find(look(tmp_path)).state.reason == "ended by an error after step 3: out of memory"
+
+
+@pytest.mark.parametrize(
+    ("taken", "name", "expected"),
+    [([], "own", "own-2"), (["own-2.html"], "own", "own-3"), (["own-2-history.jsonl"], "own-2", "own-3")],
+)
+def test_a_further_run_gets_a_name_that_no_run_has(
+    taken: list[str], name: str, expected: str, tmp_path: Path
+) -> None:
+    folder = describe(tmp_path / "clips", name)
+    (folder / "output").mkdir()
+    for entry in taken:
+        (folder / "output" / entry).touch()
+    plan = find(look(tmp_path), name).plan
+    assert plan is not None
+    assert free_name(plan) == expected
+
+
+def test_a_foreign_run_toml_is_not_started_before_it_was_read(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    text = (folder / "run.toml").read_text(encoding="utf-8")
+    elsewhere = text.replace(str(tmp_path / "models"), "/home/nobody-of-here/models")
+    (folder / "run.toml").write_text(elsewhere, encoding="utf-8")
+    beginnings = look(tmp_path)
+    words = ["reelsmith", "run", str(folder)]
+    with pytest.raises(OptionError, match="comes from elsewhere"):
+        beginnings.start(folder, words)
+    assert beginnings.queue.jobs() == []
+    beginnings.queue.begin_work = lambda: None  # type: ignore[method-assign]
+
+    beginnings.start(folder, words, is_read=True)
+
+    assert [job.line for job in beginnings.queue.jobs()] == [f"reelsmith run {folder}"]
+    with pytest.raises(OptionError, match="in the queue already"):
+        beginnings.start(folder, words)
+
+
+def test_start_starts_a_paused_queue_unless_others_wait_in_it(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    begun = []
+    beginnings = look(tmp_path)
+    beginnings.queue.begin_work = lambda: begun.append(1)  # type: ignore[method-assign,func-returns-value]
+    beginnings.start(folder, ["reelsmith", "run", str(folder)])
+    assert begun == [1]
+    beginnings.queue.remove(1)
+    beginnings.queue.add(["python", "tools/download.py", "--list"], tmp_path)
+
+    beginnings.start(folder, ["reelsmith", "run", str(folder)])
+
+    assert begun == [1]
+
+
+def test_the_list_the_page_and_the_queue_say_the_same(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    begun = trace(folder)
+    begun.note(LATENTS)
+    with serve_runs(tmp_path) as served:
+        (address,) = {
+            part.split('"')[0] for part in served.ask("/").text.split('href="')[1:] if "/run/" in part
+        }
+        for place in ("/", address):
+            assert "caching latents" in served.ask(place).text
+        assert served.ask(f"{address}standing").json()["state"] == "caching latents"
+        old = served.ask(served.of("own.run"))
+        assert (old.status, old.headers["location"]) == (303, address)
+
+        write_run(folder / "output", "own", kind=None)
+
+        assert 'id="samples"' in served.ask(address).text
+        assert served.ask(f"{address}standing").json()["is_begun"]
+
+
+def test_what_was_removed_is_not_listed(tmp_path: Path) -> None:
+    describe(tmp_path / "reelsmith-bin" / "2026" / "clips")
+    write_run(tmp_path / "reelsmith-bin" / "2026" / "output", "own")
+    assert look(tmp_path).list_all() == []

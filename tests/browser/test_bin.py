@@ -1,0 +1,70 @@
+"""What pages remove lies in a folder until that is emptied."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from browser.bin_folder import FOLDER, BinFolder
+from modules.errors import OptionError, OutputError
+
+
+def make(root: Path, *names: str) -> list[Path]:
+    paths = [root / name for name in names]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(10))
+    return paths
+
+
+def test_what_is_taken_keeps_its_place_below_the_root(tmp_path: Path) -> None:
+    files = make(tmp_path, "clips/output/own.safetensors", "clips/output/own-state/a", "clips/cat.png")
+    folder = BinFolder(tmp_path / FOLDER)
+
+    taken = folder.take("own <b>", tmp_path, [files[0], files[1].parent])
+
+    assert taken.name.endswith("_own_b_")
+    assert sorted(str(path.relative_to(taken)) for path in taken.rglob("*") if path.is_file()) == [
+        "clips/output/own-state/a",
+        "clips/output/own.safetensors",
+    ]
+    assert [path.name for path in (tmp_path / "clips").rglob("*") if path.is_file()] == ["cat.png"]
+    (entry,) = folder.list_entries()
+    assert (entry.path, entry.size_bytes, entry.num_files) == (taken, 20, 2)
+
+
+def test_nothing_is_replaced_in_the_bin(tmp_path: Path) -> None:
+    folder = BinFolder(tmp_path / FOLDER)
+    for _ in range(3):
+        folder.take("own", tmp_path, make(tmp_path, "own.html"))
+    assert sum(entry.num_files for entry in folder.list_entries()) == 3
+
+
+def test_it_is_emptied_only_of_what_was_shown(tmp_path: Path) -> None:
+    folder = BinFolder(tmp_path / FOLDER)
+    folder.take("a", tmp_path, make(tmp_path, "a"))
+    mark = folder.mark()
+    folder.take("b", tmp_path, make(tmp_path, "b"))
+    with pytest.raises(OptionError, match="changed meanwhile"):
+        folder.empty(mark)
+    assert folder.empty(folder.mark()) == 20
+    assert folder.list_entries() == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows makes no links unasked")
+def test_links_are_moved_and_deleted_but_not_followed(tmp_path: Path) -> None:
+    (outside,) = make(tmp_path, "outside/kept")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to(outside.parent)
+    folder = BinFolder(root / FOLDER)
+    folder.take("x", root, [root / "link"])
+    assert folder.empty(folder.mark()) == 0
+    assert outside.exists()
+
+    (root / FOLDER).rmdir()
+    (root / FOLDER).symlink_to(outside.parent)
+    with pytest.raises(OutputError, match="is a link"):
+        folder.take("x", root, make(root, "own"))
+    assert (root / "own").exists()
+    assert folder.list_entries() == []
