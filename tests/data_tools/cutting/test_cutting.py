@@ -158,7 +158,7 @@ def test_changed_options_cut_anew_what_is_ours(
 
     clips = run(film, output, "--max_frames", 28, "--min_seconds", 0.5)
 
-    assert "is cut anew: --min_seconds 0.5 (was 1.0), --max_frames 28 (was 0)" in caplog.text
+    assert "is cut again: --min_seconds 0.5 (was 1.0), --max_frames 28 (was 0)" in caplog.text
     assert [clip.name for clip in clips] == [
         *(f"a film_0000{number}.mp4" for number in (1, 2, 3)),
         "notes.mp4",
