@@ -88,8 +88,7 @@ def receive(
     failures = 0
     version: str | None = None
     while True:
-        can_continue = version is not None or size_bytes is not None
-        have = path.stat().st_size if can_continue else 0
+        have = path.stat().st_size if version is not None or size_bytes is not None else 0
         try:
             if size_bytes is not None and have >= size_bytes:
                 return
@@ -98,15 +97,14 @@ def receive(
                 check(answer)
                 received = _write(path, answer, most_bytes, progress)
             expected = answer.size_bytes if size_bytes is None else size_bytes
-            is_whole = expected is None or received == expected
-            if is_whole or received > most_bytes:
+            if received > most_bytes or expected in (None, received):
                 return
             raise BrokenTry(f"{received:,} of {expected:,} bytes arrived")
         except BrokenTry as error:
             if error.from_start:
                 version = None
                 os.truncate(path, 0)
-            # only PIECE new bytes count as progress: a site may send a few, or the same again, without end
+            # what is sent again is not new, nor are a few bytes: a site could go on so without end
             have = path.stat().st_size
             if have >= most + PIECE:
                 failures = 0
@@ -171,23 +169,19 @@ def ask_http(
         with session.get(address, headers=request_headers, stream=True, timeout=TIMEOUTS) as answer:
             _check_answer(address, answer)
             start = _first_byte(answer, have)
-            size_bytes = None  # of the file; a packed answer has another length
-            length = None
-            if not answer.headers.get("content-encoding"):
+            end = None
+            if not answer.headers.get("content-encoding"):  # else it has another length than the file
                 length = _number(answer, "content-length")
-            if length is not None:
-                size_bytes = start + length
+                end = None if length is None else start + length
             etag = answer.headers.get("etag", "")
             # a weak version may be of other bytes
             stamp = etag if etag.startswith('"') else answer.headers.get("last-modified")
             if start and version is not None and stamp not in (None, version):  # some pay no heed to if-range
                 raise BrokenTry("the file has changed meanwhile", from_start=True)
-            if not stamp and start:
-                stamp = version  # the answer with the rest of a file need not repeat it
             yield Answer(
                 start,
-                size_bytes,
-                stamp or None,
+                end,
+                stamp or (version if start else None),  # the rest of a file need not say it again
                 answer.iter_content(PIECE),
             )
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
