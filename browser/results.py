@@ -1,19 +1,32 @@
-"""List the results of all days below the roots, and read the settings that each file holds."""
+"""List the results of all days below the roots, pictures, clips and sounds, and remove them."""
 
 import contextlib
 import hashlib
+import heapq
 import os
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from browser.recipes import RESULTS
 from browser.runs import Runs
+from modules.atomic_write import explain_errors
+from modules.errors import OutputError
+from modules.text_files import real_path
 
-SUFFIXES = {".png", ".mp4", ".mkv", ".wav"}
+KINDS = {".png": "picture", ".mp4": "clip", ".mkv": "clip", ".wav": "sound"}  # by suffix
 DEEPEST = 8  # folders below a root
+MOST_FOLDERS = 50_000  # that are looked into
+MOST_RESULTS = 20_000  # the newest
+BIN = "reelsmith-bin"  # folder in a root that takes what is removed
 # folders that are not looked into
-CLOSED = {"sample", "cache", "node_modules"}
+CLOSED = {"sample", "cache", "compare", "node_modules", "reelsmith-queue", BIN}
+FRESH_SECONDS = 2.0  # a folder that changed so recently may change again without a new time
+LONGEST_TITLE = 80  # characters
 
 
 @dataclass(frozen=True)
@@ -22,43 +35,136 @@ class Result:
 
     path: Path
     changed: float  # when, in seconds since 1970
+    size_bytes: int
 
-    @property
+    @cached_property
     def id(self) -> str:
         return hashlib.blake2s(os.fsencode(self.path), digest_size=8).hexdigest()
 
     @property
     def address(self) -> str:
-        return f"/result/{self.id}{self.path.suffix}"
+        return f"/result/{self.id}{self.path.suffix.lower()}"
+
+    @property
+    def kind(self) -> str:
+        return KINDS[self.path.suffix.lower()]
+
+
+class _Folder(NamedTuple):
+    """The content of a folder when it was last listed."""
+
+    changed: int  # in nanoseconds
+    inner: Sequence[Path]
+    results: Sequence[Result]
+
+
+class ResultFolders:
+    """Find the results below the roots. A folder that has not changed is not listed again."""
+
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+        self._folders: dict[Path, _Folder] = {}
+        self._by_id: dict[str, Result] = {}
+
+    def list_all(self) -> list[Result]:
+        """Return the newest results in folders called `generated`, the newest first."""
+        folders: dict[Path, _Folder] = {}
+        for top in dict.fromkeys(self.runs.tops):
+            self._walk(top, DEEPEST, folders)
+        self._folders = folders
+        every = (result for folder in folders.values() for result in folder.results)
+        newest = heapq.nsmallest(
+            MOST_RESULTS, every, key=lambda result: (-result.changed, result.path.name, str(result.path))
+        )
+        self._by_id = {result.id: result for result in newest}
+        return newest
+
+    def find(self, id: str) -> Result | None:
+        """Return the result of this id, as its file is now; None if there is none below the roots."""
+        if id not in self._by_id:
+            self.list_all()
+        result = self._by_id.get(id)
+        if result is None or result.path.is_symlink() or not self.runs.is_inside(result.path):
+            return None
+        try:
+            status = result.path.stat()
+        except OSError:
+            return None
+        return Result(result.path, status.st_mtime, status.st_size)
+
+    def _walk(self, folder: Path, depth: int, folders: dict[Path, _Folder]) -> None:
+        """Add a folder and those below it. Links are not followed."""
+        if folder in folders or len(folders) >= MOST_FOLDERS:
+            return
+        try:
+            changed = folder.stat().st_mtime_ns
+            content = self._folders.get(folder)
+            if content is None or content.changed != changed:
+                content = _list_folder(folder, changed)
+        except OSError:
+            return
+        folders[folder] = content
+        for inner in content.inner if depth else ():
+            self._walk(inner, depth - 1, folders)
+
+
+def _list_folder(folder: Path, changed: int) -> _Folder:
+    """List a folder. changed: its time, before it is listed. Raises OSError."""
+    inner = []
+    results: list[Result] = []
+    is_of_results = folder.name == RESULTS
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            is_open = not entry.name.startswith(".") and entry.name not in CLOSED
+            if is_open and entry.is_dir(follow_symlinks=False):
+                inner.append(Path(entry.path))
+            elif is_open and is_of_results:
+                results += _read_entry(entry)
+    is_fresh = time.time() - changed / 1e9 < FRESH_SECONDS
+    return _Folder(-1 if is_fresh else changed, sorted(inner), results)
+
+
+def _read_entry(entry: "os.DirEntry[str]") -> Iterator[Result]:
+    """Yield the result that a file is, if it is one."""
+    stem, suffix = os.path.splitext(entry.name)  # noqa: PTH122 (a path takes ten times as long)
+    if suffix.lower() not in KINDS or stem.startswith("latent_preview") or stem.endswith("_progress"):
+        return
+    with contextlib.suppress(OSError):
+        if entry.is_file(follow_symlinks=False):
+            status = entry.stat(follow_symlinks=False)
+            yield Result(Path(entry.path), status.st_mtime, status.st_size)
 
 
 def list_results(runs: Runs) -> list[Result]:
     """Return all results in folders called `generated` below the roots, the newest first."""
-    results = {}
-    for top in dict.fromkeys(runs.tops):
-        for folder in _find_folders(top, DEEPEST):
-            for result in _list_folder(folder):
-                results[result.path] = result
-    return sorted(results.values(), key=lambda result: (-result.changed, str(result.path)))
+    return ResultFolders(runs).list_all()
 
 
-def _find_folders(folder: Path, depth: int) -> Iterator[Path]:
-    """Yield the folders of results at or below a folder. Links are not followed."""
-    if folder.name == RESULTS:
-        yield folder
-    if not depth:
-        return
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            is_open = not entry.name.startswith(".") and entry.name not in CLOSED
-            if is_open and entry.is_dir(follow_symlinks=False):
-                yield from _find_folders(Path(entry.path), depth - 1)
+def find_top(runs: Runs, path: Path) -> Path:
+    """Return the root that a file is below. Raises OutputError if it is below none."""
+    for top in runs.tops:
+        if real_path(path).is_relative_to(top):
+            return top
+    raise OutputError(f"{path} is not below the folders of this page")
 
 
-def _list_folder(folder: Path) -> Iterator[Result]:
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            path = Path(entry.path)
-            is_media = path.suffix.lower() in SUFFIXES and not path.stem.startswith("latent_preview")
-            if is_media and not path.stem.endswith("_progress") and entry.is_file(follow_symlinks=False):
-                yield Result(path, entry.stat(follow_symlinks=False).st_mtime)
+def move_to_bin(paths: Sequence[Path], root: Path) -> Path:
+    """Move files of a root into a new folder of its bin, under their paths from the root; return it.
+
+    Raises OutputError if one cannot be moved; those before it have been.
+    """
+    title = re.sub(r"[^\w.-]+", "_", paths[0].name)[:LONGEST_TITLE]
+    place = root / BIN
+    folder = place / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{title}"
+    number = 1
+    while os.path.lexists(folder):
+        number += 1
+        folder = folder.with_name(f"{folder.name}-{number}")
+    for path in paths:
+        with explain_errors(path):
+            if place.is_symlink():
+                raise OutputError(f"{place} is a link: make it a folder")
+            target = folder / path.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+    return folder

@@ -25,6 +25,7 @@ from browser.jobs import JobQueue, open_queue
 from browser.making import Maker
 from browser.new_pages import new_routes
 from browser.queue_views import compare_routes, queue_routes
+from browser.result_pages import result_routes
 from browser.runs import RUNNING, Glance, Runs
 from browser.site import Site
 from browser.views import HERE, POLICY, FileNotes, collect_news, file_of, list_page, mark_list, run_page
@@ -265,6 +266,7 @@ def make_app(
     routes = [
         Route("/", pages.guard(pages.show_list)),
         *new_routes(site),
+        *result_routes(site),
         *generate_routes(site),
         Route("/static/{name}", pages.guard(pages.show_static)),
         Route("/run/{id}/", pages.guard(pages.show_run)),
