@@ -34,7 +34,7 @@ from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
 from browser.making import Making
 from browser.recipes import RESULTS, Recipe, recipe_of_model, recipe_of_run
-from browser.results import Result, ResultFolders, find_top, move_to_bin
+from browser.results import LARGER, LAST_FRAME, Result, ResultFolders, find_top, move_to_bin
 from browser.runs import DIED, FINISHED, RUNNING, Glance
 from browser.settings_of import PREFIX, Remade, Settings, read_settings, remake, sample_line
 from browser.site import Site
@@ -42,6 +42,7 @@ from browser.views import HERE, POLICY, label_runs
 from contract.families import with_scripts
 from downloads.catalogue import model_sets
 from modules.atomic_write import write_bytes
+from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import video_frames
 from modules.media.writing import write_png
@@ -55,9 +56,7 @@ SEED_BITS = 32
 TOOL = "blissful_tuner/upscaler.py"
 UPSCALERS = "upscalers"  # folder in that of the models
 NETWORKS = (".pth", ".safetensors")
-LARGER = "_larger"  # behind the name of what was enlarged
 MOST_OF_PROMPTS = 1 << 20  # bytes of a prompt file
-LAST_FRAME = "_last"  # as --save_last_frame calls it
 SHORT = 160  # characters of a prompt in the list
 
 
@@ -162,6 +161,10 @@ class Plate:
         return text if len(text) <= SHORT else f"{text[:SHORT].rstrip()} …"
 
     @property
+    def name(self) -> str:
+        return escape_control_codes(self.result.path.name)
+
+    @property
     def loras(self) -> str:
         loras = () if self.settings is None else self.settings.loras
         return ", ".join(f"{Path(lora.name).stem} {lora.strength}" for lora in loras)
@@ -187,9 +190,9 @@ class Plate:
         return f"{datetime.fromtimestamp(self.result.changed):%H:%M}"
 
 
-def name_day(changed: float, today: date) -> str:
+def name_day(seconds: float, today: date) -> str:
     """Return the day of a result in words."""
-    day = datetime.fromtimestamp(changed).date()
+    day = datetime.fromtimestamp(seconds).date()
     if day == today:
         return "Today"
     if day == today - timedelta(days=1):
@@ -354,7 +357,7 @@ class ResultPages:
         today = date.today()
         days: list[list[Any]] = []
         for result in chosen:
-            label = name_day(result.changed, today)
+            label = name_day(result.shown_at, today)
             if not days or days[-1][0] != label:
                 days.append([label, 0])
             days[-1][1] += 1
@@ -641,7 +644,7 @@ class ResultPages:
         """Return the line for a prompt file, and the files that may take it."""
         line = ""
         files: list[tuple[Path, str, str]] = []
-        problem = error
+        problem = ""
         try:
             settings = self.require_settings(result)
             line = sample_line(settings)
@@ -649,7 +652,7 @@ class ResultPages:
                 content = _read_or_nothing(path)
                 files.append((path, mark_bytes(content), (content or b"").decode("utf-8", "replace")))
         except (UserError, OSError, ValueError) as reason:
-            problem = problem or str(reason)
+            problem = str(reason)
         return self.answer_sheet("sample", result, error, problem=problem, line=line, files=files)
 
     def add_sample(self, result: Result, form: Form) -> Response:

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +25,9 @@ MOST_RESULTS = 20_000  # the newest
 BIN = "reelsmith-bin"  # folder in a root that takes what is removed
 # folders that are not looked into
 CLOSED = {"sample", "cache", "compare", "node_modules", "reelsmith-queue", BIN}
+LARGER = "_larger"  # behind the name of what was enlarged
+LAST_FRAME = "_last"  # as --save_last_frame calls it
+MADE_FROM = re.compile(rf"(.+?)(?:{LARGER}|{LAST_FRAME})(?:-\d+)?")
 FRESH_SECONDS = 2.0  # a folder that changed so recently may change again without a new time
 LONGEST_TITLE = 80  # characters
 
@@ -36,6 +39,7 @@ class Result:
     path: Path
     changed: float  # when, in seconds since 1970
     size_bytes: int
+    shown_at: float = 0.0  # its time in the list: that of the file that it was made from
 
     @cached_property
     def id(self) -> str:
@@ -74,7 +78,7 @@ class ResultFolders:
         self._folders = folders
         every = (result for folder in folders.values() for result in folder.results)
         newest = heapq.nsmallest(
-            MOST_RESULTS, every, key=lambda result: (-result.changed, result.path.name, str(result.path))
+            MOST_RESULTS, every, key=lambda result: (-result.shown_at, result.path.name, str(result.path))
         )
         self._by_id = {result.id: result for result in newest}
         return newest
@@ -90,7 +94,7 @@ class ResultFolders:
             status = result.path.stat()
         except OSError:
             return None
-        return Result(result.path, status.st_mtime, status.st_size)
+        return Result(result.path, status.st_mtime, status.st_size, shown_at=result.shown_at)
 
     def _walk(self, folder: Path, depth: int, folders: dict[Path, _Folder]) -> None:
         """Add a folder and those below it. Links are not followed."""
@@ -121,7 +125,18 @@ def _list_folder(folder: Path, changed: int) -> _Folder:
             elif is_open and is_of_results:
                 results += _read_entry(entry)
     is_fresh = time.time() - changed / 1e9 < FRESH_SECONDS
-    return _Folder(-1 if is_fresh else changed, sorted(inner), results)
+    return _Folder(-1 if is_fresh else changed, sorted(inner), _put_beside(results))
+
+
+def _put_beside(results: Sequence[Result]) -> list[Result]:
+    """Return results with their times in the list: a larger one and a last frame follow the original."""
+    times = {result.path.stem: result.changed for result in results}
+    placed = []
+    for result in results:
+        match = MADE_FROM.fullmatch(result.path.stem)
+        original = times.get(match[1]) if match is not None else None
+        placed.append(replace(result, shown_at=result.changed if original is None else original))
+    return placed
 
 
 def _read_entry(entry: "os.DirEntry[str]") -> Iterator[Result]:

@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "project": GROUND | {"dataset", "data_tools.report", "downloads", "training"},
     "browser": GROUND
     | {"training.reports", "training.config_options", "downloads.catalogue", "downloads.listing"}
-    | {"project.options", "project.fitting", "generation.prompt_lines", "generation.script_options"},
+    | {"project.options", "project.fitting", "generation.prompt_lines", "generation.script_options"}
+    | {"generation.options"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {

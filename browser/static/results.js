@@ -105,9 +105,10 @@
   async function load(part) {
     part.stop?.abort();
     part.stop = new AbortController();
-    const answer = await fetch(`${address}/part?${query({ from: part.from, count: part.size })}`, { signal: part.stop.signal }).catch(() => null);
-    if (!answer?.ok || !part.isIn) return;
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const text = await fetch(`${address}/part?${query({ from: part.from, count: part.size })}`, { signal: part.stop.signal })
+      .then((answer) => answer.ok ? answer.text() : null).catch(() => null); // it left the view, or the server is gone
+    if (text === null || !part.isIn) return;
+    const page = new DOMParser().parseFromString(text, "text/html");
     const list = part.querySelector("ol") ?? page.querySelector("ol").cloneNode(false);
     const plates = [...page.querySelectorAll(".plate")].map((plate) => {
       const old = document.getElementById(plate.id);
@@ -182,8 +183,10 @@
 
   async function openSheet(plate, what) {
     const answer = await fetch(`${address}/${plate.dataset.id}/${what}`);
-    showSheet(answer.ok ? await answer.text() : `<h2 id="sheet-title">Gone</h2><p>This file is not there any more.</p><p class="ask"><button type="button" data-close>Close</button></p>`);
+    showSheet(answer.ok ? await answer.text() : `<h2 id="sheet-title" tabindex="-1">Gone</h2><p>This file is not there any more.</p><p class="ask"><button type="button" data-close>Close</button></p>`);
     if (!sheet.open) sheet.showModal();
+    document.getElementById("sheet-title").focus();
+    sheet.scrollTo(0, 0);
   }
 
   function showSheet(text) {
@@ -232,10 +235,15 @@
     if (!name) return;
     plate.commands ??= fetch(`${address}/${plate.dataset.id}/commands`).then((answer) => answer.json());
     const commands = await plate.commands.catch(() => ({}));
-    const line = plate.querySelector(".types");
-    line.textContent = commands[name] ?? "";
-    line.hidden = !line.textContent;
+    if (button.matches(":hover, :focus")) showTyped(commands[name] ?? "");
   });
+  for (const kind of ["focusout", "pointerout"]) shelf.addEventListener(kind, () => showTyped(""));
+
+  function showTyped(text) {
+    const line = document.getElementById("types");
+    line.textContent = text;
+    line.hidden = !text;
+  }
 
   // ---- arrow keys move between plates
   shelf.addEventListener("keydown", (event) => {
