@@ -20,6 +20,10 @@ from tests.commands import run_script
 from tests.tiny.post_upscaling import write_rrdb
 
 DAY = 86_400
+NAMES = "[...document.querySelectorAll('#shelf .plate')].map((one) => one.dataset.name)"
+# what the fields of the form hold that take a picture
+PICTURES = "['start', 'references', 'redraw']"
+PICTURES += ".map((name) => document.querySelector(`#make [name=${name}]`)?.value)"
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def focused(page: Any) -> list[str]:
 def test_plates_stand_by_day_with_their_settings(page: Any, root: Path) -> None:
     assert page.locator("#shelf .day").count() == 2
     assert page.locator("#shelf .day").first.inner_text() == "Today"
-    names = page.evaluate("[...document.querySelectorAll('#shelf .plate')].map((one) => one.dataset.name)")
+    names = page.evaluate(NAMES)
     assert names == ["clip.mp4", "b.png", "c.png", "foreign.png", "a.png"]
     text = plate(page, "b.png").inner_text()
     for word in ('a "red" square', "96 x 64", "seed 8", "own-step00000002 0.75"):
@@ -157,13 +161,12 @@ def test_chosen_ones_are_laid_over_each_other(page: Any) -> None:
 
 
 def test_start_from_this_fills_the_form(page: Any, root: Path) -> None:
-    value = "['start', 'references', 'redraw'].map((name) => document.querySelector(`#make [name=${name}]`)?.value)"
     press(page, "b.png", "start from this")
     path = str(root / "generated" / "b.png")
-    wait_until(page, f"{value}.includes({path!r})")
+    wait_until(page, f"{PICTURES}.includes({path!r})")
     press(page, "clip.mp4", "start from this")
     path = str(root / "generated" / "clip_last.png")
-    wait_until(page, f"{value}.includes({path!r})")
+    wait_until(page, f"{PICTURES}.includes({path!r})")
     assert int(read_image(Path(path)).mean()) > 210
     assert "stands in the form" in plate(page, "clip.mp4").locator(".answer").inner_text()
 
@@ -171,9 +174,8 @@ def test_start_from_this_fills_the_form(page: Any, root: Path) -> None:
 def test_an_address_fills_the_form_too(page: Any, served: Served, root: Path) -> None:
     id = plate(page, "c.png").get_attribute("data-id")
     page.goto(f"{served.url}/generate?from={id}")
-    value = "['start', 'references', 'redraw'].map((name) => document.querySelector(`#make [name=${name}]`)?.value)"
     path = str(root / "generated" / "c.png")
-    wait_until(page, f"{value}.includes({path!r})")
+    wait_until(page, f"{PICTURES}.includes({path!r})")
 
 
 def test_the_dialog_of_a_sample_prompt(page: Any, root: Path) -> None:
@@ -316,9 +318,7 @@ def test_again_and_larger_by_clicks(tmp_path: Path) -> None:
         assert read_tags(larger)["post_1"].startswith("upscaler")
         page.locator("#sheet [data-close]").click()
         wait_until(page, "document.querySelectorAll('#shelf .plate').length === 3")
-        names = page.evaluate(
-            "[...document.querySelectorAll('#shelf .plate')].map((one) => one.dataset.name)"
-        )
+        names = page.evaluate(NAMES)
         assert abs(names.index(larger.name) - names.index(original.name)) == 1
         assert "afterwards: upscaler" in plate(page, larger.name).inner_text()
         assert page.problems == []
