@@ -49,8 +49,14 @@ def served(root: Path) -> Iterator[Served]:
 @pytest.fixture
 def page(served: Served) -> Iterator[Any]:
     with open_page(f"{served.url}/generate") as page:
-        wait_until(page, "document.querySelectorAll('#shelf .plate').length === 5")
+        wait_for_plates(page, 5)
         yield page
+
+
+def wait_for_plates(page: Any, count: int) -> None:
+    """Wait until so many plates are in view."""
+    page.evaluate("document.getElementById('results').scrollIntoView()")
+    wait_until(page, f"document.querySelectorAll('#shelf .plate').length === {count}")
 
 
 def plate(page: Any, name: str) -> Any:
@@ -88,18 +94,18 @@ def test_plates_stand_by_day_with_their_settings(page: Any, root: Path) -> None:
 
 def test_search_and_filters_keep_what_fits(page: Any) -> None:
     page.get_by_label("Find results").fill("foreign")
-    wait_until(page, "document.querySelectorAll('#shelf .plate').length === 1")
+    wait_for_plates(page, 1)
     page.get_by_label("Find results").fill("moving")
-    wait_until(page, "document.querySelectorAll('#shelf .plate').length === 3")
+    wait_for_plates(page, 3)
     page.get_by_label("Find results").fill("")
     page.get_by_label("Kind of results").select_option("clip")
-    wait_until(page, "document.querySelectorAll('#shelf .plate').length === 1")
+    wait_for_plates(page, 1)
     page.get_by_label("Kind of results").select_option("")
     page.get_by_label("Family of results").select_option("wan t2v-1.3B")
-    wait_until(page, "document.querySelectorAll('#shelf .plate').length === 3")
+    wait_for_plates(page, 3)
     page.get_by_label("Family of results").select_option("")
     page.get_by_label("Run of results").select_option("own")
-    wait_until(page, "document.querySelectorAll('#shelf .plate').length === 3")
+    wait_for_plates(page, 3)
     page.get_by_label("Find results").fill("nothing at all")
     wait_until(page, "document.getElementById('shelf').innerText.startsWith('None of them')")
     assert page.problems == []
@@ -121,7 +127,7 @@ def test_keys_move_open_and_close_and_the_focus_stays(page: Any, root: Path) -> 
     assert focused(page)[0] == "b.png"
     plate(page, "b.png").get_by_role("button", name="compare").focus()
     write_file(root / "generated" / "new.png", age=0)
-    wait_until(page, "document.querySelectorAll('#shelf .plate').length === 6")
+    wait_for_plates(page, 6)
     assert focused(page) == ["b.png", "compare"]
     page.keyboard.press("ArrowDown")
     assert focused(page)[0] == "a.png"
@@ -206,7 +212,7 @@ def test_remove_asks_back(page: Any, root: Path) -> None:
     assert (root / "generated" / "c.png").exists()
     press(page, "c.png", "remove")
     page.get_by_role("button", name="Put it into the bin").click()
-    wait_until(page, "document.querySelectorAll('#shelf .plate').length === 4")
+    wait_for_plates(page, 4)
     assert not (root / "generated" / "c.png").exists()
     assert page.problems == []
 
@@ -252,7 +258,7 @@ def test_prompts_and_names_run_nothing(tmp_path: Path) -> None:
     tags = {**TAGS, "bt_prompt": text, "bt_lora_0": f"{text}.safetensors: 1", "bt_task": text}
     write_file(tmp_path / "generated" / "<img src=x onerror=alert(3)>.png", tags)
     with serve_runs(tmp_path) as served, open_page(f"{served.url}/generate") as page:
-        wait_until(page, "document.querySelectorAll('#shelf .plate').length === 1")
+        wait_for_plates(page, 1)
         page.locator("#shelf .plate a.shown").click()
         page.wait_for_selector("#sheet[open]")
         assert text in page.locator("#sheet").inner_text()
@@ -267,7 +273,7 @@ def test_prompts_and_names_run_nothing(tmp_path: Path) -> None:
 
 def test_read_only_shows_and_changes_nothing(root: Path) -> None:
     with serve_runs(root, read_only=True) as served, open_page(f"{served.url}/generate") as page:
-        wait_until(page, "document.querySelectorAll('#shelf .plate').length === 5")
+        wait_for_plates(page, 5)
         buttons = {button.inner_text() for button in page.locator("#shelf button").all()}
         assert buttons == {"compare", "settings"}
 
@@ -300,7 +306,7 @@ def test_again_and_larger_by_clicks(tmp_path: Path) -> None:
         serve_runs(root, models=root / "models") as served,
         open_page(f"{served.url}/generate") as page,
     ):
-        wait_until(page, "document.querySelectorAll('#shelf .plate').length === 1")
+        wait_for_plates(page, 1)
         press(page, original.name, "again")
         [again] = [path for path in wait_for_files(made, 2) if path != original]
         assert frames_of(again).tobytes() == frames_of(original).tobytes()
@@ -317,7 +323,7 @@ def test_again_and_larger_by_clicks(tmp_path: Path) -> None:
         assert read_tags(larger)["bt_prompt"] == "a red square"
         assert read_tags(larger)["post_1"].startswith("upscaler")
         page.locator("#sheet [data-close]").click()
-        wait_until(page, "document.querySelectorAll('#shelf .plate').length === 3")
+        wait_for_plates(page, 3)
         names = page.evaluate(NAMES)
         assert abs(names.index(larger.name) - names.index(original.name)) == 1
         assert "afterwards: upscaler" in plate(page, larger.name).inner_text()
