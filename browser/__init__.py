@@ -9,6 +9,9 @@ jobs: command lines of a text file, run one after another
 launch: a line to a program; its processes started, interrupted, outlasted
 options: options of run_browser.py: folders, address, token
 queue_views: pages of queue and comparison, their buttons
+result_pages: results of Generate part by part, their buttons
+results: find results of all days, remove them
+settings_of: settings in a result, and the wish that they make
 runs: find runs by their histories, tell each at a glance
 server: routes, and what a request must have to pass
 start: serve pages or export one; show the address

@@ -36,7 +36,7 @@ from browser.making import Making
 from browser.recipes import RESULTS, Recipe, recipe_of_model, recipe_of_run
 from browser.results import LARGER, LAST_FRAME, Result, ResultFolders, find_top, move_to_bin
 from browser.runs import DIED, FINISHED, RUNNING, Glance
-from browser.settings_of import PREFIX, Remade, Settings, read_settings, remake, sample_line
+from browser.settings_of import PREFIX, Remade, ResultSettings, read_settings, remake, sample_line
 from browser.site import Site
 from browser.views import HERE, POLICY, label_runs
 from contract.families import with_scripts
@@ -63,7 +63,7 @@ SHORT = 160  # characters of a prompt in the list
 class Read(NamedTuple):
     """What was read of a file. problem: why nothing could be read."""
 
-    settings: Settings | None
+    settings: ResultSettings | None
     problem: str = ""
 
 
@@ -108,7 +108,7 @@ class SettingsCache:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ResultChoice:
     """What the fields above the results hold."""
 
     words: Sequence[str] = ()  # all must be in the name or the prompts
@@ -119,7 +119,7 @@ class Choice:
     def needs_settings(self) -> bool:
         return bool(self.words or self.model or self.run)
 
-    def keeps(self, result: Result, settings: Settings | None) -> bool:
+    def keeps(self, result: Result, settings: ResultSettings | None) -> bool:
         """Return whether a result is shown."""
         if self.kind and result.kind != self.kind:
             return False
@@ -135,7 +135,7 @@ class Choice:
         return all(word in text for word in self.words)
 
 
-def _is_of_run(result: Result, settings: Settings | None, run: Glance) -> bool:
+def _is_of_run(result: Result, settings: ResultSettings | None, run: Glance) -> bool:
     """Return whether a result lies in the folder of a run, or was made with one of its files."""
     if result.path.is_relative_to(run.history.parent):
         return True
@@ -149,7 +149,7 @@ class Plate:
     """What the page shows of a result."""
 
     result: Result
-    settings: Settings | None
+    settings: ResultSettings | None
     problem: str  # why nothing can be read of the file
     job: Job | None  # that makes it larger
 
@@ -214,7 +214,7 @@ class Remaker:
         self.site = site
         self.folders = folders
 
-    def remake(self, result: Result, settings: Settings, seed: str) -> Remade:
+    def remake(self, result: Result, settings: ResultSettings, seed: str) -> Remade:
         """Return what makes a result again. seed: the one to take. Raises OptionError if nothing can."""
         reasons = []
         save_path = str(self.site.runs.tops[0] / RESULTS)
@@ -234,7 +234,7 @@ class Remaker:
             raise OptionError(f"No run and no released model here makes {settings.model}.")
         raise OptionError(reasons[0])
 
-    def list_candidates(self, result: Result, settings: Settings) -> Iterator[Candidate]:
+    def list_candidates(self, result: Result, settings: ResultSettings) -> Iterator[Candidate]:
         """Yield recipes of the family: of the run that the result is of, of others, of released models."""
         names = {lora.name for lora in settings.loras}
 
@@ -324,9 +324,9 @@ class ResultPages:
 
     # --- the list
 
-    def read_choice(self, query: Mapping[str, str]) -> Choice:
+    def read_choice(self, query: Mapping[str, str]) -> ResultChoice:
         run = self.site.runs.find(query["of"]) if query.get("of") else None
-        return Choice(
+        return ResultChoice(
             words=query.get("find", "").lower().split(),
             kind=query.get("kind", ""),
             model=query.get("model", ""),
@@ -431,7 +431,7 @@ class ResultPages:
             return answer_gone()
         return answer_file(result.path)
 
-    def require_settings(self, result: Result) -> Settings:
+    def require_settings(self, result: Result) -> ResultSettings:
         """Return all settings of a file, read now. Raises OptionError if it has none, MediaError, OSError."""
         settings = read_settings(result.path)
         if settings is None:
@@ -506,7 +506,7 @@ class ResultPages:
     def make_other(self, result: Result, _: Form) -> Response:
         return self.add_making(result, self.require_settings(result), str(secrets.randbits(SEED_BITS)))
 
-    def add_making(self, result: Result, settings: Settings, seed: str) -> Response:
+    def add_making(self, result: Result, settings: ResultSettings, seed: str) -> Response:
         """Give the wish of a result to the Maker. Raises OptionError or OutputError if it takes none."""
         remade = self.remaker.remake(result, settings, seed)
         missing = [word for word in _list_files(remade) if not (remade.folder / word).exists()]

@@ -52,7 +52,7 @@ class NamedLora(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Settings:
+class ResultSettings:
     """What a file of ours says of how it was made."""
 
     values: Mapping[str, str]  # by the names of metadata, without their prefix
@@ -111,13 +111,13 @@ class Settings:
         rows += [(name, text) for name, text in self.values.items() if name not in first]
         return rows
 
-    def shortened(self) -> "Settings":
+    def shortened(self) -> "ResultSettings":
         """Return the same with texts that a list can keep of thousands of files."""
         values = {name: shorten(text, MOST_KEPT) for name, text in [*self.values.items()][:MOST_TAGS]}
         return replace(self, values=values, loras=self.loras[:99], done=[*self.done][:99])
 
 
-def read_settings(path: Path) -> Settings | None:
+def read_settings(path: Path) -> ResultSettings | None:
     """Return the settings that a file holds; None if it is not of this program, or was made without them.
 
     Raises MediaError or OSError if it cannot be read.
@@ -125,7 +125,7 @@ def read_settings(path: Path) -> Settings | None:
     return settings_of_tags(read_tags(path))
 
 
-def settings_of_tags(tags: Mapping[str, str]) -> Settings | None:
+def settings_of_tags(tags: Mapping[str, str]) -> ResultSettings | None:
     """Return the settings in the texts of a file; see `read_settings`."""
     values = {}
     loras: dict[tuple[str, int], NamedLora] = {}
@@ -146,7 +146,7 @@ def settings_of_tags(tags: Mapping[str, str]) -> Settings | None:
             values[name] = text.replace("\\n", "\n")  # as metadata of one line have a line break
     if "prompt" not in values or "seeds" not in values or "model_type" not in values:
         return None
-    return Settings(
+    return ResultSettings(
         values=values,
         loras=[loras[place] for place in sorted(loras)],
         done=[done[number] for number in sorted(done)],
@@ -220,7 +220,7 @@ FindFile = Callable[[str], str]  # returns the path of a file by its name; raise
 
 
 def remake(
-    settings: Settings,
+    settings: ResultSettings,
     recipe: Recipe,
     seed: str,
     save_path: str,
@@ -261,7 +261,7 @@ def remake(
     )
 
 
-def _fix_options(settings: Settings, recipe: Recipe) -> dict[str, Any]:
+def _fix_options(settings: ResultSettings, recipe: Recipe) -> dict[str, Any]:
     """Return the options of the model, with what the settings say of them. Raises OptionError."""
     options = script_options(recipe.family)
     names = {flag: name for name, option in options.items() for flag in option.flags}
@@ -299,7 +299,7 @@ def _fix_options(settings: Settings, recipe: Recipe) -> dict[str, Any]:
     return fixed
 
 
-def _check_task(settings: Settings, recipe: Recipe, options: Mapping[str, ScriptOption]) -> None:
+def _check_task(settings: ResultSettings, recipe: Recipe, options: Mapping[str, ScriptOption]) -> None:
     """Raise OptionError if the recipe is for another family or task."""
     if settings.family != recipe.family:
         raise OptionError(f"It was made with {settings.model}.")
@@ -335,7 +335,7 @@ def _has_folder(words: Sequence[str]) -> bool:
 
 
 def _read_line(
-    settings: Settings, recipe: Recipe, seed: str, find_media: FindFile
+    settings: ResultSettings, recipe: Recipe, seed: str, find_media: FindFile
 ) -> dict[str, str | list[str]]:
     """Return the options of a prompt line that the settings stand for. Raises OptionError."""
     options = script_options(recipe.family)
@@ -387,7 +387,7 @@ SAMPLE_LETTERS = {
 }
 
 
-def sample_line(settings: Settings) -> str:
+def sample_line(settings: ResultSettings) -> str:
     """Return the line of a prompt file that samples these settings. Raises OptionError if no line can."""
     prompt = " ".join(settings.get("prompt").split())
     letters = dict(SAMPLE_LETTERS)

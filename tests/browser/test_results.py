@@ -23,7 +23,7 @@ from browser.results import MADE_FROM, ResultFolders, list_results, move_to_bin
 from browser.runs import Runs
 from browser.settings_of import (
     Remade,
-    Settings,
+    ResultSettings,
     find_family,
     read_settings,
     remake,
@@ -278,7 +278,7 @@ def test_the_line_of_a_prompt_file() -> None:
 @pytest.mark.parametrize("prompt", ["a cat --w 9", "--w 9", "# no prompt", "  "])
 def test_prompts_that_no_line_can_hold_are_refused(prompt: str) -> None:
     with pytest.raises(OptionError):
-        sample_line(Settings({"prompt": prompt, "seeds": "1"}, [], []))
+        sample_line(ResultSettings({"prompt": prompt, "seeds": "1"}, [], []))
 
 
 def test_a_line_is_added_once_and_every_other_byte_stays(tmp_path: Path) -> None:
