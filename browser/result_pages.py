@@ -200,6 +200,16 @@ def name_day(seconds: float, today: date) -> str:
     return f"{day.day} {day:%B %Y}"
 
 
+def count_days(results: Sequence[Result]) -> list[tuple[str, int]]:
+    """Return each day of a list with the number of its results."""
+    today = date.today()
+    counts: dict[str, int] = {}
+    for result in results:
+        label = name_day(result.shown_at, today)
+        counts[label] = counts.get(label, 0) + 1
+    return [*counts.items()]
+
+
 class Candidate(NamedTuple):
     """A recipe that may be that of a result, and the run that it is from, if it is one."""
 
@@ -285,9 +295,9 @@ class Remaker:
                 for text in value if isinstance(value, list) else [value]:
                     if Path(str(text)).name == name and Path(making.folder, str(text)).is_file():
                         return str(text)
-        for other in self.folders.list_all():
-            if other.path.name == name:
-                return str(other.path)
+        for candidate in self.folders.list_all():
+            if candidate.path.name == name:
+                return str(candidate.path)
         raise OptionError(f"{name}, which it began from, is not among the results. Choose it in the form.")
 
     def find_making(self, result: Result) -> Making | None:
@@ -354,21 +364,11 @@ class ResultPages:
         """
         query = request.query_params
         results, chosen, unread = self.choose(query)
-        today = date.today()
-        days: list[list[Any]] = []
-        for result in chosen:
-            label = name_day(result.shown_at, today)
-            if not days or days[-1][0] != label:
-                days.append([label, 0])
-            days[-1][1] += 1
-        models = set()
-        for result in results:
-            read = self.cache.peek(result)
-            if read is not None and read.settings is not None:
-                models.add(read.settings.model)
+        days = count_days(chosen)
+        models = self.list_models(results)
         jobs = [(path, job.state) for path, job in self.find_larger().items()]
         files = [(result.id, result.changed) for result in chosen]
-        text = repr((files, days, unread, sorted(models), sorted(jobs), len(results)))
+        text = repr((files, days, unread, models, sorted(jobs), len(results)))
         mark = hashlib.blake2s(text.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
         if query.get("have") == mark:
             return Response(status_code=204)
@@ -381,10 +381,19 @@ class ResultPages:
             "chosen": len(chosen),
             "unread": unread,
             "days": days,
-            "models": sorted(models),
+            "models": models,
             "runs": [[run.id, label] for run, label in runs],
         }
         return answer_json(answer)
+
+    def list_models(self, results: Sequence[Result]) -> list[str]:
+        """Return the models of all results that have been read."""
+        models = set()
+        for result in results:
+            read = self.cache.peek(result)
+            if read is not None and read.settings is not None:
+                models.add(read.settings.model)
+        return sorted(models)
 
     def show_part(self, request: Request) -> Response:
         """Return the plates of some results. query: that of `read_choice`, and `from` and `count`."""
@@ -468,8 +477,8 @@ class ResultPages:
             settings = self.require_settings(result)
             remade = self.remaker.remake(result, settings, settings.get("seeds"))
             commands["again"] = shlex.join(remade.command)
-            other = self.remaker.remake(result, settings, "SEED")
-            commands["other"] = shlex.join(other.command)
+            remade = self.remaker.remake(result, settings, "SEED")
+            commands["other"] = shlex.join(remade.command)
         except (UserError, OSError) as error:
             commands |= dict.fromkeys(("again", "other"), str(error))
         networks = self.list_networks()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from browser.recipes import LORA, STRENGTHS, Recipe, UsedLora, Wish, flag_of
 from contract.families import HIGH_NOISE, with_scripts
 from generation.options import GenerationOptions, generation_parser
-from generation.prompt_lines import find_option
+from generation.prompt_lines import find_option, read_path
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.installation import import_own
@@ -194,12 +194,14 @@ def script_options(family: str) -> Mapping[str, ScriptOption]:
     for action in parser._actions:
         flags = [flag for flag in action.option_strings if flag.startswith("--")]
         if flags and action.dest not in refused:
-            kind = facts.get(action.dest, {}).get("record")
+            option_facts = facts.get(action.dest, {})
+            kind = option_facts.get("record")
+            reaches_out = "reach" in option_facts  # it writes somewhere, or imports something
             options[action.dest] = ScriptOption(
                 flags=flags,
                 num_words=action.nargs,
                 default=action.default,
-                is_recorded=action.dest in facts and kind not in ("request", "nothing"),
+                is_recorded=action.dest in facts and kind not in ("request", "nothing") and not reaches_out,
             )
     return options
 
@@ -264,39 +266,52 @@ def remake(
 def _fix_options(settings: ResultSettings, recipe: Recipe) -> dict[str, Any]:
     """Return the options of the model, with what the settings say of them. Raises OptionError."""
     options = script_options(recipe.family)
-    names = {flag: name for name, option in options.items() for flag in option.flags}
     _check_task(settings, recipe, options)
-    fixed: dict[str, Any] = {}
-    for flag, fixed_words in recipe.fixed.items():
-        name = names.get(flag, "")
-        if name.startswith("lora_") and name.endswith(HIGH_NOISE):
-            continue
-        option = options.get(name)
-        is_given = name in settings.values or name == "task"
-        if option is None or is_given or not option.is_recorded or _is_line_option(name, recipe):
-            fixed[flag] = list(fixed_words) or True
-    by_name = {names[flag]: flag for flag in fixed if flag in names}
+    fixed = _keep_fixed(settings, recipe, options)
+    names = {flag: name for name, option in options.items() for flag in option.flags}
+    flags = {names[flag]: flag for flag in fixed if flag in names}
     for name, text in settings.values.items():
         option = options.get(name)
         is_apart = name in APART or name in KEYS or name.startswith("original_")
         if option is None or is_apart or not option.is_recorded or _is_line_option(name, recipe):
             continue
-        flag = by_name.get(name, option.flags[0])
-        words: Any = fixed.get(flag)
-        is_there = words is not None and _is_equal(words, text)
-        is_usual = words is None and _is_equal([str(option.default)], text)
-        if is_there or is_usual:
-            continue
-        if FILE_NAME.fullmatch(text) or (isinstance(words, list) and _has_folder(words)):
-            raise OptionError(f"It was made with {text} ({option.flags[0]}).")
-        fixed.pop(flag, None)
-        if text == "False":
-            continue
-        if option.num_words == 0:
-            fixed[flag] = True
-        else:
-            fixed[flag] = [text] if option.num_words is None else shlex.split(text)
+        flag = flags.get(name, option.flags[0])
+        words = fixed.get(flag)
+        present = [str(option.default)] if words is None else words
+        if not _is_equal(present, text):
+            _set_option(fixed, flag, option, text)
     return fixed
+
+
+def _keep_fixed(
+    settings: ResultSettings, recipe: Recipe, options: Mapping[str, ScriptOption]
+) -> dict[str, Any]:
+    """Return the options of a recipe without those that the file was made without."""
+    names = {flag: name for name, option in options.items() for flag in option.flags}
+    fixed: dict[str, Any] = {}
+    for flag, words in recipe.fixed.items():
+        name = names.get(flag, "")
+        option = options.get(name)
+        is_lora = name.startswith("lora_") and name.endswith(HIGH_NOISE)
+        is_said = name in settings.values or name == "task"
+        is_apart = option is None or not option.is_recorded or _is_line_option(name, recipe)
+        if (is_said or is_apart) and not is_lora:
+            fixed[flag] = list(words) or True
+    return fixed
+
+
+def _set_option(fixed: dict[str, Any], flag: str, option: ScriptOption, text: str) -> None:
+    """Set an option to what the settings say. Raises OptionError for files: their folders are not known."""
+    words = fixed.pop(flag, None)
+    is_file = isinstance(words, list) and _has_folder(words)
+    if is_file or FILE_NAME.fullmatch(text) or _has_folder([text]):
+        raise OptionError(f"It was made with {shorten(text, 200)} ({flag}).")
+    if text == "False":
+        return
+    if option.num_words == 0:
+        fixed[flag] = True
+    else:
+        fixed[flag] = [text] if option.num_words is None else shlex.split(text)
 
 
 def _check_task(settings: ResultSettings, recipe: Recipe, options: Mapping[str, ScriptOption]) -> None:
@@ -344,17 +359,18 @@ def _read_line(
         key = KEYS.get(name, name)
         if name in APART or name.startswith("original_"):
             continue
+        line_option = find_option(key, recipe.defaults.line_options)
         is_there = key in SIDES or key in options or key in recipe.defaults.extras
-        if not is_there or find_option(key, recipe.defaults.line_options) is None:
+        if not is_there or line_option is None:
             continue
         option = options.get(key)
         flags = [] if option is None else option.flags
         is_usual = option is not None and _is_equal([str(option.default)], text)
         if is_usual and not any(flag in recipe.fixed for flag in flags) and key not in SIDES:
             continue
-        if key in MEDIA:
-            paths = [find_media(part) for part in text.split("\n") if part]
-            line[key] = paths if key == "control_image_path" else paths[0]
+        if key in MEDIA or line_option.read is read_path:
+            paths = [find_media(part) for part in text.split("\n")]
+            line[key] = paths if line_option.repeats else paths[0]
         else:
             line[key] = text
     line["seed"] = seed

@@ -258,6 +258,31 @@ def test_no_other_model_stands_in(changes: dict[str, str], word: str) -> None:
         remade_of({**TAGS, **changes}, recipe_of())
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("save_path", "/tmp/elsewhere"),
+        ("console_log_file", "log"),
+        ("config_file", "x"),
+        ("from_file", "x"),
+        ("interactive", "True"),
+        ("lora_weight", "x"),
+        ("prompt_rewrite", "x"),
+    ],
+)
+def test_a_hostile_file_sets_nothing_that_reaches_out(name: str, text: str) -> None:
+    plain, changed = (remade_of({**TAGS, **more}, recipe_of()) for more in ({}, {f"bt_{name}": text}))
+    assert changed.command == plain.command
+    assert changed.session == plain.session
+    assert changed.request == plain.request
+
+
+@pytest.mark.parametrize("name", ["t5", "slg_layers", "attn_mode"])
+def test_a_hostile_file_names_no_folder(name: str) -> None:
+    with pytest.raises(OptionError, match="It was made with"):
+        remade_of({**TAGS, f"bt_{name}": "/etc/passwd"}, recipe_of())
+
+
 def test_pictures_that_it_began_from_and_loras_of_experts_are_named() -> None:
     tags = {**TAGS, "bt_image_path": "first.png", "bt_lora_high_noise_0": "h.safetensors: 0.5"}
     remade = remade_of(tags, recipe_of())
