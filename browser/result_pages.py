@@ -30,6 +30,7 @@ from browser.answers import (
 )
 from browser.captions import mark_bytes
 from browser.described import PROMPTS_FILE, ChangedMeanwhileError, read_described
+from browser.errands import errand_name
 from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
 from browser.making import Making
@@ -40,7 +41,8 @@ from browser.settings_of import PREFIX, Remade, ResultSettings, read_settings, r
 from browser.site import Site
 from browser.views import HERE, POLICY, label_runs
 from contract.families import with_scripts
-from downloads.catalogue import model_sets
+from downloads.catalogue import ModelSet, model_sets
+from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import write_bytes
 from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, UserError
@@ -48,12 +50,14 @@ from modules.media.reading import video_frames
 from modules.media.writing import write_png
 from modules.pages.page import render_page
 from modules.text_files import read_content
+from project.options import MODELS
 
 PART = 24  # results that are shown at once: full rows of one, two, three and four
 READ_SECONDS = 0.3  # in which settings are read for one answer, of files that were not read before
 MOST_READ = 50_000  # results whose settings are in memory
 SEED_BITS = 32
 TOOL = "blissful_tuner/upscaler.py"
+LOAD = "upscaler"  # kind of an errand
 UPSCALERS = "upscalers"  # folder in that of the models
 NETWORKS = (".pth", ".safetensors")
 MOST_OF_PROMPTS = 1 << 20  # bytes of a prompt file
@@ -321,6 +325,7 @@ class ResultPages:
             "again": self.make_again,
             "other": self.make_other,
             "larger": self.make_larger,
+            "load": self.load_upscaler,
             "start": self.start_from,
             "sample": self.add_sample,
             "remove": self.remove,
@@ -568,10 +573,11 @@ class ResultPages:
     def show_larger(self, result: Result, error: str) -> Response:
         networks = self.list_networks()
         to_load = [
-            (model, shlex.join(["reelsmith", "download", "--family", model.family, "--task", model.task]))
+            (model, gigabytes(total_bytes(model.components)), shlex.join(self.load_words(model)))
             for model in model_sets()
             if "upscale" in model.commands
         ]
+        loading = self.site.errands.find(errand_name(LOAD, self.site.models))
         options = [(network, shlex.join(self.larger_words(result, network))) for network in networks]
         return self.answer_sheet(
             "larger",
@@ -579,9 +585,25 @@ class ResultPages:
             error,
             options=options,
             to_load=to_load,
+            loading=loading,
             models=self.site.models / UPSCALERS,
             is_sound=result.kind == "sound",
         )
+
+    def load_words(self, model: ModelSet) -> list[str]:
+        """Return the command that loads an upscaler's file."""
+        words = ["reelsmith", "download", "--family", model.family, "--task", model.task]
+        return words if self.site.models == MODELS else [*words, "--to", str(self.site.models)]
+
+    def load_upscaler(self, result: Result, form: Form) -> Response:
+        """Start the download of an upscaler's file."""
+        task = "".join(form.get("task", ()))
+        for model in model_sets():
+            if model.task == task and "upscale" in model.commands:
+                name = errand_name(LOAD, self.site.models)
+                self.site.errands.start(name, self.load_words(model), Path.cwd())
+                return self.show_larger(result, "")
+        return self.show_larger(result, "Choose a file to load.")
 
     def make_larger(self, result: Result, form: Form) -> Response:
         """Queue the job that enlarges a result, and start the queue unless other jobs wait in it."""

@@ -193,6 +193,13 @@
     fillBox(content, text);
     const place = content.querySelector("[data-show]");
     if (place) show(place.dataset.show, "", place);
+    const waiting = content.querySelector("[data-refresh]"); // for something to end
+    if (waiting) setTimeout(async () => {
+      const text = await fetch(waiting.dataset.refresh).then((answer) => answer.text()).catch(() => null);
+      if (!waiting.isConnected || text === null) return;
+      showSheet(text);
+      content.querySelector("[data-close]")?.focus();
+    }, 1500);
   }
 
   shelf.addEventListener("click", async (event) => {

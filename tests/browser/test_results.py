@@ -510,7 +510,8 @@ def test_the_last_frame_of_a_clip_becomes_a_picture_beside_it(served: Served, ro
 def test_larger_says_what_to_load_if_there_is_no_file(served: Served, root: Path) -> None:
     id = id_of(served, "a.png")
     sheet = served.ask(f"/results/{id}/larger").text
-    assert "reelsmith download --family tools --task realesrgan_x2" in sheet
+    command = f"reelsmith download --family tools --task realesrgan_x2 --to {root / 'models'}"
+    assert command in re.sub("<!--/?private-->", "", sheet)
     assert send(served, id, "larger", network="x.pth").status == 422
     upscalers = root / "models" / "upscalers"
     upscalers.mkdir(parents=True)
@@ -521,6 +522,23 @@ def test_larger_says_what_to_load_if_there_is_no_file(served: Served, root: Path
     assert "<b>" not in sheet
     for name in ("../../set/output/own-step00000002.safetensors", "", "notes.txt"):
         assert send(served, id, "larger", network=name).status == 422
+
+
+def test_an_upscaler_that_cannot_be_loaded_says_why(
+    served: Served, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    id = id_of(served, "a.png")
+    assert "Choose a file to load" in send(served, id, "load", task="gfpgan").text
+    sheet = send(served, id, "load", task="realesrgan_x2").text
+    for _ in range(600):
+        if "being loaded" not in sheet:
+            break
+        time.sleep(0.1)
+        sheet = served.ask(f"/results/{id}/larger").text
+    assert "It could not be loaded" in sheet
+    assert "127.0.0.1" in sheet
+    assert sheet.count('name="task"') == 3
 
 
 def test_read_only_writes_nothing(root: Path) -> None:
