@@ -348,7 +348,7 @@ class ResultPages:
             run=run,
         )
 
-    def choose(self, query: Mapping[str, str]) -> tuple[list[Result], list[Result], int]:
+    def choose(self, query: Mapping[str, str]) -> tuple[Sequence[Result], Sequence[Result], int]:
         """Return all results, the chosen ones, and how many are not read yet."""
         results = self.folders.list_all()
         choice = self.read_choice(query)

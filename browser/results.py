@@ -3,11 +3,12 @@
 import contextlib
 import hashlib
 import heapq
+import operator
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +61,7 @@ class _Folder(NamedTuple):
     changed: int  # in nanoseconds
     inner: Sequence[Path]
     results: Sequence[Result]
+    entries: "Mapping[str, _Entry]"  # its files, by name
 
 
 class ResultFolders:
@@ -68,20 +70,24 @@ class ResultFolders:
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
         self._folders: dict[Path, _Folder] = {}
+        self._contents: list[Sequence[Result]] = []  # of the folders, when `_newest` was made of them
+        self._newest: list[Result] = []
         self._by_id: dict[str, Result] = {}
 
-    def list_all(self) -> list[Result]:
+    def list_all(self) -> Sequence[Result]:
         """Return the newest results in folders called `generated`, the newest first."""
         folders: dict[Path, _Folder] = {}
         for top in dict.fromkeys(self.runs.tops):
             self._walk(top, DEEPEST, folders)
+        contents = [folder.results for folder in folders.values() if folder.results]
+        are_equal = len(contents) == len(self._contents) and all(map(operator.is_, contents, self._contents))
         self._folders = folders
-        every = (result for folder in folders.values() for result in folder.results)
-        newest = heapq.nsmallest(
-            MOST_RESULTS, every, key=lambda result: (-result.shown_at, result.path.name, str(result.path))
-        )
-        self._by_id = {result.id: result for result in newest}
-        return newest
+        if not are_equal:
+            every = (result for results in contents for result in results)
+            self._newest = heapq.nsmallest(MOST_RESULTS, every, key=_place_in_list)
+            self._by_id = {result.id: result for result in self._newest}
+            self._contents = contents
+        return self._newest
 
     def find(self, id: str) -> Result | None:
         """Return the result of this id, as its file is now; None if there is none below the roots."""
@@ -104,7 +110,7 @@ class ResultFolders:
             changed = folder.stat().st_mtime_ns
             content = self._folders.get(folder)
             if content is None or content.changed != changed:
-                content = _list_folder(folder, changed)
+                content = _list_folder(folder, changed, {} if content is None else content.entries)
         except OSError:
             return
         folders[folder] = content
@@ -112,45 +118,67 @@ class ResultFolders:
             self._walk(inner, depth - 1, folders)
 
 
-def _list_folder(folder: Path, changed: int) -> _Folder:
-    """List a folder. changed: its time, before it is listed. Raises OSError."""
+def _place_in_list(result: Result) -> tuple[float, str, str]:
+    return -result.shown_at, result.path.name, str(result.path)
+
+
+class _Entry(NamedTuple):
+    """A file of a folder of results."""
+
+    changed: float
+    name: str
+    size_bytes: int
+    number: int  # of its inode: a file that is written anew has another one
+
+
+def _list_folder(folder: Path, changed: int, earlier: Mapping[str, _Entry]) -> _Folder:
+    """List a folder. changed: its time, before it is listed. earlier: what it had before. Raises OSError."""
     inner = []
-    results: list[Result] = []
+    files: dict[str, _Entry] = {}
     is_of_results = folder.name == RESULTS
     with os.scandir(folder) as entries:
         for entry in entries:
-            is_open = not entry.name.startswith(".") and entry.name not in CLOSED
-            if is_open and entry.is_dir(follow_symlinks=False):
-                inner.append(Path(entry.path))
-            elif is_open and is_of_results:
-                results += _read_entry(entry)
+            if entry.name.startswith(".") or entry.name in CLOSED:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                inner.append(folder / entry.name)
+            elif is_of_results:
+                file = _read_entry(entry, earlier.get(entry.name))
+                if file is not None:
+                    files[entry.name] = file
     is_fresh = time.time() - changed / 1e9 < FRESH_SECONDS
-    return _Folder(-1 if is_fresh else changed, sorted(inner), _put_beside(results))
+    results = _make_results(folder, heapq.nlargest(MOST_RESULTS, files.values()))
+    return _Folder(-1 if is_fresh else changed, sorted(inner), results, entries=files)
 
 
-def _put_beside(results: Sequence[Result]) -> list[Result]:
-    """Return results with their times in the list: a larger one and a last frame follow the original."""
-    times = {result.path.stem: result.changed for result in results}
-    placed = []
-    for result in results:
-        match = MADE_FROM.fullmatch(result.path.stem)
-        original = times.get(match[1]) if match is not None else None
-        placed.append(replace(result, shown_at=result.changed if original is None else original))
-    return placed
-
-
-def _read_entry(entry: "os.DirEntry[str]") -> Iterator[Result]:
-    """Yield the result that a file is, if it is one."""
+def _read_entry(entry: "os.DirEntry[str]", earlier: _Entry | None) -> _Entry | None:
+    """Return the result that a file is; None if it is none. earlier: what a file of this name was before."""
     stem, suffix = os.path.splitext(entry.name)  # noqa: PTH122 (a path takes ten times as long)
     if suffix.lower() not in KINDS or stem.startswith("latent_preview") or stem.endswith("_progress"):
-        return
+        return None
+    if os.name != "nt" and earlier is not None and earlier.number == entry.inode():
+        return earlier
     with contextlib.suppress(OSError):
         if entry.is_file(follow_symlinks=False):
             status = entry.stat(follow_symlinks=False)
-            yield Result(Path(entry.path), status.st_mtime, status.st_size)
+            return _Entry(status.st_mtime, entry.name, size_bytes=status.st_size, number=entry.inode())
+    return None
 
 
-def list_results(runs: Runs) -> list[Result]:
+def _make_results(folder: Path, files: Sequence[_Entry]) -> list[Result]:
+    """Return the results of a folder, with their times in the list: those made from another one follow it."""
+    times = {os.path.splitext(file.name)[0]: file.changed for file in files}  # noqa: PTH122
+    results = []
+    for file in files:
+        shown_at = file.changed
+        if LARGER in file.name or LAST_FRAME in file.name:
+            match = MADE_FROM.fullmatch(os.path.splitext(file.name)[0])  # noqa: PTH122
+            shown_at = shown_at if match is None else times.get(match[1], shown_at)
+        results.append(Result(folder / file.name, file.changed, file.size_bytes, shown_at=shown_at))
+    return results
+
+
+def list_results(runs: Runs) -> Sequence[Result]:
     """Return all results in folders called `generated` below the roots, the newest first."""
     return ResultFolders(runs).list_all()
 
