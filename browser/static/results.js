@@ -212,6 +212,7 @@
     if (!button) return;
     if (button.dataset.sheet) openSheet(plate, button.dataset.sheet);
     if ("compare" in button.dataset) choose(plate);
+    if ("download" in button.dataset) Object.assign(document.createElement("a"), { href: plate.dataset.address, download: plate.dataset.name }).click();
     if (!button.dataset.do) return;
     const answer = plate.querySelector(".answer");
     answer.textContent = "…";

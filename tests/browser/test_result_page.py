@@ -87,7 +87,7 @@ def test_plates_stand_by_day_with_their_settings(page: Any, root: Path) -> None:
     buttons = [button.inner_text() for button in plate(page, "b.png").locator("button").all()]
     assert buttons == [
         *("again", "other seed", "larger", "start from this", "use as sample prompt"),
-        *("compare", "settings", "remove"),
+        *("compare", "settings", "download", "remove"),
     ]
     assert page.problems == []
 
@@ -204,6 +204,13 @@ def test_the_dialog_of_a_sample_prompt(page: Any, root: Path) -> None:
     assert lines[3].startswith('a "red" square moving <b>left</b> --w 96 --h 64')
 
 
+def test_a_file_is_downloaded_under_its_name(page: Any, root: Path) -> None:
+    with page.expect_download() as download:
+        press(page, "b.png", "download")
+    assert download.value.suggested_filename == "b.png"
+    assert Path(download.value.path()).read_bytes() == (root / "generated" / "b.png").read_bytes()
+
+
 def test_remove_asks_back(page: Any, root: Path) -> None:
     press(page, "c.png", "remove")
     page.wait_for_selector("#sheet[open]")
@@ -275,7 +282,7 @@ def test_read_only_shows_and_changes_nothing(root: Path) -> None:
     with serve_runs(root, read_only=True) as served, open_page(f"{served.url}/generate") as page:
         wait_for_plates(page, 5)
         buttons = {button.inner_text() for button in page.locator("#shelf button").all()}
-        assert buttons == {"compare", "settings"}
+        assert buttons == {"compare", "settings", "download"}
 
 
 def test_the_results_fit_each_screen(page: Any) -> None:
