@@ -26,11 +26,14 @@ qr_code: a text as QR code, for terminal and page
 queue_views: pages of queue and comparison, their buttons
 recipes: a form to a command line and a request
 refilling: how a dropped file was made, as a form
+result_pages: results of Generate part by part, their buttons
+results: find results of all days, remove them
 run_buttons: the buttons of a run and what they do
 runs: find runs by their histories, tell each at a glance
 samples: rows of prompts.txt, and how often they are made
 server: routes, and what a request must have to pass
 settings: how a running server was started, with its address
+settings_of: settings in a result, and the wish that they make
 settings_page: page of settings: folders, server, queue, bin
 settings_table: run.toml as a table of all its options
 start: serve pages or export one; show the address

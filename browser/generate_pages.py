@@ -13,7 +13,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from browser import launch
-from browser.answers import Form, answer_file, answer_form, answer_gone, answer_json, answer_page
+from browser.answers import Form, answer_form, answer_gone, answer_json, answer_page
 from browser.drafts import Drafts
 from browser.inputs import FOLDER as INPUTS
 from browser.inputs import InputFolder
@@ -32,7 +32,6 @@ from browser.recipes import (
     recipe_of_run,
 )
 from browser.refilling import FoundSettings, read_found
-from browser.results import list_results
 from browser.site import Site
 from browser.views import HERE, POLICY
 from browser.wishes import Making
@@ -44,7 +43,6 @@ from modules.pages.page import render_page
 
 MOST_AT_ONCE = 64  # results of one press of Make
 FOUR = 4  # of "Make with four seeds"
-SHOWN = 48  # results in the page
 SHOWN_ENDED = 12  # wishes that were stopped or died, in the page
 LABELS = {
     "prompt": "Prompt",
@@ -201,17 +199,12 @@ class GeneratePages:
             "draft": draft or self.drafts.new_name(),
             "loading_note": loading_note(recipe),
             **self.work_values(),
-            **self.result_values(),
             "can_write": not self.site.read_only,
             "said": problem,
             "note": said,
         }
         page = render_page(HERE / "generate.html", "Generate", values, POLICY)
         return answer_page(page, 422 if error else 200)
-
-    def result_values(self) -> dict[str, object]:
-        results = list_results(self.site.runs)
-        return {"results": results[:SHOWN], "num_results": len(results)}
 
     def work_values(self) -> dict[str, object]:
         """Return what the part of the page about wishes shows."""
@@ -506,14 +499,6 @@ class GeneratePages:
         has_task = kind == "model" and found.task in source.split()
         return 4 * sum(lora in names for lora in found.loras) + 2 * has_files + has_task
 
-    def show_result(self, request: Request) -> Response:
-        """Return the file of a result."""
-        name = request.path_params["name"]
-        for result in list_results(self.site.runs):
-            if result.address == f"/result/{name}":
-                return answer_file(result.path) if self.site.runs.is_inside(result.path) else answer_gone()
-        return answer_gone()
-
 
 def usual_form(source: str, recipe: Recipe, rows: Sequence[LoraRow]) -> MakingForm:
     """Return the form that a source usually has."""
@@ -586,5 +571,4 @@ def generate_routes(site: Site) -> list[Route]:
         Route("/generate/file", pages.receive(pages.keep_input), methods=["POST"]),
         Route("/generate/settings", pages.receive(pages.read_dropped), methods=["POST"]),
         Route("/generate/{what}", answer_form(pages.change), methods=["POST"]),
-        Route("/result/{name}", pages.show_result),
     ]

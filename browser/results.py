@@ -1,19 +1,34 @@
-"""List the results of all days below the roots, and read the settings that each file holds."""
+"""List the results of all days below the roots, pictures, clips and sounds, and remove them."""
 
 import contextlib
 import hashlib
+import heapq
+import operator
 import os
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from browser.recipes import RESULTS
 from browser.runs import Runs
+from modules.errors import OutputError
+from modules.text_files import real_path
 
-SUFFIXES = {".png", ".mp4", ".mkv", ".wav"}
+KINDS = {".png": "picture", ".mp4": "clip", ".mkv": "clip", ".wav": "sound"}  # by suffix
 DEEPEST = 8  # folders below a root
+MOST_FOLDERS = 50_000  # that are looked into
+MOST_RESULTS = 20_000  # the newest
+BIN = "reelsmith-bin"  # folder in a root that takes what is removed
 # folders that are not looked into
-CLOSED = {"sample", "cache", "node_modules"}
+CLOSED = {"sample", "cache", "compare", "node_modules", "reelsmith-queue", BIN}
+LARGER = "_larger"  # behind the name of what was enlarged
+LAST_FRAME = "_last"  # as --save_last_frame calls it
+MADE_FROM = re.compile(rf"(.+?)(?:{LARGER}|{LAST_FRAME})(?:-\d+)?")
+FRESH_SECONDS = 2.0  # a folder that changed so recently may change again without a new time
 
 
 @dataclass(frozen=True)
@@ -22,43 +37,153 @@ class Result:
 
     path: Path
     changed: float  # when, in seconds since 1970
+    size_bytes: int
+    shown_at: float = 0.0  # its time in the list: that of the file that it was made from
 
-    @property
+    @cached_property
     def id(self) -> str:
         return hashlib.blake2s(os.fsencode(self.path), digest_size=8).hexdigest()
 
     @property
     def address(self) -> str:
-        return f"/result/{self.id}{self.path.suffix}"
+        return f"/result/{self.id}{self.path.suffix.lower()}"
+
+    @property
+    def kind(self) -> str:
+        return KINDS[self.path.suffix.lower()]
 
 
-def list_results(runs: Runs) -> list[Result]:
+class _Folder(NamedTuple):
+    """The content of a folder when it was last listed."""
+
+    changed: int  # in nanoseconds
+    inner: Sequence[Path]
+    results: Sequence[Result]
+    entries: "Mapping[str, _Entry]"  # its files, by name
+
+
+class ResultFolders:
+    """Find the results below the roots. A folder that has not changed is not listed again."""
+
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+        self._folders: dict[Path, _Folder] = {}
+        self._contents: list[Sequence[Result]] = []  # of the folders, when `_newest` was made of them
+        self._newest: list[Result] = []
+        self._by_id: dict[str, Result] = {}
+
+    def list_all(self) -> Sequence[Result]:
+        """Return the newest results in folders called `generated`, the newest first."""
+        folders: dict[Path, _Folder] = {}
+        for top in dict.fromkeys(self.runs.tops):
+            self._walk(top, DEEPEST, folders)
+        contents = [folder.results for folder in folders.values() if folder.results]
+        are_equal = len(contents) == len(self._contents) and all(map(operator.is_, contents, self._contents))
+        self._folders = folders
+        if not are_equal:
+            every = (result for results in contents for result in results)
+            self._newest = heapq.nsmallest(MOST_RESULTS, every, key=_place_in_list)
+            self._by_id = {result.id: result for result in self._newest}
+            self._contents = contents
+        return self._newest
+
+    def find(self, id: str) -> Result | None:
+        """Return the result of this id, as its file is now; None if there is none below the roots."""
+        if id not in self._by_id:
+            self.list_all()
+        result = self._by_id.get(id)
+        if result is None or result.path.is_symlink() or not self.runs.is_inside(result.path):
+            return None
+        try:
+            status = result.path.stat()
+        except OSError:
+            return None
+        return Result(result.path, status.st_mtime, status.st_size, shown_at=result.shown_at)
+
+    def _walk(self, folder: Path, depth: int, folders: dict[Path, _Folder]) -> None:
+        """Add a folder and those below it. Links are not followed."""
+        if folder in folders or len(folders) >= MOST_FOLDERS:
+            return
+        try:
+            changed = folder.stat().st_mtime_ns
+            content = self._folders.get(folder)
+            if content is None or content.changed != changed:
+                content = _list_folder(folder, changed, {} if content is None else content.entries)
+        except OSError:
+            return
+        folders[folder] = content
+        for inner in content.inner if depth else ():
+            self._walk(inner, depth - 1, folders)
+
+
+def _place_in_list(result: Result) -> tuple[float, str, str]:
+    return -result.shown_at, result.path.name, str(result.path)
+
+
+class _Entry(NamedTuple):
+    """A file of a folder of results."""
+
+    changed: float
+    name: str
+    size_bytes: int
+    number: int  # of its inode: a file that is written anew has another one
+
+
+def _list_folder(folder: Path, changed: int, earlier: Mapping[str, _Entry]) -> _Folder:
+    """List a folder. changed: its time, before it is listed. earlier: what it had before. Raises OSError."""
+    inner = []
+    files: dict[str, _Entry] = {}
+    is_of_results = folder.name == RESULTS
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name in CLOSED:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                inner.append(folder / entry.name)
+            elif is_of_results:
+                file = _read_entry(entry, earlier.get(entry.name))
+                if file is not None:
+                    files[entry.name] = file
+    is_fresh = time.time() - changed / 1e9 < FRESH_SECONDS
+    results = _make_results(folder, heapq.nlargest(MOST_RESULTS, files.values()))
+    return _Folder(-1 if is_fresh else changed, sorted(inner), results, entries=files)
+
+
+def _read_entry(entry: "os.DirEntry[str]", earlier: _Entry | None) -> _Entry | None:
+    """Return the result that a file is; None if it is none. earlier: what a file of this name was before."""
+    stem, suffix = os.path.splitext(entry.name)  # noqa: PTH122 (a path takes ten times as long)
+    if suffix.lower() not in KINDS or stem.startswith("latent_preview") or stem.endswith("_progress"):
+        return None
+    if os.name != "nt" and earlier is not None and earlier.number == entry.inode():
+        return earlier
+    with contextlib.suppress(OSError):
+        if entry.is_file(follow_symlinks=False):
+            status = entry.stat(follow_symlinks=False)
+            return _Entry(status.st_mtime, entry.name, size_bytes=status.st_size, number=entry.inode())
+    return None
+
+
+def _make_results(folder: Path, files: Sequence[_Entry]) -> list[Result]:
+    """Return the results of a folder, with their times in the list: those made from another one follow it."""
+    times = {os.path.splitext(file.name)[0]: file.changed for file in files}  # noqa: PTH122
+    results = []
+    for file in files:
+        shown_at = file.changed
+        if LARGER in file.name or LAST_FRAME in file.name:
+            match = MADE_FROM.fullmatch(os.path.splitext(file.name)[0])  # noqa: PTH122
+            shown_at = shown_at if match is None else times.get(match[1], shown_at)
+        results.append(Result(folder / file.name, file.changed, file.size_bytes, shown_at=shown_at))
+    return results
+
+
+def list_results(runs: Runs) -> Sequence[Result]:
     """Return all results in folders called `generated` below the roots, the newest first."""
-    results = {}
-    for top in dict.fromkeys(runs.tops):
-        for folder in _find_folders(top, DEEPEST):
-            for result in _list_folder(folder):
-                results[result.path] = result
-    return sorted(results.values(), key=lambda result: (-result.changed, str(result.path)))
+    return ResultFolders(runs).list_all()
 
 
-def _find_folders(folder: Path, depth: int) -> Iterator[Path]:
-    """Yield the folders of results at or below a folder. Links are not followed."""
-    if folder.name == RESULTS:
-        yield folder
-    if not depth:
-        return
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            is_open = not entry.name.startswith(".") and entry.name not in CLOSED
-            if is_open and entry.is_dir(follow_symlinks=False):
-                yield from _find_folders(Path(entry.path), depth - 1)
-
-
-def _list_folder(folder: Path) -> Iterator[Result]:
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            path = Path(entry.path)
-            is_media = path.suffix.lower() in SUFFIXES and not path.stem.startswith("latent_preview")
-            if is_media and not path.stem.endswith("_progress") and entry.is_file(follow_symlinks=False):
-                yield Result(path, entry.stat(follow_symlinks=False).st_mtime)
+def find_top(runs: Runs, path: Path) -> Path:
+    """Return the root that a file is below. Raises OutputError if it is below none."""
+    for top in runs.tops:
+        if real_path(path).is_relative_to(top):
+            return top
+    raise OutputError(f"{path} is not below the folders of this page")

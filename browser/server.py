@@ -30,6 +30,7 @@ from browser.memory import memory_routes
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
 from browser.queue_views import compare_routes, queue_routes
+from browser.result_pages import result_routes
 from browser.run_buttons import RunButtons, run_button_routes
 from browser.runs import RUNNING, Glance, Runs
 from browser.samples import sample_routes
@@ -299,6 +300,7 @@ def make_app(
     routes = [
         Route("/", pages.guard(pages.show_list)),
         *new_routes(site),
+        *result_routes(site),
         *sample_routes(site),
         *memory_routes(site),
         *folder_settings_routes(site),

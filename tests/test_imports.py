@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "browser": GROUND
     | {"training.reports", "training.config_options", "downloads.catalogue", "downloads.listing"}
     | {"project.options", "project.fitting", "generation.prompt_lines", "generation.script_options"}
-    | {"generation.sample_lines", "networks.module_names", "training.saving.files"},
+    | {"generation.options", "generation.sample_lines", "networks.module_names", "training.saving.files"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
 FLOORS = {

@@ -1,0 +1,800 @@
+"""Show the results of all days on the page Generate, part by part, and do what their buttons ask for."""
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import shlex
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from browser import compare
+from browser.answers import (
+    Form,
+    answer_file,
+    answer_form,
+    answer_gone,
+    answer_json,
+    answer_page,
+)
+from browser.bin_folder import FOLDER as BIN
+from browser.bin_folder import BinFolder
+from browser.captions import mark_bytes
+from browser.described import PROMPTS_FILE, ChangedMeanwhileError, read_described
+from browser.errands import errand_name
+from browser.folders import list_media_folders
+from browser.jobs import WAITING, Job
+from browser.making import Making
+from browser.recipes import RESULTS, Recipe, recipe_of_model, recipe_of_run
+from browser.results import LARGER, LAST_FRAME, Result, ResultFolders, find_top
+from browser.runs import DIED, FINISHED, RUNNING, Glance
+from browser.settings_of import PREFIX, Remade, ResultSettings, read_settings, remake, sample_line
+from browser.site import Site
+from browser.views import HERE, POLICY, label_runs
+from contract.families import with_scripts
+from downloads.catalogue import ModelSet, model_sets
+from downloads.listing import gigabytes, total_bytes
+from modules.atomic_write import write_bytes
+from modules.control_codes import escape_control_codes
+from modules.errors import MediaError, OptionError, UserError
+from modules.media.reading import video_frames
+from modules.media.writing import write_png
+from modules.pages.page import render_page
+from modules.text_files import read_content
+from project.options import MODELS
+
+PART = 24  # results that are shown at once: full rows of one, two, three and four
+READ_SECONDS = 0.3  # in which settings are read for one answer, of files that were not read before
+MOST_READ = 50_000  # results whose settings are in memory
+SEED_BITS = 32
+TOOL = "blissful_tuner/upscaler.py"
+LOAD = "upscaler"  # kind of an errand
+UPSCALERS = "upscalers"  # folder in that of the models
+NETWORKS = (".pth", ".safetensors")
+MOST_OF_PROMPTS = 1 << 20  # bytes of a prompt file
+SHORT = 160  # characters of a prompt in the list
+
+
+class Read(NamedTuple):
+    """What was read of a file. problem: why nothing could be read."""
+
+    settings: ResultSettings | None
+    problem: str = ""
+
+
+class SettingsCache:
+    """Read the settings of files, each once until it changes."""
+
+    def __init__(self) -> None:
+        self._read: OrderedDict[Path, tuple[tuple[float, int], Read]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def peek(self, result: Result) -> Read | None:
+        """Return what was read of a file; None if it has not been read as it is now."""
+        entry = self._read.get(result.path)
+        mark = (result.changed, result.size_bytes)
+        return entry[1] if entry is not None and entry[0] == mark else None
+
+    def get(self, result: Result) -> Read:
+        """Return what a file holds, read now unless it was before."""
+        read = self.peek(result)
+        if read is not None:
+            return read
+        try:
+            settings = read_settings(result.path)
+            read = Read(None if settings is None else settings.shortened())
+        except (MediaError, OSError, ValueError) as error:
+            read = Read(None, str(error))
+        with self._lock:
+            self._read[result.path] = ((result.changed, result.size_bytes), read)
+            while len(self._read) > MOST_READ:
+                self._read.popitem(last=False)
+        return read
+
+    def read_some(self, results: Sequence[Result], seconds: float) -> int:
+        """Read files for so many seconds; return how many are not read yet."""
+        end = time.monotonic() + seconds
+        unread = [result for result in results if self.peek(result) is None]
+        for place, result in enumerate(unread):
+            if time.monotonic() > end:
+                return len(unread) - place
+            self.get(result)
+        return 0
+
+
+@dataclass(frozen=True)
+class ResultChoice:
+    """What the fields above the results hold."""
+
+    words: Sequence[str] = ()  # all must be in the name or the prompts
+    kind: str = ""
+    model: str = ""
+    run: Glance | None = None
+
+    def needs_settings(self) -> bool:
+        return bool(self.words or self.model or self.run)
+
+    def keeps(self, result: Result, settings: ResultSettings | None) -> bool:
+        """Return whether a result is shown."""
+        if self.kind and result.kind != self.kind:
+            return False
+        if self.model and (settings is None or settings.model != self.model):
+            return False
+        if self.run is not None and not _is_of_run(result, settings, self.run):
+            return False
+        if not self.words:
+            return True
+        text = result.path.name.lower()
+        if settings is not None:
+            text += f"\n{settings.get('prompt')}\n{settings.get('negative_prompt')}".lower()
+        return all(word in text for word in self.words)
+
+
+def _is_of_run(result: Result, settings: ResultSettings | None, run: Glance) -> bool:
+    """Return whether a result lies in the folder of a run, or was made with one of its files."""
+    if result.path.is_relative_to(run.history.parent):
+        return True
+    names = [] if settings is None else [lora.name for lora in settings.loras]
+    pattern = re.compile(rf"{re.escape(run.name)}(-(step)?\d+|[-_][a-z]+)*\.safetensors")
+    return any(pattern.fullmatch(name) and (run.history.parent / name).is_file() for name in names)
+
+
+@dataclass(frozen=True)
+class Plate:
+    """What the page shows of a result."""
+
+    result: Result
+    settings: ResultSettings | None
+    problem: str  # why nothing can be read of the file
+    job: Job | None  # that makes it larger
+
+    @property
+    def title(self) -> str:
+        """Return the first words of the prompt, else the name of the file."""
+        text = "" if self.settings is None else " ".join(self.settings.get("prompt").split())
+        text = text or self.result.path.name
+        return text if len(text) <= SHORT else f"{text[:SHORT].rstrip()} …"
+
+    @property
+    def name(self) -> str:
+        return escape_control_codes(self.result.path.name)
+
+    @property
+    def loras(self) -> str:
+        loras = () if self.settings is None else self.settings.loras
+        return ", ".join(f"{Path(lora.name).stem} {lora.strength}" for lora in loras)
+
+    @property
+    def job_text(self) -> str:
+        """Return what becomes of the larger one; empty if it was not asked for, or is there."""
+        if self.job is None or self.job.state == FINISHED:
+            return ""
+        if self.job.state == DIED:
+            lines = self.job.last_lines(1)
+            return f"larger: died. {lines}"
+        return f"larger: {self.job.state}"
+
+    @property
+    def mark(self) -> str:
+        """Return a text that changes with what is shown."""
+        text = f"{self.result.changed} {self.result.size_bytes} {self.job_text}"
+        return hashlib.blake2s(text.encode(), digest_size=6).hexdigest()
+
+    @property
+    def time(self) -> str:
+        return f"{datetime.fromtimestamp(self.result.changed):%H:%M}"
+
+
+def name_day(seconds: float, today: date) -> str:
+    """Return the day of a result in words."""
+    day = datetime.fromtimestamp(seconds).date()
+    if day == today:
+        return "Today"
+    if day == today - timedelta(days=1):
+        return "Yesterday"
+    return f"{day.day} {day:%B %Y}"
+
+
+def count_days(results: Sequence[Result]) -> list[tuple[str, int]]:
+    """Return each day of a list with the number of its results."""
+    today = date.today()
+    counts: dict[str, int] = {}
+    for result in results:
+        label = name_day(result.shown_at, today)
+        counts[label] = counts.get(label, 0) + 1
+    return [*counts.items()]
+
+
+class Candidate(NamedTuple):
+    """A recipe that may be that of a result, and the run that it is from, if it is one."""
+
+    recipe: Recipe
+    run: Glance | None
+
+
+class Remaker:
+    """Find the models and files that a result was made with, and make it again."""
+
+    def __init__(self, site: Site, folders: ResultFolders) -> None:
+        self.site = site
+        self.folders = folders
+
+    def remake(self, result: Result, settings: ResultSettings, seed: str) -> Remade:
+        """Return what makes a result again. seed: the one to take. Raises OptionError if nothing can."""
+        reasons = []
+        save_path = str(self.site.runs.tops[0] / RESULTS)
+        for candidate in self.list_candidates(result, settings):
+            try:
+                return remake(
+                    settings,
+                    candidate.recipe,
+                    seed=seed,
+                    save_path=save_path,
+                    find_lora=lambda name, recipe: self.find_lora(name, recipe, result),
+                    find_media=lambda name: self.find_media(name, result),
+                )
+            except OptionError as error:
+                reasons.append(str(error))
+        if not reasons:
+            raise OptionError(f"No run and no released model here makes {settings.model}.")
+        raise OptionError(reasons[0])
+
+    def list_candidates(self, result: Result, settings: ResultSettings) -> Iterator[Candidate]:
+        """Yield recipes of the family: of the run that the result is of, of others, of released models."""
+        names = {lora.name for lora in settings.loras}
+
+        def rank(run: Glance) -> tuple[bool, bool, float]:
+            folder = run.history.parent
+            has_lora = any((folder / name).is_file() for name in names)
+            return not result.path.is_relative_to(folder), not has_lora, -run.changed
+
+        with self.site.runs.lock:
+            runs = sorted(self.site.runs.list_all(), key=rank)
+            sources = []
+            for run in runs:
+                with contextlib.suppress(OSError):
+                    source = compare.read_source(self.site.runs, run)
+                    if source is not None and source.family == settings.family:
+                        sources.append(source)
+        for source in sources:
+            yield Candidate(recipe_of_run(source), source.run)
+        for model in model_sets():
+            if "generate" in model.commands and model.family != "stable_diffusion":
+                recipe = recipe_of_model(model, self.site.models, Path.cwd())
+                if recipe.family == settings.family:
+                    yield Candidate(recipe, None)
+
+    def find_lora(self, name: str, recipe: Recipe, result: Result) -> str:
+        """Return the path of a LoRA by its name. Raises OptionError if no run here has it."""
+        for lora in recipe.loras:
+            if Path(lora.path).name == name and (recipe.folder / lora.path).is_file():
+                return lora.path
+        making = self.find_making(result)
+        if making is not None:
+            for word in making.session:
+                if Path(word).name == name and Path(making.folder, word).is_file():
+                    return word
+        with self.site.runs.lock:
+            runs = self.site.runs.list_all()
+        for run in sorted(runs, key=lambda run: not result.path.is_relative_to(run.history.parent)):
+            path = run.history.parent / name
+            if Path(name).name == name and self.site.runs.is_inside(path):
+                return str(path)
+        raise OptionError(f"{name}: no run here has this LoRA (any more).")
+
+    def find_media(self, name: str, result: Result) -> str:
+        """Return the path of a picture or clip that a result began from. Raises OptionError."""
+        making = self.find_making(result)
+        if making is not None:
+            for value in making.request.get("options", {}).values():
+                for text in value if isinstance(value, list) else [value]:
+                    if Path(str(text)).name == name and Path(making.folder, str(text)).is_file():
+                        return str(text)
+        for candidate in self.folders.list_all():
+            if candidate.path.name == name:
+                return str(candidate.path)
+        raise OptionError(f"{name}, which it began from, is not among the results. Choose it in the form.")
+
+    def find_making(self, result: Result) -> Making | None:
+        """Return the wish of the page that has made a result; None if it was made elsewhere."""
+        for making in reversed(self.site.maker.list_all()):
+            if making.file == str(result.path):
+                return making
+        return None
+
+
+class ResultPages:
+    """Answer requests for results."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.folders = ResultFolders(site.runs)
+        self.cache = SettingsCache()
+        self.remaker = Remaker(site, self.folders)
+        self._prompts_lock = threading.Lock()
+        self.changes: dict[str, Callable[[Result, Form], Response]] = {
+            "again": self.make_again,
+            "other": self.make_other,
+            "larger": self.make_larger,
+            "load": self.load_upscaler,
+            "start": self.start_from,
+            "sample": self.add_sample,
+            "remove": self.remove,
+        }
+        self.sheets: dict[str, Callable[[Result, str], Response]] = {
+            "settings": self.show_settings,
+            "larger": self.show_larger,
+            "sample": self.show_sample,
+            "remove": self.show_remove,
+        }
+
+    # --- the list
+
+    def read_choice(self, query: Mapping[str, str]) -> ResultChoice:
+        run = self.site.runs.find(query["of"]) if query.get("of") else None
+        return ResultChoice(
+            words=query.get("find", "").lower().split(),
+            kind=query.get("kind", ""),
+            model=query.get("model", ""),
+            run=run,
+        )
+
+    def choose(self, query: Mapping[str, str]) -> tuple[Sequence[Result], Sequence[Result], int]:
+        """Return all results, the chosen ones, and how many are not read yet."""
+        results = self.folders.list_all()
+        choice = self.read_choice(query)
+        unread = self.cache.read_some(results, READ_SECONDS)
+        chosen = []
+        for result in results:
+            read = self.cache.peek(result)
+            if read is None and choice.needs_settings():
+                continue
+            if choice.keeps(result, None if read is None else read.settings):
+                chosen.append(result)
+        return results, chosen, unread
+
+    def show_layout(self, request: Request) -> Response:
+        """Return the days with the number of their results as JSON; 204 if nothing has changed.
+
+        query: that of `read_choice`, and `have`, the mark of an earlier answer.
+        """
+        query = request.query_params
+        results, chosen, unread = self.choose(query)
+        days = count_days(chosen)
+        models = self.list_models(results)
+        jobs = [(path, job.state) for path, job in self.find_larger().items()]
+        files = [(result.id, result.changed) for result in chosen]
+        text = repr((files, days, unread, models, sorted(jobs), len(results)))
+        mark = hashlib.blake2s(text.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+        if query.get("have") == mark:
+            return Response(status_code=204)
+        with self.site.runs.lock:
+            runs = label_runs(self.site.runs.list_all())
+        answer = {
+            "mark": mark,
+            "part": PART,
+            "all": len(results),
+            "chosen": len(chosen),
+            "unread": unread,
+            "days": days,
+            "models": models,
+            "runs": [[run.id, label] for run, label in runs],
+        }
+        return answer_json(answer)
+
+    def list_models(self, results: Sequence[Result]) -> list[str]:
+        """Return the models of all results that have been read."""
+        models = set()
+        for result in results:
+            read = self.cache.peek(result)
+            if read is not None and read.settings is not None:
+                models.add(read.settings.model)
+        return sorted(models)
+
+    def show_part(self, request: Request) -> Response:
+        """Return the plates of some results. query: that of `read_choice`, and `from` and `count`."""
+        query = request.query_params
+        texts = (query.get("from", ""), query.get("count", ""))
+        if not all(text.isdecimal() and len(text) < 9 for text in texts):
+            return PlainTextResponse("from and count are numbers of results.", 400)
+        first = int(texts[0])
+        count = min(int(texts[1]), 2 * PART)
+        _, chosen, _ = self.choose(query)
+        jobs = self.find_larger()
+        plates = []
+        for result in chosen[first : first + count]:
+            read = self.cache.get(result)
+            job = jobs.get(str(result.path))
+            plates.append(Plate(result, read.settings, problem=read.problem, job=job))
+        return self.answer_plates(plates)
+
+    def answer_plates(self, plates: Sequence[Plate]) -> Response:
+        values = {"plates": plates, "can_write": not self.site.read_only}
+        return answer_page(render_page(HERE / "plates.html", "Results", values, POLICY))
+
+    def find_larger(self) -> dict[str, Job]:
+        """Return the newest job of the queue that enlarges each file, by its path."""
+        jobs = {}
+        with contextlib.suppress(UserError):
+            for job in self.site.queue.jobs():
+                with contextlib.suppress(UserError):
+                    words = job.words if TOOL in job.line and "--input" in job.line else []
+                    if TOOL in words and "--input" in words[:-1]:
+                        jobs[words[words.index("--input") + 1]] = job
+        return jobs
+
+    # --- a result
+
+    def find(self, request: Request) -> Result | None:
+        return self.folders.find(request.path_params["id"])
+
+    def show_file(self, request: Request) -> Response:
+        """Return the file of a result."""
+        id, _, suffix = request.path_params["name"].partition(".")
+        result = self.folders.find(id)
+        if result is None or f".{suffix}" != result.path.suffix.lower():
+            return answer_gone()
+        return answer_file(result.path)
+
+    def require_settings(self, result: Result) -> ResultSettings:
+        """Return all settings of a file, read now. Raises OptionError if it has none, MediaError, OSError."""
+        settings = read_settings(result.path)
+        if settings is None:
+            raise OptionError("This file does not say how it was made.")
+        return settings
+
+    def show_sheet(self, request: Request) -> Response:
+        """Return what a button shows before anything is done."""
+        result = self.find(request)
+        show = self.sheets.get(request.path_params["what"])
+        if result is None or show is None:
+            return answer_gone()
+        return show(result, "")
+
+    def answer_sheet(self, what: str, result: Result, error: str = "", **values: Any) -> Response:
+        """Return the content of the dialog. what: names its part of the template. error: a message."""
+        shown = {
+            "what": what,
+            "result": result,
+            "can_write": not self.site.read_only,
+            "said": error,
+            **values,
+        }
+        text = render_page(HERE / "result_sheet.html", result.path.name, shown, POLICY)
+        return answer_page(text, 422 if error else 200)
+
+    def show_commands(self, request: Request) -> Response:
+        """Return the command that each button of a result types, as JSON."""
+        result = self.find(request)
+        if result is None:
+            return answer_gone()
+        commands = {"other": "", "again": ""}
+        try:
+            settings = self.require_settings(result)
+            remade = self.remaker.remake(result, settings, settings.get("seeds"))
+            commands["again"] = shlex.join(remade.command)
+            remade = self.remaker.remake(result, settings, "SEED")
+            commands["other"] = shlex.join(remade.command)
+        except (UserError, OSError) as error:
+            commands |= dict.fromkeys(("again", "other"), str(error))
+        networks = self.list_networks()
+        if networks:
+            commands["larger"] = shlex.join(self.larger_words(result, networks[0]))
+        return answer_json(commands)
+
+    def show_settings(self, result: Result, error: str) -> Response:
+        """Return the settings of a result as a list and as a command."""
+        rows: list[tuple[str, str]] = []
+        command = ""
+        problem = error
+        is_ours = False
+        done: Sequence[str] = ()
+        try:
+            settings = read_settings(result.path)
+            if settings is not None:
+                is_ours = True
+                rows = settings.rows()
+                done = settings.done
+                command = shlex.join(self.remaker.remake(result, settings, settings.get("seeds")).command)
+        except (UserError, OSError) as reason:
+            problem = problem or str(reason)
+        return self.answer_sheet(
+            "settings", result, rows=rows, command=command, problem=problem, is_ours=is_ours, done=done
+        )
+
+    # --- again, other seed
+
+    def make_again(self, result: Result, _: Form) -> Response:
+        settings = self.require_settings(result)
+        return self.add_making(result, settings, settings.get("seeds"))
+
+    def make_other(self, result: Result, _: Form) -> Response:
+        return self.add_making(result, self.require_settings(result), str(secrets.randbits(SEED_BITS)))
+
+    def add_making(self, result: Result, settings: ResultSettings, seed: str) -> Response:
+        """Give the wish of a result to the Maker. Raises OptionError or OutputError if it takes none."""
+        remade = self.remaker.remake(result, settings, seed)
+        missing = [word for word in _list_files(remade) if not (remade.folder / word).exists()]
+        if missing:
+            raise OptionError(f"{missing[0]} is missing: load the model first (Models).")
+
+        def make(number: int) -> Making:
+            return Making(
+                id=number,
+                title=remade.title,
+                session=remade.session,
+                command=remade.command,
+                request=remade.request,
+                folder=str(remade.folder),
+                save_path=remade.save_path,
+                created=time.time(),
+            )
+
+        [number] = self.site.maker.add([make])
+        return self.answer_said(f"It waits above as {number}, with seed {seed}.")
+
+    def answer_said(self, text: str) -> Response:
+        values = {"said": text, "is_bad": False}
+        return answer_page(render_page(HERE / "result_said.html", "Results", values, POLICY))
+
+    def answer_refused(self, text: str) -> Response:
+        values = {"said": text, "is_bad": True}
+        return answer_page(render_page(HERE / "result_said.html", "Results", values, POLICY), 422)
+
+    # --- larger
+
+    def list_networks(self) -> list[Path]:
+        """Return the files of upscalers in the folder of the models."""
+        networks = []
+        with contextlib.suppress(OSError):
+            for path in sorted((self.site.models / UPSCALERS).iterdir()):
+                if path.suffix.lower() in NETWORKS and path.is_file():
+                    networks.append(path)
+        return networks
+
+    def larger_words(self, result: Result, network: Path) -> list[str]:
+        """Return the command that enlarges a result. network: file of the upscaler."""
+        words = ["python", TOOL, "--input", str(result.path), "--model", str(network.absolute())]
+        words += ["--mode", "swinir" if "swinir" in network.name.lower() else "esrgan"]
+        words += ["--output", str(_free_path(result.path, LARGER))]
+        if result.kind == "clip":  # the usual codec is one that browsers do not show
+            words += ["--codec", "h264", "--container", "mp4"]
+        return words
+
+    def show_larger(self, result: Result, error: str) -> Response:
+        networks = self.list_networks()
+        to_load = [
+            (model, gigabytes(total_bytes(model.components)), shlex.join(self.load_words(model)))
+            for model in model_sets()
+            if "upscale" in model.commands
+        ]
+        loading = self.site.errands.find(errand_name(LOAD, self.site.models))
+        options = [(network, shlex.join(self.larger_words(result, network))) for network in networks]
+        return self.answer_sheet(
+            "larger",
+            result,
+            error,
+            options=options,
+            to_load=to_load,
+            loading=loading,
+            models=self.site.models / UPSCALERS,
+            is_sound=result.kind == "sound",
+        )
+
+    def load_words(self, model: ModelSet) -> list[str]:
+        """Return the command that loads an upscaler's file."""
+        words = ["reelsmith", "download", "--family", model.family, "--task", model.task]
+        return words if self.site.models == MODELS else [*words, "--to", str(self.site.models)]
+
+    def load_upscaler(self, result: Result, form: Form) -> Response:
+        """Start the download of an upscaler's file."""
+        task = "".join(form.get("task", ()))
+        for model in model_sets():
+            if model.task == task and "upscale" in model.commands:
+                name = errand_name(LOAD, self.site.models)
+                self.site.errands.start(name, self.load_words(model), Path.cwd())
+                return self.show_larger(result, "")
+        return self.show_larger(result, "Choose a file to load.")
+
+    def make_larger(self, result: Result, form: Form) -> Response:
+        """Queue the job that enlarges a result, and start the queue unless other jobs wait in it."""
+        queue = self.site.queue
+        chosen = "".join(form.get("network", ()))
+        network = next((path for path in self.list_networks() if path.name == chosen), None)
+        earlier = self.find_larger().get(str(result.path))
+        if result.kind == "sound":
+            raise OptionError("A sound has no size.")
+        if network is None:
+            return self.show_larger(result, "Choose an upscaler's file.")
+        if earlier is not None and earlier.state in (WAITING, RUNNING):
+            return self.show_larger(result, "It is being enlarged already.")
+        others_wait = any(job.state == WAITING for job in queue.jobs())
+        number = queue.add(self.larger_words(result, network), Path.cwd())
+        if queue.worker == "" and not others_wait:
+            queue.begin_work()
+        where = "It is job {} of the queue. The larger one will stand here when it is made."
+        if queue.worker == "":
+            where = "It is job {} of the queue, which is paused: start it on the page Queue."
+        return self.answer_sheet("done", result, text=where.format(number))
+
+    # --- start from this
+
+    def start_from(self, result: Result, _: Form) -> Response:
+        """Return the path of this picture, or of the last frame of this clip, written as a picture."""
+        if result.kind == "sound":
+            raise OptionError("A sound is no picture to start from.")
+        if result.kind == "clip":
+            result = self.write_last_frame(result)
+        return answer_json({"path": str(result.path), "name": result.path.name})
+
+    def write_last_frame(self, result: Result) -> Result:
+        """Return the last frame of a clip as a picture beside it. Raises MediaError or OutputError."""
+        path = result.path.with_name(f"{result.path.stem}{LAST_FRAME}.png")
+        if not path.is_file() or path.is_symlink() or path.stat().st_mtime < result.changed:
+            if path.is_symlink() or path.is_dir():
+                raise OptionError(f"{path} is no picture. Remove it first.")
+            frame = None
+            for frame in video_frames(result.path):  # noqa: B007 (the last one is meant)
+                pass
+            if frame is None:
+                raise MediaError(f"{result.path} has no frame")
+            write_png(path, frame, self.last_frame_tags(result))
+        self.folders.list_all()
+        status = path.stat()
+        return Result(path, status.st_mtime, status.st_size)
+
+    def last_frame_tags(self, result: Result) -> dict[str, str]:
+        """Return the texts of a last frame: what clip it is of."""
+        return {f"{PREFIX}last_frame_of": result.path.name}
+
+    # --- use as sample prompt
+
+    def list_prompt_files(self, family: str) -> list[Path]:
+        """Return the prompt files of described folders that train a family."""
+        files = []
+        families = {family, *_catalogue_families(family)}
+        for folder in list_media_folders(self.site.runs):
+            if not folder.is_described or (folder.path / PROMPTS_FILE).is_symlink():
+                continue
+            with contextlib.suppress(OSError, ValueError):
+                described = read_described(folder.path)
+                if described.family in families:
+                    files.append(folder.path / PROMPTS_FILE)
+        return files
+
+    def show_sample(self, result: Result, error: str) -> Response:
+        """Return the line for a prompt file, and the files that may take it."""
+        line = ""
+        files: list[tuple[Path, str, str]] = []
+        problem = ""
+        try:
+            settings = self.require_settings(result)
+            line = sample_line(settings)
+            for path in self.list_prompt_files(settings.family):
+                content = _read_or_nothing(path)
+                files.append((path, mark_bytes(content), (content or b"").decode("utf-8", "replace")))
+        except (UserError, OSError, ValueError) as reason:
+            problem = str(reason)
+        return self.answer_sheet("sample", result, error, problem=problem, line=line, files=files)
+
+    def add_sample(self, result: Result, form: Form) -> Response:
+        """Add the line of a result to a prompt file, unless the file has changed or has the line."""
+        line = sample_line(self.require_settings(result))
+        chosen = "".join(form.get("file", ()))
+        name, _, have = chosen.rpartition(" ")
+        family = self.require_settings(result).family
+        path = next((file for file in self.list_prompt_files(family) if str(file) == name), None)
+        if path is None:
+            return self.show_sample(result, "Choose a folder.")
+        try:
+            with self._prompts_lock:
+                is_added = add_line(path, line, have)
+        except ChangedMeanwhileError:
+            return self.show_sample(result, f"{path} has changed meanwhile. It is shown as it is now.")
+        text = f"{path} has it as its last line now. The next samples are made of it too."
+        if not is_added:
+            text = f"{path} has this line already."
+        return self.answer_sheet("done", result, text=text)
+
+    # --- remove
+
+    def show_remove(self, result: Result, error: str) -> Response:
+        root = find_top(self.site.runs, result.path)
+        return self.answer_sheet("remove", result, error, root=root)
+
+    def remove(self, result: Result, _: Form) -> Response:
+        root = find_top(self.site.runs, result.path)
+        folder = BinFolder(root / BIN).take(title=result.path.name, base=root, paths=[result.path])
+        self.folders.list_all()
+        return self.answer_sheet("done", result, text=f"It is in {folder} now.")
+
+    def change(self, request: Request, form: Form) -> Response:
+        """Do what a button asks for."""
+        result = self.find(request)
+        change = self.changes.get(request.path_params["what"])
+        if change is None:
+            return PlainTextResponse("There is no such request.", 404)
+        if result is None:
+            return self.answer_refused("This file is not there any more.")
+        try:
+            return change(result, form)
+        except (UserError, OSError, ValueError) as error:
+            return self.answer_refused(str(error))
+
+
+def _list_files(remade: Remade) -> list[str]:
+    """Return the words of a session that name files of a model."""
+    words = remade.session
+    return [word for word in words if Path(word).suffix in (".safetensors", ".pth", ".gguf", ".sft")]
+
+
+def _free_path(path: Path, added: str) -> Path:
+    """Return a name for a file that is made from another one, which no file has."""
+    suffix = ".png" if path.suffix.lower() == ".png" else ".mp4"
+    number = 1
+    free = path.with_name(f"{path.stem}{added}{suffix}")
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.stem}{added}-{number}{suffix}")
+    return free
+
+
+def _catalogue_families(family: str) -> set[str]:
+    """Return the families of the catalogue that a family's script makes, such as `wan22` of `wan`."""
+    script = f"{with_scripts()[family].generation_script}.py" if family in with_scripts() else ""
+    return {model.family for model in model_sets() if script in model.commands.get("generate", "").split()}
+
+
+def _read_or_nothing(path: Path) -> bytes | None:
+    try:
+        return read_content(path, MOST_OF_PROMPTS)
+    except FileNotFoundError:
+        return None
+
+
+def add_line(path: Path, line: str, have: str) -> bool:
+    """Add a line at the end of a prompt file; return False if the file has it already.
+
+    have: checksum (`mark_bytes`) of the content that was shown. All other bytes stay. Raises
+    ChangedMeanwhileError if the file has changed since, ValueError if it is no UTF-8, OSError or OutputError.
+    """
+    content = _read_or_nothing(path)
+    if mark_bytes(content) != have:
+        raise ChangedMeanwhileError
+    before = content or b""
+    text = before.decode("utf-8-sig")
+    if line in [shown.strip() for shown in text.splitlines()]:
+        return False
+    newline = b"\r\n" if b"\r\n" in before else b"\n"
+    start = newline if before and not before.endswith((b"\n", b"\r")) else b""
+    mode = None
+    with contextlib.suppress(OSError):
+        mode = path.stat().st_mode & 0o777
+    write_bytes(path, before + start + line.encode() + newline)
+    if mode is not None:
+        path.chmod(mode)
+    return True
+
+
+def result_routes(site: Site) -> list[Route]:
+    """Return the routes of results."""
+    pages = ResultPages(site)
+    return [
+        Route("/results", pages.show_layout),
+        Route("/results/part", pages.show_part),
+        Route("/results/{id}/commands", pages.show_commands),
+        Route("/results/{id}/{what}", pages.show_sheet),
+        Route("/results/{id}/{what}", answer_form(pages.change), methods=["POST"]),
+        Route("/result/{name}", pages.show_file),
+    ]
