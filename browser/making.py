@@ -24,6 +24,7 @@ from typing import Any
 from browser import launch
 from browser.jobs import WAITING, JobQueue
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED
+from browser.sessions import find_session, limit_session
 from modules.atomic_write import explain_errors, write_text
 from modules.errors import OptionError, OutputError
 from modules.installation import DRIVEN, FROM_QUEUE, program_environment
@@ -300,13 +301,14 @@ class Maker:
 
     def _start_session(self, making: Making) -> Session:
         folder = Path(making.folder)
-        _, program = launch.find_program(making.session, folder)
+        _, program = find_session(making.session, folder)
+        limits = limit_session(Path(making.save_path), self.folder, self.queue.folder.parent)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / LOG).open("wb") as log:
             process = subprocess.Popen(
                 program,
                 cwd=folder,
-                env=program_environment(**{FROM_QUEUE: "1", DRIVEN: "1", "PYTHONUTF8": "1"}),
+                env=program_environment(**{FROM_QUEUE: "1", DRIVEN: "1", "PYTHONUTF8": "1"}, **limits),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
