@@ -1,4 +1,4 @@
-"""A process that the page Generate drives can do no more than the page's own commands, whatever a file says."""
+"""A process that the page Generate drives does no more than the page asks for, whatever a file says."""
 
 import json
 import subprocess
