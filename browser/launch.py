@@ -216,8 +216,12 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
 
 
 def prepare_process(log: Path) -> "subprocess.Popen[bytes]":
-    """Start the process that will wait for a job, in its own group. It ends if no job is sent to it."""
-    with log.open("ab") as file:
+    """Start the process that will wait for a job, in its own group. It ends if no job is sent to it.
+
+    log: takes what it prints. Raises OSError if that is a link.
+    """
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    with os.fdopen(handle, "ab") as file:
         return subprocess.Popen(
             [sys.executable, "-m", f"{PREFIX}browser.launch"],
             cwd=ROOT,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from browser import launch
-from browser.jobs import WAITING, JobQueue
+from browser.jobs import WAITING, JobQueue, refuse_link
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED
 from browser.sessions import find_session, limit_session
 from modules.atomic_write import explain_errors, write_text
@@ -304,6 +304,8 @@ class Maker:
         _, program = find_session(making.session, folder)
         limits = limit_session(Path(making.save_path), self.folder, self.queue.folder.parent)
         self.folder.mkdir(parents=True, exist_ok=True)
+        refuse_link(self.folder)
+        (self.folder / LOG).unlink(missing_ok=True)  # it may be a link
         with (self.folder / LOG).open("wb") as log:
             process = subprocess.Popen(
                 program,
@@ -372,6 +374,7 @@ class Maker:
     def _write(self, making: Making) -> None:
         with explain_errors(self._path(making.id)):
             self.folder.mkdir(parents=True, exist_ok=True)
+            refuse_link(self.folder)
             row = {name: getattr(making, name) for name in (*STORED, *STORED_LATER)}
             write_text(self._path(making.id), json.dumps(row, indent=1))
 
