@@ -4,7 +4,6 @@ They need no graphics card for long, so that they do not wait for a training. Ea
 `check-0123456789abcdef`, and is kept in files: another server, or this one started again, finds it.
 """
 
-import contextlib
 import hashlib
 import json
 import os
