@@ -54,6 +54,7 @@ class Errands:
             raise OutputError("the browser was started with --read_only")
         _, program = launch.find_program(words, folder)
         with explain_errors(self.folder / name):
+            refuse_link(self.folder.parent)
             self.folder.mkdir(parents=True, exist_ok=True)
             refuse_link(self.folder)
             with only_one(self.folder / ".lock"):

@@ -357,9 +357,9 @@ class JobQueue:
         if self.read_only:
             raise OutputError("the browser was started with --read_only")
         with explain_errors(self.folder / QUEUE):
-            self.folder.mkdir(parents=True, exist_ok=True)
             for folder in (self.folder, self.folder / LOGS):
                 refuse_link(folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
             with only_one(self.folder / ".lock"):
                 book, stored_text = self._read_files()
                 entries = [*book.entries]

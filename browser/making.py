@@ -373,8 +373,9 @@ class Maker:
 
     def _write(self, making: Making) -> None:
         with explain_errors(self._path(making.id)):
+            for folder in (self.folder.parent, self.folder):
+                refuse_link(folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            refuse_link(self.folder)
             row = {name: getattr(making, name) for name in (*STORED, *STORED_LATER)}
             write_text(self._path(making.id), json.dumps(row, indent=1))
 

@@ -246,6 +246,11 @@ class RunPages:
         return answer
 
 
+def explain_error(_: Request, error: Exception) -> Response:
+    """Return the response to a request that a damaged or vanished file ends, with the remedy."""
+    return PlainTextResponse(str(error), 500) if isinstance(error, UserError) else answer_gone()
+
+
 def make_app(
     runs: Runs,
     host: str = "localhost",
@@ -278,6 +283,6 @@ def make_app(
     ]
     machine = socket.gethostname().lower()
     names = frozenset({"localhost", host.lower(), machine, f"{machine}.local"})
-    app = Starlette(routes=routes)
+    app = Starlette(routes=routes, exception_handlers={UserError: explain_error, OSError: explain_error})
     app.router.redirect_slashes = False  # to an address that the request's host would be a part of
     return Gate(app, names, token, read_only)
