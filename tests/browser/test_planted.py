@@ -1,4 +1,4 @@
-"""Files of a stranger in a root: records of the queue, of errands and wishes, and drafts. None starts anything."""
+"""Files of a stranger in a root, records of the queue, of errands and wishes, and drafts, start nothing."""
 
 import json
 import os
@@ -356,10 +356,20 @@ def test_a_draft_of_a_stranger_runs_no_command_of_its_own(root: Path, tmp_path: 
 
 
 VALUES = (
-    "steps = inf", "max_train_epochs = -1", "sample_prompts = 3", 'sample_prompts = "../../outside/secret.txt"',
-    'sample_prompts = "/dev/stdin"', 'dit = "\\u0000"', f'dit = "{"x" * 5000}"', 'vae = ["a", {b = 1}]', "t5 = 2020-01-01",
-    'task = ""', 'logging_dir = "~"', f"x{'.y' * 5000} = 1", f"deep = {'[' * 3000}{']' * 3000}",
-)  # fmt: skip
+    "steps = inf",
+    "max_train_epochs = -1",
+    "sample_prompts = 3",
+    'sample_prompts = "../../outside/secret.txt"',
+    'sample_prompts = "/dev/stdin"',
+    'dit = "\\u0000"',
+    f'dit = "{"x" * 5000}"',
+    'vae = ["a", {b = 1}]',
+    "t5 = 2020-01-01",
+    'task = ""',
+    'logging_dir = "~"',
+    f"x{'.y' * 5000} = 1",
+    f"deep = {'[' * 3000}{']' * 3000}",
+)
 NAMES = ('"../../outside/x"', '"<b>"', '"a\\u0000b"', '"' + "x" * 5000 + '"', "3", "[]", '""', '"."', '"CON"')
 FILES = (
     "",
