@@ -25,7 +25,6 @@ from starlette.routing import Route
 
 from browser.server import MOST_BYTES, Gate, make_app
 from browser.views import HERE
-from project.files import write_project
 from project.options import NewOptions
 from tests.browser.serving import Served, serve_runs, write_run
 
@@ -54,6 +53,8 @@ def save_picture(path: Path, shade: int = 0) -> None:
 
 def describe(folder: Path, **options: Any) -> None:
     """Describe a folder of pictures as the command `new` does."""
+    from project.files import write_project  # it loads torch, which servers of tests do without
+
     write_project(NewOptions(folder=folder, family="wan", task="t2v-1.3B", memory=24.0, **options))
 
 
