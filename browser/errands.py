@@ -85,7 +85,8 @@ class Errands:
             for key in STORED:
                 if not isinstance(record[key], KINDS[key]):
                     return None
-            if as_line(shlex.split(record["line"])) != record["line"]:
+            is_ours = as_line(shlex.split(record["line"])) == record["line"]
+            if not is_ours or record["process"] is None:
                 return None
         except (OSError, ValueError, TypeError, KeyError, OptionError):
             return None

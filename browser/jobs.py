@@ -30,6 +30,7 @@ FOLDER = "reelsmith-queue"
 QUEUE = "queue.txt"
 STATE = "jobs.json"
 LOGS = "logs"
+WISHES = "making"  # folder of the page Generate
 WAITING = "waiting"
 ENDED = (FINISHED, STOPPED, DIED)
 MOST_OF_CODE = 100  # bytes that are read of the file with an exit code
@@ -470,7 +471,11 @@ def _folder_of(line: str) -> Path:
 
 
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:
-    return JobQueue(runs.tops[0] / FOLDER, read_only)
+    """Return the queue of the first folder. Raises OutputError if its folders are links to other places."""
+    folder = runs.tops[0] / FOLDER
+    for place in (folder, folder / LOGS, folder / WISHES):
+        refuse_link(place)
+    return JobQueue(folder, read_only)
 
 
 def refuse_link(path: Path) -> None:

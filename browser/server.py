@@ -246,9 +246,11 @@ class RunPages:
         return answer
 
 
-def explain_error(_: Request, error: Exception) -> Response:
+def explain_error(request: Request, error: Exception) -> Response:
     """Return the response to a request that a damaged or vanished file ends, with the remedy."""
-    return PlainTextResponse(str(error), 500) if isinstance(error, UserError) else answer_gone()
+    if not isinstance(error, UserError):
+        return answer_gone()
+    return PlainTextResponse(str(error), 500 if request.method == "GET" else 422)
 
 
 def make_app(

@@ -16,6 +16,9 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.errands import errand_name
 from browser.jobs import FOLDER as QUEUE_FOLDER
+from browser.runs import Runs
+from browser.server import make_app
+from modules.errors import OutputError
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.browser.test_safe_clicks import (
     SECRET,
@@ -28,7 +31,7 @@ from tests.browser.test_safe_clicks import (
 )
 
 WAIT_SECONDS = 2.0  # in which a server that starts what it finds would have done so
-MOST_SECONDS = 5.0  # for an answer
+MOST_SECONDS = 20.0  # for an answer
 NOBODY = {"machine": 1, "number": 1, "born": 1}  # a process of another machine
 
 
@@ -232,10 +235,7 @@ def test_damaged_files_break_no_page(root: Path, tmp_path: Path, kind: str) -> N
 def visit_pages(served: Served, pages: tuple[str, ...], content: bytes) -> None:
     for address in pages:
         answer = served.ask(address)
-        is_said = (
-            answer.status == 500 and "Remove it" in answer.text
-        )  # the queue's own words on a damaged file
-        is_said |= answer.status == 500 and "Take some out" in answer.text
+        is_said = answer.status == 500 and f"{QUEUE_FOLDER}/" in answer.text  # a file of the queue, with why
         assert answer.status < 500 or is_said, (address, content[:200], answer.text[:200])
 
 
@@ -265,34 +265,36 @@ def test_a_planted_record_ends_no_other_process(root: Path, bystander: psutil.Po
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
-@pytest.mark.parametrize("place", ["", "logs", "making", "files"])
-def test_links_in_the_folder_of_the_queue_write_and_show_nothing(
-    root: Path, tmp_path: Path, place: str
-) -> None:
+@pytest.mark.parametrize("place", ["", "logs", "making"])
+def test_a_queue_that_is_a_link_is_refused(root: Path, tmp_path: Path, place: str) -> None:
+    path = root / QUEUE_FOLDER / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(tmp_path / "outside")
+
+    with pytest.raises(OutputError, match="is a link to another place"):
+        make_app(Runs((root,)))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_in_the_folder_of_the_queue_write_and_show_nothing(root: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     queue = root / QUEUE_FOLDER
-    if place == "files":
-        names = ["queue.txt", "jobs.json", "logs/1.log", "logs/1.code", "making/making.log", "making/1.json"]
-        names += ["making/session.json", "making/.lock", ".lock"]
-        for kind in ("describe", "check"):
-            names += [
-                f"logs/{errand_name(kind, root / 'described')}.{end}" for end in ("log", "json", "code")
-            ]
-        for name in names:
-            (queue / name).parent.mkdir(parents=True, exist_ok=True)
-            (queue / name).symlink_to(outside / "secret.txt")
-    else:
-        (queue / place).parent.mkdir(parents=True, exist_ok=True)
-        (queue / place).symlink_to(outside)
+    names = ["queue.txt", "jobs.json", "logs/1.log", "logs/1.code", "making/making.log", "making/1.json"]
+    names += ["making/session.json", "making/.lock", ".lock"]
+    for kind in ("describe", "check"):
+        name = errand_name(kind, root / "described")
+        names += [f"logs/{name}.{end}" for end in ("log", "json", "code")]
+    for name in names:
+        (queue / name).parent.mkdir(parents=True, exist_ok=True)
+        (queue / name).symlink_to(outside / "secret.txt")
     before = list_files(outside)
     with serve_runs(root) as served:
-        for _ in range(2):
-            for address in list_addresses(served, "GET"):
-                answer = served.ask(f"{address}?folder=described")
-                assert SECRET not in answer.text, address
-            press_all(served, folder="described", id="1", line="reelsmith run described --check")
-            served.ask("/queue/work", "POST", "", Origin=served.url)
-            time.sleep(WAIT_SECONDS)
+        for address in list_addresses(served, "GET"):
+            answer = served.ask(f"{address}?folder=described")
+            assert SECRET not in answer.text, address
+        press_all(served, folder="described", id="1", line="reelsmith run described --check")
+        served.ask("/queue/work", "POST", "", Origin=served.url)
+        time.sleep(WAIT_SECONDS)
         served.ask("/queue/pause", "POST", "", Origin=served.url)
         wait_for_children()
     assert list_files(outside) == before
@@ -379,7 +381,7 @@ FILES = (
     "\0",
     "x = ",
     "[reelsmith]\ncommands = 3",
-    "a = 1\n" * 400_000,
+    "a = 1\n" * 40_000,
 )
 
 
