@@ -209,7 +209,8 @@ class Controls(HTMLParser):
         is_script = tag == "script" and not values.get("src", "").startswith("/static/")
         addresses = [values.get(name, "") for name in ("href", "src", "action", "hx-get", "hx-post")]
         is_foreign = any(re.match(r"\s*(javascript:|vbscript:|data:text|//)", place) for place in addresses)
-        handles = any(name.startswith(("on", "hx-on", "hx-vals", "hx-headers")) for name in values)
+        handles = any(name.startswith(("on", "hx-on")) for name in values)
+        handles |= any(values.get(name, "").startswith("js:") for name in ("hx-vals", "hx-headers"))
         if is_script or is_foreign or handles or tag in ("iframe", "object", "embed", "base", "svg:script"):
             self.running.append(text)
 
