@@ -4,6 +4,7 @@ The three files are the draft of a training. Pages keep nothing of it elsewhere,
 pages may change it in turn.
 """
 
+import errno
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from tomlkit.items import Table
 
 from browser.captions import mark_bytes
 from modules.atomic_write import write_bytes
-from modules.text_files import parse_toml, read_content
+from modules.text_files import parse_toml, read_content, real_path
 from project.options import RUN_FILE, find_models
 from training.config_options import OTHERS_TABLE
 
@@ -57,12 +58,23 @@ def is_described(folder: Path) -> bool:
     return (folder / RUN_FILE).is_file()
 
 
+def read_own(path: Path) -> bytes:
+    """Return the bytes of a file of a described folder.
+
+    Raises OSError if it cannot be read, or is a link that leads out of the folder: a folder of somebody else
+    could show and change any file that way.
+    """
+    if not real_path(path).is_relative_to(real_path(path.parent)):
+        raise OSError(errno.EINVAL, "it is a link that leads out of its folder", str(path))
+    return read_content(path)
+
+
 def mark_files(folder: Path) -> str:
     """Return a checksum of the three files of a folder; "" if it has none of them."""
     marks = []
     for name in FILES:
         try:
-            marks.append(mark_bytes(read_content(folder / name)))
+            marks.append(mark_bytes(read_own(folder / name)))
         except FileNotFoundError:
             marks.append("")
     return hashlib.blake2s("".join(marks).encode(), digest_size=8).hexdigest() if any(marks) else ""
@@ -74,7 +86,7 @@ def read_described(folder: Path) -> Described:
     Raises OSError if a file cannot be read, ValueError if it is not as `new` writes it.
     """
     mark = mark_files(folder)
-    run = parse_toml(read_content(folder / RUN_FILE).decode())
+    run = parse_toml(read_own(folder / RUN_FILE).decode())
     try:
         values = dict(run[TRAINING_TABLE])
         project = run[OTHERS_TABLE]
@@ -99,7 +111,7 @@ def read_described(folder: Path) -> Described:
 
 def _read_trigger(folder: Path) -> str:
     try:
-        general = parse_toml(read_content(folder / DATASET_FILE).decode()).get("general", {})
+        general = parse_toml(read_own(folder / DATASET_FILE).decode()).get("general", {})
     except FileNotFoundError:
         return ""
     return str(general.get("trigger_word", "")) if isinstance(general, dict) else ""
@@ -123,7 +135,7 @@ def change_keys(
     the file has changed since, ValueError if it is no TOML or has no such table, OSError or OutputError if it
     cannot be read or written.
     """
-    content = read_content(path)
+    content = read_own(path)
     if mark_bytes(content) != have:
         raise ChangedMeanwhileError
     changed = edit_toml(content.decode(), table, changes, removed)

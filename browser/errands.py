@@ -4,19 +4,19 @@ They need no graphics card for long, so that they do not wait for a training. Ea
 `check-0123456789abcdef`, and is kept in files: another server, or this one started again, finds it.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from browser import launch
-from browser.jobs import KINDS, LOGS, Job, JobQueue, as_line
-from browser.runs import RUNNING
+from browser.jobs import KINDS, LOGS, Job, JobQueue, as_line, refuse_link
+from browser.runs import RUNNING, is_living
 from modules.atomic_write import append_text, explain_errors, write_text
 from modules.errors import OptionError, OutputError
 from modules.file_locks import only_one
@@ -55,7 +55,9 @@ class Errands:
             raise OutputError("the browser was started with --read_only")
         _, program = launch.find_program(words, folder)
         with explain_errors(self.folder / name):
+            refuse_link(self.folder.parent)
             self.folder.mkdir(parents=True, exist_ok=True)
+            refuse_link(self.folder)
             with only_one(self.folder / ".lock"):
                 earlier = self.find(name)
                 if earlier is not None and earlier.state == RUNNING:
@@ -85,7 +87,10 @@ class Errands:
             for key in STORED:
                 if not isinstance(record[key], KINDS[key]):
                     return None
-        except (OSError, ValueError, TypeError, KeyError):
+            is_ours = as_line(shlex.split(record["line"])) == record["line"]
+            if not is_ours or record["process"] is None:
+                return None
+        except (OSError, ValueError, TypeError, KeyError, OptionError):
             return None
         return Job(id=0, log=self._log(name), **{key: record[key] for key in STORED})
 
@@ -99,16 +104,23 @@ class Errands:
             time.sleep(LOOKED_EVERY)
 
     def stop(self, name: str) -> None:
-        """End a running errand at once, with all processes that it has started."""
+        """End a running errand at once, with all processes that it has started.
+
+        Raises OutputError if it runs on another machine.
+        """
         errand = self.find(name)
         if errand is None or errand.state != RUNNING or not errand.process:
+            return
+        is_alive = is_living(errand.process)
+        if is_alive is None:  # its number is that of another process here
+            raise OutputError("it runs on another machine. Stop it from there")
+        if not is_alive:  # it has just ended
             return
         with explain_errors(self._record(name)):
             append_text(errand.log, "It was stopped.\n")
             record = {key: getattr(errand, key) for key in STORED} | {"stops": 1}
             write_text(self._record(name), json.dumps(record))
-        with contextlib.suppress(KeyError):
-            launch.kill_processes(errand.process["number"])
+        launch.kill_processes(errand.process["number"])
 
     def _log(self, name: str) -> Path:
         if not NAME.fullmatch(name):

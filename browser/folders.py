@@ -112,10 +112,12 @@ def find_folder(runs: Runs, text: str) -> Path | None:
     """
     if not text.strip() or "\0" in text:
         return None
-    path = runs.tops[0] / Path(text.strip()).expanduser()
     try:
-        if not path.is_dir() or not runs.is_below(path):
+        path = runs.tops[0] / Path(text.strip()).expanduser()
+        # looking at a share of another machine would log in there
+        is_of_here = path.anchor in {top.anchor for top in runs.tops}
+        if not is_of_here or not path.is_dir() or not runs.is_below(path):
             return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: the home folder of nobody
         return None
     return real_path(path)

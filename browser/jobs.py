@@ -30,6 +30,7 @@ FOLDER = "reelsmith-queue"
 QUEUE = "queue.txt"
 STATE = "jobs.json"
 LOGS = "logs"
+WISHES = "making"  # folder of the page Generate
 WAITING = "waiting"
 ENDED = (FINISHED, STOPPED, DIED)
 MOST_OF_CODE = 100  # bytes that are read of the file with an exit code
@@ -39,6 +40,7 @@ EVERY_SECONDS = 0.5
 ENTRY = re.compile(r"[^\n]*\n?" if os.name == "nt" else r"(?:(?!\s*#)[^\n]*\\\n)*[^\n]*\n?")
 TAIL = 64 << 10  # bytes at the end of a log in which its last lines are searched
 MOST_JOBS = 10**9
+MOST_BORN = 1e11  # seconds since 1970
 MOST_LINES = 1000  # of the text file
 MOST_OF_JOB = 100_000  # characters of a job
 KINDS: dict[str, Any] = {
@@ -124,10 +126,18 @@ class Job:
         if self.state != RUNNING:
             with contextlib.suppress(OSError):
                 end = (self.log if self.code is None else self.code_path).stat().st_mtime
-        return max(0.0, end - (self.process or {}).get("born", end))
+        return max(0.0, end - (self.born or end))
+
+    @property
+    def born(self) -> float:
+        """Return when the job began, in seconds since 1970; 0 if it has not, or its file is damaged."""
+        born = (self.process or {}).get("born")
+        return float(born) if isinstance(born, (int, float)) and abs(born) < MOST_BORN else 0.0
 
     def last_lines(self, count: int = LAST_LINES) -> str:
         """Return the last lines of the job's log; progress bars only with their last state."""
+        if self.log.is_symlink():  # to a file of somebody else
+            return ""
         try:
             with self.log.open("rb") as file:
                 file.seek(max(0, self.log.stat().st_size - TAIL))
@@ -353,6 +363,8 @@ class JobQueue:
         if self.read_only:
             raise OutputError("the browser was started with --read_only")
         with explain_errors(self.folder / QUEUE):
+            for folder in (self.folder, self.folder / LOGS):
+                refuse_link(folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             with only_one(self.folder / ".lock"):
                 book, stored_text = self._read_files()
@@ -464,10 +476,22 @@ def _folder_of(line: str) -> Path:
 
 
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:
-    return JobQueue(runs.tops[0] / FOLDER, read_only)
+    """Return the queue of the first folder. Raises OutputError if its folders are links to other places."""
+    folder = runs.tops[0] / FOLDER
+    for place in (folder, folder / LOGS, folder / WISHES):
+        refuse_link(place)
+    return JobQueue(folder, read_only)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise OutputError if a file or folder of the queue is a link to another place."""
+    usual = os.path.normcase(real_path(path.parent) / path.name)
+    if os.path.normcase(real_path(path)) != usual:
+        raise OutputError(f"{path} is a link to another place. Remove the link")
 
 
 def _read_or_empty(path: Path) -> str:
+    refuse_link(path)
     try:
         return read_text(path)
     except FileNotFoundError:

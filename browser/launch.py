@@ -218,9 +218,11 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
 def prepare_process(log: Path, **variables: str) -> "subprocess.Popen[bytes]":
     """Start the process that will wait for a job, in its own group. It ends if no job is sent to it.
 
-    variables: of the environment, for the job too.
+    log: takes what it prints. variables: of the environment, for the job too. Raises OSError if the log is a
+    link.
     """
-    with log.open("ab") as file:
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    with os.fdopen(handle, "ab") as file:
         return subprocess.Popen(
             [sys.executable, "-m", f"{PREFIX}browser.launch"],
             cwd=ROOT,

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from browser import launch
-from browser.jobs import WAITING, Job, JobQueue
+from browser.jobs import WAITING, Job, JobQueue, refuse_link
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_living
+from browser.sessions import find_session, limit_session
 from browser.wishes import Making, WishStore
 from modules.atomic_write import explain_errors, write_text
 from modules.command import message_of
@@ -100,8 +101,8 @@ class LoadedModel:
 class Maker:
     """Note the wishes of a server's page Generate, and make them in a thread."""
 
-    def __init__(self, queue: JobQueue, find_program: FindProgram = launch.find_program) -> None:
-        """find_program: returns what the words of a session start in a folder, as `launch.find_program`."""
+    def __init__(self, queue: JobQueue, find_program: FindProgram = find_session) -> None:
+        """find_program: returns what the words of a session start in a folder, as `find_session`."""
         self.queue = queue
         self.find_program = find_program
         self.idle_seconds = IDLE_SECONDS
@@ -474,12 +475,15 @@ class Maker:
         if not folder.is_dir():
             raise OptionError(f"{folder}: the folder of this command is gone")
         _, program = self.find_program(making.session, folder)
+        limits = limit_session(Path(making.save_path), self.folder, self.queue.folder.parent)
+        refuse_link(self.folder)
+        (self.folder / LOG).unlink(missing_ok=True)  # it may be a link
         variables = {FROM_QUEUE: "1", DRIVEN: str(self.folder.absolute() / PREVIEWS), "PYTHONUTF8": "1"}
         with explain_errors(self.folder / LOG), (self.folder / LOG).open("wb") as log:
             process = subprocess.Popen(
                 program,
                 cwd=folder,
-                env=program_environment(**variables),
+                env=program_environment(**variables, **limits),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -126,7 +126,7 @@ def is_of(run: Glance, job: Job) -> bool:
 
 
 def when_begun(job: Job) -> tuple[float, int]:
-    return (job.process or {}).get("born", 0), job.id
+    return job.born, job.id
 
 
 class Draft(NamedTuple):

@@ -269,6 +269,13 @@ class RunPages:
         return answer
 
 
+def explain_error(request: Request, error: Exception) -> Response:
+    """Return the response to a request that a damaged or vanished file ends, with the remedy."""
+    if not isinstance(error, UserError):
+        return answer_gone()
+    return PlainTextResponse(str(error), 500 if request.method == "GET" else 422)
+
+
 def make_app(
     runs: Runs,
     host: str = "localhost",
@@ -321,6 +328,6 @@ def make_app(
     ]
     machine = socket.gethostname().lower()
     names = frozenset({"localhost", host.lower(), machine, f"{machine}.local"})
-    app = Starlette(routes=routes)
+    app = Starlette(routes=routes, exception_handlers={UserError: explain_error, OSError: explain_error})
     app.router.redirect_slashes = False  # to an address that the request's host would be a part of
     return Gate(app, names, token, read_only)

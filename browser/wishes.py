@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from browser.jobs import WAITING
+from browser.jobs import WAITING, refuse_link
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_living
 from modules.atomic_write import explain_errors, write_text
 from modules.errors import OptionError, OutputError
@@ -174,6 +174,8 @@ class WishStore:
     @contextlib.contextmanager
     def _change(self) -> Iterator[None]:
         with self._lock, explain_errors(self.folder / "1.json"):
+            for folder in (self.folder.parent, self.folder):
+                refuse_link(folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             with only_one(self.folder / ".lock"):
                 yield

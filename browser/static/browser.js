@@ -231,7 +231,7 @@ function makePlot(title, label, curves) {
   const plot = new uPlot(options, [[0]], box);
   plot.over.addEventListener("dblclick", () => setZoom());
   plot.root.setAttribute("role", "img");
-  plot.root.setAttribute("aria-label", `${title} over steps`);
+  plot.root.setAttribute("aria-label", `curve of ${title}`);
   widths.observe(box);
   return { title, plot, box, shape: shapeOf(curves) };
 }

@@ -1,0 +1,51 @@
+"""Limit the process that the page Generate drives: its command is read from a file, which may be anybody's.
+
+The files of wishes lie below a root. Whoever gives a folder away can put such a file into it, and wishes that
+wait are made when a server starts. So their commands can do no more than those that the page writes.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from browser import launch
+from contract.families import with_scripts
+from modules.control_codes import shorten
+from modules.errors import OptionError
+from modules.run_limits import COMMAND, FOLDERS, TYPED
+from modules.text_files import real_path
+from package.reelsmith.commands import ScriptCommand
+
+INTERACTIVE = "--interactive"
+
+
+def find_session(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, list[str]]:
+    """Return the command of ours that a process for requests is started with, and its program.
+
+    words, folder: as those of `launch.find_program`. Raises OptionError if it is another command than those
+    of the page.
+    """
+    texts = [word for word in words if isinstance(word, str)]
+    line = shorten(" ".join(texts), 80)
+    command, program = launch.find_program(texts, folder)
+    scripts = {entry.generation_script for entry in with_scripts().values()}
+    is_plain = texts[:1] == ["python"] and len(texts) == len(words)
+    if not is_plain or command.script not in scripts or INTERACTIVE not in texts:
+        raise OptionError(f"{line}: the page Generate writes no such command. Remove it")
+    return command, program
+
+
+def limit_session(result_folder: Path, wish_folder: Path, top: Path) -> dict[str, str]:
+    """Return the variables for a process that may write below two folders alone, and sends nothing.
+
+    result_folder: of its results. wish_folder: of the wishes, for previews. top: folder that is shown. Raises
+    OptionError if the results would lie outside of it.
+    """
+    try:
+        is_inside = real_path(result_folder).is_relative_to(real_path(top))
+    except ValueError:  # of a name that no folder can have
+        is_inside = False
+    if not is_inside:
+        raise OptionError(f"{shorten(str(result_folder), 200)} lies outside of {top}. Remove it")
+    folders = [str(real_path(folder)) for folder in (result_folder, wish_folder)]
+    return {FOLDERS: json.dumps(folders), TYPED: "", COMMAND: "run"}

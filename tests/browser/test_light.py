@@ -1,0 +1,40 @@
+"""The server stays light: no page loads torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("starlette", reason="the extra `browser` is not installed")
+
+from modules.installation import ROOT
+from tests.browser.serving import write_run
+from tests.browser.test_safe_clicks import describe, save_picture
+
+# each GET route once, in a process of its own; prints the heavy modules that are loaded then
+VISIT = """
+import sys
+from pathlib import Path
+from tests.browser.serving import serve_runs
+from tests.browser.test_safe_clicks import list_addresses
+with serve_runs(Path(sys.argv[1])) as served:
+    for address in list_addresses(served, "GET"):
+        run = served.of("x").split("/")[2]
+        for query in ("", "?folder=described", "?source=model+wan+t2v-1.3B", f"?run={run}"):
+            answer = served.ask(address + query)
+            assert answer.status < 500, address
+print(sorted({"torch", "transformers", "accelerate", "diffusers", "tensorboard"} & sys.modules.keys()))
+"""
+
+
+def test_serving_every_page_loads_no_torch(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", "x", 10)
+    save_picture(tmp_path / "described" / "0.png")
+    describe(tmp_path / "described")
+
+    done = subprocess.run(
+        [sys.executable, "-c", VISIT, str(tmp_path)], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
+
+    assert done.stdout == "[]\n", done.stderr[-2000:]
