@@ -148,7 +148,9 @@ def test_a_run_goes_on_without_unreadable_files_alone(
     monkeypatch.setattr(running, "_check_training", lambda _: None)
     monkeypatch.setattr(running, "_check_media", lambda *_: MediaCheck([], ["damaged.jpg is damaged"]))
     monkeypatch.setattr(
-        running, "run_command", lambda words, *_: code if failing in words[1] and "--check" not in words else 0
+        running,
+        "run_command",
+        lambda words, *_: code if failing in words[1] and "--check" not in words else 0,
     )
     with nullcontext() if ends is None else pytest.raises(SystemExit, match=f"^{ends}$"):
         running.run_project(RunOptions(folder=folder))
