@@ -4,6 +4,7 @@ The three files are the draft of a training. Pages keep nothing of it elsewhere,
 pages may change it in turn.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,6 +108,23 @@ def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str
             names = dict.fromkeys(part.option.lstrip("-") for part in model.components if part.option)
             return dict(zip(names, paths, strict=False))
     return {}
+
+
+def read_commands(folder: Path) -> list[list[str]]:
+    """Return the commands in the run.toml of a folder; none if it is not as `new` writes it."""
+    try:
+        run = parse_toml(read_content(folder / RUN_FILE).decode())
+        return [[str(word) for word in words] for words in run[OTHERS_TABLE]["commands"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def keep_copies(folder: Path, target: Path) -> None:
+    """Copy the three files of a folder into another one. Raises OutputError if that fails."""
+    for name in FILES:
+        with contextlib.suppress(FileNotFoundError):
+            content = read_content(folder / name)
+            write_bytes(target / name, content)
 
 
 def change_keys(
