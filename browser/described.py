@@ -61,6 +61,8 @@ def mark_files(folder: Path) -> str:
             marks.append(mark_bytes(read_content(folder / name)))
         except FileNotFoundError:
             marks.append("")
+        except OSError:  # no file, or one that may not be read
+            marks.append("-")
     return hashlib.blake2s("".join(marks).encode(), digest_size=8).hexdigest() if any(marks) else ""
 
 

@@ -12,7 +12,7 @@ from modules.option_values import option_words
 from modules.output_files import check_output_name
 from project.options import MODELS, NewOptions, check_trigger, find_models
 
-USUAL_STEPS = NewOptions.__dataclass_fields__["max_train_steps"].default
+USUAL_STEPS = NewOptions(folder=Path()).max_train_steps
 MOST_STEPS = 10_000_000
 # labels of the fields that `new` writes into all three files, by their names
 OF_ALL_FILES = {"family": "Model", "task": "Task", "trigger": "Trigger word", "model_files": "model files"}

@@ -75,6 +75,7 @@ from downloads.catalogue import Component
 from downloads.listing import gigabytes, total_bytes
 from modules.errors import OptionError, UserError
 from modules.pages.page import render_page
+from modules.text_encodings import NAMES
 from modules.text_files import read_content
 from project.fitting import find_memory
 from project.options import CAPTION_MODEL, MODELS, RUN_FILE, find_models
@@ -169,14 +170,7 @@ class NewPages:
 
     def is_pending(self, comparing: Job, folder: Path) -> bool:
         """Return whether shown changes are still those that the files would get."""
-        if comparing.state == RUNNING:
-            return True
-        began = (comparing.process or {}).get("born", 0.0)
-        for name in FILES:
-            with contextlib.suppress(FileNotFoundError):
-                if (folder / name).stat().st_mtime > began:
-                    return False
-        return True
+        return comparing.state == RUNNING or not has_changed_since(comparing, folder)
 
     def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:
         """Return the page with a filled form.
@@ -337,16 +331,8 @@ class NewPages:
         return path if path is not None and self.site.runs.is_inside(path) else None
 
     def is_check_old(self, checking: Job | None, folder: Path | None) -> bool:
-        """Return whether files or captions of a folder have changed since its check began."""
-        if checking is None or folder is None:
-            return False
-        began = (checking.process or {}).get("born", time.time())
-        for path in (folder, *(folder / name for name in FILES)):
-            with contextlib.suppress(OSError):
-                is_own = path == folder  # the check itself writes its page there
-                if not is_own and path.stat().st_mtime > began:
-                    return True
-        return False
+        """Return whether the files of a folder have changed since its check began."""
+        return checking is not None and folder is not None and has_changed_since(checking, folder)
 
     def explain_folder(self, text: str) -> str:
         """Return why a text names no folder that can be described here."""
@@ -487,11 +473,12 @@ class NewPages:
             errands.start(errand_name(TRY, folder), words, folder)
         elif what == "write":
             words = caption_words(texts.get("engine", ""), texts.get("question", ""))
+            self.require_inside(folder)
             self.queue_job(words, folder)
         elif what == "remedy":
             self.run_remedy(folder, texts.get("line", ""))
         elif what == REPAIR:
-            self.repair(folder)
+            self.repair(folder, texts.get("encoding", ""))
         else:
             return False
         return True
@@ -571,12 +558,16 @@ class NewPages:
         else:
             self.queue_job(words, folder)
 
-    def repair(self, folder: Path) -> None:
-        """Convert the captions of a folder that are not UTF-8."""
+    def repair(self, folder: Path, encoding: str) -> None:
+        """Convert the captions of a folder that are not UTF-8. encoding: theirs; "" if it is to be guessed."""
+        if encoding and encoding not in NAMES:
+            raise OptionError(f"{encoding}: no such encoding is known here.")
         words = find_repair(folder)
         if not words:
             raise OptionError("It is not described yet: press Describe first.")
         self.require_inside(folder)
+        if encoding:
+            words = [*words, encoding]
         self.site.errands.start(errand_name(REPAIRING, folder), words, folder)
 
     def look_at_file(self, request: Request, form: Form) -> Response:
@@ -585,6 +576,19 @@ class NewPages:
         text = "".join(form.get(f"file_{option}", ()))
         values = {"text": describe_file(text)}
         return answer_page(render_page(HERE / "new_file.html", "New", values, PAGE_POLICY))
+
+
+def has_changed_since(errand: Job, folder: Path) -> bool:
+    """Return whether one of the three files of a folder has changed since an errand was started."""
+    try:
+        began = errand.log.with_suffix(".json").stat().st_mtime_ns
+    except OSError:
+        return True
+    for name in FILES:
+        with contextlib.suppress(FileNotFoundError):
+            if (folder / name).stat().st_mtime_ns > began:
+                return True
+    return False
 
 
 def find_repair(folder: Path) -> list[str]:

@@ -3,15 +3,17 @@
 import re
 import shlex
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from browser.jobs import Job
+from modules.text_encodings import NAMES
 
 MOST_LINES = 400
 MOST_LINKS = 3  # files of a line that are linked
 MOST_SEARCHED = 3000  # files of a folder whose names are looked for with blanks in them
 DIFF = re.compile(r"--- \S+")  # begins the changes that `new --dry_run` prints
+NAMED_ENCODING = re.compile(r"name it: --repair_captions (\S+)$")
 OUT = "out"  # remedies: leave the files of a line out; convert captions; run the command of the line
 REPAIR = "repair"
 RUN = "run"
@@ -28,6 +30,8 @@ class SaidLine:
     remedy: str = ""  # OUT, REPAIR, RUN or none
     needs_word: bool = False  # a command with a place for a made-up word
     is_fault: bool = False
+    encoding: str = ""  # that a check names for captions of which it is not sure
+    depth: int = 0  # how far it was indented, in blanks
 
     @property
     def is_command(self) -> bool:
@@ -51,7 +55,8 @@ def read_said(job: Job | None, names: Collection[str] = ()) -> list[SaidLine]:
         if DIFF.match(line):
             break
         if line.strip():
-            lines.append(_read_line(line, names))
+            depth = len(line) - len(line.lstrip())
+            lines.append(replace(_read_line(line, names), depth=depth))
     return lines
 
 
@@ -62,6 +67,9 @@ def _read_line(line: str, names: Collection[str]) -> SaidLine:
         return SaidLine(text, remedy="" if needs_word else RUN, needs_word=needs_word)
     found_names = _find_names(text, names)
     is_fault = text.startswith("left out: ") or "Something is wrong" in text
+    named = NAMED_ENCODING.search(text)
+    if named is not None and named[1] in NAMES:
+        return SaidLine(text, found_names, remedy=REPAIR, encoding=named[1])
     if "not UTF-8" in text:
         return SaidLine(text, found_names, remedy=REPAIR)
     is_unreadable = any(words in text for words in UNREADABLE) or text in names
