@@ -265,7 +265,7 @@ class NewPages:
             "trying": errands[TRY],
             "tries": [] if folder is None else read_tries(errands[TRY], folder),
             "repairing": errands[REPAIRING],
-            "repair_lines": [line for line in read_said(errands[REPAIRING], names) if line.remedy == REPAIR],
+            "repair_lines": [line for line in read_said(errands[REPAIRING], names) if line.is_of_repair],
             "repair_line": self.repair_line(folder),
             "commands": [] if folder is None else [shlex.join(words) for words in read_commands(folder)],
             "run_command": "" if described is None else shlex.join(self.run_words(described)),
@@ -559,7 +559,7 @@ class NewPages:
             self.queue_job(words, folder)
 
     def repair(self, folder: Path, encoding: str) -> None:
-        """Convert the captions of a folder that are not UTF-8. encoding: theirs; "" if it is to be guessed."""
+        """Convert captions of a folder that are not UTF-8. encoding: theirs; "" if it is to be guessed."""
         if encoding and encoding not in NAMES:
             raise OptionError(f"{encoding}: no such encoding is known here.")
         words = find_repair(folder)

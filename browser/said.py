@@ -19,6 +19,7 @@ REPAIR = "repair"
 RUN = "run"
 UNREADABLE = ("left out: ", "cannot be read", "no image that can be read", "is damaged")
 COPIES = ": equal copies"
+CONVERTED = ("to UTF-8", "now UTF-8", ": left as it is")  # of lines of --repair_captions
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class SaidLine:
     @property
     def is_command(self) -> bool:
         return self.remedy == RUN or self.needs_word
+
+    @property
+    def is_of_repair(self) -> bool:
+        """Return whether it says which captions were converted, and which were not."""
+        return bool(self.encoding) or any(words in self.text for words in CONVERTED)
 
     @property
     def left_out(self) -> tuple[str, ...]:

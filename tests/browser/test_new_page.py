@@ -121,7 +121,7 @@ def test_twelve_dropped_pictures_become_a_lora_by_labels_alone(
         (root / "kittens/prompts.txt").write_text(FEW, encoding="utf-8")
         press(page, "Check")
         wait_page(page, "no fault")
-        page.get_by_text("check.html").click()
+        page.get_by_text("All files with what is cut off").click()
         frame = page.frame_locator("iframe")
         frame.get_by_text("p00.png").first.wait_for()
         press(page, "Start")
@@ -183,6 +183,7 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
     assert post(served, "nothing", folder=str(root / "set")).status == 404
 
 
+@pytest.mark.slow
 def test_a_wrong_file_is_said_where_one_clicked(served: Served, root: Path) -> None:
     write_pictures(root / "set", 1, captions=True)
     post(served, "describe", **{"folder": str(root / "set"), **FIELDS, "file_dit": PARTS["vae"]})
@@ -193,6 +194,7 @@ def test_a_wrong_file_is_said_where_one_clicked(served: Served, root: Path) -> N
     assert not (root / "set/run.toml").exists()
 
 
+@pytest.mark.slow
 def test_describe_pressed_twice_runs_once(served: Served, root: Path) -> None:
     write_pictures(root / "set", 2, captions=True)
     fields = {"folder": str(root / "set"), **FIELDS}
@@ -226,6 +228,7 @@ def test_a_described_folder_keeps_what_was_not_changed(served: Served, root: Pat
     assert path.read_text() == after.replace('output_name = "set"', 'output_name = "other"')
 
 
+@pytest.mark.slow
 def test_replacing_shows_the_changes_asks_and_keeps_the_old_files(served: Served, root: Path) -> None:
     folder = root / "set"
     write_pictures(folder, 2, captions=True)
@@ -250,6 +253,7 @@ def test_replacing_shows_the_changes_asks_and_keeps_the_old_files(served: Served
     assert {name: (kept / name).read_bytes() for name in FILES} == old
 
 
+@pytest.mark.slow
 def test_changes_that_were_refused_leave_all_as_it_was(served: Served, root: Path) -> None:
     folder = root / "set"
     write_pictures(folder, 2, captions=True)
@@ -272,6 +276,7 @@ def mark_of(served: Served, folder: Path) -> str:
     return match[1]
 
 
+@pytest.mark.slow
 def test_a_second_browser_overwrites_nothing(served: Served, root: Path) -> None:
     folder = root / "set"
     write_pictures(folder, 2, captions=True)
@@ -289,6 +294,7 @@ def test_a_second_browser_overwrites_nothing(served: Served, root: Path) -> None
     assert 'name="steps" value="30"' in draft.text
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_gone_and_files_that_are_not_as_new_writes_them(served: Served, root: Path) -> None:
     folder = root / "set"
     write_pictures(folder, 2, captions=True)
@@ -306,6 +312,7 @@ def test_a_folder_that_is_gone_and_files_that_are_not_as_new_writes_them(served:
     assert served.ask(f"/new/progress?folder={quote(str(folder))}").status == 404
 
 
+@pytest.mark.slow
 def test_captions_in_another_encoding_are_converted_by_a_button(served: Served, root: Path) -> None:
     folder = root / "set"
     write_pictures(folder, 2, captions=True)
@@ -321,12 +328,13 @@ def test_captions_in_another_encoding_are_converted_by_a_button(served: Served, 
     assert "--repair_captions cp1252" in wait_for(served, folder, "Read as cp1252")
     assert post(served, "repair", folder=str(folder), encoding="rot13").status == 422
     assert post(served, "repair", folder=str(folder), encoding="cp1252").status == 200
-    wait_for(served, folder, "1 caption converted to UTF-8")
+    wait_for(served, folder, ", now UTF-8: ")
 
     assert (folder / "p00.txt").read_text(encoding="utf-8") == "ein Käse, eine Tür und schöne Grüße"
     assert (folder / "p00.txt.bak").exists()
 
 
+@pytest.mark.slow
 def test_a_model_of_a_server_tries_three_and_then_writes_all(served: Served, root: Path) -> None:
     folder = root / "set"
     write_pictures(folder, 4)
@@ -352,6 +360,7 @@ def test_a_model_of_a_server_tries_three_and_then_writes_all(served: Served, roo
     assert len(list(folder.glob("p0*.txt"))) == 4
 
 
+@pytest.mark.slow
 def test_only_printed_commands_of_this_folder_are_run(served: Served, root: Path) -> None:
     folder = root / "set"
     write_pictures(folder, 2)
@@ -367,6 +376,7 @@ def test_only_printed_commands_of_this_folder_are_run(served: Served, root: Path
         assert "outside the folders" in text_of(post(served, what, folder=str(folder)), "refused")
 
 
+@pytest.mark.slow
 def test_a_model_that_is_to_be_loaded_needs_its_licences_accepted(served: Served, root: Path) -> None:
     folder = root / "set"
     write_pictures(folder, 2, captions=True)
@@ -427,6 +437,7 @@ def test_names_and_captions_are_text(served: Served, root: Path) -> None:
         assert page.problems == []
 
 
+@pytest.mark.slow
 def test_what_is_typed_survives_a_reload(served: Served, root: Path) -> None:
     write_pictures(root / "set", 2)
     with open_page(f"{served.url}/new") as page:
@@ -480,6 +491,7 @@ LABELS = """[...document.querySelectorAll('label, [aria-label]')]
   .map(one => (one.getAttribute('aria-label') ?? one.innerText.split('\\n')[0]).trim().toLowerCase())"""
 
 
+@pytest.mark.slow
 def test_the_page_fits_and_no_label_is_a_part_of_another(served: Served, root: Path) -> None:
     write_pictures(root / "set", 2)
     describe(served, root / "set", trigger="ohwx")
