@@ -39,7 +39,7 @@ MOST_FACTS = 4000  # files whose headers are kept
 
 
 @dataclass(frozen=True)
-class FileFacts:
+class HeaderFacts:
     """Facts of a file's header."""
 
     size: tuple[int, int] | None
@@ -130,7 +130,7 @@ class FolderFiles:
         self.captions = Captions()
         self.thumbnails = Thumbnails()
         self.left_out = LeftOut(runs)
-        self._facts: OrderedDict[tuple[str, int], FileFacts] = OrderedDict()
+        self._facts: OrderedDict[tuple[str, int], HeaderFacts] = OrderedDict()
 
     def address(self, folder: Path) -> str:
         """Return the address that `dataset.js` asks for the files of a folder."""
@@ -212,16 +212,16 @@ class FolderFiles:
             "caption": self.caption(folder, name),
         }
 
-    def facts(self, path: Path) -> FileFacts:
+    def facts(self, path: Path) -> HeaderFacts:
         """Return facts of a file's header; they are read once."""
         if not self.runs.is_below(path):
-            return FileFacts(
+            return HeaderFacts(
                 None, None, None, fault="it is gone, or leads outside the folders that are shown"
             )
         try:
             key = str(path), path.stat().st_mtime_ns
         except OSError as error:
-            return FileFacts(None, None, None, fault=error.strerror or str(error))
+            return HeaderFacts(None, None, None, fault=error.strerror or str(error))
         if key not in self._facts:
             self._facts[key] = _read_facts(path)
             while len(self._facts) > MOST_FACTS:
@@ -321,17 +321,17 @@ class FolderFiles:
         return Response(picture, media_type="image/jpeg", headers=headers)
 
 
-def _read_facts(path: Path) -> FileFacts:
+def _read_facts(path: Path) -> HeaderFacts:
     suffix = path.suffix.lower()
     try:
         if suffix in PICTURES:
-            return FileFacts(image_size(path), None, None, fault="")
+            return HeaderFacts(image_size(path), None, None, fault="")
         if suffix in VIDEO_SUFFIXES:
             info = source_info(path)
-            return FileFacts((info.width, info.height), info.frames, round(float(info.rate), 2), fault="")
+            return HeaderFacts((info.width, info.height), info.frames, round(float(info.rate), 2), fault="")
     except (MediaError, OSError) as error:
-        return FileFacts(None, None, None, fault=str(error).replace(f"{path} ", ""))
-    return FileFacts(None, None, None, fault="")
+        return HeaderFacts(None, None, None, fault=str(error).replace(f"{path} ", ""))
+    return HeaderFacts(None, None, None, fault="")
 
 
 def picture_address(path: Path) -> str | None:

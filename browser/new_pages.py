@@ -69,7 +69,7 @@ from browser.runs import RUNNING
 from browser.said import REPAIR, SaidLine, find_command, read_changes, read_said
 from browser.site import Site
 from browser.uploads import ADDRESS as UPLOAD
-from browser.uploads import Uploads, name_of_day
+from browser.uploads import FileUploads, name_of_day
 from browser.views import HERE, POLICY
 from downloads.catalogue import Component
 from downloads.listing import gigabytes, total_bytes
@@ -120,7 +120,7 @@ class NewPages:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.files = FolderFiles(site.runs, site.read_only)
-        self.uploads = Uploads(site.runs)
+        self.uploads = FileUploads(site.runs)
 
     @functools.cached_property
     def memory(self) -> float:

@@ -124,7 +124,7 @@ def name_of_day(top: Path, day: date) -> str:
     return name
 
 
-class Uploads:
+class FileUploads:
     """Take the files that a page sends."""
 
     def __init__(self, runs: Runs, limits: UploadLimits = USUAL_LIMITS) -> None:
