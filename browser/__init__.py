@@ -16,8 +16,7 @@ model_table: models by what they make, load and fit
 new_form: fields of the page New, and their command
 new_pages: describe, check and start a folder by buttons
 options: options of run_browser.py: folders, address, token
-queue_uploads: take dropped files, judged by their content
-views: pages of queue and comparison, their buttons
+queue_views: pages of queue and comparison, their buttons
 runs: find runs by their histories, tell each at a glance
 said: printed lines, with their files and a remedy
 server: routes, and what a request must have to pass
