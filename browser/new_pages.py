@@ -218,6 +218,7 @@ class NewPages:
             "can_write": not site.read_only,
             "said": problem,
             **self.progress_values(folder, described),
+            "refused": error if folder is None else "",  # of a button whose folder is gone
         }
         page = render_page(HERE / "new.html", "New", values, PAGE_POLICY)
         headers = {"content-security-policy": f"{PAGE_POLICY}; frame-ancestors 'none'"}
