@@ -3,12 +3,17 @@
 answers: pages, JSON, refusals; bodies and forms of requests
 beginnings: how a run stands from its draft on
 bin_folder: what pages have removed, until it is emptied
+captioning: a model writes captions; a try on a few
 captions: write caption files, undo, refuse to overwrite others
 compare: find samples and clips of chosen files, plan the rest
 dataset_pages: routes for datasets: files, small pictures, edited captions
 datasets: find datasets, measure them in another process
+described: read a described folder, and change its keys
 drafts: what is typed into the form Generate, in files
+errands: commands for a page, next to the queue
+folder_files: rows of a folder, captions, files left out
 folder_settings: show, check and save the settings of a folder
+folders: folders below the roots that hold media
 generate_pages: routes of Generate: form, wishes, dropped files
 hub_login: whether there is a token, without its text
 inputs: take dropped pictures and clips, judged by content
@@ -21,6 +26,9 @@ making: make wishes with a model that stays loaded
 memory: plan of a training as a bar, its switches
 model_files: released files on disk, what uses them, downloads
 model_pages: page of models: loading after licences, removing
+model_table: models by what they make, load and fit
+new_form: fields of the page New, and their command
+new_pages: describe, check and start a folder by buttons
 options: options of run_browser.py: folders, address, token
 qr_code: a text as QR code, for terminal and page
 queue_views: pages of queue and comparison, their buttons
@@ -30,13 +38,16 @@ result_pages: results of Generate part by part, their buttons
 results: find results of all days, remove them
 run_buttons: the buttons of a run and what they do
 runs: find runs by their histories, tell each at a glance
+said: printed lines, with their files and a remedy
 samples: rows of prompts.txt, and how often they are made
 server: routes, and what a request must have to pass
 settings: how a running server was started, with its address
 settings_of: settings in a result, and the wish that they make
 settings_page: page of settings: folders, server, queue, bin
 settings_table: run.toml as a table of all its options
+site: what all pages of one server share
 start: serve pages or export one; show the address
+uploads: take dropped files, judged by their content
 views: pages, curves and files of one run
 wishes: results to make, in files that servers share
 """

@@ -4,6 +4,7 @@ The three files are the draft of a training. Pages keep nothing of it elsewhere,
 pages may change it in turn.
 """
 
+import contextlib
 import errno
 import hashlib
 import threading
@@ -77,6 +78,8 @@ def mark_files(folder: Path) -> str:
             marks.append(mark_bytes(read_own(folder / name)))
         except FileNotFoundError:
             marks.append("")
+        except OSError:  # no file, or one that may not be read
+            marks.append("-")
     return hashlib.blake2s("".join(marks).encode(), digest_size=8).hexdigest() if any(marks) else ""
 
 
@@ -124,6 +127,23 @@ def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str
             names = dict.fromkeys(part.option.lstrip("-") for part in model.components if part.option)
             return dict(zip(names, paths, strict=False))
     return {}
+
+
+def read_commands(folder: Path) -> list[list[str]]:
+    """Return the commands in the run.toml of a folder; none if it is not as `new` writes it."""
+    try:
+        run = parse_toml(read_content(folder / RUN_FILE).decode())
+        return [[str(word) for word in words] for words in run[OTHERS_TABLE]["commands"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def keep_copies(folder: Path, target: Path) -> None:
+    """Copy the three files of a folder into another one. Raises OutputError if that fails."""
+    for name in FILES:
+        with contextlib.suppress(FileNotFoundError):
+            content = read_content(folder / name)
+            write_bytes(target / name, content)
 
 
 def change_keys(

@@ -122,6 +122,13 @@ class Errands:
             write_text(self._record(name), json.dumps(record))
         launch.kill_processes(errand.process["number"])
 
+    def forget(self, name: str) -> None:
+        """Remove what is known of an errand that has ended."""
+        errand = self.find(name)
+        if errand is not None and errand.state != RUNNING and not self.read_only:
+            with explain_errors(self._record(name)):
+                self._record(name).unlink(missing_ok=True)
+
     def _log(self, name: str) -> Path:
         if not NAME.fullmatch(name):
             raise OptionError(f"{name!r} names no errand")

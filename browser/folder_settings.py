@@ -170,7 +170,7 @@ class SettingsPages:
             typed = NewForm.of_words(shlex.split(errand.line))
             if (typed.family, typed.task) == (described.family, described.task):
                 words = shlex.split(errand.line)
-        return [*(word for word in words if word != "--overwrite"), "--dry_run"]
+        return [*(word for word in words if word != "--overwrite"), "--print_run"]
 
     def read_chosen_text(self, folder: Path) -> str | None:
         """Return what `new` chose for a folder; None if that is not known (any more)."""

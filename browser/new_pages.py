@@ -1,12 +1,16 @@
 """The page New: choose a folder and a model, have `new` describe it, check it, and start the training.
 
-The form is kept nowhere but in the folder's own files and in the command that described it last, so that a
-reload, a restart of the server and a terminal see the same.
+The form is kept nowhere but in the folder's own files, in the command that described it last, and in the
+address of the page, so that a reload, a restart of the server and a terminal see the same.
 """
 
+import contextlib
+import functools
 import shlex
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -15,166 +19,98 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_move, answer_page
+from browser.answers import Form, answer_form, answer_gone, answer_move, answer_page
 from browser.beginnings import CHECK, DESCRIBE, run_words
+from browser.captioning import TRIED, caption_words, describe_engine, is_captioning, read_tries
 from browser.captions import mark_bytes
+from browser.datasets import find_places
 from browser.described import (
+    DATASET_FILE,
     FILES,
     TRAINING_TABLE,
     ChangedMeanwhileError,
     Described,
     change_keys,
     is_described,
+    keep_copies,
+    mark_files,
+    read_commands,
     read_described,
 )
 from browser.errands import errand_name
-from browser.folders import find_folder, list_media_folders, read_media_folder
-from browser.jobs import Job
+from browser.folder_files import FolderFiles, file_routes, list_names, picture_address
+from browser.folders import (
+    BIN,
+    CHECK_PAGE,
+    find_folder,
+    find_top,
+    list_media_folders,
+    read_media_folder,
+)
+from browser.jobs import WAITING, Job
+from browser.launch import find_program
+from browser.model_table import (
+    ModelRow,
+    describe_file,
+    has_login,
+    is_gated,
+    list_licences,
+    list_missing,
+    list_model_rows,
+)
+from browser.new_form import (
+    NewForm,
+    check_form,
+    free_name,
+    list_differing,
+    list_key_changes,
+    new_words,
+)
 from browser.runs import RUNNING
+from browser.said import REPAIR, SaidLine, find_command, read_changes, read_said
 from browser.site import Site
+from browser.uploads import ADDRESS as UPLOAD
+from browser.uploads import FileUploads, name_of_day
 from browser.views import HERE, POLICY
-from downloads.catalogue import ModelSet
+from downloads.catalogue import Component
 from downloads.listing import gigabytes, total_bytes
 from modules.errors import OptionError, UserError
-from modules.option_values import option_words
 from modules.pages.page import render_page
+from modules.text_encodings import NAMES
 from modules.text_files import read_content
-from project.fitting import describe_fit, find_memory
-from project.options import MODELS, RUN_FILE, NewOptions, find_models
+from project.fitting import find_memory
+from project.options import CAPTION_MODEL, RUN_FILE, find_models
 
-USUAL_STEPS = NewOptions.__dataclass_fields__["max_train_steps"].default
-
-
-@dataclass(frozen=True)
-class NewForm:
-    """What the fields of the page New hold."""
-
-    folder: str = ""
-    family: str = ""
-    task: str = ""
-    trigger: str = ""
-    name: str = ""
-    steps: str = str(USUAL_STEPS)
-    model_files: Mapping[str, str] = field(default_factory=dict)  # by option; only those that lie elsewhere
-
-    @classmethod
-    def of_fields(cls, form: Mapping[str, Sequence[str]]) -> "NewForm":
-        """Return the form that a page has sent."""
-        texts = {name: "".join(values).strip() for name, values in form.items()}
-        family, _, task_of_family = texts.get("family", "").partition(" ")
-        return cls(
-            folder=texts.get("folder", ""),
-            family=family,
-            task=texts.get("task", task_of_family),
-            trigger=texts.get("trigger", ""),
-            name=texts.get("name", ""),
-            steps=texts.get("steps", "") or str(USUAL_STEPS),
-            model_files={
-                name.removeprefix("file_"): text
-                for name, text in texts.items()
-                if name.startswith("file_") and text
-            },
-        )
-
-    @classmethod
-    def of_words(cls, words: Sequence[str]) -> "NewForm":
-        """Return the form that a command of `new_words` stands for."""
-        texts: dict[str, str] = {}
-        files: dict[str, str] = {}
-        for option, value in zip(words, words[1:], strict=False):
-            if option == "--model_file":
-                name, _, path = value.partition("=")
-                files[name] = path
-            elif option.startswith("--"):
-                texts[option] = value
-        return cls(
-            folder="".join(words[2:3]),
-            family=texts.get("--family", ""),
-            task=texts.get("--task", ""),
-            trigger=texts.get("--trigger_word", ""),
-            name=texts.get("--output_name", ""),
-            steps=texts.get("--max_train_steps", str(USUAL_STEPS)),
-            model_files=files,
-        )
-
-    @classmethod
-    def of_described(cls, described: Described, models: Path) -> "NewForm":
-        """Return the form of a described folder. models: folder of the files that need no field."""
-        return cls(
-            folder=str(described.folder),
-            family=described.family,
-            task=described.task,
-            trigger=described.trigger,
-            name=described.name,
-            steps="" if described.steps is None else str(described.steps),
-            model_files={
-                name: path
-                for name, path in described.model_files.items()
-                if not Path(path).is_relative_to(models.absolute())
-            },
-        )
-
-
-def new_words(form: NewForm, models: Path, overwrite: bool = False) -> list[str]:
-    """Return the command that describes a folder as the form says."""
-    options: dict[str, Any] = {
-        "--family": form.family or None,
-        "--task": form.task or None,
-        "--trigger_word": form.trigger or None,
-        "--output_name": form.name or None,
-        "--max_train_steps": form.steps or None,
-        "--models": None if models == MODELS else str(models),
-        "--overwrite": overwrite or None,
-    }
-    words = ["reelsmith", "new", form.folder, *option_words(options)]
-    for name, path in form.model_files.items():
-        words += ["--model_file", f"{name}={path}"]
-    return words
+COMPARE = "compare"  # kind of errand: shows how the files of a described folder would change
+TRY = "try"  # captions of a few files
+REPAIRING = "repair"
+ERRANDS = (DESCRIBE, COMPARE, CHECK, TRY, REPAIRING)
+WHOLE_PAGE = ("describe", "replace", "keep")  # what changes more than the part that shows progress
+PART = 24  # folders of the list that are shown at once
+# the page shows check.html of the folder in a frame
+PAGE_POLICY = f"{POLICY}; frame-src 'self'"
+# of that page, which may be somebody else's: no script, nothing from elsewhere, an origin of its own
+CHECK_POLICY = (
+    "sandbox; default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
+    "frame-ancestors 'self'"
+)
+MOST_OF_PAGE = 256 << 20  # bytes of check.html
 
 
 @dataclass(frozen=True)
-class ModelRow:
-    """A row of the table of models."""
+class DescribePlan:
+    """What the button Describe does, and how it is said next to it."""
 
-    model: ModelSet
-    size: str  # GB on disk, or to load
-    is_there: bool
-    fit: str
+    words: list[str]  # of the command; empty: keys of run.toml are changed
+    changes: Mapping[str, Any]  # of keys of run.toml
+    compares: bool = False  # the command shows the changes of a described folder
 
     @property
-    def value(self) -> str:
-        return f"{self.model.family} {self.model.task}"
-
-
-def list_model_rows(models: Path, memory: float) -> list[ModelRow]:
-    """Return all models that a folder can be described for. memory: GiB of the card, 0 without one."""
-    rows = []
-    for model in find_models():
-        missing = [part for part in model.components if part.option and not (models / part.path).exists()]
-        size = f"{gigabytes(total_bytes(missing))} to load" if missing else "on disk"
-        rows.append(ModelRow(model, size, is_there=not missing, fit=describe_fit(model, memory)))
-    return rows
-
-
-@dataclass(frozen=True)
-class SaidLine:
-    """A line that a command has printed; a command of ours in it becomes a button."""
-
-    text: str
-    command: str = ""
-
-
-def read_said(job: Job | None) -> list[SaidLine]:
-    """Return what a command has printed, line by line. Indented lines of `new` and `run` are commands."""
-    if job is None:
-        return []
-    lines = []
-    for line in job.last_lines(400).splitlines():
-        text = line.strip()
-        is_command = line.startswith("  ") and text.startswith(("python ", "reelsmith "))
-        if text:
-            lines.append(SaidLine(text, text if is_command else ""))
-    return lines
+    def text(self) -> str:
+        if self.changes:
+            keys = ", ".join(f"{name} = {value!r}".replace("'", '"') for name, value in self.changes.items())
+            return f"{RUN_FILE}: {keys}"
+        return shlex.join(self.words)
 
 
 class NewPages:
@@ -182,20 +118,41 @@ class NewPages:
 
     def __init__(self, site: Site) -> None:
         self.site = site
+        self.files = FolderFiles(site.runs, site.read_only)
+        self.uploads = FileUploads(site.runs)
+
+    @functools.cached_property
+    def memory(self) -> float:
+        """Return the GiB of the card; it is asked once."""
+        return find_memory()
 
     def show(self, request: Request) -> Response:
-        form = NewForm.of_fields({name: request.query_params.getlist(name) for name in request.query_params})
-        if "folder" in request.query_params and set(request.query_params) <= {"folder", "name"}:
+        query = {name: request.query_params.getlist(name) for name in request.query_params}
+        form = NewForm.of_fields(query)
+        message = ""
+        if "folder" in query and set(query) <= {"folder", "name"}:
             described = self.read_form(form.folder)
             form = replace(described, name=form.name or described.name)
-        return self.answer(form)
+        elif "mark" in query:
+            folder = find_folder(self.site.runs, form.folder)
+            has_changed = folder is not None and mark_files(folder) != "".join(query["mark"])
+            if has_changed:
+                form = self.read_form(form.folder)
+                message = (
+                    "The files of this folder have changed meanwhile. The form shows them as they are now."
+                )
+        is_part = "hx-request" in request.headers
+        return self.answer(form, message=message, is_part=is_part)
 
     def read_form(self, folder_text: str) -> NewForm:
         """Return the form of a folder: of its files, else of the command that described it last."""
         folder = find_folder(self.site.runs, folder_text)
         if folder is None:
             return NewForm(folder=folder_text)
-        errand = self.site.errands.find(errand_name(DESCRIBE, folder))
+        comparing = self.find_errand(COMPARE, folder)
+        if comparing is not None and self.is_pending(comparing, folder):
+            return NewForm.of_words(shlex.split(comparing.line))
+        errand = self.find_errand(DESCRIBE, folder)
         is_failed = errand is not None and errand.state not in (RUNNING,) and errand.code != 0
         if is_described(folder) and not is_failed:
             try:
@@ -204,52 +161,184 @@ class NewPages:
                 return NewForm(folder=str(folder))
         if errand is not None:
             return NewForm.of_words(shlex.split(errand.line))
-        return NewForm(folder=str(folder))
+        return NewForm(folder=str(folder), name=self.suggest_name(folder))
 
-    def answer(self, form: NewForm, error: str = "") -> Response:
-        """Return the page with a filled form. error: a message to show."""
+    def suggest_name(self, folder: Path) -> str:
+        """Return a free name for a LoRA if the usual one, that of the folder, is taken; else nothing."""
+        free = free_name(folder / "output", folder.name)
+        return "" if free == folder.name else free
+
+    def is_pending(self, comparing: Job, folder: Path) -> bool:
+        """Return whether shown changes are still those that the files would get."""
+        return comparing.state == RUNNING or not has_changed_since(comparing, folder)
+
+    def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:
+        """Return the page with a filled form.
+
+        error: why a request was refused. message: something else to show. is_part: the list of folders is
+        left out, as only other parts of the page are taken.
+        """
         site = self.site
         folder = find_folder(site.runs, form.folder)
-        described = None
-        problem = error
+        described, problem = self.try_read(folder)
+        problem = error or message or problem
         if form.folder and folder is None and not error:
             problem = self.explain_folder(form.folder)
-        if folder is not None and is_described(folder):
-            try:
-                described = read_described(folder)
-            except (OSError, ValueError) as reason:
-                problem = problem or str(reason)
-        memory = find_memory()
-        rows = list_model_rows(site.models, memory)
+        content = None if folder is None else read_media_folder(folder)
+        rows = list_model_rows(site.models, self.memory, content)
         chosen = next((row for row in rows if row.value == f"{form.family} {form.task}"), None)
+        folders = [] if is_part else list_media_folders(site.runs)
         values = {
             "form": form,
-            "folders": list_media_folders(site.runs),
-            "content": None if folder is None else read_media_folder(folder),
+            "folder": folder,
+            "folders": folders[:PART],
+            "num_folders": len(folders),
+            "next_folder": PART,
+            "content": content,
             "rows": rows,
             "families": list(dict.fromkeys(row.model.family for row in rows)),
             "tasks": [row for row in rows if row.model.family == form.family],
             "chosen": chosen,
             "options": _file_options(chosen),
-            "memory": memory,
+            "memory": self.memory,
             "roots": site.runs.tops,
-            "command": shlex.join(new_words(form, site.models)),
+            "into": str(folder or name_of_day(site.runs.tops[0], date.today())),
+            "upload": UPLOAD,
+            "picture_address": picture_address,
+            "plan": self.plan_or_none(form, folder, described),
             "described": described,
-            "describing": self.find_errand(DESCRIBE, folder),
-            "checking": self.find_errand(CHECK, folder),
-            "run_command": self.run_command(described, rows),
-            "job": self.find_job(folder),
-            "is_paused": site.queue.worker == "",
-            "read_said": read_said,
+            "free_name": self.find_free_name(form, folder, described),
+            "rows_address": "" if content is None else self.files.address(content.path),
+            "files_address": "" if folder is None else self.files.address(folder),
+            "left_out": [] if folder is None else self.files.left_out.list_names(folder),
+            "engine": CAPTION_MODEL,
+            "engine_size": describe_engine(CAPTION_MODEL),
+            "tried": TRIED,
+            "caption_line": shlex.join(caption_words("", "")),
             "can_write": not site.read_only,
             "said": problem,
+            **self.progress_values(folder, described),
+            "refused": error if folder is None else "",  # of a button whose folder is gone
         }
-        return answer_page(render_page(HERE / "new.html", "New", values, POLICY), 422 if error else 200)
+        page = render_page(HERE / "new.html", "New", values, PAGE_POLICY)
+        headers = {"content-security-policy": f"{PAGE_POLICY}; frame-ancestors 'none'"}
+        return answer_page(page, 422 if error else 200, headers)
+
+    def try_read(self, folder: Path | None) -> tuple[Described | None, str]:
+        """Return what the files of a folder say, or None and why they cannot be read."""
+        if folder is None or not is_described(folder):
+            return None, ""
+        try:
+            return read_described(folder), ""
+        except (OSError, ValueError) as reason:
+            return None, str(reason)
+
+    def progress_values(self, folder: Path | None, described: Described | None) -> dict[str, Any]:
+        """Return what the part of the page shows that changes while commands run."""
+        site = self.site
+        names: list[str] = []
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                names = list_names(folder)
+        errands = {kind: self.find_errand(kind, folder) for kind in ERRANDS}
+        describing = errands[DESCRIBE]
+        comparing = errands[COMPARE]
+        if folder is not None and comparing is not None and not self.is_pending(comparing, folder):
+            comparing = None
+        looking = comparing or describing
+        job = self.find_job(folder)
+        captioning = self.find_captioning(folder)
+        jobs = [job, captioning]
+        is_busy = any(errand is not None and errand.state == RUNNING for errand in errands.values())
+        is_busy |= any(entry is not None and entry.state in (WAITING, RUNNING) for entry in jobs)
+        checking = errands[CHECK]
+        to_load = self.list_to_load_of(described)
+        return {
+            "folder": folder,
+            "looking": looking,
+            "looking_lines": read_said(looking, names),
+            "comparing": comparing,
+            "changes": read_changes(comparing),
+            "checking": checking,
+            "checking_lines": read_said(checking, names),
+            "check_page": self.find_check_page(folder),
+            "is_check_old": self.is_check_old(checking, folder),
+            "trying": errands[TRY],
+            "tries": [] if folder is None else read_tries(errands[TRY], folder),
+            "repairing": errands[REPAIRING],
+            "repair_lines": [line for line in read_said(errands[REPAIRING], names) if line.is_of_repair],
+            "repair_line": self.repair_line(folder),
+            "commands": [] if folder is None else [shlex.join(words) for words in read_commands(folder)],
+            "run_command": "" if described is None else shlex.join(self.run_words(described)),
+            "job": job,
+            "run_address": self.find_run(described),
+            "captioning": captioning,
+            "is_busy": is_busy,
+            "is_paused": site.queue.worker == "",
+            "described": described,
+            "can_write": not site.read_only,
+            "mark": "" if folder is None else mark_files(folder),
+            "licences": list_licences(to_load),
+            "is_gated": is_gated,
+            "has_login": any(map(is_gated, list_licences(to_load))) and has_login(),
+            "to_load": gigabytes(total_bytes(to_load)),
+            "refused": "",
+        }
+
+    def show_progress(self, request: Request) -> Response:
+        """Return the part of the page that changes while commands run."""
+        folder = find_folder(self.site.runs, request.query_params.get("folder", ""))
+        if folder is None:
+            return answer_gone()
+        described, _ = self.try_read(folder)
+        values = self.progress_values(folder, described)
+        return answer_page(render_page(HERE / "new_progress.html", "New", values, PAGE_POLICY))
+
+    def answer_progress(self, folder: Path, refused: str) -> Response:
+        """Return the same part after a button in it was pressed. refused: why nothing was done."""
+        described, _ = self.try_read(folder)
+        values = self.progress_values(folder, described) | {"refused": refused}
+        page = render_page(HERE / "new_progress.html", "New", values, PAGE_POLICY)
+        return answer_page(page, 422 if refused else 200)
+
+    def show_folders(self, request: Request) -> Response:
+        """Return the next folders of the list."""
+        first_text = request.query_params.get("from", "")
+        first = int(first_text[:6]) if first_text.isascii() and first_text.isdecimal() else 0
+        folders = list_media_folders(self.site.runs)
+        values = {
+            "folders": folders[first : first + PART],
+            "num_folders": len(folders),
+            "next_folder": first + PART,
+            "picture_address": picture_address,
+        }
+        return answer_page(render_page(HERE / "new_folders.html", "New", values, PAGE_POLICY))
+
+    def show_check(self, request: Request) -> Response:
+        """Return check.html of a folder, which may be somebody else's: it runs and loads nothing."""
+        folder = find_folder(self.site.runs, request.query_params.get("folder", ""))
+        path = self.find_check_page(folder)
+        if path is None:
+            return answer_gone()
+        try:
+            content = read_content(path, MOST_OF_PAGE)
+        except OSError:
+            return answer_gone()
+        headers = {"content-security-policy": CHECK_POLICY}
+        return Response(content, media_type="text/html; charset=utf-8", headers=headers)
+
+    def find_check_page(self, folder: Path | None) -> Path | None:
+        path = None if folder is None else folder / CHECK_PAGE
+        return path if path is not None and self.site.runs.is_inside(path) else None
+
+    def is_check_old(self, checking: Job | None, folder: Path | None) -> bool:
+        """Return whether the files of a folder have changed since its check began."""
+        return checking is not None and folder is not None and has_changed_since(checking, folder)
 
     def explain_folder(self, text: str) -> str:
         """Return why a text names no folder that can be described here."""
         roots = ", ".join(str(top) for top in self.site.runs.tops)
-        return f"{text}: no such folder below {roots}. Choose one from the list, or drop files below."
+        return f"{text}: no such folder below {roots}. Choose one from the list, or drop files here."
 
     def find_errand(self, kind: str, folder: Path | None) -> Job | None:
         return None if folder is None else self.site.errands.find(errand_name(kind, folder))
@@ -258,83 +347,248 @@ class NewPages:
         """Return the newest job of the queue that runs a folder; None if there is none."""
         return None if folder is None else self.site.beginnings.find_job(folder)
 
-    def run_command(self, described: Described | None, rows: Sequence[ModelRow]) -> str:
-        return "" if described is None else shlex.join(self.run_words(described))
+    def find_captioning(self, folder: Path | None) -> Job | None:
+        """Return the newest job of the queue that writes captions in a folder; None if there is none."""
+        if folder is None:
+            return None
+        jobs = [job for job in self.site.queue.jobs() if is_captioning(job, folder)]
+        return jobs[-1] if jobs else None
+
+    def find_run(self, described: Described | None) -> str:
+        """Return the address of the page of a folder's training; empty if there is none yet."""
+        if described is None:
+            return ""
+        for run in self.site.runs.list_all():
+            if run.history.parent == described.output and run.name.startswith(described.name):
+                return f"/run/{run.id}/"
+        return ""
+
+    def list_to_load_of(self, described: Described | None) -> list[Component]:
+        """Return the parts of a described folder's model that are to be loaded before the training."""
+        if described is None:
+            return []
+        is_there = {
+            name: path for name, path in described.model_files.items() if (described.folder / path).exists()
+        }
+        for model in find_models():
+            if (model.family, model.task) == (described.family, described.task):
+                return list_missing(model, self.site.models, is_there)
+        return []
+
+    def find_free_name(self, form: NewForm, folder: Path | None, described: Described | None) -> str:
+        """Return another name if a LoRA of the chosen name is there; else nothing."""
+        if folder is None:
+            return ""
+        name = form.name or folder.name
+        output = folder / "output" if described is None else described.output
+        free = free_name(output, name)
+        return "" if free == name else free
 
     def run_words(self, described: Described) -> list[str]:
         return run_words(described, self.site.models)
 
+    def repair_line(self, folder: Path | None) -> str:
+        """Return the command that converts captions of a folder to UTF-8; empty if there is none."""
+        words = [] if folder is None else find_repair(folder)
+        return shlex.join(words)
+
+    def plan_or_none(self, form: NewForm, folder: Path | None, described: Described | None) -> DescribePlan:
+        """Return what Describe would do; for a form that is not complete, the command as far as it goes."""
+        with contextlib.suppress(UserError, ValueError):
+            if folder is not None:
+                return self.plan_describe(form, folder, described)
+        return DescribePlan(new_words(form, self.site.models), {})
+
+    def plan_describe(self, form: NewForm, folder: Path, described: Described | None) -> DescribePlan:
+        """Return what Describe does for a folder.
+
+        It has `new` describe a folder that is not yet. Of a described one it writes name and steps into
+        run.toml if only these have changed, and else shows first how its files would change. Raises
+        OptionError for a wrong number of steps.
+        """
+        form = form.of_folder(folder)
+        models = self.site.models
+        if not any((folder / name).exists() for name in FILES):
+            return DescribePlan(new_words(form, models), {})
+        if described is not None:
+            before = NewForm.of_described(described, models)
+            changes = list_key_changes(form, before)
+            if changes and not list_differing(form, before):
+                return DescribePlan([], changes)
+        return DescribePlan(new_words(form, models, dry_run=True), {}, compares=True)
+
     def change(self, request: Request, form: Form) -> Response:
         """Do what a button asks for, and show the page of the folder again."""
         sent = NewForm.of_fields(form)
+        what = request.path_params["what"]
         folder = find_folder(self.site.runs, sent.folder)
         if folder is None:
             return self.answer(sent, self.explain_folder(sent.folder) if sent.folder else "Choose a folder.")
+        texts = {name: "".join(values) for name, values in form.items()}
         try:
-            what = request.path_params["what"]
-            if what == "describe":
-                self.describe(folder, sent, is_replacing="replace" in form)
-            elif what == "check":
-                words = ["reelsmith", "run", str(folder), "--check"]
-                self.site.errands.start(errand_name(CHECK, folder), words, Path.cwd())
-            elif what == "stop":
-                self.site.errands.stop(errand_name(CHECK, folder))
-            elif what == "start":
-                self.start(folder)
-            else:
+            if not self.carry_out(what, folder, sent, texts):
                 return PlainTextResponse("There is no such request.", 404)
-        except UserError as error:
-            return self.answer(sent, str(error))
+            problem = ""
         except ChangedMeanwhileError:
-            return self.answer(sent, f"{folder / RUN_FILE} has changed meanwhile. Look at it again.")
-        except (OSError, ValueError) as error:
-            return self.answer(sent, str(error))
+            problem = f"The files of {folder} have changed meanwhile. Load this page again to see them."
+        except (UserError, OSError, ValueError) as error:
+            problem = str(error)
+        if what not in WHOLE_PAGE:
+            return self.answer_progress(folder, problem)
+        if problem:
+            return self.answer(sent if what == "describe" else self.read_form(str(folder)), problem)
         return answer_move(f"/new?{urlencode({'folder': str(folder)})}")
 
-    def describe(self, folder: Path, form: NewForm, is_replacing: bool) -> None:
-        """Describe a folder; of a described one change name and steps alone, unless it is to be replaced."""
-        existing = [name for name in FILES if (folder / name).exists()]
-        if existing and not is_replacing:
-            self.change_described(folder, form)
+    def carry_out(self, what: str, folder: Path, sent: NewForm, texts: Mapping[str, str]) -> bool:
+        """Do what a button asks for; return whether there is such a button.
+
+        Raises UserError, OSError or ValueError if it cannot be done, ChangedMeanwhileError if the files are
+        not what the page was made from.
+        """
+        errands = self.site.errands
+        if what == "describe":
+            self.describe(folder, sent, texts.get("mark", ""))
+        elif what == "replace":
+            self.replace(folder, texts.get("mark", ""))
+        elif what == "keep":
+            errands.forget(errand_name(COMPARE, folder))
+        elif what == "check":
+            words = ["reelsmith", "run", str(folder), "--check"]
+            errands.start(errand_name(CHECK, folder), words, Path.cwd())
+        elif what == "stop":
+            for kind in ERRANDS:
+                errands.stop(errand_name(kind, folder))
+        elif what == "start":
+            self.start(folder, has_accepted=bool(texts.get("accept")))
+        elif what == "try":
+            words = caption_words(texts.get("engine", ""), texts.get("question", ""), TRIED)
+            self.require_inside(folder)
+            errands.start(errand_name(TRY, folder), words, folder)
+        elif what == "write":
+            words = caption_words(texts.get("engine", ""), texts.get("question", ""))
+            self.require_inside(folder)
+            self.queue_job(words, folder)
+        elif what == "remedy":
+            self.run_remedy(folder, texts.get("line", ""))
+        elif what == REPAIR:
+            self.repair(folder, texts.get("encoding", ""))
+        else:
+            return False
+        return True
+
+    def describe(self, folder: Path, form: NewForm, mark: str) -> None:
+        """Do what `plan_describe` says. mark: of the files that the page was made from."""
+        check_form(form)
+        if mark and mark != mark_files(folder):
+            raise ChangedMeanwhileError
+        if read_media_folder(folder) is None and not any(path.is_dir() for path in folder.iterdir()):
+            raise OptionError(f"{folder} has no clips, pictures or sounds. Drop some here first.")
+        described, _ = self.try_read(folder)
+        plan = self.plan_describe(form, folder, described)
+        if plan.changes:
+            have = mark_bytes(read_content(folder / RUN_FILE))
+            change_keys(folder / RUN_FILE, TRAINING_TABLE, plan.changes, have)
             return
-        words = new_words(
-            NewForm(**{**form.__dict__, "folder": str(folder)}), self.site.models, overwrite=bool(existing)
-        )
+        kind = COMPARE if plan.compares else DESCRIBE
+        self.site.errands.start(errand_name(kind, folder), plan.words, Path.cwd())
+
+    def replace(self, folder: Path, mark: str) -> None:
+        """Write the three files as the shown changes say; the old ones are copied into the bin first."""
+        comparing = self.find_errand(COMPARE, folder)
+        if comparing is None or comparing.state == RUNNING or not self.is_pending(comparing, folder):
+            raise OptionError("There are no changes to make (any more). Press Describe to see them.")
+        if mark != mark_files(folder):
+            raise ChangedMeanwhileError
+        kept = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
+        keep_copies(folder, find_top(self.site.runs, folder) / BIN / "replaced" / kept)
+        form = NewForm.of_words(shlex.split(comparing.line))
+        words = new_words(form, self.site.models, overwrite=True)
         self.site.errands.start(errand_name(DESCRIBE, folder), words, Path.cwd())
+        self.site.errands.forget(errand_name(COMPARE, folder))
 
-    def change_described(self, folder: Path, form: NewForm) -> None:
-        """Write name and steps into run.toml. Raises OptionError if another field has changed."""
-        have = mark_bytes(read_content(folder / RUN_FILE))
-        described = read_described(folder)
-        before = NewForm.of_described(described, self.site.models)
-        differing = [
-            label
-            for label, name in {
-                "Model": "family",
-                "Task": "task",
-                "Trigger word": "trigger",
-                "model files": "model_files",
-            }.items()
-            if getattr(before, name) != getattr(form, name)
-        ]
-        if differing:
-            raise OptionError(
-                f"{', '.join(differing)}: another one changes all three files. Tick Write all three anew to "
-                "replace them; what you changed in them by hand is replaced too."
-            )
-        changes: dict[str, Any] = {}
-        if form.name and form.name != before.name:
-            changes["output_name"] = form.name
-        if form.steps != before.steps:
-            if not form.steps.isdecimal() or not int(form.steps):
-                raise OptionError(f"Steps {form.steps}: give a whole number, such as {USUAL_STEPS}")
-            changes["max_train_steps"] = int(form.steps)
-        if changes:
-            change_keys(folder / RUN_FILE, TRAINING_TABLE, changes, have)
-
-    def start(self, folder: Path) -> None:
+    def start(self, folder: Path, has_accepted: bool) -> None:
         """Put the run of a folder into the queue, and start the queue unless other jobs wait in it."""
-        self.site.beginnings.start(folder, self.run_words(read_described(folder)))
+        if not is_described(folder):
+            raise OptionError("It is not described yet: press Describe first.")
+        words = self.run_words(read_described(folder))
+        if "--download" in words and not has_accepted:
+            raise OptionError("Its model is to be loaded: read the licences next to Start, and accept them.")
+        self.site.beginnings.start(folder, words)
+
+    def queue_job(self, words: Sequence[str], folder: Path) -> None:
+        """Put a command into the queue, and start the queue unless other jobs wait in it."""
+        queue = self.site.queue
+        others_wait = any(job.state == WAITING for job in queue.jobs())
+        queue.add(words, folder)
+        if queue.worker == "" and not others_wait:
+            queue.begin_work()
+
+    def require_inside(self, folder: Path) -> None:
+        """Raise OptionError if the dataset of a folder names files outside the roots."""
+        path = folder / DATASET_FILE
+        if not path.is_file():
+            raise OptionError("It is not described yet: press Describe first.")
+        outside = [place for place in find_places(path, folder) if not self.site.runs.is_below(place)]
+        if outside:
+            raise OptionError(f"{path} names {outside[0]}, which is outside the folders that are shown.")
+
+    def run_remedy(self, folder: Path, line: str) -> None:
+        """Run a command that `new` or `run --check` has printed for this folder."""
+        kinds = (COMPARE, DESCRIBE, CHECK)
+        lines: list[SaidLine] = []
+        for kind in kinds:
+            lines += read_said(self.find_errand(kind, folder))
+        words = find_command(lines, line)
+        if words is None:
+            raise OptionError("This command is not one that was printed for this folder (any more).")
+        self.require_inside(folder)
+        command, _ = find_program(words, folder)
+        if command.words[0] == "cache":
+            self.site.errands.start(errand_name(REPAIRING, folder), words, folder)
+        else:
+            self.queue_job(words, folder)
+
+    def repair(self, folder: Path, encoding: str) -> None:
+        """Convert captions of a folder that are not UTF-8. encoding: theirs; "" if it is to be guessed."""
+        if encoding and encoding not in NAMES:
+            raise OptionError(f"{encoding}: no such encoding is known here.")
+        words = find_repair(folder)
+        if not words:
+            raise OptionError("It is not described yet: press Describe first.")
+        self.require_inside(folder)
+        if encoding:
+            words = [*words, encoding]
+        self.site.errands.start(errand_name(REPAIRING, folder), words, folder)
+
+    def look_at_file(self, request: Request, form: Form) -> Response:
+        """Say what the file of a model is, by its header."""
+        option = request.query_params.get("option", "")
+        text = "".join(form.get(f"file_{option}", ()))
+        values = {"text": describe_file(text)}
+        return answer_page(render_page(HERE / "new_file.html", "New", values, PAGE_POLICY))
+
+
+def has_changed_since(errand: Job, folder: Path) -> bool:
+    """Return whether one of the three files of a folder has changed since an errand was started."""
+    try:
+        began = errand.log.with_suffix(".json").stat().st_mtime_ns
+    except OSError:
+        return True
+    for name in FILES:
+        with contextlib.suppress(FileNotFoundError):
+            if (folder / name).stat().st_mtime_ns > began:
+                return True
+    return False
+
+
+def find_repair(folder: Path) -> list[str]:
+    """Return the command that converts captions of a described folder to UTF-8; empty if there is none."""
+    for words in read_commands(folder):
+        with contextlib.suppress(OptionError):
+            command, _ = find_program(words, folder)
+            if command.words[0] == "cache" and "--check" in words and "--html" in words:
+                return [*words, "--repair_captions"]
+    return []
 
 
 def _file_options(row: ModelRow | None) -> list[str]:
@@ -349,5 +603,11 @@ def new_routes(site: Site) -> list[Route]:
     pages = NewPages(site)
     return [
         Route("/new", pages.show),
+        Route("/new/progress", pages.show_progress),
+        Route("/new/folders", pages.show_folders),
+        Route("/new/checked", pages.show_check),
+        Route("/new/file", answer_form(pages.look_at_file), methods=["POST"]),
+        Route(UPLOAD, pages.uploads.take, methods=["POST"]),
+        *file_routes(pages.files),
         Route("/new/{what}", answer_form(pages.change), methods=["POST"]),
     ]

@@ -17,6 +17,7 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from browser import uploads
 from browser.answers import NO_WRITING, Form, answer_file, answer_form, answer_gone, answer_json, answer_page
 from browser.dataset_pages import dataset_routes
 from browser.errands import Errands
@@ -61,8 +62,12 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
 }
 MOST_BYTES = 128 << 10  # largest body of a request: a caption as JSON
-# the same of routes that take files, which have limits of their own
-LARGER = {"/generate/file": MOST_OF_INPUT, "/generate/settings": MOST_OF_INPUT}
+# largest bodies of requests that take files, by their address
+LARGEST_BODIES = {
+    "/generate/file": MOST_OF_INPUT,
+    "/generate/settings": MOST_OF_INPUT,
+    uploads.ADDRESS: uploads.USUAL_LIMITS.file_bytes,
+}
 
 
 @dataclass
@@ -87,14 +92,14 @@ class Gate:
         request = Request(scope)
         is_begun = False
         received = 0  # bytes
-        most = LARGER.get(request.url.path, MOST_BYTES)
+        most_bytes = LARGEST_BODIES.get(request.url.path, MOST_BYTES)
 
         async def receive_bounded() -> Message:  # counted: a body in chunks has no Content-Length
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > most:
-                raise HTTPException(413, f"A request has at most {most:,} bytes.")
+            if received > most_bytes:
+                raise HTTPException(413, f"A request has at most {most_bytes:,} bytes.")
             return message
 
         async def send_guarded(message: Message) -> None:

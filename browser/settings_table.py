@@ -341,7 +341,7 @@ def tidy_lines(text: str) -> str:
 
 
 def read_chosen(lines: str) -> str | None:
-    """Return the run.toml in what `new --dry_run` has printed; None if there is none."""
+    """Return the run.toml in what `new --print_run` has printed; None if there is none."""
     begin = lines.find(f"[{TRAINING_TABLE}]\n")
     end = lines.find(f"\n[{OTHERS_TABLE}]\n", begin)
     if begin < 0 or end < 0:

@@ -360,17 +360,23 @@ def _reference_options(choice: Choice) -> list[str]:
 
 
 def _write_frames(choice: Choice) -> str:
-    """Write the first frame of a clip, and a last one if the model takes it. Returns their options."""
+    """Write the first frame of a clip, and a last one if the model takes it. Returns their options.
+
+    A --dry_run writes none.
+    """
     clip = next(item.path for item in choice.media if item.is_clip)
     folder = choice.folder / "output"
     start = folder / "start.png"
-    folder.mkdir(exist_ok=True)
-    write_png(start, first_frame(clip))
+    writes = not choice.options.dry_run
+    if writes:
+        folder.mkdir(exist_ok=True)
+        write_png(start, first_frame(clip))
     if "--end_image_path" not in choice.model.commands["generate"]:
         return f"--i {choice.inside(start)}"
     end = folder / "end.png"
-    (last,) = deque(itertools.islice(video_frames(clip), MOST_READ), maxlen=1)
-    write_png(end, last)
+    if writes:
+        (last,) = deque(itertools.islice(video_frames(clip), MOST_READ), maxlen=1)
+        write_png(end, last)
     return f"--i {choice.inside(start)} --ei {choice.inside(end)}"
 
 

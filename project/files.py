@@ -1,8 +1,9 @@
 """Write dataset.toml, prompts.txt and run.toml into a folder, and report what was found and chosen."""
 
 import contextlib
+import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dataset.config import load_dataset_config, with_lengths, with_references
@@ -16,7 +17,8 @@ from modules.errors import DatasetError, OutputError
 from modules.media.reading import first_frame
 from modules.media.writing import write_png
 from modules.options import option_values
-from modules.text_files import real_path
+from modules.run_limits import temporary_folder
+from modules.text_files import read_text, real_path
 from project import describing
 from project.choosing import (
     ModelChoice,
@@ -28,9 +30,18 @@ from project.choosing import (
 )
 from project.fitting import describe_fit, find_memory, needs_picture
 from project.media import WRITTEN, FolderContent, Media, collect_content, name_some
-from project.options import RUN_FILE, NewOptions, find_models, own_command
-from project.running import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS, typed_in
+from project.options import (
+    CAPTION_MODEL,
+    CAPTION_MODEL_SIZE,
+    RUN_FILE,
+    WRITE_CAPTIONS,
+    NewOptions,
+    find_models,
+    own_command,
+)
+from project.running import typed_in
 
+UNCHANGED = "Nothing is written: the three files would stay as they are."
 KIND_WORDS = {"video": "clip", "image": "picture", "audio": "sound"}  # kind of a file -> its word in a line
 # kind of a fault
 DAMAGED = "cannot be read and have no caption, which ends a run: delete each, or move it away"
@@ -39,37 +50,62 @@ DAMAGED = "cannot be read and have no caption, which ends a run: delete each, or
 def write_project(options: NewOptions) -> None:
     """Write the three files; print found and chosen files, and the commands that use them.
 
+    With --dry_run the changes are printed instead of written, with --print_run only the text of run.toml.
+
     Also writes captions that lists have into caption files, and the first frames of clips for a model that
-    learns pictures. With --dry_run only prints run.toml. Raises OutputError if one of the three files exists.
+    learns pictures. Raises OutputError if one of the three files exists.
     """
     paths = [options.folder / name for name in WRITTEN]
     existing = [path for path in paths if path.exists()]
-    if existing and not options.overwrite and not options.dry_run:
+    if existing and not (options.overwrite or options.dry_run or options.print_run):
         raise OutputError(
             f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
         )
     memory = find_memory() if options.memory is None else options.memory
     model_choice = choose_model(options, memory)
     choice = _gather_choice(options, model_choice, memory)
-    if options.dry_run:
+    if options.print_run:
         print_lines(describing.describe_run(choice, describing.list_commands(choice)).splitlines())
         return
 
     dataset = describing.describe_dataset(choice)
-    _write_content(choice.content)
+    if not options.dry_run:
+        _write_content(choice.content)
     samples = describing.describe_samples(choice)
     commands = describing.list_commands(choice)
     run = describing.describe_run(choice, commands)
-    for path, text in zip(paths, (dataset, samples, run), strict=True):
-        write_text(path, text)
+    texts = dict(zip(paths, (dataset, samples, run), strict=True))
+    if not options.dry_run:
+        for path, text in texts.items():
+            write_text(path, text)
 
-    problems = find_problems(choice)
+    problems = find_problems(choice, dataset)
     lines = _describe_choice(choice, model_choice.remarks)
     lines += _describe_captions(choice)
     lines += problems
-    lines.append(f"written: {', '.join(map(str, paths))}")
-    lines.append(_describe_next(choice, bool(problems)))
+    if options.dry_run:
+        lines += _describe_changes(texts)
+    else:
+        lines.append(f"written: {', '.join(map(str, paths))}")
+        lines.append(_describe_next(choice, bool(problems)))
     print_lines(lines)
+
+
+def _describe_changes(texts: Mapping[Path, str]) -> list[str]:
+    """Return how files would change if they got these texts, as `diff -u` shows it."""
+    lines: list[str] = []
+    for path, text in texts.items():
+        old = read_text(path) if path.exists() else ""
+        changes = difflib.unified_diff(
+            old.splitlines(),
+            text.splitlines(),
+            fromfile=path.name,
+            tofile=f"{path.name} as it would be",
+            n=1,
+            lineterm="",
+        )
+        lines += changes
+    return ["Nothing is written. So the three files would change:", *lines] if lines else [UNCHANGED]
 
 
 def _gather_choice(options: NewOptions, model_choice: ModelChoice, memory: float) -> describing.Choice:
@@ -130,16 +166,21 @@ def _write_content(content: FolderContent) -> None:
             write_text(path, f"{text}\n")
 
 
-def find_problems(choice: describing.Choice) -> list[str]:
+def find_problems(choice: describing.Choice, dataset: str) -> list[str]:
     """Return the faults of the files in dataset.toml that would end a run, found as `run` finds them.
 
+    dataset: text of dataset.toml. Nothing is found for pictures that a --dry_run does not write.
     Missing captions are left out, as other lines report them, except those of files that cannot be read.
     """
     family = choice.facts.family
     damaged = {path.name for path in choice.content.unreadable}
     problems: list[Fault] = []
-    with contextlib.chdir(choice.options.folder), quiet():
-        config = load_dataset_config(Path(WRITTEN[0]))
+    if choice.options.dry_run and choice.content.first_frames:
+        return []
+    with temporary_folder() as copies, contextlib.chdir(choice.options.folder), quiet():
+        copy = copies / WRITTEN[0]
+        write_text(copy, dataset)
+        config = load_dataset_config(copy)
         config = with_lengths(config, choice.model.data.get("frame_step", 4))
         config = with_references(config, family.references, family.can.references)
         for table in config.datasets:
@@ -302,6 +343,7 @@ def _with_word(choice: describing.Choice) -> list[str]:
     model = choice.model
     words = ["new", str(choice.options.folder)]
     changed = {"family": model.family, "task": model.task, "trigger_word": "WORD", "overwrite": True}
+    changed["dry_run"] = False
     usual = option_values(NewOptions(folder=choice.options.folder))
     values = option_values(choice.options) | changed
     for name, value in values.items():

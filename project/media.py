@@ -12,13 +12,14 @@ from typing import Literal
 
 from dataset.sources.captions import caption_path, describe_encoding, read_caption_file
 from dataset.sources.folders import ControlFolder
-from dataset.sources.left_out import FOLDERS_OF_RUNS, NO_MEDIA, remedy_of
+from dataset.sources.left_out import FOLDERS_OF_RUNS, NO_MEDIA
 from dataset.subsets import FolderName, read_folder_name
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.opening import SOUND_SUFFIXES, open_image
 from modules.media.reading import VIDEO_SUFFIXES, first_frame, image_size, image_suffixes
+from modules.media.remedies import remedy_of
 from modules.media.samples import track_facts
 from modules.media.streams import source_info
 from modules.text_files import real_path

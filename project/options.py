@@ -18,6 +18,14 @@ from training.run_options import TRACKERS
 RUN_FILE = "run.toml"
 MODELS = Path("models")  # of the working folder
 MOST_OF_WORD = 200  # characters of a trigger word
+# small, and of a kind that tools/caption_dataset.py is tested with
+CAPTION_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
+CAPTION_MODEL_SIZE = "4.4 GB"
+# fmt: off
+WRITE_CAPTIONS = [
+    "python", "tools/caption_dataset.py", "--dataset_config", "dataset.toml", "--model", CAPTION_MODEL,
+]
+# fmt: on
 
 
 def _training_keys() -> Collection[str]:
@@ -97,7 +105,8 @@ class NewOptions(Options):
         "GiB of the card; this machine's when not given, 0: a CPU", type=gibibytes, metavar="GIB"
     )
     overwrite: bool = option("replace dataset.toml, prompts.txt and run.toml")
-    dry_run: bool = option("print what run.toml would be, and write nothing")
+    dry_run: bool = option("show how the three files would change, and write nothing")
+    print_run: bool = option("print what run.toml would be, and write nothing", excludes="dry_run")
     download = unsupported("`new` only writes files: give it to `run`")
     card = unsupported("give the GiB of the card as --memory, such as --memory 12", nargs="?")
     vram = unsupported("give the GiB of the card as --memory, such as --memory 12", nargs="?")

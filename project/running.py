@@ -27,19 +27,19 @@ from modules.run_limits import OF_TRAINING, describe_outside, limit_run, refuse_
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.choosing import script_family
 from project.fitting import transformers_of
-from project.options import RUN_FILE, RunOptions, find_models, own_command
+from project.options import (
+    CAPTION_MODEL,
+    CAPTION_MODEL_SIZE,
+    RUN_FILE,
+    WRITE_CAPTIONS,
+    RunOptions,
+    find_models,
+    own_command,
+)
 from project.tracing import RunTrace, trace_run
 from training.config_options import OTHERS_TABLE
 from training.saving.states import find_latest
 
-# small, and of a kind that tools/caption_dataset.py is tested with
-CAPTION_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
-CAPTION_MODEL_SIZE = "4.4 GB"
-# fmt: off
-WRITE_CAPTIONS = [
-    "python", "tools/caption_dataset.py", "--dataset_config", "dataset.toml", "--model", CAPTION_MODEL,
-]
-# fmt: on
 # kinds of faults of a check
 NO_CAPTIONS = ("have no caption",)
 BAD_CAPTIONS = ("have a caption that cannot be used",)

@@ -25,7 +25,7 @@ function make(name, text = "", kind = "") {
 const WORDS = { ready: "", measuring: "measuring …", failed: "It cannot be measured:", gone: "It is not there (any more):", outside: "It, or files that it names, lie outside the folders that this page was started with. This command shows them too:" };
 
 function showState(news) {
-  const how = news.decodes ? "whole files were read" : "only headers were read: damaged, black and equal clips are found by reading whole files";
+  const how = news.how ?? (news.decodes ? "whole files were read" : "only headers were read: damaged, black and equal clips are found by reading whole files");
   const progress = news.state === "measuring" ? `measuring ${news.media.toLocaleString("en")} files … ${news.seconds} s` : WORDS[news.state];
   $("state").textContent = news.state === "ready" ? how : progress;
   $("told").hidden = !(news.error || news.command);
@@ -33,7 +33,7 @@ function showState(news) {
   const names = { "": "files", dropped: "dropped", uncaptioned: "without a caption", outdated: "caches out of date" };
   const counts = Object.entries(news.counts ?? {}).filter(([name]) => name in names);
   const tiles = [...counts.map(([name, count]) => [names[name], count]), ...Object.entries(news.totals ?? {})];
-  tiles.splice(1, 0, ["items to train on", news.items]);
+  if (news.items !== undefined) tiles.splice(1, 0, ["items to train on", news.items]);
   $("tiles").replaceChildren(...(news.version ? tiles : []).map(([name, count]) => {
     const tile = make("div", name, "tile");
     tile.prepend(make("b", count.toLocaleString("en")));
@@ -129,7 +129,7 @@ function facts(file) {
   const cut = file.cut_percent >= 0.5 ? `${Math.round(file.cut_percent)} % cut off` : "";
   const frames = file.kind === "video" && file.frames ? `${file.frames} frames at ${file.fps ?? "?"}` : "";
   const items = file.kind === "video" ? file.lengths.map(([length, count]) => `${count} × ${length} frames`).join(", ") : "";
-  return [size + into, cut, frames, items && `trained: ${items}`, file.has_mask && "with a mask", `table ${file.table}`].filter(Boolean).join(" · ");
+  return [size + into, cut, frames, items && `trained: ${items}`, file.has_mask && "with a mask", file.table && `table ${file.table}`].filter(Boolean).join(" · ");
 }
 
 function shot(picture, at, file) {
@@ -161,8 +161,8 @@ function lines(file) {
   if (file.short) found.push(make("li", file.short, "warn"));
   for (const text of file.faults) if (text !== file.dropped) found.push(make("li", text, "bad"));
   for (const text of file.remarks) if (text !== file.dropped && text !== file.short) found.push(make("li", text, "warn"));
-  const caches = file.dropped ? [] : Object.entries(file.caches);
-  if (!caches.length && !file.dropped) found.push(make("li", "not cached yet"));
+  const caches = file.dropped || !file.caches ? [] : Object.entries(file.caches);
+  if (file.caches && !caches.length && !file.dropped) found.push(make("li", "not cached yet"));
   for (const [tag, { media, text }] of caches) for (const [what, [state, why]] of [["latents", media], ["text", text]]) {
     const line = make("li", "", state === "valid" ? "good" : "warn");
     line.append(make("b", `${what} ${state}`), why ? `: ${why}` : "", make("span", tag ? ` · ${tag}` : "", "faint"));

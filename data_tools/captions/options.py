@@ -153,6 +153,14 @@ class CaptioningOptions(Options, title="what to do"):
     dry_run: bool = option(
         "name the captions that are missing and where they would be written; load and write nothing"
     )
+    try_on: int | None = option(
+        "make the captions of the first N files that lack one, print them, and write none; of any files if "
+        "none lacks one",
+        least=1,
+        most=1000,
+        metavar="N",
+        excludes=("dry_run", "edit_only"),
+    )
     overwrite: bool = option(
         "also write again the captions that this program wrote and nobody has edited since"
     )

@@ -56,7 +56,9 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
                     f"--{name} {text!r}: {table.name} has {name} = {text!r}, which does this without "
                     "touching files; it would be there twice. Leave out one of the two."
                 )
-    if options.edit_only:
+    if options.try_on is not None:
+        try_captions(config, options, options.try_on)
+    elif options.edit_only:
         edit_captions(config, options.wording, options.dry_run)
     else:
         write_captions(config, options)
@@ -119,6 +121,38 @@ def _print_jobs(config: DatasetConfig, jobs: Mapping[CaptionPlace, str], num_kep
     _print([f"{counts}. Nothing is written.", *first_lines(lines, LISTED), *say_missing_keys(config)])
 
 
+def try_captions(config: DatasetConfig, options: CaptioningOptions, count: int) -> None:
+    """Make the captions of a few files and print each below the path of its file; write nothing.
+
+    Files without a caption come first. Raises DatasetError if the dataset cannot be used, or if files got
+    none.
+    """
+    places = sorted(find_places(config, texts=False), key=lambda place: place.has_caption)[:count]
+    answerer = _load_answerer(options)
+    failures: list[Failure] = []
+    answers = answerer(places, lambda place: _look_at(place, options))
+    with contextlib.closing(answers):
+        for place, answer in answers:
+            if isinstance(answer, str):
+                _print([str(place.source.path), f"  {reword(answer, options.wording)}"])
+                sys.stdout.flush()
+            elif isinstance(answer, (MediaError, NoCaptionError)):
+                failures.append(Failure.of(place.source, answer))
+            else:
+                raise answer
+    if failures:
+        raise DatasetError("\n".join(first_lines(failures, LISTED)))
+
+
+def _look_at(place: CaptionPlace, options: CaptioningOptions) -> Frames:
+    """Return the frames of a file that are shown. Raises MediaError if it cannot be read."""
+    source = place.source
+    media = replace(source, control=(), mask=None, origins=source.origins[:1])
+    is_image = source.table.kind == "image"
+    with fetch(media) as fetched:
+        return read_shown(fetched.path, is_image, options.ask.num_frames, options.ask.max_pixels)
+
+
 def _take_waiting(config: DatasetConfig) -> None:
     """Put the captions into their lists that a killed run of an earlier version left next to them."""
     for table in config.datasets:
@@ -174,17 +208,10 @@ def _make_captions(
     Raises UserError if the server or the model fails again and again.
     """
 
-    def look(place: CaptionPlace) -> Frames:
-        source = place.source
-        media = replace(source, control=(), mask=None, origins=source.origins[:1])
-        is_image = source.table.kind == "image"
-        with fetch(media) as fetched:
-            return read_shown(fetched.path, is_image, options.ask.num_frames, options.ask.max_pixels)
-
     failures: list[Failure] = []
     num_changed = 0
     refusals = _Refusals()
-    answers = answerer(list(jobs), look)
+    answers = answerer(list(jobs), lambda place: _look_at(place, options))
     with contextlib.closing(answers), Bar(len(jobs), "captions", unit="caption") as bar:
         for place, answer in answers:
             error = None if isinstance(answer, str) else answer

@@ -13,6 +13,7 @@ from dataset.sources.media_source import OF_SHARDS
 from modules.errors import MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.opening import SOUND_SUFFIXES
+from modules.media.remedies import remedy_of
 
 LOOKED_INTO = 1000  # names of a folder inside a folder
 # files that are usual next to media and are not read: files of runs and caches, captions of other programs
@@ -21,25 +22,6 @@ _USUAL = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", 
 _USUAL |= {".caption", ".csv", ".tsv", ".parquet", ".md"}
 FOLDERS_OF_RUNS = {"cache", "output"}
 _KINDS = ("image", "video")
-# what to do with files of other kinds
-REMEDIES = {
-    (".heic", ".heif"): "convert them to PNG, or `pip install pillow-heif`",
-    (".psd", ".svg", ".jp2", ".j2k", ".jpx", ".jfif", ".exr", ".hdr", ".tga", ".ppm", ".ico"): (
-        "convert them to PNG"
-    ),
-    (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".raw"): "develop them to PNG",
-    (".avif", ".jxl"): "convert them to PNG, or install a plugin of Pillow that reads them",
-    (".zip", ".rar", ".7z", ".tar", ".gz"): "unpack them",
-    (".ts", ".mts", ".m2ts", ".3gp", ".3g2", ".ogv", ".vob", ".mxf", ".rm", ".rmvb", ".asf", ".divx"): (
-        "convert them to .mp4"
-    ),
-    (".apng", ".y4m", ".f4v", ".hevc", ".h264", ".264", ".265", ".ivf"): "convert them to .mp4",
-}
-
-
-def remedy_of(suffix: str) -> str | None:
-    """Return advice for files with a suffix that is not read; None if it is not a kind of media."""
-    return next((text for ends, text in REMEDIES.items() if suffix in ends), None)
 
 
 def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:

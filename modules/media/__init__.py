@@ -12,6 +12,7 @@ opening: open foreign images and videos safely; import PyAV
 options: options of how videos are encoded
 pixels: media as pixels for a VAE, and back
 reading: read images and videos as uint8 frames, and their texts
+remedies: what to do with files nothing here reads
 samples: the sound of a part of a file as samples
 sound: encode sound and repack subtitles if a file needs it
 streams: a video as pictures with exact times

@@ -12,7 +12,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from browser.server import LARGER, MOST_BYTES, Gate, make_app
+from browser.server import LARGEST_BODIES, MOST_BYTES, Gate, make_app
 from tests.browser.serving import PNG, Served, serve_runs, write_run
 from tests.chromium import open_page
 from training.reports.history import History, history_path
@@ -87,7 +87,9 @@ def test_only_a_running_training_that_listens_is_asked(served: Served, tmp_path:
 
 @pytest.mark.parametrize("headers", [{}, {"Transfer_Encoding": "chunked"}], ids=["whole", "chunked"])
 def test_no_route_reads_a_large_request(served: Served, headers: dict[str, str]) -> None:
-    for address in {*writing_routes(served)} - LARGER.keys():  # those take files, up to limits of their own
+    for address in {
+        *writing_routes(served)
+    } - LARGEST_BODIES.keys():  # those take files, up to limits of their own
         large, most = ("x" * size for size in (MOST_BYTES + 1, MOST_BYTES))
         assert served.ask(address, "POST", large, Origin=served.url, **headers).status == 413, address
         assert served.ask(address, "POST", most, Origin=served.url, **headers).status != 413, address

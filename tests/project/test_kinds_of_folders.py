@@ -548,14 +548,14 @@ def test_new_says_what_run_stops_at(tmp_path: Path) -> None:
     assert "cannot be read and has no caption" not in said  # the word stands for it too
 
 
-def test_a_dry_run_prints_run_toml_and_writes_nothing(tmp_path: Path) -> None:
+def test_run_toml_is_printed_and_writes_nothing(tmp_path: Path) -> None:
     write_photos(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
-    printed = new(tmp_path, "--dry_run")
+    printed = new(tmp_path, "--print_run")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     new(tmp_path)
     written = (tmp_path / "run.toml").read_text(encoding="utf-8")
     assert printed.strip() == written.strip()
     (tmp_path / "run.toml").write_text("mine", encoding="utf-8")
-    assert new(tmp_path, "--dry_run").strip() == written.strip()  # also of a described folder
+    assert new(tmp_path, "--print_run").strip() == written.strip()  # also of a described folder
     assert (tmp_path / "run.toml").read_text(encoding="utf-8") == "mine"

@@ -262,3 +262,22 @@ def test_a_moved_folder_is_as_good(tmp_path: Path) -> None:
     for name in ("dataset.toml", "prompts.txt", "run.toml"):
         text = (tmp_path / "set" / name).read_text(encoding="utf-8")
         assert str(tmp_path / "set") not in text
+
+
+def test_a_dry_run_shows_how_the_files_would_change_and_writes_nothing(tmp_path: Path) -> None:
+    write_photos(tmp_path / "set")
+    words = [tmp_path / "set", "--family", "zimage", "--task", "base", "--memory", "24"]
+
+    said = run_script("new_project.py", *words, "--dry_run").stdout
+
+    assert "+++ dataset.toml as it would be" in said
+    assert "+max_train_steps = 2000" in said
+    assert not any((tmp_path / "set").glob("*.toml"))
+    run_script("new_project.py", *words)
+    before = {path: path.read_bytes() for path in (tmp_path / "set").iterdir()}
+    said = run_script("new_project.py", *words, "--dry_run", "--output_name", "other").stdout
+    assert ('-output_name = "set"' in said, '+output_name = "other"' in said) == (True, True)
+    assert "dataset.toml as it would be" not in said
+    assert {path: path.read_bytes() for path in (tmp_path / "set").iterdir()} == before
+    said = run_script("new_project.py", *words, "--dry_run").stdout
+    assert said.splitlines()[-1] == "Nothing is written: the three files would stay as they are."

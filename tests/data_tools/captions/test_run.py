@@ -224,6 +224,22 @@ def test_what_ends_a_server_ends_the_run(tmp_path: Path) -> None:
         _make_captions(lambda *_: (one for one in [(Any, SystemExit(3))]), {}, {}, options)
 
 
+def test_a_try_prints_the_captions_of_the_first_files_without_one_and_writes_none(
+    tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_folder(tmp_path, {"a": HAND})
+    before, state = len(server.bodies), everything_in(tmp_path)
+
+    run(config, server, "--try_on", 2, "--trigger_word", "ohwx")
+
+    assert everything_in(tmp_path) == state
+    images = tmp_path / "im ages"
+    lines = [images / "b b.png", f"  ohwx, caption {before}", images / "ç.png"]
+    assert capsys.readouterr().out.splitlines() == [*map(str, lines), f"  ohwx, caption {before + 1}"]
+    with pytest.raises(OptionError, match="--dry_run"):
+        run(config, server, "--try_on", 2, "--dry_run")
+
+
 def test_captions_are_edited_without_a_model(
     tmp_path: Path, server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,73 @@
+"""Have a model write captions: the command, a try on a few files, and what the try has printed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from browser.folder_files import picture_address
+from browser.jobs import Job
+from modules.errors import OptionError
+from project.options import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS
+
+TRIED = 3  # files of a try
+
+
+@dataclass(frozen=True)
+class TriedCaption:
+    """A caption that a try has made for a file."""
+
+    name: str
+    address: str | None  # of its picture
+    text: str
+
+
+def caption_words(engine: str, question: str, try_on: int | None = None) -> list[str]:
+    """Return the command that writes captions in a described folder.
+
+    engine: a repository, the folder of a model, or the address of a server and the name of its model.
+    try_on: print the captions of so many files instead. Raises OptionError if the server's model is missing.
+    """
+    engine = engine.strip() or CAPTION_MODEL
+    words = WRITE_CAPTIONS[: WRITE_CAPTIONS.index("--model")]
+    if engine.startswith(("http://", "https://")):
+        address, _, model = engine.partition(" ")
+        if not model.strip():
+            raise OptionError(
+                f"{address}: write the name of the server's model behind the address, after a blank."
+            )
+        words = [*words, "--api_base", address, "--api_model", model.strip()]
+    else:
+        words = [*words, "--model", engine]
+    if question.strip():
+        words += ["--prompt", " ".join(question.split())]
+    if try_on is not None:
+        words += ["--try_on", str(try_on)]
+    return words
+
+
+def describe_engine(engine: str) -> str:
+    """Return what the usual model loads; "" for others, of which that is not known."""
+    if engine != CAPTION_MODEL:
+        return ""
+    from huggingface_hub import constants  # only for this page
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{CAPTION_MODEL.replace('/', '--')}"
+    return "on disk" if folder.is_dir() else f"{CAPTION_MODEL_SIZE} to load"
+
+
+def read_tries(job: Job | None, folder: Path) -> list[TriedCaption]:
+    """Return the captions that a try has printed: each below the path of its file."""
+    if job is None:
+        return []
+    tries = []
+    lines = job.last_lines(200).splitlines()
+    for path_line, caption_line in zip(lines, lines[1:], strict=False):
+        path = folder / path_line.strip()
+        if path_line[:1].isspace() or not caption_line.startswith("  ") or not path.is_file():
+            continue
+        tries.append(TriedCaption(path.name, picture_address(path), caption_line.strip()))
+    return tries
+
+
+def is_captioning(job: Job, folder: Path) -> bool:
+    """Return whether a job of the queue writes captions in a folder."""
+    return Path(job.folder) == folder and "caption_dataset" in job.line

@@ -1,0 +1,353 @@
+"""Show the files of a folder, described or not: rows with pictures, captions to edit, files left out.
+
+The answers are those that `static/dataset.js` knows from the page of a dataset. Nothing is measured: only
+headers of the files in view are read.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_json
+from browser.captions import CaptionConflictError, Captions, CaptionText
+from browser.dataset_pages import MOST_AT_ONCE, Thumbnails
+from browser.folders import BIN, MOST_ENTRIES, find_folder, find_top
+from browser.runs import Runs
+from modules.atomic_write import explain_errors
+from modules.errors import MediaError, OptionError, OutputError, UserError
+from modules.media.decoding import ANIMATION_SUFFIXES
+from modules.media.opening import SOUND_SUFFIXES
+from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, image_size
+from modules.media.streams import source_info
+from modules.text_files import parse_json, real_path
+
+PICTURES = IMAGE_SUFFIXES | ANIMATION_SUFFIXES
+SHOWN = PICTURES | VIDEO_SUFFIXES
+LEFT_OUT = "left out"  # folder in BIN
+MOST_FACTS = 4000  # files whose headers are kept
+
+
+@dataclass(frozen=True)
+class HeaderFacts:
+    """Facts of a file's header."""
+
+    size: tuple[int, int] | None
+    frames: int | None
+    fps: float | None
+    fault: str  # why it cannot be read; empty: it can
+
+
+def list_names(folder: Path) -> list[str]:
+    """Return the names of the pictures, clips and sounds of a folder, sorted. Raises OSError."""
+    with os.scandir(folder) as entries:
+        names = [
+            entry.name
+            for _, entry in zip(range(MOST_ENTRIES), entries, strict=False)
+            if Path(entry.name).suffix.lower() in SHOWN | SOUND_SUFFIXES and entry.name[0] != "."
+        ]
+    return sorted(names)
+
+
+def find_caption_file(folder: Path, name: str) -> Path:
+    """Return the path of a file's caption, which need not exist."""
+    path = folder / name
+    other = path.with_suffix(".caption")
+    usual = path.with_suffix(".txt")
+    return other if other.exists() and not usual.exists() else usual
+
+
+def identify_name(name: str) -> str:
+    """Return the id of a file of a folder."""
+    return hashlib.blake2s(os.fsencode(name), digest_size=8).hexdigest()
+
+
+class LeftOut:
+    """Move files of a folder, with their captions, out of it into the bin of its root, and back."""
+
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+
+    def place(self, folder: Path) -> Path:
+        """Return the folder that the files of a folder are moved into."""
+        digest = hashlib.blake2s(os.fsencode(folder), digest_size=4).hexdigest()
+        return find_top(self.runs, folder) / BIN / LEFT_OUT / f"{folder.name} {digest}"
+
+    def list_names(self, folder: Path) -> list[str]:
+        try:
+            return list_names(self.place(folder))
+        except OSError:
+            return []
+
+    def leave_out(self, folder: Path, name: str) -> None:
+        """Move a file of a folder away. Raises UserError."""
+        self._move(folder, self.place(folder), name)
+
+    def put_back(self, folder: Path, name: str) -> None:
+        """Move a file back into its folder. Raises UserError."""
+        self._move(self.place(folder), folder, name)
+        with contextlib.suppress(OSError):  # there are more
+            self.place(folder).rmdir()
+
+    def _move(self, start: Path, target: Path, name: str) -> None:
+        """Move a file and its captions, if nothing of their names is at the target."""
+        if Path(name).name != name or not (start / name).is_file():
+            raise OptionError(f"{name}: there is no such file (any more)")
+        path = start / name
+        paths = [path]
+        others = [other for other in list_names(start) if Path(other).stem == path.stem]
+        if len(others) == 1:  # else the caption is also that of another file
+            paths += [caption for caption in _caption_files(path) if caption.is_file()]
+        for moved in paths:
+            if (target / moved.name).exists():
+                raise OptionError(f"{target / moved.name} is there already. Rename one of the two")
+        with explain_errors(target / name):
+            target.mkdir(parents=True, exist_ok=True)
+            for moved in paths:
+                shutil.move(moved, target / moved.name)
+
+
+def _caption_files(path: Path) -> list[Path]:
+    return [path.with_suffix(suffix) for suffix in (".txt", ".caption")]
+
+
+class FolderFiles:
+    """Answer what the rows of a folder ask for."""
+
+    def __init__(self, runs: Runs, read_only: bool) -> None:
+        self.runs = runs
+        self.read_only = read_only
+        self.captions = Captions()
+        self.thumbnails = Thumbnails()
+        self.left_out = LeftOut(runs)
+        self._facts: OrderedDict[tuple[str, int], HeaderFacts] = OrderedDict()
+
+    def address(self, folder: Path) -> str:
+        """Return the address that `dataset.js` asks for the files of a folder."""
+        return f"/new/rows/{os.fsencode(folder).hex()}/"
+
+    def find(self, request: Request) -> Path | None:
+        """Return the folder of an address."""
+        try:
+            text = os.fsdecode(bytes.fromhex(request.path_params["place"]))
+        except ValueError:
+            return None
+        return find_folder(self.runs, text)
+
+    def show_items(self, request: Request) -> Response:
+        """Return files of a folder as JSON. Query: text, only, from and count."""
+        folder = self.find(request)
+        if folder is None:
+            return answer_json({"state": "gone", "error": GONE})
+        try:
+            return answer_json(self.items(folder, request.query_params))
+        except OSError as error:
+            return answer_json({"state": "gone", "error": f"{folder}: {error.strerror or error}"})
+        except ValueError:
+            return PlainTextResponse("from and count are numbers of files.", 400)
+
+    def items(self, folder: Path, query: Mapping[str, str]) -> dict[str, Any]:
+        """Return files of a folder. Raises OSError, and ValueError if numbers are wrong."""
+        first = max(0, int(query.get("from") or 0))
+        count = min(max(0, int(query.get("count") or 0)), MOST_AT_ONCE)
+        names = list_names(folder)
+        uncaptioned = [name for name in names if not self.has_caption(folder, name)]
+        chosen = uncaptioned if query.get("only") == "uncaptioned" else names
+        words = query.get("text", "").lower().split()
+        if words:
+            chosen = [name for name in chosen if self._has_words(folder, name, words)]
+        return {
+            "state": "ready",
+            "version": folder.stat().st_mtime_ns,
+            "how": "",
+            "counts": {"": len(names), "uncaptioned": len(uncaptioned)},
+            "chosen": len(chosen),
+            "files": [self.show(folder, name) for name in chosen[first : first + count]],
+        }
+
+    def has_caption(self, folder: Path, name: str) -> bool:
+        """Return whether a file has a caption file that is not empty."""
+        with contextlib.suppress(OSError):
+            return find_caption_file(folder, name).stat().st_size > 0
+        return False
+
+    def _has_words(self, folder: Path, name: str, words: Sequence[str]) -> bool:
+        """Return whether all words are in a file's name or caption."""
+        text = f"{name}\n{self.caption(folder, name)['text']}".lower()
+        return all(word in text for word in words)
+
+    def show(self, folder: Path, name: str) -> dict[str, Any]:
+        """Return what the page shows of a file."""
+        facts = self.facts(folder / name)
+        suffix = Path(name).suffix.lower()
+        is_seen = suffix in SHOWN and not facts.fault
+        return {
+            "id": identify_name(name),
+            "table": "",
+            "kind": "video" if suffix in VIDEO_SUFFIXES else "image",
+            "size": facts.size,
+            "frames": facts.frames,
+            "fps": facts.fps,
+            "fit": None,
+            "cut_percent": 0,
+            "lengths": [],
+            "dropped": "",
+            "short": "",
+            "captions": [],
+            "faults": [facts.fault] if facts.fault else [],
+            "remarks": [],
+            "has_mask": False,
+            "caches": None,
+            "pictures": [{"name": name, "address": picture_address(folder / name) if is_seen else None}],
+            "caption": self.caption(folder, name),
+        }
+
+    def facts(self, path: Path) -> HeaderFacts:
+        """Return facts of a file's header; they are read once."""
+        if not self.runs.is_below(path):
+            return HeaderFacts(
+                None, None, None, fault="it is gone, or leads outside the folders that are shown"
+            )
+        try:
+            key = str(path), path.stat().st_mtime_ns
+        except OSError as error:
+            return HeaderFacts(None, None, None, fault=error.strerror or str(error))
+        if key not in self._facts:
+            self._facts[key] = _read_facts(path)
+            while len(self._facts) > MOST_FACTS:
+                self._facts.popitem(last=False)
+        return self._facts[key]
+
+    def caption(self, folder: Path, name: str) -> dict[str, Any]:
+        """Return the caption of a file, and whether it can be edited here, else the reason."""
+        caption = CaptionText()
+        mark = ""
+        saves = 0
+        reason = NO_WRITING if self.read_only else ""
+        path = find_caption_file(folder, name)
+        try:
+            if path.is_symlink() and not self.runs.is_below(path):
+                raise OSError("it is a link that leads outside")
+            caption, mark, saves = self.captions.read(path)
+        except UnicodeDecodeError:
+            reason = "It is not UTF-8: Convert to UTF-8, above, or save it as UTF-8 elsewhere."
+        except OSError as error:
+            reason = f"It cannot be read: {error.strerror or error}"
+        return {
+            "text": caption.text,
+            "can_edit": not reason,
+            "where": reason,
+            "mark": mark,
+            "saves": saves,
+        }
+
+    def write(self, request: Request, body: bytes) -> Response:
+        """Save or undo the caption of a file; the body has what, have, and text to save."""
+        folder = self.find(request)
+        try:
+            query = parse_json(body.decode())
+            names = {} if folder is None else {identify_name(name): name for name in list_names(folder)}
+            name = names.get(request.path_params["item"])
+            if folder is None or name is None or not isinstance(query, dict):
+                return answer_json({"error": GONE}, 404)
+        except (OSError, ValueError) as error:
+            return answer_json({"error": str(error)}, 400)
+        status, message = self._write_caption(folder, name, query)
+        return answer_json({"error": message, "file": self.show(folder, name)}, status)
+
+    def _write_caption(self, folder: Path, name: str, query: Mapping[str, Any]) -> tuple[int, str]:
+        """Return the status and the message of a request to write a caption."""
+        path = find_caption_file(folder, name)
+        what = str(query.get("what", ""))
+        have = str(query.get("have", ""))
+        if path.is_symlink():
+            if not self.runs.is_below(path):
+                return 400, "Its caption is a link that leads outside."
+            path = real_path(path)
+        try:
+            if what == "save":
+                self.captions.save(path, str(query.get("text", "")), have)
+            elif what in ("undo", "back"):
+                self.captions.undo(path, have, is_all=what == "back")
+            else:
+                return 404, GONE
+        except CaptionConflictError:
+            return 409, "The file has changed since it was read."
+        except LookupError:
+            return 409, "There is nothing to undo."
+        except (OSError, OutputError) as problem:
+            return 500, str(problem)
+        except ValueError as problem:
+            return 400, str(problem)
+        return 200, ""
+
+    def move(self, request: Request, body: bytes) -> Response:
+        """Leave a file out, or put it back; the body has what and name."""
+        folder = self.find(request)
+        try:
+            query = parse_json(body.decode())
+            if folder is None or not isinstance(query, dict):
+                return answer_json({"error": GONE}, 404)
+            name = str(query.get("name", ""))
+            if query.get("what") == "back":
+                self.left_out.put_back(folder, name)
+            else:
+                self.left_out.leave_out(folder, name)
+        except (UserError, OSError, ValueError) as error:
+            return answer_json({"error": str(error)}, 422)
+        return answer_json({"error": "", "left_out": self.left_out.list_names(folder)})
+
+    def show_picture(self, request: Request) -> Response:
+        """Return a small picture of a picture or clip below the roots."""
+        path = Path(request.query_params.get("path", ""))
+        is_media = path.suffix.lower() in SHOWN and path.is_absolute()
+        try:
+            if not is_media or not self.runs.is_inside(path):
+                return answer_gone()
+            picture = self.thumbnails.make({"path": str(real_path(path))}, path.stat().st_mtime_ns)
+        except (OSError, ValueError, MediaError, StopIteration):
+            return answer_gone()
+        headers = {"cache-control": "private, max-age=31536000, immutable"}
+        return Response(picture, media_type="image/jpeg", headers=headers)
+
+
+def _read_facts(path: Path) -> HeaderFacts:
+    suffix = path.suffix.lower()
+    try:
+        if suffix in PICTURES:
+            return HeaderFacts(image_size(path), None, None, fault="")
+        if suffix in VIDEO_SUFFIXES:
+            info = source_info(path)
+            return HeaderFacts((info.width, info.height), info.frames, round(float(info.rate), 2), fault="")
+    except (MediaError, OSError) as error:
+        return HeaderFacts(None, None, None, fault=str(error).replace(f"{path} ", ""))
+    return HeaderFacts(None, None, None, fault="")
+
+
+def picture_address(path: Path) -> str | None:
+    """Return the address of a small picture of a file; None if it is gone."""
+    try:
+        stamp = path.stat().st_mtime_ns
+    except OSError:
+        return None
+    return f"/new/picture?{urlencode({'path': str(path), 'stamp': stamp}, errors='surrogateescape')}"
+
+
+def file_routes(files: FolderFiles) -> list[Route]:
+    """Return the routes of the rows of a folder."""
+    return [
+        Route("/new/picture", files.show_picture),
+        Route("/new/rows/{place}/items", files.show_items),
+        Route("/new/rows/{place}/caption/{item}", answer_body(files.write), methods=["POST"]),
+        Route("/new/rows/{place}/move", answer_body(files.move), methods=["POST"]),
+    ]

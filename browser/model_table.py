@@ -1,0 +1,149 @@
+"""The table of models of the page New: what each makes, loads and fits; licences; what a file is."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from browser.folders import MediaFolder
+from checkpoints.kinds import kind_of
+from downloads.catalogue import Component, Licence, ModelSet
+from downloads.listing import gigabytes, total_bytes
+from modules.text_files import read_tensor_header
+from project.fitting import describe_fit, is_small, needs_picture, transformer_bytes
+from project.options import find_models
+
+GATED = "asks to accept"  # words of the terms of a licence that a repository wants accepted on its own page
+MODEL_SUFFIXES = frozenset({".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt"})
+SUGGESTED = 3  # rows of the table that are marked
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A row of the table of models."""
+
+    model: ModelSet
+    size: str  # GB on disk, or to load
+    is_there: bool
+    fit: str
+    makes: str
+    is_suggested: bool = False
+
+    @property
+    def value(self) -> str:
+        return f"{self.model.family} {self.model.task}"
+
+
+def describe_kind(model: ModelSet) -> str:
+    """Return what a model makes, by the catalogue alone: `clips and sound`."""
+    if needs_picture(model):
+        return "edits"
+    if model.data["frames"] == 1:
+        edits = "edits" in model.about or model.family == "flux_2"
+        return "pictures and edits" if edits else "pictures"
+    hears = "sound_alone" in model.data and "without sound" not in model.about
+    return "clips and sound" if hears else "clips"
+
+
+def list_missing(model: ModelSet, models: Path, files: Mapping[str, str]) -> list[Component]:
+    """Return the parts of a model that are to be loaded. files: by option, those that lie elsewhere."""
+    missing = []
+    for part in model.components:
+        option = (part.option or "").lstrip("-")
+        if option and option not in files and not (models / part.path).exists():
+            missing.append(part)
+    return missing
+
+
+def list_model_rows(models: Path, memory: float, content: MediaFolder | None = None) -> list[ModelRow]:
+    """Return all models that a folder can be described for, those that suit it first.
+
+    memory: GiB of the card, 0 without one. content: of the folder, if it is known.
+    """
+    ranked = []
+    for place, model in enumerate(find_models()):
+        missing = list_missing(model, models, {})
+        size = f"{gigabytes(total_bytes(missing))} to load" if missing else "on disk"
+        row = ModelRow(
+            model=model,
+            size=size,
+            is_there=not missing,
+            fit=describe_fit(model, memory),
+            makes=describe_kind(model),
+        )
+        ranked.append((_rank(row, memory, content), place, row))
+    ranked.sort(key=lambda entry: entry[:2])
+    rows = [row for _, _, row in ranked]
+    if content is None:
+        return rows
+    return [_suggest(row) for row in rows[:SUGGESTED]] + rows[SUGGESTED:]
+
+
+def _suggest(row: ModelRow) -> ModelRow:
+    return ModelRow(
+        model=row.model,
+        size=row.size,
+        is_there=row.is_there,
+        fit=row.fit,
+        makes=row.makes,
+        is_suggested=True,
+    )
+
+
+def _rank(row: ModelRow, memory: float, content: MediaFolder | None) -> tuple[bool, bool, bool, int]:
+    """Return the place of a row: what suits the folder, is to be trained, fits the card, and is small."""
+    model = row.model
+    suits = True
+    if content is not None:
+        suits = row.makes.startswith("clips" if content.clips else "pictures")
+        if content.clips and model.data.get("from_image"):
+            suits = False  # it needs pictures to begin with
+    is_distilled = any(word in model.about for word in ("eight steps", "four steps", "distilled"))
+    fits = not memory or is_small(model, memory)
+    return not suits, is_distilled, not fits, transformer_bytes(model)
+
+
+def list_licences(parts: Sequence[Component]) -> list[Licence]:
+    """Return the licences of parts that are to be loaded, each once."""
+    return list(dict.fromkeys(part.licence for part in parts))
+
+
+def is_gated(licence: Licence) -> bool:
+    """Return whether the repository wants the licence accepted there, for which one has to be logged in."""
+    return GATED in licence.terms
+
+
+def has_login() -> bool:
+    """Return whether there is a token of the hub on this machine. It is not shown and not tried."""
+    from huggingface_hub import get_token  # only for models that need it
+
+    return bool(os.environ.get("HF_TOKEN") or get_token())
+
+
+def describe_file(text: str) -> str:
+    """Return what a model file is, by its header: `the transformer of Wan2.1, 2.8 GB`.
+
+    text: its path, as typed.
+    """
+    if not text.strip() or "\0" in text:
+        return ""
+    path = Path(text.strip()).expanduser()
+    if not path.is_absolute():
+        return "Give a whole path, which begins at the root or at a drive."
+    suffix = path.suffix.lower()
+    try:
+        if path.is_dir():
+            return "a folder; Describe looks into it"
+        if suffix not in MODEL_SUFFIXES:
+            return f"This is no model file: their names end in {', '.join(sorted(MODEL_SUFFIXES))}."
+        if not path.is_file():
+            return "There is no such file."
+        size_bytes = path.stat().st_size
+        if suffix != ".safetensors":
+            return f"{gigabytes(size_bytes)}; what it is, Describe looks up"
+        with path.open("rb") as file:
+            _, entries, _ = read_tensor_header(file.read, size_bytes)
+    except (OSError, ValueError) as error:
+        return f"It cannot be read: {error}"
+    kind = kind_of(entries)
+    return f"{kind or 'a file of no model that is known here'}, {gigabytes(size_bytes)}"

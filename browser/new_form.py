@@ -1,0 +1,177 @@
+"""What the fields of the page New hold, and the command of `new` that they stand for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from browser.described import Described
+from modules.errors import OptionError
+from modules.option_values import option_words
+from modules.output_files import check_output_name
+from project.options import MODELS, NewOptions, check_trigger, find_models
+
+USUAL_STEPS = NewOptions(folder=Path()).max_train_steps
+MOST_STEPS = 10_000_000
+# labels of the fields that `new` writes into all three files, by their names
+OF_ALL_FILES = {"family": "Model", "task": "Task", "trigger": "Trigger word", "model_files": "model files"}
+
+
+@dataclass(frozen=True)
+class NewForm:
+    """What the fields of the page New hold."""
+
+    folder: str = ""
+    family: str = ""
+    task: str = ""
+    trigger: str = ""
+    name: str = ""
+    steps: str = str(USUAL_STEPS)
+    model_files: Mapping[str, str] = field(default_factory=dict)  # by option; only those that lie elsewhere
+
+    @classmethod
+    def of_fields(cls, form: Mapping[str, Sequence[str]]) -> "NewForm":
+        """Return the form that a page has sent."""
+        texts = {name: "".join(values).strip() for name, values in form.items()}
+        family, _, task_of_family = texts.get("family", "").partition(" ")
+        return cls(
+            folder=texts.get("folder", ""),
+            family=family,
+            task=texts.get("task", task_of_family),
+            trigger=texts.get("trigger", ""),
+            name=texts.get("name", ""),
+            steps=texts.get("steps", "") or str(USUAL_STEPS),
+            model_files={
+                name.removeprefix("file_"): text
+                for name, text in texts.items()
+                if name.startswith("file_") and text
+            },
+        )
+
+    @classmethod
+    def of_words(cls, words: Sequence[str]) -> "NewForm":
+        """Return the form that a command of `new_words` stands for."""
+        texts: dict[str, str] = {}
+        files: dict[str, str] = {}
+        for option, value in zip(words, words[1:], strict=False):
+            if option == "--model_file":
+                name, _, path = value.partition("=")
+                files[name] = path
+            elif option.startswith("--"):
+                texts[option] = value
+        return cls(
+            folder="".join(words[2:3]),
+            family=texts.get("--family", ""),
+            task=texts.get("--task", ""),
+            trigger=texts.get("--trigger_word", ""),
+            name=texts.get("--output_name", ""),
+            steps=texts.get("--max_train_steps", str(USUAL_STEPS)),
+            model_files=files,
+        )
+
+    @classmethod
+    def of_described(cls, described: Described, models: Path) -> "NewForm":
+        """Return the form of a described folder. models: folder of the files that need no field."""
+        return cls(
+            folder=str(described.folder),
+            family=described.family,
+            task=described.task,
+            trigger=described.trigger,
+            name=described.name,
+            steps="" if described.steps is None else str(described.steps),
+            model_files={
+                name: path
+                for name, path in described.model_files.items()
+                if not Path(path).is_relative_to(models.absolute())
+            },
+        )
+
+    def of_folder(self, folder: Path) -> "NewForm":
+        return replace(self, folder=str(folder))
+
+    @property
+    def address(self) -> str:
+        """Return the address of the page with these fields filled."""
+        fields = {"family": self.family, "task": self.task, "trigger": self.trigger, "name": self.name}
+        fields |= {"steps": self.steps, **{f"file_{name}": path for name, path in self.model_files.items()}}
+        filled = {"folder": self.folder} | {name: text for name, text in fields.items() if text}
+        return f"/new?{urlencode(filled)}"
+
+
+def check_form(form: NewForm) -> None:
+    """Raise OptionError, with the label of the field, for a field that `new` would refuse."""
+    models = find_models()
+    families = list(dict.fromkeys(model.family for model in models))
+    if not form.family:
+        raise OptionError("Model: choose one.")
+    if form.family not in families:
+        raise OptionError(f"Model {form.family}: choose one of {', '.join(families)}.")
+    tasks = [model.task for model in models if model.family == form.family]
+    if form.task not in tasks:
+        problem = f"Task {form.task}" if form.task else "Task"
+        raise OptionError(f"{problem}: choose one of {', '.join(tasks)}.")
+    if form.trigger:
+        try:
+            check_trigger(form.trigger)
+        except OptionError as error:
+            raise OptionError(str(error).replace("--trigger_word", "Trigger word")) from None
+    if form.name:
+        check_output_name("Name", form.name)
+    read_steps(form.steps)
+
+
+def read_steps(text: str) -> int:
+    """Return the number of steps in a field. Raises OptionError if it is no such number."""
+    if not (text.isascii() and text.isdecimal()) or not 0 < int(text[:12]) <= MOST_STEPS:
+        raise OptionError(
+            f"Steps {text}: give a whole number from 1 to {MOST_STEPS:,}, such as {USUAL_STEPS}."
+        )
+    return int(text)
+
+
+def new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run: bool = False) -> list[str]:
+    """Return the command that describes a folder as the form says.
+
+    dry_run: it only shows how the files of a described folder would change.
+    """
+    options: dict[str, Any] = {
+        "--family": form.family or None,
+        "--task": form.task or None,
+        "--trigger_word": form.trigger or None,
+        "--output_name": form.name or None,
+        "--max_train_steps": form.steps or None,
+        "--models": None if models == MODELS else str(models),
+        "--overwrite": overwrite or None,
+        "--dry_run": dry_run or None,
+    }
+    words = ["reelsmith", "new", form.folder, *option_words(options)]
+    for name, path in form.model_files.items():
+        words += ["--model_file", f"{name}={path}"]
+    return words
+
+
+def list_differing(form: NewForm, before: NewForm) -> list[str]:
+    """Return the labels of the fields, of those that concern all three files, in which two forms differ."""
+    return [label for name, label in OF_ALL_FILES.items() if getattr(before, name) != getattr(form, name)]
+
+
+def list_key_changes(form: NewForm, before: NewForm) -> dict[str, Any]:
+    """Return the keys of run.toml that a form changes. Raises OptionError for a wrong number of steps."""
+    changes: dict[str, Any] = {}
+    if form.name and form.name != before.name:
+        check_output_name("Name", form.name)
+        changes["output_name"] = form.name
+    if form.steps != before.steps and form.steps:
+        changes["max_train_steps"] = read_steps(form.steps)
+    return changes
+
+
+def free_name(output: Path, name: str) -> str:
+    """Return a name that no LoRA in a folder has: the given one, or with -2, -3, ... behind it."""
+    number = 2
+    free = name
+    while (output / f"{free}.safetensors").exists():
+        free = f"{name}-{number}"
+        number += 1
+    return free

@@ -1,0 +1,139 @@
+"use strict";
+// The page New: fields stay in the address, files are dropped, rows of the table and file names lead to fields.
+{
+  const find = (id) => document.getElementById(id);
+  const form = find("new"), rows = find("items"), dropping = find("dropping");
+  const MARKED = ["mark", "folder", "family", "task", "trigger", "name", "steps"];
+
+  // ---- what is typed stays in the address, so that a reload keeps it
+  const remember = () => {
+    const fields = new URLSearchParams();
+    for (const [name, value] of new FormData(form)) if (value && (MARKED.includes(name) || name.startsWith("file_"))) fields.set(name, value);
+    history.replaceState(null, "", `/new?${fields}`);
+  };
+  form.addEventListener("input", ({ target }) => { if (target.name) remember(); });
+  form.addEventListener("change", ({ target }) => { if (target.name) remember(); });
+  form.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.target.id === "into") event.preventDefault(); });
+
+  const change = (field, value) => {
+    field.value = value;
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+    field.dispatchEvent(new Event("change", { bubbles: true }));
+  };
+
+  // The tasks of a model come from the server: the task is taken once it is there.
+  const takeTask = async (task) => {
+    for (let tries = 0; tries < 100; tries += 1) {
+      if ([...find("task").options].some(({ value }) => value === task)) return change(find("task"), task);
+      await new Promise((done) => setTimeout(done, 50));
+    }
+    return undefined;
+  };
+
+  document.addEventListener("click", ({ target }) => {
+    if (target.matches(".take")) {
+      change(find("family"), target.dataset.family);
+      takeTask(target.dataset.task);
+      find("task").scrollIntoView({ block: "center" });
+    }
+    if (target.matches(".take_name")) change(find("name"), target.dataset.name);
+    if (target.matches("a.find") && rows) {
+      find("captions").open = true;
+      change(find("text"), target.dataset.text);
+    }
+    if (target.matches(".leave")) move(JSON.parse(target.dataset.names), "out");
+    if (target.matches(".return")) move([target.dataset.name], "back");
+    if (target.matches("button.out")) move([target.closest(".file").file.pictures[0].name], "out");
+  });
+  if (location.hash === "#captions" && find("captions")) find("captions").open = true;
+
+  // ---- files that are left out, and put back
+  async function move(names, what) {
+    for (const name of names) {
+      const address = `${form.dataset.rows}move`;
+      const answer = await fetch(address, { method: "POST", body: JSON.stringify({ what, name }) }).catch(() => null);
+      const { error } = answer?.headers.get("content-type")?.includes("json") ? await answer.json() : { error: "The server does not answer." };
+      if (error) {
+        find("said").textContent = error;
+        return;
+      }
+    }
+    reload();
+  }
+
+  const hasDrafts = () => typeof drafts !== "undefined" && drafts.size > 0;
+  function reload() {
+    if (!hasDrafts()) location.reload();
+    else find("said").textContent = "Save the captions that you have changed, then load this page again to see more.";
+  }
+
+  // When the folder has been looked at, there is more on the page.
+  let wasLooking = find("progress").dataset.looking === "yes";
+  document.addEventListener("htmx:after:swap", () => {
+    const isLooking = find("progress").dataset.looking === "yes";
+    if (wasLooking && !isLooking) reload();
+    wasLooking = isLooking;
+  });
+
+  // ---- files are sent one after another; a folder that is dropped is opened, those in it are not
+  const filesOf = (entry) => new Promise((done) => {
+    if (entry.isFile) entry.file((file) => done([file]), () => done([]));
+    else done([]);
+  });
+  const inside = (folder) => new Promise((done) => {
+    const reader = folder.createReader(), all = [];
+    const more = () => reader.readEntries((entries) => {
+      if (!entries.length) return done(all);
+      all.push(...entries);
+      return more();
+    }, () => done(all));
+    more();
+  });
+  async function list(items) {
+    const entries = [...items].map((item) => item.webkitGetAsEntry?.() ?? null), files = [...items].map((item) => item.getAsFile?.());
+    const found = [];
+    for (const [at, entry] of entries.entries()) {
+      if (!entry) { if (files[at]) found.push(files[at]); }
+      else for (const inner of entry.isDirectory ? await inside(entry) : [entry]) found.push(...await filesOf(inner));
+    }
+    return found;
+  }
+
+  let isSending = false;
+  async function send(files) {
+    if (isSending || !files.length) return;
+    isSending = true;
+    const into = find("into").value, refusals = find("refusals"), status = find("dropped");
+    let folder = "", taken = 0;
+    refusals.replaceChildren();
+    for (const [at, file] of files.entries()) {
+      status.textContent = `${at + 1} of ${files.length}: ${file.name}`;
+      const query = new URLSearchParams({ into: folder || into, name: file.name });
+      const answer = await fetch(`${dropping.dataset.upload}?${query}`, { method: "POST", body: file }).catch(() => null);
+      const isJson = answer?.headers.get("content-type")?.includes("json");
+      const told = isJson ? await answer.json() : { error: `${file.name}: ${answer ? await answer.text() : "the server does not answer"}` };
+      if (told.error) refusals.append(Object.assign(document.createElement("li"), { textContent: told.error }));
+      else { taken += 1; folder = told.folder; }
+    }
+    isSending = false;
+    status.textContent = `${taken} of ${files.length} taken`;
+    if (!folder) return;
+    const fields = new URLSearchParams(location.search);
+    fields.delete("mark");
+    fields.set("folder", folder);
+    const address = `/new?${fields}`;
+    if (taken === files.length && !hasDrafts()) { location.assign(address); return; }
+    status.append(" · ", Object.assign(document.createElement("a"), { href: address, textContent: "show them" }));
+  }
+
+  if (dropping) {
+    find("drop").addEventListener("change", ({ target }) => { send([...target.files]).then(() => { target.value = ""; }); });
+    document.addEventListener("dragover", (event) => { event.preventDefault(); dropping.classList.add("over"); });
+    document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) dropping.classList.remove("over"); });
+    document.addEventListener("drop", async (event) => {
+      event.preventDefault();
+      dropping.classList.remove("over");
+      send(await list(event.dataTransfer.items));
+    });
+  }
+}

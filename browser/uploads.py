@@ -1,0 +1,249 @@
+"""Take files that are dropped on a page into a folder below the roots: one at a time, judged by content.
+
+A file is written into a temporary folder next to its place while it arrives, looked at there, and then
+renamed, so that a broken or refused one leaves nothing.
+"""
+
+import re
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+
+from browser.answers import answer_json
+from browser.captions import MOST_BYTES as MOST_CAPTION_BYTES
+from browser.described import FILES
+from browser.folders import CHECK_PAGE, find_folder, is_closed, read_media_folder
+from browser.runs import Runs
+from modules.atomic_write import atomic_files, explain_errors, free_bytes
+from modules.control_codes import escape_control_codes
+from modules.errors import MediaError, OptionError, OutputError, UserError
+from modules.media.decoding import ANIMATION_SUFFIXES
+from modules.media.opening import SOUND_SUFFIXES
+from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, first_frame, image_suffixes
+from modules.media.remedies import remedy_of
+from modules.media.samples import track_facts
+from modules.media.streams import source_info
+from modules.text_files import bad_character, read_content, real_path
+
+ADDRESS = "/new/upload"
+PICTURE, CLIP, SOUND, CAPTION = "picture", "clip", "sound", "caption"
+CAPTION_SUFFIXES = frozenset({".txt", ".caption"})
+LONGEST_NAME = 200  # bytes; file systems take 255, of which a temporary name needs some
+# what a name cannot hold: separators, drives, patterns
+FORBIDDEN = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]')
+# names of devices of Windows, with any suffix
+DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class UploadLimits:
+    """How much may be dropped."""
+
+    file_bytes: int = 8 << 30
+    folder_bytes: int = 200 << 30  # of all files of a folder together
+    files: int = 20_000  # of a folder
+    spare_bytes: int = 1 << 30  # left free on the disk
+
+
+USUAL_LIMITS = UploadLimits()
+
+
+def check_file_name(name: str) -> None:
+    """Raise OptionError if no file or folder of this name is made."""
+    reason = bad_character(name)
+    if reason is None and escape_control_codes(name) != name:
+        reason = "a control code"
+    match = FORBIDDEN.search(name)
+    if reason is None and match is not None:
+        reason = f"the character {match[0]!r}"
+    if reason is not None:
+        raise OptionError(f"{name!r} holds {reason}: give it a plain name")
+    if not name.strip() or name.startswith(".") or name != name.strip() or name.endswith("."):
+        raise OptionError(f"{name!r} is empty, or begins or ends with a dot or a blank: give it a plain name")
+    if len(name.encode()) > LONGEST_NAME:
+        raise OptionError(f"{name[:40]}… has more than {LONGEST_NAME} bytes: give it a shorter name")
+    if DEVICES.fullmatch(name):
+        raise OptionError(f"{name} is the name of a device on Windows: give it another name")
+
+
+def find_kind(name: str) -> str:
+    """Return the kind of file that a name promises. Raises OptionError, with a remedy, if it is not taken."""
+    suffix = Path(name).suffix.lower()
+    if suffix in VIDEO_SUFFIXES:
+        return CLIP
+    if suffix in IMAGE_SUFFIXES | ANIMATION_SUFFIXES | image_suffixes():
+        return PICTURE
+    if suffix in SOUND_SUFFIXES:
+        return SOUND
+    if suffix in CAPTION_SUFFIXES and name.lower() not in FILES:
+        return CAPTION
+    remedy = remedy_of(suffix)
+    if remedy is not None:
+        raise OptionError(f"{name}: files of this kind are not read here. To use it, {remedy}")
+    raise OptionError(
+        f"{name}: only pictures, clips, sounds, and their captions in .txt files are taken. This is none"
+    )
+
+
+def check_content(path: Path, kind: str) -> None:
+    """Raise UserError if the content of a file is not of a kind."""
+    if kind == PICTURE:
+        first_frame(path)
+    elif kind == CLIP:
+        source_info(path)
+    elif kind == SOUND:
+        if track_facts(path) is None:
+            raise MediaError(f"{path} has no sound")
+    else:
+        _check_caption(path)
+
+
+def _check_caption(path: Path) -> None:
+    try:
+        text = read_content(path, MOST_CAPTION_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise OptionError(f"{path} is not UTF-8: save it as UTF-8 text, then drop it again") from None
+    except OSError:
+        raise OptionError(f"{path} has more than {MOST_CAPTION_BYTES >> 10} KiB: it is no caption") from None
+    reason = bad_character(text)
+    if reason is not None or "\0" in text:
+        raise OptionError(f"{path} holds {reason or 'a null character'}: it is no text")
+
+
+def name_of_day(top: Path, day: date) -> str:
+    """Return a name for a new folder of a day, which no folder has: `2026-11-26`, `2026-11-26-2`."""
+    name = f"{day:%Y-%m-%d}"
+    number = 2
+    while (top / name).exists():
+        name = f"{day:%Y-%m-%d}-{number}"
+        number += 1
+    return name
+
+
+class FileUploads:
+    """Take the files that a page sends."""
+
+    def __init__(self, runs: Runs, limits: UploadLimits = USUAL_LIMITS) -> None:
+        self.runs = runs
+        self.limits = limits
+
+    async def take(self, request: Request) -> Response:
+        """Take one file: its bytes are the body, its name and its folder are in the query."""
+        name = request.query_params.get("name", "")
+        try:
+            size_text = request.headers.get("content-length", "")
+            size = int(size_text) if size_text.isdecimal() else 0
+            folder = await run_in_threadpool(self.find_target, request.query_params.get("into", ""))
+            await run_in_threadpool(self.check_room, folder, name, size)
+            await self.receive(request, folder / name, size)
+        except (UserError, OSError) as error:
+            return answer_json({"error": str(error)}, 422)
+        media_folder = await run_in_threadpool(read_media_folder, folder)
+        words = "" if media_folder is None else media_folder.words
+        return answer_json({"folder": str(folder), "words": words})
+
+    def find_target(self, into: str) -> Path:
+        """Return the folder that a text names, which need not exist if it is one name.
+
+        Raises OptionError if files are not put there.
+        """
+        folder = find_folder(self.runs, into)
+        if folder is not None:
+            if is_closed(self.runs, folder):
+                raise OptionError(f"{folder} is a folder that programs write into. Choose another one")
+            return folder
+        name = into.strip()
+        check_file_name(name)
+        path = real_path(self.runs.tops[0]) / name
+        if path.exists() or path.is_symlink():
+            raise OptionError(f"{path} is no folder below those that are shown. Choose another name")
+        if is_closed(self.runs, path):
+            raise OptionError(f"{name} is a name of folders that programs write into. Choose another one")
+        return path
+
+    def check_room(self, folder: Path, name: str, size: int) -> None:
+        """Raise UserError if a file of this name and size is not taken. size: in bytes, 0 if unknown."""
+        check_file_name(name)
+        find_kind(name)
+        if name.lower() == CHECK_PAGE:
+            raise OptionError(f"{name} is written by a check. Give the file another name")
+        limits = self.limits
+        if size > limits.file_bytes:
+            raise OptionError(f"{name} has more than {limits.file_bytes >> 30} GiB, the most that is taken")
+        names, size_bytes = _measure(folder)
+        refuse_existing(name, names)
+        if len(names) >= limits.files:
+            raise OptionError(f"{folder} has {limits.files:,} files already. Put this into another one")
+        if size_bytes + size > limits.folder_bytes:
+            raise OptionError(f"{folder} would have more than {limits.folder_bytes >> 30} GiB")
+        with explain_errors(folder / name):
+            free = free_bytes(folder)
+        if free < size + limits.spare_bytes:
+            raise OutputError(
+                f"{name}: the disk has {free / 1e9:.1f} GB free, the file takes {size / 1e9:.1f} GB and "
+                f"{limits.spare_bytes / 1e9:.1f} GB are to stay free. Free some space, then drop it again"
+            )
+
+    async def receive(self, request: Request, target: Path, size: int) -> None:
+        """Write the body of a request to a path. size: as announced, 0 if unknown.
+
+        Raises UserError if the file is not taken; then nothing is left of it.
+        """
+        folder = target.parent
+        is_new = not folder.exists()
+        try:
+            with atomic_files(target, size) as temporary:
+                path = temporary / target.name
+                await self._write_body(request, path)
+                try:
+                    await run_in_threadpool(check_content, path, find_kind(target.name))
+                except (UserError, StopIteration) as error:
+                    text = str(error) or f"{path} cannot be read"
+                    raise OptionError(text.replace(str(path), target.name)) from None
+                names, _ = _measure(folder)
+                refuse_existing(target.name, names)  # another page may have been faster
+        except BaseException:
+            if is_new:
+                _remove_empty(folder)
+            raise
+
+    async def _write_body(self, request: Request, path: Path) -> None:
+        received = 0
+        with path.open("wb") as file:
+            async for piece in request.stream():
+                received += len(piece)
+                if received > self.limits.file_bytes:
+                    raise OptionError(f"{path.name} has more than {self.limits.file_bytes:,} bytes")
+                await run_in_threadpool(file.write, piece)
+        if not received:
+            raise OptionError(f"{path.name} is empty")
+
+
+def refuse_existing(name: str, names: set[str]) -> None:
+    """Raise OptionError if a folder has a file of a name, also in other capitals. names: of its files."""
+    if name.lower() in names:
+        raise OptionError(f"{name} is there already. Rename one of the two, then drop it again")
+
+
+def _measure(folder: Path) -> tuple[set[str], int]:
+    """Return the names in a folder, in lower case, and the bytes of its files. It need not exist."""
+    names = set()
+    size_bytes = 0
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if not path.name.endswith(".tmp"):
+                names.add(path.name.lower())
+                size_bytes += path.lstat().st_size
+    return names, size_bytes
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder if nothing is in it."""
+    try:
+        folder.rmdir()
+    except OSError:
+        return

@@ -1,0 +1,68 @@
+"""The table of models: what each makes, which come first, and what a file is."""
+
+from pathlib import Path
+
+import pytest
+
+from browser.folders import MediaFolder
+from browser.model_table import describe_file, describe_kind, list_missing, list_model_rows
+from project.choosing import ask_family, describe_makes
+from project.options import find_models
+from tests.commands import ROOT
+
+
+@pytest.mark.long
+def test_what_models_make_is_what_new_says() -> None:
+    models = find_models()
+    assert [describe_kind(model) for model in models] == [
+        describe_makes(model, ask_family(model)) for model in models
+    ]
+
+
+def folder(pictures: int = 0, clips: int = 0) -> MediaFolder:
+    return MediaFolder(
+        path=Path("x"),
+        pictures=pictures,
+        clips=clips,
+        sounds=0,
+        uncaptioned=0,
+        first=None,
+        is_described=False,
+    )
+
+
+def test_models_that_suit_the_folder_and_the_card_come_first() -> None:
+    first = list_model_rows(Path("models"), 24, folder(clips=3))[0]
+    assert (first.value, first.makes, first.fit, first.is_suggested) == (
+        "wan t2v-1.3B",
+        "clips",
+        "fits",
+        True,
+    )
+    rows = list_model_rows(Path("models"), 24, folder(pictures=3))
+    assert (rows[0].makes, rows[0].fit) == ("pictures", "fits")
+    assert [row.is_suggested for row in rows[:4]] == [True, True, True, False]
+    assert not any(row.is_suggested for row in list_model_rows(Path("models"), 24))
+    assert len(rows) == len(find_models())
+
+
+def test_only_what_is_not_there_is_loaded(tmp_path: Path) -> None:
+    [model] = [model for model in find_models() if (model.family, model.task) == ("wan", "t2v-1.3B")]
+    options = [part.option for part in list_missing(model, tmp_path, {"dit": "x"})]
+    assert options == ["--vae", "--t5"]
+    for part in model.components:
+        (tmp_path / part.path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / part.path).touch()
+    assert list_missing(model, tmp_path, {}) == []
+    row = next(row for row in list_model_rows(tmp_path, 0) if row.model.task == "t2v-1.3B")
+    assert (row.size, row.fit) == ("on disk", "Slow on a CPU")
+
+
+def test_a_file_says_what_it_is(tmp_path: Path) -> None:
+    assert describe_file(str(ROOT / "pocket/vae.safetensors")) == "a Wan2.1 VAE (--vae), 5 MB"
+    (tmp_path / "x.safetensors").write_bytes(b"nothing")
+    assert describe_file(str(tmp_path / "x.safetensors")).startswith("It cannot be read: ")
+    assert describe_file(str(tmp_path / "y.safetensors")) == "There is no such file."
+    assert describe_file("/etc/passwd").startswith("This is no model file")
+    assert describe_file("vae.safetensors").startswith("Give a whole path")
+    assert describe_file(" ") == ""

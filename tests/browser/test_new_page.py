@@ -1,0 +1,508 @@
+"""The page New: from an empty root to a finished LoRA by labels alone, and what newcomers do wrong."""
+
+import json
+import re
+import shlex
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
+
+import pytest
+from PIL import Image
+
+from browser.described import FILES
+from tests.browser.serving import Answer, Served, serve_runs
+from tests.browser.test_accessible import assert_fits
+from tests.chromium import open_page, wait_until
+from tests.commands import ROOT, run_script
+from tests.data_tools.captions.making import run_server
+from tests.data_tools.report.making import save_picture
+
+PARTS = {name: str(ROOT / f"pocket/{name}.safetensors") for name in ("dit", "vae", "t5")}
+FIELDS = {"family": "wan", "task": "t2v-1.3B", "steps": "2"} | {
+    f"file_{name}": path for name, path in PARTS.items()
+}
+FEW = "a square --s 1 --w 32 --h 32 --f 1 --d 1\n"
+SECONDS = 1000  # milliseconds
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "roots").mkdir()
+    return tmp_path / "roots"
+
+
+@pytest.fixture
+def served(root: Path) -> Iterator[Served]:
+    with serve_runs(root) as served:
+        yield served
+
+
+def write_pictures(folder: Path, count: int = 12, captions: bool = False) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    caption = "a square" if captions else None
+    return [save_picture(folder / f"p{number:02}.png", number, (64, 64), caption) for number in range(count)]
+
+
+def post(served: Served, what: str, **fields: str) -> Answer:
+    return served.ask(f"/new/{what}", "POST", urlencode(fields), Origin=served.url)
+
+
+def text_of(answer: Answer, place: str = "said") -> str:
+    """Return the message in a page, without its marks."""
+    match = re.search(rf'<p id="{place}"[^>]*>(.*?)</p>', answer.text, re.DOTALL)
+    assert match is not None
+    return re.sub("<[^>]*>", "", match[1]).replace("&#39;", "'").replace("&#34;", '"')
+
+
+def wait_for(served: Served, folder: Path, words: str) -> str:
+    """Return the part that shows progress once it has these words."""
+    address = f"/new/progress?folder={quote(str(folder))}"
+    gate = threading.Event()
+    text = ""
+    for _ in range(600):
+        text = served.ask(address).text
+        if words in text:
+            return text
+        gate.wait(0.1)
+    raise AssertionError(f"never there: {words}\n{text}")
+
+
+def describe(served: Served, folder: Path, **changes: str) -> None:
+    """Describe a folder as the page does, and wait for it."""
+    answer = post(served, "describe", **{"folder": str(folder), **FIELDS, **changes})
+    assert answer.status == 200, text_of(answer)
+    wait_for(served, folder, '">described<')
+
+
+def press(page: Any, button: str) -> None:
+    page.get_by_role("button", name=button).click()
+
+
+def wait_page(page: Any, words: str, seconds: int = 90) -> None:
+    page.locator("#progress").get_by_text(words).first.wait_for(timeout=seconds * SECONDS)
+
+
+@pytest.mark.slow
+def test_twelve_dropped_pictures_become_a_lora_by_labels_alone(
+    served: Served, root: Path, tmp_path: Path
+) -> None:
+    pictures = write_pictures(tmp_path / "from a camera")
+    with open_page(f"{served.url}/new") as page:
+        page.get_by_label("Put them into").fill("kittens")
+        page.get_by_label("Choose files").set_input_files(pictures)
+        page.wait_for_url("**folder=**")
+        assert page.get_by_label("Folder").input_value() == str(root / "kittens")
+        page.get_by_text("Files and captions").click()
+        for picture in pictures:
+            page.get_by_label(f"Caption of {picture.name}").fill(f"a square of noise, {picture.stem}")
+            page.keyboard.press("Control+Enter")
+        wait_until(page, "drafts.size === 0")
+        page.get_by_label("Model").select_option("wan")
+        page.get_by_label("Task").select_option("t2v-1.3B")
+        page.get_by_label("Trigger word").fill("ohwx")
+        page.get_by_label("Name").fill("own")
+        page.get_by_label("Steps").fill("2")
+        page.get_by_text("My files lie elsewhere").click()
+        for name, path in PARTS.items():
+            page.get_by_label(f"--{name}").fill(path)
+        page.get_by_text("a Wan2.1 VAE (--vae)").wait_for()
+        wait_until(page, "document.querySelector('#command').innerText.includes('t5=')")
+        command = page.locator("#command").inner_text()
+        press(page, "Describe")
+        wait_page(page, "Train on it")
+        page.get_by_role("button", name="Check").wait_for()
+        wait_page(page, "described")
+
+        assert_equal_to_command(command, root / "kittens", tmp_path)
+        (root / "kittens/prompts.txt").write_text(FEW, encoding="utf-8")
+        press(page, "Check")
+        wait_page(page, "no fault")
+        page.get_by_text("All files with what is cut off").click()
+        frame = page.frame_locator("iframe")
+        frame.get_by_text("p00.png").first.wait_for()
+        press(page, "Start")
+        page.locator("#progress .finished", has_text="of the queue").wait_for(timeout=240 * SECONDS)
+        assert (root / "kittens/output/own.safetensors").stat().st_size > 1000
+        page.get_by_role("link", name="its page").click()
+        page.get_by_role("heading", name="own").first.wait_for()
+        assert page.problems == []
+
+
+def assert_equal_to_command(command: str, folder: Path, tmp_path: Path) -> None:
+    """The three files are those that the shown command writes in a terminal."""
+    copy = tmp_path / "terminal" / folder.name
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*FILES))
+    words = [word.replace(str(folder), str(copy)) for word in shlex.split(command)[2:]]
+    run_script("new_project.py", *words, folder=Path.cwd())
+    for name in FILES:
+        assert (folder / name).read_bytes() == (copy / name).read_bytes(), name
+
+
+def test_a_first_description_is_that_of_the_command(served: Served, root: Path, tmp_path: Path) -> None:
+    write_pictures(root / "set", 2, captions=True)
+    shown = served.ask(f"/new?{urlencode({'folder': str(root / 'set'), **FIELDS})}").text
+    [command] = re.findall(r'<code id="command"[^>]*>(.*?)</code>', shown)
+    describe(served, root / "set")
+    assert_equal_to_command(re.sub("<[^>]*>", "", command), root / "set", tmp_path)
+
+
+def refused(served: Served, root: Path, **changes: str) -> str:
+    fields = {"folder": str(root / "set"), **FIELDS, **changes}
+    answer = post(served, "describe", **fields)
+    assert answer.status == 422
+    if changes.get("steps"):  # what was typed is still there
+        assert f'value="{changes["steps"]}"' in answer.text
+    return text_of(answer)
+
+
+def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
+    served: Served, root: Path, tmp_path: Path
+) -> None:
+    assert refused(served, root, folder="") == "Choose a folder."
+    assert "Choose one from the list, or drop files" in refused(served, root)
+    assert "no such folder below" in refused(served, root, folder=str(tmp_path))
+    assert "no such folder below" in refused(served, root, folder="../")
+    (root / "set").mkdir()
+    assert "has no clips, pictures or sounds. Drop some here first" in refused(served, root)
+    write_pictures(root / "set", 1)
+    assert refused(served, root, family="") == "Model: choose one."
+    assert refused(served, root, family="sora").startswith("Model sora: choose one of wan")
+    assert refused(served, root, task="").startswith("Task: choose one of t2v-1.3B")
+    assert refused(served, root, steps="ten").startswith("Steps ten: give a whole number from 1")
+    assert refused(served, root, trigger="x" * 300).startswith("Trigger word has 300 characters")
+    assert "Name" in refused(served, root, name="../x")
+    assert not any((root / "set" / name).exists() for name in FILES)
+    for what in ("start", "try", "write", "repair"):
+        answer = post(served, what, folder=str(root / "set"))
+        assert answer.status == 422
+        assert text_of(answer, "refused") == "It is not described yet: press Describe first."
+    assert post(served, "nothing", folder=str(root / "set")).status == 404
+
+
+@pytest.mark.slow
+def test_a_wrong_file_is_said_where_one_clicked(served: Served, root: Path) -> None:
+    write_pictures(root / "set", 1, captions=True)
+    post(served, "describe", **{"folder": str(root / "set"), **FIELDS, "file_dit": PARTS["vae"]})
+    text = wait_for(served, root / "set", "not described")
+    assert "a Wan2.1 VAE" in text or "--dit" in text
+    shown = served.ask(f"/new?folder={quote(str(root / 'set'))}").text
+    assert f'value="{PARTS["vae"]}"' in shown  # the form is still that of the command
+    assert not (root / "set/run.toml").exists()
+
+
+@pytest.mark.slow
+def test_describe_pressed_twice_runs_once(served: Served, root: Path) -> None:
+    write_pictures(root / "set", 2, captions=True)
+    fields = {"folder": str(root / "set"), **FIELDS}
+    answers: list[Answer] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(post(served, "describe", **fields))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answer.status for answer in answers) == [200, 422]
+    [failed] = [answer for answer in answers if answer.status == 422]
+    assert "running already" in text_of(failed)
+    wait_for(served, root / "set", '">described<')
+
+
+def test_a_described_folder_keeps_what_was_not_changed(served: Served, root: Path) -> None:
+    write_pictures(root / "set", 2, captions=True)
+    describe(served, root / "set")
+    path = root / "set/run.toml"
+    path.write_text(f"# mine\n{path.read_text()}".replace("seed = 42", "seed = 7 # lucky"), encoding="utf-8")
+    before = path.read_text()
+
+    answer = post(
+        served, "describe", **{"folder": str(root / "set"), **FIELDS, "steps": "30", "name": "other"}
+    )
+
+    assert answer.status == 200
+    after = before.replace("max_train_steps = 2", "max_train_steps = 30")
+    assert path.read_text() == after.replace('output_name = "set"', 'output_name = "other"')
+
+
+@pytest.mark.slow
+def test_replacing_shows_the_changes_asks_and_keeps_the_old_files(served: Served, root: Path) -> None:
+    folder = root / "set"
+    write_pictures(folder, 2, captions=True)
+    describe(served, folder)
+    (folder / "prompts.txt").write_text("my own prompt\n", encoding="utf-8")
+    old = {name: (folder / name).read_bytes() for name in FILES}
+    mark = mark_of(served, folder)
+
+    post(served, "describe", **{"folder": str(folder), **FIELDS, "trigger": "ohwx", "mark": mark})
+    text = wait_for(served, folder, "Replace the three files")
+
+    assert "-my own prompt" in text
+    assert "+trigger_word = &#34;ohwx&#34;" in text
+    assert {name: (folder / name).read_bytes() for name in FILES} == old
+    shown = served.ask(f"/new?folder={quote(str(folder))}").text
+    assert 'name="trigger" value="ohwx"' in shown  # what was asked for survives a reload
+    assert post(served, "replace", folder=str(folder), mark="0123").status == 422
+    assert post(served, "replace", folder=str(folder), mark=mark).status == 200
+    wait_for(served, folder, '">described<')
+    assert 'trigger_word = "ohwx"' in (folder / "dataset.toml").read_text()
+    [kept] = (root / "reelsmith-bin/replaced").iterdir()
+    assert {name: (kept / name).read_bytes() for name in FILES} == old
+
+
+@pytest.mark.slow
+def test_changes_that_were_refused_leave_all_as_it_was(served: Served, root: Path) -> None:
+    folder = root / "set"
+    write_pictures(folder, 2, captions=True)
+    describe(served, folder)
+    post(served, "describe", **{"folder": str(folder), **FIELDS, "trigger": "ohwx"})
+    wait_for(served, folder, "Replace the three files")
+
+    assert post(served, "keep", folder=str(folder)).status == 200
+
+    shown = served.ask(f"/new?folder={quote(str(folder))}").text
+    assert 'name="trigger" value=""' in shown
+    assert "Replace the three files" not in shown
+    assert "no changes to make" in text_of(post(served, "replace", folder=str(folder)))
+
+
+def mark_of(served: Served, folder: Path) -> str:
+    text = served.ask(f"/new?folder={quote(str(folder))}").text
+    match = re.search(r'name="mark" value="(\w*)"', text)
+    assert match is not None
+    return match[1]
+
+
+@pytest.mark.slow
+def test_a_second_browser_overwrites_nothing(served: Served, root: Path) -> None:
+    folder = root / "set"
+    write_pictures(folder, 2, captions=True)
+    describe(served, folder)
+    mark = mark_of(served, folder)
+    fields = {"folder": str(folder), **FIELDS, "mark": mark}
+    assert post(served, "describe", **{**fields, "steps": "30"}).status == 200
+
+    answer = post(served, "describe", **{**fields, "steps": "40"})
+
+    assert (answer.status, "have changed meanwhile" in text_of(answer)) == (422, True)
+    assert "max_train_steps = 30" in (folder / "run.toml").read_text()
+    draft = served.ask(f"/new?{urlencode({**fields, 'steps': '40'})}")
+    assert "have changed meanwhile" in text_of(draft)
+    assert 'name="steps" value="30"' in draft.text
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_gone_and_files_that_are_not_as_new_writes_them(served: Served, root: Path) -> None:
+    folder = root / "set"
+    write_pictures(folder, 2, captions=True)
+    describe(served, folder)
+    (folder / "run.toml").write_text("[training]\n", encoding="utf-8")
+    shown = served.ask(f"/new?folder={quote(str(folder))}")
+    assert "is not as `new` writes it" in text_of(shown)
+    assert "is not as `new` writes it" in text_of(post(served, "start", folder=str(folder)), "refused")
+    (folder / "run.toml").unlink()
+    (folder / "run.toml").mkdir()  # as a file that cannot be read
+    assert served.ask(f"/new?folder={quote(str(folder))}").status == 200
+    shutil.rmtree(folder)
+    assert "no such folder below" in text_of(served.ask(f"/new?folder={quote(str(folder))}"))
+    assert "no such folder below" in text_of(post(served, "check", folder=str(folder)))
+    assert served.ask(f"/new/progress?folder={quote(str(folder))}").status == 404
+
+
+@pytest.mark.slow
+def test_captions_in_another_encoding_are_converted_by_a_button(served: Served, root: Path) -> None:
+    folder = root / "set"
+    write_pictures(folder, 2, captions=True)
+    (folder / "p00.txt").write_bytes("ein Käse, eine Tür und schöne Grüße".encode("cp1252"))
+    describe(served, folder)
+    text = wait_for(served, folder, "Convert to UTF-8")
+    assert "--repair_captions" in text
+
+    assert post(served, "repair", folder=str(folder)).status == 200
+    wait_for(served, folder, "captions converted")
+    (folder / "p01.txt").write_bytes(b"\xe4")  # too short to be sure
+    assert post(served, "repair", folder=str(folder)).status == 200
+    assert "--repair_captions cp1252" in wait_for(served, folder, "Read as cp1252")
+    assert post(served, "repair", folder=str(folder), encoding="rot13").status == 422
+    assert post(served, "repair", folder=str(folder), encoding="cp1252").status == 200
+    wait_for(served, folder, ", now UTF-8: ")
+
+    assert (folder / "p00.txt").read_text(encoding="utf-8") == "ein Käse, eine Tür und schöne Grüße"
+    assert (folder / "p00.txt.bak").exists()
+
+
+@pytest.mark.slow
+def test_a_model_of_a_server_tries_three_and_then_writes_all(served: Served, root: Path) -> None:
+    folder = root / "set"
+    write_pictures(folder, 4)
+    describe(served, folder)
+
+    def reply(number: int, body: Any) -> str:
+        del body
+        return f"a <b>square</b> {number}"
+
+    with run_server(reply) as server:
+        fields = {"folder": str(folder), "engine": f"{server.address} m", "question": "What is it?"}
+        assert post(served, "try", **fields).status == 200
+        text = wait_for(served, folder, "nothing is written yet")
+        assert text.count("a &lt;b&gt;square&lt;/b&gt;") == 3
+        assert list(folder.glob("p0*.txt")) == []
+        assert "What is it?" in json.dumps(server.bodies[0])
+        assert post(served, "write", **fields).status == 200
+        wait_for(
+            served,
+            folder,
+            'status finished" role="status"><span class="state">finished</span> · writing captions',
+        )
+    assert len(list(folder.glob("p0*.txt"))) == 4
+
+
+@pytest.mark.slow
+def test_only_printed_commands_of_this_folder_are_run(served: Served, root: Path) -> None:
+    folder = root / "set"
+    write_pictures(folder, 2)
+    describe(served, folder)
+    text = wait_for(served, folder, "Do it")
+    assert "caption_dataset.py" in text
+    assert "Type the word into the field above" in text
+    for line in ("rm -rf /", "python tools/caption_dataset.py --dataset_config x.toml", ""):
+        answer = post(served, "remedy", folder=str(folder), line=line)
+        assert "not one that was printed" in text_of(answer, "refused")
+    (folder / "dataset.toml").write_text('[[datasets]]\nimage_directory = "/etc"\n', encoding="utf-8")
+    for what in ("try", "repair"):
+        assert "outside the folders" in text_of(post(served, what, folder=str(folder)), "refused")
+
+
+@pytest.mark.slow
+def test_a_model_that_is_to_be_loaded_needs_its_licences_accepted(served: Served, root: Path) -> None:
+    folder = root / "set"
+    write_pictures(folder, 2, captions=True)
+    fields = {name: text for name, text in FIELDS.items() if not name.startswith("file_")}
+    post(served, "describe", **{"folder": str(folder), **fields, "family": "krea2", "task": "raw"})
+    text = wait_for(served, folder, '">described<')
+    assert "are loaded first, under these licences" in text
+    assert 'href="https://github.com/krea-ai' in text
+    assert "There is no login on this machine" in text or "There is a login" in text
+
+    answer = post(served, "start", folder=str(folder))
+
+    assert "accept them" in text_of(answer, "refused")
+    assert "of the queue" not in answer.text
+
+
+def test_the_page_of_a_check_runs_no_script_and_has_no_origin(served: Served, root: Path) -> None:
+    write_pictures(root / "set", 1)
+    (root / "set/check.html").write_text("<script>parent.x = 1</script><p>hello", encoding="utf-8")
+    address = f"/new/checked?folder={quote(str(root / 'set'))}"
+    answer = served.ask(address)
+    policy = answer.headers["content-security-policy"]
+    assert (answer.status, "sandbox;" in policy, "script-src" in policy) == (200, True, False)
+    (root / "set/check.html").unlink()
+    (root / "secret.html").write_text("x", encoding="utf-8")
+    assert served.ask(address).status == 404
+
+
+def test_a_lora_of_that_name_is_not_trained_over(served: Served, root: Path) -> None:
+    write_pictures(root / "set", 1)
+    (root / "set/output").mkdir()
+    (root / "set/output/set.safetensors").touch()
+    assert 'name="name" value="set-2"' in served.ask(f"/new?folder={quote(str(root / 'set'))}").text
+    typed = served.ask(f"/new?{urlencode({'folder': str(root / 'set'), 'name': 'set', 'steps': '2'})}").text
+    assert "Take set-2" in typed
+
+
+def test_nothing_is_written_where_one_may_only_look(root: Path) -> None:
+    write_pictures(root / "set", 2)
+    with serve_runs(root, read_only=True) as served:
+        shown = served.ask(f"/new?folder={quote(str(root / 'set'))}").text
+        assert "<button>" not in shown
+        assert "Leave out" not in shown
+        for what in ("describe", "start", "check", "file", "upload", "rows/00/move"):
+            assert post(served, what, folder=str(root / "set"), **FIELDS).status == 403
+
+
+def test_names_and_captions_are_text(served: Served, root: Path) -> None:
+    folder = root / "<b>set"
+    folder.mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "<img src=x onerror=alert(1)>.png")
+    (folder / "<img src=x onerror=alert(1)>.txt").write_text("<script>alert(2)</script>", encoding="utf-8")
+    with open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
+        page.get_by_text("Files and captions").click()
+        page.get_by_label("Caption of <img").wait_for()
+        assert page.get_by_label("Caption of <img").input_value() == "<script>alert(2)</script>"
+        assert page.locator(".file img").count() == 1
+        assert page.problems == []
+
+
+@pytest.mark.slow
+def test_what_is_typed_survives_a_reload(served: Served, root: Path) -> None:
+    write_pictures(root / "set", 2)
+    with open_page(f"{served.url}/new") as page:
+        page.get_by_text("set", exact=True).click()
+        page.get_by_text("in a table").click()
+        page.locator("tr", has_text="t2v-1.3B").get_by_role("button", name="Take").click()
+        wait_until(page, "document.getElementById('task').value === 't2v-1.3B'")
+        page.get_by_label("Trigger word").fill("ohwx")
+        page.reload()
+        fields = [
+            page.get_by_label(label).input_value() for label in ("Folder", "Model", "Task", "Trigger word")
+        ]
+        assert fields == [str(root / "set"), "wan", "t2v-1.3B", "ohwx"]
+        assert parse_qs(urlsplit(page.url).query)["task"] == ["t2v-1.3B"]
+        assert page.problems == []
+
+
+def test_files_are_dropped_anywhere_and_refusals_are_said(served: Served, root: Path) -> None:
+    drop = """([name, text]) => {
+      const data = new DataTransfer();
+      data.items.add(new File([text], name));
+      const how = { bubbles: true, cancelable: true, dataTransfer: data };
+      document.body.dispatchEvent(new DragEvent("drop", how));
+    }"""
+    with open_page(f"{served.url}/new") as page:
+        page.evaluate(drop, ["evil.py", "import os"])
+        page.get_by_text("evil.py: only pictures, clips, sounds").wait_for()
+        page.get_by_text("0 of 1 taken").wait_for()
+        assert list(root.iterdir()) == []
+        page.evaluate(drop, ["a.txt", "a cat"])
+        page.wait_for_url("**folder=**")
+    [path] = root.rglob("a.txt")
+    assert path.read_text() == "a cat"
+
+
+def test_many_folders_are_shown_as_one_scrolls(served: Served, root: Path) -> None:
+    for number in range(60):
+        (root / f"f{number:02}").mkdir()
+        (root / f"f{number:02}/a.png").write_bytes(b"x")
+    with open_page(f"{served.url}/new") as page:
+        assert page.locator(".folders li").count() == 25
+        page.locator(".folders li").last.scroll_into_view_if_needed()
+        page.get_by_text("f47", exact=True).wait_for()
+        page.locator(".folders li").last.scroll_into_view_if_needed()
+        page.get_by_text("f59", exact=True).wait_for()
+        assert page.locator(".folders li").count() == 60
+
+
+LABELS = """[...document.querySelectorAll('label, [aria-label]')]
+  .filter(one => one.checkVisibility())
+  .map(one => (one.getAttribute('aria-label') ?? one.innerText.split('\\n')[0]).trim().toLowerCase())"""
+
+
+@pytest.mark.slow
+def test_the_page_fits_and_no_label_is_a_part_of_another(served: Served, root: Path) -> None:
+    write_pictures(root / "set", 2)
+    describe(served, root / "set", trigger="ohwx")
+    with open_page(f"{served.url}/new?folder={quote(str(root / 'set'))}") as page:
+        page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        page.locator("#choose").scroll_into_view_if_needed()
+        page.locator(".file").nth(1).wait_for()
+        fixed = {"folder", "model", "task", "trigger word", "name", "steps"}
+        labels = {label for label in page.evaluate(LABELS) if label}
+        assert fixed <= labels
+        for label in fixed:
+            assert [other for other in labels - {label} if label in other] == []
+        assert_fits(page)
+        assert page.problems == []

@@ -1,0 +1,212 @@
+"""Files that are dropped on the page New: which are taken, and that nothing is left of the others."""
+
+import http.client
+import random
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+from PIL import Image
+
+from browser.runs import Runs
+from browser.server import MOST_BYTES
+from browser.uploads import ADDRESS, FileUploads, UploadLimits, check_file_name, find_kind, name_of_day
+from modules.errors import OptionError, OutputError
+from tests.browser.serving import Answer, Served, serve_runs
+from tests.data_tools.report.making import save_clip
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    (tmp_path / "roots").mkdir()
+    with serve_runs(tmp_path / "roots") as served:
+        yield served
+
+
+def send(served: Served, name: str, content: bytes, into: str = "set", **headers: str) -> Answer:
+    """Send a file as the page does."""
+    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    address = f"{ADDRESS}?{urlencode({'into': into, 'name': name}, errors='surrogatepass')}"
+    link.request("POST", address, content, {"Origin": served.url, **headers})
+    answer = link.getresponse()
+    try:
+        return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+    finally:
+        link.close()
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def picture(folder: Path) -> bytes:
+    path = folder / "source.png"
+    Image.frombytes("RGB", (300, 300), random.Random(1).randbytes(300 * 300 * 3)).save(path)
+    return path.read_bytes()
+
+
+def test_files_arrive_whole_in_a_new_folder_below_the_first_root(served: Served, tmp_path: Path) -> None:
+    content = picture(tmp_path)
+    clip = save_clip(tmp_path / "source.mp4", 3, 9).read_bytes()
+    assert len(content) > MOST_BYTES  # more than other requests may have
+
+    assert send(served, "a.png", content).status == 200
+    assert send(served, "b.mp4", clip).status == 200
+    answer = send(served, "a.txt", "eine Katze, ü".encode())
+
+    folder = tmp_path / "roots/set"
+    assert answer.json() == {"folder": str(folder), "words": "1 picture, 1 clip, 1 without caption"}
+    assert everything(folder) == ["a.png", "a.txt", "b.mp4"]
+    assert ((folder / "a.png").read_bytes(), (folder / "b.mp4").read_bytes()) == (content, clip)
+    assert send(served, "c.png", content, into=str(folder)).json()["folder"] == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("../a.png", "holds the character '/'"),
+        ("..\\a.png", "holds the character"),
+        ("C:a.png", "holds the character ':'"),
+        ("a\0.png", "holds"),
+        ("a\n.png", "holds"),
+        ("\u202egnp.exe", "holds a control code"),
+        (".a.png", "begins or ends with a dot"),
+        ("a.png.", "begins or ends with a dot"),
+        ("", "is empty"),
+        ("con.png", "name of a device"),
+        ("LPT1.txt", "name of a device"),
+        ("x" * 201 + ".png", "more than 200 bytes"),
+        ("run.toml", "only pictures, clips, sounds"),
+        ("evil.py", "only pictures, clips, sounds"),
+        ("a.html", "only pictures, clips, sounds"),
+        ("prompts.txt", "only pictures, clips, sounds"),
+        ("a", "only pictures, clips, sounds"),
+        ("photo.PSD", "convert them to PNG"),
+        ("a.zip", "unpack them"),
+    ],
+)
+def test_a_name_that_could_do_harm_or_is_not_read_is_refused(
+    name: str, reason: str, served: Served, tmp_path: Path
+) -> None:
+    answer = send(served, name, picture(tmp_path))
+
+    assert answer.status == 422
+    assert reason in answer.json()["error"]
+    assert everything(tmp_path / "roots") == []
+
+
+def test_heic_is_taken_or_refused_as_the_reader_here_can(served: Served) -> None:
+    try:
+        import pillow_heif  # noqa: F401, an optional package
+    except ImportError:
+        error = send(served, "photo.heic", b"x").json()["error"]
+        assert "convert them to PNG, or `pip install pillow-heif`" in error
+    else:
+        assert find_kind("photo.heic") == "picture"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.png", b"<script>alert(1)</script>", "a.png is no image that can be read"),
+        ("a.png", b"", "a.png is empty"),
+        ("a.mp4", b"\x00\x00\x00\x18ftypmp42" + b"\0" * 99, "a.mp4"),
+        ("a.mp4", b"#EXTM3U\n/etc/passwd\n", "a.mp4"),
+        ("a.wav", b"RIFF", "a.wav"),
+        ("a.txt", "Caf\u00e9".encode("cp1252"), "a.txt is not UTF-8: save it as UTF-8"),
+        ("a.txt", b"x" * 70_000, "a.txt has more than 64 KiB"),
+        ("a.txt", b"a\0b", "it is no text"),
+    ],
+)
+def test_content_is_judged_whatever_the_name_says(
+    name: str, content: bytes, reason: str, served: Served, tmp_path: Path
+) -> None:
+    answer = send(served, name, content)
+
+    assert (answer.status, reason in answer.json()["error"]) == (422, True), answer.text
+    assert str(tmp_path) not in answer.json()["error"]
+    assert everything(tmp_path / "roots") == []
+
+
+def test_a_file_that_is_there_stays(served: Served, tmp_path: Path) -> None:
+    send(served, "a.txt", b"first")
+
+    answer = send(served, "A.TXT", b"second")
+
+    assert "is there already" in answer.json()["error"]
+    assert (tmp_path / "roots/set/a.txt").read_bytes() == b"first"
+
+
+@pytest.mark.parametrize("into", ["../out", "..", "/tmp", "a/b", "cache", "link", ".hidden", "set\0"])
+def test_no_file_goes_outside_or_into_a_folder_of_programs(into: str, served: Served, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "roots/link").symlink_to(tmp_path / "out")
+
+    assert send(served, "a.txt", b"x", into=into).status == 422
+    assert everything(tmp_path / "out") == []
+    assert everything(tmp_path / "roots") == ["link"]
+
+
+def test_a_broken_upload_leaves_nothing(served: Served, tmp_path: Path) -> None:
+    link = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    link.putrequest("POST", f"{ADDRESS}?into=set&name=a.png")
+    link.putheader("Origin", served.url)
+    link.putheader("Content-Length", "1000000")
+    link.endheaders(b"x" * 5000)
+    for _ in range(100):
+        if everything(tmp_path / "roots"):
+            break
+        time.sleep(0.05)
+    assert any(name.endswith(".tmp") for name in everything(tmp_path / "roots"))
+    link.close()
+
+    for _ in range(100):
+        if not everything(tmp_path / "roots"):
+            break
+        time.sleep(0.05)
+    assert everything(tmp_path / "roots") == []
+
+
+def test_only_pages_of_this_server_send_files_and_none_if_it_only_reads(tmp_path: Path) -> None:
+    with serve_runs(tmp_path) as served:
+        assert send(served, "a.txt", b"x", Origin="http://elsewhere").status == 403
+    with serve_runs(tmp_path, read_only=True) as served:
+        assert send(served, "a.txt", b"x").status == 403
+        assert "Choose files" not in served.ask("/new").text
+    assert everything(tmp_path) == []
+
+
+def test_other_requests_stay_small(served: Served) -> None:
+    body = "x" * (MOST_BYTES + 1)
+    assert served.ask("/new/describe", "POST", body, Origin=served.url).status == 413
+
+
+def test_limits_are_said_in_numbers(tmp_path: Path) -> None:
+    runs = Runs((tmp_path,))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/a.txt").write_bytes(b"x" * 100)
+    folder = tmp_path / "set"
+    with pytest.raises(OptionError, match="has 1 files already"):
+        FileUploads(runs, UploadLimits(files=1)).check_room(folder, "b.txt", 1)
+    with pytest.raises(OptionError, match="would have more than 0 GiB"):
+        FileUploads(runs, UploadLimits(folder_bytes=120)).check_room(folder, "b.txt", 30)
+    with pytest.raises(OptionError, match="more than 8 GiB"):
+        FileUploads(runs).check_room(folder, "b.mp4", 9 << 30)
+    with pytest.raises(OutputError, match=r"b\.mp4: the disk has [\d.]+ GB free"):
+        FileUploads(runs, UploadLimits(spare_bytes=1 << 60)).check_room(folder, "b.mp4", 1)
+
+
+def test_folders_of_a_day_have_names_of_their_own(tmp_path: Path) -> None:
+    day = date(2026, 11, 26)
+    assert name_of_day(tmp_path, day) == "2026-11-26"
+    (tmp_path / "2026-11-26").mkdir()
+    assert name_of_day(tmp_path, day) == "2026-11-26-2"
+
+
+@pytest.mark.parametrize("name", ["Käse 1.png", "console.png", "a.b.png", "日本.txt", "comma, (1).jpg"])
+def test_usual_names_are_taken(name: str) -> None:
+    check_file_name(name)
+    assert find_kind(name) in ("picture", "caption")
