@@ -14,11 +14,12 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from browser.answers import Form, answer_form, answer_page
+from browser.beginnings import DESCRIBE
 from browser.captions import mark_bytes
 from browser.described import FILES, ChangedMeanwhileError, is_described, read_described, replace_content
 from browser.errands import errand_name
 from browser.folders import find_folder
-from browser.new_pages import DESCRIBE, NewForm, new_words
+from browser.new_form import NewForm, new_words
 from browser.runs import RUNNING
 from browser.settings_table import (
     SettingRow,

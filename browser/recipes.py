@@ -7,13 +7,14 @@ form are options that a prompt line may have, by their names on the command line
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from browser.compare import PLACEHOLDER, ComparableRun, group_options
 from contract.families import HIGH_NOISE, with_scripts
 from downloads.catalogue import ModelSet, model_sets
+from generation.options import request_extras
 from generation.prompt_lines import LineOption, find_option
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
@@ -94,10 +95,15 @@ class Recipe:
         defaults: ScriptDefaults = import_own(with_scripts()[self.family].generation_script).DEFAULTS
         return defaults
 
+    @property
+    def extras(self) -> Mapping[str, str]:
+        """Return the options of the family that a request holds as extras, with their names there."""
+        return extras_of(self.family)
+
     @cached_property
     def keys(self) -> dict[str, str]:
         """Return the option that each field sets, by the name of the field; only fields that there are."""
-        keys = keys_of_fields(self.defaults)
+        keys = keys_of_fields(self.defaults, self.extras)
         if not self.has_experts:
             keys.pop("high_cfg", None)
         for name in ("start", "end", "control", "references"):
@@ -175,15 +181,24 @@ class Recipe:
         return list(dict.fromkeys(sizes))
 
 
-def keys_of_fields(defaults: ScriptDefaults) -> dict[str, str]:
-    """Return the option that each field sets in a script, by the name of the field."""
+@cache
+def extras_of(family: str) -> dict[str, str]:
+    """Return the options of a family that a request holds as extras, with their names there."""
+    return request_extras(with_scripts()[family].options_record("Generation"))
+
+
+def keys_of_fields(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict[str, str]:
+    """Return the option that each field sets in a script, by the name of the field.
+
+    extras: options of the family in a request, see `Recipe.extras`.
+    """
     absent = {*defaults.declared()["without"], *defaults.declared()["refused"]}
     keys = {}
     for name, candidates in FIELDS.items():
         if name == "cfg" and defaults.embedded_guidance is None:
             continue
         for key in candidates:
-            is_there = key in defaults.extras or key in SIZES or key not in absent
+            is_there = key in extras or key in SIZES or key not in absent
             if is_there and find_option(key, defaults.line_options) is not None:
                 keys[name] = key
                 break
@@ -265,7 +280,7 @@ def _make_recipe(
     is_example: says whether a word stands for a file that somebody has to name.
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
-    names = {key: name for name, key in keys_of_fields(defaults).items()}
+    names = {key: name for name, key in keys_of_fields(defaults, extras_of(family)).items()}
     usual = {"height": str(defaults.size[0]), "width": str(defaults.size[1])}
     fixed: dict[str, Sequence[str]] = {}
     by_key: dict[str, list[str]] = {}

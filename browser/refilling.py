@@ -42,7 +42,7 @@ class FoundSettings:
     def family(self) -> str:
         """Return the family as scripts name it; empty if it is not known."""
         for name, entry in with_scripts().items():
-            if self.model and self.model in (name, *entry.others):
+            if self.model and self.model in (name, *entry.further_models):
                 return name
         return ""
 

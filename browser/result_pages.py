@@ -35,13 +35,13 @@ from browser.described import PROMPTS_FILE, ChangedMeanwhileError, read_describe
 from browser.errands import errand_name
 from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
-from browser.making import Making
 from browser.recipes import RESULTS, Recipe, recipe_of_model, recipe_of_run
 from browser.results import LARGER, LAST_FRAME, Result, ResultFolders, find_top
 from browser.runs import DIED, FINISHED, RUNNING, Glance
 from browser.settings_of import PREFIX, Remade, ResultSettings, read_settings, remake, sample_line
 from browser.site import Site
 from browser.views import HERE, POLICY, label_runs
+from browser.wishes import Making
 from contract.families import with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from downloads.listing import gigabytes, total_bytes

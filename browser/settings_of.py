@@ -160,7 +160,7 @@ def find_family(model_type: str) -> str:
     plain = _plain_name(model_type)
     fitting = []
     for name, entry in entries.items():
-        if model_type == name or model_type in entry.others:
+        if model_type == name or model_type in entry.further_models:
             return name
         if plain.startswith(_plain_name(name)):
             fitting.append(name)
@@ -360,7 +360,7 @@ def _read_line(
         if name in APART or name.startswith("original_"):
             continue
         line_option = find_option(key, recipe.defaults.line_options)
-        is_there = key in SIDES or key in options or key in recipe.defaults.extras
+        is_there = key in SIDES or key in options or key in recipe.extras
         if not is_there or line_option is None:
             continue
         option = options.get(key)

@@ -317,8 +317,7 @@ def read_generation(
     add_options(parser, record)
     add_more(parser)
     facts = facts_of(GenerationOptions) | facts_of(record)
-    extras = {name: option_facts["extra"] for name, option_facts in facts.items() if "extra" in option_facts}
-    parser.set_defaults(extras=extras)
+    parser.set_defaults(extras=request_extras(record))
     args = read_arguments(parser, argv)
     with name_as_typed(typed_names(args)):
         options = read_options(GenerationOptions, args)
@@ -333,6 +332,15 @@ def read_generation(
     output = options.output.in_folder() if options.output.names_file else options.output
     options = replace(options, settings=settings, decoding_options=decoding_options, output=output)
     return options, family_options
+
+
+def request_extras(record: type[Any]) -> dict[str, str]:
+    """Return the options of a family that a request holds as extras, with their names there.
+
+    record: the family's options of generation.
+    """
+    facts = facts_of(GenerationOptions) | facts_of(record)
+    return {name: option_facts["extra"] for name, option_facts in facts.items() if "extra" in option_facts}
 
 
 def _choose_recorded(
