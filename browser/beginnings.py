@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from browser.described import DATASET_FILE, TRAINING_TABLE, Described, read_described
+from browser.described import DATASET_FILE, TRAINING_TABLE, DescribedFolder, read_described
 from browser.errands import Errands, errand_name
 from browser.jobs import ENDED, QUEUE, WAITING, Job, JobQueue
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance, Runs
@@ -383,7 +383,7 @@ class Beginnings:
             self.queue.begin_work()
 
 
-def run_words(described: Described, models: Path) -> list[str]:
+def run_words(described: DescribedFolder, models: Path) -> list[str]:
     """Return the command that trains on a described folder, with the download of what is missing."""
     words = ["reelsmith", "run", str(described.folder)]
     paths = [described.folder / path for path in described.model_files.values()]

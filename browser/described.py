@@ -37,7 +37,7 @@ class ChangedMeanwhileError(Exception):
 
 
 @dataclass(frozen=True)
-class Described:
+class DescribedFolder:
     """Hold what the files of a described folder say, as far as the form New shows it."""
 
     folder: Path
@@ -83,7 +83,7 @@ def mark_files(folder: Path) -> str:
     return hashlib.blake2s("".join(marks).encode(), digest_size=8).hexdigest() if any(marks) else ""
 
 
-def read_described(folder: Path) -> Described:
+def read_described(folder: Path) -> DescribedFolder:
     """Read a described folder.
 
     Raises OSError if a file cannot be read, ValueError if it is not as `new` writes it.
@@ -97,7 +97,7 @@ def read_described(folder: Path) -> Described:
         family = download[download.index("--family") + 1]
         task = download[download.index("--task") + 1]
         steps = values.get("max_train_steps")
-        return Described(
+        return DescribedFolder(
             folder=folder,
             family=family,
             task=task,

@@ -110,7 +110,7 @@ def list_fields(form: Mapping[str, Sequence[str]]) -> dict[str, str]:
     return {name: tidy_lines("".join(values)) for name, values in form.items()}
 
 
-class SettingsPages:
+class FolderSettingsPages:
     """Show the settings of a folder, and save them."""
 
     def __init__(self, site: Site) -> None:
@@ -304,7 +304,7 @@ def guard(show: Callable[[Request], Response]) -> Callable[[Request], Response]:
 
 def folder_settings_routes(site: Site) -> list[Route]:
     """Return the routes of the settings of a folder."""
-    pages = SettingsPages(site)
+    pages = FolderSettingsPages(site)
     return [
         Route("/new/settings", guard(pages.show)),
         Route("/new/settings/{what}", answer_form(pages.change), methods=["POST"]),

@@ -23,7 +23,7 @@ from browser.recipes import (
     FIELDS,
     PICTURES,
     RESULTS,
-    Recipe,
+    ModelRecipe,
     UsedLora,
     Wish,
     find_model_set,
@@ -275,7 +275,7 @@ class GeneratePages:
     def first_source(sources: Mapping[str, Sequence[tuple[str, str]]]) -> str:
         return next((rows[0][0] for rows in sources.values() if rows), "")
 
-    def find_recipe(self, source: str) -> Recipe:
+    def find_recipe(self, source: str) -> ModelRecipe:
         """Return the recipe of a source. Raises OptionError if there is none, OSError for a lost history."""
         kind, _, name = source.partition(" ")
         if kind == "run":
@@ -302,7 +302,7 @@ class GeneratePages:
 
     # --- wishes
 
-    def wish_of(self, recipe: Recipe, form: MakingForm, rows: Sequence[LoraRow]) -> Wish:
+    def wish_of(self, recipe: ModelRecipe, form: MakingForm, rows: Sequence[LoraRow]) -> Wish:
         """Return what a form asks for."""
         texts = {name: form.texts.get(name, "") for name in FIELDS if name not in ("seed", "references")}
         if "start" not in recipe.fields and "redraw" in recipe.fields and texts["start"].strip():
@@ -500,7 +500,7 @@ class GeneratePages:
         return 4 * sum(lora in names for lora in found.loras) + 2 * has_files + has_task
 
 
-def usual_form(source: str, recipe: Recipe, rows: Sequence[LoraRow]) -> MakingForm:
+def usual_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow]) -> MakingForm:
     """Return the form that a source usually has."""
     chosen = chosen_at_first(recipe, rows)
     return MakingForm(
@@ -511,7 +511,7 @@ def usual_form(source: str, recipe: Recipe, rows: Sequence[LoraRow]) -> MakingFo
     )
 
 
-def loading_note(recipe: Recipe | None) -> str:
+def loading_note(recipe: ModelRecipe | None) -> str:
     """Return what has to be loaded before a recipe can be made; empty if nothing has."""
     if recipe is None or not recipe.missing:
         return ""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from browser import compare
 from browser.compare import ComparableRun
-from browser.recipes import Recipe, UsedLora
+from browser.recipes import ModelRecipe, UsedLora
 from browser.runs import Glance, Runs
 from browser.views import label_runs
 from contract.families import FOLDERS, HIGH_NOISE, LOW_NOISE
@@ -99,7 +99,7 @@ class RunShelf:
         known = self._rows.get(run_id)
         return set() if known is None else {row.name for row in known[2]}
 
-    def list_rows(self, recipe: Recipe) -> list[LoraRow]:
+    def list_rows(self, recipe: ModelRecipe) -> list[LoraRow]:
         """Return the LoRAs for a recipe: those of its own command, then those of runs of its family."""
         rows: dict[str, LoraRow] = {}
         for lora in recipe.loras:
@@ -117,11 +117,11 @@ class RunShelf:
         return None if run is None else compare.read_source(self.runs, run)
 
 
-def _full(recipe: Recipe, path: str) -> str:
+def _full(recipe: ModelRecipe, path: str) -> str:
     return str(recipe.folder / path) if path else ""
 
 
-def _as_named(path: str, recipe: Recipe) -> str:
+def _as_named(path: str, recipe: ModelRecipe) -> str:
     """Return the path of a file as the recipe's command has it, if it does."""
     for lora in recipe.loras:
         if _full(recipe, lora.path) == path:
@@ -129,7 +129,7 @@ def _as_named(path: str, recipe: Recipe) -> str:
     return path
 
 
-def chosen_at_first(recipe: Recipe, rows: Sequence[LoraRow]) -> dict[str, tuple[str, str]]:
+def chosen_at_first(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[str, tuple[str, str]]:
     """Return strength and expert of each LoRA that the recipe's command has, by the path of its row."""
     chosen: dict[str, tuple[str, str]] = {}
     for lora in recipe.loras:

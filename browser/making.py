@@ -98,7 +98,7 @@ class LoadedModel:
         return None
 
 
-class Maker:
+class ResultMaker:
     """Note the wishes of a server's page Generate, and make them in a thread."""
 
     def __init__(self, queue: JobQueue, find_program: FindProgram = find_session) -> None:

@@ -21,7 +21,7 @@ from browser.described import (
     DATASET_FILE,
     TRAINING_TABLE,
     ChangedMeanwhileError,
-    Described,
+    DescribedFolder,
     edit_toml,
     read_described,
     replace_content,
@@ -276,11 +276,11 @@ class MemoryPages:
                 lines.append(PrintedLine(text, command))
         return lines
 
-    def list_missing(self, described: Described) -> list[str]:
+    def list_missing(self, described: DescribedFolder) -> list[str]:
         paths = described.model_files.values()
         return [path for path in paths if not (described.folder / path).exists()]
 
-    def describe_duration(self, described: Described) -> str:
+    def describe_duration(self, described: DescribedFolder) -> str:
         """Return how long the whole training takes, if a run of this name has measured its steps."""
         path = history_path(described.output, described.name)
         if described.steps is None or not self.site.runs.is_below(path):

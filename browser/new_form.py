@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from browser.described import Described
+from browser.described import DescribedFolder
 from modules.errors import OptionError
 from modules.option_values import option_words
 from modules.output_files import check_output_name
@@ -71,7 +71,7 @@ class NewForm:
         )
 
     @classmethod
-    def of_described(cls, described: Described, models: Path) -> "NewForm":
+    def of_described(cls, described: DescribedFolder, models: Path) -> "NewForm":
         """Return the form of a described folder. models: folder of the files that need no field."""
         return cls(
             folder=str(described.folder),

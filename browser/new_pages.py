@@ -29,7 +29,7 @@ from browser.described import (
     FILES,
     TRAINING_TABLE,
     ChangedMeanwhileError,
-    Described,
+    DescribedFolder,
     change_keys,
     is_described,
     keep_copies,
@@ -224,7 +224,7 @@ class NewPages:
         headers = {"content-security-policy": f"{PAGE_POLICY}; frame-ancestors 'none'"}
         return answer_page(page, 422 if error else 200, headers)
 
-    def try_read(self, folder: Path | None) -> tuple[Described | None, str]:
+    def try_read(self, folder: Path | None) -> tuple[DescribedFolder | None, str]:
         """Return what the files of a folder say, or None and why they cannot be read."""
         if folder is None or not is_described(folder):
             return None, ""
@@ -233,7 +233,7 @@ class NewPages:
         except (OSError, ValueError) as reason:
             return None, str(reason)
 
-    def progress_values(self, folder: Path | None, described: Described | None) -> dict[str, Any]:
+    def progress_values(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
         """Return what the part of the page shows that changes while commands run."""
         site = self.site
         names: list[str] = []
@@ -354,7 +354,7 @@ class NewPages:
         jobs = [job for job in self.site.queue.jobs() if is_captioning(job, folder)]
         return jobs[-1] if jobs else None
 
-    def find_run(self, described: Described | None) -> str:
+    def find_run(self, described: DescribedFolder | None) -> str:
         """Return the address of the page of a folder's training; empty if there is none yet."""
         if described is None:
             return ""
@@ -363,7 +363,7 @@ class NewPages:
                 return f"/run/{run.id}/"
         return ""
 
-    def list_to_load_of(self, described: Described | None) -> list[Component]:
+    def list_to_load_of(self, described: DescribedFolder | None) -> list[Component]:
         """Return the parts of a described folder's model that are to be loaded before the training."""
         if described is None:
             return []
@@ -375,7 +375,7 @@ class NewPages:
                 return list_missing(model, self.site.models, is_there)
         return []
 
-    def find_free_name(self, form: NewForm, folder: Path | None, described: Described | None) -> str:
+    def find_free_name(self, form: NewForm, folder: Path | None, described: DescribedFolder | None) -> str:
         """Return another name if a LoRA of the chosen name is there; else nothing."""
         if folder is None:
             return ""
@@ -384,7 +384,7 @@ class NewPages:
         free = free_name(output, name)
         return "" if free == name else free
 
-    def run_words(self, described: Described) -> list[str]:
+    def run_words(self, described: DescribedFolder) -> list[str]:
         return run_words(described, self.site.models)
 
     def repair_line(self, folder: Path | None) -> str:
@@ -392,14 +392,16 @@ class NewPages:
         words = [] if folder is None else find_repair(folder)
         return shlex.join(words)
 
-    def plan_or_none(self, form: NewForm, folder: Path | None, described: Described | None) -> DescribePlan:
+    def plan_or_none(
+        self, form: NewForm, folder: Path | None, described: DescribedFolder | None
+    ) -> DescribePlan:
         """Return what Describe would do; for a form that is not complete, the command as far as it goes."""
         with contextlib.suppress(UserError, ValueError):
             if folder is not None:
                 return self.plan_describe(form, folder, described)
         return DescribePlan(new_words(form, self.site.models), {})
 
-    def plan_describe(self, form: NewForm, folder: Path, described: Described | None) -> DescribePlan:
+    def plan_describe(self, form: NewForm, folder: Path, described: DescribedFolder | None) -> DescribePlan:
         """Return what Describe does for a folder.
 
         It has `new` describe a folder that is not yet. Of a described one it writes name and steps into

@@ -72,7 +72,7 @@ class UsedLora(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ModelRecipe:
     """Hold what a model or a run fixes of a generation."""
 
     title: str
@@ -190,7 +190,7 @@ def extras_of(family: str) -> dict[str, str]:
 def keys_of_fields(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict[str, str]:
     """Return the option that each field sets in a script, by the name of the field.
 
-    extras: options of the family in a request, see `Recipe.extras`.
+    extras: options of the family in a request, see `ModelRecipe.extras`.
     """
     absent = {*defaults.declared()["without"], *defaults.declared()["refused"]}
     keys = {}
@@ -234,7 +234,7 @@ def _key_of(flag: str, defaults: ScriptDefaults) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
-def recipe_of_model(model: ModelSet, models: Path, folder: Path) -> Recipe:
+def recipe_of_model(model: ModelSet, models: Path, folder: Path) -> ModelRecipe:
     """Return the recipe of a released model. models: folder of its files. folder: the working folder."""
     families = {f"{entry.generation_script}.py": name for name, entry in with_scripts().items()}
     _, script, *words = shlex.split(model.commands["generate"])
@@ -255,7 +255,7 @@ def recipe_of_model(model: ModelSet, models: Path, folder: Path) -> Recipe:
     )
 
 
-def recipe_of_run(source: ComparableRun) -> Recipe:
+def recipe_of_run(source: ComparableRun) -> ModelRecipe:
     """Return the recipe of a run, from the command that its history has."""
     return _make_recipe(
         title=source.run.name,
@@ -274,7 +274,7 @@ def _make_recipe(
     folder: Path,
     missing: Sequence[str],
     is_example: Callable[[str], bool],
-) -> Recipe:
+) -> ModelRecipe:
     """Split the options of a command into those that are fixed and those that fields show.
 
     is_example: says whether a word stands for a file that somebody has to name.
@@ -303,7 +303,7 @@ def _make_recipe(
             fixed[flag] = known
             if len(known) < len(words):
                 unknown.append(flag)
-    return Recipe(
+    return ModelRecipe(
         title=title,
         family=family,
         fixed=fixed,
@@ -328,7 +328,7 @@ def _read_loras(by_key: Mapping[str, Sequence[str]], expert: str) -> list[UsedLo
 class Wish:
     """What is to be made: a recipe, and what the fields hold."""
 
-    recipe: Recipe
+    recipe: ModelRecipe
     prompt: str
     texts: Mapping[str, str]  # by the name of the field; empty texts leave the model's default
     loras: Sequence[UsedLora]

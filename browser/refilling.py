@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from browser.recipes import Recipe
+from browser.recipes import ModelRecipe
 from contract.families import with_scripts
 from modules.errors import OptionError
 from modules.text_files import parse_json
@@ -46,7 +46,7 @@ class FoundSettings:
                 return name
         return ""
 
-    def fields(self, recipe: Recipe) -> dict[str, str]:
+    def fields(self, recipe: ModelRecipe) -> dict[str, str]:
         """Return texts by the names of the form's fields, as far as the model has them."""
         texts = {"prompt": self.texts.get("prompt", "")}
         for name, key in recipe.keys.items():

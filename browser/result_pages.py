@@ -35,7 +35,7 @@ from browser.described import PROMPTS_FILE, ChangedMeanwhileError, read_describe
 from browser.errands import errand_name
 from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
-from browser.recipes import RESULTS, Recipe, recipe_of_model, recipe_of_run
+from browser.recipes import RESULTS, ModelRecipe, recipe_of_model, recipe_of_run
 from browser.results import LARGER, LAST_FRAME, Result, ResultFolders, find_top
 from browser.runs import DIED, FINISHED, RUNNING, Glance
 from browser.settings_of import PREFIX, Remade, ResultSettings, read_settings, remake, sample_line
@@ -219,7 +219,7 @@ def count_days(results: Sequence[Result]) -> list[tuple[str, int]]:
 class Candidate(NamedTuple):
     """A recipe that may be that of a result, and the run that it is from, if it is one."""
 
-    recipe: Recipe
+    recipe: ModelRecipe
     run: Glance | None
 
 
@@ -275,7 +275,7 @@ class Remaker:
                 if recipe.family == settings.family:
                     yield Candidate(recipe, None)
 
-    def find_lora(self, name: str, recipe: Recipe, result: Result) -> str:
+    def find_lora(self, name: str, recipe: ModelRecipe, result: Result) -> str:
         """Return the path of a LoRA by its name. Raises OptionError if no run here has it."""
         for lora in recipe.loras:
             if Path(lora.path).name == name and (recipe.folder / lora.path).is_file():
@@ -523,7 +523,7 @@ class ResultPages:
         return self.add_making(result, self.require_settings(result), str(secrets.randbits(SEED_BITS)))
 
     def add_making(self, result: Result, settings: ResultSettings, seed: str) -> Response:
-        """Give the wish of a result to the Maker. Raises OptionError or OutputError if it takes none."""
+        """Give the wish of a result to the ResultMaker. Raises OptionError or OutputError if it takes none."""
         remade = self.remaker.remake(result, settings, seed)
         missing = [word for word in _list_files(remade) if not (remade.folder / word).exists()]
         if missing:

@@ -210,7 +210,7 @@ def edit_times(text: str, fields: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True)
-class Drafts:
+class SampleFiles:
     """Both files that the rows are made from, with their texts."""
 
     prompts: DraftFile
@@ -230,7 +230,7 @@ class SamplePages:
         number = request.query_params.get("rows", "0")
         return self.answer(folder, num_rows=int(number) if re.fullmatch(r"[0-9]{1,3}", number) else 0)
 
-    def read_drafts(self, folder: Path) -> Drafts:
+    def read_drafts(self, folder: Path) -> SampleFiles:
         """Read the files. Raises OptionError if the run's prompts are in another file."""
         run = read_file(self.site, folder, RUN_FILE)
         name = str(read_keys(run.form.text).get(PROMPTS, PROMPTS_FILE))
@@ -239,7 +239,7 @@ class SamplePages:
                 f"The prompts are in {name} ({PROMPTS} of {RUN_FILE}), which is edited elsewhere. With "
                 f'{PROMPTS} = "{PROMPTS_FILE}" they are edited here.'
             )
-        return Drafts(read_file(self.site, folder, PROMPTS_FILE), run)
+        return SampleFiles(read_file(self.site, folder, PROMPTS_FILE), run)
 
     def answer(
         self, folder: Path, change: DraftChange | None = None, *, num_rows: int = 0, status: int = 200
@@ -306,7 +306,9 @@ class SamplePages:
         num_rows = sum(name.startswith("row ") for name in fields) if is_refused else 0
         return self.answer(folder, change, num_rows=num_rows, status=422 if is_refused else 200)
 
-    def edit(self, folder: Path, drafts: Drafts, fields: Mapping[str, str], is_saving: bool) -> DraftChange:
+    def edit(
+        self, folder: Path, drafts: SampleFiles, fields: Mapping[str, str], is_saving: bool
+    ) -> DraftChange:
         """Return what a form changes, after it is saved if that is asked for and the page has shown it."""
         if "complete" not in fields:
             raise OptionError("The form did not arrive as a whole. Load the page again.")

@@ -26,7 +26,7 @@ from browser.generate_pages import generate_routes
 from browser.inputs import MOST_BYTES as MOST_OF_INPUT
 from browser.jobs import JobQueue, open_queue
 from browser.machine import machine_routes
-from browser.making import Maker
+from browser.making import ResultMaker
 from browser.memory import memory_routes
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
@@ -289,7 +289,7 @@ def make_app(
     queue: JobQueue | None = None,
     models: Path = MODELS,
     settings: ServerSettings | None = None,
-    maker: Maker | None = None,
+    maker: ResultMaker | None = None,
 ) -> ASGIApp:
     """Return the application. host: its name in requests, besides IP addresses and this machine's name.
 
@@ -302,7 +302,7 @@ def make_app(
         runs,
         queue,
         Errands(queue),
-        maker or Maker(queue),
+        maker or ResultMaker(queue),
         models=models,
         notes=notes,
         settings=settings or ServerSettings(),

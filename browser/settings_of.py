@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from browser.recipes import LORA, STRENGTHS, Recipe, UsedLora, Wish, flag_of
+from browser.recipes import LORA, STRENGTHS, ModelRecipe, UsedLora, Wish, flag_of
 from contract.families import HIGH_NOISE, with_scripts
 from generation.options import GenerationOptions, generation_parser
 from generation.prompt_lines import find_option, read_path
@@ -171,7 +171,7 @@ def _plain_name(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-class ScriptOption(NamedTuple):
+class KnownOption(NamedTuple):
     """An option of a generation script, as far as it is typed again."""
 
     flags: Sequence[str]
@@ -181,7 +181,7 @@ class ScriptOption(NamedTuple):
 
 
 @functools.cache
-def script_options(family: str) -> Mapping[str, ScriptOption]:
+def script_options(family: str) -> Mapping[str, KnownOption]:
     """Return the options of a family's generation script by their names."""
     entry = with_scripts()[family]
     defaults = import_own(entry.generation_script).DEFAULTS
@@ -197,7 +197,7 @@ def script_options(family: str) -> Mapping[str, ScriptOption]:
             option_facts = facts.get(action.dest, {})
             kind = option_facts.get("record")
             reaches_out = "reach" in option_facts  # it writes somewhere, or imports something
-            options[action.dest] = ScriptOption(
+            options[action.dest] = KnownOption(
                 flags=flags,
                 num_words=action.nargs,
                 default=action.default,
@@ -223,10 +223,10 @@ FindFile = Callable[[str], str]  # returns the path of a file by its name; raise
 
 def remake(
     settings: ResultSettings,
-    recipe: Recipe,
+    recipe: ModelRecipe,
     seed: str,
     save_path: str,
-    find_lora: Callable[[str, Recipe], str],
+    find_lora: Callable[[str, ModelRecipe], str],
     find_media: FindFile,
 ) -> Remade:
     """Return what makes the result of these settings with the model of a recipe.
@@ -263,7 +263,7 @@ def remake(
     )
 
 
-def _fix_options(settings: ResultSettings, recipe: Recipe) -> dict[str, Any]:
+def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:
     """Return the options of the model, with what the settings say of them. Raises OptionError."""
     options = script_options(recipe.family)
     _check_task(settings, recipe, options)
@@ -284,7 +284,7 @@ def _fix_options(settings: ResultSettings, recipe: Recipe) -> dict[str, Any]:
 
 
 def _keep_fixed(
-    settings: ResultSettings, recipe: Recipe, options: Mapping[str, ScriptOption]
+    settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]
 ) -> dict[str, Any]:
     """Return the options of a recipe without those that the file was made without."""
     names = {flag: name for name, option in options.items() for flag in option.flags}
@@ -300,7 +300,7 @@ def _keep_fixed(
     return fixed
 
 
-def _set_option(fixed: dict[str, Any], flag: str, option: ScriptOption, text: str) -> None:
+def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str) -> None:
     """Set an option to what the settings say. Raises OptionError for files: their folders are not known."""
     words = fixed.pop(flag, None)
     is_file = isinstance(words, list) and _has_folder(words)
@@ -314,7 +314,7 @@ def _set_option(fixed: dict[str, Any], flag: str, option: ScriptOption, text: st
         fixed[flag] = [text] if option.num_words is None else shlex.split(text)
 
 
-def _check_task(settings: ResultSettings, recipe: Recipe, options: Mapping[str, ScriptOption]) -> None:
+def _check_task(settings: ResultSettings, recipe: ModelRecipe, options: Mapping[str, KnownOption]) -> None:
     """Raise OptionError if the recipe is for another family or task."""
     if settings.family != recipe.family:
         raise OptionError(f"It was made with {settings.model}.")
@@ -325,7 +325,7 @@ def _check_task(settings: ResultSettings, recipe: Recipe, options: Mapping[str, 
             raise OptionError(f"It was made with {settings.model}.")
 
 
-def _is_line_option(name: str, recipe: Recipe) -> bool:
+def _is_line_option(name: str, recipe: ModelRecipe) -> bool:
     return find_option(name, recipe.defaults.line_options) is not None
 
 
@@ -350,7 +350,7 @@ def _has_folder(words: Sequence[str]) -> bool:
 
 
 def _read_line(
-    settings: ResultSettings, recipe: Recipe, seed: str, find_media: FindFile
+    settings: ResultSettings, recipe: ModelRecipe, seed: str, find_media: FindFile
 ) -> dict[str, str | list[str]]:
     """Return the options of a prompt line that the settings stand for. Raises OptionError."""
     options = script_options(recipe.family)
@@ -377,7 +377,7 @@ def _read_line(
     return line
 
 
-def _type_line(line: Mapping[str, str | list[str]], recipe: Recipe) -> dict[str, Any]:
+def _type_line(line: Mapping[str, str | list[str]], recipe: ModelRecipe) -> dict[str, Any]:
     """Return the options of a prompt line as those of the command line."""
     typed: dict[str, Any] = {}
     sides = ["", ""]

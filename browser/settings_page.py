@@ -30,7 +30,7 @@ WORKERS = {
 }
 
 
-class Setting(NamedTuple):
+class ShownSetting(NamedTuple):
     """A row of the table."""
 
     name: str
@@ -85,24 +85,24 @@ class SettingsPages:
         except UserError as error:
             return str(error)
 
-    def list_settings(self) -> list[Setting]:
+    def list_settings(self) -> list[ShownSetting]:
         """Return the rows of the table."""
         site = self.site
         settings = site.settings
-        roots = [Setting("folder with runs", str(root), "FOLDER") for root in site.runs.roots]
+        roots = [ShownSetting("folder with runs", str(root), "FOLDER") for root in site.runs.roots]
         port = "not known" if settings.port is None else str(settings.port)
         token = "none: only this machine can open the page"
         if settings.token_file is not None:
             token = f"the word in {settings.token_file.absolute()}"
         return [
             *roots,
-            Setting("folder of models", str(site.models.absolute()), "--models DIR"),
-            Setting("relative paths begin in", str(Path.cwd()), "the folder where the command is typed"),
-            Setting("queue", str(site.queue.folder / QUEUE), "in the first folder"),
-            Setting("host", settings.host, "--host ADDRESS"),
-            Setting("port", port, "--port N"),
-            Setting("token", token, "--token FILE"),
-            Setting("may write", "no" if site.read_only else "yes", "--read_only"),
+            ShownSetting("folder of models", str(site.models.absolute()), "--models DIR"),
+            ShownSetting("relative paths begin in", str(Path.cwd()), "the folder where the command is typed"),
+            ShownSetting("queue", str(site.queue.folder / QUEUE), "in the first folder"),
+            ShownSetting("host", settings.host, "--host ADDRESS"),
+            ShownSetting("port", port, "--port N"),
+            ShownSetting("token", token, "--token FILE"),
+            ShownSetting("may write", "no" if site.read_only else "yes", "--read_only"),
         ]
 
     def command_words(self, worker: str) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from browser.beginnings import Beginnings
 from browser.errands import Errands
 from browser.jobs import JobQueue
-from browser.making import Maker
+from browser.making import ResultMaker
 from browser.runs import Runs
 from browser.settings import ServerSettings
 from browser.views import FileNotes
@@ -21,7 +21,7 @@ class Site:
     runs: Runs
     queue: JobQueue
     errands: Errands
-    maker: Maker
+    maker: ResultMaker
     models: Path = MODELS  # folder of the models' files
     notes: FileNotes = field(default_factory=FileNotes)
     settings: ServerSettings = field(default_factory=ServerSettings)

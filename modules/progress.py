@@ -20,7 +20,7 @@ EVERY_SECONDS = 1.0
 MOST_BYTES = 1000
 
 
-class Progress(NamedTuple):
+class NotedProgress(NamedTuple):
     """How far a loop is. total: None if it is not known. unit: "B" for bytes, else of the items."""
 
     done: float
@@ -46,9 +46,9 @@ class ProgressFile:
             write_text(self.path, json.dumps([done, total, unit]))
 
 
-def read_progress(path: Path) -> Progress | None:
+def read_progress(path: Path) -> NotedProgress | None:
     """Return the progress in a file of `ProgressFile`; None if there is none."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         done, total, unit = parse_json(read_text(path, MOST_BYTES))
-        return Progress(float(done), None if total is None else float(total), str(unit))
+        return NotedProgress(float(done), None if total is None else float(total), str(unit))
     return None

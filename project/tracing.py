@@ -14,7 +14,7 @@ from modules.command import quote_for_powershell
 from modules.control_codes import shorten_lines
 from modules.errors import OutputError, UserError
 from modules.installation import FRONT_SCRIPT, command_words
-from modules.progress import Progress, read_progress
+from modules.progress import NotedProgress, read_progress
 from modules.text_files import real_path
 from training.reports.history import BEFORE_TRAINING, History, Start, describe_process, history_path
 
@@ -42,7 +42,7 @@ def describe_step(words: Sequence[str]) -> str:
     return script
 
 
-def describe_progress(progress: Progress) -> str:
+def describe_progress(progress: NotedProgress) -> str:
     """Return a progress in words: `11.2 GB of 34.8 GB`, `40 of 120`."""
     show = gigabytes if progress.unit == BYTES else "{:,}".format
     done = show(int(progress.done))

@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from browser.jobs import WAITING, JobQueue
-from browser.making import Maker
+from browser.making import ResultMaker
 from browser.refilling import read_found
 from browser.runs import FINISHED, RUNNING, STOPPED, Runs
 from browser.wishes import ENDED_MEANWHILE
@@ -71,7 +71,7 @@ def root(tmp_path: Path) -> Path:
 def serve(root: Path, **options: Any) -> Iterator[Served]:
     """Serve the page with a process that only seems to make pictures."""
     queue = JobQueue(root / "reelsmith-queue", bool(options.get("read_only")))
-    maker = Maker(queue, start_fake)
+    maker = ResultMaker(queue, start_fake)
     try:
         with serve_runs(root, queue=queue, maker=maker, **options) as served:
             yield served

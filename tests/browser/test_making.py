@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from browser.jobs import WAITING, JobQueue
-from browser.making import LOADING, Maker
-from browser.recipes import Recipe, UsedLora, Wish
+from browser.making import LOADING, ResultMaker
+from browser.recipes import ModelRecipe, UsedLora, Wish
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED
 from browser.wishes import ENDED_MEANWHILE, Making, WishStore
 from contract.families import HIGH_NOISE
@@ -31,7 +31,7 @@ from tests.tiny.flux import write_tiny_flux
 from tests.tiny.wan import write_tiny_wan
 
 FAKE = Path(__file__).with_name("fake_driven.py")
-MakeMaker = Callable[..., Maker]
+MakeMaker = Callable[..., ResultMaker]
 
 
 def start_fake(words: Sequence[str], folder: Path) -> tuple[object, list[str]]:
@@ -46,8 +46,8 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobQueue:
 
 
 @pytest.fixture
-def maker(queue: JobQueue) -> Iterator[Maker]:
-    maker = Maker(queue, start_fake)
+def maker(queue: JobQueue) -> Iterator[ResultMaker]:
+    maker = ResultMaker(queue, start_fake)
     yield maker
     maker.close()
 
@@ -70,16 +70,16 @@ def wish(tmp_path: Path, prompt: str = "a cat", *words: str) -> Callable[[int], 
     return make
 
 
-def states(maker: Maker) -> list[str]:
+def states(maker: ResultMaker) -> list[str]:
     return [making.state for making in maker.list_all()]
 
 
-def wait_for_states(maker: Maker, *expected: str) -> list[Making]:
+def wait_for_states(maker: ResultMaker, *expected: str) -> list[Making]:
     wait_for(lambda: states(maker) == [*expected], lambda: str(maker.list_all()))
     return maker.list_all()
 
 
-def test_one_process_makes_all_wishes_in_their_order(maker: Maker, tmp_path: Path) -> None:
+def test_one_process_makes_all_wishes_in_their_order(maker: ResultMaker, tmp_path: Path) -> None:
     assert maker.add([wish(tmp_path, "first", "--noisy"), wish(tmp_path, "second", "--noisy")]) == [1, 2]
     first, second = wait_for_states(maker, FINISHED, FINISHED)
     assert [Path(first.file).name, Path(second.file).name] == ["0.png", "1.png"]
@@ -92,7 +92,7 @@ def test_one_process_makes_all_wishes_in_their_order(maker: Maker, tmp_path: Pat
     assert maker.loaded == "fake"
 
 
-def test_another_model_takes_the_place_of_the_loaded_one(maker: Maker, tmp_path: Path) -> None:
+def test_another_model_takes_the_place_of_the_loaded_one(maker: ResultMaker, tmp_path: Path) -> None:
     maker.add([wish(tmp_path, "first")])
     wait_for_states(maker, FINISHED)
     assert maker.session is not None
@@ -103,7 +103,9 @@ def test_another_model_takes_the_place_of_the_loaded_one(maker: Maker, tmp_path:
     assert maker.session.process.pid != process.pid
 
 
-def test_a_wish_tells_its_steps_and_shows_a_preview_that_goes_with_it(maker: Maker, tmp_path: Path) -> None:
+def test_a_wish_tells_its_steps_and_shows_a_preview_that_goes_with_it(
+    maker: ResultMaker, tmp_path: Path
+) -> None:
     maker.add([wish(tmp_path, "slow")])
     wait_for(lambda: maker.list_all()[0].done > 3)
     making = maker.list_all()[0]
@@ -119,7 +121,9 @@ def test_a_wish_tells_its_steps_and_shows_a_preview_that_goes_with_it(maker: Mak
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there the process is killed")
-def test_a_cancelled_wish_leaves_the_model_loaded_and_can_be_made_again(maker: Maker, tmp_path: Path) -> None:
+def test_a_cancelled_wish_leaves_the_model_loaded_and_can_be_made_again(
+    maker: ResultMaker, tmp_path: Path
+) -> None:
     maker.add([wish(tmp_path, "slow")])
     wait_for(lambda: maker.list_all()[0].done > 3)
     assert maker.session is not None
@@ -139,7 +143,7 @@ def test_a_cancelled_wish_leaves_the_model_loaded_and_can_be_made_again(maker: M
 
 
 def test_a_wish_that_heeds_no_interrupt_ends_with_its_process_the_second_time(
-    maker: Maker, tmp_path: Path
+    maker: ResultMaker, tmp_path: Path
 ) -> None:
     maker.add([wish(tmp_path, "stubborn"), wish(tmp_path, "next")])
     wait_for(lambda: maker.list_all()[0].done > 3)
@@ -150,7 +154,7 @@ def test_a_wish_that_heeds_no_interrupt_ends_with_its_process_the_second_time(
     wait_for_states(maker, STOPPED, FINISHED)
 
 
-def test_a_wish_is_cancelled_while_its_model_is_loaded(maker: Maker, tmp_path: Path) -> None:
+def test_a_wish_is_cancelled_while_its_model_is_loaded(maker: ResultMaker, tmp_path: Path) -> None:
     maker.add([wish(tmp_path, "a cat", "--dull"), wish(tmp_path, "next")])
     wait_for(lambda: maker.session is not None)
     assert maker.list_all()[0].doing == LOADING
@@ -159,7 +163,7 @@ def test_a_wish_is_cancelled_while_its_model_is_loaded(maker: Maker, tmp_path: P
     wait_for_states(maker, STOPPED, FINISHED)
 
 
-def test_a_waiting_wish_is_taken_back(maker: Maker, tmp_path: Path) -> None:
+def test_a_waiting_wish_is_taken_back(maker: ResultMaker, tmp_path: Path) -> None:
     maker.add([wish(tmp_path, "slow"), wish(tmp_path, "never")])
     wait_for(lambda: maker.list_all()[0].done > 3)
     maker.cancel(2)
@@ -181,7 +185,7 @@ def test_a_waiting_wish_is_taken_back(maker: Maker, tmp_path: Path) -> None:
     ],
 )
 def test_a_wish_that_fails_says_why_and_the_next_is_made(
-    maker: Maker, tmp_path: Path, prompt: str, words: Sequence[str], reason: str
+    maker: ResultMaker, tmp_path: Path, prompt: str, words: Sequence[str], reason: str
 ) -> None:
     maker.add([wish(tmp_path, prompt, *words), wish(tmp_path, "next")])
     died, _ = wait_for_states(maker, DIED, FINISHED)
@@ -189,7 +193,9 @@ def test_a_wish_that_fails_says_why_and_the_next_is_made(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="it has no such signal")
-def test_a_killed_process_is_called_so_and_its_wish_can_be_made_again(maker: Maker, tmp_path: Path) -> None:
+def test_a_killed_process_is_called_so_and_its_wish_can_be_made_again(
+    maker: ResultMaker, tmp_path: Path
+) -> None:
     maker.add([wish(tmp_path, "slow")])
     wait_for(lambda: maker.list_all()[0].done > 3)
     assert maker.session is not None
@@ -202,7 +208,7 @@ def test_a_killed_process_is_called_so_and_its_wish_can_be_made_again(maker: Mak
     wait_for_states(maker, STOPPED)
 
 
-def test_the_model_is_freed_when_it_is_idle_and_on_demand(maker: Maker, tmp_path: Path) -> None:
+def test_the_model_is_freed_when_it_is_idle_and_on_demand(maker: ResultMaker, tmp_path: Path) -> None:
     maker.idle_seconds = 0.2
     maker.add([wish(tmp_path)])
     wait_for_states(maker, FINISHED)
@@ -219,7 +225,7 @@ def test_the_model_is_freed_when_it_is_idle_and_on_demand(maker: Maker, tmp_path
 
 
 def test_a_job_of_the_queue_waits_for_the_wish_and_then_has_the_card(
-    queue: JobQueue, maker: Maker, tmp_path: Path
+    queue: JobQueue, maker: ResultMaker, tmp_path: Path
 ) -> None:
     maker.add([wish(tmp_path, "slow"), wish(tmp_path, "next")])
     wait_for(lambda: maker.list_all()[0].done > 3)
@@ -241,7 +247,7 @@ def test_a_job_of_the_queue_waits_for_the_wish_and_then_has_the_card(
 
 
 def test_a_job_that_waits_in_a_paused_queue_holds_nothing_up(
-    queue: JobQueue, maker: Maker, tmp_path: Path
+    queue: JobQueue, maker: ResultMaker, tmp_path: Path
 ) -> None:
     queue.add(["python", "tools/run_browser.py", "."], tmp_path)
     maker.add([wish(tmp_path)])
@@ -255,7 +261,7 @@ def test_wishes_outlive_their_server_and_what_it_made_has_died(queue: JobQueue, 
     child.wait()
     ended = {"machine": identify_machine(), "number": child.pid, "born": 1}
     store.change(1, [WAITING], state=RUNNING, process=ended)
-    maker = Maker(queue, start_fake)
+    maker = ResultMaker(queue, start_fake)
     try:
         lost, _ = wait_for_states(maker, DIED, FINISHED)
         assert lost.reason == ENDED_MEANWHILE
@@ -277,7 +283,7 @@ def test_a_process_that_a_killed_server_has_left_is_ended(queue: JobQueue, tmp_p
         folder = queue.folder / "making"
         folder.mkdir(parents=True)
         (folder / "session.json").write_text(json.dumps(row))
-        Maker(queue, start_fake).close()
+        ResultMaker(queue, start_fake).close()
         assert left.wait(SECONDS) == -signal.SIGKILL
         assert not (folder / "session.json").exists()
     finally:
@@ -285,8 +291,10 @@ def test_a_process_that_a_killed_server_has_left_is_ended(queue: JobQueue, tmp_p
             left.kill()
 
 
-def test_of_two_servers_one_makes_the_wishes_of_both(queue: JobQueue, maker: Maker, tmp_path: Path) -> None:
-    other = Maker(JobQueue(queue.folder), start_fake)
+def test_of_two_servers_one_makes_the_wishes_of_both(
+    queue: JobQueue, maker: ResultMaker, tmp_path: Path
+) -> None:
+    other = ResultMaker(JobQueue(queue.folder), start_fake)
     try:
         maker.add([wish(tmp_path, "slow")])
         wait_for(lambda: maker.list_all()[0].done > 3)
@@ -303,7 +311,7 @@ def test_of_two_servers_one_makes_the_wishes_of_both(queue: JobQueue, maker: Mak
 
 
 def test_ending_the_server_ends_the_process_and_keeps_the_wishes(queue: JobQueue, tmp_path: Path) -> None:
-    maker = Maker(queue, start_fake)
+    maker = ResultMaker(queue, start_fake)
     maker.add([wish(tmp_path, "slow"), wish(tmp_path, "waits")])
     wait_for(lambda: maker.list_all()[0].done > 3)
     assert maker.session is not None
@@ -316,7 +324,7 @@ def test_ending_the_server_ends_the_process_and_keeps_the_wishes(queue: JobQueue
 
 def test_a_read_only_server_makes_nothing(queue: JobQueue, tmp_path: Path) -> None:
     WishStore(queue.folder / "making").add([wish(tmp_path)])
-    maker = Maker(JobQueue(queue.folder, read_only=True), start_fake)
+    maker = ResultMaker(JobQueue(queue.folder, read_only=True), start_fake)
     with pytest.raises(OutputError, match="--read_only"):
         maker.add([wish(tmp_path)])
     time.sleep(0.5)
@@ -326,7 +334,9 @@ def test_a_read_only_server_makes_nothing(queue: JobQueue, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[1]", b"\xff", b'{"id": 1, "state": "running"}', b"[" * 9999, b'{"id": "1"}']
 )
-def test_a_damaged_wish_is_left_out(queue: JobQueue, maker: Maker, tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_wish_is_left_out(
+    queue: JobQueue, maker: ResultMaker, tmp_path: Path, content: bytes
+) -> None:
     maker.add([wish(tmp_path)])
     wait_for_states(maker, FINISHED)
     (maker.folder / "2.json").write_bytes(content)
@@ -334,14 +344,16 @@ def test_a_damaged_wish_is_left_out(queue: JobQueue, maker: Maker, tmp_path: Pat
     assert maker.add([wish(tmp_path)])[0] >= 2
 
 
-def test_too_many_wishes_are_refused(maker: Maker, tmp_path: Path) -> None:
+def test_too_many_wishes_are_refused(maker: ResultMaker, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="200 are the most"):
         maker.add([wish(tmp_path)] * 201)
     assert states(maker) == []
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="everything may be written there")
-def test_a_folder_that_cannot_be_written_is_named(queue: JobQueue, maker: Maker, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(
+    queue: JobQueue, maker: ResultMaker, tmp_path: Path
+) -> None:
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(OutputError, match="cannot be written"):
@@ -367,14 +379,14 @@ def write_lora(path: Path, dit: Path, module: str, seed: int) -> str:
     return str(path)
 
 
-def recipe_of(words: Sequence[str], family: str, folder: Path) -> Recipe:
+def recipe_of(words: Sequence[str], family: str, folder: Path) -> ModelRecipe:
     fixed: dict[str, list[str]] = {}
     for word in words:
         if word.startswith("--"):
             fixed[word] = []
         else:
             fixed[[*fixed][-1]].append(word)
-    return Recipe(title="tiny", family=family, fixed=fixed, usual={}, folder=folder)
+    return ModelRecipe(title="tiny", family=family, fixed=fixed, usual={}, folder=folder)
 
 
 def pocket_wishes(folder: Path) -> list[Wish]:
@@ -456,7 +468,7 @@ def test_results_equal_those_of_the_command_line_to_the_bit(
     queue: JobQueue, tmp_path: Path, make_wishes: Callable[[Path], list[Wish]]
 ) -> None:
     """Also after another prompt, and with other strengths, in the same session."""
-    maker = Maker(queue)
+    maker = ResultMaker(queue)
     try:
         for place, each in enumerate(make_wishes(tmp_path)):
             each.check()

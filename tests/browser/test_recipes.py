@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from browser.recipes import LORA, Recipe, UsedLora, Wish, find_model_set, recipe_of_model
+from browser.recipes import LORA, ModelRecipe, UsedLora, Wish, find_model_set, recipe_of_model
 from contract.families import HIGH_NOISE, with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from generation.options import generation_parser
@@ -46,11 +46,11 @@ NAMES = {
 }
 
 
-def recipe_of(model: ModelSet, folder: Path) -> Recipe:
+def recipe_of(model: ModelSet, folder: Path) -> ModelRecipe:
     return recipe_of_model(model, Path("models"), folder)
 
 
-def parse(words: list[str], recipe: Recipe) -> Namespace:
+def parse(words: list[str], recipe: ModelRecipe) -> Namespace:
     """What the script reads of a command."""
     assert words[:2] == ["python", recipe.script]
     entry = with_scripts()[recipe.family]
@@ -141,7 +141,7 @@ def test_fields_are_those_that_a_model_can_use(tmp_path: Path) -> None:
     assert fields["flux dev"] == set()
 
 
-def ready_recipe(folder: Path, family: str = "wan", task: str = "t2v-1.3B") -> Recipe:
+def ready_recipe(folder: Path, family: str = "wan", task: str = "t2v-1.3B") -> ModelRecipe:
     model = find_model_set(family, task)
     assert model is not None
     return replace(recipe_of(model, folder), missing=())

@@ -19,7 +19,7 @@ from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.captions import mark_bytes
 from browser.described import ChangedMeanwhileError
-from browser.recipes import Recipe, find_model_set, recipe_of_model
+from browser.recipes import ModelRecipe, find_model_set, recipe_of_model
 from browser.result_pages import add_line, name_day
 from browser.results import MADE_FROM, ResultFolders, list_results
 from browser.runs import Runs
@@ -165,14 +165,14 @@ def test_families_of_older_and_longer_names() -> None:
     assert {name: find_family(name) for name in names} == names
 
 
-def recipe_of(**changes: Any) -> Recipe:
+def recipe_of(**changes: Any) -> ModelRecipe:
     model = find_model_set("wan", "t2v-1.3B")
     assert model is not None
     recipe = recipe_of_model(model, Path("models"), Path.cwd())
     fixed = {"--task": ["t2v-1.3B"]}
     for name in ("dit", "vae", "t5"):
         fixed[f"--{name}"] = [f"some where/{name}.safetensors"]
-    return Recipe(
+    return ModelRecipe(
         title="own",
         family=recipe.family,
         fixed={**fixed, **changes},
@@ -181,7 +181,7 @@ def recipe_of(**changes: Any) -> Recipe:
     )
 
 
-def remade_of(tags: Mapping[str, str], recipe: Recipe, seed: str = "7") -> Remade:
+def remade_of(tags: Mapping[str, str], recipe: ModelRecipe, seed: str = "7") -> Remade:
     settings = settings_of_tags(tags)
     assert settings is not None
     return remake(
