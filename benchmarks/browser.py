@@ -1,11 +1,12 @@
 """Measure what the browser beside a training costs it: python benchmarks/browser.py
 
 A small Wan transformer learns a LoRA in this process and writes its history and page. Beside it the real
-tools/run_browser.py answers a client that asks for the run and the list as often as open pages of both. The
-two are held and let go in turn: a round is steps alone, beside the browser, and alone again. The figure is
-the median of the rounds' ratios of processor seconds of the training, which other work on the machine changes
-less than those on the wall. The last third of the rounds against the first tells what the ratio of equal
-things is. Before: the share of a core that the browser takes while nobody looks, and while a page is open.
+tools/run_browser.py answers a client that asks as often as open pages do: a run, the list, New while a folder
+is checked, Generate while something is made, and the line of the machine. The two are held and let go in
+turn: a round is steps alone, beside the browser, and alone again. The figure is the median of the rounds'
+ratios of processor seconds of the training, which other work on the machine changes less than those on the
+wall. The last third of the rounds against the first tells what the ratio of equal things is. Before: the
+share of a core that the browser takes while nobody looks, and while pages are open.
 """
 
 import argparse
@@ -29,7 +30,9 @@ from modules.parser import add_options  # noqa: E402
 
 AIM, IDLE = 1.003, 0.01
 OTHERS = 50  # runs in the same folder
-EVERY = 3.0  # seconds between two looks, see browser/static/browser.js
+# seconds between two looks at an address, as the pages ask (browser/static, `every` in browser/*.html)
+NEWS_EVERY = 3.0  # of the run that trains
+EVERY = {"/": 3.0, "/new": 1.0, "/generate/work": 1.0, "/machine": 5.0}
 Times = tuple[float, float]  # of the processor, on the wall
 
 
@@ -129,7 +132,7 @@ def ended(process: psutil.Popen) -> Iterator[psutil.Popen]:
 
 
 def ask_for_ever(address: str) -> None:
-    """Ask for the list, for what is new of the run that trains, and for the line of the machine."""
+    """Ask for what pages ask for again and again, each as often as its page."""
     host = address.split("/")[2]
 
     def ask(place: str) -> str:
@@ -140,11 +143,17 @@ def ask_for_ever(address: str) -> None:
 
     run = ask("/?state=running").partition('<a href="/run/')[2].partition('"')[0]
     key = ""
+    due = dict.fromkeys(("news", *EVERY), 0.0)  # when each is asked for again
     while True:
-        key = json.loads(ask(f"/run/{run}news?have={key}"))["key"]
-        ask("/")
-        ask("/machine")  # the line of both pages
-        time.sleep(EVERY)
+        for place in due:
+            if time.monotonic() < due[place]:
+                continue
+            if place == "news":
+                key = json.loads(ask(f"/run/{run}news?have={key}"))["key"]
+            else:
+                ask(place)
+            due[place] = time.monotonic() + EVERY.get(place, NEWS_EVERY)
+        time.sleep(max(0.0, min(due.values()) - time.monotonic()))
 
 
 def measure_round(step: Callable[[], None], others: list[psutil.Popen]) -> tuple[Times, Times, Times]:

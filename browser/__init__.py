@@ -1,4 +1,4 @@
-"""Pages for all runs: a server that reads their files, and writes only a queue of command lines and captions.
+"""The page: set up, start and watch trainings, generate, models, datasets and a queue, as files and commands.
 
 answers: pages, JSON, refusals; bodies and forms of requests
 beginnings: how a run stands from its draft on
@@ -41,6 +41,7 @@ runs: find runs by their histories, tell each at a glance
 said: printed lines, with their files and a remedy
 samples: rows of prompts.txt, and how often they are made
 server: routes, and what a request must have to pass
+sessions: what the process behind Generate may do
 settings: how a running server was started, with its address
 settings_of: settings in a result, and the wish that they make
 settings_page: page of settings: folders, server, queue, bin

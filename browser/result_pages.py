@@ -523,7 +523,7 @@ class ResultPages:
         return self.add_making(result, self.require_settings(result), str(secrets.randbits(SEED_BITS)))
 
     def add_making(self, result: Result, settings: ResultSettings, seed: str) -> Response:
-        """Give the wish of a result to the ResultMaker. Raises OptionError or OutputError if it takes none."""
+        """Give the wish of a result to the maker. Raises OptionError or OutputError if it takes none."""
         remade = self.remaker.remake(result, settings, seed)
         missing = [word for word in _list_files(remade) if not (remade.folder / word).exists()]
         if missing:

@@ -31,6 +31,7 @@ output_files: check output names, ask about existing files
 pages/: HTML pages of runs, datasets and comparisons
 parser: argparse from records, and answers to mistakes
 paths: paths and addresses as users write them
+progress: how far a program is, in a file
 private_torch: everything private of torch that is used
 repeated_options: repeat one command's options in the next one
 run_limits: where `run` may write, and what it sends

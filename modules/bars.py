@@ -5,6 +5,7 @@ instead. Boxes, log lines and bars share standard error.
 """
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from modules.console import as_size, in_words
 from modules.control_codes import escape_control_codes
-from modules.progress import ProgressFile
+from modules.installation import PROGRESS
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Bar(ExitStack):
         self.is_terminal = is_terminal
         self.done: float = 0
         self._bar: Any = None
-        self._file = ProgressFile()
+        self._note = _note_elsewhere()
         self._start = self._told = now()
         if at_once and self.shown and is_terminal():
             self._open_bar()
@@ -58,7 +59,8 @@ class Bar(ExitStack):
         self.done += amount
         if not self.shown:
             return
-        self._file.note(self.done, self.total, self.unit)
+        if self._note is not None:
+            self._note(self.done, self.total, self.unit)
         if self._bar is not None:
             self._bar.update(amount)
         elif not self.is_terminal():
@@ -100,6 +102,15 @@ class Bar(ExitStack):
             parts.append(f"about {in_words(seconds_left)} left")
         separator = ", step " if self.unit == STEPS else ": "
         return f"{self.what}{separator}{', '.join(parts)}"
+
+
+def _note_elsewhere() -> Callable[[float, float | None, str], None] | None:
+    """Return what notes a progress for the program that has started this one; None if it asks for none."""
+    if not os.environ.get(PROGRESS):
+        return None
+    from modules.progress import ProgressFile  # only from `run` or a page
+
+    return ProgressFile().note
 
 
 def track(

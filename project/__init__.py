@@ -1,5 +1,6 @@
 """From a folder of clips or pictures to a trained LoRA: the files that describe it, and its commands.
 
+fitting: sizes of models, and whether they fit a card
 media: looks at the folder
 listed_captions: reads captions from lists beside the files
 choosing: spellings of models, the question asked, facts of families

@@ -164,7 +164,7 @@ _TOOLS = {
         *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "sdxl_merge_lora"),
     ),
 }
-MOST_READ = 36_000  # lines that a training of caches reads at its start, without the family's
+MOST_READ = 36_100  # lines that a training of caches reads at its start, without the family's
 MOST_READ_TO_GENERATE = 21_000
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 

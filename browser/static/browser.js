@@ -344,6 +344,11 @@ document.addEventListener("htmx:after:request", ({ target, detail }) => {
   }
 });
 document.addEventListener("visibilitychange", () => { if (!document.hidden) ask().catch(() => {}); });
+// a page that nobody sees asks for nothing again; what was pressed or typed is still sent
+document.addEventListener("htmx:before:request", (event) => {
+  const isRepeated = event.detail.ctx.request.method === "GET" && event.target.closest?.("[hx-trigger*='every']");
+  if (document.hidden && isRepeated) event.preventDefault();
+});
 watch();
 showNewest();
 setPlaying(playing);

@@ -1,4 +1,4 @@
-"""The server stays light: no page loads torch."""
+"""The server stays light: no page loads torch, and a page that nobody sees asks for nothing."""
 
 import subprocess
 import sys
@@ -9,8 +9,9 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from modules.installation import ROOT
-from tests.browser.serving import write_run
+from tests.browser.serving import serve_runs, write_run
 from tests.browser.test_safe_clicks import describe, save_picture
+from tests.chromium import open_page
 
 # each GET route once, in a process of its own; prints the heavy modules that are loaded then
 VISIT = """
@@ -38,3 +39,19 @@ def test_serving_every_page_loads_no_torch(tmp_path: Path) -> None:
     )
 
     assert done.stdout == "[]\n", done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["/", "/generate", "/queue", "/models"])
+def test_a_hidden_page_asks_for_nothing(tmp_path: Path, address: str) -> None:
+    write_run(tmp_path, "x", 4, None)
+    with serve_runs(tmp_path) as served, open_page(served.url) as page:
+        if page.goto(served.url + address).status == 404:
+            return
+        page.wait_for_timeout(1000)
+        page.evaluate("Object.defineProperty(document, 'hidden', {get: () => true})")
+        page.wait_for_timeout(1500)  # what was asked for before has come
+        requests: list[str] = []
+        page.on("request", lambda request: requests.append(request.url))
+        page.wait_for_timeout(6500)
+        assert requests == []
