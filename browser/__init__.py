@@ -11,6 +11,7 @@ options: options of run_browser.py: folders, address, token
 queue_views: pages of queue and comparison, their buttons
 runs: find runs by their histories, tell each at a glance
 server: routes, and what a request must have to pass
+sessions: what the process of the page Generate may do
 start: serve pages or export one; show the address
 views: pages, curves and files of one run
 """
