@@ -194,6 +194,14 @@ class ShownRun:
     plan: Plan | None = None  # of the described folder that it can be started from
 
 
+@dataclass(frozen=True)
+class WaitingJobs:
+    """Hold the numbers of the jobs that wait, in their order, read once for all runs of a list."""
+
+    numbers: Sequence[int]
+    is_paused: bool  # no job begins
+
+
 class Beginnings:
     """Find drafts below the roots, and tell how all runs stand."""
 
@@ -240,11 +248,13 @@ class Beginnings:
             found = {run.history: run for run in self.runs.list_all()}
             plans = self.list_plans()
         jobs = self._list_jobs()
+        by_folder = group_jobs(jobs)
+        waiting = self._list_waiting(jobs)
         shown = []
         for plan in plans:
             run = found.pop(plan.history, None)
             trace = found.pop(plan.trace, None)
-            shown.append(self._show(plan, run, trace, jobs))
+            shown.append(self._show(plan, run, trace, by_folder.get(plan.folder, ()), waiting))
         shown += [ShownRun(run, state_of_run(run)) for run in found.values()]
         return sorted(shown, key=lambda one: -one.glance.changed)
 
@@ -259,7 +269,9 @@ class Beginnings:
                 trace = next((one for one in found if one.history == plan.trace), None)
         if plan is None:
             return None if run is None else ShownRun(run, state_of_run(run))
-        return self._show(plan, run, trace, self._list_jobs())
+        jobs = self._list_jobs()
+        of_folder = [job for job in jobs if runs_folder(job, plan.folder)]
+        return self._show(plan, run, trace, of_folder, self._list_waiting(jobs))
 
     def states_of_jobs(self, jobs: Sequence[Job]) -> dict[int, ShownRun]:
         """Return the run of each job that waits or runs and is a `run` of a described folder, by number."""
@@ -279,24 +291,37 @@ class Beginnings:
 
     def find_job(self, folder: Path) -> Job | None:
         """Return the job of the queue that runs a folder, or ran it last; None if there is none."""
-        return newest_job(self._list_jobs(), folder)
+        return newest_job([job for job in self._list_jobs() if runs_folder(job, folder)])
 
     # ---- how a run stands
 
-    def _show(self, plan: Plan, run: Glance | None, trace: Glance | None, jobs: Sequence[Job]) -> ShownRun:
-        """Return a described folder's run with its state. run, trace: from its histories, if they exist."""
-        job = newest_job(jobs, plan.folder)
+    def _list_waiting(self, jobs: Sequence[Job]) -> WaitingJobs:
+        numbers = [job.id for job in jobs if job.state == WAITING]
+        return WaitingJobs(numbers, is_paused=bool(numbers) and self._is_paused())
+
+    def _show(
+        self,
+        plan: Plan,
+        run: Glance | None,
+        trace: Glance | None,
+        of_folder: Sequence[Job],
+        waiting: WaitingJobs,
+    ) -> ShownRun:
+        """Return a described folder's run with its state.
+
+        run, trace: from its histories, if they exist. of_folder: jobs that run the folder. waiting: of all
+        folders.
+        """
+        job = newest_job(of_folder)
         if job is not None and job.state == RUNNING and run is not None and run.state != RUNNING:
-            waiting = [one for one in jobs if one.state == WAITING and runs_folder(one, plan.folder)]
-            if waiting and run.changed > born(job) + SECOND:  # the running one is about to end
-                job = waiting[0]
+            later = [one for one in of_folder if one.state == WAITING]
+            if later and run.changed > born(job) + SECOND:  # the running one is about to end
+                job = later[0]
         state = self._find_state(plan, run, trace, job)
         if state.name == WAITING and job is not None:
-            waiting = [one for one in jobs if one.state == WAITING]
-            place = [one.id for one in waiting].index(job.id) + 1
-            is_paused = self._is_paused()
-            words = f"place {place} in the queue" + (", which is paused" if is_paused else "")
-            state = replace(state, words=words, is_paused=is_paused)
+            place = waiting.numbers.index(job.id) + 1
+            words = f"place {place} in the queue" + (", which is paused" if waiting.is_paused else "")
+            state = replace(state, words=words, is_paused=waiting.is_paused)
         changed = max(one.changed for one in (plan, run, trace) if one is not None)
         if job is not None and (job.state == RUNNING or state.job is job):
             changed = max(changed, born(job))
@@ -414,28 +439,46 @@ def words_of_plan(plan: Plan, models: Path) -> list[str]:
         return ["reelsmith", "run", str(plan.folder)]
 
 
-def runs_folder(job: Job, folder: Path) -> bool:
-    """Return whether a job is a `run` of a folder, and not only its check."""
+def find_folder_of(job: Job) -> Path | None:
+    """Return the real path of the folder that a job is a `run` of; None for other jobs, and for its check."""
     try:
         words = job.words
     except OptionError:
-        return False
+        return None
     if "run" not in words[:3] or "--check" in words or "--dry_run" in words:
-        return False
+        return None
     place = words.index("run") + 1
     if len(words) <= place:
-        return False
-    return real_path(Path(job.folder, words[place])) in (folder, folder / RUN_FILE)
+        return None
+    try:
+        path = real_path(Path(job.folder, words[place]))
+    except ValueError:  # no name of a file
+        return None
+    return path.parent if path.name == RUN_FILE else path
 
 
-def newest_job(jobs: Sequence[Job], folder: Path) -> Job | None:
-    """Return the job that runs a folder: one that runs, else one that waits, else the one that began last."""
-    of_folder = [job for job in jobs if runs_folder(job, folder)]
+def group_jobs(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
+    """Return the jobs that run each folder."""
+    by_folder: dict[Path, list[Job]] = {}
+    for job in jobs:
+        folder = find_folder_of(job)
+        if folder is not None:
+            by_folder.setdefault(folder, []).append(job)
+    return by_folder
+
+
+def runs_folder(job: Job, folder: Path) -> bool:
+    """Return whether a job is a `run` of a folder, and not only its check."""
+    return find_folder_of(job) == folder
+
+
+def newest_job(jobs: Sequence[Job]) -> Job | None:
+    """Return of the jobs of a folder one that runs, else one that waits, else the one that began last."""
     for state in (RUNNING, WAITING):
-        for job in of_folder:
+        for job in jobs:
             if job.state == state:
                 return job
-    return max(of_folder, key=lambda job: (born(job), job.id), default=None)
+    return max(jobs, key=lambda job: (born(job), job.id), default=None)
 
 
 def born(job: Job) -> float:
@@ -549,7 +592,10 @@ def _is_written_here(plan: Plan) -> bool:
     """Return whether a run.toml looks like one of this machine: its user's, with a folder that is here."""
     try:
         is_own = not hasattr(os, "getuid") or (plan.folder / RUN_FILE).stat().st_uid == os.getuid()
-        return is_own and plan.models is not None and plan.models.parent.is_dir()
+        if not is_own or plan.models is None or not plan.models.is_absolute():
+            return False
+        parent = plan.models.parent
+        return parent.is_dir() and parent != Path(parent.anchor)  # each machine has that one
     except (OSError, ValueError):
         return False
 

@@ -337,7 +337,8 @@ class RunButtons:
         if run.history.exists() and not run.name.endswith(BEFORE_TRAINING):
             with contextlib.suppress(OSError), self.site.runs.lock:
                 saved = self.site.runs.open(run).story.saved
-                results += [folder / file for file in saved if (folder / file).is_file()]
+                names_in_folder = [file for file in saved if Path(file).name == file]
+                results += [folder / file for file in names_in_folder if (folder / file).is_file()]
         trace = history_path(folder, f"{name}{BEFORE_TRAINING}")
         results += [trace] if trace.exists() else []
         if not results and shown.plan is not None:

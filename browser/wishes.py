@@ -55,6 +55,11 @@ class Making:
     def line(self) -> str:
         return " ".join(str(self.request.get("prompt", "")).split())
 
+    @property
+    def seed(self) -> str:
+        options = self.request.get("options")
+        return str(options.get("seed", "")) if isinstance(options, dict) else ""
+
 
 KINDS: dict[str, Any] = {
     "id": int,
