@@ -19,6 +19,7 @@ from tomlkit.items import Table
 
 from browser.captions import mark_bytes
 from modules.atomic_write import write_bytes
+from modules.file_locks import only_one
 from modules.text_files import parse_toml, read_content, real_path
 from project.options import RUN_FILE, find_models
 from training.config_options import OTHERS_TABLE
@@ -29,7 +30,7 @@ FILES = (DATASET_FILE, PROMPTS_FILE, RUN_FILE)  # in the order that `new` writes
 TRAINING_TABLE = "training"  # of RUN_FILE
 
 
-_WRITING = threading.Lock()  # between reading a file's mark and writing it
+_WRITING = threading.Lock()  # of this process, between reading a file's mark and writing it
 
 
 class ChangedMeanwhileError(Exception):
@@ -167,7 +168,7 @@ def replace_content(path: Path, content: bytes, have: str) -> None:
 
     Raises ChangedMeanwhileError, OSError or OutputError; see `change_keys`.
     """
-    with _WRITING:
+    with _WRITING, only_one(path.with_name(f".{path.name}.lock")):
         try:
             present: bytes | None = read_content(path)
         except FileNotFoundError:
