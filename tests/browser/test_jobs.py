@@ -272,7 +272,7 @@ def test_a_damaged_list_is_named(queue: JobQueue) -> None:
         with pytest.raises(OutputError, match="jobs.json is damaged"):
             queue.jobs()
     with serve_runs(queue.folder.parent) as served:
-        assert (served.ask("/queue").status, ask(served, "remove", id=1)) == (500, 500)
+        assert (served.ask("/queue").status, ask(served, "remove", id=1)) == (500, 422)
     (queue.folder / STATE).unlink()
     for text in ("python x.py\n" * 1001, "x" * 100_001):
         (queue.folder / QUEUE).write_text(text, encoding="utf-8")
