@@ -290,12 +290,12 @@ class FolderSettingsPages:
         return self.answer(folder)
 
 
-def guard(show: Callable[[Request], Response]) -> Callable[[Request], Response]:
+def guard(show: Callable[..., Response]) -> Callable[..., Response]:
     """Return a handler that answers what cannot be read with its reason."""
 
-    def answer(request: Request) -> Response:
+    def answer(*asked: Request | Form) -> Response:  # the request, and the form if it has one
         try:
-            return show(request)
+            return show(*asked)
         except (OSError, ValueError, UserError) as error:
             return PlainTextResponse(str(error), 422)
 
@@ -307,5 +307,5 @@ def folder_settings_routes(site: Site) -> list[Route]:
     pages = FolderSettingsPages(site)
     return [
         Route("/new/settings", guard(pages.show)),
-        Route("/new/settings/{what}", answer_form(pages.change), methods=["POST"]),
+        Route("/new/settings/{what}", answer_form(guard(pages.change)), methods=["POST"]),
     ]

@@ -377,5 +377,5 @@ def memory_routes(site: Site) -> list[Route]:
     pages = MemoryPages(site)
     return [
         Route("/new/memory", guard(pages.show)),
-        Route("/new/memory/{what}", answer_form(pages.change), methods=["POST"]),
+        Route("/new/memory/{what}", answer_form(guard(pages.change)), methods=["POST"]),
     ]

@@ -77,7 +77,7 @@ class ComparePages:
                 runs = self.runs.list_all()
             return answer_page(self.page(comparison, runs, error), status)
         except (OSError, UserError) as problem:
-            return PlainTextResponse(str(problem), 500)
+            return PlainTextResponse(str(problem), 422 if error else 500)
 
     def fill_cells(self, comparison: compare.Comparison) -> list[list[compare.ShownClip]]:
         return compare.fill_cells(comparison, self.notes, compare.find_queued_clips(self.queue))
@@ -208,7 +208,7 @@ class QueuePages:
         try:
             return answer_page(self.page(error, query), 422 if error else 200)
         except UserError as problem:
-            return PlainTextResponse(str(problem), 500)
+            return PlainTextResponse(str(problem), 422 if error else 500)
 
     def page(self, error: str, query: Mapping[str, str]) -> str:
         """Return the page of the queue. Raises UserError if the queue cannot be read."""

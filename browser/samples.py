@@ -383,5 +383,5 @@ def sample_routes(site: Site) -> list[Route]:
     pages = SamplePages(site)
     return [
         Route("/new/samples", guard(pages.show)),
-        Route("/new/samples/{what}", answer_form(pages.change), methods=["POST"]),
+        Route("/new/samples/{what}", answer_form(guard(pages.change)), methods=["POST"]),
     ]
