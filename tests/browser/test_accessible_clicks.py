@@ -16,7 +16,8 @@ __all__ = ["axe"]  # a fixture
 # texts of which none may hold another one of its page: a person and a test find things by them
 LABELS = """[...document.querySelectorAll('label, legend, [aria-label]')]
   .filter(one => one.checkVisibility())
-  .map(one => one.ariaLabel || [...one.childNodes].filter(part => part.nodeType === 3 || 'B SPAN'.includes(part.tagName))
+  .map(one => one.ariaLabel || [...one.childNodes]
+    .filter(part => part.nodeType === 3 || ['B', 'SPAN'].includes(part.tagName))
     .map(part => part.textContent).join(' '))
   .map(text => text.trim().replace(/\\s+/g, ' ').toLowerCase()).filter(text => text)"""
 # takes the mark of the element with the focus away; true if nothing has it
