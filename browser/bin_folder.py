@@ -58,7 +58,12 @@ class BinFolder:
         before it have been.
         """
         plain = re.sub(r"[^\w.-]+", "_", title)[:LONGEST_TITLE]
-        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{plain}"
+        base_name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{plain}"
+        number = 1
+        name = base_name
+        while any(os.path.lexists(place / name) for place in self.places):  # of the same second
+            number += 1
+            name = f"{base_name}-{number}"
         used = self.places[0]
         for path in paths:
             used = self._take_one(path, base, name)

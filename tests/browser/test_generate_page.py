@@ -447,7 +447,8 @@ def test_a_result_is_dragged_onto_a_field(served: Served, root: Path) -> None:
     (root / "generated").mkdir()
     write_png(root / "generated" / "made.png", PICTURE)
     with open_page(f"{served.url}/generate?source=model+framepack+i2v") as page:
-        address = re.sub("<!--.*?-->", "", page.locator(".plate a").get_attribute("href"))
+        page.locator("#results").scroll_into_view_if_needed()
+        address = page.locator(".plate a").get_attribute("href")
         transfer = page.evaluate_handle(
             "(text) => { const all = new DataTransfer(); all.setData('text/uri-list', text); return all; }",
             f"{served.url}{address}",

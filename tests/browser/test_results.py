@@ -156,7 +156,7 @@ def test_a_file_of_another_program_has_no_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list(with_scripts()))
 def test_families_are_found_by_the_names_in_files(name: str) -> None:
     assert find_family(name) == name
-    for other in with_scripts()[name].others:
+    for other in with_scripts()[name].further_models:
         assert find_family(other) == name
 
 
