@@ -98,7 +98,7 @@ def test_no_option_writes_elsewhere(option: str, tmp_path: Path) -> None:
     )
 
     assert done.returncode != 0
-    assert "lies outside of" in done.stderr or "ambiguous" in done.stderr or "not an option" in done.stderr
+    assert "is outside of" in done.stderr or "ambiguous" in done.stderr or "not an option" in done.stderr
     assert not target.exists()
 
 
