@@ -128,9 +128,10 @@ class ResultMaker:
 
     def list_all(self) -> list[Making]:
         """Return all wishes, the oldest first."""
+        current = self._current
         newer = dict(self._unsaved)
-        if self._current is not None:
-            newer[self._current.id] = self._current
+        if current is not None and current.state == RUNNING:  # else its file or `_unsaved` says more
+            newer[current.id] = current
         return [newer.get(making.id, making) for making in self.store.list_all()]
 
     def find(self, number: int) -> Making | None:
@@ -170,7 +171,8 @@ class ResultMaker:
         Raises OptionError if it neither waits nor is made.
         """
         with self._lock:
-            if self._current is None or self._current.id != number:
+            current = self._current
+            if current is None or current.id != number or current.state != RUNNING:
                 making = self.store.find(number)
                 if making is not None and making.state == RUNNING:  # by another server
                     self.store.ask_to_cancel(number)
@@ -181,7 +183,7 @@ class ResultMaker:
             session = self.session
             if session is None:
                 return
-            self._current.doing = CANCELLING
+            current.doing = CANCELLING
             if self._cancels > 1 or not session.is_ready or os.name == "nt":
                 launch.kill_processes(session.process.pid)
             else:
@@ -402,13 +404,13 @@ class ResultMaker:
     def _wait_for_answer(self, session: LoadedModel, making: Making) -> dict[str, Any] | None:
         """Return the next answer of a process; None if it has ended."""
         while True:
+            if self.store.take_cancel(making.id):  # before each answer: quick steps leave no pause
+                self.cancel(making.id)
             answer = session.next_answer(LOOKED_EVERY)
             if answer is not None:
                 return answer
             if not session.is_alive:
                 return session.next_answer(LOOKED_EVERY)  # it may have answered just before
-            if self.store.take_cancel(making.id):
-                self.cancel(making.id)
 
     def _note_lost(self, session: LoadedModel, making: Making) -> None:
         """Note that a process has ended while it made a wish."""
