@@ -77,7 +77,7 @@ def press_all(served: Served, **fields: str) -> None:
         if address.endswith("/work") or "go" in address.rpartition("/")[2]:
             continue
         answer = served.ask(address, "POST", urlencode(fields), Origin=served.url)
-        assert answer.status < 500 or is_said(answer.text), (address, answer.text[:300])
+        assert answer.status < 500, (address, answer.text[:300])
         assert SECRET not in answer.text
 
 
