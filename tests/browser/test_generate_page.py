@@ -50,9 +50,9 @@ def write_generating(folder: Path, name: str = "x", trained_on: str = "wan") -> 
         save_file({"x": torch.full((1,), float(step))}, file, {"ss_base_model_version": trained_on})
         history.add(step, saved=file.name)
         history.add(step, validation={"validation/loss": loss})
-    models = " ".join(f"--{part} {POCKET / part}.safetensors" for part in ("dit", "vae", "t5"))
+    models = " ".join(f"--{part} '{POCKET / part}.safetensors'" for part in ("dit", "vae", "t5"))
     command = f"python wan_generate_video.py --task t2v-1.3B {models} --flow_shift 3.0 "
-    command += f"--lora_weight {folder}/{name}-step4.safetensors --lora_multiplier 0.8 "
+    command += f"--lora_weight '{folder}/{name}-step4.safetensors' --lora_multiplier 0.8 "
     command += "--prompt 'a square' --video_size 48 64 --video_length 5 --infer_steps 2 --guidance_scale 5.0 "
     command += "--seed 5 --save_path out"
     history.add(6, commands=[["Generate with it", command, command, ""]])

@@ -189,6 +189,7 @@ def test_the_page_lists_tasks_parts_licences_and_foreign_files(tmp_path: Path, m
 def test_the_login_is_told_without_its_text(
     tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
     with serve(tmp_path) as served:
         text = served.ask("/models").text
@@ -244,6 +245,7 @@ def test_shared_parts_are_named_and_left_unticked(tmp_path: Path, models: Path) 
 def test_a_person_loads_and_removes_by_labels(
     tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing answers there
     write_task(models, "wan", "t2v-1.3B")
     (models / DIT).unlink()

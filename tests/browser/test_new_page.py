@@ -1,5 +1,6 @@
 """The page New: from an empty root to a finished LoRA by labels alone, and what newcomers do wrong."""
 
+import html
 import json
 import re
 import shlex
@@ -147,7 +148,7 @@ def test_a_first_description_is_that_of_the_command(served: Served, root: Path, 
     shown = served.ask(f"/new?{urlencode({'folder': str(root / 'set'), **FIELDS})}").text
     [command] = re.findall(r'<code id="command"[^>]*>(.*?)</code>', shown)
     describe(served, root / "set")
-    assert_equal_to_command(re.sub("<[^>]*>", "", command), root / "set", tmp_path)
+    assert_equal_to_command(html.unescape(re.sub("<[^>]*>", "", command)), root / "set", tmp_path)
 
 
 def refused(served: Served, root: Path, **changes: str) -> str:

@@ -3,6 +3,7 @@
 The walks read the routes of the server and the fields of its templates, so that what is added is walked too.
 """
 
+import contextlib
 import itertools
 import re
 import sys
@@ -395,7 +396,14 @@ def check_answer(served: Served, address: str, method: str, text: str, body: str
 def list_children() -> set[psutil.Process]:
     """The processes that this one and its servers have started, and that have not ended."""
     children = psutil.Process().children(recursive=True)
-    return {child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE}
+    found = set()
+    for child in children:
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            is_alive = child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+            is_of_tests = any("warm_server" in word for word in child.cmdline())  # it serves all tests
+            if is_alive and not is_of_tests:
+                found.add(child)
+    return found
 
 
 def wait_for_children(*others: psutil.Process, seconds: float = 60) -> None:
