@@ -16,7 +16,6 @@ from modules.installation import import_own
 from modules.option_values import FillIn, option_words
 from modules.options import Options
 from modules.parser import parse_options
-from modules.repeated_options import join_options, repeat_given
 
 Marks = Sequence[tuple[str, str]]  # a tensor that only such a file has -> what the file is
 
@@ -96,6 +95,8 @@ class FamilyEntry:
         family_options: those of the training. switches: further ones of the command for latents. typed: how
         the user spelled the options, by public name.
         """
+        from modules.repeated_options import join_options, repeat_given  # not for --help
+
         repeated = repeat_given(family_options, typed)
         of_latents, of_texts = self.options.caching_options(family_options)
 
@@ -117,6 +118,8 @@ class FamilyEntry:
         Options of the training that the script has too are repeated. family_options, typed: as of
         `caching_commands`. sample: settings of a sample, by the names of `Request`; may be empty.
         """
+        from modules.repeated_options import join_options, repeat_given  # not for --help
+
         chosen = self.options.generation_options(family_options, sample)
         joined = join_options(self.options_record("Generation"), chosen, repeat_given(family_options, typed))
         return [f"{self.generation_script}.py", *option_words(joined)]

@@ -3,17 +3,18 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from contract.families import FAMILIES, Script
-from dataset.cache.commands import recall_options, remember_options
-from dataset.config import DatasetConfig, for_family, load_dataset_config, with_downloads, with_sound_files
 from dataset.options import CachingOptions, read_spelled_caching
 from modules.command import name_as_typed, print_loading
 from modules.option_values import option_words, require
 from modules.options import option_values
 from modules.parser import parse_spelled
-from modules.repeated_options import RepeatedOption, join_options, repeat_given
+
+if TYPE_CHECKING:
+    from dataset.config import DatasetConfig
+    from modules.repeated_options import RepeatedOption
 
 
 def caching_script(family: str, kind: str, about: str | None) -> Script:
@@ -32,6 +33,13 @@ def cache_family_latents(
     entry = FAMILIES[family]
     record = entry.options_record("LatentCaching")
     options, debug, family_options, typed = read_spelled_caching(about, record, argv)
+    from dataset.config import (
+        for_family,
+        load_dataset_config,
+        with_downloads,
+        with_sound_files,
+    )  # not for --help
+
     with name_as_typed(options.typed_names):
         if debug.debug_mode is None and not options.check:
             values = option_values(family_options)
@@ -44,6 +52,7 @@ def cache_family_latents(
             config = with_sound_files(config, *sound_files)
 
         print_loading()
+        from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read
 
         caches = entry.make_family("latent_caching", family_options)
@@ -70,10 +79,14 @@ def cache_family_texts(
     entry = FAMILIES[family]
     records, typed = parse_spelled(about, argv, CachingOptions, entry.options_record("TextCaching"))
     options, family_options = records
+    from dataset.config import for_family, load_dataset_config, with_downloads  # not for --help
+    from modules.repeated_options import join_options, repeat_given
+
     with name_as_typed(options.typed_names):
         config = with_downloads(load_dataset_config(options.dataset_config), options.download_directory)
 
         print_loading()
+        from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read
 
         caches = entry.make_family("text_caching", family_options)
@@ -96,12 +109,14 @@ def cache_family_texts(
 
 
 def _caption_words(
-    config: DatasetConfig, family: str, family_options: Any, typed: Mapping[str, str]
+    config: "DatasetConfig", family: str, family_options: Any, typed: Mapping[str, str]
 ) -> list[str]:
     """Return the command that caches captions, except for its shared options.
 
     family_options, typed: the family's options of the command that caches latents, and how they were spelled.
     """
+    from modules.repeated_options import join_options, repeat_given
+
     entry = FAMILIES[family]
     recalled = _recall(config, family, "TextCaching")
     has_encoders = any(isinstance(option.value, Path) for option in recalled)
@@ -111,8 +126,10 @@ def _caption_words(
     return ["python", f"{entry.cache}_text_encoder_outputs.py", *option_words(joined)]
 
 
-def _recall(config: DatasetConfig, family: str, kind: str) -> list[RepeatedOption]:
+def _recall(config: "DatasetConfig", family: str, kind: str) -> "list[RepeatedOption]":
     """Return the options with which the other half of the caches was made, if it was made here before."""
+    from dataset.cache.commands import recall_options  # not for --help: it loads hashlib
+
     folders = (table.cache_directory for table in config.datasets)
     return recall_options(folders, family, entry=FAMILIES[family], kinds=(kind,), for_training=True)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
-from modules.installed import require_installed
 from modules.option_values import int_or_float, to_path
 from modules.options import IMPORTS, IMPORTS_CLASS, Options, option
 from modules.parser import Parser
@@ -79,6 +78,8 @@ def check_imports(parser: argparse.ArgumentParser, values: Mapping[str, Any], pl
 
     values: by destination. place: the file that they are from, for the message.
     """
+    from modules.installed import require_installed  # not for --help
+
     for action in parser._actions:
         reach = getattr(action, "reach", "")
         value = values.get(action.dest)

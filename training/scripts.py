@@ -5,14 +5,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from contract.families import FAMILIES, FamilyEntry, Script
-from dataset.cache.commands import recall_options
-from dataset.config import load_dataset_config
 from modules.command import name_as_typed, print_loading
-from modules.console import quiet
 from modules.errors import UserError
 from modules.installation import import_own
 from modules.options import Options, option_values
-from modules.repeated_options import RepeatedOption, fill_options
 from modules.speed_options import refuse_for_whole
 from networks.options import NetworkOptions
 from training.learning_options import WholeDitOptions
@@ -20,6 +16,7 @@ from training.noise_options import SAMPLERS
 from training.options import TrainingOptions, read_training
 
 if TYPE_CHECKING:
+    from modules.repeated_options import RepeatedOption
     from training.image_options import ImageTrainerDefaults
 
 
@@ -96,21 +93,28 @@ def training_script(
 
 
 def _generation_of_caches(
-    entry: FamilyEntry, family_options: Any, recalled: Sequence[RepeatedOption], typed: Mapping[str, str]
+    entry: FamilyEntry, family_options: Any, recalled: "Sequence[RepeatedOption]", typed: Mapping[str, str]
 ) -> Callable[[Mapping[str, Any]], Sequence[str]]:
     """Return a function as `following.Generation`, with the files that made the caches.
 
     The training does not need them itself. recalled: the options that made the caches. typed: flags of the
     options of this run.
     """
+    from modules.console import quiet
+    from modules.repeated_options import fill_options
+
     with quiet():  # a record that is made again warns again
         filled = fill_options(family_options, recalled)
     typed_before = {option.name: option.typed for option in recalled}
     return partial(entry.generation_words, filled, typed={**typed_before, **typed})
 
 
-def _recall(options: TrainingOptions, family: str) -> list[RepeatedOption]:
+def _recall(options: TrainingOptions, family: str) -> "list[RepeatedOption]":
     """Return the options that made the caches of a training, if its cache folders remember them."""
+    from dataset.cache.commands import recall_options  # not for --help: these load json and hashlib
+    from dataset.config import load_dataset_config
+    from modules.console import quiet
+
     path = options.loop.dataset_config
     if path is None:
         return []
