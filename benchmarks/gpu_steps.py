@@ -31,10 +31,11 @@ from networks.adapter import make_network
 from running.dressing import swapped_weights
 from running.planning.memory_plan import workspace
 from training.experts import dress, placement_of
-from training.loss import NoisyBatch, training_loss
+from training.loss import NoisyBatch
 from training.optimizers.optimizer import find_averaging, make_optimizer
 from training.planning.memory import predict
 from training.planning.rehearsal import autocast_of
+from training.targets.passes import training_loss
 
 SEED = 0
 

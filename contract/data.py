@@ -110,6 +110,8 @@ class Batch:
     preserved: tuple[bool, ...] = ()
     # dropped tensors, for a teacher: encoded captions before dropout, latents of reference pictures
     undropped: Conditions = field(default_factory=dict)
+    empty_text: Conditions = field(default_factory=dict)  # the empty prompt's, for a target that asks for it
+    has_empty_text: tuple[bool, ...] = ()  # whether each sample's text is the empty prompt; () if none is
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -129,6 +131,11 @@ class Batch:
             if (REFERENCE if name.startswith((CONTROL, REFERENCE_LATENTS)) else CAPTION) in names
         }
         return replace(self, tensors={**self.tensors, **parts})
+
+    def with_empty_text(self) -> "Batch":
+        """Return the batch with the empty prompt in place of every text; media conditions stay."""
+        assert self.empty_text, "the batch was read without the empty prompt"
+        return replace(self, tensors={**self.tensors, **self.empty_text}, captions=("",) * len(self))
 
     def check(self, needed: Mapping[str, str], purpose: str) -> None:
         """Raise CacheError if a tensor is missing.

@@ -211,6 +211,12 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     return with_references(config, family.references, family.can.references)
 
 
+def with_empty_prompts(config: DatasetConfig) -> DatasetConfig:
+    """Return a configuration whose texts are cached, and read, with the empty prompt."""
+    tables = [replace(table, uses_empty_prompt=True) for table in config.datasets]
+    return replace(config, datasets=tuple(tables))
+
+
 def with_sound_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
     """Return a configuration whose folders of clips take their sound from files named like the clips.
 

@@ -148,6 +148,14 @@ class CachingOptions(Options, title="caching"):
             )
 
 
+class EmptyPromptOptions(Options, title="caching"):
+    """Whether texts are cached with the empty prompt, whatever the tables say of dropped captions."""
+
+    empty_prompt: bool = option(
+        "also cache the empty prompt, as trainings with --guided_target or --blank_prior_weight need it"
+    )
+
+
 class CachingInRunOptions(Options, title="caches made by this command"):
     """Caches to make before training, their place, and batch sizes. Without it our own caches are read."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contract.families import FAMILIES, Script
-from dataset.options import CachingOptions, read_spelled_caching
+from dataset.options import CachingOptions, EmptyPromptOptions, read_spelled_caching
 from modules.command import name_as_typed, print_loading
 from modules.option_values import option_words, require
 from modules.options import option_values
@@ -77,9 +77,11 @@ def cache_family_texts(
 ) -> None:
     """Encode the captions of a dataset."""
     entry = FAMILIES[family]
-    records, typed = parse_spelled(about, argv, CachingOptions, entry.options_record("TextCaching"))
-    options, family_options = records
-    from dataset.config import for_family, load_dataset_config, with_downloads  # not for --help
+    record = entry.options_record("TextCaching")
+    records, typed = parse_spelled(about, argv, CachingOptions, EmptyPromptOptions, record)
+    options, empty_prompt_options, family_options = records
+    # not for --help
+    from dataset.config import for_family, load_dataset_config, with_downloads, with_empty_prompts
     from modules.repeated_options import join_options, repeat_given
 
     with name_as_typed(options.typed_names):
@@ -91,6 +93,8 @@ def cache_family_texts(
 
         caches = entry.make_family("text_caching", family_options)
         config = for_family(config, caches, for_texts=True)
+        if empty_prompt_options.empty_prompt:
+            config = with_empty_prompts(config)
         repeated = [*repeat_given(family_options, typed), *_recall(config, family, "LatentCaching")]
         training = option_words(join_options(entry.options_record("Training"), {}, repeated))
         words = ["python", f"{entry.script}_train_network.py", *entry.training, *training]

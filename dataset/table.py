@@ -184,6 +184,7 @@ class DatasetTable:
     # how the family takes references of clips, and masks of control clips; None: it takes neither
     clip_references: ReferenceRules | None = None
     is_of_sound: bool = False  # its clips are sounds without pictures
+    uses_empty_prompt: bool = False  # besides captions that are dropped: a target of the training asks for it
     leaves_animations: bool = False  # a table of clips has the same folder, and takes those in it
     lists_controls: bool = True  # False: control media are of no interest, whatever lists name
     # --- of a subset of the image guides' form; our own tables have the defaults
@@ -229,6 +230,11 @@ class DatasetTable:
     @property
     def drops_captions(self) -> bool:
         return self.caption_dropout_rate > 0 or self.changes.dropout_every_n_epochs > 0
+
+    @property
+    def caches_empty_prompt(self) -> bool:
+        """Return whether the empty prompt is cached with the texts, and read from these caches."""
+        return self.drops_captions or self.uses_empty_prompt
 
     @property
     def picture_folder(self) -> Path:

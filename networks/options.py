@@ -12,17 +12,15 @@ from modules.option_values import split_pairs
 from modules.options import FREE, HABIT, IDENTITY, IMPORTS_MODULE, Options, option
 from modules.paths import explain_missing
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
+from networks.teacher_options import PriorOptions, TeacherOptions
 
 logger = logging.getLogger(__name__)
 
 MOST_MULTIPLIER = 1000  # of a LoRA; 0 to 2 are usual
 
 
-BASE = "base"
-
-
 class FrozenModelOptions(Options, title="frozen model"):
-    """What is added to the frozen model in training steps only, and whether the model teaches the network."""
+    """What is added to the frozen model in training steps only."""
 
     training_adapter: Path | None = option(
         "LoRA file that the model has only in training steps, such as one that undoes a distillation: "
@@ -38,22 +36,6 @@ class FrozenModelOptions(Options, title="frozen model"):
         needs="training_adapter",
         hint="1 is usual",
         facts=FREE,
-    )
-    teacher: str | None = option(
-        "base: the loss is also measured against the prediction of the frozen model, without the network, "
-        "from the full conditions: also a dropped caption, and the first frame if the model takes one. One "
-        "more pass in each step, without gradients",
-        choices=(BASE,),
-        facts=HABIT,
-    )
-    teacher_weight: float = option(
-        "share of --teacher in the loss: (1 - W) * the usual loss + W * that against the teacher",
-        default=0.5,
-        above=0,
-        most=1,
-        needs="teacher",
-        hint="1 leaves nothing of the usual loss",
-        facts=HABIT,
     )
 
 
@@ -127,6 +109,8 @@ class NetworkOptions(Options, title="network"):
         "strength of each file of --base_weights; missing ones are 1", needs="base_weights", facts=HABIT
     )
     frozen: FrozenModelOptions
+    teacher: TeacherOptions
+    prior: PriorOptions
 
     def __post_init__(self) -> None:
         self.arguments()

@@ -30,6 +30,9 @@ saving/: models and states on disk and on the hub
 scripts: make the training scripts of a family
 steps: which micro-batches form which optimizer step
 summary: boxes of a run: plan and result
+target_options: options of targets without a frozen model
+target_rules: records of the targets of a run
+targets/: what predictions are compared with, besides the clip
 trainable: the trained part: a LoRA, or the DiT
 training_run: the record that the training loop works with
 validation: loss of held-out items at fixed noise

@@ -258,6 +258,17 @@ UNET_ONLY = "--network_train_unet_only"
 
 
 def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
+    """Return the encoders that stay loaded, which also encode the empty prompt if a target asks for it.
+
+    None: all texts come from caches. Raises OptionError as `_choose_live_texts`.
+    """
+    texts = _choose_live_texts(family, options, config)
+    if texts is None:
+        return None
+    return replace(texts, adds_empty=options.needs_empty_prompt)
+
+
+def _choose_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
     """Return the encoders that stay loaded because captions vary, because they learn, or for lack of caches.
 
     None: all texts come from caches. Raises OptionError if caches are asked for texts that change, or

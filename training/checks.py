@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from contract.family import Family, LearningEncoder
+from contract.family import Family, LearningEncoder, hears_sound
 from modules.atomic_write import check_space
 from modules.console import quiet
 from modules.errors import OptionError
@@ -20,6 +20,7 @@ from networks.lora_settings import DEFAULT_RANK, REG_RATES, read_rates
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
+from networks.teacher_options import INPUTS, TeacherOptions
 from running.offload.swap_plan import check_swap
 from training.data.live import LiveTexts
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
@@ -189,8 +190,25 @@ def choose_lora_format(
     return choose_format(options.network, family.name, module, names)
 
 
-def check_teacher(family: Family, teacher: str, texts: LiveTexts | None) -> None:
+def check_targets(family: Family, options: TrainingOptions, texts: LiveTexts | None) -> None:
+    """Raise OptionError for targets that the family, or the way its texts are encoded, cannot serve."""
+    if options.teacher.teacher is not None:
+        check_teacher(family, options.teacher, texts)
+    if options.guided.guided_target_sound is not None and not hears_sound(family):
+        raise OptionError(
+            f"--guided_target_sound {options.guided.guided_target_sound:g}: the model {family.name} has no "
+            "sound. Leave it out"
+        )
+
+
+def check_teacher(family: Family, options: TeacherOptions, texts: LiveTexts | None) -> None:
     """Raise OptionError if the family has no extra inputs for --teacher, or if texts are not cached."""
+    teacher = options.teacher
+    if options.teacher_sees != INPUTS:
+        raise OptionError(
+            f"--teacher_sees {options.teacher_sees}: the model {family.name} takes no such condition. Leave "
+            "it out: the teacher then knows all conditions of the caches"
+        )
     if not family.fuller:
         raise OptionError(
             f"--teacher {teacher}: the model {family.name} takes no further conditions, so the teacher "

@@ -1,5 +1,6 @@
 """Load the networks of a plan, make the trained part with its optimizer, and put the run together."""
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -33,10 +34,13 @@ from training.reports.reporter import RunReporter
 from training.saver import restore
 from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
+from training.target_rules import NO_TARGETS, make_targets
+from training.targets.passes import teach_as_base
 from training.trainable import (
     Rates,
     Trainable,
     refuse_quantised_bases,
+    seed_networks,
     share_network,
     train_apart,
     train_dit,
@@ -175,8 +179,7 @@ def make_run(
     is_main = plan.accelerator.is_main_process
     rule = _make_rule(model)
     validation = Validation(plan, rule) if plan.validation else None
-    if options.frozen.teacher:  # which validation does without
-        rule = replace(rule, teacher_weight=options.frozen.teacher_weight)
+    rule = _add_targets(rule, model)  # validation does without
     minutes = plan.saving.save_every_n_minutes
     watched = trigger_paths(plan.names, options.samples.sample_now) if is_main else {}
     clock = MinuteClock(minutes) if is_main and minutes is not None else None
@@ -195,7 +198,7 @@ def make_run(
 
 
 def _make_rule(model: TrainedModel) -> LossRule:
-    """Return how predictions are judged, without a teacher."""
+    """Return how predictions are judged, without targets besides the clip."""
     plan = model.plan
     preserves = any(table.preserves_output for table in plan.config.datasets)
     return LossRule(
@@ -203,6 +206,24 @@ def _make_rule(model: TrainedModel) -> LossRule:
         plan.options.predicted,
         as_base=model.trainable.as_base if model.trainable.networks else None,
         always_as_base=plan.steps.in_lockstep and preserves,
+    )
+
+
+def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
+    """Return the rule with all that predictions are compared with besides the clip."""
+    plan, options = model.plan, model.plan.options
+    targets = make_targets(options.guided, options.teacher, options.prior)
+    if targets == NO_TARGETS:
+        return rule
+    seed = functools.partial(
+        seed_networks, model.trainable, plan.progress.seed, device=plan.accelerator.device
+    )
+    return replace(
+        rule,
+        targets=targets,
+        teach=teach_as_base,
+        in_lockstep=plan.steps.in_lockstep,
+        seed_networks=lambda number: seed(number=number),
     )
 
 
@@ -226,7 +247,8 @@ def _make_feed(plan: TrainingPlan) -> Feed:
         process=accelerator.process_index // plan.steps.peers,
         workers=options.loop.max_data_loader_n_workers,
         pin_memory=accelerator.device.type == "cuda",
-        reads_dropped=options.frozen.teacher is not None and CAPTION in family.fuller,
+        reads_dropped=options.teacher.teacher is not None and CAPTION in family.fuller,
+        reads_empty=options.needs_empty_prompt,
     )
 
 

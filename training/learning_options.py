@@ -22,7 +22,8 @@ from modules.options import (
     unsupported,
 )
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
-from networks.options import BASE, multipliers_for
+from networks.options import multipliers_for
+from networks.teacher_options import BASE, CLIP, FIRST_LAST, INPUTS, OTHER_DIT, SUBJECT
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,21 @@ class WholeDitOptions(Options, title="full fine-tuning"):
 
     training_adapter = unsupported(_NOTHING_FROZEN, "LoRA in training steps only", metavar="FILE")
     training_adapter_multiplier = unsupported(_NOTHING_FROZEN, "its strength", type=float)
-    teacher = unsupported(_NOTHING_FROZEN, "the frozen model as a teacher", choices=(BASE,))
+    teacher = unsupported(_NOTHING_FROZEN, "a frozen model as a teacher", choices=(BASE, OTHER_DIT))
     teacher_weight = unsupported(_NOTHING_FROZEN, "its share in the loss", type=float)
+    teacher_min_timestep = unsupported(_NOTHING_FROZEN, "lower bound of the teacher", type=int)
+    teacher_max_timestep = unsupported(_NOTHING_FROZEN, "upper bound of the teacher", type=int)
+    teacher_anchor_weight = unsupported(_NOTHING_FROZEN, "factor outside these bounds", type=float)
+    teacher_split = unsupported(_NOTHING_FROZEN, "compare size and direction apart")
+    teacher_size_weight = unsupported(_NOTHING_FROZEN, "weight of the size", type=float)
+    teacher_colour_weight = unsupported(_NOTHING_FROZEN, "weight of the colour", type=float)
+    teacher_sees = unsupported(
+        _NOTHING_FROZEN, "what the teacher knows", choices=(INPUTS, FIRST_LAST, CLIP, SUBJECT)
+    )
+    mask_prior_weight = unsupported(_NOTHING_FROZEN, "weight of the frozen model outside masks", type=float)
+    blank_prior_weight = unsupported(
+        _NOTHING_FROZEN, "weight of the frozen model for the empty prompt", type=float
+    )
     base_weights = unsupported(_MERGED_BEFORE, "LoRA files in the transformer", nargs="*")
     base_weights_multiplier = unsupported(_MERGED_BEFORE, "their strengths", type=float, nargs="*")
     network_weights = unsupported(_MERGED_BEFORE, "LoRA file to start from", type=str)

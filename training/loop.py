@@ -20,14 +20,15 @@ from torch.nn import Parameter
 
 from modules.devices import numbers_on
 from modules.errors import UserError
-from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, NormReport
-from training.loss import NoisyBatch, training_losses
+from training.loss import NoisyBatch
 from training.optimizers.optimizer import evaluation
 from training.processes import fill_missing_gradients, largest_of_processes, sum_over_processes
 from training.reports.history import LOSS
 from training.reports.logs import WISHES, RowLayout, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
+from training.targets.passes import loss_passes
+from training.trainable import seed_networks
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
 from training.validation import EPOCH, STEP, Validation
 
@@ -203,7 +204,7 @@ def _accumulate(
     run.model.scaler.scale(row)
     for place, index in enumerate(steps.share(group, run.feed.process)):
         noisy_batch = next(micro_batches)
-        _seed_networks(run, noisy_batch.number)
+        seed_networks(run.model.trainable, run.progress.seed, noisy_batch.number, run.device)
         if run.memory is not None:
             run.memory.see_batch(noisy_batch.noise.numel())
         if run.plan.texts is not None:
@@ -213,34 +214,22 @@ def _accumulate(
         # in lockstep a process repeats the last micro-batch of another one if it lacks its own
         is_repeat = steps.in_lockstep and index % steps.processes != run.feed.process
         for expert in _experts_of_pass(run, group, place, noisy_batch.expert):
-            losses = training_losses(
-                run.family, run.model.dits.at(expert), noisy_batch, autocast=run.autocast, rule=run.rule
-            )
-            loss = functools.reduce(torch.add, losses) / divisor
-            if is_repeat or expert != noisy_batch.expert:
-                # for the others, which gather the blocks from this process
-                run.model.scaler.scale(0 * loss).backward()
+            # for the others, which gather the blocks from this process
+            is_void = is_repeat or expert != noisy_batch.expert
+            dit = run.model.dits.at(expert)
+            sums: tuple[Tensor, ...] = ()
+            for losses in loss_passes(run.family, dit, noisy_batch, autocast=run.autocast, rule=run.rule):
+                loss = functools.reduce(torch.add, losses) / divisor
+                run.model.scaler.scale(0 * loss if is_void else loss).backward()
+                detached = tuple(stream.detach() for stream in losses)
+                sums = tuple(map(torch.add, sums, detached)) if sums else detached
+            if is_void:
                 continue
-            run.model.scaler.scale(loss).backward()
-            row[0] += loss.detach()
-            _add_parts(run, row, expert, loss=loss * divisor, losses=losses)
+            loss = functools.reduce(torch.add, sums) / divisor
+            row[0] += loss
+            _add_parts(run, row, expert, loss=loss * divisor, losses=sums)
             keys += noisy_batch.batch.keys
     return row, keys
-
-
-def _seed_networks(run: TrainingRun, number: int) -> None:
-    """Seed dropout and the global generators by the run's seed and the number of the micro-batch."""
-    seed = derive_seed(run.progress.seed, "dropout", number)
-    for network in run.model.trainable.all_networks:
-        network.set_dropout_seed(seed)
-    # the global generators are for networks that use them; torch.manual_seed itself would record the call
-    # for device types that are not in use
-    seed = derive_seed(run.progress.seed, "global", number)
-    torch.default_generator.manual_seed(seed)
-    if run.device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-    elif run.device.type == "mps":
-        torch.mps.manual_seed(seed)
 
 
 def _experts_of_pass(run: TrainingRun, group: range, place: int, expert: int) -> list[int]:

@@ -1,22 +1,22 @@
 """Flow-matching loss: add noise, predict the velocity, compare it with the true one."""
 
-import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from contract.data import FIRST_FRAME, LOSS_MASK, SOUND, Batch, Conditions, Joint
+from contract.data import LOSS_MASK, SOUND, Batch, Conditions, Joint
 from contract.family import Described, NoiseSpec, Predicts
 from contract.steps import NO_TWEAKS, Tweaks
-from modules.devices import numbers_on, send
+from modules.devices import send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from training.noise_options import ADDITIVE, L2, RAW, WITH_THRESHOLD, LossOptions
+from training.target_rules import NO_TARGETS, Targets
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
 DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
@@ -37,9 +37,16 @@ class NoisySound:
     sigmas: Tensor  # B
     timesteps: Tensor  # B
     weights: Tensor  # B, factors on the samples' losses of the sound
+    levels: tuple[float, ...] = ()  # the sigmas on the host, as in `NoisyBatch`
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisySound":
-        return NoisySound(move(self.noise), move(self.sigmas), move(self.timesteps), move(self.weights))
+        return replace(
+            self,
+            noise=move(self.noise),
+            sigmas=move(self.sigmas),
+            timesteps=move(self.timesteps),
+            weights=move(self.weights),
+        )
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class NoisyBatch:
     perturbation: Tensor | None = None  # further noise of the input, which is not to be predicted; like noise
     sound: NoisySound | None = None  # None: no sample has sound, and the network is not given any
     number: int = 0  # of the micro-batch in the whole run, over all processes
+    levels: tuple[float, ...] = ()  # the sigmas on the host, where targets depend on them
 
     @property
     def joint(self) -> Joint:
@@ -76,9 +84,10 @@ class NoisyBatch:
 
         tensors = moved_conditions(self.batch.tensors)
         undropped = moved_conditions(self.batch.undropped)
+        empty_text = moved_conditions(self.batch.empty_text)
         return replace(
             self,
-            batch=replace(self.batch, tensors=tensors, undropped=undropped),
+            batch=replace(self.batch, tensors=tensors, undropped=undropped, empty_text=empty_text),
             noise=move(self.noise),
             sigmas=move(self.sigmas),
             timesteps=move(self.timesteps),
@@ -102,77 +111,55 @@ class LossRule:
     prediction: str = RAW  # how the output is compared with the velocity
     # inside it the DiT is the base model, without what learns; None: no batch asks for that
     as_base: Autocast | None = None
-    teacher_weight: float = 0.0  # share of the errors against the base model as a teacher; 0: it is none
     always_as_base: bool = False  # the base model is run for every batch: processes have to run equal passes
+    targets: Targets = NO_TARGETS
+    # what the teacher of `targets` predicts, from `targets.passes.TrainingPasses` and a batch
+    teach: Callable[[Any, NoisyBatch], Tensor] | None = None
+    in_lockstep: bool = False  # processes share a model, so that all run equal passes
+    seed_networks: Callable[[int], None] | None = None  # begins random numbers of networks: of a micro-batch
 
 
 PLAIN_LOSS = LossRule()
 
 
-def measure_streams(
-    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule
-) -> tuple[Tensor, ...]:
-    """Return the mean error of each sample's picture: B; if the batch has sound, a second one of the sound.
-
-    Samples that the batch names in `preserved` are compared with the base model's prediction, and all samples
-    also with the teacher's, if the rule has one.
-    """
-    batch = noisy_batch.batch
-    latents = family.latent.to_model(batch.tensor("latents"))
-    network = functools.partial(predict, family, dit, latents, autocast=autocast, rule=rule)
-    velocity = family.noise.velocity(latents, noisy_batch.noise)
-    if noisy_batch.sound is not None:
-        sound_velocity = family.noise.velocity(batch.tensor(SOUND).float(), noisy_batch.sound.noise)
-        velocity = noisy_batch.joint.join(velocity, sound_velocity)
-    target = velocity
-    if any(batch.preserved) or rule.always_as_base:
-        target = _replace_preserved(velocity, noisy_batch, network, rule)
-    teacher_output: Tensor | None = None
-    if rule.teacher_weight:
-        assert rule.as_base is not None
-        teacher_batch = _batch_for_teacher(family, noisy_batch)
-        with torch.no_grad(), rule.as_base():
-            teacher_output = network(teacher_batch)
-    output = network(noisy_batch)
-    errors = sample_errors(family.noise, output - target, noisy_batch, rule)
-    if teacher_output is None:
-        return errors
-    teacher_errors = sample_errors(family.noise, output - teacher_output, teacher_batch, rule)
-    share = rule.teacher_weight
-    return tuple(
-        (1 - share) * error + share * teacher_error
-        for error, teacher_error in zip(errors, teacher_errors, strict=True)
-    )
-
-
-def _replace_preserved(
-    velocity: Tensor, noisy_batch: NoisyBatch, network: Callable[[NoisyBatch], Tensor], rule: LossRule
-) -> Tensor:
-    """Return the velocity, for samples in `preserved` replaced by the base model's prediction.
-
-    The model runs for every batch. A function of its own, so that its output is freed before the forward pass
-    with gradients.
-    """
-    assert rule.as_base is not None  # the loop sets it if there are such samples
-    with torch.no_grad(), rule.as_base():
-        base_output = network(noisy_batch)
-    preserved = noisy_batch.batch.preserved
-    if not any(preserved):
-        return velocity
-    chosen = numbers_on(velocity.device, preserved, torch.bool)
-    return torch.where(_per_sample(chosen, velocity), base_output, velocity)
-
-
-def _batch_for_teacher(family: Trains, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return the batch with all inputs, also those that the trained network lacks."""
-    has_first = FIRST_FRAME in family.fuller and noisy_batch.noise.shape[2] > 1
-    given_frames = max(noisy_batch.given_frames, int(has_first))
-    return replace(noisy_batch, batch=noisy_batch.batch.tell(family.fuller), given_frames=given_frames)
-
-
 def _per_sample(numbers: Tensor, like: Tensor) -> Tensor:
     """Return numbers of samples, B, in a shape that goes with a tensor whose first dimension is B."""
     return numbers.view(-1, *([1] * (like.ndim - 1)))
+
+
+def sample_errors_outside(
+    spec: NoiseSpec, differences: Tensor, noisy_batch: NoisyBatch, rule: LossRule
+) -> tuple[Tensor]:
+    """Return the mean error of each sample's picture, B, as far as masks leave places out.
+
+    Errors are multiplied by 1 - mask before the mean over all elements. differences, given frames: as of
+    `sample_errors`; the batch has masks.
+    """
+    if noisy_batch.sound is not None:
+        differences, _ = noisy_batch.joint.split(differences)
+    errors = element_errors(
+        rule.options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
+    )
+    weights = _place_weights(noisy_batch.batch, errors)
+    assert weights is not None
+    errors = errors * (1 - weights)
+    return (errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1),)
+
+
+def split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor, ...]:
+    """Return the picture of a prediction, B C F H W, and its sound if the batch has any.
+
+    Given frames are left out, and the picture is multiplied by the root of its masks: so the squared norm of
+    a difference counts places as `sample_errors` does.
+    """
+    sounds = []
+    if noisy_batch.sound is not None:
+        prediction, sound = noisy_batch.joint.split(prediction)
+        sounds.append(sound)
+    weights = _place_weights(noisy_batch.batch, prediction)
+    if weights is not None:
+        prediction = prediction * weights.sqrt()
+    return (prediction[:, :, noisy_batch.given_frames :], *sounds)
 
 
 def sample_errors(
@@ -269,28 +256,6 @@ def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, s
     if prediction == ADDITIVE:
         return velocity + sign * noisy.float()
     return sign * noisy.float() - _per_sample(sigmas.float(), noisy) * velocity
-
-
-def training_loss(
-    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
-) -> Tensor:
-    """Return the weighted mean error over the batch: one number; the loss of the sound is added.
-
-    All samples of a batch have one size, so it is the mean over all elements too.
-    """
-    losses = training_losses(family, dit, noisy_batch, autocast=autocast, rule=rule)
-    return functools.reduce(torch.add, losses)
-
-
-def training_losses(
-    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
-) -> tuple[Tensor, ...]:
-    """Return the weighted mean over the batch: one number; if it has sound, a second one of the sound."""
-    weights = [noisy_batch.weights]
-    if noisy_batch.sound is not None:
-        weights.append(noisy_batch.sound.weights)
-    errors = measure_streams(family, dit, noisy_batch, autocast=autocast, rule=rule)
-    return tuple((error * weight).mean() for error, weight in zip(errors, weights, strict=True))
 
 
 def element_errors(

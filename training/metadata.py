@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from dataset.batches.items import TrainingItem
 from modules.atomic_write import make_storable
 from modules.errors import DatasetError
+from modules.options import is_given, option_name
 from networks.lora_settings import DEFAULT_RANK
 from networks.names.layouts import TRAINED_FOR
 from training.learning_options import PartsOptions
@@ -95,11 +96,22 @@ def _optional_values(plan: TrainingPlan) -> dict[str, Any]:
     if frozen.training_adapter is not None:
         adapter = describe_adapter(frozen.training_adapter, frozen.training_adapter_multiplier)
         values["ss_training_adapter"] = adapter
-    if frozen.teacher is not None:
-        values["ss_teacher"] = frozen.teacher
-        values["ss_teacher_weight"] = frozen.teacher_weight
+    values |= _target_values(options)
     if plan.progress.changes:
         values["ss_resume_changes"] = json.dumps(plan.progress.changes, ensure_ascii=False)
+    return values
+
+
+def _target_values(options: TrainingOptions) -> dict[str, Any]:
+    """Return the entries on the targets of a training, as far as they are given."""
+    values: dict[str, Any] = {}
+    for record in (options.guided, options.teacher, options.prior):
+        for field in fields(record):
+            if is_given(record, field):
+                name = option_name(field)
+                values[f"ss_{name}"] = getattr(record, field.name)
+    if options.teacher.teacher is not None:
+        values["ss_teacher_weight"] = options.teacher.teacher_weight
     return values
 
 

@@ -16,9 +16,11 @@ from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.run_limits import is_limited
 from modules.speed_options import TrainingSpeedOptions
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
+from networks.teacher_options import NO_PRIOR, NO_TEACHER, PriorOptions, TeacherOptions
 from training import learning_options, noise_options, run_options
 from training.config_options import ConfigOptions, check_imports, read_config_file
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
+from training.target_options import GuidedTargetOptions
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class TrainingOptions(Options):
     timesteps: noise_options.TimestepOptions = option(facts=HABIT)
     noise: noise_options.NoiseOptions = option(facts=HABIT)
     loss: noise_options.LossOptions = option(facts=HABIT)
+    guided: GuidedTargetOptions = option(facts=HABIT)
     # None: the output is the velocity
     prediction: noise_options.PredictionOptions | None = option(facts=HABIT)
     network: NetworkOptions | None  # what learns: a network beside the DiT,
@@ -70,6 +73,7 @@ class TrainingOptions(Options):
             raise OptionError(f"--network_dim {rank}: {MOST_RANK} is the most. Usual ranks are 4 to 128.")
         if self.is_fused:
             self._check_fused()
+        self._check_targets()
         if self.timesteps.show_timesteps is not None:
             return
         if self.subset is None or not self.subset.replaces_toml:
@@ -96,6 +100,18 @@ class TrainingOptions(Options):
     @property
     def frozen(self) -> FrozenModelOptions:
         return NOTHING_FROZEN if self.network is None else self.network.frozen
+
+    @property
+    def teacher(self) -> TeacherOptions:
+        return NO_TEACHER if self.network is None else self.network.teacher
+
+    @property
+    def prior(self) -> PriorOptions:
+        return NO_PRIOR if self.network is None else self.network.prior
+
+    @property
+    def needs_empty_prompt(self) -> bool:
+        return self.guided.guided_target is not None or self.prior.blank_prior_weight is not None
 
     @property
     def is_for_images(self) -> bool:
@@ -152,6 +168,25 @@ class TrainingOptions(Options):
             raise OptionError(
                 "--img_in_txt_in_offloading: these layers are trained, so they must be on the device. Leave "
                 "it out"
+            )
+
+    def _check_targets(self) -> None:
+        """Refuse targets that answer one question differently."""
+        guided, teacher, prior = self.guided, self.teacher, self.prior
+        if guided.guided_target is not None and teacher.teacher is not None:
+            raise OptionError(
+                f"--guided_target {guided.guided_target:g} and --teacher {teacher.teacher} are two answers "
+                "to one question: what to learn in place of the clip. Leave out one of the two"
+            )
+        if teacher.teacher_split and self.loss.loss_type != "l2":
+            raise OptionError(
+                f"--teacher_split with --loss_type {self.loss.loss_type}: size and direction are those of "
+                "squared differences. Use --loss_type l2, or leave out --teacher_split"
+            )
+        if prior.blank_prior_weight is not None and self.is_fused:
+            raise OptionError(
+                "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "
+                "and fused gradients are freed at once. Leave out one of the two"
             )
 
     def _check_fused(self) -> None:

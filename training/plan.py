@@ -15,7 +15,7 @@ from dataset.batches.finding import find_items, learn_no_references, require_ite
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.cache.store import Stores, npz_names
-from dataset.config import DatasetConfig, for_family, load_dataset_config
+from dataset.config import DatasetConfig, for_family, load_dataset_config, with_empty_prompts
 from dataset.sources.media_source import NO_REFERENCE
 from dataset.subsets import folders_config
 from modules.errors import DatasetError, OptionError, OutputError
@@ -27,7 +27,7 @@ from running.dressing import have_joined
 from training.checks import (
     check_before_loading,
     check_schedule,
-    check_teacher,
+    check_targets,
     choose_lora_format,
     list_unused_options,
 )
@@ -176,14 +176,13 @@ def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
 
 
 def _find_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
-    """Return the text encoders that work while training. Checks --teacher."""
+    """Return the text encoders that work while training. Checks the targets."""
     texts: LiveTexts | None = None
     if _may_encode(options, config):
         from training.caching_inside import find_live_texts  # most runs read caches alone
 
         texts = find_live_texts(family, options, config)
-    if options.frozen.teacher is not None:
-        check_teacher(family, options.frozen.teacher, texts)
+    check_targets(family, options, texts)
     return texts
 
 
@@ -274,6 +273,8 @@ def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
             logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
         path = require(path, "--dataset_config", "the clips to train on")
         config = load_dataset_config(path, subset)
+    if options.needs_empty_prompt:
+        config = with_empty_prompts(config)
     return for_family(config, family)
 
 

@@ -28,7 +28,7 @@ from modules.errors import OptionError
 from modules.seeds import derive_seed
 from running.planning.device_memory import room_on
 from training.caching_inside import find_live_texts, list_live_tables, open_stores, plan_tables
-from training.checks import check_teacher, judge_rate
+from training.checks import check_targets, judge_rate
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.timesteps import Timesteps, draw, loss_weights
@@ -144,8 +144,7 @@ def _plan(
     family.check_given_files()  # first: caches are made with them
     config = read_config(options, family)
     texts = find_live_texts(family, options, config)
-    if options.frozen.teacher is not None:
-        check_teacher(family, options.frozen.teacher, texts)
+    check_targets(family, options, texts)
     noisy_batch = _read_for_plan(family, options, commands, config=config, texts=texts)
     sample_files: Sequence[Path] = ()
     if sampling is not None and options.samples.are_made:

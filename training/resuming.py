@@ -20,6 +20,7 @@ from modules.option_values import read_literals, to_path
 from modules.options import options_with
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NOTHING_FROZEN
+from networks.teacher_options import NO_PRIOR, NO_TEACHER
 from training.experts import TRAINING_ADAPTER, module_of
 from training.optimizers.optimizer import PATHS
 from training.options import TrainingOptions
@@ -28,6 +29,7 @@ from training.saving import states
 from training.saving.files import find_set_aside
 from training.saving.options import LATEST, LATEST_ONLY, SavingOptions
 from training.steps import Progress, StepPlan
+from training.target_options import NO_GUIDED_TARGET
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +215,9 @@ def check_resumable(
     before = _resolve({**usual, **saved.identity})
     identity = _resolve(settings.identity)
     # likewise of before the frozen model could teach
-    unsaid = {f"--{name}": value for name, value in public_config(NOTHING_FROZEN).items()}
+    unsaid: dict[str, Any] = {}
+    for record in (NOTHING_FROZEN, NO_TEACHER, NO_PRIOR, NO_GUIDED_TARGET):
+        unsaid |= {f"--{name}": value for name, value in public_config(record).items()}
     habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)
     unknown = {*identity} - {*before} | {*habits} - {*habits_before}
     if unknown:

@@ -15,6 +15,7 @@ from checkpoints.opening import open_checkpoint
 from checkpoints.writing import stream_tensors
 from contract.loading import TensorInfo
 from modules.errors import CheckpointError, OptionError
+from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
 from networks.deltas import sizes_of
 from networks.formats import LoraFormat
@@ -92,6 +93,21 @@ class Trainable:
         finally:
             for network in self.all_networks:
                 network.set_multiplier(1.0)
+
+
+def seed_networks(trainable: Trainable, seed: int, number: int, device: torch.device) -> None:
+    """Seed dropout and the global generators by the run's seed and the number of the micro-batch."""
+    dropout_seed = derive_seed(seed, "dropout", number)
+    for network in trainable.all_networks:
+        network.set_dropout_seed(dropout_seed)
+    # the global generators are for networks that use them; torch.manual_seed itself would record the call
+    # for device types that are not in use
+    global_seed = derive_seed(seed, "global", number)
+    torch.default_generator.manual_seed(global_seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(global_seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(global_seed)
 
 
 def train_network(

@@ -19,10 +19,11 @@ from dataset.cache.records import CacheChecks
 from modules.bars import track
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.timesteps import times_at
-from training.loss import Autocast, DitOf, LossRule, NoisyBatch, NoisySound, measure_streams
+from training.loss import Autocast, DitOf, LossRule, NoisyBatch, NoisySound
 from training.noise_options import NUM_TIMESTEPS
 from training.plan import TrainingPlan
 from training.reports.history import LOSS
+from training.targets.passes import measure_streams
 
 NUM_BANDS = 5
 STEP, EPOCH = "step", "epoch"  # after what a validation comes: in the names of logs

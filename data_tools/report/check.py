@@ -525,7 +525,7 @@ def _list_captions(items: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem
         for number in range(item.captions):
             yield item, number
     table = items[0].table
-    if table.drops_captions:
+    if table.caches_empty_prompt:
         # the empty prompt once, or for each item if an encoder sees its references
         for item in items if table.texts_see_references else items[:1]:
             yield item, EMPTY

@@ -340,14 +340,14 @@ class _TextNames:
         self.captions = _count_captions(names, tag) if table.multi_caption else {}
         # names of empty prompts' caches; None: not needed, or a missing one was found already
         self._empty: set[str] | None = None
-        if table.drops_captions:
+        if table.caches_empty_prompt:
             self._empty = {name for name in names if cache_files.is_empty_text_name(name, tag)}
 
     def _is_used(self, name: str) -> bool:
         """Return whether a name is that of a further caption, or of an empty prompt, that the table uses."""
         if self._table.multi_caption and cache_files.parse_more_text_name(name, self._tag) is not None:
             return True
-        return self._table.drops_captions and cache_files.is_empty_text_name(name, self._tag)
+        return self._table.caches_empty_prompt and cache_files.is_empty_text_name(name, self._tag)
 
     def has(self, stem: str) -> bool:
         """Return whether the first text of a source is cached."""
@@ -417,6 +417,9 @@ def _bucket(
     return (*name.size, name.span[1])
 
 
+_EMPTY_IS_FOR = "captions that are dropped, --guided_target and --blank_prior_weight need it"
+
+
 def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) -> Sequence[TrainingItem]:
     """Return the items to train on. Items without a text cache are left out with a warning.
 
@@ -432,9 +435,12 @@ def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) 
     if listing.silent is not None:
         faults.append(f"no clip of the dataset has cached sound. Give some, or {listing.silent.without}")
     for path in listing.missing_empty:
-        faults.append(f"caption_dropout_rate needs the empty prompt's cache, {path}")
+        faults.append(f"the cache of the empty prompt is missing, {path}: {_EMPTY_IS_FOR}")
     if faults:
-        raise CacheError("\n  ".join([*faults, "Make the caches first:", commands.latents, commands.text]))
+        text_command = commands.text
+        if listing.missing_empty:
+            text_command += " --empty_prompt"
+        raise CacheError("\n  ".join([*faults, "Make the caches first:", commands.latents, text_command]))
     _warn_left_out(listing, commands)
     num_items = count_of(len(listing.items), "item")
     num_tables = count_of(len(tables_of(listing.items)), "data set")

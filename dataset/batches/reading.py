@@ -40,6 +40,7 @@ def read_batch(
     flips: Sequence[bool] = (),
     undropped: Sequence[int] = (),
     encoded: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
+    reads_empty: bool = False,
 ) -> data.Batch:
     """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay
     lists.
@@ -50,8 +51,9 @@ def read_batch(
     caption to use of each item, or EMPTY; without it the first. stores: of the run, which keeps them open.
     flips: which items are mirrored; () for none. undropped: for a teacher, the numbers before dropout, of
     captions that are all cached; the batch also has these texts if `captions` differ. encoded: what was
-    encoded for items, by their places: tensors without batch dimension. For texts without a cache the batch
-    has only `captions`, as their files have them.
+    encoded for items, by their places: tensors without batch dimension. reads_empty: read the empty prompt
+    too, which the caches of a table with `uses_empty_prompt` have. For texts without a cache the batch has
+    only `captions`, as their files have them.
     """
     stores = stores or stores_for(items[0], latent)
     reader = _Reader(
@@ -73,6 +75,11 @@ def read_batch(
     if undropped and tuple(undropped) != tuple(numbers):
         full_texts = reader.read_texts(items, undropped)
         full_tensors = _stack(full_texts, commands.text)
+    empty_tensors: dict[str, Any] = {}
+    if reads_empty:
+        empty_texts = reader.read_texts(items, [EMPTY] * len(items))
+        empty_tensors = _stack(empty_texts, commands.text)
+        full_texts = [*full_texts, *empty_texts]
     made_by: list[data.MadeBy] = []
     for of_media, of_text in zip(media, texts, strict=True):
         made_by += (*of_media.made_by, *of_text.made_by)
@@ -88,6 +95,8 @@ def read_batch(
         loss_weights=() if set(weights) == {1.0} else weights,
         preserved=preserved if any(preserved) else (),
         undropped=full_tensors,
+        empty_text=empty_tensors,
+        has_empty_text=tuple(text.is_empty for text in texts) if any(text.is_empty for text in texts) else (),
     )
 
 
@@ -127,6 +136,7 @@ class _Part:
     tensors: dict[str, Tensor]
     variable: frozenset[str] = frozenset()
     caption: str = ""
+    is_empty: bool = False  # its caption is known to be the empty prompt
     made_by: tuple[data.MadeBy, ...] = ()
 
 
@@ -194,7 +204,8 @@ class _Reader:
         store = self.stores.of_texts(item.table)
         caption = item.kind.caption(item.source_stem, number) if item.kind.sources else ""
         if not item.kind.has_text:
-            return _Part(path, {}, caption=caption)
+            is_known = number == EMPTY or bool(item.kind.sources)
+            return _Part(path, {}, caption=caption, is_empty=is_known and not caption)
         with _remedy(self.commands.text, store):
             entry = store.read(path.name)
             tensors = entry.tensors
@@ -218,7 +229,15 @@ class _Reader:
             recorded = next((record.caption for record in records.values()), None)
             caption = entry.metadata.get("caption1", "") if recorded is None else recorded
         made_by = tuple(data.MadeBy(path, name, record.encoder) for name, record in records.items())
-        return _Part(path, tensors, variable=entry.variable, caption=caption, made_by=made_by)
+        is_known = number == EMPTY or bool(records) or "caption1" in entry.metadata
+        return _Part(
+            path,
+            tensors,
+            variable=entry.variable,
+            caption=caption,
+            is_empty=is_known and not caption,
+            made_by=made_by,
+        )
 
     def _read_entry(
         self, item: TrainingItem, path: Path, part: str, key: str, find_faults: Callable[..., Iterator[str]]

@@ -96,7 +96,7 @@ def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: st
                 further.append(file)
             else:
                 first.append(file)
-        if table.drops_captions and table.texts_see_references:
+        if table.caches_empty_prompt and table.texts_see_references:
             file = CaptionFile(
                 table=table,
                 file_name=text_file_name(source.stem, tag, EMPTY),
@@ -108,7 +108,7 @@ def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: st
                 references=pictures,
             )
             empty.append(file)
-    if table.drops_captions and not table.texts_see_references:
+    if table.caches_empty_prompt and not table.texts_see_references:
         file = CaptionFile(
             table=table,
             file_name=empty_text_name(tag),

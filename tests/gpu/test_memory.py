@@ -32,11 +32,12 @@ from running.planning.memory_plan import workspace
 from tests.gpu.measuring import peak_of, release_cuda
 from tests.manifests import tensor_list, write_hollow
 from training.experts import dress, placement_of
-from training.loss import NoisyBatch, training_loss
+from training.loss import NoisyBatch
 from training.optimizers.optimizer import make_optimizer
 from training.options import read_training
 from training.planning.memory import predict
 from training.planning.rehearsal import autocast_of
+from training.targets.passes import training_loss
 from wan.family import family_for_generation, family_for_training
 from wan.options import WanGenerationOptions, WanTrainingOptions
 

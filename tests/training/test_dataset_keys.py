@@ -24,10 +24,10 @@ from tests.faults.messages import run_here, succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily
 from tests.training import toy
 from tests.training.toy_images import LATENT, LEVELS, PictureFamily, count_tokens
-from training.loss import training_loss
 from training.noise_options import SAMPLERS, SIZE_SAMPLERS
 from training.options import TrainingOptions, read_arguments, training_parser
 from training.run import prepare_run, train_network
+from training.targets.passes import training_loss
 
 KEYS = "multi_caption = true\ncaption_dropout_rate = 0.3"
 

@@ -15,8 +15,9 @@ from contract.steps import NO_TWEAKS, Tweaks
 from tests.training.toy import LATENT, ToyFamily
 from training.data.feed import Randomness
 from training.data.timesteps import draw
-from training.loss import PLAIN_LOSS, NoisyBatch, measure_streams, training_loss
+from training.loss import PLAIN_LOSS, NoisyBatch
 from training.noise_options import SHIFTED_LOGIT, TimestepOptions
+from training.targets.passes import measure_streams, training_loss
 
 JOINT = Joint((2, 3, 2, 2), (2, 4, 3))
 

@@ -12,8 +12,9 @@ from modules.errors import OptionError
 from tests.training import toy
 from tests.training.test_speed import COMPILED, KINDS, write_file
 from tests.training.toy_images import train_image_toy, write_pictures
-from training.loss import training_loss
 from training.run import prepare_run
+from training.target_rules import NO_TARGETS
+from training.targets.passes import training_loss
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
@@ -52,7 +53,7 @@ def test_the_loss_is_that_of_the_formula_and_the_draws_stay(tmp_path: Path) -> N
     family, weight = toy.ToyFamily(), 0.3
     with prepare_run(family, toy.toy_options(tmp_path)) as run:
         plain = [run.feed.read((0, index)) for index in range(3)]
-        assert run.rule.teacher_weight == 0
+        assert run.rule.targets == NO_TARGETS
     assert all(not batch.batch.undropped for batch in plain)
 
     told = 0

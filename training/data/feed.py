@@ -76,11 +76,12 @@ class BatchSources:
         captions: Sequence[int] | None = None,
         flips: Sequence[bool] = (),
         undropped: Sequence[int] = (),
+        reads_empty: bool = False,
     ) -> Batch:
         """Read a batch; encode those of its pictures that are not cached.
 
-        stream: the seed of random numbers. captions, flips, undropped: see `read_batch`. Raises CacheError,
-        or as `LiveMedia.encode`.
+        stream: the seed of random numbers. captions, flips, undropped, reads_empty: see `read_batch`.
+        Raises CacheError, or as `LiveMedia.encode`.
         """
         encoded = {} if self.media is None else self.media.encode(items, *stream)
         # items encoded now have been mirrored already
@@ -95,6 +96,7 @@ class BatchSources:
             flips=sides,
             undropped=undropped,
             encoded=encoded,
+            reads_empty=reads_empty,
         )
 
 
@@ -176,6 +178,7 @@ class Randomness:
             perturbation=self._perturb(shape, number),
             sound=sound,
             number=number,
+            levels=tuple(times.sigmas.tolist()),
         )
 
     def _add_sound(self, batch: Batch, times: Timesteps, number: int, first_sample: int) -> NoisySound | None:
@@ -194,7 +197,13 @@ class Randomness:
         if learning.has_own_times:
             times = self.draw(len(batch), number, first_sample, shape=latents.shape, stream="sound timesteps")
         weights = learning.sound_weight * self._weigh(batch, times) * has_sound
-        return NoisySound(noise, times.sigmas, times.timesteps, weights)
+        return NoisySound(
+            noise=noise,
+            sigmas=times.sigmas,
+            timesteps=times.timesteps,
+            weights=weights,
+            levels=tuple(times.sigmas.tolist()),
+        )
 
     def _perturb(self, shape: torch.Size, number: int) -> Tensor | None:
         """Draw further noise of the input; None without --ip_noise_gamma.
@@ -261,6 +270,7 @@ class Feed:
     workers: int = 0  # as asked for; never more than there are CPUs
     pin_memory: bool = False
     reads_dropped: bool = False  # captions that are dropped are read too, for a teacher
+    reads_empty: bool = False  # the empty prompt is read too, for a target that asks for it
     checks: CacheChecks = field(default_factory=CacheChecks, init=False)  # of the run, which begins here
 
     def start(self, epoch: int, position: int) -> Generator[NoisyBatch]:
@@ -335,6 +345,7 @@ class Feed:
             captions=captions,
             flips=flips,
             undropped=undropped,
+            reads_empty=self.reads_empty,
         )
         if drops_references(items, seed, number):
             batch = batch.without_references()

@@ -28,6 +28,7 @@ class LiveTexts:
     encoders: Sequence[TextEncoder]
     learning: Sequence[LearningEncoder] = ()  # encoders that get a network, in their order
     able: Sequence[str] = ()  # prefixes of all encoders that could learn, in the order of their rates
+    adds_empty: bool = False  # batches also get the empty prompt, for a target that asks for it
 
     @property
     def keys(self) -> frozenset[str]:
@@ -65,7 +66,20 @@ class LiveTexts:
             for name in encoder.keys:
                 rows = [conditions[name] for conditions in encoded]
                 tensors[name] = _stack(rows, name in encoder.variable_length)
-        return replace(batch, tensors=tensors)
+        batch = replace(batch, tensors=tensors)
+        return self._add_empty(batch) if self.adds_empty else batch
+
+    def _add_empty(self, batch: Batch) -> Batch:
+        """Return a batch with the outputs of these encoders for the empty prompt too."""
+        empty_text = dict(batch.empty_text)
+        for encoder in self.encoders:
+            with torch.no_grad():
+                encoded = self._encode(encoder, [Prompt("")])[0]
+            for name in encoder.keys:
+                rows = [encoded[name]] * len(batch)
+                empty_text[name] = _stack(rows, name in encoder.variable_length)
+        are_empty = tuple(not caption for caption in batch.captions)
+        return replace(batch, empty_text=empty_text, has_empty_text=are_empty if any(are_empty) else ())
 
     def renew(
         self, texts: Mapping[int, Prompts], encoded: Mapping[int, EncodedPrompts]

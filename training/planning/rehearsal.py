@@ -21,12 +21,14 @@ from networks.added import add_loras
 from running.planning import dry_run as dry
 from training.data.live import LiveTexts
 from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
-from training.loss import Autocast, LossRule, NoisyBatch, Trains, training_loss
+from training.loss import Autocast, LossRule, NoisyBatch, Trains
 from training.optimizers.optimizer import find_averaging, make_optimizer
 from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
 from training.options import TrainingOptions
 from training.processes import fill_missing_gradients
 from training.steps import Progress
+from training.target_rules import make_targets
+from training.targets.passes import teach_as_base, training_loss
 from training.trainable import train_dit
 
 logger = logging.getLogger(__name__)
@@ -86,12 +88,13 @@ class Rehearsal:
                 batch = self.texts.add_to(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
         self.ledger.enter("forward outside the blocks")
-        frozen = self.options.frozen
         rule = LossRule(
             self.options.loss,
             self.options.predicted,
             as_base=contextlib.nullcontext,
-            teacher_weight=frozen.teacher_weight if frozen.teacher else 0,
+            targets=make_targets(self.options.guided, self.options.teacher, self.options.prior),
+            teach=teach_as_base,
+            in_lockstep=True,  # so that no level and no mask leaves out a pass
         )
         autocast = autocast_of(self.options, self.ledger.device)
         loss = training_loss(self.family, self.dit, noisy_batch, autocast=autocast, rule=rule)

@@ -1,0 +1,128 @@
+"""Options of what a frozen model teaches the network, and of what the network keeps of it.
+
+Standard library only.
+"""
+
+from modules.errors import OptionError
+from modules.options import HABIT, Options, option
+
+BASE, OTHER_DIT = "base", "dit"
+# what a teacher knows beyond the network
+INPUTS, FIRST_LAST, CLIP, SUBJECT = "inputs", "first_last", "clip", "subject"
+NUM_TIMESTEPS = 1000
+
+
+class TeacherOptions(Options, title="teacher"):
+    """Which frozen model the network learns from, at which noise, and how it is compared with it."""
+
+    teacher: str | None = option(
+        "also measure the loss against the prediction of a frozen model, which knows the full conditions: "
+        "also a dropped caption, and the first frame if the model takes one. base: the model without the "
+        "network; dit: the model of --teacher_dit. More passes in each step, without gradients",
+        choices=(BASE, OTHER_DIT),
+        facts=HABIT,
+    )
+    teacher_weight: float = option(
+        "share of --teacher in the loss: (1 - W) * the usual loss + W * that against the teacher",
+        default=0.5,
+        above=0,
+        most=1,
+        needs="teacher",
+        hint="1 leaves nothing of the usual loss",
+        facts=HABIT,
+    )
+    teacher_min_timestep: int = option(
+        "noise, in thousandths, from which on the teacher knows more than the network; below it both know "
+        "the same (the anchor)",
+        default=0,
+        least=0,
+        most=NUM_TIMESTEPS,
+        needs="teacher",
+        hint="0 is no lower bound",
+        facts=HABIT,
+    )
+    teacher_max_timestep: int = option(
+        "noise, in thousandths, up to which the teacher knows more than the network; above it is the anchor",
+        default=NUM_TIMESTEPS,
+        least=0,
+        most=NUM_TIMESTEPS,
+        needs="teacher",
+        hint="1000 is no upper bound, 750 is usual for a teacher that knows more",
+        facts=HABIT,
+    )
+    teacher_anchor_weight: float = option(
+        "factor on the teacher's loss outside --teacher_min_timestep..--teacher_max_timestep",
+        default=1.0,
+        least=0,
+        most=1000,
+        needs=("teacher_min_timestep", "teacher_max_timestep"),
+        hint="1 is usual",
+        facts=HABIT,
+    )
+    teacher_split: bool = option(
+        "compare size and direction of the teacher's prediction apart, each with a weight of its own",
+        needs="teacher",
+        facts=HABIT,
+    )
+    teacher_size_weight: float = option(
+        "weight of the size with --teacher_split",
+        default=1.0,
+        least=0,
+        most=100,
+        needs="teacher_split",
+        hint="0.25 to 1 are usual",
+        facts=HABIT,
+    )
+    teacher_colour_weight: float = option(
+        "weight of the mean difference of each latent channel, mostly brightness and colour, with "
+        "--teacher_split",
+        default=1.0,
+        least=0,
+        most=100,
+        needs="teacher_split",
+        hint="0.3 is usual",
+        facts=HABIT,
+    )
+    teacher_sees: str = option(
+        "what the teacher knows: inputs (all conditions of the caches); first_last, clip and subject are for "
+        "models that take the first and last frame, the clip itself or other pictures of its subject",
+        default=INPUTS,
+        choices=(INPUTS, FIRST_LAST, CLIP, SUBJECT),
+        needs="teacher",
+        facts=HABIT,
+    )
+
+    def __post_init__(self) -> None:
+        if self.teacher_min_timestep >= self.teacher_max_timestep:
+            raise OptionError(
+                f"--teacher_min_timestep {self.teacher_min_timestep} --teacher_max_timestep "
+                f"{self.teacher_max_timestep}: the first has to be the lower one"
+            )
+
+    @property
+    def has_band(self) -> bool:
+        return self.teacher_min_timestep > 0 or self.teacher_max_timestep < NUM_TIMESTEPS
+
+
+class PriorOptions(Options, title="what the model keeps"):
+    """How strongly the network is held to the predictions of the model without it."""
+
+    mask_prior_weight: float | None = option(
+        "where a mask leaves out parts of a picture or clip, compare the network there with the model "
+        "without it, with this weight. One more pass in a step with masks, without gradients",
+        above=0,
+        most=100,
+        hint="0.5 to 1 are usual",
+        facts=HABIT,
+    )
+    blank_prior_weight: float | None = option(
+        "also compare the network with the model without it for the empty prompt, with this weight: keeps "
+        "what the model makes without a prompt. Two more passes in each step, one of them with gradients",
+        above=0,
+        most=100,
+        hint="0.5 to 1 are usual",
+        facts=HABIT,
+    )
+
+
+NO_TEACHER, NO_PRIOR = TeacherOptions.usual(), PriorOptions.usual()

@@ -1,0 +1,103 @@
+"""Records of the targets of a run."""
+
+from dataclasses import dataclass
+
+from networks.teacher_options import PriorOptions, TeacherOptions
+from training.target_options import GuidedTargetOptions
+
+THOUSAND = 1000
+
+
+@dataclass(frozen=True)
+class GuidedTarget:
+    """The target u + scale * (v - u); u is the network's prediction for the empty prompt."""
+
+    scale: float
+    sound_scale: float
+    lowest_level: float  # share of noise, 0..1, from which on it is used
+
+
+@dataclass(frozen=True)
+class Band:
+    """The shares of noise, 0..1, at which a teacher knows more than the network; both ends count."""
+
+    lowest: float
+    highest: float
+
+    def holds(self, level: float) -> bool:
+        return self.lowest <= level <= self.highest
+
+
+@dataclass(frozen=True)
+class Split:
+    """Weights of the parts of a comparison: see `errors.split_errors`."""
+
+    size_weight: float
+    colour_weight: float
+
+
+EVEN_SPLIT = Split(1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class TeacherTarget:
+    """How the network is compared with a frozen model."""
+
+    weight: float  # share in the loss, 0..1
+    band: Band | None = None  # None: the teacher knows more at all levels
+    anchor_weight: float = 1.0  # factor outside the band
+    split: Split | None = None  # None: squared differences, or those of --loss_type
+
+
+@dataclass(frozen=True)
+class Targets:
+    """All that a run compares with besides the clip itself."""
+
+    guided: GuidedTarget | None = None
+    teacher: TeacherTarget | None = None
+    mask_prior_weight: float = 0.0
+    blank_prior_weight: float = 0.0
+
+    @property
+    def reads_empty(self) -> bool:
+        return needs_empty_prompt(self.guided is not None, self.blank_prior_weight)
+
+
+NO_TARGETS = Targets()
+
+
+def needs_empty_prompt(is_guided: bool, blank_prior_weight: float | None) -> bool:
+    return is_guided or bool(blank_prior_weight)
+
+
+def make_targets(guided: GuidedTargetOptions, teacher: TeacherOptions, prior: PriorOptions) -> Targets:
+    """Return the targets that options ask for."""
+    return Targets(
+        guided=_make_guided(guided),
+        teacher=_make_teacher(teacher),
+        mask_prior_weight=prior.mask_prior_weight or 0.0,
+        blank_prior_weight=prior.blank_prior_weight or 0.0,
+    )
+
+
+def _make_guided(options: GuidedTargetOptions) -> GuidedTarget | None:
+    scale = options.guided_target
+    if scale is None:
+        return None
+    return GuidedTarget(
+        scale=scale,
+        sound_scale=options.guided_target_sound or scale,
+        lowest_level=options.guided_target_min_timestep / THOUSAND,
+    )
+
+
+def _make_teacher(options: TeacherOptions) -> TeacherTarget | None:
+    if options.teacher is None:
+        return None
+    band = None
+    if options.has_band:
+        band = Band(options.teacher_min_timestep / THOUSAND, options.teacher_max_timestep / THOUSAND)
+    split = None
+    if options.teacher_split:
+        split = Split(options.teacher_size_weight, options.teacher_colour_weight)
+    return TeacherTarget(options.teacher_weight, band, options.teacher_anchor_weight, split)

@@ -1,0 +1,35 @@
+"""Compare the size and the direction of two predictions apart."""
+
+import torch
+from torch import Tensor
+
+from training.target_rules import Split
+
+
+def split_errors(output: Tensor, target: Tensor, split: Split, has_channels: bool) -> Tensor:
+    """Return the error of each sample, B: that of the size and that of the direction.
+
+    With r = output - target, p' = output - (1 - sqrt(colour_weight)) * (mean of r of each channel), N
+    elements in a sample, and |p'| without gradient in the second term:
+
+        (size_weight * (|p'| - |target|)^2 + 2 |p'| |target| (1 - cos(p', target))) / N
+
+    At weights of 1 its value is the mean squared difference; its gradient is not: a prediction cannot lower
+    its error by losing size where the direction is uncertain. Source: the teacher matching of musubi-tuner's
+    MiniMax-H3 training (docs/minimax_h3.md there).
+
+    output, target: B C ... float32. has_channels: whether the second dimension is of channels of a picture;
+    the colour weight is for these alone.
+    """
+    if has_channels and split.colour_weight != 1:
+        differences = output - target
+        means = differences.mean(dim=tuple(range(2, differences.ndim)), keepdim=True)
+        output = output - (1 - split.colour_weight**0.5) * means
+    flat = output.flatten(1)
+    flat_target = target.flatten(1)
+    size = torch.linalg.vector_norm(flat, dim=1)
+    target_size = torch.linalg.vector_norm(flat_target, dim=1)
+    cosine = torch.nn.functional.cosine_similarity(flat, flat_target, dim=1)
+    size_errors = (size - target_size).square()
+    direction_errors = 2 * size.detach() * target_size * (1 - cosine)
+    return (split.size_weight * size_errors + direction_errors) / flat.shape[1]

@@ -1,0 +1,330 @@
+"""The passes of a training step: those without gradients that make targets, then those that learn.
+
+Passes without gradients come first, at the same noised input, and draw no random number: so swapped blocks
+keep their order, forward and backward, and all random numbers are those of a run without targets. A sample
+whose level or mask makes a target void costs no pass; where processes share a model (`LossRule.in_lockstep`)
+all run equal passes, and what is void is dropped.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from contract.data import FIRST_FRAME, LOSS_MASK, SOUND
+from modules.devices import numbers_on
+from training.loss import (
+    MASK,
+    PLAIN_LOSS,
+    Autocast,
+    LossRule,
+    NoisyBatch,
+    NoisySound,
+    Trains,
+    predict,
+    sample_errors,
+    sample_errors_outside,
+    split_streams,
+)
+from training.target_rules import EVEN_SPLIT, GuidedTarget, Split, TeacherTarget
+from training.targets.errors import split_errors
+
+Streams = tuple[
+    Tensor, ...
+]  # numbers of each sample, B: of the picture; if the batch has sound, also of that
+Measure = Callable[[Tensor, Tensor, NoisyBatch], Streams]  # output, target, batch -> errors
+
+
+@dataclass(frozen=True)
+class TargetComparison:
+    """What the network's output is compared with."""
+
+    target: Tensor  # in the form of the output
+    measure: Measure
+    noisy_batch: NoisyBatch  # whose given frames and masks count
+    weight: "float | Tensor"  # factor on the errors, of the batch or of each sample, B
+
+
+@dataclass(frozen=True)
+class TrainingPasses:
+    """Run a network on one batch: with what learns, or as the base model."""
+
+    family: Trains
+    dit: nn.Module
+    latents: Tensor  # in model space
+    autocast: Autocast
+    rule: LossRule
+
+    def learning(self, noisy_batch: NoisyBatch) -> Tensor:
+        return predict(
+            self.family, self.dit, self.latents, noisy_batch, autocast=self.autocast, rule=self.rule
+        )
+
+    def frozen(self, noisy_batch: NoisyBatch) -> Tensor:
+        """Return the prediction with the network as it is now, without gradients."""
+        with torch.no_grad():
+            return self.learning(noisy_batch)
+
+    def base(self, noisy_batch: NoisyBatch) -> Tensor:
+        """Return the prediction of the model without the network, without gradients."""
+        assert self.rule.as_base is not None  # options that need it are refused where the model itself learns
+        with torch.no_grad(), self.rule.as_base():
+            return self.learning(noisy_batch)
+
+    def restart(self, noisy_batch: NoisyBatch) -> None:
+        """Begin the random numbers of the network anew: an earlier pass of the batch may have drawn some."""
+        if self.rule.seed_networks is not None:
+            self.rule.seed_networks(noisy_batch.number)
+
+
+def training_loss(
+    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
+) -> Tensor:
+    """Return the weighted mean error over the batch, of all passes and streams together: one number.
+
+    All samples of a batch have one size, so it is the mean over all elements too.
+    """
+    losses = [
+        functools.reduce(torch.add, streams)
+        for streams in loss_passes(family, dit, noisy_batch, autocast=autocast, rule=rule)
+    ]
+    return functools.reduce(torch.add, losses)
+
+
+def loss_passes(
+    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule = PLAIN_LOSS
+) -> Iterator[Streams]:
+    """Yield the weighted means over the batch of each pass with gradients; with sound a second one of that.
+
+    Take the gradients of each before asking for the next: it frees the graph, and networks may change their
+    state between two.
+    """
+    passes = _make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule)
+    if rule.targets.blank_prior_weight:
+        yield _weighted(_measure_blank(passes, noisy_batch), noisy_batch)
+    yield _weighted(_measure(passes, noisy_batch), noisy_batch)
+
+
+def _weighted(errors: Streams, noisy_batch: NoisyBatch) -> Streams:
+    weights = [noisy_batch.weights]
+    if noisy_batch.sound is not None:
+        weights.append(noisy_batch.sound.weights)
+    return tuple((error * weight).mean() for error, weight in zip(errors, weights, strict=True))
+
+
+def _measure_blank(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
+    """Return the errors against the base model for the empty prompt, with the weight of this prior.
+
+    Masks are about the clip, so that all places count here.
+    """
+    blank = replace(noisy_batch, batch=noisy_batch.batch.with_empty_text())
+    target = passes.base(blank)
+    passes.restart(noisy_batch)
+    errors = _measure_plainly(passes, passes.learning(blank), target, _without_masks(blank))
+    passes.restart(noisy_batch)
+    return tuple(passes.rule.targets.blank_prior_weight * error for error in errors)
+
+
+def _without_masks(noisy_batch: NoisyBatch) -> NoisyBatch:
+    """Return the batch with all places counting."""
+    tensors = dict(noisy_batch.batch.tensors)
+    tensors.pop(MASK, None)
+    tensors.pop(LOSS_MASK, None)
+    return replace(noisy_batch, batch=replace(noisy_batch.batch, tensors=tensors))
+
+
+def _make_passes(
+    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule
+) -> TrainingPasses:
+    latents = family.latent.to_model(noisy_batch.batch.tensor("latents"))
+    return TrainingPasses(family, dit, latents, autocast, rule)
+
+
+def measure_streams(
+    family: Trains, dit: nn.Module, noisy_batch: NoisyBatch, autocast: Autocast, rule: LossRule
+) -> Streams:
+    """Return the error of each sample's picture: B; if the batch has sound, a second one of the sound.
+
+    Samples that the batch names in `preserved` are compared with the base model's prediction. What else the
+    prediction is compared with, the rule's targets say.
+    """
+    return _measure(_make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule), noisy_batch)
+
+
+def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
+    comparisons = [_compare_with_clip(passes, noisy_batch)]
+    targets = passes.rule.targets
+    if targets.mask_prior_weight and (_has_mask(noisy_batch) or passes.rule.in_lockstep):
+        comparisons += _compare_outside_mask(passes, noisy_batch, targets.mask_prior_weight)
+    if targets.teacher is not None:
+        comparisons += _compare_with_teacher(passes, noisy_batch, targets.teacher)
+    output = passes.learning(noisy_batch)
+    errors: Streams = ()
+    for comparison in comparisons:
+        measured = comparison.measure(output, comparison.target, comparison.noisy_batch)
+        errors = _add_weighted(errors, measured, comparison.weight)
+    return errors
+
+
+def _add_weighted(sums: Streams, errors: Streams, weight: "float | Tensor") -> Streams:
+    """Add errors to those of the same streams. Streams that only one of both has stay as they are."""
+    weighted = errors
+    if not isinstance(weight, float) or weight != 1.0:
+        weighted = tuple(weight * error for error in errors)
+    if not sums:
+        return weighted
+    added = [before + more for before, more in zip(sums, weighted, strict=False)]
+    return (*added, *sums[len(added) :])
+
+
+def _compare_with_clip(passes: TrainingPasses, noisy_batch: NoisyBatch) -> TargetComparison:
+    """Return the comparison with the velocity from the clip to its noise, or with what replaces it."""
+    family, rule = passes.family, passes.rule
+    target = family.noise.velocity(passes.latents, noisy_batch.noise)
+    if noisy_batch.sound is not None:
+        sound_latents = noisy_batch.batch.tensor(SOUND).float()
+        sound_velocity = family.noise.velocity(sound_latents, noisy_batch.sound.noise)
+        target = noisy_batch.joint.join(target, sound_velocity)
+    if any(noisy_batch.batch.preserved) or rule.always_as_base:
+        target = _replace_preserved(target, passes, noisy_batch)
+    if rule.targets.guided is not None:
+        target = _guide(target, passes, noisy_batch, guided=rule.targets.guided)
+    teacher = rule.targets.teacher
+    weight = 1.0 if teacher is None else 1 - teacher.weight
+    return TargetComparison(target, functools.partial(_measure_plainly, passes), noisy_batch, weight)
+
+
+def _measure_plainly(
+    passes: TrainingPasses, output: Tensor, target: Tensor, noisy_batch: NoisyBatch
+) -> Streams:
+    return sample_errors(passes.family.noise, output - target, noisy_batch, passes.rule)
+
+
+def _replace_preserved(velocity: Tensor, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+    """Return the velocity, for samples in `preserved` replaced by the base model's prediction.
+
+    The model runs for every batch. A function of its own, so that its output is freed before the forward pass
+    with gradients.
+    """
+    base_output = passes.base(noisy_batch)
+    preserved = noisy_batch.batch.preserved
+    if not any(preserved):
+        return velocity
+    return _choose(preserved, base_output, velocity)
+
+
+def _choose(chosen: Sequence[bool], if_chosen: Tensor, otherwise: Tensor) -> Tensor:
+    """Return one tensor or another for each sample, B ..."""
+    mask = numbers_on(otherwise.device, chosen, torch.bool)
+    return torch.where(mask.view(-1, *([1] * (otherwise.ndim - 1))), if_chosen, otherwise)
+
+
+def _guide(velocity: Tensor, passes: TrainingPasses, noisy_batch: NoisyBatch, guided: GuidedTarget) -> Tensor:
+    """Return u + scale * (velocity - u), where u is the network's prediction for the empty prompt.
+
+    Samples below the lowest level, and those whose text is the empty prompt already, keep the velocity: they
+    would be pushed away from themselves. Sound has its own scale and its own levels.
+    """
+    is_empty = noisy_batch.batch.has_empty_text or (False,) * len(noisy_batch.batch)
+    uses_picture = _above(_levels_of(noisy_batch), guided.lowest_level, is_empty)
+    uses_sound: list[bool] = []
+    if noisy_batch.sound is not None:
+        uses_sound = _above(_levels_of(noisy_batch.sound), guided.lowest_level, is_empty)
+    if not (any(uses_picture) or any(uses_sound) or passes.rule.in_lockstep):
+        return velocity
+    unprompted = passes.frozen(replace(noisy_batch, batch=noisy_batch.batch.with_empty_text()))
+    passes.restart(noisy_batch)
+    if noisy_batch.sound is None:
+        return _choose(uses_picture, unprompted + guided.scale * (velocity - unprompted), velocity)
+    picture, sound = noisy_batch.joint.split(velocity)
+    away, sound_away = noisy_batch.joint.split(unprompted)
+    picture = _choose(uses_picture, away + guided.scale * (picture - away), picture)
+    sound = _choose(uses_sound, sound_away + guided.sound_scale * (sound - sound_away), sound)
+    return noisy_batch.joint.join(picture, sound)
+
+
+def _levels_of(noised: NoisyBatch | NoisySound) -> Sequence[float]:
+    """Return the share of noise of each sample, on the host."""
+    return noised.levels or noised.sigmas.tolist()
+
+
+def _above(levels: Sequence[float], lowest: float, is_empty: Sequence[bool]) -> list[bool]:
+    return [level >= lowest and not empty for level, empty in zip(levels, is_empty, strict=True)]
+
+
+def _has_mask(noisy_batch: NoisyBatch) -> bool:
+    return MASK in noisy_batch.batch.tensors or LOSS_MASK in noisy_batch.batch.tensors
+
+
+def _compare_outside_mask(
+    passes: TrainingPasses, noisy_batch: NoisyBatch, weight: float
+) -> list[TargetComparison]:
+    """Return the comparison with the base model where masks leave the picture out; none without masks."""
+    target = passes.base(noisy_batch)
+    if not _has_mask(noisy_batch):
+        return []
+
+    def measure(output: Tensor, target: Tensor, noisy_batch: NoisyBatch) -> Streams:
+        return sample_errors_outside(passes.family.noise, output - target, noisy_batch, passes.rule)
+
+    return [TargetComparison(target, measure, noisy_batch, weight)]
+
+
+def _compare_with_teacher(
+    passes: TrainingPasses, noisy_batch: NoisyBatch, teacher: TeacherTarget
+) -> list[TargetComparison]:
+    """Return the comparisons with the teacher: inside its band with all that is known, outside as an anchor,
+    with what the network itself is told.
+    """
+    teach = passes.rule.teach
+    assert teach is not None  # a rule with a teacher has it
+    full_batch = tell_teacher(passes.family, noisy_batch)
+    is_inside = [teacher.band is None or teacher.band.holds(level) for level in _levels_of(noisy_batch)]
+    comparisons = []
+    if any(is_inside) or passes.rule.in_lockstep:
+        target = teach(passes, full_batch)
+        weight = _per_sample_weight(teacher.weight, is_inside, target.device)
+        measure = _measure_for(passes, teacher.split)
+        comparisons.append(TargetComparison(target, measure, full_batch, weight))
+    is_outside = [not inside for inside in is_inside]
+    if any(is_outside) or (passes.rule.in_lockstep and teacher.band is not None):
+        target = teach(passes, noisy_batch)
+        weight = _per_sample_weight(teacher.weight * teacher.anchor_weight, is_outside, target.device)
+        measure = _measure_for(passes, None if teacher.split is None else EVEN_SPLIT)
+        comparisons.append(TargetComparison(target, measure, noisy_batch, weight))
+    return comparisons
+
+
+def _per_sample_weight(weight: float, counts: Sequence[bool], device: torch.device) -> "float | Tensor":
+    if all(counts):
+        return weight
+    return numbers_on(device, [weight * counted for counted in counts], torch.float32)
+
+
+def _measure_for(passes: TrainingPasses, split: Split | None) -> Measure:
+    if split is None:
+        return functools.partial(_measure_plainly, passes)
+    return functools.partial(_measure_split, split)
+
+
+def _measure_split(split: Split, output: Tensor, target: Tensor, noisy_batch: NoisyBatch) -> Streams:
+    """Return the errors of `split_errors`, of places as far as they count."""
+    outputs = split_streams(output, noisy_batch)
+    targets = split_streams(target, noisy_batch)
+    errors = [split_errors(outputs[0], targets[0], split, has_channels=True)]
+    for sound_output, sound_target in zip(outputs[1:], targets[1:], strict=True):
+        errors.append(split_errors(sound_output, sound_target, split, has_channels=False))
+    return tuple(errors)
+
+
+def tell_teacher(family: Trains, noisy_batch: NoisyBatch) -> NoisyBatch:
+    """Return the batch with all inputs, also those that the trained network lacks."""
+    has_first = FIRST_FRAME in family.fuller and noisy_batch.noise.shape[2] > 1
+    given_frames = max(noisy_batch.given_frames, int(has_first))
+    return replace(noisy_batch, batch=noisy_batch.batch.tell(family.fuller), given_frames=given_frames)
+
+
+def teach_as_base(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+    return passes.base(noisy_batch)
