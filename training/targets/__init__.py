@@ -1,5 +1,5 @@
 """Targets of a training: what the network's prediction is compared with, besides the clip itself.
 
 errors: size and direction of two predictions, compared apart
-passes: the passes of a step: those that make targets, those that learn
+passes: of a step: those that make targets, those that learn
 """
