@@ -27,6 +27,7 @@ lora_settings: dimension, alpha, dropout and arguments of a network
 merging: add LoRAs to model files or to each other
 metadata: experts, checksums and description of files
 module_names: modules by their names in LoRA files
+multipliers: LoRA files with a number behind a colon
 names/: module names of each family in every layout
 options: options to train and to use LoRAs
 own_kinds: our network modules by name, their kinds and settings

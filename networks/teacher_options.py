@@ -3,8 +3,11 @@
 Standard library only.
 """
 
+from pathlib import Path
+
 from modules.errors import OptionError
-from modules.options import HABIT, Options, option
+from modules.options import FREE, HABIT, Options, option
+from networks.multipliers import files_with_multipliers
 
 BASE, OTHER_DIT = "base", "dit"
 # what a teacher knows beyond the network
@@ -29,6 +32,25 @@ class TeacherOptions(Options, title="teacher"):
         most=1,
         needs="teacher",
         hint="1 leaves nothing of the usual loss",
+        facts=HABIT,
+    )
+    teacher_dit: Path | None = option(
+        "transformer of --teacher dit, such as the base model of a distilled one; without it the trained "
+        "transformer itself, without --training_adapter",
+        place="there",
+        needs="teacher",
+        facts=FREE,
+    )
+    teacher_lora: tuple[Path, ...] | None = option(
+        "LoRA files that the teacher of --teacher dit has, which the network is to learn from it",
+        metavar="FILE[:MULTIPLIER]",
+        needs="teacher",
+        facts=FREE,
+    )
+    teacher_delta: bool = option(
+        "teach only what --teacher_lora changes in the teacher: the target is the prediction of the trained "
+        "model without the network, plus that change. Three more passes in each step instead of one",
+        needs="teacher_lora",
         facts=HABIT,
     )
     teacher_min_timestep: int = option(
@@ -98,6 +120,21 @@ class TeacherOptions(Options, title="teacher"):
                 f"--teacher_min_timestep {self.teacher_min_timestep} --teacher_max_timestep "
                 f"{self.teacher_max_timestep}: the first has to be the lower one"
             )
+        is_other = self.teacher == OTHER_DIT
+        given = {"--teacher_dit": self.teacher_dit, "--teacher_lora": self.teacher_lora}
+        for name, value in given.items():
+            if value is not None and not is_other:
+                raise OptionError(f"{name} is for --teacher {OTHER_DIT}. Give that, or leave out {name}")
+        if is_other and not any(given.values()):
+            raise OptionError(
+                f"--teacher {OTHER_DIT}: give the transformer to learn from (--teacher_dit FILE), the LoRA "
+                "whose effect is to be learned (--teacher_lora FILE), or both"
+            )
+        self.loras()
+
+    def loras(self) -> list[tuple[Path, float]]:
+        """Return the files of --teacher_lora with their multipliers. Raises OptionError if one is missing."""
+        return files_with_multipliers("--teacher_lora", self.teacher_lora or ())
 
     @property
     def has_band(self) -> bool:

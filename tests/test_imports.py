@@ -94,7 +94,7 @@ FLOORS = {
     "training": (
         {
             *{"config_options", "learning_options", "noise_options", "run_options", "steps"},
-            *{"target_options", "trainable"},
+            *{"other_families", "target_options", "trainable"},
         },
         {"processes", "reports", "target_rules"},
         {"loss", "saving"},
@@ -136,7 +136,11 @@ _LIGHT = {
     "downloads": ("catalogue",),
     "frame_pack": ("options",),
     "generation": ("prompt_lines",),
-    "networks": ("names/layouts",),
+    "networks": (
+        "multipliers",
+        "teacher_options",
+        "names/layouts",
+    ),
     "post": ("chain_options",),
 }
 LIGHT_FILES = {f"{room}/{name}.py" for room, names in _LIGHT.items() for name in names}

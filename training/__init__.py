@@ -16,6 +16,7 @@ metadata: what saved files say of their training
 noise_options: options of noise levels, loss and weighting
 optimizers/: optimizers, learning rates, and how weights are stepped
 options: compose the options of training in every family
+other_families: models of a run besides the trained one
 plan: find all parts of a run before loading
 planning/: the memory of a training run
 previews: show what a run would do, without training

@@ -20,7 +20,7 @@ from networks.lora_settings import DEFAULT_RANK, REG_RATES, read_rates
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
-from networks.teacher_options import INPUTS, TeacherOptions
+from networks.teacher_options import BASE, INPUTS, OTHER_DIT, TeacherOptions
 from running.offload.swap_plan import check_swap
 from training.data.live import LiveTexts
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
@@ -29,15 +29,19 @@ from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, make_optimizer
 from training.options import RANKED_NETWORKS, TrainingOptions
+from training.other_families import NO_OTHERS, OtherFamilies
 from training.run_options import MOST_STEPS
 
 # of a network, of a whole model: the lowest and the highest usual rate of Adam; between them the usual one
 USUAL_RATES = (2e-5, "1e-4", 5e-3), (5e-8, "1e-5", 1e-4)
 
 
-def check_before_loading(family: Family, options: TrainingOptions, sampling: Family | None = None) -> None:
-    """Raise UserError for a run that is impossible. sampling: the model of samples, if it is another one."""
+def check_before_loading(family: Family, options: TrainingOptions, others: OtherFamilies = NO_OTHERS) -> None:
+    """Raise UserError for a run that is impossible. others: models besides the trained one."""
+    sampling = others.sampling
     family.check_given_files()
+    if options.teacher.teacher == OTHER_DIT:
+        check_other_teacher(family, options, others.teacher)
     if sampling is not None:
         sampling.check_given_files()
     check_experts(family, options)
@@ -201,6 +205,36 @@ def check_targets(family: Family, options: TrainingOptions, texts: LiveTexts | N
         )
 
 
+def check_other_teacher(family: Family, options: TrainingOptions, teacher: Family | None) -> None:
+    """Raise UserError if the model of --teacher dit cannot teach the trained one. Loads nothing.
+
+    teacher: of --teacher_dit; None: the trained transformer itself.
+    """
+    if len(family.experts) > 1:
+        raise OptionError(
+            "--teacher dit: two transformers are trained, and one cannot teach both. Train them one at a "
+            "time, each with its own teacher"
+        )
+    if teacher is None:
+        return
+    name = f"--teacher_dit {options.teacher.teacher_dit}"
+    if options.speed.sharding.shard_base:
+        raise OptionError(
+            f"{name} with --shard_base: the teacher would not be split over the processes. Leave out one of "
+            "the two"
+        )
+    if set(teacher.dit_files) & set(family.dit_files):
+        raise OptionError(
+            f"{name}: this is the transformer that is trained. Leave it out: --teacher dit with "
+            "--teacher_lora alone learns from the trained one"
+        )
+    teacher.check_given_files()
+    if teacher.latent != family.latent:
+        raise OptionError(
+            f"{name}: its latents are not those of the trained transformer, so it cannot teach it"
+        )
+
+
 def check_teacher(family: Family, options: TeacherOptions, texts: LiveTexts | None) -> None:
     """Raise OptionError if the family has no extra inputs for --teacher, or if texts are not cached."""
     teacher = options.teacher
@@ -209,7 +243,7 @@ def check_teacher(family: Family, options: TeacherOptions, texts: LiveTexts | No
             f"--teacher_sees {options.teacher_sees}: the model {family.name} takes no such condition. Leave "
             "it out: the teacher then knows all conditions of the caches"
         )
-    if not family.fuller:
+    if not family.fuller and teacher == BASE:
         raise OptionError(
             f"--teacher {teacher}: the model {family.name} takes no further conditions, so the teacher "
             "would know no more than the network. Leave it out"

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,14 @@ from modules.errors import MemoryPlanError
 from modules.speed_options import SwapOptions
 from networks.adapter import make_network
 from networks.options import NetworkOptions
+from networks.teacher_options import OTHER_DIT
 from running.dressing import share_tokens, shared_blocks, swapped_weights
 from running.offload.turns import HostCopy
 from running.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from running.run_blocks import stage_files_of
 from training import experts
 from training.data.feed import Feed, Randomness
-from training.loss import LossRule
+from training.loss import LossRule, NoisyBatch
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, find_averaging, make_optimizer
@@ -35,7 +36,7 @@ from training.saver import restore
 from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
 from training.target_rules import NO_TARGETS, make_targets
-from training.targets.passes import teach_as_base
+from training.targets.passes import TrainingPasses, teach_as_base
 from training.trainable import (
     Rates,
     Trainable,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:  # loaded only where processes share a model, with LoRA files,
     from running.offload.swap_plan import HostWeights
     from training.averages import WeightAverage
     from training.samples import Sampler
+    from training.targets.teachers import TeacherModel
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
         plan=plan,
         dits=networks.dits,
         sample_dits=networks.sample_dits,
+        teacher=networks.teacher,
         trainable=trainable,
         optimizer=optimizer,
         optimizer_name=optimizer_name,
@@ -89,6 +92,8 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     )
     for adapter in model.dits.loras:
         adapter.place_on(accelerator.device, model.compute_dtype)
+    if model.teacher is not None:
+        model.teacher.loras.place_on(accelerator.device, model.compute_dtype)
     restore(model)
     return model
 
@@ -99,6 +104,7 @@ class LoadedNetworks:
 
     dits: experts.ExpertNetworks
     sample_dits: experts.ExpertNetworks  # see `TrainedModel`
+    teacher: "TeacherModel | None"
     trainable: Trainable
 
 
@@ -116,6 +122,7 @@ def load_networks(plan: TrainingPlan, swap: SwapOptions) -> LoadedNetworks:
     return LoadedNetworks(
         dits=experts.ExpertNetworks(networks, loading.copies, loading.adapters),
         sample_dits=experts.ExpertNetworks(sampled, loading.copies, loading.sample_loras),
+        teacher=loading.load_teacher(networks[0]) if plan.options.teacher.teacher == OTHER_DIT else None,
         trainable=learners.join(),
     )
 
@@ -221,10 +228,20 @@ def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
     return replace(
         rule,
         targets=targets,
-        teach=teach_as_base,
+        teach=_choose_teaching(model),
         in_lockstep=plan.steps.in_lockstep,
         seed_networks=lambda number: seed(number=number),
     )
+
+
+def _choose_teaching(model: TrainedModel) -> Callable[[TrainingPasses, NoisyBatch], Tensor]:
+    """Return what the teacher of --teacher predicts."""
+    if model.teacher is None:
+        return teach_as_base
+    from training.targets.teachers import teach_as_model, teach_change  # only with --teacher dit
+
+    teach = teach_change if model.plan.options.teacher.teacher_delta else teach_as_model
+    return functools.partial(teach, model.teacher)
 
 
 def _make_feed(plan: TrainingPlan) -> Feed:
@@ -275,6 +292,9 @@ class Loading:
     swap: SwapOptions  # auto is resolved
     sample_loras: "list[AddedLoras]" = field(default_factory=list)
     adapters: "list[AddedLoras]" = field(default_factory=list)  # in networks that are trained
+    teacher_loras: "list[AddedLoras]" = field(
+        default_factory=list
+    )  # in the trained network, as its own teacher
     copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # of networks that take turns
 
     @property
@@ -294,7 +314,7 @@ class Loading:
         return alternates or self.samples_with_others
 
     def load(self, family: Family, index: int) -> UndressedNetwork:
-        """Load the network of an expert, frozen, merging --base_weights while loading.
+        """Load the network of an expert, frozen, merging --base_weights while loading, but for a teacher.
 
         A network to train gets the training dtype. Its trained part is added before it is dressed.
         """
@@ -303,7 +323,9 @@ class Loading:
         host = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
         shares = shared_blocks(options.speed.sharding, device)
         network_options = experts.network_for(options, expert)
-        patch = self._read_base_weights(network_options, expert)
+        patch = None
+        if family is not plan.teacher:
+            patch = self._read_base_weights(network_options, expert)
         placement = experts.placement_of(options, device, plan.quantisation)
         # a DoRA learns the norms of the weights, which include merged LoRAs
         must_merge = network_options is not None and network_options.decomposes
@@ -338,14 +360,56 @@ class Loading:
 
         return LoraPatch(loras)
 
+    def load_teacher(self, trained: nn.Module) -> "TeacherModel":
+        """Load the model of --teacher dit with its LoRAs, or take the trained one, which has them already."""
+        from training.targets.teachers import TeacherModel, require_equal_inputs  # only with such a teacher
+
+        plan = self.plan
+        if plan.teacher is None:
+            return TeacherModel(
+                family=plan.family,
+                dit=trained,
+                loras=self.teacher_loras[0],
+                adapters=self.adapters,
+                is_trained_one=True,
+            )
+        network = self.load(plan.teacher, 0)
+        require_equal_inputs(network.dit, trained, f"--teacher_dit {plan.options.teacher.teacher_dit}")
+        loras = self._add_teacher_loras(network)
+        self._dress_blocks(network)
+        network.dit.eval()
+        return TeacherModel(plan.teacher, network.dit, loras)
+
+    def _add_teacher_loras(self, network: UndressedNetwork) -> "AddedLoras":
+        from networks.added import add_loras  # only with such a teacher
+
+        options = self.plan.options
+        is_compiled = options.speed.compilation.choice is not None
+        uses = [
+            experts.read_use(path, network.expert, multiplier) for path, multiplier in options.teacher.loras()
+        ]
+        return add_loras(network.dit, uses, is_compiled, "--teacher_lora")
+
     def dress(self, network: UndressedNetwork) -> None:
         """Add the LoRAs that do not learn, compile, checkpoint and swap the blocks.
 
         Raises MemoryPlanError if the device has no room for the next network.
         """
-        options, device = self.plan.options, self.plan.accelerator.device
+        device = self.plan.accelerator.device
         dit, family = network.dit, network.family
         self._add_frozen_loras(network)
+        self._dress_blocks(network)
+        if self.plan.quantisation is not None and device.type == "cpu":
+            keep_heap_small()  # else temporary whole weights fragment the heap
+        if self.takes_turns:
+            self.copies[dit] = HostCopy(dit, device, network.host)
+        elif network.index + 1 < len(family.experts) and device.type == "cuda":
+            _require_room(bytes_on(dit, device), spare_bytes(device))
+
+    def _dress_blocks(self, network: UndressedNetwork) -> None:
+        """Compile, checkpoint and swap the blocks of a network; share its tokens between processes."""
+        options, device = self.plan.options, self.plan.accelerator.device
+        dit, family = network.dit, network.family
         experts.dress(
             dit,
             family.dit,
@@ -357,12 +421,6 @@ class Loading:
         )
         if options.speed.sharding.context_parallel > 1:
             share_tokens(dit, options.speed.sharding, device)
-        if self.plan.quantisation is not None and device.type == "cpu":
-            keep_heap_small()  # else temporary whole weights fragment the heap
-        if self.takes_turns:
-            self.copies[dit] = HostCopy(dit, device, network.host)
-        elif network.index + 1 < len(family.experts) and device.type == "cuda":
-            _require_room(bytes_on(dit, device), spare_bytes(device))
 
     def _add_frozen_loras(self, network: UndressedNetwork) -> None:
         """Add --training_adapter, --sample_lora and the LoRAs of a family's stages, all switched off."""
@@ -372,6 +430,8 @@ class Loading:
         adapter = None
         if family is self.plan.family:
             adapter = experts.read_adapter(options, expert, family.experts)
+        if options.teacher.teacher == OTHER_DIT and self.plan.teacher is None and family is self.plan.family:
+            self.teacher_loras.append(self._add_teacher_loras(network))
         sample_files = options.samples.loras() if self.has_samples else []
         has_stages = self.has_samples and bool(stage_files_of(dit))
         if adapter is None and not sample_files and not has_stages:

@@ -102,6 +102,13 @@ def _optional_values(plan: TrainingPlan) -> dict[str, Any]:
     return values
 
 
+def _without_folders(value: Any) -> Any:
+    """Return a value with the names of files in place of their paths, which are nobody's business."""
+    if isinstance(value, tuple):
+        return " ".join(str(_without_folders(item)) for item in value)
+    return value.name if isinstance(value, Path) else value
+
+
 def _target_values(options: TrainingOptions) -> dict[str, Any]:
     """Return the entries on the targets of a training, as far as they are given."""
     values: dict[str, Any] = {}
@@ -109,7 +116,7 @@ def _target_values(options: TrainingOptions) -> dict[str, Any]:
         for field in fields(record):
             if is_given(record, field):
                 name = option_name(field)
-                values[f"ss_{name}"] = getattr(record, field.name)
+                values[f"ss_{name}"] = _without_folders(getattr(record, field.name))
     if options.teacher.teacher is not None:
         values["ss_teacher_weight"] = options.teacher.teacher_weight
     return values

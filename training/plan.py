@@ -36,6 +36,7 @@ from training.data.live import LiveTexts
 from training.experts import check_computing, module_of, note_experts
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
+from training.other_families import NO_OTHERS, OtherFamilies
 from training.processes import make_accelerator
 from training.reports.logs import check_trackers
 from training.resuming import (
@@ -62,6 +63,7 @@ class TrainingPlan:
     family: Family
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
     sampled: Family  # the model that samples are made with: may have transformers that are not trained
+    teacher: Family | None  # the model of --teacher_dit
     accelerator: Accelerator
     quantisation: Quantisation | None  # with what multiplies on the device
     saved: SavedState | ForeignState | None
@@ -101,14 +103,14 @@ def make_plan(
     commands: CachingCommands,
     config: DatasetConfig,
     accelerator: Accelerator,
-    sampling: Family | None = None,
+    others: OtherFamilies = NO_OTHERS,
 ) -> TrainingPlan:
-    """Find state, items and steps; check what can be known before loading. sampling: see `train_network`."""
+    """Find state, items and steps; check what can be known before loading. others: see `train_network`."""
     is_main, device, saving = accelerator.is_main_process, accelerator.device, options.saving
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = first_progress(options, saved)
     quantisation = check_computing(family, options, device)
-    check_before_loading(family, options, sampling)  # before minutes of encoding
+    check_before_loading(family, options, others)  # before minutes of encoding
     texts = _find_texts(family, options, config)
     lora_format = choose_lora_format(family, options, () if texts is None else texts.learning)
     sources = _find_sources(
@@ -134,7 +136,7 @@ def make_plan(
     if options.loop.known_steps is None:
         check_schedule(options, steps.total_steps)
     if is_main:
-        note_experts(family, options, sampling is not None)
+        note_experts(family, options, others.sampling is not None)
     settings = settings_of(family, options, seed=progress.seed, order=order, plan=steps)
     if saving.save_n_epoch_ratio is not None:
         saving = saving.spread(steps.num_epochs, saving.save_n_epoch_ratio)
@@ -149,7 +151,8 @@ def make_plan(
     return TrainingPlan(
         family=family,
         options=options,
-        sampled=sampling or family,
+        sampled=others.sampling or family,
+        teacher=others.teacher,
         accelerator=accelerator,
         quantisation=quantisation,
         saved=saved,

@@ -35,6 +35,7 @@ from training.data.timesteps import Timesteps, draw, loss_weights
 from training.loss import NoisyBatch
 from training.noise_options import NOTHING, NUM_TIMESTEPS, WEIGHTS_OF_LOSS, TimestepOptions
 from training.options import TrainingOptions
+from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import read_config
 from training.planning.memory import plan_one_card, read_largest
 
@@ -43,12 +44,11 @@ DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=Non
 
 
 def show_preview(
-    family: Family, options: TrainingOptions, commands: CachingCommands, sampling: Family | None = None
+    family: Family, options: TrainingOptions, commands: CachingCommands, others: OtherFamilies = NO_OTHERS
 ) -> int:
     """Show the preview that the options ask for instead of training; returns the exit code.
 
-    commands: commands to show if caches are missing. sampling: the model of samples, if it has transformers
-    that are not trained.
+    commands: commands to show if caches are missing. others: models besides the trained one.
     """
     if options.timesteps.show_timesteps is not None:
         folder = options.saving.output_dir or Path()
@@ -72,7 +72,7 @@ def show_preview(
     if options.loop.check:
         return _check(family, options, commands)
     if os.environ.get("RANK", "0") == "0":  # only one process prints
-        _plan(family, options, commands, sampling)
+        _plan(family, options, commands, others)
     return 0
 
 
@@ -137,9 +137,7 @@ def describe_run(options: TrainingOptions, num_validation: int) -> list[str]:
     return lines
 
 
-def _plan(
-    family: Family, options: TrainingOptions, commands: CachingCommands, sampling: Family | None
-) -> None:
+def _plan(family: Family, options: TrainingOptions, commands: CachingCommands, others: OtherFamilies) -> None:
     """Print how much memory the run would need (--plan)."""
     family.check_given_files()  # first: caches are made with them
     config = read_config(options, family)
@@ -147,8 +145,8 @@ def _plan(
     check_targets(family, options, texts)
     noisy_batch = _read_for_plan(family, options, commands, config=config, texts=texts)
     sample_files: Sequence[Path] = ()
-    if sampling is not None and options.samples.are_made:
-        sample_files = sampling.dit_files
+    if others.sampling is not None and options.samples.are_made:
+        sample_files = others.sampling.dit_files
     device = choose_device(None)
     sampled = len({*sample_files} - {*family.dit_files})
     cards, size = options.speed.plan.cards

@@ -24,6 +24,7 @@ from training.following import NextSteps, plan_next_steps
 from training.learning import load_model, make_run
 from training.loop import train
 from training.options import TrainingOptions
+from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import TrainingPlan, join_processes, make_plan, read_config
 from training.reports.history import Story, read_session
 from training.reports.logs import TRACKER_NAME, Logs, public_config
@@ -46,24 +47,24 @@ def train_network(
     options: TrainingOptions,
     commands: CachingCommands = NO_COMMANDS,
     follow: Callable[..., NextSteps] = plan_next_steps,
-    sampling: Family | None = None,
+    others: OtherFamilies = NO_OTHERS,
 ) -> int:
     """Train a network (a LoRA) for a family's DiT, or the whole DiT, from the first step or a saved state.
 
     commands: to show if caches are missing. follow: given the plan and the sampler, makes the commands that
-    the page shows as next steps. sampling: the model of samples, if it has transformers that are not
-    trained. Returns the program's exit code. Raises UserError if the user has to change something.
+    the page shows as next steps. others: models besides the trained one. Returns the program's exit code.
+    Raises UserError if the user has to change something.
     """
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:
         read_config(options, family)
-        check_before_loading(family, options, sampling)
+        check_before_loading(family, options, others)
         return 0
     if options.only_shows:
         from training.previews import show_preview  # trains nothing
 
-        return show_preview(family, options, commands, sampling)
+        return show_preview(family, options, commands, others)
     try:
-        with prepare_run(family, options, commands, follow=follow, sampling=sampling) as run:
+        with prepare_run(family, options, commands, follow=follow, others=others) as run:
             train(run)
     except torch.OutOfMemoryError as error:
         raise too_little(
@@ -80,13 +81,13 @@ def prepare_run(
     options: TrainingOptions,
     commands: CachingCommands = NO_COMMANDS,
     follow: Callable[..., NextSteps] = plan_next_steps,
-    sampling: Family | None = None,
+    others: OtherFamilies = NO_OTHERS,
 ) -> Iterator[TrainingRun]:
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
     config = read_config(options, family)  # faults in it are reported before anything is started
     with contextlib.ExitStack() as stack:
         accelerator, processes = stack.enter_context(join_processes(family, options))
-        plan = make_plan(family, options, commands, config=config, accelerator=accelerator, sampling=sampling)
+        plan = make_plan(family, options, commands, config=config, accelerator=accelerator, others=others)
         # texts and images are encoded while there is no DiT
         sampler = _make_sampler(plan)
         following = follow(plan, sampler)

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import logging
-import math
 from pathlib import Path
 
 from blissful_tuner.options import PreviewOptions
@@ -12,7 +11,7 @@ from modules.errors import OptionError
 from modules.option_values import text_to_seed
 from modules.options import FREE, HABIT, SECRET, SENDS, Options, not_needed, option
 from modules.run_limits import refuse_sending
-from networks.options import require_files
+from networks.multipliers import files_with_multipliers
 
 logger = logging.getLogger(__name__)
 
@@ -205,9 +204,7 @@ class SampleOptions(Options, title="samples while training"):
 
     def loras(self) -> list[tuple[Path, float]]:
         """Return the files of --sample_lora with their multipliers. Raises OptionError if one is missing."""
-        loras = [_split_multiplier(path) for path in self.sample_lora or ()]
-        require_files("--sample_lora", [path for path, _ in loras])
-        return loras
+        return files_with_multipliers("--sample_lora", self.sample_lora or ())
 
     @property
     def are_made(self) -> bool:
@@ -221,20 +218,6 @@ class SampleOptions(Options, title="samples while training"):
             or self.sample_every_n_epochs is not None
             or self.sample_at_first
         )
-
-
-def _split_multiplier(text: Path) -> tuple[Path, float]:
-    """Split `FILE:0.8`; without a number the multiplier is 1. A drive's colon (C:\\x) is part of the name."""
-    name, colon, number = str(text).rpartition(":")
-    if not colon or text.exists():
-        return text, 1.0
-    try:
-        multiplier = float(number)
-    except ValueError:
-        return text, 1.0
-    if not math.isfinite(multiplier):
-        raise OptionError(f"--sample_lora {text}: the multiplier is {number}; give a finite number")
-    return Path(name), multiplier
 
 
 NEEDS_FOLDER = ("tensorboard", "aim")  # trackers that write into --logging_dir

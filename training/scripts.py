@@ -1,6 +1,7 @@
 """Make the training scripts of a family: read its options, then hand it to the training loop."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from training.noise_options import SAMPLERS
 from training.options import TrainingOptions, read_training
 
 if TYPE_CHECKING:
+    from contract.family import Family
     from modules.repeated_options import RepeatedOption
     from training.image_options import ImageTrainerDefaults
 
@@ -58,6 +60,7 @@ def training_script(
             print_loading()
             from dataset.batches.items import CachingCommands
             from training.following import plan_next_steps
+            from training.other_families import OtherFamilies
             from training.run import train_network  # torch loads here, after every option has been read
 
             model = entry.make_family("training", family_options)
@@ -84,12 +87,22 @@ def training_script(
                 options,
                 commands=CachingCommands(*commands),
                 follow=follow,
-                sampling=make_sampling(family_options),
+                others=OtherFamilies(
+                    make_sampling(family_options), _teacher_of(entry, options, family_options)
+                ),
             )
         if code:
             raise SystemExit(code)
 
     return Script(train)
+
+
+def _teacher_of(entry: FamilyEntry, options: TrainingOptions, family_options: Any) -> "Family | None":
+    """Return the model of --teacher_dit, with all other options of the trained one."""
+    dit = options.teacher.teacher_dit
+    if dit is None:
+        return None
+    return entry.make_family("training", replace(family_options, dit=dit))
 
 
 def _generation_of_caches(

@@ -40,6 +40,7 @@ from training.trainable import Trainable
 if TYPE_CHECKING:  # loaded where they are made
     from training.averages import WeightAverage
     from training.samples import Sampler
+    from training.targets.teachers import TeacherModel
     from training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -157,6 +158,7 @@ class TrainedModel:
     plan: TrainingPlan
     dits: ExpertNetworks  # of the experts that are trained
     sample_dits: ExpertNetworks  # those, or more that only samples are made with
+    teacher: "TeacherModel | None"  # of --teacher dit
     trainable: Trainable
     optimizer: Optimizer
     optimizer_name: str  # for metadata

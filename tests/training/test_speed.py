@@ -13,9 +13,9 @@ from modules.errors import CheckpointError, OptionError
 from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
+from networks.multipliers import split_multiplier
 from tests.training import toy
 from tests.training.test_resume import EVERYTHING
-from training.run_options import _split_multiplier
 
 CHECKPOINTS = ["--gradient_checkpointing", "--gradient_checkpointing_cpu_offload"]
 CHECKPOINTS += ["--gradient_checkpointing_keep", "attention"]
@@ -130,7 +130,7 @@ def test_the_run_ends_with_the_same_bits_and_samples_differ(tmp_path: Path, how:
     ],
 )
 def test_a_multiplier_stands_behind_the_last_colon(given: str, file: str, multiplier: float) -> None:
-    path, found = _split_multiplier(Path(given))
+    path, found = split_multiplier("--sample_lora", Path(given))
 
     assert (PureWindowsPath(path), found) == (PureWindowsPath(file), multiplier)
 
@@ -140,7 +140,7 @@ def test_a_name_with_a_colon_in_it_is_taken_as_it_is_if_there_is_such_a_file(
 ) -> None:
     monkeypatch.setattr(Path, "exists", lambda path: path.name == "a:2")
 
-    assert _split_multiplier(tmp_path / "a:2") == (tmp_path / "a:2", 1.0)
+    assert split_multiplier("--sample_lora", tmp_path / "a:2") == (tmp_path / "a:2", 1.0)
 
 
 @pytest.mark.parametrize("given", ["no.safetensors:0.8", "no.safetensors", "no:nan", "no:inf"])

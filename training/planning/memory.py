@@ -59,6 +59,7 @@ class StepPrediction:
     average: int = 0  # bytes of a whole model's average (EMA) in host memory
     further: int = 0  # transformers that are trained, each like the one that was rehearsed
     sampled: int = 0  # transformers that only samples need
+    has_teacher: bool = False  # another transformer teaches, of the size of the trained one
     texts: LiveTexts | None = None  # encoded in each step
 
     def phase(self, blocks: int) -> memory_plan.Phase:
@@ -81,6 +82,9 @@ class StepPrediction:
                 kinds.append(dry.GRADIENTS)
             learning = sum(moment.get(kind, 0) for kind in kinds)
             parts.append(memory_plan.MemoryPart("what learns in them", self.further * learning))
+        if self.has_teacher:
+            teaching = moment.get(dry.WEIGHTS, 0) - swap.saved
+            parts.append(memory_plan.MemoryPart("the teacher's transformer", teaching, swap.host))
         if self.average:
             parts.append(memory_plan.MemoryPart("average of the weights (EMA)", 0, self.average))
         return memory_plan.Phase(f"training step, {self.batch}", (*parts, self.workspace))
@@ -172,6 +176,7 @@ def predict(
         average=average,
         further=len(family.experts) - 1,
         sampled=sampled,
+        has_teacher=options.teacher.teacher_dit is not None,
         texts=texts,
     )
 

@@ -29,6 +29,7 @@ from training.processes import fill_missing_gradients
 from training.steps import Progress
 from training.target_rules import make_targets
 from training.targets.passes import teach_as_base, training_loss
+from training.targets.teachers import rehearse_change
 from training.trainable import train_dit
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class Rehearsal:
             self.options.predicted,
             as_base=contextlib.nullcontext,
             targets=make_targets(self.options.guided, self.options.teacher, self.options.prior),
-            teach=teach_as_base,
+            teach=rehearse_change if self.options.teacher.teacher_delta else teach_as_base,
             in_lockstep=True,  # so that no level and no mask leaves out a pass
         )
         autocast = autocast_of(self.options, self.ledger.device)
