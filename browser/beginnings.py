@@ -389,9 +389,7 @@ class Beginnings:
         Raises OptionError if one of them waits or runs there already; OutputError as `start`.
         """
         with self._only_one_starts():
-            present = [
-                (job.line, job.folder) for job in self._list_jobs() if job.state in (WAITING, RUNNING)
-            ]
+            present = [(job.line, job.folder) for job in self._list_jobs() if job.state in (WAITING, RUNNING)]
             if any((as_line(words), str(real_path(folder))) in present for words, folder in jobs):
                 raise OptionError("It is in the queue already.")
             for words, folder in jobs:
