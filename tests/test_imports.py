@@ -97,7 +97,7 @@ FLOORS = {
         {"saving"},
         {"data", "optimizers"},
         {"averages", "options", "samples"},
-        {"caching_inside", "experts", "image_options"},
+        {"caching_inside", "edited_prompts", "experts", "image_options"},
         {"checks", "resuming"},
         {"plan"},
         {"planning", "validation"},

@@ -36,7 +36,7 @@ def take_edited_prompts(sampler: Sampler, everyone: int, note: Callable[[str], N
     before = sampler.source
     text, fault = before.text, before.fault
     if before.process == 0:
-        text, fault = _read(before.path, text)
+        text, fault = _read_prompts(before.path, text)
     if everyone > 1:
         text, fault = broadcast_object_list([text, fault])
     if (text, fault) == (before.text, before.fault):
@@ -69,7 +69,7 @@ def take_edited_prompts(sampler: Sampler, everyone: int, note: Callable[[str], N
     return edited
 
 
-def _read(path: Path, before: str) -> tuple[str, str]:
+def _read_prompts(path: Path, before: str) -> tuple[str, str]:
     """Return the text of a prompt file, and why it cannot be read. before: the text if it cannot."""
     try:
         status = path.stat()
