@@ -9,6 +9,7 @@ compare: find samples and clips of chosen files, plan the rest
 dataset_pages: routes for datasets: files, small pictures, edited captions
 datasets: find datasets, measure them in another process
 described: read a described folder, and change its keys
+durations: how long steps take, as earlier runs measured
 drafts: what is typed into the form Generate, in files
 errands: commands for a page, next to the queue
 folder_files: rows of a folder, captions, files left out

@@ -8,14 +8,14 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from browser.described import DATASET_FILE, TRAINING_TABLE, DescribedFolder, read_described
 from browser.errands import Errands, errand_name
-from browser.jobs import ENDED, QUEUE, WAITING, Job, JobQueue
+from browser.jobs import ENDED, QUEUE, WAITING, Job, JobQueue, as_line
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance, Runs
 from modules.atomic_write import explain_errors
 from modules.command import message_of
@@ -380,10 +380,28 @@ class Beginnings:
         is_read: somebody has looked at its run.toml. Raises OptionError if the run is under way, or if its
         run.toml comes from elsewhere and was not read; OutputError if the queue cannot be written.
         """
+        with self._only_one_starts():
+            self._start(real_path(folder), words, is_read)
+
+    def add_jobs(self, jobs: Sequence[tuple[Sequence[str], Path]]) -> None:
+        """Put commands, each with its working folder, into the queue.
+
+        Raises OptionError if one of them waits or runs there already; OutputError as `start`.
+        """
+        with self._only_one_starts():
+            present = [(job.line, job.folder) for job in self._list_jobs() if job.state in (WAITING, RUNNING)]
+            if any((as_line(words), str(real_path(folder))) in present for words, folder in jobs):
+                raise OptionError("It is in the queue already.")
+            for words, folder in jobs:
+                self.queue.add(words, folder)
+
+    @contextlib.contextmanager
+    def _only_one_starts(self) -> Iterator[None]:
+        """Let one at a time look at the queue and add to it: of two that press at once, on any server."""
         with explain_errors(self.queue.folder):
             self.queue.folder.mkdir(parents=True, exist_ok=True)
-            with only_one(self.queue.folder / ".start.lock"):  # of two that press at once
-                self._start(real_path(folder), words, is_read)
+            with only_one(self.queue.folder / ".start.lock"):
+                yield
 
     def _start(self, folder: Path, words: Sequence[str], is_read: bool) -> None:
         """Do what `start` does, while nobody else starts a run of this queue."""

@@ -7,14 +7,17 @@ import contextlib
 import hashlib
 import threading
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from modules.atomic_write import write_bytes
+from modules.file_locks import only_one
 from modules.text_files import bad_character, read_content
 
 BOM = b"\xef\xbb\xbf"
 MOST_BYTES = 1 << 16  # largest caption file that can be edited; encoders read far less
+LOCK = ".captions.lock"  # in the folder of the captions, while one is written
 MOST_SAVES = 100  # how many saves of a file can be undone
 
 
@@ -81,7 +84,7 @@ class Captions:
         reason = bad_character(text)
         if reason is not None:
             raise ValueError(f"a caption cannot hold {reason}")
-        with self._lock:
+        with self._lock, _only_one_writes(path):
             now = self._require_unchanged(path, have)
             new = CaptionText.of(now or b"").with_text(text)
             if len(new) > MOST_BYTES:
@@ -93,7 +96,7 @@ class Captions:
 
     def undo(self, path: Path, have: str, is_all: bool = False) -> None:
         """Take back the last save, or all of them. Raises as `save`; LookupError if there is none."""
-        with self._lock:
+        with self._lock, _only_one_writes(path):
             before = self._before[path]
             now = self._require_unchanged(path, have)
             target = self._first[path] if is_all else before[-1]
@@ -114,6 +117,11 @@ class Captions:
 
 def mark_bytes(content: bytes | None) -> str:
     return "" if content is None else hashlib.blake2s(content, digest_size=12).hexdigest()
+
+
+def _only_one_writes(path: Path) -> AbstractContextManager[None]:
+    """Let one server at a time compare and write captions of a folder: another one's save is seen first."""
+    return only_one(path.with_name(LOCK))
 
 
 def _content_of(path: Path) -> bytes | None:

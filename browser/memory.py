@@ -26,20 +26,19 @@ from browser.described import (
     read_described,
     replace_content,
 )
+from browser.durations import describe_duration
 from browser.errands import errand_name
 from browser.folder_settings import DraftFile, find_described, guard, list_fields, read_file
 from browser.jobs import Job
-from browser.runs import RUNNING, read_glance
+from browser.runs import RUNNING
 from browser.settings_table import NUMBER, find_training_script, read_settings, refuse_new_faults
 from browser.site import Site
 from browser.views import HERE, POLICY
-from modules.console import count_of
 from modules.errors import OptionError, UserError
 from modules.pages.page import render_page
 from modules.text_files import read_text
 from project.fitting import find_memory
 from project.options import RUN_FILE
-from training.reports.history import history_path
 
 PLAN = "plan"  # kind of the errand
 SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141)  # GiB of cards that are sold
@@ -239,7 +238,7 @@ class MemoryPages:
             "size": size,
             "sizes": sorted({*SIZES, size, *([card] if card else [])}),
             "missing": self.list_missing(described),
-            "duration": self.describe_duration(described),
+            "duration": describe_duration(self.site.runs, described, described.steps),
             "command": f"cd {shlex.quote(str(folder))} && {shlex.join(self.plan_words(file, size))}",
             "can_write": not self.site.read_only,
             "fault": fault,
@@ -279,19 +278,6 @@ class MemoryPages:
     def list_missing(self, described: DescribedFolder) -> list[str]:
         paths = described.model_files.values()
         return [path for path in paths if not (described.folder / path).exists()]
-
-    def describe_duration(self, described: DescribedFolder) -> str:
-        """Return how long the whole training takes, if a run of this name has measured its steps."""
-        path = history_path(described.output, described.name)
-        if described.steps is None or not self.site.runs.is_below(path):
-            return ""
-        seconds = read_glance(path, path.stat()).step_seconds
-        if seconds is None:
-            return ""
-        hours = described.steps * seconds / 3600
-        whole = f"{hours:.1f} hours" if hours >= 1 else count_of(max(1, round(hours * 60)), "minute")
-        steps = count_of(described.steps, "step")
-        return f"{steps} take {whole}: {seconds:.2g} seconds each, as the run {described.name} measured."
 
     def plan_words(self, file: DraftFile, size: float) -> list[str]:
         script = find_training_script(file.form.text)

@@ -7,6 +7,7 @@ address of the page, so that a reload, a restart of the server and a terminal se
 import contextlib
 import functools
 import shlex
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ from browser.described import (
     read_commands,
     read_described,
 )
+from browser.durations import describe_duration
 from browser.errands import errand_name
 from browser.folder_files import FolderFiles, file_routes, list_names, picture_address
 from browser.folders import (
@@ -49,6 +51,7 @@ from browser.folders import (
 )
 from browser.jobs import WAITING, Job
 from browser.launch import find_program
+from browser.machine import CardReader
 from browser.model_table import (
     ModelRow,
     describe_file,
@@ -65,6 +68,7 @@ from browser.new_form import (
     list_differing,
     list_key_changes,
     new_words,
+    read_steps,
 )
 from browser.runs import RUNNING
 from browser.said import REPAIR, SaidLine, find_command, read_changes, read_said
@@ -125,6 +129,11 @@ class NewPages:
     def memory(self) -> float:
         """Return the GiB of the card; it is asked once."""
         return find_memory()
+
+    @functools.cached_property
+    def cards(self) -> list[str]:
+        """Return the names of the cards; they are asked for once."""
+        return [card.name for card in CardReader(shutil.which("nvidia-smi")).read()]
 
     def show(self, request: Request) -> Response:
         query = {name: request.query_params.getlist(name) for name in request.query_params}
@@ -207,6 +216,7 @@ class NewPages:
             "picture_address": picture_address,
             "plan": self.plan_or_none(form, folder, described),
             "described": described,
+            "duration": self.describe_duration(form, described),
             "free_name": self.find_free_name(form, folder, described),
             "rows_address": "" if content is None else self.files.address(content.path),
             "files_address": "" if folder is None else self.files.address(folder),
@@ -223,6 +233,16 @@ class NewPages:
         page = render_page(HERE / "new.html", "New", values, PAGE_POLICY)
         headers = {"content-security-policy": f"{PAGE_POLICY}; frame-ancestors 'none'"}
         return answer_page(page, 422 if error else 200, headers)
+
+    def describe_duration(self, form: NewForm, described: DescribedFolder | None) -> str:
+        """Return how long the steps in the form take; empty if it is not known."""
+        if described is None or described.steps is None:
+            return ""
+        try:
+            steps = read_steps(form.steps)
+        except OptionError:
+            return ""
+        return describe_duration(self.site.runs, described, steps, self.cards)
 
     def try_read(self, folder: Path | None) -> tuple[DescribedFolder | None, str]:
         """Return what the files of a folder say, or None and why they cannot be read."""

@@ -21,6 +21,7 @@ from modules.errors import OptionError
 from modules.installation import import_own
 from modules.media.reading import VIDEO_SUFFIXES
 from modules.option_values import option_words
+from modules.text_files import bad_character
 
 LORA = "--lora_weight"
 STRENGTHS = "--lora_multiplier"
@@ -341,6 +342,10 @@ class Wish:
         recipe = self.recipe
         if not self.prompt.strip():
             raise OptionError("Prompt: write what is to be made.")
+        for name, text in {"prompt": self.prompt, **self.texts}.items():
+            character = bad_character(text)
+            if character is not None:
+                raise OptionError(f"{self._label(name)}: leave out {character}.")
         if recipe.missing and recipe.missing[0].startswith("--"):
             raise OptionError(f"{recipe.title} was trained without {recipe.missing[0]}, which making needs.")
         if recipe.missing:

@@ -414,12 +414,14 @@ class RunButtons:
         if not run.is_of_here:
             raise OptionError("It comes from elsewhere: read its command on the page of the queue first.")
         _, page_command = command
+        jobs: list[tuple[list[str], Path]] = []
         for words, folder in read_jobs(page_command.bash, run):
             changed = [*words]
             if steps:
                 place = changed.index(STEPS_OPTION) + 1
                 changed[place] = str(steps)
-            self.site.queue.add(changed, folder)
+            jobs.append((changed, folder))
+        self.beginnings.add_jobs(jobs)
 
     def train_on(self, shown: ShownRun, form: Form) -> str:
         """Raise the number of steps in run.toml, and start the run again."""

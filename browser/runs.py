@@ -218,7 +218,7 @@ def read_page_status(history: Path) -> PageStatus | None:
 def read_glance(path: Path, status: os.stat_result) -> Glance:
     """Read the few lines of a history that a list shows. Raises OSError if it cannot be read."""
     with path.open("rb") as file:
-        if status.st_size <= WHOLE:
+        if os.fstat(file.fileno()).st_size <= WHOLE:  # since `status` it may have been emptied
             return _summarise(path, status, file.read())
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _summarise(path, status, content)

@@ -140,8 +140,17 @@ def read_sample_prompts(path: Path) -> list[dict[str, Any]]:
     share; a subset wins. json: a list of lines and objects. Raises OptionError naming the file, the entry and
     the key if something cannot be read.
     """
+    return parse_sample_prompts(read_sample_file(path), path)
+
+
+def read_sample_file(path: Path) -> str:
+    """Return the text of a training prompt file. Raises OptionError if it cannot be read."""
+    return prompt_lines.read_prompt_file(path, "--sample_prompts")
+
+
+def parse_sample_prompts(text: str, path: Path) -> list[dict[str, Any]]:
+    """Return what `read_sample_prompts` does, of the text of a file that has been read."""
     option = f"--sample_prompts {path}"
-    text = prompt_lines.read_prompt_file(path, "--sample_prompts")
     suffix = path.suffix.lower()
     try:
         entries = _split_entries(text, suffix)

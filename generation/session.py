@@ -103,6 +103,10 @@ class Session:
         self._encoded.update(outputs)  # only now: an interrupted text is not there by half
         return [gather_encoded(by_section, self._encoded) for by_section in prompts]
 
+    def count_new(self, prompts: Iterable[Mapping[int, Prompts]]) -> int:
+        """Return how many texts `texts` would have to load encoders for."""
+        return sum(text not in self._encoded for text in texts_of(prompts))
+
     def _make_text_encoders(self) -> Sequence[TextEncoder]:
         encoders = self.family.text_encoders()
         if self.blocks is not None:

@@ -100,7 +100,7 @@ FLOORS = {
         {"loss", "saving"},
         {"data", "optimizers", "targets"},
         {"averages", "options", "samples"},
-        {"caching_inside", "experts", "image_options"},
+        {"caching_inside", "edited_prompts", "experts", "image_options"},
         {"checks", "resuming"},
         {"plan"},
         {"planning", "validation"},

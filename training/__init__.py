@@ -5,6 +5,7 @@ caching_inside: caches made by the training command itself
 checks: check options and headers before gigabytes are loaded
 config_options: --config_file: options from a TOML file
 data/: batches, noise and timesteps, prepared before they are needed
+edited_prompts: prompts of samples that are edited meanwhile
 experts: transformers of a run: dressed, which learns, which works
 following: command lines that can follow a training
 image_options: compose the options of image trainers

@@ -425,7 +425,12 @@ def _sample(run: TrainingRun) -> None:
 
 
 def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
-    """Make the pending samples. Returns False if the run was asked to end before they were finished."""
+    """Make the pending samples, of the prompts that are in their file now.
+
+    Returns False if the run was asked to end before they were finished.
+    """
+    from training.edited_prompts import take_edited_prompts  # only with prompts
+
     model = run.model
     together = run.steps.everyone if run.steps.works_together else 1
 
@@ -433,19 +438,22 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
         if largest_of_processes(run.requests.ends, together, run.device):
             raise SamplingStopped
 
-    if sampler.samples:
-        run.reporter.note_pause(f"sample 1 of {len(sampler.samples)}")
     pause = run.logs.clock.pause(SAMPLES)
     in_evaluation = evaluation(model.modules, model.optimizer, run.parameters)
     try:
-        with pause, in_evaluation, _as_sampled(run):
-            sampler.make(
-                model.sample_dits.at,
-                run.autocast,
-                mark=run.progress.sample_pending,
-                check=check,
-                note=run.reporter.note_doing,
-            )
+        with pause:
+            sampler = take_edited_prompts(sampler, run.steps.everyone, run.reporter.note_pause)
+            run.sampler = sampler
+            if sampler.samples:
+                run.reporter.note_pause(f"sample 1 of {len(sampler.samples)}")
+            with in_evaluation, _as_sampled(run):
+                sampler.make(
+                    model.sample_dits.at,
+                    run.autocast,
+                    mark=run.progress.sample_pending,
+                    check=check,
+                    note=run.reporter.note_doing,
+                )
     except SamplingStopped:
         return False
     return True

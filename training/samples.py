@@ -28,7 +28,7 @@ from contract.steps import EncodedPrompts, Section, StepDone, Watcher
 from generation.denoise import OnSection, make_latents
 from generation.experts import DitTurns
 from generation.prompt_lines import SOLVERS
-from generation.sample_lines import OF_SOME_MODELS, read_all, read_sample_prompts
+from generation.sample_lines import OF_SOME_MODELS, parse_sample_prompts, read_all, read_sample_file
 from generation.session import NO_ENCODERS, Session, decode_tracks, encode_inputs, needs_media, wanted_texts
 from modules.bars import Bar
 from modules.command import each_warning_once
@@ -51,11 +51,29 @@ class Sample:
     """Hold one prompt of the file with everything encoded. `index` counts the prompts of the file."""
 
     index: int
+    entry: Mapping[str, Any]  # of the file
     prepared: Prepared
     is_seeded: bool  # else a new seed each time
     prompts: Mapping[int, EncodedPrompts]
     inputs: Mapping[int, Conditions]
     texts: Mapping[int, Prompts] = field(default_factory=dict)  # of `prompts`
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where the samples of a run come from, and which of them are this process' share."""
+
+    path: Path
+    process: int
+    processes: int
+    together: bool  # all processes make every sample
+    text: str = ""  # of the file, as it was read last
+    fault: str = ""  # why the file could not be read then
+
+    def numbers_of(self, count: int) -> list[int]:
+        """Return the numbers of the prompts that this process makes, of so many in the file."""
+        numbers = list(range(count))
+        return numbers if self.together else numbers[self.process :: self.processes]
 
 
 Renew = Callable[[Mapping[int, Prompts], Mapping[int, EncodedPrompts]], Mapping[int, EncodedPrompts]]
@@ -66,6 +84,7 @@ class Sampler:
     """Make this process' share of the samples."""
 
     samples: Sequence[Sample]
+    source: PromptSource
     session: Session  # holds the VAE, on the CPU between uses
     folder: Path
     name: str  # --output_name
@@ -242,30 +261,18 @@ def prepare_samples(
     Call it before the DiT is loaded. Raises as `read_requests`, and CheckpointError if a model file cannot be
     used.
     """
-    entries, all_prepared = read_requests(family, prompt_file)
+    source = PromptSource(prompt_file, process=process, processes=processes, together=together)
+    source = replace(source, text=read_sample_file(prompt_file))
+    entries, all_prepared = parse_requests(family, source.text, prompt_file)
     if process == 0:
-        _warn_of_unread(entries, family, prompt_file)
+        warn_of_unread(entries, family, prompt_file)
         _remove_unfinished(folder, name)
-    numbers = list(range(len(entries)))
-    if not together:
-        numbers = numbers[process::processes]
-    requests = [all_prepared[number] for number in numbers]
     session = Session(family, device, DitTurns(family.experts, device, _no_dit), blocks=blocks)
-    texts = [wanted_texts(prepared) for prepared in requests]
-    encoded = session.texts(texts)
+    numbers = source.numbers_of(len(entries))
+    requests = {number: all_prepared[number] for number in numbers}
     writes = not together or process == 0
-    inputs = _encode_media(session, requests, writes)
-    samples: list[Sample] = []
-    for place, number in enumerate(numbers):
-        sample = Sample(
-            number,
-            requests[place],
-            is_seeded=entries[number].get("seed") is not None,
-            prompts=encoded[place],
-            inputs=inputs[place],
-            texts=texts[place],
-        )
-        samples.append(sample)
+    # in the process that decodes anyway: a wrong file is found before anything is trained
+    samples = encode_samples(session, entries, requests, writes=writes, loads_media=writes)
     previews = None
     if process == 0:  # one preview file for all: the first process shows its samples one after the other
         previews = make_previews(
@@ -273,12 +280,13 @@ def prepare_samples(
         )
     sampler = Sampler(
         samples,
+        source,
         session,
         folder,
         name,
         has_metadata=has_metadata,
         weights=weights,
-        prompts=[str(entry.get("prompt", "")) for entry in entries],
+        prompts=prompts_of(entries),
         previews=previews,
     )
     if together:
@@ -286,21 +294,54 @@ def prepare_samples(
     return sampler
 
 
+def prompts_of(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [str(entry.get("prompt", "")) for entry in entries]
+
+
+def encode_samples(
+    session: Session,
+    entries: Sequence[Mapping[str, Any]],
+    requests: Mapping[int, Prepared],
+    writes: bool,
+    loads_media: bool = False,
+) -> list[Sample]:
+    """Encode the texts and images of samples. Texts that the session has encoded before load no encoder.
+
+    requests: by the number of the entry. writes: this process decodes samples. loads_media: load the VAE even
+    if no sample has an image.
+    """
+    texts = [wanted_texts(prepared) for prepared in requests.values()]
+    encoded = session.texts(texts)
+    inputs = _encode_media(session, [*requests.values()], writes=writes, loads=loads_media)
+    samples: list[Sample] = []
+    for place, (number, prepared) in enumerate(requests.items()):
+        sample = Sample(
+            number,
+            entries[number],
+            prepared,
+            is_seeded=entries[number].get("seed") is not None,
+            prompts=encoded[place],
+            inputs=inputs[place],
+            texts=texts[place],
+        )
+        samples.append(sample)
+    return samples
+
+
 def _encode_media(
-    session: Session, requests: Sequence[Prepared], writes: bool
+    session: Session, requests: Sequence[Prepared], writes: bool, loads: bool
 ) -> list[Mapping[int, Conditions]]:
-    """Return the conditions that each sample's images give. writes: this process decodes samples."""
+    """Return the conditions that each sample's images give. See `encode_samples`."""
     family, encoders = session.family, NO_ENCODERS
     with ExitStack() as stack:
-        # in the process that decodes anyway: a wrong file is found before anything is trained
-        if (writes and requests) or any(needs_media(family, request) for request in requests):
+        if (loads and requests) or any(needs_media(family, request) for request in requests):
             encoders = stack.enter_context(session.media(images=True, again=writes))
         inputs = [encode_inputs(family, encoders, request) for request in requests]
     session.drop_image_encoder()
     return inputs
 
 
-def _warn_of_unread(entries: Sequence[Mapping[str, Any]], family: Family, prompt_file: Path) -> None:
+def warn_of_unread(entries: Sequence[Mapping[str, Any]], family: Family, prompt_file: Path) -> None:
     """Warn of settings in the prompt file that the model does not use."""
     has_shift = any(entry.get("discrete_flow_shift") is not None for entry in entries)
     if has_shift and family.defaults.flow_shift is None:
@@ -336,7 +377,14 @@ def draw_together() -> int:
 
 
 def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any]], list[Prepared]]:
-    """Return the entries of a prompt file, and the request for each.
+    """Return the entries of a prompt file, and the request for each. Raises as `parse_requests`."""
+    return parse_requests(family, read_sample_file(prompt_file), prompt_file)
+
+
+def parse_requests(
+    family: Family, text: str, prompt_file: Path
+) -> tuple[list[dict[str, Any]], list[Prepared]]:
+    """Return the entries of the text of a prompt file, and the request for each.
 
     Raises OptionError if a file that samples need is not given, or with every prompt that cannot be read or
     made: no image for an image-to-video model.
@@ -352,7 +400,7 @@ def read_requests(family: Family, prompt_file: Path) -> tuple[list[dict[str, Any
             raise OptionError(f"{prompt_file}, prompt {number} ({prompt!r}): {error}") from None
         return prepared
 
-    entries = read_sample_prompts(prompt_file)
+    entries = parse_sample_prompts(text, prompt_file)
     try:
         family.check_files(media=True)
     except OptionError as error:

@@ -301,6 +301,8 @@ def test_a_fault_is_shown_and_the_form_stays(served: Served, root: Path) -> None
     ("changes", "message"),
     [
         ({"prompt": ""}, "Prompt: write what is to be made."),
+        ({"prompt": "a\0b"}, "Prompt: leave out the character NUL"),
+        ({"negative": "a\0b"}, "Negative: leave out the character NUL"),
         ({"seed": "x"}, "Seed x: give a whole number"),
         ({"seed": "9" * 30}, "give a whole number"),
         ({"count": "0"}, "How many 0: give a number from 1 to 64."),

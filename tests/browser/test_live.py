@@ -102,7 +102,7 @@ def test_a_run_appears_grows_samples_when_asked_and_stops(training: SteppedTrain
         page.wait_for_selector(f"th:text-matches('step ({'|'.join(map(str, asked))})$')", timeout=30000)
         training.thread.join(EVERY_SECONDS)
         page.evaluate("window.confirm = () => true")
-        page.click("text=Stop after this step")
+        page.click("#stop")
         training.step_until(lambda: not training.thread.is_alive(), 2)
         page.evaluate("ask()")
         page.wait_for_selector(".status >> text=/stopped after step/", timeout=30000)

@@ -75,7 +75,7 @@ def buttons(served: Served, name: str = "own") -> set[str]:
         ("draft", {"Check", "Start", "Edit samples", "Remove"}),
         ("good", {"Train on", "Again with changes", "Edit samples", "Generate with it", "Remove"}),
         ("", {"Continue", "Train on", "Again with changes", "Edit samples", "Generate with it", "Remove"}),
-        (None, {"Stop after this step", "Edit samples", "Generate with it", "Remove"}),
+        (None, {"Stop", "Edit samples", "Generate with it", "Remove"}),
     ],
 )
 def test_a_run_has_the_buttons_of_its_state(

@@ -1,6 +1,7 @@
 """Two servers of one folder, and two pages of one server: nothing is lost, and nothing is done twice."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlencode
@@ -9,12 +10,14 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.captions import mark_bytes
+from browser import captions
+from browser.captions import CaptionConflictError, Captions, mark_bytes
 from browser.described import TRAINING_TABLE, ChangedMeanwhileError, change_keys
 from browser.errands import errand_name
 from browser.jobs import FOLDER as QUEUE_FOLDER
 from browser.jobs import JobQueue
 from tests.browser.serving import Served, serve_runs
+from tests.browser.test_run_buttons import address_of, write_resumable
 from tests.browser.test_safe_clicks import describe, list_children, save_picture, wait_for_children
 
 PRESSES = 12  # of each page
@@ -90,6 +93,78 @@ def test_a_check_that_is_pressed_on_two_pages_runs_once(root: Path, servers: tup
     for child in list_children():
         child.kill()
     wait_for_children()
+
+
+def count_starts(root: Path, servers: tuple[Served, Served], address: str, **fields: str) -> list[int]:
+    """Press a button that starts a run four times at once on both servers; return the answers' statuses."""
+    statuses: list[int] = []
+    pages = [*servers, *servers]
+    run_together(*(lambda s=served: statuses.append(press(s, address, **fields)) for served in pages))
+    for served in servers:
+        press(served, "/queue/pause")
+    for child in list_children():
+        child.kill()
+    wait_for_children()
+    return sorted(statuses)
+
+
+def test_a_start_that_is_pressed_twice_starts_once(root: Path, servers: tuple[Served, Served]) -> None:
+    assert count_starts(root, servers, "/new/start", folder="described", accept="yes") == [200, 422, 422, 422]
+    assert len(JobQueue(root / QUEUE_FOLDER).jobs()) == 1
+
+
+def test_a_run_of_a_terminal_that_is_continued_twice_goes_on_once(
+    root: Path, servers: tuple[Served, Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("browser.queue_views.check_options", lambda words, folder: None)
+    write_resumable(root / "other", "typed")
+    address = f"{address_of(servers[0], 'typed')}do/start"
+
+    assert count_starts(root, servers, address) == [200, 422, 422, 422]
+    assert len(JobQueue(root / QUEUE_FOLDER).jobs()) == 1
+
+
+def test_of_two_servers_that_save_a_caption_at_once_the_second_sees_the_first(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first one has compared, and not yet written."""
+    path = root / "described" / "0.txt"
+    of_servers = Captions(), Captions()
+    _, have, _ = of_servers[0].read(path)
+    outcomes: list[str] = []
+    write = captions._write
+
+    def write_slowly(file: Path, content: bytes) -> None:
+        time.sleep(0.3)
+        write(file, content)
+
+    def save(server: Captions, text: str) -> None:
+        try:
+            server.save(path, text, have)
+            outcomes.append(text)
+        except CaptionConflictError:
+            outcomes.append("refused")
+
+    monkeypatch.setattr(captions, "_write", write_slowly)
+    run_together(*(lambda s=s, t=t: save(s, t) for s, t in zip(of_servers, ("one", "two"), strict=True)))
+
+    saved = path.read_text(encoding="utf-8")
+    assert saved in ("one", "two")
+    assert sorted(outcomes) == sorted([saved, "refused"])
+    assert not (path.parent / captions.LOCK).exists()
+
+
+def test_an_undo_sees_what_another_server_saves_meanwhile(root: Path) -> None:
+    path = root / "described" / "0.txt"
+    first, second = Captions(), Captions()
+    first.save(path, "one", first.read(path)[1])
+    have = first.read(path)[1]
+    second.save(path, "two", have)
+
+    with pytest.raises(CaptionConflictError):
+        first.undo(path, have)
+
+    assert path.read_text(encoding="utf-8") == "two"
 
 
 def test_of_two_changes_of_one_text_the_second_is_refused(root: Path) -> None:

@@ -22,8 +22,7 @@ from tests.tiny.project import write_clips, write_image
 from training.following import say_sample
 from training.image_options import read_image_training
 from training.options import read_training
-from training.samples import _warn_of_unread as warn_of_unread
-from training.samples import read_requests, sample_values
+from training.samples import read_requests, sample_values, warn_of_unread
 
 MEDIA = ("image_path", "end_image_path", "control_path", "control_images", "extra")
 BASE, TURBO = ("model/Z_Image_BF16.safetensors", "model/my_z_image_turbo.safetensors")

@@ -1,0 +1,108 @@
+"""Say how long a training takes, from what runs on this machine have measured of their steps."""
+
+import contextlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from browser.described import DATASET_FILE, DescribedFolder
+from browser.runs import FINISHED, Glance, Runs, is_living, read_glance
+from modules.console import count_of
+from modules.errors import UserError
+from modules.paths import expand_path
+from modules.text_files import parse_toml, read_text
+from training.reports.history import history_path
+
+DEVICE = "device"  # line of a history with the name of the card
+MOST_BYTES = 1 << 20  # of a dataset.toml
+SIZES = ("resolution", "target_frames", "batch_size")  # keys of a dataset that a step's length follows
+TASK = "task"  # likewise keys of a training
+ACCUMULATION = "gradient_accumulation_steps"
+
+
+def describe_duration(
+    runs: Runs, described: DescribedFolder, steps: int | None, cards: Collection[str] = ()
+) -> str:
+    """Return how long so many steps of a described folder take; empty if no run here has measured it.
+
+    The run of its name counts first, then the latest finished run of the same model, with pictures and
+    batches of the same size. cards: names of this machine's. A run of another machine says nothing.
+    """
+    if steps is None:
+        return ""
+    own = _read_own(runs, described)
+    if own is not None and own.step_seconds is not None and _may_be_of_here(own, cards):
+        return f"{_in_time(steps, own.step_seconds)}, as the run {described.name} measured."
+    run = _find_equal_run(runs, described, cards)
+    if run is None or run.step_seconds is None:
+        return ""
+    same = f"as the run {run.name} measured with the same model and size"
+    return f"{_in_time(steps, run.step_seconds, 'about ')}, {same}."
+
+
+def _in_time(steps: int, seconds: float, about: str = "") -> str:
+    hours = steps * seconds / 3600
+    whole = f"{hours:.1f} hours" if hours >= 1 else count_of(max(1, round(hours * 60)), "minute")
+    return f"{count_of(steps, 'step')} take {about}{whole}: {seconds:.2g} seconds each"
+
+
+def _read_own(runs: Runs, described: DescribedFolder) -> Glance | None:
+    """Return the run of a described folder; None if it has not begun."""
+    path = history_path(described.output, described.name)
+    if not runs.is_below(path):
+        return None
+    try:
+        return read_glance(path, path.stat())
+    except OSError:
+        return None
+
+
+def _may_be_of_here(run: Glance, cards: Collection[str]) -> bool:
+    return run.start is None or _is_of_here(run, cards)
+
+
+def _is_of_here(run: Glance, cards: Collection[str]) -> bool:
+    """Return whether this machine made a run: since its boot, or on a card of the same name."""
+    is_of_boot = run.start is not None and is_living(run.start.process) is not None
+    return is_of_boot or run.memory.get(DEVICE, "") in cards
+
+
+def _find_equal_run(runs: Runs, described: DescribedFolder, cards: Collection[str]) -> Glance | None:
+    """Return the latest finished run whose steps are as long as those of a described folder."""
+    network = Path(str(described.values.get("dit", ""))).name
+    sizes = _read_sizes(described.folder / DATASET_FILE)
+    if not network or sizes is None:
+        return None
+    for run in runs.list_all():
+        is_measured = run.state == FINISHED and run.step_seconds is not None
+        if not is_measured or run.network != network or not _is_of_here(run, cards):
+            continue
+        typed = {} if run.start is None else dict((*run.start.unchanged, *run.start.changed))
+        if _is_alike(described.values, typed) and _sizes_of_run(runs, run, typed) == sizes:
+            return run
+    return None
+
+
+def _is_alike(values: Mapping[str, Any], typed: Mapping[str, str]) -> bool:
+    """Return whether a step is as much work. values: of a run.toml. typed: options of a run as texts."""
+    is_same_task = str(values.get(TASK, typed.get(TASK))) == typed.get(TASK, str(values.get(TASK)))
+    return is_same_task and str(values.get(ACCUMULATION, 1)) == typed.get(ACCUMULATION, "1")
+
+
+def _sizes_of_run(runs: Runs, run: Glance, typed: Mapping[str, str]) -> set[str] | None:
+    folder, text = run.working_folder, typed.get("dataset_config")
+    with contextlib.suppress(ValueError):
+        path = expand_path(text, folder) if folder is not None and text else None
+        if path is not None and runs.is_below(path):
+            return _read_sizes(path)
+    return None
+
+
+def _read_sizes(path: Path) -> set[str] | None:
+    """Return the sizes of the datasets in a dataset.toml; None if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError, UserError):
+        config = parse_toml(read_text(path, MOST_BYTES))
+        shared = config.get("general", {})
+        tables = [{**shared, **table} for table in config["datasets"]] if "datasets" in config else [shared]
+        return {str([table.get(key) for key in SIZES]) for table in tables}
+    return None

@@ -1,0 +1,112 @@
+"""Prompts of samples that are edited while a training runs: each round of samples takes the file as it is.
+
+A run whose file does not change reads it and does nothing else.
+"""
+
+import logging
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+
+from contract.requests import Prepared
+from generation.sample_lines import read_sample_file
+from generation.session import wanted_texts
+from modules.console import count_of
+from modules.control_codes import shorten
+from modules.errors import OptionError, UserError
+from training.samples import Sample, Sampler, encode_samples, parse_requests, prompts_of, warn_of_unread
+
+logger = logging.getLogger(__name__)
+
+LARGEST = 4 << 20  # bytes of a prompt file; what is larger was put there by mistake
+LONGEST = 600  # letters of a fault in the warning
+
+
+def take_edited_prompts(sampler: Sampler, everyone: int, note: Callable[[str], None]) -> Sampler:
+    """Return a sampler of the prompts that are in the file now; the same one if the file has not changed.
+
+    Texts that are new are encoded, with encoders that are loaded for it and freed. If the file cannot be
+    used, the samples stay as they are and a warning says why. everyone: processes of the run, which all have
+    to call this; the first one reads the file. note: gets in words what takes a while.
+    """
+    before = sampler.source
+    text, fault = before.text, before.fault
+    if before.process == 0:
+        text, fault = _read_prompts(before.path, text)
+    if everyone > 1:
+        text, fault = broadcast_object_list([text, fault])
+    if (text, fault) == (before.text, before.fault):
+        return sampler
+    sampler = replace(sampler, source=replace(before, text=text, fault=fault))
+    if text == before.text and not fault:
+        return sampler  # it can be read again
+    edited = sampler
+    if not fault:
+        try:
+            edited = _encode_edited(sampler, note)
+        except torch.OutOfMemoryError:
+            fault = (
+                "there is no memory for the text encoders next to the training. End the training and "
+                "continue it to take them"
+            )
+        except (UserError, OSError, MemoryError) as error:
+            fault = str(error)
+    faults = [fault] if everyone == 1 else gather_object([fault])
+    fault = next(filter(None, faults), "")
+    if before.process != 0:
+        return sampler if fault else edited
+    if fault:
+        reason = shorten(" ".join(fault.split()), LONGEST)
+        logger.warning("The edited sample prompts are not taken; the earlier ones stay: %s", reason)
+        return sampler
+    logger.info(
+        "Samples are made of the edited %s: %s.", before.path, count_of(len(edited.prompts), "prompt")
+    )
+    return edited
+
+
+def _read_prompts(path: Path, before: str) -> tuple[str, str]:
+    """Return the text of a prompt file, and why it cannot be read. before: the text if it cannot."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            return before, f"{path} is not a file"
+        if status.st_size > LARGEST:
+            return before, f"{path} has {status.st_size:,} bytes, which is too much for a list of prompts"
+        return read_sample_file(path), ""
+    except (OptionError, OSError) as error:
+        return before, str(error)
+
+
+def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
+    """Return a sampler of the text of its source. Raises as `parse_requests`, and what encoders raise."""
+    source, session = sampler.source, sampler.session
+    entries, all_prepared = parse_requests(session.family, source.text, source.path)
+    earlier: dict[int, Sample] = {}
+    requests: dict[int, Prepared] = {}
+    for number in source.numbers_of(len(entries)):
+        equal = [sample for sample in sampler.samples if sample.entry == entries[number]]
+        if equal:
+            earlier[number] = replace(equal[0], index=number)
+        else:
+            requests[number] = all_prepared[number]
+    new_texts = session.count_new(wanted_texts(prepared) for prepared in requests.values())
+    if new_texts and session.blocks is not None:
+        # a process that fails alone would leave the others waiting
+        raise OptionError(
+            "new texts cannot be encoded while the model is split over processes (--shard_base). End the "
+            "training and continue it to take them"
+        )
+    if source.process == 0:
+        warn_of_unread(entries, session.family, source.path)
+    if new_texts:
+        note("encoding edited prompts")
+    encoded = encode_samples(session, entries, requests, writes=sampler.writes)
+    samples = earlier | {sample.index: sample for sample in encoded}
+    return replace(
+        sampler, samples=[samples[number] for number in sorted(samples)], prompts=prompts_of(entries)
+    )
