@@ -27,6 +27,7 @@ from starlette.routing import Route
 from browser.server import MOST_BYTES, Gate, make_app
 from browser.views import HERE
 from project.options import NewOptions
+from tests import warm_processes
 from tests.browser.serving import Served, serve_runs, write_run
 
 SECRET = "what nobody may read"
@@ -394,16 +395,17 @@ def check_answer(served: Served, address: str, method: str, text: str, body: str
 
 
 def list_children() -> set[psutil.Process]:
-    """The processes that this one and its servers have started, and that have not ended."""
-    children = psutil.Process().children(recursive=True)
-    found = set()
-    for child in children:
+    """The processes that this one and its servers have started, and that have not ended.
+
+    The process that runs scripts for all tests is left out.
+    """
+    warm = {server.pid for server in warm_processes.SERVERS}
+    alive = set()
+    for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just ended
-            is_alive = child.is_running() and child.status() != psutil.STATUS_ZOMBIE
-            is_of_tests = any("warm_server" in word for word in child.cmdline())  # it serves all tests
-            if is_alive and not is_of_tests:
-                found.add(child)
-    return found
+            if child.pid not in warm and child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+                alive.add(child)
+    return alive
 
 
 def wait_for_children(*others: psutil.Process, seconds: float = 60) -> None:
