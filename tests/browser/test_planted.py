@@ -324,9 +324,9 @@ DAILY: tuple[Any, ...] = (
     [["sh", "-c", "touch ../../ran"]],
     [["python", "../evil.py"], LAST],
     [["python", "wan_train_network.py", "--network_module", "evil"]],
-    [{"a": 1}],
 )
 OTHER: tuple[Any, ...] = (
+    [{"a": 1}],
     [["python", "evil.py"], LAST],
     [["python", "-c", "open('../../ran', 'w')"], LAST],
     [
@@ -416,6 +416,7 @@ def list_drafts() -> list[bytes]:
     ]
 
 
+@pytest.mark.slow_cases("prompts.txt")
 @pytest.mark.parametrize("name", ["run.toml", "dataset.toml", "prompts.txt"])
 def test_no_content_of_a_draft_breaks_a_page_or_leads_outside(root: Path, tmp_path: Path, name: str) -> None:
     path = root / "described" / name
