@@ -164,6 +164,29 @@ def test_ill():
     assert found == code
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("line", "is_failed"), [("x: int = 1", False), ('x: int = "1"', True)])
+def test_what_the_type_checker_says_comes_last_and_fails_the_run(
+    line: str,
+    is_failed: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "some.py").write_text(f"{line}\n", encoding="utf-8")
+    (tmp_path / "mypy.ini").write_text("[mypy]\nfiles = some.py\n", encoding="utf-8")
+    monkeypatch.setattr(run_tests, "ROOT", tmp_path)
+    types = run_tests.Check(Path(sys.executable), run_tests.TYPES)
+    other = run_tests.Check(Path(sys.executable), ["this"])
+
+    failed = run_tests._run_checks([types, other])
+
+    assert failed == ([types] if is_failed else [])
+    said = capfd.readouterr().out
+    assert said.index("== this") < said.index("Beautiful") < said.index("== mypy")
+    assert ("some.py:1: error" in said) == is_failed
+
+
 def test_no_folder_of_tests_changes_what_is_collected_in_others() -> None:
     """pytest hands the tests of all folders to this hook of each `conftest.py`: one that marked tests of its
     own as slow took others out of the whole run.

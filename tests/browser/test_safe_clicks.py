@@ -280,7 +280,7 @@ MOST_OF_ADDRESS = 60_000  # characters; the server of HTTP takes no longer ones
 
 def list_few_ways_out(outside: Path) -> list[str]:
     """Texts that name something outside, or nothing that can be."""
-    return [f"../{outside.name}", str(outside), "a\0b", "\ud800", "--overwrite", f"linked/{HIDDEN}.png"]
+    return [f"../{outside.name}", str(outside), "--overwrite", f"linked/{HIDDEN}.png"]
 
 
 def list_main_ways_out(outside: Path) -> list[str]:
@@ -291,6 +291,8 @@ def list_main_ways_out(outside: Path) -> list[str]:
         f"{outside}/run.toml",
         "/dev/zero",
         "C:\\Windows",
+        "a\0b",
+        "\ud800",
         LONG,
         "$(id)",
         "linked",
