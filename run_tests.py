@@ -12,7 +12,6 @@ Tests that failed while others ran run once more, alone: what passes then is nam
 Further arguments go to pytest.
 """
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -135,27 +134,24 @@ def _typed(check: Check) -> str:
 
 def _run_checks(checks: list[Check]) -> list[Check]:
     """Run checks and return those that failed. The type checker, which uses one core, runs beside others."""
-    typing = [check for check in checks if check.command == TYPES]
-    with contextlib.ExitStack() as stack:
-        outputs = [stack.enter_context(tempfile.TemporaryFile()) for _ in typing]
-        processes = [
-            _start(check, stdout=out, stderr=out) for check, out in zip(typing, outputs, strict=True)
-        ]
-        failed = [check for check in checks if check not in typing and _run_check(check)]
-        for check, process, output in zip(typing, processes, outputs, strict=True):
-            if process.wait():
-                failed.append(check)
-            output.seek(0)
-            print(f"\n== {_typed(check)}\n{output.read().decode(errors='replace')}", flush=True)
+    beside = [check for check in checks if check.command == TYPES]
+    with tempfile.TemporaryFile() as output:
+        processes = [_start(check, output) for check in beside]
+        failed = [check for check in checks if check not in beside and _run_check(check)]
+        failed += [check for check, process in zip(beside, processes, strict=True) if process.wait()]
+        for check in beside:
+            print(f"\n== {_typed(check)}")
+        output.seek(0)
+        print(output.read().decode(errors="replace"), flush=True)
     return failed
 
 
-def _start(check: Check, **streams: IO[bytes]) -> "subprocess.Popen[bytes]":
+def _start(check: Check, output: IO[bytes] | None = None) -> "subprocess.Popen[bytes]":
     environment = {**os.environ, **THREADS, **check.settings, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
     # hundreds of processes start: each would compile our modules, and each worker all tests
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     program = [str(check.python), "-m", *check.command]
-    return subprocess.Popen(program, cwd=ROOT, env=environment, **streams)
+    return subprocess.Popen(program, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
 
 def _run_check(check: Check) -> int:
