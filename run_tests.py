@@ -15,8 +15,10 @@ Further arguments go to pytest.
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import IO
 
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
@@ -47,6 +49,7 @@ COMPARED = (
 )
 RECORDED = ["-m", "recorded and not slow and not gpu", *(f"tests/{room}" for room in COMPARED)]
 SECOND = "REELSMITH_SECOND_PYTHON"  # names the Python of an environment with another torch
+TYPES = ["mypy"]  # minutes the first time
 TIERS = {"--fast": ["-m", "fast"], "--all": ["-m", ""]}
 MOST_SECONDS = 480  # of the processor, for --fast
 TESTS_FAILED = 1  # pytest's code; others mean that it could not run them
@@ -73,7 +76,7 @@ def main() -> None:
     typed = [argument for argument in sys.argv[1:] if argument not in TIERS]
     tier = [word for name, words in TIERS.items() if getattr(args, name[2:]) for word in words]
     checks = _list_checks(python, typed, tier, is_fast=args.fast)
-    failed = [_typed(check) for check in checks if _run_check(check)]
+    failed = [_typed(check) for check in _run_checks(checks)]
     seconds = sum(os.times()[2:4])  # of the commands; 0 on Windows, which does not count them
     if args.fast and not typed and seconds > MOST_SECONDS:
         failed.append(f"{seconds:.0f} processor seconds of at most {MOST_SECONDS}: {TOO_LONG}")
@@ -92,7 +95,7 @@ def _list_checks(python: Path, typed: list[str], tier: list[str], is_fast: bool)
     if not typed:
         checks = [Check(python, ["ruff", "check", "."]), Check(python, ["ruff", "format", "--check", "."])]
         if not is_fast:
-            checks.append(Check(python, ["mypy"]))  # minutes the first time
+            checks.append(Check(python, TYPES))
     checks.append(Check(python, ["pytest", *workers, *tier, *typed]))
     if not typed and not is_fast:
         recorded = ["pytest", *workers, *RECORDED]
@@ -129,14 +132,32 @@ def _typed(check: Check) -> str:
     return " ".join([*settings, *check.command])
 
 
-def _run_check(check: Check) -> int:
-    """Run a check and return its exit code; failed tests run once more, alone."""
-    print(f"\n== {_typed(check)}", flush=True)
+def _run_checks(checks: list[Check]) -> list[Check]:
+    """Run checks and return those that failed. The type checker, which uses one core, runs beside others."""
+    beside = [check for check in checks if check.command == TYPES]
+    with tempfile.TemporaryFile() as output:
+        processes = [_start(check, output) for check in beside]
+        failed = [check for check in checks if check not in beside and _run_check(check)]
+        failed += [check for check, process in zip(beside, processes, strict=True) if process.wait()]
+        for check in beside:
+            print(f"\n== {_typed(check)}")
+        output.seek(0)
+        print(output.read().decode(errors="replace"), flush=True)
+    return failed
+
+
+def _start(check: Check, output: IO[bytes] | None = None) -> "subprocess.Popen[bytes]":
     environment = {**os.environ, **THREADS, **check.settings, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
     # hundreds of processes start: each would compile our modules, and each worker all tests
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     program = [str(check.python), "-m", *check.command]
-    code = subprocess.run(program, cwd=ROOT, env=environment).returncode
+    return subprocess.Popen(program, cwd=ROOT, env=environment, stdout=output, stderr=output)
+
+
+def _run_check(check: Check) -> int:
+    """Run a check and return its exit code; failed tests run once more, alone."""
+    print(f"\n== {_typed(check)}", flush=True)
+    code = _start(check).wait()
     if check.command[0] == "pytest" and code == TESTS_FAILED and AGAIN not in check.command:
         print("\nThese tests failed. Alone, on a quiet machine, they:")
         again = [*check.command, AGAIN, "-v", "--maxfail=1", "-n", "0"]

@@ -6,6 +6,7 @@ On Debian and Ubuntu: apt-get install --no-install-recommends chromium-headless-
 import contextlib
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +25,47 @@ def open_page(place: Path | str, width: int = 1280, height: int = 900, **look: s
     """Yield Playwright's page with this file or address open. `page.problems` lists errors, dialogs and
     requests, without those of the address' own server. look: of the page, as `color_scheme="dark"`.
 
-    Skips the test if no browser is installed.
+    What the page stores is its own. Skips the test if no browser is installed.
     """
+    page = _start().new_page(viewport={"width": width, "height": height}, **look)
+    url = place if isinstance(place, str) else place.resolve().as_uri()
+    page.problems = []
+    page.on("pageerror", lambda error: page.problems.append(f"error: {error}"))
+    page.on("console", lambda message: page.problems.append(f"console: {message.text}"))
+    page.on("dialog", lambda dialog: (page.problems.append("dialog"), dialog.dismiss()))
+    page.on("request", lambda request: _note_request(page, request.url, url))
+    try:
+        page.goto(url)
+        page.wait_for_load_state("load")
+        yield page
+    finally:
+        page.close()
+
+
+STARTED: list[Any] = []  # Playwright and its browser, which the tests of a file share
+
+
+@cache
+def _start() -> Any:
+    """Return the browser, which runs until `end_browser`."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     browser_path = next((found for name in NAMES if (found := shutil.which(name))), None)
     if browser_path is None:
         pytest.skip("no browser: apt-get install --no-install-recommends chromium-headless-shell")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
-        page = browser.new_page(viewport={"width": width, "height": height}, **look)
-        url = place if isinstance(place, str) else place.resolve().as_uri()
-        page.problems = []
-        page.on("pageerror", lambda error: page.problems.append(f"error: {error}"))
-        page.on("console", lambda message: page.problems.append(f"console: {message.text}"))
-        page.on("dialog", lambda dialog: (page.problems.append("dialog"), dialog.dismiss()))
-        page.on("request", lambda request: _note_request(page, request.url, url))
-        page.goto(url)
-        page.wait_for_load_state("load")
-        try:
-            yield page
-        finally:
+    STARTED.append(sync_api.sync_playwright().start())
+    STARTED.append(STARTED[0].chromium.launch(executable_path=browser_path, args=FLAGS))
+    return STARTED[1]
+
+
+def end_browser() -> None:
+    """End the browser if one was started: while Playwright runs, this thread has a loop of asyncio."""
+    if STARTED:
+        playwright, *browsers = STARTED
+        for browser in browsers:
             browser.close()
+        playwright.stop()
+        STARTED.clear()
+    _start.cache_clear()
 
 
 def _note_request(page: Any, url: str, own: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import long_tests, marks, their_frequencies
+from tests import chromium, long_tests, marks, their_frequencies
 
 their_frequencies.make_exact()
 
@@ -77,6 +77,12 @@ def _old_garbage(files_done: list[None]) -> Iterator[None]:
     files_done.append(None)
     if len(files_done) % FILES_BETWEEN == 0:
         gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _browser_of_the_file() -> Iterator[None]:
+    yield
+    chromium.end_browser()
 
 
 @pytest.fixture(scope="session")

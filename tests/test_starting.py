@@ -136,6 +136,66 @@ def test_recorded_tests_run_as_on_other_processors(
     assert [setting["ATEN_CPU_CAPABILITY"] for setting in settings] == expected
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("passes", "code"),
+    [
+        ("False", run_tests.TESTS_FAILED),
+        ("SEEN.exists()", 0),  # it passes alone: something else disturbed it
+        ("SEEN.exists() and LATER.exists()", run_tests.TESTS_FAILED),
+    ],
+)
+def test_a_test_that_fails_alone_too_fails_the_run(
+    passes: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"""from pathlib import Path
+SEEN, LATER = Path("seen"), Path("later")
+def test_well(): pass
+def test_ill():
+    passes = {passes}
+    SEEN.touch()
+    assert passes
+"""
+    (tmp_path / "test_some.py").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(run_tests, "ROOT", tmp_path)
+
+    found = run_tests._run_check(run_tests.Check(Path(sys.executable), ["pytest", "-n", "2"]))
+
+    assert found == code
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("line", "is_failed"), [("x: int = 1", False), ('x: int = "1"', True)])
+def test_what_the_type_checker_says_comes_last_and_fails_the_run(
+    line: str,
+    is_failed: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "some.py").write_text(f"{line}\n", encoding="utf-8")
+    (tmp_path / "mypy.ini").write_text("[mypy]\nfiles = some.py\n", encoding="utf-8")
+    monkeypatch.setattr(run_tests, "ROOT", tmp_path)
+    types = run_tests.Check(Path(sys.executable), run_tests.TYPES)
+    other = run_tests.Check(Path(sys.executable), ["this"])
+
+    failed = run_tests._run_checks([types, other])
+
+    assert failed == ([types] if is_failed else [])
+    said = capfd.readouterr().out
+    assert said.index("== this") < said.index("Beautiful") < said.index("== mypy")
+    assert ("some.py:1: error" in said) == is_failed
+
+
+def test_no_folder_of_tests_changes_what_is_collected_in_others() -> None:
+    """pytest hands the tests of all folders to this hook of each `conftest.py`: one that marked tests of its
+    own as slow took others out of the whole run.
+    """
+    hook = "pytest_collection_modifyitems"
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("conftest.py")}
+    assert [path for path, text in texts.items() if hook in text] == [ROOT / "tests" / "conftest.py"]
+
+
 @pytest.mark.skipif(
     os.name == "nt" or not (ROOT / ".ci").exists(), reason="the package has no .ci; Windows has no bash"
 )

@@ -28,6 +28,7 @@ class WarmServer:
             env=environment,
             encoding="utf-8",
         )
+        self.pid: int = self._process.pid
         atexit.register(self._end)
 
     def _end(self) -> None:
@@ -45,9 +46,14 @@ class WarmServer:
         return answer
 
 
+SERVERS: list[WarmServer] = []  # that run, of all tests of this process
+
+
 @cache
 def _server(environment: tuple[tuple[str, str], ...]) -> WarmServer:
-    return WarmServer({**os.environ, **dict(environment)})
+    server = WarmServer({**os.environ, **dict(environment)})
+    SERVERS.append(server)
+    return server
 
 
 class WarmProcess:

@@ -1,8 +1,10 @@
 """Runs as a training writes them, and the server of the page for all runs, on a free port."""
 
+import asyncio
 import contextlib
 import http.client
 import json
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from browser.server import make_app
 from browser.start import open_socket
 from training.reports.history import History, describe_process, history_path
 
+PAUSE = 0.01  # seconds between two looks of a server whether it is to end
 PNG = b"\x89PNG not really"
 
 
@@ -64,12 +67,32 @@ class Served:
         return f"/run/{run.id}/{rest}"
 
 
+class QuickServer(uvicorn.Server):
+    """A server that ends as soon as it is told to, where uvicorn looks ten times a second.
+
+    What is answered just then is answered to its end.
+    """
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        while not self.should_exit:
+            await asyncio.sleep(PAUSE)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        while self.server_state.connections or self.server_state.tasks:
+            await asyncio.sleep(PAUSE)
+
+
 @contextlib.contextmanager
 def serve_runs(*folders: Path, **options: Any) -> Iterator[Served]:
     """Serve the runs below folders. options: of `make_app`."""
     runs, listener = Runs(folders), open_socket("127.0.0.1", 0)
     config = uvicorn.Config(make_app(runs, **options), log_level="critical", lifespan="off", ws="none")
-    server = uvicorn.Server(config)
+    server = QuickServer(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:

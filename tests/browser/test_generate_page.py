@@ -178,8 +178,7 @@ def test_the_command_follows_what_is_typed_and_a_reload_keeps_it(served: Served,
 
 def test_two_pages_keep_forms_of_their_own(served: Served) -> None:
     address = f"{served.url}/generate?run={run_id(served)}"
-    with open_page(address) as page:
-        other = page.context.browser.new_page()
+    with open_page(address) as page, contextlib.closing(page.context.browser.new_page()) as other:
         other.goto(address)
         for each, prompt in ((page, "of the first"), (other, "of the second")):
             each.get_by_label("Prompt").fill(prompt)

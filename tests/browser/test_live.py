@@ -57,8 +57,10 @@ class SteppedTraining:
                 return
             self.gate.release()
             self.thread.join(0.2)
-        for _ in range(50):  # what a step leads to may take a while
-            self.thread.join(0 if is_true() else 0.2)
+        for _ in range(300):  # what a step leads to may take a while, on a machine that is busy
+            if is_true():
+                return
+            self.thread.join(0.2)
         assert is_true()
 
     def finish(self) -> None:

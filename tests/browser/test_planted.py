@@ -186,7 +186,8 @@ def damaged(content: str) -> list[bytes]:
     return [*pieces, *odd, *changed, whole[:-1] + b',"more":' + b"[" * 50_000]
 
 
-@pytest.mark.parametrize("kind", ["wishes", "errands", "jobs", "lines", "drafts"])
+@pytest.mark.slow_cases("checks")
+@pytest.mark.parametrize("kind", ["wishes", "errands", "checks", "jobs", "lines", "drafts"])
 def test_damaged_files_break_no_page(root: Path, tmp_path: Path, kind: str) -> None:
     queue = root / QUEUE_FOLDER
     (queue / "logs").mkdir(parents=True)
@@ -197,10 +198,10 @@ def test_damaged_files_break_no_page(root: Path, tmp_path: Path, kind: str) -> N
         words = ["python", "evil.py"]
         texts = damaged(json.dumps(wish(1, words, root, state="died", reason="it died")))
         contents = [(queue / "making" / f"{place}.json", text) for place, text in enumerate(texts, 1)]
-    elif kind == "errands":
+    elif kind in ("errands", "checks"):
         name = queue / "logs" / f"{errand_name('describe', root / 'described')}.json"
-        contents = [(name, text) for text in damaged(json.dumps(row | {"line": "reelsmith new x 'y"}))]
-        contents += [(name, text) for text in damaged(json.dumps(row))]
+        line = row["line"] if kind == "checks" else "reelsmith new x 'y"
+        contents = [(name, text) for text in damaged(json.dumps(row | {"line": line}))]
     elif kind == "jobs":
         jobs = json.dumps({"last": 1, "worker": None, "jobs": [{"id": 1, **row}]})
         contents = [(queue / "jobs.json", text) for text in damaged(jobs)]
@@ -319,28 +320,34 @@ files = []
 commands = [["python", "tools/download.py", "--family", "wan", "--task", "t2v-1.3B", "--to", "models"]]
 """
 LAST = ["python", "wan_train_network.py", "--config_file", "run.toml"]
-COMMANDS: tuple[Any, ...] = (
+DAILY: tuple[Any, ...] = (
     [["sh", "-c", "touch ../../ran"]],
+    [["python", "../evil.py"], LAST],
+    [["python", "wan_train_network.py", "--network_module", "evil"]],
+)
+OTHER: tuple[Any, ...] = (
+    [{"a": 1}],
     [["python", "evil.py"], LAST],
     [["python", "-c", "open('../../ran', 'w')"], LAST],
-    [["python", "../evil.py"], LAST],
     [
         ["python", "tools/download.py", "--family", "wan", "--task", "t2v-1.3B", ";", "touch", "../../ran"],
         LAST,
     ],
     [["accelerate", "launch", "--config_file", "x", "evil.py"], LAST],
-    [["python", "wan_train_network.py", "--network_module", "evil"]],
     [["python", "wan_train_network.py", "--optimizer_type", "evil.Optimizer"]],
     [["python", "wan_train_network.py", "--output_dir", "../../outside", "--huggingface_repo_id", "a/b"]],
     "rm -rf /",
     [],
     [[]],
     [[1, 2]],
-    [{"a": 1}],
 )
+COMMANDS = [
+    *(pytest.param(commands, id=str(commands)) for commands in DAILY),
+    *(pytest.param(commands, id=str(commands), marks=pytest.mark.slow) for commands in OTHER),
+]
 
 
-@pytest.mark.parametrize("commands", COMMANDS, ids=[str(commands)[:40] for commands in COMMANDS])
+@pytest.mark.parametrize("commands", COMMANDS)
 def test_a_draft_of_a_stranger_runs_no_command_of_its_own(root: Path, tmp_path: Path, commands: Any) -> None:
     folder = root / "described"
     text = (folder / "run.toml").read_text(encoding="utf-8")
@@ -409,6 +416,7 @@ def list_drafts() -> list[bytes]:
     ]
 
 
+@pytest.mark.slow_cases("prompts.txt")
 @pytest.mark.parametrize("name", ["run.toml", "dataset.toml", "prompts.txt"])
 def test_no_content_of_a_draft_breaks_a_page_or_leads_outside(root: Path, tmp_path: Path, name: str) -> None:
     path = root / "described" / name

@@ -8,7 +8,7 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from starlette.routing import Route
 from browser.server import MOST_BYTES, Gate, make_app
 from browser.views import HERE
 from project.options import NewOptions
+from tests import warm_processes
 from tests.browser.serving import Served, serve_runs, write_run
 
 SECRET = "what nobody may read"
@@ -277,39 +278,57 @@ LONG = "x" * 900  # longer than names may be
 MOST_OF_ADDRESS = 60_000  # characters; the server of HTTP takes no longer ones
 
 
-def ways_out(outside: Path) -> list[str]:
-    """Texts that name something outside, or nothing that can be, in ways of several systems."""
+def list_few_ways_out(outside: Path) -> list[str]:
+    """Texts that name something outside, or nothing that can be."""
+    return [f"../{outside.name}", str(outside), "--overwrite", f"linked/{HIDDEN}.png"]
+
+
+def list_main_ways_out(outside: Path) -> list[str]:
+    """The same, one of each kind."""
+    return [
+        *list_few_ways_out(outside),
+        "..",
+        f"{outside}/run.toml",
+        "/dev/zero",
+        "C:\\Windows",
+        "a\0b",
+        "\ud800",
+        LONG,
+        "$(id)",
+        "linked",
+    ]
+
+
+def list_ways_out(outside: Path) -> list[str]:
+    """The same in the ways of several systems."""
     name = outside.name
     return [
-        "..",
-        f"../{name}",
-        f"../{name}/",
+        *list_main_ways_out(outside),
         f"described/../../{name}",
+        "/proc/self/environ",
+        "~",
+        f"..%2f{name}",
+        f"..\\{name}",
+        "\n",
+        "generated/linked.png",
+        f"../{name}/",
         f"./../{name}/.",
         f"..//{name}",
-        str(outside),
-        f"{outside}/run.toml",
         f"//{outside}",
         f"file://{outside}",
         "/",
         "//",
         "/etc",
         "/etc/passwd",
-        "/proc/self/environ",
-        "/dev/zero",
         "/dev/stdin",
-        "~",
         "~root",
         "~nobodyofthisname",
         "~/..",
         "$HOME",
         "%HOME%",
-        f"..%2f{name}",
         quote(str(outside), safe=""),
-        f"..\\{name}",
         "..\\..\\",
         "C:",
-        "C:\\Windows",
         "C:/Windows",
         "\\\\server\\share",
         "//server/share",
@@ -319,30 +338,24 @@ def ways_out(outside: Path) -> list[str]:
         "con/aux",
         "COM1:",
         "a:b",
-        "a\0b",
         f"described\0/../../{name}",
-        LONG,
         f"{LONG}/x",
         "/".join(["x"] * 3000),
-        "\ud800",
         "\u202e",
-        "\n",
         "\r\n",
         "-rf",
-        "--overwrite",
         "--save_path=/",
         "; id",
         "`id`",
-        "$(id)",
         "| id",
         "&& id",
-        "linked",
-        f"linked/{HIDDEN}.png",
         "linked_file.png",
         "linked/../../secret.txt",
         "described/linked",
-        "generated/linked.png",
     ]
+
+
+ListTexts = Callable[[Path], list[str]]
 
 
 def link_out(root: Path, outside: Path) -> None:
@@ -359,8 +372,18 @@ def encode(fields: Mapping[str, str]) -> str:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
-@pytest.mark.parametrize("base", ["", "described"])
-def test_no_field_of_any_form_leads_outside(root: Path, tmp_path: Path, base: str) -> None:
+@pytest.mark.parametrize(
+    ("base", "list_texts"),
+    [
+        pytest.param("", list_main_ways_out, id="no folder"),
+        pytest.param("described", list_few_ways_out, id="a right folder"),  # commands are begun for each text
+        pytest.param("", list_ways_out, id="no folder, all", marks=pytest.mark.slow),
+        pytest.param("described", list_ways_out, id="a right folder, all", marks=pytest.mark.slow),
+    ],
+)
+def test_no_field_of_any_form_leads_outside(
+    root: Path, tmp_path: Path, base: str, list_texts: ListTexts
+) -> None:
     """Each text in each field alone, and in all fields at once, with and without a right folder."""
     outside = tmp_path / "outside"
     link_out(root, outside)
@@ -368,7 +391,7 @@ def test_no_field_of_any_form_leads_outside(root: Path, tmp_path: Path, base: st
     assert {"folder", "name", "id", "source", "prompt"} <= set(fields)
     with serve_runs(root) as served:
         before = list_files(outside)
-        for text in ways_out(outside):
+        for text in list_texts(outside):
             all_fields = dict.fromkeys(fields, text) | ({"folder": base} if base else {})
             # of a right folder all fields are hostile at once: commands must not be begun a thousand times
             query = encode(all_fields)
@@ -394,16 +417,17 @@ def check_answer(served: Served, address: str, method: str, text: str, body: str
 
 
 def list_children() -> set[psutil.Process]:
-    """The processes that this one and its servers have started, and that have not ended."""
-    children = psutil.Process().children(recursive=True)
-    found = set()
-    for child in children:
+    """The processes that this one and its servers have started, and that have not ended.
+
+    The process that runs scripts for all tests is left out.
+    """
+    warm = {server.pid for server in warm_processes.SERVERS}
+    alive = set()
+    for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just ended
-            is_alive = child.is_running() and child.status() != psutil.STATUS_ZOMBIE
-            is_of_tests = any("warm_server" in word for word in child.cmdline())  # it serves all tests
-            if is_alive and not is_of_tests:
-                found.add(child)
-    return found
+            if child.pid not in warm and child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+                alive.add(child)
+    return alive
 
 
 def wait_for_children(*others: psutil.Process, seconds: float = 60) -> None:
@@ -415,7 +439,14 @@ def wait_for_children(*others: psutil.Process, seconds: float = 60) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
-def test_no_address_leads_outside(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "list_texts",
+    [
+        pytest.param(list_main_ways_out, id="one of each kind"),
+        pytest.param(list_ways_out, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_no_address_leads_outside(root: Path, tmp_path: Path, list_texts: ListTexts) -> None:
     outside = tmp_path / "outside"
     link_out(root, outside)
     with serve_runs(root) as served:
@@ -423,7 +454,7 @@ def test_no_address_leads_outside(root: Path, tmp_path: Path) -> None:
         for route in list_routes(served, "GET"):
             if "{" not in route.path:
                 continue
-            for text in ways_out(outside):
+            for text in list_texts(outside):
                 for spelled in (
                     quote(text, safe="", errors="surrogatepass"),
                     quote(text.encode("utf-8", "replace")),
@@ -434,28 +465,36 @@ def test_no_address_leads_outside(root: Path, tmp_path: Path) -> None:
                     check_answer(served, address, "GET", text)
 
 
+FILES_OF_A_DRAFT = ("run.toml", "dataset.toml", "prompts.txt")
+
+
+def link_file_out(root: Path, outside: Path, name: str) -> None:
+    """Put a link to a file outside in the place of a file of the described folder."""
+    path = root / "described" / name
+    (outside / f"draft-{name}").write_bytes(path.read_bytes() + f"# {SECRET}\n".encode())
+    path.unlink()
+    path.symlink_to(outside / f"draft-{name}")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
-def test_files_of_a_draft_that_lead_outside_are_neither_shown_nor_written(root: Path, tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    folder = root / "described"
-    kept = {name: (folder / name).read_bytes() for name in ("run.toml", "dataset.toml", "prompts.txt")}
+@pytest.mark.parametrize("name", FILES_OF_A_DRAFT)
+def test_files_of_a_draft_that_lead_outside_are_not_shown(root: Path, tmp_path: Path, name: str) -> None:
+    link_file_out(root, tmp_path / "outside", name)
     with serve_runs(root) as served:
-        for name, content in kept.items():
-            (outside / f"draft-{name}").write_bytes(content + f"# {SECRET}\n".encode())
-            (folder / name).unlink()
-            (folder / name).symlink_to(outside / f"draft-{name}")
-            before = list_files(outside)
-            for address in list_addresses(served, "GET"):
-                answer = served.ask(f"{address}?folder=described")
-                assert answer.status < 500, address
-                assert SECRET not in answer.text, address
-            for address in list_addresses(served, "POST"):
-                fields = {"folder": "described", "name": "own", "steps": "7", "text": "x", "family": "wan"}
-                fields |= {"task": "t2v-1.3B"}
-                answer = served.ask(address, "POST", urlencode(fields), Origin=served.url)
-                assert answer.status < 500, address
-                assert SECRET not in answer.text, address
-            wait_for_children()
-            assert list_files(outside) == before
-            (folder / name).unlink()
-            (folder / name).write_bytes(content)
+        for address in list_addresses(served, "GET"):
+            check_answer(served, f"{address}?folder=described", "GET", name)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+@pytest.mark.slow_cases("dataset.toml", "prompts.txt")
+@pytest.mark.parametrize("name", FILES_OF_A_DRAFT)
+def test_files_of_a_draft_that_lead_outside_are_not_written(root: Path, tmp_path: Path, name: str) -> None:
+    link_file_out(root, tmp_path / "outside", name)
+    before = list_files(tmp_path / "outside")
+    fields = {"folder": "described", "name": "own", "steps": "7", "text": "x", "family": "wan"}
+    fields |= {"task": "t2v-1.3B"}
+    with serve_runs(root) as served:
+        for address in list_addresses(served, "POST"):
+            check_answer(served, address, "POST", name, urlencode(fields))
+        wait_for_children()
+    assert list_files(tmp_path / "outside") == before

@@ -391,13 +391,14 @@ def test_the_labels_of_the_form_are_found_once(tmp_path: Path) -> None:
             assert page.get_by_label(label).count() == 1, label
 
 
+@pytest.mark.slow  # daily: test_a_file_that_changed_meanwhile_is_not_overwritten
 def test_two_browsers_lose_nothing(tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
     with (
         serve_runs(tmp_path) as served,
         open_settings(served, folder) as page,
+        contextlib.closing(page.context.browser.new_page()) as other,
     ):
-        other = page.context.browser.new_page()
         other.goto(page.url)
         wait_until(other, "document.querySelector('#row-network_dim') !== null")
         for browser, key, value in ((page, "network_dim", "16"), (other, "seed", "5")):

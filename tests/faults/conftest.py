@@ -28,24 +28,17 @@ from tests.faults.runs import (
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test that needs a project runs for every family, unless its module says FAMILIES."""
+    """Every test that needs a project runs for every family, unless its module says FAMILIES.
+
+    Those of other families than Wan are slow: many processes each, through code that all families share.
+    """
     if "scripts" in metafunc.fixturenames:
         families = getattr(metafunc.module, "FAMILIES", FAMILIES)
-        metafunc.parametrize(
-            "scripts", families, ids=lambda scripts: scripts.name, indirect=True, scope="session"
-        )
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of other families than Wan as slow, before slow ones are left out: many processes each,
-    through code that all families share.
-    """
-    for item in items:
-        found = getattr(item, "callspec", None)
-        scripts = None if found is None else found.params.get("scripts")
-        if scripts not in (None, WAN):
-            item.add_marker(pytest.mark.slow)
+        cases = [
+            pytest.param(family, id=family.name, marks=[] if family is WAN else [pytest.mark.slow])
+            for family in families
+        ]
+        metafunc.parametrize("scripts", cases, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
