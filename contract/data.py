@@ -110,6 +110,7 @@ class Batch:
     preserved: tuple[bool, ...] = ()
     # dropped tensors, for a teacher: encoded captions before dropout, latents of reference pictures
     undropped: Conditions = field(default_factory=dict)
+    network_multiplier: float = 1.0  # strength of the network while it learns this batch
     empty_text: Conditions = field(default_factory=dict)  # the empty prompt's, for a target that asks for it
     has_empty_text: tuple[bool, ...] = ()  # whether each sample's text is the empty prompt; () if none is
 

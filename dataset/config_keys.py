@@ -33,6 +33,7 @@ MOST_COUNT = 10**9
 MOST_REPEATS = 100_000
 MOST_SAMPLES = 10_000  # spans of a clip
 MOST_WEIGHT = 100
+MOST_MULTIPLIER = 10
 MOST_WORDS = 2000  # characters of trigger_word, caption_prefix and caption_suffix
 LONGEST_SIDE = 16_384  # pixels
 MOST_PIXELS = 7680 * 4320  # of `resolution`; models are trained on up to 2 million
@@ -151,6 +152,10 @@ COUNTS = _list_of(COUNT, "a list of whole numbers, each 1 or more, such as [1, 2
 SHARE = number(lambda value: 0 <= value <= 1, "a number from 0 to 1, such as 0.1")
 WEIGHT = number(
     lambda value: 0 < value <= MOST_WEIGHT, f"a number above 0, at most {MOST_WEIGHT}, such as 0.5"
+)
+MULTIPLIER = number(
+    lambda value: value != 0 and abs(value) <= MOST_MULTIPLIER,
+    f"a number from -{MOST_MULTIPLIER} to {MOST_MULTIPLIER} other than 0, such as -0.5",
 )
 RATE = number(
     lambda value: RATES[0] <= value <= RATES[1],

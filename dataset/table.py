@@ -156,6 +156,8 @@ class DatasetTable:
     validation: bool = key(forms.YES_NO, False, stale=NOTHING)  # not trained on
     # factor on the loss of its items in training
     prior_loss_weight: float = key(forms.WEIGHT, 1.0, stale=LEARNING, rank=3)
+    # strength of the network while it learns these items; of sliders
+    network_multiplier: float = key(forms.MULTIPLIER, 1.0, stale=LEARNING, rank=3)
     # ascending; see `with_lengths`
     target_frames: tuple[int, ...] = key(forms.COUNTS, (1,), kinds=VIDEO, stale=FRAMES)
     frame_extraction: str = key(forms.MODE, "head", kinds=VIDEO, stale=FRAMES)

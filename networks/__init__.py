@@ -37,6 +37,7 @@ patterns: regular expressions for names of modules, with dots or underscores
 rewriting: arrangements of other programs into usual ones
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 text_loras: LoRAs of text encoders, put into them
+slider_options: options of sliders between captions
 teacher_options: options of frozen models that teach the network
 tool_options: options to merge, convert, average and extract LoRAs
 unmerged: LoRAs around layers that stay in 8 or 4 bits

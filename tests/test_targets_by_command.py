@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.commands import run_script
 from tests.faults.messages import assert_one_message, run_here
 from tests.tiny.families import family_called
 from tests.tiny.runs import RUN, TinyProject, make_project
@@ -95,15 +96,13 @@ def test_what_a_lora_of_another_model_knows_is_taught(project: TinyProject) -> N
     assert metadata["ss_teacher_lora"] == "x.safetensors"
 
 
-def test_a_plan_counts_passes_and_the_second_model(
-    project: TinyProject, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_counts_passes_and_the_second_model(project: TinyProject) -> None:
     teacher = write_teacher(project)
     words = ("--teacher", "dit", "--teacher_dit", teacher.name, "--teacher_lora", "base/x.safetensors")
     planned = (*RUN, "--output_dir", "planned", "--plan", "24")
 
-    project.run(*project.family.train, *planned, *words, "--teacher_delta")
-    assert "the teacher's transformer" in capsys.readouterr().out
+    done = run_script(*project.family.train, *planned, *words, "--teacher_delta", folder=project.folder)
+    assert "the teacher's transformer" in done.stdout
     project.run(*project.family.cache_texts, "--empty_prompt")
     project.run(*project.family.train, *planned, *TARGETS)
 
@@ -123,3 +122,43 @@ def test_a_wrong_file_is_told_in_one_message(
     command = (*project.family.train, *RUN, "--output_dir", "wrong", *words)
 
     assert_one_message(*run_here(*command, folder=project.folder), message)
+
+
+SLIDER = """guidance = 2.0
+
+[[sliders]]
+positive = "a red cat"
+negative = "a blue cat"
+neutral = "a cat"
+anchor = "a dog"
+
+[[sliders]]
+positive = "a large cat"
+negative = "a small cat"
+neutral = "a cat"
+weight = 0.5
+"""
+
+
+def test_a_slider_learns_from_its_captions(project: TinyProject) -> None:
+    """Its captions are encoded once, at the start; blocks may be swapped and computed again."""
+    (project.folder / "slider.toml").write_text(SLIDER, encoding="utf-8")
+    encoders = project.family.cache_texts[1:]
+    words = ("--slider", "slider.toml", *_text_options(project, encoders))
+    whole = project.train("slider", *EXACT, *words)
+    small = project.train("small slider", *EXACT, *words, *SMALL)
+
+    for name, tensor in whole.items():
+        torch.testing.assert_close(small[name], tensor, rtol=1e-3, atol=1e-5)
+    metadata = metadata_of(project.folder / "slider" / "x.safetensors")
+    assert metadata["ss_slider"] == "slider.toml"
+
+
+def _text_options(project: TinyProject, words: Sequence[str]) -> Sequence[str]:
+    """Return the options of the caching command that name text encoders and that the training lacks."""
+    given: list[str] = []
+    for flag, value in zip(words, words[1:], strict=False):
+        is_encoder = flag.startswith(("--t5", "--text_encoder", "--clip_l"))
+        if is_encoder and flag not in project.family.train:
+            given += [flag, value]
+    return given

@@ -1,8 +1,10 @@
 """Check a run's options and file headers before gigabytes are loaded; name given options without effect."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,8 @@ from training.run_options import MOST_STEPS
 
 # of a network, of a whole model: the lowest and the highest usual rate of Adam; between them the usual one
 USUAL_RATES = (2e-5, "1e-4", 5e-3), (5e-8, "1e-5", 1e-4)
+
+logger = logging.getLogger(__name__)
 
 
 def check_before_loading(family: Family, options: TrainingOptions, others: OtherFamilies = NO_OTHERS) -> None:
@@ -198,11 +202,27 @@ def check_targets(family: Family, options: TrainingOptions, texts: LiveTexts | N
     """Raise OptionError for targets that the family, or the way its texts are encoded, cannot serve."""
     if options.teacher.teacher is not None:
         check_teacher(family, options.teacher, texts)
+    if options.slider is not None:
+        check_slider(options.slider, texts)
     if options.guided.guided_target_sound is not None and not hears_sound(family):
         raise OptionError(
             f"--guided_target_sound {options.guided.guided_target_sound:g}: the model {family.name} has no "
             "sound. Leave it out"
         )
+
+
+def check_slider(slider: Path, texts: LiveTexts | None) -> None:
+    """Raise OptionError if a file of --slider cannot be read, or if text encoders learn."""
+    from training.targets.sliders import read_sliders  # only with --slider
+
+    read_sliders(slider)
+    if texts is not None and texts.learning:
+        names = " and ".join(encoder.name for encoder in texts.learning)
+        raise OptionError(
+            f"--slider {slider}: its captions are encoded before the training, and here {names} learns. "
+            "Train the transformer alone (--network_train_unet_only)"
+        )
+    logger.info("The captions of the dataset are not used: --slider %s has its own.", slider)
 
 
 def check_other_teacher(family: Family, options: TrainingOptions, teacher: Family | None) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # loaded only where processes share a model, with LoRA files,
     from running.offload.swap_plan import HostWeights
     from training.averages import WeightAverage
     from training.samples import Sampler
+    from training.targets.sliders import SliderTarget
     from training.targets.teachers import TeacherModel
 
 logger = logging.getLogger(__name__)
@@ -179,6 +180,7 @@ def make_run(
     logs: Logs,
     reporter: RunReporter,
     saver: Saver | None,
+    slider: "SliderTarget | None" = None,
 ) -> TrainingRun:
     """Put the run together: what feeds the loop, judges its batches, and hears requests from outside."""
     plan = model.plan
@@ -186,7 +188,7 @@ def make_run(
     is_main = plan.accelerator.is_main_process
     rule = _make_rule(model)
     validation = Validation(plan, rule) if plan.validation else None
-    rule = _add_targets(rule, model)  # validation does without
+    rule = _add_targets(rule, model, slider)  # validation does without
     minutes = plan.saving.save_every_n_minutes
     watched = trigger_paths(plan.names, options.samples.sample_now) if is_main else {}
     clock = MinuteClock(minutes) if is_main and minutes is not None else None
@@ -216,11 +218,11 @@ def _make_rule(model: TrainedModel) -> LossRule:
     )
 
 
-def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
+def _add_targets(rule: LossRule, model: TrainedModel, slider: "SliderTarget | None") -> LossRule:
     """Return the rule with all that predictions are compared with besides the clip."""
     plan, options = model.plan, model.plan.options
     targets = make_targets(options.guided, options.teacher, options.prior)
-    if targets == NO_TARGETS:
+    if targets == NO_TARGETS and slider is None:
         return rule
     seed = functools.partial(
         seed_networks, model.trainable, plan.progress.seed, device=plan.accelerator.device
@@ -231,7 +233,16 @@ def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
         teach=_choose_teaching(model),
         in_lockstep=plan.steps.in_lockstep,
         seed_networks=lambda number: seed(number=number),
+        other_passes=None if slider is None else _passes_of_slider(model, slider),
     )
+
+
+def _passes_of_slider(
+    model: TrainedModel, slider: "SliderTarget"
+) -> Callable[[TrainingPasses, NoisyBatch], Iterator[tuple[Tensor, ...]]]:
+    from training.targets.sliders import slider_passes  # only with --slider
+
+    return functools.partial(slider_passes, slider, model.trainable.at_strength)
 
 
 def _choose_teaching(model: TrainedModel) -> Callable[[TrainingPasses, NoisyBatch], Tensor]:

@@ -82,6 +82,7 @@ class WholeDitOptions(Options, title="full fine-tuning"):
     teacher_sees = unsupported(
         _NOTHING_FROZEN, "what the teacher knows", choices=(INPUTS, FIRST_LAST, CLIP, SUBJECT)
     )
+    slider = unsupported(_NOTHING_FROZEN, "captions of a slider", metavar="FILE")
     mask_prior_weight = unsupported(_NOTHING_FROZEN, "weight of the frozen model outside masks", type=float)
     blank_prior_weight = unsupported(
         _NOTHING_FROZEN, "weight of the frozen model for the empty prompt", type=float

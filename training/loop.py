@@ -217,12 +217,16 @@ def _accumulate(
             # for the others, which gather the blocks from this process
             is_void = is_repeat or expert != noisy_batch.expert
             dit = run.model.dits.at(expert)
+            strength: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if noisy_batch.batch.network_multiplier != 1:
+                strength = run.model.trainable.at_strength(noisy_batch.batch.network_multiplier)
             sums: tuple[Tensor, ...] = ()
-            for losses in loss_passes(run.family, dit, noisy_batch, autocast=run.autocast, rule=run.rule):
-                loss = functools.reduce(torch.add, losses) / divisor
-                run.model.scaler.scale(0 * loss if is_void else loss).backward()
-                detached = tuple(stream.detach() for stream in losses)
-                sums = tuple(map(torch.add, sums, detached)) if sums else detached
+            with strength:
+                for losses in loss_passes(run.family, dit, noisy_batch, autocast=run.autocast, rule=run.rule):
+                    loss = functools.reduce(torch.add, losses) / divisor
+                    run.model.scaler.scale(0 * loss if is_void else loss).backward()
+                    detached = tuple(stream.detach() for stream in losses)
+                    sums = tuple(map(torch.add, sums, detached)) if sums else detached
             if is_void:
                 continue
             loss = functools.reduce(torch.add, sums) / divisor

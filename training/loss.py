@@ -1,7 +1,7 @@
 """Flow-matching loss: add noise, predict the velocity, compare it with the true one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -115,6 +115,8 @@ class LossRule:
     targets: Targets = NO_TARGETS
     # what the teacher of `targets` predicts, from `targets.passes.TrainingPasses` and a batch
     teach: Callable[[Any, NoisyBatch], Tensor] | None = None
+    # what replaces the usual passes, from `targets.passes.TrainingPasses` and a batch: errors of each stream
+    other_passes: Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]] | None = None
     in_lockstep: bool = False  # processes share a model, so that all run equal passes
     seed_networks: Callable[[int], None] | None = None  # begins random numbers of networks: of a micro-batch
 

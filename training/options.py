@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from dataset.options import CachingInRunOptions
@@ -110,6 +111,10 @@ class TrainingOptions(Options):
         return NO_PRIOR if self.network is None else self.network.prior
 
     @property
+    def slider(self) -> Path | None:
+        return None if self.network is None else self.network.slider.slider
+
+    @property
     def needs_empty_prompt(self) -> bool:
         return self.guided.guided_target is not None or self.prior.blank_prior_weight is not None
 
@@ -182,6 +187,23 @@ class TrainingOptions(Options):
             raise OptionError(
                 f"--teacher_split with --loss_type {self.loss.loss_type}: size and direction are those of "
                 "squared differences. Use --loss_type l2, or leave out --teacher_split"
+            )
+        others = {
+            "--guided_target": guided.guided_target,
+            "--teacher": teacher.teacher,
+            "--mask_prior_weight": prior.mask_prior_weight,
+            "--blank_prior_weight": prior.blank_prior_weight,
+        }
+        beside = next((name for name, value in others.items() if value is not None), None)
+        if self.slider is not None and beside is not None:
+            raise OptionError(
+                f"--slider {self.slider} with {beside}: a slider learns from its captions alone. Leave out "
+                "one of the two"
+            )
+        if self.slider is not None and self.is_fused:
+            raise OptionError(
+                "--slider with --fused_backward_pass: the gradients of its two strengths are added, and "
+                "fused gradients are freed at once. Leave out one of the two"
             )
         if prior.blank_prior_weight is not None and self.is_fused:
             raise OptionError(

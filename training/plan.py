@@ -331,6 +331,12 @@ def _split_items(
             f"{preserving.name}: diff_output_preservation compares a LoRA with the model without it, and "
             "here the model itself is trained. Leave it out"
         )
+    scaled = next((table for table in config.datasets if table.network_multiplier != 1), None)
+    if scaled is not None and options.network is None:
+        raise OptionError(
+            f"{scaled.name}: network_multiplier is the strength of a LoRA, and here the model itself is "
+            "trained. Leave it out"
+        )
     validating = options.validation
     seed = seed if validating.validation_seed is None else validating.validation_seed
     training, validation = split_validation(items, validating.validation_split, seed)

@@ -20,6 +20,7 @@ from modules.option_values import read_literals, to_path
 from modules.options import options_with
 from networks.lora_settings import DEFAULT_RANK
 from networks.options import NOTHING_FROZEN
+from networks.slider_options import NO_SLIDER
 from networks.teacher_options import NO_PRIOR, NO_TEACHER
 from training.experts import TRAINING_ADAPTER, module_of
 from training.optimizers.optimizer import PATHS
@@ -216,7 +217,7 @@ def check_resumable(
     identity = _resolve(settings.identity)
     # likewise of before the frozen model could teach
     unsaid: dict[str, Any] = {}
-    for record in (NOTHING_FROZEN, NO_TEACHER, NO_PRIOR, NO_GUIDED_TARGET):
+    for record in (NOTHING_FROZEN, NO_TEACHER, NO_PRIOR, NO_GUIDED_TARGET, NO_SLIDER):
         unsaid |= {f"--{name}": value for name, value in public_config(record).items()}
     habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)
     unknown = {*identity} - {*before} | {*habits} - {*habits_before}

@@ -38,6 +38,7 @@ from training.training_run import TrainingRun
 if TYPE_CHECKING:  # loaded only if there are prompts; if files are uploaded
     from training.samples import Sampler
     from training.saving.hub import Uploads
+    from training.targets.sliders import SliderTarget
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ def prepare_run(
         plan = make_plan(family, options, commands, config=config, accelerator=accelerator, others=others)
         # texts and images are encoded while there is no DiT
         sampler = _make_sampler(plan)
+        slider = _encode_slider(plan)
         following = follow(plan, sampler)
         if processes is not None:
             processes.advice = following.after_loss
@@ -107,7 +109,9 @@ def prepare_run(
         uploads = _make_uploads(options)
         prompts = () if sampler is None else sampler.prompts
         saver = make_saver(model, uploads, prompts, reporter.note_saved)
-        run = make_run(model, sampler, memory=memory, logs=logs, reporter=reporter, saver=saver)
+        run = make_run(
+            model, sampler, memory=memory, logs=logs, reporter=reporter, saver=saver, slider=slider
+        )
         closing = contextlib.closing(uploads) if uploads is not None else contextlib.nullcontext()
         with closing, logs, reporter:
             show_start(run, file_dtype(options, model.dits.networks[0]))
@@ -116,6 +120,16 @@ def prepare_run(
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and plan.progress.step >= plan.steps.total_steps:
             show_end(run, Story.of(reporter.history.events), following)
+
+
+def _encode_slider(plan: TrainingPlan) -> "SliderTarget | None":
+    """Encode the captions of --slider."""
+    path = plan.options.slider
+    if path is None:
+        return None
+    from training.targets.sliders import encode_sliders, read_sliders  # only with --slider
+
+    return encode_sliders(plan.family, read_sliders(path), plan.accelerator.device)
 
 
 def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:

@@ -26,6 +26,13 @@ Rates = tuple[float, float | None, Sequence[float] | None]
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata
 
 
+@dataclass
+class Strength:
+    """The strength that networks have now."""
+
+    value: float = 1.0
+
+
 @dataclass(frozen=True)
 class Trainable:
     """Hold the parameters for the optimizer, with functions on their modules for the loop."""
@@ -41,6 +48,7 @@ class Trainable:
     by_expert: Sequence[Sequence[Parameter]] = ()  # the parameters of each expert, if each has its own
     # of a DiT that is split over processes: parameters that are rows of a weight, and the weight
     split: Mapping[Tensor, Tensor] = field(default_factory=dict)
+    strength: Strength = field(default_factory=Strength)
 
     @property
     def all_modules(self) -> tuple[nn.Module, ...]:
@@ -83,16 +91,26 @@ class Trainable:
         keys_scaled, means, largest = torch.stack(numbers).unbind(1)  # of networks of as many modules each
         return torch.stack([keys_scaled.sum(), means.mean(), largest.max()])
 
-    @contextlib.contextmanager
-    def as_base(self) -> Iterator[None]:
+    def as_base(self) -> contextlib.AbstractContextManager[None]:
         """Switch all networks off during the block, so that DiTs act as loaded. Not for trained DiTs."""
-        for network in self.all_networks:
-            network.set_multiplier(0.0)
+        return self.at_strength(0.0)
+
+    @contextlib.contextmanager
+    def at_strength(self, strength: float) -> Iterator[None]:
+        """Give all networks a strength during the block: also during a backward pass, which may compute
+        forward passes again.
+        """
+        before = self.strength.value
+        self._set_strength(strength)
         try:
             yield
         finally:
-            for network in self.all_networks:
-                network.set_multiplier(1.0)
+            self._set_strength(before)
+
+    def _set_strength(self, strength: float) -> None:
+        self.strength.value = strength
+        for network in self.all_networks:
+            network.set_multiplier(strength)
 
 
 def seed_networks(trainable: Trainable, seed: int, number: int, device: torch.device) -> None:

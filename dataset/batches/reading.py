@@ -95,6 +95,7 @@ def read_batch(
         loss_weights=() if set(weights) == {1.0} else weights,
         preserved=preserved if any(preserved) else (),
         undropped=full_tensors,
+        network_multiplier=items[0].table.network_multiplier,
         empty_text=empty_tensors,
         has_empty_text=tuple(text.is_empty for text in texts) if any(text.is_empty for text in texts) else (),
     )

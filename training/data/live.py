@@ -65,7 +65,7 @@ class LiveTexts:
             encoded = self._encode(encoder, prompts)
             for name in encoder.keys:
                 rows = [conditions[name] for conditions in encoded]
-                tensors[name] = _stack(rows, name in encoder.variable_length)
+                tensors[name] = stack_texts(rows, name in encoder.variable_length)
         batch = replace(batch, tensors=tensors)
         return self._add_empty(batch) if self.adds_empty else batch
 
@@ -77,7 +77,7 @@ class LiveTexts:
                 encoded = self._encode(encoder, [Prompt("")])[0]
             for name in encoder.keys:
                 rows = [encoded[name]] * len(batch)
-                empty_text[name] = _stack(rows, name in encoder.variable_length)
+                empty_text[name] = stack_texts(rows, name in encoder.variable_length)
         are_empty = tuple(not caption for caption in batch.captions)
         return replace(batch, empty_text=empty_text, has_empty_text=are_empty if any(are_empty) else ())
 
@@ -113,7 +113,10 @@ class LiveTexts:
         return any(encoder is learner for learner in self.learning)
 
 
-def _stack(values: Sequence[Tensor | list[Tensor]], is_varying: bool) -> Tensor | list[Tensor]:
-    """Return one tensor B ..., or a list with an entry for each sample if their lengths vary."""
+def stack_texts(values: Sequence[Tensor | list[Tensor]], is_varying: bool) -> Tensor | list[Tensor]:
+    """Return the outputs of a text encoder for a batch.
+
+    One tensor B ..., or a list with an entry for each sample if their lengths vary.
+    """
     rows = [value[0] if isinstance(value, list) else value for value in values]
     return rows if is_varying or isinstance(values[0], list) else torch.stack(rows)

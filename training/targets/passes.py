@@ -102,6 +102,10 @@ def loss_passes(
     state between two.
     """
     passes = _make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule)
+    if rule.other_passes is not None:
+        for errors in rule.other_passes(passes, noisy_batch):
+            yield _weighted(errors, noisy_batch)
+        return
     if rule.targets.blank_prior_weight:
         yield _weighted(_measure_blank(passes, noisy_batch), noisy_batch)
     yield _weighted(_measure(passes, noisy_batch), noisy_batch)
@@ -122,7 +126,7 @@ def _measure_blank(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
     blank = replace(noisy_batch, batch=noisy_batch.batch.with_empty_text())
     target = passes.base(blank)
     passes.restart(noisy_batch)
-    errors = _measure_plainly(passes, passes.learning(blank), target, _without_masks(blank))
+    errors = measure_plainly(passes, passes.learning(blank), target, _without_masks(blank))
     passes.restart(noisy_batch)
     return tuple(passes.rule.targets.blank_prior_weight * error for error in errors)
 
@@ -193,12 +197,13 @@ def _compare_with_clip(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Targe
         target = _guide(target, passes, noisy_batch, guided=rule.targets.guided)
     teacher = rule.targets.teacher
     weight = 1.0 if teacher is None else 1 - teacher.weight
-    return TargetComparison(target, functools.partial(_measure_plainly, passes), noisy_batch, weight)
+    return TargetComparison(target, functools.partial(measure_plainly, passes), noisy_batch, weight)
 
 
-def _measure_plainly(
+def measure_plainly(
     passes: TrainingPasses, output: Tensor, target: Tensor, noisy_batch: NoisyBatch
 ) -> Streams:
+    """Return the errors of an output against a target, with masks and --loss_type."""
     return sample_errors(passes.family.noise, output - target, noisy_batch, passes.rule)
 
 
@@ -305,7 +310,7 @@ def _per_sample_weight(weight: float, counts: Sequence[bool], device: torch.devi
 
 def _measure_for(passes: TrainingPasses, split: Split | None) -> Measure:
     if split is None:
-        return functools.partial(_measure_plainly, passes)
+        return functools.partial(measure_plainly, passes)
     return functools.partial(_measure_split, split)
 
 
