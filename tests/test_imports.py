@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "downloads": GROUND,
     "project": GROUND | {"dataset", "data_tools.report", "downloads", "training"},
     "browser": GROUND
-    | {"training.reports", "training.config_options", "downloads.catalogue", "downloads.listing"}
+    | {"training.reports", "training.config_options", "training.end_options"}
+    | {"downloads.catalogue", "downloads.listing"}
     | {"project.options", "project.fitting", "generation.prompt_lines", "generation.script_options"}
     | {"generation.options", "generation.sample_lines", "networks.module_names", "training.saving.files"},
 }
@@ -92,8 +93,9 @@ FLOORS = {
         {"scripts"},
     ),
     "training": (
-        {"config_options", "learning_options", "noise_options", "run_options", "steps", "trainable"},
-        {"loss", "processes", "reports"},
+        {"config_options", "end_options", "learning_options", "noise_options", "run_options"}
+        | {"steps", "trainable"},
+        {"end_command", "loss", "processes", "reports"},
         {"saving"},
         {"data", "optimizers"},
         {"averages", "options", "samples"},

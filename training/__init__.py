@@ -5,6 +5,8 @@ caching_inside: caches made by the training command itself
 checks: check options and headers before gigabytes are loaded
 config_options: --config_file: options from a TOML file
 data/: batches, noise and timesteps, prepared before they are needed
+end_command: start the command of --on_end
+end_options: --on_end: its words, and what is no command
 experts: transformers of a run: dressed, which learns, which works
 following: command lines that can follow a training
 image_options: compose the options of image trainers

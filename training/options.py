@@ -18,6 +18,7 @@ from modules.speed_options import TrainingSpeedOptions
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
 from training import learning_options, noise_options, run_options
 from training.config_options import ConfigOptions, check_imports, read_config_file
+from training.end_options import EndOptions
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class TrainingOptions(Options):
     samples: run_options.SampleOptions = option(facts=FREE)
     average: learning_options.AverageOptions = option(facts=FREE)
     logs: run_options.LogOptions = option(facts=FREE)
+    end: EndOptions = option(facts=FREE)
     metadata: MetadataOptions = option(facts=FREE)
     hub: HubOptions = option(facts=FREE)
     speed: TrainingSpeedOptions

@@ -98,6 +98,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
         ("disk", _describe_disk(plan, parameters, dtype)),
         ("folder", str(names.folder)),
         ("page", None if options.logs.no_page else str(page_path(names.folder, names.name))),
+        ("at the end", f"starts {options.end.words[0]}" if options.end.words else None),
     ]
     show_box(f"Training {names.name}", rows)
 
