@@ -94,8 +94,8 @@ FLOORS = {
     ),
     "training": (
         {"config_options", "end_options", "learning_options", "noise_options", "run_options"}
-        | {"steps", "trainable"},
-        {"end_command", "loss", "processes", "reports"},
+        | {"skip_options", "steps", "trainable"},
+        {"end_command", "loss", "processes", "reports", "skipping"},
         {"saving"},
         {"data", "optimizers"},
         {"averages", "options", "samples"},

@@ -30,6 +30,8 @@ samples: samples while training, by the loops of generation
 saver: save files with metadata and states; restore a state
 saving/: models and states on disk and on the hub
 scripts: make the training scripts of a family
+skip_options: options of steps that are left out
+skipping: whether a step is taken
 steps: which micro-batches form which optimizer step
 summary: boxes of a run: plan and result
 trainable: the trained part: a LoRA, or the DiT

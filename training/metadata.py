@@ -98,6 +98,8 @@ def _optional_values(plan: TrainingPlan) -> dict[str, Any]:
     if frozen.teacher is not None:
         values["ss_teacher"] = frozen.teacher
         values["ss_teacher_weight"] = frozen.teacher_weight
+    if options.skip.flag is not None:
+        values |= {f"ss_{name}": value for name, value in asdict(options.skip).items()}
     if plan.progress.changes:
         values["ss_resume_changes"] = json.dumps(plan.progress.changes, ensure_ascii=False)
     return values

@@ -27,6 +27,7 @@ from training.reports.logs import public_config
 from training.saving import states
 from training.saving.files import find_set_aside
 from training.saving.options import LATEST, LATEST_ONLY, SavingOptions
+from training.skip_options import NOTHING_SKIPPED
 from training.steps import Progress, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -212,8 +213,9 @@ def check_resumable(
     }
     before = _resolve({**usual, **saved.identity})
     identity = _resolve(settings.identity)
-    # likewise of before the frozen model could teach
-    unsaid = {f"--{name}": value for name, value in public_config(NOTHING_FROZEN).items()}
+    # likewise of before the frozen model could teach, and steps could be left out
+    usual_values = public_config(NOTHING_FROZEN, NOTHING_SKIPPED)
+    unsaid = {f"--{name}": value for name, value in usual_values.items()}
     habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)
     unknown = {*identity} - {*before} | {*habits} - {*habits_before}
     if unknown:

@@ -195,6 +195,7 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
     rows += [
         ("best by validation", describe_best(story, names.folder) if story.validations else None),
         ("steps", _describe_speed(run.logs.clock)),
+        ("skipped steps", str(run.progress.skipped) if run.skipping is not None else None),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
         ("samples", str(samples) if has_samples else None),
         ("page", None if logs.no_page else str(page_path(names.folder, names.name))),
