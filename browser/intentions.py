@@ -15,6 +15,7 @@ from modules.run_limits import ALLOWED_BY, ANY
 from modules.text_files import parse_toml, read_content, real_path
 from project.options import RUN_FILE
 from training.config_options import OTHERS_TABLE, OUR_NETWORKS
+from training.end_options import ON_END
 
 LOCAL_TRACKERS = ("tensorboard", "aim")  # write files; the others send what they get
 # options that send something from this machine
@@ -25,6 +26,7 @@ SENDING = {
 }
 CODE = ("network_module",)  # options that load code
 WRITING = ("output_dir", "logging_dir")
+NOT_STARTED = f"`run` refuses it: --{ON_END} is only taken if it is typed"
 CACHES = "cache_directory"  # ends the names of keys of a dataset
 MOST_LINES = 100
 MOST_SHOWN = 64 << 10  # bytes of a file
@@ -50,6 +52,7 @@ def read_intentions(folder: Path) -> list[Intention]:
         *_list_caches(folder),
         *_list_sending(tables),
         *_list_code(tables),
+        *_list_starting(tables),
         *_list_commands(tables),
     ]
     return sorted(found[:MOST_LINES], key=lambda intention: not intention.is_unusual)
@@ -127,8 +130,22 @@ def _list_code(tables: Mapping[str, Any]) -> Iterator[Intention]:
             yield Intention(f"loads the code {name}", note=note, is_unusual=True)
 
 
+def _list_starting(tables: Mapping[str, Any]) -> Iterator[Intention]:
+    command = _table(tables, TRAINING_TABLE).get(ON_END)
+    if command is not None:
+        yield Intention(f"starts {command}", note=NOT_STARTED, is_unusual=True)
+
+
+def _is_end_option(word: str) -> bool:
+    """Return whether a word of a command is --on_end, or a beginning of it that argparse takes too."""
+    flag = word.partition("=")[0]
+    return flag.startswith("--on") and f"--{ON_END}".startswith(flag)
+
+
 def _list_commands(tables: Mapping[str, Any]) -> Iterator[Intention]:
     commands = _list_of(_table(tables, OTHERS_TABLE).get("commands"))
     for number, words in enumerate(commands):
-        typed = as_typed([str(word) for word in _list_of(words)])
-        yield Intention(f"{'downloads with' if number == 0 else 'runs'} {typed}")
+        texts = [str(word) for word in _list_of(words)]
+        text = f"{'downloads with' if number == 0 else 'runs'} {as_typed(texts)}"
+        is_starting = any(map(_is_end_option, texts))
+        yield Intention(text, note=NOT_STARTED if is_starting else "", is_unusual=is_starting)

@@ -30,12 +30,13 @@ from modules.text_files import bad_character, parse_toml
 from modules.version import VERSION
 from project.options import RUN_FILE
 from training.config_options import OTHERS_TABLE
+from training.end_options import ON_END
 
 HELP_SECONDS = 60
 TRAINS = ("train", "finetune")  # first words of the commands that train
 CACHES = "cache"  # likewise, of those that cache
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
-NOT_IN_FILE = {"config_file", "help"}  # options that name the file itself
+NOT_IN_FILE = {"config_file", "help", ON_END}  # the first two name the file itself; the last is only typed
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,19 @@ def refuses_code() -> str | None:
     return None
 
 
+def refuse_starting(option: str) -> None:
+    """Raise OptionError if the command of this program, with an option that starts another one, is from a
+    file: of `run`, whose folder may be somebody else's, or of the browser's queue.
+    """
+    if os.environ.get(RUN_GOES_ON):
+        remedy = f"Leave it out of run.toml; or, if you want it, type --{option} behind `run FOLDER`"
+    elif os.environ.get(FROM_QUEUE):
+        remedy = "Leave it out of the job; or, if you want it, start the command in a terminal"
+    else:
+        return
+    raise OptionError(f"--{option} starts a program, and no file may do that, only who types it. {remedy}")
+
+
 def import_user_module(option: str, name: str, example: str, remedy: str) -> ModuleType:
     """Import a module by the name that a user gave to an option. The working folder is searched too, if the
     user has typed the name (`refuses_code`).

@@ -60,6 +60,8 @@ class OtherProcesses:
     def __init__(self, rank: int, count: int, pace: Pace = USUAL) -> None:
         """Connect the processes; all of them must call it. Raises UserError if one cannot be reached."""
         self.advice: Callable[[], str] = lambda: AGAIN
+        # called before a thread ends this process, with what is printed
+        self.at_end: Callable[[str], None] = lambda _: None
         self._rank, self._pace = rank, pace
         self._lost: tuple[int, str] | None = None  # which, and how
         self._noticed, self._over = threading.Event(), threading.Event()
@@ -148,9 +150,11 @@ class OtherProcesses:
         if self._over.wait(self._pace.grace):
             return
         try:
+            description = self._describe()
             if self._prints_error:
-                text = plain_message(f"{LostProcessError.__name__}: {self._describe()}")
+                text = plain_message(f"{LostProcessError.__name__}: {description}")
                 os.write(2, f"\n{text}\n".encode())  # the main thread may hold the stream
+            self.at_end(description)
         finally:
             os._exit(LostProcessError.exit_code)  # the main thread waits in C++, which no exception reaches
 

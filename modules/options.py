@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
 from modules.control_codes import shorten
 from modules.errors import OptionError
+from modules.installation import refuse_starting
 from modules.option_values import check_characters, check_numbers, check_path, convert_value, show_number
 from modules.output_files import refuse_replacing
 from modules.run_limits import refuse_outside, refuse_sending
@@ -46,6 +47,7 @@ NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
 # docs/new_and_run.md lists what of it a folder of somebody else may use.
 WRITES = {"reach": "writes"}  # something is written there; in `run` only below its folders
 SENDS = {"reach": "sends"}  # something leaves this machine; in `run` only if it is typed
+STARTS = {"reach": "starts"}  # a program is started; only from a typed command line, never from a file
 IMPORTS_CLASS = {"reach": "imports class"}  # it names `package.module.Class`, whose module is imported
 IMPORTS_MODULE = {"reach": "imports module"}  # it names a module, which is imported
 IMPORTS = ("imports class", "imports module")
@@ -366,6 +368,8 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
             refuse_outside(name, path)
     elif reach == "sends" and is_given(record, field):
         refuse_sending(name, value)
+    elif reach == "starts" and is_given(record, field):
+        refuse_starting(name)
 
 
 def _check_paths(record: Any, field: "dataclasses.Field[Any]") -> None:

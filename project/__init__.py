@@ -8,5 +8,6 @@ describing: the text of the three files
 files: writes them, and tells what was found
 options: options of new_project.py and run_project.py
 running: runs the commands of a described folder
+ending: says how a run ended, to the command of --on_end
 tracing: keeps a trace of a run for the browser
 """

@@ -10,9 +10,10 @@ from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import FRONT_SCRIPT
 from modules.option_values import gibibytes, option_words
-from modules.options import KeyFile, Options, facts_of, option, option_values, unsupported
+from modules.options import SECRET, STARTS, KeyFile, Options, facts_of, option, option_values, unsupported
 from modules.output_files import check_output_name
 from modules.text_files import bad_character
+from training.end_options import HELP, ON_END, read_command
 from training.run_options import TRACKERS
 
 RUN_FILE = "run.toml"
@@ -149,13 +150,22 @@ class RunOptions(Options):
         place="new folder",
         action="extend",
     )
+    on_end: str | None = option(HELP, metavar="COMMAND", facts={**STARTS, **SECRET})
     dry_run: bool = option("print the commands, and run none")
     check: bool = option("check the folder and the options of its training, and end", excludes="dry_run")
 
+    def __post_init__(self) -> None:
+        _ = self.end_words  # raises OptionError
+
+    @property
+    def end_words(self) -> list[str]:
+        """Return the words of the command to start at the end; none without --on_end."""
+        return [] if self.on_end is None else read_command(self.on_end)
+
     @property
     def words(self) -> list[str]:
-        """Return the words behind `reelsmith` that run this again, but without --dry_run and --check."""
-        unsaid = {"folder": None, "dry_run": None, "check": None}
+        """Return the words behind `reelsmith` that run this again, as far as a file may keep them."""
+        unsaid = {"folder": None, "dry_run": None, "check": None, ON_END: None}
         if self.models == MODELS:
             unsaid["models"] = None
         typed = {f"--{name}": value for name, value in (option_values(self) | unsaid).items()}

@@ -5,8 +5,10 @@ import itertools
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from modules.paths import expand_path, path_from
 from modules.run_limits import OF_TRAINING, describe_outside, limit_run, refuse_outside
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.choosing import script_family
+from project.ending import describe_run
 from project.fitting import transformers_of
 from project.options import (
     CAPTION_MODEL,
@@ -38,6 +41,7 @@ from project.options import (
 )
 from project.tracing import RunTrace, trace_run
 from training.config_options import OTHERS_TABLE
+from training.end_command import EndCommand
 from training.saving.states import find_latest
 
 # kinds of faults of a check
@@ -75,11 +79,11 @@ class MediaCheck(NamedTuple):
 
 def run_project(options: RunOptions) -> None:
     """Run a described folder, with a trace for the browser. Raises and exits as `run_commands`."""
-    with trace_run() as trace:
-        run_commands(options, trace)
+    with EndCommand(options.end_words) as end, trace_run() as trace:
+        run_commands(options, trace, end)
 
 
-def run_commands(options: RunOptions, trace: RunTrace) -> None:
+def run_commands(options: RunOptions, trace: RunTrace, end: EndCommand) -> None:
     """Check, download, cache and train; end with the path of the training's page.
 
     Files that cannot be read are left out, and listed at the end. Raises OptionError if the folder is not
@@ -95,7 +99,7 @@ def run_commands(options: RunOptions, trace: RunTrace) -> None:
     if options.download:
         folders.append(options.models)
     with limit_run(folders, typed.keys(), own_command(*options.words)):
-        _run_within_limits(options, _read_project(options.folder, typed), trace)
+        _run_within_limits(options, _read_project(options.folder, typed), trace, end)
 
 
 def _typed_options(options: RunOptions) -> dict[str, Any]:
@@ -108,7 +112,7 @@ def _typed_options(options: RunOptions) -> dict[str, Any]:
     return typed
 
 
-def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace) -> None:
+def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, end: EndCommand) -> None:
     """Do what `run_commands` does, once the run may only write into its folders."""
     if options.check:
         check_project(project)
@@ -126,6 +130,8 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace) -
             _print_command(words, project.folder)
         return
     again = ["run", str(project.folder), *options.words[2:]]
+    end.note_beginning()
+    end.describe(partial(describe_run, project.output, project.name, project.steps, time.time()))
     trace.begin(again, output=project.output, name=project.name, steps=project.steps)
     left_out = _run_until_one_fails(commands, project, trace)
     _print_ending(project, left_out)

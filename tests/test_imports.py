@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "downloads": GROUND,
     "project": GROUND | {"dataset", "data_tools.report", "downloads", "training"},
     "browser": GROUND
-    | {"training.reports", "training.config_options", "downloads.catalogue", "downloads.listing"}
+    | {"training.reports", "training.config_options", "training.end_options"}
+    | {"downloads.catalogue", "downloads.listing"}
     | {"project.options", "project.fitting", "generation.prompt_lines", "generation.script_options"}
     | {"generation.options", "generation.sample_lines", "networks.module_names", "training.saving.files"},
 }
@@ -93,10 +94,10 @@ FLOORS = {
     ),
     "training": (
         {
-            *{"config_options", "learning_options", "noise_options", "run_options", "steps"},
-            *{"other_families", "target_options", "trainable"},
+            *{"config_options", "end_options", "learning_options", "noise_options", "run_options"},
+            *{"other_families", "skip_options", "steps", "target_options", "trainable"},
         },
-        {"processes", "reports", "target_rules"},
+        {"end_command", "processes", "reports", "skipping", "target_rules"},
         {"loss", "saving"},
         {"data", "optimizers", "targets"},
         {"averages", "options", "samples"},

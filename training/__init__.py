@@ -6,6 +6,8 @@ checks: check options and headers before gigabytes are loaded
 config_options: --config_file: options from a TOML file
 data/: batches, noise and timesteps, prepared before they are needed
 edited_prompts: prompts of samples that are edited meanwhile
+end_command: start the command of --on_end
+end_options: --on_end: its words, and what is no command
 experts: transformers of a run: dressed, which learns, which works
 following: command lines that can follow a training
 image_options: compose the options of image trainers
@@ -30,6 +32,8 @@ samples: samples while training, by the loops of generation
 saver: save files with metadata and states; restore a state
 saving/: models and states on disk and on the hub
 scripts: make the training scripts of a family
+skip_options: options of steps that are left out
+skipping: whether a step is taken
 steps: which micro-batches form which optimizer step
 summary: boxes of a run: plan and result
 target_options: options of targets without a frozen model

@@ -11,7 +11,7 @@ from typing import Any
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
 from modules.option_values import int_or_float, to_path
-from modules.options import IMPORTS, IMPORTS_CLASS, Options, option
+from modules.options import IMPORTS, IMPORTS_CLASS, STARTS, Options, option
 from modules.parser import Parser
 from modules.paths import explain_missing, path_exists
 from modules.run_limits import is_limited, refuse_outside
@@ -51,6 +51,11 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
     for key, value in _flatten(tables):
         if key in actions:
             action = actions[key]
+            if getattr(action, "reach", "") == STARTS["reach"]:
+                raise OptionError(
+                    f"{path}: {key} starts a program, and no file may do that, which somebody else may have "
+                    f"written. Leave it out there, and type --{key} ... with the command"
+                )
             values[action.dest] = _convert(path, action, value)
             if isinstance(parser, Parser) and f"--{key}" in action.option_strings:
                 parser.typed_flags.setdefault(action.dest, f"--{key}")

@@ -78,6 +78,8 @@ class NextSteps:
         file = best or [*self.names.files(self.names.name).values()][0]
         resume = self._resume(is_finished)
         here = f"Commands here are typed in the folder {Path.cwd()}."
+        if self.options.end.words:
+            here += " --on_end is written into no file: add it if you want it again."
         commands = [replace(resume, note=" ".join(filter(None, (resume.note, here))))]
         if self.generation is not None:
             commands.append(self._generate(self.generation, file))

@@ -16,7 +16,7 @@ from modules.command import name_as_typed
 from modules.console_options import ConsoleOptions
 from modules.errors import OptionError
 from modules.option_values import to_path
-from modules.options import Options, not_needed, option, read_options, unsupported
+from modules.options import STARTS, Options, not_needed, option, read_options, unsupported
 from modules.parser import Parser, add_options, typed_names
 from training.config_options import write_config_file
 from training.learning_options import PartsOptions
@@ -213,6 +213,11 @@ def _output_config(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     name = args.config_file if args.config_file.endswith(".toml") else f"{args.config_file}.toml"
     path = Path(to_path("--config_file", name))
     unset = {"config_file", "output_config", "help"}
+    for action in parser._actions:
+        is_typed_only = getattr(action, "reach", "") == STARTS["reach"]
+        if is_typed_only and getattr(args, action.dest) is not None:
+            unset.add(action.dest)
+            logger.warning("--%s is not written into the file: it is only taken if it is typed.", action.dest)
     values = {
         action.dest: getattr(args, action.dest)
         for action in parser._actions

@@ -20,7 +20,9 @@ from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
 from networks.teacher_options import NO_PRIOR, NO_TEACHER, PriorOptions, TeacherOptions
 from training import learning_options, noise_options, run_options
 from training.config_options import ConfigOptions, check_imports, read_config_file
+from training.end_options import EndOptions
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
+from training.skip_options import SkipOptions
 from training.target_options import GuidedTargetOptions
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,9 @@ class TrainingOptions(Options):
     saving: SavingOptions = option(facts=FREE)
     samples: run_options.SampleOptions = option(facts=FREE)
     average: learning_options.AverageOptions = option(facts=FREE)
+    skip: SkipOptions = option(facts=HABIT)
     logs: run_options.LogOptions = option(facts=FREE)
+    end: EndOptions = option(facts=FREE)
     metadata: MetadataOptions = option(facts=FREE)
     hub: HubOptions = option(facts=FREE)
     speed: TrainingSpeedOptions
@@ -223,6 +227,11 @@ class TrainingOptions(Options):
             raise OptionError(
                 "--fused_backward_pass with --mixed_precision fp16: whether fp16's scaled gradients "
                 "overflowed is known only after the whole backward pass. Use bf16 or no"
+            )
+        if self.skip.flag is not None:
+            raise OptionError(
+                f"{self.skip.flag} with --fused_backward_pass: weights are stepped inside the backward pass, "
+                "before the norm of all gradients is known. Leave out one of the two"
             )
         if self.network is not None and "ggpo_sigma" in self.network.arguments():
             raise OptionError(

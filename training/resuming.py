@@ -29,6 +29,7 @@ from training.reports.logs import public_config
 from training.saving import states
 from training.saving.files import find_set_aside
 from training.saving.options import LATEST, LATEST_ONLY, SavingOptions
+from training.skip_options import NOTHING_SKIPPED
 from training.steps import Progress, StepPlan
 from training.target_options import NO_GUIDED_TARGET
 
@@ -215,9 +216,9 @@ def check_resumable(
     }
     before = _resolve({**usual, **saved.identity})
     identity = _resolve(settings.identity)
-    # likewise of before the frozen model could teach
+    # likewise of before there were targets, and steps could be left out
     unsaid: dict[str, Any] = {}
-    for record in (NOTHING_FROZEN, NO_TEACHER, NO_PRIOR, NO_GUIDED_TARGET, NO_SLIDER):
+    for record in (NOTHING_FROZEN, NO_TEACHER, NO_PRIOR, NO_GUIDED_TARGET, NO_SLIDER, NOTHING_SKIPPED):
         unsaid |= {f"--{name}": value for name, value in public_config(record).items()}
     habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)
     unknown = {*identity} - {*before} | {*habits} - {*habits_before}

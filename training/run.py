@@ -15,6 +15,7 @@ import torch
 from contract.family import Family
 from dataset.batches.items import NO_COMMANDS, CachingCommands
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
+from modules.lost_processes import LostProcessError, OtherProcesses
 from modules.options import option_values
 from modules.speed_options import SwapOptions
 from running.dressing import shared_blocks
@@ -28,6 +29,7 @@ from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import TrainingPlan, join_processes, make_plan, read_config
 from training.reports.history import Story, read_session
 from training.reports.logs import TRACKER_NAME, Logs, public_config
+from training.reports.page import page_path
 from training.reports.pauses import StepClock
 from training.saver import file_dtype, make_saver
 from training.saving.files import set_aside
@@ -35,7 +37,8 @@ from training.saving.states import SavedState
 from training.summary import count_pauses, make_reporter, show_end, show_start, watch_run
 from training.training_run import TrainingRun
 
-if TYPE_CHECKING:  # loaded only if there are prompts; if files are uploaded
+if TYPE_CHECKING:  # loaded only with --on_end; if there are prompts; if files are uploaded
+    from training.end_command import EndCommand, RunFacts
     from training.samples import Sampler
     from training.saving.hub import Uploads
     from training.targets.sliders import SliderTarget
@@ -64,15 +67,19 @@ def train_network(
         from training.previews import show_preview  # trains nothing
 
         return show_preview(family, options, commands, others)
-    try:
-        with prepare_run(family, options, commands, follow=follow, others=others) as run:
-            train(run)
-    except torch.OutOfMemoryError as error:
-        raise too_little(
-            error,
-            "Samples need memory too. What was saved is untouched: if there is a state, continue with "
-            "--resume latest-or-fail.",
-        ) from error
+    end = _make_end(options)
+    with end or contextlib.nullcontext():
+        try:
+            with prepare_run(family, options, commands, follow=follow, others=others, end=end) as run:
+                if end is not None:
+                    end.note_beginning()
+                train(run)
+        except torch.OutOfMemoryError as error:
+            raise too_little(
+                error,
+                "Samples need memory too. What was saved is untouched: if there is a state, continue with "
+                "--resume latest-or-fail.",
+            ) from error
     return 0
 
 
@@ -83,12 +90,20 @@ def prepare_run(
     commands: CachingCommands = NO_COMMANDS,
     follow: Callable[..., NextSteps] = plan_next_steps,
     others: OtherFamilies = NO_OTHERS,
+    end: "EndCommand | None" = None,
 ) -> Iterator[TrainingRun]:
-    """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
+    """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`.
+
+    end: the command of --on_end.
+    """
     config = read_config(options, family)  # faults in it are reported before anything is started
     with contextlib.ExitStack() as stack:
         accelerator, processes = stack.enter_context(join_processes(family, options))
+        if end is not None and accelerator.is_main_process:
+            _prepare_end(end, options, processes)
         plan = make_plan(family, options, commands, config=config, accelerator=accelerator, others=others)
+        if end is not None and accelerator.is_main_process:
+            end.describe(partial(_describe_run, options, plan))
         # texts and images are encoded while there is no DiT
         sampler = _make_sampler(plan)
         slider = _encode_slider(plan)
@@ -130,6 +145,40 @@ def _encode_slider(plan: TrainingPlan) -> "SliderTarget | None":
     from training.targets.sliders import encode_sliders, read_sliders  # only with --slider
 
     return encode_sliders(plan.family, read_sliders(path), plan.accelerator.device)
+
+
+def _make_end(options: TrainingOptions) -> "EndCommand | None":
+    """Return the command to start when the run is over; None without --on_end."""
+    if not options.end.words:
+        return None
+    from training.end_command import EndCommand  # only with --on_end
+
+    return EndCommand(options.end.words)
+
+
+def _prepare_end(end: "EndCommand", options: TrainingOptions, processes: OtherProcesses | None) -> None:
+    """Have the command of --on_end started when the run ends, however that is."""
+    end.describe(partial(_describe_run, options, None))
+    if processes is not None:
+        processes.at_end = lambda reason: end.start(LostProcessError(reason))
+
+
+def _describe_run(options: TrainingOptions, plan: TrainingPlan | None) -> "RunFacts":
+    """Return what the command of --on_end can read about the run. plan: None, if it is not made yet."""
+    from training.end_command import RunFacts  # only with --on_end
+
+    folder, name = options.saving.place
+    page = page_path(folder, name)
+    step = 0 if plan is None else plan.progress.step
+    steps = options.loop.known_steps if plan is None else plan.steps.total_steps
+    return RunFacts(
+        folder=folder,
+        name=name,
+        step=step,
+        steps=steps,
+        is_finished=plan is not None and step >= plan.steps.total_steps,
+        page=page if not options.logs.no_page and page.is_file() else None,
+    )
 
 
 def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:

@@ -111,8 +111,11 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str]) -> dict[str, st
     """Return the metadata of a file that is saved now. of_run: entries that stay the same over the run."""
     progress, family = plan.progress, plan.family
     epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
+    skips: dict[str, str] = {}
+    if plan.options.skip.flag is not None and not plan.options.metadata.no_metadata:
+        skips["ss_skipped_steps"] = str(progress.skipped)
     return file_metadata(
-        of_run,
+        {**of_run, **skips},
         plan.options,
         family.metadata,
         step=progress.step,

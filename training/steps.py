@@ -30,6 +30,11 @@ class Progress:
     plan_position: int = 0
     plan_step: int = 0
     changes: list[str] = field(default_factory=list)  # what --resume_changed changed, in words
+    # of --skip_bad_steps and --skip_spikes, see skipping.py; `norms` and `spikes_in_a_row` by kind of step
+    skipped: int = 0  # steps that were not taken
+    bad_in_a_row: int = 0  # the last of them
+    spikes_in_a_row: dict[str, int] = field(default_factory=dict)
+    norms: dict[str, list[float]] = field(default_factory=dict)  # of the last taken steps
 
 
 @dataclass

@@ -98,6 +98,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
         ("disk", _describe_disk(plan, parameters, dtype)),
         ("folder", str(names.folder)),
         ("page", None if options.logs.no_page else str(page_path(names.folder, names.name))),
+        ("at the end", f"starts {options.end.words[0]}" if options.end.words else None),
     ]
     show_box(f"Training {names.name}", rows)
 
@@ -194,6 +195,7 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
     rows += [
         ("best by validation", describe_best(story, names.folder) if story.validations else None),
         ("steps", _describe_speed(run.logs.clock)),
+        ("skipped steps", str(run.progress.skipped) if run.skipping is not None else None),
         ("average loss", f"{sum(losses) / len(losses):.4g}" if losses else None),
         ("samples", str(samples) if has_samples else None),
         ("page", None if logs.no_page else str(page_path(names.folder, names.name))),

@@ -34,6 +34,7 @@ from training.plan import TrainingPlan
 from training.reports.logs import Logs, Readings
 from training.reports.reporter import RunReporter
 from training.saving.files import MinuteClock, Names, Saver
+from training.skipping import Skipping
 from training.steps import Progress, StepPlan
 from training.trainable import Trainable
 
@@ -217,6 +218,14 @@ class TrainingRun:
         if len(experts) > 1:
             return tuple(expert.name for expert in experts)
         return () if sound_of(self.family) is None else (PICTURE_STREAM, SOUND_STREAM)
+
+    @functools.cached_property
+    def skipping(self) -> Skipping | None:
+        """Return what decides whether a step is taken; None: every step is."""
+        options = self.options.skip
+        if options.flag is None:
+            return None
+        return Skipping(options, self.progress, has_scaler=self.model.scaler.is_enabled())
 
     @property
     def plan(self) -> TrainingPlan:

@@ -264,6 +264,7 @@ FOREIGN = {
     "huggingface_repo_id": "evil/<b>owner",
     "network_module": "my_code",
     "output_dir": "../elsewhere",
+    "on_end": "rm -rf everything",
 }
 
 
@@ -280,6 +281,7 @@ def test_a_foreign_run_toml_is_shown_with_what_it_may_do(queue: JobQueue, tmp_pa
         assert "uploads the trained files to evil/&lt;b&gt;owner" in text
         assert "gives its losses to wandb" in text
         assert "loads the code my_code" in text
+        assert "starts rm -rf everything <small>`run` refuses it" in text
         assert press(served, "start").status == 422
         mark = mark_in(read, "read")
         path.write_text(path.read_text(encoding="utf-8") + "# more\n", encoding="utf-8")

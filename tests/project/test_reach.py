@@ -20,7 +20,7 @@ from generation.prompt_lines import (
     read_path,
 )
 from generation.sample_lines import SAMPLE_OPTIONS
-from modules.options import IMPORTS
+from modules.options import IMPORTS, STARTS
 from modules.parser import METAVARS
 from tests.commands import ROOT
 from tests.test_command_line import parser_of
@@ -88,6 +88,7 @@ def test_every_option_with_a_path_or_a_name_is_listed_for_what_it_reaches(
     by_reach = {
         "Write": {name for name, reach in reaches.items() if reach == "writes"},
         "Send": {name for name, reach in reaches.items() if reach == "sends"},
+        "Start": {name for name, reach in reaches.items() if reach == STARTS["reach"]},
         "Import": {name for name, reach in reaches.items() if reach in IMPORTS},
     }
     for kind, names in by_reach.items():

@@ -1,5 +1,6 @@
 """From a folder of mixed files to a LoRA and a page, through the commands that a user types."""
 
+import json
 import os
 import re
 import shlex
@@ -35,6 +36,7 @@ from stable_diffusion.lines import import_prompter
 from tests.commands import QUIET, ROOT, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.project import moving_square
+from training.config_options import toml_value
 
 MODEL = ["--family", "wan", "--task", "t2v-1.3B", "--memory", "0"]
 for _name in ("dit", "vae", "t5"):
@@ -305,6 +307,54 @@ def test_the_first_failure_ends_the_run(collected: Path, tmp_path: Path) -> None
         "tools/dataset_report.py", "--dataset_config", folder / "dataset.toml", "--json", folder=tmp_path
     )
     assert_one_message(*told, "has no videos", f"`cd {folder}`")
+
+
+def dump_environment(path: Path) -> str:
+    """A command that writes its folder and its environment as JSON, as it is typed behind --on_end."""
+    code = "import json, os, sys; json.dump({'cwd': os.getcwd(), **os.environ}, open(sys.argv[1], 'w'))"
+    return shlex.join([sys.executable, "-c", code, str(path)])
+
+
+def test_the_command_at_the_end_is_typed_and_told_what_failed(collected: Path, tmp_path: Path) -> None:
+    folder = copy(collected, tmp_path / "clips")
+    (folder / "b.txt").unlink()
+    path = tmp_path / "said.json"
+    words = "--on_end", dump_environment(path)
+
+    checked = run_here("run_project.py", folder, "--check", *words, folder=tmp_path)
+    assert checked[0] == 1
+    assert not path.exists()
+
+    code, _ = run_here("run_project.py", folder, *words, folder=tmp_path)
+
+    told = json.loads(path.read_text(encoding="utf-8"))
+    assert told["cwd"] == str(tmp_path)  # not the described folder, which may have programs of that name
+    assert (told["REELSMITH_STATE"], told["REELSMITH_EXIT_CODE"], code) == ("failed", "1", 1)
+    assert told["REELSMITH_OUTPUT_DIR"] == str(folder / "output")
+    assert (told["REELSMITH_OUTPUT_NAME"], told["REELSMITH_STEPS"]) == ("my_clips", "2")
+    assert not any(name.startswith("REELSMITH_RUN_") for name in told)
+
+
+@pytest.mark.parametrize("place", ["training", "commands"])
+def test_a_described_folder_starts_no_program(place: str, collected: Path, tmp_path: Path) -> None:
+    folder = copy(collected, tmp_path / "clips")
+    text = (folder / "run.toml").read_text(encoding="utf-8")
+    path = tmp_path / "it ran.json"
+    command = dump_environment(path)
+    if place == "training":
+        text = text.replace("[training]\n", f"[training]\non_end = {toml_value(command)}\n")
+    else:
+        commands = parse_toml(text)["reelsmith"]["commands"]
+        commands[-1] += ["--on_end", command]
+        line = f"commands = {toml_value(commands)}"
+        text = re.sub("^commands = .*$", lambda _: line, text, flags=re.MULTILINE)
+    (folder / "run.toml").write_text(text, encoding="utf-8")
+
+    told = run_here("run_project.py", folder, folder=tmp_path)
+
+    assert_one_message(*told, "on_end starts a program", "Leave it out")
+    assert not (folder / "cache").exists()
+    assert not path.exists()
 
 
 def test_a_misspelt_option_ends_the_run_before_anything_is_cached(collected: Path, tmp_path: Path) -> None:

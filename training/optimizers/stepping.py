@@ -176,10 +176,17 @@ class StepAfterBackward:
     alone: ParameterSteps | None = None  # steps the weights one after the other
     split: Collection[Tensor] = ()  # parameters of which each process has some rows
 
-    def finish(self) -> Tensor:
-        """Clip and step. Returns the norm of all gradients before clipping."""
+    def finish(self, allows: Callable[[Tensor], bool] | None = None) -> Tensor:
+        """Clip and step. Returns the norm of all gradients before clipping.
+
+        allows: given that norm, says whether the weights are stepped; None: they are.
+        """
         self.scaler.unscale_(self.optimizer)
         norm = norm_of_gradients(self.parameters, self.split)
+        if allows is not None and not allows(norm):
+            if self.scaler.is_enabled():
+                self.scaler.update(self.scaler.get_scale())  # what is left out says nothing about it
+            return norm
         if self.max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
         for network in self.networks:

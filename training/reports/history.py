@@ -108,6 +108,7 @@ class Story:
     doing: str = ""  # current work between two steps: `sample 1 of 2, step 140 of 300`
     rates: dict[str, Points] = field(default_factory=dict)
     experts: dict[str, Points] = field(default_factory=dict)  # losses of the experts by name
+    skipped: dict[int, str] = field(default_factory=dict)  # steps that were not taken, with the reason
     bands: dict[str, Points] = field(default_factory=dict)  # validation losses by noise level
     validations: dict[int, float] = field(default_factory=dict)  # step -> loss
     samples: dict[tuple[int, str], SampleRow] = field(default_factory=dict)
@@ -158,6 +159,8 @@ class Story:
         self.seconds[step] = _number(row.get("seconds"))
         self.average = _number(row.get("average"))
         self.left = _number(row.get("left"))
+        if row.get("skipped"):
+            self.skipped[step] = str(row["skipped"])
         for name, rate in (row.get("rates") or {}).items():
             self.rates.setdefault(name, {})[step] = _number(rate)
         for name, loss in (row.get("experts") or {}).items():

@@ -87,6 +87,7 @@ class StepReport:
     average: float = 0.0  # of the losses of the last epoch-length window
     gradient_norm: float | None = None  # before clipping
     norms: NormReport | None = None  # of --scale_weight_norms
+    skipped: str = ""  # why the step was not taken, as `skipping.NAMES` has it; "": it was taken
     # losses of the parts that had micro-batches in the step, by name: experts, or picture and sound
     by_part: Mapping[str, float] = field(default_factory=dict)
 

@@ -165,6 +165,10 @@ def list_tiles(standing: Standing, story: Story) -> list[tuple[str, str, str]]:
     if story.lowest is not None:
         step, loss = story.lowest
         tiles.append(("Best validation loss", f"{loss:.4g}", f"at step {step:,}"))
+    if story.skipped:
+        last_skipped = [f"{step:,}" for step in sorted(story.skipped)[-3:]]
+        note = f"not taken; the last: {', '.join(last_skipped)}"
+        tiles.append(("Skipped steps", f"{len(story.skipped):,}", note))
     seconds = [number for number in story.seconds.values() if number is not None]
     if seconds:
         last = seconds[-SHOWN:]
