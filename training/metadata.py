@@ -92,6 +92,9 @@ def _optional_values(plan: TrainingPlan) -> dict[str, Any]:
         values |= _image_values(plan, options.parts, options.prediction)
     elif options.noise.ip_noise_gamma:
         values |= {f"ss_{name}": value for name, value in asdict(options.noise).items()}
+    if options.timesteps.timestep_focus is not None:
+        values["ss_timestep_focus"] = options.timesteps.timestep_focus
+        values["ss_timestep_focus_range"] = " ".join(map(str, options.timesteps.timestep_focus_range))
     if frozen.training_adapter is not None:
         adapter = describe_adapter(frozen.training_adapter, frozen.training_adapter_multiplier)
         values["ss_training_adapter"] = adapter

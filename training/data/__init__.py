@@ -3,4 +3,5 @@
 feed: prepare micro-batches early, in workers if any
 live: texts that are encoded while training
 timesteps: draw timesteps, and weight losses
+focus: how a focus changes the share of a band of noise levels
 """

@@ -138,9 +138,31 @@ def _line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, fl
 
 
 def shares_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
-    """Return `shares_of` uniform numbers: of their normal quantiles if the sampler takes those."""
+    """Return `shares_of` uniform numbers: of their normal quantiles if the sampler takes those.
+
+    With --timestep_focus P and its range from LOW to HIGH, in thousandths: numbers u below P become the share
+    of noise (LOW + (HIGH - LOW) u / P) / 1000, and the sampler gets (u - P) / (1 - P) in place of the others.
+    So the focus is a mixture. Its range is of the sample as it is trained, after any shift of the sampler.
+    """
+    if options.timestep_focus is not None:
+        return _focused(options, options.timestep_focus, u.double(), noise, flow_shift=flow_shift)
+    return _sampled(options, u, noise, flow_shift)
+
+
+def _sampled(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+    """Return the shares of noise that the sampler makes of uniform numbers, without a focus."""
     u = u.double().clamp(1e-9, 1 - 1e-9)
     return shares_of(options, torch.special.ndtri(u) if takes_normal(options) else u, noise, flow_shift)
+
+
+def _focused(
+    options: TimestepOptions, focus: float, u: Tensor, noise: NoiseSpec, *, flow_shift: float
+) -> Tensor:
+    """Return the shares of noise of uniform numbers with a focus. u: B, float64."""
+    low, high = options.timestep_focus_range
+    in_range = (low + (high - low) * u / focus) / NUM_TIMESTEPS
+    usual = _sampled(options, (u - focus) / (1 - focus), noise, flow_shift)
+    return torch.where(u < focus, in_range, usual)
 
 
 def takes_normal(options: TimestepOptions) -> bool:
