@@ -23,6 +23,7 @@ from running.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from running.run_blocks import stage_files_of
 from training import experts
 from training.data.feed import Feed, Randomness
+from training.data.table_times import times_by_group
 from training.loss import LossRule
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -227,6 +228,7 @@ def _make_feed(plan: TrainingPlan) -> Feed:
         workers=options.loop.max_data_loader_n_workers,
         pin_memory=accelerator.device.type == "cuda",
         reads_dropped=options.frozen.teacher is not None and CAPTION in family.fuller,
+        table_times=times_by_group(options.timesteps, plan.config.datasets),
     )
 
 

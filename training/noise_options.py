@@ -108,12 +108,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         "upper bound, 1 to 1000; with --timestep_sampling sigma it counts from the noisy end"
     )
     preserve_distribution_shape: bool = option(
-        "draw again outside min_timestep..max_timestep instead of squeezing the range",
-        acts_if={
-            "there is neither --min_timestep nor --max_timestep": lambda options: (
-                options.min_timestep is not None or options.max_timestep is not None
-            )
-        },
+        "draw again outside min_timestep..max_timestep instead of squeezing the range"
     )
     num_timestep_buckets: int | None = option(
         "spread the draws evenly: each run of N samples takes one from each of N equal parts, shuffled",

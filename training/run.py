@@ -85,7 +85,7 @@ def prepare_run(
     """Load everything for a run; on exit, end logs and wait for uploads. Raises as `train_network`."""
     config = read_config(options, family)  # faults in it are reported before anything is started
     with contextlib.ExitStack() as stack:
-        accelerator, processes = stack.enter_context(join_processes(family, options))
+        accelerator, processes = stack.enter_context(join_processes(family, options, config))
         plan = make_plan(family, options, commands, config=config, accelerator=accelerator, sampling=sampling)
         # texts and images are encoded while there is no DiT
         sampler = _make_sampler(plan)

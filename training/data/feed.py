@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.synchronize import Event
 from typing import Protocol
@@ -261,6 +261,8 @@ class Feed:
     workers: int = 0  # as asked for; never more than there are CPUs
     pin_memory: bool = False
     reads_dropped: bool = False  # captions that are dropped are read too, for a teacher
+    # by `DatasetTable.batch_group`; empty: all tables have the timesteps of the run
+    table_times: Mapping[int, TimestepOptions] = field(default_factory=dict)
     checks: CacheChecks = field(default_factory=CacheChecks, init=False)  # of the run, which begins here
 
     def start(self, epoch: int, position: int) -> Generator[NoisyBatch]:
@@ -342,7 +344,20 @@ class Feed:
             step = plan.steps_until(epoch, index - index % plan.group_size)
             place = RunPlace(seed, number, step, plan.total_steps)
             batch = replace(batch, captions=change_captions(items, batch.captions, captions, place))
-        return self.randomness.add(batch, number, self.order.items_before(*key))
+        randomness, first_sample = self._randomness_of(key)
+        return randomness.add(batch, number, first_sample)
+
+    def _randomness_of(self, key: Key) -> tuple[Randomness, int]:
+        """Return the randomness of a micro-batch, and how many samples have been drawn like it before.
+
+        If tables have timesteps of their own, the samples of each group of tables are counted for themselves.
+        """
+        if not self.table_times:
+            return self.randomness, self.order.items_before(*key)
+        epoch, index = key
+        group = self.order.epoch(epoch)[index][0].table.batch_group
+        randomness = replace(self.randomness, timesteps=self.table_times[group])
+        return randomness, self.order.group_items_before(epoch, index)
 
     def has_sound(self, key: Key) -> bool:
         """Return whether a clip of a micro-batch has sound. Reads no files."""
@@ -358,7 +373,8 @@ class Feed:
         items = self.order.epoch(epoch)[index]
         width, height, *frames = items[0].bucket
         shape = self.sources.latent.shape(frames[0] if frames else 1, height, width)
-        return self.randomness.draw(len(items), number, self.order.items_before(*key), shape).expert
+        randomness, first_sample = self._randomness_of(key)
+        return randomness.draw(len(items), number, first_sample, shape).expert
 
 
 def _start_worker(ending: Event, _: int) -> None:
