@@ -117,14 +117,14 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         hint="leave it out for independent draws, 10 to 1000 are usual",
     )
     timestep_focus: float | None = option(
-        "draw this share of the samples evenly from --timestep_focus_range, the others as ever",
+        "draw this share of the samples from --timestep_focus_range",
         above=0,
         below=1,
         hint="0.3 to 0.6 are usual; for all samples use --timestep_sampling uniform with --min_timestep and "
         "--max_timestep",
     )
     timestep_focus_range: tuple[int, int] = option(
-        "noise levels of --timestep_focus, in thousandths of noise of the sample as it is trained",
+        "noise levels of --timestep_focus, in thousandths",
         default=(400, 800),
         nargs=2,
         metavar=("LOW", "HIGH"),

@@ -4,5 +4,5 @@ feed: prepare micro-batches early, in workers if any
 live: texts that are encoded while training
 timesteps: draw timesteps, and weight losses
 table_times: timesteps of each dataset table
-focus: how a focus changes the share of a band of noise levels
+focus: what makes up for a focus in a band
 """
