@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from contract.family import NoiseSpec
 from modules.errors import DatasetError, OptionError, UserError
+from tests.faults.messages import succeed_here
+from tests.tiny.families import FAMILIES
 from tests.training import toy
 from tests.training.test_experts import BOTH
 from tests.training.test_resume import train_in_two_processes
@@ -393,6 +395,35 @@ def test_a_model_with_a_shifted_table_takes_a_shift_with_sigma(tmp_path: Path) -
         shifted, plain = (sorted(levels) for _, levels in sorted(levels_by_table(run).items()))
 
     assert shifted[len(shifted) // 4] > 900 > plain[len(plain) // 2]
+
+
+@pytest.mark.long
+def test_wan_learns_from_a_table_with_keys_what_it_learns_from_options(tmp_path: Path) -> None:
+    """With the commands that a user types."""
+    family = FAMILIES[0]
+    family.prepare(tmp_path)
+    succeed_here(*family.cache_latents, folder=tmp_path)
+    succeed_here(*family.cache_texts, folder=tmp_path)
+    output = [
+        "--output_dir",
+        "output",
+        "--seed",
+        "1",
+        "--max_train_steps",
+        "3",
+        "--num_timestep_buckets",
+        "2",
+    ]
+    sampler = ["--timestep_sampling", "shift", "--max_data_loader_n_workers", "0"]
+    words = ["--min_timestep", "200", "--max_timestep", "700", "--discrete_flow_shift", "4"]
+    succeed_here(*family.train, *output, *sampler, *words, "--output_name", "plain", folder=tmp_path)
+    path = tmp_path / "dataset.toml"
+    keys = "min_timestep = 200\nmax_timestep = 700\ndiscrete_flow_shift = 4\n"
+    path.write_text(path.read_text(encoding="utf-8") + keys, encoding="utf-8")
+    succeed_here(*family.train, *output, *sampler, "--output_name", "keyed", folder=tmp_path)
+
+    plain, keyed = (load_file(tmp_path / "output" / f"{name}.safetensors") for name in ("plain", "keyed"))
+    assert toy.same(plain, keyed)
 
 
 @pytest.mark.slow
