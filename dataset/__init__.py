@@ -12,4 +12,5 @@ sources/: media and captions on disk
 subset_options: keys of subsets; options that stand for them
 subsets: the image guides' form of a dataset, as tables
 table: one table: a `[[datasets]]` entry or a subset
+timestep_keys: keys of a table's noise levels
 """

@@ -17,6 +17,7 @@ from dataset.config_keys import MODES
 from dataset.subset_options import OTHER_NAMES, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.subsets import read_subsets, typed_options
 from dataset.table import KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTable, Table, defaults_of
+from dataset.timestep_keys import find_unused, find_window_problem
 from modules.command import did_you_mean
 from modules.errors import DatasetError
 from modules.run_limits import describe_outside
@@ -360,6 +361,9 @@ def _read_table(
         misplaced=_misplaced_keys(media_key, kind),
         names=forms.SPELLINGS,
     )
+    unused = find_unused(entry)
+    if unused is not None:
+        problems.append(f"{where}: {unused}")
     if len(problems) > before or any(value is forms.BAD for value in values.values()):
         return None
     fields = {name: value for name, value in values.items() if name not in SOURCES}
@@ -466,4 +470,4 @@ def _find_conflict(fields: Mapping[str, Any], source_key: str) -> str | None:
         return "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
     if fields["is_of_sound"] and fields["audio"] == forms.IGNORE:
         return 'audio = "ignore" leaves nothing of sounds to learn; leave it out'
-    return None
+    return find_window_problem(fields)

@@ -68,7 +68,7 @@ def form_of(
     return Form(read, allowed)
 
 
-def _whole(least: int, most: int, allowed: str = "") -> Form:
+def whole(least: int, most: int, allowed: str = "") -> Form:
     limit = f"{least} or more" + (f", at most {most}" if most < MOST_COUNT else "")
     return form_of(int, lambda value: least <= value <= most, allowed or f"a whole number, {limit}")
 
@@ -141,12 +141,12 @@ YES_NO = form_of(bool, lambda _: True, "true or false, without quotes")
 NO_LAYERS = form_of(
     bool, lambda value: not value, "false; the layers of Qwen-Image-Layered are not supported"
 )
-COUNT = _whole(1, MOST_COUNT)
-REPEATS = _whole(1, MOST_REPEATS)
-SAMPLES = _whole(1, MOST_SAMPLES)
-FROM_ZERO = _whole(0, MOST_REPEATS, "a whole number, 0 or more")
-SIDE = _whole(1, LONGEST_SIDE, "a whole number of pixels, 1 or more")
-PLACE = _whole(1 - FAR, FAR - 1, f"a whole number below {FAR}")
+COUNT = whole(1, MOST_COUNT)
+REPEATS = whole(1, MOST_REPEATS)
+SAMPLES = whole(1, MOST_SAMPLES)
+FROM_ZERO = whole(0, MOST_REPEATS, "a whole number, 0 or more")
+SIDE = whole(1, LONGEST_SIDE, "a whole number of pixels, 1 or more")
+PLACE = whole(1 - FAR, FAR - 1, f"a whole number below {FAR}")
 PLACES = _list_of(PLACE, f"a list of whole numbers below {FAR}, such as [0, 10]")
 COUNTS = _list_of(COUNT, "a list of whole numbers, each 1 or more, such as [1, 25, 49]")
 SHARE = number(lambda value: 0 <= value <= 1, "a number from 0 to 1, such as 0.1")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dataset import config_keys as forms
+from dataset import timestep_keys as levels
 from modules.errors import OptionError
 from modules.option_values import JOINED, require
 from modules.options import Options, option, unsupported
@@ -91,6 +92,10 @@ SUBSET_KEYS: Mapping[str, SubsetKey] = {
     # losses and validation
     "prior_loss_weight": SubsetKey(_LOSS_WEIGHT, 1.0, ANYWHERE, SAME),
     "alpha_mask": SubsetKey(forms.YES_NO, False, ANYWHERE, SAME),
+    # of all subsets of a dataset, which share batches; a batch has one distribution of noise levels
+    "min_timestep": SubsetKey(levels.LOW, None, DATASET, field=SAME, option=""),
+    "max_timestep": SubsetKey(levels.HIGH, None, DATASET, field=SAME, option=""),
+    "discrete_flow_shift": SubsetKey(levels.SHIFT, None, DATASET, field=SAME, option=""),
     "validation_split": SubsetKey(forms.SHARE, None, ANYWHERE, field=SAME, option=""),
     "validation_seed": SubsetKey(_SEED, None, ANYWHERE, field=SAME, option=""),
     # captions

@@ -16,6 +16,7 @@ from typing import Any
 from dataset.config_keys import BAD, read_keys, without_nulls
 from dataset.subset_options import ANYWHERE, DATASET, OTHER_NAMES, SAME, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.table import Augmentation, BucketRule, CaptionChanges, DatasetConfig, DatasetTable, Table
+from dataset.timestep_keys import find_window_problem
 from modules.errors import DatasetError
 from modules.option_values import as_shape
 from modules.text_files import real_path
@@ -227,6 +228,9 @@ def _contradictions(values: Table, is_masked: bool) -> list[str]:
             "image_dir, the folder of its pictures, is missing (or metadata_file, a JSON that names them)"
         )
     problems += _size_problems(values)
+    window_problem = find_window_problem(values)
+    if window_problem is not None:
+        problems.append(window_problem)
     mask_sources = []
     if values["alpha_mask"]:
         mask_sources.append("alpha_mask")

@@ -13,6 +13,7 @@ from contract.rules import ReferenceRules
 from dataset import config_keys as forms
 from dataset.config_keys import FRAMES, LATENTS, LEARNING, NOTHING, REFERENCES, SECTIONS, TEXTS, Stale, key
 from dataset.subset_options import SUBSET_KEYS
+from dataset.timestep_keys import HIGH, LOW, SHIFT
 from modules.paths import hide_secrets
 
 Table = Mapping[str, Any]
@@ -158,6 +159,10 @@ class DatasetTable:
     prior_loss_weight: float = key(forms.WEIGHT, 1.0, stale=LEARNING, rank=3)
     # strength of the network while it learns these items; of sliders
     network_multiplier: float = key(forms.MULTIPLIER, 1.0, stale=LEARNING, rank=3)
+    # noise levels in training, as the options of these names say; None: the option's value
+    min_timestep: int | None = key(LOW, in_general=True, stale=LEARNING, rank=7)
+    max_timestep: int | None = key(HIGH, in_general=True, stale=LEARNING, rank=7)
+    discrete_flow_shift: float | None = key(SHIFT, in_general=True, stale=LEARNING, rank=7)
     # ascending; see `with_lengths`
     target_frames: tuple[int, ...] = key(forms.COUNTS, (1,), kinds=VIDEO, stale=FRAMES)
     frame_extraction: str = key(forms.MODE, "head", kinds=VIDEO, stale=FRAMES)
@@ -218,6 +223,11 @@ class DatasetTable:
     @property
     def batch_group(self) -> int:
         return self.index if self.group is None else self.group
+
+    @property
+    def has_own_timesteps(self) -> bool:
+        window = (self.min_timestep, self.max_timestep)
+        return window != (None, None) or self.discrete_flow_shift is not None
 
     @property
     def source(self) -> Path:

@@ -137,8 +137,10 @@ class TeacherOptions(Options, title="teacher"):
         return files_with_multipliers("--teacher_lora", self.teacher_lora or ())
 
     @property
-    def has_band(self) -> bool:
-        return self.teacher_min_timestep > 0 or self.teacher_max_timestep < NUM_TIMESTEPS
+    def band(self) -> tuple[int, int] | None:
+        """Return the noise, in thousandths, at which the teacher knows more; None: everywhere."""
+        band = (self.teacher_min_timestep, self.teacher_max_timestep)
+        return None if self.teacher is None or band == (0, NUM_TIMESTEPS) else band
 
 
 class PriorOptions(Options, title="what the model keeps"):

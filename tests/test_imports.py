@@ -73,6 +73,7 @@ FLOORS = {
     "dataset": (
         {"other_trainers"},
         {"config_keys"},
+        {"timestep_keys"},
         {"subset_options"},
         {"table"},
         {"subsets"},
@@ -133,7 +134,7 @@ _LIGHT = {
         ),
         "version",
     ),
-    "dataset": ("config", "config_keys", "other_trainers", "subsets", "table"),
+    "dataset": ("config", "config_keys", "other_trainers", "subsets", "table", "timestep_keys"),
     "downloads": ("catalogue",),
     "frame_pack": ("options",),
     "generation": ("prompt_lines",),

@@ -11,6 +11,7 @@ import torch
 from torch.nn import Parameter
 
 from contract.family import Family, LearningEncoder, hears_sound
+from dataset.table import DatasetTable
 from modules.atomic_write import check_space
 from modules.console import quiet
 from modules.errors import OptionError
@@ -25,6 +26,7 @@ from networks.own_modules import smallest_lora_bytes
 from networks.teacher_options import BASE, INPUTS, OTHER_DIT, TeacherOptions
 from running.offload.swap_plan import check_swap
 from training.data.live import LiveTexts
+from training.data.table_times import list_replaced
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
 from training.learning_options import FIND_RATE, PartsOptions
 from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
@@ -289,15 +291,20 @@ def _smallest_file(family: Family, options: TrainingOptions) -> int:
     return sum(smallest_lora_bytes(file, network.network_dim or DEFAULT_RANK) for file in files)
 
 
-def list_unused_options(options: TrainingOptions, takes_guidance: bool, shifts_table: bool) -> list[str]:
+def list_unused_options(
+    options: TrainingOptions,
+    takes_guidance: bool,
+    shifts_table: bool,
+    tables: Sequence[DatasetTable] = (),
+) -> list[str]:
     """Return one line for each given option that has no effect together with the others.
 
     Most options declare this with `acts_if`; this adds those that depend on the model or on several records.
     takes_guidance: the model has an input for embedded guidance. shifts_table: see
-    `NoiseSpec.table_is_shifted`.
+    `NoiseSpec.table_is_shifted`. tables: of the dataset, whose keys may replace options.
     """
     shifts_table = shifts_table and options.timesteps.drawn_by[0] == "sigma"
-    reasons: dict[str, str] = {}
+    reasons = list_replaced(options.timesteps, tables, validates_between=options.is_for_images)
     if not options.is_for_images:  # their defaults have a shift and a guidance
         if options.timesteps.drawn_by[0] != "shift" and not shifts_table:
             reasons["discrete_flow_shift"] = "only --timestep_sampling shift uses it"

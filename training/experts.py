@@ -27,8 +27,8 @@ from networks.own_kinds import OWN_MODULES
 from running import dressing
 from running.offload.swap_plan import HostWeights
 from running.offload.turns import HostCopy
-from training.data.timesteps import check_reaches, levels_reached
-from training.noise_options import NUM_TIMESTEPS
+from training.data.timesteps import levels_reached
+from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.options import TrainingOptions
 from training.run_options import LoopOptions
 
@@ -151,14 +151,18 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
             "--network_args dora_wd=True: a DoRA learns the norms of a transformer's weights, so that two "
             f"transformers cannot share one. {OWN_NETWORKS}"
         )
-    if len(experts) > 1 or experts[0].lowest > 0:
-        check_reaches(options.timesteps, family.noise, experts)
 
 
-def note_experts(family: Family, options: TrainingOptions, samples_with_others: bool = False) -> None:
+def note_experts(
+    family: Family,
+    options: TrainingOptions,
+    times: Sequence[TimestepOptions],
+    samples_with_others: bool = False,
+) -> None:
     """Log the noise levels on which the transformers are trained; warn of one distilled to few steps.
 
-    samples_with_others: whether samples are made with those that are not trained too.
+    times: options of timesteps of the tables, see `list_times`. samples_with_others: whether samples are made
+    with those that are not trained too.
     """
     experts, usual = family.experts, family.defaults.experts
     _warn_of_few_steps(family, options)
@@ -168,7 +172,7 @@ def note_experts(family: Family, options: TrainingOptions, samples_with_others: 
         logger.warning("%s is ignored because there is no --sample_prompts", family.can.sample_apart)
     if len(usual) == 1:
         return
-    trained = expert_trained(family, options)
+    trained = expert_trained(family, times)
     for expert in experts:
         _warn_of_weights(family, network_for(options, expert), (trained or expert).name)
     if len(experts) == 1 and options.samples.sample_prompts is not None and not samples_with_others:
@@ -230,15 +234,18 @@ def _warn_of_all_levels(options: TrainingOptions, boundary: float) -> None:
     )
 
 
-def expert_metadata(family: Family, options: TrainingOptions, part: str) -> dict[str, str]:
+def expert_metadata(
+    family: Family, options: TrainingOptions, times: Sequence[TimestepOptions], part: str
+) -> dict[str, str]:
     """Return the metadata on the transformers that a file was trained in; nothing if there is one.
 
-    part: the name of the expert that the file is for; empty if it is for all that were trained.
+    times: see `note_experts`. part: the name of the expert that the file is for; empty if it is for all that
+    were trained.
     """
     experts = family.experts
     if len(experts) > 1 and not part:
         return {TRAINED_EXPERT: FOR_BOTH}
-    expert = expert_trained(family, options)
+    expert = expert_trained(family, times)
     name = part or (None if expert is None else expert.name)
     if name is None:
         return {}
@@ -250,17 +257,17 @@ def expert_metadata(family: Family, options: TrainingOptions, part: str) -> dict
     return metadata
 
 
-def expert_trained(family: Family, options: TrainingOptions) -> Expert | None:
+def expert_trained(family: Family, times: Sequence[TimestepOptions]) -> Expert | None:
     """Return the expert that the only transformer of a run is trained as; None if that is not clear.
 
-    If it is not said which one the transformer is, the range of timesteps decides.
+    If it is not said which one the transformer is, the range of timesteps decides. times: see `note_experts`.
     """
     experts, usual = family.experts, family.defaults.experts
     if len(experts) > 1 or len(usual) == 1:
         return None
     if experts != ONE_EXPERT:
         return experts[0]
-    lowest, highest = levels_reached(options.timesteps, family.noise)
+    lowest, highest = levels_reached(times, family.noise)
     fitting = [expert for expert in usual if expert.lowest <= lowest and highest <= expert.highest]
     return fitting[0] if fitting else None
 

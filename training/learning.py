@@ -25,6 +25,7 @@ from running.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
 from running.run_blocks import stage_files_of
 from training import experts
 from training.data.feed import Feed, Randomness
+from training.data.table_times import times_by_group
 from training.loss import LossRule, NoisyBatch
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -266,6 +267,7 @@ def _make_feed(plan: TrainingPlan) -> Feed:
         perturbation=options.noise,
         weighted_by=options.weighted_by,
         sound=family.sound_learning if hears_sound(family) else None,
+        teacher_band=options.teacher.band,
     )
     return Feed(
         order=plan.order,
@@ -277,6 +279,7 @@ def _make_feed(plan: TrainingPlan) -> Feed:
         pin_memory=accelerator.device.type == "cuda",
         reads_dropped=options.teacher.teacher is not None and CAPTION in family.fuller,
         reads_empty=options.needs_empty_prompt,
+        table_times=times_by_group(options.timesteps, plan.config.datasets),
     )
 
 

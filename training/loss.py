@@ -64,6 +64,7 @@ class NoisyBatch:
     sound: NoisySound | None = None  # None: no sample has sound, and the network is not given any
     number: int = 0  # of the micro-batch in the whole run, over all processes
     levels: tuple[float, ...] = ()  # the sigmas on the host, where targets depend on them
+    anchor_balance: float = 1.0  # factor on a teacher's anchor, see --timestep_focus
 
     @property
     def joint(self) -> Joint:

@@ -6,18 +6,20 @@ All values are text; missing ones are "None".
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from dataset.batches.items import TrainingItem
+from dataset.table import DatasetTable
 from modules.atomic_write import make_storable
 from modules.errors import DatasetError
 from modules.options import is_given, option_name
 from networks.lora_settings import DEFAULT_RANK
 from networks.names.layouts import TRAINED_FOR
+from training.data.table_times import list_times
 from training.learning_options import PartsOptions
 from training.noise_options import L2, PredictionOptions
 from training.optimizers.lr_schedule import count_steps
@@ -93,6 +95,9 @@ def _optional_values(plan: TrainingPlan) -> dict[str, Any]:
         values |= _image_values(plan, options.parts, options.prediction)
     elif options.noise.ip_noise_gamma:
         values |= {f"ss_{name}": value for name, value in asdict(options.noise).items()}
+    if options.timesteps.timestep_focus is not None:
+        values["ss_timestep_focus"] = options.timesteps.timestep_focus
+        values["ss_timestep_focus_range"] = " ".join(map(str, options.timesteps.timestep_focus_range))
     if frozen.training_adapter is not None:
         adapter = describe_adapter(frozen.training_adapter, frozen.training_adapter_multiplier)
         values["ss_training_adapter"] = adapter
@@ -135,10 +140,12 @@ def file_metadata(
     epoch: int,
     now: datetime,
     licence: str | None = None,
+    tables: Sequence[DatasetTable] = (),
 ) -> dict[str, str]:
     """Return the metadata of a file saved now: that of the run, its progress, and `modelspec.*`.
 
     epoch: the current or just finished one, from 1. licence: of the model, used without --metadata_license.
+    tables: of the dataset, whose timesteps may differ from those of the options.
     Hashes of a LoRA are added when its tensors are written.
     Source of `modelspec.*`: https://github.com/Stability-AI/ModelSpec.
     """
@@ -171,8 +178,11 @@ def file_metadata(
         "preprocessor": texts.preprocessor,
         "is_negative_embedding": texts.is_negative_embedding,
     }
-    if times.min_timestep is not None or times.max_timestep is not None:
-        spec["timestep_range"] = f"{times.lowest},{times.highest}"
+    of_tables = list_times(times, tables)
+    if any(table_times.has_window for table_times in of_tables):
+        lowest = min(table_times.lowest for table_times in of_tables)
+        highest = max(table_times.highest for table_times in of_tables)
+        spec["timestep_range"] = f"{lowest},{highest}"
     values = dict(run)
     if not texts.no_metadata:
         values |= {

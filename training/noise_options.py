@@ -108,18 +108,27 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         "upper bound, 1 to 1000; with --timestep_sampling sigma it counts from the noisy end"
     )
     preserve_distribution_shape: bool = option(
-        "draw again outside min_timestep..max_timestep instead of squeezing the range",
-        acts_if={
-            "there is neither --min_timestep nor --max_timestep": lambda options: (
-                options.min_timestep is not None or options.max_timestep is not None
-            )
-        },
+        "draw again outside min_timestep..max_timestep instead of squeezing the range"
     )
     num_timestep_buckets: int | None = option(
         "spread the draws evenly: each run of N samples takes one from each of N equal parts, shuffled",
         least=1,
         most=1_000_000,
         hint="leave it out for independent draws, 10 to 1000 are usual",
+    )
+    timestep_focus: float | None = option(
+        "draw this share of the samples from --timestep_focus_range",
+        above=0,
+        below=1,
+        hint="0.3 to 0.6 are usual; for all samples use --timestep_sampling uniform with --min_timestep and "
+        "--max_timestep",
+    )
+    timestep_focus_range: tuple[int, int] = option(
+        "noise levels of --timestep_focus, in thousandths",
+        default=(400, 800),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        needs="timestep_focus",
     )
     show_timesteps: str | None = option(
         "show the distribution of timesteps and weights, then exit", choices=("image", "console"), facts=FREE
@@ -131,6 +140,25 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
                 f"--min_timestep {self.lowest} --max_timestep {self.highest}: need 0 <= min < max <= "
                 f"{NUM_TIMESTEPS}"
             )
+        self._check_focus()
+
+    def _check_focus(self) -> None:
+        low, high = self.timestep_focus_range
+        if not 0 <= low < high <= NUM_TIMESTEPS:
+            raise OptionError(
+                f"--timestep_focus_range {low} {high}: need 0 <= LOW < HIGH <= {NUM_TIMESTEPS}, thousandths "
+                "of noise, such as 400 800"
+            )
+        if self.timestep_focus is not None and self.has_window:
+            raise OptionError(
+                f"--timestep_focus {self.timestep_focus:g} with --min_timestep {self.lowest} --max_timestep "
+                f"{self.highest}: a window leaves levels out, and a focus draws from all of them, from some "
+                "more often. Give one of the two"
+            )
+
+    @property
+    def has_window(self) -> bool:
+        return self.min_timestep is not None or self.max_timestep is not None
 
     @property
     def drawn_by(self) -> tuple[str, str]:

@@ -33,6 +33,7 @@ from training.checks import (
 )
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
+from training.data.table_times import check_times, list_times
 from training.experts import check_computing, module_of, note_experts
 from training.optimizers.stepping import check_fused_backward, check_split
 from training.options import TrainingOptions
@@ -136,7 +137,8 @@ def make_plan(
     if options.loop.known_steps is None:
         check_schedule(options, steps.total_steps)
     if is_main:
-        note_experts(family, options, others.sampling is not None)
+        times = list_times(options.timesteps, config.datasets)
+        note_experts(family, options, times, samples_with_others=others.sampling is not None)
     settings = settings_of(family, options, seed=progress.seed, order=order, plan=steps)
     if saving.save_n_epoch_ratio is not None:
         saving = saving.spread(steps.num_epochs, saving.save_n_epoch_ratio)
@@ -214,7 +216,7 @@ def _find_sources(
 
 @contextmanager
 def join_processes(
-    family: Family, options: TrainingOptions
+    family: Family, options: TrainingOptions, config: DatasetConfig
 ) -> Iterator[tuple[Accelerator, OtherProcesses | None]]:
     """Start trackers and processes, and check the options against the device.
 
@@ -233,7 +235,10 @@ def join_processes(
         logging.getLogger().setLevel(logging.WARNING)  # only one process logs what all do
     else:
         takes_guidance = family.defaults.embedded_guidance is not None
-        for line in list_unused_options(options, takes_guidance, family.noise.table_is_shifted):
+        lines = list_unused_options(
+            options, takes_guidance, family.noise.table_is_shifted, tables=config.datasets
+        )
+        for line in lines:
             logger.warning(line)
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
@@ -267,7 +272,10 @@ def join_processes(
 
 
 def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
-    """Read the data of a training: --dataset_config, or --train_data_dir and its companions."""
+    """Read the data of a training: --dataset_config, or --train_data_dir and its companions.
+
+    Raises UserError if they cannot be used, or if the noise levels of a table cannot be trained.
+    """
     path, subset = options.loop.dataset_config, options.subset
     if subset is not None and subset.replaces_toml and path is None:
         config = folders_config(subset)
@@ -278,6 +286,7 @@ def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
         config = load_dataset_config(path, subset)
     if options.needs_empty_prompt:
         config = with_empty_prompts(config)
+    check_times(options.timesteps, config.datasets, family)
     return for_family(config, family)
 
 

@@ -4,7 +4,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from dataset.batches.order import split_validation
 from dataset.caching.prefetch import conclude
 from dataset.config import DatasetConfig
 from dataset.options import DebugOptions
+from dataset.table import DatasetTable
 from modules.atomic_write import write_bytes
 from modules.console import count_of
-from modules.control_codes import escape_control_codes
+from modules.control_codes import escape_control_codes, shorten
 from modules.devices import choose_device
 from modules.errors import OptionError
 from modules.seeds import derive_seed
@@ -31,6 +32,7 @@ from training.caching_inside import find_live_texts, list_live_tables, open_stor
 from training.checks import check_targets, judge_rate
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
+from training.data.table_times import describe_times, group_tables
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.loss import NoisyBatch
 from training.noise_options import NOTHING, NUM_TIMESTEPS, WEIGHTS_OF_LOSS, TimestepOptions
@@ -61,6 +63,7 @@ def show_preview(
             folder=folder,
             noise=family.noise,
             experts=family.experts,
+            tables=_tables_of(family, options),
         )
         return 0
     if options.subset is not None and options.subset.debug_dataset:
@@ -74,6 +77,14 @@ def show_preview(
     if os.environ.get("RANK", "0") == "0":  # only one process prints
         _plan(family, options, commands, others)
     return 0
+
+
+def _tables_of(family: Family, options: TrainingOptions) -> Sequence[DatasetTable]:
+    """Return the tables of the dataset; nothing if none is given."""
+    is_of_folders = options.subset is not None and options.subset.replaces_toml
+    if options.loop.dataset_config is None and not is_of_folders:
+        return ()
+    return read_config(options, family).datasets
 
 
 def _check(family: Family, options: TrainingOptions, commands: CachingCommands) -> int:
@@ -114,7 +125,9 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         ]
         head = ("Where the training has them:", *findings.indent(places))
         result = replace(result, head=head, counters=counters)
-    lines = describe_run(options, num_validation=result.num_held)
+    times = describe_times(options.timesteps, config.datasets)
+    lines = ["Timesteps of the tables:", *findings.indent(times)] if times else []
+    lines += describe_run(options, num_validation=result.num_held)
     result = replace(result, tail=(*result.tail, *lines))
     code: int = check.print_check(result, family, config, page=options.loop.page, workers=workers)
     return code
@@ -210,6 +223,7 @@ def _read_for_plan(
     return read_largest(family, options, training or items, sources)
 
 
+TITLE_LENGTH = 100  # characters above a diagram
 SHOWN_LATENTS = (1, 16, 1, 128, 128)  # of a picture of 1024 x 1024 pixels
 
 
@@ -219,20 +233,36 @@ def show_timesteps(
     folder: Path = Path(),
     noise: NoiseSpec = FLOW,
     experts: Sequence[Expert] = ONE_EXPERT,
+    tables: Sequence[DatasetTable] = (),
 ) -> None:
     """Print the distribution of timesteps and the loss weights, or draw both into `folder`/timesteps.png.
 
+    tables: of the dataset. If some have timesteps of their own, each different distribution is shown.
     Raises OutputError if the picture cannot be written.
     """
-    counts, weights = timestep_statistics(options, seed, noise=noise, experts=experts)
-    shares = shares_in_words(counts, experts)
+    by_label = {"": options}
+    grouped = group_tables(options, tables)
+    if grouped:
+        by_label = {", ".join(table.name for table in group): times for times, group in grouped.items()}
+    drawn: dict[str, Tensor] = {}
+    shares: dict[str, str] = {}
+    for label, times in by_label.items():
+        counts, weights = timestep_statistics(times, seed, noise=noise, experts=experts)
+        drawn[label] = counts
+        shares[label] = shares_in_words(counts, experts)
     if options.show_timesteps == "console":
-        sys.stdout.write(f"timesteps drawn\n{bars(counts)}\n{shares}loss weights\n{bars(weights)}\n")
+        for label, counts in drawn.items():
+            title = f"{label}: timesteps drawn" if label else "timesteps drawn"
+            sys.stdout.write(escape_control_codes(f"{title}\n{bars(counts)}\n{shares[label]}"))
+        sys.stdout.write(f"loss weights\n{bars(weights)}\n")
         return
     path = folder / "timesteps.png"
-    write_bytes(path, draw_statistics(counts, weights, [expert.lowest for expert in experts]))
+    write_bytes(path, draw_statistics(drawn, weights, [expert.lowest for expert in experts]))
     what = f"timesteps drawn (above) and loss weights (below), from 0 at the left to {NUM_TIMESTEPS}"
-    sys.stdout.write(escape_control_codes(f"{path}: {what}\n{shares}"))
+    lines = [f"{path}: {what}\n"]
+    for label, text in shares.items():
+        lines += [f"{label}:\n{text}" if label and text else text]
+    sys.stdout.write(escape_control_codes("".join(lines)))
 
 
 def shares_in_words(counts: Tensor, experts: Sequence[Expert]) -> str:
@@ -291,20 +321,23 @@ def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:
     )
 
 
-def draw_statistics(counts: Tensor, weights: Tensor, boundaries: Sequence[float] = ()) -> bytes:
+def draw_statistics(drawn: Mapping[str, Tensor], weights: Tensor, boundaries: Sequence[float] = ()) -> bytes:
     """Return a PNG: how many of the draws fall on each timestep, and the loss weight of each.
 
-    boundaries: timesteps at which an expert begins; those above 0 are marked.
+    drawn: counts of the draws, by the tables that they are of; "" for all tables. boundaries: timesteps at
+    which an expert begins; those above 0 are marked.
     """
     from matplotlib.figure import Figure  # slow to import, and only this needs it
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    shares = 100 * counts / counts.sum()
-    rows = (
-        (shares.view(-1, 10).sum(1).repeat_interleave(10), "% of the draws, per 10 timesteps"),
-        (weights, "loss weight"),
-    )
-    for axes, (values, label) in zip(figure.subplots(2, 1, sharex=True), rows, strict=True):
+    rows = []
+    for title, counts in drawn.items():
+        shares = 100 * counts / counts.sum()
+        by_tens = shares.view(-1, 10).sum(1).repeat_interleave(10)
+        rows.append((by_tens, "% of the draws, per 10 timesteps", shorten(title, TITLE_LENGTH)))
+    rows.append((weights, "loss weight", ""))
+    figure = Figure(figsize=(10, 3.5 * len(rows)), layout="constrained")
+    for axes, (values, label, title) in zip(figure.subplots(len(rows), 1, sharex=True), rows, strict=True):
+        axes.set_title(title)
         axes.fill_between(range(NUM_TIMESTEPS), values.tolist(), step="mid", alpha=0.7)
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)

@@ -98,7 +98,7 @@ def prepare_run(
     """
     config = read_config(options, family)  # faults in it are reported before anything is started
     with contextlib.ExitStack() as stack:
-        accelerator, processes = stack.enter_context(join_processes(family, options))
+        accelerator, processes = stack.enter_context(join_processes(family, options, config))
         if end is not None and accelerator.is_main_process:
             _prepare_end(end, options, processes)
         plan = make_plan(family, options, commands, config=config, accelerator=accelerator, others=others)

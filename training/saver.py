@@ -14,6 +14,7 @@ from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
 from running.offload.block_swap import settle_all
 from running.offload.sharding import as_split
+from training.data.table_times import list_times
 from training.experts import expert_metadata
 from training.metadata import continued_sizes, file_metadata, run_metadata
 from training.optimizers.optimizer import (
@@ -57,8 +58,9 @@ def make_saver(
     dtype = file_dtype(options, model.dits.networks[0])
     of_run = run_metadata(plan, model.optimizer_name, model.schedule.name)
     metadata: dict[str, Mapping[str, str]] = {}  # by the file's part
+    times = list_times(options.timesteps, plan.config.datasets)
     for part in trainable.writes:
-        of_part = continued_sizes(model, part) | expert_metadata(plan.family, options, part)
+        of_part = continued_sizes(model, part) | expert_metadata(plan.family, options, times, part)
         metadata[part] = of_run | of_part
 
     def write_file(part: str, path: Path) -> None:
@@ -122,6 +124,7 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str]) -> dict[str, st
         epoch=epoch,
         now=datetime.now(),
         licence=family.release.licence,
+        tables=plan.config.datasets,
     )
 
 

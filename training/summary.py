@@ -19,6 +19,7 @@ from networks.metadata import of_numbers
 from networks.options import NetworkOptions
 from running.planning.device_memory import MemoryWatch
 from training.checks import judge_rate
+from training.data.table_times import describe_times
 from training.following import DORA_ELSEWHERE, NextSteps
 from training.metadata import continued_sizes
 from training.options import RANKED_NETWORKS, TrainingOptions
@@ -90,6 +91,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
         ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
         ("alpha", None if network is None else judge_alpha(network, sizes)),
         ("data", _describe_data(plan)),
+        ("timesteps", "\n".join(describe_times(options.timesteps, plan.config.datasets))),
         ("steps", _describe_length(plan)),
         ("learning rate", judge_rate(options)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),

@@ -95,8 +95,9 @@ def _make_teacher(options: TeacherOptions) -> TeacherTarget | None:
     if options.teacher is None:
         return None
     band = None
-    if options.has_band:
-        band = Band(options.teacher_min_timestep / THOUSAND, options.teacher_max_timestep / THOUSAND)
+    if options.band is not None:
+        low, high = options.band
+        band = Band(low / THOUSAND, high / THOUSAND)
     split = None
     if options.teacher_split:
         split = Split(options.teacher_size_weight, options.teacher_colour_weight)

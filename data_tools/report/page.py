@@ -16,6 +16,7 @@ from data_tools.report.options import ReportOptions
 from dataset.caching.prefetch import Failure, read_ahead
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.media_source import MediaSource
+from dataset.timestep_keys import TIMESTEP_KEYS
 from modules.bars import Bar
 from modules.console import count_of, count_words, in_words
 from modules.media.buckets import Fit, Size
@@ -327,6 +328,10 @@ def _describe(table: DatasetTable) -> str:
         parts.append(table.frame_extraction + ("" if table.frame_extraction == "full" else targets))
         if table.source_fps is not None:
             parts.append(f"source_fps {table.source_fps}")
+    for name in TIMESTEP_KEYS:
+        value = getattr(table, name)
+        if value is not None:
+            parts.append(f"{name} {value:g}")
     if table.validation:
         parts.append("for validation")
     return "; ".join(parts)

@@ -13,6 +13,7 @@ import math
 import random
 import re
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -52,6 +53,7 @@ class BatchOrder:
         self._last = -1  # the epoch whose batches are held
         self._batches: list[tuple[TrainingItem, ...]] = []
         self._starts = array("q")  # how many items of the epoch stand before each batch
+        self._group_starts = array("q")  # likewise, items of the same group of tables; empty: not counted yet
 
     def _warn_of_unused(self) -> None:
         used = {id(item) for pool in self._pools.values() for item in pool}
@@ -88,11 +90,24 @@ class BatchOrder:
                 self._batches = _shuffled(batches, draw_bits)
                 self._last = number
             self._starts = array("q", itertools.accumulate(map(len, self._batches), initial=0))
+            self._group_starts = array("q")
         return self._batches
 
     def items_before(self, epoch: int, index: int) -> int:
         self.epoch(epoch)
         return epoch * self.num_items + self._starts[index]
+
+    def group_items_before(self, epoch: int, index: int) -> int:
+        """Return how many items of a batch's group of tables the run trains before it; see `batch_group`."""
+        batches = self.epoch(epoch)
+        if not self._group_starts:
+            counts: Counter[int] = Counter()
+            for batch in batches:
+                self._group_starts.append(counts[batch[0].table.batch_group])
+                counts[batch[0].table.batch_group] += len(batch)
+        group = batches[index][0].table.batch_group
+        in_epoch = sum(len(pool) for key, pool in self._pools.items() if key[0] == group)
+        return epoch * in_epoch + self._group_starts[index]
 
 
 def repeat_regularisation(repeats: Sequence[int], learned: int) -> list[int]:

@@ -12,6 +12,7 @@ from dataset.sources.columns import TableRow, column_names, plain_columns, read_
 from dataset.sources.media_source import Fault
 from dataset.sources.rows import control_number
 from dataset.sources.tables import CAPTION_COLUMNS, choose_columns, find_cells, names_read
+from dataset.timestep_keys import TIMESTEP_KEYS
 from modules.control_codes import shorten
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.opening import SOUND_SUFFIXES
@@ -67,6 +68,9 @@ def find_unread(table: DatasetTable) -> list[Fault]:
                 unread[name] = ": captions are read from another column"
                 if is_list and not row.values.get("caption"):
                     unread[name] = ": did you mean 'caption'?"
+                continue
+            if name in TIMESTEP_KEYS:
+                unread[name] = ": it is a key of the [[datasets]] table, for all its items"
                 continue
             text = _explain(name, value, table=table, path=path, media=row.values.get(columns.media))
             if text is not None:

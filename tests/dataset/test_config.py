@@ -341,6 +341,7 @@ RANKED = [  # as states and LoRA files have them since the keys exist
     *("trigger_word", "caption_prefix", "caption_suffix", "multi_caption", "no_resize_control"),
     *("control_resolution", "caption_dropout_rate", "reference_dropout_rate", "prior_loss_weight"),
     *("alpha_mask", "audio", "mask_directory", "audio_directory"),
+    *("min_timestep", "max_timestep", "discrete_flow_shift"),
 ]
 
 

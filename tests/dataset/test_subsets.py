@@ -343,3 +343,22 @@ def test_control_pictures_are_control_media(tmp_path: Path) -> None:
     batch = read_batch(list(items_of(config)), LATENT)
 
     assert batch.tensor("latents_control").unique().tolist() == [9.0]
+
+
+def test_noise_levels_are_those_of_all_subsets_of_a_dataset(tmp_path: Path) -> None:
+    """Subsets share batches, and a batch has one distribution."""
+    text = TWO_SIZES.replace("[general]\n", "[general]\nmin_timestep = 100\n")
+    text = text.replace("batch_size = 2\n", "batch_size = 2\nmax_timestep = 500\ndiscrete_flow_shift = 2\n")
+    cat, reg, small = load(tmp_path, text).datasets
+
+    assert [(table.min_timestep, table.max_timestep, table.discrete_flow_shift) for table in (cat, reg)] == [
+        (100, 500, 2.0)
+    ] * 2
+    assert (small.min_timestep, small.max_timestep, small.discrete_flow_shift) == (100, None, None)
+    assert cat.describe()["max_timestep"] == 500
+    inside = TWO_SIZES.replace("  keep_tokens = 2\n", "  max_timestep = 500\n")
+    assert "subset 1: max_timestep = 500 is for [[datasets]] or [general]; move it there" in faults(
+        tmp_path, inside
+    )
+    empty = text.replace("max_timestep = 500", "max_timestep = 50")
+    assert "min_timestep = 100 is not below max_timestep = 50" in faults(tmp_path, empty)

@@ -204,6 +204,23 @@ def test_a_teacher_knows_more_only_within_its_band(tmp_path: Path) -> None:
     compare_steps(tmp_path, words, loss)
 
 
+def test_a_focus_inside_the_band_leaves_the_anchor_its_pull(tmp_path: Path) -> None:
+    """Half of all draws go to 0.2..0.4, so that the anchor's are half as many as with `uniform` alone."""
+    write_project(tmp_path, more="caption_dropout_rate = 0.6\n", batch_size=2)
+    words = ["--teacher", "base", "--teacher_weight", 0.7, "--teacher_max_timestep", 500]
+    words += ["--timestep_sampling", "uniform", "--timestep_focus", 0.5, "--timestep_focus_range", 200, 400]
+
+    def loss(step: Step) -> Tensor:
+        is_inside = step.noisy_batch.sigmas <= 0.5
+
+        def compare(output: Tensor, full: Tensor, anchor: Tensor) -> Tensor:
+            return torch.where(is_inside, squares(output, full), 2 * squares(output, anchor))
+
+        return teacher_loss(step, 0.7, compare)
+
+    compare_steps(tmp_path, words, loss)
+
+
 def by_parts(output: Tensor, target: Tensor, size: float, colour: float) -> Tensor:
     """The split form of one sample at a time."""
     errors = []

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.synchronize import Event
 from typing import Protocol
@@ -40,7 +40,7 @@ from dataset.cache.store import Stores
 from modules.devices import pin
 from modules.errors import UserError
 from modules.seeds import derive_seed
-from training.data.timesteps import Timesteps, draw, loss_weights
+from training.data.timesteps import Timesteps, draw, find_shift, loss_weights
 from training.loss import NoisyBatch, NoisySound
 from training.noise_options import NOTHING, PLAIN_NOISE, SIGMA, TIMESTEP, NoiseOptions, TimestepOptions
 from training.steps import StepPlan
@@ -150,6 +150,7 @@ class Randomness:
     perturbation: NoiseOptions = PLAIN_NOISE
     weighted_by: str = TIMESTEP  # timestep or sigma: what --weighting_scheme computes the loss weight from
     sound: SoundLearning | None = None  # None: the family has no sound
+    teacher_band: tuple[int, int] | None = None  # of --teacher, in thousandths of noise; None: all levels
 
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Draw noise and timesteps for micro-batch `number` of the run.
@@ -179,7 +180,23 @@ class Randomness:
             sound=sound,
             number=number,
             levels=tuple(times.sigmas.tolist()),
+            anchor_balance=self._balance_anchor(shape, times.expert),
         )
+
+    def _balance_anchor(self, shape: Sequence[int], expert: int) -> float:
+        """Return what makes up for a focus outside the band of a teacher."""
+        if self.teacher_band is None or self.timesteps.timestep_focus is None:
+            return 1.0
+        from training.data.focus import find_balance  # only with both
+
+        balance = find_balance(
+            self.timesteps,
+            *self.teacher_band,
+            noise=self.noise,
+            flow_shift=find_shift(self.timesteps, self.noise, shape),
+            expert=self.experts[expert],
+        )
+        return balance.outside
 
     def _add_sound(self, batch: Batch, times: Timesteps, number: int, first_sample: int) -> NoisySound | None:
         """Draw the noise of a batch's sound, and its timesteps if they are not those of the picture.
@@ -271,6 +288,8 @@ class Feed:
     pin_memory: bool = False
     reads_dropped: bool = False  # captions that are dropped are read too, for a teacher
     reads_empty: bool = False  # the empty prompt is read too, for a target that asks for it
+    # by `DatasetTable.batch_group`; empty: all tables have the timesteps of the run
+    table_times: Mapping[int, TimestepOptions] = field(default_factory=dict)
     checks: CacheChecks = field(default_factory=CacheChecks, init=False)  # of the run, which begins here
 
     def start(self, epoch: int, position: int) -> Generator[NoisyBatch]:
@@ -353,7 +372,20 @@ class Feed:
             step = plan.steps_until(epoch, index - index % plan.group_size)
             place = RunPlace(seed, number, step, plan.total_steps)
             batch = replace(batch, captions=change_captions(items, batch.captions, captions, place))
-        return self.randomness.add(batch, number, self.order.items_before(*key))
+        randomness, first_sample = self._randomness_of(key)
+        return randomness.add(batch, number, first_sample)
+
+    def _randomness_of(self, key: Key) -> tuple[Randomness, int]:
+        """Return the randomness of a micro-batch, and how many samples have been drawn like it before.
+
+        If tables have timesteps of their own, the samples of each group of tables are counted for themselves.
+        """
+        if not self.table_times:
+            return self.randomness, self.order.items_before(*key)
+        epoch, index = key
+        group = self.order.epoch(epoch)[index][0].table.batch_group
+        randomness = replace(self.randomness, timesteps=self.table_times[group])
+        return randomness, self.order.group_items_before(epoch, index)
 
     def has_sound(self, key: Key) -> bool:
         """Return whether a clip of a micro-batch has sound. Reads no files."""
@@ -369,7 +401,8 @@ class Feed:
         items = self.order.epoch(epoch)[index]
         width, height, *frames = items[0].bucket
         shape = self.sources.latent.shape(frames[0] if frames else 1, height, width)
-        return self.randomness.draw(len(items), number, self.order.items_before(*key), shape).expert
+        randomness, first_sample = self._randomness_of(key)
+        return randomness.draw(len(items), number, first_sample, shape).expert
 
 
 def _start_worker(ending: Event, _: int) -> None:

@@ -93,10 +93,33 @@ def draw(
         shares = draw_again(shares, any_expert, low, high)
     if len(experts) == 1:
         return times_at(options, shares, noise)
-    index = expert_at(NUM_TIMESTEPS * float(shares[0]), experts)
+    level = NUM_TIMESTEPS * float(shares[0])
+    index = _choose_expert(level, experts, options=options, noise=noise, flow_shift=flow_shift)
     side = experts[index]
     shares = draw_again(shares, side, *find_accepted_range(options, noise, flow_shift, side))
     return replace(times_at(options, shares, noise), expert=index)
+
+
+def _choose_expert(
+    level: float, experts: Sequence[Expert], *, options: TimestepOptions, noise: NoiseSpec, flow_shift: float
+) -> int:
+    """Return the index of the expert of a noise level.
+
+    The window or the shift of a table may leave less than one of SCAN draws to an expert, too few to fill a
+    batch. Then the other one gets the batch.
+    """
+    index = expert_at(level, experts)
+    drawn = [
+        place
+        for place, expert in enumerate(experts)
+        if _has_draws(options, noise, flow_shift=flow_shift, expert=expert)
+    ]
+    return index if index in drawn or not drawn else drawn[0]
+
+
+@functools.cache
+def _has_draws(options: TimestepOptions, noise: NoiseSpec, flow_shift: float, expert: Expert) -> bool:
+    return len(scan(options, noise, flow_shift, expert)[0]) > 0
 
 
 def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int]) -> float:
@@ -138,9 +161,31 @@ def _line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, fl
 
 
 def shares_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
-    """Return `shares_of` uniform numbers: of their normal quantiles if the sampler takes those."""
+    """Return `shares_of` uniform numbers: of their normal quantiles if the sampler takes those.
+
+    With --timestep_focus P and its range from LOW to HIGH, in thousandths: numbers u below P become the share
+    of noise (LOW + (HIGH - LOW) u / P) / 1000, and the sampler gets (u - P) / (1 - P) in place of the others.
+    So the focus is a mixture. Its range is of the sample as it is trained, after any shift of the sampler.
+    """
+    if options.timestep_focus is not None:
+        return _focused(options, options.timestep_focus, u.double(), noise, flow_shift=flow_shift)
+    return _sampled(options, u, noise, flow_shift)
+
+
+def _sampled(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+    """Return the shares of noise that the sampler makes of uniform numbers, without a focus."""
     u = u.double().clamp(1e-9, 1 - 1e-9)
     return shares_of(options, torch.special.ndtri(u) if takes_normal(options) else u, noise, flow_shift)
+
+
+def _focused(
+    options: TimestepOptions, focus: float, u: Tensor, noise: NoiseSpec, *, flow_shift: float
+) -> Tensor:
+    """Return the shares of noise of uniform numbers with a focus. u: B, float64."""
+    low, high = options.timestep_focus_range
+    in_range = (low + (high - low) * u / focus) / NUM_TIMESTEPS
+    usual = _sampled(options, (u - focus) / (1 - focus), noise, flow_shift)
+    return torch.where(u < focus, in_range, usual)
 
 
 def takes_normal(options: TimestepOptions) -> bool:
@@ -229,7 +274,8 @@ def find_accepted_range(
             f"no timestep of this run reaches the {expert.words}, which is trained from {expert.lowest:g} "
             f"{'on' if expert.highest == math.inf else f'to {expert.highest:g}'}: of {SCAN} draws of "
             f"--timestep_sampling {options.timestep_sampling} none lies there. Leave this transformer out, "
-            "or change --min_timestep, --max_timestep, --discrete_flow_shift or --timestep_boundary"
+            "or change --min_timestep, --max_timestep, --discrete_flow_shift (or the dataset's keys of these "
+            "names) or --timestep_boundary"
             + (". This sampler counts the first two from the noisy end" if is_table else "")
         )
     if not len(accepted):
@@ -252,25 +298,39 @@ def scan(
     return u[fits], shares[fits]
 
 
-def levels_reached(options: TimestepOptions, noise: NoiseSpec) -> tuple[float, float]:
-    """Return about the lowest and the highest noise level that the options draw, in thousandths."""
-    flow_shift = 1.0 if options.follows_size else options.flow_shift
-    _, shares = scan(options, noise, flow_shift)
+def levels_reached(several: Sequence[TimestepOptions], noise: NoiseSpec) -> tuple[float, float]:
+    """Return about the lowest and the highest noise level that a run draws, in thousandths.
+
+    several: the options of its tables, which may differ.
+    """
+    drawn = []
+    for options in several:
+        flow_shift = 1.0 if options.follows_size else options.flow_shift
+        drawn.append(scan(options, noise, flow_shift)[1])
+    shares = torch.cat(drawn)
     if not len(shares):
         return 0.0, 0.0
     return NUM_TIMESTEPS * float(shares.min()), NUM_TIMESTEPS * float(shares.max())
 
 
-def check_reaches(options: TimestepOptions, noise: NoiseSpec, experts: Sequence[Expert]) -> None:
-    """Raise OptionError if an expert would never be trained.
+def is_reached(options: TimestepOptions, noise: NoiseSpec, expert: Expert) -> bool:
+    """Return whether levels of an expert are drawn.
 
-    Samplers that follow the size are checked at both ends of their line.
+    Samplers that follow the size are tried at both ends of their line.
     """
+    return any(len(scan(options, noise, shift, expert)[0]) for shift in _shifts_of(options))
+
+
+def _shifts_of(options: TimestepOptions) -> list[float]:
     line = _line_of(options)
-    shifts = [options.flow_shift] if line is None else [math.exp(mu) for _, mu in line]
+    return [options.flow_shift] if line is None else [math.exp(mu) for _, mu in line]
+
+
+def check_reaches(several: Sequence[TimestepOptions], noise: NoiseSpec, experts: Sequence[Expert]) -> None:
+    """Raise OptionError if an expert would never be trained. several: see `levels_reached`."""
     for expert in experts:
-        if not any(len(scan(options, noise, shift, expert)[0]) for shift in shifts):
-            find_accepted_range(options, noise, shifts[0], expert)
+        if not any(is_reached(options, noise, expert) for options in several):
+            find_accepted_range(several[0], noise, _shifts_of(several[0])[0], expert)
 
 
 def loss_weights(options: TimestepOptions, times: Timesteps, exactly: bool = False) -> Tensor:

@@ -296,7 +296,8 @@ def _compare_with_teacher(
     is_outside = [not inside for inside in is_inside]
     if any(is_outside) or (passes.rule.in_lockstep and teacher.band is not None):
         target = teach(passes, noisy_batch)
-        weight = _per_sample_weight(teacher.weight * teacher.anchor_weight, is_outside, target.device)
+        anchor_weight = teacher.weight * teacher.anchor_weight * noisy_batch.anchor_balance
+        weight = _per_sample_weight(anchor_weight, is_outside, target.device)
         measure = _measure_for(passes, None if teacher.split is None else EVEN_SPLIT)
         comparisons.append(TargetComparison(target, measure, noisy_batch, weight))
     return comparisons

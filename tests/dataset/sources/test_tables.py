@@ -327,6 +327,7 @@ def list_of(folder: Path, rows: Rows, form: str, **changes: Any) -> DatasetTable
         ("caption_en", "a cat", None),
         ("source", "a book", None),
         ("score", 0.5, None),
+        ("min_timestep", 500, "'min_timestep': it is a key of the [[datasets]] table, for all its items."),
         ("control_path_1", "refs/a.png", None),
     ],
 )

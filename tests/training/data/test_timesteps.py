@@ -257,15 +257,15 @@ def test_the_high_noise_expert_alone_gets_its_side_evenly_with_buckets() -> None
 @pytest.mark.parametrize("sampler", ["uniform", "flux_shift"])
 def test_an_expert_that_no_timestep_reaches_is_an_error(limits: str, expert: str, sampler: str) -> None:
     with pytest.raises(OptionError, match=f"no timestep of this run reaches the {expert} transformer"):
-        check_reaches(options(f"--timestep_sampling {sampler} {limits}"), FLOW, TWO)
+        check_reaches([options(f"--timestep_sampling {sampler} {limits}")], FLOW, TWO)
     for able in ("", f"--timestep_sampling {sampler}"):
-        check_reaches(options(able), FLOW, TWO)
+        check_reaches([options(able)], FLOW, TWO)
 
 
 def test_bounds_of_the_sampler_sigma_are_told_to_count_from_the_noisy_end() -> None:
     made = options("--min_timestep 875 --preserve_distribution_shape")  # 0 to 125
     with pytest.raises(OptionError, match="counts the first two from the noisy end"):
-        check_reaches(made, FLOW, TWO[1:])
+        check_reaches([made], FLOW, TWO[1:])
 
 
 def test_the_table_is_counted_from_the_noisy_end_and_a_range_ends_before_its_last_number() -> None:

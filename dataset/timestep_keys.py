@@ -1,0 +1,42 @@
+"""Keys of a table that say which noise levels its items are trained at. Standard library only.
+
+They have the names and meanings of options of the trainers, whose values count where no key is given.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dataset import config_keys as forms
+
+NUM_TIMESTEPS = 1000  # in which windows are counted
+MOST_SHIFT = 1000
+
+LOW = forms.whole(0, NUM_TIMESTEPS - 1, f"a whole number from 0 to {NUM_TIMESTEPS - 1}, in thousandths")
+HIGH = forms.whole(1, NUM_TIMESTEPS, f"a whole number from 1 to {NUM_TIMESTEPS}, in thousandths")
+SHIFT = forms.number(
+    lambda value: 0 < value <= MOST_SHIFT,
+    f"a number above 0, at most {MOST_SHIFT}, such as 3.0; 1 is no shift",
+)
+
+WINDOW_KEYS = ("min_timestep", "max_timestep")
+SHIFT_KEY = "discrete_flow_shift"
+TIMESTEP_KEYS = (*WINDOW_KEYS, SHIFT_KEY)
+
+
+def find_window_problem(values: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with the window of a table, by its keys; None if nothing is."""
+    low, high = (values[name] for name in WINDOW_KEYS)
+    if low is None or high is None or low < high:
+        return None
+    return f"min_timestep = {low} is not below max_timestep = {high}, so no noise level is left"
+
+
+def find_unused(stated: Mapping[str, Any]) -> str | None:
+    """Return why keys in a table that is only validated on have no effect. stated: the keys of the table."""
+    unused = [name for name in TIMESTEP_KEYS if name in stated]
+    if not stated.get("validation") or not unused:
+        return None
+    return (
+        f"{' and '.join(unused)} with validation = true: this table is never trained on, and a validation "
+        "measures all tables at the same noise levels. Leave out one or the other"
+    )

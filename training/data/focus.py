@@ -1,0 +1,104 @@
+"""How --timestep_focus changes the share of the draws that fall on a band of noise levels.
+
+A loss term that acts in a band alone would pull less, or more, with a focus, because fewer or more draws fall
+there. `find_balance` returns factors that make up for it.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from contract.family import FLOW, NoiseSpec
+from contract.rules import ONE_EXPERT, Expert
+from training.data.timesteps import scan
+from training.noise_options import NUM_TIMESTEPS, TimestepOptions
+
+
+@dataclass(frozen=True)
+class FocusBalance:
+    """Factors on terms that act inside a band of noise levels alone, or outside of it alone.
+
+    Each is the share of the draws there without the focus, divided by the share with it. A factor is 1 if no
+    draw falls there with the focus, and both are 1 without a focus.
+    """
+
+    inside: float = 1.0
+    outside: float = 1.0
+
+
+NO_FOCUS = FocusBalance()
+
+
+@functools.cache
+def find_balance(
+    options: TimestepOptions,
+    low: float,
+    high: float,
+    *,
+    noise: NoiseSpec = FLOW,
+    flow_shift: float = 1.0,
+    expert: Expert = ONE_EXPERT[0],
+) -> FocusBalance:
+    """Return what makes up for --timestep_focus inside and outside of a band of noise levels.
+
+    low, high: the ends of the band, in thousandths of noise of the sample as it is trained. flow_shift: of
+    the batch, see `find_shift`. expert: whose levels are trained, if not all are.
+
+    With the sampler `uniform`, a band from 0 to M (as shares) and a focus P on L to H, `outside` is
+    (1 - M) / ((1 - P) (1 - M) + P overlap / (H - L)), where overlap is the part of M to 1 within L to H.
+    Shares of other samplers are counted to 1 / 10,000.
+    """
+    focus = options.timestep_focus
+    if focus is None:
+        return NO_FOCUS
+    lowest, highest = expert.lowest, min(expert.highest, NUM_TIMESTEPS)
+    usual = _usual_shares(options, low, high, noise=noise, flow_shift=flow_shift, expert=expert)
+    in_range = _BandShares(
+        inside=_share_of_range(options, max(low, lowest), min(high, highest)),
+        trained=_share_of_range(options, lowest, highest),
+    )
+    focused = _BandShares(
+        inside=(1 - focus) * usual.inside + focus * in_range.inside,
+        trained=(1 - focus) * usual.trained + focus * in_range.trained,
+    )
+    if not usual.trained:  # draws of the focus alone are trained
+        return NO_FOCUS
+    before, after = usual.inside / usual.trained, focused.inside / focused.trained
+    return FocusBalance(inside=_ratio(before, after), outside=_ratio(1 - before, 1 - after))
+
+
+@dataclass(frozen=True)
+class _BandShares:
+    """Shares of all draws."""
+
+    inside: float  # trained, and in the band
+    trained: float
+
+
+def _usual_shares(
+    options: TimestepOptions, low: float, high: float, *, noise: NoiseSpec, flow_shift: float, expert: Expert
+) -> _BandShares:
+    """Return the shares of the draws of the sampler without its focus."""
+    defaults = TimestepOptions.usual()
+    usual = replace(options, timestep_focus=None, timestep_focus_range=defaults.timestep_focus_range)
+    _, shares = scan(usual, noise, flow_shift)
+    levels = NUM_TIMESTEPS * shares
+    is_trained = (levels >= expert.lowest) & (levels < expert.highest)
+    is_inside = is_trained & (levels >= low) & (levels <= high)
+    return _BandShares(inside=_mean(is_inside), trained=_mean(is_trained))
+
+
+def _mean(fits: Tensor) -> float:
+    return float(fits.double().mean())
+
+
+def _share_of_range(options: TimestepOptions, low: float, high: float) -> float:
+    """Return the share of --timestep_focus_range that lies from `low` to `high`."""
+    first, last = options.timestep_focus_range
+    return max(0.0, min(high, last) - max(low, first)) / (last - first)
+
+
+def _ratio(usual: float, focused: float) -> float:
+    return 1.0 if math.isclose(focused, 0.0, abs_tol=1e-9) else usual / focused

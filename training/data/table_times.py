@@ -1,0 +1,157 @@
+"""Noise levels of each dataset table: its keys take the place of the options of the same names.
+
+A micro-batch is of one group of tables (one table, or the subsets of a dataset), which has one distribution.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from contract.family import Family, NoiseSpec
+from contract.rules import ONE_EXPERT, Expert
+from dataset.table import DatasetTable
+from dataset.timestep_keys import SHIFT_KEY, TIMESTEP_KEYS
+from modules.errors import DatasetError, OptionError
+from training.data.timesteps import check_reaches, is_reached
+from training.noise_options import NUM_TIMESTEPS, TimestepOptions
+
+
+def list_trained(tables: Sequence[DatasetTable]) -> list[DatasetTable]:
+    return [table for table in tables if not table.validation]
+
+
+def times_of_table(options: TimestepOptions, table: DatasetTable) -> TimestepOptions:
+    """Return the options of timesteps for the items of a table. Raises DatasetError if they contradict."""
+    if not table.has_own_timesteps:
+        return options
+    low = options.min_timestep if table.min_timestep is None else table.min_timestep
+    high = options.max_timestep if table.max_timestep is None else table.max_timestep
+    shift = options.flow_shift if table.discrete_flow_shift is None else table.discrete_flow_shift
+    has_window = table.min_timestep is not None or table.max_timestep is not None
+    if has_window and options.timestep_focus is not None:
+        raise DatasetError(
+            f"{table.name}: {_keys_in_words(table)} with --timestep_focus {options.timestep_focus:g}: a "
+            "window leaves levels out, and a focus draws from all of them, from some more often. Leave out "
+            "one of the two"
+        )
+    if has_window and low is not None and high is not None and low >= high:
+        raise DatasetError(
+            f"{table.name}: its levels would be --min_timestep {low} --max_timestep {high}, one of them from "
+            "the options of the training, and nothing lies between. Give the table both keys"
+        )
+    return replace(options, min_timestep=low, max_timestep=high, flow_shift=shift)
+
+
+def times_by_group(options: TimestepOptions, tables: Sequence[DatasetTable]) -> Mapping[int, TimestepOptions]:
+    """Return the options of timesteps by `DatasetTable.batch_group`; nothing if no table has its own."""
+    trained = list_trained(tables)
+    if not any(table.has_own_timesteps for table in trained):
+        return {}
+    return {table.batch_group: times_of_table(options, table) for table in trained}
+
+
+def list_times(options: TimestepOptions, tables: Sequence[DatasetTable]) -> list[TimestepOptions]:
+    """Return all different options of timesteps of a run; those of the options if no table has its own."""
+    return [*dict.fromkeys(times_by_group(options, tables).values())] or [options]
+
+
+def group_tables(
+    options: TimestepOptions, tables: Sequence[DatasetTable]
+) -> Mapping[TimestepOptions, Sequence[DatasetTable]]:
+    """Return the trained tables by their options of timesteps; nothing if no table has its own."""
+    grouped: dict[TimestepOptions, list[DatasetTable]] = {}
+    if times_by_group(options, tables):
+        for table in list_trained(tables):
+            grouped.setdefault(times_of_table(options, table), []).append(table)
+    return grouped
+
+
+def check_times(options: TimestepOptions, tables: Sequence[DatasetTable], family: Family) -> None:
+    """Raise DatasetError for a table, or OptionError for options, whose noise levels cannot be trained."""
+    noise, experts = family.noise, family.experts
+    for table in list_trained(tables):
+        if table.has_own_timesteps:
+            _check_table(options, table, noise, experts)
+    several = list_times(options, tables)
+    if options.timestep_focus is not None:
+        _check_focus(options, experts)
+    if len(experts) > 1 or experts[0].lowest > 0:
+        check_reaches(several, noise, experts)
+
+
+def _check_table(
+    options: TimestepOptions, table: DatasetTable, noise: NoiseSpec, experts: Sequence[Expert]
+) -> None:
+    sampler = options.timestep_sampling
+    if table.discrete_flow_shift is not None and not takes_shift(options, noise):
+        why = "has no shift"
+        if options.follows_size:
+            why = "takes its shift from the size of each item"
+        raise DatasetError(
+            f"{table.name}: {SHIFT_KEY} = {table.discrete_flow_shift:g}: --timestep_sampling {sampler} "
+            f"{why}. Leave the key out, or use --timestep_sampling shift"
+        )
+    times = times_of_table(options, table)
+    if any(is_reached(times, noise, expert) for expert in experts):
+        return
+    if tuple(experts) == ONE_EXPERT:
+        raise DatasetError(
+            f"{table.name}: {_keys_in_words(table)}: --timestep_sampling {sampler} draws no level there. "
+            "Widen the window, or leave out --preserve_distribution_shape"
+        )
+    lowest = min(expert.lowest for expert in experts)
+    raise DatasetError(
+        f"{table.name}: {_keys_in_words(table)}: only levels from {lowest:g} on are trained (the "
+        f"{experts[0].words}), and this table has none of them. Widen its window, leave the table out, or "
+        "train both transformers"
+    )
+
+
+def _check_focus(options: TimestepOptions, experts: Sequence[Expert]) -> None:
+    low, high = options.timestep_focus_range
+    lowest = min(expert.lowest for expert in experts)
+    if high <= lowest:
+        raise OptionError(
+            f"--timestep_focus_range {low} {high}: only levels from {lowest:g} on are trained (the "
+            f"{experts[0].words}). Give a range above that, such as {lowest:g} {NUM_TIMESTEPS}"
+        )
+
+
+def takes_shift(options: TimestepOptions, noise: NoiseSpec) -> bool:
+    """Return whether --discrete_flow_shift changes the draws."""
+    sampler = options.timestep_sampling
+    return sampler == "shift" or (sampler == "sigma" and noise.table_is_shifted)
+
+
+def _keys_in_words(table: DatasetTable) -> str:
+    values = {name: getattr(table, name) for name in TIMESTEP_KEYS}
+    return " and ".join(f"{name} = {value:g}" for name, value in values.items() if value is not None)
+
+
+def describe_times(options: TimestepOptions, tables: Sequence[DatasetTable]) -> list[str]:
+    """Return a line for each trained table about its noise levels; nothing if no table has its own."""
+    lines = []
+    for times, grouped in group_tables(options, tables).items():
+        text = f"{times.lowest} to {times.highest}"
+        if times.timestep_sampling == "sigma" and times.has_window:
+            text += " counted from the noisy end"
+        if times.flow_shift != options.flow_shift:
+            text += f", shift {times.flow_shift:g}"
+        lines += [f"{table.place}: {text}" for table in grouped]
+    return sorted(lines)
+
+
+def list_replaced(
+    options: TimestepOptions, tables: Sequence[DatasetTable], validates_between: bool = False
+) -> dict[str, str]:
+    """Return why options of timesteps have no effect, by their names.
+
+    validates_between: a validation measures between --min_timestep and --max_timestep.
+    """
+    trained = list_trained(tables)
+    reasons: dict[str, str] = {}
+    for name in (SHIFT_KEY,) if validates_between else TIMESTEP_KEYS:
+        if trained and all(getattr(table, name) is not None for table in trained):
+            reasons[name] = "each table of the dataset has its own"
+    if not any(times.has_window for times in list_times(options, tables)):
+        reasons["preserve_distribution_shape"] = "there is neither --min_timestep nor --max_timestep"
+    return reasons
