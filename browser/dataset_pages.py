@@ -17,16 +17,15 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_json, answer_page
+from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_json, answer_template
 from browser.captions import Captions, caption_values
 from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
 from browser.options import PROJECT_CONFIG
 from browser.runs import Runs
-from browser.views import HERE, POLICY
 from modules.command import as_typed
 from modules.errors import MediaError
 from modules.media.reading import first_frame
-from modules.pages.page import reduce_frame, render_page
+from modules.pages.page import reduce_frame
 from modules.text_files import parse_json, real_path
 
 LARGEST_SIDE = 448  # pixels of a picture in the page
@@ -254,7 +253,7 @@ class DatasetPages:
             "roots": self.runs.roots,
             "can_write": not self.read_only,
         }
-        return answer_page(render_page(HERE / "dataset.html", "Datasets", values, POLICY))
+        return answer_template("dataset.html", "Datasets", values)
 
     def show_page(self, dataset: FoundDataset, _: Request) -> Response:  # its script asks for the files
         values = {
@@ -265,7 +264,7 @@ class DatasetPages:
             "can_write": not self.read_only,
             "run_line": self.run_line(dataset),
         }
-        return answer_page(render_page(HERE / "dataset.html", dataset.name, values, POLICY))
+        return answer_template("dataset.html", dataset.name, values)
 
     def run_line(self, dataset: FoundDataset) -> str:
         """Return the line that trains on a folder that `new` has described; empty if it has not."""

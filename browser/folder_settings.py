@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_page
+from browser.answers import Form, answer_form, answer_template, answer_unknown
 from browser.beginnings import DESCRIBE
 from browser.captions import mark_bytes
 from browser.described import FILES, ChangedMeanwhileError, is_described, read_described, replace_content
@@ -35,9 +35,7 @@ from browser.settings_table import (
     tidy_lines,
 )
 from browser.site import Site
-from browser.views import HERE, POLICY
 from modules.errors import OptionError, UserError
-from modules.pages.page import render_page
 from modules.text_files import read_content, read_text
 from project.options import RUN_FILE
 
@@ -122,7 +120,7 @@ class FolderSettingsPages:
             return PlainTextResponse("There is no such described folder.", 404)
         return self.answer(folder)
 
-    def answer(self, folder: Path, change: DraftChange | None = None, status: int = 200) -> Response:
+    def answer(self, folder: Path, change: DraftChange | None = None, is_refused: bool = False) -> Response:
         """Return the settings of a folder. change: what a form would save."""
         values = {
             "view": self.view(folder, change or DraftChange(part="")),
@@ -130,7 +128,7 @@ class FolderSettingsPages:
             "can_write": not self.site.read_only,
             "table_part": TABLE,
         }
-        return answer_page(render_page(HERE / "settings_table.html", RUN_FILE, values, POLICY), status)
+        return answer_template("settings_table.html", RUN_FILE, values, is_refused)
 
     def view(self, folder: Path, change: DraftChange) -> SettingsView:
         chosen = self.read_chosen_text(folder)
@@ -196,7 +194,7 @@ class FolderSettingsPages:
             return self.ask_chosen(folder)
         part = fields.get("part", TABLE)
         if what not in ("look", "save") or part not in (TABLE, *FILES):
-            return PlainTextResponse("There is no such request.", 404)
+            return answer_unknown()
         name = RUN_FILE if part == TABLE else part
         try:
             present = read_file(self.site, folder, name)
@@ -213,7 +211,7 @@ class FolderSettingsPages:
         except (OSError, ValueError, UserError) as error:
             change = DraftChange(part=part, fault=str(error), text=fields.get("text"))
         is_refused = what == "save" and (change.fault != "" or change.said == LOOK_AGAIN)
-        return self.answer(folder, change, 422 if is_refused else 200)
+        return self.answer(folder, change, is_refused)
 
     def read_edited(self, folder: Path, part: str, present: DraftFile, fields: Mapping[str, str]) -> str:
         """Return the text of a file with the edits of a form."""
@@ -276,7 +274,7 @@ class FolderSettingsPages:
             f"{'; '.join(now) or 'as before'}. What you changed: {'; '.join(wanted) or 'nothing'}"
         )
         change = DraftChange(part=part, fault=fault, text=typed)
-        return self.answer(folder, change, 422)
+        return self.answer(folder, change, is_refused=True)
 
     def ask_chosen(self, folder: Path) -> Response:
         """Start the process that makes run.toml again."""
@@ -286,7 +284,7 @@ class FolderSettingsPages:
             if errand is None or errand.words != words or errand.state != RUNNING:
                 self.site.errands.start(errand_name(CHOSEN, folder), words, Path.cwd())
         except (OSError, ValueError, UserError) as error:
-            return self.answer(folder, DraftChange(part=TABLE, fault=str(error)), 422)
+            return self.answer(folder, DraftChange(part=TABLE, fault=str(error)), is_refused=True)
         return self.answer(folder)
 
 

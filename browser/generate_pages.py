@@ -9,11 +9,19 @@ from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from browser import launch
-from browser.answers import Form, answer_form, answer_gone, answer_json, answer_page
+from browser.answers import (
+    Form,
+    answer_form,
+    answer_gone,
+    answer_json,
+    answer_template,
+    answer_unknown,
+    read_query,
+)
 from browser.drafts import Drafts
 from browser.inputs import FOLDER as INPUTS
 from browser.inputs import InputFolder
@@ -33,13 +41,11 @@ from browser.recipes import (
 )
 from browser.refilling import FoundSettings, read_found
 from browser.site import Site
-from browser.views import HERE, POLICY
 from browser.wishes import Making
 from contract.families import HIGH_NOISE, LOW_NOISE
 from downloads.catalogue import model_sets
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import read_tags
-from modules.pages.page import render_page
 
 MOST_AT_ONCE = 64  # results of one press of Make
 FOUR = 4  # of "Make with four seeds"
@@ -143,8 +149,7 @@ class GeneratePages:
     # --- the page
 
     def show(self, request: Request) -> Response:
-        query = request.query_params
-        fields = {name: query.getlist(name) for name in query}
+        fields = read_query(request)
         draft = "".join(fields.pop("draft", ()))
         run = "".join(fields.pop("run", ()))
         if run:
@@ -203,8 +208,7 @@ class GeneratePages:
             "said": problem,
             "note": said,
         }
-        page = render_page(HERE / "generate.html", "Generate", values, POLICY)
-        return answer_page(page, 422 if error else 200)
+        return answer_template("generate.html", "Generate", values, is_refused=error != "")
 
     def work_values(self) -> dict[str, object]:
         """Return what the part of the page about wishes shows."""
@@ -228,10 +232,14 @@ class GeneratePages:
             "idle_minutes": round(IDLE_SECONDS / 60),
         }
 
-    def show_work(self, request: Request) -> Response:
+    def show_work(self, _: Request) -> Response:
         """Return the part of the page about wishes alone, for a page that asks every second."""
-        values = {**self.work_values(), "can_write": not self.site.read_only}
-        return answer_page(render_page(HERE / "generate_work.html", "Generate", values, POLICY))
+        return self.answer_work()
+
+    def answer_work(self, error: str = "") -> Response:
+        """Return the part of the page about wishes, with a message."""
+        values = {**self.work_values(), "can_write": not self.site.read_only, "said": error}
+        return answer_template("generate_work.html", "Generate", values, is_refused=error != "")
 
     def show_preview(self, request: Request) -> Response:
         """Return the newest preview; nothing if it was removed just now, as the next poll says."""
@@ -355,16 +363,16 @@ class GeneratePages:
                     int(number)
                 )
             else:
-                return PlainTextResponse("There is no such request.", 404)
+                return answer_unknown()
         except (UserError, OSError) as error:
-            return self.answer_work(str(error))
-        return self.answer_work()
+            return self.answer_pressed(str(error))
+        return self.answer_pressed()
 
-    def answer_work(self, error: str = "") -> Response:
-        """Return the part of the page about wishes, with a message."""
-        values = {**self.work_values(), "can_write": not self.site.read_only, "said": error}
-        page = render_page(HERE / "generate_work.html", "Generate", values, POLICY)
-        return answer_page(page, 422 if error else 200, {"hx-trigger": "wished"})
+    def answer_pressed(self, error: str = "") -> Response:
+        """Return the same part after a button was pressed. error: why nothing was done."""
+        response = self.answer_work(error)
+        response.headers["hx-trigger"] = "wished"
+        return response
 
     def make(self, form: MakingForm) -> None:
         """Note the wishes of a form. Raises OptionError if they cannot be made."""

@@ -12,16 +12,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import answer_page
+from browser.answers import answer_template
 from browser.jobs import WAITING
 from browser.model_files import list_downloads
 from browser.queue_views import is_of
 from browser.runs import RUNNING, Glance, is_living
 from browser.site import Site
-from browser.views import HERE
 from downloads.listing import gigabytes
 from modules.errors import UserError
-from modules.pages.page import render_page
 
 EVERY_SECONDS = 4.0  # pages ask every five seconds; what one has asked for is for all
 PATIENCE = 1.0  # seconds for the driver's answer
@@ -140,7 +138,7 @@ class MachineLine:
 
     def show(self, _: Request) -> Response:
         values = {"facts": self.read()}
-        return answer_page(render_page(HERE / "machine.html", "", values))
+        return answer_template("machine.html", "", values)
 
     def read(self) -> MachineFacts:
         """Return the facts of a few seconds ago at most."""

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_page
+from browser.answers import Form, answer_form, answer_template, answer_unknown
 from browser.described import (
     DATASET_FILE,
     TRAINING_TABLE,
@@ -32,10 +32,8 @@ from browser.jobs import Job
 from browser.runs import RUNNING, read_glance
 from browser.settings_table import NUMBER, find_training_script, read_settings, refuse_new_faults
 from browser.site import Site
-from browser.views import HERE, POLICY
 from modules.console import count_of
 from modules.errors import OptionError, UserError
-from modules.pages.page import render_page
 from modules.text_files import read_text
 from project.fitting import find_memory
 from project.options import RUN_FILE
@@ -245,8 +243,7 @@ class MemoryPages:
             "fault": fault,
             "done": done,
         }
-        page = render_page(HERE / "memory_bar.html", "Memory", values, POLICY)
-        return answer_page(page, 422 if fault else 200)
+        return answer_template("memory_bar.html", "Memory", values, is_refused=fault != "")
 
     def planned_size(self, errand: Job | None, card: float) -> float:
         """Return the GiB that the last plan was made for, or those of this machine's card."""
@@ -305,7 +302,7 @@ class MemoryPages:
             return PlainTextResponse("There is no such described folder.", 404)
         what = request.path_params["what"]
         if what not in (PLAN, "switch", "stop"):
-            return PlainTextResponse("There is no such request.", 404)
+            return answer_unknown()
         done = ""
         try:
             if what == "stop":

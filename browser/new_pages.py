@@ -16,10 +16,18 @@ from typing import Any
 from urllib.parse import urlencode
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_gone, answer_move, answer_page
+from browser.answers import (
+    Form,
+    answer_form,
+    answer_gone,
+    answer_move,
+    answer_template,
+    answer_unknown,
+    read_query,
+)
 from browser.beginnings import CHECK, DESCRIBE, run_words
 from browser.captioning import TRIED, caption_words, describe_engine, is_captioning, read_tries
 from browser.captions import mark_bytes
@@ -71,11 +79,10 @@ from browser.said import REPAIR, SaidLine, find_command, read_changes, read_said
 from browser.site import Site
 from browser.uploads import ADDRESS as UPLOAD
 from browser.uploads import FileUploads, name_of_day
-from browser.views import HERE, POLICY
+from browser.views import POLICY
 from downloads.catalogue import Component
 from downloads.listing import gigabytes, total_bytes
 from modules.errors import OptionError, UserError
-from modules.pages.page import render_page
 from modules.text_encodings import NAMES
 from modules.text_files import read_content
 from project.fitting import find_memory
@@ -127,7 +134,7 @@ class NewPages:
         return find_memory()
 
     def show(self, request: Request) -> Response:
-        query = {name: request.query_params.getlist(name) for name in request.query_params}
+        query = read_query(request)
         form = NewForm.of_fields(query)
         message = ""
         if "folder" in query and set(query) <= {"folder", "name"}:
@@ -220,9 +227,9 @@ class NewPages:
             **self.progress_values(folder, described),
             "refused": error if folder is None else "",  # of a button whose folder is gone
         }
-        page = render_page(HERE / "new.html", "New", values, PAGE_POLICY)
-        headers = {"content-security-policy": f"{PAGE_POLICY}; frame-ancestors 'none'"}
-        return answer_page(page, 422 if error else 200, headers)
+        response = answer_template("new.html", "New", values, is_refused=error != "", policy=PAGE_POLICY)
+        response.headers["content-security-policy"] = f"{PAGE_POLICY}; frame-ancestors 'none'"
+        return response
 
     def try_read(self, folder: Path | None) -> tuple[DescribedFolder | None, str]:
         """Return what the files of a folder say, or None and why they cannot be read."""
@@ -290,16 +297,13 @@ class NewPages:
         folder = find_folder(self.site.runs, request.query_params.get("folder", ""))
         if folder is None:
             return answer_gone()
-        described, _ = self.try_read(folder)
-        values = self.progress_values(folder, described)
-        return answer_page(render_page(HERE / "new_progress.html", "New", values, PAGE_POLICY))
+        return self.answer_progress(folder)
 
-    def answer_progress(self, folder: Path, refused: str) -> Response:
-        """Return the same part after a button in it was pressed. refused: why nothing was done."""
+    def answer_progress(self, folder: Path, refused: str = "") -> Response:
+        """Return the same part. refused: why a button did nothing."""
         described, _ = self.try_read(folder)
         values = self.progress_values(folder, described) | {"refused": refused}
-        page = render_page(HERE / "new_progress.html", "New", values, PAGE_POLICY)
-        return answer_page(page, 422 if refused else 200)
+        return answer_template("new_progress.html", "New", values, is_refused=refused != "")
 
     def show_folders(self, request: Request) -> Response:
         """Return the next folders of the list."""
@@ -312,7 +316,7 @@ class NewPages:
             "next_folder": first + PART,
             "picture_address": picture_address,
         }
-        return answer_page(render_page(HERE / "new_folders.html", "New", values, PAGE_POLICY))
+        return answer_template("new_folders.html", "New", values)
 
     def show_check(self, request: Request) -> Response:
         """Return check.html of a folder, which may be somebody else's: it runs and loads nothing."""
@@ -429,7 +433,7 @@ class NewPages:
         texts = {name: "".join(values) for name, values in form.items()}
         try:
             if not self.carry_out(what, folder, sent, texts):
-                return PlainTextResponse("There is no such request.", 404)
+                return answer_unknown()
             problem = ""
         except ChangedMeanwhileError:
             problem = f"The files of {folder} have changed meanwhile. Load this page again to see them."
@@ -566,8 +570,7 @@ class NewPages:
         """Say what the file of a model is, by its header."""
         option = request.query_params.get("option", "")
         text = "".join(form.get(f"file_{option}", ()))
-        values = {"text": describe_file(text)}
-        return answer_page(render_page(HERE / "new_file.html", "New", values, PAGE_POLICY))
+        return answer_template("new_file.html", "New", {"text": describe_file(text)})
 
 
 def has_changed_since(errand: Job, folder: Path) -> bool:

@@ -26,7 +26,9 @@ from browser.answers import (
     answer_form,
     answer_gone,
     answer_json,
-    answer_page,
+    answer_said,
+    answer_template,
+    answer_unknown,
 )
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
@@ -40,7 +42,7 @@ from browser.results import LARGER, LAST_FRAME, Result, ResultFolders, find_top
 from browser.runs import DIED, FINISHED, RUNNING, Glance
 from browser.settings_of import PREFIX, Remade, ResultSettings, read_settings, remake, sample_line
 from browser.site import Site
-from browser.views import HERE, POLICY, label_runs
+from browser.views import label_runs
 from browser.wishes import Making
 from contract.families import with_scripts
 from downloads.catalogue import ModelSet, model_sets
@@ -50,7 +52,6 @@ from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import video_frames
 from modules.media.writing import write_png
-from modules.pages.page import render_page
 from modules.text_files import read_content
 from project.options import MODELS
 
@@ -421,7 +422,7 @@ class ResultPages:
 
     def answer_plates(self, plates: Sequence[Plate]) -> Response:
         values = {"plates": plates, "can_write": not self.site.read_only}
-        return answer_page(render_page(HERE / "plates.html", "Results", values, POLICY))
+        return answer_template("plates.html", "Results", values)
 
     def find_larger(self) -> dict[str, Job]:
         """Return the newest job of the queue that enlarges each file, by its path."""
@@ -471,8 +472,7 @@ class ResultPages:
             "said": error,
             **values,
         }
-        text = render_page(HERE / "result_sheet.html", result.path.name, shown, POLICY)
-        return answer_page(text, 422 if error else 200)
+        return answer_template("result_sheet.html", result.path.name, shown, is_refused=error != "")
 
     def show_commands(self, request: Request) -> Response:
         """Return the command that each button of a result types, as JSON."""
@@ -542,15 +542,7 @@ class ResultPages:
             )
 
         [number] = self.site.maker.add([make])
-        return self.answer_said(f"It waits above as {number}, with seed {seed}.")
-
-    def answer_said(self, text: str) -> Response:
-        values = {"said": text, "is_bad": False}
-        return answer_page(render_page(HERE / "result_said.html", "Results", values, POLICY))
-
-    def answer_refused(self, text: str) -> Response:
-        values = {"said": text, "is_bad": True}
-        return answer_page(render_page(HERE / "result_said.html", "Results", values, POLICY), 422)
+        return answer_said(f"It waits above as {number}, with seed {seed}.")
 
     # --- larger
 
@@ -724,13 +716,13 @@ class ResultPages:
         result = self.find(request)
         change = self.changes.get(request.path_params["what"])
         if change is None:
-            return PlainTextResponse("There is no such request.", 404)
+            return answer_unknown()
         if result is None:
-            return self.answer_refused("This file is not there any more.")
+            return answer_said("This file is not there any more.", is_refused=True)
         try:
             return change(result, form)
         except (UserError, OSError, ValueError) as error:
-            return self.answer_refused(str(error))
+            return answer_said(str(error), is_refused=True)
 
 
 def _list_files(remade: Remade) -> list[str]:

@@ -11,10 +11,19 @@ from typing import Any
 
 from markupsafe import Markup
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_gone, answer_json, answer_move, answer_page
+from browser.answers import (
+    Form,
+    answer_form,
+    answer_gone,
+    answer_json,
+    answer_move,
+    answer_page,
+    answer_said,
+    answer_template,
+)
 from browser.beginnings import (
     BUSY,
     CHECK,
@@ -278,8 +287,7 @@ class RunButtons:
             values["said"] = error or str(problem)
             values["what"] = ""
         values |= facts or {}
-        page = render_page(HERE / "panel.html", shown.glance.name, values)
-        return answer_page(page, 422 if error else 200)
+        return answer_template("panel.html", shown.glance.name, values, is_refused=error != "")
 
     def facts_of_plan(self, shown: ShownRun) -> dict[str, Any]:
         """Return what a page shows of a run.toml before it is started."""
@@ -389,10 +397,11 @@ class RunButtons:
             error = "The file has changed since this page read it. Nothing was written."
             return self.answer_panel(shown, "prompts", error, {"mine": mine})
         except ChangedMeanwhileError:
-            return say(f"{RUN_FILE} has changed meanwhile. Nothing was written: look at it again.", 422)
+            text = f"{RUN_FILE} has changed meanwhile. Nothing was written: look at it again."
+            return answer_said(text, is_refused=True)
         except (UserError, OSError, ValueError) as error:
-            return say(str(error), 422)
-        return say(said)
+            return answer_said(str(error), is_refused=True)
+        return answer_said(said)
 
     def start(self, shown: ShownRun, form: Form) -> str:
         """Start a run, or continue it. The form has the mark of a run.toml that was read."""
@@ -488,12 +497,6 @@ class RunButtons:
         if shown.state.name in BUSY:
             return f"Written into {path.name}. The training reads it when it starts: Stop, then Continue."
         return f"Written into {path.name}."
-
-
-def say(text: str, status: int = 200) -> Response:
-    """Return a short message for the line beside the buttons."""
-    words = Markup('<span class="{}">{}</span>').format("bad" if status >= 400 else "", text)
-    return HTMLResponse(str(words).encode("utf-8", "backslashreplace"), status)
 
 
 def has_lora(run: Glance) -> bool:

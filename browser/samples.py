@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_page
+from browser.answers import Form, answer_form, answer_template
 from browser.captions import mark_bytes
 from browser.described import (
     PROMPTS_FILE,
@@ -37,12 +37,10 @@ from browser.folder_settings import (
 from browser.folders import NOT_MEDIA
 from browser.settings_table import describe_difference, read_keys, refuse_new_faults
 from browser.site import Site
-from browser.views import HERE, POLICY
 from generation.prompt_lines import is_blank
 from generation.sample_lines import find_sample_option
 from modules.errors import OptionError, UserError
 from modules.media.reading import IMAGE_SUFFIXES
-from modules.pages.page import render_page
 from project.fitting import needs_picture
 from project.options import RUN_FILE, find_models
 
@@ -242,7 +240,7 @@ class SamplePages:
         return SampleFiles(read_file(self.site, folder, PROMPTS_FILE), run)
 
     def answer(
-        self, folder: Path, change: DraftChange | None = None, *, num_rows: int = 0, status: int = 200
+        self, folder: Path, change: DraftChange | None = None, num_rows: int = 0, is_refused: bool = False
     ) -> Response:
         """Return the part of the page. num_rows: to show at least. change: what a form would save."""
         values: dict[str, Any] = {"folder": folder, "change": change or DraftChange(part=""), "problem": ""}
@@ -250,8 +248,7 @@ class SamplePages:
             values |= self.collect_values(folder, num_rows)
         except (OSError, ValueError, UserError) as error:
             values["problem"] = str(error)
-        page = render_page(HERE / "sample_rows.html", "Samples", values, POLICY)
-        return answer_page(page, status)
+        return answer_template("sample_rows.html", "Samples", values, is_refused)
 
     def collect_values(self, folder: Path, num_rows: int) -> dict[str, Any]:
         drafts = self.read_drafts(folder)
@@ -304,7 +301,7 @@ class SamplePages:
             change = DraftChange(part="samples", fault=str(error))
         is_refused = what == "save" and (change.fault != "" or change.said == LOOK_AGAIN)
         num_rows = sum(name.startswith("row ") for name in fields) if is_refused else 0
-        return self.answer(folder, change, num_rows=num_rows, status=422 if is_refused else 200)
+        return self.answer(folder, change, num_rows, is_refused)
 
     def edit(
         self, folder: Path, drafts: SampleFiles, fields: Mapping[str, str], is_saving: bool
