@@ -35,7 +35,6 @@ from browser.datasets import find_places
 from browser.described import (
     DATASET_FILE,
     FILES,
-    TRAINING_TABLE,
     ChangedMeanwhileError,
     DescribedFolder,
     change_keys,
@@ -493,7 +492,7 @@ class NewPages:
         plan = self.plan_describe(form, folder, described)
         if plan.changes:
             have = mark_bytes(read_content(folder / RUN_FILE))
-            change_keys(folder / RUN_FILE, TRAINING_TABLE, plan.changes, have)
+            change_keys(folder / RUN_FILE, plan.changes, have)
             return
         kind = COMPARE if plan.compares else DESCRIBE
         self.site.errands.start(errand_name(kind, folder), plan.words, Path.cwd())

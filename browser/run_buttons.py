@@ -40,7 +40,7 @@ from browser.beginnings import (
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.captions import CaptionConflictError, Captions, mark_bytes
-from browser.described import FILES, TRAINING_TABLE, ChangedMeanwhileError, change_keys
+from browser.described import FILES, ChangedMeanwhileError, change_keys
 from browser.errands import errand_name
 from browser.intentions import read_intentions, read_shown
 from browser.jobs import ENDED, QUEUE, WAITING, Job
@@ -451,7 +451,7 @@ class RunButtons:
             raise OptionError(f"{plan.folder / RUN_FILE} counts in epochs. Change max_train_epochs there.")
         path = plan.folder / RUN_FILE
         have = "".join(form.get("have", ()))
-        change_keys(path, TRAINING_TABLE, {"max_train_steps": steps}, have=have)
+        change_keys(path, {"max_train_steps": steps}, have)
         self.beginnings.start(plan.folder, words_of_plan(plan, self.site.models))
         return f"It is in the queue, to {steps:,} steps."
 

@@ -21,20 +21,20 @@ from browser import uploads
 from browser.answers import NO_WRITING, Form, answer_file, answer_form, answer_gone, answer_json, answer_page
 from browser.dataset_pages import dataset_routes
 from browser.errands import Errands
-from browser.folder_settings import folder_settings_routes
+from browser.folder_settings import FolderSettingsPages, folder_routes
 from browser.generate_pages import generate_routes
 from browser.inputs import MOST_BYTES as MOST_OF_INPUT
 from browser.jobs import JobQueue, open_queue
 from browser.machine import machine_routes
 from browser.making import ResultMaker
-from browser.memory import memory_routes
+from browser.memory import MemoryPages
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
 from browser.queue_views import compare_routes, queue_routes
 from browser.result_pages import result_routes
 from browser.run_buttons import RunButtons, run_button_routes
 from browser.runs import RUNNING, Glance, Runs
-from browser.samples import sample_routes
+from browser.samples import SamplePages
 from browser.settings import ServerSettings
 from browser.settings_page import settings_routes
 from browser.site import Site
@@ -313,9 +313,9 @@ def make_app(
         Route("/", pages.guard(pages.show_list)),
         *new_routes(site),
         *result_routes(site),
-        *sample_routes(site),
-        *memory_routes(site),
-        *folder_settings_routes(site),
+        *folder_routes(site, "samples", SamplePages(site)),
+        *folder_routes(site, "memory", MemoryPages(site)),
+        *folder_routes(site, "settings", FolderSettingsPages(site)),
         *generate_routes(site),
         *model_routes(site),
         *settings_routes(site),

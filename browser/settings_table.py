@@ -19,8 +19,7 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
 from browser import launch
-from browser.captions import BOM
-from browser.described import DATASET_FILE, PROMPTS_FILE, TRAINING_TABLE, edit_toml
+from browser.described import DATASET_FILE, PROMPTS_FILE, TRAINING_TABLE, DraftFile, edit_toml
 from generation.prompt_lines import numbered_lines
 from generation.sample_lines import parse_sample_line, read_all
 from modules.errors import OptionError, UserError
@@ -223,7 +222,6 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
     Only keys whose text differs are changed; an emptied one is removed. Raises OptionError, ValueError.
     """
     changes: dict[str, Any] = {}
-    removed: list[str] = []
     for row in rows:
         if row.setting is None or not row.is_simple:
             continue
@@ -233,11 +231,8 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
         reason = bad_character(typed)
         if reason is not None:
             raise OptionError(f"{row.key} cannot hold {reason}")
-        if typed:
-            changes[row.key] = row.setting.convert(typed)
-        else:
-            removed.append(row.key)
-    return edit_toml(text, TRAINING_TABLE, changes, removed) if changes or removed else text
+        changes[row.key] = row.setting.convert(typed) if typed else None
+    return edit_toml(text, changes)
 
 
 def describe_difference(before: str, after: str) -> list[str]:
@@ -303,41 +298,21 @@ def _check_by_script(words: Sequence[str], name: str, text: str, folder: Path) -
             raise OptionError(str(error).replace(str(path), name)) from None
 
 
-def refuse_new_faults(name: str, before: str, after: str, folder: Path, run_text: str) -> None:
-    """Raise UserError or ValueError if a changed file has a fault that it did not have before."""
+def refuse_new_faults(draft: DraftFile, after: str, run_text: str) -> None:
+    """Raise UserError or ValueError if a changed file has a fault that it did not have before.
+
+    after: its text. run_text: of the folder's run.toml.
+    """
+    folder = draft.path.parent
     try:
-        check_text(name, after, folder, run_text)
+        check_text(draft.name, after, folder, run_text)
     except (UserError, ValueError) as error:
         try:
-            check_text(name, before, folder, run_text)
+            check_text(draft.name, draft.text, folder, run_text)
         except (UserError, ValueError) as earlier:
             if str(earlier) == str(error):
                 return
         raise
-
-
-@dataclass(frozen=True)
-class TextForm:
-    """The text of a file as a page edits it, and the form of its bytes."""
-
-    text: str
-    start: bytes = b""
-    newline: str = "\n"
-
-    @classmethod
-    def of(cls, content: bytes) -> "TextForm":
-        """Return the text in the bytes of a file. Raises UnicodeDecodeError if it is not UTF-8."""
-        start = BOM if content.startswith(BOM) else b""
-        decoded = content[len(start) :].decode()
-        return cls(tidy_lines(decoded), start, newline="\r\n" if "\r\n" in decoded else "\n")
-
-    def with_text(self, text: str) -> bytes:
-        """Return the bytes of the file with another text."""
-        return self.start + tidy_lines(text).replace("\n", self.newline).encode()
-
-
-def tidy_lines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_chosen(lines: str) -> str | None:
