@@ -2,7 +2,6 @@
 
 import secrets
 import shlex
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -396,7 +395,7 @@ class GeneratePages:
         first = int(seed) if seed else secrets.randbits(SEED_BITS)
         seeds = [str(first + place) for place in range(int(count))]
         launch.check_options(wish.command(seeds[0]), recipe.folder)
-        self.maker.add([_maker_of(wish, each, form) for each in seeds])
+        self.maker.add([making_of(wish, each, form) for each in seeds])
 
     def _check_paths(self, wish: Wish) -> None:
         """Raise OptionError for a picture outside the roots that the model's own command does not name."""
@@ -547,25 +546,10 @@ def read_tags_of(path: Path, suffix: str) -> dict[str, str]:
     raise OptionError("It is neither a picture, a clip nor a sound that can be read.")
 
 
-def _maker_of(wish: Wish, seed: str, form: MakingForm) -> Callable[[int], Making]:
-    """Return a function that makes the record of one result, given its number."""
-    texts = {**form.texts, "seed": seed}
-    fields = replace(form, texts=texts, count="1", is_locked=True).as_fields()
-
-    def make(number: int) -> Making:
-        return Making(
-            id=number,
-            title=wish.recipe.title,
-            session=wish.session_words,
-            command=wish.command(seed),
-            request=wish.request(seed),
-            folder=str(wish.recipe.folder),
-            save_path=wish.save_path,
-            created=time.time(),
-            form=fields,
-        )
-
-    return make
+def making_of(wish: Wish, seed: str, form: MakingForm) -> Making:
+    """Return the record of one result, with the form that asks for it again."""
+    fields = replace(form, texts={**form.texts, "seed": seed}, count="1", is_locked=True).as_fields()
+    return replace(wish.as_making(seed), form=fields)
 
 
 def generate_routes(site: Site) -> list[Route]:

@@ -5,6 +5,7 @@ form are options that a prompt line may have, by their names on the command line
 """
 
 import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from browser.compare import PLACEHOLDER, ComparableRun, group_options
+from browser.wishes import Making
 from contract.families import HIGH_NOISE, with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from generation.options import request_extras
@@ -463,6 +465,19 @@ class Wish:
             options[flag_of("control_image_path", defaults)] = list(self.references)
         save_flag = flag_of("save_path", defaults)
         return ["python", recipe.script, *_as_words(options), save_flag, self.save_path]
+
+    def as_making(self, seed: str) -> Making:
+        """Return the record of one result that is to be made."""
+        return Making(
+            id=0,
+            title=self.recipe.title,
+            session=self.session_words,
+            command=self.command(seed),
+            request=self.request(seed),
+            folder=str(self.recipe.folder),
+            save_path=self.save_path,
+            created=time.time(),
+        )
 
 
 def _as_words(options: Mapping[str, Any]) -> list[str]:

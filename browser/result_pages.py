@@ -40,7 +40,7 @@ from browser.jobs import WAITING, Job
 from browser.recipes import RESULTS, ModelRecipe, recipe_of_model, recipe_of_run
 from browser.results import LARGER, LAST_FRAME, Result, ResultFolders, find_top
 from browser.runs import DIED, FINISHED, RUNNING, Glance
-from browser.settings_of import PREFIX, Remade, ResultSettings, read_settings, remake, sample_line
+from browser.settings_of import PREFIX, ResultSettings, read_settings, remake, sample_line
 from browser.site import Site
 from browser.views import label_runs
 from browser.wishes import Making
@@ -231,7 +231,7 @@ class Remaker:
         self.site = site
         self.folders = folders
 
-    def remake(self, result: Result, settings: ResultSettings, seed: str) -> Remade:
+    def remake(self, result: Result, settings: ResultSettings, seed: str) -> Making:
         """Return what makes a result again. seed: the one to take. Raises OptionError if nothing can."""
         reasons = []
         save_path = str(self.site.runs.tops[0] / RESULTS)
@@ -525,23 +525,11 @@ class ResultPages:
     def add_making(self, result: Result, settings: ResultSettings, seed: str) -> Response:
         """Give the wish of a result to the maker. Raises OptionError or OutputError if it takes none."""
         remade = self.remaker.remake(result, settings, seed)
-        missing = [word for word in _list_files(remade) if not (remade.folder / word).exists()]
+        missing = [word for word in _list_files(remade) if not Path(remade.folder, word).exists()]
         if missing:
             raise OptionError(f"{missing[0]} is missing: load the model first (Models).")
 
-        def make(number: int) -> Making:
-            return Making(
-                id=number,
-                title=remade.title,
-                session=remade.session,
-                command=remade.command,
-                request=remade.request,
-                folder=str(remade.folder),
-                save_path=remade.save_path,
-                created=time.time(),
-            )
-
-        [number] = self.site.maker.add([make])
+        [number] = self.site.maker.add([remade])
         return answer_said(f"It waits above as {number}, with seed {seed}.")
 
     # --- larger
@@ -725,7 +713,7 @@ class ResultPages:
             return answer_said(str(error), is_refused=True)
 
 
-def _list_files(remade: Remade) -> list[str]:
+def _list_files(remade: Making) -> list[str]:
     """Return the words of a session that name files of a model."""
     words = remade.session
     return [word for word in words if Path(word).suffix in (".safetensors", ".pth", ".gguf", ".sft")]

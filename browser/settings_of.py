@@ -23,6 +23,7 @@ from browser.recipes import (
     Wish,
     type_options,
 )
+from browser.wishes import Making
 from contract.families import HIGH_NOISE, with_scripts
 from generation.options import GenerationOptions, generation_parser
 from generation.prompt_lines import find_option, read_path
@@ -220,18 +221,6 @@ def script_options(family: str) -> Mapping[str, KnownOption]:
     return options
 
 
-@dataclass(frozen=True)
-class Remade:
-    """What makes a result once more: for a loaded model, and as a command line."""
-
-    title: str
-    session: list[str]
-    request: dict[str, Any]
-    command: list[str]
-    folder: Path
-    save_path: str
-
-
 FindFile = Callable[[str], str]  # returns the path of a file by its name; raises OptionError
 
 
@@ -242,7 +231,7 @@ def remake(
     save_path: str,
     find_lora: Callable[[str, ModelRecipe], str],
     find_media: FindFile,
-) -> Remade:
+) -> Making:
     """Return what makes the result of these settings with the model of a recipe.
 
     seed: the one to take. Raises OptionError if the recipe has another model, or a file is not found.
@@ -267,14 +256,7 @@ def remake(
     for flag in (f"--{name}" for name in ("num_videos", "num_images")):
         typed.pop(flag, None)
     as_typed = replace(wish, recipe=replace(recipe, fixed=typed))
-    return Remade(
-        title=recipe.title,
-        session=wish.session_words,
-        request=request,
-        command=as_typed.command(""),
-        folder=recipe.folder,
-        save_path=save_path,
-    )
+    return replace(wish.as_making(""), request=request, command=as_typed.command(""))
 
 
 def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:

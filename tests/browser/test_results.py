@@ -24,7 +24,6 @@ from browser.result_pages import add_line, name_day
 from browser.results import MADE_FROM, ResultFolders, list_results
 from browser.runs import Runs
 from browser.settings_of import (
-    Remade,
     ResultSettings,
     find_family,
     read_settings,
@@ -32,6 +31,7 @@ from browser.settings_of import (
     sample_line,
     settings_of_tags,
 )
+from browser.wishes import Making
 from contract.families import with_scripts
 from modules.errors import OptionError
 from modules.media.reading import read_image, read_tags, video_frames
@@ -181,7 +181,7 @@ def recipe_of(**changes: Any) -> ModelRecipe:
     )
 
 
-def remade_of(tags: Mapping[str, str], recipe: ModelRecipe, seed: str = "7") -> Remade:
+def remade_of(tags: Mapping[str, str], recipe: ModelRecipe, seed: str = "7") -> Making:
     settings = settings_of_tags(tags)
     assert settings is not None
     return remake(
