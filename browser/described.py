@@ -6,7 +6,6 @@ pages may change it in turn.
 
 import contextlib
 import errno
-import hashlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tomlkit.exceptions import TOMLKitError
 from tomlkit.items import Table
 
 from browser.captions import BOM, mark_bytes
+from browser.names import short_digest
 from modules.atomic_write import write_bytes
 from modules.file_locks import only_one
 from modules.text_files import parse_toml, read_content, real_path
@@ -81,7 +81,7 @@ def mark_files(folder: Path) -> str:
             marks.append("")
         except OSError:  # no file, or one that may not be read
             marks.append("-")
-    return hashlib.blake2s("".join(marks).encode(), digest_size=8).hexdigest() if any(marks) else ""
+    return short_digest("".join(marks)) if any(marks) else ""
 
 
 def read_described(folder: Path) -> DescribedFolder:

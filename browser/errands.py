@@ -4,9 +4,7 @@ They need no graphics card for long, so that they do not wait for a training. Ea
 `check-0123456789abcdef`, and is kept in files: another server, or this one started again, finds it.
 """
 
-import hashlib
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -16,6 +14,7 @@ from pathlib import Path
 
 from browser import launch
 from browser.jobs import KINDS, LOGS, Job, JobQueue, as_line, refuse_link
+from browser.names import short_digest
 from browser.runs import RUNNING, is_living
 from modules.atomic_write import append_text, explain_errors, write_text
 from modules.errors import OptionError, OutputError
@@ -32,8 +31,7 @@ MOST_OF_RECORD = 1 << 17  # bytes
 
 def errand_name(kind: str, folder: Path) -> str:
     """Return the name of the errand of a kind in a folder. There is one of each."""
-    digest = hashlib.blake2s(os.fsencode(real_path(folder)), digest_size=8).hexdigest()
-    return f"{kind}-{digest}"
+    return f"{kind}-{short_digest(real_path(folder))}"
 
 
 class Errands:

@@ -5,7 +5,6 @@ headers of the files in view are read.
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections import OrderedDict
@@ -20,9 +19,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_json
+from browser.bin_folder import FOLDER as BIN
 from browser.captions import Captions, caption_values
 from browser.dataset_pages import Thumbnails, answer_stamped, read_part
-from browser.folders import BIN, MOST_ENTRIES, find_folder, find_top
+from browser.folders import MOST_ENTRIES, find_folder
+from browser.names import short_digest
 from browser.runs import Runs
 from modules.atomic_write import explain_errors
 from modules.errors import MediaError, OptionError, UserError
@@ -67,11 +68,6 @@ def find_caption_file(folder: Path, name: str) -> Path:
     return other if other.exists() and not usual.exists() else usual
 
 
-def identify_name(name: str) -> str:
-    """Return the id of a file of a folder."""
-    return hashlib.blake2s(os.fsencode(name), digest_size=8).hexdigest()
-
-
 class LeftOut:
     """Move files of a folder, with their captions, out of it into the bin of its root, and back."""
 
@@ -80,8 +76,7 @@ class LeftOut:
 
     def place(self, folder: Path) -> Path:
         """Return the folder that the files of a folder are moved into."""
-        digest = hashlib.blake2s(os.fsencode(folder), digest_size=4).hexdigest()
-        return find_top(self.runs, folder) / BIN / LEFT_OUT / f"{folder.name} {digest}"
+        return self.runs.find_top(folder) / BIN / LEFT_OUT / f"{folder.name} {short_digest(folder, 4)}"
 
     def list_names(self, folder: Path) -> list[str]:
         try:
@@ -191,7 +186,7 @@ class FolderFiles:
         suffix = Path(name).suffix.lower()
         is_seen = suffix in SHOWN and not facts.fault
         return {
-            "id": identify_name(name),
+            "id": short_digest(name),
             "table": "",
             "kind": "video" if suffix in VIDEO_SUFFIXES else "image",
             "size": facts.size,
@@ -240,7 +235,7 @@ class FolderFiles:
         folder = self.find(request)
         try:
             query = parse_json(body.decode())
-            names = {} if folder is None else {identify_name(name): name for name in list_names(folder)}
+            names = {} if folder is None else {short_digest(name): name for name in list_names(folder)}
             name = names.get(request.path_params["item"])
             if folder is None or name is None or not isinstance(query, dict):
                 return answer_json({"error": GONE}, 404)

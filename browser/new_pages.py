@@ -8,7 +8,7 @@ import contextlib
 import functools
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -29,6 +29,7 @@ from browser.answers import (
     read_query,
 )
 from browser.beginnings import CHECK, DESCRIBE, run_words
+from browser.bin_folder import FOLDER as BIN
 from browser.captioning import TRIED, caption_words, describe_engine, is_captioning, read_tries
 from browser.captions import mark_bytes
 from browser.datasets import find_places
@@ -47,10 +48,8 @@ from browser.described import (
 from browser.errands import errand_name
 from browser.folder_files import FolderFiles, file_routes, list_names, picture_address
 from browser.folders import (
-    BIN,
     CHECK_PAGE,
     find_folder,
-    find_top,
     list_media_folders,
     read_media_folder,
 )
@@ -472,7 +471,7 @@ class NewPages:
         elif what == "write":
             words = caption_words(texts.get("engine", ""), texts.get("question", ""))
             self.require_inside(folder)
-            self.queue_job(words, folder)
+            self.site.queue.add_and_begin(words, folder)
         elif what == "remedy":
             self.run_remedy(folder, texts.get("line", ""))
         elif what == REPAIR:
@@ -505,7 +504,7 @@ class NewPages:
         if mark != mark_files(folder):
             raise ChangedMeanwhileError
         kept = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
-        keep_copies(folder, find_top(self.site.runs, folder) / BIN / "replaced" / kept)
+        keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / kept)
         form = NewForm.of_words(shlex.split(comparing.line))
         words = new_words(form, self.site.models, overwrite=True)
         self.site.errands.start(errand_name(DESCRIBE, folder), words, Path.cwd())
@@ -519,14 +518,6 @@ class NewPages:
         if "--download" in words and not has_accepted:
             raise OptionError("Its model is to be loaded: read the licences next to Start, and accept them.")
         self.site.beginnings.start(folder, words)
-
-    def queue_job(self, words: Sequence[str], folder: Path) -> None:
-        """Put a command into the queue, and start the queue unless other jobs wait in it."""
-        queue = self.site.queue
-        others_wait = any(job.state == WAITING for job in queue.jobs())
-        queue.add(words, folder)
-        if queue.worker == "" and not others_wait:
-            queue.begin_work()
 
     def require_inside(self, folder: Path) -> None:
         """Raise OptionError if the dataset of a folder names files outside the roots."""
@@ -551,7 +542,7 @@ class NewPages:
         if command.words[0] == "cache":
             self.site.errands.start(errand_name(REPAIRING, folder), words, folder)
         else:
-            self.queue_job(words, folder)
+            self.site.queue.add_and_begin(words, folder)
 
     def repair(self, folder: Path, encoding: str) -> None:
         """Convert captions of a folder that are not UTF-8. encoding: theirs; "" if it is to be guessed."""

@@ -1,7 +1,6 @@
 """Show the results of all days on the page Generate, part by part, and do what their buttons ask for."""
 
 import contextlib
-import hashlib
 import os
 import re
 import secrets
@@ -37,8 +36,9 @@ from browser.described import PROMPTS_FILE, ChangedMeanwhileError, read_describe
 from browser.errands import errand_name
 from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
+from browser.names import number_names, short_digest
 from browser.recipes import RESULTS, ModelRecipe, recipe_of_model, recipe_of_run
-from browser.results import LARGER, LAST_FRAME, Result, ResultFolders, find_top
+from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
 from browser.runs import DIED, FINISHED, RUNNING, Glance
 from browser.settings_of import PREFIX, ResultSettings, read_settings, remake, sample_line
 from browser.site import Site
@@ -190,7 +190,7 @@ class Plate:
     def mark(self) -> str:
         """Return a text that changes with what is shown."""
         text = f"{self.result.changed} {self.result.size_bytes} {self.job_text}"
-        return hashlib.blake2s(text.encode(), digest_size=6).hexdigest()
+        return short_digest(text, 6)
 
     @property
     def time(self) -> str:
@@ -377,7 +377,7 @@ class ResultPages:
         jobs = [(path, job.state) for path, job in self.find_larger().items()]
         files = [(result.id, result.changed) for result in chosen]
         text = repr((files, days, unread, models, sorted(jobs), len(results)))
-        mark = hashlib.blake2s(text.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+        mark = short_digest(text)
         if query.get("have") == mark:
             return Response(status_code=204)
         with self.site.runs.lock:
@@ -599,10 +599,7 @@ class ResultPages:
             return self.show_larger(result, "Choose an upscaler's file.")
         if earlier is not None and earlier.state in (WAITING, RUNNING):
             return self.show_larger(result, "It is being enlarged already.")
-        others_wait = any(job.state == WAITING for job in queue.jobs())
-        number = queue.add(self.larger_words(result, network), Path.cwd())
-        if queue.worker == "" and not others_wait:
-            queue.begin_work()
+        number = queue.add_and_begin(self.larger_words(result, network), Path.cwd())
         where = "It is job {} of the queue. The larger one will stand here when it is made."
         if queue.worker == "":
             where = "It is job {} of the queue, which is paused: start it on the page Queue."
@@ -690,11 +687,11 @@ class ResultPages:
     # --- remove
 
     def show_remove(self, result: Result, error: str) -> Response:
-        root = find_top(self.site.runs, result.path)
+        root = self.site.runs.find_top(result.path)
         return self.answer_sheet("remove", result, error, root=root)
 
     def remove(self, result: Result, _: Form) -> Response:
-        root = find_top(self.site.runs, result.path)
+        root = self.site.runs.find_top(result.path)
         folder = BinFolder(root / BIN).take(title=result.path.name, base=root, paths=[result.path])
         self.folders.list_all()
         return self.answer_sheet("done", result, text=f"It is in {folder} now.")
@@ -722,12 +719,8 @@ def _list_files(remade: Making) -> list[str]:
 def _free_path(path: Path, added: str) -> Path:
     """Return a name for a file that is made from another one, which no file has."""
     suffix = ".png" if path.suffix.lower() == ".png" else ".mp4"
-    number = 1
-    free = path.with_name(f"{path.stem}{added}{suffix}")
-    while os.path.lexists(free):
-        number += 1
-        free = path.with_name(f"{path.stem}{added}-{number}{suffix}")
-    return free
+    paths = (path.with_name(f"{name}{suffix}") for name in number_names(f"{path.stem}{added}"))
+    return next(free for free in paths if not os.path.lexists(free))
 
 
 def _catalogue_families(family: str) -> set[str]:

@@ -1,7 +1,6 @@
 """Answer the buttons of a run: start, stop and continue it, train on, edit its samples, remove it."""
 
 import contextlib
-import hashlib
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +43,7 @@ from browser.described import FILES, ChangedMeanwhileError, change_keys
 from browser.errands import errand_name
 from browser.intentions import read_intentions, read_shown
 from browser.jobs import ENDED, QUEUE, WAITING, Job
+from browser.names import short_digest
 from browser.queue_views import is_of, read_jobs
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance
 from browser.site import Site
@@ -536,7 +536,7 @@ def size_of(path: Path) -> int:
 def mark_removed(paths: Sequence[Path]) -> str:
     """Return a checksum of the names and sizes of files."""
     facts = [(os.fsencode(path), size_of(path)) for path in paths]
-    return hashlib.blake2s(repr(facts).encode(), digest_size=8).hexdigest()
+    return short_digest(repr(facts))
 
 
 def run_button_routes(buttons: RunButtons) -> list[Route]:
