@@ -1,6 +1,5 @@
 """Answer requests for datasets: their page, its files part by part, small pictures, and edited captions."""
 
-import contextlib
 import io
 import shlex
 import shutil
@@ -359,22 +358,22 @@ def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
     """Return the routes of the pages for datasets. read_only: nothing can be written or asked for."""
     pages = DatasetPages(runs, read_only)
 
-    def guard(show: Callable[..., Response]) -> Callable[..., Response]:
+    def find(show: Callable[..., Response]) -> Callable[..., Response]:
+        """Return a handler that calls `show` with the dataset of the address."""
+
         def answer(request: Request, *body: bytes) -> Response:
             dataset = pages.datasets.find(request.path_params["id"])
-            with contextlib.suppress(OSError):
-                return answer_gone() if dataset is None else show(dataset, request, *body)
-            return answer_gone()
+            return answer_gone() if dataset is None else show(dataset, request, *body)
 
         return answer
 
     place = "/dataset/{id}"
     return [
         Route("/datasets", pages.show_list),
-        Route(f"{place}/", guard(pages.show_page)),
-        Route(f"{place}/first", guard(pages.show_first)),
-        Route(f"{place}/items", guard(pages.show_items)),
-        Route(f"{place}/picture/{{item}}/{{number:int}}/{{stamp:int}}", guard(pages.show_picture)),
-        Route(f"{place}/measure", answer_body(guard(pages.write)), methods=["POST"]),
-        Route(f"{place}/caption/{{item}}", answer_body(guard(pages.write)), methods=["POST"]),
+        Route(f"{place}/", find(pages.show_page)),
+        Route(f"{place}/first", find(pages.show_first)),
+        Route(f"{place}/items", find(pages.show_items)),
+        Route(f"{place}/picture/{{item}}/{{number:int}}/{{stamp:int}}", find(pages.show_picture)),
+        Route(f"{place}/measure", answer_body(find(pages.write)), methods=["POST"]),
+        Route(f"{place}/caption/{{item}}", answer_body(find(pages.write)), methods=["POST"]),
     ]

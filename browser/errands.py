@@ -4,6 +4,7 @@ They need no graphics card for long, so that they do not wait for a training. Ea
 `check-0123456789abcdef`, and is kept in files: another server, or this one started again, finds it.
 """
 
+import contextlib
 import json
 import re
 import shlex
@@ -32,6 +33,19 @@ MOST_OF_RECORD = 1 << 17  # bytes
 def errand_name(kind: str, folder: Path) -> str:
     """Return the name of the errand of a kind in a folder. There is one of each."""
     return f"{kind}-{short_digest(real_path(folder))}"
+
+
+def has_changed_since(errand: Job, folder: Path, names: Sequence[str]) -> bool:
+    """Return whether one of some files of a folder has changed since an errand was started."""
+    try:
+        began = errand.log.with_suffix(".json").stat().st_mtime_ns
+    except OSError:
+        return True
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            if (folder / name).stat().st_mtime_ns > began:
+                return True
+    return False
 
 
 class Errands:

@@ -60,6 +60,7 @@ class DraftChange:
     said: str = ""  # after a press of its button
     mark: str = ""  # of the text that would be saved
     text: str | None = None  # that was typed, of a file
+    note: str = ""  # why no script has checked it
 
     @property
     def is_open(self) -> bool:
@@ -83,7 +84,7 @@ def plan_change(
     try:
         for draft, after in texts.items():
             if after != draft.text:
-                refuse_new_faults(draft, after, run.text)
+                change = replace(change, note=refuse_new_faults(draft, after, run.text))
     except (ValueError, UserError) as error:
         return replace(change, fault=str(error))
     return change
@@ -104,7 +105,8 @@ def save_change(change: DraftChange, texts: Mapping[DraftFile, str], shown: str)
     for draft, after in changed.items():
         draft.save(after)
     names = " and ".join(draft.name for draft in changed)
-    return DraftChange(part=change.part, said=f"Saved into {names}: {'; '.join(change.difference)}")
+    said = f"Saved into {names}: {'; '.join(change.difference)}"
+    return DraftChange(part=change.part, said=said, note=change.note)
 
 
 @dataclass(frozen=True)

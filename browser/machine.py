@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,6 +18,7 @@ from browser.queue_views import is_of
 from browser.runs import RUNNING, Glance, is_living
 from browser.site import Site
 from downloads.listing import gigabytes
+from modules.atomic_write import free_bytes
 from modules.errors import UserError
 
 EVERY_SECONDS = 4.0  # pages ask every five seconds; what one has asked for is for all
@@ -97,16 +97,6 @@ def read_cards(text: str) -> list[GraphicsCard]:
             )
         )
     return cards
-
-
-def free_bytes(folder: Path) -> int:
-    """Return how much of the disk of a folder is free; the folder need not exist yet.
-
-    Raises OSError if the disk cannot be asked.
-    """
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 @dataclass(frozen=True)

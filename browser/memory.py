@@ -23,7 +23,7 @@ from browser.described import (
     edit_toml,
     read_described,
 )
-from browser.errands import errand_name
+from browser.errands import errand_name, has_changed_since
 from browser.folder_settings import read_file
 from browser.jobs import Job
 from browser.runs import RUNNING, read_glance
@@ -220,7 +220,7 @@ class MemoryPages:
             "errand": errand,
             "plan": plan,
             "lines": self.printed_lines(errand, folder) if plan is None else [],
-            "is_old": plan is not None and errand is not None and is_older(errand, folder),
+            "is_old": plan is not None and self.is_old(errand, folder),
             "card": card,
             "size": size,
             "sizes": sorted({*SIZES, size, *([card] if card else [])}),
@@ -247,6 +247,10 @@ class MemoryPages:
             return read_plan(read_text(errand.log))
         except (OSError, ValueError):
             return None
+
+    def is_old(self, errand: Job | None, folder: Path) -> bool:
+        """Return whether a file that a plan is made from has changed since it was started."""
+        return errand is not None and has_changed_since(errand, folder, (RUN_FILE, DATASET_FILE))
 
     def printed_lines(self, errand: Job | None, folder: Path) -> list[PrintedLine]:
         """Return what an errand has printed; commands to make caches become lines of the queue."""
@@ -341,12 +345,3 @@ def read_size(text: str) -> float:
     if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text) or not float(text):
         raise OptionError(f"{text or 'nothing'}: give the GiB of the card, such as {USUAL_SIZE}")
     return float(text)
-
-
-def is_older(errand: Job, folder: Path) -> bool:
-    """Return whether a file that a plan is made from has changed since it was started."""
-    try:
-        begun = errand.log.with_suffix(".json").stat().st_mtime
-        return any((folder / name).stat().st_mtime > begun for name in (RUN_FILE, DATASET_FILE))
-    except OSError:
-        return True

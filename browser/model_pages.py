@@ -13,7 +13,6 @@ from browser.answers import Form, answer_form, answer_move, answer_template, ans
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.hub_login import describe_login
-from browser.machine import free_bytes
 from browser.model_files import (
     ModelPart,
     TaskFiles,
@@ -29,6 +28,7 @@ from browser.model_files import (
 from browser.runs import RUNNING
 from browser.site import Site
 from downloads.listing import UNVERIFIED, gigabytes
+from modules.atomic_write import free_bytes
 from modules.errors import OptionError, UserError
 from project.fitting import describe_fit, find_memory
 

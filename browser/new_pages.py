@@ -45,7 +45,7 @@ from browser.described import (
     read_commands,
     read_described,
 )
-from browser.errands import errand_name
+from browser.errands import errand_name, has_changed_since
 from browser.folder_files import FolderFiles, file_routes, list_names, picture_address
 from browser.folders import (
     CHECK_PAGE,
@@ -175,7 +175,7 @@ class NewPages:
 
     def is_pending(self, comparing: Job, folder: Path) -> bool:
         """Return whether shown changes are still those that the files would get."""
-        return comparing.state == RUNNING or not has_changed_since(comparing, folder)
+        return comparing.state == RUNNING or not has_changed_since(comparing, folder, FILES)
 
     def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:
         """Return the page with a filled form.
@@ -335,7 +335,7 @@ class NewPages:
 
     def is_check_old(self, checking: Job | None, folder: Path | None) -> bool:
         """Return whether the files of a folder have changed since its check began."""
-        return checking is not None and folder is not None and has_changed_since(checking, folder)
+        return checking is not None and folder is not None and has_changed_since(checking, folder, FILES)
 
     def explain_folder(self, text: str) -> str:
         """Return why a text names no folder that can be described here."""
@@ -561,19 +561,6 @@ class NewPages:
         option = request.query_params.get("option", "")
         text = "".join(form.get(f"file_{option}", ()))
         return answer_template("new_file.html", "New", {"text": describe_file(text)})
-
-
-def has_changed_since(errand: Job, folder: Path) -> bool:
-    """Return whether one of the three files of a folder has changed since an errand was started."""
-    try:
-        began = errand.log.with_suffix(".json").stat().st_mtime_ns
-    except OSError:
-        return True
-    for name in FILES:
-        with contextlib.suppress(FileNotFoundError):
-            if (folder / name).stat().st_mtime_ns > began:
-                return True
-    return False
 
 
 def find_repair(folder: Path) -> list[str]:

@@ -172,8 +172,3 @@ def _make_results(folder: Path, files: Sequence[_Entry]) -> list[Result]:
             shown_at = shown_at if match is None else times.get(match[1], shown_at)
         results.append(Result(folder / file.name, file.changed, file.size_bytes, shown_at=shown_at))
     return results
-
-
-def list_results(runs: Runs) -> Sequence[Result]:
-    """Return all results in folders called `generated` below the roots, the newest first."""
-    return ResultFolders(runs).list_all()

@@ -542,20 +542,8 @@ def mark_removed(paths: Sequence[Path]) -> str:
 def run_button_routes(buttons: RunButtons) -> list[Route]:
     """Return the routes of the buttons of runs."""
     return [
-        Route("/run/{id}/deeds", _guard(buttons.show_deeds)),
-        Route("/run/{id}/standing", _guard(buttons.show_standing)),
-        Route("/run/{id}/panel/{what}", _guard(buttons.show_panel)),
+        Route("/run/{id}/deeds", buttons.show_deeds),
+        Route("/run/{id}/standing", buttons.show_standing),
+        Route("/run/{id}/panel/{what}", buttons.show_panel),
         Route("/run/{id}/do/{what}", answer_form(buttons.act), methods=["POST"]),
     ]
-
-
-def _guard(show: Callable[[Request], Response]) -> Callable[[Request], Response]:
-    """Return a handler that says "not there" where a file vanishes."""
-
-    def answer(request: Request) -> Response:
-        try:
-            return show(request)
-        except OSError:
-            return answer_gone()
-
-    return answer

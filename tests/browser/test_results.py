@@ -21,7 +21,7 @@ from browser.captions import mark_bytes
 from browser.described import ChangedMeanwhileError
 from browser.recipes import ModelRecipe, find_model_set, recipe_of_model
 from browser.result_pages import add_line, name_day
-from browser.results import MADE_FROM, ResultFolders, list_results
+from browser.results import MADE_FROM, ResultFolders
 from browser.runs import Runs
 from browser.settings_of import (
     ResultSettings,
@@ -124,7 +124,7 @@ def send(served: Served, id: str, what: str, **fields: str) -> Answer:
 
 
 def id_of(served: Served, name: str) -> str:
-    [result] = [result for result in list_results(served.runs) if result.path.name == name]
+    [result] = [result for result in ResultFolders(served.runs).list_all() if result.path.name == name]
     return result.id
 
 
@@ -564,7 +564,7 @@ def test_markup_and_control_codes_are_shown_as_text(tmp_path: Path) -> None:
     tags = {**TAGS, "bt_prompt": "</p><script>alert(1)</script>\x1b[31m\u202e", "bt_model_type": "<i>wan"}
     write_result(tmp_path / "generated" / 'x"><script>\u202e\n.png', tags)
     with serve_runs(tmp_path) as served:
-        id = list_results(served.runs)[0].id
+        id = ResultFolders(served.runs).list_all()[0].id
         for address in ("/results/part?from=0&count=9", f"/results/{id}/settings", f"/results/{id}/remove"):
             text = served.ask(address).text
             assert "&lt;script&gt;" in text

@@ -333,8 +333,10 @@ def test_only_a_script_that_caches_reads_a_dataset() -> None:
     words = ["python", "wan_cache_latents.py", "--dataset_config", "dataset.toml", "--vae", "vae.safetensors"]
     assert find_caching_words(RUN) == words
     theirs = RUN.replace('"wan_cache_latents.py"', '"flux_train_network.py", "--output_config"')
-    assert find_caching_words(theirs) == []
-    assert find_caching_words("nothing = 1") == []
+    for text, reason in ((theirs, "none of its commands does"), ("nothing = 1", "it has no 'reelsmith'")):
+        with pytest.raises(OptionError, match=f"no script of ours that caches dataset.toml: {reason}"):
+            find_caching_words(text)
+        assert "No script has checked dataset.toml" in check_text("dataset.toml", DATASET, Path.cwd(), text)
 
 
 def test_read_only_shows_values_without_fields_and_saves_nothing(tmp_path: Path) -> None:
