@@ -415,6 +415,11 @@ def run_words(described: DescribedFolder, models: Path) -> list[str]:
     return words
 
 
+def check_words(folder: Path) -> list[str]:
+    """Return the command that checks a described folder."""
+    return ["reelsmith", "run", str(folder), "--check"]
+
+
 def find_models_folder(folder: Path) -> Path | None:
     """Return the folder that a described folder's download fills; None if it is not of this machine."""
     with contextlib.suppress(OSError):

@@ -378,24 +378,18 @@ class GeneratePages:
         recipe = self.find_recipe(form.source)
         self.shelf.refresh()
         rows = self.shelf.list_rows(recipe)
-        gone = [path for path in form.strengths if path not in {row.path for row in rows}]
-        if gone:
-            raise OptionError(f"{gone[0]}: there is no such LoRA (any more). Choose another one.")
+        paths = {row.path for row in rows}
+        for path in form.strengths:
+            if path not in paths:
+                raise OptionError(f"{path}: there is no such LoRA (any more). Choose another one.")
         wish = self.wish_of(recipe, form, rows)
         wish.check()
         self._check_paths(wish)
         for lora in wish.loras:
             check_family(recipe.folder / lora.path, recipe.family)
-        seed = form.texts.get("seed", "").strip()
-        if seed and not (seed.isdecimal() and len(seed) < 20):
-            raise OptionError(f"Seed {seed}: give a whole number, or leave it empty for another each time.")
-        count = form.count.strip()
-        if not count.isdecimal() or len(count) > 4 or not 1 <= int(count) <= MOST_AT_ONCE:
-            raise OptionError(f"How many {count}: give a number from 1 to {MOST_AT_ONCE}.")
-        first = int(seed) if seed else secrets.randbits(SEED_BITS)
-        seeds = [str(first + place) for place in range(int(count))]
+        seeds = choose_seeds(form)
         launch.check_options(wish.command(seeds[0]), recipe.folder)
-        self.maker.add([making_of(wish, each, form) for each in seeds])
+        self.maker.add([making_of(wish, seed, form) for seed in seeds])
 
     def _check_paths(self, wish: Wish) -> None:
         """Raise OptionError for a picture outside the roots that the model's own command does not name."""
@@ -544,6 +538,18 @@ def read_tags_of(path: Path, suffix: str) -> dict[str, str]:
         finally:
             named.rename(path)
     raise OptionError("It is neither a picture, a clip nor a sound that can be read.")
+
+
+def choose_seeds(form: MakingForm) -> list[str]:
+    """Return the seed of each result that a form asks for. Raises OptionError for wrong numbers."""
+    seed = form.texts.get("seed", "").strip()
+    if seed and not (seed.isdecimal() and len(seed) < 20):
+        raise OptionError(f"Seed {seed}: give a whole number, or leave it empty for another each time.")
+    count = form.count.strip()
+    if not count.isdecimal() or len(count) > 4 or not 1 <= int(count) <= MOST_AT_ONCE:
+        raise OptionError(f"How many {count}: give a number from 1 to {MOST_AT_ONCE}.")
+    first = int(seed) if seed else secrets.randbits(SEED_BITS)
+    return [str(first + place) for place in range(int(count))]
 
 
 def making_of(wish: Wish, seed: str, form: MakingForm) -> Making:

@@ -28,7 +28,7 @@ from browser.answers import (
     answer_unknown,
     read_query,
 )
-from browser.beginnings import CHECK, DESCRIBE, run_words
+from browser.beginnings import CHECK, DESCRIBE, check_words, run_words
 from browser.bin_folder import FOLDER as BIN
 from browser.captioning import TRIED, caption_words, describe_engine, is_captioning, read_tries
 from browser.captions import mark_bytes
@@ -457,8 +457,7 @@ class NewPages:
         elif what == "keep":
             errands.forget(errand_name(COMPARE, folder))
         elif what == "check":
-            words = ["reelsmith", "run", str(folder), "--check"]
-            errands.start(errand_name(CHECK, folder), words, Path.cwd())
+            errands.start(errand_name(CHECK, folder), check_words(folder), Path.cwd())
         elif what == "stop":
             for kind in ERRANDS:
                 errands.stop(errand_name(kind, folder))

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from browser.beginnings import (
     DRAFT,
     FAULTS,
     TRAINING,
+    Plan,
     ShownRun,
+    check_words,
     free_name,
     mark_state,
     runs_folder,
@@ -148,43 +150,55 @@ class RunButtons:
 
     def list_deeds(self, shown: ShownRun) -> Deeds:
         """Return the buttons of a run."""
-        run, plan, state = shown.glance, shown.plan, shown.state
-        command = self.find_resuming(run) if plan is None else None
-        facts: dict[str, Any] = {"remove": f"moves its files into {BIN}"}
         prompts = self.find_prompts(shown)
-        if prompts is not None:
-            facts["samples"] = str(prompts)
-        facts["generate"] = has_lora(run)
-        if state.is_active:
-            facts["stop"] = self.stop_command(shown)
-            return Deeds(**facts)
+        deeds = Deeds(
+            remove=f"moves its files into {BIN}",
+            samples="" if prompts is None else str(prompts),
+            generate=has_lora(shown.glance),
+        )
+        if shown.state.is_active:
+            return replace(deeds, stop=self.stop_command(shown))
+        if shown.plan is None:
+            return self.add_deeds_of_history(deeds, shown)
+        return self.add_deeds_of_plan(deeds, shown, shown.plan)
+
+    def add_deeds_of_plan(self, deeds: Deeds, shown: ShownRun, plan: Plan) -> Deeds:
+        """Add the buttons of a run that can be started from its described folder."""
+        run = shown.glance
         has_run = run.history.exists()
-        if plan is not None:
-            typed = shlex.join(words_of_plan(plan, self.site.models))
-            is_draft = state.name == DRAFT
-            facts["folder"] = str(plan.folder)
-            facts["is_known"] = self.beginnings.is_known(plan)
-            if state.name != FINISHED:
-                facts["start"] = typed
-                facts["start_label"] = "Start" if is_draft else "Continue"
-            if is_draft or state.name == FAULTS:
-                facts["check"] = shlex.join(["reelsmith", "run", str(plan.folder), "--check"])
-            if has_run and plan.steps:
-                facts["steps"] = usual_steps(run, plan.steps)
-                facts["have"] = mark_bytes(read_content(plan.folder / RUN_FILE))
-                facts["train_on"] = f"max_train_steps in {RUN_FILE}, then {typed}"
-            if has_run or not is_draft:
-                facts["again"] = free_name(plan)
-        elif command is not None:
-            place, page_command = command
-            if not run.is_of_here:
-                facts["read_line"] = f"/queue?run={run.id}&command={place}#words"
-            elif state.name != FINISHED:
-                facts["start"] = page_command.bash
-            if run.is_of_here and STEPS_OPTION in page_command.bash:
-                facts["steps"] = usual_steps(run, run.total_steps)
-                facts["train_on"] = f"{STEPS_OPTION} and the command that goes on"
-        return Deeds(**facts)
+        is_draft = shown.state.name == DRAFT
+        typed = shlex.join(words_of_plan(plan, self.site.models))
+        deeds = replace(deeds, folder=str(plan.folder), is_known=self.beginnings.is_known(plan))
+        if shown.state.name != FINISHED:
+            deeds = replace(deeds, start=typed, start_label="Start" if is_draft else "Continue")
+        if shown.state.name in (DRAFT, FAULTS):
+            deeds = replace(deeds, check=shlex.join(check_words(plan.folder)))
+        if has_run and plan.steps:
+            deeds = replace(
+                deeds,
+                train_on=f"max_train_steps in {RUN_FILE}, then {typed}",
+                steps=usual_steps(run, plan.steps),
+                have=mark_bytes(read_content(plan.folder / RUN_FILE)),
+            )
+        if has_run or not is_draft:
+            deeds = replace(deeds, again=free_name(plan))
+        return deeds
+
+    def add_deeds_of_history(self, deeds: Deeds, shown: ShownRun) -> Deeds:
+        """Add the buttons of a run of which only its history tells, if that has a command to continue it."""
+        run = shown.glance
+        command = self.find_resuming(run)
+        if command is None:
+            return deeds
+        place, page_command = command
+        if not run.is_of_here:
+            return replace(deeds, read_line=f"/queue?run={run.id}&command={place}#words")
+        if shown.state.name != FINISHED:
+            deeds = replace(deeds, start=page_command.bash)
+        if STEPS_OPTION in page_command.bash:
+            steps = usual_steps(run, run.total_steps)
+            deeds = replace(deeds, steps=steps, train_on=f"{STEPS_OPTION} and the command that goes on")
+        return deeds
 
     def stop_command(self, shown: ShownRun) -> str:
         state, run = shown.state, shown.glance
@@ -338,23 +352,30 @@ class RunButtons:
 
         Media, captions and caches stay: they are the dataset's.
         """
-        run = shown.glance
-        folder = run.history.parent
-        name = run.name.removesuffix(BEFORE_TRAINING)
-        results = list_results(folder, name) if run.history.exists() or shown.plan is None else []
-        if run.history.exists() and not run.name.endswith(BEFORE_TRAINING):
-            with contextlib.suppress(OSError), self.site.runs.lock:
-                saved = self.site.runs.open(run).story.saved
-                names_in_folder = [file for file in saved if Path(file).name == file]
-                results += [folder / file for file in names_in_folder if (folder / file).is_file()]
-        trace = history_path(folder, f"{name}{BEFORE_TRAINING}")
-        results += [trace] if trace.exists() else []
+        results = self.list_trained(shown.glance)
+        if not shown.glance.history.exists() and shown.plan is not None:
+            results = []
+        name = shown.glance.name.removesuffix(BEFORE_TRAINING)
+        trace = history_path(shown.glance.history.parent, f"{name}{BEFORE_TRAINING}")
+        if trace.exists():
+            results.append(trace)
         if not results and shown.plan is not None:
-            others = list(folder.glob(f"*{END}"))
-            names = [RUN_FILE] if others else FILES  # which other runs of this folder were trained with
-            results = [shown.plan.folder / file for file in names if (shown.plan.folder / file).is_file()]
+            has_runs = any(trace.parent.glob(f"*{END}"))
+            names = [RUN_FILE] if has_runs else FILES  # which other runs of this folder were trained with
+            results = [path for path in (shown.plan.folder / name for name in names) if path.is_file()]
         below = [path for path in dict.fromkeys(results) if self.site.runs.is_below(path)]
         return sorted(below)
+
+    def list_trained(self, run: Glance) -> list[Path]:
+        """Return what a training has written: by its name, and what its history tells."""
+        folder = run.history.parent
+        results = list_results(folder, run.name.removesuffix(BEFORE_TRAINING))
+        if run.history.exists() and not run.name.endswith(BEFORE_TRAINING):
+            with contextlib.suppress(OSError), self.site.runs.lock:
+                for name in self.site.runs.open(run).story.saved:
+                    if Path(name).name == name and (folder / name).is_file():
+                        results.append(folder / name)
+        return results
 
     def remove(self, shown: ShownRun, form: Form) -> Response:
         """Move a run's files into the bin, if they are those that were listed."""
@@ -458,8 +479,8 @@ class RunButtons:
     def check(self, shown: ShownRun, _: Form) -> str:
         if shown.plan is None:
             raise OptionError("There is no described folder to check.")
-        words = ["reelsmith", "run", str(shown.plan.folder), "--check"]
-        self.site.errands.start(errand_name(CHECK, shown.plan.folder), words, Path.cwd())
+        folder = shown.plan.folder
+        self.site.errands.start(errand_name(CHECK, folder), check_words(folder), Path.cwd())
         return ""
 
     def stop(self, shown: ShownRun, _: Form) -> str:

@@ -117,8 +117,9 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_picture: Any) -> st
     An emptied prompt removes its line; a new row goes to the end. fields: of the form, `width 2` of the
     second row. check_picture: raises OptionError for a path that is no picture. Raises OptionError.
     """
-    lines: list[str | None] = [*text.split("\n")]
+    lines = text.split("\n")
     rows = {row.line: row for row in read_rows(text)}
+    emptied = set()
     added = []
     for number in range(1, MOST_ROWS + 1):
         if f"row {number}" not in fields:
@@ -126,24 +127,30 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_picture: Any) -> st
         place = fields.get(f"line {number}", "")
         row = rows.get(int(place) if place.isdecimal() else None) or PromptRow(None, "", {})
         prompt = " ".join(fields.get(f"prompt {number}", "").split("\n")).strip()
-        typed = {
-            name: fields.get(f"{name} {number}", "").strip() for name in FIELDS if f"has {name}" in fields
-        }
-        changes = {name: value for name, value in typed.items() if value != row.texts.get(name, "")}
+        changes = _read_changes(number, row, fields)
         _check_row(number, prompt, row, changes, check_picture)
         if row.line is None:
-            if prompt:
-                added.append(edit_line(prompt, None, changes))
-        elif not prompt and row.prompt:
-            lines[row.line] = None
+            added += [edit_line(prompt, None, changes)] if prompt else []
+        elif row.prompt and not prompt:
+            emptied.add(row.line)
         else:
-            before = lines[row.line] or ""
-            lines[row.line] = edit_line(before, None if prompt == row.prompt else prompt, changes)
-    left = "\n".join(line for line in lines if line is not None)
+            new_prompt = None if prompt == row.prompt else prompt
+            lines[row.line] = edit_line(lines[row.line], new_prompt, changes)
+    left = "\n".join(line for index, line in enumerate(lines) if index not in emptied)
     if not added:
         return left
     gap = "" if not left or left.endswith("\n") else "\n"
     return left + gap + "\n".join(added) + "\n"
+
+
+def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dict[str, str]:
+    """Return the texts of a row's fields that differ from its line, by the name of the field."""
+    changes = {}
+    for name in FIELDS:
+        typed = fields.get(f"{name} {number}", "").strip()
+        if f"has {name}" in fields and typed != row.texts.get(name, ""):
+            changes[name] = typed
+    return changes
 
 
 def _check_row(
