@@ -28,6 +28,7 @@ memory: plan of a training as a bar, its switches
 model_files: released files on disk, what uses them, downloads
 model_pages: page of models: loading after licences, removing
 model_table: models by what they make, load and fit
+names: digests as names, names that nothing has
 new_form: fields of the page New, and their command
 new_pages: describe, check and start a folder by buttons
 options: options of run_browser.py: folders, address, token

@@ -10,6 +10,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 
+from browser.views import HERE, POLICY
+from modules.pages.page import render_page
+
 Form = dict[str, list[str]]
 GONE = "It is not there (any more)."
 NO_WRITING = "The server was started with --read_only."
@@ -20,6 +23,18 @@ SHOWN = {".png": "image/png", ".mp4": "video/mp4", ".wav": "audio/wav"}
 def answer_page(text: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return an HTML page; undecodable bytes of file names are shown as escapes such as \\udce9."""
     return HTMLResponse(text.encode("utf-8", "backslashreplace"), status, headers)
+
+
+def answer_template(
+    name: str, title: str, values: Mapping[str, Any], is_refused: bool = False, policy: str = POLICY
+) -> Response:
+    """Return what a template of this folder makes of values. is_refused: the page says why a request was."""
+    return answer_page(render_page(HERE / name, title, values, policy), 422 if is_refused else 200)
+
+
+def answer_said(text: str, is_refused: bool = False) -> Response:
+    """Return a short message for the line next to a button. is_refused: it says why nothing was done."""
+    return answer_template("said.html", "", {"said": text, "is_bad": is_refused}, is_refused)
 
 
 def answer_json(value: Any, status: int = 200) -> Response:
@@ -47,6 +62,16 @@ def answer_move(address: str) -> Response:
 
 def answer_gone() -> Response:
     return PlainTextResponse(GONE, 404)
+
+
+def answer_unknown() -> Response:
+    return PlainTextResponse("There is no such request.", 404)
+
+
+def read_query(request: Request) -> Form:
+    """Return the fields in the address of a request."""
+    query = request.query_params
+    return {name: query.getlist(name) for name in query}
 
 
 def answer_body(answer: Callable[[Request, bytes], Response]) -> Callable[[Request], Awaitable[Response]]:

@@ -5,7 +5,7 @@ training will write, so that one address leads to it from the draft to the finis
 """
 
 import contextlib
-import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from typing import Any
 from browser.described import DATASET_FILE, TRAINING_TABLE, DescribedFolder, read_described
 from browser.errands import Errands, errand_name
 from browser.jobs import ENDED, QUEUE, WAITING, Job, JobQueue, as_line
+from browser.names import number_names, short_digest
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance, Runs
 from modules.atomic_write import explain_errors
 from modules.command import message_of
@@ -315,7 +316,7 @@ class Beginnings:
         job = newest_job(of_folder)
         if job is not None and job.state == RUNNING and run is not None and run.state != RUNNING:
             later = [one for one in of_folder if one.state == WAITING]
-            if later and run.changed > born(job) + SECOND:  # the running one is about to end
+            if later and run.changed > job.born + SECOND:  # the running one is about to end
                 job = later[0]
         state = self._find_state(plan, run, trace, job)
         if state.name == WAITING and job is not None:
@@ -324,7 +325,7 @@ class Beginnings:
             state = replace(state, words=words, is_paused=waiting.is_paused)
         changed = max(one.changed for one in (plan, run, trace) if one is not None)
         if job is not None and (job.state == RUNNING or state.job is job):
-            changed = max(changed, born(job))
+            changed = max(changed, job.born)
         if state.name == WAITING:
             with contextlib.suppress(OSError):
                 changed = max(changed, (self.queue.folder / QUEUE).stat().st_mtime)
@@ -339,19 +340,14 @@ class Beginnings:
 
     def _find_state(self, plan: Plan, run: Glance | None, trace: Glance | None, job: Job | None) -> RunState:
         """Return how a described folder's run stands: what works now first, then what ended last."""
+        is_asked = job is not None and job.state == RUNNING and job.stops > 0
         if run is not None and run.state == RUNNING:
             state = state_of_run(run)
-            is_asked = state.is_asked or (job is not None and job.state == RUNNING and job.stops > 0)
-            return replace(state, job=job, is_asked=is_asked)
+            return replace(state, job=job, is_asked=state.is_asked or is_asked)
         if trace is not None and trace.state == RUNNING:
-            is_asked = job is not None and job.state == RUNNING and job.stops > 0
             return replace(state_of_trace(trace), job=job, is_asked=is_asked)
         if job is not None and job.state == RUNNING:
-            if run is not None and run.changed > born(job) + SECOND:
-                return replace(state_of_run(run), job=job)  # its process is about to end
-            if trace is not None and trace.changed > born(job) + SECOND:
-                return replace(state_of_run(trace), job=job)  # likewise
-            return RunState(STARTING, words=job.last_lines(1), job=job, is_asked=job.stops > 0)
+            return _state_of_running_job(job, run, trace)
         if job is not None and job.state == WAITING:
             return RunState(WAITING, job=job)
         check = self.errands.find(errand_name(CHECK, plan.folder))
@@ -420,10 +416,7 @@ class Beginnings:
             shown = self.find(plan.id)  # a job whose training has ended is about to end
             if shown is not None and shown.state.is_active and shown.state.errand is None:
                 raise OptionError(f"It runs already: it is {shown.state.text}.")
-        others_wait = any(one.state == WAITING for one in self._list_jobs())
-        self.queue.add(words, Path.cwd())
-        if self._is_paused() and not others_wait:
-            self.queue.begin_work()
+        self.queue.add_and_begin(words, Path.cwd())
 
 
 def run_words(described: DescribedFolder, models: Path) -> list[str]:
@@ -438,6 +431,11 @@ def run_words(described: DescribedFolder, models: Path) -> list[str]:
         elif models != MODELS:
             words += ["--models", str(models)]
     return words
+
+
+def check_words(folder: Path) -> list[str]:
+    """Return the command that checks a described folder."""
+    return ["reelsmith", "run", str(folder), "--check"]
 
 
 def find_models_folder(folder: Path) -> Path | None:
@@ -496,17 +494,7 @@ def newest_job(jobs: Sequence[Job]) -> Job | None:
         for job in jobs:
             if job.state == state:
                 return job
-    return max(jobs, key=lambda job: (born(job), job.id), default=None)
-
-
-def born(job: Job) -> float:
-    """Return when a job began, in seconds since 1970; 0 if it has not."""
-    began = (job.process or {}).get("born", 0)
-    return float(began) if isinstance(began, (int, float)) else 0.0
-
-
-def ended_at(job: Job) -> float:
-    return born(job) + job.seconds
+    return max(jobs, key=lambda job: (job.born, job.id), default=None)
 
 
 def state_of_run(run: Glance) -> RunState:
@@ -549,34 +537,45 @@ def _find_last_ending(
     plan: Plan, run: Glance | None, trace: Glance | None, job: Job | None, check: Job | None
 ) -> RunState:
     """Return how a run stands on which nothing works: as what was last of its job, histories and check."""
-    began = 0.0 if job is None else born(job)
     candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=plan.problem))]
-    if run is not None:
-        state = state_of_run(run)
-        if job is not None and began <= run.changed + SECOND:
-            state = replace(state, job=job)
-            if state.name == DIED and run.ending is None:
-                state = replace(state, reason=_explain(job, state.reason))
-        candidates.append((run.changed, state))
-    if trace is not None:
-        state = state_of_run(trace)
-        if job is not None and began <= trace.changed + SECOND:
-            state = replace(state, job=job)
-            if state.name == DIED:
-                state = replace(state, reason=_explain(job, state.reason))
-        candidates.append((trace.changed, state))
-    # a job of before run.toml was changed may be of another name
-    histories = [one for one in (run, trace) if one is not None]
-    if job is not None and (began + SECOND >= plan.changed or histories):
-        tells_itself = any(one.changed + SECOND >= began for one in histories)
-        if not tells_itself:
-            candidates.append((ended_at(job), _state_of_job(job)))
-    if check is not None and born(check) + SECOND >= plan.changed:
-        candidates.append((ended_at(check), _state_of_check(check)))
+    histories = [history for history in (run, trace) if history is not None]
+    for history in histories:
+        candidates.append((history.changed, _state_of_ended_run(history, job)))
+    if job is not None and _ended_alone(job, plan, histories):
+        candidates.append((job.born + job.seconds, _state_of_job(job)))
+    if check is not None and check.born + SECOND >= plan.changed:
+        candidates.append((check.born + check.seconds, _state_of_check(check)))
     _, latest = max(candidates, key=lambda candidate: candidate[0])
     if latest.name == DRAFT and run is not None:
         return state_of_run(run)
     return latest
+
+
+def _state_of_running_job(job: Job, *histories: Glance | None) -> RunState:
+    """Return how a run stands whose job runs, and of whose histories none is being written."""
+    for history in histories:
+        if history is not None and history.changed > job.born + SECOND:
+            return replace(state_of_run(history), job=job)  # its process is about to end
+    return RunState(STARTING, words=job.last_lines(1), job=job, is_asked=job.stops > 0)
+
+
+def _state_of_ended_run(run: Glance, job: Job | None) -> RunState:
+    """Return how a run stands that has a history, with the job that has written it if there is one."""
+    state = state_of_run(run)
+    if job is None or job.born > run.changed + SECOND:  # a later one
+        return state
+    is_silent = run.ending is None or run.name.endswith(BEFORE_TRAINING)
+    if state.name == DIED and is_silent:
+        state = replace(state, reason=_explain(job, state.reason))
+    return replace(state, job=job)
+
+
+def _ended_alone(job: Job, plan: Plan, histories: Sequence[Glance]) -> bool:
+    """Return whether a job has written no history, so that only its own end tells of the run."""
+    # a job of before run.toml was changed may be of another name
+    if not histories and job.born + SECOND < plan.changed:
+        return False
+    return all(history.changed + SECOND < job.born for history in histories)
 
 
 def _state_of_check(check: Job) -> RunState:
@@ -624,7 +623,7 @@ def mark_state(shown: ShownRun) -> str:
     lines = state.last_lines if state.name in BEFORE else ""
     changed = 0.0 if shown.plan is None else shown.plan.changed
     facts = (state.text, state.reason, state.is_asked, state.is_paused, lines, changed)
-    return hashlib.blake2s(repr(facts).encode(), digest_size=8).hexdigest()
+    return short_digest(repr(facts))
 
 
 def free_name(plan: Plan) -> str:
@@ -633,7 +632,7 @@ def free_name(plan: Plan) -> str:
     taken = set()
     with contextlib.suppress(OSError):
         taken = set(os.listdir(plan.output))
-    number = 2
-    while any(entry.startswith((f"{base}-{number}.", f"{base}-{number}-")) for entry in taken):
-        number += 1
-    return f"{base}-{number}"
+    names = itertools.islice(number_names(base), 1, None)
+    return next(
+        name for name in names if not any(entry.startswith((f"{name}.", f"{name}-")) for entry in taken)
+    )

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from browser.names import number_names, short_digest
 from modules.atomic_write import explain_errors
 from modules.errors import OptionError, OutputError
 
@@ -49,7 +49,7 @@ class BinFolder:
     def mark(self) -> str:
         """Return a checksum of what is in it."""
         rows = [f"{entry.path}\0{entry.size_bytes}\0{entry.num_files}" for entry in self.list_entries()]
-        return hashlib.blake2s(os.fsencode("\n".join(rows)), digest_size=8).hexdigest()
+        return short_digest("\n".join(rows))
 
     def take(self, title: str, base: Path, paths: Sequence[Path]) -> Path:
         """Move files or folders into a new folder of the bin, under their paths from `base`; return it.
@@ -59,11 +59,8 @@ class BinFolder:
         """
         plain = re.sub(r"[^\w.-]+", "_", title)[:LONGEST_TITLE]
         base_name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{plain}"
-        number = 1
-        name = base_name
-        while any(os.path.lexists(place / name) for place in self.places):  # of the same second
-            number += 1
-            name = f"{base_name}-{number}"
+        names = number_names(base_name)  # several may be of the same second
+        name = next(name for name in names if not any(os.path.lexists(place / name) for place in self.places))
         used = self.places[0]
         for path in paths:
             used = self._take_one(path, base, name)
@@ -126,12 +123,8 @@ def _measure(path: Path) -> BinEntry:
 
 def _free_name(path: Path) -> Path:
     """Return a path that does not exist: this one, or with a number behind its name."""
-    number = 1
-    free = path
-    while os.path.lexists(free):
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
+    paths = map(path.with_name, number_names(path.name))
+    return next(free for free in paths if not os.path.lexists(free))
 
 
 def _remove_empty(folder: Path, end: Path) -> None:

@@ -7,11 +7,14 @@ import contextlib
 import hashlib
 import threading
 from collections import deque
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from modules.atomic_write import write_bytes
+from modules.errors import OutputError
 from modules.file_locks import only_one
 from modules.text_files import bad_character, read_content
 
@@ -75,6 +78,43 @@ class Captions:
         content = _content_of(path)
         return CaptionText.of(content or b""), mark_bytes(content), len(self._before.get(path, ()))
 
+    def describe(self, path: Path, where: str, remedy: str) -> dict[str, Any]:
+        """Return a caption as the JSON that a page shows.
+
+        where: why nothing can be edited here; empty if it can. remedy: for a file that is not UTF-8.
+        """
+        try:
+            caption, mark, saves = self.read(path)
+        except UnicodeDecodeError:
+            return caption_values(f"It is not UTF-8: {remedy}")
+        except OSError as error:
+            return caption_values(f"It cannot be read: {error.strerror or error}")
+        return caption_values(where, caption.text, mark, saves)
+
+    def change(self, path: Path, query: Mapping[str, Any]) -> tuple[int, str]:
+        """Do what a button of a caption asks for; return the HTTP status, and why nothing was done.
+
+        query: what (save, undo or back), have, and the text to save.
+        """
+        what = str(query.get("what", ""))
+        have = str(query.get("have", ""))
+        try:
+            if what == "save":
+                self.save(path, str(query.get("text", "")), have)
+            elif what in ("undo", "back"):
+                self.undo(path, have, is_all=what == "back")
+            else:
+                return 404, "There is no such request."
+        except CaptionConflictError:
+            return 409, "The file has changed since it was read."
+        except LookupError:
+            return 409, "There is nothing to undo."
+        except (OSError, OutputError) as problem:
+            return 500, str(problem)
+        except ValueError as problem:
+            return 400, str(problem)
+        return 200, ""
+
     def save(self, path: Path, text: str, have: str) -> None:
         """Write a caption. have: the mark that `read` returned.
 
@@ -113,6 +153,11 @@ class Captions:
         if mark_bytes(now) != have:
             raise CaptionConflictError
         return now
+
+
+def caption_values(where: str, text: str = "", mark: str = "", saves: int = 0) -> dict[str, Any]:
+    """Return the JSON of a caption. where: why it cannot be edited here; empty if it can."""
+    return {"text": text, "can_edit": not where, "where": where, "mark": mark, "saves": saves}
 
 
 def mark_bytes(content: bytes | None) -> str:

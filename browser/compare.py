@@ -5,7 +5,6 @@ A row is a prompt with all its settings, a column a file at strength 1. A clip i
 """
 
 import contextlib
-import hashlib
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from browser.jobs import WAITING, JobQueue
+from browser.names import short_digest
 from browser.runs import RUNNING, Glance, Runs
 from browser.views import COMPARED, COMPARED_FOLDER, FileNotes
 from contract.families import HIGH_NOISE, LOW_NOISE, with_scripts
@@ -488,7 +488,7 @@ def _plan_job(
 ) -> PlannedJob:
     """Return the job that makes the clips of some files and prompts with the options of a run."""
     prompts = "".join(f"{row.line}\n" for row in rows)
-    digest = hashlib.blake2s(prompts.encode(), digest_size=4).hexdigest()
+    digest = short_digest(prompts, 4)
     prompt_file = source.folder / f"prompts-{digest}.txt"
     words = [*SCRIPT, "--family", source.family, "--lora", *(str(file.paths[0]) for file in files)]
     if len(files[0].paths) > 1:

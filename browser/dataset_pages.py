@@ -1,6 +1,5 @@
 """Answer requests for datasets: their page, its files part by part, small pictures, and edited captions."""
 
-import contextlib
 import io
 import shlex
 import shutil
@@ -17,16 +16,15 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_json, answer_page
-from browser.captions import CaptionConflictError, Captions, CaptionText
+from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_json, answer_template
+from browser.captions import Captions, caption_values
 from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
 from browser.options import PROJECT_CONFIG
 from browser.runs import Runs
-from browser.views import HERE, POLICY
 from modules.command import as_typed
-from modules.errors import MediaError, OutputError
+from modules.errors import MediaError
 from modules.media.reading import first_frame
-from modules.pages.page import reduce_frame, render_page
+from modules.pages.page import reduce_frame
 from modules.text_files import parse_json, real_path
 
 LARGEST_SIDE = 448  # pixels of a picture in the page
@@ -62,6 +60,19 @@ def is_chosen(file: File, words: Sequence[str], only: str) -> bool:
     if only == "outdated":
         return not file["dropped"] and _is_outdated(file)
     return True
+
+
+def read_part(query: Mapping[str, str]) -> slice:
+    """Return which files of a list a query asks for. Raises ValueError if `from` or `count` is no number."""
+    first = max(0, int(query.get("from") or 0))
+    count = min(max(0, int(query.get("count") or 0)), MOST_AT_ONCE)
+    return slice(first, first + count)
+
+
+def answer_stamped(jpeg: bytes) -> Response:
+    """Return a small picture whose address changes with its file: browsers keep it."""
+    headers = {"cache-control": "private, max-age=31536000, immutable"}
+    return Response(jpeg, media_type="image/jpeg", headers=headers)
 
 
 def _has_words(file: File, words: Sequence[str]) -> bool:
@@ -136,8 +147,7 @@ class DatasetPages:
 
         Raises ValueError if `from` or `count` is not a number.
         """
-        first = max(0, int(query.get("from") or 0))
-        count = min(max(0, int(query.get("count") or 0)), MOST_AT_ONCE)
+        part = read_part(query)
         try:
             outside = self.datasets.outside(dataset)
             if outside:
@@ -153,7 +163,7 @@ class DatasetPages:
         words = query.get("text", "").lower().split()
         only = query.get("only", "")
         chosen = [id for id, file in files.items() if is_chosen(file, words, only)]
-        shown = [self.show(dataset, id, files[id]) for id in chosen[first : first + count]]
+        shown = [self.show(dataset, id, files[id]) for id in chosen[part]]
         return {
             **status,
             "counts": _count_by_filter(files.values()),
@@ -201,24 +211,9 @@ class DatasetPages:
             reason = GONE
             if file["caption_list"]:
                 reason = f"It stands in {file['caption_list']}: edit it there."
-            return {"text": text, "can_edit": False, "where": reason, "mark": "", "saves": 0}
-        caption = CaptionText()
-        mark = ""
-        saves = 0
-        reason = NO_WRITING if self.read_only else ""
-        try:
-            caption, mark, saves = self.captions.read(path)
-        except UnicodeDecodeError:
-            reason = "It is not UTF-8: --check --repair_captions of the caching script converts it."
-        except OSError as error:
-            reason = f"It cannot be read: {error.strerror or error}"
-        return {
-            "text": caption.text,
-            "can_edit": not reason,
-            "where": reason,
-            "mark": mark,
-            "saves": saves,
-        }
+            return caption_values(reason, text)
+        remedy = "--check --repair_captions of the caching script converts it."
+        return self.captions.describe(path, NO_WRITING if self.read_only else "", remedy)
 
     def caption_path(self, dataset: FoundDataset, file: File) -> Path | None:
         """Return the real path of a caption file, which need not exist; None if not inside the folders."""
@@ -232,33 +227,13 @@ class DatasetPages:
         """Save or undo a caption; return status and answer. query: what, have, and text to save."""
         file = self.datasets.measure(dataset).files.get(id)
         path = None if file is None else self.caption_path(dataset, file)
-        what = str(query.get("what", ""))
         if file is None or path is None:
             return 404, {"error": GONE}
         mark = self.datasets.mark(dataset)
-        status = 200
-        error = ""
-        try:
-            if what == "save":
-                self.captions.save(path, str(query.get("text", "")), str(query.get("have", "")))
-            elif what in ("undo", "back"):
-                self.captions.undo(path, str(query.get("have", "")), is_all=what == "back")
-            else:
-                return 404, {"error": GONE}
+        status, error = self.captions.change(path, query)
+        if not error:
             self.datasets.forgive(dataset, mark)
             self.note_edited(dataset, file)
-        except CaptionConflictError:
-            status = 409
-            error = "The file has changed since it was read."
-        except LookupError:
-            status = 409
-            error = "There is nothing to undo."
-        except (OSError, OutputError) as problem:
-            status = 500
-            error = str(problem)
-        except ValueError as problem:
-            status = 400
-            error = str(problem)
         return status, {"error": error, "file": self.show(dataset, id, file)}
 
     def note_edited(self, dataset: FoundDataset, file: File) -> None:
@@ -277,7 +252,7 @@ class DatasetPages:
             "roots": self.runs.roots,
             "can_write": not self.read_only,
         }
-        return answer_page(render_page(HERE / "dataset.html", "Datasets", values, POLICY))
+        return answer_template("dataset.html", "Datasets", values)
 
     def show_page(self, dataset: FoundDataset, _: Request) -> Response:  # its script asks for the files
         values = {
@@ -288,7 +263,7 @@ class DatasetPages:
             "can_write": not self.read_only,
             "run_line": self.run_line(dataset),
         }
-        return answer_page(render_page(HERE / "dataset.html", dataset.name, values, POLICY))
+        return answer_template("dataset.html", dataset.name, values)
 
     def run_line(self, dataset: FoundDataset) -> str:
         """Return the line that trains on a folder that `new` has described; empty if it has not."""
@@ -330,8 +305,7 @@ class DatasetPages:
             picture = self.thumbnails.make(part, request.path_params["stamp"])
         except (MediaError, StopIteration):
             return answer_gone()
-        headers = {"cache-control": "private, max-age=31536000, immutable"}
-        return Response(picture, media_type="image/jpeg", headers=headers)
+        return answer_stamped(picture)
 
     def write(self, dataset: FoundDataset, request: Request, body: bytes) -> Response:
         try:
@@ -384,22 +358,22 @@ def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
     """Return the routes of the pages for datasets. read_only: nothing can be written or asked for."""
     pages = DatasetPages(runs, read_only)
 
-    def guard(show: Callable[..., Response]) -> Callable[..., Response]:
+    def find(show: Callable[..., Response]) -> Callable[..., Response]:
+        """Return a handler that calls `show` with the dataset of the address."""
+
         def answer(request: Request, *body: bytes) -> Response:
             dataset = pages.datasets.find(request.path_params["id"])
-            with contextlib.suppress(OSError):
-                return answer_gone() if dataset is None else show(dataset, request, *body)
-            return answer_gone()
+            return answer_gone() if dataset is None else show(dataset, request, *body)
 
         return answer
 
     place = "/dataset/{id}"
     return [
         Route("/datasets", pages.show_list),
-        Route(f"{place}/", guard(pages.show_page)),
-        Route(f"{place}/first", guard(pages.show_first)),
-        Route(f"{place}/items", guard(pages.show_items)),
-        Route(f"{place}/picture/{{item}}/{{number:int}}/{{stamp:int}}", guard(pages.show_picture)),
-        Route(f"{place}/measure", answer_body(guard(pages.write)), methods=["POST"]),
-        Route(f"{place}/caption/{{item}}", answer_body(guard(pages.write)), methods=["POST"]),
+        Route(f"{place}/", find(pages.show_page)),
+        Route(f"{place}/first", find(pages.show_first)),
+        Route(f"{place}/items", find(pages.show_items)),
+        Route(f"{place}/picture/{{item}}/{{number:int}}/{{stamp:int}}", find(pages.show_picture)),
+        Route(f"{place}/measure", answer_body(find(pages.write)), methods=["POST"]),
+        Route(f"{place}/caption/{{item}}", answer_body(find(pages.write)), methods=["POST"]),
     ]

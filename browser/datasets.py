@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from browser.names import short_digest
 from browser.options import PROJECT_CONFIG
 from browser.runs import CONFIG, Glance, Runs
 from modules.console import count_of
@@ -54,7 +54,7 @@ class FoundDataset:
 
     @property
     def id(self) -> str:
-        return hashlib.blake2s(os.fsencode(self.path), digest_size=8).hexdigest()
+        return short_digest(self.path)
 
     @property
     def name(self) -> str:
@@ -427,8 +427,7 @@ def _report_options(dataset: FoundDataset, measured: Measured) -> list[str]:
 
 def _identify(file: File) -> str:
     """Return the id of a file in its dataset."""
-    name = f"{file['table']} {file['parts'][0]['path']}"
-    return hashlib.blake2s(os.fsencode(name), digest_size=8).hexdigest()
+    return short_digest(f"{file['table']} {file['parts'][0]['path']}")
 
 
 def _leave_out_caption(file: File) -> None:

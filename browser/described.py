@@ -6,9 +6,8 @@ pages may change it in turn.
 
 import contextlib
 import errno
-import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 from tomlkit.items import Table
 
-from browser.captions import mark_bytes
+from browser.captions import BOM, mark_bytes
+from browser.names import short_digest
 from modules.atomic_write import write_bytes
 from modules.file_locks import only_one
 from modules.text_files import parse_toml, read_content, real_path
@@ -81,7 +81,7 @@ def mark_files(folder: Path) -> str:
             marks.append("")
         except OSError:  # no file, or one that may not be read
             marks.append("-")
-    return hashlib.blake2s("".join(marks).encode(), digest_size=8).hexdigest() if any(marks) else ""
+    return short_digest("".join(marks)) if any(marks) else ""
 
 
 def read_described(folder: Path) -> DescribedFolder:
@@ -147,20 +147,69 @@ def keep_copies(folder: Path, target: Path) -> None:
             write_bytes(target / name, content)
 
 
-def change_keys(
-    path: Path, table: str, changes: Mapping[str, Any], have: str, removed: Sequence[str] = ()
-) -> None:
-    """Set and remove keys of a TOML file; all else stays as it is written, comments too.
+@dataclass(frozen=True)
+class TextForm:
+    """The text of a file as a page edits it, and the form of its bytes."""
+
+    text: str
+    start: bytes = b""
+    newline: str = "\n"
+
+    @classmethod
+    def of(cls, content: bytes) -> "TextForm":
+        """Return the text in the bytes of a file. Raises UnicodeDecodeError if it is not UTF-8."""
+        start = BOM if content.startswith(BOM) else b""
+        decoded = content[len(start) :].decode()
+        return cls(tidy_lines(decoded), start, newline="\r\n" if "\r\n" in decoded else "\n")
+
+    def with_text(self, text: str) -> bytes:
+        """Return the bytes of the file with another text."""
+        return self.start + tidy_lines(text).replace("\n", self.newline).encode()
+
+
+def tidy_lines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+@dataclass(frozen=True)
+class DraftFile:
+    """A file of a described folder as it is now."""
+
+    path: Path
+    content: bytes | None  # None: there is no such file
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def mark(self) -> str:
+        return mark_bytes(self.content)
+
+    @property
+    def form(self) -> TextForm:
+        return TextForm.of(self.content or b"")
+
+    @property
+    def text(self) -> str:
+        return self.form.text
+
+    def save(self, text: str) -> None:
+        """Write another text into the file. Raises as `replace_content`."""
+        replace_content(self.path, self.form.with_text(text), self.mark)
+
+
+def change_keys(path: Path, changes: Mapping[str, Any], have: str) -> None:
+    """Set and remove options of the training in a run.toml, as `edit_toml` does.
 
     have: checksum (`mark_bytes`) of the content that the change was made for. Raises ChangedMeanwhileError if
     the file has changed since, ValueError if it is no TOML or has no such table, OSError or OutputError if it
     cannot be read or written.
     """
-    content = read_own(path)
-    if mark_bytes(content) != have:
+    draft = DraftFile(path, read_own(path))
+    if draft.mark != have:
         raise ChangedMeanwhileError
-    changed = edit_toml(content.decode(), table, changes, removed)
-    replace_content(path, changed.encode(), have)
+    draft.save(edit_toml(draft.text, changes))
 
 
 def replace_content(path: Path, content: bytes, have: str) -> None:
@@ -179,25 +228,27 @@ def replace_content(path: Path, content: bytes, have: str) -> None:
             write_bytes(path, content)
 
 
-def edit_toml(text: str, table: str, changes: Mapping[str, Any], removed: Sequence[str] = ()) -> str:
-    """Return a TOML text with keys set or removed. Raises ValueError; see `change_keys`.
+def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
+    """Return a run.toml with options set, or removed by None; all else stays as it is written, comments too.
 
     A key is changed in the table that has it, the last one if several do, as they only group keys. A new key
-    goes to the end of `table`.
+    goes to the end of TRAINING_TABLE. Raises ValueError; see `change_keys`.
     """
+    if not changes:
+        return text
     try:
         document = tomlkit.parse(text)
-        home = document[table]
+        home = document[TRAINING_TABLE]
     except TOMLKitError as error:
         raise ValueError(f"it is no TOML: {error}") from None
     if not isinstance(home, Table):
-        raise ValueError(f"[{table}] is no table")
-    for name in removed:
-        for holder in _list_holders(document, name):
-            holder.remove(name)
+        raise ValueError(f"[{TRAINING_TABLE}] is no table")
     for name, value in changes.items():
         holders = _list_holders(document, name)
-        if holders:
+        if value is None:
+            for holder in holders:
+                holder.remove(name)
+        elif holders:
             holders[-1][name] = value
         else:
             _append_key(home, name, value)

@@ -4,9 +4,8 @@ They need no graphics card for long, so that they do not wait for a training. Ea
 `check-0123456789abcdef`, and is kept in files: another server, or this one started again, finds it.
 """
 
-import hashlib
+import contextlib
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from browser import launch
 from browser.jobs import KINDS, LOGS, Job, JobQueue, as_line, refuse_link
+from browser.names import short_digest
 from browser.runs import RUNNING, is_living
 from modules.atomic_write import append_text, explain_errors, write_text
 from modules.errors import OptionError, OutputError
@@ -32,8 +32,20 @@ MOST_OF_RECORD = 1 << 17  # bytes
 
 def errand_name(kind: str, folder: Path) -> str:
     """Return the name of the errand of a kind in a folder. There is one of each."""
-    digest = hashlib.blake2s(os.fsencode(real_path(folder)), digest_size=8).hexdigest()
-    return f"{kind}-{digest}"
+    return f"{kind}-{short_digest(real_path(folder))}"
+
+
+def has_changed_since(errand: Job, folder: Path, names: Sequence[str]) -> bool:
+    """Return whether one of some files of a folder has changed since an errand was started."""
+    try:
+        began = errand.log.with_suffix(".json").stat().st_mtime_ns
+    except OSError:
+        return True
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            if (folder / name).stat().st_mtime_ns > began:
+                return True
+    return False
 
 
 class Errands:

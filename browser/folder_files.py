@@ -5,7 +5,6 @@ headers of the files in view are read.
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections import OrderedDict
@@ -20,12 +19,14 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_json
-from browser.captions import CaptionConflictError, Captions, CaptionText
-from browser.dataset_pages import MOST_AT_ONCE, Thumbnails
-from browser.folders import BIN, MOST_ENTRIES, find_folder, find_top
+from browser.bin_folder import FOLDER as BIN
+from browser.captions import Captions, caption_values
+from browser.dataset_pages import Thumbnails, answer_stamped, read_part
+from browser.folders import MOST_ENTRIES, find_folder
+from browser.names import short_digest
 from browser.runs import Runs
 from modules.atomic_write import explain_errors
-from modules.errors import MediaError, OptionError, OutputError, UserError
+from modules.errors import MediaError, OptionError, UserError
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, image_size
@@ -67,11 +68,6 @@ def find_caption_file(folder: Path, name: str) -> Path:
     return other if other.exists() and not usual.exists() else usual
 
 
-def identify_name(name: str) -> str:
-    """Return the id of a file of a folder."""
-    return hashlib.blake2s(os.fsencode(name), digest_size=8).hexdigest()
-
-
 class LeftOut:
     """Move files of a folder, with their captions, out of it into the bin of its root, and back."""
 
@@ -80,8 +76,7 @@ class LeftOut:
 
     def place(self, folder: Path) -> Path:
         """Return the folder that the files of a folder are moved into."""
-        digest = hashlib.blake2s(os.fsencode(folder), digest_size=4).hexdigest()
-        return find_top(self.runs, folder) / BIN / LEFT_OUT / f"{folder.name} {digest}"
+        return self.runs.find_top(folder) / BIN / LEFT_OUT / f"{folder.name} {short_digest(folder, 4)}"
 
     def list_names(self, folder: Path) -> list[str]:
         try:
@@ -158,8 +153,7 @@ class FolderFiles:
 
     def items(self, folder: Path, query: Mapping[str, str]) -> dict[str, Any]:
         """Return files of a folder. Raises OSError, and ValueError if numbers are wrong."""
-        first = max(0, int(query.get("from") or 0))
-        count = min(max(0, int(query.get("count") or 0)), MOST_AT_ONCE)
+        part = read_part(query)
         names = list_names(folder)
         uncaptioned = [name for name in names if not self.has_caption(folder, name)]
         chosen = uncaptioned if query.get("only") == "uncaptioned" else names
@@ -172,7 +166,7 @@ class FolderFiles:
             "how": "",
             "counts": {"": len(names), "uncaptioned": len(uncaptioned)},
             "chosen": len(chosen),
-            "files": [self.show(folder, name) for name in chosen[first : first + count]],
+            "files": [self.show(folder, name) for name in chosen[part]],
         }
 
     def has_caption(self, folder: Path, name: str) -> bool:
@@ -192,7 +186,7 @@ class FolderFiles:
         suffix = Path(name).suffix.lower()
         is_seen = suffix in SHOWN and not facts.fault
         return {
-            "id": identify_name(name),
+            "id": short_digest(name),
             "table": "",
             "kind": "video" if suffix in VIDEO_SUFFIXES else "image",
             "size": facts.size,
@@ -230,33 +224,18 @@ class FolderFiles:
 
     def caption(self, folder: Path, name: str) -> dict[str, Any]:
         """Return the caption of a file, and whether it can be edited here, else the reason."""
-        caption = CaptionText()
-        mark = ""
-        saves = 0
-        reason = NO_WRITING if self.read_only else ""
         path = find_caption_file(folder, name)
-        try:
-            if path.is_symlink() and not self.runs.is_below(path):
-                raise OSError("it is a link that leads outside")
-            caption, mark, saves = self.captions.read(path)
-        except UnicodeDecodeError:
-            reason = "It is not UTF-8: Convert to UTF-8, above, or save it as UTF-8 elsewhere."
-        except OSError as error:
-            reason = f"It cannot be read: {error.strerror or error}"
-        return {
-            "text": caption.text,
-            "can_edit": not reason,
-            "where": reason,
-            "mark": mark,
-            "saves": saves,
-        }
+        if path.is_symlink() and not self.runs.is_below(path):
+            return caption_values("It cannot be read: it is a link that leads outside")
+        remedy = "Convert to UTF-8, above, or save it as UTF-8 elsewhere."
+        return self.captions.describe(path, NO_WRITING if self.read_only else "", remedy)
 
     def write(self, request: Request, body: bytes) -> Response:
         """Save or undo the caption of a file; the body has what, have, and text to save."""
         folder = self.find(request)
         try:
             query = parse_json(body.decode())
-            names = {} if folder is None else {identify_name(name): name for name in list_names(folder)}
+            names = {} if folder is None else {short_digest(name): name for name in list_names(folder)}
             name = names.get(request.path_params["item"])
             if folder is None or name is None or not isinstance(query, dict):
                 return answer_json({"error": GONE}, 404)
@@ -268,28 +247,11 @@ class FolderFiles:
     def _write_caption(self, folder: Path, name: str, query: Mapping[str, Any]) -> tuple[int, str]:
         """Return the status and the message of a request to write a caption."""
         path = find_caption_file(folder, name)
-        what = str(query.get("what", ""))
-        have = str(query.get("have", ""))
         if path.is_symlink():
             if not self.runs.is_below(path):
                 return 400, "Its caption is a link that leads outside."
             path = real_path(path)
-        try:
-            if what == "save":
-                self.captions.save(path, str(query.get("text", "")), have)
-            elif what in ("undo", "back"):
-                self.captions.undo(path, have, is_all=what == "back")
-            else:
-                return 404, GONE
-        except CaptionConflictError:
-            return 409, "The file has changed since it was read."
-        except LookupError:
-            return 409, "There is nothing to undo."
-        except (OSError, OutputError) as problem:
-            return 500, str(problem)
-        except ValueError as problem:
-            return 400, str(problem)
-        return 200, ""
+        return self.captions.change(path, query)
 
     def move(self, request: Request, body: bytes) -> Response:
         """Leave a file out, or put it back; the body has what and name."""
@@ -317,8 +279,7 @@ class FolderFiles:
             picture = self.thumbnails.make({"path": str(real_path(path))}, path.stat().st_mtime_ns)
         except (OSError, ValueError, MediaError, StopIteration):
             return answer_gone()
-        headers = {"cache-control": "private, max-age=31536000, immutable"}
-        return Response(picture, media_type="image/jpeg", headers=headers)
+        return answer_stamped(picture)
 
 
 def _read_facts(path: Path) -> HeaderFacts:

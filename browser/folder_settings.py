@@ -6,24 +6,31 @@ known, and the file's mark, so that a file that changed meanwhile is never overw
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_page
+from browser.answers import Form, answer_form, answer_template, answer_unknown
 from browser.beginnings import DESCRIBE
 from browser.captions import mark_bytes
-from browser.described import FILES, ChangedMeanwhileError, is_described, read_described, replace_content
+from browser.described import (
+    FILES,
+    ChangedMeanwhileError,
+    DraftFile,
+    is_described,
+    read_described,
+    tidy_lines,
+)
 from browser.errands import errand_name
 from browser.folders import find_folder
 from browser.new_form import NewForm, new_words
 from browser.runs import RUNNING
 from browser.settings_table import (
     SettingRow,
-    TextForm,
     apply_edits,
     describe_difference,
     field_of,
@@ -32,34 +39,15 @@ from browser.settings_table import (
     read_chosen,
     read_settings,
     refuse_new_faults,
-    tidy_lines,
 )
 from browser.site import Site
-from browser.views import HERE, POLICY
 from modules.errors import OptionError, UserError
-from modules.pages.page import render_page
 from modules.text_files import read_content, read_text
 from project.options import RUN_FILE
 
 CHOSEN = "chosen"  # kind of the errand that makes run.toml again
 TABLE = "table"  # the part of the page for the keys of run.toml; the others are files
 LOOK_AGAIN = "This is what would be saved. Press the button once more to save it."
-
-
-@dataclass(frozen=True)
-class DraftFile:
-    """A file of a described folder as it is now."""
-
-    name: str
-    content: bytes | None  # None: there is no such file
-
-    @property
-    def mark(self) -> str:
-        return mark_bytes(self.content)
-
-    @property
-    def form(self) -> TextForm:
-        return TextForm.of(self.content or b"")
 
 
 @dataclass(frozen=True)
@@ -72,6 +60,53 @@ class DraftChange:
     said: str = ""  # after a press of its button
     mark: str = ""  # of the text that would be saved
     text: str | None = None  # that was typed, of a file
+    note: str = ""  # why no script has checked it
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether a press of its button has not saved it."""
+        return self.fault != "" or self.said == LOOK_AGAIN
+
+
+def plan_change(
+    part: str, texts: Mapping[DraftFile, str], run: DraftFile, typed: str | None = None
+) -> DraftChange:
+    """Return what a form would save, after the scripts have checked it.
+
+    texts: the new text of each file. run: the folder's run.toml as it is. typed: the text of a file that was
+    typed as a whole.
+    """
+    difference: list[str] = []
+    for draft, after in texts.items():
+        difference += describe_difference(draft.text, after)
+    mark = mark_bytes("\0".join(texts.values()).encode("utf-8", "surrogatepass"))
+    change = DraftChange(part, difference, mark=mark, text=typed)
+    try:
+        for draft, after in texts.items():
+            if after != draft.text:
+                change = replace(change, note=refuse_new_faults(draft, after, run.text))
+    except (ValueError, UserError) as error:
+        return replace(change, fault=str(error))
+    return change
+
+
+def save_change(change: DraftChange, texts: Mapping[DraftFile, str], shown: str) -> DraftChange:
+    """Write a change if the page has shown it, and return what is left to say.
+
+    texts: see `plan_change`. shown: mark of the change that the page has shown. Raises as `replace_content`.
+    """
+    if change.fault:
+        return change
+    changed = {draft: after for draft, after in texts.items() if after != draft.text}
+    if not changed:
+        return DraftChange(part=change.part, said="Nothing is changed.")
+    if shown != change.mark:
+        return replace(change, said=LOOK_AGAIN)
+    for draft, after in changed.items():
+        draft.save(after)
+    names = " and ".join(draft.name for draft in changed)
+    said = f"Saved into {names}: {'; '.join(change.difference)}"
+    return DraftChange(part=change.part, said=said, note=change.note)
 
 
 @dataclass(frozen=True)
@@ -92,10 +127,10 @@ def read_file(site: Site, folder: Path, name: str) -> DraftFile:
     """Read a file of a folder. Raises OSError if it cannot be read or a link in its place leads outside."""
     path = folder / name
     if not path.exists():
-        return DraftFile(name, None)
+        return DraftFile(path, None)
     if not site.runs.is_below(path):
         raise OSError(f"{path} leads out of the folders that are shown")
-    return DraftFile(name, read_content(path))
+    return DraftFile(path, read_content(path))
 
 
 def find_described(site: Site, text: str) -> Path | None:
@@ -106,8 +141,10 @@ def find_described(site: Site, text: str) -> Path | None:
     return folder
 
 
-def list_fields(form: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    return {name: tidy_lines("".join(values)) for name, values in form.items()}
+def require_whole(fields: Mapping[str, str]) -> None:
+    """Raise OptionError if the end of a form is missing."""
+    if "complete" not in fields:
+        raise OptionError("The form did not arrive as a whole. Load the page again.")
 
 
 class FolderSettingsPages:
@@ -116,13 +153,10 @@ class FolderSettingsPages:
     def __init__(self, site: Site) -> None:
         self.site = site
 
-    def show(self, request: Request) -> Response:
-        folder = find_described(self.site, request.query_params.get("folder", ""))
-        if folder is None:
-            return PlainTextResponse("There is no such described folder.", 404)
+    def show(self, folder: Path, _: Mapping[str, str]) -> Response:
         return self.answer(folder)
 
-    def answer(self, folder: Path, change: DraftChange | None = None, status: int = 200) -> Response:
+    def answer(self, folder: Path, change: DraftChange | None = None, is_refused: bool = False) -> Response:
         """Return the settings of a folder. change: what a form would save."""
         values = {
             "view": self.view(folder, change or DraftChange(part="")),
@@ -130,7 +164,7 @@ class FolderSettingsPages:
             "can_write": not self.site.read_only,
             "table_part": TABLE,
         }
-        return answer_page(render_page(HERE / "settings_table.html", RUN_FILE, values, POLICY), status)
+        return answer_template("settings_table.html", RUN_FILE, values, is_refused)
 
     def view(self, folder: Path, change: DraftChange) -> SettingsView:
         chosen = self.read_chosen_text(folder)
@@ -139,7 +173,7 @@ class FolderSettingsPages:
         files = {}
         try:
             files = {name: read_file(self.site, folder, name) for name in FILES}
-            rows = self.read_rows(files[RUN_FILE].form.text, chosen)
+            rows = self.read_rows(files[RUN_FILE].text, chosen)
         except (OSError, ValueError, UserError) as error:
             problem = str(error)
         errand = self.site.errands.find(errand_name(CHOSEN, folder))
@@ -185,75 +219,35 @@ class FolderSettingsPages:
         except (OSError, ValueError, UserError):
             return None
 
-    def change(self, request: Request, form: Form) -> Response:
+    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
         """Show what a form would save, save it, or find out what `new` chose."""
-        fields = list_fields(form)
-        folder = find_described(self.site, fields.get("folder", ""))
-        if folder is None:
-            return PlainTextResponse("There is no such described folder.", 404)
-        what = request.path_params["what"]
         if what == CHOSEN:
             return self.ask_chosen(folder)
         part = fields.get("part", TABLE)
         if what not in ("look", "save") or part not in (TABLE, *FILES):
-            return PlainTextResponse("There is no such request.", 404)
+            return answer_unknown()
         name = RUN_FILE if part == TABLE else part
         try:
             present = read_file(self.site, folder, name)
             if present.mark != fields.get("have", ""):
                 return self.answer_conflict(folder, part, present, fields)
-            after = self.read_edited(folder, part, present, fields)
-            change = self.describe_change(folder, part, present, after)
+            texts = {present: self.read_edited(part, present, fields)}
+            typed = None if part == TABLE else texts[present]
+            change = plan_change(part, texts, read_file(self.site, folder, RUN_FILE), typed)
             if what == "save":
-                change = self.save(
-                    folder, change, after=after, present=present, shown=fields.get("shown", "")
-                )
+                change = save_change(change, texts, fields.get("shown", ""))
         except ChangedMeanwhileError:
             return self.answer_conflict(folder, part, read_file(self.site, folder, name), fields)
         except (OSError, ValueError, UserError) as error:
             change = DraftChange(part=part, fault=str(error), text=fields.get("text"))
-        is_refused = what == "save" and (change.fault != "" or change.said == LOOK_AGAIN)
-        return self.answer(folder, change, 422 if is_refused else 200)
+        return self.answer(folder, change, is_refused=what == "save" and change.is_open)
 
-    def read_edited(self, folder: Path, part: str, present: DraftFile, fields: Mapping[str, str]) -> str:
+    def read_edited(self, part: str, present: DraftFile, fields: Mapping[str, str]) -> str:
         """Return the text of a file with the edits of a form."""
         if part != TABLE:
             return fields.get("text", "")
-        if "complete" not in fields:
-            raise OptionError("The form did not arrive as a whole. Load the page again.")
-        rows = self.read_rows(present.form.text, None)
-        return apply_edits(present.form.text, rows, fields)
-
-    def describe_change(self, folder: Path, part: str, present: DraftFile, after: str) -> DraftChange:
-        """Return the change from a file's text to another one, after it is checked."""
-        before = present.form.text
-        text = None if part == TABLE else after
-        difference = describe_difference(before, after)
-        mark = mark_bytes(after.encode("utf-8", "surrogatepass"))
-        if before != after:
-            try:
-                run_text = read_file(self.site, folder, RUN_FILE).form.text
-                refuse_new_faults(present.name, before, after=after, folder=folder, run_text=run_text)
-            except (ValueError, UserError) as error:
-                return DraftChange(part, difference, fault=str(error), mark=mark, text=text)
-        return DraftChange(part, difference, mark=mark, text=text)
-
-    def save(
-        self, folder: Path, change: DraftChange, *, after: str, present: DraftFile, shown: str
-    ) -> DraftChange:
-        """Write a change that the page has shown, and return what is left to say."""
-        if change.fault:
-            return change
-        if after == present.form.text:
-            return DraftChange(part=change.part, said="Nothing is changed.")
-        if shown != change.mark:
-            return DraftChange(
-                change.part, change.difference, said=LOOK_AGAIN, mark=change.mark, text=change.text
-            )
-        replace_content(folder / present.name, present.form.with_text(after), present.mark)
-        return DraftChange(
-            part=change.part, said=f"Saved into {present.name}: {'; '.join(change.difference)}"
-        )
+        require_whole(fields)
+        return apply_edits(present.text, self.read_rows(present.text, None), fields)
 
     def answer_conflict(
         self, folder: Path, part: str, present: DraftFile, fields: Mapping[str, str]
@@ -261,22 +255,20 @@ class FolderSettingsPages:
         """Return the page of the file as it is now, with what was typed for the earlier one."""
         typed = fields.get("text")
         base = fields.get("base", "")
-        if part == TABLE:
-            try:
+        now = describe_difference(base, present.text)
+        try:
+            edited = typed or ""
+            if part == TABLE:
                 edited = apply_edits(base, self.read_rows(base, None), fields)
-                wanted = describe_difference(base, edited)
-            except (ValueError, UserError) as error:
-                wanted = [str(error)]
-            now = describe_difference(base, present.form.text)
-        else:
-            wanted = describe_difference(base, typed or "")
-            now = describe_difference(base, present.form.text)
+            wanted = describe_difference(base, edited)
+        except (ValueError, UserError) as error:
+            wanted = [str(error)]
         fault = (
             f"{present.name} has changed meanwhile, and nothing was overwritten. The file now: "
             f"{'; '.join(now) or 'as before'}. What you changed: {'; '.join(wanted) or 'nothing'}"
         )
         change = DraftChange(part=part, fault=fault, text=typed)
-        return self.answer(folder, change, 422)
+        return self.answer(folder, change, is_refused=True)
 
     def ask_chosen(self, folder: Path) -> Response:
         """Start the process that makes run.toml again."""
@@ -286,26 +278,43 @@ class FolderSettingsPages:
             if errand is None or errand.words != words or errand.state != RUNNING:
                 self.site.errands.start(errand_name(CHOSEN, folder), words, Path.cwd())
         except (OSError, ValueError, UserError) as error:
-            return self.answer(folder, DraftChange(part=TABLE, fault=str(error)), 422)
+            return self.answer(folder, DraftChange(part=TABLE, fault=str(error)), is_refused=True)
         return self.answer(folder)
 
 
-def guard(show: Callable[..., Response]) -> Callable[..., Response]:
-    """Return a handler that answers what cannot be read with its reason."""
+class FolderPages(Protocol):
+    """A part of the page New about a described folder.
 
-    def answer(*asked: Request | Form) -> Response:  # the request, and the form if it has one
+    Its functions raise OSError, ValueError or UserError if a file of the folder cannot be read.
+    """
+
+    def show(self, folder: Path, query: Mapping[str, str]) -> Response: ...
+
+    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response: ...
+
+
+def folder_routes(site: Site, part: str, pages: FolderPages) -> list[Route]:
+    """Return the routes of a part of the page New: one that shows it, and one for its buttons."""
+
+    def answer(folder_text: str, act: Callable[[Path], Response]) -> Response:
+        folder = find_described(site, folder_text)
+        if folder is None:
+            return PlainTextResponse("There is no such described folder.", 404)
         try:
-            return show(*asked)
+            return act(folder)
         except (OSError, ValueError, UserError) as error:
             return PlainTextResponse(str(error), 422)
 
-    return answer
+    def show(request: Request) -> Response:
+        query = request.query_params
+        return answer(query.get("folder", ""), lambda folder: pages.show(folder, query))
 
+    def change(request: Request, form: Form) -> Response:
+        fields = {name: tidy_lines("".join(values)) for name, values in form.items()}
+        what = request.path_params["what"]
+        return answer(fields.get("folder", ""), lambda folder: pages.change(folder, what, fields))
 
-def folder_settings_routes(site: Site) -> list[Route]:
-    """Return the routes of the settings of a folder."""
-    pages = FolderSettingsPages(site)
     return [
-        Route("/new/settings", guard(pages.show)),
-        Route("/new/settings/{what}", answer_form(guard(pages.change)), methods=["POST"]),
+        Route(f"/new/{part}", show),
+        Route(f"/new/{part}/{{what}}", answer_form(change), methods=["POST"]),
     ]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from browser.bin_folder import FOLDER as BIN
 from browser.described import is_described
 from browser.runs import Runs
 from modules.console import count_of
@@ -19,7 +20,6 @@ DEEPEST = 6  # folders below a root
 MOST_FOLDERS = 500
 MOST_ENTRIES = 20_000  # of a folder
 CHECK_PAGE = "check.html"  # that `run --check` writes into a described folder
-BIN = "reelsmith-bin"  # folder of what was replaced or left out, in a root
 # folders that programs of ours write
 NOT_MEDIA = re.compile(rf"\..*|{SAMPLES}|output|cache|generated|compare|reelsmith-queue|{BIN}|.*-state")
 
@@ -123,12 +123,7 @@ def find_folder(runs: Runs, text: str) -> Path | None:
     return real_path(path)
 
 
-def find_top(runs: Runs, folder: Path) -> Path:
-    """Return the root that a folder is below, or is."""
-    return next(top for top in runs.tops if folder.is_relative_to(real_path(top)))
-
-
 def is_closed(runs: Runs, folder: Path) -> bool:
     """Return whether a folder below the roots, or one around it, is one that programs of ours write."""
-    parts = folder.relative_to(real_path(find_top(runs, folder))).parts
+    parts = folder.relative_to(real_path(runs.find_top(folder))).parts
     return any(NOT_MEDIA.fullmatch(part) for part in parts)

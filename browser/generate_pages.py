@@ -2,18 +2,25 @@
 
 import secrets
 import shlex
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from browser import launch
-from browser.answers import Form, answer_form, answer_gone, answer_json, answer_page
+from browser.answers import (
+    Form,
+    answer_form,
+    answer_gone,
+    answer_json,
+    answer_template,
+    answer_unknown,
+    read_query,
+)
 from browser.drafts import Drafts
 from browser.inputs import FOLDER as INPUTS
 from browser.inputs import InputFolder
@@ -33,13 +40,11 @@ from browser.recipes import (
 )
 from browser.refilling import FoundSettings, read_found
 from browser.site import Site
-from browser.views import HERE, POLICY
 from browser.wishes import Making
 from contract.families import HIGH_NOISE, LOW_NOISE
 from downloads.catalogue import model_sets
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import read_tags
-from modules.pages.page import render_page
 
 MOST_AT_ONCE = 64  # results of one press of Make
 FOUR = 4  # of "Make with four seeds"
@@ -143,8 +148,7 @@ class GeneratePages:
     # --- the page
 
     def show(self, request: Request) -> Response:
-        query = request.query_params
-        fields = {name: query.getlist(name) for name in query}
+        fields = read_query(request)
         draft = "".join(fields.pop("draft", ()))
         run = "".join(fields.pop("run", ()))
         if run:
@@ -203,8 +207,7 @@ class GeneratePages:
             "said": problem,
             "note": said,
         }
-        page = render_page(HERE / "generate.html", "Generate", values, POLICY)
-        return answer_page(page, 422 if error else 200)
+        return answer_template("generate.html", "Generate", values, is_refused=error != "")
 
     def work_values(self) -> dict[str, object]:
         """Return what the part of the page about wishes shows."""
@@ -228,10 +231,14 @@ class GeneratePages:
             "idle_minutes": round(IDLE_SECONDS / 60),
         }
 
-    def show_work(self, request: Request) -> Response:
+    def show_work(self, _: Request) -> Response:
         """Return the part of the page about wishes alone, for a page that asks every second."""
-        values = {**self.work_values(), "can_write": not self.site.read_only}
-        return answer_page(render_page(HERE / "generate_work.html", "Generate", values, POLICY))
+        return self.answer_work()
+
+    def answer_work(self, error: str = "") -> Response:
+        """Return the part of the page about wishes, with a message."""
+        values = {**self.work_values(), "can_write": not self.site.read_only, "said": error}
+        return answer_template("generate_work.html", "Generate", values, is_refused=error != "")
 
     def show_preview(self, request: Request) -> Response:
         """Return the newest preview; nothing if it was removed just now, as the next poll says."""
@@ -355,40 +362,34 @@ class GeneratePages:
                     int(number)
                 )
             else:
-                return PlainTextResponse("There is no such request.", 404)
+                return answer_unknown()
         except (UserError, OSError) as error:
-            return self.answer_work(str(error))
-        return self.answer_work()
+            return self.answer_pressed(str(error))
+        return self.answer_pressed()
 
-    def answer_work(self, error: str = "") -> Response:
-        """Return the part of the page about wishes, with a message."""
-        values = {**self.work_values(), "can_write": not self.site.read_only, "said": error}
-        page = render_page(HERE / "generate_work.html", "Generate", values, POLICY)
-        return answer_page(page, 422 if error else 200, {"hx-trigger": "wished"})
+    def answer_pressed(self, error: str = "") -> Response:
+        """Return the same part after a button was pressed. error: why nothing was done."""
+        response = self.answer_work(error)
+        response.headers["hx-trigger"] = "wished"
+        return response
 
     def make(self, form: MakingForm) -> None:
         """Note the wishes of a form. Raises OptionError if they cannot be made."""
         recipe = self.find_recipe(form.source)
         self.shelf.refresh()
         rows = self.shelf.list_rows(recipe)
-        gone = [path for path in form.strengths if path not in {row.path for row in rows}]
-        if gone:
-            raise OptionError(f"{gone[0]}: there is no such LoRA (any more). Choose another one.")
+        paths = {row.path for row in rows}
+        for path in form.strengths:
+            if path not in paths:
+                raise OptionError(f"{path}: there is no such LoRA (any more). Choose another one.")
         wish = self.wish_of(recipe, form, rows)
         wish.check()
         self._check_paths(wish)
         for lora in wish.loras:
             check_family(recipe.folder / lora.path, recipe.family)
-        seed = form.texts.get("seed", "").strip()
-        if seed and not (seed.isdecimal() and len(seed) < 20):
-            raise OptionError(f"Seed {seed}: give a whole number, or leave it empty for another each time.")
-        count = form.count.strip()
-        if not count.isdecimal() or len(count) > 4 or not 1 <= int(count) <= MOST_AT_ONCE:
-            raise OptionError(f"How many {count}: give a number from 1 to {MOST_AT_ONCE}.")
-        first = int(seed) if seed else secrets.randbits(SEED_BITS)
-        seeds = [str(first + place) for place in range(int(count))]
+        seeds = choose_seeds(form)
         launch.check_options(wish.command(seeds[0]), recipe.folder)
-        self.maker.add([_maker_of(wish, each, form) for each in seeds])
+        self.maker.add([making_of(wish, seed, form) for seed in seeds])
 
     def _check_paths(self, wish: Wish) -> None:
         """Raise OptionError for a picture outside the roots that the model's own command does not name."""
@@ -539,25 +540,22 @@ def read_tags_of(path: Path, suffix: str) -> dict[str, str]:
     raise OptionError("It is neither a picture, a clip nor a sound that can be read.")
 
 
-def _maker_of(wish: Wish, seed: str, form: MakingForm) -> Callable[[int], Making]:
-    """Return a function that makes the record of one result, given its number."""
-    texts = {**form.texts, "seed": seed}
-    fields = replace(form, texts=texts, count="1", is_locked=True).as_fields()
+def choose_seeds(form: MakingForm) -> list[str]:
+    """Return the seed of each result that a form asks for. Raises OptionError for wrong numbers."""
+    seed = form.texts.get("seed", "").strip()
+    if seed and not (seed.isdecimal() and len(seed) < 20):
+        raise OptionError(f"Seed {seed}: give a whole number, or leave it empty for another each time.")
+    count = form.count.strip()
+    if not count.isdecimal() or len(count) > 4 or not 1 <= int(count) <= MOST_AT_ONCE:
+        raise OptionError(f"How many {count}: give a number from 1 to {MOST_AT_ONCE}.")
+    first = int(seed) if seed else secrets.randbits(SEED_BITS)
+    return [str(first + place) for place in range(int(count))]
 
-    def make(number: int) -> Making:
-        return Making(
-            id=number,
-            title=wish.recipe.title,
-            session=wish.session_words,
-            command=wish.command(seed),
-            request=wish.request(seed),
-            folder=str(wish.recipe.folder),
-            save_path=wish.save_path,
-            created=time.time(),
-            form=fields,
-        )
 
-    return make
+def making_of(wish: Wish, seed: str, form: MakingForm) -> Making:
+    """Return the record of one result, with the form that asks for it again."""
+    fields = replace(form, texts={**form.texts, "seed": seed}, count="1", is_locked=True).as_fields()
+    return replace(wish.as_making(seed), form=fields)
 
 
 def generate_routes(site: Site) -> list[Route]:

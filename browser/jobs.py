@@ -227,6 +227,14 @@ class JobQueue:
             book.entries.append(f"{line}\n")
         return job.id
 
+    def add_and_begin(self, words: Sequence[str], folder: Path) -> int:
+        """Append a command as `add` does, and run the jobs unless the queue is paused with others in it."""
+        others_wait = any(job.state == WAITING for job in self.jobs())
+        number = self.add(words, folder)
+        if self.worker == "" and not others_wait:
+            self.begin_work()
+        return number
+
     def move(self, number: int, by: int) -> None:
         """Swap a waiting job with the next one (`by` 1) or the previous one (`by` -1), if it exists."""
         with self._change() as book:

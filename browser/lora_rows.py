@@ -74,7 +74,6 @@ class RunShelf:
             return "", []
         if source is None:
             return "", []
-        files = [file for file in source.files if all(map(self.runs.is_inside, file.paths))]
         rows = [
             LoraRow(
                 path=str(file.paths[0]),
@@ -86,7 +85,7 @@ class RunShelf:
                 folder=str(file.paths[0].parent),
             )
             for file in source.files
-            if file in files
+            if all(map(self.runs.is_inside, file.paths))
         ]
         return source.family, rows[::-1]
 

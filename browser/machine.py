@@ -6,22 +6,20 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import answer_page
+from browser.answers import answer_template
 from browser.jobs import WAITING
 from browser.model_files import list_downloads
 from browser.queue_views import is_of
 from browser.runs import RUNNING, Glance, is_living
 from browser.site import Site
-from browser.views import HERE
 from downloads.listing import gigabytes
+from modules.atomic_write import free_bytes
 from modules.errors import UserError
-from modules.pages.page import render_page
 
 EVERY_SECONDS = 4.0  # pages ask every five seconds; what one has asked for is for all
 PATIENCE = 1.0  # seconds for the driver's answer
@@ -101,16 +99,6 @@ def read_cards(text: str) -> list[GraphicsCard]:
     return cards
 
 
-def free_bytes(folder: Path) -> int:
-    """Return how much of the disk of a folder is free; the folder need not exist yet.
-
-    Raises OSError if the disk cannot be asked.
-    """
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 @dataclass(frozen=True)
 class RunningThing:
     """What runs now, and the page that shows it."""
@@ -140,7 +128,7 @@ class MachineLine:
 
     def show(self, _: Request) -> Response:
         values = {"facts": self.read()}
-        return answer_page(render_page(HERE / "machine.html", "", values))
+        return answer_template("machine.html", "", values)
 
     def read(self) -> MachineFacts:
         """Return the facts of a few seconds ago at most."""

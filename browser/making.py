@@ -157,7 +157,7 @@ class ResultMaker:
     def _preview_paths(self) -> list[Path]:
         return [self.folder / PREVIEWS / name for name in PREVIEW_NAMES]
 
-    def add(self, wishes: Sequence[Callable[[int], Making]]) -> list[int]:
+    def add(self, wishes: Sequence[Making]) -> list[int]:
         """Note wishes; return their numbers. Raises OptionError if too many wait, OutputError if it fails."""
         if self.read_only:
             raise OutputError(NO_WRITING)
@@ -205,10 +205,6 @@ class ResultMaker:
             if self._current is not None:
                 raise OptionError(f"wish {self._current.id} is being made: cancel it first")
             self._end_session(PATIENCE)
-
-    def lets_queue_begin(self) -> bool:
-        """Return whether a job of the queue may begin now, as `make_room`."""
-        return not self.make_room()
 
     def make_room(self) -> str:
         """Free a loaded model, unless something is made. Return why the card is not free; empty if it is."""

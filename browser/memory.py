@@ -12,30 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import tomlkit
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.responses import Response
 
-from browser.answers import Form, answer_form, answer_page
+from browser.answers import answer_template, answer_unknown
 from browser.described import (
     DATASET_FILE,
-    TRAINING_TABLE,
     ChangedMeanwhileError,
     DescribedFolder,
+    DraftFile,
     edit_toml,
     read_described,
-    replace_content,
 )
 from browser.durations import describe_duration
-from browser.errands import errand_name
-from browser.folder_settings import DraftFile, find_described, guard, list_fields, read_file
+from browser.errands import errand_name, has_changed_since
+from browser.folder_settings import read_file
 from browser.jobs import Job
 from browser.runs import RUNNING
 from browser.settings_table import NUMBER, find_training_script, read_settings, refuse_new_faults
 from browser.site import Site
-from browser.views import HERE, POLICY
 from modules.errors import OptionError, UserError
-from modules.pages.page import render_page
 from modules.text_files import read_text
 from project.fitting import find_memory
 from project.options import RUN_FILE
@@ -172,13 +167,9 @@ def read_switches(values: Mapping[str, Any], names: Sequence[str]) -> Switches:
 def edit_switches(text: str, switches: Switches, fields: Mapping[str, str], names: Sequence[str]) -> str:
     """Return run.toml with the switches that were changed. fields: of the form. Raises ValueError."""
     changes: dict[str, Any] = {}
-    removed: list[str] = []
     swap = fields.get("swap", "").strip()
     if switches.can_swap and swap != switches.swap:
-        if swap:
-            changes[SWAP] = tomlkit.value(swap) if NUMBER.fullmatch(swap) else swap
-        else:
-            removed.append(SWAP)
+        changes[SWAP] = tomlkit.value(swap) if NUMBER.fullmatch(swap) else swap or None
     forms_by_field = {
         "weights": (WEIGHTS, switches.weights),
         "checkpointing": (CHECKPOINTING, switches.checkpointing),
@@ -188,12 +179,10 @@ def edit_switches(text: str, switches: Switches, fields: Mapping[str, str], name
         if chosen == present or chosen not in ("", *forms):
             continue
         wanted = [key for key in forms.get(chosen, ()) if key in names]
-        for key in dict.fromkeys(key for keys in forms.values() for key in keys):
-            if key in wanted:
-                changes[key] = True
-            else:
-                removed.append(key)
-    return edit_toml(text, TRAINING_TABLE, changes, removed)
+        for keys in forms.values():
+            changes |= dict.fromkeys(keys)
+        changes |= dict.fromkeys(wanted, True)
+    return edit_toml(text, changes)
 
 
 @dataclass(frozen=True)
@@ -210,10 +199,7 @@ class MemoryPages:
     def __init__(self, site: Site) -> None:
         self.site = site
 
-    def show(self, request: Request) -> Response:
-        folder = find_described(self.site, request.query_params.get("folder", ""))
-        if folder is None:
-            return PlainTextResponse("There is no such described folder.", 404)
+    def show(self, folder: Path, _: Mapping[str, str]) -> Response:
         return self.answer(folder)
 
     def answer(self, folder: Path, fault: str = "", done: str = "") -> Response:
@@ -224,16 +210,16 @@ class MemoryPages:
         card = find_memory()
         size = self.planned_size(errand, card)
         plan = self.read_plan(errand)
-        settings = read_settings(find_training_script(file.form.text))
+        settings = read_settings(find_training_script(file.text))
         values = {
             "folder": folder,
             "have": file.mark,
-            "base": file.form.text,
+            "base": file.text,
             "switches": read_switches(described.values, [setting.name for setting in settings]),
             "errand": errand,
             "plan": plan,
             "lines": self.printed_lines(errand, folder) if plan is None else [],
-            "is_old": plan is not None and errand is not None and is_older(errand, folder),
+            "is_old": plan is not None and self.is_old(errand, folder),
             "card": card,
             "size": size,
             "sizes": sorted({*SIZES, size, *([card] if card else [])}),
@@ -244,8 +230,7 @@ class MemoryPages:
             "fault": fault,
             "done": done,
         }
-        page = render_page(HERE / "memory_bar.html", "Memory", values, POLICY)
-        return answer_page(page, 422 if fault else 200)
+        return answer_template("memory_bar.html", "Memory", values, is_refused=fault != "")
 
     def planned_size(self, errand: Job | None, card: float) -> float:
         """Return the GiB that the last plan was made for, or those of this machine's card."""
@@ -261,6 +246,10 @@ class MemoryPages:
             return read_plan(read_text(errand.log))
         except (OSError, ValueError):
             return None
+
+    def is_old(self, errand: Job | None, folder: Path) -> bool:
+        """Return whether a file that a plan is made from has changed since it was started."""
+        return errand is not None and has_changed_since(errand, folder, (RUN_FILE, DATASET_FILE))
 
     def printed_lines(self, errand: Job | None, folder: Path) -> list[PrintedLine]:
         """Return what an errand has printed; commands to make caches become lines of the queue."""
@@ -280,18 +269,13 @@ class MemoryPages:
         return [path for path in paths if not (described.folder / path).exists()]
 
     def plan_words(self, file: DraftFile, size: float) -> list[str]:
-        script = find_training_script(file.form.text)
+        script = find_training_script(file.text)
         return ["python", script, "--config_file", RUN_FILE, "--plan", f"{size:g}"]
 
-    def change(self, request: Request, form: Form) -> Response:
+    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
         """Plan for a card, or write a switch and plan again."""
-        fields = list_fields(form)
-        folder = find_described(self.site, fields.get("folder", ""))
-        if folder is None:
-            return PlainTextResponse("There is no such described folder.", 404)
-        what = request.path_params["what"]
         if what not in (PLAN, "switch", "stop"):
-            return PlainTextResponse("There is no such request.", 404)
+            return answer_unknown()
         done = ""
         try:
             if what == "stop":
@@ -312,14 +296,14 @@ class MemoryPages:
         present = read_file(self.site, folder, RUN_FILE)
         if present.mark != fields.get("have", ""):
             raise ChangedMeanwhileError
-        text = present.form.text
+        text = present.text
         names = [setting.name for setting in read_settings(find_training_script(text))]
         switches = read_switches(read_described(folder).values, names)
         after = edit_switches(text, switches, fields, names)
         if after == text:
             return ""
-        refuse_new_faults(RUN_FILE, text, after=after, folder=folder, run_text=text)
-        replace_content(folder / RUN_FILE, present.form.with_text(after), present.mark)
+        refuse_new_faults(present, after, text)
+        present.save(after)
         lines = {*text.splitlines()} ^ {*after.splitlines()}
         changed = [f"-{line}" for line in text.splitlines() if line in lines]
         changed += [f"+{line}" for line in after.splitlines() if line in lines]
@@ -347,21 +331,3 @@ def read_size(text: str) -> float:
     if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text) or not float(text):
         raise OptionError(f"{text or 'nothing'}: give the GiB of the card, such as {USUAL_SIZE}")
     return float(text)
-
-
-def is_older(errand: Job, folder: Path) -> bool:
-    """Return whether a file that a plan is made from has changed since it was started."""
-    try:
-        begun = errand.log.with_suffix(".json").stat().st_mtime
-        return any((folder / name).stat().st_mtime > begun for name in (RUN_FILE, DATASET_FILE))
-    except OSError:
-        return True
-
-
-def memory_routes(site: Site) -> list[Route]:
-    """Return the routes of the memory of a folder."""
-    pages = MemoryPages(site)
-    return [
-        Route("/new/memory", guard(pages.show)),
-        Route("/new/memory/{what}", answer_form(guard(pages.change)), methods=["POST"]),
-    ]

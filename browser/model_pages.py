@@ -6,14 +6,13 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_move, answer_page
+from browser.answers import Form, answer_form, answer_move, answer_template, answer_unknown, read_query
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.hub_login import describe_login
-from browser.machine import free_bytes
 from browser.model_files import (
     ModelPart,
     TaskFiles,
@@ -28,10 +27,9 @@ from browser.model_files import (
 )
 from browser.runs import RUNNING
 from browser.site import Site
-from browser.views import HERE, POLICY
 from downloads.listing import UNVERIFIED, gigabytes
+from modules.atomic_write import free_bytes
 from modules.errors import OptionError, UserError
-from modules.pages.page import render_page
 from project.fitting import describe_fit, find_memory
 
 
@@ -70,9 +68,8 @@ class ModelPages:
 
     def show(self, request: Request) -> Response:
         query = request.query_params
-        fields = {name: query.getlist(name) for name in query}
-        is_asked = query.get("ask") == "remove"
-        return self.answer(Chosen.of_fields(fields), is_removing=is_asked, moved=query.get("moved", ""))
+        chosen = Chosen.of_fields(read_query(request))
+        return self.answer(chosen, is_removing=query.get("ask") == "remove", moved=query.get("moved", ""))
 
     def answer(self, chosen: Chosen, error: str = "", is_removing: bool = False, moved: str = "") -> Response:
         """Return the page.
@@ -115,7 +112,7 @@ class ModelPages:
             "can_write": not site.read_only,
             "said": error,
         }
-        return answer_page(render_page(HERE / "models.html", "Models", values, POLICY), 422 if error else 200)
+        return answer_template("models.html", "Models", values, is_refused=error != "")
 
     def describe_free(self) -> str:
         try:
@@ -145,7 +142,7 @@ class ModelPages:
             elif what == "remove":
                 moved = self.remove(files, form.get("part", ()))
             else:
-                return PlainTextResponse("There is no such request.", 404)
+                return answer_unknown()
         except UserError as error:
             return self.answer(chosen, str(error), is_removing=what == "remove")
         except OSError as error:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from browser.folders import MediaFolder
@@ -76,18 +76,7 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
     rows = [row for _, _, row in ranked]
     if content is None:
         return rows
-    return [_suggest(row) for row in rows[:SUGGESTED]] + rows[SUGGESTED:]
-
-
-def _suggest(row: ModelRow) -> ModelRow:
-    return ModelRow(
-        model=row.model,
-        size=row.size,
-        is_there=row.is_there,
-        fit=row.fit,
-        makes=row.makes,
-        is_suggested=True,
-    )
+    return [replace(row, is_suggested=True) for row in rows[:SUGGESTED]] + rows[SUGGESTED:]
 
 
 def _rank(row: ModelRow, memory: float, content: MediaFolder | None) -> tuple[bool, bool, bool, int]:

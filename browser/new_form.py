@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from browser.described import DescribedFolder
+from browser.names import number_names
 from modules.errors import OptionError
 from modules.option_values import option_words
 from modules.output_files import check_output_name
@@ -169,9 +170,4 @@ def list_key_changes(form: NewForm, before: NewForm) -> dict[str, Any]:
 
 def free_name(output: Path, name: str) -> str:
     """Return a name that no LoRA in a folder has: the given one, or with -2, -3, ... behind it."""
-    number = 2
-    free = name
-    while (output / f"{free}.safetensors").exists():
-        free = f"{name}-{number}"
-        number += 1
-    return free
+    return next(free for free in number_names(name) if not (output / f"{free}.safetensors").exists())

@@ -9,7 +9,7 @@ import functools
 import shlex
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -17,18 +17,26 @@ from typing import Any
 from urllib.parse import urlencode
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_gone, answer_move, answer_page
-from browser.beginnings import CHECK, DESCRIBE, run_words
+from browser.answers import (
+    Form,
+    answer_form,
+    answer_gone,
+    answer_move,
+    answer_template,
+    answer_unknown,
+    read_query,
+)
+from browser.beginnings import CHECK, DESCRIBE, check_words, run_words
+from browser.bin_folder import FOLDER as BIN
 from browser.captioning import TRIED, caption_words, describe_engine, is_captioning, read_tries
 from browser.captions import mark_bytes
 from browser.datasets import find_places
 from browser.described import (
     DATASET_FILE,
     FILES,
-    TRAINING_TABLE,
     ChangedMeanwhileError,
     DescribedFolder,
     change_keys,
@@ -39,13 +47,11 @@ from browser.described import (
     read_described,
 )
 from browser.durations import describe_duration
-from browser.errands import errand_name
+from browser.errands import errand_name, has_changed_since
 from browser.folder_files import FolderFiles, file_routes, list_names, picture_address
 from browser.folders import (
-    BIN,
     CHECK_PAGE,
     find_folder,
-    find_top,
     list_media_folders,
     read_media_folder,
 )
@@ -75,11 +81,10 @@ from browser.said import REPAIR, SaidLine, find_command, read_changes, read_said
 from browser.site import Site
 from browser.uploads import ADDRESS as UPLOAD
 from browser.uploads import FileUploads, name_of_day
-from browser.views import HERE, POLICY
+from browser.views import POLICY
 from downloads.catalogue import Component
 from downloads.listing import gigabytes, total_bytes
 from modules.errors import OptionError, UserError
-from modules.pages.page import render_page
 from modules.text_encodings import NAMES
 from modules.text_files import read_content
 from project.fitting import find_memory
@@ -136,7 +141,7 @@ class NewPages:
         return [card.name for card in CardReader(shutil.which("nvidia-smi")).read()]
 
     def show(self, request: Request) -> Response:
-        query = {name: request.query_params.getlist(name) for name in request.query_params}
+        query = read_query(request)
         form = NewForm.of_fields(query)
         message = ""
         if "folder" in query and set(query) <= {"folder", "name"}:
@@ -179,7 +184,7 @@ class NewPages:
 
     def is_pending(self, comparing: Job, folder: Path) -> bool:
         """Return whether shown changes are still those that the files would get."""
-        return comparing.state == RUNNING or not has_changed_since(comparing, folder)
+        return comparing.state == RUNNING or not has_changed_since(comparing, folder, FILES)
 
     def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:
         """Return the page with a filled form.
@@ -230,9 +235,9 @@ class NewPages:
             **self.progress_values(folder, described),
             "refused": error if folder is None else "",  # of a button whose folder is gone
         }
-        page = render_page(HERE / "new.html", "New", values, PAGE_POLICY)
-        headers = {"content-security-policy": f"{PAGE_POLICY}; frame-ancestors 'none'"}
-        return answer_page(page, 422 if error else 200, headers)
+        response = answer_template("new.html", "New", values, is_refused=error != "", policy=PAGE_POLICY)
+        response.headers["content-security-policy"] = f"{PAGE_POLICY}; frame-ancestors 'none'"
+        return response
 
     def describe_duration(self, form: NewForm, described: DescribedFolder | None) -> str:
         """Return how long the steps in the form take; empty if it is not known."""
@@ -310,16 +315,13 @@ class NewPages:
         folder = find_folder(self.site.runs, request.query_params.get("folder", ""))
         if folder is None:
             return answer_gone()
-        described, _ = self.try_read(folder)
-        values = self.progress_values(folder, described)
-        return answer_page(render_page(HERE / "new_progress.html", "New", values, PAGE_POLICY))
+        return self.answer_progress(folder)
 
-    def answer_progress(self, folder: Path, refused: str) -> Response:
-        """Return the same part after a button in it was pressed. refused: why nothing was done."""
+    def answer_progress(self, folder: Path, refused: str = "") -> Response:
+        """Return the same part. refused: why a button did nothing."""
         described, _ = self.try_read(folder)
         values = self.progress_values(folder, described) | {"refused": refused}
-        page = render_page(HERE / "new_progress.html", "New", values, PAGE_POLICY)
-        return answer_page(page, 422 if refused else 200)
+        return answer_template("new_progress.html", "New", values, is_refused=refused != "")
 
     def show_folders(self, request: Request) -> Response:
         """Return the next folders of the list."""
@@ -332,7 +334,7 @@ class NewPages:
             "next_folder": first + PART,
             "picture_address": picture_address,
         }
-        return answer_page(render_page(HERE / "new_folders.html", "New", values, PAGE_POLICY))
+        return answer_template("new_folders.html", "New", values)
 
     def show_check(self, request: Request) -> Response:
         """Return check.html of a folder, which may be somebody else's: it runs and loads nothing."""
@@ -353,7 +355,7 @@ class NewPages:
 
     def is_check_old(self, checking: Job | None, folder: Path | None) -> bool:
         """Return whether the files of a folder have changed since its check began."""
-        return checking is not None and folder is not None and has_changed_since(checking, folder)
+        return checking is not None and folder is not None and has_changed_since(checking, folder, FILES)
 
     def explain_folder(self, text: str) -> str:
         """Return why a text names no folder that can be described here."""
@@ -449,7 +451,7 @@ class NewPages:
         texts = {name: "".join(values) for name, values in form.items()}
         try:
             if not self.carry_out(what, folder, sent, texts):
-                return PlainTextResponse("There is no such request.", 404)
+                return answer_unknown()
             problem = ""
         except ChangedMeanwhileError:
             problem = f"The files of {folder} have changed meanwhile. Load this page again to see them."
@@ -475,8 +477,7 @@ class NewPages:
         elif what == "keep":
             errands.forget(errand_name(COMPARE, folder))
         elif what == "check":
-            words = ["reelsmith", "run", str(folder), "--check"]
-            errands.start(errand_name(CHECK, folder), words, Path.cwd())
+            errands.start(errand_name(CHECK, folder), check_words(folder), Path.cwd())
         elif what == "stop":
             for kind in ERRANDS:
                 errands.stop(errand_name(kind, folder))
@@ -489,7 +490,7 @@ class NewPages:
         elif what == "write":
             words = caption_words(texts.get("engine", ""), texts.get("question", ""))
             self.require_inside(folder)
-            self.queue_job(words, folder)
+            self.site.queue.add_and_begin(words, folder)
         elif what == "remedy":
             self.run_remedy(folder, texts.get("line", ""))
         elif what == REPAIR:
@@ -509,7 +510,7 @@ class NewPages:
         plan = self.plan_describe(form, folder, described)
         if plan.changes:
             have = mark_bytes(read_content(folder / RUN_FILE))
-            change_keys(folder / RUN_FILE, TRAINING_TABLE, plan.changes, have)
+            change_keys(folder / RUN_FILE, plan.changes, have)
             return
         kind = COMPARE if plan.compares else DESCRIBE
         self.site.errands.start(errand_name(kind, folder), plan.words, Path.cwd())
@@ -522,7 +523,7 @@ class NewPages:
         if mark != mark_files(folder):
             raise ChangedMeanwhileError
         kept = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
-        keep_copies(folder, find_top(self.site.runs, folder) / BIN / "replaced" / kept)
+        keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / kept)
         form = NewForm.of_words(shlex.split(comparing.line))
         words = new_words(form, self.site.models, overwrite=True)
         self.site.errands.start(errand_name(DESCRIBE, folder), words, Path.cwd())
@@ -536,14 +537,6 @@ class NewPages:
         if "--download" in words and not has_accepted:
             raise OptionError("Its model is to be loaded: read the licences next to Start, and accept them.")
         self.site.beginnings.start(folder, words)
-
-    def queue_job(self, words: Sequence[str], folder: Path) -> None:
-        """Put a command into the queue, and start the queue unless other jobs wait in it."""
-        queue = self.site.queue
-        others_wait = any(job.state == WAITING for job in queue.jobs())
-        queue.add(words, folder)
-        if queue.worker == "" and not others_wait:
-            queue.begin_work()
 
     def require_inside(self, folder: Path) -> None:
         """Raise OptionError if the dataset of a folder names files outside the roots."""
@@ -568,7 +561,7 @@ class NewPages:
         if command.words[0] == "cache":
             self.site.errands.start(errand_name(REPAIRING, folder), words, folder)
         else:
-            self.queue_job(words, folder)
+            self.site.queue.add_and_begin(words, folder)
 
     def repair(self, folder: Path, encoding: str) -> None:
         """Convert captions of a folder that are not UTF-8. encoding: theirs; "" if it is to be guessed."""
@@ -586,21 +579,7 @@ class NewPages:
         """Say what the file of a model is, by its header."""
         option = request.query_params.get("option", "")
         text = "".join(form.get(f"file_{option}", ()))
-        values = {"text": describe_file(text)}
-        return answer_page(render_page(HERE / "new_file.html", "New", values, PAGE_POLICY))
-
-
-def has_changed_since(errand: Job, folder: Path) -> bool:
-    """Return whether one of the three files of a folder has changed since an errand was started."""
-    try:
-        began = errand.log.with_suffix(".json").stat().st_mtime_ns
-    except OSError:
-        return True
-    for name in FILES:
-        with contextlib.suppress(FileNotFoundError):
-            if (folder / name).stat().st_mtime_ns > began:
-                return True
-    return False
+        return answer_template("new_file.html", "New", {"text": describe_file(text)})
 
 
 def find_repair(folder: Path) -> list[str]:

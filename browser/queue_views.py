@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from browser import compare
-from browser.answers import Form, answer_form, answer_page
+from browser.answers import Form, answer_form, answer_page, answer_unknown, read_query
 from browser.beginnings import Beginnings
 from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue
 from browser.launch import check_options, command_part, split_folder, split_words
@@ -49,8 +49,7 @@ class ComparePages:
         self.queue = queue
 
     def show(self, request: Request) -> Response:
-        query = request.query_params
-        return self.answer({name: query.getlist(name) for name in query})
+        return self.answer(read_query(request))
 
     def make(self, _: Request, form: Form) -> Response:
         """Queue the jobs for the missing clips of a comparison."""
@@ -256,7 +255,7 @@ class QueuePages:
         run_id = "".join(form.get("run", ()))
         try:
             if not self.carry_out(what, "".join(form.get("id", ())), line, run_id):
-                return PlainTextResponse("There is no such request.", 404)
+                return answer_unknown()
         except UserError as error:
             query = {"line": line, "run": run_id} if what == "add" else {}
             return self.answer(str(error), query)

@@ -5,6 +5,7 @@ form are options that a prompt line may have, by their names on the command line
 """
 
 import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from browser.compare import PLACEHOLDER, ComparableRun, group_options
+from browser.wishes import Making
 from contract.families import HIGH_NOISE, with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from generation.options import request_extras
@@ -25,7 +27,6 @@ from modules.text_files import bad_character
 
 LORA = "--lora_weight"
 STRENGTHS = "--lora_multiplier"
-SAVE_PATH = "--save_path"
 RESULTS = "generated"  # folder of results, in a root or in the output folder of a run
 MOST_STRENGTH = 1000  # of a LoRA, as training has it
 # by name of the field: the options that it may set, of which the first that the script has counts. In the
@@ -223,6 +224,20 @@ def flag_of(key: str, defaults: ScriptDefaults) -> str:
     name = SIZE if key in SIZES else key
     spelled = defaults.spelled.get(name)
     return spelled[0] if spelled else f"--{name}"
+
+
+def type_options(values: Mapping[str, Any], defaults: ScriptDefaults) -> dict[str, Any]:
+    """Return options of a prompt line, by their keys, as those of the command line, by their flags."""
+    typed: dict[str, Any] = {}
+    sides = ["", ""]
+    for key, value in values.items():
+        if key in SIZES:
+            sides[SIZES[key]] = str(value)
+        else:
+            typed[flag_of(key, defaults)] = value
+    if all(sides):
+        typed[flag_of(SIZE, defaults)] = sides
+    return typed
 
 
 def _key_of(flag: str, defaults: ScriptDefaults) -> str:
@@ -450,18 +465,24 @@ class Wish:
             if any(float_or_one(strength) != 1 for strength in strengths):
                 options[_with_expert(STRENGTHS, expert)] = strengths
         options["--prompt"] = self.prompt.strip()
-        sides = ["", ""]
-        for key, text in self._values(seed).items():
-            if key in SIZES:
-                sides[SIZES[key]] = text
-            else:
-                options[flag_of(key, defaults)] = text
-        if all(sides):
-            options[flag_of(SIZE, defaults)] = sides
+        options |= type_options(self._values(seed), defaults)
         if self.references and "references" in recipe.fields:
             options[flag_of("control_image_path", defaults)] = list(self.references)
         save_flag = flag_of("save_path", defaults)
         return ["python", recipe.script, *_as_words(options), save_flag, self.save_path]
+
+    def as_making(self, seed: str) -> Making:
+        """Return the record of one result that is to be made."""
+        return Making(
+            id=0,
+            title=self.recipe.title,
+            session=self.session_words,
+            command=self.command(seed),
+            request=self.request(seed),
+            folder=str(self.recipe.folder),
+            save_path=self.save_path,
+            created=time.time(),
+        )
 
 
 def _as_words(options: Mapping[str, Any]) -> list[str]:

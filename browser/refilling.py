@@ -1,7 +1,7 @@
 """Read how a file was made, to fill the form Generate with it: files of ours, and prompts of other programs.
 
-Ours have `bt_*` texts, as `blissful_tuner/metadata.py` writes them. Pictures of ComfyUI hold their graph,
-those of the web UI of AUTOMATIC1111 a text; of these the prompt and plain numbers are taken.
+Ours are read as their results are (`settings_of.py`). Pictures of ComfyUI hold their graph, those of the web
+UI of AUTOMATIC1111 a text; of these the prompt and plain numbers are taken.
 """
 
 import contextlib
@@ -10,16 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from browser.recipes import ModelRecipe
-from contract.families import with_scripts
+from browser.recipes import PICTURES, ModelRecipe, float_or_one
+from browser.settings_of import KEYS, ResultSettings, find_family, parse_tags
 from modules.errors import OptionError
 from modules.text_files import parse_json
 
-NOT_SET = "N/A"
-PREFIX = "bt_"
-# texts of a result by the key of an option, if they differ
-TAGS = {"video_size_width": "width", "video_size_height": "height", "seed": "seeds"}
-LORA = re.compile(r"bt_lora_(?:(high_noise)_)?\d+")
 MOST_HOPS = 20  # between nodes of a graph
 MOST_OF_GRAPH = 4 << 20  # characters
 NO_SETTINGS = (
@@ -41,25 +36,23 @@ class FoundSettings:
     @property
     def family(self) -> str:
         """Return the family as scripts name it; empty if it is not known."""
-        for name, entry in with_scripts().items():
-            if self.model and self.model in (name, *entry.further_models):
-                return name
-        return ""
+        return find_family(self.model)
 
     def fields(self, recipe: ModelRecipe) -> dict[str, str]:
         """Return texts by the names of the form's fields, as far as the model has them."""
         texts = {"prompt": self.texts.get("prompt", "")}
         for name, key in recipe.keys.items():
             text = self.texts.get(key, "")
-            if text and name not in ("start", "end", "control", "references", "redraw"):
+            if text and name not in PICTURES:
                 texts[name] = text
         return texts
 
 
 def read_found(tags: Mapping[str, str]) -> FoundSettings:
     """Return the settings in the texts of a file. Raises OptionError if there are none."""
-    if tags.get("bt_prompt", NOT_SET) != NOT_SET:
-        return _read_ours(tags)
+    ours = parse_tags(tags)
+    if "prompt" in ours.values:
+        return _read_ours(ours)
     for name in ("prompt", "comment"):
         graph = _read_graph(tags.get(name, ""))
         if graph:
@@ -70,27 +63,16 @@ def read_found(tags: Mapping[str, str]) -> FoundSettings:
     raise OptionError(NO_SETTINGS)
 
 
-def _read_ours(tags: Mapping[str, str]) -> FoundSettings:
-    texts = {}
-    for name, text in tags.items():
-        if name.startswith(PREFIX) and text != NOT_SET:
-            texts[name.removeprefix(PREFIX)] = text.replace("\\n", "\n")
-    loras = {}
-    for name, text in tags.items():
-        if LORA.fullmatch(name):
-            file, _, strength = text.rpartition(": ")
-            loras[file] = f"{float(strength):g}" if _is_number(strength) else "1"
-    for key, name in TAGS.items():
-        if name in texts:
-            texts[key] = texts[name]
+def _read_ours(settings: ResultSettings) -> FoundSettings:
+    texts = {KEYS.get(name, name): text for name, text in settings.values.items()}
     if texts.get("video_length") == "1":
         del texts["video_length"]
     return FoundSettings(
         program="Reelsmith",
         texts=texts,
-        model=texts.get("model_type", ""),
-        task=texts.get("task", ""),
-        loras=loras,
+        model=settings.get("model_type"),
+        task=settings.get("task"),
+        loras={lora.name: f"{float_or_one(lora.strength):g}" for lora in settings.loras},
     )
 
 

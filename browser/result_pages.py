@@ -1,7 +1,6 @@
 """Show the results of all days on the page Generate, part by part, and do what their buttons ask for."""
 
 import contextlib
-import hashlib
 import os
 import re
 import secrets
@@ -26,7 +25,9 @@ from browser.answers import (
     answer_form,
     answer_gone,
     answer_json,
-    answer_page,
+    answer_said,
+    answer_template,
+    answer_unknown,
 )
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
@@ -35,12 +36,13 @@ from browser.described import PROMPTS_FILE, ChangedMeanwhileError, read_describe
 from browser.errands import errand_name
 from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
+from browser.names import number_names, short_digest
 from browser.recipes import RESULTS, ModelRecipe, recipe_of_model, recipe_of_run
-from browser.results import LARGER, LAST_FRAME, Result, ResultFolders, find_top
+from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
 from browser.runs import DIED, FINISHED, RUNNING, Glance
-from browser.settings_of import PREFIX, Remade, ResultSettings, read_settings, remake, sample_line
+from browser.settings_of import PREFIX, ResultSettings, read_settings, remake, sample_line
 from browser.site import Site
-from browser.views import HERE, POLICY, label_runs
+from browser.views import label_runs
 from browser.wishes import Making
 from contract.families import with_scripts
 from downloads.catalogue import ModelSet, model_sets
@@ -50,7 +52,6 @@ from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import video_frames
 from modules.media.writing import write_png
-from modules.pages.page import render_page
 from modules.text_files import read_content
 from project.options import MODELS
 
@@ -189,7 +190,7 @@ class Plate:
     def mark(self) -> str:
         """Return a text that changes with what is shown."""
         text = f"{self.result.changed} {self.result.size_bytes} {self.job_text}"
-        return hashlib.blake2s(text.encode(), digest_size=6).hexdigest()
+        return short_digest(text, 6)
 
     @property
     def time(self) -> str:
@@ -230,7 +231,7 @@ class Remaker:
         self.site = site
         self.folders = folders
 
-    def remake(self, result: Result, settings: ResultSettings, seed: str) -> Remade:
+    def remake(self, result: Result, settings: ResultSettings, seed: str) -> Making:
         """Return what makes a result again. seed: the one to take. Raises OptionError if nothing can."""
         reasons = []
         save_path = str(self.site.runs.tops[0] / RESULTS)
@@ -376,7 +377,7 @@ class ResultPages:
         jobs = [(path, job.state) for path, job in self.find_larger().items()]
         files = [(result.id, result.changed) for result in chosen]
         text = repr((files, days, unread, models, sorted(jobs), len(results)))
-        mark = hashlib.blake2s(text.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
+        mark = short_digest(text)
         if query.get("have") == mark:
             return Response(status_code=204)
         with self.site.runs.lock:
@@ -421,7 +422,7 @@ class ResultPages:
 
     def answer_plates(self, plates: Sequence[Plate]) -> Response:
         values = {"plates": plates, "can_write": not self.site.read_only}
-        return answer_page(render_page(HERE / "plates.html", "Results", values, POLICY))
+        return answer_template("plates.html", "Results", values)
 
     def find_larger(self) -> dict[str, Job]:
         """Return the newest job of the queue that enlarges each file, by its path."""
@@ -471,8 +472,7 @@ class ResultPages:
             "said": error,
             **values,
         }
-        text = render_page(HERE / "result_sheet.html", result.path.name, shown, POLICY)
-        return answer_page(text, 422 if error else 200)
+        return answer_template("result_sheet.html", result.path.name, shown, is_refused=error != "")
 
     def show_commands(self, request: Request) -> Response:
         """Return the command that each button of a result types, as JSON."""
@@ -525,32 +525,12 @@ class ResultPages:
     def add_making(self, result: Result, settings: ResultSettings, seed: str) -> Response:
         """Give the wish of a result to the maker. Raises OptionError or OutputError if it takes none."""
         remade = self.remaker.remake(result, settings, seed)
-        missing = [word for word in _list_files(remade) if not (remade.folder / word).exists()]
+        missing = [word for word in _list_files(remade) if not Path(remade.folder, word).exists()]
         if missing:
             raise OptionError(f"{missing[0]} is missing: load the model first (Models).")
 
-        def make(number: int) -> Making:
-            return Making(
-                id=number,
-                title=remade.title,
-                session=remade.session,
-                command=remade.command,
-                request=remade.request,
-                folder=str(remade.folder),
-                save_path=remade.save_path,
-                created=time.time(),
-            )
-
-        [number] = self.site.maker.add([make])
-        return self.answer_said(f"It waits above as {number}, with seed {seed}.")
-
-    def answer_said(self, text: str) -> Response:
-        values = {"said": text, "is_bad": False}
-        return answer_page(render_page(HERE / "result_said.html", "Results", values, POLICY))
-
-    def answer_refused(self, text: str) -> Response:
-        values = {"said": text, "is_bad": True}
-        return answer_page(render_page(HERE / "result_said.html", "Results", values, POLICY), 422)
+        [number] = self.site.maker.add([remade])
+        return answer_said(f"It waits above as {number}, with seed {seed}.")
 
     # --- larger
 
@@ -619,10 +599,7 @@ class ResultPages:
             return self.show_larger(result, "Choose an upscaler's file.")
         if earlier is not None and earlier.state in (WAITING, RUNNING):
             return self.show_larger(result, "It is being enlarged already.")
-        others_wait = any(job.state == WAITING for job in queue.jobs())
-        number = queue.add(self.larger_words(result, network), Path.cwd())
-        if queue.worker == "" and not others_wait:
-            queue.begin_work()
+        number = queue.add_and_begin(self.larger_words(result, network), Path.cwd())
         where = "It is job {} of the queue. The larger one will stand here when it is made."
         if queue.worker == "":
             where = "It is job {} of the queue, which is paused: start it on the page Queue."
@@ -710,11 +687,11 @@ class ResultPages:
     # --- remove
 
     def show_remove(self, result: Result, error: str) -> Response:
-        root = find_top(self.site.runs, result.path)
+        root = self.site.runs.find_top(result.path)
         return self.answer_sheet("remove", result, error, root=root)
 
     def remove(self, result: Result, _: Form) -> Response:
-        root = find_top(self.site.runs, result.path)
+        root = self.site.runs.find_top(result.path)
         folder = BinFolder(root / BIN).take(title=result.path.name, base=root, paths=[result.path])
         self.folders.list_all()
         return self.answer_sheet("done", result, text=f"It is in {folder} now.")
@@ -724,16 +701,16 @@ class ResultPages:
         result = self.find(request)
         change = self.changes.get(request.path_params["what"])
         if change is None:
-            return PlainTextResponse("There is no such request.", 404)
+            return answer_unknown()
         if result is None:
-            return self.answer_refused("This file is not there any more.")
+            return answer_said("This file is not there any more.", is_refused=True)
         try:
             return change(result, form)
         except (UserError, OSError, ValueError) as error:
-            return self.answer_refused(str(error))
+            return answer_said(str(error), is_refused=True)
 
 
-def _list_files(remade: Remade) -> list[str]:
+def _list_files(remade: Making) -> list[str]:
     """Return the words of a session that name files of a model."""
     words = remade.session
     return [word for word in words if Path(word).suffix in (".safetensors", ".pth", ".gguf", ".sft")]
@@ -742,12 +719,8 @@ def _list_files(remade: Remade) -> list[str]:
 def _free_path(path: Path, added: str) -> Path:
     """Return a name for a file that is made from another one, which no file has."""
     suffix = ".png" if path.suffix.lower() == ".png" else ".mp4"
-    number = 1
-    free = path.with_name(f"{path.stem}{added}{suffix}")
-    while os.path.lexists(free):
-        number += 1
-        free = path.with_name(f"{path.stem}{added}-{number}{suffix}")
-    return free
+    paths = (path.with_name(f"{name}{suffix}") for name in number_names(f"{path.stem}{added}"))
+    return next(free for free in paths if not os.path.lexists(free))
 
 
 def _catalogue_families(family: str) -> set[str]:

@@ -1,7 +1,6 @@
 """List the results of all days below the roots, pictures, clips and sounds, and remove them."""
 
 import contextlib
-import hashlib
 import heapq
 import operator
 import os
@@ -13,16 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from browser.bin_folder import FOLDER as BIN
+from browser.names import short_digest
 from browser.recipes import RESULTS
 from browser.runs import Runs
-from modules.errors import OutputError
-from modules.text_files import real_path
 
 KINDS = {".png": "picture", ".mp4": "clip", ".mkv": "clip", ".wav": "sound"}  # by suffix
 DEEPEST = 8  # folders below a root
 MOST_FOLDERS = 50_000  # that are looked into
 MOST_RESULTS = 20_000  # the newest
-BIN = "reelsmith-bin"  # folder in a root that takes what is removed
 # folders that are not looked into
 CLOSED = {"sample", "cache", "compare", "node_modules", "reelsmith-queue", BIN}
 LARGER = "_larger"  # behind the name of what was enlarged
@@ -42,7 +40,7 @@ class Result:
 
     @cached_property
     def id(self) -> str:
-        return hashlib.blake2s(os.fsencode(self.path), digest_size=8).hexdigest()
+        return short_digest(self.path)
 
     @property
     def address(self) -> str:
@@ -174,16 +172,3 @@ def _make_results(folder: Path, files: Sequence[_Entry]) -> list[Result]:
             shown_at = shown_at if match is None else times.get(match[1], shown_at)
         results.append(Result(folder / file.name, file.changed, file.size_bytes, shown_at=shown_at))
     return results
-
-
-def list_results(runs: Runs) -> Sequence[Result]:
-    """Return all results in folders called `generated` below the roots, the newest first."""
-    return ResultFolders(runs).list_all()
-
-
-def find_top(runs: Runs, path: Path) -> Path:
-    """Return the root that a file is below. Raises OutputError if it is below none."""
-    for top in runs.tops:
-        if real_path(path).is_relative_to(top):
-            return top
-    raise OutputError(f"{path} is not below the folders of this page")

@@ -1,20 +1,28 @@
 """Answer the buttons of a run: start, stop and continue it, train on, edit its samples, remove it."""
 
 import contextlib
-import hashlib
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_gone, answer_json, answer_move, answer_page
+from browser.answers import (
+    Form,
+    answer_form,
+    answer_gone,
+    answer_json,
+    answer_move,
+    answer_page,
+    answer_said,
+    answer_template,
+)
 from browser.beginnings import (
     BUSY,
     CHECK,
@@ -22,7 +30,9 @@ from browser.beginnings import (
     DRAFT,
     FAULTS,
     TRAINING,
+    Plan,
     ShownRun,
+    check_words,
     free_name,
     mark_state,
     runs_folder,
@@ -31,10 +41,11 @@ from browser.beginnings import (
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.captions import CaptionConflictError, Captions, mark_bytes
-from browser.described import FILES, TRAINING_TABLE, ChangedMeanwhileError, change_keys
+from browser.described import FILES, ChangedMeanwhileError, change_keys
 from browser.errands import errand_name
 from browser.intentions import read_intentions, read_shown
 from browser.jobs import ENDED, QUEUE, WAITING, Job
+from browser.names import short_digest
 from browser.queue_views import is_of, read_jobs
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance
 from browser.site import Site
@@ -139,43 +150,55 @@ class RunButtons:
 
     def list_deeds(self, shown: ShownRun) -> Deeds:
         """Return the buttons of a run."""
-        run, plan, state = shown.glance, shown.plan, shown.state
-        command = self.find_resuming(run) if plan is None else None
-        facts: dict[str, Any] = {"remove": f"moves its files into {BIN}"}
         prompts = self.find_prompts(shown)
-        if prompts is not None:
-            facts["samples"] = str(prompts)
-        facts["generate"] = has_lora(run)
-        if state.is_active:
-            facts["stop"] = self.stop_command(shown)
-            return Deeds(**facts)
+        deeds = Deeds(
+            remove=f"moves its files into {BIN}",
+            samples="" if prompts is None else str(prompts),
+            generate=has_lora(shown.glance),
+        )
+        if shown.state.is_active:
+            return replace(deeds, stop=self.stop_command(shown))
+        if shown.plan is None:
+            return self.add_deeds_of_history(deeds, shown)
+        return self.add_deeds_of_plan(deeds, shown, shown.plan)
+
+    def add_deeds_of_plan(self, deeds: Deeds, shown: ShownRun, plan: Plan) -> Deeds:
+        """Add the buttons of a run that can be started from its described folder."""
+        run = shown.glance
         has_run = run.history.exists()
-        if plan is not None:
-            typed = shlex.join(words_of_plan(plan, self.site.models))
-            is_draft = state.name == DRAFT
-            facts["folder"] = str(plan.folder)
-            facts["is_known"] = self.beginnings.is_known(plan)
-            if state.name != FINISHED:
-                facts["start"] = typed
-                facts["start_label"] = "Start" if is_draft else "Continue"
-            if is_draft or state.name == FAULTS:
-                facts["check"] = shlex.join(["reelsmith", "run", str(plan.folder), "--check"])
-            if has_run and plan.steps:
-                facts["steps"] = usual_steps(run, plan.steps)
-                facts["have"] = mark_bytes(read_content(plan.folder / RUN_FILE))
-                facts["train_on"] = f"max_train_steps in {RUN_FILE}, then {typed}"
-            if has_run or not is_draft:
-                facts["again"] = free_name(plan)
-        elif command is not None:
-            place, page_command = command
-            if not run.is_of_here:
-                facts["read_line"] = f"/queue?run={run.id}&command={place}#words"
-            elif state.name != FINISHED:
-                facts["start"] = page_command.bash
-            if run.is_of_here and STEPS_OPTION in page_command.bash:
-                facts["steps"] = usual_steps(run, run.total_steps)
-                facts["train_on"] = f"{STEPS_OPTION} and the command that goes on"
-        return Deeds(**facts)
+        is_draft = shown.state.name == DRAFT
+        typed = shlex.join(words_of_plan(plan, self.site.models))
+        deeds = replace(deeds, folder=str(plan.folder), is_known=self.beginnings.is_known(plan))
+        if shown.state.name != FINISHED:
+            deeds = replace(deeds, start=typed, start_label="Start" if is_draft else "Continue")
+        if shown.state.name in (DRAFT, FAULTS):
+            deeds = replace(deeds, check=shlex.join(check_words(plan.folder)))
+        if has_run and plan.steps:
+            deeds = replace(
+                deeds,
+                train_on=f"max_train_steps in {RUN_FILE}, then {typed}",
+                steps=usual_steps(run, plan.steps),
+                have=mark_bytes(read_content(plan.folder / RUN_FILE)),
+            )
+        if has_run or not is_draft:
+            deeds = replace(deeds, again=free_name(plan))
+        return deeds
+
+    def add_deeds_of_history(self, deeds: Deeds, shown: ShownRun) -> Deeds:
+        """Add the buttons of a run of which only its history tells, if that has a command to continue it."""
+        run = shown.glance
+        command = self.find_resuming(run)
+        if command is None:
+            return deeds
+        place, page_command = command
+        if not run.is_of_here:
+            return replace(deeds, read_line=f"/queue?run={run.id}&command={place}#words")
+        if shown.state.name != FINISHED:
+            deeds = replace(deeds, start=page_command.bash)
+        if STEPS_OPTION in page_command.bash:
+            steps = usual_steps(run, run.total_steps)
+            deeds = replace(deeds, steps=steps, train_on=f"{STEPS_OPTION} and the command that goes on")
+        return deeds
 
     def stop_command(self, shown: ShownRun) -> str:
         state, run = shown.state, shown.glance
@@ -278,8 +301,7 @@ class RunButtons:
             values["said"] = error or str(problem)
             values["what"] = ""
         values |= facts or {}
-        page = render_page(HERE / "panel.html", shown.glance.name, values)
-        return answer_page(page, 422 if error else 200)
+        return answer_template("panel.html", shown.glance.name, values, is_refused=error != "")
 
     def facts_of_plan(self, shown: ShownRun) -> dict[str, Any]:
         """Return what a page shows of a run.toml before it is started."""
@@ -330,23 +352,30 @@ class RunButtons:
 
         Media, captions and caches stay: they are the dataset's.
         """
-        run = shown.glance
-        folder = run.history.parent
-        name = run.name.removesuffix(BEFORE_TRAINING)
-        results = list_results(folder, name) if run.history.exists() or shown.plan is None else []
-        if run.history.exists() and not run.name.endswith(BEFORE_TRAINING):
-            with contextlib.suppress(OSError), self.site.runs.lock:
-                saved = self.site.runs.open(run).story.saved
-                names_in_folder = [file for file in saved if Path(file).name == file]
-                results += [folder / file for file in names_in_folder if (folder / file).is_file()]
-        trace = history_path(folder, f"{name}{BEFORE_TRAINING}")
-        results += [trace] if trace.exists() else []
+        results = self.list_trained(shown.glance)
+        if not shown.glance.history.exists() and shown.plan is not None:
+            results = []
+        name = shown.glance.name.removesuffix(BEFORE_TRAINING)
+        trace = history_path(shown.glance.history.parent, f"{name}{BEFORE_TRAINING}")
+        if trace.exists():
+            results.append(trace)
         if not results and shown.plan is not None:
-            others = list(folder.glob(f"*{END}"))
-            names = [RUN_FILE] if others else FILES  # which other runs of this folder were trained with
-            results = [shown.plan.folder / file for file in names if (shown.plan.folder / file).is_file()]
+            has_runs = any(trace.parent.glob(f"*{END}"))
+            names = [RUN_FILE] if has_runs else FILES  # which other runs of this folder were trained with
+            results = [path for path in (shown.plan.folder / name for name in names) if path.is_file()]
         below = [path for path in dict.fromkeys(results) if self.site.runs.is_below(path)]
         return sorted(below)
+
+    def list_trained(self, run: Glance) -> list[Path]:
+        """Return what a training has written: by its name, and what its history tells."""
+        folder = run.history.parent
+        results = list_results(folder, run.name.removesuffix(BEFORE_TRAINING))
+        if run.history.exists() and not run.name.endswith(BEFORE_TRAINING):
+            with contextlib.suppress(OSError), self.site.runs.lock:
+                for name in self.site.runs.open(run).story.saved:
+                    if Path(name).name == name and (folder / name).is_file():
+                        results.append(folder / name)
+        return results
 
     def remove(self, shown: ShownRun, form: Form) -> Response:
         """Move a run's files into the bin, if they are those that were listed."""
@@ -389,10 +418,11 @@ class RunButtons:
             error = "The file has changed since this page read it. Nothing was written."
             return self.answer_panel(shown, "prompts", error, {"mine": mine})
         except ChangedMeanwhileError:
-            return say(f"{RUN_FILE} has changed meanwhile. Nothing was written: look at it again.", 422)
+            text = f"{RUN_FILE} has changed meanwhile. Nothing was written: look at it again."
+            return answer_said(text, is_refused=True)
         except (UserError, OSError, ValueError) as error:
-            return say(str(error), 422)
-        return say(said)
+            return answer_said(str(error), is_refused=True)
+        return answer_said(said)
 
     def start(self, shown: ShownRun, form: Form) -> str:
         """Start a run, or continue it. The form has the mark of a run.toml that was read."""
@@ -444,15 +474,15 @@ class RunButtons:
             raise OptionError(f"{plan.folder / RUN_FILE} counts in epochs. Change max_train_epochs there.")
         path = plan.folder / RUN_FILE
         have = "".join(form.get("have", ()))
-        change_keys(path, TRAINING_TABLE, {"max_train_steps": steps}, have=have)
+        change_keys(path, {"max_train_steps": steps}, have)
         self.beginnings.start(plan.folder, words_of_plan(plan, self.site.models))
         return f"It is in the queue, to {steps:,} steps."
 
     def check(self, shown: ShownRun, _: Form) -> str:
         if shown.plan is None:
             raise OptionError("There is no described folder to check.")
-        words = ["reelsmith", "run", str(shown.plan.folder), "--check"]
-        self.site.errands.start(errand_name(CHECK, shown.plan.folder), words, Path.cwd())
+        folder = shown.plan.folder
+        self.site.errands.start(errand_name(CHECK, folder), check_words(folder), Path.cwd())
         return ""
 
     def stop(self, shown: ShownRun, _: Form) -> str:
@@ -492,12 +522,6 @@ class RunButtons:
         return f"Written into {path.name}."
 
 
-def say(text: str, status: int = 200) -> Response:
-    """Return a short message for the line beside the buttons."""
-    words = Markup('<span class="{}">{}</span>').format("bad" if status >= 400 else "", text)
-    return HTMLResponse(str(words).encode("utf-8", "backslashreplace"), status)
-
-
 def has_lora(run: Glance) -> bool:
     """Return whether a run has a trained file that pictures can be made with."""
     with contextlib.suppress(OSError):
@@ -535,26 +559,14 @@ def size_of(path: Path) -> int:
 def mark_removed(paths: Sequence[Path]) -> str:
     """Return a checksum of the names and sizes of files."""
     facts = [(os.fsencode(path), size_of(path)) for path in paths]
-    return hashlib.blake2s(repr(facts).encode(), digest_size=8).hexdigest()
+    return short_digest(repr(facts))
 
 
 def run_button_routes(buttons: RunButtons) -> list[Route]:
     """Return the routes of the buttons of runs."""
     return [
-        Route("/run/{id}/deeds", _guard(buttons.show_deeds)),
-        Route("/run/{id}/standing", _guard(buttons.show_standing)),
-        Route("/run/{id}/panel/{what}", _guard(buttons.show_panel)),
+        Route("/run/{id}/deeds", buttons.show_deeds),
+        Route("/run/{id}/standing", buttons.show_standing),
+        Route("/run/{id}/panel/{what}", buttons.show_panel),
         Route("/run/{id}/do/{what}", answer_form(buttons.act), methods=["POST"]),
     ]
-
-
-def _guard(show: Callable[[Request], Response]) -> Callable[[Request], Response]:
-    """Return a handler that says "not there" where a file vanishes."""
-
-    def answer(request: Request) -> Response:
-        try:
-            return show(request)
-        except OSError:
-            return answer_gone()
-
-    return answer

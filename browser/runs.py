@@ -1,7 +1,6 @@
 """Find runs below folders by their histories, and summarise each from a few parts of its file."""
 
 import contextlib
-import hashlib
 import html
 import math
 import mmap
@@ -18,8 +17,10 @@ from typing import Any, NamedTuple
 import psutil  # comes with accelerate
 
 from browser.bin_folder import FOLDER as BIN
+from browser.names import short_digest
 from modules.atomic_write import identify_machine
 from modules.console import in_words
+from modules.errors import OutputError
 from modules.limits import MAX_LINE_CHARACTERS
 from modules.text_files import real_path
 from training.reports.history import (
@@ -93,7 +94,7 @@ class Glance:
 
     @property
     def id(self) -> str:
-        return hashlib.blake2s(os.fsencode(self.history), digest_size=8).hexdigest()
+        return short_digest(self.history)
 
     @property
     def name(self) -> str:
@@ -459,6 +460,14 @@ class Runs:
     def tops(self) -> list[Path]:
         """Return the folders that are shown: those given, and those of given files."""
         return [root.parent if root.is_file() else root for root in self.roots]
+
+    def find_top(self, path: Path) -> Path:
+        """Return the folder of `tops` that a path is below, or is. Raises OutputError if there is none."""
+        real = real_path(path)
+        for top in self.tops:
+            if real.is_relative_to(real_path(top)):
+                return top
+        raise OutputError(f"{path} is not below the folders of this page")
 
     def is_inside(self, path: Path) -> bool:
         return self.is_below(path) and path.is_file()

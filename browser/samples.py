@@ -11,38 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.responses import Response
 
-from browser.answers import Form, answer_form, answer_page
-from browser.captions import mark_bytes
-from browser.described import (
-    PROMPTS_FILE,
-    TRAINING_TABLE,
-    ChangedMeanwhileError,
-    edit_toml,
-    read_described,
-    replace_content,
-)
-from browser.folder_settings import (
-    LOOK_AGAIN,
-    DraftChange,
-    DraftFile,
-    find_described,
-    guard,
-    list_fields,
-    read_file,
-)
+from browser.answers import answer_template, answer_unknown
+from browser.described import PROMPTS_FILE, ChangedMeanwhileError, DraftFile, edit_toml, read_described
+from browser.folder_settings import DraftChange, plan_change, read_file, require_whole, save_change
 from browser.folders import NOT_MEDIA
-from browser.settings_table import describe_difference, read_keys, refuse_new_faults
+from browser.settings_table import describe_difference, read_keys
 from browser.site import Site
-from browser.views import HERE, POLICY
 from generation.prompt_lines import is_blank
 from generation.sample_lines import find_sample_option
 from modules.errors import OptionError, UserError
 from modules.media.reading import IMAGE_SUFFIXES
-from modules.pages.page import render_page
 from project.fitting import needs_picture
 from project.options import RUN_FILE, find_models
 
@@ -137,8 +117,9 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_picture: Any) -> st
     An emptied prompt removes its line; a new row goes to the end. fields: of the form, `width 2` of the
     second row. check_picture: raises OptionError for a path that is no picture. Raises OptionError.
     """
-    lines: list[str | None] = [*text.split("\n")]
+    lines = text.split("\n")
     rows = {row.line: row for row in read_rows(text)}
+    emptied = set()
     added = []
     for number in range(1, MOST_ROWS + 1):
         if f"row {number}" not in fields:
@@ -146,24 +127,30 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_picture: Any) -> st
         place = fields.get(f"line {number}", "")
         row = rows.get(int(place) if place.isdecimal() else None) or PromptRow(None, "", {})
         prompt = " ".join(fields.get(f"prompt {number}", "").split("\n")).strip()
-        typed = {
-            name: fields.get(f"{name} {number}", "").strip() for name in FIELDS if f"has {name}" in fields
-        }
-        changes = {name: value for name, value in typed.items() if value != row.texts.get(name, "")}
+        changes = _read_changes(number, row, fields)
         _check_row(number, prompt, row, changes, check_picture)
         if row.line is None:
-            if prompt:
-                added.append(edit_line(prompt, None, changes))
-        elif not prompt and row.prompt:
-            lines[row.line] = None
+            added += [edit_line(prompt, None, changes)] if prompt else []
+        elif row.prompt and not prompt:
+            emptied.add(row.line)
         else:
-            before = lines[row.line] or ""
-            lines[row.line] = edit_line(before, None if prompt == row.prompt else prompt, changes)
-    left = "\n".join(line for line in lines if line is not None)
+            new_prompt = None if prompt == row.prompt else prompt
+            lines[row.line] = edit_line(lines[row.line], new_prompt, changes)
+    left = "\n".join(line for index, line in enumerate(lines) if index not in emptied)
     if not added:
         return left
     gap = "" if not left or left.endswith("\n") else "\n"
     return left + gap + "\n".join(added) + "\n"
+
+
+def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dict[str, str]:
+    """Return the texts of a row's fields that differ from its line, by the name of the field."""
+    changes = {}
+    for name in FIELDS:
+        typed = fields.get(f"{name} {number}", "").strip()
+        if f"has {name}" in fields and typed != row.texts.get(name, ""):
+            changes[name] = typed
+    return changes
 
 
 def _check_row(
@@ -189,32 +176,17 @@ def edit_times(text: str, fields: Mapping[str, str]) -> str:
     """Return run.toml with how often samples are made. Raises OptionError, ValueError."""
     keys = read_keys(text)
     changes: dict[str, Any] = {}
-    removed = []
     every = fields.get("every", "").strip()
     if every != str(keys.get(EVERY, "")):
         if every and not (every.isdecimal() and int(every)):
             raise OptionError(f"Made after every: {every} is no whole number above 0, such as 200.")
-        if every:
-            changes[EVERY] = int(every)
-        else:
-            removed.append(EVERY)
-    at_first = "first" in fields
-    if at_first != bool(keys.get(AT_FIRST)):
-        if at_first:
-            changes[AT_FIRST] = True
-        else:
-            removed.append(AT_FIRST)
-    if changes and PROMPTS not in keys:
+        changes[EVERY] = int(every) if every else None
+    is_first = "first" in fields
+    if is_first != bool(keys.get(AT_FIRST)):
+        changes[AT_FIRST] = is_first or None
+    if any(changes.values()) and PROMPTS not in keys:
         changes[PROMPTS] = PROMPTS_FILE
-    return edit_toml(text, TRAINING_TABLE, changes, removed) if changes or removed else text
-
-
-@dataclass(frozen=True)
-class SampleFiles:
-    """Both files that the rows are made from, with their texts."""
-
-    prompts: DraftFile
-    run: DraftFile
+    return edit_toml(text, changes)
 
 
 class SamplePages:
@@ -223,26 +195,23 @@ class SamplePages:
     def __init__(self, site: Site) -> None:
         self.site = site
 
-    def show(self, request: Request) -> Response:
-        folder = find_described(self.site, request.query_params.get("folder", ""))
-        if folder is None:
-            return PlainTextResponse("There is no such described folder.", 404)
-        number = request.query_params.get("rows", "0")
+    def show(self, folder: Path, query: Mapping[str, str]) -> Response:
+        number = query.get("rows", "0")
         return self.answer(folder, num_rows=int(number) if re.fullmatch(r"[0-9]{1,3}", number) else 0)
 
-    def read_drafts(self, folder: Path) -> SampleFiles:
-        """Read the files. Raises OptionError if the run's prompts are in another file."""
+    def read_drafts(self, folder: Path) -> tuple[DraftFile, DraftFile]:
+        """Read prompts.txt and run.toml. Raises OptionError if the run's prompts are in another file."""
         run = read_file(self.site, folder, RUN_FILE)
-        name = str(read_keys(run.form.text).get(PROMPTS, PROMPTS_FILE))
+        name = str(read_keys(run.text).get(PROMPTS, PROMPTS_FILE))
         if name != PROMPTS_FILE:
             raise OptionError(
                 f"The prompts are in {name} ({PROMPTS} of {RUN_FILE}), which is edited elsewhere. With "
                 f'{PROMPTS} = "{PROMPTS_FILE}" they are edited here.'
             )
-        return SampleFiles(read_file(self.site, folder, PROMPTS_FILE), run)
+        return read_file(self.site, folder, PROMPTS_FILE), run
 
     def answer(
-        self, folder: Path, change: DraftChange | None = None, *, num_rows: int = 0, status: int = 200
+        self, folder: Path, change: DraftChange | None = None, num_rows: int = 0, is_refused: bool = False
     ) -> Response:
         """Return the part of the page. num_rows: to show at least. change: what a form would save."""
         values: dict[str, Any] = {"folder": folder, "change": change or DraftChange(part=""), "problem": ""}
@@ -250,20 +219,20 @@ class SamplePages:
             values |= self.collect_values(folder, num_rows)
         except (OSError, ValueError, UserError) as error:
             values["problem"] = str(error)
-        page = render_page(HERE / "sample_rows.html", "Samples", values, POLICY)
-        return answer_page(page, status)
+        return answer_template("sample_rows.html", "Samples", values, is_refused)
 
     def collect_values(self, folder: Path, num_rows: int) -> dict[str, Any]:
-        drafts = self.read_drafts(folder)
+        prompts, run = self.read_drafts(folder)
         described = read_described(folder)
-        rows = read_rows(drafts.prompts.form.text)
+        rows = read_rows(prompts.text)
         count = min(max(FEWEST_ROWS, len(rows), num_rows), MOST_ROWS)
         rows = rows[:MOST_ROWS]
         blank = PromptRow(None, "", {})
         pictures = self.choose_picture_fields(described.family, described.task, rows)
-        keys = read_keys(drafts.run.form.text)
+        keys = read_keys(run.text)
         return {
-            "drafts": drafts,
+            "prompts": prompts,
+            "run": run,
             "rows": [*rows, *[blank] * (count - len(rows))],
             "next_count": count + 1,
             "number_fields": OF_NUMBERS,
@@ -286,56 +255,27 @@ class SamplePages:
                     fields.add("source")
         return [name for name in PICTURES if name in fields]
 
-    def change(self, request: Request, form: Form) -> Response:
+    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
         """Show what a form would save, or save it."""
-        fields = list_fields(form)
-        folder = find_described(self.site, fields.get("folder", ""))
-        what = request.path_params["what"]
-        if folder is None or what not in ("look", "save"):
-            return PlainTextResponse("There is no such request, or no such described folder.", 404)
+        if what not in ("look", "save"):
+            return answer_unknown()
         try:
-            drafts = self.read_drafts(folder)
-            if (drafts.prompts.mark, drafts.run.mark) != (fields.get("have", ""), fields.get("have run", "")):
+            require_whole(fields)
+            prompts, run = self.read_drafts(folder)
+            if prompts.mark != fields.get("have", "") or run.mark != fields.get("have run", ""):
                 raise ChangedMeanwhileError
-            change = self.edit(folder, drafts, fields, is_saving=what == "save")
+            prompts_after = edit_prompts(prompts.text, fields, lambda text: self.check_picture(folder, text))
+            texts = {prompts: prompts_after, run: edit_times(run.text, fields)}
+            change = plan_change("samples", texts, run)
+            if what == "save":
+                change = save_change(change, texts, fields.get("shown", ""))
         except ChangedMeanwhileError:
             change = DraftChange(part="samples", fault=describe_conflict(folder, fields))
         except (OSError, ValueError, UserError) as error:
             change = DraftChange(part="samples", fault=str(error))
-        is_refused = what == "save" and (change.fault != "" or change.said == LOOK_AGAIN)
+        is_refused = what == "save" and change.is_open
         num_rows = sum(name.startswith("row ") for name in fields) if is_refused else 0
-        return self.answer(folder, change, num_rows=num_rows, status=422 if is_refused else 200)
-
-    def edit(
-        self, folder: Path, drafts: SampleFiles, fields: Mapping[str, str], is_saving: bool
-    ) -> DraftChange:
-        """Return what a form changes, after it is saved if that is asked for and the page has shown it."""
-        if "complete" not in fields:
-            raise OptionError("The form did not arrive as a whole. Load the page again.")
-        prompts = drafts.prompts.form.text
-        run = drafts.run.form.text
-        prompts_after = edit_prompts(prompts, fields, lambda text: self.check_picture(folder, text))
-        run_after = edit_times(run, fields)
-        difference = [*describe_difference(prompts, prompts_after), *describe_difference(run, run_after)]
-        mark = mark_bytes(f"{prompts_after}\0{run_after}".encode("utf-8", "surrogatepass"))
-        if prompts_after != prompts:
-            refuse_new_faults(PROMPTS_FILE, prompts, after=prompts_after, folder=folder, run_text=run)
-        if run_after != run:
-            refuse_new_faults(RUN_FILE, run, after=run_after, folder=folder, run_text=run)
-        change = DraftChange(part="samples", difference=difference, mark=mark)
-        if not is_saving:
-            return change
-        if not difference:
-            return DraftChange(part="samples", said="Nothing is changed.")
-        if fields.get("shown", "") != mark:
-            return DraftChange(part="samples", difference=difference, said=LOOK_AGAIN, mark=mark)
-        changed = {drafts.prompts: (prompts, prompts_after), drafts.run: (run, run_after)}
-        names = []
-        for draft, (before, after) in changed.items():
-            if before != after:
-                replace_content(folder / draft.name, draft.form.with_text(after), draft.mark)
-                names.append(draft.name)
-        return DraftChange(part="samples", said=f"Saved into {' and '.join(names)}: {'; '.join(difference)}")
+        return self.answer(folder, change, num_rows, is_refused)
 
     def check_picture(self, folder: Path, text: str) -> None:
         """Raise OptionError if a path, relative to a folder, names no picture below the roots."""
@@ -376,12 +316,3 @@ def list_pictures(folder: Path) -> list[str]:
             elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not re.search(r"\s--", entry.name):
                 pictures.append((place / entry.name).relative_to(folder).as_posix())
     return pictures[:MOST_PICTURES]
-
-
-def sample_routes(site: Site) -> list[Route]:
-    """Return the routes of the samples of a folder."""
-    pages = SamplePages(site)
-    return [
-        Route("/new/samples", guard(pages.show)),
-        Route("/new/samples/{what}", answer_form(guard(pages.change)), methods=["POST"]),
-    ]

@@ -21,20 +21,20 @@ from browser import uploads
 from browser.answers import NO_WRITING, Form, answer_file, answer_form, answer_gone, answer_json, answer_page
 from browser.dataset_pages import dataset_routes
 from browser.errands import Errands
-from browser.folder_settings import folder_settings_routes
+from browser.folder_settings import FolderSettingsPages, folder_routes
 from browser.generate_pages import generate_routes
 from browser.inputs import MOST_BYTES as MOST_OF_INPUT
 from browser.jobs import JobQueue, open_queue
 from browser.machine import machine_routes
 from browser.making import ResultMaker
-from browser.memory import memory_routes
+from browser.memory import MemoryPages
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
 from browser.queue_views import compare_routes, queue_routes
 from browser.result_pages import result_routes
 from browser.run_buttons import RunButtons, run_button_routes
 from browser.runs import RUNNING, Glance, Runs
-from browser.samples import sample_routes
+from browser.samples import SamplePages
 from browser.settings import ServerSettings
 from browser.settings_page import settings_routes
 from browser.site import Site
@@ -237,10 +237,7 @@ class RunPages:
     def show_about(self, request: Request) -> Response:
         with self.runs.lock:
             path = self.find_file(request)
-        try:
-            return answer_gone() if path is None else answer_page(self.notes.describe(path))  # takes a while
-        except OSError:
-            return answer_gone()
+        return answer_gone() if path is None else answer_page(self.notes.describe(path))  # takes a while
 
     def show_file(self, request: Request) -> Response:
         path = self.find_file(request)
@@ -261,15 +258,12 @@ class RunPages:
         path = STATIC.get(request.path_params["name"])
         return answer_gone() if path is None else FileResponse(path)
 
-    def guard(self, show: Callable[[Request], Response]) -> Callable[[Request], Response]:
-        """Return a handler that calls `show` under the runs' lock; an OSError becomes "not there"."""
+    def lock(self, show: Callable[[Request], Response]) -> Callable[[Request], Response]:
+        """Return a handler that calls `show` under the runs' lock."""
 
         def answer(request: Request) -> Response:
-            try:
-                with self.runs.lock:
-                    return show(request)
-            except OSError:
-                return answer_gone()
+            with self.runs.lock:
+                return show(request)
 
         return answer
 
@@ -310,23 +304,23 @@ def make_app(
     buttons = RunButtons(site)
     pages = RunPages(site, buttons)
     routes = [
-        Route("/", pages.guard(pages.show_list)),
+        Route("/", pages.lock(pages.show_list)),
         *new_routes(site),
         *result_routes(site),
-        *sample_routes(site),
-        *memory_routes(site),
-        *folder_settings_routes(site),
+        *folder_routes(site, "samples", SamplePages(site)),
+        *folder_routes(site, "memory", MemoryPages(site)),
+        *folder_routes(site, "settings", FolderSettingsPages(site)),
         *generate_routes(site),
         *model_routes(site),
         *settings_routes(site),
         *machine_routes(site),
-        Route("/static/{name}", pages.guard(pages.show_static)),
-        Route("/run/{id}/", pages.guard(pages.show_run)),
-        Route("/run/{id}/news", pages.guard(pages.show_news)),
+        Route("/static/{name}", pages.show_static),
+        Route("/run/{id}/", pages.lock(pages.show_run)),
+        Route("/run/{id}/news", pages.lock(pages.show_news)),
         Route("/run/{id}/ask", answer_form(pages.ask), methods=["POST"]),
         Route("/run/{id}/about/{name:path}", pages.show_about),
         *run_button_routes(buttons),
-        Route("/run/{id}/{name:path}", pages.guard(pages.show_file)),
+        Route("/run/{id}/{name:path}", pages.lock(pages.show_file)),
         *queue_routes(runs, queue, site.beginnings),
         *compare_routes(runs, notes, queue),
         *dataset_routes(runs, read_only),

@@ -12,7 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from browser.recipes import LORA, STRENGTHS, ModelRecipe, UsedLora, Wish, flag_of
+from browser.recipes import (
+    FIELDS,
+    LORA,
+    PICTURES,
+    SIZES,
+    STRENGTHS,
+    ModelRecipe,
+    UsedLora,
+    Wish,
+    type_options,
+)
+from browser.wishes import Making
 from contract.families import HIGH_NOISE, with_scripts
 from generation.options import GenerationOptions, generation_parser
 from generation.prompt_lines import find_option, read_path
@@ -34,9 +45,8 @@ LORA_TEXT = re.compile(r"(.+): (\S+)", re.DOTALL)
 APART = {"model_type", "tunerver", "prompt", "creation_timestamp", "device", "timestep_boundary", "task"}
 # keys of prompt lines that metadata call otherwise
 KEYS = {"seeds": "seed", "width": "video_size_width", "height": "video_size_height"}
-SIDES = {"video_size_height": 0, "video_size_width": 1}
 # options that name files to begin from: metadata hold their names
-MEDIA = {"image_path", "end_image_path", "control_path", "control_image_path", "i2i_path", "video_path"}
+MEDIA = {key for name in PICTURES for key in FIELDS[name]}
 FILE_NAME = re.compile(
     r"[^\s/\\].*\.(safetensors|sft|pth?|bin|gguf|ckpt|png|jpe?g|webp|mp4|mkv|txt|json)", re.IGNORECASE
 )
@@ -127,6 +137,13 @@ def read_settings(path: Path) -> ResultSettings | None:
 
 def settings_of_tags(tags: Mapping[str, str]) -> ResultSettings | None:
     """Return the settings in the texts of a file; see `read_settings`."""
+    settings = parse_tags(tags)
+    is_ours = all(name in settings.values for name in ("prompt", "seeds", "model_type"))
+    return settings if is_ours else None
+
+
+def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
+    """Return what of the texts of a file is ours, as `blissful_tuner/metadata.py` writes it."""
     values = {}
     loras: dict[tuple[str, int], NamedLora] = {}
     done: dict[int, str] = {}
@@ -144,8 +161,6 @@ def settings_of_tags(tags: Mapping[str, str]) -> ResultSettings | None:
             loras[expert, int(lora[2])] = NamedLora(strength[1], strength[2], expert)
         else:
             values[name] = text.replace("\\n", "\n")  # as metadata of one line have a line break
-    if "prompt" not in values or "seeds" not in values or "model_type" not in values:
-        return None
     return ResultSettings(
         values=values,
         loras=[loras[place] for place in sorted(loras)],
@@ -206,18 +221,6 @@ def script_options(family: str) -> Mapping[str, KnownOption]:
     return options
 
 
-@dataclass(frozen=True)
-class Remade:
-    """What makes a result once more: for a loaded model, and as a command line."""
-
-    title: str
-    session: list[str]
-    request: dict[str, Any]
-    command: list[str]
-    folder: Path
-    save_path: str
-
-
 FindFile = Callable[[str], str]  # returns the path of a file by its name; raises OptionError
 
 
@@ -228,7 +231,7 @@ def remake(
     save_path: str,
     find_lora: Callable[[str, ModelRecipe], str],
     find_media: FindFile,
-) -> Remade:
+) -> Making:
     """Return what makes the result of these settings with the model of a recipe.
 
     seed: the one to take. Raises OptionError if the recipe has another model, or a file is not found.
@@ -249,18 +252,11 @@ def remake(
     wish = Wish(replace(recipe, fixed=fixed), prompt=prompt, texts={}, loras=loras, save_path=save_path)
     request = wish.request("")
     request["options"] = {**request["options"], **line}
-    typed = {**fixed, **_type_line(line, recipe)}
+    typed = {**fixed, **type_options(line, recipe.defaults)}
     for flag in (f"--{name}" for name in ("num_videos", "num_images")):
         typed.pop(flag, None)
     as_typed = replace(wish, recipe=replace(recipe, fixed=typed))
-    return Remade(
-        title=recipe.title,
-        session=wish.session_words,
-        request=request,
-        command=as_typed.command(""),
-        folder=recipe.folder,
-        save_path=save_path,
-    )
+    return replace(wish.as_making(""), request=request, command=as_typed.command(""))
 
 
 def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any]:
@@ -360,13 +356,13 @@ def _read_line(
         if name in APART or name.startswith("original_"):
             continue
         line_option = find_option(key, recipe.defaults.line_options)
-        is_there = key in SIDES or key in options or key in recipe.extras
+        is_there = key in SIZES or key in options or key in recipe.extras
         if not is_there or line_option is None:
             continue
         option = options.get(key)
         flags = [] if option is None else option.flags
         is_usual = option is not None and _is_equal([str(option.default)], text)
-        if is_usual and not any(flag in recipe.fixed for flag in flags) and key not in SIDES:
+        if is_usual and not any(flag in recipe.fixed for flag in flags) and key not in SIZES:
             continue
         if key in MEDIA or line_option.read is read_path:
             paths = [find_media(part) for part in text.split("\n")]
@@ -375,20 +371,6 @@ def _read_line(
             line[key] = text
     line["seed"] = seed
     return line
-
-
-def _type_line(line: Mapping[str, str | list[str]], recipe: ModelRecipe) -> dict[str, Any]:
-    """Return the options of a prompt line as those of the command line."""
-    typed: dict[str, Any] = {}
-    sides = ["", ""]
-    for key, value in line.items():
-        if key in SIDES:
-            sides[SIDES[key]] = str(value)
-        else:
-            typed[flag_of(key, recipe.defaults)] = value
-    if all(sides):
-        typed[flag_of("video_size_width", recipe.defaults)] = sides
-    return typed
 
 
 # letters of a sample's line by the names of metadata, in the order in which `new` writes them

@@ -4,22 +4,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from browser.answers import Form, answer_form, answer_move, answer_page
+from browser.answers import Form, answer_form, answer_move, answer_template, answer_unknown
 from browser.jobs import QUEUE
 from browser.model_pages import open_bin
 from browser.options import USUAL_PORT
 from browser.qr_code import code_svg
 from browser.site import Site
-from browser.views import HERE, POLICY
 from downloads.listing import gigabytes
 from modules.command import as_typed
 from modules.console import count_of
 from modules.errors import UserError
 from modules.option_values import option_words
-from modules.pages.page import render_page
 from project.options import MODELS
 
 MOST_ENTRIES = 200  # of the bin, that are listed
@@ -75,8 +73,7 @@ class SettingsPages:
             "can_write": not site.read_only,
             "said": error,
         }
-        page = render_page(HERE / "settings.html", "Settings", values, POLICY)
-        return answer_page(page, 422 if error else 200)
+        return answer_template("settings.html", "Settings", values, is_refused=error != "")
 
     def find_worker(self) -> str:
         """Return who runs the queue, as `JobQueue.worker`, or why that is not known."""
@@ -140,7 +137,7 @@ class SettingsPages:
             elif what == "empty":
                 open_bin(self.site).empty("".join(form.get("mark", ())))
             else:
-                return PlainTextResponse("There is no such request.", 404)
+                return answer_unknown()
         except UserError as error:
             return self.answer(str(error), is_asked=what == "empty")
         return answer_move("/settings")

@@ -19,8 +19,7 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
 from browser import launch
-from browser.captions import BOM
-from browser.described import DATASET_FILE, PROMPTS_FILE, TRAINING_TABLE, edit_toml
+from browser.described import DATASET_FILE, PROMPTS_FILE, TRAINING_TABLE, DraftFile, edit_toml
 from generation.prompt_lines import numbered_lines
 from generation.sample_lines import parse_sample_line, read_all
 from modules.errors import OptionError, UserError
@@ -224,7 +223,6 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
     Only keys whose text differs are changed; an emptied one is removed. Raises OptionError, ValueError.
     """
     changes: dict[str, Any] = {}
-    removed: list[str] = []
     for row in rows:
         if row.setting is None or not row.is_simple:
             continue
@@ -234,11 +232,8 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
         reason = bad_character(typed)
         if reason is not None:
             raise OptionError(f"{row.key} cannot hold {reason}")
-        if typed:
-            changes[row.key] = row.setting.convert(typed)
-        else:
-            removed.append(row.key)
-    return edit_toml(text, TRAINING_TABLE, changes, removed) if changes or removed else text
+        changes[row.key] = row.setting.convert(typed) if typed else None
+    return edit_toml(text, changes)
 
 
 def describe_difference(before: str, after: str) -> list[str]:
@@ -247,10 +242,11 @@ def describe_difference(before: str, after: str) -> list[str]:
     return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
 
 
-def check_text(name: str, text: str, folder: Path, run_text: str) -> None:
+def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
     """Check one of the three files of a folder, before it is written, as the scripts will read it.
 
-    run_text: of the folder's run.toml. Raises UserError or ValueError with the script's own message.
+    run_text: of the folder's run.toml. Return why no script has checked it; empty if it was. Raises UserError
+    or ValueError with the script's own message.
     """
     reason = bad_character(text)
     if reason is not None:
@@ -258,7 +254,7 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> None:
     if name == PROMPTS_FILE:
         lines = numbered_lines(text)
         read_all(lines, lambda line: parse_sample_line(line[1], f"{PROMPTS_FILE}, line {line[0]}"))
-        return
+        return ""
     try:
         content = parse_toml(text)
     except ValueError as error:
@@ -269,28 +265,35 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> None:
         script = find_training_script(text)
         _check_by_script(["python", script, "--config_file", name], name, text=text, folder=folder)
     elif name == DATASET_FILE:
-        words = find_caching_words(run_text)
-        if words:
-            _check_by_script(words, name, text=text, folder=folder)
+        try:
+            words = find_caching_words(run_text)
+        except OptionError as error:
+            return f"No script has checked {name}: {error}."
+        _check_by_script(words, name, text=text, folder=folder)
+    return ""
 
 
 def find_caching_words(run_text: str) -> list[str]:
-    """Return the command of a run.toml that caches the dataset; [] if there is none.
+    """Return the command of a run.toml that caches the dataset.
 
     The file may be somebody else's: only scripts of ours that cache are taken, which write nothing before
-    they have read their options.
+    they have read their options. Raises OptionError, with the reason, if there is none.
     """
     try:
-        for line in parse_toml(run_text)[OTHERS_TABLE]["commands"]:
+        commands = parse_toml(run_text)[OTHERS_TABLE]["commands"]
+        for line in commands:
             words = [str(word) for word in line]
             if DATASET_FILE not in words or "--check" in words:
                 continue
             command, _ = launch.find_program(words, Path.cwd())
             if command.words[0] == CACHES:
                 return words
-    except (KeyError, TypeError, ValueError, OptionError):
-        pass
-    return []
+        reason = "none of its commands does"
+    except KeyError as error:
+        reason = f"it has no {error}"
+    except (TypeError, ValueError, OptionError) as error:
+        reason = str(error)
+    raise OptionError(f"{RUN_FILE} names no script of ours that caches {DATASET_FILE}: {reason}")
 
 
 def _check_by_script(words: Sequence[str], name: str, text: str, folder: Path) -> None:
@@ -304,41 +307,21 @@ def _check_by_script(words: Sequence[str], name: str, text: str, folder: Path) -
             raise OptionError(str(error).replace(str(path), name)) from None
 
 
-def refuse_new_faults(name: str, before: str, after: str, folder: Path, run_text: str) -> None:
-    """Raise UserError or ValueError if a changed file has a fault that it did not have before."""
+def refuse_new_faults(draft: DraftFile, after: str, run_text: str) -> str:
+    """Raise UserError or ValueError if a changed file has a fault that it did not have before.
+
+    after: its text. run_text: of the folder's run.toml. Return why it was not checked, as `check_text`.
+    """
+    folder = draft.path.parent
     try:
-        check_text(name, after, folder, run_text)
+        return check_text(draft.name, after, folder, run_text)
     except (UserError, ValueError) as error:
         try:
-            check_text(name, before, folder, run_text)
+            check_text(draft.name, draft.text, folder, run_text)
         except (UserError, ValueError) as earlier:
             if str(earlier) == str(error):
-                return
+                return ""
         raise
-
-
-@dataclass(frozen=True)
-class TextForm:
-    """The text of a file as a page edits it, and the form of its bytes."""
-
-    text: str
-    start: bytes = b""
-    newline: str = "\n"
-
-    @classmethod
-    def of(cls, content: bytes) -> "TextForm":
-        """Return the text in the bytes of a file. Raises UnicodeDecodeError if it is not UTF-8."""
-        start = BOM if content.startswith(BOM) else b""
-        decoded = content[len(start) :].decode()
-        return cls(tidy_lines(decoded), start, newline="\r\n" if "\r\n" in decoded else "\n")
-
-    def with_text(self, text: str) -> bytes:
-        """Return the bytes of the file with another text."""
-        return self.start + tidy_lines(text).replace("\n", self.newline).encode()
-
-
-def tidy_lines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_chosen(lines: str) -> str | None:

@@ -17,6 +17,7 @@ from browser.answers import answer_json
 from browser.captions import MOST_BYTES as MOST_CAPTION_BYTES
 from browser.described import FILES
 from browser.folders import CHECK_PAGE, find_folder, is_closed, read_media_folder
+from browser.names import number_names
 from browser.runs import Runs
 from modules.atomic_write import atomic_files, explain_errors, free_bytes
 from modules.control_codes import escape_control_codes
@@ -116,12 +117,7 @@ def _check_caption(path: Path) -> None:
 
 def name_of_day(top: Path, day: date) -> str:
     """Return a name for a new folder of a day, which no folder has: `2026-11-26`, `2026-11-26-2`."""
-    name = f"{day:%Y-%m-%d}"
-    number = 2
-    while (top / name).exists():
-        name = f"{day:%Y-%m-%d}-{number}"
-        number += 1
-    return name
+    return next(name for name in number_names(f"{day:%Y-%m-%d}") if not (top / name).exists())
 
 
 class FileUploads:

@@ -15,6 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from browser.beginnings import BUSY, STATES, RunState, ShownRun, state_of_run
+from browser.names import short_digest
 from browser.runs import RUNNING, Glance, Runs, describe_left, find_state
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
@@ -84,7 +85,7 @@ def mark_list(runs: Sequence[ShownRun], query: Mapping[str, str]) -> str:
         (one.glance.id, one.glance.changed, one.state.text, one.state.reason, one.state.is_asked)
         for one in runs
     ]
-    return hashlib.blake2s(repr((states, sorted(query.items()))).encode(), digest_size=12).hexdigest()
+    return short_digest(repr((states, sorted(query.items()))), 12)
 
 
 def list_page(
@@ -209,7 +210,7 @@ def mark_page(story: Story, now: LiveStanding) -> str:
     """Return a text that changes whenever the page of a run has to be loaded again."""
     events = (story.samples, story.saved, story.messages, story.validations, story.starts)
     counts = [len(event) for event in events]
-    return hashlib.blake2s(repr((counts, story.memory, now.shown.text)).encode(), digest_size=8).hexdigest()
+    return short_digest(repr((counts, story.memory, now.shown.text)))
 
 
 def collect_news(runs: Runs, run: Glance, query: Mapping[str, str]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ ENDED_MEANWHILE = "the page's server was ended meanwhile"
 class Making:
     """A wish for one result: how it is made, and what has become of it."""
 
-    id: int
+    id: int  # 0: it is not noted yet
     title: str  # of the model
     session: list[str]  # command that loads the model
     command: list[str]  # command line that makes the same result
@@ -113,21 +113,21 @@ class WishStore:
             making = self._read_entry(number, self._path(number))
         return None if making is None else _with_living_server(making)
 
-    def add(self, makers: Sequence[Callable[[int], Making]]) -> list[int]:
-        """Note wishes; return their numbers.
+    def add(self, wishes: Sequence[Making]) -> list[int]:
+        """Note wishes, each with a number of its own; return their numbers.
 
         Raises OptionError if too many wait, OutputError if they cannot be written.
         """
         with self._change():
             makings = self.list_all()
             waiting = sum(making.state == WAITING for making in makings)
-            if waiting + len(makers) > MOST_WAITING:
+            if waiting + len(wishes) > MOST_WAITING:
                 raise OptionError(f"{waiting} are waiting: {MOST_WAITING} are the most")
             numbers: list[int] = []
             try:
-                for make in makers:
+                for wish in wishes:
                     number = max([0, *(making.id for making in makings), *numbers]) + 1
-                    self._write(make(number))
+                    self._write(replace(wish, id=number))
                     numbers.append(number)
             except OutputError:  # all or none
                 for number in numbers:

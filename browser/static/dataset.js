@@ -14,13 +14,6 @@ async function ask(from = 0, count = 0, signal = undefined) {
   return answer.json();
 }
 
-function make(name, text = "", kind = "") {
-  const element = document.createElement(name);
-  element.textContent = text;
-  element.className = kind;
-  return element;
-}
-
 // ---- how the dataset stands
 const WORDS = { ready: "", measuring: "measuring …", failed: "It cannot be measured:", gone: "It is not there (any more):", outside: "It, or files that it names, lie outside the folders that this page was started with. This command shows them too:" };
 
@@ -65,17 +58,7 @@ async function goOn(wait) {
 }
 
 // ---- parts: those near the view are loaded, others are empty and as high as they were
-const watcher = new IntersectionObserver((entries) => entries.forEach(({ target, isIntersecting }) => {
-  target.isIn = isIntersecting;
-  clearTimeout(target.waiting);
-  if (isIntersecting) target.waiting = setTimeout(() => load(target), 120); // not if it only passes by
-  else {
-    target.stop?.abort();
-    if (target.contains(document.activeElement) || !target.firstChild) return;
-    target.style.height = `${target.offsetHeight}px`;
-    target.replaceChildren();
-  }
-}), { rootMargin: "600px" });
+const watcher = watchParts(load, "600px", 120);
 
 function lay(count) {
   chosen = count;

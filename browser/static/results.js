@@ -11,25 +11,8 @@
 
   const query = (more = {}) => new URLSearchParams({ ...Object.fromEntries(new FormData(form)), ...more });
 
-  function make(name, text = "", kind = "") {
-    const element = document.createElement(name);
-    element.textContent = text;
-    element.className = kind;
-    return element;
-  }
-
   // ---- the days, and their parts
-  const watcher = new IntersectionObserver((entries) => entries.forEach(({ target, isIntersecting }) => {
-    target.isIn = isIntersecting;
-    clearTimeout(target.waiting);
-    if (isIntersecting) target.waiting = setTimeout(() => load(target), 80); // not if it only passes by
-    else {
-      target.stop?.abort();
-      if (target.contains(document.activeElement) || !target.firstChild) return;
-      target.style.height = `${target.offsetHeight}px`;
-      target.replaceChildren();
-    }
-  }), { rootMargin: "700px" });
+  const watcher = watchParts(load, "700px", 80);
 
   async function look() {
     const answer = await fetch(`${address}?${query({ have: mark })}`);

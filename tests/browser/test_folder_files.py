@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 import pytest
 
-from browser.folder_files import FolderFiles, identify_name
+from browser.folder_files import FolderFiles
+from browser.names import short_digest
 from browser.runs import Runs
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.data_tools.report.making import save_clip, save_picture
@@ -67,7 +68,7 @@ def test_filters_and_pages(served: Served) -> None:
 
 def test_a_caption_is_saved_undone_and_never_written_over(served: Served) -> None:
     path = served.runs.roots[0] / "set/b.txt"
-    rest = f"caption/{identify_name('b.png')}"
+    rest = f"caption/{short_digest('b.png')}"
 
     saved = post(served, rest, what="save", text="a hill", have="").json()
     assert (path.read_text(), saved["file"]["caption"]["text"]) == ("a hill", "a hill")
@@ -107,7 +108,7 @@ def test_nothing_outside_the_roots_is_shown(served: Served, tmp_path: Path) -> N
     assert "a secret" not in json.dumps(ask(served))
     [row] = [file for file in ask(served)["files"] if file["pictures"][0]["name"] == "link.png"]
     assert row["faults"] == ["it is gone, or leads outside the folders that are shown"]
-    assert post(served, f"caption/{identify_name('b.png')}", what="save", text="x", have="").status == 400
+    assert post(served, f"caption/{short_digest('b.png')}", what="save", text="x", have="").status == 400
     assert (tmp_path / "secret.txt").read_text() == "a secret"
     place = FolderFiles(Runs((tmp_path,)), read_only=False).address(tmp_path)
     assert served.ask(f"{place}items").json()["state"] == "gone"

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from browser.jobs import STATE, JobQueue
-from browser.machine import CardReader, GraphicsCard, free_bytes, read_cards
+from browser.machine import CardReader, GraphicsCard, read_cards
 from browser.model_files import download_name
+from modules.atomic_write import free_bytes
 from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from training.reports.history import describe_process

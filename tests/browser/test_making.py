@@ -52,22 +52,18 @@ def maker(queue: JobQueue) -> Iterator[ResultMaker]:
     maker.close()
 
 
-def wish(tmp_path: Path, prompt: str = "a cat", *words: str) -> Callable[[int], Making]:
+def wish(tmp_path: Path, prompt: str = "a cat", *words: str) -> Making:
     save_path = str(tmp_path / "generated")
-
-    def make(number: int) -> Making:
-        return Making(
-            id=number,
-            title="fake",
-            session=[*words, "--save_path", save_path],
-            command=["python", "fake.py"],
-            request={"prompt": prompt, "options": {"seed": "7"}, "strengths": {}},
-            folder=str(tmp_path),
-            save_path=save_path,
-            created=time.time(),
-        )
-
-    return make
+    return Making(
+        id=0,
+        title="fake",
+        session=[*words, "--save_path", save_path],
+        command=["python", "fake.py"],
+        request={"prompt": prompt, "options": {"seed": "7"}, "strengths": {}},
+        folder=str(tmp_path),
+        save_path=save_path,
+        created=time.time(),
+    )
 
 
 def states(maker: ResultMaker) -> list[str]:
@@ -301,7 +297,7 @@ def test_of_two_servers_one_makes_the_wishes_of_both(
         assert other.add([wish(tmp_path, "of the other")]) == [2]
         wait_for(lambda: "another server" in other.problem, lambda: other.problem)
         assert states(other) == [RUNNING, WAITING]
-        assert not other.lets_queue_begin()
+        assert other.make_room()
         other.cancel(1)  # the server that makes it stops it
         wait_for_states(other, STOPPED, FINISHED)
         assert other.session is None
@@ -473,22 +469,13 @@ def test_results_equal_those_of_the_command_line_to_the_bit(
         for place, each in enumerate(make_wishes(tmp_path)):
             each.check()
             folder = Path(each.save_path)
-            number = Making(
-                id=0,
-                title="tiny",
-                session=each.session_words,
-                command=each.command("7"),
-                request=each.request("7"),
-                folder=str(tmp_path),
-                save_path=each.save_path,
-                created=time.time(),
-            )
-            maker.add([lambda id, made=number: replace(made, id=id)])  # type: ignore[misc]
+            making = each.as_making("7")
+            maker.add([making])
             wait_for_states(maker, *[FINISHED] * (place + 1))
             of_session = read_made(folder)
             for path in sorted(folder.rglob("*"), reverse=True):
                 path.unlink() if path.is_file() else path.rmdir()
-            typed = shlex.split(shlex.join(number.command))
+            typed = shlex.split(shlex.join(making.command))
             alone = tmp_path / f"alone {place}"
             typed[typed.index("--save_path") + 1] = str(alone)
             run_python(ROOT / typed[1], *typed[2:], folder=tmp_path, environment=QUIET)

@@ -21,10 +21,9 @@ from browser.captions import mark_bytes
 from browser.described import ChangedMeanwhileError
 from browser.recipes import ModelRecipe, find_model_set, recipe_of_model
 from browser.result_pages import add_line, name_day
-from browser.results import MADE_FROM, ResultFolders, list_results
+from browser.results import MADE_FROM, ResultFolders
 from browser.runs import Runs
 from browser.settings_of import (
-    Remade,
     ResultSettings,
     find_family,
     read_settings,
@@ -32,6 +31,7 @@ from browser.settings_of import (
     sample_line,
     settings_of_tags,
 )
+from browser.wishes import Making
 from contract.families import with_scripts
 from modules.errors import OptionError
 from modules.media.reading import read_image, read_tags, video_frames
@@ -124,7 +124,7 @@ def send(served: Served, id: str, what: str, **fields: str) -> Answer:
 
 
 def id_of(served: Served, name: str) -> str:
-    [result] = [result for result in list_results(served.runs) if result.path.name == name]
+    [result] = [result for result in ResultFolders(served.runs).list_all() if result.path.name == name]
     return result.id
 
 
@@ -181,7 +181,7 @@ def recipe_of(**changes: Any) -> ModelRecipe:
     )
 
 
-def remade_of(tags: Mapping[str, str], recipe: ModelRecipe, seed: str = "7") -> Remade:
+def remade_of(tags: Mapping[str, str], recipe: ModelRecipe, seed: str = "7") -> Making:
     settings = settings_of_tags(tags)
     assert settings is not None
     return remake(
@@ -564,7 +564,7 @@ def test_markup_and_control_codes_are_shown_as_text(tmp_path: Path) -> None:
     tags = {**TAGS, "bt_prompt": "</p><script>alert(1)</script>\x1b[31m\u202e", "bt_model_type": "<i>wan"}
     write_result(tmp_path / "generated" / 'x"><script>\u202e\n.png', tags)
     with serve_runs(tmp_path) as served:
-        id = list_results(served.runs)[0].id
+        id = ResultFolders(served.runs).list_all()[0].id
         for address in ("/results/part?from=0&count=9", f"/results/{id}/settings", f"/results/{id}/remove"):
             text = served.ask(address).text
             assert "&lt;script&gt;" in text

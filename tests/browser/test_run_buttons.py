@@ -98,7 +98,7 @@ def test_start_puts_the_command_that_it_shows_into_the_queue(
     assert lines(queue) == [f"reelsmith run '{tmp_path / 'my clips'}'"]
     again = press(served, "start")
     assert (again.status, "in the queue already" in again.text) == (422, True)
-    assert press(served, "stop").text == '<span class="">It was taken out of the queue.</span>'
+    assert press(served, "stop").text == "<span>It was taken out of the queue.</span>"
     assert lines(queue) == []
     assert "It does not run: it is draft" in press(served, "stop").text
 
@@ -106,7 +106,7 @@ def test_start_puts_the_command_that_it_shows_into_the_queue(
 def test_a_training_is_asked_by_its_file_and_says_that_it_was(served: Served, tmp_path: Path) -> None:
     output = tmp_path / "my clips" / "output"
     write_run(output, "own", kind=None)
-    assert press(served, "stop").text.startswith('<span class="">Asked: it saves')
+    assert press(served, "stop").text.startswith("<span>Asked: it saves")
     assert (output / "own.stop").is_file()
     assert "asked to stop" in served.ask("/").text
     assert "asked already" in served.ask(f"{address_of(served)}deeds").text

@@ -113,7 +113,7 @@ def test_a_comment_beside_a_value_stays() -> None:
 
 
 def test_new_keys_go_to_the_end_of_the_training() -> None:
-    lines = edit_toml(RUN, "training", {"loss_type": "huber"}).splitlines()
+    lines = edit_toml(RUN, {"loss_type": "huber"}).splitlines()
     place = lines.index('loss_type = "huber"')
     assert lines[place - 1 : place + 3] == [
         "their_key = 7",
@@ -126,8 +126,8 @@ def test_new_keys_go_to_the_end_of_the_training() -> None:
 def test_a_key_is_changed_in_the_table_that_has_it() -> None:
     text = "top = 1\n[training]\na = 1\n[training.more]\nb = 2\n[reelsmith]\nb = 3\n"
     changed = "top = 5\n[training]\na = 1\n[training.more]\nb = 6\n[reelsmith]\nb = 3\n"
-    assert edit_toml(text, "training", {"top": 5, "b": 6}) == changed
-    assert edit_toml(text, "training", {}, ["b"]) == text.replace("b = 2\n", "")
+    assert edit_toml(text, {"top": 5, "b": 6}) == changed
+    assert edit_toml(text, {"b": None}) == text.replace("b = 2\n", "")
 
 
 def test_texts_of_several_lines_are_left_to_the_text(tmp_path: Path) -> None:
@@ -333,8 +333,10 @@ def test_only_a_script_that_caches_reads_a_dataset() -> None:
     words = ["python", "wan_cache_latents.py", "--dataset_config", "dataset.toml", "--vae", "vae.safetensors"]
     assert find_caching_words(RUN) == words
     theirs = RUN.replace('"wan_cache_latents.py"', '"flux_train_network.py", "--output_config"')
-    assert find_caching_words(theirs) == []
-    assert find_caching_words("nothing = 1") == []
+    for text, reason in ((theirs, "none of its commands does"), ("nothing = 1", "it has no 'reelsmith'")):
+        with pytest.raises(OptionError, match=f"no script of ours that caches dataset.toml: {reason}"):
+            find_caching_words(text)
+        assert "No script has checked dataset.toml" in check_text("dataset.toml", DATASET, Path.cwd(), text)
 
 
 def test_read_only_shows_values_without_fields_and_saves_nothing(tmp_path: Path) -> None:
@@ -350,7 +352,7 @@ def test_read_only_shows_values_without_fields_and_saves_nothing(tmp_path: Path)
 def test_a_change_for_an_earlier_file_is_refused(tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
     with pytest.raises(ChangedMeanwhileError):
-        change_keys(folder / RUN_FILE, "training", {"seed": 1}, mark_bytes(b"earlier"))
+        change_keys(folder / RUN_FILE, {"seed": 1}, mark_bytes(b"earlier"))
 
 
 def test_what_new_prints_is_found_between_other_lines() -> None:

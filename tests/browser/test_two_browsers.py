@@ -12,7 +12,7 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser import captions
 from browser.captions import CaptionConflictError, Captions, mark_bytes
-from browser.described import TRAINING_TABLE, ChangedMeanwhileError, change_keys
+from browser.described import ChangedMeanwhileError, change_keys
 from browser.errands import errand_name
 from browser.jobs import FOLDER as QUEUE_FOLDER
 from browser.jobs import JobQueue
@@ -174,7 +174,7 @@ def test_of_two_changes_of_one_text_the_second_is_refused(root: Path) -> None:
 
     def change(steps: int) -> None:
         try:
-            change_keys(path, TRAINING_TABLE, {"max_train_steps": steps}, have)
+            change_keys(path, {"max_train_steps": steps}, have)
             outcomes.append("written")
         except ChangedMeanwhileError:
             outcomes.append("refused")
