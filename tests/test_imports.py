@@ -100,7 +100,8 @@ FLOORS = {
         },
         {"end_command", "processes", "reports", "skipping", "target_rules"},
         {"loss", "saving"},
-        {"data", "optimizers", "targets"},
+        {"data", "optimizers"},
+        {"targets"},
         {"averages", "options", "samples"},
         {"caching_inside", "edited_prompts", "experts", "image_options"},
         {"checks", "resuming"},
@@ -173,7 +174,7 @@ _TOOLS = {
         *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "sdxl_merge_lora"),
     ),
 }
-MOST_READ = 36_600  # lines that a training of caches reads at its start, without the family's
+MOST_READ = 38_000  # lines that a training of caches reads at its start, without the family's
 MOST_READ_TO_GENERATE = 21_000
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 
@@ -344,7 +345,8 @@ def test_rooms_import_lower_floors_only(top: str) -> None:
 
 
 def test_root_scripts_are_thin() -> None:
-    most = {"quickstart.py": 200}  # a whole evening in one script
+    # a whole evening in one script; all checks of a change
+    most = {"quickstart.py": 200, "run_tests.py": 200}
     lines = {
         script: len((ROOT / script).read_text(encoding="utf-8").splitlines())
         for script in (*SCRIPTS, "quickstart.py", "run_tests.py")
