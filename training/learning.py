@@ -313,8 +313,9 @@ class Loading:
         if not loras:
             return None
         from networks.apply import LoraPatch  # only with --base_weights
+        from networks.rounding import LoraRounding
 
-        return LoraPatch(loras)
+        return LoraPatch(loras, rounding=LoraRounding(network.lora_rounding))
 
     def dress(self, network: UndressedNetwork) -> None:
         """Add the LoRAs that do not learn, compile, checkpoint and swap the blocks.
