@@ -42,7 +42,7 @@ def require_loras(rounding: str, files: Iterable[Sequence[Path] | None], option:
     """Raise OptionError if --lora_rounding is given, and no LoRA is merged. option: that names LoRAs."""
     if rounding != AUTO and not any(files):
         raise OptionError(
-            f"--lora_rounding {rounding} needs {option}: it says how LoRAs are merged into weights. Give both, "
+            f"--lora_rounding {rounding} needs {option}: it says how LoRAs are merged. Give both, "
             "or leave it out"
         )
 
