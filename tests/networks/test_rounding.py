@@ -253,6 +253,17 @@ def test_nearest_is_as_before_and_says_what_it_keeps(caplog: pytest.LogCaptureFi
     assert "rounded to the nearest, as --lora_rounding nearest says: that keeps 2" in caplog.text
 
 
+def test_beside_weights_of_8_bits_it_says_that_it_has_no_effect(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    use = use_of(factors_of("LoRA", 64, 64), 1.0)
+    for rule in (AUTO, STOCHASTIC):
+        beside = patch(rule, use)
+        assert beside.leave_unmerged(NAME, (64, 64))
+        beside.check()
+    says = "has no effect: the weights stay in 8 or 4 bits, and LoRAs are added beside them"
+    assert caplog.text.count(says) == 1
+
+
 def test_small_weights_and_numbers_are_rounded_too() -> None:
     weight = torch.tensor(1.0).bfloat16()
     use = use_of({"diff": torch.tensor(0.001)}, 1.0)
