@@ -27,9 +27,8 @@ def lora_rounding_option(
 ) -> Any:
     """Return the field of --lora_rounding. Arguments: as `option` has them."""
     return option(
-        "rounding of weights in 16 bits that LoRAs are merged into. nearest: changes below half a step of "
-        "their numbers are lost. stochastic: up or down at random, the same in every run, so that small "
-        "LoRAs keep their effect. auto: at random where the nearest would lose more than 1 %%",
+        "rounding of 16-bit weights after LoRAs are merged: stochastic is at random, which keeps small LoRAs; "
+        "auto: so where the nearest loses over 1 %%",
         default=AUTO,
         choices=(AUTO, NEAREST, STOCHASTIC),
         needs=needs,
