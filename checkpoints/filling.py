@@ -134,14 +134,14 @@ def load_module(
     and dtype.
 
     sources: our state-dict names -> how each is made. dtype: (our name, dtype in the file) -> dtype to keep.
-    patch: takes our name and the weight before it is rounded to that dtype; returns the weight to keep.
-    ignore: patterns (`*`) of tensors in the file that need not be used. what: the option or network, for
-    messages. host: keeps some of the tensors in host memory; whatever has to be computed for them is computed
-    on the device. check: called before each tensor, in place of a progress bar; it may raise to end the
-    loading. filled: called with each name once its tensor is there. Parameters come out with `requires_grad`
-    off. On the meta device nothing is read. Raises CheckpointError listing every missing, unexpected and
-    misshaped tensor, before anything is read, and naming those with values that are NaN or infinite;
-    OptionError if the device cannot hold a form.
+    patch: takes our name, the weight before it is rounded to that dtype, and the dtype; returns the weight to
+    keep. ignore: patterns (`*`) of tensors in the file that need not be used. what: the option or network,
+    for messages. host: keeps some of the tensors in host memory; whatever has to be computed for them is
+    computed on the device. check: called before each tensor, in place of a progress bar; it may raise to end
+    the loading. filled: called with each name once its tensor is there. Parameters come out with
+    `requires_grad` off. On the meta device nothing is read. Raises CheckpointError listing every missing,
+    unexpected and misshaped tensor, before anything is read, and naming those with values that are NaN or
+    infinite; OptionError if the device cannot hold a form.
     """
     if stored is not None and stored.form is not None:
         stored.form.check_device(device)
@@ -300,7 +300,8 @@ class _Filling:
         elif self._is_filled_here:
             self._write(name, place)
         elif self._patch is not None:  # it notes which deltas find their weight
-            self._patch(name, torch.empty(place.shape, dtype=self._dtypes[name], device="meta"))
+            dtype = self._dtypes[name]
+            self._patch(name, torch.empty(place.shape, dtype=dtype, device="meta"), dtype)
         return place
 
     def _make_stored(self, name: str, layer: nn.Linear, loading: StoredLoading) -> Stored:
@@ -374,7 +375,7 @@ class _Filling:
         self._check_finite(part, tensor)
 
     def _make(self, name: str, target: torch.dtype) -> Tensor:
-        """Make a tensor on the device, not yet rounded to its dtype; it may be a view of the buffer."""
+        """Make a tensor on the device, not yet rounded to `target`; it may be a view of the buffer."""
         source = self._sources[name]
         tensor = source.make(self._parts(source))
         tensor = tensor.view(add_leading_sides(tuple(tensor.shape), len(self._shapes[name])))
@@ -385,7 +386,7 @@ class _Filling:
         if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
             # fp8 cannot take a small delta
             tensor = tensor.to(target if target.itemsize > 1 else torch.float32)
-        return self._patch(name, tensor)
+        return self._patch(name, tensor, target)
 
     def _parts(self, source: TensorSource) -> list[Tensor]:
         """Read the parts of a tensor, on the device; may be views of the buffer."""

@@ -16,6 +16,7 @@ from modules.bars import BYTES, track
 from modules.errors import OutputError
 from modules.limits import MAX_HEADER_BYTES
 
+LATE_BYTES = 2048  # of metadata that are known when all tensors are written
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -24,15 +25,18 @@ def stream_tensors(
     tensors: Mapping[str, TensorInfo],
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
+    late_metadata: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
     """Write `path`, completely or not at all.
 
     tensors: of the new file; the header is made from it. read: returns the tensor of a name, on any device;
     called once for each, largest element size first, then by name, as the safetensors library orders its
-    files. Raises ValueError if `read` returns another dtype or shape, OutputError if the file cannot be
-    written, or could not be read again.
+    files. late_metadata: returns more metadata when all tensors are written, of up to `LATE_BYTES`. Raises
+    ValueError if `read` returns another dtype or shape, OutputError if the file cannot be written, or could
+    not be read again.
     """
-    order, header = _lay_out(tensors, metadata, path)
+    spare_bytes = 0 if late_metadata is None else LATE_BYTES
+    order, header = _lay_out(tensors, metadata, path, spare_bytes)
     size_bytes = len(header) + sum(info.size_bytes for info in tensors.values())
     with atomic_path(path, size_bytes) as temporary, temporary.open("wb") as file:
         file.write(header)
@@ -51,6 +55,10 @@ def stream_tensors(
                 )
             _write_data(file, tensor)
             del tensor  # before the next one is read
+        late = {} if late_metadata is None else late_metadata()
+        if late:
+            file.seek(0)
+            file.write(_add_metadata(header, late))
 
 
 def save_tensors(
@@ -78,9 +86,12 @@ def order_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
 
 
 def _lay_out(
-    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None, what: Path | str
+    tensors: Mapping[str, TensorInfo],
+    metadata: Mapping[str, str] | None,
+    what: Path | str,
+    spare_bytes: int = 0,
 ) -> tuple[list[str], bytes]:
-    """Return the names in the order of the file, and its header.
+    """Return the names in the order of the file, and its header. spare_bytes: room for later metadata.
 
     Header: 8 bytes of length, then JSON padded with spaces to a multiple of 8. Source:
     huggingface.co/docs/safetensors. Raises OutputError if it is too large.
@@ -97,7 +108,7 @@ def _lay_out(
             "shape": list(info.shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text = _as_json(entries) + b" " * spare_bytes
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise OutputError(
@@ -105,6 +116,20 @@ def _lay_out(
             f"safetensors files with more than {MAX_HEADER_BYTES:,} cannot be read. Give shorter names."
         )
     return order, len(text).to_bytes(8, "little") + text
+
+
+def _as_json(entries: Mapping[str, Any]) -> bytes:
+    return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+
+
+def _add_metadata(header: bytes, metadata: Mapping[str, str]) -> bytes:
+    """Return a header of the same length with more metadata. Raises ValueError if it has no room for them."""
+    entries = json.loads(header[8:])
+    metadata = {**entries.pop("__metadata__", {}), **metadata}
+    text = _as_json({"__metadata__": metadata, **entries}).ljust(len(header) - 8)
+    if len(text) > len(header) - 8:
+        raise ValueError(f"{len(text)} bytes of metadata and names do not fit into {len(header) - 8}")
+    return header[:8] + text
 
 
 def _write_data(file: BinaryIO, tensor: Tensor) -> None:

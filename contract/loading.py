@@ -83,7 +83,8 @@ class TensorSource:
 
 
 # (parameter name, loaded weight) -> weight with LoRA deltas added, same dtype
-WeightPatch = Callable[[str, Tensor], Tensor]
+# (name, weight, dtype that the result is rounded to) -> changed weight, which may have another dtype still
+WeightPatch = Callable[[str, Tensor, torch.dtype], Tensor]
 
 
 class HostPlace(Protocol):

@@ -343,7 +343,7 @@ def _encode_texts(
     texts: dict[str, dict[str, Mapping[int, EncodedPrompts]]] = {}
     for variant in variants:
         texts[variant.label] = plain_texts
-        loras = TextLoras(variant.uses[0])
+        loras = TextLoras(variant.uses[0], run.options.lora_rounding)
         if not loras.is_empty:
             encoded = run.session.texts_with(loras, prompts)
             texts[variant.label] = dict(zip(jobs, encoded, strict=True))
@@ -374,7 +374,8 @@ def _switched_networks(
 ) -> making.Networks:
     """Yield the clips of each column with one network, whose weights are changed for each."""
     dit_uses = [on_side(variant.uses[0], False) for variant, _ in columns]
-    originals = OriginalWeights([use for uses in dit_uses for use in uses])
+    all_uses = [use for uses in dit_uses for use in uses]
+    originals = OriginalWeights(all_uses, rounding=run.options.lora_rounding)
     all_ready = [cell for _, ready in columns for cell in ready]
     with _dits_with(run, all_ready, (), [originals]) as dit_at:
         for (_, ready), uses in zip(columns, dit_uses, strict=True):

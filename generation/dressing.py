@@ -109,8 +109,10 @@ class DitLoader:
             return None
         from networks.apply import LoraPatch  # only with LoRAs
         from networks.loading import on_side
+        from networks.rounding import LoraRounding
 
-        return LoraPatch(on_side(uses, False))
+        rounding = LoraRounding(self.options.lora_rounding)
+        return LoraPatch(on_side(uses, False), rounding=rounding)
 
 
 def dit_loader(

@@ -47,8 +47,10 @@ from modules.speed_options import GenerationSpeedOptions
 from networks.options import (
     LoraOptions,
     LoraPatternOptions,
+    lora_rounding_option,
     multipliers_for,
     require_files,
+    require_loras,
 )
 
 
@@ -167,6 +169,7 @@ class GenerationOptions(Options, title="run"):
     sheet: SheetOptions = option(facts=NO_PIXELS)
     lora: LoraOptions = option(facts=OF_REQUEST, title="LoRA", defaults={"lora_multiplier": 1.0})
     lora_patterns: LoraPatternOptions = option(title="LoRA")
+    lora_rounding: str = lora_rounding_option(title="LoRA")
     lycoris = not_needed("LoHa and LoKr files are recognised automatically")
     save_merged_model: Path | None = option(
         "write the model with the LoRAs merged in, then stop",
@@ -200,6 +203,8 @@ class GenerationOptions(Options, title="run"):
     def __post_init__(self) -> None:
         self._check_work()
         self._check_post()
+        loras = (self.lora.lora_weight, self.experts.lora_weight_high_noise)
+        require_loras(self.lora_rounding, loras, "--lora_weight")
         if self.sheet.sheet is not None:
             self._check_sheet()
         if self.latent_path and self.output.output_type in LATENT_OUTPUTS:

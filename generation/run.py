@@ -201,7 +201,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     # read first, so that a wrong file shows at once; a merged model is the DiT alone
     uses = expert_loras(family.experts, options, with_texts=options.save_merged_model is None)
     if options.save_merged_model is not None:
-        save_merged_model(family, uses, options.save_merged_model, device)
+        save_merged_model(family, uses, options.save_merged_model, device, options.lora_rounding)
         return
     if options.speed.compilation.choice is not None:
         from running.compile import check_compilation  # only with --compile
@@ -364,11 +364,13 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
         lazy=lazy,
         together=blocks is not None,
     )
-    return Session(family, loader.device, dits, text_loras=_text_loras(loader.uses), blocks=blocks)
+    return Session(
+        family, loader.device, dits, text_loras=_text_loras(loader.uses, options.lora_rounding), blocks=blocks
+    )
 
 
-def _text_loras(uses: LorasByExpert) -> "TextLoras | None":
-    """Return the LoRAs that change text encoders, if there are any."""
+def _text_loras(uses: LorasByExpert, rounding: str) -> "TextLoras | None":
+    """Return the LoRAs that change text encoders, if there are any. rounding: value of --lora_rounding."""
     if not uses or not uses[0]:
         return None
     from networks.loading import on_side  # only with LoRAs
@@ -378,7 +380,7 @@ def _text_loras(uses: LorasByExpert) -> "TextLoras | None":
         return None
     from networks.text_loras import TextLoras  # only with LoRAs of texts
 
-    return TextLoras(first_uses)
+    return TextLoras(first_uses, rounding)
 
 
 def make_prompt(run: GenerationRun) -> None:
@@ -434,11 +436,14 @@ def check_models(run: GenerationRun) -> None:
             )
 
 
-def save_merged_model(family: Family, uses: LorasByExpert, path: Path, device: torch.device) -> None:
+def save_merged_model(
+    family: Family, uses: LorasByExpert, path: Path, device: torch.device, rounding: str
+) -> None:
     """Write the network's file with the LoRAs merged in, tensor by tensor.
 
-    uses: by expert. With several experts, `_low_noise` and the like are appended to the names; no file is
-    written for an expert without LoRAs. Names and shapes of all are compared before the first is written.
+    uses: by expert. rounding: a value of `--lora_rounding`. With several experts, `_low_noise` and the like
+    are appended to the names; no file is written for an expert without LoRAs. Names and shapes of all are
+    compared before the first is written.
     """
     files = family.dit_files
     experts = family.experts
@@ -464,7 +469,7 @@ def save_merged_model(family: Family, uses: LorasByExpert, path: Path, device: t
         check_loras_fit(files[index], uses[index])
     for index, expert in enumerate(experts):
         if index in changed:
-            merge_into_file(files[index], uses[index], targets[index], device)
+            merge_into_file(files[index], uses[index], targets[index], device, rounding=rounding)
         else:
             logger.warning(f"There is no LoRA for the {expert.words}: {files[index]} is used as it is")
 

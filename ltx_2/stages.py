@@ -199,6 +199,11 @@ def keep_for_first_stage(shared: Any, own_options: Any) -> tuple[Any, Any]:
             f"--include_patterns, --exclude_patterns: {first_stage[0][0]} is an IC-LoRA, which "
             "--sample_two_stage adds to the first stage as a whole. Leave the patterns out"
         )
+    if not both_stages and shared.lora_rounding != "auto":
+        raise OptionError(
+            f"--lora_rounding {shared.lora_rounding}: {first_stage[0][0]} is an IC-LoRA, which is added "
+            "beside the weights and not merged into them. Leave the option out"
+        )
     logger.info(
         "%s: an IC-LoRA, which only the first stage uses, as in the official pipeline",
         ", ".join(path.name for path, _ in first_stage),

@@ -5,7 +5,7 @@ A `Change` is one LoRA's effect on one parameter. `networks.added` puts LoRAs ro
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
@@ -24,7 +24,9 @@ from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, OURS
+from networks.options import NEAREST
 from networks.parts import is_cut, part_rows
+from networks.rounding import LoraRounding, RandomRounding, SampledRows, narrow_dtype, seed_of
 from running.offload.sharding import gather_weight, set_weight
 
 logger = getLogger(__name__)
@@ -150,19 +152,20 @@ class Change:
     def add_to(self, total: Tensor, block: slice | None, weight: Tensor) -> None:
         """Add the change to `total`, the float32 sum of changes for some rows of the parameter.
 
-        block: the rows; None: all. weight: these rows before any change.
+        block: the rows, which may be every n-th; None: all. weight: these rows before any change.
         """
         if self.rows is not None:
-            # first to end: the rows of the parameter that are in the block and in the change
             start = 0 if block is None else block.start
-            first = max(start, self.rows.start)
-            end = min(start + len(total), self.rows.stop)
+            step = 1 if block is None else block.step or 1
+            # first to end: those of the block's rows that are in the change
+            first = max(0, -(-(self.rows.start - start) // step))
+            end = min(len(total), -(-(self.rows.stop - start) // step))
             if first >= end:
                 return
-            block = slice(first - self.rows.start, end - self.rows.start)
-            covered = slice(first - start, end - start)
-            total = total[covered]
-            weight = weight[covered]
+            offset = start - self.rows.start
+            block = slice(offset + first * step, offset + end * step, step)
+            total = total[first:end]
+            weight = weight[first:end]
         factors = self.factors
         if block is not None:  # a LoKr is never in blocks, see `_blocks`
             factors = deltas.rows_of(self.factors, block) or self.factors
@@ -202,25 +205,46 @@ def _our_names(parameter_names: Iterable[str]) -> dict[str, str]:
     return {} if family is None else {module: alias(module, family) for module in modules}
 
 
-def _blocks(weight: Tensor, changes: Sequence[Change]) -> Iterator[slice | None]:
-    """Yield the blocks of rows to change; a single None if the weight is small or a change has no rows."""
+def _blocks(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list[None]:
+    """Return the blocks of rows to change; a single None if the weight is small or a change has no rows."""
     if not changes or not weight.numel():
-        return
+        return []
     step = max(1, _BLOCK_ELEMENTS * len(weight) // weight.numel()) if weight.ndim else 1
     is_whole = weight.ndim == 0 or step >= len(weight)
     if is_whole or any(deltas.rows_of(change.factors, slice(0, 1)) is None for change in changes):
-        yield None
-        return
-    for start in range(0, len(weight), step):
-        yield slice(start, min(start + step, len(weight)))
+        return [None]
+    return [slice(start, min(start + step, len(weight))) for start in range(0, len(weight), step)]
+
+
+def _sum_changes(
+    changes: Sequence[Change], rows: slice | None, weight: Tensor, sample: SampledRows | None = None
+) -> Tensor:
+    """Return the sum of changes for some rows of a parameter, float32. rows, weight: see `Change.add_to`.
+
+    sample: notes what each file adds; if `rows` are given, they are those of the sample.
+    """
+    total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    for change in changes:
+        change.add_to(total, rows, weight)
+        if sample is not None:
+            sample.note(change.use.lora.path, sample.of(total) if rows is None else total)
+    return total
+
+
+def _round_into(weight: Tensor, total: Tensor, at_random: RandomRounding | None, start: int = 0) -> None:
+    """Add the sum of changes to these elements of a parameter. start: number of elements before them."""
+    total.add_(weight)
+    if at_random is not None:
+        at_random.round(total, start)
+    weight.copy_(total)
 
 
 class LoraPatch:
     """Add LoRAs to weights by name: `patch(name, weight) -> weight`, a `WeightPatch`.
 
     W + multiplier * (alpha / rank) * up @ down, summed in float32 on the weight's device, rounded once to the
-    weight's dtype. DoRA gives multiplier * (new weight - W); the changes of several files all start from W.
-    After loading, `check()` reports changes without a weight.
+    weight's dtype, as `rounding` says. DoRA gives multiplier * (new weight - W); the changes of several files
+    all start from W. After loading, `check()` reports changes without a weight, and what rounding keeps.
     """
 
     def __init__(
@@ -229,12 +253,15 @@ class LoraPatch:
         parameter_names: Iterable[str] | None = None,
         model: Path | None = None,
         is_text: bool = False,
+        rounding: LoraRounding | None = None,
     ) -> None:
         """parameter_names: of a file in another layout, such as that of diffusers. model: its file, for
-        messages. is_text: the model is a text encoder, whose names no family has.
+        messages. is_text: the model is a text encoder, whose names no family has. rounding: of weights in 16
+        bits; None: to the nearest.
         """
         self._uses = tuple(uses)
         self._is_text = is_text
+        self._rounding = rounding
         self._path = model
         self._model = "this model" if model is None else str(model)
         # "lora_unet_blocks_0_ffn_0.weight" -> what is added to it
@@ -256,25 +283,55 @@ class LoraPatch:
         self._found: dict[str, list[FoundChange]] = {}
         self._renamed = _our_names(parameter_names or ())
 
-    def __call__(self, name: str, weight: Tensor) -> Tensor:
-        """Return the changed weight, a new tensor, or `weight` if nothing changes it. Raises as `add_to`."""
-        return self.add_to(name, weight.clone()) if self._find(name) else weight
+    def __call__(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
+        """Return the changed weight, a new tensor, or `weight` if nothing changes it. target, errors: as
+        `add_to` has them.
+        """
+        return self.add_to(name, weight.clone(), target) if self._find(name) else weight
 
-    def add_to(self, name: str, weight: Tensor) -> Tensor:
+    def add_to(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
         """Change the weight in place and return it; on the meta device, only compare shapes.
 
-        Works on blocks of rows, to need no second copy. A change of the first layer for another number of
-        input channels is left out, and `check` reports it. Raises CheckpointError if a LoRA has
-        another size.
+        target: dtype that the caller rounds the changed weight to; None: that of the weight. Works on blocks
+        of rows, to need no second copy. A change of the first layer for another number of input channels is
+        left out, and `check` reports it. Raises CheckpointError if a LoRA has another size.
         """
         changes = [_move_factors(change, weight.device) for change in self._fitting(name, weight)]
-        for rows in () if weight.is_meta else _blocks(weight, changes):
-            part = weight if rows is None else weight[rows]
-            total = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
-            for change in changes:
-                change.add_to(total, rows, part)
-            part.copy_(total.add_(part))
+        blocks = [] if weight.is_meta else _blocks(weight, changes)
+        if not blocks:
+            return weight
+        dtype = narrow_dtype(weight.dtype, target)
+        sample = None
+        if dtype is not None and self._rounding is not None and self._rounding.needs_samples:
+            sample = SampledRows(weight)
+        if blocks == [None]:
+            total = _sum_changes(changes, None, weight, sample)
+            _round_into(weight, total, self._rounding_of(name, weight.device, dtype, sample))
+            return weight
+        if sample is not None:
+            _sum_changes(changes, sample.rows, weight[sample.rows], sample)
+        at_random = self._rounding_of(name, weight.device, dtype, sample)
+        start = 0
+        for rows in blocks:
+            part = weight[rows]
+            _round_into(part, _sum_changes(changes, rows, part), at_random, start)
+            start += part.numel()
         return weight
+
+    def _rounding_of(
+        self, name: str, device: torch.device, dtype: torch.dtype | None, sample: SampledRows | None
+    ) -> RandomRounding | None:
+        """Return how a parameter is rounded at random; None: to the nearest.
+
+        dtype, sample: see `LoraRounding.choose_random`.
+        """
+        if self._rounding is None or not self._rounding.choose_random(dtype, sample):
+            return None
+        assert dtype is not None
+        module, leaf = module_of_tensor(name)
+        factors = [factor for change in self._find(name) for factor in change.change.factors.values()]
+        seed = seed_of(f"{self._renamed.get(module, module)}.{leaf}", factors)
+        return self._rounding.at_random(dtype, device, seed)
 
     def leave_unmerged(self, name: str, shape: tuple[int, ...]) -> bool:
         """Record in `beside` the changes of a weight that stays in 8 or 4 bits. Return False, recording
@@ -347,6 +404,8 @@ class LoraPatch:
                     model=family,
                     modules=self._modules,
                 )
+        if self._rounding is not None:
+            self._rounding.report(len(self.unmerged))
 
     def refuse_misfits(self) -> None:
         """Raise CheckpointError if no part of a LoRA has a weight."""
@@ -435,16 +494,22 @@ class OriginalWeights:
     The originals are kept in host memory. Not for weights in 8 bits or swapped ones.
     """
 
-    def __init__(self, uses: Sequence[LoraUse], published: Callable[[str], str] = str) -> None:
-        """uses: all LoRAs that may be switched to. published: see `LoraPatch.bake`."""
+    def __init__(
+        self, uses: Sequence[LoraUse], published: Callable[[str], str] = str, rounding: str = NEAREST
+    ) -> None:
+        """uses: all LoRAs that may be switched to. published: see `LoraPatch.bake`. rounding: a value of
+        `--lora_rounding`.
+        """
         self._all = LoraPatch(uses)
         self._published = published
+        self._rounding = LoraRounding(rounding)
         self._originals: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, weight: Tensor) -> Tensor:
+    def __call__(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
         """Keep a copy of the weight if a LoRA changes it, and return the weight as it is.
 
-        Raises CheckpointError if a LoRA has another size.
+        target: as `LoraPatch.add_to` has it; `switch` reads it from the network. Raises CheckpointError if a
+        LoRA has another size.
         """
         published = self._published(name)
         self._all.add_to(published, deltas.hollow(weight))
@@ -463,10 +528,12 @@ class OriginalWeights:
     @torch.no_grad()
     def switch(self, network: nn.Module, uses: Sequence[LoraUse]) -> None:
         """Reset the loaded network to its original weights, with these LoRAs added."""
-        patch = LoraPatch(uses)
+        patch = LoraPatch(uses, rounding=self._rounding)
         for name, original in self._originals.items():
             parameter = network.get_parameter(name)
-            parameter.copy_(patch(self._published(name), original.to(parameter.device)))
+            weight = patch(self._published(name), original.to(parameter.device), parameter.dtype)
+            parameter.copy_(weight)
+        self._rounding.report()
 
 
 def check_loras_fit(model: Path, uses: Sequence[LoraUse], companion: Path | None = None) -> None:

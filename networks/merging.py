@@ -33,6 +33,8 @@ from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.metadata import add_hashes
 from networks.module_names import family_named, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
+from networks.options import NEAREST
+from networks.rounding import LoraRounding
 from networks.text_loras import WholePatch, for_encoders, is_whole, uses_for
 from networks.tool_options import FluxMergeOptions, MergeOptions, WholeMergeOptions
 from networks.writing import in_own_form, rename_to_aliases
@@ -62,6 +64,7 @@ def merge_dit(options: MergeOptions) -> None:
         output=options.save_merged_model,
         device=choose_device(options.device),
         in_channels=in_channels,
+        rounding=options.lora_rounding,
     )
 
 
@@ -81,6 +84,7 @@ def merge_whole(options: WholeMergeOptions) -> None:
         device=CPU,
         dtype=_dtype_of(options),
         option="--save_to",
+        rounding=options.lora_rounding,
     )
 
 
@@ -111,6 +115,7 @@ def merge_flux(options: FluxMergeOptions) -> None:
             device=device,
             dtype=_dtype_of(options),
             option=f"--{option}",
+            rounding=options.lora_rounding,
         )
 
 
@@ -200,12 +205,14 @@ def merge_into_file(
     in_channels: int | None = None,
     dtype: torch.dtype | None = None,
     option: str = "--save_merged_model",
+    rounding: str = NEAREST,
 ) -> None:
     """Write the model with the LoRAs added as one safetensors file; keep names, dtypes and metadata.
 
     dtype: of the result's weights; None: as in the model, bfloat16 for quantised ones. option: that of
-    `output`, for messages. in_channels: required input channels of the model's first layer. Memory: the
-    LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in float32).
+    `output`, for messages. rounding: a value of `--lora_rounding`. in_channels: required input channels of
+    the model's first layer. Memory: the LoRAs, one tensor of the model at a time, and some MB (for LoKr: the
+    tensor's change in float32).
 
     Raises CheckpointError if a file is unusable or a LoRA fits nothing, OptionError if the output would
     replace an input, OutputError if it cannot be written.
@@ -215,7 +222,8 @@ def merge_into_file(
     with open_checkpoint(model) as opened:
         checkpoint = in_values(opened)
         _check_in_channels(checkpoint, in_channels)
-        patch = _make_patch(uses, checkpoint, model)
+        lora_rounding = LoraRounding(rounding)
+        patch = _make_patch(uses, checkpoint, model, lora_rounding)
         _check_fits(patch, checkpoint)
         quantised = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
         written = _written_tensors(checkpoint, quantised, dtype)
@@ -226,7 +234,7 @@ def merge_into_file(
             if not patch.touches(name):
                 return tensor.to(written[name].dtype)
             wide = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
-            return patch.add_to(name, wide).to(written[name].dtype)
+            return patch.add_to(name, wide, written[name].dtype).to(written[name].dtype)
 
         size_bytes = sum(info.size_bytes for info in written.values())
         rows = [
@@ -243,7 +251,14 @@ def merge_into_file(
         if not uses:
             state = "has the values" if quantised else "becomes a copy"
             logger.warning(f"no --lora_weight is given: {output} {state} of {model}")
-        stream_tensors(output, written, read, _metadata_of_merged(checkpoint, model, uses))
+        stream_tensors(
+            output,
+            written,
+            read,
+            metadata=_metadata_of_merged(checkpoint, model, uses),
+            late_metadata=lambda: lora_rounding.metadata,
+        )
+        lora_rounding.report()
     rows = [
         ("Merged model", f"{output} ({as_size(output.stat().st_size)})"),
         ("time", in_words(time.monotonic() - start)),
@@ -251,12 +266,14 @@ def merge_into_file(
     show_box("Merging is finished", rows)
 
 
-def _make_patch(uses: Sequence[LoraUse], checkpoint: Checkpoint, model: Path) -> LoraPatch | WholePatch:
+def _make_patch(
+    uses: Sequence[LoraUse], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
+) -> LoraPatch | WholePatch:
     """Return what adds the LoRAs to the weights of a file: of one network, or of a whole checkpoint."""
     if is_whole(checkpoint.tensors):
-        return WholePatch(uses, checkpoint.tensors, model)
+        return WholePatch(uses, checkpoint.tensors, model, rounding)
     for_encoders(uses, str(model), prefixes=())
-    return LoraPatch(uses, checkpoint.tensors, model)
+    return LoraPatch(uses, checkpoint.tensors, model, rounding=rounding)
 
 
 def _metadata_of_merged(checkpoint: Checkpoint, model: Path, uses: Sequence[LoraUse]) -> dict[str, str]:

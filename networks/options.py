@@ -3,9 +3,10 @@
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from modules.errors import OptionError
 from modules.option_values import split_pairs
@@ -18,6 +19,33 @@ from networks.teacher_options import PriorOptions, TeacherOptions
 logger = logging.getLogger(__name__)
 
 MOST_MULTIPLIER = 1000  # of a LoRA; 0 to 2 are usual
+
+# how the sum of a weight and its LoRAs becomes a number of 16 bits
+AUTO, NEAREST, STOCHASTIC = "auto", "nearest", "stochastic"
+
+
+def lora_rounding_option(
+    needs: str | tuple[str, ...] = (), title: str = "", facts: Mapping[str, Any] | None = None
+) -> Any:
+    """Return the field of --lora_rounding. Arguments: as `option` has them."""
+    return option(
+        "rounding of 16-bit weights after LoRAs are merged: stochastic is at random, which keeps small "
+        "LoRAs; auto: so where the nearest loses over 1 %%",
+        default=AUTO,
+        choices=(AUTO, NEAREST, STOCHASTIC),
+        needs=needs,
+        title=title,
+        facts=facts,
+    )
+
+
+def require_loras(rounding: str, files: Iterable[Sequence[Path] | None], option: str) -> None:
+    """Raise OptionError if --lora_rounding is given, and no LoRA is merged. option: that names LoRAs."""
+    if rounding != AUTO and not any(files):
+        raise OptionError(
+            f"--lora_rounding {rounding} needs {option}: it says how LoRAs are merged. Give both, "
+            "or leave it out"
+        )
 
 
 class FrozenModelOptions(Options, title="frozen model"):
@@ -109,6 +137,7 @@ class NetworkOptions(Options, title="network"):
     base_weights_multiplier: tuple[float, ...] | None = option(
         "strength of each file of --base_weights; missing ones are 1", needs="base_weights", facts=HABIT
     )
+    lora_rounding: str = lora_rounding_option(facts=HABIT)
     frozen: FrozenModelOptions
     teacher: TeacherOptions
     prior: PriorOptions

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from contract.family import TextEncoder, can_learn, has_text_side
@@ -17,6 +18,8 @@ from networks.loading import LoraUse, on_side
 from networks.lora_network import prefix_of, rename_texts
 from networks.names.layouts import OURS
 from networks.names.texts import open_clip_names, published_parameter
+from networks.options import NEAREST
+from networks.rounding import LoraRounding
 
 logger = getLogger(__name__)
 
@@ -46,7 +49,9 @@ def uses_for(uses: Iterable[LoraUse], prefix: str = "") -> list[LoraUse]:
 class TextLoras:
     """Add LoRAs to text encoders after loading, once each, and to modules that are loaded with them."""
 
-    def __init__(self, uses: Sequence[LoraUse]) -> None:
+    def __init__(self, uses: Sequence[LoraUse], rounding: str = NEAREST) -> None:
+        """rounding: a value of `--lora_rounding`."""
+        self._rounding = LoraRounding(rounding)
         self._uses = [use for use in uses if use.lora.text_tensors]
         self._on_side = on_side(uses, True)
         self._done: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -88,7 +93,7 @@ class TextLoras:
     def _add(self, uses: Sequence[LoraUse], network: nn.Module, label: str) -> None:
         if not uses or network in self._done:
             return
-        patch = LoraPatch(uses)
+        patch = LoraPatch(uses, rounding=self._rounding)
         for name, parameter in network.named_parameters():
             if parameter.dtype.itemsize == 1 and patch.touches(published_parameter(name)):
                 raise CheckpointError(
@@ -149,23 +154,30 @@ class WholePatch:
     network.
     """
 
-    def __init__(self, uses: Sequence[LoraUse], names: Iterable[str], model: Path) -> None:
-        """names: of all tensors in the file."""
+    def __init__(
+        self,
+        uses: Sequence[LoraUse],
+        names: Iterable[str],
+        model: Path,
+        rounding: LoraRounding | None = None,
+    ) -> None:
+        """names: of all tensors in the file. rounding: as `LoraPatch` has it, of all networks together."""
         names = list(names)
         texts = sorted({piece.network for name in names for piece in pieces_of(name)} - {""})
         fitting = for_encoders(uses, str(model), texts)
         of_unet = [name for name in names if name.startswith(UNET)]
         # by the prefix of the network in LoRA files
-        self._patches = {"": LoraPatch(uses_for(fitting), of_unet, model)}
+        self._patches = {"": LoraPatch(uses_for(fitting), of_unet, model, rounding=rounding)}
         for prefix in texts:
-            self._patches[prefix] = LoraPatch(uses_for(fitting, prefix), model=model, is_text=True)
+            text_uses = uses_for(fitting, prefix)
+            self._patches[prefix] = LoraPatch(text_uses, model=model, is_text=True, rounding=rounding)
 
     def touches(self, name: str) -> bool:
         return any(patch.touches(piece.name) for piece, patch in self._of(name))
 
-    def add_to(self, name: str, tensor: Tensor) -> Tensor:
+    def add_to(self, name: str, tensor: Tensor, target: torch.dtype | None = None) -> Tensor:
         for piece, patch in self._of(name):
-            patch.add_to(piece.name, piece.of(tensor))
+            patch.add_to(piece.name, piece.of(tensor), target)
         return tensor
 
     def check(self) -> None:

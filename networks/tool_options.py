@@ -9,7 +9,13 @@ from modules.options import Options, not_needed, option, unsupported
 from modules.output_files import check_output_file, refuse_replacing
 from modules.paths import explain_missing, sort_by_numbers
 from modules.text_files import real_path
-from networks.options import LoraOptions, multipliers_for, require_files
+from networks.options import (
+    LoraOptions,
+    lora_rounding_option,
+    multipliers_for,
+    require_files,
+    require_loras,
+)
 
 MERGE_CHANNELS_UNCHECKED = 16  # --dit_in_channels of merge_lora: the default asks for no check
 # of a profile that weighs all files alike; Karras et al. 2023, arXiv 2312.02696, equation 123 at gamma = 0
@@ -44,6 +50,7 @@ class MergeOptions(Options):
         default=MERGE_CHANNELS_UNCHECKED,
     )
     lora: LoraOptions
+    lora_rounding: str = lora_rounding_option()
     expert: str | None = option(
         "which expert of Wan2.2 A14B --dit is: chooses the part of a LoRA file for both, and warns of a "
         "LoRA for the other; default: as the name of the file or folder says",
@@ -51,6 +58,9 @@ class MergeOptions(Options):
     )
     save_merged_model: Path = option("safetensors file to write", place="safetensors", required=True)
     device: str | None = option("device that computes the deltas; default: CUDA if available, else the CPU")
+
+    def __post_init__(self) -> None:
+        require_loras(self.lora_rounding, [self.lora.lora_weight], "--lora_weight")
 
 
 _RESULT: Mapping[str, Any] = {"place": "safetensors", "spares": ("input", "input_high_noise", "dit")}
@@ -249,6 +259,7 @@ class FluxMergeOptions(Options):
     t5xxl_save_to: Path | None = option("file to write the merged T5-XXL to", needs="t5xxl", **_MERGED)
     models: tuple[Path, ...] | None = option("LoRA files to merge, of any dialect", place="there")
     ratios: tuple[float, ...] | None = option("strength of each file of --models")
+    lora_rounding: str = lora_rounding_option(needs=tuple(FLUX_OUTPUTS))
     no_metadata: bool = option(ONLY_NEEDED)
     mem_eff_load_save = not_needed(BY_TENSOR)
     loading_device = not_needed("tensors are read one by one.", default="cpu")
@@ -299,6 +310,7 @@ class WholeMergeOptions(Options):
         "LoRA files to merge, of any dialect", nargs="+", place="there", required=True
     )
     ratios: tuple[float, ...] = option("strength of each file of --models", nargs="+", required=True)
+    lora_rounding: str = lora_rounding_option(needs="sd_model")
     no_metadata: bool = option(ONLY_NEEDED)
     concat: bool = option(EXACT_SUM, excludes="sd_model", hint=OF_LORAS)
     shuffle = NO_SHUFFLE

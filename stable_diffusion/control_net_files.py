@@ -77,7 +77,7 @@ def load_control_net(
     place = require_file(path, OPTION, "")
     opened = open_part(place, ("diffusion_pytorch_model",)) if place.is_dir() else open_checkpoint(place)
 
-    def add_base(name: str, weight: Tensor) -> Tensor:
+    def add_base(name: str, weight: Tensor, _: torch.dtype) -> Tensor:
         if name.startswith(OWN_PARTS):
             return weight
         assert base is not None

@@ -21,6 +21,7 @@ from networks.deltas import group_by_module, hollow
 from networks.key_formats import family_by_text_width
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.module_names import read_family
+from networks.rounding import LoraRounding
 from networks.text_loras import for_encoders, uses_for
 from stable_diffusion.contract import KINDS, Model, ModelKind
 from stable_diffusion.loading import OpenedCheckpoint
@@ -180,12 +181,12 @@ def load_networks(
         *(_Target(tower.network, _TEXT_START, tower.lora_prefix) for tower in model.texts),
     ]
     if merged:
-        _merge(targets, merged)
+        _merge(targets, merged, options.lora_rounding)
     if not adjustable:
         return None
     defaults = tuple(use.multiplier for use in adjustable)
     if options.network_pre_calc:
-        return ChosenLoras(defaults, _folded(targets, adjustable), None)
+        return ChosenLoras(defaults, _folded(targets, adjustable, options.lora_rounding), None)
     by_target = [_added(target, adjustable, model) for target in targets]
     for index, use in enumerate(adjustable):
         _log_added(use, [part for files in by_target for part in files[index].values()])
@@ -200,12 +201,12 @@ def load_networks(
     return ChosenLoras(defaults, use_multipliers, unet_layers)
 
 
-def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> None:
-    """Fold LoRAs permanently into the weights of the networks."""
+def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse], rounding: str) -> None:
+    """Fold LoRAs permanently into the weights of the networks. rounding: value of --lora_rounding."""
     for target in targets:
         target_uses = uses_for(uses, target.prefix)
         if target_uses:
-            patch = LoraPatch(target_uses)
+            patch = LoraPatch(target_uses, rounding=LoraRounding(rounding))
             patch.bake(target.network, target.published)
             patch.check()
 
@@ -218,13 +219,18 @@ def _log_added(use: LoraUse, parts: Sequence[AddedPart]) -> None:
     logger.info(f"{use.lora.path}: added to {modules}, strength {use.multiplier:g}{hint}")
 
 
-def _folded(targets: Sequence[_Target], uses: Sequence[LoraUse]) -> Callable[[Multipliers], None]:
-    """Return a function that folds LoRAs of some strengths into the networks' original weights."""
+def _folded(
+    targets: Sequence[_Target], uses: Sequence[LoraUse], rounding: str
+) -> Callable[[Multipliers], None]:
+    """Return a function that folds LoRAs of some strengths into the networks' original weights.
+
+    rounding: value of --lora_rounding.
+    """
     originals = []
     for target in targets:
         target_uses = uses_for(uses, target.prefix)
         if target_uses:
-            original = OriginalWeights(target_uses, target.published)
+            original = OriginalWeights(target_uses, target.published, rounding)
             original.keep(target.network)
             original.check()
             originals.append((target, original))

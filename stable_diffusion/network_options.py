@@ -7,7 +7,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 from modules.options import Options, option
-from networks.options import multipliers_for
+from networks.options import lora_rounding_option, multipliers_for
 
 # of known scripts, for files that say themselves what they are; our own modules are read in the same way
 KNOWN_MODULES = (
@@ -231,6 +231,9 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
         "fold the networks in for each batch, which is faster than adding them at each step and still lets "
         "prompts choose strengths (--am)",
         needs="network_weights",
+    )
+    lora_rounding: str = lora_rounding_option(
+        needs=("network_merge", "network_merge_n_models", "network_pre_calc")
     )
     network_regional_mask_max_color_codes: int | None = option(
         "the mask of regions (--mask_path, prompts with AND) has this many regions, each of one colour: red "

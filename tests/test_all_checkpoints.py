@@ -385,7 +385,7 @@ def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path
     kind, layers = KINDS[name], LAYERS[name]
     state, seen, changed = kind.state(), {}, f"{layers.linear}.weight"
 
-    def patch(key: str, weight: Tensor) -> Tensor:
+    def patch(key: str, weight: Tensor, _: torch.dtype) -> Tensor:
         seen[key] = weight.clone()
         return weight + 1 if key == changed else weight
 

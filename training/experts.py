@@ -22,7 +22,7 @@ from modules.options import option_values
 from modules.speed_options import Quantisation
 from networks.adapter import OWN_NETWORKS
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
-from networks.options import NetworkOptions
+from networks.options import NetworkOptions, require_loras
 from networks.own_kinds import OWN_MODULES
 from running import dressing
 from running.offload.swap_plan import HostWeights
@@ -118,6 +118,9 @@ def network_for(options: TrainingOptions, expert: Expert) -> NetworkOptions | No
 def check_experts(family: Family, options: TrainingOptions) -> None:
     """Raise OptionError for options that the given transformers cannot serve."""
     experts, by_expert, network = family.experts, options.by_expert, options.network
+    if network is not None:
+        base_weights = (network.base_weights, by_expert.base_weights_high_noise)
+        require_loras(network.lora_rounding, base_weights, "--base_weights")
     if len(experts) > 1 and by_expert.offload_inactive_dit and options.speed.sharding.shard_base:
         raise OptionError(
             "--offload_inactive_dit and --shard_base cannot be used together: each process has a part of "

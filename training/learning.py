@@ -371,8 +371,9 @@ class Loading:
         if not loras:
             return None
         from networks.apply import LoraPatch  # only with --base_weights
+        from networks.rounding import LoraRounding
 
-        return LoraPatch(loras)
+        return LoraPatch(loras, rounding=LoraRounding(network.lora_rounding))
 
     def load_teacher(self, trained: nn.Module) -> "TeacherModel":
         """Load the model of --teacher dit with its LoRAs, or take the trained one, which has them already."""

@@ -95,7 +95,7 @@ def test_a_patch_meets_fp8_weights_in_the_target_dtype(tmp_path: Path) -> None:
         module = nn.Linear(4, 8, bias=False)
     path = write(tmp_path / "a.safetensors", {"weight": torch.ones(8, 4).to(torch.float8_e4m3fn)})
 
-    fill(module, path, lambda *_: torch.bfloat16, patch=lambda name, weight: weight + 2.0**-7)
+    fill(module, path, lambda *_: torch.bfloat16, patch=lambda name, weight, _: weight + 2.0**-7)
 
     assert torch.equal(module.weight, torch.full((8, 4), 1 + 2.0**-7, dtype=torch.bfloat16))
 

@@ -98,7 +98,7 @@ def test_deltas_are_added_before_the_rounding(tmp_path: Path) -> None:
     kind = KINDS["wan"]
     state = in_bf16(kind)
 
-    def patch(name: str, weight: Tensor) -> Tensor:
+    def patch(name: str, weight: Tensor, _: torch.dtype) -> Tensor:
         assert weight.dtype == torch.bfloat16
         return weight + 0.01 if weight.ndim == 2 else weight
 
@@ -113,7 +113,7 @@ def test_deltas_are_added_before_the_rounding(tmp_path: Path) -> None:
     [
         (
             "safetensors",
-            replace(CPU, quantisation=ROWS, patch=lambda _, one: one * torch.inf),
+            replace(CPU, quantisation=ROWS, patch=lambda _, one, __: one * torch.inf),
             "NaN or infinite",
         ),
         ("safetensors", Placement(torch.device("mps"), quantisation=ROWS), "Apple's GPUs do not support fp8"),
@@ -219,7 +219,7 @@ def load(path, placement):
 placement = Placement(torch.device("cpu"), quantisation=Quantisation(sys.argv[1]))
 if sys.argv[1] == "patched":
     rows = Quantisation("rows")
-    placement = replace(placement, quantisation=rows, patch=lambda name, weight: weight.clone())
+    placement = replace(placement, quantisation=rows, patch=lambda name, weight, _: weight.clone())
 load(write_dit(Path("warm"), tiny_state("t2v", dtype=torch.bfloat16)), placement)
 dit, peak = load(Path("wan.safetensors"), placement)
 kept = sum(tensor.nbytes for tensor in dit.state_dict().values())

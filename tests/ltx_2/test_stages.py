@@ -324,6 +324,10 @@ def test_two_stages_are_planned_compiled_and_previewed(
             "give a file, and a strength",
         ),
         (["--sample_two_stage", SPATIAL, "plain", "--distilled-lora", "none"], "no such file"),
+        (
+            ["--sample_two_stage", SPATIAL, "plain", "--lora_weight", "ic", "--lora_rounding", "nearest"],
+            "is an IC-LoRA, which is added beside the weights",
+        ),
     ],
 )
 def test_what_cannot_be_made_is_one_message(
@@ -336,6 +340,7 @@ def test_what_cannot_be_made_is_one_message(
     save_file(wide.state_dict(), tmp_path / "wide")
     less = LTX2LatentUpsamplerModel(16, 32, 1, rational_spatial_scale=0.75)
     save_file(less.state_dict(), tmp_path / "reduces", {"config": json.dumps({"spatial_scale": 0.75})})
+    write_lora(tmp_path / "ic", reference_downscale_factor="2")
     write_clip(tmp_path / "clip")
     paths = [str(tmp_path / word) if (tmp_path / word).exists() else word for word in words]
 

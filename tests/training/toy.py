@@ -170,7 +170,8 @@ class ToyFamily:
             dit = ToyDit()
         if placement.patch is not None:
             for name, parameter in dit.named_parameters():
-                parameter.data = placement.patch(name, parameter.data)
+                dtype = placement.storage_dtype or self.dtype
+                parameter.data = placement.patch(name, parameter.data, dtype)
         return dit.to(placement.device, placement.storage_dtype or self.dtype)
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:

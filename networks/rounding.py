@@ -1,0 +1,252 @@
+"""Round weights in 16 bits after LoRAs are merged into them, so that LoRAs of small effect keep it.
+
+A change below half the distance of two neighbouring numbers is lost where sums are rounded to the nearest: in
+bfloat16, changes of 0.03 % keep 18 % of their effect. Rounded up or down at random, as likely as the sum is
+near to either, they keep all of it on average. Source: Gupta et al. 2015, arXiv 1502.02551.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modules.console import list_some
+from networks.options import AUTO, NEAREST, STOCHASTIC
+
+logger = getLogger(__name__)
+
+# the last bits of float32 that are 0 in all numbers of a dtype
+_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+_SMALLEST_FP16 = 2.0**-14  # below it the numbers of float16 have equal distances
+_TOLERANCE = 0.01  # of the share that rounding to the nearest keeps
+_SAMPLE_ELEMENTS = 1 << 14  # of a weight, from which that share is computed
+_SAMPLE_ROWS = 16  # at least: parts of a weight may be changed by different LoRAs
+_CHUNK = 1 << 20  # elements that are rounded at once
+_NOISE = 1 << 21  # random numbers: 8 MB
+_NAMED_FILES = 3
+METADATA_KEY = "ss_lora_rounding"  # of merged models that have weights rounded at random
+MOST_METADATA = 300  # characters
+
+
+def narrow_dtype(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype of 16 bits that a changed weight is rounded to; None if it stays in float32.
+
+    stored: of the weight when it is changed. target: of the network or file that it is for; None: the same.
+    """
+    for dtype in _DROPPED_BITS:  # the coarser one first
+        if dtype in {stored, target}:
+            return dtype
+    return None
+
+
+@dataclass
+class RoundingLoss:
+    """Sums over elements of a weight: of the change c by a file, and the error e of rounding to the nearest.
+
+    The share that is kept is <c + e, c> / <c, c>: the projection of the rounded change on the exact one.
+    """
+
+    lost: float = 0.0  # of e c
+    size: float = 0.0  # of c^2
+    spread: float = 0.0  # of (e c)^2
+
+    @property
+    def kept_share(self) -> float:
+        return 1 + self.lost / self.size if self.size > 0 else 1.0
+
+    @property
+    def is_notable(self) -> bool:
+        """Return whether the share differs from 1 by more than the tolerance and twice its standard error."""
+        if self.size <= 0:
+            return False
+        return abs(self.kept_share - 1) > _TOLERANCE + 2 * math.sqrt(self.spread) / self.size
+
+
+class SampledRows:
+    """Evenly spaced rows of a weight, and what each LoRA file adds to them."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.rows = _spaced_rows(weight)
+        self.weight = self.of(weight).float()
+        self.share = self.weight.numel() / weight.numel()  # of the weight
+        self.additions: dict[Path, Tensor] = {}
+        self._total = torch.zeros_like(self.weight)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return these rows of a tensor that has them all. A single number has none."""
+        return tensor[self.rows] if tensor.ndim else tensor
+
+    def note(self, path: Path, total: Tensor) -> None:
+        """Take what a file has added since the last call. total: the sum of changes of these rows."""
+        added = total - self._total
+        self.additions[path] = self.additions[path] + added if path in self.additions else added
+        self._total = total.clone()
+
+    def losses(self, dtype: torch.dtype) -> dict[Path, RoundingLoss]:
+        """Return what rounding the weight to the nearest numbers of a dtype loses of each file."""
+        exact = self.weight + self._total
+        error = exact.to(dtype).float() - exact
+        sums = []
+        for added in self.additions.values():
+            lost = error * added
+            sums.append(torch.stack([lost.sum(), added.square().sum(), lost.square().sum()]))
+        numbers = torch.stack(sums).tolist()  # a device is waited for once
+        return {path: RoundingLoss(*row) for path, row in zip(self.additions, numbers, strict=True)}
+
+
+def _spaced_rows(weight: Tensor) -> slice:
+    """Return every n-th row, about `_SAMPLE_ELEMENTS` in all."""
+    if not weight.ndim:
+        return slice(None)
+    height = len(weight)
+    number = max(_SAMPLE_ROWS, _SAMPLE_ELEMENTS * height // weight.numel())
+    step = max(1, height // number)
+    return slice(step // 2, None, step)
+
+
+@dataclass(frozen=True)
+class RandomRounding:
+    """How one weight is rounded at random: equal in every run and on all devices."""
+
+    dtype: torch.dtype  # of 16 bits
+    seed: bytes  # of the weight
+    noise: Tensor  # _NOISE even random numbers below one step of the dtype, on the weight's device
+
+    def round(self, values: Tensor, start: int) -> None:
+        """Round float32 values in place to numbers of the dtype.
+
+        start: number of the weight's elements before these. Each chunk takes a part of the noise that begins
+        at a place of its own: to draw new numbers takes longer than all the rest of merging.
+        """
+        flat = values.view(-1)
+        for first in range(0, len(flat), _CHUNK):
+            chunk = flat[first : first + _CHUNK]
+            position = (start + first).to_bytes(8, "little")
+            place = hashlib.blake2b(position, key=self.seed, digest_size=8).digest()
+            offset = int.from_bytes(place, "little") % (_NOISE - _CHUNK)
+            self._round_with(chunk, self.noise[offset : offset + len(chunk)])
+
+    def _round_with(self, values: Tensor, noise: Tensor) -> None:
+        shift = _shift_of_small(values) if self.dtype == torch.float16 else None
+        if shift is not None:
+            values.add_(shift)
+        # adds up to almost one step to the magnitude, then cuts off what is no whole step
+        bits = values.view(torch.int32)
+        bits.add_(noise).bitwise_and_(-(1 << _DROPPED_BITS[self.dtype]))
+        if shift is not None:
+            values.sub_(shift)
+
+
+def _shift_of_small(values: Tensor) -> Tensor:
+    """Return what moves small values to where the distances are the same, and those of all dropped bits."""
+    is_small = values.abs() < _SMALLEST_FP16
+    return torch.copysign(is_small * _SMALLEST_FP16, values)
+
+
+def seed_of(name: str, factors: Iterable[Tensor]) -> bytes:
+    """Return the seed of a weight: a hash of its name and of the factors that change it, on the CPU."""
+    digest = hashlib.blake2b(name.encode("utf-8"), digest_size=16)
+    for factor in factors:
+        data = factor.detach().contiguous().view(-1).view(torch.uint8)
+        digest.update(data.numpy().tobytes())
+    return digest.digest()
+
+
+class LoraRounding:
+    """How the changed weights of a model are rounded, as `--lora_rounding` says, and what that keeps.
+
+    Whether rounding to the nearest keeps enough is decided for each weight while it is merged, on a sample
+    of its rows. So no weight is read twice, and one that loses nothing is rounded to the nearest.
+    """
+
+    def __init__(self, rule: str) -> None:
+        """rule: a value of `--lora_rounding`."""
+        self._rule = rule
+        self._noise: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # of `RandomRounding`
+        self._forget()
+
+    def _forget(self) -> None:
+        self._losses: dict[Path, RoundingLoss] = {}
+        self._num_changed = 0  # weights
+        self._num_narrow = 0  # of these, in 16 bits
+        self._num_random = 0  # of these, rounded at random
+
+    @property
+    def needs_samples(self) -> bool:
+        return self._rule != STOCHASTIC
+
+    def choose_random(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
+        """Return whether a weight is to be rounded at random, and remember it for `words`.
+
+        dtype: of `narrow_dtype`. sample: of a weight in 16 bits, if `needs_samples`.
+        """
+        self._num_changed += 1
+        if dtype is None:
+            return False
+        self._num_narrow += 1
+        is_random = self._rule == STOCHASTIC
+        if sample is not None:
+            losses = sample.losses(dtype)
+            is_random = self._rule == AUTO and any(loss.is_notable for loss in losses.values())
+            for path, loss in losses.items():
+                total = self._losses.setdefault(path, RoundingLoss())
+                total.lost += loss.lost / sample.share
+                total.size += loss.size / sample.share
+        self._num_random += is_random
+        return is_random
+
+    def at_random(self, dtype: torch.dtype, device: torch.device, seed: bytes) -> RandomRounding:
+        """Return how a weight is rounded at random. seed: of `seed_of`."""
+        key = dtype, device
+        if key not in self._noise:
+            generator = torch.Generator().manual_seed(_DROPPED_BITS[dtype])
+            noise = torch.randint(
+                1 << _DROPPED_BITS[dtype], (_NOISE,), generator=generator, dtype=torch.int32
+            )
+            self._noise[key] = noise.to(device)
+        return RandomRounding(dtype, seed, self._noise[key])
+
+    def words(self) -> str:
+        """Return how the weights since the last report are rounded, and what that keeps; "" without news."""
+        if not self._num_changed or (self._rule == AUTO and not self._num_random):
+            return ""
+        typed = f"--lora_rounding {self._rule}"
+        if not self._num_narrow:
+            return f"{typed} has no effect: the weights are in float32, which keeps LoRAs of any size"
+        if self._rule == STOCHASTIC:
+            return f"{self._num_narrow} weights are rounded at random, as {typed} says"
+        shares = [_share_in_words(path, loss) for path, loss in self._losses.items()]
+        keeps = list_some(shares, _NAMED_FILES)
+        if self._rule == NEAREST:
+            return f"weights are rounded to the nearest, as {typed} says: that keeps {keeps}"
+        return (
+            f"{self._num_random} of {self._num_narrow} weights are rounded at random: rounding to the "
+            f"nearest would keep {keeps}"
+        )
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Return what the metadata of a merged file say; {} if all weights are rounded to the nearest."""
+        return {METADATA_KEY: self.words()[:MOST_METADATA]} if self._num_random else {}
+
+    def report(self, num_unmerged: int = 0) -> None:
+        """Log what `words` says, once. num_unmerged: weights in 8 or 4 bits that LoRAs are added beside."""
+        words = self.words()
+        if num_unmerged and not self._num_changed and self._rule != AUTO:
+            words = (
+                f"--lora_rounding {self._rule} has no effect: the weights stay in 8 or 4 bits, and LoRAs are "
+                "added beside them"
+            )
+        if words:
+            logger.info(words)
+        self._forget()
+
+
+def _share_in_words(path: Path, loss: RoundingLoss) -> str:
+    percent = 100 * min(max(loss.kept_share, 0), 1)
+    return f"{percent:.{1 if percent > 95 else 0}f} % of {path.name}"
