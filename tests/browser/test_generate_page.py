@@ -215,7 +215,7 @@ def test_another_model_keeps_the_texts_and_brings_its_fields(served: Served) -> 
         assert page.get_by_label("Width").input_value() == "640"
         assert page.get_by_label("Start from").count() == 1
         assert page.get_by_label("End with").count() == 1
-        assert "of its files are not there" in page.locator("#fields").inner_text()
+        assert "of its files are not on this machine yet, such as " in page.locator("#fields").inner_text()
         assert page.locator("#fields a").get_attribute("href") == "/models"
 
 

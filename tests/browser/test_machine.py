@@ -13,7 +13,7 @@ from browser.machine import CardReader, GraphicsCard, free_bytes, read_cards
 from browser.model_files import download_name
 from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page, wait_until
-from training.reports.history import describe_process
+from training.reports.history import History, describe_process, history_path
 
 LISTED = """NVIDIA GeForce RTX 4090, 12288, 24564, 61
 Tesla, K80, 0, 11441, [N/A]
@@ -78,6 +78,15 @@ def test_the_line_names_what_runs_and_links_to_it(tmp_path: Path) -> None:
         line = served.ask("/machine").text
         assert f'<a href="{served.of("y")}">y, step 4 of 10' in line
     assert "over" not in line
+
+    history = History(history_path(tmp_path, "z.run"), 1)
+    told = {"model": "wan", "total_steps": 10, "changed": [], "unchanged": [], "listens": True}
+    history.add(0, started={**told, "process": describe_process()})
+    history.add(0, doing="training")  # `run` begins it: the model is loaded
+    history.flush()
+    with serve_runs(tmp_path) as served:
+        line = served.ask("/machine").text
+        assert f'<a href="{served.of("z.run")}">z, loading the model' in line
     assert "nothing runs" not in line
 
 
