@@ -122,6 +122,10 @@ def check_form(form: NewForm) -> None:
             check_trigger(form.trigger)
         except OptionError as error:
             raise OptionError(str(error).replace("--trigger_word", "Trigger word")) from None
+    if "/" in form.name or "\\" in form.name:
+        raise OptionError(
+            f"Name {form.name}: a name has no slash. Give one of letters and numbers, such as my_lora."
+        )
     if form.name:
         check_output_name("Name", form.name)
     if form.steps:  # else that of `new`, or of the files

@@ -219,6 +219,17 @@ def test_another_model_keeps_the_texts_and_brings_its_fields(served: Served) -> 
         assert page.locator("#fields a").get_attribute("href") == "/models"
 
 
+def test_a_double_click_makes_one(served: Served) -> None:
+    with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        page.get_by_label("Prompt").fill("a cat")
+        sent: list[str] = []
+        page.on("request", lambda request: sent.append(request.url))
+        with page.expect_response("**/generate/make"):
+            page.get_by_role("button", name="Make", exact=True).dblclick()
+        page.wait_for_timeout(1000)  # for a second one, if there were one
+        assert sent.count(f"{served.url}/generate/make") == 1
+
+
 def test_no_label_holds_another_one(served: Served) -> None:
     """A person and a test find fields by their labels."""
     for source in (
