@@ -83,8 +83,9 @@ RESULTS = (  # seed, prompt
     (35, "hrbr, the camera moves slowly to the right"),
     (36, "hrbr, paper boats leave in the morning"),
 )
-TALL = {"compare": 1500, "new": 1750}  # heights of wide windows
-SCROLLED = {"generate": 1850}  # heights of wide pictures of more than the window
+TALL = {"compare": 1500, "generate": 1750, "new": 1750}  # heights of wide windows
+# the list of LoRAs is as long as in a window of usual height
+SHORTEN = "() => { document.querySelector('.loras').style.maxHeight = '17rem'; }"
 SAID = {
     2: "DatasetError: coast.toml cannot be read: No such file or directory. Give --dataset_config the file's "
     "path.",
@@ -149,6 +150,8 @@ def main() -> None:
                     height = TALL.get(place, 1000) if width > 1000 else 760
                     with open_page(served.url + address, width, height, color_scheme=scheme) as page:
                         wait_until(page, READY.get(place, MOVES))
+                        if place == "generate":
+                            page.evaluate(SHORTEN)
                         if place == "new":
                             fill_new(page, is_wide=width > 1000)
                         wait_until(page, "document.getElementById('machine').textContent.includes('free')")
@@ -156,11 +159,8 @@ def main() -> None:
                             page.wait_for_timeout(1500)  # for small pictures, if there are any
                         page.evaluate(RENAME, [name, HOME])
                         page.evaluate(RENAME, [str(ROOT), f"{HOME}/reelsmith"])
-                        is_scrolled = place in SCROLLED
-                        page.screenshot(path=Path(name) / "page.png", full_page=is_scrolled)
+                        page.screenshot(path=Path(name) / "page.png")
                     shown = Image.open(Path(name) / "page.png").convert("RGB")
-                    if is_scrolled:
-                        shown = shown.crop((0, 0, shown.width, min(shown.height, SCROLLED[place])))
                     shown.quantize(COLOURS, dither=Image.Dither.NONE).save(
                         ROOT / "docs" / f"browser_{place}_{width}_{scheme}.png", optimize=True
                     )
