@@ -530,6 +530,8 @@ def state_of_trace(trace: Glance) -> RunState:
     size = BYTES.fullmatch(progress)
     if size is not None:
         progress = f"{size[1]} of {size[3]} {size[2]}"
+        if name == CACHING:  # files are counted there; bytes are those of the model that makes them
+            return RunState(name, words=f"{about}, loading {progress}")
     return RunState(name, words=", ".join(filter(None, (progress, about))))
 
 

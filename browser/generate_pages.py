@@ -518,7 +518,9 @@ def loading_note(recipe: ModelRecipe | None) -> str:
         return ""
     if recipe.missing[0].startswith("--"):
         return f"This run was trained without {', '.join(recipe.missing)}, which making needs."
-    return f"{len(recipe.missing)} of its files are not there, {recipe.missing[0]} first."
+    if len(recipe.missing) == 1:
+        return f"Its file {recipe.missing[0]} is not on this machine yet."
+    return f"{len(recipe.missing)} of its files are not on this machine yet, such as {recipe.missing[0]}."
 
 
 def read_tags_of(path: Path, suffix: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from browser.answers import answer_template
+from browser.beginnings import state_of_trace
 from browser.jobs import WAITING
 from browser.model_files import list_downloads
 from browser.queue_views import is_of
@@ -20,6 +21,7 @@ from browser.site import Site
 from downloads.listing import gigabytes
 from modules.atomic_write import free_bytes
 from modules.errors import UserError
+from training.reports.history import BEFORE_TRAINING
 
 EVERY_SECONDS = 4.0  # pages ask every five seconds; what one has asked for is for all
 PATIENCE = 1.0  # seconds for the driver's answer
@@ -184,7 +186,9 @@ def _is_running_here(run: Glance) -> bool:
 
 
 def _describe_run(run: Glance) -> RunningThing:
-    words = _cut(run.name)
+    words = _cut(run.name.removesuffix(BEFORE_TRAINING))
+    if run.name.endswith(BEFORE_TRAINING):
+        return RunningThing(f"{words}, {state_of_trace(run).text}", f"/run/{run.id}/")
     if run.step or not run.doing:
         words += f", step {run.step:,} of {run.total_steps:,}"
     if run.doing:

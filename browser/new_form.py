@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 from browser.described import DescribedFolder
 from browser.names import number_names
@@ -17,6 +17,7 @@ USUAL_STEPS = NewOptions(folder=Path()).max_train_steps
 MOST_STEPS = 10_000_000
 # labels of the fields that `new` writes into all three files, by their names
 OF_ALL_FILES = {"family": "Model", "task": "Task", "trigger": "Trigger word", "model_files": "model files"}
+OF_RUN_FILE = {"name": "Name", "steps": "Steps"}  # of those that are keys of run.toml only
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,18 @@ class NewForm:
             task=texts.get("task", task_of_family),
             trigger=texts.get("trigger", ""),
             name=texts.get("name", ""),
-            steps=texts.get("steps", "") or str(USUAL_STEPS),
+            steps=texts.get("steps", str(USUAL_STEPS)),
             model_files={
                 name.removeprefix("file_"): text
                 for name, text in texts.items()
                 if name.startswith("file_") and text
             },
         )
+
+    @classmethod
+    def of_address(cls, address: str) -> "NewForm":
+        """Return the form that `address` stands for."""
+        return cls.of_fields(parse_qs(urlsplit(address).query))
 
     @classmethod
     def of_words(cls, words: Sequence[str]) -> "NewForm":
@@ -117,9 +123,14 @@ def check_form(form: NewForm) -> None:
             check_trigger(form.trigger)
         except OptionError as error:
             raise OptionError(str(error).replace("--trigger_word", "Trigger word")) from None
+    if "/" in form.name or "\\" in form.name:
+        raise OptionError(
+            f"Name {form.name}: a name has no slash. Give one of letters and numbers, such as my_lora."
+        )
     if form.name:
         check_output_name("Name", form.name)
-    read_steps(form.steps)
+    if form.steps:  # else that of `new`, or of the files
+        read_steps(form.steps)
 
 
 def read_steps(text: str) -> int:
@@ -155,6 +166,21 @@ def new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run: boo
 def list_differing(form: NewForm, before: NewForm) -> list[str]:
     """Return the labels of the fields, of those that concern all three files, in which two forms differ."""
     return [label for name, label in OF_ALL_FILES.items() if getattr(before, name) != getattr(form, name)]
+
+
+def list_unwritten(sent: NewForm, shown: NewForm, present: NewForm) -> list[str]:
+    """Return the labels of the fields that somebody has changed and that the files do not have.
+
+    shown: what the page held when it was made. present: what the files say now. An empty name or number of
+    steps stands for what the files have.
+    """
+    labels = []
+    for name, label in (OF_ALL_FILES | OF_RUN_FILE).items():
+        value = getattr(sent, name)
+        is_changed = value not in (getattr(shown, name), getattr(present, name))
+        if is_changed and (value or name not in OF_RUN_FILE):
+            labels.append(label)
+    return labels
 
 
 def list_key_changes(form: NewForm, before: NewForm) -> dict[str, Any]:

@@ -73,6 +73,7 @@ from browser.new_form import (
     free_name,
     list_differing,
     list_key_changes,
+    list_unwritten,
     new_words,
     read_steps,
 )
@@ -149,8 +150,8 @@ class NewPages:
             form = replace(described, name=form.name or described.name)
         elif "mark" in query:
             folder = find_folder(self.site.runs, form.folder)
-            has_changed = folder is not None and mark_files(folder) != "".join(query["mark"])
-            if has_changed:
+            mark, shown = "".join(query["mark"]), "".join(query.get("shown", ()))
+            if folder is not None and mark_files(folder) != mark and not self.is_as_shown(folder, shown):
                 form = self.read_form(form.folder)
                 message = (
                     "The files of this folder have changed meanwhile. The form shows them as they are now."
@@ -176,6 +177,14 @@ class NewPages:
         if errand is not None:
             return NewForm.of_words(shlex.split(errand.line))
         return NewForm(folder=str(folder), name=self.suggest_name(folder))
+
+    def is_as_shown(self, folder: Path, shown: str) -> bool:
+        """Return whether the files of a folder still say what a page has shown in its fields.
+
+        shown: the address of that page's form when it was made; empty if the folder was not described.
+        """
+        described, _ = self.try_read(folder)
+        return described is not None and NewForm.of_described(described, self.site.models).address == shown
 
     def suggest_name(self, folder: Path) -> str:
         """Return a free name for a LoRA if the usual one, that of the folder, is taken; else nothing."""
@@ -222,6 +231,7 @@ class NewPages:
             "plan": self.plan_or_none(form, folder, described),
             "described": described,
             "duration": self.describe_duration(form, described),
+            "shown": "" if described is None else NewForm.of_described(described, site.models).address,
             "free_name": self.find_free_name(form, folder, described),
             "rows_address": "" if content is None else self.files.address(content.path),
             "files_address": "" if folder is None else self.files.address(folder),
@@ -295,6 +305,7 @@ class NewPages:
             "repair_line": self.repair_line(folder),
             "commands": [] if folder is None else [shlex.join(words) for words in read_commands(folder)],
             "run_command": "" if described is None else shlex.join(self.run_words(described)),
+            "check_command": "" if folder is None else shlex.join(check_words(folder)),
             "job": job,
             "run_address": self.find_run(described),
             "captioning": captioning,
@@ -421,6 +432,7 @@ class NewPages:
         with contextlib.suppress(UserError, ValueError):
             if folder is not None:
                 return self.plan_describe(form, folder, described)
+        form = form if form.folder else replace(form, folder="FOLDER")
         return DescribePlan(new_words(form, self.site.models), {})
 
     def plan_describe(self, form: NewForm, folder: Path, described: DescribedFolder | None) -> DescribePlan:
@@ -471,17 +483,19 @@ class NewPages:
         """
         errands = self.site.errands
         if what == "describe":
-            self.describe(folder, sent, texts.get("mark", ""))
+            self.describe(folder, sent, mark=texts.get("mark", ""), shown=texts.get("shown", ""))
         elif what == "replace":
             self.replace(folder, texts.get("mark", ""))
         elif what == "keep":
             errands.forget(errand_name(COMPARE, folder))
         elif what == "check":
+            self.refuse_unwritten(folder, sent, texts.get("shown", ""))
             errands.start(errand_name(CHECK, folder), check_words(folder), Path.cwd())
         elif what == "stop":
             for kind in ERRANDS:
                 errands.stop(errand_name(kind, folder))
         elif what == "start":
+            self.refuse_unwritten(folder, sent, texts.get("shown", ""))
             self.start(folder, has_accepted=bool(texts.get("accept")))
         elif what == "try":
             words = caption_words(texts.get("engine", ""), texts.get("question", ""), TRIED)
@@ -499,10 +513,28 @@ class NewPages:
             return False
         return True
 
-    def describe(self, folder: Path, form: NewForm, mark: str) -> None:
-        """Do what `plan_describe` says. mark: of the files that the page was made from."""
+    def refuse_unwritten(self, folder: Path, sent: NewForm, shown: str) -> None:
+        """Raise OptionError if fields of a page hold what the files of its folder do not.
+
+        shown: the address of the page's form when it was made; empty if its fields were not sent.
+        """
+        if not shown:
+            return
+        present = NewForm.of_described(read_described(folder), self.site.models)
+        labels = list_unwritten(sent, NewForm.of_address(shown), present)
+        if labels:
+            raise OptionError(
+                f"The files of this folder do not have what you have typed yet ({', '.join(labels)}). "
+                "Press Describe first."
+            )
+
+    def describe(self, folder: Path, form: NewForm, *, mark: str, shown: str) -> None:
+        """Do what `plan_describe` says.
+
+        mark: of the files that the page was made from. shown: the address of its form then.
+        """
         check_form(form)
-        if mark and mark != mark_files(folder):
+        if mark and mark != mark_files(folder) and not self.is_as_shown(folder, shown):
             raise ChangedMeanwhileError
         if read_media_folder(folder) is None and not any(path.is_dir() for path in folder.iterdir()):
             raise OptionError(f"{folder} has no clips, pictures or sounds. Drop some here first.")

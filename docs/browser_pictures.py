@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,7 @@ sys.path[0] = str(ROOT)
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
+from safetensors.numpy import save_file  # noqa: E402
 
 from browser.jobs import QUEUE, STATE, JobQueue  # noqa: E402
 from browser.model_files import list_tasks  # noqa: E402
@@ -68,8 +70,22 @@ JOBS = (
 )
 COMPARED = (300, 900, 1200)  # steps
 GENERATE = (
-    "python wan_generate_video.py --dit wan.safetensors --lora_weight x --seed 1 --save_path x/generated"
+    "python {root}/wan_generate_video.py --task t2v-1.3B --dit {models}/wan2.1_t2v_1.3B_bf16.safetensors"
+    " --vae {models}/Wan2.1_VAE.pth --t5 {models}/models_t5_umt5-xxl-enc-bf16.pth --video_length 33"
+    " --video_size 480 832 --infer_steps 30 --guidance_scale 5.0 --flow_shift 3.0 --seed 1"
+    " --lora_weight {lora} --prompt 'hrbr, seen from a train, low sun' --save_path {folder}/generated"
 )
+RESULTS = (  # seed, prompt
+    (31, "hrbr, seen from a train, low sun"),
+    (32, "hrbr, seen from a train, low sun"),
+    (33, "hrbr at night, lights in the windows"),
+    (34, "hrbr in falling snow"),
+    (35, "hrbr, the camera moves slowly to the right"),
+    (36, "hrbr, paper boats leave in the morning"),
+)
+TALL = {"compare": 1500, "generate": 1750, "new": 1750}  # heights of wide windows
+# the list of LoRAs is as long as in a window of usual height
+SHORTEN = "() => { document.querySelector('.loras').style.maxHeight = '17rem'; }"
 SAID = {
     2: "DatasetError: coast.toml cannot be read: No such file or directory. Give --dataset_config the file's "
     "path.",
@@ -99,6 +115,7 @@ RENAME = """([folder, home]) => {
     field.placeholder = field.placeholder?.replaceAll(folder, home) ?? '';
   }
 }"""
+READY_CAPTIONS = "[...document.querySelectorAll('#items img')].filter(one => one.naturalWidth).length > 1"
 MOVES = "seen.size && [...seen].every(clip => clip.currentTime > 0)"
 READY = {
     "queue": "true",
@@ -120,6 +137,7 @@ def main() -> None:
         for run in reversed(RUNS):  # the newest is the first
             write_run(films / run[0], *run)
         write_dataset(films / RUNS[0][0])
+        write_clips(films / "harbour_clips")
         write_results(films / "generated")
         write_models(Path(name) / "models")
         queue = write_queue(films / "queue")
@@ -129,13 +147,18 @@ def main() -> None:
             for place in chosen:
                 address = addresses[place]
                 for width, scheme in SHOWN[place]:
-                    height = 1500 if place == "compare" else 1000 if width > 1000 else 760
+                    height = TALL.get(place, 1000) if width > 1000 else 760
                     with open_page(served.url + address, width, height, color_scheme=scheme) as page:
                         wait_until(page, READY.get(place, MOVES))
+                        if place == "generate":
+                            page.evaluate(SHORTEN)
+                        if place == "new":
+                            fill_new(page, is_wide=width > 1000)
                         wait_until(page, "document.getElementById('machine').textContent.includes('free')")
                         if place in ("new", "generate", "models"):
                             page.wait_for_timeout(1500)  # for small pictures, if there are any
                         page.evaluate(RENAME, [name, HOME])
+                        page.evaluate(RENAME, [str(ROOT), f"{HOME}/reelsmith"])
                         page.screenshot(path=Path(name) / "page.png")
                     shown = Image.open(Path(name) / "page.png").convert("RGB")
                     shown.quantize(COLOURS, dither=Image.Dither.NONE).save(
@@ -149,8 +172,8 @@ def find_pages(served: Served) -> dict[str, str]:
     files = [f"{run.split('/')[2]}/{saved_name(RUNS[0][0], step)}" for step in COMPARED]
     asked = urlencode({"file": files, "prompt": PROMPTS[:2], "more": "in fog --d 7"}, doseq=True)
     dataset = re.findall(rf'(/dataset/\w+/)"><b>[\w.]+ in {RUNS[0][0]}', listed)[0]
-    (folder,) = [run.history.parent for run in served.runs.list_all() if run.name == RUNS[0][0]]
-    form = {"folder": str(folder / "clips"), "family": "wan", "task": "t2v-1.3B", "trigger": "hrbr"}
+    clips = served.runs.tops[0] / "harbour_clips"
+    form = {"folder": str(clips), "family": "wan", "task": "t2v-1.3B", "trigger": "hrbr"}
     return {
         "list": "/",
         "run": run,
@@ -158,7 +181,7 @@ def find_pages(served: Served) -> dict[str, str]:
         "queue": "/queue",
         "dataset": dataset,
         "new": f"/new?{urlencode({**form, 'steps': '2000'})}",
-        "generate": "/generate",
+        "generate": f"/generate?run={run.split('/')[2]}",
         "models": "/models?family=wan&task=t2v-1.3B",
     }
 
@@ -166,8 +189,22 @@ def find_pages(served: Served) -> dict[str, str]:
 def write_results(folder: Path) -> None:
     """Write clips in place of what the page Generate has made."""
     folder.mkdir()
-    for seed in range(31, 37):
-        write_video(folder / f"harbour_{seed}.mp4", iter(draw_clip(seed, 0)), 16, crf=20, preset="veryfast")
+    for seed, prompt in RESULTS:
+        tags = {
+            "bt_model_type": "wan",
+            "bt_task": "t2v-1.3B",
+            "bt_seeds": str(seed),
+            "bt_prompt": prompt,
+            "bt_infer_steps": "30",
+            "bt_guidance_scale": "5.0",
+            "bt_width": "832",
+            "bt_height": "480",
+            "bt_video_length": "33",
+            "bt_fps": "16",
+            "bt_lora_0": f"{saved_name(RUNS[0][0], COMPARED[-1])}: 1.0",
+        }
+        clip = iter(draw_clip(seed, 0))
+        write_video(folder / f"harbour_{seed}.mp4", clip, 16, crf=20, preset="veryfast", tags=tags)
 
 
 def write_models(folder: Path) -> None:
@@ -210,9 +247,16 @@ def write_run(
                 each, samples=f"{each:06d}", files=files, prompts=dict(zip(files, PROMPTS, strict=True))
             )
         if each in (*COMPARED, 600):
-            (folder / saved_name(name, each)).write_bytes(b"")
+            weights = {"x": np.full(1, seed + each, np.float32)}
+            save_file(weights, folder / saved_name(name, each), {"ss_base_model_version": model})
             history.add(each, saved=saved_name(name, each))
-    history.add(step, commands=[["Generate with it", GENERATE, GENERATE, ""]])
+    command = GENERATE.format(
+        root=ROOT,
+        models=folder.parent.parent / "models",
+        lora=folder / saved_name(name, COMPARED[-1]),
+        folder=folder.parent,
+    )
+    history.add(step, commands=[["Generate with it", command, command, ""]])
     if end:
         history.add(step, ended=end[0], kind=end[1])
     history.flush()
@@ -239,15 +283,34 @@ def write_queue(folder: Path) -> JobQueue:
 
 def write_dataset(folder: Path) -> None:
     """Write clips and cache them by the pocket models; then one caption is changed."""
-    (folder / "clips").mkdir()
-    for seed, (caption, frames) in enumerate(CAPTIONS, 2):
-        write_video(folder / f"clips/{seed}.mp4", iter(draw_clip(seed, 0, frames)), 16, crf=20)
-        (folder / f"clips/{seed}.txt").write_text(caption, encoding="utf-8")
+    write_clips(folder / "clips")
     (folder / "dataset.toml").write_text(DATASET.format(folder.as_posix()), encoding="utf-8")
     given = ("--dataset_config", folder / "dataset.toml")
     run_script("wan_cache_latents.py", *given, "--vae", ROOT / "pocket/vae.safetensors")
     run_script("wan_cache_text_encoder_outputs.py", *given, "--t5", ROOT / "pocket/t5.safetensors")
     (folder / "clips/3.txt").write_text("hills behind a town in autumn, low sun", encoding="utf-8")
+
+
+def write_clips(folder: Path) -> None:
+    """Write clips with captions."""
+    folder.mkdir()
+    for seed, (caption, frames) in enumerate(CAPTIONS, 2):
+        write_video(folder / f"{seed}.mp4", iter(draw_clip(seed, 0, frames)), 16, crf=20)
+        (folder / f"{seed}.txt").write_text(caption, encoding="utf-8")
+
+
+def fill_new(page: Any, is_wide: bool) -> None:
+    """Describe the folder if it is not; show its captions, or on a phone what was said of it."""
+    described = page.locator("#progress .state", has_text=re.compile("^described$"))
+    if not described.count():
+        page.get_by_role("button", name="Describe").click()
+        described.wait_for(timeout=120_000)
+        page.get_by_role("button", name="Start").wait_for()
+    if is_wide:
+        page.get_by_text("Files and captions").click()
+        wait_until(page, READY_CAPTIONS)
+    else:
+        page.locator("#progress h2").first.evaluate("heading => heading.scrollIntoView()")
 
 
 def draw_clip(seed: int, blur: float, frames: int = 17, width: int = 320, height: int = 240) -> list[Frame]:

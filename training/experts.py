@@ -24,6 +24,7 @@ from networks.adapter import OWN_NETWORKS
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions, require_loras
 from networks.own_kinds import OWN_MODULES
+from networks.teacher_options import OTHER_DIT
 from running import dressing
 from running.offload.swap_plan import HostWeights
 from running.offload.turns import HostCopy
@@ -195,14 +196,16 @@ def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
     network = options.network
     # --base_weights counts as an adapter: a LoRA that undoes the distillation may be among them
     is_adapted = network is not None and (network.frozen.training_adapter or network.base_weights)
-    if is_adapted or not knows_few_steps(family):
+    # what these learn towards are predictions of models that keep their steps
+    keeps_steps = options.teacher.teacher == OTHER_DIT or options.slider is not None
+    if is_adapted or keeps_steps or not knows_few_steps(family):
         return
     why = family.why_few_steps()
     if why is not None:
         logger.warning(
             "The transformer may be distilled for few steps (%s). If it is, plain training unlearns "
             "them: with the trained network it needs more steps, and guidance, for equal quality. "
-            "%s.",
+            "%s. Or teach this one what a LoRA of that model changes: --teacher dit (docs/targets.md).",
             why,
             family.few_steps.instead,
         )

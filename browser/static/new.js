@@ -3,7 +3,7 @@
 {
   const find = (id) => document.getElementById(id);
   const form = find("new"), rows = find("items"), dropping = find("dropping");
-  const MARKED = ["mark", "folder", "family", "task", "trigger", "name", "steps"];
+  const MARKED = ["mark", "shown", "folder", "family", "task", "trigger", "name", "steps"];
 
   // ---- what is typed stays in the address, so that a reload keeps it
   const remember = () => {
@@ -45,7 +45,23 @@
     if (target.matches(".return")) move([target.dataset.name], "back");
     if (target.matches("button.out")) move([target.closest(".file").file.pictures[0].name], "out");
   });
-  if (location.hash === "#captions" && find("captions")) find("captions").open = true;
+  const showCaptions = () => {
+    if (location.hash !== "#captions" || !find("captions")) return;
+    find("captions").open = true;
+    find("captions").scrollIntoView();
+  };
+  addEventListener("hashchange", showCaptions);
+  showCaptions();
+
+  // The count of files without a caption follows the captions that are saved.
+  if (find("tiles")) {
+    let shown = "";
+    new MutationObserver(() => {
+      const counts = find("tiles").textContent;
+      if (shown && counts !== shown) htmx.trigger(find("content"), "refresh");
+      shown = counts;
+    }).observe(find("tiles"), { childList: true });
+  }
 
   // ---- files that are left out, and put back
   async function move(names, what) {

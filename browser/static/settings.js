@@ -94,6 +94,18 @@ document.addEventListener("htmx:after:swap", ({ target }) => {
   markEdited();
 });
 
+// ---- Check and Start take what is saved: what is not is said before they do, once
+let wasWarned = false;
+document.addEventListener("input", ({ target }) => { if (target.closest(".later")) wasWarned = false; });
+document.addEventListener("htmx:before:request", (event) => {
+  const isTaking = event.target.closest?.("form.takes");
+  const isUnsaved = [...document.querySelectorAll(".later")].some((part) => fieldsOf(part).some(isEdited));
+  if (!isTaking || !isUnsaved || wasWarned) return;
+  event.preventDefault();
+  wasWarned = true;
+  document.getElementById("refused").textContent = "Below, among the samples or settings, is something that you have typed and not saved. It takes no part yet. Save it first, or press the button once more to go on without it.";
+});
+
 // When one part has written run.toml, the others are read again.
 function followFile(part) {
   const { runMark } = part.querySelector("[data-run-mark]").dataset;

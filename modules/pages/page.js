@@ -20,3 +20,8 @@ async function copyText(text) {
     return isDone;
   }
 }
+
+// The line of the machine is asked for every few seconds: it says when nobody answers any more.
+document.addEventListener("htmx:error", ({ target }) => {
+  if (target.id === "machine") target.textContent = "The server of this page does not answer. Start it again with: reelsmith browser. A training goes on without it.";
+});

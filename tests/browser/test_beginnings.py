@@ -97,6 +97,7 @@ def test_a_job_waits_at_its_place_in_a_queue_that_is_paused(tmp_path: Path) -> N
         ("checking the clips", "checking the clips"),
         ("caching latents: 40 of 120", "caching 40 of 120, latents"),
         ("caching captions", "caching captions"),
+        ("caching captions: 5.1 GB of 11.4 GB", "caching captions, loading 5.1 of 11.4 GB"),
         ("training", "loading the model"),
         ("something else", "starting, something else"),
     ],

@@ -214,8 +214,19 @@ def test_another_model_keeps_the_texts_and_brings_its_fields(served: Served) -> 
         assert page.get_by_label("Width").input_value() == "640"
         assert page.get_by_label("Start from").count() == 1
         assert page.get_by_label("End with").count() == 1
-        assert "of its files are not there" in page.locator("#fields").inner_text()
+        assert "of its files are not on this machine yet, such as " in page.locator("#fields").inner_text()
         assert page.locator("#fields a").get_attribute("href") == "/models"
+
+
+def test_a_double_click_makes_one(served: Served) -> None:
+    with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        page.get_by_label("Prompt").fill("a cat")
+        sent: list[str] = []
+        page.on("request", lambda request: sent.append(request.url))
+        with page.expect_response("**/generate/make"):
+            page.get_by_role("button", name="Make", exact=True).dblclick()
+        page.wait_for_timeout(1000)  # for a second one, if there were one
+        assert sent.count(f"{served.url}/generate/make") == 1
 
 
 def test_no_label_holds_another_one(served: Served) -> None:

@@ -14,7 +14,7 @@ from browser.model_files import download_name
 from modules.atomic_write import free_bytes
 from tests.browser.serving import serve_runs, write_run
 from tests.chromium import open_page, wait_until
-from training.reports.history import describe_process
+from training.reports.history import History, describe_process, history_path
 
 LISTED = """NVIDIA GeForce RTX 4090, 12288, 24564, 61
 Tesla, K80, 0, 11441, [N/A]
@@ -79,6 +79,15 @@ def test_the_line_names_what_runs_and_links_to_it(tmp_path: Path) -> None:
         line = served.ask("/machine").text
         assert f'<a href="{served.of("y")}">y, step 4 of 10' in line
     assert "over" not in line
+
+    history = History(history_path(tmp_path, "z.run"), 1)
+    told = {"model": "wan", "total_steps": 10, "changed": [], "unchanged": [], "listens": True}
+    history.add(0, started={**told, "process": describe_process()})
+    history.add(0, doing="training")  # `run` begins it: the model is loaded
+    history.flush()
+    with serve_runs(tmp_path) as served:
+        line = served.ask("/machine").text
+        assert f'<a href="{served.of("z.run")}">z, loading the model' in line
     assert "nothing runs" not in line
 
 
@@ -119,6 +128,16 @@ def test_a_damaged_queue_does_not_hide_the_rest(tmp_path: Path) -> None:
     (tmp_path / "reelsmith-queue" / STATE).write_text("{", encoding="utf-8")
     with serve_runs(tmp_path) as served:
         assert "free" in served.ask("/machine").text
+
+
+def test_a_server_that_does_not_answer_any_more_is_said(tmp_path: Path) -> None:
+    write_run(tmp_path, "y", 4, None)
+    with serve_runs(tmp_path) as served, open_page(f"{served.url}/new") as page:
+        wait_until(page, "document.querySelector('#machine a') !== null")
+        page.route("**/machine", lambda route: route.abort())
+        wait_until(page, "document.getElementById('machine').textContent.includes('does not answer')")
+        page.unroute("**/machine")
+        wait_until(page, "document.querySelector('#machine a')?.textContent.startsWith('y, step 4')")
 
 
 @pytest.mark.parametrize("address", ["/", "/new", "/queue", "/datasets", "/models", "/settings", "run"])

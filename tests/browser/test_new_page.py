@@ -59,6 +59,13 @@ def text_of(answer: Answer, place: str = "said") -> str:
     return re.sub("<[^>]*>", "", match[1]).replace("&#39;", "'").replace("&#34;", '"')
 
 
+def field_of(answer: Answer, name: str) -> str:
+    """Return what the first field of a name holds in a page."""
+    match = re.search(rf'name="{name}" value="([^"]*)"', answer.text)
+    assert match is not None
+    return html.unescape(match[1])
+
+
 def wait_for(served: Served, folder: Path, words: str) -> str:
     """Return the part that shows progress once it has these words."""
     address = f"/new/progress?folder={quote(str(folder))}"
@@ -164,6 +171,9 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
     served: Served, root: Path, tmp_path: Path
 ) -> None:
     assert refused(served, root, folder="") == "Choose a folder."
+    empty = served.ask("/new").text
+    assert "reelsmith new FOLDER --max_train_steps 2000" in empty
+    assert "No folder with clips, pictures or sounds yet" in empty
     assert "Choose one from the list, or drop files" in refused(served, root)
     assert "no such folder below" in refused(served, root, folder=str(tmp_path))
     assert "no such folder below" in refused(served, root, folder="../")
@@ -175,7 +185,7 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
     assert refused(served, root, task="").startswith("Task: choose one of t2v-1.3B")
     assert refused(served, root, steps="ten").startswith("Steps ten: give a whole number from 1")
     assert refused(served, root, trigger="x" * 300).startswith("Trigger word has 300 characters")
-    assert "Name" in refused(served, root, name="../x")
+    assert refused(served, root, name="../x").startswith("Name ../x: a name has no slash.")
     assert not any((root / "set" / name).exists() for name in FILES)
     for what in ("start", "try", "write", "repair"):
         answer = post(served, what, folder=str(root / "set"))
@@ -293,6 +303,75 @@ def test_a_second_browser_overwrites_nothing(served: Served, root: Path) -> None
     draft = served.ask(f"/new?{urlencode({**fields, 'steps': '40'})}")
     assert "have changed meanwhile" in text_of(draft)
     assert 'name="steps" value="30"' in draft.text
+
+
+@pytest.mark.slow
+def test_check_and_start_take_no_fields_that_are_not_written(served: Served, root: Path) -> None:
+    folder = root / "a set"
+    write_pictures(folder, 2, captions=True)
+    describe(served, folder)
+    page = served.ask(f"/new?{urlencode({'folder': str(folder)})}")
+    plain = html.unescape(re.sub("<!--.*?-->", "", page.text))
+    assert f"<code>reelsmith run '{folder}' --check</code>" in plain
+    shown = field_of(page, "shown")
+    typed = {"folder": str(folder), "shown": shown, **FIELDS, "name": "other", "steps": "3"}
+
+    for what in ("check", "start"):
+        answer = post(served, what, **typed)
+        assert answer.status == 422
+        assert text_of(answer, "refused") == (
+            "The files of this folder do not have what you have typed yet (Name, Steps). "
+            "Press Describe first."
+        )
+    assert served.runs.list_all() == []
+
+    # files that were changed elsewhere are what is checked: nobody has typed here
+    path = folder / "run.toml"
+    path.write_text(path.read_text().replace("max_train_steps = 2", "max_train_steps = 5"), encoding="utf-8")
+    unchanged = {"folder": str(folder), "shown": shown, **FIELDS, "name": "a_set"}
+    assert post(served, "check", **unchanged).status == 200
+
+
+@pytest.mark.slow
+def test_describe_heeds_the_fields_after_samples_were_saved(served: Served, root: Path) -> None:
+    folder = root / "set"
+    write_pictures(folder, 2, captions=True)
+    describe(served, folder)
+    page = served.ask(f"/new?{urlencode({'folder': str(folder)})}")
+    seen = {"mark": field_of(page, "mark"), "shown": field_of(page, "shown")}
+    (folder / "prompts.txt").write_text(FEW, encoding="utf-8")  # as Save the samples does
+
+    fields = {"folder": str(folder), **seen, **FIELDS, "steps": "30"}
+    assert 'name="steps" value="30"' in served.ask(f"/new?{urlencode(fields)}").text  # at a reload
+    assert post(served, "describe", **fields).status == 200
+
+    assert "max_train_steps = 30" in (folder / "run.toml").read_text()
+    assert (folder / "prompts.txt").read_text() == FEW
+
+
+@pytest.mark.slow
+def test_what_is_typed_and_not_saved_is_said_before_a_start(served: Served, root: Path) -> None:
+    folder = root / "set"
+    write_pictures(folder, 1)
+    describe(served, folder)
+    with open_page(f"{served.url}/new?{urlencode({'folder': str(folder)})}") as page:
+        page.get_by_label("Sample 1 prompt").fill("a square in snow")
+        press(page, "Check")
+        page.get_by_text("that you have typed and not saved").wait_for()
+        page.get_by_text("Not saved yet. The button writes this:").wait_for()
+        press(page, "Check")
+        page.locator("#progress .state", has_text=re.compile("checking|no fault")).first.wait_for()
+
+
+@pytest.mark.slow
+def test_the_count_of_files_without_a_caption_follows_the_captions(served: Served, root: Path) -> None:
+    write_pictures(root / "set", 2)
+    with open_page(f"{served.url}/new?{urlencode({'folder': str(root / 'set')})}") as page:
+        page.get_by_role("link", name="its files").click()
+        page.get_by_label("Caption of p00.png").fill("a square")
+        page.keyboard.press("Control+Enter")
+        page.get_by_text("2 pictures, 1 without caption").wait_for()
+        assert page.problems == []
 
 
 @pytest.mark.slow
