@@ -1,6 +1,7 @@
 """The loss of clips with sound: two streams as one tensor, each with its own noise, weights and error."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +16,10 @@ from contract.steps import NO_TWEAKS, Tweaks
 from tests.training.toy import LATENT, ToyFamily
 from training.data.feed import Randomness
 from training.data.timesteps import draw
-from training.loss import PLAIN_LOSS, NoisyBatch
+from training.loss import PLAIN_LOSS, LossRule, NoisyBatch
 from training.noise_options import SHIFTED_LOGIT, TimestepOptions
-from training.targets.passes import measure_streams, training_loss
+from training.target_rules import GuidedTarget, Split, Targets, TeacherTarget
+from training.targets.passes import measure_streams, teach_as_base, training_loss
 
 JOINT = Joint((2, 3, 2, 2), (2, 4, 3))
 
@@ -108,6 +110,51 @@ def test_clips_without_any_sound_are_an_ordinary_batch() -> None:
     fed, timesteps, tweaks = family.__dict__["told"]
     assert noisy.sound is None
     assert (fed.shape, timesteps.shape, tweaks.joint) == ((2, *JOINT.picture), (2,), None)
+
+
+def test_a_guided_target_has_a_scale_for_each_stream_and_the_levels_of_each() -> None:
+    """The network answers every text alike, so its distance to the target is the scale times the usual."""
+    noisy = drawn(batch_of(True, True), SoundLearning(has_own_times=True))
+    assert noisy.sound is not None
+    noisy = replace(noisy, batch=replace(noisy.batch, empty_text={"letters": [torch.zeros(1, 1)] * 2}))
+    lowest = min(noisy.levels) + 1e-3  # one picture is below it
+    rule = LossRule(targets=Targets(guided=GuidedTarget(3.0, 2.0, lowest)))
+
+    streams = measure_streams(Hearing(), nn.Identity(), noisy, nullcontext, rule)
+
+    for errors, usual, levels, scale in zip(
+        streams, by_hand(noisy), (noisy.levels, noisy.sound.levels), (3.0, 2.0), strict=True
+    ):
+        factors = [scale**2 if level >= lowest else 1.0 for level in levels]
+        torch.testing.assert_close(errors, usual * torch.tensor(factors))
+    assert sum(level < lowest for level in noisy.levels) == 1
+
+
+def test_the_colour_of_a_teacher_is_of_the_picture_alone() -> None:
+    """A base model that is off by a constant: its colour counts as the weight says, its sound in full."""
+
+    class Shifted(Hearing):
+        is_base = False
+
+        def predict(
+            self, dit: Any, noisy: Tensor, timesteps: Any, cond: Any, tweaks: Any = NO_TWEAKS
+        ) -> Tensor:
+            return noisy + 0.5 if type(self).is_base else noisy
+
+    @contextmanager
+    def as_base() -> Iterator[None]:
+        Shifted.is_base = True
+        yield
+        Shifted.is_base = False
+
+    noisy = drawn(batch_of(True))
+    teacher = TeacherTarget(1.0, split=Split(1.0, 0.25))
+    rule = LossRule(as_base=as_base, targets=Targets(teacher=teacher), teach=teach_as_base)
+
+    picture, heard = measure_streams(Shifted(), nn.Identity(), noisy, nullcontext, rule)
+
+    torch.testing.assert_close(picture, torch.full((1,), 0.25 * 0.25))
+    torch.testing.assert_close(heard, torch.full((1,), 0.25))
 
 
 @pytest.mark.parametrize(("given", "is_picture"), [(PICTURE_STREAM, True), (SOUND_STREAM, False)])
