@@ -26,7 +26,14 @@ from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, OURS
 from networks.options import NEAREST
 from networks.parts import is_cut, part_rows
-from networks.rounding import LoraRounding, RandomRounding, SampledRows, narrow_dtype, seed_of
+from networks.rounding import (
+    SMALL_WEIGHT,
+    LoraRounding,
+    RandomRounding,
+    SampledRows,
+    narrow_dtype,
+    seed_of,
+)
 from running.offload.sharding import gather_weight, set_weight
 
 logger = getLogger(__name__)
@@ -233,8 +240,11 @@ def _sum_changes(
 
 def _round_into(weight: Tensor, total: Tensor, at_random: RandomRounding | None, start: int = 0) -> None:
     """Add the sum of changes to these elements of a parameter. start: number of elements before them."""
+    change = total.clone() if at_random is not None and weight.numel() <= SMALL_WEIGHT else None
     total.add_(weight)
-    if at_random is not None:
+    if at_random is not None and change is not None and not start:
+        at_random.round_small(total, change)
+    elif at_random is not None:
         at_random.round(total, start)
     weight.copy_(total)
 

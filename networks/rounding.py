@@ -8,7 +8,7 @@ near to either, they keep all of it on average. Source: Gupta et al. 2015, arXiv
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
 
@@ -29,6 +29,8 @@ _SAMPLE_ROWS = 16  # at least: parts of a weight may be changed by different LoR
 _CHUNK = 1 << 20  # elements that are rounded at once
 _NOISE = 1 << 21  # random numbers: 8 MB
 _NAMED_FILES = 3
+SMALL_WEIGHT = 1 << 17  # elements up to which the best of some draws is taken
+_DRAWS = 4
 METADATA_KEY = "ss_lora_rounding"  # of merged models that have weights rounded at random
 MOST_METADATA = 300  # characters
 
@@ -130,6 +132,22 @@ class RandomRounding:
             place = hashlib.blake2b(position, key=self.seed, digest_size=8).digest()
             offset = int.from_bytes(place, "little") % (_NOISE - _CHUNK)
             self._round_with(chunk, self.noise[offset : offset + len(chunk)])
+
+    def round_small(self, values: Tensor, change: Tensor) -> None:
+        """Round all values of a small weight: as the best of a few draws, by what is kept of the change.
+
+        change: what LoRAs added, float32. Chance loses or adds 1 % and more of it in few elements.
+        """
+        least = math.inf
+        best = values
+        for draw in range(_DRAWS):
+            rounded = values.clone()
+            replace(self, seed=self.seed + bytes([draw])).round(rounded, 0)
+            lost = abs(float(((rounded - values) * change).sum()))
+            if lost < least:
+                least = lost
+                best = rounded
+        values.copy_(best)
 
     def _round_with(self, values: Tensor, noise: Tensor) -> None:
         shift = _shift_of_small(values) if self.dtype == torch.float16 else None
