@@ -21,8 +21,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
 from modules.seeds import derive_seed
 from networks.lora_network import OwnNetwork, rename_texts
-from networks.lora_settings import DEFAULT_RANK
-from networks.options import NetworkOptions
+from networks.options import DEFAULT_RANK, OFT_MODULE, NetworkOptions
 from networks.own_kinds import OWN_MODULES, NetworkArguments, read_own
 from networks.own_modules import build_from_tensors, build_network, check_blocks
 
@@ -206,6 +205,11 @@ def check_network(options: NetworkOptions, name: str, depths: Mapping[str, int])
         settings, _ = read_own(name, _arguments_of(options))
         if settings.block_numbers:
             check_blocks(settings, depths)
+        if name == OFT_MODULE and options.scale_weight_norms is not None:
+            raise OptionError(
+                f"--scale_weight_norms cannot be used with --network_module {name}: a rotation has no norm "
+                "to scale down, and keeps the norms of the weights. Leave it out"
+            )
     else:
         import_network_module(name)
 

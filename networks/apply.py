@@ -18,13 +18,14 @@ from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas
-from networks.deltas import CPU, DORA, META, ROWS, Factors, has_input_magnitudes, other_channels
+from networks.deltas import CPU, DORA, META, OFT, ROWS, Factors, has_input_magnitudes, other_channels
 from networks.key_formats import module_of_tensor
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, OURS
-from networks.parts import is_cut, part_rows
+from networks.parts import is_cut, part_rows, usual_rows
+from networks.rotation import block_size_of, turned_weight, turns
 from running.offload.sharding import gather_weight, set_weight
 
 logger = getLogger(__name__)
@@ -42,6 +43,7 @@ class Change:
     factors: Factors
     leaf: str = "weight"  # or bias
     rows: slice | None = None  # rows of the parameter that the LoRA is for; None: all
+    turns: Tensor | None = None  # of an OFT, on the weight's device: see `networks.rotation`
 
     def delta(self, factors: Factors, device: torch.device) -> Tensor:
         """Return the addition of the factors at multiplier 1, before DoRA's normalisation; float32."""
@@ -61,6 +63,8 @@ class Change:
         Raises CheckpointError if the shapes differ.
         """
         path = self.use.lora.path
+        if OFT in self.factors:
+            return self._fit_rotation(relative, weight, name, f"{option}{path} does not fit {model}")
         try:
             if ROWS in self.factors and has_input_magnitudes(self.factors):
                 change = self._joined(relative, weight)
@@ -76,6 +80,40 @@ class Change:
         if fault:
             raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {fault}", path)
         return change
+
+    def _fit_rotation(self, relative: Relative | None, weight: Tensor, name: str, misfit: str) -> "Change":
+        """Return the rotation of an OFT fitted to a weight, which all of its rows have, or those of a part.
+
+        misfit: for messages, which file does not fit which model. Raises CheckpointError.
+        """
+        path = self.use.lora.path
+        num_blocks, columns = self.factors[OFT].shape
+        size = block_size_of(columns)
+        assert size is not None
+        if weight.ndim != 2:
+            raise CheckpointError(
+                f"{misfit}: {name} is no linear layer, and programs do not agree on what an OFT does with "
+                "others.\n  Give a file that rotates linear layers alone.",
+                path,
+            )
+        width = weight.shape[1]
+        is_shared = num_blocks == 1 and width % size == 0  # one rotation for all blocks
+        if num_blocks * size != width and not is_shared:
+            raise CheckpointError(
+                f"{misfit}: for {name} it rotates {num_blocks} blocks of {size} inputs, the model has "
+                f"{width} inputs.\n  Give an OFT that was trained for this model.",
+                path,
+            )
+        if relative is None or not relative.is_part:
+            return self
+        rows = usual_rows(relative.part, len(weight))
+        if rows is None:
+            raise CheckpointError(
+                f"{misfit}: {relative.name} is a part of {name}, whose {len(weight)} rows are not those of a "
+                "published model.\n  Give an OFT that was trained for this model.",
+                path,
+            )
+        return self if rows == slice(0, len(weight)) else replace(self, rows=rows)
 
     def _fault(self, shape: list[int], expected: list[int]) -> str:
         """Return why the change does not fit, as in "it has ..."; "" if it fits.
@@ -163,6 +201,12 @@ class Change:
             covered = slice(first - start, end - start)
             total = total[covered]
             weight = weight[covered]
+        if OFT in self.factors:  # its multiplier is in the rotation
+            by = self.turns
+            if by is None:
+                by = turns(self.factors[OFT].to(total.device), self.use.multiplier)
+            total.add_(turned_weight(weight, by))
+            return
         factors = self.factors
         if block is not None:  # a LoKr is never in blocks, see `_blocks`
             factors = deltas.rows_of(self.factors, block) or self.factors
@@ -218,8 +262,8 @@ def _blocks(weight: Tensor, changes: Sequence[Change]) -> Iterator[slice | None]
 class LoraPatch:
     """Add LoRAs to weights by name: `patch(name, weight) -> weight`, a `WeightPatch`.
 
-    W + multiplier * (alpha / rank) * up @ down, summed in float32 on the weight's device, rounded once to the
-    weight's dtype. DoRA gives multiplier * (new weight - W); the changes of several files all start from W.
+    W + multiplier * (alpha / rank) * up @ down, or W R(multiplier * Q)^T of an OFT, summed in float32 on the
+    weight's device, rounded once to the weight's dtype. DoRA gives multiplier * (new weight - W); the changes of several files all start from W.
     After loading, `check()` reports changes without a weight.
     """
 
@@ -419,7 +463,11 @@ class LoraPatch:
 
 
 def _move_factors(change: Change, device: torch.device) -> Change:
-    """Return the change with its factors on a device, except alphas and rows, which the host reads."""
+    """Return the change with its factors on a device, except alphas and rows, which the host reads; an OFT
+    with its rotation.
+    """
+    if OFT in change.factors:
+        return replace(change, turns=turns(change.factors[OFT].to(device), change.use.multiplier))
     moved = dict(change.factors)
     for part, tensor in deltas.without_alpha(change.factors).items():
         if part != ROWS:

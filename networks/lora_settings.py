@@ -16,11 +16,11 @@ from modules.command import did_you_mean
 from modules.errors import OptionError
 from networks.lora_layer import Dropouts
 from networks.names.layouts import LoraRules
+from networks.options import DEFAULT_RANK
 from networks.patterns import NamePattern, describe_unfit, in_any_spelling
 
 logger = getLogger(__name__)
 Words = tuple[str, ...]  # all of them are parts of a module's path
-DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
 Reader = Callable[[str, Any], Any]  # an argument and its text -> its value; raises OptionError
 Pattern = re.Pattern[str] | NamePattern

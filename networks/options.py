@@ -19,6 +19,9 @@ MOST_MULTIPLIER = 1000  # of a LoRA; 0 to 2 are usual
 
 
 BASE = "base"
+OFT_MODULE = "networks.oft"
+DEFAULT_RANK = 4
+DEFAULT_BLOCK = 32  # values that an OFT rotates together, as in PEFT and OneTrainer
 
 
 class FrozenModelOptions(Options, title="frozen model"):
@@ -64,13 +67,13 @@ class NetworkOptions(Options, title="network"):
     """Options of the network that `--network_module` builds and trains."""
 
     network_module: str | None = option(
-        "module that builds the network: networks.lora, networks.loha, networks.lokr, or another "
-        "package's, such as lycoris.kohya; default: the family's LoRA",
+        "module that builds the network: networks.lora, networks.loha, networks.lokr, networks.oft, or "
+        "another package's, such as lycoris.kohya; default: the family's LoRA",
         often=True,
         facts={**IDENTITY, **IMPORTS_MODULE},
     )
     network_dim: int | None = option(
-        "rank of the network; default 4",
+        "rank of the network, default 4; of networks.oft the number of values in a block, default 32",
         least=1,
         hint="the rank",
         acts_if={"--dim_from_weights takes ranks from the file": lambda typed: not typed.dim_from_weights},
@@ -84,13 +87,15 @@ class NetworkOptions(Options, title="network"):
         most=1_000_000,
         hint="0 means alpha = rank",
         acts_if={
-            "the alphas in the file of --network_weights count": lambda typed: typed.network_weights is None
+            "the alphas in the file of --network_weights count": lambda typed: typed.network_weights is None,
+            "an OFT has no alpha": lambda typed: not typed.is_oft,
         },
         often=True,
         facts=IDENTITY,
     )
     network_dropout: float | None = option(
-        "share of the values between the two factors that is set to zero during training",
+        "share of the values between the two factors that is set to zero during training; of an OFT the "
+        "share of blocks that do not rotate",
         least=0,
         below=1,
         facts=HABIT,
@@ -136,6 +141,15 @@ class NetworkOptions(Options, title="network"):
         if not self.network_args:
             return {}
         return {key: value.strip() for key, value in split_pairs("--network_args", self.network_args).items()}
+
+    @property
+    def is_oft(self) -> bool:
+        return self.network_module == OFT_MODULE
+
+    @property
+    def rank(self) -> int:
+        """Return --network_dim, or what it is by default; of an OFT it is the block size."""
+        return self.network_dim or (DEFAULT_BLOCK if self.is_oft else DEFAULT_RANK)
 
     @property
     def decomposes(self) -> bool:

@@ -1,6 +1,7 @@
 """Build the networks that `--network_module networks.lora_wan` and the like name."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import getLogger
@@ -10,9 +11,19 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from checkpoints.opening import open_checkpoint
-from modules.console import list_some
+from modules.console import count_of, list_some
 from modules.errors import CheckpointError, OptionError
-from networks.deltas import DORA, UP, Factors, add_missing_alphas, group_by_module, rank_of, without_alpha
+from networks.deltas import (
+    DORA,
+    OFT,
+    UP,
+    Factors,
+    add_missing_alphas,
+    block_of,
+    group_by_module,
+    rank_of,
+    without_alpha,
+)
 from networks.factored import FactoredLayer, MakeShapes
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
@@ -20,7 +31,10 @@ from networks.lora_products import diagonal_blocks, fused_heights
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
 from networks.names.layouts import OURS
 from networks.names.texts import published_path
+from networks.oft_layer import OftLayer
+from networks.options import OFT_MODULE
 from networks.own_kinds import OWN_MODULES, WITH_FILE, NetworkArguments, read_own
+from networks.rotation import fit_block_size
 from running.run_blocks import spec_of
 
 logger = getLogger(__name__)
@@ -223,7 +237,10 @@ def build_network(
         learning = {}
         if dit is not None:
             targets = choose_modules(dit, replace(settings, conv_rank=None))
-        layers = _factored_layers(targets, make_shapes)
+        if OWN_MODULES[name].kind == "OFT":
+            layers = _oft_layers(targets)
+        else:
+            layers = _factored_layers(targets, make_shapes)
     if begun:
         by_name = _layers_by_name(dit, learning)
         joining = _joining_layers(
@@ -255,6 +272,36 @@ def _factored_layers(targets: Mapping[str, Target], make_shapes: MakeShapes) -> 
         if isinstance(module, nn.Linear):
             shapes = make_shapes(module.out_features, module.in_features, target.rank)
             layers[name] = FactoredLayer(module, shapes, target.rank, target.alpha)
+    return layers
+
+
+def _oft_layers(targets: Mapping[str, Target]) -> dict[str, nn.Module]:
+    """Build the layers of an OFT network; log block sizes that do not divide the inputs of a layer.
+
+    Raises OptionError if no layer is left.
+    """
+    layers: dict[str, nn.Module] = {}
+    changed: Counter[str] = Counter()
+    for name, target in targets.items():
+        module = target.module
+        if not isinstance(module, nn.Linear):
+            continue
+        size = fit_block_size(module.in_features, target.rank)
+        if size is None:
+            changed[f"{module.in_features} inputs: no rotation"] += 1
+            continue
+        if size != target.rank:
+            changed[f"{module.in_features} inputs: {size} in place of {target.rank}"] += 1
+        layers[name] = OftLayer(module, size)
+    if changed:
+        lines = [f"{words} ({count_of(count, 'layer')})" for words, count in sorted(changed.items())]
+        logger.info(
+            f"block sizes that do not divide a layer's inputs become the nearest that do. {'; '.join(lines)}"
+        )
+    if not layers:
+        raise OptionError(
+            f"--network_module {OFT_MODULE}: the model has no linear layer left that could be rotated"
+        )
     return layers
 
 
@@ -419,10 +466,13 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
 
 def _layer_of(
     name: str, module: LoraModule, path: str, factors: Factors, settings: LoraSettings
-) -> LoraLayer | FactoredLayer:
+) -> LoraLayer | FactoredLayer | OftLayer:
     """Return a layer of a network module with the rank and alpha of factors; split if that is asked for and
-    the up factor has blocks. Raises CheckpointError if factors of a LoHa or LoKr are not matrices.
+    the up factor has blocks. Raises CheckpointError if factors of a LoHa or LoKr are not matrices, or those
+    of an OFT do not fit the layer.
     """
+    if OWN_MODULES[name].kind == "OFT":
+        return _oft_layer_of(module, path, factors)
     if OWN_MODULES[name].kind != "LoRA":
         return _factored_layer_of(module, path, factors)
     rank = rank_of(factors)
@@ -433,6 +483,17 @@ def _layer_of(
         num_parts = len(heights)
         return LoraLayer(module, rank // num_parts, alpha / num_parts, heights=heights)
     return LoraLayer(module, rank, alpha, DORA in factors)
+
+
+def _oft_layer_of(module: LoraModule, path: str, factors: Factors) -> OftLayer:
+    """Return a layer of an OFT. Raises CheckpointError if its blocks are not those of the layer's inputs."""
+    size = block_of(factors)
+    if not isinstance(module, nn.Linear) or size is None or len(factors[OFT]) * size != module.in_features:
+        raise CheckpointError(
+            f"--dim_from_weights: {path} has {OFT} {list(factors[OFT].shape)}, which are not the blocks of "
+            "this layer's inputs, and only those can be trained"
+        )
+    return OftLayer(module, size)
 
 
 def _factored_layer_of(module: LoraModule, path: str, factors: Factors) -> FactoredLayer:

@@ -9,6 +9,7 @@ from torch import nn
 
 from networks.added import AddedLayer, AddedPart, ChangedPlace
 from networks.apply import Change
+from networks.deltas import OFT
 
 
 def add_unmerged(
@@ -23,7 +24,9 @@ def add_unmerged(
         height = len(place.shaped)
         parts = [AddedPart(place, change.factors, change.use.multiplier) for change in weight_changes]
         for part, change in zip(parts, weight_changes, strict=True):
-            if change.rows is not None:  # add to some of the outputs only
+            if OFT in change.factors:
+                part.rows = change.rows
+            elif change.rows is not None:  # add to some of the outputs only
                 around = (change.rows.start, height - change.rows.stop)
                 part.region = partial(functional.pad, pad=around)
         layer = AddedLayer(place, parts)
