@@ -263,7 +263,8 @@ class LoraPatch:
     """Add LoRAs to weights by name: `patch(name, weight) -> weight`, a `WeightPatch`.
 
     W + multiplier * (alpha / rank) * up @ down, or W R(multiplier * Q)^T of an OFT, summed in float32 on the
-    weight's device, rounded once to the weight's dtype. DoRA gives multiplier * (new weight - W); the changes of several files all start from W.
+    weight's device, rounded once to the weight's dtype. DoRA gives multiplier * (new weight - W); the changes
+    of several files all start from W.
     After loading, `check()` reports changes without a weight.
     """
 

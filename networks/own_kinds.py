@@ -78,11 +78,10 @@ def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, MakeShap
     settings = read_settings(rank, typed.alpha, typed.dropout, arguments=arguments, rules=module.rules)
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio)
     has_ratio = any(ratio is not None for ratio in ratios)
-    of_loras = (settings.decomposes, settings.reg_rates, settings.perturbation)
+    of_loras = any((settings.decomposes, settings.reg_rates, settings.perturbation)) or has_ratio
     if module.kind == "OFT":
-        _check_oft(settings)
-    has_dropout = module.kind != "OFT" and settings.dropouts is not None
-    if module.kind != "LoRA" and (any(of_loras) or has_ratio or has_dropout):
+        _check_oft(settings, of_loras)
+    elif module.kind != "LoRA" and (of_loras or settings.dropouts is not None):
         raise OptionError(
             "--network_dropout, and rank_dropout, module_dropout, dora_wd, loraplus_..., network_reg_lrs and "
             "ggpo_... of --network_args, are for LoRAs only: leave them out, or use --network_module "
@@ -91,8 +90,14 @@ def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, MakeShap
     return settings, make_shapes
 
 
-def _check_oft(settings: LoraSettings) -> None:
-    """Raise OptionError for settings of a LoRA that an OFT cannot have, with what to give in their place."""
+def _check_oft(settings: LoraSettings, has_others: bool) -> None:
+    """Raise OptionError for settings that an OFT cannot have. has_others: some that only LoRAs have."""
+    if has_others or settings.conv_rank is not None:
+        raise OptionError(
+            f"--network_module {OFT_MODULE} rotates the inputs of linear layers. dora_wd, loraplus_..., "
+            "network_reg_lrs, ggpo_... and conv_dim of --network_args are for LoRAs only: leave them out, or "
+            "use --network_module networks.lora"
+        )
     if settings.dropouts is not None and settings.dropouts.rank:
         raise OptionError(
             "--network_args rank_dropout: an OFT has no ranks. Use --network_dropout, the share of blocks "

@@ -51,7 +51,10 @@ def turns(values: Tensor, strength: float = 1.0) -> Tensor:
 
 
 def turn(x: Tensor, by: Tensor) -> Tensor:
-    """Return x (R - I), the change of an input by a rotation. x: ... in. by: n b b; 1 b b is for all blocks."""
+    """Return x (R - I), the change of an input by a rotation.
+
+    x: ... in. by: n b b; 1 b b is for all blocks.
+    """
     size = by.shape[-1]
     blocks = x.reshape(-1, x.shape[-1] // size, size)  # N n b
     turned = torch.matmul(blocks.transpose(0, 1), by).transpose(0, 1)
