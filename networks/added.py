@@ -29,6 +29,7 @@ from networks.lora_products import add_product
 from networks.module_names import choose_family
 from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
 from networks.parts import for_model
+from networks.rank_masks import RankMask, mask_for, parts_of_rank, rule_of
 from networks.rotation import turn, turned_weight, turns
 from running.run_blocks import stage_files_of
 
@@ -88,6 +89,7 @@ class AddedPart:
         self._by_frozen_norms = by_frozen_norms
         # applied to the addition to the module's output before it is added; None: nothing
         self.region: Callable[[Tensor], Tensor] | None = None
+        self.rank_mask: RankMask | None = None  # T-LoRA
         self.rows: slice | None = None  # outputs that an OFT's rotation is for; None: all
         self._angles: Tensor | None = None  # the values of an OFT, float32
         self._chain: list[Tensor] = []  # the low-rank factors in the order in which they act
@@ -205,12 +207,23 @@ class AddedPart:
             down = middle[0]
         else:
             down = down.reshape(rank, channels, *self.place.parameter.shape[2:])
-        hidden = self._apply(x, down) * self.multiplier
+        hidden = self._masked(self._apply(x, down) * self.multiplier, 1)
         return functional.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
 
     def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
         """Return the input times the multiplier and the down factor, also that of a 1x1 convolution."""
-        return functional.linear(x.to(down.dtype), down.flatten(1)) * self.multiplier
+        return self._masked(functional.linear(x.to(down.dtype), down.flatten(1)) * self.multiplier)
+
+    def _masked(self, hidden: Tensor, axis: int = -1) -> Tensor:
+        """Return values between the factors, without those of ranks that do not act. axis: of the ranks."""
+        return hidden if self.rank_mask is None else self.rank_mask.apply(hidden, axis)
+
+    def mask_ranks(self, network: nn.Module, metadata: Mapping[str, str]) -> None:
+        """Mask ranks if the LoRA was trained so (T-LoRA). network: has the module. metadata: of the file."""
+        rule = rule_of(metadata)
+        rank = deltas.rank_of(self.factors)
+        if rule is not None and rank:
+            self.rank_mask = mask_for(network, rule, rank, parts_of_rank(metadata, rank))
 
     def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """Apply the module's operation with another weight and without bias."""
@@ -374,9 +387,11 @@ def add_loras(
                     consequence="compiled blocks take no other weights. Leave out --compile.",
                 )
             modules = {name: factors for name, factors in modules.items() if name not in left_out}
-        parts.append(
-            {name: AddedPart(by_name[name], factors, use.multiplier) for name, factors in modules.items()}
-        )
+        added: dict[str, AddedPart] = {}
+        for name, factors in modules.items():
+            added[name] = AddedPart(by_name[name], factors, use.multiplier)
+            added[name].mask_ranks(dit, use.lora.metadata)
+        parts.append(added)
     return AddedLoras(attach_parts(parts, by_name))
 
 

@@ -25,6 +25,7 @@ from networks.loading import LoraFile, LoraUse, refuse_unknown, warn_of_absent, 
 from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, OURS
 from networks.parts import is_cut, part_rows, usual_rows
+from networks.rank_masks import MERGED, rule_of
 from networks.rotation import block_size_of, turned_weight, turns
 from running.offload.sharding import gather_weight, set_weight
 
@@ -274,10 +275,13 @@ class LoraPatch:
         parameter_names: Iterable[str] | None = None,
         model: Path | None = None,
         is_text: bool = False,
+        is_masked: bool = False,
     ) -> None:
         """parameter_names: of a file in another layout, such as that of diffusers. model: its file, for
-        messages. is_text: the model is a text encoder, whose names no family has.
+        messages. is_text: the model is a text encoder, whose names no family has. is_masked: the changes are
+        not merged, so that the ranks of T-LoRAs are masked.
         """
+        self._is_masked = is_masked
         self._uses = tuple(uses)
         self._is_text = is_text
         self._path = model
@@ -381,6 +385,8 @@ class LoraPatch:
                 logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
                 continue
             logger.info(f"{path}: {len(used)} weights changed, multiplier {use.multiplier:g}")
+            if not self._is_masked and rule_of(use.lora.metadata) is not None:
+                logger.warning(f"{path} {MERGED}")
             warn_of_other_family(use.lora, family, self._modules)
             absent = [key for key in keys if key not in self._seen]
             if absent:

@@ -35,6 +35,7 @@ from networks.names.layouts import (
     FamilyNames,
 )
 from networks.parts import fuse
+from networks.rank_masks import ELSEWHERE, rule_of
 from networks.tool_options import (
     ComfyConvertOptions,
     ConvertOptions,
@@ -418,5 +419,6 @@ def _save(
         ("to", f"{output} ({as_size(output.stat().st_size)})"),
         ("tensors", f"{len(result.tensors)} written"),
         ("made plain", baked),
+        ("T-LoRA", ELSEWHERE if rule_of(result.metadata) is not None else None),
     ]
     show_box("The LoRA is converted", rows)

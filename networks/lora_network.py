@@ -18,6 +18,7 @@ from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
 from networks.module_names import choose_family, on_text_side, read_family
 from networks.names.layouts import OURS, FamilyNames
 from networks.oft_layer import OftLayer
+from networks.rank_masks import rule_of
 
 if TYPE_CHECKING:  # only for --network_weights
     from networks.loading import LoraFile
@@ -93,6 +94,12 @@ class OwnNetwork(nn.Module):
                 f"--network_weights {path} is a DoRA in ComfyUI's form, which goes by the model's weights.\n"
                 "  Bring it back first: convert_lora.py --target default --dit MODEL.",
                 path,
+            )
+        file_rule = rule_of(lora.metadata)
+        if file_rule is not None and file_rule != self.settings.rank_rule:
+            logger.warning(
+                f"--network_weights {path} is a T-LoRA, and continues with other ranks at each level: give "
+                f"the --network_args that it was trained with, {file_rule.in_words()}"
             )
         # the network has only some modules: names known to the LoRA's family are taken to be of that family
         lora_family = read_family(lora.metadata)

@@ -33,6 +33,7 @@ from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.metadata import add_hashes
 from networks.module_names import family_named, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
+from networks.rank_masks import MERGED, rule_of
 from networks.text_loras import WholePatch, for_encoders, is_whole, uses_for
 from networks.tool_options import FluxMergeOptions, MergeOptions, WholeMergeOptions
 from networks.writing import in_own_form, rename_to_aliases
@@ -316,6 +317,9 @@ def _add_up(
     for LoRAs of several models.
     """
     _refuse_other_families([use.lora for use in uses])
+    for use in uses:
+        if rule_of(use.lora.metadata) is not None:
+            logger.warning(f"{use.lora.path} {MERGED}")
     merged: dict[str, Tensor] = {}
     for name, summands in _summands(uses).items():
         total = _sum(name, summands, device)

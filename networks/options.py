@@ -20,6 +20,8 @@ MOST_MULTIPLIER = 1000  # of a LoRA; 0 to 2 are usual
 
 BASE = "base"
 OFT_MODULE = "networks.oft"
+# keys of --network_args of a T-LoRA: see `networks.rank_masks`
+TLORA, TLORA_MIN_RANK, TLORA_ALPHA = "tlora", "tlora_min_rank", "tlora_alpha"
 DEFAULT_RANK = 4
 DEFAULT_BLOCK = 32  # values that an OFT rotates together, as in PEFT and OneTrainer
 
@@ -141,6 +143,10 @@ class NetworkOptions(Options, title="network"):
         if not self.network_args:
             return {}
         return {key: value.strip() for key, value in split_pairs("--network_args", self.network_args).items()}
+
+    @property
+    def is_tlora(self) -> bool:
+        return self.arguments().get(TLORA, "").lower() == "true"
 
     @property
     def is_oft(self) -> bool:

@@ -48,6 +48,9 @@ WITH_FILE = {
     "module_dropout",
     "verbose",
     "split_qkv",
+    "tlora",
+    "tlora_min_rank",
+    "tlora_alpha",
     "network_reg_lrs",
     "ggpo_sigma",
     "ggpo_beta",
@@ -78,14 +81,15 @@ def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, MakeShap
     settings = read_settings(rank, typed.alpha, typed.dropout, arguments=arguments, rules=module.rules)
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio)
     has_ratio = any(ratio is not None for ratio in ratios)
-    of_loras = any((settings.decomposes, settings.reg_rates, settings.perturbation)) or has_ratio
+    of_loras = any((settings.decomposes, settings.reg_rates, settings.perturbation, settings.rank_rule))
+    of_loras = of_loras or has_ratio
     if module.kind == "OFT":
         _check_oft(settings, of_loras)
     elif module.kind != "LoRA" and (of_loras or settings.dropouts is not None):
         raise OptionError(
-            "--network_dropout, and rank_dropout, module_dropout, dora_wd, loraplus_..., network_reg_lrs and "
-            "ggpo_... of --network_args, are for LoRAs only: leave them out, or use --network_module "
-            "networks.lora"
+            "--network_dropout, and rank_dropout, module_dropout, dora_wd, loraplus_..., network_reg_lrs, "
+            "ggpo_... and tlora of --network_args, are for LoRAs only: leave them out, or use "
+            "--network_module networks.lora"
         )
     return settings, make_shapes
 
@@ -95,8 +99,8 @@ def _check_oft(settings: LoraSettings, has_others: bool) -> None:
     if has_others or settings.conv_rank is not None:
         raise OptionError(
             f"--network_module {OFT_MODULE} rotates the inputs of linear layers. dora_wd, loraplus_..., "
-            "network_reg_lrs, ggpo_... and conv_dim of --network_args are for LoRAs only: leave them out, or "
-            "use --network_module networks.lora"
+            "network_reg_lrs, ggpo_..., tlora and conv_dim of --network_args are for LoRAs only: leave them "
+            "out, or use --network_module networks.lora"
         )
     if settings.dropouts is not None and settings.dropouts.rank:
         raise OptionError(

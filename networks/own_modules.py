@@ -32,8 +32,9 @@ from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, 
 from networks.names.layouts import OURS
 from networks.names.texts import published_path
 from networks.oft_layer import OftLayer
-from networks.options import OFT_MODULE
+from networks.options import OFT_MODULE, TLORA
 from networks.own_kinds import OWN_MODULES, WITH_FILE, NetworkArguments, read_own
+from networks.rank_masks import mask_for
 from networks.rotation import fit_block_size
 from running.run_blocks import spec_of
 
@@ -251,7 +252,25 @@ def build_network(
             by_name=by_name,
         )
         layers = _in_order(layers, joining, by_name)
+    _mask_ranks(layers, settings, dit)
     return OwnNetwork(layers, settings)
+
+
+def _mask_ranks(layers: Mapping[str, nn.Module], settings: LoraSettings, dit: nn.Module | None) -> None:
+    """Give the LoRAs of a DiT the masks of a T-LoRA; those of text encoders see no noise and have none.
+
+    Raises OptionError if only text encoders learn.
+    """
+    if settings.rank_rule is None:
+        return
+    if dit is None:
+        raise OptionError(
+            f"--network_args {TLORA}=True: the noise of a sample decides which ranks act, and text encoders, "
+            "which alone learn here, see none. Leave it out"
+        )
+    for name, layer in layers.items():
+        if name.startswith(OURS) and isinstance(layer, LoraLayer):
+            layer.rank_mask = mask_for(dit, settings.rank_rule, layer.rank)
 
 
 def _lora_layers(targets: Mapping[str, Target], decomposes: bool) -> dict[str, nn.Module]:
@@ -444,6 +463,7 @@ def build_from_tensors(
             f"--dim_from_weights: {len(absent)} modules of the file are not in this model: "
             f"{list_some(absent)}"
         )
+    _mask_ranks(layers, settings, dit)
     return OwnNetwork(layers, settings)
 
 

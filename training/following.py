@@ -52,6 +52,10 @@ def describe_elsewhere(network: NetworkOptions | None) -> str | None:
         return None
     if network.decomposes:
         return DORA_ELSEWHERE
+    if network.is_tlora:
+        from networks.rank_masks import ELSEWHERE  # only with a T-LoRA
+
+        return ELSEWHERE
     return OFT_ELSEWHERE if network.is_oft else None
 
 
