@@ -27,6 +27,11 @@ from networks.own_modules import build_from_tensors, build_network, check_blocks
 
 logger = getLogger(__name__)
 
+# network modules of sd-scripts that there are not here, and what to use in their place
+_NOT_BUILT = {
+    "networks.oft_v2": f"this form of OFT is {OFT_MODULE} here. Give that",
+    "networks.boft": f"BOFT is not built: no program but sd-scripts reads its files. Use {OFT_MODULE}",
+}
 OWN_NETWORKS = "Use --lora_per_expert to train one for each"
 
 
@@ -340,6 +345,8 @@ def import_network_module(name: str) -> ModuleType:
 
     Raises OptionError if it cannot be imported or builds no network.
     """
+    if name in _NOT_BUILT:
+        raise OptionError(f"--network_module {name}: {_NOT_BUILT[name]}")
     ours = ", ".join(OWN_MODULES)
     module = import_user_module(
         "--network_module",

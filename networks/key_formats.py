@@ -38,6 +38,7 @@ _FURTHER = tuple(start for start in EXPERT_STARTS if start != layouts.IN_DIFFUSE
 # names without dots they have "_" for "."
 _STARTS = {
     OURS: "ours",
+    "oft_unet_": "ours",  # sd-scripts
     "lycoris_": "LyCORIS",
     "lora_transformer_": "OneTrainer",
     "lora_transformer-": "InvokeAI",

@@ -264,7 +264,8 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     """Return the factors of each part of a fused weight, or why there are none. paths: of the parts."""
     if OFT in factors:
-        return dict.fromkeys(paths, factors)
+        # copies: files cannot hold tensors that share memory
+        return {path: {OFT: factors[OFT].clone()} for path in paths}
     size = _size_to_cut(factors)
     if size is None:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"

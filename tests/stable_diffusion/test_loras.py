@@ -273,7 +273,7 @@ def test_strengths_that_were_interrupted_are_set_again(layers: list[dict[str, Ad
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("networks.oft", "--network_module networks.oft is for "),
+        ("networks.boft", "--network_module networks.boft is for BOFT: it is not supported"),
         ("networks.control_net_lllite", "--control_net_lllite_models takes it"),
         ("my.module", "--network_module my.module: modules of others are not supported"),
     ],
