@@ -24,7 +24,7 @@ from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, OURS
-from networks.parts import is_cut, part_rows, usual_rows
+from networks.parts import FusedPiece, is_cut, join_rotations, part_rows, usual_rows
 from networks.rank_masks import MERGED, rule_of
 from networks.rotation import block_size_of, turned_weight, turns
 from running.offload.sharding import gather_weight, set_weight
@@ -240,6 +240,27 @@ class FoundChange(NamedTuple):
     relative: Relative | None  # how the parameter lies to the LoRA's module
 
 
+def _as_whole(found: Sequence[FoundChange]) -> list[FoundChange]:
+    """Return the changes of a parameter with one of an OFT for all of its parts, if these rotate alike.
+
+    Else the rows of each part have to be known, which an OFT does not show.
+    """
+    pieces: dict[int, list[FusedPiece]] = {}  # by LoRA
+    for key, change, relative in found:
+        if OFT in change.factors and relative is not None and relative.is_part:
+            pieces.setdefault(id(change.use), []).append(FusedPiece(key, relative.part, change.factors))
+    alike = {use for use, parts in pieces.items() if not isinstance(join_rotations(parts), str)}
+    joined: list[FoundChange] = []
+    for each in found:
+        use = id(each.change.use)
+        is_piece = use in pieces and any(piece.name == each.key for piece in pieces[use])
+        if not is_piece or use not in alike:
+            joined.append(each)
+        elif each.key == pieces[use][0].name:
+            joined.append(each._replace(relative=None))
+    return joined
+
+
 def _our_names(parameter_names: Iterable[str]) -> dict[str, str]:
     """Return our names of a file's modules, by theirs; {} if no family has such modules."""
     modules = list(dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names))
@@ -341,7 +362,11 @@ class LoraPatch:
     def _fitting(self, name: str, weight: Tensor) -> list[Change]:
         """Return the changes of a parameter, fitted to it. Raises as `add_to`."""
         changes = []
-        for key, change, relative in self._find(name):
+        found = self._find(name)
+        for key, change, _ in found:
+            if OFT in change.factors:
+                self._used[id(change.use)].add(key)
+        for key, change, relative in _as_whole(found):
             channels = other_channels(change.factors, weight) if name.endswith(FIRST_LAYERS) else None
             if channels is not None:
                 self._narrower[id(change.use)] = channels

@@ -278,7 +278,7 @@ def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False)
     if first.part.index is None and len(pieces) == 1:
         return first.factors
     if any(OFT in piece.factors for piece in pieces):
-        return _join_rotations(pieces)
+        return join_rotations(pieces)
     if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
         return _join_others(pieces, height, is_for_model)
     places = [part_rows(piece.part, len(piece.factors[UP]), height) for piece in pieces]
@@ -294,7 +294,7 @@ def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False)
     return _join_low_rank(_in_order(pieces, slices), height)
 
 
-def _join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
+def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
     """Return the one rotation of the parts of a weight, or the reason why there is none."""
     first = pieces[0]
     siblings = _siblings(first.part.ours, {first.part.theirs})

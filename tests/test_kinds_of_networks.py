@@ -16,7 +16,7 @@ from tests.tiny.runs import TinyProject, make_project
 
 OFT = ["--network_module", "networks.oft", "--network_dim", "8", "--network_alpha", "1"]
 TLORA = ["--network_args", "tlora=True", "tlora_min_rank=1", "tlora_alpha=1"]
-SAMPLES = ["--sample_prompts", "prompts.txt", "--sample_every_n_steps", "3"]
+UPS = ("lora_up.weight", "lora_B.weight")
 
 
 @pytest.fixture(scope="module", params=CHOSEN)
@@ -49,7 +49,7 @@ def as_json(arguments: Mapping[str, str]) -> str:
 @pytest.mark.slow_cases("wan t2v-1.3B")
 def test_a_tlora_is_generated_with_its_masks(project: TinyProject) -> None:
     tensors = project.train("tlora", *TLORA)
-    assert any(tensor.any() for name, tensor in tensors.items() if "lora_up" in name)
+    assert any(tensor.any() for name, tensor in tensors.items() if name.endswith(UPS))
     path, folder = project.folder / "tlora" / "x.safetensors", project.folder
     found = together(project, "masked", "--lora_weight", path)
     # with a rule by which all ranks act, and merged
@@ -62,8 +62,9 @@ def test_a_tlora_is_generated_with_its_masks(project: TinyProject) -> None:
 
     effect = difference(merged, plain)
     assert effect > 0
-    assert difference(beside, merged) < 0.05 * effect
-    assert difference(found, merged) > 0.2 * effect
+    rounding = difference(beside, merged)
+    assert rounding < 0.05 * effect
+    assert difference(found, merged) > 3 * rounding
 
 
 @pytest.mark.slow_cases("wan t2v-1.3B")
