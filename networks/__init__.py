@@ -41,6 +41,6 @@ rotation_files: which OFTs of PEFT are refused
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 text_loras: LoRAs of text encoders, put into them
 tool_options: options to merge, convert, average and extract LoRAs
-unmerged: LoRAs around layers that stay in 8 or 4 bits; T-LoRAs around all
+unmerged: LoRAs around layers in 8 or 4 bits, T-LoRAs
 writing: write the dialects of ComfyUI and diffusers
 """

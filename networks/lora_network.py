@@ -12,12 +12,11 @@ from modules.console import count_of, list_some
 from modules.errors import CheckpointError
 from networks import deltas
 from networks.deltas import DOWN, OFT, UP, Factors, add_missing_alphas, group_by_module, ungroup
-from networks.lora_layer import DropoutSeed, LoraLayer
+from networks.lora_layer import DropoutSeed
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
 from networks.module_names import choose_family, on_text_side, read_family
 from networks.names.layouts import OURS, FamilyNames
-from networks.oft_layer import OftLayer
 from networks.rank_masks import rule_of
 
 if TYPE_CHECKING:  # only for --network_weights
@@ -38,7 +37,7 @@ class OwnNetwork(nn.Module):
         self._seed = DropoutSeed()
         for index, (name, layer) in enumerate(layers.items()):
             self.add_module(name, layer)
-            if isinstance(layer, (LoraLayer, OftLayer)):
+            if hasattr(layer, "dropouts"):
                 layer.dropouts = settings.dropouts
                 layer.seed = self._seed
                 layer.index = index
@@ -50,7 +49,7 @@ class OwnNetwork(nn.Module):
         ranks = sorted({layer.rank for layer in self.layers})
         kind = self.layers[0].kind
         shown = list_some([str(rank) for rank in ranks])
-        size = "block size" if kind == OftLayer.kind else "rank"
+        size = "block size" if kind == "OFT" else "rank"
         logger.info(f"{kind} on {count_of(len(self.layers), 'module')}, {size} {shown}")
 
     def _prepare_noise(self, layers: Mapping[str, Any]) -> None:

@@ -69,13 +69,14 @@ class NetworkOptions(Options, title="network"):
     """Options of the network that `--network_module` builds and trains."""
 
     network_module: str | None = option(
-        "module that builds the network: networks.lora, networks.loha, networks.lokr, networks.oft, or "
-        "another package's, such as lycoris.kohya; default: the family's LoRA",
+        "module that builds the network: networks.lora, networks.loha, networks.lokr, networks.oft (its "
+        "--network_dim is the number of values in a block, 32 by default), or another package's, such as "
+        "lycoris.kohya; default: the family's LoRA",
         often=True,
         facts={**IDENTITY, **IMPORTS_MODULE},
     )
     network_dim: int | None = option(
-        "rank of the network, default 4; of networks.oft the number of values in a block, default 32",
+        "rank of the network; default 4",
         least=1,
         hint="the rank",
         acts_if={"--dim_from_weights takes ranks from the file": lambda typed: not typed.dim_from_weights},

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
@@ -31,13 +31,14 @@ from networks.lora_products import diagonal_blocks, fused_heights
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
 from networks.names.layouts import OURS
 from networks.names.texts import published_path
-from networks.oft_layer import OftLayer
 from networks.options import OFT_MODULE, TLORA
 from networks.own_kinds import OWN_MODULES, WITH_FILE, NetworkArguments, read_own
 from networks.rank_masks import mask_for
 from networks.rotation import fit_block_size
 from running.run_blocks import spec_of
 
+if TYPE_CHECKING:  # only for an OFT
+    from networks.oft_layer import OftLayer
 logger = getLogger(__name__)
 LoraModule = nn.Linear | nn.Conv2d
 
@@ -299,6 +300,8 @@ def _oft_layers(targets: Mapping[str, Target]) -> dict[str, nn.Module]:
 
     Raises OptionError if no layer is left.
     """
+    from networks.oft_layer import OftLayer  # only for an OFT
+
     layers: dict[str, nn.Module] = {}
     changed: Counter[str] = Counter()
     for name, target in targets.items():
@@ -486,7 +489,7 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
 
 def _layer_of(
     name: str, module: LoraModule, path: str, factors: Factors, settings: LoraSettings
-) -> LoraLayer | FactoredLayer | OftLayer:
+) -> "LoraLayer | FactoredLayer | OftLayer":
     """Return a layer of a network module with the rank and alpha of factors; split if that is asked for and
     the up factor has blocks. Raises CheckpointError if factors of a LoHa or LoKr are not matrices, or those
     of an OFT do not fit the layer.
@@ -505,8 +508,10 @@ def _layer_of(
     return LoraLayer(module, rank, alpha, DORA in factors)
 
 
-def _oft_layer_of(module: LoraModule, path: str, factors: Factors) -> OftLayer:
+def _oft_layer_of(module: LoraModule, path: str, factors: Factors) -> "OftLayer":
     """Return a layer of an OFT. Raises CheckpointError if its blocks are not those of the layer's inputs."""
+    from networks.oft_layer import OftLayer  # only for an OFT
+
     size = block_of(factors)
     if not isinstance(module, nn.Linear) or size is None or len(factors[OFT]) * size != module.in_features:
         raise CheckpointError(
