@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.test_fp8 import CHOSEN, difference
-from tests.tiny.runs import TinyProject, make_project
+from tests.tiny.families import FAMILIES
+from tests.tiny.runs import RUN, SIZE, TinyProject, make_project
 
 OFT = ["--network_module", "networks.oft", "--network_dim", "8", "--network_alpha", "1"]
 TLORA = ["--network_args", "tlora=True", "tlora_min_rank=1", "tlora_alpha=1"]
@@ -96,3 +97,22 @@ def test_an_oft_is_generated_as_trained(project: TinyProject) -> None:
     ours = load_file(folder / "back.safetensors")
     assert ours.keys() == tensors.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["oft", "tlora"])
+def test_small_bases_and_plans_take_them(tmp_path: Path, kind: str) -> None:
+    """Next to weights in 8 bits, in training, samples and generation; memory is planned with them."""
+    project = make_project(FAMILIES[0], tmp_path)
+    words = {"oft": [*OFT, "--learning_rate", "1e-2"], "tlora": TLORA}[kind]
+    samples = ["--sample_prompts", "prompts.txt", "--sample_every_n_steps", "3"]
+    project.train("small", *words, "--convrot_int8", *samples)
+    project.run(*project.family.train, *RUN, "--output_dir", "planned", *words, "--plan")
+    lora = ["--lora_weight", "small/x.safetensors"]
+    small = together(project, "small clip", *lora, "--convrot_int8")
+    whole = together(project, "whole clip", *lora)
+    plain = together(project, "plain clip")
+    assert difference(small, whole) < 0.5 * difference(whole, plain)
+    project.run(*project.family.generate, *SIZE, "--prompt", "a cat", "--save_path", "x", *lora, "--plan")
+    both = ["--base_weights", "small/x.safetensors", "--sample_lora", "small/x.safetensors", *samples]
+    assert project.train("again", *words, *both)
