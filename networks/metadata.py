@@ -194,8 +194,10 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     model = f" for {' or '.join(families)}" if families else ""
     dialect = key_formats.dialect_in_words(native.dialect)
     alphas = _stored_alphas(checkpoint, names) | _alphas_of_settings(checkpoint, native, part)
+    kinds = _kinds_in_words(modules)
+    article = "an" if kinds.startswith("OFT") else "a"
     words = [
-        f"a {_kinds_in_words(modules)}{model}, {dialect}",
+        f"{article} {kinds}{model}, {dialect}",
         *_scales_in_words(modules, alphas),
         f"{count_of(len(modules), 'layer')}: {_layers_in_words(modules)}",
     ]

@@ -172,7 +172,7 @@ class LoraOptions(Options):
     """LoRA files to add to a model."""
 
     lora_weight: tuple[Path, ...] | None = option(
-        "LoRA files to add to the model (LoRA, LoHa or LoKr, any dialect)", place="there", often=True
+        "LoRA files to add to the model (LoRA, LoHa, LoKr or OFT, any dialect)", place="there", often=True
     )
     lora_multiplier: tuple[float, ...] = option(
         "strength of each file of --lora_weight; missing ones are 1", default=(1.0,), often=True

@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import convert_lora
+from checkpoints.opening import open_checkpoint
 from contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from networks.added import AddedLayer, AddedPart, ChangedPlace, add_loras
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
+from networks.metadata import describe_lora
 from networks.oft_layer import OftLayer
 from networks.rotation import block_size_of, fit_block_size, turned_weight, turns
 from tests.networks.making import inputs, tiny_dit
@@ -123,6 +125,10 @@ def test_what_is_trained_is_what_is_merged_and_loaded(
     assert not torch.allclose(found, unchanged)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
+    with open_checkpoint(path) as checkpoint:
+        assert "an OFT, names as in sd-scripts, block size" in (describe_lora(checkpoint) or "")
+    assert "PEFT reads an OFT as it is" in caplog.text
+    assert "Make a plain LoRA of the OFT" in caplog.text
     assert metadata["ss_network_module"] == "networks.oft"
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "None")
 

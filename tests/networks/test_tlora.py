@@ -110,9 +110,12 @@ def test_loss_and_gradients_are_those_of_masked_factors(tmp_path: Path, how: lis
 STATES = ["--save_every_n_steps", 2, "--save_state", "--resume", "latest"]
 
 
-def test_the_file_is_a_lora_that_says_its_rule(tmp_path: Path) -> None:
+def test_the_file_is_a_lora_that_says_its_rule(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     toy.write_caches(tmp_path, batch_size=2)
-    tensors = toy.train_toy(tmp_path, *TLORA)
+    with caplog.at_level(logging.INFO):
+        tensors = toy.train_toy(tmp_path, *TLORA)
+    assert "Other programs have no mask, and merging has none either" in caplog.text
+    caplog.clear()
     plain = toy.train_toy(tmp_path, "--network_dim", 4, "--output_name", "plain")
 
     assert tensors.keys() == plain.keys()
