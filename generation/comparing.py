@@ -43,6 +43,7 @@ from modules.media.reading import read_tags
 from networks.apply import OriginalWeights
 from networks.loading import LoraUse, on_side
 from networks.text_loras import TextLoras
+from networks.unmerged import split_masked
 from running.compile import check_compilation
 from running.planning.device_memory import room_on
 
@@ -361,7 +362,8 @@ def networks_with(
     """
     speed = run.options.speed
     is_plain = speed.fp8.quantisation is None and not speed.swap.number and speed.compilation.choice is None
-    if is_plain and len(run.family.experts) <= 1:
+    is_masked = any(split_masked(uses)[1] for variant, _ in columns for uses in variant.uses)  # T-LoRAs
+    if is_plain and not is_masked and len(run.family.experts) <= 1:
         yield from _switched_networks(run, columns)
         return
     for variant, ready in columns:

@@ -19,6 +19,7 @@ from modules.devices import dtype_of, send, send_ahead
 from modules.flow.schedule import Schedule, noisy_source
 from modules.flow.solvers import Solver, solver_for
 from modules.seeds import derive_seed
+from networks.rank_masks import set_level
 
 
 @torch.no_grad()
@@ -120,6 +121,7 @@ def predictor(
             turn = steps.Turn(step.index, step.num_steps, step.timestep, which)
             group_tweaks = replace(tweaks.within(all_passes), turn=turn)
             batch = stack(group) if len(group) > 1 else group[0]
+            set_level(dit, step.sigma, noisy.device)
             velocities += family.predict(dit, rows, timesteps, batch, group_tweaks).chunk(len(group))
         return tuple(velocities)
 

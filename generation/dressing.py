@@ -70,7 +70,7 @@ class DitLoader:
         """Load an expert to the device, or as `aside` does. Raises OptionError."""
         family = self.family
         speed = self.options.speed
-        uses = self.uses[expert] if self.uses else ()
+        uses, masked = self._split(self.uses[expert] if self.uses else ())
         merged = self._make_patch(uses)  # None if the originals are noted
         patch = self.originals[expert] if self.originals else merged
         host = place or swapped_weights(family.dit, speed.swap, self.device)
@@ -93,6 +93,10 @@ class DitLoader:
             from networks.unmerged import add_unmerged  # only with LoRAs of quantised layers
 
             add_unmerged(dit, merged.unmerged, self.device, dtype_of(dit))
+        if masked:
+            from networks.unmerged import add_unmerged, masked_changes  # only with T-LoRAs
+
+            add_unmerged(dit, masked_changes(dit, masked), self.device, dtype_of(dit))
         dit.eval().requires_grad_(False)
         if stage_files_of(dit):
             from networks.added import add_stage_loras  # only with LoRAs of stages
@@ -103,16 +107,25 @@ class DitLoader:
             share_tokens(dit, speed.sharding, self.device)
         return dit
 
+    @staticmethod
+    def _split(uses: "Sequence[LoraUse]") -> "tuple[list[LoraUse], list[LoraUse]]":
+        """Return the LoRAs to merge into a transformer, and the T-LoRAs, which are put round its layers."""
+        if not uses:
+            return [], []
+        from networks.loading import on_side  # only with LoRAs
+        from networks.unmerged import split_masked
+
+        return split_masked(on_side(uses, False))
+
     def _make_patch(self, uses: "Sequence[LoraUse]") -> "LoraPatch | None":
         """Return the patch that merges LoRAs while weights are loaded, unless the originals are noted."""
         if not uses or self.originals:
             return None
         from networks.apply import LoraPatch  # only with LoRAs
-        from networks.loading import on_side
         from networks.rounding import LoraRounding
 
         rounding = LoraRounding(self.options.lora_rounding)
-        return LoraPatch(on_side(uses, False), rounding=rounding)
+        return LoraPatch(uses, rounding=rounding)
 
 
 def dit_loader(

@@ -27,6 +27,8 @@ from modules.errors import OptionError, UserError
 from modules.media.reading import image_size
 from networks.apply import Change, LoraPatch
 from networks.loading import on_side
+from networks.rank_masks import has_rule
+from networks.unmerged import masked_changes, split_masked
 from running.planning.device_memory import Room
 from running.planning.dry_run import WEIGHTS
 from running.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Swapped, sharing_processes
@@ -165,11 +167,23 @@ def load_with_loras(
 ) -> tuple[nn.Module, Mapping[str, Sequence[Change]]]:
     """Load the first expert for a plan, on the meta device; return it and `LoraPatch.unmerged` of its LoRAs.
 
-    LoRAs are read only if layers are quantised; otherwise they are merged, which takes no memory.
+    LoRAs are read only if layers are quantised, or if one is a T-LoRA; otherwise they are merged, which takes
+    no memory.
     """
     dit = family.load_dit(placement)
-    if options.lora.lora_weight is None or not any(map(stored_in, dit.modules())):
+    files = options.lora.lora_weight
+    is_stored = any(map(stored_in, dit.modules()))
+    if files is None or not (is_stored or has_rule(files)):
         return dit, {}
-    patch = LoraPatch(on_side(expert_loras(family.experts, options)[0], False))
-    patched_placement = replace(placement, patch=patch, leave_unmerged=patch.leave_unmerged)
-    return family.load_dit(patched_placement), patch.unmerged
+    uses, masked = split_masked(on_side(expert_loras(family.experts, options)[0], False))
+    if uses and is_stored:
+        patch = LoraPatch(uses)
+        patched_placement = replace(placement, patch=patch, leave_unmerged=patch.leave_unmerged)
+        dit = family.load_dit(patched_placement)
+        changes = {name: [*weight_changes] for name, weight_changes in patch.unmerged.items()}
+    else:
+        changes = {}
+    if masked:
+        for name, weight_changes in masked_changes(dit, masked).items():
+            changes.setdefault(name, []).extend(weight_changes)
+    return dit, changes

@@ -21,7 +21,7 @@ Flags = Mapping[str, argparse.Action]
 # which the first counts that a script has.
 _THEIRS = """
 learning_rate: lr unet_lr transformer_lr dit_lr
-network_dim: rank dim lora_rank lora_dim network_rank
+network_dim: rank dim lora_rank lora_dim network_rank oft_block_size
 network_alpha: alpha lora_alpha
 network_weights: lora_weights resume_lora pretrained_lora lora_path
 max_train_steps: steps num_steps max_steps train_steps num_train_steps iterations
@@ -88,6 +88,18 @@ _NOTHING = {
     ),
     "rcfg ctr": "it is for lines of prompts, of models that have it",
     "load_tensors": "it is a key of a dataset file, load_tensors = true in a table, which caching reads",
+    "do_differential_guidance differential_guidance differential_guidance_scale": (
+        "with a squared error it is the same as a higher --learning_rate, and Adam and Lion do not see it"
+    ),
+    "boft boft_block_size boft_block_num boft_n_butterfly_factor": (
+        "BOFT is not built, and --network_module networks.oft is the closest to it"
+    ),
+    "coft oft_coft coft_eps oft_block_share block_share use_cayley_neumann num_cayley_neumann_terms": (
+        "an OFT is trained with the settings that PEFT has by default"
+    ),
+    "tlora tlora_min_rank tlora_alpha": (
+        "it is a setting of the network, --network_args tlora=True tlora_min_rank=1 tlora_alpha=1"
+    ),
     "clip_skip max_token_length v2 sdxl": "it is for the text encoders of Stable Diffusion",
 }
 

@@ -29,18 +29,22 @@ metadata: experts, checksums and description of files
 module_names: modules by their names in LoRA files
 multipliers: LoRA files with a number behind a colon
 names/: module names of each family in every layout
+oft_layer: the layer of an OFT: a rotated input
 options: options to train and to use LoRAs
 own_kinds: our network modules by name, their kinds and settings
 own_modules: networks of `--network_module networks.lora` and the like
 parts: LoRAs of split fused weights: split and join
 patterns: regular expressions for names of modules, with dots or underscores
+rank_masks: T-LoRA: ranks by the noise of each sample
 rewriting: arrangements of other programs into usual ones
 rounding: merged weights in 16 bits, nearest or at random
+rotation: the rotations of an OFT
+rotation_files: which OFTs of PEFT are refused
 sdxl_merge_lora: command: merge LoRAs of Stable Diffusion checkpoints
 text_loras: LoRAs of text encoders, put into them
 slider_options: options of sliders between captions
 teacher_options: options of frozen models that teach the network
 tool_options: options to merge, convert, average and extract LoRAs
-unmerged: LoRAs around layers that stay in 8 or 4 bits
+unmerged: LoRAs around layers in 8 or 4 bits, T-LoRAs
 writing: write the dialects of ComfyUI and diffusers
 """

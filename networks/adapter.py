@@ -21,13 +21,17 @@ from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
 from modules.seeds import derive_seed
 from networks.lora_network import OwnNetwork, rename_texts
-from networks.lora_settings import DEFAULT_RANK
-from networks.options import NetworkOptions
+from networks.options import DEFAULT_RANK, OFT_MODULE, NetworkOptions
 from networks.own_kinds import OWN_MODULES, NetworkArguments, read_own
 from networks.own_modules import build_from_tensors, build_network, check_blocks
 
 logger = getLogger(__name__)
 
+# network modules of sd-scripts that there are not here, and what to use in their place
+_NOT_BUILT = {
+    "networks.oft_v2": f"this form of OFT is {OFT_MODULE} here. Give that",
+    "networks.boft": f"BOFT is not built: no program but sd-scripts reads its files. Use {OFT_MODULE}",
+}
 OWN_NETWORKS = "Use --lora_per_expert to train one for each"
 
 
@@ -206,6 +210,11 @@ def check_network(options: NetworkOptions, name: str, depths: Mapping[str, int])
         settings, _ = read_own(name, _arguments_of(options))
         if settings.block_numbers:
             check_blocks(settings, depths)
+        if name == OFT_MODULE and options.scale_weight_norms is not None:
+            raise OptionError(
+                f"--scale_weight_norms cannot be used with --network_module {name}: a rotation has no norm "
+                "to scale down, and keeps the norms of the weights. Leave it out"
+            )
     else:
         import_network_module(name)
 
@@ -336,6 +345,8 @@ def import_network_module(name: str) -> ModuleType:
 
     Raises OptionError if it cannot be imported or builds no network.
     """
+    if name in _NOT_BUILT:
+        raise OptionError(f"--network_module {name}: {_NOT_BUILT[name]}")
     ours = ", ".join(OWN_MODULES)
     module = import_user_module(
         "--network_module",

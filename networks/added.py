@@ -7,6 +7,7 @@ forward, so that training is unaffected.
 # Letters: R rank
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
@@ -21,13 +22,15 @@ from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas, loading
 from networks.apply import changes_of
-from networks.deltas import CPU, DORA, DOWN, OF_BIAS, OF_LOW_RANK, ROWS, UP, Factors
+from networks.deltas import CPU, DORA, DOWN, OF_BIAS, OF_LOW_RANK, OFT, ROWS, UP, Factors
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse
 from networks.lora_products import add_product
 from networks.module_names import choose_family
 from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
 from networks.parts import for_model
+from networks.rank_masks import RankMask, mask_for, parts_of_rank, rule_of
+from networks.rotation import turn, turned_weight, turns
 from running.run_blocks import stage_files_of
 
 logger = getLogger(__name__)
@@ -86,6 +89,9 @@ class AddedPart:
         self._by_frozen_norms = by_frozen_norms
         # applied to the addition to the module's output before it is added; None: nothing
         self.region: Callable[[Tensor], Tensor] | None = None
+        self.rank_mask: RankMask | None = None  # T-LoRA
+        self.rows: slice | None = None  # outputs that an OFT's rotation is for; None: all
+        self._angles: Tensor | None = None  # the values of an OFT, float32
         self._chain: list[Tensor] = []  # the low-rank factors in the order in which they act
         self._whole: dict[str, Tensor] = {}  # all other factors
         self._bias: Tensor | None = None
@@ -94,6 +100,9 @@ class AddedPart:
         """Copy the factors to the device, the low-rank ones in the dtype to compute in."""
         self.release()
         factors = self.factors
+        if OFT in factors:
+            self._angles = factors[OFT].to(device, torch.float32)
+            return
         is_low_rank = DOWN in factors and not factors.keys() - OF_LOW_RANK - {_MID}
         if self.place.adds_to_output and is_low_rank:
             up = factors[UP].to(device, torch.float32) * deltas.strength(factors)
@@ -106,6 +115,7 @@ class AddedPart:
         self._bias = deltas.bias_delta(factors, device)
 
     def release(self) -> None:
+        self._angles = None
         self._chain = []
         self._whole = {}
         self._bias = None
@@ -113,6 +123,17 @@ class AddedPart:
     @property
     def is_made_whole(self) -> bool:
         return bool(self._whole)
+
+    @property
+    def turns_input(self) -> bool:
+        """Return whether it is an OFT, which rotates the input of all outputs."""
+        return OFT in self.factors and self.region is None and self.rows is None
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Return the change of the input x, ... in, by an OFT's rotation."""
+        assert self._angles is not None
+        with torch.autocast(x.device.type, enabled=False):
+            return turn(x, turns(self._angles, self.multiplier).to(x.dtype))
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """Add the LoRA's addition for input x to the output of a matrix or a convolution, and return it.
@@ -141,6 +162,13 @@ class AddedPart:
 
     def _weight_addition(self, out: Tensor, x: Tensor) -> Tensor | None:
         """Return what the change of the weight adds to the output; None if the weight does not change."""
+        if self._angles is not None:
+            added = frozen_product(self.place.module, self.turned(x)).to(out.dtype)
+            if self.rows is None:
+                return added
+            outputs = torch.zeros_like(added)
+            outputs[..., self.rows] = added[..., self.rows]
+            return outputs
         if self._chain:
             return self._low_rank(x).to(out.dtype)
         if not self._whole:
@@ -153,6 +181,10 @@ class AddedPart:
     def changes(self) -> dict[str, Tensor]:
         """Return the addends to the module's parameters, by their names, float32."""
         device = self.place.parameter.device
+        if self._angles is not None:
+            return {
+                self.place.leaf: turned_weight(self.place.parameter, turns(self._angles, self.multiplier))
+            }
         changes = {self.place.leaf: self._delta(device) * self.multiplier} if self._whole else {}
         return changes if self._bias is None else {**changes, "bias": self._bias * self.multiplier}
 
@@ -175,12 +207,23 @@ class AddedPart:
             down = middle[0]
         else:
             down = down.reshape(rank, channels, *self.place.parameter.shape[2:])
-        hidden = self._apply(x, down) * self.multiplier
+        hidden = self._masked(self._apply(x, down) * self.multiplier, 1)
         return functional.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
 
     def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
         """Return the input times the multiplier and the down factor, also that of a 1x1 convolution."""
-        return functional.linear(x.to(down.dtype), down.flatten(1)) * self.multiplier
+        return self._masked(functional.linear(x.to(down.dtype), down.flatten(1)) * self.multiplier)
+
+    def _masked(self, hidden: Tensor, axis: int = -1) -> Tensor:
+        """Return values between the factors, without those of ranks that do not act. axis: of the ranks."""
+        return hidden if self.rank_mask is None else self.rank_mask.apply(hidden, axis)
+
+    def mask_ranks(self, network: nn.Module, metadata: Mapping[str, str]) -> None:
+        """Mask ranks if the LoRA was trained so (T-LoRA). network: has the module. metadata: of the file."""
+        rule = rule_of(metadata)
+        rank = deltas.rank_of(self.factors)
+        if rule is not None and rank:
+            self.rank_mask = mask_for(network, rule, rank, parts_of_rank(metadata, rank))
 
     def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """Apply the module's operation with another weight and without bias."""
@@ -188,6 +231,16 @@ class AddedPart:
         if not isinstance(module, nn.Conv2d):
             return functional.linear(x, weight)
         return functional.conv2d(x, weight, None, module.stride, module.padding, module.dilation)
+
+
+def frozen_product(module: nn.Module, x: Tensor) -> Tensor:
+    """Return x W^T for the frozen weight of a Linear, without its bias and without LoRAs around it."""
+    stored = stored_in(module)
+    if stored is not None:
+        return stored.form.multiply(x, stored.tensors, stored.shape, None)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return functional.linear(x.to(weight.dtype), weight)
 
 
 class AddedLayer(nn.Module):
@@ -233,10 +286,23 @@ class AddedLayer(nn.Module):
                 added = self._run_with([part], *inputs, **named) - plain
                 out = out + (added if part.region is None else part.region(added))
             return out
-        out = self._before(*inputs, **named)
+        x = inputs[0]
+        rotations = [part for part in active if part.turns_input]
+        if rotations and self._is_innermost:
+            # one product for all: the changes of the input add up, as the changes of a weight do
+            change = functools.reduce(torch.add, [part.turned(x) for part in rotations])
+            out = self._before(x + change)
+            active = [part for part in active if not part.turns_input]
+        else:
+            out = self._before(*inputs, **named)
         for part in active:
-            out = part.add_to(out, inputs[0])
+            out = part.add_to(out, x)
         return out
+
+    @property
+    def _is_innermost(self) -> bool:
+        """Return whether nothing else is around the frozen module, for which the input would change too."""
+        return getattr(self._before, "__self__", None) is self._original[0]
 
     def _run_with(self, parts: Sequence[AddedPart], *inputs: Any, **named: Any) -> Tensor:
         """Run the module with changed weights, then put them back."""
@@ -321,9 +387,11 @@ def add_loras(
                     consequence="compiled blocks take no other weights. Leave out --compile.",
                 )
             modules = {name: factors for name, factors in modules.items() if name not in left_out}
-        parts.append(
-            {name: AddedPart(by_name[name], factors, use.multiplier) for name, factors in modules.items()}
-        )
+        added: dict[str, AddedPart] = {}
+        for name, factors in modules.items():
+            added[name] = AddedPart(by_name[name], factors, use.multiplier)
+            added[name].mask_ranks(dit, use.lora.metadata)
+        parts.append(added)
     return AddedLoras(attach_parts(parts, by_name))
 
 

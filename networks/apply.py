@@ -18,14 +18,16 @@ from checkpoints.opening import open_checkpoint
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks import deltas
-from networks.deltas import CPU, DORA, META, ROWS, Factors, has_input_magnitudes, other_channels
+from networks.deltas import CPU, DORA, META, OFT, ROWS, Factors, has_input_magnitudes, other_channels
 from networks.key_formats import module_of_tensor
 from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse, refuse_unknown, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, alias, choose_family, relatives
 from networks.names.layouts import FIRST_LAYERS, OURS
 from networks.options import NEAREST
-from networks.parts import is_cut, part_rows
+from networks.parts import FusedPiece, is_cut, join_rotations, part_rows, usual_rows
+from networks.rank_masks import MERGED, rule_of
+from networks.rotation import block_size_of, turned_weight, turns
 from networks.rounding import (
     SMALL_WEIGHT,
     LoraRounding,
@@ -51,6 +53,7 @@ class Change:
     factors: Factors
     leaf: str = "weight"  # or bias
     rows: slice | None = None  # rows of the parameter that the LoRA is for; None: all
+    turns: Tensor | None = None  # of an OFT, on the weight's device: see `networks.rotation`
 
     def delta(self, factors: Factors, device: torch.device) -> Tensor:
         """Return the addition of the factors at multiplier 1, before DoRA's normalisation; float32."""
@@ -70,6 +73,8 @@ class Change:
         Raises CheckpointError if the shapes differ.
         """
         path = self.use.lora.path
+        if OFT in self.factors:
+            return self._fit_rotation(relative, weight, name, f"{option}{path} does not fit {model}")
         try:
             if ROWS in self.factors and has_input_magnitudes(self.factors):
                 change = self._joined(relative, weight)
@@ -85,6 +90,40 @@ class Change:
         if fault:
             raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {fault}", path)
         return change
+
+    def _fit_rotation(self, relative: Relative | None, weight: Tensor, name: str, misfit: str) -> "Change":
+        """Return the rotation of an OFT fitted to a weight, which all of its rows have, or those of a part.
+
+        misfit: for messages, which file does not fit which model. Raises CheckpointError.
+        """
+        path = self.use.lora.path
+        num_blocks, columns = self.factors[OFT].shape
+        size = block_size_of(columns)
+        assert size is not None
+        if weight.ndim != 2:
+            raise CheckpointError(
+                f"{misfit}: {name} is no linear layer, and programs do not agree on what an OFT does with "
+                "others.\n  Give a file that rotates linear layers alone.",
+                path,
+            )
+        width = weight.shape[1]
+        is_shared = num_blocks == 1 and width % size == 0  # one rotation for all blocks
+        if num_blocks * size != width and not is_shared:
+            raise CheckpointError(
+                f"{misfit}: for {name} it rotates {num_blocks} blocks of {size} inputs, the model has "
+                f"{width} inputs.\n  Give an OFT that was trained for this model.",
+                path,
+            )
+        if relative is None or not relative.is_part:
+            return self
+        rows = usual_rows(relative.part, len(weight))
+        if rows is None:
+            raise CheckpointError(
+                f"{misfit}: {relative.name} is a part of {name}, whose {len(weight)} rows are not those of a "
+                "published model.\n  Give an OFT that was trained for this model.",
+                path,
+            )
+        return self if rows == slice(0, len(weight)) else replace(self, rows=rows)
 
     def _fault(self, shape: list[int], expected: list[int]) -> str:
         """Return why the change does not fit, as in "it has ..."; "" if it fits.
@@ -173,6 +212,12 @@ class Change:
             block = slice(offset + first * step, offset + end * step, step)
             total = total[first:end]
             weight = weight[first:end]
+        if OFT in self.factors:  # its multiplier is in the rotation
+            by = self.turns
+            if by is None:
+                by = turns(self.factors[OFT].to(total.device), self.use.multiplier)
+            total.add_(turned_weight(weight, by))
+            return
         factors = self.factors
         if block is not None:  # a LoKr is never in blocks, see `_blocks`
             factors = deltas.rows_of(self.factors, block) or self.factors
@@ -203,6 +248,27 @@ class FoundChange(NamedTuple):
     key: str  # `lora_unet_x.weight`
     change: Change
     relative: Relative | None  # how the parameter lies to the LoRA's module
+
+
+def _as_whole(found: Sequence[FoundChange]) -> list[FoundChange]:
+    """Return the changes of a parameter with one of an OFT for all of its parts, if these rotate alike.
+
+    Else the rows of each part have to be known, which an OFT does not show.
+    """
+    pieces: dict[int, list[FusedPiece]] = {}  # by LoRA
+    for key, change, relative in found:
+        if OFT in change.factors and relative is not None and relative.is_part:
+            pieces.setdefault(id(change.use), []).append(FusedPiece(key, relative.part, change.factors))
+    alike = {use for use, parts in pieces.items() if not isinstance(join_rotations(parts), str)}
+    joined: list[FoundChange] = []
+    for each in found:
+        use = id(each.change.use)
+        is_piece = use in pieces and any(piece.name == each.key for piece in pieces[use])
+        if not is_piece or use not in alike:
+            joined.append(each)
+        elif each.key == pieces[use][0].name:
+            joined.append(each._replace(relative=None))
+    return joined
 
 
 def _our_names(parameter_names: Iterable[str]) -> dict[str, str]:
@@ -252,9 +318,10 @@ def _round_into(weight: Tensor, total: Tensor, at_random: RandomRounding | None,
 class LoraPatch:
     """Add LoRAs to weights by name: `patch(name, weight) -> weight`, a `WeightPatch`.
 
-    W + multiplier * (alpha / rank) * up @ down, summed in float32 on the weight's device, rounded once to the
-    weight's dtype, as `rounding` says. DoRA gives multiplier * (new weight - W); the changes of several files
-    all start from W. After loading, `check()` reports changes without a weight, and what rounding keeps.
+    W + multiplier * (alpha / rank) * up @ down, or W R(multiplier * Q)^T of an OFT, summed in float32 on the
+    weight's device, rounded once to the weight's dtype, as `rounding` says. DoRA gives multiplier * (new
+    weight - W); the changes of several files all start from W. After loading, `check()` reports changes
+    without a weight, and what rounding keeps.
     """
 
     def __init__(
@@ -264,11 +331,14 @@ class LoraPatch:
         model: Path | None = None,
         is_text: bool = False,
         rounding: LoraRounding | None = None,
+        is_masked: bool = False,
     ) -> None:
         """parameter_names: of a file in another layout, such as that of diffusers. model: its file, for
         messages. is_text: the model is a text encoder, whose names no family has. rounding: of weights in 16
-        bits; None: to the nearest.
+        bits; None: to the nearest. is_masked: the changes are not merged, so that the ranks of T-LoRAs are
+        masked.
         """
+        self._is_masked = is_masked
         self._uses = tuple(uses)
         self._is_text = is_text
         self._rounding = rounding
@@ -359,7 +429,11 @@ class LoraPatch:
     def _fitting(self, name: str, weight: Tensor) -> list[Change]:
         """Return the changes of a parameter, fitted to it. Raises as `add_to`."""
         changes = []
-        for key, change, relative in self._find(name):
+        found = self._find(name)
+        for key, change, _ in found:
+            if OFT in change.factors:
+                self._used[id(change.use)].add(key)
+        for key, change, relative in _as_whole(found):
             channels = other_channels(change.factors, weight) if name.endswith(FIRST_LAYERS) else None
             if channels is not None:
                 self._narrower[id(change.use)] = channels
@@ -403,6 +477,8 @@ class LoraPatch:
                 logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
                 continue
             logger.info(f"{path}: {len(used)} weights changed, multiplier {use.multiplier:g}")
+            if not self._is_masked and rule_of(use.lora.metadata) is not None:
+                logger.warning(f"{path} {MERGED}")
             warn_of_other_family(use.lora, family, self._modules)
             absent = [key for key in keys if key not in self._seen]
             if absent:
@@ -488,7 +564,11 @@ class LoraPatch:
 
 
 def _move_factors(change: Change, device: torch.device) -> Change:
-    """Return the change with its factors on a device, except alphas and rows, which the host reads."""
+    """Return the change with its factors on a device, except alphas and rows, which the host reads; an OFT
+    with its rotation.
+    """
+    if OFT in change.factors:
+        return replace(change, turns=turns(change.factors[OFT].to(device), change.use.multiplier))
     moved = dict(change.factors)
     for part, tensor in deltas.without_alpha(change.factors).items():
         if part != ROWS:

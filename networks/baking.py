@@ -1,4 +1,4 @@
-"""Convert LoHas, LoKrs and DoRAs to plain LoRAs, for tools that do not know these."""
+"""Convert LoHas, LoKrs, DoRAs and OFTs to plain LoRAs, for tools that do not know these."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks import deltas
 from networks.apply import Change
-from networks.deltas import CPU, DORA, DOWN, META, Factors, weight_delta, without_alpha
+from networks.deltas import CPU, DORA, DOWN, META, OFT, Factors, weight_delta, without_alpha
 from networks.extracting import decompose_change, lora_of_shape
 from networks.key_formats import module_of_tensor
 from networks.loading import LoraFile, LoraUse
@@ -32,7 +32,7 @@ from networks.text_loras import is_whole, pieces_of
 from networks.writing import in_own_form
 
 logger = getLogger(__name__)
-OTHER_KINDS = {DORA, "hada_w1_a", "lokr_w1", "lokr_w1_a", "lora_mid.weight"}
+OTHER_KINDS = {DORA, OFT, "hada_w1_a", "lokr_w1", "lokr_w1_a", "lora_mid.weight"}
 _PLAIN = "networks.lora"
 A_LOT = 0.1  # loss above which messages advise a higher rank
 
@@ -76,7 +76,7 @@ class Loss(NamedTuple):
 
 @torch.no_grad()
 def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
-    """Replace each LoHa, LoKr and DoRA by the best LoRA of a given rank for its change at multiplier 1.
+    """Replace each LoHa, LoKr, DoRA and OFT by the best LoRA of a given rank for its change at multiplier 1.
 
     Other modules do not change. Memory: the LoRA, and one weight with its change in float32. Raises
     OptionError if there is nothing to replace, or a DoRA without its model, CheckpointError if the model does
@@ -84,8 +84,8 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
     """
     assert baking.rank is not None
     tensors = lora.tensors
-    if family is not None and any(name.endswith(DORA) for name in tensors):
-        # a DoRA for parts of a fused weight becomes one for the whole weight, as the model has it
+    if family is not None and any(name.endswith((DORA, OFT)) for name in tensors):
+        # a DoRA or OFT for parts of a fused weight becomes one for the whole weight, as the model has it
         tensors = in_own_form(tensors, family)
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     replaced = {name: factors for name, factors in modules.items() if factors.keys() & OTHER_KINDS}
@@ -93,10 +93,11 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
         raise OptionError(
             f"--bake: {lora.path} has plain LoRAs alone, whose rank stays as it is. Leave --bake out"
         )
-    decomposed = [name for name, factors in replaced.items() if DORA in factors]
+    decomposed = [name for name, factors in replaced.items() if factors.keys() & {DORA, OFT}]
     if decomposed and not baking.models:
+        kind = "an OFT" if OFT in replaced[decomposed[0]] else "a DoRA"
         raise OptionError(
-            f"--bake: {lora.path} is a DoRA ({decomposed[0]}), whose change depends on the weights that it "
+            f"--bake: {lora.path} is {kind} ({decomposed[0]}), whose change depends on the weights that it "
             "was trained for. Add --dit with the model's file; after it those of the text encoders that it "
             "changes"
         )
@@ -231,30 +232,36 @@ def _as_lora(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[di
 
 def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device) -> Tensor:
     """Return the addition of factors to their weight at multiplier 1, float32."""
-    is_dora = DORA in factors
-    delta = weight_delta(without_alpha(factors), META) if is_dora else weight_delta(factors, device)
-    assert delta is not None
-    if not is_dora:
-        return delta
-    weight, path = _weight_of(name, len(delta), lora, weights)
+    rows: int | None = None  # an OFT does not show them
+    if OFT not in factors:
+        is_dora = DORA in factors
+        delta = weight_delta(without_alpha(factors), META) if is_dora else weight_delta(factors, device)
+        assert delta is not None
+        if not is_dora:
+            return delta
+        rows = len(delta)
+    weight, path = _weight_of(name, rows, lora, weights)
     change = Change(LoraUse(lora), factors).fit(None, weight, name, str(path))
     total = torch.zeros(weight.shape, device=device)
     change.add_to(total, None, weight.to(device))
     return total
 
 
-def _weight_of(name: str, rows: int, lora: LoraFile, weights: Weights) -> tuple[Tensor, Path]:
-    """Return the weight that a DoRA module changes, and its file. Raises CheckpointError if it is missing."""
+def _weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) -> tuple[Tensor, Path]:
+    """Return the weight that a module of a DoRA or OFT changes, and its file.
+
+    rows: of the weight; None: not known. Raises CheckpointError if it is missing.
+    """
     alone = name.replace("lora_te1_", "lora_te_", 1)  # Stable Diffusion 1 and 2 have one encoder
     bare = name.removeprefix(f"{prefix_of(name)}_")
     for module in dict.fromkeys((name, alone, bare)):
         for stored in weights.get(module, ()):
             weight = stored.source.make([stored.checkpoint.read(tensor) for tensor in stored.source.names])
-            if len(weight) == rows:  # text encoders in files of their own share names
+            if rows in (None, len(weight)):  # text encoders in files of their own share names
                 return weight, stored.checkpoint.path
     raise CheckpointError(
         f"{lora.path}: the weight that {name} was trained for is not in the files of --dit.\n  Give the "
-        "model that the DoRA was trained for, and after it the files of text encoders that it changes.",
+        "model that it was trained for, and after it the files of text encoders that it changes.",
         lora.path,
     )
 

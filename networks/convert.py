@@ -1,7 +1,7 @@
 """Rewrite LoRA files in another dialect; join the LoRAs of two experts in one file, and split them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from logging import getLogger
 from pathlib import Path
@@ -19,7 +19,7 @@ from modules.output_files import refuse_replacing
 from networks import module_names
 from networks.alphas import without_alphas
 from networks.baking import OTHER_KINDS, Baked, Baking, bake, with_norms
-from networks.deltas import DORA, Factors, add_missing_alphas, group_by_module, ungroup
+from networks.deltas import DORA, OFT, Factors, add_missing_alphas, group_by_module, ungroup
 from networks.formats import TARGETS
 from networks.key_formats import NETWORKS, can_be_for, dialect_in_words
 from networks.loading import LoraFile, read_lora, warn_of_other_expert
@@ -35,6 +35,7 @@ from networks.names.layouts import (
     FamilyNames,
 )
 from networks.parts import fuse
+from networks.rank_masks import ELSEWHERE, rule_of
 from networks.tool_options import (
     ComfyConvertOptions,
     ConvertOptions,
@@ -127,6 +128,8 @@ def convert_hunyuan_image(options: ComfyConvertOptions) -> None:
     if LORA_FORMAT in metadata:
         metadata[LORA_FORMAT] = KNOWN if options.reverse else COMFYUI
     rename = module_names.alias if options.reverse else module_names.to_alias
+    if not options.reverse:
+        _refuse_rotations(source, stored)
     renamed = rename_to_aliases(stored, HUNYUAN_IMAGE, rename)
     if renamed.keys() == stored.keys():
         direction = "ComfyUI's names to ours" if options.reverse else "our names to ComfyUI's"
@@ -156,6 +159,8 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     source = options.src_path
     lora = read_lora(source, family=Z_IMAGE.name)
     _family_of(lora, Z_IMAGE.name)
+    if not options.reverse:
+        _refuse_rotations(source, lora.tensors)
     metadata = {key: value for key, value in lora.metadata.items() if key != LORA_FORMAT}
     tensors: Mapping[str, Tensor] = add_missing_alphas(take_apart(lora.tensors, Z_IMAGE))
     if options.reverse:
@@ -186,6 +191,16 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
         family=Z_IMAGE,
         baked=words,
     )
+
+
+def _refuse_rotations(source: Path, tensors: Iterable[str]) -> None:
+    """Raise CheckpointError if a file that is to be converted for ComfyUI is an OFT. tensors: their names."""
+    if any(name.endswith(OFT) for name in tensors):
+        raise CheckpointError(
+            f"{source} is an OFT, and ComfyUI reads none of this form.\n"
+            "  Make a plain LoRA of it: convert_lora.py --target other --bake 64 --dit MODEL.",
+            source,
+        )
 
 
 def _unjoinable_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
@@ -239,6 +254,13 @@ def _convert_one(lora: LoraFile, output: Path, how: Conversion) -> None:
 
 def _convert_parts(parts: Mapping[str, LoraFile], output: Path, how: Conversion) -> None:
     """Write one file of diffusers' dialect with a LoRA for each expert. parts: by expert."""
+    for lora in parts.values():
+        if how.baking is None and any(OFT in factors for factors in lora.modules().values()):
+            raise OptionError(
+                "--target diffusers writes an OFT as PEFT has it, for one network, and there is no form for "
+                "two experts. Take one with --expert high_noise or low_noise, or write two files with "
+                "--output_high_noise"
+            )
     families = {expert: _family_of(lora, how.family) for expert, lora in parts.items()}
     prepared = {expert: _prepare(lora, families[expert], how) for expert, lora in parts.items()}
     starts = {expert: start for start, expert in NETWORKS.items()}
@@ -311,6 +333,8 @@ def converted(
         modules = group_by_module(native)
         is_other_kind = any(OTHER_KINDS & modules[name].keys() for name in written.left_out)
         remedy = "\n  --bake RANK makes plain LoRAs of them." if is_other_kind else ""
+        if any(OFT in modules[name] for name in written.left_out):
+            remedy = "\n  --bake RANK --dit MODEL makes plain LoRAs of them, with some loss."
         if not written.tensors and not lora.text_tensors:
             reasons = [f"{module} ({reason})" for module, reason in written.left_out.items()]
             raise CheckpointError(
@@ -395,5 +419,6 @@ def _save(
         ("to", f"{output} ({as_size(output.stat().st_size)})"),
         ("tensors", f"{len(result.tensors)} written"),
         ("made plain", baked),
+        ("T-LoRA", ELSEWHERE if rule_of(result.metadata) is not None else None),
     ]
     show_box("The LoRA is converted", rows)

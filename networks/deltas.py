@@ -1,5 +1,5 @@
-"""Compute the change of a weight by a LoRA, LoHa or LoKr. The factors of a module are named by the ends of
-their tensor names in files.
+"""Compute the change of a weight by a LoRA, LoHa or LoKr, and check factors, also those of an OFT. The
+factors of a module are named by the ends of their tensor names in files.
 
 Sources: LoRA, Hu et al. 2021, arXiv 2106.09685; LoHa and LoKr, also in their tensor forms, Yeh et al. 2023,
 arXiv 2309.14859; DoRA, Liu et al. 2024, arXiv 2402.09353.
@@ -15,6 +15,7 @@ from torch import Tensor
 from checkpoints.finite import is_finite
 from contract.loading import TensorInfo
 from modules.devices import dtype_name
+from networks.rotation import block_size_of
 
 Factors = Mapping[str, Tensor]  # "lora_down.weight" -> tensor: the factors of one module
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -30,8 +31,11 @@ PARTS = (
     "lora_mid.weight", "lora_up.bias", "alpha", "diff", "diff_b", "dora_scale",
     "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+    "oft_R.weight",
     ROWS,
 )  # fmt: skip
+# values of an OFT's rotations, blocks x b(b-1)/2; what they change depends on the weight: `networks.rotation`
+OFT = "oft_R.weight"
 # magnitudes: out x 1 (x 1 ...), one of each output, or 1 x in (x 1 ...), one of each input
 DORA = "dora_scale"
 OF_BIAS = {"diff_b": None, "lora_up.bias": None}.keys()  # in order of precedence
@@ -106,7 +110,10 @@ def _find_absent_factor(factors: Factors) -> str | None:
             return f"it has {first} but no {second}"
         if second in factors and first not in factors:
             return f"it has {second} but no {first}"
-    if not factors.keys() & {*LORA, "diff", "diff_b", "hada_w1_a", "lokr_w1", "lokr_w1_a"}:
+    if OFT in factors and factors.keys() - {OFT, "alpha"}:
+        others = ", ".join(factors.keys() - {OFT, "alpha"})
+        return f"it has {others} next to a rotation ({OFT}), which is not supported"
+    if not factors.keys() & {*LORA, "diff", "diff_b", "hada_w1_a", "lokr_w1", "lokr_w1_a", OFT}:
         return f"it has only {', '.join(factors)}"
     if "hada_w1_a" in factors and "hada_w2_a" not in factors:
         return "it has hada_w1_a but no hada_w2_a"
@@ -119,6 +126,8 @@ def _find_wrong_shape(factors: Factors) -> str | None:
     for part, tensor in factors.items():
         if part not in _NO_MATRICES and (tensor.ndim < 2 or not tensor.numel()):
             return f"its {part} has the shape {list(tensor.shape)}"
+    if OFT in factors and (factors[OFT].ndim != 2 or block_size_of(factors[OFT].shape[1]) is None):
+        return f"its {OFT} has the shape {list(factors[OFT].shape)}, of which no block has so many values"
     if DORA not in factors:
         return None
     shape = factors[DORA].shape
@@ -166,12 +175,20 @@ def rank_of(factors: Factors) -> int | None:
     return None
 
 
+def block_of(factors: Factors) -> int | None:
+    """Return the block size of an OFT's rotations; None for other kinds."""
+    return block_size_of(factors[OFT].shape[1]) if OFT in factors and factors[OFT].ndim == 2 else None
+
+
 def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[float]]:
-    """Return the distinct ranks and alphas of the modules that have a rank, sorted."""
+    """Return the distinct ranks and alphas of the modules that have a rank, sorted; block sizes of an OFT."""
     ranks: set[int] = set()
     alphas: set[float] = set()
     for tensors in files:
         for factors in group_by_module(tensors).values():
+            block = block_of(factors)
+            if block is not None:
+                ranks.add(block)
             rank = rank_of(factors)
             if rank:
                 ranks.add(rank)
@@ -298,7 +315,7 @@ def weight_delta(factors: Factors, device: torch.device) -> Tensor | None:
     """Return the change of the module's weight at multiplier 1: out x in (x kernel), float32, a new
     tensor.
 
-    For DoRA this is the change before `decompose`. None if only the bias changes.
+    For DoRA this is the change before `decompose`. None if only the bias changes, and for an OFT.
     Raises RuntimeError if the factors do not match.
     """
     wide = {part: tensor.to(device, torch.float32) for part, tensor in factors.items() if part != ROWS}

@@ -198,11 +198,16 @@ def find_fault(
             f"the files of --network_module {module} have that package's own names. {_OTHERWISE}, and "
             f"convert the file afterwards (convert_lora.py --target {name})"
         )
+    kind = own_module.kind
+    if name == COMFYUI and kind == "OFT":
+        return (
+            f"ComfyUI reads no OFT of this form. {_OTHERWISE}, and make a plain LoRA of it afterwards "
+            "(convert_lora.py --target other --bake 64 --dit MODEL)"
+        )
     if family is None:
         return f"no names of this model's layers are known there. {_OTHERWISE}"
     if name == COMFYUI:
         return _fault_in_comfyui(family, options)
-    kind = own_module.kind
     if kind == "LoHa" or (kind == "LoKr" and not family.lokr_in_diffusers):
         return (
             f"diffusers reads no {kind} of this model. {_OTHERWISE}, and make a plain LoRA of it "

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from networks.deltas import DORA, DOWN, LORA, PARTS, ROWS, UP, Factors, height_of, size_of
+from networks.deltas import DORA, DOWN, LORA, OFT, PARTS, ROWS, UP, Factors, height_of, size_of
 from networks.module_names import FAMILIES, alias, is_name, likely_families, sizes_fit
 from networks.names import layouts
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_LTX_FORK, OF_T5, OURS, FamilyNames
@@ -38,6 +38,7 @@ _FURTHER = tuple(start for start in EXPERT_STARTS if start != layouts.IN_DIFFUSE
 # names without dots they have "_" for "."
 _STARTS = {
     OURS: "ours",
+    "oft_unet_": "ours",  # sd-scripts
     "lycoris_": "LyCORIS",
     "lora_transformer_": "OneTrainer",
     "lora_transformer-": "InvokeAI",
@@ -90,6 +91,7 @@ _FACTOR = re.compile(
     r"\.lora(?:_linear_layer)?[._]?(?:lora_)?(?P<factor>[ABab]|down|up)(?:(?:\.[^.]+)*?(?P<leaf>\.weight|\.bias))?$"
 )
 _OF_ADAPTER = re.compile(r"(?<=\.lora_magnitude_vector)(\.[^.]+){1,2}$")
+_ROTATION = re.compile(r"\.oft_R(?:\.[^.]+)*$")  # PEFT's `.oft_R.default.weight`, with any name
 # diffusers before PEFT: factors of the attention, not of its layers
 _PROCESSOR = re.compile(r"(\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<factor>down|up)\.weight$")
 _LEAVES = ("weight", "bias")
@@ -99,7 +101,9 @@ _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
 # endings of other kinds of networks, whose change is not a sum of matrices to add to a weight
 _OTHER_KINDS = {
     "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
-    "OFT or BOFT": (".oft_blocks", ".oft_diag", ".oft_R", ".oft_R.weight", ".oft_r", ".boft_R", ".boft_s"),
+    # sd-scripts' networks.oft and LyCORIS' diag-oft, which rotate outputs; PEFT before 0.16
+    "OFT in an older form than oft_R.weight": (".oft_blocks", ".oft_diag", ".oft_r"),
+    "BOFT": (".boft_R", ".boft_s"),
     "(IA)3": (".on_input", ".ia3_l"),
     "LoRA as nunchaku packs it": tuple(
         f".{name}.lora_down" for name in ("qkv_proj", "qkv_proj_context", "mlp_fc1", "mlp_context_fc1")
@@ -502,7 +506,7 @@ def _our_factor(key: str) -> str:
     """Rename factors to ours: `x.lora_A.default.weight` -> `x.lora_down.weight`; drop names of adapters."""
     match = _FACTOR.search(key)
     if match is None:
-        return _OF_ADAPTER.sub("", key)
+        return _ROTATION.sub(f".{OFT}", _OF_ADAPTER.sub("", key))
     is_down = match["factor"] in ("A", "a", "down")
     factor = LORA[0 if is_down else 1].partition(".")[0]
     return f"{key[: match.start()]}.{factor}{match['leaf'] or '.weight'}"

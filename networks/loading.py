@@ -14,7 +14,7 @@ from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import FoundAlphas, read_alphas, unfold
-from networks.deltas import Factors, drop_unused_alphas, find_fault, group_by_module, rank_of, ungroup
+from networks.deltas import OFT, Factors, drop_unused_alphas, find_fault, group_by_module, rank_of, ungroup
 from networks.key_formats import NativeTensors
 from networks.leftovers import kind_of_module, kind_of_tensor, sort_by_kind, without_numbers
 from networks.metadata import (
@@ -52,7 +52,7 @@ A_FEW = 0.1  # up to this unused share of a file, a plain warning is enough
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA, DoRA, LoHa or LoKr under our names, on the CPU, in the dtype of the file.
+    """A LoRA, DoRA, LoHa, LoKr or OFT under our names, on the CPU, in the dtype of the file.
 
     Names are as `lora_unet_blocks_0_self_attn_q.lora_down.weight`. A file that holds a LoRA for each expert
     of a model has them as `parts`, and no tensors of its own: `for_expert` returns one of them.
@@ -153,7 +153,8 @@ def read_lora(
     if kind is not None:
         raise CheckpointError(
             f"{path} is a network of the kind {kind[0]}, which is not supported: it has {kind[1]}.\n"
-            "  Supported are LoRA, DoRA, LoHa, LoKr and whole differences of weights. Give such a file.",
+            "  Supported are LoRA, DoRA, LoHa, LoKr, OFT (oft_R.weight) and whole differences of weights. "
+            "Give such a file.",
             path,
         )
     groups = key_formats.split_names(stored)
@@ -203,6 +204,10 @@ def _read_part(
     native = replace(native, tensors=tensors, texts=texts)
     modules = group_by_module(tensors) | group_by_module(texts)
     _refuse_faulty(path, modules, native.unknown)
+    if any(OFT in factors for factors in modules.values()):
+        from networks.rotation_files import refuse_other_series  # only with an OFT
+
+        refuse_other_series(path)
     alphas = FoundAlphas({}, "")
     if any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values()):
         alphas = read_alphas(

@@ -16,6 +16,7 @@ from checkpoints.stored.forms import value_of
 from modules.devices import numbers_on
 from modules.seeds import derive_seed
 from networks.lora_products import BlockUp, add_up, branch, hold, perturbed
+from networks.rank_masks import RankMask
 from running.offload.sharding import TOKEN_PART, gather_weight
 
 _32_BITS = 0xFFFFFFFF
@@ -99,6 +100,7 @@ class LoraLayer(nn.Module):
             self.dora_scale = nn.Parameter(norms.view(-1, 1))
             self.register_buffer("squares", norms.square(), persistent=False)
         self.dropouts: Dropouts | None = None
+        self.rank_mask: RankMask | None = None  # T-LoRA
         self.seed = DropoutSeed()
         self.index = 0  # its number in the network, which gives it its own masks
         # KINDS x 2 int64, a tensor because compiled code would treat a number as a constant
@@ -212,6 +214,8 @@ class LoraLayer(nn.Module):
     def _scaled(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:
         """Return hidden (... R, a small tensor) times multiplier and scale."""
         hidden = hidden * (self.multiplier * self.scale)
+        if self.rank_mask is not None:
+            hidden = self.rank_mask.apply(hidden, -1 if isinstance(self.lora_down, nn.Linear) else 1)
         if dropouts and dropouts.neuron > 0:
             hidden = self._mask(hidden, "neuron", hidden.shape, dropouts.neuron)
         if dropouts and dropouts.rank > 0:

@@ -1,4 +1,4 @@
-"""The network that a training optimises: LoRAs, LoHas or LoKrs in a DiT, LoRAs in text encoders too."""
+"""The network that a training optimises: LoRA, LoHa, LoKr or OFT in a DiT, LoRAs in text encoders too."""
 
 from collections.abc import Collection, Mapping, Sequence
 from logging import getLogger
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from modules.console import count_of, list_some
 from modules.errors import CheckpointError
 from networks import deltas
-from networks.deltas import DOWN, UP, Factors, add_missing_alphas, group_by_module, ungroup
-from networks.lora_layer import DropoutSeed, LoraLayer
+from networks.deltas import DOWN, OFT, UP, Factors, add_missing_alphas, group_by_module, ungroup
+from networks.lora_layer import DropoutSeed
 from networks.lora_products import mean_row_norm, row_strengths
 from networks.lora_settings import LoraSettings, find_by_pattern, log_overlaps
 from networks.module_names import choose_family, on_text_side, read_family
 from networks.names.layouts import OURS, FamilyNames
+from networks.rank_masks import rule_of
 
 if TYPE_CHECKING:  # only for --network_weights
     from networks.loading import LoraFile
@@ -36,7 +37,7 @@ class OwnNetwork(nn.Module):
         self._seed = DropoutSeed()
         for index, (name, layer) in enumerate(layers.items()):
             self.add_module(name, layer)
-            if isinstance(layer, LoraLayer):
+            if hasattr(layer, "dropouts"):
                 layer.dropouts = settings.dropouts
                 layer.seed = self._seed
                 layer.index = index
@@ -48,7 +49,8 @@ class OwnNetwork(nn.Module):
         ranks = sorted({layer.rank for layer in self.layers})
         kind = self.layers[0].kind
         shown = list_some([str(rank) for rank in ranks])
-        logger.info(f"{kind} on {count_of(len(self.layers), 'module')}, rank {shown}")
+        size = "block size" if kind == "OFT" else "rank"
+        logger.info(f"{kind} on {count_of(len(self.layers), 'module')}, {size} {shown}")
 
     def _prepare_noise(self, layers: Mapping[str, Any]) -> None:
         """Give each layer of a Linear the buffer with the strength of LoRA-GGPO's noise on its weight."""
@@ -91,6 +93,12 @@ class OwnNetwork(nn.Module):
                 f"--network_weights {path} is a DoRA in ComfyUI's form, which goes by the model's weights.\n"
                 "  Bring it back first: convert_lora.py --target default --dit MODEL.",
                 path,
+            )
+        file_rule = rule_of(lora.metadata)
+        if file_rule is not None and file_rule != self.settings.rank_rule:
+            logger.warning(
+                f"--network_weights {path} is a T-LoRA, and continues with other ranks at each level: give "
+                f"the --network_args that it was trained with, {file_rule.in_words()}"
             )
         # the network has only some modules: names known to the LoRA's family are taken to be of that family
         lora_family = read_family(lora.metadata)
@@ -143,7 +151,7 @@ class OwnNetwork(nn.Module):
         """Seed all dropout masks until the next call; call before each micro-batch."""
         self._seed.value = seed
         if self.settings.dropouts:
-            tables = self._seed.tables(self.layers, self.layers[0].lora_down.weight.device)
+            tables = self._seed.tables(self.layers, next(self.parameters()).device)
             for layer, table in zip(self.layers, tables.unbind(), strict=True):
                 layer.seed_table = table
 
@@ -240,6 +248,7 @@ def _factors_for_network(lora: "LoraFile", here: Mapping[str, Factors]) -> dict[
     from networks.parts import for_model  # only for --network_weights
 
     heights = {name: len(factors[UP]) for name, factors in here.items() if UP in factors}
+    heights |= {name: 1 for name, factors in here.items() if OFT in factors}  # any: it rotates all rows
     texts = rename_texts(lora.text_tensors, {prefix_of(name) for name in here})
     tensors = for_model({**lora.tensors, **texts}, heights.get)
     return group_by_module(add_missing_alphas(tensors))

@@ -16,11 +16,12 @@ from modules.command import did_you_mean
 from modules.errors import OptionError
 from networks.lora_layer import Dropouts
 from networks.names.layouts import LoraRules
+from networks.options import DEFAULT_RANK, TLORA, TLORA_ALPHA, TLORA_MIN_RANK
 from networks.patterns import NamePattern, describe_unfit, in_any_spelling
+from networks.rank_masks import RankRule
 
 logger = getLogger(__name__)
 Words = tuple[str, ...]  # all of them are parts of a module's path
-DEFAULT_RANK = 4
 DEFAULT_ALPHA = 1.0
 Reader = Callable[[str, Any], Any]  # an argument and its text -> its value; raises OptionError
 Pattern = re.Pattern[str] | NamePattern
@@ -94,6 +95,7 @@ class LoraSettings:
     reg_ranks: ByPattern = ()
     reg_rates: ByPattern = ()
     perturbation: tuple[float, float] | None = None  # LoRA-GGPO: sigma and beta
+    rank_rule: RankRule | None = None  # T-LoRA
     rules: LoraRules | None = None  # of the family's module
     type_ranks: Mapping[str, int] = field(default_factory=dict)  # by the argument of a type
     train_blocks: str | None = None
@@ -136,6 +138,7 @@ def read_settings(
         reg_ranks=values.get("network_reg_dims", ()),
         reg_rates=values.get("network_reg_lrs", ()),
         perturbation=perturbation,
+        rank_rule=_read_rank_rule(values, DEFAULT_RANK if rank is None else int(rank)),
         rules=rules,
         type_ranks=_with_keys(types, values),
         train_blocks=values.get("train_blocks"),
@@ -171,13 +174,36 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
             "ggpo_beta=0.01"
         )
     exclusive = [
-        name for name in ("split_qkv", "ggpo_sigma", "dora_wd") if values.get(name, False) is not False
+        name for name in ("split_qkv", "ggpo_sigma", "dora_wd", TLORA) if values.get(name, False) is not False
     ]
     if len(exclusive) > 1:
         raise OptionError(
             f"--network_args {exclusive[0]} and {exclusive[-1]} cannot be used together: leave one out"
         )
     return values
+
+
+def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
+    """Return the rule of a T-LoRA; None if it is none. Raises OptionError."""
+    if not values.get(TLORA, False):
+        further = next((name for name in (TLORA_MIN_RANK, TLORA_ALPHA) if name in values), None)
+        if further is not None:
+            raise OptionError(f"--network_args {further} is for T-LoRA: add {TLORA}=True, or leave it out")
+        return None
+    usual = RankRule()
+    least = values.get(TLORA_MIN_RANK, usual.least)
+    if least > rank:
+        raise OptionError(
+            f"--network_args {TLORA_MIN_RANK}={least}: the rank is {rank}, and at least so many ranks would "
+            f"act at all levels of noise. Give less than --network_dim, such as {usual.least}"
+        )
+    power = values.get(TLORA_ALPHA, usual.power)
+    if not power:
+        raise OptionError(
+            f"--network_args {TLORA_ALPHA}=0: all ranks would act at all levels of noise. Give more than 0; "
+            f"{usual.power:g} is usual"
+        )
+    return RankRule(least, power)
 
 
 def _dropouts(neuron_dropout: float | None, values: Mapping[str, Any]) -> Dropouts | None:
@@ -353,5 +379,7 @@ _READERS: Mapping[str, Reader] = {
     **dict.fromkeys(("include_patterns", "exclude_patterns"), _read_patterns),
     "network_reg_dims": partial(_read_pairs, int),
     REG_RATES: read_rates,
-    **dict.fromkeys(("dora_wd", "verbose"), _read_switch),
+    **dict.fromkeys(("dora_wd", "verbose", TLORA), _read_switch),
+    TLORA_MIN_RANK: partial(_read_number, int, least=1),
+    TLORA_ALPHA: _RATIO,
 }

@@ -21,7 +21,7 @@ from contract.rules import named_expert
 from modules.console import count_of
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
-from networks.deltas import DORA, Factors, group_by_module, hollow, rank_of
+from networks.deltas import DORA, OFT, Factors, block_of, group_by_module, hollow, rank_of
 from networks.module_names import read_family
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, OURS, TRAINED_EXPERT
 
@@ -138,6 +138,7 @@ KINDS = {
     "lokr_w1": "LoKr",
     "lokr_w1_a": "LoKr",
     DORA: "DoRA",
+    OFT: "OFT",
     "lora_down.weight": "LoRA",
 }
 LISTED = 8  # kinds of layers, ranks
@@ -193,8 +194,10 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     model = f" for {' or '.join(families)}" if families else ""
     dialect = key_formats.dialect_in_words(native.dialect)
     alphas = _stored_alphas(checkpoint, names) | _alphas_of_settings(checkpoint, native, part)
+    kinds = _kinds_in_words(modules)
+    article = "an" if kinds.startswith("OFT") else "a"
     words = [
-        f"a {_kinds_in_words(modules)}{model}, {dialect}",
+        f"{article} {kinds}{model}, {dialect}",
         *_scales_in_words(modules, alphas),
         f"{count_of(len(modules), 'layer')}: {_layers_in_words(modules)}",
     ]
@@ -207,11 +210,13 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
 
 
 def _scales_in_words(modules: Mapping[str, Factors], alphas: Iterable[float]) -> list[str]:
-    """Return the ranks and the alphas of a network in words, as far as it has any."""
+    """Return the ranks, block sizes and alphas of a network in words, as far as it has any."""
     ranks = Counter(rank for rank in map(rank_of, modules.values()) if rank is not None)
     # infinite alphas belong to whole matrices, which are not scaled
     finite = Counter(filter(math.isfinite, alphas))
-    return [words for words in (of_numbers("rank", ranks), of_numbers("alpha", finite)) if words]
+    blocks = Counter(size for size in map(block_of, modules.values()) if size is not None)
+    in_words = (of_numbers("rank", ranks), of_numbers("block size", blocks), of_numbers("alpha", finite))
+    return [words for words in in_words if words]
 
 
 def _kinds_in_words(modules: Mapping[str, Factors]) -> str:

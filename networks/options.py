@@ -48,6 +48,13 @@ def require_loras(rounding: str, files: Iterable[Sequence[Path] | None], option:
         )
 
 
+OFT_MODULE = "networks.oft"
+# keys of --network_args of a T-LoRA: see `networks.rank_masks`
+TLORA, TLORA_MIN_RANK, TLORA_ALPHA = "tlora", "tlora_min_rank", "tlora_alpha"
+DEFAULT_RANK = 4
+DEFAULT_BLOCK = 32  # values that an OFT rotates together, as in PEFT and OneTrainer
+
+
 class FrozenModelOptions(Options, title="frozen model"):
     """What is added to the frozen model in training steps only."""
 
@@ -75,8 +82,9 @@ class NetworkOptions(Options, title="network"):
     """Options of the network that `--network_module` builds and trains."""
 
     network_module: str | None = option(
-        "module that builds the network: networks.lora, networks.loha, networks.lokr, or another "
-        "package's, such as lycoris.kohya; default: the family's LoRA",
+        "module that builds the network: networks.lora, networks.loha, networks.lokr, networks.oft (its "
+        "--network_dim is the number of values in a block, 32 by default), or another package's, such as "
+        "lycoris.kohya; default: the family's LoRA",
         often=True,
         facts={**IDENTITY, **IMPORTS_MODULE},
     )
@@ -95,13 +103,15 @@ class NetworkOptions(Options, title="network"):
         most=1_000_000,
         hint="0 means alpha = rank",
         acts_if={
-            "the alphas in the file of --network_weights count": lambda typed: typed.network_weights is None
+            "the alphas in the file of --network_weights count": lambda typed: typed.network_weights is None,
+            "an OFT has no alpha": lambda typed: not typed.is_oft,
         },
         often=True,
         facts=IDENTITY,
     )
     network_dropout: float | None = option(
-        "share of the values between the two factors that is set to zero during training",
+        "share of the values between the two factors that is set to zero during training; of an OFT the "
+        "share of blocks that do not rotate",
         least=0,
         below=1,
         facts=HABIT,
@@ -153,6 +163,19 @@ class NetworkOptions(Options, title="network"):
         return {key: value.strip() for key, value in split_pairs("--network_args", self.network_args).items()}
 
     @property
+    def is_tlora(self) -> bool:
+        return self.arguments().get(TLORA, "").lower() == "true"
+
+    @property
+    def is_oft(self) -> bool:
+        return self.network_module == OFT_MODULE
+
+    @property
+    def rank(self) -> int:
+        """Return --network_dim, or what it is by default; of an OFT it is the block size."""
+        return self.network_dim or (DEFAULT_BLOCK if self.is_oft else DEFAULT_RANK)
+
+    @property
     def decomposes(self) -> bool:
         return self.arguments().get("dora_wd", "").lower() == "true"
 
@@ -166,7 +189,7 @@ class LoraOptions(Options):
     """LoRA files to add to a model."""
 
     lora_weight: tuple[Path, ...] | None = option(
-        "LoRA files to add to the model (LoRA, LoHa or LoKr, any dialect)", place="there", often=True
+        "LoRA files to add to the model (LoRA, LoHa, LoKr or OFT, any dialect)", place="there", often=True
     )
     lora_multiplier: tuple[float, ...] = option(
         "strength of each file of --lora_weight; missing ones are 1", default=(1.0,), often=True

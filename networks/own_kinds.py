@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modules.errors import OptionError
-from networks.deltas import LORA
+from networks.deltas import LORA, OFT
 from networks.factored import MakeShapes, loha_shapes, lokr_shapes
 from networks.lora_settings import LoraSettings, read_settings
 from networks.module_names import FAMILIES
 from networks.names.layouts import LoraRules
+from networks.options import DEFAULT_BLOCK, OFT_MODULE
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ OWN_MODULES = {
     "networks.lora": OwnModule(),
     "networks.loha": OwnModule(kind="LoHa", first=("hada_w1_a",)),
     "networks.lokr": OwnModule(kind="LoKr", first=("lokr_w1", "lokr_w1_a")),
+    OFT_MODULE: OwnModule(kind="OFT", first=(OFT,)),
     # LoRAs under the names that other LoRA tuners have
     **{family.network_module: OwnModule(family.rules) for family in FAMILIES if family.network_module},
 }
@@ -46,6 +48,9 @@ WITH_FILE = {
     "module_dropout",
     "verbose",
     "split_qkv",
+    "tlora",
+    "tlora_min_rank",
+    "tlora_alpha",
     "network_reg_lrs",
     "ggpo_sigma",
     "ggpo_beta",
@@ -70,17 +75,43 @@ def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, MakeShap
         factor = arguments.pop("factor", -1)
         decompose_both = str(arguments.pop("decompose_both", False))
         make_shapes = _read_lokr(factor, decompose_both)
-    settings = read_settings(typed.rank, typed.alpha, typed.dropout, arguments=arguments, rules=module.rules)
+    rank = typed.rank
+    if module.kind == "OFT" and rank is None:
+        rank = DEFAULT_BLOCK
+    settings = read_settings(rank, typed.alpha, typed.dropout, arguments=arguments, rules=module.rules)
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio)
     has_ratio = any(ratio is not None for ratio in ratios)
-    of_loras = (settings.dropouts, settings.decomposes, settings.reg_rates, settings.perturbation)
-    if module.kind != "LoRA" and (any(of_loras) or has_ratio):
+    of_loras = any((settings.decomposes, settings.reg_rates, settings.perturbation, settings.rank_rule))
+    of_loras = of_loras or has_ratio
+    if module.kind == "OFT":
+        _check_oft(settings, of_loras)
+    elif module.kind != "LoRA" and (of_loras or settings.dropouts is not None):
         raise OptionError(
-            "--network_dropout, and rank_dropout, module_dropout, dora_wd, loraplus_..., network_reg_lrs and "
-            "ggpo_... of --network_args, are for LoRAs only: leave them out, or use --network_module "
-            "networks.lora"
+            "--network_dropout, and rank_dropout, module_dropout, dora_wd, loraplus_..., network_reg_lrs, "
+            "ggpo_... and tlora of --network_args, are for LoRAs only: leave them out, or use "
+            "--network_module networks.lora"
         )
     return settings, make_shapes
+
+
+def _check_oft(settings: LoraSettings, has_others: bool) -> None:
+    """Raise OptionError for settings that an OFT cannot have. has_others: some that only LoRAs have."""
+    if has_others or settings.conv_rank is not None:
+        raise OptionError(
+            f"--network_module {OFT_MODULE} rotates the inputs of linear layers. dora_wd, loraplus_..., "
+            "network_reg_lrs, ggpo_..., tlora and conv_dim of --network_args are for LoRAs only: leave them "
+            "out, or use --network_module networks.lora"
+        )
+    if settings.dropouts is not None and settings.dropouts.rank:
+        raise OptionError(
+            "--network_args rank_dropout: an OFT has no ranks. Use --network_dropout, the share of blocks "
+            "that do not rotate in a step, or module_dropout"
+        )
+    sizes = [settings.rank, *(int(size) for _, size in settings.reg_ranks)]
+    if 1 in sizes:
+        raise OptionError(
+            "--network_dim 1: a block of a single value cannot be rotated. Give 2 or more; 32 is usual"
+        )
 
 
 def _read_lokr(factor: Any, decompose_both: str) -> MakeShapes:

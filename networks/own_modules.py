@@ -1,18 +1,29 @@
 """Build the networks that `--network_module networks.lora_wan` and the like name."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
 from checkpoints.opening import open_checkpoint
-from modules.console import list_some
+from modules.console import count_of, list_some
 from modules.errors import CheckpointError, OptionError
-from networks.deltas import DORA, UP, Factors, add_missing_alphas, group_by_module, rank_of, without_alpha
+from networks.deltas import (
+    DORA,
+    OFT,
+    UP,
+    Factors,
+    add_missing_alphas,
+    block_of,
+    group_by_module,
+    rank_of,
+    without_alpha,
+)
 from networks.factored import FactoredLayer, MakeShapes
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
@@ -20,9 +31,14 @@ from networks.lora_products import diagonal_blocks, fused_heights
 from networks.lora_settings import LoraSettings, find_by_pattern, fit_patterns, log_overlaps
 from networks.names.layouts import OURS
 from networks.names.texts import published_path
+from networks.options import OFT_MODULE, TLORA
 from networks.own_kinds import OWN_MODULES, WITH_FILE, NetworkArguments, read_own
+from networks.rank_masks import mask_for
+from networks.rotation import fit_block_size
 from running.run_blocks import spec_of
 
+if TYPE_CHECKING:  # only for an OFT
+    from networks.oft_layer import OftLayer
 logger = getLogger(__name__)
 LoraModule = nn.Linear | nn.Conv2d
 
@@ -223,7 +239,10 @@ def build_network(
         learning = {}
         if dit is not None:
             targets = choose_modules(dit, replace(settings, conv_rank=None))
-        layers = _factored_layers(targets, make_shapes)
+        if OWN_MODULES[name].kind == "OFT":
+            layers = _oft_layers(targets)
+        else:
+            layers = _factored_layers(targets, make_shapes)
     if begun:
         by_name = _layers_by_name(dit, learning)
         joining = _joining_layers(
@@ -234,7 +253,25 @@ def build_network(
             by_name=by_name,
         )
         layers = _in_order(layers, joining, by_name)
+    _mask_ranks(layers, settings, dit)
     return OwnNetwork(layers, settings)
+
+
+def _mask_ranks(layers: Mapping[str, nn.Module], settings: LoraSettings, dit: nn.Module | None) -> None:
+    """Give the LoRAs of a DiT the masks of a T-LoRA; those of text encoders see no noise and have none.
+
+    Raises OptionError if only text encoders learn.
+    """
+    if settings.rank_rule is None:
+        return
+    if dit is None:
+        raise OptionError(
+            f"--network_args {TLORA}=True: the noise of a sample decides which ranks act, and text encoders, "
+            "which alone learn here, see none. Leave it out"
+        )
+    for name, layer in layers.items():
+        if name.startswith(OURS) and isinstance(layer, LoraLayer):
+            layer.rank_mask = mask_for(dit, settings.rank_rule, layer.rank)
 
 
 def _lora_layers(targets: Mapping[str, Target], decomposes: bool) -> dict[str, nn.Module]:
@@ -255,6 +292,38 @@ def _factored_layers(targets: Mapping[str, Target], make_shapes: MakeShapes) -> 
         if isinstance(module, nn.Linear):
             shapes = make_shapes(module.out_features, module.in_features, target.rank)
             layers[name] = FactoredLayer(module, shapes, target.rank, target.alpha)
+    return layers
+
+
+def _oft_layers(targets: Mapping[str, Target]) -> dict[str, nn.Module]:
+    """Build the layers of an OFT network; log block sizes that do not divide the inputs of a layer.
+
+    Raises OptionError if no layer is left.
+    """
+    from networks.oft_layer import OftLayer  # only for an OFT
+
+    layers: dict[str, nn.Module] = {}
+    changed: Counter[str] = Counter()
+    for name, target in targets.items():
+        module = target.module
+        if not isinstance(module, nn.Linear):
+            continue
+        size = fit_block_size(module.in_features, target.rank)
+        if size is None:
+            changed[f"{module.in_features} inputs: no rotation"] += 1
+            continue
+        if size != target.rank:
+            changed[f"{module.in_features} inputs: {size} in place of {target.rank}"] += 1
+        layers[name] = OftLayer(module, size)
+    if changed:
+        lines = [f"{words} ({count_of(count, 'layer')})" for words, count in sorted(changed.items())]
+        logger.info(
+            f"block sizes that do not divide a layer's inputs become the nearest that do. {'; '.join(lines)}"
+        )
+    if not layers:
+        raise OptionError(
+            f"--network_module {OFT_MODULE}: the model has no linear layer left that could be rotated"
+        )
     return layers
 
 
@@ -397,6 +466,7 @@ def build_from_tensors(
             f"--dim_from_weights: {len(absent)} modules of the file are not in this model: "
             f"{list_some(absent)}"
         )
+    _mask_ranks(layers, settings, dit)
     return OwnNetwork(layers, settings)
 
 
@@ -419,10 +489,13 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
 
 def _layer_of(
     name: str, module: LoraModule, path: str, factors: Factors, settings: LoraSettings
-) -> LoraLayer | FactoredLayer:
+) -> "LoraLayer | FactoredLayer | OftLayer":
     """Return a layer of a network module with the rank and alpha of factors; split if that is asked for and
-    the up factor has blocks. Raises CheckpointError if factors of a LoHa or LoKr are not matrices.
+    the up factor has blocks. Raises CheckpointError if factors of a LoHa or LoKr are not matrices, or those
+    of an OFT do not fit the layer.
     """
+    if OWN_MODULES[name].kind == "OFT":
+        return _oft_layer_of(module, path, factors)
     if OWN_MODULES[name].kind != "LoRA":
         return _factored_layer_of(module, path, factors)
     rank = rank_of(factors)
@@ -433,6 +506,19 @@ def _layer_of(
         num_parts = len(heights)
         return LoraLayer(module, rank // num_parts, alpha / num_parts, heights=heights)
     return LoraLayer(module, rank, alpha, DORA in factors)
+
+
+def _oft_layer_of(module: LoraModule, path: str, factors: Factors) -> "OftLayer":
+    """Return a layer of an OFT. Raises CheckpointError if its blocks are not those of the layer's inputs."""
+    from networks.oft_layer import OftLayer  # only for an OFT
+
+    size = block_of(factors)
+    if not isinstance(module, nn.Linear) or size is None or len(factors[OFT]) * size != module.in_features:
+        raise CheckpointError(
+            f"--dim_from_weights: {path} has {OFT} {list(factors[OFT].shape)}, which are not the blocks of "
+            "this layer's inputs, and only those can be trained"
+        )
+    return OftLayer(module, size)
 
 
 def _factored_layer_of(module: LoraModule, path: str, factors: Factors) -> FactoredLayer:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modules.errors import CheckpointError
 from networks import deltas
-from networks.deltas import DORA, DOWN, LORA, ROWS, UP, Factors, strength
+from networks.deltas import DORA, DOWN, LORA, OFT, ROWS, UP, Factors, strength
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import FAMILIES, Relative, relatives
 from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, WeightPart
@@ -49,6 +49,21 @@ def part_rows(part: WeightPart, height: int, whole_height: int) -> slice | Tenso
     from_end = {REST: 1, BEFORE_REST: 2}.get(part.index)
     start = part.index * height if from_end is None else whole_height - from_end * height
     return slice(start, start + height) if 0 <= start <= whole_height - height else None
+
+
+def usual_rows(part: WeightPart, whole_height: int) -> slice | None:
+    """Return the rows of a part in a fused weight of which the parts have the heights of published models;
+    None if they do not fit.
+
+    It is for an OFT, whose tensors do not show how many rows a module has. Halves may be swapped: the
+    rotation of the input is the same for all rows.
+    """
+    if not is_cut(part):
+        return slice(0, whole_height)
+    siblings = [sibling for sibling in _siblings(part.ours, {part.theirs}) if is_cut(sibling)]
+    unit, rest = divmod(whole_height, sum(sibling.usual_height for sibling in siblings))
+    rows = part_rows(part, unit * part.usual_height, whole_height)
+    return rows if not rest and isinstance(rows, slice) else None
 
 
 def is_cut(part: WeightPart) -> bool:
@@ -104,10 +119,12 @@ def _heights_of_parts(
 
 def _cut(factors: Factors, heights: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
     """Return the factors of each part that has a height, or the reason why there are none."""
+    present = {relative: rows for relative, rows in heights.items() if rows is not None}
+    if OFT in factors:  # a rotation of the input, which all parts have
+        return {OURS + relative.name: factors for relative in present}
     whole_height = _height_to_cut(factors)
     if whole_height is None:
         return "its change is no matrix"
-    present = {relative: rows for relative, rows in heights.items() if rows is not None}
     places = _places_of_parts(present, whole_height)
     fits = len(places) == len(present)
     if len(present) == len(heights):  # all parts
@@ -260,6 +277,8 @@ def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False)
     first = pieces[0]
     if first.part.index is None and len(pieces) == 1:
         return first.factors
+    if any(OFT in piece.factors for piece in pieces):
+        return join_rotations(pieces)
     if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
         return _join_others(pieces, height, is_for_model)
     places = [part_rows(piece.part, len(piece.factors[UP]), height) for piece in pieces]
@@ -273,6 +292,19 @@ def _join(pieces: Sequence[FusedPiece], height: int, is_for_model: bool = False)
     if fault:
         return fault
     return _join_low_rank(_in_order(pieces, slices), height)
+
+
+def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
+    """Return the one rotation of the parts of a weight, or the reason why there is none."""
+    first = pieces[0]
+    siblings = _siblings(first.part.ours, {first.part.theirs})
+    joined_paths = {piece.part.theirs for piece in pieces}
+    if is_cut(first.part) and any(is_cut(part) and part.theirs not in joined_paths for part in siblings):
+        return "an OFT rotates only some of its parts"
+    values = [piece.factors[OFT] for piece in pieces if OFT in piece.factors]
+    if len(values) < len(pieces) or not all(torch.equal(value, values[0]) for value in values):
+        return "its parts are rotated differently"
+    return first.factors
 
 
 def _is_low_rank_matrix(factors: Factors) -> bool:

@@ -38,7 +38,8 @@ def uses_for(uses: Iterable[LoraUse], prefix: str = "") -> list[LoraUse]:
                 for name, tensor in rename_texts(use.lora.text_tensors, {prefix}).items()
                 if prefix_of(name) == prefix
             }
-            about_dit = ("ss_base", "modelspec")  # metadata that name the DiT
+            # metadata that name the DiT, or how its ranks are masked
+            about_dit = ("ss_base", "modelspec", "ss_network_args")
             metadata = {key: text for key, text in lora.metadata.items() if not key.startswith(about_dit)}
             lora = replace(lora, tensors=tensors, metadata=metadata)
         if lora.tensors:

@@ -1,14 +1,20 @@
-"""Put LoRAs round layers whose weights stay in 8 or 4 bits; in all other layers LoRAs are merged."""
+"""Put LoRAs round layers that stay in 8 or 4 bits, and T-LoRAs round all layers, because the noise of each
+step masks their ranks. All other LoRAs are merged.
+"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as functional
 from torch import nn
 
-from networks.added import AddedLayer, AddedPart, ChangedPlace
-from networks.apply import Change
+from modules.errors import CheckpointError
+from networks.added import AddedLayer, AddedPart, ChangedPlace, places
+from networks.apply import Change, LoraPatch
+from networks.deltas import OFT
+from networks.loading import LoraUse
+from networks.rank_masks import rule_of
 
 
 def add_unmerged(
@@ -23,9 +29,42 @@ def add_unmerged(
         height = len(place.shaped)
         parts = [AddedPart(place, change.factors, change.use.multiplier) for change in weight_changes]
         for part, change in zip(parts, weight_changes, strict=True):
-            if change.rows is not None:  # add to some of the outputs only
+            part.mask_ranks(dit, change.use.lora.metadata)
+            if OFT in change.factors:
+                part.rows = change.rows
+            elif change.rows is not None:  # add to some of the outputs only
                 around = (change.rows.start, height - change.rows.stop)
                 part.region = partial(functional.pad, pad=around)
         layer = AddedLayer(place, parts)
         layer.attach()
         layer.switch_on(device, dtype)
+
+
+def split_masked(uses: Iterable[LoraUse]) -> tuple[list[LoraUse], list[LoraUse]]:
+    """Return the LoRAs that can be merged, and those that were trained with a mask of ranks (T-LoRA)."""
+    plain: list[LoraUse] = []
+    masked: list[LoraUse] = []
+    for use in uses:
+        side = plain if rule_of(use.lora.metadata) is None else masked
+        side.append(use)
+    return plain, masked
+
+
+def masked_changes(dit: nn.Module, uses: Sequence[LoraUse]) -> Mapping[str, Sequence[Change]]:
+    """Return what T-LoRAs change in a loaded network, for `add_unmerged`; warn of parts that it lacks.
+
+    Raises CheckpointError if a file does not fit, or changes more than the weights of layers.
+    """
+    patch = LoraPatch(uses, is_masked=True)
+    for place in places(dit).values():
+        name = place.path
+        if not patch.touches(name):
+            continue
+        if not place.adds_to_output or not patch.leave_unmerged(name, tuple(place.shaped.shape)):
+            raise CheckpointError(
+                f"{uses[0].lora.path} says that it is a T-LoRA, and has more for {name} than two factors "
+                "of a layer, which no mask of ranks is for.\n  Give the file as the training wrote it.",
+                uses[0].lora.path,
+            )
+    patch.check()
+    return patch.unmerged

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from networks import deltas, module_names
-from networks.deltas import DORA, DOWN, LORA, UP, Factors, add_missing_alphas
+from networks.deltas import DORA, DOWN, LORA, OFT, UP, Factors, add_missing_alphas
 from networks.key_formats import OTHER
 from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import alias, module_path, parts_of, to_alias
@@ -19,9 +19,11 @@ from networks.names.texts import diffusers_path_of_text
 from networks.parts import fuse, settle_rows
 
 logger = getLogger(__name__)
+_NO_OFT = "ComfyUI reads no OFT of this form: its own rotates the outputs of a layer"
 _UNKNOWN = "no known model has a module with this name"
 _OF_LOKR = {"alpha", *(f"lokr_w{number}{end}" for number in "12" for end in ("", "_a", "_b"))}
 Pieces = Mapping[str, Factors]  # path in the other dialect -> factors
+IN_PEFT = "base_model.model."  # PEFT loads OFTs, the pipelines of diffusers do not
 Form = dict[str, Tensor] | str  # tensors of a module by the ends of their names, or why there are none
 
 
@@ -52,6 +54,8 @@ def in_dialect(
         return TranslatedModules({}, dict.fromkeys(modules, _UNKNOWN))
     if target == "diffusers" and family.lokr_in_diffusers and all(map(_is_lokr, modules.values())):
         return _lokrs_in_diffusers(tensors, family)
+    if target == "diffusers" and all(OFT in factors for factors in modules.values()):
+        return _write(tensors, IN_PEFT, lambda name, factors: _pieces(name, factors, family), _in_diffusers)
     if target == "diffusers" or (family.is_as_in_diffusers and family.start != IN_COMFYUI):
         prefix = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else start
         form_of = _in_toolkit if family.parts else _in_diffusers
@@ -180,6 +184,8 @@ def _in_comfyui(factors: Factors) -> dict[str, Tensor]:
 
 def _in_diffusers(factors: Factors) -> Form:
     """Return the tensors of a module as diffusers and PEFT read them, or why there are none."""
+    if OFT in factors:
+        return {OFT: factors[OFT]}
     if factors.keys().isdisjoint({DOWN, DORA}) and "diff" in factors and factors["diff"].ndim == 2:
         factors = _of_full_rank(factors)
     if factors.keys() - deltas.OF_LOW_RANK - {DORA} or DOWN not in factors:
@@ -245,7 +251,7 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
         return {path: factors}  # the same in both layouts
     if len(parts) > 1:
         return _cut(factors, [placed.path for placed in parts])
-    if parts[0].part.index != SWAPPED:
+    if parts[0].part.index != SWAPPED or OFT in factors:  # the same rotation for rows in any order
         return {parts[0].path: factors}
     by_rows = [factors[part] for part in (UP, "diff", "diff_b") if part in factors]
     height = len(by_rows[0]) if by_rows else 0
@@ -257,6 +263,9 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
 
 def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     """Return the factors of each part of a fused weight, or why there are none. paths: of the parts."""
+    if OFT in factors:
+        # copies: files cannot hold tensors that share memory
+        return {path: {OFT: factors[OFT].clone()} for path in paths}
     size = _size_to_cut(factors)
     if size is None:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
@@ -311,6 +320,11 @@ def in_target(
 
     native: on the family's own modules, see `in_own_form`. start: as for `in_dialect`.
     """
+    rotations = [name for name, factors in deltas.group_by_module(native).items() if OFT in factors]
+    if target == "other" and rotations:
+        rest = {name: tensor for name, tensor in native.items() if name.partition(".")[0] not in rotations}
+        written = in_target(rest, family, target, start)
+        return TranslatedModules(written.tensors, written.left_out | dict.fromkeys(rotations, _NO_OFT))
     names = "" if family is None or target == "diffusers" else family.always_underscored
     if target == "other" and family is not None and family.underscored:
         names = "aliases"

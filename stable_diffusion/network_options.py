@@ -12,9 +12,9 @@ from networks.options import lora_rounding_option, multipliers_for
 # of known scripts, for files that say themselves what they are; our own modules are read in the same way
 KNOWN_MODULES = (
     "networks.lora", "networks.loha", "networks.lokr", "networks.lora_fa", "networks.dylora",
-    "lycoris", "lycoris.kohya",
+    "networks.oft", "networks.oft_v2", "lycoris", "lycoris.kohya",
 )  # fmt: skip
-NOT_READ = {"networks.oft": "OFT", "networks.control_net_lllite": "a ControlNet-LLLite"}
+NOT_READ = {"networks.boft": "BOFT", "networks.control_net_lllite": "a ControlNet-LLLite"}
 LOW, HIGH = 63, 191  # thresholds of "canny" alone
 VGG_LAYER, VGG_LAYERS = 20, 30  # the default: after conv4_2 and its ReLU; the last one is a pooling
 

@@ -69,6 +69,8 @@ NETWORKS = {  # options of the network, ends of the names of what learns in the 
     "LoHa": (["--network_module", "networks.loha"], ("hada_w2_a",)),
     "LoKr": (["--network_module", "networks.lokr"], ("lokr_w2", "lokr_w2_b")),
     "DoRA": (["--network_args", "dora_wd=True"], ("lora_up.weight",)),
+    "OFT": (["--network_module", "networks.oft"], ("oft_R.weight",)),
+    "T-LoRA": (["--network_args", "tlora=True"], ("lora_up.weight",)),
 }
 
 

@@ -19,7 +19,7 @@ from modules.options import is_given, option_name, option_values
 from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
 from networks.formats import LoraFormat, choose_format
-from networks.lora_settings import DEFAULT_RANK, REG_RATES, read_rates
+from networks.lora_settings import REG_RATES, read_rates
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
@@ -288,7 +288,7 @@ def _smallest_file(family: Family, options: TrainingOptions) -> int:
     is_ranked = (network.network_module or family.lora_module).startswith(RANKED_NETWORKS)
     if not is_ranked or network.arguments() or network.dim_from_weights:  # not in every module
         return 0
-    return sum(smallest_lora_bytes(file, network.network_dim or DEFAULT_RANK) for file in files)
+    return sum(smallest_lora_bytes(file, network.rank) for file in files)
 
 
 def list_unused_options(

@@ -31,6 +31,10 @@ DORA_ELSEWHERE = (
     "convert_lora.py --target other --dit MODEL wrote it. musubi-tuner and sd-scripts leave its magnitudes "
     "out: they need a plain LoRA."
 )
+OFT_ELSEWHERE = (
+    "PEFT reads an OFT as it is (convert_lora.py --target diffusers). ComfyUI and the known tuners do not: "
+    "they need a plain LoRA, which keeps only a part of the change."
+)
 COMFYUI_TOOL = "ComfyUI"
 FACTORED = ("networks.loha", "networks.lokr")  # which ComfyUI reads, but not the tools of `converted_for`
 STARTING = {"initial_step", "initial_epoch"}
@@ -40,6 +44,19 @@ OF_SAMPLES = ("infer_steps", *SCALES, "flow_shift", "sample_solver", "seed", "ne
 OTHER_NAMES = {"infer_steps": "steps", "sample_solver": "solver"}
 # given a sample as `Request` names its values: the script and the options that generate
 Generation = Callable[[Mapping[str, Any]], Sequence[str]]
+
+
+def describe_elsewhere(network: NetworkOptions | None) -> str | None:
+    """Return what other programs do with a file of this kind of network; None if they read it as it is."""
+    if network is None:
+        return None
+    if network.decomposes:
+        return DORA_ELSEWHERE
+    if network.is_tlora:
+        from networks.rank_masks import ELSEWHERE  # only with a T-LoRA
+
+        return ELSEWHERE
+    return OFT_ELSEWHERE if network.is_oft else None
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,7 @@ class NextSteps:
         if self.generation is not None:
             commands.append(self._generate(self.generation, file))
         network = self.options.network
-        if network is not None and (network.decomposes or self._needs_conversion(network)):
+        if network is not None and (network.decomposes or network.is_oft or self._needs_conversion(network)):
             files = self.names.files(self.names.stem_of(file)).values()
             commands += [self._convert(path) for path in files]
         return [*commands, _command("This run, as it was started", self._words())]
@@ -108,6 +125,9 @@ class NextSteps:
         words = ["--target", "other" if self.converted_for else "default"]
         if network is not None and network.decomposes:
             title, ending, note = "Make a plain LoRA of the DoRA", "plain", DORA_ELSEWHERE
+            words += ["--bake", str(BAKED_RANK), "--dit", self._dit_of(file)]
+        elif network is not None and network.is_oft:
+            title, ending, note = "Make a plain LoRA of the OFT", "plain", OFT_ELSEWHERE
             words += ["--bake", str(BAKED_RANK), "--dit", self._dit_of(file)]
         elif network is not None and self.converted_for != COMFYUI_TOOL:
             is_factored = network.network_module in FACTORED

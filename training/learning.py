@@ -54,6 +54,7 @@ from training.validation import Validation
 if TYPE_CHECKING:  # loaded only where processes share a model, with LoRA files, with an average, with prompts
     from networks.added import AddedLoras
     from networks.apply import LoraPatch
+    from networks.loading import LoraUse
     from running.offload.sharding import ShardedBlocks
     from running.offload.swap_plan import HostWeights
     from training.averages import WeightAverage
@@ -337,9 +338,10 @@ class Loading:
         host = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
         shares = shared_blocks(options.speed.sharding, device)
         network_options = experts.network_for(options, expert)
-        patch = None
+        patch: LoraPatch | None = None
+        masked: Sequence[LoraUse] = ()
         if family is not plan.teacher:
-            patch = self._read_base_weights(network_options, expert)
+            patch, masked = self._read_base_weights(network_options, expert)
         placement = experts.placement_of(options, device, plan.quantisation)
         # a DoRA learns the norms of the weights, which include merged LoRAs
         must_merge = network_options is not None and network_options.decomposes
@@ -356,24 +358,36 @@ class Loading:
                 from networks.unmerged import add_unmerged  # only beside quantised weights
 
                 add_unmerged(dit, patch.unmerged, device, compute_dtype)
+        if masked:
+            from networks.unmerged import add_unmerged, masked_changes  # only with T-LoRAs
+
+            add_unmerged(dit, masked_changes(dit, masked), device, compute_dtype)
         warn_if_emulated(device, compute_dtype, "the transformer")
         dit.requires_grad_(False)
         if shares is not None and plan.splits_model:
             shares.split(dit)
         return UndressedNetwork(dit, family, index, host=host, shares=shares)
 
-    def _read_base_weights(self, network: NetworkOptions | None, expert: Expert) -> "LoraPatch | None":
-        """Read --base_weights for an expert; None if there are none."""
+    def _read_base_weights(
+        self, network: NetworkOptions | None, expert: Expert
+    ) -> "tuple[LoraPatch | None, Sequence[LoraUse]]":
+        """Read --base_weights for an expert. Return what merges them, None if nothing does, and the T-LoRAs,
+        which are put round layers.
+        """
         if network is None:
-            return None
+            return None, ()
         files = zip(network.base_weights or (), network.base_multipliers(), strict=True)
         loras = [experts.read_use(path, expert, multiplier) for path, multiplier in files]
         if not loras:
-            return None
+            return None, ()
         from networks.apply import LoraPatch  # only with --base_weights
         from networks.rounding import LoraRounding
+        from networks.unmerged import split_masked
 
-        return LoraPatch(loras, rounding=LoraRounding(network.lora_rounding))
+        merged, masked = (loras, []) if network.decomposes else split_masked(loras)
+        if not merged:
+            return None, masked
+        return LoraPatch(merged, rounding=LoraRounding(network.lora_rounding)), masked
 
     def load_teacher(self, trained: nn.Module) -> "TeacherModel":
         """Load the model of --teacher dit with its LoRAs, or take the trained one, which has them already."""

@@ -15,6 +15,7 @@ from contract.family import Described, NoiseSpec, Predicts
 from contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
+from networks.rank_masks import set_levels
 from training.noise_options import ADDITIVE, L2, RAW, WITH_THRESHOLD, LossOptions
 from training.target_rules import NO_TARGETS, Targets
 
@@ -235,6 +236,7 @@ def predict(
         noisy = noisy_batch.joint.join(noisy, noisy_sound)
         timesteps = torch.stack([timesteps, sound.timesteps], dim=1)
         tweaks = replace(tweaks, joint=noisy_batch.joint)
+    set_levels(dit, noisy_batch.sigmas)
     with autocast():
         velocity = family.predict(dit, noisy, timesteps, conditions, tweaks=tweaks)
     if rule.prediction == RAW:

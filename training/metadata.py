@@ -17,8 +17,8 @@ from dataset.table import DatasetTable
 from modules.atomic_write import make_storable
 from modules.errors import DatasetError
 from modules.options import is_given, option_name
-from networks.lora_settings import DEFAULT_RANK
 from networks.names.layouts import TRAINED_FOR
+from networks.options import NetworkOptions
 from training.data.table_times import list_times
 from training.learning_options import PartsOptions
 from training.noise_options import L2, PredictionOptions
@@ -45,8 +45,8 @@ def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
     if network is None or not (starts or model.plan.saved):
         return {}
     ranks, alphas = model.trainable.sizes(part)
-    rank = network.network_dim or DEFAULT_RANK
-    if not starts and rank in ranks and (network.network_alpha or rank) in alphas:
+    rank = network.rank
+    if not starts and (network.is_oft or (rank in ranks and (network.network_alpha or rank) in alphas)):
         return {}
     sizes: dict[str, list[int] | list[float]] = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
     return {
@@ -68,8 +68,8 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
     if network is not None:
         values |= {
             "ss_network_module": plan.network_module,
-            "ss_network_dim": "Dynamic" if network.dim_from_weights else network.network_dim or DEFAULT_RANK,
-            "ss_network_alpha": "Dynamic" if network.dim_from_weights else network.network_alpha,
+            "ss_network_dim": "Dynamic" if network.dim_from_weights else network.rank,
+            "ss_network_alpha": _alpha_in_words(network),
             "ss_network_args": json.dumps(network.arguments(), ensure_ascii=False),
         }
     values |= {key: value for key, value in facts.items() if key.startswith("reference_")}
@@ -83,6 +83,12 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         if "trained_for" in facts:
             values[TRAINED_FOR] = facts["trained_for"]
     return {key: str(value) for key, value in values.items()}
+
+
+def _alpha_in_words(network: NetworkOptions) -> str | float | None:
+    if network.is_oft:
+        return None
+    return "Dynamic" if network.dim_from_weights else network.network_alpha
 
 
 def _optional_values(plan: TrainingPlan) -> dict[str, Any]:

@@ -14,13 +14,12 @@ from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.devices import gib, host_peak, peak_in_words
 from modules.installation import RUN_GOES_ON
 from modules.text_files import real_path
-from networks.lora_settings import DEFAULT_RANK
 from networks.metadata import of_numbers
 from networks.options import NetworkOptions
 from running.planning.device_memory import MemoryWatch
 from training.checks import judge_rate
 from training.data.table_times import describe_times
-from training.following import DORA_ELSEWHERE, NextSteps
+from training.following import NextSteps, describe_elsewhere
 from training.metadata import continued_sizes
 from training.options import RANKED_NETWORKS, TrainingOptions
 from training.plan import TrainingPlan
@@ -141,10 +140,11 @@ def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[f
     if network is None:
         parts = whole_dit.name_parts if whole_dit is not None else ()
         return f"of the model: {' '.join(parts)}" if parts else "the whole model"
+    word = "block size" if network.is_oft else "rank"
     if sizes is None:
-        return f"{plan.network_module}, rank {network.network_dim or DEFAULT_RANK}"
+        return f"{plan.network_module}, {word} {network.rank}"
     ranks, _ = sizes
-    return f"{plan.network_module}, {of_numbers('rank', ranks)} of the file"
+    return f"{plan.network_module}, {of_numbers(word, ranks)} of the file"
 
 
 def _describe_length(plan: TrainingPlan) -> str:
@@ -202,7 +202,7 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
         ("samples", str(samples) if has_samples else None),
         ("page", None if logs.no_page else str(page_path(names.folder, names.name))),
         ("peak memory", _describe_peak(run)),
-        ("other tools", DORA_ELSEWHERE if network is not None and network.decomposes else None),
+        ("other tools", describe_elsewhere(network)),
         ("commands", f"typed in {Path.cwd()}" if os.environ.get(RUN_GOES_ON) else None),
     ]
     show_box(f"{names.name} is trained", rows, _list_commands(run, story, following))
@@ -322,7 +322,7 @@ def judge_alpha(
     is_ranked = network.network_module is None or network.network_module.startswith(RANKED_NETWORKS)
     if not is_ranked:
         return None
-    rank = network.network_dim or DEFAULT_RANK
+    rank = network.rank
     alpha = network.network_alpha or rank
     text = f"{alpha:g} for rank {rank}: the network acts at {alpha / rank:.3g} of its strength"
     if alpha / rank >= LOW_STRENGTH:

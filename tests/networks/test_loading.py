@@ -66,7 +66,8 @@ def test_old_hashes_that_another_tool_copied_do_no_harm(saved: Path) -> None:
     ("kind", "parts"),
     [
         ("GLoRA", ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha")),
-        ("OFT or BOFT", ("oft_blocks", "alpha")),
+        ("OFT in an older form than oft_R.weight", ("oft_blocks", "alpha")),
+        ("BOFT", ("boft_R", "boft_s")),
         (r"\(IA\)3", ("on_input", "weight")),
     ],
 )

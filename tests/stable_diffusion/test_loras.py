@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError, OptionError
 from networks.added import AddedPart
+from networks.rotation import turned_weight, turns
 from stable_diffusion.contract import SD1, Model
 from stable_diffusion.loras import ChosenLoras, check_kind, read_networks
 from stable_diffusion.network_options import AddedNetworkOptions
@@ -93,6 +94,25 @@ def test_strengths_are_chosen_for_a_batch_and_weights_come_back_to_the_bit(
     add_by_hand(both, plain_changes(other))
     networks.choose(None)
     loaded.assert_same(loaded.results(model), loaded.results(both))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("words", [[], ["--network_pre_calc"], ["--network_merge"]])
+def test_rotations_are_added_and_folded_in(fresh: Fresh, tmp_path: Path, words: list[str]) -> None:
+    """Files of OFTs, also those with the prefix of sd-scripts' OFTs."""
+    wanted, model, tensors = fresh(), fresh(), {}
+    for path, module in wanted.unet.named_modules():
+        if isinstance(module, nn.Linear) and "attn1.to_q" in path:
+            values = 0.1 * torch.randn(module.in_features // 4, 6, generator=torch.Generator().manual_seed(1))
+            name = loaded.kohya_name(path, wanted.kind.name).replace("lora_unet_", "oft_unet_")
+            tensors[f"{name}.oft_R.weight"] = values
+            module.weight += turned_weight(module.weight, turns(values, 0.5))
+    assert tensors
+    save_file(tensors, tmp_path / "oft.safetensors")
+
+    loaded.put_in(model, tmp_path / "oft.safetensors", "--network_mul", 0.5, *words)
+
+    loaded.assert_same(loaded.results(model), loaded.results(wanted))
 
 
 @pytest.mark.long
@@ -273,7 +293,7 @@ def test_strengths_that_were_interrupted_are_set_again(layers: list[dict[str, Ad
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("networks.oft", "--network_module networks.oft is for "),
+        ("networks.boft", "--network_module networks.boft is for BOFT: it is not supported"),
         ("networks.control_net_lllite", "--control_net_lllite_models takes it"),
         ("my.module", "--network_module my.module: modules of others are not supported"),
     ],

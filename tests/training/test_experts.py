@@ -58,7 +58,7 @@ def test_both_transformers_get_micro_batches_and_one_network_learns_from_all(tmp
     assert not toy.same(one, tensors)
 
 
-@pytest.mark.parametrize("module", ["networks.lora", "networks.loha", "networks.lokr"])
+@pytest.mark.parametrize("module", ["networks.lora", "networks.loha", "networks.lokr", "networks.oft"])
 def test_a_shared_network_has_the_same_parameters_in_both(tmp_path: Path, module: str) -> None:
     options = toy.toy_options(tmp_path, "--network_module", module).network
     assert options is not None

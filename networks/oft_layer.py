@@ -1,0 +1,81 @@
+"""The layer that an OFT network trains: a frozen Linear whose input is rotated first."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from networks.lora_layer import KINDS, Dropouts, DropoutSeed, Halves, halves, keep_mask
+from networks.rotation import turn, turns
+
+
+class Rotation(nn.Module):
+    """The trained values of a layer's blocks, which begin as zeros: no rotation."""
+
+    def __init__(self, num_blocks: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_blocks, size * (size - 1) // 2))
+
+
+class OftLayer(nn.Module):
+    """The frozen module's forward of a rotated input, in place of its forward.
+
+    The rotation is computed in float32 from float32 values. The input is rotated in autocast's dtype, or in
+    float32 without autocast.
+    """
+
+    kind = "OFT"
+
+    def __init__(self, original: nn.Linear, size: int) -> None:
+        """size: of a block; it divides the number of inputs."""
+        super().__init__()
+        self.oft_R = Rotation(original.in_features // size, size)
+        self.rank = size  # in logs and messages
+        self.multiplier = 1.0
+        self.dropouts: Dropouts | None = None  # neuron: share of blocks that do not rotate
+        self.seed = DropoutSeed()
+        self.index = 0  # its number in the network, which gives it its own masks
+        self.seed_table: Tensor | None = None  # see `LoraLayer`
+        self._original = (original,)  # in a tuple, so that it is not registered as a submodule
+        self._original_forward: Callable[[Tensor], Tensor] = original.forward
+
+    @property
+    def original(self) -> nn.Linear:
+        return self._original[0]
+
+    def attach(self) -> None:
+        self._original_forward = self._original[0].forward
+        self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        # x: ... in
+        if self.multiplier == 0:
+            return self._original_forward(x)
+        is_autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            by = turns(self.oft_R.weight, self.multiplier)
+            if self.training and self.dropouts is not None:
+                by = self._drop(by, self.dropouts)
+            wide = x.to(dtype)
+            rotated = wide + turn(wide, by.to(dtype))
+        return self._original_forward(rotated if is_autocast else rotated.to(x.dtype))
+
+    def seed_of(self, kind: str) -> int:
+        return self.seed.derive(self.index, kind)
+
+    def _drop(self, by: Tensor, dropouts: Dropouts) -> Tensor:
+        """Return the rotations without those that dropout leaves out: single blocks, or the whole layer."""
+        if dropouts.neuron > 0:
+            keep = keep_mask((len(by), 1, 1), dropouts.neuron, self._halves("neuron"), by.device)
+            by = by.masked_fill(~keep, 0.0)
+        if dropouts.module > 0:
+            keep = keep_mask((1, 1, 1), dropouts.module, self._halves("module"), by.device)
+            by = by.masked_fill(~keep, 0.0)
+        return by
+
+    def _halves(self, kind: str) -> Halves:
+        if self.seed_table is not None and torch.compiler.is_compiling():
+            low, high = self.seed_table[KINDS.index(kind)].unbind()
+            return low, high
+        return halves(self.seed_of(kind))

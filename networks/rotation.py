@@ -1,0 +1,66 @@
+"""Compute the rotations of an OFT, which turns the inputs of frozen layers, block by block.
+
+A layer computes y = W (x R) + bias. Its input is cut into blocks of b values, and each block has a rotation
+of its own, which is made from a skew-symmetric matrix Q. W stays as it is, however it is stored, and the
+change of the weight is W' = W R^T, so that it can be merged.
+
+Sources: Qiu et al. 2023, arXiv 2306.07280; the rotation of inputs and the series, Qiu et al. 2025,
+arXiv 2506.19847. Files have the names and values of PEFT's OFT.
+"""
+# Letters: n blocks of b values; in = n * b
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def block_size_of(columns: int) -> int | None:
+    """Return b for the b (b - 1) / 2 values of a block; None if no b has that many."""
+    size = (1 + math.isqrt(1 + 8 * columns)) // 2
+    return size if columns and size * (size - 1) // 2 == columns else None
+
+
+def fit_block_size(width: int, size: int) -> int | None:
+    """Return the divisor of a width that is nearest to a block size, the smaller one of two; None if there is
+    none from 2 on.
+
+    Source: OneTrainer, modules/module/LoRAModule.py, which chooses so.
+    """
+    divisors = [number for number in range(2, width + 1) if width % number == 0]
+    return min(divisors, key=lambda number: (abs(number - size), number), default=None)
+
+
+def turns(values: Tensor, strength: float = 1.0) -> Tensor:
+    """Return R - I of each block, n b b, float32, for the rotation R(strength * Q).
+
+    values: n x b(b-1)/2, the upper triangle of Q row by row. R is the series I + 2Q + 2Q^2 + 2Q^3 + Q^4,
+    which is (I + Q) (I - Q)^-1 cut off: PEFT's `use_cayley_neumann` with its 5 terms. I is left out because
+    small angles would be rounded away next to it in 16 bits.
+    """
+    num_blocks, columns = values.shape
+    size = block_size_of(columns)
+    assert size is not None, columns
+    rows_and_columns = torch.triu_indices(size, size, 1, device=values.device)
+    upper = values.new_zeros(num_blocks, size, size, dtype=torch.float32)
+    upper[:, rows_and_columns[0], rows_and_columns[1]] = strength * values.float()
+    skew = upper - upper.transpose(1, 2)
+    square = skew @ skew
+    # 2Q + 2Q^2 + 2Q^3 + Q^4 = 2Q + Q^2 (2 I + 2Q + Q^2)
+    return 2 * skew + 2 * square + square @ (2 * skew + square)
+
+
+def turn(x: Tensor, by: Tensor) -> Tensor:
+    """Return x (R - I), the change of an input by a rotation.
+
+    x: ... in. by: n b b; 1 b b is for all blocks.
+    """
+    size = by.shape[-1]
+    blocks = x.reshape(-1, x.shape[-1] // size, size)  # N n b
+    turned = torch.matmul(blocks.transpose(0, 1), by).transpose(0, 1)
+    return turned.reshape(x.shape)
+
+
+def turned_weight(weight: Tensor, by: Tensor) -> Tensor:
+    """Return the change W (R^T - I) of a weight, out x in, float32."""
+    return turn(weight.float(), by.float().transpose(1, 2))
