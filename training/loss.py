@@ -15,6 +15,7 @@ from contract.family import Described, NoiseSpec, Predicts
 from contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
+from running.routes import Route
 from training.noise_options import ADDITIVE, L2, RAW, WITH_THRESHOLD, LossOptions
 from training.target_rules import NO_TARGETS, Targets
 
@@ -116,6 +117,8 @@ class LossRule:
     # what the teacher of `targets` predicts, from `targets.passes.TrainingPasses` and a batch
     teach: Callable[[Any, NoisyBatch], Tensor] | None = None
     in_lockstep: bool = False  # processes share a model, so that all run equal passes
+    # which tokens go through the middle blocks of passes that learn (`targets.routes`); None: all
+    route_of: Callable[[NoisyBatch], Route] | None = None
     seed_networks: Callable[[int], None] | None = None  # begins random numbers of networks: of a micro-batch
 
 
@@ -140,7 +143,7 @@ def sample_errors_outside(
     errors = element_errors(
         rule.options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
     )
-    weights = _place_weights(noisy_batch.batch, errors)
+    weights = place_weights(noisy_batch.batch, errors)
     assert weights is not None
     errors = errors * (1 - weights)
     return (errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1),)
@@ -156,7 +159,7 @@ def split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor, 
     if noisy_batch.sound is not None:
         prediction, sound = noisy_batch.joint.split(prediction)
         sounds.append(sound)
-    weights = _place_weights(noisy_batch.batch, prediction)
+    weights = place_weights(noisy_batch.batch, prediction)
     if weights is not None:
         prediction = prediction * weights.sqrt()
     return (prediction[:, :, noisy_batch.given_frames :], *sounds)
@@ -178,7 +181,7 @@ def sample_errors(
     errors = element_errors(
         options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
     )
-    weights = _place_weights(noisy_batch.batch, errors)
+    weights = place_weights(noisy_batch.batch, errors)
     if weights is not None:
         errors = errors * weights
     picture_errors = errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1)
@@ -190,7 +193,7 @@ def sample_errors(
     return picture_errors, sound_errors.flatten(1).mean(1)
 
 
-def _place_weights(batch: Batch, errors: Tensor) -> Tensor | None:
+def place_weights(batch: Batch, errors: Tensor) -> Tensor | None:
     """Return how much each place counts, B 1 F H W or B 1 1 H W; None without masks. errors: B C F H W."""
     picture_mask, clip_mask = batch.tensors.get(MASK), batch.tensors.get(LOSS_MASK)
     weights: Tensor | None = None

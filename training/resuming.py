@@ -30,6 +30,7 @@ from training.saving.files import find_set_aside
 from training.saving.options import LATEST, LATEST_ONLY, SavingOptions
 from training.steps import Progress, StepPlan
 from training.target_options import NO_GUIDED_TARGET
+from training.tread_options import NO_TREAD
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ def check_resumable(
     identity = _resolve(settings.identity)
     # likewise of before the frozen model could teach
     unsaid: dict[str, Any] = {}
-    for record in (NOTHING_FROZEN, NO_TEACHER, NO_PRIOR, NO_GUIDED_TARGET):
+    for record in (NOTHING_FROZEN, NO_TEACHER, NO_PRIOR, NO_GUIDED_TARGET, NO_TREAD):
         unsaid |= {f"--{name}": value for name, value in public_config(record).items()}
     habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)
     unknown = {*identity} - {*before} | {*habits} - {*habits_before}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from contract.data import FIRST_FRAME, LOSS_MASK, SOUND
 from modules.devices import numbers_on
+from running.routes import routed
 from training.loss import (
     MASK,
     PLAIN_LOSS,
@@ -58,6 +59,13 @@ class TrainingPasses:
     rule: LossRule
 
     def learning(self, noisy_batch: NoisyBatch) -> Tensor:
+        """Return the prediction that is learned from; with --tread on a part of the tokens."""
+        if self.rule.route_of is None:
+            return self._predict(noisy_batch)
+        with routed(self.dit, self.rule.route_of(noisy_batch)):
+            return self._predict(noisy_batch)
+
+    def _predict(self, noisy_batch: NoisyBatch) -> Tensor:
         return predict(
             self.family, self.dit, self.latents, noisy_batch, autocast=self.autocast, rule=self.rule
         )
@@ -65,13 +73,13 @@ class TrainingPasses:
     def frozen(self, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction with the network as it is now, without gradients."""
         with torch.no_grad():
-            return self.learning(noisy_batch)
+            return self._predict(noisy_batch)
 
     def base(self, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction of the model without the network, without gradients."""
         assert self.rule.as_base is not None  # options that need it are refused where the model itself learns
         with torch.no_grad(), self.rule.as_base():
-            return self.learning(noisy_batch)
+            return self._predict(noisy_batch)
 
     def restart(self, noisy_batch: NoisyBatch) -> None:
         """Begin the random numbers of the network anew: an earlier pass of the batch may have drawn some."""
