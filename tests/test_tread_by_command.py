@@ -55,17 +55,22 @@ def test_a_resumed_or_smaller_run_leaves_out_the_same_tokens(project: TinyProjec
         (("--tread", "0.5", "--tread_blocks", "1", "-1", "--context_parallel", "2"), "--context_parallel 2"),
     ],
 )
-def test_a_mistake_is_told_in_one_message(
-    project: TinyProject, words: Sequence[str], message: str
-) -> None:
+def test_a_mistake_is_told_in_one_message(project: TinyProject, words: Sequence[str], message: str) -> None:
     command = (*project.family.train, *RUN, "--output_dir", "wrong", *words)
 
     assert_one_message(*run_here(*command, folder=project.folder), message)
 
 
-def test_a_plan_says_that_it_counts_without(
-    project: TinyProject, capsys: pytest.CaptureFixture[str]
-) -> None:
-    project.run(*project.family.train, *RUN, "--output_dir", "planned", "--plan", "24", *TREAD)
+def test_a_plan_says_that_it_counts_without(project: TinyProject) -> None:
+    said = project.run(*project.family.train, *RUN, "--output_dir", "planned", "--plan", "24", *TREAD)
 
-    assert "--tread" in capsys.readouterr().out
+    assert "the plan counts all tokens" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", ["auto", "false"])
+def test_compiled_blocks_see_both_lengths(project: TinyProject, dynamic: str) -> None:
+    compiled = ("--compile", "--compile_backend", "aot_eager", "--compile_dynamic", dynamic)
+    whole = project.train("uncompiled", *EXACT, *TREAD)
+    for name, tensor in project.train("compiled", *EXACT, *TREAD, *compiled).items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=1e-5)

@@ -1,6 +1,5 @@
 """Which tokens of a micro-batch go through the middle blocks."""
 
-
 import pytest
 import torch
 from torch import Tensor
@@ -36,8 +35,10 @@ def test_each_sample_and_each_micro_batch_has_its_own_places() -> None:
 def test_all_places_are_left_out_equally_often() -> None:
     counts = torch.zeros(16)
     for number in range(500):
-        counts += choose_places(make_batch(number=number), (4, 4), share=0.5, seed=1).flatten().bincount(
-            minlength=16
+        counts += (
+            choose_places(make_batch(number=number), (4, 4), share=0.5, seed=1)
+            .flatten()
+            .bincount(minlength=16)
         )
 
     assert (counts / 1000 - 0.5).abs().max() < 0.06

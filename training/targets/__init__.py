@@ -2,5 +2,6 @@
 
 errors: size and direction of two predictions, compared apart
 passes: of a step: those that make targets, those that learn
+routes: which tokens of a micro-batch pass by the middle blocks
 teachers: another frozen model as a teacher, with its LoRAs
 """
