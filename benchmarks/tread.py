@@ -3,8 +3,8 @@
     python benchmarks/tread.py
 
 A random Wan2.1 of 10 blocks with a LoRA is trained by hand on the CPU with 640 video tokens; half of them
-pass by 8 of the blocks. Steps with and without take turns; of each kind the median counts. It fails if the ratio
-is above the aim.
+pass by 8 of the blocks. Steps with and without take turns; of each kind the median counts. It fails if the
+ratio is above the aim.
 """
 
 import argparse

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from running.planning import memory_plan
 from tests.faults.messages import assert_one_message, run_here
 from tests.tiny.families import family_called
 from tests.tiny.runs import RUN, TinyProject, make_project
 from tests.training.toy import metadata_of, same
+from training.planning.memory import WITHOUT_TREAD
 
 KINDS = [
     "wan t2v-1.3B",
@@ -61,10 +63,14 @@ def test_a_mistake_is_told_in_one_message(project: TinyProject, words: Sequence[
     assert_one_message(*run_here(*command, folder=project.folder), message)
 
 
-def test_a_plan_says_that_it_counts_without(project: TinyProject) -> None:
-    said = project.run(*project.family.train, *RUN, "--output_dir", "planned", "--plan", "24", *TREAD)
+def test_a_plan_says_that_it_counts_without(
+    project: TinyProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[memory_plan.MemoryPlan] = []
+    monkeypatch.setattr(memory_plan, "show", lambda plan, _: plans.append(plan))
+    project.run(*project.family.train, *RUN, "--output_dir", "planned", "--plan", "24", *TREAD)
 
-    assert "the plan counts all tokens" in said
+    assert WITHOUT_TREAD in plans[0].remarks
 
 
 @pytest.mark.slow

@@ -22,7 +22,6 @@ from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
 from networks.teacher_options import BASE, INPUTS, OTHER_DIT, TeacherOptions
 from running.offload.swap_plan import check_swap
-from running.routes import block_number
 from training.data.live import LiveTexts
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter, read_use
 from training.learning_options import FIND_RATE, PartsOptions
@@ -88,7 +87,7 @@ def check_tread(family: Family, options: TreadOptions, counts: Sequence[int]) ->
     if not counts:
         return
     total = sum(counts)
-    first, last = (block_number(number, total) for number in options.tread_blocks)
+    first, last = (number + total if number < 0 else number for number in options.tread_blocks)
     if not 0 <= first <= last < total:
         numbers = " ".join(map(str, options.tread_blocks))
         raise OptionError(

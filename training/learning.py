@@ -37,7 +37,6 @@ from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
 from training.target_rules import NO_TARGETS, make_targets
 from training.targets.passes import TrainingPasses, teach_as_base
-from training.targets.routes import make_tread_rule
 from training.trainable import (
     Rates,
     Trainable,
@@ -220,9 +219,10 @@ def _make_rule(model: TrainedModel) -> LossRule:
 def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
     """Return the rule with all that predictions are compared with besides the clip."""
     plan, options = model.plan, model.plan.options
-    tread = make_tread_rule(options.tread, plan.progress.seed)
-    if tread is not None:
-        rule = replace(rule, route_of=tread.route_of)
+    if options.tread.tread is not None:
+        from training.targets.routes import make_tread_rule
+
+        rule = replace(rule, route_of=make_tread_rule(options.tread, plan.progress.seed).route_of)
     targets = make_targets(options.guided, options.teacher, options.prior)
     if targets == NO_TARGETS:
         return rule

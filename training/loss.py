@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from contract.family import Described, NoiseSpec, Predicts
 from contract.steps import NO_TWEAKS, Tweaks
 from modules.devices import send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
-from running.routes import Route
 from training.noise_options import ADDITIVE, L2, RAW, WITH_THRESHOLD, LossOptions
 from training.target_rules import NO_TARGETS, Targets
+
+if TYPE_CHECKING:  # loaded only if tokens are left out
+    from running.routes import Route
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
 DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
@@ -118,7 +120,7 @@ class LossRule:
     teach: Callable[[Any, NoisyBatch], Tensor] | None = None
     in_lockstep: bool = False  # processes share a model, so that all run equal passes
     # which tokens go through the middle blocks of passes that learn (`targets.routes`); None: all
-    route_of: Callable[[NoisyBatch], Route] | None = None
+    route_of: "Callable[[NoisyBatch], Route] | None" = None
     seed_networks: Callable[[int], None] | None = None  # begins random numbers of networks: of a micro-batch
 
 

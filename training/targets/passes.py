@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from contract.data import FIRST_FRAME, LOSS_MASK, SOUND
 from modules.devices import numbers_on
-from running.routes import routed
 from training.loss import (
     MASK,
     PLAIN_LOSS,
@@ -62,6 +61,8 @@ class TrainingPasses:
         """Return the prediction that is learned from; with --tread on a part of the tokens."""
         if self.rule.route_of is None:
             return self._predict(noisy_batch)
+        from running.routes import routed
+
         with routed(self.dit, self.rule.route_of(noisy_batch)):
             return self._predict(noisy_batch)
 

@@ -28,9 +28,8 @@ class TreadRule:
         return Route(self.first, self.last, choose)
 
 
-def make_tread_rule(options: TreadOptions, seed: int) -> TreadRule | None:
-    if options.tread is None:
-        return None
+def make_tread_rule(options: TreadOptions, seed: int) -> TreadRule:
+    assert options.tread is not None  # else there is no rule
     first, last = options.tread_blocks
     return TreadRule(options.tread, first, last, seed)
 
