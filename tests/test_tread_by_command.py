@@ -1,6 +1,7 @@
 """--tread through the commands that users type, on tiny models of video and picture families."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_a_resumed_or_smaller_run_leaves_out_the_same_tokens(project: TinyProjec
         (("--tread", "1"), "--tread"),
         (("--tread", "nan"), "--tread"),
         (("--tread", "half"), "--tread"),
-        (("--tread", "0.5"), "--tread_blocks 2 -2: the model"),
+        (("--tread", "0.5", "--tread_blocks", "1", "0"), "--tread_blocks 1 0: the model"),
         (("--tread", "0.5", "--tread_blocks", "1"), "give the first and the last block"),
         (("--tread", "0.5", "--tread_blocks", "1", "99"), "blocks, from 0 to"),
         (("--tread", "0.5", "--tread_blocks", "1.5", "2"), "--tread_blocks"),
@@ -63,9 +64,7 @@ def test_a_mistake_is_told_in_one_message(project: TinyProject, words: Sequence[
     assert_one_message(*run_here(*command, folder=project.folder), message)
 
 
-def test_a_plan_says_that_it_counts_without(
-    project: TinyProject, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_says_that_it_counts_without(project: TinyProject, monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[memory_plan.MemoryPlan] = []
     monkeypatch.setattr(memory_plan, "show", lambda plan, _: plans.append(plan))
     project.run(*project.family.train, *RUN, "--output_dir", "planned", "--plan", "24", *TREAD)
@@ -80,3 +79,11 @@ def test_compiled_blocks_see_both_lengths(project: TinyProject, dynamic: str) ->
     whole = project.train("uncompiled", *EXACT, *TREAD)
     for name, tensor in project.train("compiled", *EXACT, *TREAD, *compiled).items():
         torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_of_two_streams_is_refused(tmp_path: Path) -> None:
+    project = make_project(family_called("ltx_2"), tmp_path)
+    command = (*project.family.train, *RUN, "--output_dir", "wrong", *TREAD)
+
+    assert_one_message(*run_here(*command, folder=project.folder), "second stream, the sound")

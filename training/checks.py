@@ -76,7 +76,7 @@ def check_tread(family: Family, options: TreadOptions, counts: Sequence[int]) ->
         return
     name = f"--tread {options.tread:g}"
     reason = ""
-    if hears_sound(family):
+    if family.can.hear:
         reason = "its blocks have a second stream, the sound, which would need a choice of its own"
     elif family.dit.side_list:
         reason = "a second stream of blocks adds to all tokens of the first one"

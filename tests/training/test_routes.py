@@ -1,12 +1,21 @@
 """Which tokens of a micro-batch go through the middle blocks."""
 
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from contract.data import LOSS_MASK, Batch
+from contract.family import Abilities, DitSpec
+from modules.errors import OptionError
+from training.checks import check_tread
 from training.loss import MASK, NoisyBatch
 from training.targets.routes import choose_places
+from training.tread_options import NO_TREAD
 
 GRID = (2, 4, 4)
 LENGTH = 32
@@ -69,3 +78,32 @@ def test_what_a_small_mask_counts_takes_part(name: str) -> None:
     most = choose_places(make_batch(**{name: mask}), GRID, share=0.9, seed=1)
     assert most.shape == (2, 8)
     assert set(most[0].tolist()) == first_column
+
+
+def family_with(**changes: Any) -> Any:
+    """What the check asks of a family."""
+    plain = {"name": "toy", "can": Abilities(), "dit": DitSpec(("blocks",)), "controlnet": None}
+    return SimpleNamespace(**{**plain, **changes})
+
+
+SIDE_STREAM = DitSpec(("blocks", "others"), side_list="others")
+
+
+@pytest.mark.parametrize(
+    ("family", "counts", "message"),
+    [
+        (family_with(can=Abilities(hear=True)), (4,), "second stream, the sound"),
+        (family_with(dit=SIDE_STREAM), (4, 2), "second stream of blocks adds"),
+        (family_with(controlnet=Path("control")), (4,), "the ControlNet adds"),
+        (family_with(), (3,), "3 blocks, from 0 to 2, and these are 2 to 1"),
+        (family_with(), (1, 1), "2 blocks"),
+    ],
+)
+def test_models_that_cannot_leave_out_tokens_are_refused(
+    family: Any, counts: tuple[int, ...], message: str
+) -> None:
+    options = replace(NO_TREAD, tread=0.25)
+    check_tread(family_with(), options, (4,))
+    check_tread(family, NO_TREAD, counts)
+    with pytest.raises(OptionError, match=message):
+        check_tread(family, options, counts)
