@@ -112,6 +112,15 @@ def _axis(positions: Tensor, width: int, theta: float, coarseness: int) -> Tenso
     return pairs.unflatten(0, (-1, coarseness)).mean(dim=1).float()
 
 
+@dataclass(frozen=True)
+class FramePackTokens(HunyuanTokens):
+    """Inputs of the blocks; the noisy latents are the last tokens of the video."""
+
+    @property
+    def first_picture(self) -> int:
+        return self.video - math.prod(self.grid)
+
+
 class ConditionEmbedding(nn.Module):
     """Embed timestep, a text vector and optionally guidance as one vector: B C float32."""
 
@@ -315,6 +324,7 @@ class FramePackModel(BlockNetwork):
             video,
             texts,
             tweaks.steer,
+            FramePackTokens,
             grid=grid,
             rotary=rotary,
             dtype=dtype,

@@ -20,6 +20,7 @@ from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
 from modules.attention.attend import Lengths, SecondText, Steer, attend
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, TwoLayers, in_own_dtype
+from modules.layers.rope import take_rows
 from modules.speed_options import AttentionChoice
 from running.run_blocks import Hidden
 
@@ -50,6 +51,16 @@ class HunyuanTokens:
 
     def cut(self, part: "TokenPart") -> Self:
         return replace(self, rotary=part.rows(self.rotary), part=part)
+
+    @property
+    def first_picture(self) -> int:
+        """The place of the first token of the latents that are learned; those of `grid` follow it."""
+        return 0
+
+    def of(self, kept: Tensor, num_left_out: int) -> Self:
+        """Return the inputs for some tokens of x. kept: B K, their rising places; only pictures lose any."""
+        lengths = None if self.lengths is None else self.lengths.without(num_left_out)
+        return replace(self, rotary=take_rows(self.rotary, kept, num_left_out), lengths=lengths)
 
     @property
     def video(self) -> int:
@@ -97,6 +108,10 @@ class TokensWithTurnedText(HunyuanTokens):
 
     def cut(self, part: "TokenPart") -> Self:
         return replace(super().cut(part), rotary_of_picture=part.rows(self.rotary_of_picture))
+
+    def of(self, kept: Tensor, num_left_out: int) -> Self:
+        of_picture = take_rows(self.rotary_of_picture, kept, num_left_out)
+        return replace(super().of(kept, num_left_out), rotary_of_picture=of_picture)
 
     @property
     def video(self) -> int:

@@ -54,6 +54,10 @@ class Krea2Tokens(LuminaTokens):
         """Return the inputs of the blocks for a part of the tokens."""
         return replace(super().cut(part), split=part.of_first(self.references))
 
+    @property
+    def first_picture(self) -> int:
+        return self.references
+
 
 class QueryKeyScales(nn.Module):
     """Norms of queries and keys, of each head by itself."""

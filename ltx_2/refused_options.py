@@ -229,7 +229,7 @@ TRAINING: Table = {
         av_attention_loss_weighting av_attention_loss_max=1.5 av_attention_loss_warmup_steps=400 crepa
         crepa_args*:str self_flow self_flow_args*:str latent_temporal_weighting
         latent_temporal_weighting_args*:str latent_delta_loss latent_delta_loss_args*:str hfato
-        hfato_args*:str tread tread_args*:str cts_lambda_video_driven=0.0 cts_lambda_audio_driven=0.0
+        hfato_args*:str tread_args*:str cts_lambda_video_driven=0.0 cts_lambda_audio_driven=0.0
     """,
     TILES: _TILES,
     WEIGHTS: """

@@ -19,7 +19,7 @@ from lumina.configs import LuminaConfig
 from modules.attention.attend import Lengths, SecondText, attend
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm, in_own_dtype, run_float32
-from modules.layers.rope import rotate, sinusoid
+from modules.layers.rope import rotate, sinusoid, take_rows
 from modules.speed_options import AttentionChoice
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
@@ -50,6 +50,16 @@ class LuminaTokens:
     def cut(self, part: "TokenPart") -> Self:
         """Return the inputs of the blocks for a part of the tokens; `rotary` stays that of all tokens."""
         return replace(self, part=part)
+
+    @property
+    def first_picture(self) -> int:
+        """The place of the first token of the latents that are learned; those of `grid` follow it."""
+        return 0
+
+    def of(self, kept: Tensor, num_left_out: int) -> Self:
+        """Return the inputs for some tokens of x. kept: B K, their rising places; only pictures lose any."""
+        lengths = None if self.lengths is None else self.lengths.without(num_left_out)
+        return replace(self, rotary=take_rows(self.rotary, kept, num_left_out), lengths=lengths)
 
     @property
     def image(self) -> int:

@@ -5,6 +5,7 @@ doctor: tell what is installed, and what is missing
 dressing: put features around a loaded transformer, in order
 offload/: keep parts in host memory, recompute activations
 planning/: the memory of a run, predicted before it starts
+routes: tokens that pass by the middle blocks in training
 run_blocks: the one loop over blocks, the DiTs' base
 step_cache: rules decide which passes to skip; a runner skips
 """

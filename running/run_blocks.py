@@ -45,6 +45,8 @@ class Hidden:
     added: Sequence[Tensor | None] = ()
     side: Tensor | None = None  # B L C of `DitSpec.side_list`; None: its blocks do not run
     side_scales: Tensor | None = None  # B blocks: by which what each of them adds is multiplied
+    # called before each block of the first stream with its number, and behind the last; may change `x`
+    between: Callable[[int, "Hidden"], None] | None = None
 
 
 Runner = Callable[[nn.Module, Hidden, Tweaks], None]  # has the blocks of the network change `hidden.x`
@@ -81,6 +83,8 @@ def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
                 number = index - len(lists[spec.block_lists[0]])
                 hint = _run_side_block(block, hidden, number)
             continue
+        if hidden.between is not None:
+            hidden.between(index, hidden)
         if index not in tweaks.skip_blocks:
             skips = index in tweaks.skip_self_attention
             tokens = hidden.tokens.without_self_attention() if skips else hidden.tokens
@@ -92,6 +96,8 @@ def run_in_order(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
         if hint is not None:
             hidden.x = hidden.x + hint
             hint = None
+    if hidden.between is not None:
+        hidden.between(len(blocks), hidden)
 
 
 class BlockNetwork(nn.Module):

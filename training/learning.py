@@ -223,6 +223,10 @@ def _make_rule(model: TrainedModel) -> LossRule:
 def _add_targets(rule: LossRule, model: TrainedModel, slider: "SliderTarget | None") -> LossRule:
     """Return the rule with all that predictions are compared with besides the clip."""
     plan, options = model.plan, model.plan.options
+    if options.tread.tread is not None:
+        from training.targets.routes import make_tread_rule
+
+        rule = replace(rule, route_of=make_tread_rule(options.tread, plan.progress.seed).route_of)
     targets = make_targets(options.guided, options.teacher, options.prior)
     if targets == NO_TARGETS and slider is None:
         return rule

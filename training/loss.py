@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from networks.rank_masks import set_levels
 from training.noise_options import ADDITIVE, L2, RAW, WITH_THRESHOLD, LossOptions
 from training.target_rules import NO_TARGETS, Targets
+
+if TYPE_CHECKING:  # loaded only if tokens are left out
+    from running.routes import Route
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
 DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
@@ -120,6 +123,8 @@ class LossRule:
     # what replaces the usual passes, from `targets.passes.TrainingPasses` and a batch: errors of each stream
     other_passes: Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]] | None = None
     in_lockstep: bool = False  # processes share a model, so that all run equal passes
+    # which tokens go through the middle blocks of passes that learn (`targets.routes`); None: all
+    route_of: "Callable[[NoisyBatch], Route] | None" = None
     seed_networks: Callable[[int], None] | None = None  # begins random numbers of networks: of a micro-batch
 
 
@@ -144,7 +149,7 @@ def sample_errors_outside(
     errors = element_errors(
         rule.options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
     )
-    weights = _place_weights(noisy_batch.batch, errors)
+    weights = place_weights(noisy_batch.batch, errors)
     assert weights is not None
     errors = errors * (1 - weights)
     return (errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1),)
@@ -160,7 +165,7 @@ def split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor, 
     if noisy_batch.sound is not None:
         prediction, sound = noisy_batch.joint.split(prediction)
         sounds.append(sound)
-    weights = _place_weights(noisy_batch.batch, prediction)
+    weights = place_weights(noisy_batch.batch, prediction)
     if weights is not None:
         prediction = prediction * weights.sqrt()
     return (prediction[:, :, noisy_batch.given_frames :], *sounds)
@@ -182,7 +187,7 @@ def sample_errors(
     errors = element_errors(
         options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
     )
-    weights = _place_weights(noisy_batch.batch, errors)
+    weights = place_weights(noisy_batch.batch, errors)
     if weights is not None:
         errors = errors * weights
     picture_errors = errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1)
@@ -194,7 +199,7 @@ def sample_errors(
     return picture_errors, sound_errors.flatten(1).mean(1)
 
 
-def _place_weights(batch: Batch, errors: Tensor) -> Tensor | None:
+def place_weights(batch: Batch, errors: Tensor) -> Tensor | None:
     """Return how much each place counts, B 1 F H W or B 1 1 H W; None without masks. errors: B C F H W."""
     picture_mask, clip_mask = batch.tensors.get(MASK), batch.tensors.get(LOSS_MASK)
     weights: Tensor | None = None

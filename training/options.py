@@ -24,6 +24,7 @@ from training.end_options import EndOptions
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
 from training.skip_options import SkipOptions
 from training.target_options import GuidedTargetOptions
+from training.tread_options import TreadOptions
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class TrainingOptions(Options):
     noise: noise_options.NoiseOptions = option(facts=HABIT)
     loss: noise_options.LossOptions = option(facts=HABIT)
     guided: GuidedTargetOptions = option(facts=HABIT)
+    tread: TreadOptions = option(facts=HABIT)
     # None: the output is the velocity
     prediction: noise_options.PredictionOptions | None = option(facts=HABIT)
     network: NetworkOptions | None  # what learns: a network beside the DiT,
@@ -79,6 +81,7 @@ class TrainingOptions(Options):
         if self.is_fused:
             self._check_fused()
         self._check_targets()
+        self._check_tread()
         if self.timesteps.show_timesteps is not None:
             return
         if self.subset is None or not self.subset.replaces_toml:
@@ -213,6 +216,15 @@ class TrainingOptions(Options):
             raise OptionError(
                 "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "
                 "and fused gradients are freed at once. Leave out one of the two"
+            )
+
+    def _check_tread(self) -> None:
+        """Refuse what runs its blocks on tokens that --tread does not know of."""
+        parts = self.speed.sharding.context_parallel
+        if self.tread.tread is not None and parts > 1:
+            raise OptionError(
+                f"--tread {self.tread.tread:g} with --context_parallel {parts}: each process has some of the "
+                "tokens, and --tread leaves out tokens of the whole clip. Leave out one of the two"
             )
 
     def _check_fused(self) -> None:

@@ -31,6 +31,7 @@ from training.saving.options import LATEST, LATEST_ONLY, SavingOptions
 from training.skip_options import NOTHING_SKIPPED
 from training.steps import Progress, StepPlan
 from training.target_options import NO_GUIDED_TARGET
+from training.tread_options import NO_TREAD
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +218,8 @@ def check_resumable(
     identity = _resolve(settings.identity)
     # likewise of before there were targets, and steps could be left out
     unsaid: dict[str, Any] = {}
-    for record in (NOTHING_FROZEN, NO_TEACHER, NO_PRIOR, NO_GUIDED_TARGET, NO_SLIDER, NOTHING_SKIPPED):
+    of_targets = (NO_TEACHER, NO_PRIOR, NO_GUIDED_TARGET, NO_SLIDER, NO_TREAD)
+    for record in (NOTHING_FROZEN, *of_targets, NOTHING_SKIPPED):
         unsaid |= {f"--{name}": value for name, value in public_config(record).items()}
     habits_before = {name: habits.get(name) and value for name, value in unsaid.items()} | dict(saved.habits)
     unknown = {*identity} - {*before} | {*habits} - {*habits_before}

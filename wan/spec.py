@@ -13,6 +13,7 @@ from torch import Tensor
 
 from contract.data import LatentSpec
 from contract.family import DitSpec
+from modules.layers.rope import take_rows
 from modules.speed_options import SDPA, AttentionChoice
 from wan.configs import VACE
 
@@ -119,6 +120,15 @@ class WanTokens:
             num_given=part.of_first(self.num_given),
             part=part,
         )
+
+    @property
+    def first_picture(self) -> int:
+        """The place of the first token of the latents that are learned; those of `grid` follow it."""
+        return 0
+
+    def of(self, kept: Tensor, num_left_out: int) -> "WanTokens":
+        """Return the inputs for some tokens of x. kept: B K, their rising places; only pictures lose any."""
+        return replace(self, rotary=take_rows(self.rotary, kept, num_left_out))
 
 
 def pad_texts(

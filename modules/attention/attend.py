@@ -42,6 +42,10 @@ class Lengths:
     def longest(self) -> int:
         return max(self.counts)
 
+    def without(self, count: int) -> "Lengths":
+        """Return the lengths of samples that have lost this many real tokens each."""
+        return lengths_on([real - count for real in self.counts], self.starts.device)
+
 
 def lengths_on(counts: Sequence[int], device: torch.device) -> Lengths:
     """Make the `Lengths` of a batch. counts: how many tokens of each sample are real, each at least 1."""

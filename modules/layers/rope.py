@@ -163,6 +163,19 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return rotated.flatten(-2).type_as(x)
 
 
+def take_rows(table: Tensor, kept: Tensor, num_left_out: int) -> Tensor:
+    """Return the rotations of some tokens: B K' 1 D/2 2.
+
+    table: L 1 D/2 2 or B L 1 D/2 2, of the first L tokens. kept: B K rising places among all tokens, of whose
+    first L `num_left_out` are missing.
+    """
+    places = kept[:, : table.shape[-4] - num_left_out]
+    if table.ndim == 4:
+        return table[places]
+    samples = torch.arange(len(table), device=table.device)
+    return table[samples[:, None], places]
+
+
 LONGEST = 10000.0  # the frequencies fall from 1 to nearly 1 / LONGEST
 
 

@@ -58,6 +58,15 @@ class TrainingPasses:
     rule: LossRule
 
     def learning(self, noisy_batch: NoisyBatch) -> Tensor:
+        """Return the prediction that is learned from; with --tread on a part of the tokens."""
+        if self.rule.route_of is None:
+            return self._predict(noisy_batch)
+        from running.routes import routed
+
+        with routed(self.dit, self.rule.route_of(noisy_batch)):
+            return self._predict(noisy_batch)
+
+    def _predict(self, noisy_batch: NoisyBatch) -> Tensor:
         return predict(
             self.family, self.dit, self.latents, noisy_batch, autocast=self.autocast, rule=self.rule
         )
@@ -65,13 +74,13 @@ class TrainingPasses:
     def frozen(self, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction with the network as it is now, without gradients."""
         with torch.no_grad():
-            return self.learning(noisy_batch)
+            return self._predict(noisy_batch)
 
     def base(self, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction of the model without the network, without gradients."""
         assert self.rule.as_base is not None  # options that need it are refused where the model itself learns
         with torch.no_grad(), self.rule.as_base():
-            return self.learning(noisy_batch)
+            return self._predict(noisy_batch)
 
     def restart(self, noisy_batch: NoisyBatch) -> None:
         """Begin the random numbers of the network anew: an earlier pass of the batch may have drawn some."""

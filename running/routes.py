@@ -1,0 +1,99 @@
+"""Have some tokens pass by the middle blocks of a transformer, where they stay as they are.
+
+    with routed(dit, route):
+        velocity = dit(noisy, timesteps, text)
+
+The route is made from the sizes of the tokens, which are known when the network has embedded its inputs.
+Source: Krause et al. 2025, arXiv 2501.04765 (TREAD). It wraps the runner of the network's blocks, so that it
+goes with swapped, checkpointed and compiled blocks: these see fewer tokens.
+"""
+# Letters: B batch, L tokens, K those of them that go through the middle blocks, C width
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from contract.steps import Tweaks
+from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
+
+# from the sizes of a grid of picture tokens to the places in it that take part, B K rising
+ChoosePlaces = Callable[[tuple[int, ...]], Tensor]
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which blocks, and which tokens go through them."""
+
+    first: int  # number of a block, from 0; negative: from the end
+    last: int  # likewise; it belongs to the route
+    choose: ChoosePlaces
+
+    def blocks_of(self, count: int) -> range:
+        return range(block_number(self.first, count), block_number(self.last, count) + 1)
+
+
+def block_number(number: int, count: int) -> int:
+    """Return the number of a block from the front. number: negative ones count from the end."""
+    return number + count if number < 0 else number
+
+
+@contextmanager
+def routed(dit: nn.Module, route: Route) -> Iterator[None]:
+    """Inside it the middle blocks of the network see the tokens of the route only."""
+    before = runner_of(dit)
+    set_runner(dit, functools.partial(_run_routed, before, route))
+    try:
+        yield
+    finally:
+        set_runner(dit, before)
+
+
+def _run_routed(inner: Runner, route: Route, dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+    count = sum(len(blocks) for blocks in spec_of(dit).blocks(dit).values())
+    hidden.between = _Parting(route, route.blocks_of(count)).at
+    inner(dit, hidden, tweaks)
+    hidden.between = None
+
+
+class _Parting:
+    """The tokens of one forward pass that wait while the others are in the middle blocks."""
+
+    def __init__(self, route: Route, blocks: range) -> None:
+        self._route = route
+        self._blocks = blocks
+        self._kept = torch.empty(0)
+        self._waiting: tuple[Tensor, Any] | None = None  # all tokens before the route, and their record
+
+    def at(self, number: int, hidden: Hidden) -> None:
+        """Take tokens out before the first block of the route, and put them back behind the last."""
+        if number == self._blocks.start:
+            self._part(hidden)
+        elif number == self._blocks.stop and self._waiting is not None:
+            x, hidden.tokens = self._waiting
+            self._waiting = None
+            hidden.x = x.scatter(1, _wide(self._kept, x), hidden.x.to(x.dtype))
+
+    def _part(self, hidden: Hidden) -> None:
+        x, tokens = hidden.x, hidden.tokens
+        grid: tuple[int, ...] = tokens.grid
+        chosen = self._route.choose(grid)
+        start = tokens.first_picture
+        size = torch.Size(grid).numel()
+        num_left_out = size - chosen.shape[1]
+        if not num_left_out:
+            return
+        everything = torch.arange(x.shape[1], device=chosen.device).expand(len(x), -1)
+        parts = [everything[:, :start], chosen + start, everything[:, start + size :]]
+        self._kept = torch.cat(parts, dim=1).to(x.device)
+        self._waiting = x, tokens
+        hidden.tokens = tokens.of(self._kept, num_left_out)
+        hidden.x = x.gather(1, _wide(self._kept, x))
+
+
+def _wide(places: Tensor, x: Tensor) -> Tensor:
+    return places.unsqueeze(2).expand(-1, -1, x.shape[2])

@@ -1,0 +1,89 @@
+"""--tread through the commands that users type, on tiny models of video and picture families."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from running.planning import memory_plan
+from tests.faults.messages import assert_one_message, run_here
+from tests.tiny.families import family_called
+from tests.tiny.runs import RUN, TinyProject, make_project
+from tests.training.toy import metadata_of, same
+from training.planning.memory import WITHOUT_TREAD
+
+KINDS = [
+    "wan t2v-1.3B",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "z_image", "krea2", "qwen_image")),
+]
+EXACT = ("--learning_rate", "1e-2")
+TREAD = ("--tread", "0.5", "--tread_blocks", "1", "-1")
+SMALL = ("--gradient_checkpointing", "--blocks_to_swap", "1")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
+    return make_project(family_called(request.param), tmp_path_factory.mktemp("a project"))
+
+
+def test_a_resumed_or_smaller_run_leaves_out_the_same_tokens(project: TinyProject) -> None:
+    plain = project.train("plain", *EXACT)
+    whole = project.train("whole", *EXACT, *TREAD, "--save_state", "--save_every_n_steps", "2")
+
+    assert not same(whole, plain)
+    resume = ("--resume", "whole/x-step00000002-state")
+    assert same(project.train("resumed", *EXACT, *TREAD, *resume), whole)
+    assert same(project.train("checkpointed", *EXACT, *TREAD, "--gradient_checkpointing"), whole)
+    small = project.train("small", *EXACT, *TREAD, *SMALL)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(small[name], tensor, rtol=1e-3, atol=1e-5)
+    metadata = metadata_of(project.folder / "whole" / "x.safetensors")
+    assert metadata["ss_tread"] == "0.5"
+    assert metadata["ss_tread_blocks"] == "1 -1"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tread", "0"), "--tread"),
+        (("--tread", "1"), "--tread"),
+        (("--tread", "nan"), "--tread"),
+        (("--tread", "half"), "--tread"),
+        (("--tread", "0.5", "--tread_blocks", "1", "0"), "--tread_blocks 1 0: the model"),
+        (("--tread", "0.5", "--tread_blocks", "1"), "give the first and the last block"),
+        (("--tread", "0.5", "--tread_blocks", "1", "99"), "blocks, from 0 to"),
+        (("--tread", "0.5", "--tread_blocks", "1.5", "2"), "--tread_blocks"),
+        (("--tread_blocks", "1", "-1"), "--tread"),
+        (("--tread", "0.5", "--tread_blocks", "1", "-1", "--context_parallel", "2"), "--context_parallel 2"),
+    ],
+)
+def test_a_mistake_is_told_in_one_message(project: TinyProject, words: Sequence[str], message: str) -> None:
+    command = (*project.family.train, *RUN, "--output_dir", "wrong", *words)
+
+    assert_one_message(*run_here(*command, folder=project.folder), message)
+
+
+def test_a_plan_says_that_it_counts_without(project: TinyProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[memory_plan.MemoryPlan] = []
+    monkeypatch.setattr(memory_plan, "show", lambda plan, _: plans.append(plan))
+    project.run(*project.family.train, *RUN, "--output_dir", "planned", "--plan", "24", *TREAD)
+
+    assert WITHOUT_TREAD in plans[0].remarks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", ["auto", "false"])
+def test_compiled_blocks_see_both_lengths(project: TinyProject, dynamic: str) -> None:
+    compiled = ("--compile", "--compile_backend", "aot_eager", "--compile_dynamic", dynamic)
+    whole = project.train("uncompiled", *EXACT, *TREAD)
+    for name, tensor in project.train("compiled", *EXACT, *TREAD, *compiled).items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_of_two_streams_is_refused(tmp_path: Path) -> None:
+    project = make_project(family_called("ltx_2"), tmp_path)
+    command = (*project.family.train, *RUN, "--output_dir", "wrong", *TREAD)
+
+    assert_one_message(*run_here(*command, folder=project.folder), "second stream, the sound")

@@ -1,0 +1,109 @@
+"""Which tokens of a micro-batch go through the middle blocks."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from contract.data import LOSS_MASK, Batch
+from contract.family import Abilities, DitSpec
+from modules.errors import OptionError
+from training.checks import check_tread
+from training.loss import MASK, NoisyBatch
+from training.targets.routes import choose_places
+from training.tread_options import NO_TREAD
+
+GRID = (2, 4, 4)
+LENGTH = 32
+
+
+def make_batch(given_frames: int = 0, number: int = 0, **masks: Tensor) -> NoisyBatch:
+    latents = torch.zeros(2, 4, 4, 8, 8)
+    batch = Batch({"latents": latents, **masks}, ("a", "b"), ("a", "b"))
+    numbers = torch.full((2,), 0.5)
+    return NoisyBatch(
+        batch, latents, numbers, 1000 * numbers, torch.ones(2), given_frames=given_frames, number=number
+    )
+
+
+def test_each_sample_and_each_micro_batch_has_its_own_places() -> None:
+    chosen = choose_places(make_batch(), GRID, share=0.3, seed=1)
+
+    assert chosen.shape == (2, LENGTH - round(0.3 * LENGTH))
+    assert (chosen.diff(dim=1) > 0).all()
+    assert not torch.equal(chosen[0], chosen[1])
+    assert torch.equal(choose_places(make_batch(), GRID, share=0.3, seed=1), chosen)
+    for number, seed in [(1, 1), (0, 2)]:
+        assert not torch.equal(choose_places(make_batch(number=number), GRID, share=0.3, seed=seed), chosen)
+
+
+def test_all_places_are_left_out_equally_often() -> None:
+    counts = torch.zeros(16)
+    for number in range(500):
+        counts += (
+            choose_places(make_batch(number=number), (4, 4), share=0.5, seed=1)
+            .flatten()
+            .bincount(minlength=16)
+        )
+
+    assert (counts / 1000 - 0.5).abs().max() < 0.06
+
+
+def test_given_frames_take_part() -> None:
+    """The share is one of the other tokens."""
+    chosen = choose_places(make_batch(given_frames=2), GRID, share=0.5, seed=1)
+
+    assert chosen.shape == (2, 16 + 8)
+    assert torch.equal(chosen[:, :16], torch.arange(16).expand(2, -1))
+
+
+@pytest.mark.parametrize("name", [MASK, LOSS_MASK])
+def test_what_a_small_mask_counts_takes_part(name: str) -> None:
+    """A mask of the half or more says nothing; a small one may leave too few tokens for the share."""
+    shape = (2, 8, 8) if name == MASK else (2, 4, 8, 8)
+    mask = torch.zeros(shape)
+    mask[..., :, :3] = 0.5  # two of four columns of tokens: half
+    mask[0, ..., 2:4] = 0
+    mask[0, ..., :2] = 1  # one column
+    chosen = choose_places(make_batch(**{name: mask}), GRID, share=0.7, seed=1)
+
+    assert chosen.shape == (2, LENGTH - round(0.7 * LENGTH))
+    first_column = set(range(0, LENGTH, 4))
+    assert first_column <= set(chosen[0].tolist())
+    assert not first_column <= set(chosen[1].tolist())
+    most = choose_places(make_batch(**{name: mask}), GRID, share=0.9, seed=1)
+    assert most.shape == (2, 8)
+    assert set(most[0].tolist()) == first_column
+
+
+def family_with(**changes: Any) -> Any:
+    """What the check asks of a family."""
+    plain = {"name": "toy", "can": Abilities(), "dit": DitSpec(("blocks",)), "controlnet": None}
+    return SimpleNamespace(**{**plain, **changes})
+
+
+SIDE_STREAM = DitSpec(("blocks", "others"), side_list="others")
+
+
+@pytest.mark.parametrize(
+    ("family", "counts", "message"),
+    [
+        (family_with(can=Abilities(hear=True)), (4,), "second stream, the sound"),
+        (family_with(dit=SIDE_STREAM), (4, 2), "second stream of blocks adds"),
+        (family_with(controlnet=Path("control")), (4,), "the ControlNet adds"),
+        (family_with(), (3,), "3 blocks, from 0 to 2, and these are 2 to 1"),
+        (family_with(), (1, 1), "2 blocks"),
+    ],
+)
+def test_models_that_cannot_leave_out_tokens_are_refused(
+    family: Any, counts: tuple[int, ...], message: str
+) -> None:
+    options = replace(NO_TREAD, tread=0.25)
+    check_tread(family_with(), options, (4,))
+    check_tread(family, NO_TREAD, counts)
+    with pytest.raises(OptionError, match=message):
+        check_tread(family, options, counts)

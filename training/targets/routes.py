@@ -1,0 +1,72 @@
+"""Which tokens of a micro-batch go through the middle blocks (--tread)."""
+# Letters: B batch, L tokens of the grid of a picture or video, K those that take part, F H W latents
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_max_pool3d
+
+from modules.seeds import derive_seed
+from running.routes import Route
+from training.loss import NoisyBatch, place_weights
+from training.tread_options import TreadOptions
+
+
+@dataclass(frozen=True)
+class TreadRule:
+    """How tokens are left out of the middle blocks of each training pass."""
+
+    share: float  # of the tokens, 0..1, that are left out
+    first: int  # block, from 0; negative: from the end
+    last: int  # likewise; it belongs to the route
+    seed: int  # of the run
+
+    def route_of(self, noisy_batch: NoisyBatch) -> Route:
+        choose = functools.partial(choose_places, noisy_batch, share=self.share, seed=self.seed)
+        return Route(self.first, self.last, choose)
+
+
+def make_tread_rule(options: TreadOptions, seed: int) -> TreadRule:
+    assert options.tread is not None  # else there is no rule
+    first, last = options.tread_blocks
+    return TreadRule(options.tread, first, last, seed)
+
+
+def choose_places(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, seed: int) -> Tensor:
+    """Return the places of a grid of tokens that take part, B K on the CPU, rising.
+
+    They are drawn for each sample. Given frames always take part, and so do places that a mask counts, if it
+    leaves out more than half of the sample; where that leaves too few, fewer tokens than `share` are left
+    out, as many in each sample. grid: tokens along frames, rows, columns; pictures may have no frames.
+    """
+    sizes = (*(1,) * (3 - len(grid)), *grid)
+    needed = _needed(noisy_batch, sizes)  # B L
+    length = needed.shape[1]
+    given = _given_tokens(noisy_batch, sizes)
+    fewest_free = length - int(needed.sum(1).max())
+    num_left_out = min(round(share * (length - given)), fewest_free)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "tread", noisy_batch.number))
+    order = torch.rand(needed.shape, generator=generator, dtype=torch.float64) + needed
+    kept = order.argsort(dim=1, descending=True, stable=True)[:, : length - num_left_out]
+    return kept.sort(dim=1).values
+
+
+def _given_tokens(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> int:
+    frames, rows, columns = sizes
+    num_latent_frames = noisy_batch.noise.shape[2]
+    return -(-noisy_batch.given_frames * frames // num_latent_frames) * rows * columns
+
+
+def _needed(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> Tensor:
+    """Return which tokens take part in any case, B L on the CPU."""
+    needed = torch.zeros(len(noisy_batch.noise), sizes[0] * sizes[1] * sizes[2], dtype=torch.bool)
+    weights = place_weights(noisy_batch.batch, noisy_batch.noise)
+    if weights is not None:
+        latent_frames = noisy_batch.noise.shape[2]
+        counts = (weights > 0).float().expand(-1, -1, latent_frames, -1, -1)
+        masked = adaptive_max_pool3d(counts, sizes).flatten(1).bool().cpu()
+        needed |= masked & (masked.float().mean(1, keepdim=True) < 0.5)
+    needed[:, : _given_tokens(noisy_batch, sizes)] = True
+    return needed
