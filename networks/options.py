@@ -12,6 +12,7 @@ from modules.option_values import split_pairs
 from modules.options import FREE, HABIT, IDENTITY, IMPORTS_MODULE, Options, option
 from modules.paths import explain_missing
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
+from networks.preference_options import PreferenceOptions
 from networks.teacher_options import PriorOptions, TeacherOptions
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class NetworkOptions(Options, title="network"):
     frozen: FrozenModelOptions
     teacher: TeacherOptions
     prior: PriorOptions
+    preference: PreferenceOptions
 
     def __post_init__(self) -> None:
         self.arguments()

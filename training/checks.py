@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from contract.family import Family, LearningEncoder, hears_sound
+from contract.family import Family, LearningEncoder, hears_sound, sound_of
 from modules.atomic_write import check_space
 from modules.console import quiet
 from modules.errors import OptionError
@@ -198,10 +198,23 @@ def check_targets(family: Family, options: TrainingOptions, texts: LiveTexts | N
     """Raise OptionError for targets that the family, or the way its texts are encoded, cannot serve."""
     if options.teacher.teacher is not None:
         check_teacher(family, options.teacher, texts)
+    _check_preference(family, options)
     if options.guided.guided_target_sound is not None and not hears_sound(family):
         raise OptionError(
             f"--guided_target_sound {options.guided.guided_target_sound:g}: the model {family.name} has no "
             "sound. Leave it out"
+        )
+
+
+def _check_preference(family: Family, options: TrainingOptions) -> None:
+    """Raise OptionError for --preference where pairs of pictures have nothing to say."""
+    beta = options.preference.preference
+    if beta is None or not hears_sound(family):
+        return
+    sound = sound_of(family)
+    if (sound is not None and sound.is_alone) or family.sound_learning.given:
+        raise OptionError(
+            f"--preference {beta:g}: pairs are of pictures, and here one stream alone is learned. Leave it out"
         )
 
 

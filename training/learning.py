@@ -37,6 +37,7 @@ from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
 from training.target_rules import NO_TARGETS, make_targets
 from training.targets.passes import TrainingPasses, teach_as_base
+from training.targets.preferences import PairTally
 from training.trainable import (
     Rates,
     Trainable,
@@ -187,6 +188,10 @@ def make_run(
     rule = _make_rule(model)
     validation = Validation(plan, rule) if plan.validation else None
     rule = _add_targets(rule, model)  # validation does without
+    pairs = None
+    if rule.targets.preference is not None:
+        pairs = PairTally()
+        rule = replace(rule, note_pairs=pairs.add)
     minutes = plan.saving.save_every_n_minutes
     watched = trigger_paths(plan.names, options.samples.sample_now) if is_main else {}
     clock = MinuteClock(minutes) if is_main and minutes is not None else None
@@ -201,6 +206,7 @@ def make_run(
         reporter=reporter,
         requests=Requests(watched, sampler is not None, clock=clock),
         saver=saver,
+        pairs=pairs,
     )
 
 
@@ -219,7 +225,7 @@ def _make_rule(model: TrainedModel) -> LossRule:
 def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
     """Return the rule with all that predictions are compared with besides the clip."""
     plan, options = model.plan, model.plan.options
-    targets = make_targets(options.guided, options.teacher, options.prior)
+    targets = make_targets(options.guided, options.teacher, options.prior, options.preference)
     if targets == NO_TARGETS:
         return rule
     seed = functools.partial(
@@ -266,6 +272,7 @@ def _make_feed(plan: TrainingPlan) -> Feed:
         pin_memory=accelerator.device.type == "cuda",
         reads_dropped=options.teacher.teacher is not None and CAPTION in family.fuller,
         reads_empty=options.needs_empty_prompt,
+        reads_worse=options.preference.preference is not None,
     )
 
 

@@ -112,7 +112,7 @@ def _without_folders(value: Any) -> Any:
 def _target_values(options: TrainingOptions) -> dict[str, Any]:
     """Return the entries on the targets of a training, as far as they are given."""
     values: dict[str, Any] = {}
-    for record in (options.guided, options.teacher, options.prior):
+    for record in (options.guided, options.teacher, options.prior, options.preference):
         for field in fields(record):
             if is_given(record, field):
                 name = option_name(field)

@@ -89,6 +89,9 @@ class StepReport:
     norms: NormReport | None = None  # of --scale_weight_norms
     # losses of the parts that had micro-batches in the step, by name: experts, or picture and sound
     by_part: Mapping[str, float] = field(default_factory=dict)
+    pairs: Mapping[str, float] = field(
+        default_factory=dict
+    )  # of --preference: errors, and how many are right
 
 
 @dataclass
@@ -289,6 +292,7 @@ def _tracked_values(report: StepReport) -> dict[str, float]:
     """Return the numbers of a step by the names that trackers show."""
     values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
     values |= {f"loss/{name}": loss for name, loss in report.by_part.items()}
+    values |= report.pairs
     if report.gradient_norm is not None:
         values["grad_norm"] = report.gradient_norm
     if report.seconds:

@@ -124,6 +124,7 @@ class RunReporter:
         self.step = report.step
         if self.history.is_written:
             experts = {"experts": dict(report.by_part)} if report.by_part else {}
+            pairs = {"pairs": dict(report.pairs)} if report.pairs else {}
             rates = dict(report.rates)
             self._note(
                 report.step,
@@ -133,6 +134,7 @@ class RunReporter:
                 seconds=report.seconds,
                 left=left,
                 **experts,
+                **pairs,
             )
             started = self.now()
             if self._flush_pace.is_due(started, FLUSH_SECONDS):
