@@ -114,9 +114,8 @@ class Batch:
     # dropped tensors, for a teacher: encoded captions before dropout, latents of reference pictures
     undropped: Conditions = field(default_factory=dict)
     empty_text: Conditions = field(default_factory=dict)  # the empty prompt's, for a target that asks for it
-    worse: Tensor | None = (
-        None  # latents of the worse one of each pair, if a target asks for them; like `latents`
-    )
+    # latents of the worse one of each pair, if a target asks for them; like `latents`
+    worse: Tensor | None = None
     has_empty_text: tuple[bool, ...] = ()  # whether each sample's text is the empty prompt; () if none is
 
     def __len__(self) -> int:

@@ -209,12 +209,13 @@ def check_targets(family: Family, options: TrainingOptions, texts: LiveTexts | N
 def _check_preference(family: Family, options: TrainingOptions) -> None:
     """Raise OptionError for --preference where pairs of pictures have nothing to say."""
     beta = options.preference.preference
-    if beta is None or not hears_sound(family):
-        return
     sound = sound_of(family)
-    if (sound is not None and sound.is_alone) or family.sound_learning.given:
+    if beta is None or sound is None:
+        return
+    if sound.is_alone or (hears_sound(family) and family.sound_learning.given):
         raise OptionError(
-            f"--preference {beta:g}: pairs are of pictures, and here one stream alone is learned. Leave it out"
+            f"--preference {beta:g}: pairs are of pictures, and here one stream alone is learned. Leave "
+            "it out"
         )
 
 

@@ -24,8 +24,8 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
     for table in {item.table.index: item.table for item in items}.values():
         if table.directory is not None and table.worse_directory is None:
             raise DatasetError(
-                f"{table.name}: --preference learns from pairs, and this table has no worse_directory. Give it "
-                "a folder with the worse ones, named like the better ones, or take the table out"
+                f"{table.name}: --preference learns from pairs, and this table has no worse_directory. "
+                "Give it a folder with the worse ones, named like the better ones, or take the table out"
             )
     step = len(items) // LOOKED_AT + 1
     firsts = {item.table.index: item for item in reversed(items)}

@@ -128,11 +128,8 @@ def encode(
         return [[entry] for entry in family.latents_from_moments(batch)]
     assert encoders is not None
     media = batch_media(items, keys)
-    worse = (
-        _stack_batch([item.worse for item in items if item.worse is not None])
-        if items[0].worse is not None
-        else None
-    )
+    all_worse = [item.worse for item in items if item.worse is not None]
+    worse = _stack_batch(all_worse) if all_worse else None
     encoded = _encode_pairs(family, encoders, media, worse)
     if not items[0].source.table.augmentation.flip:
         return encoded

@@ -89,9 +89,8 @@ class StepReport:
     norms: NormReport | None = None  # of --scale_weight_norms
     # losses of the parts that had micro-batches in the step, by name: experts, or picture and sound
     by_part: Mapping[str, float] = field(default_factory=dict)
-    pairs: Mapping[str, float] = field(
-        default_factory=dict
-    )  # of --preference: errors, and how many are right
+    # of --preference: both errors, and the share of pairs that are right
+    pairs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
