@@ -32,6 +32,9 @@ IMAGE_LATENTS = "latents_image"  # of one frame with frames of all control image
 # latents of references other than control media, with _0, _1, ...
 REFERENCE_LATENTS = "latents_reference"
 
+# latents of the worse one of a pair, in caches only: of the form of `latents`
+WORSE_LATENTS = "latents_worse"
+
 # latents of a clip's sound, in caches (C T M), batches and conditions (B C T M)
 SOUND = "audio_latents"
 # which samples have sound, in batches and conditions: B bool, on the host; without sound in any sample, this
@@ -112,6 +115,8 @@ class Batch:
     undropped: Conditions = field(default_factory=dict)
     network_multiplier: float = 1.0  # strength of the network while it learns this batch
     empty_text: Conditions = field(default_factory=dict)  # the empty prompt's, for a target that asks for it
+    # latents of the worse one of each pair, if a target asks for them; like `latents`
+    worse: Tensor | None = None
     has_empty_text: tuple[bool, ...] = ()  # whether each sample's text is the empty prompt; () if none is
 
     def __len__(self) -> int:

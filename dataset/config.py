@@ -468,6 +468,8 @@ def _find_conflict(fields: Mapping[str, Any], source_key: str) -> str | None:
         return "mask_directory cannot be used here; leave out it or alpha_mask"
     if fields["load_tensors"] and fields["alpha_mask"]:
         return "alpha_mask cannot be used with load_tensors, which reads no frames; leave out one"
+    if fields["is_of_sound"] and fields["worse_directory"]:
+        return "worse_directory is for pictures and clips, not for sounds alone; leave it out"
     if fields["is_of_sound"] and fields["audio"] == forms.IGNORE:
         return 'audio = "ignore" leaves nothing of sounds to learn; leave it out'
     return find_window_problem(fields)

@@ -146,6 +146,8 @@ class DatasetTable:
     # references of a result, and masks of the new part of control clips; caches are compared with the files
     reference_directory: Path | None = key(forms.PATH, only_with=("directory",), stale=NOTHING)
     control_mask_directory: Path | None = key(forms.PATH, only_with=("directory",), stale=NOTHING)
+    # the worse one of each pair, of which the table's own is the better
+    worse_directory: Path | None = key(forms.PATH, only_with=("directory",), stale=LEARNING, rank=7)
     mask_directory: Path | None = key(forms.PATH, only_with=OF_FOLDERS, stale=LATENTS | LEARNING, rank=6)
     # of models that hear: whether clips have sound, and where it is instead of in the clips
     audio: str = key(forms.AUDIO, forms.IF_PRESENT, kinds=VIDEO, stale=LEARNING, rank=5)

@@ -13,6 +13,7 @@ from modules.option_values import split_pairs
 from modules.options import FREE, HABIT, IDENTITY, IMPORTS_MODULE, Options, option
 from modules.paths import explain_missing
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
+from networks.preference_options import PreferenceOptions
 from networks.slider_options import SliderOptions
 from networks.teacher_options import PriorOptions, TeacherOptions
 
@@ -152,6 +153,7 @@ class NetworkOptions(Options, title="network"):
     teacher: TeacherOptions
     prior: PriorOptions
     slider: SliderOptions
+    preference: PreferenceOptions
 
     def __post_init__(self) -> None:
         self.arguments()

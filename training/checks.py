@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from contract.family import Family, LearningEncoder, hears_sound
+from contract.family import Family, LearningEncoder, hears_sound, sound_of
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
 from modules.console import quiet
@@ -237,6 +237,7 @@ def check_targets(family: Family, options: TrainingOptions, texts: LiveTexts | N
         check_teacher(family, options.teacher, texts)
     if options.slider is not None:
         check_slider(options.slider, texts)
+    _check_preference(family, options)
     if options.guided.guided_target_sound is not None and not hears_sound(family):
         raise OptionError(
             f"--guided_target_sound {options.guided.guided_target_sound:g}: the model {family.name} has no "
@@ -256,6 +257,19 @@ def check_slider(slider: Path, texts: LiveTexts | None) -> None:
             "Train the transformer alone (--network_train_unet_only)"
         )
     logger.info("The captions of the dataset are not used: --slider %s has its own.", slider)
+
+
+def _check_preference(family: Family, options: TrainingOptions) -> None:
+    """Raise OptionError for --preference where pairs of pictures have nothing to say."""
+    beta = options.preference.preference
+    sound = sound_of(family)
+    if beta is None or sound is None:
+        return
+    if sound.is_alone or (hears_sound(family) and family.sound_learning.given):
+        raise OptionError(
+            f"--preference {beta:g}: pairs are of pictures, and here one stream alone is learned. Leave "
+            "it out"
+        )
 
 
 def check_other_teacher(family: Family, options: TrainingOptions, teacher: Family | None) -> None:

@@ -38,6 +38,7 @@ from training.saving.files import MinuteClock, Saver
 from training.saving.states import SavedState
 from training.target_rules import NO_TARGETS, make_targets
 from training.targets.passes import TrainingPasses, teach_as_base
+from training.targets.preferences import PairTally
 from training.trainable import (
     Rates,
     Trainable,
@@ -191,6 +192,10 @@ def make_run(
     rule = _make_rule(model)
     validation = Validation(plan, rule) if plan.validation else None
     rule = _add_targets(rule, model, slider)  # validation does without
+    pairs = None
+    if rule.targets.preference is not None:
+        pairs = PairTally()
+        rule = replace(rule, note_pairs=pairs.add)
     minutes = plan.saving.save_every_n_minutes
     watched = trigger_paths(plan.names, options.samples.sample_now) if is_main else {}
     clock = MinuteClock(minutes) if is_main and minutes is not None else None
@@ -205,6 +210,7 @@ def make_run(
         reporter=reporter,
         requests=Requests(watched, sampler is not None, clock=clock),
         saver=saver,
+        pairs=pairs,
     )
 
 
@@ -227,7 +233,7 @@ def _add_targets(rule: LossRule, model: TrainedModel, slider: "SliderTarget | No
         from training.targets.routes import make_tread_rule
 
         rule = replace(rule, route_of=make_tread_rule(options.tread, plan.progress.seed).route_of)
-    targets = make_targets(options.guided, options.teacher, options.prior)
+    targets = make_targets(options.guided, options.teacher, options.prior, options.preference)
     if targets == NO_TARGETS and slider is None:
         return rule
     seed = functools.partial(
@@ -285,6 +291,7 @@ def _make_feed(plan: TrainingPlan) -> Feed:
         reads_dropped=options.teacher.teacher is not None and CAPTION in family.fuller,
         reads_empty=options.needs_empty_prompt,
         table_times=times_by_group(options.timesteps, plan.config.datasets),
+        reads_worse=options.preference.preference is not None,
     )
 
 

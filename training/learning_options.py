@@ -87,6 +87,8 @@ class WholeDitOptions(Options, title="full fine-tuning"):
     blank_prior_weight = unsupported(
         _NOTHING_FROZEN, "weight of the frozen model for the empty prompt", type=float
     )
+    preference = unsupported(_NOTHING_FROZEN, "learn from pairs", type=float)
+    preference_data_weight = unsupported(_NOTHING_FROZEN, "weight of the usual loss of pairs", type=float)
     base_weights = unsupported(_MERGED_BEFORE, "LoRA files in the transformer", nargs="*")
     base_weights_multiplier = unsupported(_MERGED_BEFORE, "their strengths", type=float, nargs="*")
     network_weights = unsupported(_MERGED_BEFORE, "LoRA file to start from", type=str)

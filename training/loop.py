@@ -269,7 +269,7 @@ def _accumulate(
     Returns its part of the step's row (see `reports/logs.py`), on the device, and the keys of its items.
     """
     steps = run.steps
-    row = torch.zeros(RowLayout(len(run.parts)).size, device=run.device)
+    row = torch.zeros(RowLayout(len(run.row_numbers)).size, device=run.device)
     keys: tuple[str, ...] = ()
     divisor = len(group) * steps.peers  # gradients of peers, who have the same loss, are summed too
     # the first use sets it up; a process without a micro-batch in this step needs that too
@@ -299,8 +299,11 @@ def _accumulate(
                     run.model.scaler.scale(0 * loss if is_void else loss).backward()
                     detached = tuple(stream.detach() for stream in losses)
                     sums = tuple(map(torch.add, sums, detached)) if sums else detached
+            pairs = None if run.pairs is None else run.pairs.take()
             if is_void:
                 continue
+            if pairs is not None:
+                _add_pairs(run, row, pairs)
             loss = functools.reduce(torch.add, sums) / divisor
             row[0] += loss
             _add_parts(run, row, expert, loss=loss * divisor, losses=sums)
@@ -329,11 +332,18 @@ def _add_parts(
     """
     if not run.parts:
         return
-    layout = RowLayout(len(run.parts))
+    layout = RowLayout(len(run.row_numbers))
     by_part = {expert: loss} if len(run.family.experts) > 1 else dict(enumerate(losses))
     for part, part_loss in by_part.items():
         row[layout.part_losses.start + part] += part_loss.detach()
         row[layout.part_counts.start + part] += 1
+
+
+def _add_pairs(run: TrainingRun, row: Tensor, numbers: Tensor) -> None:
+    """Add the numbers of a micro-batch's pairs to a row, behind those of the parts."""
+    layout = RowLayout(len(run.row_numbers))
+    row[layout.part_losses][len(run.parts) :] += numbers
+    row[layout.part_counts][len(run.parts) :] += 1
 
 
 def _note(run: TrainingRun, step: StepReport | None) -> None:
@@ -354,13 +364,15 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     del losses[: -run.steps.steps_per_epoch]
     if run.steps.everyone > 1:
         run.requests.agreed = run.requests.agreed or step.row[WISHES][0] > 0
+    means = _mean_parts(run.row_numbers, step.row)
     report = replace(
         step,
         loss=loss,
         average=sum(losses) / max(len(losses), 1),
         gradient_norm=norm,
         norms=None if run.model.trainable.max_norm is None else NormReport.of(step.row[-4:-1]),
-        by_part=_mean_parts(run.parts, step.row),
+        by_part={name: mean for name, mean in means.items() if name in run.parts},
+        pairs={name: mean for name, mean in means.items() if name not in run.parts},
     )
     run.logs.step(report)
     run.reporter.note_step(report, run.logs.clock.left(report.step, run.steps.total_steps))

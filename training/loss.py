@@ -90,9 +90,11 @@ class NoisyBatch:
         tensors = moved_conditions(self.batch.tensors)
         undropped = moved_conditions(self.batch.undropped)
         empty_text = moved_conditions(self.batch.empty_text)
+        worse = None if self.batch.worse is None else move(self.batch.worse)
+        batch = replace(self.batch, tensors=tensors, undropped=undropped, empty_text=empty_text, worse=worse)
         return replace(
             self,
-            batch=replace(self.batch, tensors=tensors, undropped=undropped, empty_text=empty_text),
+            batch=batch,
             noise=move(self.noise),
             sigmas=move(self.sigmas),
             timesteps=move(self.timesteps),
@@ -125,6 +127,7 @@ class LossRule:
     in_lockstep: bool = False  # processes share a model, so that all run equal passes
     # which tokens go through the middle blocks of passes that learn (`targets.routes`); None: all
     route_of: "Callable[[NoisyBatch], Route] | None" = None
+    note_pairs: Callable[[Tensor], None] | None = None  # takes the numbers of pairs, for the logs
     seed_networks: Callable[[int], None] | None = None  # begins random numbers of networks: of a micro-batch
 
 

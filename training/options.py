@@ -17,6 +17,7 @@ from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.run_limits import is_limited
 from modules.speed_options import TrainingSpeedOptions
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
+from networks.preference_options import NO_PREFERENCE, PreferenceOptions
 from networks.teacher_options import NO_PRIOR, NO_TEACHER, PriorOptions, TeacherOptions
 from training import learning_options, noise_options, run_options
 from training.config_options import ConfigOptions, check_imports, read_config_file
@@ -122,6 +123,10 @@ class TrainingOptions(Options):
         return None if self.network is None else self.network.slider.slider
 
     @property
+    def preference(self) -> PreferenceOptions:
+        return NO_PREFERENCE if self.network is None else self.network.preference
+
+    @property
     def needs_empty_prompt(self) -> bool:
         return self.guided.guided_target is not None or self.prior.blank_prior_weight is not None
 
@@ -200,6 +205,7 @@ class TrainingOptions(Options):
             "--teacher": teacher.teacher,
             "--mask_prior_weight": prior.mask_prior_weight,
             "--blank_prior_weight": prior.blank_prior_weight,
+            "--preference": self.preference.preference,
         }
         beside = next((name for name, value in others.items() if value is not None), None)
         if self.slider is not None and beside is not None:
@@ -212,6 +218,8 @@ class TrainingOptions(Options):
                 "--slider with --fused_backward_pass: the gradients of its two strengths are added, and "
                 "fused gradients are freed at once. Leave out one of the two"
             )
+        if self.preference.preference is not None:
+            self._check_preference(self.preference.preference)
         if prior.blank_prior_weight is not None and self.is_fused:
             raise OptionError(
                 "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "
@@ -226,6 +234,21 @@ class TrainingOptions(Options):
                 f"--tread {self.tread.tread:g} with --context_parallel {parts}: each process has some of the "
                 "tokens, and --tread leaves out tokens of the whole clip. Leave out one of the two"
             )
+
+    def _check_preference(self, beta: float) -> None:
+        """Refuse targets besides the pairs."""
+        others = {
+            f"--guided_target {self.guided.guided_target}": self.guided.guided_target,
+            f"--teacher {self.teacher.teacher}": self.teacher.teacher,
+            f"--blank_prior_weight {self.prior.blank_prior_weight}": self.prior.blank_prior_weight,
+            f"--mask_prior_weight {self.prior.mask_prior_weight}": self.prior.mask_prior_weight,
+        }
+        for words, value in others.items():
+            if value is not None:
+                raise OptionError(
+                    f"--preference {beta:g} and {words}: the loss of a pair has no place for another target. "
+                    "Leave out one of the two"
+                )
 
     def _check_fused(self) -> None:
         accumulation = self.loop.gradient_accumulation_steps

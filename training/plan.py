@@ -130,6 +130,7 @@ def make_plan(
         has_live_texts=texts is not None,
     )
     training, validation = _split_items(options, config, items, progress.seed)
+    _check_pairs(options, config, training, sources)
     if is_main:
         _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
@@ -360,6 +361,27 @@ def _split_items(
             "true` in a table"
         )
     return training, validation
+
+
+def _check_pairs(
+    options: TrainingOptions, config: DatasetConfig, training: Sequence[TrainingItem], sources: BatchSources
+) -> None:
+    """Raise UserError if items are no pairs, for --preference; say so if pairs are not used."""
+    if options.preference.preference is None:
+        if any(table.worse_directory is not None for table in config.datasets):
+            from dataset.batches.pairs import note_unused_pairs  # only with pairs
+
+            note_unused_pairs(training)
+        return
+    from dataset.batches.pairs import require_pairs  # only with --preference
+
+    preserving = next((table for table in config.datasets if table.preserves_output), None)
+    if preserving is not None:
+        raise OptionError(
+            f"{preserving.name}: diff_output_preservation cannot be had with --preference, whose loss has no "
+            "place for another target. Leave out one of the two"
+        )
+    require_pairs(training, sources.stores, sources.encoders.commands)
 
 
 def _warn_of_missing(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from networks.preference_options import PreferenceOptions
 from networks.teacher_options import PriorOptions, TeacherOptions
 from training.target_options import GuidedTargetOptions
 
@@ -50,6 +51,14 @@ class TeacherTarget:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """How strongly the better one of a pair is preferred: see `targets.preferences.compare_pairs`."""
+
+    beta: float
+    data_weight: float = 0.0  # factor on the usual loss of the better one, which is added
+
+
+@dataclass(frozen=True)
 class Targets:
     """All that a run compares with besides the clip itself."""
 
@@ -57,6 +66,7 @@ class Targets:
     teacher: TeacherTarget | None = None
     mask_prior_weight: float = 0.0
     blank_prior_weight: float = 0.0
+    preference: Preference | None = None
 
     @property
     def reads_empty(self) -> bool:
@@ -70,14 +80,26 @@ def needs_empty_prompt(is_guided: bool, blank_prior_weight: float | None) -> boo
     return is_guided or bool(blank_prior_weight)
 
 
-def make_targets(guided: GuidedTargetOptions, teacher: TeacherOptions, prior: PriorOptions) -> Targets:
+def make_targets(
+    guided: GuidedTargetOptions,
+    teacher: TeacherOptions,
+    prior: PriorOptions,
+    preference: PreferenceOptions,
+) -> Targets:
     """Return the targets that options ask for."""
     return Targets(
         guided=_make_guided(guided),
         teacher=_make_teacher(teacher),
         mask_prior_weight=prior.mask_prior_weight or 0.0,
         blank_prior_weight=prior.blank_prior_weight or 0.0,
+        preference=_make_preference(preference),
     )
+
+
+def _make_preference(options: PreferenceOptions) -> Preference | None:
+    if options.preference is None:
+        return None
+    return Preference(options.preference, options.preference_data_weight)
 
 
 def _make_guided(options: GuidedTargetOptions) -> GuidedTarget | None:

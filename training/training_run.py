@@ -36,6 +36,7 @@ from training.reports.reporter import RunReporter
 from training.saving.files import MinuteClock, Names, Saver
 from training.skipping import Skipping
 from training.steps import Progress, StepPlan
+from training.targets.preferences import PAIR_NUMBERS, PairTally
 from training.trainable import Trainable
 
 if TYPE_CHECKING:  # loaded where they are made
@@ -195,6 +196,7 @@ class TrainingRun:
     reporter: RunReporter  # to the page
     requests: Requests  # its files and its clock are watched by the main process only
     saver: Saver | None  # None: another process saves
+    pairs: PairTally | None = None  # with --preference: their numbers
     readings: Readings = field(default_factory=Readings)
 
     @functools.cached_property
@@ -217,7 +219,14 @@ class TrainingRun:
         experts = self.family.experts
         if len(experts) > 1:
             return tuple(expert.name for expert in experts)
-        return () if sound_of(self.family) is None else (PICTURE_STREAM, SOUND_STREAM)
+        # the loss of a pair is of both streams
+        is_split = sound_of(self.family) is not None and self.pairs is None
+        return (PICTURE_STREAM, SOUND_STREAM) if is_split else ()
+
+    @functools.cached_property
+    def row_numbers(self) -> tuple[str, ...]:
+        """Return what has a sum and a count in the rows of steps: the parts, then the numbers of pairs."""
+        return self.parts if self.pairs is None else (*self.parts, *PAIR_NUMBERS)
 
     @functools.cached_property
     def skipping(self) -> Skipping | None:

@@ -252,6 +252,9 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
         from dataset.sources.companions import companion_lines  # only with companions
 
         findings.caches += companion_lines(findings.sources, findings.remarks)
+    num_pairs = sum(source.worse is not None for source in findings.sources)
+    if num_pairs:
+        findings.caches.append(f"pairs of a better and a worse one: {num_pairs}")
     left_out = left_out_files(config, table)
     if left_out is not None:
         findings.remarks.append(Fault("folders have files that are not used", left_out))

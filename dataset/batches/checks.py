@@ -25,7 +25,7 @@ from dataset.config import DatasetTable
 from dataset.config_keys import REFERENCES, SECTIONS, TEXTS, Stale
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
-from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK
+from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK, WORSE
 from dataset.table import FROM_ALPHA, FROM_FILE, defaults_of
 from modules.console import count_of
 from modules.errors import CacheError
@@ -204,6 +204,8 @@ def _source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | No
         companions.append(table.control_mask_directory)
     num_references = record.options.get(CLIP_REFERENCES, [0])[0]
     companions += [table.reference_directory] * num_references
+    if WORSE in record.options:
+        companions.append(table.worse_directory)
     num_controls = len(record.files) - 1 - len(companions)
     return [table.directory, *[table.control_directory] * num_controls, *companions]
 
@@ -222,6 +224,9 @@ def _shape_faults(
             f"its latents have the shape {as_shape(shape)}, {item.table.name} asks for {as_shape(expected)} "
             f"({frames} frames of {width}x{height})"
         )
+    worse = tensors.get(data.WORSE_LATENTS)
+    if worse is not None and list(worse.shape) != shape:
+        yield f"the latents of its worse one are {as_shape(worse.shape)}, its own are {as_shape(shape)}"
     mask = tensors.get(data.LOSS_MASK)
     if mask is not None and list(mask.shape) != expected[1:]:
         yield f"the mask of its loss is {as_shape(mask.shape)}, its latents are {as_shape(expected[1:])}"

@@ -41,6 +41,7 @@ def read_batch(
     undropped: Sequence[int] = (),
     encoded: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
     reads_empty: bool = False,
+    reads_worse: bool = False,
 ) -> data.Batch:
     """Read and check the files of a batch and stack them: `latents` B C F H W; tensors of varying length stay
     lists.
@@ -52,7 +53,8 @@ def read_batch(
     flips: which items are mirrored; () for none. undropped: for a teacher, the numbers before dropout, of
     captions that are all cached; the batch also has these texts if `captions` differ. encoded: what was
     encoded for items, by their places: tensors without batch dimension. reads_empty: read the empty prompt
-    too, which the caches of a table with `uses_empty_prompt` have. For texts without a cache the batch has
+    too, which the caches of a table with `uses_empty_prompt` have. reads_worse: give
+    the latents of the worse ones, which all items need then. For texts without a cache the batch has
     only `captions`, as their files have them.
     """
     stores = stores or stores_for(items[0], latent)
@@ -69,7 +71,9 @@ def read_batch(
     for place, (item, side) in enumerate(zip(items, sides, strict=True)):
         media.append(reader.read_media(item, place, side))
     texts = reader.read_texts(items, numbers)
+    _check_worse(media, commands, reads_worse)
     tensors = _join_media_and_texts(media, texts, latent, commands)
+    worse = tensors.pop(data.WORSE_LATENTS, None)
     full_texts: list[_Part] = []  # before dropout
     full_tensors: dict[str, Any] = {}
     if undropped and tuple(undropped) != tuple(numbers):
@@ -97,7 +101,24 @@ def read_batch(
         undropped=full_tensors,
         network_multiplier=items[0].table.network_multiplier,
         empty_text=empty_tensors,
+        worse=worse,
         has_empty_text=tuple(text.is_empty for text in texts) if any(text.is_empty for text in texts) else (),
+    )
+
+
+def _check_worse(media: Sequence["_Part"], commands: CachingCommands, reads_worse: bool) -> None:
+    """Leave out the latents of worse ones if they are not read. Raises CacheError if an item has none."""
+    for part in media:
+        if not reads_worse:
+            part.tensors.pop(data.WORSE_LATENTS, None)
+        elif data.WORSE_LATENTS not in part.tensors:
+            raise CacheError(explain_no_worse(part.path, commands))
+
+
+def explain_no_worse(path: Path, commands: CachingCommands) -> str:
+    return (
+        f"{path}: it has no latents of a worse one, which --preference needs. Give the table "
+        f"worse_directory, or worse_path in a list, and cache again with:\n  {commands.latents}"
     )
 
 
@@ -357,7 +378,8 @@ def _put_in_front(tensors: dict[str, Tensor | list[Tensor]]) -> None:
     if not names:
         return
     references = [tensors[name] for name in names]
-    tensors["latents"] = torch.cat([*references, tensors["latents"]], dim=2)  # type: ignore[list-item]
+    for name in {"latents", data.WORSE_LATENTS} & tensors.keys():
+        tensors[name] = torch.cat([*references, tensors[name]], dim=2)  # type: ignore[list-item]
     mask = tensors.get(data.LOSS_MASK)
     if isinstance(mask, Tensor):
         tensors[data.LOSS_MASK] = functional.pad(mask, (0, 0, 0, 0, len(names), 0), value=1.0)

@@ -128,15 +128,42 @@ def encode(
         return [[entry] for entry in family.latents_from_moments(batch)]
     assert encoders is not None
     media = batch_media(items, keys)
-    encoded = family.encode_media(encoders, media)
+    all_worse = [item.worse for item in items if item.worse is not None]
+    worse = _stack_batch(all_worse) if all_worse else None
+    encoded = _encode_pairs(family, encoders, media, worse)
     if not items[0].source.table.augmentation.flip:
         return encoded
-    mirrored = family.encode_media(encoders, _mirror(media))
+    mirrored_worse = None if worse is None else worse.flip(3)
+    mirrored = _encode_pairs(family, encoders, _mirror(media), mirrored_worse)
     with_both_sides = []
     for entries, mirrored_entries in zip(encoded, mirrored, strict=True):
         pairs = zip(entries, mirrored_entries, strict=True)
         with_both_sides.append([_add_mirrored(entry, mirrored_entry) for entry, mirrored_entry in pairs])
     return with_both_sides
+
+
+def _encode_pairs(
+    family: Caches, encoders: data.MediaEncoders, media: data.MediaBatch, worse: Tensor | None
+) -> Sequence[Sequence[data.CacheEntry]]:
+    """Return the entries of each item, with the latents of its worse one if there is one.
+
+    worse: B F H W C uint8, like the frames of `media`. It is encoded as these are, with their control media.
+    """
+    encoded = family.encode_media(encoders, media)
+    if worse is None:
+        return encoded
+    # of pictures without transparency: that of the better one says nothing about it
+    encoded_worse = family.encode_media(encoders, dataclasses.replace(media, frames=worse, alpha=None))
+    joined = []
+    for entries, worse_entries in zip(encoded, encoded_worse, strict=True):
+        pairs = zip(entries, worse_entries, strict=True)
+        joined.append([_add_worse(entry, worse_entry) for entry, worse_entry in pairs])
+    return joined
+
+
+def _add_worse(entry: data.CacheEntry, worse: data.CacheEntry) -> data.CacheEntry:
+    tensors = {**entry.tensors, data.WORSE_LATENTS: worse.tensors["latents"]}
+    return dataclasses.replace(entry, tensors=tensors)
 
 
 def _mirror(media: data.MediaBatch) -> data.MediaBatch:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from contract.data import CONTROL, FPS, LOSS_MASK, LatentSpec, MediaTable, SoundSpec
+from contract.data import CONTROL, FPS, LOSS_MASK, WORSE_LATENTS, LatentSpec, MediaTable, SoundSpec
 from dataset.cache import records
 from dataset.cache.files import Entry, LatentName
 from dataset.cache.store import ExistingNames, Names, Stores
@@ -23,6 +23,7 @@ from dataset.sources.frames import Span, bucket_of, describe_short, frames_wante
 from dataset.sources.media_source import (
     CLIP_REFERENCES,
     CONTROL_MASK,
+    WORSE,
     ClipFacts,
     FileIdentity,
     MediaSource,
@@ -84,6 +85,8 @@ class Recipe:
             options[CLIP_REFERENCES] = [len(source.references), *table.clip_references.factors]
         if source.control_mask is not None:
             options[CONTROL_MASK] = True
+        if source.worse is not None:
+            options[WORSE] = True
         return options | table.changed(SECTIONS)
 
     def difference(
@@ -406,6 +409,8 @@ class Planning:
         recipe, is_shared = self.recipe, self.store.is_shared
         if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
             raise OtherKind(f"{path}: it has no mask of the loss")
+        if self.source.worse is not None and WORSE_LATENTS not in header.keys:
+            raise OtherKind(f"{path}: it has no latents of its worse one")
         if recipe.has_rates and recipe.latent.unsaid_fps is None and FPS not in header.keys:
             raise OtherKind(f"{path}: it does not say how many frames make a second")
         references = self.source.control if self.table.references is not None else ()

@@ -2,6 +2,7 @@
 
 captions: caption files, and a table's additions to their text
 clock: which frames of controls and masks go with a clip
+pairs: the worse one of each pair, by its name
 companions: references of clips, masks of what is new
 cogvideox: clips in CogVideoX form, moments computed before
 colours: pictures that are transparent or have a profile

@@ -44,6 +44,7 @@ def shown_otherwise(source: MediaSource, masks_latents: bool, as_shown: int) -> 
         parts += [(path, control_keeps) for path in here.control]
         parts += [(path, False) for path in (here.mask, here.control_mask) if path is not None]
         parts += [(path, False) for path in here.references]
+        parts += [(path, source_keeps) for path in (here.worse,) if path is not None]
         return _otherwise(parts, as_shown)
 
 

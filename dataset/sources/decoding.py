@@ -99,6 +99,7 @@ class DecodedMedia:
     # each f h w 3: of a clip as many as frames, of a picture one
     references: tuple[Clip, ...] = ()
     control_mask: Mask | None = None  # 255 is made anew; as many as frames
+    worse: Clip | None = None  # of the worse one, like `frames`
     moments: tuple[Tensor, ...] = ()  # instead of frames: 2C F h w of the clip, then of its first frame alone
     # what the records of its caches say
     clip: ClipFacts | None = None
@@ -108,12 +109,13 @@ class DecodedMedia:
     @property
     def arrays(self) -> tuple[Any, ...]:
         masks = [mask for mask in (self.alpha, self.control_mask) if mask is not None]
-        return (self.frames, *self.control, *masks, *self.references, *self.moments)
+        worse = [] if self.worse is None else [self.worse]
+        return (self.frames, *self.control, *masks, *self.references, *worse, *self.moments)
 
     @property
     def group(self) -> tuple[object, ...]:
         """Return what items of a batch must have in common: their table, and the shapes of stacked arrays."""
-        counts = len(self.control), len(self.references)
+        counts = len(self.control), len(self.references), self.worse is not None
         return (self.source.table.index, counts, *(array.shape for array in self.arrays))
 
     @property
@@ -143,6 +145,7 @@ class DecodedMedia:
             mask=None if self.mask is None else self.mask[start:end].copy(),
             references=tuple(references),
             control_mask=None if self.control_mask is None else self.control_mask[start:end].copy(),
+            worse=None if self.worse is None else self.worse[start:end].copy(),
         )
 
     def key(self, span: Span) -> str:
@@ -217,6 +220,10 @@ def _decode_clip(
 
         companions = read_companions(here, size, bucket=bucket, count=count, fps=fps, clock=clock)
         size_changes += companions.pop("size_changes")
+    if found_spans and here.worse is not None:
+        from dataset.sources.pairs import read_worse_clip  # few clips have any
+
+        companions["worse"] = read_worse_clip(here, size, bucket, count=count, fps=fps, clock=clock)
     # decoding stops early where there are enough: then there may be more
     complete = enough is None or count < enough
     return DecodedMedia(
@@ -267,7 +274,7 @@ def planned_bytes(source: MediaSource) -> int:
     source: fetched. What cannot be read counts as nothing: decoding says why.
     """
     total = 0
-    for path in (source.path, *source.control):
+    for path in (source.path, *source.control, *filter(None, (source.worse,))):
         with contextlib.suppress(MediaError, OSError):
             width, height = image_size(path)
             total += width * height * DECODED_COPIES
@@ -317,6 +324,12 @@ def _decode_image(
 
         companions = read_companions(source, size, fit.bucket, 1)
         del companions["size_changes"]
+    if source.worse is not None:
+        from dataset.sources.pairs import require_equal_size  # few pictures have any
+
+        worse = read_image(source.worse)
+        require_equal_size(source, size, (worse.shape[1], worse.shape[0]))
+        companions["worse"] = place(worse)[None]
     return DecodedMedia(
         source=source,
         size=size,

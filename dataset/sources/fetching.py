@@ -54,7 +54,8 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
                 control=tuple(islice(remaining, len(source.control))),
                 mask=None if source.mask is None else next(remaining),
                 control_mask=None if source.control_mask is None else next(remaining),
-                references=tuple(remaining),
+                references=tuple(islice(remaining, len(source.references))),
+                worse=next(remaining, None),
                 origins=(),
             )
         except MediaError as error:

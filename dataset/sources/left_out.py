@@ -126,7 +126,7 @@ def _all_suffixes(kinds: Iterable[str]) -> frozenset[str]:
 def _other_folders(config: DatasetConfig) -> set[str]:
     """Return the folders that belong to the media of all tables: controls, masks, sound, caches."""
     keys = [f"{kind}_directory" for kind in ("cache", "control", "mask", "audio", "download")]
-    keys += ["reference_directory", "control_mask_directory"]
+    keys += ["reference_directory", "control_mask_directory", "worse_directory"]
     folders = set()
     for table in config.datasets:
         for key in keys:

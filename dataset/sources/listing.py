@@ -82,6 +82,10 @@ def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> l
         if hint:
             raise DatasetError(f"{table.name}: there is no such folder from here.{hint}")
     sources = list_table_folder(table, captions, faults)
+    if table.worse_directory is not None:
+        from dataset.sources.pairs import add_worse  # few tables have any
+
+        sources = add_worse(table, sources, faults)
     if table.reference_directory is None and table.control_mask_directory is None:
         return sources
     from dataset.sources.companions import add_companions  # few tables have any

@@ -23,8 +23,9 @@ from modules.paths import address_identity, address_name, short_hash, split_addr
 # folders next to that of the clips, in CogVideoX form
 MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
 PIECE = 1 << 20  # bytes
-# in the options of a record: how many references, and `ReferenceRules.factors`; that there is a mask
-CLIP_REFERENCES, CONTROL_MASK = "references", "control_mask"
+# in the options of a record: how many references, and `ReferenceRules.factors`; that there is a mask; that
+# there is a worse one
+CLIP_REFERENCES, CONTROL_MASK, WORSE = "references", "control_mask", "worse"
 # warning for a model that takes reference pictures and gets none
 NO_REFERENCE = (
     "nothing has a reference: this trains on texts alone. To train edits, give control_directory, or "
@@ -106,17 +107,22 @@ class MediaSource:
     references: tuple[Path, ...] = ()  # clips, folders of images or images; not the control images
     control_mask: Path | None = None  # an image, clip or folder of images: white is made anew
     caption_encoding: str | None = None  # of its caption file, if that is not UTF-8
+    worse: Path | None = (
+        None  # an image, clip or folder of images of the same size, which is to be less likely
+    )
 
     @property
     def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
         """Return the files or folders that latents are made from, and where each is if not on disk.
 
-        The media, its control media, mask, control mask and references; or what was computed before.
+        The media, its control media, mask, control mask, references and the worse one; or what was
+        computed before.
         """
         if self.tensors is not None:
             moments = (self.tensors.moments, self.tensors.image)
             return tuple((path, None) for path in moments if path is not None)
-        paths = (self.path, *self.control, *filter(None, (self.mask, self.control_mask)), *self.references)
+        masks = filter(None, (self.mask, self.control_mask))
+        paths = (self.path, *self.control, *masks, *self.references, *filter(None, (self.worse,)))
         return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
 
     @property
@@ -226,6 +232,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
             source.sound,
             source.references,
             source.control_mask,
+            source.worse,
         )
         stems = by_file.setdefault(file, {}) if places[file] > 1 else {}
         if row not in stems:

@@ -69,6 +69,7 @@ class RowReader:
         controls, references = self._numbered_parts(values, where)
         mask = self._part("mask_path", values.get("mask_path"), where)
         control_mask = self._part("control_mask_path", values.get("control_mask_path"), where)
+        worse = self._part("worse_path", values.get("worse_path"), where)
         source = make_source(
             self.table,
             where=where,
@@ -79,6 +80,7 @@ class RowReader:
             mask=mask,
             references=references,
             control_mask=control_mask,
+            worse=worse,
         )
         sound_path = values.get("audio_path") if self.table.kind == "video" else None
         sound = self._part("audio_path", sound_path, where)
@@ -237,13 +239,14 @@ def make_source(
     mask: Part | None = None,
     references: Sequence[Part] = (),
     control_mask: Part | None = None,
+    worse: Part | None = None,
 ) -> media_source.MediaSource:
     """Return the source made from one row, or from one sample of a tar. where: for messages."""
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
     caption, more_captions = first_and_more(captions, where)
     masks = [part for part in (mask, control_mask) if part is not None]
-    parts = (media, *controls, *masks, *references)
+    parts = (media, *controls, *masks, *references, *([] if worse is None else [worse]))
     origins = tuple(origin for _, origin in parts)
     return media_source.MediaSource(
         path=media[0],
@@ -257,6 +260,7 @@ def make_source(
         origins=origins if any(origins) else (),
         references=tuple(path for path, _ in references),
         control_mask=None if control_mask is None else control_mask[0],
+        worse=None if worse is None else worse[0],
     )
 
 
@@ -294,12 +298,19 @@ def check_text(text: str, where: str) -> None:
 def check_controls(
     table: DatasetTable, sources: list[media_source.MediaSource], faults: list[media_source.Fault], where: str
 ) -> list[media_source.MediaSource]:
-    """Add a fault for each source with too few control media, if any source has one. Returns `sources`."""
+    """Add a fault for each source with too few control media, or without a worse one, if any source has one.
+
+    Returns `sources`.
+    """
     count = table.control_count
     if count is not None and any(source.control for source in sources):
         lacking = [source for source in sources if len(source.control) < count]
         needed = "control_path" if count == 1 else f"control_path_0 to control_path_{count - 1}"
         kind = f"{where} have no {needed}, while others have"
+        faults += [media_source.Fault(kind, str(source.path), source.stem) for source in lacking]
+    if any(source.worse for source in sources):
+        kind = f"{where} have no worse_path, while others have"
+        lacking = [source for source in sources if source.worse is None]
         faults += [media_source.Fault(kind, str(source.path), source.stem) for source in lacking]
     return sources
 

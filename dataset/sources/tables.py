@@ -131,6 +131,7 @@ def choose_columns(table: DatasetTable, columns: Sequence[str]) -> tuple[str, st
 
 def names_read(table: DatasetTable, path_column: str, caption_column: str) -> set[str]:
     names = {path_column, caption_column, table.control_column or "", "mask_path", "control_mask_path"}
+    names.add("worse_path")
     if table.multi_caption:
         names.add("captions")
     if table.kind == "video":

@@ -161,7 +161,7 @@ def _similar(name: str, table: DatasetTable) -> str | None:
     """Return the column of ours that a name is almost equal to."""
     bare = re.sub(r"_?\d+$", "", name.lower())
     ours = [table.path_key, "caption", "control_path", "mask_path", "audio_path"]
-    ours += ["reference_path", "control_mask_path"]
+    ours += ["reference_path", "control_mask_path", "worse_path"]
     return next(iter(difflib.get_close_matches(bare, ours, 1, NEAR)), None)
 
 

@@ -77,10 +77,12 @@ class BatchSources:
         flips: Sequence[bool] = (),
         undropped: Sequence[int] = (),
         reads_empty: bool = False,
+        reads_worse: bool = False,
     ) -> Batch:
         """Read a batch; encode those of its pictures that are not cached.
 
-        stream: the seed of random numbers. captions, flips, undropped, reads_empty: see `read_batch`.
+        stream: the seed of random numbers. captions, flips, undropped, reads_empty, reads_worse: as of
+        `read_batch`.
         Raises CacheError, or as `LiveMedia.encode`.
         """
         encoded = {} if self.media is None else self.media.encode(items, *stream)
@@ -97,6 +99,7 @@ class BatchSources:
             undropped=undropped,
             encoded=encoded,
             reads_empty=reads_empty,
+            reads_worse=reads_worse,
         )
 
 
@@ -290,6 +293,7 @@ class Feed:
     reads_empty: bool = False  # the empty prompt is read too, for a target that asks for it
     # by `DatasetTable.batch_group`; empty: all tables have the timesteps of the run
     table_times: Mapping[int, TimestepOptions] = field(default_factory=dict)
+    reads_worse: bool = False  # latents of the worse ones of pairs, for --preference
     checks: CacheChecks = field(default_factory=CacheChecks, init=False)  # of the run, which begins here
 
     def start(self, epoch: int, position: int) -> Generator[NoisyBatch]:
@@ -365,6 +369,7 @@ class Feed:
             flips=flips,
             undropped=undropped,
             reads_empty=self.reads_empty,
+            reads_worse=self.reads_worse,
         )
         if drops_references(items, seed, number):
             batch = batch.without_references()

@@ -222,8 +222,13 @@ def read_largest(
 ) -> NoisyBatch:
     """Read the largest batch as for training. Raises CacheError if its caches cannot be used."""
     largest = largest_batch(with_reference_sizes(items, sources.stores), family.latent.stride[1])
-    reads_empty = options.needs_empty_prompt
-    batch = sources.read(largest, checks=CacheChecks(), stream=("largest",), reads_empty=reads_empty)
+    batch = sources.read(
+        largest,
+        checks=CacheChecks(),
+        stream=("largest",),
+        reads_empty=options.needs_empty_prompt,
+        reads_worse=options.preference.preference is not None,
+    )
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
     drawn = Randomness(options.timesteps, 0, noise, perturbation=options.noise, sound=SoundLearning())

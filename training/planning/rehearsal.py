@@ -93,7 +93,9 @@ class Rehearsal:
             self.options.loss,
             self.options.predicted,
             as_base=contextlib.nullcontext,
-            targets=make_targets(self.options.guided, self.options.teacher, self.options.prior),
+            targets=make_targets(
+                self.options.guided, self.options.teacher, self.options.prior, self.options.preference
+            ),
             teach=rehearse_change if self.options.teacher.teacher_delta else teach_as_base,
             in_lockstep=True,  # so that no level and no mask leaves out a pass
         )

@@ -125,6 +125,7 @@ class RunReporter:
         if self.history.is_written:
             experts = {"experts": dict(report.by_part)} if report.by_part else {}
             skipped = {"skipped": report.skipped} if report.skipped else {}
+            pairs = {"pairs": dict(report.pairs)} if report.pairs else {}
             rates = dict(report.rates)
             self._note(
                 report.step,
@@ -135,6 +136,7 @@ class RunReporter:
                 left=left,
                 **experts,
                 **skipped,
+                **pairs,
             )
             started = self.now()
             if self._flush_pace.is_due(started, FLUSH_SECONDS):

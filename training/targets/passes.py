@@ -28,8 +28,9 @@ from training.loss import (
     sample_errors_outside,
     split_streams,
 )
-from training.target_rules import EVEN_SPLIT, GuidedTarget, Split, TeacherTarget
+from training.target_rules import EVEN_SPLIT, GuidedTarget, Preference, Split, TeacherTarget
 from training.targets.errors import split_errors
+from training.targets.preferences import add_streams, compare_pairs, join_pairs
 
 Streams = tuple[
     Tensor, ...
@@ -115,6 +116,9 @@ def loss_passes(
         for errors in rule.other_passes(passes, noisy_batch):
             yield _weighted(errors, noisy_batch)
         return
+    if rule.targets.preference is not None:
+        yield (_measure_pairs(passes, noisy_batch, rule.targets.preference),)
+        return
     if rule.targets.blank_prior_weight:
         yield _weighted(_measure_blank(passes, noisy_batch), noisy_batch)
     yield _weighted(_measure(passes, noisy_batch), noisy_batch)
@@ -125,6 +129,30 @@ def _weighted(errors: Streams, noisy_batch: NoisyBatch) -> Streams:
     if noisy_batch.sound is not None:
         weights.append(noisy_batch.sound.weights)
     return tuple((error * weight).mean() for error, weight in zip(errors, weights, strict=True))
+
+
+def _measure_pairs(passes: TrainingPasses, noisy_batch: NoisyBatch, preference: Preference) -> Tensor:
+    """Return the mean loss of the pairs of a batch, weighted like the samples of any other target."""
+    pairs = join_pairs(noisy_batch)
+    passes = replace(passes, latents=passes.family.latent.to_model(pairs.batch.tensor("latents")))
+    target = _velocity(passes, pairs)
+    base_errors = add_streams(measure_plainly(passes, passes.base(pairs), target, pairs), pairs)
+    passes.restart(noisy_batch)
+    errors = add_streams(measure_plainly(passes, passes.learning(pairs), target, pairs), pairs)
+    losses, numbers = compare_pairs(errors, base_errors, preference)
+    if passes.rule.note_pairs is not None:
+        passes.rule.note_pairs(numbers)
+    return (losses * noisy_batch.weights).mean()
+
+
+def _velocity(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
+    """Return the velocity from the clip to its noise, with sound both joined."""
+    family = passes.family
+    target = family.noise.velocity(passes.latents, noisy_batch.noise)
+    if noisy_batch.sound is None:
+        return target
+    sound_latents = noisy_batch.batch.tensor(SOUND).float()
+    return noisy_batch.joint.join(target, family.noise.velocity(sound_latents, noisy_batch.sound.noise))
 
 
 def _measure_blank(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
@@ -194,12 +222,8 @@ def _add_weighted(sums: Streams, errors: Streams, weight: "float | Tensor") -> S
 
 def _compare_with_clip(passes: TrainingPasses, noisy_batch: NoisyBatch) -> TargetComparison:
     """Return the comparison with the velocity from the clip to its noise, or with what replaces it."""
-    family, rule = passes.family, passes.rule
-    target = family.noise.velocity(passes.latents, noisy_batch.noise)
-    if noisy_batch.sound is not None:
-        sound_latents = noisy_batch.batch.tensor(SOUND).float()
-        sound_velocity = family.noise.velocity(sound_latents, noisy_batch.sound.noise)
-        target = noisy_batch.joint.join(target, sound_velocity)
+    rule = passes.rule
+    target = _velocity(passes, noisy_batch)
     if any(noisy_batch.batch.preserved) or rule.always_as_base:
         target = _replace_preserved(target, passes, noisy_batch)
     if rule.targets.guided is not None:

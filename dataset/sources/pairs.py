@@ -1,0 +1,92 @@
+"""Pairs of a better and a worse picture or clip: find the worse one by its name, and read it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset.config import DatasetTable
+from dataset.sources.clock import companion_frames
+from dataset.sources.folders import list_entries
+from dataset.sources.media_source import Fault, MediaSource
+from modules.errors import DatasetError, MediaError
+from modules.media.buckets import Size
+from modules.media.decoding import ANIMATION_SUFFIXES
+from modules.media.reading import VIDEO_SUFFIXES, image_suffixes, resize_cover
+from modules.option_values import as_shape
+
+Clip = NDArray[np.uint8]  # F H W C
+
+
+def add_worse(table: DatasetTable, sources: Sequence[MediaSource], faults: list[Fault]) -> list[MediaSource]:
+    """Add to a folder's sources the files of the same name in the table's worse_directory.
+
+    `cat.png` belongs to `cat.jpg`; a clip or a folder of images `cat` belongs to `cat.mp4`. Two files of one
+    name, and a source without one, are faults.
+    """
+    folder = table.worse_directory
+    assert folder is not None
+    kind = f"problems with worse_directory of {table.name}"
+    try:
+        by_stem = _worse_by_stem(table, folder)
+    except DatasetError as error:
+        faults.append(Fault(kind, str(error)))
+        return list(sources)
+    paired = []
+    for source in sources:
+        paths = by_stem.get(source.stem, [])
+        if len(paths) > 1:
+            text = f"{paths[0]} and {paths[1].name} are both the worse one of {source.path.name}. Keep one"
+            faults.append(Fault(kind, text, source.stem))
+        elif not paths:
+            example = f"{source.stem}.png" if table.kind == "image" else f"{source.stem}.mp4"
+            text = f"{source.path}: {folder} has no worse one for it, such as {example}"
+            faults.append(Fault(kind, text, source.stem))
+        paired.append(replace(source, worse=paths[0]) if len(paths) == 1 else source)
+    return paired
+
+
+def _worse_by_stem(table: DatasetTable, folder: Path) -> dict[str, list[Path]]:
+    suffixes = image_suffixes() if table.kind == "image" else VIDEO_SUFFIXES | ANIMATION_SUFFIXES
+    by_stem: dict[str, list[Path]] = {}
+    for entry in list_entries(folder, "worse_directory"):
+        path = folder / entry.name
+        if entry.is_dir():
+            if table.kind == "video":
+                by_stem.setdefault(entry.name, []).append(path)
+        elif path.suffix.lower() in suffixes:
+            by_stem.setdefault(path.stem, []).append(path)
+    return by_stem
+
+
+def require_equal_size(source: MediaSource, size: Size, worse_size: Size) -> None:
+    """Raise MediaError if the worse one of a source has another width or height in pixels."""
+    if size != worse_size:
+        raise MediaError(
+            f"{source.path} has {as_shape(size)} pixels, its worse one, {source.worse}, has "
+            f"{as_shape(worse_size)}: both of a pair need one size. Make both alike"
+        )
+
+
+def read_worse_clip(
+    here: MediaSource, size: Size, bucket: Size, count: int, fps: float, clock: Sequence[tuple[int, float]]
+) -> Clip:
+    """Read the worse clip of a fetched clip, at the times of its frames: as many, F H W 3.
+
+    size: of the better one, in pixels. clock: see `companion_frames`. Raises MediaError if it has another
+    size, or is shorter.
+    """
+    assert here.worse is not None
+    frames: list[Clip] = []
+    for frame in companion_frames(here.worse, here.path, table=here.table, fps=fps, clock=clock):
+        if not frames:
+            require_equal_size(here, size, (frame.shape[1], frame.shape[0]))
+        frames.append(resize_cover(np.ascontiguousarray(frame[..., :3]), bucket))
+        if len(frames) == count:
+            return np.stack(frames)
+    raise MediaError(
+        f"{here.path} gives {count} frames, its worse one, {here.worse}, only {len(frames)}: both of a pair "
+        "need one length. Cut the longer one"
+    )
