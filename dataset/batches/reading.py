@@ -53,9 +53,9 @@ def read_batch(
     flips: which items are mirrored; () for none. undropped: for a teacher, the numbers before dropout, of
     captions that are all cached; the batch also has these texts if `captions` differ. encoded: what was
     encoded for items, by their places: tensors without batch dimension. reads_empty: read the empty prompt
-    too, which the caches of a table with `uses_empty_prompt` have. reads_worse: give
-    the latents of the worse ones, which all items need then. For texts without a cache the batch has
-    only `captions`, as their files have them.
+    too, which the caches of a table with `uses_empty_prompt` have. reads_worse: give the latents of the worse
+    ones, which all items need then. For texts without a cache the batch has only `captions`, as their files
+    have them.
     """
     stores = stores or stores_for(items[0], latent)
     reader = _Reader(
@@ -75,35 +75,39 @@ def read_batch(
     tensors = _join_media_and_texts(media, texts, latent, commands)
     worse = tensors.pop(data.WORSE_LATENTS, None)
     full_texts: list[_Part] = []  # before dropout
-    full_tensors: dict[str, Any] = {}
     if undropped and tuple(undropped) != tuple(numbers):
         full_texts = reader.read_texts(items, undropped)
-        full_tensors = _stack(full_texts, commands.text)
-    empty_tensors: dict[str, Any] = {}
+    empty_texts: list[_Part] = []
     if reads_empty:
         empty_texts = reader.read_texts(items, [EMPTY] * len(items))
-        empty_tensors = _stack(empty_texts, commands.text)
-        full_texts = [*full_texts, *empty_texts]
-    made_by: list[data.MadeBy] = []
-    for of_media, of_text in zip(media, texts, strict=True):
-        made_by += (*of_media.made_by, *of_text.made_by)
-    for of_text in full_texts:
-        made_by += of_text.made_by
+    are_empty = tuple(text.is_empty for text in texts)
     weights = tuple(item.table.prior_loss_weight for item in items)
     preserved = tuple(item.table.preserves_output for item in items)
     return data.Batch(
         tensors=tensors,
         captions=tuple(text.caption for text in texts),
         keys=tuple(item.key for item in items),
-        made_by=tuple(made_by),
+        made_by=_list_makers(media, texts, further_texts=(*full_texts, *empty_texts)),
         loss_weights=() if set(weights) == {1.0} else weights,
         preserved=preserved if any(preserved) else (),
-        undropped=full_tensors,
+        undropped=_stack(full_texts, commands.text),
         network_multiplier=items[0].table.network_multiplier,
-        empty_text=empty_tensors,
+        empty_text=_stack(empty_texts, commands.text),
         worse=worse,
-        has_empty_text=tuple(text.is_empty for text in texts) if any(text.is_empty for text in texts) else (),
+        has_empty_text=are_empty if any(are_empty) else (),
     )
+
+
+def _list_makers(
+    media: Sequence["_Part"], texts: Sequence["_Part"], further_texts: Sequence["_Part"]
+) -> tuple[data.MadeBy, ...]:
+    """Return what made the parts of a batch: of each item its media and its text, then further texts."""
+    makers: list[data.MadeBy] = []
+    for of_media, of_text in zip(media, texts, strict=True):
+        makers += (*of_media.made_by, *of_text.made_by)
+    for of_text in further_texts:
+        makers += of_text.made_by
+    return tuple(makers)
 
 
 def _check_worse(media: Sequence["_Part"], commands: CachingCommands, reads_worse: bool) -> None:
@@ -329,7 +333,12 @@ def _fill_gaps(media: Sequence[_Part]) -> None:
 
 
 def _stack(parts: Sequence[_Part], command: str) -> dict[str, Tensor | list[Tensor]]:
-    """Return the tensors of equal parts of all items. Raises CacheError with the command that makes them."""
+    """Return the tensors of equal parts of all items; nothing without any.
+
+    Raises CacheError with the command that makes them.
+    """
+    if not parts:
+        return {}
     first = parts[0]
     for part in parts:
         odd = part.tensors.keys() ^ first.tensors.keys()
