@@ -53,8 +53,10 @@ class NoisyFamily:
         return getattr(self.family, name)
 
 
-def draw_weight(name: str, weight: Tensor) -> Tensor:
+def draw_weight(name: str, weight: Tensor, target: torch.dtype) -> Tensor:
     """Return random numbers in place of a weight: the same for a name on a kind of device.
+
+    target: dtype that the weight is rounded to.
 
     The spread is that of usual initial weights, the inverse root of a row's length, so that a signal neither
     dies nor grows from block to block. Scales of norms are about 1.
@@ -65,4 +67,4 @@ def draw_weight(name: str, weight: Tensor) -> Tensor:
         values.normal_(0 if name.endswith("bias") else 1, SPREAD, generator=generator)
     else:
         values.normal_(0, 1 / math.sqrt(weight[0].numel()), generator=generator)
-    return values.to(weight.dtype)
+    return values.to(weight.dtype).to(target)

@@ -52,7 +52,8 @@ def _given(record: type[Options], name: str) -> Any:
         usual = field.metadata["declared"].default
         return kind(max(2 if usual == 1 else 1, least + 1))
     if "choices" in field.metadata["declared"].settings:
-        return next(iter(field.metadata["declared"].settings["choices"]))
+        declared = field.metadata["declared"]
+        return next(choice for choice in declared.settings["choices"] if choice != declared.default)
     if kind is Path and place in ("there", "file", "folder"):
         return ROOT if place == "folder" else Path(__file__)
     if kind is Path or kind is str:
