@@ -155,7 +155,12 @@ def sample_errors_outside(
     weights = place_weights(noisy_batch.batch, errors)
     assert weights is not None
     errors = errors * (1 - weights)
-    return (errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1),)
+    return (_mean_of_learned(errors, noisy_batch),)
+
+
+def _mean_of_learned(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
+    """Return the mean of each sample, B, over the frames that are not given. errors: B C F H W."""
+    return errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1)
 
 
 def split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor, ...]:
@@ -193,7 +198,7 @@ def sample_errors(
     weights = place_weights(noisy_batch.batch, errors)
     if weights is not None:
         errors = errors * weights
-    picture_errors = errors[:, :, noisy_batch.given_frames :].flatten(1).mean(1)
+    picture_errors = _mean_of_learned(errors, noisy_batch)
     if sound is None:
         return (picture_errors,)
     sound_errors = element_errors(
