@@ -285,4 +285,4 @@ def test_a_distilled_transformer_without_an_adapter_is_warned_of(
         )
 
     assert [len(texts) for texts in said] == [1, 0, 0]
-    assert said[0][0].endswith("Give another.")
+    assert "Give another. Or teach this one what a LoRA of that model changes" in said[0][0]
