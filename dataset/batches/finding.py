@@ -417,7 +417,7 @@ def _bucket(
     return (*name.size, name.span[1])
 
 
-_EMPTY_IS_FOR = "captions that are dropped, --guided_target and --blank_prior_weight need it"
+_EMPTY_IS_FOR = "caption_dropout_rate, --guided_target and --blank_prior_weight need it"
 
 
 def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) -> Sequence[TrainingItem]:

@@ -2,7 +2,6 @@
 
 captions: caption files, and a table's additions to their text
 clock: which frames of controls and masks go with a clip
-pairs: the worse one of each pair, by its name
 companions: references of clips, masks of what is new
 cogvideox: clips in CogVideoX form, moments computed before
 colours: pictures that are transparent or have a profile
@@ -15,6 +14,7 @@ frames: drop frames to a rate, cut spans; masks
 left_out: files and folders that nothing reads
 listing: find the sources of a table, check their names
 media_source: an image or clip, its names and faults
+pairs: the worse one of each pair, by its name
 parquet: bounded reading of Parquet files, files in columns
 references: reference pictures: which, how large, what is wrong
 rows: turn rows of lists and tables into sources

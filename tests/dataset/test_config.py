@@ -48,6 +48,7 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
         "batch_size": 1,
         "num_repeats": 1,
         "prior_loss_weight": 1.0,
+        "network_multiplier": 1.0,
         "audio": "if_present",
         "target_frames": (1,),
         "frame_extraction": "head",

@@ -113,7 +113,7 @@ def test_the_empty_prompt_is_encoded_with_each_ones_references(tmp_path: Path) -
     assert float(empty[0][0, 0]) == values(tmp_path)["a_toy_te.empty.safetensors"]
     assert cache_seen(tmp_path, keys)[1][0].calls == []
     (tmp_path / "cache/b_toy_te.empty.safetensors").unlink()
-    with pytest.raises(CacheError, match=r"needs the empty prompt's cache, .*b_toy_te\.empty"):
+    with pytest.raises(CacheError, match=r"the cache of the empty prompt is missing, .*b_toy_te\.empty"):
         require_items(find_items(config, "toy", latent))
     cache_seen(tmp_path)  # without dropout
     assert not [name for name in values(tmp_path) if "empty" in name]
