@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -419,9 +420,12 @@ def check_answer(served: Served, address: str, method: str, text: str, body: str
 def list_children() -> set[psutil.Process]:
     """The processes that this one and its servers have started, and that have not ended.
 
-    The process that runs scripts for all tests is left out.
+    The processes that run scripts for all tests are left out, and those that Python keeps for what earlier
+    tests started with multiprocessing.
     """
     warm = {server.pid for server in warm_processes.SERVERS}
+    warm.add(getattr(forkserver, "_forkserver")._forkserver_pid)  # noqa: B009
+    warm.add(getattr(resource_tracker, "_resource_tracker")._pid)  # noqa: B009
     alive = set()
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just ended
