@@ -236,15 +236,14 @@ def _add_targets(rule: LossRule, model: TrainedModel, slider: "SliderTarget | No
     targets = make_targets(options.guided, options.teacher, options.prior, options.preference)
     if targets == NO_TARGETS and slider is None:
         return rule
-    seed = functools.partial(
-        seed_networks, model.trainable, plan.progress.seed, device=plan.accelerator.device
-    )
     return replace(
         rule,
         targets=targets,
         teach=_choose_teaching(model),
         in_lockstep=plan.steps.in_lockstep,
-        seed_networks=lambda number: seed(number=number),
+        seed_networks=functools.partial(
+            seed_networks, model.trainable, plan.progress.seed, device=plan.accelerator.device
+        ),
         other_passes=None if slider is None else _passes_of_slider(model, slider),
     )
 

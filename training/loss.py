@@ -134,7 +134,7 @@ class LossRule:
 PLAIN_LOSS = LossRule()
 
 
-def _per_sample(numbers: Tensor, like: Tensor) -> Tensor:
+def per_sample(numbers: Tensor, like: Tensor) -> Tensor:
     """Return numbers of samples, B, in a shape that goes with a tensor whose first dimension is B."""
     return numbers.view(-1, *([1] * (like.ndim - 1)))
 
@@ -273,7 +273,7 @@ def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, s
     """
     if prediction == ADDITIVE:
         return velocity + sign * noisy.float()
-    return sign * noisy.float() - _per_sample(sigmas.float(), noisy) * velocity
+    return sign * noisy.float() - per_sample(sigmas.float(), noisy) * velocity
 
 
 def element_errors(
@@ -290,7 +290,7 @@ def element_errors(
         return differences.abs()
     if options.loss_type in WITH_THRESHOLD:
         thresholds = find_thresholds(options, spec, sigmas, timesteps)
-        c = _per_sample(thresholds, differences)
+        c = per_sample(thresholds, differences)
         factor = 2 * c if options.loss_type == "huber" else 2
         return factor * ((differences.square() + c.square()).sqrt() - c)
     raise ValueError(f"unknown loss {options.loss_type!r}: l2, l1, huber and smooth_l1 are known")

@@ -68,16 +68,8 @@ class Targets:
     blank_prior_weight: float = 0.0
     preference: Preference | None = None
 
-    @property
-    def reads_empty(self) -> bool:
-        return needs_empty_prompt(self.guided is not None, self.blank_prior_weight)
-
 
 NO_TARGETS = Targets()
-
-
-def needs_empty_prompt(is_guided: bool, blank_prior_weight: float | None) -> bool:
-    return is_guided or bool(blank_prior_weight)
 
 
 def make_targets(

@@ -23,6 +23,7 @@ from training.loss import (
     NoisyBatch,
     NoisySound,
     Trains,
+    per_sample,
     predict,
     sample_errors,
     sample_errors_outside,
@@ -256,7 +257,7 @@ def _replace_preserved(velocity: Tensor, passes: TrainingPasses, noisy_batch: No
 def _choose(chosen: Sequence[bool], if_chosen: Tensor, otherwise: Tensor) -> Tensor:
     """Return one tensor or another for each sample, B ..."""
     mask = numbers_on(otherwise.device, chosen, torch.bool)
-    return torch.where(mask.view(-1, *([1] * (otherwise.ndim - 1))), if_chosen, otherwise)
+    return torch.where(per_sample(mask, otherwise), if_chosen, otherwise)
 
 
 def _guide(velocity: Tensor, passes: TrainingPasses, noisy_batch: NoisyBatch, guided: GuidedTarget) -> Tensor:
