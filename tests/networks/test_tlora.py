@@ -21,8 +21,8 @@ from networks.unmerged import add_unmerged, masked_changes, split_masked
 from tests.networks.making import tiny_dit
 from tests.training import toy
 from tests.training.conftest import _fresh_accelerator  # noqa: F401
-from training.loss import training_loss
 from training.run import prepare_run, train_network
+from training.targets.passes import training_loss
 
 CPU = torch.device("cpu")
 RULE = ["tlora=True", "tlora_min_rank=1", "tlora_alpha=2"]
