@@ -17,12 +17,14 @@ MIXTURES = {
     "qinglong_qwen": (("qwen_shift", 0.95), (RARE, 0.05)),
 }
 RARE_MEAN, RARE_STD = 5.36, 1.0  # of the logarithm of the signal-to-noise ratio
+# Ideogram 4's: e^mu is the side of a square picture of as many tokens over 512 pixels, on a wider sigmoid
+IDEOGRAM_SHIFT = "ideogram4_shift"
+IDEOGRAM_SCALE = 1.5  # factor on the normal number
 PLAIN_SAMPLERS = ("sigma", "uniform", "sigmoid", "shift", "logsnr")
-SAMPLERS = (*PLAIN_SAMPLERS, *SIZE_SHIFTS, *MIXTURES)
+SAMPLERS = (*PLAIN_SAMPLERS, *SIZE_SHIFTS, IDEOGRAM_SHIFT, *MIXTURES)
 # other samplers whose shift follows the size, of single models
 SHIFTED_LOGIT = "shifted_logit_normal"
 SIZE_SAMPLERS = ("nextdit_shift", SHIFTED_LOGIT)
-NOT_BUILT = {"ideogram4_shift": "its formula is not published. Use flux_shift or shift"}
 WEIGHTINGS = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 WEIGHTS_OF_LOSS = ("cosmap", "sigma_sqrt")  # those that do not shape the draws
 NUM_TIMESTEPS = 1000  # all supported models count time in thousandths
@@ -41,11 +43,10 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
     """Options of the distribution of timesteps and of the loss weights."""
 
     timestep_sampling: str = option(
-        "how timesteps are drawn; the shift of flux_shift, flux2_shift, qwen_shift, krea2_shift and of the "
-        "qinglong mixtures grows with width and height",
+        "how timesteps are drawn; the shift of flux_shift, flux2_shift, ideogram4_shift, qwen_shift, "
+        "krea2_shift and of the qinglong mixtures grows with width and height",
         default="sigma",
         choices=SAMPLERS,
-        refused=NOT_BUILT,
         often=True,
     )
     flow_shift: float = option(
@@ -166,7 +167,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
 
     @property
     def follows_size(self) -> bool:
-        return self.timestep_sampling in {*SIZE_SHIFTS, *MIXTURES, *SIZE_SAMPLERS}
+        return self.timestep_sampling in {*SIZE_SHIFTS, IDEOGRAM_SHIFT, *MIXTURES, *SIZE_SAMPLERS}
 
     @property
     def lowest(self) -> int:

@@ -18,6 +18,8 @@ from modules.errors import OptionError
 from modules.flow.schedule import shift_sigmas, size_shift
 from modules.seeds import derive_seed
 from training.noise_options import (
+    IDEOGRAM_SCALE,
+    IDEOGRAM_SHIFT,
     MIXTURES,
     NUM_TIMESTEPS,
     RARE_MEAN,
@@ -28,6 +30,8 @@ from training.noise_options import (
 )
 
 SCAN = 10_000  # points at which the accepted part of a sampler is looked for
+_IDEOGRAM_SIDE = 16 / 512  # of a token: 16 of the 512 pixels at which Ideogram 4's shift is 1
+_IDEOGRAM_TOKENS = (256, 16384)  # of pictures of 256 and of 2048 pixels
 _FOUR_PIXELS = (1, 1, 1, 2, 2)  # latents, B C F H W, that are one token of most models
 NEARLY = 1e-6  # of a timestep: 0.57 * 1000 is 569.9999999999999
 
@@ -125,12 +129,10 @@ def _has_draws(options: TimestepOptions, noise: NoiseSpec, flow_shift: float, ex
 def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int]) -> float:
     """Return the shift of the samplers: --discrete_flow_shift, or e^mu for those that follow the size.
 
-    mu grows linearly with the number of tokens (`SIZE_SHIFTS`).
+    mu grows linearly with the number of tokens (`SIZE_SHIFTS`), or with its logarithm (`ideogram_shift`).
     Raises OptionError if a sampler follows the size and the family's shift does not, or counts other tokens.
     """
-    line = _line_of(options)
-    is_logit = options.timestep_sampling == SHIFTED_LOGIT
-    if line is None and not is_logit:
+    if not options.follows_size:
         return options.flow_shift
     if noise.tokens is None:
         raise OptionError(
@@ -144,7 +146,20 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
             "which counts the tokens of this model"
         )
     tokens = noise.tokens(shape)
-    return size_shift(tokens, *line) if line is not None else _shifted_logit(noise).shift(tokens)
+    if options.timestep_sampling == IDEOGRAM_SHIFT:
+        return ideogram_shift(tokens)
+    if options.timestep_sampling == SHIFTED_LOGIT:
+        return _shifted_logit(noise).shift(tokens)
+    return size_shift(tokens, *_line_of(options))
+
+
+def ideogram_shift(tokens: int) -> float:
+    """Return the flow shift of Ideogram 4 for a picture of this many tokens of 16 x 16 pixels.
+
+    mu = 0.5 ln(pixels / 512^2), so the shift e^mu is the ratio of the sides of square pictures. Other models'
+    tokens count alike, whatever their size. Source: the open trainers of Ideogram 4.
+    """
+    return math.sqrt(tokens) * _IDEOGRAM_SIDE
 
 
 def _shifted_logit(noise: NoiseSpec) -> ShiftedLogit:
@@ -152,12 +167,14 @@ def _shifted_logit(noise: NoiseSpec) -> ShiftedLogit:
     return noise.shifted_logit
 
 
-def _line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, float]] | None:
-    """Return the line of `SIZE_SHIFTS` that the sampler follows; None: its shift does not follow the size."""
+def _line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, float]]:
+    """Return the line of `SIZE_SHIFTS` that a sampler follows whose shift grows with the tokens."""
     sampler = options.timestep_sampling
     if sampler == "nextdit_shift":
         return SIZE_SHIFTS["flux_shift"]
-    return SIZE_SHIFTS.get(MIXTURES[sampler][0][0] if sampler in MIXTURES else sampler)
+    if sampler in MIXTURES:
+        return SIZE_SHIFTS[MIXTURES[sampler][0][0]]
+    return SIZE_SHIFTS[sampler]
 
 
 def shares_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
@@ -191,7 +208,13 @@ def _focused(
 def takes_normal(options: TimestepOptions) -> bool:
     """Return whether the sampler is a function of a normal number, not of a uniform one."""
     by_weighting = options.timestep_sampling == "sigma" and options.weighting_scheme == "logit_normal"
-    return by_weighting or options.timestep_sampling in {"sigmoid", "shift", "logsnr", *SIZE_SHIFTS}
+    return by_weighting or options.timestep_sampling in {
+        "sigmoid",
+        "shift",
+        "logsnr",
+        IDEOGRAM_SHIFT,
+        *SIZE_SHIFTS,
+    }
 
 
 def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
@@ -208,6 +231,8 @@ def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_
             t = torch.sigmoid(options.sigmoid_scale * numbers)
         case name if name == "shift" or name in SIZE_SHIFTS:
             t = shift_sigmas(torch.sigmoid(options.sigmoid_scale * numbers), flow_shift)
+        case name if name == IDEOGRAM_SHIFT:
+            t = shift_sigmas(torch.sigmoid(IDEOGRAM_SCALE * numbers), flow_shift)
         case "qinglong_flux" | "qinglong_qwen":
             t = _mixed(options, numbers, flow_shift)
         case "nextdit_shift":
@@ -322,8 +347,11 @@ def is_reached(options: TimestepOptions, noise: NoiseSpec, expert: Expert) -> bo
 
 
 def _shifts_of(options: TimestepOptions) -> list[float]:
-    line = _line_of(options)
-    return [options.flow_shift] if line is None else [math.exp(mu) for _, mu in line]
+    if options.timestep_sampling == IDEOGRAM_SHIFT:
+        return [ideogram_shift(tokens) for tokens in _IDEOGRAM_TOKENS]
+    if not options.follows_size or options.timestep_sampling == SHIFTED_LOGIT:
+        return [options.flow_shift]
+    return [math.exp(mu) for _, mu in _line_of(options)]
 
 
 def check_reaches(several: Sequence[TimestepOptions], noise: NoiseSpec, experts: Sequence[Expert]) -> None:

@@ -17,7 +17,7 @@ from flux_2.configs import count_latents
 from modules.errors import OptionError
 from modules.media.reading import read_image
 from modules.options import read_options
-from modules.parser import add_options, parse_options
+from modules.parser import add_options
 from tests.golden_cases import read_case
 from training.data.timesteps import (
     Timesteps,
@@ -146,11 +146,20 @@ def test_the_shift_of_flux_2_counts_each_latent_pixel() -> None:
         draw(made, 10, torch.Generator(), shape=(1, 16, 1, 64, 48))
 
 
-def test_a_sampler_without_a_meaning_here_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_options("", ["--timestep_sampling", "ideogram4_shift"], TimestepOptions)
+def test_the_shift_of_ideogram_grows_with_the_side_of_a_picture() -> None:
+    """sigmoid(0.5 ln(pixels / 512^2) + 1.5 n), for a picture of 1024 x 768 pixels."""
+    made = options("--timestep_sampling ideogram4_shift")
+    expected = torch.sigmoid(0.5 * math.log(1024 * 768 / 512**2) + 1.5 * NORMAL)
 
-    assert "flux_shift" in capsys.readouterr().err.split("ideogram4_shift")[-1]
+    packed = from_numbers(made, NORMAL, NoiseSpec(tokens=count_latents), (1, 128, 1, 64, 48)).sigmas
+    halved = from_numbers(made, NORMAL, shape=(1, 16, 1, 128, 96)).sigmas
+
+    torch.testing.assert_close(packed, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(halved, expected, atol=1e-6, rtol=0)
+
+
+def test_both_experts_are_reached_by_the_shift_of_ideogram() -> None:
+    check_reaches([options("--timestep_sampling ideogram4_shift")], FLOW, TWO)
 
 
 def test_bounds_count_on_a_shifted_table_as_on_the_plain_one() -> None:
