@@ -67,10 +67,10 @@ from browser.model_table import (
     list_missing,
     list_model_rows,
 )
+from browser.names import free_name
 from browser.new_form import (
     NewForm,
     check_form,
-    free_name,
     list_differing,
     list_key_changes,
     list_unwritten,
@@ -188,8 +188,7 @@ class NewPages:
 
     def suggest_name(self, folder: Path) -> str:
         """Return a free name for a LoRA if the usual one, that of the folder, is taken; else nothing."""
-        free = free_name(folder / "output", folder.name)
-        return "" if free == folder.name else free
+        return find_free_name(folder / "output", folder.name)
 
     def is_pending(self, comparing: Job, folder: Path) -> bool:
         """Return whether shown changes are still those that the files would get."""
@@ -232,7 +231,7 @@ class NewPages:
             "described": described,
             "duration": self.describe_duration(form, described),
             "shown": "" if described is None else NewForm.of_described(described, site.models).address,
-            "free_name": self.find_free_name(form, folder, described),
+            "free_name": _free_name_of(form, folder, described),
             "rows_address": "" if content is None else self.files.address(content.path),
             "files_address": "" if folder is None else self.files.address(folder),
             "left_out": [] if folder is None else self.files.left_out.list_names(folder),
@@ -311,6 +310,7 @@ class NewPages:
             "captioning": captioning,
             "is_busy": is_busy,
             "is_paused": site.queue.worker == "",
+            "queue_problem": site.queue.problem,
             "described": described,
             "can_write": not site.read_only,
             "mark": "" if folder is None else mark_files(folder),
@@ -407,15 +407,6 @@ class NewPages:
             if (model.family, model.task) == (described.family, described.task):
                 return list_missing(model, self.site.models, is_there)
         return []
-
-    def find_free_name(self, form: NewForm, folder: Path | None, described: DescribedFolder | None) -> str:
-        """Return another name if a LoRA of the chosen name is there; else nothing."""
-        if folder is None:
-            return ""
-        name = form.name or folder.name
-        output = folder / "output" if described is None else described.output
-        free = free_name(output, name)
-        return "" if free == name else free
 
     def run_words(self, described: DescribedFolder) -> list[str]:
         return run_words(described, self.site.models)
@@ -622,6 +613,19 @@ def find_repair(folder: Path) -> list[str]:
             if command.words[0] == "cache" and "--check" in words and "--html" in words:
                 return [*words, "--repair_captions"]
     return []
+
+
+def find_free_name(output: Path, name: str) -> str:
+    """Return another name for a LoRA if one of this name is in a folder; else nothing."""
+    return free_name(output, name) if (output / f"{name}.safetensors").exists() else ""
+
+
+def _free_name_of(form: NewForm, folder: Path | None, described: DescribedFolder | None) -> str:
+    """Return another name if a LoRA of the name in a form is there; else nothing."""
+    if folder is None:
+        return ""
+    output = folder / "output" if described is None else described.output
+    return find_free_name(output, form.name or folder.name)
 
 
 def _file_options(row: ModelRow | None) -> list[str]:

@@ -2,15 +2,17 @@
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from browser.beginnings import free_name, state_of_trace
+from browser.beginnings import state_of_trace
 from browser.errands import errand_name
 from browser.jobs import JobQueue
+from browser.names import free_name
 from browser.runs import read_glance
 from modules.errors import OptionError
 from tests.browser.described_folders import describe, find, look, state, trace
@@ -194,6 +196,32 @@ def test_a_job_that_ended_before_its_training_says_why(
     assert shown.state.last_lines == printed.strip()
 
 
+def test_a_job_that_waits_says_why_it_cannot_begin(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    beginnings = look(tmp_path)
+    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    beginnings.queue.problem = "x/jobs.json: the disk has 0.0 MB free"
+    assert find(beginnings).state.reason == ""  # it is paused: that is why
+    beginnings.queue._worker = threading.current_thread()
+    assert find(beginnings).state.reason == "x/jobs.json: the disk has 0.0 MB free"
+
+
+def test_a_full_disk_that_took_the_last_words_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = describe(tmp_path / "clips")
+    set_back(folder)
+    beginnings = look(tmp_path)
+    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    set_job(beginnings.queue, 1, "In the folder x:\n")
+    monkeypatch.setattr("browser.beginnings.free_bytes", lambda folder: 4096)
+    logs = beginnings.queue.folder / "logs"
+    assert find(beginnings).state.reason == (
+        f"The disk of {logs} is full: it could not write why it ended. Free some space, and start it again; "
+        "what it has saved is used."
+    )
+
+
 def test_a_killed_process_is_named_and_a_changed_run_toml_is_a_draft_again(tmp_path: Path) -> None:
     folder = describe(tmp_path / "clips")
     set_back(folder)
@@ -263,18 +291,19 @@ def test_a_training_that_died_tells_its_own_reason(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("taken", "name", "expected"),
-    [([], "own", "own-2"), (["own-2.html"], "own", "own-3"), (["own-2-history.jsonl"], "own-2", "own-3")],
+    [
+        ([], "own", "own-2"),
+        (["own-2.html"], "own", "own-3"),
+        (["own-2-history.jsonl"], "own-2", "own-3"),
+        (["2026-11-27.safetensors"], "2026-11-27", "2026-11-27-2"),  # a date has no number of a run
+    ],
 )
 def test_a_further_run_gets_a_name_that_no_run_has(
     taken: list[str], name: str, expected: str, tmp_path: Path
 ) -> None:
-    folder = describe(tmp_path / "clips", name)
-    (folder / "output").mkdir()
     for entry in taken:
-        (folder / "output" / entry).touch()
-    plan = find(look(tmp_path), name).plan
-    assert plan is not None
-    assert free_name(plan) == expected
+        (tmp_path / entry).touch()
+    assert free_name(tmp_path, name) == expected
 
 
 def test_a_foreign_run_toml_is_not_started_before_it_was_read(tmp_path: Path) -> None:
