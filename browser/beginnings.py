@@ -558,7 +558,7 @@ def _state_of_running_job(job: Job, *histories: Glance | None) -> RunState:
     """Return how a run stands whose job runs, and of whose histories none is being written."""
     for history in histories:
         if history is not None and history.changed > job.born + SECOND:
-            return replace(state_of_run(history), job=job)  # its process is about to end
+            return _state_of_ended_run(history, job)  # its process is about to end
     return RunState(STARTING, words=job.last_lines(1), job=job, is_asked=job.stops > 0)
 
 
@@ -603,6 +603,8 @@ def _explain(job: Job, otherwise: str) -> str:
         return "It was killed: memory ran out, or somebody ended it."
     if re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", lines, re.MULTILINE):
         return shorten_lines(message_of(lines), MOST_OF_REASON)
+    if job.state == RUNNING:  # it is about to end
+        return otherwise
     if job.code in (None, *UNWRITTEN) and _is_full(job.log.parent):
         return (
             f"The disk of {job.log.parent} is full: it could not write why it ended. Free some space, and "

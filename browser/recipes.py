@@ -354,13 +354,26 @@ class Wish:
 
     def check(self) -> None:
         """Raise OptionError for what no command can be made of."""
-        recipe = self.recipe
         if not self.prompt.strip():
             raise OptionError("Prompt: write what is to be made.")
         for name, text in {"prompt": self.prompt, **self.texts}.items():
             character = bad_character(text)
             if character is not None:
                 raise OptionError(f"{self._label(name)}: leave out {character}.")
+        self._check_recipe()
+        for lora in self.loras:
+            self._check_lora(lora)
+        for name, text in self.texts.items():
+            if text.strip() and name in self.recipe.fields:
+                self._check_text(name, text.strip())
+        if "width" in self.recipe.fields and bool(self._text("width")) != bool(self._text("height")):
+            raise OptionError("Width and Height: give both, or neither for the model's usual size.")
+        for name in PICTURES:
+            self._check_pictures(name)
+
+    def _check_recipe(self) -> None:
+        """Raise OptionError if the model, or a picture that it needs, is not there."""
+        recipe = self.recipe
         if recipe.missing and recipe.missing[0].startswith("--"):
             raise OptionError(f"{recipe.title} was trained without {recipe.missing[0]}, which making needs.")
         if recipe.missing:
@@ -369,18 +382,15 @@ class Wish:
             is_filled = self.references if name == "references" else self.texts.get(name, "").strip()
             if not is_filled:
                 raise OptionError(f"{self._label(name)}: this model needs one. Drop it on the field.")
-        for lora in self.loras:
-            self._check_lora(lora)
-        for name, text in self.texts.items():
-            if text.strip() and name in recipe.fields:
-                self._check_text(name, text.strip())
-        if ("width" in recipe.fields) and bool(self._text("width")) != bool(self._text("height")):
-            raise OptionError("Width and Height: give both, or neither for the model's usual size.")
-        for name in PICTURES:
-            paths = self.references if name == "references" else [self._text(name)]
-            for path in filter(None, paths):
-                if name in recipe.fields and not (recipe.folder / path).is_file():
-                    raise OptionError(f"{self._label(name)} {path}: there is no such file.")
+
+    def _check_pictures(self, name: str) -> None:
+        """Raise OptionError if a file that a field names is not there."""
+        if name not in self.recipe.fields:
+            return
+        paths = self.references if name == "references" else [self._text(name)]
+        for path in filter(None, paths):
+            if not (self.recipe.folder / path).is_file():
+                raise OptionError(f"{self._label(name)} {path}: there is no such file.")
 
     def _label(self, name: str) -> str:
         return self.labels.get(name, name.capitalize())

@@ -314,7 +314,7 @@ def _receive(
     except BrokenTry as error:
         raise DownloadError(
             f"{remote.page}: the connection broke {TRIES} times with little new data ({error}).\n"
-            f"  {partial.stat().st_size / 1e9:.1f} GB are kept: run the same command again to continue."
+            f"  {gigabytes(partial.stat().st_size)} are kept: run the same command again to continue."
         ) from None
     except OSError as error:
         raise OutputError(

@@ -17,7 +17,7 @@ from browser.runs import read_glance
 from modules.errors import OptionError
 from tests.browser.described_folders import describe, find, look, state, trace
 from tests.browser.serving import serve_runs, write_run
-from training.reports.history import History, describe_process, history_path
+from training.reports.history import BEFORE_TRAINING, History, describe_process, history_path
 
 TRAIN = ["python", "wan_train_network.py", "--config_file", "run.toml"]
 LATENTS = ["python", "wan_cache_latents.py", "--dataset_config", "dataset.toml"]
@@ -276,6 +276,36 @@ def test_a_run_that_ended_at_a_check_has_faults_and_a_trace_alone_tells_it(tmp_p
     shown = find(look(tmp_path))
 
     assert (shown.state.name, shown.state.reason) == ("faults", "ended while checking the clips: exit code 1")
+
+
+def test_a_download_that_failed_tells_why_also_while_its_process_is_about_to_end(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    set_back(folder)
+    beginnings = look(tmp_path)
+    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    set_job(beginnings.queue, None, "DownloadError: https://hub/x cannot be reached (Connection refused).\n")
+    history = History(history_path(folder / "output", f"own{BEFORE_TRAINING}"), 1)
+    started: dict[str, Any] = {
+        "model": "",
+        "total_steps": 10,
+        "changed": [],
+        "unchanged": [],
+        "listens": False,
+    }
+    history.add(0, started={**started, "process": {**describe_process(), "number": 2**22 + 1}})
+    history.add(0, ended="ended while downloading the model: exit code 1", kind="bad")
+    later = time.time() + 5  # the process of this test began long ago
+    history.flush()
+    os.utime(history.path, (later, later))
+
+    shown = find(beginnings)
+
+    assert shown.state.job is not None
+    assert shown.state.job.state == "running"
+    assert (shown.state.name, shown.state.reason) == (
+        "died",
+        "https://hub/x cannot be reached (Connection refused).",
+    )
 
 
 def test_a_training_that_died_tells_its_own_reason(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_of_two_processes_one_writes_the_page_with_the_samples_of_both(
 def test_the_numbers_of_pairs_are_curves_and_the_latest_ones_a_tile(tmp_path: Path) -> None:
     history = History(tmp_path / "h.jsonl", 1)
     for step in range(1, 5):
-        pairs = {"preference/better": 1 / step, "preference/worse": 2 / step, "preference/right": step / 4}
+        pairs = {"preference/better": 0.5**step, "preference/worse": 2.0, "preference/right": step / 4}
         history.add(step, loss=0.7, rates={}, seconds=1.0, pairs=pairs)
     history.add(5, loss=0.7, rates={}, seconds=1.0, skipped="loss", pairs={"preference/right": None})
     history.flush()
@@ -259,8 +259,8 @@ def test_the_numbers_of_pairs_are_curves_and_the_latest_ones_a_tile(tmp_path: Pa
     charts = {chart.title: {curve.name: curve.y for curve in chart.curves} for chart in list_charts(story)}
 
     assert charts["Error at both of a pair"] == {
-        "better one": [1, 1 / 2, 1 / 3, 1 / 4],
-        "worse one": [2, 1, 2 / 3, 1 / 2],
+        "better one": [0.5, 0.25, 0.125, 0.0625],
+        "worse one": [2, 2, 2, 2],
     }
     assert charts["Share of pairs that are right"] == {"right": [0.25, 0.5, 0.75, 1]}
     tiles = {label: (value, note) for label, value, note in list_tiles(Standing(Start("toy", 9), 5), story)}
