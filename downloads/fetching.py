@@ -243,7 +243,7 @@ def find_other_kind(path: Path, name: str) -> str | None:
 
     Reads headers, and torch files without running code. Other suffixes are not checked.
     """
-    from checkpoints.containers import ONNX, PICKLE, ZIP  # torch loads here
+    from checkpoints.first_bytes import ONNX, PICKLE, ZIP  # torch loads here
     from checkpoints.opening import open_file
     from checkpoints.tokenizers import check_sentencepiece
 
