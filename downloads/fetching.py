@@ -243,7 +243,8 @@ def find_other_kind(path: Path, name: str) -> str | None:
 
     Reads headers, and torch files without running code. Other suffixes are not checked.
     """
-    from checkpoints.first_bytes import ONNX, PICKLE, ZIP  # torch loads here
+    from checkpoints.containers import PICKLE, ZIP  # torch loads here
+    from checkpoints.first_bytes import ONNX
     from checkpoints.opening import open_file
     from checkpoints.tokenizers import check_sentencepiece
 
