@@ -410,7 +410,7 @@ class GeneratePages:
         async def handle(request: Request) -> Response:
             name = request.query_params.get("name", "")
             try:
-                path = await self.inputs.receive(request.stream())
+                path = await self.inputs.receive(request.stream(), name)
                 return await run_in_threadpool(answer, path, name)
             except (UserError, OSError) as error:
                 return answer_json({"said": str(error)}, 422)

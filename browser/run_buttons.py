@@ -33,7 +33,6 @@ from browser.beginnings import (
     Plan,
     ShownRun,
     check_words,
-    free_name,
     mark_state,
     runs_folder,
     words_of_plan,
@@ -45,7 +44,7 @@ from browser.described import FILES, ChangedMeanwhileError, change_keys
 from browser.errands import errand_name
 from browser.intentions import read_intentions, read_shown
 from browser.jobs import ENDED, QUEUE, WAITING, Job
-from browser.names import short_digest
+from browser.names import free_name, short_digest
 from browser.queue_views import is_of, read_jobs
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance
 from browser.site import Site
@@ -181,7 +180,7 @@ class RunButtons:
                 have=mark_bytes(read_content(plan.folder / RUN_FILE)),
             )
         if has_run or not is_draft:
-            deeds = replace(deeds, again=free_name(plan))
+            deeds = replace(deeds, again=free_name(plan.output, plan.name))
         return deeds
 
     def add_deeds_of_history(self, deeds: Deeds, shown: ShownRun) -> Deeds:

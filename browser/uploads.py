@@ -18,8 +18,10 @@ from browser.captions import MOST_BYTES as MOST_CAPTION_BYTES
 from browser.described import FILES
 from browser.folders import CHECK_PAGE, find_folder, is_closed, read_media_folder
 from browser.names import number_names
+from browser.receiving import write_arriving
 from browser.runs import Runs
 from modules.atomic_write import atomic_files, explain_errors, free_bytes
+from modules.console import as_size
 from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, OutputError, UserError
 from modules.media.decoding import ANIMATION_SUFFIXES
@@ -180,8 +182,8 @@ class FileUploads:
             free = free_bytes(folder)
         if free < size + limits.spare_bytes:
             raise OutputError(
-                f"{name}: the disk has {free / 1e9:.1f} GB free, the file takes {size / 1e9:.1f} GB and "
-                f"{limits.spare_bytes / 1e9:.1f} GB are to stay free. Free some space, then drop it again"
+                f"{name}: the disk of {folder} has {as_size(free)} free, the file takes {as_size(size)} and "
+                f"{as_size(limits.spare_bytes)} are to stay free. Free some space, then drop it again"
             )
 
     async def receive(self, request: Request, target: Path, size: int) -> None:
@@ -194,7 +196,7 @@ class FileUploads:
         try:
             with atomic_files(target, size) as temporary:
                 path = temporary / target.name
-                await self._write_body(request, path)
+                await write_arriving(request.stream(), path, target.name, self.limits.file_bytes)
                 try:
                     await run_in_threadpool(check_content, path, find_kind(target.name))
                 except (UserError, StopIteration) as error:
@@ -206,17 +208,6 @@ class FileUploads:
             if is_new:
                 _remove_empty(folder)
             raise
-
-    async def _write_body(self, request: Request, path: Path) -> None:
-        received = 0
-        with path.open("wb") as file:
-            async for piece in request.stream():
-                received += len(piece)
-                if received > self.limits.file_bytes:
-                    raise OptionError(f"{path.name} has more than {self.limits.file_bytes:,} bytes")
-                await run_in_threadpool(file.write, piece)
-        if not received:
-            raise OptionError(f"{path.name} is empty")
 
 
 def refuse_existing(name: str, names: set[str]) -> None:

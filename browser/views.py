@@ -256,6 +256,7 @@ def _narrow(story: Story, low: float, high: float) -> Story:
         validations={step: loss for step, loss in story.validations.items() if low <= step <= high},
         rates={name: cut(points) for name, points in story.rates.items()},
         experts={name: cut(points) for name, points in story.experts.items()},
+        pairs={name: cut(points) for name, points in story.pairs.items()},
         bands={name: cut(points) for name, points in story.bands.items()},
     )
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from browser.captioning import caption_words
-from browser.new_form import NewForm, check_form, free_name, list_key_changes, new_words, read_steps
+from browser.new_form import NewForm, check_form, list_key_changes, new_words, read_steps
+from browser.new_pages import find_free_name
 from modules.errors import OptionError
 
 FORM = NewForm(
@@ -63,11 +64,12 @@ def test_only_changed_keys_are_written() -> None:
 
 
 def test_a_name_that_a_lora_has_gets_a_number(tmp_path: Path) -> None:
-    assert free_name(tmp_path, "cat") == "cat"
+    (tmp_path / "cat.run-history.jsonl").touch()
+    assert find_free_name(tmp_path, "cat") == ""  # a run that has no LoRA yet
     (tmp_path / "cat.safetensors").touch()
-    assert free_name(tmp_path, "cat") == "cat-2"
-    (tmp_path / "cat-2.safetensors").touch()
-    assert free_name(tmp_path, "cat") == "cat-3"
+    assert find_free_name(tmp_path, "cat") == "cat-2"
+    (tmp_path / "cat-2-history.jsonl").touch()
+    assert find_free_name(tmp_path, "cat") == "cat-3"
 
 
 def test_captions_are_written_by_a_repository_a_folder_or_a_server() -> None:
