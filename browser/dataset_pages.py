@@ -21,7 +21,7 @@ from browser.captions import Captions, caption_values
 from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
 from browser.options import PROJECT_CONFIG
 from browser.runs import Runs
-from modules.command import as_typed
+from browser.typed import typed_anywhere
 from modules.errors import MediaError
 from modules.media.reading import first_frame
 from modules.pages.page import reduce_frame
@@ -175,7 +175,7 @@ class DatasetPages:
     def _describe_outside(self, folders: Sequence[Path]) -> dict[str, str]:
         """Return the state of a dataset of which folders are missing on the command line, which has them."""
         names = [str(folder) for folder in dict.fromkeys([*self.runs.tops, *folders])]
-        return {"state": "outside", "command": as_typed(["python", "tools/run_browser.py", *names])}
+        return {"state": "outside", "command": typed_anywhere(["python", "tools/run_browser.py", *names])}
 
     def show(self, dataset: FoundDataset, id: str, file: File) -> dict[str, Any]:
         """Return the JSON values that the page shows of a file, with its current caption."""

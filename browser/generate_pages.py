@@ -1,7 +1,6 @@
 """The page Generate: a form for a picture or clip, what is being made, and the results of all days."""
 
 import secrets
-import shlex
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +39,7 @@ from browser.recipes import (
 )
 from browser.refilling import FoundSettings, read_found
 from browser.site import Site
+from browser.typed import typed_anywhere
 from browser.wishes import Making
 from contract.families import HIGH_NOISE, LOW_NOISE
 from downloads.catalogue import model_sets
@@ -335,7 +335,7 @@ class GeneratePages:
         words = wish.command(form.texts.get("seed", "").strip())
         if form.count.strip() not in ("", "1"):
             words += [flag_of("num_videos", wish.recipe.defaults), form.count.strip()]
-        return shlex.join(words)
+        return typed_anywhere(words, wish.recipe.folder)
 
     def change(self, request: Request, fields: Form) -> Response:
         """Do what a button asks for."""

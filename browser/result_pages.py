@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import secrets
-import shlex
 import threading
 import time
 from collections import OrderedDict
@@ -42,6 +41,7 @@ from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
 from browser.runs import DIED, FINISHED, RUNNING, Glance
 from browser.settings_of import PREFIX, ResultSettings, read_settings, remake, sample_line
 from browser.site import Site
+from browser.typed import typed_anywhere
 from browser.views import label_runs
 from browser.wishes import Making
 from contract.families import with_scripts
@@ -483,14 +483,14 @@ class ResultPages:
         try:
             settings = self.require_settings(result)
             remade = self.remaker.remake(result, settings, settings.get("seeds"))
-            commands["again"] = shlex.join(remade.command)
+            commands["again"] = typed_anywhere(remade.command, Path(remade.folder))
             remade = self.remaker.remake(result, settings, "SEED")
-            commands["other"] = shlex.join(remade.command)
+            commands["other"] = typed_anywhere(remade.command, Path(remade.folder))
         except (UserError, OSError) as error:
             commands |= dict.fromkeys(("again", "other"), str(error))
         networks = self.list_networks()
         if networks:
-            commands["larger"] = shlex.join(self.larger_words(result, networks[0]))
+            commands["larger"] = typed_anywhere(self.larger_words(result, networks[0]))
         return answer_json(commands)
 
     def show_settings(self, result: Result, error: str) -> Response:
@@ -506,7 +506,8 @@ class ResultPages:
                 is_ours = True
                 rows = settings.rows()
                 done = settings.done
-                command = shlex.join(self.remaker.remake(result, settings, settings.get("seeds")).command)
+                remade = self.remaker.remake(result, settings, settings.get("seeds"))
+                command = typed_anywhere(remade.command, Path(remade.folder))
         except (UserError, OSError) as reason:
             problem = problem or str(reason)
         return self.answer_sheet(
@@ -555,12 +556,12 @@ class ResultPages:
     def show_larger(self, result: Result, error: str) -> Response:
         networks = self.list_networks()
         to_load = [
-            (model, gigabytes(total_bytes(model.components)), shlex.join(self.load_words(model)))
+            (model, gigabytes(total_bytes(model.components)), typed_anywhere(self.load_words(model)))
             for model in model_sets()
             if "upscale" in model.commands
         ]
         loading = self.site.errands.find(errand_name(LOAD, self.site.models))
-        options = [(network, shlex.join(self.larger_words(result, network))) for network in networks]
+        options = [(network, typed_anywhere(self.larger_words(result, network))) for network in networks]
         return self.answer_sheet(
             "larger",
             result,

@@ -90,7 +90,7 @@ def test_start_puts_the_command_that_it_shows_into_the_queue(
     served: Served, queue: JobQueue, tmp_path: Path
 ) -> None:
     page = served.ask(address_of(served)).text
-    typed = f"reelsmith run '{tmp_path / 'my clips'}' --check"
+    typed = f"python {ROOT / 'reelsmith.py'} run '{tmp_path / 'my clips'}' --check"
     assert html.escape(typed) in html.escape(html.unescape(re.sub("<!--.*?-->", "", page)))
 
     assert press(served, "start").status == 200
