@@ -16,7 +16,15 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_json, answer_template
+from browser.answers import (
+    GONE,
+    NO_WRITING,
+    answer_body,
+    answer_gone,
+    answer_gone_page,
+    answer_json,
+    answer_template,
+)
 from browser.captions import Captions, caption_values
 from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
 from browser.options import PROJECT_CONFIG
@@ -363,6 +371,8 @@ def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
 
         def answer(request: Request, *body: bytes) -> Response:
             dataset = pages.datasets.find(request.path_params["id"])
+            if dataset is None and request.url.path.count("/") == 3:  # its page, not a part of it
+                return answer_gone_page(request)
             return answer_gone() if dataset is None else show(dataset, request, *body)
 
         return answer
