@@ -50,7 +50,7 @@ from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import write_bytes
 from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, UserError
-from modules.media.reading import video_frames
+from modules.media.reading import frame_size, video_frames
 from modules.media.writing import write_png
 from modules.text_files import read_content
 from project.options import MODELS
@@ -61,6 +61,7 @@ MOST_READ = 50_000  # results whose settings are in memory
 SEED_BITS = 32
 TOOL = "blissful_tuner/upscaler.py"
 LOAD = "upscaler"  # kind of an errand
+FACTOR = 2  # by which width and height grow
 UPSCALERS = "upscalers"  # folder in that of the models
 NETWORKS = (".pth", ".safetensors")
 MOST_OF_PROMPTS = 1 << 20  # bytes of a prompt file
@@ -548,7 +549,7 @@ class ResultPages:
         """Return the command that enlarges a result. network: file of the upscaler."""
         words = ["python", TOOL, "--input", str(result.path), "--model", str(network.absolute())]
         words += ["--mode", "swinir" if "swinir" in network.name.lower() else "esrgan"]
-        words += ["--output", str(_free_path(result.path, LARGER))]
+        words += ["--scale", str(FACTOR), "--output", str(_free_path(result.path, LARGER))]
         if result.kind == "clip":  # the usual codec is one that browsers do not show
             words += ["--codec", "h264", "--container", "mp4"]
         return words
@@ -571,6 +572,7 @@ class ResultPages:
             loading=loading,
             models=self.site.models / UPSCALERS,
             is_sound=result.kind == "sound",
+            sizes=describe_larger(result),
         )
 
     def load_words(self, model: ModelSet) -> list[str]:
@@ -759,6 +761,17 @@ def add_line(path: Path, line: str, have: str) -> bool:
     if mode is not None:
         path.chmod(mode)
     return True
+
+
+def describe_larger(result: Result) -> str:
+    """Return the size that a larger picture or clip will have, in words; empty if it cannot be read."""
+    if result.kind == "sound":
+        return ""
+    try:
+        width, height = frame_size(result.path)
+    except (MediaError, OSError):
+        return ""
+    return f"{FACTOR * width} x {FACTOR * height} pixels, from {width} x {height}"
 
 
 def result_routes(site: Site) -> list[Route]:

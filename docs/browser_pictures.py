@@ -108,6 +108,11 @@ target_frames = [17]
 """
 # replaces the temporary folder in texts and fields
 RENAME = """([folder, home]) => {
+  const marks = document.createTreeWalker(document.body, NodeFilter.SHOW_COMMENT);
+  const comments = [];
+  while (marks.nextNode()) comments.push(marks.currentNode);
+  comments.forEach(comment => comment.remove()); // they cut a path in two texts
+  document.body.normalize();
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) texts.currentNode.data = texts.currentNode.data.replaceAll(folder, home);
   for (const field of document.querySelectorAll('input, textarea')) {

@@ -318,6 +318,7 @@ def test_again_and_larger_by_clicks(tmp_path: Path) -> None:
         [again] = [path for path in wait_for_files(made, 2) if path != original]
         assert frames_of(again).tobytes() == frames_of(original).tobytes()
         press(page, original.name, "larger")
+        page.get_by_text("It will have 128 x 128 pixels, from 64 x 64.").wait_for()
         page.wait_for_selector("#sheet input[type=radio]")
         assert "upscaler.py --input" in page.locator("#sheet pre").inner_text()
         page.get_by_role("button", name="Make it larger").click()
