@@ -278,7 +278,8 @@ def write_queue(folder: Path) -> JobQueue:
     rows = []
     for number, words, code in JOBS:
         process = None if code is None else describe_process(os.getppid())  # the run is its child
-        rows.append({"id": number, "line": f"python {words}", "folder": "/home/me/films", "process": process})
+        row = {"id": number, "line": f"python {words}", "folder": str(folder.parent), "process": process}
+        rows.append(row)
         (folder / "logs" / f"{number}.log").write_text(SAID.get(number, ""), encoding="utf-8")
         if code in (0, 1):
             (folder / "logs" / f"{number}.code").write_text(str(code), encoding="utf-8")
