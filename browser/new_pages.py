@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from markupsafe import escape
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -25,6 +26,7 @@ from browser.answers import (
     answer_form,
     answer_gone,
     answer_move,
+    answer_page,
     answer_template,
     answer_unknown,
     read_query,
@@ -81,6 +83,7 @@ from browser.new_form import (
 from browser.runs import RUNNING
 from browser.said import REPAIR, SaidLine, find_command, read_changes, read_said
 from browser.site import Site
+from browser.typed import typed_anywhere
 from browser.uploads import ADDRESS as UPLOAD
 from browser.uploads import FileUploads, name_of_day
 from browser.views import POLICY
@@ -121,7 +124,7 @@ class DescribePlan:
         if self.changes:
             keys = ", ".join(f"{name} = {value!r}".replace("'", '"') for name, value in self.changes.items())
             return f"{RUN_FILE}: {keys}"
-        return shlex.join(self.words)
+        return typed_anywhere(self.words)
 
 
 class NewPages:
@@ -219,7 +222,7 @@ class NewPages:
             "engine": CAPTION_MODEL,
             "engine_size": describe_engine(CAPTION_MODEL),
             "tried": TRIED,
-            "caption_line": shlex.join(caption_words("", "")),
+            "caption_line": typed_anywhere(caption_words("", ""), folder),
             "said": problem,
             "refused": error if folder is None else "",  # of a button whose folder is gone
         }
@@ -300,9 +303,9 @@ class NewPages:
             "described": described,
             "tries": [] if folder is None else read_tries(errands[TRY], folder),
             "repair_line": self.repair_line(folder),
-            "commands": [] if folder is None else [shlex.join(words) for words in read_commands(folder)],
-            "run_command": "" if described is None else shlex.join(self.run_words(described)),
-            "check_command": "" if folder is None else shlex.join(check_words(folder)),
+            "commands": list_commands(folder),
+            "run_command": "" if described is None else typed_anywhere(self.run_words(described)),
+            "check_command": "" if folder is None else typed_anywhere(check_words(folder)),
             "job": job,
             "run_address": self.find_run(described),
             "captioning": captioning,
@@ -363,6 +366,17 @@ class NewPages:
         described, _ = self.try_read(folder)
         values = self.progress_values(folder, described) | {"refused": refused}
         return answer_template("new_progress.html", "New", values, is_refused=refused != "")
+
+    def show_caption_line(self, request: Request) -> Response:
+        """Return the command that writes captions as a form says, or why there is none."""
+        query = request.query_params
+        folder = find_folder(self.site.runs, query.get("folder", ""))
+        try:
+            words = caption_words(query.get("engine", ""), query.get("question", ""))
+            text = typed_anywhere(words, folder)
+        except OptionError as error:
+            text = str(error)
+        return answer_page(str(escape(text)))
 
     def show_folders(self, request: Request) -> Response:
         """Return the next folders of the list."""
@@ -444,7 +458,7 @@ class NewPages:
     def repair_line(self, folder: Path | None) -> str:
         """Return the command that converts captions of a folder to UTF-8; empty if there is none."""
         words = [] if folder is None else find_repair(folder)
-        return shlex.join(words)
+        return typed_anywhere(words) if words else ""
 
     def plan_or_none(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None
@@ -665,6 +679,13 @@ def _file_options(row: ModelRow | None) -> list[str]:
     return list(dict.fromkeys(part.option.lstrip("-") for part in row.model.components if part.option))
 
 
+def list_commands(folder: Path | None) -> list[str]:
+    """Return the commands that the run of a described folder consists of, as they are typed."""
+    if folder is None:
+        return []
+    return [typed_anywhere(words, folder) for words in read_commands(folder)]
+
+
 def new_routes(site: Site) -> list[Route]:
     """Return the routes of the page New."""
     pages = NewPages(site)
@@ -673,6 +694,7 @@ def new_routes(site: Site) -> list[Route]:
         Route("/new/progress", pages.show_progress),
         Route("/new/folders", pages.show_folders),
         Route("/new/checked", pages.show_check),
+        Route("/new/caption_line", pages.show_caption_line),
         Route("/new/file", answer_form(pages.look_at_file), methods=["POST"]),
         Route(UPLOAD, pages.uploads.take, methods=["POST"]),
         *file_routes(pages.files),

@@ -361,7 +361,10 @@ def as_typed(words: Sequence[str]) -> str:
 
     In the installed package, scripts are its console commands.
     """
-    words = command_words(words)
+    return quote_for_shell(command_words(words))
+
+
+def quote_for_shell(words: Sequence[str]) -> str:
     return shlex.join(words) if os.name != "nt" else quote_for_windows(words)
 
 

@@ -41,7 +41,13 @@ PICTURE = np.full((32, 48, 3), 90, np.uint8)
 PROMPT = 'a <b>cat</b> & "dog" ü --w 9'
 
 
-def write_generating(folder: Path, name: str = "x", trained_on: str = "wan") -> None:
+def write_generating(
+    folder: Path,
+    name: str = "x",
+    trained_on: str = "wan",
+    script: str = "wan_generate_video.py",
+    task: str = "--task t2v-1.3B ",
+) -> None:
     """Write a run of the pocket model with two LoRA files, the lowest loss at step 2."""
     write_run(folder, name)
     history = History(history_path(folder, name), 1, 6)
@@ -51,7 +57,7 @@ def write_generating(folder: Path, name: str = "x", trained_on: str = "wan") -> 
         history.add(step, saved=file.name)
         history.add(step, validation={"validation/loss": loss})
     models = " ".join(f"--{part} '{POCKET / part}.safetensors'" for part in ("dit", "vae", "t5"))
-    command = f"python wan_generate_video.py --task t2v-1.3B {models} --flow_shift 3.0 "
+    command = f"python {script} {task}{models} --flow_shift 3.0 "
     command += f"--lora_weight '{folder}/{name}-step4.safetensors' --lora_multiplier 0.8 "
     command += "--prompt 'a square' --video_size 48 64 --video_length 5 --infer_steps 2 --guidance_scale 5.0 "
     command += "--seed 5 --save_path out"
@@ -187,6 +193,40 @@ def test_two_pages_keep_forms_of_their_own(served: Served) -> None:
         other.reload()
         assert page.get_by_label("Prompt").input_value() == "of the first"
         assert other.get_by_label("Prompt").input_value() == "of the second"
+
+
+def test_a_last_file_and_its_step_file_are_one_row(served: Served, root: Path) -> None:
+    for name in ("x", "x-step4"):
+        path = root / "out" / f"{name}.safetensors"
+        save_file({"x": torch.full((1,), 4.0)}, path, {"sshs_model_hash": "4" * 64})
+    with history_path(root / "out", "x").open("a", encoding="utf-8") as history:
+        history.write('{"step": 4, "saved": "x.safetensors"}\n')
+    with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        names = [text.split()[1] for text in page.locator(".loras li").all_inner_texts()]
+        assert names == ["x-step4.safetensors", "x-step2.safetensors"]
+        assert page.get_by_label("use x-step4.safetensors").is_checked()
+        assert "step 4 · loss 0.3" in page.locator(".loras li").first.inner_text()
+        assert f"--lora_weight {root}/out/x-step4.safetensors" in page.locator("#command").inner_text()
+
+
+def test_loras_of_other_models_stand_behind_a_word_with_the_reason(root: Path) -> None:
+    write_generating(root / "large", "large", task="--task t2v-14B ")
+    write_generating(root / "flat", "flat", script="flux_2_generate_image.py", task="")
+    with serve(root) as served, open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        first, second = page.locator(".loras").all()
+        assert all("use x" in text for text in first.locator("li").all_inner_texts())
+        assert not second.is_visible()
+        page.get_by_text("LoRAs of other models").click()
+        texts = second.locator("li").all_inner_texts()
+        assert ["trained for t2v-14B, not t2v-1.3B" in text for text in texts] == [True] * 3 + [False] * 3
+        assert ["of flux_2, not wan" in text for text in texts] == [False] * 3 + [True] * 3
+        assert second.get_by_role("checkbox").count() == 3
+        page.get_by_label("use large-step4.safetensors").check()
+        wait_until(page, "document.querySelector('#command').textContent.includes('large-step4')")
+        wait_until(page, "location.search.startsWith('?draft=')")
+        page.reload()
+        assert page.locator(".loras").first.get_by_text("large-step4").is_visible()
+        assert page.problems == []
 
 
 def test_shape_slider_and_lock_set_what_they_say(served: Served) -> None:
@@ -586,7 +626,7 @@ def test_nothing_is_written_with_read_only(root: Path, tmp_path: Path) -> None:
         page = served.ask(f"/generate?run={run_id(served)}").text
         for text in ("hx-post", ">Make<", "Free the card", 'type="file"'):
             assert text not in page
-        assert "python wan_generate_video.py" in page
+        assert f"python {ROOT / 'wan_generate_video.py'}" in re.sub("<!--.*?-->", "", page)
         assert post(served, "make", fields_of(served)).status == 403
         assert post(served, "form", fields_of(served)).status == 403
         assert send(served, "file", tmp_path / "a.png").status == 403
