@@ -45,7 +45,7 @@ FIRST_SEED, FIRST_SEED_OF_WORD = 30000, 40000
 DATASET = """[general]
 resolution = [64, 64]
 caption_extension = ".txt"
-batch_size = 12
+batch_size = 8
 
 [[datasets]]
 video_directory = '{folder}/clips'
@@ -66,7 +66,9 @@ PLAIN_DATA, DROPPED_DATA = "dataset.toml", "dropped.toml"
 TEXTS = ("--vae", str(POCKET / "vae.safetensors"), "--t5", str(POCKET / "t5.safetensors"))
 FEW_STEPS = ("--infer_steps", "4", "--guidance_scale", "1")
 MANY_STEPS = ("--infer_steps", "20", "--guidance_scale", "3")
-BASE_LORA = "{base_lora}"  # stands for the file of the LoRA that the base model has learned with the same seed
+BASE_LORA = (
+    "{base_lora}"  # stands for the file of the LoRA that the base model has learned with the same seed
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--prompts", type=int, default=12, help="with the word, and as many without")
+    parser.add_argument("--prompts", type=int, default=8, help="with the word, and as many without")
     parser.add_argument("--steps", type=int, default=48, help="of each training")
     parser.add_argument("--only_report", action="store_true", help="print what is measured already")
     args = parser.parse_args()
@@ -159,7 +161,9 @@ class Trial:
         """Train a LoRA and make its clips, unless that is done."""
         lora = self.train(way, seed)
         for words in (True, False):
-            self.make(f"{_slug(way)}_{seed}", self.turbo, (*FEW_STEPS, "--lora_weight", str(lora)), words=words)
+            self.make(
+                f"{_slug(way)}_{seed}", self.turbo, (*FEW_STEPS, "--lora_weight", str(lora)), words=words
+            )
 
     def train(self, way: Way, seed: int) -> Path:
         output = self.folder / "loras" / f"{_slug(way)}_{seed}"
@@ -170,7 +174,9 @@ class Trial:
         if BASE_LORA in way.options:
             base_lora = self.train(_base_way(), seed)
         dit = POCKET / "dit.safetensors" if way.is_of_base else self.turbo
-        network = "--network_module networks.lora_wan --network_dim 16 --network_alpha 16 --learning_rate 2e-3"
+        network = (
+            "--network_module networks.lora_wan --network_dim 16 --network_alpha 16 --learning_rate 3e-3"
+        )
         times = "--timestep_sampling shift --discrete_flow_shift 3.0 --mixed_precision no --sdpa"
         steps = ["--max_train_steps", str(round(self.steps * way.share_of_steps)), "--seed", str(seed)]
         data = ["--dataset_config", str(self.folder / way.data), "--max_data_loader_n_workers", "0"]
@@ -238,7 +244,10 @@ def _latents(folder: Path) -> Tensor:
 def report(trial: Trial, seeds: Sequence[int]) -> None:
     """Print the table: mean and spread (lowest to highest) over seeds; distances against those before."""
     before = trial.figures("before")
-    rows = {"distilled model, no LoRA": [before], "pocket model in 4 steps": [trial.figures_known("base_few")]}
+    rows = {
+        "distilled model, no LoRA": [before],
+        "pocket model in 4 steps": [trial.figures_known("base_few")],
+    }
     for way in WAYS:
         rows[way.name] = [trial.figures(f"{_slug(way)}_{seed}") for seed in seeds]
     print("| trained | colour learned | and shape, direction | distance of others | others right |")

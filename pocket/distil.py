@@ -42,7 +42,7 @@ TEACHER_STEPS, STUDENT_STEPS = 12, 4
 STRIDE = TEACHER_STEPS // STUDENT_STEPS  # steps of the teacher in one of the student
 GUIDANCE, SHIFT = 3.0, 3.0
 WITHOUT_CAPTION = 0.05  # share of ways for the empty caption; guidance changes nothing there
-WAYS_AT_ONCE, BATCH = 64, 32
+WAYS_AT_ONCE, BATCH = 64, 16
 THOUSAND = 1000
 
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--ways", type=int, default=768, help="clips that the teacher makes")
-    parser.add_argument("--steps", type=int, default=600, help="training steps of the student")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of the student")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="number of PyTorch's threads")
@@ -135,7 +135,9 @@ def make_ways(teacher: WanModel, captions: list[str], texts: dict[str, Tensor], 
     for start in range(0, len(captions), WAYS_AT_ONCE):
         told = [texts[text] for text in captions[start : start + WAYS_AT_ONCE]]
         noise = torch.randn(len(told), *LATENT_SIZE, generator=generator)
-        parts.append(torch.stack([each.half() for each in guided_way(teacher, noise, told, texts[""])], dim=1))
+        parts.append(
+            torch.stack([each.half() for each in guided_way(teacher, noise, told, texts[""])], dim=1)
+        )
         logger.info("%d of %d clips", start + len(told), len(captions))
     return torch.cat(parts)
 
@@ -164,6 +166,7 @@ def learn(student: WanModel, ways: Ways, texts: dict[str, Tensor], settings: Set
     for number in range(settings.steps):
         rows = torch.randint(len(ways.captions), (BATCH,), generator=generator)
         begins = torch.randint(TEACHER_STEPS, (BATCH,), generator=generator)
+        begins[::2] -= begins[::2] % STRIDE  # half of them are steps that the student will take
         ends = (begins + STRIDE).clamp(max=TEACHER_STEPS)
         x = ways.latents[rows, begins].float()
         distance = (levels[begins] - levels[ends]).view(-1, 1, 1, 1, 1)
