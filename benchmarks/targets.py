@@ -1,15 +1,17 @@
-"""Measure which targets of docs/targets.md keep the few steps of a distilled model while it learns something new.
+"""Measure which targets of docs/targets.md keep the few steps of a distilled model while it learns.
 
     python benchmarks/targets.py FOLDER
 
-The pocket model is distilled to 4 steps with guidance in it (`pocket/distil.py`). Then LoRAs learn a colour that
-it has no word for, from 12 clips beside 24 of what it knows, each with another target and with several seeds, by the commands that users
-type. Clips of prompts with the word and without are made in 4 steps, of equal noise. Two things are measured:
+The pocket model is distilled to 4 steps with guidance in it (`pocket/distil.py`). Then LoRAs learn a colour
+that it has no word for, from 12 clips beside 24 of what it knows, each with another target and with several
+seeds, by the commands that users type. Clips of prompts with the word and without are made in 4 steps, of equal
+noise. Two things are measured:
 
-- learned: the share of clips of the word that have the colour, and that also have the shape and the direction of
-  the prompt, as the detectors of the tests see them
-- kept: the distance of the clips without the word from those of the pocket model with guidance and 20 steps, against
-  the distance of the distilled model without a LoRA; and the share with the right shape, colour and direction
+- learned: the share of clips of the word that have the colour, and that also have the shape and the direction
+  of the prompt, as the detectors of the tests see them
+- kept: the distance of the clips without the word from those of the pocket model with guidance and 20 steps,
+  against the distance of the distilled model without a LoRA; and the share with the right shape, colour and
+  direction
 
 FOLDER keeps what is done, so that the command goes on where it was.
 """

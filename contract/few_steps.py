@@ -34,7 +34,7 @@ class KeepingTarget:
 
 
 def transfer_from(base: str, file: str) -> KeepingTarget:
-    """Return the target that teaches what a LoRA of the base model changes. file: that model's transformer."""
+    """Return the target that teaches what a LoRA of the base model changes. file: its transformer."""
     lora = "base_lora.safetensors"
     return KeepingTarget(
         f"teach it what a LoRA of {base} changes (write your own paths)",

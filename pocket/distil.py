@@ -1,14 +1,16 @@
-"""Distil the pocket Wan: 4 steps without guidance in place of 12 with it. Trials of targets learn from the result.
+"""Distil the pocket Wan: 4 steps without guidance in place of 12 with it, for trials of targets.
 
 python -m pocket.distil FOLDER      writes FOLDER/turbo.safetensors
 
-The pocket model makes clips with guidance 3 in 12 Euler steps at shift 3, of noise and captions. At every step on
-such a way the student learns the mean velocity over the next quarter of the way: so 4 steps without guidance
+The pocket model makes clips with guidance 3 in 12 Euler steps at shift 3, of noise and captions. At every step
+on such a way the student learns the mean velocity over the next quarter of the way: so 4 steps without guidance
 lead where the teacher's 12 steps with guidance do. This is one stage of progressive distillation (Salimans and
-Ho 2022, arXiv 2202.00512) that starts from every step of the way; released models were distilled in other ways.
+Ho 2022, arXiv 2202.00512) that starts from every step of the way; released models were distilled in other
+ways.
 """
 
 import argparse
+import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -146,7 +148,7 @@ def guided_way(teacher: WanModel, x: Tensor, told: list[Tensor], empty: Tensor) 
     """Yield latents B C F H W before each step and after the last."""
     levels = noise_levels()
     yield x
-    for level, following in zip(levels, levels[1:]):
+    for level, following in itertools.pairwise(levels):
         times = level.expand(2 * len(x)) * THOUSAND
         with torch.autocast("cpu", torch.bfloat16):
             both = teacher(torch.cat([x, x]), times, [*told, *[empty] * len(x)])

@@ -2,8 +2,8 @@
 
 python -m pocket.slide FOLDER       red at strength 1, blue at -1; prints what clips at -1, 0 and 1 show
 
-The scripts of training and generation run as users type them. The prompts name no colour. Each is made with one
-noise at three strengths; the detectors of the tests say what a clip shows.
+The scripts of training and generation run as users type them. The prompts name no colour. Each is made with
+one noise at three strengths; the detectors of the tests say what a clip shows.
 """
 
 import argparse

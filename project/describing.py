@@ -430,13 +430,13 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
 
 
 def _describe_targets(choice: Choice) -> list[str]:
-    """Return comments with the options that keep the steps of a distilled model, each in the form of a key."""
+    """Return comments with the options that keep the steps of a distilled model, in the form of keys."""
     few_steps = choice.facts.few_steps
     if few_steps is None:
         return []
     lines = [
         "",
-        "# This model was distilled to few steps, which plain training unlearns: see docs/targets.md.",
+        "# This model was distilled to few steps. Plain training unlearns them: see docs/targets.md.",
     ]
     for target in few_steps.targets:
         lines.append(f"# To {target.about}:")

@@ -387,8 +387,8 @@ def _check_preserving(options: TrainingOptions, table: DatasetTable) -> None:
         )
     if options.slider is not None:
         raise OptionError(
-            f"{key} cannot be had with --slider {options.slider}, which learns its own captions and not those "
-            "of the table. Leave it out; an anchor in the slider's file keeps what a caption makes"
+            f"{key} cannot be had with --slider {options.slider}, which learns its own captions and "
+            "not those of the table. Leave it out; an anchor in the slider's file keeps what a caption makes"
         )
 
 
