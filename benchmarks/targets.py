@@ -4,8 +4,8 @@
 
 The pocket model is distilled to 4 steps with guidance in it (`pocket/distil.py`). Then LoRAs learn a colour
 that it has no word for, from 12 clips beside 24 of what it knows, each with another target and with several
-seeds, by the commands that users type. Clips of prompts with the word and without are made in 4 steps, of equal
-noise. Two things are measured:
+seeds, by the commands that users type. Clips of prompts with the word and without are made in 4 steps, of
+equal noise. Two things are measured:
 
 - learned: the share of clips of the word that have the colour, and that also have the shape and the direction
   of the prompt, as the detectors of the tests see them

@@ -2,11 +2,11 @@
 
 python -m pocket.distil FOLDER      writes FOLDER/turbo.safetensors
 
-The pocket model makes clips with guidance 3 in 12 Euler steps at shift 3, of noise and captions. At every step
-on such a way the student learns the mean velocity over the next quarter of the way: so 4 steps without guidance
-lead where the teacher's 12 steps with guidance do. This is one stage of progressive distillation (Salimans and
-Ho 2022, arXiv 2202.00512) that starts from every step of the way; released models were distilled in other
-ways.
+The pocket model makes clips with guidance 3 in 12 Euler steps at shift 3, of noise and captions. At every
+step on such a way the student learns the mean velocity over the next quarter of the way: so 4 steps without
+guidance lead where the teacher's 12 steps with guidance do. This is one stage of progressive distillation
+(Salimans and Ho 2022, arXiv 2202.00512) that starts from every step of the way; released models were
+distilled in other ways.
 """
 
 import argparse
