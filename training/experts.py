@@ -205,9 +205,10 @@ def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
         logger.warning(
             "The transformer may be distilled for few steps (%s). If it is, plain training unlearns "
             "them: with the trained network it needs more steps, and guidance, for equal quality. "
-            "%s. Or teach this one what a LoRA of that model changes: --teacher dit (docs/targets.md).",
+            "%s. If you train this one, docs/targets.md tells how it keeps more of them: %s.",
             why,
             family.few_steps.instead,
+            ", or ".join(target.options for target in family.few_steps.targets),
         )
 
 
