@@ -40,7 +40,7 @@ from modules.atomic_write import write_text  # noqa: E402
 from pocket import distil  # noqa: E402
 from pocket.clips import write_clips  # noqa: E402
 from pocket.concepts import CLIPS, CONCEPTS, KNOWN_CLIPS, draw_known  # noqa: E402
-from pocket.measure import CLIP, IN_FLOAT32, POCKET, judge, read_verdicts, some_prompts  # noqa: E402
+from pocket.measure import CLIP, IN_FLOAT32, POCKET, Asked, judge, read_verdicts, some_prompts  # noqa: E402
 
 WORD = "zindle"
 FIRST_SEED, FIRST_SEED_OF_WORD = 30000, 40000
@@ -202,7 +202,7 @@ class Trial:
             [*files, *CLIP, *how, *options, "--from_file", str(lines), "--save_path", str(folder)]
         )
 
-    def asked(self, words: bool) -> Mapping[int, object]:
+    def asked(self, words: bool) -> Mapping[int, Asked]:
         if words:
             return some_prompts(self.prompts, FIRST_SEED_OF_WORD, CONCEPTS[WORD])
         return some_prompts(self.prompts, FIRST_SEED)
@@ -213,6 +213,11 @@ class Trial:
         of_word = judge(self.asked(True), read_verdicts(folder / "word"))
         known = judge(self.asked(False), read_verdicts(folder / "known"))
         return Figures(of_word.colour, of_word.all_three, self.distance(name), known.all_three)
+
+    def is_measured(self, name: str) -> bool:
+        """Return whether all clips of a name are there."""
+        folders = [self.folder / "made" / name / kind for kind in ("word", "known")]
+        return all(len(list(folder.glob("*.mp4"))) == self.prompts for folder in folders)
 
     def figures_known(self, name: str) -> Figures:
         """Return what clips show that were made without the word alone."""
@@ -251,13 +256,18 @@ def report(trial: Trial, seeds: Sequence[int]) -> None:
         "pocket model in 4 steps": [trial.figures_known("base_few")],
     }
     for way in WAYS:
-        rows[way.name] = [trial.figures(f"{_slug(way)}_{seed}") for seed in seeds]
-    print("| trained | colour learned | and shape, direction | distance of others | others right |")
-    print("|---|---|---|---|---|")
+        names = [f"{_slug(way)}_{seed}" for seed in seeds]
+        rows[way.name] = [trial.figures(name) for name in names if trial.is_measured(name)]
+    print("| trained | seeds | colour learned | and shape, direction | distance of others | others right |")
+    print("|---|---|---|---|---|---|")
     for name, figures in rows.items():
+        if not figures:
+            continue
         learned = [_percent(figures, attribute) for attribute in ("learned", "whole")]
         distance = _spread([each.distance / before.distance for each in figures], "{:.2f}")
-        print(f"| {name} | {' | '.join(learned)} | {distance} | {_percent(figures, 'right')} |")
+        print(
+            f"| {name} | {len(figures)} | {' | '.join(learned)} | {distance} | {_percent(figures, 'right')} |"
+        )
     write_text(
         trial.folder / "figures.json",
         json.dumps({name: [asdict(each) for each in figures] for name, figures in rows.items()}, indent=1),
