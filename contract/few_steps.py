@@ -59,7 +59,7 @@ class FewSteps:
         "Train on the model that it was made from, or give --training_adapter with a LoRA that undoes the "
         "distillation"
     )
-    targets: tuple[KeepingTarget, ...] = (GUIDED,)  # for those who train it all the same, the best first
+    targets: tuple[KeepingTarget, ...] = (GUIDED,)  # for those who train it all the same, best first
     words: str = ""  # regular expression of further words in names
     # likewise: names with it, "ModelRaw" as "model_raw", are of the model itself
     unless: str = ""

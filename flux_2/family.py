@@ -69,7 +69,7 @@ class Flux2(pictures.ModelOfPictures):
     few_steps: ClassVar = FewSteps(
         "Train on klein-base-4b or klein-base-9b (with its file), whose LoRAs work on klein too, or give "
         "--training_adapter with a LoRA that undoes the distillation",
-        targets=(transfer_from("klein-base", "flux-2-klein-base.safetensors"), GUIDED),
+        targets=(GUIDED, transfer_from("klein-base", "flux-2-klein-base.safetensors")),
         words="klein",
         unless="base",
     )

@@ -16,7 +16,7 @@ KREA_2 = ModelRelease(
 FEW_STEPS = FewSteps(
     "Train on raw (raw.safetensors), whose LoRAs work on Turbo too, or give --training_adapter with a LoRA "
     "that undoes the distillation",
-    targets=(transfer_from("raw", "raw.safetensors"), GUIDED),
+    targets=(GUIDED, transfer_from("raw", "raw.safetensors")),
     unless=r"(?<![a-z])raw(?=_|\d|bf|fp|$)",
 )
 PATCH = 2  # latent pixels along each side of a token

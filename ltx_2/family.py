@@ -112,7 +112,7 @@ class Ltx2(Ltx2Media):
     few_steps: ClassVar = FewSteps(
         "Train on the transformer called dev, whose LoRAs work on the distilled one too, or give "
         "--training_adapter with a LoRA that undoes the distillation",
-        targets=(transfer_from("dev", "ltx-dev.safetensors"), GUIDED),
+        targets=(GUIDED, transfer_from("dev", "ltx-dev.safetensors")),
     )
     cache_tag: str = field(default="ltx2", init=False)
     lora_module: str = field(default=LORA[0].network_module, init=False)

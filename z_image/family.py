@@ -109,7 +109,7 @@ class ZImage(ModelOfPictures):
     few_steps: ClassVar = FewSteps(
         "Train on the base (z_image_bf16.safetensors), whose LoRAs work on Turbo too, or give "
         "--training_adapter with the file of ostris/zimage_turbo_training_adapter",
-        targets=(transfer_from("the base", "z_image_bf16.safetensors"), GUIDED),
+        targets=(GUIDED, transfer_from("the base", "z_image_bf16.safetensors")),
         words="zit",
     )
     cache_tag: str = field(default="zi", init=False)
