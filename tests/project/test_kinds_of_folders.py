@@ -21,7 +21,6 @@ from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.sound_media import Track, write_media
 from tests.tiny.new_models import MODELS, write_new_model
 from tests.tiny.project import moving_square, write_clips
-from tests.training.toy import metadata_of
 
 GERMAN = "ein größerer Bär läuft"
 
@@ -215,28 +214,6 @@ def uncomment(run: str, first: str, count: int) -> str:
     begin = next(number for number, line in enumerate(lines) if line.startswith(f"# {first} = "))
     taken = [line.removeprefix("# ") for line in lines[begin : begin + count]]
     return "\n".join([*lines[:begin], *taken, *lines[begin + count :], ""])
-
-
-@pytest.mark.slow
-def test_both_targets_that_keep_few_steps_train_when_their_lines_are_taken_in(
-    models: Path, tmp_path: Path
-) -> None:
-    folder, elsewhere = describe_short("z_image turbo", "jsonl", models, tmp_path)
-    data, run = folder / "dataset.toml", folder / "run.toml"
-    text = re.sub(r"resolution = .*", "resolution = [32, 32]", data.read_text(encoding="utf-8"))
-    data.write_text(text, encoding="utf-8")
-    written = run.read_text(encoding="utf-8")
-
-    run.write_text(uncomment(written, "guided_target", 2), encoding="utf-8")
-    run_script("reelsmith.py", "run", folder, folder=elsewhere)
-    lora = folder / "output" / "own.safetensors"
-    assert metadata_of(lora)["ss_guided_target"] == "3.0"
-
-    shutil.copy(lora, folder / "base_lora.safetensors")
-    shutil.copy(parse_toml(written)["training"]["dit"], folder / "z_image_bf16.safetensors")
-    run.write_text(uncomment(written, "network_weights", 6).replace('"own"', '"taught"'), encoding="utf-8")
-    run_script("reelsmith.py", "run", folder, folder=elsewhere)
-    assert "ss_teacher_delta" in metadata_of(folder / "output" / "taught.safetensors")
 
 
 @pytest.mark.parametrize("model", ["z_image turbo", "krea2 turbo", "flux schnell", "flux_2 klein-4b"])
