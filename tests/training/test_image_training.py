@@ -111,6 +111,17 @@ def test_samples_that_preserve_the_output_have_the_base_model_as_target(tmp_path
     assert not any(tensor.any() for name, tensor in tensors.items() if "lora_up" in name)
 
 
+def test_samples_that_preserve_the_output_are_refused_beside_a_slider(tmp_path: Path) -> None:
+    write_subset(tmp_path, "custom_attributes.diff_output_preservation = true")
+    slider = tmp_path / "slider.toml"
+    slider.write_text("[[sliders]]\npositive = 'old'\nnegative = 'new'\nneutral = 'a'\n", encoding="utf-8")
+
+    with pytest.raises(
+        OptionError, match="diff_output_preservation cannot be had with --slider .*own captions"
+    ):
+        train_image_toy(tmp_path, ONLY, "--slider", slider)
+
+
 @pytest.mark.parametrize(
     ("option", "occasion"), [("--validate_every_n_steps", "step"), ("--validate_every_n_epochs", "epoch")]
 )
