@@ -11,7 +11,6 @@ from tests.faults.messages import assert_one_message, run_here
 from tests.tiny.families import family_called
 from tests.tiny.runs import RUN, TinyProject, make_project
 from tests.training.toy import metadata_of, same
-from training.planning.memory import WITHOUT_TREAD
 
 KINDS = [
     "wan t2v-1.3B",
@@ -64,12 +63,20 @@ def test_a_mistake_is_told_in_one_message(project: TinyProject, words: Sequence[
     assert_one_message(*run_here(*command, folder=project.folder), message)
 
 
-def test_a_plan_says_that_it_counts_without(project: TinyProject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_counts_the_tokens_that_take_part(
+    project: TinyProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The more pass by, the less is kept for the backward pass; a share of one token in 1000 is none."""
     plans: list[memory_plan.MemoryPlan] = []
     monkeypatch.setattr(memory_plan, "show", lambda plan, _: plans.append(plan))
-    project.run(*project.family.train, *RUN, "--output_dir", "planned", "--plan", "24", *TREAD)
+    for share in ("0.001", "0.25", "0.5"):
+        words = ("--tread", share, "--tread_blocks", "1", "-1", "--plan", "24")
+        project.run(*project.family.train, *RUN, "--output_dir", "planned", *words)
+    project.run(*project.family.train, *RUN, "--output_dir", "planned", "--plan", "24")
 
-    assert WITHOUT_TREAD in plans[0].remarks
+    nothing, quarter, half, plain = [plan.device for plan in plans]
+    assert nothing == plain
+    assert half < quarter < plain
 
 
 @pytest.mark.slow

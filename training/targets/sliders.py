@@ -125,6 +125,11 @@ class SliderTarget:
         """Return the slider of a micro-batch: they take turns."""
         return self.file.sliders[number % len(self.file.sliders)]
 
+    @property
+    def has_anchors(self) -> bool:
+        """Return whether any slider has an anchor."""
+        return any(slider.anchor is not None for slider in self.file.sliders)
+
     def tell(self, batch: Batch, caption: str, device: torch.device) -> Batch:
         """Return a batch with a caption in place of its own."""
         tensors = dict(batch.tensors)
@@ -159,8 +164,13 @@ def slider_passes(
     start = passes.base(neutral)
     change = passes.base(tell(slider.positive)) - passes.base(tell(slider.negative))
     anchor = anchor_target = None
-    if slider.anchor is not None:
-        anchor = tell(slider.anchor)
+    anchor_caption = slider.anchor
+    anchor_weight = slider.weight * slider.anchor_weight
+    if anchor_caption is None and passes.rule.in_lockstep and target.has_anchors:
+        # another process may have a slider with an anchor just now: all run equal passes
+        anchor_caption, anchor_weight = slider.neutral, 0.0
+    if anchor_caption is not None:
+        anchor = tell(anchor_caption)
         anchor_target = passes.base(anchor)
     for strength in (1.0, -1.0):
         with at_strength(strength):
@@ -172,7 +182,7 @@ def slider_passes(
                 continue
             passes.restart(noisy_batch)
             errors = measure_plainly(passes, passes.learning(anchor), anchor_target, anchor)
-            yield tuple(slider.weight * slider.anchor_weight * error for error in errors)
+            yield tuple(anchor_weight * error for error in errors)
 
 
 def encode_sliders(family: Family, file: SliderFile, device: torch.device) -> SliderTarget:
