@@ -83,19 +83,20 @@ def mask_for(network: nn.Module, rule: RankRule, rank: int, num_parts: int = 1) 
     return masks.setdefault((rule, rank, num_parts), RankMask(rule, rank, num_parts))
 
 
-def set_levels(network: object, levels: Tensor) -> None:
+def set_levels(network: nn.Module, levels: Tensor) -> None:
     """Set the levels of the next pass of a network; do nothing if it has no masks.
 
     levels: S, the share of noise of each sample; a single one is for all.
     """
-    masks: Mapping[Any, RankMask] | None = getattr(network, _MASKS, None)
+    # its own fields: a module looks for what it lacks in three more places, in each step of every training
+    masks: Mapping[Any, RankMask] | None = network.__dict__.get(_MASKS)
     for mask in masks.values() if masks else ():
         mask.set_levels(levels)
 
 
-def set_level(network: object, level: float, device: torch.device) -> None:
+def set_level(network: nn.Module, level: float, device: torch.device) -> None:
     """Set the same level for all samples of the next pass, as `set_levels`. device: to compute on."""
-    if getattr(network, _MASKS, None):
+    if network.__dict__.get(_MASKS):
         set_levels(network, torch.full((1,), level, device=device))
 
 

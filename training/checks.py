@@ -86,7 +86,7 @@ def check_tread(family: Family, options: TreadOptions, counts: Sequence[int]) ->
         reason = "its blocks have a second stream, the sound, which would need a choice of its own"
     elif family.dit.side_list:
         reason = "a second stream of blocks adds to all tokens of the first one"
-    elif getattr(family, "controlnet", None) is not None:
+    elif family.dit.has_additions:
         reason = "the ControlNet adds to all tokens behind each block"
     if reason:
         raise OptionError(f"{name}: the model {family.name} cannot leave out tokens: {reason}. Leave it out")

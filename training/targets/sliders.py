@@ -55,6 +55,11 @@ class SliderFile:
     guidance: float  # how far the result of the neutral caption moves
     sliders: tuple[Slider, ...]
 
+    @property
+    def has_anchors(self) -> bool:
+        """Return whether any slider has an anchor."""
+        return any(slider.anchor is not None for slider in self.sliders)
+
 
 def read_sliders(path: Path) -> SliderFile:
     """Read a file of --slider. Raises OptionError that names the file, the key and what to write."""
@@ -125,11 +130,6 @@ class SliderTarget:
         """Return the slider of a micro-batch: they take turns."""
         return self.file.sliders[number % len(self.file.sliders)]
 
-    @property
-    def has_anchors(self) -> bool:
-        """Return whether any slider has an anchor."""
-        return any(slider.anchor is not None for slider in self.file.sliders)
-
     def tell(self, batch: Batch, caption: str, device: torch.device) -> Batch:
         """Return a batch with a caption in place of its own."""
         tensors = dict(batch.tensors)
@@ -166,7 +166,7 @@ def slider_passes(
     anchor = anchor_target = None
     anchor_caption = slider.anchor
     anchor_weight = slider.weight * slider.anchor_weight
-    if anchor_caption is None and passes.rule.in_lockstep and target.has_anchors:
+    if anchor_caption is None and passes.rule.in_lockstep and target.file.has_anchors:
         # another process may have a slider with an anchor just now: all run equal passes
         anchor_caption, anchor_weight = slider.neutral, 0.0
     if anchor_caption is not None:
