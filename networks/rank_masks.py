@@ -9,6 +9,7 @@ Source: Soboleva et al. 2025, arXiv 2507.05964.
 """
 # Letters: S samples, R rank
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,10 +101,10 @@ def set_level(network: nn.Module, level: float, device: torch.device) -> None:
         set_levels(network, torch.full((1,), level, device=device))
 
 
-def rule_of(metadata: Mapping[str, str]) -> RankRule | None:
+def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule | None:
     """Return the rule that a LoRA was trained with, as its metadata say; None: all ranks act.
 
-    Raises CheckpointError if its numbers cannot be read.
+    path: of the file, for messages. Raises CheckpointError if its numbers cannot be read.
     """
     text = metadata.get("ss_network_args", "")
     if TLORA not in text:
@@ -115,15 +116,19 @@ def rule_of(metadata: Mapping[str, str]) -> RankRule | None:
     if str(arguments.get(TLORA, "")).lower() != "true":
         return None
     usual = RankRule()
+    least_text = arguments.get(TLORA_MIN_RANK, usual.least)
+    power_text = arguments.get(TLORA_ALPHA, usual.power)
     try:
-        least = int(arguments.get(TLORA_MIN_RANK, usual.least))
-        power = float(arguments.get(TLORA_ALPHA, usual.power))
-    except (ValueError, TypeError) as error:
+        rule = RankRule(int(least_text), float(power_text))
+    except (ValueError, TypeError, OverflowError):
+        rule = RankRule(0)
+    if rule.least < 1 or not 0 < rule.power < math.inf:
         raise CheckpointError(
-            f"the metadata of a LoRA say {TLORA}=True with values that are no numbers: {error}. Copy it "
-            "again."
-        ) from error
-    return RankRule(least, power)
+            f"{path or 'a LoRA'}: its metadata say {TLORA}=True with {TLORA_MIN_RANK}={least_text!r} and "
+            f"{TLORA_ALPHA}={power_text!r}, which are no rank from 1 and no number above 0. Copy it again.",
+            path,
+        )
+    return rule
 
 
 def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:

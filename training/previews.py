@@ -97,7 +97,8 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     counters = findings.load_counters(family.text_encoders)
     texts = find_live_texts(family, options, config)
     check_targets(family, options, texts)
-    check_tread(family, options.tread, ())
+    if options.tread.tread is not None:
+        check_tread(family, options.tread, family.block_counts() if family.dit_files else ())
     plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     seed = options.validation.validation_seed
     if seed is None:

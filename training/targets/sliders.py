@@ -67,7 +67,9 @@ def read_sliders(path: Path) -> SliderFile:
     try:
         content = parse_toml(read_text(path))
     except (OSError, ValueError) as error:
-        raise OptionError(f"{place}: it is not a TOML file ({error})") from None
+        raise OptionError(
+            f"{place}: it is not a TOML file ({error}). Give one with [[sliders]]: docs/targets.md shows it"
+        ) from None
     _refuse_unknown(place, content, FILE_KEYS)
     tables = content.get("sliders")
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
@@ -85,7 +87,7 @@ def read_sliders(path: Path) -> SliderFile:
 def _refuse_unknown(place: str, table: Mapping[str, Any], known: Sequence[str]) -> None:
     unknown = [key for key in table if key not in known]
     if unknown:
-        raise OptionError(f"{place}: unknown key {unknown[0]}. Known are {', '.join(known)}")
+        raise OptionError(f"{place}: unknown key {unknown[0]}. Use {', '.join(known)}")
 
 
 def _read_slider(place: str, table: Mapping[str, Any]) -> Slider:
@@ -95,11 +97,15 @@ def _read_slider(place: str, table: Mapping[str, Any]) -> Slider:
         if text is None and key in TEXTS:
             raise OptionError(f'{place}: it has no {key}. Write {key} = "a caption"')
         if text is not None and not isinstance(text, str):
-            raise OptionError(f"{place}: {key} = {text!r} is not a caption in quotes")
+            raise OptionError(f'{place}: {key} = {text!r} is not a caption. Write {key} = "a caption"')
     if table["positive"] == table["negative"]:
-        raise OptionError(f"{place}: positive and negative are equal, so there is nothing to slide between")
+        raise OptionError(
+            f"{place}: positive and negative are equal, so there is nothing to slide between. Write two ends"
+        )
     if "anchor_weight" in table and "anchor" not in table:
-        raise OptionError(f"{place}: anchor_weight needs an anchor")
+        raise OptionError(
+            f'{place}: anchor_weight needs an anchor. Write anchor = "a caption", or leave it out'
+        )
     return Slider(
         positive=table["positive"],
         negative=table["negative"],
