@@ -116,8 +116,8 @@ def _check_oft(settings: LoraSettings, has_others: bool) -> None:
         )
     if max(sizes) > MOST_BLOCK:
         raise OptionError(
-            f"--network_dim {max(sizes)}: {MOST_BLOCK} is the most values in a block of an OFT. Give less, such "
-            "as 32"
+            f"--network_dim {max(sizes)}: {MOST_BLOCK} is the most values in a block of an OFT. Give less; "
+            "32 is usual"
         )
 
 
