@@ -106,6 +106,10 @@ _NOTHING = {
         "it belongs to the noise of Stable Diffusion"
     ),
     "rcfg ctr": "it is for lines of prompts, of models that have it",
+    "save_precision": (
+        "it is for files of trainings; merged models have the dtypes of the model's file: float32 would be "
+        "rounded to the nearest when it is loaded in 16 bits"
+    ),
     "empty_prompt": "it is for the script that caches texts, which is run before a training",
     "load_tensors": "it is a key of a dataset file, load_tensors = true in a table, which caching reads",
     "do_differential_guidance differential_guidance differential_guidance_scale": (

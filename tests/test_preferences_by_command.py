@@ -110,6 +110,7 @@ def test_pairs_are_learned_and_resumed_with_equal_bytes(project: TinyProject) ->
 
 def test_pairs_of_a_list_are_those_of_folders(project: TinyProject) -> None:
     """Its lines name the worse ones as worse_path; one line without is refused."""
+    project.run(*project.family.cache_latents)
     folder = project.folder
     rows = []
     for path in sorted((folder / "clips").iterdir()):
@@ -139,7 +140,7 @@ def test_pairs_of_a_list_are_those_of_folders(project: TinyProject) -> None:
     del rows[0]["worse_path"]
     write_rows(folder / "pairs.jsonl", rows)
     said = run_here(*with_config(project.family.cache_latents), *listed, folder=folder)
-    assert_one_message(*said, "have no worse_path, while others have", remedy=False)
+    assert_one_message(*said, "no worse_path, while others have", remedy=False)
 
 
 def with_config(words: Sequence[str]) -> list[str]:

@@ -76,6 +76,7 @@ LETTERS: Mapping[str, tuple[tuple[str, str, str], ...]] = {  # script, words, wh
         (MAKE, "--lora_roundings nearest", "Did you mean --lora_rounding?"),
         (CONVERT, "--lora_rounding nearest", "Leave it out"),
         (MERGE, "--lora_rounding auto nearest", "belongs to no option"),
+        (MERGE, "--save_precision float", "the dtypes of the model's file"),
         (TRAIN, "--base_weights none.safetensors --lora_rounding nearest", "no such file"),
     ),
     "priors": (
