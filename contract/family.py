@@ -86,6 +86,7 @@ class DitSpec:
     # the last of two lists, if its blocks are those of a second stream (`Hidden.side`): each runs before the
     # first of an equal share of the other list's blocks
     side_list: str = ""
+    has_additions: bool = False  # what is beside it, as a ControlNet, adds to all tokens (`Hidden.added`)
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
     # the same for other forms, by the form's name, if it differs
     form_exclude: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)

@@ -104,7 +104,7 @@ FLOORS = {
         {"data", "optimizers"},
         {"targets"},
         {"averages", "options", "samples"},
-        {"caching_inside", "edited_prompts", "experts", "image_options"},
+        {"caching_inside", "edited_prompts", "experts", "image_options", "target_costs"},
         {"checks", "resuming"},
         {"plan"},
         {"planning", "validation"},

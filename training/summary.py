@@ -31,6 +31,7 @@ from training.reports.sample_files import FOLDER
 from training.run_options import LEAST_STEPS, SampleOptions
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
+from training.target_costs import describe_targets
 from training.training_run import TrainingRun
 
 MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less
@@ -97,6 +98,7 @@ def _learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
         ("alpha", None if network is None else judge_alpha(network, sizes)),
         ("data", _describe_data(plan)),
         ("timesteps", "\n".join(describe_times(options.timesteps, plan.config.datasets))),
+        ("targets", "\n".join(describe_targets(options)) or None),
         ("steps", _describe_length(plan)),
         ("learning rate", judge_rate(options)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),

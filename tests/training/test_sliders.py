@@ -136,7 +136,7 @@ def test_a_strength_that_is_none_is_refused(tmp_path: Path, value: str) -> None:
     ("text", "message"),
     [
         ("", r"it has no \[\[sliders\]\]"),
-        ("positive = 'a'", "unknown key positive. Known are guidance, sliders"),
+        ("positive = 'a'", "unknown key positive. Use guidance, sliders"),
         ("[[sliders]]\npositive = 'a'\nnegative = 'b'", 'it has no neutral. Write neutral = "a caption"'),
         ("[[sliders]]\npositive = 'a'\nnegative = 'a'\nneutral = 'b'", "positive and negative are equal"),
         ("[[sliders]]\npositive = 1\nnegative = 'a'\nneutral = 'b'", "positive = 1 is not a caption"),
