@@ -70,8 +70,10 @@ def config_json(**changes: Any) -> dict[str, Any]:
 def write_dit(
     folder: Path, state: Mapping[str, Tensor], dialect: str = "safetensors", name: str = "qwen_image_2.1"
 ) -> Path:
-    """Write a transformer in one of the layouts of `write_dialect`. Returns what a user gives to --dit."""
+    """Write a transformer in a layout of `write_dialect`, or "comfyui". Returns what --dit is given."""
     folder.mkdir(parents=True, exist_ok=True)
+    if dialect == "comfyui":
+        return save(folder / f"{name}.safetensors", in_comfyui_names(state))
     return write_dialect(folder / f"{name}.safetensors", state, dialect, dict)
 
 
