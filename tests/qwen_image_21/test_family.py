@@ -18,6 +18,7 @@ import qwen_image_21_generate_image
 from contract.loading import Placement
 from contract.requests import Prepared, Request
 from generation.prompt_lines import parse_generation_line
+from generation.request import prepare_line
 from modules.errors import CheckpointError, OptionError
 from modules.flow.solvers import solver_for
 from qwen_image_21.family import QwenImage21
@@ -222,6 +223,24 @@ def test_an_empty_negative_prompt_is_one_and_guidance_needs_one(family: QwenImag
     with pytest.raises(OptionError, match="--guidance_scale 4 .* need a --negative_prompt"):
         prepare(family, guidance_scale=4.0)
     assert prepare(family, guidance_scale=4.0, negative_prompt=" ").guidance_scale == (4.0,)
+
+
+def test_an_edit_without_a_size_has_the_shape_of_its_last_picture(
+    family: QwenImage21, tmp_path: Path
+) -> None:
+    """About a megapixel; without a picture 1024 x 1024; a size that is typed counts."""
+    write_image(tmp_path / "first.png", 64, 64)
+    write_image(tmp_path / "last.png", 120, 60)
+    pictures = ["--control_image_path", str(tmp_path / "first.png"), str(tmp_path / "last.png")]
+    for words, size in (
+        ([], (1024, 1024)),
+        (pictures, (1440, 736)),
+        ([*pictures, "--image_size", "64", "96"], (96, 64)),
+    ):
+        made = prepare_line(family, options_of("--prompt", "x", *words), {})
+        assert (made.width, made.height) == size
+        assert made.prompts[0].negative is not None
+        assert len(made.prompts[0].negative.pictures) == len(made.prompts[0].positive.pictures)
 
 
 def test_other_spellings_of_the_dtype_exclude_each_other() -> None:
