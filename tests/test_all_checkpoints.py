@@ -22,12 +22,14 @@ import hunyuan_model.checkpoints
 import krea2.files
 import lumina.files
 import qwen_image.files
+import qwen_image_21.files
 import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
 import tests.tiny.krea2 as tiny_krea2
 import tests.tiny.lumina as tiny_lumina
 import tests.tiny.qwen_image as tiny_qwen_image
+import tests.tiny.qwen_image_21 as tiny_qwen_image_21
 import tests.tiny.z_image as tiny_z_image
 import wan.checkpoints
 import z_image.files
@@ -119,6 +121,10 @@ KINDS = {
         Kind("lumina", lumina.files, tiny_lumina, dit("a Lumina-Image-2.0", GIVEN), NAMED_THERE),
         Kind("qwen_image", qwen_image.files, tiny_qwen_image, dit("a Qwen-Image")),
         Kind("krea2", krea2.files, tiny_krea2, dit("a Krea 2"), NAMED_THERE),
+        Kind(
+            *("qwen_image_21", qwen_image_21.files, tiny_qwen_image_21, dit("a Qwen-Image-2.1")),
+            (*SHARED, "comfyui"),
+        ),
         Kind("z_image", *Z_IMAGE),
         Kind("z_image comfy", *Z_IMAGE, joins=True),
         Kind(
@@ -174,6 +180,7 @@ FP8_FILES = {
     "hunyuan i2v": hunyuan_dit.FP8_DIALECTS,
     "framepack": framepack_dit.FP8_DIALECTS,
     **dict.fromkeys(("flux_2 dev", "qwen_image", "krea2", "z_image", "z_image comfy"), wan_dit.FP8_DIALECTS),
+    "qwen_image_21": wan_dit.FP8_DIALECTS,
 }
 
 
@@ -443,6 +450,10 @@ KREA = {
     **{"rotary_widths": (32, 48, 48), "text": Krea2StreamConfig(2560, 6912, 20, 20)},
 }
 # manifest -> name of KINDS, dimensions of the released model
+QWEN_21 = {
+    **{"dim": 4096, "ffn_dim": 12288, "num_heads": 32, "num_layers": 32, "channels": 64, "text_dim": 4096},
+    "axes": (16, 56, 56),
+}
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         manifest: ("hunyuan t2v", {**VIDEO, "pooled_dim": 768, "kind": "i2v" if "i2v" in manifest else "t2v"})
@@ -462,6 +473,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     },
     "qwen-image-dit": ("qwen_image", {"num_layers": 60, "dim": 3072, "num_heads": 24}),
     **dict.fromkeys(("krea2-dit", "krea2-dit-diffusers"), ("krea2", KREA)),
+    **dict.fromkeys(("qwen-image-2.1-dit", "qwen-image-2.1-dit-diffusers"), ("qwen_image_21", QWEN_21)),
     "z-image-dit": ("z_image", Z),
     "z-image-dit-comfy": ("z_image", Z),
     "hunyuanimage2.1-dit": (
@@ -494,6 +506,7 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, man
         *(("flux_2 klein", name) for name in ("txt_in", "single_blocks.0.linear1")),
         *(("qwen_image", name) for name in ("txt_in", "transformer_blocks.0.attn.to_q")),
         *(("krea2", name) for name in ("first", "txtfusion.refiner_blocks.0.attn.wq", "blocks.0.attn.gate")),
+        *(("qwen_image_21", name) for name in ("img_in", "transformer_blocks.0.img_mlp.gate_layer")),
         *(("z_image", name) for name in ("all_x_embedder.2-1", "layers.0.feed_forward.w1")),
         ("lumina", "t_embedder.mlp.0"),
     ],
@@ -518,6 +531,13 @@ SENSELESS: dict[str, list[tuple[str, tuple[int, ...]]]] = {
     "qwen_image": [
         ("transformer_blocks.0.attn.to_k.bias", ()),
         ("transformer_blocks.0.attn.norm_q.weight", (0,)),
+        ("img_in.weight", (0, 64)),
+    ],
+    "qwen_image_21": [
+        ("transformer_blocks.0.attn.norm_q.weight", (0,)),
+        ("transformer_blocks.0.attn.norm_q.weight", (31,)),
+        ("transformer_blocks.0.attn.to_q.weight", (63, 64)),
+        ("transformer_blocks.0.attn.to_k.weight", ()),
         ("img_in.weight", (0, 64)),
     ],
     "z_image": [

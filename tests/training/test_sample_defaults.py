@@ -75,6 +75,11 @@ CASES |= {
         *("krea2", [], {"model/dit.safetensors": TURBO}),
         {"steps": 8, "guidance_scale": (1.0,), "flow_shift": math.exp(1.15)},
     ),
+    "qwen_image_21": ("qwen_image_21", [], {}, {"steps": 40, "guidance_scale": (1.0,), "width": 1024}),
+    "qwen_image_21 turbo": (
+        *("qwen_image_21", [], {"model/dit.safetensors": TURBO}),
+        {"steps": 8, "guidance_scale": (1.0,)},
+    ),
     "z_image": ("z_image", [], {}, {"steps": 25, "guidance_scale": (0.0,), "flow_shift": 3.0}),
     "z_image base": (
         *("z_image", [], {"model/dit.safetensors": BASE}),
@@ -89,6 +94,7 @@ CASES |= {
 }
 GENERATION = {"ltx_2": ["--video_size", "96", "64", "--video_length", "9"]}  # what a training has options for
 GENERATION["ltx_2 with sound"] = GENERATION["ltx_2"]
+GENERATION["qwen_image_21 edit"] = ["--image_size", "1024", "1024"]  # else that of the picture to edit
 
 
 def bare_line(line: str) -> str:
@@ -123,6 +129,7 @@ def training_of(words: list[str]) -> tuple[Any, Any, Any]:
     "ltx_2 with sound",
     "ltx_2",
     "qwen_image edit-2511",
+    "qwen_image_21 edit",
     "wan flf2v-14B",
     "wan i2v-14B-FC",
     "wan t2i",
