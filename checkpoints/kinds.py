@@ -48,7 +48,10 @@ OF_OTHERS: Marks = (
         "encoder.mid_block.attentions.0.proj_out.weight",
         f"the VAE of HunyuanVideo 1.5 or of HunyuanImage's refiner, {_NOT_YET}",
     ),
-    ("decoder.up_blocks.2.upsampler.time_conv.weight", f"the VAE of Qwen-Image-2.1, {_NOT_YET}"),
+    (
+        "decoder.up_blocks.2.upsampler.time_conv.weight",
+        "the VAE of Qwen-Image-2.1 (--vae of qwen_image_21_*.py)",
+    ),
     ("norm_moe_gen.weight", f"the transformer of Cosmos 3, {_NOT_YET}"),
     ("llm_adapter.blocks.0.cross_attn.q_proj.weight", f"the transformer of Anima, {_NOT_YET}"),
     ("x_embedder.proj.1.weight", _COSMOS),

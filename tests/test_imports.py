@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "lumina": GROUND | {"networks.names", "encoders"},
     "qwen_image": GROUND | {"networks.names", "encoders", "hunyuan_model", "wan"},
     "krea2": GROUND | {"networks.names", "encoders", "lumina", "qwen_image"},
+    "qwen_image_21": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
     "z_image": GROUND | {"networks.names", "encoders", "lumina"},
     "generation": GROUND | {"networks", "blissful_tuner", "post"},
     "stable_diffusion": GROUND | {"networks", "encoders", "generation", "post"},
