@@ -1,4 +1,11 @@
-"""Qwen-Image-2.1: pictures with transparency, from texts and up to ten reference pictures.
+"""Qwen-Image-2.1, base and Turbo: read family.py first, then model.py.
 
-vae: the autoencoder of pictures with alpha, and its files
+configs: dimensions of a transformer, latents, noise, names of parts
+family: Qwen-Image-2.1, described for the shared loops
+files: transformers in all layouts, Turbo's noise levels, VAE and text encoder
+model: the transformer, with attention in segments
+names: what it is called everywhere, from scripts to tensors
+options: own options for caching, training and generation
+references: pictures to edit: sizes, masks
+vae: the autoencoder, with transparency
 """
