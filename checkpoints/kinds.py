@@ -48,10 +48,6 @@ OF_OTHERS: Marks = (
         "encoder.mid_block.attentions.0.proj_out.weight",
         f"the VAE of HunyuanVideo 1.5 or of HunyuanImage's refiner, {_NOT_YET}",
     ),
-    (
-        "decoder.up_blocks.2.upsampler.time_conv.weight",
-        "the VAE of Qwen-Image-2.1 (--vae of qwen_image_21_*.py)",
-    ),
     ("norm_moe_gen.weight", f"the transformer of Cosmos 3, {_NOT_YET}"),
     ("llm_adapter.blocks.0.cross_attn.q_proj.weight", f"the transformer of Anima, {_NOT_YET}"),
     ("x_embedder.proj.1.weight", _COSMOS),
@@ -63,10 +59,6 @@ OF_OTHERS: Marks = (
     (
         "time_text_embed.addition_t_embedding.weight",
         "the transformer of Qwen-Image-Layered, which makes transparent layers and is not supported yet",
-    ),
-    (
-        "txt_in.text_norm.weight",
-        f"a transformer of Qwen-Image-2.1, another network than Qwen-Image's, {_NOT_YET}",
     ),
     ("siglip_embedder.0.weight", f"the transformer of Z-Image-Omni, {_NOT_YET}"),
 )

@@ -143,6 +143,7 @@ FOLDERS: Mapping[str, str] = {
     "qwen_image": "qwen_image",
     "z_image": "z_image",
     "krea2": "krea2",
+    "qwen_image_21": "qwen_image_21",
     "stable_diffusion": "stable_diffusion",
 }
 

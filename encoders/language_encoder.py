@@ -15,6 +15,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,6 +67,7 @@ from running.planning.device_memory import spare_bytes
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
+PRE_NORM = "pre_norm"  # in records of caches: the last state is that before the final norm
 # how Qwen splits a text before merging, and its tokens behind the vocabulary, for files other than
 # tokenizer.json, which states both. Source: Yang et al. 2025, arXiv 2505.09388, and its released tokenizer
 _QWEN_WORDS = (
@@ -132,13 +134,17 @@ class LanguageUse:
     most: int  # tokens of a prompt that are kept, without those that are dropped
     before: str = ""  # the template up to the prompt
     after: str = ""
-    # tokens of the model's own tokenizer before the prompt, whose states are cut off; None: count them
+    # tokens of the model's own tokenizer before the prompt, whose states are cut off; None: count those of
+    # `system`, with which `before` begins; "": of all of `before`
     dropped: int | None = 0
+    system: str = ""
+    blank: str = ""  # what an empty prompt is written as
     # numbers of layers before the states that are read and joined, ascending; -1 is the last, normed, and -2
     # the one before it (alone, and not for files whose last layers were cut off); or ALL_STATES
     states: tuple[int, ...] = (-1,)
     stacked: tuple[int, ...] = ()  # the same numbers, of states that are stacked instead: L n C
     final_norm: bool = False  # norm the last state that is read even if layers follow it
+    pre_norm: bool = False  # read the last state before the final norm
     keeps_after: bool = False  # the text behind the prompt stays if that is cut
     # token that fills prompts to `most` tokens, all of which have states; None: prompts keep their length
     pad: str | None = None
@@ -146,6 +152,10 @@ class LanguageUse:
     mask_key: str = ""  # of a mask with 1 for real tokens; "": none is returned
     at_once: int = 8  # prompts; bounds memory
     pictures: PictureUse | None = None  # how pictures stand in a prompt; None: never
+    # Keys of where pictures stood among the states, whose own are then left out, and of their sizes; "": their
+    # states stay. Places count the states that are left; sizes are rows and columns of half tokens
+    slots_key: str = ""
+    sizes_key: str = ""
     record: str = ""  # what its facts in cache records begin with; "": the name
 
     @property
@@ -154,7 +164,7 @@ class LanguageUse:
 
     @property
     def keys(self) -> frozenset[str]:
-        return frozenset({self.states_key, self.mask_key} - {""})
+        return frozenset({self.states_key, self.mask_key, self.slots_key, self.sizes_key} - {""})
 
     @property
     def template(self) -> str:
@@ -208,6 +218,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def state(self) -> str | None:
         """Describe the states that are read, for `identity`."""
         numbers = ", ".join(map(str, self.use.numbers)) or "all"
+        if self.use.pre_norm:
+            return f"{numbers}, {PRE_NORM}"
         return f"{numbers}, normed" if self.use.final_norm else numbers
 
     @property
@@ -229,23 +241,26 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             state=self.state,
             template=self.use.fingerprint,
             weights=self.form,
+            # whose releases differ in which state they call the last
+            transformers=version("transformers").partition(".")[0] if self.use.pre_norm else None,
         )
 
     def write(self, prompt: Prompt) -> Written:
         use = self.use
         start = len(use.before)
+        text = prompt.text or use.blank
         return Written(
-            text=f"{use.before}{prompt.text}{use.after}",
-            prompt=prompt.text,
+            text=f"{use.before}{text}{use.after}",
+            prompt=text,
             spans=prompt.spans,
             start=start,
-            end=start + len(prompt.text) if use.keeps_after else math.inf,
+            end=start + len(text) if use.keeps_after else math.inf,
         )
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:
         if self.use.dropped is not None:
             return self.use.dropped
-        return len(tokenizer.read(self.use.before).ids)
+        return len(tokenizer.read(self.use.system or self.use.before).ids)
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Warn if this tokenizer gives the template another number of tokens than is cut off."""
@@ -286,6 +301,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             form=self.form,
             room=room,
             blocks=blocks,
+            pre_norm=use.pre_norm,
         )
         if tower is not None:
             network.visual = tower
@@ -296,7 +312,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if self.on_cpu:
             return 0
         with open_checkpoint(self.path) as checkpoint:
-            plan = read_language_model(checkpoint, self.use.model, self.use.numbers, self.use.final_norm)
+            use = self.use
+            plan = read_language_model(checkpoint, use.model, use.numbers, use.final_norm, use.pre_norm)
             layers, size = streamed_layers(plan, self.dtype, self.form, room)
         return layers * size
 
@@ -346,9 +363,43 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
                 states = states.unflatten(-1, (len(use.stacked), -1))
             states = states[:, dropped:].cpu()
             mask = mask[:, dropped:]
-            for row_states, row_mask, row in zip(states, mask, group, strict=True):
-                results.append(self._conditions(row_states, row_mask, len(row) - dropped))
+            for number, (row_states, row_mask, row) in enumerate(zip(states, mask, group, strict=True)):
+                conditions = self._conditions(row_states, row_mask, len(row) - dropped)
+                if use.slots_key:
+                    sides = group_pictures[number].sides if group_pictures else ()
+                    conditions |= self._part_pictures(tokenizer, row_states, row[dropped:], sides)
+                results.append(conditions)
         return results
+
+    def _part_pictures(
+        self, tokenizer: TextTokenizer, states: Tensor, ids: Sequence[int], sides: Sequence[tuple[int, int]]
+    ) -> dict[str, Tensor | list[Tensor]]:
+        """Return a prompt's states without those of its pictures, and the places and sizes of these.
+
+        states: of its tokens, L C, perhaps with padding behind. ids: L. sides: rows and columns of tokens of
+        each picture.
+        """
+        use = self.use
+        assert use.pictures is not None
+        token = self.find_token(tokenizer, use.pictures.token) if sides else None
+        is_picture = torch.tensor([number == token for number in ids])
+        slots = []
+        place = 0  # in ids
+        words = 0  # before it
+        for rows, columns in sides:
+            while not is_picture[place]:
+                place += 1
+                words += 1
+            slots.append(words)
+            place += rows * columns
+        sizes = [(2 * rows, 2 * columns) for rows, columns in sides]
+        parted: dict[str, Tensor | list[Tensor]] = {
+            use.states_key: [states[: len(ids)][~is_picture].clone()],
+            use.slots_key: [torch.tensor(slots, dtype=torch.int64)],
+        }
+        if use.sizes_key:
+            parted[use.sizes_key] = [torch.tensor(sizes, dtype=torch.int64).view(-1, 2)]
+        return parted
 
     def _embed(
         self, network: nn.Module, tokenizer: TextTokenizer, ids: Tensor, pictures: Sequence[ReadPictures]
@@ -368,7 +419,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             places = torch.arange(use.most - ids.shape[1], use.most)[None]
         return PictureTokens(tokens, places, [])
 
-    def _conditions(self, states: Tensor, mask: Tensor, length: int) -> Conditions:
+    def _conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
         """Return what a prompt gives: a state for each of its tokens, or all states if prompts are padded."""
         use = self.use
         if use.pad is not None:

@@ -57,13 +57,15 @@ class PictureUse:
     shown: int | None = None  # the first pictures that are shown; None: all
     fewest: int = 3136  # pixels; smaller pictures are enlarged
     most: int = 12845056  # pixels; larger pictures are reduced
+    between: str = ""  # text between two of them
     always: bool = True  # prompts have some; else the tower is loaded when one does
 
     def choose(self, paths: Sequence[Path]) -> Sequence[Path]:
         return paths[: self.shown]
 
     def write(self, number: int, tokens: int) -> str:
-        return self.text.format(number=number, tokens=self.token * tokens)
+        before = self.between if number > 1 else ""
+        return before + self.text.format(number=number, tokens=self.token * tokens)
 
 
 @dataclass(frozen=True)
