@@ -460,7 +460,9 @@ def make_tracks(
 
 
 def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-    """Decode latents (1 C F h w) to chunks of pixels 1 3 F H W, with a bar over the frames.
+    """Decode latents (1 C F h w) to chunks of pixels, with a bar over the frames.
+
+    The chunks are 1 3 F H W, or 1 4 F H W of a family whose pixels have alpha.
 
     Raises UserError if some are NaN or infinite.
     """

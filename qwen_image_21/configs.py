@@ -58,7 +58,7 @@ def count_tokens(shape: Sequence[int]) -> int:
 
 
 # sides are multiples of 2 latent pixels: a token of the text encoder's vision tower stands for 2 x 2
-LATENT = LatentSpec(channels=64, stride=(1, 16, 16), pixel_step=32, frame_step=1)
+LATENT = LatentSpec(channels=64, stride=(1, 16, 16), pixel_step=32, frame_step=1, has_alpha=True)
 NOISE = NoiseSpec(tokens=count_tokens)
 DIT = DitSpec(
     block_lists=("transformer_blocks",),

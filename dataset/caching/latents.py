@@ -54,7 +54,8 @@ def decode(
                 recipe.fps,
                 latent.pixel_step,
                 latent.frame_step,
-                keeps_alpha=latent.masks_latents,
+                keeps_alpha=latent.keeps_alpha,
+                has_alpha=latent.has_alpha,
             )
         width, height = media.bucket
         if min(width, height) < SMALLEST_SIDE:
