@@ -8,7 +8,7 @@ from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import CANCELS, IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_path
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
-from qwen_image_21.options import SIDE, STEPS
+from qwen_image_21.options import SIDE, STEPS, read_negative, settle_generation
 
 DEFAULTS = ScriptDefaults(
     fps=PICTURE_FPS,
@@ -17,10 +17,10 @@ DEFAULTS = ScriptDefaults(
     by_model={
         "video_size": "size in pixels, multiples of 32; default: 1024 1024, with pictures to edit about a "
         "megapixel in the shape of the last one",
-        "infer_steps": "number of denoising steps; default: for Turbo as many as it was distilled to (8), else "
-        f"{STEPS}",
-        "guidance_scale": "weight of the prompt; 1, the default, turns guidance off, as the model is made for. "
-        "Other values need a --negative_prompt",
+        "infer_steps": "number of denoising steps; default: for Turbo as many as it was distilled to (8), "
+        f"else {STEPS}",
+        "guidance_scale": "weight of the prompt; 1, the default, turns guidance off, as the model is made "
+        "for. Other values need a --negative_prompt",
     },
     sample_solver="vanilla",
     media=frozenset({"control_image_path"}),
@@ -31,11 +31,12 @@ DEFAULTS = ScriptDefaults(
     line_options={
         **IMAGE_GENERATION_OPTIONS,
         **REFERENCES,
+        "n": LineOption("negative_prompt", read_negative),
         **dict.fromkeys(("m", "mask_path"), LineOption("mask_path", read_path, CANCELS)),
     },
     output_types=PICTURE_OUTPUTS,
 )
-main = generation_script("qwen_image_21", DEFAULTS, __doc__)
+main = generation_script("qwen_image_21", DEFAULTS, __doc__, settle=settle_generation)
 
 
 if __name__ == "__main__":

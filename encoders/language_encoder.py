@@ -152,8 +152,8 @@ class LanguageUse:
     mask_key: str = ""  # of a mask with 1 for real tokens; "": none is returned
     at_once: int = 8  # prompts; bounds memory
     pictures: PictureUse | None = None  # how pictures stand in a prompt; None: never
-    # Keys of where pictures stood among the states, whose own are then left out, and of their sizes; "": their
-    # states stay. Places count the states that are left; sizes are rows and columns of half tokens
+    # Keys of where pictures stood among the states, and of their sizes. Theirs are then left out, and places
+    # count those that are left; sizes are rows and columns of half tokens. "": their states stay
     slots_key: str = ""
     sizes_key: str = ""
     record: str = ""  # what its facts in cache records begin with; "": the name

@@ -31,7 +31,7 @@ from qwen_image.files import QWEN_USE, TOKENIZER
 from qwen_image_21.configs import FEW_STEPS, QwenImage21Config, usual_axes
 from qwen_image_21.model import QwenImage21Model
 from qwen_image_21.names import QWEN_IMAGE_21
-from qwen_image_21.options import NAME
+from qwen_image_21.options import BLANK, NAME
 from qwen_image_21.references import read_shown
 from qwen_image_21.vae import QwenImage21Vae, load_vae, read_vae_config
 
@@ -58,7 +58,7 @@ TEXT_USE = LanguageUse(
     after="<|im_end|>\n<|im_start|>assistant\n",
     dropped=None,
     system=_SYSTEM,
-    blank=" ",
+    blank=BLANK,
     pre_norm=True,
     keeps_after=True,
     at_once=1,  # so that a state does not depend on other prompts, to the last bit
@@ -98,7 +98,8 @@ def _header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenI
     controls = [name for name in names if name.startswith("control_")]
     if controls:
         raise CheckpointError(
-            f"{checkpoint.path} holds a ControlNet ({controls[0]}), which is not supported yet. Give {FILES}.",
+            f"{checkpoint.path} holds a ControlNet ({controls[0]}), which is not supported yet.\n"
+            f"  Give {FILES}.",
             checkpoint.path,
         )
     file_shapes = {name: info.shape for name, info in names.items()}

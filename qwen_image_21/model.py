@@ -118,7 +118,7 @@ class QwenImage21Tokens:
         return replace(self, part=part, split=part.of_first(self.picture))
 
     def of(self, kept: Tensor, num_left_out: int) -> Self:
-        """Return the inputs for some tokens of x. kept: B K, their rising places; only the picture loses any."""
+        """Return the inputs for some tokens of x. kept: B K, their rising places; all of the prefix stay."""
         picture = self.picture - num_left_out
         return replace(
             self, picture=picture, split=picture, rotary=take_rows(self.rotary, kept, num_left_out)
@@ -135,8 +135,8 @@ class QwenImage21Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
         self.norm_q = RMSNorm(config.head_width, config.eps)
         self.norm_k = RMSNorm(config.head_width, config.eps)
-        # Keys, rotated, and values of the prefix, B P N D; set by `QwenImage21Model` around a pass. Not in the
-        # tokens, because tensors of each block there would have every block compiled anew
+        # Keys, rotated, and values of the prefix, B P N D; set by `QwenImage21Model` around a pass. Not in
+        # the tokens, because tensors of each block there would have every block compiled anew
         self.remembered: tuple[Tensor, ...] = ()
 
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
@@ -334,7 +334,7 @@ class QwenImage21Model(BlockNetwork):
         rows, rows0 = modulation(silu(time)), modulation(silu(time0))       # rows0 for the text; each B 4C
         for block in transformer_blocks:
             scale, gate, scale2, gate2 = rows (or rows0), the gates' tanh   # each B 1 C
-            x = x + gate * attn(norm(x) * (1 + scale))       # the picture sees all, the text what is before it
+            x = x + gate * attn(norm(x) * (1 + scale))      # the picture sees all, the text what precedes
             x = x + gate2 * mlp(norm(x) * (1 + scale2))
         velocity = proj_out(norm(x[:, :L]) * (1 + norm_out(silu(time))))    # B L Z, returned as B Z 1 H W
     """

@@ -1,17 +1,20 @@
 """Qwen-Image-2.1's own options for caching, training and generation. Standard library only."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from modules.option_values import FillIn
-from modules.options import FREE, HABIT, OF_DECODING, OF_REQUEST, Options, not_needed, of_request, option
+from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, of_request, option
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
 from qwen_image.options import MASK
 
 NAME = "Qwen-Image-2.1"
 SIDE = 1024  # of pictures, where nothing is said
 STEPS = 40
+BLANK = " "  # what an empty prompt is written as, as released
+NO_TEXT = ("", '""', "''")
 _CONFIG = (
     "config.json of diffusers for the transformer, if it is a single file whose sizes are not the release's"
 )
@@ -70,8 +73,8 @@ class QwenImage21ReferenceOptions(Options, title="pictures to edit"):
     """How --control_image_path is taken, and which parts of the first of them stay."""
 
     resize_control_to_image_size: bool = option(
-        "resize the pictures to the size of the result, and crop them; default: to about a megapixel in their "
-        "own shape, as the model was trained"
+        "resize the pictures to the size of the result, and crop them; default: to about a megapixel in "
+        "their own shape, as the model was trained"
     )
     resize_control_to_official_size: bool = option(
         "resize the pictures to about a megapixel, which is the default",
@@ -93,11 +96,27 @@ class QwenImage21GenerationOptions(QwenImage21ModelOptions, title=NAME):
         excludes="dit_dtype",
     )
     no_kv_cache: bool = option(
-        "compute the prompt and the pictures to edit anew in each step: slower, but their keys and values, 0.5 "
-        "MB in 16 bits for each of their tokens, are not kept",
+        "compute the prompt and the pictures to edit anew in each step: slower, but their keys and values, "
+        "half a megabyte for each of their tokens, are not kept",
         facts=OF_REQUEST,
     )
     references: QwenImage21ReferenceOptions
+
+
+def read_negative(text: str) -> str:
+    """Return the negative prompt that a text stands for. An empty one is meant: guidance needs one."""
+    return BLANK if text.strip() in NO_TEXT else text
+
+
+def settle_generation(
+    options: Any, own_options: QwenImage21GenerationOptions
+) -> tuple[Any, QwenImage21GenerationOptions]:
+    """Return the options with an empty --negative_prompt as the text that it stands for."""
+    negative = options.request.negative_prompt
+    if negative is None:
+        return options, own_options
+    request = replace(options.request, negative_prompt=read_negative(negative))
+    return replace(options, request=request), own_options
 
 
 def caching_options(options: QwenImage21TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""diffusers' pipeline of Qwen-Image-2.1 with the weights of tiny files, and its processor without torchvision."""
+"""diffusers' pipeline of Qwen-Image-2.1 with tiny files, and its processor without torchvision."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
