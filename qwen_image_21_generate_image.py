@@ -5,7 +5,14 @@ All options: python qwen_image_21_generate_image.py --help
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.video_to_video_options import SourceDefaults
-from generation.prompt_lines import CANCELS, IMAGE_GENERATION_OPTIONS, REFERENCES, LineOption, read_path
+from generation.prompt_lines import (
+    CANCELS,
+    IMAGE_GENERATION_OPTIONS,
+    NO_TEXT,
+    REFERENCES,
+    LineOption,
+    read_path,
+)
 from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
 from qwen_image_21.options import SIDE, STEPS, read_negative, settle_generation
@@ -31,7 +38,7 @@ DEFAULTS = ScriptDefaults(
     line_options={
         **IMAGE_GENERATION_OPTIONS,
         **REFERENCES,
-        "n": LineOption("negative_prompt", read_negative),
+        "n": LineOption("negative_prompt", read_negative, NO_TEXT),
         **dict.fromkeys(("m", "mask_path"), LineOption("mask_path", read_path, CANCELS)),
     },
     output_types=PICTURE_OUTPUTS,

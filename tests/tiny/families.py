@@ -27,6 +27,7 @@ from tests.tiny.project import (
     write_plain_pictures,
 )
 from tests.tiny.qwen_image import write_tiny_qwen_image
+from tests.tiny.qwen_image_21 import write_tiny_qwen_image_21
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.tiny.z_image import write_tiny_z_image
@@ -220,7 +221,7 @@ def _pictures(
     """
 
     def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
-        write_plain_pictures(folder, side=32 if name == "hunyuan_image" else 48)
+        write_plain_pictures(folder, side=32 if name.startswith(("hunyuan_image", "qwen_image_21")) else 48)
         write(folder)
 
     vae, texts = [*vae, *PRECISE], [*texts, "--text_encoder_dtype", "float32"]
@@ -363,6 +364,23 @@ def _krea2(edits: bool = False) -> TinyFamily:
     return replace(made, cache_latents=[*made.cache_latents, *edit], cache_texts=[*made.cache_texts, *edit])
 
 
+def _qwen_image_21(edits: bool = False) -> TinyFamily:
+    """Qwen-Image-2.1, or its edits of two references."""
+
+    def write(folder: Path) -> None:
+        write_tiny_qwen_image_21(folder / "model")
+        if edits:
+            write_references(folder, ("_0", "_1"))
+
+    return _pictures(
+        *("qwen_image_21 edit" if edits else "qwen_image_21", "qwen_image_21", "lora_qwen_image_21", write),
+        vae=VAE,
+        texts=TEXTS,
+        making=["--control_image_path", "start.png", "--resize_control_to_image_size"] * edits,
+        line="--ci start.png" * edits,
+    )
+
+
 def _hunyuan_image() -> TinyFamily:
     return _pictures(
         *("hunyuan_image", "hunyuan_image", "lora_hunyuan_image"),
@@ -431,6 +449,8 @@ FAMILIES = (
     _z_image(),
     _krea2(),
     _krea2(edits=True),
+    _qwen_image_21(),
+    _qwen_image_21(edits=True),
     _ltx_2("ltx_2", "v", "2.5"),
     _ltx_2("ltx_2 with sound", "av", "2.3"),
 )
@@ -456,6 +476,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         "lumina": write_tiny_lumina,
         "z_image": write_tiny_z_image,
         **dict.fromkeys(("krea2", "krea2 edit"), write_tiny_krea2),
+        **dict.fromkeys(("qwen_image_21", "qwen_image_21 edit"), write_tiny_qwen_image_21),
         "qwen_image": write_tiny_qwen_image,
         "qwen_image edit-2511": partial(write_tiny_qwen_image, edits=True),
         "ltx_2": partial(write_release, version="2.5"),
