@@ -28,8 +28,7 @@ QWEN_IMAGE_21 = FamilyNames(
         *with_endings("time_text_embed.timestep_embedder.", "linear_1 linear_2"),
     ),
     is_as_in_diffusers=True,
-    # diffusers' pipelines take "gate_layer" in underscored names for "gate.layer"
-    converted_for="diffusers",
+    converted_for="ComfyUI",  # diffusers' pipelines too take "gate_layer" in our names for "gate.layer"
     versions=("qwen_image_21", "qwen-image-2.1", "qwen_image_2.1", "qwenimage21", "qwen_image_2_1"),
     sides=(
         *((f".to_{x}", 1, 1) for x in ("q", "k", "v", "out.0")),

@@ -26,6 +26,7 @@ from tests.tiny.runs import make_project
 CONVERTED_FOR = {
     **{"hunyuan": "comfyui", "skyreels": "comfyui", "z_image": "comfyui"},
     "framepack": "diffusers",
+    "qwen_image_21": "comfyui",
 }
 SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3"]
 

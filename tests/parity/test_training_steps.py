@@ -27,6 +27,7 @@ import tests.lumina.making as lumina
 import tests.parity.framepack as framepack
 import tests.parity.hunyuan as hunyuan
 import tests.qwen_image.making as qwen_image
+import tests.qwen_image_21.making as qwen_image_21
 import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
 import tests.tiny.hunyuan_dit as tiny_hunyuan
@@ -163,6 +164,16 @@ def error_of_krea2_edit(dit: nn.Module, batch: Sequence[Item], step: int, isolat
         text = item.text[None]
         found.append(krea2.predict_edit(dit, noisy[one], times[one], text, own, isolated))
     return torch.cat(found) - qwen_image.pack(wanted)
+
+
+def error_of_qwen_image_21(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    sigmas = by_size(batch, step, side=1, many=8192, shift=0.9)
+    noisy, wanted = mixed(batch, step, sigmas)
+    text, mask = padded(batch)
+    slots = stacked(batch, "image_slots")
+    timesteps = 1000 * sigmas + 1  # as the known tuner's
+    given = {"noisy": noisy, "timesteps": timesteps, "text": text, "text_mask": mask, "slots": slots}
+    return qwen_image_21.predict_with(dit, given, references_of(batch)) - wanted
 
 
 def error_of_z_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
@@ -438,6 +449,18 @@ CASES: dict[str, Training] = {
         )
         for option in ("", " --kv_cache")
     },
+    **{
+        name: Training(
+            *("qi21", "vl_embed", 20.0),
+            options=("--timestep_sampling", "qwen_shift"),
+            network=qwen_image_21.in_diffusers,
+            parts=linears_in("transformer_blocks."),
+            error=error_of_qwen_image_21,
+            change=partial(write_caption, "picture 1", LONG),  # captions of unequal lengths
+            unused=0 if "edit" in name else 0,
+        )
+        for name in ("qwen_image_21", "qwen_image_21 edit")
+    },
     "z_image": Training(
         *("zi", "llm_embed", 20.0),
         options=("--timestep_sampling", "shift", "--discrete_flow_shift", 2.2),
@@ -479,7 +502,7 @@ def version_of(name: str) -> Sequence[str]:
     """The option of the release, if it is another than the family's."""
     if name.startswith("krea2 edit"):
         return ("--edit",)
-    return ("--model_version", name.split()[1]) if "qwen" in CASES[name].family else ()
+    return ("--model_version", name.split()[1]) if "qwen_image edit" in CASES[name].family else ()
 
 
 def train(folder: Path, name: str, *more: object) -> Path:

@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from qwen_image_21.model import QwenImage21Model
 from tests.tiny.dit_files import TinyModel
 from tests.tiny.language_models import qwen3_vl
-from tests.tiny.qwen_image_21 import CONFIG, HEAD_WIDTH, HEADS
+from tests.tiny.qwen_image_21 import CONFIG, HEAD_WIDTH, HEADS, tiny_state
 from tests.tiny.qwen_image_21_vae import vae_config, vae_settings
 
 SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
@@ -127,3 +128,61 @@ def make(
         **asked,
     ).images
     return made.transpose(1, 2).reshape(1, CONFIG.channels, 1, height // 16, width // 16)
+
+
+def tiny_model(seed: int = 0) -> QwenImage21Model:
+    """Our network with the weights of `tiny_state`."""
+    model = QwenImage21Model(CONFIG)
+    model.load_state_dict(tiny_state(seed))
+    return model.eval()
+
+
+def tiny_inputs(
+    batch: int = 2, grid: tuple[int, int] = (4, 6), text: int = 9, slots: Sequence[int] = ()
+) -> dict[str, Tensor]:
+    """Inputs of our network; each text is two tokens shorter than the one before it."""
+    generator = torch.Generator().manual_seed(7)
+    lengths = text - 2 * torch.arange(batch)
+    return {
+        "noisy": torch.randn(batch, CONFIG.channels, 1, *grid, generator=generator),
+        "timesteps": torch.linspace(900.0, 130.0, batch),
+        "text": torch.randn(batch, text, CONFIG.text_dim, generator=generator),
+        "text_mask": torch.arange(text) < lengths[:, None],
+        "slots": torch.tensor(slots, dtype=torch.int64).expand(batch, -1),
+    }
+
+
+def predict_with(dit: Any, given: Mapping[str, Tensor], references: Sequence[Tensor] = ()) -> Tensor:
+    """The velocity of diffusers' network, B Z 1 h w, each sample by itself. given: inputs of ours.
+
+    The states of pictures' tokens, which the network replaces, are zeros.
+    """
+    found = []
+    for index, noisy in enumerate(given["noisy"].split(1)):
+        words = given["text"][index][given["text_mask"][index].bool()]
+        pieces, is_picture = [], []
+        shapes = []
+        start = 0
+        for slot, latents in zip(given["slots"][index].tolist(), references, strict=True):
+            height, width = latents.shape[-2:]
+            count = height * width // 4
+            shapes.append((1, height, width))
+            pieces += [words[start:slot], words.new_zeros(count, words.shape[1])]
+            is_picture += [False] * (slot - start) + [True] * count
+            start = slot
+        pieces.append(words[start:])
+        height, width = noisy.shape[-2:]
+        is_picture += [False] * (len(words) - start) + [True] * (height * width // 4)
+        pictures = [latents[index : index + 1] for latents in references]
+        tokens = torch.cat([each.flatten(2).transpose(1, 2) for each in (*pictures, noisy)], dim=1)
+        output = dit(
+            hidden_states=tokens,
+            encoder_hidden_states=torch.cat(pieces)[None],
+            timestep=given["timesteps"][index : index + 1] / 1000,
+            img_shapes=[[*shapes, (1, height, width)]],
+            img_mask=torch.tensor([is_picture]),
+            return_dict=False,
+        )[0]
+        velocity = output[:, -height * width :]
+        found.append(velocity.transpose(1, 2).reshape(noisy.shape))
+    return torch.cat(found)
