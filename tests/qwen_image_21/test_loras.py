@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import convert_lora
-from tests.faults.messages import succeed_here
+from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.parity.running import assert_equal
 from tests.qwen_image_21.making import in_diffusers, predict_with, tiny_inputs
 from tests.tiny.qwen_image_21 import CONFIG, in_comfyui_names, tiny_state, write_dit
@@ -85,6 +85,11 @@ DIALECTS = {
 }
 
 
+def merge(folder: Path, dit: Path, lora: Path, merged: Path) -> None:
+    words = ("--dit", dit, "--lora_weight", lora, "--save_merged_model", merged)
+    succeed_here("merge_lora.py", *words, folder=folder)
+
+
 def merged_by_hand() -> dict[str, Tensor]:
     state = tiny_state()
     for path, (down, up) in factors().items():
@@ -97,10 +102,7 @@ def test_each_dialect_changes_all_its_layers(tmp_path: Path, dialect: str) -> No
     lora, merged = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in DIALECTS[dialect].items()}, lora)
     dit = write_dit(tmp_path, tiny_state())
-    succeed_here(
-        *("merge_lora.py", "--dit", dit, "--lora_weight", lora, "--save_merged_model", merged),
-        folder=tmp_path,
-    )
+    merge(tmp_path, dit, lora, merged)
     found, expected = load_file(merged), merged_by_hand()
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -113,10 +115,7 @@ def test_a_lora_is_merged_into_comfyuis_file(tmp_path: Path) -> None:
     save_file(DIALECTS["the known tuner"], lora)
     dit = tmp_path / "qwen_image_2.1_bf16.safetensors"
     save_file(in_comfyui_names(tiny_state()), dit)
-    succeed_here(
-        *("merge_lora.py", "--dit", dit, "--lora_weight", lora, "--save_merged_model", merged),
-        folder=tmp_path,
-    )
+    merge(tmp_path, dit, lora, merged)
     found, expected = load_file(merged), in_comfyui_names(merged_by_hand())
     found = {name.removeprefix("model.diffusion_model."): tensor for name, tensor in found.items()}
     for name, tensor in expected.items():
@@ -150,19 +149,8 @@ def test_a_converted_lora_has_its_effect_in_diffusers_and_comes_back(tmp_path: P
 def test_a_lora_of_qwen_image_is_refused_by_name(tmp_path: Path) -> None:
     layer = "transformer_blocks.0.attn.add_q_proj"
     lora = tmp_path / "lora.safetensors"
-    save_file(
-        {f"{layer}.lora_A.weight": torch.ones(1, 64), f"{layer}.lora_B.weight": torch.ones(64, 1)}, lora
-    )
+    sides = {"lora_A": torch.ones(1, 64), "lora_B": torch.ones(64, 1)}
+    save_file({f"{layer}.{side}.weight": tensor for side, tensor in sides.items()}, lora)
     dit = write_dit(tmp_path, tiny_state())
-    from tests.faults.messages import assert_one_message, run_here
-
-    words = [
-        "merge_lora.py",
-        "--dit",
-        dit,
-        "--lora_weight",
-        lora,
-        "--save_merged_model",
-        tmp_path / "x.safetensors",
-    ]
+    words = ["merge_lora.py", "--dit", dit, "--lora_weight", lora, "--save_merged_model", "x.safetensors"]
     assert_one_message(*run_here(*words, folder=tmp_path), "lora.safetensors")

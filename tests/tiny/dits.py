@@ -20,6 +20,7 @@ from ltx_2.model import LtxModel
 from lumina.model import LuminaModel
 from networks.lora_network import OwnNetwork
 from qwen_image.model import QwenImageModel
+from qwen_image_21.model import QwenImage21Model
 from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_inputs, dit_state
 from tests.networks.making import randomize
 from tests.tiny import (
@@ -31,6 +32,7 @@ from tests.tiny import (
     krea2,
     lumina,
     qwen_image,
+    qwen_image_21,
     wan_dit,
     z_image,
 )
@@ -291,6 +293,30 @@ def _krea2(edits: bool = False) -> TinyDit:
     return TinyDit(name, Krea2Model.spec, make, "lora_krea2", with_reference if edits else inputs)
 
 
+def _qwen_image_21(edits: bool = False) -> TinyDit:
+    """With edits: a reference within the text."""
+    config = qwen_image_21.CONFIG
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        draw, (_, *area, text) = _drawing(), size
+        return {
+            "noisy": draw(batch, config.channels, 1, *area),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "text": draw(batch, text, config.text_dim),
+            "text_mask": _mask(batch, text),
+            "slots": torch.zeros(batch, 0, dtype=torch.int64),
+        }
+
+    def with_reference(size: Size, batch: int) -> dict[str, Any]:
+        reference = _drawing(8)(batch, config.channels, 1, 4, 6)
+        return {**inputs(size, batch), "references": [reference], "slots": torch.ones(batch, 1).long()}
+
+    make = _maker(QwenImage21Model, config, qwen_image_21.tiny_state, "num_layers")
+    name = "qwen_image_21 edit" if edits else "qwen_image_21"
+    chosen = with_reference if edits else inputs
+    return TinyDit(name, QwenImage21Model.spec, make, "lora_qwen_image_21", chosen)
+
+
 class FlatLtx(LtxModel):
     """With the velocities of both streams as one tensor, B n, as the others have one."""
 
@@ -309,6 +335,7 @@ DITS = (
     *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
     *(LUMINA, _flux("dev"), _flux("chroma"), _flux_2(), _hunyuan_image(), _qwen_image()),
     *(_qwen_image(edits=True), Z_IMAGE, _krea2(), _krea2(edits=True)),
+    *(_qwen_image_21(), _qwen_image_21(edits=True)),
     *(_ltx("2.0"), _ltx("2.3"), _ltx("2.5"), _wan("vace")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])
