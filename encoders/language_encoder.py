@@ -156,6 +156,8 @@ class LanguageUse:
     # count those that are left; sizes are rows and columns of half tokens. "": their states stay
     slots_key: str = ""
     sizes_key: str = ""
+    # key of hashes of the pictures of a dataset's text, as `PictureUse.hash_pictures` makes them; "": none
+    hashes_key: str = ""
     record: str = ""  # what its facts in cache records begin with; "": the name
 
     @property
@@ -210,7 +212,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.source = use.source
         self.most = use.most
         self.keys = use.keys
-        self.variable_length = use.keys if use.pad is None else frozenset()
+        self.variable_length = use.keys | {use.hashes_key} if use.pad is None else frozenset()
         self.weighed = use.states_key
         self.pads_left = use.pads_left
 

@@ -40,8 +40,6 @@ from qwen_image_21.references import add_pictures, read_anchor, read_reference
 
 logger = logging.getLogger(__name__)
 
-TEXTS_AGAIN = "qwen_image_21_cache_text_encoder_outputs.py"
-LATENTS_AGAIN = "qwen_image_21_cache_latents.py"
 SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
 TERMINAL = 0.02  # the last noise level above 0. Source: the release's scheduler
 DEFAULTS = pictures.picture_defaults(STEPS, 1.0, SIDE)
@@ -100,11 +98,12 @@ class QwenImage21(pictures.ModelOfPictures):
     # encoding
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return normalised means of pictures and their references, in the VAE's dtype."""
+        """Return normalised means of pictures and their references, in the VAE's dtype, and hashes of these."""
         vae = encoders.vae
-        return pictures.encode_pictures(
+        entries = pictures.encode_pictures(
             media, vae.device, lambda frames: vae.encode(all_channels(frames)).to(vae.dtype)
         )
+        return add_hashes(entries, media)
 
     # the network
 
@@ -118,39 +117,10 @@ class QwenImage21(pictures.ModelOfPictures):
         config = self.files.dit_header().config
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen3-VL (8B)")
         for cache in batch.made_by:
-            self._check_state(cache)
+            check_states(cache, TEXT_USE.name)
         references = pictures.references_of(batch, self.latent.channels, 1, LATENTS_AGAIN)
-        self._check_slots(batch, references)
+        check_references(batch, references)
         return {KEY: batch.tensors[KEY], SLOTS: batch.tensors[SLOTS], **references}
-
-    def _check_state(self, cache: MadeBy) -> None:
-        """Raise CacheError if the states of a caption are normed, or those of another transformers."""
-        if cache.part != TEXT_USE.name or not cache.encoder:
-            return
-        if PRE_NORM not in cache.encoder.get(f"{TEXT_USE.name}_state", ""):
-            raise CacheError(
-                f"{cache.path}: its states were read behind the final norm of the text encoder, and {NAME} "
-                f"takes those before it. Cache again with {TEXTS_AGAIN}: it replaces them."
-            )
-
-    def _check_slots(self, batch: Batch, references: Mapping[str, Tensor]) -> None:
-        """Raise CacheError if captions were encoded with other numbers or sizes of references."""
-        sizes = [tuple(latents.shape[-2:]) for latents in references.values()]
-        for index, key in enumerate(batch.keys):
-            num_slots = len(batch.tensors[SLOTS][index])
-            if num_slots != len(sizes):
-                raise CacheError(
-                    f"{key}: its caption was encoded with {num_slots} reference pictures, and its latents "
-                    f"have {len(sizes)}. Cache again with {LATENTS_AGAIN} and {TEXTS_AGAIN}."
-                )
-            if SIZES not in batch.tensors:
-                continue
-            seen = [tuple(size) for size in batch.tensors[SIZES][index].tolist()]
-            if seen != sizes:
-                raise CacheError(
-                    f"{key}: its caption was encoded with references of {seen} latent pixels, and its "
-                    f"latents have {sizes}. Cache again with {LATENTS_AGAIN} and {TEXTS_AGAIN}."
-                )
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
