@@ -16,6 +16,8 @@ from modules.paths import explain_missing
 from modules.text_files import bad_character
 
 if TYPE_CHECKING:  # caching has no use for positions
+    from torch import Tensor
+
     from modules.layers.rope import Slow
 
 Spans = tuple[tuple[int, int, float], ...]
@@ -36,6 +38,8 @@ class Prompt:
     pictures: tuple[Path, ...] = ()
     # width and height that each of these is to cover; None: as the encoder reads them
     picture_size: tuple[int, int] | None = None
+    # their pixels, H W C uint8 each, if they are settled; (): the encoder reads and resizes the files
+    frames: "tuple[Tensor, ...]" = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)

@@ -344,6 +344,8 @@ class ReferenceRules:
     most: int  # of one item or request
     step: int = 16  # sides are multiples of this, in pixels
     seen_by_text: bool = False  # by a text encoder: a changed one makes texts stale
+    # text encoders see each of an item as it is encoded to latents, in its size, crop and colours
+    as_encoded: bool = False
     edits: bool = False  # the model was trained to have one: a request without any is warned of
     # one of an item keeps its shape, whatever the target's, and is reduced to `area`
     own_shape: bool = False

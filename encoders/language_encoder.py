@@ -530,7 +530,10 @@ class LanguageModelFiles(TransformerFiles):
 def _read_all_pictures(tower: nn.Module, prompts: Sequence[Prompt], use: PictureUse) -> list[ReadPictures]:
     pictures = []
     for prompt in prompts:
-        frames = [use.read(path, prompt.picture_size) for path in use.choose(prompt.pictures)]
+        if prompt.frames:
+            frames = [use.show(frame) for frame in use.choose(prompt.frames)]
+        else:
+            frames = [use.read(path, prompt.picture_size) for path in use.choose(prompt.pictures)]
         pictures.append(read_pictures(tower, frames, use))
     return pictures
 

@@ -46,7 +46,7 @@ DEFAULTS = pictures.picture_defaults(STEPS, 1.0, SIDE)
 # how far the schedule is shifted, by the number of tokens of a picture: exp(mu), mu on a line through these.
 # Source: the release's scheduler
 FEW, MANY = (256, 0.5), (8192, 0.9)
-REFERENCES = ReferenceRules(MOST, step=LATENT.pixel_step, seen_by_text=True)
+REFERENCES = ReferenceRules(MOST, step=LATENT.pixel_step, seen_by_text=True, as_encoded=True)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from qwen_image_21.configs import FEW_STEPS, QwenImage21Config, usual_axes
 from qwen_image_21.model import QwenImage21Model
 from qwen_image_21.names import QWEN_IMAGE_21
 from qwen_image_21.options import BLANK, NAME
-from qwen_image_21.references import read_shown
+from qwen_image_21.references import lay_on_white, read_shown
 from qwen_image_21.vae import QwenImage21Vae, load_vae, read_vae_config
 
 KEY = "vl_embed"  # of the known tuner's caches
@@ -65,6 +65,7 @@ TEXT_USE = LanguageUse(
     pictures=PictureUse(
         "<image{number}><|vision_start|>{tokens}<|vision_end|>",
         read=read_shown,
+        show=lay_on_white,
         fewest=1,  # their sizes are settled, and those of their latents
         most=1 << 40,
         between=" ",

@@ -434,7 +434,11 @@ class QwenImage21Model(BlockNetwork):
         if is_remembered:
             prefixes = prefixes_of(text_mask, slots, references)
         else:
-            embedded = [self.embed_prefix(dtype, **prompt, references=references) for prompt in prompts]
+            embedded = []
+            for prompt in prompts:
+                if prompt["slots"] is None:  # a second text has its references where the first one has them
+                    prompt["slots"] = slots
+                embedded.append(self.embed_prefix(dtype, **prompt, references=references))
             x = torch.cat([x, *(prefix.x for prefix in embedded)], dim=1)
             prefixes = embedded[0].prefixes
             times = torch.cat([time, self.time_text_embed(torch.zeros_like(timesteps))[:, None]], dim=1)

@@ -115,6 +115,7 @@ def test_a_picture_that_is_opaque_everywhere_needs_no_alpha(tmp_path: Path) -> N
 
     assert read_image(made, alpha=True).tolist() == [[[10, 20, 30]] * 16] * 16
 
+
 def test_pngs_are_kept_beside_the_input_under_a_free_name(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "in" / "a.mp4", frames=3)
     (tmp_path / "in" / "frames").mkdir()
