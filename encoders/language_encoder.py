@@ -438,6 +438,19 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         Picture tokens do not count towards `most`. Raises MediaError if a picture cannot be shown, and
         CheckpointError if the tokenizer has no token for pictures.
         """
+        encoded = self._encode_prompts(prompts)
+        key = self.use.hashes_key
+        use = self.use.pictures
+        if not key or use is None or use.hash_pictures is None:
+            return encoded
+        hashed = []
+        for prompt, conditions in zip(prompts, encoded, strict=True):
+            if len(prompt.frames) == len(prompt.pictures):  # those of a dataset, or none
+                conditions = {**conditions, key: [use.hash_pictures(use.choose(prompt.frames))]}
+            hashed.append(conditions)
+        return hashed
+
+    def _encode_prompts(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         use = self.use.pictures
         if use is None or not any(prompt.pictures for prompt in prompts):
             return super().encode(prompts)

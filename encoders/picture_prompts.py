@@ -57,6 +57,8 @@ class PictureUse:
     read: Callable[[Path, Size | None], Tensor] = read_rgb
     # pixels of `Prompt.frames`, H W C uint8, as they are shown: H W 3
     show: Callable[[Tensor], Tensor] = lambda frame: frame[..., :3]
+    # hashes of `Prompt.frames`, for caches: n 32 uint8; None: there are none
+    hash_pictures: Callable[[Sequence[Tensor]], Tensor] | None = None
     shown: int | None = None  # the first pictures that are shown; None: all
     fewest: int = 3136  # pixels; smaller pictures are enlarged
     most: int = 12845056  # pixels; larger pictures are reduced

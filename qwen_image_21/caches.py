@@ -111,6 +111,6 @@ def _check_hashes(batch: Batch, index: int, count: int) -> None:
     if differing:
         numbers = ", ".join(str(number + 1) for number in differing)
         raise CacheError(
-            f"{key}: its caption was encoded with other reference pictures than its latents (number {numbers} "
-            f"in their order: other pixels, or another order). {BOTH_AGAIN}."
+            f"{key}: its caption was encoded with other reference pictures than its latents (number "
+            f"{numbers}: other pixels, or another order). {BOTH_AGAIN}."
         )

@@ -14,7 +14,6 @@ from contract.data import (
     CacheEntry,
     Conditions,
     LatentSpec,
-    MadeBy,
     MediaBatch,
     MediaEncoders,
     SamplingDefaults,
@@ -26,14 +25,21 @@ from contract.requests import Prepared, Request
 from contract.rules import ModelRelease, ReferenceRules
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders import pictures
-from encoders.language_encoder import PRE_NORM
-from modules.errors import CacheError, OptionError
+from modules.errors import OptionError
 from modules.flow.schedule import size_shift, stretch_levels
 from modules.options import NO_OPTIONS
 from qwen_image.references import fill_size
 from qwen_image_21 import options as own
+from qwen_image_21.caches import (
+    LATENTS_AGAIN,
+    SLOTS,
+    TEXTS_AGAIN,
+    add_hashes,
+    check_references,
+    check_states,
+)
 from qwen_image_21.configs import DIT, FEW_STEPS, LATENT, NOISE, QWEN_IMAGE_21, count_tokens
-from qwen_image_21.files import KEY, MOST, SIZES, SLOTS, TEXT_USE, QwenImage21Files, find_turbo
+from qwen_image_21.files import KEY, MOST, TEXT_USE, QwenImage21Files, find_turbo
 from qwen_image_21.names import LORA
 from qwen_image_21.options import NAME, SIDE, STEPS
 from qwen_image_21.references import add_pictures, read_anchor, read_reference
@@ -98,7 +104,7 @@ class QwenImage21(pictures.ModelOfPictures):
     # encoding
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return normalised means of pictures and their references, in the VAE's dtype, and hashes of these."""
+        """Return normalised means of pictures and their references, in the VAE's dtype, and their hashes."""
         vae = encoders.vae
         entries = pictures.encode_pictures(
             media, vae.device, lambda frames: vae.encode(all_channels(frames)).to(vae.dtype)

@@ -28,6 +28,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.text_files import read_text
 from networks.names.layouts import joined_tensors
 from qwen_image.files import QWEN_USE, TOKENIZER
+from qwen_image_21.caches import SEEN_HASHES, SIZES, SLOTS, hash_pictures
 from qwen_image_21.configs import FEW_STEPS, QwenImage21Config, usual_axes
 from qwen_image_21.model import QwenImage21Model
 from qwen_image_21.names import QWEN_IMAGE_21
@@ -66,6 +67,7 @@ TEXT_USE = LanguageUse(
         "<image{number}><|vision_start|>{tokens}<|vision_end|>",
         read=read_shown,
         show=lay_on_white,
+        hash_pictures=hash_pictures,
         fewest=1,  # their sizes are settled, and those of their latents
         most=1 << 40,
         between=" ",
@@ -73,6 +75,7 @@ TEXT_USE = LanguageUse(
     ),
     slots_key=SLOTS,
     sizes_key=SIZES,
+    hashes_key=SEEN_HASHES,
 )
 MOST = 10  # references
 WHAT = f"a {NAME} transformer"
