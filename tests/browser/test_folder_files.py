@@ -1,5 +1,6 @@
 """The rows of the page New: files of a folder with captions, files that are left out, and small pictures."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -8,7 +9,9 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from PIL import Image
 
+from browser.dataset_pages import Thumbnails
 from browser.folder_files import FolderFiles
 from browser.names import short_digest
 from browser.runs import Runs
@@ -120,3 +123,12 @@ def test_captions_in_another_encoding_are_not_edited_here(served: Served) -> Non
     (served.runs.roots[0] / "set/b.txt").write_bytes("Café".encode("cp1252"))
     [row] = [file for file in ask(served)["files"] if file["pictures"][0]["name"] == "b.png"]
     assert (row["caption"]["can_edit"], "not UTF-8" in row["caption"]["where"]) == (False, True)
+
+
+def test_a_small_picture_of_a_transparent_one_is_on_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (40, 30), (10, 20, 30, 0)).save(tmp_path / "clear.png")
+
+    jpeg = Thumbnails().make({"path": str(tmp_path / "clear.png")}, 1)
+
+    small = Image.open(io.BytesIO(jpeg))
+    assert (small.mode, small.getextrema()) == ("RGB", ((255, 255),) * 3)
