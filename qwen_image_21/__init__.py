@@ -3,7 +3,7 @@
 caches: hashes of references in caches, and whether latents and texts belong together
 configs: dimensions of a transformer, latents, noise, names of parts
 family: Qwen-Image-2.1, described for the shared loops
-files: transformers in all layouts, Turbo's noise levels, VAE and text encoder
+files: transformers in both layouts, Turbo's levels, encoders
 model: the transformer, with attention in segments
 names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation

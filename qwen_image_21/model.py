@@ -216,7 +216,7 @@ def attend_segments(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-class SwiGlu(nn.Module):
+class QwenImage21FeedForward(nn.Module):
     """Gated feed-forward: out(silu(gate_layer x) * proj x). Source: Shazeer 2020, arXiv 2002.05202."""
 
     def __init__(self, config: QwenImage21Config) -> None:
@@ -238,7 +238,7 @@ class QwenImage21Block(nn.Module):
         self.img_norm1 = Float32LayerNorm(config.dim, config.eps)
         self.attn = QwenImage21Attention(config)
         self.img_norm2 = Float32LayerNorm(config.dim, config.eps)
-        self.img_mlp = SwiGlu(config)
+        self.img_mlp = QwenImage21FeedForward(config)
 
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
         # x: B L+P C
@@ -263,7 +263,7 @@ class QwenImage21Block(nn.Module):
         return add_gated(x, gate, self.img_mlp(modulate(self.img_norm2(x), None, scale, dtype)))
 
 
-class TimeEmbedding(nn.Module):
+class QwenImage21Time(nn.Module):
     """Embed timesteps, 0..1000: B -> B C float32."""
 
     def __init__(self, config: QwenImage21Config) -> None:
@@ -283,7 +283,7 @@ class TimeEmbedding(nn.Module):
         return run_float32(self.timestep_embedder["linear_2"], hidden)
 
 
-class TextProjection(nn.Module):
+class QwenImage21TextLayers(nn.Module):
     """Turn states of the language model into tokens: ... text_dim -> ... C."""
 
     def __init__(self, config: QwenImage21Config) -> None:
@@ -296,7 +296,7 @@ class TextProjection(nn.Module):
         return in_own_dtype(self.out_layer, gelu(in_own_dtype(self.in_layer, self.text_norm(states))))
 
 
-class LastNorm(nn.Module):
+class QwenImage21LastNorm(nn.Module):
     """Final norm, scaled by the time."""
 
     def __init__(self, config: QwenImage21Config) -> None:
@@ -317,7 +317,7 @@ class QwenImage21Layout(NamedTuple):
     has_prefix: bool  # else the table is of the picture alone
 
 
-class EmbeddedPrefix(NamedTuple):
+class PrefixTokens(NamedTuple):
     """Texts with their references as tokens."""
 
     x: Tensor  # B P C, with padding behind
@@ -348,12 +348,12 @@ class QwenImage21Model(BlockNetwork):
         self.config = config
         self.attention = attention
         dim = config.dim
-        self.time_text_embed = TimeEmbedding(config)
-        self.txt_in = TextProjection(config)
+        self.time_text_embed = QwenImage21Time(config)
+        self.txt_in = QwenImage21TextLayers(config)
         self.img_in = nn.Linear(config.channels, dim, bias=False)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, ROWS * dim, bias=False))
         self.transformer_blocks = nn.ModuleList(QwenImage21Block(config) for _ in range(config.num_layers))
-        self.norm_out = LastNorm(config)
+        self.norm_out = QwenImage21LastNorm(config)
         self.proj_out = nn.Linear(dim, config.channels, bias=False)
         self._rotary = GridTable[QwenImage21Layout](self._make_table)
 
@@ -471,7 +471,7 @@ class QwenImage21Model(BlockNetwork):
         text_mask: Tensor,
         slots: Tensor,
         references: Sequence[Tensor] = (),
-    ) -> EmbeddedPrefix:
+    ) -> PrefixTokens:
         """Return texts and references in their order. Inputs: as of `embed`. dtype: of the tokens."""
         prefixes = prefixes_of(text_mask, slots, references)
         for latents in references:
@@ -489,7 +489,7 @@ class QwenImage21Model(BlockNetwork):
                 start = slot
             pieces.append(words[start:])
             samples.append(torch.cat(pieces))
-        return EmbeddedPrefix(nn.utils.rnn.pad_sequence(samples, batch_first=True), prefixes)
+        return PrefixTokens(nn.utils.rnn.pad_sequence(samples, batch_first=True), prefixes)
 
     def grid_of(self, latents: Tensor) -> Grid:
         """Return rows and columns of a picture's tokens. Raises ValueError if its channels do not fit."""

@@ -148,6 +148,7 @@ KINDS = {
     "flux2": "FLUX.2 transformer",
     "lumina2": "Lumina-Image-2.0 transformer",
     "qwen-image-layered": "Qwen-Image-Layered",
+    "qwen-image-2.1-dit": "a Qwen-Image-2.1 transformer",
     "qwen-image-2.1-vae": "the VAE of Qwen-Image-2.1",
     "qwen-image": "Qwen-Image transformer",
     "z-image": "Z-Image transformer",
