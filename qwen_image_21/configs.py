@@ -10,7 +10,7 @@ from contract.rules import ModelRelease
 
 QWEN_IMAGE_21 = ModelRelease(
     ("Qwen/Qwen-Image-2.1", "Qwen/Qwen-Image-2.1-Turbo"),
-    "Qwen Research License (non-commercial)",
+    "Qwen Research License",
     "other",
     "https://huggingface.co/Qwen/Qwen-Image-2.1/blob/main/LICENSE",
 )

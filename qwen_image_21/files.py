@@ -242,6 +242,7 @@ def find_turbo(dit: Path | None) -> Turbo | None:
     """
     if dit is None:
         return None
+    dit = inside(dit, "transformer")
     folder = dit.absolute().parent if dit.suffix else dit.absolute()
     index = folder.parent / "model_index.json"
     if folder.name == "transformer" and index.is_file():

@@ -56,6 +56,7 @@ OF_PICTURES = (
     "krea2",
     "lumina",
     "qwen_image",
+    "qwen_image_21",
     "zimage",
 )  # how scripts begin
 NOT_HERE = ("quickstart.py", "run_tests.py", "tools/download.py", "tools/run_browser.py", RAY, *ON_GPU)
@@ -163,7 +164,7 @@ PICTURE_MODELS = {
     **{name: getattr(picture_project, f"lay_out_{name}") for name in ("flux", "flux_2", "hunyuan_image")},
     **{
         name: getattr(picture_project, f"lay_out_{name}")
-        for name in ("krea2", "lumina", "qwen_image", "z_image")
+        for name in ("krea2", "lumina", "qwen_image", "qwen_image_21", "z_image")
     },
     "flux_kontext": picture_project.lay_out_kontext,
     "gen_img": picture_project.lay_out_stable_diffusion,

@@ -29,6 +29,8 @@ ATTENTIONS = {
     **dict.fromkeys(
         ("ltx_2 2.0", "ltx_2 2.3", "ltx_2 2.5"), (6, 2)
     ),  # short to the video: its text, and sound
+    # of the picture, and of what stands before it: text, with a reference text, the reference and text
+    **{"qwen_image_21": (4, 0), "qwen_image_21 edit": (8, 0)},
     **{"krea2 edit": (3, 0), "wan t2v": (2, 1), "wan i2v": (3, 1), "wan vace": (2, 1)},
 }
 LEARNS_BEFORE = {"lumina", "krea2", "krea2 edit"}  # a LoRA is in their refiners too
