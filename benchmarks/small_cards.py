@@ -35,6 +35,7 @@ from benchmarks.gpu_rows import (  # noqa: E402
     NF4,
     OFFLOADED,
     QWEN_IMAGE,
+    QWEN_IMAGE_21,
     SMALL,
     SQUARE,
     TRAINING,
@@ -69,6 +70,7 @@ ROWS = tuple(
         (FLUX_2, SQUARE, 512),
         (FLUX, SQUARE, 512),
         (KREA_2, SQUARE, 256),
+        (QWEN_IMAGE_21, SQUARE, 256),
         (Z_IMAGE, SQUARE, 256),
         (HUNYUAN_IMAGE, LARGE, 256),
     )

@@ -1,7 +1,7 @@
 """Caches of latents and texts: hashes of reference pictures, and whether the two belong together.
 
-A text's states have seen the reference pictures, and their latents are put where the text encoder saw them. So
-both caches hold the hashes of the pictures as these were encoded, under the names of the known tuner.
+A text's states have seen the reference pictures, and their latents are put where the text encoder saw them.
+So both caches hold the hashes of the pictures as these were encoded, under the names of the known tuner.
 """
 
 import hashlib

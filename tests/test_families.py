@@ -36,7 +36,7 @@ SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3
 SLOW = {"framepack f1", "chroma", "kontext", "qwen_image edit-2511", "ltx_2"}
 # more latents and conditions of the same networks: tests/wan, tests/krea2, tests/parity
 SLOW |= {"wan t2v-1.3B-FC", "wan flf2v-14B", "wan i2v-14B-FC", "wan ti2v-5B", "skyreels i2v"}
-SLOW |= {"framepack one frame", "krea2 edit"}
+SLOW |= {"framepack one frame", "krea2 edit", "qwen_image_21 edit"}
 FAST = "wan t2v-1.3B"
 MARKS = {FAST: pytest.mark.whole_way, **dict.fromkeys(SLOW, pytest.mark.slow)}
 CASES = [pytest.param(each, id=each.name, marks=MARKS.get(each.name, ())) for each in FAMILIES]
@@ -102,6 +102,7 @@ def assert_equal(one: Path, other: Path) -> None:
     "ltx_2 with sound",
     "lumina",
     "qwen_image",
+    "qwen_image_21",
     "wan i2v-14B",
     "wan vace-1.3B",
 )
@@ -149,6 +150,7 @@ def test_a_sample_is_what_the_generation_script_makes(trained: tuple[TinyFamily,
     "ltx_2 with sound",
     "lumina",
     "qwen_image",
+    "qwen_image_21",
     "skyreels i2v",
     "wan i2v-14B",
     "wan ti2v-5B",

@@ -36,7 +36,7 @@ NAMES = (
         pytest.param(name, marks=pytest.mark.slow)
         for name in (
             *("hunyuan_video", "wan vace-1.3B", "framepack", "kontext", "flux_2", "qwen_image", "z_image"),
-            *("krea2", "krea2 edit"),
+            *("krea2", "krea2 edit", "qwen_image_21", "qwen_image_21 edit"),
             *("ltx_2", "ltx_2 with sound"),
         )
     ),

@@ -27,7 +27,7 @@ LATER = [
     for name in ("hunyuan_video", "framepack", "ltx_2", "ltx_2 with sound")
 ]
 OF_PICTURES = ("lumina", "hunyuan_image", "flux", "kontext", "flux_2", "z_image", "krea2", "krea2 edit")
-OF_PICTURES += ("qwen_image", "qwen_image edit-2511")
+OF_PICTURES += ("qwen_image", "qwen_image edit-2511", "qwen_image_21", "qwen_image_21 edit")
 PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_PICTURES]
 
 

@@ -376,7 +376,7 @@ def _qwen_image_21(edits: bool = False) -> TinyFamily:
         *("qwen_image_21 edit" if edits else "qwen_image_21", "qwen_image_21", "lora_qwen_image_21", write),
         vae=VAE,
         texts=TEXTS,
-        making=["--control_image_path", "start.png", "--resize_control_to_image_size"] * edits,
+        making=["--control_image_path", "start.png"] * edits,
         line="--ci start.png" * edits,
     )
 

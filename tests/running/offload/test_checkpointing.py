@@ -75,6 +75,8 @@ BOTH_DTYPES += [pytest.param(tiny, True, id=f"{tiny.name} autocast") for tiny in
     "lumina",
     "qwen_image edit",
     "qwen_image",
+    "qwen_image_21 edit",
+    "qwen_image_21",
     "wan i2v",
     "wan t2v autocast",
     "wan t2v",
