@@ -183,7 +183,10 @@ class Sampler:
             assert hears_sound(family)
             (track,) = decode_tracks(family, {stem: sound}, self.session.device, nullcontext).values()
         with self.session.media(images=False, again=True) as encoders:
-            frames = frames_of(family.decode(encoders, latents))
+            pixels = family.decode(encoders, latents)
+            if prepared.shown is not None:
+                pixels = map(prepared.shown.of, pixels)
+            frames = frames_of(pixels)
             metadata: Mapping[str, str] = {}
             if self.has_metadata:
                 metadata = output_metadata(
