@@ -1,4 +1,4 @@
-"""Encode the pictures and references of a dataset with FLUX.2's autoencoder, which FLUX 3 has too, for training.
+"""Encode the pictures and references of a dataset with FLUX 3's autoencoder, that of FLUX.2, for training.
 
 All options: python flux_3_cache_latents.py --help
 """

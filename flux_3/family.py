@@ -162,9 +162,9 @@ class Flux3(pictures.ModelOfPictures):
         """Return the request without guidance by a second pass."""
         if request.solver not in (None, "euler"):
             raise OptionError(
-                f"--sample_solver {request.solver} with {self.files.dit_path}: the distilled model predicts the "
-                "mean velocity of each step, which only Euler's method takes as it is. Give --sample_solver "
-                "vanilla, or leave it out"
+                f"--sample_solver {request.solver} with {self.files.dit_path}: the distilled model predicts "
+                "the mean velocity of each step, which only Euler's method takes as it is. Give "
+                "--sample_solver vanilla, or leave it out"
             )
         if request.guidance_scale in (None, own.GUIDANCE_OF_DISTILLED):
             return request

@@ -103,11 +103,8 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[Flux3Config]) -> Mapping[
 
 
 def describe(header: DitHeader[Flux3Config]) -> str:
-    return (
-        f"a distilled {NAME} Klein transformer"
-        if header.config.is_flow_map
-        else f"a {NAME} Klein base transformer"
-    )
+    release = "distilled" if header.config.is_flow_map else "base"
+    return f"a {NAME} Klein transformer ({release})"
 
 
 FORMAT = DitFormat(
@@ -148,9 +145,9 @@ class Flux3Files(LanguageModelFiles):
         if self.needs_distilled is False and is_distilled:
             raise OptionError(
                 f"--dit {self.dit_path} is {describe(header)}, which cannot be trained: it predicts the mean "
-                "velocity of a jump between two noise levels, and the loss of a training is that of one level. "
-                "Train on base (flux-3-image-klein-base), whose LoRAs work on the distilled model too, and "
-                f"give this file to {OF_SAMPLES} for samples"
+                "velocity of a jump between two noise levels, and the loss of a training is that of one "
+                "level. Train on base (flux-3-image-klein-base), whose LoRAs work on the distilled model "
+                f"too, and give this file to {OF_SAMPLES} for samples"
             )
         if self.needs_distilled and not is_distilled:
             raise OptionError(

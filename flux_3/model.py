@@ -21,11 +21,11 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from contract.steps import NO_TWEAKS, Tweaks
-from flux_2.model import SharedModulation, gate_half
+from flux_2.model import PairNorm, SharedModulation, gate_half, number_embedding
 from flux_3.configs import AXES, DIT, Flux3Config
 from modules.attention.attend import Lengths, SecondText, attend, lengths_on
 from modules.layers.modulation import add_gated, modulate
-from modules.layers.norms import Float32LayerNorm, ScaleNorm, TwoLayers, activation_dtype, in_own_dtype
+from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import GridTable, angles_at, on_grid, rotate, sinusoid, take_rows, turns
 from modules.speed_options import SDPA, AttentionChoice
 from running.run_blocks import BlockNetwork, Hidden
@@ -94,15 +94,6 @@ class Flux3Tokens:
         )
 
 
-class PairNorm(nn.Module):
-    """Norms of queries and keys, of each head by itself."""
-
-    def __init__(self, config: Flux3Config) -> None:
-        super().__init__()
-        self.query_norm = ScaleNorm(config.head_width, config.eps)
-        self.key_norm = ScaleNorm(config.head_width, config.eps)
-
-
 class ParallelBlock(nn.Module):
     """The layers of a block; attention and feed-forward run in parallel."""
 
@@ -114,7 +105,7 @@ class ParallelBlock(nn.Module):
         self.q_proj = nn.Linear(dim, dim, bias=False)
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim, bias=False)
-        self.norm = PairNorm(config)
+        self.norm = PairNorm(config.head_width, config.eps)
         self.attn_out = nn.Linear(dim, dim, bias=False)
         self.mlp_in = nn.Linear(dim, 2 * config.ffn_dim, bias=False)
         self.mlp_out = nn.Linear(config.ffn_dim, dim, bias=False)
@@ -201,7 +192,10 @@ def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, place: int) -> 
 
 
 def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
-    """Return the attention of all tokens to each other, B L+R+T N D. heads: query, key and value, likewise."""
+    """Return the attention of all tokens to each other, B L+R+T N D.
+
+    heads: query, key and value, likewise.
+    """
     second, parts = tokens.second, tokens.parts
     if parts:
         heads = _gather_streams(heads, tokens)
@@ -271,11 +265,6 @@ class Flux3Text(NamedTuple):
         return lengths_on([before + count for count in self.counts], self.states.device)
 
 
-def _number_embedding(config: Flux3Config) -> TwoLayers:
-    sizes = (config.freq_dim, config.dim, config.dim)
-    return TwoLayers("in_layer out_layer", sizes, bias=False, in_float32=True)
-
-
 def _modulations(config: Flux3Config) -> nn.ModuleDict:
     return nn.ModuleDict({mode: SharedModulation(config.dim, ROWS) for mode in MODES})
 
@@ -309,9 +298,9 @@ class Flux3Model(BlockNetwork):
         super().__init__()
         self.config = config
         self.attention = attention
-        self.time_in = _number_embedding(config)
+        self.time_in = number_embedding(config.freq_dim, config.dim)
         if config.is_flow_map:
-            self.ref_time_in = _number_embedding(config)
+            self.ref_time_in = number_embedding(config.freq_dim, config.dim)
         self.early_stream_modulations = _modulations(config)
         self.single_stream_modulations = _modulations(config)
         self.emb_in = nn.ModuleDict(

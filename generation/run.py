@@ -19,8 +19,8 @@ from blissful_tuner.metadata import frame_rate_in, read_decoded_metadata, seed_i
 from contract.data import MediaEncoders
 from contract.families import HIGH_NOISE
 from contract.family import Family, hears_sound
-from contract.requests import Box
 from contract.loading import Placement
+from contract.requests import Box
 from generation.dressing import (
     DitLoader,
     LorasByExpert,

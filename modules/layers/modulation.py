@@ -6,8 +6,8 @@ a pass each. So both functions write into a result of the wanted dtype, forward 
 does not allow by itself. Compiled code has plain operators, which the compiler merges.
 
 The tokens may stand in segments with a row of shift, scale and gate each: rows are B S C. With two segments,
-`split` is where the second one begins, as in a slice: from the end if negative. With several it has the places
-where all but the first begin, from the front and rising.
+`split` is where the second one begins, as in a slice: from the end if negative. With several it has the
+places where all but the first begin, from the front and rising.
 """
 # Letters: B batch, L tokens, S segments of them, C width
 
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
 
 Split = int | tuple[int, ...]
 

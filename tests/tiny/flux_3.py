@@ -31,7 +31,10 @@ CONFIG = Flux3Config(
 def tiny_state(
     seed: int = 0, dtype: torch.dtype = torch.float32, is_flow_map: bool = False, **sizes: int
 ) -> dict[str, Tensor]:
-    """Random weights under the released names. is_flow_map: distilled. sizes: fields of the config to change."""
+    """Random weights under the released names.
+
+    is_flow_map: distilled. sizes: fields of the config to change.
+    """
     config = replace(CONFIG, is_flow_map=is_flow_map, **sizes)  # type: ignore[arg-type]
     state = draw_state(lambda: Flux3Model(config), seed, dtype)
     state["txt_in.weight"] *= 0.1  # states of middle layers are large: what blocks add to them has to show
