@@ -58,7 +58,7 @@ def count_swapped(blocks: int) -> tuple[int, ...]:
     return (*shares, joint)
 
 
-NOISE = NoiseSpec(tokens=count_latents)
+NOISE = NoiseSpec(training_offset=0.0, tokens=count_latents)  # in training too the time is 1000 sigma
 DIT = DitSpec(
     block_lists=(*MODE_LISTS, JOINT_BLOCKS),
     fp8_exclude=("norm",),

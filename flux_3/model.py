@@ -24,6 +24,7 @@ from contract.steps import NO_TWEAKS, Tweaks
 from flux_2.model import PairNorm, SharedModulation, gate_half, number_embedding
 from flux_3.configs import AXES, DIT, Flux3Config
 from modules.attention.attend import Lengths, SecondText, attend, lengths_on
+from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import GridTable, angles_at, on_grid, rotate, sinusoid, take_rows, turns
@@ -425,15 +426,19 @@ class Flux3Model(BlockNetwork):
         tables = []
         for number, (rows, columns) in enumerate((layout.grid, *layout.references)):
             sides = (SCALE * torch.arange(side, dtype=torch.float64) for side in (rows, columns))
-            tables.append(self._table_of(zero, *sides, zero - number))
+            tables.append(self._table_of((zero, *sides, zero - number), device))
         for length in layout.texts:
-            tables.append(self._table_of(zero, zero, zero, torch.arange(length, dtype=torch.float64)))
-        return torch.cat(tables).to(device)
+            places = torch.arange(length, dtype=torch.float64)
+            tables.append(self._table_of((zero, zero, zero, places), device))
+        return torch.cat(tables)
 
-    def _table_of(self, *positions: Tensor) -> Tensor:
-        """Return the pairs of a grid. positions: along each axis, float64."""
+    def _table_of(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
+        """Return the pairs of a grid. positions: along each axis, float64 on the CPU."""
         width = self.config.head_width // AXES
-        pairs = [turns(angles_at(axis, width, self.config.rope_theta)).float() for axis in positions]
+        pairs = []
+        for axis in positions:
+            pair = turns(angles_at(axis, width, self.config.rope_theta)).float()
+            pairs.append(send_ahead(pair, device))
         return on_grid(pairs).unsqueeze(1)
 
 
