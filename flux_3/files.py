@@ -104,7 +104,7 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[Flux3Config]) -> Mapping[
 
 def describe(header: DitHeader[Flux3Config]) -> str:
     release = "distilled" if header.config.is_flow_map else "base"
-    return f"a {NAME} Klein transformer ({release})"
+    return f"the {release} {NAME} Klein transformer"
 
 
 FORMAT = DitFormat(

@@ -69,6 +69,7 @@ FLUX_3 = FamilyNames(
         ("single_blocks.{n}.", _ORDER),
     ),
     network_module="networks.lora_flux_3",
+    converted_for="diffusers",  # which loads nothing of files with our names, without a word
 )
 LORA = (FLUX_3,)
 MARKS: Marks = (
