@@ -39,9 +39,7 @@ logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN, LATENTS_AGAIN = "flux_3_cache_text_encoder_outputs.py", "flux_3_cache_latents.py"
 MOST_REFERENCES = 10  # as released
-BASE = pictures.picture_defaults(
-    own.STEPS, own.GUIDANCE, SIDE, flow_shift=SHIFT, sized_by_references=True
-)
+BASE = pictures.picture_defaults(own.STEPS, own.GUIDANCE, SIDE, flow_shift=SHIFT, sized_by_references=True)
 DISTILLED = replace(BASE, steps=own.STEPS_OF_DISTILLED, guidance_scale=own.GUIDANCE_OF_DISTILLED)
 
 

@@ -38,13 +38,14 @@ DIALECTS = {
     "diffusers": ("early_stream_modulations.image.linear.weight", tensor_patterns(FLUX_3)),
 }
 _BEFORE, _AFTER = qwen3_chat(thinks=True)  # the instruct model's template has no thoughts at all
+_SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-VL-4B-Instruct")
+# inside the encoder's folder; beside a file; beside text_encoder (diffusers)
+BESIDE = (".", "qwen_3_vl", "tokenizer", "../tokenizer")
 FLUX_3_USE = LanguageUse(
     name="qwen3_vl",
     states_key=KEY,
     model=QWEN3_VL,
-    source=replace(
-        qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-VL-4B-Instruct"),
-    ),
+    source=replace(_SOURCE, files=replace(_SOURCE.files, folder="", folders=BESIDE)),
     most=8192,
     before=_BEFORE,
     after=_AFTER,

@@ -43,11 +43,12 @@ TEXTS_IN_FP8 = {  # option, and the tensor in caches that it changes
     "flux": ("--fp8_t5", "t5_out"),
     "kontext": ("--fp8_t5", "t5_vec"),
     "flux_2": ("--fp8_text_encoder", "ctx_vec"),
+    "flux_3": ("--fp8_vl", "ctx_vec"),
     **dict.fromkeys(("ltx_2", "ltx_2 with sound"), ("--gemma_load_in_8bit", "prompt_embeds")),
 }
 # of FramePack tests/frame_pack has what is its own
 SLOW = {"hunyuan_video", "framepack", "lumina", "hunyuan_image", "flux", "flux_2", "kontext", "qwen_image"}
-SLOW |= {"qwen_image edit-2511", "krea2", "krea2 edit", "z_image", "ltx_2", "ltx_2 with sound"}
+SLOW |= {"qwen_image edit-2511", "flux_3", "krea2", "krea2 edit", "z_image", "ltx_2", "ltx_2 with sound"}
 CHOSEN = [
     pytest.param(family, id=family.name, marks=pytest.mark.slow if family.name in SLOW else ())
     for family in FAMILIES
