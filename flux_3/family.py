@@ -50,7 +50,7 @@ class Flux3(pictures.ModelOfPictures):
     files: Flux3Files
     options: Any = NO_OPTIONS  # of a training
 
-    noise_dtype: ClassVar = torch.float32  # whatever the transformer's, as released
+    noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
     few_steps: ClassVar = FewSteps("Train on base (flux-3-image-klein-base), whose LoRAs work on it too")
     can: ClassVar = Abilities(tell_few_steps=True, sample_apart=OF_SAMPLES)
     lora_module: str = field(default=LORA[0].network_module, init=False)

@@ -177,19 +177,24 @@ def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, place: int) -> 
     part = tokens.parts[place] if tokens.parts else None
     if part is not None:
         heads = part.gather_tokens(*heads)
-    query, key, value = heads
     if tokens.modes[place] != TEXT:
-        attended = attend(query, key, value, tokens.attention)
+        attended = _attend(heads, tokens, None)
     elif tokens.second is None:
-        attended = attend(query, key, value, tokens.attention, lengths=tokens.text_lengths)
+        attended = _attend(heads, tokens, tokens.text_lengths)
     else:
         count = tokens.second.count
         firsts = [tensor[:, :-count] for tensor in heads]
         seconds = [tensor[:, -count:] for tensor in heads]
-        attended_first = attend(*firsts, tokens.attention, lengths=tokens.text_lengths)
-        attended_second = attend(*seconds, tokens.attention, lengths=tokens.second_lengths)
+        attended_first = _attend(firsts, tokens, tokens.text_lengths)
+        attended_second = _attend(seconds, tokens, tokens.second_lengths)
         attended = torch.cat([attended_first, attended_second], dim=1)
     return attended if part is None else part.gather_heads(attended)
+
+
+def _attend(heads: Sequence[Tensor], tokens: Flux3Tokens, lengths: Lengths | None) -> Tensor:
+    """Return self-attention, B L N D, of heads. lengths: how many of the L tokens are real."""
+    query, key, value = heads
+    return attend(query, key, value, tokens.attention, lengths=lengths)
 
 
 def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
@@ -201,19 +206,19 @@ def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
     if parts:
         heads = _gather_streams(heads, tokens)
     if second is None:
-        attended = attend(*heads, tokens.attention, lengths=tokens.lengths)
-        return attended if not parts else _give_back(attended, parts)
-    firsts = [second.without(tensor) for tensor in heads]
-    seconds = [second.alone(tensor) for tensor in heads]
-    with_first = attend(*firsts, tokens.attention, lengths=tokens.lengths)
-    with_second = attend(*seconds, tokens.attention, lengths=second.lengths)
+        attended = _attend(heads, tokens, tokens.lengths)
+        return _give_back(attended, parts) if parts else attended
+    with_first = _attend([second.without(tensor) for tensor in heads], tokens, tokens.lengths)
+    with_second = _attend([second.alone(tensor) for tensor in heads], tokens, second.lengths)
     if not parts:
         return second.combine(with_first, with_second)
     # steering needs all heads of a token
     before = second.before
     texts = torch.cat([with_first[:, before:], with_second[:, before:]], dim=1)
-    contents = [_give_back(whole[:, :before], parts[:-1]) for whole in (with_first, with_second)]
-    return torch.cat([second.steer(*contents), parts[-1].gather_heads(texts)], dim=1)
+    steered = second.steer(
+        _give_back(with_first[:, :before], parts[:-1]), _give_back(with_second[:, :before], parts[:-1])
+    )
+    return torch.cat([steered, parts[-1].gather_heads(texts)], dim=1)
 
 
 def _gather_streams(heads: Sequence[Tensor], tokens: Flux3Tokens) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -10,14 +11,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import flux_3_train_network
+from contract.data import Batch
 from contract.requests import Request
 from flux_3.family import Flux3
 from flux_3.files import Flux3Files
-from modules.errors import OptionError
+from modules.errors import CacheError, OptionError
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny import flux_2
 from tests.tiny.families import OUTPUT, family_called
-from tests.tiny.flux_3 import tiny_state, write_dit, write_tiny_flux_3
+from tests.tiny.flux_3 import CONFIG, tiny_state, write_dit, write_tiny_flux_3
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.project import write_image
 from tests.tiny.runs import make_project
@@ -194,22 +196,19 @@ def test_a_plan_counts_both_transformers(
         assert len(rows) == is_loaded
 
 
-def test_a_cached_text_without_its_padding_is_refused(trained: Path, tmp_path: Path) -> None:
-    cache = next((trained / "cache").glob("*_f3_te.safetensors"))
-    from safetensors import safe_open
+def test_states_of_another_encoder_or_without_padding_are_refused(folder: Path) -> None:
+    family, latents = family_of(folder), torch.zeros(1, 128, 1, 3, 3)
 
-    with safe_open(cache, "pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    assert all(len(states) % 80 == 0 for states in tensors.values())
-    whole = cache.read_bytes()
-    try:
-        save_file({name: states[:33].clone() for name, states in tensors.items()}, cache, metadata=metadata)
-        code, said = run_here(*WORDS, "--max_train_steps", "4", "--overwrite", folder=trained)
-    finally:
-        cache.write_bytes(whole)
-    assert code == 1
-    assert "33 tokens, not a multiple of 80" in said
+    def conditions(tokens: int, width: int = CONFIG.text_dim) -> Any:
+        tensors: dict[str, Any] = {"latents": latents, "ctx_vec": [torch.zeros(tokens, width)]}
+        return family.batch_conditions(latents, Batch(tensors, ("a cat",), ("a.png",)))
+
+    assert conditions(160)["ctx_vec"][0].shape == (160, CONFIG.text_dim)
+    again = "flux_3_cache_text_encoder_outputs.py"
+    with pytest.raises(CacheError, match=f"33 tokens, not a multiple of 80.*{again}"):
+        conditions(33)
+    with pytest.raises(CacheError, match=f"8 numbers wide.*{again}"):
+        conditions(80, width=8)
 
 
 def test_without_references_the_layers_for_them_learn_nothing(tmp_path: Path) -> None:
