@@ -82,6 +82,7 @@ HUNYUAN_IMAGE = Model("HunyuanImage-2.1", "hunyuan_image", "hunyuanimage2.1-dit"
 LUMINA = Model("Lumina-Image-2.0", "lumina", "lumina2-dit")
 QWEN_IMAGE = Model("Qwen-Image", "qwen_image", "qwen-image-dit")
 FLUX_2 = Model("FLUX.2 dev", "flux_2", "flux2-dev-dit", ("--model_version", "dev"))
+FLUX_3 = Model("FLUX 3 Klein base", "flux_3", "flux3-klein-base-dit")
 KREA_2 = Model("Krea 2", "krea2", "krea2-dit")
 Z_IMAGE = Model("Z-Image", "z_image", "z-image-dit")
 LTX_2 = Model("LTX-2.3", "ltx_2", "ltx2.3-dit", vae="ltx2.3-video-vae")
