@@ -211,6 +211,7 @@ def test_states_of_another_encoder_or_without_padding_are_refused(folder: Path) 
         conditions(80, width=8)
 
 
+@pytest.mark.slow
 def test_without_references_the_layers_for_them_learn_nothing(tmp_path: Path) -> None:
     family = family_called("flux_3")
     make_project(family, tmp_path)
@@ -252,3 +253,24 @@ def test_layers_of_pre_training_and_diffusers_releases_are_read(folder: Path, tm
         latents.append(load_file(next(out.glob("*.safetensors")))["latent"])
     assert torch.equal(latents[0], latents[1])
     assert torch.equal(latents[0], latents[2])
+
+
+@pytest.mark.parametrize(
+    "part", ["0 0 64 64", "90000 0 1 1", "0 0 0 5", "-1 0 3 3", "1e3 0 2 2", "0 0 32 32"]
+)
+def test_latents_that_name_a_part_that_they_do_not_have(part: str, folder: Path, tmp_path: Path) -> None:
+    """What cannot be a part is not read; the picture has 32 x 32 pixels."""
+    latents = {"latent": torch.zeros(128, 1, 2, 2)}
+    save_file(latents, tmp_path / "made_latent.safetensors", metadata={"bt_shown_part": part})
+    words = ("--dit", "model/dit.safetensors", "--latent_path", tmp_path / "made_latent.safetensors")
+
+    code, said = run_here(*GENERATE, *words, "--save_path", tmp_path / "out", folder=folder)
+
+    if part in {"0 0 64 64", "90000 0 1 1", "0 0 0 5"}:
+        assert_one_message(
+            code, said, "made_latent.safetensors", "a part of the picture that it does not have"
+        )
+        return
+    assert code == 0
+    (picture,) = (tmp_path / "out").glob("*.png")
+    assert Image.open(picture).size == (32, 32)
