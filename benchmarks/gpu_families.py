@@ -284,6 +284,7 @@ FAMILIES = {
         train="lumina_train_network",
     ),
     "flux_2": BenchFamily("flux_2", "Flux2TrainingOptions", "flux_2_generate_image", _flux_2_texts),
+    "flux_3": BenchFamily("flux_3", "Flux3TrainingOptions", "flux_3_generate_image", _listed("ctx_vec")),
     "krea2": BenchFamily(
         *("krea2", "Krea2TrainingOptions", "krea2_generate_image", _listed("krea2_vl_embed", several=True)),
         work=lambda config, shape, text: gated_work(config, count_tokens(shape), text),

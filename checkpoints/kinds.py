@@ -9,7 +9,6 @@ from contract.families import Marks, family_marks
 _PREFIXES = ("model.diffusion_model.", "control_model.", "model.model.", "module.", "netG.", "net_g.", "net.")
 
 _NOT_YET = "which is not supported yet"
-_FLUX_3 = f"a transformer of FLUX.3, {_NOT_YET}"
 _HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, another network than HunyuanVideo's, {_NOT_YET}"
 _H3 = f"the transformer of MiniMax-H3, {_NOT_YET}"
 _OF_LTX = "a VAE of LTX-Video or LTX-2; LTX-Video is not supported yet"
@@ -19,9 +18,6 @@ _COSMOS = f"a transformer of Cosmos or Anima, {_NOT_YET}"
 # Models that no script runs. Before the others: some have tensors of theirs too. Sources: the classes of
 # diffusers 0.42 and the marks in its `single_file_utils`, and the tensor lists of released files
 OF_OTHERS: Marks = (
-    ("early_stream_modulations.image.lin.weight", _FLUX_3),
-    ("early_stream_modulations.image.linear.weight", _FLUX_3),
-    ("ref_time_in.in_layer.weight", _FLUX_3),
     ("embed_image_indicator.weight", f"the transformer of Ideogram 4, {_NOT_YET}"),
     ("audio_pooled_text_embeddings.in_layer.weight", f"the transformer of Kandinsky 6, {_NOT_YET}"),
     (

@@ -410,6 +410,7 @@ class SamplingDefaults:
     # guidance scales of experts that have one of their own, by name
     expert_guidance: Mapping[str, float] = field(default_factory=dict)
     experts: tuple[Expert, ...] = ONE_EXPERT  # that the model has, given or not, by their lowest timestep
+    sized_by_references: bool = False  # a request without a size takes that of its first reference
     extras: tuple[str, ...] = ()  # what it reads of `Request.extra`, of a line of a training's samples
 
 

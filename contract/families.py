@@ -138,6 +138,7 @@ FOLDERS: Mapping[str, str] = {
     "flux": "flux",
     "flux_kontext": "flux.kontext",
     "flux_2": "flux_2",
+    "flux_3": "flux_3",
     "hunyuan_image": "hunyuan_image",
     "lumina": "lumina",
     "qwen_image": "qwen_image",

@@ -68,6 +68,7 @@ class Turn:
     step: int  # from 0, of those that are made
     num_steps: int
     timestep: float  # what the network is fed
+    next_timestep: float  # likewise in the next step; 0 in the last one
     which: Hashable  # equal for the same pass of all steps of a section, and for no other pass of it
 
 
@@ -200,6 +201,7 @@ class Step:
     sigma: float  # noise level of `noisy`
     timestep: float  # what the network is fed
     noisy: Tensor  # B C F H W, float32; B N of a picture and its sound
+    next_timestep: float = 0.0  # what the network is fed in the next step; 0 in the last one
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,9 @@ class LanguageUse:
     keeps_after: bool = False  # the text behind the prompt stays if that is cut
     # token that fills prompts to `most` tokens, all of which have states; None: prompts keep their length
     pad: str | None = None
+    # with a pad: prompts are filled to a multiple of so many tokens instead, and each keeps its length. Such
+    # tokens have position 1, as in the version of transformers that models were trained with
+    pads_to: int = 0
     pads_left: bool = False  # without a pad: the last token stands where it would if there were one
     mask_key: str = ""  # of a mask with 1 for real tokens; "": none is returned
     at_once: int = 8  # prompts; bounds memory
@@ -212,7 +215,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.source = use.source
         self.most = use.most
         self.keys = use.keys
-        self.variable_length = use.keys | {use.hashes_key} if use.pad is None else frozenset()
+        has_lengths = use.pad is None or use.pads_to > 0
+        self.variable_length = use.keys | {use.hashes_key} if has_lengths else frozenset()
         self.weighed = use.states_key
         self.pads_left = use.pads_left
 
@@ -350,9 +354,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         for first in range(0, len(rows), use.at_once):
             group = rows[first : first + use.at_once]
             group_pictures = pictures[first : first + use.at_once]
-            length = max(map(len, group)) if use.pad is None else dropped + use.most
-            ids, mask = fill_rows(group, length, pad, use.pads_left)
-            inputs = self._embed(network, tokenizer, ids, group_pictures)
+            ids, mask = fill_rows(group, self._padded_length(group, dropped), pad, use.pads_left)
+            inputs = self._embed(network, tokenizer, ids, group_pictures, mask=mask)
             states = language_states(
                 network,
                 inputs.tokens,
@@ -366,7 +369,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             states = states[:, dropped:].cpu()
             mask = mask[:, dropped:]
             for number, (row_states, row_mask, row) in enumerate(zip(states, mask, group, strict=True)):
-                conditions = self._conditions(row_states, row_mask, len(row) - dropped)
+                length = self._padded_length([row], dropped) if use.pads_to else len(row)
+                conditions = self._conditions(row_states, row_mask, length - dropped)
                 if use.slots_key:
                     sides = group_pictures[number].sides if group_pictures else ()
                     conditions |= self._part_pictures(tokenizer, row_states, row[dropped:], sides)
@@ -403,10 +407,28 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             parted[use.sizes_key] = [torch.tensor(sizes, dtype=torch.int64).view(-1, 2)]
         return parted
 
+    def _padded_length(self, rows: Sequence[list[int]], dropped: int) -> int:
+        """Return the number of tokens that prompts of a group are filled up to."""
+        use = self.use
+        longest = max(map(len, rows))
+        if use.pad is None:
+            return longest
+        if use.pads_to:
+            return min(math.ceil(longest / use.pads_to) * use.pads_to, dropped + use.most)
+        return dropped + use.most
+
     def _embed(
-        self, network: nn.Module, tokenizer: TextTokenizer, ids: Tensor, pictures: Sequence[ReadPictures]
+        self,
+        network: nn.Module,
+        tokenizer: TextTokenizer,
+        ids: Tensor,
+        pictures: Sequence[ReadPictures],
+        mask: Tensor,
     ) -> PictureTokens:
-        """Return embeddings of tokens, with pictures in place of the tokens for them. ids: on the CPU."""
+        """Return embeddings of tokens, with pictures in place of the tokens for them.
+
+        ids, mask: on the CPU; the mask is 1 for real tokens.
+        """
         use = self.use
         embeddings = network.get_submodule(self.embedding.removesuffix(".weight"))
         device = network.get_parameter(self.embedding).device
@@ -419,12 +441,17 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         places = None
         if use.pad is None and use.pads_left:
             places = torch.arange(use.most - ids.shape[1], use.most)[None]
+        if use.pads_to:
+            places = torch.arange(ids.shape[1]).masked_fill(mask == 0, 1)
         return PictureTokens(tokens, places, [])
 
     def _conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
-        """Return what a prompt gives: a state for each of its tokens, or all states if prompts are padded."""
+        """Return what a prompt gives: a state for each of its tokens, or all states if prompts are padded.
+
+        length: of its tokens, with those that fill them up to a multiple.
+        """
         use = self.use
-        if use.pad is not None:
+        if use.pad is not None and not use.pads_to:
             return {use.states_key: states.clone(), **self._mask(mask)}
         conditions = {use.states_key: states[:length].clone(), **self._mask(mask[:length])}
         return {key: [tensor] for key, tensor in conditions.items()}

@@ -62,10 +62,10 @@ class SharedModulation(nn.Module):
 class PairNorm(nn.Module):
     """Norms of queries and keys, of each head by itself."""
 
-    def __init__(self, config: Flux2Config) -> None:
+    def __init__(self, head_width: int, eps: float) -> None:
         super().__init__()
-        width = config.dim // config.num_heads
-        self.query_norm, self.key_norm = ScaleNorm(width, config.eps), ScaleNorm(width, config.eps)
+        self.query_norm = ScaleNorm(head_width, eps)
+        self.key_norm = ScaleNorm(head_width, eps)
 
 
 class StreamAttention(nn.Module):
@@ -75,7 +75,7 @@ class StreamAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.norm = PairNorm(config)
+        self.norm = PairNorm(config.dim // config.num_heads, config.eps)
         self.proj = nn.Linear(config.dim, config.dim, bias=False)
 
 
@@ -130,7 +130,7 @@ class Flux2SingleBlock(nn.Module):
         self.pre_norm = Float32LayerNorm(dim, config.eps)
         self.rows = RowsOfAll(SINGLE_ROWS)
         self.linear1 = nn.Linear(dim, sum(self.widths), bias=False)
-        self.norm = PairNorm(config)
+        self.norm = PairNorm(config.dim // config.num_heads, config.eps)
         self.linear2 = nn.Linear(dim + config.ffn_dim, dim, bias=False)
 
     def forward(self, x: Tensor, tokens: blocks.HunyuanTokens) -> Tensor:
@@ -160,9 +160,9 @@ class Flux2FinalLayer(nn.Module):
         return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
 
 
-def _number_embedding(config: Flux2Config) -> TwoLayers:
-    sizes = (config.freq_dim, config.dim, config.dim)
-    return TwoLayers("in_layer out_layer", sizes, bias=False, in_float32=True)
+def number_embedding(freq_dim: int, dim: int) -> TwoLayers:
+    """Return the layers that embed the sinusoids of a number: B freq_dim -> B dim float32."""
+    return TwoLayers("in_layer out_layer", (freq_dim, dim, dim), bias=False, in_float32=True)
 
 
 class Flux2Model(BlockNetwork):
@@ -194,9 +194,9 @@ class Flux2Model(BlockNetwork):
         dim = config.dim
         self.img_in = nn.Linear(config.channels, dim, bias=False)
         self.txt_in = nn.Linear(config.text_dim, dim, bias=False)
-        self.time_in = _number_embedding(config)
+        self.time_in = number_embedding(config.freq_dim, dim)
         if config.has_guidance:
-            self.guidance_in = _number_embedding(config)
+            self.guidance_in = number_embedding(config.freq_dim, dim)
         self.double_stream_modulation_img = SharedModulation(dim, 6)
         self.double_stream_modulation_txt = SharedModulation(dim, 6)
         self.single_stream_modulation = SharedModulation(dim, 3)

@@ -51,8 +51,14 @@ def denoise(
     num_steps = schedule.num_steps - first_step
     for made in range(num_steps):
         index = first_step + made
+        is_last = made + 1 == num_steps
         step = steps.Step(
-            made, num_steps, float(schedule.sigmas[index]), float(schedule.timesteps[index]), latents
+            made,
+            num_steps,
+            sigma=float(schedule.sigmas[index]),
+            timestep=float(schedule.timesteps[index]),
+            noisy=latents,
+            next_timestep=0.0 if is_last else float(schedule.timesteps[index + 1]),
         )
         # not in a variable, which would keep this step's network while the next step's is loaded
         velocity = guidance(
@@ -118,7 +124,13 @@ def predictor(
                 timesteps = torch.stack([timesteps * (not is_clean) for is_clean in clean_streams], dim=1)
             # conditions and tweaks are the same objects at all steps of a section
             which = (*map(id, group), id(tweaks))
-            turn = steps.Turn(step.index, step.num_steps, step.timestep, which)
+            turn = steps.Turn(
+                step.index,
+                step.num_steps,
+                timestep=step.timestep,
+                next_timestep=step.next_timestep,
+                which=which,
+            )
             group_tweaks = replace(tweaks.within(all_passes), turn=turn)
             batch = stack(group) if len(group) > 1 else group[0]
             set_level(dit, step.sigma, noisy.device)

@@ -93,7 +93,7 @@ def make_request(
     if solver not in SOLVERS:
         raise OptionError(f"--sample_solver {solver} (in a prompt line): use {', '.join(SOLVERS)}")
     high_noise = line.get("guidance_scale_high_noise", options.guidance_scale_high_noise)
-    height, width = options.video_size or (None, None)  # a script may leave the size to the family
+    height, width = options.video_size or (None, None)  # None: the model's own, or that of a reference
     request = Request(
         prompt=texts["prompt"] or "",
         seed=seed,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import flux.files
 import flux_2.files
+import flux_3.files
 import frame_pack.files
 import hunyuan_image.files
 import hunyuan_model.checkpoints
@@ -25,6 +26,7 @@ import qwen_image.files
 import qwen_image_21.files
 import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
+import tests.tiny.flux_3 as tiny_flux_3
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
 import tests.tiny.krea2 as tiny_krea2
 import tests.tiny.lumina as tiny_lumina
@@ -118,6 +120,7 @@ KINDS = {
             Kind(f"flux_2 {name}", flux_2.files, tiny_flux_2, dit(f"a FLUX.2 {name}"), NAMED_THERE, name)
             for name in ("klein", "dev")
         ),
+        Kind("flux_3", flux_3.files, tiny_flux_3, dit("the base FLUX 3 Klein"), NAMED_THERE),
         Kind("lumina", lumina.files, tiny_lumina, dit("a Lumina-Image-2.0", GIVEN), NAMED_THERE),
         Kind("qwen_image", qwen_image.files, tiny_qwen_image, dit("a Qwen-Image")),
         Kind("krea2", krea2.files, tiny_krea2, dit("a Krea 2"), NAMED_THERE),
@@ -411,6 +414,10 @@ def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path
             *("qwen_image", ("transformer_blocks.",)),
             {"attn.to_q.weight", "img_mlp.net.0.proj.weight", "attn.to_add_out.weight"},
         ),
+        (
+            *("flux_3", ("content_mode_blocks.", "txt_mode_blocks.", "single_blocks.")),
+            {"q_proj.weight", "mlp_in.weight", "attn_out.weight"},
+        ),
         ("krea2", ("blocks.",), {"attn.wq.weight", "attn.gate.weight", "mlp.down.weight"}),
         (
             *("z_image", ("layers.",)),
@@ -428,7 +435,7 @@ def test_blocks_without_their_modulation_are_kept_in_8_bits(
     in_8_bits = {key for key, weight in loaded.state_dict().items() if weight.dtype.itemsize == 1}
     assert kept <= {key.split(".", 2)[2] for key in in_8_bits}
     assert all(key.startswith(blocks) for key in in_8_bits)
-    assert not any("_mod" in key or "modulation" in key for key in in_8_bits)
+    assert not any("_mod." in key or "modulation" in key for key in in_8_bits)
     if name == "flux_2 klein":
         names = ("time_in.in_layer.weight", "time_in.out_layer.weight")
         assert {loaded.get_parameter(key).dtype for key in names} == {torch.float32}
@@ -448,6 +455,10 @@ Z = {"num_layers": 30, "dim": 3840, "num_heads": 30, "rotary_widths": (32, 48, 4
 KREA = {
     **{"dim": 6144, "ffn_dim": 16384, "num_heads": 48, "num_kv_heads": 12, "num_layers": 28, "states": 12},
     **{"rotary_widths": (32, 48, 48), "text": Krea2StreamConfig(2560, 6912, 20, 20)},
+}
+FLUX_3 = {
+    **{"dim": 3072, "ffn_dim": 9216, "num_heads": 24, "mode_blocks": 5, "joint_blocks": 28},
+    **{"channels": 128, "text_dim": 20480},
 }
 # manifest -> name of KINDS, dimensions of the released model
 QWEN_21 = {
@@ -469,6 +480,11 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         f"flux2-{size}-{layout}": ("flux_2 dev", dimensions)
         for size, dimensions in FLUX_2.items()
+        for layout in ("dit", "dit-diffusers")
+    },
+    **{
+        f"flux3-klein{release}-{layout}": ("flux_3", {**FLUX_3, "is_flow_map": not release})
+        for release in ("", "-base")
         for layout in ("dit", "dit-diffusers")
     },
     "qwen-image-dit": ("qwen_image", {"num_layers": 60, "dim": 3072, "num_heads": 24}),
@@ -504,6 +520,7 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, man
     [
         *(("hunyuan t2v", name) for name in ("img_in.proj", "vector_in.in_layer", "final_layer.linear")),
         *(("flux_2 klein", name) for name in ("txt_in", "single_blocks.0.linear1")),
+        *(("flux_3", name) for name in ("txt_in", "single_blocks.0.q_proj", "txt_mode_blocks.1.mlp_in")),
         *(("qwen_image", name) for name in ("txt_in", "transformer_blocks.0.attn.to_q")),
         *(("krea2", name) for name in ("first", "txtfusion.refiner_blocks.0.attn.wq", "blocks.0.attn.gate")),
         *(("qwen_image_21", name) for name in ("img_in", "transformer_blocks.0.img_mlp.gate_layer")),
@@ -527,6 +544,13 @@ SENSELESS: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         ("double_blocks.0.img_mlp.2.weight", (64, 100)),
         ("img_in.weight", (0, 128)),
         ("img_in.weight", ()),
+    ],
+    "flux_3": [
+        ("single_blocks.0.norm.query_norm.scale", (0,)),
+        ("single_blocks.0.norm.query_norm.scale", (24,)),
+        ("single_blocks.0.mlp_out.weight", (64, 100)),
+        ("emb_in.image.weight", (0, 128)),
+        ("txt_in.weight", ()),
     ],
     "qwen_image": [
         ("transformer_blocks.0.attn.to_k.bias", ()),

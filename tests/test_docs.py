@@ -52,6 +52,7 @@ AGAIN = {"python reelsmith.py run clips"}  # starts a program for each step, as 
 OF_PICTURES = (
     "flux",
     "flux_2",
+    "flux_3",
     "hunyuan_image",
     "krea2",
     "lumina",
@@ -161,10 +162,10 @@ OWN_PROCESS = {
 }
 # pages about one model, most about one of pictures, and the models that they use
 PICTURE_MODELS = {
-    **{name: getattr(picture_project, f"lay_out_{name}") for name in ("flux", "flux_2", "hunyuan_image")},
+    **{name: getattr(picture_project, f"lay_out_{name}") for name in ("flux", "flux_2", "flux_3")},
     **{
         name: getattr(picture_project, f"lay_out_{name}")
-        for name in ("krea2", "lumina", "qwen_image", "qwen_image_21", "z_image")
+        for name in ("hunyuan_image", "krea2", "lumina", "qwen_image", "qwen_image_21", "z_image")
     },
     "flux_kontext": picture_project.lay_out_kontext,
     "gen_img": picture_project.lay_out_stable_diffusion,

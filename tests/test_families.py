@@ -27,6 +27,7 @@ CONVERTED_FOR = {
     **{"hunyuan": "comfyui", "skyreels": "comfyui", "z_image": "comfyui"},
     "framepack": "diffusers",
     "qwen_image_21": "comfyui",
+    "flux_3": "diffusers",
 }
 SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3"]
 
@@ -36,7 +37,7 @@ SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3
 SLOW = {"framepack f1", "chroma", "kontext", "qwen_image edit-2511", "ltx_2"}
 # more latents and conditions of the same networks: tests/wan, tests/krea2, tests/parity
 SLOW |= {"wan t2v-1.3B-FC", "wan flf2v-14B", "wan i2v-14B-FC", "wan ti2v-5B", "skyreels i2v"}
-SLOW |= {"framepack one frame", "krea2 edit", "qwen_image_21 edit"}
+SLOW |= {"framepack one frame", "krea2 edit", "flux_3", "qwen_image_21 edit"}
 FAST = "wan t2v-1.3B"
 MARKS = {FAST: pytest.mark.whole_way, **dict.fromkeys(SLOW, pytest.mark.slow)}
 CASES = [pytest.param(each, id=each.name, marks=MARKS.get(each.name, ())) for each in FAMILIES]

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "frame_pack": GROUND | {"networks.names", "encoders", "hunyuan_model"},
     "flux": GROUND | {"networks.names", "encoders", "hunyuan_model"},
     "flux_2": GROUND | {"networks.names", "encoders", "hunyuan_model", "flux.names"},
+    "flux_3": GROUND | {"networks.names", "encoders", "flux_2"},
     "hunyuan_image": GROUND | {"networks.names", "encoders", "hunyuan_model"},
     "ltx_2": GROUND | {"networks.names", "encoders"},
     "lumina": GROUND | {"networks.names", "encoders"},

@@ -183,7 +183,10 @@ class Sampler:
             assert hears_sound(family)
             (track,) = decode_tracks(family, {stem: sound}, self.session.device, nullcontext).values()
         with self.session.media(images=False, again=True) as encoders:
-            frames = frames_of(family.decode(encoders, latents))
+            pixels = family.decode(encoders, latents)
+            if prepared.shown is not None:
+                pixels = map(prepared.shown.of, pixels)
+            frames = frames_of(pixels)
             metadata: Mapping[str, str] = {}
             if self.has_metadata:
                 metadata = output_metadata(
@@ -430,8 +433,12 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         controls = [controls]
     scale = number("cfg_scale")
     expert_names = [expert.name for expert in family.experts if expert.name]
-    width = int(values.get("width", usual.width))
-    height = int(values.get("height", usual.height))
+    takes_reference_size = usual.sized_by_references and bool(controls)
+    sides: list[int | None] = []
+    for key, usual_side in (("width", usual.width), ("height", usual.height)):
+        missing = None if takes_reference_size else usual_side
+        sides.append(int(values[key]) if key in values else missing)
+    width, height = sides
     frames = int(values.get("frame_count", usual.frames))
     request = Request(
         prompt=str(values.get("prompt", "")),
@@ -463,15 +470,17 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     return _with_whole_size(request, (width, height, frames), family.latent)
 
 
-def _with_whole_size(request: Request, size: tuple[int, int, int], latent: LatentSpec) -> Request:
+def _with_whole_size(
+    request: Request, size: tuple[int | None, int | None, int], latent: LatentSpec
+) -> Request:
     """Return a request for the next lower size that the model makes; warn if it differs.
 
-    size: width, height and frames.
+    size: width, height and frames; None: as the first reference.
     """
     width, height, frames = size
     side, step = latent.pixel_step, latent.frame_step
-    whole_width = max(width // side, 1) * side
-    whole_height = max(height // side, 1) * side
+    whole_width = None if width is None else max(width // side, 1) * side
+    whole_height = None if height is None else max(height // side, 1) * side
     whole_frames = 1 if latent.is_of_pictures else (frames - 1) // step * step + 1
     changes = []
     if (whole_width, whole_height) != (width, height):

@@ -31,7 +31,6 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("CosmosTransformer3DModel", ONE, "Cosmos or Anima"),
     ("Cosmos3OmniTransformer", {"num_hidden_layers": 1}, "Cosmos 3"),
     ("ErnieImageTransformer2DModel", ONE, "ERNIE-Image"),
-    ("Flux3Transformer2DModel", ONE, "FLUX.3"),
     ("GlmImageTransformer2DModel", ONE, "GLM-Image"),
     ("HiDreamImageTransformer2DModel", HIDREAM, "HiDream-I1"),
     ("HunyuanVideo15Transformer3DModel", ONE, "HunyuanVideo 1.5"),
@@ -51,8 +50,6 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
 ]
 # of layouts that no class here writes: diffusers' own marks, and released files
 RELEASED = {
-    "early_stream_modulations.image.lin.weight": "FLUX.3",
-    "model.diffusion_model.ref_time_in.in_layer.weight": "FLUX.3",
     "net.x_embedder.proj.1.weight": "Cosmos or Anima",
     "cond_type_embedding.weight": "HunyuanVideo 1.5",
     "net.llm_adapter.blocks.0.cross_attn.q_proj.weight": "Anima",

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tests.flux_2.making as flux_2
+import tests.flux_3.making as flux_3
 import tests.frame_pack.making as framepack
 import tests.hunyuan_model.making as hunyuan
 import tests.krea2.making as krea2
@@ -94,6 +95,7 @@ MODELS: dict[str, tuple[str, str, Callable[[Path], Pair]]] = {
     "flux": ("lora_flux", "FluxLoraLoaderMixin", _of_images("flux")),
     "chroma": ("lora_flux", "FluxLoraLoaderMixin", _of_images("chroma")),
     "flux_2": ("lora_flux_2", "Flux2LoraLoaderMixin", _of_pictures(flux_2, packs=False)),
+    "flux_3": ("lora_flux_3", "Flux3LoraLoaderMixin", _of_pictures(flux_3, packs=False)),
     "lumina": ("lora_lumina", "Lumina2LoraLoaderMixin", _of_images("lumina")),
     "hunyuan_image": ("lora_hunyuan_image", "", _of_images("hunyuan_image")),
     "qwen_image": ("lora_qwen_image", "QwenImageLoraLoaderMixin", _of_pictures(qwen_image, packs=True)),
@@ -118,7 +120,7 @@ SPLIT = {"split_qkv": "True"}
         # the other names that diffusers reads: docs/generation.md, "What other tools read"
         *(
             (family, COMFYUI, {})
-            for family in ("wan", "ltx_2", "z_image", "krea2", "flux_2", "flux", "qwen_image_21")
+            for family in ("wan", "ltx_2", "z_image", "krea2", "flux_2", "flux_3", "flux", "qwen_image_21")
         ),
     ],
     ids=lambda one: "+".join(one) if isinstance(one, dict) else one,

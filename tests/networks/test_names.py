@@ -265,6 +265,7 @@ def test_all_layers_of_krea_2_have_the_released_sizes() -> None:
 RELEASED = {
     "flux": "flux1-dev-dit flux1-dev-dit-diffusers chroma1-dit",
     "flux_2": "flux2-dev-dit flux2-klein-4b-dit flux2-klein-4b-dit-diffusers flux2-klein-9b-dit",
+    "flux_3": "flux3-klein-base-dit flux3-klein-dit flux3-klein-base-dit-diffusers flux3-klein-dit-diffusers",
     "hunyuan_video": "hunyuanvideo-t2v-dit hunyuanvideo-t2v-dit-comfy skyreels-v1-i2v",
     "hunyuan_image": "hunyuanimage2.1-dit",
     "framepack": "framepack-dit",

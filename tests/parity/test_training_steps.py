@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 import tests.flux.making as flux
 import tests.flux_2.making as flux_2
+import tests.flux_3.making as flux_3
 import tests.hunyuan_image.making as hunyuan_image
 import tests.krea2.making as krea2
 import tests.lumina.making as lumina
@@ -30,6 +31,7 @@ import tests.qwen_image.making as qwen_image
 import tests.qwen_image_21.making as qwen_image_21
 import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
+import tests.tiny.flux_3 as tiny_flux_3
 import tests.tiny.hunyuan_dit as tiny_hunyuan
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
 import tests.tiny.krea2 as tiny_krea2
@@ -133,6 +135,35 @@ def error_of_flux_2(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
     timesteps = 1000 * sigmas + 1  # as the known tuner's
     given = {"noisy": noisy, "timesteps": timesteps, "text": stacked(batch, "ctx_vec")}
     return flux_2.predict_with(dit, given, references_of(batch)) - wanted  # type: ignore[arg-type]
+
+
+def error_of_flux_3(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    """Each by itself, as the padding of a batch counts there."""
+    sigmas = shifted(normal_share(batch, step), 6.93)
+    noisy, wanted = mixed(batch, step, sigmas)
+    references = references_of(batch)
+    velocities = []
+    for sample, item in enumerate(batch):
+        row = slice(sample, sample + 1)
+        given = {"noisy": noisy[row], "timesteps": 1000 * sigmas[row], "text": item.tensors["ctx_vec"][None]}
+        velocities.append(flux_3.predict_with(dit, given, [each[row] for each in references]))  # type: ignore[arg-type]
+    return torch.cat(velocities) - wanted
+
+
+def flux_3_parts(dit_file: Path) -> Parts:
+    """The Linear layers of all blocks: 6 of each."""
+    parts = {}
+    for name, weight in load_file(dit_file).items():
+        if "_blocks." in name and "norm" not in name:
+            (there,) = tiny_flux_3.in_diffusers_names({name: weight})
+            parts[name.removesuffix(".weight").replace(".", "_")] = [there.removesuffix(".weight")]
+    return parts
+
+
+def texts_of_two_lengths(folder: Path) -> None:
+    """References keep their sizes, and a caption is as long as two windows of 80 tokens."""
+    keep_sizes(folder)
+    write_caption("picture 1", LONG * 4, folder)
 
 
 def error_of_qwen_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
@@ -397,6 +428,14 @@ CASES: dict[str, Training] = {
         error=error_of_flux_2,
         change=keep_sizes,
         lora=Flux2LoraLoaderMixin,
+    ),
+    "flux_3": Training(
+        *("f3", "ctx_vec", 20.0),
+        options=("--timestep_sampling", "shift", "--discrete_flow_shift", 6.93),
+        network=flux_3.in_diffusers,
+        parts=flux_3_parts,
+        error=error_of_flux_3,
+        change=texts_of_two_lengths,
     ),
     "lumina": Training(
         *("lumina", "hidden_state", 2.0),

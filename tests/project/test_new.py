@@ -41,7 +41,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", ["qwen edit-2511", "kontext dev", "flux_2 klein-base-4b", "krea2 edit"])
+@pytest.mark.parametrize(
+    "model", ["qwen edit-2511", "kontext dev", "flux_2 klein-base-4b", "flux_3 klein-base", "krea2 edit"]
+)
 def test_pairs_become_references(layout: str, model: str, tmp_path: Path) -> None:
     results, sources = LAYOUTS[layout]
     folder = tmp_path / "top" / "pairs"

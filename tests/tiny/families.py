@@ -13,6 +13,7 @@ from tests.ltx_2.release import write_release
 from tests.sound_media import Track, write_media
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
+from tests.tiny.flux_3 import write_tiny_flux_3
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
@@ -302,6 +303,23 @@ def _flux_2() -> TinyFamily:
     )
 
 
+def _flux_3() -> TinyFamily:
+    """FLUX 3 base, which learns and makes edits of two references."""
+
+    def write(folder: Path) -> None:
+        write_tiny_flux_3(folder / "model")
+        write_references(folder, ("_0", "_1"))
+        write_image(folder / "end.png", 32, 48)
+
+    return _pictures(
+        *("flux_3", "flux_3", "lora_flux_3", write),
+        vae=VAE,
+        texts=TEXTS,
+        making=["--control_image_path", "start.png", "end.png"],
+        line="--ci start.png --ci end.png",
+    )
+
+
 def _lumina() -> TinyFamily:
     return _pictures(
         *("lumina", "lumina", "lora_lumina", lambda folder: write_tiny_lumina(folder / "model")),
@@ -442,6 +460,7 @@ FAMILIES = (
     _flux("chroma", "chroma"),
     _kontext(),
     _flux_2(),
+    _flux_3(),
     _lumina(),
     _hunyuan_image(),
     _qwen_image(),
@@ -473,6 +492,7 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         "flux": write_tiny_flux,
         "kontext": write_tiny_flux,
         "flux_2": write_tiny_flux_2,
+        "flux_3": write_tiny_flux_3,
         "lumina": write_tiny_lumina,
         "z_image": write_tiny_z_image,
         **dict.fromkeys(("krea2", "krea2 edit"), write_tiny_krea2),
@@ -484,6 +504,8 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
     }
     if family.name in TWO_LISTS:
         writers[family.name](folder / "model", double_blocks=3, single_blocks=6)
+    elif family.name == "flux_3":
+        write_tiny_flux_3(folder / "model", mode_blocks=2, joint_blocks=6)
     elif family.name in writers:
         writers[family.name](folder / "model", num_layers=4)
     else:

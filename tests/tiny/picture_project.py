@@ -17,6 +17,7 @@ from tests.sound_media import Track, write_media
 from tests.tiny import (
     flux,
     flux_2,
+    flux_3,
     guides,
     hunyuan_image,
     krea2,
@@ -70,6 +71,21 @@ def lay_out_flux_2(folder: Path) -> None:
     save(folder / "flux2-vae.safetensors", flux_2.vae_state(dtype=torch.bfloat16))
     qwen = flux_2.write_text_encoder(folder / "qwen_3")
     (qwen / "model.safetensors").rename(folder / "qwen_3_4b.safetensors")
+    (qwen / "config.json").rename(folder / "config.json")
+    (folder.parent / "before").mkdir()
+    for name in ("start", "chair", "before/0", "before/1"):
+        write_image(folder.parent / f"{name}.png", SIDE, SIDE)
+
+
+def lay_out_flux_3(folder: Path) -> None:
+    """FLUX 3 base and distilled and what they need; beside the folder what pictures are made from."""
+    for is_distilled in (False, True):
+        name = "flux-3-image-klein" if is_distilled else "flux-3-image-klein-base"
+        state = flux_3.tiny_state(int(is_distilled), torch.bfloat16, is_flow_map=is_distilled)
+        flux_3.write_dit(folder, state, name=name)
+    save(folder / "flux2-vae.safetensors", flux_2.vae_state(dtype=torch.bfloat16))
+    qwen = flux_3.write_text_encoder(folder / "qwen_3_vl")
+    (qwen / "model.safetensors").rename(folder / "qwen3vl_4b_bf16.safetensors")
     (qwen / "config.json").rename(folder / "config.json")
     (folder.parent / "before").mkdir()
     for name in ("start", "chair", "before/0", "before/1"):

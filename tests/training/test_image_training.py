@@ -18,6 +18,8 @@ from contract.loading import Placement
 from flux import options as flux
 from flux_2.family import Flux2
 from flux_2.files import Flux2Files
+from flux_3.family import Flux3
+from flux_3.files import Flux3Files
 from hunyuan_image import options as hunyuan_image
 from krea2.family import Krea2, Krea2Files
 from lumina import options as lumina
@@ -210,6 +212,7 @@ def test_metadata_count_the_parts_of_captions_by_folder(
             "qwen_image",
         ),
         (Krea2(Krea2Files()), "Krea-2", "1024x1024", "krea2"),
+        (Flux3(Flux3Files()), "Flux.3-klein", "1024x1024", "flux_3"),
         (ZImage(ZImageFiles()), "Z-Image", "1024x1024", "z_image"),
         (Flux2(Flux2Files(model_version="dev")), "Flux.2-dev", "1280x720", "flux_2"),
         (Flux2(Flux2Files(model_version="klein-base-4b")), "Flux.2-klein-4b", "1280x720", "flux_2"),

@@ -67,6 +67,10 @@ CASES |= {
     "kontext": ("kontext", [], {}, {"steps": 25, "embedded_guidance": 2.5}),
     "flux_2": ("flux_2", [], {}, {"steps": 50, "guidance_scale": (4.0,), "width": 1024}),
     "flux_2 klein": ("flux_2", [], {"klein-base-4b": "klein-4b"}, {"steps": 4, "guidance_scale": (1.0,)}),
+    "flux_3": (
+        *("flux_3", [], {}),
+        {"steps": 50, "guidance_scale": (3.5,), "flow_shift": 6.93, "negative_prompt": ""},
+    ),
     "lumina": ("lumina", [], {}, {"steps": 36, "guidance_scale": (3.5,), "flow_shift": 6.0}),
     "hunyuan_image": ("hunyuan_image", [], {}, {"steps": 50, "guidance_scale": (3.5,), "height": 2048}),
     "qwen_image": ("qwen_image", [], {}, {"steps": 25, "guidance_scale": (4.0,), "negative_prompt": " "}),
