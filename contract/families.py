@@ -31,7 +31,9 @@ class FamilyEntry:
     own_files: bool = True  # there is files.py with `identify`; else its files are another family's
     script: str = ""  # what the names of its scripts begin with
     cache: str = ""  # likewise, of its caching scripts
+    trainer: str = ""  # its training script, if that is not `{script}_train_network`
     makes: str = "image"  # end of its generation script's name
+    generator: str = ""  # its generation script, if that is not one of the shared loop's
     record: str = ""  # what the names of its option records begin with
     # files that encode latents: name of the value, how the option is typed, what for
     encoders: tuple[tuple[str, str, str], ...] = (("vae", "--vae", CLIPS),)
@@ -46,8 +48,12 @@ class FamilyEntry:
     same_latents: str = ""  # the family whose autoencoder it has too
 
     @property
+    def training_script(self) -> str:
+        return self.trainer or f"{self.script}_train_network"
+
+    @property
     def generation_script(self) -> str:
-        return f"{self.script}_generate_{self.makes}"
+        return self.generator or f"{self.script}_generate_{self.makes}"
 
     @property
     def spellings(self) -> dict[str, str]:
@@ -144,6 +150,8 @@ FOLDERS: Mapping[str, str] = {
     "z_image": "z_image",
     "krea2": "krea2",
     "stable_diffusion": "stable_diffusion",
+    "sd1": "stable_diffusion.sd1",
+    "sdxl": "stable_diffusion.sdxl",
 }
 
 
@@ -166,8 +174,8 @@ FAMILIES = Families()
 
 @cache
 def with_scripts() -> Mapping[str, FamilyEntry]:
-    """Return families with scripts for caching, training and generation; gen_img.py has files of its own."""
-    return {name: entry for name, entry in FAMILIES.items() if entry.script}
+    """Return families with scripts for caching, training and generation by the shared loop."""
+    return {name: entry for name, entry in FAMILIES.items() if entry.script and not entry.generator}
 
 
 def read_names() -> list[ModuleType]:

@@ -96,8 +96,11 @@ def _candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[PlacedModul
         outside = zip(rules.outside_paths, settings.outside_ranks, strict=False)
         starts += [(path,) for path, rank in outside if rank]
     patterns = [re.compile(pattern) for pattern in spec.lora_choice]
+    without = spec.with_convolutions if settings.conv_rank is None else ()
     for start in starts:
         for candidate in _modules_below(unet, start):
+            if any(part in f".{candidate.path}" for part in without):
+                continue
             if not patterns or any(pattern.match(candidate.path) for pattern in patterns):
                 yield candidate
 

@@ -1,0 +1,21 @@
+"""The scripts that train Stable Diffusion 1.x and 2.x; the names of modules are in stable_diffusion/names.py."""
+
+from contract.families import FamilyEntry, Marks
+from networks.names.layouts import FamilyNames
+
+ENTRY = FamilyEntry(
+    "stable_diffusion.sd1",
+    own_files=False,
+    script="sd",
+    cache="sd_cache",
+    trainer="train_network",
+    generator="gen_img",
+    record="Sd1",
+    encoders=(),  # the VAE is in the checkpoint, or in a file of its own
+    texts="--pretrained_model_name_or_path CHECKPOINT",
+    further_models=("sd2",),
+)
+
+LORA: tuple[FamilyNames, ...] = ()
+
+MARKS: Marks = ()

@@ -1,0 +1,19 @@
+"""The scripts that train Stable Diffusion XL; the names of modules are in stable_diffusion/names.py."""
+
+from contract.families import FamilyEntry, Marks
+from networks.names.layouts import FamilyNames
+
+ENTRY = FamilyEntry(
+    "stable_diffusion.sdxl",
+    own_files=False,
+    script="sdxl",
+    cache="sdxl_cache",
+    generator="gen_img",
+    record="Sdxl",
+    encoders=(),  # the VAE is in the checkpoint, or in a file of its own
+    texts="--pretrained_model_name_or_path CHECKPOINT",
+)
+
+LORA: tuple[FamilyNames, ...] = ()
+
+MARKS: Marks = ()
