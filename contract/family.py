@@ -112,8 +112,8 @@ class DitSpec:
     # patterns of module paths in blocks; a LoRA is put on those that match one, if there are any
     lora_choice: tuple[str, ...] = ()
     lora_lists: tuple[str, ...] = ()  # further parts of the network that a LoRA may be put on
-    # parts of module paths, with a "." in front, that get a LoRA only if convolutions larger than 1 x 1 get one
-    # (conv_dim): of U-Nets, their residual blocks
+    # parts of module paths, with a "." in front, that get a LoRA only if convolutions larger than 1 x 1 get
+    # one (conv_dim): of U-Nets, their residual blocks
     with_convolutions: tuple[str, ...] = ()
     keep_float32: tuple[str, ...] = ()
     # layers that turn inputs into tokens, if they are large: for --img_in_txt_in_offloading

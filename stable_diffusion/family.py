@@ -84,7 +84,7 @@ def latent_spec(kind: ModelKind) -> LatentSpec:
 class StableDiffusion(ModelOfPictures):
     """Description of a checkpoint of Stable Diffusion for one training, or for its caches."""
 
-    files: TrainingFiles
+    files: TrainingFiles  # type: ignore[assignment]  # all networks are in one checkpoint
     noise: NoiseSpec = field(default_factory=lambda: make_noise_spec(False))
     chunks: int = 1  # of 75 tokens that are read of a caption
     clip_skip: int | None = None
@@ -200,7 +200,8 @@ class StableDiffusion(ModelOfPictures):
         if width != expected:
             raise CacheError(
                 f"{batch.keys[0]}: the states of its text are {width} numbers wide, the U-Net of "
-                f"{self.files.path} takes {expected}: they were made with another checkpoint. Cache texts again."
+                f"{self.files.path} takes {expected}: they were made with another checkpoint. Cache texts "
+                "again."
             )
         length = CHUNK * self.chunks + 2
         for name in names:

@@ -1,4 +1,4 @@
-"""The checkpoint of a training: which model it is, and its networks one by one, each loaded when it is needed.
+"""The checkpoint of a training: which model it is, and its networks, each loaded when it is needed.
 
 Generation loads all networks at once (`loading.py`); here the VAE and the text encoders leave the device.
 """
@@ -35,7 +35,6 @@ from stable_diffusion.text_checkpoints import TextPlan
 from stable_diffusion.training_options import CKPT
 
 SCRIPTS = {SD1: "train_network.py", SD2: "train_network.py", SDXL: "sdxl_train_network.py"}
-KIND_SWITCHES = {SD2: "v2"}
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,14 @@ class TrainingFiles:
                 marks = read_marks(path, checkpoint.tensors)
         if marks.kind not in self.kinds:
             raise CheckpointError(
-                f"--ckpt {path} is {marks.kind.words}, which {SCRIPTS[marks.kind]} trains. Use that, or give "
-                f"a checkpoint of {' or '.join(kind.words for kind in self.kinds)}.",
+                f"--ckpt {path} is {marks.kind.words}, which {SCRIPTS[marks.kind]} trains. Use that, or "
+                f"give a checkpoint of {' or '.join(kind.words for kind in self.kinds)}.",
                 path,
             )
         if self.says_v2 and marks.kind is not SD2:
             raise OptionError(
-                f"--v2: {path} is {marks.kind.words}, by its tensors. Leave --v2 out, or give a checkpoint of "
-                f"{SD2.words}"
+                f"--v2: {path} is {marks.kind.words}, by its tensors. Leave --v2 out, or give a checkpoint "
+                f"of {SD2.words}"
             )
         return marks
 
@@ -97,8 +96,9 @@ class TrainingFiles:
             release = loading.open_release(options, files)
             if release.unet.config["in_channels"] != checkpoints.LATENT_CHANNELS:
                 raise CheckpointError(
-                    f"--ckpt {self.path} is an inpainting checkpoint, which takes a mask and a masked picture "
-                    "too; those are not trained here. Give the checkpoint for pictures that it was made from.",
+                    f"--ckpt {self.path} is an inpainting checkpoint, which takes a mask and a masked "
+                    "picture too; those are not trained here. Give the checkpoint for pictures that it was "
+                    "made from.",
                     self.path,
                 )
             yield release

@@ -330,8 +330,8 @@ class NotForNoise(Options, title="not built"):
 
 _OF_FLOWS = "it is for models that learn a flow, and this one learns 1000 discrete levels of noise"
 _OF_BLOCKS = (
-    "it acts between the blocks of a transformer, and the parts of a U-Net hand on features of several sizes. "
-    "--gradient_checkpointing and --fp8_base save memory"
+    "it acts between the blocks of a transformer, and the parts of a U-Net hand on features of several "
+    "sizes. --gradient_checkpointing and --fp8_base save memory"
 )
 _refused_by_noise = {
     **dict.fromkeys(

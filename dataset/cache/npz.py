@@ -2,9 +2,10 @@
 
 Latents of a picture: `STEM_WWWWxHHHH_TAG.npz`, W and H of the picture, with the arrays `latents`,
 `latents_flipped`, `alpha_mask`, `original_size` and `crop_ltrb` of every resolution, each with the suffix
-`_{h}x{w}` in latent pixels, or of one resolution without it (`NpzFormat.has_resolutions`). Texts: `STEM_TAG_te.npz`. Other programs read and write these files too: theirs
-count if they fit, and nothing is removed as stale. Ours have one more array for each resolution, the record
-of its sources, which other programs ignore.
+`_{h}x{w}` in latent pixels, or of one resolution without it (`NpzFormat.has_resolutions`). Texts:
+`STEM_TAG_te.npz`. Other programs read and write these files too: theirs count if they fit, and nothing is
+removed as stale. Ours have one more array for each resolution, the record of its sources, which other
+programs ignore.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Options of train_network.py, sd_cache_latents.py, sd_cache_text_encoder_outputs.py. Standard library only."""
+"""Options of train_network.py and the sd_cache_... scripts. Standard library only."""
 
 from modules.options import FREE, IDENTITY, option
 from stable_diffusion.options import GenImgOptions as Sd1GenerationOptions

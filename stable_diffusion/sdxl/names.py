@@ -1,4 +1,4 @@
-"""The scripts that train Stable Diffusion XL; the names of modules are in stable_diffusion/names.py."""
+"""The scripts that train Stable Diffusion XL; stable_diffusion/names.py has the names of modules."""
 
 from contract.families import FamilyEntry, Marks
 from networks.names.layouts import FamilyNames
