@@ -411,6 +411,8 @@ class SamplingDefaults:
     expert_guidance: Mapping[str, float] = field(default_factory=dict)
     experts: tuple[Expert, ...] = ONE_EXPERT  # that the model has, given or not, by their lowest timestep
     extras: tuple[str, ...] = ()  # what it reads of `Request.extra`, of a line of a training's samples
+    # names of its own solvers, which its sections bring (`Section.solver`); (): it has those of every model
+    solvers: tuple[str, ...] = ()
 
 
 def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:

@@ -97,6 +97,19 @@ FLOW = NoiseSpec(tokens=count_picture_tokens)
 
 
 @dataclass(frozen=True)
+class NumberedBlocks:
+    """Blocks of a network by the numbers under which --network_args give them ranks and rates."""
+
+    count: int  # of the numbers in block_dims and the like
+    sides: tuple[tuple[str, int, int], ...]  # argument of rates, its first block, how many it has
+    starts: tuple[tuple[str, int], ...]  # how the path of a module begins -> number of its block
+
+    def number_of(self, path: str) -> int | None:
+        """Return the number of a module's block; None if it is in none."""
+        return next((number for start, number in self.starts if path.startswith(f"{start}.")), None)
+
+
+@dataclass(frozen=True)
 class DitSpec:
     """Names inside a DiT for code that acts on it from outside."""
 
@@ -115,6 +128,7 @@ class DitSpec:
     # parts of module paths, with a "." in front, that get a LoRA only if convolutions larger than 1 x 1 get
     # one (conv_dim): of U-Nets, their residual blocks
     with_convolutions: tuple[str, ...] = ()
+    numbered: NumberedBlocks | None = None  # None: block_dims and the like are not for this model
     keep_float32: tuple[str, ...] = ()
     # layers that turn inputs into tokens, if they are large: for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()

@@ -4,35 +4,47 @@ Pictures are made by gen_img.py, whose networks and samplers are diffusers'.
 """
 # Letters: B pictures, L tokens, C width, h w latent size
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from contract.data import SIZES, Batch, Conditions, LatentSpec, SamplingDefaults, tensor_on
-from contract.family import Abilities, DitSpec, Family, NoiseSpec, TextEncoder
+from contract.data import (
+    SIZES,
+    Batch,
+    Conditions,
+    LatentSpec,
+    MediaEncoders,
+    SamplingDefaults,
+    tensor_on,
+)
+from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
 from contract.loading import Placement
 from contract.requests import Prepared, Request
 from contract.rules import ModelRelease, NpzFormat
-from contract.steps import NO_TWEAKS, Tweaks
+from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.pictures import ModelOfPictures, picture_defaults
 from modules.devices import choose_compute_dtype, dtype_of
 from modules.errors import CacheError, OptionError
 from modules.options import NO_OPTIONS
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.noise import make_noise_spec, vary_noise_by
+from stable_diffusion.samplers import SeenSolver, begin_sampling, make_scheduler
 from stable_diffusion.tokenizers import SIZE as CHUNK
 from stable_diffusion.towers import POOLED, STATES, STATES_1, STATES_2, make_encoders
 from stable_diffusion.training_files import TrainingFiles, unet_parts, unet_spec
 from stable_diffusion.training_options import (
+    SAMPLERS,
+    USUAL_SAMPLER,
     LatentCachingOptions,
     StableDiffusionTrainingOptions,
     TextCachingOptions,
 )
 
+STEPS, GUIDANCE_SCALE = 30, 7.5  # of a training's samples, as known trainers have it
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision; else float32
 OF_SD, OF_XL = (SD1, SD2), (SDXL,)  # kinds that a script trains
 # what the caches of a kind are called: at the end of file names, of npz files
@@ -60,10 +72,6 @@ RELEASES: Mapping[ModelKind, ModelRelease] = {
         "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md",
     ),
 }
-NO_SAMPLES = (
-    "samples of Stable Diffusion are not made while training yet. Leave --sample_prompts out, and make "
-    "pictures with gen_img.py --network_weights and a saved file (--save_every_n_epochs)"
-)
 
 
 def latent_spec(kind: ModelKind) -> LatentSpec:
@@ -88,6 +96,7 @@ class StableDiffusion(ModelOfPictures):
     noise: NoiseSpec = field(default_factory=lambda: make_noise_spec(False))
     chunks: int = 1  # of 75 tokens that are read of a caption
     clip_skip: int | None = None
+    sampler: str = USUAL_SAMPLER  # of a training's samples
     options: Any = NO_OPTIONS  # of a training
 
     can: ClassVar[Abilities] = Abilities()
@@ -119,7 +128,9 @@ class StableDiffusion(ModelOfPictures):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        return picture_defaults(30, 7.5, self.kind.size)
+        return picture_defaults(
+            STEPS, GUIDANCE_SCALE, self.kind.size, solver=self.sampler, solvers=SAMPLERS, noise_on_cpu=True
+        )
 
     @property
     def release(self) -> ModelRelease:
@@ -150,17 +161,8 @@ class StableDiffusion(ModelOfPictures):
 
     # files
 
-    def check_given_files(self) -> None:
-        """Check every file that an option names. Loads nothing."""
-        if self.files.ckpt is not None:
-            with self.files.opened():
-                pass
-        elif self.files.vae is not None:
-            with self.files.opened_vae():
-                pass
-
     def check_files(self, media: bool) -> None:
-        self.check_given_files()
+        self.files.check()
 
     @property
     def dit_files(self) -> tuple[Path, ...]:
@@ -236,11 +238,40 @@ class StableDiffusion(ModelOfPictures):
         result: Tensor = output.unsqueeze(2)
         return result
 
-    # samples
+    # samples: the pictures of gen_img.py
 
     def prepare(self, request: Request) -> Prepared:
-        """Raise OptionError: pictures are made by gen_img.py."""
-        raise OptionError(NO_SAMPLES)
+        return self.settle_picture(request, flow_shift=1.0)
+
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the only section. Its noise is from the CPU, and its solver is a scheduler of diffusers."""
+        solver = self._begin(prepared)
+        conditions = dict(inputs.get(0, {}))
+        if self.kind is SDXL:
+            height, width = prepared.height, prepared.width
+            conditions[SIZES] = torch.tensor([(height, width, 0, 0, height, width)], dtype=torch.float32)
+        section = prompts[0].section(solver.seen(0), conditions)
+        return (yield replace(section, solver=solver))
+
+    def _begin(self, prepared: Prepared) -> SeenSolver:
+        """Return the solver of a picture with the noise that it begins with."""
+        generator = torch.Generator().manual_seed(prepared.seed)
+        predicts_v = self.noise.predicts_v
+        has_zero_snr = predicts_v and self.noise.table[-1] == 1
+        scheduler = make_scheduler(prepared.solver, predicts_v, has_zero_snr)
+        solver = begin_sampling(scheduler, prepared.steps, [generator])
+        shape = self.latent.shape(1, prepared.height, prepared.width)
+        drawn = torch.randn(shape[1], *shape[3:], generator=generator)
+        return SeenSolver(solver, (drawn * solver.noise_level)[None, :, None])
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        yield encoders.vae.decode(latents / self.latent.scale)
 
 
 def family_for_latent_caching(kinds: tuple[ModelKind, ...], options: LatentCachingOptions) -> StableDiffusion:
@@ -280,7 +311,9 @@ def family_for_training(
         weights=options.loss_weights,
         vary=vary_noise_by(options.varied_noise),
     )
-    return StableDiffusion(files, noise, options.chunks, clip_skip, options=options)
+    return StableDiffusion(
+        files, noise, options.chunks, clip_skip, sampler=options.sample_sampler, options=options
+    )
 
 
 def check_prediction(options: StableDiffusionTrainingOptions, predicts_v: bool) -> None:

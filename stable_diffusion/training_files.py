@@ -20,7 +20,7 @@ from checkpoints.dits import FP8_COMPUTE, stored_layers
 from checkpoints.filling import load_module
 from checkpoints.model_files import require_file
 from checkpoints.opening import fingerprint, open_checkpoint
-from contract.family import DitSpec
+from contract.family import DitSpec, NumberedBlocks
 from contract.loading import Placement
 from encoders.clip_layers import ClipText, check_activation
 from encoders.tiles import sample_posterior
@@ -30,6 +30,7 @@ from modules.media.pixels import from_bytes
 from stable_diffusion import checkpoints, folders, loading
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.files import Marks, read_marks
+from stable_diffusion.names import unet_blocks, unet_samplers
 from stable_diffusion.options import ModelOptions
 from stable_diffusion.text_checkpoints import TextPlan
 from stable_diffusion.training_options import CKPT
@@ -102,6 +103,15 @@ class TrainingFiles:
                     self.path,
                 )
             yield release
+
+    def check(self) -> None:
+        """Raise CheckpointError or OptionError if a file that is given cannot be used. Loads nothing."""
+        if self.ckpt is not None:
+            with self.opened():
+                pass
+        elif self.vae is not None:
+            with self.opened_vae():
+                pass
 
     # the U-Net
 
@@ -225,9 +235,8 @@ class PictureVae:
 
 def unet_parts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Return the lists of residual blocks and of transformers of a U-Net with their lengths, in its order."""
-    layers = config.get("layers_per_block", 2)
     down_types: Sequence[str] = config["down_block_types"]
-    counts = [layers] * len(down_types) if isinstance(layers, int) else [*layers]
+    counts = _layers_of(config)
     parts: list[tuple[str, int]] = []
     for level, (kind, count) in enumerate(zip(down_types, counts, strict=True)):
         parts += _parts_of_level(f"down_blocks.{level}", kind, count)
@@ -238,9 +247,45 @@ def unet_parts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
     return parts
 
 
+def _layers_of(config: Mapping[str, Any]) -> list[int]:
+    """Return the number of residual blocks of each level on the way down."""
+    layers = config.get("layers_per_block", 2)
+    return [layers] * len(config["down_block_types"]) if isinstance(layers, int) else [*layers]
+
+
 def _parts_of_level(path: str, kind: str, count: int) -> list[tuple[str, int]]:
     parts = [(f"{path}.resnets", count)]
     return [*parts, (f"{path}.attentions", count)] if kind.startswith("CrossAttn") else parts
+
+
+def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
+    """Return the blocks of a U-Net by the numbers of known trainers, which are those of the released files.
+
+    SDXL, of three levels, counts its inputs, then input blocks, the three parts of the middle, output blocks
+    and its outputs: 23. Of the others the middle is one block, and the first and the last are no numbers: 25.
+    """
+    layers = _layers_of(config)
+    down = sum(layers) + len(layers)  # the first convolution, and a sampler after each level but the last
+    up = sum(layers) + len(layers)
+    is_xl = config.get("addition_embed_type") is not None
+    middle = 3 if is_xl else 1
+    first = 1 if is_xl else 0  # number of input_blocks.0
+    starts = {"input_blocks": first, "output_blocks": first + down + middle}
+    numbers: list[tuple[str, int]] = []
+    for released, ours, _ in unet_blocks(layers):
+        side, number, *_ = released.split(".")
+        of_middle = first + down + (int(number) if is_xl else 0)
+        numbers.append((ours, of_middle if side == "middle_block" else starts[side] + int(number)))
+    for smaller, larger, our_down, our_up in unet_samplers(layers):
+        numbers.append((our_down.removesuffix(".conv"), starts["input_blocks"] + int(smaller.split(".")[1])))
+        up_number = starts["output_blocks"] + int(larger[0].split(".")[1])
+        numbers.append((our_up.removesuffix(".conv"), up_number))
+    sides = (
+        ("down_lr_weight", first, down),
+        ("mid_lr_weight", first + down, middle),
+        ("up_lr_weight", first + down + middle, up),
+    )
+    return NumberedBlocks(first + down + middle + up + first, sides, tuple(numbers))
 
 
 def unet_spec(config: Mapping[str, Any]) -> DitSpec:
@@ -250,6 +295,7 @@ def unet_spec(config: Mapping[str, Any]) -> DitSpec:
     of residual blocks and on samplers, as known trainers do.
     """
     return DitSpec(
+        numbered=number_blocks(config),
         block_lists=tuple(name for name, _ in unet_parts(config)),
         lora_lists=("down_blocks", "mid_block", "up_blocks"),
         with_convolutions=(".resnets.", ".downsamplers.", ".upsamplers."),

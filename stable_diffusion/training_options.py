@@ -14,6 +14,13 @@ _TOKENIZERS_HELP = (
     "folder with openai_clip-vit-large-patch14 and laion_CLIP-ViT-bigG-14-laion2B-39B-b160k or "
     "stabilityai_stable-diffusion-2, the files of the tokenizers"
 )
+# fmt: off
+SAMPLERS = (
+    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++",
+    "dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+)
+# fmt: on
+USUAL_SAMPLER = "ddim"  # of known trainers
 CHUNK = 75  # tokens that a text encoder reads at once
 
 
@@ -99,6 +106,9 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
     )
     zero_terminal_snr: bool = option(
         "train the last timestep on noise alone; for models that predict v", facts=HABIT
+    )
+    sample_sampler: str = option(
+        "how samples are made, as gen_img.py --sampler", default=USUAL_SAMPLER, choices=SAMPLERS, facts=FREE
     )
     varied_noise: VariedNoiseOptions = option(facts=HABIT)
     loss_weights: LossWeightOptions = option(facts=HABIT)
