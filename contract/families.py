@@ -41,7 +41,7 @@ class FamilyEntry:
     # if they depend on the release, `text_encoder_options` of options.py says them
     texts: str = ""
     training: tuple[str, ...] = ()  # likewise, of its training script
-    # shared options of generation that its page spells otherwise: name -> flag
+    # shared options of generation that its page spells otherwise: name -> flag; "": it has none
     spelled: tuple[tuple[str, str], ...] = ()
     # further models that its scripts run, as outputs and LoRA files name them, with its latents
     further_models: tuple[str, ...] = ()

@@ -182,14 +182,14 @@ class TrainingFiles:
         with self.opened_vae() as plan:
             return {"vae": fingerprint(plan.checkpoint.path), "vae_dtype": dtype_name(torch.float32)}
 
-    def load_vae(self, device: torch.device) -> "PictureVae":
+    def load_vae(self, device: torch.device) -> "DiffusersVae":
         """Load the VAE, in float32: that of SDXL overflows in float16."""
         with self.opened_vae() as plan:
             network = checkpoints.build_network(AutoencoderKL, plan.config, plan.checkpoint.path)
             vae = load_planned(
                 plan, lambda _: network, device=device, dtype=torch.float32, what="the VAE"
             ).requires_grad_(False)
-        return PictureVae(vae)
+        return DiffusersVae(vae)
 
     # texts
 
@@ -202,7 +202,7 @@ class TrainingFiles:
 
 
 @dataclass(frozen=True, eq=False)
-class PictureVae:
+class DiffusersVae:
     """Turns pictures into latents, which are not scaled, and back. Each picture is computed by itself."""
 
     network: Any  # diffusers' AutoencoderKL
@@ -212,7 +212,7 @@ class PictureVae:
         device: torch.device = next(self.network.parameters()).device
         return device
 
-    def to(self, device: torch.device) -> "PictureVae":
+    def to(self, device: torch.device) -> "DiffusersVae":
         self.network.to(device)
         return self
 

@@ -157,12 +157,19 @@ def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, 
 
 def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of gen_img.py that generate with the model of a training."""
-    del sample
     chunks = options.chunks
+    line = str(sample.get("prompt") or FillIn("what it should show"))
+    letters = {"n": "negative_prompt", "w": "width", "h": "height", "s": "steps", "l": "guidance_scale"}
+    for letter, name in {**letters, "d": "seed"}.items():
+        if sample.get(name) not in (None, ""):
+            line += f" --{letter} {sample[name]}"
     return {
         "--ckpt": options.ckpt or FillIn("CHECKPOINT"),
         "--vae": options.vae,
         "--tokenizer_cache_dir": options.tokenizer_cache_dir,
         "--v_parameterization": options.v_parameterization,
+        "--network_module": "networks.lora",
+        "--prompt": line,
+        "--sampler": options.sample_sampler,
         "--max_embeddings_multiples": chunks if chunks > 1 else None,
     }

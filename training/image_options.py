@@ -344,8 +344,7 @@ _refused_by_noise = {
     **dict.fromkeys(
         (
             *("blocks_to_swap", "use_pinned_memory_for_block_swap", "img_in_txt_in_offloading", "tread"),
-            *("shard_base", "context_parallel", "gradient_checkpointing_cpu_offload"),
-            "cpu_offload_checkpointing",
+            *("shard_base", "context_parallel"),
         ),
         _OF_BLOCKS,
     ),

@@ -2,6 +2,7 @@
 
 from contract.families import FamilyEntry, Marks
 from networks.names.layouts import FamilyNames
+from stable_diffusion.names import OF_GEN_IMG
 
 ENTRY = FamilyEntry(
     "stable_diffusion.sdxl",
@@ -11,6 +12,7 @@ ENTRY = FamilyEntry(
     generator="gen_img",
     record="Sdxl",
     encoders=(),  # the VAE is in the checkpoint, or in a file of its own
+    spelled=OF_GEN_IMG,
     texts="--pretrained_model_name_or_path CHECKPOINT",
 )
 
