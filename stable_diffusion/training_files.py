@@ -6,7 +6,7 @@ Generation loads all networks at once (`loading.py`); here the VAE and the text 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from stable_diffusion.options import ModelOptions
 from stable_diffusion.text_checkpoints import TextPlan
 from stable_diffusion.training_options import CKPT
 
+MORE_THAN_ALL = 1 << 20  # blocks of a list
 SCRIPTS = {SD1: "train_network.py", SD2: "train_network.py", SDXL: "sdxl_train_network.py"}
 
 
@@ -288,15 +289,22 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
     return NumberedBlocks(first + down + middle + up + first, sides, tuple(numbers))
 
 
+def _swap_none(lists: int, blocks: int) -> tuple[int, ...]:
+    """Return more blocks of each list than it has: nothing of a U-Net is swapped, as it runs its own loop."""
+    return (MORE_THAN_ALL * blocks,) * lists
+
+
 def unet_spec(config: Mapping[str, Any]) -> DitSpec:
     """Return the names inside a U-Net: each residual block and each transformer counts as a block.
 
     A LoRA is put on the linear layers and 1x1 convolutions of transformers; with conv_dim also on all layers
     of residual blocks and on samplers, as known trainers do.
     """
+    parts = unet_parts(config)
     return DitSpec(
+        swap_counts=partial(_swap_none, len(parts)),
         numbered=number_blocks(config),
-        block_lists=tuple(name for name, _ in unet_parts(config)),
+        block_lists=tuple(name for name, _ in parts),
         lora_lists=("down_blocks", "mid_block", "up_blocks"),
         with_convolutions=(".resnets.", ".downsamplers.", ".upsamplers."),
     )
