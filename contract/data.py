@@ -44,6 +44,13 @@ HAS_SOUND = "has_sound"
 # because integers stay on the host
 FPS = "reelsmith_fps"
 
+# numbers that a model gets about each picture, in batches B 6 float32: height and width of its file, top and
+# left of `modules.media.buckets.inner_box`, height and width that it is trained at
+SIZES = "reelsmith_sizes"
+# in caches of other programs, if they say so: width and height of the file, left, top, right and bottom of
+# that box
+SAID_SIZES = "reelsmith_said_sizes"
+
 # places in time of latent frames that do not follow each other (a picture and its control images, which are
 # then frames of its latents): in caches F, in batches and conditions B F, on the host
 PLACES = "f_indices"
@@ -325,6 +332,7 @@ class LatentSpec:
     references_first: bool = False
     # frames per second of clips in other programs' caches, if these do not state it; else None
     unsaid_fps: float | None = None
+    tells_sizes: bool = False  # batches have `SIZES`
 
     @property
     def keeps_alpha(self) -> bool:
@@ -412,6 +420,8 @@ class SamplingDefaults:
     experts: tuple[Expert, ...] = ONE_EXPERT  # that the model has, given or not, by their lowest timestep
     sized_by_references: bool = False  # a request without a size takes that of its first reference
     extras: tuple[str, ...] = ()  # what it reads of `Request.extra`, of a line of a training's samples
+    # names of its own solvers, which its sections bring (`Section.solver`); (): it has those of every model
+    solvers: tuple[str, ...] = ()
 
 
 def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:

@@ -149,6 +149,8 @@ class NpzFormat:
     zeros: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     # arrays of a text file whose length differs per caption
     variable_length: frozenset[str] = frozenset()
+    # names of arrays of latents end in the size, so that a file has those of several resolutions
+    has_resolutions: bool = True
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,8 @@ class Section:
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
     count: int = 1  # how many sections the clip is made in
     stage: int = 0  # of `Prepared.stages`
+    # a solver of the family's own (`modules.flow.solvers.Solver`); None: the one that the request names
+    solver: Any = None
     shown: int | None = None  # latent frames of the picture; those behind them are no part of the clip
 
     @property

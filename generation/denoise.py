@@ -221,7 +221,7 @@ def make_latents(
             section = on_device(replace(section, previous=None), device)
             stage = prepared.stages[section.stage] if prepared.stages else prepared
             # what a solver draws continues the generator that the section's start came from
-            solver = solver_for(
+            solver = section.solver or solver_for(
                 stage.solver,
                 stage.steps,
                 stage.flow_shift,

@@ -204,7 +204,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
             )
         files = zip(network.base_weights or (), network.base_multipliers(), strict=True)
         with quiet():  # all warnings come again when it is made
-            check_network(network, module, depths)
+            check_network(network, module, depths, family.dit.numbered)
             uses = [read_use(path, expert, multiplier) for path, multiplier in files]
             if network.network_weights is not None and known_module is not None:
                 from networks.loading import LoraUse, read_lora  # only with LoRA files

@@ -231,7 +231,8 @@ def _show_steps(
             stack.close()
             name = ", ".join(filter(None, (title, section.label)))
             stage = prepared.stages[section.stage] if prepared.stages else prepared
-            bars.append(stack.enter_context(Bar(stage.num_steps, name)))
+            num_steps = stage.num_steps if section.solver is None else section.solver.schedule.num_steps
+            bars.append(stack.enter_context(Bar(num_steps, name)))
 
         def watch(_: StepDone) -> bool:
             bars[-1].update()
@@ -451,7 +452,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         expert_guidance={} if scale is None else dict.fromkeys(expert_names, scale),
         embedded_guidance=number("guidance_scale"),
         flow_shift=None if usual.flow_shift is None else number("discrete_flow_shift"),
-        solver=_solver_of(values),
+        solver=_solver_of(values, usual.solvers),
         fps=number("fps"),
         negative_prompt=values.get("negative_prompt"),
         second_prompt=values.get("prompt_2") or None,
@@ -494,14 +495,18 @@ def _with_whole_size(
     return replace(request, width=whole_width, height=whole_height, frames=whole_frames)
 
 
-def _solver_of(values: Mapping[str, Any]) -> str | None:
-    """Return the solver of a prompt; None, with a warning, for samplers of other models."""
+def _solver_of(values: Mapping[str, Any], own: Sequence[str] = ()) -> str | None:
+    """Return the solver of a prompt; None, with a warning, for samplers of other models.
+
+    own: those of the model, in place of those of every model.
+    """
     name = values.get("sample_sampler")
     if name is None:
         return None
-    solver = name if name in SOLVERS.values() else SOLVERS.get(name)
+    solvers = dict(zip(own, own, strict=True)) if own else SOLVERS
+    solver = name if name in solvers.values() else solvers.get(name)
     if solver is None:
-        known = ", ".join(dict.fromkeys((*SOLVERS.values(), *SOLVERS)))
+        known = ", ".join(dict.fromkeys((*solvers.values(), *solvers)))
         logger.warning(
             "the sample %r: the sampler %s (--ss) is ignored. Known: %s", values["prompt"], name, known
         )
