@@ -42,8 +42,7 @@ def describe_kind(model: ModelSet) -> str:
     if needs_picture(model):
         return "edits"
     if model.data["frames"] == 1:
-        edits = "edits" in model.about or model.family == "flux_2"
-        return "pictures and edits" if edits else "pictures"
+        return "pictures and edits" if "edits" in model.about else "pictures"
     hears = "sound_alone" in model.data and "without sound" not in model.about
     return "clips and sound" if hears else "clips"
 
