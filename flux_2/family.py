@@ -20,6 +20,7 @@ from contract.data import (
     SamplingDefaults,
     name_texts,
 )
+from contract.families import share_latents
 from contract.family import DitSpec, Family, NoiseSpec
 from contract.few_steps import GUIDED, FewSteps, transfer_from
 from contract.requests import Prepared, Request
@@ -87,8 +88,8 @@ class Flux2(pictures.ModelOfPictures):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """Return all releases: they have the same autoencoder."""
-        return frozenset(version.name for version in VERSIONS.values())
+        """Return all releases, and families with their autoencoder."""
+        return frozenset(version.name for version in VERSIONS.values()) | share_latents("flux_2")
 
     @property
     def cache_tag(self) -> str:

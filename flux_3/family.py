@@ -20,12 +20,14 @@ from contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
+from contract.families import share_latents
 from contract.family import Abilities, DitSpec, Family, NoiseSpec
 from contract.few_steps import FewSteps
 from contract.requests import Box, Prepared, Request
 from contract.rules import ModelRelease, ReferenceRules
 from contract.steps import NO_TWEAKS, Tweaks
 from encoders import pictures
+from flux_2.versions import VERSIONS
 from flux_3 import options as own
 from flux_3.configs import DIT, LATENT, MODE_LISTS, NOISE, PAD, RELEASE
 from flux_3.files import KEY, OF_SAMPLES, Flux3Files
@@ -82,6 +84,11 @@ class Flux3(pictures.ModelOfPictures):
     @property
     def defaults(self) -> SamplingDefaults:
         return DISTILLED if self.is_distilled else BASE
+
+    @property
+    def same_latents(self) -> frozenset[str]:
+        """Return the models with FLUX.2's autoencoder: its releases, as outputs name them, and this one."""
+        return share_latents(self.name) | {version.name for version in VERSIONS.values()}
 
     @property
     def references(self) -> ReferenceRules:

@@ -231,7 +231,8 @@ def _gather_streams(heads: Sequence[Tensor], tokens: Flux3Tokens) -> list[Tensor
 def _give_back(attended: Tensor, parts: Sequence["TokenPart"]) -> Tensor:
     """Exchange all tokens of this process' heads for all heads of its tokens, in streams."""
     streams = attended.split([part.length for part in parts], dim=1)
-    return torch.cat([part.gather_heads(s) for part, s in zip(parts, streams, strict=True)], dim=1)
+    pairs = zip(parts, streams, strict=True)
+    return torch.cat([part.gather_heads(stream) for part, stream in pairs], dim=1)
 
 
 class Flux3FinalLayer(nn.Module):

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 import flux_3_train_network
 from contract.data import Batch
 from contract.requests import Request
+from flux_2.family import Flux2
+from flux_2.files import Flux2Files
 from flux_3.family import Flux3
 from flux_3.files import Flux3Files
 from modules.errors import CacheError, OptionError
@@ -82,6 +84,14 @@ def test_the_distilled_model_takes_neither_guidance_nor_another_solver(
     assert "guidance scale 3.5 is ignored" in caplog.text
     with pytest.raises(OptionError, match="mean velocity of each step"):
         family.prepare(Request("a cat", seed=1, solver="unipc"))
+
+
+def test_latents_are_those_of_flux_2_too(folder: Path) -> None:
+    ours = family_of(folder).same_latents
+    theirs = Flux2(Flux2Files(model_version="dev")).same_latents
+
+    assert ours == theirs
+    assert ours >= {"flux_3", "flux_2_dev", "flux_2_klein_4b"}
 
 
 def test_at_most_ten_references(folder: Path) -> None:
