@@ -98,6 +98,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
     vae: Path | None = option(name="vae", facts=FREE)
     tokenizer_cache_dir: Path | None = option(name="tokenizer_cache_dir", facts=FREE)
     mixed_precision: str = option(name="mixed_precision", default="no", facts=FREE)
+    resolution: str | None = option(name="resolution", facts=FREE)
     v_parameterization: bool = option(
         "the model predicts v; not needed if the checkpoint says it", facts=IDENTITY
     )
