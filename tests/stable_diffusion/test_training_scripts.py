@@ -115,6 +115,7 @@ def test_a_lora_of_sdxl_has_the_names_of_released_files_and_loads_in_diffusers(f
     assert len(state) > 100
 
 
+@pytest.mark.slow
 def test_npz_caches_are_read_and_written_as_sd_scripts_has_them(folder: Path) -> None:
     model = write_sdxl(folder)
     files = ["--pretrained_model_name_or_path", model, "--dataset_config", "npz.toml"]
@@ -171,6 +172,7 @@ def test_stable_diffusion_1_and_2_train_from_caches(folder: Path, version: str) 
     assert [*(folder / "made").glob("*.png")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
