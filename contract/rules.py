@@ -161,6 +161,8 @@ class ModelRelease:
     licence: str
     licence_key: str  # the hub's identifier of it, "other" for those that have none
     licence_url: str
+    # False: other checkpoints of the kind, with licences of their own, are trained more often
+    covers_all: bool = True
 
 
 VIDEO, IMAGE, LATENTS = "video_path", "i2i_path", "from_latent"  # the options that name it

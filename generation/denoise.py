@@ -220,6 +220,8 @@ def make_latents(
                 on_section(section)
             section = on_device(replace(section, previous=None), device)
             stage = prepared.stages[section.stage] if prepared.stages else prepared
+            if section.solver is not None:  # it may take several passes for a step
+                stage = replace(stage, steps=section.solver.schedule.num_steps)
             # what a solver draws continues the generator that the section's start came from
             solver = section.solver or solver_for(
                 stage.solver,

@@ -4,6 +4,7 @@ Pictures are made by gen_img.py, whose networks and samplers are diffusers'.
 """
 # Letters: B pictures, L tokens, C width, h w latent size
 
+import re
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ from stable_diffusion.training_options import (
 STEPS, GUIDANCE_SCALE = 30, 7.5  # of a training's samples, as known trainers have it
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision; else float32
 OF_SD, OF_XL = (SD1, SD2), (SDXL,)  # kinds that a script trains
+LARGE_SD2 = 768  # sides of pictures of the 2.x that predicts v
 # what the caches of a kind are called: at the end of file names, of npz files
 _TAGS = {SD1: "sd", SD2: "sd", SDXL: "sdxl"}
 _STEPS = {SD1: 8, SD2: 8, SDXL: 32}  # sides of pictures are multiples of it
@@ -58,18 +60,21 @@ RELEASES: Mapping[ModelKind, ModelRelease] = {
         _RAIL,
         "creativeml-openrail-m",
         "https://huggingface.co/spaces/CompVis/stable-diffusion-license",
+        covers_all=False,
     ),
     SD2: ModelRelease(
         ("stabilityai/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1-base"),
         "CreativeML OpenRAIL++-M",
         "openrail++",
         "https://huggingface.co/stabilityai/stable-diffusion-2/blob/main/LICENSE-MODEL",
+        covers_all=False,
     ),
     SDXL: ModelRelease(
         ("stabilityai/stable-diffusion-xl-base-1.0",),
         "CreativeML OpenRAIL++-M",
         "openrail++",
         "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md",
+        covers_all=False,
     ),
 }
 
@@ -154,10 +159,21 @@ class StableDiffusion(ModelOfPictures):
             "base_model_version": version,
             "implementation": implementation,
             "prediction_type": "v" if predicts_v else "epsilon",
-            "resolution": f"{kind.size}x{kind.size}",
+            "resolution": self._resolution,
         }
         paths = {"sd_model_name": self.files.ckpt, "vae_name": self.files.vae}
-        return {**names, **{key: path.name for key, path in paths.items() if path is not None}}
+        hashes = {} if self.options is NO_OPTIONS else self.files.hashes
+        return {**names, **{key: path.name for key, path in paths.items() if path is not None}, **hashes}
+
+    @property
+    def _resolution(self) -> str:
+        """Return the size for the metadata of files: of --resolution, else that of the released model."""
+        typed = None if self.options is NO_OPTIONS else self.options.resolution
+        sides = re.findall(r"\d+", typed or "")
+        if not sides:
+            is_large = self.kind is SD2 and self.noise.predicts_v
+            sides = [str(LARGE_SD2 if is_large else self.kind.size)]
+        return f"{sides[0]}x{sides[-1]}"
 
     # files
 

@@ -3,6 +3,7 @@
 Generation loads all networks at once (`loading.py`); here the VAE and the text encoders leave the device.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,13 @@ from stable_diffusion.training_options import CKPT
 
 MORE_THAN_ALL = 1 << 20  # blocks of a list
 SCRIPTS = {SD1: "train_network.py", SD2: "train_network.py", SDXL: "sdxl_train_network.py"}
+
+
+def short_hash(path: Path) -> str:
+    """Return the hash by which A1111's first versions named checkpoints: of 64 KiB, 1 MiB into the file."""
+    with path.open("rb") as file:
+        file.seek(1 << 20)
+        return hashlib.sha256(file.read(1 << 16)).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,18 @@ class TrainingFiles:
                 f"of {SD2.words}"
             )
         return marks
+
+    @cached_property
+    def hashes(self) -> Mapping[str, str]:
+        """Return the hashes of the checkpoint's file and of --vae by which other programs know them."""
+        hashes: dict[str, str] = {}
+        paths = {"sd_model": None if self.ckpt is None else self.path, "vae": self.vae}
+        for name, path in paths.items():
+            if path is not None and path.is_file():
+                hashes[f"{name}_hash"] = short_hash(path)
+                with path.open("rb") as file:
+                    hashes[f"new_{name}_hash"] = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashes
 
     @property
     def kind(self) -> ModelKind:

@@ -8,6 +8,7 @@ from modules.option_values import FillIn
 from modules.options import FREE, HABIT, IDENTITY, Options, not_needed, option
 
 CKPT = "--pretrained_model_name_or_path"
+SHOWN_AS = {"--ckpt": CKPT}  # gen_img.py's name, which messages about checkpoints have
 _CKPT_HELP = "checkpoint: a single file, a folder in the layout of diffusers, or owner/name of the hub"
 _VAE_HELP = "another VAE than that of the checkpoint: a single file, or a folder in the layout of diffusers"
 _TOKENIZERS_HELP = (
@@ -98,6 +99,7 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
     vae: Path | None = option(name="vae", facts=FREE)
     tokenizer_cache_dir: Path | None = option(name="tokenizer_cache_dir", facts=FREE)
     mixed_precision: str = option(name="mixed_precision", default="no", facts=FREE)
+    resolution: str | None = option(name="resolution", facts=FREE)
     v_parameterization: bool = option(
         "the model predicts v; not needed if the checkpoint says it", facts=IDENTITY
     )

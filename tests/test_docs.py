@@ -168,7 +168,7 @@ PICTURE_MODELS = {
         for name in ("hunyuan_image", "krea2", "lumina", "qwen_image", "qwen_image_21", "z_image")
     },
     "flux_kontext": picture_project.lay_out_kontext,
-    "gen_img": picture_project.lay_out_stable_diffusion,
+    **dict.fromkeys(("gen_img", "sdxl", "stable_diffusion"), picture_project.lay_out_stable_diffusion),
     "image_datasets": lay_out_flux,
     "ltx2": picture_project.lay_out_ltx_2,
 }

@@ -59,6 +59,8 @@ class ImageTrainerDefaults:
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     # puts the family's own names of shared options into the shared ones, before records are read
     translate: Callable[[argparse.Namespace], None] = lambda args: None
+    # options that messages name -> how the script spells them
+    shown_as: Mapping[str, str] = field(default_factory=dict)
     # options of other trainers that the family does not have; None: `FOREIGN`
     foreign: tuple[type[Options], ...] | None = None
 
@@ -79,6 +81,7 @@ def read_image_training(
         _output_config(parser, args)
     _translate(args)
     defaults.translate(args)
+    args.typed_names = {**typed_names(args), **defaults.shown_as}
     _find_tokenizers(args, defaults.tokenizers)
     if isinstance(parser, Parser):  # commands that are printed have these in place of their other names
         for name in _named_otherwise(args, defaults.tokenizers):

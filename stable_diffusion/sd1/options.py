@@ -1,6 +1,6 @@
 """Options of train_network.py and the sd_cache_... scripts. Standard library only."""
 
-from modules.options import FREE, IDENTITY, option
+from modules.options import HABIT, IDENTITY, option
 from stable_diffusion.options import GenImgOptions as Sd1GenerationOptions
 from stable_diffusion.training_options import (
     LatentCachingOptions,
@@ -28,7 +28,7 @@ def _clip_skip() -> int | None:
 class Sd1TrainingOptions(StableDiffusionTrainingOptions, title=NAME):
     """Options of train_network.py besides the shared ones."""
 
-    v2: bool = option("the checkpoint is Stable Diffusion 2.x; read from the file if not given", facts=FREE)
+    v2: bool = option("the checkpoint is Stable Diffusion 2.x; read from the file if not given", facts=HABIT)
     clip_skip: int | None = _clip_skip()
 
 

@@ -1,7 +1,7 @@
 """A training step of Stable Diffusion against the same step in plain torch, diffusers and transformers."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from stable_diffusion.training_files import TrainingFiles
 from stable_diffusion.training_options import LossWeightOptions
 from tests.tiny.stable_diffusion import tokenizer_folder, write_folder
 from training.data.feed import Randomness
+from training.data.live import LiveTexts
 from training.loss import NoisyBatch
 from training.noise_options import TimestepOptions
 from training.targets.passes import training_loss
@@ -51,13 +52,21 @@ def encode(family: StableDiffusion, captions: tuple[str, ...]) -> dict[str, Tens
     return tensors
 
 
-def encode_plainly(kind: str, folder: Path, captions: tuple[str, ...], chunks: int) -> dict[str, Tensor]:
+def plain_encoders(kind: str, folder: Path) -> list[Any]:
+    """The text encoders, as transformers loads them."""
+    encoders: list[Any] = [CLIPTextModel.from_pretrained(folder / "text_encoder").eval()]
+    if kind == "sdxl":
+        encoders.append(CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2").eval())
+    return encoders
+
+
+def encode_plainly(
+    kind: str, folder: Path, captions: tuple[str, ...], chunks: int, encoders: Sequence[Any] = ()
+) -> dict[str, Tensor]:
     """The same by transformers: chunks of 75 ids between start and end, padded as each tokenizer says."""
     results: dict[str, Tensor] = {}
-    for number in range(2 if kind == "sdxl" else 1):
+    for number, encoder in enumerate(encoders or plain_encoders(kind, folder)):
         ending = f"_{number + 1}" if number else ""
-        network = CLIPTextModelWithProjection if number else CLIPTextModel
-        encoder = network.from_pretrained(folder / f"text_encoder{ending}").eval()
         tokenizer = CLIPTokenizer.from_pretrained(folder / f"tokenizer{ending}")
         states, pooled = [], []
         for caption in captions:
@@ -215,6 +224,51 @@ def test_loss_and_gradients_are_those_of_a_plain_loop(case: str, tmp_path: Path)
                 atol=2e-3 * scale,
                 msg=lambda m, n=name: f"{n}: {m}",
             )
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_text_encoders_learn_as_in_a_plain_loop(kind: str, tmp_path: Path) -> None:
+    family = make_family(kind, tmp_path, chunks=2)
+    noisy_batch = make_batch(family, (300, 700))
+    dit = family.load_dit(Placement(CPU)).requires_grad_(False)
+    encoders = family.text_encoders()
+    texts = LiveTexts(encoders, encoders)  # type: ignore[arg-type]
+    texts.load(CPU)
+    network = build_network("networks.lora", NetworkArguments(2, 1.0), None, texts.networks)
+    network.attach()
+    generator = torch.Generator().manual_seed(5)
+    for layer in network.layers:
+        nn.init.normal_(layer.lora_up.weight, std=0.05, generator=generator)
+
+    live = replace(noisy_batch, batch=texts.add_to(noisy_batch.batch))
+    training_loss(family, dit, live, contextlib.nullcontext).backward()
+
+    plain = plain_encoders(kind, tmp_path / kind)
+    weights = {}
+    for prefix, encoder in zip(KINDS[kind].lora_prefixes, plain, strict=True):
+        for path, module in encoder.named_modules():
+            if isinstance(module, nn.Linear) and ".layers." in path:
+                inner = path.removeprefix("text_model.").replace(".", "_")
+                weights[f"{prefix}_text_model_{inner}"] = module.weight
+    assert weights.keys() == set(network.names)
+    with torch.no_grad():
+        for name, layer in zip(network.names, network.layers, strict=True):
+            weights[name] += layer.scale * layer.lora_up.weight @ layer.lora_down.weight
+    theirs = encode_plainly(kind, tmp_path / kind, CAPTIONS, 2, plain)
+    batch = replace(noisy_batch.batch, tensors={**noisy_batch.batch.tensors, **theirs})
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / kind / "unet")
+    plain_loss(unet, family, replace(noisy_batch, batch=batch)).backward()
+    unread = 0
+    for name, layer in zip(network.names, network.layers, strict=True):
+        gradient = weights[name].grad
+        if gradient is None:  # behind the state that is read
+            unread += 1
+            assert layer.lora_up.weight.grad is None or not layer.lora_up.weight.grad.any()
+            continue
+        expected = layer.scale * gradient @ layer.lora_down.weight.T
+        scale = float(expected.detach().abs().max())
+        torch.testing.assert_close(layer.lora_up.weight.grad, expected, rtol=2e-3, atol=2e-3 * scale)
+    assert unread == (6 if kind == "sdxl" else 0)  # the last layer of CLIP-L
 
 
 def test_order_of_the_six_sizes_matters(tmp_path: Path) -> None:
