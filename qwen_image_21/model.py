@@ -393,7 +393,9 @@ class QwenImage21Model(BlockNetwork):
             remembers=True,
         )
         run_blocks(self, Hidden(embedded.x, tokens), NO_TWEAKS)
-        memory = {attention: attention.remembered for attention in self.attentions()}
+        memory: dict[nn.Module, tuple[Tensor, ...]] = {}
+        for attention in self.attentions():
+            memory[attention] = attention.remembered
         self._forget()
         return memory
 
