@@ -1,6 +1,6 @@
 """Qwen-Image-2.1, base and Turbo: read family.py first, then model.py.
 
-caches: hashes of references in caches, and whether latents and texts belong together
+caches: hashes of references; whether latents and texts belong together
 configs: dimensions of a transformer, latents, noise, names of parts
 family: Qwen-Image-2.1, described for the shared loops
 files: transformers in both layouts, Turbo's levels, encoders

@@ -311,20 +311,14 @@ def _decode_image(
         placed = fit_frame(picture, picture_fit)
         return mirror(placed) if is_mirrored else placed
 
-    control = []
-    for path in source.control:
-        if table.references is not None:
-            reference = read_reference(
-                path,
-                source,
-                bucket=fit.bucket,
-                place=place,
-                is_mirrored=is_mirrored,
-                has_alpha=has_alpha,
-            )
-            control.append(reference)
-        else:
-            control.append(_read_control(path, place, keeps_alpha))
+    control = _read_controls(
+        source,
+        bucket=fit.bucket,
+        place=place,
+        is_mirrored=is_mirrored,
+        keeps_alpha=keeps_alpha,
+        has_alpha=has_alpha,
+    )
     if has_alpha and not table.alpha_mask and alpha is not None:
         image, alpha = np.dstack([image, alpha]), None
     placed_alpha = None if alpha is None or alpha.min() == 255 else place(alpha)
@@ -342,12 +336,7 @@ def _decode_image(
         companions = read_companions(source, size, fit.bucket, 1)
         del companions["size_changes"]
     if source.worse is not None:
-        from dataset.sources.pairs import require_equal_size  # few pictures have any
-
-        worse = read_image(source.worse, has_alpha and not table.alpha_mask)
-        require_equal_size(source, size, (worse.shape[1], worse.shape[0]))
-        placed_worse = place(worse)
-        companions["worse"] = (add_alpha(placed_worse) if has_alpha else placed_worse)[None]
+        companions["worse"] = _read_worse(source, size, place=place, has_alpha=has_alpha)
     return DecodedMedia(
         source=source,
         size=size,
@@ -359,6 +348,42 @@ def _decode_image(
         mask=mask,
         **companions,
     )
+
+
+def _read_controls(
+    source: MediaSource,
+    bucket: Size,
+    place: Callable[[Frame], Frame],
+    is_mirrored: bool,
+    keeps_alpha: bool,
+    has_alpha: bool,
+) -> list[Clip]:
+    """Read the control images of a picture, each 1 H W C. bucket, place, is_mirrored: of the picture."""
+    if source.table.references is None:
+        return [_read_control(path, place, keeps_alpha) for path in source.control]
+    references = []
+    for path in source.control:
+        reference = read_reference(
+            path,
+            source,
+            bucket=bucket,
+            place=place,
+            is_mirrored=is_mirrored,
+            has_alpha=has_alpha,
+        )
+        references.append(reference)
+    return references
+
+
+def _read_worse(source: MediaSource, size: Size, place: Callable[[Frame], Frame], has_alpha: bool) -> Clip:
+    """Read the worse picture of a pair, 1 H W C. size: of the better one, before it is placed."""
+    from dataset.sources.pairs import require_equal_size  # few pictures have any
+
+    assert source.worse is not None
+    worse = read_image(source.worse, has_alpha and not source.table.alpha_mask)
+    require_equal_size(source, size, (worse.shape[1], worse.shape[0]))
+    placed = place(worse)
+    return (add_alpha(placed) if has_alpha else placed)[None]
 
 
 def _draw_crop(source: MediaSource, size: Size, fit: Fit, numbers: random.Random) -> Fit:

@@ -154,3 +154,15 @@ def test_alpha_is_split_off_and_joined_again(size: tuple[int, int]) -> None:
         np.testing.assert_array_equal(joined, frame)
     assert split_alpha(colours)[1] is None
     assert join_alpha(colours, None) is colours
+
+
+def test_both_pictures_of_a_pair_have_alpha(tmp_path: Path) -> None:
+    write_random(tmp_path / "better" / "a.png", SIDE, SIDE)
+    worse = write_random(tmp_path / "worse" / "a.png", SIDE, SIDE)
+    table = picture_table(tmp_path / "better", worse_directory=tmp_path / "worse")
+
+    decoded = decode(table)
+
+    assert decoded.worse is not None
+    np.testing.assert_array_equal(decoded.worse[0], worse)
+    assert decoded.frames.shape == decoded.worse.shape
