@@ -145,6 +145,7 @@ class EncoderAbilities:
     have_side: bool = False  # an `EncoderWithSide`
     wait: bool = False  # a `LayeredEncoder`
     divide: bool = False  # a `DividedEncoder`
+    see: bool = False  # a `SeeingEncoder`
 
 
 class TextEncoder(Protocol):
@@ -225,6 +226,16 @@ class DividedEncoder(TextEncoder, Protocol):
 
 def can_divide(encoder: TextEncoder) -> TypeGuard[DividedEncoder]:
     return encoder.can.divide
+
+
+class SeeingEncoder(TextEncoder, Protocol):
+    """A text encoder that may load its vision tower with the first prompt that has pictures."""
+
+    def load_tower(self, device: torch.device) -> None: ...  # onto it, unless it is loaded or never used
+
+
+def can_see(encoder: TextEncoder) -> TypeGuard[SeeingEncoder]:
+    return encoder.can.see
 
 
 @dataclass(frozen=True)

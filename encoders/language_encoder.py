@@ -186,7 +186,7 @@ class LanguageUse:
 class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     """A language model. Each prompt gives a state for each of its tokens."""
 
-    can = EncoderAbilities(wait=True, divide=True)
+    can = EncoderAbilities(wait=True, divide=True, see=True)
     logs_cuts = True
     blocks: BlockPlace | None = None  # splits the network over processes
 
@@ -384,7 +384,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         use = self.use
         assert use.pictures is not None
         token = self.find_token(tokenizer, use.pictures.token) if sides else None
-        is_picture = torch.tensor([number == token for number in ids])
+        is_picture = [number == token for number in ids]
+        # numbers, not a mask: a rehearsal has no values to count
+        words_only = torch.tensor([index for index, shows in enumerate(is_picture) if not shows])
         slots = []
         place = 0  # in ids
         words = 0  # before it
@@ -396,7 +398,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             place += rows * columns
         sizes = [(2 * rows, 2 * columns) for rows, columns in sides]
         parted: dict[str, Tensor | list[Tensor]] = {
-            use.states_key: [states[: len(ids)][~is_picture].clone()],
+            use.states_key: [states.index_select(0, words_only)],
             use.slots_key: [torch.tensor(slots, dtype=torch.int64)],
         }
         if use.sizes_key:
@@ -450,14 +452,21 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             hashed.append(conditions)
         return hashed
 
+    def load_tower(self, device: torch.device) -> None:
+        """Load the vision tower onto a device, unless it is loaded or the family shows no pictures.
+
+        Raises CheckpointError if the file has none, or one of another model.
+        """
+        network, _ = self._loaded.get()
+        if self.use.pictures is not None and not hasattr(network, "visual"):
+            network.visual = load_vision_tower(self.path, self.use.model, device, self.dtype)
+
     def _encode_prompts(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         use = self.use.pictures
         if use is None or not any(prompt.pictures for prompt in prompts):
             return super().encode(prompts)
         network, tokenizer = self._loaded.get()
-        if not use.always and not hasattr(network, "visual"):
-            device = network.get_parameter(self.embedding).device
-            network.visual = load_vision_tower(self.path, self.use.model, device, self.dtype)
+        self.load_tower(network.get_parameter(self.embedding).device)
         pictures = _read_all_pictures(network.get_submodule("visual"), prompts, use)
         token = self.find_token(tokenizer, use.token)
         written: list[Written] = []
