@@ -40,6 +40,7 @@ CLASSES = ("AutoencoderKLQwenImage21",)  # in a config.json next to the file
 FOLDER = "vae"  # in a whole release
 STRIDE = 16  # height and width of one latent pixel, in pixels
 PIXEL_CHANNELS = 4  # red, green, blue, alpha
+LARGEST = 1e6  # mean or deviation of latents; float32 has room for these
 OPAQUE = 1.0  # alpha of a picture without transparency, in -1..1
 
 # fmt: off
@@ -396,7 +397,8 @@ def _read_statistics(checkpoint: Checkpoint, channels: int) -> tuple[tuple[float
                 f'{len(MEAN)}. Put the config.json with its "{name}" next to the file.',
                 checkpoint.path,
             )
-        if not _are_numbers(values, channels, above=0 if name == "latents_std" else -math.inf):
+        least = 1 / LARGEST if name == "latents_std" else -LARGEST
+        if not _are_numbers(values, channels, least):
             meaning = "positive numbers" if name == "latents_std" else "numbers"
             raise CheckpointError(
                 f'{path}: "{name}" must be a list of {channels} {meaning}, one for each latent channel. '
@@ -406,10 +408,10 @@ def _read_statistics(checkpoint: Checkpoint, channels: int) -> tuple[tuple[float
     return tuple(means), tuple(deviations)
 
 
-def _are_numbers(values: Any, length: int, above: float) -> bool:
+def _are_numbers(values: Any, length: int, least: float) -> bool:
     if not isinstance(values, list | tuple) or len(values) != length:
         return False
-    return all(type(value) in (int, float) and above < value < math.inf for value in values)
+    return all(type(value) in (int, float) and least <= value <= LARGEST for value in values)
 
 
 def read_vae_config(path: Path) -> QwenImage21VaeConfig:

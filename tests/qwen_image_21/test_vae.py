@@ -222,6 +222,8 @@ def test_a_damaged_file_is_an_error(
         {"latents_mean": [math.nan] * 64},
         {"latents_mean": "many"},
         {"latents_mean": [True] * 64},
+        {"latents_mean": [10**400] * 64},
+        {"latents_std": [1e-300] * 64},
     ],
 )
 def test_a_hostile_config_is_an_error(tmp_path: Path, settings: dict[str, object]) -> None:
