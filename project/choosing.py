@@ -413,8 +413,14 @@ def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[Mode
     """Return families whose names have a text in them, else tasks that have it."""
     if len(plain) > 1:
         families = dict.fromkeys(name for spelling, name in by_spelling.items() if plain in spelling)
-        if families:
-            return [NamedModel(name, task=None) for name in families]
+        # of qwen_image and qwen_image_21 the first is meant: a longer name is typed as far as it is longer
+        shortest = [
+            name
+            for name in families
+            if not any(name.startswith(other) for other in families if other != name)
+        ]
+        if shortest:
+            return [NamedModel(name, task=None) for name in shortest]
     if len(plain) > 2:
         return [NamedModel(model.family, model.task) for model in models if plain in _plain(model.task)]
     return []

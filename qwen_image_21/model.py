@@ -97,7 +97,8 @@ class QwenImage21Tokens:
     grid: Grid  # of the picture's tokens
     picture: int  # how many of them there are, L; 0 while a prefix alone is computed
     split: int  # where the prefix begins, among the tokens that this process has
-    prefixes: tuple[Prefix, ...]  # of each sample
+    # of each sample; of one if all are alike. Plain numbers, which compiled code leaves open
+    segments: tuple[tuple[Segment, ...], ...]
     rotary: Tensor  # rotations of all tokens, L+P 1 D/2 2, or B L+P 1 D/2 2 if prefixes differ
     rows: Tensor  # B S 4C float32: scales and gates of all blocks
     time: Tensor  # B 1 C float32, the embedded time of the picture
@@ -105,7 +106,7 @@ class QwenImage21Tokens:
     attention: AttentionChoice
     remembers: bool = False  # there is a prefix alone, whose keys and values the blocks keep
     second: SecondText | None = None
-    second_prefixes: tuple[Prefix, ...] = ()
+    second_segments: tuple[tuple[Segment, ...], ...] = ()
     second_rotary: Tensor | None = None  # as `rotary`, of the picture and the second prefix
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
@@ -154,14 +155,14 @@ class QwenImage21Attention(nn.Module):
         if part is not None:
             heads = part.gather_tokens(*heads)
         if second is None:
-            attended = self.attend_heads(heads, tokens.rotary, tokens, tokens.prefixes)
+            attended = self.attend_heads(heads, tokens.rotary, tokens, tokens.segments)
             return attended if part is None else part.gather_heads(attended)
         assert tokens.second_rotary is not None
         first_heads = tuple(map(second.without, heads))
         second_heads = tuple(map(second.alone, heads))
-        attended = self.attend_heads(first_heads, tokens.rotary, tokens, tokens.prefixes)
+        attended = self.attend_heads(first_heads, tokens.rotary, tokens, tokens.segments)
         second_attended = self.attend_heads(
-            second_heads, tokens.second_rotary, tokens, tokens.second_prefixes
+            second_heads, tokens.second_rotary, tokens, tokens.second_segments
         )
         if part is None:
             return second.combine(attended, second_attended)
@@ -172,7 +173,7 @@ class QwenImage21Attention(nn.Module):
         heads: tuple[Tensor, ...],
         rotary: Tensor,
         tokens: QwenImage21Tokens,
-        prefixes: Sequence[Prefix],
+        segments: Sequence[Sequence[Segment]],
     ) -> Tensor:
         """Return the attention of a picture and its prefix, B L+P N D. heads: not rotated yet."""
         query, key, value = heads
@@ -184,27 +185,27 @@ class QwenImage21Attention(nn.Module):
             remembered_key, remembered_value = self.remembered
             key = torch.cat([key, remembered_key], dim=1)
             value = torch.cat([value, remembered_value], dim=1)
-        if len(set(prefixes)) == 1:
-            return attend_segments(query, key, value, tokens, prefixes[0])
-        samples = zip(query.split(1), key.split(1), value.split(1), prefixes, strict=True)
+        if len(segments) == 1:
+            return attend_segments(query, key, value, tokens, segments[0])
+        samples = zip(query.split(1), key.split(1), value.split(1), segments, strict=True)
         return torch.cat([attend_segments(*sample[:3], tokens, sample[3]) for sample in samples])
 
 
 def attend_segments(
-    query: Tensor, key: Tensor, value: Tensor, tokens: QwenImage21Tokens, prefix: Prefix
+    query: Tensor, key: Tensor, value: Tensor, tokens: QwenImage21Tokens, segments: Sequence[Segment]
 ) -> Tensor:
-    """Return the attention of samples with the same prefix; queries of padding give zeros.
+    """Return the attention of samples with the same segments; queries of padding give zeros.
 
     query: B L+P N D, or B L N D if the keys and values of the prefix were remembered. key, value: B L+P N D.
     """
     choice = tokens.attention
     start = tokens.picture
-    end = start + prefix.length
+    end = start + segments[-1].end
     outputs = []
     if start:
         outputs.append(attend(query[:, :start], key[:, :end], value[:, :end], choice))
     if query.shape[1] > start:
-        for segment in prefix.segments:
+        for segment in segments:
             queries = query[:, start + segment.start : start + segment.end]
             keys = key[:, start : start + segment.end]
             values = value[:, start : start + segment.end]
@@ -384,7 +385,7 @@ class QwenImage21Model(BlockNetwork):
             grid=(0, 0),
             picture=0,
             split=0,
-            prefixes=embedded.prefixes,
+            segments=segments_of(embedded.prefixes),
             rotary=self._rotary.of(layout, noisy.device),
             rows=self.modulation_rows(times),
             time=times,
@@ -393,7 +394,9 @@ class QwenImage21Model(BlockNetwork):
             remembers=True,
         )
         run_blocks(self, Hidden(embedded.x, tokens), NO_TWEAKS)
-        memory = {attention: attention.remembered for attention in self.attentions()}
+        memory: dict[nn.Module, tuple[Tensor, ...]] = {}
+        for attention in self.attentions():
+            memory[attention] = attention.remembered
         self._forget()
         return memory
 
@@ -447,7 +450,7 @@ class QwenImage21Model(BlockNetwork):
             grid=grid,
             picture=num_picture,
             split=num_picture,
-            prefixes=prefixes,
+            segments=segments_of(prefixes),
             rotary=self._rotary.of(layout, noisy.device),
             rows=self.modulation_rows(times),
             time=time,
@@ -459,7 +462,7 @@ class QwenImage21Model(BlockNetwork):
             tokens = replace(
                 tokens,
                 second=SecondText(num_picture, second.x.shape[1], None, tweaks.steer),
-                second_prefixes=second.prefixes,
+                second_segments=segments_of(second.prefixes),
                 second_rotary=self._make_table(layout._replace(prefixes=second.prefixes), device=x.device),
             )
         return Hidden(x, tokens)
@@ -558,6 +561,12 @@ class QwenImage21Model(BlockNetwork):
         tables.append(torch.cat([axis(place, count, width) for width in widths], dim=1))
         target = picture(layout.grid, place + count)
         return torch.cat([target, *tables * layout.has_prefix]).unsqueeze(1)
+
+
+def segments_of(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]:
+    """Return the segments of each prefix, or of one if all are alike."""
+    different = prefixes[:1] if len(set(prefixes)) == 1 else prefixes
+    return tuple(tuple(prefix.segments) for prefix in different)
 
 
 def prefixes_of(text_mask: Tensor, slots: Tensor, references: Sequence[Tensor]) -> tuple[Prefix, ...]:

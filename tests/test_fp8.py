@@ -217,6 +217,8 @@ def test_text_encoders_in_fp8_give_nearly_the_same_and_caches_of_their_own(proje
         if key == "krea2_vl_embed":  # its first states are those behind 2 and 5 layers
             first = [{n: t[:, :2] for n, t in found.items() if key in n} for found in (tensors, before[name])]
             assert 1e-4 < difference(*first) < 0.15
-        # T5's attention is not scaled: of random weights it is sharp; Krea 2 reads 35 layers, FLUX 3 32
-        is_deep = key == "krea2_vl_embed" or project.family.name == "flux_3"
-        assert 1e-4 < change < (0.3 if option == "--fp8_t5" or is_deep else 0.15)
+        # T5's attention is not scaled: of random weights it is sharp. Krea 2 reads 35 layers, FLUX 3 32, and
+        # no norm evens out what Qwen-Image-2.1 reads
+        is_unnormed = project.family.name.startswith(("flux_3", "qwen_image_21"))
+        is_wide = option == "--fp8_t5" or key == "krea2_vl_embed" or is_unnormed
+        assert 1e-4 < change < (0.3 if is_wide else 0.15)

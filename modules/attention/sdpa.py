@@ -57,7 +57,8 @@ def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     num_keys = key.shape[1]
     mask = None
     if length != num_keys:  # torch's own triangle would begin at the first key
-        mask = torch.ones(length, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - length)
+        places = torch.arange(num_keys, device=q.device)
+        mask = places <= places[num_keys - length :, None]
     if not is_on_cuda(query):
         attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return attended.transpose(1, 2)

@@ -36,6 +36,7 @@ def generate(folder: Path, files: TinyModel, *words: object, dit: Path | None = 
     return latents_in(folder / "made")[None]
 
 
+@pytest.mark.slow_cases("release", "shard")
 @pytest.mark.parametrize("layout", ["folder", "release", "shard", "comfyui"])
 def test_a_picture_from_a_text(tmp_path: Path, files: TinyModel, layout: str) -> None:
     """From each layout of the transformer; the PNG is the decoded picture with its transparency."""

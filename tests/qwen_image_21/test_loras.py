@@ -97,7 +97,13 @@ def merged_by_hand() -> dict[str, Tensor]:
     return state
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+DAILY = {"the known tuner", "ComfyUI's stacked layers"}
+
+
+@pytest.mark.parametrize(
+    "dialect",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in DAILY)) for name in DIALECTS],
+)
 def test_each_dialect_changes_all_its_layers(tmp_path: Path, dialect: str) -> None:
     lora, merged = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in DIALECTS[dialect].items()}, lora)

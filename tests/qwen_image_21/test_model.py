@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from contract.steps import Turn, Tweaks
+from modules.compile_options import Compilation
 from qwen_image_21.configs import usual_axes
 from qwen_image_21.model import Prefix, QwenImage21Model, prefixes_of
+from running.compile import compile_blocks
 from tests.parity.running import assert_equal
 from tests.qwen_image_21.making import in_diffusers, predict_with, tiny_inputs, tiny_model
 from tests.tiny.qwen_image_21 import CONFIG, tiny_state
@@ -104,6 +106,18 @@ def test_what_precedes_the_picture_is_computed_once_for_all_steps() -> None:
     model(**given, references=references, tweaks=skipping)
     assert counts == [prefix + 24]
     assert not any(attention.remembered for attention in model.attentions())
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_blocks_are_not_compiled_for_each_length_of_a_text() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_model()
+    compile_blocks(model, model.spec, Compilation(backend="eager", fullgraph=True))
+    for length in range(5, 12):
+        model(**tiny_inputs(1, text=length))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_sizes_and_slots_that_do_not_fit_are_refused() -> None:
