@@ -265,8 +265,11 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
         raise OptionError(
             f"{path} is not as `new` writes it ({reason}). Correct it, or run `new` again."
         ) from None
-    check_output_name(f"{path}: output_name", project.name)
+    option = f"{path}: output_name"
+    check_output_name(option, project.name, is_new=False)
     refuse_outside("output_dir", project.output)
+    has_begun = find_latest(project.output, project.name) is not None
+    check_output_name(option, project.name, is_new=not has_begun)
     if project.logs is not None:
         refuse_outside("logging_dir", project.logs)
     for words_of_command in (project.download, *project.commands):

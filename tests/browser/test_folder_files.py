@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import pytest
 
-from browser.folder_files import FolderFiles
+from browser.folder_files import FolderFiles, LeftOut
 from browser.names import short_digest
 from browser.runs import Runs
 from tests.browser.serving import Answer, Served, serve_runs
@@ -95,6 +95,30 @@ def test_a_file_is_left_out_with_its_caption_and_put_back(served: Served) -> Non
     assert sorted(os.listdir(root / "set")) == before
     for name in ("../set/a.png", "/etc/passwd", "", "nothing.png"):
         assert post(served, "move", what="out", name=name).status == 422
+
+
+@pytest.mark.parametrize(
+    "linked", ["reelsmith-bin", "reelsmith-bin/left out", "reelsmith-bin/left out/{set}"]
+)
+def test_files_are_not_left_out_through_a_link_that_came_with_the_folder(
+    served: Served, tmp_path: Path, linked: str
+) -> None:
+    root = served.runs.roots[0]
+    (tmp_path / "elsewhere").mkdir()
+    outside = save_picture(tmp_path / "elsewhere/secret.png", 7, caption=None)
+    name = LeftOut(served.runs).place(root / "set").name
+    link = root / linked.replace("{set}", name)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(outside.parent)
+
+    refused = post(served, "move", what="out", name="a.png")
+    back = post(served, "move", what="back", name="secret.png")
+
+    assert (refused.status, back.status) == (422, 422)
+    assert "is a link, or below one. Remove the link" in refused.json()["error"]
+    assert os.listdir(outside.parent) == ["secret.png"]
+    assert (root / "set/a.png").is_file()
+    assert "secret" not in served.ask(f"/new?folder={quote(str(root / 'set'))}").text
 
 
 def test_nothing_outside_the_roots_is_shown(served: Served, tmp_path: Path) -> None:
