@@ -42,6 +42,7 @@ from project.options import (
 from project.tracing import RunTrace, trace_run
 from training.config_options import OTHERS_TABLE
 from training.end_command import EndCommand
+from training.reports.history import history_path
 from training.saving.states import find_latest
 
 # kinds of faults of a check
@@ -268,7 +269,7 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
     option = f"{path}: output_name"
     check_output_name(option, project.name, is_new=False)
     refuse_outside("output_dir", project.output)
-    has_begun = find_latest(project.output, project.name) is not None
+    has_begun = history_path(project.output, project.name).exists()
     check_output_name(option, project.name, is_new=not has_begun)
     if project.logs is not None:
         refuse_outside("logging_dir", project.logs)
