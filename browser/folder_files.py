@@ -69,6 +69,23 @@ def find_caption_file(folder: Path, name: str) -> Path:
     return other if other.exists() and not usual.exists() else usual
 
 
+def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
+    """Return the names of those files whose caption is missing or empty. Raises OSError.
+
+    The folder is read once: thousands of files, each with its caption, are asked for at each scrolling.
+    """
+    sizes: dict[str, int] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith((".txt", ".caption")):
+                with contextlib.suppress(OSError):  # a link to nothing
+                    sizes[entry.name] = entry.stat().st_size
+    stems = {name: Path(name).stem for name in names}
+    return [
+        name for name, stem in stems.items() if not sizes.get(f"{stem}.txt", sizes.get(f"{stem}.caption", 0))
+    ]
+
+
 class LeftOut:
     """Move files of a folder, with their captions, out of it into the bin of its root, and back.
 
@@ -169,7 +186,7 @@ class FolderFiles:
         """Return files of a folder. Raises OSError, and ValueError if numbers are wrong."""
         part = read_part(query)
         names = list_names(folder)
-        uncaptioned = [name for name in names if not self.has_caption(folder, name)]
+        uncaptioned = list_uncaptioned(folder, names)
         chosen = uncaptioned if query.get("only") == "uncaptioned" else names
         words = query.get("text", "").lower().split()
         if words:
@@ -182,12 +199,6 @@ class FolderFiles:
             "chosen": len(chosen),
             "files": [self.show(folder, name) for name in chosen[part]],
         }
-
-    def has_caption(self, folder: Path, name: str) -> bool:
-        """Return whether a file has a caption file that is not empty."""
-        with contextlib.suppress(OSError):
-            return find_caption_file(folder, name).stat().st_size > 0
-        return False
 
     def _has_words(self, folder: Path, name: str, words: Sequence[str]) -> bool:
         """Return whether all words are in a file's name or caption."""

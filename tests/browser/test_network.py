@@ -59,5 +59,5 @@ def test_a_training_whose_model_could_not_be_loaded_goes_on_with_continue(
                 page.get_by_role("button", name="Continue").click()
                 wait_until(page, "!document.body.innerText.includes('connection broke')")
                 page.get_by_text("finished").first.wait_for(timeout=240 * SECONDS)
-    assert f"bytes={CUT}-" in hub.sent_ranges()
+    assert hub.cuts == []
     assert (root / "set/output/own.safetensors").stat().st_size > 1000
