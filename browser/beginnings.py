@@ -171,7 +171,7 @@ def _usual_history(folder: Path) -> Path:
 def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Plan:
     values = tables[TRAINING_TABLE]
     name = str(values["output_name"])
-    check_output_name("output_name", name)
+    check_output_name("output_name", name, is_new=False)
     download = [str(word) for word in tables[OTHERS_TABLE]["commands"][0]]
     typed = dict(zip(download, download[1:], strict=False))
     prompts = values.get("sample_prompts")

@@ -29,6 +29,7 @@ LORA = "--lora_weight"
 STRENGTHS = "--lora_multiplier"
 RESULTS = "generated"  # folder of results, in a root or in the output folder of a run
 MOST_STRENGTH = 1000  # of a LoRA, as training has it
+MOST_OF_TEXT = 30_000  # characters of a prompt: a word of a command has up to 131,072 bytes
 # by name of the field: the options that it may set, of which the first that the script has counts. In the
 # order in which a command shows them
 FIELDS: Mapping[str, Sequence[str]] = {
@@ -384,6 +385,11 @@ class Wish:
             character = bad_character(text)
             if character is not None:
                 raise OptionError(f"{self._label(name)}: leave out {character}.")
+            if len(text) > MOST_OF_TEXT:
+                raise OptionError(
+                    f"{self._label(name)} has {len(text):,} characters: {MOST_OF_TEXT:,} are the most, and "
+                    "models read far fewer."
+                )
         self._check_recipe()
         for lora in self.loras:
             self._check_lora(lora)

@@ -343,7 +343,7 @@ class RunButtons:
             "count": count_of(len(paths), "file or folder").replace("file or folders", "files and folders"),
             "size": as_size(sum(sizes.values())),
             "have": mark_removed(paths),
-            "bin": self.bin_folder.places[0],
+            "bin": self.bin_folder.find_place(paths[0]),
             "is_draft": not shown.glance.history.exists(),
         }
 

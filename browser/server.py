@@ -70,7 +70,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-MOST_BYTES = 128 << 10  # largest body of a request: a caption as JSON
+MOST_BYTES = 512 << 10  # largest body of a request: a form with two long prompts
 # largest bodies of requests that take files, by their address
 LARGEST_BODIES = {
     "/generate/file": MOST_OF_INPUT,

@@ -30,6 +30,7 @@ from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, first_frame, i
 from modules.media.remedies import remedy_of
 from modules.media.samples import track_facts
 from modules.media.streams import source_info
+from modules.output_files import is_windows_device
 from modules.text_files import bad_character, read_content, real_path
 
 ADDRESS = "/new/upload"
@@ -38,8 +39,6 @@ CAPTION_SUFFIXES = frozenset({".txt", ".caption"})
 LONGEST_NAME = 200  # bytes; file systems take 255, of which a temporary name needs some
 # what a name cannot hold: separators, drives, patterns
 FORBIDDEN = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]')
-# names of devices of Windows, with any suffix
-DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def check_file_name(name: str) -> None:
         raise OptionError(f"{name!r} is empty, or begins or ends with a dot or a blank: give it a plain name")
     if len(name.encode()) > LONGEST_NAME:
         raise OptionError(f"{name[:40]}… has more than {LONGEST_NAME} bytes: give it a shorter name")
-    if DEVICES.fullmatch(name):
+    if is_windows_device(name):
         raise OptionError(f"{name} is the name of a device on Windows: give it another name")
 
 

@@ -22,6 +22,7 @@ from modules.errors import OptionError
 from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
 from modules.option_values import as_shape
+from modules.output_files import is_windows_device
 from modules.paths import explain_missing, path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts
@@ -512,6 +513,8 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         values["validation_split"] = 0.1
     folder_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MOST_OF_SUBJECT]
     values["output_dir"] = "output"
+    if is_windows_device(folder_name):
+        folder_name = f"lora_{folder_name}"
     values["output_name"] = choice.options.output_name or folder_name or "lora"
     return values
 

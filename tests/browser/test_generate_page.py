@@ -258,6 +258,31 @@ def test_another_model_keeps_the_texts_and_brings_its_fields(served: Served) -> 
         assert page.locator("#fields a").get_attribute("href") == "/models"
 
 
+@pytest.mark.parametrize("text", ["a cat on a mat, " * 1250, "猫が好き" * 5000])
+def test_a_prompt_of_20000_characters_is_made_and_kept(served: Served, root: Path, text: str) -> None:
+    draft = "0123456789abcdef"
+    fields = fields_of(served, prompt=text, negative=text, draft=draft)
+
+    answer = post(served, "make", fields)
+
+    assert (answer.status, said(answer)) == (200, "")
+    wait_for(lambda: states(root) == [FINISHED], lambda: str(states(root)))
+    assert [wish["request"]["prompt"] for wish in wishes(root)] == [text.strip()]
+    assert text.strip() in served.ask(f"/generate?draft={draft}").text
+    with open_page(f"{served.url}/generate?draft={draft}", width=360) as page:
+        assert page.get_by_label("Prompt").input_value() == text
+        assert_fits(page)
+        assert page.problems == []
+
+
+def test_a_longer_prompt_is_refused_by_its_label(served: Served, root: Path) -> None:
+    for name, label in {"prompt": "Prompt", "negative": "Negative"}.items():
+        answer = post(served, "make", fields_of(served, **{name: "ü" * 30_001}))
+        assert answer.status == 422
+        assert said(answer).startswith(f"{label} has 30,001 characters: 30,000 are the most")
+    assert states(root) == []
+
+
 def test_a_double_click_makes_one(served: Served) -> None:
     with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
         page.get_by_label("Prompt").fill("a cat")

@@ -576,6 +576,7 @@ def test_the_page_fits_and_no_label_is_a_part_of_another(served: Served, root: P
     write_pictures(root / "set", 2)
     describe(served, root / "set", trigger="ohwx")
     with open_page(f"{served.url}/new?folder={quote(str(root / 'set'))}") as page:
+        page.locator("#text-prompts").wait_for(state="attached")  # it is read after the page
         page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         page.locator("#choose").scroll_into_view_if_needed()
         page.locator(".file").nth(1).wait_for()

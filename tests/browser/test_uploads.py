@@ -44,7 +44,7 @@ def everything(folder: Path) -> list[str]:
 
 def picture(folder: Path) -> bytes:
     path = folder / "source.png"
-    Image.frombytes("RGB", (300, 300), random.Random(1).randbytes(300 * 300 * 3)).save(path)
+    Image.frombytes("RGB", (450, 450), random.Random(1).randbytes(450 * 450 * 3)).save(path)
     return path.read_bytes()
 
 
