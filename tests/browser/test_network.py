@@ -1,5 +1,6 @@
 """The network goes away while the model of a training is loaded, and comes back: Continue is pressed."""
 
+import re
 from pathlib import Path
 from urllib.parse import quote
 
@@ -58,6 +59,8 @@ def test_a_training_whose_model_could_not_be_loaded_goes_on_with_continue(
                 assert "are kept: run the same command again to continue" in said
                 page.get_by_role("button", name="Continue").click()
                 wait_until(page, "!document.body.innerText.includes('connection broke')")
-                page.get_by_text("finished").first.wait_for(timeout=240 * SECONDS)
+                ended = page.locator(".status", has_text=re.compile("^(finished|died)"))
+                ended.last.wait_for(timeout=240 * SECONDS)
+                assert ended.last.inner_text().startswith("finished"), page.locator("body").inner_text()
     assert hub.cuts == []
     assert (root / "set/output/own.safetensors").stat().st_size > 1000
