@@ -37,7 +37,7 @@ PRIVATE, END = Markup("<!--private-->"), Markup("<!--/private-->")
 # a drive, the root or the home folder, and all folders below it; their names may hold blanks inside, but no
 # option, and nothing behind a script: then it is a command, and other paths may follow
 _FOLDERS = re.compile(
-    r"""(?<![\w:/\\.~-])(?:[A-Za-z]:[\\/]|~?[\\/]+)(?:[^\\/\s:*?"<>|](?:(?:(?!\s--?[A-Za-z]|(?<=\.py)\s)[^\\/\n:*?"<>|])*[^\\/\s:*?"<>|])?[\\/]+)+"""
+    r"""(?<![\w:/\\.~-])(?:[A-Za-z]:[\\/]|~?[\\/]+)(?:[^\\/\s:*?"<>|](?:(?:(?!\s--?[A-Za-z]|(?<=\.py)'?\s)[^\\/\n:*?"<>|])*[^\\/\s:*?"<>|])?[\\/]+)+"""
 )
 
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from browser.described import FILES
-from tests.browser.serving import Answer, Served, serve_runs
+from tests.browser.serving import Answer, Served, python_of, serve_runs
 from tests.browser.test_accessible import assert_fits
 from tests.chromium import open_page, wait_until
 from tests.commands import ROOT, run_script
@@ -172,7 +172,8 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
 ) -> None:
     assert refused(served, root, folder="") == "Choose a folder."
     empty = served.ask("/new").text
-    assert "reelsmith.py new FOLDER --max_train_steps 2000" in re.sub("<!--.*?-->", "", empty)
+    plain = re.sub("<!--.*?-->", "", empty)
+    assert f"{python_of('reelsmith.py')} new FOLDER --max_train_steps 2000" in html.unescape(plain)
     assert "No folder with clips, pictures or sounds yet" in empty
     assert "Choose one from the list, or drop files" in refused(served, root)
     assert "no such folder below" in refused(served, root, folder=str(tmp_path))
@@ -312,7 +313,7 @@ def test_check_and_start_take_no_fields_that_are_not_written(served: Served, roo
     describe(served, folder)
     page = served.ask(f"/new?{urlencode({'folder': str(folder)})}")
     plain = html.unescape(re.sub("<!--.*?-->", "", page.text))
-    assert f"<code>python {ROOT / 'reelsmith.py'} run '{folder}' --check</code>" in plain
+    assert f"<code>{python_of('reelsmith.py')} run '{folder}' --check</code>" in plain
     shown = field_of(page, "shown")
     typed = {"folder": str(folder), "shown": shown, **FIELDS, "name": "other", "steps": "3"}
 

@@ -11,12 +11,12 @@ import pytest
 
 from modules.media.reading import frame_size, read_image, read_tags
 from modules.media.writing import write_video
-from tests.browser.serving import Served, serve_runs
+from tests.browser.serving import Served, python_of, serve_runs
 from tests.browser.test_accessible import assert_fits, axe, list_faults  # noqa: F401  # a fixture
 from tests.browser.test_results import MADE, MODEL, TAGS, describe, frames_of, wait_for_files, write_maker
 from tests.browser.test_results import write_result as write_file
 from tests.chromium import open_page, wait_until
-from tests.commands import ROOT, run_script
+from tests.commands import run_script
 from tests.tiny.post_upscaling import write_rrdb
 
 DAY = 86_400
@@ -138,7 +138,7 @@ def test_a_button_shows_the_command_that_it_stands_for(page: Any) -> None:
     plate(page, "b.png").get_by_role("button", name="again").focus()
     page.wait_for_selector("#types:not([hidden])")
     typed = page.locator("#types").inner_text()
-    assert f" && python {ROOT / 'wan_generate_video.py'} --task t2v-1.3B" in typed
+    assert f" && {python_of('wan_generate_video.py')} --task t2v-1.3B" in typed
     assert "--seed 8" in typed
     page.locator("#sift input").focus()
     assert page.locator("#types").is_hidden()

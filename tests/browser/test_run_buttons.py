@@ -14,7 +14,7 @@ from browser.jobs import JobQueue, open_queue
 from browser.runs import RUNNING, Runs
 from pocket.measure import POCKET
 from tests.browser.described_folders import describe, trace
-from tests.browser.serving import Answer, Served, serve_runs, write_run
+from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from tests.commands import QUIET, ROOT, run_python
 from training.reports.history import History, history_path
@@ -90,7 +90,7 @@ def test_start_puts_the_command_that_it_shows_into_the_queue(
     served: Served, queue: JobQueue, tmp_path: Path
 ) -> None:
     page = served.ask(address_of(served)).text
-    typed = f"python {ROOT / 'reelsmith.py'} run '{tmp_path / 'my clips'}' --check"
+    typed = f"{python_of('reelsmith.py')} run '{tmp_path / 'my clips'}' --check"
     assert html.escape(typed) in html.escape(html.unescape(re.sub("<!--.*?-->", "", page)))
 
     assert press(served, "start").status == 200

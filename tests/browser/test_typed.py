@@ -2,6 +2,7 @@
 
 import html
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from urllib.parse import urlencode
 import pytest
 
 from browser.typed import cd_before, typed_anywhere
-from tests.browser.serving import serve_runs
+from tests.browser.serving import python_of, serve_runs
 from tests.browser.test_new_page import describe, write_pictures
 from tests.chromium import open_page, wait_until
 from tests.commands import QUIET, ROOT
@@ -19,12 +20,12 @@ from tests.commands import QUIET, ROOT
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["reelsmith", "run", "/a b"], f"python {ROOT}/reelsmith.py run '/a b'"),
-        (["reelsmith", "download", "--to", "x"], f"python {ROOT}/reelsmith.py download --to x"),
-        (["python", "tools/compare.py", "x"], f"python {ROOT}/tools/compare.py x"),
+        (["reelsmith", "run", "/a b"], f"{python_of('reelsmith.py')} run '/a b'"),
+        (["reelsmith", "download", "--to", "x"], f"{python_of('reelsmith.py')} download --to x"),
+        (["python", "tools/compare.py", "x"], f"{python_of('tools/compare.py')} x"),
         (
             ["accelerate", "launch", "--num_processes", "2", "wan_train_network.py"],
-            f"accelerate launch --num_processes 2 {ROOT}/wan_train_network.py",
+            f"accelerate launch --num_processes 2 {shlex.quote(str(ROOT / 'wan_train_network.py'))}",
         ),
         (["python", "/own/script.py"], "python /own/script.py"),
     ],
@@ -38,7 +39,7 @@ def test_a_folder_stands_before_a_command_of_relative_paths() -> None:
     assert cd_before(None) == ""
     assert cd_before(Path("/it's")) == "cd '/it'\"'\"'s' && "
     assert cd_before(Path("/it's"), in_powershell=True) == "cd '/it''s'; "
-    assert cd_before(Path("set")) == f"cd {Path.cwd() / 'set'} && "
+    assert cd_before(Path("set")) == f"cd {shlex.quote(str(Path.cwd() / 'set'))} && "
 
 
 @pytest.mark.slow
@@ -70,7 +71,7 @@ def test_the_command_that_writes_captions_follows_what_is_typed(tmp_path: Path) 
             page.get_by_label("Question").fill("What <b>is</b> it?")
             wait_until(page, "document.querySelector('#caption_line').textContent.includes('What')")
             line = page.locator("#caption_line").inner_text()
-            assert line.startswith(f"cd '{folder}' && python {ROOT}/tools/caption_dataset.py ")
+            assert line.startswith(f"cd '{folder}' && {python_of('tools/caption_dataset.py')} ")
             assert line.endswith("--prompt 'What <b>is</b> it?'")
             page.get_by_label("Written by").fill("http://localhost:1")
             wait_until(page, "document.querySelector('#caption_line').textContent.includes('blank')")

@@ -97,11 +97,13 @@ def test_what_precedes_the_picture_is_computed_once_for_all_steps() -> None:
         asked = {**given, **changes}
         plain = model(**asked, references=references)
         counts.clear()
-        tweaks = Tweaks(section_cache=memory, turn=Turn(step, 2, 1.0, "a pass"))
+        tweaks = Tweaks(section_cache=memory, turn=Turn(step, 2, 1.0, next_timestep=0.0, which="a pass"))
         assert_equal(model(**asked, references=references, tweaks=tweaks), plain, "velocity", 1e-5)
         prefix = 9 + 8 + 12
         assert counts == [prefix, 24][step:]
-    skipping = Tweaks(section_cache=memory, turn=Turn(2, 3, 1.0, "b"), skip_blocks=frozenset({1}))
+    skipping = Tweaks(
+        section_cache=memory, turn=Turn(2, 3, 1.0, next_timestep=0.0, which="b"), skip_blocks=frozenset({1})
+    )
     counts.clear()
     model(**given, references=references, tweaks=skipping)
     assert counts == [prefix + 24]

@@ -145,6 +145,7 @@ def test_only_own_pages_are_shared(tmp_path: Path) -> None:
             "python <!--private-->/a/b/<!--/private-->reelsmith.py new own --name x/y",
         ),
         ("python /a/b.py new x/y", "python <!--private-->/a/<!--/private-->b.py new x/y"),
+        ("python '/a b/c.py' new x/y", "python &#39;<!--private-->/a b/<!--/private-->c.py&#39; new x/y"),
         ("/music/a - b/c d/e.wav", "<!--private-->/music/a - b/c d/<!--/private-->e.wav"),
         ("/a/x -o /b/y", "<!--private-->/a/<!--/private-->x -o <!--private-->/b/<!--/private-->y"),
     ],
