@@ -133,8 +133,7 @@ def test_hostile_texts_are_shown_and_nothing_of_them_runs(tmp_path: Path) -> Non
     prompts = tmp_path / "prompts.json"
     entry = {"prompt": HOSTILE, "sample_steps": 1, "width": 32, "height": 32}
     prompts.write_text(json.dumps([entry]), encoding="utf-8")
-    # Windows allows no such characters in a name
-    name = "'%41&amp; \u00fc #" + ("" if sys.platform == "win32" else "<img src=x onerror=alert(3)>?")
+    name = "'%41&amp; \u00fc #"
     options = ["--sample_prompts", prompts, "--sample_every_n_steps", 2, "--output_name", name]
     options += ["--training_comment", HOSTILE, "--max_train_steps", 2]
     options += ["--huggingface_token", "hf_secret", "--wandb_api_key", "w_secret"]
