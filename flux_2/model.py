@@ -145,19 +145,20 @@ class Flux2SingleBlock(nn.Module):
         return add_gated(x, gate, branch, tokens.split)
 
 
-class Flux2FinalLayer(nn.Module):
-    """Final norm, modulated by the embedding, and projection to the channels of a latent pixel."""
+class PixelFinalLayer(nn.Module):
+    """Final norm, modulated by an embedding, and projection to the channels of a latent pixel."""
 
-    def __init__(self, config: Flux2Config) -> None:
+    def __init__(self, dim: int, channels: int, eps: float) -> None:
         super().__init__()
-        self.norm_final = Float32LayerNorm(config.dim, config.eps)
-        self.linear = nn.Linear(config.dim, config.channels, bias=False)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim, bias=False))
+        self.norm_final = Float32LayerNorm(dim, eps)
+        self.linear = nn.Linear(dim, channels, bias=False)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim, bias=False))
 
-    def forward(self, x: Tensor, tokens: blocks.HunyuanTokens) -> Tensor:
-        vector = functional.silu(tokens.vector[:, :1, EMBEDDING_ROW])
+    def forward(self, x: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return pixels B L Z of tokens x, B L C. embedding: B 1 C. dtype: of activations between layers."""
+        vector = functional.silu(embedding)
         shift, scale = in_own_dtype(self.adaLN_modulation[1], vector).float().chunk(2, dim=-1)
-        return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
+        return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, dtype))
 
 
 def number_embedding(freq_dim: int, dim: int) -> TwoLayers:
@@ -202,7 +203,7 @@ class Flux2Model(BlockNetwork):
         self.single_stream_modulation = SharedModulation(dim, 3)
         self.double_blocks = nn.ModuleList(Flux2DoubleBlock(config) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(Flux2SingleBlock(config) for _ in range(config.single_blocks))
-        self.final_layer = Flux2FinalLayer(config)
+        self.final_layer = PixelFinalLayer(dim, config.channels, config.eps)
         widths = (dim // config.num_heads // AXES,) * AXES
         self._rotary = GridTable(joined_tables(table_maker(exact_table, widths, config.rope_theta)))
 
@@ -282,5 +283,6 @@ class Flux2Model(BlockNetwork):
     def unembed(self, x: Tensor, tokens: blocks.HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
         _, rows, columns = tokens.grid
-        pixels = self.final_layer(x[:, : rows * columns], tokens).float()
+        embedding = tokens.vector[:, :1, EMBEDDING_ROW]
+        pixels = self.final_layer(x[:, : rows * columns], embedding, tokens.dtype).float()
         return pixels.transpose(1, 2).unflatten(2, (1, rows, columns))

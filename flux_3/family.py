@@ -1,7 +1,7 @@
 """FLUX 3 Image Klein, base and distilled, described for the shared loops."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +34,7 @@ from flux_3.files import KEY, OF_SAMPLES, Flux3Files
 from flux_3.names import LORA
 from flux_3.options import NAME, SHIFT, SIDE
 from modules.errors import CacheError, OptionError
+from modules.media.buckets import Size
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 
@@ -156,14 +157,15 @@ class Flux3(pictures.ModelOfPictures):
         """
         if self.is_distilled:
             request = self._settle_distilled(request)
-        shown = None
-        images = self.keep_media(request, self.called).control_images
-        if images and (request.width is None or request.height is None):
-            sized = self._size_like(request, images)
-            if request.width is None and request.height is None and len(images) == 1:
-                shown = self._shown_part(images[0])
-            request = sized
-        return replace(self.settle_picture(request, SHIFT, ""), shown=shown)
+        request = self.keep_media(request, self.called)
+        if not request.control_images or (request.width is not None and request.height is not None):
+            return self.settle_picture(request, SHIFT, "")
+        size, shown = self._size_like(request.control_images)
+        if request.width is not None or request.height is not None:
+            shown = None
+        width, height = size
+        sized = replace(request, width=request.width or width, height=request.height or height)
+        return replace(self.settle_picture(sized, SHIFT, ""), shown=shown)
 
     def _settle_distilled(self, request: Request) -> Request:
         """Return the request without guidance by a second pass."""
@@ -182,23 +184,16 @@ class Flux3(pictures.ModelOfPictures):
         )
         return replace(request, guidance_scale=None)
 
-    def _size_like(self, request: Request, images: tuple[Path, ...]) -> Request:
-        """Return the request with the sides of the first reference in place of those that are not given."""
+    def _size_like(self, images: Sequence[Path]) -> tuple[Size, Box | None]:
+        """Return the size of the first reference, and where it lies on its canvas; None: it fills it."""
         from flux_3.references import canvas_of, fit_among  # only with reference pictures
 
         step = LATENT.pixel_step
-        if len(images) == 1:
-            width, height = canvas_of(images[0], step).size
-        else:
-            width, height = fit_among(images[0], step).bucket
-        return replace(request, width=request.width or width, height=request.height or height)
-
-    def _shown_part(self, image: Path) -> Box | None:
-        """Return where a reference lies on its canvas; None: it fills it."""
-        from flux_3.references import canvas_of  # only with reference pictures
-
-        canvas = canvas_of(image, LATENT.pixel_step)
-        return None if canvas.picture == canvas.size else Box(*canvas.corner, *canvas.picture)
+        if len(images) > 1:
+            return fit_among(images[0], step).bucket, None
+        canvas = canvas_of(images[0], step)
+        shown = None if canvas.picture == canvas.size else Box(*canvas.corner, *canvas.picture)
+        return canvas.size, shown
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""

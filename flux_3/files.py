@@ -63,6 +63,16 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Flux3Config]:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
     stored_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, DIALECTS[dialect][1]), NAME)
+    config = _read_config(shapes)
+    query = f"{JOINT_BLOCKS}.0.q_proj.weight"
+    shapes.of(query)  # that it is there
+    if dialect == "diffusers":
+        query = "single_transformer_blocks.0.attn.to_q.weight"
+    return DitHeader(config, dialect, names[query].dtype)
+
+
+def _read_config(shapes: DitShapes) -> Flux3Config:
+    """Return the sizes of a transformer. Raises CheckpointError if they do not go together."""
     first = f"{JOINT_BLOCKS}.0"
     dim, channels = shapes.of("emb_in.image.weight")
     (width,) = shapes.of(f"{first}.norm.query_norm.scale", axes=1)
@@ -70,17 +80,17 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Flux3Config]:
     has_heads = dim % width == 0 and width % (2 * AXES) == 0
     if not has_heads or shapes.of(f"{first}.mlp_in.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
-            f"{checkpoint.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those "
+            f"{shapes.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those "
             f"of {WHAT}. Copy the file again.",
-            checkpoint.path,
+            shapes.path,
         )
     counts = {name: shapes.blocks(name) for name in MODE_LISTS}
     if len(set(counts.values())) > 1:
         numbers = ", ".join(f"{count} of {name}" for name, count in counts.items())
         raise CheckpointError(
-            f"{checkpoint.path}: blocks are missing ({numbers}). Copy the file again.", checkpoint.path
+            f"{shapes.path}: blocks are missing ({numbers}). Copy the file again.", shapes.path
         )
-    config = Flux3Config(
+    return Flux3Config(
         dim=dim,
         ffn_dim=ffn_dim,
         num_heads=dim // width,
@@ -91,11 +101,6 @@ def _header(checkpoint: Checkpoint) -> DitHeader[Flux3Config]:
         freq_dim=shapes.of("time_in.in_layer.weight")[1],
         is_flow_map="ref_time_in.in_layer.weight" in shapes.shapes,
     )
-    query = f"{first}.q_proj.weight"
-    if dialect == "diffusers":
-        query = "single_transformer_blocks.0.attn.to_q.weight"
-    shapes.of(f"{first}.q_proj.weight")
-    return DitHeader(config, dialect, names[query].dtype)
 
 
 def _sources(checkpoint: Checkpoint, header: DitHeader[Flux3Config]) -> Mapping[str, TensorSource]:

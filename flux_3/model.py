@@ -17,11 +17,10 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from contract.steps import NO_TWEAKS, Tweaks
-from flux_2.model import PairNorm, SharedModulation, gate_half, number_embedding
+from flux_2.model import PairNorm, PixelFinalLayer, SharedModulation, gate_half, number_embedding
 from flux_3.configs import AXES, DIT, Flux3Config
 from modules.attention.attend import Lengths, SecondText, attend, lengths_on
 from modules.devices import send_ahead
@@ -235,21 +234,6 @@ def _give_back(attended: Tensor, parts: Sequence["TokenPart"]) -> Tensor:
     return torch.cat([part.gather_heads(stream) for part, stream in pairs], dim=1)
 
 
-class Flux3FinalLayer(nn.Module):
-    """Final norm, modulated by the embedded time, and projection to the channels of a latent pixel."""
-
-    def __init__(self, config: Flux3Config) -> None:
-        super().__init__()
-        self.norm_final = Float32LayerNorm(config.dim, config.eps)
-        self.linear = nn.Linear(config.dim, config.channels, bias=False)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim, bias=False))
-
-    def forward(self, picture: Tensor, tokens: Flux3Tokens) -> Tensor:
-        time = functional.silu(tokens.vector[:, :1, TIME_ROW])
-        shift, scale = in_own_dtype(self.adaLN_modulation[1], time).float().chunk(2, dim=-1)
-        return in_own_dtype(self.linear, modulate(self.norm_final(picture), shift, scale, tokens.dtype))
-
-
 class Flux3Layout(NamedTuple):
     """The key of a table of rotations."""
 
@@ -317,7 +301,7 @@ class Flux3Model(BlockNetwork):
         self.content_mode_blocks = nn.ModuleDict({mode: _mode_blocks(config, mode) for mode in CONTENT})
         self.txt_mode_blocks = _mode_blocks(config, TEXT)
         self.single_blocks = nn.ModuleList(JointBlock(config) for _ in range(config.joint_blocks))
-        self.final_layer = nn.ModuleDict({PICTURE: Flux3FinalLayer(config)})
+        self.final_layer = nn.ModuleDict({PICTURE: PixelFinalLayer(config.dim, config.channels, config.eps)})
         self._rotary = GridTable[Flux3Layout](self._make_table)
 
     def embed(
@@ -419,7 +403,8 @@ class Flux3Model(BlockNetwork):
     def unembed(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
         """Turn tokens B L+R+T C into the velocity, B Z 1 H W in float32."""
         picture = x[:, : math.prod(tokens.grid)]
-        pixels = self.final_layer[PICTURE](picture, tokens).float()
+        embedding = tokens.vector[:, :1, TIME_ROW]
+        pixels = self.final_layer[PICTURE](picture, embedding, tokens.dtype).float()
         return pixels.transpose(1, 2).unflatten(2, (1, *tokens.grid))
 
     def _make_table(self, layout: Flux3Layout, /, *, device: torch.device) -> Tensor:
