@@ -291,22 +291,25 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
     is_xl = config.get("addition_embed_type") is not None
     middle = 3 if is_xl else 1
     first = 1 if is_xl else 0  # number of input_blocks.0
-    starts = {"input_blocks": first, "output_blocks": first + down + middle}
-    numbers: list[tuple[str, int]] = []
-    for released, ours, _ in unet_blocks(layers):
-        side, number, *_ = released.split(".")
-        of_middle = first + down + (int(number) if is_xl else 0)
-        numbers.append((ours, of_middle if side == "middle_block" else starts[side] + int(number)))
+    first_middle = first + down
+    first_up = first_middle + middle
+    starts = {"input_blocks": first, "middle_block": first_middle, "output_blocks": first_up}
+
+    def number_of(released: str) -> int:
+        side, place, *_ = released.split(".")
+        is_one = side == "middle_block" and not is_xl
+        return starts[side] if is_one else starts[side] + int(place)
+
+    numbers = [(ours, number_of(released)) for released, ours, _ in unet_blocks(layers)]
     for smaller, larger, our_down, our_up in unet_samplers(layers):
-        numbers.append((our_down.removesuffix(".conv"), starts["input_blocks"] + int(smaller.split(".")[1])))
-        up_number = starts["output_blocks"] + int(larger[0].split(".")[1])
-        numbers.append((our_up.removesuffix(".conv"), up_number))
+        numbers.append((our_down.removesuffix(".conv"), number_of(smaller)))
+        numbers.append((our_up.removesuffix(".conv"), number_of(larger[0])))
     sides = (
         ("down_lr_weight", first, down),
-        ("mid_lr_weight", first + down, middle),
-        ("up_lr_weight", first + down + middle, up),
+        ("mid_lr_weight", first_middle, middle),
+        ("up_lr_weight", first_up, up),
     )
-    return NumberedBlocks(first + down + middle + up + first, sides, tuple(numbers))
+    return NumberedBlocks(first_up + up + first, sides, tuple(numbers))
 
 
 def _swap_none(lists: int, blocks: int) -> tuple[int, ...]:
