@@ -279,6 +279,35 @@ def _parts_of_level(path: str, kind: str, count: int) -> list[tuple[str, int]]:
     return [*parts, (f"{path}.attentions", count)] if kind.startswith("CrossAttn") else parts
 
 
+@dataclass(frozen=True)
+class _Sides:
+    """How many blocks each side of a U-Net has, and which of them has the first number."""
+
+    first: int  # number of input_blocks.0
+    down: int
+    middle: int
+    up: int
+
+    @property
+    def first_middle(self) -> int:
+        return self.first + self.down
+
+    @property
+    def first_up(self) -> int:
+        return self.first_middle + self.middle
+
+    def number_of(self, released: str) -> int:
+        """Return the number of a block of the released files, such as output_blocks.3.0."""
+        side, place, *_ = released.split(".")
+        starts = {
+            "input_blocks": self.first,
+            "middle_block": self.first_middle,
+            "output_blocks": self.first_up,
+        }
+        middle_is_one = side == "middle_block" and self.middle == 1
+        return starts[side] if middle_is_one else starts[side] + int(place)
+
+
 def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
     """Return the blocks of a U-Net by the numbers of known trainers, which are those of the released files.
 
@@ -286,30 +315,21 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
     and its outputs: 23. Of the others the middle is one block, and the first and the last are no numbers: 25.
     """
     layers = _layers_of(config)
-    down = sum(layers) + len(layers)  # the first convolution, and a sampler after each level but the last
-    up = sum(layers) + len(layers)
+    blocks = sum(layers) + len(layers)  # the first convolution; a sampler after each level but the last
     is_xl = config.get("addition_embed_type") is not None
-    middle = 3 if is_xl else 1
-    first = 1 if is_xl else 0  # number of input_blocks.0
-    first_middle = first + down
-    first_up = first_middle + middle
-    starts = {"input_blocks": first, "middle_block": first_middle, "output_blocks": first_up}
+    sides = _Sides(first=1 if is_xl else 0, down=blocks, middle=3 if is_xl else 1, up=blocks)
 
-    def number_of(released: str) -> int:
-        side, place, *_ = released.split(".")
-        is_one = side == "middle_block" and not is_xl
-        return starts[side] if is_one else starts[side] + int(place)
-
-    numbers = [(ours, number_of(released)) for released, ours, _ in unet_blocks(layers)]
+    numbers = [(ours, sides.number_of(released)) for released, ours, _ in unet_blocks(layers)]
     for smaller, larger, our_down, our_up in unet_samplers(layers):
-        numbers.append((our_down.removesuffix(".conv"), number_of(smaller)))
-        numbers.append((our_up.removesuffix(".conv"), number_of(larger[0])))
-    sides = (
-        ("down_lr_weight", first, down),
-        ("mid_lr_weight", first_middle, middle),
-        ("up_lr_weight", first_up, up),
+        numbers.append((our_down.removesuffix(".conv"), sides.number_of(smaller)))
+        numbers.append((our_up.removesuffix(".conv"), sides.number_of(larger[0])))
+    rates = (
+        ("down_lr_weight", sides.first, sides.down),
+        ("mid_lr_weight", sides.first_middle, sides.middle),
+        ("up_lr_weight", sides.first_up, sides.up),
     )
-    return NumberedBlocks(first_up + up + first, sides, tuple(numbers))
+    count = sides.first_up + sides.up + sides.first  # as many outputs as inputs
+    return NumberedBlocks(count, rates, tuple(numbers))
 
 
 def _swap_none(lists: int, blocks: int) -> tuple[int, ...]:
