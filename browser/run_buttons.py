@@ -47,7 +47,7 @@ from browser.names import free_name, short_digest
 from browser.queue_views import is_of, read_jobs
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance
 from browser.site import Site
-from browser.typed import cd_before, typed_anywhere
+from browser.typed import cd_before, typed_anywhere, typed_move
 from browser.views import HERE, POLICY
 from modules.command import as_typed
 from modules.console import as_size, count_of
@@ -337,13 +337,16 @@ class RunButtons:
         if not paths:
             raise OptionError("It has no files that can be removed.")
         sizes = {path: size_of(path) for path in paths}
+        place = self.bin_folder.find_place(paths[0])
+        name = shown.glance.name.removesuffix(BEFORE_TRAINING)
         return {
             "files": [(path, as_size(sizes[path])) for path in paths[:MOST_LISTED]],
             "more": max(0, len(paths) - MOST_LISTED),
             "count": count_of(len(paths), "file or folder").replace("file or folders", "files and folders"),
             "size": as_size(sum(sizes.values())),
             "have": mark_removed(paths),
-            "bin": self.bin_folder.find_place(paths[0]),
+            "bin": place,
+            "command": typed_move(paths, place / name) if len(paths) <= MOST_LISTED else "",
             "is_draft": not shown.glance.history.exists(),
         }
 

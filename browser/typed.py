@@ -1,5 +1,6 @@
 """Say a command of this program so that it can be typed in any folder."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,17 @@ def cd_before(folder: Path | None, in_powershell: bool = False) -> str:
         return ""
     words = ["cd", str(folder.absolute())]
     return f"{quote_for_powershell(words)}; " if in_powershell else f"{quote_for_shell(words)} && "
+
+
+def typed_move(paths: Sequence[Path], folder: Path) -> str:
+    """Return a command line that moves files into a new folder, for a terminal in any folder."""
+    sources = [str(path.absolute()) for path in paths]
+    target = str(folder.absolute())
+    if os.name == "nt":
+        made = quote_for_powershell(["mkdir", target])
+        listed = ", ".join(quote_for_powershell([source]) for source in sources)
+        return f"{made}; mv {listed} {quote_for_powershell([target])}"
+    return f"{quote_for_shell(['mkdir', '-p', target])} && {quote_for_shell(['mv', *sources, target])}"
 
 
 def _with_path_of_script(words: Sequence[str]) -> list[str]:

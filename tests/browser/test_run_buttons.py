@@ -1,8 +1,10 @@
 """The buttons of a run: what they write, what they refuse, and that they say so where one clicked."""
 
 import html
+import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlencode
@@ -211,6 +213,21 @@ def test_remove_lists_asks_and_moves_but_no_picture(served: Served, tmp_path: Pa
     (moved,) = (tmp_path / "reelsmith-bin").iterdir()
     assert (moved / "my clips" / "output" / "own-state" / "state.bin").stat().st_size == 5000
     assert ">draft<" in served.ask("/").text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the command is PowerShell's there")
+def test_the_command_that_remove_shows_moves_the_same_files(served: Served, tmp_path: Path) -> None:
+    output = tmp_path / "my clips" / "output"
+    write_run(output, "own", kind="good")
+    write_run(output, "own-2", kind="good")
+    page = re.sub("<!--.*?-->", "", panel(served, "remove").text)
+    (shown,) = re.findall("<code>(mkdir .*?)</code>", page)
+
+    subprocess.run(["sh", "-c", html.unescape(shown)], cwd="/", check=True)
+
+    assert {path.name for path in output.iterdir() if path.name.startswith("own.")} == set()
+    assert (output / "own-2.safetensors").is_file()
+    assert (tmp_path / "reelsmith-bin" / "own" / "own.safetensors").is_file()
 
 
 def test_remove_of_a_draft_takes_what_new_wrote_and_no_picture(served: Served, tmp_path: Path) -> None:
