@@ -5,7 +5,7 @@ On Debian and Ubuntu: apt-get install --no-install-recommends chromium-headless-
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -73,10 +73,23 @@ def _note_request(page: Any, url: str, own: str) -> None:
         page.problems.append(f"request: {url}")
 
 
+def read_page(page: Any, read: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a page answers; None while another one takes its place."""
+    from playwright.sync_api import Error
+
+    try:
+        return read(*arguments)
+    except Error as error:
+        if "context was destroyed" not in str(error) and "navigat" not in str(error):
+            raise
+        page.wait_for_load_state("load")
+        return None
+
+
 def wait_until(page: Any, expression: str) -> None:
     """Wait until an expression is true; Playwright's own waiting needs pages that may evaluate texts."""
     for _ in range(600):
-        if page.evaluate(expression):
+        if read_page(page, page.evaluate, expression):
             return
         page.wait_for_timeout(50)
     raise AssertionError(f"never true: {expression}")

@@ -244,7 +244,7 @@ def test_a_clip_of_the_pocket_model_is_made_by_the_queue(trained: Path, tmp_path
     with serve_runs(folder, queue=queue) as served:
         id, more = served.runs.list_all()[0].id, "a red blorp moving up --s 2"
         asked = urlencode({"run": id, "more": more})
-        assert "1 of 1 clips are not made" in served.ask(f"/compare?{asked}").text
+        assert "1 of 1 clip is not made" in served.ask(f"/compare?{asked}").text
         assert served.ask("/compare", "POST", asked, Origin=served.url).status == 303
         assert "job 1: waiting" in served.ask(f"/compare?{asked}").text
         queue.begin_work()

@@ -17,7 +17,7 @@ from browser.runs import RUNNING, Runs
 from pocket.measure import POCKET
 from tests.browser.described_folders import describe, trace
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
-from tests.chromium import open_page, wait_until
+from tests.chromium import open_page, read_page, wait_until
 from tests.commands import QUIET, ROOT, run_python
 from training.reports.history import History, history_path
 
@@ -464,7 +464,8 @@ def test_a_run_is_watched_from_its_draft_to_its_lora(
     with serve_runs(tmp_path, queue=queue) as served, open_page(f"{served.url}{address_of(served)}") as page:
         page.get_by_role("button", name="Start").click()
         for _ in range(3000):
-            texts = page.locator(".status").all_inner_texts()  # of the page, and of the buttons
+            # of the page, and of the buttons
+            texts = read_page(page, page.locator(".status").all_inner_texts)
             word = (texts[-1] if texts else "loading").split()[0].rstrip(",")
             seen += [word] if word not in seen else []
             if word in ("finished", "died"):

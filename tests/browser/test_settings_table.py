@@ -467,11 +467,13 @@ def test_what_is_typed_stays_while_a_folder_is_described_and_checked(tmp_path: P
             wait_until(page, "document.querySelector('#sample-form') !== null")
             page.get_by_label("Sample 1 prompt").fill("a dog")
             wait_for_text(page, "#changes-samples", "+a dog")
-            with page.expect_navigation():
-                page.get_by_role("button", name="Check", exact=True).click()
+            check = page.get_by_role("button", name="Check", exact=True)
+            check.click()
+            page.get_by_text("press the button once more to go on without it").wait_for()
+            check.click()
             wait_for_text(page, "#changes-samples", "+a dog")
             wait_for_text(page, "#changes-keys", "+network_dim = 8")
-            wait_until(page, "/checking|fault/.test(document.querySelector('#state').textContent)")
+            wait_until(page, "/checking|fault/.test(document.querySelector('#progress').textContent)")
             page.wait_for_timeout(2500)  # the state is read again each second
             assert page.locator("#set-network_dim").input_value() == "8"
             assert page.locator("#set-loss_type").input_value() == "huber"
