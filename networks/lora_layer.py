@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from checkpoints.stored.forms import value_of
 from modules.devices import numbers_on
 from modules.seeds import derive_seed
-from networks.lora_products import BlockUp, add_product, add_up, branch, hold, perturbed
+from networks.lora_products import BlockUp, add_up, branch, hold, perturbed
 from networks.rank_masks import RankMask
 from running.offload.sharding import TOKEN_PART, gather_weight
 
@@ -145,11 +145,8 @@ class LoraLayer(nn.Module):
         else:
             out = self._original_forward(x)
             hidden = self._scaled(self.lora_down(x.to(dtype)), dropouts)
-            if self._adds_as_generation(out, hidden):
-                total = add_product(out, hidden.view(-1, self.rank), self.lora_up.weight.t())
-            else:
-                added = self.lora_up(hidden).to(out.dtype)
-                total = out + added if self.dora_scale is None else self._decompose(out, added, input_dtype)
+            added = self.lora_up(hidden).to(out.dtype)
+            total = out + added if self.dora_scale is None else self._decompose(out, added, input_dtype)
         if self.training and self.noise_of is not None:
             noise = self._noise(x.to(dtype), *self.noise_of)
             total = total + noise.to(total.dtype)
@@ -215,16 +212,6 @@ class LoraLayer(nn.Module):
             return False
         largest = x.numel() // original.in_features * max(original.in_features, original.out_features)
         return self.dora_scale is None and largest >= self.joins_from
-
-    def _adds_as_generation(self, out: Tensor, hidden: Tensor) -> bool:
-        """Return whether the product is added to the output as an `AddedPart` does, to the last bit.
-
-        So the samples of a training in float32 are the pictures of its file.
-        """
-        is_recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
-        is_product = isinstance(self.lora_up, nn.Linear) and self.dora_scale is None
-        is_wide = out.dtype == hidden.dtype == self.lora_up.weight.dtype
-        return is_product and is_wide and not is_recorded
 
     def _scaled(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:
         """Return hidden (... R, a small tensor) times multiplier and scale."""

@@ -104,7 +104,7 @@ def test_text_encoders_learn_with_factors_of_other_kinds(tmp_path: Path, name: s
 
     tensors = train_image_toy(tmp_path, "--network_module", name, "--network_dim", 2)
 
-    assert _prefixes(tensors) == {"lora_unet", "lora_te1"}
+    assert _prefixes(tensors) == {"lora_unet", "lora_te1", "lora_te3"}
     zeros = {"networks.loha": ("hada_w2_a",), "networks.lokr": ("lokr_w2", "lokr_w2_b")}[name]
     learned = [tensor for path, tensor in tensors.items() if path.endswith(zeros)]
     assert learned
