@@ -415,6 +415,7 @@ class SamplingDefaults:
     height: int
     frames: int
     noise_on_cpu: bool = False  # as released: the same on every device, whatever --cpu_noise says
+    one_batch: bool = False  # passes of a step are one batch, as in the script that generates with the model
     # guidance scales of experts that have one of their own, by name
     expert_guidance: Mapping[str, float] = field(default_factory=dict)
     experts: tuple[Expert, ...] = ONE_EXPERT  # that the model has, given or not, by their lowest timestep

@@ -34,6 +34,9 @@ class Prompt:
     spans: Spans = ()
     second: str | None = None  # for the second text encoder of a family that has two; None: the same text
     is_negative: bool = False  # set by families that read negative prompts in another way
+    # set by families whose prompts have marks that captions do not have (brackets are weights): of this many
+    # chunks of tokens; None: the text is read as a caption
+    marked_chunks: int | None = None
     # reference pictures that an encoder sees with the text, in order; it reads and resizes them itself
     pictures: tuple[Path, ...] = ()
     # width and height that each of these is to cover; None: as the encoder reads them

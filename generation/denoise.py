@@ -198,8 +198,8 @@ def make_latents(
 
     prompts, inputs: by section, from `Session.texts` and `session.encode_inputs` (on the CPU). dit_at:
     timestep -> the network to call; the caller sets evaluation mode and device. watchers, split: see
-    `denoise`. on_section: called before each section is denoised; the network may leave its device meanwhile.
-    run: runs the passes of a step.
+    `denoise`; families with `SamplingDefaults.one_batch` split none. on_section: called before each section
+    is denoised; the network may leave its device meanwhile. run: runs the passes of a step.
     """
     on_cpu = cpu_noise or family.defaults.noise_on_cpu
     noise = SeededNoise(prepared.seed, device, on_cpu)
@@ -249,7 +249,7 @@ def make_latents(
                     solver=solver,
                     guidance=guidance,
                     watchers=watchers,
-                    split=split,
+                    split=split and not family.defaults.one_batch,
                     first_step=first_step,
                 )
             section = sections.send(latents)

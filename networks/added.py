@@ -107,7 +107,9 @@ class AddedPart:
         if self.place.adds_to_output and is_low_rank:
             up = factors[UP].to(device, torch.float32) * deltas.strength(factors)
             middle = [factors[_MID].to(device, dtype)] if _MID in factors else []
-            self._chain = [factors[DOWN].to(device, dtype), *middle, up.to(dtype)]
+            # a copy: products with a factor that a mapped file holds, at whatever place, may differ in the
+            # last bit from those of the network that was trained
+            self._chain = [factors[DOWN].to(device, dtype, copy=True), *middle, up.to(dtype)]
         elif factors.keys() - OF_BIAS - {"alpha"}:
             self._whole = {
                 name: tensor if name == ROWS else tensor.to(device) for name, tensor in factors.items()

@@ -93,11 +93,13 @@ class LoraLayer(nn.Module):
         self.rank = rank
         self.multiplier = 1.0
         self.joins_from = JOINS_FROM
-        self.dora_scale: nn.Parameter | None = None  # out x 1: the norms of the rows
-        if decomposes and isinstance(original, nn.Linear):
+        # the norms of the weight's rows: out x 1, of a convolution out x 1 x 1 x 1
+        self.dora_scale: nn.Parameter | None = None
+        if decomposes:
             weight = value_of(original, gather_weight(original.weight))
-            norms = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32).cpu()
-            self.dora_scale = nn.Parameter(norms.view(-1, 1))
+            rows = weight.detach().flatten(1)
+            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).cpu()
+            self.dora_scale = nn.Parameter(norms.view(-1, *[1] * (weight.ndim - 1)))
             self.register_buffer("squares", norms.square(), persistent=False)
         self.dropouts: Dropouts | None = None
         self.rank_mask: RankMask | None = None  # T-LoRA
@@ -229,12 +231,16 @@ class LoraLayer(nn.Module):
     def _decompose(self, out: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the output of the DoRA weight `magnitude * (W + change) / norm(W + change)`.
 
-        out, added: outputs of the frozen module and of the LoRA, ... out. dtype: of the module's input.
+        out, added: outputs of the frozen module and of the LoRA, ... out or B out H W. dtype: of the module's
+        input.
         Gradients treat the norm as a constant: Liu et al. 2024, arXiv 2402.09353, section 4.3.
         """
         assert self.dora_scale is not None
         ratio = self.dora_scale.flatten() / self._row_norms(dtype)
         bias = self._original[0].bias
+        if isinstance(self._original[0], nn.Conv2d):
+            ratio = ratio.view(-1, 1, 1)
+            bias = None if bias is None else bias.view(-1, 1, 1)
         plain = out if bias is None else out - bias.to(out.dtype)
         return out + plain * (self.multiplier * (ratio - 1)).to(out.dtype) + added * ratio.to(out.dtype)
 
@@ -242,20 +248,29 @@ class LoraLayer(nn.Module):
     def _row_norms(self, dtype: torch.dtype) -> Tensor:
         """Return the norms of the rows of W + change, float32, from products no wider than the rank.
 
-        |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T. A w comes from the frozen module's forward,
-        so that its weight may be stored in any way.
+        |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T. dtype: of the module's input.
         """
-        down = self.lora_down.weight
-        up = self.lora_up.weight
-        bias = self._original[0].bias
-        products = self._original_forward(down.to(dtype)).float()  # R out
+        down = self.lora_down.weight.flatten(1)
+        up = self.lora_up.weight.flatten(1)
+        products = self._frozen_products(down, dtype)
         with torch.autocast(down.device.type, enabled=False):
-            if bias is not None:
-                products = products - bias.float()
             mixed = (up * products.T).sum(1)
             of_change = ((up @ (down @ down.T)) * up).sum(1)
             squares = self.squares + 2 * self.scale * mixed + self.scale**2 * of_change
             return squares.clamp(min=0).sqrt() + torch.finfo(torch.float32).eps  # as LyCORIS has it
+
+    def _frozen_products(self, down: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return A w^T, R out, float32. down: R in, of a convolution R in * kernel. dtype: to compute in.
+
+        Of a linear layer it comes from the frozen module's forward, so that its weight may be stored in any
+        way.
+        """
+        original = self._original[0]
+        if isinstance(original, nn.Conv2d):
+            rows = gather_weight(original.weight).flatten(1)
+            return (down.to(rows.dtype) @ rows.T).float()
+        products = self._original_forward(down.to(dtype)).float()
+        return products if original.bias is None else products - original.bias.float()
 
     def seed_of(self, kind: str) -> int:
         """Return the seed of a mask; processes that share tokens share masks of modules and ranks only."""

@@ -1,5 +1,6 @@
 """Build the networks that `--network_module networks.lora_wan` and the like name."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from modules.console import count_of, list_some
 from modules.errors import CheckpointError, OptionError
 from networks.deltas import (
     DORA,
+    META,
     OFT,
     UP,
     Factors,
@@ -22,6 +24,7 @@ from networks.deltas import (
     block_of,
     group_by_module,
     rank_of,
+    weight_delta,
     without_alpha,
 )
 from networks.factored import FactoredLayer, MakeShapes
@@ -41,6 +44,8 @@ if TYPE_CHECKING:  # only for an OFT
     from networks.oft_layer import OftLayer
 logger = getLogger(__name__)
 LoraModule = nn.Linear | nn.Conv2d
+# of a LoHa or LoKr, what is added but not trained: cores, magnitudes and whole changes
+_UNTRAINED = {"hada_t1", "hada_t2", "lokr_t2", DORA, "diff", "diff_b"}
 
 
 class Target(NamedTuple):
@@ -242,23 +247,23 @@ def build_network(
         for start, candidates in in_texts.items():
             modules += [(start, path) for path, _ in candidates]
         settings = fit_patterns(settings, modules)
-    targets: dict[str, Target] = {}
-    if OWN_MODULES[name].kind == "LoRA":
-        if dit is not None:
-            targets = choose_modules(dit, settings)
-        # ranks by type and numbers of blocks are for the DiT alone
-        text_settings = replace(settings, rules=None, splits=False, blocks=None)
-        for start, candidates in in_texts.items():
-            targets |= _choose(candidates, text_settings, start)
-        layers = _lora_layers(targets, settings.decomposes)
-    else:
+    kind = OWN_MODULES[name].kind
+    if kind == "OFT":
         learning = {}
-        if dit is not None:
-            targets = choose_modules(dit, replace(settings, conv_rank=None))
-        if OWN_MODULES[name].kind == "OFT":
-            layers = _oft_layers(targets)
-        else:
-            layers = _factored_layers(targets, make_shapes)
+        in_texts = {}
+    targets: dict[str, Target] = {}
+    if dit is not None:
+        targets = choose_modules(dit, settings)
+    # ranks by type and numbers of blocks are for the DiT alone
+    text_settings = replace(settings, rules=None, splits=False, blocks=None)
+    for start, candidates in in_texts.items():
+        targets |= _choose(candidates, text_settings, start)
+    if kind == "LoRA":
+        layers = _lora_layers(targets, settings.decomposes)
+    elif kind == "OFT":
+        layers = _oft_layers(targets)
+    else:
+        layers = _factored_layers(targets, make_shapes)
     if begun:
         by_name = _layers_by_name(dit, learning)
         joining = _joining_layers(
@@ -308,10 +313,16 @@ def _factored_layers(targets: Mapping[str, Target], make_shapes: MakeShapes) -> 
     layers: dict[str, nn.Module] = {}
     for name, target in targets.items():
         module = target.module
-        if isinstance(module, nn.Linear):
-            shapes = make_shapes(module.out_features, module.in_features, target.rank)
-            layers[name] = FactoredLayer(module, shapes, target.rank, target.alpha)
+        shapes = make_shapes(_shape_of(module), target.rank)
+        layers[name] = FactoredLayer(module, shapes, target.rank, target.alpha)
     return layers
+
+
+def _shape_of(module: LoraModule) -> tuple[int, ...]:
+    """Return the shape of a module's weight, which may be stored in another one: out in (kernel)."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    return tuple(module.weight.shape)
 
 
 def _oft_layers(targets: Mapping[str, Target]) -> dict[str, nn.Module]:
@@ -460,7 +471,7 @@ def build_from_tensors(
                 "  Give the --network_module that the file was trained with."
             )
         module = by_name[path].module if path in by_name else None
-        if module is None or (own_module.kind != "LoRA" and not isinstance(module, nn.Linear)):
+        if module is None or (own_module.kind == "OFT" and not isinstance(module, nn.Linear)):
             absent.append(path)
         else:
             layers[path] = _layer_of(
@@ -510,7 +521,7 @@ def _layer_of(
     name: str, module: LoraModule, path: str, factors: Factors, settings: LoraSettings
 ) -> "LoraLayer | FactoredLayer | OftLayer":
     """Return a layer of a network module with the rank and alpha of factors; split if that is asked for and
-    the up factor has blocks. Raises CheckpointError if factors of a LoHa or LoKr are not matrices, or those
+    the up factor has blocks. Raises CheckpointError if factors of a LoHa or LoKr cannot be trained, or those
     of an OFT do not fit the layer.
     """
     if OWN_MODULES[name].kind == "OFT":
@@ -541,10 +552,20 @@ def _oft_layer_of(module: LoraModule, path: str, factors: Factors) -> "OftLayer"
 
 
 def _factored_layer_of(module: LoraModule, path: str, factors: Factors) -> FactoredLayer:
-    """Return a layer of a LoHa or LoKr. Raises CheckpointError if its factors are not matrices."""
-    shapes = {part: tuple(tensor.shape) for part, tensor in without_alpha(factors).items()}
-    if not isinstance(module, nn.Linear) or any(len(shape) != 2 for shape in shapes.values()):
-        raise CheckpointError(f"--dim_from_weights: {path} has {shapes}, and only matrices can be trained")
+    """Return a layer of a LoHa or LoKr.
+
+    Raises CheckpointError if its factors are not for the module's weight, or have a core (LyCORIS'
+    use_tucker) or magnitudes, which are not trained here.
+    """
+    sized = without_alpha(factors)
+    shapes = {part: tuple(tensor.shape) for part, tensor in sized.items()}
+    shape = _shape_of(module)
+    delta = None if _UNTRAINED & shapes.keys() else weight_delta(sized, META)
+    if delta is None or delta.shape not in (shape, (shape[0], math.prod(shape[1:]))):
+        raise CheckpointError(
+            f"--dim_from_weights: {path} has {shapes}, with which this layer of {list(shape)} cannot be "
+            "trained"
+        )
     rank = rank_of(factors)
     if rank and "alpha" in factors:
         return FactoredLayer(module, shapes, rank, float(factors["alpha"]))

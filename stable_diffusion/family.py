@@ -7,6 +7,7 @@ Pictures are made by gen_img.py, whose networks and samplers are diffusers'.
 import re
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from contract.data import (
 )
 from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
 from contract.loading import Placement
-from contract.requests import Prepared, Request
+from contract.requests import Prepared, Prompts, Request
 from contract.rules import ModelRelease, NpzFormat
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.pictures import ModelOfPictures, picture_defaults
@@ -33,9 +34,10 @@ from modules.errors import CacheError, OptionError
 from modules.options import NO_OPTIONS
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.noise import make_noise_spec, vary_noise_by
-from stable_diffusion.samplers import SeenSolver, begin_sampling, make_scheduler
+from stable_diffusion.samplers import SeenSolver, begin_sampling, is_guided, make_scheduler
+from stable_diffusion.sampling_options import check_sampler_steps
 from stable_diffusion.tokenizers import SIZE as CHUNK
-from stable_diffusion.towers import POOLED, STATES, STATES_1, STATES_2, make_encoders
+from stable_diffusion.towers import POOLED, STATES, STATES_1, STATES_2, TowerEncoder, make_encoders
 from stable_diffusion.training_files import TrainingFiles, unet_parts, unet_spec
 from stable_diffusion.training_options import (
     SAMPLERS,
@@ -134,7 +136,13 @@ class StableDiffusion(ModelOfPictures):
     @property
     def defaults(self) -> SamplingDefaults:
         return picture_defaults(
-            STEPS, GUIDANCE_SCALE, self.kind.size, solver=self.sampler, solvers=SAMPLERS, noise_on_cpu=True
+            STEPS,
+            GUIDANCE_SCALE,
+            self.kind.size,
+            solver=self.sampler,
+            solvers=SAMPLERS,
+            noise_on_cpu=True,
+            one_batch=True,
         )
 
     @property
@@ -257,7 +265,40 @@ class StableDiffusion(ModelOfPictures):
     # samples: the pictures of gen_img.py
 
     def prepare(self, request: Request) -> Prepared:
-        return self.settle_picture(request, flow_shift=1.0)
+        """Settle a picture whose texts are read as gen_img.py reads them.
+
+        Raises CheckpointError or DownloadError if texts of several chunks need a tokenizer that is missing.
+        """
+        prepared = self.settle_picture(request, flow_shift=1.0)
+        check_sampler_steps("--s", prepared.solver, prepared.steps)
+        (scale,) = prepared.guidance_scale
+        has_negative = is_guided(scale, negative_scale=None)
+        if not has_negative:
+            prepared = replace(prepared, guidance_scale=(1.0,))
+        marked = {section: self._marked(texts, has_negative) for section, texts in prepared.prompts.items()}
+        return replace(prepared, prompts=marked)
+
+    def _marked(self, texts: Prompts, has_negative: bool) -> Prompts:
+        """Return texts in which brackets are weights, with as many chunks as the longest takes.
+
+        has_negative: guidance leads away from the negative text, which else does not count.
+        """
+        read = [texts.positive.text]
+        if has_negative and texts.negative is not None:
+            read.append(texts.negative.text)
+        count = 1
+        if self.chunks > 1:
+            count = max(encoder.count_chunks(text) for encoder in self._counting for text in read)
+        return replace(
+            texts,
+            positive=replace(texts.positive, marked_chunks=count),
+            negative=None if texts.negative is None else replace(texts.negative, marked_chunks=count),
+        )
+
+    @cached_property
+    def _counting(self) -> list[TowerEncoder]:
+        """Return text encoders of which only the tokenizers are loaded."""
+        return make_encoders(self.files, self.chunks, self.clip_skip)
 
     def sections(
         self,

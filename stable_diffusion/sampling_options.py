@@ -126,8 +126,8 @@ def check_sampler_steps(option: str, sampler: str, steps: int) -> None:
     """Raise OptionError if a sampler cannot make so few steps from noise."""
     if sampler == "pndm" and steps < PNDM_STEPS:
         raise OptionError(
-            f"{option} {steps}: --sampler pndm begins with {PNDM_STEPS} steps of another kind. Give at least "
-            f"{PNDM_STEPS}, or another sampler"
+            f"{option} {steps}: the sampler pndm begins with {PNDM_STEPS} steps of another kind. Give at "
+            f"least {PNDM_STEPS}, or another sampler"
         )
 
 

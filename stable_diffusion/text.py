@@ -94,11 +94,7 @@ class Texts:
             tokenizers.fill_chunk(chunk.ids, start=tower.start, end=tower.end, pad=tower.pad)
             for chunk in chunks
         ]
-        weights = [1.0]
-        for chunk in chunks:
-            padding = tokenizers.SIZE - len(chunk.ids)
-            weights += [*chunk.weights, *[1.0] * padding]
-        weights.append(1.0)
+        weights = weights_of(chunks)
         ids = self._copy_ids(tower, torch.tensor(rows))
         device = tower.network.device
         ends: Tensor | None = None
@@ -142,6 +138,16 @@ class Texts:
                 len(by_tower[longest]),
             )
         return [chunks[: self._most] for chunks in by_tower]
+
+
+def weights_of(chunks: Sequence[tokenizers.Chunk]) -> list[float]:
+    """Return the weight of each state of a text; start, end and padding have 1."""
+    weights = [1.0]
+    for chunk in chunks:
+        padding = tokenizers.SIZE - len(chunk.ids)
+        weights += [*chunk.weights, *[1.0] * padding]
+    weights.append(1.0)
+    return weights
 
 
 def join_chunks(states: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 A caption is cut behind 75 n tokens and filled up to them, in n chunks between start and end token. The states
 of its chunks are joined: start of the first, the 75 of each, the last of the last. The pooled state of SDXL's
-second encoder is that of the first end token of the first chunk. A LoRA goes into the linear layers of
-`encoder.layers`.
+second encoder is that of the first end token of the first chunk. Prompts of a training's samples are read as
+gen_img.py reads them: brackets are weights, BREAK begins a chunk, and no more chunks are filled than the
+prompt or the negative one takes. A LoRA goes into the linear layers of `encoder.layers`.
 """
 # Letters: B captions, K chunks, C width
 
@@ -11,6 +12,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -29,12 +31,21 @@ from running.offload.block_swap import move_network
 from running.offload.host_memory import LoadedNetwork
 from stable_diffusion import tokenizers
 from stable_diffusion.contract import SD2, SDXL
-from stable_diffusion.text import check_layer, join_chunks, usual_layer
+from stable_diffusion.options import TextOptions
+from stable_diffusion.text import check_layer, join_chunks, usual_layer, weigh_states, weights_of
 from stable_diffusion.text_checkpoints import TextPlan
-from stable_diffusion.tokenizers import OPEN_CLIP_PAD, check_vocabulary
+from stable_diffusion.tokenizers import (
+    OPEN_CLIP_PAD,
+    Chunk,
+    Part,
+    check_vocabulary,
+    cut_into_chunks,
+    parse_weights,
+)
 from stable_diffusion.training_files import TrainingFiles
 
 STATES, STATES_1, STATES_2, POOLED = "hidden_state", "hidden_state1", "hidden_state2", "pool2"  # in caches
+WEIGHING = TextOptions.usual().emb_normalize_mode  # what weights leave unchanged, as gen_img.py has it
 # of each encoder, by the number of encoders that a model has
 _KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES_2, POOLED}))}
 
@@ -141,15 +152,33 @@ class TowerEncoder:
         check_layer(self._clip_skip, plan.network.config.num_layers, kind)
         return self._clip_skip or usual_layer(kind, missing_layers=1 if kind is SD2 else 0)
 
+    def count_chunks(self, text: str) -> int:
+        """Return how many chunks of tokens a prompt with marks takes, as far as it is read; at least 1.
+
+        Raises CheckpointError or DownloadError if there is no tokenizer.
+        """
+        chunks = cut_into_chunks(parse_weights(text), self._counting_words.tokenize)
+        return min(len(chunks), self._chunks)
+
+    @cached_property
+    def _counting_words(self) -> ClipWords:
+        with self.files.opened() as release:
+            are_open_clip = [text.is_open_clip for text in release.texts]
+        cache_dir = self.files.tokenizer_cache_dir
+        return tokenizers.find_tokenizers(cache_dir, self.files.path, are_open_clip)[self._number]
+
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return the tensors `keys` of each prompt, on the CPU; gradients flow to trained parts.
 
-        Weights of a prompt's parts do not count, as captions have none.
+        Prompts with marks (`Prompt.marked_chunks`) are read as gen_img.py does. All texts of a call have
+        equally many chunks.
         """
         if not prompts:
             return []
         network, loaded = self._loaded.get()
-        rows = [row for prompt in prompts for row in self._rows_of(prompt.text, loaded)]
+        texts = [self._chunks_of(prompt, loaded) for prompt in prompts]
+        count = len(texts[0])
+        rows = [self._row_of(chunk, loaded) for chunks in texts for chunk in chunks]
         is_xl = self.files.kind is SDXL
         ends = None
         if POOLED in self.keys:
@@ -158,31 +187,31 @@ class TowerEncoder:
         states, pooled = network.states(ids, loaded.layer, final_norm=not is_xl, ends=ends)
         states_key = next(key for key in self.keys if key != POOLED)
         results: list[Conditions] = []
-        for place, chunk_states in enumerate(states.split(self._chunks)):
-            conditions = {states_key: join_chunks(chunk_states).cpu()}
+        for chunks, place in zip(texts, range(0, len(rows), count), strict=True):
+            joined = join_chunks(states[place : place + count])
+            conditions = {states_key: weigh_states(joined, weights_of(chunks), WEIGHING).cpu()}
             if pooled is not None:
-                first = pooled[place * self._chunks]
+                first = pooled[place]
                 if loaded.projection is not None:
                     first = first @ loaded.projection.to(first)
                 conditions[POOLED] = first.cpu().clone()
             results.append(conditions)
         return results
 
-    def _rows_of(self, text: str, loaded: LoadedWords) -> list[list[int]]:
-        """Return the rows of ids of a text: K of 77."""
-        ids = loaded.words.tokenize(text)
-        rows = []
-        for chunk in range(self._chunks):
-            start = chunk * tokenizers.SIZE
-            row = tokenizers.fill_chunk(
-                ids[start : start + tokenizers.SIZE],
-                start=loaded.words.start,
-                end=loaded.words.end,
-                pad=loaded.pad,
-            )
-            assert len(row) == CLIP_TOKENS
-            rows.append(row)
-        return rows
+    def _chunks_of(self, prompt: Prompt, loaded: LoadedWords) -> list[Chunk]:
+        """Return the chunks of a text with the weights of their tokens, filled up with empty ones."""
+        count = self._chunks if prompt.marked_chunks is None else prompt.marked_chunks
+        if prompt.marked_chunks is None:
+            chunks = cut_into_chunks([Part(prompt.text)], loaded.words.tokenize)
+        else:
+            chunks = cut_into_chunks(parse_weights(prompt.text), loaded.words.tokenize)
+        return [*chunks[:count], *[Chunk()] * (count - len(chunks))]
+
+    def _row_of(self, chunk: Chunk, loaded: LoadedWords) -> list[int]:
+        """Return the 77 ids that the network reads of a chunk."""
+        row = tokenizers.fill_chunk(chunk.ids, start=loaded.words.start, end=loaded.words.end, pad=loaded.pad)
+        assert len(row) == CLIP_TOKENS
+        return row
 
     def free(self) -> None:
         self._loaded.free()

@@ -357,9 +357,10 @@ def _learning(
     options.parts.text_rates(len(able), options.optimizer.learning_rate)  # too many are refused here
     name = options.network.network_module or family.lora_module
     known_module = OWN_MODULES.get(name)
-    if able and known_module is not None and known_module.kind != "LoRA":
+    if able and known_module is not None and known_module.kind == "OFT":
         raise OptionError(
-            f"--network_module {name} has no part for text encoders: add {UNET_ONLY}, or use a LoRA module"
+            f"--network_module {name} has no part for text encoders: add {UNET_ONLY}, or use a LoRA, LoHa or "
+            "LoKr"
         )
     switches = _switches(family, options)
     learning = [encoder for encoder in able if switches.get(encoder.lora_prefix, True)]

@@ -18,6 +18,7 @@ from networks.convert import convert_file
 from networks.deltas import weight_delta
 from networks.factored import FactoredLayer, loha_shapes, lokr_shapes, split_size
 from networks.loading import LoraUse, read_lora
+from networks.lora_layer import LoraLayer
 from tests.networks.making import inputs, tiny_dit
 from tests.networks.test_key_formats import TOLERANCE, load_there, run_there
 from tests.tiny.loras import lora_like, unused
@@ -30,11 +31,11 @@ from wan.checkpoints import load_dit
 
 CPU = torch.device("cpu")
 KINDS = {
-    "LoHa": loha_shapes(12, 8, 2),
-    "LoKr": lokr_shapes(12, 16, 1),
-    "LoKr whole": lokr_shapes(12, 8, 64),
-    "LoKr of four": lokr_shapes(144, 144, 2, decompose_both=True),
-    "LoKr by 2": lokr_shapes(12, 8, 1, factor=2),
+    "LoHa": loha_shapes((12, 8), 2),
+    "LoKr": lokr_shapes((12, 16), 1),
+    "LoKr whole": lokr_shapes((12, 8), 64),
+    "LoKr of four": lokr_shapes((144, 144), 2, decompose_both=True),
+    "LoKr by 2": lokr_shapes((12, 8), 1, factor=2),
 }
 NETWORKS: dict[str, list[object]] = {
     "loha": ["--network_module", "networks.loha", "--network_dim", 2],
@@ -44,6 +45,93 @@ NETWORKS: dict[str, list[object]] = {
     "dora": ["--network_module", "networks.lora", "--network_args", "dora_wd=True"],
 }
 DROPPING = ["loraplus_lr_ratio=4", "rank_dropout=0.2", "module_dropout=0.2"]
+
+
+# weight of a convolution and further settings of its module
+CONVOLUTIONS: dict[str, tuple[tuple[int, ...], dict[str, int]]] = {
+    "3x3": ((12, 8, 3, 3), {"padding": 1}),
+    "3x3 that halves": ((8, 8, 3, 3), {"padding": 1, "stride": 2}),
+    "1x1": ((6, 16, 1, 1), {}),
+    "dilated": ((4, 6, 3, 1), {"dilation": 2}),
+}
+# shapes of factors as LyCORIS 4.1.3 has them for a weight of 12 8 3 3
+IN_LYCORIS = {
+    "LoHa": {"hada_w1_a": (12, 2), "hada_w1_b": (2, 72), "hada_w2_a": (12, 2), "hada_w2_b": (2, 72)},
+    "LoKr": {"lokr_w1": (3, 2), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, 36)},
+    "LoKr whole": {"lokr_w1": (3, 2), "lokr_w2": (4, 4, 3, 3)},
+    "LoKr by 2": {"lokr_w1": (2, 2), "lokr_w2_a": (6, 1), "lokr_w2_b": (1, 36)},
+}
+
+
+def shapes_of(kind: str, weight: tuple[int, ...]) -> tuple[Any, int]:
+    """Factors of a kind for a weight, and their rank."""
+    if kind == "LoHa":
+        return loha_shapes(weight, 2), 2
+    rank = 64 if kind == "LoKr whole" else 1
+    return lokr_shapes(weight, rank, factor=2 if kind == "LoKr by 2" else -1), rank
+
+
+def whole(factors: dict[str, Tensor], name: str) -> Tensor:
+    """One of the two matrices of a LoKr, or its whole kernel, flattened."""
+    if name in factors:
+        return factors[name].flatten(1)
+    return factors[f"{name}_a"] @ factors[f"{name}_b"]
+
+
+@pytest.mark.parametrize("kind", [*IN_LYCORIS, "DoRA"])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_a_convolution_computes_with_the_changed_weight(kind: str, case: str) -> None:
+    """Output and gradients, by the formulas of the papers written out."""
+    weight, settings = CONVOLUTIONS[case]
+    torch.manual_seed(3)
+    original = nn.Conv2d(weight[1], weight[0], weight[2:], **settings).requires_grad_(False)  # type: ignore[arg-type]
+    layer: FactoredLayer | LoraLayer
+    if kind == "DoRA":
+        layer = LoraLayer(original, 2, 0.7, decomposes=True)
+        scale = 0.35
+    else:
+        shapes, rank = shapes_of(kind, weight)
+        if case == "3x3":
+            assert shapes == IN_LYCORIS[kind]
+        layer = FactoredLayer(original, shapes, rank, 0.7)
+        scale = 1.0 if kind == "LoKr whole" or {"lokr_w1", "lokr_w2"} <= shapes.keys() else 0.7 / rank
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, weight[1], 9, 7, requires_grad=True)
+    factors = dict(layer.named_parameters())
+    if kind == "DoRA":
+        change = factors["lora_up.weight"].flatten(1) @ factors["lora_down.weight"].flatten(1)
+    elif kind == "LoHa":
+        change = (factors["hada_w1_a"] @ factors["hada_w1_b"]) * (factors["hada_w2_a"] @ factors["hada_w2_b"])
+    else:
+        change = torch.kron(whole(factors, "lokr_w1"), whole(factors, "lokr_w2"))
+    changed = original.weight + scale * change.view(weight)
+    if kind == "DoRA":
+        assert factors["dora_scale"].shape == (weight[0], 1, 1, 1)
+        norms = changed.detach().flatten(1).norm(dim=1).view(-1, 1, 1, 1)  # a constant: section 4.3
+        changed = factors["dora_scale"] * changed / norms
+    expected = nn.functional.conv2d(x, changed, original.bias, **settings)  # type: ignore[arg-type]
+
+    layer.attach()
+    found = original(x)
+
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    direction = torch.randn_like(found)
+    leaves = [x, *layer.parameters()]
+    for mine, theirs in zip(
+        torch.autograd.grad((found * direction).sum(), leaves),
+        torch.autograd.grad((expected * direction).sum(), leaves),
+        strict=True,
+    ):
+        # sums of hundreds of products in another order
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    delta = weight_delta(
+        {name: tensor for name, tensor in layer.state_dict().items() if name != "dora_scale"}, x.device
+    )
+    assert delta is not None  # as generation merges it
+    torch.testing.assert_close(delta.view(weight), scale * change.detach().view(weight), rtol=1e-4, atol=1e-4)
+    if kind != "DoRA":
+        torch.testing.assert_close(layer.norm().detach(), torch.linalg.vector_norm(delta))
 
 
 def size_of(shapes: Any) -> tuple[int, int]:
@@ -114,9 +202,9 @@ def test_a_size_is_split(size: int, factor: int, wanted: tuple[int, int]) -> Non
 
 
 def test_large_ranks_keep_matrices_whole() -> None:
-    assert lokr_shapes(512, 512, 15) == {"lokr_w1": (16, 16), "lokr_w2_a": (32, 15), "lokr_w2_b": (15, 32)}
-    assert lokr_shapes(512, 512, 16) == {"lokr_w1": (16, 16), "lokr_w2": (32, 32)}
-    assert lokr_shapes(512, 512, 7, decompose_both=True).keys() >= {"lokr_w1_a", "lokr_w1_b"}
+    assert lokr_shapes((512, 512), 15) == {"lokr_w1": (16, 16), "lokr_w2_a": (32, 15), "lokr_w2_b": (15, 32)}
+    assert lokr_shapes((512, 512), 16) == {"lokr_w1": (16, 16), "lokr_w2": (32, 32)}
+    assert lokr_shapes((512, 512), 7, decompose_both=True).keys() >= {"lokr_w1_a", "lokr_w1_b"}
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

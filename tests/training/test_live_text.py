@@ -91,11 +91,24 @@ def test_a_rate_for_an_encoder_that_does_not_learn_is_left_over(tmp_path: Path) 
 
 def test_a_network_without_parts_for_text_encoders_is_refused_them(tmp_path: Path) -> None:
     write_pictures(tmp_path)
-    loha = "--network_module", "networks.loha"
+    oft = "--network_module", "networks.oft", "--network_dim", 2
 
-    with pytest.raises(OptionError, match="networks.loha"):
-        train_image_toy(tmp_path, *loha)
-    assert _prefixes(train_image_toy(tmp_path, *loha, UNET_ONLY)) == {"lora_unet"}
+    with pytest.raises(OptionError, match="networks.oft"):
+        train_image_toy(tmp_path, *oft)
+    assert _prefixes(train_image_toy(tmp_path, *oft, UNET_ONLY)) == {"lora_unet"}
+
+
+@pytest.mark.parametrize("name", ["networks.loha", "networks.lokr"])
+def test_text_encoders_learn_with_factors_of_other_kinds(tmp_path: Path, name: str) -> None:
+    write_pictures(tmp_path)
+
+    tensors = train_image_toy(tmp_path, "--network_module", name, "--network_dim", 2)
+
+    assert _prefixes(tensors) == {"lora_unet", "lora_te1", "lora_te3"}
+    zeros = {"networks.loha": ("hada_w2_a",), "networks.lokr": ("lokr_w2", "lokr_w2_b")}[name]
+    learned = [tensor for path, tensor in tensors.items() if path.endswith(zeros)]
+    assert learned
+    assert all(tensor.any() for tensor in learned)
 
 
 def test_what_is_cached_stays_cached_while_another_encoder_learns(tmp_path: Path) -> None:
