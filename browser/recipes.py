@@ -251,6 +251,12 @@ def _key_of(flag: str, defaults: ScriptDefaults) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
+def is_driven(model: ModelSet) -> bool:
+    """Return whether pages can generate with a model: its script takes their requests."""
+    scripts = {f"{entry.generation_script}.py" for entry in with_generation().values()}
+    return bool(scripts.intersection(model.commands.get("generate", "").split()))
+
+
 def recipe_of_model(model: ModelSet, models: Path, folder: Path) -> ModelRecipe:
     """Return the recipe of a released model. models: folder of its files. folder: the working folder."""
     families = {f"{entry.generation_script}.py": name for name, entry in with_generation().items()}

@@ -36,7 +36,7 @@ from browser.errands import errand_name
 from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
 from browser.names import number_names, short_digest
-from browser.recipes import RESULTS, ModelRecipe, recipe_of_model, recipe_of_run
+from browser.recipes import RESULTS, ModelRecipe, is_driven, recipe_of_model, recipe_of_run
 from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
 from browser.runs import DIED, FINISHED, RUNNING, Glance
 from browser.settings_of import PREFIX, ResultSettings, read_settings, remake, sample_line
@@ -272,7 +272,7 @@ class Remaker:
         for source in sources:
             yield Candidate(recipe_of_run(source), source.run)
         for model in model_sets():
-            if "generate" in model.commands and model.family != "stable_diffusion":
+            if is_driven(model):
                 recipe = recipe_of_model(model, self.site.models, Path.cwd())
                 if recipe.family == settings.family:
                     yield Candidate(recipe, None)
