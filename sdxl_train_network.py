@@ -7,8 +7,8 @@ from stable_diffusion.training_options import SHOWN_AS
 from training.image_options import NOISE_TRAINER
 from training.scripts import training_script
 
-main = training_script("sdxl", __doc__, images=replace(NOISE_TRAINER, shown_as=SHOWN_AS))
-
+DEFAULTS = replace(NOISE_TRAINER, shown_as=SHOWN_AS)
+main = training_script("sdxl", __doc__, images=DEFAULTS)
 
 if __name__ == "__main__":
     main.run()

@@ -7,7 +7,7 @@ A row is a prompt with all its settings, a column a file at strength 1. A clip i
 import contextlib
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from browser.jobs import WAITING, JobQueue
 from browser.names import short_digest
 from browser.runs import RUNNING, Glance, Runs
 from browser.views import COMPARED, COMPARED_FOLDER, FileNotes
-from contract.families import HIGH_NOISE, LOW_NOISE, with_scripts
+from contract.families import HIGH_NOISE, LOW_NOISE, with_generation, with_scripts
 from modules.errors import OptionError, UserError
 from modules.installation import MOST_BEFORE
 from modules.media.reading import read_tags
@@ -174,7 +174,40 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
     Raises OSError if its history cannot be read.
     """
     story = runs.open(run).story
-    families = {entry.generation_script: name for name, entry in with_scripts().items()}
+    families = {entry.generation_script: name for name, entry in with_generation().items()}
+    for typed in _read_commands(story, families):
+        return ComparableRun(
+            run=run,
+            story=story,
+            family=families[typed.script],
+            options=group_options(typed.words),
+            missing=typed.missing,
+        )
+    return None
+
+
+def read_other_generation(runs: Runs, run: Glance) -> str:
+    """Return the command of a run that generates with a script which pages cannot drive, such as gen_img.py.
+
+    Returns "" if it has none. Raises OSError if its history cannot be read.
+    """
+    scripts = {entry.generator for entry in with_scripts().values() if entry.generator}
+    for typed in _read_commands(runs.open(run).story, scripts):
+        return typed.line
+    return ""
+
+
+class _TypedCommand(NamedTuple):
+    """A command of a history that runs a script of ours."""
+
+    line: str
+    script: str
+    words: Sequence[str]  # behind the script
+    missing: Sequence[str]  # words that the user has to replace
+
+
+def _read_commands(story: Story, scripts: Collection[str]) -> Iterator[_TypedCommand]:
+    """Yield the commands of a history that run one of some scripts."""
     for command in story.commands:
         try:
             words = shlex.split(command.bash)
@@ -184,15 +217,9 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
         # behind python, or behind a launcher with its options
         for place, word in enumerate(words[:MOST_BEFORE]):
             script = re.split(r"[\\/.]", word.removesuffix(".py"))[-1]
-            if script in families:
-                return ComparableRun(
-                    run=run,
-                    story=story,
-                    family=families[script],
-                    options=group_options(words[place + 1 :]),
-                    missing=missing,
-                )
-    return None
+            if script in scripts:
+                yield _TypedCommand(command.bash, script, words[place + 1 :], missing)
+                break
 
 
 def working_folder(run: Glance, options: Mapping[str, Sequence[str]]) -> Path:

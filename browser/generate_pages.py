@@ -34,6 +34,7 @@ from browser.recipes import (
     Wish,
     find_model_set,
     flag_of,
+    is_driven,
     recipe_of_model,
     recipe_of_run,
 )
@@ -85,9 +86,13 @@ CHOOSERS = {
 }
 EXPERTS = {BOTH: "both parts", HIGH_NOISE: "high noise", LOW_NOISE: "low noise"}
 SEED_BITS = 32
+NOT_DRIVEN = (
+    "gen_img.py has options and prompt lines of its own, and takes no requests from this page. Put its "
+    "command line into the queue, or type it."
+)
 NO_STABLE_DIFFUSION = (
-    "Stable Diffusion 1.5, 2.1 and XL are not in this list: gen_img.py has options and prompt lines of its "
-    "own, and takes no requests from this page. Put its command line into the queue."
+    "Stable Diffusion 1.5, 2.1 and XL, and your runs of them, are not in this list: "
+    f"{NOT_DRIVEN} The page of a run has its command, with a button that queues it."
 )
 
 
@@ -135,7 +140,7 @@ class GeneratePages:
         self.maker = site.maker
         self.shelf = RunShelf(site.runs)
         self.drafts = Drafts(self.maker.folder)
-        self.models = [model for model in model_sets() if "generate" in model.commands]
+        self.models = [model for model in model_sets() if is_driven(model)]
 
     @property
     def results_folder(self) -> Path:
@@ -271,8 +276,6 @@ class GeneratePages:
         for run, label in self.shelf.refresh():
             groups["Runs"].append((f"run {run.id}", f"{label} (run)"))
         for model in self.models:
-            if model.family == "stable_diffusion":
-                continue
             paths = [self.site.models / part.path for part in model.components if part.option]
             is_there = all(path.exists() for path in paths)
             group = "Models on disk" if is_there else "Models to load"
@@ -290,12 +293,15 @@ class GeneratePages:
         if kind == "run":
             with self.site.runs.lock:
                 run_source = self.shelf.find_source(name)
+                command = "" if run_source else self.shelf.find_other_command(name)
+            if command:
+                raise OptionError(f"{NOT_DRIVEN} That of this run: {command}")
             if run_source is None:
                 raise OptionError("This run has no command that generates (any more). Choose another model.")
             return recipe_of_run(run_source)
         family, _, task = name.partition(" ")
         model = find_model_set(family, task)
-        if model is None or family == "stable_diffusion":
+        if model is None or not is_driven(model):
             raise OptionError(f"{name or source}: there is no such model here.")
         return recipe_of_model(model, self.site.models, Path.cwd())
 

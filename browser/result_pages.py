@@ -36,7 +36,7 @@ from browser.errands import errand_name
 from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
 from browser.names import number_names, short_digest
-from browser.recipes import RESULTS, ModelRecipe, recipe_of_model, recipe_of_run
+from browser.recipes import RESULTS, ModelRecipe, is_driven, recipe_of_model, recipe_of_run
 from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
 from browser.runs import DIED, FINISHED, RUNNING, Glance
 from browser.settings_of import PREFIX, ResultSettings, read_settings, remake, sample_line
@@ -44,7 +44,7 @@ from browser.site import Site
 from browser.typed import typed_anywhere
 from browser.views import label_runs
 from browser.wishes import Making
-from contract.families import with_scripts
+from contract.families import with_generation
 from downloads.catalogue import ModelSet, model_sets
 from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import write_bytes
@@ -272,7 +272,7 @@ class Remaker:
         for source in sources:
             yield Candidate(recipe_of_run(source), source.run)
         for model in model_sets():
-            if "generate" in model.commands and model.family != "stable_diffusion":
+            if is_driven(model):
                 recipe = recipe_of_model(model, self.site.models, Path.cwd())
                 if recipe.family == settings.family:
                     yield Candidate(recipe, None)
@@ -728,7 +728,7 @@ def _free_path(path: Path, added: str) -> Path:
 
 def _catalogue_families(family: str) -> set[str]:
     """Return the families of the catalogue that a family's script makes, such as `wan22` of `wan`."""
-    script = f"{with_scripts()[family].generation_script}.py" if family in with_scripts() else ""
+    script = f"{with_generation()[family].generation_script}.py" if family in with_generation() else ""
     return {model.family for model in model_sets() if script in model.commands.get("generate", "").split()}
 
 

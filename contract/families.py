@@ -176,8 +176,14 @@ FAMILIES = Families()
 
 @cache
 def with_scripts() -> Mapping[str, FamilyEntry]:
-    """Return families with scripts for caching, training and generation by the shared loop."""
-    return {name: entry for name, entry in FAMILIES.items() if entry.script and not entry.generator}
+    """Return families with scripts for caching and training by the shared loops."""
+    return {name: entry for name, entry in FAMILIES.items() if entry.script}
+
+
+@cache
+def with_generation() -> Mapping[str, FamilyEntry]:
+    """Return those of `with_scripts` whose generation is the shared loop's too."""
+    return {name: entry for name, entry in with_scripts().items() if not entry.generator}
 
 
 def read_names() -> list[ModuleType]:

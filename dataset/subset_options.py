@@ -106,6 +106,7 @@ SUBSET_KEYS: Mapping[str, SubsetKey] = {
     "keep_tokens_separator": SubsetKey(forms.TEXT, "", ANYWHERE, "changes.keep_tokens_separator"),
     "secondary_separator": SubsetKey(forms.TEXT, "", ANYWHERE, "changes.secondary_separator"),
     "enable_wildcard": SubsetKey(forms.YES_NO, False, ANYWHERE, "changes.wildcards"),
+    "trigger_word": SubsetKey(forms.WORDS, "", ANYWHERE, field=SAME, option=""),
     "caption_prefix": SubsetKey(forms.WORDS, "", ANYWHERE, SAME),
     "caption_suffix": SubsetKey(forms.WORDS, "", ANYWHERE, SAME),
     "caption_dropout_rate": SubsetKey(forms.SHARE, 0.0, ANYWHERE, SAME),

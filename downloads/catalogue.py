@@ -46,6 +46,7 @@ class Component:
     option: str | None  # None: found beside the encoder
     files: tuple[ReleasedFile, ...]
     tensor_bytes: int | None  # of its tensors, if the exact size is not known
+    trained_bytes: int | None  # of the network that is trained, in 16 bits, if the file has others too
     in_fp8: str | None  # name of the same component in 8 bits
 
     @property
@@ -106,10 +107,11 @@ def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: l
     """Return the set of an entry. family: what the catalogue says of its family."""
     option_names = family.get("options", {})
     renamed = [replace(part, option=option_names.get(part.option, part.option)) for part in components]
+    of_family = {**family["commands"], **entry.get("commands", {})}
     further_words = entry.get("more", {})
     commands = {}
     for step in entry.get("steps", STEPS):
-        commands[step] = f"{family['commands'][step]} {further_words.get(step, '')}".rstrip()
+        commands[step] = f"{of_family[step]} {further_words.get(step, '')}".rstrip()
     return ModelSet(
         family=entry["family"],
         task=entry["task"],
@@ -133,6 +135,7 @@ def known_components() -> dict[str, Component]:
             option=entry.get("option"),
             files=tuple(_read_file(entry, path, licences[entry["licence"]]) for path in paths),
             tensor_bytes=entry.get("tensors"),
+            trained_bytes=entry.get("trained"),
             in_fp8=entry.get("fp8"),
         )
     return components
@@ -159,6 +162,11 @@ def families() -> list[str]:
 def family_title(family: str) -> str:
     """Return the name of a family as its page has it, such as FLUX.1."""
     return str(_read_catalogue()["family"][family].get("title", ""))
+
+
+def further_name(family: str) -> str:
+    """Return a further, shorter name of a family, such as sd; "" if it has none."""
+    return str(_read_catalogue()["family"][family].get("also", ""))
 
 
 def family_page(family: str) -> str:

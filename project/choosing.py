@@ -16,7 +16,7 @@ from contract.families import with_scripts
 from contract.family import hears_sound, knows_few_steps
 from contract.few_steps import FewSteps
 from dataset.options import read_latent_caching
-from downloads.catalogue import ModelSet, family_page, family_title, model_sets
+from downloads.catalogue import ModelSet, family_page, family_title, further_name, model_sets
 from downloads.listing import gigabytes, in_columns, total_bytes
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
@@ -42,6 +42,7 @@ class ModelFacts:
     hears: bool  # it learns the sound of clips
     learns_clips: bool  # False: it learns pictures alone
     learns_sounds: bool  # it also learns sounds without clips
+    regularises: bool  # it also learns regularisation pictures, of the class
     few_steps: FewSteps | None  # what to train instead, or with; None: it was not distilled to few steps
     contradiction: str | None  # how the name of its file contradicts the task
     family: Any  # the record, of a run that caches latents
@@ -73,6 +74,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         hears=hears,
         learns_clips=model.data["frames"] > 1,
         learns_sounds="sound_alone" in model.data,
+        regularises=bool(model.data.get("regularises")),
         few_steps=_few_steps(family, model, dits),
         contradiction=_contradiction(family, model, dits),
         family=family,
@@ -384,9 +386,9 @@ def _spell_families(families: Sequence[str]) -> dict[str, str]:
         if name in families:
             by_spelling[_plain(entry.script)] = name
     for name in families:
-        title = family_title(name)
-        if title:
-            by_spelling[_plain(title)] = name
+        for spelling in (family_title(name), further_name(name)):
+            if spelling:
+                by_spelling[_plain(spelling)] = name
     for name in families:
         by_spelling[_plain(name)] = name
     return by_spelling
@@ -422,7 +424,11 @@ def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[Mode
         if shortest:
             return [NamedModel(name, task=None) for name in shortest]
     if len(plain) > 2:
-        return [NamedModel(model.family, model.task) for model in models if plain in _plain(model.task)]
+        return [
+            NamedModel(model.family, model.task)
+            for model in models
+            if plain in _plain(model.task) or plain in _plain(further_name(model.family) + model.task)
+        ]
     return []
 
 

@@ -31,6 +31,7 @@ from project.media import CHECK_PAGE, FolderContent, Media, reference_of, why_un
 from project.options import RUN_FILE, NewOptions, find_models
 from training.config_options import OTHERS_TABLE, toml_value
 
+USUAL_SIDE, SIDE_STEP = 256, 64  # shortest side of pictures, and what sides are multiples of, in subsets
 SMALL = 16  # GiB: below, text encoders have 8 bits
 LARGE = 40  # GiB: from here on, clips are twice as long
 MOST_SAMPLED = 480 * 320  # pixels of a frame of a sample: samples are made often
@@ -199,6 +200,8 @@ def describe_dataset(choice: Choice) -> str:
     data = choice.model.data
     from_image = data.get("from_image", False)
     lines = _toml_table("[general]", _general_keys(choice))
+    if choice.content.regularising:
+        return "\n".join([*lines, *_describe_subsets(choice), ""])
     clip_keys = _clip_keys(choice)
     folders_and_kinds = dict.fromkeys((item.path.parent, item.kind) for item in choice.media)
     for place, kind in folders_and_kinds:
@@ -215,6 +218,29 @@ def describe_dataset(choice: Choice) -> str:
             f"{choice.options.folder} has none. Choose another --family or --task."
         )
     return "\n".join([*lines, ""])
+
+
+def _describe_subsets(choice: Choice) -> list[str]:
+    """Return the tables of dataset.toml in the image guides' form, which has regularisation pictures."""
+    smallest = min(USUAL_SIDE, min(choice.size) // SIDE_STEP * SIDE_STEP or SIDE_STEP)
+    largest = -(-2 * max(choice.size) // SIDE_STEP) * SIDE_STEP
+    lines = ["", *_toml_table("[[datasets]]", {"min_bucket_reso": smallest, "max_bucket_reso": largest})]
+    for place in dict.fromkeys(item.path.parent for item in choice.media):
+        keys = _folder_keys(choice, place, "image")
+        keys = {"image_dir": keys.pop("image_directory"), **keys}
+        lines += ["", *_toml_table("[[datasets.subsets]]", keys)]
+    for place in choice.content.regularising:
+        cache = Path("cache", "images", place.parent.name, place.name).as_posix()
+        keys = {"image_dir": choice.inside(place), "cache_directory": cache, "is_reg": True}
+        name = choice.content.names.get(place)
+        if name is not None:
+            if name.repeats > 1:
+                keys["num_repeats"] = name.repeats
+            keys["class_tokens"] = name.words
+        if choice.trigger:
+            keys["trigger_word"] = ""  # the class has none
+        lines += ["", *_toml_table("[[datasets.subsets]]", keys)]
+    return lines
 
 
 def _general_keys(choice: Choice) -> dict[str, Any]:
@@ -455,7 +481,8 @@ def _model_values(choice: Choice) -> dict[str, Any]:
             values.pop(word.lstrip("-"), None)
         if values["optimizer_type"] == "adamw8bit":
             values["optimizer_type"] = "adamw"
-    return values | {name: path for name, path in choice.files.items() if name != "dit"}
+    trained = {word.strip("{}") for word in shlex.split(choice.model.commands["train"])}
+    return values | {name: path for name, path in choice.files.items() if name not in trained}
 
 
 def _training_words(choice: Choice) -> list[str]:
@@ -468,7 +495,7 @@ def _training_words(choice: Choice) -> list[str]:
         words += shlex.split(data["fp8"])
         if choice.memory <= SMALL and choice.frames > 1:
             words.append("--gradient_checkpointing_cpu_offload")
-    if choice.memory:
+    if choice.memory and data.get("swaps", True):
         words += ["--blocks_to_swap", "auto"]  # how many is found when the training starts
     return words
 

@@ -16,11 +16,12 @@ def needs_picture(model: ModelSet) -> bool:
 
 
 def transformer_bytes(model: ModelSet) -> int:
-    return sum(part.size_bytes or 0 for part in transformers_of(model))
+    return sum(part.trained_bytes or part.size_bytes or 0 for part in transformers_of(model))
 
 
 def transformers_of(model: ModelSet) -> list[Component]:
-    return [part for part in model.components if part.role.startswith("transformer")]
+    """Return the files with the network that is trained; a checkpoint has all networks of a model."""
+    return [part for part in model.components if part.role.startswith("transformer") or part.trained_bytes]
 
 
 def is_small(model: ModelSet, memory: float) -> bool:
@@ -35,7 +36,9 @@ def describe_fit(model: ModelSet, memory: float) -> str:
     if is_small(model, memory):
         return "fits"
     left = transformer_bytes(model) / 2 / 2**30 - max(memory - IN_USE, 0)
-    return "fits in 8 bits" if left <= 0 else f"in 8 bits, {left:.0f} GiB in RAM"
+    if left <= 0:
+        return "fits in 8 bits"
+    return f"in 8 bits, {left:.0f} GiB in RAM" if model.data.get("swaps", True) else "does not fit"
 
 
 def find_memory() -> float:

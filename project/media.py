@@ -79,6 +79,7 @@ class FolderContent:
     bad_captions: set[Path] = field(default_factory=set)  # files whose caption cannot be read
     unreadable: list[Path] = field(default_factory=list)  # clips and pictures
     first_frames: dict[Path, Path] = field(default_factory=dict)  # picture -> clip
+    regularising: list[Path] = field(default_factory=list)  # folders of regularisation pictures to train on
     # folder of pictures -> folder of their references
     references: dict[Path, Path] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
@@ -91,7 +92,7 @@ class SortedFolders:
 
     learned: list[Path]  # the folder itself comes first
     sources: list[Path]  # of references, which pictures are made from
-    regularising: list[Path]
+    regularising: dict[Path, str]  # with the reason why they seem to be that
 
 
 def collect_content(
@@ -107,6 +108,8 @@ def collect_content(
     content = FolderContent()
     places = _sort_folders(folder, content)
     content.captions = _find_captions(places.learned)
+    for place, reason in places.regularising.items():
+        content.lines += _describe_regularising(place, reason, content, facts)
     content.lines += _describe_names(places.learned, content.names)
     sounds = _collect_media(folder, places, content, facts)
     if not facts.learns_clips:
@@ -184,7 +187,7 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
     Adds the names of the learned and regularising ones, and lines about those that are left out.
     """
     candidates = [folder]
-    places = SortedFolders(learned=[], sources=[], regularising=[])
+    places = SortedFolders(learned=[], sources=[], regularising={})
     for place in _folders(folder):
         if place.is_symlink() and _leads_back(place, folder):
             continue
@@ -206,14 +209,55 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
         reason = _why_regularisation(place, folder, content.names)
         if reason is None:
             places.learned.append(place)
-            continue
-        places.regularising.append(place)
-        if _media_in(place):
-            content.lines.append(
-                f"{place}: left out, as {reason}. A dataset file with [[datasets.subsets]] and is_reg = true "
-                "takes them (docs/image_datasets.md). If they are to be learned as others, rename the folder"
-            )
+        else:
+            places.regularising[place] = reason
+    places.regularising |= _find_outer_regularising(folder, content)
     return places
+
+
+def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path, str]:
+    """Return folders of regularisation pictures that lie next to a folder of folders with kohya's names."""
+    if not content.names or _name_of(folder) is not None:
+        return {}
+    outer: dict[Path, str] = {}
+    real_folder = real_path(folder)
+    for place in _folders(real_folder.parent):
+        if place == real_folder or not REGULARISATION.fullmatch(place.name):
+            continue
+        reason = f"{place.name} is the name of a folder of regularisation pictures"
+        for inner in _folders(place):
+            name = _name_of(inner)
+            if name is not None:
+                content.names[inner] = name
+                outer[inner] = reason
+    return outer
+
+
+def _describe_regularising(place: Path, reason: str, content: FolderContent, facts: ModelFacts) -> list[str]:
+    """Return a line about a folder of regularisation pictures, and note the folder if the model takes it.
+
+    reason: why it is one.
+    """
+    pictures = _files_in(place, image_suffixes())
+    if not pictures:
+        return []
+    rename = "If they are to be learned as others, rename the folder"
+    if not facts.regularises:
+        return [
+            f"{place}: left out, as {reason}. A dataset file with [[datasets.subsets]] and is_reg = true "
+            f"takes them (docs/image_datasets.md). {rename}"
+        ]
+    named = content.names.get(place)
+    bare = [path for path in pictures if not caption_path(path, content.captions).exists()]
+    if bare and named is None:
+        return [
+            f"{place}: left out: {name_some(bare)}: regularisation pictures without a caption, in a folder "
+            "whose name has no class. Call it 1_man, with the word for the class, or give captions"
+        ]
+    content.regularising.append(place)
+    count = count_of(len(pictures), "regularisation picture")
+    caption = f", `{named.words}` for those without a caption" if bare and named is not None else ""
+    return [f"{place}: {count} (is_reg){caption}, as {reason}. {rename}"]
 
 
 def _leads_back(link: Path, folder: Path) -> bool:

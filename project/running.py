@@ -508,7 +508,7 @@ def _scripts_of_runs() -> set[Path | None]:
     scripts = {installation.find_script("download")}
     for entry in with_scripts().values():
         names = [f"{entry.cache}_latents", f"{entry.cache}_text_encoder_outputs", entry.generation_script]
-        names += [f"{entry.script}_train_network", f"{entry.script}_train"]
+        names += [entry.training_script, f"{entry.script}_train"]
         scripts |= {Path(f"{name}.py") for name in names}
     return scripts
 

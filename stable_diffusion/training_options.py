@@ -160,6 +160,9 @@ def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, 
 def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of gen_img.py that generate with the model of a training."""
     chunks = options.chunks
+    precision: dict[str, Any] = {}
+    if options.mixed_precision in ("fp16", "bf16"):  # as samples: in float32 the U-Net is twice as large
+        precision = {f"--{options.mixed_precision}": True, "--no_half_vae": True}
     line = str(sample.get("prompt") or FillIn("what it should show"))
     letters = {"n": "negative_prompt", "w": "width", "h": "height", "s": "steps", "l": "guidance_scale"}
     for letter, name in {**letters, "d": "seed"}.items():
@@ -170,6 +173,7 @@ def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[
         "--vae": options.vae,
         "--tokenizer_cache_dir": options.tokenizer_cache_dir,
         "--v_parameterization": options.v_parameterization,
+        **precision,
         "--network_module": "networks.lora",
         "--prompt": line,
         "--sampler": options.sample_sampler,

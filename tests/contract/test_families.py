@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from contract.families import FAMILIES, FOLDERS, share_latents, with_scripts
-from downloads.catalogue import families as catalogued
+from downloads.catalogue import model_sets
 from networks.module_names import FAMILIES as NAMED
 from networks.own_kinds import OWN_MODULES
 
@@ -32,7 +32,8 @@ def test_a_folder_has_files_of_the_same_names(name: str) -> None:
 def test_all_lists_of_families_follow_the_one() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert set(project["tool"]["mypy"]["files"]) >= HOMES
-    assert set(catalogued()) >= set(with_scripts())
+    trained_by = {script for one in model_sets() for script in one.commands.get("train", "").split()}
+    assert trained_by >= {f"{entry.training_script}.py" for entry in with_scripts().values()}
     assert {one.network_module for one in NAMED} - {""} <= set(OWN_MODULES)
     assert share_latents("chroma") == {"flux", "flux_kontext", "chroma", "lumina", "z_image"}
     assert share_latents("qwen_image_edit") == {"qwen_image", "qwen_image_edit", "krea2"}

@@ -62,12 +62,14 @@ def _readers() -> dict[str, Callable[[list[str]], Any]]:
         latents, texts = entry.options_record("LatentCaching"), entry.options_record("TextCaching")
         found[f"{entry.cache}_latents.py"] = functools.partial(read_latent_caching, "", latents)
         found[f"{entry.cache}_text_encoder_outputs.py"] = functools.partial(_read_texts, texts)
-        training = f"{entry.script}_train_network"
+        training = entry.training_script
         record, module = entry.options_record("Training"), importlib.import_module(training)
         images = hasattr(module, "DEFAULTS")  # it follows the image guides
         defaults = (module.DEFAULTS,) if images else ()
         read = read_image_training if images else functools.partial(read_training, settings=ALL_SAMPLERS)
         found[f"{training}.py"] = functools.partial(read, "", record, *defaults)
+        if entry.generator:
+            continue
         defaults = importlib.import_module(entry.generation_script).DEFAULTS
         record = entry.options_record("Generation")
         found[f"{entry.generation_script}.py"] = functools.partial(read_generation, "", defaults, record)

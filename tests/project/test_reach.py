@@ -66,7 +66,7 @@ def actions(monkeypatch: pytest.MonkeyPatch) -> dict[str, argparse.Action]:
     names = ["tools/download"]
     for entry in with_scripts().values():
         names += [f"{entry.cache}_latents", f"{entry.cache}_text_encoder_outputs", entry.generation_script]
-        names += [f"{entry.script}_train_network", f"{entry.script}_train"]
+        names += [entry.training_script, f"{entry.script}_train"]
     scripts = [f"{name}.py" for name in names if (ROOT / f"{name}.py").is_file()]
     found: dict[str, argparse.Action] = {}
     for script in scripts:
