@@ -202,13 +202,14 @@ def _norm_head(x: Tensor) -> Tensor:
 def rotate_first(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate the first channels of each head, pairs of one from their first half and one from the second.
 
-    x: B L N D. rotary: L 1 K 2, cosines and sines of K pairs; the channels behind 2K stay. Computed in the
-    dtype of x, as the released decoder and transformer do.
+    x: B L N D. rotary: L 1 K 2, cosines and sines of K pairs; the channels behind 2K stay. Computed in
+    float32, returned in the dtype of x.
     """
     pairs = rotary.shape[-2]
-    cosine, sine = rotary.to(x.dtype).unbind(-1)
+    cosine, sine = rotary.unbind(-1)
     first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine, rest], dim=-1)
+    turned = (first * cosine - second * sine, second * cosine + first * sine)
+    return torch.cat([part.to(x.dtype) for part in (*turned, rest)], dim=-1)
 
 
 class DecoderFeedForward(nn.Module):

@@ -5,8 +5,8 @@ and rounds the result to 16 bits. Casts as operators of their own, and those tha
 a pass each. So both functions write into a result of the wanted dtype, forward and backward, which autograd
 does not allow by itself. Compiled code has plain operators, which the compiler merges.
 
-The tokens may stand in two segments with a row of shift, scale and gate each: rows are B S C, S = 1 or 2.
-With two, `split` is where the second segment begins, as in a slice: from the end if negative.
+The tokens may stand in S segments with a row of shift, scale and gate each: rows are B S C. `split` is where
+each segment behind the first one begins: a number, as in a slice, for two segments, else a tuple.
 """
 # Letters: B batch, L tokens, S segments of them, C width
 
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Split = int | tuple[int, ...]
+
 
 def modulate(
-    normed: Tensor, shift: Tensor | None, scale: Tensor | None, dtype: torch.dtype, split: int = 0
+    normed: Tensor, shift: Tensor | None, scale: Tensor | None, dtype: torch.dtype, split: Split = 0
 ) -> Tensor:
     """Return normed * (1 + scale) + shift, computed in the dtype of scale and rounded to `dtype`.
 
@@ -39,7 +41,7 @@ def modulate(
     return modulated
 
 
-def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: int = 0) -> Tensor:
+def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: Split = 0) -> Tensor:
     """Return x + gate * branch, computed in the dtype of x, which must be the widest of the three.
 
     x, branch: B L C. gate: B S C; None: 1. If the gate is not trained, autograd keeps nothing of the branch,
@@ -54,23 +56,26 @@ def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: int = 0) ->
     return output
 
 
-def split_segments(split: int, rows: Sequence[Tensor], *tokens: Tensor) -> list[tuple[Tensor, ...]]:
+def split_segments(split: Split, rows: Sequence[Tensor], *tokens: Tensor) -> list[tuple[Tensor, ...]]:
     """Return the tokens, B L' C, and then the rows, B 1 C, of each segment. rows: at least one, B S C."""
     if rows[0].shape[1] == 1:
         return [(*tokens, *rows)]
-    return [
-        (*(tensor[:, :split] for tensor in tokens), *(row[:, :1] for row in rows)),
-        (*(tensor[:, split:] for tensor in tokens), *(row[:, 1:] for row in rows)),
-    ]
+    starts = (split,) if isinstance(split, int) else split
+    segments: list[tuple[Tensor, ...]] = []
+    for number, (start, end) in enumerate(zip((None, *starts), (*starts, None), strict=True)):
+        own_tokens = [tensor[:, start:end] for tensor in tokens]
+        own_rows = [row[:, number : number + 1] for row in rows]
+        segments.append((*own_tokens, *own_rows))
+    return segments
 
 
-def _spread(rows: Tensor, tokens: Tensor, split: int) -> Tensor:
+def _spread(rows: Tensor, tokens: Tensor, split: Split) -> Tensor:
     """Return one row for each token, B L C, or B 1 C if one row serves all tokens."""
     parts = split_segments(split, [rows], tokens)
     return rows if len(parts) == 1 else torch.cat([row.expand_as(part) for part, row in parts], dim=1)
 
 
-def _sum_rows(gradients: Tensor, rows: Tensor, split: int) -> Tensor:
+def _sum_rows(gradients: Tensor, rows: Tensor, split: Split) -> Tensor:
     """Sum the gradients of tokens, B L C, to those of their rows."""
     parts = split_segments(split, [rows], gradients)
     return torch.cat([part.sum_to_size(row.shape) for part, row in parts], dim=1)
@@ -79,7 +84,7 @@ def _sum_rows(gradients: Tensor, rows: Tensor, split: int) -> Tensor:
 class _Modulate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, normed: Tensor, shift: Tensor | None, factor: Tensor, dtype: torch.dtype, split: int
+        ctx: Any, normed: Tensor, shift: Tensor | None, factor: Tensor, dtype: torch.dtype, split: Split
     ) -> Tensor:
         ctx.save_for_backward(normed if ctx.needs_input_grad[2] else None, factor)
         ctx.dtype, ctx.split = normed.dtype, split
@@ -121,7 +126,7 @@ class _AddGated(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, branch: Tensor, split: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor, branch: Tensor, split: Split) -> Tensor:
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(branch)
         ctx.gate = gate.detach()
