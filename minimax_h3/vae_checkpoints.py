@@ -116,7 +116,7 @@ _KEYS: Mapping[str, tuple[str, type]] = {
 def _stated_facts(checkpoint: Checkpoint) -> _StatedFacts:
     """Return what config.json next to the file says. Raises CheckpointError if it cannot be used."""
     path, settings = stated_settings(checkpoint, {DIFFUSERS_CLASS})
-    facts = {}
+    facts: dict[str, Any] = {}
     for key, (name, kind) in _KEYS.items():
         if key not in settings:
             continue
@@ -194,7 +194,7 @@ def _read_levels(shapes: DitShapes, facts: _StatedFacts) -> tuple[Level, ...]:
 
 def _halvings(resamples: Sequence[bool], frames: int) -> tuple[int, ...]:
     """Return the strides in time: 2 at the resamplings behind the first one, until they make `frames`."""
-    strides = []
+    strides: list[int] = []
     has_first = False
     for has in resamples:
         halves = has and has_first and math.prod(strides) < frames
