@@ -59,6 +59,8 @@ class NoiseSpec:
     # probability that a batch of clips is trained with its first latent frame clean (`Tweaks.given_frames`)
     first_frame_probability: float = 0.0
     shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
+    # by which the noise levels of a picture are shifted to those of its sound; 1: they are the same
+    sound_shift: float = 1.0
 
     def data_shares(self, sigmas: Tensor) -> Tensor:
         """Return the factor of the latents in a mixture: shaped like `sigmas`, float32."""

@@ -51,8 +51,14 @@ def denoise(
     num_steps = schedule.num_steps - first_step
     for made in range(num_steps):
         index = first_step + made
+        sound_sigmas = schedule.sound_sigmas
         step = steps.Step(
-            made, num_steps, float(schedule.sigmas[index]), float(schedule.timesteps[index]), latents
+            made,
+            num_steps,
+            sigma=float(schedule.sigmas[index]),
+            timestep=float(schedule.timesteps[index]),
+            noisy=latents,
+            sound_sigma=None if sound_sigmas is None else float(sound_sigmas[index]),
         )
         # not in a variable, which would keep this step's network while the next step's is loaded
         velocity = guidance(
@@ -64,10 +70,26 @@ def denoise(
             return done.clean
         if is_anchored:
             latents = hold_consistent(section, latents, schedule, index)
-        latents = hold_given(section, solver.step(index, velocity, latents))
+        moved = solver.step(index, keep_time(section, schedule, index, velocity), latents)
+        latents = hold_given(section, moved)
         if is_anchored:
             latents = hold_masked(section, latents, schedule, index + 1)
     return latents
+
+
+def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: Tensor) -> Tensor:
+    """Return the velocity of a step with which Euler moves the sound by its own noise levels.
+
+    velocity: B N of a picture and its sound; anything else, and without a schedule of the sound, it is
+    returned as it is.
+    """
+    joint = section.tweaks.joint
+    if joint is None or schedule.sound_sigmas is None:
+        return velocity
+    picture, sound = joint.split(velocity)
+    own = schedule.sound_sigmas[index + 1] - schedule.sound_sigmas[index]
+    of_picture = schedule.sigmas[index + 1] - schedule.sigmas[index]
+    return joint.join(picture, sound * float(own / of_picture))
 
 
 def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
@@ -216,6 +238,7 @@ def make_latents(
                 family.noise.table,
                 draw=noise.draw,
                 levels=stage.levels,
+                sound_shift=family.noise.sound_shift,
             )
             stage_guidance = PLAIN_GUIDANCE if section.stage else guidance_options
             guidance = make_guidance(stage, stage_guidance, family.experts, run)

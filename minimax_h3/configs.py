@@ -39,7 +39,9 @@ class H3Config:
         return self.num_heads * self.head_width
 
 
-NOISE = NoiseSpec(training_offset=0.0, output_sign=-1.0)
+PICTURE_SHIFT = 12.0  # of the noise levels of pictures
+SOUND_SHIFT = 3.0
+NOISE = NoiseSpec(training_offset=0.0, output_sign=-1.0, sound_shift=SOUND_SHIFT / PICTURE_SHIFT)
 DIT = DitSpec(
     block_lists=("blocks",),
     fp8_exclude=("norm", "adaln_proj"),
