@@ -322,18 +322,33 @@ class LatentSpec:
     references_first: bool = False
     # frames per second of clips in other programs' caches, if these do not state it; else None
     unsaid_fps: float | None = None
+    clip: int = 0  # frames of a clip that is encoded by itself; 0: a video is encoded whole
 
     @property
     def is_of_pictures(self) -> bool:
         """Return whether time is not compressed: the model makes single pictures."""
         return self.stride[0] == 1
 
+    def count_latents(self, frames: int) -> int:
+        """Return the latent frames of so many frames: the first of a video, or of each clip, is one frame."""
+        if not self.clip:
+            return (frames - 1) // self.stride[0] + 1
+        clips, rest = divmod(frames, self.clip)
+        return clips * ((self.clip - 1) // self.stride[0] + 1) + (rest - 1) // self.stride[0] + 1
+
+    def count_frames(self, latents: int) -> int:
+        """Return the frames of so many latent frames, the inverse of `count_latents`."""
+        if not self.clip:
+            return (latents - 1) * self.stride[0] + 1
+        clips, rest = divmod(latents, (self.clip - 1) // self.stride[0] + 1)
+        return clips * self.clip + max((rest - 1) * self.stride[0] + 1, 0)
+
     def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
         """Return the latents' shape, 1 C F H W, for a size in pixels."""
         return (
             1,
             self.channels,
-            (frames - 1) // self.stride[0] + 1,
+            self.count_latents(frames),
             height // self.stride[1],
             width // self.stride[2],
         )
@@ -375,6 +390,7 @@ class SoundSpec:
     modules: str = "audio"  # in the path of each module that only clips with sound reach
     without: str = "another model"  # what to give for a run without sound: an option
     is_alone: bool = False  # nothing is learned of clips but their sound
+    time_axis: int = 1  # of the three axes of a shape: that which grows with the length of the clip
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ class Prepared:
     first_step: int = 0  # to be made; above 0 if denoising starts from a video; set by the shared loop
     rules: GuidanceRules = AS_PLAIN  # of the model's guidance
     joint: Joint | None = None  # the latents are those of a picture and its sound
+    sound_shift: float = 1.0  # by which noise levels of a picture are shifted to those of its sound
     levels: tuple[float, ...] = ()  # noise levels of all steps, then 0, in place of the solver's own
     # requests that are made one after the other, each from the result of the one before it; guidance and step
     # caches of the options apply to the first
@@ -126,6 +127,11 @@ class Prepared:
     @property
     def is_sound_alone(self) -> bool:
         return self.joint is not None and not self.joint.picture[1]
+
+    @property
+    def is_still(self) -> bool:
+        """Return whether it is a single picture, which is written without its sound, if it has any."""
+        return self.frames == 1 and not self.is_sound_alone
 
     @property
     def num_steps(self) -> int:

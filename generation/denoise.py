@@ -16,7 +16,7 @@ from contract.family import Family, NoiseSource, Passes
 from contract.requests import Prepared
 from generation.anchors import hold_consistent, hold_masked
 from modules.devices import dtype_of, send, send_ahead
-from modules.flow.schedule import Schedule, noisy_source
+from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, noisy_source
 from modules.flow.solvers import Solver, solver_for
 from modules.seeds import derive_seed
 from networks.rank_masks import set_level
@@ -136,8 +136,12 @@ def predictor(
         for group in groups:
             rows = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
             timesteps = torch.full((len(rows),), step.timestep, device=noisy.device)
-            if any(clean_streams):
-                timesteps = torch.stack([timesteps * (not is_clean) for is_clean in clean_streams], dim=1)
+            if any(clean_streams) or step.sound_sigma is not None:
+                sound_timesteps = timesteps
+                if step.sound_sigma is not None:
+                    sound_timesteps = torch.full_like(timesteps, TRAIN_TIMESTEPS * step.sound_sigma)
+                of_streams = zip((timesteps, sound_timesteps), clean_streams, strict=True)
+                timesteps = torch.stack([times * (not is_clean) for times, is_clean in of_streams], dim=1)
             # conditions and tweaks are the same objects at all steps of a section
             which = (*map(id, group), id(tweaks))
             turn = steps.Turn(step.index, step.num_steps, step.timestep, which)
@@ -238,7 +242,7 @@ def make_latents(
                 family.noise.table,
                 draw=noise.draw,
                 levels=stage.levels,
-                sound_shift=family.noise.sound_shift,
+                sound_shift=stage.sound_shift,
             )
             stage_guidance = PLAIN_GUIDANCE if section.stage else guidance_options
             guidance = make_guidance(stage, stage_guidance, family.experts, run)

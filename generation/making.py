@@ -408,7 +408,7 @@ def _decode_sound(
         with failures.note_errors(label), keep_on_failure(jobs[label]):
             yield
 
-    return make_tracks(run, {label: job.sound for label, job in jobs.items()}, note)
+    return make_tracks(run, {label: job.sound for label, job in jobs.items() if not job.prepared.is_still}, note)
 
 
 def _decode_job(run: GenerationRun, encoders: MediaEncoders, job: GenerationJob, sound: Track | None) -> Path:
@@ -465,7 +465,7 @@ def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator
     Raises UserError if some are NaN or infinite.
     """
     chunks = family.decode(encoders, latents)
-    frames = (latents.shape[2] - 1) * family.latent.stride[0] + 1
+    frames = family.latent.count_frames(latents.shape[2])
     for pixels in track(chunks, "Decoding", frames, size=lambda chunk: chunk.shape[2], unit=FRAMES):
         if not bool(is_finite(pixels)):
             raise UserError(

@@ -120,7 +120,8 @@ def predict(
     after: list[memory_plan.Phase] = []
     if options.output.output_type not in UNDECODED and not prepared.is_sound_alone:
         after.append(rehearse_decoding(family, prepared, extra))
-    if prepared.joint is not None and hears_sound(family) and options.output.writes_sound:
+    has_sound = prepared.joint is not None and not prepared.is_still
+    if has_sound and hears_sound(family) and options.output.writes_sound:
         networks = family.sound_networks(META, decodes=True)
         with rehearsing(networks) as ledger:
             family.decode_sound(networks, torch.empty(1, *prepared.joint.sound))

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from contract.family import DitSpec, NoiseSpec
+from contract.data import LatentSpec
+from contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from contract.rules import ModelRelease
 
 PATCH = 2  # latent pixels along each side of a token
 # number of the rows that modulate a kind of token
@@ -41,7 +43,20 @@ class H3Config:
 
 PICTURE_SHIFT = 12.0  # of the noise levels of pictures
 SOUND_SHIFT = 3.0
-NOISE = NoiseSpec(training_offset=0.0, output_sign=-1.0, sound_shift=SOUND_SHIFT / PICTURE_SHIFT)
+NOISE = NoiseSpec(
+    training_offset=0.0,
+    output_sign=-1.0,
+    tokens=count_picture_tokens,
+    sound_shift=SOUND_SHIFT / PICTURE_SHIFT,
+)
+LATENT = LatentSpec(channels=24, stride=(4, 16, 16), pixel_step=32, frame_step=4, clip=17)
+LAST_FRAMES = 5  # of a clip behind those that are encoded whole: its length is 17n + 5
+RELEASE = ModelRelease(
+    ("MiniMaxAI/MiniMax-H3",),
+    "MiniMax H3 Community License",
+    "other",
+    "https://huggingface.co/MiniMaxAI/MiniMax-H3/blob/main/LICENSE",
+)
 DIT = DitSpec(
     block_lists=("blocks",),
     fp8_exclude=("norm", "adaln_proj"),

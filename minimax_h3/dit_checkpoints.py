@@ -71,6 +71,18 @@ def find_layout(path: Path) -> str:
     return INTERLEAVED if is_shard or path.is_dir() else STACKED
 
 
+def find_task(path: Path) -> str | None:
+    """Return the task that a transformer's name says, "fl2va" (of texts too) or "ref2va"; None: it says none.
+
+    The tensors of both are alike. diffusers' folders are called transformer and transformer_ref.
+    """
+    folder = path if path.is_dir() else path.parent
+    if folder.name == "transformer_ref":
+        return "ref2va"
+    found = re.search(r"fl2va|ref2va", path.name, re.IGNORECASE)
+    return None if found is None else found[0].lower()
+
+
 def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Config]:
     """Return dimensions, dialect and dtype. layout: of fused rows, STACKED or INTERLEAVED; None: by name.
 

@@ -1,0 +1,200 @@
+"""Files of a MiniMax-H3 run: transformer, VAEs of pictures and of sound, Qwen3-VL with its own tokenizer."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from checkpoints.dits import DitFormat
+from checkpoints.model_files import inside, read_once, require_file
+from checkpoints.opening import Checkpoint, fingerprint
+from checkpoints.tokenizers import TokenizerFiles
+from contract.data import LatentSpec, SoundSpec
+from encoders.language_encoder import LanguageModelEncoder, LanguageModelFiles, LanguageUse, read_qwen_tokenizer
+from encoders.language_models import QWEN3_VL
+from encoders.text_encoder import TextTokenizer, TokenizerSource
+from minimax_h3.configs import LATENT
+from minimax_h3.dit_checkpoints import find_task, format_of
+from minimax_h3.dit_checkpoints import identify as identify  # files.py has it in every family's folder
+from minimax_h3.options import FPS, H3ModelOptions, H3VaeOptions
+from minimax_h3.released import SOUND_MEAN
+from minimax_h3.sound import CHANNELS, RATE, Settings, SoundVae, latent_count, load_sound_vae, read_sound_vae
+from minimax_h3.vae_checkpoints import read_video_vae
+from minimax_h3.video_vae import TILE, H3VideoVae, load_video_vae
+from minimax_h3.video_vae_blocks import H3VideoVaeConfig
+from modules.errors import CheckpointError, OptionError
+
+KEY, TAGS = "mmh3_hidden_states", "mmh3_token_tags"
+LAYERS = 50  # of Qwen3-VL before the state that is read
+MOST_TOKENS = 32768  # of a prompt, as in the known tuner
+# of H3's tokenizer, which no other tokenizer of Qwen has
+OWN_TOKENS = (
+    "<d>",
+    "</d>",
+    "<|cutoff|>",
+    "<|lyrics_start|>",
+    "<|lyrics_end|>",
+    "<|caption_start|>",
+    "<|caption_end|>",
+)
+TOKENIZER = TokenizerFiles(
+    option="--tokenizer",
+    names=("tokenizer.json", "vocab.json"),
+    folder="tokenizer",
+    repository="MiniMaxAI/MiniMax-H3",
+    # inside the encoder's folder; beside text_encoder; beside a single file
+    folders=(".", "tokenizer", "../tokenizer", "../processor"),
+    token=OWN_TOKENS[0],
+)
+TEXT_FILES = (
+    "qwen3vl_32b_minimax_h3_bf16.safetensors of Comfy-Org, or text_encoder/ of MiniMaxAI/MiniMax-H3,"
+)
+H3_USE = LanguageUse(
+    name="vl",
+    states_key=KEY,
+    model=replace(QWEN3_VL, files=TEXT_FILES),
+    source=TokenizerSource(TOKENIZER, adds_own=False, read_file=read_qwen_tokenizer),
+    most=MOST_TOKENS,
+    states=(LAYERS,),
+    mask_key=TAGS,  # 1, the tag of texts, for each token
+    at_once=1,  # so that a state does not depend on other prompts
+)
+
+
+class H3TextEncoder(LanguageModelEncoder):
+    """Qwen3-VL with the tokenizer of MiniMax-H3."""
+
+    def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
+        """Raise CheckpointError for the tokenizer of another model."""
+        missing = [token for token in OWN_TOKENS if tokenizer.number(token) is None]
+        if missing:
+            raise CheckpointError(
+                f"{tokenizer.file} is not the tokenizer of MiniMax-H3: it has no {' '.join(missing)}. Give "
+                f"the folder tokenizer of {TOKENIZER.repository} to {TOKENIZER.option}.",
+                tokenizer.file,
+            )
+
+
+def sound_shape(channels: int, frames: int, fps: float) -> tuple[int, int, int]:
+    """Return the shape of the latents of a clip's sound: numbers, left and right, moments.
+
+    fps: has no effect, because clips of the model always have 24 frames a second.
+    """
+    return channels, CHANNELS, latent_count(frames, FPS)
+
+
+@dataclass(frozen=True)
+class H3Files(LanguageModelFiles):
+    """Files of a run, as the options give them."""
+
+    audio_vae: Path | None = None
+    qkv_layout: str | None = None
+    task: str = "t2va"
+
+    text_use = H3_USE
+    vae_option = "--video_vae"
+    vae_folder = "vae"
+
+    @property
+    def format(self) -> DitFormat[Any, Any]:  # type: ignore[override]
+        return format_of(self.qkv_layout)
+
+    def add_vaes(self, options: H3VaeOptions) -> Self:
+        return replace(self.add_vae(options.file), audio_vae=options.audio_vae)
+
+    # the transformer
+
+    @property
+    def dit_path(self) -> Path:
+        return inside(super().dit_path, "transformer")
+
+    def check_task(self) -> None:
+        """Raise OptionError if the name of the transformer says that it is for another task."""
+        found = None if self.dit is None else find_task(self.dit_path)
+        wanted = "ref2va" if self.task == "ref2va" else "fl2va"
+        if found not in (None, wanted):
+            raise OptionError(
+                f"--dit {self.dit}: by its name this is the transformer of {found}, and --task {self.task} "
+                f"needs that of {wanted}. Give the other file, or rename it if its name is wrong"
+            )
+
+    # the autoencoders
+
+    def load_vae(self, device: torch.device) -> H3VideoVae:
+        return load_video_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile or TILE)
+
+    def check_vae(self) -> None:
+        read_once(self.vae_path, _read_video_vae)
+        read_once(self.audio_vae_path, _read_sound_vae)
+
+    @property
+    def latent(self) -> LatentSpec:
+        """Return the latent space of the video VAE, that of the release without its file."""
+        try:
+            config: H3VideoVaeConfig = read_once(self.vae_path, _read_video_vae)
+        except (OptionError, OSError):
+            return LATENT
+        space = config.space_stride
+        return replace(
+            LATENT,
+            channels=config.latent_channels,
+            stride=(config.time_stride, space, space),
+            pixel_step=2 * space,
+            frame_step=config.time_stride,
+            clip=config.clip,
+        )
+
+    @property
+    def audio_vae_path(self) -> Path:
+        path = require_file(self.audio_vae, "--audio_vae", "it turns sound into latents and back")
+        return inside(path, "audio_vae")
+
+    @property
+    def sound(self) -> SoundSpec:
+        try:
+            settings: Settings = read_once(self.audio_vae_path, _read_sound_vae)
+            channels: int = settings["latent_channels"]
+        except (OptionError, OSError):  # a training from caches needs no VAE
+            channels = len(SOUND_MEAN)
+        return SoundSpec(RATE, CHANNELS, partial(sound_shape, channels), time_axis=2)
+
+    def sound_identity(self) -> dict[str, str]:
+        """Return what cached sound depends on besides the samples; the VAE is always in float32."""
+        return {"audio_vae": fingerprint(self.audio_vae_path)}
+
+    def load_sound(self, device: torch.device) -> SoundVae:
+        return load_sound_vae(self.audio_vae_path, device)
+
+    # texts
+
+    def language_model(self) -> H3TextEncoder:
+        return H3TextEncoder(
+            self.text_use,
+            self.text_encoder_path,
+            dtype=self.beside(self.text_dtype),
+            tokenizer=self.text_encoder_tokenizer,
+            form=self.text_form,
+            on_cpu=self.text_on_cpu,
+        )
+
+    def check(self, needed: Collection[str] = ()) -> None:
+        self.check_task()
+        super().check(needed)
+
+
+def _read_video_vae(checkpoint: Checkpoint) -> H3VideoVaeConfig:
+    return read_video_vae(checkpoint).config
+
+
+def _read_sound_vae(checkpoint: Checkpoint) -> Settings:
+    return read_sound_vae(checkpoint, "--audio_vae").config
+
+
+def files_of(options: H3ModelOptions, task: str = "t2va") -> H3Files:
+    """Return the files of a training or a generation."""
+    files = H3Files(qkv_layout=options.h3_qkv_layout, task=task)
+    return files.add_dit(options.dit, options.dit_dtype).add_vaes(options.vae).add_text(options.text)
+
