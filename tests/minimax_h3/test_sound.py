@@ -29,9 +29,10 @@ SMALL: dict[str, Any] = {
 
 
 @cache
-def their_vae() -> AutoencoderKLMiniMaxH3Audio:
+def their_vae(**changes: Any) -> AutoencoderKLMiniMaxH3Audio:
+    """diffusers' network with random weights. changes: of `SMALL`."""
     torch.manual_seed(2)
-    return AutoencoderKLMiniMaxH3Audio(**SMALL).eval()
+    return AutoencoderKLMiniMaxH3Audio(**{**SMALL, **changes}).eval()
 
 
 def test_each_channel_is_encoded_and_decoded_as_in_diffusers(tmp_path: Path) -> None:

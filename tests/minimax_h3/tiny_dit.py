@@ -42,9 +42,10 @@ STARTS = {"proj_in.": "video_patch_proj.", "proj_out.": "final_layer.video_out."
 
 
 @cache
-def their_dit() -> MiniMaxH3Transformer3DModel:
+def their_dit(**changes: int) -> MiniMaxH3Transformer3DModel:
+    """diffusers' network with random weights. changes: of `SIZES`."""
     torch.manual_seed(5)
-    dit = MiniMaxH3Transformer3DModel(**SIZES).eval()
+    dit = MiniMaxH3Transformer3DModel(**{**SIZES, **changes}).eval()
     for name, parameter in dit.named_parameters():
         if "norm" in name and parameter.ndim == 1 and "linear" not in name:
             torch.nn.init.normal_(parameter, mean=1, std=0.2)
