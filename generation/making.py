@@ -408,7 +408,9 @@ def _decode_sound(
         with failures.note_errors(label), keep_on_failure(jobs[label]):
             yield
 
-    return make_tracks(run, {label: job.sound for label, job in jobs.items() if not job.prepared.is_still}, note)
+    return make_tracks(
+        run, {label: job.sound for label, job in jobs.items() if not job.prepared.is_still}, note
+    )
 
 
 def _decode_job(run: GenerationRun, encoders: MediaEncoders, job: GenerationJob, sound: Track | None) -> Path:

@@ -198,7 +198,10 @@ class MiniMaxH3(OneTransformer):
             )
         if request.fps not in (None, FPS) and frames > 1:
             logger.warning(
-                "--fps %g: %s makes %g frames a second, and the sound keeps their pace", request.fps, NAME, FPS
+                "--fps %g: %s makes %g frames a second, and the sound keeps their pace",
+                request.fps,
+                NAME,
+                FPS,
             )
         flow_shift = request.flow_shift or PICTURE_SHIFT
         prepared = settle(
@@ -225,8 +228,8 @@ class MiniMaxH3(OneTransformer):
         if frames % clip != LAST_FRAMES:
             lower = max((frames - LAST_FRAMES) // clip, 0) * clip + LAST_FRAMES
             raise OptionError(
-                f"--video_length {frames}: {NAME} makes {clip}n + {LAST_FRAMES} frames, or one. Nearest: {lower} "
-                f"or {lower + clip}"
+                f"--video_length {frames}: {NAME} makes {clip}n + {LAST_FRAMES} frames, or one. Give {lower} or "
+                f"{lower + clip}"
             )
         if not self.any_length and not LEAST_FRAMES <= frames <= MOST_FRAMES:
             raise OptionError(

@@ -13,7 +13,12 @@ from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import Checkpoint, fingerprint
 from checkpoints.tokenizers import TokenizerFiles
 from contract.data import LatentSpec, SoundSpec
-from encoders.language_encoder import LanguageModelEncoder, LanguageModelFiles, LanguageUse, read_qwen_tokenizer
+from encoders.language_encoder import (
+    LanguageModelEncoder,
+    LanguageModelFiles,
+    LanguageUse,
+    read_qwen_tokenizer,
+)
 from encoders.language_models import QWEN3_VL
 from encoders.text_encoder import TextTokenizer, TokenizerSource
 from minimax_h3.configs import LATENT
@@ -49,9 +54,7 @@ TOKENIZER = TokenizerFiles(
     folders=(".", "tokenizer", "../tokenizer", "../processor"),
     token=OWN_TOKENS[0],
 )
-TEXT_FILES = (
-    "qwen3vl_32b_minimax_h3_bf16.safetensors of Comfy-Org, or text_encoder/ of MiniMaxAI/MiniMax-H3,"
-)
+TEXT_FILES = "qwen3vl_32b_minimax_h3_bf16.safetensors of Comfy-Org, or text_encoder/ of MiniMaxAI/MiniMax-H3,"
 H3_USE = LanguageUse(
     name="vl",
     states_key=KEY,
@@ -197,4 +200,3 @@ def files_of(options: H3ModelOptions, task: str = "t2va") -> H3Files:
     """Return the files of a training or a generation."""
     files = H3Files(qkv_layout=options.h3_qkv_layout, task=task)
     return files.add_dit(options.dit, options.dit_dtype).add_vaes(options.vae).add_text(options.text)
-

@@ -43,8 +43,15 @@ MINIMAX_H3 = FamilyNames(
     "minimax_h3",
     "MiniMax-H3",
     parts=(
-        *(part for theirs, ours in _BLOCKS for part in stacked_parts(f"{theirs}attn.to_{{x}}", f"{ours}attn.qkv_proj")),
-        *(WeightPart(f"{theirs}ff.net.0.proj", f"{ours}mlp.fc1", layouts.SWAPPED) for theirs, ours in _BLOCKS),
+        *(
+            part
+            for theirs, ours in _BLOCKS
+            for part in stacked_parts(f"{theirs}attn.to_{{x}}", f"{ours}attn.qkv_proj")
+        ),
+        *(
+            WeightPart(f"{theirs}ff.net.0.proj", f"{ours}mlp.fc1", layouts.SWAPPED)
+            for theirs, ours in _BLOCKS
+        ),
         *(part for theirs, ours in _BLOCKS for part in renamed_parts(theirs, ours, _LAYERS)),
         WeightPart("transformer_blocks.{n}.adaln_proj.linear", "blocks.{n}.adaln_proj.linear"),
         *renamed_parts("", "", _OUTSIDE),

@@ -26,9 +26,8 @@ SIZE = (1344, 768)  # height and width where nothing is said, as in the known tu
 FRAMES, LEAST_FRAMES, MOST_FRAMES = 124, 124, 345  # 5 to 15 seconds
 STEPS = 30
 MOST_SHIFT = 1000.0
-TASKS = ("t2va", "fl2va", "ref2va")
-_FRAMES = "clips from a first and last frame are not built yet: it makes clips of texts"
-_REFERENCES = "clips from references are not built yet: it makes clips of texts"
+_FRAMES = "clips from a first and last frame are not built yet. Leave it out, to make one of the prompt alone"
+_REFERENCES = "clips from references are not built yet. Leave it out, to make one of the prompt alone"
 _ATTENTION = "the text encoder computes attention with PyTorch's own kernels"
 _FP4 = "files in nvfp4 are not read, so that no such products are needed. Give the bf16 file"
 _WAITING = "layers of the text encoder that do not fit on the device wait in host memory by themselves."
@@ -41,9 +40,7 @@ _LAYOUT = (
 class H3TextOptions(TextEncoderOptions):
     """Path of the text encoder, and how it runs."""
 
-    text_encoder: Path | None = option(
-        "Qwen3-VL (32B) text encoder: file, first shard or folder", often=True
-    )
+    text_encoder: Path | None = option("Qwen3-VL (32B) text encoder: file, first shard or folder", often=True)
     text_encoder_tokenizer: Path | None = option(
         "its tokenizer, MiniMax-H3's own: folder or file; default: in or next to the encoder's folder, else "
         "from the hub",
@@ -83,7 +80,7 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     task: str = option(
         "what a clip is made from: t2va, a text",
         default="t2va",
-        choices=TASKS,
+        choices=("t2va",),
         refused={"fl2va": _FRAMES, "ref2va": _REFERENCES},
         facts=OF_REQUEST,
         often=True,
@@ -110,10 +107,13 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     )
     text_encoder_blocks_to_swap = not_needed(_WAITING, type=int, default=0)
     prune_adaln = unsupported(
-        "a file is read as it is: pruned ones (minimax_h3_*_pruned_*) keep their table, whole ones their layers"
+        "a file is read as it is: pruned ones (minimax_h3_*_pruned_*) keep their table, whole ones their layers. "
+        "Give the file that you want"
     )
     nvfp4_scaled_mm = unsupported(_FP4)
-    text_cache = unsupported("prompts are encoded each time, by --text_encoder", type=Path)
+    text_cache = unsupported(
+        "prompts are encoded each time. Give the text encoder to --text_encoder", type=Path
+    )
     first_frame = unsupported(_FRAMES, type=Path)
     last_frame = unsupported(_FRAMES, type=Path)
     keyframe = unsupported(_FRAMES, action="append")
@@ -127,12 +127,20 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     reference_video_short_edge = unsupported(_REFERENCES, type=int, default=768)
     ref = unsupported(_REFERENCES, action="append")
     one_frame_inference = unsupported(
-        "places of a single frame and its conditions are not built yet: --video_length 1 makes a picture",
+        "places in time of a single frame and its conditions are not built yet. Give --video_length 1 for a picture",
         type=str,
     )
-    stretch_keep_bands = unsupported("frames are written as they are decoded", type=int, default=0)
-    trajectory_dir = unsupported("latents of single steps are not written", type=Path)
-    trajectory_stride = unsupported("latents of single steps are not written", type=int, default=1)
+    stretch_keep_bands = unsupported(
+        "frames are written as they are decoded. Leave it out", type=int, default=0
+    )
+    trajectory_dir = unsupported(
+        "latents of single steps are not written. Give --preview_latent_every to see them", type=Path
+    )
+    trajectory_stride = unsupported(
+        "latents of single steps are not written. Give --preview_latent_every to see them",
+        type=int,
+        default=1,
+    )
     lora_runtime_attach = not_needed(
         "merging keeps small LoRAs: --lora_rounding rounds 16-bit weights at random where the nearest would "
         "lose them."

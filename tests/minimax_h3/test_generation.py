@@ -1,8 +1,11 @@
 """minimax_h3_generate_video.py against diffusers' modular pipeline, from files on disk."""
 
+import wave
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy
 import pytest
 import torch
 from diffusers import MiniMaxH3Scheduler
@@ -11,13 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tests.faults.messages import succeed_here
+from contract.data import SOUND
+from modules.media.reading import read_image
+from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.minimax_h3 import test_video_vae
 from tests.parity.running import assert_equal
+from tests.tiny.language_models import write_qwen_tokenizer
 from tests.tiny.minimax_h3 import TinyH3, text_encoder, their_audio_vae, their_h3_dit, write_tiny_h3
 
 SCRIPT = "minimax_h3_generate_video.py"
-PROMPT = "a cat purrs.\nThen <d>[English] hello</d>"
+PROMPT = r"a cat purrs.\nThen <d>[English] hello</d>"
 STEPS = 3
 
 
@@ -51,22 +57,125 @@ def latents_in(folder: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def test_latents_are_those_of_diffusers(tmp_path: Path) -> None:
-    files = write_tiny_h3(tmp_path / "model")
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> TinyH3:
+    return write_tiny_h3(tmp_path_factory.mktemp("h3") / "model ä")
+
+
+def generate(folder: Path, files: TinyH3, *words: str) -> str:
+    fixed = ["--prompt", PROMPT, "--seed", "7", "--infer_steps", str(STEPS), "--device", "cpu"]
+    size = [] if "--video_size" in words else ["--video_size", "32", "64"]
+    return succeed_here(SCRIPT, *files.words, *fixed, *size, "--save_path", "made", *words, folder=folder)
+
+
+def refuse(folder: Path, files: TinyH3, *words: str, remedy: bool = True) -> str:
+    fixed = ["--prompt", "a cat", "--video_size", "32", "64", "--save_path", "made"]
+    code, said = run_here(SCRIPT, *files.words, *fixed, *words, folder=folder)
+    return assert_one_message(code, said, remedy=remedy)
+
+
+def test_video_and_sound_are_those_of_diffusers(tmp_path: Path, files: TinyH3) -> None:
+    """Of a line break that is typed as two characters, too. The files are in float32."""
     state = pipeline(files)(
-        prompt=PROMPT,
+        prompt=PROMPT.replace("\\n", "\n"),
         height=32,
         width=64,
         num_frames=124,
         num_inference_steps=STEPS + 1,
         generator=torch.Generator().manual_seed(7),
         output_type="pt",
-    )
+    ).values
 
-    words = ["--prompt", PROMPT, "--video_size", "32", "64", "--infer_steps", STEPS, "--seed", 7]
-    words += ["--dit_dtype", "float32", "--output_type", "both", "--save_path", "made", "--device", "cpu"]
-    said = succeed_here(SCRIPT, *files.words, *words, folder=tmp_path)
+    said = generate(tmp_path, files, "--output_type", "both", "--save_audio", "wav", "--keep_pngs")
 
     made = latents_in(tmp_path / "made")
-    print(state.values.keys())
-    assert_equal(made["latent"], state.values["latents"][0], "pictures")
+    assert made["latent"].shape == (24, 37, 4, 8)
+    assert_equal(made["latent"], state["latents"][0], "pictures")
+    assert_equal(made[SOUND], state["audio_latents"].transpose(0, 1), "sound")
+    (video,) = (tmp_path / "made").glob("*.mp4")
+    with av.open(str(video)) as opened:
+        (stream,) = opened.streams.audio
+        assert (stream.rate, stream.channels) == (32000, 2)
+        assert opened.streams.video[0].frames == 124
+    pictures = sorted((tmp_path / "made" / "frames").glob("*.png"))
+    shown = numpy.stack([read_image(path) for path in pictures])
+    expected = state["videos"][0].permute(0, 2, 3, 1) * 255
+    assert (torch.from_numpy(shown) - expected).abs().max() < 1  # rounded
+    (track,) = (tmp_path / "made").glob("*.wav")
+    heard = read_wav(track)
+    assert heard.shape == (2, 207 * 800)
+    step = 2 / 2**16  # of 16 bits
+    torch.testing.assert_close(heard, state["audio"][0].clamp(-1, 1 - step), atol=step, rtol=0)
+    assert said.index("no rights in the USA") < said.index("Loading")
+
+
+def read_wav(path: Path) -> Tensor:
+    """The samples, channels x samples in -1..1."""
+    with wave.open(str(path)) as opened:
+        frames = numpy.frombuffer(opened.readframes(opened.getnframes()), "<i2")
+        return torch.from_numpy(frames.reshape(-1, opened.getnchannels()).T / 2**15).float()
+
+
+def test_one_frame_is_a_picture(tmp_path: Path, files: TinyH3) -> None:
+    generate(tmp_path, files, "--video_length", "1", "--output_type", "both")
+
+    made = latents_in(tmp_path / "made")
+    assert made["latent"].shape == (24, 1, 4, 8)
+    assert made[SOUND].shape == (32, 2, 2)
+    (picture,) = (tmp_path / "made").glob("*.png")
+    assert read_image(picture).shape == (32, 64, 3)
+    assert not [*(tmp_path / "made").glob("*.mp4")]
+
+
+def test_saved_latents_are_decoded_with_their_sound(tmp_path: Path, files: TinyH3) -> None:
+    generate(
+        tmp_path, files, "--video_length", "22", "--allow_experimental_duration", "--output_type", "latent"
+    )
+    (saved,) = (tmp_path / "made").glob("*_latent.safetensors")
+
+    generate(tmp_path, files, "--latent_path", str(saved))
+
+    (video,) = (tmp_path / "made").glob("*.mp4")
+    with av.open(str(video)) as opened:
+        assert len([*opened.decode(video=0)]) == 22
+        assert opened.streams.audio[0].rate == 32000
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--video_length", "120"], ["17n + 5", "107 or 124"]),
+        (["--video_length", "22"], ["--allow_experimental_duration"]),
+        (["--guidance_scale", "5"], ["built in"]),
+        (["--nag_scale", "5"], ["--nag_scale"]),
+        (["--sample_solver", "unipc"], ["a schedule each"]),
+        (["--task", "ref2va"], ["not built yet"]),
+        (["--first_frame", "a.png"], ["not built yet"]),
+        (["--text_cache", "a.safetensors"], ["--text_encoder"]),
+        (["--height", "64"], ["--width"]),
+        (["--h3_shift_audio", "0"], ["--h3_shift_audio"]),
+    ],
+)
+def test_what_cannot_be_made_is_refused(
+    tmp_path: Path, files: TinyH3, words: list[str], parts: list[str]
+) -> None:
+    message = refuse(tmp_path, files, *words)
+    assert all(part in message for part in parts), message
+    assert not (tmp_path / "made").exists()
+
+
+def test_sides_are_whole_tokens(tmp_path: Path, files: TinyH3) -> None:
+    """Of two latent pixels, which this VAE makes of eight pixels each."""
+    message = refuse(tmp_path, files, "--video_size", "40", "64", remedy=False)
+    assert "multiples of 16. Nearest: 32 64" in message
+
+
+def test_a_transformer_of_another_task_is_refused_by_its_name(tmp_path: Path, files: TinyH3) -> None:
+    other = tmp_path / "minimax_h3_ref2va_bf16.safetensors"
+    other.symlink_to(files.dit)
+    assert "ref2va" in refuse(tmp_path, files, "--dit", str(other))
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path, files: TinyH3) -> None:
+    folder = write_qwen_tokenizer(tmp_path / "qwen")
+    assert "<|lyrics_start|>" in refuse(tmp_path, files, "--tokenizer", str(folder))
