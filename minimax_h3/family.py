@@ -111,8 +111,8 @@ class MiniMaxH3(OneTransformer):
         """Raise DatasetError if a table has control media or references, which are not built yet."""
         if table.has_control or table.has_references:
             raise DatasetError(
-                f"{table.name}: {NAME} is trained on clips and their sound alone. Leave control and reference "
-                "media out"
+                f"{table.name}: {NAME} is trained on clips and their sound alone. Leave control and "
+                "reference media out"
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -193,8 +193,8 @@ class MiniMaxH3(OneTransformer):
         check_size((width, height, frames), self.latent)
         if request.solver not in (None, SOLVER):
             raise OptionError(
-                "--sample_solver: pictures and sound of MiniMax-H3 have a schedule each, which vanilla (Euler) "
-                "alone follows. Leave it out"
+                "--sample_solver: pictures and sound of MiniMax-H3 have a schedule each, which only vanilla "
+                "(Euler) follows. Leave it out"
             )
         if request.fps not in (None, FPS) and frames > 1:
             logger.warning(
@@ -228,13 +228,13 @@ class MiniMaxH3(OneTransformer):
         if frames % clip != LAST_FRAMES:
             lower = max((frames - LAST_FRAMES) // clip, 0) * clip + LAST_FRAMES
             raise OptionError(
-                f"--video_length {frames}: {NAME} makes {clip}n + {LAST_FRAMES} frames, or one. Give {lower} or "
-                f"{lower + clip}"
+                f"--video_length {frames}: {NAME} makes {clip}n + {LAST_FRAMES} frames, or one. Give {lower} "
+                f"or {lower + clip}"
             )
         if not self.any_length and not LEAST_FRAMES <= frames <= MOST_FRAMES:
             raise OptionError(
-                f"--video_length {frames}: {NAME} was trained with {LEAST_FRAMES} to {MOST_FRAMES} frames, 5 to "
-                "15 seconds. Give --allow_experimental_duration to make other lengths"
+                f"--video_length {frames}: {NAME} was trained with {LEAST_FRAMES} to {MOST_FRAMES} frames, 5 "
+                "to 15 seconds. Give --allow_experimental_duration to make other lengths"
             )
 
     def needs_media(self, prepared: Prepared) -> bool:
@@ -258,7 +258,7 @@ class MiniMaxH3(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section. Noise is drawn for pictures, then for the tokens of sound, left ones first."""
+        """Yield the one section. Noise is drawn for pictures, then for tokens of sound, the left ones first."""
         joint = prepared.joint
         assert joint is not None, "there is always sound"
         picture = noise.draw((1, *joint.picture))

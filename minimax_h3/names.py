@@ -39,20 +39,21 @@ _NORMS = (
     *((f"norm{number}.weight",) * 2 for number in (1, 2)),
 )
 _ORDER = "attn.qkv_proj attn.out_proj mlp.fc1 mlp.fc2"  # of registration
+
+
+def _parts_of_block(theirs: str, ours: str) -> tuple[WeightPart, ...]:
+    return (
+        *stacked_parts(f"{theirs}attn.to_{{x}}", f"{ours}attn.qkv_proj"),
+        WeightPart(f"{theirs}ff.net.0.proj", f"{ours}mlp.fc1", layouts.SWAPPED),
+        *renamed_parts(theirs, ours, _LAYERS),
+    )
+
+
 MINIMAX_H3 = FamilyNames(
     "minimax_h3",
     "MiniMax-H3",
     parts=(
-        *(
-            part
-            for theirs, ours in _BLOCKS
-            for part in stacked_parts(f"{theirs}attn.to_{{x}}", f"{ours}attn.qkv_proj")
-        ),
-        *(
-            WeightPart(f"{theirs}ff.net.0.proj", f"{ours}mlp.fc1", layouts.SWAPPED)
-            for theirs, ours in _BLOCKS
-        ),
-        *(part for theirs, ours in _BLOCKS for part in renamed_parts(theirs, ours, _LAYERS)),
+        *(part for block in _BLOCKS for part in _parts_of_block(*block)),
         WeightPart("transformer_blocks.{n}.adaln_proj.linear", "blocks.{n}.adaln_proj.linear"),
         *renamed_parts("", "", _OUTSIDE),
     ),

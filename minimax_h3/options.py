@@ -30,6 +30,10 @@ _FRAMES = "clips from a first and last frame are not built yet. Leave it out, to
 _REFERENCES = "clips from references are not built yet. Leave it out, to make one of the prompt alone"
 _ATTENTION = "the text encoder computes attention with PyTorch's own kernels"
 _FP4 = "files in nvfp4 are not read, so that no such products are needed. Give the bf16 file"
+_TEXTS = "prompts are encoded each time. Give the text encoder to --text_encoder"
+_PLACES = "places in time of a picture are not built yet. Leave it out, and give --video_length 1"
+_BANDS = "frames are written as they are decoded. Leave it out"
+_TRAJECTORY = "latents of single steps are not written. Give --preview_latent_every to see them"
 _WAITING = "layers of the text encoder that do not fit on the device wait in host memory by themselves."
 _LAYOUT = (
     "order of the rows of fused queries, keys and values in --dit. Shards of the release have them "
@@ -107,13 +111,10 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     )
     text_encoder_blocks_to_swap = not_needed(_WAITING, type=int, default=0)
     prune_adaln = unsupported(
-        "a file is read as it is: pruned ones (minimax_h3_*_pruned_*) keep their table, whole ones their layers. "
-        "Give the file that you want"
+        "a file is read as it is, whole or pruned. Give minimax_h3_*_pruned_*.safetensors"
     )
     nvfp4_scaled_mm = unsupported(_FP4)
-    text_cache = unsupported(
-        "prompts are encoded each time. Give the text encoder to --text_encoder", type=Path
-    )
+    text_cache = unsupported(_TEXTS, type=Path)
     first_frame = unsupported(_FRAMES, type=Path)
     last_frame = unsupported(_FRAMES, type=Path)
     keyframe = unsupported(_FRAMES, action="append")
@@ -127,17 +128,13 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     reference_video_short_edge = unsupported(_REFERENCES, type=int, default=768)
     ref = unsupported(_REFERENCES, action="append")
     one_frame_inference = unsupported(
-        "places in time of a single frame and its conditions are not built yet. Give --video_length 1 for a picture",
+        _PLACES,
         type=str,
     )
-    stretch_keep_bands = unsupported(
-        "frames are written as they are decoded. Leave it out", type=int, default=0
-    )
-    trajectory_dir = unsupported(
-        "latents of single steps are not written. Give --preview_latent_every to see them", type=Path
-    )
+    stretch_keep_bands = unsupported(_BANDS, type=int, default=0)
+    trajectory_dir = unsupported(_TRAJECTORY, type=Path)
     trajectory_stride = unsupported(
-        "latents of single steps are not written. Give --preview_latent_every to see them",
+        _TRAJECTORY,
         type=int,
         default=1,
     )
