@@ -258,7 +258,7 @@ class MiniMaxH3(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section. Noise is drawn for pictures, then for tokens of sound, the left ones first."""
+        """Yield the one section. Noise is drawn for pictures, then for tokens of sound: left, then right."""
         joint = prepared.joint
         assert joint is not None, "there is always sound"
         picture = noise.draw((1, *joint.picture))
