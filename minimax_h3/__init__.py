@@ -8,9 +8,9 @@ model: the transformer: one sequence of pictures, sound, conditions and text
 names: what it is called everywhere, from the licence to tensors
 options: own options for generation
 places: positions on a clock that text, pictures and sound share
-released: statistics of latents
+released: statistics of latents, as numbers of the release
 sound: the VAE of sound, and its files
 vae_checkpoints: files of the video VAE: dialects, dimensions
 video_vae: the video VAE: pixels to latents and back
-video_vae_blocks: its layers
+video_vae_blocks: its layers, encoder and decoder
 """

@@ -43,7 +43,7 @@ from minimax_h3.configs import DIT, LAST_FRAMES, NOISE, PICTURE_SHIFT, RELEASE, 
 from minimax_h3.files import KEY, TAGS, H3Files, files_of
 from minimax_h3.names import LORA
 from minimax_h3.options import FPS, FRAMES, LEAST_FRAMES, MOST_FRAMES, NAME, SIZE, STEPS, H3GenerationOptions
-from minimax_h3.sound import SoundVae
+from minimax_h3.sound import H3SoundVae
 from minimax_h3.video_vae import H3VideoVae
 from modules.devices import send
 from modules.errors import DatasetError, OptionError
@@ -134,13 +134,13 @@ class MiniMaxH3(OneTransformer):
     def sound_identity(self) -> Mapping[str, str]:
         return self.files.sound_identity()
 
-    def sound_networks(self, device: torch.device, decodes: bool) -> SoundVae:
+    def sound_networks(self, device: torch.device, decodes: bool) -> H3SoundVae:
         return self.files.load_sound(device)
 
-    def encode_sound(self, networks: SoundVae, samples: Tensor, frames: int, fps: float) -> Tensor:
+    def encode_sound(self, networks: H3SoundVae, samples: Tensor, frames: int, fps: float) -> Tensor:
         return networks.encode_clip(samples, frames, FPS)
 
-    def decode_sound(self, networks: SoundVae, latents: Tensor) -> Sound:
+    def decode_sound(self, networks: H3SoundVae, latents: Tensor) -> Sound:
         return networks.decode(latents)
 
     # the network

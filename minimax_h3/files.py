@@ -26,7 +26,15 @@ from minimax_h3.dit_checkpoints import find_task, format_of
 from minimax_h3.dit_checkpoints import identify as identify  # files.py has it in every family's folder
 from minimax_h3.options import FPS, H3ModelOptions, H3VaeOptions
 from minimax_h3.released import SOUND_MEAN
-from minimax_h3.sound import CHANNELS, RATE, Settings, SoundVae, latent_count, load_sound_vae, read_sound_vae
+from minimax_h3.sound import (
+    CHANNELS,
+    RATE,
+    H3SoundVae,
+    Settings,
+    latent_count,
+    load_sound_vae,
+    read_sound_vae,
+)
 from minimax_h3.vae_checkpoints import read_video_vae
 from minimax_h3.video_vae import TILE, H3VideoVae, load_video_vae
 from minimax_h3.video_vae_blocks import H3VideoVaeConfig
@@ -168,7 +176,7 @@ class H3Files(LanguageModelFiles):
         """Return what cached sound depends on besides the samples; the VAE is always in float32."""
         return {"audio_vae": fingerprint(self.audio_vae_path)}
 
-    def load_sound(self, device: torch.device) -> SoundVae:
+    def load_sound(self, device: torch.device) -> H3SoundVae:
         return load_sound_vae(self.audio_vae_path, device)
 
     # texts

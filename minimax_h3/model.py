@@ -11,6 +11,7 @@ of positions, so here the learned pictures come first, then their sound, then co
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,6 +47,10 @@ class H3Condition:
     @property
     def is_sound(self) -> bool:
         return isinstance(self.place, SoundPlace)
+
+    def level(self, picture_time: float) -> float:
+        """Return its time. picture_time: of the learned pictures."""
+        return 1.0 if self.is_sound else max(picture_time, PICTURES_LIE)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class H3FeedForward(nn.Module):
         return in_own_dtype(self.fc2, functional.silu(gate) * value)
 
 
-class StreamBlock(nn.Module):
+class H3StreamBlock(nn.Module):
     """Attention and feed-forward, each behind a norm."""
 
     def __init__(self, config: H3Config) -> None:
@@ -139,7 +144,7 @@ class StreamBlock(nn.Module):
         self.mlp = H3FeedForward(config)
 
 
-class RefinerBlock(StreamBlock):
+class H3RefinerBlock(H3StreamBlock):
     """Block over text tokens, without positions or time."""
 
     def forward(self, x: Tensor, choice: AttentionChoice) -> Tensor:
@@ -149,12 +154,12 @@ class RefinerBlock(StreamBlock):
         return output
 
 
-class TokenRefiner(nn.Module):
+class H3TokenRefiner(nn.Module):
     """Let the tokens of a text attend to each other: B T C, returned alike."""
 
     def __init__(self, config: H3Config) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(RefinerBlock(config) for _ in range(config.refiner_layers))
+        self.blocks = nn.ModuleList(H3RefinerBlock(config) for _ in range(config.refiner_layers))
         self.final_norm = RMSNorm(config.dim, config.eps)
 
     def forward(self, x: Tensor, choice: AttentionChoice) -> Tensor:
@@ -169,7 +174,7 @@ def _modulation(config: H3Config, rows: int) -> nn.ModuleDict:
     return nn.ModuleDict({"linear": nn.Linear(config.time_dim, rows * config.dim)})
 
 
-class H3Block(StreamBlock):
+class H3Block(H3StreamBlock):
     """Block in which all tokens attend to each other, modulated by their time and their kind."""
 
     def __init__(self, config: H3Config) -> None:
@@ -257,7 +262,7 @@ class H3Model(nn.Module):
                 "proj_out": nn.Linear(config.time_hidden, config.time_dim),
             }
             self.time_embedder = nn.ModuleDict(layers)
-        self.token_refiner = TokenRefiner(config)
+        self.token_refiner = H3TokenRefiner(config)
         self.blocks = nn.ModuleList(H3Block(config) for _ in range(config.num_layers))
         self.final_layer = FinalLayer(config)
         self._rotary = GridTable[tuple[tuple[PicturePlace | SoundPlace, ...], int]](self._make_table)
@@ -308,51 +313,47 @@ class H3Model(nn.Module):
         None: behind the text. conditions: in the order of the clock; sound that stands on it at time 1.
         Raises ValueError if sizes do not fit.
         """
+        self._check_sizes(noisy, sound)
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        num_text = text.shape[1]
+        begin = float(num_text) if start is None else start
+        _, _, frames, height, width = noisy.shape
+        grid = PictureGrid(frames, height // PATCH, width // PATCH)
+        learned_sound = H3Condition(sound, SoundPlace(sound.shape[3], begin, grid))
+        media = [H3Condition(noisy, PicturePlace(grid, begin)), learned_sound, *conditions]
+        levels = [*times, *(condition.level(times[0]) for condition in conditions)]
+        distinct = list(dict.fromkeys(levels))
+        parts: list[Tensor] = []
+        segments: list[Segment] = []
+        for medium, level in zip(media, levels, strict=True):
+            embed = self._embed_sound if medium.is_sound else self._embed_pictures
+            parts.append(embed(medium.latents))
+            kind = SOUND if medium.is_sound else PICTURE
+            segments.append(Segment(parts[-1].shape[1], distinct.index(level), kind))
+        parts.append(self._embed_text(text.to(dtype)))
+        segments += _text_segments(shown, num_text)
+        places = tuple(medium.place for medium in media)
+        tokens = H3Tokens(
+            grid,
+            sound=segments[1].tokens,
+            rotary=self._rotary.of((places, num_text), noisy.device),
+            times=self._embed_times(distinct, noisy.device),
+            slots=tuple(KINDS * segment.time + segment.kind for segment in segments),
+            starts=tuple(accumulate(segment.tokens for segment in segments[:-1])),
+            dtype=dtype,
+            attention=self.attention,
+        )
+        return Hidden(torch.cat([part.to(dtype) for part in parts], dim=1), tokens)
+
+    def _check_sizes(self, noisy: Tensor, sound: Tensor) -> None:
         config = self.config
-        batch, channels, frames, height, width = noisy.shape
+        _, channels, _, height, width = noisy.shape
         if channels != config.channels or height % PATCH or width % PATCH:
             raise ValueError(f"latents of {tuple(noisy.shape[1:])}: {config.channels} channels, even sides")
         if sound.shape[1] != config.sound_channels or sound.shape[2] != 2:
             raise ValueError(
                 f"sound of {tuple(sound.shape[1:])}: {config.sound_channels} numbers, 2 channels"
             )
-        dtype = activation_dtype(noisy.device, self.compute_dtype)
-        num_text = text.shape[1]
-        begin = float(num_text) if start is None else start
-        grid = PictureGrid(frames, height // PATCH, width // PATCH)
-        places: list[PicturePlace | SoundPlace] = [
-            PicturePlace(grid, begin),
-            SoundPlace(sound.shape[3], begin, grid),
-        ]
-        parts = [self._embed_pictures(noisy), self._embed_sound(sound)]
-        levels = list(times)
-        segments = [Segment(grid.tokens, 0, PICTURE), Segment(2 * sound.shape[3], 1, SOUND)]
-        for condition in conditions:
-            level = 1.0 if condition.is_sound else max(times[0], PICTURES_LIE)
-            if level not in levels:
-                levels.append(level)
-            kind = SOUND if condition.is_sound else PICTURE
-            embed = self._embed_sound if condition.is_sound else self._embed_pictures
-            embedded = embed(condition.latents)
-            parts.append(embedded)
-            places.append(condition.place)
-            segments.append(Segment(embedded.shape[1], levels.index(level), kind))
-        parts.append(self._embed_text(text.to(dtype)))
-        segments += _text_segments(shown, num_text)
-        starts: list[int] = []
-        for segment in segments[:-1]:
-            starts.append(segment.tokens + (starts[-1] if starts else 0))
-        tokens = H3Tokens(
-            grid,
-            sound=2 * sound.shape[3],
-            rotary=self._rotary.of((tuple(places), num_text), noisy.device),
-            times=self._embed_times(levels, noisy.device),
-            slots=tuple(KINDS * segment.time + segment.kind for segment in segments),
-            starts=tuple(starts),
-            dtype=dtype,
-            attention=self.attention,
-        )
-        return Hidden(torch.cat([part.to(dtype) for part in parts], dim=1), tokens)
 
     def _embed_pictures(self, latents: Tensor) -> Tensor:
         """Return the tokens of pictures: B Z F H W -> B L C."""

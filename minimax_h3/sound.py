@@ -43,7 +43,7 @@ def latent_count(frames: int, fps: float) -> int:
     return round(frames / fps * LATENTS_A_SECOND)
 
 
-class SoundVae:
+class H3SoundVae:
     """The audio VAE. It encodes stereo sound at `rate` samples a second."""
 
     rate = RATE
@@ -156,7 +156,7 @@ def _decoder_settings(shape: Shape, stages: int, blocks: int) -> dict[str, Any]:
     }
 
 
-def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae") -> SoundVae:
+def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae") -> H3SoundVae:
     """Load the audio VAE of MiniMax-H3: a file, or diffusers' folder.
 
     option: that named the path. Raises CheckpointError if the file is damaged or holds another model.
@@ -167,7 +167,7 @@ def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae"
             plan, build_sound_vae, device, torch.float32, what="the audio VAE of MiniMax-H3"
         )
     logger.info("Audio VAE: %s", path)
-    return SoundVae(network)
+    return H3SoundVae(network)
 
 
 def build_sound_vae(settings: Settings) -> nn.Module:

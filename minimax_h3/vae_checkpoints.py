@@ -20,7 +20,7 @@ from checkpoints.encoders import check_groups, stated_groups, stated_settings
 from checkpoints.opening import Checkpoint, plain_sources
 from contract.loading import TensorSource
 from minimax_h3.released import LATENTS_MEAN, LATENTS_STD
-from minimax_h3.video_vae_blocks import GROUPS, H3VideoVaeConfig, Level
+from minimax_h3.video_vae_blocks import GROUPS, H3VaeLevel, H3VideoVaeConfig
 from modules.errors import CheckpointError
 
 FILES = (
@@ -165,7 +165,7 @@ def _read_config(
     return config
 
 
-def _read_levels(shapes: DitShapes, facts: _StatedFacts) -> tuple[Level, ...]:
+def _read_levels(shapes: DitShapes, facts: _StatedFacts) -> tuple[H3VaeLevel, ...]:
     """Return the levels of the encoder.
 
     Without config.json each resampling halves the sides. Those behind the first one also halve time, until
@@ -188,7 +188,7 @@ def _read_levels(shapes: DitShapes, facts: _StatedFacts) -> tuple[Level, ...]:
     levels = []
     for start, time_stride, space_stride in zip(starts, time_strides, space_strides, strict=True):
         width = shapes.of(f"{start}.block.0.conv2.weight", axes=5)[0]
-        levels.append(Level(width, shapes.blocks(f"{start}.block"), time_stride, space_stride))
+        levels.append(H3VaeLevel(width, shapes.blocks(f"{start}.block"), time_stride, space_stride))
     return tuple(levels)
 
 

@@ -24,7 +24,7 @@ THETA = 100.0  # base of the decoder's frequencies
 
 
 @dataclass(frozen=True)
-class Level:
+class H3VaeLevel:
     """A level of the encoder: residual blocks of one width, and the resampling behind them."""
 
     width: int
@@ -41,7 +41,7 @@ class Level:
 class H3VideoVaeConfig:
     """Dimensions of the video VAE, read from a checkpoint's tensors and its config.json."""
 
-    levels: tuple[Level, ...]
+    levels: tuple[H3VaeLevel, ...]
     latent_channels: int = 24
     dim: int = 2048  # of the decoder
     head_width: int = 64
@@ -138,7 +138,7 @@ class EncoderBlock(nn.Module):
 class EncoderLevel(nn.Module):
     """Residual blocks, and the convolution that halves their result in space or time."""
 
-    def __init__(self, width_in: int, level: Level, groups: int) -> None:
+    def __init__(self, width_in: int, level: H3VaeLevel, groups: int) -> None:
         super().__init__()
         widths = [width_in, *[level.width] * level.num_blocks]
         self.block = nn.ModuleList(
