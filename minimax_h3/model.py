@@ -39,7 +39,7 @@ PICTURES_LIE = 0.999  # the time of a condition at least: nearly clean
 
 @dataclass(frozen=True)
 class H3Condition:
-    """Clean or nearly clean latents that the learned ones are made from."""
+    """Latents with their place: clean or nearly clean ones that the learned ones are made from, or these."""
 
     latents: Tensor  # B Z F H W of pictures, B Z 2 A of sound
     place: PicturePlace | SoundPlace
@@ -47,6 +47,10 @@ class H3Condition:
     @property
     def is_sound(self) -> bool:
         return isinstance(self.place, SoundPlace)
+
+    @property
+    def kind(self) -> int:
+        return SOUND if self.is_sound else PICTURE
 
     def level(self, picture_time: float) -> float:
         """Return its time. picture_time: of the learned pictures."""
@@ -317,20 +321,15 @@ class H3Model(nn.Module):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         num_text = text.shape[1]
         begin = float(num_text) if start is None else start
-        _, _, frames, height, width = noisy.shape
-        grid = PictureGrid(frames, height // PATCH, width // PATCH)
+        grid = PictureGrid(noisy.shape[2], noisy.shape[3] // PATCH, noisy.shape[4] // PATCH)
         learned_sound = H3Condition(sound, SoundPlace(sound.shape[3], begin, grid))
         media = [H3Condition(noisy, PicturePlace(grid, begin)), learned_sound, *conditions]
+        parts = [self._embed_medium(medium) for medium in media]
         levels = [*times, *(condition.level(times[0]) for condition in conditions)]
         distinct = list(dict.fromkeys(levels))
-        parts: list[Tensor] = []
-        segments: list[Segment] = []
-        for medium, level in zip(media, levels, strict=True):
-            embed = self._embed_sound if medium.is_sound else self._embed_pictures
-            parts.append(embed(medium.latents))
-            kind = SOUND if medium.is_sound else PICTURE
-            segments.append(Segment(parts[-1].shape[1], distinct.index(level), kind))
-        parts.append(self._embed_text(text.to(dtype)))
+        segments = []
+        for medium, part, level in zip(media, parts, levels, strict=True):
+            segments.append(Segment(part.shape[1], distinct.index(level), medium.kind))
         segments += _text_segments(shown, num_text)
         places = tuple(medium.place for medium in media)
         tokens = H3Tokens(
@@ -343,7 +342,15 @@ class H3Model(nn.Module):
             dtype=dtype,
             attention=self.attention,
         )
-        return Hidden(torch.cat([part.to(dtype) for part in parts], dim=1), tokens)
+        embedded = [part.to(dtype) for part in parts]
+        embedded.append(self._embed_text(text.to(dtype)))
+        return Hidden(torch.cat(embedded, dim=1), tokens)
+
+    def _embed_medium(self, medium: H3Condition) -> Tensor:
+        """Return the tokens of pictures or of sound: B L C."""
+        if medium.is_sound:
+            return self._embed_sound(medium.latents)
+        return self._embed_pictures(medium.latents)
 
     def _check_sizes(self, noisy: Tensor, sound: Tensor) -> None:
         config = self.config
