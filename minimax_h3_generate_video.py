@@ -20,7 +20,7 @@ DEFAULTS = ScriptDefaults(
     size=SIZE,
     has_sound=True,
     by_model={
-        "video_size": "",
+        **dict.fromkeys(("video_size", "video_length"), ""),
         "flow_shift": "time shift of the pictures' schedule; 6 for LoRAs of four steps; default 12",
         "guidance_scale": "1: guidance is built into the model",
     },
@@ -29,6 +29,8 @@ DEFAULTS = ScriptDefaults(
         "fps": ("--output_fps",),
         "flow_shift": ("--h3_shift_video",),
         "save_path": ("--output",),
+        "fp8": ("--fp8_base",),
+        "convrot_int8": ("--int8_convrot_base",),
     },
     line_options={**GENERATION_OPTIONS, "fsa": LineOption("h3_shift_audio", read_number)},
     output_types=("video", "images", "latent", "both", "latent_images"),

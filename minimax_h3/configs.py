@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from contract.data import LatentSpec
 from contract.family import DitSpec, NoiseSpec, count_picture_tokens
 from contract.rules import ModelRelease
+from minimax_h3.options import CLIP
 
 PATCH = 2  # latent pixels along each side of a token
 # number of the rows that modulate a kind of token
@@ -49,8 +50,7 @@ NOISE = NoiseSpec(
     tokens=count_picture_tokens,
     sound_shift=SOUND_SHIFT / PICTURE_SHIFT,
 )
-LATENT = LatentSpec(channels=24, stride=(4, 16, 16), pixel_step=32, frame_step=4, clip=17)
-LAST_FRAMES = 5  # of a clip behind those that are encoded whole: its length is 17n + 5
+LATENT = LatentSpec(channels=24, stride=(4, 16, 16), pixel_step=32, frame_step=4, clip=CLIP)
 RELEASE = ModelRelease(
     ("MiniMaxAI/MiniMax-H3",),
     "MiniMax H3 Community License",

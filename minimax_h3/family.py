@@ -39,10 +39,20 @@ from contract.requests import (
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
 from encoders.tiles import posterior_generator, sample_posterior
-from minimax_h3.configs import DIT, LAST_FRAMES, NOISE, PICTURE_SHIFT, RELEASE, SOUND_SHIFT
+from minimax_h3.configs import DIT, NOISE, PICTURE_SHIFT, RELEASE, SOUND_SHIFT
 from minimax_h3.files import KEY, TAGS, H3Files, files_of
 from minimax_h3.names import LORA
-from minimax_h3.options import FPS, FRAMES, LEAST_FRAMES, MOST_FRAMES, NAME, SIZE, STEPS, H3GenerationOptions
+from minimax_h3.options import (
+    FPS,
+    FRAMES,
+    LAST_FRAMES,
+    LEAST_FRAMES,
+    MOST_FRAMES,
+    NAME,
+    SIZE,
+    STEPS,
+    H3GenerationOptions,
+)
 from minimax_h3.sound import H3SoundVae
 from minimax_h3.video_vae import H3VideoVae
 from modules.devices import send
@@ -298,7 +308,9 @@ def _shift_of_sound(request: Request) -> float:
 
 def family_for_generation(options: H3GenerationOptions) -> MiniMaxH3:
     """Describe the family for minimax_h3_generate_video.py."""
-    return MiniMaxH3(files_of(options, options.task), any_length=options.allow_experimental_duration)
+    return MiniMaxH3(
+        files_of(options, options.task or "t2va"), any_length=options.allow_experimental_duration
+    )
 
 
 _: type[Family] = MiniMaxH3

@@ -1,5 +1,7 @@
 """MiniMax-H3's own options for caching, training and generation. Standard library only."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +16,7 @@ from modules.options import (
     not_needed,
     of_request,
     option,
+    override_options,
     unsupported,
 )
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
@@ -25,6 +28,8 @@ FPS = 24.0  # of all clips
 SIZE = (1344, 768)  # height and width where nothing is said, as in the known tuner
 FRAMES, LEAST_FRAMES, MOST_FRAMES = 124, 124, 345  # 5 to 15 seconds
 STEPS = 30
+CLIP, LAST_FRAMES = 17, 5  # frames that are encoded together, and behind the last ones of these
+TOKEN = 32  # pixels along the side of a token
 MOST_SHIFT = 1000.0
 _FRAMES = "clips from a first and last frame are not built yet. Leave it out, to make one of the prompt alone"
 _REFERENCES = "clips from references are not built yet. Leave it out, to make one of the prompt alone"
@@ -34,6 +39,7 @@ _TEXTS = "prompts are encoded each time. Give the text encoder to --text_encoder
 _PLACES = "places in time of a picture are not built yet. Leave it out, and give --video_length 1"
 _BANDS = "frames are written as they are decoded. Leave it out"
 _TRAJECTORY = "latents of single steps are not written. Give --preview_latent_every to see them"
+_COMPILING = "blocks are compiled by --compile and its own options. Give --compile, or leave it out"
 _WAITING = "layers of the text encoder that do not fit on the device wait in host memory by themselves."
 _LAYOUT = (
     "order of the rows of fused queries, keys and values in --dit. Shards of the release have them "
@@ -81,9 +87,8 @@ class H3ModelOptions(Options, title=NAME):
 class H3GenerationOptions(H3ModelOptions, title=NAME):
     """Options of minimax_h3_generate_video.py besides the shared ones."""
 
-    task: str = option(
-        "what a clip is made from: t2va, a text",
-        default="t2va",
+    task: str | None = option(
+        "what a clip is made from; default: t2va, a text",
         choices=("t2va",),
         refused={"fl2va": _FRAMES, "ref2va": _REFERENCES},
         facts=OF_REQUEST,
@@ -91,6 +96,24 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     )
     height: int | None = option("with --width: the same as --video_size", least=1, facts=OF_REQUEST)
     width: int | None = option("with --height: the same as --video_size", least=1, facts=OF_REQUEST)
+    duration: float | None = option(
+        "seconds, in place of --video_length: the next length that the model makes", above=0, facts=OF_REQUEST
+    )
+    ratio: str | None = option(
+        "width to height, in place of --video_size: the size that the model was trained with",
+        choices=("21:9", "16:9", "4:3", "1:1", "3:4", "9:16"),
+        refused={"adaptive": _FRAMES},
+        excludes=("height", "width"),
+        facts=OF_REQUEST,
+    )
+    dtype: str | None = option(
+        "the same as --dit_dtype", choices=("bfloat16", "float16", "float32"), facts=OF_REQUEST
+    )
+    block_swap_granularity: str | None = option(
+        "what --blocks_to_swap moves: block, whole ones",
+        choices=("block",),
+        refused={"layer": "whole blocks are moved. Leave it out"},
+    )
     h3_shift_audio: float | None = option(
         "time shift of the sound's schedule (--fsa in a prompt line); 3 for LoRAs of four steps",
         default=3.0,
@@ -103,10 +126,9 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
         "was not trained",
         facts=OF_REQUEST,
     )
-    text_encoder_attn_mode: str = option(
-        "kernels of the text encoder's attention",
-        default="sdpa",
-        choices=("sdpa", "flash_attention_2", "eager"),
+    text_encoder_attn_mode: str | None = option(
+        "kernels of the text encoder's attention; default: sdpa, PyTorch's own",
+        choices=("sdpa",),
         refused=dict.fromkeys(("flash_attention_2", "eager"), _ATTENTION),
     )
     text_encoder_blocks_to_swap = not_needed(_WAITING, type=int, default=0)
@@ -114,12 +136,12 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
         "a file is read as it is, whole or pruned. Give minimax_h3_*_pruned_*.safetensors"
     )
     nvfp4_scaled_mm = unsupported(_FP4)
-    text_cache = unsupported(_TEXTS, type=Path)
-    first_frame = unsupported(_FRAMES, type=Path)
-    last_frame = unsupported(_FRAMES, type=Path)
+    text_cache = unsupported(_TEXTS, type=str)
+    first_frame = unsupported(_FRAMES, type=str)
+    last_frame = unsupported(_FRAMES, type=str)
     keyframe = unsupported(_FRAMES, action="append")
-    condition_image = unsupported(_FRAMES, type=Path, action="append")
-    reference_jsonl = unsupported(_REFERENCES, type=Path)
+    condition_image = unsupported(_FRAMES, type=str, action="append")
+    reference_jsonl = unsupported(_REFERENCES, type=str)
     reference_index = unsupported(_REFERENCES, type=int, default=0)
     reference_image = unsupported(_REFERENCES, action="append")
     reference_video = unsupported(_REFERENCES, action="append")
@@ -127,17 +149,20 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     reference_image_short_edge = unsupported(_REFERENCES, type=int, default=2048)
     reference_video_short_edge = unsupported(_REFERENCES, type=int, default=768)
     ref = unsupported(_REFERENCES, action="append")
-    one_frame_inference = unsupported(
-        _PLACES,
-        type=str,
-    )
+    one_frame_inference = unsupported(_PLACES, type=str)
     stretch_keep_bands = unsupported(_BANDS, type=int, default=0)
-    trajectory_dir = unsupported(_TRAJECTORY, type=Path)
-    trajectory_stride = unsupported(
-        _TRAJECTORY,
-        type=int,
-        default=1,
+    trajectory_dir = unsupported(_TRAJECTORY, type=str)
+    trajectory_stride = unsupported(_TRAJECTORY, type=int, default=1)
+    text_encoder_quantization = unsupported(
+        "its weights are kept in 8 or 4 bits by --text_encoder_form int8 or nf4. Give that",
+        type=str,
+        default="none",
     )
+    compile_auto_cache_size_limit = unsupported(_COMPILING)
+    compile_fallback_to_eager = unsupported(_COMPILING)
+    inductor_config = unsupported(_COMPILING, type=str, nargs="*")
+    h3_fused_qk_norm_rope = unsupported("norms and positions are fused by --compile. Give that")
+    inspect = unsupported("files are checked before any of them is loaded. Leave it out")
     lora_runtime_attach = not_needed(
         "merging keeps small LoRAs: --lora_rounding rounds 16-bit weights at random where the nearest would "
         "lose them."
@@ -149,9 +174,9 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
 
 
 def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H3GenerationOptions]:
-    """Put --width and --height into the size of the shared record.
+    """Put --width and --height, --ratio, --duration and --dtype into the options that they stand for.
 
-    Raises OptionError if --video_size says another one, or for guidance, which is built into the model.
+    Raises OptionError if another option says something else, or for guidance, which is built into the model.
     """
     options: Any = shared
     request = options.request
@@ -165,14 +190,56 @@ def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H
             f"--nag_scale {options.guidance.nag.nag_scale:g}: {NAME} has one attention for text, sound and "
             "pictures, and none to the text alone. Leave it out"
         )
-    size = request.video_size
-    if own_options.height is not None and own_options.width is not None:
-        own_size = (own_options.height, own_options.width)
-        if size is not None and tuple(size) != own_size:
+    request = replace(
+        request,
+        video_size=_settle_size(request.video_size, own_options),
+        video_length=settle_length(request.video_length, own_options.duration),
+    )
+    dtype = own_options.dtype
+    if dtype is not None:
+        if own_options.dit_dtype not in (None, dtype):
             raise OptionError(
-                f"--height {own_size[0]} --width {own_size[1]} and --video_size {size[0]} {size[1]} differ: "
-                "give one of them"
+                f"--dtype {dtype} and --dit_dtype {own_options.dit_dtype} mean the same: give one of them"
             )
-        size = own_size
-    request = replace(request, video_size=size or SIZE)
+        own_options = override_options(own_options, {"dit_dtype": dtype})
     return replace(options, request=request), own_options
+
+
+def _settle_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -> tuple[int, int]:
+    """Return height and width. Raises OptionError if two options say different ones."""
+    own_size = None
+    words = f"--ratio {own_options.ratio}"
+    if own_options.ratio is not None:
+        width, height = map(int, own_options.ratio.split(":"))
+        own_size = canvas(width / height)
+    elif own_options.height is not None and own_options.width is not None:
+        own_size = (own_options.height, own_options.width)
+        words = f"--height {own_size[0]} --width {own_size[1]}"
+    given = None if size is None else (size[0], size[1])
+    if None not in (own_size, given) and own_size != given:
+        raise OptionError(
+            f"{words} and --video_size {' '.join(map(str, size or ()))} differ: give one of them"
+        )
+    return own_size or given or SIZE
+
+
+def settle_length(frames: int | None, seconds: float | None) -> int:
+    """Return the number of frames. Raises OptionError if both are given."""
+    if seconds is None:
+        return FRAMES if frames is None else frames
+    if frames is not None:
+        raise OptionError(f"--duration {seconds:g} and --video_length {frames}: give one of them")
+    clips = math.ceil(max(round(seconds * FPS) - LAST_FRAMES, 0) / CLIP)
+    return clips * CLIP + LAST_FRAMES
+
+
+def canvas(ratio: float) -> tuple[int, int]:
+    """Return height and width of the size that the model was trained with. ratio: width by height.
+
+    The short side is 768, the area at most 768 x 1344, then both are rounded to multiples of 32. Source: the
+    released code, as in diffusers.
+    """
+    short = float(SIZE[1])
+    width, height = (short * ratio, short) if ratio >= 1 else (short, short / ratio)
+    scale = min(1.0, math.sqrt(SIZE[0] * SIZE[1] / (width * height)))
+    return round(height * scale / TOKEN) * TOKEN, round(width * scale / TOKEN) * TOKEN

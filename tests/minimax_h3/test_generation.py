@@ -10,11 +10,13 @@ import pytest
 import torch
 from diffusers import MiniMaxH3Scheduler
 from diffusers.modular_pipelines import MiniMaxH3Blocks
+from diffusers.modular_pipelines.minimax_h3.modular_pipeline import resolve_canvas_size
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from contract.data import SOUND
+from minimax_h3.options import canvas, settle_length
 from modules.media.reading import read_image
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.minimax_h3 import test_video_vae
@@ -153,6 +155,10 @@ def test_saved_latents_are_decoded_with_their_sound(tmp_path: Path, files: TinyH
         (["--first_frame", "a.png"], ["not built yet"]),
         (["--text_cache", "a.safetensors"], ["--text_encoder"]),
         (["--height", "64"], ["--width"]),
+        (["--height", "64", "--width", "64"], ["--video_size 32 64 differ"]),
+        (["--ratio", "1:1"], ["--video_size 32 64 differ"]),
+        (["--duration", "5", "--video_length", "124"], ["give one of them"]),
+        (["--dtype", "float32", "--dit_dtype", "bfloat16"], ["mean the same"]),
         (["--h3_shift_audio", "0"], ["--h3_shift_audio"]),
     ],
 )
@@ -179,3 +185,13 @@ def test_a_transformer_of_another_task_is_refused_by_its_name(tmp_path: Path, fi
 def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path, files: TinyH3) -> None:
     folder = write_qwen_tokenizer(tmp_path / "qwen")
     assert "<|lyrics_start|>" in refuse(tmp_path, files, "--tokenizer", str(folder))
+
+
+@pytest.mark.parametrize("ratio", [16 / 9, 9 / 16, 1, 21 / 9, 4 / 3, 4])
+def test_sizes_of_a_ratio_are_those_of_diffusers(ratio: float) -> None:
+    assert canvas(ratio) == resolve_canvas_size(ratio, 1, 32, 768, 768 * 1344)
+
+
+@pytest.mark.parametrize(("seconds", "frames"), [(5, 124), (5.5, 141), (0.1, 5)])
+def test_a_duration_gives_the_next_length(seconds: float, frames: int) -> None:
+    assert settle_length(None, seconds) == frames
