@@ -8,10 +8,12 @@ diffusers stores them apart, with the halves of the feed-forward's first layer i
 import functools
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
 from checkpoints.dits import DitFormat, DitHeader
+from checkpoints.encoders import stated_settings
 from checkpoints.opening import Checkpoint, plain_sources
 from contract.loading import TensorSource
 from minimax_h3.configs import KINDS, PATCH, H3Config
@@ -29,6 +31,8 @@ FILES = (
 STACKED, INTERLEAVED, DIFFUSERS = "stacked", "interleaved", "diffusers"
 HEAD_WIDTH = 128
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+AXES = 3  # of positions: time, height, width
+DIFFUSERS_CLASS = "MiniMaxH3Transformer3DModel"
 MARK = "blocks.0.attn.qkv_proj.weight"
 DIFFUSERS_MARK = "transformer_blocks.0.attn.to_q.weight"
 _BLOCKS = (("token_refiner.refiner_blocks", "token_refiner.blocks"), ("transformer_blocks", "blocks"))
@@ -101,7 +105,35 @@ def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Confi
     shapes = DitShapes(
         checkpoint.path, joined_shapes(stored_shapes, TABLE) if dialect == DIFFUSERS else stored_shapes, NAME
     )
-    return DitHeader(_read_config(shapes), dialect, names[mark].dtype)
+    config = _read_config(shapes)
+    frequencies = _stated_frequencies(checkpoint)
+    if frequencies is not None:
+        config = replace(config, frequencies=frequencies)
+    _check_positions(config, checkpoint.path)
+    return DitHeader(config, dialect, names[mark].dtype)
+
+
+def _stated_frequencies(checkpoint: Checkpoint) -> int | None:
+    """Return the frequencies of positions on each axis that the config.json next to the file says, if any.
+
+    Raises CheckpointError if that is no whole number.
+    """
+    path, settings = stated_settings(checkpoint, {DIFFUSERS_CLASS})
+    frequencies = settings.get("rope_freq_dim")
+    if frequencies is not None and type(frequencies) is not int:
+        raise CheckpointError(f"{path}: 'rope_freq_dim' is {frequencies!r:.60}. Copy the file again.", path)
+    return frequencies
+
+
+def _check_positions(config: H3Config, path: Path) -> None:
+    """Raise CheckpointError if heads have fewer channels than positions turn."""
+    turned = 2 * AXES * config.frequencies
+    if not 0 < turned <= config.head_width:
+        raise CheckpointError(
+            f"{path}: {config.frequencies} frequencies for each of {AXES} axes turn {turned} channels, heads "
+            f"have {config.head_width}. Give the file with its config.json, or copy it again.",
+            path,
+        )
 
 
 def _read_config(shapes: DitShapes) -> H3Config:

@@ -21,8 +21,15 @@ from modules.media.reading import read_image
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.minimax_h3 import test_video_vae
 from tests.parity.running import assert_equal
-from tests.tiny.language_models import write_qwen_tokenizer
-from tests.tiny.minimax_h3 import TinyH3, text_encoder, their_audio_vae, their_h3_dit, write_tiny_h3
+from tests.tiny.language_models import write_model, write_qwen_tokenizer
+from tests.tiny.minimax_h3 import (
+    TinyH3,
+    text_encoder,
+    their_audio_vae,
+    their_h3_dit,
+    write_tiny_h3,
+    write_tokenizer,
+)
 
 SCRIPT = "minimax_h3_generate_video.py"
 PROMPT = r"a cat purrs.\nThen <d>[English] hello</d>"
@@ -195,3 +202,24 @@ def test_sizes_of_a_ratio_are_those_of_diffusers(ratio: float) -> None:
 @pytest.mark.parametrize(("seconds", "frames"), [(5, 124), (5.5, 141), (0.1, 5)])
 def test_a_duration_gives_the_next_length(seconds: float, frames: int) -> None:
     assert settle_length(None, seconds) == frames
+
+
+def test_folders_of_diffusers_make_the_same(tmp_path: Path, files: TinyH3) -> None:
+    """All parts as folders, the tokenizer inside that of the text encoder."""
+    release = tmp_path / "MiniMax-H3"
+    their_h3_dit().save_pretrained(release / "transformer")
+    test_video_vae.their_vae().save_pretrained(release / "vae")
+    their_audio_vae().save_pretrained(release / "audio_vae")
+    texts = write_tokenizer(release / "text_encoder")
+    write_model(texts / "model.safetensors", text_encoder(), "transformers 5")
+    words = ["--video_length", "1", "--output_type", "latent"]
+    generate(tmp_path, files, *words)
+    expected = latents_in(tmp_path / "made")
+
+    names = {"--dit": "", "--video_vae": "vae", "--audio_vae": "", "--text_encoder": "text_encoder"}
+    folders = [word for flag, name in names.items() for word in (flag, str(release / name))]
+    fixed = ["--prompt", PROMPT, "--seed", "7", "--infer_steps", str(STEPS), "--video_size", "32", "64"]
+    succeed_here(SCRIPT, *folders, *fixed, *words, "--save_path", "again", folder=tmp_path)
+
+    for name, latents in latents_in(tmp_path / "again").items():
+        torch.testing.assert_close(latents, expected[name], atol=1e-5, rtol=1e-5, msg=name)
