@@ -182,6 +182,12 @@ def _listed(key: str, several: bool = False) -> Texts:
     return texts
 
 
+def _qwen_image_21_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
+    """Without references."""
+    slots = torch.zeros(0, dtype=torch.int64)
+    return {"vl_embed": [drawn.numbers(length, config.text_dim)], "image_slots": [slots]}
+
+
 def _flux_2_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
     return {"ctx_vec": drawn.numbers(1, length, config.text_dim)}
 
@@ -278,6 +284,7 @@ FAMILIES = {
         train="lumina_train_network",
     ),
     "flux_2": BenchFamily("flux_2", "Flux2TrainingOptions", "flux_2_generate_image", _flux_2_texts),
+    "flux_3": BenchFamily("flux_3", "Flux3TrainingOptions", "flux_3_generate_image", _listed("ctx_vec")),
     "krea2": BenchFamily(
         *("krea2", "Krea2TrainingOptions", "krea2_generate_image", _listed("krea2_vl_embed", several=True)),
         work=lambda config, shape, text: gated_work(config, count_tokens(shape), text),
@@ -291,6 +298,10 @@ FAMILIES = {
         work=lambda config, shape, text: joint_work(
             JointBlocks(config.dim, config.ffn_dim, config.num_layers), count_tokens(shape), text
         ),
+    ),
+    "qwen_image_21": BenchFamily(
+        *("qwen_image_21", "QwenImage21TrainingOptions", "qwen_image_21_generate_image"),
+        _qwen_image_21_texts,
     ),
     "z_image": BenchFamily(
         *("z_image", "ZImageTrainingOptions", "zimage_generate_image", _listed("llm_embed")),

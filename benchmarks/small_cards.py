@@ -25,6 +25,7 @@ from benchmarks.gpu_rows import (  # noqa: E402
     CHECKPOINTED,
     FLUX,
     FLUX_2,
+    FLUX_3,
     HUNYUAN,
     HUNYUAN_IMAGE,
     INT8,
@@ -35,6 +36,7 @@ from benchmarks.gpu_rows import (  # noqa: E402
     NF4,
     OFFLOADED,
     QWEN_IMAGE,
+    QWEN_IMAGE_21,
     SMALL,
     SQUARE,
     TRAINING,
@@ -67,8 +69,10 @@ ROWS = tuple(
         (LTX_2, LTX_CLIP, 256),
         (QWEN_IMAGE, SQUARE, 256),
         (FLUX_2, SQUARE, 512),
+        (FLUX_3, SQUARE, 320),  # a multiple of 80, as its texts have
         (FLUX, SQUARE, 512),
         (KREA_2, SQUARE, 256),
+        (QWEN_IMAGE_21, SQUARE, 256),
         (Z_IMAGE, SQUARE, 256),
         (HUNYUAN_IMAGE, LARGE, 256),
     )

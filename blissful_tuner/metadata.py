@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from contract.requests import Prepared
+from contract.requests import Box, Prepared
 from contract.rules import ONE_EXPERT, Expert
 from modules.atomic_write import make_storable
 from modules.version import VERSION
@@ -17,6 +17,7 @@ from modules.version import VERSION
 TUNER_VERSION = f"reelsmith {VERSION}"
 NOT_SET = "N/A"
 CREATED = "creation_timestamp"
+SHOWN = "shown_part"  # of the decoded pixels, as `Prepared.shown`: left, top, width and height
 
 # keys that the known FramePack tools write into latent files without a prefix, and read from there
 PLAIN = (
@@ -74,6 +75,8 @@ def output_metadata(
     }
     values |= _optional(prepared, device, created)
     values |= _describe_experts(prepared, experts)
+    if prepared.shown is not None:
+        values[SHOWN] = " ".join(map(str, prepared.shown))
     for name, text in prepared.own_metadata.items():
         values[name] = _FOLDERS.sub(r"\1", text) if name.endswith("_path") else text
     for expert_name, files in (loras or {}).items():
@@ -240,3 +243,11 @@ def frame_rate_in(metadata: Mapping[str, str]) -> float | None:
     except ValueError:
         return None
     return rate if 0 < rate < math.inf else None
+
+
+def shown_in(metadata: Mapping[str, str]) -> Box | None:
+    """Return the stored part of the decoded pixels that is the result; None: all of them."""
+    text = value_in(metadata, SHOWN) or ""
+    if not re.fullmatch(r"[0-9]{1,5}( [0-9]{1,5}){3}", text):
+        return None
+    return Box(*map(int, text.split()))

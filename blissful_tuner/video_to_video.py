@@ -6,6 +6,7 @@ Source: Meng et al. 2021, arXiv 2108.01073.
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 
@@ -173,7 +174,7 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
     if source.option == LATENTS:
         saved = _load_saved_latents(source, family.source, family.latent)
         return _resize_latents(saved, shape[-2], shape[-1])
-    frames = _read_frames(source, prepared, family.source.stretches)
+    frames = _read_frames(source, prepared, family.source.stretches, alpha=family.latent.has_alpha)
     if source.pad_mode is None and len(frames) < prepared.frames:
         raise _too_short(source, len(frames), prepared.frames)
     step = family.latent.frame_step
@@ -191,13 +192,19 @@ def _resize_latents(latents: Tensor, height: int, width: int) -> Tensor:
     return rearrange(scaled, "(b f) c h w -> b c f h w", b=len(latents))
 
 
-def _read_frames(source: Source, prepared: Prepared, stretches: bool) -> Tensor:
-    """Read at most the frames that the request has, F H W 3 at its size."""
+def _read_frames(source: Source, prepared: Prepared, stretches: bool, alpha: bool) -> Tensor:
+    """Read at most the frames that the request has, F H W 3 at its size.
+
+    alpha: with the transparency of a picture, if it has any: 1 H W 4.
+    """
     from modules.media import reading  # only with a source file
 
     size = prepared.width, prepared.height
     resize = reading.resize_stretched if stretches else reading.resize_cover
-    read = [reading.read_image(source.path)] if source.option == IMAGE else reading.video_frames(source.path)
+    if source.option == IMAGE:
+        read: Iterable[reading.Frame] = [reading.read_image(source.path, alpha)]
+    else:
+        read = reading.video_frames(source.path)
     sizes = reading.FrameSizes()
     watched = sizes.watch(islice(read, prepared.frames))
     frames = torch.from_numpy(numpy.stack([resize(frame, size) for frame in watched]))

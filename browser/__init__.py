@@ -34,6 +34,7 @@ new_pages: describe, check and start a folder by buttons
 options: options of run_browser.py: folders, address, token
 qr_code: a text as QR code, for terminal and page
 queue_views: pages of queue and comparison, their buttons
+receiving: write the bytes of a dropped file as they arrive
 recipes: a form to a command line and a request
 refilling: how a dropped file was made, as a form
 result_pages: results of Generate part by part, their buttons
@@ -50,6 +51,7 @@ settings_page: page of settings: folders, server, queue, bin
 settings_table: run.toml as a table of all its options
 site: what all pages of one server share
 start: serve pages or export one; show the address
+typed: a command as it can be typed in any folder
 uploads: take dropped files, judged by their content
 views: pages, curves and files of one run
 wishes: results to make, in files that servers share

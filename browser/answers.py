@@ -64,6 +64,14 @@ def answer_gone() -> Response:
     return PlainTextResponse(GONE, 404)
 
 
+def answer_gone_page(request: Request) -> Response:
+    """Return the page for an address that leads nowhere any more, with links; for a part of a page a text."""
+    if "hx-request" in request.headers:
+        return answer_gone()
+    page = render_page(HERE / "gone.html", "Not there", {"said": GONE}, POLICY)
+    return answer_page(page, 404)
+
+
 def answer_unknown() -> Response:
     return PlainTextResponse("There is no such request.", 404)
 

@@ -5,7 +5,6 @@ training will write, so that one address leads to it from the draft to the finis
 """
 
 import contextlib
-import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +15,9 @@ from typing import Any
 from browser.described import DATASET_FILE, TRAINING_TABLE, DescribedFolder, read_described
 from browser.errands import Errands, errand_name
 from browser.jobs import ENDED, QUEUE, WAITING, Job, JobQueue, as_line
-from browser.names import number_names, short_digest
+from browser.names import short_digest
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance, Runs
-from modules.atomic_write import explain_errors
+from modules.atomic_write import SPARE_BYTES, explain_errors, free_bytes
 from modules.command import message_of
 from modules.control_codes import shorten_lines
 from modules.errors import OptionError, UserError
@@ -51,6 +50,7 @@ STEPS = {
 SAMPLE = re.compile(r"sample (\d+ of \d+)(.*)", re.DOTALL)
 BYTES = re.compile(r"([\d.,]+) (\w+) of ([\d.,]+) \2")  # `11.2 GB of 34.8 GB`
 KILLED = (9, -9, 137)  # exit codes after SIGKILL
+UNWRITTEN = (1, 120)  # exit codes of Python after an error, also one while its last words are written
 SAID_LINES = 12  # of a log, on a page
 READ_LINES = 60  # in which the reason of an end is looked for
 MOST_OF_REASON = 600  # characters
@@ -171,7 +171,7 @@ def _usual_history(folder: Path) -> Path:
 def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Plan:
     values = tables[TRAINING_TABLE]
     name = str(values["output_name"])
-    check_output_name("output_name", name)
+    check_output_name("output_name", name, is_new=False)
     download = [str(word) for word in tables[OTHERS_TABLE]["commands"][0]]
     typed = dict(zip(download, download[1:], strict=False))
     prompts = values.get("sample_prompts")
@@ -322,7 +322,8 @@ class Beginnings:
         if state.name == WAITING and job is not None:
             place = waiting.numbers.index(job.id) + 1
             words = f"place {place} in the queue" + (", which is paused" if waiting.is_paused else "")
-            state = replace(state, words=words, is_paused=waiting.is_paused)
+            reason = "" if waiting.is_paused else self.queue.problem
+            state = replace(state, words=words, reason=reason, is_paused=waiting.is_paused)
         changed = max(one.changed for one in (plan, run, trace) if one is not None)
         if job is not None and (job.state == RUNNING or state.job is job):
             changed = max(changed, job.born)
@@ -557,7 +558,7 @@ def _state_of_running_job(job: Job, *histories: Glance | None) -> RunState:
     """Return how a run stands whose job runs, and of whose histories none is being written."""
     for history in histories:
         if history is not None and history.changed > job.born + SECOND:
-            return replace(state_of_run(history), job=job)  # its process is about to end
+            return _state_of_ended_run(history, job)  # its process is about to end
     return RunState(STARTING, words=job.last_lines(1), job=job, is_asked=job.stops > 0)
 
 
@@ -600,11 +601,25 @@ def _explain(job: Job, otherwise: str) -> str:
     lines = job.last_lines(READ_LINES)
     if job.code in KILLED:
         return "It was killed: memory ran out, or somebody ended it."
-    if job.code is None:
-        return "Its process has ended without a word: it was killed, or the machine went off."
     if re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", lines, re.MULTILINE):
         return shorten_lines(message_of(lines), MOST_OF_REASON)
+    if job.state == RUNNING:  # it is about to end
+        return otherwise
+    if job.code in (None, *UNWRITTEN) and _is_full(job.log.parent):
+        return (
+            f"The disk of {job.log.parent} is full: it could not write why it ended. Free some space, and "
+            "start it again; what it has saved is used."
+        )
+    if job.code is None:
+        return "Its process has ended without a word: it was killed, or the machine went off."
     return otherwise
+
+
+def _is_full(folder: Path) -> bool:
+    """Return whether nothing can be written to the disk of a folder."""
+    with contextlib.suppress(OSError):
+        return free_bytes(folder) < SPARE_BYTES
+    return False
 
 
 def _is_written_here(plan: Plan) -> bool:
@@ -626,15 +641,3 @@ def mark_state(shown: ShownRun) -> str:
     changed = 0.0 if shown.plan is None else shown.plan.changed
     facts = (state.text, state.reason, state.is_asked, state.is_paused, lines, changed)
     return short_digest(repr(facts))
-
-
-def free_name(plan: Plan) -> str:
-    """Return a name for a further run of a folder: `own-2`, or the next number that no run has."""
-    base = re.sub(r"-\d{1,4}$", "", plan.name) or plan.name
-    taken = set()
-    with contextlib.suppress(OSError):
-        taken = set(os.listdir(plan.output))
-    names = itertools.islice(number_names(base), 1, None)
-    return next(
-        name for name in names if not any(entry.startswith((f"{name}.", f"{name}-")) for entry in taken)
-    )

@@ -68,22 +68,26 @@ class BinFolder:
 
     def _take_one(self, path: Path, base: Path, name: str) -> Path:
         """Move a file or folder; return the place that it is in."""
-        with explain_errors(path):
-            for place in self.places:
-                if place.is_symlink():
-                    raise OutputError(f"{place} is a link: make it a folder")
-                target = _free_name(place / name / path.relative_to(base))
-                is_new = not place.exists()
-                target.parent.mkdir(parents=True, exist_ok=True)
+        for place in self.places:
+            target = _free_name(place / name / path.relative_to(base))
+            with explain_errors(target):
                 try:
-                    path.rename(target)
+                    rename_into(path, target, place)
                 except OSError as error:
-                    _remove_empty(target.parent, place.parent if is_new else place)
                     if error.errno != errno.EXDEV:
                         raise
                 else:
                     return place
         raise OutputError(f"{path} is on another disk than {self.places[0]}. Delete it by hand")
+
+    def find_place(self, path: Path) -> Path:
+        """Return the folder that a file would be moved into; the first one if all are on other disks."""
+        with contextlib.suppress(OSError):
+            disk = path.lstat().st_dev
+            for place in self.places:
+                if (place if place.exists() else place.parent).stat().st_dev == disk:
+                    return place
+        return self.places[0]
 
     def empty(self, mark: str) -> int:
         """Delete all that is in it for good; return how many bytes that were.
@@ -102,6 +106,23 @@ class BinFolder:
                     entry.path.unlink()
             size_bytes += entry.size_bytes
         return size_bytes
+
+
+def rename_into(path: Path, target: Path, place: Path) -> None:
+    """Rename a file or folder to a path below `place`, which takes no time and no space.
+
+    place: folder of a bin. It and the folders in it are created; those that stay empty are removed. Raises
+    OutputError if it is a link, OSError if the path cannot be renamed: EXDEV if it is on another disk.
+    """
+    if place.is_symlink():
+        raise OutputError(f"{place} is a link: make it a folder")
+    is_new = not place.exists()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    except OSError:
+        _remove_empty(target.parent, place.parent if is_new else place)
+        raise
 
 
 def _measure(path: Path) -> BinEntry:

@@ -113,6 +113,7 @@ class ComparableRun:
                 step=step,
                 loss=None if validation is None else validation[1],
                 is_best=best in (high_noise_name, *names),
+                twins=names[1:],
             )
             files.append(file)
         return files
@@ -128,6 +129,7 @@ class ComparedFile:
     step: int
     loss: float | None
     is_best: bool
+    twins: Sequence[str] = ()  # names of further files with the same weights
 
     @property
     def key(self) -> str:

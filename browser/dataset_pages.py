@@ -16,12 +16,20 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_json, answer_template
+from browser.answers import (
+    GONE,
+    NO_WRITING,
+    answer_body,
+    answer_gone,
+    answer_gone_page,
+    answer_json,
+    answer_template,
+)
 from browser.captions import Captions, caption_values
 from browser.datasets import MODELS, Datasets, File, FoundDataset, Measured
 from browser.options import PROJECT_CONFIG
 from browser.runs import Runs
-from modules.command import as_typed
+from browser.typed import typed_anywhere
 from modules.errors import MediaError
 from modules.media.reading import first_frame
 from modules.pages.page import reduce_frame
@@ -175,7 +183,7 @@ class DatasetPages:
     def _describe_outside(self, folders: Sequence[Path]) -> dict[str, str]:
         """Return the state of a dataset of which folders are missing on the command line, which has them."""
         names = [str(folder) for folder in dict.fromkeys([*self.runs.tops, *folders])]
-        return {"state": "outside", "command": as_typed(["python", "tools/run_browser.py", *names])}
+        return {"state": "outside", "command": typed_anywhere(["python", "tools/run_browser.py", *names])}
 
     def show(self, dataset: FoundDataset, id: str, file: File) -> dict[str, Any]:
         """Return the JSON values that the page shows of a file, with its current caption."""
@@ -363,6 +371,8 @@ def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
 
         def answer(request: Request, *body: bytes) -> Response:
             dataset = pages.datasets.find(request.path_params["id"])
+            if dataset is None and request.url.path.count("/") == 3:  # its page, not a part of it
+                return answer_gone_page(request)
             return answer_gone() if dataset is None else show(dataset, request, *body)
 
         return answer

@@ -14,7 +14,7 @@ from modules.text_files import parse_json, read_text
 FOLDER = "drafts"  # in that of the wishes
 NAME = re.compile(r"[0-9a-f]{16}")
 MOST_DRAFTS = 40
-MOST_BYTES = 1 << 18
+MOST_BYTES = 1 << 20
 
 Fields = Mapping[str, Sequence[str]]
 

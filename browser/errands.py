@@ -17,7 +17,7 @@ from browser import launch
 from browser.jobs import KINDS, LOGS, Job, JobQueue, as_line, refuse_link
 from browser.names import short_digest
 from browser.runs import RUNNING, is_living
-from modules.atomic_write import append_text, explain_errors, write_text
+from modules.atomic_write import append_text, check_space, explain_errors, write_text
 from modules.errors import OptionError, OutputError
 from modules.file_locks import only_one
 from modules.installation import PROGRESS
@@ -74,6 +74,7 @@ class Errands:
                 earlier = self.find(name)
                 if earlier is not None and earlier.state == RUNNING:
                     raise OptionError("it is running already: wait until it has ended, or stop it")
+                check_space(self._record(name), MOST_OF_RECORD)  # before the earlier one is gone
                 log = self._log(name)
                 progress = log.with_suffix(".progress")  # of loops, for pages that show it
                 for path in (log, log.with_suffix(".code"), progress):

@@ -5,8 +5,8 @@ headers of the files in view are read.
 """
 
 import contextlib
+import errno
 import os
-import shutil
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +20,14 @@ from starlette.routing import Route
 
 from browser.answers import GONE, NO_WRITING, answer_body, answer_gone, answer_json
 from browser.bin_folder import FOLDER as BIN
+from browser.bin_folder import rename_into
 from browser.captions import Captions, caption_values
 from browser.dataset_pages import Thumbnails, answer_stamped, read_part
 from browser.folders import MOST_ENTRIES, find_folder
 from browser.names import short_digest
 from browser.runs import Runs
 from modules.atomic_write import explain_errors
-from modules.errors import MediaError, OptionError, UserError
+from modules.errors import MediaError, OptionError, OutputError, UserError
 from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, image_size
@@ -68,20 +69,45 @@ def find_caption_file(folder: Path, name: str) -> Path:
     return other if other.exists() and not usual.exists() else usual
 
 
+def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
+    """Return the names of those files whose caption is missing or empty. Raises OSError.
+
+    The folder is read once: thousands of files, each with its caption, are asked for at each scrolling.
+    """
+    sizes: dict[str, int] = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith((".txt", ".caption")):
+                with contextlib.suppress(OSError):  # a link to nothing
+                    sizes[entry.name] = entry.stat().st_size
+    stems = {name: Path(name).stem for name in names}
+    return [
+        name for name, stem in stems.items() if not sizes.get(f"{stem}.txt", sizes.get(f"{stem}.caption", 0))
+    ]
+
+
 class LeftOut:
-    """Move files of a folder, with their captions, out of it into the bin of its root, and back."""
+    """Move files of a folder, with their captions, out of it into the bin of its root, and back.
+
+    It is no `BinFolder`: what that takes lies below the time at which it was taken, and no page gives it
+    back. These files lie below the name of their folder, whose page lists them. Both rename.
+    """
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
 
     def place(self, folder: Path) -> Path:
-        """Return the folder that the files of a folder are moved into."""
-        return self.runs.find_top(folder) / BIN / LEFT_OUT / f"{folder.name} {short_digest(folder, 4)}"
+        """Return the folder that the files of a folder are moved into. Raises OutputError if it is a link."""
+        top = real_path(self.runs.find_top(folder))
+        place = top / BIN / LEFT_OUT / f"{folder.name} {short_digest(folder, 4)}"
+        if os.path.normcase(real_path(place)) != os.path.normcase(place):
+            raise OutputError(f"{place} is a link, or below one. Remove the link")
+        return place
 
     def list_names(self, folder: Path) -> list[str]:
         try:
             return list_names(self.place(folder))
-        except OSError:
+        except (OSError, OutputError):
             return []
 
     def leave_out(self, folder: Path, name: str) -> None:
@@ -90,9 +116,10 @@ class LeftOut:
 
     def put_back(self, folder: Path, name: str) -> None:
         """Move a file back into its folder. Raises UserError."""
-        self._move(self.place(folder), folder, name)
+        place = self.place(folder)
+        self._move(place, folder, name)
         with contextlib.suppress(OSError):  # there are more
-            self.place(folder).rmdir()
+            place.rmdir()
 
     def _move(self, start: Path, target: Path, name: str) -> None:
         """Move a file and its captions, if nothing of their names is at the target."""
@@ -104,12 +131,16 @@ class LeftOut:
         if len(others) == 1:  # else the caption is also that of another file
             paths += [caption for caption in _caption_files(path) if caption.is_file()]
         for moved in paths:
-            if (target / moved.name).exists():
+            if os.path.lexists(target / moved.name):
                 raise OptionError(f"{target / moved.name} is there already. Rename one of the two")
         with explain_errors(target / name):
-            target.mkdir(parents=True, exist_ok=True)
-            for moved in paths:
-                shutil.move(moved, target / moved.name)
+            try:
+                for moved in paths:
+                    rename_into(moved, target / moved.name, target)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                raise OutputError(f"{path} is on another disk than {target}. Move it by hand") from None
 
 
 def _caption_files(path: Path) -> list[Path]:
@@ -155,7 +186,7 @@ class FolderFiles:
         """Return files of a folder. Raises OSError, and ValueError if numbers are wrong."""
         part = read_part(query)
         names = list_names(folder)
-        uncaptioned = [name for name in names if not self.has_caption(folder, name)]
+        uncaptioned = list_uncaptioned(folder, names)
         chosen = uncaptioned if query.get("only") == "uncaptioned" else names
         words = query.get("text", "").lower().split()
         if words:
@@ -168,12 +199,6 @@ class FolderFiles:
             "chosen": len(chosen),
             "files": [self.show(folder, name) for name in chosen[part]],
         }
-
-    def has_caption(self, folder: Path, name: str) -> bool:
-        """Return whether a file has a caption file that is not empty."""
-        with contextlib.suppress(OSError):
-            return find_caption_file(folder, name).stat().st_size > 0
-        return False
 
     def _has_words(self, folder: Path, name: str, words: Sequence[str]) -> bool:
         """Return whether all words are in a file's name or caption."""

@@ -156,10 +156,20 @@ class FolderSettingsPages:
     def show(self, folder: Path, _: Mapping[str, str]) -> Response:
         return self.answer(folder)
 
-    def answer(self, folder: Path, change: DraftChange | None = None, is_refused: bool = False) -> Response:
-        """Return the settings of a folder. change: what a form would save."""
+    def answer(
+        self,
+        folder: Path,
+        change: DraftChange | None = None,
+        is_refused: bool = False,
+        chosen_problem: str = "",
+    ) -> Response:
+        """Return the settings of a folder.
+
+        change: what a form would save. chosen_problem: why it cannot be found out what `new` chose.
+        """
+        view = self.view(folder, change or DraftChange(part=""))
         values = {
-            "view": self.view(folder, change or DraftChange(part="")),
+            "view": replace(view, chosen_problem=chosen_problem or view.chosen_problem),
             "field_of": field_of,
             "can_write": not self.site.read_only,
             "table_part": TABLE,
@@ -278,7 +288,7 @@ class FolderSettingsPages:
             if errand is None or errand.words != words or errand.state != RUNNING:
                 self.site.errands.start(errand_name(CHOSEN, folder), words, Path.cwd())
         except (OSError, ValueError, UserError) as error:
-            return self.answer(folder, DraftChange(part=TABLE, fault=str(error)), is_refused=True)
+            return self.answer(folder, is_refused=True, chosen_problem=str(error))
         return self.answer(folder)
 
 

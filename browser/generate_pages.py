@@ -1,7 +1,6 @@
 """The page Generate: a form for a picture or clip, what is being made, and the results of all days."""
 
 import secrets
-import shlex
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +39,7 @@ from browser.recipes import (
 )
 from browser.refilling import FoundSettings, read_found
 from browser.site import Site
+from browser.typed import typed_anywhere
 from browser.wishes import Making
 from contract.families import HIGH_NOISE, LOW_NOISE
 from downloads.catalogue import model_sets
@@ -197,7 +197,9 @@ class GeneratePages:
             "experts": EXPERTS,
             "sources": sources,
             "no_stable_diffusion": NO_STABLE_DIFFUSION,
-            "rows": rows,
+            "rows": [row for row in rows if not row.reason or row.path in form.strengths],
+            "other_rows": [row for row in rows if row.reason and row.path not in form.strengths],
+            "foreign_rows": [] if recipe is None else self.shelf.list_of_other_families(recipe),
             "usual_expert": lambda row: usual_expert(row, recipe.folder) if recipe else BOTH,
             "command": "" if wish is None else self.command_of(wish, form),
             "draft": draft or self.drafts.new_name(),
@@ -335,7 +337,7 @@ class GeneratePages:
         words = wish.command(form.texts.get("seed", "").strip())
         if form.count.strip() not in ("", "1"):
             words += [flag_of("num_videos", wish.recipe.defaults), form.count.strip()]
-        return shlex.join(words)
+        return typed_anywhere(words, wish.recipe.folder)
 
     def change(self, request: Request, fields: Form) -> Response:
         """Do what a button asks for."""
@@ -410,7 +412,7 @@ class GeneratePages:
         async def handle(request: Request) -> Response:
             name = request.query_params.get("name", "")
             try:
-                path = await self.inputs.receive(request.stream())
+                path = await self.inputs.receive(request.stream(), name)
                 return await run_in_threadpool(answer, path, name)
             except (UserError, OSError) as error:
                 return answer_json({"said": str(error)}, 422)
@@ -442,8 +444,9 @@ class GeneratePages:
         rows = self.shelf.list_rows(recipe)
         strengths: dict[str, str] = {}
         for row in rows:
-            if row.name in found.loras and not any(Path(path).name == row.name for path in strengths):
-                strengths[row.path] = found.loras[row.name]
+            names = row.names & found.loras.keys()
+            if names and not any(Path(path).name in row.names for path in strengths):
+                strengths[row.path] = found.loras[min(names)]
         texts = {**usual_form(source, recipe, []).texts, **found.fields(recipe)}
         return MakingForm(source, texts=texts, strengths=strengths, is_locked=bool(texts.get("seed")))
 
@@ -456,7 +459,8 @@ class GeneratePages:
         elif self._fit(found, form.source) < 0:
             name = f"{found.model} {found.task}".strip()
             sentences.append(f"Its model, {name}, is not among the models here: choose one.")
-        chosen = {Path(path).name for path in form.strengths}
+        rows = self.shelf.list_rows(recipe)
+        chosen = {name for row in rows if row.path in form.strengths for name in row.names}
         sentences += [f"{name}, a LoRA of it, is not here." for name in found.loras if name not in chosen]
         sentences += [
             f"It began from {text.splitlines()[0]}: drop that on the form."

@@ -4,11 +4,11 @@ import contextlib
 import hashlib
 import os
 import re
-import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from modules.atomic_write import check_space, explain_errors
+from browser.receiving import write_arriving
+from modules.atomic_write import check_space, explain_errors, remove_leftovers, temporary_name
 from modules.errors import MediaError, OptionError
 from modules.media.opening import open_image, open_video
 from modules.run_limits import refuse_writing
@@ -19,7 +19,6 @@ MOST_FILES = 1000
 LONGEST_NAME = 60  # characters
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
 CLIPS = {"mov": ".mp4", "matroska": ".mkv", "avi": ".avi"}  # by the first name of FFmpeg's format
-PARTLY = re.compile(r"\.[0-9a-f]{16}\.part")
 
 
 class InputFolder:
@@ -28,26 +27,22 @@ class InputFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    async def receive(self, chunks: AsyncIterator[bytes]) -> Path:
-        """Write what comes to a temporary file, and return it.
+    async def receive(self, chunks: AsyncIterator[bytes], name: str) -> Path:
+        """Write what arrives to a temporary file, and return it. name: of the dropped file, for messages.
 
         Raises OptionError if it is too large or there are too many, OutputError if it cannot be written.
         """
-        path = self.folder / f".{secrets.token_hex(8)}.part"
+        path = temporary_name(self.folder / "input")
         refuse_writing(path)
-        with explain_errors(path):
+        place = self.folder / (plain_name(name) or "input")
+        with explain_errors(place):
             self.folder.mkdir(parents=True, exist_ok=True)
             if sum(1 for _ in os.scandir(self.folder)) >= MOST_FILES:
                 raise OptionError(f"{self.folder} has {MOST_FILES:,} files: remove some of them first")
-            check_space(path, 1)
-            size = 0
+            remove_leftovers(self.folder)
+            check_space(place, 1)
             try:
-                with path.open("xb") as file:
-                    async for chunk in chunks:
-                        size += len(chunk)
-                        if size > MOST_BYTES:
-                            raise OptionError(f"It has more than {MOST_BYTES >> 20} MB")
-                        file.write(chunk)
+                await write_arriving(chunks, path, "It", MOST_BYTES)
             except BaseException:
                 path.unlink(missing_ok=True)
                 raise
@@ -71,9 +66,14 @@ class InputFolder:
             raise
 
 
+def plain_name(name: str) -> str:
+    """Return a file's name without folders."""
+    return re.split(r"[\\/]", name)[-1]
+
+
 def plain_stem(name: str) -> str:
     """Return a file's name without folders, suffix and characters that a shell or a disk minds."""
-    stem = re.split(r"[\\/]", name)[-1].rpartition(".")[0]
+    stem = plain_name(name).rpartition(".")[0]
     words = re.sub(r"[\W-]+", "-", stem).strip("-")[:LONGEST_NAME]
     return words or "input"
 

@@ -22,7 +22,7 @@ import psutil  # comes with accelerate
 from modules.atomic_write import write_text
 from modules.command import did_you_mean, message_of
 from modules.control_codes import shorten
-from modules.errors import OptionError
+from modules.errors import OptionError, OutputError
 from modules.installation import (
     FROM_QUEUE,
     LONGEST_NAME,
@@ -275,11 +275,20 @@ def main() -> None:
             program, cwd=folder, env=program_environment(**{FROM_QUEUE: "1"}), stdin=subprocess.DEVNULL
         )
     except OSError as error:
-        write_text(Path(path), "1")
+        write_code(Path(path), 1)
         raise SystemExit(f"{folder}: no job can be started there: {error.strerror}") from None
     if signals and sys.platform != "win32":  # they came before it was there
         process.send_signal(signals[0])
-    write_text(Path(path), str(process.wait()))
+    write_code(Path(path), process.wait())
+
+
+def write_code(path: Path, code: int) -> None:
+    """Write the exit code of a job. On a full disk, no message of this hides what the job has said last."""
+    try:
+        write_text(path, str(code))
+    except OutputError:
+        with contextlib.suppress(OSError):  # then its state is told by its log and its history
+            path.write_text(str(code), encoding="utf-8")
 
 
 if __name__ == "__main__":

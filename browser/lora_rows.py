@@ -29,10 +29,33 @@ class LoraRow:
     loss: float | None = None
     is_best: bool = False
     folder: str = ""
+    family: str = ""
+    task: str = ""  # that it was trained for; empty if its command has none
+    twins: Sequence[str] = ()  # paths of further files with the same weights
+    reason: str = ""  # why it may not fit the chosen model
 
     @property
     def name(self) -> str:
         return Path(self.path).name
+
+    @property
+    def names(self) -> set[str]:
+        """Return the names of the files that hold its weights."""
+        return {self.name, *(Path(path).name for path in self.twins)}
+
+    def for_recipe(self, recipe: ModelRecipe) -> "LoraRow":
+        """Return the row with its file as the recipe's command has it, and why it may not fit."""
+        task = "".join(recipe.fixed.get("--task", ()))
+        reason = f"trained for {self.task}, not {task}" if self.task and task and self.task != task else ""
+        for lora in recipe.loras:
+            full = _full(recipe, lora.path)
+            if full == self.path:
+                return replace(self, path=lora.path, reason=reason)
+            if full in self.twins:
+                high_path = self.high_path and full.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
+                others = [path for path in (self.path, *self.twins) if path != full]
+                return replace(self, path=lora.path, high_path=high_path, twins=others, reason=reason)
+        return replace(self, reason=reason)
 
     def as_used(self, strength: str, expert: str, has_experts: bool) -> list[UsedLora]:
         """Return the LoRA as a generation uses it. expert: BOTH, HIGH_NOISE or LOW_NOISE."""
@@ -83,6 +106,9 @@ class RunShelf:
                 loss=file.loss,
                 is_best=file.is_best,
                 folder=str(file.paths[0].parent),
+                family=source.family,
+                task="".join(source.options.get("--task", ())),
+                twins=[str(file.paths[0].with_name(name)) for name in file.twins],
             )
             for file in source.files
             if all(map(self.runs.is_inside, file.paths))
@@ -96,7 +122,7 @@ class RunShelf:
     def names_of(self, run_id: str) -> set[str]:
         """Return the names of a run's files."""
         known = self._rows.get(run_id)
-        return set() if known is None else {row.name for row in known[2]}
+        return set() if known is None else {name for row in known[2] for name in row.names}
 
     def list_rows(self, recipe: ModelRecipe) -> list[LoraRow]:
         """Return the LoRAs for a recipe: those of its own command, then those of runs of its family."""
@@ -106,9 +132,18 @@ class RunShelf:
             rows.setdefault(_full(recipe, lora.path), row)
         for _, family, run_rows in self._rows.values():
             for row in run_rows if family == recipe.family else ():
-                rows[row.path] = replace(row, path=_as_named(row.path, recipe))
+                named = row.for_recipe(recipe)
+                rows[_full(recipe, named.path)] = named
         taken = {_full(recipe, row.high_path) for row in rows.values() if row.high_path}
         return [row for path, row in rows.items() if path not in taken]
+
+    def list_of_other_families(self, recipe: ModelRecipe) -> list[LoraRow]:
+        """Return the LoRAs of runs that the model of a recipe cannot take."""
+        rows = []
+        for _, family, run_rows in self._rows.values():
+            if family != recipe.family:
+                rows += [replace(row, reason=f"of {family}, not {recipe.family}") for row in run_rows]
+        return rows
 
     def find_source(self, run_id: str) -> ComparableRun | None:
         """Return a run that generates; None if there is none of this id. Raises OSError."""
@@ -118,14 +153,6 @@ class RunShelf:
 
 def _full(recipe: ModelRecipe, path: str) -> str:
     return str(recipe.folder / path) if path else ""
-
-
-def _as_named(path: str, recipe: ModelRecipe) -> str:
-    """Return the path of a file as the recipe's command has it, if it does."""
-    for lora in recipe.loras:
-        if _full(recipe, lora.path) == path:
-            return lora.path
-    return path
 
 
 def chosen_at_first(recipe: ModelRecipe, rows: Sequence[LoraRow]) -> dict[str, tuple[str, str]]:

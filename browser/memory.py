@@ -30,6 +30,7 @@ from browser.jobs import Job
 from browser.runs import RUNNING
 from browser.settings_table import NUMBER, find_training_script, read_settings, refuse_new_faults
 from browser.site import Site
+from browser.typed import typed_anywhere
 from modules.errors import OptionError, UserError
 from modules.text_files import read_text
 from project.fitting import find_memory
@@ -225,7 +226,7 @@ class MemoryPages:
             "sizes": sorted({*SIZES, size, *([card] if card else [])}),
             "missing": self.list_missing(described),
             "duration": describe_duration(self.site.runs, described, described.steps),
-            "command": f"cd {shlex.quote(str(folder))} && {shlex.join(self.plan_words(file, size))}",
+            "command": typed_anywhere(self.plan_words(file, size), folder),
             "can_write": not self.site.read_only,
             "fault": fault,
             "done": done,

@@ -16,9 +16,9 @@ from browser.bin_folder import BinFolder
 from browser.errands import Errands, errand_name
 from browser.jobs import Job
 from browser.runs import RUNNING
+from browser.typed import typed_anywhere
 from downloads.catalogue import Component, Licence, ModelSet, ReleasedFile, family_title, model_sets
 from downloads.listing import gigabytes, total_bytes
-from modules.command import as_typed
 from modules.errors import OptionError, OutputError
 from modules.progress import read_progress
 from modules.text_files import real_path
@@ -106,8 +106,7 @@ class TaskFiles:
 
     def shown_download(self, models: Path) -> str:
         """Return the command as it is typed."""
-        _, _, *options = self.download_words(models)
-        return as_typed(["python", "tools/download.py", *options])
+        return typed_anywhere(self.download_words(models))
 
 
 def task_name(model: ModelSet) -> str:

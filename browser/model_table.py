@@ -4,8 +4,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from browser.folders import MediaFolder
+from checkpoints.first_bytes import describe_kind as describe_beginning
+from checkpoints.first_bytes import is_pointer_or_page
 from checkpoints.kinds import kind_of
 from downloads.catalogue import Component, Licence, ModelSet
 from downloads.listing import gigabytes, total_bytes
@@ -39,8 +42,7 @@ def describe_kind(model: ModelSet) -> str:
     if needs_picture(model):
         return "edits"
     if model.data["frames"] == 1:
-        edits = "edits" in model.about or model.family == "flux_2"
-        return "pictures and edits" if edits else "pictures"
+        return "pictures and edits" if "edits" in model.about else "pictures"
     hears = "sound_alone" in model.data and "without sound" not in model.about
     return "clips and sound" if hears else "clips"
 
@@ -131,8 +133,28 @@ def describe_file(text: str) -> str:
         if suffix != ".safetensors":
             return f"{gigabytes(size_bytes)}; what it is, Describe looks up"
         with path.open("rb") as file:
-            _, entries, _ = read_tensor_header(file.read, size_bytes)
+            start = file.read(16)
+            file.seek(0)
+            if not start:
+                return "It is empty. Download or copy it again."
+            if is_pointer_or_page(start):
+                return f"It {describe_beginning(start)}"
+            header = read_tensor_header(file.read, size_bytes)
     except (OSError, ValueError) as error:
-        return f"It cannot be read: {error}"
-    kind = kind_of(entries)
+        return f"It cannot be read: {error}. Download or copy it again."
+    end = header.start + _find_end(header.entries)
+    if end > size_bytes:
+        return f"It is incomplete: it has {size_bytes:,} of {end:,} bytes. Download or copy it again."
+    kind = kind_of(header.entries)
     return f"{kind or 'a file of no model that is known here'}, {gigabytes(size_bytes)}"
+
+
+def _find_end(entries: Mapping[str, Any]) -> int:
+    """Return the byte, from the first of the data on, at which the last tensor of a header ends.
+
+    Raises ValueError if an entry is none of a tensor.
+    """
+    try:
+        return max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except (TypeError, LookupError, ValueError, OverflowError):
+        raise ValueError("its header does not say where its tensors are") from None

@@ -1,8 +1,10 @@
 """Short names: digests of paths and of what a page shows, and names that nothing has yet."""
 
+import contextlib
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,3 +19,18 @@ def number_names(name: str) -> Iterator[str]:
     yield name
     for number in itertools.count(2):
         yield f"{name}-{number}"
+
+
+def free_name(output: Path, name: str) -> str:
+    """Return a name for a further run in a folder: `own-2`, or the next number that no run has.
+
+    name: of the run that it follows, such as `own` or `own-3`. A run's files begin with its name.
+    """
+    base = re.sub(r"(?<=\D)-\d{1,4}$", "", name)  # behind a digit it may be the day of a date
+    entries: list[str] = []
+    with contextlib.suppress(OSError):
+        entries = os.listdir(output)
+    names = itertools.islice(number_names(base), 1, None)
+    return next(
+        free for free in names if not any(entry.startswith((f"{free}.", f"{free}-")) for entry in entries)
+    )

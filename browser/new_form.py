@@ -7,7 +7,6 @@ from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from browser.described import DescribedFolder
-from browser.names import number_names
 from modules.errors import OptionError
 from modules.option_values import option_words
 from modules.output_files import check_output_name
@@ -192,8 +191,3 @@ def list_key_changes(form: NewForm, before: NewForm) -> dict[str, Any]:
     if form.steps != before.steps and form.steps:
         changes["max_train_steps"] = read_steps(form.steps)
     return changes
-
-
-def free_name(output: Path, name: str) -> str:
-    """Return a name that no LoRA in a folder has: the given one, or with -2, -3, ... behind it."""
-    return next(free for free in number_names(name) if not (output / f"{free}.safetensors").exists())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+from markupsafe import escape
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -25,6 +26,7 @@ from browser.answers import (
     answer_form,
     answer_gone,
     answer_move,
+    answer_page,
     answer_template,
     answer_unknown,
     read_query,
@@ -51,6 +53,7 @@ from browser.errands import errand_name, has_changed_since
 from browser.folder_files import FolderFiles, file_routes, list_names, picture_address
 from browser.folders import (
     CHECK_PAGE,
+    MediaFolder,
     find_folder,
     list_media_folders,
     read_media_folder,
@@ -67,10 +70,10 @@ from browser.model_table import (
     list_missing,
     list_model_rows,
 )
+from browser.names import free_name
 from browser.new_form import (
     NewForm,
     check_form,
-    free_name,
     list_differing,
     list_key_changes,
     list_unwritten,
@@ -80,6 +83,7 @@ from browser.new_form import (
 from browser.runs import RUNNING
 from browser.said import REPAIR, SaidLine, find_command, read_changes, read_said
 from browser.site import Site
+from browser.typed import typed_anywhere
 from browser.uploads import ADDRESS as UPLOAD
 from browser.uploads import FileUploads, name_of_day
 from browser.views import POLICY
@@ -120,7 +124,7 @@ class DescribePlan:
         if self.changes:
             keys = ", ".join(f"{name} = {value!r}".replace("'", '"') for name, value in self.changes.items())
             return f"{RUN_FILE}: {keys}"
-        return shlex.join(self.words)
+        return typed_anywhere(self.words)
 
 
 class NewPages:
@@ -171,7 +175,7 @@ class NewPages:
         is_failed = errand is not None and errand.state not in (RUNNING,) and errand.code != 0
         if is_described(folder) and not is_failed:
             try:
-                return NewForm.of_described(read_described(folder), self.site.models)
+                return self.form_of(read_described(folder))
             except (OSError, ValueError):
                 return NewForm(folder=str(folder))
         if errand is not None:
@@ -184,12 +188,11 @@ class NewPages:
         shown: the address of that page's form when it was made; empty if the folder was not described.
         """
         described, _ = self.try_read(folder)
-        return described is not None and NewForm.of_described(described, self.site.models).address == shown
+        return described is not None and self.form_of(described).address == shown
 
     def suggest_name(self, folder: Path) -> str:
         """Return a free name for a LoRA if the usual one, that of the folder, is taken; else nothing."""
-        free = free_name(folder / "output", folder.name)
-        return "" if free == folder.name else free
+        return find_free_name(folder / "output", folder.name)
 
     def is_pending(self, comparing: Job, folder: Path) -> bool:
         """Return whether shown changes are still those that the files would get."""
@@ -201,53 +204,70 @@ class NewPages:
         error: why a request was refused. message: something else to show. is_part: the list of folders is
         left out, as only other parts of the page are taken.
         """
-        site = self.site
-        folder = find_folder(site.runs, form.folder)
+        folder = find_folder(self.site.runs, form.folder)
         described, problem = self.try_read(folder)
         problem = error or message or problem
         if form.folder and folder is None and not error:
             problem = self.explain_folder(form.folder)
         content = None if folder is None else read_media_folder(folder)
-        rows = list_model_rows(site.models, self.memory, content)
-        chosen = next((row for row in rows if row.value == f"{form.family} {form.task}"), None)
-        folders = [] if is_part else list_media_folders(site.runs)
         values = {
+            **self.progress_values(folder, described),
+            **self.folder_values(folder, content, is_part),
+            **self.model_values(form, content),
             "form": form,
-            "folder": folder,
-            "folders": folders[:PART],
-            "num_folders": len(folders),
-            "next_folder": PART,
-            "content": content,
-            "rows": rows,
-            "families": list(dict.fromkeys(row.model.family for row in rows)),
-            "tasks": [row for row in rows if row.model.family == form.family],
-            "chosen": chosen,
-            "options": _file_options(chosen),
-            "memory": self.memory,
-            "roots": site.runs.tops,
-            "into": str(folder or name_of_day(site.runs.tops[0], date.today())),
-            "upload": UPLOAD,
-            "picture_address": picture_address,
             "plan": self.plan_or_none(form, folder, described),
-            "described": described,
             "duration": self.describe_duration(form, described),
-            "shown": "" if described is None else NewForm.of_described(described, site.models).address,
-            "free_name": self.find_free_name(form, folder, described),
-            "rows_address": "" if content is None else self.files.address(content.path),
-            "files_address": "" if folder is None else self.files.address(folder),
-            "left_out": [] if folder is None else self.files.left_out.list_names(folder),
+            "shown": "" if described is None else self.form_of(described).address,
+            "free_name": _free_name_of(form, folder, described),
             "engine": CAPTION_MODEL,
             "engine_size": describe_engine(CAPTION_MODEL),
             "tried": TRIED,
-            "caption_line": shlex.join(caption_words("", "")),
-            "can_write": not site.read_only,
+            "caption_line": typed_anywhere(caption_words("", ""), folder),
             "said": problem,
-            **self.progress_values(folder, described),
             "refused": error if folder is None else "",  # of a button whose folder is gone
         }
         response = answer_template("new.html", "New", values, is_refused=error != "", policy=PAGE_POLICY)
         response.headers["content-security-policy"] = f"{PAGE_POLICY}; frame-ancestors 'none'"
         return response
+
+    def folder_values(
+        self, folder: Path | None, content: MediaFolder | None, is_part: bool
+    ) -> dict[str, Any]:
+        """Return what the page shows of the folders, and of the chosen one.
+
+        content: of the chosen one. is_part: see `answer`.
+        """
+        tops = self.site.runs.tops
+        folders = [] if is_part else list_media_folders(self.site.runs)
+        return {
+            "content": content,
+            "folders": folders[:PART],
+            "num_folders": len(folders),
+            "next_folder": PART,
+            "roots": tops,
+            "into": str(folder or name_of_day(tops[0], date.today())),
+            "upload": UPLOAD,
+            "picture_address": picture_address,
+            "rows_address": "" if content is None else self.files.address(content.path),
+            "files_address": "" if folder is None else self.files.address(folder),
+            "left_out": [] if folder is None else self.files.left_out.list_names(folder),
+        }
+
+    def model_values(self, form: NewForm, content: MediaFolder | None) -> dict[str, Any]:
+        """Return what the page shows of the models, and of the chosen one. content: of the folder."""
+        rows = list_model_rows(self.site.models, self.memory, content)
+        chosen = next((row for row in rows if row.value == f"{form.family} {form.task}"), None)
+        return {
+            "rows": rows,
+            "families": list(dict.fromkeys(row.model.family for row in rows)),
+            "tasks": [row for row in rows if row.model.family == form.family],
+            "options": _file_options(chosen),
+            "memory": self.memory,
+        }
+
+    def form_of(self, described: DescribedFolder) -> NewForm:
+        """Return the form of a described folder."""
+        return NewForm.of_described(described, self.site.models)
 
     def describe_duration(self, form: NewForm, described: DescribedFolder | None) -> str:
         """Return how long the steps in the form take; empty if it is not known."""
@@ -271,25 +291,45 @@ class NewPages:
     def progress_values(self, folder: Path | None, described: DescribedFolder | None) -> dict[str, Any]:
         """Return what the part of the page shows that changes while commands run."""
         site = self.site
+        errands = {kind: self.find_errand(kind, folder) for kind in ERRANDS}
+        job = self.find_job(folder)
+        captioning = self.find_captioning(folder)
+        works = [errand is not None and errand.state == RUNNING for errand in errands.values()]
+        works += [entry is not None and entry.state in (WAITING, RUNNING) for entry in (job, captioning)]
+        return {
+            **self.said_values(folder, errands),
+            **self.loading_values(described),
+            "folder": folder,
+            "described": described,
+            "tries": [] if folder is None else read_tries(errands[TRY], folder),
+            "repair_line": self.repair_line(folder),
+            "commands": list_commands(folder),
+            "run_command": "" if described is None else typed_anywhere(self.run_words(described)),
+            "check_command": "" if folder is None else typed_anywhere(check_words(folder)),
+            "job": job,
+            "run_address": self.find_run(described),
+            "captioning": captioning,
+            "is_busy": any(works),
+            "is_paused": site.queue.worker == "",
+            "queue_problem": site.queue.problem,
+            "can_write": not site.read_only,
+            "mark": "" if folder is None else mark_files(folder),
+            "refused": "",
+        }
+
+    def said_values(self, folder: Path | None, errands: Mapping[str, Job | None]) -> dict[str, Any]:
+        """Return what errands of a folder are and have said, by their kinds."""
         names: list[str] = []
         if folder is not None:
             with contextlib.suppress(OSError):
                 names = list_names(folder)
-        errands = {kind: self.find_errand(kind, folder) for kind in ERRANDS}
-        describing = errands[DESCRIBE]
         comparing = errands[COMPARE]
         if folder is not None and comparing is not None and not self.is_pending(comparing, folder):
             comparing = None
-        looking = comparing or describing
-        job = self.find_job(folder)
-        captioning = self.find_captioning(folder)
-        jobs = [job, captioning]
-        is_busy = any(errand is not None and errand.state == RUNNING for errand in errands.values())
-        is_busy |= any(entry is not None and entry.state in (WAITING, RUNNING) for entry in jobs)
+        looking = comparing or errands[DESCRIBE]
         checking = errands[CHECK]
-        to_load = self.list_to_load_of(described)
+        repairing = errands[REPAIRING]
         return {
-            "folder": folder,
             "looking": looking,
             "looking_lines": read_said(looking, names),
             "comparing": comparing,
@@ -299,26 +339,19 @@ class NewPages:
             "check_page": self.find_check_page(folder),
             "is_check_old": self.is_check_old(checking, folder),
             "trying": errands[TRY],
-            "tries": [] if folder is None else read_tries(errands[TRY], folder),
-            "repairing": errands[REPAIRING],
-            "repair_lines": [line for line in read_said(errands[REPAIRING], names) if line.is_of_repair],
-            "repair_line": self.repair_line(folder),
-            "commands": [] if folder is None else [shlex.join(words) for words in read_commands(folder)],
-            "run_command": "" if described is None else shlex.join(self.run_words(described)),
-            "check_command": "" if folder is None else shlex.join(check_words(folder)),
-            "job": job,
-            "run_address": self.find_run(described),
-            "captioning": captioning,
-            "is_busy": is_busy,
-            "is_paused": site.queue.worker == "",
-            "described": described,
-            "can_write": not site.read_only,
-            "mark": "" if folder is None else mark_files(folder),
-            "licences": list_licences(to_load),
+            "repairing": repairing,
+            "repair_lines": [line for line in read_said(repairing, names) if line.is_of_repair],
+        }
+
+    def loading_values(self, described: DescribedFolder | None) -> dict[str, Any]:
+        """Return what is to be loaded for a described folder: its size, its licences and the login."""
+        to_load = self.list_to_load_of(described)
+        licences = list_licences(to_load)
+        return {
+            "licences": licences,
             "is_gated": is_gated,
-            "has_login": any(map(is_gated, list_licences(to_load))) and has_login(),
+            "has_login": any(map(is_gated, licences)) and has_login(),
             "to_load": gigabytes(total_bytes(to_load)),
-            "refused": "",
         }
 
     def show_progress(self, request: Request) -> Response:
@@ -333,6 +366,17 @@ class NewPages:
         described, _ = self.try_read(folder)
         values = self.progress_values(folder, described) | {"refused": refused}
         return answer_template("new_progress.html", "New", values, is_refused=refused != "")
+
+    def show_caption_line(self, request: Request) -> Response:
+        """Return the command that writes captions as a form says, or why there is none."""
+        query = request.query_params
+        folder = find_folder(self.site.runs, query.get("folder", ""))
+        try:
+            words = caption_words(query.get("engine", ""), query.get("question", ""))
+            text = typed_anywhere(words, folder)
+        except OptionError as error:
+            text = str(error)
+        return answer_page(str(escape(text)))
 
     def show_folders(self, request: Request) -> Response:
         """Return the next folders of the list."""
@@ -408,22 +452,13 @@ class NewPages:
                 return list_missing(model, self.site.models, is_there)
         return []
 
-    def find_free_name(self, form: NewForm, folder: Path | None, described: DescribedFolder | None) -> str:
-        """Return another name if a LoRA of the chosen name is there; else nothing."""
-        if folder is None:
-            return ""
-        name = form.name or folder.name
-        output = folder / "output" if described is None else described.output
-        free = free_name(output, name)
-        return "" if free == name else free
-
     def run_words(self, described: DescribedFolder) -> list[str]:
         return run_words(described, self.site.models)
 
     def repair_line(self, folder: Path | None) -> str:
         """Return the command that converts captions of a folder to UTF-8; empty if there is none."""
         words = [] if folder is None else find_repair(folder)
-        return shlex.join(words)
+        return typed_anywhere(words) if words else ""
 
     def plan_or_none(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None
@@ -520,7 +555,7 @@ class NewPages:
         """
         if not shown:
             return
-        present = NewForm.of_described(read_described(folder), self.site.models)
+        present = self.form_of(read_described(folder))
         labels = list_unwritten(sent, NewForm.of_address(shown), present)
         if labels:
             raise OptionError(
@@ -624,11 +659,31 @@ def find_repair(folder: Path) -> list[str]:
     return []
 
 
+def find_free_name(output: Path, name: str) -> str:
+    """Return another name for a LoRA if one of this name is in a folder; else nothing."""
+    return free_name(output, name) if (output / f"{name}.safetensors").exists() else ""
+
+
+def _free_name_of(form: NewForm, folder: Path | None, described: DescribedFolder | None) -> str:
+    """Return another name if a LoRA of the name in a form is there; else nothing."""
+    if folder is None:
+        return ""
+    output = folder / "output" if described is None else described.output
+    return find_free_name(output, form.name or folder.name)
+
+
 def _file_options(row: ModelRow | None) -> list[str]:
     """Return the options that name the files of a model."""
     if row is None:
         return []
     return list(dict.fromkeys(part.option.lstrip("-") for part in row.model.components if part.option))
+
+
+def list_commands(folder: Path | None) -> list[str]:
+    """Return the commands that the run of a described folder consists of, as they are typed."""
+    if folder is None:
+        return []
+    return [typed_anywhere(words, folder) for words in read_commands(folder)]
 
 
 def new_routes(site: Site) -> list[Route]:
@@ -639,6 +694,7 @@ def new_routes(site: Site) -> list[Route]:
         Route("/new/progress", pages.show_progress),
         Route("/new/folders", pages.show_folders),
         Route("/new/checked", pages.show_check),
+        Route("/new/caption_line", pages.show_caption_line),
         Route("/new/file", answer_form(pages.look_at_file), methods=["POST"]),
         Route(UPLOAD, pages.uploads.take, methods=["POST"]),
         *file_routes(pages.files),

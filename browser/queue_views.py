@@ -18,6 +18,7 @@ from browser.beginnings import Beginnings
 from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue
 from browser.launch import check_options, command_part, split_folder, split_words
 from browser.runs import RUNNING, Glance, Runs, is_living
+from browser.typed import typed_anywhere
 from browser.views import HERE, PLAYED, POLICY, FileNotes
 from modules.atomic_write import write_text
 from modules.command import as_typed
@@ -98,7 +99,10 @@ class ComparePages:
             "others": further,
             "missing": count_missing(cells),
             "plays": any(cell.href.endswith(PLAYED) for cells_of_row in cells for cell in cells_of_row),
-            "commands": [as_typed(job.words) for job in compare.plan_jobs(comparison, cells)],
+            "commands": [
+                typed_anywhere(job.words, comparison.sources[0].working_folder)
+                for job in compare.plan_jobs(comparison, cells)
+            ],
             "is_of_here": all(source.run.is_of_here for source in comparison.sources),
             "can_write": not self.queue.read_only,
             "said": error,

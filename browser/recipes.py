@@ -29,6 +29,7 @@ LORA = "--lora_weight"
 STRENGTHS = "--lora_multiplier"
 RESULTS = "generated"  # folder of results, in a root or in the output folder of a run
 MOST_STRENGTH = 1000  # of a LoRA, as training has it
+MOST_OF_TEXT = 30_000  # characters of a prompt: a word of a command has up to 131,072 bytes
 # by name of the field: the options that it may set, of which the first that the script has counts. In the
 # order in which a command shows them
 FIELDS: Mapping[str, Sequence[str]] = {
@@ -283,6 +284,27 @@ def recipe_of_run(source: ComparableRun) -> ModelRecipe:
     )
 
 
+@dataclass(frozen=True)
+class _TypedOption:
+    """An option of a command that generates."""
+
+    flag: str
+    key: str
+    field: str | None  # of the page that shows it
+    words: list[str]  # without those that stand for a file that somebody has to name
+    has_example: bool  # there was one of those
+
+    @property
+    def is_size(self) -> bool:
+        return self.key == SIZE and len(self.words) == 2
+
+    @property
+    def is_fixed(self) -> bool:
+        """Return whether it stays as it is in all commands of the page."""
+        is_shown = self.is_size or self.field is not None or self.key == "prompt"
+        return not is_shown and self.key not in REPLACED
+
+
 def _make_recipe(
     title: str,
     family: str,
@@ -297,39 +319,42 @@ def _make_recipe(
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
     names = {key: name for name, key in keys_of_fields(defaults, extras_of(family)).items()}
-    usual = {"height": str(defaults.size[0]), "width": str(defaults.size[1])}
-    fixed: dict[str, Sequence[str]] = {}
-    by_key: dict[str, list[str]] = {}
-    unknown = [*missing]
-    needed = []
+    typed = []
     for flag, words in options.items():
         key = _key_of(flag, defaults)
-        known = [word for word in words if not is_example(word)]
         name = names.get("i2i_path" if key == "video_path" else key)
-        by_key[key] = known
-        if key == SIZE and len(known) == 2:
-            usual |= {"height": known[0], "width": known[1]}
-        elif name is not None:
-            usual[name] = ("\n" if name == "references" else " ").join(known)
-            if len(known) < len(words) and name in PICTURES:
-                needed.append(name)
-        elif key == "prompt":
-            usual["prompt"] = " ".join(known)
-        elif key not in REPLACED:
-            fixed[flag] = known
-            if len(known) < len(words):
-                unknown.append(flag)
+        known = [word for word in words if not is_example(word)]
+        typed.append(_TypedOption(flag, key, name, known, has_example=len(known) < len(words)))
+    fixed = [option for option in typed if option.is_fixed]
+    examples = [option.field for option in typed if option.has_example and not option.is_size]
+    by_key = {option.key: option.words for option in typed}
+    usual = _usual_texts(typed, defaults)
     return ModelRecipe(
         title=title,
         family=family,
-        fixed=fixed,
+        fixed={option.flag: option.words for option in fixed},
         usual=usual,
         folder=folder,
-        missing=unknown,
+        missing=[*missing, *(option.flag for option in fixed if option.has_example)],
         loras=[*_read_loras(by_key, ""), *_read_loras(by_key, HIGH_NOISE)],
-        needed=needed,
+        needed=[name for name in examples if name in PICTURES],
         paths=[path for name in PICTURES for path in usual.get(name, "").splitlines()],
     )
+
+
+def _usual_texts(typed: Sequence[_TypedOption], defaults: ScriptDefaults) -> dict[str, str]:
+    """Return what the fields hold at first, by their names: what a command says, else the script's size."""
+    height, width = (str(side) for side in defaults.size)
+    usual = {"height": height, "width": width}
+    for option in typed:
+        if option.is_size:
+            usual |= {"height": option.words[0], "width": option.words[1]}
+        elif option.field is not None:
+            separator = "\n" if option.field == "references" else " "
+            usual[option.field] = separator.join(option.words)
+        elif option.key == "prompt":
+            usual["prompt"] = " ".join(option.words)
+    return usual
 
 
 def _read_loras(by_key: Mapping[str, Sequence[str]], expert: str) -> list[UsedLora]:
@@ -354,13 +379,31 @@ class Wish:
 
     def check(self) -> None:
         """Raise OptionError for what no command can be made of."""
-        recipe = self.recipe
         if not self.prompt.strip():
             raise OptionError("Prompt: write what is to be made.")
         for name, text in {"prompt": self.prompt, **self.texts}.items():
             character = bad_character(text)
             if character is not None:
                 raise OptionError(f"{self._label(name)}: leave out {character}.")
+            if len(text) > MOST_OF_TEXT:
+                raise OptionError(
+                    f"{self._label(name)} has {len(text):,} characters: {MOST_OF_TEXT:,} are the most, and "
+                    "models read far fewer."
+                )
+        self._check_recipe()
+        for lora in self.loras:
+            self._check_lora(lora)
+        for name, text in self.texts.items():
+            if text.strip() and name in self.recipe.fields:
+                self._check_text(name, text.strip())
+        if "width" in self.recipe.fields and bool(self._text("width")) != bool(self._text("height")):
+            raise OptionError("Width and Height: give both, or neither for the model's usual size.")
+        for name in PICTURES:
+            self._check_pictures(name)
+
+    def _check_recipe(self) -> None:
+        """Raise OptionError if the model, or a picture that it needs, is not there."""
+        recipe = self.recipe
         if recipe.missing and recipe.missing[0].startswith("--"):
             raise OptionError(f"{recipe.title} was trained without {recipe.missing[0]}, which making needs.")
         if recipe.missing:
@@ -369,18 +412,15 @@ class Wish:
             is_filled = self.references if name == "references" else self.texts.get(name, "").strip()
             if not is_filled:
                 raise OptionError(f"{self._label(name)}: this model needs one. Drop it on the field.")
-        for lora in self.loras:
-            self._check_lora(lora)
-        for name, text in self.texts.items():
-            if text.strip() and name in recipe.fields:
-                self._check_text(name, text.strip())
-        if ("width" in recipe.fields) and bool(self._text("width")) != bool(self._text("height")):
-            raise OptionError("Width and Height: give both, or neither for the model's usual size.")
-        for name in PICTURES:
-            paths = self.references if name == "references" else [self._text(name)]
-            for path in filter(None, paths):
-                if name in recipe.fields and not (recipe.folder / path).is_file():
-                    raise OptionError(f"{self._label(name)} {path}: there is no such file.")
+
+    def _check_pictures(self, name: str) -> None:
+        """Raise OptionError if a file that a field names is not there."""
+        if name not in self.recipe.fields:
+            return
+        paths = self.references if name == "references" else [self._text(name)]
+        for path in filter(None, paths):
+            if not (self.recipe.folder / path).is_file():
+                raise OptionError(f"{self._label(name)} {path}: there is no such file.")
 
     def _label(self, name: str) -> str:
         return self.labels.get(name, name.capitalize())

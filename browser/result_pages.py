@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import secrets
-import shlex
 import threading
 import time
 from collections import OrderedDict
@@ -42,6 +41,7 @@ from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
 from browser.runs import DIED, FINISHED, RUNNING, Glance
 from browser.settings_of import PREFIX, ResultSettings, read_settings, remake, sample_line
 from browser.site import Site
+from browser.typed import typed_anywhere
 from browser.views import label_runs
 from browser.wishes import Making
 from contract.families import with_scripts
@@ -50,7 +50,7 @@ from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import write_bytes
 from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, UserError
-from modules.media.reading import video_frames
+from modules.media.reading import frame_size, video_frames
 from modules.media.writing import write_png
 from modules.text_files import read_content
 from project.options import MODELS
@@ -61,6 +61,7 @@ MOST_READ = 50_000  # results whose settings are in memory
 SEED_BITS = 32
 TOOL = "blissful_tuner/upscaler.py"
 LOAD = "upscaler"  # kind of an errand
+FACTOR = 2  # by which width and height grow
 UPSCALERS = "upscalers"  # folder in that of the models
 NETWORKS = (".pth", ".safetensors")
 MOST_OF_PROMPTS = 1 << 20  # bytes of a prompt file
@@ -483,14 +484,14 @@ class ResultPages:
         try:
             settings = self.require_settings(result)
             remade = self.remaker.remake(result, settings, settings.get("seeds"))
-            commands["again"] = shlex.join(remade.command)
+            commands["again"] = typed_anywhere(remade.command, Path(remade.folder))
             remade = self.remaker.remake(result, settings, "SEED")
-            commands["other"] = shlex.join(remade.command)
+            commands["other"] = typed_anywhere(remade.command, Path(remade.folder))
         except (UserError, OSError) as error:
             commands |= dict.fromkeys(("again", "other"), str(error))
         networks = self.list_networks()
         if networks:
-            commands["larger"] = shlex.join(self.larger_words(result, networks[0]))
+            commands["larger"] = typed_anywhere(self.larger_words(result, networks[0]))
         return answer_json(commands)
 
     def show_settings(self, result: Result, error: str) -> Response:
@@ -506,7 +507,8 @@ class ResultPages:
                 is_ours = True
                 rows = settings.rows()
                 done = settings.done
-                command = shlex.join(self.remaker.remake(result, settings, settings.get("seeds")).command)
+                remade = self.remaker.remake(result, settings, settings.get("seeds"))
+                command = typed_anywhere(remade.command, Path(remade.folder))
         except (UserError, OSError) as reason:
             problem = problem or str(reason)
         return self.answer_sheet(
@@ -547,7 +549,7 @@ class ResultPages:
         """Return the command that enlarges a result. network: file of the upscaler."""
         words = ["python", TOOL, "--input", str(result.path), "--model", str(network.absolute())]
         words += ["--mode", "swinir" if "swinir" in network.name.lower() else "esrgan"]
-        words += ["--output", str(_free_path(result.path, LARGER))]
+        words += ["--scale", str(FACTOR), "--output", str(_free_path(result.path, LARGER))]
         if result.kind == "clip":  # the usual codec is one that browsers do not show
             words += ["--codec", "h264", "--container", "mp4"]
         return words
@@ -555,12 +557,12 @@ class ResultPages:
     def show_larger(self, result: Result, error: str) -> Response:
         networks = self.list_networks()
         to_load = [
-            (model, gigabytes(total_bytes(model.components)), shlex.join(self.load_words(model)))
+            (model, gigabytes(total_bytes(model.components)), typed_anywhere(self.load_words(model)))
             for model in model_sets()
             if "upscale" in model.commands
         ]
         loading = self.site.errands.find(errand_name(LOAD, self.site.models))
-        options = [(network, shlex.join(self.larger_words(result, network))) for network in networks]
+        options = [(network, typed_anywhere(self.larger_words(result, network))) for network in networks]
         return self.answer_sheet(
             "larger",
             result,
@@ -570,6 +572,7 @@ class ResultPages:
             loading=loading,
             models=self.site.models / UPSCALERS,
             is_sound=result.kind == "sound",
+            sizes=describe_larger(result),
         )
 
     def load_words(self, model: ModelSet) -> list[str]:
@@ -758,6 +761,17 @@ def add_line(path: Path, line: str, have: str) -> bool:
     if mode is not None:
         path.chmod(mode)
     return True
+
+
+def describe_larger(result: Result) -> str:
+    """Return the size that a larger picture or clip will have, in words; empty if it cannot be read."""
+    if result.kind == "sound":
+        return ""
+    try:
+        width, height = frame_size(result.path)
+    except (MediaError, OSError):
+        return ""
+    return f"{FACTOR * width} x {FACTOR * height} pixels, from {width} x {height}"
 
 
 def result_routes(site: Site) -> list[Route]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,6 @@ from browser.beginnings import (
     Plan,
     ShownRun,
     check_words,
-    free_name,
     mark_state,
     runs_folder,
     words_of_plan,
@@ -45,10 +43,11 @@ from browser.described import FILES, ChangedMeanwhileError, change_keys
 from browser.errands import errand_name
 from browser.intentions import read_intentions, read_shown
 from browser.jobs import ENDED, QUEUE, WAITING, Job
-from browser.names import short_digest
+from browser.names import free_name, short_digest
 from browser.queue_views import is_of, read_jobs
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance
 from browser.site import Site
+from browser.typed import cd_before, typed_anywhere
 from browser.views import HERE, POLICY
 from modules.command import as_typed
 from modules.console import as_size, count_of
@@ -131,6 +130,7 @@ class RunButtons:
             "last_lines": self.last_lines(shown),
             "deeds": Deeds() if self.site.read_only else self.list_deeds(shown),
             "can_write": not self.site.read_only,
+            "work_command": self.work_command(),
             "is_over": state.name in (DIED, FINISHED, STOPPED, FAULTS),
         }
 
@@ -167,21 +167,21 @@ class RunButtons:
         run = shown.glance
         has_run = run.history.exists()
         is_draft = shown.state.name == DRAFT
-        typed = shlex.join(words_of_plan(plan, self.site.models))
+        typed = typed_anywhere(words_of_plan(plan, self.site.models))
         deeds = replace(deeds, folder=str(plan.folder), is_known=self.beginnings.is_known(plan))
         if shown.state.name != FINISHED:
             deeds = replace(deeds, start=typed, start_label="Start" if is_draft else "Continue")
         if shown.state.name in (DRAFT, FAULTS):
-            deeds = replace(deeds, check=shlex.join(check_words(plan.folder)))
+            deeds = replace(deeds, check=typed_anywhere(check_words(plan.folder)))
         if has_run and plan.steps:
             deeds = replace(
                 deeds,
-                train_on=f"max_train_steps in {RUN_FILE}, then {typed}",
+                train_on=typed,
                 steps=usual_steps(run, plan.steps),
                 have=mark_bytes(read_content(plan.folder / RUN_FILE)),
             )
         if has_run or not is_draft:
-            deeds = replace(deeds, again=free_name(plan))
+            deeds = replace(deeds, again=free_name(plan.output, plan.name))
         return deeds
 
     def add_deeds_of_history(self, deeds: Deeds, shown: ShownRun) -> Deeds:
@@ -191,14 +191,20 @@ class RunButtons:
         if command is None:
             return deeds
         place, page_command = command
+        typed = f"{cd_before(run.working_folder)}{page_command.bash}"
         if not run.is_of_here:
             return replace(deeds, read_line=f"/queue?run={run.id}&command={place}#words")
         if shown.state.name != FINISHED:
-            deeds = replace(deeds, start=page_command.bash)
+            deeds = replace(deeds, start=typed)
         if STEPS_OPTION in page_command.bash:
             steps = usual_steps(run, run.total_steps)
-            deeds = replace(deeds, steps=steps, train_on=f"{STEPS_OPTION} and the command that goes on")
+            deeds = replace(deeds, steps=steps, train_on=typed)
         return deeds
+
+    def work_command(self) -> str:
+        """Return the command that starts a page which runs the jobs of the queue."""
+        folders = [str(top) for top in self.site.runs.tops]
+        return typed_anywhere(["python", "tools/run_browser.py", *folders, "--work"])
 
     def stop_command(self, shown: ShownRun) -> str:
         state, run = shown.state, shown.glance
@@ -313,7 +319,7 @@ class RunButtons:
             "path": path,
             "text": read_shown(path),
             "have": mark_bytes(read_content(path)),
-            "command": shlex.join(words_of_plan(shown.plan, self.site.models)),
+            "command": typed_anywhere(words_of_plan(shown.plan, self.site.models)),
             "is_known": self.beginnings.is_known(shown.plan),
         }
 
@@ -337,7 +343,7 @@ class RunButtons:
             "count": count_of(len(paths), "file or folder").replace("file or folders", "files and folders"),
             "size": as_size(sum(sizes.values())),
             "have": mark_removed(paths),
-            "bin": self.bin_folder.places[0],
+            "bin": self.bin_folder.find_place(paths[0]),
             "is_draft": not shown.glance.history.exists(),
         }
 
@@ -518,7 +524,7 @@ class RunButtons:
         have = "".join(form.get("have", ()))
         self.prompts.save(path, "".join(form.get("text", ())), have)
         if shown.state.name in BUSY:
-            return f"Written into {path.name}. The training reads it when it starts: Stop, then Continue."
+            return f"Written into {path.name}. The training takes it in its next round of samples."
         return f"Written into {path.name}."
 
 

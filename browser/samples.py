@@ -117,30 +117,52 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_picture: Any) -> st
     An emptied prompt removes its line; a new row goes to the end. fields: of the form, `width 2` of the
     second row. check_picture: raises OptionError for a path that is no picture. Raises OptionError.
     """
-    lines = text.split("\n")
-    rows = {row.line: row for row in read_rows(text)}
-    emptied = set()
+    lines: list[str | None] = [*text.split("\n")]  # None: the line is removed
     added = []
-    for number in range(1, MOST_ROWS + 1):
-        if f"row {number}" not in fields:
-            continue
-        place = fields.get(f"line {number}", "")
-        row = rows.get(int(place) if place.isdecimal() else None) or PromptRow(None, "", {})
-        prompt = " ".join(fields.get(f"prompt {number}", "").split("\n")).strip()
-        changes = _read_changes(number, row, fields)
-        _check_row(number, prompt, row, changes, check_picture)
-        if row.line is None:
-            added += [edit_line(prompt, None, changes)] if prompt else []
-        elif row.prompt and not prompt:
-            emptied.add(row.line)
+    for edit in _read_edits(text, fields):
+        _check_edit(edit, check_picture)
+        if edit.row.line is None:
+            if edit.prompt:
+                added.append(edit_line(edit.prompt, None, edit.changes))
+        elif edit.is_emptied:
+            lines[edit.row.line] = None
         else:
-            new_prompt = None if prompt == row.prompt else prompt
-            lines[row.line] = edit_line(lines[row.line], new_prompt, changes)
-    left = "\n".join(line for index, line in enumerate(lines) if index not in emptied)
+            lines[edit.row.line] = edit.apply(lines[edit.row.line] or "")
+    left = "\n".join(line for line in lines if line is not None)
     if not added:
         return left
     gap = "" if not left or left.endswith("\n") else "\n"
     return left + gap + "\n".join(added) + "\n"
+
+
+@dataclass(frozen=True)
+class _RowEdit:
+    """What was typed into a row."""
+
+    number: int  # of the row on the page
+    row: PromptRow  # as it was
+    prompt: str
+    changes: Mapping[str, str]  # texts by the name of the field
+
+    @property
+    def is_emptied(self) -> bool:
+        return self.row.prompt != "" and not self.prompt
+
+    def apply(self, line: str) -> str:
+        """Return the row's line with what was typed."""
+        return edit_line(line, None if self.prompt == self.row.prompt else self.prompt, self.changes)
+
+
+def _read_edits(text: str, fields: Mapping[str, str]) -> list[_RowEdit]:
+    """Return what was typed into each row that a form has. text: of prompts.txt."""
+    rows = {str(row.line): row for row in read_rows(text)}
+    edits = []
+    for number in range(1, MOST_ROWS + 1):
+        if f"row {number}" in fields:
+            row = rows.get(fields.get(f"line {number}", ""), PromptRow(None, "", {}))
+            prompt = fields.get(f"prompt {number}", "").replace("\n", " ").strip()
+            edits.append(_RowEdit(number, row, prompt, _read_changes(number, row, fields)))
+    return edits
 
 
 def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dict[str, str]:
@@ -153,21 +175,18 @@ def _read_changes(number: int, row: PromptRow, fields: Mapping[str, str]) -> dic
     return changes
 
 
-def _check_row(
-    number: int, prompt: str, row: PromptRow, changes: Mapping[str, str], check_picture: Any
-) -> None:
+def _check_edit(edit: _RowEdit, check_picture: Any) -> None:
     """Raise OptionError for a row that no line can be made of."""
-    if prompt.startswith("#") and prompt != row.prompt:
-        raise OptionError(
-            f"Sample {number}: a line that begins with # is a comment. Begin with another letter."
-        )
-    if changes and not prompt and row.line is None:
-        raise OptionError(f"Sample {number}: write its prompt.")
-    for name, text in changes.items():
+    title = f"Sample {edit.number}"
+    if edit.prompt.startswith("#") and edit.prompt != edit.row.prompt:
+        raise OptionError(f"{title}: a line that begins with # is a comment. Begin with another letter.")
+    if edit.changes and not edit.prompt and edit.row.line is None:
+        raise OptionError(f"{title}: write its prompt.")
+    for name, text in edit.changes.items():
         if name in WHOLE and text and not (text.isdecimal() and int(text)):
-            raise OptionError(f"Sample {number} {name}: {text} is no whole number above 0, such as 512.")
+            raise OptionError(f"{title} {name}: {text} is no whole number above 0, such as 512.")
         if " --" in f" {text}":
-            raise OptionError(f"Sample {number} {name}: {text}: leave out the dashes.")
+            raise OptionError(f"{title} {name}: {text}: leave out the dashes.")
         if name in PICTURES and text:
             check_picture(text)
 

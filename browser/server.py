@@ -18,7 +18,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from browser import uploads
-from browser.answers import NO_WRITING, Form, answer_file, answer_form, answer_gone, answer_json, answer_page
+from browser.answers import (
+    NO_WRITING,
+    Form,
+    answer_file,
+    answer_form,
+    answer_gone,
+    answer_gone_page,
+    answer_json,
+    answer_page,
+)
 from browser.dataset_pages import dataset_routes
 from browser.errands import Errands
 from browser.folder_settings import FolderSettingsPages, folder_routes
@@ -61,7 +70,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-MOST_BYTES = 128 << 10  # largest body of a request: a caption as JSON
+MOST_BYTES = 512 << 10  # largest body of a request: a form with two long prompts
 # largest bodies of requests that take files, by their address
 LARGEST_BODIES = {
     "/generate/file": MOST_OF_INPUT,
@@ -212,7 +221,7 @@ class RunPages:
     def show_run(self, request: Request) -> Response:
         shown = self.beginnings.find(request.path_params["id"])
         if shown is None:
-            return answer_gone()
+            return answer_gone_page(request)
         run = shown.glance
         if not run.history.exists():
             return answer_page(self.buttons.show_page(shown))

@@ -13,8 +13,8 @@ from browser.model_pages import open_bin
 from browser.options import USUAL_PORT
 from browser.qr_code import code_svg
 from browser.site import Site
+from browser.typed import typed_anywhere
 from downloads.listing import gigabytes
-from modules.command import as_typed
 from modules.console import count_of
 from modules.errors import UserError
 from modules.option_values import option_words
@@ -58,8 +58,8 @@ class SettingsPages:
             "rows": self.list_settings(),
             "worker": worker,
             "worker_words": WORKERS.get(worker, worker),
-            "command": as_typed(self.command_words(worker)),
-            "phone_command": as_typed(self.phone_words(worker)),
+            "command": typed_anywhere(self.command_words(worker), Path.cwd()),
+            "phone_command": typed_anywhere(self.phone_words(worker), Path.cwd()),
             "entries": entries[:MOST_ENTRIES],
             "num_more": max(0, len(entries) - MOST_ENTRIES),
             "bin_words": f"{count_of(len(entries), 'removal')}, {size}" if entries else "empty",

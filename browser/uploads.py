@@ -18,8 +18,10 @@ from browser.captions import MOST_BYTES as MOST_CAPTION_BYTES
 from browser.described import FILES
 from browser.folders import CHECK_PAGE, find_folder, is_closed, read_media_folder
 from browser.names import number_names
+from browser.receiving import write_arriving
 from browser.runs import Runs
 from modules.atomic_write import atomic_files, explain_errors, free_bytes
+from modules.console import as_size
 from modules.control_codes import escape_control_codes
 from modules.errors import MediaError, OptionError, OutputError, UserError
 from modules.media.decoding import ANIMATION_SUFFIXES
@@ -28,6 +30,7 @@ from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, first_frame, i
 from modules.media.remedies import remedy_of
 from modules.media.samples import track_facts
 from modules.media.streams import source_info
+from modules.output_files import is_windows_device
 from modules.text_files import bad_character, read_content, real_path
 
 ADDRESS = "/new/upload"
@@ -36,8 +39,6 @@ CAPTION_SUFFIXES = frozenset({".txt", ".caption"})
 LONGEST_NAME = 200  # bytes; file systems take 255, of which a temporary name needs some
 # what a name cannot hold: separators, drives, patterns
 FORBIDDEN = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]')
-# names of devices of Windows, with any suffix
-DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def check_file_name(name: str) -> None:
         raise OptionError(f"{name!r} is empty, or begins or ends with a dot or a blank: give it a plain name")
     if len(name.encode()) > LONGEST_NAME:
         raise OptionError(f"{name[:40]}… has more than {LONGEST_NAME} bytes: give it a shorter name")
-    if DEVICES.fullmatch(name):
+    if is_windows_device(name):
         raise OptionError(f"{name} is the name of a device on Windows: give it another name")
 
 
@@ -180,8 +181,8 @@ class FileUploads:
             free = free_bytes(folder)
         if free < size + limits.spare_bytes:
             raise OutputError(
-                f"{name}: the disk has {free / 1e9:.1f} GB free, the file takes {size / 1e9:.1f} GB and "
-                f"{limits.spare_bytes / 1e9:.1f} GB are to stay free. Free some space, then drop it again"
+                f"{name}: the disk of {folder} has {as_size(free)} free, the file takes {as_size(size)} and "
+                f"{as_size(limits.spare_bytes)} are to stay free. Free some space, then drop it again"
             )
 
     async def receive(self, request: Request, target: Path, size: int) -> None:
@@ -194,7 +195,7 @@ class FileUploads:
         try:
             with atomic_files(target, size) as temporary:
                 path = temporary / target.name
-                await self._write_body(request, path)
+                await write_arriving(request.stream(), path, target.name, self.limits.file_bytes)
                 try:
                     await run_in_threadpool(check_content, path, find_kind(target.name))
                 except (UserError, StopIteration) as error:
@@ -206,17 +207,6 @@ class FileUploads:
             if is_new:
                 _remove_empty(folder)
             raise
-
-    async def _write_body(self, request: Request, path: Path) -> None:
-        received = 0
-        with path.open("wb") as file:
-            async for piece in request.stream():
-                received += len(piece)
-                if received > self.limits.file_bytes:
-                    raise OptionError(f"{path.name} has more than {self.limits.file_bytes:,} bytes")
-                await run_in_threadpool(file.write, piece)
-        if not received:
-            raise OptionError(f"{path.name} is empty")
 
 
 def refuse_existing(name: str, names: set[str]) -> None:

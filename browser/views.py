@@ -17,6 +17,7 @@ from markupsafe import Markup
 from browser.beginnings import BUSY, STATES, RunState, ShownRun, state_of_run
 from browser.names import short_digest
 from browser.runs import RUNNING, Glance, Runs, describe_left, find_state
+from browser.typed import cd_before
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, UserError
@@ -194,6 +195,8 @@ def run_page(
         "is_paused": is_paused,
         "deeds": Markup(deeds),
         "is_of_here": run.is_of_here,
+        "cd": cd_before(run.working_folder),
+        "cd_powershell": cd_before(run.working_folder, in_powershell=True),
         "others": _list_other_runs(runs, run),
         "messages": story.messages[-MOST_MESSAGES:],
     }
@@ -256,6 +259,7 @@ def _narrow(story: Story, low: float, high: float) -> Story:
         validations={step: loss for step, loss in story.validations.items() if low <= step <= high},
         rates={name: cut(points) for name, points in story.rates.items()},
         experts={name: cut(points) for name, points in story.experts.items()},
+        pairs={name: cut(points) for name, points in story.pairs.items()},
         bands={name: cut(points) for name, points in story.bands.items()},
     )
 

@@ -23,7 +23,7 @@ from modules.text_files import parse_json, read_text
 
 NAME = re.compile(r"(\d{1,9})\.json")
 CANCELS = "{}.cancel"  # name of the file that asks the server that makes a wish to stop
-MOST_OF_WISH = 1 << 18  # bytes of a file
+MOST_OF_WISH = 2 << 20  # bytes of a file; it has the prompt three times
 MOST_WAITING = 200
 MOST_ENDED = 300  # older ones are forgotten; their results stay
 ENDED_MEANWHILE = "the page's server was ended meanwhile"
@@ -129,7 +129,7 @@ class WishStore:
                     number = max([0, *(making.id for making in makings), *numbers]) + 1
                     self._write(replace(wish, id=number))
                     numbers.append(number)
-            except OutputError:  # all or none
+            except (OptionError, OutputError):  # all or none
                 for number in numbers:
                     self._path(number).unlink(missing_ok=True)
                 raise
@@ -192,7 +192,10 @@ class WishStore:
         return self.folder / CANCELS.format(number)
 
     def _write(self, making: Making) -> None:
-        write_text(self._path(making.id), json.dumps({name: getattr(making, name) for name in KINDS}))
+        text = json.dumps({name: getattr(making, name) for name in KINDS})
+        if len(text) > MOST_OF_WISH:  # it would not be read again
+            raise OptionError(f"a wish of {len(text):,} bytes: {MOST_OF_WISH:,} are the most")
+        write_text(self._path(making.id), text)
 
     def _read_entry(self, number: int, path: Path) -> Making | None:
         """Return the wish in a file; None if it is damaged or gone."""

@@ -7,6 +7,7 @@ dits: load transformers of every family
 encoders: find encoders in Hugging Face's layout
 filling: fill a network from an open file
 finite: find NaN or infinite weights while reading
+first_bytes: recognise files that are no models by how they begin
 gguf_files: read GGUF files, with bounded memory
 kinds: recognise model files by the names of tensors
 marks: recognise packed weights by what a file says

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from checkpoints.first_bytes import describe_kind
 from contract.loading import TensorInfo
 from modules.control_codes import shorten
 from modules.devices import dtype_name
@@ -35,11 +36,8 @@ from modules.text_files import read_tensor_header, require_regular_file
 
 # the first bytes of what `torch.save` writes, now and in its older format
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
-GGUF = b"GGUF"
 # marks of quantised layers: ComfyUI's, also in the metadata, and bitsandbytes'
 MARK, HEADER, BNB_STATE = ".comfy_quant", "_quantization_metadata", ".quant_state.bitsandbytes__"
-LFS_POINTER = b"version https://"
-ONNX = re.compile(rb"\x08[\x03-\x14]\x12")  # the number of its format, then who made it
 
 # keys under which trainers store the tensors
 WRAPPERS = (
@@ -67,32 +65,6 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 }
 # of the format, but of no model that can be used here: 4 and 6 bits, complex numbers
 OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "C64")
-
-
-def is_pointer_or_page(start: bytes) -> bool:
-    """Return whether these are the first bytes of a Git LFS pointer or a web page, not of the real file."""
-    return start.startswith(LFS_POINTER) or start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<"
-
-
-def describe_kind(start: bytes) -> str:
-    """Return the kind of a file with this beginning that is not a model, and a remedy."""
-    if start.startswith(GGUF):
-        return "is a GGUF file, which is not read here. Give the safetensors or .pth file of the same model."
-    if ONNX.match(start):
-        return "is an ONNX file, which only yolo_blur.py --model takes. Give a safetensors or .pth file."
-    if start.startswith(LFS_POINTER):
-        return (
-            "is a Git LFS pointer, a text of a few lines in place of the model. Run git lfs pull in its "
-            "folder, or download the file itself."
-        )
-    if is_pointer_or_page(start):
-        return (
-            "is a web page, not a model: the site may have asked for a login. Log in and download the file "
-            "again."
-        )
-    return (
-        "is neither a safetensors nor a torch file, or its beginning is damaged. Download or copy it again."
-    )
 
 
 def check_count(path: Path, tensors: int) -> None:

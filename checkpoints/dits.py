@@ -172,7 +172,7 @@ class DitFormat(Generic[Config, Dit]):
                 patch=placement.patch,
                 ignore=self.ignore,
                 what=what,
-                stored=_stored_layers(dit, checkpoint, sources, placement=placement, spec=spec),
+                stored=stored_layers(dit, checkpoint, sources, placement=placement, spec=spec),
                 host=placement.host,
                 check=placement.check,
                 filled=None if placement.blocks is None else placement.blocks.watch(dit),
@@ -203,7 +203,7 @@ def with_dtype(placement: Placement, dit_dtype: torch.dtype | None) -> Placement
     return placement if asks else replace(placement, compute_dtype=dit_dtype)
 
 
-def _stored_layers(
+def stored_layers(
     dit: nn.Module,
     checkpoint: Checkpoint,
     sources: Mapping[str, TensorSource],

@@ -9,7 +9,6 @@ from contract.families import Marks, family_marks
 _PREFIXES = ("model.diffusion_model.", "control_model.", "model.model.", "module.", "netG.", "net_g.", "net.")
 
 _NOT_YET = "which is not supported yet"
-_FLUX_3 = f"a transformer of FLUX.3, {_NOT_YET}"
 _HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, another network than HunyuanVideo's, {_NOT_YET}"
 _OF_LTX = "a VAE of LTX-Video or LTX-2; LTX-Video is not supported yet"
 _VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
@@ -18,9 +17,6 @@ _COSMOS = f"a transformer of Cosmos or Anima, {_NOT_YET}"
 # Models that no script runs. Before the others: some have tensors of theirs too. Sources: the classes of
 # diffusers 0.42 and the marks in its `single_file_utils`, and the tensor lists of released files
 OF_OTHERS: Marks = (
-    ("early_stream_modulations.image.lin.weight", _FLUX_3),
-    ("early_stream_modulations.image.linear.weight", _FLUX_3),
-    ("ref_time_in.in_layer.weight", _FLUX_3),
     ("embed_image_indicator.weight", f"the transformer of Ideogram 4, {_NOT_YET}"),
     ("audio_pooled_text_embeddings.in_layer.weight", f"the transformer of Kandinsky 6, {_NOT_YET}"),
     (
@@ -45,7 +41,6 @@ OF_OTHERS: Marks = (
         "encoder.mid_block.attentions.0.proj_out.weight",
         f"the VAE of HunyuanVideo 1.5 or of HunyuanImage's refiner, {_NOT_YET}",
     ),
-    ("decoder.up_blocks.2.upsampler.time_conv.weight", f"the VAE of Qwen-Image-2.1, {_NOT_YET}"),
     ("norm_moe_gen.weight", f"the transformer of Cosmos 3, {_NOT_YET}"),
     ("llm_adapter.blocks.0.cross_attn.q_proj.weight", f"the transformer of Anima, {_NOT_YET}"),
     ("x_embedder.proj.1.weight", _COSMOS),
@@ -57,10 +52,6 @@ OF_OTHERS: Marks = (
     (
         "time_text_embed.addition_t_embedding.weight",
         "the transformer of Qwen-Image-Layered, which makes transparent layers and is not supported yet",
-    ),
-    (
-        "txt_in.text_norm.weight",
-        f"a transformer of Qwen-Image-2.1, another network than Qwen-Image's, {_NOT_YET}",
     ),
     ("siglip_embedder.0.weight", f"the transformer of Z-Image-Omni, {_NOT_YET}"),
 )

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from checkpoints.containers import (
     BNB_STATE,
-    GGUF,
     HEADER,
     MARK,
     PICKLE,
@@ -26,9 +25,8 @@ from checkpoints.containers import (
     SafetensorsFile,
     TensorFile,
     TorchFile,
-    describe_kind,
-    is_pointer_or_page,
 )
+from checkpoints.first_bytes import GGUF, describe_kind, is_pointer_or_page
 from checkpoints.stored.forms import Stored
 from contract.loading import TensorInfo, TensorSource
 from modules.control_codes import shorten

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from checkpoints.containers import describe_kind, is_pointer_or_page
+from checkpoints.first_bytes import describe_kind, is_pointer_or_page
 from checkpoints.opening import fingerprint
 from modules.errors import CheckpointError, catch_panics
 from modules.limits import MAX_TOKENIZER_BYTES, MAX_TOKENIZER_GROWTH

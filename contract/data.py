@@ -44,6 +44,13 @@ HAS_SOUND = "has_sound"
 # because integers stay on the host
 FPS = "reelsmith_fps"
 
+# numbers that a model gets about each picture, in batches B 6 float32: height and width of its file, top and
+# left of `modules.media.buckets.inner_box`, height and width that it is trained at
+SIZES = "reelsmith_sizes"
+# in caches of other programs, if they say so: width and height of the file, left, top, right and bottom of
+# that box
+SAID_SIZES = "reelsmith_said_sizes"
+
 # places in time of latent frames that do not follow each other (a picture and its control images, which are
 # then frames of its latents): in caches F, in batches and conditions B F, on the host
 PLACES = "f_indices"
@@ -207,11 +214,11 @@ class MediaTable:
 class MediaBatch:
     """Frames to encode. All items are of one table and have one size and number of frames."""
 
-    frames: Tensor  # B F H W C uint8, RGB
+    frames: Tensor  # B F H W C uint8, RGB; RGBA for a family with `LatentSpec.has_alpha`
     keys: tuple[str, ...]  # item names, for messages and for seeding a posterior sample
     spans: tuple[tuple[int, int], ...]  # (first kept frame, number of frames) of each crop; (0, 1) for images
-    # each B F H W C uint8; C = 4 if a control image has alpha. Reference pictures: B 1 H W 3, each of its own
-    # size
+    # each B F H W C uint8; C = 4 if a control image has alpha. Reference pictures: B 1 H W C, each of its own
+    # size; C = 4 as that of `frames`
     control: tuple[Tensor, ...] = ()
     alpha: Tensor | None = None  # B H W uint8: of pictures that are transparent somewhere
     table: MediaTable = MediaTable()
@@ -270,6 +277,7 @@ class CacheEntry:
     section: int | None = None  # which section of the clip, from its start, where each has a file
     grid: tuple[int, int, int] | None = None  # F, H, W in the names of all latents; None: each tensor's own
     start: int = 0  # which latent frame of the clip the first of `latents` is
+    variable: frozenset[str] = frozenset()  # names of tensors whose length differs per item
 
 
 def split_items(tensors: Mapping[str, Tensor]) -> list[CacheEntry]:
@@ -317,12 +325,20 @@ class LatentSpec:
     flat_in_caches: bool = False
     # latents of pictures are 0 where these are transparent; else they are laid on white
     masks_latents: bool = False
+    # pixels have a fourth channel, alpha, which pictures and their references keep; 255 if a file has none
+    has_alpha: bool = False
     names_frames: bool = True  # names of latents in cache files say F x H x W; else H x W
     # in training the latents of an item's references stand in front of its clip's, the last one first
     references_first: bool = False
     # frames per second of clips in other programs' caches, if these do not state it; else None
     unsaid_fps: float | None = None
     clip: int = 0  # frames of a clip that is encoded by itself; 0: a video is encoded whole
+    tells_sizes: bool = False  # batches have `SIZES`
+
+    @property
+    def keeps_alpha(self) -> bool:
+        """Return whether pictures are read with their transparency; else they are laid on white."""
+        return self.masks_latents or self.has_alpha
 
     @property
     def is_of_pictures(self) -> bool:
@@ -418,7 +434,10 @@ class SamplingDefaults:
     # guidance scales of experts that have one of their own, by name
     expert_guidance: Mapping[str, float] = field(default_factory=dict)
     experts: tuple[Expert, ...] = ONE_EXPERT  # that the model has, given or not, by their lowest timestep
+    sized_by_references: bool = False  # a request without a size takes that of its first reference
     extras: tuple[str, ...] = ()  # what it reads of `Request.extra`, of a line of a training's samples
+    # names of its own solvers, which its sections bring (`Section.solver`); (): it has those of every model
+    solvers: tuple[str, ...] = ()
 
 
 def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:

@@ -34,7 +34,9 @@ class FamilyEntry:
     own_files: bool = True  # there is files.py with `identify`; else its files are another family's
     script: str = ""  # what the names of its scripts begin with
     cache: str = ""  # likewise, of its caching scripts
+    trainer: str = ""  # its training script, if that is not `{script}_train_network`
     makes: str = "image"  # end of its generation script's name
+    generator: str = ""  # its generation script, if that is not one of the shared loop's
     record: str = ""  # what the names of its option records begin with
     # files that encode latents: name of the value, how the option is typed, what for
     encoders: tuple[tuple[str, str, str], ...] = (("vae", "--vae", CLIPS),)
@@ -42,7 +44,7 @@ class FamilyEntry:
     # if they depend on the release, `text_encoder_options` of options.py says them
     texts: str = ""
     training: tuple[str, ...] = ()  # likewise, of its training script
-    # shared options of generation that its page spells otherwise: name -> flag
+    # shared options of generation that its page spells otherwise: name -> flag; "": it has none
     spelled: tuple[tuple[str, str], ...] = ()
     # further models that its scripts run, as outputs and LoRA files name them, with its latents
     further_models: tuple[str, ...] = ()
@@ -54,8 +56,12 @@ class FamilyEntry:
             logger.warning("%s", self.notice)
 
     @property
+    def training_script(self) -> str:
+        return self.trainer or f"{self.script}_train_network"
+
+    @property
     def generation_script(self) -> str:
-        return f"{self.script}_generate_{self.makes}"
+        return self.generator or f"{self.script}_generate_{self.makes}"
 
     @property
     def spellings(self) -> dict[str, str]:
@@ -146,13 +152,17 @@ FOLDERS: Mapping[str, str] = {
     "flux": "flux",
     "flux_kontext": "flux.kontext",
     "flux_2": "flux_2",
+    "flux_3": "flux_3",
     "hunyuan_image": "hunyuan_image",
     "lumina": "lumina",
     "qwen_image": "qwen_image",
     "z_image": "z_image",
     "krea2": "krea2",
     "minimax_h3": "minimax_h3",
+    "qwen_image_21": "qwen_image_21",
     "stable_diffusion": "stable_diffusion",
+    "sd1": "stable_diffusion.sd1",
+    "sdxl": "stable_diffusion.sdxl",
 }
 
 
@@ -175,8 +185,8 @@ FAMILIES = Families()
 
 @cache
 def with_scripts() -> Mapping[str, FamilyEntry]:
-    """Return families with scripts for caching, training and generation; gen_img.py has files of its own."""
-    return {name: entry for name, entry in FAMILIES.items() if entry.script}
+    """Return families with scripts for caching, training and generation by the shared loop."""
+    return {name: entry for name, entry in FAMILIES.items() if entry.script and not entry.generator}
 
 
 def read_names() -> list[ModuleType]:

@@ -44,6 +44,10 @@ class NoiseSpec:
     1. With one it predicts noise, in k-diffusion's form: noisy = latents + sigma noise, sigma from the table.
     In both, the velocity that `predict` returns is the derivative of `noisy` by sigma: `noise - latents`, or
     `noise`.
+
+    With `keeps_variance` the mixture is that of DDPM: noisy = sqrt(1 - sigma^2) latents + sigma noise, sigma
+    from the table, up to 1. `predict` returns the noise, or with `predicts_v` v = sqrt(1 - sigma^2) noise -
+    sigma latents.
     """
 
     training_offset: float = 1.0  # training feeds 1000 sigma + this, except with --timestep_sampling sigma
@@ -56,6 +60,13 @@ class NoiseSpec:
     # size. No lambda: workers receive it
     tokens: Callable[[Sequence[int]], int] | None = None
     table: tuple[float, ...] = ()  # the sigma of each of the 1000 timesteps, for a model that predicts noise
+    keeps_variance: bool = False  # with a table: see above
+    predicts_v: bool = False  # with `keeps_variance`: v in place of the noise
+    # factor on the loss of each of the 1000 timesteps; (): all are 1
+    loss_factors: tuple[float, ...] = ()
+    # what training makes of its noise before it is mixed in, from the noise, the latents in model space (both
+    # B C F H W) and a generator; None: nothing. No lambda: workers receive it
+    vary: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None
     # probability that a batch of clips is trained with its first latent frame clean (`Tweaks.given_frames`)
     first_frame_probability: float = 0.0
     shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
@@ -64,10 +75,17 @@ class NoiseSpec:
 
     def data_shares(self, sigmas: Tensor) -> Tensor:
         """Return the factor of the latents in a mixture: shaped like `sigmas`, float32."""
-        return torch.ones_like(sigmas.float()) if self.table else 1 - sigmas.float()
+        shares = 1 - sigmas.float()
+        if self.keeps_variance:
+            return (shares * (1 + sigmas.float())).sqrt()  # 1 - sigma^2 would round near 1
+        return torch.ones_like(shares) if self.table else shares
 
-    def velocity(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """Return what `predict` is to return: shaped like `latents` and `noise`, B C F H W."""
+    def velocity(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+        """Return what `predict` is to return: shaped like `latents` and `noise`, B C F H W. sigmas: B."""
+        if self.predicts_v:
+            rows = (-1, *([1] * (latents.ndim - 1)))
+            shares = self.data_shares(sigmas).view(rows)
+            return shares * noise - sigmas.float().view(rows) * latents
         return noise if self.table else noise - latents
 
 
@@ -81,6 +99,19 @@ FLOW = NoiseSpec(tokens=count_picture_tokens)
 
 
 @dataclass(frozen=True)
+class NumberedBlocks:
+    """Blocks of a network by the numbers under which --network_args give them ranks and rates."""
+
+    count: int  # of the numbers in block_dims and the like
+    sides: tuple[tuple[str, int, int], ...]  # argument of rates, its first block, how many it has
+    starts: tuple[tuple[str, int], ...]  # how the path of a module begins -> number of its block
+
+    def number_of(self, path: str) -> int | None:
+        """Return the number of a module's block; None if it is in none."""
+        return next((number for start, number in self.starts if path.startswith(f"{start}.")), None)
+
+
+@dataclass(frozen=True)
 class DitSpec:
     """Names inside a DiT for code that acts on it from outside."""
 
@@ -88,6 +119,7 @@ class DitSpec:
     # the last of two lists, if its blocks are those of a second stream (`Hidden.side`): each runs before the
     # first of an equal share of the other list's blocks
     side_list: str = ""
+    has_additions: bool = False  # what is beside it, as a ControlNet, adds to all tokens (`Hidden.added`)
     fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
     # the same for other forms, by the form's name, if it differs
     form_exclude: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
@@ -96,6 +128,10 @@ class DitSpec:
     # patterns of module paths in blocks; a LoRA is put on those that match one, if there are any
     lora_choice: tuple[str, ...] = ()
     lora_lists: tuple[str, ...] = ()  # further parts of the network that a LoRA may be put on
+    # parts of module paths, with a "." in front, that get a LoRA only if convolutions larger than 1 x 1 get
+    # one (conv_dim): of U-Nets, their residual blocks
+    with_convolutions: tuple[str, ...] = ()
+    numbered: NumberedBlocks | None = None  # None: block_dims and the like are not for this model
     keep_float32: tuple[str, ...] = ()
     # layers that turn inputs into tokens, if they are large: for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()
@@ -147,6 +183,7 @@ class EncoderAbilities:
     have_side: bool = False  # an `EncoderWithSide`
     wait: bool = False  # a `LayeredEncoder`
     divide: bool = False  # a `DividedEncoder`
+    see: bool = False  # a `SeeingEncoder`
 
 
 class TextEncoder(Protocol):
@@ -227,6 +264,16 @@ class DividedEncoder(TextEncoder, Protocol):
 
 def can_divide(encoder: TextEncoder) -> TypeGuard[DividedEncoder]:
     return encoder.can.divide
+
+
+class SeeingEncoder(TextEncoder, Protocol):
+    """A text encoder that may load its vision tower with the first prompt that has pictures."""
+
+    def load_tower(self, device: torch.device) -> None: ...  # onto it, unless it is loaded or never used
+
+
+def can_see(encoder: TextEncoder) -> TypeGuard[SeeingEncoder]:
+    return encoder.can.see
 
 
 @dataclass(frozen=True)

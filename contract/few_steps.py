@@ -25,14 +25,41 @@ class Verdict(NamedTuple):
 
 
 @dataclass(frozen=True)
+class KeepingTarget:
+    """A target (docs/targets.md) with which a distilled transformer itself is trained and keeps its steps."""
+
+    about: str  # completes "To ...:", for a line above its options
+    options: str  # of the training, as they are typed
+    caching: str = ""  # options that it needs when texts are cached
+
+
+def transfer_from(base: str, file: str) -> KeepingTarget:
+    """Return the target that teaches what a LoRA of the base model changes. file: its transformer."""
+    lora = "base_lora.safetensors"
+    return KeepingTarget(
+        f"teach it what a LoRA of {base} changes (write your own paths)",
+        f"--network_weights {lora} --teacher dit --teacher_dit {file} --teacher_lora {lora} --teacher_delta "
+        "--teacher_weight 1",
+    )
+
+
+GUIDED = KeepingTarget(
+    "learn the clips with the guidance that was distilled into it",
+    "--guided_target 3 --guided_target_min_timestep 150",
+    caching="--empty_prompt",
+)
+
+
+@dataclass(frozen=True)
 class FewSteps:
-    """How a model's few-step releases are named, and what to train instead of them."""
+    """How a model's few-step releases are named, and what to train instead of them or with them."""
 
     # completes the warning: a sentence or two
     instead: str = (
         "Train on the model that it was made from, or give --training_adapter with a LoRA that undoes the "
         "distillation"
     )
+    targets: tuple[KeepingTarget, ...] = (GUIDED,)  # for those who train it all the same, best first
     words: str = ""  # regular expression of further words in names
     # likewise: names with it, "ModelRaw" as "model_raw", are of the model itself
     unless: str = ""

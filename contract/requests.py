@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from contract.data import Joint, LatentSpec, SamplingDefaults
 from contract.rules import AS_PLAIN, ONE_EXPERT, VIDEO, Expert, GuidanceRules, Source, StepCaching
@@ -16,6 +16,8 @@ from modules.paths import explain_missing
 from modules.text_files import bad_character
 
 if TYPE_CHECKING:  # caching has no use for positions
+    from torch import Tensor
+
     from modules.layers.rope import Slow
 
 Spans = tuple[tuple[int, int, float], ...]
@@ -36,6 +38,8 @@ class Prompt:
     pictures: tuple[Path, ...] = ()
     # width and height that each of these is to cover; None: as the encoder reads them
     picture_size: tuple[int, int] | None = None
+    # their pixels, H W C uint8 each, if they are settled; (): the encoder reads and resizes the files
+    frames: "tuple[Tensor, ...]" = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,19 @@ class Request:
         return self.image_path
 
 
+class Box(NamedTuple):
+    """A part of a picture, in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    def of(self, pixels: "Tensor") -> "Tensor":
+        """Return this part of pixels ... H W."""
+        return pixels[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """One video or image with all settings decided and parsed, as `Family.prepare` returns it."""
@@ -122,6 +139,7 @@ class Prepared:
     begun_by: tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...] = ()
     family_record: Any = None  # the family's own settings, which only the family reads
     name_end: str = ""  # behind the names of its files
+    shown: Box | None = None  # the part of the decoded pixels that is the result; None: all of them
     own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name
 
     @property

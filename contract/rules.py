@@ -149,6 +149,8 @@ class NpzFormat:
     zeros: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     # arrays of a text file whose length differs per caption
     variable_length: frozenset[str] = frozenset()
+    # names of arrays of latents end in the size, so that a file has those of several resolutions
+    has_resolutions: bool = True
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ class ModelRelease:
     licence: str
     licence_key: str  # the hub's identifier of it, "other" for those that have none
     licence_url: str
+    # False: other checkpoints of the kind, with licences of their own, are trained more often
+    covers_all: bool = True
 
 
 VIDEO, IMAGE, LATENTS = "video_path", "i2i_path", "from_latent"  # the options that name it
@@ -344,6 +348,8 @@ class ReferenceRules:
     most: int  # of one item or request
     step: int = 16  # sides are multiples of this, in pixels
     seen_by_text: bool = False  # by a text encoder: a changed one makes texts stale
+    # text encoders see each of an item as it is encoded to latents, in its size, crop and colours
+    as_encoded: bool = False
     edits: bool = False  # the model was trained to have one: a request without any is warned of
     # one of an item keeps its shape, whatever the target's, and is reduced to `area`
     own_shape: bool = False

@@ -68,6 +68,7 @@ class Turn:
     step: int  # from 0, of those that are made
     num_steps: int
     timestep: float  # what the network is fed
+    next_timestep: float  # likewise in the next step; 0 in the last one
     which: Hashable  # equal for the same pass of all steps of a section, and for no other pass of it
 
 
@@ -176,6 +177,8 @@ class Section:
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
     count: int = 1  # how many sections the clip is made in
     stage: int = 0  # of `Prepared.stages`
+    # a solver of the family's own (`modules.flow.solvers.Solver`); None: the one that the request names
+    solver: Any = None
     shown: int | None = None  # latent frames of the picture; those behind them are no part of the clip
 
     @property
@@ -201,6 +204,7 @@ class Step:
     timestep: float  # what the network is fed
     noisy: Tensor  # B C F H W, float32; B N of a picture and its sound
     sound_sigma: float | None = None  # noise level of the sound; None: as the picture's
+    next_timestep: float = 0.0  # what the network is fed in the next step; 0 in the last one
 
 
 @dataclass(frozen=True)

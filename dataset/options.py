@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from contract.families import with_scripts
+from contract.families import FAMILIES
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.options import KeyFile, Options, option, read_options
@@ -252,7 +252,8 @@ def caching_scripts() -> tuple[str, ...]:
     return tuple(
         f"{entry.cache}_{what}"
         for what in ("latents", "text_encoder_outputs")
-        for entry in with_scripts().values()
+        for entry in FAMILIES.values()
+        if entry.script
     )
 
 

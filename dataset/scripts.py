@@ -99,7 +99,7 @@ def cache_family_texts(
             config = with_empty_prompts(config)
         repeated = [*repeat_given(family_options, typed), *_recall(config, family, "LatentCaching")]
         training = option_words(join_options(entry.options_record("Training"), {}, repeated))
-        words = ["python", f"{entry.script}_train_network.py", *entry.training, *training]
+        words = ["python", f"{entry.training_script}.py", *entry.training, *training]
         words += ["--dataset_config", str(options.dataset_config), "--check"]
         remember = partial(
             remember_options,

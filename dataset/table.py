@@ -4,7 +4,7 @@ Standard library only.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -284,6 +284,15 @@ class DatasetTable:
     @property
     def texts_see_references(self) -> bool:
         return self.references is not None and self.references.seen_by_text
+
+    def seen_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
+        """Return what decides how text encoders see reference pictures, if that is as they are encoded.
+
+        bucket: width and height of their item. The values are JSON.
+        """
+        if self.references is None or not self.references.as_encoded:
+            return {}
+        return {"bucket": list(bucket), **self.changed(REFERENCES)}
 
     @property
     def stated_fps(self) -> float | None:

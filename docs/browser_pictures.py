@@ -108,6 +108,11 @@ target_frames = [17]
 """
 # replaces the temporary folder in texts and fields
 RENAME = """([folder, home]) => {
+  const marks = document.createTreeWalker(document.body, NodeFilter.SHOW_COMMENT);
+  const comments = [];
+  while (marks.nextNode()) comments.push(marks.currentNode);
+  comments.forEach(comment => comment.remove()); // they cut a path in two texts
+  document.body.normalize();
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) texts.currentNode.data = texts.currentNode.data.replaceAll(folder, home);
   for (const field of document.querySelectorAll('input, textarea')) {
@@ -116,7 +121,8 @@ RENAME = """([folder, home]) => {
   }
 }"""
 READY_CAPTIONS = "[...document.querySelectorAll('#items img')].filter(one => one.naturalWidth).length > 1"
-MOVES = "seen.size && [...seen].every(clip => clip.currentTime > 0)"
+# on a phone, the clips of a run stand below its buttons
+MOVES = "(seen.size || innerWidth < 1000) && [...seen].every(clip => clip.currentTime > 0)"
 READY = {
     "queue": "true",
     "new": "true",
@@ -272,7 +278,8 @@ def write_queue(folder: Path) -> JobQueue:
     rows = []
     for number, words, code in JOBS:
         process = None if code is None else describe_process(os.getppid())  # the run is its child
-        rows.append({"id": number, "line": f"python {words}", "folder": "/home/me/films", "process": process})
+        row = {"id": number, "line": f"python {words}", "folder": str(folder.parent), "process": process}
+        rows.append(row)
         (folder / "logs" / f"{number}.log").write_text(SAID.get(number, ""), encoding="utf-8")
         if code in (0, 1):
             (folder / "logs" / f"{number}.code").write_text(str(code), encoding="utf-8")

@@ -243,7 +243,8 @@ def find_other_kind(path: Path, name: str) -> str | None:
 
     Reads headers, and torch files without running code. Other suffixes are not checked.
     """
-    from checkpoints.containers import ONNX, PICKLE, ZIP  # torch loads here
+    from checkpoints.containers import PICKLE, ZIP  # torch loads here
+    from checkpoints.first_bytes import ONNX
     from checkpoints.opening import open_file
     from checkpoints.tokenizers import check_sentencepiece
 
@@ -314,7 +315,7 @@ def _receive(
     except BrokenTry as error:
         raise DownloadError(
             f"{remote.page}: the connection broke {TRIES} times with little new data ({error}).\n"
-            f"  {partial.stat().st_size / 1e9:.1f} GB are kept: run the same command again to continue."
+            f"  {gigabytes(partial.stat().st_size)} are kept: run the same command again to continue."
         ) from None
     except OSError as error:
         raise OutputError(

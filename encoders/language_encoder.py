@@ -15,6 +15,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,6 +67,7 @@ from running.planning.device_memory import spare_bytes
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
+PRE_NORM = "pre_norm"  # in records of caches: the last state is that before the final norm
 # how Qwen splits a text before merging, and its tokens behind the vocabulary, for files other than
 # tokenizer.json, which states both. Source: Yang et al. 2025, arXiv 2505.09388, and its released tokenizer
 _QWEN_WORDS = (
@@ -132,20 +134,33 @@ class LanguageUse:
     most: int  # tokens of a prompt that are kept, without those that are dropped
     before: str = ""  # the template up to the prompt
     after: str = ""
-    # tokens of the model's own tokenizer before the prompt, whose states are cut off; None: count them
+    # tokens of the model's own tokenizer before the prompt, whose states are cut off; None: count those of
+    # `system`, with which `before` begins; "": of all of `before`
     dropped: int | None = 0
+    system: str = ""
+    blank: str = ""  # what an empty prompt is written as
     # numbers of layers before the states that are read and joined, ascending; -1 is the last, normed, and -2
     # the one before it (alone, and not for files whose last layers were cut off); or ALL_STATES
     states: tuple[int, ...] = (-1,)
     stacked: tuple[int, ...] = ()  # the same numbers, of states that are stacked instead: L n C
     final_norm: bool = False  # norm the last state that is read even if layers follow it
+    pre_norm: bool = False  # read the last state before the final norm
     keeps_after: bool = False  # the text behind the prompt stays if that is cut
     # token that fills prompts to `most` tokens, all of which have states; None: prompts keep their length
     pad: str | None = None
+    # with a pad: prompts are filled to a multiple of so many tokens instead, and each keeps its length. Such
+    # tokens have position 1, as in the version of transformers that models were trained with
+    pads_to: int = 0
     pads_left: bool = False  # without a pad: the last token stands where it would if there were one
     mask_key: str = ""  # of a mask with 1 for real tokens; "": none is returned
     at_once: int = 8  # prompts; bounds memory
     pictures: PictureUse | None = None  # how pictures stand in a prompt; None: never
+    # Keys of where pictures stood among the states, and of their sizes. Theirs are then left out, and places
+    # count those that are left; sizes are rows and columns of half tokens. "": their states stay
+    slots_key: str = ""
+    sizes_key: str = ""
+    # key of hashes of the pictures of a dataset's text, as `PictureUse.hash_pictures` makes them; "": none
+    hashes_key: str = ""
     record: str = ""  # what its facts in cache records begin with; "": the name
 
     @property
@@ -154,7 +169,7 @@ class LanguageUse:
 
     @property
     def keys(self) -> frozenset[str]:
-        return frozenset({self.states_key, self.mask_key} - {""})
+        return frozenset({self.states_key, self.mask_key, self.slots_key, self.sizes_key} - {""})
 
     @property
     def template(self) -> str:
@@ -174,7 +189,7 @@ class LanguageUse:
 class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     """A language model. Each prompt gives a state for each of its tokens."""
 
-    can = EncoderAbilities(wait=True, divide=True)
+    can = EncoderAbilities(wait=True, divide=True, see=True)
     logs_cuts = True
     blocks: BlockPlace | None = None  # splits the network over processes
 
@@ -200,7 +215,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         self.source = use.source
         self.most = use.most
         self.keys = use.keys
-        self.variable_length = use.keys if use.pad is None else frozenset()
+        has_lengths = use.pad is None or use.pads_to > 0
+        self.variable_length = use.keys | {use.hashes_key} if has_lengths else frozenset()
         self.weighed = use.states_key
         self.pads_left = use.pads_left
 
@@ -208,6 +224,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def state(self) -> str | None:
         """Describe the states that are read, for `identity`."""
         numbers = ", ".join(map(str, self.use.numbers)) or "all"
+        if self.use.pre_norm:
+            return f"{numbers}, {PRE_NORM}"
         return f"{numbers}, normed" if self.use.final_norm else numbers
 
     @property
@@ -229,23 +247,26 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             state=self.state,
             template=self.use.fingerprint,
             weights=self.form,
+            # whose releases differ in which state they call the last
+            transformers=version("transformers").partition(".")[0] if self.use.pre_norm else None,
         )
 
     def write(self, prompt: Prompt) -> Written:
         use = self.use
         start = len(use.before)
+        text = prompt.text or use.blank
         return Written(
-            text=f"{use.before}{prompt.text}{use.after}",
-            prompt=prompt.text,
+            text=f"{use.before}{text}{use.after}",
+            prompt=text,
             spans=prompt.spans,
             start=start,
-            end=start + len(prompt.text) if use.keeps_after else math.inf,
+            end=start + len(text) if use.keeps_after else math.inf,
         )
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:
         if self.use.dropped is not None:
             return self.use.dropped
-        return len(tokenizer.read(self.use.before).ids)
+        return len(tokenizer.read(self.use.system or self.use.before).ids)
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Warn if this tokenizer gives the template another number of tokens than is cut off."""
@@ -286,6 +307,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             form=self.form,
             room=room,
             blocks=blocks,
+            pre_norm=use.pre_norm,
         )
         if tower is not None:
             network.visual = tower
@@ -296,7 +318,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         if self.on_cpu:
             return 0
         with open_checkpoint(self.path) as checkpoint:
-            plan = read_language_model(checkpoint, self.use.model, self.use.numbers, self.use.final_norm)
+            use = self.use
+            plan = read_language_model(checkpoint, use.model, use.numbers, use.final_norm, use.pre_norm)
             layers, size = streamed_layers(plan, self.dtype, self.form, room)
         return layers * size
 
@@ -331,9 +354,8 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         for first in range(0, len(rows), use.at_once):
             group = rows[first : first + use.at_once]
             group_pictures = pictures[first : first + use.at_once]
-            length = max(map(len, group)) if use.pad is None else dropped + use.most
-            ids, mask = fill_rows(group, length, pad, use.pads_left)
-            inputs = self._embed(network, tokenizer, ids, group_pictures)
+            ids, mask = fill_rows(group, self._padded_length(group, dropped), pad, use.pads_left)
+            inputs = self._embed(network, tokenizer, ids, group_pictures, mask=mask)
             states = language_states(
                 network,
                 inputs.tokens,
@@ -346,14 +368,69 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
                 states = states.unflatten(-1, (len(use.stacked), -1))
             states = states[:, dropped:].cpu()
             mask = mask[:, dropped:]
-            for row_states, row_mask, row in zip(states, mask, group, strict=True):
-                results.append(self._conditions(row_states, row_mask, len(row) - dropped))
+            for number, (row_states, row_mask, row) in enumerate(zip(states, mask, group, strict=True)):
+                length = self._padded_length([row], dropped) if use.pads_to else len(row)
+                conditions = self._conditions(row_states, row_mask, length - dropped)
+                if use.slots_key:
+                    sides = group_pictures[number].sides if group_pictures else ()
+                    conditions |= self._part_pictures(tokenizer, row_states, row[dropped:], sides)
+                results.append(conditions)
         return results
 
+    def _part_pictures(
+        self, tokenizer: TextTokenizer, states: Tensor, ids: Sequence[int], sides: Sequence[tuple[int, int]]
+    ) -> dict[str, Tensor | list[Tensor]]:
+        """Return a prompt's states without those of its pictures, and the places and sizes of these.
+
+        states: of its tokens, L C, perhaps with padding behind. ids: L. sides: rows and columns of tokens of
+        each picture.
+        """
+        use = self.use
+        assert use.pictures is not None
+        token = self.find_token(tokenizer, use.pictures.token) if sides else None
+        is_picture = [number == token for number in ids]
+        # numbers, not a mask: a rehearsal has no values to count
+        words_only = torch.tensor([index for index, shows in enumerate(is_picture) if not shows])
+        slots = []
+        place = 0  # in ids
+        words = 0  # before it
+        for rows, columns in sides:
+            while not is_picture[place]:
+                place += 1
+                words += 1
+            slots.append(words)
+            place += rows * columns
+        sizes = [(2 * rows, 2 * columns) for rows, columns in sides]
+        parted: dict[str, Tensor | list[Tensor]] = {
+            use.states_key: [states.index_select(0, words_only)],
+            use.slots_key: [torch.tensor(slots, dtype=torch.int64)],
+        }
+        if use.sizes_key:
+            parted[use.sizes_key] = [torch.tensor(sizes, dtype=torch.int64).view(-1, 2)]
+        return parted
+
+    def _padded_length(self, rows: Sequence[list[int]], dropped: int) -> int:
+        """Return the number of tokens that prompts of a group are filled up to."""
+        use = self.use
+        longest = max(map(len, rows))
+        if use.pad is None:
+            return longest
+        if use.pads_to:
+            return min(math.ceil(longest / use.pads_to) * use.pads_to, dropped + use.most)
+        return dropped + use.most
+
     def _embed(
-        self, network: nn.Module, tokenizer: TextTokenizer, ids: Tensor, pictures: Sequence[ReadPictures]
+        self,
+        network: nn.Module,
+        tokenizer: TextTokenizer,
+        ids: Tensor,
+        pictures: Sequence[ReadPictures],
+        mask: Tensor,
     ) -> PictureTokens:
-        """Return embeddings of tokens, with pictures in place of the tokens for them. ids: on the CPU."""
+        """Return embeddings of tokens, with pictures in place of the tokens for them.
+
+        ids, mask: on the CPU; the mask is 1 for real tokens.
+        """
         use = self.use
         embeddings = network.get_submodule(self.embedding.removesuffix(".weight"))
         device = network.get_parameter(self.embedding).device
@@ -366,12 +443,17 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         places = None
         if use.pad is None and use.pads_left:
             places = torch.arange(use.most - ids.shape[1], use.most)[None]
+        if use.pads_to:
+            places = torch.arange(ids.shape[1]).masked_fill(mask == 0, 1)
         return PictureTokens(tokens, places, [])
 
-    def _conditions(self, states: Tensor, mask: Tensor, length: int) -> Conditions:
-        """Return what a prompt gives: a state for each of its tokens, or all states if prompts are padded."""
+    def _conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
+        """Return what a prompt gives: a state for each of its tokens, or all states if prompts are padded.
+
+        length: of its tokens, with those that fill them up to a multiple.
+        """
         use = self.use
-        if use.pad is not None:
+        if use.pad is not None and not use.pads_to:
             return {use.states_key: states.clone(), **self._mask(mask)}
         conditions = {use.states_key: states[:length].clone(), **self._mask(mask[:length])}
         return {key: [tensor] for key, tensor in conditions.items()}
@@ -385,13 +467,33 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         Picture tokens do not count towards `most`. Raises MediaError if a picture cannot be shown, and
         CheckpointError if the tokenizer has no token for pictures.
         """
+        encoded = self._encode_prompts(prompts)
+        key = self.use.hashes_key
+        use = self.use.pictures
+        if not key or use is None or use.hash_pictures is None:
+            return encoded
+        hashed = []
+        for prompt, conditions in zip(prompts, encoded, strict=True):
+            if len(prompt.frames) == len(prompt.pictures):  # those of a dataset, or none
+                conditions = {**conditions, key: [use.hash_pictures(use.choose(prompt.frames))]}
+            hashed.append(conditions)
+        return hashed
+
+    def load_tower(self, device: torch.device) -> None:
+        """Load the vision tower onto a device, unless it is loaded or the family shows no pictures.
+
+        Raises CheckpointError if the file has none, or one of another model.
+        """
+        network, _ = self._loaded.get()
+        if self.use.pictures is not None and not hasattr(network, "visual"):
+            network.visual = load_vision_tower(self.path, self.use.model, device, self.dtype)
+
+    def _encode_prompts(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         use = self.use.pictures
         if use is None or not any(prompt.pictures for prompt in prompts):
             return super().encode(prompts)
         network, tokenizer = self._loaded.get()
-        if not use.always and not hasattr(network, "visual"):
-            device = network.get_parameter(self.embedding).device
-            network.visual = load_vision_tower(self.path, self.use.model, device, self.dtype)
+        self.load_tower(network.get_parameter(self.embedding).device)
         pictures = _read_all_pictures(network.get_submodule("visual"), prompts, use)
         token = self.find_token(tokenizer, use.token)
         written: list[Written] = []
@@ -477,7 +579,10 @@ class LanguageModelFiles(TransformerFiles):
 def _read_all_pictures(tower: nn.Module, prompts: Sequence[Prompt], use: PictureUse) -> list[ReadPictures]:
     pictures = []
     for prompt in prompts:
-        frames = [use.read(path, prompt.picture_size) for path in use.choose(prompt.pictures)]
+        if prompt.frames:
+            frames = [use.show(frame) for frame in use.choose(prompt.frames)]
+        else:
+            frames = [use.read(path, prompt.picture_size) for path in use.choose(prompt.pictures)]
         pictures.append(read_pictures(tower, frames, use))
     return pictures
 

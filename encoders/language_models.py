@@ -179,13 +179,18 @@ class RotaryConstants(NamedTuple):
 
 
 def read_language_model(
-    checkpoint: Checkpoint, model: LanguageModel, states: Sequence[int] = (-1,), final_norm: bool = False
+    checkpoint: Checkpoint,
+    model: LanguageModel,
+    states: Sequence[int] = (-1,),
+    final_norm: bool = False,
+    pre_norm: bool = False,
 ) -> LoadPlan[LanguageConfig]:
     """Plan how to load the language model up to the last of the states that are read.
 
     Reads files with all published prefixes, in 16 or 8 bits. model: the kind that it has to be. states: which
     states are read, each as the number of layers before it, ascending; negative numbers count from the end
     (-1: the last state, normed); or ALL_STATES. final_norm: norm the last of them even if it is not -1.
+    pre_norm: never norm it.
     Raises CheckpointError for any other file, or one with fewer layers.
     """
     path = checkpoint.path
@@ -234,7 +239,7 @@ def read_language_model(
         num_kv_heads=key_rows // width,
         head_width=width,
         num_layers=num_layers,
-        final_norm=final_norm or states[-1] == -1,
+        final_norm=not pre_norm and (final_norm or states[-1] == -1),
         theta=constants.theta,
         eps=constants.eps,
         model=model,
@@ -434,16 +439,17 @@ def load_language_model(
     form: str | None = None,
     room: int | None = None,
     blocks: BlockPlace | None = None,
+    pre_norm: bool = False,
 ) -> nn.Module:
     """Load the language model up to the last of the states that are read.
 
     form: see `load_planned`; without one fp8 weights are dequantized. room: bytes free on the device;
     layers that do not fit stay in host memory, and each is copied to the device before it runs. None: all
-    fit. blocks: takes each layer. model, states, final_norm: as for `read_language_model`. Raises
+    fit. blocks: takes each layer. model, states, final_norm, pre_norm: as for `read_language_model`. Raises
     CheckpointError if the file is damaged, holds another model, or has its weights in another form.
     """
     with open_checkpoint(path) as checkpoint:
-        plan = read_language_model(checkpoint, model, states, final_norm)
+        plan = read_language_model(checkpoint, model, states, final_norm, pre_norm)
         swapped, layer_bytes = streamed_layers(plan, dtype, form, room)
         host = host_weights(SwapPlan(SPEC, swapped), device)
         what = f"the language model ({model.option})"

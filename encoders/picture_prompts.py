@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from modules.errors import CheckpointError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import read_image, resize_cover, resize_stretched
 
+Shown = TypeVar("Shown")
 LEAST_SIDE = 28  # pixels that reducing leaves of a side
 MOST_RATIO = 200  # of the sides of a picture, for the released image processor
 
@@ -54,16 +55,22 @@ class PictureUse:
     token: str = "<|image_pad|>"
     # a picture as it is shown, of `Prompt.picture_size` if that is given: H W 3 uint8; MediaError
     read: Callable[[Path, Size | None], Tensor] = read_rgb
+    # pixels of `Prompt.frames`, H W C uint8, as they are shown: H W 3
+    show: Callable[[Tensor], Tensor] = lambda frame: frame[..., :3]
+    # hashes of `Prompt.frames`, for caches: n 32 uint8; None: there are none
+    hash_pictures: Callable[[Sequence[Tensor]], Tensor] | None = None
     shown: int | None = None  # the first pictures that are shown; None: all
     fewest: int = 3136  # pixels; smaller pictures are enlarged
     most: int = 12845056  # pixels; larger pictures are reduced
+    between: str = ""  # text between two of them
     always: bool = True  # prompts have some; else the tower is loaded when one does
 
-    def choose(self, paths: Sequence[Path]) -> Sequence[Path]:
-        return paths[: self.shown]
+    def choose(self, pictures: Sequence[Shown]) -> Sequence[Shown]:
+        return pictures[: self.shown]
 
     def write(self, number: int, tokens: int) -> str:
-        return self.text.format(number=number, tokens=self.token * tokens)
+        before = self.between if number > 1 else ""
+        return before + self.text.format(number=number, tokens=self.token * tokens)
 
 
 @dataclass(frozen=True)

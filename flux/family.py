@@ -107,7 +107,7 @@ class Flux(ModelOfPictures):
 
     @property
     def dit(self) -> DitSpec:
-        return dit_spec(self.files.kind)
+        return replace(dit_spec(self.files.kind), has_additions=self.controlnet is not None)
 
     @property
     def text_keys(self) -> frozenset[str]:

@@ -20,8 +20,9 @@ from contract.data import (
     SamplingDefaults,
     name_texts,
 )
+from contract.families import share_latents
 from contract.family import DitSpec, Family, NoiseSpec
-from contract.few_steps import FewSteps
+from contract.few_steps import GUIDED, FewSteps, transfer_from
 from contract.requests import Prepared, Request
 from contract.rules import ModelRelease, ReferenceRules
 from contract.steps import NO_TWEAKS, Tweaks
@@ -69,6 +70,7 @@ class Flux2(pictures.ModelOfPictures):
     few_steps: ClassVar = FewSteps(
         "Train on klein-base-4b or klein-base-9b (with its file), whose LoRAs work on klein too, or give "
         "--training_adapter with a LoRA that undoes the distillation",
+        targets=(GUIDED, transfer_from("klein-base", "flux-2-klein-base.safetensors")),
         words="klein",
         unless="base",
     )
@@ -86,8 +88,8 @@ class Flux2(pictures.ModelOfPictures):
 
     @property
     def same_latents(self) -> frozenset[str]:
-        """Return all releases: they have the same autoencoder."""
-        return frozenset(version.name for version in VERSIONS.values())
+        """Return all releases, and families with their autoencoder."""
+        return frozenset(version.name for version in VERSIONS.values()) | share_latents("flux_2")
 
     @property
     def cache_tag(self) -> str:

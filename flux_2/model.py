@@ -62,10 +62,10 @@ class SharedModulation(nn.Module):
 class PairNorm(nn.Module):
     """Norms of queries and keys, of each head by itself."""
 
-    def __init__(self, config: Flux2Config) -> None:
+    def __init__(self, head_width: int, eps: float) -> None:
         super().__init__()
-        width = config.dim // config.num_heads
-        self.query_norm, self.key_norm = ScaleNorm(width, config.eps), ScaleNorm(width, config.eps)
+        self.query_norm = ScaleNorm(head_width, eps)
+        self.key_norm = ScaleNorm(head_width, eps)
 
 
 class StreamAttention(nn.Module):
@@ -75,7 +75,7 @@ class StreamAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.norm = PairNorm(config)
+        self.norm = PairNorm(config.dim // config.num_heads, config.eps)
         self.proj = nn.Linear(config.dim, config.dim, bias=False)
 
 
@@ -130,7 +130,7 @@ class Flux2SingleBlock(nn.Module):
         self.pre_norm = Float32LayerNorm(dim, config.eps)
         self.rows = RowsOfAll(SINGLE_ROWS)
         self.linear1 = nn.Linear(dim, sum(self.widths), bias=False)
-        self.norm = PairNorm(config)
+        self.norm = PairNorm(config.dim // config.num_heads, config.eps)
         self.linear2 = nn.Linear(dim + config.ffn_dim, dim, bias=False)
 
     def forward(self, x: Tensor, tokens: blocks.HunyuanTokens) -> Tensor:
@@ -145,24 +145,25 @@ class Flux2SingleBlock(nn.Module):
         return add_gated(x, gate, branch, tokens.split)
 
 
-class Flux2FinalLayer(nn.Module):
-    """Final norm, modulated by the embedding, and projection to the channels of a latent pixel."""
+class PixelFinalLayer(nn.Module):
+    """Final norm, modulated by an embedding, and projection to the channels of a latent pixel."""
 
-    def __init__(self, config: Flux2Config) -> None:
+    def __init__(self, dim: int, channels: int, eps: float) -> None:
         super().__init__()
-        self.norm_final = Float32LayerNorm(config.dim, config.eps)
-        self.linear = nn.Linear(config.dim, config.channels, bias=False)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim, bias=False))
+        self.norm_final = Float32LayerNorm(dim, eps)
+        self.linear = nn.Linear(dim, channels, bias=False)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim, bias=False))
 
-    def forward(self, x: Tensor, tokens: blocks.HunyuanTokens) -> Tensor:
-        vector = functional.silu(tokens.vector[:, :1, EMBEDDING_ROW])
+    def forward(self, x: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return pixels B L Z of tokens x, B L C. embedding: B 1 C. dtype: of activations between layers."""
+        vector = functional.silu(embedding)
         shift, scale = in_own_dtype(self.adaLN_modulation[1], vector).float().chunk(2, dim=-1)
-        return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, tokens.dtype))
+        return in_own_dtype(self.linear, modulate(self.norm_final(x), shift, scale, dtype))
 
 
-def _number_embedding(config: Flux2Config) -> TwoLayers:
-    sizes = (config.freq_dim, config.dim, config.dim)
-    return TwoLayers("in_layer out_layer", sizes, bias=False, in_float32=True)
+def number_embedding(freq_dim: int, dim: int) -> TwoLayers:
+    """Return the layers that embed the sinusoids of a number: B freq_dim -> B dim float32."""
+    return TwoLayers("in_layer out_layer", (freq_dim, dim, dim), bias=False, in_float32=True)
 
 
 class Flux2Model(BlockNetwork):
@@ -194,15 +195,15 @@ class Flux2Model(BlockNetwork):
         dim = config.dim
         self.img_in = nn.Linear(config.channels, dim, bias=False)
         self.txt_in = nn.Linear(config.text_dim, dim, bias=False)
-        self.time_in = _number_embedding(config)
+        self.time_in = number_embedding(config.freq_dim, dim)
         if config.has_guidance:
-            self.guidance_in = _number_embedding(config)
+            self.guidance_in = number_embedding(config.freq_dim, dim)
         self.double_stream_modulation_img = SharedModulation(dim, 6)
         self.double_stream_modulation_txt = SharedModulation(dim, 6)
         self.single_stream_modulation = SharedModulation(dim, 3)
         self.double_blocks = nn.ModuleList(Flux2DoubleBlock(config) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(Flux2SingleBlock(config) for _ in range(config.single_blocks))
-        self.final_layer = Flux2FinalLayer(config)
+        self.final_layer = PixelFinalLayer(dim, config.channels, config.eps)
         widths = (dim // config.num_heads // AXES,) * AXES
         self._rotary = GridTable(joined_tables(table_maker(exact_table, widths, config.rope_theta)))
 
@@ -282,5 +283,6 @@ class Flux2Model(BlockNetwork):
     def unembed(self, x: Tensor, tokens: blocks.HunyuanTokens) -> Tensor:
         """Turn tokens B L+T C into the velocity, B Z 1 H W in float32."""
         _, rows, columns = tokens.grid
-        pixels = self.final_layer(x[:, : rows * columns], tokens).float()
+        embedding = tokens.vector[:, :1, EMBEDDING_ROW]
+        pixels = self.final_layer(x[:, : rows * columns], embedding, tokens.dtype).float()
         return pixels.transpose(1, 2).unflatten(2, (1, rows, columns))

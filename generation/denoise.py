@@ -52,6 +52,7 @@ def denoise(
     for made in range(num_steps):
         index = first_step + made
         sound_sigmas = schedule.sound_sigmas
+        is_last = made + 1 == num_steps
         step = steps.Step(
             made,
             num_steps,
@@ -59,6 +60,7 @@ def denoise(
             timestep=float(schedule.timesteps[index]),
             noisy=latents,
             sound_sigma=None if sound_sigmas is None else float(sound_sigmas[index]),
+            next_timestep=0.0 if is_last else float(schedule.timesteps[index + 1]),
         )
         # not in a variable, which would keep this step's network while the next step's is loaded
         velocity = guidance(
@@ -144,7 +146,13 @@ def predictor(
                 timesteps = torch.stack([times * (not is_clean) for times, is_clean in of_streams], dim=1)
             # conditions and tweaks are the same objects at all steps of a section
             which = (*map(id, group), id(tweaks))
-            turn = steps.Turn(step.index, step.num_steps, step.timestep, which)
+            turn = steps.Turn(
+                step.index,
+                step.num_steps,
+                timestep=step.timestep,
+                next_timestep=step.next_timestep,
+                which=which,
+            )
             group_tweaks = replace(tweaks.within(all_passes), turn=turn)
             batch = stack(group) if len(group) > 1 else group[0]
             set_level(dit, step.sigma, noisy.device)
@@ -234,8 +242,10 @@ def make_latents(
                 on_section(section)
             section = on_device(replace(section, previous=None), device)
             stage = prepared.stages[section.stage] if prepared.stages else prepared
+            if section.solver is not None:  # it may take several passes for a step
+                stage = replace(stage, steps=section.solver.schedule.num_steps)
             # what a solver draws continues the generator that the section's start came from
-            solver = solver_for(
+            solver = section.solver or solver_for(
                 stage.solver,
                 stage.steps,
                 stage.flow_shift,

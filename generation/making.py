@@ -18,6 +18,7 @@ from blissful_tuner.video_to_video_options import USED_WITH, SourceOptions
 from checkpoints.finite import is_finite
 from contract.data import Conditions, MediaEncoders
 from contract.family import Family, hears_sound
+from contract.requests import Box
 from contract.rules import SOURCES
 from contract.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
 from generation import outputs
@@ -418,7 +419,7 @@ def _decode_job(run: GenerationRun, encoders: MediaEncoders, job: GenerationJob,
     return outputs.save_pixels(
         run.options.output,
         str(job.stem),
-        decode(run.family, encoders, job.latents),
+        decode(run.family, encoders, job.latents, job.prepared.shown),
         fps=job.prepared.fps,
         metadata=job.metadata,
         post=run.post,
@@ -461,10 +462,14 @@ def make_tracks(
     return decode_tracks(run.family, sounds, run.session.device, note)
 
 
-def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-    """Decode latents (1 C F h w) to chunks of pixels 1 3 F H W, with a bar over the frames.
+def decode(
+    family: Family, encoders: MediaEncoders, latents: Tensor, shown: Box | None = None
+) -> Iterator[Tensor]:
+    """Decode latents (1 C F h w) to chunks of pixels, with a bar over the frames.
 
-    Raises UserError if some are NaN or infinite.
+    The chunks are 1 3 F H W, or 1 4 F H W of a family whose pixels have alpha.
+
+    shown: the part of the pixels that is the result; None: all. Raises UserError if some are NaN or infinite.
     """
     chunks = family.decode(encoders, latents)
     frames = family.latent.count_frames(latents.shape[2])
@@ -474,4 +479,4 @@ def decode(family: Family, encoders: MediaEncoders, latents: Tensor) -> Iterator
                 "The VAE made values that are NaN or infinite of good latents: nothing would be seen. Give "
                 "--vae_dtype bfloat16 or float32"
             )
-        yield pixels
+        yield pixels if shown is None else shown.of(pixels)

@@ -12,7 +12,7 @@ from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
 from checkpoints.stored.forms import rehearsed
 from contract.data import Conditions
-from contract.family import Family, TextEncoder, can_divide, hears_sound, is_layered
+from contract.family import Family, TextEncoder, can_divide, can_see, hears_sound, is_layered
 from contract.loading import Placement
 from contract.requests import Prepared, Prompt
 from contract.rules import Expert, noisiest
@@ -154,6 +154,8 @@ def rehearse_texts(
     outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {text: {} for text in texts_of([prompts])}
     for encoder in family.text_encoders():
         encoder.load(META)
+        if can_see(encoder) and any(text.pictures for text in outputs):
+            encoder.load_tower(META)  # now: a rehearsal loads nothing
         with rehearsing(encoder) as ledger:
             encoded = [encoder.encode([text])[0] for text in outputs]
             phase = phase_of(f"text encoder {encoder.name}", ledger, extra)

@@ -156,7 +156,7 @@ def save_pixels(
     post: FrameTools | None = None,
     track: Track | None = None,
 ) -> Path:
-    """Write decoded pixels (chunks of 1 3 F H W in -1..1, in playing order) as they come; return the path.
+    """Write decoded pixels (chunks of 1 C F H W in -1..1, in playing order) as they come; return the path.
 
     Writes a video; one PNG if there is a single frame; with `--output_type images` a folder of PNG files (for
     a single frame only if the script neither numbers single images nor makes pictures alone). With

@@ -93,11 +93,12 @@ def make_request(
     if solver not in SOLVERS:
         raise OptionError(f"--sample_solver {solver} (in a prompt line): use {', '.join(SOLVERS)}")
     high_noise = line.get("guidance_scale_high_noise", options.guidance_scale_high_noise)
+    height, width = options.video_size or (None, None)  # None: the model's own, or that of a reference
     request = Request(
         prompt=texts["prompt"] or "",
         seed=seed,
-        width=line.get("video_size_width", options.video_size[1]),
-        height=line.get("video_size_height", options.video_size[0]),
+        width=line.get("video_size_width", width),
+        height=line.get("video_size_height", height),
         frames=line.get("video_length", options.video_length),
         steps=line.get("infer_steps", options.infer_steps),
         guidance_scale=line.get("guidance_scale", options.guidance_scale),

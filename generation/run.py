@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from blissful_tuner.metadata import frame_rate_in, read_decoded_metadata, seed_in
+from blissful_tuner.metadata import frame_rate_in, read_decoded_metadata, seed_in, shown_in
 from contract.data import MediaEncoders
 from contract.families import HIGH_NOISE
 from contract.family import Family, hears_sound
 from contract.loading import Placement
+from contract.requests import Box
 from generation.dressing import (
     DitLoader,
     LorasByExpert,
@@ -112,12 +113,33 @@ def _decode_file(
         return save_pixels(
             output,
             stem,
-            decode(run.family, encoders, saved.latents),
+            decode(run.family, encoders, saved.latents, _shown_part(run.family, path, saved)),
             fps=fps,
             metadata=None if output.no_metadata else metadata,
             post=run.post,
             track=track,
         )
+
+
+def _shown_part(family: Family, path: Path, saved: "SavedLatents") -> Box | None:
+    """Return the part of the pixels that is the result, which the file may say; None: all of them.
+
+    Raises CheckpointError if the file has fewer pixels.
+    """
+    box = shown_in(saved.metadata)
+    if box is None:
+        return None
+    *_, rows, columns = saved.latents.shape
+    _, row_stride, column_stride = family.latent.stride
+    fits_in_height = 0 < box.height <= rows * row_stride - box.top
+    fits_in_width = 0 < box.width <= columns * column_stride - box.left
+    if not fits_in_height or not fits_in_width:
+        raise CheckpointError(
+            f"--latent_path {path}: its metadata name a part of the picture that it does not have "
+            f"({box.width} x {box.height} pixels from {box.left}, {box.top}). Make the latents again",
+            path,
+        )
+    return box
 
 
 def check_latents(family: Family, path: Path) -> "SavedLatents":

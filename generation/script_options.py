@@ -30,7 +30,7 @@ class RequestOptions(Options, title="what to make"):
     negative_prompt: str | None = option(
         "what to avoid; default: the text of the model's release, if any", often=True
     )
-    video_size: tuple[int, ...] = option(
+    video_size: tuple[int, ...] | None = option(
         "size in pixels", default=(256, 256), nargs=2, metavar=HEIGHT_WIDTH, often=True
     )
     video_length: int | None = option("number of frames: 4n + 1, of LTX-2 8n + 1; {default}", often=True)

@@ -27,7 +27,7 @@ from contract.data import (
     split_items,
 )
 from contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
-from contract.few_steps import FewSteps
+from contract.few_steps import GUIDED, FewSteps, transfer_from
 from contract.loading import Placement
 from contract.requests import (
     NO_MEDIA,
@@ -111,7 +111,8 @@ class Ltx2(Ltx2Media):
     name: str = field(default="ltx2_v1", init=False)
     few_steps: ClassVar = FewSteps(
         "Train on the transformer called dev, whose LoRAs work on the distilled one too, or give "
-        "--training_adapter with a LoRA that undoes the distillation"
+        "--training_adapter with a LoRA that undoes the distillation",
+        targets=(GUIDED, transfer_from("dev", "ltx-dev.safetensors")),
     )
     cache_tag: str = field(default="ltx2", init=False)
     lora_module: str = field(default=LORA[0].network_module, init=False)

@@ -23,7 +23,8 @@ from modules.errors import CheckpointError, OptionError, UserError, is_of_compil
 from modules.installation import check_requirements, command_words
 
 # loggers of packages that warn at import of what nobody asked for: bitsandbytes, on some processors
-NOISY = ("bitsandbytes.backends.cpu.ops", "torch._subclasses.fake_tensor")  # the second counts at its exit
+# loggers that only show errors; the second counts at its exit, the third names each request
+NOISY = ("bitsandbytes.backends.cpu.ops", "torch._subclasses.fake_tensor", "httpx")
 PATIENCE = 2.0  # seconds within which a launcher ends the others
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MOST_LINES = 3  # of a message; a hint below it is one of them
@@ -360,7 +361,10 @@ def as_typed(words: Sequence[str]) -> str:
 
     In the installed package, scripts are its console commands.
     """
-    words = command_words(words)
+    return quote_for_shell(command_words(words))
+
+
+def quote_for_shell(words: Sequence[str]) -> str:
     return shlex.join(words) if os.name != "nt" else quote_for_windows(words)
 
 

@@ -64,6 +64,25 @@ text_encoder: text_encoder_path llm te
 batch_size: train_batch_size per_device_train_batch_size
 caption_dropout_rate: caption_dropout
 save_merged_model: out output output_path save_to
+guided_target: do_guidance_loss guidance_loss guidance_loss_target h3_guidance_loss_scale
+guided_target_sound: h3_guidance_loss_scale_audio
+guided_target_min_timestep: h3_guidance_loss_sigma_min
+teacher: teacher_matching h3_teacher_matching
+teacher_sees: h3_teacher_conditions
+teacher_max_timestep: h3_teacher_condition_sigma_max
+teacher_min_timestep: h3_teacher_condition_sigma_min
+teacher_size_weight: h3_teacher_loss_mag_weight
+teacher_colour_weight: h3_teacher_loss_dc_weight
+teacher_anchor_weight: h3_teacher_preservation_weight
+timestep_focus: h3_timestep_focus_prob
+timestep_focus_range: h3_timestep_focus_min h3_timestep_focus_max
+mask_prior_weight: masked_prior_preservation_weight inverted_mask_prior inverted_mask_prior_multiplier
+blank_prior_weight: blank_prompt_preservation blank_prompt_preservation_multiplier
+tread: tread_config tread_ratio selection_ratio
+slider: slider_config leco concept_slider
+network_multiplier: slider_strength
+preference: dpo flow_dpo dpo_beta beta_dpo
+skip_spikes: skip_grad_norm
 W: width
 H: height
 renorm_cfg: rcfg
@@ -87,6 +106,11 @@ _NOTHING = {
         "it belongs to the noise of Stable Diffusion"
     ),
     "rcfg ctr": "it is for lines of prompts, of models that have it",
+    "save_precision": (
+        "it is for files of trainings; merged models have the dtypes of the model's file: float32 would be "
+        "rounded to the nearest when it is loaded in 16 bits"
+    ),
+    "empty_prompt": "it is for the script that caches texts, which is run before a training",
     "load_tensors": "it is a key of a dataset file, load_tensors = true in a table, which caching reads",
     "do_differential_guidance differential_guidance differential_guidance_scale": (
         "with a squared error it is the same as a higher --learning_rate, and Adam and Lion do not see it"

@@ -1,7 +1,6 @@
 """Check the name of a file before it is written, and ask about files that exist. Standard library only."""
 
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +14,9 @@ from modules.text_files import real_path
 logger = logging.getLogger(__name__)
 
 MOST_OF_OUTPUT_NAME = 160  # bytes; what is put behind it has up to 90, and a name may have 255
-WINDOWS_RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
+WINDOWS_DEVICE = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?", re.IGNORECASE | re.DOTALL
+)
 WINDOWS_SIGNS = set('<>:"|?*')
 # of files that are no safetensors file
 OTHER_KINDS = {
@@ -23,10 +24,11 @@ OTHER_KINDS = {
 }  # fmt: skip
 
 
-def check_output_name(option: str, name: str, is_windows: bool = os.name == "nt") -> None:
+def check_output_name(option: str, name: str, is_new: bool = True) -> None:
     """Raise OptionError if files and folders in one folder cannot have names that begin with this one.
 
-    is_windows: also refuse names that Windows cannot have.
+    is_new: refuse also what Windows cannot have, on every machine: LoRAs and runs are copied from one to
+    another. A run that has begun under such a name goes on.
     """
     size = len(name.encode("utf-8", "surrogateescape"))
     reason = ""
@@ -40,12 +42,29 @@ def check_output_name(option: str, name: str, is_windows: bool = os.name == "nt"
         reason = "files get their ending by themselves"
     elif size > MOST_OF_OUTPUT_NAME:
         reason = f"it has {size} bytes, and {MOST_OF_OUTPUT_NAME} are the most"
-    elif is_windows and (WINDOWS_RESERVED.fullmatch(name) or set(name) & WINDOWS_SIGNS):
-        reason = "Windows takes no file of that name"
+    elif is_new:
+        reason = _find_fault_on_windows(name)
     if reason:
         raise OptionError(
             f"{option} {shorten(name, 60)!r}: {reason}. Give a name of letters and numbers, such as my_lora"
         )
+
+
+def _find_fault_on_windows(name: str) -> str:
+    """Return why files and folders on Windows cannot have a name; empty if they can."""
+    signs = [sign for sign in name if sign in WINDOWS_SIGNS]
+    if signs:
+        return f"names on Windows cannot have the character {signs[0]}"
+    if is_windows_device(name):
+        return f"on Windows {name.partition('.')[0].strip()} is a device, with any ending"
+    if name[-1] in ". ":
+        return f"it ends in a {'dot' if name[-1] == '.' else 'blank'}, which Windows takes off"
+    return ""
+
+
+def is_windows_device(name: str) -> bool:
+    """Return whether a file of this name cannot be on Windows: it would be a device, with any ending."""
+    return WINDOWS_DEVICE.fullmatch(name) is not None
 
 
 def check_output_file(option: str, path: Path) -> None:

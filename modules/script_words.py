@@ -7,6 +7,7 @@ import re
 
 # a script's name -> what follows `reelsmith`; other scripts keep their name, with - for _
 WORDS = {
+    "train_network": "train sd",  # known programs call it so
     r"(\w+)_train_network": "train {family}",
     r"(\w+)_train": "finetune {family}",
     r"(\w+)_generate_(?:video|image)": "generate {family}",
@@ -25,7 +26,8 @@ def name_words(script: str) -> str:
     for pattern, words in WORDS.items():
         match = re.fullmatch(pattern, script)
         if match:
-            return words.format(family=(match[1] or FAMILY).replace("_", "-"))
+            family = (match[1] if match.re.groups else None) or FAMILY
+            return words.format(family=family.replace("_", "-"))
     return script.replace("_", "-")
 
 

@@ -6,6 +6,7 @@ alphas: scales that are next to the tensors
 apply: put LoRAs into weights while they are loaded
 averaging: average saved files of a run after it
 baking: plain LoRAs from LoHas, LoKrs and DoRAs
+block_numbers: ranks and rates by numbers of a model's blocks
 convert: LoRA files in another dialect; join, split experts
 convert_flux_lora: command: FLUX.1 LoRAs between sd-scripts' and diffusers' names
 convert_hunyuan_image_lora_to_comfy: command: HunyuanImage-2.1 LoRAs to ComfyUI's names, or back

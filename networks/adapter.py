@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from checkpoints.finite import check_finite
 from checkpoints.opening import open_checkpoint
+from contract.family import NumberedBlocks
 from modules.command import did_you_mean
 from modules.console import count_of
 from modules.devices import numbers_on
@@ -201,15 +202,19 @@ def _refuse_other_alphas(path: Path, state: Mapping[str, Tensor]) -> None:
 TrainableNetwork = OwnNetwork | ForeignNetwork  # inside a DiT
 
 
-def check_network(options: NetworkOptions, name: str, depths: Mapping[str, int]) -> None:
+def check_network(
+    options: NetworkOptions, name: str, depths: Mapping[str, int], numbered: NumberedBlocks | None = None
+) -> None:
     """Raise OptionError if a module cannot be imported, or a setting of one of our modules is wrong.
 
-    name: of the module. depths: known numbers of blocks by list of the model.
+    name: of the module. depths: known numbers of blocks by list of the model. numbered: see `DitSpec`.
     """
     if name in OWN_MODULES:
         settings, _ = read_own(name, _arguments_of(options))
         if settings.block_numbers:
             check_blocks(settings, depths)
+        if settings.blocks is not None:
+            settings.blocks.fit(numbered)
         if name == OFT_MODULE and options.scale_weight_norms is not None:
             raise OptionError(
                 f"--scale_weight_norms cannot be used with --network_module {name}: a rotation has no norm "

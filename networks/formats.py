@@ -85,7 +85,7 @@ class LoraFormat:
         the format has no alphas; the metadata say how (`FOLDED`), so that reading the file brings it back.
         """
         if self.name == KNOWN:
-            return Formatted(dict(tensors), {}, {})
+            return Formatted(self._under_known_names(tensors), {}, {})
         from networks.writing import texts_to_diffusers  # most runs save the known names
 
         texts: dict[str, deltas.Factors] = {}
@@ -110,6 +110,14 @@ class LoraFormat:
                 left_out |= text.left_out
                 _note_strength(strengths, text.tensors, deltas.strength(text_factors))
         return Formatted(written, _metadata_of_strengths(strengths), left_out)
+
+    def _under_known_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors under ours, or under the aliases that every tool gives to the family's LoRAs."""
+        if self.family is None or self.family.always_underscored != "aliases":
+            return dict(tensors)
+        from networks.writing import rename_to_aliases  # few families have such names
+
+        return rename_to_aliases(tensors, self.family)
 
     def _by_strength(self, modules: Mapping[str, deltas.Factors]) -> dict[float | None, dict[str, Tensor]]:
         """Group the tensors of modules by alpha / rank; None: of modules that keep their alphas."""

@@ -33,6 +33,7 @@ from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_
 from networks.options import UNTYPED, LoraPatternOptions
 from networks.parts import mend_split_alphas
 from networks.patterns import describe_unfit, in_any_spelling
+from networks.rank_masks import rule_of
 
 logger = getLogger(__name__)
 # metadata that may name a LoRA's needs, in the order in which `FamilyNames.refused` reads them
@@ -157,6 +158,7 @@ def read_lora(
             "Give such a file.",
             path,
         )
+    rule_of(metadata, path)  # a rule that cannot be read is refused here, before a model is loaded
     groups = key_formats.split_names(stored)
     if len(groups) > 1 and not by_expert:
         raise _several(path)

@@ -184,6 +184,10 @@ class OwnNetwork(nn.Module):
             if places:
                 pattern, rate = self.settings.reg_rates[places[-1]]
                 label = f"{label} {pattern.pattern}"
+            factor = getattr(layer, "rate_factor", 1.0)  # of a block that has a rate of its own
+            if factor != 1:
+                label = f"{label} x {factor:g}"
+                rate = rate * factor
             if rate == 0 and any(rates.values()):
                 continue
             for parameter in layer.parameters():

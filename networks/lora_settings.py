@@ -14,6 +14,7 @@ from typing import Any
 
 from modules.command import did_you_mean
 from modules.errors import OptionError
+from networks.block_numbers import KEYS, BlockSettings, read_blocks
 from networks.lora_layer import Dropouts
 from networks.names.layouts import LoraRules
 from networks.options import DEFAULT_RANK, TLORA, TLORA_ALPHA, TLORA_MIN_RANK
@@ -103,6 +104,12 @@ class LoraSettings:
     outside_ranks: tuple[int, ...] = ()
     splits: bool = False  # factors for each part of a fused layer
     encoders_off: frozenset[str] = frozenset()  # prefixes of text encoders that get no LoRA
+    blocks: BlockSettings | None = None  # ranks and rates of numbered blocks
+
+    @property
+    def has_convolutions(self) -> bool:
+        """Return whether convolutions larger than 1 x 1 get a LoRA."""
+        return self.conv_rank is not None or (self.blocks is not None and self.blocks.has_convolutions)
 
 
 def read_settings(
@@ -116,7 +123,8 @@ def read_settings(
 
     rules: of the family's module. Raises OptionError if a key is unknown or a value is out of range.
     """
-    values = _read_values(arguments, rules)
+    blocks = read_blocks(arguments)
+    values = _read_values({key: text for key, text in arguments.items() if key not in KEYS}, rules)
     ratio = values.get("loraplus_lr_ratio")
     perturbation = None
     if "ggpo_sigma" in values:
@@ -148,6 +156,7 @@ def read_settings(
         encoders_off=frozenset(
             prefix for argument, prefix in family_rules.encoders.items() if not values.get(argument)
         ),
+        blocks=blocks,
     )
 
 
@@ -166,7 +175,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
     if unknown:
         raise OptionError(
             f"--network_args {unknown[0]}: this network has no such setting."
-            f"{did_you_mean(unknown[0], readers)} It has {', '.join(readers)}"
+            f"{did_you_mean(unknown[0], (*readers, *KEYS))} It has {', '.join((*readers, *KEYS))}"
         )
     if ("ggpo_sigma" in values) != ("ggpo_beta" in values):
         raise OptionError(

@@ -13,6 +13,8 @@ from networks.module_names import FAMILIES
 from networks.names.layouts import LoraRules
 from networks.options import DEFAULT_BLOCK, OFT_MODULE
 
+MOST_BLOCK = 1024  # values in a block of an OFT
+
 
 @dataclass(frozen=True)
 class NetworkArguments:
@@ -111,6 +113,11 @@ def _check_oft(settings: LoraSettings, has_others: bool) -> None:
     if 1 in sizes:
         raise OptionError(
             "--network_dim 1: a block of a single value cannot be rotated. Give 2 or more; 32 is usual"
+        )
+    if max(sizes) > MOST_BLOCK:
+        raise OptionError(
+            f"--network_dim {max(sizes)}: {MOST_BLOCK} is the most values in a block of an OFT. Give less; "
+            "32 is usual"
         )
 
 

@@ -50,6 +50,7 @@ class Target(NamedTuple):
     rank: int
     alpha: float
     heights: tuple[int, ...]  # of parts that get factors of their own
+    rate_factor: float = 1.0  # on its learning rate
 
 
 class PlacedModule(NamedTuple):
@@ -76,6 +77,8 @@ def choose_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
         lists = [name for name in rules.indices.values() if name in children]
         check_blocks(settings, {name: len(list(children[name].children())) for name in lists})
     optional = () if spec.lora_choice else spec.lora_exclude
+    if settings.blocks is not None:
+        settings = replace(settings, blocks=settings.blocks.fit(spec.numbered))
     targets = _choose(_candidates(unet, settings), settings, OURS, optional)
     if not targets:
         raise OptionError(
@@ -96,8 +99,11 @@ def _candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[PlacedModul
         outside = zip(rules.outside_paths, settings.outside_ranks, strict=False)
         starts += [(path,) for path, rank in outside if rank]
     patterns = [re.compile(pattern) for pattern in spec.lora_choice]
+    without = () if settings.has_convolutions else spec.with_convolutions
     for start in starts:
         for candidate in _modules_below(unet, start):
+            if any(part in f".{candidate.path}" for part in without):
+                continue
             if not patterns or any(pattern.match(candidate.path) for pattern in patterns):
                 yield candidate
 
@@ -128,6 +134,8 @@ def _choose(
             is_optional = False
         if size is not None and (size.rank <= 0 or _is_excluded(path, settings, is_optional)):
             size = None
+        if settings.blocks is not None and settings.blocks.is_left_out(path):
+            size = None
         if settings.verbose:
             state = "left out" if size is None else f"rank {size.rank}, alpha {size.alpha:g}"
             logger.info(f"  {path}: {state}")
@@ -137,6 +145,7 @@ def _choose(
                 rank=size.rank,
                 alpha=size.alpha,
                 heights=_heights(path, module, settings),
+                rate_factor=1.0 if settings.blocks is None else settings.blocks.factor_of(path),
             )
     if settings.reg_ranks:
         log_overlaps("network_reg_dims", settings.reg_ranks, matches)
@@ -175,7 +184,14 @@ def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
 
 def _size(path: str, module: LoraModule, settings: LoraSettings) -> LoraSize | None:
     """Return rank and alpha, or None if the module gets no LoRA."""
-    if not isinstance(module, nn.Linear) and module.kernel_size != (1, 1):
+    is_convolution = not isinstance(module, nn.Linear) and module.kernel_size != (1, 1)
+    if settings.blocks is not None:
+        of_block = settings.blocks.size_of(path, is_convolution)
+        if of_block is not None:
+            rank, alpha = of_block
+            usual_alpha = settings.conv_alpha if is_convolution else settings.alpha
+            return LoraSize(rank, usual_alpha if alpha is None else alpha)
+    if is_convolution:
         return None if settings.conv_rank is None else LoraSize(settings.conv_rank, settings.conv_alpha)
     rules = settings.rules
     if rules is None:
@@ -231,7 +247,7 @@ def build_network(
         if dit is not None:
             targets = choose_modules(dit, settings)
         # ranks by type and numbers of blocks are for the DiT alone
-        text_settings = replace(settings, rules=None, splits=False)
+        text_settings = replace(settings, rules=None, splits=False, blocks=None)
         for start, candidates in in_texts.items():
             targets |= _choose(candidates, text_settings, start)
         layers = _lora_layers(targets, settings.decomposes)
@@ -253,6 +269,9 @@ def build_network(
             by_name=by_name,
         )
         layers = _in_order(layers, joining, by_name)
+    for layer_name, target in targets.items():
+        if layer_name in layers:
+            layers[layer_name].rate_factor = target.rate_factor  # type: ignore[assignment]
     _mask_ranks(layers, settings, dit)
     return OwnNetwork(layers, settings)
 

@@ -9,6 +9,7 @@ Source: Soboleva et al. 2025, arXiv 2507.05964.
 """
 # Letters: S samples, R rank
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,26 +84,27 @@ def mask_for(network: nn.Module, rule: RankRule, rank: int, num_parts: int = 1) 
     return masks.setdefault((rule, rank, num_parts), RankMask(rule, rank, num_parts))
 
 
-def set_levels(network: object, levels: Tensor) -> None:
+def set_levels(network: nn.Module, levels: Tensor) -> None:
     """Set the levels of the next pass of a network; do nothing if it has no masks.
 
     levels: S, the share of noise of each sample; a single one is for all.
     """
-    masks: Mapping[Any, RankMask] | None = getattr(network, _MASKS, None)
+    # its own fields: a module looks for what it lacks in three more places, in each step of every training
+    masks: Mapping[Any, RankMask] | None = network.__dict__.get(_MASKS)
     for mask in masks.values() if masks else ():
         mask.set_levels(levels)
 
 
-def set_level(network: object, level: float, device: torch.device) -> None:
+def set_level(network: nn.Module, level: float, device: torch.device) -> None:
     """Set the same level for all samples of the next pass, as `set_levels`. device: to compute on."""
-    if getattr(network, _MASKS, None):
+    if network.__dict__.get(_MASKS):
         set_levels(network, torch.full((1,), level, device=device))
 
 
-def rule_of(metadata: Mapping[str, str]) -> RankRule | None:
+def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule | None:
     """Return the rule that a LoRA was trained with, as its metadata say; None: all ranks act.
 
-    Raises CheckpointError if its numbers cannot be read.
+    path: of the file, for messages. Raises CheckpointError if its numbers cannot be read.
     """
     text = metadata.get("ss_network_args", "")
     if TLORA not in text:
@@ -114,15 +116,19 @@ def rule_of(metadata: Mapping[str, str]) -> RankRule | None:
     if str(arguments.get(TLORA, "")).lower() != "true":
         return None
     usual = RankRule()
+    least_text = arguments.get(TLORA_MIN_RANK, usual.least)
+    power_text = arguments.get(TLORA_ALPHA, usual.power)
     try:
-        least = int(arguments.get(TLORA_MIN_RANK, usual.least))
-        power = float(arguments.get(TLORA_ALPHA, usual.power))
-    except (ValueError, TypeError) as error:
+        rule = RankRule(int(least_text), float(power_text))
+    except (ValueError, TypeError, OverflowError):
+        rule = RankRule(0)
+    if rule.least < 1 or not 0 < rule.power < math.inf:
         raise CheckpointError(
-            f"the metadata of a LoRA say {TLORA}=True with values that are no numbers: {error}. Copy it "
-            "again."
-        ) from error
-    return RankRule(least, power)
+            f"{path or 'a LoRA'}: its metadata say {TLORA}=True with {TLORA_MIN_RANK}={least_text!r} and "
+            f"{TLORA_ALPHA}={power_text!r}, which are no rank from 1 and no number above 0. Copy it again.",
+            path,
+        )
+    return rule
 
 
 def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:

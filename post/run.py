@@ -16,7 +16,14 @@ from modules.devices import Failures, choose_device
 from modules.errors import MediaError, OutputError
 from modules.media.encoding import Picture, in_eight_bits, settle_codec
 from modules.media.options import FormatOptions
-from modules.media.reading import TOOL_TAG, media_colours, read_image, read_tags, without_pictures
+from modules.media.reading import (
+    TOOL_TAG,
+    join_alpha,
+    read_image,
+    read_tags,
+    split_alpha,
+    without_pictures,
+)
 from modules.media.streams import shown_frames, source_info
 from modules.media.writing import write_png, write_shown
 from modules.output_files import Answer, ask_at_console
@@ -91,7 +98,7 @@ def write_frames(path: Path, folder: Path, most: int | None) -> None:
     written = 0
     with atomic_folder(frames) as temporary:
         if is_single:
-            write_png(temporary / "000000.png", read_image(path))
+            write_png(temporary / "000000.png", read_image(path, alpha=True))
             written = 1
         else:
             with (
@@ -118,11 +125,11 @@ SECONDS = Fraction(1)  # that a single picture is shown; no tool for pictures re
 def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], hides: bool = False) -> None:
     """Run all stages on a picture, and write a PNG. done: descriptions of the tools, for its metadata.
 
+    Tools see the colours of a transparent picture; its transparency goes along, resized as the picture is.
     hides: leave out metadata that may hold a small copy of the picture. Raises UserError.
     """
-    pixels = read_image(job.source)
-    if media_colours(job.source).is_transparent:
-        logger.warning("%s is transparent: it is filled with white", job.source)
+    pixels, alpha = split_alpha(read_image(job.source, alpha=True))
+    is_opaque = alpha is None or int(alpha.min()) == 255
     height, width = pixels.shape[:2]
     clip = Clip(job.source, width, height, rate=None, frames=1, is_deep=False)
     clips = results(stages, clip)
@@ -130,7 +137,9 @@ def run_picture(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str],
     assert len(pictures) == 1, f"{len(pictures)} pictures of one"
     texts = read_tags(job.source)
     texts = without_pictures(job.source, texts) if hides else texts
-    write_png(job.output, in_eight_bits(pictures[0].pixels), {**texts, **number_done(texts, done)})
+    result = in_eight_bits(pictures[0].pixels)
+    result = result if is_opaque else join_alpha(result, alpha)
+    write_png(job.output, result, {**texts, **number_done(texts, done)})
     logger.info("%s", job.output)
 
 

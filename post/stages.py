@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from modules.devices import is_out_of_memory
 from modules.errors import MemoryPlanError, OptionError
 from modules.media.encoding import Picture, in_eight_bits
+from modules.media.reading import join_alpha, split_alpha
 from post.blurring.stage import check_blur, make_blur
 from post.chain_options import NamedTools, ToolOptions, name_tool
 from post.contract import Clip, Stage
@@ -120,7 +121,7 @@ def _explain_memory(what: str) -> Iterator[None]:
 
 
 # The tools of --post: decoded frames of a generation go through them on their way into the file.
-Frame = NDArray[np.uint8]  # H W 3, RGB
+Frame = NDArray[np.uint8]  # H W 3, RGB; a single picture may have alpha, H W 4
 LoadStages = Callable[[Sequence[ToolOptions], Sequence[str], torch.device], list[NamedStage]]
 
 
@@ -160,6 +161,9 @@ class PostTools:
         Raises UserError.
         """
         first = next(frames)
+        alpha = None
+        if is_single:  # of videos no frame has transparency
+            first, alpha = split_alpha(first)
         self.check_length(1 if is_single else 2, "the video")
         if self._stages is None:
             self._stages = self.load(self.selected.tools, self.selected.labels, self.device)
@@ -168,7 +172,8 @@ class PostTools:
         numbered = enumerate(chain([first], frames))
         pictures = (Picture(frame, index / rate, 1 / rate) for index, frame in numbered)
         processed = lead_through(self._stages, pictures, clips)
-        return (in_eight_bits(picture.pixels) for picture in processed), float(clips[-1].rate or fps)
+        made = (join_alpha(in_eight_bits(picture.pixels), alpha) for picture in processed)
+        return made, float(clips[-1].rate or fps)
 
 
 def _clip_of(frame: Frame, rate: Fraction | None) -> Clip:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from contract.families import with_scripts
 from contract.family import hears_sound, knows_few_steps
+from contract.few_steps import FewSteps
 from dataset.options import read_latent_caching
 from downloads.catalogue import ModelSet, family_page, family_title, model_sets
 from downloads.listing import gigabytes, in_columns, total_bytes
@@ -41,7 +42,7 @@ class ModelFacts:
     hears: bool  # it learns the sound of clips
     learns_clips: bool  # False: it learns pictures alone
     learns_sounds: bool  # it also learns sounds without clips
-    few_steps: str | None  # what to train instead, or with; None: it was not distilled to few steps
+    few_steps: FewSteps | None  # what to train instead, or with; None: it was not distilled to few steps
     contradiction: str | None  # how the name of its file contradicts the task
     family: Any  # the record, of a run that caches latents
 
@@ -151,8 +152,8 @@ def script_family(words: Sequence[str]) -> str:
     return scripts[words[1]]
 
 
-def _few_steps(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None:
-    """Return what to train instead of a model of few steps, or with it; None if it is not such a model."""
+def _few_steps(family: Any, model: ModelSet, dits: Sequence[Path]) -> FewSteps | None:
+    """Return the family's rule for models of few steps; None if this is not such a model."""
     if not knows_few_steps(family):
         return None
     reason = None
@@ -162,7 +163,7 @@ def _few_steps(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None
         kind = _find_kind(family, dit) or _find_kind(family, released)
         if kind is not None and kind.has_few_steps:
             reason = kind.reason
-    return None if reason is None else family.few_steps.instead
+    return None if reason is None else family.few_steps
 
 
 def _released_names(model: ModelSet) -> list[Path]:
@@ -412,8 +413,14 @@ def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[Mode
     """Return families whose names have a text in them, else tasks that have it."""
     if len(plain) > 1:
         families = dict.fromkeys(name for spelling, name in by_spelling.items() if plain in spelling)
-        if families:
-            return [NamedModel(name, task=None) for name in families]
+        # of qwen_image and qwen_image_21 the first is meant: a longer name is typed as far as it is longer
+        shortest = [
+            name
+            for name in families
+            if not any(name.startswith(other) for other in families if other != name)
+        ]
+        if shortest:
+            return [NamedModel(name, task=None) for name in shortest]
     if len(plain) > 2:
         return [NamedModel(model.family, model.task) for model in models if plain in _plain(model.task)]
     return []

@@ -22,6 +22,7 @@ from modules.errors import OptionError
 from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
 from modules.option_values import as_shape
+from modules.output_files import is_windows_device
 from modules.paths import explain_missing, path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts
@@ -386,6 +387,8 @@ def list_commands(choice: Choice) -> list[list[str]]:
     paths = {f"{{{name}}}": path for name, path in choice.files.items()}
     latents = [paths.get(word, word) for word in _words_of(choice, "latents")]
     texts = [paths.get(word, word) for word in _words_of(choice, "texts")]
+    if choice.facts.few_steps is not None:  # so that each recommended target finds what it needs
+        texts += [word for target in choice.facts.few_steps.targets for word in shlex.split(target.caching)]
     download = ["python", "tools/download.py", "--family", model.family, "--task", model.task]
     if model not in find_models():
         download.append("--fp8_encoders")
@@ -420,10 +423,27 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     lines = [
         "# Paths are relative to this folder, in which `run` works; it can be moved.",
         *_toml_table("[training]", values),
+        *_describe_targets(choice),
         "",
         "# what `run` looks for and runs; the training leaves it alone",
     ]
     return "\n".join([*lines, *_toml_table(f"[{OTHERS_TABLE}]", project), ""])
+
+
+def _describe_targets(choice: Choice) -> list[str]:
+    """Return comments with the options that keep the steps of a distilled model, in the form of keys."""
+    few_steps = choice.facts.few_steps
+    if few_steps is None:
+        return []
+    lines = [
+        "",
+        "# This model was distilled to few steps. Plain training unlearns them: see docs/targets.md.",
+    ]
+    for target in few_steps.targets:
+        lines.append(f"# To {target.about}:")
+        values = _read_options(shlex.split(target.options), {})
+        lines += [f"# {line}" for line in _toml_lines(values)]
+    return lines
 
 
 def _model_values(choice: Choice) -> dict[str, Any]:
@@ -493,9 +513,15 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         values["validation_split"] = 0.1
     folder_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MOST_OF_SUBJECT]
     values["output_dir"] = "output"
+    if is_windows_device(folder_name):
+        folder_name = f"lora_{folder_name}"
     values["output_name"] = choice.options.output_name or folder_name or "lora"
     return values
 
 
 def _toml_table(head: str, values: Mapping[str, Any]) -> list[str]:
-    return [head, *(f"{name} = {toml_value(value)}" for name, value in values.items())]
+    return [head, *_toml_lines(values)]
+
+
+def _toml_lines(values: Mapping[str, Any]) -> list[str]:
+    return [f"{name} = {toml_value(value)}" for name, value in values.items()]

@@ -234,7 +234,8 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
         subject = "It" if choice.facts.contradiction else choice.model_name
         lines.append(
             f"{subject} was distilled to few steps, and training it as it is unlearns them. "
-            f"{choice.facts.few_steps}. Options are keys of [training] in {RUN_FILE}"
+            f"{choice.facts.few_steps.instead}. Or take the comment signs from the lines of a target that "
+            f"keeps them, in [training] of {RUN_FILE}"
         )
     references = choice.content.references
     lines += [f"{place}: made from {source}" for place, source in references.items()]

@@ -42,6 +42,7 @@ from project.options import (
 from project.tracing import RunTrace, trace_run
 from training.config_options import OTHERS_TABLE
 from training.end_command import EndCommand
+from training.reports.history import history_path
 from training.saving.states import find_latest
 
 # kinds of faults of a check
@@ -265,8 +266,11 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
         raise OptionError(
             f"{path} is not as `new` writes it ({reason}). Correct it, or run `new` again."
         ) from None
-    check_output_name(f"{path}: output_name", project.name)
+    option = f"{path}: output_name"
+    check_output_name(option, project.name, is_new=False)
     refuse_outside("output_dir", project.output)
+    has_begun = history_path(project.output, project.name).exists()
+    check_output_name(option, project.name, is_new=not has_begun)
     if project.logs is not None:
         refuse_outside("logging_dir", project.logs)
     for words_of_command in (project.download, *project.commands):

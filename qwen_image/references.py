@@ -92,7 +92,11 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
     mask = prepared.request.extra.get(MASK)
     rcm = options.rcm_threshold is not None
     if mask is not None:
-        _check_mask(Path(mask), bool(paths), rcm)
+        if rcm:
+            raise OptionError(
+                f"--{MASK} {mask} (in a prompt line): leave --rcm_threshold out, which excludes it"
+            )
+        check_mask(Path(mask), bool(paths))
     if not paths:
         if options is not AS_TRAINED:  # nobody typed those of a training
             _warn_of_unused(options)
@@ -101,7 +105,7 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
     if mask is not None or rcm:
         option = "--rcm_threshold" if rcm else f"--{MASK} {mask}"
         size = taken_size(image_size(paths[0]), area_of(options), target)
-        _check_size(option, paths[0], size, prepared)
+        check_equal_size(option, paths[0], size, prepared)
     metadata = dict(prepared.own_metadata)
     if mask is not None:
         metadata[MASK] = Path(mask).name
@@ -109,7 +113,7 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
     return replace(show_references(prepared, target), own_metadata=metadata, name_end=end)
 
 
-def _check_size(option: str, path: Path, size: Size, prepared: Prepared) -> None:
+def check_equal_size(option: str, path: Path, size: Size, prepared: Prepared) -> None:
     """Raise OptionError if a picture is taken with another size than the result. option: needs it."""
     width, height = size
     if size != (prepared.width, prepared.height):
@@ -133,15 +137,13 @@ def _warn_of_unused(options: QwenImageReferenceOptions) -> None:
         logger.warning("%s: ignored, as there is no picture to edit (--control_image_path)", unused)
 
 
-def _check_mask(path: Path, has_picture: bool, rcm: bool) -> None:
+def check_mask(path: Path, has_picture: bool) -> None:
     """Raise OptionError if a mask has nothing to keep, or cannot be read."""
     if not has_picture:
         raise OptionError(
             f"--{MASK} {path}: there is no picture to keep. Give one to --control_image_path "
             "(--ci in a prompt line)"
         )
-    if rcm:
-        raise OptionError(f"--{MASK} {path} (in a prompt line): leave --rcm_threshold out, which excludes it")
     if not path.is_file():
         raise OptionError(f"--{MASK} {path}: no such file.{explain_missing(path)} Correct the path")
     check_opens(MASK, path, is_image=True)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x and XL in gen_img.py: read run.py first, then making.py.
+"""Stable Diffusion 1.x, 2.x and XL. Of gen_img.py read run.py first, then making.py; of training family.py.
 
 asking: requested pictures: variants, seeds and numbers settled
 assembling: load the checkpoint and all that acts on it
@@ -6,6 +6,7 @@ checkpoints: U-Net and VAE of a file: dimensions and names
 contract: records that the parts hand to each other
 control_net: add to the U-Net's features after guide images
 control_net_files: files of ControlNets: recognise, translate, load
+family: the description that training and its caches call
 files: which Stable Diffusion a checkpoint is, by tensor names
 folders: folders in the layout of diffusers
 guiding: CLIP and VGG16 steer the predicted picture
@@ -18,16 +19,22 @@ loras: LoRAs folded into weights, or added at run time
 making: A batch of pictures: texts, start, the denoising loop, pixels
 model_upscaler: enlarge the first stage with SwinIR or ESRGAN
 names: what it is called everywhere, from scripts to tensors
+noise: the schedule that is trained, varied noise, loss factors
 network_options: options of LoRAs, ControlNets, and networks that steer
 options: all options of gen_img.py
 regions: parts of a prompt, each in its own region
 run: from prompts to pictures and files, batch by batch
 samplers: diffusers' schedulers as solvers; calls of the U-Net
 sampling_options: options of sampling, and of pictures that begin small
+sd1/: scripts that train 1.x and 2.x
+sdxl/: scripts that train Stable Diffusion XL
 small_start: features or latents that begin small and grow
 starting: pictures to latents and back; start of denoising
 text: encode prompts: weights, chunks, pooled state or picture
 text_checkpoints: CLIP-L and OpenCLIP encoders of a checkpoint
 textual_inversion: words that stand for learned vectors
 tokenizers: tokenizers of the text encoders, and chunks of tokens
+towers: text encoders that caption pictures, and may learn
+training_files: the checkpoint of a training, network by network
+training_options: options of training and of its caches
 """

@@ -145,8 +145,8 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
             )
         texts = folders.read_folder_texts(path, marks.kind, files)
         unet = folders.read_folder_unet(path, files)
-        vae = _read_vae(
-            options.vae or path / "vae", "--ckpt" if options.vae is None else "--vae", marks, files
+        vae = read_vae_of(
+            options.vae or path / "vae", "--ckpt" if options.vae is None else "--vae", marks.kind, files
         )
     else:
         checkpoint = files.enter_context(open_checkpoint(path))
@@ -166,7 +166,7 @@ def open_release(options: ModelOptions, files: ExitStack) -> OpenedCheckpoint:
         vae = (
             checkpoints.read_vae(checkpoint, "--ckpt", marks.kind.latent_scale)
             if options.vae is None
-            else _read_vae(options.vae, "--vae", marks, files)
+            else read_vae_of(options.vae, "--vae", marks.kind, files)
         )
     release = OpenedCheckpoint(path, marks, unet=unet, vae=vae, texts=texts)
     _check_together(release)
@@ -204,17 +204,21 @@ def _require(path: Path, option: str, give: str) -> None:
         )
 
 
-def _read_vae(path: Path, option: str, marks: Marks, files: ExitStack) -> LoadPlan[checkpoints.VaeSizes]:
+def read_vae_of(path: Path, option: str, kind: ModelKind, files: ExitStack) -> LoadPlan[checkpoints.VaeSizes]:
+    """Plan how to load the VAE of --vae or of a folder. files: closes what is opened.
+
+    Raises CheckpointError if it is missing or another network.
+    """
     if option == "--ckpt" or path.is_dir():
         inner = path / "vae"
         folder = inner if not (path / "config.json").is_file() and inner.is_dir() else path
-        return folders.read_folder_vae(folder, option, marks.kind.latent_scale, files)
+        return folders.read_folder_vae(folder, option, kind.latent_scale, files)
     if not path.exists() and _is_of_hub(path):
         path = find_model_folder(option, path.as_posix(), PATTERNS_VAE)
-        return _read_vae(path, option, marks, files)
+        return read_vae_of(path, option, kind, files)
     _require(path, option, "a VAE of Stable Diffusion: a single file, or a folder in the layout of diffusers")
     checkpoint = files.enter_context(open_checkpoint(path))
-    return checkpoints.read_vae(checkpoint, option, marks.kind.latent_scale)
+    return checkpoints.read_vae(checkpoint, option, kind.latent_scale)
 
 
 PATTERNS_VAE = ("config.json", "diffusion_pytorch_model.safetensors", "vae/*.json", "vae/*.safetensors")

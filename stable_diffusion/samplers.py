@@ -213,6 +213,31 @@ def begin_sampling(
     return SchedulerSolver(scheduler, generators, first)
 
 
+@dataclass
+class SeenSolver:
+    """A `SchedulerSolver` for one picture, whose samples in the loop are what the U-Net takes.
+
+    Some schedulers scale a sample for the U-Net; this keeps the sample itself.
+    """
+
+    solver: SchedulerSolver
+    sample: Tensor  # 1 4 1 h w, as the scheduler has it
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.solver.schedule
+
+    def seen(self, index: int) -> Tensor:
+        """Return the sample, 1 4 1 h w, as the U-Net takes it at that index of the schedule."""
+        return self.solver.model_input(index, self.sample.squeeze(2)).unsqueeze(2)
+
+    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """Return the next sample as the U-Net takes it; after the last step the result."""
+        del sample  # as it was seen
+        self.sample = self.solver.step(index, velocity, self.sample.to(velocity.device))
+        return self.seen(index + 1) if index + 1 < self.schedule.num_steps else self.sample
+
+
 # One call of the U-Net as the denoising loop sees it, and classifier-free guidance.
 # names in the conditions of a pass, with a batch dimension
 CONTEXT = "context"  # B L C

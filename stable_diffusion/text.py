@@ -90,11 +90,13 @@ class Texts:
     ) -> tuple[Tensor, Tensor | None]:
         """Return the states of a text in one encoder, as one row, and its pooled states if they are used."""
         is_pooled = self._kind is SDXL
-        rows = []
+        rows = [
+            tokenizers.fill_chunk(chunk.ids, start=tower.start, end=tower.end, pad=tower.pad)
+            for chunk in chunks
+        ]
         weights = [1.0]
         for chunk in chunks:
             padding = tokenizers.SIZE - len(chunk.ids)
-            rows.append([tower.start, *chunk.ids, tower.end, *[tower.pad] * padding])
             weights += [*chunk.weights, *[1.0] * padding]
         weights.append(1.0)
         ids = self._copy_ids(tower, torch.tensor(rows))
@@ -111,7 +113,7 @@ class Texts:
         )
         copies = []
         for chunk_states in states.chunk(len(ids)):
-            text_states = _join_chunks(chunk_states)
+            text_states = join_chunks(chunk_states)
             copies.append(weigh_states(text_states, weights, self._mode))
         repeats = self._copies // len(ids)
         return torch.cat(copies * repeats), pooled
@@ -142,7 +144,7 @@ class Texts:
         return [chunks[: self._most] for chunks in by_tower]
 
 
-def _join_chunks(states: Tensor) -> Tensor:
+def join_chunks(states: Tensor) -> Tensor:
     """Return the states of all chunks as one row of 75 K + 2, without start and end states between them.
 
     states: K 77 C.
@@ -175,7 +177,7 @@ def check_texts(
     `Texts` does, except for words that are already tokens.
     """
     for config in configs:
-        _check_layer(options.clip_skip, config.num_layers, kind)
+        check_layer(options.clip_skip, config.num_layers, kind)
     if options.XTI_embeddings and kind is SDXL:
         raise OptionError(
             f"--XTI_embeddings: such files are made for the cross-attentions of {SD1.words} and {SD2.words}, "
@@ -188,7 +190,7 @@ def _read_words(options: TextOptions, layers: Sequence[str]) -> tuple[LearnedWor
     return read_words(options.textual_inversion_embeddings or (), options.XTI_embeddings or (), layers)
 
 
-def _check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
+def check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
     if clip_skip is not None and clip_skip > layers:
         raise OptionError(
             f"--clip_skip {clip_skip}: the text encoder of this {kind.words} has {layers} layers. Give 1 to "
@@ -202,8 +204,16 @@ def _layer_of(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> int:
     --clip_skip counts in the network as it is loaded, as in the known script; its default counts in the
     released one. So it is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last layer.
     """
-    _check_layer(clip_skip, tower.network.num_layers, kind)
-    return max(1, kind.clip_skip - tower.missing_layers) if clip_skip is None else clip_skip
+    check_layer(clip_skip, tower.network.num_layers, kind)
+    return usual_layer(kind, tower.missing_layers) if clip_skip is None else clip_skip
+
+
+def usual_layer(kind: ModelKind, missing_layers: int) -> int:
+    """Return the layer whose states are used, counted from the end of the network as it is loaded.
+
+    missing_layers: last ones that are not loaded.
+    """
+    return max(1, kind.clip_skip - missing_layers)
 
 
 # CLIP vision conditioning (--clip_vision_strength): a picture's vector in place of the text's pooled state.

@@ -35,25 +35,37 @@ def find_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequenc
     whether it is OpenCLIP, else CLIP-L. Raises OptionError if the option names a file, CheckpointError if
     there is no tokenizer or it cannot be read.
     """
+    loaded: dict[Path, ClipWords] = {}
+    words = []
+    for source, file in find_tokenizer_files(cache, checkpoint, are_open_clip):
+        if file is None:
+            file = next(iter(loaded), None)  # that of the first encoder
+        if file is None:
+            file = _download(source, cache, checkpoint)
+        if file not in loaded:
+            logger.info("tokenizer: %s", file)
+            loaded[file] = load_clip_words(source, file)
+        words.append(loaded[file])
+    return words
+
+
+def find_tokenizer_files(
+    cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]
+) -> list[tuple[TokenizerFiles, Path | None]]:
+    """Return where the tokenizer of each text encoder may be, and its file; None: it is not here.
+
+    Arguments and OptionError: as for `find_tokenizers`.
+    """
     if cache is not None and cache.exists() and not cache.is_dir():
         raise OptionError(f"{OPTION} {cache}: it is not a folder. Give the folder that holds {CLIP_L}")
     places = [checkpoint] if cache is None or not cache.is_dir() else [cache, checkpoint]
-    loaded: dict[Path, ClipWords] = {}
-    words = []
+    sources: list[tuple[TokenizerFiles, Path | None]] = []
     for number, is_open_clip in enumerate(are_open_clip):
         names = OPEN_CLIP if is_open_clip else (CLIP_L,)
         own_folder = "tokenizer" if number == 0 else f"tokenizer_{number + 1}"
         files = clip_tokenizer_files(OPTION, (own_folder, *names, "tokenizer", CLIP_L, "clip_l", "."))
-        file = _find_in(places, files)
-        if file is None:
-            file = next(iter(loaded), None)  # that of the first encoder
-        if file is None:
-            file = _download(files, cache, checkpoint)
-        if file not in loaded:
-            logger.info("tokenizer: %s", file)
-            loaded[file] = load_clip_words(files, file)
-        words.append(loaded[file])
-    return words
+        sources.append((files, _find_in(places, files)))
+    return sources
 
 
 def _find_in(places: Sequence[Path], files: TokenizerFiles) -> Path | None:
@@ -207,6 +219,11 @@ class Chunk:
 
     ids: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
+
+
+def fill_chunk(ids: Sequence[int], *, start: int, end: int, pad: int) -> list[int]:
+    """Return the row of 77 tokens that an encoder reads: start, up to 75 ids, end, then padding."""
+    return [start, *ids, end, *[pad] * (SIZE - len(ids))]
 
 
 def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:

@@ -16,18 +16,22 @@ from torch import Tensor
 
 import flux.files
 import flux_2.files
+import flux_3.files
 import frame_pack.files
 import hunyuan_image.files
 import hunyuan_model.checkpoints
 import krea2.files
 import lumina.files
 import qwen_image.files
+import qwen_image_21.files
 import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
+import tests.tiny.flux_3 as tiny_flux_3
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
 import tests.tiny.krea2 as tiny_krea2
 import tests.tiny.lumina as tiny_lumina
 import tests.tiny.qwen_image as tiny_qwen_image
+import tests.tiny.qwen_image_21 as tiny_qwen_image_21
 import tests.tiny.z_image as tiny_z_image
 import wan.checkpoints
 import z_image.files
@@ -116,9 +120,14 @@ KINDS = {
             Kind(f"flux_2 {name}", flux_2.files, tiny_flux_2, dit(f"a FLUX.2 {name}"), NAMED_THERE, name)
             for name in ("klein", "dev")
         ),
+        Kind("flux_3", flux_3.files, tiny_flux_3, dit("the base FLUX 3 Klein"), NAMED_THERE),
         Kind("lumina", lumina.files, tiny_lumina, dit("a Lumina-Image-2.0", GIVEN), NAMED_THERE),
         Kind("qwen_image", qwen_image.files, tiny_qwen_image, dit("a Qwen-Image")),
         Kind("krea2", krea2.files, tiny_krea2, dit("a Krea 2"), NAMED_THERE),
+        Kind(
+            *("qwen_image_21", qwen_image_21.files, tiny_qwen_image_21, dit("a Qwen-Image-2.1")),
+            (*SHARED, "comfyui"),
+        ),
         Kind("z_image", *Z_IMAGE),
         Kind("z_image comfy", *Z_IMAGE, joins=True),
         Kind(
@@ -174,6 +183,7 @@ FP8_FILES = {
     "hunyuan i2v": hunyuan_dit.FP8_DIALECTS,
     "framepack": framepack_dit.FP8_DIALECTS,
     **dict.fromkeys(("flux_2 dev", "qwen_image", "krea2", "z_image", "z_image comfy"), wan_dit.FP8_DIALECTS),
+    "qwen_image_21": wan_dit.FP8_DIALECTS,
 }
 
 
@@ -404,6 +414,10 @@ def test_a_patch_sees_published_names_and_unrounded_whole_weights(tmp_path: Path
             *("qwen_image", ("transformer_blocks.",)),
             {"attn.to_q.weight", "img_mlp.net.0.proj.weight", "attn.to_add_out.weight"},
         ),
+        (
+            *("flux_3", ("content_mode_blocks.", "txt_mode_blocks.", "single_blocks.")),
+            {"q_proj.weight", "mlp_in.weight", "attn_out.weight"},
+        ),
         ("krea2", ("blocks.",), {"attn.wq.weight", "attn.gate.weight", "mlp.down.weight"}),
         (
             *("z_image", ("layers.",)),
@@ -421,7 +435,7 @@ def test_blocks_without_their_modulation_are_kept_in_8_bits(
     in_8_bits = {key for key, weight in loaded.state_dict().items() if weight.dtype.itemsize == 1}
     assert kept <= {key.split(".", 2)[2] for key in in_8_bits}
     assert all(key.startswith(blocks) for key in in_8_bits)
-    assert not any("_mod" in key or "modulation" in key for key in in_8_bits)
+    assert not any("_mod." in key or "modulation" in key for key in in_8_bits)
     if name == "flux_2 klein":
         names = ("time_in.in_layer.weight", "time_in.out_layer.weight")
         assert {loaded.get_parameter(key).dtype for key in names} == {torch.float32}
@@ -442,7 +456,15 @@ KREA = {
     **{"dim": 6144, "ffn_dim": 16384, "num_heads": 48, "num_kv_heads": 12, "num_layers": 28, "states": 12},
     **{"rotary_widths": (32, 48, 48), "text": Krea2StreamConfig(2560, 6912, 20, 20)},
 }
+FLUX_3 = {
+    **{"dim": 3072, "ffn_dim": 9216, "num_heads": 24, "mode_blocks": 5, "joint_blocks": 28},
+    **{"channels": 128, "text_dim": 20480},
+}
 # manifest -> name of KINDS, dimensions of the released model
+QWEN_21 = {
+    **{"dim": 4096, "ffn_dim": 12288, "num_heads": 32, "num_layers": 32, "channels": 64, "text_dim": 4096},
+    "axes": (16, 56, 56),
+}
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         manifest: ("hunyuan t2v", {**VIDEO, "pooled_dim": 768, "kind": "i2v" if "i2v" in manifest else "t2v"})
@@ -460,8 +482,14 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         for size, dimensions in FLUX_2.items()
         for layout in ("dit", "dit-diffusers")
     },
+    **{
+        f"flux3-klein{release}-{layout}": ("flux_3", {**FLUX_3, "is_flow_map": not release})
+        for release in ("", "-base")
+        for layout in ("dit", "dit-diffusers")
+    },
     "qwen-image-dit": ("qwen_image", {"num_layers": 60, "dim": 3072, "num_heads": 24}),
     **dict.fromkeys(("krea2-dit", "krea2-dit-diffusers"), ("krea2", KREA)),
+    **dict.fromkeys(("qwen-image-2.1-dit", "qwen-image-2.1-dit-diffusers"), ("qwen_image_21", QWEN_21)),
     "z-image-dit": ("z_image", Z),
     "z-image-dit-comfy": ("z_image", Z),
     "hunyuanimage2.1-dit": (
@@ -492,8 +520,10 @@ def test_published_files_of_full_size_load_without_leftovers(tmp_path: Path, man
     [
         *(("hunyuan t2v", name) for name in ("img_in.proj", "vector_in.in_layer", "final_layer.linear")),
         *(("flux_2 klein", name) for name in ("txt_in", "single_blocks.0.linear1")),
+        *(("flux_3", name) for name in ("txt_in", "single_blocks.0.q_proj", "txt_mode_blocks.1.mlp_in")),
         *(("qwen_image", name) for name in ("txt_in", "transformer_blocks.0.attn.to_q")),
         *(("krea2", name) for name in ("first", "txtfusion.refiner_blocks.0.attn.wq", "blocks.0.attn.gate")),
+        *(("qwen_image_21", name) for name in ("img_in", "transformer_blocks.0.img_mlp.gate_layer")),
         *(("z_image", name) for name in ("all_x_embedder.2-1", "layers.0.feed_forward.w1")),
         ("lumina", "t_embedder.mlp.0"),
     ],
@@ -515,9 +545,23 @@ SENSELESS: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         ("img_in.weight", (0, 128)),
         ("img_in.weight", ()),
     ],
+    "flux_3": [
+        ("single_blocks.0.norm.query_norm.scale", (0,)),
+        ("single_blocks.0.norm.query_norm.scale", (24,)),
+        ("single_blocks.0.mlp_out.weight", (64, 100)),
+        ("emb_in.image.weight", (0, 128)),
+        ("txt_in.weight", ()),
+    ],
     "qwen_image": [
         ("transformer_blocks.0.attn.to_k.bias", ()),
         ("transformer_blocks.0.attn.norm_q.weight", (0,)),
+        ("img_in.weight", (0, 64)),
+    ],
+    "qwen_image_21": [
+        ("transformer_blocks.0.attn.norm_q.weight", (0,)),
+        ("transformer_blocks.0.attn.norm_q.weight", (31,)),
+        ("transformer_blocks.0.attn.to_q.weight", (63, 64)),
+        ("transformer_blocks.0.attn.to_k.weight", ()),
         ("img_in.weight", (0, 64)),
     ],
     "z_image": [

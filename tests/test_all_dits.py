@@ -37,6 +37,7 @@ of_each_that_hides = pytest.mark.parametrize("tiny", HIDING, ids=lambda each: ea
 
 
 EDITING_OR_OTHER_RELEASES = {"qwen_image edit", "krea2 edit", "ltx_2 2.0", "ltx_2 2.5"}
+EDITING_OR_OTHER_RELEASES |= {"qwen_image_21 edit"}
 DAILY = [
     pytest.param(each, id=each.name, marks=[pytest.mark.slow] * (each.name in EDITING_OR_OTHER_RELEASES))
     for each in DITS
@@ -240,6 +241,8 @@ def test_the_pooled_vector_of_the_second_text_reaches_only_that_text(tiny: TinyD
     "krea2",
     "ltx_2 2.3",
     "qwen_image",
+    "qwen_image_21 edit",
+    "qwen_image_21",
     "wan i2v",
     "wan vace",
     "z_image",

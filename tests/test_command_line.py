@@ -23,12 +23,25 @@ WIDER_CHOICES = {
     *("--save_precision", "--target", "--task", "--teacher", "--timestep_sampling", "--ltx_version"),
 }
 WIDER_TYPES = {"--blocks_to_swap", "--seed"}  # a function of the text, which takes all that the type does
-WIDER_COUNTS = {"--control_image_path"}  # ours takes several words
+# ours takes several words, or none at all
+WIDER_COUNTS = {"--control_image_path", "--lora_weight", "--lora_multiplier", "--latent_path"}
 # at the size that the others have the model makes no usable picture
 OUR_DEFAULTS = {
     *((f"{name}_generate_image.py", "--image_size") for name in ("qwen_image", "zimage")),
     # the best device that there is; strengths that are not given are 1
-    *(("krea2_generate_image.py", f"--{name}") for name in ("device", "lora_multiplier")),
+    *(
+        (f"{script}_generate_image.py", f"--{name}")
+        for script in ("krea2", "qwen_image_21")
+        for name in ("device", "lora_multiplier")
+    ),
+    # the dtype of the file, torch's own attention, and what the known trainer never leaves out
+    *(
+        (f"qwen_image_21_{script}.py", f"--{name}")
+        for script in ("cache_text_encoder_outputs", "generate_image", "train_network")
+        for name in ("attn_mode", "dtype", "dit_dtype", "vae_dtype", "text_encoder_dtype", "split_attn")
+    ),
+    # of ours, they say which they are
+    ("qwen_image_21_train_network.py", "--network_module"),
     ("ltx2_train_network.py", "--sample_num_frames"),  # 8n + 1, as it is made
     # follow --model_version, which leaves no choice there
     ("flux_2_generate_image.py", "--infer_steps"),
@@ -61,7 +74,7 @@ SPELLINGS = {
     **{(KREA, "--steps"): "infer_steps", (KREA, "--num-images"): "num_videos"},
 }
 PLACED = {(KREA, "prompt"): "--prompt"}  # what stands without a flag, and with ours
-TYPES: dict[str, Any] = {"str": (str, None), "int": (int,), "float": (float,), "path": (Path,)}
+TYPES: dict[str, Any] = {"str": (str, None), "int": (int,), "float": (float,), "path": (Path, None)}
 
 
 class _ParserFound(Exception):

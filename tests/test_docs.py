@@ -52,10 +52,12 @@ AGAIN = {"python reelsmith.py run clips"}  # starts a program for each step, as 
 OF_PICTURES = (
     "flux",
     "flux_2",
+    "flux_3",
     "hunyuan_image",
     "krea2",
     "lumina",
     "qwen_image",
+    "qwen_image_21",
     "zimage",
 )  # how scripts begin
 NOT_HERE = ("quickstart.py", "run_tests.py", "tools/download.py", "tools/run_browser.py", RAY, *ON_GPU)
@@ -160,13 +162,13 @@ OWN_PROCESS = {
 }
 # pages about one model, most about one of pictures, and the models that they use
 PICTURE_MODELS = {
-    **{name: getattr(picture_project, f"lay_out_{name}") for name in ("flux", "flux_2", "hunyuan_image")},
+    **{name: getattr(picture_project, f"lay_out_{name}") for name in ("flux", "flux_2", "flux_3")},
     **{
         name: getattr(picture_project, f"lay_out_{name}")
-        for name in ("krea2", "lumina", "qwen_image", "z_image")
+        for name in ("hunyuan_image", "krea2", "lumina", "qwen_image", "qwen_image_21", "z_image")
     },
     "flux_kontext": picture_project.lay_out_kontext,
-    "gen_img": picture_project.lay_out_stable_diffusion,
+    **dict.fromkeys(("gen_img", "sdxl", "stable_diffusion"), picture_project.lay_out_stable_diffusion),
     "image_datasets": lay_out_flux,
     "ltx2": picture_project.lay_out_ltx_2,
 }

@@ -26,6 +26,8 @@ from tests.tiny.runs import make_project
 CONVERTED_FOR = {
     **{"hunyuan": "comfyui", "skyreels": "comfyui", "z_image": "comfyui"},
     "framepack": "diffusers",
+    "qwen_image_21": "comfyui",
+    "flux_3": "diffusers",
 }
 SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3"]
 
@@ -35,7 +37,7 @@ SIZE = ["--video_size", "32", "32", "--infer_steps", "2", "--guidance_scale", "3
 SLOW = {"framepack f1", "chroma", "kontext", "qwen_image edit-2511", "ltx_2"}
 # more latents and conditions of the same networks: tests/wan, tests/krea2, tests/parity
 SLOW |= {"wan t2v-1.3B-FC", "wan flf2v-14B", "wan i2v-14B-FC", "wan ti2v-5B", "skyreels i2v"}
-SLOW |= {"framepack one frame", "krea2 edit"}
+SLOW |= {"framepack one frame", "krea2 edit", "flux_3", "qwen_image_21 edit"}
 FAST = "wan t2v-1.3B"
 MARKS = {FAST: pytest.mark.whole_way, **dict.fromkeys(SLOW, pytest.mark.slow)}
 CASES = [pytest.param(each, id=each.name, marks=MARKS.get(each.name, ())) for each in FAMILIES]
@@ -101,6 +103,7 @@ def assert_equal(one: Path, other: Path) -> None:
     "ltx_2 with sound",
     "lumina",
     "qwen_image",
+    "qwen_image_21",
     "wan i2v-14B",
     "wan vace-1.3B",
 )
@@ -134,8 +137,9 @@ def test_a_sample_is_what_the_generation_script_makes(trained: tuple[TinyFamily,
     assert ours.shape == theirs.shape
     # mean levels of 255: 0 to 3.4 where all is the same (the latents are compared in tests/training), 22 to
     # 54 without the LoRA
-    assert (ours - theirs).abs().mean() < 6
-    assert (ours - without).abs().mean() > 12
+    most, least = (6, 12) if family.name != "qwen_image_21 edit" else (0.6, 2)  # PNG; a megapixel is seen too
+    assert (ours - theirs).abs().mean() < most
+    assert (ours - without).abs().mean() > least
 
 
 @pytest.mark.slow_cases(
@@ -148,6 +152,7 @@ def test_a_sample_is_what_the_generation_script_makes(trained: tuple[TinyFamily,
     "ltx_2 with sound",
     "lumina",
     "qwen_image",
+    "qwen_image_21",
     "skyreels i2v",
     "wan i2v-14B",
     "wan ti2v-5B",

@@ -1,7 +1,9 @@
 """Pairs through the commands that users type, on tiny models of video and picture families."""
 
 import json
+import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy
@@ -104,6 +106,51 @@ def test_pairs_are_learned_and_resumed_with_equal_bytes(project: TinyProject) ->
         project.train("unused", "--learning_rate", "1e-2"),
         load_file(project.folder / "plain" / "x.safetensors"),
     )
+
+
+def test_pairs_of_a_list_are_those_of_folders(project: TinyProject) -> None:
+    """Its lines name the worse ones as worse_path; one line without is refused."""
+    project.run(*project.family.cache_latents)
+    folder = project.folder
+    rows = []
+    for path in sorted((folder / "clips").iterdir()):
+        if path.suffix not in {".png", ".mp4"}:
+            continue
+        key = "image_path" if path.suffix == ".png" else "video_path"
+        caption = path.with_suffix(".txt").read_text(encoding="utf-8")
+        worse = (folder / "worse" / path.name).as_posix()
+        rows.append({key: path.as_posix(), "caption": caption, "worse_path": worse})
+    text = (folder / "dataset.toml").read_text(encoding="utf-8")
+    table = re.sub(r"(?m)^(?:image|video)_directory.*$", 'jsonl_file = "pairs.jsonl"', text)
+    kind = "image" if "image_path" in rows[0] else "video"
+    table = table.replace("jsonl_file", f"{kind}_jsonl_file")
+    table = re.sub(r"(?m)^worse_directory.*$", "", table)
+    table = re.sub(r"(?m)^(cache_directory = ).*$", r'\1"listed"', table)
+    (folder / "listed.toml").write_text(table, encoding="utf-8")
+    listed = ("--dataset_config", "listed.toml")
+
+    write_rows(folder / "pairs.jsonl", rows)
+    project.run(*with_config(project.family.cache_latents), *listed)
+    project.run(*with_config(project.family.cache_texts), *listed)
+    command = (*with_config(project.family.train), *listed, *RUN, *EXACT)
+    project.run(*command, "--output_dir", "listed lora")
+
+    for path, name in latents_of(project, "latents_worse_"):
+        assert torch.equal(load_file(folder / "listed" / path.name)[name], load_file(path)[name])
+    del rows[0]["worse_path"]
+    write_rows(folder / "pairs.jsonl", rows)
+    said = run_here(*with_config(project.family.cache_latents), *listed, folder=folder)
+    assert_one_message(*said, "no worse_path, while others have", remedy=False)
+
+
+def with_config(words: Sequence[str]) -> list[str]:
+    """Return a command without its dataset file."""
+    place = words.index("--dataset_config")
+    return [*words[:place], *words[place + 2 :]]
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
 def test_a_pair_of_two_sizes_and_a_missing_one_are_told(project: TinyProject) -> None:

@@ -35,8 +35,17 @@ NAMES = (
     *(
         pytest.param(name, marks=pytest.mark.slow)
         for name in (
-            *("hunyuan_video", "wan vace-1.3B", "framepack", "kontext", "flux_2", "qwen_image", "z_image"),
-            *("krea2", "krea2 edit"),
+            *(
+                "hunyuan_video",
+                "wan vace-1.3B",
+                "framepack",
+                "kontext",
+                "flux_2",
+                "flux_3",
+                "qwen_image",
+                "z_image",
+            ),
+            *("krea2", "krea2 edit", "qwen_image_21", "qwen_image_21 edit"),
             *("ltx_2", "ltx_2 with sound"),
         )
     ),
@@ -90,7 +99,7 @@ def test_each_branch_of_guidance_skips_by_itself(tmp_path: Path, project: TinyPr
     is computed.
     """
     sections = 2 if "framepack" in project.family.name else 1
-    joined = project.family.name in {"hunyuan_video", "kontext", "flux_2"}
+    joined = project.family.name in {"hunyuan_video", "kontext", "flux_2", "flux_3"}
     own = {"ltx_2": 1, "ltx_2 with sound": 2}.get(project.family.name, 0)  # besides a prompt's weight
     off = 0 if project.family.name == "z_image" else 1  # whose scales count from 0
     for scale, branches in ((off, 1 + own), (3, 1 if joined else 2 + own)):

@@ -26,8 +26,18 @@ LATER = [
     pytest.param(name, marks=pytest.mark.slow)
     for name in ("hunyuan_video", "framepack", "ltx_2", "ltx_2 with sound")
 ]
-OF_PICTURES = ("lumina", "hunyuan_image", "flux", "kontext", "flux_2", "z_image", "krea2", "krea2 edit")
-OF_PICTURES += ("qwen_image", "qwen_image edit-2511")
+OF_PICTURES = (
+    "lumina",
+    "hunyuan_image",
+    "flux",
+    "kontext",
+    "flux_2",
+    "flux_3",
+    "z_image",
+    "krea2",
+    "krea2 edit",
+)
+OF_PICTURES += ("qwen_image", "qwen_image edit-2511", "qwen_image_21", "qwen_image_21 edit")
 PICTURES = [pytest.param(name, marks=pytest.mark.slow) for name in OF_PICTURES]
 
 
@@ -39,7 +49,7 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def swap_most(project: TinyProject) -> tuple[str, ...]:
     """Swap all blocks but one of each list."""
-    most = "4" if project.family.name in TWO_LISTS else "3"
+    most = {"flux_3": "5"}.get(project.family.name, "4" if project.family.name in TWO_LISTS else "3")
     return "--blocks_to_swap", most, "--img_in_txt_in_offloading"
 
 

@@ -21,7 +21,7 @@ EXACT = ("--learning_rate", "1e-2")
 SMALL = ("--gradient_checkpointing", "--blocks_to_swap", "1")
 TARGETS = (
     *("--guided_target", "3", "--guided_target_min_timestep", "100"),
-    *("--blank_prior_weight", "0.5", "--mask_prior_weight", "0.5"),
+    *("--blank_prior_weight", "0.5"),
 )
 
 

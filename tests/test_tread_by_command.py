@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from running.planning import memory_plan
 from tests.faults.messages import assert_one_message, run_here
 from tests.tiny.families import family_called
 from tests.tiny.runs import RUN, TinyProject, make_project
+from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.training.toy import metadata_of, same
-from training.planning.memory import WITHOUT_TREAD
 
 KINDS = [
     "wan t2v-1.3B",
@@ -64,12 +66,20 @@ def test_a_mistake_is_told_in_one_message(project: TinyProject, words: Sequence[
     assert_one_message(*run_here(*command, folder=project.folder), message)
 
 
-def test_a_plan_says_that_it_counts_without(project: TinyProject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_counts_the_tokens_that_take_part(
+    project: TinyProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The more pass by, the less is kept for the backward pass; a share of one token in 1000 is none."""
     plans: list[memory_plan.MemoryPlan] = []
     monkeypatch.setattr(memory_plan, "show", lambda plan, _: plans.append(plan))
-    project.run(*project.family.train, *RUN, "--output_dir", "planned", "--plan", "24", *TREAD)
+    for share in ("0.001", "0.25", "0.5"):
+        words = ("--tread", share, "--tread_blocks", "1", "-1", "--plan", "24")
+        project.run(*project.family.train, *RUN, "--output_dir", "planned", *words)
+    project.run(*project.family.train, *RUN, "--output_dir", "planned", "--plan", "24")
 
-    assert WITHOUT_TREAD in plans[0].remarks
+    nothing, quarter, half, plain = [plan.device for plan in plans]
+    assert nothing == plain
+    assert half < quarter < plain
 
 
 @pytest.mark.slow
@@ -79,6 +89,32 @@ def test_compiled_blocks_see_both_lengths(project: TinyProject, dynamic: str) ->
     whole = project.train("uncompiled", *EXACT, *TREAD)
     for name, tensor in project.train("compiled", *EXACT, *TREAD, *compiled).items():
         torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_micro_batches_experts_and_a_whole_model_see_fewer_tokens(tmp_path: Path) -> None:
+    """A step of two micro-batches is repeated by a resumed run; each is learned by its own expert."""
+    project = make_project(family_called("wan t2v-1.3B"), tmp_path)
+    write_dit(tmp_path / "model", tiny_state("t2v", num_layers=2, seed=1), name="dit_high")
+    experts = ("--task", "t2v-A14B", "--dit_high_noise", "model/dit_high.safetensors", "--lora_per_expert")
+    words = (*TREAD, "--gradient_accumulation_steps", "2", *experts, *EXACT)
+    state = ("--save_state", "--save_every_n_steps", "2")
+
+    def train(output: str, *more: str) -> list[dict[str, Tensor]]:
+        project.run(*project.family.train, *RUN, "--output_dir", output, *words, *more)
+        return [load_file(path) for path in sorted((tmp_path / output).glob("x-*_noise.safetensors"))]
+
+    whole = train("whole", *state)
+    assert len(whole) == 2
+    resumed = train("resumed", "--resume", "whole/x-step00000002-state")
+    assert all(map(same, whole, resumed))
+
+    models = project.family.train[1 : project.family.train.index("--network_module")]
+    command = (project.family.train_whole, *models, *RUN)
+    for output, more in {"all": (), "fewer": TREAD}.items():
+        project.run(*command, "--output_dir", output, "--learning_rate", "1e-3", *more)
+    models_written = [load_file(tmp_path / output / "x.safetensors") for output in ("all", "fewer")]
+    assert not same(*models_written)
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ ONE_WAY = (
         "framepack_one_frame",
         "ltx2",
     ),
-    *("krea2", "z_image", "qwen_image", "flux_2", "flux_kontext", "hunyuan_image", "lumina"),
+    *("krea2", "z_image", "qwen_image", "flux_2", "flux_3", "flux_kontext", "hunyuan_image", "lumina"),
 )
 # pages; of one with two ways, the heading of the other way
 WALKS = {

@@ -423,7 +423,8 @@ class LiveMedia:
             spec.pixel_step,
             frame_step=spec.frame_step,
             numbers=changes,
-            keeps_alpha=spec.masks_latents,
+            keeps_alpha=spec.keeps_alpha,
+            has_alpha=spec.has_alpha,
         )
         if media.bucket != item.bucket:
             sides = "x".join(map(str, media.size))

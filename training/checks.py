@@ -1,11 +1,12 @@
 """Check a run's options and file headers before gigabytes are loaded; name given options without effect."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Parameter
@@ -14,13 +15,14 @@ from contract.family import Family, LearningEncoder, hears_sound, sound_of
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
 from modules.console import quiet
-from modules.errors import OptionError
+from modules.errors import CheckpointError, OptionError
 from modules.options import is_given, option_name, option_values
 from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
+from networks.deltas import OFT
 from networks.formats import LoraFormat, choose_format
 from networks.lora_settings import REG_RATES, read_rates
-from networks.options import NetworkOptions
+from networks.options import OFT_MODULE, NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
 from networks.teacher_options import BASE, INPUTS, OTHER_DIT, TeacherOptions
@@ -36,6 +38,9 @@ from training.options import RANKED_NETWORKS, TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.run_options import MOST_STEPS
 from training.tread_options import TreadOptions
+
+if TYPE_CHECKING:  # only with LoRA files
+    from networks.loading import LoraFile
 
 # of a network, of a whole model: the lowest and the highest usual rate of Adam; between them the usual one
 USUAL_RATES = (2e-5, "1e-4", 5e-3), (5e-8, "1e-5", 1e-4)
@@ -86,7 +91,7 @@ def check_tread(family: Family, options: TreadOptions, counts: Sequence[int]) ->
         reason = "its blocks have a second stream, the sound, which would need a choice of its own"
     elif family.dit.side_list:
         reason = "a second stream of blocks adds to all tokens of the first one"
-    elif getattr(family, "controlnet", None) is not None:
+    elif family.dit.has_additions:
         reason = "the ControlNet adds to all tokens behind each block"
     if reason:
         raise OptionError(f"{name}: the model {family.name} cannot leave out tokens: {reason}. Leave it out")
@@ -98,7 +103,7 @@ def check_tread(family: Family, options: TreadOptions, counts: Sequence[int]) ->
         numbers = " ".join(map(str, options.tread_blocks))
         raise OptionError(
             f"{name} with --tread_blocks {numbers}: the model {family.name} has {total} blocks, from 0 to "
-            f"{total - 1}, and these are {first} to {last}. Give a first block that is not behind the last"
+            f"{total - 1}, and these are {first} to {last}. Give two of them, the first not behind the last"
         )
 
 
@@ -199,12 +204,14 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
             )
         files = zip(network.base_weights or (), network.base_multipliers(), strict=True)
         with quiet():  # all warnings come again when it is made
-            check_network(network, module, depths)
+            check_network(network, module, depths, family.dit.numbered)
             uses = [read_use(path, expert, multiplier) for path, multiplier in files]
             if network.network_weights is not None and known_module is not None:
                 from networks.loading import LoraUse, read_lora  # only with LoRA files
 
-                uses.append(LoraUse(read_lora(network.network_weights, with_texts=True)))
+                continued = read_lora(network.network_weights, with_texts=True)
+                _check_kind(continued, network)
+                uses.append(LoraUse(continued))
             adapter = read_adapter(options, expert, family.experts)
             if adapter is not None:
                 from networks.added import refuse_dora  # only with an adapter
@@ -215,6 +222,20 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
                 from networks.apply import check_loras_fit  # only with LoRA files
 
                 check_loras_fit(file, uses, family.file_beside(file))
+
+
+def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
+    """Raise OptionError if a file of --network_weights is an OFT and the network none, or the reverse."""
+    is_oft = any(name.endswith(OFT) for name in lora.tensors)
+    if is_oft == network.is_oft:
+        return
+    name = f"--network_weights {network.network_weights}"
+    if is_oft:
+        raise OptionError(f"{name} is an OFT: it is trained on with --network_module {OFT_MODULE}. Give that")
+    raise OptionError(
+        f"{name} is no OFT, so that --network_module {OFT_MODULE} cannot train it on. Leave the module out, "
+        "or give the one that made the file"
+    )
 
 
 def choose_lora_format(
@@ -283,6 +304,7 @@ def check_other_teacher(family: Family, options: TrainingOptions, teacher: Famil
             "time, each with its own teacher"
         )
     if teacher is None:
+        _check_teacher_loras(family, options)
         return
     name = f"--teacher_dit {options.teacher.teacher_dit}"
     if options.speed.sharding.shard_base:
@@ -290,16 +312,40 @@ def check_other_teacher(family: Family, options: TrainingOptions, teacher: Famil
             f"{name} with --shard_base: the teacher would not be split over the processes. Leave out one of "
             "the two"
         )
-    if set(teacher.dit_files) & set(family.dit_files):
+    try:
+        files = set(teacher.dit_files)
+        teacher.check_given_files()
+    except CheckpointError as error:  # its messages name the option of the trained transformer
+        text = re.sub(r"--dit\b(?!_)", "--teacher_dit", str(error))
+        raise CheckpointError(text, error.path) from None
+    if files & set(family.dit_files):
         raise OptionError(
             f"{name}: this is the transformer that is trained. Leave it out: --teacher dit with "
             "--teacher_lora alone learns from the trained one"
         )
-    teacher.check_given_files()
     if teacher.latent != family.latent:
         raise OptionError(
-            f"{name}: its latents are not those of the trained transformer, so it cannot teach it"
+            f"{name}: its latents are not those of the trained transformer, so it cannot teach it. Give the "
+            "model that the trained one was made from"
         )
+    _check_teacher_loras(teacher, options)
+
+
+def _check_teacher_loras(model: Family, options: TrainingOptions) -> None:
+    """Raise CheckpointError if a file of --teacher_lora is no LoRA, or none for the model that teaches."""
+    if not options.teacher.loras():
+        return
+    from networks.added import refuse_dora  # only with LoRA files
+    from networks.apply import check_loras_fit
+
+    (expert,) = model.experts
+    with quiet():  # all warnings come again when they are added
+        uses = [read_use(path, expert, multiplier) for path, multiplier in options.teacher.loras()]
+        for use in uses:
+            refuse_dora(use.lora, "--teacher_lora")
+        if model.dit_files:
+            file = model.dit_files[0]
+            check_loras_fit(file, uses, model.file_beside(file))
 
 
 def check_teacher(family: Family, options: TeacherOptions, texts: LiveTexts | None) -> None:

@@ -71,6 +71,7 @@ class NextSteps:
     sample: Mapping[str, Any]
     sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
     spellings: Mapping[str, str] = field(default_factory=dict)  # of shared options: `FamilyEntry.spellings`
+    repeats_speed: bool = True  # the script that generates has the options of speed that a training has
 
     @property
     def options(self) -> TrainingOptions:
@@ -205,7 +206,8 @@ class NextSteps:
         speed = self.options.speed
         launcher = self._launcher() if speed.sharding.shard_base else ["python"]
         words = [*launcher, *generation(self.sample)]
-        words += option_words(say_for_generation(speed))
+        if self.repeats_speed:
+            words += option_words(say_for_generation(speed))
         suffix = "-ema" if self.options.average.sample_ema else ""  # what the samples show
         files = [*self.names.files(self.names.stem_of(file) + suffix).values()]
         experts = self.plan.family.experts
@@ -215,7 +217,8 @@ class NextSteps:
         if f"--dit_{HIGH_NOISE}" in words:
             trained = [files[_file_index(files, index)] for index in sorted(high)]
             words = self._with_trained(words, f"_{HIGH_NOISE}", trained)
-        words += [*say_sample(self.sample, self.spellings), "--save_path", str(file.parent / "generated")]
+        folder_flag = self.spellings.get("save_path", "--save_path")
+        words += [*say_sample(self.sample, self.spellings), folder_flag, str(file.parent / "generated")]
         shows_sample = self.options.samples.are_made and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
         return _command("Generate with it", words, note)
@@ -233,9 +236,11 @@ class NextSteps:
             words[words.index(f"--dit{ending}") + 1] = str(files[0])
         loras += self.sample_loras
         if loras:
-            words += [f"--lora_weight{ending}", *(str(path) for path, _ in loras)]
+            flag = self.spellings.get("lora_weight", "--lora_weight")
+            words += [f"{flag}{ending}", *(str(path) for path, _ in loras)]
         if self.sample_loras:
-            words += [f"--lora_multiplier{ending}", *(f"{multiplier:g}" for _, multiplier in loras)]
+            flag = self.spellings.get("lora_multiplier", "--lora_multiplier")
+            words += [f"{flag}{ending}", *(f"{multiplier:g}" for _, multiplier in loras)]
         return words
 
 
@@ -256,7 +261,9 @@ def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = 
         **{name: sample.get(OTHER_NAMES.get(name, name)) for name in OF_SAMPLES},
     }
     flags = spellings or {}
-    return option_words({flags.get(name, f"--{name}"): value for name, value in values.items()})
+    spelled = {flags.get(name, f"--{name}"): value for name, value in values.items()}
+    spelled.pop("", None)  # of options that the script does not have
+    return option_words(spelled)
 
 
 def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
@@ -282,11 +289,13 @@ def plan_next_steps(
     generation_of_caches: Generation | None = None,
     cached_with: Mapping[str, Any] | None = None,
     spellings: Mapping[str, str] | None = None,
+    repeats_speed: bool = True,
 ) -> NextSteps:
     """Return a maker of the command lines that can follow the run. What follows `sampler` is as there.
 
     generation_of_caches: in place of `generation` for a run without samples, which needs no encoders and may
-    not know their files. cached_with: the options that made the caches, by name. spellings: see `NextSteps`.
+    not know their files. cached_with: the options that made the caches, by name. spellings, repeats_speed:
+    see `NextSteps`.
     """
     sample: dict[str, Any] = {} if sampler is None else sampler.first_values
     if sampler is None and plan.accelerator.is_main_process:
@@ -300,6 +309,7 @@ def plan_next_steps(
         sample=sample,
         sample_loras=() if sampler is None else plan.options.samples.loras(),
         spellings=spellings or {},
+        repeats_speed=repeats_speed,
     )
 
 

@@ -59,6 +59,10 @@ class ImageTrainerDefaults:
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     # puts the family's own names of shared options into the shared ones, before records are read
     translate: Callable[[argparse.Namespace], None] = lambda args: None
+    # options that messages name -> how the script spells them
+    shown_as: Mapping[str, str] = field(default_factory=dict)
+    # options of other trainers that the family does not have; None: `FOREIGN`
+    foreign: tuple[type[Options], ...] | None = None
 
 
 def read_image_training(
@@ -77,6 +81,7 @@ def read_image_training(
         _output_config(parser, args)
     _translate(args)
     defaults.translate(args)
+    args.typed_names = {**typed_names(args), **defaults.shown_as}
     _find_tokenizers(args, defaults.tokenizers)
     if isinstance(parser, Parser):  # commands that are printed have these in place of their other names
         for name in _named_otherwise(args, defaults.tokenizers):
@@ -133,7 +138,8 @@ def image_training_parser(doc: str | None, defaults: ImageTrainerDefaults) -> ar
     parser = training_parser(doc, settings=settings, **script)
     add_options(parser, ImageModelOptions, PartsOptions, PredictionOptions, **script)
     add_options(parser, SubsetOptions, CachingInRunOptions, **script)
-    add_options(parser, StartOptions, ConsoleOptions, OtherNames, *FOREIGN)
+    foreign = FOREIGN if defaults.foreign is None else defaults.foreign
+    add_options(parser, StartOptions, ConsoleOptions, OtherNames, *foreign, **script)
     actions = {action.dest: action for action in parser._actions}
     actions["dynamo_backend"].choices = (*(actions["dynamo_backend"].choices or ()), TENSORRT)
     # the launcher's setting; its default here takes effect with --torch_compile only
@@ -189,7 +195,7 @@ def _named_otherwise(args: argparse.Namespace, tokenizers: Collection[str]) -> s
 
 def _find_tokenizers(args: argparse.Namespace, folders: Mapping[str, str]) -> None:
     """Give each tokenizer that no option names the folder of --tokenizer_cache_dir that holds it."""
-    if args.tokenizer_cache_dir is None:
+    if args.tokenizer_cache_dir is None or not folders:
         return
     cache = to_path("--tokenizer_cache_dir", args.tokenizer_cache_dir)
     if cache.is_file():
@@ -292,9 +298,14 @@ class NotNeeded(Options, title="not needed"):
     highvram = not_needed("no cache of the device is emptied between steps.")
     full_fp16 = not_needed(ROUNDING, "train in fp16")
     full_bf16 = not_needed(ROUNDING, "train in bf16")
-    no_half_vae = not_needed("the VAE's precision is chosen so that nothing overflows.", "VAE in float32")
     mem_eff_attn = not_needed("torch's own attention (--sdpa) is as lean.", "attention in pieces")
     disable_mmap_load_safetensors = not_needed("safetensors files are read in pieces, never mapped.")
+
+
+class NotNeededByFlows(Options, title="not needed"):
+    """Further such options of models that learn a flow."""
+
+    no_half_vae = not_needed("the VAE's precision is chosen so that nothing overflows.", "VAE in float32")
     sample_sampler = not_needed(
         "samples are made with the Euler steps of the model's own flow.",
         "solver of samples",
@@ -304,4 +315,59 @@ class NotNeeded(Options, title="not needed"):
     )
 
 
-FOREIGN = (OtherModels, DeepspeedOptions, NotNeeded)
+FOREIGN = (OtherModels, DeepspeedOptions, NotNeeded, NotNeededByFlows)
+
+
+class NotForNoise(Options, title="not built"):
+    """Options of other trainers that models of noise do not have here."""
+
+    weighted_captions = unsupported(
+        "captions are read as they are; weights of words are for generation (gen_img.py)"
+    )
+    save_model_as = unsupported(
+        "only safetensors files are written: other forms can hold code",
+        default="safetensors",
+        choices=("ckpt", "pt", "safetensors"),
+    )
+
+
+_OF_FLOWS = "it is for models that learn a flow, and this one learns 1000 discrete levels of noise"
+_OF_BLOCKS = (
+    "it acts between the blocks of a transformer, and the parts of a U-Net hand on features of several "
+    "sizes. --gradient_checkpointing and --fp8_base save memory"
+)
+_refused_by_noise = {
+    **dict.fromkeys(
+        (
+            *("discrete_flow_shift", "sigmoid_scale", "weighting_scheme", "logit_mean", "logit_std"),
+            *("mode_scale", "model_prediction_type", "guidance_scale"),
+        ),
+        _OF_FLOWS,
+    ),
+    **dict.fromkeys(
+        (
+            *("blocks_to_swap", "use_pinned_memory_for_block_swap", "img_in_txt_in_offloading", "tread"),
+            *("shard_base", "context_parallel"),
+        ),
+        _OF_BLOCKS,
+    ),
+}
+
+
+def take_equal_bounds(args: argparse.Namespace) -> None:
+    """Read equal bounds of timesteps as this one timestep, as trainers of discrete levels do."""
+    lowest, highest = args.min_timestep, args.max_timestep
+    if lowest is not None and lowest == highest:
+        args.max_timestep = lowest + 1
+
+
+# of models that predict noise
+NOISE_TRAINER = ImageTrainerDefaults(
+    timestep_sampling=UNIFORM,
+    discrete_flow_shift=1.0,
+    model_prediction_type=RAW,
+    samplers=(UNIFORM, "sigmoid"),
+    refused=_refused_by_noise,
+    foreign=(NotForNoise, DeepspeedOptions, NotNeeded),
+    translate=take_equal_bounds,
+)

@@ -273,6 +273,7 @@ def _make_feed(plan: TrainingPlan) -> Feed:
         options.timesteps,
         plan.progress.seed,
         noise=family.noise,
+        latent=family.latent,
         experts=tuple(family.experts),
         perturbation=options.noise,
         weighted_by=options.weighted_by,

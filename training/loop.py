@@ -293,20 +293,22 @@ def _accumulate(
             if noisy_batch.batch.network_multiplier != 1:
                 strength = run.model.trainable.at_strength(noisy_batch.batch.network_multiplier)
             sums: tuple[Tensor, ...] = ()
+            total: Tensor | None = None
             with strength:
                 for losses in loss_passes(run.family, dit, noisy_batch, autocast=run.autocast, rule=run.rule):
                     loss = functools.reduce(torch.add, losses) / divisor
                     run.model.scaler.scale(0 * loss if is_void else loss).backward()
                     detached = tuple(stream.detach() for stream in losses)
                     sums = tuple(map(torch.add, sums, detached)) if sums else detached
+                    total = loss.detach() if total is None else total + loss.detach()
             pairs = None if run.pairs is None else run.pairs.take()
             if is_void:
                 continue
+            assert total is not None  # there is a pass with gradients
             if pairs is not None:
                 _add_pairs(run, row, pairs)
-            loss = functools.reduce(torch.add, sums) / divisor
-            row[0] += loss
-            _add_parts(run, row, expert, loss=loss * divisor, losses=sums)
+            row[0] += total
+            _add_parts(run, row, expert, loss=total * divisor, losses=sums)
             keys += noisy_batch.batch.keys
     return row, keys
 

@@ -54,6 +54,10 @@ def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
     }
 
 
+# of the files of the model, in `Family.metadata` of models that have them
+HASHES = ("sd_model_hash", "new_sd_model_hash", "vae_hash", "new_vae_hash")
+
+
 def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, str]:
     """The `ss_*` entries that stay the same over the run; with --no_metadata only keys for loading.
 
@@ -80,6 +84,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         values |= _optional_values(plan)
         further = [name for name in facts if name.startswith("sd_model_name_")]
         values |= {f"ss_{name}": facts.get(name) for name in ("sd_model_name", *further, "vae_name")}
+        values |= {f"ss_{name}": facts[name] for name in HASHES if name in facts}
         if "trained_for" in facts:
             values[TRAINED_FOR] = facts["trained_for"]
     return {key: str(value) for key, value in values.items()}

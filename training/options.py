@@ -127,6 +127,24 @@ class TrainingOptions(Options):
         return NO_PREFERENCE if self.network is None else self.network.preference
 
     @property
+    def typed_targets(self) -> list[str]:
+        """Return the given options of targets other than the clip, with their values; --preference is last.
+
+        --slider, which replaces them all, is not among them.
+        """
+        values = {
+            "--guided_target": self.guided.guided_target,
+            "--teacher": self.teacher.teacher,
+            "--mask_prior_weight": self.prior.mask_prior_weight,
+            "--blank_prior_weight": self.prior.blank_prior_weight,
+            "--preference": self.preference.preference,
+        }
+        given = {name: value for name, value in values.items() if value is not None}
+        return [
+            f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in given.items()
+        ]
+
+    @property
     def needs_empty_prompt(self) -> bool:
         return self.guided.guided_target is not None or self.prior.blank_prior_weight is not None
 
@@ -200,26 +218,22 @@ class TrainingOptions(Options):
                 f"--teacher_split with --loss_type {self.loss.loss_type}: size and direction are those of "
                 "squared differences. Use --loss_type l2, or leave out --teacher_split"
             )
-        others = {
-            "--guided_target": guided.guided_target,
-            "--teacher": teacher.teacher,
-            "--mask_prior_weight": prior.mask_prior_weight,
-            "--blank_prior_weight": prior.blank_prior_weight,
-            "--preference": self.preference.preference,
-        }
-        beside = next((name for name, value in others.items() if value is not None), None)
-        if self.slider is not None and beside is not None:
+        targets = self.typed_targets
+        if self.slider is not None and targets:
             raise OptionError(
-                f"--slider {self.slider} with {beside}: a slider learns from its captions alone. Leave out "
-                "one of the two"
+                f"--slider {self.slider} with {targets[0]}: a slider learns from its captions alone. Leave "
+                "out one of the two"
             )
         if self.slider is not None and self.is_fused:
             raise OptionError(
                 "--slider with --fused_backward_pass: the gradients of its two strengths are added, and "
                 "fused gradients are freed at once. Leave out one of the two"
             )
-        if self.preference.preference is not None:
-            self._check_preference(self.preference.preference)
+        if self.preference.preference is not None and len(targets) > 1:
+            raise OptionError(
+                f"--preference {self.preference.preference:g} and {targets[0]}: the loss of a pair has no "
+                "place for another target. Leave out one of the two"
+            )
         if prior.blank_prior_weight is not None and self.is_fused:
             raise OptionError(
                 "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "
@@ -234,21 +248,6 @@ class TrainingOptions(Options):
                 f"--tread {self.tread.tread:g} with --context_parallel {parts}: each process has some of the "
                 "tokens, and --tread leaves out tokens of the whole clip. Leave out one of the two"
             )
-
-    def _check_preference(self, beta: float) -> None:
-        """Refuse targets besides the pairs."""
-        others = {
-            f"--guided_target {self.guided.guided_target}": self.guided.guided_target,
-            f"--teacher {self.teacher.teacher}": self.teacher.teacher,
-            f"--blank_prior_weight {self.prior.blank_prior_weight}": self.prior.blank_prior_weight,
-            f"--mask_prior_weight {self.prior.mask_prior_weight}": self.prior.mask_prior_weight,
-        }
-        for words, value in others.items():
-            if value is not None:
-                raise OptionError(
-                    f"--preference {beta:g} and {words}: the loss of a pair has no place for another target. "
-                    "Leave out one of the two"
-                )
 
     def _check_fused(self) -> None:
         accumulation = self.loop.gradient_accumulation_steps

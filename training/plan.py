@@ -15,7 +15,7 @@ from dataset.batches.finding import find_items, learn_no_references, require_ite
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.cache.store import Stores, npz_names
-from dataset.config import DatasetConfig, for_family, load_dataset_config, with_empty_prompts
+from dataset.config import DatasetConfig, DatasetTable, for_family, load_dataset_config, with_empty_prompts
 from dataset.sources.media_source import NO_REFERENCE
 from dataset.subsets import folders_config
 from modules.errors import DatasetError, OptionError, OutputError
@@ -112,6 +112,7 @@ def make_plan(
     progress = first_progress(options, saved)
     quantisation = check_computing(family, options, device)
     check_before_loading(family, options, others)  # before minutes of encoding
+    _check_tables(options, config)
     texts = _find_texts(family, options, config)
     lora_format = choose_lora_format(family, options, () if texts is None else texts.learning)
     sources = _find_sources(
@@ -131,6 +132,7 @@ def make_plan(
     )
     training, validation = _split_items(options, config, items, progress.seed)
     _check_pairs(options, config, training, sources)
+    _check_masks(options, training, sources)
     if is_main:
         _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
@@ -335,18 +337,6 @@ def _split_items(
     options: TrainingOptions, config: DatasetConfig, items: Sequence[TrainingItem], seed: int
 ) -> tuple[Sequence[TrainingItem], Sequence[TrainingItem]]:
     """Return the items to train on and those to validate on."""
-    preserving = next((table for table in config.datasets if table.preserves_output), None)
-    if preserving is not None and options.network is None:
-        raise OptionError(
-            f"{preserving.name}: diff_output_preservation compares a LoRA with the model without it, and "
-            "here the model itself is trained. Leave it out"
-        )
-    scaled = next((table for table in config.datasets if table.network_multiplier != 1), None)
-    if scaled is not None and options.network is None:
-        raise OptionError(
-            f"{scaled.name}: network_multiplier is the strength of a LoRA, and here the model itself is "
-            "trained. Leave it out"
-        )
     validating = options.validation
     seed = seed if validating.validation_seed is None else validating.validation_seed
     training, validation = split_validation(items, validating.validation_split, seed)
@@ -363,6 +353,46 @@ def _split_items(
     return training, validation
 
 
+def _check_tables(options: TrainingOptions, config: DatasetConfig) -> None:
+    """Raise OptionError for keys of tables that ask for another target or strength than the options do."""
+    preserving = next((table for table in config.datasets if table.preserves_output), None)
+    if preserving is not None:
+        _check_preserving(options, preserving)
+    scaled = next((table for table in config.datasets if table.network_multiplier != 1), None)
+    if scaled is None:
+        return
+    if options.network is None:
+        raise OptionError(
+            f"{scaled.name}: network_multiplier is the strength of a LoRA, and here the model itself is "
+            "trained. Leave it out"
+        )
+    if options.slider is not None:
+        raise OptionError(
+            f"{scaled.name}: network_multiplier cannot be had with --slider {options.slider}, which learns "
+            "at the strengths 1 and -1. Leave out one of the two"
+        )
+
+
+def _check_preserving(options: TrainingOptions, table: DatasetTable) -> None:
+    """Raise OptionError for what gives the clips of a table with diff_output_preservation another target."""
+    key = f"{table.name}: diff_output_preservation"
+    if options.network is None:
+        raise OptionError(
+            f"{key} compares a LoRA with the model without it, and here the model itself is trained. Leave "
+            "it out"
+        )
+    if options.preference.preference is not None:
+        raise OptionError(
+            f"{key} cannot be had with --preference, whose loss has no place for another target. Leave out "
+            "one of the two"
+        )
+    if options.slider is not None:
+        raise OptionError(
+            f"{key} cannot be had with --slider {options.slider}, which learns its own captions and "
+            "not those of the table. Leave it out; an anchor in the slider's file keeps what a caption makes"
+        )
+
+
 def _check_pairs(
     options: TrainingOptions, config: DatasetConfig, training: Sequence[TrainingItem], sources: BatchSources
 ) -> None:
@@ -375,13 +405,21 @@ def _check_pairs(
         return
     from dataset.batches.pairs import require_pairs  # only with --preference
 
-    preserving = next((table for table in config.datasets if table.preserves_output), None)
-    if preserving is not None:
-        raise OptionError(
-            f"{preserving.name}: diff_output_preservation cannot be had with --preference, whose loss has no "
-            "place for another target. Leave out one of the two"
-        )
     require_pairs(training, sources.stores, sources.encoders.commands)
+
+
+def _check_masks(options: TrainingOptions, training: Sequence[TrainingItem], sources: BatchSources) -> None:
+    """Raise OptionError for --mask_prior_weight if no item that is learned has a mask."""
+    weight = options.prior.mask_prior_weight
+    if weight is None:
+        return
+    from dataset.batches.pairs import has_masks  # only with this target
+
+    if not has_masks(training, sources.stores):
+        raise OptionError(
+            f"--mask_prior_weight {weight:g}: no item has a mask, so there is no place outside of one. Give "
+            "a table mask_directory or alpha_mask = true, and cache again, or leave the option out"
+        )
 
 
 def _warn_of_missing(

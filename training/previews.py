@@ -29,7 +29,7 @@ from modules.errors import OptionError
 from modules.seeds import derive_seed
 from running.planning.device_memory import room_on
 from training.caching_inside import find_live_texts, list_live_tables, open_stores, plan_tables
-from training.checks import check_targets, judge_rate
+from training.checks import check_targets, check_tread, judge_rate
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import describe_times, group_tables
@@ -40,6 +40,7 @@ from training.options import TrainingOptions
 from training.other_families import NO_OTHERS, OtherFamilies
 from training.plan import read_config
 from training.planning.memory import plan_one_card, read_largest
+from training.target_costs import describe_targets
 
 # of --debug_dataset: windows, or files where there are none
 DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=None, console_num_images=None)
@@ -95,6 +96,9 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
     config = read_config(options, family)
     counters = findings.load_counters(family.text_encoders)
     texts = find_live_texts(family, options, config)
+    check_targets(family, options, texts)
+    if options.tread.tread is not None:
+        check_tread(family, options.tread, family.block_counts() if family.dit_files else ())
     plans = plan_tables(family, config, options.caching, () if texts is None else texts.keys)
     seed = options.validation.validation_seed
     if seed is None:
@@ -127,6 +131,8 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         result = replace(result, head=head, counters=counters)
     times = describe_times(options.timesteps, config.datasets)
     lines = ["Timesteps of the tables:", *findings.indent(times)] if times else []
+    targets = describe_targets(options)
+    lines += ["Targets:", *findings.indent(targets)] if targets else []
     lines += describe_run(options, num_validation=result.num_held)
     result = replace(result, tail=(*result.tail, *lines))
     code: int = check.print_check(result, family, config, page=options.loop.page, workers=workers)
@@ -156,6 +162,7 @@ def _plan(family: Family, options: TrainingOptions, commands: CachingCommands, o
     config = read_config(options, family)
     texts = find_live_texts(family, options, config)
     check_targets(family, options, texts)
+    check_tread(family, options.tread, family.block_counts())
     noisy_batch = _read_for_plan(family, options, commands, config=config, texts=texts)
     sample_files: Sequence[Path] = ()
     if others.sampling is not None and options.samples.are_made:

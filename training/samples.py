@@ -183,7 +183,10 @@ class Sampler:
             assert hears_sound(family)
             (track,) = decode_tracks(family, {stem: sound}, self.session.device, nullcontext).values()
         with self.session.media(images=False, again=True) as encoders:
-            frames = frames_of(family.decode(encoders, latents))
+            pixels = family.decode(encoders, latents)
+            if prepared.shown is not None:
+                pixels = map(prepared.shown.of, pixels)
+            frames = frames_of(pixels)
             metadata: Mapping[str, str] = {}
             if self.has_metadata:
                 metadata = output_metadata(
@@ -228,7 +231,8 @@ def _show_steps(
             stack.close()
             name = ", ".join(filter(None, (title, section.label)))
             stage = prepared.stages[section.stage] if prepared.stages else prepared
-            bars.append(stack.enter_context(Bar(stage.num_steps, name)))
+            num_steps = stage.num_steps if section.solver is None else section.solver.schedule.num_steps
+            bars.append(stack.enter_context(Bar(num_steps, name)))
 
         def watch(_: StepDone) -> bool:
             bars[-1].update()
@@ -430,8 +434,12 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         controls = [controls]
     scale = number("cfg_scale")
     expert_names = [expert.name for expert in family.experts if expert.name]
-    width = int(values.get("width", usual.width))
-    height = int(values.get("height", usual.height))
+    takes_reference_size = usual.sized_by_references and bool(controls)
+    sides: list[int | None] = []
+    for key, usual_side in (("width", usual.width), ("height", usual.height)):
+        missing = None if takes_reference_size else usual_side
+        sides.append(int(values[key]) if key in values else missing)
+    width, height = sides
     frames = int(values.get("frame_count", usual.frames))
     request = Request(
         prompt=str(values.get("prompt", "")),
@@ -444,7 +452,7 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         expert_guidance={} if scale is None else dict.fromkeys(expert_names, scale),
         embedded_guidance=number("guidance_scale"),
         flow_shift=None if usual.flow_shift is None else number("discrete_flow_shift"),
-        solver=_solver_of(values),
+        solver=_solver_of(values, usual.solvers),
         fps=number("fps"),
         negative_prompt=values.get("negative_prompt"),
         second_prompt=values.get("prompt_2") or None,
@@ -463,15 +471,17 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
     return _with_whole_size(request, (width, height, frames), family.latent)
 
 
-def _with_whole_size(request: Request, size: tuple[int, int, int], latent: LatentSpec) -> Request:
+def _with_whole_size(
+    request: Request, size: tuple[int | None, int | None, int], latent: LatentSpec
+) -> Request:
     """Return a request for the next lower size that the model makes; warn if it differs.
 
-    size: width, height and frames.
+    size: width, height and frames; None: as the first reference.
     """
     width, height, frames = size
     side, step = latent.pixel_step, latent.frame_step
-    whole_width = max(width // side, 1) * side
-    whole_height = max(height // side, 1) * side
+    whole_width = None if width is None else max(width // side, 1) * side
+    whole_height = None if height is None else max(height // side, 1) * side
     whole_frames = 1 if latent.is_of_pictures else (frames - 1) // step * step + 1
     changes = []
     if (whole_width, whole_height) != (width, height):
@@ -485,14 +495,18 @@ def _with_whole_size(request: Request, size: tuple[int, int, int], latent: Laten
     return replace(request, width=whole_width, height=whole_height, frames=whole_frames)
 
 
-def _solver_of(values: Mapping[str, Any]) -> str | None:
-    """Return the solver of a prompt; None, with a warning, for samplers of other models."""
+def _solver_of(values: Mapping[str, Any], own: Sequence[str] = ()) -> str | None:
+    """Return the solver of a prompt; None, with a warning, for samplers of other models.
+
+    own: those of the model, in place of those of every model.
+    """
     name = values.get("sample_sampler")
     if name is None:
         return None
-    solver = name if name in SOLVERS.values() else SOLVERS.get(name)
+    solvers = dict(zip(own, own, strict=True)) if own else SOLVERS
+    solver = name if name in solvers.values() else solvers.get(name)
     if solver is None:
-        known = ", ".join(dict.fromkeys((*SOLVERS.values(), *SOLVERS)))
+        known = ", ".join(dict.fromkeys((*solvers.values(), *solvers)))
         logger.warning(
             "the sample %r: the sampler %s (--ss) is ignored. Known: %s", values["prompt"], name, known
         )

@@ -123,7 +123,7 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str]) -> dict[str, st
         step=progress.step,
         epoch=epoch,
         now=datetime.now(),
-        licence=family.release.licence,
+        licence=family.release.licence if family.release.covers_all else None,
         tables=plan.config.datasets,
     )
 

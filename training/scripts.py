@@ -74,11 +74,12 @@ def training_script(
             recalled = _recall(options, family)
             follow = partial(
                 plan_next_steps,
-                script=f"{entry.script}_train{'' if whole_dit else '_network'}.py",
+                script=f"{entry.script}_train.py" if whole_dit else f"{entry.training_script}.py",
                 script_options=script_options,
                 generation=partial(entry.generation_words, family_options, typed=typed),
                 generation_of_caches=_generation_of_caches(entry, family_options, recalled, typed),
                 spellings=entry.spellings,
+                repeats_speed=not entry.generator,
                 cached_with={option.name: option.value for option in recalled},
             )
             room = import_own(f"{entry.room}.family")

@@ -31,6 +31,7 @@ from training.reports.sample_files import FOLDER
 from training.run_options import LEAST_STEPS, SampleOptions
 from training.saving.options import SavingOptions
 from training.steps import StepPlan
+from training.target_costs import describe_targets
 from training.training_run import TrainingRun
 
 MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other optimizers keep less
@@ -78,30 +79,47 @@ def saved_bytes(
 
 def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
     """Show the plan of the run. dtype: of saved models; None: unchanged."""
-    plan, options = run.plan, run.options
-    names, network, samples = plan.names, options.network, options.samples
     split = run.model.trainable.split  # rows of a weight, and the whole weight
     parameters = [split.get(parameter, parameter) for parameter in run.parameters]
-    num_weights = sum(parameter.numel() for parameter in parameters)
+    rows = [*_learning_rows(run, parameters), *_writing_rows(run, parameters, dtype)]
+    show_box(f"Training {run.plan.names.name}", rows)
+
+
+def _learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[Row]:
+    """Return the lines about what is learned, and how. parameters: the trained ones."""
+    plan = run.plan
+    options = run.options
+    network = options.network
     sizes = _sizes_of_file(run)
-    sampling = f"{_sampling_times(samples)}, from {samples.sample_prompts}"
-    rows: list[Row] = [
+    num_weights = sum(parameter.numel() for parameter in parameters)
+    return [
         ("model", _describe_model(plan)),
         ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
         ("alpha", None if network is None else judge_alpha(network, sizes)),
         ("data", _describe_data(plan)),
         ("timesteps", "\n".join(describe_times(options.timesteps, plan.config.datasets))),
+        ("targets", "\n".join(describe_targets(options)) or None),
         ("steps", _describe_length(plan)),
         ("learning rate", judge_rate(options)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),
+    ]
+
+
+def _writing_rows(run: TrainingRun, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> list[Row]:
+    """Return the lines about what is written, and what follows. See `show_start`."""
+    plan = run.plan
+    options = run.options
+    samples = options.samples
+    sampling = f"{_sampling_times(samples)}, from {samples.sample_prompts}"
+    page = page_path(plan.names.folder, plan.names.name)
+    return [
         ("saves", _saving_times(plan.saving)),
         ("samples", sampling if samples.are_made else None),
         ("disk", _describe_disk(plan, parameters, dtype)),
-        ("folder", str(names.folder)),
-        ("page", None if options.logs.no_page else str(page_path(names.folder, names.name))),
+        ("folder", str(plan.names.folder)),
+        ("page", None if options.logs.no_page else str(page)),
         ("at the end", f"starts {options.end.words[0]}" if options.end.words else None),
     ]
-    show_box(f"Training {names.name}", rows)
 
 
 def _sizes_of_file(run: TrainingRun) -> tuple[list[int], list[float]] | None:

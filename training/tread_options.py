@@ -29,8 +29,8 @@ class TreadOptions(Options, title="fewer tokens"):
     def __post_init__(self) -> None:
         if len(self.tread_blocks) != 2:
             raise OptionError(
-                f"--tread_blocks has {len(self.tread_blocks)} numbers: give the first and the last block, "
-                "such as 2 -2"
+                f"--tread_blocks takes two numbers and has {len(self.tread_blocks)}: give the first and the "
+                "last block, such as 2 -2"
             )
 
 

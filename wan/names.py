@@ -99,14 +99,17 @@ MARKS: Marks = (
         "the VAE of Wan2.2 TI2V-5B, of 48 channels (--vae)",
     ),
     ("decoder.upsamples.0.residual.2.weight", "a Wan2.1 VAE (--vae)"),
-    (
-        "encoder.down_blocks.0.downsampler.resample.1.weight",
-        "the VAE of Wan2.2 TI2V-5B in diffusers layout (--vae)",
-    ),
     ("encoder.down_blocks.0.norm1.gamma", "a Wan2.1 VAE in diffusers layout (--vae)"),
     ("blocks.0.self_attn.q.weight", "a Wan transformer (--dit)"),
     ("blocks.0.attn1.to_q.weight", "a Wan transformer in diffusers layout (--dit)"),
     ("vace_patch_embedding.weight", "the blocks of VACE alone (--vace, next to a T2V --dit of Wan)"),
     ("blocks.0.pos_embedding.embedding.weight", "an umT5 encoder (--t5)"),
     ("visual.cls_embedding", "a CLIP image encoder (--clip)"),
+)
+# Qwen-Image-2.1's VAE has it too
+SHARED_MARKS: Marks = (
+    (
+        "encoder.down_blocks.0.downsampler.resample.1.weight",
+        "the VAE of Wan2.2 TI2V-5B in diffusers layout (--vae)",
+    ),
 )

@@ -75,7 +75,7 @@ def read_vae(
         pass  # a relative, whose layers have the same names
     elif "quant_conv.weight" in names and "encoder.down_blocks.0.conv1.weight" in names:
         translate = _flat_names(names)
-    elif "quant_conv.weight" in names and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
+    elif _is_of_clips(checkpoint) and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
         translate = _staged_names(names)
     elif "decoder.conv1.weight" in names and not _OFFICIAL_FIRST.isdisjoint(names):
         translate = str
@@ -90,6 +90,12 @@ def read_vae(
     config = WanVaeConfig(latent_channels, encoder, decoder, patch=isqrt(colours // 3))
     _check_dimensions(config, colours, checkpoint.path)
     return LoadPlan(config, checkpoint, sources)
+
+
+def _is_of_clips(checkpoint: Checkpoint) -> bool:
+    """Return whether convolutions have an axis of time. Those of Qwen-Image-2.1's VAE have none."""
+    convolution = checkpoint.tensors.get("quant_conv.weight")
+    return convolution is not None and len(convolution.shape) != 4
 
 
 def check_latents(config: WanVaeConfig, latent: LatentSpec, path: Path, needed_by: str) -> None:

@@ -44,6 +44,10 @@
     const now = box();
     if (!now) return;
     const answer = await fetch(`/run/${now.dataset.id}/standing`);
+    if (answer.status === 404) {
+      document.getElementById("done").textContent = "It is not there any more: its folder was renamed, moved or removed.";
+      return;
+    }
     if (!answer.ok) return;
     const standing = await answer.json();
     if (standing.is_begun && now.dataset.begun !== "yes") { location.reload(); return; } // it has a page of its own now

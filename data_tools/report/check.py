@@ -280,7 +280,7 @@ def _check_media(
     findings.remarks += find_equal_references(findings.sources)
     findings.remarks += find_reordered(findings.sources)
     findings.remarks += find_moving_references(findings.sources)
-    findings.remarks += find_colours(findings.sources, recipe.latent.masks_latents)
+    findings.remarks += find_colours(findings.sources, recipe.latent.keeps_alpha)
 
 
 def _check_family(findings: TableFindings, family: Caches) -> None:

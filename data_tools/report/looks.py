@@ -139,7 +139,8 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
                 fps,
                 latent.pixel_step,
                 latent.frame_step,
-                keeps_alpha=latent.masks_latents,
+                keeps_alpha=latent.keeps_alpha,
+                has_alpha=latent.has_alpha,
             )
         except (MediaError, DatasetError, OSError) as error:  # caching would refuse it
             facts["problem"] = str(error)

@@ -54,7 +54,8 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
             latent.pixel_step,
             latent.frame_step,
             numbers=_numbers(source),
-            keeps_alpha=latent.masks_latents,
+            keeps_alpha=latent.keeps_alpha,
+            has_alpha=latent.has_alpha,
         )
 
     def show_items(media: DecodedMedia, most: int | None) -> str:
@@ -163,9 +164,9 @@ def _numbers(source: MediaSource) -> random.Random:
 
 def side_by_side(item: DecodedMedia) -> NDArray[np.uint8]:
     """Join an item's frames (F H W 3) with its control media and mask to the right; transparency is grey."""
-    parts = [item.frames]
-    height = parts[0].shape[1]
-    for frames in item.control:
+    parts = []
+    height = item.frames.shape[1]
+    for frames in (item.frames, *item.control):
         if frames.shape[-1] != 3:
             alpha = frames[..., 3:].astype(np.float32) / 255
             frames = np.asarray(frames[..., :3] * alpha + 127.5 * (1 - alpha)).round().astype(np.uint8)

@@ -93,6 +93,8 @@ def text_faults(
     table = item.table
     defaults = {**defaults_of(TEXTS), "captions": 1}
     settings = {**defaults, **table.changed(TEXTS), "captions": item.captions}
+    if any(record.references for record in records.values()):
+        settings |= table.seen_settings(item.bucket[:2])
     recorded = [record.settings for record in records.values()]
     if not recorded and not is_shared:
         recorded = [{}]  # a file of ours without records was made with the usual keys, or by hand

@@ -1,9 +1,9 @@
-"""Check that the items of a run are pairs of a better and a worse picture or clip."""
+"""Check that items of a run have what its target needs: the worse one of a pair, or a mask."""
 
 import logging
 from collections.abc import Sequence
 
-from contract.data import WORSE_LATENTS
+from contract.data import LOSS_MASK, WORSE_LATENTS
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.reading import explain_no_worse
 from dataset.cache.store import Stores
@@ -50,3 +50,13 @@ def note_unused_pairs(items: Sequence[TrainingItem]) -> None:
             "learned as ever",
             ", ".join(names),
         )
+
+
+def has_masks(items: Sequence[TrainingItem], stores: Stores) -> bool:
+    """Return whether any item to learn has a mask of its loss. Reads headers only, up to the first mask."""
+    if any(item.table.mask_directory is not None or item.table.alpha_mask for item in items):
+        return True
+    for item in items:  # masks of lists are named line by line
+        if item.kind.sizes is None and LOSS_MASK in stores.of(item.table).read(item.file_name, False).keys:
+            return True
+    return False

@@ -14,7 +14,7 @@ from torch import Tensor
 from contract import data
 from dataset.batches.checks import latent_faults, sound_faults, text_faults
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem
-from dataset.cache.files import EMPTY, FLIPPED, Entry
+from dataset.cache.files import EMPTY, FLIPPED, Entry, parse_latent_name
 from dataset.cache.records import (
     CLOCK,
     CacheChecks,
@@ -26,6 +26,7 @@ from dataset.cache.records import (
 from dataset.cache.store import CacheStore, Stores
 from dataset.sources.frames import spans
 from modules.errors import CacheError
+from modules.media.buckets import inner_box
 from modules.media.colours import AS_SHOWN
 from modules.option_values import as_shape
 
@@ -196,6 +197,9 @@ class _Reader:
             if data.LOSS_MASK in unmirrored:
                 mirrored[data.LOSS_MASK] = unmirrored[data.LOSS_MASK].flip(-1)
             part.tensors |= mirrored
+        said_sizes = part.tensors.pop(data.SAID_SIZES, None)
+        if self.latent.tells_sizes:
+            part.tensors[data.SIZES] = _sizes_of(item, said_sizes, flip)
         return part
 
     def _read_cached_media(self, item: TrainingItem) -> _Part:
@@ -313,6 +317,24 @@ class _Reader:
             windows=_count_windows(item, record, self.latent.frame_step),
             as_shown=record.as_shown if is_older else None,
         )
+
+
+def _sizes_of(item: TrainingItem, said: Tensor | None, flip: bool) -> Tensor:
+    """Return `data.SIZES` of a picture, without batch dimension.
+
+    said: `data.SAID_SIZES` of its cache, which go before what follows from the sizes. flip: it is mirrored.
+    """
+    bucket = item.bucket[0], item.bucket[1]
+    if said is None:
+        name = parse_latent_name(item.file_name, item.kind.tag, item.table.kind)
+        assert name is not None  # items are found by such names
+        width, height = name.size
+        left, top, right, _ = inner_box(name.size, bucket)
+    else:
+        width, height, left, top, right, _ = said.tolist()
+    if flip:
+        left = bucket[0] - right
+    return torch.tensor((height, width, top, left, bucket[1], bucket[0]), dtype=torch.float32)
 
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:

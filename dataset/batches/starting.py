@@ -100,7 +100,7 @@ def _warn_of_earlier(
         _compare_clocks(by_own_clocks, family.defaults.fps, commands)
     read_before = [(item, origin.as_shown) for item, origin in origins if origin.as_shown is not None]
     if read_before:
-        _compare_reading(read_before, family.latent.masks_latents, commands)
+        _compare_reading(read_before, family.latent.keeps_alpha, commands)
 
 
 def _warn_of_fewer(
@@ -139,11 +139,11 @@ def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: Caching
 
 
 def _compare_reading(
-    items: Sequence[tuple[TrainingItem, int]], masks_latents: bool, commands: CachingCommands
+    items: Sequence[tuple[TrainingItem, int]], keeps_alpha: bool, commands: CachingCommands
 ) -> None:
     """Warn of a cache whose clip an earlier version read in another order or direction of its frames.
 
-    items: each with the mark of how its clip was read. masks_latents: of the family's LatentSpec. At most
+    items: each with the mark of how its clip was read. keeps_alpha: of the family's LatentSpec. At most
     MOST_LOOKED_AT clips are looked at; missing files are skipped.
     """
     marks = {(item.table.index, item.source_stem): (item, mark) for item, mark in items[:MOST_LOOKED_AT]}
@@ -153,7 +153,7 @@ def _compare_reading(
                 continue
             item, mark = marks[table.index, source.stem]
             with contextlib.suppress(MediaError, OSError):
-                difference = shown_otherwise(source, masks_latents, mark)
+                difference = shown_otherwise(source, keeps_alpha, mark)
                 if difference is not None:
                     logger.warning(READ_OTHERWISE, item.latent_path, difference, commands.latents)
                     return

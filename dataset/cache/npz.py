@@ -2,9 +2,10 @@
 
 Latents of a picture: `STEM_WWWWxHHHH_TAG.npz`, W and H of the picture, with the arrays `latents`,
 `latents_flipped`, `alpha_mask`, `original_size` and `crop_ltrb` of every resolution, each with the suffix
-`_{h}x{w}` in latent pixels. Texts: `STEM_TAG_te.npz`. Other programs read and write these files too: theirs
-count if they fit, and nothing is removed as stale. Ours have one more array for each resolution, the record
-of its sources, which other programs ignore.
+`_{h}x{w}` in latent pixels, or of one resolution without it (`NpzFormat.has_resolutions`). Texts:
+`STEM_TAG_te.npz`. Other programs read and write these files too: theirs count if they fit, and nothing is
+removed as stale. Ours have one more array for each resolution, the record of its sources, which other
+programs ignore.
 """
 
 import logging
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from contract.data import LOSS_MASK, LatentSpec
+from contract.data import LOSS_MASK, SAID_SIZES, LatentSpec
 from contract.rules import NpzFormat
 from dataset.cache import files as cache_files
 from dataset.cache.npz_files import (
@@ -182,6 +184,8 @@ class NpzStore:
         return latent_height, latent_width
 
     def _suffix(self, name: str) -> str:
+        if not self.form.has_resolutions:
+            return ""
         height, width = self._grid(name)
         return f"_{height}x{width}"
 
@@ -228,6 +232,9 @@ class NpzStore:
                 )
             latents = tensor[:, None]
             named[cache_files.tensor_name(key, latents)] = latents
+        if self.latent.tells_sizes:
+            sizes = _read_sizes(path, arrays)
+            named[cache_files.tensor_name(SAID_SIZES, sizes)] = sizes
         return cache_files.Entry.of(path, {}, named)
 
     def _foreign_mask(self, path: Path, mask: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -339,6 +346,18 @@ class NpzStore:
             if key not in members:
                 members[key] = format_array(array)
         write_members(self._path(name), members)
+
+
+def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
+    """Return `SAID_SIZES` of another program's latents. Raises CacheError if it is not in the file."""
+    numbers: list[float] = []
+    for name, count in (("original_size", 2), ("crop_ltrb", 4)):
+        if name not in arrays or arrays[name].tensor.numel() != count:
+            raise CacheError(f"{path}: it has no {name} of {count} numbers, which the model is told")
+        numbers += arrays[name].tensor.double().flatten().tolist()
+    if not all(map(math.isfinite, numbers)):
+        raise CacheError(f"{path}: its original_size or crop_ltrb is NaN or infinite")
+    return torch.tensor(numbers, dtype=torch.float32)
 
 
 def _replace_end(stem: str, ends: Sequence[tuple[str, str]]) -> str:

@@ -54,7 +54,8 @@ def decode(
                 recipe.fps,
                 latent.pixel_step,
                 latent.frame_step,
-                keeps_alpha=latent.masks_latents,
+                keeps_alpha=latent.keeps_alpha,
+                has_alpha=latent.has_alpha,
             )
         width, height = media.bucket
         if min(width, height) < SMALLEST_SIDE:
@@ -196,7 +197,13 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
         tensors[data.FPS] = torch.tensor(item.rate)
     named = {}
     for key, tensor in tensors.items():
-        name = cache_files.tensor_name(key, tensor, grid=entry.grid, has_frames=spec.names_frames)
+        name = cache_files.tensor_name(
+            key,
+            tensor,
+            variable=key in entry.variable,
+            grid=entry.grid,
+            has_frames=spec.names_frames,
+        )
         is_flat = spec.flat_in_caches and cache_files.grid_in_name(name) is not None
         named[name] = tensor.squeeze(1) if is_flat else tensor
     return named

@@ -444,7 +444,7 @@ class Planning:
     def _read_otherwise(self, record: records.LatentRecord) -> str | None:
         mark = record.as_shown
         if mark not in self._otherwise:
-            self._otherwise[mark] = shown_otherwise(self.source, self.recipe.latent.masks_latents, mark)
+            self._otherwise[mark] = shown_otherwise(self.source, self.recipe.latent.keeps_alpha, mark)
         return self._otherwise[mark]
 
     def _find_change(self, files: Sequence[FileIdentity]) -> str | None:

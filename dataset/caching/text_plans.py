@@ -17,9 +17,11 @@ from dataset.caching.prefetch import MANY, map_ahead
 from dataset.config import DatasetTable
 from dataset.config_keys import TEXTS
 from dataset.sources.colours import references_otherwise
+from dataset.sources.decoding import fit_of
 from dataset.sources.media_source import MediaSource, Origin, pause_collection
 from modules.bars import Bar
-from modules.errors import CacheError, DatasetError
+from modules.errors import CacheError, DatasetError, MediaError
+from modules.media.reading import image_size
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: st
             shown_source = source
             pictures = source.parts[1 : 1 + len(source.control)]
         captions = (source.caption, *source.more_captions)
-        settings = of_table
+        settings = of_table if shown_source is None else {**of_table, **_seen_settings(source)}
         if len(captions) > 1:
             settings = {**settings, "captions": len(captions)}
         for number, caption in enumerate(captions):
@@ -103,6 +105,7 @@ def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: st
                 name=f"the empty prompt of {source.stem}",
                 caption="",
                 caption_path=None,
+                settings={} if shown_source is None else _seen_settings(source),
                 pass_over=2,
                 source=shown_source,
                 references=pictures,
@@ -119,6 +122,21 @@ def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: st
         )
         empty.append(file)
     return [*first, *further, *empty]
+
+
+def _seen_settings(source: MediaSource) -> dict[str, Any]:
+    """Return what decides how text encoders see a source's reference pictures, by its header.
+
+    Of a source that has to be downloaded, and of one that cannot be read, the size is not known.
+    """
+    table = source.table
+    if source.origins or table.references is None or not table.references.as_encoded:
+        return table.seen_settings(())
+    try:
+        bucket = fit_of(table, image_size(source.path), table.references.step, source.path).bucket
+    except (MediaError, OSError):  # encoding it says why
+        bucket = (0, 0)
+    return table.seen_settings(bucket)
 
 
 def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[CaptionFile]:

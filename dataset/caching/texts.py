@@ -52,7 +52,9 @@ from dataset.caching.text_plans import (
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.captions import describe_cut
+from dataset.sources.decoding import decode_source
 from dataset.sources.listing import require_captions
+from dataset.sources.media_source import MediaSource
 from dataset.sources.references import explain_reference, hold_references
 from dataset.subsets import refuse_changing
 from modules.bars import Bar
@@ -246,12 +248,13 @@ class TextWork:
         """
         try:
             with contextlib.ExitStack() as stack:
-                pictures: list[tuple[Path, ...]] = []
-                for file in batch:
-                    pictures.append(stack.enter_context(hold_references(file.source)) if file.source else ())
                 prompts = []
-                for file, references in zip(batch, pictures, strict=True):
-                    prompts.append(Prompt(file.caption or "", pictures=references))
+                for file in batch:
+                    references: tuple[Path, ...] = ()
+                    if file.source is not None:
+                        references = stack.enter_context(hold_references(file.source))
+                    frames = self._frames_of(file.source)
+                    prompts.append(Prompt(file.caption or "", pictures=references, frames=frames))
                 encoded = encoder.encode(prompts)
             return list(zip(batch, encoded, strict=True))
         except MediaError as error:
@@ -263,6 +266,25 @@ class TextWork:
                 raise
             self._failed[file.file_name] = Failure.of(file.source, explain_reference(file.source, error))
             return []
+
+    def _frames_of(self, source: MediaSource | None) -> tuple[Tensor, ...]:
+        """Return a source's reference pictures as they are encoded, each H W C; (): encoders read them.
+
+        Raises MediaError if one cannot be used.
+        """
+        rules = self._family.references
+        if source is None or rules is None or not rules.as_encoded:
+            return ()
+        latent = self._family.latent
+        media = decode_source(
+            source,
+            self._family.defaults.fps,
+            latent.pixel_step,
+            latent.frame_step,
+            keeps_alpha=latent.keeps_alpha,
+            has_alpha=latent.has_alpha,
+        )
+        return tuple(torch.from_numpy(frames[0]) for frames in media.control)
 
     def _submit(
         self,

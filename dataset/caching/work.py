@@ -227,7 +227,7 @@ class MediaWork:
             from dataset.sources.companions import find_moving_references  # few tables have any
 
             faults += find_moving_references(sources)
-        faults += find_colours(sources, self._family.latent.masks_latents)
+        faults += find_colours(sources, self._family.latent.keeps_alpha)
         if faults:
             logger.warning("%s", escape_control_codes("\n".join(list_faults(faults, LISTED))))
 

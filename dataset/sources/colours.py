@@ -20,16 +20,16 @@ PALE = "are HDR, and their brightness is not converted: they look pale. Convert 
 TORN = "are interlaced, which is not undone: what moves is torn into lines. Deinterlace them first"
 
 
-def keeps_transparency(source: MediaSource, masks_latents: bool) -> tuple[bool, bool]:
+def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bool]:
     """Return whether a source, and whether its control media, keep the colours of transparent pixels.
 
-    masks_latents: of the family's LatentSpec.
+    keeps_alpha: of the family's LatentSpec.
     """
-    by_family = masks_latents and source.table.kind == "image"
+    by_family = keeps_alpha and source.table.kind == "image"
     return by_family or source.table.alpha_mask, by_family
 
 
-def shown_otherwise(source: MediaSource, masks_latents: bool, as_shown: int) -> str | None:
+def shown_otherwise(source: MediaSource, keeps_alpha: bool, as_shown: int) -> str | None:
     """Describe a file of a source that the version which wrote `as_shown` into a record read differently.
 
     None if there is none. Files that still have to be downloaded count as equal.
@@ -39,7 +39,7 @@ def shown_otherwise(source: MediaSource, masks_latents: bool, as_shown: int) -> 
     if any(isinstance(origin, Remote) and not path.exists() for path, origin in source.parts):
         return None
     with fetch(source) as here:
-        source_keeps, control_keeps = keeps_transparency(source, masks_latents)
+        source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
         parts = [(here.path, source_keeps)]
         parts += [(path, control_keeps) for path in here.control]
         parts += [(path, False) for path in (here.mask, here.control_mask) if path is not None]
@@ -100,7 +100,7 @@ def _formerly_ignored(colours: Colours, keeps_transparent: bool, had_profiles: b
     return None
 
 
-def find_colours(sources: Sequence[MediaSource], masks_latents: bool = False) -> list[Fault]:
+def find_colours(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> list[Fault]:
     """Return one remark for each file whose pixel values alone do not tell its colours.
 
     At most LOOKED_AT local files are checked. Unreadable files are reported elsewhere.
@@ -118,7 +118,7 @@ def find_colours(sources: Sequence[MediaSource], masks_latents: bool = False) ->
             except (MediaError, OSError):
                 continue
             read[path] = colours
-            source_keeps, control_keeps = keeps_transparency(source, masks_latents)
+            source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
             keeps = control_keeps if number else source_keeps
             for kind, text in _describe(colours, keeps).items():
                 remarks.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))

@@ -37,10 +37,12 @@ from modules.media.decoding import is_animation
 from modules.media.reading import (
     Frame,
     FrameSizes,
+    add_alpha,
     fit_frame,
     image_size,
     read_image,
     resize_cover,
+    split_alpha,
     video_info,
 )
 
@@ -89,7 +91,7 @@ class DecodedMedia:
     source: MediaSource
     size: Size  # width, height of the original
     bucket: Size
-    frames: Clip  # F H W 3; empty from `plan_source`
+    frames: Clip  # F H W 3, or 4 for a family whose pixels have alpha; empty from `plan_source`
     spans: tuple[Span, ...]  # of an item its own
     reason: str | None = None  # why there is no span: "12 frames, the shortest of target_frames is 17"
     # per control image or clip: as many frames; C = 4 if a control image has alpha
@@ -161,12 +163,13 @@ def decode_source(
     frame_step: int = 4,
     numbers: random.Random | None = None,
     keeps_alpha: bool = False,
+    has_alpha: bool = False,
 ) -> DecodedMedia:
     """Read a source and its control media.
 
     Memory holds the whole clip at bucket size, and one frame at a time at its own size. fps: the family's
-    rate, reached by dropping frames if the table has source_fps. step, frame_step, keeps_alpha: of the
-    family's LatentSpec (`masks_latents`). numbers: draws how a picture differs this time, as its table's
+    rate, reached by dropping frames if the table has source_fps. step, frame_step, keeps_alpha, has_alpha: of
+    the family's LatentSpec. numbers: draws how a picture differs this time, as its table's
     `augmentation` says; without them it does not differ. Raises MediaError if a file is unreadable or too
     small, DatasetError if the resolution is not a multiple of `step`.
     """
@@ -176,7 +179,10 @@ def decode_source(
             raise MediaError(f"{source.path}: {why}")
         if source.table.kind == "image":
             with PICTURES.hold(planned_bytes(here)):
-                return dataclasses.replace(_decode_image(here, step, numbers, keeps_alpha), source=source)
+                media = _decode_image(
+                    here, step, numbers, keeps_alpha=keeps_alpha or has_alpha, has_alpha=has_alpha
+                )
+                return dataclasses.replace(media, source=source)
         return _decode_clip(source, here, fps=fps, step=step, frame_step=frame_step)
 
 
@@ -282,10 +288,11 @@ def planned_bytes(source: MediaSource) -> int:
 
 
 def _decode_image(
-    source: MediaSource, step: int, numbers: random.Random | None, keeps_alpha: bool
+    source: MediaSource, step: int, numbers: random.Random | None, keeps_alpha: bool, has_alpha: bool
 ) -> DecodedMedia:
+    """Read a picture and its control pictures. source: fetched. has_alpha: all get four channels."""
     table = source.table
-    image, alpha = _colours_and_alpha(read_image(source.path, keeps_alpha or table.alpha_mask))
+    image, alpha = split_alpha(read_image(source.path, keeps_alpha or table.alpha_mask))
     size = (image.shape[1], image.shape[0])
     fit = fit_of(table, size, step, source.path)
     is_mirrored = False
@@ -304,20 +311,24 @@ def _decode_image(
         placed = fit_frame(picture, picture_fit)
         return mirror(placed) if is_mirrored else placed
 
-    control = []
-    for path in source.control:
-        if table.references is not None:
-            reference = read_reference(path, source, bucket=fit.bucket, place=place, is_mirrored=is_mirrored)
-            control.append(reference)
-        else:
-            control.append(_read_control(path, place, keeps_alpha))
+    control = _read_controls(
+        source,
+        bucket=fit.bucket,
+        place=place,
+        is_mirrored=is_mirrored,
+        keeps_alpha=keeps_alpha,
+        has_alpha=has_alpha,
+    )
+    if has_alpha and not table.alpha_mask and alpha is not None:
+        image, alpha = np.dstack([image, alpha]), None
     placed_alpha = None if alpha is None or alpha.min() == 255 else place(alpha)
     mask = None if source.mask is None else read_still(source.mask, place, size, 1)
     if table.alpha_mask:
         is_opaque = placed_alpha is None or placed_alpha.min() == 255
         mask = None if placed_alpha is None or is_opaque else placed_alpha[None]
         placed_alpha = None
-    frames = place(image)[None]
+    placed = place(image)
+    frames = (add_alpha(placed) if has_alpha else placed)[None]
     companions: dict[str, Any] = {}
     if source.references or source.control_mask is not None:
         from dataset.sources.companions import read_companions  # few pictures have any
@@ -325,11 +336,7 @@ def _decode_image(
         companions = read_companions(source, size, fit.bucket, 1)
         del companions["size_changes"]
     if source.worse is not None:
-        from dataset.sources.pairs import require_equal_size  # few pictures have any
-
-        worse = read_image(source.worse)
-        require_equal_size(source, size, (worse.shape[1], worse.shape[0]))
-        companions["worse"] = place(worse)[None]
+        companions["worse"] = _read_worse(source, size, place=place, has_alpha=has_alpha)
     return DecodedMedia(
         source=source,
         size=size,
@@ -341,6 +348,42 @@ def _decode_image(
         mask=mask,
         **companions,
     )
+
+
+def _read_controls(
+    source: MediaSource,
+    bucket: Size,
+    place: Callable[[Frame], Frame],
+    is_mirrored: bool,
+    keeps_alpha: bool,
+    has_alpha: bool,
+) -> list[Clip]:
+    """Read the control images of a picture, each 1 H W C. bucket, place, is_mirrored: of the picture."""
+    if source.table.references is None:
+        return [_read_control(path, place, keeps_alpha) for path in source.control]
+    references = []
+    for path in source.control:
+        reference = read_reference(
+            path,
+            source,
+            bucket=bucket,
+            place=place,
+            is_mirrored=is_mirrored,
+            has_alpha=has_alpha,
+        )
+        references.append(reference)
+    return references
+
+
+def _read_worse(source: MediaSource, size: Size, place: Callable[[Frame], Frame], has_alpha: bool) -> Clip:
+    """Read the worse picture of a pair, 1 H W C. size: of the better one, before it is placed."""
+    from dataset.sources.pairs import require_equal_size  # few pictures have any
+
+    assert source.worse is not None
+    worse = read_image(source.worse, has_alpha and not source.table.alpha_mask)
+    require_equal_size(source, size, (worse.shape[1], worse.shape[0]))
+    placed = place(worse)
+    return (add_alpha(placed) if has_alpha else placed)[None]
 
 
 def _draw_crop(source: MediaSource, size: Size, fit: Fit, numbers: random.Random) -> Fit:
@@ -364,7 +407,7 @@ def _read_control(path: Path, place: Callable[[Frame], Frame], keeps_alpha: bool
     """Read a control image, 1 H W 3 or 4: alpha is kept apart from the colours, because Pillow would darken
     the colours by it, and generation does not.
     """
-    colours, alpha = _colours_and_alpha(read_image(path, keeps_alpha))
+    colours, alpha = split_alpha(read_image(path, keeps_alpha))
     channels = [place(colours)]
     if alpha is not None:
         channels.append(place(alpha)[..., None])
@@ -461,7 +504,7 @@ def _gather(frames: Iterator[Frame], bucket: Size, wanted_frames: int | None) ->
             # no other reference to the array exists yet
             room = count + max(GROWTH, count // 4)
             clip.resize((room, height, width, 3), refcheck=False)
-        colours, alpha = (frame, None) if frame.shape[2] == 3 else _colours_and_alpha(frame)
+        colours, alpha = (frame, None) if frame.shape[2] == 3 else split_alpha(frame)
         alphas.append(None if alpha is None else resize_cover(alpha, bucket))
         clip[count] = resize_cover(colours, bucket)
         count += 1
@@ -476,12 +519,6 @@ def _stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask | None:
         return None
     opaque = np.full_like(present[0], 255)
     return np.stack([opaque if alpha is None else alpha for alpha in alphas])
-
-
-def _colours_and_alpha(image: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
-    """Split an image into H W 3 and its fourth channel, H W, or None."""
-    alpha = image[..., 3] if image.shape[2] == 4 else None
-    return np.ascontiguousarray(image[..., :3]), None if alpha is None else np.ascontiguousarray(alpha)
 
 
 def spans_or_reason(

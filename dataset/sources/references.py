@@ -17,7 +17,7 @@ from dataset.sources.media_source import Fault, MediaSource
 from modules.errors import DatasetError, MediaError
 from modules.media.augmenting import mirror
 from modules.media.buckets import Fit, Size, bucket_sizes, choose_bucket, fit_cover, fit_within
-from modules.media.reading import Frame, fit_frame, image_size, read_image
+from modules.media.reading import Frame, add_alpha, fit_frame, image_size, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -96,22 +96,29 @@ def _without_surplus(source: MediaSource, most: int) -> MediaSource:
 
 
 def read_reference(
-    path: Path, source: MediaSource, bucket: Size, place: Callable[[Frame], Frame], is_mirrored: bool
+    path: Path,
+    source: MediaSource,
+    bucket: Size,
+    place: Callable[[Frame], Frame],
+    is_mirrored: bool,
+    has_alpha: bool = False,
 ) -> NDArray[np.uint8]:
-    """Read a reference picture of an image, 1 H W 3.
+    """Read a reference picture of an image, 1 H W 3, or 1 H W 4 with `has_alpha`.
 
     bucket: of the image. place: resizes, crops and mirrors it like the image. is_mirrored: mirror one that
     keeps its size or shape too. Raises MediaError if it cannot be used.
     """
     try:
-        picture = read_image(path)
+        picture = read_image(path, has_alpha)
         fit = fit_reference(source.table, (picture.shape[1], picture.shape[0]), path, bucket)
     except MediaError as error:
         raise explain_reference(source, error) from error
     if fit is None:
-        return place(picture)[None]
-    placed = fit_frame(picture, fit)
-    return (mirror(placed) if is_mirrored else placed)[None]
+        placed = place(picture)
+    else:
+        placed = fit_frame(picture, fit)
+        placed = mirror(placed) if is_mirrored else placed
+    return (add_alpha(placed) if has_alpha else placed)[None]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.attention.sdpa import cudnn_note, sdpa
+from modules.attention.sdpa import causal_sdpa, cudnn_note, sdpa
 from modules.devices import dtype_name, numbers_on
 from modules.errors import OptionError
 from modules.speed_options import SDPA, AttentionChoice, flag_of
@@ -250,6 +250,21 @@ def attend(
         return _attend_to_real_tokens(dense, query, key, value, lengths=lengths)
     packed = backend.packed(pack(query, lengths), pack(key, lengths), pack(value, lengths), lengths)
     return unpack(packed, lengths, query.shape[1])
+
+
+def attend_causally(query: Tensor, key: Tensor, value: Tensor, choice: AttentionChoice = SDPA) -> Tensor:
+    """Compute attention as `attend`, but each query sees no key behind its own.
+
+    query: B L N D, those of the last L of the S keys. key, value: B S N D. choice: only its `in_float32`
+    counts. Torch's own kernels compute it, whatever the back end: packages align the triangle differently,
+    and models have few such queries, those of texts. Raises ValueError if there are fewer keys than queries.
+    """
+    if key.shape[1] < query.shape[1]:
+        raise ValueError(f"{query.shape[1]} causal queries and only {key.shape[1]} keys")
+    if choice.in_float32:
+        with torch.autocast(query.device.type, enabled=False):
+            return causal_sdpa(query.float(), key.float(), value.float()).to(value.dtype)
+    return causal_sdpa(query, key, value)
 
 
 def _attend_one_by_one(dense: Dense, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

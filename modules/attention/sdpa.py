@@ -45,6 +45,30 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
     return attend_in_order(q, k, v, bias, order=order).transpose(1, 2)
 
 
+def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Compute attention in which the queries are the last of the keys, and each sees none behind itself.
+
+    query: B L N D. key, value: B S N D, S >= L. Returns B L N D.
+    """
+    q = query.transpose(1, 2)  # B N L D
+    k = key.transpose(1, 2)
+    v = value.transpose(1, 2)
+    length = query.shape[1]
+    num_keys = key.shape[1]
+    mask = None
+    if length != num_keys:  # torch's own triangle would begin at the first key
+        places = torch.arange(num_keys, device=q.device)
+        mask = places <= places[num_keys - length :, None]
+    if not is_on_cuda(query):
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return attended.transpose(1, 2)
+    # without cuDNN's kernel, as for `attend_with_bias`
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True):
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return attended.transpose(1, 2)
+
+
 def is_on_cuda(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda"
 

@@ -139,11 +139,19 @@ def _even_grid(lowest: float, keeps_lowest: bool, steps: int, flow_shift: float)
 
 def _terminal_grid(terminal: float, steps: int, flow_shift: float) -> Schedule:
     # stretched after the shift, so that the last level before 0 is `terminal`
-    levels = shift_sigmas(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1], flow_shift)
-    if steps > 1:  # a single level is 1
-        levels = 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
+    levels = stretch_levels(torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1], flow_shift, terminal)
     sigmas = torch.cat([levels, levels.new_zeros(1)]).float()
     return flow_schedule(sigmas, (levels * TRAIN_TIMESTEPS).float())
+
+
+def stretch_levels(levels: Tensor, flow_shift: float, terminal: float) -> Tensor:
+    """Shift noise levels and stretch them so that the last one above 0 is `terminal`.
+
+    levels: N falling numbers from 1 on, float64, without the 0 at the end. A single level stays 1. Source:
+    `shift_terminal` of diffusers' FlowMatchEulerDiscreteScheduler.
+    """
+    levels = shift_sigmas(levels, flow_shift)
+    return levels if len(levels) == 1 else 1 - (1 - levels) * (1 - terminal) / (1 - levels[-1])
 
 
 def _trained_grid(steps: int, flow_shift: float) -> Schedule:

@@ -5,12 +5,14 @@ and rounds the result to 16 bits. Casts as operators of their own, and those tha
 a pass each. So both functions write into a result of the wanted dtype, forward and backward, which autograd
 does not allow by itself. Compiled code has plain operators, which the compiler merges.
 
-The tokens may stand in S segments with a row of shift, scale and gate each: rows are B S C. `split` is where
-each segment behind the first one begins: a number, as in a slice, for two segments, else a tuple.
+The tokens may stand in segments with a row of shift, scale and gate each: rows are B S C. With two segments,
+`split` is where the second one begins, as in a slice: from the end if negative. With several it has the
+places where all but the first begin, from the front and rising.
 """
 # Letters: B batch, L tokens, S segments of them, C width
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,14 +60,15 @@ def add_gated(x: Tensor, gate: Tensor | None, branch: Tensor, split: Split = 0) 
 
 def split_segments(split: Split, rows: Sequence[Tensor], *tokens: Tensor) -> list[tuple[Tensor, ...]]:
     """Return the tokens, B L' C, and then the rows, B 1 C, of each segment. rows: at least one, B S C."""
-    if rows[0].shape[1] == 1:
+    count = rows[0].shape[1]
+    if count == 1:
         return [(*tokens, *rows)]
-    starts = (split,) if isinstance(split, int) else split
-    segments: list[tuple[Tensor, ...]] = []
-    for number, (start, end) in enumerate(zip((None, *starts), (*starts, None), strict=True)):
-        own_tokens = [tensor[:, start:end] for tensor in tokens]
-        own_rows = [row[:, number : number + 1] for row in rows]
-        segments.append((*own_tokens, *own_rows))
+    places = (split,) if isinstance(split, int) else split
+    assert len(places) == count - 1, f"{count} rows for the segments that begin at {places}"
+    segments = []
+    for index, (start, stop) in enumerate(pairwise((None, *places, None))):
+        parts = [tensor[:, start:stop] for tensor in tokens]
+        segments.append((*parts, *(row[:, index : index + 1] for row in rows)))
     return segments
 
 

@@ -102,6 +102,17 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
+class CentredRMSNorm(RMSNorm):
+    """`RMSNorm` whose files hold how far the weight is from 1. Computes as `CentredNorm`."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return centred_norm(x, self.weight, self.eps)
+
+
 class ScaleNorm(nn.Module):
     """`RMSNorm` whose weight is called `scale`, as in the files of some models."""
 
@@ -122,7 +133,12 @@ class CentredNorm(ScaleNorm):
         nn.init.zeros_(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x.float(), 1 + self.scale.float(), self.eps).to(x.dtype)
+        return centred_norm(x, self.scale, self.eps)
+
+
+def centred_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Return `rms_norm` with the weight 1 + scale, in float32 and then in the dtype of x. scale: C."""
+    return rms_norm(x.float(), 1 + scale.float(), eps).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

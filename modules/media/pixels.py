@@ -40,13 +40,13 @@ def to_pixels(frames: Tensor) -> Tensor:
 
 
 def frames_of(chunks: Iterable[Tensor]) -> Iterator[NDArray[numpy.uint8]]:
-    """Yield the single frames of chunks of pixels (1 3 F H W in -1..1)."""
+    """Yield the single frames, H W C, of chunks of pixels (1 C F H W in -1..1)."""
     for chunk in chunks:
         yield from pixels_to_uint8(chunk)
 
 
 def pixels_to_uint8(pixels: Tensor) -> NDArray[numpy.uint8]:
-    """Return the first video of B 3 F H W (-1..1) as F H W 3, 0..255, rounded."""
+    """Return the first video of B C F H W (-1..1) as F H W C, 0..255, rounded. C: 3, or 4 with alpha."""
     values = (pixels[0].float() / 2 + 0.5).clamp(0, 1) * 255
     array: NDArray[numpy.uint8] = (
         rearrange(values.round().to(torch.uint8), "c f h w -> f h w c").cpu().numpy()

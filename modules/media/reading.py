@@ -19,6 +19,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, features
 
 from modules.errors import MediaError
@@ -106,6 +107,29 @@ def read_image(path: Path, alpha: bool = False) -> Frame:
     """
     with open_image(path) as file:
         return shown_pixels(path, upright(file), alpha)
+
+
+def add_alpha(frame: Frame) -> Frame:
+    """Return a frame with four channels, H W 4: one with three becomes opaque."""
+    if frame.shape[2] == 4:
+        return frame
+    return np.dstack([frame, np.full(frame.shape[:2], 255, np.uint8)])
+
+
+def split_alpha(frame: Frame) -> tuple[Frame, NDArray[np.uint8] | None]:
+    """Split a frame into its colours, H W 3, and its fourth channel, H W, or None."""
+    alpha = frame[..., 3] if frame.shape[2] == 4 else None
+    return np.ascontiguousarray(frame[..., :3]), None if alpha is None else np.ascontiguousarray(alpha)
+
+
+def join_alpha(colours: Frame, alpha: NDArray[np.uint8] | None) -> Frame:
+    """Join what `split_alpha` returned, H W 4; alpha of another size is resized. Without alpha: `colours`."""
+    if alpha is None:
+        return colours
+    height, width = colours.shape[:2]
+    if alpha.shape != (height, width):
+        alpha = resize_frame(alpha, (width, height), "lanczos")
+    return np.dstack([colours, alpha])
 
 
 def media_colours(path: Path) -> Colours:

@@ -34,9 +34,10 @@ from modules.run_limits import temporary_folder
 # Templates put what no copy for others may hold between these, and `mark_folders` does so in all texts of a
 # page; escaped texts cannot hold them.
 PRIVATE, END = Markup("<!--private-->"), Markup("<!--/private-->")
-# a drive, the root or the home folder, and all folders below it; their names may hold blanks inside
+# a drive, the root or the home folder, and all folders below it; their names may hold blanks inside, but no
+# option, and nothing behind a script: then it is a command, and other paths may follow
 _FOLDERS = re.compile(
-    r"""(?<![\w:/\\.~-])(?:[A-Za-z]:[\\/]|~?[\\/]+)(?:[^\\/\s:*?"<>|](?:[^\\/\n:*?"<>|]*[^\\/\s:*?"<>|])?[\\/]+)+"""
+    r"""(?<![\w:/\\.~-])(?:[A-Za-z]:[\\/]|~?[\\/]+)(?:[^\\/\s:*?"<>|](?:(?:(?!\s--?[A-Za-z]|(?<=\.py)'?\s)[^\\/\n:*?"<>|])*[^\\/\s:*?"<>|])?[\\/]+)+"""
 )
 
 

@@ -189,9 +189,9 @@ class _Block:
     offload: Offload | None
     is_first: bool
 
-    def __call__(self, *inputs: Any) -> Tensor:
+    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
         if not (self.module.training and torch.is_grad_enabled()):
-            return self.forward(*inputs)
+            return self.forward(*inputs, **named)
         if self.offload is not None and self.is_first:
             self.offload.begin()
         # autograd does not keep results that need no gradient, and compiled code may then overwrite them
@@ -205,7 +205,7 @@ class _Block:
             nullcontext() if self.offload is None else self.offload.hooks()
         )
         with hooks:
-            return checkpoint(self.forward, *inputs, use_reentrant=False, context_fn=contexts)
+            return checkpoint(self.forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
 
 
 def checkpoint_blocks(

@@ -310,10 +310,10 @@ def _watch(
     def entering(place: str) -> Callable[[Tensor], None]:
         return lambda _: ledger.enter(place)
 
-    def run(x: Tensor, *inputs: Any) -> Tensor:
+    def run(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
         with PlannedKernels():  # torch turns it off during `backward`, which recomputes checkpointed blocks
             if ledger.is_backward:
-                return forward(x, *inputs)
+                return forward(x, *inputs, **named)
             if is_first and x.requires_grad:
                 x.register_hook(entering("backward before the blocks"))
             ledger.inputs[name] = round_up_bytes(x.nbytes)
@@ -330,7 +330,7 @@ def _watch(
             else:
                 where = "between"
             ledger.enter(f"forward of {name}, {where}")
-            result = forward(x, *inputs)
+            result = forward(x, *inputs, **named)
         ledger.enter("forward outside the blocks")
         last = result[-1] if isinstance(result, tuple) else result  # a second stream's returns two
         if last.requires_grad:

@@ -16,10 +16,17 @@ import uvicorn
 from browser.runs import Runs
 from browser.server import make_app
 from browser.start import open_socket
+from modules.command import quote_for_shell
+from tests.commands import ROOT
 from training.reports.history import History, describe_process, history_path
 
 PAUSE = 0.01  # seconds between two looks of a server whether it is to end
 PNG = b"\x89PNG not really"
+
+
+def python_of(script: str) -> str:
+    """How the page begins the command of a script in a checkout, which may lie in a folder with blanks."""
+    return quote_for_shell(["python", str(ROOT / script)])
 
 
 @dataclass(frozen=True)

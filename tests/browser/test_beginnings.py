@@ -2,20 +2,22 @@
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from browser.beginnings import free_name, state_of_trace
+from browser.beginnings import state_of_trace
 from browser.errands import errand_name
 from browser.jobs import JobQueue
+from browser.names import free_name
 from browser.runs import read_glance
 from modules.errors import OptionError
 from tests.browser.described_folders import describe, find, look, state, trace
 from tests.browser.serving import serve_runs, write_run
-from training.reports.history import History, describe_process, history_path
+from training.reports.history import BEFORE_TRAINING, History, describe_process, history_path
 
 TRAIN = ["python", "wan_train_network.py", "--config_file", "run.toml"]
 LATENTS = ["python", "wan_cache_latents.py", "--dataset_config", "dataset.toml"]
@@ -194,6 +196,32 @@ def test_a_job_that_ended_before_its_training_says_why(
     assert shown.state.last_lines == printed.strip()
 
 
+def test_a_job_that_waits_says_why_it_cannot_begin(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    beginnings = look(tmp_path)
+    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    beginnings.queue.problem = "x/jobs.json: the disk has 0.0 MB free"
+    assert find(beginnings).state.reason == ""  # it is paused: that is why
+    beginnings.queue._worker = threading.current_thread()
+    assert find(beginnings).state.reason == "x/jobs.json: the disk has 0.0 MB free"
+
+
+def test_a_full_disk_that_took_the_last_words_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = describe(tmp_path / "clips")
+    set_back(folder)
+    beginnings = look(tmp_path)
+    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    set_job(beginnings.queue, 1, "In the folder x:\n")
+    monkeypatch.setattr("browser.beginnings.free_bytes", lambda folder: 4096)
+    logs = beginnings.queue.folder / "logs"
+    assert find(beginnings).state.reason == (
+        f"The disk of {logs} is full: it could not write why it ended. Free some space, and start it again; "
+        "what it has saved is used."
+    )
+
+
 def test_a_killed_process_is_named_and_a_changed_run_toml_is_a_draft_again(tmp_path: Path) -> None:
     folder = describe(tmp_path / "clips")
     set_back(folder)
@@ -250,6 +278,36 @@ def test_a_run_that_ended_at_a_check_has_faults_and_a_trace_alone_tells_it(tmp_p
     assert (shown.state.name, shown.state.reason) == ("faults", "ended while checking the clips: exit code 1")
 
 
+def test_a_download_that_failed_tells_why_also_while_its_process_is_about_to_end(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips")
+    set_back(folder)
+    beginnings = look(tmp_path)
+    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    set_job(beginnings.queue, None, "DownloadError: https://hub/x cannot be reached (Connection refused).\n")
+    history = History(history_path(folder / "output", f"own{BEFORE_TRAINING}"), 1)
+    started: dict[str, Any] = {
+        "model": "",
+        "total_steps": 10,
+        "changed": [],
+        "unchanged": [],
+        "listens": False,
+    }
+    history.add(0, started={**started, "process": {**describe_process(), "number": 2**22 + 1}})
+    history.add(0, ended="ended while downloading the model: exit code 1", kind="bad")
+    later = time.time() + 5  # the process of this test began long ago
+    history.flush()
+    os.utime(history.path, (later, later))
+
+    shown = find(beginnings)
+
+    assert shown.state.job is not None
+    assert shown.state.job.state == "running"
+    assert (shown.state.name, shown.state.reason) == (
+        "died",
+        "https://hub/x cannot be reached (Connection refused).",
+    )
+
+
 def test_a_training_that_died_tells_its_own_reason(tmp_path: Path) -> None:
     folder = describe(tmp_path / "clips")
     history = History(history_path(folder / "output", "own"), 1)
@@ -263,18 +321,19 @@ def test_a_training_that_died_tells_its_own_reason(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("taken", "name", "expected"),
-    [([], "own", "own-2"), (["own-2.html"], "own", "own-3"), (["own-2-history.jsonl"], "own-2", "own-3")],
+    [
+        ([], "own", "own-2"),
+        (["own-2.html"], "own", "own-3"),
+        (["own-2-history.jsonl"], "own-2", "own-3"),
+        (["2026-11-27.safetensors"], "2026-11-27", "2026-11-27-2"),  # a date has no number of a run
+    ],
 )
 def test_a_further_run_gets_a_name_that_no_run_has(
     taken: list[str], name: str, expected: str, tmp_path: Path
 ) -> None:
-    folder = describe(tmp_path / "clips", name)
-    (folder / "output").mkdir()
     for entry in taken:
-        (folder / "output" / entry).touch()
-    plan = find(look(tmp_path), name).plan
-    assert plan is not None
-    assert free_name(plan) == expected
+        (tmp_path / entry).touch()
+    assert free_name(tmp_path, name) == expected
 
 
 def test_a_foreign_run_toml_is_not_started_before_it_was_read(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """What pages remove lies in a folder until that is emptied."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from browser.bin_folder import FOLDER, BinFolder
 from modules.errors import OptionError, OutputError
+
+SHM = Path("/dev/shm")  # of memory: another disk than that of the tests
 
 
 def make(root: Path, *names: str) -> list[Path]:
@@ -68,3 +71,21 @@ def test_links_are_moved_and_deleted_but_not_followed(tmp_path: Path) -> None:
         folder.take("x", root, make(root, "own"))
     assert (root / "own").exists()
     assert folder.list_entries() == []
+
+
+@pytest.mark.skipif(not SHM.is_dir(), reason="no second disk to try it on")
+def test_files_of_another_disk_go_into_the_bin_that_is_there(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=SHM) as name:
+        other = Path(name)
+        (file,) = make(other, "out/own.safetensors")
+        folder = BinFolder(tmp_path / FOLDER, other / FOLDER)
+        assert folder.find_place(file) == other / FOLDER
+        taken = folder.take("own", other, [file])
+        assert (taken.parent, (taken / "out/own.safetensors").is_file()) == (other / FOLDER, True)
+        assert not (tmp_path / FOLDER).exists()
+
+        (file,) = make(other, "own.html")
+        with pytest.raises(OutputError, match=r"own.html is on another disk than .*Delete it by hand"):
+            BinFolder(tmp_path / FOLDER).take("own", other, [file])
+        assert file.is_file()
+        assert not (tmp_path / FOLDER).exists()

@@ -1,5 +1,6 @@
 """The rows of the page New: files of a folder with captions, files that are left out, and small pictures."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -8,11 +9,14 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from PIL import Image
 
-from browser.folder_files import FolderFiles
+from browser.dataset_pages import Thumbnails
+from browser.folder_files import FolderFiles, LeftOut, list_uncaptioned
 from browser.names import short_digest
 from browser.runs import Runs
 from tests.browser.serving import Answer, Served, serve_runs
+from tests.chromium import open_page
 from tests.data_tools.report.making import save_clip, save_picture
 
 
@@ -79,6 +83,39 @@ def test_a_caption_is_saved_undone_and_never_written_over(served: Served) -> Non
     assert post(served, "caption/0123", what="save", text="x", have="").status == 404
 
 
+def test_files_without_a_caption_are_found_as_captions_are_read(tmp_path: Path) -> None:
+    names = ["a.b.png", "both.png", "empty.png", "link.png", "none.png", "other.png"]
+    captions = {"a.b.txt": "x", "both.txt": "", "both.caption": "x", "empty.txt": "", "other.caption": "x"}
+    for name, text in captions.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "gone.txt")
+
+    assert list_uncaptioned(tmp_path, names) == ["both.png", "empty.png", "link.png", "none.png"]
+
+
+@pytest.mark.slow
+def test_ten_thousand_captions_scroll_on_the_page_new(served: Served) -> None:
+    folder = served.runs.roots[0] / "many"
+    folder.mkdir()
+    content = save_picture(folder / "00000.png", 1, caption=None).read_bytes()
+    for number in range(10_000):
+        (folder / f"{number:05d}.png").write_bytes(content)
+        (folder / f"{number:05d}.txt").write_text(f"picture {number}", encoding="utf-8")
+    requests: list[str] = []
+    with open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
+        page.on("request", lambda request: requests.append(request.url))
+        page.get_by_text("Files and captions").click()
+        page.wait_for_selector("text=00000.png")
+        for share in (0.25, 0.5, 0.75, 1, 1):
+            page.evaluate(f"scrollTo(0, {share} * document.body.scrollHeight)")
+            page.wait_for_timeout(300)
+        page.wait_for_selector("text=09999.png")
+        assert page.locator(".file").count() < 200
+        assert len(requests) < 400
+        assert page.get_by_label("Caption of 09999.png").input_value() == "picture 9999"
+        assert page.problems == []
+
+
 def test_a_file_is_left_out_with_its_caption_and_put_back(served: Served) -> None:
     root = served.runs.roots[0]
     before = sorted(os.listdir(root / "set"))
@@ -95,6 +132,30 @@ def test_a_file_is_left_out_with_its_caption_and_put_back(served: Served) -> Non
     assert sorted(os.listdir(root / "set")) == before
     for name in ("../set/a.png", "/etc/passwd", "", "nothing.png"):
         assert post(served, "move", what="out", name=name).status == 422
+
+
+@pytest.mark.parametrize(
+    "linked", ["reelsmith-bin", "reelsmith-bin/left out", "reelsmith-bin/left out/{set}"]
+)
+def test_files_are_not_left_out_through_a_link_that_came_with_the_folder(
+    served: Served, tmp_path: Path, linked: str
+) -> None:
+    root = served.runs.roots[0]
+    (tmp_path / "elsewhere").mkdir()
+    outside = save_picture(tmp_path / "elsewhere/secret.png", 7, caption=None)
+    name = LeftOut(served.runs).place(root / "set").name
+    link = root / linked.replace("{set}", name)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(outside.parent)
+
+    refused = post(served, "move", what="out", name="a.png")
+    back = post(served, "move", what="back", name="secret.png")
+
+    assert (refused.status, back.status) == (422, 422)
+    assert "is a link, or below one. Remove the link" in refused.json()["error"]
+    assert os.listdir(outside.parent) == ["secret.png"]
+    assert (root / "set/a.png").is_file()
+    assert "secret" not in served.ask(f"/new?folder={quote(str(root / 'set'))}").text
 
 
 def test_nothing_outside_the_roots_is_shown(served: Served, tmp_path: Path) -> None:
@@ -120,3 +181,12 @@ def test_captions_in_another_encoding_are_not_edited_here(served: Served) -> Non
     (served.runs.roots[0] / "set/b.txt").write_bytes("Café".encode("cp1252"))
     [row] = [file for file in ask(served)["files"] if file["pictures"][0]["name"] == "b.png"]
     assert (row["caption"]["can_edit"], "not UTF-8" in row["caption"]["where"]) == (False, True)
+
+
+def test_a_small_picture_of_a_transparent_one_is_on_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (40, 30), (10, 20, 30, 0)).save(tmp_path / "clear.png")
+
+    jpeg = Thumbnails().make({"path": str(tmp_path / "clear.png")}, 1)
+
+    small = Image.open(io.BytesIO(jpeg))
+    assert (small.mode, small.getextrema()) == ("RGB", ((255, 255),) * 3)

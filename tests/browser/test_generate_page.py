@@ -29,7 +29,7 @@ from browser.wishes import ENDED_MEANWHILE
 from modules.errors import OptionError
 from modules.media.writing import write_png
 from pocket.measure import POCKET
-from tests.browser.serving import Answer, Served, serve_runs, write_run
+from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits, axe, list_faults  # noqa: F401  # a fixture
 from tests.browser.test_jobs import wait_for
 from tests.browser.test_making import start_fake
@@ -41,7 +41,13 @@ PICTURE = np.full((32, 48, 3), 90, np.uint8)
 PROMPT = 'a <b>cat</b> & "dog" ü --w 9'
 
 
-def write_generating(folder: Path, name: str = "x", trained_on: str = "wan") -> None:
+def write_generating(
+    folder: Path,
+    name: str = "x",
+    trained_on: str = "wan",
+    script: str = "wan_generate_video.py",
+    task: str = "--task t2v-1.3B ",
+) -> None:
     """Write a run of the pocket model with two LoRA files, the lowest loss at step 2."""
     write_run(folder, name)
     history = History(history_path(folder, name), 1, 6)
@@ -51,7 +57,7 @@ def write_generating(folder: Path, name: str = "x", trained_on: str = "wan") -> 
         history.add(step, saved=file.name)
         history.add(step, validation={"validation/loss": loss})
     models = " ".join(f"--{part} '{POCKET / part}.safetensors'" for part in ("dit", "vae", "t5"))
-    command = f"python wan_generate_video.py --task t2v-1.3B {models} --flow_shift 3.0 "
+    command = f"python {script} {task}{models} --flow_shift 3.0 "
     command += f"--lora_weight '{folder}/{name}-step4.safetensors' --lora_multiplier 0.8 "
     command += "--prompt 'a square' --video_size 48 64 --video_length 5 --infer_steps 2 --guidance_scale 5.0 "
     command += "--seed 5 --save_path out"
@@ -189,6 +195,40 @@ def test_two_pages_keep_forms_of_their_own(served: Served) -> None:
         assert other.get_by_label("Prompt").input_value() == "of the second"
 
 
+def test_a_last_file_and_its_step_file_are_one_row(served: Served, root: Path) -> None:
+    for name in ("x", "x-step4"):
+        path = root / "out" / f"{name}.safetensors"
+        save_file({"x": torch.full((1,), 4.0)}, path, {"sshs_model_hash": "4" * 64})
+    with history_path(root / "out", "x").open("a", encoding="utf-8") as history:
+        history.write('{"step": 4, "saved": "x.safetensors"}\n')
+    with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        names = [text.split()[1] for text in page.locator(".loras li").all_inner_texts()]
+        assert names == ["x-step4.safetensors", "x-step2.safetensors"]
+        assert page.get_by_label("use x-step4.safetensors").is_checked()
+        assert "step 4 · loss 0.3" in page.locator(".loras li").first.inner_text()
+        assert f"--lora_weight {root}/out/x-step4.safetensors" in page.locator("#command").inner_text()
+
+
+def test_loras_of_other_models_stand_behind_a_word_with_the_reason(root: Path) -> None:
+    write_generating(root / "large", "large", task="--task t2v-14B ")
+    write_generating(root / "flat", "flat", script="flux_2_generate_image.py", task="")
+    with serve(root) as served, open_page(f"{served.url}/generate?run={run_id(served)}") as page:
+        first, second = page.locator(".loras").all()
+        assert all("use x" in text for text in first.locator("li").all_text_contents())
+        assert not second.is_visible()
+        page.get_by_text("LoRAs of other models").click()
+        texts = second.locator("li").all_text_contents()
+        assert ["trained for t2v-14B, not t2v-1.3B" in text for text in texts] == [True] * 3 + [False] * 3
+        assert ["of flux_2, not wan" in text for text in texts] == [False] * 3 + [True] * 3
+        assert second.get_by_role("checkbox").count() == 3
+        page.get_by_label("use large-step4.safetensors").check()
+        wait_until(page, "document.querySelector('#command').textContent.includes('large-step4')")
+        wait_until(page, "location.search.startsWith('?draft=')")
+        page.reload()
+        assert page.locator(".loras").first.get_by_text("large-step4").is_visible()
+        assert page.problems == []
+
+
 def test_shape_slider_and_lock_set_what_they_say(served: Served) -> None:
     with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
         page.get_by_label("Shape").select_option("48 64")
@@ -216,6 +256,31 @@ def test_another_model_keeps_the_texts_and_brings_its_fields(served: Served) -> 
         assert page.get_by_label("End with").count() == 1
         assert "of its files are not on this machine yet, such as " in page.locator("#fields").inner_text()
         assert page.locator("#fields a").get_attribute("href") == "/models"
+
+
+@pytest.mark.parametrize("text", ["a cat on a mat, " * 1250, "猫が好き" * 5000])
+def test_a_prompt_of_20000_characters_is_made_and_kept(served: Served, root: Path, text: str) -> None:
+    draft = "0123456789abcdef"
+    fields = fields_of(served, prompt=text, negative=text, draft=draft)
+
+    answer = post(served, "make", fields)
+
+    assert (answer.status, said(answer)) == (200, "")
+    wait_for(lambda: states(root) == [FINISHED], lambda: str(states(root)))
+    assert [wish["request"]["prompt"] for wish in wishes(root)] == [text.strip()]
+    assert text.strip() in served.ask(f"/generate?draft={draft}").text
+    with open_page(f"{served.url}/generate?draft={draft}", width=360) as page:
+        assert page.get_by_label("Prompt").input_value() == text
+        assert_fits(page)
+        assert page.problems == []
+
+
+def test_a_longer_prompt_is_refused_by_its_label(served: Served, root: Path) -> None:
+    for name, label in {"prompt": "Prompt", "negative": "Negative"}.items():
+        answer = post(served, "make", fields_of(served, **{name: "ü" * 30_001}))
+        assert answer.status == 422
+        assert said(answer).startswith(f"{label} has 30,001 characters: 30,000 are the most")
+    assert states(root) == []
 
 
 def test_a_double_click_makes_one(served: Served) -> None:
@@ -478,7 +543,7 @@ def test_a_result_is_dragged_onto_a_field(served: Served, root: Path) -> None:
         ("a.html", b"<script>alert(1)</script>", "neither a picture nor a clip"),
         ("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "neither a picture nor a clip"),
         ("a.mp4", b"#EXTM3U\nfile:///etc/passwd\n", "neither a picture nor a clip"),
-        ("a.png", b"", "neither a picture nor a clip"),
+        ("a.png", b"", "It is empty"),
     ],
 )
 def test_files_are_judged_by_their_content(
@@ -586,7 +651,7 @@ def test_nothing_is_written_with_read_only(root: Path, tmp_path: Path) -> None:
         page = served.ask(f"/generate?run={run_id(served)}").text
         for text in ("hx-post", ">Make<", "Free the card", 'type="file"'):
             assert text not in page
-        assert "python wan_generate_video.py" in page
+        assert python_of("wan_generate_video.py") in html.unescape(re.sub("<!--.*?-->", "", page))
         assert post(served, "make", fields_of(served)).status == 403
         assert post(served, "form", fields_of(served)).status == 403
         assert send(served, "file", tmp_path / "a.png").status == 403

@@ -88,6 +88,12 @@ def test_one_process_makes_all_wishes_in_their_order(maker: ResultMaker, tmp_pat
     assert maker.loaded == "fake"
 
 
+def test_a_wish_that_could_not_be_read_again_is_refused(maker: ResultMaker, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="a wish of 3,000,.* bytes: 2,097,152 are the most"):
+        maker.add([wish(tmp_path), wish(tmp_path, "x" * 3_000_000)])
+    assert maker.list_all() == []
+
+
 def test_another_model_takes_the_place_of_the_loaded_one(maker: ResultMaker, tmp_path: Path) -> None:
     maker.add([wish(tmp_path, "first")])
     wait_for_states(maker, FINISHED)

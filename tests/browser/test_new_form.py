@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from browser.captioning import caption_words
-from browser.new_form import NewForm, check_form, free_name, list_key_changes, new_words, read_steps
+from browser.new_form import NewForm, check_form, list_key_changes, new_words, read_steps
+from browser.new_pages import find_free_name
 from modules.errors import OptionError
 
 FORM = NewForm(
@@ -37,6 +38,9 @@ def test_a_form_and_its_command_stand_for_each_other() -> None:
         ({"task": "t9v"}, "Task t9v: choose one of t2v-1.3B"),
         ({"trigger": "a\tb"}, "Trigger word 'a\\tb' holds a tab"),
         ({"name": "a/b"}, "Name"),
+        ({"name": "aux.txt"}, "Name 'aux.txt': on Windows aux is a device"),
+        ({"name": 'a"b'}, 'names on Windows cannot have the character "'),
+        ({"name": "own."}, "Name 'own.': it ends in a dot"),
         ({"steps": "0"}, "Steps 0: give a whole number"),
         ({"steps": "-5"}, "Steps -5: give a whole number"),
         ({"steps": "2.5"}, "Steps 2.5: give a whole number"),
@@ -63,11 +67,12 @@ def test_only_changed_keys_are_written() -> None:
 
 
 def test_a_name_that_a_lora_has_gets_a_number(tmp_path: Path) -> None:
-    assert free_name(tmp_path, "cat") == "cat"
+    (tmp_path / "cat.run-history.jsonl").touch()
+    assert find_free_name(tmp_path, "cat") == ""  # a run that has no LoRA yet
     (tmp_path / "cat.safetensors").touch()
-    assert free_name(tmp_path, "cat") == "cat-2"
-    (tmp_path / "cat-2.safetensors").touch()
-    assert free_name(tmp_path, "cat") == "cat-3"
+    assert find_free_name(tmp_path, "cat") == "cat-2"
+    (tmp_path / "cat-2-history.jsonl").touch()
+    assert find_free_name(tmp_path, "cat") == "cat-3"
 
 
 def test_captions_are_written_by_a_repository_a_folder_or_a_server() -> None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from browser.described import FILES
-from tests.browser.serving import Answer, Served, serve_runs
+from tests.browser.serving import Answer, Served, python_of, serve_runs
 from tests.browser.test_accessible import assert_fits
 from tests.chromium import open_page, wait_until
 from tests.commands import ROOT, run_script
@@ -144,7 +144,7 @@ def assert_equal_to_command(command: str, folder: Path, tmp_path: Path) -> None:
     """The three files are those that the shown command writes in a terminal."""
     copy = tmp_path / "terminal" / folder.name
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*FILES))
-    words = [word.replace(str(folder), str(copy)) for word in shlex.split(command)[2:]]
+    words = [word.replace(str(folder), str(copy)) for word in shlex.split(command)[3:]]
     run_script("new_project.py", *words, folder=Path.cwd())
     for name in FILES:
         assert (folder / name).read_bytes() == (copy / name).read_bytes(), name
@@ -172,7 +172,8 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
 ) -> None:
     assert refused(served, root, folder="") == "Choose a folder."
     empty = served.ask("/new").text
-    assert "reelsmith new FOLDER --max_train_steps 2000" in empty
+    plain = re.sub("<!--.*?-->", "", empty)
+    assert f"{python_of('reelsmith.py')} new FOLDER --max_train_steps 2000" in html.unescape(plain)
     assert "No folder with clips, pictures or sounds yet" in empty
     assert "Choose one from the list, or drop files" in refused(served, root)
     assert "no such folder below" in refused(served, root, folder=str(tmp_path))
@@ -312,7 +313,7 @@ def test_check_and_start_take_no_fields_that_are_not_written(served: Served, roo
     describe(served, folder)
     page = served.ask(f"/new?{urlencode({'folder': str(folder)})}")
     plain = html.unescape(re.sub("<!--.*?-->", "", page.text))
-    assert f"<code>reelsmith run '{folder}' --check</code>" in plain
+    assert f"<code>{python_of('reelsmith.py')} run '{folder}' --check</code>" in plain
     shown = field_of(page, "shown")
     typed = {"folder": str(folder), "shown": shown, **FIELDS, "name": "other", "steps": "3"}
 
@@ -576,6 +577,7 @@ def test_the_page_fits_and_no_label_is_a_part_of_another(served: Served, root: P
     write_pictures(root / "set", 2)
     describe(served, root / "set", trigger="ohwx")
     with open_page(f"{served.url}/new?folder={quote(str(root / 'set'))}") as page:
+        page.locator("#text-prompts").wait_for(state="attached")  # it is read after the page
         page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
         page.locator("#choose").scroll_into_view_if_needed()
         page.locator(".file").nth(1).wait_for()

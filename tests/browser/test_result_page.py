@@ -11,7 +11,7 @@ import pytest
 
 from modules.media.reading import frame_size, read_image, read_tags
 from modules.media.writing import write_video
-from tests.browser.serving import Served, serve_runs
+from tests.browser.serving import Served, python_of, serve_runs
 from tests.browser.test_accessible import assert_fits, axe, list_faults  # noqa: F401  # a fixture
 from tests.browser.test_results import MADE, MODEL, TAGS, describe, frames_of, wait_for_files, write_maker
 from tests.browser.test_results import write_result as write_file
@@ -138,7 +138,7 @@ def test_a_button_shows_the_command_that_it_stands_for(page: Any) -> None:
     plate(page, "b.png").get_by_role("button", name="again").focus()
     page.wait_for_selector("#types:not([hidden])")
     typed = page.locator("#types").inner_text()
-    assert typed.startswith("python wan_generate_video.py --task t2v-1.3B")
+    assert f" && {python_of('wan_generate_video.py')} --task t2v-1.3B" in typed
     assert "--seed 8" in typed
     page.locator("#sift input").focus()
     assert page.locator("#types").is_hidden()
@@ -318,6 +318,7 @@ def test_again_and_larger_by_clicks(tmp_path: Path) -> None:
         [again] = [path for path in wait_for_files(made, 2) if path != original]
         assert frames_of(again).tobytes() == frames_of(original).tobytes()
         press(page, original.name, "larger")
+        page.get_by_text("It will have 128 x 128 pixels, from 64 x 64.").wait_for()
         page.wait_for_selector("#sheet input[type=radio]")
         assert "upscaler.py --input" in page.locator("#sheet pre").inner_text()
         page.get_by_role("button", name="Make it larger").click()

@@ -1,5 +1,6 @@
 """Results of all days: settings in their files, commands that make them again, and what is refused."""
 
+import html
 import json
 import os
 import re
@@ -37,7 +38,7 @@ from modules.errors import OptionError
 from modules.media.reading import read_image, read_tags, video_frames
 from modules.media.writing import write_png, write_video
 from pocket.measure import POCKET
-from tests.browser.serving import Answer, Served, serve_runs, write_run
+from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.commands import run_script
 from training.reports.history import History, history_path
 
@@ -513,8 +514,9 @@ def test_the_last_frame_of_a_clip_becomes_a_picture_beside_it(served: Served, ro
 def test_larger_says_what_to_load_if_there_is_no_file(served: Served, root: Path) -> None:
     id = id_of(served, "a.png")
     sheet = served.ask(f"/results/{id}/larger").text
-    command = f"reelsmith download --family tools --task realesrgan_x2 --to {root / 'models'}"
-    assert command in re.sub("<!--/?private-->", "", sheet)
+    program = python_of("reelsmith.py")
+    command = f"{program} download --family tools --task realesrgan_x2 --to {root / 'models'}"
+    assert command in html.unescape(re.sub("<!--.*?-->", "", sheet))
     assert send(served, id, "larger", network="x.pth").status == 422
     upscalers = root / "models" / "upscalers"
     upscalers.mkdir(parents=True)

@@ -14,7 +14,7 @@ from browser.jobs import JobQueue, open_queue
 from browser.runs import RUNNING, Runs
 from pocket.measure import POCKET
 from tests.browser.described_folders import describe, trace
-from tests.browser.serving import Answer, Served, serve_runs, write_run
+from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from tests.commands import QUIET, ROOT, run_python
 from training.reports.history import History, history_path
@@ -90,7 +90,7 @@ def test_start_puts_the_command_that_it_shows_into_the_queue(
     served: Served, queue: JobQueue, tmp_path: Path
 ) -> None:
     page = served.ask(address_of(served)).text
-    typed = f"reelsmith run '{tmp_path / 'my clips'}' --check"
+    typed = f"{python_of('reelsmith.py')} run '{tmp_path / 'my clips'}' --check"
     assert html.escape(typed) in html.escape(html.unescape(re.sub("<!--.*?-->", "", page)))
 
     assert press(served, "start").status == 200
@@ -458,3 +458,14 @@ def test_a_run_is_watched_from_its_draft_to_its_lora(
         assert page.get_by_role("button", name="Generate with it").is_visible()
         assert page.problems == []
     assert (folder / "output" / "own.safetensors").is_file()
+
+
+def test_the_page_of_a_run_whose_folder_is_renamed_says_so_and_leads_on(tmp_path: Path) -> None:
+    write_run(tmp_path / "roots" / "out", "x")
+    with serve_runs(tmp_path / "roots") as served, open_page(served.url + served.of("x")) as page:
+        (tmp_path / "roots" / "out").rename(tmp_path / "roots" / "away")
+        page.get_by_text("It is not there any more: its folder was renamed").wait_for(timeout=20_000)
+        page.reload()
+        page.get_by_role("link", name="All runs").click()
+        page.get_by_text("1 of 1 run").wait_for()
+        assert served.ask("/dataset/0123456789abcdef/").status == 404

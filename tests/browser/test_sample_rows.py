@@ -234,3 +234,14 @@ def test_samples_are_edited_by_their_labels(tmp_path: Path) -> None:
         assert page.problems == []
     assert (folder / "prompts.txt").read_text(encoding="utf-8") == f"{PROMPTS}a dog\na hen --d 9\n"
     assert "sample_every_n_steps = 50\n" in (folder / "run.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("prompt", ["a cat on a mat, " * 1250, "猫が好き" * 5000])
+def test_a_prompt_of_20000_characters_becomes_a_line(tmp_path: Path, prompt: str) -> None:
+    folder = write_draft(tmp_path)
+    with serve_runs(tmp_path) as served:
+        looked = send(served, folder, "look", prompt_1=prompt.strip())
+        saved = send(served, folder, "save", shown=shown_by(looked, "samples"), prompt_1=prompt.strip())
+        assert (looked.status, saved.status) == (200, 200)
+    text = (folder / "prompts.txt").read_text(encoding="utf-8")
+    assert text == PROMPTS.replace("fluff, in falling snow", prompt.strip())

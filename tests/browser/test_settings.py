@@ -43,7 +43,7 @@ def test_the_command_starts_the_page_with_the_same_settings(tmp_path: Path) -> N
         text = served.ask("/settings").text
 
     words = shown_command(text)
-    options, *_ = parse_options("", words[2:], BrowserOptions)
+    options, *_ = parse_options("", words[words.index("python") + 2 :], BrowserOptions)
     assert options.folders == (tmp_path / "my runs",)
     assert (options.host, options.port, options.token) == ("0.0.0.0", 9000, tmp_path / "token.txt")
     assert (options.models, options.work, options.read_only) == (tmp_path / "m", False, False)

@@ -36,6 +36,7 @@ def test_all_lists_of_families_follow_the_one() -> None:
     assert {one.network_module for one in NAMED} - {""} <= set(OWN_MODULES)
     assert share_latents("chroma") == {"flux", "flux_kontext", "chroma", "lumina", "z_image"}
     assert share_latents("qwen_image_edit") == {"qwen_image", "qwen_image_edit", "krea2"}
+    assert share_latents("flux_3") == {"flux_2", "flux_3"}
     assert share_latents("krea2") == share_latents("qwen_image") == share_latents("qwen_image_edit")
 
 

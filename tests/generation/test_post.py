@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from generation.outputs import save_pixels
@@ -61,6 +62,21 @@ def test_a_video_is_written_once_with_the_size_and_rate_of_the_tools(tmp_path: P
     assert loaded == ["--post larger", "--post smoother"]  # once
     np.testing.assert_array_equal(frames_of(again), frames_of(path))
     assert {one.name for one in tmp_path.iterdir()} == {"a.mp4", "b.mp4", "c.mp4"}
+
+
+def test_the_transparency_of_a_picture_goes_along_with_its_colours(tmp_path: Path) -> None:
+    pixels = torch.linspace(-1, 1, 4 * 8 * 6).view(1, 4, 1, 8, 6)
+    asked = output_options(tmp_path)
+    plain = read_image(save_pixels(asked, "a", iter([pixels]), 1.0, None), alpha=True)
+
+    path = save_pixels(asked, "b", iter([pixels]), 1.0, {"bt_post": "larger"}, post_of(Larger())[0])
+
+    enlarged = read_image(path, alpha=True)
+    assert plain.shape == (8, 6, 4)
+    np.testing.assert_array_equal(enlarged[..., :3], plain[..., :3].repeat(2, 0).repeat(2, 1))
+    resized = Image.fromarray(plain[..., 3]).resize((12, 16), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(enlarged[..., 3], np.asarray(resized))
+    assert read_tags(path)["bt_post"] == "larger"
 
 
 @pytest.mark.parametrize("output_type", ["images", "video"])

@@ -38,10 +38,15 @@ LEARNING = {
     "chroma": OF_FLUX,
     "kontext": OF_FLUX,
     "flux_2": OF_FLUX,
+    "flux_3": "{content_mode_blocks.image,content_mode_blocks.image_cond,txt_mode_blocks}.{0,1}."
+    "{q_proj,k_proj,v_proj,attn_out,mlp_in,mlp_out} "
+    "single_blocks.{0,1,2}.{q_proj,k_proj,v_proj,attn_out,mlp_in,mlp_out}",
     "lumina": "{noise_refiner.0,context_refiner.0,layers.0,layers.1}.attention.{qkv,out} "
     "{noise_refiner.0,context_refiner.0,layers.0,layers.1}.feed_forward.{w1,w2,w3} "
     "{noise_refiner.0,layers.0,layers.1,final_layer}.adaLN_modulation.1 final_layer.linear",
     "qwen_image": OF_QWEN,
+    "qwen_image_21": "transformer_blocks.{0,1}.attn.{to_q,to_k,to_v,to_out.0} "
+    "transformer_blocks.{0,1}.img_mlp.{proj,gate_layer,out}",
     "z_image": "layers.{0,1}.attention.{to_q,to_k,to_v,to_out.0} layers.{0,1}.feed_forward.{w1,w2,w3}",
     "krea2": "blocks.{0,1}.attn.{wq,wk,wv,gate,wo} blocks.{0,1}.mlp.{gate,up,down} "
     "txtfusion.{layerwise,refiner}_blocks.{0,1}.attn.{wq,wk,wv,gate,wo} "

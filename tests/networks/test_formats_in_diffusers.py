@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tests.flux_2.making as flux_2
+import tests.flux_3.making as flux_3
 import tests.frame_pack.making as framepack
 import tests.hunyuan_model.making as hunyuan
 import tests.krea2.making as krea2
 import tests.ltx_2.test_model as ltx_2
 import tests.qwen_image.making as qwen_image
+import tests.qwen_image_21.making as qwen_image_21
 import tests.wan.making as wan
 import tests.z_image.making as z_image
 from networks.formats import LoraFormat
@@ -93,9 +95,15 @@ MODELS: dict[str, tuple[str, str, Callable[[Path], Pair]]] = {
     "flux": ("lora_flux", "FluxLoraLoaderMixin", _of_images("flux")),
     "chroma": ("lora_flux", "FluxLoraLoaderMixin", _of_images("chroma")),
     "flux_2": ("lora_flux_2", "Flux2LoraLoaderMixin", _of_pictures(flux_2, packs=False)),
+    "flux_3": ("lora_flux_3", "Flux3LoraLoaderMixin", _of_pictures(flux_3, packs=False)),
     "lumina": ("lora_lumina", "Lumina2LoraLoaderMixin", _of_images("lumina")),
     "hunyuan_image": ("lora_hunyuan_image", "", _of_images("hunyuan_image")),
     "qwen_image": ("lora_qwen_image", "QwenImageLoraLoaderMixin", _of_pictures(qwen_image, packs=True)),
+    "qwen_image_21": (
+        "lora_qwen_image_21",
+        "QwenImageLoraLoaderMixin",
+        _of_pictures(qwen_image_21, packs=False),
+    ),
     "z_image": ("lora_zimage", "ZImageLoraLoaderMixin", _of_pictures(z_image, packs=False)),
     "krea2": ("lora_krea2", "Krea2LoraLoaderMixin", _of_pictures(krea2, packs=True)),
 }
@@ -110,7 +118,10 @@ SPLIT = {"split_qkv": "True"}
         *((family, DIFFUSERS, DORA) for family in ("wan", "flux", "qwen_image", "krea2")),
         *((family, DIFFUSERS, SPLIT) for family in ("flux", "lumina")),
         # the other names that diffusers reads: docs/generation.md, "What other tools read"
-        *((family, COMFYUI, {}) for family in ("wan", "ltx_2", "z_image", "krea2", "flux_2", "flux")),
+        *(
+            (family, COMFYUI, {})
+            for family in ("wan", "ltx_2", "z_image", "krea2", "flux_2", "flux_3", "flux", "qwen_image_21")
+        ),
     ],
     ids=lambda one: "+".join(one) if isinstance(one, dict) else one,
 )

@@ -83,6 +83,13 @@ LAYERS = (
     Joined("z_image", "layers.{n}.attention.to_qkv", each("layers.{n}.attention.to_", "q k v")),
     Joined("z_image", "layers.{n}.attention.qkv", each("layers.{n}.attention.to_", "q k v")),
     Joined("framepack", QKV, each("transformer_blocks.{n}.attn.to_", "q k v")),
+    *(
+        Joined("flux_3", f"{theirs}.{{n}}.attn.to_qkv", each(f"{ours}.{{n}}.", "q_proj k_proj v_proj"))
+        for theirs, ours in (
+            ("single_transformer_blocks", "single_blocks"),
+            ("mode_blocks.image_cond", "content_mode_blocks.image_cond"),
+        )
+    ),
     Joined("flux_2", QKV, ("double_blocks.{n}.img_attn.qkv",), is_split=False),
     Joined(
         "flux_2",

@@ -114,9 +114,9 @@ def test_names_of_the_diffusers_layout_are_brought_into_ours_and_back(manifest: 
 
 def test_names_that_several_families_have_are_those_of_like_blocks() -> None:
     like = (
-        {"hunyuan_video", "hunyuan_image", "flux", "flux_2"},
+        {"hunyuan_video", "hunyuan_image", "flux", "flux_2", "flux_3"},
         {"sd1", "sd2", "sdxl"},
-        {"framepack", "qwen_image", "ltx_2"},  # both in diffusers' layout
+        {"framepack", "qwen_image", "qwen_image_21", "ltx_2"},  # all in diffusers' layout
         {"lumina", "z_image"},
     )
     of_several = ("x_embedder", "img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1")

@@ -265,12 +265,14 @@ def test_all_layers_of_krea_2_have_the_released_sizes() -> None:
 RELEASED = {
     "flux": "flux1-dev-dit flux1-dev-dit-diffusers chroma1-dit",
     "flux_2": "flux2-dev-dit flux2-klein-4b-dit flux2-klein-4b-dit-diffusers flux2-klein-9b-dit",
+    "flux_3": "flux3-klein-base-dit flux3-klein-dit flux3-klein-base-dit-diffusers flux3-klein-dit-diffusers",
     "hunyuan_video": "hunyuanvideo-t2v-dit hunyuanvideo-t2v-dit-comfy skyreels-v1-i2v",
     "hunyuan_image": "hunyuanimage2.1-dit",
     "framepack": "framepack-dit",
     "lumina": "lumina2-dit",
     "qwen_image": "qwen-image-dit",
     "krea2": "krea2-dit krea2-dit-diffusers",
+    "qwen_image_21": "qwen-image-2.1-dit qwen-image-2.1-dit-diffusers",
     "z_image": "z-image-dit z-image-dit-comfy",
     "wan": "wan2.1-t2v-14b-diffusers wan2.2-ti2v-5b",
     "ltx_2": "ltx2.3-dit-diffusers",
@@ -293,6 +295,8 @@ ALIKE = {
     ("framepack", "framepack-dit"): {"hunyuan_video", "flux"},
     ("hunyuan_video", "hunyuanvideo-t2v-dit-comfy"): {"flux", "flux_2"},
     # of attention alone
+    ("qwen_image_21", "qwen-image-2.1-dit"): {"flux_2"},
+    ("qwen_image_21", "qwen-image-2.1-dit-diffusers"): {"flux_2"},
     ("flux_2", "flux2-klein-4b-dit"): {"hunyuan_video", "flux"},
     ("hunyuan_video", "hunyuanvideo-t2v-dit"): {"flux", "flux_2"},
     ("hunyuan_video", "skyreels-v1-i2v"): {"flux", "flux_2"},

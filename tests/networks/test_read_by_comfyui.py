@@ -13,7 +13,18 @@ import convert_lora
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from tests.ltx_2.tiny_dit import dit_state
-from tests.tiny import flux, flux_2, hunyuan_dit, hunyuan_image, krea2, lumina, qwen_image, wan_dit, z_image
+from tests.tiny import (
+    flux,
+    flux_2,
+    flux_3,
+    hunyuan_dit,
+    hunyuan_image,
+    krea2,
+    lumina,
+    qwen_image,
+    wan_dit,
+    z_image,
+)
 from tests.tiny.loras import unused
 
 # Source: comfy/lora.py and comfy/weight_adapter in the repository Comfy-Org/ComfyUI
@@ -173,6 +184,7 @@ MODELS = {
     "chroma": Model(flux.tiny_state("chroma"), parts=flux_parts),
     "lumina": Model(lumina.tiny_state()),
     "flux_2": Model(flux_2.tiny_state()),
+    "flux_3": Model(flux_3.tiny_state()),
     "ltx_2": Model(dit_state()),
     "qwen_image": Model(qwen_image.tiny_state()),
     "krea2": Model(krea2.tiny_state()),

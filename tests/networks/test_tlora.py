@@ -224,9 +224,13 @@ def test_the_rule_is_read_from_metadata(arguments: str, rule: RankRule | None) -
     assert rule_of({"ss_network_args": arguments}) == rule
 
 
-def test_numbers_that_are_none_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="no numbers"):
-        rule_of({"ss_network_args": '{"tlora": "True", "tlora_alpha": "much"}'})
+@pytest.mark.parametrize(
+    "arguments",
+    ['"tlora_alpha": "much"', '"tlora_alpha": "nan"', '"tlora_min_rank": 0', '"tlora_min_rank": 1e999'],
+)
+def test_numbers_that_are_none_are_refused(arguments: str) -> None:
+    with pytest.raises(CheckpointError, match=r"style.*: its metadata say tlora=True with .*Copy it again"):
+        rule_of({"ss_network_args": f'{{"tlora": "True", {arguments}}}'}, Path("style.safetensors"))
 
 
 def test_joined_ranks_are_those_of_parts() -> None:

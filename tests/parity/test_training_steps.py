@@ -21,14 +21,17 @@ from torch.nn.functional import pad
 
 import tests.flux.making as flux
 import tests.flux_2.making as flux_2
+import tests.flux_3.making as flux_3
 import tests.hunyuan_image.making as hunyuan_image
 import tests.krea2.making as krea2
 import tests.lumina.making as lumina
 import tests.parity.framepack as framepack
 import tests.parity.hunyuan as hunyuan
 import tests.qwen_image.making as qwen_image
+import tests.qwen_image_21.making as qwen_image_21
 import tests.tiny.flux as tiny_flux
 import tests.tiny.flux_2 as tiny_flux_2
+import tests.tiny.flux_3 as tiny_flux_3
 import tests.tiny.hunyuan_dit as tiny_hunyuan
 import tests.tiny.hunyuan_image as tiny_hunyuan_image
 import tests.tiny.krea2 as tiny_krea2
@@ -134,6 +137,35 @@ def error_of_flux_2(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
     return flux_2.predict_with(dit, given, references_of(batch)) - wanted  # type: ignore[arg-type]
 
 
+def error_of_flux_3(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    """Each by itself, as the padding of a batch counts there."""
+    sigmas = shifted(normal_share(batch, step), 6.93)
+    noisy, wanted = mixed(batch, step, sigmas)
+    references = references_of(batch)
+    velocities = []
+    for sample, item in enumerate(batch):
+        row = slice(sample, sample + 1)
+        given = {"noisy": noisy[row], "timesteps": 1000 * sigmas[row], "text": item.tensors["ctx_vec"][None]}
+        velocities.append(flux_3.predict_with(dit, given, [each[row] for each in references]))  # type: ignore[arg-type]
+    return torch.cat(velocities) - wanted
+
+
+def flux_3_parts(dit_file: Path) -> Parts:
+    """The Linear layers of all blocks: 6 of each."""
+    parts = {}
+    for name, weight in load_file(dit_file).items():
+        if "_blocks." in name and "norm" not in name:
+            (there,) = tiny_flux_3.in_diffusers_names({name: weight})
+            parts[name.removesuffix(".weight").replace(".", "_")] = [there.removesuffix(".weight")]
+    return parts
+
+
+def texts_of_two_lengths(folder: Path) -> None:
+    """References keep their sizes, and a caption is as long as two windows of 80 tokens."""
+    keep_sizes(folder)
+    write_caption("picture 1", LONG * 4, folder)
+
+
 def error_of_qwen_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
     sigmas = by_size(batch, step, many=8192, shift=0.9)
     noisy, wanted = mixed(batch, step, sigmas)
@@ -163,6 +195,16 @@ def error_of_krea2_edit(dit: nn.Module, batch: Sequence[Item], step: int, isolat
         text = item.text[None]
         found.append(krea2.predict_edit(dit, noisy[one], times[one], text, own, isolated))
     return torch.cat(found) - qwen_image.pack(wanted)
+
+
+def error_of_qwen_image_21(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
+    sigmas = by_size(batch, step, side=1, many=8192, shift=0.9)
+    noisy, wanted = mixed(batch, step, sigmas)
+    text, mask = padded(batch)
+    slots = stacked(batch, "image_slots")
+    timesteps = 1000 * sigmas + 1  # as the known tuner's
+    given = {"noisy": noisy, "timesteps": timesteps, "text": text, "text_mask": mask, "slots": slots}
+    return qwen_image_21.predict_with(dit, given, references_of(batch)) - wanted
 
 
 def error_of_z_image(dit: nn.Module, batch: Sequence[Item], step: int) -> Tensor:
@@ -387,6 +429,14 @@ CASES: dict[str, Training] = {
         change=keep_sizes,
         lora=Flux2LoraLoaderMixin,
     ),
+    "flux_3": Training(
+        *("f3", "ctx_vec", 20.0),
+        options=("--timestep_sampling", "shift", "--discrete_flow_shift", 6.93),
+        network=flux_3.in_diffusers,
+        parts=flux_3_parts,
+        error=error_of_flux_3,
+        change=texts_of_two_lengths,
+    ),
     "lumina": Training(
         *("lumina", "hidden_state", 2.0),
         options=("--timestep_sampling", "nextdit_shift"),
@@ -438,6 +488,18 @@ CASES: dict[str, Training] = {
         )
         for option in ("", " --kv_cache")
     },
+    **{
+        name: Training(
+            *("qi21", "vl_embed", 20.0),
+            options=("--timestep_sampling", "qwen_shift"),
+            network=qwen_image_21.in_diffusers,
+            parts=linears_in("transformer_blocks."),
+            error=error_of_qwen_image_21,
+            change=partial(write_caption, "picture 1", LONG),  # captions of unequal lengths
+            unused=0 if "edit" in name else 0,
+        )
+        for name in ("qwen_image_21", "qwen_image_21 edit")
+    },
     "z_image": Training(
         *("zi", "llm_embed", 20.0),
         options=("--timestep_sampling", "shift", "--discrete_flow_shift", 2.2),
@@ -479,7 +541,7 @@ def version_of(name: str) -> Sequence[str]:
     """The option of the release, if it is another than the family's."""
     if name.startswith("krea2 edit"):
         return ("--edit",)
-    return ("--model_version", name.split()[1]) if "qwen" in CASES[name].family else ()
+    return ("--model_version", name.split()[1]) if "qwen_image edit" in CASES[name].family else ()
 
 
 def train(folder: Path, name: str, *more: object) -> Path:

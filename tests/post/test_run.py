@@ -92,15 +92,28 @@ def test_a_picture_gives_a_png_with_its_texts_and_what_was_done(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_a_transparent_picture_is_laid_on_white_and_that_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    Image.new("RGBA", (16, 16), (10, 20, 30, 0)).save(tmp_path / "a.png")
+def test_a_transparent_picture_stays_transparent(tmp_path: Path) -> None:
+    opacity = np.repeat(np.linspace(0, 255, 16).round().astype(np.uint8)[None], 16, axis=0)
+    clear = np.dstack([np.full((16, 16, 3), (10, 20, 30), np.uint8), opacity])
+    write_png(tmp_path / "a.png", clear, {"bt_prompt": "glass"})
+
+    (same,) = run_stages([Same()], tmp_path / "a.png")
+    (larger,) = run_stages([Larger()], tmp_path / "a.png")
+
+    np.testing.assert_array_equal(read_image(same, alpha=True), clear)
+    made = read_image(larger, alpha=True)
+    np.testing.assert_array_equal(made[..., :3], clear[..., :3].repeat(2, 0).repeat(2, 1))
+    resized = Image.fromarray(opacity).resize((32, 32), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(made[..., 3], np.asarray(resized))
+    assert read_tags(larger)["bt_prompt"] == "glass"
+
+
+def test_a_picture_that_is_opaque_everywhere_needs_no_alpha(tmp_path: Path) -> None:
+    Image.new("RGBA", (16, 16), (10, 20, 30, 255)).save(tmp_path / "a.png")
 
     (made,) = run_stages([Same()], tmp_path / "a.png")
 
-    assert read_image(made, alpha=True).tolist() == [[[255] * 3] * 16] * 16
-    assert f"{tmp_path / 'a.png'} is transparent: it is filled with white" in caplog.messages
+    assert read_image(made, alpha=True).tolist() == [[[10, 20, 30]] * 16] * 16
 
 
 def test_pngs_are_kept_beside_the_input_under_a_free_name(tmp_path: Path) -> None:

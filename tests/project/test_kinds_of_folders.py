@@ -208,6 +208,33 @@ def test_the_commands_of_run_lead_to_a_lora(name: str, kind: str, models: Path, 
     assert list(elsewhere.iterdir()) == []
 
 
+def uncomment(run: str, first: str, count: int) -> str:
+    """Return run.toml with `count` lines taken in, of which the first one is for the key `first`."""
+    lines = run.splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith(f"# {first} = "))
+    taken = [line.removeprefix("# ") for line in lines[begin : begin + count]]
+    return "\n".join([*lines[:begin], *taken, *lines[begin + count :], ""])
+
+
+@pytest.mark.parametrize("model", ["z_image turbo", "krea2 turbo", "flux schnell", "flux_2 klein-4b"])
+def test_a_distilled_model_has_the_lines_of_targets_that_keep_its_steps(model: str, tmp_path: Path) -> None:
+    """They are comments, and the empty prompt that one of them needs is cached."""
+    write_photos(tmp_path)
+
+    said = new(tmp_path, model=model)
+
+    assert "from the lines of a target that keeps them, in [training] of run.toml" in said
+    written = (tmp_path / "run.toml").read_text(encoding="utf-8")
+    values = parse_toml(written)
+    assert not {"guided_target", "teacher"} & values["training"].keys()
+    texts = values["reelsmith"]["commands"][4]
+    assert "--empty_prompt" in texts
+    taken = parse_toml(uncomment(written, "guided_target", 2))["training"]
+    assert (taken["guided_target"], taken["guided_target_min_timestep"]) == (3, 150)
+    has_base = model != "flux schnell"  # dev has an input for guidance, so it cannot be its teacher
+    assert ("# teacher_delta = true" in written) == has_base
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), SLOW_WAYS)
 def test_new_and_run_lead_to_a_lora(name: str, kind: str, models: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What `new` makes of folders that people have: pairs, phone photos, damaged files; and what it asks."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -41,7 +42,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", ["qwen edit-2511", "kontext dev", "flux_2 klein-base-4b", "krea2 edit"])
+@pytest.mark.parametrize(
+    "model", ["qwen edit-2511", "kontext dev", "flux_2 klein-base-4b", "flux_3 klein-base", "krea2 edit"]
+)
 def test_pairs_become_references(layout: str, model: str, tmp_path: Path) -> None:
     results, sources = LAYOUTS[layout]
     folder = tmp_path / "top" / "pairs"
@@ -72,6 +75,13 @@ def test_an_unreadable_reference_is_told_and_in_no_sample(tmp_path: Path) -> Non
     prompts = (tmp_path / "set" / "prompts.txt").read_text(encoding="utf-8")
     assert "control/p0.jpg" in prompts
     assert "control/p1.jpg" not in prompts
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it can have no such folder")
+def test_a_folder_named_like_a_device_of_windows_gives_another_name(tmp_path: Path) -> None:
+    write_photos(tmp_path / "aux")
+    run_script("new_project.py", tmp_path / "aux", "--family", "zimage", "--task", "base")
+    assert 'output_name = "lora_aux"' in (tmp_path / "aux" / "run.toml").read_text(encoding="utf-8")
 
 
 def test_a_model_that_does_not_edit_refuses_references_as_targets(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from tests.commands import QUIET, ROOT, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.project import moving_square
 from training.config_options import toml_value
+from training.reports.history import history_path
 
 MODEL = ["--family", "wan", "--task", "t2v-1.3B", "--memory", "0"]
 for _name in ("dit", "vae", "t5"):
@@ -230,6 +231,23 @@ def test_run_does_what_the_commands_do(collected: Path, tmp_path: Path) -> None:
     assert "is trained already" in again.stdout
 
 
+@pytest.mark.skipif(os.name == "nt", reason="it can have no such file")
+def test_a_name_that_windows_cannot_have_is_refused_until_a_run_has_begun_under_it(
+    collected: Path, tmp_path: Path
+) -> None:
+    folder = copy(collected, tmp_path / "clips")
+    text = (folder / "run.toml").read_text(encoding="utf-8")
+    changed = text.replace('output_name = "my_clips"', 'output_name = "my:clips"')
+    (folder / "run.toml").write_text(changed, encoding="utf-8")
+    told = run_here("run_project.py", folder, folder=tmp_path)
+    assert_one_message(*told, "output_name 'my:clips': names on Windows cannot have the character :")
+
+    history = history_path(folder / "output", "my:clips")
+    history.parent.mkdir(exist_ok=True)
+    history.touch()
+    assert list_commands(folder)
+
+
 def test_missing_files_of_the_model_are_told_before_anything_runs(collected: Path, tmp_path: Path) -> None:
     folder = copy(collected, tmp_path / "clips")
     model = ["--family", "hunyuan_video", "--task", "t2v", "--memory", "12"]
@@ -398,7 +416,7 @@ def test_ctrl_c_ends_the_command_and_the_run(collected: Path, tmp_path: Path) ->
 
 
 MODELS = find_models()
-EDIT = {"flux_kontext", "flux_2"}  # besides releases of others
+EDIT = {"flux_kontext", "flux_2", "flux_3", "qwen_image_21"}  # besides releases of others
 WRITTEN = ["dataset.toml", "prompts.txt", "run.toml"]
 
 
@@ -505,6 +523,8 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--family lumina --model_file dit=missing.pt", "dit=missing.pt: there is no such file"),
         ("--family lumina --card 12", "--memory 12"),
         ("--family lumina --output_name ../x", "it holds a folder"),
+        ("--family lumina --output_name CON", "on Windows CON is a device"),
+        ("--family lumina --output_name a:b", "names on Windows cannot have the character :"),
         ("--family lumina --output_name a\x1b[2J", "it holds control codes"),
         ("--family lumina --trigger_word a\x1b]0;x\x07", "a control code or a line break"),
         ("--family lumina --trigger_word a\u2028b", "a control code or a line break"),

@@ -12,6 +12,7 @@ from contract.family import DitSpec
 from flux.model import FluxModel
 from flux.spec import dit_spec
 from flux_2.model import Flux2Model
+from flux_3.model import Flux3Model
 from frame_pack.model import FramePackModel
 from hunyuan_image.model import HunyuanImageModel
 from hunyuan_model.model import HunyuanVideoModel
@@ -20,17 +21,20 @@ from ltx_2.model import LtxModel
 from lumina.model import LuminaModel
 from networks.lora_network import OwnNetwork
 from qwen_image.model import QwenImageModel
+from qwen_image_21.model import QwenImage21Model
 from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_inputs, dit_state
 from tests.networks.making import randomize
 from tests.tiny import (
     flux,
     flux_2,
+    flux_3,
     framepack_dit,
     hunyuan_dit,
     hunyuan_image,
     krea2,
     lumina,
     qwen_image,
+    qwen_image_21,
     wan_dit,
     z_image,
 )
@@ -211,6 +215,24 @@ def _flux_2() -> TinyDit:
     return TinyDit("flux_2", Flux2Model.spec, make, "lora_flux_2", inputs)
 
 
+def _flux_3() -> TinyDit:
+    """With a reference, and texts of several lengths."""
+    config = flux_3.CONFIG
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        draw, (_, *area, text) = _drawing(), size
+        return {
+            "noisy": draw(batch, config.channels, 1, *area),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "text": draw(batch, text, config.text_dim),
+            "text_mask": _mask(batch, text),
+            "references": [draw(batch, config.channels, 1, 2, 3)],
+        }
+
+    make = _maker(Flux3Model, config, flux_3.tiny_state, "mode_blocks", "joint_blocks")
+    return TinyDit("flux_3", Flux3Model.spec, make, "lora_flux_3", inputs)
+
+
 def _single_stream(name: str, model: Any, tiny: Any, lora: str) -> TinyDit:
     """Lumina or Z-Image. tiny: the module of its files."""
     config = tiny.CONFIG
@@ -291,6 +313,30 @@ def _krea2(edits: bool = False) -> TinyDit:
     return TinyDit(name, Krea2Model.spec, make, "lora_krea2", with_reference if edits else inputs)
 
 
+def _qwen_image_21(edits: bool = False) -> TinyDit:
+    """With edits: a reference within the text."""
+    config = qwen_image_21.CONFIG
+
+    def inputs(size: Size, batch: int) -> dict[str, Any]:
+        draw, (_, *area, text) = _drawing(), size
+        return {
+            "noisy": draw(batch, config.channels, 1, *area),
+            "timesteps": torch.linspace(900.0, 100.0, batch),
+            "text": draw(batch, text, config.text_dim),
+            "text_mask": _mask(batch, text),
+            "slots": torch.zeros(batch, 0, dtype=torch.int64),
+        }
+
+    def with_reference(size: Size, batch: int) -> dict[str, Any]:
+        reference = _drawing(8)(batch, config.channels, 1, 4, 6)
+        return {**inputs(size, batch), "references": [reference], "slots": torch.ones(batch, 1).long()}
+
+    make = _maker(QwenImage21Model, config, qwen_image_21.tiny_state, "num_layers")
+    name = "qwen_image_21 edit" if edits else "qwen_image_21"
+    chosen = with_reference if edits else inputs
+    return TinyDit(name, QwenImage21Model.spec, make, "lora_qwen_image_21", chosen)
+
+
 class FlatLtx(LtxModel):
     """With the velocities of both streams as one tensor, B n, as the others have one."""
 
@@ -307,8 +353,9 @@ LUMINA = _single_stream("lumina", LuminaModel, lumina, "lora_lumina")
 Z_IMAGE = _single_stream("z_image", ZImageModel, z_image, "lora_zimage")
 DITS = (
     *(_wan("t2v"), _wan("i2v"), _hunyuan("t2v"), _framepack()),
-    *(LUMINA, _flux("dev"), _flux("chroma"), _flux_2(), _hunyuan_image(), _qwen_image()),
-    *(_qwen_image(edits=True), Z_IMAGE, _krea2(), _krea2(edits=True)),
+    *(LUMINA, _flux("dev"), _flux("chroma"), _flux_2(), _flux_3()),
+    *(_hunyuan_image(), _qwen_image(), _qwen_image(edits=True), Z_IMAGE, _krea2(), _krea2(edits=True)),
+    *(_qwen_image_21(), _qwen_image_21(edits=True)),
     *(_ltx("2.0"), _ltx("2.3"), _ltx("2.5"), _wan("vace")),
 )
 ONE_OF_EACH = (DITS[0], DITS[2], DITS[3])

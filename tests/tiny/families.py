@@ -13,6 +13,7 @@ from tests.ltx_2.release import write_release
 from tests.sound_media import Track, write_media
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
+from tests.tiny.flux_3 import write_tiny_flux_3
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
@@ -27,6 +28,7 @@ from tests.tiny.project import (
     write_plain_pictures,
 )
 from tests.tiny.qwen_image import write_tiny_qwen_image
+from tests.tiny.qwen_image_21 import write_tiny_qwen_image_21
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.tiny.z_image import write_tiny_z_image
@@ -220,7 +222,7 @@ def _pictures(
     """
 
     def prepare(folder: Path, clips: WriteClips = write_clips) -> None:
-        write_plain_pictures(folder, side=32 if name == "hunyuan_image" else 48)
+        write_plain_pictures(folder, side=32 if name.startswith(("hunyuan_image", "qwen_image_21")) else 48)
         write(folder)
 
     vae, texts = [*vae, *PRECISE], [*texts, "--text_encoder_dtype", "float32"]
@@ -301,6 +303,23 @@ def _flux_2() -> TinyFamily:
     )
 
 
+def _flux_3() -> TinyFamily:
+    """FLUX 3 base, which learns and makes edits of two references."""
+
+    def write(folder: Path) -> None:
+        write_tiny_flux_3(folder / "model")
+        write_references(folder, ("_0", "_1"))
+        write_image(folder / "end.png", 32, 48)
+
+    return _pictures(
+        *("flux_3", "flux_3", "lora_flux_3", write),
+        vae=VAE,
+        texts=TEXTS,
+        making=["--control_image_path", "start.png", "end.png"],
+        line="--ci start.png --ci end.png",
+    )
+
+
 def _lumina() -> TinyFamily:
     return _pictures(
         *("lumina", "lumina", "lora_lumina", lambda folder: write_tiny_lumina(folder / "model")),
@@ -361,6 +380,23 @@ def _krea2(edits: bool = False) -> TinyFamily:
     )
     edit = ["--edit"] * edits
     return replace(made, cache_latents=[*made.cache_latents, *edit], cache_texts=[*made.cache_texts, *edit])
+
+
+def _qwen_image_21(edits: bool = False) -> TinyFamily:
+    """Qwen-Image-2.1, or its edits of two references."""
+
+    def write(folder: Path) -> None:
+        write_tiny_qwen_image_21(folder / "model")
+        if edits:
+            write_references(folder, ("_0", "_1"))
+
+    return _pictures(
+        *("qwen_image_21 edit" if edits else "qwen_image_21", "qwen_image_21", "lora_qwen_image_21", write),
+        vae=VAE,
+        texts=TEXTS,
+        making=["--control_image_path", "start.png"] * edits,
+        line="--ci start.png" * edits,
+    )
 
 
 def _hunyuan_image() -> TinyFamily:
@@ -424,6 +460,7 @@ FAMILIES = (
     _flux("chroma", "chroma"),
     _kontext(),
     _flux_2(),
+    _flux_3(),
     _lumina(),
     _hunyuan_image(),
     _qwen_image(),
@@ -431,6 +468,8 @@ FAMILIES = (
     _z_image(),
     _krea2(),
     _krea2(edits=True),
+    _qwen_image_21(),
+    _qwen_image_21(edits=True),
     _ltx_2("ltx_2", "v", "2.5"),
     _ltx_2("ltx_2 with sound", "av", "2.3"),
 )
@@ -453,9 +492,11 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
         "flux": write_tiny_flux,
         "kontext": write_tiny_flux,
         "flux_2": write_tiny_flux_2,
+        "flux_3": write_tiny_flux_3,
         "lumina": write_tiny_lumina,
         "z_image": write_tiny_z_image,
         **dict.fromkeys(("krea2", "krea2 edit"), write_tiny_krea2),
+        **dict.fromkeys(("qwen_image_21", "qwen_image_21 edit"), write_tiny_qwen_image_21),
         "qwen_image": write_tiny_qwen_image,
         "qwen_image edit-2511": partial(write_tiny_qwen_image, edits=True),
         "ltx_2": partial(write_release, version="2.5"),
@@ -463,6 +504,8 @@ def write_deep(family: TinyFamily, folder: Path, clips: WriteClips = write_clips
     }
     if family.name in TWO_LISTS:
         writers[family.name](folder / "model", double_blocks=3, single_blocks=6)
+    elif family.name == "flux_3":
+        write_tiny_flux_3(folder / "model", mode_blocks=2, joint_blocks=6)
     elif family.name in writers:
         writers[family.name](folder / "model", num_layers=4)
     else:

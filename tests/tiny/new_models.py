@@ -7,6 +7,7 @@ from pathlib import Path
 from tests.ltx_2.release import write_release
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.flux_2 import write_tiny_flux_2
+from tests.tiny.flux_3 import write_tiny_flux_3
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
@@ -59,6 +60,7 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
         },
     ),
     "flux_2 klein-base-4b": (write_tiny_flux_2, PICTURES),
+    "flux_3 klein-base": (write_tiny_flux_3, PICTURES),
     "chroma hd": (partial(write_tiny_flux, kind="chroma"), FLUX),
     "lumina 2.0": (write_tiny_lumina, {"dit": "dit.safetensors", "ae": "ae.safetensors", "gemma2": "gemma2"}),
 }

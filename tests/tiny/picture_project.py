@@ -17,21 +17,24 @@ from tests.sound_media import Track, write_media
 from tests.tiny import (
     flux,
     flux_2,
+    flux_3,
     guides,
     hunyuan_image,
     krea2,
     lumina,
     qwen_image,
+    qwen_image_21,
     stable_diffusion,
     z_image,
 )
 from tests.tiny.control_nets import write_control_net, write_lllite
-from tests.tiny.dit_files import draw
+from tests.tiny.dit_files import draw, write_shards
 from tests.tiny.hunyuan_encoders import CLIP_DIM, save
-from tests.tiny.language_models import qwen25_vl, write_model, write_qwen_tokenizer
+from tests.tiny.language_models import qwen3_vl, qwen25_vl, write_model, write_qwen_tokenizer
 from tests.tiny.picture_encoders import T5_DIM, write_autoencoder, write_clip_l, write_t5xxl
 from tests.tiny.post_upscaling import write_rrdb
 from tests.tiny.project import CAPTIONS, moving_square, write_image
+from tests.tiny.qwen_image_21_vae import write_vae
 from tests.tiny.wan_encoders import vae_tensors
 
 SIDE = 64  # pixels of the pictures
@@ -68,6 +71,21 @@ def lay_out_flux_2(folder: Path) -> None:
     save(folder / "flux2-vae.safetensors", flux_2.vae_state(dtype=torch.bfloat16))
     qwen = flux_2.write_text_encoder(folder / "qwen_3")
     (qwen / "model.safetensors").rename(folder / "qwen_3_4b.safetensors")
+    (qwen / "config.json").rename(folder / "config.json")
+    (folder.parent / "before").mkdir()
+    for name in ("start", "chair", "before/0", "before/1"):
+        write_image(folder.parent / f"{name}.png", SIDE, SIDE)
+
+
+def lay_out_flux_3(folder: Path) -> None:
+    """FLUX 3 base and distilled and what they need; beside the folder what pictures are made from."""
+    for is_distilled in (False, True):
+        name = "flux-3-image-klein" if is_distilled else "flux-3-image-klein-base"
+        state = flux_3.tiny_state(int(is_distilled), torch.bfloat16, is_flow_map=is_distilled)
+        flux_3.write_dit(folder, state, name=name)
+    save(folder / "flux2-vae.safetensors", flux_2.vae_state(dtype=torch.bfloat16))
+    qwen = flux_3.write_text_encoder(folder / "qwen_3_vl")
+    (qwen / "model.safetensors").rename(folder / "qwen3vl_4b_bf16.safetensors")
     (qwen / "config.json").rename(folder / "config.json")
     (folder.parent / "before").mkdir()
     for name in ("start", "chair", "before/0", "before/1"):
@@ -141,6 +159,21 @@ def lay_out_krea2(folder: Path) -> None:
     (files.text_encoder / "config.json").rename(folder / "config.json")  # tells how the tiny tower is cut up
     files.text_encoder.rename(folder / "qwen_3_vl")
     (folder.parent / "samples.txt").write_text("a cat --w 32 --h 32 --d 1 --s 1", encoding="utf-8")
+    (folder.parent / "control").mkdir()
+    for name in ("start", "control/0", "control/1"):
+        write_image(folder.parent / f"{name}.png", SIDE, SIDE)
+
+
+def lay_out_qwen_image_21(folder: Path) -> None:
+    """Qwen-Image-2.1, Turbo and what they need; next to the folder pictures to edit."""
+    qwen_image_21.write_dit(
+        folder, qwen_image_21.tiny_state(dtype=torch.bfloat16), name="qwen_image_2.1_bf16"
+    )
+    turbo = folder / "Qwen-Image-2.1-Turbo"
+    write_shards(turbo, qwen_image_21.tiny_state(1, torch.bfloat16), "diffusion_pytorch_model")
+    write_vae(folder / "qwen_image_2.1_vae_bf16.safetensors")
+    write_qwen_tokenizer(folder / "qwen_3_vl")
+    write_model(folder / "qwen3vl_8b_bf16.safetensors", qwen3_vl())
     (folder.parent / "control").mkdir()
     for name in ("start", "control/0", "control/1"):
         write_image(folder.parent / f"{name}.png", SIDE, SIDE)

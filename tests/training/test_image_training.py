@@ -18,6 +18,8 @@ from contract.loading import Placement
 from flux import options as flux
 from flux_2.family import Flux2
 from flux_2.files import Flux2Files
+from flux_3.family import Flux3
+from flux_3.files import Flux3Files
 from hunyuan_image import options as hunyuan_image
 from krea2.family import Krea2, Krea2Files
 from lumina import options as lumina
@@ -111,6 +113,17 @@ def test_samples_that_preserve_the_output_have_the_base_model_as_target(tmp_path
     assert not any(tensor.any() for name, tensor in tensors.items() if "lora_up" in name)
 
 
+def test_samples_that_preserve_the_output_are_refused_beside_a_slider(tmp_path: Path) -> None:
+    write_subset(tmp_path, "custom_attributes.diff_output_preservation = true")
+    slider = tmp_path / "slider.toml"
+    slider.write_text("[[sliders]]\npositive = 'old'\nnegative = 'new'\nneutral = 'a'\n", encoding="utf-8")
+
+    with pytest.raises(
+        OptionError, match="diff_output_preservation cannot be had with --slider .*own captions"
+    ):
+        train_image_toy(tmp_path, ONLY, "--slider", slider)
+
+
 @pytest.mark.parametrize(
     ("option", "occasion"), [("--validate_every_n_steps", "step"), ("--validate_every_n_epochs", "epoch")]
 )
@@ -199,6 +212,7 @@ def test_metadata_count_the_parts_of_captions_by_folder(
             "qwen_image",
         ),
         (Krea2(Krea2Files()), "Krea-2", "1024x1024", "krea2"),
+        (Flux3(Flux3Files()), "Flux.3-klein", "1024x1024", "flux_3"),
         (ZImage(ZImageFiles()), "Z-Image", "1024x1024", "z_image"),
         (Flux2(Flux2Files(model_version="dev")), "Flux.2-dev", "1280x720", "flux_2"),
         (Flux2(Flux2Files(model_version="klein-base-4b")), "Flux.2-klein-4b", "1280x720", "flux_2"),

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from checkpoints.writing import save_tensors
+from dataset.cache.files import FLIPPED
+from dataset.cache.records import CacheChecks
 from modules.errors import CacheError, DatasetError, OptionError
 from tests.training import toy
-from tests.training.test_targets import Step, compare_steps
+from tests.training.test_targets import Step, compare_steps, masks_of, write_masks
 from training.run import prepare_run
 from training.targets.passes import loss_passes
 
@@ -32,7 +34,7 @@ def write_pairs(folder: Path, more: str = PAIRS, **settings: Any) -> None:
         save_tensors(path, {**tensors, "latents_worse_1x4x4_float32": worse})
 
 
-def error(step: Step, latents: Tensor, is_base: bool) -> Tensor:
+def error(step: Step, latents: Tensor, is_base: bool, mask: Tensor | float = 1.0) -> Tensor:
     """Return the error of each sample at the noise and the level of the better ones."""
     noisy_batch = step.noisy_batch
     share = noisy_batch.sigmas.view(-1, 1, 1, 1, 1)
@@ -47,7 +49,7 @@ def error(step: Step, latents: Tensor, is_base: bool) -> Tensor:
             output = predict()
     else:
         output = predict()
-    return (output - (noisy_batch.noise - latents)).square().flatten(1).mean(1)
+    return (mask * (output - (noisy_batch.noise - latents)).square()).flatten(1).mean(1)
 
 
 @pytest.mark.parametrize("data_weight", [0, 0.25])
@@ -66,6 +68,61 @@ def test_the_loss_of_pairs_and_its_gradient(tmp_path: Path, data_weight: float, 
     words: list[object] = ["--preference", 50]
     words += ["--preference_data_weight", data_weight] if data_weight else []
     compare_steps(tmp_path, words, expected)
+
+
+def test_masks_count_in_the_errors_of_both(tmp_path: Path) -> None:
+    """One mask is for both of a pair, as both have one crop."""
+    write_pairs(tmp_path, batch_size=2)
+    write_masks(tmp_path)
+
+    def expected(step: Step) -> Tensor:
+        better = step.latents
+        assert step.noisy_batch.batch.worse is not None
+        worse = toy.LATENT.to_model(step.noisy_batch.batch.worse)
+        mask = masks_of(step)
+        margin = error(step, better, True, mask) - error(step, better, False, mask)
+        margin = margin + error(step, worse, False, mask) - error(step, worse, True, mask)
+        return -logsigmoid(margin * 50 / 2).mean()
+
+    compare_steps(tmp_path, ["--preference", 50], expected)
+
+
+def test_the_average_of_weights_is_that_of_the_steps_and_goes_on(tmp_path: Path) -> None:
+    write_pairs(tmp_path)
+    words = ("--preference", 2000, "--ema_decay", 0.5)
+    state = ("--save_state", "--save_every_n_steps", 4)
+    whole = toy.train_toy(tmp_path, *words, *state, "--output_dir", tmp_path / "whole")
+    plain = toy.train_toy(tmp_path, "--preference", 2000, "--output_dir", tmp_path / "plain")
+    resume = ("--resume", tmp_path / "whole" / "x-step00000004-state")
+    resumed = toy.train_toy(tmp_path, *words, *resume, "--output_dir", tmp_path / "resumed")
+
+    assert toy.same(whole, plain)
+    assert toy.same(resumed, whole)
+    first, second = (load_file(tmp_path / name / "x-ema.safetensors") for name in ("whole", "resumed"))
+    assert toy.same(first, second)
+    assert not toy.same(first, whole)
+
+
+def test_a_mirrored_pair_has_both_mirrored(tmp_path: Path) -> None:
+    write_pairs(tmp_path)
+    for path in sorted((tmp_path / "cache").glob("*_toy.safetensors")):
+        tensors = load_file(path)
+        mirrored = {
+            name.replace("_1x4x4", f"{FLIPPED}_1x4x4"): tensor.flip(-1).contiguous()
+            for name, tensor in tensors.items()
+        }
+        save_tensors(path, {**tensors, **mirrored})
+    with prepare_run(toy.ToyFamily(), toy.toy_options(tmp_path, "--preference", 2000)) as run:
+        items = run.feed.order.epoch(0)[0]
+        plain, flipped = (
+            run.feed.sources.read(items, checks=CacheChecks(), stream=("x",), flips=(flip,), reads_worse=True)
+            for flip in (False, True)
+        )
+
+    assert plain.worse is not None
+    assert flipped.worse is not None
+    assert torch.equal(flipped.worse, plain.worse.flip(-1))
+    assert torch.equal(flipped.tensor("latents"), plain.tensor("latents").flip(-1))
 
 
 def test_the_first_loss_is_the_logarithm_of_two(tmp_path: Path) -> None:

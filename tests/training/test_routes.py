@@ -1,7 +1,6 @@
 """Which tokens of a micro-batch go through the middle blocks."""
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,7 +81,7 @@ def test_what_a_small_mask_counts_takes_part(name: str) -> None:
 
 def family_with(**changes: Any) -> Any:
     """What the check asks of a family."""
-    plain = {"name": "toy", "can": Abilities(), "dit": DitSpec(("blocks",)), "controlnet": None}
+    plain = {"name": "toy", "can": Abilities(), "dit": DitSpec(("blocks",))}
     return SimpleNamespace(**{**plain, **changes})
 
 
@@ -94,7 +93,7 @@ SIDE_STREAM = DitSpec(("blocks", "others"), side_list="others")
     [
         (family_with(can=Abilities(hear=True)), (4,), "second stream, the sound"),
         (family_with(dit=SIDE_STREAM), (4, 2), "second stream of blocks adds"),
-        (family_with(controlnet=Path("control")), (4,), "the ControlNet adds"),
+        (family_with(dit=DitSpec(("blocks",), has_additions=True)), (4,), "the ControlNet adds"),
         (family_with(), (3,), "3 blocks, from 0 to 2, and these are 2 to 1"),
         (family_with(), (1, 1), "2 blocks"),
     ],

@@ -67,6 +67,10 @@ CASES |= {
     "kontext": ("kontext", [], {}, {"steps": 25, "embedded_guidance": 2.5}),
     "flux_2": ("flux_2", [], {}, {"steps": 50, "guidance_scale": (4.0,), "width": 1024}),
     "flux_2 klein": ("flux_2", [], {"klein-base-4b": "klein-4b"}, {"steps": 4, "guidance_scale": (1.0,)}),
+    "flux_3": (
+        *("flux_3", [], {}),
+        {"steps": 50, "guidance_scale": (3.5,), "flow_shift": 6.93, "negative_prompt": ""},
+    ),
     "lumina": ("lumina", [], {}, {"steps": 36, "guidance_scale": (3.5,), "flow_shift": 6.0}),
     "hunyuan_image": ("hunyuan_image", [], {}, {"steps": 50, "guidance_scale": (3.5,), "height": 2048}),
     "qwen_image": ("qwen_image", [], {}, {"steps": 25, "guidance_scale": (4.0,), "negative_prompt": " "}),
@@ -74,6 +78,11 @@ CASES |= {
     "krea2 turbo": (
         *("krea2", [], {"model/dit.safetensors": TURBO}),
         {"steps": 8, "guidance_scale": (1.0,), "flow_shift": math.exp(1.15)},
+    ),
+    "qwen_image_21": ("qwen_image_21", [], {}, {"steps": 40, "guidance_scale": (1.0,), "width": 1024}),
+    "qwen_image_21 turbo": (
+        *("qwen_image_21", [], {"model/dit.safetensors": TURBO}),
+        {"steps": 8, "guidance_scale": (1.0,)},
     ),
     "z_image": ("z_image", [], {}, {"steps": 25, "guidance_scale": (0.0,), "flow_shift": 3.0}),
     "z_image base": (
@@ -89,6 +98,7 @@ CASES |= {
 }
 GENERATION = {"ltx_2": ["--video_size", "96", "64", "--video_length", "9"]}  # what a training has options for
 GENERATION["ltx_2 with sound"] = GENERATION["ltx_2"]
+GENERATION["qwen_image_21 edit"] = ["--image_size", "1024", "1024"]  # else that of the picture to edit
 
 
 def bare_line(line: str) -> str:
@@ -123,6 +133,7 @@ def training_of(words: list[str]) -> tuple[Any, Any, Any]:
     "ltx_2 with sound",
     "ltx_2",
     "qwen_image edit-2511",
+    "qwen_image_21 edit",
     "wan flf2v-14B",
     "wan i2v-14B-FC",
     "wan t2i",

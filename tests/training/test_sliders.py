@@ -136,7 +136,7 @@ def test_a_strength_that_is_none_is_refused(tmp_path: Path, value: str) -> None:
     ("text", "message"),
     [
         ("", r"it has no \[\[sliders\]\]"),
-        ("positive = 'a'", "unknown key positive. Known are guidance, sliders"),
+        ("positive = 'a'", "unknown key positive. Use guidance, sliders"),
         ("[[sliders]]\npositive = 'a'\nnegative = 'b'", 'it has no neutral. Write neutral = "a caption"'),
         ("[[sliders]]\npositive = 'a'\nnegative = 'a'\nneutral = 'b'", "positive and negative are equal"),
         ("[[sliders]]\npositive = 1\nnegative = 'a'\nneutral = 'b'", "positive = 1 is not a caption"),
@@ -154,9 +154,11 @@ def test_mistakes_in_the_file_are_named(tmp_path: Path, text: str, message: str)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--guided_target 3", "--slider .* with --guided_target: a slider learns from its captions alone"),
-        ("--teacher base", "--slider .* with --teacher: a slider learns"),
-        ("--blank_prior_weight 1", "--slider .* with --blank_prior_weight"),
+        ("--guided_target 3", "--slider .* with --guided_target 3: a slider learns from its captions alone"),
+        ("--teacher base", "--slider .* with --teacher base: a slider learns"),
+        ("--blank_prior_weight 1", "--slider .* with --blank_prior_weight 1: a slider"),
+        ("--mask_prior_weight 0.5", "--slider .* with --mask_prior_weight 0.5: a slider"),
+        ("--preference 2000", "--slider .* with --preference 2000: a slider"),
     ],
 )
 def test_other_targets_are_refused_beside_it(tmp_path: Path, words: str, message: str) -> None:
@@ -164,6 +166,14 @@ def test_other_targets_are_refused_beside_it(tmp_path: Path, words: str, message
 
     with pytest.raises(OptionError, match=message):
         toy.toy_options(tmp_path, "--slider", write_slider(tmp_path), *words.split())
+
+
+def test_strengths_of_tables_are_refused_beside_it(tmp_path: Path) -> None:
+    """A slider has its own strengths, 1 and -1, which would replace that of the table."""
+    write_project(tmp_path, more="network_multiplier = -0.5\n")
+
+    with pytest.raises(OptionError, match="network_multiplier cannot be had with --slider"):
+        toy.train_toy(tmp_path, "--slider", write_slider(tmp_path))
 
 
 def test_the_log_says_that_captions_of_the_dataset_are_not_used(

@@ -355,6 +355,7 @@ def test_a_killed_run_with_all_targets_ends_with_equal_bytes(tmp_path: Path) -> 
 
 def test_the_file_says_what_its_network_learned_towards(tmp_path: Path) -> None:
     write_project(tmp_path)
+    write_masks(tmp_path)
     toy.train_toy(tmp_path, *ALL_TARGETS, "--max_train_steps", 1)
 
     metadata = toy.metadata_of(tmp_path / "output" / "x.safetensors")
@@ -377,6 +378,7 @@ def test_the_file_says_what_its_network_learned_towards(tmp_path: Path) -> None:
         ("--teacher base --teacher_min_timestep 700 --teacher_max_timestep 600", "the first has to be"),
         ("--teacher base --teacher_sees clip", "--teacher_sees clip: the model toy takes no such condition"),
         ("--mask_prior_weight 0", "--mask_prior_weight 0: give a number above 0"),
+        ("--mask_prior_weight 0.5", "--mask_prior_weight 0.5: no item has a mask"),
     ],
 )
 def test_contradictions_are_refused_before_anything_is_loaded(

@@ -285,4 +285,5 @@ def test_a_distilled_transformer_without_an_adapter_is_warned_of(
         )
 
     assert [len(texts) for texts in said] == [1, 0, 0]
-    assert "Give another. Or teach this one what a LoRA of that model changes" in said[0][0]
+    assert "Give another. If you train this one" in said[0][0]
+    assert "keeps more of them: --guided_target 3" in said[0][0]

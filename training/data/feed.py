@@ -149,6 +149,7 @@ class Randomness:
     timesteps: TimestepOptions
     seed: int
     noise: NoiseSpec = FLOW
+    latent: LatentSpec | None = None  # only `NoiseSpec.vary` asks for it
     experts: tuple[Expert, ...] = ONE_EXPERT
     perturbation: NoiseOptions = PLAIN_NOISE
     weighted_by: str = TIMESTEP  # timestep or sigma: what --weighting_scheme computes the loss weight from
@@ -162,6 +163,7 @@ class Randomness:
         """
         shape = batch.tensor("latents").shape
         noise = torch.randn(shape, generator=seed_generator(self.seed, "noise", number))
+        noise = self._vary(noise, batch, number)
         times = self.draw(len(batch), number, first_sample, shape)
         given_frames = draw_given_frames(self.noise, shape[2], self.seed, "given frames", number)
         sound = self._add_sound(batch, times, number, first_sample)
@@ -185,6 +187,14 @@ class Randomness:
             levels=tuple(times.sigmas.tolist()),
             anchor_balance=self._balance_anchor(shape, times.expert),
         )
+
+    def _vary(self, noise: Tensor, batch: Batch, number: int) -> Tensor:
+        """Return the noise as the family changes it for training, such as by an offset."""
+        if self.noise.vary is None:
+            return noise
+        assert self.latent is not None  # of a family that changes its noise
+        latents = self.latent.to_model(batch.tensor("latents"))
+        return self.noise.vary(noise, latents, seed_generator(self.seed, "varied noise", number))
 
     def _balance_anchor(self, shape: Sequence[int], expert: int) -> float:
         """Return what makes up for a focus outside the band of a teacher."""
@@ -246,6 +256,8 @@ class Randomness:
         weights = torch.ones(len(batch))
         if self.weighted_by != NOTHING:
             weights = loss_weights(self.timesteps, times, exactly=self.weighted_by == SIGMA)
+        if self.noise.loss_factors:
+            weights = weights * torch.tensor(self.noise.loss_factors)[times.timesteps.long()]
         return weights * torch.tensor(batch.loss_weights) if batch.loss_weights else weights
 
     def draw(

@@ -38,7 +38,6 @@ from training.processes import largest_of_processes
 logger = logging.getLogger(__name__)
 
 COMPILED = "Compiled blocks usually need less than planned here."
-WITHOUT_TREAD = "--tread needs less than planned here: the plan counts all tokens."
 META = torch.device("meta")
 Shape = tuple[int, ...]  # of latents without their channels: B F H W
 
@@ -256,8 +255,6 @@ def plan_one_card(
         phase = prediction.phase(blocks)
         host = host_room()
         remarks = (*remarks, *compiled)
-        if options.tread.tread is not None:
-            remarks = (*remarks, WITHOUT_TREAD)
         if prediction.takes_turns and host is not None and phase.host > host:
             remarks = (*remarks, _host_remark(options, phase.host, host))
         return prediction.plan(blocks, remarks)

@@ -21,10 +21,14 @@ from training.reports.history import SHOWN, Points, Start, Story, history_name
 if TYPE_CHECKING:
     from training.reports.sample_files import LoadClip  # only with samples
 
+Tile = tuple[str, str, str]  # label, value and a note
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
 MOST_COLUMNS = 10  # of the grid of samples
 MOST_PROMPTS = 20
 SMOOTHING = 0.9
+# what a row of --preference has, see `training/targets/preferences.py`, and how its curve is called
+PAIR_ERRORS = {"preference/better": "better one", "preference/worse": "worse one"}
+PAIRS_RIGHT = "preference/right"
 MOST_BINS = 600  # of a curve; more than a drawing has pixels to tell apart
 
 
@@ -95,12 +99,16 @@ def list_charts(story: Story, most: int = MOST_BINS) -> list[Chart]:
         for name, points in story.rates.items()
     }
     bands = {f"timestep {name.rpartition('_')[2]}": points for name, points in story.bands.items()}
+    errors = {title: story.pairs.get(name, {}) for name, title in PAIR_ERRORS.items()}
+    right = {"right": story.pairs.get(PAIRS_RIGHT, {})}
     losses = _curves({"loss": story.loss}, most, SMOOTHING)
     if story.validations:
         losses.append(_validation_curve(story.validations))
     charts = (
         Chart(losses, "step", "loss", "Loss"),
         Chart(_curves(experts, most, SMOOTHING), "step", "loss", expert_title),
+        Chart(_curves(errors, most, SMOOTHING), "step", "error", "Error at both of a pair"),
+        Chart(_curves(right, most, SMOOTHING), "step", "share", "Share of pairs that are right"),
         Chart(_curves(rates, most), "step", "learning rate", "Learning rate"),
         Chart(_curves({"seconds": story.seconds}, most), "step", "seconds", "Seconds per step"),
         Chart(_curves(bands, most, has_dots=True), "step", "loss", "Validation loss by noise"),
@@ -155,32 +163,63 @@ def join_bins(points: Points, most: int = MOST_BINS) -> dict[float, list[float]]
     return bins
 
 
-def list_tiles(standing: Standing, story: Story) -> list[tuple[str, str, str]]:
+def list_tiles(standing: Standing, story: Story) -> list[Tile]:
     """Return the numbers at the top of the page: label, value and a note."""
+    tiles = [
+        _step_tile(standing, story),
+        _loss_tile(story),
+        _validation_tile(story),
+        _pairs_tile(story),
+        _skipped_tile(story),
+        _seconds_tile(story),
+    ]
+    return [tile for tile in tiles if tile is not None]
+
+
+def _step_tile(standing: Standing, story: Story) -> Tile:
     resumed = [f"{step:,}" for step in story.starts if step > 0]
-    since = f"resumed at step {', '.join(resumed[-3:])}" if resumed else ""
-    tiles = [("Step", f"{standing.step:,} of {standing.start.total_steps:,}", since)]
-    if any(loss is not None for loss in story.loss.values()):
-        tiles.append(_loss_tile(story))
-    if story.lowest is not None:
-        step, loss = story.lowest
-        tiles.append(("Best validation loss", f"{loss:.4g}", f"at step {step:,}"))
-    if story.skipped:
-        last_skipped = [f"{step:,}" for step in sorted(story.skipped)[-3:]]
-        note = f"not taken; the last: {', '.join(last_skipped)}"
-        tiles.append(("Skipped steps", f"{len(story.skipped):,}", note))
+    note = f"resumed at step {', '.join(resumed[-3:])}" if resumed else ""
+    return "Step", f"{standing.step:,} of {standing.start.total_steps:,}", note
+
+
+def _validation_tile(story: Story) -> Tile | None:
+    if story.lowest is None:
+        return None
+    step, loss = story.lowest
+    return "Best validation loss", f"{loss:.4g}", f"at step {step:,}"
+
+
+def _pairs_tile(story: Story) -> Tile | None:
+    """Return the tile of --preference: how many of the latest pairs are right."""
+    shares = [share for share in story.pairs.get(PAIRS_RIGHT, {}).values() if share is not None]
+    if not shares:
+        return None
+    last = shares[-SHOWN:]
+    note = f"the better one is learned more; mean of the last {count_of(len(last), 'step')}"
+    return "Pairs that are right", f"{sum(last) / len(last):.0%}", note
+
+
+def _skipped_tile(story: Story) -> Tile | None:
+    if not story.skipped:
+        return None
+    last = [f"{step:,}" for step in sorted(story.skipped)[-3:]]
+    return "Skipped steps", f"{len(story.skipped):,}", f"not taken; the last: {', '.join(last)}"
+
+
+def _seconds_tile(story: Story) -> Tile | None:
     seconds = [number for number in story.seconds.values() if number is not None]
-    if seconds:
-        last = seconds[-SHOWN:]
-        count = count_of(len(last), "step")
-        total = in_words(sum(seconds))
-        note = f"mean of the last {count}, without pauses; {total} in all"
-        tiles.append(("Seconds per step", f"{sum(last) / len(last):.3g}", note))
-    return tiles
+    if not seconds:
+        return None
+    last = seconds[-SHOWN:]
+    count = count_of(len(last), "step")
+    note = f"mean of the last {count}, without pauses; {in_words(sum(seconds))} in all"
+    return "Seconds per step", f"{sum(last) / len(last):.3g}", note
 
 
-def _loss_tile(story: Story) -> tuple[str, str, str]:
-    """Return the tile of the training loss of a story that has finite losses."""
+def _loss_tile(story: Story) -> Tile | None:
+    """Return the tile of the training loss; None if no step had a finite one."""
+    if all(loss is None for loss in story.loss.values()):
+        return None
     if story.average is not None:  # as the bar, the box at the end and the list of runs have it
         mean, note = story.average, "average of the last steps, at most an epoch"
     else:

@@ -123,7 +123,7 @@ class SavingOptions(Options, title="saving"):
 
     def __post_init__(self) -> None:
         if self.output_name is not None:
-            check_output_name("--output_name", self.output_name)
+            check_output_name("--output_name", self.output_name, is_new=self.resume is None)
 
 
 _NOT_UPLOADED = "nothing is uploaded without --huggingface_repo_id"

@@ -149,11 +149,13 @@ def _measure_pairs(passes: TrainingPasses, noisy_batch: NoisyBatch, preference: 
 def _velocity(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
     """Return the velocity from the clip to its noise, with sound both joined."""
     family = passes.family
-    target = family.noise.velocity(passes.latents, noisy_batch.noise)
-    if noisy_batch.sound is None:
+    target = family.noise.velocity(passes.latents, noisy_batch.noise, noisy_batch.sigmas)
+    sound = noisy_batch.sound
+    if sound is None:
         return target
     sound_latents = noisy_batch.batch.tensor(SOUND).float()
-    return noisy_batch.joint.join(target, family.noise.velocity(sound_latents, noisy_batch.sound.noise))
+    sound_target = family.noise.velocity(sound_latents, sound.noise, sound.sigmas)
+    return noisy_batch.joint.join(target, sound_target)
 
 
 def _measure_blank(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:

@@ -55,6 +55,11 @@ class SliderFile:
     guidance: float  # how far the result of the neutral caption moves
     sliders: tuple[Slider, ...]
 
+    @property
+    def has_anchors(self) -> bool:
+        """Return whether any slider has an anchor."""
+        return any(slider.anchor is not None for slider in self.sliders)
+
 
 def read_sliders(path: Path) -> SliderFile:
     """Read a file of --slider. Raises OptionError that names the file, the key and what to write."""
@@ -62,7 +67,9 @@ def read_sliders(path: Path) -> SliderFile:
     try:
         content = parse_toml(read_text(path))
     except (OSError, ValueError) as error:
-        raise OptionError(f"{place}: it is not a TOML file ({error})") from None
+        raise OptionError(
+            f"{place}: it is not a TOML file ({error}). Give one with [[sliders]]: docs/targets.md shows it"
+        ) from None
     _refuse_unknown(place, content, FILE_KEYS)
     tables = content.get("sliders")
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
@@ -80,7 +87,7 @@ def read_sliders(path: Path) -> SliderFile:
 def _refuse_unknown(place: str, table: Mapping[str, Any], known: Sequence[str]) -> None:
     unknown = [key for key in table if key not in known]
     if unknown:
-        raise OptionError(f"{place}: unknown key {unknown[0]}. Known are {', '.join(known)}")
+        raise OptionError(f"{place}: unknown key {unknown[0]}. Use {', '.join(known)}")
 
 
 def _read_slider(place: str, table: Mapping[str, Any]) -> Slider:
@@ -90,11 +97,15 @@ def _read_slider(place: str, table: Mapping[str, Any]) -> Slider:
         if text is None and key in TEXTS:
             raise OptionError(f'{place}: it has no {key}. Write {key} = "a caption"')
         if text is not None and not isinstance(text, str):
-            raise OptionError(f"{place}: {key} = {text!r} is not a caption in quotes")
+            raise OptionError(f'{place}: {key} = {text!r} is not a caption. Write {key} = "a caption"')
     if table["positive"] == table["negative"]:
-        raise OptionError(f"{place}: positive and negative are equal, so there is nothing to slide between")
+        raise OptionError(
+            f"{place}: positive and negative are equal, so there is nothing to slide between. Write two ends"
+        )
     if "anchor_weight" in table and "anchor" not in table:
-        raise OptionError(f"{place}: anchor_weight needs an anchor")
+        raise OptionError(
+            f'{place}: anchor_weight needs an anchor. Write anchor = "a caption", or leave it out'
+        )
     return Slider(
         positive=table["positive"],
         negative=table["negative"],
@@ -159,8 +170,13 @@ def slider_passes(
     start = passes.base(neutral)
     change = passes.base(tell(slider.positive)) - passes.base(tell(slider.negative))
     anchor = anchor_target = None
-    if slider.anchor is not None:
-        anchor = tell(slider.anchor)
+    anchor_caption = slider.anchor
+    anchor_weight = slider.weight * slider.anchor_weight
+    if anchor_caption is None and passes.rule.in_lockstep and target.file.has_anchors:
+        # another process may have a slider with an anchor just now: all run equal passes
+        anchor_caption, anchor_weight = slider.neutral, 0.0
+    if anchor_caption is not None:
+        anchor = tell(anchor_caption)
         anchor_target = passes.base(anchor)
     for strength in (1.0, -1.0):
         with at_strength(strength):
@@ -172,7 +188,7 @@ def slider_passes(
                 continue
             passes.restart(noisy_batch)
             errors = measure_plainly(passes, passes.learning(anchor), anchor_target, anchor)
-            yield tuple(slider.weight * slider.anchor_weight * error for error in errors)
+            yield tuple(anchor_weight * error for error in errors)
 
 
 def encode_sliders(family: Family, file: SliderFile, device: torch.device) -> SliderTarget:

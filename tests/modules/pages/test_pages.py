@@ -13,7 +13,7 @@ import pytest
 from browser.views import share_page
 from modules.errors import UserError
 from modules.pages.charts import Chart, Curve, draw_chart, smooth
-from modules.pages.page import embed_clip, embed_picture, write_page
+from modules.pages.page import embed_clip, embed_picture, mark_folders, write_page
 from tests.chromium import open_page, wait_until
 
 HOSTILE = "$\\frac{ \"'><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}</style></title>"
@@ -135,3 +135,20 @@ def test_only_own_pages_are_shared(tmp_path: Path) -> None:
             share_page(tmp_path / name, tmp_path / "b.html")
     with pytest.raises(UserError, match="is a folder. Give a page"):
         share_page(tmp_path, tmp_path / "b.html")
+
+
+@pytest.mark.parametrize(
+    ("text", "marked"),
+    [
+        (
+            "python /a/b/reelsmith.py new own --name x/y",
+            "python <!--private-->/a/b/<!--/private-->reelsmith.py new own --name x/y",
+        ),
+        ("python /a/b.py new x/y", "python <!--private-->/a/<!--/private-->b.py new x/y"),
+        ("python '/a b/c.py' new x/y", "python &#39;<!--private-->/a b/<!--/private-->c.py&#39; new x/y"),
+        ("/music/a - b/c d/e.wav", "<!--private-->/music/a - b/c d/<!--/private-->e.wav"),
+        ("/a/x -o /b/y", "<!--private-->/a/<!--/private-->x -o <!--private-->/b/<!--/private-->y"),
+    ],
+)
+def test_folders_end_where_a_command_goes_on(text: str, marked: str) -> None:
+    assert mark_folders(text) == marked

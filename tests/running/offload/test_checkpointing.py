@@ -26,9 +26,12 @@ ATTENTIONS = {
     **dict.fromkeys(("hunyuan t2v", "framepack", "flux dev", "flux chroma", "lumina"), (2, 0)),
     **dict.fromkeys(("hunyuan_image", "qwen_image", "qwen_image edit", "krea2"), (2, 0)),
     **dict.fromkeys(("z_image", "flux_2"), (1, 0)),  # all tokens of FLUX.2 count
+    "flux_3": (1.5, 0),  # one in the blocks of pictures and references, two where there are texts
     **dict.fromkeys(
         ("ltx_2 2.0", "ltx_2 2.3", "ltx_2 2.5"), (6, 2)
     ),  # short to the video: its text, and sound
+    # of the picture, and of what stands before it: text, with a reference text, the reference and text
+    **{"qwen_image_21": (4, 0), "qwen_image_21 edit": (8, 0)},
     **{"krea2 edit": (3, 0), "wan t2v": (2, 1), "wan i2v": (3, 1), "wan vace": (2, 1)},
 }
 LEARNS_BEFORE = {"lumina", "krea2", "krea2 edit"}  # a LoRA is in their refiners too
@@ -60,6 +63,7 @@ BOTH_DTYPES += [pytest.param(tiny, True, id=f"{tiny.name} autocast") for tiny in
     "flux chroma",
     "flux dev",
     "flux_2",
+    "flux_3",
     "framepack autocast",
     "framepack",
     "hunyuan t2v autocast",
@@ -73,6 +77,8 @@ BOTH_DTYPES += [pytest.param(tiny, True, id=f"{tiny.name} autocast") for tiny in
     "lumina",
     "qwen_image edit",
     "qwen_image",
+    "qwen_image_21 edit",
+    "qwen_image_21",
     "wan i2v",
     "wan t2v autocast",
     "wan t2v",
@@ -101,7 +107,7 @@ def test_attention_that_is_kept_is_computed_once_and_gradients_are_the_same(
     assert checkpointed == plain + each * blocks
     # computed again: all of the first block, whose input needs no gradient if nothing before it learns, and
     # attention to short text by a kernel
-    first = 0 if tiny.name in LEARNS_BEFORE else each
+    first = 0 if tiny.name in LEARNS_BEFORE else int(each)
     assert kept == plain + first + (0 if autocast else to_short_text * (blocks - 1))
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))

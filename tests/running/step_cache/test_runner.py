@@ -334,7 +334,9 @@ def test_passes_that_skip_layers_do_not_count() -> None:
 
 
 def turn(step: int, num_steps: int, which: str = "positive") -> Turn:
-    return Turn(step, num_steps, 1000.0 * (1 - step / num_steps), which)
+    return Turn(
+        step, num_steps, 1000.0 * (1 - step / num_steps), 1000.0 * (1 - (step + 1) / num_steps), which
+    )
 
 
 def nothing() -> Tensor:

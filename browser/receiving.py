@@ -1,0 +1,25 @@
+"""Write the bytes of a file that is dropped on a page as they arrive."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from starlette.concurrency import run_in_threadpool
+
+from modules.errors import OptionError
+
+
+async def write_arriving(chunks: AsyncIterator[bytes], path: Path, name: str, most_bytes: int) -> None:
+    """Write what arrives to a new file. name: of the dropped file, for messages.
+
+    Raises OptionError if nothing arrives or more than `most_bytes`, OSError if it cannot be written. The file
+    is then not complete: the caller removes it.
+    """
+    received = 0
+    with path.open("xb") as file:
+        async for chunk in chunks:
+            received += len(chunk)
+            if received > most_bytes:
+                raise OptionError(f"{name} has more than {most_bytes:,} bytes, the most that is taken")
+            await run_in_threadpool(file.write, chunk)
+    if not received:
+        raise OptionError(f"{name} is empty")

@@ -1,0 +1,33 @@
+"""Recognise files that are no models by their first bytes, for messages."""
+
+import re
+
+GGUF = b"GGUF"
+LFS_POINTER = b"version https://"
+ONNX = re.compile(rb"\x08[\x03-\x14]\x12")  # the number of its format, then who made it
+
+
+def is_pointer_or_page(start: bytes) -> bool:
+    """Return whether these are the first bytes of a Git LFS pointer or a web page, not of the real file."""
+    return start.startswith(LFS_POINTER) or start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<"
+
+
+def describe_kind(start: bytes) -> str:
+    """Return the kind of a file with this beginning that is not a model, and a remedy."""
+    if start.startswith(GGUF):
+        return "is a GGUF file, which is not read here. Give the safetensors or .pth file of the same model."
+    if ONNX.match(start):
+        return "is an ONNX file, which only yolo_blur.py --model takes. Give a safetensors or .pth file."
+    if start.startswith(LFS_POINTER):
+        return (
+            "is a Git LFS pointer, a text of a few lines in place of the model. Run git lfs pull in its "
+            "folder, or download the file itself."
+        )
+    if is_pointer_or_page(start):
+        return (
+            "is a web page, not a model: the site may have asked for a login. Log in and download the file "
+            "again."
+        )
+    return (
+        "is neither a safetensors nor a torch file, or its beginning is damaged. Download or copy it again."
+    )

@@ -1,0 +1,71 @@
+"""FLUX 3 as data: dimensions of its transformer, its source, noise, names of parts."""
+
+from dataclasses import dataclass
+
+from contract.family import DitSpec, NoiseSpec
+from contract.rules import ModelRelease
+from flux_2.configs import AXES, LATENT, count_latents
+
+__all__ = ["AXES", "LATENT"]  # those of FLUX.2, whose autoencoder it has
+
+RELEASE = ModelRelease(
+    ("black-forest-labs/flux-3-image-klein-base", "black-forest-labs/flux-3-image-klein"),
+    "FLUX Kommunity License v1.0",
+    "other",
+    "https://huggingface.co/black-forest-labs/flux-3-image-klein-base/blob/main/LICENSE.md",
+)
+# lists of blocks in which the tokens of one kind attend to each other alone: picture, references, text
+PICTURE_BLOCKS, REFERENCE_BLOCKS, TEXT_BLOCKS = MODE_LISTS = (
+    "content_mode_blocks.image",
+    "content_mode_blocks.image_cond",
+    "txt_mode_blocks",
+)
+JOINT_BLOCKS = "single_blocks"
+PAD = 80  # texts are as long as a multiple of so many tokens
+
+
+@dataclass(frozen=True)
+class Flux3Config:
+    """Dimensions of a FLUX 3 transformer, read from a checkpoint's tensors."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    mode_blocks: int  # of each of the three lists
+    joint_blocks: int
+    channels: int  # of the latents, which are tokens
+    text_dim: int  # width of the joined states of the language model
+    freq_dim: int = 256
+    is_flow_map: bool = False  # distilled: the time that a step jumps to is an input of the model
+    rope_theta: float = 10000.0
+    eps: float = 1e-6
+
+    kind = "klein"
+
+    @property
+    def head_width(self) -> int:
+        return self.dim // self.num_heads
+
+
+def count_swapped(blocks: int) -> tuple[int, ...]:
+    """Return how many blocks of each list leave the device. All blocks are equally large.
+
+    Joint blocks leave first. 26 of the released 28 may; behind them up to four of each list of five.
+    """
+    joint = min(blocks, 26)
+    others = blocks - joint
+    shares = [others // 3 + (others % 3 > place) for place in range(3)]
+    return (*shares, joint)
+
+
+NOISE = NoiseSpec(training_offset=0.0, tokens=count_latents)  # in training too the time is 1000 sigma
+DIT = DitSpec(
+    block_lists=(*MODE_LISTS, JOINT_BLOCKS),
+    fp8_exclude=("norm",),
+    input_layers=("txt_in",),
+    token_wise=("feed_forward",),
+    modulated_input="modulated_input",
+    swap_counts=count_swapped,
+    # they compute in float32; under 1 % of the model
+    keep_float32=("time_in.", "ref_time_in."),
+)

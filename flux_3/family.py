@@ -1,0 +1,247 @@
+"""FLUX 3 Image Klein, base and distilled, described for the shared loops."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from contract.data import (
+    CONTROL,
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    SamplingDefaults,
+    name_text_and_mask,
+)
+from contract.families import share_latents
+from contract.family import Abilities, DitSpec, Family, NoiseSpec
+from contract.few_steps import FewSteps
+from contract.requests import Box, Prepared, Request
+from contract.rules import ModelRelease, ReferenceRules
+from contract.steps import NO_TWEAKS, Tweaks
+from encoders import pictures
+from flux_2.versions import VERSIONS
+from flux_3 import options as own
+from flux_3.configs import DIT, LATENT, MODE_LISTS, NOISE, PAD, RELEASE
+from flux_3.files import KEY, OF_SAMPLES, Flux3Files
+from flux_3.names import LORA
+from flux_3.options import NAME, SHIFT, SIDE
+from modules.errors import CacheError, OptionError
+from modules.media.buckets import Size
+from modules.media.pixels import byte_clips
+from modules.options import NO_OPTIONS
+
+logger = logging.getLogger(__name__)
+
+TEXTS_AGAIN, LATENTS_AGAIN = "flux_3_cache_text_encoder_outputs.py", "flux_3_cache_latents.py"
+MOST_REFERENCES = 10  # as released
+BASE = pictures.picture_defaults(own.STEPS, own.GUIDANCE, SIDE, flow_shift=SHIFT, sized_by_references=True)
+DISTILLED = replace(BASE, steps=own.STEPS_OF_DISTILLED, guidance_scale=own.GUIDANCE_OF_DISTILLED)
+
+
+@dataclass(frozen=True)
+class Flux3(pictures.ModelOfPictures):
+    """Description of FLUX 3 for one run, built by the `family_for_...` functions below."""
+
+    files: Flux3Files
+    options: Any = NO_OPTIONS  # of a training
+
+    noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
+    few_steps: ClassVar = FewSteps("Train on base (flux-3-image-klein-base), whose LoRAs work on it too")
+    can: ClassVar = Abilities(tell_few_steps=True, sample_apart=OF_SAMPLES)
+    lora_module: str = field(default=LORA[0].network_module, init=False)
+    latent: LatentSpec = field(default=LATENT, init=False)
+    noise: NoiseSpec = field(default=NOISE, init=False)
+    dit: DitSpec = field(default=DIT, init=False)
+    release: ModelRelease = field(default=RELEASE, init=False)
+    text_keys: frozenset[str] = field(default=frozenset({KEY}), init=False)
+    called: str = field(default=NAME, init=False)
+    name: str = field(default="flux_3", init=False)
+    cache_tag: str = field(default="f3", init=False)
+    named: ClassVar = {
+        "architecture": "Flux.3-klein",
+        "resolution": f"{SIDE}x{SIDE}",
+        "implementation": "https://github.com/black-forest-labs/flux-3-image-klein",
+        "model_type": "flux_3",
+    }
+
+    @property
+    def is_distilled(self) -> bool:
+        """Return whether the transformer is distilled, which its tensors show."""
+        return self.files.dit is not None and self.files.dit_header().config.is_flow_map
+
+    def why_few_steps(self) -> str | None:
+        if not self.is_distilled:
+            return None
+        return f"{self.files.dit_path} takes the time that a step jumps to"
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        return DISTILLED if self.is_distilled else BASE
+
+    @property
+    def same_latents(self) -> frozenset[str]:
+        """Return the models with FLUX.2's autoencoder: its releases, as outputs name them, and this one."""
+        return share_latents(self.name) | {version.name for version in VERSIONS.values()}
+
+    @property
+    def references(self) -> ReferenceRules:
+        return ReferenceRules(most=MOST_REFERENCES)
+
+    # encoding
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Return the cache entry of each picture: its posterior's mean, and those of its references."""
+        vae = encoders.vae
+        return pictures.encode_pictures(media, vae.device, lambda frames: vae.encode(byte_clips(frames)))
+
+    # the network
+
+    def block_counts(self) -> tuple[int, ...]:
+        config = self.files.dit_header().config
+        return (*[config.mode_blocks] * len(MODE_LISTS), config.joint_blocks)
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the conditions for training: the text, and the references.
+
+        Raises CacheError for states of another encoder, or without those of the padding.
+        """
+        batch.check({KEY: TEXTS_AGAIN}, "the transformer")
+        config = self.files.dit_header().config
+        remedy = f"{TEXTS_AGAIN} and Qwen3-VL (4B)"
+        batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
+        for states in batch.tensors[KEY]:
+            if len(states) % PAD:
+                raise CacheError(
+                    f"{batch.keys[0]}: {KEY} in its cache has {len(states)} tokens, not a multiple of {PAD}. "
+                    f"The transformer was trained with texts that are padded so. Cache again with {remedy}."
+                )
+        references = pictures.references_of(batch, LATENT.channels, 1, LATENTS_AGAIN)
+        return {KEY: batch.tensors[KEY], **references}
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Predict from ctx_vec, T D each, and latents_control_0, ..., B C 1 h w each.
+
+        The distilled transformer predicts the mean velocity of the step that `tweaks.turn` tells.
+        """
+        next_timesteps = None
+        if dit.config.is_flow_map:  # type: ignore[union-attr]
+            assert tweaks.turn is not None, "trainings of the distilled model are refused"
+            next_timesteps = torch.full_like(timesteps.float(), tweaks.turn.next_timestep)
+        velocity: Tensor = dit(
+            noisy,
+            timesteps.float(),
+            **name_text_and_mask(cond, "text", KEY, noisy.device),
+            next_timesteps=next_timesteps,
+            tweaks=tweaks.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            references=pictures.references_in(cond, noisy.device),
+        )
+        return velocity
+
+    # generation
+
+    def prepare(self, request: Request) -> Prepared:
+        """Settle a request. Without a size that of the first reference counts.
+
+        A reference alone stands on a canvas of whole tokens, and the result is cut back to the reference.
+        Raises OptionError for a solver that is not Euler's with the distilled model.
+        """
+        if self.is_distilled:
+            request = self._settle_distilled(request)
+        request = self.keep_media(request, self.called)
+        if not request.control_images or (request.width is not None and request.height is not None):
+            return self.settle_picture(request, SHIFT, "")
+        size, shown = self._size_like(request.control_images)
+        if request.width is not None or request.height is not None:
+            shown = None
+        width, height = size
+        sized = replace(request, width=request.width or width, height=request.height or height)
+        return replace(self.settle_picture(sized, SHIFT, ""), shown=shown)
+
+    def _settle_distilled(self, request: Request) -> Request:
+        """Return the request without guidance by a second pass."""
+        if request.solver not in (None, "euler"):
+            raise OptionError(
+                f"--sample_solver {request.solver} with {self.files.dit_path}: the distilled model predicts "
+                "the mean velocity of each step, which only Euler's method takes as it is. Give "
+                "--sample_solver vanilla, or leave it out"
+            )
+        if request.guidance_scale in (None, own.GUIDANCE_OF_DISTILLED):
+            return request
+        logger.warning(
+            "the guidance scale %g is ignored: %s is distilled, its guidance is built in",
+            request.guidance_scale,
+            self.files.dit_path,
+        )
+        return replace(request, guidance_scale=None)
+
+    def _size_like(self, images: Sequence[Path]) -> tuple[Size, Box | None]:
+        """Return the size of the first reference, and where it lies on its canvas; None: it fills it."""
+        from flux_3.references import canvas_of, fit_among  # only with reference pictures
+
+        step = LATENT.pixel_step
+        if len(images) > 1:
+            return fit_among(images[0], step).bucket, None
+        canvas = canvas_of(images[0], step)
+        shown = None if canvas.picture == canvas.size else Box(*canvas.corner, *canvas.picture)
+        return canvas.size, shown
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Encode the references as `latents_control_0`, ..., each 1 C 1 h w: their posteriors' means."""
+        from flux_3.references import read_among, read_on_canvas  # only with reference pictures
+
+        paths = prepared.request.control_images
+        read = read_on_canvas if len(paths) == 1 else read_among
+        conditions: dict[str, Tensor | list[Tensor]] = {}
+        for number, path in enumerate(paths):
+            frames = read(path, LATENT.pixel_step)
+            conditions[f"{CONTROL}_{number}"] = encoders.vae.encode(byte_clips(frames))
+        return {0: conditions}
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
+        latents: Tensor = encoders.vae.encode(byte_clips(frames))
+        return latents
+
+
+def family_for_latent_caching(options: own.Flux3LatentCachingOptions) -> Flux3:
+    return Flux3(Flux3Files().add_vae(options.vae.file))
+
+
+def family_for_text_caching(options: own.Flux3TextCachingOptions) -> Flux3:
+    return Flux3(Flux3Files().add_text(options.text))
+
+
+def family_for_training(options: own.Flux3TrainingOptions) -> Flux3:
+    """Describe the family for training, which is on base."""
+    return Flux3(replace(_files(options), needs_distilled=False), options=options)
+
+
+def family_for_samples(options: own.Flux3TrainingOptions) -> Flux3 | None:
+    """Describe samples made with --distilled_dit. Raises OptionError if that file is of base."""
+    if options.distilled_dit is None:
+        return None
+    files = replace(_files(options), dit=options.distilled_dit, dit_option=OF_SAMPLES, needs_distilled=True)
+    files.dit_header()
+    return Flux3(files, options=options)
+
+
+def family_for_generation(options: own.Flux3GenerationOptions) -> Flux3:
+    return Flux3(_files(options))
+
+
+def _files(options: own.Flux3TrainingOptions | own.Flux3GenerationOptions) -> Flux3Files:
+    files = Flux3Files().add_dit(options.dit, options.dit_dtype)
+    return files.add_vae(options.vae.file).add_text(options.text)
+
+
+_: type[Family] = Flux3

@@ -1,0 +1,169 @@
+"""Transformer files of FLUX 3, and the files of a run: transformer, FLUX.2's autoencoder and Qwen3-VL.
+
+Transformers have the released names or diffusers'. Their tensors show whether they are base or distilled.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kind
+from checkpoints.dits import DitFormat, DitHeader
+from checkpoints.model_files import read_once
+from checkpoints.opening import Checkpoint, plain_sources
+from contract.loading import TensorSource
+from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
+from encoders.language_models import QWEN3_VL
+from flux_2.vae import Flux2Vae, load_vae, read_vae
+from flux_3.configs import AXES, JOINT_BLOCKS, MODE_LISTS, PAD, Flux3Config
+from flux_3.model import Flux3Model
+from flux_3.names import FLUX_3
+from flux_3.options import NAME
+from modules.errors import CheckpointError, OptionError
+from networks.names.layouts import swapped_tensors, tensor_patterns
+
+KEY = "ctx_vec"
+WHAT = f"a {NAME} transformer"
+OPTION, OF_SAMPLES = "--dit", "--distilled_dit"
+FILES = (
+    "flux-3-image-klein-base.safetensors or flux-3-image-klein.safetensors, or the folder transformer of "
+    "either release in diffusers layout"
+)
+# dialect -> a tensor that only it has, its names
+DIALECTS = {
+    "released": ("early_stream_modulations.image.lin.weight", ()),
+    "diffusers": ("early_stream_modulations.image.linear.weight", tensor_patterns(FLUX_3)),
+}
+_BEFORE, _AFTER = qwen3_chat(thinks=True)  # the instruct model's template has no thoughts at all
+_SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-VL-4B-Instruct")
+# inside the encoder's folder; beside a file; beside text_encoder (diffusers)
+BESIDE = (".", "qwen_3_vl", "tokenizer", "../tokenizer")
+FLUX_3_USE = LanguageUse(
+    name="qwen3_vl",
+    states_key=KEY,
+    model=QWEN3_VL,
+    source=replace(_SOURCE, files=replace(_SOURCE.files, folder="", folders=BESIDE)),
+    most=8192,
+    before=_BEFORE,
+    after=_AFTER,
+    states=(4, 8, 12, 16, 20, 24, 28, 32),
+    pad="<|endoftext|>",
+    pads_to=PAD,
+    at_once=1,  # as released
+)
+
+
+def _header(checkpoint: Checkpoint) -> DitHeader[Flux3Config]:
+    names = checkpoint.tensors
+    dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)
+    if dialect is None:
+        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    stored_shapes = {name: info.shape for name, info in names.items()}
+    shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, DIALECTS[dialect][1]), NAME)
+    config = _read_config(shapes)
+    query = f"{JOINT_BLOCKS}.0.q_proj.weight"
+    shapes.of(query)  # that it is there
+    if dialect == "diffusers":
+        query = "single_transformer_blocks.0.attn.to_q.weight"
+    return DitHeader(config, dialect, names[query].dtype)
+
+
+def _read_config(shapes: DitShapes) -> Flux3Config:
+    """Return the sizes of a transformer. Raises CheckpointError if they do not go together."""
+    first = f"{JOINT_BLOCKS}.0"
+    dim, channels = shapes.of("emb_in.image.weight")
+    (width,) = shapes.of(f"{first}.norm.query_norm.scale", axes=1)
+    ffn_dim = shapes.of(f"{first}.mlp_out.weight")[1]
+    has_heads = dim % width == 0 and width % (2 * AXES) == 0
+    if not has_heads or shapes.of(f"{first}.mlp_in.weight")[0] != 2 * ffn_dim:
+        raise CheckpointError(
+            f"{shapes.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those "
+            f"of {WHAT}. Copy the file again.",
+            shapes.path,
+        )
+    counts = {name: shapes.blocks(name) for name in MODE_LISTS}
+    if len(set(counts.values())) > 1:
+        numbers = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        raise CheckpointError(
+            f"{shapes.path}: blocks are missing ({numbers}). Copy the file again.", shapes.path
+        )
+    return Flux3Config(
+        dim=dim,
+        ffn_dim=ffn_dim,
+        num_heads=dim // width,
+        mode_blocks=counts[MODE_LISTS[0]],
+        joint_blocks=shapes.blocks(JOINT_BLOCKS),
+        channels=channels,
+        text_dim=shapes.of("txt_in.weight")[1],
+        freq_dim=shapes.of("time_in.in_layer.weight")[1],
+        is_flow_map="ref_time_in.in_layer.weight" in shapes.shapes,
+    )
+
+
+def _sources(checkpoint: Checkpoint, header: DitHeader[Flux3Config]) -> Mapping[str, TensorSource]:
+    swapped = swapped_tensors(FLUX_3) if header.dialect == "diffusers" else ()
+    return join_parts(plain_sources(checkpoint), DIALECTS[header.dialect][1], swapped)
+
+
+def describe(header: DitHeader[Flux3Config]) -> str:
+    release = "distilled" if header.config.is_flow_map else "base"
+    return f"the {release} {NAME} Klein transformer"
+
+
+FORMAT = DitFormat(
+    _header,
+    describe,
+    network=Flux3Model,
+    sources=_sources,
+    option=OPTION,
+    ignore=("repa_projectors.*",),  # layers of pre-training that are left in some files
+)
+read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
+
+
+@dataclass(frozen=True)
+class Flux3Files(LanguageModelFiles):
+    """Files of a run with FLUX.2's autoencoder and Qwen3-VL's language model."""
+
+    needs_distilled: bool | None = None  # None: base or distilled; False: base, to train it
+
+    format: ClassVar = FORMAT
+    vae_folder: ClassVar[str] = "vae"
+    text_use: ClassVar[LanguageUse] = FLUX_3_USE
+
+    @property
+    def dit_path(self) -> Path:
+        """Return the transformer's file; in the folder of a release in diffusers layout `transformer`."""
+        path = super().dit_path
+        inner = path / "transformer"
+        return inner if inner.is_dir() else path
+
+    def dit_header(self) -> DitHeader[Flux3Config]:
+        """Read dimensions, dialect and dtype of the file. Raises OptionError for base in place of distilled.
+
+        Likewise for the reverse.
+        """
+        header: DitHeader[Flux3Config] = super().dit_header()
+        is_distilled = header.config.is_flow_map
+        if self.needs_distilled is False and is_distilled:
+            raise OptionError(
+                f"--dit {self.dit_path} is {describe(header)}, which cannot be trained: it predicts the mean "
+                "velocity of a jump between two noise levels, and the loss of a training is that of one "
+                "level. Train on base (flux-3-image-klein-base), whose LoRAs work on the distilled model "
+                f"too, and give this file to {OF_SAMPLES} for samples"
+            )
+        if self.needs_distilled and not is_distilled:
+            raise OptionError(
+                f"{OF_SAMPLES} {self.dit_path} is {describe(header)}. Give the distilled file "
+                "(flux-3-image-klein), or leave the option out: samples are then made by --dit"
+            )
+        return header
+
+    def load_vae(self, device: torch.device) -> Flux2Vae:
+        return load_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile)
+
+    def check_vae(self) -> None:
+        read_once(self.vae_path, read_vae)

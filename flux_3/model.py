@@ -1,0 +1,442 @@
+"""The transformer of FLUX 3: blocks of each kind of tokens alone, then blocks in which all attend to all.
+
+There are three kinds of tokens ("modes"): those of the picture, of references, and of a text. All blocks are
+parallel: attention and a SwiGLU feed-forward get the same modulated input. Modulations are shared by all
+blocks of a kind; there are no biases. Module names follow the released files. Source: the released code (BFL,
+flux-3-image-klein). Always float32: the embedding of time, modulation, norms, rotary angles. The picture's
+tokens stand first, then those of references, then the text's; the released code has the text first.
+Attention does not depend on the order, only on positions.
+"""
+# Letters: B batch, L tokens of the picture, R of references, T of a text, T' of a second text, S kinds of
+# tokens that are there, N heads, D head width, C = N * D, F width of a feed-forward
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from contract.steps import NO_TWEAKS, Tweaks
+from flux_2.model import PairNorm, PixelFinalLayer, SharedModulation, gate_half, number_embedding
+from flux_3.configs import AXES, DIT, Flux3Config
+from modules.attention.attend import Lengths, SecondText, attend, lengths_on
+from modules.devices import send_ahead
+from modules.layers.modulation import add_gated, modulate
+from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
+from modules.layers.rope import GridTable, angles_at, on_grid, rotate, sinusoid, take_rows, turns
+from modules.speed_options import SDPA, AttentionChoice
+from running.run_blocks import BlockNetwork, Hidden
+
+if TYPE_CHECKING:  # loaded only if processes share tokens
+    from running.offload.context import TokenPart
+
+PICTURE, REFERENCES, TEXT = MODES = ("image", "image_cond", "txt")
+CONTENT = (PICTURE, REFERENCES)
+SCALE = 0.5  # of a picture's rows and columns, as positions
+ROWS = 3  # that modulate a block: shift, scale and gate
+# rows of a kind of tokens: for its own blocks, for joint blocks, and the embedded time
+MODE_ROWS, JOINT_ROWS, TIME_ROW = slice(0, ROWS), slice(ROWS, 2 * ROWS), 2 * ROWS
+
+
+@dataclass(frozen=True)
+class Flux3Tokens:
+    """Inputs of the blocks besides the tokens x (B L+R+T C); built once per forward pass.
+
+    With a second text x is B L+R+T+T' C, and the texts are one kind of tokens.
+    """
+
+    grid: tuple[int, int]  # rows, columns of the picture's tokens
+    modes: tuple[str, ...]  # kinds of tokens that are there, in their order
+    counts: tuple[int, ...]  # how many of each this process has
+    rotary: Tensor  # rotations of these tokens, L+R+T+T' 1 D/2 2, or with B in front
+    vector: Tensor  # B S 7 C float32: rows for each kind of tokens
+    dtype: torch.dtype  # of activations between layers
+    attention: AttentionChoice
+    lengths: Lengths | None  # how many of the L+R+T tokens are real; None: all
+    text_lengths: Lengths | None  # likewise, of the T tokens of the text
+    second: SecondText | None = None
+    second_lengths: Lengths | None = None  # as `text_lengths`, of the second text
+    parts: tuple["TokenPart", ...] = ()  # the tokens of each kind that this process has; (): all
+
+    @property
+    def stream_lengths(self) -> tuple[int, ...]:
+        return self.counts
+
+    @property
+    def first_picture(self) -> int:
+        """The place of the first token of the latents that are learned; those of `grid` follow it."""
+        return 0
+
+    @property
+    def split(self) -> tuple[int, ...]:
+        """The places where the second and the third kind of tokens begin."""
+        return tuple(accumulate(self.counts[:-1]))
+
+    def cut(self, *parts: "TokenPart") -> "Flux3Tokens":
+        """Return the inputs for the tokens of one process, of which it has a part of each kind."""
+        tables = self.rotary.split(self.counts, dim=-4)
+        rotary = torch.cat([part.rows(table) for part, table in zip(parts, tables, strict=True)], dim=-4)
+        counts = tuple(part.of_first(part.length) for part in parts)
+        return replace(self, rotary=rotary, counts=counts, parts=parts)
+
+    def of(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
+        """Return the inputs for some tokens of x. kept: B K, their rising places; only pictures lose any."""
+        of_picture, *others = self.counts
+        lengths = None if self.lengths is None else self.lengths.without(num_left_out)
+        return replace(
+            self,
+            rotary=take_rows(self.rotary, kept, num_left_out),
+            counts=(of_picture - num_left_out, *others),
+            lengths=lengths,
+        )
+
+
+class ParallelBlock(nn.Module):
+    """The layers of a block; attention and feed-forward run in parallel."""
+
+    def __init__(self, config: Flux3Config) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.pre_norm = Float32LayerNorm(dim, config.eps)  # has no weights
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.norm = PairNorm(config.head_width, config.eps)
+        self.attn_out = nn.Linear(dim, dim, bias=False)
+        self.mlp_in = nn.Linear(dim, 2 * config.ffn_dim, bias=False)
+        self.mlp_out = nn.Linear(config.ffn_dim, dim, bias=False)
+
+    def heads(self, h: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value, each B L N D, of modulated tokens B L C; the first two rotated."""
+        value = self._split(self.v_proj, h)
+        # float32 from the norms to the rotated heads, rounded once, as released
+        query = self.norm.query_norm(self._split(self.q_proj, h).float())
+        key = self.norm.key_norm(self._split(self.k_proj, h).float())
+        return rotate(query, rotary).to(value.dtype), rotate(key, rotary).to(value.dtype), value
+
+    def _split(self, projection: nn.Module, h: Tensor) -> Tensor:
+        return in_own_dtype(projection, h).unflatten(-1, (self.num_heads, -1))
+
+    def branch(self, h: Tensor, attended: Tensor) -> Tensor:
+        """Return what the block adds before its gate, B L C. h: its modulated input. attended: B L N D."""
+        output: Tensor = in_own_dtype(self.attn_out, attended.flatten(2)) + self.feed_forward(h)
+        return output
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        """Return the feed-forward of modulated tokens, B L C; each token is processed independently."""
+        return in_own_dtype(self.mlp_out, gate_half(in_own_dtype(self.mlp_in, h)))
+
+
+class ModeBlock(ParallelBlock):
+    """Block in which the tokens of one kind attend to each other; all others pass it by."""
+
+    def __init__(self, config: Flux3Config, mode: str) -> None:
+        super().__init__(config)
+        self.mode = mode
+
+    def forward(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
+        # x: B L+R+T C
+        if self.mode not in tokens.modes:
+            return x
+        place = tokens.modes.index(self.mode)
+        shift, scale, gate = tokens.vector[:, place : place + 1, MODE_ROWS].unbind(2)
+        streams = list(x.split(tokens.counts, dim=1))
+        rotary = tokens.rotary.split(tokens.counts, dim=-4)[place]
+        h = modulate(self.pre_norm(streams[place]), shift, scale, tokens.dtype)
+        attended = _attend_within(self.heads(h, rotary), tokens, place)
+        streams[place] = add_gated(streams[place], gate, self.branch(h, attended))
+        return torch.cat(streams, dim=1)
+
+    def modulated_input(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
+        """Return the input of attention for the picture's tokens of x: B L+R+T C -> B L C."""
+        shift, scale, _ = tokens.vector[:, :1, MODE_ROWS].unbind(2)
+        return modulate(self.pre_norm(x[:, : tokens.counts[0]]), shift, scale, tokens.dtype)
+
+
+class JointBlock(ParallelBlock):
+    """Block in which all tokens attend to each other, with one set of weights."""
+
+    def forward(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
+        # x: B L+R+T C
+        shift, scale, gate = tokens.vector[:, :, JOINT_ROWS].unbind(2)
+        h = modulate(self.pre_norm(x), shift, scale, tokens.dtype, split=tokens.split)
+        attended = _attend_jointly(self.heads(h, tokens.rotary), tokens)
+        return add_gated(x, gate, self.branch(h, attended), tokens.split)
+
+
+def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, place: int) -> Tensor:
+    """Return the attention of the tokens of one kind to each other, B L N D.
+
+    heads: query, key and value, each B L N D. place: of the kind, among those that are there.
+    """
+    part = tokens.parts[place] if tokens.parts else None
+    if part is not None:
+        heads = part.gather_tokens(*heads)
+    if tokens.modes[place] != TEXT:
+        attended = _attend(heads, tokens, None)
+    elif tokens.second is None:
+        attended = _attend(heads, tokens, tokens.text_lengths)
+    else:
+        count = tokens.second.count
+        firsts = [tensor[:, :-count] for tensor in heads]
+        seconds = [tensor[:, -count:] for tensor in heads]
+        attended_first = _attend(firsts, tokens, tokens.text_lengths)
+        attended_second = _attend(seconds, tokens, tokens.second_lengths)
+        attended = torch.cat([attended_first, attended_second], dim=1)
+    return attended if part is None else part.gather_heads(attended)
+
+
+def _attend(heads: Sequence[Tensor], tokens: Flux3Tokens, lengths: Lengths | None) -> Tensor:
+    """Return self-attention, B L N D, of heads. lengths: how many of the L tokens are real."""
+    query, key, value = heads
+    return attend(query, key, value, tokens.attention, lengths=lengths)
+
+
+def _attend_jointly(heads: Sequence[Tensor], tokens: Flux3Tokens) -> Tensor:
+    """Return the attention of all tokens to each other, B L+R+T N D.
+
+    heads: query, key and value, likewise.
+    """
+    second, parts = tokens.second, tokens.parts
+    if parts:
+        heads = _gather_streams(heads, tokens)
+    if second is None:
+        attended = _attend(heads, tokens, tokens.lengths)
+        return _give_back(attended, parts) if parts else attended
+    with_first = _attend([second.without(tensor) for tensor in heads], tokens, tokens.lengths)
+    with_second = _attend([second.alone(tensor) for tensor in heads], tokens, second.lengths)
+    if not parts:
+        return second.combine(with_first, with_second)
+    # steering needs all heads of a token
+    before = second.before
+    texts = torch.cat([with_first[:, before:], with_second[:, before:]], dim=1)
+    steered = second.steer(
+        _give_back(with_first[:, :before], parts[:-1]), _give_back(with_second[:, :before], parts[:-1])
+    )
+    return torch.cat([steered, parts[-1].gather_heads(texts)], dim=1)
+
+
+def _gather_streams(heads: Sequence[Tensor], tokens: Flux3Tokens) -> list[Tensor]:
+    """Exchange all heads of this process' tokens for all tokens of its heads, B L+R+T n D each."""
+    streams = zip(*(tensor.split(tokens.counts, dim=1) for tensor in heads), strict=True)
+    gathered = [part.gather_tokens(*stream) for part, stream in zip(tokens.parts, streams, strict=True)]
+    return [torch.cat(tensors, dim=1) for tensors in zip(*gathered, strict=True)]
+
+
+def _give_back(attended: Tensor, parts: Sequence["TokenPart"]) -> Tensor:
+    """Exchange all tokens of this process' heads for all heads of its tokens, in streams."""
+    streams = attended.split([part.length for part in parts], dim=1)
+    pairs = zip(parts, streams, strict=True)
+    return torch.cat([part.gather_heads(stream) for part, stream in pairs], dim=1)
+
+
+class Flux3Layout(NamedTuple):
+    """The key of a table of rotations."""
+
+    grid: tuple[int, int]  # rows, columns of the picture's tokens
+    references: tuple[tuple[int, int], ...]  # likewise, of each reference
+    texts: tuple[int, ...]  # tokens of each text
+
+
+class Flux3Text(NamedTuple):
+    """An embedded text."""
+
+    states: Tensor  # B T C
+    counts: tuple[int, ...]  # real tokens of each sample
+    is_even: bool  # all tokens are real
+
+    def lengths(self, before: int) -> Lengths | None:
+        """Return how many tokens are real, with so many in front of the text; None: all."""
+        if self.is_even:  # attention gets no mask
+            return None
+        return lengths_on([before + count for count in self.counts], self.states.device)
+
+
+def _modulations(config: Flux3Config) -> nn.ModuleDict:
+    return nn.ModuleDict({mode: SharedModulation(config.dim, ROWS) for mode in MODES})
+
+
+class Flux3Model(BlockNetwork):
+    """Predict the velocity of noisy latents of a picture from states of a language model.
+
+    Without references, a second text and code that stands around the blocks:
+
+        picture = emb_in.image(pixels of noisy)                                       # B L C
+        text = txt_in(text)                                                           # B T C
+        time, zero = time_in(timesteps), time_in(0)                                   # B C
+        time, zero = each + ref_time_in(next timesteps)                               # of the distilled model
+        for block in content_mode_blocks.image:                                       # likewise the text's
+            shift, scale, gate = early_stream_modulations.image(time)
+            h = norm(picture) * (1 + scale) + shift
+            picture = picture + gate * (attention of h + mlp_out(gated values of mlp_in(h)))
+        x = cat([picture, text])
+        for block in single_blocks:
+            shift, scale, gate = single_stream_modulations of time for the picture, of zero for the text
+            h = norm(x) * (1 + scale) + shift
+            x = x + gate * (attention of h + mlp_out(gated values of mlp_in(h)))
+        velocity = final_layer.image(x[:, :L], time)   # B L Z, returned as B Z 1 H W
+    """
+
+    spec = DIT
+    dtype_of = "single_blocks.0.norm.query_norm.scale"
+
+    def __init__(self, config: Flux3Config, attention: AttentionChoice = SDPA) -> None:
+        """attention: passed to `modules.attention.attend`."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        self.time_in = number_embedding(config.freq_dim, config.dim)
+        if config.is_flow_map:
+            self.ref_time_in = number_embedding(config.freq_dim, config.dim)
+        self.early_stream_modulations = _modulations(config)
+        self.single_stream_modulations = _modulations(config)
+        self.emb_in = nn.ModuleDict(
+            {mode: nn.Linear(config.channels, config.dim, bias=False) for mode in CONTENT}
+        )
+        self.txt_in = nn.Linear(config.text_dim, config.dim, bias=False)
+        self.content_mode_blocks = nn.ModuleDict({mode: _mode_blocks(config, mode) for mode in CONTENT})
+        self.txt_mode_blocks = _mode_blocks(config, TEXT)
+        self.single_blocks = nn.ModuleList(JointBlock(config) for _ in range(config.joint_blocks))
+        self.final_layer = nn.ModuleDict({PICTURE: PixelFinalLayer(config.dim, config.channels, config.eps)})
+        self._rotary = GridTable[Flux3Layout](self._make_table)
+
+    def embed(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        next_timesteps: Tensor | None = None,
+        tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
+    ) -> Hidden:
+        """Return the tokens of picture, references and text, B L+R+T C, and the other inputs of the blocks.
+
+        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model, those of
+        padding to a multiple of 80 among them. text_mask: B T, true or 1 for these states; further ones fill
+        up the batch. next_timesteps: B, where the step ends; for a distilled model, which needs them, alone.
+        tweaks: ideas that change this call; their second text has the names text and text_mask. references:
+        clean latents of pictures to look at, each B Z 1 h w of its own size. Raises ValueError if sizes do
+        not fit, or the model is distilled and has no next timesteps, or the reverse.
+        """
+        for latents in (noisy, *references):
+            if latents.shape[1] != self.config.channels or latents.shape[2] != 1:
+                raise ValueError(
+                    f"latents of {tuple(latents.shape[1:3])}: {self.config.channels} channels, 1 frame"
+                )
+        if text_mask.shape != text.shape[:2]:
+            raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
+        if (next_timesteps is not None) != self.config.is_flow_map:
+            raise ValueError("a distilled transformer, and no other, takes the times at which steps end")
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        contents = [self._embed_picture(PICTURE, noisy)]
+        contents += [self._embed_picture(REFERENCES, latents) for latents in references]
+        texts = []
+        for arguments in tweaks.texts(len(noisy), text=text, text_mask=text_mask):
+            texts.append(self._embed_text(arguments, dtype))
+        x = torch.cat([*(tokens.to(dtype) for tokens in contents), *(words.states for words in texts)], dim=1)
+        of_picture = contents[0].shape[1]
+        of_contents = sum(tokens.shape[1] for tokens in contents)
+        counts = {PICTURE: of_picture, TEXT: x.shape[1] - of_contents}
+        if references:
+            counts = {PICTURE: of_picture, REFERENCES: of_contents - of_picture, TEXT: counts[TEXT]}
+        layout = Flux3Layout(
+            grid=_grid_of(noisy),
+            references=tuple(_grid_of(latents) for latents in references),
+            texts=tuple(words.states.shape[1] for words in texts),
+        )
+        first, *seconds = texts
+        tokens = Flux3Tokens(
+            layout.grid,
+            modes=tuple(counts),
+            counts=tuple(counts.values()),
+            rotary=self._rotary.of(layout, noisy.device),
+            vector=self._embed_times(timesteps, next_timesteps, tuple(counts)),
+            dtype=dtype,
+            attention=self.attention,
+            lengths=first.lengths(of_contents),
+            text_lengths=first.lengths(0),
+        )
+        for second in seconds:  # at most one
+            assert tweaks.steer is not None  # it comes with a second text
+            second_text = SecondText(
+                of_contents, second.states.shape[1], second.lengths(of_contents), tweaks.steer
+            )
+            tokens = replace(tokens, second=second_text, second_lengths=second.lengths(0))
+        return Hidden(x, tokens)
+
+    def _embed_picture(self, mode: str, latents: Tensor) -> Tensor:
+        """Return the tokens of a picture or reference: B Z 1 H W -> B L C."""
+        pixels = latents.flatten(2).transpose(1, 2)  # B L Z
+        return in_own_dtype(self.emb_in[mode], pixels)
+
+    def _embed_text(self, arguments: Mapping[str, Any], dtype: torch.dtype) -> Flux3Text:
+        """Return an embedded text. arguments: text and text_mask, as in `embed`."""
+        counts = tuple(arguments["text_mask"].sum(dim=1).tolist())
+        states = arguments["text"][:, : max(counts)]
+        is_even = len(set(counts)) == 1
+        return Flux3Text(in_own_dtype(self.txt_in, states).to(dtype), counts, is_even)
+
+    def _embed_times(self, timesteps: Tensor, next_timesteps: Tensor | None, modes: Sequence[str]) -> Tensor:
+        """Return the rows for each kind of tokens, B S 7 C float32. References and texts have time 0."""
+        time = self.time_in(self._waves(timesteps))
+        zero = self.time_in(self._waves(torch.zeros_like(timesteps)))
+        if next_timesteps is not None:
+            step_end = self.ref_time_in(self._waves(next_timesteps))
+            time = time + step_end
+            zero = zero + step_end
+        rows = []
+        for mode in modes:
+            embedded = time if mode == PICTURE else zero
+            early = self.early_stream_modulations[mode](embedded)
+            joint = self.single_stream_modulations[mode](embedded)
+            rows.append(torch.cat([early, joint, embedded.unsqueeze(1)], dim=1))
+        return torch.stack(rows, dim=1)
+
+    def _waves(self, timesteps: Tensor) -> Tensor:
+        return sinusoid(timesteps, self.config.freq_dim, torch.float32)
+
+    def unembed(self, x: Tensor, tokens: Flux3Tokens) -> Tensor:
+        """Turn tokens B L+R+T C into the velocity, B Z 1 H W in float32."""
+        picture = x[:, : math.prod(tokens.grid)]
+        embedding = tokens.vector[:, :1, TIME_ROW]
+        pixels = self.final_layer[PICTURE](picture, embedding, tokens.dtype).float()
+        return pixels.transpose(1, 2).unflatten(2, (1, *tokens.grid))
+
+    def _make_table(self, layout: Flux3Layout, /, *, device: torch.device) -> Tensor:
+        """Return (cosine, sine) pairs of all tokens, L+R+T 1 D/2 2 float32, from float64 angles.
+
+        A picture's token stands at (0, row / 2, column / 2, 0), that of reference k at (0, row / 2,
+        column / 2, -k), counted from 1, and a text's at (0, 0, 0, place).
+        """
+        zero = torch.zeros(1, dtype=torch.float64)
+        tables = []
+        for number, (rows, columns) in enumerate((layout.grid, *layout.references)):
+            sides = (SCALE * torch.arange(side, dtype=torch.float64) for side in (rows, columns))
+            tables.append(self._table_of((zero, *sides, zero - number), device))
+        for length in layout.texts:
+            places = torch.arange(length, dtype=torch.float64)
+            tables.append(self._table_of((zero, zero, zero, places), device))
+        return torch.cat(tables)
+
+    def _table_of(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
+        """Return the pairs of a grid. positions: along each axis, float64 on the CPU."""
+        width = self.config.head_width // AXES
+        pairs = []
+        for axis in positions:
+            pair = turns(angles_at(axis, width, self.config.rope_theta)).float()
+            pairs.append(send_ahead(pair, device))
+        return on_grid(pairs).unsqueeze(1)
+
+
+def _mode_blocks(config: Flux3Config, mode: str) -> nn.ModuleList:
+    return nn.ModuleList(ModeBlock(config, mode) for _ in range(config.mode_blocks))
+
+
+def _grid_of(latents: Tensor) -> tuple[int, int]:
+    """Return rows and columns of a picture's tokens, which are its latent pixels."""
+    return latents.shape[-2], latents.shape[-1]

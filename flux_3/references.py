@@ -1,0 +1,84 @@
+"""Sizes of reference pictures: one alone is kept whole on a canvas, several are cut to multiples of 16.
+
+Source: the released code (BFL, flux-3-image-klein, `reference_canvas` and `prepare_multi_reference`).
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from encoders.pictures import read_reference
+from modules.media.buckets import Fit, Size, fit_within
+from modules.media.reading import image_size, read_image, resize_frame
+
+MOST_PIXELS, MOST_SIDE = 4 * 1024 * 1024, 4096  # of a canvas
+LEAST_SIDE = 64
+AMONG_SEVERAL = 1024 * 1024  # pixels of each of several references
+SHRINKING = 0.995  # by which a picture is reduced until its canvas fits
+
+
+class Canvas(NamedTuple):
+    """Where a reference lies on its canvas. Sizes are (width, height)."""
+
+    picture: Size
+    size: Size
+
+    @property
+    def corner(self) -> tuple[int, int]:
+        """Return left and top of the picture, which is centred."""
+        return (self.size[0] - self.picture[0]) // 2, (self.size[1] - self.picture[1]) // 2
+
+
+def fit_canvas(size: Size, step: int) -> Canvas:
+    """Return the canvas of a picture: its sides rounded up to multiples of `step`, within the limits.
+
+    A picture is reduced only if its canvas would have too many pixels or too long a side.
+    """
+    scale = min(1.0, math.sqrt(MOST_PIXELS / math.prod(size)), MOST_SIDE / max(size))
+    while True:
+        width, height = (max(1, round(side * scale)) for side in size)
+        canvas = _round_up(width, step), _round_up(height, step)
+        if math.prod(canvas) <= MOST_PIXELS:
+            return Canvas((width, height), canvas)
+        scale *= SHRINKING
+
+
+def _round_up(side: int, step: int) -> int:
+    return min(MOST_SIDE, max(LEAST_SIDE, -(-side // step) * step))
+
+
+def canvas_of(path: Path, step: int) -> Canvas:
+    """Return the canvas of a picture file. Raises MediaError if it cannot be read."""
+    return fit_canvas(image_size(path), step)
+
+
+def read_on_canvas(path: Path, step: int) -> Tensor:
+    """Read a reference on its canvas, 1 1 H W 3 uint8; its reflection fills the rest.
+
+    Raises MediaError if it cannot be read.
+    """
+    frame = read_image(path)
+    canvas = fit_canvas((frame.shape[1], frame.shape[0]), step)
+    if canvas.picture != (frame.shape[1], frame.shape[0]):
+        frame = resize_frame(frame, canvas.picture, "lanczos")
+    left, top = canvas.corner
+    right = canvas.size[0] - canvas.picture[0] - left
+    bottom = canvas.size[1] - canvas.picture[1] - top
+    # without the pixel at the edge, which a picture of up to one token has too few pixels for
+    mode = "reflect" if min(canvas.picture) > step else "symmetric"
+    frame = np.pad(frame, ((top, bottom), (left, right), (0, 0)), mode=mode)  # type: ignore[call-overload]
+    return torch.from_numpy(np.ascontiguousarray(frame)[None, None])
+
+
+def fit_among(path: Path, step: int) -> Fit:
+    """Return how one of several references is reduced and cut. Raises MediaError if it cannot be read."""
+    return fit_within(image_size(path), AMONG_SEVERAL, step)
+
+
+def read_among(path: Path, step: int) -> Tensor:
+    """Read one of several references, 1 1 H W 3 uint8."""
+    return read_reference(path, AMONG_SEVERAL, step)

@@ -1,0 +1,38 @@
+"""Make and edit pictures with FLUX 3 Image Klein, base and distilled.
+
+All options: python flux_3_generate_image.py --help
+"""
+
+import modules.interpreter  # noqa: F401
+from blissful_tuner.video_to_video_options import SourceDefaults
+from flux_3.options import GUIDANCE, SHIFT, SIDE, STEPS, STEPS_OF_DISTILLED
+from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, REFERENCES
+from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from generation.scripts import generation_script
+
+DEFAULTS = ScriptDefaults(
+    fps=PICTURE_FPS,
+    guidance_scale=GUIDANCE,
+    infer_steps=STEPS,
+    flow_shift=SHIFT,
+    sample_solver="vanilla",
+    by_model={
+        "video_size": f"size in pixels; default: {SIDE} {SIDE}, with reference pictures that of the first",
+        "guidance_scale": "weight of the prompt: negative + weight * (positive - negative); 1 turns guidance "
+        f"off; default: {GUIDANCE}, of the distilled model none",
+        "infer_steps": f"number of denoising steps; default: {STEPS}, of the distilled model "
+        f"{STEPS_OF_DISTILLED}",
+    },
+    size=(SIDE, SIDE),
+    pictures=True,
+    media=frozenset({"control_image_path"}),
+    source=SourceDefaults(share="strength", denoise=0.75, takes_video=False),
+    joins_guidance=True,
+    line_options={**IMAGE_GENERATION_OPTIONS, **REFERENCES},
+    output_types=PICTURE_OUTPUTS,
+)
+main = generation_script("flux_3", DEFAULTS, __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

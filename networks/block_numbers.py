@@ -1,0 +1,159 @@
+"""Ranks and learning rates of a LoRA by the numbers of a model's blocks, as trainers of U-Nets have them.
+
+The lists of --network_args: block_dims, block_alphas, conv_block_dims, conv_block_alphas have a number for
+each block; down_lr_weight, mid_lr_weight, up_lr_weight have factors on the rates of the blocks of a side, or
+the name of a curve.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from logging import getLogger
+from typing import Any
+
+from contract.family import NumberedBlocks
+from modules.errors import OptionError
+
+logger = getLogger(__name__)
+DIMS, ALPHAS = "block_dims", "block_alphas"
+CONV_DIMS, CONV_ALPHAS = "conv_block_dims", "conv_block_alphas"
+RATES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
+THRESHOLD = "block_lr_zero_threshold"
+KEYS = (DIMS, ALPHAS, CONV_DIMS, CONV_ALPHAS, *RATES, THRESHOLD)
+_CURVES = ("sine", "cosine", "linear", "reverse_linear", "zeros")
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """What --network_args say of numbered blocks, as texts; numbers once `fit` knows the model's blocks."""
+
+    texts: Mapping[str, str]
+    lists: Mapping[str, tuple[float, ...]]  # by argument
+    factors: tuple[float, ...] = ()  # on the rate of each block; (): all are 1
+    numbered: NumberedBlocks | None = None
+
+    @property
+    def has_convolutions(self) -> bool:
+        return CONV_DIMS in self.texts
+
+    @property
+    def threshold(self) -> float:
+        """Return the factor up to which a block has no modules."""
+        return float(self.texts.get(THRESHOLD, 0))
+
+    def fit(self, numbered: NumberedBlocks | None) -> "BlockSettings":
+        """Return the settings for a model. Raises OptionError for lists of a wrong length."""
+        first = next(iter(self.texts))
+        if numbered is None:
+            raise OptionError(
+                f"--network_args {first}: the blocks of this model have no such numbers. Give ranks and "
+                "rates by names (network_reg_dims, network_reg_lrs)"
+            )
+        for name, numbers in self.lists.items():
+            if len(numbers) != numbered.count:
+                raise OptionError(
+                    f"--network_args {name}: it has {len(numbers)} numbers, this model has {numbered.count} "
+                    "blocks. Give a number for each"
+                )
+        factors: list[float] = []
+        if any(side in self.texts for side, _, _ in numbered.sides):
+            factors = [1.0] * numbered.count
+            for side, start, count in numbered.sides:
+                if side in self.texts:
+                    factors[start : start + count] = read_factors(side, self.texts[side], count)
+        return replace(self, factors=tuple(factors), numbered=numbered)
+
+    def number_of(self, path: str) -> int | None:
+        return None if self.numbered is None else self.numbered.number_of(path)
+
+    def factor_of(self, path: str) -> float:
+        """Return the factor on the learning rate of a module."""
+        number = self.number_of(path)
+        return 1.0 if number is None or not self.factors else self.factors[number]
+
+    def is_left_out(self, path: str) -> bool:
+        return bool(self.factors) and self.factor_of(path) <= self.threshold
+
+    def size_of(self, path: str, is_convolution: bool) -> tuple[int, float | None] | None:
+        """Return rank and alpha (None: the network's) of a module; None if no list says them."""
+        number = self.number_of(path)
+        dims = self.lists.get(CONV_DIMS if is_convolution else DIMS)
+        if number is None or dims is None:
+            return None
+        alphas = self.lists.get(CONV_ALPHAS if is_convolution else ALPHAS)
+        return int(dims[number]), None if alphas is None else alphas[number]
+
+
+def read_blocks(arguments: Mapping[str, Any]) -> BlockSettings | None:
+    """Return the settings of numbered blocks among --network_args; None if there are none.
+
+    Raises OptionError for texts that are no numbers.
+    """
+    texts = {key: str(arguments[key]) for key in KEYS if arguments.get(key) is not None}
+    if not texts:
+        return None
+    if set(texts) == {THRESHOLD}:
+        raise OptionError(f"--network_args {THRESHOLD} needs one of {', '.join(RATES)}: give one of them too")
+    for dims, alphas in ((DIMS, ALPHAS), (CONV_DIMS, CONV_ALPHAS)):
+        if alphas in texts and dims not in texts:
+            raise OptionError(f"--network_args {alphas} needs {dims}: give both")
+    lists = {}
+    for name in (DIMS, ALPHAS, CONV_DIMS, CONV_ALPHAS):
+        if name in texts:
+            is_rank = name in (DIMS, CONV_DIMS)
+            lists[name] = _read_numbers(name, texts[name].split(","), is_rank)
+    for side in RATES:
+        if side in texts:
+            read_factors(side, texts[side], 2, warns=False)
+    if THRESHOLD in texts:
+        _read_numbers(THRESHOLD, [texts[THRESHOLD]])
+    return BlockSettings(texts, lists)
+
+
+def read_factors(name: str, text: str, count: int, warns: bool = True) -> list[float]:
+    """Return the factors of a side: its numbers, or those of a curve such as sine or cosine+.25.
+
+    As in known trainers, numbers too many are left out, and missing ones are 1. Raises OptionError.
+    """
+    curve, plus, base = text.strip().partition("+")
+    if curve in _CURVES:
+        offset = _read_numbers(name, [base])[0] if plus else 0.0
+        return [value + offset for value in _draw_curve(curve, count)]
+    factors = list(_read_numbers(name, text.strip().removeprefix("[").removesuffix("]").split(",")))
+    if warns and len(factors) != count:
+        logger.warning(
+            "--network_args %s has %d numbers, this model has %d such blocks: %s",
+            name,
+            len(factors),
+            count,
+            "the last ones are ignored" if len(factors) > count else "missing ones are 1",
+        )
+    return (factors + [1.0] * count)[:count]
+
+
+def _draw_curve(curve: str, count: int) -> list[float]:
+    places = [place / max(count - 1, 1) for place in range(count)]
+    if curve in ("cosine", "reverse_linear"):
+        places.reverse()
+    if curve == "zeros":
+        return [0.0] * count
+    return places if curve.endswith("linear") else [math.sin(math.pi * place / 2) for place in places]
+
+
+def _read_numbers(name: str, texts: Sequence[str], is_whole: bool = False) -> tuple[float, ...]:
+    """Return numbers of at least 0. Raises OptionError."""
+    numbers = []
+    for text in texts:
+        try:
+            number = int(text) if is_whole else float(text)
+        except ValueError:
+            number = -1
+        if not 0 <= number < math.inf:
+            kind = "whole numbers" if is_whole else "numbers"
+            curves = f", or one of {', '.join(_CURVES)}" if name in RATES else ""
+            raise OptionError(
+                f"--network_args {name}: {text.strip()!r} is no number of at least 0. Write {kind} with "
+                f"commas between them{curves}"
+            )
+        numbers.append(number)
+    return tuple(numbers)

@@ -1,0 +1,116 @@
+"""Caches of latents and texts: hashes of reference pictures, and whether the two belong together.
+
+A text's states have seen the reference pictures, and their latents are put where the text encoder saw them.
+So both caches hold the hashes of the pictures as these were encoded, under the names of the known tuner.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from contract.data import Batch, CacheEntry, MadeBy, MediaBatch
+from encoders.language_encoder import PRE_NORM
+from modules.errors import CacheError
+from qwen_image_21.options import NAME
+
+SLOTS, SIZES = "image_slots", "reference_grids"  # places of references in a text, and their latents' sides
+HASHES = "reference_hashes"  # in caches of latents: n 32 uint8
+SEEN_HASHES = "vlm_reference_hashes"  # in caches of texts, of the pictures that the text encoder saw
+HASH_BYTES = 32
+TEXTS_AGAIN = "qwen_image_21_cache_text_encoder_outputs.py"
+LATENTS_AGAIN = "qwen_image_21_cache_latents.py"
+BOTH_AGAIN = f"Cache again with {LATENTS_AGAIN} and {TEXTS_AGAIN}"
+
+
+def hash_pictures(pictures: Sequence[Tensor]) -> Tensor:
+    """Return the SHA-256 of each picture: n 32 uint8, in their order.
+
+    pictures: each H W 4 or H W 3 uint8, as it is encoded; three channels are opaque. What is hashed is
+    `{W}x{H}:` and the bytes of the RGBA picture.
+    """
+    digests = []
+    for picture in pictures:
+        height, width, channels = picture.shape
+        if channels == 3:
+            picture = torch.cat([picture, torch.full_like(picture[..., :1], 255)], dim=-1)
+        content = f"{width}x{height}:".encode() + picture.contiguous().numpy().tobytes()
+        digests.append(list(hashlib.sha256(content).digest()))
+    return torch.tensor(digests, dtype=torch.uint8).view(-1, HASH_BYTES)
+
+
+def add_hashes(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> list[list[CacheEntry]]:
+    """Return the entry of each picture of a batch with the hashes of its references, none or several."""
+    hashed = []
+    for index, (entry,) in enumerate(entries):
+        hashes = hash_pictures([frames[index, 0] for frames in media.control])
+        tensors = {**entry.tensors, HASHES: hashes}
+        hashed.append([replace(entry, tensors=tensors, variable=frozenset({HASHES}))])
+    return hashed
+
+
+def check_states(cache: MadeBy, part: str) -> None:
+    """Raise CacheError if a caption's states are not those before the final norm.
+
+    part: the text encoder's name in records. Caches of other programs have no records.
+    """
+    if cache.part != part or not cache.encoder:
+        return
+    if PRE_NORM not in cache.encoder.get(f"{part}_state", ""):
+        version = cache.encoder.get(f"{part}_transformers")
+        by = "" if version is None else f" by transformers {version}"
+        raise CacheError(
+            f"{cache.path}: its states were read{by} behind the final norm of the text encoder, and {NAME} "
+            f"takes those before it ({PRE_NORM}). Cache again with {TEXTS_AGAIN}: it replaces them."
+        )
+
+
+def check_references(batch: Batch, references: Mapping[str, Tensor]) -> None:
+    """Raise CacheError if captions were encoded with other references than those whose latents are there.
+
+    references: latents by name, in order, B C 1 h w each.
+    """
+    sizes = [tuple(latents.shape[-2:]) for latents in references.values()]
+    for index, key in enumerate(batch.keys):
+        num_slots = len(batch.tensors[SLOTS][index])
+        if num_slots != len(sizes):
+            raise CacheError(
+                f"{key}: its caption was encoded with {num_slots} reference pictures, and its latents have "
+                f"{len(sizes)}. {BOTH_AGAIN}."
+            )
+        if SIZES in batch.tensors:
+            seen = [tuple(size) for size in batch.tensors[SIZES][index].tolist()]
+            if seen != sizes:
+                raise CacheError(
+                    f"{key}: its caption was encoded with references of {seen} latent pixels, and its "
+                    f"latents have {sizes}. {BOTH_AGAIN}."
+                )
+        if sizes:
+            _check_hashes(batch, index, len(sizes))
+
+
+def _check_hashes(batch: Batch, index: int, count: int) -> None:
+    """Raise CacheError if an item's caption was encoded with pictures of other bytes, or in another order."""
+    key = batch.keys[index]
+    for name, made_by in ((HASHES, LATENTS_AGAIN), (SEEN_HASHES, TEXTS_AGAIN)):
+        if name not in batch.tensors:
+            raise CacheError(
+                f"{key}: its cache has no {name}, the hashes of its reference pictures. Cache again with "
+                f"{made_by}."
+            )
+        if tuple(batch.tensors[name][index].shape) != (count, HASH_BYTES):
+            raise CacheError(
+                f"{key}: {name} in its cache is not {count} hashes of {HASH_BYTES} bytes. Cache again with "
+                f"{made_by}."
+            )
+    encoded = batch.tensors[HASHES][index]
+    seen = batch.tensors[SEEN_HASHES][index]
+    differing = [number for number in range(count) if not torch.equal(encoded[number], seen[number])]
+    if differing:
+        numbers = ", ".join(str(number + 1) for number in differing)
+        raise CacheError(
+            f"{key}: its caption was encoded with other reference pictures than its latents (number "
+            f"{numbers}: other pixels, or another order). {BOTH_AGAIN}."
+        )

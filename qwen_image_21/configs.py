@@ -1,0 +1,70 @@
+"""Qwen-Image-2.1 as data: dimensions of its transformer, its source, latents, noise, names of parts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from contract.data import LatentSpec
+from contract.family import DitSpec, NoiseSpec
+from contract.few_steps import FewSteps
+from contract.rules import ModelRelease
+
+QWEN_IMAGE_21 = ModelRelease(
+    ("Qwen/Qwen-Image-2.1", "Qwen/Qwen-Image-2.1-Turbo"),
+    "Qwen Research License",
+    "other",
+    "https://huggingface.co/Qwen/Qwen-Image-2.1/blob/main/LICENSE",
+)
+FEW_STEPS = FewSteps(
+    "Train on Qwen-Image-2.1 itself, whose LoRAs work on Turbo too, or give --training_adapter with a LoRA "
+    "that undoes the distillation"
+)
+
+
+@dataclass(frozen=True)
+class QwenImage21Config:
+    """Dimensions of a Qwen-Image-2.1 transformer, read from a checkpoint's tensors and its config.json."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    channels: int  # of the latents
+    text_dim: int  # width of the language model's states
+    axes: tuple[int, int, int]  # channels of a head that encode a token's time, row and column
+    freq_dim: int = 256
+    rope_theta: float = 10000.0
+    eps: float = 1e-6
+
+    kind = "t2i"
+
+    @property
+    def head_width(self) -> int:
+        return self.dim // self.num_heads
+
+
+def usual_axes(head_width: int) -> tuple[int, int, int]:
+    """Return the channels of a head for time, rows and columns if no config.json states them.
+
+    An eighth encodes the time. Each number is even: 16, 56 and 56 of the release's 128.
+    """
+    times = max(head_width // 16, 1) * 2
+    rows = (head_width - times) // 4 * 2
+    return times, rows, head_width - times - rows
+
+
+def count_tokens(shape: Sequence[int]) -> int:
+    """Return the tokens of a picture: one for each latent pixel. shape: B C F H W."""
+    return shape[-2] * shape[-1]
+
+
+# sides are multiples of 2 latent pixels: a token of the text encoder's vision tower stands for 2 x 2
+LATENT = LatentSpec(channels=64, stride=(1, 16, 16), pixel_step=32, frame_step=1, has_alpha=True)
+NOISE = NoiseSpec(tokens=count_tokens)
+DIT = DitSpec(
+    block_lists=("transformer_blocks",),
+    input_layers=("img_in", "txt_in"),
+    token_wise=("feed",),
+    modulated_input="modulated_input",
+    # they compute in float32; under 1 % of the model
+    keep_float32=("time_text_embed.",),
+)

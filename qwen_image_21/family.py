@@ -1,0 +1,248 @@
+"""Qwen-Image-2.1, described for the shared loops."""
+
+import logging
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from contract.data import (
+    CONTROL,
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    SamplingDefaults,
+    name_text_and_mask,
+    name_texts,
+)
+from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
+from contract.requests import Prepared, Request
+from contract.rules import ModelRelease, ReferenceRules
+from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from encoders import pictures
+from modules.errors import OptionError
+from modules.flow.schedule import size_shift, stretch_levels
+from modules.options import NO_OPTIONS
+from qwen_image.references import fill_size
+from qwen_image_21 import options as own
+from qwen_image_21.caches import (
+    LATENTS_AGAIN,
+    SLOTS,
+    TEXTS_AGAIN,
+    add_hashes,
+    check_references,
+    check_states,
+)
+from qwen_image_21.configs import DIT, FEW_STEPS, LATENT, NOISE, QWEN_IMAGE_21, count_tokens
+from qwen_image_21.files import KEY, MOST, TEXT_USE, QwenImage21Files, find_turbo
+from qwen_image_21.names import LORA
+from qwen_image_21.options import NAME, SIDE, STEPS
+from qwen_image_21.references import add_pictures, read_anchor, read_reference
+
+logger = logging.getLogger(__name__)
+
+SOLVER = "euler-terminal"  # Euler's steps, at the noise levels of the release
+TERMINAL = 0.02  # the last noise level above 0. Source: the release's scheduler
+DEFAULTS = pictures.picture_defaults(STEPS, 1.0, SIDE)
+# how far the schedule is shifted, by the number of tokens of a picture: exp(mu), mu on a line through these.
+# Source: the release's scheduler
+FEW, MANY = (256, 0.5), (8192, 0.9)
+REFERENCES = ReferenceRules(MOST, step=LATENT.pixel_step, seen_by_text=True, as_encoded=True)
+
+
+@dataclass(frozen=True)
+class QwenImage21(pictures.ModelOfPictures):
+    """Description of Qwen-Image-2.1 for one run, built by the `family_for_...` functions below."""
+
+    files: QwenImage21Files
+    options: Any = NO_OPTIONS  # of a training
+    edit: own.QwenImage21ReferenceOptions = own.QwenImage21ReferenceOptions()
+    keeps_prefix: bool = True  # keys and values of prompts and references are computed once for all steps
+
+    few_steps: ClassVar = FEW_STEPS
+    can: ClassVar = Abilities(tell_few_steps=True)
+    lora_module: str = field(default=LORA[0].network_module, init=False)
+    noise: NoiseSpec = field(default=NOISE, init=False)
+    dit: DitSpec = field(default=DIT, init=False)
+    release: ModelRelease = field(default=QWEN_IMAGE_21, init=False)
+    text_keys: frozenset[str] = field(default=TEXT_USE.keys, init=False)
+    name: str = field(default="qwen_image_21", init=False)
+    cache_tag: str = field(default="qi21", init=False)
+    called: str = field(default=NAME, init=False)
+    references: ReferenceRules | None = field(default=REFERENCES, init=False)
+
+    @property
+    def latent(self) -> LatentSpec:
+        channels = self.files.channels
+        return LATENT if channels in (None, LATENT.channels) else replace(LATENT, channels=channels)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.metadata_of(
+            {
+                "architecture": NAME,
+                "resolution": f"{SIDE}x{SIDE}",
+                "implementation": "https://github.com/QwenLM/Qwen-Image",
+                "model_type": self.name,
+            }
+        )
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        turbo = find_turbo(self.files.dit)
+        return DEFAULTS if turbo is None else replace(DEFAULTS, steps=len(turbo.levels))
+
+    def why_few_steps(self) -> str | None:
+        turbo = find_turbo(self.files.dit)
+        return None if turbo is None else f"{self.files.dit} is {NAME} Turbo: {turbo.source}"
+
+    # encoding
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Return normalised means of pictures and their references, in the VAE's dtype, and their hashes."""
+        vae = encoders.vae
+        entries = pictures.encode_pictures(
+            media, vae.device, lambda frames: vae.encode(all_channels(frames)).to(vae.dtype)
+        )
+        return add_hashes(entries, media)
+
+    # the network
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the captions' states, the references and their places.
+
+        Raises CacheError for states of another encoder, or read behind the final norm, and for references
+        that are not those that the text encoder saw.
+        """
+        batch.check({KEY: TEXTS_AGAIN, SLOTS: TEXTS_AGAIN}, "the transformer")
+        config = self.files.dit_header().config
+        batch.check_widths({KEY: config.text_dim}, self.files.dit_path, f"{TEXTS_AGAIN} and Qwen3-VL (8B)")
+        for cache in batch.made_by:
+            check_states(cache, TEXT_USE.name)
+        references = pictures.references_of(batch, self.latent.channels, 1, LATENTS_AGAIN)
+        check_references(batch, references)
+        return {KEY: batch.tensors[KEY], SLOTS: batch.tensors[SLOTS], **references}
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Predict from vl_embed, T D, and image_slots, n, of each sample, and the latents of n references.
+
+        These are latents_control_0, ..., each B C 1 h w.
+        """
+
+        def named(text: Conditions) -> dict[str, Tensor]:
+            slots = name_texts(text, {"slots": SLOTS}, torch.device("cpu"))
+            return {**name_text_and_mask(text, "text", KEY, noisy.device), **slots}
+
+        velocity: Tensor = dit(
+            noisy,
+            timesteps.float(),
+            **named(cond),
+            tweaks=tweaks.rename_away(named),
+            references=pictures.references_in(cond, noisy.device),
+        )
+        return velocity
+
+    # generation
+
+    def prepare(self, request: Request) -> Prepared:
+        """Settle a request. Without a flow shift noise levels follow the size, as released.
+
+        Raises OptionError if a size or a number cannot be used, or guidance has no negative prompt.
+        """
+        self._check_guidance(request)
+        prepared = self.settle_picture(fill_size(request), 1.0)
+        if prepared.request.control_images and self.files.text_encoder is not None:
+            self.files.check_tower()
+        prepared = add_pictures(prepared, self.edit)
+        tokens = count_tokens(LATENT.shape(1, prepared.height, prepared.width))
+        shift = size_shift(tokens, FEW, MANY) if request.flow_shift is None else request.flow_shift
+        turbo = find_turbo(self.files.dit)
+        if turbo is not None and prepared.steps == len(turbo.levels):
+            levels = stretch_levels(torch.tensor(turbo.levels, dtype=torch.float64), shift, TERMINAL)
+            return replace(prepared, flow_shift=shift, levels=(*levels.tolist(), 0.0))
+        if turbo is not None:
+            logger.warning(
+                "Turbo was distilled for its own %d noise levels: with %d steps they are evenly spaced, and "
+                "pictures get worse",
+                len(turbo.levels),
+                prepared.steps,
+            )
+        if request.flow_shift is not None:
+            return prepared
+        solver = SOLVER if prepared.solver == "euler" else prepared.solver
+        return replace(prepared, flow_shift=shift, solver=solver)
+
+    def _check_guidance(self, request: Request) -> None:
+        scale = request.guidance_scale
+        if scale is not None and scale != 1 and request.negative_prompt is None:
+            raise OptionError(
+                f"--guidance_scale {scale:g} (--l in a prompt line): {NAME} is made for 1, without guidance. "
+                "Other values need a --negative_prompt (--n in a prompt line); it may be empty"
+            )
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Encode the pictures to edit as `latents_control_0`, ..., each 1 C 1 h w: means."""
+        fits = self.edit.resize_control_to_image_size
+        target = (prepared.width, prepared.height) if fits else None
+        conditions: dict[str, Tensor | list[Tensor]] = {}
+        for index, path in enumerate(prepared.request.control_images):
+            frames = read_reference(path, target)[None, None]
+            conditions[f"{CONTROL}_{index}"] = encoders.vae.encode(all_channels(frames))
+        return {0: conditions}
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode a picture, 1 1 H W C uint8, in model space, 1 C 1 h w. Nothing is drawn."""
+        latents: Tensor = encoders.vae.encode(all_channels(frames))
+        return latents
+
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
+        first = inputs.get(0, {}).get(f"{CONTROL}_0")
+        if isinstance(first, Tensor):
+            section = replace(section, anchor=read_anchor(prepared, first))
+        if self.keeps_prefix:
+            section = replace(section, tweaks=Tweaks(section_cache={}))
+        return (yield section)
+
+
+def all_channels(frames: Tensor) -> Tensor:
+    """View B F H W C uint8 as B C F H W, with alpha if there is some."""
+    return frames.movedim(-1, 1)
+
+
+def family_for_latent_caching(options: own.QwenImage21LatentCachingOptions) -> QwenImage21:
+    return QwenImage21(QwenImage21Files().add_vae(options.vae.file))
+
+
+def family_for_text_caching(options: own.QwenImage21TextCachingOptions) -> QwenImage21:
+    return QwenImage21(QwenImage21Files().add_text(options.text))
+
+
+def family_for_training(options: own.QwenImage21TrainingOptions) -> QwenImage21:
+    return QwenImage21(_files(options, options.dit_dtype), options)
+
+
+def family_for_generation(options: own.QwenImage21GenerationOptions) -> QwenImage21:
+    files = _files(options, options.dit_dtype or options.dtype)
+    return QwenImage21(files, edit=options.references, keeps_prefix=not options.no_kv_cache)
+
+
+def _files(options: own.QwenImage21ModelOptions, dtype: str | None) -> QwenImage21Files:
+    files = QwenImage21Files().add_dit(options.dit, dtype).add_config(options.dit_config)
+    return files.add_vae(options.vae.file).add_text(options.text)
+
+
+_: type[Family] = QwenImage21

@@ -1,0 +1,322 @@
+"""Transformer files of Qwen-Image-2.1, Turbo's noise levels, and the files of a run.
+
+Files have the names of diffusers, which are the released ones, or ComfyUI's, which stack two layers of each
+block. Base and Turbo have equal tensors: `find_turbo`.
+"""
+
+import functools
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+
+from checkpoints.dialects import DitShapes, cut_parts, other_kind, parted_shapes
+from checkpoints.dits import DitFormat, DitHeader
+from checkpoints.encoders import stated_settings
+from checkpoints.model_files import inside
+from checkpoints.opening import Checkpoint, plain_sources
+from contract.loading import TensorSource
+from encoders.files import judge_distillation
+from encoders.language_encoder import LanguageModelFiles, LanguageUse
+from encoders.language_models import QWEN3_VL
+from encoders.picture_prompts import PictureUse
+from modules.errors import CheckpointError, OptionError
+from modules.text_files import read_text
+from networks.names.layouts import joined_tensors
+from qwen_image.files import QWEN_USE, TOKENIZER
+from qwen_image_21.caches import SEEN_HASHES, SIZES, SLOTS, hash_pictures
+from qwen_image_21.configs import FEW_STEPS, QwenImage21Config, usual_axes
+from qwen_image_21.model import QwenImage21Model
+from qwen_image_21.names import QWEN_IMAGE_21
+from qwen_image_21.options import BLANK, NAME
+from qwen_image_21.references import lay_on_white, read_shown
+from qwen_image_21.vae import QwenImage21Vae, load_vae, read_vae_config
+
+KEY = "vl_embed"  # of the known tuner's caches
+MOST_TOKENS = 8192  # of a prompt; trained positions reach so far
+_SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
+TEXT_USE = LanguageUse(
+    name="vl",
+    states_key=KEY,
+    model=replace(
+        QWEN3_VL,
+        files="qwen3vl_8b_bf16.safetensors of Comfy-Org, or the folder of Qwen/Qwen3-VL-8B-Instruct,",
+    ),
+    source=replace(
+        QWEN_USE.source,
+        files=replace(
+            TOKENIZER,
+            repository="Qwen/Qwen3-VL-8B-Instruct",
+            folders=(".", "qwen_3_vl", "tokenizer", "processor", "../tokenizer", "../processor"),
+        ),
+    ),
+    most=MOST_TOKENS,
+    before=f"{_SYSTEM}<|im_start|>user\n",
+    after="<|im_end|>\n<|im_start|>assistant\n",
+    dropped=None,
+    system=_SYSTEM,
+    blank=BLANK,
+    pre_norm=True,
+    keeps_after=True,
+    at_once=1,  # so that a state does not depend on other prompts, to the last bit
+    pictures=PictureUse(
+        "<image{number}><|vision_start|>{tokens}<|vision_end|>",
+        read=read_shown,
+        show=lay_on_white,
+        hash_pictures=hash_pictures,
+        fewest=1,  # their sizes are settled, and those of their latents
+        most=1 << 40,
+        between=" ",
+        always=False,
+    ),
+    slots_key=SLOTS,
+    sizes_key=SIZES,
+    hashes_key=SEEN_HASHES,
+)
+MOST = 10  # references
+WHAT = f"a {NAME} transformer"
+OPTION = "--dit"
+FILES = (
+    "qwen_image_2.1_bf16.safetensors of Comfy-Org, or the folder transformer of Qwen/Qwen-Image-2.1 or "
+    "Qwen/Qwen-Image-2.1-Turbo"
+)
+CLASSES = ("QwenImage21Transformer2DModel",)  # in a config.json
+MARK = "txt_in.text_norm.weight"
+QUERY = "transformer_blocks.0.attn.to_q.weight"  # whose dtype is that of the file
+CUTS = joined_tensors(QWEN_IMAGE_21)
+# of Turbo, before the shift, if no model_index.json states them. Source: the release's model_index.json
+TURBO_LEVELS = (1.0, 0.978453, 0.95418, 0.926626, 0.89508, 0.845148, 0.704534, 0.414568)
+MOST_LEVELS = 1000
+
+
+def _header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenImage21Config]:
+    """Read a file's header. config_json: of --dit_config; None: the one next to the file, if there is one."""
+    names = checkpoint.tensors
+    has_modulation = "modulation.1.weight" in names and "transformer_blocks.0.img_mod.1.weight" not in names
+    if MARK not in names or not has_modulation:
+        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    controls = [name for name in names if name.startswith("control_")]
+    if controls:
+        raise CheckpointError(
+            f"{checkpoint.path} holds a ControlNet ({controls[0]}), which is not supported yet.\n"
+            f"  Give {FILES}.",
+            checkpoint.path,
+        )
+    file_shapes = {name: info.shape for name, info in names.items()}
+    shapes = DitShapes(checkpoint.path, parted_shapes(file_shapes, CUTS), NAME)
+    if config_json is None:
+        source, settings = stated_settings(checkpoint, CLASSES)
+    else:
+        source, settings = config_json, _read_config_json(config_json)
+    dialect = "comfy" if "transformer_blocks.0.img_mlp.gate_up.weight" in names else "diffusers"
+    return DitHeader(_read_config(shapes, source, settings), dialect, names[QUERY].dtype)
+
+
+def _read_config_json(path: Path) -> Mapping[str, Any]:
+    """Return what --dit_config states. Raises CheckpointError for a file of another model."""
+    try:
+        settings = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"--dit_config {path} cannot be read ({error}). Give config.json of the folder transformer.", path
+        ) from error
+    if not isinstance(settings, dict) or settings.get("_class_name", CLASSES[0]) not in CLASSES:
+        raise CheckpointError(
+            f"--dit_config {path} is not the configuration of {WHAT}. Give config.json of its folder "
+            "transformer, or leave the option out.",
+            path,
+        )
+    return settings
+
+
+def _read_config(shapes: DitShapes, source: Path, settings: Mapping[str, Any]) -> QwenImage21Config:
+    """Return the sizes of a transformer. settings: of the config.json `source`, {} if there is none.
+
+    Raises CheckpointError if they do not go together, or the network is another one.
+    """
+    dim, channels = shapes.of("img_in.weight")
+    (width,) = shapes.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
+    rows, columns = shapes.of(QUERY)
+    if rows != dim or columns != dim or dim % width or width % 2:
+        raise CheckpointError(
+            f"{shapes.path}: {rows} rows of queries in blocks of width {dim} with heads of {width} are not "
+            f"those of {WHAT}. Copy the file again.",
+            shapes.path,
+        )
+    for name, value in (("patch_size", 1), ("causal_condition", True)):
+        if settings.get(name, value) != value:
+            raise CheckpointError(
+                f"{source}: {name} is {settings[name]}, and {NAME} was released with {value}: other networks "
+                "are not supported.",
+                source,
+            )
+    num_layers = shapes.blocks("transformer_blocks")
+    stated = {
+        "num_layers": num_layers,
+        "attention_head_dim": width,
+        "num_attention_heads": dim // width,
+        "in_channels": channels,
+    }
+    for name, value in stated.items():
+        if settings.get(name, value) != value:
+            raise CheckpointError(
+                f"{source}: {name} is {settings[name]}, and {shapes.path} has {value}. The configuration is "
+                "that of another file: give its own, or copy the file again.",
+                source,
+            )
+    released = dict(dict(QWEN_IMAGE_21.released).get(dim, ()))
+    if not settings and num_layers < released.get("transformer_blocks", 0):
+        raise CheckpointError(
+            f"{shapes.path}: {num_layers} of {released['transformer_blocks']} blocks are there. Give the "
+            "complete file, or for a smaller network its config.json to --dit_config.",
+            shapes.path,
+        )
+    eps = settings.get("eps", QwenImage21Config.eps)
+    if type(eps) is not float or not 0 <= eps < 1:
+        raise CheckpointError(f"{source}: eps is {eps}: it must be a small number, such as 1e-6.", source)
+    return QwenImage21Config(
+        dim=dim,
+        ffn_dim=shapes.of("transformer_blocks.0.img_mlp.gate_layer.weight")[0],
+        num_heads=dim // width,
+        num_layers=num_layers,
+        channels=channels,
+        text_dim=shapes.of("txt_in.in_layer.weight")[1],
+        axes=_read_axes(settings, source, width),
+        freq_dim=shapes.of("time_text_embed.timestep_embedder.linear_1.weight")[1],
+        eps=eps,
+    )
+
+
+def _read_axes(settings: Mapping[str, Any], source: Path, width: int) -> tuple[int, int, int]:
+    """Return the channels of a head for each axis of positions. Raises CheckpointError for unfit ones."""
+    axes = settings.get("axes_dims_rope", usual_axes(width))
+    is_list = isinstance(axes, list | tuple) and len(axes) == 3
+    if not is_list or not all(type(axis) is int and axis > 0 and axis % 2 == 0 for axis in axes):
+        axes = ()
+    if sum(axes) != width:
+        raise CheckpointError(
+            f"{source}: axes_dims_rope {settings.get('axes_dims_rope', '')} must be three even numbers, "
+            f"{width} together, as many as a head has channels.",
+            source,
+        )
+    times, rows, columns = axes
+    return times, rows, columns
+
+
+def _sources(checkpoint: Checkpoint, _: DitHeader[QwenImage21Config]) -> Mapping[str, TensorSource]:
+    return cut_parts(plain_sources(checkpoint), CUTS)
+
+
+@functools.cache  # so that headers that were read are found again
+def format_with(config_json: Path | None) -> DitFormat[QwenImage21Config, QwenImage21Model]:
+    """Return the format of transformer files. config_json: of --dit_config."""
+    return DitFormat(
+        functools.partial(_header, config_json=config_json),
+        lambda _: WHAT,
+        network=QwenImage21Model,
+        sources=_sources,
+        option=OPTION,
+    )
+
+
+FORMAT = format_with(None)
+read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load
+
+
+class Turbo(NamedTuple):
+    """What a transformer distilled to few steps is sampled with."""
+
+    levels: tuple[float, ...]  # noise levels before the shift, without the 0 at the end
+    source: str  # what says that it is Turbo
+
+
+def find_turbo(dit: Path | None) -> Turbo | None:
+    """Return the noise levels of Turbo, and what says that a transformer is Turbo; None if it is not.
+
+    That is `sample_sigmas` of the release's model_index.json, else the nearest name, as in `FewSteps.judge`.
+    Raises CheckpointError if model_index.json cannot be used.
+    """
+    if dit is None:
+        return None
+    dit = inside(dit, "transformer")
+    folder = dit.absolute().parent if dit.suffix else dit.absolute()
+    index = folder.parent / "model_index.json"
+    if folder.name == "transformer" and index.is_file():
+        levels = _read_levels(index)
+        if levels is not None:
+            return Turbo(levels, f"{index} has sample_sigmas")
+    verdict = judge_distillation(FEW_STEPS, dit)
+    if verdict is None or not verdict.is_distilled:
+        return None
+    return Turbo(TURBO_LEVELS, verdict.evidence)
+
+
+def _read_levels(index: Path) -> tuple[float, ...] | None:
+    """Return `sample_sigmas` of a model_index.json; None if it has none. Raises CheckpointError."""
+    try:
+        content = json.loads(read_text(index))
+        levels = content.get("sample_sigmas")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
+    if levels is None:
+        return None
+    is_list = isinstance(levels, list) and 0 < len(levels) <= MOST_LEVELS
+    if not is_list or not all(type(level) in (int, float) and 0 < level <= 1 for level in levels):
+        levels = [0, 0]
+    if any(level <= next_level for level, next_level in itertools.pairwise(levels)):
+        raise CheckpointError(
+            f"{index}: sample_sigmas must be falling numbers from 1 down to above 0, at most {MOST_LEVELS}. "
+            "Copy the file of the release again.",
+            index,
+        )
+    return tuple(map(float, levels))
+
+
+@dataclass(frozen=True)
+class QwenImage21Files(LanguageModelFiles):
+    """Files of a run with the model's own VAE and Qwen3-VL's language model."""
+
+    text_use: LanguageUse = TEXT_USE
+    dit_config: Path | None = None
+
+    vae_folder: ClassVar[str] = "vae"
+
+    def add_config(self, path: Path | None) -> Self:
+        """Return a copy with --dit_config. Raises OptionError if there is no such file."""
+        if path is not None and not path.is_file():
+            raise OptionError(f"--dit_config {path}: no such file. Correct the path, or leave the option out")
+        return replace(self, dit_config=path)
+
+    @property
+    def format(self) -> DitFormat[Any, Any]:  # type: ignore[override]  # depends on --dit_config
+        return format_with(self.dit_config)
+
+    @property
+    def dit_path(self) -> Path:
+        return inside(super().dit_path, "transformer")
+
+    def load_vae(self, device: torch.device) -> QwenImage21Vae:
+        self.check_vae()
+        return load_vae(self.vae_path, device, self.beside(self.vae_dtype), tile=self.vae_tile)
+
+    def check_vae(self) -> None:
+        """Raise CheckpointError if the file is no VAE of the model, or has other latents than --dit takes."""
+        channels = read_vae_config(self.vae_path).latent_channels
+        if self.dit is not None and self.dit_header().config.channels != channels:
+            raise CheckpointError(
+                f"--vae {self.vae_path} has latents of {channels} channels, {self.dit_path} takes "
+                f"{self.dit_header().config.channels}. Give the VAE of {NAME}.",
+                self.vae_path,
+            )
+
+    @property
+    def channels(self) -> int | None:
+        """Return the channels of latents by the files that are given; None if none is."""
+        if self.dit is not None:
+            channels: int = self.dit_header().config.channels
+            return channels
+        return None if self.vae is None else read_vae_config(self.vae_path).latent_channels

@@ -1,0 +1,584 @@
+"""The transformer of Qwen-Image-2.1: single-stream blocks over a picture and what stands before it.
+
+Names of modules are the released ones, which are those of diffusers. Always float32: the embedding of time,
+modulation, norms, rotary angles.
+
+The released model has one sequence: the text, with the tokens of each reference picture in its place, and
+then the picture that is made. A token of the text sees what stands before it, one of a picture also its whole
+picture. So nothing but the picture that is made depends on that picture or on the time: text and references,
+the prefix, are modulated with time 0. Their keys and values are computed once for all steps of a generation
+(`QwenImage21Model.remember`).
+
+Here the picture stands first, as in all models, and the prefix behind it: attention depends on positions and
+on what a token may see, not on the order in memory.
+"""
+# Letters: B batch, L tokens of the picture, P of the prefix, R of references, T of text, N heads, D head
+# width, C = N * D, S rows of modulation: the picture's, then the prefix'
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
+
+from contract.steps import NO_TWEAKS, Tweaks
+from modules.attention.attend import SecondText, attend, attend_causally
+from modules.devices import send_ahead
+from modules.layers.modulation import add_gated, modulate, split_segments
+from modules.layers.norms import (
+    CentredRMSNorm,
+    Float32LayerNorm,
+    RMSNorm,
+    activation_dtype,
+    in_own_dtype,
+    run_float32,
+)
+from modules.layers.rope import GridTable, angles_at, on_grid, rotate, sinusoid, take_rows, turns
+from modules.speed_options import SDPA, AttentionChoice
+from qwen_image_21.configs import DIT, QwenImage21Config
+from running.run_blocks import BlockNetwork, Hidden, run_blocks
+
+if TYPE_CHECKING:  # loaded only if processes share tokens
+    from running.offload.context import TokenPart
+
+ROWS = 4  # that modulate a block: scale and gate of attention, then of feed-forward
+LARGEST = 65504.0  # in float16
+
+gelu = partial(functional.gelu, approximate="tanh")  # as trained
+
+Grid = tuple[int, int]  # rows and columns of a picture's tokens
+
+
+class Segment(NamedTuple):
+    """Tokens of a prefix that see each other alike."""
+
+    start: int  # in the prefix
+    end: int
+    is_text: bool  # each sees those before it; else they are a reference, all of which see all of it
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The order of text and references in the prefix of a sample."""
+
+    texts: int  # real tokens of its text
+    slots: tuple[int, ...]  # rising: how many of these stand before each reference
+    grids: tuple[Grid, ...]  # of the references
+
+    @property
+    def segments(self) -> list[Segment]:
+        segments: list[Segment] = []
+        start = 0
+        before = 0  # tokens of the text
+        for slot, (rows, columns) in zip(self.slots, self.grids, strict=True):
+            if slot > before:
+                segments.append(Segment(start, start + slot - before, True))
+                start += slot - before
+                before = slot
+            segments.append(Segment(start, start + rows * columns, False))
+            start += rows * columns
+        if self.texts > before:
+            segments.append(Segment(start, start + self.texts - before, True))
+        return segments
+
+    @property
+    def length(self) -> int:
+        return self.texts + sum(rows * columns for rows, columns in self.grids)
+
+
+@dataclass(frozen=True)
+class QwenImage21Tokens:
+    """Inputs of the blocks; x is B L+P C, with a second text B L+P+P' C."""
+
+    grid: Grid  # of the picture's tokens
+    picture: int  # how many of them there are, L; 0 while a prefix alone is computed
+    split: int  # where the prefix begins, among the tokens that this process has
+    # of each sample; of one if all are alike. Plain numbers, which compiled code leaves open
+    segments: tuple[tuple[Segment, ...], ...]
+    rotary: Tensor  # rotations of all tokens, L+P 1 D/2 2, or B L+P 1 D/2 2 if prefixes differ
+    rows: Tensor  # B S 4C float32: scales and gates of all blocks
+    time: Tensor  # B 1 C float32, the embedded time of the picture
+    dtype: torch.dtype  # of activations between layers
+    attention: AttentionChoice
+    remembers: bool = False  # there is a prefix alone, whose keys and values the blocks keep
+    second: SecondText | None = None
+    second_segments: tuple[tuple[Segment, ...], ...] = ()
+    second_rotary: Tensor | None = None  # as `rotary`, of the picture and the second prefix
+    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+
+    @property
+    def first_picture(self) -> int:
+        return 0
+
+    def cut(self, part: "TokenPart") -> Self:
+        """Return the inputs of the blocks for a part of the tokens; `rotary` stays that of all tokens."""
+        return replace(self, part=part, split=part.of_first(self.picture))
+
+    def of(self, kept: Tensor, num_left_out: int) -> Self:
+        """Return the inputs for some tokens of x. kept: B K, their rising places; all of the prefix stay."""
+        picture = self.picture - num_left_out
+        return replace(
+            self, picture=picture, split=picture, rotary=take_rows(self.rotary, kept, num_left_out)
+        )
+
+
+class QwenImage21Attention(nn.Module):
+    """Attention of a picture to all tokens, and of the prefix to what stands before each of its tokens."""
+
+    def __init__(self, config: QwenImage21Config) -> None:
+        super().__init__()
+        dim = config.dim
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
+        self.norm_q = RMSNorm(config.head_width, config.eps)
+        self.norm_k = RMSNorm(config.head_width, config.eps)
+        # Keys, rotated, and values of the prefix, B P N D; set by `QwenImage21Model` around a pass. Not in
+        # the tokens, because tensors of each block there would have every block compiled anew
+        self.remembered: tuple[Tensor, ...] = ()
+
+    def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
+        # x: B L+P C
+        heads = tuple(
+            in_own_dtype(layer, x).unflatten(-1, (-1, *self.norm_q.normalized_shape))
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        attended = self.attend_tokens((self.norm_q(heads[0]), self.norm_k(heads[1]), heads[2]), tokens)
+        return in_own_dtype(self.to_out[0], attended.flatten(2))
+
+    def attend_tokens(self, heads: tuple[Tensor, ...], tokens: QwenImage21Tokens) -> Tensor:
+        """Return the attention of the tokens among each other, B L+P N D. heads: query, key, value."""
+        second, part = tokens.second, tokens.part
+        if part is not None:
+            heads = part.gather_tokens(*heads)
+        if second is None:
+            attended = self.attend_heads(heads, tokens.rotary, tokens, tokens.segments)
+            return attended if part is None else part.gather_heads(attended)
+        assert tokens.second_rotary is not None
+        first_heads = tuple(map(second.without, heads))
+        second_heads = tuple(map(second.alone, heads))
+        attended = self.attend_heads(first_heads, tokens.rotary, tokens, tokens.segments)
+        second_attended = self.attend_heads(
+            second_heads, tokens.second_rotary, tokens, tokens.second_segments
+        )
+        if part is None:
+            return second.combine(attended, second_attended)
+        return part.combine(attended, second_attended, second)
+
+    def attend_heads(
+        self,
+        heads: tuple[Tensor, ...],
+        rotary: Tensor,
+        tokens: QwenImage21Tokens,
+        segments: Sequence[Sequence[Segment]],
+    ) -> Tensor:
+        """Return the attention of a picture and its prefix, B L+P N D. heads: not rotated yet."""
+        query, key, value = heads
+        query = rotate(query, rotary)
+        key = rotate(key, rotary)
+        if tokens.remembers:
+            self.remembered = key, value
+        elif self.remembered:
+            remembered_key, remembered_value = self.remembered
+            key = torch.cat([key, remembered_key], dim=1)
+            value = torch.cat([value, remembered_value], dim=1)
+        if len(segments) == 1:
+            return attend_segments(query, key, value, tokens, segments[0])
+        samples = zip(query.split(1), key.split(1), value.split(1), segments, strict=True)
+        return torch.cat([attend_segments(*sample[:3], tokens, sample[3]) for sample in samples])
+
+
+def attend_segments(
+    query: Tensor, key: Tensor, value: Tensor, tokens: QwenImage21Tokens, segments: Sequence[Segment]
+) -> Tensor:
+    """Return the attention of samples with the same segments; queries of padding give zeros.
+
+    query: B L+P N D, or B L N D if the keys and values of the prefix were remembered. key, value: B L+P N D.
+    """
+    choice = tokens.attention
+    start = tokens.picture
+    end = start + segments[-1].end
+    outputs = []
+    if start:
+        outputs.append(attend(query[:, :start], key[:, :end], value[:, :end], choice))
+    if query.shape[1] > start:
+        for segment in segments:
+            queries = query[:, start + segment.start : start + segment.end]
+            keys = key[:, start : start + segment.end]
+            values = value[:, start : start + segment.end]
+            if segment.is_text:
+                outputs.append(attend_causally(queries, keys, values, choice))
+            else:
+                outputs.append(attend(queries, keys, values, choice))
+        outputs.append(torch.zeros_like(query[:, end:]))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+class QwenImage21FeedForward(nn.Module):
+    """Gated feed-forward: out(silu(gate_layer x) * proj x). Source: Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config: QwenImage21Config) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.gate_layer = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.out = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = functional.silu(in_own_dtype(self.gate_layer, x))
+        return in_own_dtype(self.out, gates * in_own_dtype(self.proj, x))
+
+
+class QwenImage21Block(nn.Module):
+    """Attention and feed-forward, each behind a norm; all blocks share what modulates them."""
+
+    def __init__(self, config: QwenImage21Config) -> None:
+        super().__init__()
+        self.img_norm1 = Float32LayerNorm(config.dim, config.eps)
+        self.attn = QwenImage21Attention(config)
+        self.img_norm2 = Float32LayerNorm(config.dim, config.eps)
+        self.img_mlp = QwenImage21FeedForward(config)
+
+    def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
+        # x: B L+P C
+        scale, gate, *feed_rows = tokens.rows.chunk(ROWS, dim=-1)  # each B S C
+        h = modulate(self.img_norm1(x), None, scale, tokens.dtype, split=tokens.split)
+        x = add_gated(x, gate, self.attn(h, tokens), tokens.split)
+        # the expensive one last: if it runs in pieces, recomputing the block stops here
+        parts = []
+        for part, *rows in split_segments(tokens.split, feed_rows, x):
+            # without names: code that computes it in pieces takes arguments by their order
+            parts.append(self.feed(part, tokens.dtype, *rows))
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return x.clamp(-LARGEST, LARGEST) if x.dtype == torch.float16 else x
+
+    def modulated_input(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
+        """Return the input of attention for the picture's tokens of x: B L+P C -> B L C."""
+        scale = tokens.rows[:, :1].chunk(ROWS, dim=-1)[0]
+        return modulate(self.img_norm1(x[:, : tokens.split]), None, scale, tokens.dtype)
+
+    def feed(self, x: Tensor, dtype: torch.dtype, scale: Tensor, gate: Tensor) -> Tensor:
+        """Add the feed-forward branch to x, B L C; each token is processed independently."""
+        return add_gated(x, gate, self.img_mlp(modulate(self.img_norm2(x), None, scale, dtype)))
+
+
+class QwenImage21Time(nn.Module):
+    """Embed timesteps, 0..1000: B -> B C float32."""
+
+    def __init__(self, config: QwenImage21Config) -> None:
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.timestep_embedder = nn.ModuleDict(
+            {
+                "linear_1": nn.Linear(config.freq_dim, config.dim, bias=False),
+                "linear_2": nn.Linear(config.dim, config.dim, bias=False),
+            }
+        )
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        # float32 angles, as in training
+        waves = sinusoid(timesteps, self.freq_dim, torch.float32)
+        hidden = functional.silu(run_float32(self.timestep_embedder["linear_1"], waves))
+        return run_float32(self.timestep_embedder["linear_2"], hidden)
+
+
+class QwenImage21TextLayers(nn.Module):
+    """Turn states of the language model into tokens: ... text_dim -> ... C."""
+
+    def __init__(self, config: QwenImage21Config) -> None:
+        super().__init__()
+        self.text_norm = CentredRMSNorm(config.text_dim, config.eps)
+        self.in_layer = nn.Linear(config.text_dim, config.dim, bias=False)
+        self.out_layer = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return in_own_dtype(self.out_layer, gelu(in_own_dtype(self.in_layer, self.text_norm(states))))
+
+
+class QwenImage21LastNorm(nn.Module):
+    """Final norm, scaled by the time."""
+
+    def __init__(self, config: QwenImage21Config) -> None:
+        super().__init__()
+        self.norm = Float32LayerNorm(config.dim, config.eps)
+        self.linear = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
+        scale = in_own_dtype(self.linear, functional.silu(tokens.time)).float()
+        return modulate(self.norm(x), None, scale, tokens.dtype)
+
+
+class QwenImage21Layout(NamedTuple):
+    """The key of a table of rotations."""
+
+    grid: Grid  # of the picture's tokens; (0, 0): there is no picture
+    prefixes: tuple[Prefix, ...]  # of each sample
+    has_prefix: bool  # else the table is of the picture alone
+
+
+class PrefixTokens(NamedTuple):
+    """Texts with their references as tokens."""
+
+    x: Tensor  # B P C, with padding behind
+    prefixes: tuple[Prefix, ...]
+
+
+class QwenImage21Model(BlockNetwork):
+    """Predict the velocity of noisy latents of a picture from states of Qwen3-VL and reference pictures.
+
+    Without references, a second text and code that stands around the blocks:
+
+        x = cat([img_in(noisy), txt_in(text)])                              # B L+T C
+        time = time_text_embed(timesteps), time0 = time_text_embed(0)       # each B C
+        rows, rows0 = modulation(silu(time)), modulation(silu(time0))       # rows0 for the text; each B 4C
+        for block in transformer_blocks:
+            scale, gate, scale2, gate2 = rows (or rows0), the gates' tanh   # each B 1 C
+            x = x + gate * attn(norm(x) * (1 + scale))      # the picture sees all, the text what precedes
+            x = x + gate2 * mlp(norm(x) * (1 + scale2))
+        velocity = proj_out(norm(x[:, :L]) * (1 + norm_out(silu(time))))    # B L Z, returned as B Z 1 H W
+    """
+
+    spec = DIT
+    dtype_of = "transformer_blocks.0.attn.norm_q.weight"
+
+    def __init__(self, config: QwenImage21Config, attention: AttentionChoice = SDPA) -> None:
+        """attention: passed to `modules.attention.attend`."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        dim = config.dim
+        self.time_text_embed = QwenImage21Time(config)
+        self.txt_in = QwenImage21TextLayers(config)
+        self.img_in = nn.Linear(config.channels, dim, bias=False)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, ROWS * dim, bias=False))
+        self.transformer_blocks = nn.ModuleList(QwenImage21Block(config) for _ in range(config.num_layers))
+        self.norm_out = QwenImage21LastNorm(config)
+        self.proj_out = nn.Linear(dim, config.channels, bias=False)
+        self._rotary = GridTable[QwenImage21Layout](self._make_table)
+
+    def forward(self, *inputs: Any, tweaks: Tweaks = NO_TWEAKS, **named_inputs: Any) -> Any:
+        """Predict as `embed` says. With `tweaks.section_cache` the prefix of each pass is computed once."""
+        memory = tweaks.section_cache
+        if memory is None or tweaks.turn is None or tweaks.away is not None or tweaks.leaves_out:
+            return super().forward(*inputs, tweaks=tweaks, **named_inputs)
+        which = tweaks.turn.which
+        try:
+            if which not in memory:
+                memory[which] = self.remember(*inputs, **named_inputs)
+            for attention, keys_values in memory[which].items():
+                attention.remembered = keys_values
+            return super().forward(*inputs, tweaks=tweaks, is_remembered=True, **named_inputs)
+        finally:
+            self._forget()
+
+    def remember(
+        self, noisy: Tensor, timesteps: Tensor, **prompt: Any
+    ) -> dict[nn.Module, tuple[Tensor, ...]]:
+        """Return keys and values of the prefix by block's attention. Inputs: those of `embed`."""
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        embedded = self.embed_prefix(dtype, **prompt)
+        times = self.time_text_embed(torch.zeros_like(timesteps))[:, None]
+        layout = QwenImage21Layout((0, 0), embedded.prefixes, has_prefix=True)
+        tokens = QwenImage21Tokens(
+            grid=(0, 0),
+            picture=0,
+            split=0,
+            segments=segments_of(embedded.prefixes),
+            rotary=self._rotary.of(layout, noisy.device),
+            rows=self.modulation_rows(times),
+            time=times,
+            dtype=dtype,
+            attention=self.attention,
+            remembers=True,
+        )
+        run_blocks(self, Hidden(embedded.x, tokens), NO_TWEAKS)
+        memory: dict[nn.Module, tuple[Tensor, ...]] = {}
+        for attention in self.attentions():
+            memory[attention] = attention.remembered
+        self._forget()
+        return memory
+
+    def _forget(self) -> None:
+        for attention in self.attentions():
+            attention.remembered = ()
+
+    def attentions(self) -> list[QwenImage21Attention]:
+        return [block.attn for block in self.transformer_blocks if isinstance(block, QwenImage21Block)]
+
+    def embed(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        slots: Tensor,
+        tweaks: Tweaks = NO_TWEAKS,
+        references: Sequence[Tensor] = (),
+        is_remembered: bool = False,
+    ) -> Hidden:
+        """Return the tokens of picture and prefix, B L+P C, and the other inputs of the blocks.
+
+        noisy: B Z 1 H W. timesteps: B, 0..1000. text: B T text_dim, states of the language model. text_mask:
+        B T, true or 1 for real tokens, which come first. slots: B n, on the host: before which token of its
+        text each reference stands, rising. tweaks: ideas that change this call; their second text has the
+        names text, text_mask and slots. references: clean latents of n pictures to edit, each B Z 1 h w of
+        its own size. is_remembered: leave the prefix out, whose keys and values the blocks have. Raises
+        ValueError if sizes do not fit.
+        """
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        grid = self.grid_of(noisy)
+        x = self.embed_picture(noisy).to(dtype)
+        num_picture = x.shape[1]
+        time = self.time_text_embed(timesteps)[:, None]
+        times = time
+        prompts = tweaks.texts(len(noisy), text=text, text_mask=text_mask, slots=slots)
+        if is_remembered:
+            prefixes = prefixes_of(text_mask, slots, references)
+        else:
+            embedded = []
+            for prompt in prompts:
+                if prompt["slots"] is None:  # a second text has its references where the first one has them
+                    prompt["slots"] = slots
+                embedded.append(self.embed_prefix(dtype, **prompt, references=references))
+            x = torch.cat([x, *(prefix.x for prefix in embedded)], dim=1)
+            prefixes = embedded[0].prefixes
+            times = torch.cat([time, self.time_text_embed(torch.zeros_like(timesteps))[:, None]], dim=1)
+        layout = QwenImage21Layout(grid, prefixes, has_prefix=not is_remembered)
+        tokens = QwenImage21Tokens(
+            grid=grid,
+            picture=num_picture,
+            split=num_picture,
+            segments=segments_of(prefixes),
+            rotary=self._rotary.of(layout, noisy.device),
+            rows=self.modulation_rows(times),
+            time=time,
+            dtype=dtype,
+            attention=self.attention,
+        )
+        if tweaks.steer is not None:
+            _, second = embedded  # it comes with a second text
+            tokens = replace(
+                tokens,
+                second=SecondText(num_picture, second.x.shape[1], None, tweaks.steer),
+                second_segments=segments_of(second.prefixes),
+                second_rotary=self._make_table(layout._replace(prefixes=second.prefixes), device=x.device),
+            )
+        return Hidden(x, tokens)
+
+    def embed_prefix(
+        self,
+        dtype: torch.dtype,
+        text: Tensor,
+        text_mask: Tensor,
+        slots: Tensor,
+        references: Sequence[Tensor] = (),
+    ) -> PrefixTokens:
+        """Return texts and references in their order. Inputs: as of `embed`. dtype: of the tokens."""
+        prefixes = prefixes_of(text_mask, slots, references)
+        for latents in references:
+            self.grid_of(latents)
+        longest = max(prefix.texts for prefix in prefixes)
+        texts = self.txt_in(text[:, :longest].to(dtype)).to(dtype)
+        pictures = [self.embed_picture(latents).to(dtype) for latents in references]
+        samples = []
+        for number, prefix in enumerate(prefixes):
+            words = texts[number, : prefix.texts]
+            pieces = []
+            start = 0
+            for slot, picture in zip(prefix.slots, pictures, strict=True):
+                pieces += [words[start:slot], picture[number]]
+                start = slot
+            pieces.append(words[start:])
+            samples.append(torch.cat(pieces))
+        return PrefixTokens(nn.utils.rnn.pad_sequence(samples, batch_first=True), prefixes)
+
+    def grid_of(self, latents: Tensor) -> Grid:
+        """Return rows and columns of a picture's tokens. Raises ValueError if its channels do not fit."""
+        channels, frames, height, width = latents.shape[1:]
+        if channels != self.config.channels or frames != 1:
+            raise ValueError(
+                f"latents of {tuple(latents.shape[1:])}: {self.config.channels} channels of one picture"
+            )
+        return height, width
+
+    def embed_picture(self, latents: Tensor) -> Tensor:
+        """Return the tokens of a picture, one for each latent pixel: B Z 1 H W -> B L C."""
+        return in_own_dtype(self.img_in, rearrange(latents, "b z 1 h w -> b (h w) z"))
+
+    def modulation_rows(self, times: Tensor) -> Tensor:
+        """Return scale and gate of attention, then of feed-forward: B S C -> B S 4C float32."""
+        rows = in_own_dtype(self.modulation[1], functional.silu(times)).float()
+        scale, gate, feed_scale, feed_gate = rows.chunk(ROWS, dim=-1)
+        return torch.cat([scale, gate.tanh(), feed_scale, feed_gate.tanh()], dim=-1)
+
+    def unembed(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
+        """Turn tokens B L+P C into the velocity, B Z 1 H W in float32."""
+        rows, columns = tokens.grid
+        numbers = in_own_dtype(self.proj_out, self.norm_out(x[:, : tokens.picture], tokens)).float()
+        return rearrange(numbers, "b (h w) z -> b z 1 h w", h=rows, w=columns)
+
+    def _make_table(self, layout: QwenImage21Layout, /, *, device: torch.device) -> Tensor:
+        """Return (cosine, sine) pairs of all tokens, L+P 1 D/2 2 float32, or B L+P 1 D/2 2.
+
+        Computed from float64 angles. Each token of the text advances all three positions by one. A picture's
+        token stands at (time, row, column), with the time that the text has reached, and rows and columns
+        counted from the middle; the text continues behind its longer side.
+        """
+        tables = {prefix: self._table_of(layout, prefix, device) for prefix in set(layout.prefixes)}
+        if len(tables) == 1:
+            return tables[layout.prefixes[0]]
+        samples = [tables[prefix] for prefix in layout.prefixes]
+        return nn.utils.rnn.pad_sequence(samples, batch_first=True)
+
+    def _table_of(self, layout: QwenImage21Layout, prefix: Prefix, device: torch.device) -> Tensor:
+        """Return the pairs of a sample's tokens, L+P 1 D/2 2."""
+        widths = self.config.axes
+
+        def axis(first: int, size: int, width: int) -> Tensor:
+            places = torch.arange(first, first + size, dtype=torch.float64)
+            pairs = turns(angles_at(places, width, self.config.rope_theta))
+            return send_ahead(pairs.float(), device)
+
+        def picture(grid: Grid, time: int) -> Tensor:
+            rows, columns = grid
+            time_width, row_width, column_width = widths
+            along_rows = axis(rows // 2 - rows, rows, row_width)
+            along_columns = axis(columns // 2 - columns, columns, column_width)
+            return on_grid([axis(time, 1, time_width), along_rows, along_columns])
+
+        place = 0
+        before = 0  # tokens of the text
+        tables = []
+        for slot, grid in zip(prefix.slots, prefix.grids, strict=True):
+            tables.append(torch.cat([axis(place, slot - before, width) for width in widths], dim=1))
+            place += slot - before
+            before = slot
+            tables.append(picture(grid, place))
+            place += max(grid)
+        count = prefix.texts - before
+        tables.append(torch.cat([axis(place, count, width) for width in widths], dim=1))
+        target = picture(layout.grid, place + count)
+        return torch.cat([target, *tables * layout.has_prefix]).unsqueeze(1)
+
+
+def segments_of(prefixes: Sequence[Prefix]) -> tuple[tuple[Segment, ...], ...]:
+    """Return the segments of each prefix, or of one if all are alike."""
+    different = prefixes[:1] if len(set(prefixes)) == 1 else prefixes
+    return tuple(tuple(prefix.segments) for prefix in different)
+
+
+def prefixes_of(text_mask: Tensor, slots: Tensor, references: Sequence[Tensor]) -> tuple[Prefix, ...]:
+    """Return the order of text and references in each sample.
+
+    Inputs: as of `QwenImage21Model.embed`. Raises ValueError if the slots are not those of the references.
+    """
+    grids = tuple((latents.shape[-2], latents.shape[-1]) for latents in references)
+    prefixes = []
+    for count, places in zip(text_mask.sum(dim=1).tolist(), slots.tolist(), strict=True):
+        is_rising = places == sorted(places) and all(0 <= place <= count for place in places)
+        if len(places) != len(grids) or not is_rising:
+            raise ValueError(f"slots {places} in a text of {count} tokens for {len(grids)} references")
+        prefixes.append(Prefix(int(count), tuple(places), grids))
+    return tuple(prefixes)

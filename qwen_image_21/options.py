@@ -1,0 +1,136 @@
+"""Qwen-Image-2.1's own options for caching, training and generation. Standard library only."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from modules.option_values import FillIn
+from modules.options import FREE, OF_DECODING, OF_REQUEST, Options, not_needed, of_request, option
+from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
+from qwen_image.options import MASK
+
+NAME = "Qwen-Image-2.1"
+SIDE = 1024  # of pictures, where nothing is said
+STEPS = 40
+BLANK = " "  # what an empty prompt is written as, as released
+NO_TEXT = ("", '""', "''")
+_CONFIG = (
+    "config.json of diffusers for the transformer, if it is a single file whose sizes are not the release's"
+)
+
+
+class QwenImage21VaeOptions(Options):
+    """Path of the VAE and how it runs."""
+
+    file: VaeOptions = option(facts=OF_DECODING)
+    vae_chunk_size = not_needed(
+        "a picture goes through the VAE at once; --vae_tiling takes less memory.", type=int
+    )
+
+
+class QwenImage21TextOptions(TextEncoderOptions):
+    """Path of the text encoder, and how it runs."""
+
+    text_encoder: Path | None = option("Qwen3-VL (8B) text encoder: file or folder", often=True)
+    text_encoder_dtype: str | None = option(
+        "dtype that the encoder computes in; default: bfloat16, but float32 with a float32 transformer",
+        choices=("bfloat16", "float32"),
+    )
+    in_fp8: bool = fp8_text_option(
+        "fp8_vl", "the linear layers of Qwen3-VL in fp8: half the memory, slightly different states"
+    )
+
+
+class QwenImage21LatentCachingOptions(Options, title=NAME):
+    """Options of qwen_image_21_cache_latents.py besides the shared ones."""
+
+    vae: QwenImage21VaeOptions
+
+
+class QwenImage21TextCachingOptions(Options, title=NAME):
+    """Options of qwen_image_21_cache_text_encoder_outputs.py besides the shared ones."""
+
+    text: QwenImage21TextOptions = option(settings={"text_encoder": {"required": True}})
+
+
+class QwenImage21ModelOptions(Options, title=NAME):
+    """The files of the model and how they run, in training and generation."""
+
+    dit: Path | None = option("transformer checkpoint", facts=FREE, often=True)  # resume compares its name
+    dit_config: Path | None = option(_CONFIG, facts=FREE)
+    dit_dtype: str | None = dit_dtype_option()
+    num_layers = not_needed("the file's tensors say how many layers it has.", type=int)
+    vae: QwenImage21VaeOptions = option(facts=FREE)
+    text: QwenImage21TextOptions = option(facts=FREE)
+
+
+class QwenImage21TrainingOptions(QwenImage21ModelOptions, title=NAME):
+    """Options of qwen_image_21_train_network.py besides the shared ones."""
+
+
+class QwenImage21ReferenceOptions(Options, title="pictures to edit"):
+    """How --control_image_path is taken, and which parts of the first of them stay."""
+
+    resize_control_to_image_size: bool = option(
+        "resize the pictures to the size of the result, and crop them; default: to about a megapixel in "
+        "their own shape, as the model was trained"
+    )
+    resize_control_to_official_size: bool = option(
+        "resize the pictures to about a megapixel, which is the default",
+        excludes="resize_control_to_image_size",
+    )
+    mask_path: Path | None = option(
+        "a picture that is white where the first one is changed; the rest of it stays as it is. That picture "
+        "must have the size of the result",
+        facts=of_request(MASK),
+    )
+
+
+class QwenImage21GenerationOptions(QwenImage21ModelOptions, title=NAME):
+    """Options of qwen_image_21_generate_image.py besides the shared ones."""
+
+    dtype: str | None = option(
+        "another spelling of --dit_dtype",
+        choices=("bfloat16", "float16", "float32"),
+        excludes="dit_dtype",
+    )
+    no_kv_cache: bool = option(
+        "compute the prompt and the pictures to edit anew in each step: slower, but their keys and values, "
+        "half a megabyte for each of their tokens, are not kept",
+        facts=OF_REQUEST,
+    )
+    references: QwenImage21ReferenceOptions
+
+
+def read_negative(text: str) -> str:
+    """Return the negative prompt that a text stands for. An empty one is meant: guidance needs one."""
+    return BLANK if text.strip() in NO_TEXT else text
+
+
+def settle_generation(
+    options: Any, own_options: QwenImage21GenerationOptions
+) -> tuple[Any, QwenImage21GenerationOptions]:
+    """Return the options with an empty --negative_prompt as the text that it stands for."""
+    negative = options.request.negative_prompt
+    if negative is None:
+        return options, own_options
+    request = replace(options.request, negative_prompt=read_negative(negative))
+    return replace(options, request=request), own_options
+
+
+def caching_options(options: QwenImage21TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
+    return dict(options.vae.file.words()), dict(options.text.words("QWEN3_VL_FILE"))
+
+
+def generation_options(options: QwenImage21TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    return {
+        "--dit": options.dit or FillIn("DIT_FILE"),
+        "--dit_config": options.dit_config,
+        **options.vae.file.words(),
+        **options.text.words("QWEN3_VL_FILE"),
+        "--dit_dtype": options.dit_dtype,
+        "--control_image_path": sample.get("control_images") or (),
+    }

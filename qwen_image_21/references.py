@@ -1,0 +1,97 @@
+"""Pictures to edit: their sizes and colours, for the VAE and for the text encoder.
+
+Both get one picture of the same size, since the tokens of the text encoder's vision tower and the latents
+have to match: about a megapixel in the picture's own shape, or the size of the result. Source: the released
+pipeline.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from contract.requests import Prepared
+from contract.steps import Anchor
+from encoders.pictures import show_references
+from modules.errors import MediaError
+from modules.media.buckets import Size
+from modules.media.reading import image_size, read_image, resize_cover, resize_frame
+from qwen_image.options import MASK
+from qwen_image.references import (
+    MEGAPIXEL,
+    OFFICIAL_STEP,
+    check_equal_size,
+    check_mask,
+    official_size,
+    read_mask,
+)
+from qwen_image_21.options import QwenImage21ReferenceOptions
+
+WHITE = 255
+
+
+def read_reference(path: Path, target: Size | None = None) -> Tensor:
+    """Read a picture as the model takes it: H W 3 uint8, or H W 4 if it has transparency.
+
+    target: resize it to cover this size, and crop; None: stretch it to its official size. Raises MediaError
+    if it cannot be read, or is too small.
+    """
+    frame = read_image(path, alpha=True)
+    height, width = frame.shape[:2]
+    if min(width, height) < OFFICIAL_STEP:
+        raise MediaError(f"{path} has {width}x{height} pixels, each side needs at least {OFFICIAL_STEP}")
+    if target is not None:
+        return torch.from_numpy(resize_cover(frame, target).copy())
+    size = official_size((width, height), MEGAPIXEL)
+    return torch.from_numpy(resize_frame(frame, size, "none" if size == (width, height) else "lanczos"))
+
+
+def lay_on_white(picture: Tensor) -> Tensor:
+    """Lay a picture, H W 3 or H W 4 uint8, on white: H W 3 uint8. Its colours are rounded as by Pillow."""
+    if picture.shape[-1] == 3:
+        return picture
+    shown = Image.fromarray(picture.numpy(), "RGBA")
+    white = Image.new("RGB", shown.size, (WHITE, WHITE, WHITE))
+    white.paste(shown, mask=shown.getchannel("A"))
+    return torch.from_numpy(np.array(white))
+
+
+def read_shown(path: Path, target: Size | None = None) -> Tensor:
+    """Read a picture as the text encoder sees it: `read_reference`, on white."""
+    return lay_on_white(read_reference(path, target))
+
+
+def add_pictures(prepared: Prepared, options: QwenImage21ReferenceOptions) -> Prepared:
+    """Return the request with its pictures in all prompts.
+
+    Raises OptionError if there are too many, if the result cannot be held to the first one, or if the mask
+    cannot be read.
+    """
+    paths = prepared.request.control_images
+    mask = prepared.request.extra.get(MASK)
+    if mask is not None:
+        check_mask(Path(mask), bool(paths))
+    if not paths:
+        return prepared
+    target = (prepared.width, prepared.height) if options.resize_control_to_image_size else None
+    metadata = dict(prepared.own_metadata)
+    if mask is not None:
+        size = official_size(image_size(paths[0]), MEGAPIXEL) if target is None else target
+        check_equal_size(f"--{MASK} {mask}", paths[0], size, prepared)
+        metadata[MASK] = Path(mask).name
+    return replace(show_references(prepared, target), own_metadata=metadata)
+
+
+def read_anchor(prepared: Prepared, latents: Tensor) -> Anchor | None:
+    """Return the anchor that holds the result to the first picture outside of the mask; None without one.
+
+    latents: of the first picture, 1 C 1 h w.
+    """
+    mask = prepared.request.extra.get(MASK)
+    if mask is None:
+        return None
+    step = prepared.width // latents.shape[-1]
+    return Anchor(latents, read_mask(Path(mask), (prepared.width, prepared.height), step))

@@ -1,0 +1,13 @@
+"""Encode the captions of a dataset with Qwen-Image-2.1's text encoder (Qwen3-VL), for training.
+
+All options: python qwen_image_21_cache_text_encoder_outputs.py --help
+"""
+
+import modules.interpreter  # noqa: F401
+from dataset.scripts import caching_script
+
+main = caching_script("qwen_image_21", "texts", __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

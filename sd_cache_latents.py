@@ -1,0 +1,13 @@
+"""Encode the pictures of a dataset with the VAE of Stable Diffusion 1.x and 2.x, for training.
+
+All options: python sd_cache_latents.py --help
+"""
+
+import modules.interpreter  # noqa: F401
+from dataset.scripts import caching_script
+
+main = caching_script("sd1", "latents", __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

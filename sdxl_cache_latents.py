@@ -1,0 +1,13 @@
+"""Encode the pictures of a dataset with the VAE of Stable Diffusion XL, for training.
+
+All options: python sdxl_cache_latents.py --help
+"""
+
+import modules.interpreter  # noqa: F401
+from dataset.scripts import caching_script
+
+main = caching_script("sdxl", "latents", __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

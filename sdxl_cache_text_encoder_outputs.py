@@ -1,0 +1,13 @@
+"""Encode the captions of a dataset with the text encoders of Stable Diffusion XL, for training.
+
+All options: python sdxl_cache_text_encoder_outputs.py --help
+"""
+
+import modules.interpreter  # noqa: F401
+from dataset.scripts import caching_script
+
+main = caching_script("sdxl", "texts", __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

@@ -1,0 +1,356 @@
+"""Stable Diffusion 1.x, 2.x and XL, described for the shared loops: for training and its caches.
+
+Pictures are made by gen_img.py, whose networks and samplers are diffusers'.
+"""
+# Letters: B pictures, L tokens, C width, h w latent size
+
+import re
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from contract.data import (
+    SIZES,
+    Batch,
+    Conditions,
+    LatentSpec,
+    MediaEncoders,
+    SamplingDefaults,
+    tensor_on,
+)
+from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from contract.loading import Placement
+from contract.requests import Prepared, Request
+from contract.rules import ModelRelease, NpzFormat
+from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
+from encoders.pictures import ModelOfPictures, picture_defaults
+from modules.devices import choose_compute_dtype, dtype_of
+from modules.errors import CacheError, OptionError
+from modules.options import NO_OPTIONS
+from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
+from stable_diffusion.noise import make_noise_spec, vary_noise_by
+from stable_diffusion.samplers import SeenSolver, begin_sampling, make_scheduler
+from stable_diffusion.tokenizers import SIZE as CHUNK
+from stable_diffusion.towers import POOLED, STATES, STATES_1, STATES_2, make_encoders
+from stable_diffusion.training_files import TrainingFiles, unet_parts, unet_spec
+from stable_diffusion.training_options import (
+    SAMPLERS,
+    USUAL_SAMPLER,
+    LatentCachingOptions,
+    StableDiffusionTrainingOptions,
+    TextCachingOptions,
+)
+
+STEPS, GUIDANCE_SCALE = 30, 7.5  # of a training's samples, as known trainers have it
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision; else float32
+OF_SD, OF_XL = (SD1, SD2), (SDXL,)  # kinds that a script trains
+LARGE_SD2 = 768  # sides of pictures of the 2.x that predicts v
+# what the caches of a kind are called: at the end of file names, of npz files
+_TAGS = {SD1: "sd", SD2: "sd", SDXL: "sdxl"}
+_STEPS = {SD1: 8, SD2: 8, SDXL: 32}  # sides of pictures are multiples of it
+
+_RAIL = "CreativeML OpenRAIL-M"
+RELEASES: Mapping[ModelKind, ModelRelease] = {
+    SD1: ModelRelease(
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "CompVis/stable-diffusion-v1-4"),
+        _RAIL,
+        "creativeml-openrail-m",
+        "https://huggingface.co/spaces/CompVis/stable-diffusion-license",
+        covers_all=False,
+    ),
+    SD2: ModelRelease(
+        ("stabilityai/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1-base"),
+        "CreativeML OpenRAIL++-M",
+        "openrail++",
+        "https://huggingface.co/stabilityai/stable-diffusion-2/blob/main/LICENSE-MODEL",
+        covers_all=False,
+    ),
+    SDXL: ModelRelease(
+        ("stabilityai/stable-diffusion-xl-base-1.0",),
+        "CreativeML OpenRAIL++-M",
+        "openrail++",
+        "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md",
+        covers_all=False,
+    ),
+}
+
+
+def latent_spec(kind: ModelKind) -> LatentSpec:
+    tag = _TAGS[kind]
+    texts = "_te_outputs" if kind is SDXL else f"_{tag}_te_outputs"
+    return LatentSpec(
+        channels=4,
+        stride=(1, 8, 8),
+        pixel_step=_STEPS[kind],
+        frame_step=1,
+        scale=kind.latent_scale,
+        npz=NpzFormat(f"_{tag}", texts, has_resolutions=False),
+        tells_sizes=kind is SDXL,
+    )
+
+
+@dataclass(frozen=True)
+class StableDiffusion(ModelOfPictures):
+    """Description of a checkpoint of Stable Diffusion for one training, or for its caches."""
+
+    files: TrainingFiles  # type: ignore[assignment]  # all networks are in one checkpoint
+    noise: NoiseSpec = field(default_factory=lambda: make_noise_spec(False))
+    chunks: int = 1  # of 75 tokens that are read of a caption
+    clip_skip: int | None = None
+    sampler: str = USUAL_SAMPLER  # of a training's samples
+    options: Any = NO_OPTIONS  # of a training
+
+    can: ClassVar[Abilities] = Abilities()
+    lora_module: str = field(default="networks.lora", init=False)
+
+    @property
+    def kind(self) -> ModelKind:
+        return self.files.kind
+
+    @property
+    def name(self) -> str:
+        return self.kind.name
+
+    @property
+    def called(self) -> str:
+        return self.kind.words
+
+    @property
+    def cache_tag(self) -> str:
+        return _TAGS[self.kind]
+
+    @property
+    def latent(self) -> LatentSpec:
+        return latent_spec(self.kind)
+
+    @property
+    def dit(self) -> DitSpec:
+        return unet_spec(self.files.unet_config)
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        return picture_defaults(
+            STEPS, GUIDANCE_SCALE, self.kind.size, solver=self.sampler, solvers=SAMPLERS, noise_on_cpu=True
+        )
+
+    @property
+    def release(self) -> ModelRelease:
+        return RELEASES[self.kind]
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        kind, predicts_v = self.kind, self.noise.predicts_v
+        architecture = "stable-diffusion-xl-v1-base"
+        version = "sdxl_base_v1-0"
+        implementation = "https://github.com/Stability-AI/generative-models"
+        if kind is not SDXL:
+            implementation = "diffusers"
+            architecture = "stable-diffusion-v1"
+            version = "sd_v1"
+        if kind is SD2:
+            architecture = "stable-diffusion-v2-768-v" if predicts_v else "stable-diffusion-v2-512"
+            version = "sd_v2_v" if predicts_v else "sd_v2"
+        names = {
+            "architecture": architecture,
+            "base_model_version": version,
+            "implementation": implementation,
+            "prediction_type": "v" if predicts_v else "epsilon",
+            "resolution": self._resolution,
+        }
+        paths = {"sd_model_name": self.files.ckpt, "vae_name": self.files.vae}
+        hashes = {} if self.options is NO_OPTIONS else self.files.hashes
+        return {**names, **{key: path.name for key, path in paths.items() if path is not None}, **hashes}
+
+    @property
+    def _resolution(self) -> str:
+        """Return the size for the metadata of files: of --resolution, else that of the released model."""
+        typed = None if self.options is NO_OPTIONS else self.options.resolution
+        sides = re.findall(r"\d+", typed or "")
+        if not sides:
+            is_large = self.kind is SD2 and self.noise.predicts_v
+            sides = [str(LARGE_SD2 if is_large else self.kind.size)]
+        return f"{sides[0]}x{sides[-1]}"
+
+    # files
+
+    def check_files(self, media: bool) -> None:
+        self.files.check()
+
+    @property
+    def dit_files(self) -> tuple[Path, ...]:
+        return (self.files.unet_path,)
+
+    def block_counts(self) -> tuple[int, ...]:
+        return tuple(count for _, count in unet_parts(self.files.unet_config))
+
+    def compute_dtype(self, placement: Placement) -> torch.dtype:
+        return self.files.unet_dtype(placement)
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        return self.files.load_unet(placement, self.dit)
+
+    # texts
+
+    def text_encoders(self) -> list[TextEncoder]:
+        return [*make_encoders(self.files, self.chunks, self.clip_skip)]
+
+    @property
+    def text_keys(self) -> frozenset[str]:
+        return frozenset({STATES_1, STATES_2, POOLED} if self.kind is SDXL else {STATES})
+
+    # the network
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the conditions for training: states of texts, B L C; of SDXL the pooled state and sizes.
+
+        Raises CacheError if texts were made for another length or by other text encoders.
+        """
+        texts_again = "the script that caches texts"
+        batch.check(dict.fromkeys(sorted(self.text_keys), texts_again), "the U-Net")
+        names = sorted(self.text_keys - {POOLED})
+        conditions = {name: batch.tensor(name) for name in sorted(self.text_keys)}
+        width = sum(conditions[name].shape[-1] for name in names)
+        expected = int(self.files.unet_config.get("cross_attention_dim", 1280))
+        if width != expected:
+            raise CacheError(
+                f"{batch.keys[0]}: the states of its text are {width} numbers wide, the U-Net of "
+                f"{self.files.path} takes {expected}: they were made with another checkpoint. Cache texts "
+                "again."
+            )
+        length = CHUNK * self.chunks + 2
+        for name in names:
+            if conditions[name].shape[1] != length:
+                raise CacheError(
+                    f"{batch.keys[0]}: its text has {conditions[name].shape[1]} states, this training has "
+                    f"{length}. Cache texts again with the same --max_token_length, or change it here."
+                )
+        if self.kind is SDXL:
+            conditions[SIZES] = batch.tensor(SIZES)
+        return conditions
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        """Predict noise or v, B 4 1 h w, from states of texts B L C, and of SDXL pool2 B C and sizes B 6."""
+        device = noisy.device
+        dtype = dtype_of(dit)
+        names = sorted(self.text_keys - {POOLED})
+        context = torch.cat([tensor_on(cond, name, device).to(dtype) for name in names], dim=-1)
+        added: dict[str, Tensor] | None = None
+        if self.kind is SDXL:
+            pooled = tensor_on(cond, POOLED, device).to(dtype)
+            added = {"text_embeds": pooled, "time_ids": tensor_on(cond, SIZES, device).to(dtype)}
+        (output,) = dit(
+            noisy.squeeze(2).to(dtype),
+            timesteps,
+            encoder_hidden_states=context,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )
+        result: Tensor = output.unsqueeze(2)
+        return result
+
+    # samples: the pictures of gen_img.py
+
+    def prepare(self, request: Request) -> Prepared:
+        return self.settle_picture(request, flow_shift=1.0)
+
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the only section. Its noise is from the CPU, and its solver is a scheduler of diffusers."""
+        solver = self._begin(prepared)
+        conditions = dict(inputs.get(0, {}))
+        if self.kind is SDXL:
+            height, width = prepared.height, prepared.width
+            conditions[SIZES] = torch.tensor([(height, width, 0, 0, height, width)], dtype=torch.float32)
+        section = prompts[0].section(solver.seen(0), conditions)
+        return (yield replace(section, solver=solver))
+
+    def _begin(self, prepared: Prepared) -> SeenSolver:
+        """Return the solver of a picture with the noise that it begins with."""
+        generator = torch.Generator().manual_seed(prepared.seed)
+        predicts_v = self.noise.predicts_v
+        has_zero_snr = predicts_v and self.noise.table[-1] == 1
+        scheduler = make_scheduler(prepared.solver, predicts_v, has_zero_snr)
+        solver = begin_sampling(scheduler, prepared.steps, [generator])
+        shape = self.latent.shape(1, prepared.height, prepared.width)
+        drawn = torch.randn(shape[1], *shape[3:], generator=generator)
+        return SeenSolver(solver, (drawn * solver.noise_level)[None, :, None])
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        yield encoders.vae.decode(latents / self.latent.scale)
+
+
+def family_for_latent_caching(kinds: tuple[ModelKind, ...], options: LatentCachingOptions) -> StableDiffusion:
+    return StableDiffusion(TrainingFiles(kinds, options.ckpt, options.vae))
+
+
+def family_for_text_caching(
+    kinds: tuple[ModelKind, ...], options: TextCachingOptions, clip_skip: int | None = None
+) -> StableDiffusion:
+    dtype = choose_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", torch.float32)
+    assert dtype is not None
+    files = TrainingFiles(kinds, options.ckpt, tokenizer_cache_dir=options.tokenizer_cache_dir, dtype=dtype)
+    return StableDiffusion(files, chunks=options.chunks, clip_skip=clip_skip)
+
+
+def family_for_training(
+    kinds: tuple[ModelKind, ...],
+    options: StableDiffusionTrainingOptions,
+    says_v2: bool = False,
+    clip_skip: int | None = None,
+) -> StableDiffusion:
+    """Return the model of a training. Raises OptionError for options that the checkpoint contradicts."""
+    files = TrainingFiles(
+        kinds,
+        options.ckpt,
+        options.vae,
+        tokenizer_cache_dir=options.tokenizer_cache_dir,
+        says_v2=says_v2,
+        says_v=options.v_parameterization,
+        dtype=PRECISIONS.get(options.mixed_precision, torch.float32),
+    )
+    predicts_v = files.predicts_v
+    check_prediction(options, predicts_v)
+    noise = make_noise_spec(
+        predicts_v,
+        options.zero_terminal_snr or files.marks.zero_terminal_snr,
+        weights=options.loss_weights,
+        vary=vary_noise_by(options.varied_noise),
+    )
+    return StableDiffusion(
+        files, noise, options.chunks, clip_skip, sampler=options.sample_sampler, options=options
+    )
+
+
+def check_prediction(options: StableDiffusionTrainingOptions, predicts_v: bool) -> None:
+    """Raise OptionError for weightings of the loss of another prediction."""
+    weights = options.loss_weights
+    if weights.scale_v_pred_loss_like_noise_pred and not predicts_v:
+        raise OptionError(
+            "--scale_v_pred_loss_like_noise_pred is for models that predict v, and this one predicts noise. "
+            "Leave it out, or add --v_parameterization if the model was trained so"
+        )
+    if weights.v_pred_like_loss and predicts_v:
+        raise OptionError(
+            f"--v_pred_like_loss {weights.v_pred_like_loss:g} is for models that predict noise, and this one "
+            "predicts v. Leave it out"
+        )
+    if options.zero_terminal_snr and not predicts_v:
+        raise OptionError(
+            "--zero_terminal_snr needs a model that predicts v: of the last timestep, which is noise alone, "
+            "a model that predicts noise learns nothing. Leave it out, or add --v_parameterization if the "
+            "model was trained so"
+        )
+
+
+_: type[Family] = StableDiffusion

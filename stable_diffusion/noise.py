@@ -1,0 +1,128 @@
+"""The schedule of noise that Stable Diffusion is trained on: its levels, factors on losses, varied noise.
+
+SNR is the ratio of signal to noise of a timestep, a / (1 - a), where a is `alphas_cumprod` of DDPM.
+Sources: DDPM, Ho et al. 2020, arXiv 2006.11239; min-SNR, Hang et al. 2023, arXiv 2303.09556; zero terminal
+SNR, Lin et al. 2023, arXiv 2305.08891; debiased estimation, Yu et al. 2023, arXiv 2310.08442.
+"""
+# Letters: B pictures, C channels, h w latent size
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from contract.family import NoiseSpec
+from stable_diffusion.samplers import TRAINED
+from stable_diffusion.training_options import LossWeightOptions, VariedNoiseOptions
+
+MOST_SNR = 1000.0  # a larger one counts as this: that of the first timestep would dwarf all others
+
+
+@dataclass(frozen=True)
+class VariedNoise:
+    """Change the noise of a training: an offset for each channel, then coarser noise on top."""
+
+    offset: float | None = None
+    offset_is_random: bool = False  # a share of the offset is drawn for each batch
+    adaptive_scale: float = 0.0  # added to the offset, times the mean of the latents' channel
+    levels: int = 0  # of coarser noise
+    discount: float = 0.3  # factor on each coarser level
+
+    def __call__(self, noise: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the noise B C 1 h w. latents: B C 1 h w, in model space."""
+        if self.offset is not None:
+            noise = self._add_offset(noise, latents, generator)
+        return self._add_levels(noise, generator) if self.levels else noise
+
+    def _add_offset(self, noise: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
+        """Source: "Diffusion with Offset Noise", Guttenberg 2023."""
+        assert self.offset is not None
+        share = torch.rand((), generator=generator) if self.offset_is_random else torch.ones(())
+        offset = self.offset * share
+        if self.adaptive_scale:
+            means = latents.mean(dim=(-2, -1), keepdim=True).abs()
+            offset = (offset + self.adaptive_scale * means).clamp(min=0)
+        return noise + offset * torch.randn((*noise.shape[:2], 1, 1, 1), generator=generator)
+
+    def _add_levels(self, noise: Tensor, generator: torch.Generator) -> Tensor:
+        """Source: "Multi-Resolution Noise for Diffusion Model Training", Whitaker 2023."""
+        height, width = noise.shape[-2:]
+        total = noise
+        for level in range(self.levels):
+            ratio = 2 + 2 * torch.rand((), generator=generator).item()
+            size = max(1, int(height / ratio**level)), max(1, int(width / ratio**level))
+            coarse = torch.randn((*noise.shape[:2], *size), generator=generator)
+            fine = interpolate(coarse, (height, width), mode="bilinear")
+            total = total + fine.unsqueeze(2) * self.discount**level
+            if 1 in size:
+                break
+        return total / total.std()
+
+
+def vary_noise_by(options: VariedNoiseOptions) -> VariedNoise | None:
+    """Return what changes the noise as the options ask; None if nothing does."""
+    if options.noise_offset is None and not options.multires_noise_iterations:
+        return None
+    return VariedNoise(
+        options.noise_offset,
+        offset_is_random=options.noise_offset_random_strength,
+        adaptive_scale=options.adaptive_noise_scale or 0.0,
+        levels=options.multires_noise_iterations or 0,
+        discount=options.multires_noise_discount,
+    )
+
+
+def read_betas() -> Tensor:
+    """Return the variances that the models were trained with: 1000, float32, as diffusers computes them."""
+    low, high = TRAINED["beta_start"] ** 0.5, TRAINED["beta_end"] ** 0.5
+    return torch.linspace(low, high, TRAINED["num_train_timesteps"], dtype=torch.float32).square()
+
+
+def make_noise_spec(
+    predicts_v: bool,
+    zero_terminal_snr: bool = False,
+    weights: LossWeightOptions | None = None,
+    vary: VariedNoise | None = None,
+) -> NoiseSpec:
+    """Return the conventions of a model that predicts noise, or v.
+
+    zero_terminal_snr: rescale the betas so that the last timestep is noise alone.
+    """
+    betas = read_betas()
+    shares = torch.cumprod(1 - betas, dim=0)
+    factors = () if weights is None else loss_factors(weights, shares, predicts_v)
+    if zero_terminal_snr:
+        shares = torch.cumprod(1 - rescale_zero_terminal_snr(betas), dim=0)
+    return NoiseSpec(
+        training_offset=0.0,
+        whole_timesteps=True,
+        table=tuple((1 - shares).sqrt().tolist()),
+        keeps_variance=True,
+        predicts_v=predicts_v,
+        loss_factors=factors,
+        vary=vary,
+    )
+
+
+def loss_factors(weights: LossWeightOptions, shares: Tensor, predicts_v: bool) -> tuple[float, ...]:
+    """Return the factor on the loss of each timestep; () if all are 1.
+
+    Several weightings multiply. shares: `alphas_cumprod` of the betas before they are rescaled for a zero
+    terminal SNR, as known trainers have it: with the rescaled ones the last factor would divide by zero.
+    """
+    if not weights.has_any:
+        return ()
+    snr = shares.double() / (1 - shares.double())
+    capped = snr.clamp(max=MOST_SNR)
+    factors = torch.ones_like(snr)
+    if weights.min_snr_gamma:
+        factors *= snr.clamp(max=weights.min_snr_gamma) / (snr + 1 if predicts_v else snr)
+    if weights.scale_v_pred_loss_like_noise_pred:
+        factors *= capped / (capped + 1)
+    if weights.v_pred_like_loss:
+        factors *= 1 + weights.v_pred_like_loss * (capped + 1) / capped
+    if weights.debiased_estimation_loss:
+        factors *= 1 / (capped + 1) if predicts_v else capped.rsqrt()
+    return tuple(factors.tolist())

@@ -1,0 +1,16 @@
+"""Stable Diffusion 1.x and 2.x for train_network.py and its caches."""
+
+from stable_diffusion import family
+from stable_diffusion.sd1.options import Sd1LatentCachingOptions, Sd1TextCachingOptions, Sd1TrainingOptions
+
+
+def family_for_latent_caching(options: Sd1LatentCachingOptions) -> family.StableDiffusion:
+    return family.family_for_latent_caching(family.OF_SD, options)
+
+
+def family_for_text_caching(options: Sd1TextCachingOptions) -> family.StableDiffusion:
+    return family.family_for_text_caching(family.OF_SD, options, options.clip_skip)
+
+
+def family_for_training(options: Sd1TrainingOptions) -> family.StableDiffusion:
+    return family.family_for_training(family.OF_SD, options, options.v2, options.clip_skip)

@@ -1,0 +1,23 @@
+"""The scripts that train Stable Diffusion 1.x and 2.x; stable_diffusion/names.py has the names of modules."""
+
+from contract.families import FamilyEntry, Marks
+from networks.names.layouts import FamilyNames
+from stable_diffusion.names import OF_GEN_IMG
+
+ENTRY = FamilyEntry(
+    "stable_diffusion.sd1",
+    own_files=False,
+    script="sd1",  # no script is called so: `trainer`, `generator` and `cache` name them
+    cache="sd_cache",
+    trainer="train_network",
+    generator="gen_img",
+    record="Sd1",
+    encoders=(),  # the VAE is in the checkpoint, or in a file of its own
+    spelled=OF_GEN_IMG,
+    texts="--pretrained_model_name_or_path CHECKPOINT",
+    further_models=("sd2",),
+)
+
+LORA: tuple[FamilyNames, ...] = ()
+
+MARKS: Marks = ()

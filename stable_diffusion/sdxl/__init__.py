@@ -1,0 +1,6 @@
+"""Stable Diffusion XL: sdxl_train_network.py and its caches.
+
+family: the description, for these kinds of checkpoints
+names: entry of the scripts in the list
+options: options of the scripts, besides the shared ones
+"""

@@ -1,0 +1,32 @@
+"""Options of sdxl_train_network.py and the sdxl_cache_... scripts. Standard library only."""
+
+from modules.options import not_needed, unsupported
+from stable_diffusion.options import GenImgOptions as SdxlGenerationOptions
+from stable_diffusion.training_options import (
+    LatentCachingOptions,
+    StableDiffusionTrainingOptions,
+    TextCachingOptions,
+    caching_options,
+    generation_options,
+)
+
+__all__ = ("SdxlGenerationOptions", "caching_options", "generation_options")
+NAME = "Stable Diffusion XL"
+
+
+class SdxlTrainingOptions(StableDiffusionTrainingOptions, title=NAME):
+    """Options of sdxl_train_network.py besides the shared ones."""
+
+    v2 = unsupported("this script trains Stable Diffusion XL. Train 2.x with train_network.py --v2")
+    clip_skip = not_needed(
+        "Stable Diffusion XL was trained on the last but one layer of both text encoders, which is used.",
+        type=int,
+    )
+
+
+class SdxlLatentCachingOptions(LatentCachingOptions, title=NAME):
+    """Options of sdxl_cache_latents.py besides the shared ones."""
+
+
+class SdxlTextCachingOptions(TextCachingOptions, title=NAME):
+    """Options of sdxl_cache_text_encoder_outputs.py besides the shared ones."""

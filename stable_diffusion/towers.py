@@ -1,0 +1,200 @@
+"""The text encoders of a checkpoint as training and its caches use them: each caption gives states of tokens.
+
+A caption is cut behind 75 n tokens and filled up to them, in n chunks between start and end token. The states
+of its chunks are joined: start of the first, the 75 of each, the last of the last. The pooled state of SDXL's
+second encoder is that of the first end token of the first chunk. A LoRA goes into the linear layers of
+`encoder.layers`.
+"""
+# Letters: B captions, K chunks, C width
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from checkpoints.opening import fingerprint
+from contract.data import Conditions
+from contract.family import EncoderAbilities
+from contract.requests import Prompt
+from contract.rules import CountTokens, TokenCount
+from encoders.clip_checkpoints import CLIP_TOKENS
+from encoders.clip_l import ClipWords, load_clip_words
+from encoders.clip_layers import ClipText
+from modules.devices import dtype_name
+from running.offload.block_swap import move_network
+from running.offload.host_memory import LoadedNetwork
+from stable_diffusion import tokenizers
+from stable_diffusion.contract import SD2, SDXL
+from stable_diffusion.text import check_layer, join_chunks, usual_layer
+from stable_diffusion.text_checkpoints import TextPlan
+from stable_diffusion.tokenizers import OPEN_CLIP_PAD, check_vocabulary
+from stable_diffusion.training_files import TrainingFiles
+
+STATES, STATES_1, STATES_2, POOLED = "hidden_state", "hidden_state1", "hidden_state2", "pool2"  # in caches
+# of each encoder, by the number of encoders that a model has
+_KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES_2, POOLED}))}
+
+
+@dataclass(frozen=True)
+class LoadedWords:
+    """What is loaded with the network of a text encoder."""
+
+    words: ClipWords
+    pad: int
+    layer: int  # whose states are used, from the end
+    projection: Tensor | None  # C x C' of the pooled state, on the CPU
+
+
+class TowerEncoder:
+    """One of the text encoders of a checkpoint."""
+
+    can: ClassVar[EncoderAbilities] = EncoderAbilities(learn=True)
+    variable_length: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(
+        self, files: TrainingFiles, number: int, chunks: int = 1, clip_skip: int | None = None
+    ) -> None:
+        """number: of the encoder in the checkpoint. chunks: of 75 tokens that are read.
+
+        clip_skip: as the option says; None: the layer that the model was trained with.
+        """
+        prefixes = files.kind.lora_prefixes
+        self.files = files
+        self.lora_prefix = prefixes[number]
+        self.keys = _KEYS[len(prefixes)][number]
+        self.name = f"text_encoder_{number + 1}" if number else "text_encoder"
+        self._number = number
+        self._chunks = chunks
+        self._clip_skip = clip_skip
+        self._loaded = LoadedNetwork[ClipText, LoadedWords]()
+
+    @property
+    def network(self) -> ClipText:
+        """The network. Call `load` first."""
+        return self._loaded.get()[0]
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Return what an output depends on in addition to the text. Reads a few MB."""
+        with self.files.opened() as release:
+            plan = release.texts[self._number]
+            checkpoint = fingerprint(plan.network.checkpoint.path)
+            layer = self._layer_of(plan)
+            are_open_clip = [text.is_open_clip for text in release.texts]
+        cache_dir = self.files.tokenizer_cache_dir
+        sources = tokenizers.find_tokenizer_files(cache_dir, self.files.path, are_open_clip)
+        source, file = sources[self._number]
+        return {
+            self.name: checkpoint,
+            f"{self.name}_tokenizer": source.identity(file),
+            f"{self.name}_layer": str(layer),
+            f"{self.name}_chunks": str(self._chunks),
+            f"{self.name}_dtype": dtype_name(self.files.dtype),
+        }
+
+    def token_counter(self) -> CountTokens:
+        """Return a function that counts a text's tokens, with start and end token. Weights are not loaded.
+
+        Raises CheckpointError if there is no tokenizer here; none is downloaded.
+        """
+        with self.files.opened() as release:
+            are_open_clip = [text.is_open_clip for text in release.texts]
+        path = self.files.path
+        sources = tokenizers.find_tokenizer_files(self.files.tokenizer_cache_dir, path, are_open_clip)
+        source, file = next((pair for pair in sources[self._number :: -1] if pair[1] is not None), sources[0])
+        if file is None:
+            file = source.download(path, may_download=False)
+        words = load_clip_words(source, file)
+        most = tokenizers.SIZE * self._chunks
+
+        def count(text: str) -> TokenCount:
+            ids = words.tokenize(text)
+            num_read = len(text) if len(ids) <= most else _find_cut(text, words.tokenize, most)
+            return TokenCount(text, tokens=len(ids) + 2, limit=most + 2, num_read=num_read)
+
+        return count
+
+    def load(self, device: torch.device) -> None:
+        """Load encoder and tokenizer. If they are loaded already, move the encoder to the device."""
+        self._loaded.load(device, self._read, move_network)
+
+    def _read(self, device: torch.device) -> tuple[ClipText, LoadedWords]:
+        with self.files.opened() as release:
+            plan = release.texts[self._number]
+            layer = self._layer_of(plan)
+            words = tokenizers.find_tokenizers(
+                self.files.tokenizer_cache_dir, self.files.path, [text.is_open_clip for text in release.texts]
+            )[self._number]
+            check_vocabulary(words, plan.network.config.vocabulary, self.files.path)
+            projection = None if plan.projection is None else plan.projection.read().to(self.files.dtype)
+            network = self.files.load_text(plan, device)
+        pad = OPEN_CLIP_PAD if plan.is_open_clip else words.end
+        return network, LoadedWords(words, pad, layer, projection)
+
+    def _layer_of(self, plan: TextPlan) -> int:
+        """Return the layer whose states are used, from the end. Raises OptionError for a layer too deep."""
+        kind = self.files.kind
+        check_layer(self._clip_skip, plan.network.config.num_layers, kind)
+        return self._clip_skip or usual_layer(kind, missing_layers=1 if kind is SD2 else 0)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Return the tensors `keys` of each prompt, on the CPU; gradients flow to trained parts.
+
+        Weights of a prompt's parts do not count, as captions have none.
+        """
+        if not prompts:
+            return []
+        network, loaded = self._loaded.get()
+        rows = [row for prompt in prompts for row in self._rows_of(prompt.text, loaded)]
+        is_xl = self.files.kind is SDXL
+        ends = None
+        if POOLED in self.keys:
+            ends = torch.tensor([row.index(loaded.words.end) for row in rows]).to(network.device)
+        ids = torch.tensor(rows).to(network.device)  # B*K 77
+        states, pooled = network.states(ids, loaded.layer, final_norm=not is_xl, ends=ends)
+        states_key = next(key for key in self.keys if key != POOLED)
+        results: list[Conditions] = []
+        for place, chunk_states in enumerate(states.split(self._chunks)):
+            conditions = {states_key: join_chunks(chunk_states).cpu()}
+            if pooled is not None:
+                first = pooled[place * self._chunks]
+                if loaded.projection is not None:
+                    first = first @ loaded.projection.to(first)
+                conditions[POOLED] = first.cpu().clone()
+            results.append(conditions)
+        return results
+
+    def _rows_of(self, text: str, loaded: LoadedWords) -> list[list[int]]:
+        """Return the rows of ids of a text: K of 77."""
+        ids = loaded.words.tokenize(text)
+        rows = []
+        for chunk in range(self._chunks):
+            start = chunk * tokenizers.SIZE
+            row = tokenizers.fill_chunk(
+                ids[start : start + tokenizers.SIZE],
+                start=loaded.words.start,
+                end=loaded.words.end,
+                pad=loaded.pad,
+            )
+            assert len(row) == CLIP_TOKENS
+            rows.append(row)
+        return rows
+
+    def free(self) -> None:
+        self._loaded.free()
+
+
+def _find_cut(text: str, tokenize: Callable[[str], list[int]], most: int) -> int:
+    """Return how many characters of a text its first `most` tokens cover, in whole words."""
+    ends = [match.end() for match in re.finditer(r"\S+", text)]
+    number = bisect_right(ends, most, key=lambda end: len(tokenize(text[:end])))
+    return ends[number - 1] if number else 0
+
+
+def make_encoders(files: TrainingFiles, chunks: int, clip_skip: int | None) -> list[TowerEncoder]:
+    count = len(files.kind.lora_prefixes)
+    return [TowerEncoder(files, number, chunks, clip_skip) for number in range(count)]

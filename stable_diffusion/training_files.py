@@ -1,0 +1,353 @@
+"""The checkpoint of a training: which model it is, and its networks, each loaded when it is needed.
+
+Generation loads all networks at once (`loading.py`); here the VAE and the text encoders leave the device.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
+
+from checkpoints.dialects import LoadPlan, load_planned
+from checkpoints.dits import FP8_COMPUTE, stored_layers
+from checkpoints.filling import load_module
+from checkpoints.model_files import require_file
+from checkpoints.opening import fingerprint, open_checkpoint
+from contract.family import DitSpec, NumberedBlocks
+from contract.loading import Placement
+from encoders.clip_layers import ClipText, check_activation
+from encoders.tiles import sample_posterior
+from modules.devices import dtype_name
+from modules.errors import CheckpointError, OptionError
+from modules.media.pixels import from_bytes
+from stable_diffusion import checkpoints, folders, loading
+from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
+from stable_diffusion.files import Marks, read_marks
+from stable_diffusion.names import unet_blocks, unet_samplers
+from stable_diffusion.options import ModelOptions
+from stable_diffusion.text_checkpoints import TextPlan
+from stable_diffusion.training_options import CKPT
+
+MORE_THAN_ALL = 1 << 20  # blocks of a list
+SCRIPTS = {SD1: "train_network.py", SD2: "train_network.py", SDXL: "sdxl_train_network.py"}
+
+
+def short_hash(path: Path) -> str:
+    """Return the hash by which A1111's first versions named checkpoints: of 64 KiB, 1 MiB into the file."""
+    with path.open("rb") as file:
+        file.seek(1 << 20)
+        return hashlib.sha256(file.read(1 << 16)).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class TrainingFiles:
+    """Paths and dtypes of a training or of its caches."""
+
+    kinds: tuple[ModelKind, ...]  # that the script trains; the first one's VAE may stand alone
+    ckpt: Path | None = None
+    vae: Path | None = None
+    tokenizer_cache_dir: Path | None = None
+    says_v2: bool = False  # --v2
+    says_v: bool = False  # --v_parameterization
+    dtype: torch.dtype = torch.float32  # of the U-Net and of the text encoders
+
+    @cached_property
+    def path(self) -> Path:
+        """Return the checkpoint; one of the hub is downloaded. Raises as `loading.find_checkpoint`."""
+        return loading.find_checkpoint(require_file(self.ckpt, CKPT, "the checkpoint"))
+
+    @cached_property
+    def marks(self) -> Marks:
+        """Return which model the checkpoint is, by its header.
+
+        Raises CheckpointError if this script does not train it, OptionError if it contradicts --v2.
+        """
+        path = self.path
+        if path.is_dir():
+            marks = folders.read_folder_marks(path)
+        else:
+            with open_checkpoint(path) as checkpoint:
+                marks = read_marks(path, checkpoint.tensors)
+        if marks.kind not in self.kinds:
+            raise CheckpointError(
+                f"--ckpt {path} is {marks.kind.words}, which {SCRIPTS[marks.kind]} trains. Use that, or "
+                f"give a checkpoint of {' or '.join(kind.words for kind in self.kinds)}.",
+                path,
+            )
+        if self.says_v2 and marks.kind is not SD2:
+            raise OptionError(
+                f"--v2: {path} is {marks.kind.words}, by its tensors. Leave --v2 out, or give a checkpoint "
+                f"of {SD2.words}"
+            )
+        return marks
+
+    @cached_property
+    def hashes(self) -> Mapping[str, str]:
+        """Return the hashes of the checkpoint's file and of --vae by which other programs know them."""
+        hashes: dict[str, str] = {}
+        paths = {"sd_model": None if self.ckpt is None else self.path, "vae": self.vae}
+        for name, path in paths.items():
+            if path is not None and path.is_file():
+                hashes[f"{name}_hash"] = short_hash(path)
+                with path.open("rb") as file:
+                    hashes[f"new_{name}_hash"] = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashes
+
+    @property
+    def kind(self) -> ModelKind:
+        return self.kinds[0] if self.ckpt is None else self.marks.kind
+
+    @property
+    def predicts_v(self) -> bool:
+        return self.says_v or (self.ckpt is not None and self.marks.predicts_velocity)
+
+    @contextmanager
+    def opened(self) -> Iterator[loading.OpenedCheckpoint]:
+        """Open the checkpoint and plan how its networks are loaded. Raises as `loading.open_release`."""
+        _ = self.marks
+        options = ModelOptions.usual(ckpt=self.path, vae=self.vae, v_parameterization=self.says_v)
+        with ExitStack() as files:
+            release = loading.open_release(options, files)
+            if release.unet.config["in_channels"] != checkpoints.LATENT_CHANNELS:
+                raise CheckpointError(
+                    f"--ckpt {self.path} is an inpainting checkpoint, which takes a mask and a masked "
+                    "picture too; those are not trained here. Give the checkpoint for pictures that it was "
+                    "made from.",
+                    self.path,
+                )
+            yield release
+
+    def check(self) -> None:
+        """Raise CheckpointError or OptionError if a file that is given cannot be used. Loads nothing."""
+        if self.ckpt is not None:
+            with self.opened():
+                pass
+        elif self.vae is not None:
+            with self.opened_vae():
+                pass
+
+    # the U-Net
+
+    @cached_property
+    def unet_config(self) -> Mapping[str, Any]:
+        with self.opened() as release:
+            return release.unet.config
+
+    @property
+    def unet_path(self) -> Path:
+        """Return the file that has the weights of the U-Net."""
+        if not self.path.is_dir():
+            return self.path
+        with folders.open_part(self.path / "unet", ("diffusion_pytorch_model",)) as checkpoint:
+            return checkpoint.path
+
+    def load_unet(self, placement: Placement, spec: DitSpec) -> nn.Module:
+        """Load the U-Net as a placement says, in evaluation mode, without gradients.
+
+        Raises CheckpointError if the file is damaged.
+        """
+        with self.opened() as release:
+            plan = release.unet
+            unet: nn.Module = checkpoints.build_network(
+                UNet2DConditionModel, plan.config, plan.checkpoint.path
+            )
+            unet.spec = spec  # type: ignore[assignment]  # names of its parts, for code that acts on it
+            target = self.unet_dtype(placement)
+            loading.logger.info(
+                "Loading %s: the U-Net of %s, as %s", self.path, release.kind.words, dtype_name(target)
+            )
+            load_module(
+                unet,
+                plan.checkpoint,
+                plan.sources,
+                device=placement.device,
+                dtype=lambda *_: target,
+                patch=placement.patch,
+                ignore=plan.ignore,
+                what="the U-Net of --ckpt",
+                stored=stored_layers(unet, plan.checkpoint, plan.sources, placement=placement, spec=spec),
+                host=placement.host,
+                check=placement.check,
+            )
+        return unet.eval()
+
+    def unet_dtype(self, placement: Placement) -> torch.dtype:
+        """Return the dtype that the U-Net computes in."""
+        wanted = placement.compute_dtype or placement.storage_dtype or self.dtype
+        return wanted if wanted.itemsize > 1 else FP8_COMPUTE
+
+    # the VAE
+
+    @contextmanager
+    def opened_vae(self) -> Iterator[LoadPlan[checkpoints.VaeSizes]]:
+        """Open the VAE alone: of --vae, or of the checkpoint."""
+        with ExitStack() as files:
+            if self.vae is not None:
+                yield loading.read_vae_of(self.vae, "--vae", self.kind, files)
+            elif self.path.is_dir():
+                yield loading.read_vae_of(self.path / "vae", "--ckpt", self.marks.kind, files)
+            else:
+                checkpoint = files.enter_context(open_checkpoint(self.path))
+                yield checkpoints.read_vae(checkpoint, "--ckpt", self.marks.kind.latent_scale)
+
+    def vae_identity(self) -> Mapping[str, str]:
+        """Return the facts that latents depend on besides the pixels."""
+        with self.opened_vae() as plan:
+            return {"vae": fingerprint(plan.checkpoint.path), "vae_dtype": dtype_name(torch.float32)}
+
+    def load_vae(self, device: torch.device) -> "DiffusersVae":
+        """Load the VAE, in float32: that of SDXL overflows in float16."""
+        with self.opened_vae() as plan:
+            network = checkpoints.build_network(AutoencoderKL, plan.config, plan.checkpoint.path)
+            vae = load_planned(
+                plan, lambda _: network, device=device, dtype=torch.float32, what="the VAE"
+            ).requires_grad_(False)
+        return DiffusersVae(vae)
+
+    # texts
+
+    def load_text(self, plan: TextPlan, device: torch.device) -> ClipText:
+        """Load a text encoder of an open checkpoint."""
+        check_activation(plan.network.config, self.path, "CLIP has quick_gelu or gelu")
+        return load_planned(
+            plan.network, ClipText, device=device, dtype=self.dtype, what="the text encoder of --ckpt"
+        ).requires_grad_(False)
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusersVae:
+    """Turns pictures into latents, which are not scaled, and back. Each picture is computed by itself."""
+
+    network: Any  # diffusers' AutoencoderKL
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.network.parameters()).device
+        return device
+
+    def to(self, device: torch.device) -> "DiffusersVae":
+        self.network.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, clips: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return samples of the posteriors, B 4 1 h w float32. clips: B 3 1 H W uint8."""
+        samples = []
+        for clip, generator in zip(clips, generators, strict=True):
+            pixels = from_bytes(clip[:, 0]).unsqueeze(0).to(self.device)
+            moments = self.network.encode(pixels).latent_dist.parameters.float()
+            samples.append(sample_posterior(moments.clone(), [generator], limits=(-30.0, 20.0)))
+        return torch.cat(samples).unsqueeze(2)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pixels B 3 1 H W in -1..1. latents: B 4 1 h w, not scaled."""
+        pixels: Tensor = self.network.decode(latents.squeeze(2).float()).sample
+        return pixels.clamp(-1, 1).unsqueeze(2)
+
+
+def unet_parts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Return the lists of residual blocks and of transformers of a U-Net with their lengths, in its order."""
+    down_types: Sequence[str] = config["down_block_types"]
+    counts = _layers_of(config)
+    parts: list[tuple[str, int]] = []
+    for level, (kind, count) in enumerate(zip(down_types, counts, strict=True)):
+        parts += _parts_of_level(f"down_blocks.{level}", kind, count)
+    parts += [("mid_block.resnets", 2), ("mid_block.attentions", 1)]
+    up_types: Sequence[str] = config["up_block_types"]
+    for level, (kind, count) in enumerate(zip(up_types, reversed(counts), strict=True)):
+        parts += _parts_of_level(f"up_blocks.{level}", kind, count + 1)
+    return parts
+
+
+def _layers_of(config: Mapping[str, Any]) -> list[int]:
+    """Return the number of residual blocks of each level on the way down."""
+    layers = config.get("layers_per_block", 2)
+    return [layers] * len(config["down_block_types"]) if isinstance(layers, int) else [*layers]
+
+
+def _parts_of_level(path: str, kind: str, count: int) -> list[tuple[str, int]]:
+    parts = [(f"{path}.resnets", count)]
+    return [*parts, (f"{path}.attentions", count)] if kind.startswith("CrossAttn") else parts
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """How many blocks each side of a U-Net has, and which of them has the first number."""
+
+    first: int  # number of input_blocks.0
+    down: int
+    middle: int
+    up: int
+
+    @property
+    def first_middle(self) -> int:
+        return self.first + self.down
+
+    @property
+    def first_up(self) -> int:
+        return self.first_middle + self.middle
+
+    def number_of(self, released: str) -> int:
+        """Return the number of a block of the released files, such as output_blocks.3.0."""
+        side, place, *_ = released.split(".")
+        starts = {
+            "input_blocks": self.first,
+            "middle_block": self.first_middle,
+            "output_blocks": self.first_up,
+        }
+        middle_is_one = side == "middle_block" and self.middle == 1
+        return starts[side] if middle_is_one else starts[side] + int(place)
+
+
+def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
+    """Return the blocks of a U-Net by the numbers of known trainers, which are those of the released files.
+
+    SDXL, of three levels, counts its inputs, then input blocks, the three parts of the middle, output blocks
+    and its outputs: 23. Of the others the middle is one block, and the first and the last are no numbers: 25.
+    """
+    layers = _layers_of(config)
+    blocks = sum(layers) + len(layers)  # the first convolution; a sampler after each level but the last
+    is_xl = config.get("addition_embed_type") is not None
+    sides = _Sides(first=1 if is_xl else 0, down=blocks, middle=3 if is_xl else 1, up=blocks)
+
+    numbers = [(ours, sides.number_of(released)) for released, ours, _ in unet_blocks(layers)]
+    for smaller, larger, our_down, our_up in unet_samplers(layers):
+        numbers.append((our_down.removesuffix(".conv"), sides.number_of(smaller)))
+        numbers.append((our_up.removesuffix(".conv"), sides.number_of(larger[0])))
+    rates = (
+        ("down_lr_weight", sides.first, sides.down),
+        ("mid_lr_weight", sides.first_middle, sides.middle),
+        ("up_lr_weight", sides.first_up, sides.up),
+    )
+    count = sides.first_up + sides.up + sides.first  # as many outputs as inputs
+    return NumberedBlocks(count, rates, tuple(numbers))
+
+
+def _swap_none(lists: int, blocks: int) -> tuple[int, ...]:
+    """Return more blocks of each list than it has: nothing of a U-Net is swapped, as it runs its own loop."""
+    return (MORE_THAN_ALL * blocks,) * lists
+
+
+def unet_spec(config: Mapping[str, Any]) -> DitSpec:
+    """Return the names inside a U-Net: each residual block and each transformer counts as a block.
+
+    A LoRA is put on the linear layers and 1x1 convolutions of transformers; with conv_dim also on all layers
+    of residual blocks and on samplers, as known trainers do.
+    """
+    parts = unet_parts(config)
+    return DitSpec(
+        swap_counts=partial(_swap_none, len(parts)),
+        numbered=number_blocks(config),
+        block_lists=tuple(name for name, _ in parts),
+        lora_lists=("down_blocks", "mid_block", "up_blocks"),
+        with_convolutions=(".resnets.", ".downsamplers.", ".upsamplers."),
+    )

@@ -1,0 +1,177 @@
+"""Options of the scripts that train Stable Diffusion and cache for it. Standard library only."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modules.option_values import FillIn
+from modules.options import FREE, HABIT, IDENTITY, Options, not_needed, option
+
+CKPT = "--pretrained_model_name_or_path"
+SHOWN_AS = {"--ckpt": CKPT}  # gen_img.py's name, which messages about checkpoints have
+_CKPT_HELP = "checkpoint: a single file, a folder in the layout of diffusers, or owner/name of the hub"
+_VAE_HELP = "another VAE than that of the checkpoint: a single file, or a folder in the layout of diffusers"
+_TOKENIZERS_HELP = (
+    "folder with openai_clip-vit-large-patch14 and laion_CLIP-ViT-bigG-14-laion2B-39B-b160k or "
+    "stabilityai_stable-diffusion-2, the files of the tokenizers"
+)
+# fmt: off
+SAMPLERS = (
+    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++",
+    "dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
+)
+# fmt: on
+USUAL_SAMPLER = "ddim"  # of known trainers
+CHUNK = 75  # tokens that a text encoder reads at once
+
+
+class VariedNoiseOptions(Options, title="noise"):
+    """Changes to the noise that the model learns to predict."""
+
+    noise_offset: float | None = option(
+        "add a random number times this to each channel of the noise, for darker and lighter pictures; 0.05 "
+        "is usual",
+        least=0,
+        most=10,
+        hint="0.05 is usual",
+    )
+    noise_offset_random_strength: bool = option(
+        "draw the share of --noise_offset for each batch, from 0 to 1", needs="noise_offset"
+    )
+    adaptive_noise_scale: float | None = option(
+        "add this times the mean of each channel of the latents to --noise_offset",
+        least=-10,
+        most=10,
+        needs="noise_offset",
+        hint="0.005 is usual",
+    )
+    multires_noise_iterations: int | None = option(
+        "levels of coarser noise that are added (pyramid noise); 6 to 10 are usual",
+        least=0,
+        most=100,
+        hint="6 to 10 are usual",
+    )
+    multires_noise_discount: float = option(
+        "factor on each coarser level",
+        default=0.3,
+        least=0,
+        most=1,
+        hint="0.1 to 0.8 are usual",
+        acts_if={
+            "there is no --multires_noise_iterations": lambda options: bool(options.multires_noise_iterations)
+        },
+    )
+
+
+class LossWeightOptions(Options, title="loss"):
+    """Factors on the losses of timesteps, by their ratio of signal to noise (SNR). Several multiply."""
+
+    min_snr_gamma: float | None = option(
+        "limit the weight of nearly clean samples: their SNR counts as this at most; 5 is usual",
+        least=0,
+        hint="5 is usual",
+    )
+    scale_v_pred_loss_like_noise_pred: bool = option(
+        "weight the loss of v as that of the noise would be; for models that predict v"
+    )
+    v_pred_like_loss: float | None = option(
+        "add this times the loss that a model of v would have; for models that predict noise",
+        least=0,
+        hint="0.1 to 1 are usual",
+    )
+    debiased_estimation_loss: bool = option("weight the losses by 1 / sqrt(SNR), of v by 1 / (SNR + 1)")
+
+    @property
+    def has_any(self) -> bool:
+        return bool(
+            self.min_snr_gamma
+            or self.scale_v_pred_loss_like_noise_pred
+            or self.v_pred_like_loss
+            or self.debiased_estimation_loss
+        )
+
+
+class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
+    """Options that both training scripts have besides the shared ones."""
+
+    # resume compares its name
+    ckpt: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
+    vae: Path | None = option(name="vae", facts=FREE)
+    tokenizer_cache_dir: Path | None = option(name="tokenizer_cache_dir", facts=FREE)
+    mixed_precision: str = option(name="mixed_precision", default="no", facts=FREE)
+    resolution: str | None = option(name="resolution", facts=FREE)
+    v_parameterization: bool = option(
+        "the model predicts v; not needed if the checkpoint says it", facts=IDENTITY
+    )
+    max_token_length: int | None = option(
+        "tokens of a caption that are read, in chunks of 75; default: 75", choices=(150, 225), facts=IDENTITY
+    )
+    zero_terminal_snr: bool = option(
+        "train the last timestep on noise alone; for models that predict v", facts=HABIT
+    )
+    sample_sampler: str = option(
+        "how samples are made, as gen_img.py --sampler", default=USUAL_SAMPLER, choices=SAMPLERS, facts=FREE
+    )
+    varied_noise: VariedNoiseOptions = option(facts=HABIT)
+    loss_weights: LossWeightOptions = option(facts=HABIT)
+    no_half_vae = not_needed("the VAE always computes in float32.", "VAE in float32")
+
+    @property
+    def chunks(self) -> int:
+        return (self.max_token_length or CHUNK) // CHUNK
+
+
+class LatentCachingOptions(Options, title="Stable Diffusion"):
+    """Options of the scripts that cache latents, besides the shared ones."""
+
+    ckpt: Path | None = option(
+        _CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True
+    )
+    vae: Path | None = option(_VAE_HELP, often=True)
+
+
+class TextCachingOptions(Options, title="Stable Diffusion"):
+    """Options of the scripts that cache texts, besides the shared ones."""
+
+    ckpt: Path = option(
+        _CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True, required=True
+    )
+    tokenizer_cache_dir: Path | None = option(_TOKENIZERS_HELP)
+    max_token_length: int | None = option(
+        "tokens of a caption that are read, in chunks of 75; default: 75", choices=(150, 225)
+    )
+    text_encoder_dtype: str | None = option("dtype of the text encoders; default: float32")
+
+    @property
+    def chunks(self) -> int:
+        return (self.max_token_length or CHUNK) // CHUNK
+
+
+def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    ckpt = options.ckpt or FillIn("CHECKPOINT")
+    texts = {
+        CKPT: ckpt,
+        "--tokenizer_cache_dir": options.tokenizer_cache_dir,
+        "--max_token_length": options.max_token_length,
+    }
+    return {CKPT: ckpt, "--vae": options.vae}, texts
+
+
+def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of gen_img.py that generate with the model of a training."""
+    chunks = options.chunks
+    line = str(sample.get("prompt") or FillIn("what it should show"))
+    letters = {"n": "negative_prompt", "w": "width", "h": "height", "s": "steps", "l": "guidance_scale"}
+    for letter, name in {**letters, "d": "seed"}.items():
+        if sample.get(name) not in (None, ""):
+            line += f" --{letter} {sample[name]}"
+    return {
+        "--ckpt": options.ckpt or FillIn("CHECKPOINT"),
+        "--vae": options.vae,
+        "--tokenizer_cache_dir": options.tokenizer_cache_dir,
+        "--v_parameterization": options.v_parameterization,
+        "--network_module": "networks.lora",
+        "--prompt": line,
+        "--sampler": options.sample_sampler,
+        "--max_embeddings_multiples": chunks if chunks > 1 else None,
+    }

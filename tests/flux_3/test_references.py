@@ -1,0 +1,62 @@
+"""References are laid on a canvas, or cut, as diffusers does it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcessor
+from PIL import Image
+
+from flux_3.references import canvas_of, fit_among, fit_canvas, read_among, read_on_canvas
+
+SIZES = [(75, 61), (64, 48), (16, 9), (20, 100), (17, 640), (2049, 33)]
+
+
+def write_noise(path: Path, width: int, height: int) -> Image.Image:
+    """Write a picture without two equal rows."""
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(path)
+    return image
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_a_single_reference_is_on_the_same_canvas(size: tuple[int, int], tmp_path: Path) -> None:
+    image = write_noise(tmp_path / "a.png", *size)
+    expected, kwargs = Flux3ImageProcessor().preprocess(image, resize_mode="fill")
+
+    frames = read_on_canvas(tmp_path / "a.png", 16)
+
+    pixels = torch.round((expected[0].permute(1, 2, 0) + 1) * 127.5).to(torch.uint8)
+    assert torch.equal(frames[0, 0], pixels)
+    canvas = canvas_of(tmp_path / "a.png", 16)
+    left, top = canvas.corner
+    width, height = canvas.picture
+    assert (left, top, left + width, top + height) == kwargs["reference_crop"]
+
+
+@pytest.mark.parametrize(
+    "size", [(2048, 2048), (2049, 2047), (4097, 100), (4999, 3001), (5000, 5000), (9000, 20)]
+)
+def test_large_canvases_have_the_same_sizes(size: tuple[int, int]) -> None:
+    """By the sizes alone: pixels of that many would take long."""
+    processor = Flux3ImageProcessor()
+    resized = processor._resize_if_canvas_exceeds_area(Image.new("RGB", size))
+    height, width = processor._get_canvas_height_width(resized.height, resized.width)
+
+    canvas = fit_canvas(size, 16)
+
+    assert canvas.picture == resized.size
+    assert canvas.size == (width, height)
+
+
+@pytest.mark.parametrize("size", [(50, 83), (1300, 1100)], ids=["small", "reduced"])
+def test_one_of_several_is_reduced_and_cut_the_same_way(size: tuple[int, int], tmp_path: Path) -> None:
+    image = write_noise(tmp_path / "a.png", *size)
+    expected, _ = Flux3ImageProcessor().preprocess(image, resize_mode="crop")
+
+    frames = read_among(tmp_path / "a.png", 16)
+
+    assert torch.equal(frames[0, 0], torch.round((expected[0].permute(1, 2, 0) + 1) * 127.5).to(torch.uint8))
+    assert fit_among(tmp_path / "a.png", 16).bucket == (frames.shape[3], frames.shape[2])

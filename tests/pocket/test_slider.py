@@ -1,0 +1,23 @@
+"""A slider of the pocket model, trained from captions alone by the scripts that users type."""
+
+from pathlib import Path
+
+import pytest
+
+from pocket import slide
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_strength_moves_the_colour_of_eight_prompts_and_keeps_the_rest(tmp_path: Path) -> None:
+    seen = slide.slide(tmp_path)
+
+    count = len(slide.PROMPTS)
+    assert slide.count_monotone(seen) == count
+    blue, usual, red = slide.summarise(seen)
+    assert blue.redness < -0.4 < 0.6 < red.redness
+    for row in (blue, red):
+        # measured: at most two of eight clips differ
+        assert row.shapes >= usual.shapes - 2
+        assert row.directions >= usual.directions - 2
+        assert row.ground < 0.1

@@ -1,0 +1,94 @@
+"""What the box at the start of a run and --check say of targets: the passes are those that run."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from tests.training import toy
+from tests.training.test_preferences import write_pairs
+from tests.training.test_sliders import FILE, write_slider
+from tests.training.test_speed import KINDS, write_file
+from tests.training.test_targets import write_project
+from training.run import train_network
+from training.target_costs import StepPasses, count_passes, describe_targets
+
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
+
+ONE_SLIDER = FILE.partition('[[sliders]]\npositive = "longer"')[0]
+PLAIN_SLIDER = '[[sliders]]\npositive = "longer"\nnegative = "s"\nneutral = "it"\n'
+BLANK = ("--blank_prior_weight", 0.5)
+DELTA = ("--teacher", "dit", "--teacher_delta")
+WAYS = {
+    "plain": ((), StepPasses(), ""),
+    "guided": (("--guided_target", 3), StepPasses(1, 1), "prediction for the empty prompt, 3 times as far"),
+    "teacher": (
+        ("--teacher", "base"),
+        StepPasses(1, 1),
+        "0.5 of the loss from the model without the network",
+    ),
+    "delta": (DELTA, StepPasses(1, 3), "the change by 1 LoRA in the model itself"),
+    "blank": (BLANK, StepPasses(2, 1), "for the empty prompt as the model without the network, weight 0.5"),
+    "guided blank": (("--guided_target", 3, *BLANK), StepPasses(2, 2), "3 times as far"),
+    "slider": ((), StepPasses(2, 3), "slider.toml at strength 1 and -1"),
+    "anchored slider": ((), StepPasses(4, 4), "slider.toml at strength 1 and -1"),
+    "preference": (
+        ("--preference", 2000),
+        StepPasses(1, 1, size=2),
+        "the better one of each pair, beta 2000",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_passes_of_the_box_are_those_that_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    words, passes, description = WAYS[way]
+    if way == "preference":
+        write_pairs(tmp_path)
+    else:
+        write_project(tmp_path)
+    if "slider" in way:
+        words = ("--slider", write_slider(tmp_path, PLAIN_SLIDER if way == "slider" else ONE_SLIDER))
+    if way == "delta":
+        words = (*words, "--teacher_lora", write_file(tmp_path, KINDS["LoRA"]))
+    caplog.set_level(logging.INFO)
+    family = toy.ToyFamily()
+    toy.train_toy(tmp_path, *words, family=family)
+
+    options = toy.toy_options(tmp_path, *words)
+    assert count_passes(options) == passes
+    assert family.passes.count(True) == 8 * passes.with_gradients
+    assert family.passes.count(False) == 8 * passes.without
+    (start,) = (text for text in caplog.messages if text.startswith("Training x"))
+    assert train_network(family, toy.toy_options(tmp_path, *words, "--check")) == 0
+    checked = " ".join(capsys.readouterr().out.split())
+    if way == "plain":
+        assert "targets:" not in start
+        assert "Targets:" not in checked
+        return
+    for text in (description, f"passes in a step: {passes.words}"):
+        assert text in start
+        assert text in checked.replace(f"{tmp_path}/", "")
+
+
+def test_times_are_those_of_the_page() -> None:
+    assert StepPasses(1, 1).words == ("1 with gradients, 1 without: about 1.3 to 1.5 times a plain step")
+    assert StepPasses(1, 1, size=2).words == (
+        "1 with gradients, 1 without of batches twice as large: about 2.7 to 3.0 times a plain step"
+    )
+
+
+def test_bands_masks_and_tokens_are_described(tmp_path: Path) -> None:
+    toy.write_caches(tmp_path)
+    words = ("--teacher", "base", "--teacher_max_timestep", 750, "--mask_prior_weight", 0.5)
+    lines = describe_targets(toy.toy_options(tmp_path, *words, "--tread", 0.25))
+
+    assert lines == [
+        "0.5 of the loss from the model without the network, which knows more from 0 to 750 thousandths of "
+        "noise",
+        "outside masks as the model without the network, weight 0.5",
+        "passes in a step: 1 with gradients, 2 without: about 1.7 to 2.0 times a plain step",
+        "25 % of the tokens pass by the blocks 2 to -2, in passes with gradients",
+    ]
