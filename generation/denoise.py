@@ -14,7 +14,6 @@ from contract import steps
 from contract.data import Conditions
 from contract.family import Family, NoiseSource, Passes
 from contract.requests import Prepared
-from generation.anchors import hold_consistent, hold_masked
 from modules.devices import dtype_of, send, send_ahead
 from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, noisy_source
 from modules.flow.solvers import Solver, solver_for
@@ -47,6 +46,8 @@ def denoise(
     assert not (is_anchored and section.tweaks.joint), "an anchor holds a picture alone"
     latents = hold_given(section, latents.float())
     if is_anchored:
+        from generation.anchors import hold_consistent, hold_masked  # few sections have an anchor
+
         latents = hold_masked(section, latents, schedule, first_step)
     num_steps = schedule.num_steps - first_step
     for made in range(num_steps):

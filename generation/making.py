@@ -22,7 +22,6 @@ from contract.requests import Box
 from contract.rules import SOURCES
 from contract.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
 from generation import outputs
-from generation.anchors import save_changes
 from generation.denoise import OnSection, make_latents
 from generation.experts import plan_turns
 from generation.progress import (
@@ -341,6 +340,8 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
         def advance(step: StepDone) -> bool:
             section_bars[-1].update()
             if step.section.anchor is not None and output.output_type != NOTHING:
+                from generation.anchors import save_changes  # few sections have an anchor
+
                 save_changes(step, output.save_path, stem)
             return False
 

@@ -58,7 +58,7 @@ class H3Condition:
 
 
 @dataclass(frozen=True)
-class Segment:
+class TokenRun:
     """A run of tokens that share a time and a kind."""
 
     tokens: int
@@ -329,7 +329,7 @@ class H3Model(nn.Module):
         distinct = list(dict.fromkeys(levels))
         segments = []
         for medium, part, level in zip(media, parts, levels, strict=True):
-            segments.append(Segment(part.shape[1], distinct.index(level), medium.kind))
+            segments.append(TokenRun(part.shape[1], distinct.index(level), medium.kind))
         segments += _text_segments(shown, num_text)
         places = tuple(medium.place for medium in media)
         tokens = H3Tokens(
@@ -417,15 +417,15 @@ class H3Model(nn.Module):
         return turns(angles.flatten(1)).unsqueeze(1).to(device)
 
 
-def _text_segments(shown: Sequence[bool], num_text: int) -> list[Segment]:
+def _text_segments(shown: Sequence[bool], num_text: int) -> list[TokenRun]:
     """Return the segments of a text, which has the time of the pictures. shown: see `H3Model.embed`."""
     if not shown:
-        return [Segment(num_text, 0, TEXT)]
-    segments: list[Segment] = []
+        return [TokenRun(num_text, 0, TEXT)]
+    segments: list[TokenRun] = []
     for is_picture in shown:
         kind = PICTURE if is_picture else TEXT
         if segments and segments[-1].kind == kind:
             segments[-1] = replace(segments[-1], tokens=segments[-1].tokens + 1)
         else:
-            segments.append(Segment(1, 0, kind))
+            segments.append(TokenRun(1, 0, kind))
     return segments
