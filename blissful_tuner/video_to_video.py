@@ -177,8 +177,7 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
     frames = _read_frames(source, prepared, family.source.stretches, alpha=family.latent.has_alpha)
     if source.pad_mode is None and len(frames) < prepared.frames:
         raise _too_short(source, len(frames), prepared.frames)
-    step = family.latent.frame_step
-    num_frames = (len(frames) - 1) // step * step + 1
+    num_frames = family.latent.lengths.fit(len(frames))
     latents = family.encode_source(encoders, frames[None, :num_frames], prepared.seed).float().cpu()
     return fit_frames(latents, shape[2], source.pad_mode or "end")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from contract.rules import ONE_EXPERT, Expert, NpzFormat
 from modules.devices import send
 from modules.errors import CacheError
+from modules.media.lengths import ClipLengths
 
 # What a network gets in addition to the noisy latents. A list where lengths differ per sample (as T5's). Keys
 # are the tensor names of the caches (`t5`, `clip`, `llama_vec`); entries have a batch dimension, a list one
@@ -313,7 +314,7 @@ class LatentSpec:
     channels: int
     stride: tuple[int, int, int]  # frames, height, width
     pixel_step: int  # widths and heights are multiples of this
-    frame_step: int  # frames are frame_step * n + 1
+    frame_step: int  # frames are frame_step * n + 1; with `clip` as `lengths` says
     scale: float = 1.0
     shift: float = 0.0
     preview_factors: tuple[tuple[float, float, float], ...] = ()  # channels x RGB, latent to colour
@@ -333,6 +334,7 @@ class LatentSpec:
     # frames per second of clips in other programs' caches, if these do not state it; else None
     unsaid_fps: float | None = None
     clip: int = 0  # frames of a clip that is encoded by itself; 0: a video is encoded whole
+    tail: int = 1  # frames of a video behind its whole clips
     tells_sizes: bool = False  # batches have `SIZES`
 
     @property
@@ -344,6 +346,10 @@ class LatentSpec:
     def is_of_pictures(self) -> bool:
         """Return whether time is not compressed: the model makes single pictures."""
         return self.stride[0] == 1
+
+    @property
+    def lengths(self) -> ClipLengths:
+        return ClipLengths(self.clip, self.tail) if self.clip else ClipLengths(self.frame_step)
 
     def count_latents(self, frames: int) -> int:
         """Return the latent frames of so many frames: the first of a video, or of each clip, is one frame."""

@@ -369,14 +369,13 @@ def whole_patches(width: int, height: int, latent: LatentSpec) -> tuple[int, int
 
 def whole_frames(frames: int, latent: LatentSpec) -> int:
     """Return the next lower number of frames that the model can make; warn if that differs."""
-    step = latent.frame_step
-    rounded = (frames - 1) // step * step + 1
+    rounded = latent.lengths.fit(frames)
     if rounded != frames:
         logger.warning(
-            "--video_length %d is changed to %d: the model works in steps of %d frames after the first",
+            "--video_length %d is changed to %d: clips of the model have %s frames",
             frames,
             rounded,
-            step,
+            latent.lengths,
         )
     return rounded
 

@@ -20,6 +20,7 @@ from dataset.table import KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTa
 from dataset.timestep_keys import find_unused, find_window_problem
 from modules.command import did_you_mean
 from modules.errors import DatasetError
+from modules.media.lengths import ClipLengths
 from modules.run_limits import describe_outside
 from modules.text_files import real_path
 
@@ -208,7 +209,7 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
             logger.warning(
                 "%s: %s: ignored, as only FramePack, and Wan with --one_frame, take them", table.name, keys
             )
-    config = with_lengths(config, family.latent.frame_step)
+    config = with_lengths(config, family.latent.lengths)
     return with_references(config, family.references, family.can.references)
 
 
@@ -234,22 +235,19 @@ def with_sound_files(config: DatasetConfig, option: str, folder: Path | None) ->
     return replace(config, datasets=tuple(tables))
 
 
-def with_lengths(config: DatasetConfig, frame_step: int) -> DatasetConfig:
-    """Return a configuration whose target_frames are frame_step * n + 1, rounded down; a warning says so.
-
-    frame_step: of the family's LatentSpec.
-    """
+def with_lengths(config: DatasetConfig, lengths: ClipLengths) -> DatasetConfig:
+    """Return a configuration whose target_frames are rounded down to lengths of a family, with a warning."""
     tables = []
     for table in config.datasets:
         targets = table.target_frames
-        rounded = tuple(sorted({(target - 1) // frame_step * frame_step + 1 for target in targets}))
+        rounded = tuple(sorted({lengths.fit(target) for target in targets}))
         if not set(targets) <= set(rounded):
             logger.warning(
-                "%s: target_frames %s become %s, because clips of this model have %dn + 1 frames",
+                "%s: target_frames %s become %s, because clips of this model have %s frames",
                 table.name,
                 list(targets),
                 list(rounded),
-                frame_step,
+                lengths,
             )
         tables.append(replace(table, target_frames=rounded))
     return replace(config, datasets=tuple(tables))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from contract.data import LatentSpec
 from contract.family import DitSpec, NoiseSpec, count_picture_tokens
 from contract.rules import ModelRelease
-from minimax_h3.options import CLIP
+from minimax_h3.options import CLIP, LAST_FRAMES
 
 PATCH = 2  # latent pixels along each side of a token
 # number of the rows that modulate a kind of token
@@ -50,7 +50,7 @@ NOISE = NoiseSpec(
     tokens=count_picture_tokens,
     sound_shift=SOUND_SHIFT / PICTURE_SHIFT,
 )
-LATENT = LatentSpec(channels=24, stride=(4, 16, 16), pixel_step=32, frame_step=4, clip=CLIP)
+LATENT = LatentSpec(channels=24, stride=(4, 16, 16), pixel_step=32, frame_step=4, clip=CLIP, tail=LAST_FRAMES)
 RELEASE = ModelRelease(
     ("MiniMaxAI/MiniMax-H3",),
     "MiniMax H3 Community License",

@@ -45,7 +45,6 @@ from minimax_h3.names import LORA
 from minimax_h3.options import (
     FPS,
     FRAMES,
-    LAST_FRAMES,
     LEAST_FRAMES,
     MOST_FRAMES,
     NAME,
@@ -234,12 +233,12 @@ class MiniMaxH3(OneTransformer):
         """Raise OptionError if the model does not make so many frames."""
         if frames == 1:
             return
-        clip = self.latent.clip
-        if frames % clip != LAST_FRAMES:
-            lower = max((frames - LAST_FRAMES) // clip, 0) * clip + LAST_FRAMES
+        lengths = self.latent.lengths
+        if not lengths.includes(frames):
+            lower = max(lengths.fit(frames), lengths.first)
             raise OptionError(
-                f"--video_length {frames}: {NAME} makes {clip}n + {LAST_FRAMES} frames, or one. Give {lower} "
-                f"or {lower + clip}"
+                f"--video_length {frames}: {NAME} makes {lengths} frames, or one. Give {lower} or "
+                f"{lower + lengths.step}"
             )
         if not self.any_length and not LEAST_FRAMES <= frames <= MOST_FRAMES:
             raise OptionError(

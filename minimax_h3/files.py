@@ -156,6 +156,7 @@ class H3Files(LanguageModelFiles):
             pixel_step=2 * space,
             frame_step=config.time_stride,
             clip=config.clip,
+            tail=config.tail,
         )
 
     @property

@@ -94,22 +94,17 @@ class H3VideoVae(nn.Module):
         config = self.config
         frames, height, width = pixels.shape[2:]
         step = config.space_stride
-        fits = frames == 1 or frames % config.clip == self._last_frames()
+        fits = frames == 1 or frames % config.clip == config.tail
         if not fits or height % step or width % step:
             raise ValueError(
                 f"{frames} frames of {height} x {width}: the VAE takes one frame or {config.clip}n + "
-                f"{self._last_frames()}, with sides that are multiples of {step}"
+                f"{config.tail}, with sides that are multiples of {step}"
             )
         if frames == 1:
             return self._encode_clip(pixels)
         moments = [self._encode_clip(self._fill_up(clip)) for clip in pixels.split(config.clip, dim=2)]
         joined = torch.cat(moments, dim=2)
         return joined[:, :, : joined.shape[2] - config.dropped]
-
-    def _last_frames(self) -> int:
-        """Return how many frames of a video are behind its last whole clip."""
-        kept = self.config.clip_latents - self.config.dropped
-        return kept * self.config.time_stride - self.config.first_padding
 
     def _fill_up(self, clip: Tensor) -> Tensor:
         """Repeat the last frame up to the length of a clip."""

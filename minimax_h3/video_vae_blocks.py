@@ -69,6 +69,11 @@ class H3VideoVaeConfig:
         return -self.clip % self.time_stride
 
     @property
+    def tail(self) -> int:
+        """Return how many frames of a video are behind its last whole clip."""
+        return (self.clip_latents - self.dropped) * self.time_stride - self.first_padding
+
+    @property
     def clip_latents(self) -> int:
         """Return the latent frames of a clip."""
         return math.ceil(self.clip / self.time_stride)

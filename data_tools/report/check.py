@@ -341,7 +341,7 @@ def _plan_sources(
 
     def plan_decoded(plan: SourcePlan) -> SourcePlan:
         source = plan.source
-        media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+        media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.lengths)
         planning = Planning(source, existing.of(source.stem), recipe)
         compared = planning.compare(media.size, media.spans, len(media.frames), media.reason)
         changes = () if media.clip is None else media.clip.size_changes

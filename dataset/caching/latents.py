@@ -53,7 +53,7 @@ def decode(
                 here,
                 recipe.fps,
                 latent.pixel_step,
-                latent.frame_step,
+                latent.lengths,
                 keeps_alpha=latent.keeps_alpha,
                 has_alpha=latent.has_alpha,
             )
@@ -191,7 +191,7 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
     """Return the tensors of an entry, loss mask and frame rate included, by their names in the file."""
     tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
     if item.mask is not None:
-        mask = shrink_mask(torch.from_numpy(item.mask), spec.stride)
+        mask = shrink_mask(torch.from_numpy(item.mask), spec.stride, spec.clip)
         tensors[data.LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
     if item.rate is not None:
         tensors[data.FPS] = torch.tensor(item.rate)

@@ -252,7 +252,7 @@ class Planning:
             from dataset.sources.cogvideox import measure_source, whole_span  # only with load_tensors
 
             clip = clip or measure_source(self.source, latent)
-            return self.compare(clip.size, [whole_span(clip, latent.frame_step)])
+            return self.compare(clip.size, [whole_span(clip, latent.lengths)])
         if clip is not None:
             enough = frames_wanted(table)
             if clip.complete or (enough is not None and clip.kept_frames >= enough):
@@ -261,7 +261,7 @@ class Planning:
             # the header may be wrong about the number of frames, so it counts only if it agrees with the
             # existing files
             self._by_header = True
-            header = plan_source(self.source, recipe.fps, latent.pixel_step, latent.frame_step)
+            header = plan_source(self.source, recipe.fps, latent.pixel_step, latent.lengths)
             with contextlib.suppress(MediaError):  # too short for a section, according to the header
                 plan = self.compare(header.size, header.spans)
                 if plan.kept == self.existing.keys() and not plan.missing:
@@ -287,7 +287,7 @@ class Planning:
     def _compare_clip(self, clip: ClipFacts) -> SourcePlan:
         """Return the plan of a clip from its known facts."""
         table = self.table
-        clip_spans = spans(table, clip.kept_frames, self.recipe.latent.frame_step)
+        clip_spans = spans(table, clip.kept_frames, self.recipe.latent.lengths)
         reason = None
         if not clip_spans:
             targets = ", ".join(map(str, table.target_frames))
