@@ -1,6 +1,6 @@
 """Files of a MiniMax-H3 run: transformer, VAEs of pictures and of sound, Qwen3-VL with its own tokenizer."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,8 @@ from checkpoints.dits import DitFormat
 from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import Checkpoint, fingerprint
 from checkpoints.tokenizers import TokenizerFiles
-from contract.data import LatentSpec, SoundSpec
+from contract.data import Conditions, LatentSpec, SoundSpec
+from contract.requests import Prompt
 from encoders.language_encoder import (
     LanguageModelEncoder,
     LanguageModelFiles,
@@ -20,11 +21,12 @@ from encoders.language_encoder import (
     read_qwen_tokenizer,
 )
 from encoders.language_models import QWEN3_VL
-from encoders.text_encoder import TextTokenizer, TokenizerSource
+from encoders.text_encoder import TextTokenizer, TokenizerSource, check_ids, weights_of
 from minimax_h3.configs import LATENT
 from minimax_h3.dit_checkpoints import find_task, format_of
 from minimax_h3.dit_checkpoints import identify as identify  # files.py has it in every family's folder
 from minimax_h3.options import FPS, H3ModelOptions, H3VaeOptions
+from minimax_h3.presentation import BEGIN, END, PAD, PADS, PICTURE_TAG, TEXT_TAG, USE, present
 from minimax_h3.released import SOUND_MEAN
 from minimax_h3.sound import (
     CHANNELS,
@@ -38,7 +40,8 @@ from minimax_h3.sound import (
 from minimax_h3.vae_checkpoints import read_video_vae
 from minimax_h3.video_vae import TILE, H3VideoVae, load_video_vae
 from minimax_h3.video_vae_blocks import H3VideoVaeConfig
-from modules.errors import CheckpointError, OptionError
+from minimax_h3.vision import Preprocessing, read_preprocessing
+from modules.errors import CheckpointError, MediaError, OptionError
 
 KEY, TAGS = "mmh3_hidden_states", "mmh3_token_tags"
 LAYERS = 50  # of Qwen3-VL before the state that is read
@@ -72,11 +75,16 @@ H3_USE = LanguageUse(
     states=(LAYERS,),
     mask_key=TAGS,  # 1, the tag of texts, for each token
     at_once=1,  # so that a state does not depend on other prompts
+    pictures=USE,
 )
 
 
+# folders that may have the preprocessor files, relative to the text encoder's, which is the first
+PREPROCESSOR_FOLDERS = (".", "processor", "../processor")
+
+
 class H3TextEncoder(LanguageModelEncoder):
-    """Qwen3-VL with the tokenizer of MiniMax-H3."""
+    """Qwen3-VL with the tokenizer of MiniMax-H3; it sees the media that are presented with a prompt."""
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raise CheckpointError for the tokenizer of another model."""
@@ -87,6 +95,59 @@ class H3TextEncoder(LanguageModelEncoder):
                 f"the folder tokenizer of {TOKENIZER.repository} to {TOKENIZER.option}.",
                 tokenizer.file,
             )
+
+    def preprocessing(self) -> Preprocessing:
+        """Return how pictures and clips are resized: by the files next to tokenizer or encoder, if any."""
+        folders = []
+        tokenizer, _ = self.source.find(self.tokenizer, self.path)
+        if tokenizer is not None:
+            folders.append(tokenizer.parent)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        folders += [folder / place for place in PREPROCESSOR_FOLDERS]
+        return read_preprocessing(folders)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Encode as `LanguageModelEncoder.encode`, with the media that are presented with prompts.
+
+        Raises MediaError if one cannot be shown, or a prompt with its media has more tokens than the model
+        takes.
+        """
+        encoded = []
+        for prompt in prompts:
+            is_presented = bool(prompt.presented)
+            encoded += [self._encode_presented(prompt)] if is_presented else super().encode([prompt])
+        return encoded
+
+    def _encode_presented(self, prompt: Prompt) -> Conditions:
+        network, tokenizer = self._loaded.get()
+        self.load_tower(network.get_parameter(self.embedding).device)
+        shown = present(prompt.presented, network.get_submodule("visual"), self.preprocessing())
+        tokens = tokenizer.read(prompt.text)
+        pads = [pad for pad in PADS if tokenizer.number(pad) in tokens.ids]
+        if pads:
+            raise MediaError(f"{pads[0]} stands for a picture. Leave it out of the prompt: {prompt.text}")
+        begin, pad, end = (self.find_token(tokenizer, token) for token in (BEGIN, PAD, END))
+        ids: list[int] = []
+        tags: list[int] = []
+        for piece in shown.pieces:
+            block = [begin, *[pad] * piece.tokens, end] if piece.tokens else tokenizer.read(piece.text).ids
+            ids += block
+            tags += [PICTURE_TAG if piece.tokens else TEXT_TAG] * len(block)
+        in_front = len(ids)
+        ids += tokens.ids
+        tags += [TEXT_TAG] * len(tokens.ids)
+        if len(ids) > self.most:
+            raise MediaError(
+                f"the prompt with its pictures and clips has {len(ids)} tokens, {self.most} are the most. "
+                "Give fewer or smaller references: --reference_image_short_edge, --reference_video_short_edge"
+            )
+        check_ids([ids], len(network.get_parameter(self.embedding)), self.path, self.source.files.option)
+        (conditions,) = self.compute(network, tokenizer, [ids], 0, [shown.pictures])
+        conditions = {**conditions, TAGS: [torch.tensor(tags)]}
+        if not prompt.spans:
+            return conditions
+        weights = weights_of(self.write(prompt), tokens.places)
+        return self.weigh(conditions, [1.0] * in_front + weights)
 
 
 def sound_shape(channels: int, frames: int, fps: float) -> tuple[int, int, int]:
