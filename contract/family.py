@@ -283,6 +283,8 @@ class Abilities:
     hear: bool = False  # it is a `HearsSound`: its clips can have sound, in some runs
     rate: bool = False  # the model is told how many frames make a second, in runs without sound too
     tell_few_steps: bool = False  # it is a `KnowsFewSteps`
+    keep_time: bool = False  # without source_fps, clips are read by their times, as with source_fps = "auto"
+    show_media: bool = False  # rows of lists have `references` (`MediaBatch.shown`)
     sample_apart: str = ""  # its option of a transformer that makes samples of a training and does not learn
     references: str = ""  # which of its variants takes references of clips, and how to ask for it
 

@@ -197,7 +197,7 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
 
 
 def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False) -> DatasetConfig:
-    """Return a configuration as a family takes it: `with_lengths` and `with_references`.
+    """Return a configuration as a family takes it: its lengths, times and references.
 
     Warns of keys of sections if the latents of the family do not depend on them. for_texts: only texts are
     encoded, which depend on none of these keys.
@@ -210,6 +210,13 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
                 "%s: %s: ignored, as only FramePack, and Wan with --one_frame, take them", table.name, keys
             )
     config = with_lengths(config, family.latent.lengths)
+    tables = []
+    for table in config.datasets:
+        if table.kind == "video" and family.can.keep_time and table.source_fps is None:
+            table = replace(table, source_fps=forms.AUTO)
+        finds_sound = family.latent.holds_sound and table.kind == "video"
+        tables.append(replace(table, finds_sound=finds_sound, shows_media=family.can.show_media))
+    config = replace(config, datasets=tuple(tables))
     return with_references(config, family.references, family.can.references)
 
 

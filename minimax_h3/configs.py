@@ -50,7 +50,15 @@ NOISE = NoiseSpec(
     tokens=count_picture_tokens,
     sound_shift=SOUND_SHIFT / PICTURE_SHIFT,
 )
-LATENT = LatentSpec(channels=24, stride=(4, 16, 16), pixel_step=32, frame_step=4, clip=CLIP, tail=LAST_FRAMES)
+LATENT = LatentSpec(
+    channels=24,
+    stride=(4, 16, 16),
+    pixel_step=32,
+    frame_step=4,
+    clip=CLIP,
+    tail=LAST_FRAMES,
+    holds_sound=True,
+)
 RELEASE = ModelRelease(
     ("MiniMaxAI/MiniMax-H3",),
     "MiniMax H3 Community License",

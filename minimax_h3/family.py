@@ -23,7 +23,6 @@ from contract.data import (
     SamplingDefaults,
     Sound,
     SoundSpec,
-    split_items,
 )
 from contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
 from contract.few_steps import FewSteps
@@ -38,7 +37,7 @@ from contract.requests import (
 )
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
-from encoders.tiles import posterior_generator, sample_posterior
+from minimax_h3.caching import H3Caching, caching_of, encode_target
 from minimax_h3.configs import DIT, NOISE, PICTURE_SHIFT, RELEASE, SOUND_SHIFT
 from minimax_h3.files import KEY, TAGS, H3Files, files_of
 from minimax_h3.names import LORA
@@ -51,12 +50,12 @@ from minimax_h3.options import (
     SIZE,
     STEPS,
     H3GenerationOptions,
+    H3LatentCachingOptions,
 )
 from minimax_h3.sound import H3SoundVae
-from minimax_h3.video_vae import H3VideoVae
 from modules.devices import send
 from modules.errors import DatasetError, OptionError
-from modules.media.pixels import to_pixels
+from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
@@ -73,10 +72,11 @@ class MiniMaxH3(OneTransformer):
     files: H3Files
     noise: NoiseSpec = NOISE
     sound_learning: rules.SoundLearning = rules.SoundLearning()
+    caching: H3Caching | None = None  # of latents
     any_length: bool = False  # of a generation: also shorter and longer clips than the model knows
     options: Any = NO_OPTIONS  # of a training
 
-    can: ClassVar = Abilities(hear=True, tell_few_steps=True)
+    can: ClassVar = Abilities(hear=True, tell_few_steps=True, keep_time=True, show_media=True)
     few_steps: ClassVar = FewSteps()
     named: ClassVar = {
         "architecture": NAME,
@@ -92,7 +92,10 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def latent(self) -> LatentSpec:
-        return self.files.latent
+        latent = self.files.latent
+        if self.caching is None:
+            return latent
+        return replace(latent, stated=self.caching.stated, in_sections=self.caching.one_frame)
 
     @property
     def sound(self) -> SoundSpec:
@@ -117,20 +120,31 @@ class MiniMaxH3(OneTransformer):
     # encoding
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table has control media or references, which are not built yet."""
-        if table.has_control or table.has_references:
-            raise DatasetError(
-                f"{table.name}: {NAME} is trained on clips and their sound alone. Leave control and "
-                "reference media out"
-            )
+        """Raise DatasetError if a table is not for the task of the caches."""
+        if self.caching is not None:
+            self.caching.check_table(table)
+
+    def sections_of(self, table: MediaTable, frames: int) -> int | None:
+        """Return None: clips are whole. Raises MediaError if one is too short or long for the model."""
+        if self.caching is not None:
+            self.caching.check_span(table, frames)
+        return None
+
+    @property
+    def media_identity(self) -> Mapping[str, str]:
+        identity = dict(super().media_identity)
+        return identity if self.caching is None else {**identity, **self.caching.identity}
+
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+        encoders = super().media_encoders(device, images)
+        if self.caching is None:
+            return encoders
+        return replace(encoders, sound=self.files.load_sound(device))
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return samples of the posterior of clips, normalised, float32."""
-        entries = []
-        for part in media.split_for(encoders.vae.device):
-            latents = _encode(encoders.vae, to_pixels(part.frames), part.keys)
-            entries += [[entry] for entry in split_items({"latents": latents})]
-        return entries
+        """Return what caches hold: see caching.py."""
+        assert self.caching is not None
+        return self.caching.encode(self.files, encoders, media)
 
     @property
     def moments(self) -> MomentsRules:
@@ -258,7 +272,7 @@ class MiniMaxH3(OneTransformer):
         return rules.SourceRules(kinds, NAME, True, frozenset({self.name}))
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        return _encode(encoders.vae, to_pixels(frames), (seed,))
+        return encode_target(encoders.vae, byte_clips(frames), seed)
 
     def sections(
         self,
@@ -280,16 +294,6 @@ class MiniMaxH3(OneTransformer):
         yield from encoders.vae.decode(latents)
 
 
-def _encode(vae: H3VideoVae, pixels: Tensor, owners: tuple[int | str, ...]) -> Tensor:
-    """Return a sample of each posterior, normalised: B C F H W, float32.
-
-    pixels: B 3 F H W. owners: see `posterior_generator`.
-    """
-    moments = vae.encode_moments(pixels)
-    generators = [posterior_generator(owner) for owner in owners]
-    return vae.normalise(sample_posterior(moments, generators))
-
-
 def _with_line_breaks(prepared: Prepared) -> Any:
     """Return the texts of a request with a line break for each `\\n` that was typed."""
     prompts = prepared.prompts[0]
@@ -303,6 +307,12 @@ def _shift_of_sound(request: Request) -> float:
     if not 0 < shift < float("inf"):
         raise OptionError(f"--h3_shift_audio {shift:g} (--fsa in a prompt line): give a number above 0")
     return shift
+
+
+def family_for_latent_caching(options: H3LatentCachingOptions) -> MiniMaxH3:
+    """Describe the family for minimax_h3_cache_latents.py."""
+    files = H3Files(task=options.task).add_vaes(options.vae)
+    return MiniMaxH3(files, caching=caching_of(options))
 
 
 def family_for_generation(options: H3GenerationOptions) -> MiniMaxH3:

@@ -198,6 +198,11 @@ class H3Files(LanguageModelFiles):
     def load_vae(self, device: torch.device) -> H3VideoVae:
         return load_video_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile or TILE)
 
+    def vae_identity(self) -> dict[str, str]:
+        """Return what cached latents depend on besides pixels and sound; all is encoded in float32."""
+        tile = self.vae_tile or TILE
+        return {"vae": fingerprint(self.vae_path), "tile": str(tile), **self.sound_identity()}
+
     def check_vae(self) -> None:
         read_once(self.vae_path, _read_video_vae)
         read_once(self.audio_vae_path, _read_sound_vae)
@@ -232,7 +237,7 @@ class H3Files(LanguageModelFiles):
             channels: int = settings["latent_channels"]
         except (OptionError, OSError):  # a training from caches needs no VAE
             channels = len(SOUND_MEAN)
-        return SoundSpec(RATE, CHANNELS, partial(sound_shape, channels), time_axis=2)
+        return SoundSpec(RATE, CHANNELS, partial(sound_shape, channels), time_axis=2, is_inside=True)
 
     def sound_identity(self) -> dict[str, str]:
         """Return what cached sound depends on besides the samples; the VAE is always in float32."""

@@ -1,5 +1,6 @@
 """MiniMax-H3's own options for caching, training and generation. Standard library only."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,11 +23,13 @@ from modules.options import (
 from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 NAME = "MiniMax-H3"
 FPS = 24.0  # of all clips
 SIZE = (1344, 768)  # height and width where nothing is said, as in the known tuner
 FRAMES, LEAST_FRAMES, MOST_FRAMES = 124, 124, 345  # 5 to 15 seconds
+TASKS = ("t2va", "fl2va", "ref2va")
 STEPS = 30
 CLIP, LAST_FRAMES = 17, 5  # frames that are encoded together, and behind the last ones of these
 TOKEN = 32  # pixels along the side of a token
@@ -82,6 +85,43 @@ class H3ModelOptions(Options, title=NAME):
     h3_qkv_layout: str | None = option(_LAYOUT, choices=("stacked", "interleaved"), facts=HABIT)
     vae: H3VaeOptions = option(facts=FREE)
     text: H3TextOptions = option(facts=FREE)
+
+
+class H3LatentCachingOptions(Options, title=NAME):
+    """Options of minimax_h3_cache_latents.py besides the shared ones."""
+
+    task: str = option(
+        "what a clip is made from: t2va, a text; fl2va: also its first and last frame; ref2va: references of "
+        "its row in a list",
+        default="t2va",
+        choices=TASKS,
+        often=True,
+    )
+    vae: H3VaeOptions
+    cache_seed: int = option("seed of the samples of posteriors", default=42, often=True)
+    allow_experimental_duration: bool = option(
+        f"also cache clips of less than {LEAST_FRAMES} or more than {MOST_FRAMES} frames, for which the "
+        "model was not trained"
+    )
+    one_frame: bool = option(
+        "pictures have a place in time (fp_1f_target_index), and with --task fl2va control images at places "
+        "of theirs (fp_1f_clean_indices)"
+    )
+
+    reference_image_short_edge: int = option(
+        "short side of reference pictures in pixels", default=IMAGE_EDGE, least=TOKEN, most=MOST_EDGE
+    )
+    reference_video_short_edge: int = option(
+        "short side of reference clips in pixels", default=VIDEO_EDGE, least=TOKEN, most=MOST_EDGE
+    )
+
+    def __post_init__(self) -> None:
+        if self.vae.file.vae_dtype not in (None, "float32", "fp32"):
+            logger.warning(
+                "--vae_dtype %s: ignored, because the VAE of %s encodes in float32 alone",
+                self.vae.file.vae_dtype,
+                NAME,
+            )
 
 
 class H3GenerationOptions(H3ModelOptions, title=NAME):

@@ -108,6 +108,8 @@ class DecodedMedia:
     clip: ClipFacts | None = None
     files: tuple[FileIdentity, ...] = ()
     rate: float | None = None  # frames per second, for models that take the rate
+    sound: Tensor | None = None  # C S, of a family whose latents are cached with their sound; zeros if silent
+    is_heard: bool = False  # it has sound
 
     @property
     def arrays(self) -> tuple[Any, ...]:
@@ -119,7 +121,8 @@ class DecodedMedia:
     def group(self) -> tuple[object, ...]:
         """Return what items of a batch must have in common: their table, and the shapes of stacked arrays."""
         counts = len(self.control), len(self.references), self.worse is not None
-        return (self.source.table.index, counts, *(array.shape for array in self.arrays))
+        sound = () if self.sound is None else (self.sound.shape,)
+        return (self.source.table.index, counts, *(array.shape for array in self.arrays), *sound)
 
     @property
     def size_bytes(self) -> int:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from contract.data import MediaTable
+from contract.rules import ShownMedium
 from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
 from dataset.sources.media_source import Fault, MediaSource
@@ -87,7 +88,12 @@ def frames_wanted(table: DatasetTable) -> int | None:
     return table.max_frames if table.frame_extraction == "full" else None
 
 
-def media_table(table: DatasetTable, has_control: bool = False, has_references: bool = False) -> MediaTable:
+def media_table(
+    table: DatasetTable,
+    has_control: bool = False,
+    has_references: bool = False,
+    shown: tuple[tuple[ShownMedium, ...], ...] = (),
+) -> MediaTable:
     """Return the facts about a table that families check."""
     is_whole = table.frame_extraction == "full"
     has_targets = table.kind == "video" and not is_whole
@@ -102,6 +108,8 @@ def media_table(table: DatasetTable, has_control: bool = False, has_references: 
         clean_indices=table.fp_1f_clean_indices or (),
         target_index=table.fp_1f_target_index,
         has_post=not table.fp_1f_no_post,
+        flips=table.augmentation.flip,
+        shown=shown if any(shown) else (),
     )
 
 

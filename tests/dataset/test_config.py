@@ -280,9 +280,9 @@ def test_masks_may_be_spelt_as_in_the_known_fork(tmp_path: Path) -> None:
 def family(step: int, first: int = 1, in_sections: bool = False) -> Any:
     """The facts of a family that change a configuration."""
     return SimpleNamespace(
-        latent=SimpleNamespace(lengths=ClipLengths(step, first), in_sections=in_sections),
+        latent=SimpleNamespace(lengths=ClipLengths(step, first), in_sections=in_sections, holds_sound=False),
         references=None,
-        can=SimpleNamespace(references=""),
+        can=SimpleNamespace(references="", keep_time=False, show_media=False),
     )
 
 
