@@ -132,13 +132,19 @@ def their_tokenizer(files: TinyH3) -> Any:
     )
 
 
-def their_pipeline(files: TinyH3, **configs: int) -> Any:
-    """diffusers' modular pipeline with both transformers alike, float32. configs: of its blocks."""
+def their_pipeline(files: TinyH3, decodes: bool = True, **configs: int) -> Any:
+    """diffusers' modular pipeline with both transformers alike, float32.
+
+    decodes: what it makes, latents alone otherwise. configs: of its blocks.
+    """
     from diffusers import MiniMaxH3Scheduler
     from diffusers.modular_pipelines import MiniMaxH3Blocks
 
     tokenizer = their_tokenizer(files)
-    pipe = MiniMaxH3Blocks().init_pipeline()
+    blocks = MiniMaxH3Blocks()
+    if not decodes:
+        blocks.sub_blocks.pop("decode")
+    pipe = blocks.init_pipeline()
     pipe.update_components(
         transformer=their_h3_dit(),
         transformer_ref=their_h3_dit(),
