@@ -50,7 +50,7 @@ def check_source(request: Request, source: Source, rules: SourceRules, latent: L
         saved = _load_saved_latents(source, rules, latent, only_shape=True)
         if request.frames is not None:
             return request
-        return replace(request, frames=(saved.shape[2] - 1) * latent.stride[0] + 1)
+        return replace(request, frames=latent.count_frames(saved.shape[2]))
     is_image = source.option == IMAGE
     check_opens(source.option, source.path, is_image)
     if not is_image:
@@ -100,7 +100,7 @@ def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> 
         raise OptionError(
             f"{_named(source)}: it has {num_frames} latent frames, the video asked for has {needed} "
             f"({prepared.frames} frames). Ask for the length that the file was made with: "
-            f"{(num_frames - 1) * family.latent.stride[0] + 1} frames"
+            f"{family.latent.count_frames(num_frames)} frames"
         )
 
 
@@ -177,8 +177,7 @@ def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -
     frames = _read_frames(source, prepared, family.source.stretches, alpha=family.latent.has_alpha)
     if source.pad_mode is None and len(frames) < prepared.frames:
         raise _too_short(source, len(frames), prepared.frames)
-    step = family.latent.frame_step
-    num_frames = (len(frames) - 1) // step * step + 1
+    num_frames = family.latent.lengths.fit(len(frames))
     latents = family.encode_source(encoders, frames[None, :num_frames], prepared.seed).float().cpu()
     return fit_frames(latents, shape[2], source.pad_mode or "end")
 

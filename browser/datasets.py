@@ -36,9 +36,15 @@ MODELS = {
     "HunyuanVideo": ("24", "16", "4"),
     "FramePack": ("30", "16", "4"),
     "LTX-2": ("24", "32", "8"),
+    "MiniMax-H3": ("24", "32", "17"),
 }
 # by what a run calls its model
-OF_RUNS = {"hunyuan_video": "HunyuanVideo", "framepack": "FramePack", "ltx2_v1": "LTX-2"}
+OF_RUNS = {
+    "hunyuan_video": "HunyuanVideo",
+    "framepack": "FramePack",
+    "ltx2_v1": "LTX-2",
+    "minimax_h3": "MiniMax-H3",
+}
 File = dict[str, Any]  # as `data_tools/report/files.py` lists it
 
 

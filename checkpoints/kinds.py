@@ -10,7 +10,6 @@ _PREFIXES = ("model.diffusion_model.", "control_model.", "model.model.", "module
 
 _NOT_YET = "which is not supported yet"
 _HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, another network than HunyuanVideo's, {_NOT_YET}"
-_H3 = f"the transformer of MiniMax-H3, {_NOT_YET}"
 _OF_LTX = "a VAE of LTX-Video or LTX-2; LTX-Video is not supported yet"
 _VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
 _COSMOS = f"a transformer of Cosmos or Anima, {_NOT_YET}"
@@ -27,8 +26,6 @@ OF_OTHERS: Marks = (
     ("pooled_text_embeddings.in_layer.weight", f"a transformer of Kandinsky 5, {_NOT_YET}"),
     ("cond_type_embed.weight", _HUNYUAN_15),
     ("cond_type_embedding.weight", _HUNYUAN_15),
-    ("audio_patch_proj.weight", _H3),
-    ("token_refiner.refiner_blocks.0.attn.to_q.weight", _H3),
     (
         "post_upsample_res_blocks.0.conv1.weight",
         "a latent upscaler of LTX-Video or LTX-2 (of LTX-2: --spatial_upsampler_path)",

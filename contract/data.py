@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contract.rules import ONE_EXPERT, Expert, NpzFormat
+from contract.rules import ONE_EXPERT, Expert, NpzFormat, ShownMedium
 from modules.devices import send
 from modules.errors import CacheError
+from modules.media.lengths import ClipLengths
 
 # What a network gets in addition to the noisy latents. A list where lengths differ per sample (as T5's). Keys
 # are the tensor names of the caches (`t5`, `clip`, `llama_vec`); entries have a batch dimension, a list one
@@ -37,6 +38,8 @@ WORSE_LATENTS = "latents_worse"
 
 # latents of a clip's sound, in caches (C T M), batches and conditions (B C T M)
 SOUND = "audio_latents"
+# the same in the cache of a clip's latents (`SoundSpec.is_inside`), and whether it is more than silence: 1, 0
+INNER_SOUND, IS_HEARD = "latents_audio", "audio_present"
 # which samples have sound, in batches and conditions: B bool, on the host; without sound in any sample, this
 # and the latents are absent
 HAS_SOUND = "has_sound"
@@ -208,6 +211,8 @@ class MediaTable:
     clean_indices: tuple[int, ...] = ()  # places in time of the control images; those without one stand at 0
     target_index: int | None = None  # place in time of the target
     has_post: bool = True  # one black frame behind the control images
+    flips: bool = False  # mirrored latents are cached too
+    shown: tuple[tuple[ShownMedium, ...], ...] = ()  # of each source, `MediaBatch.shown`; () if none has any
 
 
 @dataclass(frozen=True)
@@ -225,6 +230,10 @@ class MediaBatch:
     # of reference_directory, as `ReferenceRules.clips` says: each B f h w 3 uint8, f = 1 or F
     references: tuple[Tensor, ...] = ()
     control_mask: Tensor | None = None  # B F H W uint8: 255 is made anew
+    # of clips, for a family with `SoundSpec.is_inside`: B C S float32, zeros where nothing is heard
+    sound: Tensor | None = None
+    heard: tuple[bool, ...] = ()  # which of them have sound
+    shown: tuple[tuple[ShownMedium, ...], ...] = ()  # the references of each item, of its row in a list
 
     def split_for(self, device: torch.device) -> "list[MediaBatch]":
         """Return the items in the batches for an encoder on that device: one batch; on a CPU, one item each.
@@ -234,19 +243,24 @@ class MediaBatch:
         """
         if device.type != "cpu":
             return [self]
-        return [
-            replace(
-                self,
-                frames=self.frames[single],
-                keys=self.keys[single],
-                spans=self.spans[single],
-                control=tuple(control[single] for control in self.control),
-                alpha=None if self.alpha is None else self.alpha[single],
-                references=tuple(reference[single] for reference in self.references),
-                control_mask=None if self.control_mask is None else self.control_mask[single],
-            )
-            for single in (slice(index, index + 1) for index in range(len(self.keys)))
-        ]
+        return [self.item(number) for number in range(len(self.keys))]
+
+    def item(self, number: int) -> "MediaBatch":
+        """Return a batch of one of the items."""
+        single = slice(number, number + 1)
+        return replace(
+            self,
+            frames=self.frames[single],
+            keys=self.keys[single],
+            spans=self.spans[single],
+            control=tuple(control[single] for control in self.control),
+            alpha=None if self.alpha is None else self.alpha[single],
+            references=tuple(reference[single] for reference in self.references),
+            control_mask=None if self.control_mask is None else self.control_mask[single],
+            sound=None if self.sound is None else self.sound[single],
+            heard=self.heard[single],
+            shown=self.shown[single],
+        )
 
 
 @dataclass(frozen=True)
@@ -278,6 +292,8 @@ class CacheEntry:
     grid: tuple[int, int, int] | None = None  # F, H, W in the names of all latents; None: each tensor's own
     start: int = 0  # which latent frame of the clip the first of `latents` is
     variable: frozenset[str] = frozenset()  # names of tensors whose length differs per item
+    # of the file, in addition to what all caches say
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def split_items(tensors: Mapping[str, Tensor]) -> list[CacheEntry]:
@@ -302,6 +318,7 @@ class MediaEncoders:
 
     vae: Any  # the family's own VAE class
     image_encoder: Any = None
+    sound: Any = None  # of a family with `SoundSpec.is_inside`, in caching
 
 
 @dataclass(frozen=True)
@@ -313,7 +330,7 @@ class LatentSpec:
     channels: int
     stride: tuple[int, int, int]  # frames, height, width
     pixel_step: int  # widths and heights are multiples of this
-    frame_step: int  # frames are frame_step * n + 1
+    frame_step: int  # frames are frame_step * n + 1; with `clip` as `lengths` says
     scale: float = 1.0
     shift: float = 0.0
     preview_factors: tuple[tuple[float, float, float], ...] = ()  # channels x RGB, latent to colour
@@ -332,6 +349,11 @@ class LatentSpec:
     references_first: bool = False
     # frames per second of clips in other programs' caches, if these do not state it; else None
     unsaid_fps: float | None = None
+    clip: int = 0  # frames of a clip that is encoded by itself; 0: a video is encoded whole
+    tail: int = 1  # frames of a video behind its whole clips
+    holds_sound: bool = False  # see `SoundSpec.is_inside`
+    # metadata that other programs give caches of the same name for another use: name, value of this run
+    stated: tuple[tuple[str, str], ...] = ()
     tells_sizes: bool = False  # batches have `SIZES`
 
     @property
@@ -344,12 +366,30 @@ class LatentSpec:
         """Return whether time is not compressed: the model makes single pictures."""
         return self.stride[0] == 1
 
+    @property
+    def lengths(self) -> ClipLengths:
+        return ClipLengths(self.clip, self.tail) if self.clip else ClipLengths(self.frame_step)
+
+    def count_latents(self, frames: int) -> int:
+        """Return the latent frames of so many frames: the first of a video, or of each clip, is one frame."""
+        if not self.clip:
+            return (frames - 1) // self.stride[0] + 1
+        clips, rest = divmod(frames, self.clip)
+        return clips * ((self.clip - 1) // self.stride[0] + 1) + (rest - 1) // self.stride[0] + 1
+
+    def count_frames(self, latents: int) -> int:
+        """Return the frames of so many latent frames, the inverse of `count_latents`."""
+        if not self.clip:
+            return (latents - 1) * self.stride[0] + 1
+        clips, rest = divmod(latents, (self.clip - 1) // self.stride[0] + 1)
+        return clips * self.clip + max((rest - 1) * self.stride[0] + 1, 0)
+
     def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
         """Return the latents' shape, 1 C F H W, for a size in pixels."""
         return (
             1,
             self.channels,
-            (frames - 1) // self.stride[0] + 1,
+            self.count_latents(frames),
             height // self.stride[1],
             width // self.stride[2],
         )
@@ -391,6 +431,9 @@ class SoundSpec:
     modules: str = "audio"  # in the path of each module that only clips with sound reach
     without: str = "another model"  # what to give for a run without sound: an option
     is_alone: bool = False  # nothing is learned of clips but their sound
+    time_axis: int = 1  # of the three axes of a shape: that which grows with the length of the clip
+    # caches of latents hold the sound of their clip too, silence without any: `INNER_SOUND` and `IS_HEARD`
+    is_inside: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 No family is imported before it is asked for: a script that only prints its help reads its own alone.
 """
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -16,6 +17,8 @@ from modules.installation import import_own
 from modules.option_values import FillIn, option_words
 from modules.options import Options
 from modules.parser import parse_options
+
+logger = logging.getLogger(__name__)
 
 Marks = Sequence[tuple[str, str]]  # a tensor that only such a file has -> what the file is
 
@@ -46,6 +49,11 @@ class FamilyEntry:
     # further models that its scripts run, as outputs and LoRA files name them, with its latents
     further_models: tuple[str, ...] = ()
     same_latents: str = ""  # the family whose autoencoder it has too
+    notice: str = ""  # what its scripts say before anything else: terms of the licence that exclude many
+
+    def say_notice(self) -> None:
+        if self.notice:
+            logger.warning("%s", self.notice)
 
     @property
     def training_script(self) -> str:
@@ -150,6 +158,7 @@ FOLDERS: Mapping[str, str] = {
     "qwen_image": "qwen_image",
     "z_image": "z_image",
     "krea2": "krea2",
+    "minimax_h3": "minimax_h3",
     "qwen_image_21": "qwen_image_21",
     "stable_diffusion": "stable_diffusion",
     "sd1": "stable_diffusion.sd1",

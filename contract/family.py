@@ -70,6 +70,8 @@ class NoiseSpec:
     # probability that a batch of clips is trained with its first latent frame clean (`Tweaks.given_frames`)
     first_frame_probability: float = 0.0
     shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
+    # by which the noise levels of a picture are shifted to those of its sound; 1: they are the same
+    sound_shift: float = 1.0
 
     def data_shares(self, sigmas: Tensor) -> Tensor:
         """Return the factor of the latents in a mixture: shaped like `sigmas`, float32."""
@@ -281,6 +283,8 @@ class Abilities:
     hear: bool = False  # it is a `HearsSound`: its clips can have sound, in some runs
     rate: bool = False  # the model is told how many frames make a second, in runs without sound too
     tell_few_steps: bool = False  # it is a `KnowsFewSteps`
+    keep_time: bool = False  # without source_fps, clips are read by their times, as with source_fps = "auto"
+    show_media: bool = False  # rows of lists have `references` (`MediaBatch.shown`)
     sample_apart: str = ""  # its option of a transformer that makes samples of a training and does not learn
     references: str = ""  # which of its variants takes references of clips, and how to ask for it
 

@@ -43,6 +43,8 @@ class Prompt:
     picture_size: tuple[int, int] | None = None
     # their pixels, H W C uint8 each, if they are settled; (): the encoder reads and resizes the files
     frames: "tuple[Tensor, ...]" = field(default=(), compare=False)
+    # pictures, clips and sounds that the family presents in front of the text, in order: its own records
+    presented: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class Prepared:
     first_step: int = 0  # to be made; above 0 if denoising starts from a video; set by the shared loop
     rules: GuidanceRules = AS_PLAIN  # of the model's guidance
     joint: Joint | None = None  # the latents are those of a picture and its sound
+    sound_shift: float = 1.0  # by which noise levels of a picture are shifted to those of its sound
     levels: tuple[float, ...] = ()  # noise levels of all steps, then 0, in place of the solver's own
     # requests that are made one after the other, each from the result of the one before it; guidance and step
     # caches of the options apply to the first
@@ -147,6 +150,11 @@ class Prepared:
     @property
     def is_sound_alone(self) -> bool:
         return self.joint is not None and not self.joint.picture[1]
+
+    @property
+    def is_still(self) -> bool:
+        """Return whether it is a single picture, which is written without its sound, if it has any."""
+        return self.frames == 1 and not self.is_sound_alone
 
     @property
     def num_steps(self) -> int:
@@ -366,14 +374,13 @@ def whole_patches(width: int, height: int, latent: LatentSpec) -> tuple[int, int
 
 def whole_frames(frames: int, latent: LatentSpec) -> int:
     """Return the next lower number of frames that the model can make; warn if that differs."""
-    step = latent.frame_step
-    rounded = (frames - 1) // step * step + 1
+    rounded = latent.lengths.fit(frames)
     if rounded != frames:
         logger.warning(
-            "--video_length %d is changed to %d: the model works in steps of %d frames after the first",
+            "--video_length %d is changed to %d: clips of the model have %s frames",
             frames,
             rounded,
-            step,
+            latent.lengths,
         )
     return rounded
 

@@ -367,3 +367,13 @@ class ReferenceRules:
     @property
     def factors(self) -> tuple[int, int, int]:
         return self.size_factor, self.time_factor, self.frames
+
+
+@dataclass(frozen=True)
+class ShownMedium:
+    """A reference of an item, by a row of a list (`references`): a picture, a clip or a sound of its own."""
+
+    kind: str  # "image", "video" or "audio"
+    path: Path
+    sound: Path | None = None  # the file with the sound of a clip; None: the clip itself, if any
+    is_silent: bool = False  # the sound of a clip is left out

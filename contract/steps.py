@@ -203,6 +203,7 @@ class Step:
     sigma: float  # noise level of `noisy`
     timestep: float  # what the network is fed
     noisy: Tensor  # B C F H W, float32; B N of a picture and its sound
+    sound_sigma: float | None = None  # noise level of the sound; None: as the picture's
     next_timestep: float = 0.0  # what the network is fed in the next step; 0 in the last one
 
 
@@ -222,7 +223,13 @@ class StepDone:
         noise - clean. If data keep their full share under the noise, noisy = clean + sigma noise, a family's
         `predict` returns the noise itself. The formula is the same for both.
         """
-        return self.step.noisy - self.step.sigma * self.velocity
+        joint = self.section.tweaks.joint
+        if self.step.sound_sigma is None or joint is None:
+            return self.step.noisy - self.step.sigma * self.velocity
+        picture, sound = joint.split(self.step.noisy)
+        picture_velocity, sound_velocity = joint.split(self.velocity)
+        clean_sound = sound - self.step.sound_sigma * sound_velocity
+        return joint.join(picture - self.step.sigma * picture_velocity, clean_sound)
 
     @property
     def picture(self) -> Tensor:

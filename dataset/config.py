@@ -20,6 +20,7 @@ from dataset.table import KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTa
 from dataset.timestep_keys import find_unused, find_window_problem
 from modules.command import did_you_mean
 from modules.errors import DatasetError
+from modules.media.lengths import ClipLengths
 from modules.run_limits import describe_outside
 from modules.text_files import real_path
 
@@ -196,7 +197,7 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
 
 
 def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False) -> DatasetConfig:
-    """Return a configuration as a family takes it: `with_lengths` and `with_references`.
+    """Return a configuration as a family takes it: its lengths, times and references.
 
     Warns of keys of sections if the latents of the family do not depend on them. for_texts: only texts are
     encoded, which depend on none of these keys.
@@ -208,7 +209,14 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
             logger.warning(
                 "%s: %s: ignored, as only FramePack, and Wan with --one_frame, take them", table.name, keys
             )
-    config = with_lengths(config, family.latent.frame_step)
+    config = with_lengths(config, family.latent.lengths)
+    tables = []
+    for table in config.datasets:
+        if table.kind == "video" and family.can.keep_time and table.source_fps is None:
+            table = replace(table, source_fps=forms.AUTO)
+        finds_sound = family.latent.holds_sound and table.kind == "video"
+        tables.append(replace(table, finds_sound=finds_sound, shows_media=family.can.show_media))
+    config = replace(config, datasets=tuple(tables))
     return with_references(config, family.references, family.can.references)
 
 
@@ -234,22 +242,19 @@ def with_sound_files(config: DatasetConfig, option: str, folder: Path | None) ->
     return replace(config, datasets=tuple(tables))
 
 
-def with_lengths(config: DatasetConfig, frame_step: int) -> DatasetConfig:
-    """Return a configuration whose target_frames are frame_step * n + 1, rounded down; a warning says so.
-
-    frame_step: of the family's LatentSpec.
-    """
+def with_lengths(config: DatasetConfig, lengths: ClipLengths) -> DatasetConfig:
+    """Return a configuration whose target_frames are rounded down to lengths of a family, with a warning."""
     tables = []
     for table in config.datasets:
         targets = table.target_frames
-        rounded = tuple(sorted({(target - 1) // frame_step * frame_step + 1 for target in targets}))
+        rounded = tuple(sorted({lengths.fit(target) for target in targets}))
         if not set(targets) <= set(rounded):
             logger.warning(
-                "%s: target_frames %s become %s, because clips of this model have %dn + 1 frames",
+                "%s: target_frames %s become %s, because clips of this model have %s frames",
                 table.name,
                 list(targets),
                 list(rounded),
-                frame_step,
+                lengths,
             )
         tables.append(replace(table, target_frames=rounded))
     return replace(config, datasets=tuple(tables))

@@ -51,6 +51,7 @@ def cache_family_latents(
         if sound_files is not None:
             config = with_sound_files(config, *sound_files)
 
+        entry.say_notice()
         print_loading()
         from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read
@@ -87,6 +88,7 @@ def cache_family_texts(
     with name_as_typed(options.typed_names):
         config = with_downloads(load_dataset_config(options.dataset_config), options.download_directory)
 
+        entry.say_notice()
         print_loading()
         from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read

@@ -14,9 +14,8 @@ from contract import steps
 from contract.data import Conditions
 from contract.family import Family, NoiseSource, Passes
 from contract.requests import Prepared
-from generation.anchors import hold_consistent, hold_masked
 from modules.devices import dtype_of, send, send_ahead
-from modules.flow.schedule import Schedule, noisy_source
+from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, noisy_source
 from modules.flow.solvers import Solver, solver_for
 from modules.seeds import derive_seed
 from networks.rank_masks import set_level
@@ -47,10 +46,13 @@ def denoise(
     assert not (is_anchored and section.tweaks.joint), "an anchor holds a picture alone"
     latents = hold_given(section, latents.float())
     if is_anchored:
+        from generation.anchors import hold_consistent, hold_masked  # few sections have an anchor
+
         latents = hold_masked(section, latents, schedule, first_step)
     num_steps = schedule.num_steps - first_step
     for made in range(num_steps):
         index = first_step + made
+        sound_sigmas = schedule.sound_sigmas
         is_last = made + 1 == num_steps
         step = steps.Step(
             made,
@@ -58,6 +60,7 @@ def denoise(
             sigma=float(schedule.sigmas[index]),
             timestep=float(schedule.timesteps[index]),
             noisy=latents,
+            sound_sigma=None if sound_sigmas is None else float(sound_sigmas[index]),
             next_timestep=0.0 if is_last else float(schedule.timesteps[index + 1]),
         )
         # not in a variable, which would keep this step's network while the next step's is loaded
@@ -70,10 +73,26 @@ def denoise(
             return done.clean
         if is_anchored:
             latents = hold_consistent(section, latents, schedule, index)
-        latents = hold_given(section, solver.step(index, velocity, latents))
+        moved = solver.step(index, keep_time(section, schedule, index, velocity), latents)
+        latents = hold_given(section, moved)
         if is_anchored:
             latents = hold_masked(section, latents, schedule, index + 1)
     return latents
+
+
+def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: Tensor) -> Tensor:
+    """Return the velocity of a step with which Euler moves the sound by its own noise levels.
+
+    velocity: B N of a picture and its sound; anything else, and without a schedule of the sound, it is
+    returned as it is.
+    """
+    joint = section.tweaks.joint
+    if joint is None or schedule.sound_sigmas is None:
+        return velocity
+    picture, sound = joint.split(velocity)
+    own = schedule.sound_sigmas[index + 1] - schedule.sound_sigmas[index]
+    of_picture = schedule.sigmas[index + 1] - schedule.sigmas[index]
+    return joint.join(picture, sound * float(own / of_picture))
 
 
 def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
@@ -120,8 +139,12 @@ def predictor(
         for group in groups:
             rows = noisy.repeat(len(group), *([1] * (noisy.ndim - 1)))
             timesteps = torch.full((len(rows),), step.timestep, device=noisy.device)
-            if any(clean_streams):
-                timesteps = torch.stack([timesteps * (not is_clean) for is_clean in clean_streams], dim=1)
+            if any(clean_streams) or step.sound_sigma is not None:
+                sound_timesteps = timesteps
+                if step.sound_sigma is not None:
+                    sound_timesteps = torch.full_like(timesteps, TRAIN_TIMESTEPS * step.sound_sigma)
+                of_streams = zip((timesteps, sound_timesteps), clean_streams, strict=True)
+                timesteps = torch.stack([times * (not is_clean) for times, is_clean in of_streams], dim=1)
             # conditions and tweaks are the same objects at all steps of a section
             which = (*map(id, group), id(tweaks))
             turn = steps.Turn(
@@ -230,6 +253,7 @@ def make_latents(
                 family.noise.table,
                 draw=noise.draw,
                 levels=stage.levels,
+                sound_shift=stage.sound_shift,
             )
             stage_guidance = PLAIN_GUIDANCE if section.stage else guidance_options
             guidance = make_guidance(stage, stage_guidance, family.experts, run)

@@ -29,12 +29,12 @@ from networks.names.layouts import FOR_BOTH
 from networks.options import multipliers_for
 from running.dressing import dress, share_tokens, shared_blocks, swapped_weights
 from running.offload.swap_plan import HostWeights
-from running.offload.turns import HostCopy
 from running.run_blocks import stage_files_of
 
-if TYPE_CHECKING:  # loaded only where LoRA files are given
+if TYPE_CHECKING:  # loaded only for LoRA files, and for networks that take turns
     from networks.apply import LoraPatch, OriginalWeights
     from networks.loading import LoraUse
+    from running.offload.turns import HostCopy
 
 LorasByExpert = Sequence[Sequence["LoraUse"]]  # of each of `Family.experts`, in their order
 
@@ -51,12 +51,14 @@ class DitLoader:
     # by expert: notes the weights while they are loaded, in place of merging
     originals: "Sequence[OriginalWeights] | None" = None
 
-    def aside(self, expert: int, check: Check) -> tuple[nn.Module, HostCopy]:
+    def aside(self, expert: int, check: Check) -> "tuple[nn.Module, HostCopy]":
         """Load an expert into host memory. Its weights are computed on the device one by one, so they are the
         same.
 
         The returned `HostCopy` moves it to the device. check: called for each tensor; may raise.
         """
+        from running.offload.turns import HostCopy  # only for networks that take turns
+
         place = None
         if self.device.type != "cpu":
             place = swapped_weights(self.family.dit, self.options.speed.swap, self.device, all_weights=True)

@@ -25,7 +25,6 @@ from modules.devices import free_memory, gib
 from modules.errors import MemoryPlanError
 from modules.flow.schedule import make_schedule
 from running.offload.block_swap import move_network
-from running.offload.turns import HostCopy
 from running.planning.device_memory import bytes_on, host_room, spare_bytes
 
 logger = logging.getLogger(__name__)
@@ -51,6 +50,12 @@ class WaitingNetwork(Protocol):
     def bring(self) -> None: ...
 
     def leave(self) -> None: ...
+
+
+def _copy_to_host(network: nn.Module, device: torch.device) -> WaitingNetwork:
+    from running.offload.turns import HostCopy  # only for networks that take turns
+
+    return HostCopy(network, device)
 
 
 # expert -> its network in host memory, and what brings it to the device; `Check` is called for each tensor
@@ -97,7 +102,7 @@ class DitTurns:
     together: bool = False  # all stay, as each process has a part of them (--shard_base)
     spare_bytes: Callable[[torch.device], int] = spare_bytes  # of a CUDA device
     host_room: Callable[[], int | None] = host_room
-    make_copy: Callable[[nn.Module, torch.device], WaitingNetwork] = HostCopy
+    make_copy: Callable[[nn.Module, torch.device], WaitingNetwork] = _copy_to_host
     # bytes of the device, when something was allowed next to them
     most_beside: int = field(default=0, init=False)
     _dits: dict[int, nn.Module] = field(default_factory=dict)  # the loaded experts

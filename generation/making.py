@@ -22,7 +22,6 @@ from contract.requests import Box
 from contract.rules import SOURCES
 from contract.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
 from generation import outputs
-from generation.anchors import save_changes
 from generation.denoise import OnSection, make_latents
 from generation.experts import plan_turns
 from generation.progress import (
@@ -341,6 +340,8 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
         def advance(step: StepDone) -> bool:
             section_bars[-1].update()
             if step.section.anchor is not None and output.output_type != NOTHING:
+                from generation.anchors import save_changes  # few sections have an anchor
+
                 save_changes(step, output.save_path, stem)
             return False
 
@@ -409,7 +410,9 @@ def _decode_sound(
         with failures.note_errors(label), keep_on_failure(jobs[label]):
             yield
 
-    return make_tracks(run, {label: job.sound for label, job in jobs.items()}, note)
+    return make_tracks(
+        run, {label: job.sound for label, job in jobs.items() if not job.prepared.is_still}, note
+    )
 
 
 def _decode_job(run: GenerationRun, encoders: MediaEncoders, job: GenerationJob, sound: Track | None) -> Path:
@@ -470,7 +473,7 @@ def decode(
     shown: the part of the pixels that is the result; None: all. Raises UserError if some are NaN or infinite.
     """
     chunks = family.decode(encoders, latents)
-    frames = (latents.shape[2] - 1) * family.latent.stride[0] + 1
+    frames = family.latent.count_frames(latents.shape[2])
     for pixels in track(chunks, "Decoding", frames, size=lambda chunk: chunk.shape[2], unit=FRAMES):
         if not bool(is_finite(pixels)):
             raise UserError(

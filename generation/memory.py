@@ -120,10 +120,11 @@ def predict(
     after: list[memory_plan.Phase] = []
     if options.output.output_type not in UNDECODED and not prepared.is_sound_alone:
         after.append(rehearse_decoding(family, prepared, extra))
-    if prepared.joint is not None and hears_sound(family) and options.output.writes_sound:
+    joint = None if prepared.is_still else prepared.joint
+    if joint is not None and hears_sound(family) and options.output.writes_sound:
         networks = family.sound_networks(META, decodes=True)
         with rehearsing(networks) as ledger:
-            family.decode_sound(networks, torch.empty(1, *prepared.joint.sound))
+            family.decode_sound(networks, torch.empty(1, *joint.sound))
             after.insert(0, phase_of("decoding sound", ledger, extra))
     return replace(denoising, before=tuple(before), after=tuple(after))
 

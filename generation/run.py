@@ -86,8 +86,8 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
 
 def _check_lengths(run: GenerationRun, files: "Mapping[Path, SavedLatents]") -> None:
     """Raise OptionError if --post or the name of --save_path does not fit the frames of a latent file."""
-    stride = run.family.latent.stride[0]
-    frames = {path: (saved.latents.shape[2] - 1) * stride + 1 for path, saved in files.items()}
+    latent = run.family.latent
+    frames = {path: latent.count_frames(saved.latents.shape[2]) for path, saved in files.items()}
     if run.post is not None:
         for path, count in frames.items():
             run.post.check_length(count, f"--latent_path {path}")
@@ -158,8 +158,8 @@ def check_latents(family: Family, path: Path) -> "SavedLatents":
     if not latent_frames:
         logger.info("%s: sound alone", path)
         return saved
-    frame_stride, row_stride, column_stride = family.latent.stride
-    frames = (latent_frames - 1) * frame_stride + 1
+    _, row_stride, column_stride = family.latent.stride
+    frames = family.latent.count_frames(latent_frames)
     logger.info(
         "%s: %d x %d (width x height), %d frame%s",
         path,
@@ -177,18 +177,18 @@ def _check_sound(family: Family, path: Path, sound: Tensor, latent_frames: int) 
     sound: latents 1 C T M. Warns if the family makes no sound.
     """
     fps = family.defaults.fps
-    shape = None
-    if hears_sound(family) and family.sound is not None:
-        shape = family.sound.shape(latent_frames, fps)
-    if shape is None:
+    spec = family.sound if hears_sound(family) else None
+    if spec is None:
         logger.warning("--latent_path %s: its sound is left out because this model makes none", path)
         return
-    _, channels, _, bands = sound.shape
-    family_channels, _, family_bands = shape
-    if (family_channels, family_bands) != (channels, bands):
+    own_shape = list(spec.shape(latent_frames, fps))
+    shape = list(sound.shape[1:])
+    for axes in (shape, own_shape):
+        del axes[spec.time_axis]
+    if shape != own_shape:
         raise CheckpointError(
-            f"--latent_path {path}: its sound has {channels} x {bands} values at a time, "
-            f"{family.source.who} has {family_channels} x {family_bands}",
+            f"--latent_path {path}: its sound has {' x '.join(map(str, shape))} values at a time, "
+            f"{family.source.who} has {' x '.join(map(str, own_shape))}",
             path,
         )
 

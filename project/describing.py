@@ -19,6 +19,7 @@ from contract.requests import COUNTS, VALUES
 from downloads.catalogue import ModelSet
 from modules.control_codes import drop_control_codes
 from modules.errors import OptionError
+from modules.media.lengths import USUAL_LENGTHS, ClipLengths
 from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
 from modules.option_values import as_shape
@@ -142,16 +143,20 @@ def _within(size: tuple[int, int], area: int) -> tuple[int, int]:
 def choose_frames(model: ModelSet, media: list[Media], memory: float) -> int:
     """Return how many frames to take of each clip: the usual number, or one that 3 of 4 clips reach."""
     usual = model.data["frames"]
-    step = model.data.get("frame_step", 4)
+    lengths = lengths_of(model)
     timed = [item for item in media if item.seconds is not None and usual > 1]
     counts = sorted(count_frames(clip, model) for clip in timed)
-    if not counts or counts[-1] < 1 + step:
+    if not counts or counts[-1] < lengths.shortest:
         return 1
     most = usual
-    if memory >= LARGE and step == 4:
+    if memory >= LARGE and lengths == USUAL_LENGTHS:
         most = 2 * usual - 1
     reached = min(most, counts[len(counts) // 4])
-    return max((reached - 1) // step, 1) * step + 1
+    return max(lengths.fit(reached), lengths.shortest)
+
+
+def lengths_of(model: ModelSet) -> ClipLengths:
+    return ClipLengths(model.data.get("frame_step", 4), model.data.get("first_frames", 1))
 
 
 def count_frames(clip: Media, model: ModelSet) -> int:
@@ -212,7 +217,7 @@ def describe_dataset(choice: Choice) -> str:
             keys |= clip_keys
         lines += ["", *_toml_table("[[datasets]]", keys)]
     if "[[datasets]]" not in lines:
-        least = (1 + data.get("frame_step", 4)) / data["fps"]
+        least = lengths_of(choice.model).shortest / data["fps"]
         raise OptionError(
             f"--task {choice.model.task} learns from clips of at least {least:.1f} seconds, and "
             f"{choice.options.folder} has none. Choose another --family or --task."

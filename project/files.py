@@ -181,7 +181,7 @@ def find_problems(choice: describing.Choice, dataset: str) -> list[str]:
         copy = copies / WRITTEN[0]
         write_text(copy, dataset)
         config = load_dataset_config(copy)
-        config = with_lengths(config, choice.model.data.get("frame_step", 4))
+        config = with_lengths(config, describing.lengths_of(choice.model))
         config = with_references(config, family.references, family.can.references)
         for table in config.datasets:
             faults: list[Fault] = []

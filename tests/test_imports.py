@@ -136,7 +136,7 @@ _LIGHT = {
             "text_encodings",
             "text_files",
         ),
-        "version",
+        *("media/lengths", "version"),
     ),
     "dataset": ("config", "config_keys", "other_trainers", "subsets", "table", "timestep_keys"),
     "downloads": ("catalogue",),

@@ -422,7 +422,7 @@ class LiveMedia:
             source,
             fps,
             spec.pixel_step,
-            frame_step=spec.frame_step,
+            lengths=spec.lengths,
             numbers=changes,
             keeps_alpha=spec.keeps_alpha,
             has_alpha=spec.has_alpha,

@@ -479,16 +479,16 @@ def _with_whole_size(
     size: width, height and frames; None: as the first reference.
     """
     width, height, frames = size
-    side, step = latent.pixel_step, latent.frame_step
+    side = latent.pixel_step
     whole_width = None if width is None else max(width // side, 1) * side
     whole_height = None if height is None else max(height // side, 1) * side
-    whole_frames = 1 if latent.is_of_pictures else (frames - 1) // step * step + 1
+    whole_frames = 1 if latent.is_of_pictures else latent.lengths.fit(frames)
     changes = []
     if (whole_width, whole_height) != (width, height):
         pixels = f"{width} x {height} pixels (--w, --h) are changed to {whole_width} x {whole_height}"
         changes.append(f"{pixels}: sides are multiples of {side}")
     if whole_frames != frames:
-        why = "a picture has one frame" if latent.is_of_pictures else f"lengths are {step}n + 1 frames"
+        why = "a picture has one frame" if latent.is_of_pictures else f"lengths are {latent.lengths} frames"
         changes.append(f"{count_of(frames, 'frame')} (--f) changed to {whole_frames}: {why}")
     if changes:
         logger.warning("the sample %r: %s", request.prompt, "; ".join(changes))

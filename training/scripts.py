@@ -57,6 +57,7 @@ def training_script(
                 refuse_for_whole(option_values(family_options).get("dit_dtype"))
             check(family_options)
 
+            entry.say_notice()
             print_loading()
             from dataset.batches.items import CachingCommands
             from training.following import plan_next_steps

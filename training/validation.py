@@ -18,7 +18,7 @@ from dataset.batches.order import RunPlace, change_captions
 from dataset.cache.records import CacheChecks
 from modules.bars import track
 from training.data.feed import draw_given_frames, seed_generator
-from training.data.timesteps import times_at
+from training.data.timesteps import times_at, times_of_sound
 from training.loss import Autocast, DitOf, LossRule, NoisyBatch, NoisySound
 from training.noise_options import NUM_TIMESTEPS
 from training.plan import TrainingPlan
@@ -153,10 +153,11 @@ class Validation:
         times = times_at(options.timesteps, torch.tensor([sigma]), self.plan.family.noise)
         sound: NoisySound | None = None
         sound_latents = batch.tensors.get(SOUND)
-        if isinstance(sound_latents, Tensor):  # as noisy as the picture
+        if isinstance(sound_latents, Tensor):
             generator = seed_generator("validation sound", *seed)
             sound_noise = torch.randn(sound_latents.shape, generator=generator)
-            sound = NoisySound(sound_noise, times.sigmas, times.timesteps, torch.ones(1))
+            sound_times = times_of_sound(times, self.plan.family.noise)
+            sound = NoisySound(sound_noise, sound_times.sigmas, sound_times.timesteps, torch.ones(1))
         return NoisyBatch(
             batch=batch,
             noise=noise,

@@ -118,12 +118,11 @@ def _make_of_family(
     )
     media.check_given_files()
     texts_of.check_given_files()
-    step = media.latent.frame_step
     return PipelineNetworks(
         architecture=media.name,
         latent=media.latent,
         identity=media.media_identity,
-        usable_frames=lambda frames: (frames - 1) // step * step + 1,
+        usable_frames=media.latent.lengths.fit,
         load=lambda device: media.media_encoders(device).vae.moments,
         text_encoders=texts_of.text_encoders(),
     )

@@ -269,7 +269,8 @@ def _check_media(
         if with_latents:
             _check_family(findings, family)
         plans = _check_sources(findings, recipe, workers)
-        if recipe.encoder and hears_sound(family) and is_heard(findings.table):
+        is_apart = hears_sound(family) and not recipe.keeps_sound
+        if recipe.encoder and is_apart and is_heard(findings.table):
             _check_table_sound(findings, cast(HearingFamily, family), plans, recipe=recipe, workers=workers)
     except DatasetError as error:
         findings.unusable(error)
@@ -288,7 +289,8 @@ def _check_family(findings: TableFindings, family: Caches) -> None:
     table, sources = findings.table, findings.sources
     has_control = any(source.control for source in sources)
     has_references = any(source.references for source in sources)
-    family.check_table(media_table(table, has_control, has_references))
+    shown = tuple(source.shown for source in sources) if table.shows_media else ()
+    family.check_table(media_table(table, has_control, has_references, shown))
     refuse_companions(table, sources)
     findings.sources = use_moments(family, sources)
 
@@ -341,7 +343,7 @@ def _plan_sources(
 
     def plan_decoded(plan: SourcePlan) -> SourcePlan:
         source = plan.source
-        media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.frame_step)
+        media = decode_source(source, recipe.fps, recipe.latent.pixel_step, recipe.latent.lengths)
         planning = Planning(source, existing.of(source.stem), recipe)
         compared = planning.compare(media.size, media.spans, len(media.frames), media.reason)
         changes = () if media.clip is None else media.clip.size_changes

@@ -138,7 +138,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
                 source,
                 fps,
                 latent.pixel_step,
-                latent.frame_step,
+                latent.lengths,
                 keeps_alpha=latent.keeps_alpha,
                 has_alpha=latent.has_alpha,
             )
@@ -218,7 +218,7 @@ def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     """Return the facts in the header of a source; decode a clip whose header has no frame count."""
     try:
         with fetch(source) as here:
-            plan = plan_source(here, fps, latent.pixel_step, latent.frame_step)
+            plan = plan_source(here, fps, latent.pixel_step, latent.lengths)
             info = video_info(here.path) if source.table.holds == "video" else None
     except (MediaError, DatasetError, OSError) as error:
         return Look(problem=str(error))
@@ -261,7 +261,7 @@ def _look_over(
 def _read_tensors(source: MediaSource, latent: LatentSpec, facts: dict[str, Any]) -> None:
     """Add the facts in the header of latents that were computed before."""
     tensors = measure_source(source, latent)
-    span = whole_span(tensors, latent.frame_step)
+    span = whole_span(tensors, latent.lengths)
     fit = fit_cover(tensors.size, tensors.size)
     facts["spans"] = (span,)
     facts["size"] = tensors.size
@@ -276,7 +276,7 @@ def _choose_spans(table: DatasetTable, latent: LatentSpec, facts: dict[str, Any]
     spans: Sequence[Span] = ((0, 1),)
     reason = None
     if table.kind == "video":
-        spans, reason = spans_or_reason(table, facts["used"], latent.frame_step)
+        spans, reason = spans_or_reason(table, facts["used"], latent.lengths)
     facts["spans"] = spans
     facts["none"] = reason
     facts["short"] = describe_short(table, spans, facts["used"])

@@ -30,21 +30,22 @@ class ReportOptions(Options, title="report"):
     )
     fps: float = option(
         "frames per second of the model, for tables with source_fps: 16 for Wan, 24 for HunyuanVideo, "
-        "Wan2.2 TI2V-5B and LTX-2, 30 for FramePack",
+        "Wan2.2 TI2V-5B, LTX-2 and MiniMax-H3, 30 for FramePack",
         default=16.0,
         above=0,
     )
     pixel_step: int = option(
-        "sides of buckets are multiples of this: 16, or 32 for Wan2.2 TI2V-5B and LTX-2",
+        "sides of buckets are multiples of this: 16, or 32 for Wan2.2 TI2V-5B, LTX-2 and MiniMax-H3",
         default=16,
         least=1,
         most=1024,
-        hint="16, or 32 for Wan2.2 TI2V-5B and LTX-2",
+        hint="16, or 32 for Wan2.2 TI2V-5B, LTX-2 and MiniMax-H3",
     )
     frame_step: int = option(
-        "clips have a multiple of this number of frames, and one more: 4, or 8 for LTX-2",
+        "clips have a multiple of this number of frames, and one more: 4, or 8 for LTX-2; 17 for MiniMax-H3, "
+        "five more",
         default=4,
-        choices=(4, 8),
+        choices=(4, 8, 17),
     )
     references: int = option(
         "most reference pictures of an image that the model takes, for models that edit pictures; 0: it "

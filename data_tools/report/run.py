@@ -43,6 +43,7 @@ LATENTS: Mapping[tuple[int, int], tuple[int, tuple[int, int, int]]] = {
     (32, 4): (48, (4, 16, 16)),
     (32, 8): (128, (8, 32, 32)),
 }
+LATENT_H3 = LatentSpec(24, (4, 16, 16), pixel_step=32, frame_step=4, clip=17, tail=5)  # by --frame_step 17
 USUAL = (16, (4, 8, 8))
 
 
@@ -53,7 +54,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     """
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
     latent = _choose_latents(options)
-    config = with_lengths(config, options.frame_step)
+    config = with_lengths(config, latent.lengths)
     if options.references:
         config = with_references(config, ReferenceRules(options.references, options.pixel_step))
     if options.no_download:
@@ -103,6 +104,8 @@ def _refuse_remote_tars(config: DatasetConfig) -> None:
 
 def _choose_latents(options: ReportOptions) -> LatentSpec:
     """Return the latents of a model with these steps."""
+    if options.frame_step == LATENT_H3.clip:
+        return replace(LATENT_H3, pixel_step=options.pixel_step)
     channels, stride = LATENTS.get((options.pixel_step, options.frame_step), USUAL)
     return LatentSpec(channels, stride, options.pixel_step, options.frame_step)
 

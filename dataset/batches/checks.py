@@ -22,10 +22,10 @@ from dataset.cache.records import (
 )
 from dataset.cache.store import Stores
 from dataset.config import DatasetTable
-from dataset.config_keys import REFERENCES, SECTIONS, TEXTS, Stale
+from dataset.config_keys import IGNORE, REFERENCES, SECTIONS, TEXTS, Stale
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
-from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK, WORSE
+from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK, SOUND_FILE, WORSE
 from dataset.table import FROM_ALPHA, FROM_FILE, defaults_of
 from modules.console import count_of
 from modules.errors import CacheError
@@ -208,6 +208,8 @@ def _source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | No
     companions += [table.reference_directory] * num_references
     if WORSE in record.options:
         companions.append(table.worse_directory)
+    if record.options.get(SOUND_FILE) and record.options.get("audio") != IGNORE:
+        companions.append(table.audio_directory or table.directory)
     num_controls = len(record.files) - 1 - len(companions)
     return [table.directory, *[table.control_directory] * num_controls, *companions]
 

@@ -28,6 +28,7 @@ from dataset.sources.frames import spans
 from modules.errors import CacheError
 from modules.media.buckets import inner_box
 from modules.media.colours import AS_SHOWN
+from modules.media.lengths import ClipLengths
 from modules.option_values import as_shape
 
 
@@ -145,14 +146,14 @@ def _join_media_and_texts(
     return tensors
 
 
-def _count_windows(item: TrainingItem, record: LatentRecord, frame_step: int) -> int:
+def _count_windows(item: TrainingItem, record: LatentRecord, lengths: ClipLengths) -> int:
     """Return how many windows of its clip a record says there are; 0 if that is not known."""
     table, clip = item.table, record.clip
     if table.load_tensors or clip is None or record.parts > 1:
         return 0
     if not clip.complete and table.frame_extraction != "head":
         return 0
-    return len(spans(table, clip.kept_frames, frame_step))
+    return len(spans(table, clip.kept_frames, lengths))
 
 
 @dataclass
@@ -314,7 +315,7 @@ class _Reader:
             part=part,
             encoder=record.encoder,
             own_clocks=is_video and CLOCK not in record.options and has_companions,
-            windows=_count_windows(item, record, self.latent.frame_step),
+            windows=_count_windows(item, record, self.latent.lengths),
             as_shown=record.as_shown if is_older else None,
         )
 

@@ -224,6 +224,12 @@ def grid_in_name(name: str) -> Grid | None:
     return None if latents is None else (int(latents[2] or 1), int(latents[3]), int(latents[4]))
 
 
+def _is_flat(name: str, tensor: Tensor) -> bool:
+    """Return whether latents have the form C H W, of a picture: see `LatentSpec.flat_in_caches`."""
+    is_sound = tensor_key(name).endswith("_audio")  # C 2 T
+    return tensor.ndim == 3 and grid_in_name(name) is not None and not is_sound
+
+
 @dataclass(frozen=True)
 class Entry:
     """Hold the contents of a cache file, or only the facts in its header."""
@@ -253,8 +259,8 @@ class Entry:
     def tensors(self) -> dict[str, Tensor]:
         """Return tensors by their keys in batches; latents get the axis of frames that some files lack."""
         return {
-            tensor_key(name): tensor.unsqueeze(1) if tensor.ndim == 3 and grid_in_name(name) else tensor
-            for name, tensor in self.named.items()  # C H W of a picture: `LatentSpec.flat_in_caches`
+            tensor_key(name): tensor.unsqueeze(1) if _is_flat(name, tensor) else tensor
+            for name, tensor in self.named.items()
         }
 
     @property

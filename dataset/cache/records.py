@@ -298,7 +298,7 @@ def _crc(text: str) -> str:
 
 
 def section_frames(window: int, latent: LatentSpec) -> int:
-    return (window - 1) * latent.stride[0] + 1
+    return latent.count_frames(window)
 
 
 def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: LatentSpec) -> str | None:

@@ -86,7 +86,7 @@ def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
         size=clip.size,
         bucket=clip.size,
         frames=NO_FRAMES,
-        spans=(cogvideox.whole_span(clip, latent.frame_step),),
+        spans=(cogvideox.whole_span(clip, latent.lengths),),
         moments=moments,
         clip=clip,
     )

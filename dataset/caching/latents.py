@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from dataset.sources.fetching import fetch
 from dataset.sources.frames import kept_rate, media_table, shrink_mask
 from modules.devices import warn_if_emulated
 from modules.errors import MediaError
+
+if TYPE_CHECKING:  # it is loaded only for families that hear
+    from dataset.sources.sound import SpanSounds
 
 PARTIAL_BYTES = 1 << 29  # limit for the frames of items that wait until their batch is full
 
@@ -53,7 +57,7 @@ def decode(
                 here,
                 recipe.fps,
                 latent.pixel_step,
-                latent.frame_step,
+                latent.lengths,
                 keeps_alpha=latent.keeps_alpha,
                 has_alpha=latent.has_alpha,
             )
@@ -69,12 +73,27 @@ def decode(
     if media.clip is not None:
         plan = dataclasses.replace(plan, size_changes=media.clip.size_changes)
     missing = plan.missing or ()
-    files = tuple(itertools.starmap(identify, source.parts)) if missing else ()
+    sounds: SpanSounds | None = None
+    if recipe.keeps_sound and recipe.sound is not None and missing and source.table.kind == "video":
+        from dataset.sources.sound import sounds_of  # only of families that hear
+
+        with fetch(source) as here:
+            sounds = sounds_of(here, missing, recipe.fps, recipe.sound)
+        plan = dataclasses.replace(plan, silent=sounds.silent)
+    files = tuple(itertools.starmap(identify, recipe.parts_of(source))) if missing else ()
     media = dataclasses.replace(media, source=source, files=files, rate=rate)
-    items = map(media.cut, missing)
+    items: Iterable[DecodedMedia] = map(media.cut, missing)
+    if sounds is not None:
+        items = _add_sounds(items, sounds)
     is_large = sum(clip.nbytes for clip in (media.frames, *media.control)) > PARTIAL_BYTES
     overlaps = sum(length for _, length in missing) > len(media.frames)
     return plan, items if is_large or overlaps else list(items)
+
+
+def _add_sounds(items: Iterable[DecodedMedia], sounds: "SpanSounds") -> Iterator[DecodedMedia]:
+    """Yield the items of a clip with their sound."""
+    for item, samples in zip(items, sounds.samples, strict=True):
+        yield dataclasses.replace(item, sound=samples, is_heard=sounds.silent is None)
 
 
 def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[DecodedMedia]]:
@@ -101,6 +120,7 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
     """Return items of equal shapes as one batch for the encoders. keys: their names, without suffix."""
     alphas = [item.alpha for item in items if item.alpha is not None]
     control_masks = [item.control_mask for item in items if item.control_mask is not None]
+    sounds = [item.sound for item in items if item.sound is not None]
     controls = zip(*(item.control for item in items), strict=True)
     references = zip(*(item.references for item in items), strict=True)
     return data.MediaBatch(
@@ -112,6 +132,9 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
         references=tuple(_stack_batch(arrays) for arrays in references),
         control_mask=_stack_batch(control_masks) if items[0].control_mask is not None else None,
         table=media_table(items[0].source.table, bool(items[0].control)),
+        sound=torch.stack(sounds) if sounds else None,
+        heard=tuple(item.is_heard for item in items),
+        shown=tuple(item.source.shown for item in items),
     )
 
 
@@ -182,7 +205,7 @@ def _mirror(media: data.MediaBatch) -> data.MediaBatch:
 def _add_mirrored(entry: data.CacheEntry, mirrored: data.CacheEntry) -> data.CacheEntry:
     tensors = dict(entry.tensors)
     for key, tensor in mirrored.tensors.items():
-        if key.startswith("latents"):
+        if key.startswith("latents") and not key.endswith("_audio"):  # of sound
             tensors[f"{key}{cache_files.FLIPPED}"] = tensor
     return dataclasses.replace(entry, tensors=tensors)
 
@@ -191,7 +214,7 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
     """Return the tensors of an entry, loss mask and frame rate included, by their names in the file."""
     tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
     if item.mask is not None:
-        mask = shrink_mask(torch.from_numpy(item.mask), spec.stride)
+        mask = shrink_mask(torch.from_numpy(item.mask), spec.stride, spec.clip)
         tensors[data.LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
     if item.rate is not None:
         tensors[data.FPS] = torch.tensor(item.rate)

@@ -10,12 +10,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from contract.data import CONTROL, FPS, LOSS_MASK, WORSE_LATENTS, LatentSpec, MediaTable, SoundSpec
+from contract.data import (
+    CONTROL,
+    FPS,
+    INNER_SOUND,
+    IS_HEARD,
+    LOSS_MASK,
+    WORSE_LATENTS,
+    LatentSpec,
+    MediaTable,
+    SoundSpec,
+)
+from contract.rules import ShownMedium
 from dataset.cache import records
 from dataset.cache.files import Entry, LatentName
 from dataset.cache.store import ExistingNames, Names, Stores
 from dataset.caching.prefetch import MANY, Failure, map_ahead
-from dataset.config_keys import REFERENCES, SECTIONS
+from dataset.config_keys import IGNORE, REFERENCES, SECTIONS
 from dataset.sources.clock import has_companions, kept_one_clock
 from dataset.sources.colours import has_codes, shown_otherwise
 from dataset.sources.decoding import plan_source
@@ -23,10 +34,13 @@ from dataset.sources.frames import Span, bucket_of, describe_short, frames_wante
 from dataset.sources.media_source import (
     CLIP_REFERENCES,
     CONTROL_MASK,
+    SHOWN,
+    SOUND_FILE,
     WORSE,
     ClipFacts,
     FileIdentity,
     MediaSource,
+    Origin,
     pause_collection,
 )
 from modules.bars import Bar
@@ -87,7 +101,22 @@ class Recipe:
             options[CONTROL_MASK] = True
         if source.worse is not None:
             options[WORSE] = True
+        if self.keeps_sound and table.kind == "video":
+            options[SOUND_FILE] = source.sound is not None
+            if table.audio == IGNORE:
+                options["audio"] = IGNORE
+        if source.shown:
+            options[SHOWN] = [_describe_shown(medium) for medium in source.shown]
         return options | table.changed(SECTIONS)
+
+    @property
+    def keeps_sound(self) -> bool:
+        """Return whether caches of latents have the sound of their clip."""
+        return self.sound is not None and self.sound.is_inside
+
+    def parts_of(self, source: MediaSource) -> tuple[tuple[Path, Origin | None], ...]:
+        """Return all files that the caches of a source are made from."""
+        return source.parts_with(sound=self.keeps_sound and source.table.audio != IGNORE)
 
     def difference(
         self, record: records.LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
@@ -105,6 +134,12 @@ class Recipe:
         return changed or records.options_difference(recorded, options, self.latent)
 
 
+def _describe_shown(medium: ShownMedium) -> str:
+    if medium.kind != "video" or medium.sound is None:
+        return f"{medium.kind}, silent" if medium.is_silent else medium.kind
+    return f"{medium.kind}, sound of a file"
+
+
 @dataclass(frozen=True, slots=True)
 class SourcePlan:
     """Plan for one source."""
@@ -120,6 +155,7 @@ class SourcePlan:
     outdated: str | None = None  # why an existing file is made again
     is_other: bool = False  # one was made by another encoder, with other options, or by another program
     size_changes: tuple[str, ...] = ()  # of `ClipFacts`
+    silent: str | None = None  # why it is cached with silence
 
 
 def plan_all(
@@ -211,6 +247,8 @@ class Planning:
             self.table.index,
             source.mask_from,
             len(source.control),
+            source.sound is None,
+            source.shown,
             source.tensors is None,
         ]
         for file in self.existing:
@@ -252,7 +290,7 @@ class Planning:
             from dataset.sources.cogvideox import measure_source, whole_span  # only with load_tensors
 
             clip = clip or measure_source(self.source, latent)
-            return self.compare(clip.size, [whole_span(clip, latent.frame_step)])
+            return self.compare(clip.size, [whole_span(clip, latent.lengths)])
         if clip is not None:
             enough = frames_wanted(table)
             if clip.complete or (enough is not None and clip.kept_frames >= enough):
@@ -261,7 +299,7 @@ class Planning:
             # the header may be wrong about the number of frames, so it counts only if it agrees with the
             # existing files
             self._by_header = True
-            header = plan_source(self.source, recipe.fps, latent.pixel_step, latent.frame_step)
+            header = plan_source(self.source, recipe.fps, latent.pixel_step, latent.lengths)
             with contextlib.suppress(MediaError):  # too short for a section, according to the header
                 plan = self.compare(header.size, header.spans)
                 if plan.kept == self.existing.keys() and not plan.missing:
@@ -287,7 +325,7 @@ class Planning:
     def _compare_clip(self, clip: ClipFacts) -> SourcePlan:
         """Return the plan of a clip from its known facts."""
         table = self.table
-        clip_spans = spans(table, clip.kept_frames, self.recipe.latent.frame_step)
+        clip_spans = spans(table, clip.kept_frames, self.recipe.latent.lengths)
         reason = None
         if not clip_spans:
             targets = ", ".join(map(str, table.target_frames))
@@ -416,6 +454,13 @@ class Planning:
         references = self.source.control if self.table.references is not None else ()
         if sum(key.startswith(CONTROL) for key in header.keys) < len(references):
             raise OtherKind(f"{path}: it has no latents of its {len(references)} reference pictures")
+        for key in (INNER_SOUND, IS_HEARD) if recipe.latent.holds_sound else ():
+            if key not in header.keys:
+                raise OtherKind(f"{path}: it has no {key}, which this model needs with every clip")
+        for fact, value in recipe.latent.stated:
+            if header.metadata.get(fact, value) != value:
+                made_for = f"it was made for {fact} {header.metadata[fact]}"
+                raise OtherKind(f"{path}: {made_for}, this run has {value}")
         if not (recipe.stores.skip_existing or is_shared):
             raise OtherKind(f"{path}: it has no record of what it was made from")
         grid = self._grid(name, bucket, span)
@@ -448,7 +493,7 @@ class Planning:
         return self._otherwise[mark]
 
     def _find_change(self, files: Sequence[FileIdentity]) -> str | None:
-        parts = self.source.parts
+        parts = self.recipe.parts_of(self.source)
         if len(parts) != len(files):
             return f"it was made from {len(files)} source files, now there are {len(parts)}"
         changed = [
@@ -461,7 +506,7 @@ class Planning:
     def _is_unchanged(self, number: int, identity: FileIdentity) -> bool:
         """Return whether a part of the source is unchanged; each part is checked once."""
         if self._unchanged.get(number) != identity:
-            path, origin = self.source.parts[number]
+            path, origin = self.recipe.parts_of(self.source)[number]
             if not records.is_unchanged(identity, path, origin):
                 return False
             self._unchanged[number] = identity

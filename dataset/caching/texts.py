@@ -280,7 +280,7 @@ class TextWork:
             source,
             self._family.defaults.fps,
             latent.pixel_step,
-            latent.frame_step,
+            latent.lengths,
             keeps_alpha=latent.keeps_alpha,
             has_alpha=latent.has_alpha,
         )

@@ -6,15 +6,18 @@ count as stale.
 
 import contextlib
 import dataclasses
+import json
 import logging
 from collections.abc import Collection, Generator, Iterable, Sequence, Set
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from contract.data import FPS, CacheEntry, MediaEncoders
 from contract.family import Caches, hears_sound, sound_of
+from contract.rules import ShownMedium
 from dataset.cache.files import SUFFIX, LatentName, is_latent_cache
 from dataset.cache.records import LatentRecord
 from dataset.cache.store import ExistingNames, LatentNames, Stores, may_be_mixed, npz_names, remove_caches
@@ -28,7 +31,7 @@ from dataset.sources.colours import find_colours, find_reordered
 from dataset.sources.decoding import DecodedMedia, check_resolution
 from dataset.sources.frames import find_far_rates, find_wrong_rates, media_table
 from dataset.sources.listing import warn_captions, warn_unused
-from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
+from dataset.sources.media_source import LISTED, Fault, FileIdentity, MediaSource, list_faults
 from dataset.subsets import refuse_changing
 from modules.atomic_write import free_bytes
 from modules.bars import Bar
@@ -52,13 +55,22 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
     learns_sound_alone = spec is not None and spec.is_alone
     with_control = {source.table.index for source in sources if source.control}
     with_companions: dict[int, list[MediaSource]] = {}
+    shown: dict[int, list[tuple[ShownMedium, ...]]] = {}
     for source in sources:
+        if source.table.shows_media:
+            shown.setdefault(source.table.index, []).append(source.shown)
         if source.references or source.control_mask is not None:
             with_companions.setdefault(source.table.index, []).append(source)
     for table in config.datasets:
         has_control = table.index in with_control
         try:
-            _check_table(family, table, has_control, with_companions.get(table.index, ()))
+            _check_table(
+                family,
+                table,
+                has_control,
+                companions=with_companions.get(table.index, ()),
+                shown=tuple(shown.get(table.index, ())),
+            )
             _check_sound(table, learns_sound_alone)
         except DatasetError as error:
             may_be_masks = has_control and table.conditioning_directory is not None
@@ -69,7 +81,11 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
 
 
 def _check_table(
-    family: Caches, table: DatasetTable, has_control: bool, companions: Sequence[MediaSource]
+    family: Caches,
+    table: DatasetTable,
+    has_control: bool,
+    companions: Sequence[MediaSource],
+    shown: tuple[tuple[ShownMedium, ...], ...],
 ) -> None:
     """Raise DatasetError if a family cannot use a table. companions: sources with references or masks of
     control clips.
@@ -82,7 +98,7 @@ def _check_table(
 
         refuse_moments(family, table)
     check_resolution(table, family.latent.pixel_step)
-    family.check_table(media_table(table, has_control, bool(companions)))
+    family.check_table(media_table(table, has_control, bool(companions), shown))
     if companions:
         from dataset.sources.companions import refuse_companions  # few tables have any
 
@@ -126,7 +142,7 @@ class MediaWork:
             for table in config.datasets
         }
         self._sound: SoundWork | None = None
-        if hears_sound(family):
+        if not family.latent.holds_sound and hears_sound(family):
             from dataset.caching import sound  # only of families that hear
 
             hearing = cast("HearingFamily", family)
@@ -328,6 +344,9 @@ class MediaWork:
             facts["frame_count"] = str(name.span[1])
         if item.rate is not None:  # as text, too: what can share a batch is found by headers alone
             facts[FPS] = repr(item.rate)
+        stamps = {}
+        if self._family.latent.stated:
+            stamps["media_fingerprints"] = _fingerprints(item.files, self._recipe.parts_of(item.source))
         store = self.stores.of(item.source.table)
         files = []
         for entry in entries:
@@ -341,7 +360,7 @@ class MediaWork:
                     file=file,
                     named=tensors,
                     record=record,
-                    facts=facts,
+                    facts={**facts, **entry.metadata, **stamps},
                 )
             )
             files.append(file)
@@ -380,11 +399,11 @@ class MediaWork:
         if not sizes:
             return None
         latent = self._family.latent
-        frame_stride, height_stride, width_stride = latent.stride
+        _, height_stride, width_stride = latent.stride
         numbers = 0
         for width, height, *lengths in sizes:
             frames = lengths[0] if lengths else 1
-            latent_frames = (frames - 1) // frame_stride + 1
+            latent_frames = latent.count_latents(frames)
             latent_pixels = (height // height_stride) * (width // width_stride)
             numbers += latent.channels * latent_frames * latent_pixels
         needed = numbers * NUMBER_BYTES * len(plans) / num_with_sizes
@@ -396,6 +415,14 @@ MASKS_HINT = (
     " If conditioning_data_dir holds masks of the loss, train with --masked_loss, or call the key "
     "mask_directory."
 )
+
+
+def _fingerprints(files: Sequence[FileIdentity], parts: Sequence[tuple[Path, object]]) -> str:
+    """Return size and time of the files of an item by path, as metadata of other programs have them."""
+    stamps = {}
+    for identity, (path, _) in zip(files, parts, strict=True):
+        stamps[str(path.absolute())] = f"{identity.size_bytes}-{identity.mtime_ns}"
+    return json.dumps(stamps, sort_keys=True)
 
 
 def _latent_name(item: DecodedMedia) -> LatentName:
@@ -415,7 +442,7 @@ def _report_of(
     are.
     """
     valid = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
-    dropped, shortened, resized = [], [], []
+    dropped, shortened, resized, silent = [], [], [], []
     for plan in finished:
         if plan.reason is not None:
             dropped.append(prefetch.Failure.of(plan.source, plan.reason))
@@ -423,6 +450,8 @@ def _report_of(
             shortened.append(prefetch.Failure.of(plan.source, plan.short))
         if plan.size_changes:
             resized.append(prefetch.Failure.of(plan.source, "; ".join(plan.size_changes)))
+        if plan.silent is not None:
+            silent.append(prefetch.Failure.of(plan.source, plan.silent))
     return prefetch.CacheReport(
         written=len(written),
         kept=sum(len(plan.kept) for plan in finished),
@@ -431,6 +460,7 @@ def _report_of(
         dropped=tuple(dropped),
         shortened=tuple(shortened),
         resized=tuple(resized),
+        silent=tuple(silent),
         share=share,
         whole=total,
         right=frozenset(valid | written),

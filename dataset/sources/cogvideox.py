@@ -31,6 +31,7 @@ from dataset.sources.media_source import (
 from dataset.sources.rows import check_text, locate
 from modules.atomic_write import write_text
 from modules.errors import CheckpointError, DatasetError, MediaError
+from modules.media.lengths import ClipLengths
 from modules.option_values import as_shape
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text
@@ -39,9 +40,9 @@ PREPARED = "reelsmith_prepared.json"
 VERSION = 1
 
 
-def whole_span(clip: ClipFacts, frame_step: int) -> Span:
-    """Return the span of the only item in moments: all frames that fit frame_step * n + 1."""
-    return (0, (clip.kept_frames - 1) // frame_step * frame_step + 1)
+def whole_span(clip: ClipFacts, lengths: ClipLengths) -> Span:
+    """Return the span of the only item in moments: all frames that fit a length of the family."""
+    return (0, lengths.fit(clip.kept_frames))
 
 
 def read_tensor(path: Path) -> Tensor:

@@ -34,6 +34,7 @@ from modules.errors import MediaError
 from modules.media.augmenting import change_colours, crop_anywhere, face_in_name, fit_face, mirror
 from modules.media.buckets import Fit, Size, fit_cover, fit_like, fit_without_enlarging, how_to_resize
 from modules.media.decoding import is_animation
+from modules.media.lengths import USUAL_LENGTHS, ClipLengths
 from modules.media.reading import (
     Frame,
     FrameSizes,
@@ -107,6 +108,8 @@ class DecodedMedia:
     clip: ClipFacts | None = None
     files: tuple[FileIdentity, ...] = ()
     rate: float | None = None  # frames per second, for models that take the rate
+    sound: Tensor | None = None  # C S, of a family whose latents are cached with their sound; zeros if silent
+    is_heard: bool = False  # it has sound
 
     @property
     def arrays(self) -> tuple[Any, ...]:
@@ -118,7 +121,8 @@ class DecodedMedia:
     def group(self) -> tuple[object, ...]:
         """Return what items of a batch must have in common: their table, and the shapes of stacked arrays."""
         counts = len(self.control), len(self.references), self.worse is not None
-        return (self.source.table.index, counts, *(array.shape for array in self.arrays))
+        sound = () if self.sound is None else (self.sound.shape,)
+        return (self.source.table.index, counts, *(array.shape for array in self.arrays), *sound)
 
     @property
     def size_bytes(self) -> int:
@@ -160,7 +164,7 @@ def decode_source(
     source: MediaSource,
     fps: float,
     step: int = 16,
-    frame_step: int = 4,
+    lengths: ClipLengths = USUAL_LENGTHS,
     numbers: random.Random | None = None,
     keeps_alpha: bool = False,
     has_alpha: bool = False,
@@ -168,7 +172,7 @@ def decode_source(
     """Read a source and its control media.
 
     Memory holds the whole clip at bucket size, and one frame at a time at its own size. fps: the family's
-    rate, reached by dropping frames if the table has source_fps. step, frame_step, keeps_alpha, has_alpha: of
+    rate, reached by dropping frames if the table has source_fps. step, lengths, keeps_alpha, has_alpha: of
     the family's LatentSpec. numbers: draws how a picture differs this time, as its table's
     `augmentation` says; without them it does not differ. Raises MediaError if a file is unreadable or too
     small, DatasetError if the resolution is not a multiple of `step`.
@@ -183,11 +187,11 @@ def decode_source(
                     here, step, numbers, keeps_alpha=keeps_alpha or has_alpha, has_alpha=has_alpha
                 )
                 return dataclasses.replace(media, source=source)
-        return _decode_clip(source, here, fps=fps, step=step, frame_step=frame_step)
+        return _decode_clip(source, here, fps=fps, step=step, lengths=lengths)
 
 
 def _decode_clip(
-    source: MediaSource, here: MediaSource, fps: float, step: int, frame_step: int
+    source: MediaSource, here: MediaSource, fps: float, step: int, lengths: ClipLengths
 ) -> DecodedMedia:
     """Read a clip and its control media. here: the source with files that can be opened."""
     table = source.table
@@ -216,7 +220,7 @@ def _decode_clip(
     count = len(frames)
     if here.mask is not None:  # one image for all frames, or a clip
         mask = read_mask(here.mask, here, (size, bucket), count=count, fps=fps, clock=clock)
-    found_spans, reason = spans_or_reason(table, count, frame_step)
+    found_spans, reason = spans_or_reason(table, count, lengths)
     control: list[Clip] = []
     companions: dict[str, Any] = {}
     if found_spans:
@@ -414,7 +418,9 @@ def _read_control(path: Path, place: Callable[[Frame], Frame], keeps_alpha: bool
     return np.concatenate(channels, axis=2)[None]
 
 
-def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int = 4) -> DecodedMedia:
+def plan_source(
+    source: MediaSource, fps: float, step: int = 16, lengths: ClipLengths = USUAL_LENGTHS
+) -> DecodedMedia:
     """Do the same as `decode_source` from headers, without frames, to compare with caches without a record.
 
     A header may have a wrong number of frames; a clip whose header has none is decoded. Raises the errors of
@@ -428,7 +434,7 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
         elif table.is_of_sound:
             size = table.resolution
             num_kept = _count_kept(here, fps)
-            found_spans, reason = spans_or_reason(table, num_kept, frame_step)
+            found_spans, reason = spans_or_reason(table, num_kept, lengths)
         else:
             info = video_info(here.path)
             size = (info.width, info.height)
@@ -436,7 +442,7 @@ def plan_source(source: MediaSource, fps: float, step: int = 16, frame_step: int
                 num_kept = _count_kept(here, fps)
             else:
                 num_kept = len(resample_indices(info.frames, table.stated_fps, table.target_fps or fps))
-            found_spans, reason = spans_or_reason(table, num_kept, frame_step)
+            found_spans, reason = spans_or_reason(table, num_kept, lengths)
         bucket = bucket_of(table, size, step, here.path)
     return DecodedMedia(
         source=source, size=size, bucket=bucket, frames=NO_FRAMES, spans=found_spans, reason=reason
@@ -522,10 +528,10 @@ def _stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask | None:
 
 
 def spans_or_reason(
-    table: DatasetTable, num_kept: int, frame_step: int
+    table: DatasetTable, num_kept: int, lengths: ClipLengths
 ) -> tuple[tuple[Span, ...], str | None]:
     """Return the spans of a clip of `num_kept` frames, and if there are none, why."""
-    found_spans = spans(table, num_kept, frame_step)
+    found_spans = spans(table, num_kept, lengths)
     if found_spans:
         return found_spans, None
     stated = table.stated_fps

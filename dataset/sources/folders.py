@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from dataset.config_keys import IGNORE
 from dataset.sources.captions import captions_in, explain_captions, first_and_more, read_caption_file
 from dataset.sources.frames import files_by_stem, mask_suffixes
 from dataset.sources.media_source import Fault, MediaSource
+from dataset.sources.rows import find_sound_beside
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
@@ -60,12 +61,30 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
             table=table,
             more_captions=content.further,
             mask=masks.get(path),
-            sound=(sounds[path], None) if path in sounds else None,
+            sound=_sound_of(table, path, sounds, faults),
             caption_encoding=content.encoding,
         )
         sources.append(source)
     faults += reader.faults()
     return sources
+
+
+def _sound_of(
+    table: DatasetTable, clip: Path, sounds: Mapping[Path, Path], faults: list[Fault]
+) -> tuple[Path, None] | None:
+    """Return the file with the sound of a clip; None: it has none besides its track.
+
+    sounds: files of audio_directory by clip. Adds a fault if there are several.
+    """
+    if clip in sounds:
+        return sounds[clip], None
+    if not table.finds_sound or table.audio_directory is not None or table.audio == IGNORE:
+        return None
+    try:
+        return find_sound_beside(clip)
+    except DatasetError as error:
+        faults.append(Fault(f"problems with the sound of {table.name}", str(error)))
+        return None
 
 
 def _leave_out_bad_names(table: DatasetTable, paths: list[Path], faults: list[Fault]) -> list[Path]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from contract.data import MediaTable
+from contract.rules import ShownMedium
 from dataset.config import DatasetTable
 from dataset.config_keys import AUTO
 from dataset.sources.media_source import Fault, MediaSource
@@ -25,6 +26,7 @@ from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media import buckets
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
+from modules.media.lengths import USUAL_LENGTHS, ClipLengths
 from modules.media.opening import open_video
 from modules.media.reading import VIDEO_SUFFIXES, Frame, MaskLook, image_suffixes, read_mask
 
@@ -34,15 +36,15 @@ TOLERANCE = 0.02  # of a rate: 29.97 is 30
 LOOKED_AT = 1000  # clips of a dataset whose headers are read for their rates
 
 
-def spans(table: DatasetTable, kept_frames: int, frame_step: int = 4) -> tuple[Span, ...]:
+def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = USUAL_LENGTHS) -> tuple[Span, ...]:
     """Return the spans of a clip with `kept_frames` frames; none if it is too short for every target.
 
-    frame_step: "full" rounds its length down to frame_step * n + 1 (4 for most families). Spans are sorted by
-    target, then by start, without duplicates.
+    lengths: of the family, to which "full" rounds down. Spans are sorted by target, then by start, without
+    duplicates.
     """
     if table.frame_extraction == "full":
         length = min(kept_frames, table.max_frames)
-        return ((0, (length - 1) // frame_step * frame_step + 1),) if length > 0 else ()
+        return ((0, lengths.fit(length)),) if length > 0 else ()
     clip_spans: dict[Span, None] = {}
     for target in table.target_frames:
         if target <= kept_frames:
@@ -86,7 +88,12 @@ def frames_wanted(table: DatasetTable) -> int | None:
     return table.max_frames if table.frame_extraction == "full" else None
 
 
-def media_table(table: DatasetTable, has_control: bool = False, has_references: bool = False) -> MediaTable:
+def media_table(
+    table: DatasetTable,
+    has_control: bool = False,
+    has_references: bool = False,
+    shown: tuple[tuple[ShownMedium, ...], ...] = (),
+) -> MediaTable:
     """Return the facts about a table that families check."""
     is_whole = table.frame_extraction == "full"
     has_targets = table.kind == "video" and not is_whole
@@ -101,6 +108,8 @@ def media_table(table: DatasetTable, has_control: bool = False, has_references: 
         clean_indices=table.fp_1f_clean_indices or (),
         target_index=table.fp_1f_target_index,
         has_post=not table.fp_1f_no_post,
+        flips=table.augmentation.flip,
+        shown=shown if any(shown) else (),
     )
 
 
@@ -290,18 +299,21 @@ def read_moving(
     return np.stack(masks)
 
 
-def shrink_mask(mask: Tensor, stride: tuple[int, int, int]) -> Tensor:
+def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Tensor:
     """Average a mask F H W, 0..255, over the pixels of each latent: float16, 0..1, F H W of the latents.
 
-    stride: of the family's LatentSpec. In time, the first frame is a latent frame of its own, and after it
-    each group of `stride[0]` frames is one.
+    stride, clip: of the family's LatentSpec. In time, the first frame of a video, or of each clip, is a
+    latent frame of its own, and after it each group of `stride[0]` frames is one.
     """
     frame_stride, down, across = stride
     weights = mask.float().unsqueeze(1) / 255
     weights = torch.nn.functional.avg_pool2d(weights, (down, across)).squeeze(1)
-    groups = (len(weights) - 1) // frame_stride
-    after_first = weights[1 : 1 + groups * frame_stride]
-    return torch.cat([weights[:1], after_first.unflatten(0, (groups, frame_stride)).mean(1)]).half()
+    parts = []
+    for part in weights.split(clip or len(weights)):
+        groups = (len(part) - 1) // frame_stride
+        after_first = part[1 : 1 + groups * frame_stride]
+        parts += [part[:1], after_first.unflatten(0, (groups, frame_stride)).mean(1)]
+    return torch.cat(parts).half()
 
 
 def _grey(path: Path, frame: Frame, place: Place, size: buckets.Size) -> NDArray[np.uint8]:

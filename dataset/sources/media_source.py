@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
+from contract.rules import ShownMedium
 from dataset.config import DatasetTable
 from dataset.table import FROM_ALPHA, FROM_FILE
 from modules.console import count_words
@@ -26,6 +27,8 @@ PIECE = 1 << 20  # bytes
 # in the options of a record: how many references, and `ReferenceRules.factors`; that there is a mask; that
 # there is a worse one
 CLIP_REFERENCES, CONTROL_MASK, WORSE = "references", "control_mask", "worse"
+# likewise: that sound is from a file of its own; what is shown, in order
+SOUND_FILE, SHOWN = "sound_file", "shown"
 # warning for a model that takes reference pictures and gets none
 NO_REFERENCE = (
     "nothing has a reference: this trains on texts alone. To train edits, give control_directory, or "
@@ -110,6 +113,7 @@ class MediaSource:
     worse: Path | None = (
         None  # an image, clip or folder of images of the same size, which is to be less likely
     )
+    shown: tuple[ShownMedium, ...] = ()  # `references` of its row, on disk
 
     @property
     def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
@@ -124,6 +128,18 @@ class MediaSource:
         masks = filter(None, (self.mask, self.control_mask))
         paths = (self.path, *self.control, *masks, *self.references, *filter(None, (self.worse,)))
         return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
+
+    def parts_with(self, sound: bool) -> tuple[tuple[Path, Origin | None], ...]:
+        """Return `parts`, the file with its sound, and shown media.
+
+        sound: that file counts, because sound is cached with the latents.
+        """
+        parts = list(self.parts)
+        if sound and self.sound is not None:
+            parts.append(self.sound)
+        for medium in self.shown:
+            parts += [(path, None) for path in (medium.path, medium.sound) if path is not None]
+        return tuple(parts)
 
     @property
     def mask_from(self) -> str | None:
@@ -233,6 +249,7 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
             source.references,
             source.control_mask,
             source.worse,
+            source.shown,
         )
         stems = by_file.setdefault(file, {}) if places[file] > 1 else {}
         if row not in stems:

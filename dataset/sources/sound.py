@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from contract.data import SoundSpec
-from dataset.sources.frames import Span, file_rate
+from dataset.config_keys import IGNORE, REQUIRED
+from dataset.sources.frames import Span, file_rate, kept_rate
 from dataset.sources.media_source import MediaSource
 from modules.errors import MediaError
 from modules.limits import MAX_FRAMES
@@ -53,6 +55,35 @@ def find_sound(source: MediaSource) -> Path:
             'the frames. Write source_fps = "auto"'
         )
     return path
+
+
+@dataclass(frozen=True)
+class SpanSounds:
+    """The sound of spans of a clip."""
+
+    samples: tuple[Tensor, ...]  # of each, C S
+    silent: str | None = None  # why they are zeros
+
+
+def sounds_of(here: MediaSource, spans: Sequence[Span], fps: float, spec: SoundSpec) -> SpanSounds:
+    """Return the sound of spans of a clip, or silence if it has none.
+
+    here: fetched. fps: of the family. Raises MediaError if a file that its list or folder names has no sound,
+    or none is there and the table needs it.
+    """
+    rate = kept_rate(here, fps)
+    silent = 'audio = "ignore"'
+    if here.table.audio != IGNORE:
+        try:
+            return SpanSounds(tuple(read_sounds(find_sound(here), spans, rate, spec)))
+        except NoSound as reason:
+            if here.table.audio == REQUIRED:
+                raise MediaError(f'{reason}; audio = "required" asks for it') from None
+            if here.sound is not None:
+                raise MediaError(f"{reason}. Give another file, or take it out") from None
+            silent = str(reason)
+    counts = [round(frames / rate * spec.rate) for _, frames in spans]
+    return SpanSounds(tuple(torch.zeros(spec.channels, count) for count in counts), silent)
 
 
 def count_frames(path: Path, fps: float) -> int:

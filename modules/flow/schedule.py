@@ -30,6 +30,7 @@ class Schedule:
     sigmas: Tensor  # N + 1, float32, falling; the last is 0
     timesteps: Tensor  # N, float32: what the network is fed at each step
     alphas: Tensor  # N + 1, float64: the share of data at each sigma
+    sound_sigmas: Tensor | None = None  # N + 1: of a clip's sound; None: as `sigmas`
 
     @property
     def num_steps(self) -> int:

@@ -8,14 +8,14 @@ lambda.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from modules.flow.schedule import Schedule, make_schedule
+from modules.flow.schedule import Schedule, make_schedule, shift_sigmas
 
 Draw = Callable[[Sequence[int]], Tensor]  # shape -> standard normal numbers, float32
 
@@ -41,14 +41,20 @@ def solver_for(
     table: Sequence[float] = (),
     draw: Draw | None = None,
     levels: Sequence[float] = (),
+    sound_shift: float = 1.0,
 ) -> Solver:
     """Make a new solver with its schedule: "euler" (also "euler-trained", "euler-terminal", "euler-tenth",
     "euler-thousandth"), "unipc", "unipc-bh1", "dpm++", or one that adds noise: "dpm++sde", "lcm".
 
     table, levels: see `make_schedule`. draw: where the noise comes from; it is called only by a step that
-    adds some. Raises ValueError for another name, or if a solver that adds noise has no `draw`.
+    adds some. sound_shift: of `NoiseSpec`; only Euler follows two schedules. Raises ValueError for another
+    name, or if a solver that adds noise has no `draw`.
     """
     schedule = make_schedule(name, steps, flow_shift, table=table, levels=levels)
+    if sound_shift != 1:
+        if _SOLVERS.get(name) is not Euler:
+            raise ValueError(f"the solver {name!r} follows one schedule: sound with its own needs Euler")
+        schedule = replace(schedule, sound_sigmas=shift_sigmas(schedule.sigmas, sound_shift))
     if name not in _NOISY_SOLVERS:
         return _SOLVERS[name](schedule)
     if draw is None:

@@ -140,7 +140,7 @@ def test_alpha_that_is_cropped_away_is_no_mask(tmp_path: Path) -> None:
     wide.putalpha(Image.fromarray(np.where(np.arange(256) < 8, 0, 255).astype(np.uint8)[None].repeat(64, 0)))
     wide.save(tmp_path / "wide.png")
     (source,) = find_sources(make_table(tmp_path, "image_directory", resolution=(64, 64), alpha_mask=True))
-    assert decode_source(source, 16.0, 16, 4).mask is None
+    assert decode_source(source, 16.0, 16).mask is None
 
 
 def test_check_and_caching_count_transparent_pictures_and_profiles(

@@ -19,6 +19,7 @@ from dataset.sources.media_source import GivenTensors, MediaSource
 from dataset.subset_options import ANYWHERE, DATASET, SUBSET, SUBSET_KEYS
 from dataset.table import SOURCES, Augmentation, CaptionChanges
 from modules.errors import DatasetError
+from modules.media.lengths import ClipLengths
 from tests.commands import ROOT
 from tests.dataset.making import make_table
 from tests.dataset.toy_family import LATENT
@@ -276,24 +277,27 @@ def test_masks_may_be_spelt_as_in_the_known_fork(tmp_path: Path) -> None:
         tables(tmp_path, text.replace("'m'", "'m'\nmask_directory = 'n'"))
 
 
-def family(frame_step: int, in_sections: bool = False) -> Any:
+def family(step: int, first: int = 1, in_sections: bool = False) -> Any:
     """The facts of a family that change a configuration."""
     return SimpleNamespace(
-        latent=SimpleNamespace(frame_step=frame_step, in_sections=in_sections),
+        latent=SimpleNamespace(lengths=ClipLengths(step, first), in_sections=in_sections, holds_sound=False),
         references=None,
-        can=SimpleNamespace(references=""),
+        can=SimpleNamespace(references="", keep_time=False, show_media=False),
     )
 
 
-@pytest.mark.parametrize(("step", "lengths"), [(1, (1, 14, 45)), (4, (1, 13, 45)), (8, (1, 9, 41))])
+@pytest.mark.parametrize(
+    ("step", "first", "lengths"),
+    [(1, 1, (1, 14, 45)), (4, 1, (1, 13, 45)), (8, 1, (1, 9, 41)), (17, 5, (1, 5, 39))],
+)
 def test_lengths_are_those_of_the_family(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, step: int, lengths: tuple[int, ...]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, step: int, first: int, lengths: tuple[int, ...]
 ) -> None:
     text = "[[datasets]]\nvideo_directory = 'v'\ntarget_frames = [45, 1, 14]\n"
     config = load_dataset_config(write(tmp_path, text))
-    assert for_family(config, family(step)).datasets[0].target_frames == lengths
+    assert for_family(config, family(step, first)).datasets[0].target_frames == lengths
     assert "ignored" not in caplog.text
-    assert (f"become {list(lengths)}, because clips of this model have {step}n + 1" in caplog.text) == (
+    assert (f"become {list(lengths)}, because clips of this model have {step}n + {first}" in caplog.text) == (
         step > 1
     )
 
@@ -354,7 +358,7 @@ def what_caches_tell(table: DatasetTable) -> tuple[object, object]:
     source = MediaSource(picture, "a", None, None, (picture,), table, mask=mask, tensors=tensors)
     recipe = Recipe("toy", {}, LATENT, 24.0, lambda *_: None, Stores())
     modes = [dataclasses.replace(table, frame_extraction=mode) for mode in ("uniform", "slide", "full")]
-    taken = [spans(one, 29, 4) for one in (table, *modes)]
+    taken = [spans(one, 29) for one in (table, *modes)]
     boxes = [bucket_of(table, size, 16, picture) for size in ((640, 480), (16, 48))]
     return (recipe.options(source), taken, boxes), table.changed(TEXTS)
 

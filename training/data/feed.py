@@ -40,7 +40,7 @@ from dataset.cache.store import Stores
 from modules.devices import pin
 from modules.errors import UserError
 from modules.seeds import derive_seed
-from training.data.timesteps import Timesteps, draw, find_shift, loss_weights
+from training.data.timesteps import Timesteps, draw, find_shift, loss_weights, times_of_sound
 from training.loss import NoisyBatch, NoisySound
 from training.noise_options import NOTHING, PLAIN_NOISE, SIGMA, TIMESTEP, NoiseOptions, TimestepOptions
 from training.steps import StepPlan
@@ -226,6 +226,8 @@ class Randomness:
             return NoisySound(noise, zeros, zeros, zeros)
         if learning.has_own_times:
             times = self.draw(len(batch), number, first_sample, shape=latents.shape, stream="sound timesteps")
+        else:
+            times = times_of_sound(times, self.noise)
         weights = learning.sound_weight * self._weigh(batch, times) * has_sound
         return NoisySound(
             noise=noise,

@@ -264,6 +264,15 @@ def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) 
     return Timesteps(shares.float(), timesteps.float())
 
 
+def times_of_sound(times: Timesteps, noise: NoiseSpec) -> Timesteps:
+    """Return the noise levels of the sound of clips whose pictures have `times`."""
+    if noise.sound_shift == 1:
+        return times
+    sigmas = shift_sigmas(times.sigmas.double(), noise.sound_shift)
+    timesteps = NUM_TIMESTEPS * sigmas + noise.training_offset
+    return replace(times, sigmas=sigmas.float(), timesteps=timesteps.float())
+
+
 def is_in_range(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Tensor:
     """Return which shares lie between --min_timestep and --max_timestep: B bool. For the sampler `sigma`
     these bounds count from the noisy end.

@@ -53,7 +53,7 @@ def test_companions_are_paired_by_name_read_and_cut(tmp_path: Path, caplog: pyte
     assert "1 in reference_directory belong to no video" in caplog.text
     assert "stray.png" in caplog.text
 
-    media = decode_source(found["a"], 24.0, 32, 4)
+    media = decode_source(found["a"], 24.0, 32)
     item = media.cut((4, 5))
     batch = batch_media([item], ["a"])
     picture, clip = batch.references

@@ -16,6 +16,7 @@ from dataset.sources.decoding import decode_source, plan_source
 from dataset.sources.frames import find_far_rates, resample_indices, spans
 from dataset.sources.listing import find_sources
 from modules.errors import MediaError
+from modules.media.lengths import ClipLengths
 from modules.media.reading import resize_cover, video_frames
 from modules.media.writing import write_video
 from tests.dataset.making import frame_numbers, make_animation, make_clip, make_frames, make_image, make_table
@@ -46,7 +47,7 @@ def test_the_recorded_frames_are_cut(clips: dict[int, Path], tmp_path: Path, cas
         f"[[datasets]]\nvideo_directory = {str(clips[case['video_frames']])!r}\nresolution = 32\n{keys}",
         encoding="utf-8",
     )
-    (table,) = with_lengths(load_dataset_config(config), 4).datasets
+    (table,) = with_lengths(load_dataset_config(config), ClipLengths(4)).datasets
     (source,) = find_sources(table, captions=False)
 
     decoded = decode_source(source, FAMILY_FPS[case["architecture"]])
@@ -235,8 +236,14 @@ def test_auto_reads_the_rate_of_each_clip(tmp_path: Path) -> None:
 
 
 def test_a_family_with_another_frame_step_rounds_full_clips_by_it(tmp_path: Path) -> None:
-    assert spans(make_table(tmp_path, frame_extraction="full"), 40, frame_step=8) == ((0, 33),)
+    assert spans(make_table(tmp_path, frame_extraction="full"), 40, lengths=ClipLengths(8)) == ((0, 33),)
     assert spans(make_table(tmp_path, frame_extraction="full"), 0) == ()
+
+
+@pytest.mark.parametrize(("frames", "used"), [(1, 1), (4, 1), (5, 5), (21, 5), (22, 22), (130, 124)])
+def test_full_clips_may_have_lengths_with_another_first_part(tmp_path: Path, frames: int, used: int) -> None:
+    table = make_table(tmp_path, frame_extraction="full", max_frames=130)
+    assert spans(table, frames, lengths=ClipLengths(17, 5)) == ((0, used),)
 
 
 @pytest.mark.parametrize("source", [None, 8.0, 16.0])

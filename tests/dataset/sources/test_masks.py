@@ -69,6 +69,16 @@ def test_a_mask_is_averaged_over_what_a_latent_stands_for() -> None:
     assert shrink_mask(mask[:1], (1, 8, 8)).tolist() == expected[:1]
 
 
+def test_masks_of_clips_that_are_encoded_by_themselves() -> None:
+    """Of 22 frames: 1, 4, 4, 4, 4 and again 1, 4."""
+    mask = torch.arange(22, dtype=torch.uint8).view(22, 1, 1).expand(22, 2, 2) * 10
+
+    found = shrink_mask(mask, (4, 2, 2), clip=17)
+
+    expected = [0, 2.5, 6.5, 10.5, 14.5, 17, 19.5]
+    torch.testing.assert_close(found.flatten().float() * 25.5, torch.tensor(expected), atol=0.01, rtol=0)
+
+
 def test_masks_are_cached_beside_latents_and_items_without_one_are_whole(tmp_path: Path) -> None:
     config = make_dataset(tmp_path, **masks(tmp_path))
     half(tmp_path / "masks" / "clip_0.png")

@@ -1,0 +1,67 @@
+"""References that a row of a list shows with its clip: pictures, clips and sounds, in their order.
+
+`"references": [{"type": "image", "path": "style.png"}, {"type": "video", "path": "motion.mp4", "audio_path":
+"motion.wav"}, {"type": "audio", "path": "voice.wav"}]`. The sound of a clip is that of `audio_path`, else its
+own track; with `"audio_path": null` it is left out.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from contract.rules import ShownMedium
+from modules.errors import DatasetError
+from modules.paths import expand_path, is_address
+
+KINDS = ("image", "video", "audio")
+KEYS = {"type", "path", "audio_path"}
+MOST_SHOWN = 80  # characters of a value in a message
+
+
+def read_shown(value: Any, file: Path, where: str) -> tuple[ShownMedium, ...]:
+    """Return the references of a row. file: the list. where: `list.jsonl, line 3`.
+
+    A relative path begins in the working folder, or if there is no such file, in the folder of the list.
+    Raises DatasetError for what is no list of references, and for files that are not there.
+    """
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        example = '[{"type": "image", "path": "a.png"}]'
+        raise DatasetError(f"{where}: references = {_show(value)} is not a list such as {example}")
+    return tuple(
+        _read_medium(entry, file, f"{where}: references[{number}]") for number, entry in enumerate(value)
+    )
+
+
+def _read_medium(entry: Mapping[str, Any], file: Path, where: str) -> ShownMedium:
+    kind = entry.get("type")
+    if kind not in KINDS:
+        raise DatasetError(f"{where}: type = {_show(kind)}: write one of {', '.join(KINDS)}")
+    unknown = sorted(entry.keys() - KEYS)
+    if unknown:
+        raise DatasetError(f"{where}: unknown key {unknown[0]}; there are {', '.join(sorted(KEYS))}")
+    if "audio_path" in entry and kind != "video":
+        raise DatasetError(f"{where}: audio_path is for references of type video. Leave it out")
+    path = _locate(entry.get("path"), file, f"{where}: path")
+    if entry.get("audio_path") is None:
+        return ShownMedium(kind, path, is_silent="audio_path" in entry)
+    return ShownMedium(kind, path, sound=_locate(entry["audio_path"], file, f"{where}: audio_path"))
+
+
+def _locate(text: Any, file: Path, where: str) -> Path:
+    if not isinstance(text, str) or not text.strip():
+        raise DatasetError(f"{where} = {_show(text)} is not a path in quotes")
+    if is_address(text):
+        raise DatasetError(f"{where}: references are read from disk alone. Download it, and name the file")
+    try:
+        places = (expand_path(text, None), expand_path(text, file.parent))
+    except ValueError as error:
+        raise DatasetError(f"{where} = {_show(text)}: {error}.") from None
+    for place in places:
+        if place.exists():
+            return place
+    raise DatasetError(f"{where}: {places[0]}: no such file, nor in the folder of {file.name}. Correct it")
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, default=repr)[:MOST_SHOWN]

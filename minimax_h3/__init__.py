@@ -1,0 +1,21 @@
+"""MiniMax-H3, video with sound: read family.py first, then model.py.
+
+conditions: latents of keyframes and references, their noise and places
+cached_references: references of the rows of a dataset, for caches
+caching: what caches of latents hold, and how it is encoded
+configs: dimensions of a transformer, noise, latents, the release
+dit_checkpoints: transformer files: what one is, order of fused rows, loading
+family: the model, described for the shared loops
+files: paths of a run, VAEs, Qwen3-VL with its own tokenizer
+model: the transformer: one sequence of pictures, sound, conditions and text
+names: what it is called everywhere, from the licence to tensors
+options: own options for generation
+places: positions on a clock that text, pictures and sound share
+presentation: what the text encoder sees in front of a prompt
+released: statistics of latents, as numbers of the release
+sound: the VAE of sound, and its files
+vae_checkpoints: files of the video VAE: dialects, dimensions
+video_vae: the video VAE: pixels to latents and back
+video_vae_blocks: its layers, encoder and decoder
+vision: pictures and clips as the vision tower takes them
+"""

@@ -1,0 +1,220 @@
+"""What caches of MiniMax-H3 hold: latents of a clip or a picture, its sound, and what it is made from.
+
+    latents                          24 f h w, a sample of the posterior, normalised
+    latents_audio, audio_present     32 2 A, the mean of the posterior, of silence without sound; 1 or 0
+    latents_first, latents_last      of fl2va: the first and the last frame, each encoded by itself
+    latents_ref_000_image, ...       of ref2va: see conditions.py
+    one_frame_target_index, latents_control_000, one_frame_control_indices       of pictures
+
+All are float32, except for indices. Names and metadata are those of the known tuner.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from contract.data import INNER_SOUND, IS_HEARD, CacheEntry, MediaBatch, MediaEncoders, MediaTable
+from encoders.tiles import posterior_generator, sample_posterior
+from minimax_h3.conditions import (
+    CONTROL_INDICES,
+    FIRST,
+    LAST,
+    LOG_VARIANCES,
+    TARGET_INDEX,
+    control_key,
+    encode_condition,
+)
+from minimax_h3.files import H3Files
+from minimax_h3.options import (
+    FPS,
+    LEAST_FRAMES,
+    MOST_FRAMES,
+    NAME,
+    H3LatentCachingOptions,
+)
+from minimax_h3.reference_options import IMAGE_EDGE, VIDEO_EDGE
+from minimax_h3.sound import CHANNELS, H3SoundVae
+from minimax_h3.video_vae import H3VideoVae
+from modules.errors import DatasetError, MediaError
+from modules.media.pixels import byte_clips
+
+FORMAT, ONE_FRAME_FORMAT = "minimax-h3-latent-v2", "minimax-h3-one-frame-v2"  # of the known tuner
+REFERENCES = "ref2va"
+KEYFRAMES = "fl2va"
+
+
+@dataclass(frozen=True)
+class H3Caching:
+    """How latents are cached."""
+
+    task: str
+    seed: int
+    any_length: bool
+    one_frame: bool
+    edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)  # short sides of references: pictures, clips
+
+    @property
+    def stated(self) -> tuple[tuple[str, str], ...]:
+        """Return the metadata that tell caches of different runs apart."""
+        return ("task", self.task), ("cache_seed", str(self.seed))
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Return what latents depend on besides files and VAEs."""
+        identity = dict(self.stated)
+        if self.task == REFERENCES:
+            identity["reference_edges"] = " ".join(map(str, self.edges))
+        return identity
+
+    def check_table(self, table: MediaTable) -> None:
+        """Raise DatasetError if a table is not for the task."""
+        if table.has_references:
+            raise DatasetError(
+                f"{table.name}: references of {NAME} are in `references` of the lines of a list. Leave "
+                "reference_directory and reference_path out"
+            )
+        self._check_control(table)
+        if table.flips and self.task != "t2va":
+            raise DatasetError(
+                f"{table.name}: flip_aug mirrors keyframes and references, but not what the text encoder "
+                "sees of them. Leave it out"
+            )
+        if self.task == REFERENCES:
+            self._check_references(table)
+        elif table.shown:
+            raise DatasetError(
+                f"{table.name}: its rows have references. Use --task {REFERENCES}, or leave them out"
+            )
+        if table.kind == "video":
+            lengths = table.target_frames or (table.max_frames or 0,)
+            for frames in lengths:
+                self._check_length(frames, table.name, DatasetError)
+
+    def _check_control(self, table: MediaTable) -> None:
+        if table.kind == "image" and self.task == KEYFRAMES:
+            if not (self.one_frame and table.has_control):
+                raise DatasetError(
+                    f"{table.name}: --task {KEYFRAMES} makes a picture from control images. Give "
+                    "control_directory, or control_path in a list, and --one_frame; for pictures alone "
+                    "--task t2va"
+                )
+        elif table.has_control:
+            raise DatasetError(
+                f"{table.name}: only pictures are made from control images, with --task {KEYFRAMES} "
+                "--one_frame. Leave control media out"
+            )
+
+    def _check_references(self, table: MediaTable) -> None:
+        if not table.shown:
+            raise DatasetError(
+                f"{table.name}: --task {REFERENCES} makes clips from references. Name them in `references` "
+                "of the lines of video_jsonl_file"
+            )
+        from minimax_h3.cached_references import check_shown  # only of ref2va
+
+        for media in table.shown:
+            check_shown(
+                media,
+                table.name,
+                is_picture=table.kind == "image",
+                any_length=self.any_length,
+            )
+
+    def _check_length(self, frames: int, name: str, error: type[DatasetError] | type[MediaError]) -> None:
+        """Raise an error for the length of a clip for which the model was not trained."""
+        if not self.any_length and not LEAST_FRAMES <= frames <= MOST_FRAMES:
+            raise error(
+                f"{name}: clips of {frames} frames: {NAME} was trained with {LEAST_FRAMES} to {MOST_FRAMES} "
+                "frames, 5 to 15 seconds. Give --allow_experimental_duration to take other lengths"
+            )
+
+    def check_span(self, table: MediaTable, frames: int) -> None:
+        """Raise MediaError for a clip that is cut to a length for which the model was not trained."""
+        if table.kind == "video":
+            self._check_length(frames, table.name, MediaError)
+
+    def metadata(self, files: H3Files, media: MediaBatch) -> dict[str, str]:
+        """Return the metadata of one item, as the known tuner has them."""
+        identity = files.vae_identity()
+        (span,) = media.spans
+        metadata = {
+            **dict(self.stated),
+            "cache_format": FORMAT,
+            "crop_start_frame": str(span[0]),
+            "video_vae_fingerprint": identity["vae"],
+            "audio_vae_fingerprint": identity["audio_vae"],
+        }
+        if media.table.kind == "image":
+            metadata["cache_format"] = ONE_FRAME_FORMAT
+            metadata["one_frame"] = "1"
+            metadata[TARGET_INDEX] = str(media.table.target_index or 0)
+        return metadata
+
+    def encode(self, files: H3Files, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Return the entry of each item. Raises MediaError if a reference cannot be read or used."""
+        entries = []
+        for number in range(len(media.keys)):
+            item = media.item(number)
+            tensors = self._tensors(encoders.vae, encoders.sound, item, files.latent.pixel_step)
+            entries.append([CacheEntry(tensors, metadata=self.metadata(files, item))])
+        return entries
+
+    def _tensors(
+        self, vae: H3VideoVae, sound_vae: H3SoundVae, media: MediaBatch, step: int
+    ) -> dict[str, Tensor]:
+        """Return the tensors of one item. media: of that item alone. step: of sides in pixels."""
+        (key,) = media.keys
+        num_frames = media.frames.shape[1]
+        latents = encode_target(vae, byte_clips(media.frames), f"{self.seed} {key}")
+        sound = torch.zeros(1, CHANNELS, 0) if media.sound is None else media.sound
+        tensors = {
+            "latents": latents[0],
+            INNER_SOUND: sound_vae.encode_clip(sound, num_frames, FPS)[0],
+            IS_HEARD: torch.tensor(float(any(media.heard))),
+        }
+        if media.table.kind == "image":
+            tensors |= self._place_tensors(vae, media)
+        elif self.task == KEYFRAMES:
+            for name, frame in ((FIRST, 0), (LAST, num_frames - 1)):
+                pixels = byte_clips(media.frames[:, frame : frame + 1])
+                tensors[name] = encode_condition(vae, pixels)[0]
+        if self.task == REFERENCES:
+            from minimax_h3.cached_references import ReferenceSizes, encode_references  # only of ref2va
+
+            image_edge, video_edge = self.edges
+            sizes = ReferenceSizes(image_edge, video_edge, step)
+            (shown,) = media.shown
+            tensors |= encode_references(vae, sound_vae, shown, num_frames, sizes)
+        return tensors
+
+    def _place_tensors(self, vae: H3VideoVae, media: MediaBatch) -> dict[str, Tensor]:
+        """Return where a picture stands in time, and the latents and places of its control images."""
+        tensors = {TARGET_INDEX: torch.tensor(media.table.target_index or 0)}
+        if not media.control:
+            return tensors
+        for number, control in enumerate(media.control):
+            tensors[control_key(number)] = encode_condition(vae, byte_clips(control[..., :3]))[0]
+        places: Sequence[int] = media.table.clean_indices or (0,) * len(media.control)
+        tensors[CONTROL_INDICES] = torch.tensor(places)
+        return tensors
+
+
+def encode_target(vae: H3VideoVae, pixels: Tensor, owner: int | str) -> Tensor:
+    """Return a sample of the posterior of a clip, normalised: 1 C f h w, float32.
+
+    pixels: 1 3 F H W. owner: see `posterior_generator`.
+    """
+    moments = vae.encode_moments(pixels)
+    return vae.normalise(sample_posterior(moments, [posterior_generator(owner)], LOG_VARIANCES))
+
+
+def caching_of(options: H3LatentCachingOptions) -> H3Caching:
+    return H3Caching(
+        options.task,
+        seed=options.cache_seed,
+        any_length=options.allow_experimental_duration,
+        one_frame=options.one_frame,
+        edges=(options.reference_image_short_edge, options.reference_video_short_edge),
+    )

@@ -1,0 +1,82 @@
+"""MiniMax-H3 as data: dimensions of its transformer, names inside it."""
+
+from dataclasses import dataclass
+
+from contract.data import LatentSpec
+from contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from contract.rules import ModelRelease
+from minimax_h3.options import CLIP, LAST_FRAMES
+
+PATCH = 2  # latent pixels along each side of a token
+# number of the rows that modulate a kind of token
+PICTURE, TEXT, SOUND = range(3)
+KINDS = 3
+
+
+@dataclass(frozen=True)
+class H3Config:
+    """Dimensions of an H3 transformer, read from a checkpoint's tensors."""
+
+    dim: int = 5376
+    num_heads: int = 56
+    head_width: int = 128
+    ffn_dim: int = 14336
+    num_layers: int = 50
+    refiner_layers: int = 2
+    channels: int = 24  # of the latents of pictures
+    sound_channels: int = 32
+    text_dim: int = 5120
+    freq_dim: int = 256
+    time_hidden: int = 5376
+    time_dim: int = 2688
+    table_rows: int = 0  # of a pruned file's table of embedded times; 0: the times are computed
+    frequencies: int = 16  # of positions, on each axis
+    rope_theta: float = 10000.0
+    eps: float = 1e-5
+
+    kind = "t2va"
+
+    @property
+    def inner_dim(self) -> int:
+        """Return the width of all heads, which is not that of the tokens."""
+        return self.num_heads * self.head_width
+
+
+PICTURE_SHIFT = 12.0  # of the noise levels of pictures
+SOUND_SHIFT = 3.0
+NOISE = NoiseSpec(
+    training_offset=0.0,
+    output_sign=-1.0,
+    tokens=count_picture_tokens,
+    sound_shift=SOUND_SHIFT / PICTURE_SHIFT,
+)
+LATENT = LatentSpec(
+    channels=24,
+    stride=(4, 16, 16),
+    pixel_step=32,
+    frame_step=4,
+    clip=CLIP,
+    tail=LAST_FRAMES,
+    holds_sound=True,
+)
+RELEASE = ModelRelease(
+    ("MiniMaxAI/MiniMax-H3",),
+    "MiniMax H3 Community License",
+    "other",
+    "https://huggingface.co/MiniMaxAI/MiniMax-H3/blob/main/LICENSE",
+)
+DIT = DitSpec(
+    block_lists=("blocks",),
+    fp8_exclude=("norm", "adaln_proj"),
+    lora_exclude=("adaln_proj",),
+    input_layers=("video_patch_proj", "audio_patch_proj", "condition_proj", "token_refiner"),
+    token_wise=("feed",),
+    keep_float32=(
+        "video_patch_proj.",
+        "audio_patch_proj.",
+        "time_embedder.",
+        "adaln_t_table",
+        "final_layer.video_out.",
+        "final_layer.audio_out.",
+    ),
+)

@@ -1,0 +1,205 @@
+"""Transformer files of MiniMax-H3: released shards, single files, pruned ones, diffusers' folders.
+
+The rows of fused queries, keys and values have two orders of equal shapes. The release's shards have them
+interleaved by head, all single files in circulation stacked: the file's name decides, or --h3_qkv_layout.
+diffusers stores them apart, with the halves of the feed-forward's first layer in the other order.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
+from checkpoints.dits import DitFormat, DitHeader
+from checkpoints.encoders import stated_settings
+from checkpoints.opening import Checkpoint, plain_sources
+from contract.loading import TensorSource
+from minimax_h3.configs import KINDS, PATCH, H3Config
+from minimax_h3.model import ROWS, H3Model
+from minimax_h3.vae_checkpoints import stack_heads
+from modules.errors import CheckpointError
+
+NAME = "MiniMax-H3"
+WHAT = f"a {NAME} transformer"
+OPTION = "--dit"
+FILES = (
+    "the first shard of transformer/ of MiniMaxAI/MiniMax-H3, minimax_h3_fl2va_*.safetensors or "
+    "minimax_h3_ref2va_*.safetensors of Comfy-Org, or diffusers' folder transformer"
+)
+STACKED, INTERLEAVED, DIFFUSERS = "stacked", "interleaved", "diffusers"
+HEAD_WIDTH = 128
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+AXES = 3  # of positions: time, height, width
+DIFFUSERS_CLASS = "MiniMaxH3Transformer3DModel"
+MARK = "blocks.0.attn.qkv_proj.weight"
+DIFFUSERS_MARK = "transformer_blocks.0.attn.to_q.weight"
+_BLOCKS = (("token_refiner.refiner_blocks", "token_refiner.blocks"), ("transformer_blocks", "blocks"))
+_LAYERS = (
+    *((rf"attn\.to_{letter}\.weight", f"attn.qkv_proj.weight#{row}") for row, letter in enumerate("qkv")),
+    (r"attn\.norm_([qk])\.weight", r"attn.\2_norm.weight"),
+    (r"attn\.to_out\.0\.weight", "attn.out_proj.weight"),
+    (r"ff\.net\.0\.proj\.weight", "mlp.fc1.weight"),
+    (r"ff\.net\.2\.weight", "mlp.fc2.weight"),
+    (r"(norm[12]|adaln_proj\.linear)\.(weight|bias)", r"\2.\3"),
+)
+_OUTSIDE = (
+    ("proj_in", "video_patch_proj"),
+    ("audio_proj_in", "audio_patch_proj"),
+    ("context_embedder", "condition_proj"),
+    ("time_embedder.linear_1", "time_embedder.proj_in"),
+    ("time_embedder.linear_2", "time_embedder.proj_out"),
+    ("norm_out.norm", "final_layer.norm"),
+    ("norm_out.linear", "final_layer.adaln_proj.linear"),
+    ("proj_out", "final_layer.video_out"),
+    ("audio_proj_out", "final_layer.audio_out"),
+)
+TABLE: Names = (
+    *(
+        (rf"{re.escape(theirs)}\.(\d+)\.{layer}", rf"{ours}.\1.{our_layer}")
+        for theirs, ours in _BLOCKS
+        for layer, our_layer in _LAYERS
+    ),
+    *((rf"{re.escape(theirs)}\.(weight|bias)", rf"{ours}.\1") for theirs, ours in _OUTSIDE),
+)
+IGNORED = ("rope.inv_freq",)  # computed
+
+
+def find_layout(path: Path) -> str:
+    """Return the order of fused rows that a file of released names has, by its name.
+
+    path: a file, a first shard or a folder, which is read as shards.
+    """
+    is_shard = _SHARD.search(path.name) is not None
+    return INTERLEAVED if is_shard or path.is_dir() else STACKED
+
+
+def find_task(path: Path) -> str | None:
+    """Return the task that a transformer's name says, "fl2va" (of texts too) or "ref2va"; None: it says none.
+
+    The tensors of both are alike. diffusers' folders are called transformer and transformer_ref.
+    """
+    folder = path if path.is_dir() else path.parent
+    if folder.name == "transformer_ref":
+        return "ref2va"
+    found = re.search(r"fl2va|ref2va", path.name, re.IGNORECASE)
+    return None if found is None else found[0].lower()
+
+
+def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Config]:
+    """Return dimensions, dialect and dtype. layout: of fused rows, STACKED or INTERLEAVED; None: by name.
+
+    Raises CheckpointError for another file.
+    """
+    names = checkpoint.tensors
+    if MARK in names and "adaln_t_table" in names or MARK in names and "video_patch_proj.weight" in names:
+        dialect = layout or find_layout(checkpoint.path)
+        mark = MARK
+    elif DIFFUSERS_MARK in names and "audio_proj_in.weight" in names:
+        dialect = DIFFUSERS
+        mark = DIFFUSERS_MARK
+    else:
+        raise other_kind(checkpoint, WHAT, OPTION, FILES)
+    stored_shapes = {name: info.shape for name, info in names.items()}
+    shapes = DitShapes(
+        checkpoint.path, joined_shapes(stored_shapes, TABLE) if dialect == DIFFUSERS else stored_shapes, NAME
+    )
+    config = _read_config(shapes)
+    frequencies = _stated_frequencies(checkpoint)
+    if frequencies is not None:
+        config = replace(config, frequencies=frequencies)
+    _check_positions(config, checkpoint.path)
+    return DitHeader(config, dialect, names[mark].dtype)
+
+
+def _stated_frequencies(checkpoint: Checkpoint) -> int | None:
+    """Return the frequencies of positions on each axis that the config.json next to the file says, if any.
+
+    Raises CheckpointError if that is no whole number.
+    """
+    path, settings = stated_settings(checkpoint, {DIFFUSERS_CLASS})
+    frequencies = settings.get("rope_freq_dim")
+    if frequencies is not None and type(frequencies) is not int:
+        raise CheckpointError(f"{path}: 'rope_freq_dim' is {frequencies!r:.60}. Copy the file again.", path)
+    return frequencies
+
+
+def _check_positions(config: H3Config, path: Path) -> None:
+    """Raise CheckpointError if heads have fewer channels than positions turn."""
+    turned = 2 * AXES * config.frequencies
+    if not 0 < turned <= config.head_width:
+        raise CheckpointError(
+            f"{path}: {config.frequencies} frequencies for each of {AXES} axes turn {turned} channels, heads "
+            f"have {config.head_width}. Give the file with its config.json, or copy it again.",
+            path,
+        )
+
+
+def _read_config(shapes: DitShapes) -> H3Config:
+    (head_width,) = shapes.of("blocks.0.attn.q_norm.weight", axes=1)
+    dim, inner = shapes.of("blocks.0.attn.out_proj.weight")
+    rows, _ = shapes.of("blocks.0.attn.qkv_proj.weight")
+    modulation, time_dim = shapes.of("blocks.0.adaln_proj.linear.weight")
+    patch = shapes.of("video_patch_proj.weight")[1]
+    fits = inner % head_width == 0 and rows == 3 * inner and modulation == KINDS * ROWS * dim
+    if not fits or patch % PATCH**2:
+        raise CheckpointError(
+            f"{shapes.path}: {rows} rows of queries, keys and values, {inner} columns behind them, heads of "
+            f"{head_width}, {modulation} rows of modulation and patches of {patch} numbers do not fit "
+            f"each other. Copy the file again.",
+            shapes.path,
+        )
+    is_pruned = "adaln_t_table" in shapes.shapes
+    table_rows = shapes.of("adaln_t_table")[0] if is_pruned else 0
+    time_hidden, freq_dim = (0, 0) if is_pruned else shapes.of("time_embedder.proj_in.weight")
+    frequencies = H3Config.frequencies
+    if "rope.inv_freq" in shapes.shapes:
+        (frequencies,) = shapes.of("rope.inv_freq", axes=1)
+    return H3Config(
+        dim=dim,
+        num_heads=inner // head_width,
+        head_width=head_width,
+        ffn_dim=shapes.of("blocks.0.mlp.fc2.weight")[1],
+        num_layers=shapes.blocks("blocks"),
+        refiner_layers=shapes.blocks("token_refiner.blocks"),
+        channels=patch // PATCH**2,
+        sound_channels=shapes.of("audio_patch_proj.weight")[1],
+        text_dim=shapes.of("condition_proj.weight")[1],
+        freq_dim=freq_dim,
+        time_hidden=time_hidden,
+        time_dim=time_dim,
+        table_rows=table_rows,
+        frequencies=frequencies,
+    )
+
+
+def _sources(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> Mapping[str, TensorSource]:
+    stored = plain_sources(checkpoint)
+    if header.dialect == DIFFUSERS:
+        swapped = [name for name in join_parts(stored, TABLE) if name.endswith(".mlp.fc1.weight")]
+        return join_parts(stored, TABLE, swapped)
+    if header.dialect == STACKED:
+        return stored
+    stack = functools.partial(stack_heads, head_width=header.config.head_width)
+    return {
+        name: source.then(stack) if name.endswith(".attn.qkv_proj.weight") else source
+        for name, source in stored.items()
+    }
+
+
+@functools.cache
+def format_of(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
+    """Return how transformer files are read. layout: see `read_header`."""
+    return DitFormat(
+        functools.partial(read_header, layout=layout),
+        lambda header: f"{WHAT}, pruned" if header.config.table_rows else WHAT,
+        network=H3Model,
+        sources=_sources,
+        option=OPTION,
+        ignore=IGNORED,
+    )
+
+
+FORMAT = format_of()
+read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMAT.load

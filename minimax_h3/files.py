@@ -1,0 +1,278 @@
+"""Files of a MiniMax-H3 run: transformer, VAEs of pictures and of sound, Qwen3-VL with its own tokenizer."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from checkpoints.dits import DitFormat
+from checkpoints.model_files import inside, read_once, require_file
+from checkpoints.opening import Checkpoint, fingerprint
+from checkpoints.tokenizers import TokenizerFiles
+from contract.data import Conditions, LatentSpec, SoundSpec
+from contract.requests import Prompt
+from encoders.language_encoder import (
+    LanguageModelEncoder,
+    LanguageModelFiles,
+    LanguageUse,
+    read_qwen_tokenizer,
+)
+from encoders.language_models import QWEN3_VL
+from encoders.text_encoder import TextTokenizer, TokenizerSource, check_ids, weights_of
+from minimax_h3.configs import LATENT
+from minimax_h3.dit_checkpoints import find_task, format_of
+from minimax_h3.dit_checkpoints import identify as identify  # files.py has it in every family's folder
+from minimax_h3.options import FPS, H3ModelOptions, H3VaeOptions
+from minimax_h3.presentation import BEGIN, END, PAD, PADS, PICTURE_TAG, TEXT_TAG, USE, present
+from minimax_h3.released import SOUND_MEAN
+from minimax_h3.sound import (
+    CHANNELS,
+    RATE,
+    H3SoundVae,
+    Settings,
+    latent_count,
+    load_sound_vae,
+    read_sound_vae,
+)
+from minimax_h3.vae_checkpoints import read_video_vae
+from minimax_h3.video_vae import TILE, H3VideoVae, load_video_vae
+from minimax_h3.video_vae_blocks import H3VideoVaeConfig
+from minimax_h3.vision import Preprocessing, read_preprocessing
+from modules.errors import CheckpointError, MediaError, OptionError
+
+KEY, TAGS = "mmh3_hidden_states", "mmh3_token_tags"
+UNDECIDED = ""  # task of a run whose prompts decide it
+LAYERS = 50  # of Qwen3-VL before the state that is read
+MOST_TOKENS = 32768  # of a prompt, as in the known tuner
+# of H3's tokenizer, which no other tokenizer of Qwen has
+OWN_TOKENS = (
+    "<d>",
+    "</d>",
+    "<|cutoff|>",
+    "<|lyrics_start|>",
+    "<|lyrics_end|>",
+    "<|caption_start|>",
+    "<|caption_end|>",
+)
+TOKENIZER = TokenizerFiles(
+    option="--tokenizer",
+    names=("tokenizer.json", "vocab.json"),
+    folder="tokenizer",
+    repository="MiniMaxAI/MiniMax-H3",
+    # inside the encoder's folder; beside text_encoder; beside a single file
+    folders=(".", "tokenizer", "../tokenizer", "../processor"),
+    token=OWN_TOKENS[0],
+)
+TEXT_FILES = "qwen3vl_32b_minimax_h3_bf16.safetensors of Comfy-Org, or text_encoder/ of MiniMaxAI/MiniMax-H3,"
+H3_USE = LanguageUse(
+    name="vl",
+    states_key=KEY,
+    model=replace(QWEN3_VL, files=TEXT_FILES),
+    source=TokenizerSource(TOKENIZER, adds_own=False, read_file=read_qwen_tokenizer),
+    most=MOST_TOKENS,
+    states=(LAYERS,),
+    mask_key=TAGS,  # 1, the tag of texts, for each token
+    at_once=1,  # so that a state does not depend on other prompts
+    pictures=USE,
+)
+
+
+# folders that may have the preprocessor files, relative to the text encoder's, which is the first
+PREPROCESSOR_FOLDERS = (".", "processor", "../processor")
+
+
+class H3TextEncoder(LanguageModelEncoder):
+    """Qwen3-VL with the tokenizer of MiniMax-H3; it sees the media that are presented with a prompt."""
+
+    def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
+        """Raise CheckpointError for the tokenizer of another model."""
+        missing = [token for token in OWN_TOKENS if tokenizer.number(token) is None]
+        if missing:
+            raise CheckpointError(
+                f"{tokenizer.file} is not the tokenizer of MiniMax-H3: it has no {' '.join(missing)}. Give "
+                f"the folder tokenizer of {TOKENIZER.repository} to {TOKENIZER.option}.",
+                tokenizer.file,
+            )
+
+    def preprocessing(self) -> Preprocessing:
+        """Return how pictures and clips are resized: by the files next to tokenizer or encoder, if any."""
+        folders = []
+        tokenizer, _ = self.source.find(self.tokenizer, self.path)
+        if tokenizer is not None:
+            folders.append(tokenizer.parent)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        folders += [folder / place for place in PREPROCESSOR_FOLDERS]
+        return read_preprocessing(folders)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Encode as `LanguageModelEncoder.encode`, with the media that are presented with prompts.
+
+        Raises MediaError if one cannot be shown, or a prompt with its media has more tokens than the model
+        takes.
+        """
+        encoded = []
+        for prompt in prompts:
+            is_presented = bool(prompt.presented)
+            encoded += [self._encode_presented(prompt)] if is_presented else super().encode([prompt])
+        return encoded
+
+    def _encode_presented(self, prompt: Prompt) -> Conditions:
+        network, tokenizer = self._loaded.get()
+        self.load_tower(network.get_parameter(self.embedding).device)
+        shown = present(prompt.presented, network.get_submodule("visual"), self.preprocessing())
+        tokens = tokenizer.read(prompt.text)
+        pads = [pad for pad in PADS if tokenizer.number(pad) in tokens.ids]
+        if pads:
+            raise MediaError(f"{pads[0]} stands for a picture. Leave it out of the prompt: {prompt.text}")
+        begin, pad, end = (self.find_token(tokenizer, token) for token in (BEGIN, PAD, END))
+        ids: list[int] = []
+        tags: list[int] = []
+        for piece in shown.pieces:
+            block = [begin, *[pad] * piece.tokens, end] if piece.tokens else tokenizer.read(piece.text).ids
+            ids += block
+            tags += [PICTURE_TAG if piece.tokens else TEXT_TAG] * len(block)
+        in_front = len(ids)
+        ids += tokens.ids
+        tags += [TEXT_TAG] * len(tokens.ids)
+        if len(ids) > self.most:
+            raise MediaError(
+                f"the prompt with its pictures and clips has {len(ids)} tokens, {self.most} are the most. "
+                "Give fewer or smaller references: --reference_image_short_edge, --reference_video_short_edge"
+            )
+        check_ids([ids], len(network.get_parameter(self.embedding)), self.path, self.source.files.option)
+        (conditions,) = self.compute(network, tokenizer, [ids], 0, [shown.pictures])
+        conditions = {**conditions, TAGS: [torch.tensor(tags)]}
+        if not prompt.spans:
+            return conditions
+        weights = weights_of(self.write(prompt), tokens.places)
+        return self.weigh(conditions, [1.0] * in_front + weights)
+
+
+def sound_shape(channels: int, frames: int, fps: float) -> tuple[int, int, int]:
+    """Return the shape of the latents of a clip's sound: numbers, left and right, moments.
+
+    fps: has no effect, because clips of the model always have 24 frames a second.
+    """
+    return channels, CHANNELS, latent_count(frames, FPS)
+
+
+@dataclass(frozen=True)
+class H3Files(LanguageModelFiles):
+    """Files of a run, as the options give them."""
+
+    audio_vae: Path | None = None
+    qkv_layout: str | None = None
+    task: str = "t2va"
+
+    text_use = H3_USE
+    vae_option = "--video_vae"
+    vae_folder = "vae"
+
+    @property
+    def format(self) -> DitFormat[Any, Any]:  # type: ignore[override]
+        return format_of(self.qkv_layout)
+
+    def add_vaes(self, options: H3VaeOptions) -> Self:
+        return replace(self.add_vae(options.file), audio_vae=options.audio_vae)
+
+    # the transformer
+
+    @property
+    def dit_path(self) -> Path:
+        return inside(super().dit_path, "transformer")
+
+    def check_task(self) -> None:
+        """Raise OptionError if the name of the transformer says that it is for another task."""
+        found = None if self.dit is None or self.task == UNDECIDED else find_task(self.dit_path)
+        wanted = "ref2va" if self.task == "ref2va" else "fl2va"
+        if found not in (None, wanted):
+            raise OptionError(
+                f"--dit {self.dit}: by its name this is the transformer of {found}, and --task {self.task} "
+                f"needs that of {wanted}. Give the other file, or rename it if its name is wrong"
+            )
+
+    # the autoencoders
+
+    def load_vae(self, device: torch.device) -> H3VideoVae:
+        return load_video_vae(self.vae_path, device, self.beside(self.vae_dtype), self.vae_tile or TILE)
+
+    def vae_identity(self) -> dict[str, str]:
+        """Return what cached latents depend on besides pixels and sound; all is encoded in float32."""
+        tile = self.vae_tile or TILE
+        return {"vae": fingerprint(self.vae_path), "tile": str(tile), **self.sound_identity()}
+
+    def check_vae(self) -> None:
+        read_once(self.vae_path, _read_video_vae)
+        read_once(self.audio_vae_path, _read_sound_vae)
+
+    @property
+    def latent(self) -> LatentSpec:
+        """Return the latent space of the video VAE, that of the release without its file."""
+        try:
+            config: H3VideoVaeConfig = read_once(self.vae_path, _read_video_vae)
+        except (OptionError, OSError):
+            return LATENT
+        space = config.space_stride
+        return replace(
+            LATENT,
+            channels=config.latent_channels,
+            stride=(config.time_stride, space, space),
+            pixel_step=2 * space,
+            frame_step=config.time_stride,
+            clip=config.clip,
+            tail=config.tail,
+        )
+
+    @property
+    def audio_vae_path(self) -> Path:
+        path = require_file(self.audio_vae, "--audio_vae", "it turns sound into latents and back")
+        return inside(path, "audio_vae")
+
+    @property
+    def sound(self) -> SoundSpec:
+        try:
+            settings: Settings = read_once(self.audio_vae_path, _read_sound_vae)
+            channels: int = settings["latent_channels"]
+        except (OptionError, OSError):  # a training from caches needs no VAE
+            channels = len(SOUND_MEAN)
+        return SoundSpec(RATE, CHANNELS, partial(sound_shape, channels), time_axis=2, is_inside=True)
+
+    def sound_identity(self) -> dict[str, str]:
+        """Return what cached sound depends on besides the samples; the VAE is always in float32."""
+        return {"audio_vae": fingerprint(self.audio_vae_path)}
+
+    def load_sound(self, device: torch.device) -> H3SoundVae:
+        return load_sound_vae(self.audio_vae_path, device)
+
+    # texts
+
+    def language_model(self) -> H3TextEncoder:
+        return H3TextEncoder(
+            self.text_use,
+            self.text_encoder_path,
+            dtype=self.beside(self.text_dtype),
+            tokenizer=self.text_encoder_tokenizer,
+            form=self.text_form,
+            on_cpu=self.text_on_cpu,
+        )
+
+    def check(self, needed: Collection[str] = ()) -> None:
+        self.check_task()
+        super().check(needed)
+
+
+def _read_video_vae(checkpoint: Checkpoint) -> H3VideoVaeConfig:
+    return read_video_vae(checkpoint).config
+
+
+def _read_sound_vae(checkpoint: Checkpoint) -> Settings:
+    return read_sound_vae(checkpoint, "--audio_vae").config
+
+
+def files_of(options: H3ModelOptions, task: str = "t2va") -> H3Files:
+    """Return the files of a training or a generation."""
+    files = H3Files(qkv_layout=options.h3_qkv_layout, task=task)
+    return files.add_dit(options.dit, options.dit_dtype).add_vaes(options.vae).add_text(options.text)

@@ -1,0 +1,431 @@
+"""The transformer of MiniMax-H3: one sequence of pictures, sound, conditions and text, one stack of blocks.
+
+Module names are the released ones. Always float32: the layers that take and give latents, the embedding of
+time, modulation, rotary angles. Source: the released weights, and diffusers' `MiniMaxH3Transformer3DModel`.
+
+The release packs [text, conditions, sound, pictures]. Attention sees all tokens and knows no order but that
+of positions, so here the learned pictures come first, then their sound, then conditions, then the text.
+"""
+# Letters: B batch, L all tokens, V of the learned pictures, M of their sound, T of the text, C their width,
+# N heads, D head width, S segments of tokens that share time and kind, K times, E their width, Z latents
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
+
+from contract.steps import NO_TWEAKS, Tweaks
+from minimax_h3.configs import DIT, KINDS, PATCH, PICTURE, SOUND, TEXT, H3Config
+from minimax_h3.places import PictureGrid, PicturePlace, SoundPlace, all_places
+from minimax_h3.video_vae_blocks import rotate_first
+from modules.attention.attend import attend
+from modules.layers.modulation import add_gated, modulate, split_segments
+from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype, run_float32
+from modules.layers.rope import GridTable, sinusoid, turns
+from modules.speed_options import SDPA, AttentionChoice
+from running.run_blocks import Hidden, run_blocks
+
+if TYPE_CHECKING:  # loaded only if processes share tokens
+    from running.offload.context import TokenPart
+
+ROWS = 6  # that modulate a block: shift, scale and gate of attention and of feed-forward
+PICTURES_LIE = 0.999  # the time of a condition at least: nearly clean
+
+
+@dataclass(frozen=True)
+class H3Condition:
+    """Latents with their place: clean or nearly clean ones that the learned ones are made from, or these."""
+
+    latents: Tensor  # B Z F H W of pictures, B Z 2 A of sound
+    place: PicturePlace | SoundPlace
+
+    @property
+    def is_sound(self) -> bool:
+        return isinstance(self.place, SoundPlace)
+
+    @property
+    def kind(self) -> int:
+        return SOUND if self.is_sound else PICTURE
+
+    def level(self, picture_time: float) -> float:
+        """Return its time. picture_time: of the learned pictures."""
+        return 1.0 if self.is_sound else max(picture_time, PICTURES_LIE)
+
+
+@dataclass(frozen=True)
+class TokenRun:
+    """A run of tokens that share a time and a kind."""
+
+    tokens: int
+    time: int  # number among the different times of a pass
+    kind: int
+
+
+@dataclass(frozen=True)
+class H3Tokens:
+    """Inputs of the blocks besides x, B L C; built once per forward pass."""
+
+    grid: PictureGrid  # of the learned pictures, whose tokens come first
+    sound: int  # tokens of the learned sound, M, which follow
+    rotary: Tensor  # of all tokens, L 1 D/2 2
+    times: Tensor  # K E float32, embedded; every block computes its modulation from them
+    slots: tuple[int, ...]  # of each segment: its row among K * KINDS
+    starts: tuple[int, ...]  # where each segment behind the first one begins
+    dtype: torch.dtype  # of activations between layers
+    attention: AttentionChoice
+    part: "TokenPart | None" = None  # the tokens that this process has; None: all
+
+    def cut(self, part: "TokenPart") -> "H3Tokens":
+        """Return the inputs of the blocks for a part of the tokens; `rotary` stays that of all tokens."""
+        starts = tuple(part.of_first(start) for start in self.starts)
+        return replace(self, part=part, starts=starts)
+
+    @property
+    def image(self) -> int:
+        """Number of tokens of the learned pictures, V."""
+        return self.grid.tokens
+
+
+class H3Attention(nn.Module):
+    """Self-attention over all tokens; the heads are together wider than the tokens."""
+
+    def __init__(self, config: H3Config) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        self.qkv_proj = nn.Linear(config.dim, 3 * config.inner_dim, bias=False)
+        self.q_norm = RMSNorm(config.head_width, config.eps)
+        self.k_norm = RMSNorm(config.head_width, config.eps)
+        self.out_proj = nn.Linear(config.inner_dim, config.dim, bias=False)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value, each B L N D; the first two normed."""
+        query, key, value = in_own_dtype(self.qkv_proj, x).unflatten(-1, (3, -1, self.head_width)).unbind(2)
+        return self.q_norm(query), self.k_norm(key), value
+
+    def forward(self, x: Tensor, tokens: H3Tokens) -> Tensor:
+        query, key, value = self.heads(x)
+        if tokens.part is not None:
+            query, key, value = tokens.part.gather_tokens(query, key, value)
+        query = rotate_first(query, tokens.rotary)
+        key = rotate_first(key, tokens.rotary)
+        attended = attend(query, key, value, tokens.attention)
+        if tokens.part is not None:
+            attended = tokens.part.gather_heads(attended)
+        return in_own_dtype(self.out_proj, attended.flatten(2))
+
+    def see_text(self, x: Tensor, choice: AttentionChoice) -> Tensor:
+        """Return the output of attention among text tokens x, B T C, which have no positions yet."""
+        query, key, value = self.heads(x)
+        return in_own_dtype(self.out_proj, attend(query, key, value, choice).flatten(2))
+
+
+class H3FeedForward(nn.Module):
+    """Gated feed-forward fc2(silu(gate) * value). Source: Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config: H3Config) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.fc2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = in_own_dtype(self.fc1, x).chunk(2, dim=-1)
+        return in_own_dtype(self.fc2, functional.silu(gate) * value)
+
+
+class H3StreamBlock(nn.Module):
+    """Attention and feed-forward, each behind a norm."""
+
+    def __init__(self, config: H3Config) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.dim, config.eps)
+        self.attn = H3Attention(config)
+        self.norm2 = RMSNorm(config.dim, config.eps)
+        self.mlp = H3FeedForward(config)
+
+
+class H3RefinerBlock(H3StreamBlock):
+    """Block over text tokens, without positions or time."""
+
+    def forward(self, x: Tensor, choice: AttentionChoice) -> Tensor:
+        # x: B T C
+        x = x + self.attn.see_text(self.norm1(x), choice)
+        output: Tensor = x + self.mlp(self.norm2(x))
+        return output
+
+
+class H3TokenRefiner(nn.Module):
+    """Let the tokens of a text attend to each other: B T C, returned alike."""
+
+    def __init__(self, config: H3Config) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(H3RefinerBlock(config) for _ in range(config.refiner_layers))
+        self.final_norm = RMSNorm(config.dim, config.eps)
+
+    def forward(self, x: Tensor, choice: AttentionChoice) -> Tensor:
+        for block in self.blocks:
+            x = block(x, choice)
+        normed: Tensor = self.final_norm(x)
+        return normed
+
+
+def _modulation(config: H3Config, rows: int) -> nn.ModuleDict:
+    """Return the layer that makes so many rows of an embedded time."""
+    return nn.ModuleDict({"linear": nn.Linear(config.time_dim, rows * config.dim)})
+
+
+class H3Block(H3StreamBlock):
+    """Block in which all tokens attend to each other, modulated by their time and their kind."""
+
+    def __init__(self, config: H3Config) -> None:
+        super().__init__(config)
+        self.adaln_proj = _modulation(config, KINDS * ROWS)
+
+    def rows(self, tokens: H3Tokens) -> tuple[Tensor, ...]:
+        """Return shift, scale and gate of attention and of feed-forward, each 1 S C float32."""
+        table = in_own_dtype(self.adaln_proj["linear"], tokens.times).float()
+        by_slot = table.unflatten(-1, (KINDS, ROWS, -1)).flatten(0, 1)  # K*KINDS 6 C
+        chosen = by_slot[list(tokens.slots)]
+        return chosen.unsqueeze(0).unbind(2)
+
+    def forward(self, x: Tensor, tokens: H3Tokens) -> Tensor:
+        # x: B L C
+        shift, scale, gate, *feed_rows = self.rows(tokens)
+        h = modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.starts)
+        x = add_gated(x, gate, self.attn(h, tokens), tokens.starts)
+        # the expensive one last: if it runs in pieces, recomputing the block stops here
+        parts = []
+        for part, *rows in split_segments(tokens.starts, feed_rows, x):
+            # without names: code that computes it in pieces takes arguments by their order
+            parts.append(self.feed(part, tokens.dtype, *rows))
+        return torch.cat(parts, dim=1)
+
+    def feed(self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """Add the feed-forward branch to x, B L C; each token is processed independently."""
+        return add_gated(x, gate, self.mlp(modulate(self.norm2(x), shift, scale, dtype)))
+
+
+class FinalLayer(nn.Module):
+    """Norm, modulated by the time alone, and the projections to latents of pictures and of sound."""
+
+    def __init__(self, config: H3Config) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.dim, config.eps)
+        self.adaln_proj = _modulation(config, 2)
+        self.video_out = nn.Linear(config.dim, config.channels * PATCH**2)
+        self.audio_out = nn.Linear(config.dim, config.sound_channels)
+
+    def forward(self, x: Tensor, tokens: H3Tokens) -> tuple[Tensor, Tensor]:
+        """Return the outputs of the learned tokens: B V Z*4 and B M Z', float32."""
+        table = in_own_dtype(self.adaln_proj["linear"], tokens.times).float()
+        rows = table[[slot // KINDS for slot in tokens.slots[:2]]].unsqueeze(0)  # 1 2 2C
+        shift, scale = rows.chunk(2, dim=-1)
+        pictures, sound = x[:, : tokens.image], x[:, tokens.image : tokens.image + tokens.sound]
+        normed_pictures = modulate(self.norm(pictures), shift[:, :1], scale[:, :1], tokens.dtype)
+        normed_sound = modulate(self.norm(sound), shift[:, 1:], scale[:, 1:], tokens.dtype)
+        return run_float32(self.video_out, normed_pictures), run_float32(self.audio_out, normed_sound)
+
+
+class H3Model(nn.Module):
+    """Predict the clean latents minus the noise of a video and of its sound.
+
+    Without conditions and code that stands around the blocks:
+
+        x = cat([video_patch_proj(patches of noisy), audio_patch_proj(sound), text])   # B V+M+T C
+        text = token_refiner(condition_proj(text))                         # B T C
+        time = silu(time_embedder(sinusoid(times)))                        # K E: of pictures, of sound
+        for block in blocks:
+            shift, scale, gate, shift2, scale2, gate2 = block.adaln_proj(time) for time and kind of each token
+            x = x + gate * attn(norm1(x) * (1 + scale) + shift)
+            x = x + gate2 * mlp(norm2(x) * (1 + scale2) + shift2)
+        shift, scale = final_layer.adaln_proj(time)
+        h = final_layer.norm(x) * (1 + scale) + shift
+        output = video_out(h[:, :V]), audio_out(h[:, V : V + M])
+    """
+
+    spec = DIT
+
+    def __init__(self, config: H3Config, attention: AttentionChoice = SDPA) -> None:
+        """attention: passed to `modules.attention.attend`."""
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        dim = config.dim
+        self.video_patch_proj = nn.Linear(config.channels * PATCH**2, dim)
+        self.audio_patch_proj = nn.Linear(config.sound_channels, dim)
+        self.condition_proj = nn.Linear(config.text_dim, dim)
+        if config.table_rows:
+            self.adaln_t_table = nn.Parameter(torch.zeros(config.table_rows, config.time_dim))
+        else:
+            layers = {
+                "proj_in": nn.Linear(config.freq_dim, config.time_hidden),
+                "proj_out": nn.Linear(config.time_hidden, config.time_dim),
+            }
+            self.time_embedder = nn.ModuleDict(layers)
+        self.token_refiner = H3TokenRefiner(config)
+        self.blocks = nn.ModuleList(H3Block(config) for _ in range(config.num_layers))
+        self.final_layer = FinalLayer(config)
+        self._rotary = GridTable[tuple[tuple[PicturePlace | SoundPlace, ...], int]](self._make_table)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.get_parameter("blocks.0.norm1.weight").dtype
+
+    def forward(
+        self,
+        noisy: Tensor,
+        sound: Tensor,
+        times: tuple[float, float],
+        text: Tensor,
+        shown: Sequence[bool] = (),
+        start: float | None = None,
+        conditions: Sequence[H3Condition] = (),
+        tweaks: Tweaks = NO_TWEAKS,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the outputs of pictures, B Z F H W, and of sound, B Z' 2 A. Arguments as in `embed`."""
+        hidden = self.embed(
+            noisy,
+            sound,
+            times,
+            text,
+            shown=shown,
+            start=start,
+            conditions=conditions,
+        )
+        run_blocks(self, hidden, tweaks)
+        return self.unembed(hidden.x, hidden.tokens)
+
+    def embed(
+        self,
+        noisy: Tensor,
+        sound: Tensor,
+        times: tuple[float, float],
+        text: Tensor,
+        shown: Sequence[bool] = (),
+        start: float | None = None,
+        conditions: Sequence[H3Condition] = (),
+    ) -> Hidden:
+        """Return the tokens of pictures, sound, conditions and text, and the other inputs of the blocks.
+
+        noisy: B Z F H W. sound: B Z' 2 A, two channels. times: of pictures and of sound, 0 noise, 1 clean.
+        text: B T text_dim, states of the language model, all of which are seen. shown: of each of them,
+        whether it stands for a part of a picture; empty: none does. start: of the clock of noisy latents;
+        None: behind the text. conditions: in the order of the clock; sound that stands on it at time 1.
+        Raises ValueError if sizes do not fit.
+        """
+        self._check_sizes(noisy, sound)
+        dtype = activation_dtype(noisy.device, self.compute_dtype)
+        num_text = text.shape[1]
+        begin = float(num_text) if start is None else start
+        grid = PictureGrid(noisy.shape[2], noisy.shape[3] // PATCH, noisy.shape[4] // PATCH)
+        learned_sound = H3Condition(sound, SoundPlace(sound.shape[3], begin, grid))
+        media = [H3Condition(noisy, PicturePlace(grid, begin)), learned_sound, *conditions]
+        parts = [self._embed_medium(medium) for medium in media]
+        levels = [*times, *(condition.level(times[0]) for condition in conditions)]
+        distinct = list(dict.fromkeys(levels))
+        segments = []
+        for medium, part, level in zip(media, parts, levels, strict=True):
+            segments.append(TokenRun(part.shape[1], distinct.index(level), medium.kind))
+        segments += _text_segments(shown, num_text)
+        places = tuple(medium.place for medium in media)
+        tokens = H3Tokens(
+            grid,
+            sound=segments[1].tokens,
+            rotary=self._rotary.of((places, num_text), noisy.device),
+            times=self._embed_times(distinct, noisy.device),
+            slots=tuple(KINDS * segment.time + segment.kind for segment in segments),
+            starts=tuple(accumulate(segment.tokens for segment in segments[:-1])),
+            dtype=dtype,
+            attention=self.attention,
+        )
+        embedded = [part.to(dtype) for part in parts]
+        embedded.append(self._embed_text(text.to(dtype)))
+        return Hidden(torch.cat(embedded, dim=1), tokens)
+
+    def _embed_medium(self, medium: H3Condition) -> Tensor:
+        """Return the tokens of pictures or of sound: B L C."""
+        if medium.is_sound:
+            return self._embed_sound(medium.latents)
+        return self._embed_pictures(medium.latents)
+
+    def _check_sizes(self, noisy: Tensor, sound: Tensor) -> None:
+        config = self.config
+        _, channels, _, height, width = noisy.shape
+        if channels != config.channels or height % PATCH or width % PATCH:
+            raise ValueError(f"latents of {tuple(noisy.shape[1:])}: {config.channels} channels, even sides")
+        if sound.shape[1] != config.sound_channels or sound.shape[2] != 2:
+            raise ValueError(
+                f"sound of {tuple(sound.shape[1:])}: {config.sound_channels} numbers, 2 channels"
+            )
+
+    def _embed_pictures(self, latents: Tensor) -> Tensor:
+        """Return the tokens of pictures: B Z F H W -> B L C."""
+        patches = rearrange(latents, "b z f (h ph) (w pw) -> b (f h w) (z ph pw)", ph=PATCH, pw=PATCH)
+        return run_float32(self.video_patch_proj, patches)
+
+    def _embed_sound(self, latents: Tensor) -> Tensor:
+        """Return the tokens of sound, the left channel's first: B Z' 2 A -> B 2A C."""
+        return run_float32(self.audio_patch_proj, latents.flatten(2).mT)
+
+    def _embed_text(self, text: Tensor) -> Tensor:
+        embedded: Tensor = self.token_refiner(in_own_dtype(self.condition_proj, text), self.attention)
+        return embedded
+
+    def _embed_times(self, times: Sequence[float], device: torch.device) -> Tensor:
+        """Return the embedded times as the blocks project them: K E float32."""
+        levels = torch.tensor(times, dtype=torch.float32, device=device)
+        if self.config.table_rows:
+            return self._look_up(levels)
+        waves = sinusoid(levels, self.config.freq_dim, torch.float32)
+        hidden = functional.silu(run_float32(self.time_embedder["proj_in"], waves))
+        return functional.silu(run_float32(self.time_embedder["proj_out"], hidden))
+
+    def _look_up(self, times: Tensor) -> Tensor:
+        """Return the rows of a pruned file's table at these times, linear between neighbours: K E."""
+        table = self.adaln_t_table.float()
+        places = times.clamp(0, 1) * (len(table) - 1)
+        below = places.floor().long().clamp(max=len(table) - 2)
+        return table[below].lerp(table[below + 1], (places - below)[:, None])
+
+    def unembed(self, x: Tensor, tokens: H3Tokens) -> tuple[Tensor, Tensor]:
+        """Return the outputs of pictures, B Z F H W, and of sound, B Z' 2 A, in float32."""
+        patches, sound = self.final_layer(x, tokens)
+        pictures = rearrange(
+            patches,
+            "b (f h w) (z ph pw) -> b z f (h ph) (w pw)",
+            f=tokens.grid.frames,
+            h=tokens.grid.rows,
+            ph=PATCH,
+            pw=PATCH,
+        )
+        return pictures, sound.mT.unflatten(2, (2, -1))
+
+    def _make_table(
+        self, layout: tuple[tuple[PicturePlace | SoundPlace, ...], int], /, *, device: torch.device
+    ) -> Tensor:
+        """Return (cosine, sine) pairs of all tokens, L 1 3K 2 float32: K frequencies on each axis."""
+        media, num_text = layout
+        places = all_places(media, num_text).float()
+        # float32, as in training
+        steps = torch.arange(0, 2 * self.config.frequencies, 2, dtype=torch.float32)
+        frequencies = 1 / self.config.rope_theta ** (steps / (2 * self.config.frequencies))
+        angles = places[:, :, None] * frequencies
+        return turns(angles.flatten(1)).unsqueeze(1).to(device)
+
+
+def _text_segments(shown: Sequence[bool], num_text: int) -> list[TokenRun]:
+    """Return the segments of a text, which has the time of the pictures. shown: see `H3Model.embed`."""
+    if not shown:
+        return [TokenRun(num_text, 0, TEXT)]
+    segments: list[TokenRun] = []
+    for is_picture in shown:
+        kind = PICTURE if is_picture else TEXT
+        if segments and segments[-1].kind == kind:
+            segments[-1] = replace(segments[-1], tokens=segments[-1].tokens + 1)
+        else:
+            segments.append(TokenRun(1, 0, kind))
+    return segments

@@ -1,0 +1,85 @@
+"""What MiniMax-H3 is called everywhere: scripts, modules in LoRA files, tensors that tell its files."""
+
+from contract.families import CLIPS, FamilyEntry, Marks
+from networks.names import layouts
+from networks.names.layouts import FamilyNames, WeightPart, renamed_parts, stacked_parts
+
+LICENCE = (
+    "MiniMax H3 Community License: without an authorisation by MiniMax, which is free, it gives no rights in "
+    "the USA, the EU, the UK and South Korea, also to what the model makes."
+)
+ENTRY = FamilyEntry(
+    "minimax_h3",
+    script="minimax_h3",
+    cache="minimax_h3_cache",
+    makes="video",
+    record="H3",
+    encoders=(("vae", "--video_vae", CLIPS), ("audio_vae", "--audio_vae", "it encodes their sound")),
+    texts="--text_encoder QWEN3_VL_FILE --tokenizer TOKENIZER_FOLDER",
+    notice=LICENCE,
+)
+# beginnings of blocks, diffusers' and the released
+_BLOCKS = (
+    ("transformer_blocks.{n}.", "blocks.{n}."),
+    ("token_refiner.refiner_blocks.{n}.", "token_refiner.blocks.{n}."),
+)
+_LAYERS = (("attn.to_out.0", "attn.out_proj"), ("ff.net.2", "mlp.fc2"))
+_OUTSIDE = (
+    ("proj_in", "video_patch_proj"),
+    ("audio_proj_in", "audio_patch_proj"),
+    ("context_embedder", "condition_proj"),
+    ("time_embedder.linear_1", "time_embedder.proj_in"),
+    ("time_embedder.linear_2", "time_embedder.proj_out"),
+    ("norm_out.linear", "final_layer.adaln_proj.linear"),
+    ("proj_out", "final_layer.video_out"),
+    ("audio_proj_out", "final_layer.audio_out"),
+)
+_NORMS = (
+    *((f"attn.norm_{letter}.weight", f"attn.{letter}_norm.weight") for letter in "qk"),
+    *((f"norm{number}.weight",) * 2 for number in (1, 2)),
+)
+_ORDER = "attn.qkv_proj attn.out_proj mlp.fc1 mlp.fc2"  # of registration
+
+
+def _parts_of_block(theirs: str, ours: str) -> tuple[WeightPart, ...]:
+    return (
+        *stacked_parts(f"{theirs}attn.to_{{x}}", f"{ours}attn.qkv_proj"),
+        WeightPart(f"{theirs}ff.net.0.proj", f"{ours}mlp.fc1", layouts.SWAPPED),
+        *renamed_parts(theirs, ours, _LAYERS),
+    )
+
+
+MINIMAX_H3 = FamilyNames(
+    "minimax_h3",
+    "MiniMax-H3",
+    parts=(
+        *(part for block in _BLOCKS for part in _parts_of_block(*block)),
+        WeightPart("transformer_blocks.{n}.adaln_proj.linear", "blocks.{n}.adaln_proj.linear"),
+        *renamed_parts("", "", _OUTSIDE),
+    ),
+    parameters=(
+        *((theirs + one, ours + other) for theirs, ours in _BLOCKS for one, other in _NORMS),
+        ("norm_out.norm.weight", "final_layer.norm.weight"),
+        ("token_refiner.final_norm.weight",) * 2,
+        ("adaln_t_table",) * 2,
+    ),
+    optional=("time_embedder.proj_in", "time_embedder.proj_out", "adaln_t_table"),
+    optional_words="how times are embedded: computed, or the table of a pruned file",
+    versions=("minimax_h3", "minimax-h3", "minimaxh3"),
+    # for the blocks over all tokens, whose heads are together 4/3 as wide
+    sides=(
+        (".attn.qkv_proj", 4, 1),
+        (".attn.out_proj", 1, 4 / 3),
+        (".mlp.fc1", 16 / 3, 1),
+        (".mlp.fc2", 1, 8 / 3),
+    ),
+    released=((5376, (("blocks", 50),)),),
+    numbered=(("token_refiner.blocks.{n}.", _ORDER), ("blocks.{n}.", _ORDER)),
+    network_module="networks.lora_minimax_h3",
+)
+LORA = (MINIMAX_H3,)
+MARKS: Marks = (
+    ("video_patch_proj.weight", "a MiniMax-H3 transformer (--dit)"),
+    ("adaln_t_table", "a pruned MiniMax-H3 transformer (--dit)"),
+    ("audio_proj_in.weight", "a MiniMax-H3 transformer in diffusers layout (--dit)"),
+)

@@ -1,0 +1,311 @@
+"""MiniMax-H3's own options for caching, training and generation. Standard library only."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from minimax_h3.reference_options import IMAGE_EDGE, MOST_EDGE, TASK, TOKEN, VIDEO_EDGE, H3MediaOptions
+from modules.errors import OptionError
+from modules.options import (
+    FREE,
+    HABIT,
+    OF_DECODING,
+    OF_REQUEST,
+    Options,
+    not_needed,
+    of_request,
+    option,
+    override_options,
+    unsupported,
+)
+from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+NAME = "MiniMax-H3"
+FPS = 24.0  # of all clips
+SIZE = (1344, 768)  # height and width where nothing is said, as in the known tuner
+FRAMES, LEAST_FRAMES, MOST_FRAMES = 124, 124, 345  # 5 to 15 seconds
+TASKS = ("t2va", "fl2va", "ref2va")
+STEPS = 30
+CLIP, LAST_FRAMES = 17, 5  # frames that are encoded together, and behind the last ones of these
+MOST_RATIO = 4  # of the sides of keyframes and references, and the other way round
+ADAPTIVE = "adaptive"  # of --ratio
+MOST_SHIFT = 1000.0
+_ATTENTION = "the text encoder computes attention with PyTorch's own kernels"
+_FP4 = "files in nvfp4 are not read, so that no such products are needed. Give the bf16 file"
+_TEXTS = "prompts are encoded each time. Give the text encoder to --text_encoder"
+_BANDS = "frames are written as they are decoded. Leave it out"
+_TRAJECTORY = "latents of single steps are not written. Give --preview_latent_every to see them"
+_COMPILING = "blocks are compiled by --compile and its own options. Give --compile, or leave it out"
+_WAITING = "layers of the text encoder that do not fit on the device wait in host memory by themselves."
+_LAYOUT = (
+    "order of the rows of fused queries, keys and values in --dit. Shards of the release have them "
+    "interleaved by head, single files stacked; default: by the file's name"
+)
+
+
+class H3TextOptions(TextEncoderOptions):
+    """Path of the text encoder, and how it runs."""
+
+    text_encoder: Path | None = option("Qwen3-VL (32B) text encoder: file, first shard or folder", often=True)
+    text_encoder_tokenizer: Path | None = option(
+        "its tokenizer, MiniMax-H3's own: folder or file; default: in or next to the encoder's folder, else "
+        "from the hub",
+        flags=("--tokenizer",),
+        often=True,
+    )
+    in_fp8: bool = fp8_text_option(
+        "fp8_vl", "the linear layers of Qwen3-VL in fp8: half the memory, slightly different states"
+    )
+
+
+class H3VaeOptions(Options):
+    """The autoencoders of pictures and of sound."""
+
+    file: VaeOptions = option(
+        facts=OF_DECODING,
+        settings={"vae": {"help": "VAE of pictures: file or folder", "flags": ("--video_vae",)}},
+    )
+    audio_vae: Path | None = option("VAE of sound: file or folder", facts=OF_DECODING, often=True)
+
+
+class H3ModelOptions(Options, title=NAME):
+    """The files of the model and how they run, in training and generation."""
+
+    dit: Path | None = option(  # resume compares its name
+        "transformer: file, first shard or folder", flags=("--model",), facts=FREE, often=True
+    )
+    dit_dtype: str | None = dit_dtype_option()
+    h3_qkv_layout: str | None = option(_LAYOUT, choices=("stacked", "interleaved"), facts=HABIT)
+    vae: H3VaeOptions = option(facts=FREE)
+    text: H3TextOptions = option(facts=FREE)
+
+
+class H3LatentCachingOptions(Options, title=NAME):
+    """Options of minimax_h3_cache_latents.py besides the shared ones."""
+
+    task: str = option(
+        "what a clip is made from: t2va, a text; fl2va: also its first and last frame; ref2va: references of "
+        "its row in a list",
+        default="t2va",
+        choices=TASKS,
+        often=True,
+    )
+    vae: H3VaeOptions
+    cache_seed: int = option("seed of the samples of posteriors", default=42, often=True)
+    allow_experimental_duration: bool = option(
+        f"also cache clips of less than {LEAST_FRAMES} or more than {MOST_FRAMES} frames, for which the "
+        "model was not trained"
+    )
+    one_frame: bool = option(
+        "pictures have a place in time (fp_1f_target_index), and with --task fl2va control images at places "
+        "of theirs (fp_1f_clean_indices)"
+    )
+
+    reference_image_short_edge: int = option(
+        "short side of reference pictures in pixels", default=IMAGE_EDGE, least=TOKEN, most=MOST_EDGE
+    )
+    reference_video_short_edge: int = option(
+        "short side of reference clips in pixels", default=VIDEO_EDGE, least=TOKEN, most=MOST_EDGE
+    )
+
+    def __post_init__(self) -> None:
+        if self.vae.file.vae_dtype not in (None, "float32", "fp32"):
+            logger.warning(
+                "--vae_dtype %s: ignored, because the VAE of %s encodes in float32 alone",
+                self.vae.file.vae_dtype,
+                NAME,
+            )
+
+
+class H3GenerationOptions(H3ModelOptions, title=NAME):
+    """Options of minimax_h3_generate_video.py besides the shared ones."""
+
+    task: str | None = option(
+        "what a clip is made from: t2va, a text; fl2va, first or last frame too; ref2va, references too. "
+        "Default: by what is given",
+        choices=("t2va", "fl2va", "ref2va"),
+        facts=of_request(TASK),
+        often=True,
+    )
+    height: int | None = option("with --width: the same as --video_size", least=1, facts=OF_REQUEST)
+    width: int | None = option("with --height: the same as --video_size", least=1, facts=OF_REQUEST)
+    duration: float | None = option(
+        "seconds, in place of --video_length: the next length that the model makes", above=0, facts=OF_REQUEST
+    )
+    ratio: str | None = option(
+        "width to height, in place of --video_size: the size that the model was trained with; adaptive: as "
+        "the first keyframe has it",
+        choices=(ADAPTIVE, "21:9", "16:9", "4:3", "1:1", "3:4", "9:16"),
+        excludes=("height", "width"),
+        facts=OF_REQUEST,
+    )
+    dtype: str | None = option(
+        "the same as --dit_dtype", choices=("bfloat16", "float16", "float32"), facts=OF_REQUEST
+    )
+    block_swap_granularity: str | None = option(
+        "what --blocks_to_swap moves: block, whole ones",
+        choices=("block",),
+        refused={"layer": "whole blocks are moved. Leave it out"},
+    )
+    h3_shift_audio: float | None = option(
+        "time shift of the sound's schedule (--fsa in a prompt line); 3 for LoRAs of four steps",
+        default=3.0,
+        above=0,
+        most=MOST_SHIFT,
+        facts=of_request("h3_shift_audio"),
+    )
+    media: H3MediaOptions
+    allow_experimental_duration: bool = option(
+        f"also make clips of less than {LEAST_FRAMES} or more than {MOST_FRAMES} frames, for which the model "
+        "was not trained",
+        facts=OF_REQUEST,
+    )
+    text_encoder_attn_mode: str | None = option(
+        "kernels of the text encoder's attention; default: sdpa, PyTorch's own",
+        choices=("sdpa",),
+        refused=dict.fromkeys(("flash_attention_2", "eager"), _ATTENTION),
+    )
+    text_encoder_blocks_to_swap = not_needed(_WAITING, type=int, default=0)
+    prune_adaln = unsupported(
+        "a file is read as it is, whole or pruned. Give minimax_h3_*_pruned_*.safetensors"
+    )
+    nvfp4_scaled_mm = unsupported(_FP4)
+    text_cache = unsupported(_TEXTS, type=str)
+    stretch_keep_bands = unsupported(_BANDS, type=int, default=0)
+    trajectory_dir = unsupported(_TRAJECTORY, type=str)
+    trajectory_stride = unsupported(_TRAJECTORY, type=int, default=1)
+    text_encoder_quantization = unsupported(
+        "its weights are kept in 8 or 4 bits by --text_encoder_form int8 or nf4. Give that",
+        type=str,
+        default="none",
+    )
+    compile_auto_cache_size_limit = unsupported(_COMPILING)
+    compile_fallback_to_eager = unsupported(_COMPILING)
+    inductor_config = unsupported(_COMPILING, type=str, nargs="*")
+    h3_fused_qk_norm_rope = unsupported("norms and positions are fused by --compile. Give that")
+    inspect = unsupported("files are checked before any of them is loaded. Leave it out")
+    lora_runtime_attach = not_needed(
+        "merging keeps small LoRAs: --lora_rounding rounds 16-bit weights at random where the nearest would "
+        "lose them."
+    )
+
+    def __post_init__(self) -> None:
+        if (self.height is None) != (self.width is None):
+            raise OptionError("--height and --width: give both")
+
+
+def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H3GenerationOptions]:
+    """Put --width and --height, --ratio, --duration and --dtype into the options that they stand for.
+
+    Raises OptionError if another option says something else, or for guidance, which is built into the model.
+    """
+    options: Any = shared
+    request = options.request
+    if request.guidance_scale not in (None, 1):
+        raise OptionError(
+            f"--guidance_scale {request.guidance_scale:g}: the guidance of {NAME} is built in, so that there "
+            "is no pass without the prompt. Leave it out"
+        )
+    if options.guidance.nag.is_on:
+        raise OptionError(
+            f"--nag_scale {options.guidance.nag.nag_scale:g}: {NAME} has one attention for text, sound and "
+            "pictures, and none to the text alone. Leave it out"
+        )
+    request = replace(
+        request,
+        video_size=_settle_size(request.video_size, own_options),
+        video_length=_settle_frames(request.video_length, own_options),
+    )
+    dtype = own_options.dtype
+    if dtype is not None:
+        if own_options.dit_dtype not in (None, dtype):
+            raise OptionError(
+                f"--dtype {dtype} and --dit_dtype {own_options.dit_dtype} mean the same: give one of them"
+            )
+        own_options = override_options(own_options, {"dit_dtype": dtype})
+    return replace(options, request=request), own_options
+
+
+def _settle_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -> tuple[int, int] | None:
+    """Return height and width; None: those of the first keyframe, of each prompt line.
+
+    Raises OptionError if two options say different ones.
+    """
+    own_size = None
+    words = f"--ratio {own_options.ratio}"
+    if own_options.ratio == ADAPTIVE:
+        if size is not None:
+            raise OptionError(f"{words} and --video_size: give one of them")
+        return None
+    if own_options.ratio is not None:
+        width, height = map(int, own_options.ratio.split(":"))
+        own_size = canvas(width / height)
+    elif own_options.height is not None and own_options.width is not None:
+        own_size = (own_options.height, own_options.width)
+        words = f"--height {own_size[0]} --width {own_size[1]}"
+    given = None if size is None else (size[0], size[1])
+    if None not in (own_size, given) and own_size != given:
+        raise OptionError(
+            f"{words} and --video_size {' '.join(map(str, size or ()))} differ: give one of them"
+        )
+    return own_size or given or SIZE
+
+
+def _settle_frames(frames: int | None, own_options: H3GenerationOptions) -> int:
+    """Return the number of frames. Raises OptionError if two options say different ones."""
+    if own_options.media.one_frame_inference is None:
+        return settle_length(frames, own_options.duration)
+    if own_options.duration is not None or frames not in (None, 1):
+        raise OptionError(
+            "--one_frame_inference makes a single picture: give --video_length 1, or no length at all"
+        )
+    return 1
+
+
+def settle_length(frames: int | None, seconds: float | None) -> int:
+    """Return the number of frames. Raises OptionError if both are given."""
+    if seconds is None:
+        return FRAMES if frames is None else frames
+    if frames is not None:
+        raise OptionError(f"--duration {seconds:g} and --video_length {frames}: give one of them")
+    clips = math.ceil(max(round(seconds * FPS) - LAST_FRAMES, 0) / CLIP)
+    return clips * CLIP + LAST_FRAMES
+
+
+def check_ratio(what: str, width: int, height: int) -> None:
+    """Raise OptionError for sides that the model was not trained with. what: a file, for the message."""
+    if max(width, height) > MOST_RATIO * min(width, height):
+        raise OptionError(
+            f"{what} has {width}x{height} pixels: the model takes shapes of 1:{MOST_RATIO} to "
+            f"{MOST_RATIO}:1. Crop it"
+        )
+
+
+def canvas(ratio: float, short_edge: int = SIZE[1], step: int = TOKEN) -> tuple[int, int]:
+    """Return height and width of the size that the model was trained with. ratio: width by height.
+
+    The short side is `short_edge`, the area at most 768 x 1344, then both are rounded to multiples of `step`.
+    Source: the released code, as in diffusers.
+    """
+    short = float(short_edge)
+    width, height = (short * ratio, short) if ratio >= 1 else (short, short / ratio)
+    scale = min(1.0, math.sqrt(SIZE[0] * SIZE[1] / (width * height)))
+    sides = [max(step, round(side * scale / step) * step) for side in (height, width)]
+    return sides[0], sides[1]
+
+
+class H3TextCachingOptions(Options, title=NAME):  # STUB
+    """Stub."""
+
+    task: str = option("x", default="t2va", choices=TASKS)
+    text: H3TextOptions = option(facts=FREE)
+
+
+class H3TrainingOptions(H3ModelOptions, title=NAME):
+    """Stub."""

@@ -1,0 +1,111 @@
+"""Where the tokens of MiniMax-H3 stand: a clock that text, conditions, sound and pictures share.
+
+The tokens of a text stand at 0, 1, 2, ...; the clock of everything else starts behind them. A latent frame
+takes 5/3 units for each frame that it covers, a latent of sound takes one. All in float64: sums of thirds in
+float32 would drift. Source: the released code of MiniMax-H3, as in diffusers.
+"""
+# Letters: L tokens
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+UNITS_A_FRAME = 5 / 3
+FRAMES_A_LATENT = (1, 4, 4, 4, 4)  # again and again
+SIDE = 32.0  # of a square picture, in units of space
+
+
+class PictureGrid(NamedTuple):
+    """Latent frames, and rows and columns of their tokens."""
+
+    frames: int
+    rows: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class PicturePlace:
+    """Where the tokens of a clip or a picture stand."""
+
+    grid: PictureGrid
+    start: float  # on the clock of its first latent frame
+
+
+@dataclass(frozen=True)
+class SoundPlace:
+    """Where the tokens of a sound stand: all latents of the left channel, then those of the right one."""
+
+    latents: int
+    start: float
+    grid: PictureGrid  # of the pictures whose left and right edges the channels borrow
+
+
+def spans(frames: int) -> Tensor:
+    """Return how long each of so many latent frames takes: frames, float64."""
+    pattern = [UNITS_A_FRAME * FRAMES_A_LATENT[index % len(FRAMES_A_LATENT)] for index in range(frames)]
+    return torch.tensor(pattern, dtype=torch.float64)
+
+
+def last_frame_place(start: float, frames: int) -> float:
+    """Return where a keyframe at the end of so many latent frames stands, whose clock begins at `start`."""
+    total = float(spans(frames).numpy().sum())  # in NumPy's order of sums, as released
+    return start + total - UNITS_A_FRAME
+
+
+def clip_span(frames: int) -> float:
+    """Return how long a reference clip of so many latent frames takes, summed one after the other."""
+    return float(sum(spans(frames).tolist()))
+
+
+def picture_places(place: PicturePlace) -> Tensor:
+    """Return time, height and width of each token: L 3 float64."""
+    grid = place.grid
+    lengths = spans(grid.frames)
+    times = place.start + torch.cat([lengths.new_zeros(1), lengths[:-1].cumsum(0)])
+    heights, widths = _edges(grid)
+    axes = torch.meshgrid(times, heights, widths, indexing="ij")
+    return torch.stack([axis.flatten() for axis in axes], dim=1)
+
+
+def sound_places(place: SoundPlace) -> Tensor:
+    """Return time, height and width of each token: 2 latents x 3 float64. Sound has no height."""
+    times = place.start + torch.arange(place.latents, dtype=torch.float64)
+    _, widths = _edges(place.grid)
+    channels = []
+    for width in (widths[0], widths[-1]):
+        zeros = torch.zeros_like(times)
+        channels.append(torch.stack([times, zeros, width.expand_as(times)], dim=1))
+    return torch.cat(channels)
+
+
+def text_places(tokens: int) -> Tensor:
+    """Return time, height and width of each token of a text: L 3 float64."""
+    places = torch.zeros(tokens, 3, dtype=torch.float64)
+    places[:, 0] = torch.arange(tokens)
+    return places
+
+
+def _edges(grid: PictureGrid) -> tuple[Tensor, Tensor]:
+    """Return the upper edges of rows and the left edges of columns: a square picture spans 0 to 32."""
+    root = torch.tensor(grid.rows * grid.columns, dtype=torch.float64).sqrt()
+    edges = []
+    for size in (grid.rows, grid.columns):
+        share = size / root
+        steps = torch.arange(size, dtype=torch.float64)
+        edges.append((steps * (share / size) + (1 - share) / 2) * SIDE)
+    return edges[0], edges[1]
+
+
+def all_places(media: Sequence[PicturePlace | SoundPlace], text: int) -> Tensor:
+    """Return the places of all tokens, those of media first, then those of the text: L 3 float64."""
+    parts = []
+    for place in media:
+        parts.append(picture_places(place) if isinstance(place, PicturePlace) else sound_places(place))
+    return torch.cat([*parts, text_places(text)])

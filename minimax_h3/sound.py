@@ -1,0 +1,183 @@
+"""MiniMax-H3's sound: waveforms to latents and back.
+
+The audio VAE is a class of diffusers, always in float32: its weight-normed convolutions lose 20 dB in bf16.
+Each channel of stereo sound goes through it by itself. Latents are those of the model: means of the
+posterior, normalised by channel. Its settings are read from the sizes in the file.
+"""
+# Letters: B batch, S samples, Z latent channels, A latents of sound in time
+
+import logging
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
+from checkpoints.encoders import stated_settings
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from contract.data import Sound
+from minimax_h3.released import SOUND_MEAN, SOUND_STD
+from modules.errors import CheckpointError
+from modules.installation import hide_packages
+
+logger = logging.getLogger(__name__)
+
+RATE = 32000  # samples a second
+LATENTS_A_SECOND = 40
+CHANNELS = 2
+DILATIONS = (1, 3, 5)
+HEADS = 8
+DIFFUSERS_CLASS = "AutoencoderKLMiniMaxH3Audio"
+WHAT = "an audio VAE of MiniMax-H3"
+FILES = "minimax_h3_audio_vae_fp32.safetensors of Comfy-Org, or audio_vae/ of MiniMaxAI/MiniMax-H3"
+Settings = Mapping[str, Any]  # of the class of diffusers
+Shape = Callable[..., tuple[int, ...]]
+
+
+def latent_count(frames: int, fps: float) -> int:
+    """Return the latents of the sound of a clip: 40 a second; of a single frame 2."""
+    return round(frames / fps * LATENTS_A_SECOND)
+
+
+class H3SoundVae:
+    """The audio VAE. It encodes stereo sound at `rate` samples a second."""
+
+    rate = RATE
+
+    def __init__(self, network: Any) -> None:
+        """network: diffusers' AutoencoderKLMiniMaxH3Audio in float32."""
+        self._network = network
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._network.mean_proj.weight.device
+        return device
+
+    @torch.no_grad()
+    def encode(self, waveform: Tensor) -> Tensor:
+        """Return the normalised means of the posterior, B Z 2 A float32, on the VAE's device.
+
+        waveform: B 2 S in -1..1 at `rate`, on any device. Silence is added to whole latents.
+        """
+        channels = waveform.to(self.device, torch.float32).flatten(0, 1).unsqueeze(1)
+        means = self._network.encode(channels).latent_dist.mode()
+        mean, std = self._statistics()
+        return ((means - mean) / std).unflatten(0, (-1, CHANNELS)).transpose(1, 2)
+
+    def encode_clip(self, waveform: Tensor, frames: int, fps: float) -> Tensor:
+        """Return the latents of a clip's sound, cut or with silence added: B Z 2 A, A as `latent_count`.
+
+        waveform: as for `encode`, of any length. frames, fps: of the clip.
+        """
+        latents = latent_count(frames, fps)
+        samples = latents * self._hop
+        waveform = waveform[..., :samples]
+        return self.encode(functional.pad(waveform, (0, samples - waveform.shape[-1])))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Sound:
+        """Return the sound of normalised latents, 1 Z 2 A on any device."""
+        mean, std = self._statistics()
+        by_channel = latents[0].transpose(0, 1).to(self.device, torch.float32)  # 2 Z A
+        waveform: Tensor = self._network.decode(by_channel * std + mean).sample
+        return Sound(waveform[:, 0], self.rate)
+
+    @property
+    def _hop(self) -> int:
+        return prod(self._network.config.encoder_rates)
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation, 1 Z 1: one for each channel of the latents."""
+        config = self._network.config
+        numbers = (config.latents_mean or SOUND_MEAN, config.latents_std or SOUND_STD)
+        mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1) for values in numbers)
+        return mean, std
+
+
+def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
+    """Plan how to load the audio VAE. option: that named the file.
+
+    Raises CheckpointError for any other file.
+    """
+    sources = plain_sources(checkpoint)
+    refusal = other_kind(checkpoint, WHAT, option, FILES)
+    if "pre_block.attn.zero_k_bias" not in sources or "decoder.ups.0.0.weight_v" not in sources:
+        raise refusal
+    shape = shapes_of(checkpoint, sources, refusal)
+    latent_channels = shape("mean_proj.weight", 3)[0]
+    num_stages, num_blocks = (count(sources, rf"decoder\.{name}\.\d+") for name in ("ups", "resblocks"))
+    settings = {
+        "encoder_dim": shape("encoder.block.0.weight_v", 3)[0],
+        "encoder_rates": _encoder_rates(shape, count(sources, r"encoder\.block\.\d+\.block\.4")),
+        "latent_dim": shape("dec_in_proj.weight", 3)[0],
+        "latent_channels": latent_channels,
+        "num_attention_heads": HEADS,
+        "sampling_rate": RATE,
+        **_decoder_settings(shape, num_stages, num_blocks),
+    }
+    stated = stated_settings(checkpoint, {DIFFUSERS_CLASS})[1]
+    for key in ("num_attention_heads", "latents_mean", "latents_std"):
+        if stated.get(key) is not None:
+            settings[key] = stated[key]
+    statistics = (settings.get("latents_mean", SOUND_MEAN), settings.get("latents_std", SOUND_STD))
+    fits = all(_are_numbers(numbers, latent_channels) for numbers in statistics)
+    if not fits or prod(settings["encoder_rates"]) != prod(settings["decoder_rates"]):
+        raise refusal
+    return LoadPlan(settings, checkpoint, sources)
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return isinstance(values, list | tuple) and len(values) == count and all(type(x) is float for x in values)
+
+
+def _encoder_rates(shape: Shape, stages: int) -> tuple[int, ...]:
+    """Return the strides of the encoder: half of the kernels."""
+    return tuple(
+        shape(f"encoder.block.{stage}.block.4.weight_v", 3)[2] // 2 for stage in range(1, stages + 1)
+    )
+
+
+def _decoder_settings(shape: Shape, stages: int, blocks: int) -> dict[str, Any]:
+    """Return the settings of the decoder: kernels of its stages are twice their rates, or one less."""
+    kernels = tuple(shape(f"decoder.ups.{stage}.0.weight_v", 3)[2] for stage in range(stages))
+    block_kernels = []
+    for block in range(blocks // stages):
+        block_kernels.append(shape(f"decoder.resblocks.{block}.convs1.0.weight_v", 3)[2])
+    return {
+        "decoder_dim": shape("decoder.conv_pre.weight_v", 3)[0],
+        "decoder_rates": tuple((kernel + 1) // 2 for kernel in kernels),
+        "decoder_kernel_sizes": kernels,
+        "resblock_kernel_sizes": tuple(block_kernels),
+        "resblock_dilation_sizes": (DILATIONS,) * len(block_kernels),
+    }
+
+
+def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae") -> H3SoundVae:
+    """Load the audio VAE of MiniMax-H3: a file, or diffusers' folder.
+
+    option: that named the path. Raises CheckpointError if the file is damaged or holds another model.
+    """
+    with open_checkpoint(path) as checkpoint:
+        plan = read_sound_vae(checkpoint, option)
+        network = load_planned(
+            plan, build_sound_vae, device, torch.float32, what="the audio VAE of MiniMax-H3"
+        )
+    logger.info("Audio VAE: %s", path)
+    return H3SoundVae(network)
+
+
+def build_sound_vae(settings: Settings) -> nn.Module:
+    """Build the network for `on_meta_device`. Raises CheckpointError if diffusers lacks it."""
+    with hide_packages("bitsandbytes"):  # it would be loaded for nothing
+        try:
+            from diffusers import AutoencoderKLMiniMaxH3Audio  # takes seconds to import
+        except ImportError as error:
+            raise CheckpointError(
+                "the audio VAE of MiniMax-H3 needs diffusers 0.42 or newer. Type: pip install -U diffusers"
+            ) from error
+    network: Any = AutoencoderKLMiniMaxH3Audio(**settings)
+    return network

@@ -1,0 +1,227 @@
+"""Files of MiniMax-H3's video VAE: recognise their dialects, read dimensions off the tensors.
+
+Our modules have the names of the released file, whose rows of queries, keys and values are interleaved by
+head. diffusers stores them apart, and the halves of the feed-forward's first layer in the other order.
+
+Some facts are in no tensor: how levels stride, how long a clip is, and the statistics of latents. They come
+from config.json in diffusers' folder, else they are those of the release.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from checkpoints.dialects import DitShapes, LoadPlan, Names, join_parts, joined_shapes, other_kind
+from checkpoints.encoders import check_groups, stated_groups, stated_settings
+from checkpoints.opening import Checkpoint, plain_sources
+from contract.loading import TensorSource
+from minimax_h3.released import LATENTS_MEAN, LATENTS_STD
+from minimax_h3.video_vae_blocks import GROUPS, H3VaeLevel, H3VideoVaeConfig
+from modules.errors import CheckpointError
+
+FILES = (
+    "video_vae/source/model.safetensors of MiniMaxAI/MiniMax-H3, minimax_h3_video_vae_fp16.safetensors of "
+    "Comfy-Org, or diffusers' folder vae"
+)
+WHAT = "a video VAE of MiniMax-H3"
+DIFFUSERS_CLASS = "AutoencoderKLMiniMaxH3"
+UNUSED = ("decoder.mask_token",)  # of the training
+_BLOCK = r"decoder\.transformer_blocks\.(\d+)"
+DIFFUSERS: Names = (
+    (
+        r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv_shortcut\.(.+)",
+        r"encoder.down.\1.block.\2.nin_shortcut.\3",
+    ),
+    (r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.(.+)", r"encoder.down.\1.block.\2.\3"),
+    (r"encoder\.down_blocks\.(\d+)\.downsamplers\.0\.(.+)", r"encoder.down.\1.downsample.\2"),
+    (r"decoder\.proj_in\.(.+)", r"decoder.x_embedder.\1"),
+    *(
+        (rf"{_BLOCK}\.attn\.to_{letter}\.(.+)", rf"decoder.transformer_blocks.\1.attn.to_qkv.\2#{row}")
+        for row, letter in enumerate("qkv")
+    ),
+    (rf"{_BLOCK}\.attn\.to_out\.0\.(.+)", r"decoder.transformer_blocks.\1.attn.to_out.\2"),
+    (rf"{_BLOCK}\.ff\.net\.0\.proj\.(.+)", r"decoder.transformer_blocks.\1.ff.w1.\2"),
+    (rf"{_BLOCK}\.ff\.net\.2\.(.+)", r"decoder.transformer_blocks.\1.ff.w2.\2"),
+)
+
+
+def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
+    """Plan how to load a video VAE. Raises CheckpointError for any other file."""
+    names = checkpoint.tensors
+    stored = plain_sources(checkpoint)
+    stored_shapes = {name: info.shape for name, info in names.items()}
+    has_encoder = "encoder.conv_in.weight" in names
+    facts = _stated_facts(checkpoint)
+    if has_encoder and "decoder.transformer_blocks.0.attn.to_qkv.weight" in names:
+        sources = _separate_heads(stored, facts.head_width)
+        shapes = stored_shapes
+    elif has_encoder and "decoder.transformer_blocks.0.attn.to_q.weight" in names:
+        sources = _from_diffusers(stored)
+        shapes = joined_shapes(stored_shapes, DIFFUSERS)
+    else:
+        raise other_kind(checkpoint, WHAT, "--vae", FILES)
+    return LoadPlan(_read_config(checkpoint, shapes, facts), checkpoint, sources, UNUSED)
+
+
+def _from_diffusers(stored: Mapping[str, TensorSource]) -> Mapping[str, TensorSource]:
+    joined = join_parts(stored, DIFFUSERS)
+    swapped = [name for name in joined if ".ff.w1." in name]
+    return join_parts(stored, DIFFUSERS, swapped)
+
+
+def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapping[str, TensorSource]:
+    """Return the sources with all rows of queries first, then of keys, then of values."""
+    stack = functools.partial(stack_heads, head_width=head_width)
+    return {
+        name: source.then(stack) if ".attn.to_qkv." in name else source for name, source in stored.items()
+    }
+
+
+def stack_heads(rows: Tensor, head_width: int) -> Tensor:
+    """Return rows in the order [all q; all k; all v] from [q0; k0; v0; q1; k1; v1; ...], by head."""
+    return rows.unflatten(0, (-1, 3, head_width)).transpose(0, 1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class _StatedFacts:
+    """What config.json says besides the tensors; the release's where it says nothing."""
+
+    time_strides: tuple[int, ...] = ()
+    space_strides: tuple[int, ...] = ()
+    head_width: int = 64
+    rotary_share: float = 0.75
+    clip: int = 17
+    dropped: int = 3
+    mean: tuple[float, ...] = LATENTS_MEAN
+    std: tuple[float, ...] = LATENTS_STD
+
+
+# key of config.json -> the fact, and what its numbers are
+_KEYS: Mapping[str, tuple[str, type]] = {
+    "temporal_downsample_factors": ("time_strides", int),
+    "spatial_downsample_factors": ("space_strides", int),
+    "decoder_attention_head_dim": ("head_width", int),
+    "decoder_rope_dim_ratio": ("rotary_share", float),
+    "clip_length": ("clip", int),
+    "token_drop": ("dropped", int),
+    "latents_mean": ("mean", float),
+    "latents_std": ("std", float),
+}
+
+
+def _stated_facts(checkpoint: Checkpoint) -> _StatedFacts:
+    """Return what config.json next to the file says. Raises CheckpointError if it cannot be used."""
+    path, settings = stated_settings(checkpoint, {DIFFUSERS_CLASS})
+    facts: dict[str, Any] = {}
+    for key, (name, kind) in _KEYS.items():
+        if key not in settings:
+            continue
+        value = settings[key]
+        numbers = value if isinstance(value, list) else [value]
+        is_list = isinstance(getattr(_StatedFacts, name), tuple)
+        if is_list != isinstance(value, list) or not all(_is_number(number, kind) for number in numbers):
+            raise CheckpointError(f"{path}: {key!r} is {value!r:.60}, which is not possible.", path)
+        facts[name] = tuple(numbers) if is_list else value
+    return _StatedFacts(**facts)
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    """Return whether a value of JSON is a finite number; a whole one from 0 to 4096 for int."""
+    if type(value) is int:
+        return 0 <= value <= 4096 if kind is int else True
+    return kind is float and type(value) is float and math.isfinite(value)
+
+
+def _read_config(
+    checkpoint: Checkpoint, stored_shapes: Mapping[str, tuple[int, ...]], facts: _StatedFacts
+) -> H3VideoVaeConfig:
+    """Return the dimensions. Raises CheckpointError if they do not go together."""
+    shapes = DitShapes(checkpoint.path, stored_shapes, "video VAE of MiniMax-H3")
+    latent_channels = shapes.of("post_quant_conv.weight", axes=5)[0]
+    dim, channels = shapes.of("decoder.x_embedder.weight")
+    levels = _read_levels(shapes, facts)
+    groups = stated_groups(checkpoint, {DIFFUSERS_CLASS}) or GROUPS
+    check_groups(checkpoint, [level.width for level in levels], groups)
+    config = H3VideoVaeConfig(
+        levels=levels,
+        latent_channels=latent_channels,
+        dim=dim,
+        head_width=facts.head_width,
+        ffn_dim=shapes.of("decoder.transformer_blocks.0.ff.w2.weight")[1],
+        num_layers=shapes.blocks("decoder.transformer_blocks"),
+        registers=shapes.of("decoder.register_tokens", axes=3)[1],
+        groups=groups,
+        rotary_share=facts.rotary_share,
+        clip=facts.clip,
+        dropped=facts.dropped,
+        mean=facts.mean,
+        std=facts.std,
+    )
+    _check(checkpoint, config, channels, shapes.of("decoder.proj_out.weight")[0])
+    return config
+
+
+def _read_levels(shapes: DitShapes, facts: _StatedFacts) -> tuple[H3VaeLevel, ...]:
+    """Return the levels of the encoder.
+
+    Without config.json each resampling halves the sides. Those behind the first one also halve time, until
+    the patches of the decoder have as many frames.
+    """
+    starts = [f"encoder.down.{number}" for number in range(shapes.blocks("encoder.down"))]
+    resamples = [f"{start}.downsample.conv.weight" in shapes.shapes for start in starts]
+    space_strides = facts.space_strides or tuple(2 if has else 1 for has in resamples)
+    time_strides = facts.time_strides
+    if not time_strides:
+        side = math.prod(space_strides)
+        frames = shapes.of("decoder.proj_out.weight")[0] // (3 * side**2)
+        time_strides = _halvings(resamples, frames)
+    if not len(space_strides) == len(time_strides) == len(starts):
+        raise CheckpointError(
+            f"{shapes.path}: its config.json has strides of {len(space_strides)} and {len(time_strides)} "
+            f"levels, its encoder has {len(starts)}. Copy the folder again.",
+            shapes.path,
+        )
+    levels = []
+    for start, time_stride, space_stride in zip(starts, time_strides, space_strides, strict=True):
+        width = shapes.of(f"{start}.block.0.conv2.weight", axes=5)[0]
+        levels.append(H3VaeLevel(width, shapes.blocks(f"{start}.block"), time_stride, space_stride))
+    return tuple(levels)
+
+
+def _halvings(resamples: Sequence[bool], frames: int) -> tuple[int, ...]:
+    """Return the strides in time: 2 at the resamplings behind the first one, until they make `frames`."""
+    strides: list[int] = []
+    has_first = False
+    for has in resamples:
+        halves = has and has_first and math.prod(strides) < frames
+        strides.append(2 if halves else 1)
+        has_first = has_first or has
+    return tuple(strides)
+
+
+def _check(checkpoint: Checkpoint, config: H3VideoVaeConfig, channels: int, patch: int) -> None:
+    """Raise CheckpointError if parts do not fit each other. patch: rows of the decoder's last layer."""
+    numbers = 3 * config.time_stride * config.space_stride**2
+    if config.head_width < 1 or config.dim % config.head_width:
+        fault = f"a decoder of width {config.dim} has no heads of {config.head_width}"
+    elif channels != config.latent_channels:
+        fault = f"its decoder takes {channels} channels, its latents have {config.latent_channels}"
+    elif patch != numbers:
+        fault = f"its decoder makes patches of {patch} numbers, its encoder takes {numbers}"
+    elif not len(config.mean) == len(config.std) == config.latent_channels:
+        fault = (
+            f"{len(config.mean)} means and {len(config.std)} deviations for {config.latent_channels} latent "
+            "channels: other VAEs than the release need latents_mean and latents_std in a config.json"
+        )
+    elif config.clip < 1 or config.dropped >= config.clip_latents or 0 in config.std:
+        fault = f"clips of {config.clip} frames without the last {config.dropped} latents are not possible"
+    else:
+        return
+    raise CheckpointError(
+        f"{checkpoint.path}: {fault}. Give {FILES} to --vae.",
+        checkpoint.path,
+    )

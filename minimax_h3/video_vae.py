@@ -1,0 +1,263 @@
+"""The video VAE of MiniMax-H3: pixels to latents and back.
+
+A video is encoded in clips of 17 frames, 5 latent frames each, of which the last 3 of the whole video are
+dropped: 17n + 5 frames are 5n + 2 latent frames. Decoded clips share frames and fade into each other. Tiles
+in height and width are part of the released model: its pictures are those of blended tiles.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from checkpoints.dialects import load_planned
+from checkpoints.opening import open_checkpoint
+from minimax_h3.vae_checkpoints import read_video_vae
+from minimax_h3.video_vae_blocks import H3VideoDecoder, H3VideoEncoder, H3VideoVaeConfig
+from modules.devices import dtype_name
+from modules.layers.norms import in_own_dtype
+
+logger = logging.getLogger(__name__)
+
+TILE = 256  # pixels along the side of a tile
+OVERLAP = 64  # pixels that neighbouring tiles share at least
+# by which the pixels of ImageNet, 0..1, were normalised: red, green, blue
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+FLOAT32_PARTS = ("encoder.", "quant_conv.")
+FLOAT32_ENDS = (".norm1.weight", ".norm2.weight", ".scale1", ".scale2", "norm_out.weight", "norm_out.bias")
+
+
+@dataclass(frozen=True)
+class TileRow:
+    """How an axis is cut into tiles of one size: where they begin, and what each shares with the next."""
+
+    starts: tuple[int, ...]
+    size: int
+    overlaps: tuple[int, ...]
+
+
+def cut_axis(length: int, size: int, least: int, step: int) -> TileRow:
+    """Cover `length` with tiles of `size` that share at least `least`, as the released VAE does.
+
+    step: the unit in which overlaps grow until the tiles fit, the first ones first. All are in pixels.
+    """
+    if size >= length:
+        return TileRow((0,), length, ())
+    count = max(2, math.ceil((length - least) / (size - least)))
+    overlaps = [least] * (count - 1)
+    rest = size * count - sum(overlaps) - length
+    for number in range(rest // step):
+        overlaps[number % (count - 1)] += step
+    starts = [0]
+    for overlap in overlaps:
+        starts.append(starts[-1] + size - overlap)
+    return TileRow(tuple(starts), size, tuple(overlaps))
+
+
+class H3VideoVae(nn.Module):
+    """Encoder and decoder. Build it on the meta device and load a checkpoint with `load_video_vae`.
+
+    tile: edge of the tiles in pixels; None: whole pictures, whose result differs a little from the release's.
+    """
+
+    def __init__(self, config: H3VideoVaeConfig, tile: int | None = TILE) -> None:
+        super().__init__()
+        channels = config.latent_channels
+        self.encoder = H3VideoEncoder(config)
+        self.quant_conv = nn.Conv3d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv3d(channels, channels, 1)
+        self.decoder = H3VideoDecoder(config)
+        self.config = config
+        self.tile = tile
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.x_embedder.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.conv_in.weight.device
+
+    @torch.no_grad()
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        """Return means and logarithms of variances, not normalised: B 2Z f h w float32.
+
+        pixels: B 3 F H W in -1..1, or bytes 0..255, on any device; F = 1 or 17n + 5, H and W multiples of 16.
+        Raises ValueError for other sizes.
+        """
+        config = self.config
+        frames, height, width = pixels.shape[2:]
+        step = config.space_stride
+        fits = frames == 1 or frames % config.clip == config.tail
+        if not fits or height % step or width % step:
+            raise ValueError(
+                f"{frames} frames of {height} x {width}: the VAE takes one frame or {config.clip}n + "
+                f"{config.tail}, with sides that are multiples of {step}"
+            )
+        if frames == 1:
+            return self._encode_clip(pixels)
+        moments = [self._encode_clip(self._fill_up(clip)) for clip in pixels.split(config.clip, dim=2)]
+        joined = torch.cat(moments, dim=2)
+        return joined[:, :, : joined.shape[2] - config.dropped]
+
+    def _fill_up(self, clip: Tensor) -> Tensor:
+        """Repeat the last frame up to the length of a clip."""
+        missing = self.config.clip - clip.shape[2]
+        return torch.cat([clip, clip[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+
+    def _encode_clip(self, pixels: Tensor) -> Tensor:
+        values = pixels.to(self.device, torch.float32)
+        shares = values / 255 if pixels.dtype == torch.uint8 else (values + 1) / 2  # 0..1
+        mean, std = self._of_channels(PIXEL_MEAN), self._of_channels(PIXEL_STD)
+        normalised = (shares - mean) / std
+
+        def encode(part: Tensor) -> Tensor:
+            return self.quant_conv(self.encoder(part))
+
+        return self._in_tiles(encode, normalised, pixels_in=1, pixels_out=self.config.space_stride)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, clamps: bool = True) -> Iterator[Tensor]:
+        """Yield pixels in playing order, clip by clip: B 3 F H W, float32, -1..1.
+
+        latents: B Z f h w, normalised, on any device. clamps: to -1..1.
+        """
+        mean, std = self._of_channels(PIXEL_MEAN), self._of_channels(PIXEL_STD)
+        for chunk in self._decode_clips(self.denormalise(latents.to(self.device).float())):
+            pixels = (chunk * std + mean) * 2 - 1
+            yield pixels.clamp_(-1, 1) if clamps else pixels
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Return latents, B Z f h w, as the transformer has them."""
+        return (latents - self._of_channels(self.config.mean)) / self._of_channels(self.config.std)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        return latents * self._of_channels(self.config.std) + self._of_channels(self.config.mean)
+
+    def _of_channels(self, numbers: Sequence[float]) -> Tensor:
+        return torch.tensor(numbers, device=self.device).view(1, -1, 1, 1, 1)
+
+    def _decode_clips(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the frames of each clip, without those that fade into the next one."""
+        config = self.config
+        if latents.shape[2] <= config.clip_latents - config.dropped:  # no neighbours
+            yield self._decode_clip(latents)[:, :, config.first_padding :]
+            return
+        size = config.clip_latents
+        missing = -(latents.shape[2] + config.dropped) % size
+        padded = torch.cat([latents, latents[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+        has_overlap = config.dropped > 0
+        clips = (padded.shape[2] + config.dropped) // size - int(has_overlap)
+        frames_left = self._num_frames(latents.shape[2])
+        own_frames = size * config.time_stride  # of a clip, with the padding in front
+        before: Tensor | None = None
+        for number in range(clips):
+            start = number * size
+            decoded = self._decode_clip(padded[:, :, start : start + size + config.shared_latents])
+            clip = decoded[:, :, config.first_padding : own_frames]
+            if before is not None:
+                clip = _blend(before, clip, config.shared_frames, axis=2)
+            before = decoded[:, :, own_frames + config.first_padding :] if has_overlap else None
+            clip = clip[:, :, :frames_left]
+            frames_left -= clip.shape[2]
+            yield clip
+        if before is not None and frames_left > 0:
+            yield before[:, :, :frames_left]
+
+    def _num_frames(self, latent_frames: int) -> int:
+        """Return the frames of so many latent frames: the first of each clip covers fewer."""
+        clips = math.ceil(latent_frames / self.config.clip_latents)
+        return latent_frames * self.config.time_stride - clips * self.config.first_padding
+
+    def _decode_clip(self, latents: Tensor) -> Tensor:
+        def decode(part: Tensor) -> Tensor:
+            return self.decoder(in_own_dtype(self.post_quant_conv, part))
+
+        return self._in_tiles(decode, latents, pixels_in=self.config.space_stride, pixels_out=1)
+
+    def _in_tiles(
+        self, compute: Callable[[Tensor], Tensor], x: Tensor, pixels_in: int, pixels_out: int
+    ) -> Tensor:
+        """Compute x, B C F H W, in tiles in height and width, which fade into each other.
+
+        pixels_in, pixels_out: pixels along the side of a place of x and of a place of the result.
+        """
+        if self.tile is None:
+            return compute(x)
+        step = self.config.space_stride
+        height, width = x.shape[-2] * pixels_in, x.shape[-1] * pixels_in
+        rows = cut_axis(height, self.tile, OVERLAP, step)
+        columns = cut_axis(width, self.tile, OVERLAP, step)
+        if len(rows.starts) == len(columns.starts) == 1:
+            return compute(x)
+        parts = []
+        for top in rows.starts:
+            row = x[..., top // pixels_in : (top + rows.size) // pixels_in, :]
+            tiles = []
+            for left in columns.starts:
+                tile = row[..., left // pixels_in : (left + columns.size) // pixels_in]
+                tiles.append(compute(tile))
+            parts.append(tiles)
+        shared_rows = [overlap // pixels_out for overlap in rows.overlaps]
+        shared_columns = [overlap // pixels_out for overlap in columns.overlaps]
+        return _join_tiles(parts, shared_rows, shared_columns)
+
+
+def _join_tiles(parts: list[list[Tensor]], rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    """Join tiles: each fades in over the one above, then over the one to its left, both as computed."""
+    joined_rows = []
+    for number, tiles in enumerate(parts):
+        joined = []
+        for place, tile in enumerate(tiles):
+            if number:
+                tile = _blend(parts[number - 1][place], tile, rows[number - 1], axis=-2)
+            if place:
+                tile = _blend(tiles[place - 1], tile, columns[place - 1], axis=-1)
+            if number < len(parts) - 1:
+                tile = tile[..., : tile.shape[-2] - rows[number], :]
+            if place < len(tiles) - 1:
+                tile = tile[..., : tile.shape[-1] - columns[place]]
+            joined.append(tile)
+        joined_rows.append(torch.cat(joined, dim=-1))
+    return torch.cat(joined_rows, dim=-2)
+
+
+def _blend(before: Tensor, piece: Tensor, length: int, axis: int) -> Tensor:
+    """Return `piece`, whose start fades in over the end of `before` along an axis."""
+    length = min(before.shape[axis], piece.shape[axis], length)
+    shape = [1] * piece.ndim
+    shape[axis] = length
+    ramp = (torch.arange(length, device=piece.device, dtype=piece.dtype) / max(1, length)).view(shape)
+    end = before.narrow(axis, before.shape[axis] - length, length)
+    faded = end.lerp(piece.narrow(axis, 0, length), ramp)
+    return torch.cat([faded, piece.narrow(axis, length, piece.shape[axis] - length)], dim=axis)
+
+
+def load_video_vae(
+    path: Path, device: torch.device, dtype: torch.dtype, tile: int | None = TILE
+) -> H3VideoVae:
+    """Load the video VAE of MiniMax-H3: the official file, ComfyUI's or diffusers' folder.
+
+    dtype: of the decoder's layers; the encoder is always float32. tile: see `H3VideoVae`. Raises
+    CheckpointError if the file is damaged or holds another model.
+    """
+    with open_checkpoint(path) as checkpoint:
+        plan = read_video_vae(checkpoint)
+        vae = load_planned(
+            plan,
+            lambda config: H3VideoVae(config, tile),
+            device,
+            lambda name, _: torch.float32 if _stays_float32(name) else dtype,
+            what="the video VAE of MiniMax-H3",
+        )
+    logger.info("VAE: %s, decoding in %s", path, dtype_name(dtype))
+    return vae
+
+
+def _stays_float32(name: str) -> bool:
+    return name.startswith(FLOAT32_PARTS) or name.endswith(FLOAT32_ENDS)

@@ -1,0 +1,292 @@
+"""Layers of MiniMax-H3's video VAE: a causal convolutional encoder and a transformer as decoder.
+
+Module names follow the released file. Always float32: the encoder, norms and the residual stream of the
+decoder; the decoder's other layers compute in the dtype of their weights. Source: the released weights of
+MiniMax-H3, and diffusers' `AutoencoderKLMiniMaxH3` for what the tensors do not say.
+"""
+# Letters: B batch, C channels, F frames, H height, W width, L tokens, N heads, D head width, Z latents'
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from modules.attention.attend import attend
+from modules.layers.norms import RMSNorm, in_own_dtype
+from modules.layers.rope import turns
+
+GROUPS = 32  # of channels that are normalised together
+ENCODER_EPS = 1e-6
+DECODER_EPS = 1e-5
+THETA = 100.0  # base of the decoder's frequencies
+
+
+@dataclass(frozen=True)
+class H3VaeLevel:
+    """A level of the encoder: residual blocks of one width, and the resampling behind them."""
+
+    width: int
+    num_blocks: int
+    time_stride: int = 1
+    space_stride: int = 1
+
+    @property
+    def resamples(self) -> bool:
+        return self.time_stride * self.space_stride > 1
+
+
+@dataclass(frozen=True)
+class H3VideoVaeConfig:
+    """Dimensions of the video VAE, read from a checkpoint's tensors and its config.json."""
+
+    levels: tuple[H3VaeLevel, ...]
+    latent_channels: int = 24
+    dim: int = 2048  # of the decoder
+    head_width: int = 64
+    ffn_dim: int = 8192
+    num_layers: int = 36
+    registers: int = 4  # learned tokens behind those of the latents
+    groups: int = GROUPS
+    rotary_share: float = 0.75  # of a head's channels
+    clip: int = 17  # frames that are encoded together
+    dropped: int = 3  # latent frames at the end of a video that are not kept
+    mean: tuple[float, ...] = ()  # of each latent channel
+    std: tuple[float, ...] = ()
+
+    @property
+    def time_stride(self) -> int:
+        return math.prod(level.time_stride for level in self.levels)
+
+    @property
+    def space_stride(self) -> int:
+        return math.prod(level.space_stride for level in self.levels)
+
+    @property
+    def first_padding(self) -> int:
+        """Return the frames in front of a clip that its first latent frame lacks."""
+        return -self.clip % self.time_stride
+
+    @property
+    def tail(self) -> int:
+        """Return how many frames of a video are behind its last whole clip."""
+        return (self.clip_latents - self.dropped) * self.time_stride - self.first_padding
+
+    @property
+    def clip_latents(self) -> int:
+        """Return the latent frames of a clip."""
+        return math.ceil(self.clip / self.time_stride)
+
+    @property
+    def shared_latents(self) -> int:
+        """Return the latent frames of the next clip that a clip is decoded with."""
+        return -self.dropped % self.clip_latents
+
+    @property
+    def shared_frames(self) -> int:
+        """Return the frames that two neighbouring clips both decode."""
+        return max(0, self.shared_latents * self.time_stride - self.first_padding)
+
+
+class CausalConv(nn.Conv3d):
+    """Convolution that sees no later frame: zeros before the first one, mirrored borders in space."""
+
+    def __init__(
+        self, width_in: int, width_out: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)
+    ) -> None:
+        super().__init__(width_in, width_out, kernel, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(_pad_front(self._mirror(x), self.kernel_size[0] - 1))
+
+    def _mirror(self, x: Tensor) -> Tensor:
+        if self.kernel_size[1] == 1:
+            return x
+        if self.stride[1] == 2:
+            return functional.pad(x, (0, 1, 0, 1, 0, 0), mode="reflect")
+        return functional.pad(x, (1, 1, 1, 1, 0, 0), mode="reflect")
+
+
+def _pad_front(x: Tensor, frames: int) -> Tensor:
+    return functional.pad(x, (0, 0, 0, 0, frames, 0)) if frames else x
+
+
+class FrameNorm(nn.GroupNorm):
+    """Group norm of each frame by itself: B C F H W."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.transpose(1, 2).flatten(0, 1)
+        return super().forward(frames).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+class EncoderBlock(nn.Module):
+    """Residual block of the encoder."""
+
+    def __init__(self, width_in: int, width: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = FrameNorm(groups, width_in, eps=ENCODER_EPS)
+        self.conv1 = CausalConv(width_in, width)
+        self.norm2 = FrameNorm(groups, width, eps=ENCODER_EPS)
+        self.conv2 = CausalConv(width, width)
+        if width_in != width:
+            self.nin_shortcut = CausalConv(width_in, width, kernel=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.conv1(functional.silu(self.norm1(x)))
+        branch = self.conv2(functional.silu(self.norm2(branch)))
+        if hasattr(self, "nin_shortcut"):
+            x = self.nin_shortcut(x)
+        return x + branch
+
+
+class EncoderLevel(nn.Module):
+    """Residual blocks, and the convolution that halves their result in space or time."""
+
+    def __init__(self, width_in: int, level: H3VaeLevel, groups: int) -> None:
+        super().__init__()
+        widths = [width_in, *[level.width] * level.num_blocks]
+        self.block = nn.ModuleList(
+            EncoderBlock(before, level.width, groups) for before in widths[: level.num_blocks]
+        )
+        if level.resamples:
+            stride = (level.time_stride, level.space_stride, level.space_stride)
+            self.downsample = nn.ModuleDict({"conv": CausalConv(level.width, level.width, stride=stride)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        if hasattr(self, "downsample"):
+            x = self.downsample["conv"](x)
+        return x
+
+
+class H3VideoEncoder(nn.Module):
+    """Turn pixels B 3 F H W into moments B 2Z f h w, float32."""
+
+    def __init__(self, config: H3VideoVaeConfig) -> None:
+        super().__init__()
+        first, last = config.levels[0].width, config.levels[-1].width
+        self.conv_in = CausalConv(3, first)
+        widths = [first, *(level.width for level in config.levels)]
+        self.down = nn.ModuleList(
+            EncoderLevel(before, level, config.groups)
+            for before, level in zip(widths[:-1], config.levels, strict=True)
+        )
+        self.norm_out = FrameNorm(config.groups, last, eps=ENCODER_EPS)
+        self.conv_out = CausalConv(last, 2 * config.latent_channels)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.conv_in(pixels)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(functional.silu(self.norm_out(x)))
+
+
+class DecoderAttention(nn.Module):
+    """Self-attention whose queries and keys are normed without weights, in float32."""
+
+    def __init__(self, config: H3VideoVaeConfig) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        self.to_qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.to_out = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        # x: B L C, returned alike
+        query, key, value = self.to_qkv(x).unflatten(-1, (3, -1, self.head_width)).unbind(2)
+        query = rotate_first(_norm_head(query), rotary)
+        key = rotate_first(_norm_head(key), rotary)
+        return self.to_out(attend(query, key, value).flatten(2))
+
+
+def _norm_head(x: Tensor) -> Tensor:
+    return functional.rms_norm(x.float(), x.shape[-1:], eps=DECODER_EPS).to(x.dtype)
+
+
+def rotate_first(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate the first channels of each head, pairs of one from their first half and one from the second.
+
+    x: B L N D. rotary: L 1 K 2, cosines and sines of K pairs; the channels behind 2K stay. Computed in
+    float32, returned in the dtype of x.
+    """
+    pairs = rotary.shape[-2]
+    cosine, sine = rotary.unbind(-1)
+    first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    turned = (first * cosine - second * sine, second * cosine + first * sine)
+    return torch.cat([part.to(x.dtype) for part in (*turned, rest)], dim=-1)
+
+
+class DecoderFeedForward(nn.Module):
+    """Gated feed-forward w2(silu(gate) * value). Source: Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config: H3VideoVaeConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, 2 * config.ffn_dim)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w1(x).chunk(2, dim=-1)
+        return self.w2(functional.silu(gate) * value)
+
+
+class DecoderBlock(nn.Module):
+    """Attention and feed-forward behind a norm each; learned scales weigh what they add."""
+
+    def __init__(self, config: H3VideoVaeConfig) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.dim, DECODER_EPS)
+        self.attn = DecoderAttention(config)
+        self.scale1 = nn.Parameter(torch.zeros(config.dim))
+        self.norm2 = RMSNorm(config.dim, DECODER_EPS)
+        self.ff = DecoderFeedForward(config)
+        self.scale2 = nn.Parameter(torch.zeros(config.dim))
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        # x: B L C float32
+        dtype = self.attn.to_qkv.weight.dtype
+        x = x + self.attn(self.norm1(x).to(dtype), rotary) * self.scale1
+        return x + self.ff(self.norm2(x).to(dtype)) * self.scale2
+
+
+class H3VideoDecoder(nn.Module):
+    """Turn latents B Z f h w into pixels B 3 4f 16h 16w, float32; each latent is a token that sees all."""
+
+    def __init__(self, config: H3VideoVaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.x_embedder = nn.Linear(config.latent_channels, config.dim)
+        self.register_tokens = nn.Parameter(torch.zeros(1, config.registers, config.dim))
+        self.transformer_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.num_layers))
+        self.norm_out = nn.LayerNorm(config.dim, eps=DECODER_EPS)
+        self.proj_out = nn.Linear(config.dim, 3 * config.time_stride * config.space_stride**2)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        grid = latents.shape[2:]
+        x = in_own_dtype(self.x_embedder, latents.flatten(2).mT).float()
+        num_latents = x.shape[1]
+        registers = self.register_tokens.float().expand(len(x), -1, -1)
+        empty = x.new_zeros(len(x), 1, x.shape[2])  # a token of zeros, as trained
+        x = torch.cat([x, registers, empty], dim=1)
+        rotary = self._rotation(tuple(grid), x.shape[1] - num_latents, x.device)
+        for block in self.transformer_blocks:
+            x = block(x, rotary)
+        patches = in_own_dtype(self.proj_out, self.norm_out(x[:, :num_latents])).float()
+        sides = (3, self.config.time_stride, self.config.space_stride, self.config.space_stride)
+        patches = patches.unflatten(1, grid).unflatten(-1, sides)  # B f h w 3 t s s
+        pixels = patches.permute(0, 4, 1, 5, 2, 6, 3, 7)
+        return pixels.flatten(6).flatten(4, 5).flatten(2, 3)
+
+    def _rotation(self, grid: tuple[int, ...], others: int, device: torch.device) -> Tensor:
+        """Return the pairs of all tokens, L 1 K 2.
+
+        The middles of a clip's tokens are spread over -1..1 along each axis; `others` are tokens at 0.
+        """
+        width = int(self.config.head_width * self.config.rotary_share)
+        exponents = torch.arange(0, 1, 6 / width, device=device)
+        frequencies = 1 / THETA**exponents
+        axes = [2 * (torch.arange(0.5, size, device=device) / size) - 1 for size in grid]
+        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+        places = torch.cat([places, places.new_zeros(others, 3)])
+        angles = 2 * math.pi * places[:, :, None] * frequencies
+        return turns(angles.flatten(1)).unsqueeze(1)

@@ -1,0 +1,13 @@
+"""Encode clips with their sound, or pictures, for training MiniMax-H3.
+
+All options: python minimax_h3_cache_latents.py --help
+"""
+
+import modules.interpreter  # noqa: F401
+from dataset.scripts import caching_script
+
+main = caching_script("minimax_h3", "latents", __doc__)
+
+
+if __name__ == "__main__":
+    main.run()

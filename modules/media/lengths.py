@@ -1,0 +1,31 @@
+"""Numbers of frames that the clips of a model may have. Standard library only."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ClipLengths:
+    """The lengths step * n + first, n = 0, 1, 2, ...; and 1, a picture."""
+
+    step: int
+    first: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.step}n + {self.first}"
+
+    @property
+    def shortest(self) -> int:
+        """Return the length of the shortest clip that is no picture."""
+        return self.first if self.first > 1 else self.first + self.step
+
+    def fit(self, frames: int) -> int:
+        """Return the largest length up to `frames`, which are at least 1."""
+        if 0 < frames < self.first:
+            return 1
+        return (frames - self.first) // self.step * self.step + self.first
+
+    def includes(self, frames: int) -> bool:
+        return frames == self.fit(frames)
+
+
+USUAL_LENGTHS = ClipLengths(4)  # of most models

@@ -1,0 +1,79 @@
+"""The two schedules of MiniMax-H3: pictures and sound have noise levels of their own at each step."""
+
+import pytest
+import torch
+from diffusers import MiniMaxH3Scheduler
+from torch import Tensor, nn
+
+from contract.data import Conditions, Joint
+from contract.steps import NO_TWEAKS, Section, StepDone, Tweaks
+from generation.denoise import denoise
+from minimax_h3.configs import NOISE, PICTURE_SHIFT, SOUND_SHIFT
+from modules.flow.solvers import solver_for
+from training.data.timesteps import Timesteps, times_of_sound
+
+JOINT = Joint((2, 1, 2, 2), (3, 2, 4))
+PICTURE, SOUND = torch.linspace(-2, 2, 8).view(1, 2, 1, 2, 2), torch.linspace(-1, 3, 24).view(1, 3, 2, 4)
+EXACT = 1e-5  # float32, values up to 10; levels are shifted once or twice
+
+
+class Curved:
+    """A network that predicts data minus noise, not on a straight path: of each stream by itself."""
+
+    def predict(
+        self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
+    ) -> Tensor:
+        picture, sound = JOINT.split(noisy)
+        return JOINT.join(picture.sin() - 1, sound.cos() + 0.5)
+
+
+def theirs(shift: float, sample: Tensor, velocity_of: object) -> list[Tensor]:
+    """The samples behind each of seven steps."""
+    scheduler = MiniMaxH3Scheduler(shift)
+    scheduler.set_timesteps(8)
+    samples = []
+    for time in scheduler.timesteps:
+        sample = scheduler.step(velocity_of(sample), time, sample, return_dict=False)[0]  # type: ignore[operator]
+        samples.append(sample)
+    return samples
+
+
+def test_euler_moves_each_stream_by_its_own_levels() -> None:
+    """diffusers steps along data minus noise, the loop along noise minus data."""
+    solver = solver_for("euler", 7, PICTURE_SHIFT, sound_shift=NOISE.sound_shift)
+    section = Section(JOINT.join(PICTURE, SOUND), {}, tweaks=Tweaks(joint=JOINT))
+    seen: list[StepDone] = []
+
+    found = denoise(
+        Curved(),
+        lambda _: nn.Identity(),
+        section,
+        latents=section.noise,
+        solver=solver,
+        guidance=lambda step, predict, section: predict({})[0],
+        watchers=[lambda done: bool(seen.append(done))],
+    )
+
+    picture, sound = JOINT.split(found)
+    expected = theirs(PICTURE_SHIFT, PICTURE, lambda sample: -(sample.sin() - 1))
+    torch.testing.assert_close(picture, expected[-1], atol=EXACT, rtol=EXACT)
+    expected = theirs(SOUND_SHIFT, SOUND, lambda sample: -(sample.cos() + 0.5))
+    torch.testing.assert_close(sound, expected[-1], atol=EXACT, rtol=EXACT)
+    assert seen[0].step.sound_sigma == 1
+    last = JOINT.split(seen[-1].clean)[1]  # the last step leads to it
+    torch.testing.assert_close(last, sound, atol=EXACT, rtol=EXACT)
+
+
+def test_training_makes_sound_as_noisy_as_the_sampler_does() -> None:
+    base = torch.tensor([0.1, 0.5, 0.9])
+    pictures, sounds = (shift * base / (1 + (shift - 1) * base) for shift in (PICTURE_SHIFT, SOUND_SHIFT))
+
+    times = times_of_sound(Timesteps(pictures, 1000 * pictures), NOISE)
+
+    torch.testing.assert_close(times.sigmas, sounds, atol=1e-6, rtol=0)
+    torch.testing.assert_close(times.timesteps, 1000 * sounds, atol=1e-3, rtol=0)
+
+
+def test_other_solvers_follow_one_schedule() -> None:
+    with pytest.raises(ValueError, match="sound with its own needs Euler"):
+        solver_for("unipc", 7, PICTURE_SHIFT, sound_shift=NOISE.sound_shift)
