@@ -12,6 +12,9 @@ names: what it is called everywhere, from the licence to tensors
 options: own options for generation
 places: positions on a clock that text, pictures and sound share
 presentation: what the text encoder sees in front of a prompt
+reference_options: options of keyframes and references
+reference_sound: sound of references: read, cut, resampled
+references: keyframes and references of a request, and their pixels
 released: statistics of latents, as numbers of the release
 sound: the VAE of sound, and its files
 vae_checkpoints: files of the video VAE: dialects, dimensions

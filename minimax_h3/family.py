@@ -334,7 +334,10 @@ class MiniMaxH3(OneTransformer):
                 "fl2va": "a first or a last frame (--first_frame, --last_frame)",
                 "ref2va": "references (--ref)",
             }
-            raise OptionError(f"--task {task} takes {needed[task]}; what is given is for {media.task}")
+            raise OptionError(
+                f"--task {task} takes {needed[task]}, and this request is one of {media.task}. Give --task "
+                f"{media.task}, or leave it out"
+            )
         replace(self.files, task=task).check(("dit",))
         for reference in media.references:
             if reference.kind == VIDEO:

@@ -19,12 +19,14 @@ class H3MediaOptions(Options, title="keyframes and references"):
 
     keyframe: tuple[str, ...] | None = option(
         "the first frame, and given again the last one: another spelling of --first_frame and --last_frame",
-        action="extend",
+        action="append",
+        nargs=None,
         facts=of_request(KEYFRAMES),
     )
     condition_image: tuple[str, ...] | None = option(
         "with --one_frame_inference: a picture that the single picture is made from; may be given again",
-        action="extend",
+        action="append",
+        nargs=None,
         facts=of_request(CONDITION_IMAGES),
     )
     one_frame_inference: str | None = option(
@@ -36,28 +38,34 @@ class H3MediaOptions(Options, title="keyframes and references"):
     ref: tuple[str, ...] | None = option(
         "a reference, in the order of the prompt's labels; audio= gives the sound of a video. May be given "
         "again",
-        action="extend",
+        action="append",
+        nargs=None,
         metavar="PATH[;type=image|video|audio][;audio=PATH]",
         facts=of_request(REF),
     )
     reference_image: tuple[str, ...] | None = option(
-        "a reference picture; may be given again", action="extend", facts=of_request(BY_KIND["image"])
+        "a reference picture; may be given again",
+        action="append",
+        nargs=None,
+        facts=of_request(BY_KIND["image"]),
     )
     reference_video: tuple[str, ...] | None = option(
         "a reference video, with its sound; may be given again. Videos follow pictures",
-        action="extend",
+        action="append",
+        nargs=None,
         facts=of_request(BY_KIND["video"]),
     )
     reference_audio: tuple[str, ...] | None = option(
         "a reference sound; may be given again. Sounds follow videos",
-        action="extend",
+        action="append",
+        nargs=None,
         facts=of_request(BY_KIND["audio"]),
     )
     reference_jsonl: str | None = option(
         "list of a dataset, whose line --reference_index has the references", facts=of_request(JSONL)
     )
-    reference_index: int | None = option(
-        "with --reference_jsonl: number of the line, from 0; default 0", least=0, facts=of_request(INDEX)
+    reference_index: int = option(
+        "with --reference_jsonl: number of the line, from 0", default=0, least=0, facts=of_request(INDEX)
     )
     reference_image_short_edge: int = option(
         "short side of reference pictures in pixels; less needs less memory and shows less",

@@ -46,7 +46,7 @@ def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
     band = min(step, count) * ROLLOFF
     reach = math.ceil(CROSSINGS * step / band)  # old samples on each side that count
     old = torch.arange(-reach, reach + step, dtype=torch.float64) / step
-    new = torch.arange(count, dtype=torch.float64) / count
+    new = (torch.arange(count, dtype=torch.float32) / count).double()  # rounded, as released
     times = ((old - new[:, None]) * band).clamp(-CROSSINGS, CROSSINGS)
     window = torch.cos(times * math.pi / (2 * CROSSINGS)).square()
     filters = (torch.sinc(times) * window * (band / step)).float()

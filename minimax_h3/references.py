@@ -172,7 +172,7 @@ def _references(request: Request) -> Iterator[H3Reference]:
     if len(ways) > 1:
         listed = " and ".join(f"--{name}" for name in ways)
         raise OptionError(f"{listed}: their order would be unknown. Name all references in one of these ways")
-    if INDEX in request.extra and JSONL not in ways:
+    if int(request.extra.get(INDEX, 0)) and JSONL not in ways:
         logger.warning("--%s is ignored because --%s is not given", INDEX, JSONL)
     for text in _lines(request, REF):
         path, fields = split_ref(text)

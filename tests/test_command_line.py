@@ -71,6 +71,7 @@ SPELLINGS = {
     ("ltx2_generate_video.py", "--output_dir"): "save_path",
     ("ltx2_generate_video.py", "--fp8_base"): "fp8",
     **{(H3, "--video_vae"): "vae", (H3, "--output_fps"): "fps", (H3, "--h3_shift_video"): "flow_shift"},
+    **{(H3, "--first_frame"): "image_path", (H3, "--last_frame"): "end_image_path"},
     **{(KREA, "--steps"): "infer_steps", (KREA, "--num-images"): "num_videos"},
 }
 PLACED = {(KREA, "prompt"): "--prompt"}  # what stands without a flag, and with ours

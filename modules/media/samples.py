@@ -96,14 +96,14 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
 
 
 @dataclass(frozen=True)
-class Beginning:
+class TrackBeginning:
     """The first samples of a file's sound: channels S float32, and their rate."""
 
     samples: Samples
     rate: int
 
 
-def read_beginning(path: Path, seconds: float, channels: int) -> Beginning | None:
+def read_beginning(path: Path, seconds: float, channels: int) -> TrackBeginning | None:
     """Read at most so many seconds of a file's sound at its own rate, without silence behind its end.
 
     Sound of one channel stays so; other sound is mixed to `channels`. Times count as in `read_track`.
@@ -137,7 +137,7 @@ def read_beginning(path: Path, seconds: float, channels: int) -> Beginning | Non
             ) from error
     if not parts:
         return None
-    return Beginning(np.ascontiguousarray(np.concatenate(parts, axis=1)[:, :most]), rate)
+    return TrackBeginning(np.ascontiguousarray(np.concatenate(parts, axis=1)[:, :most]), rate)
 
 
 def _track(container: Any) -> Any | None:

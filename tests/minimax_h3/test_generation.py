@@ -130,7 +130,7 @@ def test_saved_latents_are_decoded_with_their_sound(tmp_path: Path, files: TinyH
         (["--guidance_scale", "5"], ["built in"]),
         (["--nag_scale", "5"], ["--nag_scale"]),
         (["--sample_solver", "unipc"], ["a schedule each"]),
-        (["--task", "ref2va"], ["--task ref2va", "--ref"]),
+        (["--task", "ref2va"], ["by its name this is the transformer of fl2va"]),
         (["--task", "fl2va"], ["--first_frame"]),
         (["--first_frame", "none.png"], ["none.png"]),
         (["--ref", "a.png;kind=image"], ["kind=image"]),

@@ -15,6 +15,7 @@ from diffusers.modular_pipelines.minimax_h3.references import (
     MiniMaxH3VideoReference,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from contract.data import SOUND
@@ -39,16 +40,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = numpy.random.default_rng(1)
     for name, size in {"first": (90, 70), "last": (200, 60), "subject": (80, 100)}.items():
         Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), numpy.uint8)).save(folder / f"{name}.png")
-    with av.open(str(folder / "clip.mkv"), "w") as container:
-        stream = container.add_stream("ffv1", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 96, 64, "bgr0"
-        for _ in range(55):
-            frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (64, 96, 3), numpy.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    write_clip(folder / "clip.mkv", 55)
     write_sound(folder / "voice.wav", 32000, 40000)
     write_sound(folder / "long.wav", 32000, 200000, channels=1)
     return folder
+
+
+def write_clip(path: Path, frames: int) -> None:
+    """Write a clip without loss, of 25 frames a second."""
+    rng = numpy.random.default_rng(2)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "bgr0"
+        for _ in range(frames):
+            pixels = rng.integers(0, 256, (64, 96, 3), numpy.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def for_references(files: TinyH3, folder: Path) -> TinyH3:
@@ -68,6 +75,7 @@ def write_sound(path: Path, rate: int, count: int, channels: int = 2) -> None:
 
 
 def generate(tmp_path: Path, files: TinyH3, *words: str) -> dict[str, Tensor]:
+    tmp_path.mkdir(exist_ok=True)
     fixed = ["--prompt", PROMPT, "--seed", "7", "--infer_steps", "2", "--device", "cpu"]
     size = [] if "--ratio" in words else ["--video_size", "32", "64"]
     words = (*size, "--output_type", "latent", "--save_path", "made", *words)
@@ -126,3 +134,130 @@ def test_references_are_those_of_diffusers(tmp_path: Path, files: TinyH3, folder
     )
 
     check(made, expected)
+
+
+def words_of(folder: Path, *names: str) -> list[str]:
+    edges = ["--reference_image_short_edge", str(EDGE), "--reference_video_short_edge", str(EDGE)]
+    return [*(word for name in names for word in ("--ref", str(folder / name))), *edges]
+
+
+SHORT = ("--video_length", "22", "--allow_experimental_duration")
+
+
+def equal(made: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(made[name], other[name]) for name in ("latent", SOUND))
+
+
+def test_a_line_of_a_dataset_names_references(tmp_path: Path, files: TinyH3, folder: Path) -> None:
+    """In its order, paths as typed; null leaves out the sound of a video, which has none here anyway."""
+    references = [
+        {"type": "image", "path": str(folder / "subject.png")},
+        {"path": str(folder / "clip.mkv"), "audio_path": str(folder / "voice.wav")},
+    ]
+    lines = [{"caption": "a"}, {"references": references}]
+    listed = tmp_path / "list.jsonl"
+    listed.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    model = for_references(files, tmp_path)
+    edges = words_of(folder)
+
+    by_list = generate(
+        tmp_path / "a", model, "--reference_jsonl", str(listed), "--reference_index", "1", *edges, *SHORT
+    )
+    by_ref = generate(
+        tmp_path / "b",
+        model,
+        *words_of(folder, "subject.png", f"clip.mkv;audio={folder / 'voice.wav'}"),
+        *SHORT,
+    )
+    without = generate(tmp_path / "c", model, *words_of(folder, "subject.png", "clip.mkv"), *SHORT)
+
+    assert equal(by_list, by_ref)
+    assert not equal(by_list, without)
+
+
+def test_lines_of_a_file_have_keyframes_of_their_own(tmp_path: Path, files: TinyH3, folder: Path) -> None:
+    first, last = folder / "first.png", folder / "last.png"
+    lines = [
+        f"{PROMPT} --first_frame {first} --last_frame {last}",
+        f"{PROMPT} --i {first} --ei {last}",
+        PROMPT,
+    ]
+    listed = tmp_path / "prompts.txt"
+    listed.write_text("\n".join(f"{line} --d 7" for line in lines), encoding="utf-8")
+    words = ["--infer_steps", "2", "--device", "cpu", "--video_size", "32", "64", "--output_type", "latent"]
+    words += ["--save_path", "made", "--from_file", str(listed), *SHORT]
+
+    succeed_here(SCRIPT, *files.words, *words, folder=tmp_path)
+
+    by_name, by_letter, plain = (
+        load_file(path) for path in sorted((tmp_path / "made").glob("*.safetensors"))
+    )
+    assert equal(by_name, by_letter)
+    assert not equal(by_name, plain)
+
+
+def test_a_single_picture_stands_at_its_frame(tmp_path: Path, files: TinyH3, folder: Path) -> None:
+    pictures = ["--condition_image", str(folder / "first.png"), "--condition_image", str(folder / "last.png")]
+    places = [
+        "target_index=5,control_index=0;10",
+        "target_index=5,control_index=0;11",
+        "target_index=6,control_index=0;10",
+    ]
+
+    made = [
+        generate(tmp_path / str(number), files, "--one_frame_inference", text, *pictures)
+        for number, text in enumerate(places)
+    ]
+
+    assert made[0]["latent"].shape == (24, 1, 4, 8)
+    assert made[0][SOUND].shape == (32, 2, 2)
+    assert not equal(made[0], made[1])
+    assert not equal(made[0], made[2])
+
+
+def test_an_adaptive_ratio_is_that_of_the_first_keyframe(tmp_path: Path, files: TinyH3, folder: Path) -> None:
+    from tests.faults.messages import run_here
+
+    words = ["--prompt", "a", "--ratio", "adaptive", "--first_frame", str(folder / "last.png")]
+    code, said = run_here(SCRIPT, *files.words, *words, "--save_path", "made", "--plan", folder=tmp_path)
+    assert code == 0, said
+    assert "560 x 1856" in said or "560 1856" in said or "1856" in said, said
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--ref", "voice.wav"], "sound alone"),
+        (["--ref", "subject.png;audio=voice.wav"], "belongs to a video"),
+        (["--ref", "subject.png;type=text"], "'text' is unknown"),
+        (["--ref", "none.png"], "no such file"),
+        (["--ref", "subject.png"] * 10, "10 pictures"),
+        (["--ref", "clip.mkv"] * 4, "4 videos"),
+        (["--ref", "subject.png", *["--ref", "voice.wav"] * 4], "4 references with sound"),
+        (["--ref", "subject.png", "--reference_image", "subject.png"], "order would be unknown"),
+        (["--ref", "subject.png", "--first_frame", "first.png"], "keyframes and references"),
+        (["--ref", "subject.png", "--task", "fl2va"], "--task fl2va"),
+        (["--ref", "short.mkv"], "takes 0.4 s"),
+        (["--ref", "narrow.png"], "1:4 to 4:1"),
+        (["--reference_jsonl", "list.jsonl"], 'has no "references"'),
+        (["--reference_jsonl", "list.jsonl", "--reference_index", "3"], "has 1 lines"),
+        (["--keyframe", "first.png", "--first_frame", "first.png"], "mean the same"),
+        (["--keyframe", "first.png"] * 3, "3 pictures"),
+        (["--one_frame_inference", "target_index=1", "--video_length", "22"], "a single picture"),
+        (["--one_frame_inference", "control_index=1;2", "--condition_image", "first.png"], "2 places"),
+        (["--one_frame_inference", "no_post"], "FramePack"),
+    ],
+)
+def test_media_that_cannot_be_used_are_refused(
+    tmp_path: Path, files: TinyH3, folder: Path, words: list[str], part: str
+) -> None:
+    for name in ("voice.wav", "subject.png", "clip.mkv", "first.png"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "list.jsonl").write_text('{"caption": "a"}', encoding="utf-8")
+    Image.new("RGB", (90, 20)).save(tmp_path / "narrow.png")
+    write_clip(tmp_path / "short.mkv", 10)
+    model = for_references(files, tmp_path) if "--ref" in words else files
+    fixed = ["--prompt", "a cat", "--video_size", "32", "64", "--save_path", "made"]
+    code, said = run_here(SCRIPT, *model.words, *fixed, *words, folder=tmp_path)
+    assert part in assert_one_message(code, said), said
+    assert not (tmp_path / "made").exists()
