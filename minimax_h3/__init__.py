@@ -1,5 +1,6 @@
 """MiniMax-H3, video with sound: read family.py first, then model.py.
 
+cache_marks: what caches of texts are for, and keys in them
 configs: dimensions of a transformer, noise, latents, the release
 dit_checkpoints: transformer files: what one is, order of fused rows, loading
 family: the model, described for the shared loops

@@ -39,8 +39,9 @@ from contract.requests import (
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
 from encoders.tiles import posterior_generator, sample_posterior
+from minimax_h3.cache_marks import KEY, TAGS, TEXTS_AGAIN, check_texts
 from minimax_h3.configs import DIT, NOISE, PICTURE_SHIFT, RELEASE, SOUND_SHIFT
-from minimax_h3.files import KEY, TAGS, H3Files, files_of
+from minimax_h3.files import H3Files, files_of, files_of_texts
 from minimax_h3.names import LORA
 from minimax_h3.options import (
     FPS,
@@ -52,6 +53,7 @@ from minimax_h3.options import (
     SIZE,
     STEPS,
     H3GenerationOptions,
+    H3TextCachingOptions,
 )
 from minimax_h3.sound import H3SoundVae
 from minimax_h3.video_vae import H3VideoVae
@@ -62,7 +64,6 @@ from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
 
-TEXTS_AGAIN = "minimax_h3_cache_text_encoder_outputs.py"
 SHIFT_OF_SOUND = "h3_shift_audio"  # in Request.extra
 SOLVER = "euler"
 
@@ -161,6 +162,7 @@ class MiniMaxH3(OneTransformer):
         config = self.files.dit_header().config
         remedy = f"{TEXTS_AGAIN} and Qwen3-VL (32B)"
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
+        check_texts(batch, self.files.task)
         return {name: batch.tensors[name] for name in (KEY, TAGS)}
 
     def predict(
@@ -304,6 +306,11 @@ def _shift_of_sound(request: Request) -> float:
     if not 0 < shift < float("inf"):
         raise OptionError(f"--h3_shift_audio {shift:g} (--fsa in a prompt line): give a number above 0")
     return shift
+
+
+def family_for_text_caching(options: H3TextCachingOptions) -> MiniMaxH3:
+    """Describe the family for minimax_h3_cache_text_encoder_outputs.py."""
+    return MiniMaxH3(files_of_texts(options), options=options)
 
 
 def family_for_generation(options: H3GenerationOptions) -> MiniMaxH3:

@@ -1,6 +1,6 @@
 """Files of a MiniMax-H3 run: transformer, VAEs of pictures and of sound, Qwen3-VL with its own tokenizer."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,8 @@ from checkpoints.dits import DitFormat
 from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import Checkpoint, fingerprint
 from checkpoints.tokenizers import TokenizerFiles
-from contract.data import LatentSpec, SoundSpec
+from contract.data import Conditions, LatentSpec, SoundSpec
+from contract.requests import Prompt
 from encoders.language_encoder import (
     LanguageModelEncoder,
     LanguageModelFiles,
@@ -21,10 +22,11 @@ from encoders.language_encoder import (
 )
 from encoders.language_models import QWEN3_VL
 from encoders.text_encoder import TextTokenizer, TokenizerSource
+from minimax_h3.cache_marks import KEY, TAGS, check_marks, marks_of
 from minimax_h3.configs import LATENT
 from minimax_h3.dit_checkpoints import find_task, format_of
 from minimax_h3.dit_checkpoints import identify as identify  # files.py has it in every family's folder
-from minimax_h3.options import FPS, H3ModelOptions, H3VaeOptions
+from minimax_h3.options import FPS, H3ModelOptions, H3TextCachingOptions, H3TextOptions, H3VaeOptions
 from minimax_h3.released import SOUND_MEAN
 from minimax_h3.sound import (
     CHANNELS,
@@ -38,10 +40,11 @@ from minimax_h3.sound import (
 from minimax_h3.vae_checkpoints import read_video_vae
 from minimax_h3.video_vae import TILE, H3VideoVae, load_video_vae
 from minimax_h3.video_vae_blocks import H3VideoVaeConfig
+from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
 
-KEY, TAGS = "mmh3_hidden_states", "mmh3_token_tags"
 LAYERS = 50  # of Qwen3-VL before the state that is read
+BLANK = " "  # what an empty prompt is written as; no text at all has no states
 MOST_TOKENS = 32768  # of a prompt, as in the known tuner
 # of H3's tokenizer, which no other tokenizer of Qwen has
 OWN_TOKENS = (
@@ -71,12 +74,45 @@ H3_USE = LanguageUse(
     most=MOST_TOKENS,
     states=(LAYERS,),
     mask_key=TAGS,  # 1, the tag of texts, for each token
+    blank=BLANK,
     at_once=1,  # so that a state does not depend on other prompts
 )
 
 
 class H3TextEncoder(LanguageModelEncoder):
-    """Qwen3-VL with the tokenizer of MiniMax-H3."""
+    """Qwen3-VL with the tokenizer of MiniMax-H3, for one task."""
+
+    can = replace(LanguageModelEncoder.can, mark=True)
+    task = "t2va"
+    teacher: str | None = None  # a key of `TEACHER_ROWS`, whose rows it adds
+    states_dtype: torch.dtype | None = None  # None: that it computes in
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        facts = {"task": self.task, "teacher": self.teacher, "blank": repr(self.use.blank)}
+        facts["stored"] = None if self.states_dtype is None else dtype_name(self.states_dtype)
+        said = {f"{self.name}_{fact}": value for fact, value in facts.items() if value is not None}
+        return {**super().identity, **said}
+
+    def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]:
+        return marks_of(self.task, self.teacher, caption, shown)
+
+    def check_metadata(self, path: Path, metadata: Mapping[str, str]) -> None:
+        check_marks(path, metadata, self.task)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        encoded = super().encode(prompts)
+        return [self._store(conditions) for conditions in encoded]
+
+    def _store(self, conditions: Conditions) -> Conditions:
+        """Return conditions with states in the dtype of caches."""
+        dtype = self.states_dtype
+        if dtype is None:
+            return conditions
+        return {
+            key: [rows.to(dtype) if rows.is_floating_point() else rows for rows in value]
+            for key, value in conditions.items()
+        }
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raise CheckpointError for the tokenizer of another model."""
@@ -104,8 +140,10 @@ class H3Files(LanguageModelFiles):
     audio_vae: Path | None = None
     qkv_layout: str | None = None
     task: str = "t2va"
+    teacher: str | None = None  # whose rows text caches get too
+    blank: str = BLANK  # what an empty prompt is written as
+    states_dtype: torch.dtype | None = None  # of cached texts; None: that of the text encoder
 
-    text_use = H3_USE
     vae_option = "--video_vae"
     vae_folder = "vae"
 
@@ -181,8 +219,15 @@ class H3Files(LanguageModelFiles):
 
     # texts
 
+    @property
+    def text_use(self) -> LanguageUse:  # type: ignore[override]  # depends on --uncond_text
+        return H3_USE if self.blank == BLANK else replace(H3_USE, blank=self.blank)
+
+    def add_text(self, options: H3TextOptions) -> Self:  # type: ignore[override]
+        return replace(super().add_text(options), text_form=options.form)
+
     def language_model(self) -> H3TextEncoder:
-        return H3TextEncoder(
+        encoder = H3TextEncoder(
             self.text_use,
             self.text_encoder_path,
             dtype=self.beside(self.text_dtype),
@@ -190,6 +235,10 @@ class H3Files(LanguageModelFiles):
             form=self.text_form,
             on_cpu=self.text_on_cpu,
         )
+        encoder.task = self.task
+        encoder.teacher = self.teacher
+        encoder.states_dtype = self.states_dtype
+        return encoder
 
     def check(self, needed: Collection[str] = ()) -> None:
         self.check_task()
@@ -208,3 +257,14 @@ def files_of(options: H3ModelOptions, task: str = "t2va") -> H3Files:
     """Return the files of a training or a generation."""
     files = H3Files(qkv_layout=options.h3_qkv_layout, task=task)
     return files.add_dit(options.dit, options.dit_dtype).add_vaes(options.vae).add_text(options.text)
+
+
+def files_of_texts(options: H3TextCachingOptions) -> H3Files:
+    """Return the files of a run that caches texts."""
+    dtypes = {"bf16": torch.bfloat16, "float32": torch.float32}
+    files = H3Files(
+        task=options.task or "t2va",
+        blank=options.uncond_text,
+        states_dtype=None if options.text_cache_dtype is None else dtypes[options.text_cache_dtype],
+    )
+    return files.add_text(options.text)

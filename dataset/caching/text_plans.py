@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from contract.family import TextEncoder
+from contract.family import TextEncoder, can_mark
 from dataset.cache.files import EMPTY, PART, Entry, empty_text_name, text_file_name
 from dataset.cache.records import TextRecord, difference, is_unchanged, text_records, verify_tensors
 from dataset.cache.store import Stores
@@ -220,7 +220,8 @@ def find_outputs(
 
     in_part: look at the unfinished file. If anything in it is from a run with other encoders or another
     caption, nothing is found, as joining it would corrupt valid outputs. reads_values: if False, only the
-    header is read. The entry is None if the file is missing or damaged.
+    header is read. The entry is None if the file is missing or damaged. Raises CacheError if a file that
+    another program made is kept, and says that it is for something else.
     """
     store = stores.of_texts(file.table)
     right: dict[str, bool] = {}
@@ -240,6 +241,8 @@ def find_outputs(
             # whose tensors are of the same caption
             is_same_caption = entry.metadata.get("caption1", file.caption) == file.caption
             if accepts and is_same_caption and encoder.keys <= entry.keys:
+                if can_mark(encoder):
+                    encoder.check_metadata(store.folder / name, entry.metadata)
                 right[encoder.name] = False
             continue
         changed = why_outdated(record, identity, file)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from contract.data import Conditions
-from contract.family import Caches, TextEncoder
+from contract.family import Caches, TextEncoder, can_mark
 from contract.requests import Prompt
 from dataset.cache.files import (
     FORMAT_VERSION,
@@ -312,7 +312,10 @@ class TextWork:
             references=references,
             as_shown=AS_SHOWN if references else 0,
         )
-        write(partial(self._write, file, named, encoder.name, record))
+        marks: Mapping[str, str] = {}
+        if can_mark(encoder):
+            marks = encoder.cache_metadata(record.caption, [picture.sha256 for picture in references])
+        write(partial(self._write, file, named, encoder.name, record, marks=marks))
 
     def _write(
         self,
@@ -320,10 +323,11 @@ class TextWork:
         tensors: Mapping[str, Tensor],
         encoder: str,
         record: TextRecord,
+        marks: Mapping[str, str],
     ) -> None:
         """Write one encoder's tensors (by their names in the file) to a `.part`, or with it to the file.
 
-        Tensors with other names, other metadata and other encoders' records are kept. Raises OutputError if
+        marks: further metadata. Tensors with other names, other metadata and other encoders' records are kept. Raises OutputError if
         writing fails, CacheError as `_finish`.
         """
         store = self.stores.of_texts(file.table)
@@ -332,6 +336,7 @@ class TextWork:
             "architecture": self._family.name,
             "caption1": record.caption,
             "format_version": FORMAT_VERSION,
+            **marks,
             **record_metadata({encoder: dataclasses.replace(record, crc32=sums)}),
         }
         new = Entry.of(store.folder / file.file_name, metadata, tensors)

@@ -1,0 +1,199 @@
+"""minimax_h3_cache_text_encoder_outputs.py against transformers, from files on disk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from minimax_h3.cache_marks import FORMAT, KEY, TAGS, read_probe
+from minimax_h3.files import LAYERS
+from modules.errors import CacheError
+from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.tiny.language_models import write_model, write_qwen_tokenizer
+from tests.tiny.minimax_h3 import TinyH3, text_encoder, write_tiny_h3
+from tests.tiny.project import CAPTIONS, write_clips, write_dataset
+
+SCRIPT = "minimax_h3_cache_text_encoder_outputs.py"
+STATES, TAG_ROWS = f"varlen_{KEY}_float32", f"varlen_{TAGS}_int64"
+SPOKEN = "a cat says <d>[English] hello</d>"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> TinyH3:
+    return write_tiny_h3(tmp_path_factory.mktemp("h3") / "model ä")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Two clips with captions."""
+    write_clips(tmp_path / "clips", count=2, frames=5)
+    write_dataset(tmp_path, frames=5)
+    (tmp_path / "clips" / "clip 1.txt").write_text(SPOKEN, encoding="utf-8")
+    return tmp_path
+
+
+def words_of(files: TinyH3) -> list[str]:
+    texts = ["--text_encoder", str(files.text_encoder), "--tokenizer", str(files.tokenizer)]
+    return ["--dataset_config", "dataset.toml", *texts, "--device", "cpu"]
+
+
+def cache(folder: Path, files: TinyH3, *words: str) -> str:
+    """Cache in float32."""
+    return succeed_here(SCRIPT, *words_of(files), "--text_encoder_dtype", "float32", *words, folder=folder)
+
+
+def refuse(folder: Path, files: TinyH3, *words: str) -> str:
+    code, said = run_here(SCRIPT, *words_of(files), *words, folder=folder)
+    return assert_one_message(code, said)
+
+
+def expected_states(files: TinyH3, text: str, model: Any = None) -> Tensor:
+    """transformers' states behind layer 50, which no norm has touched: the model has 51 layers."""
+    ids = Tokenizer.from_file(str(files.tokenizer / "tokenizer.json")).encode(text).ids
+    with torch.no_grad():
+        output = (model or text_encoder()).model.language_model(
+            torch.tensor([ids]), output_hidden_states=True, use_cache=False
+        )
+    states: Tensor = output.hidden_states[LAYERS][0]
+    return states
+
+
+def text_cache(folder: Path, clip: int = 0) -> dict[str, Tensor]:
+    return load_file(folder / "cache" / f"clip {clip}_mmh3_te.safetensors")
+
+
+def marks(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as opened:
+        found: dict[str, str] = opened.metadata()
+        return found
+
+
+def test_states_of_verbatim_captions_are_those_of_transformers(project: Path, files: TinyH3) -> None:
+    cache(project, files)
+
+    for clip, caption in enumerate((CAPTIONS[0], SPOKEN)):
+        made = text_cache(project, clip)
+        assert made.keys() == {STATES, TAG_ROWS}
+        expected = expected_states(files, caption)
+        torch.testing.assert_close(made[STATES], expected, atol=1e-5, rtol=1e-5)
+        assert made[TAG_ROWS].tolist() == [1] * len(expected)
+    metadata = marks(project / "cache" / "clip 0_mmh3_te.safetensors")
+    assert metadata["task"] == "t2va"
+    assert metadata["cache_format"] == FORMAT
+    assert metadata["presentation_fingerprint"].startswith("sha256:")
+
+
+def test_a_stack_that_is_cut_to_50_layers_gives_states_before_the_norm(tmp_path: Path, project: Path) -> None:
+    """As single files are; transformers would norm the last state of it."""
+    cut = write_tiny_h3(tmp_path / "cut", layers=LAYERS)
+
+    cache(project, cut)
+
+    made = text_cache(project)[STATES]
+    # the layers of both models are drawn in turn from one seed, and their norms are no ones
+    model = text_encoder(LAYERS)
+    norm = model.model.language_model.norm
+    normed = expected_states(cut, CAPTIONS[0], model)
+    torch.testing.assert_close(norm(made), normed, atol=1e-5, rtol=1e-5)
+    assert (made - normed).abs().max() > 0.1
+
+
+def test_the_probe_is_a_space_in_the_format_of_the_known_tuner(project: Path, files: TinyH3) -> None:
+    said = cache(project, files, "--uncond_output", "probes/empty.safetensors")
+
+    made = load_file(project / "probes" / "empty.safetensors")
+    assert made.keys() == {"hidden_states", "token_tags"}
+    torch.testing.assert_close(made["hidden_states"], expected_states(files, " "), atol=1e-5, rtol=1e-5)
+    assert made["token_tags"].tolist() == [1] * len(made["hidden_states"])
+    metadata = marks(project / "probes" / "empty.safetensors")
+    assert (metadata["cache_format"], metadata["text"]) == ("h3-uncond-probe-v1", " ")
+    empty = load_file(project / "cache" / "mmh3_te.empty.safetensors")
+    torch.testing.assert_close(empty[STATES], made["hidden_states"], atol=0, rtol=0)
+    states, tags = read_probe(project / "probes" / "empty.safetensors")
+    assert torch.equal(states, made["hidden_states"])
+    assert torch.equal(tags, made["token_tags"])
+    assert said.index("no rights in the USA") < said.index("Caching texts")
+
+
+@pytest.mark.parametrize("option", ["--cache_guidance_empty", "--empty_prompt"])
+def test_other_spellings_cache_the_probe_with_the_texts(project: Path, files: TinyH3, option: str) -> None:
+    cache(project, files, option, "--uncond_text", "x")
+
+    empty = load_file(project / "cache" / "mmh3_te.empty.safetensors")
+    torch.testing.assert_close(empty[STATES], expected_states(files, "x"), atol=1e-5, rtol=1e-5)
+    assert not [*project.glob("*.safetensors")]
+
+
+def test_a_file_that_is_no_probe_is_refused(tmp_path: Path, files: TinyH3) -> None:
+    with pytest.raises(CacheError, match="--uncond_output"):
+        read_probe(files.dit)
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CacheError, match="--uncond_output"):
+        read_probe(tmp_path / "broken.safetensors")
+    for states in (torch.zeros(2, 3, 4), torch.zeros(0, 4), torch.zeros(2, 4, dtype=torch.int64)):
+        tensors = {"hidden_states": states, "token_tags": torch.ones(len(states), dtype=torch.int64)}
+        save_file(tensors, tmp_path / "odd.safetensors", {"cache_format": "h3-uncond-probe-v1"})
+        with pytest.raises(CacheError, match="not a state for each token"):
+            read_probe(tmp_path / "odd.safetensors")
+
+
+def test_states_are_kept_in_the_dtype_of_the_caches(project: Path, files: TinyH3) -> None:
+    cache(project, files, "--text_cache_dtype", "bf16")
+
+    made = text_cache(project)
+    assert made.keys() == {f"varlen_{KEY}_bfloat16", TAG_ROWS}
+    expected = expected_states(files, CAPTIONS[0]).bfloat16()
+    torch.testing.assert_close(made[f"varlen_{KEY}_bfloat16"], expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--task", "ref2va_omni"], ["--task ref2va"]),
+        (["--text_encoder_quantization", "nvfp4_awq"], ["without an option"]),
+        (["--text_encoder_quantization", "int8", "--text_encoder_form", "nf4"], ["--text_encoder_form"]),
+        (["--text_encoder_quantization", "int8", "--fp8_vl"], ["--fp8_vl"]),
+        (["--nvfp4_scaled_mm"], ["--nvfp4_scaled_mm"]),
+        (["--text_encoder_attn_mode", "eager"], ["PyTorch's own"]),
+        (["--uncond_text", ""], ["--uncond_text"]),
+        (["--uncond_output", "probe.pt"], ["--uncond_output"]),
+        (["--text_cache_dtype", "fp16"], ["--text_cache_dtype"]),
+    ],
+)
+def test_what_cannot_be_cached_is_refused(
+    project: Path, files: TinyH3, words: list[str], parts: list[str]
+) -> None:
+    message = refuse(project, files, *words)
+    assert all(part in message for part in parts), message
+    assert not (project / "cache").exists()
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path, project: Path, files: TinyH3) -> None:
+    folder = write_qwen_tokenizer(tmp_path / "qwen")
+    assert "it has no <d>" in refuse(project, files, "--tokenizer", str(folder))
+
+
+def test_a_cache_of_the_known_tuner_is_kept_unless_it_is_for_another_task(
+    project: Path, files: TinyH3
+) -> None:
+    """Without a record of ours, and only with --skip_existing."""
+    path = project / "cache" / "clip 0_mmh3_te.safetensors"
+    path.parent.mkdir()
+    states = {f"varlen_{KEY}_bfloat16": torch.ones(3, 64, dtype=torch.bfloat16)}
+    tensors = {**states, TAG_ROWS: torch.tensor([1, 1, 1])}
+    metadata = {"architecture": "minimax_h3", "caption1": CAPTIONS[0], "cache_format": FORMAT}
+    save_file(tensors, path, {**metadata, "task": "t2va"})
+    cache(project, files, "--skip_existing")
+    assert load_file(path).keys() == tensors.keys()
+
+    save_file(tensors, path, {**metadata, "task": "fl2va"})
+    message = refuse(project, files, "--skip_existing")
+    assert "cached for --task fl2va" in message
+    assert path.name in message
+    save_file(tensors, path, {**metadata, "cache_format": "minimax-h3-text-v1"})
+    assert "minimax-h3-text-v1" in refuse(project, files, "--skip_existing")
