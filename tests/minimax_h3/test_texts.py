@@ -1,5 +1,7 @@
 """minimax_h3_cache_text_encoder_outputs.py against transformers, from files on disk."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from checkpoints.stored.int8 import FEW_TOKENS
 from minimax_h3.cache_marks import FORMAT, KEY, TAGS, read_probe
 from minimax_h3.files import LAYERS
 from modules.errors import CacheError
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.tiny.language_models import write_model, write_qwen_tokenizer
+from tests.packing import pack_file
+from tests.tiny.language_models import write_qwen_tokenizer
 from tests.tiny.minimax_h3 import TinyH3, text_encoder, write_tiny_h3
 from tests.tiny.project import CAPTIONS, write_clips, write_dataset
 
@@ -197,3 +201,56 @@ def test_a_cache_of_the_known_tuner_is_kept_unless_it_is_for_another_task(
     assert path.name in message
     save_file(tensors, path, {**metadata, "cache_format": "minimax-h3-text-v1"})
     assert "minimax-h3-text-v1" in refuse(project, files, "--skip_existing")
+
+
+def with_input_scales(packed: Path, plain: Path) -> None:
+    """Make of nvfp4 what its AWQ files are: columns of weights that a scale of the input goes with."""
+    tensors = load_file(packed)
+    values = load_file(plain)
+    generator = torch.Generator().manual_seed(3)
+    for name in [name for name in tensors if name.endswith(".weight_scale_2")]:
+        layer = name.removesuffix(".weight_scale_2")
+        columns = values[f"{layer}.weight"].shape[1]
+        scale = torch.rand(columns, generator=generator) + 0.5
+        tensors[f"{layer}.pre_quant_scale"] = scale
+        values[f"{layer}.weight"] *= scale
+    save_file(tensors, packed)
+    save_file(values, plain)
+
+
+@pytest.mark.parametrize("form", ["convrot", "nvfp4", "nf4"])
+def test_files_in_other_forms_are_read_as_they_are(tmp_path: Path, project: Path, form: str) -> None:
+    """int8 ConvRot, nvfp4 with AWQ's scales of the input, and bitsandbytes' 4 bits: the same values, packed.
+
+    A caption is so short that its tokens are not rounded.
+    """
+    files = write_tiny_h3(tmp_path / "packed")
+    packed = pack_file(files.text_encoder, form)
+    if form == "nvfp4":
+        with_input_scales(packed, files.text_encoder)
+    cache(project, files)
+    plain = text_cache(project)[STATES]
+    assert len(plain) <= FEW_TOKENS
+
+    said = cache(project, replace(files, text_encoder=packed))
+
+    assert re.search(r"\d+ linear layers stay in", said)
+    made = text_cache(project)[STATES]
+    torch.testing.assert_close(made, plain, atol=2e-4, rtol=2e-4)  # 50 layers of another order of sums
+
+
+@pytest.mark.parametrize(("option", "most"), [("int8", 0.05), ("nf4", 0.6)])
+def test_layers_are_rounded_while_they_are_loaded(
+    project: Path, files: TinyH3, option: str, most: float
+) -> None:
+    """Both spellings do it; the error is that of the form, which grows over 50 layers of random weights."""
+    cache(project, files)
+    plain = text_cache(project)[STATES]
+
+    cache(project, files, "--text_encoder_quantization", option)
+
+    made = text_cache(project)[STATES]
+    error = (made - plain).norm() / plain.norm()
+    assert 1e-4 < error < most
+    said = cache(project, files, "--text_encoder_form", option)
+    assert "0 of them to encode" in said
