@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def caching_script(
-    family: str, kind: str, about: str | None, finish: Callable[[Any, Any, "DatasetConfig"], None] | None = None
+    family: str,
+    kind: str,
+    about: str | None,
+    finish: Callable[[Any, Any, "DatasetConfig"], None] | None = None,
 ) -> Script:
     """Return the script that caches `latents` or `texts` of a family. about: the script's docstring.
 

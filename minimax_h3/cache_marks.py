@@ -65,8 +65,8 @@ def check_marks(path: Path | str, metadata: Mapping[str, str], task: str) -> Non
     if cached_task != task:
         raise CacheError(
             f"{path}: the text is cached for --task {cached_task:.20}, and this run is of --task {task}: the "
-            f"text encoder saw something else with it. Cache again with {TEXTS_AGAIN} --task {task}, or use a "
-            "cache folder for each task."
+            f"text encoder saw something else with it. Cache again with {TEXTS_AGAIN} --task {task}, or use "
+            "a cache folder for each task."
         )
     cached_format = metadata.get(FORMAT_KEY, FORMAT)
     if cached_format != FORMAT:
@@ -120,7 +120,9 @@ def teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Ten
         )
     states, tags = (list(batch.tensors[name]) for name in names)
     for row_states, row_tags in zip(states, tags, strict=True):
-        _check_tags(batch.keys[0], row_tags, len(row_states), "fl2va" if conditions == "first,last" else "ref2va")
+        _check_tags(
+            batch.keys[0], row_tags, len(row_states), "fl2va" if conditions == "first,last" else "ref2va"
+        )
     return states, tags
 
 
