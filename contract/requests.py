@@ -40,6 +40,8 @@ class Prompt:
     picture_size: tuple[int, int] | None = None
     # their pixels, H W C uint8 each, if they are settled; (): the encoder reads and resizes the files
     frames: "tuple[Tensor, ...]" = field(default=(), compare=False)
+    # pictures, clips and sounds that the family presents in front of the text, in order: its own records
+    presented: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -177,10 +177,16 @@ def load_vision_tower(
     return tower
 
 
-def read_pictures(tower: nn.Module, pictures: Sequence[Tensor], use: PictureUse) -> ReadPictures:
+def read_pictures(
+    tower: nn.Module,
+    pictures: Sequence[Tensor],
+    use: PictureUse,
+    colours: Mapping[str, Sequence[float]] | None = None,
+) -> ReadPictures:
     """Cut pictures into patches: sides become multiples of a token's, colours are normalised.
 
-    pictures: each H W 3 uint8 RGB. Raises MediaError if one is 200 times as long as it is wide.
+    pictures: each H W 3 uint8 RGB. colours: by which, in place of the tower's own (`VisionTower.colours`).
+    Raises MediaError if one is 200 times as long as it is wide.
     """
     from PIL import Image
 
@@ -197,14 +203,14 @@ def read_pictures(tower: nn.Module, pictures: Sequence[Tensor], use: PictureUse)
             raise MediaError(
                 f"a picture of {width}x{height} is too long and narrow for {use.token}. Crop it."
             )
-    colours: Any = tower.colours
+    of_tower: Any = tower.colours
     cut = processor_class(
         patch_size=patch,
         temporal_patch_size=frames,
         merge_size=merge,
         min_pixels=use.fewest,
         max_pixels=use.most,
-        **colours,
+        **{**of_tower, **(colours or {})},
     )
     inputs = cut(images=[Image.fromarray(picture.numpy()) for picture in pictures], return_tensors="pt")
     sides = [(int(rows) // merge, int(columns) // merge) for _, rows, columns in inputs["image_grid_thw"]]

@@ -402,8 +402,8 @@ class FileTextEncoder(ABC, Generic[Network]):
         weighed = []
         for conditions, prompt, tokens in zip(results, written, cut_tokens, strict=True):
             if prompt.spans:
-                weights = _weights_of(prompt, tokens.places[dropped:])
-                conditions = self._weigh(conditions, weights)
+                weights = weights_of(prompt, tokens.places[dropped:])
+                conditions = self.weigh(conditions, weights)
             weighed.append(conditions)
         return weighed
 
@@ -421,7 +421,7 @@ class FileTextEncoder(ABC, Generic[Network]):
                     prompt.prompt,
                 )
 
-    def _weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
+    def weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
         """Multiply the states of a prompt's tokens by their weights."""
         if self.pads_left:
             weights = [1.0] * (self.most - len(weights)) + [*weights]
@@ -434,7 +434,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         self._loaded.free()
 
 
-def _weights_of(written: Written, places: Sequence[Place]) -> list[float]:
+def weights_of(written: Written, places: Sequence[Place]) -> list[float]:
     """Return the weight of each token of a prompt. places: of the tokens in the text."""
     prompt_characters = range(written.start, written.start + len(written.prompt))
     # tokens around the prompt have the weight 1

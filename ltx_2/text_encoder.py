@@ -254,7 +254,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
             all_conditions.append(conditions)
         return all_conditions
 
-    def _weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
+    def weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
         texts = {prompt_key(stream) for stream in self.streams}
         return {
             name: weigh_rows(rows, weights) if name in texts else rows for name, rows in conditions.items()

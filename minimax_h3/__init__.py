@@ -1,6 +1,8 @@
 """MiniMax-H3, video with sound: read family.py first, then model.py.
 
 cache_marks: what caches of texts are for, and keys in them
+cached_texts: the text encoder as captions are cached: its tasks, and what teachers read
+conditions: latents of keyframes and references, their noise and places
 configs: dimensions of a transformer, noise, latents, the release
 dit_checkpoints: transformer files: what one is, order of fused rows, loading
 family: the model, described for the shared loops
@@ -9,9 +11,11 @@ model: the transformer: one sequence of pictures, sound, conditions and text
 names: what it is called everywhere, from the licence to tensors
 options: own options for generation
 places: positions on a clock that text, pictures and sound share
+presentation: what the text encoder sees in front of a prompt
 released: statistics of latents, as numbers of the release
 sound: the VAE of sound, and its files
 vae_checkpoints: files of the video VAE: dialects, dimensions
 video_vae: the video VAE: pixels to latents and back
 video_vae_blocks: its layers, encoder and decoder
+vision: pictures and clips as the vision tower takes them
 """

@@ -40,8 +40,9 @@ from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
 from encoders.tiles import posterior_generator, sample_posterior
 from minimax_h3.cache_marks import KEY, TAGS, TEXTS_AGAIN, check_texts
+from minimax_h3.cached_texts import files_of_texts
 from minimax_h3.configs import DIT, NOISE, PICTURE_SHIFT, RELEASE, SOUND_SHIFT
-from minimax_h3.files import H3Files, files_of, files_of_texts
+from minimax_h3.files import H3Files, files_of
 from minimax_h3.names import LORA
 from minimax_h3.options import (
     FPS,

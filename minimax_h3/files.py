@@ -1,6 +1,6 @@
 """Files of a MiniMax-H3 run: transformer, VAEs of pictures and of sound, Qwen3-VL with its own tokenizer."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,13 @@ from encoders.language_encoder import (
     read_qwen_tokenizer,
 )
 from encoders.language_models import QWEN3_VL
-from encoders.text_encoder import TextTokenizer, TokenizerSource
-from minimax_h3.cache_marks import KEY, TAGS, check_marks, marks_of
+from encoders.text_encoder import TextTokenizer, TokenizerSource, check_ids, weights_of
+from minimax_h3.cache_marks import KEY, TAGS
 from minimax_h3.configs import LATENT
 from minimax_h3.dit_checkpoints import find_task, format_of
 from minimax_h3.dit_checkpoints import identify as identify  # files.py has it in every family's folder
-from minimax_h3.options import FPS, H3ModelOptions, H3TextCachingOptions, H3TextOptions, H3VaeOptions
+from minimax_h3.options import FPS, H3ModelOptions, H3TextOptions, H3VaeOptions
+from minimax_h3.presentation import BEGIN, END, PAD, PADS, PICTURE_TAG, TEXT_TAG, USE, present
 from minimax_h3.released import SOUND_MEAN
 from minimax_h3.sound import (
     CHANNELS,
@@ -40,8 +41,8 @@ from minimax_h3.sound import (
 from minimax_h3.vae_checkpoints import read_video_vae
 from minimax_h3.video_vae import TILE, H3VideoVae, load_video_vae
 from minimax_h3.video_vae_blocks import H3VideoVaeConfig
-from modules.devices import dtype_name
-from modules.errors import CheckpointError, OptionError
+from minimax_h3.vision import Preprocessing, read_preprocessing
+from modules.errors import CheckpointError, MediaError, OptionError
 
 LAYERS = 50  # of Qwen3-VL before the state that is read
 BLANK = " "  # what an empty prompt is written as; no text at all has no states
@@ -76,43 +77,16 @@ H3_USE = LanguageUse(
     mask_key=TAGS,  # 1, the tag of texts, for each token
     blank=BLANK,
     at_once=1,  # so that a state does not depend on other prompts
+    pictures=USE,
 )
 
 
+# folders that may have the preprocessor files, relative to the text encoder's, which is the first
+PREPROCESSOR_FOLDERS = (".", "processor", "../processor")
+
+
 class H3TextEncoder(LanguageModelEncoder):
-    """Qwen3-VL with the tokenizer of MiniMax-H3, for one task."""
-
-    can = replace(LanguageModelEncoder.can, mark=True)
-    task = "t2va"
-    teacher: str | None = None  # a key of `TEACHER_ROWS`, whose rows it adds
-    states_dtype: torch.dtype | None = None  # None: that it computes in
-
-    @property
-    def identity(self) -> Mapping[str, str]:
-        facts = {"task": self.task, "teacher": self.teacher, "blank": repr(self.use.blank)}
-        facts["stored"] = None if self.states_dtype is None else dtype_name(self.states_dtype)
-        said = {f"{self.name}_{fact}": value for fact, value in facts.items() if value is not None}
-        return {**super().identity, **said}
-
-    def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]:
-        return marks_of(self.task, self.teacher, caption, shown)
-
-    def check_metadata(self, path: Path, metadata: Mapping[str, str]) -> None:
-        check_marks(path, metadata, self.task)
-
-    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        encoded = super().encode(prompts)
-        return [self._store(conditions) for conditions in encoded]
-
-    def _store(self, conditions: Conditions) -> Conditions:
-        """Return conditions with states in the dtype of caches."""
-        dtype = self.states_dtype
-        if dtype is None:
-            return conditions
-        return {
-            key: [rows.to(dtype) if rows.is_floating_point() else rows for rows in value]
-            for key, value in conditions.items()
-        }
+    """Qwen3-VL with the tokenizer of MiniMax-H3; it sees the media that are presented with a prompt."""
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
         """Raise CheckpointError for the tokenizer of another model."""
@@ -123,6 +97,59 @@ class H3TextEncoder(LanguageModelEncoder):
                 f"the folder tokenizer of {TOKENIZER.repository} to {TOKENIZER.option}.",
                 tokenizer.file,
             )
+
+    def preprocessing(self) -> Preprocessing:
+        """Return how pictures and clips are resized: by the files next to tokenizer or encoder, if any."""
+        folders = []
+        tokenizer, _ = self.source.find(self.tokenizer, self.path)
+        if tokenizer is not None:
+            folders.append(tokenizer.parent)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        folders += [folder / place for place in PREPROCESSOR_FOLDERS]
+        return read_preprocessing(folders)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Encode as `LanguageModelEncoder.encode`, with the media that are presented with prompts.
+
+        Raises MediaError if one cannot be shown, or a prompt with its media has more tokens than the model
+        takes.
+        """
+        encoded = []
+        for prompt in prompts:
+            is_presented = bool(prompt.presented)
+            encoded += [self._encode_presented(prompt)] if is_presented else super().encode([prompt])
+        return encoded
+
+    def _encode_presented(self, prompt: Prompt) -> Conditions:
+        network, tokenizer = self._loaded.get()
+        self.load_tower(network.get_parameter(self.embedding).device)
+        shown = present(prompt.presented, network.get_submodule("visual"), self.preprocessing())
+        tokens = tokenizer.read(prompt.text)
+        pads = [pad for pad in PADS if tokenizer.number(pad) in tokens.ids]
+        if pads:
+            raise MediaError(f"{pads[0]} stands for a picture. Leave it out of the prompt: {prompt.text}")
+        begin, pad, end = (self.find_token(tokenizer, token) for token in (BEGIN, PAD, END))
+        ids: list[int] = []
+        tags: list[int] = []
+        for piece in shown.pieces:
+            block = [begin, *[pad] * piece.tokens, end] if piece.tokens else tokenizer.read(piece.text).ids
+            ids += block
+            tags += [PICTURE_TAG if piece.tokens else TEXT_TAG] * len(block)
+        in_front = len(ids)
+        ids += tokens.ids
+        tags += [TEXT_TAG] * len(tokens.ids)
+        if len(ids) > self.most:
+            raise MediaError(
+                f"the prompt with its pictures and clips has {len(ids)} tokens, {self.most} are the most. "
+                "Give fewer or smaller references: --reference_image_short_edge, --reference_video_short_edge"
+            )
+        check_ids([ids], len(network.get_parameter(self.embedding)), self.path, self.source.files.option)
+        (conditions,) = self.compute(network, tokenizer, [ids], 0, [shown.pictures])
+        conditions = {**conditions, TAGS: [torch.tensor(tags)]}
+        if not prompt.spans:
+            return conditions
+        weights = weights_of(self.write(prompt), tokens.places)
+        return self.weigh(conditions, [1.0] * in_front + weights)
 
 
 def sound_shape(channels: int, frames: int, fps: float) -> tuple[int, int, int]:
@@ -140,10 +167,8 @@ class H3Files(LanguageModelFiles):
     audio_vae: Path | None = None
     qkv_layout: str | None = None
     task: str = "t2va"
-    teacher: str | None = None  # whose rows text caches get too
-    blank: str = BLANK  # what an empty prompt is written as
-    states_dtype: torch.dtype | None = None  # of cached texts; None: that of the text encoder
 
+    text_use = H3_USE
     vae_option = "--video_vae"
     vae_folder = "vae"
 
@@ -219,15 +244,11 @@ class H3Files(LanguageModelFiles):
 
     # texts
 
-    @property
-    def text_use(self) -> LanguageUse:  # type: ignore[override]  # depends on --uncond_text
-        return H3_USE if self.blank == BLANK else replace(H3_USE, blank=self.blank)
-
     def add_text(self, options: H3TextOptions) -> Self:  # type: ignore[override]
         return replace(super().add_text(options), text_form=options.form)
 
     def language_model(self) -> H3TextEncoder:
-        encoder = H3TextEncoder(
+        return H3TextEncoder(
             self.text_use,
             self.text_encoder_path,
             dtype=self.beside(self.text_dtype),
@@ -235,10 +256,6 @@ class H3Files(LanguageModelFiles):
             form=self.text_form,
             on_cpu=self.text_on_cpu,
         )
-        encoder.task = self.task
-        encoder.teacher = self.teacher
-        encoder.states_dtype = self.states_dtype
-        return encoder
 
     def check(self, needed: Collection[str] = ()) -> None:
         self.check_task()
@@ -257,14 +274,3 @@ def files_of(options: H3ModelOptions, task: str = "t2va") -> H3Files:
     """Return the files of a training or a generation."""
     files = H3Files(qkv_layout=options.h3_qkv_layout, task=task)
     return files.add_dit(options.dit, options.dit_dtype).add_vaes(options.vae).add_text(options.text)
-
-
-def files_of_texts(options: H3TextCachingOptions) -> H3Files:
-    """Return the files of a run that caches texts."""
-    dtypes = {"bf16": torch.bfloat16, "float32": torch.float32}
-    files = H3Files(
-        task=options.task or "t2va",
-        blank=options.uncond_text,
-        states_dtype=None if options.text_cache_dtype is None else dtypes[options.text_cache_dtype],
-    )
-    return files.add_text(options.text)

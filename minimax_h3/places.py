@@ -53,9 +53,15 @@ def spans(frames: int) -> Tensor:
     return torch.tensor(pattern, dtype=torch.float64)
 
 
-def last_frame(frames: int) -> float:
-    """Return when the last of so many latent frames is, from the start of the first."""
-    return float(spans(frames).sum() - UNITS_A_FRAME)
+def last_frame_place(start: float, frames: int) -> float:
+    """Return where a keyframe at the end of so many latent frames stands, whose clock begins at `start`."""
+    total = float(spans(frames).numpy().sum())  # in NumPy's order of sums, as released
+    return start + total - UNITS_A_FRAME
+
+
+def clip_span(frames: int) -> float:
+    """Return how long a reference clip of so many latent frames takes, summed one after the other."""
+    return float(sum(spans(frames).tolist()))
 
 
 def picture_places(place: PicturePlace) -> Tensor:

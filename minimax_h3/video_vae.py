@@ -20,7 +20,6 @@ from minimax_h3.vae_checkpoints import read_video_vae
 from minimax_h3.video_vae_blocks import H3VideoDecoder, H3VideoEncoder, H3VideoVaeConfig
 from modules.devices import dtype_name
 from modules.layers.norms import in_own_dtype
-from modules.media.pixels import from_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -117,9 +116,10 @@ class H3VideoVae(nn.Module):
         return torch.cat([clip, clip[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
 
     def _encode_clip(self, pixels: Tensor) -> Tensor:
-        pixels = from_bytes(pixels.to(self.device)) if pixels.dtype == torch.uint8 else pixels
+        values = pixels.to(self.device, torch.float32)
+        shares = values / 255 if pixels.dtype == torch.uint8 else (values + 1) / 2  # 0..1
         mean, std = self._of_channels(PIXEL_MEAN), self._of_channels(PIXEL_STD)
-        normalised = ((pixels.to(self.device, torch.float32) + 1) / 2 - mean) / std
+        normalised = (shares - mean) / std
 
         def encode(part: Tensor) -> Tensor:
             return self.quant_conv(self.encoder(part))

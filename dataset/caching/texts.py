@@ -327,8 +327,8 @@ class TextWork:
     ) -> None:
         """Write one encoder's tensors (by their names in the file) to a `.part`, or with it to the file.
 
-        marks: further metadata. Tensors with other names, other metadata and other encoders' records are kept. Raises OutputError if
-        writing fails, CacheError as `_finish`.
+        marks: further metadata. Tensors with other names, other metadata and other encoders' records are
+        kept. Raises OutputError if writing fails, CacheError as `_finish`.
         """
         store = self.stores.of_texts(file.table)
         sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}

@@ -18,7 +18,7 @@ from contract.loading import Placement
 from minimax_h3.configs import SOUND
 from minimax_h3.dit_checkpoints import format_of, load_dit
 from minimax_h3.model import H3Condition, H3Model
-from minimax_h3.places import PictureGrid, PicturePlace, SoundPlace, last_frame
+from minimax_h3.places import PictureGrid, PicturePlace, SoundPlace, last_frame_place
 from tests.manifests import tensor_list, write_hollow
 from tests.minimax_h3.tiny_dit import released, their_dit
 
@@ -137,7 +137,7 @@ def test_first_and_last_frame_stand_where_diffusers_has_them(tmp_path: Path) -> 
     layout = layout_of(shown, ("first", "last"))
     expected = theirs(layout, [*frames, VIDEO], [HEARD], [0.3, 0.6, 0.999], row_times(layout, conditions=24))
     grid = PictureGrid(1, 3, 4)
-    starts = (11.0, 11.0 + last_frame(7))
+    starts = (11.0, last_frame_place(11.0, 7))
     conditions = [
         H3Condition(latents, PicturePlace(grid, start)) for latents, start in zip(frames, starts, strict=True)
     ]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors.torch import save_file
 
@@ -80,6 +81,55 @@ def write_tiny_h3(folder: Path, layers: int = TEXT_LAYERS) -> TinyH3:
     files.text_encoder.parent.mkdir()
     write_model(files.text_encoder, text_encoder(layers))
     return files
+
+
+class TheirVideoProcessor:
+    """transformers' video processor for frames that keep their size; the real one needs torchvision."""
+
+    temporal_patch_size = 2
+
+    def __call__(
+        self, videos: list[numpy.ndarray], do_sample_frames: bool, return_tensors: str
+    ) -> dict[str, torch.Tensor]:
+        from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+        patches, grids = [], []
+        for video in videos:
+            pixels = torch.from_numpy(video).permute(0, 3, 1, 2).float()[None] / 127.5 - 1
+            flat, *sides = Qwen3VLVideoProcessor.patchify(None, pixels, 16, 2, 2)
+            patches.append(flat.flatten(0, -2))
+            grids.append([len(patches[-1]) // (sides[-2] * sides[-1]), *sides[-2:]])
+        return {"pixel_values_videos": torch.cat(patches), "video_grid_thw": torch.tensor(grids)}
+
+
+class TheirProcessor:
+    """What diffusers asks of Qwen3-VL's processor."""
+
+    def __init__(self, tokenizer: Any, fewest: int = 65536) -> None:
+        """fewest: pixels of a picture; smaller ones are enlarged, as by the released file."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        half = [0.5] * 3
+        self.image_processor = Qwen2VLImageProcessorPil(
+            patch_size=16,
+            image_mean=half,
+            image_std=half,
+            size={"shortest_edge": fewest, "longest_edge": 16777216},
+        )
+        self.video_processor = TheirVideoProcessor()
+        names = ("<|image_pad|>", "<|video_pad|>")
+        self._kinds = {tokenizer.convert_tokens_to_ids(name): kind for kind, name in enumerate(names, 1)}
+
+    def create_mm_token_type_ids(self, rows: list[list[int]]) -> list[list[int]]:
+        return [[self._kinds.get(number, 0) for number in row] for row in rows]
+
+
+def their_tokenizer(files: TinyH3) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(files.tokenizer / "tokenizer.json"), pad_token="<|endoftext|>"
+    )
 
 
 def text_encoder(layers: int = TEXT_LAYERS) -> Any:

@@ -1,0 +1,183 @@
+"""What a clip of MiniMax-H3 is made from besides a text: keyframes and references, their noise and places.
+
+Pictures and clips are a sample of the VAE's posterior, always of the same seed, rounded to float16; the
+network gets them at time 0.999, nearly clean. Sound is the mean of its posterior, and clean. In dictionaries
+they have the names that caches have:
+
+    latents_first, latents_last                       keyframes, 1 Z 1 h w
+    latents_ref_000_image, ..._video, ..._audio       references, by number: 1 Z f h w, sound 1 Z' 2 A. A clip
+                                                      and its sound share a number
+    latents_control_000, one_frame_control_indices, one_frame_target_index      of a single picture
+
+Source: the released code of MiniMax-H3, as in diffusers.
+"""
+# Letters: F H W pixels, f h w latents, Z latent channels, A latents of sound in time
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from contract.data import Conditions
+from contract.family import NoiseSource
+from encoders.tiles import sample_posterior
+from minimax_h3.configs import PATCH
+from minimax_h3.model import PICTURES_LIE, H3Condition
+from minimax_h3.places import (
+    UNITS_A_FRAME,
+    PictureGrid,
+    PicturePlace,
+    SoundPlace,
+    clip_span,
+    last_frame_place,
+)
+from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
+from minimax_h3.video_vae import H3VideoVae
+
+SEED = 42  # of the posterior of every condition, whatever the seed of the clip
+LOG_VARIANCES = (-30.0, 20.0)  # limits of the posterior's
+FIRST, LAST = "latents_first", "latents_last"
+REFERENCE = "latents_ref_"
+CONTROL = "latents_control_"
+TARGET_INDEX, CONTROL_INDICES = "one_frame_target_index", "one_frame_control_indices"
+_REFERENCE_KEY = re.compile(rf"{REFERENCE}([0-9]+)_({IMAGE}|{VIDEO}|{AUDIO})")
+
+
+def reference_key(number: int, kind: str) -> str:
+    """Return the name of a reference's latents. kind: IMAGE, VIDEO, or AUDIO, which a clip has too."""
+    return f"{REFERENCE}{number:03d}_{kind}"
+
+
+def control_key(number: int) -> str:
+    return f"{CONTROL}{number:03d}"
+
+
+@torch.no_grad()
+def encode_condition(vae: H3VideoVae, pixels: Tensor) -> Tensor:
+    """Return the latents of a keyframe, or of a reference picture or clip: 1 Z f h w float32 on the CPU.
+
+    pixels: 1 3 F H W uint8, F = 1 or 17n + 5. Normalised and not noised yet.
+    """
+    moments = vae.encode_moments(pixels)
+    generator = torch.Generator().manual_seed(SEED)
+    latents = sample_posterior(moments, [generator], LOG_VARIANCES)
+    rounded = latents.to(torch.float16).float()  # as the model was trained
+    return vae.normalise(rounded).cpu()
+
+
+def add_condition_noise(latents: Tensor, noise: Tensor, clean: float = PICTURES_LIE) -> Tensor:
+    """Return `clean` of the latents and the rest noise: the network takes pictures and clips so."""
+    share = torch.tensor(
+        clean, dtype=torch.float32, device=latents.device
+    )  # 1 - share is rounded, as released
+    return share * latents + (1 - share) * noise
+
+
+def is_visual(key: str) -> bool:
+    """Return whether a name is that of latents of a picture or a clip, which are noised."""
+    match = _REFERENCE_KEY.fullmatch(key)
+    if match is not None:
+        return match[2] != AUDIO
+    return key in (FIRST, LAST) or key.startswith(CONTROL)
+
+
+def in_order(keys: Iterable[str]) -> list[str]:
+    """Return the names of conditions among others: first and last frame, controls, references by number.
+
+    Noise is drawn in this order. A clip's sound stands before the clip.
+    """
+    names = set(keys)
+    frames = [key for key in (FIRST, LAST) if key in names]
+    controls = sorted(key for key in names if key.startswith(CONTROL))
+    references = [key for key in names if _REFERENCE_KEY.fullmatch(key)]
+    return [*frames, *controls, *sorted(references, key=_place_of_reference)]
+
+
+def _place_of_reference(key: str) -> tuple[int, bool]:
+    match = _REFERENCE_KEY.fullmatch(key)
+    assert match is not None, "only references are sorted"
+    return int(match[1]), match[2] != AUDIO
+
+
+def noise_conditions(conditions: Mapping[str, Tensor], noise: NoiseSource) -> dict[str, Tensor]:
+    """Return conditions in order, pictures and clips nearly clean. noise: drawn for one after the other."""
+    noised = {}
+    for key in in_order(conditions):
+        latents = conditions[key]
+        if is_visual(key):
+            drawn = noise.draw(latents.shape).to(latents.device)
+            latents = add_condition_noise(latents, drawn)
+        noised[key] = latents
+    return noised
+
+
+@dataclass(frozen=True)
+class H3Placement:
+    """Conditions with their places, and where the clock of the learned pictures and their sound starts."""
+
+    conditions: tuple[H3Condition, ...]
+    start: float
+
+
+def place_conditions(conditions: Conditions, sample: int, num_text: int, target: PictureGrid) -> H3Placement:
+    """Place the conditions of one sample of a batch on the clock, which starts behind the text.
+
+    conditions: of a batch, pictures and clips noised already; other names are passed over. num_text: tokens
+    of the text. target: grid of the learned pictures. Keyframes stand where the first and the last frame do;
+    references follow one another, and the learned pictures follow them.
+    """
+    clock = float(num_text)
+    placed: list[H3Condition] = []
+    sound_latents = 0  # of the clip that follows
+    control_starts = iter(_control_starts(conditions, sample, clock))
+    keys = in_order(conditions)
+    for key in keys:
+        latents = _of_sample(conditions, key, sample)
+        if key == FIRST:
+            placed.append(_place_picture(latents, clock))
+        elif key == LAST:
+            placed.append(_place_picture(latents, last_frame_place(clock, target.frames)))
+        elif key.startswith(CONTROL):
+            placed.append(_place_picture(latents, next(control_starts)))
+        elif key.endswith(AUDIO):
+            sound_latents = latents.shape[3]
+            clip = key.removesuffix(AUDIO) + VIDEO
+            if clip in keys:  # at the edges of the clip, which it starts with
+                grid = _grid(_of_sample(conditions, clip, sample))
+                placed.append(H3Condition(latents, SoundPlace(sound_latents, clock, grid)))
+                continue
+            placed.append(H3Condition(latents, SoundPlace(sound_latents, clock, target)))
+            clock += sound_latents
+            sound_latents = 0
+        else:
+            placed.append(_place_picture(latents, clock))
+            is_picture = key.endswith(IMAGE)
+            clock += 1.0 if is_picture else max(float(sound_latents), clip_span(latents.shape[2]))
+            sound_latents = 0
+    index = conditions.get(TARGET_INDEX)
+    if index is not None:
+        clock += UNITS_A_FRAME * float(index[sample])
+    return H3Placement(tuple(placed), clock)
+
+
+def _control_starts(conditions: Conditions, sample: int, clock: float) -> list[float]:
+    """Return where the control pictures of a single picture stand."""
+    indices = conditions.get(CONTROL_INDICES)
+    if indices is None:
+        return []
+    return [clock + UNITS_A_FRAME * float(index) for index in indices[sample]]
+
+
+def _of_sample(conditions: Conditions, key: str, sample: int) -> Tensor:
+    """Return the latents of one sample, with a batch axis."""
+    return conditions[key][sample].unsqueeze(0)
+
+
+def _grid(latents: Tensor) -> PictureGrid:
+    return PictureGrid(latents.shape[2], latents.shape[3] // PATCH, latents.shape[4] // PATCH)
+
+
+def _place_picture(latents: Tensor, start: float) -> H3Condition:
+    return H3Condition(latents, PicturePlace(_grid(latents), start))

@@ -1,0 +1,143 @@
+"""How MiniMax-H3 presents keyframes and references to its text encoder: in front of the prompt.
+
+A picture is `<Picture i>: ` and a vision block. A clip is `<Video n>: ` and, for each pair of its frames, two
+a second, `<T seconds>` and a vision block. Sound is `<Audio n>: ` alone: the encoder does not hear it. The
+prompt follows as it was typed. Rows of a vision block, its two borders too, have the tag of pictures, 0; all
+others that of texts, 1. Each text becomes tokens by itself. Source: the released code, as in diffusers.
+
+    prompt = replace(prompt, presented=present_keyframes([first, last]))      # H W 3 uint8, on the canvas
+    prompt = replace(prompt, presented=(show_clip(frames, has_sound=True), SHOWN_SOUND))
+    conditions = encoder.encode([prompt])                                     # H3TextEncoder, of files.py
+"""
+# Letters: F frames, H W pixels
+
+import hashlib
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from encoders.picture_prompts import PictureUse, ReadPictures
+from minimax_h3.options import FPS
+from minimax_h3.vision import Preprocessing, cut_clip, cut_picture
+from modules.errors import MediaError
+
+IMAGE, VIDEO, AUDIO = "image", "video", "audio"  # kinds, as in `--reference_jsonl` and in caches
+LABELS = {IMAGE: "Picture", VIDEO: "Video", AUDIO: "Audio"}
+BEGIN, PAD, END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+PADS = (PAD, "<|video_pad|>")  # may not stand in a prompt with pictures
+USE = PictureUse(text=f"<Picture {{number}}>: {BEGIN}{{tokens}}{END}", token=PAD, always=False)
+PICTURE_TAG, TEXT_TAG = 0, 1
+SEEN_FPS = 2.0  # frames of a clip that the encoder sees each second
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture, a clip or a sound that is presented in front of a prompt."""
+
+    kind: str  # IMAGE, VIDEO or AUDIO
+    has_sound: bool = False  # of a clip
+    source: Hashable = None  # what the pixels are read from: equal ones are encoded once
+    # returns H W 3 of a picture, F H W 3 of a clip at 24 frames a second, uint8; None: of a sound
+    read: Callable[[], Tensor] | None = field(default=None, compare=False)
+
+    def pixels(self) -> Tensor:
+        assert self.read is not None, "a sound has no pixels"
+        return self.read()
+
+
+SHOWN_SOUND = Shown(AUDIO)
+
+
+def show_picture(pixels: Tensor) -> Shown:
+    """Present a picture: H W 3 uint8."""
+    return Shown(IMAGE, source=_hash(pixels), read=lambda: pixels)
+
+
+def show_clip(frames: Tensor, has_sound: bool = False) -> Shown:
+    """Present a clip: F H W 3 uint8, at 24 frames a second."""
+    return Shown(VIDEO, has_sound, source=_hash(frames), read=lambda: frames)
+
+
+def _hash(pixels: Tensor) -> str:
+    digest = hashlib.sha256(pixels.contiguous().cpu().numpy().tobytes()).hexdigest()
+    return f"{tuple(pixels.shape)} {digest}"
+
+
+def present_keyframes(pictures: Sequence[Tensor]) -> tuple[Shown, ...]:
+    """Present keyframes, first and last: each H W 3 uint8, as large as the clip."""
+    return tuple(show_picture(picture) for picture in pictures)
+
+
+class PresentedPiece(NamedTuple):
+    """A text, or a vision block, in the order of a presentation."""
+
+    text: str = ""
+    tokens: int = 0  # of the block, between its borders
+
+
+@dataclass(frozen=True)
+class Presentation:
+    """What stands in front of a prompt."""
+
+    pieces: tuple[PresentedPiece, ...]
+    pictures: ReadPictures  # of the vision blocks, in their order
+
+
+def present(
+    media: Sequence[Shown], tower: nn.Module, preprocessing: Preprocessing, use: PictureUse = USE
+) -> Presentation:
+    """Return labels and vision blocks of media in their order. tower: the vision tower, loaded.
+
+    Raises MediaError if a picture cannot be shown, or a clip has too few frames.
+    """
+    pieces: list[PresentedPiece] = []
+    cuts: list[ReadPictures] = []
+    counts = dict.fromkeys(LABELS, 0)
+
+    def label(kind: str) -> PresentedPiece:
+        counts[kind] += 1
+        return PresentedPiece(f"<{LABELS[kind]} {counts[kind]}>: ")
+
+    for medium in media:
+        if medium.kind == AUDIO or medium.has_sound:
+            pieces.append(label(AUDIO))
+        if medium.kind == IMAGE:
+            cut = cut_picture(tower, medium.pixels(), preprocessing.pictures, use)
+            pieces += [label(IMAGE), PresentedPiece(tokens=cut.counts[0])]
+            cuts.append(cut)
+        elif medium.kind == VIDEO:
+            frames = medium.pixels()
+            indices, seconds = sample_clip(len(frames), int(tower.config.temporal_patch_size))  # type: ignore[union-attr,arg-type]
+            cut = cut_clip(tower, frames[list(indices)], preprocessing.clips)
+            pieces.append(label(VIDEO))
+            for second, tokens in zip(seconds, cut.counts, strict=True):
+                pieces += [PresentedPiece(f"<{second:.1f} seconds>"), PresentedPiece(tokens=tokens)]
+            cuts.append(cut)
+    sides = tuple(side for cut in cuts for side in cut.sides)
+    patches = torch.cat([cut.patches for cut in cuts]) if cuts else torch.zeros(0)
+    return Presentation(tuple(pieces), ReadPictures(patches, sides))
+
+
+def sample_clip(frames: int, at_once: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Return which frames of a clip the encoder sees, and the second that stands for each group of them.
+
+    frames: of the clip, at 24 a second. at_once: frames of a group; of the last one the last may be repeated.
+    Raises MediaError if the clip has fewer than one group.
+    """
+    stride = FPS / SEEN_FPS
+    indices = tuple(range(0, frames, round(stride)))
+    if len(indices) < at_once:
+        least = round((at_once - 1) * stride) + 1
+        raise MediaError(
+            f"a reference video of {frames} frames at {FPS:g} a second is too short for the text encoder, "
+            f"which needs {least}. Give a longer one."
+        )
+    times = [index / SEEN_FPS for index in range(len(indices))]
+    times += [times[-1]] * (-len(times) % at_once)
+    seconds = tuple(
+        (times[first] + times[first + at_once - 1]) / 2 for first in range(0, len(times), at_once)
+    )
+    return indices, seconds

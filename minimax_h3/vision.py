@@ -1,0 +1,186 @@
+"""Pictures and clips as the vision tower of MiniMax-H3's text encoder takes them.
+
+Limits of sizes and colours are those of the preprocessor files in the model's folder, else the released ones.
+Source: the image and video processors of Qwen3-VL in transformers, and the released preprocessor files.
+"""
+# Letters: F frames, T pairs of frames, H W pixels, P patches, K numbers of a patch
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
+
+from encoders.picture_prompts import MOST_RATIO, PictureUse, ReadPictures, read_pictures
+from modules.errors import CheckpointError, MediaError
+from modules.text_files import parse_json, read_text
+
+PICTURE_FILE, CLIP_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
+BOTH_FILE = "processor_config.json"  # of transformers 5, with a part for each of the two
+PARTS = {PICTURE_FILE: "image_processor", CLIP_FILE: "video_processor"}
+COLOURS = ("image_mean", "image_std")
+MOST_PIXELS = 1 << 40  # in a preprocessor file
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How pictures, or clips, are resized and normalised for the vision tower."""
+
+    fewest: int  # pixels of a picture, or of all frames of a clip; smaller ones are enlarged
+    most: int  # larger ones are reduced
+    colours: Mapping[str, Sequence[float]] = field(default_factory=dict)  # {}: the tower's own
+    tokens_of_frame: int = 0  # at most; 0: only the whole clip is limited
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Limits of the pictures and of the clips that the text encoder sees."""
+
+    pictures: Limits
+    clips: Limits
+
+
+# preprocessor_config.json and video_preprocessor_config.json of the release
+RELEASED = Preprocessing(pictures=Limits(65536, 16777216), clips=Limits(4096, 25165824))
+
+
+def read_preprocessing(folders: Iterable[Path]) -> Preprocessing:
+    """Return what the preprocessor files say, each in the first folder that has it, else the released limits.
+
+    Raises CheckpointError if a file cannot be read.
+    """
+    looked_in = tuple(folders)
+    return Preprocessing(
+        pictures=_read_limits(_settings(looked_in, PICTURE_FILE), RELEASED.pictures),
+        clips=_read_limits(_settings(looked_in, CLIP_FILE), RELEASED.clips),
+    )
+
+
+def _settings(folders: Sequence[Path], name: str) -> tuple[Path, Mapping[str, Any]]:
+    """Return the file that has the settings of pictures or of clips, and these; {} if there is none."""
+    for folder in folders:
+        for file, part in ((folder / name, None), (folder / BOTH_FILE, PARTS[name])):
+            if not file.is_file():
+                continue
+            try:
+                content = parse_json(read_text(file))
+            except (OSError, ValueError) as error:
+                raise _unreadable(file, str(error)) from error
+            settings = content.get(part) if part and isinstance(content, dict) else content
+            if part and settings is None:
+                continue
+            if not isinstance(settings, dict):
+                raise _unreadable(file, "it is no object")
+            return file, settings
+    return Path(), {}
+
+
+def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Limits:
+    """Return the limits that a preprocessor's settings say, the released ones for those that they do not."""
+    file, settings = source
+    sizes = settings.get("size") or {}
+    if not isinstance(sizes, dict):
+        raise _unreadable(file, '"size" is no object')
+    fewest = sizes.get("shortest_edge", settings.get("min_pixels", released.fewest))
+    most = sizes.get("longest_edge", settings.get("max_pixels", released.most))
+    if type(fewest) is not int or type(most) is not int or not 0 < fewest <= most <= MOST_PIXELS:
+        raise _unreadable(file, f"sizes of {fewest} to {most} pixels")
+    tokens = settings.get("max_video_tokens", 768) if settings.get("cap_pixels_per_frame") is True else 0
+    if type(tokens) is not int or not 0 <= tokens <= MOST_PIXELS:
+        raise _unreadable(file, f'"max_video_tokens" is {tokens!r}')
+    colours = {name: settings[name] for name in COLOURS if settings.get(name) is not None}
+    for name, numbers in colours.items():
+        if not _are_colours(numbers, above=0 if name == "image_std" else -math.inf):
+            raise _unreadable(file, f'"{name}" is {numbers!r}')
+    return replace(released, fewest=fewest, most=most, colours=colours, tokens_of_frame=tokens)
+
+
+def _are_colours(numbers: Any, above: float) -> bool:
+    is_row = isinstance(numbers, list) and len(numbers) == 3
+    return is_row and all(type(value) in (int, float) and above < value < math.inf for value in numbers)
+
+
+def _unreadable(file: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{file} cannot be read as the settings of a preprocessor ({why}).", file)
+
+
+def cut_picture(tower: nn.Module, picture: Tensor, limits: Limits, use: PictureUse) -> ReadPictures:
+    """Cut a picture, H W 3 uint8, into patches. Raises MediaError if it is too long and narrow."""
+    use = replace(use, fewest=limits.fewest, most=limits.most)
+    return read_pictures(tower, [picture], use, limits.colours)
+
+
+def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadPictures:
+    """Cut the frames of a clip, F H W 3 uint8, into patches of pairs of frames; the last one may be repeated.
+
+    Each pair becomes a picture of its own: its tokens follow its time in the prompt. Raises MediaError if
+    frames are too long and narrow.
+    """
+    config: Any = tower.config
+    merge = config.spatial_merge_size
+    step = config.patch_size * merge
+    at_once = config.temporal_patch_size
+    height, width = resized_sides(frames.shape[0], (frames.shape[1], frames.shape[2]), limits, step, at_once)
+    pixels = rearrange(frames, "f h w c -> f c h w").contiguous()
+    if (height, width) != tuple(pixels.shape[2:]):
+        pixels = functional.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
+    colours = {**_tower_colours(tower), **limits.colours}
+    mean, std = (torch.tensor(colours[name], dtype=torch.float32).view(3, 1, 1) for name in COLOURS)
+    normalised = (pixels.float() - mean * 255) / (std * 255)
+    missing = -len(normalised) % at_once
+    normalised = torch.cat([normalised, normalised[-1:].expand(missing, -1, -1, -1)])
+    patches = rearrange(
+        normalised,
+        "(t ft) c (h mh ph) (w mw pw) -> (t h w mh mw) (c ft ph pw)",
+        ft=at_once,
+        mh=merge,
+        mw=merge,
+        ph=config.patch_size,
+        pw=config.patch_size,
+    )
+    sides = (height // step, width // step)
+    return ReadPictures(patches, (sides,) * (len(normalised) // at_once))
+
+
+def _tower_colours(tower: nn.Module) -> Mapping[str, Sequence[float]]:
+    colours: Any = tower.colours
+    return colours
+
+
+def resized_sides(
+    frames: int, sides: tuple[int, int], limits: Limits, step: int, at_once: int
+) -> tuple[int, int]:
+    """Return height and width of the frames of a clip as the vision tower takes them: multiples of `step`.
+
+    frames: of the clip. sides: height and width. at_once: frames that are merged, which counts of frames are
+    rounded to. Raises MediaError if the sides differ too much.
+    """
+    height, width = sides
+    if min(sides) < step:
+        scale = max(step / height, step / width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) > MOST_RATIO * min(height, width):
+        raise MediaError(
+            f"frames of {width}x{height} are too long and narrow for the text encoder. Crop them."
+        )
+    most = limits.most
+    if limits.tokens_of_frame:
+        of_frame = min(limits.tokens_of_frame * step**2, limits.most // frames)
+        most = max(of_frame, int(limits.fewest * 1.05)) * frames
+    even_frames = round(frames / at_once) * at_once
+    rounded = round(height / step) * step, round(width / step) * step
+    pixels = even_frames * math.prod(rounded)
+    if pixels > most:
+        scale = math.sqrt(frames * height * width / most)
+        lower = [max(step, math.floor(side / scale / step) * step) for side in (height, width)]
+        return lower[0], lower[1]
+    if pixels < limits.fewest:
+        scale = math.sqrt(limits.fewest / (frames * height * width))
+        upper = [math.ceil(side * scale / step) * step for side in (height, width)]
+        return upper[0], upper[1]
+    return rounded

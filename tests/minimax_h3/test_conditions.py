@@ -1,0 +1,146 @@
+"""Latents of keyframes and references, their noise and their places, against diffusers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import MiniMaxH3Scheduler
+from diffusers.modular_pipelines.minimax_h3.encoders import encode_vae_condition
+from torch import Tensor
+
+from minimax_h3.conditions import (
+    CONTROL_INDICES,
+    FIRST,
+    LAST,
+    TARGET_INDEX,
+    control_key,
+    encode_condition,
+    in_order,
+    noise_conditions,
+    place_conditions,
+    reference_key,
+)
+from minimax_h3.places import UNITS_A_FRAME, PictureGrid, PicturePlace, SoundPlace
+from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
+from minimax_h3.video_vae import PIXEL_MEAN, PIXEL_STD
+from tests.minimax_h3.test_video_vae import single_file, their_vae
+
+HALF_STEP = 2e-3  # of float16 up to 4: a sum in another order may round to the next number
+GRID = PictureGrid(7, 3, 4)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def pixels(frames: int) -> Tensor:
+    generator = torch.Generator().manual_seed(frames)
+    return torch.randint(0, 256, (1, 3, frames, 16, 24), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("frames", [1, 22])
+def test_conditions_are_encoded_as_by_diffusers(tmp_path: Path, frames: int) -> None:
+    shown = pixels(frames)
+    expected = encode_vae_condition(their_vae(), shown, PIXEL_MEAN, PIXEL_STD)
+
+    found = encode_condition(single_file(tmp_path, tile=256), shown)
+
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=HALF_STEP, rtol=0)
+    assert ((found - expected).abs() > 1e-5).float().mean() < 0.01
+
+
+def test_latents_are_rounded_to_float16(tmp_path: Path) -> None:
+    """Before they are normalised."""
+    vae = single_file(tmp_path, tile=256)
+    raw = vae.denormalise(encode_condition(vae, pixels(1)))
+    rounded = raw.to(torch.float16).float()
+    torch.testing.assert_close(raw, rounded, atol=1e-6, rtol=1e-6)
+
+
+class Drawn:
+    """Noise that shows in which order it was drawn."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        self.shapes.append(tuple(shape))
+        return torch.full(tuple(shape), float(len(self.shapes)), dtype=dtype)
+
+
+def test_pictures_and_clips_are_noised_in_order_and_sound_is_not() -> None:
+    sound, clip, picture = random(1, 32, 2, 5), random(1, 24, 2, 4, 4), random(1, 24, 1, 4, 6)
+    conditions = {
+        reference_key(1, VIDEO): clip,
+        reference_key(1, AUDIO): sound,
+        reference_key(0, IMAGE): picture,
+    }
+    noise = Drawn()
+
+    noised = noise_conditions(conditions, noise)
+
+    assert [*noised] == [reference_key(0, IMAGE), reference_key(1, AUDIO), reference_key(1, VIDEO)]
+    assert noise.shapes == [tuple(picture.shape), tuple(clip.shape)]
+    for number, (key, latents) in enumerate(
+        [(reference_key(0, IMAGE), picture), (reference_key(1, VIDEO), clip)]
+    ):
+        drawn = torch.full_like(latents, number + 1.0)
+        assert torch.equal(noised[key], MiniMaxH3Scheduler(12.0).scale_noise(latents, 0.999, drawn))
+    assert torch.equal(noised[reference_key(1, AUDIO)], sound)
+
+
+def test_order_is_by_number() -> None:
+    keys = ["mmh3_hidden_states", *(reference_key(number, IMAGE) for number in (10, 2, 0)), LAST, FIRST]
+    expected = [FIRST, LAST, *(reference_key(number, IMAGE) for number in (0, 2, 10))]
+    assert in_order(keys) == expected
+
+
+def test_keyframes_stand_at_first_and_last_frame() -> None:
+    frames = {key: random(1, 24, 1, 6, 8) for key in (LAST, FIRST)}
+
+    placement = place_conditions(frames, 0, num_text=11, target=GRID)
+
+    spans = 1 + 4 * 4 + 1 + 4  # of seven latent frames
+    places = [condition.place for condition in placement.conditions]
+    one = PictureGrid(1, 3, 4)
+    assert places == [PicturePlace(one, 11.0), PicturePlace(one, pytest.approx(11 + (spans - 1) * 5 / 3))]
+    assert placement.start == 11
+
+
+def test_references_follow_one_another() -> None:
+    """As `test_model` compares with diffusers; a clip without sound takes its frames' time."""
+    conditions = {
+        reference_key(0, IMAGE): random(1, 24, 1, 4, 6),
+        reference_key(1, AUDIO): random(1, 32, 2, 5),
+        reference_key(2, AUDIO): random(1, 32, 2, 12),
+        reference_key(2, VIDEO): random(1, 24, 2, 6, 6),
+        reference_key(3, VIDEO): random(1, 24, 2, 6, 6),
+    }
+
+    placement = place_conditions(conditions, 0, num_text=11, target=GRID)
+
+    own = PictureGrid(2, 3, 3)
+    assert [condition.place for condition in placement.conditions] == [
+        PicturePlace(PictureGrid(1, 2, 3), 11.0),
+        SoundPlace(5, 12.0, GRID),
+        SoundPlace(12, 17.0, own),
+        PicturePlace(own, 17.0),
+        PicturePlace(own, 29.0),
+    ]
+    assert placement.start == pytest.approx(29 + 5 * 5 / 3)
+
+
+def test_a_single_picture_stands_where_its_index_says() -> None:
+    conditions = {
+        **{control_key(number): random(1, 24, 1, 6, 8) for number in range(2)},
+        CONTROL_INDICES: torch.tensor([[0, 10]]),
+        TARGET_INDEX: torch.tensor([4]),
+    }
+
+    placement = place_conditions(conditions, 0, num_text=11, target=PictureGrid(1, 3, 4))
+
+    starts = [condition.place.start for condition in placement.conditions]
+    assert starts == [11, 11 + 10 * UNITS_A_FRAME]
+    assert placement.start == 11 + 4 * UNITS_A_FRAME
