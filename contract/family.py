@@ -185,6 +185,10 @@ class EncoderAbilities:
     divide: bool = False  # a `DividedEncoder`
     see: bool = False  # a `SeeingEncoder`
     mark: bool = False  # a `MarkingEncoder`
+    # it sees the frames of the clip that a caption belongs to (`Prompt.clip`), or the media of its row
+    # (`Prompt.media`): a caption is encoded for each clip, and cached for one item of it
+    see_clip: bool = False
+    see_media: bool = False
 
 
 class TextEncoder(Protocol):

@@ -48,12 +48,12 @@ TEACHER_ROWS: Mapping[str, Rows] = {
 def marks_of(task: str, teacher: str | None, caption: str, shown: Sequence[str]) -> dict[str, str]:
     """Return the metadata of a text cache. shown: content hashes of what the encoder saw with the caption."""
     presented = json.dumps({"task": task, "teacher": teacher, "caption": caption, "shown": list(shown)})
-    marks = {
+    return {
         TASK: task,
         FORMAT_KEY: FORMAT,
+        TEACHER: teacher or "",
         "presentation_fingerprint": f"sha256:{hashlib.sha256(presented.encode()).hexdigest()}",
     }
-    return marks if teacher is None else {**marks, TEACHER: teacher}
 
 
 def check_marks(path: Path | str, metadata: Mapping[str, str], task: str) -> None:

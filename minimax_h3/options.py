@@ -35,6 +35,7 @@ SIZE = (1344, 768)  # height and width where nothing is said, as in the known tu
 FRAMES, LEAST_FRAMES, MOST_FRAMES = 124, 124, 345  # 5 to 15 seconds
 STEPS = 30
 CLIP, LAST_FRAMES = 17, 5  # frames that are encoded together, and behind the last ones of these
+TEACHERS = ("first,last", "ref", "subject_ref")  # of --teacher_conditions
 TOKEN = 32  # pixels along the side of a token
 MOST_SHIFT = 1000.0
 _FRAMES = "clips from a first and last frame are not built yet. Leave it out, to make one of the prompt alone"
@@ -110,6 +111,12 @@ class H3TextCachingOptions(Options, title=NAME):
         refused={"ref2va_omni": _OMNI},
         often=True,
     )
+    teacher_conditions: str | None = option(
+        "also cache what a teacher reads, for --h3_teacher_matching: first,last, with the first and the last "
+        "frame; ref, with the clip and its sound; subject_ref, with pictures of its subject",
+        choices=TEACHERS,
+        often=True,
+    )
     text_cache_dtype: str | None = option(
         "dtype of cached states: bf16, half the size, or float32; default: that of --text_encoder_dtype",
         choices=("bf16", "float32"),
@@ -124,6 +131,11 @@ class H3TextCachingOptions(Options, title=NAME):
     cache_guidance_empty: bool = option("another spelling of --empty_prompt")
 
     def __post_init__(self) -> None:
+        if self.teacher_conditions is not None and self.task not in (None, "t2va"):
+            raise OptionError(
+                f"--teacher_conditions {self.teacher_conditions} and --task {self.task}: what learns from a "
+                "teacher reads the caption alone. Give --task t2va, or leave the teacher out"
+            )
         if not self.uncond_text:
             raise OptionError("--uncond_text: an empty text has no states. Give at least a space")
 

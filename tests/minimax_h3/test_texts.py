@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,14 +14,18 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints.stored.int8 import FEW_TOKENS
+from contract.requests import Prompt
 from minimax_h3.cache_marks import FORMAT, KEY, TAGS, read_probe
-from minimax_h3.files import LAYERS
+from minimax_h3.cached_texts import H3CachingEncoder, describe_copy, describe_subjects
+from minimax_h3.files import H3_USE, LAYERS, H3TextEncoder
+from minimax_h3.presentation import present_keyframes, show_clip, show_picture
 from modules.errors import CacheError
+from modules.media.writing import write_video
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.packing import pack_file
 from tests.tiny.language_models import write_qwen_tokenizer
 from tests.tiny.minimax_h3 import TinyH3, text_encoder, write_tiny_h3
-from tests.tiny.project import CAPTIONS, write_clips, write_dataset
+from tests.tiny.project import CAPTIONS, moving_square, write_clips, write_dataset
 
 SCRIPT = "minimax_h3_cache_text_encoder_outputs.py"
 STATES, TAG_ROWS = f"varlen_{KEY}_float32", f"varlen_{TAGS}_int64"
@@ -254,3 +259,135 @@ def test_layers_are_rounded_while_they_are_loaded(
     assert 1e-4 < error < most
     said = cache(project, files, "--text_encoder_form", option)
     assert "0 of them to encode" in said
+
+
+def first_frames(folder: Path) -> list[Tensor]:
+    """The frames of the first clip as they are learned, each H W 3."""
+    with av.open(str(folder / "clips" / "clip 0.mp4")) as clip:
+        return [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in clip.decode(video=0)]
+
+
+def presented(files: TinyH3, text: str, *shown: Any) -> tuple[Tensor, list[int]]:
+    """States and tags that H3TextEncoder gives, which its own tests compare with diffusers."""
+    encoder = H3TextEncoder(H3_USE, files.text_encoder, torch.float32, files.tokenizer)
+    encoder.load(torch.device("cpu"))
+    with torch.no_grad():
+        (conditions,) = encoder.encode([Prompt(text, presented=shown)])
+    return conditions[KEY][0], conditions[TAGS][0].tolist()
+
+
+@pytest.fixture
+def large_project(project: Path) -> Path:
+    """Whose sides are whole tokens."""
+    path = project / "dataset.toml"
+    path.write_text(re.sub(r"resolution = .*", "resolution = [64, 64]", path.read_text("utf-8")), "utf-8")
+    for number in range(2):
+        path = project / "clips" / f"clip {number}.mp4"
+        write_video(path, moving_square(5, 64, 64, number), fps=24)
+    return project
+
+
+@pytest.mark.parametrize(("task", "places"), [("fl2va", (0, -1)), ("i2va", (0,))])
+def test_keyframes_of_a_clip_are_presented(
+    large_project: Path, files: TinyH3, task: str, places: tuple[int, ...]
+) -> None:
+    cache(large_project, files, "--task", task)
+
+    frames = first_frames(large_project)
+    expected = presented(files, CAPTIONS[0], *present_keyframes([frames[place] for place in places]))
+    made = text_cache(large_project)
+    torch.testing.assert_close(made[STATES], expected[0], atol=1e-4, rtol=1e-4)
+    assert made[TAG_ROWS].tolist() == expected[1]
+    assert 0 in expected[1]
+    assert marks(large_project / "cache" / "clip 0_mmh3_te.safetensors")["task"] == task
+
+
+def test_a_changed_clip_makes_its_text_stale_and_the_caption_alone_does_not(
+    large_project: Path, files: TinyH3
+) -> None:
+    words = ["--task", "fl2va", "--empty_prompt"]
+    cache(large_project, files, *words)
+    before = text_cache(large_project)[STATES]
+    assert "3 captions, 0 of them to encode" in cache(large_project, files, *words)
+    write_video(large_project / "clips" / "clip 0.mp4", moving_square(5, 64, 64, 9), fps=24)
+
+    assert "3 captions, 1 of them to encode" in cache(large_project, files, *words)
+
+    assert not torch.equal(text_cache(large_project)[STATES], before)
+    empty = load_file(large_project / "cache" / "mmh3_te.empty.safetensors")
+    assert empty[TAG_ROWS].tolist() == [1] * len(empty[TAG_ROWS])  # nothing is shown with it
+
+
+def test_a_cache_of_another_task_is_made_again(large_project: Path, files: TinyH3) -> None:
+    cache(large_project, files)
+    said = cache(large_project, files, "--task", "fl2va")
+    assert "2 captions, 2 of them to encode" in said
+
+
+def test_a_teacher_reads_first_and_last_frame(large_project: Path, files: TinyH3) -> None:
+    cache(large_project, files, "--teacher_conditions", "first,last")
+
+    made = text_cache(large_project)
+    torch.testing.assert_close(made[STATES], expected_states(files, CAPTIONS[0]), atol=1e-5, rtol=1e-5)
+    frames = first_frames(large_project)
+    states, tags = presented(files, CAPTIONS[0], *present_keyframes([frames[0], frames[-1]]))
+    rows = {"varlen_mmh3_teacher_hidden_states_float32", "varlen_mmh3_teacher_token_tags_int64"}
+    assert made.keys() == {STATES, TAG_ROWS, *rows}
+    torch.testing.assert_close(
+        made["varlen_mmh3_teacher_hidden_states_float32"], states, atol=1e-4, rtol=1e-4
+    )
+    assert made["varlen_mmh3_teacher_token_tags_int64"].tolist() == tags
+    metadata = marks(large_project / "cache" / "clip 0_mmh3_te.safetensors")
+    assert (metadata["task"], metadata["teacher_conditions"]) == ("t2va", "first,last")
+    assert "0 of them to encode" in cache(large_project, files, "--teacher_conditions", "first,last")
+    cache(large_project, files)
+    assert text_cache(large_project).keys() == {STATES, TAG_ROWS}  # none of an earlier caption stay
+    assert not marks(large_project / "cache" / "clip 0_mmh3_te.safetensors")["teacher_conditions"]
+
+
+def caching_encoder(files: TinyH3, teacher: str) -> H3CachingEncoder:
+    encoder = H3CachingEncoder(H3_USE, files.text_encoder, torch.float32, files.tokenizer)
+    encoder.set_task("t2va", teacher, None)
+    encoder.load(torch.device("cpu"))
+    return encoder
+
+
+def pixels(*shape: int) -> Tensor:
+    return torch.randint(0, 256, (*shape, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def test_a_teacher_reads_the_clip_itself_with_its_sound(files: TinyH3) -> None:
+    """The clip, two frames a second, and sound that it is told to copy."""
+    clip = pixels(22, 64, 64)
+    encoder = caching_encoder(files, "ref")
+    assert encoder.can.see_clip
+
+    with torch.no_grad():
+        (made,) = encoder.encode([Prompt("a cat", clip=clip)])
+
+    states, tags = presented(files, describe_copy("a cat"), show_clip(clip, has_sound=True))
+    torch.testing.assert_close(made["mmh3_teacher_ref_hidden_states"][0], states, atol=1e-4, rtol=1e-4)
+    assert made["mmh3_teacher_ref_token_tags"][0].tolist() == tags
+    assert made[TAGS][0].tolist() == [1] * len(made[KEY][0])
+    copied = describe_copy("a cat")
+    assert "fully_copy" in copied
+    assert copied.endswith("detailed_description:\na cat")
+
+
+def test_a_teacher_reads_pictures_of_the_subjects(files: TinyH3) -> None:
+    pictures = (pixels(64, 64), pixels(64, 96))
+    with torch.no_grad():
+        (made,) = caching_encoder(files, "subject_ref").encode(
+            [Prompt("a cat", clip=pixels(1, 64, 64), frames=pictures)]
+        )
+
+    text = describe_subjects("a cat", 2, is_still=True)
+    states, tags = presented(files, text, *map(show_picture, pictures))
+    torch.testing.assert_close(
+        made["mmh3_teacher_subject_ref_hidden_states"][0], states, atol=1e-4, rtol=1e-4
+    )
+    assert made["mmh3_teacher_subject_ref_token_tags"][0].tolist() == tags
+    assert text.count("attribute_transfer") == 2
+    assert "<Subject 1> and <Subject 2>" in text
+    assert "a still image" in text
+    assert "a video" in describe_subjects("a cat", 1, is_still=False)
