@@ -128,6 +128,8 @@ class Batch:
     # latents of the worse one of each pair, if a target asks for them; like `latents`
     worse: Tensor | None = None
     has_empty_text: tuple[bool, ...] = ()  # whether each sample's text is the empty prompt; () if none is
+    # plain metadata of each sample's text cache, which other programs write too; () if texts are encoded live
+    text_metadata: tuple[Mapping[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)

@@ -184,6 +184,11 @@ class EncoderAbilities:
     wait: bool = False  # a `LayeredEncoder`
     divide: bool = False  # a `DividedEncoder`
     see: bool = False  # a `SeeingEncoder`
+    mark: bool = False  # a `MarkingEncoder`
+    # it sees the frames of the clip that a caption belongs to (`Prompt.clip`), or the media of its row
+    # (`Prompt.media`): a caption is encoded for each clip, and cached for one item of it
+    see_clip: bool = False
+    see_media: bool = False
 
 
 class TextEncoder(Protocol):
@@ -274,6 +279,20 @@ class SeeingEncoder(TextEncoder, Protocol):
 
 def can_see(encoder: TextEncoder) -> TypeGuard[SeeingEncoder]:
     return encoder.can.see
+
+
+class MarkingEncoder(TextEncoder, Protocol):
+    """A text encoder whose caches say in plain metadata what they are for, as those of other programs do."""
+
+    # of a caption, and the content hashes of pictures and clips that were shown with it
+    def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]: ...
+
+    # CacheError for a cache, of any program, that is for something else
+    def check_metadata(self, path: Path, metadata: Mapping[str, str]) -> None: ...
+
+
+def can_mark(encoder: TextEncoder) -> TypeGuard[MarkingEncoder]:
+    return encoder.can.mark
 
 
 @dataclass(frozen=True)

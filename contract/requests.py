@@ -43,6 +43,9 @@ class Prompt:
     picture_size: tuple[int, int] | None = None
     # their pixels, H W C uint8 each, if they are settled; (): the encoder reads and resizes the files
     frames: "tuple[Tensor, ...]" = field(default=(), compare=False)
+    # of a caption that is cached: frames of its clip as they are learned, F H W C uint8, and its references
+    clip: "Tensor | None" = field(default=None, compare=False)
+    media: tuple[Any, ...] = ()
     # pictures, clips and sounds that the family presents in front of the text, in order: its own records
     presented: tuple[Any, ...] = ()
 

@@ -17,13 +17,21 @@ if TYPE_CHECKING:
     from modules.repeated_options import RepeatedOption
 
 
-def caching_script(family: str, kind: str, about: str | None) -> Script:
+def caching_script(
+    family: str,
+    kind: str,
+    about: str | None,
+    finish: Callable[[Any, Any, "DatasetConfig"], None] | None = None,
+) -> Script:
     """Return the script that caches `latents` or `texts` of a family. about: the script's docstring.
 
+    finish: called with the family's options, the family and the dataset when all texts are cached.
     The script's function takes a second argument, for cache_on_ray.py: a function that is called with what
     would be cached, in place of caching.
     """
-    return Script(partial(cache_family_latents if kind == "latents" else cache_family_texts, family, about))
+    if kind == "latents":
+        return Script(partial(cache_family_latents, family, about))
+    return Script(partial(cache_family_texts, family, about, finish=finish))
 
 
 def cache_family_latents(
@@ -74,9 +82,13 @@ def cache_family_latents(
 
 
 def cache_family_texts(
-    family: str, about: str | None, argv: Sequence[str] | None = None, run: Callable[..., None] | None = None
+    family: str,
+    about: str | None,
+    argv: Sequence[str] | None = None,
+    run: Callable[..., None] | None = None,
+    finish: Callable[[Any, Any, "DatasetConfig"], None] | None = None,
 ) -> None:
-    """Encode the captions of a dataset."""
+    """Encode the captions of a dataset. finish: see `caching_script`."""
     entry = FAMILIES[family]
     record = entry.options_record("TextCaching")
     records, typed = parse_spelled(about, argv, CachingOptions, EmptyPromptOptions, record)
@@ -95,7 +107,8 @@ def cache_family_texts(
 
         caches = entry.make_family("text_caching", family_options)
         config = for_family(config, caches, for_texts=True)
-        if empty_prompt_options.empty_prompt:
+        # by an option of the family's own, too
+        if empty_prompt_options.empty_prompt or getattr(family_options, "caches_empty_prompt", False):
             config = with_empty_prompts(config)
         repeated = [*repeat_given(family_options, typed), *_recall(config, family, "LatentCaching")]
         training = option_words(join_options(entry.options_record("Training"), {}, repeated))
@@ -112,6 +125,8 @@ def cache_family_texts(
         following = loop.NextCommand(words, remember)
         cache = run or partial(loop.run_caching, loop.TEXTS)
         cache(caches, config, options, None, following)
+        if finish is not None and run is None and options.shard.num_shards is None:
+            finish(family_options, caches, config)
 
 
 def _caption_words(

@@ -303,7 +303,14 @@ def heaviest_step(
             candidates.append((weight, index, expert.lowest))
     _, index, lowest = max(candidates)
     timestep = FIRST_TIMESTEP if lowest == experts[noisiest(experts)].lowest else lowest
-    return Step(index, prepared.num_steps, sigma=1.0, timestep=timestep, noisy=noisy)
+    return Step(
+        index,
+        prepared.num_steps,
+        sigma=1.0,
+        timestep=timestep,
+        noisy=noisy,
+        sound_sigma=None if prepared.sound_shift == 1 else 1.0,
+    )
 
 
 def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.MemoryPart) -> memory_plan.Phase:

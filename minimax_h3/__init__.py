@@ -1,5 +1,7 @@
 """MiniMax-H3, video with sound: read family.py first, then model.py.
 
+cache_marks: what caches of texts are for, and keys in them
+cached_texts: the text encoder as captions are cached: its tasks, and what teachers read
 conditions: latents of keyframes and references, their noise and places
 cached_references: references of the rows of a dataset, for caches
 caching: what caches of latents hold, and how it is encoded

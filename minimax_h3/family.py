@@ -38,6 +38,8 @@ from contract.requests import (
 )
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
+from minimax_h3.cache_marks import KEY, TAGS, TEXTS_AGAIN, check_texts
+from minimax_h3.cached_texts import files_of_texts
 from minimax_h3.caching import H3Caching, caching_of, encode_target
 from minimax_h3.conditions import (
     CONTROL_INDICES,
@@ -53,7 +55,7 @@ from minimax_h3.conditions import (
     reference_key,
 )
 from minimax_h3.configs import DIT, NOISE, PICTURE_SHIFT, RELEASE, SOUND_SHIFT
-from minimax_h3.files import KEY, TAGS, UNDECIDED, H3Files, files_of
+from minimax_h3.files import UNDECIDED, H3Files, files_of
 from minimax_h3.names import LORA
 from minimax_h3.options import (
     FPS,
@@ -65,6 +67,7 @@ from minimax_h3.options import (
     STEPS,
     H3GenerationOptions,
     H3LatentCachingOptions,
+    H3TextCachingOptions,
     canvas,
     check_ratio,
 )
@@ -92,7 +95,6 @@ from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
 
-TEXTS_AGAIN = "minimax_h3_cache_text_encoder_outputs.py"
 SHIFT_OF_SOUND = "h3_shift_audio"  # in Request.extra
 SOLVER = "euler"
 
@@ -219,6 +221,7 @@ class MiniMaxH3(OneTransformer):
         config = self.files.dit_header().config
         remedy = f"{TEXTS_AGAIN} and Qwen3-VL (32B)"
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
+        check_texts(batch, self.files.task)
         return {name: batch.tensors[name] for name in (KEY, TAGS)}
 
     def predict(
@@ -488,6 +491,11 @@ def family_for_latent_caching(options: H3LatentCachingOptions) -> MiniMaxH3:
     """Describe the family for minimax_h3_cache_latents.py."""
     files = H3Files(task=options.task).add_vaes(options.vae)
     return MiniMaxH3(files, caching=caching_of(options))
+
+
+def family_for_text_caching(options: H3TextCachingOptions) -> MiniMaxH3:
+    """Describe the family for minimax_h3_cache_text_encoder_outputs.py."""
+    return MiniMaxH3(files_of_texts(options), options=options)
 
 
 def family_for_generation(options: H3GenerationOptions) -> MiniMaxH3:

@@ -22,10 +22,11 @@ from encoders.language_encoder import (
 )
 from encoders.language_models import QWEN3_VL
 from encoders.text_encoder import TextTokenizer, TokenizerSource, check_ids, weights_of
+from minimax_h3.cache_marks import KEY, TAGS
 from minimax_h3.configs import LATENT
 from minimax_h3.dit_checkpoints import find_task, format_of
 from minimax_h3.dit_checkpoints import identify as identify  # files.py has it in every family's folder
-from minimax_h3.options import FPS, H3ModelOptions, H3VaeOptions
+from minimax_h3.options import FPS, H3ModelOptions, H3TextOptions, H3VaeOptions
 from minimax_h3.presentation import BEGIN, END, PAD, PADS, PICTURE_TAG, TEXT_TAG, USE, present
 from minimax_h3.released import SOUND_MEAN
 from minimax_h3.sound import (
@@ -43,9 +44,9 @@ from minimax_h3.video_vae_blocks import H3VideoVaeConfig
 from minimax_h3.vision import Preprocessing, read_preprocessing
 from modules.errors import CheckpointError, MediaError, OptionError
 
-KEY, TAGS = "mmh3_hidden_states", "mmh3_token_tags"
 UNDECIDED = ""  # task of a run whose prompts decide it
 LAYERS = 50  # of Qwen3-VL before the state that is read
+BLANK = " "  # what an empty prompt is written as; no text at all has no states
 MOST_TOKENS = 32768  # of a prompt, as in the known tuner
 # of H3's tokenizer, which no other tokenizer of Qwen has
 OWN_TOKENS = (
@@ -75,6 +76,7 @@ H3_USE = LanguageUse(
     most=MOST_TOKENS,
     states=(LAYERS,),
     mask_key=TAGS,  # 1, the tag of texts, for each token
+    blank=BLANK,
     at_once=1,  # so that a state does not depend on other prompts
     pictures=USE,
 )
@@ -248,6 +250,9 @@ class H3Files(LanguageModelFiles):
         return load_sound_vae(self.audio_vae_path, device)
 
     # texts
+
+    def add_text(self, options: H3TextOptions) -> Self:  # type: ignore[override]
+        return replace(super().add_text(options), text_form=options.form)
 
     def language_model(self) -> H3TextEncoder:
         return H3TextEncoder(

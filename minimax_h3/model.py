@@ -24,6 +24,7 @@ from minimax_h3.configs import DIT, KINDS, PATCH, PICTURE, SOUND, TEXT, H3Config
 from minimax_h3.places import PictureGrid, PicturePlace, SoundPlace, all_places
 from minimax_h3.video_vae_blocks import rotate_first
 from modules.attention.attend import attend
+from modules.devices import send
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import GridTable, sinusoid, turns
@@ -377,7 +378,7 @@ class H3Model(nn.Module):
 
     def _embed_times(self, times: Sequence[float], device: torch.device) -> Tensor:
         """Return the embedded times as the blocks project them: K E float32."""
-        levels = torch.tensor(times, dtype=torch.float32, device=device)
+        levels = send(torch.tensor(times, dtype=torch.float32), device)
         if self.config.table_rows:
             return self._look_up(levels)
         waves = sinusoid(levels, self.config.freq_dim, torch.float32)

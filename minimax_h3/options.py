@@ -21,7 +21,13 @@ from modules.options import (
     override_options,
     unsupported,
 )
-from modules.speed_options import TextEncoderOptions, VaeOptions, dit_dtype_option, fp8_text_option
+from modules.speed_options import (
+    TextEncoderOptions,
+    VaeOptions,
+    dit_dtype_option,
+    fp8_text_option,
+    text_form,
+)
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -35,9 +41,12 @@ STEPS = 30
 CLIP, LAST_FRAMES = 17, 5  # frames that are encoded together, and behind the last ones of these
 MOST_RATIO = 4  # of the sides of keyframes and references, and the other way round
 ADAPTIVE = "adaptive"  # of --ratio
+TEACHERS = ("first,last", "ref", "subject_ref")  # of --teacher_conditions
 MOST_SHIFT = 1000.0
 _ATTENTION = "the text encoder computes attention with PyTorch's own kernels"
-_FP4 = "files in nvfp4 are not read, so that no such products are needed. Give the bf16 file"
+_FP4 = "weights in nvfp4 are read, and multiplied in 16 bits. Leave it out"
+_FP4_FORM = "nvfp4 is a form of files, which are read without an option. Leave it out, and give such a file"
+_OMNI = "items have references, or none: cache those with --task ref2va, and the others with --task t2va"
 _TEXTS = "prompts are encoded each time. Give the text encoder to --text_encoder"
 _BANDS = "frames are written as they are decoded. Leave it out"
 _TRAJECTORY = "latents of single steps are not written. Give --preview_latent_every to see them"
@@ -62,6 +71,26 @@ class H3TextOptions(TextEncoderOptions):
     in_fp8: bool = fp8_text_option(
         "fp8_vl", "the linear layers of Qwen3-VL in fp8: half the memory, slightly different states"
     )
+    text_encoder_quantization: str = option(
+        "another spelling of --text_encoder_form; none: as the file has them",
+        default="none",
+        choices=("none", "int8", "nf4"),
+        refused={"nvfp4_awq": _FP4_FORM},
+        excludes=("text_encoder_form", "fp8_vl"),
+    )
+    text_encoder_attn_mode: str | None = option(
+        "kernels of the text encoder's attention; default: sdpa, PyTorch's own",
+        choices=("sdpa",),
+        refused=dict.fromkeys(("flash_attention_2", "eager"), _ATTENTION),
+    )
+    text_encoder_blocks_to_swap = not_needed(_WAITING, type=int, default=0)
+    nvfp4_scaled_mm = unsupported(_FP4)
+
+    @property
+    def form(self) -> str | None:
+        """Return the form in which linear layers are kept; None: that of the file."""
+        quantization = self.text_encoder_quantization
+        return text_form(self) if quantization == "none" else quantization
 
 
 class H3VaeOptions(Options):
@@ -72,6 +101,49 @@ class H3VaeOptions(Options):
         settings={"vae": {"help": "VAE of pictures: file or folder", "flags": ("--video_vae",)}},
     )
     audio_vae: Path | None = option("VAE of sound: file or folder", facts=OF_DECODING, often=True)
+
+
+class H3TextCachingOptions(Options, title=NAME):
+    """Options of minimax_h3_cache_text_encoder_outputs.py besides the shared ones."""
+
+    text: H3TextOptions = option(settings={"text_encoder": {"required": True}})
+    task: str | None = option(
+        "what a clip is made from; default: t2va, a text",
+        choices=("t2va", "i2va", "fl2va", "ref2va"),
+        refused={"ref2va_omni": _OMNI},
+        often=True,
+    )
+    teacher_conditions: str | None = option(
+        "also cache what a teacher reads, for --h3_teacher_matching: first,last, with the first and the last "
+        "frame; ref, with the clip and its sound; subject_ref, with pictures of its subject",
+        choices=TEACHERS,
+        often=True,
+    )
+    text_cache_dtype: str | None = option(
+        "dtype of cached states: bf16, half the size, or float32; default: that of --text_encoder_dtype",
+        choices=("bf16", "float32"),
+    )
+    uncond_output: Path | None = option(
+        "also write the states of --uncond_text to this file, for --h3_guidance_loss_uncond_cache; implies "
+        "--empty_prompt",
+        place="safetensors",
+        often=True,
+    )
+    uncond_text: str = option("what the empty prompt is written as; default: a space", default=" ")
+    cache_guidance_empty: bool = option("another spelling of --empty_prompt")
+
+    def __post_init__(self) -> None:
+        if self.teacher_conditions is not None and self.task not in (None, "t2va"):
+            raise OptionError(
+                f"--teacher_conditions {self.teacher_conditions} and --task {self.task}: what learns from a "
+                "teacher reads the caption alone. Give --task t2va, or leave the teacher out"
+            )
+        if not self.uncond_text:
+            raise OptionError("--uncond_text: an empty text has no states. Give at least a space")
+
+    @property
+    def caches_empty_prompt(self) -> bool:
+        return self.cache_guidance_empty or self.uncond_output is not None
 
 
 class H3ModelOptions(Options, title=NAME):
@@ -123,6 +195,10 @@ class H3LatentCachingOptions(Options, title=NAME):
             )
 
 
+class H3TrainingOptions(H3ModelOptions, title=NAME):
+    """Options of minimax_h3_train_network.py besides the shared ones."""
+
+
 class H3GenerationOptions(H3ModelOptions, title=NAME):
     """Options of minimax_h3_generate_video.py besides the shared ones."""
 
@@ -166,25 +242,13 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
         "was not trained",
         facts=OF_REQUEST,
     )
-    text_encoder_attn_mode: str | None = option(
-        "kernels of the text encoder's attention; default: sdpa, PyTorch's own",
-        choices=("sdpa",),
-        refused=dict.fromkeys(("flash_attention_2", "eager"), _ATTENTION),
-    )
-    text_encoder_blocks_to_swap = not_needed(_WAITING, type=int, default=0)
     prune_adaln = unsupported(
         "a file is read as it is, whole or pruned. Give minimax_h3_*_pruned_*.safetensors"
     )
-    nvfp4_scaled_mm = unsupported(_FP4)
     text_cache = unsupported(_TEXTS, type=str)
     stretch_keep_bands = unsupported(_BANDS, type=int, default=0)
     trajectory_dir = unsupported(_TRAJECTORY, type=str)
     trajectory_stride = unsupported(_TRAJECTORY, type=int, default=1)
-    text_encoder_quantization = unsupported(
-        "its weights are kept in 8 or 4 bits by --text_encoder_form int8 or nf4. Give that",
-        type=str,
-        default="none",
-    )
     compile_auto_cache_size_limit = unsupported(_COMPILING)
     compile_fallback_to_eager = unsupported(_COMPILING)
     inductor_config = unsupported(_COMPILING, type=str, nargs="*")

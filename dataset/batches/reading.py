@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -97,6 +97,7 @@ def read_batch(
         empty_text=_stack(empty_texts, commands.text),
         worse=worse,
         has_empty_text=are_empty if any(are_empty) else (),
+        text_metadata=tuple(text.metadata for text in texts),
     )
 
 
@@ -166,6 +167,7 @@ class _Part:
     caption: str = ""
     is_empty: bool = False  # its caption is known to be the empty prompt
     made_by: tuple[data.MadeBy, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of a text's file
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,7 @@ class _Reader:
             caption=caption,
             is_empty=is_known and not caption,
             made_by=made_by,
+            metadata=entry.metadata,
         )
 
     def _read_entry(

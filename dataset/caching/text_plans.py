@@ -3,19 +3,19 @@ unfinished files, and which are missing.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from contract.family import TextEncoder
+from contract.family import TextEncoder, can_mark
 from dataset.cache.files import EMPTY, PART, Entry, empty_text_name, text_file_name
 from dataset.cache.records import TextRecord, difference, is_unchanged, text_records, verify_tensors
 from dataset.cache.store import Stores
 from dataset.caching.prefetch import MANY, map_ahead
 from dataset.config import DatasetTable
-from dataset.config_keys import TEXTS
+from dataset.config_keys import FRAMES, LATENTS, TEXTS
 from dataset.sources.colours import references_otherwise
 from dataset.sources.decoding import fit_of
 from dataset.sources.media_source import MediaSource, Origin, pause_collection
@@ -27,6 +27,21 @@ logger = logging.getLogger(__name__)
 
 # in the order of their passes, each with its identity
 Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
+
+
+class Sight(NamedTuple):
+    """What text encoders see of the item of a caption, besides reference pictures."""
+
+    clip: bool = False  # its frames
+    media: bool = False  # the references of its row
+
+
+BLIND = Sight()
+
+
+def sight_of(encoders: Iterable[TextEncoder]) -> Sight:
+    abilities = [encoder.can for encoder in encoders]
+    return Sight(any(can.see_clip for can in abilities), any(can.see_media for can in abilities))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,18 +56,22 @@ class CaptionFile:
     settings: Mapping[str, Any] = field(default_factory=dict)  # as in `TextRecord`
     pass_over: int = 0  # 0: the first captions of a table, 1: further ones, 2: the empty prompt
     embeds: Path | None = None  # what text encoders gave for it, computed before
-    source: MediaSource | None = None  # whose reference pictures an encoder sees with it
-    references: Sequence[tuple[Path, Origin | None]] = ()  # these pictures
+    source: MediaSource | None = (
+        None  # whose reference pictures, or what `sight` says, an encoder sees with it
+    )
+    references: Sequence[tuple[Path, Origin | None]] = ()  # these files
+    sight: "Sight" = BLIND
     # what `plan_texts` finds: encoders that must encode it, in order
     missing: tuple[str, ...] = ()
     in_part: bool = False  # whether some of the others are valid in the unfinished file only
     is_foreign: bool = False  # whether valid outputs have no record: another program made them
 
 
-def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[CaptionFile]:
+def list_caption_files(sources: Sequence[MediaSource], tag: str, sight: Sight = BLIND) -> list[CaptionFile]:
     """Return the texts of all sources, table by table: first captions, further ones, then the empty prompt.
 
-    First captions come first, so that their batches are those of a table without more texts.
+    sight: of the text encoders. First captions come first, so that their batches are those of a table
+    without more texts.
     """
     by_table: dict[int, list[MediaSource]] = {}
     for source in sources:
@@ -60,11 +79,13 @@ def list_caption_files(sources: Sequence[MediaSource], tag: str) -> list[Caption
     files: list[CaptionFile] = []
     with pause_collection():
         for of_table in by_table.values():
-            files += _files_of_table(of_table[0].table, of_table, tag)
+            files += _files_of_table(of_table[0].table, of_table, tag, sight)
     return files
 
 
-def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: str) -> list[CaptionFile]:
+def _files_of_table(
+    table: DatasetTable, sources: Sequence[MediaSource], tag: str, sight: Sight
+) -> list[CaptionFile]:
     """Return the texts of a table: first captions, further ones, then the empty prompt."""
     first: list[CaptionFile] = []
     further: list[CaptionFile] = []
@@ -78,6 +99,10 @@ def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: st
             pictures = source.parts[1 : 1 + len(source.control)]
         captions = (source.caption, *source.more_captions)
         settings = of_table if shown_source is None else {**of_table, **_seen_settings(source)}
+        if sight != BLIND:
+            shown_source = source
+            pictures = (*pictures, *_seen_files(source, sight))
+            settings = {**settings, **_sight_settings(table, sight)}
         if len(captions) > 1:
             settings = {**settings, "captions": len(captions)}
         for number, caption in enumerate(captions):
@@ -93,6 +118,7 @@ def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: st
                 embeds=embeds,
                 source=shown_source,
                 references=pictures,
+                sight=sight,
             )
             if number:
                 further.append(file)
@@ -122,6 +148,20 @@ def _files_of_table(table: DatasetTable, sources: Sequence[MediaSource], tag: st
         )
         empty.append(file)
     return [*first, *further, *empty]
+
+
+def _seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Origin | None], ...]:
+    """Return the files that an encoder sees: the clip, or the picture with its control pictures."""
+    if sight.clip:
+        return source.parts[: 1 + len(source.control)]
+    return source.parts[1 : 1 + len(source.control)] if source.table.kind == "image" else ()
+
+
+def _sight_settings(table: DatasetTable, sight: Sight) -> dict[str, Any]:
+    """Return what decides which frames an encoder sees, and in which size."""
+    if not sight.clip:
+        return {}
+    return {"clip": {"resolution": list(table.resolution), **table.changed(FRAMES), **table.changed(LATENTS)}}
 
 
 def _seen_settings(source: MediaSource) -> dict[str, Any]:
@@ -220,7 +260,8 @@ def find_outputs(
 
     in_part: look at the unfinished file. If anything in it is from a run with other encoders or another
     caption, nothing is found, as joining it would corrupt valid outputs. reads_values: if False, only the
-    header is read. The entry is None if the file is missing or damaged.
+    header is read. The entry is None if the file is missing or damaged. Raises CacheError if a file that
+    another program made is kept, and says that it is for something else.
     """
     store = stores.of_texts(file.table)
     right: dict[str, bool] = {}
@@ -240,6 +281,8 @@ def find_outputs(
             # whose tensors are of the same caption
             is_same_caption = entry.metadata.get("caption1", file.caption) == file.caption
             if accepts and is_same_caption and encoder.keys <= entry.keys:
+                if can_mark(encoder):
+                    encoder.check_metadata(store.folder / name, entry.metadata)
                 right[encoder.name] = False
             continue
         changed = why_outdated(record, identity, file)

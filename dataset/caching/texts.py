@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from contract.data import Conditions
-from contract.family import Caches, TextEncoder
+from contract.family import Caches, TextEncoder, can_mark
 from contract.requests import Prompt
 from dataset.cache.files import (
     FORMAT_VERSION,
@@ -48,11 +48,12 @@ from dataset.caching.text_plans import (
     find_outputs,
     list_caption_files,
     plan_texts,
+    sight_of,
 )
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import CachingOptions
 from dataset.sources.captions import describe_cut
-from dataset.sources.decoding import decode_source
+from dataset.sources.decoding import DecodedMedia, decode_source
 from dataset.sources.listing import require_captions
 from dataset.sources.media_source import MediaSource
 from dataset.sources.references import explain_reference, hold_references
@@ -112,7 +113,8 @@ class TextWork:
             from dataset.cache.form import require_form  # only with shards
 
             require_form(mixed, family.cache_tag)
-        files = list_caption_files(self._sources, family.cache_tag)
+        self._sight = sight_of(family.text_encoders())
+        files = list_caption_files(self._sources, family.cache_tag, self._sight)
         self._files = distinct_texts(files, stores)
         self.pieces: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
         self._encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
@@ -251,10 +253,11 @@ class TextWork:
                 prompts = []
                 for file in batch:
                     references: tuple[Path, ...] = ()
-                    if file.source is not None:
+                    if file.source is not None and file.source.table.references is not None:
                         references = stack.enter_context(hold_references(file.source))
                     frames = self._frames_of(file.source)
-                    prompts.append(Prompt(file.caption or "", pictures=references, frames=frames))
+                    prompt = Prompt(file.caption or "", pictures=references, frames=frames)
+                    prompts.append(self._show_item(prompt, file.source))
                 encoded = encoder.encode(prompts)
             return list(zip(batch, encoded, strict=True))
         except MediaError as error:
@@ -267,6 +270,26 @@ class TextWork:
             self._failed[file.file_name] = Failure.of(file.source, explain_reference(file.source, error))
             return []
 
+    def _show_item(self, prompt: Prompt, source: MediaSource | None) -> Prompt:
+        """Return the prompt with what encoders see of the item of a source; of the empty prompt, nothing.
+
+        Raises MediaError if it cannot be used, or a clip has several items, whose text would be one.
+        """
+        if source is None or not self._sight.clip:
+            return prompt
+        media = self._decode(source)
+        if len(media.spans) != 1:
+            several = f"{len(media.spans)} items are cut out of it" if media.spans else media.reason
+            raise MediaError(
+                f"{source.path}: {several}, and the text encoder sees the frames of one with its caption. "
+                'Give the table frame_extraction = "head" and one length in target_frames, or cut the file.'
+            )
+        (span,) = media.spans
+        item = media.cut(span)
+        controls = tuple(torch.from_numpy(control[0]) for control in item.control)
+        clip = torch.from_numpy(item.frames)
+        return dataclasses.replace(prompt, clip=clip, frames=prompt.frames or controls)
+
     def _frames_of(self, source: MediaSource | None) -> tuple[Tensor, ...]:
         """Return a source's reference pictures as they are encoded, each H W C; (): encoders read them.
 
@@ -275,6 +298,11 @@ class TextWork:
         rules = self._family.references
         if source is None or rules is None or not rules.as_encoded:
             return ()
+        media = self._decode(source)
+        return tuple(torch.from_numpy(frames[0]) for frames in media.control)
+
+    def _decode(self, source: MediaSource) -> DecodedMedia:
+        """Read a source as it is encoded to latents. Raises MediaError if it cannot be used."""
         latent = self._family.latent
         media = decode_source(
             source,
@@ -284,7 +312,7 @@ class TextWork:
             keeps_alpha=latent.keeps_alpha,
             has_alpha=latent.has_alpha,
         )
-        return tuple(torch.from_numpy(frames[0]) for frames in media.control)
+        return media
 
     def _submit(
         self,
@@ -312,7 +340,10 @@ class TextWork:
             references=references,
             as_shown=AS_SHOWN if references else 0,
         )
-        write(partial(self._write, file, named, encoder.name, record))
+        marks: Mapping[str, str] = {}
+        if can_mark(encoder):
+            marks = encoder.cache_metadata(record.caption, [picture.sha256 for picture in references])
+        write(partial(self._write, file, named, encoder.name, record, marks=marks))
 
     def _write(
         self,
@@ -320,11 +351,12 @@ class TextWork:
         tensors: Mapping[str, Tensor],
         encoder: str,
         record: TextRecord,
+        marks: Mapping[str, str],
     ) -> None:
         """Write one encoder's tensors (by their names in the file) to a `.part`, or with it to the file.
 
-        Tensors with other names, other metadata and other encoders' records are kept. Raises OutputError if
-        writing fails, CacheError as `_finish`.
+        marks: further metadata. Tensors with other names, other metadata and other encoders' records are
+        kept. Raises OutputError if writing fails, CacheError as `_finish`.
         """
         store = self.stores.of_texts(file.table)
         sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
@@ -332,6 +364,7 @@ class TextWork:
             "architecture": self._family.name,
             "caption1": record.caption,
             "format_version": FORMAT_VERSION,
+            **marks,
             **record_metadata({encoder: dataclasses.replace(record, crc32=sums)}),
         }
         new = Entry.of(store.folder / file.file_name, metadata, tensors)
@@ -413,9 +446,16 @@ def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str,
 
 
 def _join(old: Entry, new: Entry) -> Entry:
-    """Join two entries; if both have a tensor or text, the new one's is taken."""
-    new_keys = new.keys
-    only_old = {name: tensor for name, tensor in old.named.items() if tensor_key(name) not in new_keys}
-    records = record_metadata({**text_records(old), **text_records(new)})
+    """Join two entries; if both have a tensor or text, the new one's is taken.
+
+    What an encoder of the new one wrote into the old one is dropped, also under names that are not there now.
+    """
+    old_records = text_records(old)
+    new_records = text_records(new)
+    replaced = set(new.keys)
+    for encoder in old_records.keys() & new_records.keys():
+        replaced |= {tensor_key(name) for name in old_records[encoder].crc32}
+    only_old = {name: tensor for name, tensor in old.named.items() if tensor_key(name) not in replaced}
+    records = record_metadata({**old_records, **new_records})
     metadata = {**old.metadata, **new.metadata, **records}
     return Entry.of(new.path, metadata, {**only_old, **new.named})

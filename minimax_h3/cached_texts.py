@@ -1,0 +1,203 @@
+"""The text encoder of MiniMax-H3 as captions are cached: its tasks, and what teachers read.
+
+A caption is encoded as the task presents it, and once more as a teacher reads it, if a training is to match
+one (--teacher_conditions). A teacher that has the clip itself, or pictures of its subject, reads a caption in
+the form in which the model was trained to take references: parts that say what each reference is, what stays
+of it, and what is shown. Source of the names of these parts: the released prompts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from contract.data import Conditions
+from contract.family import EncoderAbilities
+from contract.requests import Prompt
+from minimax_h3.cache_marks import KEY, TAGS, TEACHER_ROWS, check_marks, marks_of
+from minimax_h3.files import BLANK, H3_USE, H3Files, H3TextEncoder
+from minimax_h3.options import H3TextCachingOptions
+from minimax_h3.presentation import Shown, present_keyframes, show_clip, show_picture
+from modules.devices import dtype_name
+from modules.errors import MediaError
+
+FIRST_LAST, CLIP, SUBJECT = TEACHER_ROWS  # of --teacher_conditions
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}  # of --text_cache_dtype
+# keyframes of tasks, as places in a clip
+KEYFRAMES: Mapping[str, tuple[int, ...]] = {"i2va": (0,), "fl2va": (0, -1)}
+_COPIED = """subject_definitions:
+<Video 1> is the source video.
+<Audio 1> is the sound of <Video 1>.
+
+summary:
+[video editing + audio reuse] The target video is <Video 1> without any change, with its sound.
+
+retention_analysis:
+<Video 1> (all shots): fully_preserved - all subjects, actions, shots and camera movements stay as they are.
+<Audio 1>: fully_copy - <Audio 1> is the whole sound of the target video.
+
+detailed_description:
+"""
+
+
+def describe_copy(caption: str) -> str:
+    """Return a caption for a teacher that has the clip and its sound as references: it has to copy them."""
+    return _COPIED + caption
+
+
+def describe_subjects(caption: str, pictures: int, is_still: bool) -> str:
+    """Return a caption for a teacher that has pictures of its subjects: it takes their looks, and no more.
+
+    pictures: of a subject each. is_still: of a single picture.
+    """
+    numbers = range(1, pictures + 1)
+    subjects = " and ".join(f"<Subject {number}>" for number in numbers)
+    target = "a still image" if is_still else "a video"
+    definitions = "\n".join(
+        f"<Subject {number}> has the looks of the subject in <Picture {number}>." for number in numbers
+    )
+    retention = "\n".join(
+        f"<Subject {number}> (appears in [Shot 1]): attribute_transfer - the face and hair of "
+        f"<Picture {number}> are taken; clothes, pose, framing and place are those of the description."
+        for number in numbers
+    )
+    return (
+        f"subject_definitions:\n{definitions}\n\n"
+        f"summary:\n[reference generation] The target is {target} of {subjects}, as described.\n\n"
+        f"retention_analysis:\n{retention}\n\n"
+        f"detailed_description:\n{caption}"
+    )
+
+
+class H3CachingEncoder(H3TextEncoder):
+    """The text encoder of one task, whose states are cached. Set its fields before it is used."""
+
+    task = "t2va"
+    teacher: str | None = None  # a key of `TEACHER_ROWS`, whose rows it adds
+    states_dtype: torch.dtype | None = None  # None: that it computes in
+
+    @property
+    def can(self) -> EncoderAbilities:  # type: ignore[override]  # depends on the task
+        sees_clip = self.task in KEYFRAMES or self.teacher is not None
+        return replace(H3TextEncoder.can, mark=True, see_clip=sees_clip, see_media=self.task == "ref2va")
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        facts = {"task": self.task, "teacher": self.teacher, "blank": repr(self.use.blank)}
+        facts["stored"] = None if self.states_dtype is None else dtype_name(self.states_dtype)
+        named = {f"{self.name}_{fact}": value for fact, value in facts.items() if value is not None}
+        return {**super().identity, **named}
+
+    def set_task(self, task: str, teacher: str | None, states_dtype: torch.dtype | None) -> None:
+        self.task = task
+        self.teacher = teacher
+        self.states_dtype = states_dtype
+        rows = () if teacher is None else TEACHER_ROWS[teacher]
+        self.keys = self.use.keys | set(rows)
+        self.variable_length = self.variable_length | set(rows)
+
+    def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]:
+        return marks_of(self.task, self.teacher, caption, shown)
+
+    def check_metadata(self, path: Path, metadata: Mapping[str, str]) -> None:
+        check_marks(path, metadata, self.task)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Encode as `H3TextEncoder.encode`, with what the task shows, and with the rows of the teacher.
+
+        The empty prompt stands alone, without either. Raises MediaError if something cannot be shown.
+        """
+        return [self._encode_item(prompt) for prompt in prompts]
+
+    def _encode_item(self, prompt: Prompt) -> Conditions:
+        (conditions,) = super().encode([replace(prompt, presented=self._presented(prompt))])
+        if self.teacher is not None and prompt.clip is not None:
+            (of_teacher,) = super().encode([self._as_teacher_reads(prompt, prompt.clip)])
+            rows = TEACHER_ROWS[self.teacher]
+            conditions = {**conditions, rows.states: of_teacher[KEY], rows.tags: of_teacher[TAGS]}
+        return {key: [self._in_cache(rows) for rows in value] for key, value in conditions.items()}
+
+    def _in_cache(self, rows: Tensor) -> Tensor:
+        dtype = self.states_dtype
+        return rows if dtype is None or not rows.is_floating_point() else rows.to(dtype)
+
+    def _presented(self, prompt: Prompt) -> tuple[Shown, ...]:
+        """Return what the task shows in front of a caption."""
+        if prompt.clip is None:
+            return ()
+        if self.task in KEYFRAMES:
+            return present_keyframes(_keyframes(prompt, KEYFRAMES[self.task]))
+        return ()
+
+    def _as_teacher_reads(self, prompt: Prompt, clip: Tensor) -> Prompt:
+        if self.teacher == FIRST_LAST:
+            keyframes = _keyframes(prompt, KEYFRAMES["fl2va"])
+            return replace(prompt, presented=present_keyframes(keyframes))
+        if self.teacher == CLIP:
+            shown = show_clip(clip[..., :3], has_sound=True)
+            return replace(prompt, text=describe_copy(prompt.text), presented=(shown,))
+        if not prompt.frames:
+            raise MediaError(
+                "it has no picture of its subject, which --teacher_conditions subject_ref shows to the "
+                "teacher. Give the table control_directory, or its rows control_path."
+            )
+        text = describe_subjects(prompt.text, len(prompt.frames), is_still=len(clip) == 1)
+        pictures = tuple(show_picture(frame[..., :3]) for frame in prompt.frames)
+        return replace(prompt, text=text, presented=pictures)
+
+
+def _keyframes(prompt: Prompt, places: Sequence[int]) -> list[Tensor]:
+    """Return the frames of a clip that are shown; of a picture, its control pictures.
+
+    Raises MediaError for a picture that has none.
+    """
+    clip = prompt.clip
+    assert clip is not None, "the empty prompt shows nothing"
+    if len(clip) > 1:
+        return [clip[place][..., :3] for place in places]
+    if not prompt.frames:
+        raise MediaError(
+            "it is a single picture, which has no first and last frame, and there are no control pictures to "
+            "show. Give the table control_directory, or cache it with --task t2va."
+        )
+    return [frame[..., :3] for frame in prompt.frames]
+
+
+@dataclass(frozen=True)
+class H3CachingFiles(H3Files):
+    """Files of a run that caches texts."""
+
+    teacher: str | None = None
+    states_dtype: torch.dtype | None = None  # of cached states; None: that of the text encoder
+    blank: str = BLANK  # what the empty prompt is written as
+
+    def language_model(self) -> H3CachingEncoder:
+        encoder = H3CachingEncoder(
+            H3_USE if self.blank == BLANK else replace(H3_USE, blank=self.blank),
+            self.text_encoder_path,
+            dtype=self.beside(self.text_dtype),
+            tokenizer=self.text_encoder_tokenizer,
+            form=self.text_form,
+            on_cpu=self.text_on_cpu,
+        )
+        encoder.set_task(self.task, self.teacher, self.states_dtype)
+        return encoder
+
+    def check_texts(self, config: object, needed: bool) -> None:
+        super().check_texts(config, needed)
+        if self.language_model().can.see_clip or self.task == "ref2va":
+            self.check_tower()
+
+
+def files_of_texts(options: H3TextCachingOptions) -> H3CachingFiles:
+    """Return the files of a run that caches texts."""
+    dtype = options.text_cache_dtype
+    files = H3CachingFiles(
+        task=options.task or "t2va",
+        teacher=options.teacher_conditions,
+        states_dtype=None if dtype is None else DTYPES[dtype],
+        blank=options.uncond_text,
+    )
+    return files.add_text(options.text)

@@ -1,0 +1,34 @@
+"""Encode the captions of a dataset with MiniMax-H3's text encoder (Qwen3-VL), for training.
+
+All options: python minimax_h3_cache_text_encoder_outputs.py --help
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import modules.interpreter  # noqa: F401
+from dataset.scripts import caching_script
+
+if TYPE_CHECKING:
+    from dataset.config import DatasetConfig
+    from minimax_h3.options import H3TextCachingOptions
+
+
+def write_probe(options: "H3TextCachingOptions", family: Any, config: "DatasetConfig") -> None:
+    """Write the states of the empty prompt, which are cached, to the file of --uncond_output."""
+    if options.uncond_output is None:
+        return
+    # not for --help
+    from dataset.cache.files import empty_text_name
+    from dataset.cache.store import Stores, npz_names
+    from minimax_h3.cache_marks import save_probe
+
+    store = Stores(npz_names(family)).of_texts(config.datasets[0])
+    entry = store.read(empty_text_name(family.cache_tag))
+    save_probe(options.uncond_output, entry.tensors, options.uncond_text)
+
+
+main = caching_script("minimax_h3", "texts", __doc__, finish=write_probe)
+
+
+if __name__ == "__main__":
+    main.run()
