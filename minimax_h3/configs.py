@@ -49,8 +49,9 @@ NOISE = NoiseSpec(
     output_sign=-1.0,
     tokens=count_picture_tokens,
     sound_shift=SOUND_SHIFT / PICTURE_SHIFT,
+    base_shift=PICTURE_SHIFT,
 )
-LATENT = LatentSpec(channels=24, stride=(4, 16, 16), pixel_step=32, frame_step=4, clip=CLIP)
+LATENT = LatentSpec(channels=24, stride=(4, 16, 16), pixel_step=32, frame_step=4, clip=CLIP, holds_sound=True)
 RELEASE = ModelRelease(
     ("MiniMaxAI/MiniMax-H3",),
     "MiniMax H3 Community License",

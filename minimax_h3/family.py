@@ -39,7 +39,8 @@ from contract.requests import (
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
 from encoders.tiles import posterior_generator, sample_posterior
-from minimax_h3.configs import DIT, NOISE, PICTURE_SHIFT, RELEASE, SOUND_SHIFT
+from minimax_h3.cache_marks import read_probe
+from minimax_h3.configs import DIT, NOISE, RELEASE
 from minimax_h3.files import KEY, TAGS, H3Files, files_of
 from minimax_h3.names import LORA
 from minimax_h3.options import (
@@ -52,6 +53,7 @@ from minimax_h3.options import (
     SIZE,
     STEPS,
     H3GenerationOptions,
+    H3TrainingOptions,
 )
 from minimax_h3.sound import H3SoundVae
 from minimax_h3.video_vae import H3VideoVae
@@ -77,7 +79,12 @@ class MiniMaxH3(OneTransformer):
     any_length: bool = False  # of a generation: also shorter and longer clips than the model knows
     options: Any = NO_OPTIONS  # of a training
 
-    can: ClassVar = Abilities(hear=True, tell_few_steps=True)
+    can: ClassVar = Abilities(
+        hear=True,
+        tell_few_steps=True,
+        one_sample="MiniMax-H3 packs a clip with its text and sound in a sequence of its own",
+        bring_empty=True,
+    )
     few_steps: ClassVar = FewSteps()
     named: ClassVar = {
         "architecture": NAME,
@@ -107,7 +114,7 @@ class MiniMaxH3(OneTransformer):
             fps=FPS,
             guidance_scale=1.0,
             embedded_guidance=None,
-            flow_shift=PICTURE_SHIFT,
+            flow_shift=self.noise.base_shift,
             solver=SOLVER,
             width=width,
             height=height,
@@ -154,6 +161,14 @@ class MiniMaxH3(OneTransformer):
         return networks.decode(latents)
 
     # the network
+
+    def empty_text(self) -> Mapping[str, Tensor]:
+        """Return the states and tags of the empty prompt in --h3_guidance_loss_uncond_cache, if given."""
+        path = self.options.targets.h3_guidance_loss_uncond_cache
+        if path is None:
+            return {}
+        states, tags = read_probe(path)
+        return {KEY: states, TAGS: tags}
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the captions' states. Raises CacheError for those of another text encoder."""
@@ -213,7 +228,7 @@ class MiniMaxH3(OneTransformer):
                 NAME,
                 FPS,
             )
-        flow_shift = request.flow_shift or PICTURE_SHIFT
+        flow_shift = request.flow_shift or self.noise.base_shift
         prepared = settle(
             request,
             self.defaults,
@@ -227,7 +242,7 @@ class MiniMaxH3(OneTransformer):
             prepared,
             prompts={0: _with_line_breaks(prepared)},
             joint=Joint((channels, length, rows, columns), self.sound.shape(frames, FPS)),
-            sound_shift=_shift_of_sound(request) / flow_shift,
+            sound_shift=_shift_of_sound(request, self.noise) / flow_shift,
         )
 
     def _check_frames(self, frames: int) -> None:
@@ -298,12 +313,29 @@ def _with_line_breaks(prepared: Prepared) -> Any:
     return replace(prompts, positive=replace(positive, text=positive.text.replace("\\n", "\n")))
 
 
-def _shift_of_sound(request: Request) -> float:
+def _shift_of_sound(request: Request, noise: NoiseSpec) -> float:
     """Return the time shift of the sound's schedule. Raises OptionError if it is not above 0."""
-    shift = float(request.extra.get(SHIFT_OF_SOUND, SOUND_SHIFT))
+    shift = float(request.extra.get(SHIFT_OF_SOUND, noise.base_shift * noise.sound_shift))
     if not 0 < shift < float("inf"):
         raise OptionError(f"--h3_shift_audio {shift:g} (--fsa in a prompt line): give a number above 0")
     return shift
+
+
+def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
+    """Describe the family for minimax_h3_train_network.py."""
+    loss = options.loss
+    noise = replace(
+        NOISE,
+        base_shift=loss.h3_shift_video,
+        sound_shift=loss.h3_shift_audio / loss.h3_shift_video,
+    )
+    return MiniMaxH3(
+        files_of(options, options.chosen_task),
+        noise=noise,
+        sound_learning=rules.SoundLearning(loss.h3_video_loss_weight, loss.sound_weight),
+        any_length=options.h3_allow_experimental_sample_duration,
+        options=options,
+    )
 
 
 def family_for_generation(options: H3GenerationOptions) -> MiniMaxH3:

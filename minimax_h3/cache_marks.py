@@ -1,0 +1,160 @@
+"""What caches of texts are for: marks in their metadata, and the checks of a training.
+
+The states of a caption depend on what the text encoder saw with it: nothing, the first and the last frame of
+the clip, or references. Names and values are those of the known tuner.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from checkpoints.opening import open_checkpoint
+from checkpoints.writing import save_tensors
+from contract.data import Batch
+from minimax_h3.options import NAME
+from modules.errors import CacheError, CheckpointError
+
+logger = logging.getLogger(__name__)
+
+KEY, TAGS = "mmh3_hidden_states", "mmh3_token_tags"
+TEXTS_AGAIN = "minimax_h3_cache_text_encoder_outputs.py"
+FORMAT = "minimax-h3-text-v2"  # of text caches, as the known tuner calls it
+PROBE_FORMAT = "h3-uncond-probe-v1"  # of files of --uncond_output
+TASK, FORMAT_KEY, TEACHER = "task", "cache_format", "teacher_conditions"  # in metadata
+SHOWN, WRITTEN = 0, 1  # tags: rows of vision blocks, rows of text
+
+
+class Rows(NamedTuple):
+    """Keys of the states of a presentation, and of their tags."""
+
+    states: str
+    tags: str
+
+
+# --teacher_conditions -> the rows that a teacher is given
+TEACHER_ROWS: Mapping[str, Rows] = {
+    "first,last": Rows("mmh3_teacher_hidden_states", "mmh3_teacher_token_tags"),
+    "ref": Rows("mmh3_teacher_ref_hidden_states", "mmh3_teacher_ref_token_tags"),
+    "subject_ref": Rows("mmh3_teacher_subject_ref_hidden_states", "mmh3_teacher_subject_ref_token_tags"),
+}
+
+
+def marks_of(task: str, teacher: str | None, caption: str, shown: Sequence[str]) -> dict[str, str]:
+    """Return the metadata of a text cache. shown: content hashes of what the encoder saw with the caption."""
+    presented = json.dumps({"task": task, "teacher": teacher, "caption": caption, "shown": list(shown)})
+    marks = {
+        TASK: task,
+        FORMAT_KEY: FORMAT,
+        "presentation_fingerprint": f"sha256:{hashlib.sha256(presented.encode()).hexdigest()}",
+    }
+    return marks if teacher is None else {**marks, TEACHER: teacher}
+
+
+def check_marks(path: Path | str, metadata: Mapping[str, str], task: str) -> None:
+    """Raise CacheError if a text cache says that it is for another task, or of another format.
+
+    A cache that does not say so is accepted.
+    """
+    cached_task = metadata.get(TASK, task)
+    if cached_task != task:
+        raise CacheError(
+            f"{path}: the text is cached for --task {cached_task:.20}, and this run is of --task {task}: the "
+            f"text encoder saw something else with it. Cache again with {TEXTS_AGAIN} --task {task}, or use a "
+            "cache folder for each task."
+        )
+    cached_format = metadata.get(FORMAT_KEY, FORMAT)
+    if cached_format != FORMAT:
+        raise CacheError(
+            f"{path}: the text is cached in the format {cached_format:.40}, and {FORMAT} is needed. Cache "
+            f"again with {TEXTS_AGAIN}."
+        )
+
+
+def check_texts(batch: Batch, task: str) -> None:
+    """Raise CacheError unless the texts of a batch are cached for the task of a training.
+
+    Files of both the known tuner and this program say so. The tags must fit it too.
+    """
+    for key, metadata in zip(batch.keys, batch.text_metadata, strict=False):
+        check_marks(key, metadata, task)
+    for index, key in enumerate(batch.keys):
+        if not (batch.has_empty_text and batch.has_empty_text[index]):
+            _check_tags(key, batch.tensors[TAGS][index], len(batch.tensors[KEY][index]), task)
+
+
+def _check_tags(key: str, tags: Tensor, rows: int, task: str) -> None:
+    """Raise CacheError if tags do not belong to states of so many rows, or to the task."""
+    if tags.is_floating_point() or tags.shape != (rows,) or not torch.isin(tags, torch.tensor([0, 1])).all():
+        raise CacheError(
+            f"{key}: {TAGS} in its cache is not a 0 or 1 for each of {rows} rows. Cache again with "
+            f"{TEXTS_AGAIN} --task {task}."
+        )
+    has_shown = bool((tags == SHOWN).any())
+    if has_shown == (task == "t2va"):
+        seen = "pictures" if has_shown else "no pictures"
+        raise CacheError(
+            f"{key}: the text encoder saw {seen} with the caption, and this run is of --task {task}. Cache "
+            f"again with {TEXTS_AGAIN} --task {task}."
+        )
+
+
+def teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Return what a teacher reads in place of the captions: states, each n C, and tags, each n.
+
+    conditions: a key of `TEACHER_ROWS`. Raises CacheError if the caches do not have these rows.
+    """
+    names = TEACHER_ROWS[conditions]
+    missing = [name for name in names if name not in batch.tensors]
+    if missing:
+        cached = [other for other, rows in TEACHER_ROWS.items() if rows.states in batch.tensors]
+        instead = f" (it has those of {cached[0]})" if cached else ""
+        raise CacheError(
+            f"{batch.keys[0]}: its cache has no teacher rows, {missing[0]}{instead}, which {NAME}'s teacher "
+            f"matching needs. Cache again with {TEXTS_AGAIN} --task t2va --teacher_conditions {conditions}."
+        )
+    states, tags = (list(batch.tensors[name]) for name in names)
+    for row_states, row_tags in zip(states, tags, strict=True):
+        _check_tags(
+            batch.keys[0], row_tags, len(row_states), "fl2va" if conditions == "first,last" else "ref2va"
+        )
+    return states, tags
+
+
+def save_probe(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
+    """Write the states of the empty prompt as the known tuner does. tensors: of its cache. text: it."""
+    tensors = {"hidden_states": tensors[KEY], "token_tags": tensors[TAGS]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(path, tensors, {FORMAT_KEY: PROBE_FORMAT, "text": text})
+    logger.info("states of the empty prompt %r: %s", text, path)
+
+
+def read_probe(path: Path) -> tuple[Tensor, Tensor]:
+    """Return states, n C, and tags, n, of a file of --uncond_output, of any program.
+
+    Raises CacheError for another file.
+    """
+    try:
+        with open_checkpoint(path) as checkpoint:
+            found_format = checkpoint.metadata.get(FORMAT_KEY)
+            names = ("hidden_states", "token_tags")
+            if found_format != PROBE_FORMAT or not checkpoint.tensors.keys() >= {*names}:
+                raise CacheError(
+                    f"{path}: these are not the states of an empty prompt ({FORMAT_KEY} is {found_format}). "
+                    f"Make them with {TEXTS_AGAIN} --uncond_output."
+                )
+            states, tags = map(checkpoint.read, names)
+    except CheckpointError as error:
+        raise CacheError(f"{error} Make the file with {TEXTS_AGAIN} --uncond_output.") from error
+    if states.ndim != 2 or not len(states) or not states.is_floating_point():
+        raise CacheError(
+            f"{path}: hidden_states is {states.dtype} {list(states.shape)}, not a state for each token. Make "
+            f"the file with {TEXTS_AGAIN} --uncond_output."
+        )
+    _check_tags(str(path), tags, len(states), "t2va")
+    return states, tags
