@@ -10,6 +10,8 @@ options: own options for generation
 places: positions on a clock that text, pictures and sound share
 released: statistics of latents, as numbers of the release
 sound: the VAE of sound, and its files
+training_inputs: conditions of a training, and what a teacher sees
+training_options: own options for training, and the known tuners' names of shared ones
 vae_checkpoints: files of the video VAE: dialects, dimensions
 video_vae: the video VAE: pixels to latents and back
 video_vae_blocks: its layers, encoder and decoder

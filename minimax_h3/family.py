@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +41,8 @@ from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
 from encoders.tiles import posterior_generator, sample_posterior
 from minimax_h3.cache_marks import read_probe
-from minimax_h3.configs import DIT, NOISE, RELEASE
+from minimax_h3.conditions import TARGET_INDEX, Placement, place_conditions
+from minimax_h3.configs import DIT, NOISE, PATCH, RELEASE
 from minimax_h3.files import KEY, TAGS, H3Files, files_of
 from minimax_h3.names import LORA
 from minimax_h3.options import (
@@ -55,7 +57,9 @@ from minimax_h3.options import (
     H3GenerationOptions,
     H3TrainingOptions,
 )
+from minimax_h3.places import PictureGrid
 from minimax_h3.sound import H3SoundVae
+from minimax_h3.training_inputs import Clean, media_of, noise_inputs, teacher_rows
 from minimax_h3.video_vae import H3VideoVae
 from modules.devices import send
 from modules.errors import DatasetError, OptionError
@@ -78,12 +82,14 @@ class MiniMaxH3(OneTransformer):
     sound_learning: rules.SoundLearning = rules.SoundLearning()
     any_length: bool = False  # of a generation: also shorter and longer clips than the model knows
     options: Any = NO_OPTIONS  # of a training
+    clean: Clean | None = None  # shares of the latents in conditions of a training; None: as released
 
     can: ClassVar = Abilities(
         hear=True,
         tell_few_steps=True,
         one_sample="MiniMax-H3 packs a clip with its text and sound in a sequence of its own",
         bring_empty=True,
+        teacher_views=(rules.FIRST_LAST, rules.CLIP, rules.SUBJECT),
     )
     few_steps: ClassVar = FewSteps()
     named: ClassVar = {
@@ -176,7 +182,13 @@ class MiniMaxH3(OneTransformer):
         config = self.files.dit_header().config
         remedy = f"{TEXTS_AGAIN} and Qwen3-VL (32B)"
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
-        return {name: batch.tensors[name] for name in (KEY, TAGS)}
+        texts = {name: batch.tensors[name] for name in (KEY, TAGS)}
+        if not batch.view and self.files.task == "t2va" and TARGET_INDEX not in batch.tensors:
+            return texts
+        if batch.view:
+            texts = dict(zip((KEY, TAGS), teacher_rows(batch), strict=True))
+            batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
+        return {**texts, **media_of(batch, self.files.task, latents)}
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
@@ -193,16 +205,32 @@ class MiniMaxH3(OneTransformer):
         for sample, (picture_time, sound_time) in enumerate(times):
             one = slice(sample, sample + 1)
             is_shown = (cond[TAGS][sample] == 0).tolist()
+            placement = self._place(cond, sample, joint)
             picture, sound = dit(
                 pictures[one],
                 sounds[one],
                 (picture_time, sound_time),
                 send(cond[KEY][sample], noisy.device).unsqueeze(0),
                 shown=is_shown if any(is_shown) else (),
+                start=placement.start,
+                conditions=placement.conditions,
                 tweaks=tweaks,
             )
             velocities.append(-joint.join(picture, sound))
         return torch.cat(velocities)
+
+    def _place(self, cond: Conditions, sample: int, joint: Joint) -> Placement:
+        """Return the conditions of a sample, with their places, and where its own clock starts."""
+        _, frames, rows, columns = joint.picture
+        grid = PictureGrid(frames, rows // PATCH, columns // PATCH)
+        placement = place_conditions(cond, sample, len(cond[KEY][sample]), grid)
+        if self.clean is None:
+            return placement
+        conditions = []
+        for condition in placement.conditions:
+            share = self.clean.sound if condition.is_sound else self.clean.visual
+            conditions.append(replace(condition, clean=share))
+        return replace(placement, conditions=tuple(conditions))
 
     # generation
 
@@ -324,10 +352,12 @@ def _shift_of_sound(request: Request, noise: NoiseSpec) -> float:
 def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
     """Describe the family for minimax_h3_train_network.py."""
     loss = options.loss
+    clean = Clean(loss.h3_visual_cond_clean, loss.h3_audio_cond_clean)
     noise = replace(
         NOISE,
         base_shift=loss.h3_shift_video,
         sound_shift=loss.h3_shift_audio / loss.h3_shift_video,
+        vary_inputs=partial(noise_inputs, clean),
     )
     return MiniMaxH3(
         files_of(options, options.chosen_task),
@@ -335,6 +365,7 @@ def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
         sound_learning=rules.SoundLearning(loss.h3_video_loss_weight, loss.sound_weight),
         any_length=options.h3_allow_experimental_sample_duration,
         options=options,
+        clean=clean,
     )
 
 

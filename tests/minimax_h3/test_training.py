@@ -1,0 +1,295 @@
+"""Training MiniMax-H3 by its command line: steps equal those computed with diffusers and plain torch."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.modular_pipelines.minimax_h3.before_denoise import (
+    MiniMaxH3PrepareLayoutStep,
+    patchify_video_latents,
+)
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minimax_h3.configs import SOUND
+from tests.faults.messages import assert_one_message, run_here
+from tests.minimax_h3.caches import Clip, random_clip, write_caches, write_empty_text
+from tests.minimax_h3.test_model import rows_of_sound
+from tests.minimax_h3.tiny_dit import SIZES, released
+from tests.parity.training import (
+    RANK,
+    SEED,
+    Factors,
+    assert_steps_of_descent,
+    descent,
+    stream,
+    stream_seed,
+    uniform_of,
+)
+from tests.tiny.minimax_h3 import their_h3_dit
+
+SCRIPT = "minimax_h3_train_network.py"
+RATE = 2.0
+SCALE = 3.0 / RANK  # alpha of `descent`
+PATCH = (1, 2, 2)
+MODULES = [
+    f"blocks_{block}_{name}"
+    for block in range(SIZES["num_layers"])
+    for name in ("attn_qkv_proj", "attn_out_proj", "mlp_fc1", "mlp_fc2")
+]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a network is told of a clip besides the noised latents."""
+
+    text: Tensor
+    tags: Tensor
+    frames: tuple[Tensor, ...] = ()  # first and last, noised: 1 24 1 h w each
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A clip at one noise level, and what is to be learned of it: B axis in front."""
+
+    base: float
+    levels: tuple[float, float]  # of pictures, of sound
+    latents: Tensor
+    sound: Tensor
+    velocity: Tensor
+    sound_velocity: Tensor
+
+
+def noised(clip: Clip, number: int, level: Callable[[float], float] = float) -> Noised:
+    """The clip of micro-batch `number`. level: base time of a uniform number."""
+    base = level(float(uniform_of([clip], number)))  # type: ignore[list-item]
+    video, heard = (shift * base / (1 + (shift - 1) * base) for shift in (12, 3))
+    noise = torch.randn(1, *clip.latents.shape, generator=stream(SEED, "noise", number))
+    sound_noise = torch.randn(1, *clip.sound.shape, generator=stream(SEED, "sound", number))
+    return Noised(
+        base,
+        levels=(video, heard),
+        latents=(1 - video) * clip.latents + video * noise,
+        sound=(1 - heard) * clip.sound + heard * sound_noise,
+        velocity=noise - clip.latents,
+        sound_velocity=sound_noise - clip.sound,
+    )
+
+
+def weights_with(factors: Factors) -> dict[str, Tensor]:
+    """Weights of diffusers' network with a LoRA in them."""
+    state = their_h3_dit().state_dict()
+    weights = {}
+    for name, (down, up) in factors.items():
+        _, block, *parts = name.split("_")
+        change = SCALE * up @ down
+        start = f"transformer_blocks.{block}."
+        places = {
+            "attn_qkv_proj": [f"attn.to_{letter}" for letter in "qkv"],
+            "attn_out_proj": ["attn.to_out.0"],
+            "mlp_fc1": ["ff.net.0.proj"],
+            "mlp_fc2": ["ff.net.2"],
+        }["_".join(parts)]
+        if places == ["ff.net.0.proj"]:
+            change = torch.cat(change.chunk(2)[::-1])  # value and gate, which files have the other way round
+        for place, rows in zip(places, change.chunk(len(places)), strict=True):
+            path = f"{start}{place}.weight"
+            weights[path] = state[path] + rows
+    return weights
+
+
+def predict(factors: Factors, sight: Sight, sample: Noised) -> tuple[Tensor, Tensor]:
+    """The velocities of pictures and of sound."""
+    count, height, width = sample.latents.shape[2:]
+    layout = MiniMaxH3PrepareLayoutStep.build_packed_sequence(
+        sight.tags,
+        count,
+        height,
+        width,
+        sample.sound.shape[3],
+        PATCH,
+        2,
+        audio_tag=SOUND,
+        video_tag=0,
+        keyframe_anchors=("first", "last")[: len(sight.frames)],
+    )
+    places, tags, video, audio, text, *_ = layout
+    times = [1 - level for level in sample.levels]
+    if sight.frames:
+        times.append(max(0.999, times[0]))
+    of_time = torch.zeros(len(tags), dtype=torch.long)
+    of_time[tags == SOUND] = 1
+    conditions = len(sight.frames) * height * width // 4
+    of_time[video[:conditions]] = 2
+    pictures = [*sight.frames, sample.latents]
+    output = torch.func.functional_call(
+        their_h3_dit(),
+        weights_with(factors),
+        kwargs={
+            "hidden_states": torch.cat([patchify_video_latents(part, PATCH) for part in pictures])[None],
+            "audio_hidden_states": rows_of_sound(sample.sound)[None],
+            "encoder_hidden_states": sight.text[None],
+            "timestep": torch.tensor(times),
+            "timestep_indices": of_time,
+            "token_tags": tags,
+            "position_ids": places,
+            "video_indices": video,
+            "audio_indices": audio,
+            "text_indices": text,
+        },
+    )
+    rows = output.sample[:, conditions:]
+    made = rearrange(
+        rows, "b (f h w) (c p q) -> b c f (h p) (w q)", f=count, h=height // 2, w=width // 2, p=2, q=2
+    )
+    return -made, -output.audio_sample.mT.unflatten(2, (2, -1))
+
+
+def order_of(clips: Sequence[Clip], epoch: int) -> list[Clip]:
+    """Clips, sorted by name, are shuffled in an epoch, then batches, which are of one clip each."""
+    order = list(clips)
+    draws = random.Random(stream_seed(SEED, "items", epoch))
+    draws.shuffle(order)
+    draws.shuffle(order)
+    return order
+
+
+Compare = Callable[[Factors, Clip, Noised, int], Tensor]
+
+
+def mean_losses(
+    velocities: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor], clip: Clip, weight: float = 1.0
+) -> Tensor:
+    """Mean over the pictures, and a weight times that over the sound, if there is any."""
+    video, heard = ((made - to).square().mean() for made, to in zip(velocities, targets, strict=True))
+    return video + weight * float(clip.is_heard) * heard
+
+
+def plainly(factors: Factors, clip: Clip, sample: Noised, number: int, weight: float = 1.0) -> Tensor:
+    made = predict(factors, Sight(clip.text, clip.tags), sample)
+    return mean_losses(made, (sample.velocity, sample.sound_velocity), clip, weight)
+
+
+@dataclass
+class Project:
+    """A folder with a transformer and caches."""
+
+    folder: Path
+    clips: dict[str, Clip] = field(default_factory=dict)
+
+    def cache(self, clips: Sequence[Clip], **more: Any) -> None:
+        self.clips = dict(zip("abcdef", clips, strict=False))
+        write_caches(self.folder, self.clips, **more)
+
+    @property
+    def words(self) -> list[str]:
+        files = ["--dit", "dit.safetensors", "--dataset_config", "dataset.toml"]
+        return [*files, "--mixed_precision", "no", "--network_dim", str(RANK)]
+
+    def train(self, *words: object, code: int = 0) -> str:
+        found, said = run_here(SCRIPT, *self.words, *words, folder=self.folder)
+        assert found == code, said[-4000:]
+        return said
+
+    def refuse(self, *words: object, names: Sequence[object] = ()) -> str:
+        """Options that are refused before anything is loaded."""
+        fixed = ["--output_dir", "out", "--output_name", "lora"]
+        code, said = run_here(SCRIPT, *self.words, *fixed, *words, folder=self.folder)
+        message = assert_one_message(code, said, *names)
+        assert "Loading dit.safetensors" not in said
+        assert not (self.folder / "out" / "lora.safetensors").exists()
+        return message
+
+    def compare(self, compare: Compare, *words: object, label: str, each: int = 1, **more: Any) -> None:
+        """Train two steps of `each` clips, and compare factors and losses with those of a loss by clip."""
+        self.train(*descent(RATE), *words, "--gradient_accumulation_steps", each)
+        level = more.pop("level", float)
+        losses: list[float] = []
+
+        def gradients_at(factors: Factors, step: int) -> Factors:
+            leaves = {
+                name: tuple(one.clone().requires_grad_() for one in pair) for name, pair in factors.items()
+            }
+            total = torch.zeros(())
+            for number in range(step * each, (step + 1) * each):
+                order = order_of([*self.clips.values()], number // len(self.clips))
+                clip = order[number % len(self.clips)]
+                sample = noised(clip, number, level)
+                total = total + compare(leaves, clip, sample, number) / each  # type: ignore[arg-type]
+            total.backward()
+            losses.append(float(total.detach()))
+            return {name: (down.grad, up.grad) for name, (down, up) in leaves.items()}  # type: ignore[misc]
+
+        assert_steps_of_descent(self.folder / "out", MODULES, RATE, gradients_at, label, share=1e-7, **more)
+        assert self.losses() == pytest.approx(losses, rel=1e-4)
+
+    def losses(self, name: str = "lora") -> list[float]:
+        lines = (self.folder / "out" / f"{name}-history.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        return [row["loss"] for row in rows if "loss" in row]
+
+    def saved(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.folder / "out" / f"{name}.safetensors")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    folder = tmp_path / "größe 3"
+    folder.mkdir()
+    save_file(released(their_h3_dit().state_dict()), folder / "dit.safetensors")
+    return Project(folder)
+
+
+CLIPS = (random_clip(1), random_clip(2, is_heard=False, rows=7))
+
+
+def test_steps_are_those_of_plain_torch(project: Project) -> None:
+    """Of a clip with sound and a silent one in each step."""
+    project.cache(CLIPS)
+    project.compare(plainly, label="H3", each=2)
+
+
+def test_weights_and_the_range_of_base_time_count(project: Project) -> None:
+    project.cache(CLIPS)
+
+    def half(factors: Factors, clip: Clip, sample: Noised, number: int) -> Tensor:
+        return plainly(factors, clip, sample, number, weight=0.5)
+
+    words = ["--audio_loss_weight", 0.5, "--min_timestep", 0.2, "--max_timestep", 0.7]
+    project.compare(half, *words, label="H3, weighed", level=lambda u: 0.2 + 0.5 * u)
+
+
+@pytest.mark.parametrize("has_file", [False, True])
+def test_a_guided_target_is_that_of_its_formula(project: Project, has_file: bool) -> None:
+    """Where the base time is at least 0.5; the empty prompt with the LoRA on. Sound has a scale of its own."""
+    project.cache(CLIPS)
+    words: list[object] = ["--h3_guidance_loss_scale", 3, "--h3_guidance_loss_scale_audio", 4]
+    words += ["--h3_guidance_loss_sigma_min", 0.5]
+    empty = write_empty_text(project.folder)
+    if has_file:
+        (project.folder / "cache" / "mmh3_te.empty.safetensors").unlink()
+        probe = {"hidden_states": empty, "token_tags": torch.ones(1, dtype=torch.long)}
+        metadata = {"cache_format": "h3-uncond-probe-v1", "text": " "}
+        save_file(probe, project.folder / "probe.safetensors", metadata)
+        words += ["--h3_guidance_loss_uncond_cache", "probe.safetensors"]
+    levels: list[float] = []
+
+    def guided(factors: Factors, clip: Clip, sample: Noised, number: int) -> Tensor:
+        levels.append(sample.base)
+        targets = [sample.velocity, sample.sound_velocity]
+        if sample.base >= 0.5:
+            with torch.no_grad():
+                away = predict(factors, Sight(empty, torch.ones(1, dtype=torch.long)), sample)
+            for place, scale in enumerate((3, 4)):
+                targets[place] = away[place] + scale * (targets[place] - away[place])
+        made = predict(factors, Sight(clip.text, clip.tags), sample)
+        return mean_losses(made, (targets[0], targets[1]), clip)
+
+    project.compare(guided, *words, label="H3, guided", each=2)
+    assert min(levels) < 0.5 < max(levels)
