@@ -41,7 +41,7 @@ from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
 from encoders.tiles import posterior_generator, sample_posterior
 from minimax_h3.cache_marks import read_probe
-from minimax_h3.conditions import TARGET_INDEX, Placement, place_conditions
+from minimax_h3.conditions import TARGET_INDEX, H3Placement, place_conditions
 from minimax_h3.configs import DIT, NOISE, PATCH, RELEASE
 from minimax_h3.files import KEY, TAGS, H3Files, files_of
 from minimax_h3.names import LORA
@@ -219,7 +219,7 @@ class MiniMaxH3(OneTransformer):
             velocities.append(-joint.join(picture, sound))
         return torch.cat(velocities)
 
-    def _place(self, cond: Conditions, sample: int, joint: Joint) -> Placement:
+    def _place(self, cond: Conditions, sample: int, joint: Joint) -> H3Placement:
         """Return the conditions of a sample, with their places, and where its own clock starts."""
         _, frames, rows, columns = joint.picture
         grid = PictureGrid(frames, rows // PATCH, columns // PATCH)

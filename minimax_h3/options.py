@@ -109,8 +109,8 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
     targets: H3TargetOptions = option(facts=HABIT)
     refused: H3RefusedOptions = option(facts=FREE)
     h3_allow_experimental_sample_duration: bool = option(
-        f"also make samples of less than {LEAST_FRAMES} or more than {MOST_FRAMES} frames, for which the model "
-        "was not trained",
+        f"also make samples of less than {LEAST_FRAMES} or more than {MOST_FRAMES} frames, for which the "
+        "model was not trained",
         facts=FREE,
     )
 

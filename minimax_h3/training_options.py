@@ -72,8 +72,8 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
         facts=HABIT,
     )  # fmt: skip
     h3_visual_cond_clean: float = option(
-        "share of the latents in keyframes and in pictures and clips of references; the rest is noise, new in "
-        "each step",
+        "share of the latents in keyframes and in pictures and clips of references; the rest is noise, "
+        "new in each step",
         default=0.999,
         least=0,
         most=1,
@@ -118,8 +118,8 @@ class H3TargetOptions(Options, title="other names of shared targets"):
         facts=HABIT,
     )
     h3_teacher_conditions: str = option(
-        "--teacher_sees: first,last, the two frames; ref, the clip itself; subject_ref, other pictures of its "
-        "subject",
+        "--teacher_sees: first,last, the two frames; ref, the clip itself; subject_ref, other pictures of "
+        "its subject",
         default="first,last",
         one_of=tuple(VIEWS),
         facts=HABIT,
@@ -343,8 +343,8 @@ def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
             shared[shared_name] = f"--{own_name}", getattr(args, own_name)
     if "teacher_anchor_weight" in shared and args.h3_teacher_condition_sigma_max == 1:
         raise OptionError(
-            "--h3_teacher_preservation_weight with --h3_teacher_condition_sigma_max 1: the teacher knows more "
-            "at all levels, so that nothing is preserved. Leave one of the two out"
+            "--h3_teacher_preservation_weight with --h3_teacher_condition_sigma_max 1: the teacher knows "
+            "more at all levels, so that nothing is preserved. Leave one of the two out"
         )
 
 
@@ -354,8 +354,8 @@ def _translate_focus(args: argparse.Namespace, shared: Shared) -> None:
     if not args.h3_timestep_focus_prob:
         if (low, high) != (own.h3_timestep_focus_min, own.h3_timestep_focus_max):
             raise OptionError(
-                "--h3_timestep_focus_min and --h3_timestep_focus_max are the range of --h3_timestep_focus_prob. "
-                "Give that, or leave them out"
+                "--h3_timestep_focus_min and --h3_timestep_focus_max are the range of "
+                "--h3_timestep_focus_prob. Give that, or leave them out"
             )
         return
     shared["timestep_focus"] = "--h3_timestep_focus_prob", args.h3_timestep_focus_prob
@@ -390,8 +390,8 @@ def _check_view(args: argparse.Namespace) -> None:
     """Raise OptionError if a teacher is to see more than the conditions of a task that has some."""
     if args.teacher is not None and args.teacher_sees != INPUTS and args.task not in (None, "t2va"):
         raise OptionError(
-            f"--teacher_sees {args.teacher_sees} with --task {args.task}: the teacher knows more than a network "
-            "that learns texts alone. Give --task t2va"
+            f"--teacher_sees {args.teacher_sees} with --task {args.task}: the teacher knows more than a "
+            "network that learns texts alone. Give --task t2va"
         )
 
 

@@ -80,7 +80,8 @@ def write_caches(
             "audio_present_float32": torch.tensor(float(clip.is_heard)),
         }
         for key, tensor in clip.media.items():
-            tensors[f"{key}_{'x'.join(map(str, tensor.shape[-3:]))}_float32"] = tensor
+            sizes = "" if key.endswith("audio") else f"_{'x'.join(map(str, tensor.shape[-3:]))}"
+            tensors[f"{key}{sizes}_float32"] = tensor
         span = "" if frames == 1 else f"_00000-{frames:03d}"
         save_file(tensors, cache / f"{name}{span}_0064x0032_mmh3.safetensors")
         write_text(cache / f"{name}_mmh3_te.safetensors", clip.text, clip.tags, rows=clip.rows)

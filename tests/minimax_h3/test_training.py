@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers.modular_pipelines.minimax_h3.before_denoise import (
     MiniMaxH3PrepareLayoutStep,
+    MiniMaxH3Ref2VAPrepareLayoutStep,
     patchify_video_latents,
 )
 from einops import rearrange
@@ -20,7 +21,7 @@ from torch import Tensor
 from minimax_h3.configs import SOUND
 from tests.faults.messages import assert_one_message, run_here
 from tests.minimax_h3.caches import Clip, random_clip, write_caches, write_empty_text
-from tests.minimax_h3.test_model import rows_of_sound
+from tests.minimax_h3.test_model import Reference, rows_of_sound
 from tests.minimax_h3.tiny_dit import SIZES, released
 from tests.parity.training import (
     RANK,
@@ -38,6 +39,7 @@ SCRIPT = "minimax_h3_train_network.py"
 RATE = 2.0
 SCALE = 3.0 / RANK  # alpha of `descent`
 PATCH = (1, 2, 2)
+FRAMES_AT = ("latents_first", "latents_last")
 MODULES = [
     f"blocks_{block}_{name}"
     for block in range(SIZES["num_layers"])
@@ -52,6 +54,8 @@ class Sight:
     text: Tensor
     tags: Tensor
     frames: tuple[Tensor, ...] = ()  # first and last, noised: 1 24 1 h w each
+    # a reference: the clip noised, its sound, whether that is heard
+    whole: tuple[Tensor, Tensor, bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,36 +108,66 @@ def weights_with(factors: Factors) -> dict[str, Tensor]:
     return weights
 
 
+def rows_in(parts: Sequence[Tensor], patch: int) -> int:
+    """The rows of latents. patch: numbers of a channel in a row."""
+    return sum(part[0, 0].numel() // patch for part in parts)
+
+
+def layout_of(sight: Sight, sample: Noised, pictures: list[Tensor], sounds: list[Tensor]) -> tuple[Any, ...]:
+    count, height, width = sample.latents.shape[2:]
+    latents = sample.sound.shape[3]
+    if sight.whole is None:
+        return MiniMaxH3PrepareLayoutStep.build_packed_sequence(
+            sight.tags,
+            count,
+            height,
+            width,
+            latents,
+            PATCH,
+            2,
+            audio_tag=SOUND,
+            video_tag=0,
+            keyframe_anchors=("first", "last")[: len(sight.frames)],
+        )
+    return MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence(
+        sight.tags,
+        [Reference("video", has_audio=sight.whole[2])],
+        pictures[:-1],
+        [rows_of_sound(part) for part in sounds[:-1]],
+        num_latent_frames=count,
+        latent_height=height,
+        latent_width=width,
+        num_audio_latents=latents,
+        patch_size=PATCH,
+        audio_channels=2,
+        audio_tag=SOUND,
+        video_tag=0,
+    )
+
+
 def predict(factors: Factors, sight: Sight, sample: Noised) -> tuple[Tensor, Tensor]:
     """The velocities of pictures and of sound."""
     count, height, width = sample.latents.shape[2:]
-    layout = MiniMaxH3PrepareLayoutStep.build_packed_sequence(
-        sight.tags,
-        count,
-        height,
-        width,
-        sample.sound.shape[3],
-        PATCH,
-        2,
-        audio_tag=SOUND,
-        video_tag=0,
-        keyframe_anchors=("first", "last")[: len(sight.frames)],
-    )
+    pictures, sounds = [*sight.frames, sample.latents], [sample.sound]
+    if sight.whole is not None:
+        clip, heard, is_heard = sight.whole
+        pictures.insert(0, clip)
+        sounds = [heard, *sounds] if is_heard else sounds
+    layout = layout_of(sight, sample, pictures, sounds)
     places, tags, video, audio, text, *_ = layout
     times = [1 - level for level in sample.levels]
-    if sight.frames:
-        times.append(max(0.999, times[0]))
+    times += [max(0.999, times[0]), 1.0]
     of_time = torch.zeros(len(tags), dtype=torch.long)
     of_time[tags == SOUND] = 1
-    conditions = len(sight.frames) * height * width // 4
+    conditions, given_sounds = rows_in(pictures[:-1], 4), rows_in(sounds[:-1], 1)
     of_time[video[:conditions]] = 2
-    pictures = [*sight.frames, sample.latents]
+    of_time[audio[:given_sounds]] = 3
     output = torch.func.functional_call(
         their_h3_dit(),
         weights_with(factors),
         kwargs={
             "hidden_states": torch.cat([patchify_video_latents(part, PATCH) for part in pictures])[None],
-            "audio_hidden_states": rows_of_sound(sample.sound)[None],
+            "audio_hidden_states": torch.cat([rows_of_sound(part) for part in sounds])[None],
             "encoder_hidden_states": sight.text[None],
             "timestep": torch.tensor(times),
             "timestep_indices": of_time,
@@ -148,7 +182,8 @@ def predict(factors: Factors, sight: Sight, sample: Noised) -> tuple[Tensor, Ten
     made = rearrange(
         rows, "b (f h w) (c p q) -> b c f (h p) (w q)", f=count, h=height // 2, w=width // 2, p=2, q=2
     )
-    return -made, -output.audio_sample.mT.unflatten(2, (2, -1))
+    heard_rows = output.audio_sample[:, given_sounds:]
+    return -made, -heard_rows.mT.unflatten(2, (2, -1))
 
 
 def order_of(clips: Sequence[Clip], epoch: int) -> list[Clip]:
@@ -293,3 +328,131 @@ def test_a_guided_target_is_that_of_its_formula(project: Project, has_file: bool
 
     project.compare(guided, *words, label="H3, guided", each=2)
     assert min(levels) < 0.5 < max(levels)
+
+
+def teacher_text(name: str, rows: int = 8) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Rows of a teacher by their names in caches, then states and tags."""
+    clip = random_clip(7, rows=rows, has_pictures=True)
+    return {f"{name}_hidden_states": clip.text, f"{name}_token_tags": clip.tags}, clip.text, clip.tags
+
+
+def parts_of(made: Tensor, taught: Tensor, size_weight: float) -> Tensor:
+    """Size and direction apart: equal to the mean square at a weight of 1, but not in its gradient."""
+    count = made.numel()
+    made, taught = made.flatten(), taught.flatten()
+    one, other = made.norm(), taught.norm()
+    cosine = (made @ taught) / (one * other)
+    return (size_weight * (one - other) ** 2 + 2 * one.detach() * other * (1 - cosine)) / count
+
+
+def thin_means(made: Tensor, taught: Tensor, weight: float) -> Tensor:
+    """The prediction with a part of its difference in the mean of each channel taken away."""
+    means = (made - taught).mean(dim=(2, 3, 4), keepdim=True)
+    return made - (1 - weight**0.5) * means
+
+
+def step_noise(number: int, *latents: Tensor) -> list[Tensor]:
+    """Latents of conditions with the noise of a step."""
+    generator = stream(SEED, "varied inputs", number)
+    return [0.999 * one[None] + 0.001 * torch.randn(1, *one.shape, generator=generator) for one in latents]
+
+
+def matched(sight_of: Callable[[Clip, int], Sight], dc: float, mag: float, keep: float) -> Compare:
+    """The loss of teacher matching: taught up to a base time of 0.75, an anchor above."""
+
+    def compare(factors: Factors, clip: Clip, sample: Noised, number: int) -> Tensor:
+        told = Sight(clip.text, clip.tags)
+        is_taught = sample.base <= 0.75
+        with torch.no_grad():
+            taught = predict({}, sight_of(clip, number) if is_taught else told, sample)
+        video, heard = predict(factors, told, sample)
+        weight = 1.0 if is_taught else keep
+        if is_taught:
+            video = thin_means(video, taught[0], dc)
+        losses = [
+            parts_of(made, to, mag if is_taught else 1)
+            for made, to in zip((video, heard), taught, strict=True)
+        ]
+        return weight * (losses[0] + float(clip.is_heard) * losses[1])
+
+    return compare
+
+
+MATCHING: list[object] = ["--h3_teacher_matching", "--h3_teacher_loss_dc_weight", 0.3]
+MATCHING += ["--h3_teacher_loss_mag_weight", 0.5, "--h3_teacher_preservation_weight", 2]
+
+
+def with_frames(clips: Sequence[Clip], names: str = "mmh3_teacher") -> tuple[list[Clip], Tensor, Tensor]:
+    """Clips with keyframes and rows of a teacher, and these rows."""
+    rows, text, tags = teacher_text(names)
+    framed = []
+    for seed, clip in enumerate(clips):
+        generator = torch.Generator().manual_seed(50 + seed)
+        frames = {name: torch.randn(24, 1, 2, 4, generator=generator) for name in FRAMES_AT}
+        framed.append(replace(clip, media=frames, rows=rows))
+    return framed, text, tags
+
+
+def test_a_teacher_with_both_frames_is_matched_as_the_formula_says(project: Project) -> None:
+    """Both taught steps and anchors, of clips with and without sound."""
+    clips, text, tags = with_frames(CLIPS)
+    project.cache(clips)
+    levels: list[float] = []
+
+    def sight(clip: Clip, number: int) -> Sight:
+        return Sight(text, tags, tuple(step_noise(number, *(clip.media[name] for name in FRAMES_AT))))
+
+    compare = matched(sight, dc=0.3, mag=0.5, keep=2)
+
+    def noted(factors: Factors, clip: Clip, sample: Noised, number: int) -> Tensor:
+        levels.append(sample.base)
+        return compare(factors, clip, sample, number)
+
+    # in the first step an anchor has no gradient: an untrained network is its own teacher
+    project.compare(noted, *MATCHING, label="H3, matching", each=2)
+    assert min(levels) < 0.75 < max(levels)
+
+
+def test_a_teacher_sees_the_clip_itself(project: Project) -> None:
+    """As a reference with its sound, in front of the clip on the clock."""
+    rows, text, tags = teacher_text("mmh3_teacher_ref")
+    project.cache([replace(clip, rows=rows) for clip in CLIPS])
+
+    def sight(clip: Clip, number: int) -> Sight:
+        return Sight(text, tags, whole=(step_noise(number, clip.latents)[0], clip.sound[None], clip.is_heard))
+
+    words = [*MATCHING, "--h3_teacher_conditions", "ref", "--h3_teacher_condition_sigma_max", 1]
+    words = [word for word in words if word not in ("--h3_teacher_preservation_weight", 2)]
+    project.compare(matched(sight, dc=0.3, mag=0.5, keep=1), *words, label="H3, the clip itself",
+                    level=lambda u: 0.75 * u)  # fmt: skip
+
+
+def test_first_and_last_frame_are_told_with_new_noise_in_each_step(project: Project) -> None:
+    """--task fl2va, the plain loss."""
+    clips, _, _ = with_frames([random_clip(1, has_pictures=True), random_clip(2, rows=7, has_pictures=True)])
+    project.cache([replace(clip, rows={}) for clip in clips])
+
+    def compare(factors: Factors, clip: Clip, sample: Noised, number: int) -> Tensor:
+        frames = step_noise(number, *(clip.media[name] for name in FRAMES_AT))
+        made = predict(factors, Sight(clip.text, clip.tags, tuple(frames)), sample)
+        return mean_losses(made, (sample.velocity, sample.sound_velocity), clip)
+
+    project.compare(compare, "--task", "fl2va", label="H3, both frames")
+
+
+def test_references_are_told_with_new_noise_in_each_step(project: Project) -> None:
+    """--task ref2va: a clip with its sound."""
+    clips = []
+    for seed in (1, 2):
+        clip = random_clip(seed, has_pictures=True)
+        media = {"latents_ref_000_video": clip.latents + 1, "latents_ref_000_audio": clip.sound - 1}
+        clips.append(replace(clip, media=media))
+    project.cache(clips)
+
+    def compare(factors: Factors, clip: Clip, sample: Noised, number: int) -> Tensor:
+        (shown,) = step_noise(number, clip.media["latents_ref_000_video"])
+        whole = shown, clip.media["latents_ref_000_audio"][None], True
+        made = predict(factors, Sight(clip.text, clip.tags, whole=whole), sample)
+        return mean_losses(made, (sample.velocity, sample.sound_velocity), clip)
+
+    project.compare(compare, "--task", "ref2va", label="H3, references")
