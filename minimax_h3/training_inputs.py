@@ -127,8 +127,8 @@ def _check_shape(batch: Batch, key: str, found: Tensor, latents: Tensor) -> None
         fits = not (found.shape[3] % PATCH or found.shape[4] % PATCH)
     if not fits:
         raise CacheError(
-            f"{batch.keys[0]}: {key} in its cache is {list(found.shape[1:])}, which the network does not take. "
-            f"Cache again with {LATENTS_AGAIN}."
+            f"{batch.keys[0]}: {key} in its cache is {list(found.shape[1:])}, which the network does not "
+            f"take. Cache again with {LATENTS_AGAIN}."
         )
 
 

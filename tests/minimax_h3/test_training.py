@@ -24,10 +24,11 @@ from tests.minimax_h3.caches import Clip, random_clip, write_caches, write_empty
 from tests.minimax_h3.test_model import Reference, rows_of_sound
 from tests.minimax_h3.tiny_dit import SIZES, released
 from tests.parity.training import (
+    ALPHA,
     RANK,
     SEED,
     Factors,
-    assert_steps_of_descent,
+    assert_descent,
     descent,
     stream,
     stream_seed,
@@ -37,7 +38,7 @@ from tests.tiny.minimax_h3 import their_h3_dit
 
 SCRIPT = "minimax_h3_train_network.py"
 RATE = 2.0
-SCALE = 3.0 / RANK  # alpha of `descent`
+SCALE = ALPHA / RANK
 PATCH = (1, 2, 2)
 FRAMES_AT = ("latents_first", "latents_last")
 MODULES = [
@@ -241,10 +242,41 @@ class Project:
         assert not (self.folder / "out" / "lora.safetensors").exists()
         return message
 
-    def compare(self, compare: Compare, *words: object, label: str, each: int = 1, **more: Any) -> None:
-        """Train two steps of `each` clips, and compare factors and losses with those of a loss by clip."""
+    def write_start(self) -> Factors:
+        """Write a LoRA that has an effect, start.safetensors. Returns its factors."""
+        generator = torch.Generator().manual_seed(11)
+        tensors, factors = {}, {}
+        state = released(their_h3_dit().state_dict())
+        for name in MODULES:
+            _, block, part, *rest = name.split("_")
+            height, width = state[f"blocks.{block}.{part}.{'_'.join(rest)}.weight"].shape
+            down = torch.randn(RANK, width, generator=generator) / width**0.5
+            up = 0.1 * torch.randn(height, RANK, generator=generator)
+            factors[name] = down, up
+            tensors[f"lora_unet_{name}.lora_down.weight"] = down
+            tensors[f"lora_unet_{name}.lora_up.weight"] = up
+            tensors[f"lora_unet_{name}.alpha"] = torch.tensor(ALPHA)
+        save_file(tensors, self.folder / "start.safetensors")
+        return factors
+
+    def compare(
+        self,
+        compare: Compare,
+        *words: object,
+        label: str,
+        each: int = 1,
+        starts: bool = False,
+        level: Callable[[float], float] = float,
+    ) -> None:
+        """Train two steps of `each` clips, and compare factors and losses with those of a loss by clip.
+
+        starts: whether the LoRA has an effect already. level: base time of a uniform number.
+        """
+        start = None
+        if starts:
+            start = self.write_start()
+            words += ("--network_weights", "start.safetensors")
         self.train(*descent(RATE), *words, "--gradient_accumulation_steps", each)
-        level = more.pop("level", float)
         losses: list[float] = []
 
         def gradients_at(factors: Factors, step: int) -> Factors:
@@ -261,7 +293,8 @@ class Project:
             losses.append(float(total.detach()))
             return {name: (down.grad, up.grad) for name, (down, up) in leaves.items()}  # type: ignore[misc]
 
-        assert_steps_of_descent(self.folder / "out", MODULES, RATE, gradients_at, label, share=1e-7, **more)
+        files = [self.folder / "out" / f"lora{end}.safetensors" for end in ("-step00000001", "")]
+        assert_descent(files, MODULES, RATE, gradients_at, label, start=start, share=1e-4)
         assert self.losses() == pytest.approx(losses, rel=1e-4)
 
     def losses(self, name: str = "lora") -> list[float]:
@@ -302,7 +335,7 @@ def test_weights_and_the_range_of_base_time_count(project: Project) -> None:
 
 @pytest.mark.parametrize("has_file", [False, True])
 def test_a_guided_target_is_that_of_its_formula(project: Project, has_file: bool) -> None:
-    """Where the base time is at least 0.5; the empty prompt with the LoRA on. Sound has a scale of its own."""
+    """Where the base time is at least 0.5; the empty prompt with the LoRA on. Sound has its own scale."""
     project.cache(CLIPS)
     words: list[object] = ["--h3_guidance_loss_scale", 3, "--h3_guidance_loss_scale_audio", 4]
     words += ["--h3_guidance_loss_sigma_min", 0.5]
@@ -326,7 +359,7 @@ def test_a_guided_target_is_that_of_its_formula(project: Project, has_file: bool
         made = predict(factors, Sight(clip.text, clip.tags), sample)
         return mean_losses(made, (targets[0], targets[1]), clip)
 
-    project.compare(guided, *words, label="H3, guided", each=2)
+    project.compare(guided, *words, label="H3, guided", each=2, starts=True)
     assert min(levels) < 0.5 < max(levels)
 
 
@@ -408,8 +441,7 @@ def test_a_teacher_with_both_frames_is_matched_as_the_formula_says(project: Proj
         levels.append(sample.base)
         return compare(factors, clip, sample, number)
 
-    # in the first step an anchor has no gradient: an untrained network is its own teacher
-    project.compare(noted, *MATCHING, label="H3, matching", each=2)
+    project.compare(noted, *MATCHING, label="H3, matching", each=2, starts=True)
     assert min(levels) < 0.75 < max(levels)
 
 
@@ -423,7 +455,7 @@ def test_a_teacher_sees_the_clip_itself(project: Project) -> None:
 
     words = [*MATCHING, "--h3_teacher_conditions", "ref", "--h3_teacher_condition_sigma_max", 1]
     words = [word for word in words if word not in ("--h3_teacher_preservation_weight", 2)]
-    project.compare(matched(sight, dc=0.3, mag=0.5, keep=1), *words, label="H3, the clip itself",
+    project.compare(matched(sight, dc=0.3, mag=0.5, keep=1), *words, label="H3, the clip itself", starts=True,
                     level=lambda u: 0.75 * u)  # fmt: skip
 
 
