@@ -390,12 +390,14 @@ def step_noise(number: int, *latents: Tensor) -> list[Tensor]:
     return [0.999 * one[None] + 0.001 * torch.randn(1, *one.shape, generator=generator) for one in latents]
 
 
-def matched(sight_of: Callable[[Clip, int], Sight], dc: float, mag: float, keep: float) -> Compare:
-    """The loss of teacher matching: taught up to a base time of 0.75, an anchor above."""
+def matched(
+    sight_of: Callable[[Clip, int], Sight], dc: float, mag: float, keep: float, highest: float = 0.75
+) -> Compare:
+    """The loss of teacher matching: taught up to a base time, an anchor above."""
 
     def compare(factors: Factors, clip: Clip, sample: Noised, number: int) -> Tensor:
         told = Sight(clip.text, clip.tags)
-        is_taught = sample.base <= 0.75
+        is_taught = sample.base <= highest
         with torch.no_grad():
             taught = predict({}, sight_of(clip, number) if is_taught else told, sample)
         video, heard = predict(factors, told, sample)
@@ -455,8 +457,8 @@ def test_a_teacher_sees_the_clip_itself(project: Project) -> None:
 
     words = [*MATCHING, "--h3_teacher_conditions", "ref", "--h3_teacher_condition_sigma_max", 1]
     words = [word for word in words if word not in ("--h3_teacher_preservation_weight", 2)]
-    project.compare(matched(sight, dc=0.3, mag=0.5, keep=1), *words, label="H3, the clip itself", starts=True,
-                    level=lambda u: 0.75 * u)  # fmt: skip
+    compare = matched(sight, dc=0.3, mag=0.5, keep=1, highest=1)
+    project.compare(compare, *words, label="H3, the clip itself", starts=True)
 
 
 def test_first_and_last_frame_are_told_with_new_noise_in_each_step(project: Project) -> None:
