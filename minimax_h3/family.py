@@ -182,6 +182,11 @@ class MiniMaxH3(OneTransformer):
         config = self.files.dit_header().config
         remedy = f"{TEXTS_AGAIN} and Qwen3-VL (32B)"
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
+        if self.options is not NO_OPTIONS and self.options.one_frame and latents.shape[2] > 1:
+            raise OptionError(
+                f"--one_frame: {batch.keys[0]} is a clip of {latents.shape[2]} latent frames. Leave the option "
+                "out, or give tables of pictures alone"
+            )
         texts = {name: batch.tensors[name] for name in (KEY, TAGS)}
         if not batch.view and self.files.task == "t2va" and TARGET_INDEX not in batch.tensors:
             return texts

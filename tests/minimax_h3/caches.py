@@ -45,9 +45,14 @@ class Clip:
 
 
 def random_clip(
-    seed: int, is_heard: bool = True, frames: int = FRAMES, rows: int = 5, has_pictures: bool = False
+    seed: int,
+    is_heard: bool = True,
+    frames: int = FRAMES,
+    rows: int = 5,
+    has_pictures: bool = False,
+    sides: tuple[int, int] = (2, 4),
 ) -> Clip:
-    """rows: of the text. has_pictures: whether its first ones stand for pictures."""
+    """rows: of the text. has_pictures: whether its first ones stand for pictures. sides: of the latents."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -58,7 +63,7 @@ def random_clip(
     if has_pictures:
         tags[1:3] = 0
     return Clip(
-        draw(CHANNELS, latent_frames, 2, 4),
+        draw(CHANNELS, latent_frames, *sides),
         sound=draw(SOUND_CHANNELS, 2, sounds),
         text=draw(rows, DIM),
         tags=tags,
