@@ -41,8 +41,8 @@ from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
 from encoders.tiles import posterior_generator, sample_posterior
 from minimax_h3.cache_marks import read_probe
-from minimax_h3.conditions import TARGET_INDEX, H3Placement, place_conditions
-from minimax_h3.configs import DIT, NOISE, PATCH, RELEASE
+from minimax_h3.conditions import TARGET_INDEX, H3Placement, grid_of, place_conditions
+from minimax_h3.configs import DIT, NOISE, RELEASE
 from minimax_h3.files import KEY, TAGS, H3Files, files_of
 from minimax_h3.names import LORA
 from minimax_h3.options import (
@@ -57,9 +57,15 @@ from minimax_h3.options import (
     H3GenerationOptions,
     H3TrainingOptions,
 )
-from minimax_h3.places import PictureGrid
 from minimax_h3.sound import H3SoundVae
-from minimax_h3.training_inputs import Clean, media_of, noise_inputs, teacher_rows
+from minimax_h3.training_inputs import (
+    CLEAN,
+    Clean,
+    clean_shares,
+    noise_inputs,
+    teacher_rows,
+    told_media,
+)
 from minimax_h3.video_vae import H3VideoVae
 from modules.devices import send
 from modules.errors import DatasetError, OptionError
@@ -82,7 +88,6 @@ class MiniMaxH3(OneTransformer):
     sound_learning: rules.SoundLearning = rules.SoundLearning()
     any_length: bool = False  # of a generation: also shorter and longer clips than the model knows
     options: Any = NO_OPTIONS  # of a training
-    clean: Clean | None = None  # shares of the latents in conditions of a training; None: as released
 
     can: ClassVar = Abilities(
         hear=True,
@@ -184,8 +189,8 @@ class MiniMaxH3(OneTransformer):
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
         if self.options is not NO_OPTIONS and self.options.one_frame and latents.shape[2] > 1:
             raise OptionError(
-                f"--one_frame: {batch.keys[0]} is a clip of {latents.shape[2]} latent frames. Leave the option "
-                "out, or give tables of pictures alone"
+                f"--one_frame: {batch.keys[0]} is a clip of {latents.shape[2]} latent frames. Leave the "
+                "option out, or give tables of pictures alone"
             )
         texts = {name: batch.tensors[name] for name in (KEY, TAGS)}
         if not batch.view and self.files.task == "t2va" and TARGET_INDEX not in batch.tensors:
@@ -193,7 +198,14 @@ class MiniMaxH3(OneTransformer):
         if batch.view:
             texts = dict(zip((KEY, TAGS), teacher_rows(batch), strict=True))
             batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
-        return {**texts, **media_of(batch, self.files.task, latents)}
+        return {**texts, **told_media(batch, self.files.task, latents), **self._shares()}
+
+    def _shares(self) -> Conditions:
+        """Return what says how clean the conditions of a training are."""
+        if self.options is NO_OPTIONS:
+            return {}
+        loss = self.options.loss
+        return {CLEAN: torch.tensor([loss.h3_visual_cond_clean, loss.h3_audio_cond_clean])}
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
@@ -210,7 +222,7 @@ class MiniMaxH3(OneTransformer):
         for sample, (picture_time, sound_time) in enumerate(times):
             one = slice(sample, sample + 1)
             is_shown = (cond[TAGS][sample] == 0).tolist()
-            placement = self._place(cond, sample, joint)
+            placement = self._place_conditions(cond, sample, pictures)
             picture, sound = dit(
                 pictures[one],
                 sounds[one],
@@ -224,18 +236,16 @@ class MiniMaxH3(OneTransformer):
             velocities.append(-joint.join(picture, sound))
         return torch.cat(velocities)
 
-    def _place(self, cond: Conditions, sample: int, joint: Joint) -> H3Placement:
-        """Return the conditions of a sample, with their places, and where its own clock starts."""
-        _, frames, rows, columns = joint.picture
-        grid = PictureGrid(frames, rows // PATCH, columns // PATCH)
-        placement = place_conditions(cond, sample, len(cond[KEY][sample]), grid)
-        if self.clean is None:
-            return placement
-        conditions = []
+    def _place_conditions(self, cond: Conditions, sample: int, pictures: Tensor) -> H3Placement:
+        """Return keyframes and references of a sample, on the device, and where its clock starts."""
+        placement = place_conditions(cond, sample, len(cond[KEY][sample]), grid_of(pictures))
+        shares = clean_shares(cond)
+        placed = []
         for condition in placement.conditions:
-            share = self.clean.sound if condition.is_sound else self.clean.visual
-            conditions.append(replace(condition, clean=share))
-        return replace(placement, conditions=tuple(conditions))
+            latents = send(condition.latents, pictures.device)
+            clean = shares.sound if condition.is_sound else shares.visual
+            placed.append(replace(condition, latents=latents, clean=clean))
+        return replace(placement, conditions=tuple(placed))
 
     # generation
 
@@ -370,7 +380,6 @@ def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
         sound_learning=rules.SoundLearning(loss.h3_video_loss_weight, loss.sound_weight),
         any_length=options.h3_allow_experimental_sample_duration,
         options=options,
-        clean=clean,
     )
 
 

@@ -43,7 +43,7 @@ class H3Condition:
 
     latents: Tensor  # B Z F H W of pictures, B Z 2 A of sound
     place: PicturePlace | SoundPlace
-    clean: float | None = None  # share of the latents in what is given; None: as released
+    clean: float | None = None  # share of the latents in it, its time at least; None: as released
 
     @property
     def is_sound(self) -> bool:

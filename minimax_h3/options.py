@@ -212,6 +212,35 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
             raise OptionError("--height and --width: give both")
 
 
+def caching_options(options: H3TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
+    task = {"--task": options.task}
+    latents = {
+        "--video_vae": options.vae.file.vae or FillIn("VIDEO_VAE_FILE"),
+        "--audio_vae": options.vae.audio_vae or FillIn("AUDIO_VAE_FILE"),
+    }
+    return {**latents, **task}, {**_text_words(options), **task}
+
+
+def _text_words(options: H3ModelOptions) -> dict[str, Any]:
+    return {
+        "--text_encoder": options.text.text_encoder or FillIn("QWEN3_VL_FILE"),
+        "--tokenizer": options.text.text_encoder_tokenizer,
+    }
+
+
+def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    latents, _ = caching_options(options)
+    return {
+        "--dit": options.dit or FillIn("DIT_FILE"),
+        "--dit_dtype": options.dit_dtype,
+        **latents,
+        **_text_words(options),
+        "--video_length": sample.get("frames"),
+    }
+
+
 def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H3GenerationOptions]:
     """Put --width and --height, --ratio, --duration and --dtype into the options that they stand for.
 
@@ -282,32 +311,3 @@ def canvas(ratio: float) -> tuple[int, int]:
     width, height = (short * ratio, short) if ratio >= 1 else (short, short / ratio)
     scale = min(1.0, math.sqrt(SIZE[0] * SIZE[1] / (width * height)))
     return round(height * scale / TOKEN) * TOKEN, round(width * scale / TOKEN) * TOKEN
-
-
-def caching_options(options: H3TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options of the commands that make missing caches of latents and of texts."""
-    task = {"--task": options.task}
-    latents = {
-        "--video_vae": options.vae.file.vae or FillIn("VIDEO_VAE_FILE"),
-        "--audio_vae": options.vae.audio_vae or FillIn("AUDIO_VAE_FILE"),
-    }
-    return {**latents, **task}, {**_text_words(options), **task}
-
-
-def _text_words(options: H3ModelOptions) -> dict[str, Any]:
-    return {
-        "--text_encoder": options.text.text_encoder or FillIn("QWEN3_VL_FILE"),
-        "--tokenizer": options.text.text_encoder_tokenizer,
-    }
-
-
-def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
-    latents, _ = caching_options(options)
-    return {
-        "--dit": options.dit or FillIn("DIT_FILE"),
-        "--dit_dtype": options.dit_dtype,
-        **latents,
-        **_text_words(options),
-        "--video_length": sample.get("frames"),
-    }

@@ -24,6 +24,7 @@ from minimax_h3.conditions import (
     reference_key,
 )
 from minimax_h3.configs import PATCH
+from minimax_h3.model import PICTURES_LIE
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
 from minimax_h3.training_options import VIEWS
 from modules.errors import CacheError
@@ -32,11 +33,24 @@ LATENTS_AGAIN = "minimax_h3_cache_latents.py"
 TAUGHT, TAUGHT_SOUND = "taught_latents", "taught_sound"  # of the clip itself, as its teacher's reference
 
 
+CLEAN = "clean_shares"  # in conditions of a training: `Clean`, 2 float32 on the host
+
+
 class Clean(NamedTuple):
     """Shares of the latents in conditions; the rest is noise."""
 
     visual: float  # of pictures and clips
     sound: float
+
+
+def clean_shares(cond: Conditions) -> Clean:
+    """Return how clean the conditions of a pass are, as released if they do not say it."""
+    shares = cond.get(CLEAN)
+    if not isinstance(shares, Tensor):
+        return Clean(PICTURES_LIE, 1.0)
+    # float32 has 0.999 as 0.99900001
+    visual, sound = (round(share, 6) for share in shares.tolist())
+    return Clean(visual, sound)
 
 
 def noise_inputs(clean: Clean, tensors: Conditions, view: str, generator: torch.Generator) -> Conditions:
@@ -73,7 +87,7 @@ def teacher_rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     return teacher_texts(batch, names[batch.view])
 
 
-def media_of(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
+def told_media(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
     """Return the keyframes, references and places that the network is told, by their names in caches.
 
     batch: with what a teacher sees, if it is for one. latents: of the clip, in model space. Raises CacheError
