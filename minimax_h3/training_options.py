@@ -20,7 +20,7 @@ LEVELS = (
     "the noise of pictures and sound follows one even base time, as in a generation. "
     "--timestep_focus draws more from a range of it. Leave it out"
 )
-SHIFTS = "the shifts of pictures and of sound are --h3_shift_video and --h3_shift_audio"
+SHIFTS = "give the shifts of pictures and of sound by --h3_shift_video and --h3_shift_audio"
 _PARTS = "of a clip that is made, the first and last frame and references are given: --task. Leave it out"
 _PROBABLY = "the loss has no such term; --teacher, --guided_target and the priors are its further targets"
 _VALIDATED = "tables with validation = true are measured. Put them into --dataset_config"
@@ -85,7 +85,9 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
 
     def __post_init__(self) -> None:
         if not self.h3_video_loss_weight + self.sound_weight:
-            raise OptionError("--h3_video_loss_weight 0 without a loss of sound: nothing would be learned")
+            raise OptionError(
+                "--h3_video_loss_weight 0 without a loss of sound: nothing would be learned. Give one of them a weight"
+            )
 
     @property
     def sound_weight(self) -> float:
@@ -225,7 +227,7 @@ class H3RefusedOptions(Options, title="not for this model"):
     compile_auto_cache_size_limit = unsupported(_COMPILING)
     compile_fallback_to_eager = unsupported(_COMPILING)
     log_grad_metrics = not_needed("the norm of the gradients is logged always.")
-    validation_dataset_config = unsupported(_VALIDATED, type=str)
+    validation_dataset_config = unsupported(_VALIDATED, type=Path)
     validate_at_start = unsupported("the first one is after --validate_every_n_steps. Leave it out")
     validation_timestep_bins = unsupported(_BANDS, type=int, default=4)
     validation_min_timestep = unsupported(_BANDS, type=int, default=0)
