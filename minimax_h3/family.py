@@ -187,7 +187,7 @@ class MiniMaxH3(OneTransformer):
         config = self.files.dit_header().config
         remedy = f"{TEXTS_AGAIN} and Qwen3-VL (32B)"
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
-        if self.options is not NO_OPTIONS and self.options.one_frame and latents.shape[2] > 1:
+        if isinstance(self.options, H3TrainingOptions) and self.options.one_frame and latents.shape[2] > 1:
             raise OptionError(
                 f"--one_frame: {batch.keys[0]} is a clip of {latents.shape[2]} latent frames. Leave the "
                 "option out, or give tables of pictures alone"
@@ -202,7 +202,7 @@ class MiniMaxH3(OneTransformer):
 
     def _shares(self) -> Conditions:
         """Return what says how clean the conditions of a training are."""
-        if self.options is NO_OPTIONS:
+        if not isinstance(self.options, H3TrainingOptions):
             return {}
         loss = self.options.loss
         return {CLEAN: torch.tensor([loss.h3_visual_cond_clean, loss.h3_audio_cond_clean])}
