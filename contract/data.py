@@ -37,8 +37,6 @@ WORSE_LATENTS = "latents_worse"
 
 # latents of a clip's sound, in caches (C T M), batches and conditions (B C T M)
 SOUND = "audio_latents"
-# the same in the cache of a clip's latents (`SoundSpec.is_inside`), and whether it is more than silence: 1, 0
-INNER_SOUND, IS_HEARD = "latents_audio", "audio_present"
 # which samples have sound, in batches and conditions: B bool, on the host; without sound in any sample, this
 # and the latents are absent
 HAS_SOUND = "has_sound"
@@ -123,12 +121,12 @@ class Batch:
     # dropped tensors, for a teacher: encoded captions before dropout, latents of reference pictures
     undropped: Conditions = field(default_factory=dict)
     network_multiplier: float = 1.0  # strength of the network while it learns this batch
+    # what a teacher sees with it (--teacher_sees), for `batch_conditions`; "": the network's own conditions
+    view: str = ""
     empty_text: Conditions = field(default_factory=dict)  # the empty prompt's, for a target that asks for it
     # latents of the worse one of each pair, if a target asks for them; like `latents`
     worse: Tensor | None = None
     has_empty_text: tuple[bool, ...] = ()  # whether each sample's text is the empty prompt; () if none is
-    # what a teacher sees with it (--teacher_sees), for `batch_conditions`; "": the network's own conditions
-    view: str = ""
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -337,7 +335,6 @@ class LatentSpec:
     # frames per second of clips in other programs' caches, if these do not state it; else None
     unsaid_fps: float | None = None
     clip: int = 0  # frames of a clip that is encoded by itself; 0: a video is encoded whole
-    holds_sound: bool = False  # see `SoundSpec.is_inside`
     tells_sizes: bool = False  # batches have `SIZES`
 
     @property
@@ -412,8 +409,6 @@ class SoundSpec:
     without: str = "another model"  # what to give for a run without sound: an option
     is_alone: bool = False  # nothing is learned of clips but their sound
     time_axis: int = 1  # of the three axes of a shape: that which grows with the length of the clip
-    # caches of latents hold the sound of their clip too, silence without any: `INNER_SOUND` and `IS_HEARD`
-    is_inside: bool = False
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ NOISE = NoiseSpec(
     sound_shift=SOUND_SHIFT / PICTURE_SHIFT,
     base_shift=PICTURE_SHIFT,
 )
-LATENT = LatentSpec(channels=24, stride=(4, 16, 16), pixel_step=32, frame_step=4, clip=CLIP, holds_sound=True)
+LATENT = LatentSpec(channels=24, stride=(4, 16, 16), pixel_step=32, frame_step=4, clip=CLIP)
 RELEASE = ModelRelease(
     ("MiniMaxAI/MiniMax-H3",),
     "MiniMax H3 Community License",

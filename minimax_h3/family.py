@@ -63,12 +63,13 @@ from minimax_h3.training_inputs import (
     Clean,
     clean_shares,
     noise_inputs,
+    teacher_key,
     teacher_rows,
     told_media,
 )
 from minimax_h3.video_vae import H3VideoVae
 from modules.devices import send
-from modules.errors import DatasetError, OptionError
+from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 
@@ -179,6 +180,12 @@ class MiniMaxH3(OneTransformer):
         if path is None:
             return {}
         states, tags = read_probe(path)
+        width = self.files.dit_header().config.text_dim
+        if states.shape[1] != width:
+            raise CacheError(
+                f"{path}: its states are {states.shape[1]} numbers wide, {self.files.dit_path} takes {width}. "
+                f"Make the file with {TEXTS_AGAIN} --uncond_output and Qwen3-VL (32B)."
+            )
         return {KEY: states, TAGS: tags}
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
@@ -197,7 +204,7 @@ class MiniMaxH3(OneTransformer):
             return texts
         if batch.view:
             texts = dict(zip((KEY, TAGS), teacher_rows(batch), strict=True))
-            batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
+            batch.check_widths({teacher_key(batch.view): config.text_dim}, self.files.dit_path, remedy)
         return {**texts, **told_media(batch, self.files.task, latents), **self._shares()}
 
     def _shares(self) -> Conditions:

@@ -170,8 +170,7 @@ class H3Files(LanguageModelFiles):
             channels: int = settings["latent_channels"]
         except (OptionError, OSError):  # a training from caches needs no VAE
             channels = len(SOUND_MEAN)
-        shape = partial(sound_shape, channels)
-        return SoundSpec(RATE, CHANNELS, shape, time_axis=2, is_inside=True)
+        return SoundSpec(RATE, CHANNELS, partial(sound_shape, channels), time_axis=2)
 
     def sound_identity(self) -> dict[str, str]:
         """Return what cached sound depends on besides the samples; the VAE is always in float32."""

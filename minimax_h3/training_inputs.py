@@ -83,8 +83,17 @@ def _tensor(tensors: Conditions, key: str) -> Tensor:
 
 def teacher_rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     """Return states and tags of the text that a teacher reads. Raises CacheError if there are none."""
-    names = {view: name for name, view in VIEWS.items()}
-    return teacher_texts(batch, names[batch.view])
+    return teacher_texts(batch, _conditions_of(batch.view))
+
+
+def teacher_key(view: str) -> str:
+    """Return the name in caches of the states that a teacher reads. view: as `Batch.view`."""
+    return TEACHER_ROWS[_conditions_of(view)].states
+
+
+def _conditions_of(view: str) -> str:
+    """Return what --h3_teacher_conditions calls a view."""
+    return next(name for name, known in VIEWS.items() if known == view)
 
 
 def told_media(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
