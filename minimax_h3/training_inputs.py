@@ -10,7 +10,7 @@ from torch import Tensor
 
 from contract.data import HAS_SOUND, SOUND, Batch, Conditions
 from contract.rules import CLIP, FIRST_LAST, SUBJECT
-from minimax_h3.cache_marks import teacher_texts
+from minimax_h3.cache_marks import TEACHER_ROWS, teacher_texts
 from minimax_h3.conditions import (
     CONTROL,
     CONTROL_INDICES,
@@ -128,9 +128,7 @@ def _require(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -
     if not has_enough and missing and (batch.view or not keys):
         taker = f"--task {task}"
         if batch.view:
-            taker = (
-                f"teacher matching with {next(name for name, view in VIEWS.items() if view == batch.view)}"
-            )
+            taker = f"teacher matching with {_conditions_of(batch.view)}"
         task_of_cache = "fl2va" if names == (FIRST, LAST) else "ref2va"
         raise CacheError(
             f"{batch.keys[0]}: its cache has no {' and no '.join(missing)}, which {taker} needs. Cache again "
