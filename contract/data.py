@@ -124,6 +124,8 @@ class Batch:
     # dropped tensors, for a teacher: encoded captions before dropout, latents of reference pictures
     undropped: Conditions = field(default_factory=dict)
     network_multiplier: float = 1.0  # strength of the network while it learns this batch
+    # what a teacher sees with it (--teacher_sees), for `batch_conditions`; "": the network's own conditions
+    view: str = ""
     empty_text: Conditions = field(default_factory=dict)  # the empty prompt's, for a target that asks for it
     # latents of the worse one of each pair, if a target asks for them; like `latents`
     worse: Tensor | None = None

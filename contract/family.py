@@ -72,6 +72,12 @@ class NoiseSpec:
     shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
     # by which the noise levels of a picture are shifted to those of its sound; 1: they are the same
     sound_shift: float = 1.0
+    # a shift behind all samplers: options and draws count levels before it, which the model's generations
+    # visit evenly
+    base_shift: float = 1.0
+    # what training makes of the further inputs of a batch (its tensors, by name), new at each step: from
+    # them, what a teacher sees (`Batch.view`; "": there is none) and a generator. No lambda: workers get it
+    vary_inputs: Callable[[Conditions, str, torch.Generator], Conditions] | None = None
 
     def data_shares(self, sigmas: Tensor) -> Tensor:
         """Return the factor of the latents in a mixture: shaped like `sigmas`, float32."""
@@ -306,6 +312,9 @@ class Abilities:
     show_media: bool = False  # rows of lists have `references` (`MediaBatch.shown`)
     sample_apart: str = ""  # its option of a transformer that makes samples of a training and does not learn
     references: str = ""  # which of its variants takes references of clips, and how to ask for it
+    teacher_views: tuple[str, ...] = ()  # what a teacher of it can see (--teacher_sees), besides inputs
+    one_sample: str = ""  # why a batch of a training has one sample: completes "batch_size 2: ..."
+    bring_empty: bool = False  # it is a `BringsEmptyText`
 
 
 class Described(Protocol):
@@ -404,6 +413,17 @@ class KnowsFewSteps(Protocol):
 
 def knows_few_steps(family: Described) -> TypeGuard[KnowsFewSteps]:
     return family.can.tell_few_steps
+
+
+class BringsEmptyText(Protocol):
+    """A family that may read what the empty prompt is for a training from a file, instead of from caches."""
+
+    # of one sample, by the names in caches; {}: no option names a file. CacheError for another kind of file
+    def empty_text(self) -> Mapping[str, Tensor]: ...
+
+
+def brings_empty_text(family: Described) -> TypeGuard[BringsEmptyText]:
+    return family.can.bring_empty
 
 
 class HearsSound(Protocol):

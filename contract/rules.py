@@ -327,6 +327,10 @@ class ShiftedLogit:
 PICTURE_STREAM, SOUND_STREAM = "video", "audio"  # of a clip with sound: in logs
 
 
+# what a teacher knows beyond the network (--teacher_sees); all but the first are values of `Batch.view`
+INPUTS, FIRST_LAST, CLIP, SUBJECT = "inputs", "first_last", "clip", "subject"
+
+
 @dataclass(frozen=True)
 class SoundLearning:
     """How a training weighs a clip's sound against its picture, and how noisy each is."""

@@ -19,6 +19,8 @@ reference_sound: sound of references: read, cut, resampled
 references: keyframes and references of a request, and their pixels
 released: statistics of latents, as numbers of the release
 sound: the VAE of sound, and its files
+training_inputs: conditions of a training, and what a teacher sees
+training_options: own options for training, and the known tuners' names of shared ones
 vae_checkpoints: files of the video VAE: dialects, dimensions
 video_vae: the video VAE: pixels to latents and back
 video_vae_blocks: its layers, encoder and decoder

@@ -49,6 +49,7 @@ NOISE = NoiseSpec(
     output_sign=-1.0,
     tokens=count_picture_tokens,
     sound_shift=SOUND_SHIFT / PICTURE_SHIFT,
+    base_shift=PICTURE_SHIFT,
 )
 LATENT = LatentSpec(
     channels=24,

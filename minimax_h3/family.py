@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +39,7 @@ from contract.requests import (
 )
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
-from minimax_h3.cache_marks import KEY, TAGS, TEXTS_AGAIN, check_texts
+from minimax_h3.cache_marks import KEY, TAGS, TEXTS_AGAIN, check_texts, read_probe
 from minimax_h3.cached_texts import files_of_texts
 from minimax_h3.caching import H3Caching, caching_of, encode_target
 from minimax_h3.conditions import (
@@ -54,7 +55,7 @@ from minimax_h3.conditions import (
     place_conditions,
     reference_key,
 )
-from minimax_h3.configs import DIT, NOISE, PICTURE_SHIFT, RELEASE, SOUND_SHIFT
+from minimax_h3.configs import DIT, NOISE, RELEASE
 from minimax_h3.files import UNDECIDED, H3Files, files_of
 from minimax_h3.names import LORA
 from minimax_h3.options import (
@@ -68,6 +69,7 @@ from minimax_h3.options import (
     H3GenerationOptions,
     H3LatentCachingOptions,
     H3TextCachingOptions,
+    H3TrainingOptions,
     canvas,
     check_ratio,
 )
@@ -87,8 +89,17 @@ from minimax_h3.references import (
     whole_clip,
 )
 from minimax_h3.sound import H3SoundVae
+from minimax_h3.training_inputs import (
+    CLEAN,
+    Clean,
+    clean_shares,
+    noise_inputs,
+    teacher_key,
+    teacher_rows,
+    told_media,
+)
 from modules.devices import send
-from modules.errors import DatasetError, OptionError
+from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.pixels import byte_clips
 from modules.media.reading import image_size
 from modules.options import NO_OPTIONS
@@ -123,7 +134,15 @@ class MiniMaxH3(OneTransformer):
     video_edge: int = VIDEO_EDGE  # and of reference videos
     options: Any = NO_OPTIONS  # of a training
 
-    can: ClassVar = Abilities(hear=True, tell_few_steps=True, keep_time=True, show_media=True)
+    can: ClassVar = Abilities(
+        hear=True,
+        tell_few_steps=True,
+        keep_time=True,
+        show_media=True,
+        one_sample="MiniMax-H3 packs a clip with its text and sound in a sequence of its own",
+        bring_empty=True,
+        teacher_views=(rules.FIRST_LAST, rules.CLIP, rules.SUBJECT),
+    )
     few_steps: ClassVar = FewSteps()
     named: ClassVar = {
         "architecture": NAME,
@@ -156,7 +175,7 @@ class MiniMaxH3(OneTransformer):
             fps=FPS,
             guidance_scale=1.0,
             embedded_guidance=None,
-            flow_shift=PICTURE_SHIFT,
+            flow_shift=self.noise.base_shift,
             solver=SOLVER,
             width=width,
             height=height,
@@ -215,6 +234,20 @@ class MiniMaxH3(OneTransformer):
 
     # the network
 
+    def empty_text(self) -> Mapping[str, Tensor]:
+        """Return the states and tags of the empty prompt in --h3_guidance_loss_uncond_cache, if given."""
+        path = self.options.targets.h3_guidance_loss_uncond_cache
+        if path is None:
+            return {}
+        states, tags = read_probe(path)
+        width = self.files.dit_header().config.text_dim
+        if states.shape[1] != width:
+            raise CacheError(
+                f"{path}: its states are {states.shape[1]} numbers wide, {self.files.dit_path} takes "
+                f"{width}. Make the file with {TEXTS_AGAIN} --uncond_output and Qwen3-VL (32B)."
+            )
+        return {KEY: states, TAGS: tags}
+
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the captions' states. Raises CacheError for those of another text encoder."""
         batch.check({KEY: TEXTS_AGAIN, TAGS: TEXTS_AGAIN}, "the transformer")
@@ -222,7 +255,25 @@ class MiniMaxH3(OneTransformer):
         remedy = f"{TEXTS_AGAIN} and Qwen3-VL (32B)"
         batch.check_widths({KEY: config.text_dim}, self.files.dit_path, remedy)
         check_texts(batch, self.files.task)
-        return {name: batch.tensors[name] for name in (KEY, TAGS)}
+        if isinstance(self.options, H3TrainingOptions) and self.options.one_frame and latents.shape[2] > 1:
+            raise OptionError(
+                f"--one_frame: {batch.keys[0]} is a clip of {latents.shape[2]} latent frames. Leave the "
+                "option out, or give tables of pictures alone"
+            )
+        texts = {name: batch.tensors[name] for name in (KEY, TAGS)}
+        if not batch.view and self.files.task == "t2va" and TARGET_INDEX not in batch.tensors:
+            return texts
+        if batch.view:
+            texts = dict(zip((KEY, TAGS), teacher_rows(batch), strict=True))
+            batch.check_widths({teacher_key(batch.view): config.text_dim}, self.files.dit_path, remedy)
+        return {**texts, **told_media(batch, self.files.task, latents), **self._shares()}
+
+    def _shares(self) -> Conditions:
+        """Return what says how clean the conditions of a training are."""
+        if not isinstance(self.options, H3TrainingOptions):
+            return {}
+        loss = self.options.loss
+        return {CLEAN: torch.tensor([loss.h3_visual_cond_clean, loss.h3_audio_cond_clean])}
 
     def predict(
         self, dit: nn.Module, noisy: Tensor, timesteps: Tensor, cond: Conditions, tweaks: Tweaks = NO_TWEAKS
@@ -256,9 +307,12 @@ class MiniMaxH3(OneTransformer):
     def _place_conditions(self, cond: Conditions, sample: int, pictures: Tensor) -> H3Placement:
         """Return keyframes and references of a sample, on the device, and where its clock starts."""
         placement = place_conditions(cond, sample, len(cond[KEY][sample]), grid_of(pictures))
+        shares = clean_shares(cond)
         placed = []
         for condition in placement.conditions:
-            placed.append(replace(condition, latents=send(condition.latents, pictures.device)))
+            latents = send(condition.latents, pictures.device)
+            clean = shares.sound if condition.is_sound else shares.visual
+            placed.append(replace(condition, latents=latents, clean=clean))
         return replace(placement, conditions=tuple(placed))
 
     # generation
@@ -291,7 +345,7 @@ class MiniMaxH3(OneTransformer):
                 NAME,
                 FPS,
             )
-        flow_shift = request.flow_shift or PICTURE_SHIFT
+        flow_shift = request.flow_shift or self.noise.base_shift
         prepared = settle(
             request,
             self.defaults,
@@ -308,7 +362,7 @@ class MiniMaxH3(OneTransformer):
             family_record=H3Request(media, sources),
             own_metadata=_metadata_of(media),
             joint=Joint((channels, length, rows, columns), self.sound.shape(frames, FPS)),
-            sound_shift=_shift_of_sound(request) / flow_shift,
+            sound_shift=_shift_of_sound(request, self.noise) / flow_shift,
         )
 
     def _check_frames(self, frames: int) -> None:
@@ -479,9 +533,9 @@ def _metadata_of(media: H3Media) -> dict[str, str]:
     return metadata
 
 
-def _shift_of_sound(request: Request) -> float:
+def _shift_of_sound(request: Request, noise: NoiseSpec) -> float:
     """Return the time shift of the sound's schedule. Raises OptionError if it is not above 0."""
-    shift = float(request.extra.get(SHIFT_OF_SOUND, SOUND_SHIFT))
+    shift = float(request.extra.get(SHIFT_OF_SOUND, noise.base_shift * noise.sound_shift))
     if not 0 < shift < float("inf"):
         raise OptionError(f"--h3_shift_audio {shift:g} (--fsa in a prompt line): give a number above 0")
     return shift
@@ -496,6 +550,25 @@ def family_for_latent_caching(options: H3LatentCachingOptions) -> MiniMaxH3:
 def family_for_text_caching(options: H3TextCachingOptions) -> MiniMaxH3:
     """Describe the family for minimax_h3_cache_text_encoder_outputs.py."""
     return MiniMaxH3(files_of_texts(options), options=options)
+
+
+def family_for_training(options: H3TrainingOptions) -> MiniMaxH3:
+    """Describe the family for minimax_h3_train_network.py."""
+    loss = options.loss
+    clean = Clean(loss.h3_visual_cond_clean, loss.h3_audio_cond_clean)
+    noise = replace(
+        NOISE,
+        base_shift=loss.h3_shift_video,
+        sound_shift=loss.h3_shift_audio / loss.h3_shift_video,
+        vary_inputs=partial(noise_inputs, clean),
+    )
+    return MiniMaxH3(
+        files_of(options, options.chosen_task),
+        noise=noise,
+        sound_learning=rules.SoundLearning(loss.h3_video_loss_weight, loss.sound_weight),
+        any_length=options.h3_allow_experimental_sample_duration,
+        options=options,
+    )
 
 
 def family_for_generation(options: H3GenerationOptions) -> MiniMaxH3:

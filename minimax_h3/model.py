@@ -44,6 +44,7 @@ class H3Condition:
 
     latents: Tensor  # B Z F H W of pictures, B Z 2 A of sound
     place: PicturePlace | SoundPlace
+    clean: float | None = None  # share of the latents in it, its time at least; None: as released
 
     @property
     def is_sound(self) -> bool:
@@ -55,7 +56,9 @@ class H3Condition:
 
     def level(self, picture_time: float) -> float:
         """Return its time. picture_time: of the learned pictures."""
-        return 1.0 if self.is_sound else max(picture_time, PICTURES_LIE)
+        if self.is_sound:
+            return 1.0 if self.clean is None else self.clean
+        return max(picture_time, PICTURES_LIE if self.clean is None else self.clean)
 
 
 @dataclass(frozen=True)

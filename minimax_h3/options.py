@@ -2,16 +2,19 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from minimax_h3.reference_options import IMAGE_EDGE, MOST_EDGE, TASK, TOKEN, VIDEO_EDGE, H3MediaOptions
+from minimax_h3.training_options import H3LossOptions, H3RefusedOptions, H3TargetOptions
 from modules.errors import OptionError
+from modules.option_values import FillIn
 from modules.options import (
     FREE,
     HABIT,
+    IDENTITY,
     OF_DECODING,
     OF_REQUEST,
     Options,
@@ -198,6 +201,38 @@ class H3LatentCachingOptions(Options, title=NAME):
 class H3TrainingOptions(H3ModelOptions, title=NAME):
     """Options of minimax_h3_train_network.py besides the shared ones."""
 
+    task: str | None = option(
+        "what a clip is made from; t2va: a text, fl2va: also its first and last frame, ref2va: references. "
+        "Default: t2va",
+        choices=("t2va", "fl2va", "ref2va"),
+        often=True,
+        facts=IDENTITY,
+    )
+    h3_training_mode: str = option(
+        "the transformer to train, of fl2va (--task t2va and fl2va) or ref2va (the same as --task ref2va)",
+        default="fl2va",
+        choices=("fl2va", "ref2va"),
+        refused={"ref2va_omni": "a run has one task. Train references and other clips one after the other"},
+        facts=IDENTITY,
+    )
+    one_frame: bool = option("all tables are of pictures, each of which is one frame", facts=HABIT)
+    loss: H3LossOptions = option(facts=HABIT)
+    targets: H3TargetOptions = option(facts=HABIT)
+    refused: H3RefusedOptions = option(facts=FREE)
+    h3_allow_experimental_sample_duration: bool = option(
+        f"also make samples of less than {LEAST_FRAMES} or more than {MOST_FRAMES} frames, for which the "
+        "model was not trained",
+        facts=FREE,
+    )
+
+    def __post_init__(self) -> None:
+        if self.h3_training_mode == "ref2va" and self.task not in (None, "ref2va"):
+            raise OptionError(f"--h3_training_mode ref2va and --task {self.task} differ: give --task alone")
+
+    @property
+    def chosen_task(self) -> str:
+        return self.task or ("ref2va" if self.h3_training_mode == "ref2va" else "t2va")
+
 
 class H3GenerationOptions(H3ModelOptions, title=NAME):
     """Options of minimax_h3_generate_video.py besides the shared ones."""
@@ -262,6 +297,35 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     def __post_init__(self) -> None:
         if (self.height is None) != (self.width is None):
             raise OptionError("--height and --width: give both")
+
+
+def caching_options(options: H3TrainingOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the commands that make missing caches of latents and of texts."""
+    task = {"--task": options.task}
+    latents = {
+        "--video_vae": options.vae.file.vae or FillIn("VIDEO_VAE_FILE"),
+        "--audio_vae": options.vae.audio_vae or FillIn("AUDIO_VAE_FILE"),
+    }
+    return {**latents, **task}, {**_text_words(options), **task}
+
+
+def _text_words(options: H3ModelOptions) -> dict[str, Any]:
+    return {
+        "--text_encoder": options.text.text_encoder or FillIn("QWEN3_VL_FILE"),
+        "--tokenizer": options.text.text_encoder_tokenizer,
+    }
+
+
+def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    latents, _ = caching_options(options)
+    return {
+        "--dit": options.dit or FillIn("DIT_FILE"),
+        "--dit_dtype": options.dit_dtype,
+        **latents,
+        **_text_words(options),
+        "--video_length": sample.get("frames"),
+    }
 
 
 def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H3GenerationOptions]:
@@ -362,14 +426,3 @@ def canvas(ratio: float, short_edge: int = SIZE[1], step: int = TOKEN) -> tuple[
     scale = min(1.0, math.sqrt(SIZE[0] * SIZE[1] / (width * height)))
     sides = [max(step, round(side * scale / step) * step) for side in (height, width)]
     return sides[0], sides[1]
-
-
-class H3TextCachingOptions(Options, title=NAME):  # STUB
-    """Stub."""
-
-    task: str = option("x", default="t2va", choices=TASKS)
-    text: H3TextOptions = option(facts=FREE)
-
-
-class H3TrainingOptions(H3ModelOptions, title=NAME):
-    """Stub."""

@@ -5,13 +5,12 @@ Standard library only.
 
 from pathlib import Path
 
+from contract.rules import CLIP, FIRST_LAST, INPUTS, SUBJECT
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, Options, option
 from networks.multipliers import files_with_multipliers
 
 BASE, OTHER_DIT = "base", "dit"
-# what a teacher knows beyond the network
-INPUTS, FIRST_LAST, CLIP, SUBJECT = "inputs", "first_last", "clip", "subject"
 NUM_TIMESTEPS = 1000
 
 
@@ -131,6 +130,11 @@ class TeacherOptions(Options, title="teacher"):
                 "whose effect is to be learned (--teacher_lora FILE), or both"
             )
         self.loras()
+
+    @property
+    def view(self) -> str:
+        """Return what the teacher sees in addition to the caches' usual conditions; "" without."""
+        return "" if self.teacher is None or self.teacher_sees == INPUTS else self.teacher_sees
 
     def loras(self) -> list[tuple[Path, float]]:
         """Return the files of --teacher_lora with their multipliers. Raises OptionError if one is missing."""

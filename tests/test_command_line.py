@@ -22,7 +22,12 @@ WIDER_CHOICES = {
     *("--attn_mode", "--dynamo_backend", "--log_with", "--loss_type", "--sample_solver"),
     *("--save_precision", "--target", "--task", "--teacher", "--timestep_sampling", "--ltx_version"),
 }
-WIDER_TYPES = {"--blocks_to_swap", "--seed"}  # a function of the text, which takes all that the type does
+WIDER_TYPES = {
+    "--blocks_to_swap",
+    "--max_timestep",
+    "--min_timestep",
+    "--seed",
+}  # a function of the text, which takes all that the type does
 # ours takes several words, or none at all
 WIDER_COUNTS = {"--control_image_path", "--lora_weight", "--lora_multiplier", "--latent_path"}
 # at the size that the others have the model makes no usable picture

@@ -351,7 +351,7 @@ def _check_teacher_loras(model: Family, options: TrainingOptions) -> None:
 def check_teacher(family: Family, options: TeacherOptions, texts: LiveTexts | None) -> None:
     """Raise OptionError if the family has no extra inputs for --teacher, or if texts are not cached."""
     teacher = options.teacher
-    if options.teacher_sees != INPUTS:
+    if options.teacher_sees not in (INPUTS, *family.can.teacher_views):
         raise OptionError(
             f"--teacher_sees {options.teacher_sees}: the model {family.name} takes no such condition. Leave "
             "it out: the teacher then knows all conditions of the caches"

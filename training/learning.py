@@ -279,6 +279,7 @@ def _make_feed(plan: TrainingPlan) -> Feed:
         weighted_by=options.weighted_by,
         sound=family.sound_learning if hears_sound(family) else None,
         teacher_band=options.teacher.band,
+        teacher_view=options.teacher.view,
     )
     return Feed(
         order=plan.order,

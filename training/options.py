@@ -3,7 +3,8 @@
 import argparse
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -326,22 +327,38 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
     )
 
 
+@dataclass(frozen=True)
+class TrainerChanges:
+    """What a script changes of the shared options, by public name; see `add_options`."""
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    # puts the family's own names of shared options into the shared ones, before records are read
+    translate: Callable[[argparse.Namespace], None] = lambda args: None
+
+
+NO_CHANGES = TrainerChanges()
+
+
 def read_training(
     doc: str | None,
     record: type[R],
     argv: Sequence[str] | None,
     learner: type[Options] = NetworkOptions,
     shared: Sequence[type[Options]] = (),
-    **settings: Any,
+    changes: TrainerChanges = NO_CHANGES,
 ) -> tuple[TrainingOptions, R, list[ScriptOption]]:
     """Read the options of a script that trains: the shared ones, the family's, and both as words.
 
-    record: the family's own. doc, learner, settings: see `training_parser`. shared: further records of shared
-    options.
+    record: the family's own. doc, learner: see `training_parser`. shared: further records of shared options.
     """
-    parser = training_parser(doc, learner, **settings)
+    parser = training_parser(
+        doc, learner, defaults=changes.defaults, settings=changes.settings, refused=changes.refused
+    )
     add_options(parser, record, *shared)
     args = read_arguments(parser, argv)
+    changes.translate(args)
     with name_as_typed(typed_names(args)):
         options = read_options(TrainingOptions, args)
         family_options = read_options(record, args)

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from contract.family import Family, sound_of
+from contract.family import Family, brings_empty_text, sound_of
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, learn_no_references, require_items
 from dataset.batches.items import CachingCommands, TrainingItem
@@ -113,6 +113,7 @@ def make_plan(
     quantisation = check_computing(family, options, device)
     check_before_loading(family, options, others)  # before minutes of encoding
     _check_tables(options, config)
+    _check_batch_sizes(family, config)
     texts = _find_texts(family, options, config)
     lora_format = choose_lora_format(family, options, () if texts is None else texts.learning)
     sources = _find_sources(
@@ -123,12 +124,15 @@ def make_plan(
         texts=texts,
         commands=commands,
     )
+    if options.needs_empty_prompt and brings_empty_text(family):
+        sources = replace(sources, empty_text=family.empty_text())
     items = _find_items(
         family,
         config,
         sources,
         accelerator=accelerator,
         has_live_texts=texts is not None,
+        view=options.teacher.view,
     )
     training, validation = _split_items(options, config, items, progress.seed)
     _check_pairs(options, config, training, sources)
@@ -287,7 +291,7 @@ def read_config(options: TrainingOptions, family: Family) -> DatasetConfig:
             logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
         path = require(path, "--dataset_config", "the clips to train on")
         config = load_dataset_config(path, subset)
-    if options.needs_empty_prompt:
+    if options.needs_empty_prompt and not (brings_empty_text(family) and family.empty_text()):
         config = with_empty_prompts(config)
     check_times(options.timesteps, config.datasets, family)
     return for_family(config, family)
@@ -300,8 +304,9 @@ def _find_items(
     *,
     accelerator: Accelerator,
     has_live_texts: bool,
+    view: str,
 ) -> Sequence[TrainingItem]:
-    """Find the caches by their names and check them.
+    """Find the caches by their names and check them. view: what a teacher sees, as `Batch.view`.
 
     Raises CacheError with the caching commands if there are none.
     """
@@ -326,9 +331,11 @@ def _find_items(
         sources.stores,
         has_live_texts=has_live_texts,
         process=(accelerator.process_index, accelerator.num_processes),
+        view=view,
     )
     if accelerator.process_index == 0:
-        hears = sound_of(family) is not None
+        sound = sound_of(family)
+        hears = sound is not None and not sound.is_inside
         compare_sources(config.datasets, listed, commands, tag=family.cache_tag, hears=hears)
     return items
 
@@ -370,6 +377,17 @@ def _check_tables(options: TrainingOptions, config: DatasetConfig) -> None:
         raise OptionError(
             f"{scaled.name}: network_multiplier cannot be had with --slider {options.slider}, which learns "
             "at the strengths 1 and -1. Leave out one of the two"
+        )
+
+
+def _check_batch_sizes(family: Family, config: DatasetConfig) -> None:
+    """Raise OptionError for a table with batches of several samples, if the family takes one at a time."""
+    reason = family.can.one_sample
+    larger = next((table for table in config.datasets if table.batch_size > 1), None)
+    if reason and larger is not None:
+        raise OptionError(
+            f"{larger.name}: batch_size {larger.batch_size}: {reason}. Give batch_size = 1, and "
+            f"--gradient_accumulation_steps {larger.batch_size} for steps of as many clips"
         )
 
 

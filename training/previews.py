@@ -309,12 +309,13 @@ def timestep_statistics(
             shape=SHOWN_LATENTS,
             experts=lowest_expert,
         )
-        shares = times.timesteps / NUM_TIMESTEPS if noise.table else times.sigmas
+        shares = times.timesteps / NUM_TIMESTEPS if noise.table else times.levels
         # float32 holds 0.7 as 0.69999999
         index = (shares.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)
         counts += torch.bincount(index, minlength=NUM_TIMESTEPS)
     timesteps = torch.arange(NUM_TIMESTEPS).float()
-    return counts, loss_weights(options, Timesteps(timesteps / NUM_TIMESTEPS, timesteps)).double()
+    levels = timesteps / NUM_TIMESTEPS
+    return counts, loss_weights(options, Timesteps(levels, timesteps, levels)).double()
 
 
 def bars(values: Tensor, lines: int = 40, width: int = 64) -> str:

@@ -14,7 +14,7 @@ from modules.speed_options import refuse_for_whole
 from networks.options import NetworkOptions
 from training.learning_options import WholeDitOptions
 from training.noise_options import SAMPLERS
-from training.options import TrainingOptions, read_training
+from training.options import NO_CHANGES, TrainerChanges, TrainingOptions, read_training
 
 if TYPE_CHECKING:
     from contract.family import Family
@@ -31,22 +31,24 @@ def training_script(
     extra_options: Sequence[type[Options]] = (),
     check: Callable[[Any], None] = lambda options: None,
     samplers: Sequence[str] = SAMPLERS,
+    changes: TrainerChanges = NO_CHANGES,
 ) -> Script:
     """Return the script that trains a LoRA for a family, or with `whole_dit` its transformer.
 
     about: the script's docstring. images: differences between image families; None for video.
     extra_options: records of options besides the family's. check: raises OptionError if the family's options
-    do not fit. samplers: choices of --timestep_sampling for video.
+    do not fit. samplers: choices of --timestep_sampling for video. changes: of shared options, for video.
     """
     entry = FAMILIES[family]
     learner = WholeDitOptions if whole_dit else NetworkOptions
-    settings = {"timestep_sampling": {"choices": samplers}}
+    sampling = {"choices": samplers, **changes.settings.get("timestep_sampling", {})}
+    changes = replace(changes, settings={**changes.settings, "timestep_sampling": sampling})
 
     def train(argv: Sequence[str] | None = None) -> None:
         record = entry.options_record("Training")
         if images is None:
             options, family_options, script_options = read_training(
-                about, record, argv, learner=learner, shared=extra_options, settings=settings
+                about, record, argv, learner=learner, shared=extra_options, changes=changes
             )
         else:
             from training.image_options import read_image_training  # only for image models

@@ -48,6 +48,7 @@ class TeacherTarget:
     band: Band | None = None  # None: the teacher knows more at all levels
     anchor_weight: float = 1.0  # factor outside the band
     split: Split | None = None  # None: squared differences, or those of --loss_type
+    view: str = ""  # `Batch.view` inside the band
 
 
 @dataclass(frozen=True)
@@ -115,4 +116,10 @@ def _make_teacher(options: TeacherOptions) -> TeacherTarget | None:
     split = None
     if options.teacher_split:
         split = Split(options.teacher_size_weight, options.teacher_colour_weight)
-    return TeacherTarget(options.teacher_weight, band, options.teacher_anchor_weight, split)
+    return TeacherTarget(
+        options.teacher_weight,
+        band=band,
+        anchor_weight=options.teacher_anchor_weight,
+        split=split,
+        view=options.view,
+    )

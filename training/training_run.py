@@ -208,7 +208,7 @@ class TrainingRun:
     def of_sound(self) -> frozenset[Tensor]:
         """Return the parameters that only clips with sound reach."""
         sound = sound_of(self.family)
-        if sound is None:
+        if sound is None or sound.is_inside:
             return frozenset()
         names = self.model.trainable.names
         return frozenset(parameter for parameter, name in names.items() if sound.modules in name)

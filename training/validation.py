@@ -158,6 +158,10 @@ class Validation:
             sound_noise = torch.randn(sound_latents.shape, generator=generator)
             sound_times = times_of_sound(times, self.plan.family.noise)
             sound = NoisySound(sound_noise, sound_times.sigmas, sound_times.timesteps, torch.ones(1))
+        vary = self.plan.family.noise.vary_inputs
+        if vary is not None:
+            generator = seed_generator("validation inputs", *seed)
+            batch = replace(batch, tensors=vary(batch.tensors, "", generator))
         return NoisyBatch(
             batch=batch,
             noise=noise,

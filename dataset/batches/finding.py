@@ -86,7 +86,8 @@ def find_items(
         )
     if sound is not None and sound.is_alone:
         listing.needs_sound = "sound alone is learned"
-    if listing.items and not live and not any(item.has_sound for item in listing.items):
+    is_apart = sound is not None and not sound.is_inside
+    if is_apart and listing.items and not live and not any(item.has_sound for item in listing.items):
         listing.silent = sound
     return listing
 
@@ -117,7 +118,7 @@ def _add_table(
     sounds = None
     if table.kind == "video":
         sections = _count_sections(latent_files, kind.tag)
-        if sound is not None and table.audio != IGNORE:
+        if sound is not None and not sound.is_inside and table.audio != IGNORE:
             sounds = _SoundNames(table, names=names, tag=kind.tag, spec=sound, listing=listing)
     del names, text_names  # may be a million; what is needed of them is in `texts`, `sounds` and `sections`
     maker = _ItemMaker(

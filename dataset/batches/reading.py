@@ -113,6 +113,24 @@ def _list_makers(
     return tuple(makers)
 
 
+def _take_inner_sound(
+    tensors: dict[str, Tensor | list[Tensor]], path: Path, commands: CachingCommands
+) -> None:
+    """Name the sound of caches of latents as that of caches of its own. path: of one of them.
+
+    Raises CacheError if there is none.
+    """
+    sound, is_heard = tensors.pop(data.INNER_SOUND, None), tensors.pop(data.IS_HEARD, None)
+    if not isinstance(sound, Tensor) or not isinstance(is_heard, Tensor):
+        lacking = data.INNER_SOUND if sound is None else data.IS_HEARD
+        raise CacheError(
+            f"{path}: it has no {lacking}, which the model needs with every clip, also with a silent one. "
+            f"Cache again with: {commands.latents}"
+        )
+    tensors[data.SOUND] = sound.squeeze(2) if sound.ndim > 4 else sound
+    tensors[data.HAS_SOUND] = is_heard.flatten() != 0
+
+
 def _check_worse(media: Sequence["_Part"], commands: CachingCommands, reads_worse: bool) -> None:
     """Leave out the latents of worse ones if they are not read. Raises CacheError if an item has none."""
     for part in media:
@@ -141,6 +159,8 @@ def _join_media_and_texts(
         _put_in_front(tensors)
     if any(has_sound):
         tensors[data.HAS_SOUND] = torch.tensor(has_sound)
+    if latent.holds_sound and media:
+        _take_inner_sound(tensors, media[0].path, commands)
     rates = tensors.get(data.FPS)
     if isinstance(rates, Tensor):
         tensors[data.FPS] = (1000 * rates.double()).round().long()

@@ -7,6 +7,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from contract.data import Batch, MadeBy
@@ -46,9 +47,11 @@ def check_caches(
     stores: Stores,
     has_live_texts: bool,
     process: tuple[int, int] = (0, 1),
+    view: str = "",
 ) -> None:
     """Read the caches of at most MOST_READ items and captions and MOST_READ_BYTES: all that a small data set
     has. Further captions of an item come last. process: number of this one and of all; each reads a share.
+    view: what a teacher sees, as `Batch.view`.
 
     Raises CacheError for what reading them for a batch would refuse: damage, another encoder or release,
     changed captions. What is encoded while training is not looked at.
@@ -66,7 +69,10 @@ def check_caches(
         num_windows = max((origin.windows for origin in batch.made_by), default=0)
         windows[item.table.index, item.source_stem] = num_windows
         if item.kind.has_text and not has_live_texts:
-            family.batch_conditions(family.latent.to_model(batch.tensor("latents")), batch)
+            latents = family.latent.to_model(batch.tensor("latents"))
+            family.batch_conditions(latents, batch)
+            if view:
+                family.batch_conditions(latents, replace(batch, view=view))
         size_bytes += _batch_bytes(batch)
         if size_bytes > MOST_READ_BYTES:
             break

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from contract.data import HAS_SOUND, SOUND, Batch, LatentSpec
+from contract.data import HAS_SOUND, SOUND, Batch, Conditions, LatentSpec
 from contract.family import FLOW, NoiseSpec
 from contract.rules import ONE_EXPERT, PICTURE_STREAM, SOUND_STREAM, Expert, SoundLearning
 from dataset.batches.checks import SameEncoders
@@ -67,6 +67,7 @@ class BatchSources:
     media: EncodesPictures | None = None  # None: all latents are cached
     # whether batches must be made in the training process: what they need is not sent to others
     stays: bool = False
+    empty_text: Mapping[str, Tensor] = field(default_factory=dict)  # of one sample, if not from caches
 
     def read(
         self,
@@ -88,7 +89,7 @@ class BatchSources:
         encoded = {} if self.media is None else self.media.encode(items, *stream)
         # items encoded now have been mirrored already
         sides = [flip and place not in encoded for place, flip in enumerate(flips)]
-        return read_batch(
+        batch = read_batch(
             items,
             self.latent,
             self.encoders.commands,
@@ -98,9 +99,13 @@ class BatchSources:
             flips=sides,
             undropped=undropped,
             encoded=encoded,
-            reads_empty=reads_empty,
+            reads_empty=reads_empty and not self.empty_text,
             reads_worse=reads_worse,
         )
+        if reads_empty and self.empty_text:
+            empty: Conditions = {name: [text] * len(batch) for name, text in self.empty_text.items()}
+            batch = replace(batch, empty_text=empty)
+        return batch
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,7 @@ class Randomness:
     weighted_by: str = TIMESTEP  # timestep or sigma: what --weighting_scheme computes the loss weight from
     sound: SoundLearning | None = None  # None: the family has no sound
     teacher_band: tuple[int, int] | None = None  # of --teacher, in thousandths of noise; None: all levels
+    teacher_view: str = ""  # as `Batch.view`
 
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Draw noise and timesteps for micro-batch `number` of the run.
@@ -172,9 +178,9 @@ class Randomness:
             weights = self.sound.picture_weight * weights
         if self.sound is not None and self.sound.given == PICTURE_STREAM:
             weights = zeros = torch.zeros(len(batch))
-            times = replace(times, sigmas=zeros, timesteps=zeros)
+            times = replace(times, sigmas=zeros, timesteps=zeros, levels=zeros)
         return NoisyBatch(
-            batch=batch,
+            batch=self._vary_inputs(batch, number),
             noise=noise,
             sigmas=times.sigmas,
             timesteps=times.timesteps,
@@ -184,7 +190,7 @@ class Randomness:
             perturbation=self._perturb(shape, number),
             sound=sound,
             number=number,
-            levels=tuple(times.sigmas.tolist()),
+            levels=tuple(times.levels.tolist()),
             anchor_balance=self._balance_anchor(shape, times.expert),
         )
 
@@ -195,6 +201,13 @@ class Randomness:
         assert self.latent is not None  # of a family that changes its noise
         latents = self.latent.to_model(batch.tensor("latents"))
         return self.noise.vary(noise, latents, seed_generator(self.seed, "varied noise", number))
+
+    def _vary_inputs(self, batch: Batch, number: int) -> Batch:
+        """Return the batch with its further inputs as the family changes them at each step."""
+        if self.noise.vary_inputs is None:
+            return batch
+        generator = seed_generator(self.seed, "varied inputs", number)
+        return replace(batch, tensors=self.noise.vary_inputs(batch.tensors, self.teacher_view, generator))
 
     def _balance_anchor(self, shape: Sequence[int], expert: int) -> float:
         """Return what makes up for a focus outside the band of a teacher."""
@@ -234,7 +247,7 @@ class Randomness:
             sigmas=times.sigmas,
             timesteps=times.timesteps,
             weights=weights,
-            levels=tuple(times.sigmas.tolist()),
+            levels=tuple(times.levels.tolist()),
         )
 
     def _perturb(self, shape: torch.Size, number: int) -> Tensor | None:

@@ -38,10 +38,11 @@ NEARLY = 1e-6  # of a timestep: 0.57 * 1000 is 569.9999999999999
 
 @dataclass(frozen=True)
 class Timesteps:
-    """Noise levels of one micro-batch. Both B, float32, on the CPU."""
+    """Noise levels of one micro-batch. All B, float32, on the CPU."""
 
     sigmas: Tensor  # share of noise in the mixture, 0..1
     timesteps: Tensor  # what the network is fed
+    levels: Tensor  # what options count: the sigmas before `NoiseSpec.base_shift`
     expert: int = 0  # index of the expert that all samples go to
 
 
@@ -256,19 +257,24 @@ def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) 
     """
     if noise.table:
         places = ((NUM_TIMESTEPS * shares.double() - NEARLY).ceil() - 1).clamp(0, NUM_TIMESTEPS - 1).long()
-        return Timesteps(torch.tensor(noise.table)[places], places.float())
+        sigmas = torch.tensor(noise.table)[places]
+        return Timesteps(sigmas, places.float(), levels=sigmas)
     # the sampler `sigma` has no offset, as it draws from the whole thousandths
     offset = 0 if options.timestep_sampling == "sigma" else noise.training_offset
-    timesteps = NUM_TIMESTEPS * shares.double() + offset
+    shifted = shares.double()
+    if noise.base_shift != 1:
+        shifted = shift_sigmas(shifted, noise.base_shift)
+    timesteps = NUM_TIMESTEPS * shifted + offset
     timesteps = (timesteps + NEARLY).floor() if noise.whole_timesteps else timesteps
-    return Timesteps(shares.float(), timesteps.float())
+    return Timesteps(shifted.float(), timesteps.float(), levels=shares.float())
 
 
 def times_of_sound(times: Timesteps, noise: NoiseSpec) -> Timesteps:
     """Return the noise levels of the sound of clips whose pictures have `times`."""
     if noise.sound_shift == 1:
         return times
-    sigmas = shift_sigmas(times.sigmas.double(), noise.sound_shift)
+    # from the levels: near 1 the sigmas of pictures have lost digits
+    sigmas = shift_sigmas(times.levels.double(), noise.base_shift * noise.sound_shift)
     timesteps = NUM_TIMESTEPS * sigmas + noise.training_offset
     return replace(times, sigmas=sigmas.float(), timesteps=timesteps.float())
 

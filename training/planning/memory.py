@@ -230,7 +230,14 @@ def read_largest(
     )
     # given frames take a little more memory than none: if they may come, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
-    drawn = Randomness(options.timesteps, 0, noise, perturbation=options.noise, sound=SoundLearning())
+    drawn = Randomness(
+        options.timesteps,
+        0,
+        noise,
+        perturbation=options.noise,
+        sound=SoundLearning(),
+        teacher_view=options.teacher.view,
+    )
     return drawn.add(batch, 0, 0)
 
 

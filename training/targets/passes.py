@@ -321,7 +321,7 @@ def _compare_with_teacher(
     """
     teach = passes.rule.teach
     assert teach is not None  # a rule with a teacher has it
-    full_batch = tell_teacher(passes.family, noisy_batch)
+    full_batch = tell_teacher(passes.family, noisy_batch, teacher.view)
     is_inside = [teacher.band is None or teacher.band.holds(level) for level in _levels_of(noisy_batch)]
     comparisons = []
     if any(is_inside) or passes.rule.in_lockstep:
@@ -361,11 +361,12 @@ def _measure_split(split: Split, output: Tensor, target: Tensor, noisy_batch: No
     return tuple(errors)
 
 
-def tell_teacher(family: Trains, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return the batch with all inputs, also those that the trained network lacks."""
+def tell_teacher(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBatch:
+    """Return the batch with all inputs, also those that the trained network lacks. view: as `Batch.view`."""
     has_first = FIRST_FRAME in family.fuller and noisy_batch.noise.shape[2] > 1
     given_frames = max(noisy_batch.given_frames, int(has_first))
-    return replace(noisy_batch, batch=noisy_batch.batch.tell(family.fuller), given_frames=given_frames)
+    batch = replace(noisy_batch.batch.tell(family.fuller), view=view)
+    return replace(noisy_batch, batch=batch, given_frames=given_frames)
 
 
 def teach_as_base(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:

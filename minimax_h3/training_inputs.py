@@ -1,0 +1,165 @@
+"""What a training tells the network besides a noised clip and its text, and what a teacher sees beyond that.
+
+Keyframes and references get new noise in each step. Names are those of caches: see conditions.py.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contract.data import HAS_SOUND, SOUND, Batch, Conditions
+from contract.rules import CLIP, FIRST_LAST, SUBJECT
+from minimax_h3.cache_marks import TEACHER_ROWS, teacher_texts
+from minimax_h3.conditions import (
+    CONTROL,
+    CONTROL_INDICES,
+    FIRST,
+    LAST,
+    REFERENCE,
+    TARGET_INDEX,
+    add_condition_noise,
+    in_order,
+    is_visual,
+    reference_key,
+)
+from minimax_h3.configs import PATCH
+from minimax_h3.model import PICTURES_LIE
+from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
+from minimax_h3.training_options import VIEWS
+from modules.errors import CacheError
+
+LATENTS_AGAIN = "minimax_h3_cache_latents.py"
+TAUGHT, TAUGHT_SOUND = "taught_latents", "taught_sound"  # of the clip itself, as its teacher's reference
+
+
+CLEAN = "clean_shares"  # in conditions of a training: `Clean`, 2 float32 on the host
+
+
+class Clean(NamedTuple):
+    """Shares of the latents in conditions; the rest is noise."""
+
+    visual: float  # of pictures and clips
+    sound: float
+
+
+def clean_shares(cond: Conditions) -> Clean:
+    """Return how clean the conditions of a pass are, as released if they do not say it."""
+    shares = cond.get(CLEAN)
+    if not isinstance(shares, Tensor):
+        return Clean(PICTURES_LIE, 1.0)
+    # float32 has 0.999 as 0.99900001
+    visual, sound = (round(share, 6) for share in shares.tolist())
+    return Clean(visual, sound)
+
+
+def noise_inputs(clean: Clean, tensors: Conditions, view: str, generator: torch.Generator) -> Conditions:
+    """Return the tensors of a batch with noised keyframes and references, for `NoiseSpec.vary_inputs`."""
+    noised = dict(tensors)
+    for key in in_order(tensors):
+        noised[key] = _noise(
+            _tensor(tensors, key), clean.visual if is_visual(key) else clean.sound, generator
+        )
+    if view == CLIP:
+        noised[TAUGHT] = _noise(_tensor(tensors, "latents"), clean.visual, generator)
+        noised[TAUGHT_SOUND] = _noise(_tensor(tensors, SOUND), clean.sound, generator)
+    return noised
+
+
+def _noise(latents: Tensor, clean: float, generator: torch.Generator) -> Tensor:
+    latents = latents.float()
+    if clean == 1:
+        return latents
+    noise = torch.randn(latents.shape, generator=generator)
+    return add_condition_noise(latents, noise, clean)
+
+
+def _tensor(tensors: Conditions, key: str) -> Tensor:
+    tensor = tensors[key]
+    assert isinstance(tensor, Tensor), "only texts have different lengths"
+    # of files whose names say sizes, sound is read with an axis of frames
+    return tensor.squeeze(2) if key.endswith(AUDIO) and tensor.ndim > 4 else tensor
+
+
+def teacher_rows(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+    """Return states and tags of the text that a teacher reads. Raises CacheError if there are none."""
+    return teacher_texts(batch, _conditions_of(batch.view))
+
+
+def teacher_key(view: str) -> str:
+    """Return the name in caches of the states that a teacher reads. view: as `Batch.view`."""
+    return TEACHER_ROWS[_conditions_of(view)].states
+
+
+def _conditions_of(view: str) -> str:
+    """Return what --h3_teacher_conditions calls a view."""
+    return next(name for name, known in VIEWS.items() if known == view)
+
+
+def told_media(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
+    """Return the keyframes, references and places that the network is told, by their names in caches.
+
+    batch: with what a teacher sees, if it is for one. latents: of the clip, in model space. Raises CacheError
+    if caches lack some, or hold others than the network takes.
+    """
+    tensors = batch.tensors
+    if batch.view == CLIP:
+        return _whole_clip(tensors, latents)
+    keys: list[str] = []
+    if batch.view == FIRST_LAST or (not batch.view and task == "fl2va"):
+        keys = [key for key in in_order(tensors) if not key.startswith(REFERENCE)]
+        _require(batch, task, keys, (FIRST, LAST))
+    if batch.view == SUBJECT or (not batch.view and task == "ref2va"):
+        keys = [key for key in in_order(tensors) if key.startswith(REFERENCE)]
+        _require(batch, task, keys, ("latents_ref_000_...",))
+    media = {key: _tensor(tensors, key) for key in keys}
+    for key, found in media.items():
+        _check_shape(batch, key, found, latents)
+    for key in (TARGET_INDEX, CONTROL_INDICES):
+        if key in tensors:
+            media[key] = _tensor(tensors, key)
+    return media
+
+
+def _require(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -> None:
+    """Raise CacheError if the caches of a batch have no conditions, or a teacher's keyframe is missing."""
+    missing = [name for name in names if name not in keys]
+    has_enough = any(key.startswith((CONTROL, REFERENCE)) for key in keys)
+    if not has_enough and missing and (batch.view or not keys):
+        taker = f"--task {task}"
+        if batch.view:
+            taker = f"teacher matching with {_conditions_of(batch.view)}"
+        task_of_cache = "fl2va" if names == (FIRST, LAST) else "ref2va"
+        raise CacheError(
+            f"{batch.keys[0]}: its cache has no {' and no '.join(missing)}, which {taker} needs. Cache again "
+            f"with {LATENTS_AGAIN} --task {task_of_cache}."
+        )
+
+
+def _check_shape(batch: Batch, key: str, found: Tensor, latents: Tensor) -> None:
+    """Raise CacheError if a condition has another form than the network takes."""
+    is_sound = not is_visual(key)
+    heard = batch.tensors.get(SOUND)
+    channels = heard.shape[1] if is_sound and isinstance(heard, Tensor) else latents.shape[1]
+    fits = found.ndim == (4 if is_sound else 5) and found.shape[1] == channels and found.is_floating_point()
+    if fits and is_sound:
+        fits = found.shape[2] == 2
+    elif fits:
+        fits = not (found.shape[3] % PATCH or found.shape[4] % PATCH)
+    if not fits:
+        raise CacheError(
+            f"{batch.keys[0]}: {key} in its cache is {list(found.shape[1:])}, which the network does not "
+            f"take. Cache again with {LATENTS_AGAIN}."
+        )
+
+
+def _whole_clip(tensors: Conditions, latents: Tensor) -> dict[str, Tensor]:
+    """Return a clip as a reference for itself, with its sound if it has some."""
+    clip = tensors.get(TAUGHT, latents)  # noised, but for a check of caches
+    assert isinstance(clip, Tensor)
+    if clip.shape[2] == 1:
+        return {reference_key(0, IMAGE): clip}
+    media = {reference_key(0, VIDEO): clip}
+    if bool(_tensor(tensors, HAS_SOUND).all()):
+        media[reference_key(0, AUDIO)] = _tensor(tensors, TAUGHT_SOUND if TAUGHT in tensors else SOUND)
+    return media

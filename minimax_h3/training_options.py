@@ -1,0 +1,407 @@
+"""Options of a training by the known tuners' names, and what they are among the shared ones.
+
+Standard library only.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from contract.rules import CLIP, FIRST_LAST, INPUTS, SUBJECT
+from modules.errors import OptionError
+from modules.options import FREE, HABIT, Options, not_needed, option, unsupported
+
+THOUSAND = 1000
+RANK = 16  # of a LoRA, and its alpha, where neither is given
+# --h3_teacher_conditions -> --teacher_sees
+VIEWS = {"first,last": FIRST_LAST, "ref": CLIP, "subject_ref": SUBJECT}
+LEVELS = (
+    "the noise of pictures and sound follows one even base time, as in a generation. "
+    "--timestep_focus draws more from a range of it. Leave it out"
+)
+SHIFTS = "give the shifts of pictures and of sound by --h3_shift_video and --h3_shift_audio"
+_PARTS = "of a clip that is made, the first and last frame and references are given: --task. Leave it out"
+_PROBABLY = "the loss has no such term; --teacher, --guided_target and the priors are its further targets"
+_VALIDATED = "tables with validation = true are measured. Put them into --dataset_config"
+_BANDS = "it is measured in five bands of base time, of all levels"
+_CAPTIONS = "captions are dropped by table. Give it caption_dropout_rate"
+_KEPT = "the model is kept by --blank_prior_weight, or by --h3_teacher_matching. Give one of these"
+_CHECKPOINTS = "all blocks are computed again, or none. Give --gradient_checkpointing"
+_PRUNED = "a file is read as it is, whole or pruned. Give minimax_h3_*_pruned_*.safetensors"
+_COMPILING = "blocks are compiled by --compile and its own options. Give --compile, or leave it out"
+_MEANS = (
+    "pictures and sound have a mean each, with weights of their own (--h3_video_loss_weight, "
+    "--audio_loss_weight)"
+)
+
+
+class H3LossOptions(Options, title="loss of pictures and sound"):
+    """What is learned of clips, and how noisy it is."""
+
+    audio_loss_weight: float = option(
+        "weight of the loss of sound; clips without sound have none",
+        default=1.0,
+        flags=("--h3_audio_loss_weight",),
+        least=0,
+        most=1000,
+        often=True,
+        facts=HABIT,
+    )
+    video_only: bool = option(
+        "learn pictures alone: the same as --audio_loss_weight 0. The network still hears the sound",
+        often=True,
+        facts=HABIT,
+    )
+    h3_video_loss_weight: float = option(
+        "weight of the loss of pictures", default=1.0, least=0, most=1000, facts=HABIT
+    )
+    h3_loss_balance: str = option(
+        "modality: pictures and sound have a mean each",
+        default="modality",
+        choices=("modality",),
+        refused={"token": _MEANS},
+        facts=HABIT,
+    )
+    h3_shift_video: float = option(
+        "shift of the noise levels of pictures behind the base time", default=12.0, above=0, most=1000,
+        facts=HABIT,
+    )  # fmt: skip
+    h3_shift_audio: float = option(
+        "shift of the noise levels of sound behind the base time", default=3.0, above=0, most=1000,
+        facts=HABIT,
+    )  # fmt: skip
+    h3_visual_cond_clean: float = option(
+        "share of the latents in keyframes and in pictures and clips of references; the rest is noise, "
+        "new in each step",
+        default=0.999,
+        least=0,
+        most=1,
+        facts=HABIT,
+    )
+    h3_audio_cond_clean: float = option(
+        "likewise in sound of references", default=1.0, least=0, most=1, facts=HABIT
+    )
+
+    def __post_init__(self) -> None:
+        if not self.h3_video_loss_weight + self.sound_weight:
+            raise OptionError(
+                "--h3_video_loss_weight 0 without a loss of sound: nothing would be learned. Give one of them "
+                "a weight"
+            )
+
+    @property
+    def sound_weight(self) -> float:
+        return 0.0 if self.video_only else self.audio_loss_weight
+
+
+class H3TargetOptions(Options, title="other names of shared targets"):
+    """The known tuner's names of options that every family has; `translate` puts them into those."""
+
+    h3_guidance_loss_scale: float = option(
+        "--guided_target SCALE; 0: none", default=0.0, least=0, facts=HABIT
+    )
+    h3_guidance_loss_scale_audio: float | None = option("--guided_target_sound SCALE", facts=HABIT)
+    h3_guidance_loss_sigma_min: float = option(
+        "--guided_target_min_timestep, as a share of the base time; 0.15 is usual",
+        default=0.0,
+        least=0,
+        most=1,
+        facts=HABIT,
+    )
+    h3_guidance_loss_uncond_cache: Path | None = option(
+        "states of the empty prompt, a file of --uncond_output; default: those in the cache folders",
+        place="there",
+        facts=FREE,
+    )
+    h3_teacher_matching: bool = option(
+        "learn from the model without the network alone, which sees --h3_teacher_conditions: --teacher base "
+        "--teacher_weight 1 --teacher_split",
+        often=True,
+        facts=HABIT,
+    )
+    h3_teacher_conditions: str = option(
+        "--teacher_sees: first,last, the two frames; ref, the clip itself; subject_ref, other pictures of "
+        "its subject",
+        default="first,last",
+        one_of=tuple(VIEWS),
+        facts=HABIT,
+    )
+    h3_teacher_condition_sigma_max: float = option(
+        "--teacher_max_timestep, as a share of the base time", default=0.75, least=0, most=1, facts=HABIT
+    )
+    h3_teacher_loss_dc_weight: float = option(
+        "--teacher_colour_weight; 0 to 0.3 leave the colours of the teacher out",
+        default=1.0,
+        least=0,
+        most=100,
+        facts=HABIT,
+    )
+    h3_teacher_loss_mag_weight: float = option(
+        "--teacher_size_weight", default=1.0, least=0, most=100, facts=HABIT
+    )
+    h3_teacher_preservation_weight: float = option(
+        "--teacher_anchor_weight", default=1.0, least=0, most=1000, facts=HABIT
+    )
+    h3_timestep_focus_prob: float = option(
+        "--timestep_focus; 0: none", default=0.0, least=0, below=1, facts=HABIT
+    )
+    h3_timestep_focus_min: float = option(
+        "lower end of --timestep_focus_range, as a share of the base time", default=0.4, least=0, most=1,
+        facts=HABIT,
+    )  # fmt: skip
+    h3_timestep_focus_max: float = option(
+        "its upper end, likewise", default=0.8, least=0, most=1, facts=HABIT
+    )
+    max_validation_items: int | None = option("--max_validation_steps", least=1, facts=FREE)
+    h3_convrot_int8: bool = option("--convrot_int8", flags=("--int8_convrot_base",), facts=FREE)
+    h3_convrot_int8_bwd: str = option(
+        "--convrot_int8_bwd", default="bf16", choices=("bf16", "int8"), facts=FREE
+    )
+
+
+class H3RefusedOptions(Options, title="not for this model"):
+    """Options of the known tuners that this one has no use for, each with the reason."""
+
+    h3_convrot_int8_fwd: str = option(
+        "inputs of layers in int8 are int8 too",
+        default="int8",
+        choices=("int8",),
+        refused={"bf16": "products of int8 weights are computed in int8, which is faster. Leave it out"},
+    )
+    h3_fp8_quantization_mode: str = option(
+        "weights in fp8 have a scale for each row (--fp8_scaled) or none (--fp8_base)",
+        default="block",
+        one_of=("block",),
+        hint="--fp8_base --fp8_scaled keeps a scale for each row",
+    )
+    h3_guidance_loss_form: str = option(
+        "the target is u + scale (v - u)",
+        default="normalized",
+        choices=("normalized",),
+        refused={"contrastive": "the target is u + scale (v - u), --h3_guidance_loss_scale. Leave it out"},
+    )
+    h3_guidance_loss_schedule = not_needed(
+        "the scale is the same at all levels from --h3_guidance_loss_sigma_min on.", type=str, default="sigma"
+    )
+    h3_guidance_distillation_scale = unsupported(
+        "the target with guidance in it is --h3_guidance_loss_scale. Give that", type=float
+    )
+    h3_image_flow_shift = unsupported(
+        "single pictures have the schedule of clips, in a generation too. --h3_shift_video is for a run",
+        type=float,
+    )
+    h3_observed_modality = unsupported(
+        "pictures and sound of a clip are noised together. --video_only learns pictures alone", type=str
+    )
+    h3_extension_video_frames = unsupported(_PARTS, type=int, default=0)
+    h3_extension_audio_latents = unsupported(_PARTS, type=int, default=0)
+    h3_extension_route = unsupported(_PARTS, type=str, default="condition_rows")
+    h3_frame_sigma_jitter = unsupported(
+        "all frames of a clip have one noise level, as in a generation. Leave it out", type=float, default=0.0
+    )
+    h3_keyframe_anchors = unsupported(_PARTS, type=str, default="")
+    h3_keyframe_random_count = unsupported(_PARTS, type=int, default=0)
+    h3_mask_mode = unsupported(_PARTS, type=str, default="off")
+    h3_mask_audio = unsupported(_PARTS)
+    h3_mask_min_fraction = unsupported(_PARTS, type=float, default=0.25)
+    h3_mask_max_fraction = unsupported(_PARTS, type=float, default=0.75)
+    h3_caption_dropout_rate = unsupported(_CAPTIONS, type=float, default=0.0)
+    h3_base_preservation_loss_weight = unsupported(_KEPT, type=float, default=0.0)
+    crepa = unsupported(_PROBABLY, type=str, nargs="*")
+    h3_convrot_int8_lora_fused = not_needed("the LoRA is added to the output of a layer in int8.")
+    h3_adaln_rank = unsupported(_PRUNED, type=int)
+    prune_adaln = unsupported(_PRUNED)
+    h3_fused_qk_norm_rope = unsupported("norms and positions are fused by --compile. Give that")
+    h3_attn_auto_dispatch = not_needed("PyTorch chooses among its own kernels.")
+    h3_gradient_checkpointing_blocks = unsupported(_CHECKPOINTS, type=int)
+    h3_gradient_checkpointing_cpu_offload_pin_memory = not_needed(
+        "memory on the host is pinned where that is faster."
+    )
+    block_swap_granularity: str = option(
+        "what --blocks_to_swap moves: block, whole ones",
+        default="block",
+        choices=("block",),
+        refused={"layer": "whole blocks are moved. Leave it out"},
+    )
+    inductor_config = unsupported(_COMPILING, type=str, nargs="*")
+    compile_auto_cache_size_limit = unsupported(_COMPILING)
+    compile_fallback_to_eager = unsupported(_COMPILING)
+    log_grad_metrics = not_needed("the norm of the gradients is logged always.")
+    validation_dataset_config = unsupported(_VALIDATED, type=Path)
+    validate_at_start = unsupported("the first one is after --validate_every_n_steps. Leave it out")
+    validation_timestep_bins = unsupported(_BANDS, type=int, default=4)
+    validation_min_timestep = unsupported(_BANDS, type=int, default=0)
+    validation_max_timestep = unsupported(_BANDS, type=int, default=1000)
+
+
+def base_time(text: str) -> float | int:
+    """Read a base time: thousandths as an int, a share of 1 as a float."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def in_thousandths(name: str, share: float) -> int:
+    """Return a share in thousandths. Raises OptionError if it is none, or a finer one."""
+    thousandths = share * THOUSAND
+    if not 0 <= share <= 1 or abs(thousandths - round(thousandths)) > 1e-6:
+        raise OptionError(f"{name} {share:g}: give a base time from 0 to 1 with three digits at most")
+    return round(thousandths)
+
+
+def translate(args: argparse.Namespace) -> None:
+    """Put the known tuner's names into the options that every family has.
+
+    Raises OptionError if both are given with different values, or for what contradicts.
+    """
+    _read_bounds(args)
+    shared: dict[str, tuple[str, Any]] = {}  # name of a shared option -> the other name, value
+    _translate_guidance(args, shared)
+    _translate_teacher(args, shared)
+    _translate_focus(args, shared)
+    if args.max_validation_items is not None:
+        shared["max_validation_steps"] = "--max_validation_items", args.max_validation_items
+    if args.h3_convrot_int8:
+        shared["convrot_int8"] = "--h3_convrot_int8", True
+    if args.h3_convrot_int8_bwd != "bf16":
+        shared["convrot_int8_bwd"] = "--h3_convrot_int8_bwd", args.h3_convrot_int8_bwd
+    names = dict(getattr(args, "typed_names", {}))
+    for name, (other_name, value) in shared.items():
+        _give(args, name, other_name, value)
+        names[f"--{name}"] = other_name
+    args.typed_names = names
+    _choose_rank(args)
+    _check_view(args)
+
+
+USUAL: dict[str, Any] = {
+    "teacher_weight": 0.5,
+    "teacher_max_timestep": THOUSAND,
+    "teacher_colour_weight": 1.0,
+    "teacher_size_weight": 1.0,
+    "teacher_anchor_weight": 1.0,
+    "teacher_sees": INPUTS,
+    "guided_target_min_timestep": 0,
+    "timestep_focus_range": (400, 800),
+    "convrot_int8_bwd": "bf16",
+}
+
+
+def _give(args: argparse.Namespace, name: str, other_name: str, value: Any) -> None:
+    """Set a shared option. Raises OptionError if it is given already, with another value."""
+    usual = USUAL.get(name)
+    given = getattr(args, name)
+    given = tuple(given) if isinstance(given, list) else given
+    if given not in (usual, value, None, False):
+        raise OptionError(f"--{name} {given} and {other_name} mean the same, and differ: give one of them")
+    setattr(args, name, value)
+
+
+Shared = dict[str, tuple[str, Any]]
+
+
+def _translate_guidance(args: argparse.Namespace, shared: Shared) -> None:
+    scale = args.h3_guidance_loss_scale
+    if scale:
+        shared["guided_target"] = "--h3_guidance_loss_scale", scale
+    if args.h3_guidance_loss_scale_audio is not None:
+        shared["guided_target_sound"] = "--h3_guidance_loss_scale_audio", args.h3_guidance_loss_scale_audio
+    if args.h3_guidance_loss_sigma_min:
+        name = "--h3_guidance_loss_sigma_min"
+        lowest = in_thousandths(name, args.h3_guidance_loss_sigma_min)
+        shared["guided_target_min_timestep"] = name, lowest
+    is_needed = scale or args.guided_target or args.blank_prior_weight
+    if args.h3_guidance_loss_uncond_cache is not None and not is_needed:
+        raise OptionError(
+            f"--h3_guidance_loss_uncond_cache {args.h3_guidance_loss_uncond_cache}: it is for "
+            "--h3_guidance_loss_scale (or --guided_target, --blank_prior_weight). Give that, or leave it out"
+        )
+
+
+def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
+    own = H3TargetOptions.usual()
+    own_names = {
+        "h3_teacher_loss_dc_weight": "teacher_colour_weight",
+        "h3_teacher_loss_mag_weight": "teacher_size_weight",
+        "h3_teacher_preservation_weight": "teacher_anchor_weight",
+    }
+    if not args.h3_teacher_matching:
+        typed = [name for name in (*own_names, "h3_teacher_conditions", "h3_teacher_condition_sigma_max")
+                 if getattr(args, name) != getattr(own, name)]  # fmt: skip
+        if typed:
+            raise OptionError(f"--{typed[0]} is for --h3_teacher_matching. Give that, or leave it out")
+        return
+    matching = "--h3_teacher_matching"
+    shared["teacher"] = matching, "base"
+    shared["teacher_weight"] = matching, 1.0
+    shared["teacher_split"] = matching, True
+    if args.h3_teacher_conditions in VIEWS:  # else its record says what is wrong
+        shared["teacher_sees"] = "--h3_teacher_conditions", VIEWS[args.h3_teacher_conditions]
+    name = "--h3_teacher_condition_sigma_max"
+    shared["teacher_max_timestep"] = name, in_thousandths(name, args.h3_teacher_condition_sigma_max)
+    for own_name, shared_name in own_names.items():
+        if getattr(args, own_name) != getattr(own, own_name):
+            shared[shared_name] = f"--{own_name}", getattr(args, own_name)
+    if "teacher_anchor_weight" in shared and args.h3_teacher_condition_sigma_max == 1:
+        raise OptionError(
+            "--h3_teacher_preservation_weight with --h3_teacher_condition_sigma_max 1: the teacher knows "
+            "more at all levels, so that nothing is preserved. Leave one of the two out"
+        )
+
+
+def _translate_focus(args: argparse.Namespace, shared: Shared) -> None:
+    low, high = args.h3_timestep_focus_min, args.h3_timestep_focus_max
+    own = H3TargetOptions.usual()
+    if not args.h3_timestep_focus_prob:
+        if (low, high) != (own.h3_timestep_focus_min, own.h3_timestep_focus_max):
+            raise OptionError(
+                "--h3_timestep_focus_min and --h3_timestep_focus_max are the range of "
+                "--h3_timestep_focus_prob. Give that, or leave them out"
+            )
+        return
+    shared["timestep_focus"] = "--h3_timestep_focus_prob", args.h3_timestep_focus_prob
+    ends = (
+        in_thousandths("--h3_timestep_focus_min", low),
+        in_thousandths("--h3_timestep_focus_max", high),
+    )
+    shared["timestep_focus_range"] = "--h3_timestep_focus_min", ends
+
+
+def _read_bounds(args: argparse.Namespace) -> None:
+    """Put --min_timestep and --max_timestep into thousandths of the base time: up to 1 they are shares."""
+    names = ("min_timestep", "max_timestep")
+    bounds = [getattr(args, name) for name in names]
+    given = [bound for bound in bounds if bound is not None]
+    are_shares = args.max_timestep == 1 or any(isinstance(bound, float) for bound in given)
+    if not are_shares:
+        return
+    for name, bound in zip(names, bounds, strict=True):
+        if bound is not None:
+            setattr(args, name, in_thousandths(f"--{name}", bound))
+
+
+def _choose_rank(args: argparse.Namespace) -> None:
+    """Give a LoRA the rank and the alpha that are usual for the model, if neither is given."""
+    is_lora = args.network_module is None or args.network_module.startswith("networks.lora")
+    if args.network_dim is None and is_lora and not args.dim_from_weights and args.network_alpha == 1:
+        args.network_dim = args.network_alpha = RANK
+
+
+def _check_view(args: argparse.Namespace) -> None:
+    """Raise OptionError if a teacher is to see more than the conditions of a task that has some."""
+    if args.teacher is not None and args.teacher_sees != INPUTS and args.task not in (None, "t2va"):
+        raise OptionError(
+            f"--teacher_sees {args.teacher_sees} with --task {args.task}: the teacher knows more than a "
+            "network that learns texts alone. Give --task t2va"
+        )
+
+
+_BOUND = "bound of the base time, 0 to 1000 or 0 to 1: the {} one"
+# settings of shared options, by name
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "min_timestep": {"type": base_time, "help": _BOUND.format("lower")},
+    "max_timestep": {"type": base_time, "help": _BOUND.format("upper")},
+    "network_dim": {"help": "rank of the network; default 16, with --network_alpha 16"},
+}
