@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
+from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind, stack_heads
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.encoders import stated_settings
 from checkpoints.opening import Checkpoint, plain_sources
 from contract.loading import TensorSource
 from minimax_h3.configs import KINDS, PATCH, H3Config
 from minimax_h3.model import ROWS, H3Model
-from minimax_h3.vae_checkpoints import stack_heads
 from modules.errors import CheckpointError
 
 NAME = "MiniMax-H3"

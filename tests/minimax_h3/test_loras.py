@@ -1,0 +1,237 @@
+"""LoRAs of MiniMax-H3 in every dialect: as diffusers reads them, merged, converted, and in generation."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import MiniMaxH3Transformer3DModel
+from diffusers.loaders import MiniMaxH3LoraLoaderMixin
+from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import convert_lora
+from contract.loading import Placement
+from minimax_h3.configs import SOUND
+from minimax_h3.dit_checkpoints import load_dit
+from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.minimax_h3.test_model import rows_of_sound
+from tests.minimax_h3.tiny_dit import SIZES, WIDTH, released, their_dit
+from tests.parity.running import assert_equal, relative_error
+
+HEAD = 128  # the release's, which DiffSynth's order of rows depends on
+HEADS, DIM, FEED = 2, 192, 512  # in the release's proportions, by which models are told apart
+CHANGES = {
+    "attention_head_dim": HEAD,
+    "num_attention_heads": HEADS,
+    "hidden_size": DIM,
+    "ffn_dim": FEED,
+}
+RANK, ALPHA = 4, 2.0
+OF_BLOCK = ("attn.qkv_proj", "attn.out_proj", "mlp.fc1", "mlp.fc2")
+OUTSIDE = ("video_patch_proj", "condition_proj", "final_layer.video_out", "final_layer.audio_out")
+BLOCKS = [f"blocks.{number}." for number in range(SIZES["num_layers"])]
+REFINER = [f"token_refiner.blocks.{number}." for number in range(SIZES["num_refiner_layers"])]
+PATHS = [
+    *(block + layer for block in (*REFINER, *BLOCKS) for layer in OF_BLOCK),
+    *(f"{block}adaln_proj.linear" for block in BLOCKS),
+    *OUTSIDE,
+]
+CPU = torch.device("cpu")
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def state() -> dict[str, Tensor]:
+    return released(their_dit(**CHANGES).state_dict())
+
+
+def factors(scale: float = 0.1) -> dict[str, tuple[Tensor, Tensor]]:
+    """Down and up of each layer, rows stacked."""
+    generator = torch.Generator().manual_seed(5)
+    made = {}
+    for path in PATHS:
+        rows, columns = state()[f"{path}.weight"].shape
+        made[path] = (
+            scale * torch.randn(RANK, columns, generator=generator),
+            scale * torch.randn(rows, RANK, generator=generator),
+        )
+    return made
+
+
+def as_known(made: Factors) -> dict[str, Tensor]:
+    tensors = {}
+    for path, (down, up) in made.items():
+        name = "lora_unet_" + path.replace(".", "_")
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        tensors[f"{name}.alpha"] = torch.tensor(ALPHA)
+    return tensors
+
+
+def as_peft(made: Factors, start: str = "", ending: str = "") -> dict[str, Tensor]:
+    """Without alphas: alpha / rank is in the factors."""
+    tensors = {}
+    for path, (down, up) in made.items():
+        tensors[f"{start}{path}.lora_A{ending}.weight"] = down
+        tensors[f"{start}{path}.lora_B{ending}.weight"] = up * ALPHA / RANK
+    return tensors
+
+
+def interleave(up: Tensor) -> Tensor:
+    """Rows [q; k; v] as [q0 k0 v0, q1 k1 v1, ...]."""
+    return up.unflatten(0, (3, HEADS, HEAD)).transpose(0, 1).flatten(0, 2)
+
+
+def as_diffsynth(made: Factors) -> dict[str, Tensor]:
+    in_order = {
+        path: (down, interleave(up) if path.endswith("qkv_proj") else up) for path, (down, up) in made.items()
+    }
+    return as_peft(in_order, ending=".default")
+
+
+def as_diffusers(made: Factors) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = MiniMaxH3LoraLoaderMixin.lora_state_dict(as_known(made))
+    return tensors
+
+
+DIALECTS: dict[str, Callable[[Factors], dict[str, Tensor]]] = {
+    "the known tuner": as_known,
+    "ComfyUI": lambda made: as_peft(made, "diffusion_model."),
+    "no prefix": as_peft,
+    "DiffSynth": as_diffsynth,
+    "diffusers": as_diffusers,
+    "diffusers, of references": lambda made: {
+        f"transformer_ref.{name.removeprefix('transformer.')}": tensor
+        for name, tensor in as_diffusers(made).items()
+    },
+}
+
+
+def predict(dit: Path) -> Tensor:
+    """What our network of a file predicts, pictures and sound joined."""
+    with torch.no_grad():
+        pictures, sound = load_dit(dit, Placement(CPU))(VIDEO, HEARD, (0.3, 0.6), TEXT)
+    return torch.cat([patchify(pictures).flatten(), rows_of_sound(sound).flatten()])
+
+
+def patchify(pictures: Tensor) -> Tensor:
+    from diffusers.modular_pipelines.minimax_h3.before_denoise import patchify_video_latents
+
+    return patchify_video_latents(pictures, (1, 2, 2))
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+VIDEO, HEARD = random(1, 24, 2, 4, 6, seed=1), random(1, 32, 2, 5, seed=2)
+TEXT = random(1, 7, SIZES["text_dim"], seed=3)
+
+
+def predict_there(load: Callable[[Any], None] = lambda dit: None) -> Tensor:
+    """The same in diffusers. load: puts a LoRA into its transformer."""
+    theirs = MiniMaxH3Transformer3DModel(**{**SIZES, **CHANGES}).eval()
+    theirs.load_state_dict(their_dit(**CHANGES).state_dict())
+    load(theirs)
+    places, tags, video, audio, text, *_ = MiniMaxH3PrepareLayoutStep.build_packed_sequence(
+        torch.ones(7, dtype=torch.long),
+        2,
+        4,
+        6,
+        5,
+        (1, 2, 2),
+        2,
+        audio_tag=SOUND,
+        video_tag=0,
+        keyframe_anchors=(),
+    )
+    with torch.no_grad():
+        output = theirs(
+            hidden_states=patchify(VIDEO)[None],
+            audio_hidden_states=rows_of_sound(HEARD)[None],
+            encoder_hidden_states=TEXT,
+            timestep=torch.tensor([0.3, 0.6]),
+            timestep_indices=(tags == SOUND).long(),
+            token_tags=tags,
+            position_ids=places,
+            video_indices=video,
+            audio_indices=audio,
+            text_indices=text,
+        )
+    return torch.cat([output.sample.flatten(), output.audio_sample.flatten()])
+
+
+def loaded(tensors: Mapping[str, Tensor]) -> Callable[[Any], None]:
+    def load(dit: Any) -> None:
+        read = MiniMaxH3LoraLoaderMixin.lora_state_dict(dict(tensors))
+        (start,) = {name.partition(".")[0] for name in read}
+        dit.load_lora_adapter(read, prefix=start)
+
+    return load
+
+
+def write_dit(folder: Path, name: str = "minimax_h3_fl2va_fp32.safetensors") -> Path:
+    path = folder / name
+    save_file(state(), path)
+    return path
+
+
+def write_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, dict(metadata or {}))
+    return path
+
+
+def merge(folder: Path, dit: Path, lora: Path, *words: str) -> Path:
+    merged = folder / "merged.safetensors"
+    fixed = ("--dit", dit, "--lora_weight", lora, "--save_merged_model", merged, "--device", "cpu")
+    succeed_here("merge_lora.py", *fixed, *words, folder=folder)
+    return merged
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_each_dialect_acts_as_in_diffusers(tmp_path: Path, dialect: str) -> None:
+    tensors = DIALECTS[dialect](factors())
+    lora = write_lora(tmp_path / "lora.safetensors", tensors)
+    expected = predict_there(loaded(tensors))
+
+    merged = merge(tmp_path, write_dit(tmp_path), lora)
+
+    assert_equal(predict(merged), expected, dialect, 1e-5)
+    assert relative_error(expected, predict_there()) > 0.01
+
+
+@pytest.mark.parametrize("target", ["other", "comfyui", "diffusers"])
+def test_a_converted_lora_acts_in_diffusers_and_comes_back(tmp_path: Path, target: str) -> None:
+    """diffusers reads ComfyUI's names too."""
+    lora = write_lora(tmp_path / "lora.safetensors", as_known(factors()))
+    made, back = tmp_path / "made.safetensors", tmp_path / "back.safetensors"
+
+    convert_lora.main(["--input", str(lora), "--output", str(made), "--target", target])
+    convert_lora.main(["--input", str(made), "--output", str(back), "--target", "default"])
+
+    start = "transformer." if target == "diffusers" else "diffusion_model."
+    assert all(name.startswith(start) for name in load_file(made))
+    expected = predict_there(loaded(as_known(factors())))
+    assert_equal(predict_there(loaded(load_file(made))), expected, target, 1e-5)
+    assert load_file(back).keys() == load_file(lora).keys()
+    for path, (down, up) in factors().items():
+        name = "lora_unet_" + path.replace(".", "_")
+        found = load_file(back)
+        assert found[f"{name}.lora_down.weight"].shape == down.shape, name
+        strength = float(found[f"{name}.alpha"]) / len(down)
+        change = strength * found[f"{name}.lora_up.weight"] @ found[f"{name}.lora_down.weight"]
+        torch.testing.assert_close(change, ALPHA / RANK * up @ down, msg=name)
+
+
+@pytest.mark.parametrize("dialect", ["ComfyUI", "no prefix", "DiffSynth", "diffusers"])
+def test_other_dialects_become_the_known_tuners(tmp_path: Path, dialect: str) -> None:
+    lora = write_lora(tmp_path / "lora.safetensors", DIALECTS[dialect](factors()))
+    made = tmp_path / "made.safetensors"
+
+    convert_lora.main(["--input", str(lora), "--output", str(made), "--target", "default"])
+
+    tensors = load_file(made)
+    assert tensors.keys() == as_known(factors()).keys()
+    expected = predict_there(loaded(as_known(factors())))
+    assert_equal(predict_there(loaded(tensors)), expected, dialect, 1e-5)
