@@ -22,8 +22,9 @@ from encoders.language_encoder import (
 from encoders.language_models import QWEN3_VL
 from encoders.text_encoder import TextTokenizer, TokenizerSource
 from minimax_h3.configs import LATENT
+from minimax_h3.dit_checkpoints import FORMAT as FORMAT  # files.py has both in every family's folder
 from minimax_h3.dit_checkpoints import find_task, format_of
-from minimax_h3.dit_checkpoints import identify as identify  # files.py has it in every family's folder
+from minimax_h3.dit_checkpoints import identify as identify
 from minimax_h3.options import FPS, H3ModelOptions, H3VaeOptions
 from minimax_h3.released import SOUND_MEAN
 from minimax_h3.sound import (

@@ -79,7 +79,7 @@ MINIMAX_H3 = FamilyNames(
     network_module="networks.lora_minimax_h3",
     more_starts=("transformer_ref.",),
     # DiffSynth-Studio trains the release's shards as they are. Source: diffusers' loader of H3's LoRAs
-    rows_by_head=RowsByHead(r"\.lora_[AB]\.default\.", ".attn.qkv_proj", HEAD_WIDTH),
+    rows_by_head=RowsByHead(r"\.lora_[AB]\.default\.", ".attn.qkv_proj", ".attn.q_norm", HEAD_WIDTH),
     refuses_strangers=True,
 )
 LORA = (MINIMAX_H3,)

@@ -258,9 +258,9 @@ def _recognise(
         logger.info(f"{path}: its DoRA magnitudes are in ComfyUI's form, as its writer has them there")
     if not native.tensors and not native.texts:
         raise _no_lora(path, stored)
-    _refuse_clash(path, native)
     if native.family is not None and native.family.refuses_strangers:
         _refuse_strangers(path, stored, native.family)
+    _refuse_clash(path, native)
     native = replace(native, tensors=stack_rows(path, native.tensors, native.family, stored))
     if native.text_encoder or native.repeated or native.unknown:
         _warn_of_unused(path, native, trained_family or native.family, len(stored))
@@ -282,7 +282,7 @@ def _refuse_clash(path: Path, native: NativeTensors) -> None:
     clash = native.clash or _named_twice(native)
     if clash:
         remedy = (
-            "They are of two programs, or for two networks. Take the tensors of one of them out of the file."
+            "They are of two programs, or for two networks. Remove the tensors of one of them from the file."
         )
         names = f"{clash[0]} and {clash[1]}"
         raise CheckpointError(f"{path} changes one layer under two names: {names}.\n  {remedy}", path)

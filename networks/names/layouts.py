@@ -95,7 +95,8 @@ class RowsByHead:
 
     mark: str  # regular expression that finds some name in these files, and in no other program's
     ending: str  # of our paths of the layers
-    head_width: int  # which no LoRA shows
+    norm_ending: str  # of our paths of norms that are as wide as a head, in models' files
+    head_width: int  # of released models, because no LoRA shows it
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed as objects: the lists are long

@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import convert_lora
+from checkpoints.opening import open_checkpoint
+from checkpoints.quantising import in_values
 from contract.loading import Placement
 from minimax_h3.configs import SOUND
 from minimax_h3.dit_checkpoints import load_dit
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.minimax_h3.test_model import rows_of_sound
-from tests.minimax_h3.tiny_dit import SIZES, WIDTH, released, their_dit
+from tests.minimax_h3.tiny_dit import SIZES, released, their_dit
 from tests.parity.running import assert_equal, relative_error
 
 HEAD = 128  # the release's, which DiffSynth's order of rows depends on
@@ -183,6 +185,7 @@ def write_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
 
 def merge(folder: Path, dit: Path, lora: Path, *words: str) -> Path:
+    folder.mkdir(exist_ok=True)
     merged = folder / "merged.safetensors"
     fixed = ("--dit", dit, "--lora_weight", lora, "--save_merged_model", merged, "--device", "cpu")
     succeed_here("merge_lora.py", *fixed, *words, folder=folder)
@@ -235,3 +238,112 @@ def test_other_dialects_become_the_known_tuners(tmp_path: Path, dialect: str) ->
     assert tensors.keys() == as_known(factors()).keys()
     expected = predict_there(loaded(as_known(factors())))
     assert_equal(predict_there(loaded(tensors)), expected, dialect, 1e-5)
+
+
+def test_a_lora_is_merged_into_shards_of_the_release(tmp_path: Path) -> None:
+    """Their rows are by head; in the one file that is written they are stacked, as its name says."""
+    shards = tmp_path / "model-00001-of-00001.safetensors"
+    by_head = {
+        name: interleave(tensor) if name.endswith("qkv_proj.weight") else tensor
+        for name, tensor in state().items()
+    }
+    save_file({name: tensor.contiguous() for name, tensor in by_head.items()}, shards)
+    lora = write_lora(tmp_path / "lora.safetensors", as_known(factors()))
+
+    merged = merge(tmp_path, shards, lora)
+
+    assert_equal(predict(merged), predict_there(loaded(as_known(factors()))), "shards", 1e-5)
+
+
+def share_kept(merged: Path, before: Mapping[str, Tensor], made: Factors) -> float:
+    """How much of a LoRA's change the weights of a file have, 1: all, by its direction."""
+    tensors = load_file(merged)
+    product = norm = 0.0
+    for path, (down, up) in made.items():
+        change = ALPHA / RANK * up @ down
+        name = f"{path}.weight"
+        product += float(((tensors[name].float() - before[name].float()) * change).sum())
+        norm += float(change.square().sum())
+    return product / norm
+
+
+def test_a_small_lora_keeps_its_effect_in_bf16(tmp_path: Path) -> None:
+    """Its changes are a tenth of a step of bf16; rounding to the nearest loses nearly all of them."""
+    narrow = {name: tensor.bfloat16() for name, tensor in state().items()}
+    dit = tmp_path / "minimax_h3_fl2va_bf16.safetensors"
+    save_file(narrow, dit)
+    blocks = {path: pair for path, pair in factors(0.007).items() if path.startswith("blocks.")}
+    lora = write_lora(tmp_path / "lora.safetensors", as_known(blocks))
+
+    merged = merge(tmp_path, dit, lora)
+
+    assert load_file(merged)["blocks.0.mlp.fc1.weight"].dtype == torch.bfloat16
+    assert abs(share_kept(merged, narrow, blocks) - 1) < 0.05
+    nearest = merge(tmp_path / "nearest", dit, lora, "--lora_rounding", "nearest")
+    assert share_kept(nearest, narrow, blocks) < 0.6
+
+
+def test_a_lora_is_merged_into_an_int8_file(tmp_path: Path) -> None:
+    """Into the values of the file; the result has 16 bits."""
+    dit, quantised = write_dit(tmp_path), tmp_path / "minimax_h3_fl2va_int8_convrot.safetensors"
+    words = ("--input", dit, "--output", quantised, "--form", "convrot")
+    succeed_here("tools/quantise.py", *words, folder=tmp_path)
+    lora = write_lora(tmp_path / "lora.safetensors", as_known(factors()))
+    with open_checkpoint(quantised) as opened:
+        assert opened.tensors["blocks.0.mlp.fc1.weight"].dtype == torch.int8
+        values = in_values(opened)
+        before = {name: values.read(name) for name in values.tensors}
+
+    merged = merge(tmp_path, quantised, lora)
+
+    assert abs(share_kept(merged, before, factors()) - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("lora_unet_blocks_0_attn_proj", ["no module", "lora_unet_blocks_0_attn_proj"]),
+        ("lora_unet_transformer_blocks_0_attn_to_q", ["no module", "transformer_blocks_0_attn_to_q"]),
+    ],
+)
+def test_another_flattened_name_is_refused(tmp_path: Path, name: str, parts: list[str]) -> None:
+    extra = {f"{name}.lora_down.weight": torch.ones(1, DIM), f"{name}.lora_up.weight": torch.ones(256, 1)}
+    lora = write_lora(tmp_path / "lora.safetensors", as_known(factors()) | extra)
+
+    message = refuse(tmp_path, lora)
+
+    assert all(part in message for part in parts), message
+
+
+def refuse(folder: Path, lora: Path) -> str:
+    words = ("--dit", write_dit(folder), "--lora_weight", lora, "--save_merged_model", "x.safetensors")
+    return assert_one_message(*run_here("merge_lora.py", *words, folder=folder), remedy=True)
+
+
+def test_rows_of_no_whole_heads_are_refused(tmp_path: Path) -> None:
+    tensors = as_diffsynth(factors())
+    name = "blocks.0.attn.qkv_proj.lora_B.default.weight"
+    tensors[name] = tensors[name][:-3]
+    assert "765 rows" in refuse(tmp_path, write_lora(tmp_path / "lora.safetensors", tensors))
+
+
+def test_a_file_for_both_networks_is_refused(tmp_path: Path) -> None:
+    first = as_diffusers(factors())
+    other = {name.replace("transformer.", "transformer_ref.", 1): -tensor for name, tensor in first.items()}
+    message = refuse(tmp_path, write_lora(tmp_path / "lora.safetensors", first | other))
+    assert "for two networks" in message
+
+
+def test_an_alpha_in_the_header_counts_for_all_ranks(tmp_path: Path) -> None:
+    """As in files of lightx2v: modules of several ranks, and one number."""
+    made = factors()
+    for path, (down, up) in made.items():
+        if "adaln" in path:
+            made[path] = (down[:2], up[:, :2])
+    lora = write_lora(tmp_path / "lora.safetensors", as_peft(made, "diffusion_model."), {"alpha": "6"})
+
+    def load(dit: Any) -> None:
+        read, metadata = MiniMaxH3LoraLoaderMixin.lora_state_dict(str(lora), return_lora_metadata=True)
+        dit.load_lora_adapter(read, prefix="transformer", metadata=metadata)
+
+    assert_equal(predict(merge(tmp_path, write_dit(tmp_path), lora)), predict_there(load), "alpha", 1e-5)
