@@ -26,7 +26,6 @@ from contract.data import (
     split_items,
 )
 from contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
-from contract.few_steps import FewSteps
 from contract.requests import (
     NO_MEDIA,
     Prepared,
@@ -39,7 +38,7 @@ from contract.requests import (
 from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.files import OneTransformer
 from encoders.tiles import posterior_generator, sample_posterior
-from minimax_h3.configs import DIT, NOISE, PICTURE_SHIFT, RELEASE, SOUND_SHIFT
+from minimax_h3.configs import DIT, FEW_STEPS, NOISE, PICTURE_SHIFT, RELEASE, SOUND_SHIFT
 from minimax_h3.files import KEY, TAGS, H3Files, files_of
 from minimax_h3.names import LORA
 from minimax_h3.options import (
@@ -78,7 +77,7 @@ class MiniMaxH3(OneTransformer):
     options: Any = NO_OPTIONS  # of a training
 
     can: ClassVar = Abilities(hear=True, tell_few_steps=True)
-    few_steps: ClassVar = FewSteps()
+    few_steps: ClassVar = FEW_STEPS
     named: ClassVar = {
         "architecture": NAME,
         "implementation": "https://huggingface.co/MiniMaxAI/MiniMax-H3",
@@ -90,6 +89,9 @@ class MiniMaxH3(OneTransformer):
     dit: DitSpec = field(default=DIT, init=False)
     release: rules.ModelRelease = field(default=RELEASE, init=False)
     text_keys: frozenset[str] = field(default=frozenset({KEY, TAGS}), init=False)
+
+    def why_few_steps(self) -> str:
+        return "it makes clips without a second pass for guidance"
 
     @property
     def latent(self) -> LatentSpec:

@@ -142,15 +142,16 @@ def choose_frames(model: ModelSet, media: list[Media], memory: float) -> int:
     """Return how many frames to take of each clip: the usual number, or one that 3 of 4 clips reach."""
     usual = model.data["frames"]
     step = model.data.get("frame_step", 4)
+    last = model.data.get("last_frames", 1)
     timed = [item for item in media if item.seconds is not None and usual > 1]
     counts = sorted(count_frames(clip, model) for clip in timed)
-    if not counts or counts[-1] < 1 + step:
+    if not counts or counts[-1] < last + step:
         return 1
     most = usual
     if memory >= LARGE and step == 4:
         most = 2 * usual - 1
     reached = min(most, counts[len(counts) // 4])
-    return max((reached - 1) // step, 1) * step + 1
+    return max((reached - last) // step, 1) * step + last
 
 
 def count_frames(clip: Media, model: ModelSet) -> int:
@@ -209,7 +210,7 @@ def describe_dataset(choice: Choice) -> str:
             keys |= clip_keys
         lines += ["", *_toml_table("[[datasets]]", keys)]
     if "[[datasets]]" not in lines:
-        least = (1 + data.get("frame_step", 4)) / data["fps"]
+        least = (data.get("last_frames", 1) + data.get("frame_step", 4)) / data["fps"]
         raise OptionError(
             f"--task {choice.model.task} learns from clips of at least {least:.1f} seconds, and "
             f"{choice.options.folder} has none. Choose another --family or --task."
@@ -372,7 +373,8 @@ def _write_frames(choice: Choice) -> str:
     if writes:
         folder.mkdir(exist_ok=True)
         write_png(start, first_frame(clip))
-    if "--end_image_path" not in choice.model.commands["generate"]:
+    words = shlex.split(choice.model.commands["generate"])
+    if not {"--end_image_path", "--last_frame"}.intersection(words):
         return f"--i {choice.inside(start)}"
     end = folder / "end.png"
     if writes:
@@ -437,7 +439,7 @@ def _describe_targets(choice: Choice) -> list[str]:
         return []
     lines = [
         "",
-        "# This model was distilled to few steps. Plain training unlearns them: see docs/targets.md.",
+        f"# This model {few_steps.distilled}. Plain training unlearns {few_steps.lost}: see docs/targets.md.",
     ]
     for target in few_steps.targets:
         lines.append(f"# To {target.about}:")
