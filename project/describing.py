@@ -142,16 +142,15 @@ def choose_frames(model: ModelSet, media: list[Media], memory: float) -> int:
     """Return how many frames to take of each clip: the usual number, or one that 3 of 4 clips reach."""
     usual = model.data["frames"]
     step = model.data.get("frame_step", 4)
-    last = model.data.get("last_frames", 1)
     timed = [item for item in media if item.seconds is not None and usual > 1]
     counts = sorted(count_frames(clip, model) for clip in timed)
-    if not counts or counts[-1] < last + step:
+    if not counts or counts[-1] < 1 + step:
         return 1
     most = usual
     if memory >= LARGE and step == 4:
         most = 2 * usual - 1
     reached = min(most, counts[len(counts) // 4])
-    return max((reached - last) // step, 1) * step + last
+    return max((reached - 1) // step, 1) * step + 1
 
 
 def count_frames(clip: Media, model: ModelSet) -> int:
@@ -210,7 +209,7 @@ def describe_dataset(choice: Choice) -> str:
             keys |= clip_keys
         lines += ["", *_toml_table("[[datasets]]", keys)]
     if "[[datasets]]" not in lines:
-        least = (data.get("last_frames", 1) + data.get("frame_step", 4)) / data["fps"]
+        least = (1 + data.get("frame_step", 4)) / data["fps"]
         raise OptionError(
             f"--task {choice.model.task} learns from clips of at least {least:.1f} seconds, and "
             f"{choice.options.folder} has none. Choose another --family or --task."
