@@ -80,6 +80,7 @@ DIT = DitSpec(
     lora_exclude=("adaln_proj",),
     input_layers=("video_patch_proj", "audio_patch_proj", "condition_proj", "token_refiner"),
     token_wise=("feed",),
+    modulated_input="modulated_input",
     keep_float32=(
         "video_patch_proj.",
         "audio_patch_proj.",

@@ -1,6 +1,7 @@
 """LoRAs of MiniMax-H3 in every dialect: as diffusers reads them, merged, converted, and in generation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from contract.loading import Placement
 from minimax_h3.configs import SOUND
 from minimax_h3.dit_checkpoints import load_dit
 from tests.faults.messages import assert_one_message, run_here, succeed_here
+from tests.minimax_h3.test_generation import PROMPT, STEPS, generate, latents_in, pipeline
 from tests.minimax_h3.test_model import rows_of_sound
 from tests.minimax_h3.tiny_dit import SIZES, released, their_dit
 from tests.parity.running import assert_equal, relative_error
+from tests.tiny.language_models import DIM as TEXT_DIM
+from tests.tiny.minimax_h3 import TinyH3, write_tiny_h3
 
 HEAD = 128  # the release's, which DiffSynth's order of rows depends on
 HEADS, DIM, FEED = 2, 192, 512  # in the release's proportions, by which models are told apart
@@ -30,6 +34,7 @@ CHANGES = {
     "num_attention_heads": HEADS,
     "hidden_size": DIM,
     "ffn_dim": FEED,
+    "text_dim": TEXT_DIM,
 }
 RANK, ALPHA = 4, 2.0
 OF_BLOCK = ("attn.qkv_proj", "attn.out_proj", "mlp.fc1", "mlp.fc2")
@@ -128,7 +133,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 VIDEO, HEARD = random(1, 24, 2, 4, 6, seed=1), random(1, 32, 2, 5, seed=2)
-TEXT = random(1, 7, SIZES["text_dim"], seed=3)
+TEXT = random(1, 7, TEXT_DIM, seed=3)
 
 
 def predict_there(load: Callable[[Any], None] = lambda dit: None) -> Tensor:
@@ -192,7 +197,14 @@ def merge(folder: Path, dit: Path, lora: Path, *words: str) -> Path:
     return merged
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+DAILY = {"the known tuner", "DiffSynth", "diffusers"}
+
+
+def with_slow(dialects: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in DAILY)) for name in dialects]
+
+
+@pytest.mark.parametrize("dialect", with_slow(DIALECTS))
 def test_each_dialect_acts_as_in_diffusers(tmp_path: Path, dialect: str) -> None:
     tensors = DIALECTS[dialect](factors())
     lora = write_lora(tmp_path / "lora.safetensors", tensors)
@@ -204,7 +216,7 @@ def test_each_dialect_acts_as_in_diffusers(tmp_path: Path, dialect: str) -> None
     assert relative_error(expected, predict_there()) > 0.01
 
 
-@pytest.mark.parametrize("target", ["other", "comfyui", "diffusers"])
+@pytest.mark.parametrize("target", ["other", pytest.param("comfyui", marks=pytest.mark.slow), "diffusers"])
 def test_a_converted_lora_acts_in_diffusers_and_comes_back(tmp_path: Path, target: str) -> None:
     """diffusers reads ComfyUI's names too."""
     lora = write_lora(tmp_path / "lora.safetensors", as_known(factors()))
@@ -227,7 +239,7 @@ def test_a_converted_lora_acts_in_diffusers_and_comes_back(tmp_path: Path, targe
         torch.testing.assert_close(change, ALPHA / RANK * up @ down, msg=name)
 
 
-@pytest.mark.parametrize("dialect", ["ComfyUI", "no prefix", "DiffSynth", "diffusers"])
+@pytest.mark.parametrize("dialect", with_slow(["ComfyUI", "no prefix", "DiffSynth", "diffusers"]))
 def test_other_dialects_become_the_known_tuners(tmp_path: Path, dialect: str) -> None:
     lora = write_lora(tmp_path / "lora.safetensors", DIALECTS[dialect](factors()))
     made = tmp_path / "made.safetensors"
@@ -347,3 +359,54 @@ def test_an_alpha_in_the_header_counts_for_all_ranks(tmp_path: Path) -> None:
         dit.load_lora_adapter(read, prefix="transformer", metadata=metadata)
 
     assert_equal(predict(merge(tmp_path, write_dit(tmp_path), lora)), predict_there(load), "alpha", 1e-5)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> TinyH3:
+    folder = tmp_path_factory.mktemp("h3 with loras")
+    return replace(write_tiny_h3(folder / "model"), dit=write_dit(folder))
+
+
+@pytest.fixture(scope="module")
+def expected(files: TinyH3) -> dict[str, Tensor]:
+    """What diffusers' pipeline makes with the LoRA."""
+    pipe = pipeline(files)
+    dit = MiniMaxH3Transformer3DModel(**{**SIZES, **CHANGES}).eval()
+    dit.load_state_dict(their_dit(**CHANGES).state_dict())
+    loaded(as_known(factors()))(dit)
+    pipe.update_components(transformer=dit)
+    made = pipe(
+        prompt=PROMPT.replace("\\n", "\n"),
+        height=32,
+        width=64,
+        num_frames=124,
+        num_inference_steps=STEPS + 1,
+        generator=torch.Generator().manual_seed(7),
+        output_type="pt",
+    ).values
+    return {"latent": made["latents"][0], "audio_latents": made["audio_latents"].transpose(0, 1)}
+
+
+@pytest.mark.parametrize(
+    "dialect",
+    ["the known tuner", *(pytest.param(name, marks=pytest.mark.slow) for name in [*DIALECTS][1:])],
+)
+def test_clips_with_a_lora_are_those_of_diffusers(
+    tmp_path: Path, files: TinyH3, expected: dict[str, Tensor], dialect: str
+) -> None:
+    lora = write_lora(tmp_path / "lora.safetensors", DIALECTS[dialect](factors()))
+
+    generate(tmp_path, files, "--lora_weight", str(lora), "--output_type", "latent")
+
+    made = latents_in(tmp_path / "made")
+    for name, latents in expected.items():
+        assert_equal(made[name], latents, f"{dialect}: {name}", 1e-5)
+
+
+def test_a_lora_of_one_network_is_taken_by_the_other(tmp_path: Path) -> None:
+    """Files of both have the same names and sizes; the name of a LoRA's tensors forbids nothing."""
+    tensors = DIALECTS["diffusers, of references"](factors())
+    lora = write_lora(tmp_path / "lora.safetensors", tensors)
+    first = predict(merge(tmp_path / "first", write_dit(tmp_path), lora))
+    other = write_dit(tmp_path, "minimax_h3_ref2va_fp32.safetensors")
+    assert torch.equal(predict(merge(tmp_path / "other", other, lora)), first)
