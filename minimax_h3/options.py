@@ -188,7 +188,7 @@ def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H
     if options.speed.cfg_parallel:
         raise OptionError(
             "--cfg_parallel shares the passes with and without the prompt among processes, and "
-            f"{NAME} has one pass for each step. Use --context_parallel, with which processes share the tokens"
+            f"{NAME} has one pass for each step. Use --context_parallel: processes share the tokens"
         )
     if options.guidance.nag.is_on:
         raise OptionError(
