@@ -48,12 +48,12 @@ def test_processes_share_the_work(tmp_path: Path, files: TinyH3, by: tuple[str, 
 @pytest.mark.parametrize("name", CACHES)
 def test_step_caches_skip_passes(tmp_path: Path, files: TinyH3, name: str) -> None:
     """What calibration prints belongs to the clip that is made without one."""
-    generate(tmp_path / "plain", files, *SHORT, *EIGHT)
-    said = generate(tmp_path / "skips", files, *SHORT, *EIGHT, *CACHES[name])
+    generate(tmp_path, files, *SHORT, *EIGHT, "--save_path", "plain")
+    said = generate(tmp_path, files, *SHORT, *EIGHT, *CACHES[name], "--save_path", "skips")
     option = f"--{name.lower()}_calibration"
-    measured = generate(tmp_path / "measured", files, *SHORT, *EIGHT, option)
+    measured = generate(tmp_path, files, *SHORT, *EIGHT, option, "--save_path", "measured")
 
-    plain, skips, same = (latents_in(tmp_path / each / "made") for each in ("plain", "skips", "measured"))
+    plain, skips, same = (latents_in(tmp_path / each) for each in ("plain", "skips", "measured"))
     assert f"{name} skipped" in said
     assert largest_error(skips, plain) > 0
     assert all(torch.equal(same[part], latents) for part, latents in plain.items())
