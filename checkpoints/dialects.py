@@ -276,6 +276,11 @@ def join_parts(
     return sources | {name: sources[name].then(swap_halves) for name in swapped if name in sources}
 
 
+def stack_heads(rows: Tensor, head_width: int) -> Tensor:
+    """Return rows in the order [all q; all k; all v] from [q0; k0; v0; q1; k1; v1; ...], by head."""
+    return rows.unflatten(0, (-1, 3, head_width)).transpose(0, 1).flatten(0, 2)
+
+
 def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[str, tuple[int, ...]]:
     """Return the shapes of our tensors from those of a file's, as `join_parts` makes them."""
     joined: dict[str, tuple[int, ...]] = {}

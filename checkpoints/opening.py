@@ -228,6 +228,11 @@ def checkpoint_paths(path: Path) -> list[Path]:
     return [path]
 
 
+def is_sharded(path: Path) -> bool:
+    """Return whether a path is that of shards: one of them, their index, or a folder."""
+    return path.is_dir() or path.name.endswith(".index.json") or _SHARD.fullmatch(path.name) is not None
+
+
 def require_all_shards(files: Sequence[Path]) -> None:
     """Raise CheckpointError if names show that other shards of the same model are missing."""
     for file in files:

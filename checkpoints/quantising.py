@@ -183,7 +183,8 @@ def _transformer(
             layers.add(prefix + name)
         if len(ours) == 1:
             (our_name,) = ours
-            shapes_in_file[prefix + name] = tuple(weights[our_name].shape)
+            if our_name in weights:  # files have tensors that are computed here, too
+                shapes_in_file[prefix + name] = tuple(weights[our_name].shape)
     return Recognised(
         what=form.describe(header),
         family=family,

@@ -60,6 +60,11 @@ class FewSteps:
         "distillation"
     )
     targets: tuple[KeepingTarget, ...] = (GUIDED,)  # for those who train it all the same, best first
+    # complete "The model ...", "Plain training unlearns ..." and "with the trained network ..."
+    distilled: str = "was distilled to few steps"
+    lost: str = "them"
+    cost: str = "it needs more steps, and guidance, for equal quality"
+    is_certain: bool = False  # of all files of the family, whatever they are called
     words: str = ""  # regular expression of further words in names
     # likewise: names with it, "ModelRaw" as "model_raw", are of the model itself
     unless: str = ""

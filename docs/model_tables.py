@@ -58,7 +58,8 @@ def _order(component: Component) -> tuple[int, str]:
     places = (
         "--ltx2_checkpoint",
         *("--ckpt", "--dit", "--dit_high_noise", "--lora_weight", "--lora_weight_high_noise"),
-        *("--vae", "--ae", "--t5", "--text_encoder1", "--t5xxl", "--text_encoder", "--byt5"),
+        *("--video_vae", "--audio_vae"),
+        *("--vae", "--ae", "--t5", "--text_encoder1", "--t5xxl", "--text_encoder", "--tokenizer", "--byt5"),
         *(
             "--gemma2",
             "--gemma_root",

@@ -22,6 +22,7 @@ class Licence:
     key: str
     url: str
     terms: str  # what somebody who downloads the weights should know of it
+    comes_first: bool = False  # said before anything else of its files: it excludes many people
     verified: bool = True  # False: the release's own page does not say it, or could not be read
 
 

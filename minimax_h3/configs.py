@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from contract.data import LatentSpec
 from contract.family import DitSpec, NoiseSpec, count_picture_tokens
+from contract.few_steps import GUIDED, FewSteps, KeepingTarget
 from contract.rules import ModelRelease
 from minimax_h3.options import CLIP, LAST_FRAMES
 
@@ -42,6 +43,22 @@ class H3Config:
         return self.num_heads * self.head_width
 
 
+# Source: the known tuner's page, which has no recipe of plain training
+FEW_STEPS = FewSteps(
+    "Give one of the targets that keep it",
+    targets=(
+        GUIDED,
+        KeepingTarget(
+            "learn what the model itself makes of a clip's first and last frame (write --teacher_conditions "
+            "first,last behind the caching of texts, --task fl2va behind that of latents)",
+            "--h3_teacher_matching --h3_teacher_loss_dc_weight 0.3 --h3_timestep_focus_prob 0.5",
+        ),
+    ),
+    distilled="has guidance distilled into it",
+    lost="it",
+    cost="clips need guidance, which a generation does not give",
+    is_certain=True,
+)
 PICTURE_SHIFT = 12.0  # of the noise levels of pictures
 SOUND_SHIFT = 3.0
 NOISE = NoiseSpec(
@@ -72,6 +89,7 @@ DIT = DitSpec(
     lora_exclude=("adaln_proj",),
     input_layers=("video_patch_proj", "audio_patch_proj", "condition_proj", "token_refiner"),
     token_wise=("feed",),
+    modulated_input="modulated_input",
     keep_float32=(
         "video_patch_proj.",
         "audio_patch_proj.",

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind
+from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind, stack_heads
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.encoders import stated_settings
-from checkpoints.opening import Checkpoint, plain_sources
+from checkpoints.opening import Checkpoint, is_sharded, plain_sources
 from contract.loading import TensorSource
 from minimax_h3.configs import KINDS, PATCH, H3Config
 from minimax_h3.model import ROWS, H3Model
-from minimax_h3.vae_checkpoints import stack_heads
 from modules.errors import CheckpointError
 
 NAME = "MiniMax-H3"
@@ -30,7 +29,6 @@ FILES = (
 )
 STACKED, INTERLEAVED, DIFFUSERS = "stacked", "interleaved", "diffusers"
 HEAD_WIDTH = 128
-_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 AXES = 3  # of positions: time, height, width
 DIFFUSERS_CLASS = "MiniMaxH3Transformer3DModel"
 MARK = "blocks.0.attn.qkv_proj.weight"
@@ -69,10 +67,9 @@ IGNORED = ("rope.inv_freq",)  # computed
 def find_layout(path: Path) -> str:
     """Return the order of fused rows that a file of released names has, by its name.
 
-    path: a file, a first shard or a folder, which is read as shards.
+    path: a file, a first shard, an index or a folder; the last three are read as shards.
     """
-    is_shard = _SHARD.search(path.name) is not None
-    return INTERLEAVED if is_shard or path.is_dir() else STACKED
+    return INTERLEAVED if is_sharded(path) else STACKED
 
 
 def find_task(path: Path) -> str | None:

@@ -26,7 +26,6 @@ from contract.data import (
     SoundSpec,
 )
 from contract.family import Abilities, DitSpec, Family, HearsSound, NoiseSource, NoiseSpec
-from contract.few_steps import FewSteps
 from contract.requests import (
     NO_MEDIA,
     Prepared,
@@ -55,7 +54,7 @@ from minimax_h3.conditions import (
     place_conditions,
     reference_key,
 )
-from minimax_h3.configs import DIT, NOISE, RELEASE
+from minimax_h3.configs import DIT, FEW_STEPS, NOISE, RELEASE
 from minimax_h3.files import UNDECIDED, H3Files, files_of
 from minimax_h3.names import LORA
 from minimax_h3.options import (
@@ -143,7 +142,7 @@ class MiniMaxH3(OneTransformer):
         bring_empty=True,
         teacher_views=(rules.FIRST_LAST, rules.CLIP, rules.SUBJECT),
     )
-    few_steps: ClassVar = FewSteps()
+    few_steps: ClassVar = FEW_STEPS
     named: ClassVar = {
         "architecture": NAME,
         "implementation": "https://huggingface.co/MiniMaxAI/MiniMax-H3",
@@ -155,6 +154,9 @@ class MiniMaxH3(OneTransformer):
     dit: DitSpec = field(default=DIT, init=False)
     release: rules.ModelRelease = field(default=RELEASE, init=False)
     text_keys: frozenset[str] = field(default=frozenset({KEY, TAGS}), init=False)
+
+    def why_few_steps(self) -> str:
+        return "it makes clips without a second pass for guidance"
 
     @property
     def latent(self) -> LatentSpec:

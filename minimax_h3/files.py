@@ -24,8 +24,9 @@ from encoders.language_models import QWEN3_VL
 from encoders.text_encoder import TextTokenizer, TokenizerSource, check_ids, weights_of
 from minimax_h3.cache_marks import KEY, TAGS
 from minimax_h3.configs import LATENT
+from minimax_h3.dit_checkpoints import FORMAT as FORMAT  # files.py has both in every family's folder
 from minimax_h3.dit_checkpoints import find_task, format_of
-from minimax_h3.dit_checkpoints import identify as identify  # files.py has it in every family's folder
+from minimax_h3.dit_checkpoints import identify as identify
 from minimax_h3.options import FPS, H3ModelOptions, H3TextOptions, H3VaeOptions
 from minimax_h3.presentation import BEGIN, END, PAD, PADS, PICTURE_TAG, TEXT_TAG, USE, present
 from minimax_h3.released import SOUND_MEAN

@@ -208,6 +208,11 @@ class H3Block(H3StreamBlock):
             parts.append(self.feed(part, tokens.dtype, *rows))
         return torch.cat(parts, dim=1)
 
+    def modulated_input(self, x: Tensor, tokens: H3Tokens) -> Tensor:
+        """Return the input of attention for the tokens of learned pictures in x: B L C -> B V C."""
+        shift, scale, *_ = self.rows(tokens)
+        return modulate(self.norm1(x[:, : tokens.starts[0]]), shift[:, :1], scale[:, :1], tokens.dtype)
+
     def feed(self, x: Tensor, dtype: torch.dtype, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """Add the feed-forward branch to x, B L C; each token is processed independently."""
         return add_gated(x, gate, self.mlp(modulate(self.norm2(x), shift, scale, dtype)))

@@ -2,7 +2,7 @@
 
 from contract.families import CLIPS, FamilyEntry, Marks
 from networks.names import layouts
-from networks.names.layouts import FamilyNames, WeightPart, renamed_parts, stacked_parts
+from networks.names.layouts import FamilyNames, RowsByHead, WeightPart, renamed_parts, stacked_parts
 
 LICENCE = (
     "MiniMax H3 Community License: without an authorisation by MiniMax, which is free, it gives no rights in "
@@ -18,6 +18,7 @@ ENTRY = FamilyEntry(
     texts="--text_encoder QWEN3_VL_FILE --tokenizer TOKENIZER_FOLDER",
     notice=LICENCE,
 )
+HEAD_WIDTH = 128  # of both released transformers
 # beginnings of blocks, diffusers' and the released
 _BLOCKS = (
     ("transformer_blocks.{n}.", "blocks.{n}."),
@@ -76,6 +77,10 @@ MINIMAX_H3 = FamilyNames(
     released=((5376, (("blocks", 50),)),),
     numbered=(("token_refiner.blocks.{n}.", _ORDER), ("blocks.{n}.", _ORDER)),
     network_module="networks.lora_minimax_h3",
+    more_starts=("transformer_ref.",),
+    # DiffSynth-Studio trains the release's shards as they are. Source: diffusers' loader of H3's LoRAs
+    rows_by_head=RowsByHead(r"\.lora_[AB]\.default\.", ".attn.qkv_proj", ".attn.q_norm", HEAD_WIDTH),
+    refuses_strangers=True,
 )
 LORA = (MINIMAX_H3,)
 MARKS: Marks = (

@@ -340,6 +340,11 @@ def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H
             f"--guidance_scale {request.guidance_scale:g}: the guidance of {NAME} is built in, so that there "
             "is no pass without the prompt. Leave it out"
         )
+    if options.speed.cfg_parallel:
+        raise OptionError(
+            "--cfg_parallel shares the passes with and without the prompt among processes, and "
+            f"{NAME} has one pass for each step. Use --context_parallel: processes share the tokens"
+        )
     if options.guidance.nag.is_on:
         raise OptionError(
             f"--nag_scale {options.guidance.nag.nag_scale:g}: {NAME} has one attention for text, sound and "

@@ -13,9 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from checkpoints.dialects import DitShapes, LoadPlan, Names, join_parts, joined_shapes, other_kind
+from checkpoints.dialects import (
+    DitShapes,
+    LoadPlan,
+    Names,
+    join_parts,
+    joined_shapes,
+    other_kind,
+    stack_heads,
+)
 from checkpoints.encoders import check_groups, stated_groups, stated_settings
 from checkpoints.opening import Checkpoint, plain_sources
 from contract.loading import TensorSource
@@ -79,11 +85,6 @@ def _separate_heads(stored: Mapping[str, TensorSource], head_width: int) -> Mapp
     return {
         name: source.then(stack) if ".attn.to_qkv." in name else source for name, source in stored.items()
     }
-
-
-def stack_heads(rows: Tensor, head_width: int) -> Tensor:
-    """Return rows in the order [all q; all k; all v] from [q0; k0; v0; q1; k1; v1; ...], by head."""
-    return rows.unflatten(0, (-1, 3, head_width)).transpose(0, 1).flatten(0, 2)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from networks import deltas
 from networks.apply import Change
 from networks.deltas import CPU, DORA, DOWN, META, OFT, Factors, weight_delta, without_alpha
 from networks.extracting import decompose_change, lora_of_shape
+from networks.fused_rows import with_stacked_rows
 from networks.key_formats import module_of_tensor
 from networks.loading import LoraFile, LoraUse
 from networks.lora_network import prefix_of
@@ -272,7 +273,7 @@ def _open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator
     weights: dict[str, list[StoredWeight]] = {}
     with ExitStack() as stack:
         for path in paths:
-            checkpoint = in_values(stack.enter_context(open_checkpoint(path)))
+            checkpoint = with_stacked_rows(in_values(stack.enter_context(open_checkpoint(path))))
             for name, stored in (*_weights_of_texts(checkpoint), *_weights_of_dit(checkpoint, family)):
                 module, leaf = module_of_tensor(name)
                 if leaf == "weight":

@@ -22,6 +22,7 @@ from modules.devices import choose_device
 from modules.errors import CheckpointError
 from modules.seeds import derive_seed
 from networks.deltas import DOWN, UP
+from networks.fused_rows import with_stacked_rows
 from networks.key_formats import module_of_tensor
 from networks.merging import DTYPES, in_known_names
 from networks.metadata import add_hashes
@@ -192,11 +193,11 @@ def _extract_blocks(
 
 def _values_of_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
     """Return two models with their weights as values; warn if one is quantised."""
-    pair = Pair(in_values(original), in_values(tuned))
+    values = Pair(in_values(original), in_values(tuned))
     quantised = []
-    if pair.original is not original:
+    if values.original is not original:
         quantised.append(original.path.name)
-    if pair.tuned is not tuned:
+    if values.tuned is not tuned:
         quantised.append(tuned.path.name)
     if quantised:
         logger.warning(
@@ -204,7 +205,7 @@ def _values_of_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
             "LoRA, often larger than what was learned. Give files in 16 bits if there are any",
             " and ".join(quantised),
         )
-    return pair
+    return Pair(with_stacked_rows(values.original), with_stacked_rows(values.tuned))
 
 
 def extract_whole(options: ExtractOptions) -> None:

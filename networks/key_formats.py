@@ -7,6 +7,7 @@ LyCORIS     lycoris_blocks_0_self_attn_q.hada_w1_a ...
 LTX-2       lora_unet_model_transformer_blocks_0_attn1_to_q.lora_down.weight (musubi-tuner's fork)
 VideoX-Fun  lora_unet__blocks_0_self_attn_q.lora_down.weight
 DiffSynth   pipe.dit.blocks.0.self_attn.q.lora_A.default.weight
+            blocks.0.attn.qkv_proj.lora_B.default.weight (MiniMax-H3, with the rows by head)
 LightX2V    as other, with diffusion_model.blocks.0.norm3.diff   .diff_b   diffusion_model.blocks.0.diff_m
 U-Nets      unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight, also with
             attn1.processor.to_q_lora.down.weight (diffusers before PEFT); input_blocks_1_1_... in place of
@@ -33,6 +34,8 @@ OTHER = "diffusion_model."
 NETWORKS = {f"{network}.": expert for family in FAMILIES for network, expert in family.experts}
 # the same, with other prefixes in files that hold several experts
 EXPERT_STARTS = NETWORKS | {f"{name}.": expert for family in FAMILIES for name, expert in family.more_experts}
+# of networks in pipelines of diffusers with the same modules
+_MORE_STARTS = tuple(start for family in FAMILIES for start in family.more_starts)
 _FURTHER = tuple(start for start in EXPERT_STARTS if start != layouts.IN_DIFFUSERS)
 # prefixes of names -> their dialect, if they show it. They are removed, in any order, until none fits; in
 # names without dots they have "_" for "."
@@ -46,7 +49,7 @@ _STARTS = {
     "base_model.model.": "PEFT",
     OTHER: "other",
     "pipe.": "DiffSynth",
-    **dict.fromkeys(EXPERT_STARTS, "diffusers"),
+    **dict.fromkeys((*_MORE_STARTS, *EXPERT_STARTS), "diffusers"),
     layouts.UNET_IN_DIFFUSERS: "diffusers",
     **dict.fromkeys(("base_model.", "model.", "module.", "dit.", "net.", "denoiser."), ""),
 }

@@ -28,10 +28,10 @@ from networks.metadata import (
     layout_hash,
     metadata_of,
 )
-from networks.module_names import have_same_names, on_text_side, read_family, relatives
+from networks.module_names import have_same_names, module_path, on_text_side, read_family, relatives
 from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames
 from networks.options import UNTYPED, LoraPatternOptions
-from networks.parts import mend_split_alphas
+from networks.parts import mend_split_alphas, stack_rows
 from networks.patterns import describe_unfit, in_any_spelling
 from networks.rank_masks import rule_of
 
@@ -258,7 +258,10 @@ def _recognise(
         logger.info(f"{path}: its DoRA magnitudes are in ComfyUI's form, as its writer has them there")
     if not native.tensors and not native.texts:
         raise _no_lora(path, stored)
+    if native.family is not None and native.family.refuses_strangers:
+        _refuse_strangers(path, stored, native.family)
     _refuse_clash(path, native)
+    native = replace(native, tensors=stack_rows(path, native.tensors, native.family, stored))
     if native.text_encoder or native.repeated or native.unknown:
         _warn_of_unused(path, native, trained_family or native.family, len(stored))
     return native, metadata
@@ -278,9 +281,24 @@ def _refuse_clash(path: Path, native: NativeTensors) -> None:
     """Raise CheckpointError if a file changes one layer under two names."""
     clash = native.clash or _named_twice(native)
     if clash:
-        remedy = "They are of two programs. Take the tensors of one of them out of the file."
+        remedy = (
+            "They are of two programs, or for two networks. Remove the tensors of one of them from the file."
+        )
         names = f"{clash[0]} and {clash[1]}"
         raise CheckpointError(f"{path} changes one layer under two names: {names}.\n  {remedy}", path)
+
+
+def _refuse_strangers(path: Path, stored: Iterable[str], family: FamilyNames) -> None:
+    """Raise CheckpointError if underscored names in a file are those of no module. stored: all its names."""
+    modules = dict.fromkeys(name.partition(".")[0] for name in stored if name.startswith(OURS))
+    strangers = [module for module in modules if module_path(module.removeprefix(OURS), family) is None]
+    if strangers:
+        raise CheckpointError(
+            f"{path} cannot be used: {family.architecture} has no module that is called "
+            f"{list_some(strangers, 2)}.\n  Give a LoRA that was trained for this model, or take the tensors "
+            "of these names out of the file.",
+            path,
+        )
 
 
 def _part_in_words(

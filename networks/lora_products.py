@@ -190,14 +190,15 @@ def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
 def fused_heights(parts: int, rows: int, columns: int) -> tuple[int, ...]:
     """Return the rows of each part of a fused layer: q, k, v, or q, k, v and the first layer of the MLP.
 
-    rows, columns: of the layer's weight; queries are as many as its columns. Of 3 parts, keys and values
-    share the remaining rows (they may have fewer heads); of 4, they are as high as queries. () if that does
-    not fit.
+    rows, columns: of the layer's weight; queries are as many as its columns, or a third of the rows if heads
+    are together wider than their input. Of 3 parts, keys and values share the remaining rows (they may have
+    fewer heads); of 4, they are as high as queries. () if that does not fit.
     """
     heights: tuple[int, ...] = ()
     if parts == 3:
-        remaining = rows - columns
-        heights = (columns, remaining // 2, remaining - remaining // 2)
+        queries = max(columns, rows // 3)
+        remaining = rows - queries
+        heights = (queries, remaining // 2, remaining - remaining // 2)
     elif parts == 4:
         heights = (columns, columns, columns, rows - 3 * columns)
     return heights if heights and min(heights) > 0 else ()

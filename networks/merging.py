@@ -28,6 +28,7 @@ from modules.text_files import real_path
 from networks import tool_options
 from networks.apply import LoraPatch
 from networks.deltas import CPU, DOWN, LORA, UP, Factors, group_by_module, hollow, strength
+from networks.fused_rows import with_stacked_rows
 from networks.key_formats import NETWORKS, families_of
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
 from networks.metadata import add_hashes
@@ -221,7 +222,7 @@ def merge_into_file(
     start = time.monotonic()
     refuse_replacing(option, output, [*checkpoint_paths(model), *(use.lora.path for use in uses)])
     with open_checkpoint(model) as opened:
-        checkpoint = in_values(opened)
+        checkpoint = with_stacked_rows(in_values(opened))
         _check_in_channels(checkpoint, in_channels)
         lora_rounding = LoraRounding(rounding)
         patch = _make_patch(uses, checkpoint, model, lora_rounding)

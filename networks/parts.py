@@ -1,6 +1,7 @@
 """LoRAs of layouts that split a fused weight: which rows belong to which part, splitting and joining."""
 
 import itertools
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from checkpoints.dialects import stack_heads
 from modules.errors import CheckpointError
 from networks import deltas
 from networks.deltas import DORA, DOWN, LORA, OFT, ROWS, UP, Factors, strength
@@ -534,6 +536,41 @@ def _cut_lokr(factors: Factors) -> Factors | None:
     lokr = {part: tensor for part, tensor in factors.items() if part != ROWS}
     lokr[first] = factors[first][start // block : stop // block].clone()
     return lokr
+
+
+def stack_rows(
+    path: Path, tensors: Mapping[str, Tensor], family: FamilyNames | None, stored: Iterable[str]
+) -> Mapping[str, Tensor]:
+    """Return a LoRA whose fused layers have all rows of q first, then k, then v.
+
+    tensors: under our names. stored: names in the file; they show whether its program has the rows by head.
+    Raises CheckpointError if these are not rows of whole heads.
+    """
+    rule = None if family is None else family.rows_by_head
+    if rule is None or not any(re.search(rule.mark, name) for name in stored):
+        return tensors
+    ending = rule.ending.replace(".", "_")
+    modules = deltas.group_by_module(tensors)
+    for name, factors in modules.items():
+        height = deltas.height_of(factors) if name.endswith(ending) else None
+        if height is None:
+            continue
+        fits = height % (3 * rule.head_width) == 0
+        stacked = deltas.rows_of(factors, _order_of_rows(height, rule.head_width)) if fits else None
+        if stacked is None:
+            raise CheckpointError(
+                f"{path} cannot be used: {name} has {height} rows, and its program has them by head, "
+                f"{rule.head_width} of each query, key and value.\n  Give a plain LoRA that was trained for "
+                "this model.",
+                path,
+            )
+        modules[name] = stacked
+    return deltas.ungroup(modules)
+
+
+def _order_of_rows(height: int, head_width: int) -> Tensor:
+    """Return the place by head, [q0 k0 v0, q1 k1 v1, ...], of each row of [q; k; v]."""
+    return stack_heads(torch.arange(height), head_width)
 
 
 def mend_split_alphas(

@@ -403,7 +403,8 @@ def _write_frames(choice: Choice) -> str:
     if writes:
         folder.mkdir(exist_ok=True)
         write_png(start, first_frame(clip))
-    if "--end_image_path" not in choice.model.commands["generate"]:
+    words = shlex.split(choice.model.commands["generate"])
+    if not {"--end_image_path", "--last_frame"}.intersection(words):
         return f"--i {choice.inside(start)}"
     end = folder / "end.png"
     if writes:
@@ -468,7 +469,7 @@ def _describe_targets(choice: Choice) -> list[str]:
         return []
     lines = [
         "",
-        "# This model was distilled to few steps. Plain training unlearns them: see docs/targets.md.",
+        f"# This model {few_steps.distilled}. Plain training unlearns {few_steps.lost}: see docs/targets.md.",
     ]
     for target in few_steps.targets:
         lines.append(f"# To {target.about}:")

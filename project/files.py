@@ -230,11 +230,12 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
     lines.append(_describe_model(choice))
     if choice.facts.contradiction:
         lines.append(choice.facts.contradiction)
-    if choice.facts.few_steps is not None:
+    few_steps = choice.facts.few_steps
+    if few_steps is not None:
         subject = "It" if choice.facts.contradiction else choice.model_name
         lines.append(
-            f"{subject} was distilled to few steps, and training it as it is unlearns them. "
-            f"{choice.facts.few_steps.instead}. Or take the comment signs from the lines of a target that "
+            f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}. "
+            f"{few_steps.instead}. Or take the comment signs from the lines of a target that "
             f"keeps them, in [training] of {RUN_FILE}"
         )
     references = choice.content.references

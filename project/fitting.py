@@ -35,7 +35,9 @@ def describe_fit(model: ModelSet, memory: float) -> str:
         return SLOW
     if is_small(model, memory):
         return "fits"
-    left = transformer_bytes(model) / 2 / 2**30 - max(memory - IN_USE, 0)
+    is_in_8_bits = not model.data["fp8"]  # as released
+    size = transformer_bytes(model) / (1 if is_in_8_bits else 2)
+    left = size / 2**30 - max(memory - IN_USE, 0)
     if left <= 0:
         return "fits in 8 bits"
     return f"in 8 bits, {left:.0f} GiB in RAM" if model.data.get("swaps", True) else "does not fit"

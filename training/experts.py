@@ -198,18 +198,25 @@ def _warn_of_few_steps(family: Family, options: TrainingOptions) -> None:
     is_adapted = network is not None and (network.frozen.training_adapter or network.base_weights)
     # what these learn towards are predictions of models that keep their steps
     keeps_steps = options.teacher.teacher == OTHER_DIT or options.slider is not None
+    keeps_steps |= options.teacher.teacher is not None and options.teacher.teacher_weight == 1
     keeps_steps |= options.guided.guided_target is not None  # what was distilled into it counts in the target
     if is_adapted or keeps_steps or not knows_few_steps(family):
         return
     why = family.why_few_steps()
     if why is not None:
+        rule = family.few_steps
+        fact = f"The transformer may be distilled for few steps ({why}). If it is, plain training unlearns"
+        if rule.is_certain:
+            fact = f"The transformer {rule.distilled} ({why}). Plain training unlearns"
         logger.warning(
-            "The transformer may be distilled for few steps (%s). If it is, plain training unlearns "
-            "them: with the trained network it needs more steps, and guidance, for equal quality. "
-            "%s. If you train this one, docs/targets.md tells how it keeps more of them: %s.",
-            why,
-            family.few_steps.instead,
-            ", or ".join(target.options for target in family.few_steps.targets),
+            "%s %s: with the trained network %s. %s. If you train this one, docs/targets.md tells how it "
+            "keeps more of %s: %s.",
+            fact,
+            rule.lost,
+            rule.cost,
+            rule.instead,
+            rule.lost,
+            ", or ".join(target.options for target in rule.targets),
         )
 
 

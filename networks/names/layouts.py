@@ -89,6 +89,16 @@ class LoraRules:
     encoders: Mapping[str, str] = field(default_factory=dict)  # argument -> the encoder it switches on
 
 
+@dataclass(frozen=True)
+class RowsByHead:
+    """Layers whose rows one program's LoRAs have by head, [q0 k0 v0, q1 k1 v1, ...]; ours are [q; k; v]."""
+
+    mark: str  # regular expression that finds some name in these files, and in no other program's
+    ending: str  # of our paths of the layers
+    norm_ending: str  # of our paths of norms that are as wide as a head, in models' files
+    head_width: int  # of released models, because no LoRA shows it
+
+
 @dataclass(frozen=True, eq=False)  # compared and hashed as objects: the lists are long
 class FamilyNames:
     """Module paths of one network."""
@@ -148,6 +158,11 @@ class FamilyNames:
     # beginnings of our paths that belong to the text encoder's side of the model here, and what they are
     text_side: tuple[str, ...] = ()
     text_side_words: str = ""
+    # beginnings of names in diffusers' dialect besides "transformer.", of networks with the same modules
+    more_starts: tuple[str, ...] = ()
+    rows_by_head: RowsByHead | None = None
+    # whether a file with an underscored name of no module is refused, rather than used in part
+    refuses_strangers: bool = False
     # beginnings of paths, of any layout, that files write without the prefix of the transformer
     unprefixed: tuple[str, ...] = ()
 

@@ -1,0 +1,55 @@
+"""Read model files whose fused queries, keys and values have their rows by head: MiniMax-H3's shards."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from checkpoints.dialects import stack_heads
+from checkpoints.opening import Checkpoint, is_sharded
+from networks.module_names import FAMILIES
+
+
+def with_stacked_rows(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the tensors of a file with fused rows in our order, [q; k; v].
+
+    Released shards of some models have them by head, [q0 k0 v0, q1 k1 v1, ...] (`FamilyNames.rows_by_head`);
+    of other files `checkpoint` itself is returned. The files stay shared: close one of the two.
+    """
+    head_widths = _head_widths(checkpoint) if is_sharded(checkpoint.path) else {}
+    if not head_widths:
+        return checkpoint
+    stacked = _Stacked(checkpoint, head_widths)
+    return Checkpoint(checkpoint.path, {name: (stacked, name) for name in checkpoint.tensors}, [stacked])
+
+
+def _head_widths(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the width of a head for each weight whose rows a release's shards have by head."""
+    widths: dict[str, int] = {}
+    for rule in (family.rows_by_head for family in FAMILIES if family.rows_by_head is not None):
+        for name in checkpoint.tensors:
+            norm = checkpoint.tensors.get(name.replace(f"{rule.ending}.weight", f"{rule.norm_ending}.weight"))
+            if name.endswith(f"{rule.ending}.weight") and norm is not None:
+                widths[name] = norm.shape[0]
+    return widths
+
+
+class _Stacked:
+    """The tensors of a file with some of them in another order: the file behind `with_stacked_rows`."""
+
+    def __init__(self, checkpoint: Checkpoint, head_widths: Mapping[str, int]) -> None:
+        self.path = checkpoint.path
+        self.left_out = checkpoint.left_out
+        self.metadata = checkpoint.metadata
+        self.tensors = checkpoint.tensors
+        self._checkpoint = checkpoint
+        self._head_widths = head_widths
+
+    def borrow(self, name: str, scratch: Tensor) -> Tensor:
+        """Return a tensor; of one that stays as it is the bytes may be in `scratch`."""
+        if name not in self._head_widths:
+            return self._checkpoint.borrow(name, scratch)
+        rows = stack_heads(self._checkpoint.read(name), self._head_widths[name])
+        return rows.contiguous()
+
+    def close(self) -> None:
+        self._checkpoint.close()
