@@ -383,6 +383,7 @@ def test_a_misspelt_option_ends_the_run_before_anything_is_cached(collected: Pat
     assert not (folder / "cache").exists()
 
 
+@pytest.mark.slow
 def test_a_file_of_another_kind_ends_the_run_before_anything_is_cached(
     collected: Path, tmp_path: Path
 ) -> None:
