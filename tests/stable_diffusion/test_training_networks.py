@@ -90,7 +90,7 @@ def test_networks_of_other_kinds_are_read_and_merged(
 def test_rates_of_parts_and_bounds_act_as_written(folder: Path) -> None:  # noqa: F811
     """The first step of SGD is the gradient times the rate: ratios of rates are those of the up factors."""
     model = write_sd1(folder)
-    zero = ["down_lr_weight=0,1,1,1,1,1"]
+    zero = ["down_lr_weight=1,0,1,1,1,1"]  # the first is the first convolution
     rates = ["loraplus_unet_lr_ratio=4", "loraplus_text_encoder_lr_ratio=2", "mid_lr_weight=0.5"]
     usual = [
         *("--optimizer_type", "SGD", "--max_grad_norm", "0", "--min_timestep", "500"),
