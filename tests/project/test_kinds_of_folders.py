@@ -211,8 +211,9 @@ def describe_short(name: str, kind: str, models: Path, place: Path) -> tuple[Pat
 def test_the_commands_of_run_lead_to_a_lora(name: str, kind: str, models: Path, tmp_path: Path) -> None:
     folder, elsewhere = describe_short(name, kind, models, tmp_path)
     data = folder / "dataset.toml"
-    text = re.sub(r"resolution = .*", "resolution = [32, 32]", data.read_text(encoding="utf-8"))
-    data.write_text(text, encoding="utf-8")
+    text = data.read_text(encoding="utf-8")
+    if "subsets" not in text:  # whose sides are multiples of 64
+        data.write_text(re.sub(r"resolution = .*", "resolution = [32, 32]", text), encoding="utf-8")
     _, *commands = parse_toml((folder / "run.toml").read_text("utf-8"))["reelsmith"]["commands"]
 
     for _, script, *words in commands:
