@@ -513,6 +513,8 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--task t2v-1.3B", "--family is missing: give one of wan, "),
         ("--family won", "Did you mean wan?"),
         ("--family hunyuan", "Did you mean hunyuan_image or hunyuan_video?"),
+        ("--family sdxl --task 1.5", "--family names stable_diffusion xl, and --task 1.5 is 1.5. Leave one"),
+        ("--family sd", "--task is missing: give one of 1.5 ("),
         ("--family cosmos", "Others are not described here; "),
         ("other --family lumina", "other is not used: give one folder, and put quotes around"),
         ("--family lumina --network_dim 4", "write network_dim = ... below [training] in run.toml"),
