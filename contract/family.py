@@ -327,6 +327,10 @@ class Described(Protocol):
     # modelspec.architecture, ss_sd_model_name, bt_model_type, ... of saved files
     def metadata(self) -> Mapping[str, str]: ...
 
+    @property
+    # whose hashes a trained file records, by the name in `ss_NAME_hash`: sd_model, vae
+    def hashed_files(self) -> Mapping[str, Path]: ...
+
 
 class Encodes(Protocol):
     """Encode texts and media: for caches, for generation and for training samples."""
