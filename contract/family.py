@@ -283,6 +283,7 @@ class Abilities:
     tell_few_steps: bool = False  # it is a `KnowsFewSteps`
     sample_apart: str = ""  # its option of a transformer that makes samples of a training and does not learn
     references: str = ""  # which of its variants takes references of clips, and how to ask for it
+    bring_texts: bool = False  # its checkpoint has the text encoders too, so that a training knows them
 
 
 class Described(Protocol):

@@ -88,7 +88,7 @@ def latent_spec(kind: ModelKind) -> LatentSpec:
         pixel_step=_STEPS[kind],
         frame_step=1,
         scale=kind.latent_scale,
-        npz=NpzFormat(f"_{tag}", texts, has_resolutions=False),
+        npz=NpzFormat(f"_{tag}", texts, has_resolutions=False, has_nameless=True),
         tells_sizes=kind is SDXL,
     )
 
@@ -104,7 +104,7 @@ class StableDiffusion(ModelOfPictures):
     sampler: str = USUAL_SAMPLER  # of a training's samples
     options: Any = NO_OPTIONS  # of a training
 
-    can: ClassVar[Abilities] = Abilities()
+    can: ClassVar[Abilities] = Abilities(bring_texts=True)
     lora_module: str = field(default="networks.lora", init=False)
 
     @property

@@ -11,8 +11,9 @@ import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from tests.commands import run_script
+from tests.commands import assert_user_error, run_script
 from tests.tiny.stable_diffusion import (
     tokenizer_folder,
     write_folder,
@@ -279,3 +280,41 @@ def test_metadata_are_those_that_tag_browsers_and_model_managers_read(folder: Pa
     assert [subset["is_reg"] for subset in dataset["subsets"]] == [False, True]
     assert dataset["tag_frequency"] == tags
     assert dataset["subsets"][0] | {"img_count": 3, "num_repeats": 2} == dataset["subsets"][0]
+
+
+@pytest.mark.slow
+def test_older_npz_without_size_in_their_name_are_read(folder: Path) -> None:
+    model = write_sdxl(folder)
+    words = ["--cache_latents_to_disk", "--network_train_unet_only", "--network_dim", "4"]
+    train(folder, "sdxl_train_network.py", model, *words)
+    pictures = folder / "pictures"
+    for path in [*pictures.glob("*_sdxl.npz")]:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files if not name.startswith("reelsmith")}
+        np.savez(pictures / f"{path.name.partition('_')[0]}.npz", **arrays)
+        path.unlink()
+
+    output = train(folder, "sdxl_train_network.py", model, *words, "--overwrite")
+
+    assert "an older program" in output
+    assert not [*pictures.glob("*_sdxl.npz")]
+    (pictures / "2.npz").write_bytes(b"no npz")  # damaged: made again under the new name
+    train(folder, "sdxl_train_network.py", model, *words, "--overwrite")
+    assert [path.name for path in pictures.glob("*_sdxl.npz")] == ["2_0096x0048_sdxl.npz"]
+
+
+def test_texts_of_another_base_are_refused_by_name(folder: Path) -> None:
+    model = write_sdxl(folder)
+    files = ["--dataset_config", "npz.toml", "--tokenizer_cache_dir", "tokenizers"]
+    option = "--pretrained_model_name_or_path"
+    run_script("sdxl_cache_latents.py", option, model, *files[:2], folder=folder)
+    run_script("sdxl_cache_text_encoder_outputs.py", option, model, *files, folder=folder)
+    state = load_file(model)
+    other = folder / "other.safetensors"
+    save_file({name: tensor * 0.5 for name, tensor in state.items()}, other)
+    words = [option, other, *files, *STEPS, "--network_train_unet_only"]
+
+    process = run_script("sdxl_train_network.py", *words, folder=folder, check=False)
+
+    assert_user_error(process, "another text encoder made this text", "sdxl_cache_text_encoder_outputs.py")
+    run_script("sdxl_train_network.py", *words, "--skip_cache_check", folder=folder)
