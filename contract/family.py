@@ -283,6 +283,7 @@ class Abilities:
     tell_few_steps: bool = False  # it is a `KnowsFewSteps`
     sample_apart: str = ""  # its option of a transformer that makes samples of a training and does not learn
     references: str = ""  # which of its variants takes references of clips, and how to ask for it
+    bring_texts: bool = False  # its checkpoint has the text encoders too, so that a training knows them
 
 
 class Described(Protocol):
@@ -326,6 +327,10 @@ class Described(Protocol):
     @property
     # modelspec.architecture, ss_sd_model_name, bt_model_type, ... of saved files
     def metadata(self) -> Mapping[str, str]: ...
+
+    @property
+    # whose hashes a trained file records, by the name in `ss_NAME_hash`: sd_model, vae
+    def hashed_files(self) -> Mapping[str, Path]: ...
 
 
 class Encodes(Protocol):

@@ -129,6 +129,7 @@ def make_plan(
         sources,
         accelerator=accelerator,
         has_live_texts=texts is not None,
+        trusts_caches=options.caching is not None and options.caching.skip_cache_check,
     )
     training, validation = _split_items(options, config, items, progress.seed)
     _check_pairs(options, config, training, sources)
@@ -300,8 +301,11 @@ def _find_items(
     *,
     accelerator: Accelerator,
     has_live_texts: bool,
+    trusts_caches: bool,
 ) -> Sequence[TrainingItem]:
     """Find the caches by their names and check them.
+
+    trusts_caches: texts may be of another checkpoint (--skip_cache_check).
 
     Raises CacheError with the caching commands if there are none.
     """
@@ -326,6 +330,7 @@ def _find_items(
         sources.stores,
         has_live_texts=has_live_texts,
         process=(accelerator.process_index, accelerator.num_processes),
+        own_encoders={} if trusts_caches else _own_encoders(family),
     )
     if accelerator.process_index == 0:
         hears = sound_of(family) is not None
@@ -391,6 +396,12 @@ def _check_preserving(options: TrainingOptions, table: DatasetTable) -> None:
             f"{key} cannot be had with --slider {options.slider}, which learns its own captions and "
             "not those of the table. Leave it out; an anchor in the slider's file keeps what a caption makes"
         )
+
+
+def _own_encoders(family: Family) -> dict[str, Mapping[str, str]]:
+    """Return the identities of a model's text encoders by name, if its checkpoint has them."""
+    encoders = family.text_encoders() if family.can.bring_texts else []
+    return {encoder.name: encoder.identity for encoder in encoders}
 
 
 def _check_pairs(
