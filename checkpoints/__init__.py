@@ -5,6 +5,7 @@ containers: read safetensors and torch files without running code
 dialects: translate names of files to ours, join parts
 dits: load transformers of every family
 encoders: find encoders in Hugging Face's layout
+file_hashes: hashes of a model's file, and where they are kept
 filling: fill a network from an open file
 finite: find NaN or infinite weights while reading
 first_bytes: recognise files that are no models by how they begin

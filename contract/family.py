@@ -315,6 +315,7 @@ class Abilities:
     teacher_views: tuple[str, ...] = ()  # what a teacher of it can see (--teacher_sees), besides inputs
     one_sample: str = ""  # why a batch of a training has one sample: completes "batch_size 2: ..."
     bring_empty: bool = False  # it is a `BringsEmptyText`
+    bring_texts: bool = False  # its checkpoint has the text encoders too, so that a training knows them
 
 
 class Described(Protocol):
@@ -358,6 +359,10 @@ class Described(Protocol):
     @property
     # modelspec.architecture, ss_sd_model_name, bt_model_type, ... of saved files
     def metadata(self) -> Mapping[str, str]: ...
+
+    @property
+    # whose hashes a trained file records, by the name in `ss_NAME_hash`: sd_model, vae
+    def hashed_files(self) -> Mapping[str, Path]: ...
 
 
 class Encodes(Protocol):

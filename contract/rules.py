@@ -151,6 +151,8 @@ class NpzFormat:
     variable_length: frozenset[str] = frozenset()
     # names of arrays of latents end in the size, so that a file has those of several resolutions
     has_resolutions: bool = True
+    # older programs call the latents of a picture STEM.npz, without size and model
+    has_nameless: bool = False
 
 
 @dataclass(frozen=True)

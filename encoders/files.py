@@ -148,6 +148,10 @@ class OneTransformer:
     def metadata(self) -> Mapping[str, str]:
         return self.metadata_of(self.named)
 
+    @property
+    def hashed_files(self) -> Mapping[str, Path]:
+        return {}
+
     def text_encoders(self) -> Sequence[TextEncoder]:
         return self.files.text_encoders()
 

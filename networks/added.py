@@ -107,9 +107,7 @@ class AddedPart:
         if self.place.adds_to_output and is_low_rank:
             up = factors[UP].to(device, torch.float32) * deltas.strength(factors)
             middle = [factors[_MID].to(device, dtype)] if _MID in factors else []
-            # a copy: products with a factor that a mapped file holds, at whatever place, may differ in the
-            # last bit from those of the network that was trained
-            self._chain = [factors[DOWN].to(device, dtype, copy=True), *middle, up.to(dtype)]
+            self._chain = [factors[DOWN].to(device, dtype), *middle, up.to(dtype)]
         elif factors.keys() - OF_BIAS - {"alpha"}:
             self._whole = {
                 name: tensor if name == ROWS else tensor.to(device) for name, tensor in factors.items()
@@ -214,7 +212,11 @@ class AddedPart:
 
     def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
         """Return the input times the multiplier and the down factor, also that of a 1x1 convolution."""
-        return self._masked(functional.linear(x.to(down.dtype), down.flatten(1)) * self.multiplier)
+        # as one product even if x is strided: torch does so for the factors that are trained, so that both
+        # give the same to the last bit
+        rows = x.to(down.dtype).reshape(-1, x.shape[-1])
+        hidden = functional.linear(rows, down.flatten(1)).view(*x.shape[:-1], len(down))
+        return self._masked(hidden * self.multiplier)
 
     def _masked(self, hidden: Tensor, axis: int = -1) -> Tensor:
         """Return values between the factors, without those of ranks that do not act. axis: of the ranks."""

@@ -300,7 +300,13 @@ def _tasks_left(named: NamedModel, typed_task: str | None, models: Sequence[Mode
     """Return the models of a family that its name and --task leave to choose from."""
     of_family = [model for model in models if model.family == named.family]
     if typed_task is not None:
-        return _read_tasks(typed_task, of_family)
+        tasks = _read_tasks(typed_task, of_family)
+        if named.task is not None and named.task not in [model.task for model in tasks]:
+            raise OptionError(
+                f"--family names {named.family} {named.task}, and --task {typed_task} is {tasks[0].task}. "
+                "Leave one of them out"
+            )
+        return tasks
     if named.task is not None:
         return [model for model in of_family if model.task == named.task]
     return of_family

@@ -227,7 +227,8 @@ def describe_dataset(choice: Choice) -> str:
 
 def _describe_subsets(choice: Choice) -> list[str]:
     """Return the tables of dataset.toml in the image guides' form, which has regularisation pictures."""
-    smallest = min(USUAL_SIDE, min(choice.size) // SIDE_STEP * SIDE_STEP or SIDE_STEP)
+    shortest = min(choice.size)
+    smallest = min(USUAL_SIDE, shortest // SIDE_STEP * SIDE_STEP or shortest)
     largest = -(-2 * max(choice.size) // SIDE_STEP) * SIDE_STEP
     lines = ["", *_toml_table("[[datasets]]", {"min_bucket_reso": smallest, "max_bucket_reso": largest})]
     for place in dict.fromkeys(item.path.parent for item in choice.media):

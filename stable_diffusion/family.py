@@ -90,7 +90,7 @@ def latent_spec(kind: ModelKind) -> LatentSpec:
         pixel_step=_STEPS[kind],
         frame_step=1,
         scale=kind.latent_scale,
-        npz=NpzFormat(f"_{tag}", texts, has_resolutions=False),
+        npz=NpzFormat(f"_{tag}", texts, has_resolutions=False, has_nameless=True),
         tells_sizes=kind is SDXL,
     )
 
@@ -106,7 +106,7 @@ class StableDiffusion(ModelOfPictures):
     sampler: str = USUAL_SAMPLER  # of a training's samples
     options: Any = NO_OPTIONS  # of a training
 
-    can: ClassVar[Abilities] = Abilities()
+    can: ClassVar[Abilities] = Abilities(bring_texts=True)
     lora_module: str = field(default="networks.lora", init=False)
 
     @property
@@ -170,8 +170,24 @@ class StableDiffusion(ModelOfPictures):
             "resolution": self._resolution,
         }
         paths = {"sd_model_name": self.files.ckpt, "vae_name": self.files.vae}
-        hashes = {} if self.options is NO_OPTIONS else self.files.hashes
-        return {**names, **{key: path.name for key, path in paths.items() if path is not None}, **hashes}
+        names |= {key: path.name for key, path in paths.items() if path is not None}
+        return names if self.options is NO_OPTIONS else names | self._metadata_of_training
+
+    @property
+    def hashed_files(self) -> Mapping[str, Path]:
+        return self.files.hashed
+
+    @property
+    def _metadata_of_training(self) -> dict[str, str]:
+        """Return what known trainers write of a training under other names than those of our options."""
+        values = {
+            "ss_v2": str(self.kind is SD2),
+            "ss_clip_skip": str(self.clip_skip),
+            "ss_debiased_estimation": str(self.options.loss_weights.debiased_estimation_loss),
+        }
+        if self.clip_skip is not None:
+            values["encoder_layer"] = str(self.clip_skip)
+        return values
 
     @property
     def _resolution(self) -> str:

@@ -175,28 +175,34 @@ class TowerEncoder:
         """
         if not prompts:
             return []
-        network, loaded = self._loaded.get()
+        loaded = self._loaded.get()[1]
         texts = [self._chunks_of(prompt, loaded) for prompt in prompts]
         count = len(texts[0])
-        rows = [self._row_of(chunk, loaded) for chunks in texts for chunk in chunks]
-        is_xl = self.files.kind is SDXL
-        ends = None
-        if POOLED in self.keys:
-            ends = torch.tensor([row.index(loaded.words.end) for row in rows]).to(network.device)
-        ids = torch.tensor(rows).to(network.device)  # B*K 77
-        states, pooled = network.states(ids, loaded.layer, final_norm=not is_xl, ends=ends)
+        states, pooled = self._read_rows(
+            [self._row_of(chunk, loaded) for chunks in texts for chunk in chunks]
+        )
         states_key = next(key for key in self.keys if key != POOLED)
         results: list[Conditions] = []
-        for chunks, place in zip(texts, range(0, len(rows), count), strict=True):
+        for chunks, place in zip(texts, range(0, len(states), count), strict=True):
             joined = join_chunks(states[place : place + count])
             conditions = {states_key: weigh_states(joined, weights_of(chunks), WEIGHING).cpu()}
             if pooled is not None:
-                first = pooled[place]
-                if loaded.projection is not None:
-                    first = first @ loaded.projection.to(first)
-                conditions[POOLED] = first.cpu().clone()
+                conditions[POOLED] = self._project(pooled[place], loaded).cpu().clone()
             results.append(conditions)
         return results
+
+    def _read_rows(self, rows: list[list[int]]) -> tuple[Tensor, Tensor | None]:
+        """Return the states of rows of ids, B*K 77 C, and their pooled states if these are used."""
+        network, loaded = self._loaded.get()
+        ends = None
+        if POOLED in self.keys:
+            ends = torch.tensor([row.index(loaded.words.end) for row in rows]).to(network.device)
+        ids = torch.tensor(rows).to(network.device)
+        is_xl = self.files.kind is SDXL
+        return network.states(ids, loaded.layer, final_norm=not is_xl, ends=ends)
+
+    def _project(self, pooled: Tensor, loaded: LoadedWords) -> Tensor:
+        return pooled if loaded.projection is None else pooled @ loaded.projection.to(pooled)
 
     def _chunks_of(self, prompt: Prompt, loaded: LoadedWords) -> list[Chunk]:
         """Return the chunks of a text with the weights of their tokens, filled up with empty ones."""

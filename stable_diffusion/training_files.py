@@ -3,7 +3,6 @@
 Generation loads all networks at once (`loading.py`); here the VAE and the text encoders leave the device.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,9 @@ from encoders.tiles import sample_posterior
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.media.pixels import from_bytes
+from modules.speed_options import SDPA
 from stable_diffusion import checkpoints, folders, loading
+from stable_diffusion.attention import ChosenAttention
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.files import Marks, read_marks
 from stable_diffusion.names import unet_blocks, unet_samplers
@@ -38,13 +39,6 @@ from stable_diffusion.training_options import CKPT
 
 MORE_THAN_ALL = 1 << 20  # blocks of a list
 SCRIPTS = {SD1: "train_network.py", SD2: "train_network.py", SDXL: "sdxl_train_network.py"}
-
-
-def short_hash(path: Path) -> str:
-    """Return the hash by which A1111's first versions named checkpoints: of 64 KiB, 1 MiB into the file."""
-    with path.open("rb") as file:
-        file.seek(1 << 20)
-        return hashlib.sha256(file.read(1 << 16)).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -89,17 +83,11 @@ class TrainingFiles:
             )
         return marks
 
-    @cached_property
-    def hashes(self) -> Mapping[str, str]:
-        """Return the hashes of the checkpoint's file and of --vae by which other programs know them."""
-        hashes: dict[str, str] = {}
+    @property
+    def hashed(self) -> Mapping[str, Path]:
+        """Return the checkpoint and --vae, those that are single files, by their names in metadata."""
         paths = {"sd_model": None if self.ckpt is None else self.path, "vae": self.vae}
-        for name, path in paths.items():
-            if path is not None and path.is_file():
-                hashes[f"{name}_hash"] = short_hash(path)
-                with path.open("rb") as file:
-                    hashes[f"new_{name}_hash"] = hashlib.file_digest(file, "sha256").hexdigest()
-        return hashes
+        return {name: path for name, path in paths.items() if path is not None and path.is_file()}
 
     @property
     def kind(self) -> ModelKind:
@@ -177,6 +165,8 @@ class TrainingFiles:
                 host=placement.host,
                 check=placement.check,
             )
+        if placement.attention != SDPA:  # else diffusers' own, which is torch's too
+            unet.set_attn_processor(ChosenAttention(placement.attention))  # type: ignore[operator]
         return unet.eval()
 
     def unet_dtype(self, placement: Placement) -> torch.dtype:

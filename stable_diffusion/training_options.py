@@ -104,7 +104,9 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
         "the model predicts v; not needed if the checkpoint says it", facts=IDENTITY
     )
     max_token_length: int | None = option(
-        "tokens of a caption that are read, in chunks of 75; default: 75", choices=(150, 225), facts=IDENTITY
+        "tokens of a caption that are read, in chunks of 75; default: 75",
+        choices=(75, 150, 225),
+        facts=IDENTITY,
     )
     zero_terminal_snr: bool = option(
         "train the last timestep on noise alone; for models that predict v", facts=HABIT
@@ -138,7 +140,7 @@ class TextCachingOptions(Options, title="Stable Diffusion"):
     )
     tokenizer_cache_dir: Path | None = option(_TOKENIZERS_HELP)
     max_token_length: int | None = option(
-        "tokens of a caption that are read, in chunks of 75; default: 75", choices=(150, 225)
+        "tokens of a caption that are read, in chunks of 75; default: 75", choices=(75, 150, 225)
     )
     text_encoder_dtype: str | None = option("dtype of the text encoders; default: float32")
 

@@ -271,6 +271,9 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         lay_out_pictures(tmp_path)
     if page.stem == "new_and_run":
         write_pictures(tmp_path / "pairs", tmp_path / "pairs" / "control", count=2)
+    if page.stem == "recipes":
+        for name in ("people/img/10_ohwx man", "people/reg/1_man", "drawings"):
+            write_captioned_picture(tmp_path / name)
     if page.stem == "post":
         lay_out_tools(tmp_path)
     if page.stem == "vace":
@@ -377,6 +380,13 @@ def lay_out_named(folder: Path, pages: Sequence[Path], instead: Mapping[str, str
         for old, new in instead.items():
             block = block.replace(old, new)
         (folder / name).write_text(block, encoding="utf-8")
+
+
+def write_captioned_picture(folder: Path) -> None:
+    """Write a picture with its caption."""
+    folder.mkdir(parents=True)
+    write_image(folder / "a.png", SIDE, SIDE)
+    (folder / "a.txt").write_text("a drawing of a house", encoding="utf-8")
 
 
 def lay_out_inputs(folder: Path) -> None:

@@ -44,6 +44,7 @@ def pictures(project: TinyProject, name: str, lora: str) -> list[Latents]:
     return project.generate(name, "--prompt", "a cat", "--seed", "1", "--lora_weight", lora)
 
 
+@pytest.mark.slow_cases("ltx_2 with sound")
 def test_every_format_is_the_same_lora_in_all_that_follows(project: TinyProject) -> None:
     """To the bit, as alpha / rank is 1/4."""
     known = project.train("known", "--lora_format", "known", *TWO_STEPS, "--ema_decay", "0.5")

@@ -136,6 +136,7 @@ def test_a_lora_is_added_beside_packed_layers(
     assert kept or "3 of " in caplog.text
 
 
+@pytest.mark.slow
 def test_a_plan_counts_small_forms_and_loras_beside_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

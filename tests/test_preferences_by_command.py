@@ -83,6 +83,7 @@ def latents_of(project: TinyProject, start: str) -> list[tuple[Path, str]]:
     return found
 
 
+@pytest.mark.slow_cases("z_image")
 def test_pairs_are_learned_and_resumed_with_equal_bytes(project: TinyProject) -> None:
     project.run(*project.family.cache_latents)
     whole = project.train("whole", *EXACT, "--save_state", "--save_every_n_steps", "2")

@@ -51,6 +51,7 @@ def test_no_further_function_asks_too_much_of_a_reader() -> None:
     assert exceptions - crowded == set(), "these are below the limits now: take them off the list"
 
 
+@pytest.mark.slow
 def test_the_ways_through_the_house_do_not_grow() -> None:
     done = subprocess.run([sys.executable, "benchmarks/way.py"], cwd=ROOT, capture_output=True, text=True)
     lines = re.findall(r"(.+): (\d+) files, \d+ functions, \d+ kinds of records", done.stdout)

@@ -53,6 +53,7 @@ def swap_most(project: TinyProject) -> tuple[str, ...]:
     return "--blocks_to_swap", most, "--img_in_txt_in_offloading"
 
 
+@pytest.mark.slow_cases("wan t2v-1.3B-fp8")
 @pytest.mark.long
 @pytest.mark.parametrize(
     "usual",

@@ -66,6 +66,7 @@ def test_a_mistake_is_told_in_one_message(project: TinyProject, words: Sequence[
     assert_one_message(*run_here(*command, folder=project.folder), message)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_tokens_that_take_part(
     project: TinyProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:

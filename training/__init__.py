@@ -10,6 +10,7 @@ end_command: start the command of --on_end
 end_options: --on_end: its words, and what is no command
 experts: transformers of a run: dressed, which learns, which works
 following: command lines that can follow a training
+image_metadata: what files of image trainers say besides
 image_options: compose the options of image trainers
 learning: load networks, make optimizer, put the run together
 learning_options: options of the trained part, its optimizer and rate

@@ -153,10 +153,10 @@ def _flatten(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _convert(path: Path, action: argparse.Action, value: Any) -> Any:
     """Convert a TOML value to that of the command line."""
-    if action.nargs == 0:  # a switch
-        if not isinstance(value, bool):
+    if action.nargs == 0:  # a switch, which other programs also write as 0 or 1
+        if not isinstance(value, (bool, int)) or value not in (0, 1):
             raise _wrong(path, action, value)
-        return value
+        return bool(value)
     if action.nargs is None:
         return _single(path, action, value)
     items = value if isinstance(value, list) else [value]
@@ -166,8 +166,12 @@ def _convert(path: Path, action: argparse.Action, value: Any) -> Any:
 
 
 def _single(path: Path, action: argparse.Action, value: Any) -> Any:
+    if value is False and action.default in (None, ""):  # what other programs write for "not given"
+        return action.default
     if isinstance(value, (bool, list)) or (action.type is None and not isinstance(value, str)):
         raise _wrong(path, action, value)
+    if action.type is int and isinstance(value, float) and value.is_integer():  # 64.0
+        value = int(value)
     try:
         converted = value if action.type is None else action.type(str(value))  # type: ignore[operator]
     except (ValueError, TypeError, argparse.ArgumentTypeError):

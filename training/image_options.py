@@ -354,12 +354,20 @@ _refused_by_noise = {
 }
 
 
-def take_equal_bounds(args: argparse.Namespace) -> None:
-    """Read equal bounds of timesteps as this one timestep, as trainers of discrete levels do."""
+def read_as_known(args: argparse.Namespace) -> None:
+    """Read two options as known trainers of these models do.
+
+    Equal bounds of timesteps are this one timestep. A file without a name is called "last".
+    """
+    if args.output_name is None and args.output_dir is not None:
+        args.output_name = UNNAMED
+        logger.info("Without --output_name the trained file is called %s, as known trainers do.", UNNAMED)
     lowest, highest = args.min_timestep, args.max_timestep
     if lowest is not None and lowest == highest:
         args.max_timestep = lowest + 1
 
+
+UNNAMED = "last"  # what known trainers call a file without a name
 
 # of models that predict noise
 NOISE_TRAINER = ImageTrainerDefaults(
@@ -369,5 +377,5 @@ NOISE_TRAINER = ImageTrainerDefaults(
     samplers=(UNIFORM, "sigmoid"),
     refused=_refused_by_noise,
     foreign=(NotForNoise, DeepspeedOptions, NotNeeded),
-    translate=take_equal_bounds,
+    translate=read_as_known,
 )

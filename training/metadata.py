@@ -5,30 +5,28 @@ All values are text; missing ones are "None".
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dataset.batches.items import TrainingItem
+from checkpoints.file_hashes import short_hash, whole_hash
+from contract.family import Family
 from dataset.table import DatasetTable
 from modules.atomic_write import make_storable
-from modules.errors import DatasetError
 from modules.options import is_given, option_name
 from networks.names.layouts import TRAINED_FOR
 from networks.options import NetworkOptions
 from training.data.table_times import list_times
-from training.learning_options import PartsOptions
-from training.noise_options import L2, PredictionOptions
+from training.image_metadata import image_values
+from training.noise_options import L2
 from training.optimizers.lr_schedule import count_steps
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.resuming import describe_adapter, recorded_values
 from training.training_run import TrainedModel
 
-MOST_TAGS = 5000  # of a folder; some 100 kB of a file's header
 # of files of the known tuners of video and of image models; `Family.metadata` has that of others
 RESOLUTION = "1280x720"
 IMAGE_RESOLUTION = "1024x1024"
@@ -54,8 +52,13 @@ def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
     }
 
 
-# of the files of the model, in `Family.metadata` of models that have them
-HASHES = ("sd_model_hash", "new_sd_model_hash", "vae_hash", "new_vae_hash")
+def _hash_files(family: Family) -> dict[str, str]:
+    """Return the hashes by which other programs know the model's files: those of A1111, old and new."""
+    hashes: dict[str, str] = {}
+    for name, path in family.hashed_files.items():
+        hashes[f"ss_{name}_hash"] = short_hash(path)
+        hashes[f"ss_new_{name}_hash"] = whole_hash(path)
+    return hashes
 
 
 def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[str, str]:
@@ -63,8 +66,8 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
 
     optimizer, lr_scheduler: their names. `Family.metadata` has architecture, implementation, sd_model_name,
     vae_name; resolution if it is not the usual one; base_model_version if files name the model otherwise than
-    we do; trained_for if a model has several uses that its files do not distinguish. A whole DiT has no
-    `ss_network_*`: these mark a LoRA.
+    we do; trained_for if a model has several uses that its files do not distinguish; `ss_*` that its known
+    trainer writes. A whole DiT has no `ss_network_*`: these mark a LoRA.
     """
     network, family = plan.options.network, plan.family
     facts = family.metadata
@@ -84,7 +87,8 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         values |= _optional_values(plan)
         further = [name for name in facts if name.startswith("sd_model_name_")]
         values |= {f"ss_{name}": facts.get(name) for name in ("sd_model_name", *further, "vae_name")}
-        values |= {f"ss_{name}": facts[name] for name in HASHES if name in facts}
+        values |= _hash_files(family)
+        values |= {name: text for name, text in facts.items() if name.startswith("ss_")}
         if "trained_for" in facts:
             values[TRAINED_FOR] = facts["trained_for"]
     return {key: str(value) for key, value in values.items()}
@@ -103,7 +107,7 @@ def _optional_values(plan: TrainingPlan) -> dict[str, Any]:
     if options.loss != L2 or options.is_for_images:
         values |= {f"ss_{name}": value for name, value in asdict(options.loss).items()}
     if options.parts is not None and options.prediction is not None:
-        values |= _image_values(plan, options.parts, options.prediction)
+        values |= image_values(plan, options.parts, options.prediction)
     elif options.noise.ip_noise_gamma:
         values |= {f"ss_{name}": value for name, value in asdict(options.noise).items()}
     if options.timesteps.timestep_focus is not None:
@@ -182,6 +186,7 @@ def file_metadata(
         "license": texts.license or licence,
         "tags": texts.tags,
         "prediction_type": family_metadata.get("prediction_type"),
+        "encoder_layer": family_metadata.get("encoder_layer"),
         "usage_hint": texts.usage_hint,
         "thumbnail": texts.thumbnail,
         "merged_from": texts.merged_from,
@@ -235,110 +240,21 @@ def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> d
         **({} if stored is None else {"ss_base_form": stored.form}),
         "ss_full_fp16": False,
         "ss_full_bf16": options.whole_dit is not None and options.whole_dit.full_bf16,
-        "ss_weighting_scheme": times.weighting_scheme,
-        "ss_logit_mean": times.logit_mean,
-        "ss_logit_std": times.logit_std,
-        "ss_mode_scale": times.mode_scale,
-        "ss_guidance_scale": loop.embedded_guidance,
         "ss_timestep_sampling": times.timestep_sampling,
-        "ss_sigmoid_scale": times.sigmoid_scale,
-        "ss_discrete_flow_shift": times.flow_shift,
+        **({} if plan.family.noise.keeps_variance else _flow_values(options)),
         "ss_datasets": json.dumps([table.describe() for table in plan.config.datasets], ensure_ascii=False),
     }
 
 
-def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
-    """Return how often each part of a caption between commas occurs, by the names of the items' folders.
-
-    Captions are counted once, without repeats; those that are not there, as with copied caches, not at all.
-    Of a folder with more parts than MOST_TAGS, only the most frequent ones: they are in a file's header.
-    """
-    from dataset.sources.listing import find_sources  # other trainings read caches alone
-
-    tables = {item.table.index: item.table for item in items}
-    stems: dict[int, set[str]] = {}
-    for item in items:
-        stems.setdefault(item.table.index, set()).add(item.source_stem)
-    counts: dict[str, Counter[str]] = {}
-    counted: set[Path] = set()  # a folder may be in datasets of several resolutions
-    for index, table in tables.items():
-        try:
-            sources = find_sources(table, faults=[])
-        except DatasetError:
-            continue
-        tags = counts.setdefault(table.source.name, Counter())
-        for source in sources:
-            if source.stem not in stems[index] or source.path in counted:
-                continue
-            counted.add(source.path)
-            captions = [source.caption, *source.more_captions]
-            for caption in filter(None, captions):
-                tags.update(filter(None, (tag.strip().lower() for tag in caption.split(","))))
+def _flow_values(options: TrainingOptions) -> dict[str, Any]:
+    """Return the entries on noise levels that models of a flow have."""
+    times = options.timesteps
     return {
-        folder: dict(tags.most_common(MOST_TAGS) if len(tags) > MOST_TAGS else tags)
-        for folder, tags in counts.items()
+        "ss_weighting_scheme": times.weighting_scheme,
+        "ss_logit_mean": times.logit_mean,
+        "ss_logit_std": times.logit_std,
+        "ss_mode_scale": times.mode_scale,
+        "ss_guidance_scale": options.loop.embedded_guidance,
+        "ss_sigmoid_scale": times.sigmoid_scale,
+        "ss_discrete_flow_shift": times.flow_shift,
     }
-
-
-def _text_rates_as_known(parts: PartsOptions) -> float | list[float] | None:
-    """Return the learning rates of the text encoders, in the form that image trainers write."""
-    rates = parts.text_encoder_lr
-    if rates is None:
-        return None
-    return rates[0] if len(rates) == 1 else list(rates)
-
-
-def _picture_counts(items: Iterable[TrainingItem]) -> dict[str, Any]:
-    """Return the entries on the numbers of pictures: in total, by folder, by size."""
-    folders: dict[str, dict[str, int]] = {}
-    buckets: Counter[tuple[int, int]] = Counter()
-    num_learned = num_regularisation = 0
-    for item in items:
-        table = item.table
-        folder = folders.setdefault(table.source.name, {"n_repeats": table.num_repeats, "img_count": 0})
-        folder["img_count"] += 1
-        buckets[item.bucket[0], item.bucket[1]] += table.num_repeats
-        if table.is_reg:
-            num_regularisation += table.num_repeats
-        else:
-            num_learned += table.num_repeats
-    rows = {
-        str(number): {"resolution": list(size), "count": count}
-        for number, (size, count) in enumerate(sorted(buckets.items()))
-    }
-    return {
-        "num_train_images": num_learned,
-        "num_reg_images": num_regularisation,
-        "dataset_dirs": json.dumps(folders, ensure_ascii=False),
-        "bucket_info": json.dumps({"buckets": rows}),
-    }
-
-
-def _image_values(plan: TrainingPlan, parts: PartsOptions, prediction: PredictionOptions) -> dict[str, Any]:
-    """Return the entries that files of image trainers have besides."""
-    options = plan.options
-    model_type = plan.family.metadata.get("model_type")
-    validation = options.validation
-    values: dict[str, Any] = {
-        "ip_noise_gamma": options.noise.ip_noise_gamma,
-        "ip_noise_gamma_random_strength": options.noise.ip_noise_gamma_random_strength,
-        "model_prediction_type": prediction.model_prediction_type,
-        "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
-        "unet_lr": options.optimizer.learning_rate if parts.unet_lr is None else parts.unet_lr,
-        "text_encoder_lr": _text_rates_as_known(parts),
-        "validation_split": validation.validation_split,
-        "validation_seed": validation.validation_seed,
-        "max_validation_steps": validation.max_validation_steps,
-        "validate_every_n_epochs": validation.validate_every_n_epochs,
-        "validate_every_n_steps": validation.validate_every_n_steps,
-        "num_validation_images": len(plan.validation),
-        **({} if model_type is None else {"model_type": model_type}),
-        **_picture_counts(plan.training),
-        "tag_frequency": json.dumps(count_tags(plan.training), ensure_ascii=False),
-    }
-    if options.subset is not None:
-        values |= {
-            "resize_interpolation": options.subset.resize_interpolation,
-            "prior_loss_weight": options.subset.prior_loss_weight,
-        }
-    return {f"ss_{name}": value for name, value in values.items()}

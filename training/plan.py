@@ -133,6 +133,7 @@ def make_plan(
         accelerator=accelerator,
         has_live_texts=texts is not None,
         view=options.teacher.view,
+        trusts_caches=options.caching is not None and options.caching.skip_cache_check,
     )
     training, validation = _split_items(options, config, items, progress.seed)
     _check_pairs(options, config, training, sources)
@@ -305,8 +306,11 @@ def _find_items(
     accelerator: Accelerator,
     has_live_texts: bool,
     view: str,
+    trusts_caches: bool,
 ) -> Sequence[TrainingItem]:
     """Find the caches by their names and check them. view: what a teacher sees, as `Batch.view`.
+
+    trusts_caches: texts may be of another checkpoint (--skip_cache_check).
 
     Raises CacheError with the caching commands if there are none.
     """
@@ -332,6 +336,7 @@ def _find_items(
         has_live_texts=has_live_texts,
         process=(accelerator.process_index, accelerator.num_processes),
         view=view,
+        own_encoders={} if trusts_caches else _own_encoders(family),
     )
     if accelerator.process_index == 0:
         sound = sound_of(family)
@@ -409,6 +414,12 @@ def _check_preserving(options: TrainingOptions, table: DatasetTable) -> None:
             f"{key} cannot be had with --slider {options.slider}, which learns its own captions and "
             "not those of the table. Leave it out; an anchor in the slider's file keeps what a caption makes"
         )
+
+
+def _own_encoders(family: Family) -> dict[str, Mapping[str, str]]:
+    """Return the identities of a model's text encoders by name, if its checkpoint has them."""
+    encoders = family.text_encoders() if family.can.bring_texts else []
+    return {encoder.name: encoder.identity for encoder in encoders}
 
 
 def _check_pairs(

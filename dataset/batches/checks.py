@@ -418,7 +418,7 @@ class SameEncoders:
             for file in (first, origin):
                 texts = {key: file.encoder.get(key, "none") for key in keys}
                 has_other_networks |= any(map(_FINGERPRINT.fullmatch, texts.values()))
-                shown = [f"{key} {_FINGERPRINT.sub(SHORTENED, text)}" for key, text in texts.items()]
+                shown = [f"{key} {shorten_fingerprint(text)}" for key, text in texts.items()]
                 lines.append(f"{file.path}: {', '.join(shown)}")
         if not lines:
             return None
@@ -442,6 +442,10 @@ def _different_keys(first: data.MadeBy, second: data.MadeBy) -> list[str]:
     if second.part == data.LATENTS_MADE:  # without image conditions a file has no image encoder
         keys = (second.encoder.keys() & first.encoder.keys()) - _BESIDE_LATENTS
     return sorted(key for key in keys if first.encoder.get(key) != second.encoder.get(key))
+
+
+def shorten_fingerprint(text: str) -> str:
+    return _FINGERPRINT.sub(SHORTENED, text)
 
 
 def describe_identity(identity: Mapping[str, str]) -> list[str]:

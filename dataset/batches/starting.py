@@ -12,6 +12,7 @@ from pathlib import Path
 
 from contract.data import Batch, MadeBy
 from contract.family import Family
+from dataset.batches.checks import shorten_fingerprint
 from dataset.batches.finding import FoundItems
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.reading import read_batch
@@ -26,7 +27,7 @@ from dataset.sources.listing import find_sources
 from dataset.sources.media_source import MediaSource
 from dataset.sources.sound import list_unheard
 from modules.console import count_of
-from modules.errors import DatasetError, MediaError
+from modules.errors import CacheError, DatasetError, MediaError
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ READ_OTHERWISE = "%s is of an earlier version: %s. Cache again: only such caches
 MOST_LOOKED_AT = 100  # clips of which a frame is decoded
 MOST_READ, MOST_READ_BYTES = 1000, 1 << 30  # of caches: a second or a few
 MOST_LISTED = 50_000  # files of a folder, captions among them
+NOT_KNOWN: Mapping[str, Mapping[str, str]] = {}  # encoders of a model whose training does not know them
 
 
 def check_caches(
@@ -48,10 +50,12 @@ def check_caches(
     has_live_texts: bool,
     process: tuple[int, int] = (0, 1),
     view: str = "",
+    own_encoders: Mapping[str, Mapping[str, str]] = NOT_KNOWN,
 ) -> None:
     """Read the caches of at most MOST_READ items and captions and MOST_READ_BYTES: all that a small data set
     has. Further captions of an item come last. process: number of this one and of all; each reads a share.
     view: what a teacher sees, as `Batch.view`.
+    own_encoders: identities of the trained model's text encoders by name, if texts are compared with them.
 
     Raises CacheError for what reading them for a batch would refuse: damage, another encoder or release,
     changed captions. What is encoded while training is not looked at.
@@ -64,6 +68,8 @@ def check_caches(
     windows: dict[tuple[int, str], int] = {}  # by table index and stem
     for item, number in itertools.islice(_sample_captions(cached), rank, None, count):
         batch = read_batch([item], family.latent, commands, checks=checks, captions=[number], stores=stores)
+        for origin in batch.made_by:
+            _require_own_encoder(origin, own_encoders.get(origin.part, {}), commands)
         if number == 0:
             origins += [(item, origin) for origin in batch.made_by]
         num_windows = max((origin.windows for origin in batch.made_by), default=0)
@@ -79,6 +85,23 @@ def check_caches(
     _warn_of_earlier(origins, family, commands)
     if rank == 0:  # the first process' share is enough to warn
         _warn_of_fewer(cached, windows, commands)
+
+
+def _require_own_encoder(origin: MadeBy, own: Mapping[str, str], commands: CachingCommands) -> None:
+    """Raise CacheError if another text encoder than the trained model's made a text, by its record.
+
+    Texts of other programs have no record. Dtype, length and the tokenizer's files are not compared.
+    """
+    compared = [key for key in own if not key.endswith(("_dtype", "_tokenizer", "_chunks"))]
+    for key in compared if origin.encoder else ():
+        recorded = origin.encoder.get(key)
+        if recorded != own[key]:
+            raise CacheError(
+                f"{origin.path}: another {origin.part.replace('_', ' ')} made this text than that of the "
+                f"trained checkpoint: its {key} is {shorten_fingerprint(str(recorded))}, here it is "
+                f"{shorten_fingerprint(own[key])}. Cache texts again:\n  {commands.text}\n  or add "
+                "--skip_cache_check if both checkpoints have the same text encoders."
+            )
 
 
 def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:

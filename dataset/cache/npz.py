@@ -2,7 +2,8 @@
 
 Latents of a picture: `STEM_WWWWxHHHH_TAG.npz`, W and H of the picture, with the arrays `latents`,
 `latents_flipped`, `alpha_mask`, `original_size` and `crop_ltrb` of every resolution, each with the suffix
-`_{h}x{w}` in latent pixels, or of one resolution without it (`NpzFormat.has_resolutions`). Texts:
+`_{h}x{w}` in latent pixels, or of one resolution without it (`NpzFormat.has_resolutions`). Older programs
+call such a file `STEM.npz` (`NpzFormat.has_nameless`), which is read if there is no other. Texts:
 `STEM_TAG_te.npz`. Other programs read and write these files too: theirs count if they fit, and nothing is
 removed as stale. Ours have one more array for each resolution, the record of its sources, which other
 programs ignore.
@@ -11,6 +12,7 @@ programs ignore.
 import logging
 import math
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +55,8 @@ NPZ = ".npz"
 LOCK = ".reelsmith-npz.lock"  # while a file of the folder gets one resolution more
 ALPHA, MIRRORED = "alpha_mask", "latents" + cache_files.FLIPPED
 _KNOWN = ("latents", MIRRORED)
+# how names of files end that say what they hold
+_OTHER_END = re.compile(r"_(\d{4,5}x\d{4,5}_\w+|te_outputs|\w+_te)$")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class NpzStore:
     folder: Path
     # pictures that a list names, which may be in many folders: stem -> path without suffix
     listed: Mapping[str, Path] = field(default_factory=dict)
+    _warned: set[str] = field(default_factory=set, compare=False, repr=False)  # names of files
     holds_only_caches: ClassVar[bool] = False
     is_shared: ClassVar[bool] = True
 
@@ -76,13 +81,13 @@ class NpzStore:
         names = []
         for folder in {self.folder, *(path.parent for path in stems)}:
             for file in os.listdir(folder) if folder.is_dir() else ():
-                name = self._entry_name(file, folder, stems)
+                name = self._entry_name(file, folder, stems) or self._nameless_entry(file, folder, stems)
                 if name is not None:
                     names.append(name)
-        return names
+        return [*dict.fromkeys(names)]
 
     def __contains__(self, name: str) -> bool:
-        return self._path(name).is_file()
+        return self._file_of(name).is_file()
 
     def read(self, name: str, is_whole: bool = True) -> cache_files.Entry:
         """Read an entry, always whole: most of the time goes into opening the file."""
@@ -131,6 +136,44 @@ class NpzStore:
         if place is None:
             return self.folder / file
         return place.with_name(place.name + file.removeprefix(source))
+
+    def _file_of(self, name: str) -> Path:
+        """Return the file to read an entry from: the one that an older program wrote if there is no other."""
+        path = self._path(name)
+        source = self._source_stem(name)
+        if not self.form.has_nameless or self._is_text(name) or not source or path.is_file():
+            return path
+        older = self.listed.get(source, self.folder / source)
+        nameless = older.with_name(older.name + NPZ)
+        if not nameless.is_file():
+            return path
+        if not self._warned:
+            self._warned.add(nameless.name)
+            logger.warning(
+                "%s: latents of an older program, whose name does not say the model. Remove such files if "
+                "they are of another model than %s.",
+                nameless,
+                self.tag,
+            )
+        return nameless
+
+    def _nameless_entry(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
+        """Return the name of the latents in a file of an older program, `STEM.npz`; None if it has none."""
+        stem = file.removesuffix(NPZ)
+        if not self.form.has_nameless or not file.endswith(NPZ) or _OTHER_END.search(stem):
+            return None
+        if self.listed:
+            source = stems.get(folder / stem)
+        else:
+            source = stem if folder == self.folder else None
+        if source is None:
+            return None
+        try:
+            arrays = read_arrays(folder / file, lambda array: array == "original_size")
+            width, height = map(int, arrays["original_size"].tensor.tolist())
+        except (CacheError, KeyError, TypeError, ValueError):
+            return None
+        return cache_files.LatentName(source, (width, height)).file_name(self.tag)
 
     def _source_stem(self, name: str) -> str:
         """Return the stem of an entry's source, from the entry's name; "" for the empty prompt."""
@@ -190,7 +233,7 @@ class NpzStore:
         return f"_{height}x{width}"
 
     def _read_latents(self, name: str) -> cache_files.Entry:
-        path, suffix = self._path(name), self._suffix(name)
+        path, suffix = self._file_of(name), self._suffix(name)
         members = read_arrays(path, lambda array: array.endswith(suffix))
         arrays = {array.removesuffix(suffix): member for array, member in members.items()}
         if "latents" not in arrays:

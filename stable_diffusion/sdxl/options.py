@@ -12,11 +12,17 @@ from stable_diffusion.training_options import (
 
 __all__ = ("SdxlGenerationOptions", "caching_options", "generation_options")
 NAME = "Stable Diffusion XL"
+_IN_GUIDES = (
+    "guides name it, and the known script itself does not have it. Give both rates to --text_encoder_lr: "
+    "first that of CLIP-L, then that of OpenCLIP, such as --text_encoder_lr 1e-5 1e-5"
+)
 
 
 class SdxlTrainingOptions(StableDiffusionTrainingOptions, title=NAME):
     """Options of sdxl_train_network.py besides the shared ones."""
 
+    text_encoder_lr1 = unsupported(_IN_GUIDES, type=float)
+    text_encoder_lr2 = unsupported(_IN_GUIDES, type=float)
     v2 = unsupported("this script trains Stable Diffusion XL. Train 2.x with train_network.py --v2")
     clip_skip = not_needed(
         "Stable Diffusion XL was trained on the last but one layer of both text encoders, which is used.",

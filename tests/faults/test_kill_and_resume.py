@@ -66,7 +66,7 @@ def kill_after(process: Running, seconds: float) -> int:
 # --- training
 
 
-@pytest.mark.slow_cases("wan-before_rename", "wan-while_sampling")
+@pytest.mark.slow_cases("wan-before_rename", "wan-mid_accumulation", "wan-while_sampling")
 @pytest.mark.parametrize("point", POINTS)
 def test_training_killed_at_a_chosen_point_ends_as_if_it_had_not_been(
     point: str, scripts: Scripts, project: Path, undisturbed: Undisturbed, tmp_path: Path

@@ -167,6 +167,7 @@ def test_a_wrong_model_file_ends_it_with_the_reason_before_it_is_ready(
         assert "x.safetensors" in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_it_ends_when_nobody_reads_its_answers(tmp_path: Path, files: TinyWan) -> None:
     with drive(tmp_path, files) as driven:
         driven.until("ready")

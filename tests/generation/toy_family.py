@@ -171,6 +171,10 @@ class ToyFamily:
     def metadata(self) -> Mapping[str, str]:
         return {"model_type": "toy", "task": "t2v"}
 
+    @property
+    def hashed_files(self) -> Mapping[str, Path]:
+        return {}
+
     def text_encoders(self) -> Sequence[TextEncoder]:
         return [ToyTextEncoder(self.diary, self.stop)]
 

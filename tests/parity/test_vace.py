@@ -146,6 +146,7 @@ def test_a_video_with_a_mask(tmp_path: Path, scene: Scene) -> None:
     assert relative_error(scene.theirs(video=video, mask=turned), expected) > 100 * EXACT
 
 
+@pytest.mark.slow
 def test_a_video_is_followed_without_a_mask(tmp_path: Path, scene: Scene) -> None:
     given = ["--control_path", scene.folder / "video"]
 
@@ -154,6 +155,7 @@ def test_a_video_is_followed_without_a_mask(tmp_path: Path, scene: Scene) -> Non
     assert_equal(latents, scene.theirs(video=scene.images(scene.frames)), "control alone", EXACT)
 
 
+@pytest.mark.slow
 def test_two_references_at_half_the_strength(tmp_path: Path, scene: Scene) -> None:
     half = ["--vace_scale", 0.5]
 
@@ -180,6 +182,7 @@ def test_all_together_with_a_strength_for_each_layer(tmp_path: Path, scene: Scen
     assert_equal(latents, expected, "all", EXACT)
 
 
+@pytest.mark.slow
 def test_two_experts_have_a_second_stack_each(tmp_path: Path, scene: Scene) -> None:
     given = ["--dit_high_noise", scene.models / "dit_high.safetensors", *scene.video, *scene.mask]
 

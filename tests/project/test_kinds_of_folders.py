@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import stable_diffusion.family  # noqa: F401  # packages of it warn when they are imported
 from dataset.config import load_dataset_config
 from dataset.sources.listing import find_sources
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
@@ -175,7 +176,13 @@ def test_run_takes_what_new_writes(
 
 POCKET = "pocket wan"
 SLOW_WAYS = [(name, "pairs" if name in NEEDS_PAIRS else "mixed") for name in MODELS if name != "ltx_2 av"]
-SLOW_WAYS += [("ltx_2 av", "sounds"), ("z_image turbo", "kohya"), (POCKET, "clips"), (POCKET, "csv")]
+SLOW_WAYS += [
+    ("ltx_2 av", "sounds"),
+    ("z_image turbo", "kohya"),
+    ("stable_diffusion xl", "kohya"),
+    (POCKET, "clips"),
+    (POCKET, "csv"),
+]
 
 
 def describe_short(name: str, kind: str, models: Path, place: Path) -> tuple[Path, Path]:
@@ -193,12 +200,20 @@ def describe_short(name: str, kind: str, models: Path, place: Path) -> tuple[Pat
     return folder, elsewhere
 
 
-@pytest.mark.parametrize(("name", "kind"), [("z_image turbo", "kohya"), (POCKET, "clips")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param("z_image turbo", "kohya", marks=pytest.mark.slow),
+        ("stable_diffusion xl", "kohya"),
+        (POCKET, "clips"),
+    ],
+)
 def test_the_commands_of_run_lead_to_a_lora(name: str, kind: str, models: Path, tmp_path: Path) -> None:
     folder, elsewhere = describe_short(name, kind, models, tmp_path)
     data = folder / "dataset.toml"
-    text = re.sub(r"resolution = .*", "resolution = [32, 32]", data.read_text(encoding="utf-8"))
-    data.write_text(text, encoding="utf-8")
+    text = data.read_text(encoding="utf-8")
+    if "subsets" not in text:  # whose sides are multiples of 64
+        data.write_text(re.sub(r"resolution = .*", "resolution = [32, 32]", text), encoding="utf-8")
     _, *commands = parse_toml((folder / "run.toml").read_text("utf-8"))["reelsmith"]["commands"]
 
     for _, script, *words in commands:
@@ -285,6 +300,50 @@ def test_folders_of_kohya_are_repeated_and_named(tmp_path: Path) -> None:
     assert captions_of(tmp_path)["p0.jpg"] in {"ohwx man", "ohwx, a square, painted 0"}
     assert "by its name, each file is trained 10 times an epoch" in said
     assert f"{tmp_path / 'reg' / '1_man'}: left out, as reg is the name of a folder of regularisation" in said
+
+
+def write_reg(folder: Path) -> None:
+    write_photos(folder / "10_ohwx man", captions=False)
+    write_photos(folder / "1_man", captions=False, stem="r")
+
+
+def write_img_beside_reg(folder: Path) -> None:
+    write_photos(folder / "10_ohwx man", captions=False)
+    write_photos(folder.parent / "reg" / "1_man", captions=False, stem="r")
+
+
+@pytest.mark.parametrize(
+    ("write", "reg"), [(write_reg, "1_man"), (write_img_beside_reg, "../reg/1_man")], ids=["inside", "beside"]
+)
+def test_stable_diffusion_learns_the_class_of_kohyas_folders(
+    write: Callable[[Path], None], reg: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "img"
+    write(folder)
+
+    said = new(folder, "--trigger_word", "ohwx", model="stable_diffusion xl")
+
+    man, of_class = load_dataset_config(folder / "dataset.toml").datasets
+    assert (man.directory, man.num_repeats, man.is_reg) == (Path("10_ohwx man"), 10, False)
+    assert (of_class.directory, of_class.is_reg) == (Path(reg), True)
+    assert (man.resolution, man.group) == (of_class.resolution, of_class.group)  # they share batches
+    texts = captions_of(folder)
+    assert (texts["p0.jpg"], texts["r0.jpg"]) == ("ohwx man", "man")  # the class has no word
+    assert of_class.cache_directory is not None
+    assert not of_class.cache_directory.is_absolute()
+    assert of_class.cache_directory.parts[0] == "cache"  # `run` writes nothing elsewhere
+    assert "3 regularisation pictures (is_reg), `man` for those without a caption" in said
+
+
+def test_regularisation_pictures_without_a_class_are_left_out(tmp_path: Path) -> None:
+    write_photos(tmp_path / "10_ohwx man", captions=False)
+    write_photos(tmp_path / "reg", captions=False, stem="r")
+
+    said = new(tmp_path, model="stable_diffusion xl")
+
+    assert "is_reg" not in (tmp_path / "dataset.toml").read_text(encoding="utf-8")
+    assert f"{tmp_path / 'reg'}: left out: r0.jpg, r1.jpg, r2.jpg: regularisation pictures without" in said
+    assert "Call it 1_man" in said
 
 
 def test_a_class_beside_its_subject_is_left_out(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import stable_diffusion.family  # noqa: F401  # packages of it warn when they are imported
 from checkpoints.writing import save_tensors
 from dataset.caching import prefetch
 from dataset.config import load_dataset_config
@@ -383,6 +384,7 @@ def test_a_misspelt_option_ends_the_run_before_anything_is_cached(collected: Pat
     assert not (folder / "cache").exists()
 
 
+@pytest.mark.slow
 def test_a_file_of_another_kind_ends_the_run_before_anything_is_cached(
     collected: Path, tmp_path: Path
 ) -> None:
@@ -512,7 +514,9 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--task t2v-1.3B", "--family is missing: give one of wan, "),
         ("--family won", "Did you mean wan?"),
         ("--family hunyuan", "Did you mean hunyuan_image or hunyuan_video?"),
-        ("--family sdxl", "Others are not described here; "),
+        ("--family sdxl --task 1.5", "--family names stable_diffusion xl, and --task 1.5 is 1.5. Leave one"),
+        ("--family sd", "--task is missing: give one of 1.5 ("),
+        ("--family cosmos", "Others are not described here; "),
         ("other --family lumina", "other is not used: give one folder, and put quotes around"),
         ("--family lumina --network_dim 4", "write network_dim = ... below [training] in run.toml"),
         ("--family lumina --num_repeats 2", "a key of the dataset file: write num_repeats = ..."),

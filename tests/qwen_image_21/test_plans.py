@@ -37,7 +37,7 @@ def test_a_plan_counts_references_and_the_vision_tower(
     assert "images and videos" in edited
 
 
-@pytest.mark.slow_cases("256-0.2")
+@pytest.mark.slow_cases("256-0.2", "None-7.0")
 @pytest.mark.parametrize(("tile", "most"), [(None, 7.0), (1024, 1.8), (256, 0.2)])
 def test_a_tile_bounds_the_memory_of_the_released_vae(tmp_path: Path, tile: int | None, most: float) -> None:
     """Of 2048 x 2048 pixels in 16 bits, beside the weights."""

@@ -64,7 +64,7 @@ def assert_equal_gradients(
 
 
 @pytest.mark.long
-@pytest.mark.slow_cases("hunyuan t2v")
+@pytest.mark.slow_cases("hunyuan t2v", "lumina")
 def test_all_blocks_of_a_list_share_one_compilation_also_when_sizes_change(tiny: TinyDit) -> None:
     dit = tiny.make(3)
     compile_blocks(dit, tiny.spec, EAGER)
@@ -134,7 +134,7 @@ def test_open_sizes_are_compiled_once() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow_cases("hunyuan t2v-False")
+@pytest.mark.slow_cases("hunyuan t2v-False", "lumina-False")
 @pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_numbers_are_those_of_uncompiled_blocks(tiny: TinyDit, autocast: bool) -> None:
     """The eager back end calls the same kernels; only the rotary turns are multiplied out.

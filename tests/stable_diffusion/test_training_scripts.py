@@ -1,6 +1,8 @@
 """The scripts that train Stable Diffusion, as users type them, on tiny checkpoints."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,9 @@ import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from tests.commands import run_script
+from tests.commands import assert_user_error, run_script
 from tests.tiny.stable_diffusion import (
     tokenizer_folder,
     write_folder,
@@ -237,3 +240,105 @@ def test_checkpoints_of_another_kind_name_the_script_that_trains_them(folder: Pa
         assert process.returncode == 1
         assert reason in process.stderr
         assert option in process.stderr
+
+
+# `ss_*` of the known trainers' train_network.py, except for the commit of their program
+KNOWN_KEYS = """
+    adaptive_noise_scale base_model_version batch_size_per_device bucket_info bucket_no_upscale cache_latents
+    caption_dropout_every_n_epochs caption_dropout_rate caption_tag_dropout_rate clip_skip color_aug
+    dataset_dirs datasets debiased_estimation enable_bucket epoch face_crop_aug_range flip_aug fp8_base
+    fp8_base_unet full_fp16 gradient_accumulation_steps gradient_checkpointing huber_c huber_scale
+    huber_schedule ip_noise_gamma ip_noise_gamma_random_strength keep_tokens learning_rate loss_type lowram
+    lr_scheduler lr_warmup_steps max_bucket_reso max_grad_norm max_token_length max_train_steps
+    max_validation_steps min_bucket_reso min_snr_gamma mixed_precision multires_noise_discount
+    multires_noise_iterations network_alpha network_args network_dim network_dropout network_module
+    new_sd_model_hash noise_offset noise_offset_random_strength num_batches_per_epoch num_epochs
+    num_reg_images num_train_images num_validation_images optimizer output_name prior_loss_weight random_crop
+    reg_dataset_dirs resize_interpolation resolution scale_weight_norms sd_model_hash sd_model_name seed
+    session_id shuffle_caption steps tag_frequency text_encoder_lr total_batch_size training_comment
+    training_finished_at training_started_at unet_lr v2 vae_name validate_every_n_epochs
+    validate_every_n_steps validation_seed validation_split zero_terminal_snr
+"""
+OF_FLOWS = "discrete_flow_shift guidance_scale sigmoid_scale weighting_scheme model_prediction_type"
+
+
+def test_metadata_are_those_that_tag_browsers_and_model_managers_read(folder: Path) -> None:
+    model = write_sd1(folder)
+    regular = folder / "regular"
+    regular.mkdir()
+    shutil.copy(folder / "pictures" / "2.png", regular / "a.png")
+    data = DATASET + 'num_repeats = 2\n[[datasets.subsets]]\nimage_dir = "regular"\nis_reg = true\n'
+    (folder / "regular.toml").write_text(data + 'class_tokens = "Person"\n', encoding="utf-8")
+    words = ["--clip_skip", "2", "--debiased_estimation_loss", "--split_attn", "--resolution", "64,64"]
+    train(folder, "train_network.py", model, *words, "--max_train_steps", "1", data="regular.toml")
+
+    with safe_open(folder / "output" / "last.safetensors", "pt") as file:
+        metadata = file.metadata()
+    names = {key.removeprefix("ss_") for key in metadata if key.startswith("ss_")}
+    assert {*KNOWN_KEYS.split()} <= names
+    assert not names & {*OF_FLOWS.split()}
+    expected = {
+        "ss_num_train_images": "6",
+        "ss_num_reg_images": "1",
+        "ss_resolution": "(64, 64)",
+        "ss_total_batch_size": "2",
+        "ss_clip_skip": "2",
+        "ss_v2": "False",
+        "ss_keep_tokens": "0",
+        "ss_debiased_estimation": "True",
+        "ss_vae_name": "None",
+        "ss_new_sd_model_hash": hashlib.sha256(model.read_bytes()).hexdigest(),
+        "modelspec.encoder_layer": "2",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+    }
+    assert {key: metadata[key] for key in expected} == expected
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"pictures": {"n_repeats": 2, "img_count": 3}}
+    assert json.loads(metadata["ss_reg_dataset_dirs"]) == {"regular": {"n_repeats": 1, "img_count": 1}}
+    info = json.loads(metadata["ss_bucket_info"])
+    assert info["buckets"] == {"0": {"resolution": [64, 64], "count": 7}}
+    assert info["mean_img_ar_error"] == 0.5  # two pictures of four are 2:1
+    tags = json.loads(metadata["ss_tag_frequency"])
+    assert tags["pictures"]["a cat"] == 3
+    assert tags["regular"] == {"person": 1}
+    (dataset,) = json.loads(metadata["ss_datasets"])
+    assert [subset["is_reg"] for subset in dataset["subsets"]] == [False, True]
+    assert dataset["tag_frequency"] == tags
+    assert dataset["subsets"][0] | {"img_count": 3, "num_repeats": 2} == dataset["subsets"][0]
+
+
+@pytest.mark.slow
+def test_older_npz_without_size_in_their_name_are_read(folder: Path) -> None:
+    model = write_sdxl(folder)
+    words = ["--cache_latents_to_disk", "--network_train_unet_only", "--network_dim", "4"]
+    train(folder, "sdxl_train_network.py", model, *words)
+    pictures = folder / "pictures"
+    for path in [*pictures.glob("*_sdxl.npz")]:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files if not name.startswith("reelsmith")}
+        np.savez(pictures / f"{path.name.partition('_')[0]}.npz", **arrays)
+        path.unlink()
+
+    output = train(folder, "sdxl_train_network.py", model, *words, "--overwrite")
+
+    assert "an older program" in output
+    assert not [*pictures.glob("*_sdxl.npz")]
+    (pictures / "2.npz").write_bytes(b"no npz")  # damaged: made again under the new name
+    train(folder, "sdxl_train_network.py", model, *words, "--overwrite")
+    assert [path.name for path in pictures.glob("*_sdxl.npz")] == ["2_0096x0048_sdxl.npz"]
+
+
+def test_texts_of_another_base_are_refused_by_name(folder: Path) -> None:
+    model = write_sdxl(folder)
+    files = ["--dataset_config", "npz.toml", "--tokenizer_cache_dir", "tokenizers"]
+    option = "--pretrained_model_name_or_path"
+    run_script("sdxl_cache_latents.py", option, model, *files[:2], folder=folder)
+    run_script("sdxl_cache_text_encoder_outputs.py", option, model, *files, folder=folder)
+    state = load_file(model)
+    other = folder / "other.safetensors"
+    save_file({name: tensor * 0.5 for name, tensor in state.items()}, other)
+    words = [option, other, *files, *STEPS, "--network_train_unet_only"]
+
+    process = run_script("sdxl_train_network.py", *words, folder=folder, check=False)
+
+    assert_user_error(process, "another text encoder made this text", "sdxl_cache_text_encoder_outputs.py")
+    run_script("sdxl_train_network.py", *words, "--skip_cache_check", folder=folder)

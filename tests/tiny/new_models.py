@@ -14,6 +14,7 @@ from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
 from tests.tiny.krea2 import write_tiny_krea2
 from tests.tiny.lumina import write_tiny_lumina
 from tests.tiny.qwen_image import write_tiny_qwen_image
+from tests.tiny.stable_diffusion import write_tiny_stable_diffusion
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.z_image import write_tiny_z_image
 
@@ -23,6 +24,7 @@ PICTURES = {"dit": "dit.safetensors", "vae": "vae.safetensors", "text_encoder": 
 TWO_TEXTS = {"text_encoder1": "text_encoder", "text_encoder2": "text_encoder_2"}
 HUNYUAN = {"dit": "dit.safetensors", "vae": "vae.safetensors", **TWO_TEXTS}
 FLUX = {"dit": "dit.safetensors", "ae": "ae.safetensors", "t5xxl": "t5xxl_fp16.safetensors"}
+SD = {"ckpt": "ckpt.safetensors", "vae": "vae.safetensors"}
 CLIP = {"clip": "clip.safetensors"}
 LTX_25 = {
     "ltx2_checkpoint": "ltx 2.3.safetensors",
@@ -62,6 +64,9 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "flux_2 klein-base-4b": (write_tiny_flux_2, PICTURES),
     "flux_3 klein-base": (write_tiny_flux_3, PICTURES),
     "chroma hd": (partial(write_tiny_flux, kind="chroma"), FLUX),
+    "stable_diffusion 1.5": (partial(write_tiny_stable_diffusion, kind="sd1"), SD),
+    "stable_diffusion 2.1": (partial(write_tiny_stable_diffusion, kind="sd2"), {"ckpt": SD["ckpt"]}),
+    "stable_diffusion xl": (partial(write_tiny_stable_diffusion, kind="sdxl"), SD),
     "lumina 2.0": (write_tiny_lumina, {"dit": "dit.safetensors", "ae": "ae.safetensors", "gemma2": "gemma2"}),
 }
 

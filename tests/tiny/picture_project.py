@@ -205,6 +205,7 @@ def lay_out_stable_diffusion(folder: Path) -> None:
     lay_out_sdxl(folder)
     stable_diffusion.write_sd1(folder, name="v1-5-pruned-emaonly.safetensors")
     stable_diffusion.write_sd2(folder, name="v2-1_768-ema-pruned.safetensors")
+    shutil.copy(folder / "sdxl_vae.safetensors", folder / "vae-ft-mse-840000-ema-pruned.safetensors")
     _write_image_tower(folder / "image_encoder")
     guides.write_clip(folder / "CLIP-ViT-B-32-laion2B-s34B-b79K")
     guides.write_vgg16(folder / "vgg16.tv_in1k.safetensors")

@@ -141,6 +141,14 @@ def write_sdxl(folder: Path, name: str = "sdxl.safetensors", **sizes: Any) -> Pa
 WRITERS: dict[str, Callable[..., Path]] = {"sd1": write_sd1, "sd2": write_sd2, "sdxl": write_sdxl}
 
 
+def write_tiny_stable_diffusion(folder: Path, kind: str) -> None:
+    """Write a checkpoint, a VAE of its own, and the tokenizer next to them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    WRITERS[kind](folder, name="ckpt.safetensors")
+    write_tensors(folder / "vae.safetensors", ldm_vae(vae_state()))
+    write_tokenizer(folder / "clip_l")
+
+
 def write_folder(kind: str, folder: Path, velocity: bool = False, **sizes: Any) -> Path:
     """The same weights as a diffusers folder, which diffusers' own pipelines open."""
     tiny = KINDS[kind]

@@ -64,6 +64,7 @@ def samples_of(made: TinyProject, output: str, step: int) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.slow_cases("flux")
 @pytest.mark.parametrize("family", list_families())
 def test_the_next_round_has_the_samples_of_a_run_that_was_started_with_the_edited_prompts(
     tmp_path: Path, edit: Edit, family: TinyFamily, caplog: pytest.LogCaptureFixture

@@ -40,7 +40,13 @@ def make_plan(options: TrainingOptions, folder: str, name: str, **family: str) -
     table = SimpleNamespace(describe=lambda: {"resolution": [64, 64], "image_directory": folder})
     return SimpleNamespace(
         options=options,
-        family=SimpleNamespace(name=name, metadata={**FAMILY, **family}, options=NO_OPTIONS),
+        family=SimpleNamespace(
+            name=name,
+            metadata={**FAMILY, **family},
+            options=NO_OPTIONS,
+            hashed_files={},
+            noise=SimpleNamespace(keeps_variance=False),
+        ),
         progress=Progress(42, 7, 12.5),
         steps=StepPlan(num_batches=3, processes=1, accumulation=1, total_steps=6),
         order=SimpleNamespace(num_items=6),

@@ -192,7 +192,7 @@ def test_the_launcher_may_ask_for_compilation_and_the_command_line_overrides_it(
     [
         ("max_train_steps = 1.5", "expected a whole number"),
         ("max_train_steps = true", "expected a whole number"),
-        ("gradient_checkpointing = 1", "expected true or false"),
+        ("gradient_checkpointing = 2", "expected true or false"),
         ("output_name = 3", "expected text in quotes"),
         ("network_args = [1]", "expected text in quotes, or a list of them"),
         ("fp8_scaled = true", "--fp8_scaled needs --fp8_base"),
@@ -206,6 +206,21 @@ def test_a_config_file_is_checked_like_the_command_line(tmp_path: Path, line: st
 
     with pytest.raises(UserError, match=expected):
         options("--config_file", str(file))
+
+
+def test_values_as_other_programs_write_them_in_config_files(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    lines = "gradient_checkpointing = 1\nsave_state = 0\nresume = false\nmax_train_steps = 64.0\n"
+    file.write_text(lines, encoding="utf-8")
+    made = options("--config_file", str(file))
+
+    assert made.loop.gradient_checkpointing
+    assert (made.saving.save_state, made.saving.resume) == (False, None)
+    assert made.loop.max_train_steps == 64
+    for line in ("save_state = 2", "max_train_steps = 64.5", "resume = true", "max_train_steps = false"):
+        file.write_text(line, encoding="utf-8")
+        with pytest.raises(OptionError, match="expected"):
+            options("--config_file", str(file))
 
 
 def test_a_key_of_another_tool_in_the_config_file_is_warned_about(

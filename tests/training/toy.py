@@ -146,6 +146,10 @@ class ToyFamily:
     def metadata(self) -> Mapping[str, str]:
         return {"architecture": "toy"}
 
+    @property
+    def hashed_files(self) -> Mapping[str, Path]:
+        return {}
+
     def text_encoders(self) -> Sequence[TextEncoder]:
         return [ToyTextEncoder()]
 

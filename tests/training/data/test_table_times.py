@@ -157,6 +157,7 @@ def test_buckets_of_a_table_are_the_same_where_a_run_begins_in_the_middle(tmp_pa
         assert of_read(run.feed, keys) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_killed_run_with_windows_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     write_tables(tmp_path, LOW, HIGH, batch_size=2, count=5)

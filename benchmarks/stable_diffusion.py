@@ -1,0 +1,274 @@
+"""Compare a training step of Stable Diffusion with a plain loop: python benchmarks/stable_diffusion.py
+
+    pip install peft
+
+The plain loop is what examples of diffusers do: the same U-Net with a LoRA of PEFT on the same layers, noise
+from a DDPM scheduler, forward, backward, clipping, AdamW. Its batch is ready. Ours is the script's own loop,
+with caches, noise, weights of the loss, logs. Both run in turn in one process, the plain loop first in each
+round; the figure is the median ratio of neighbours' processor seconds, of all threads. Peaks are of resident
+memory during steps, with the network and all that was loaded before them and is still there, without the
+libraries; each in a process of its own.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+BAR, MEMORY_BAR = 1.1, 1.0
+RANK, ALPHA = 8, 8
+# the tests' tiny networks, with a wider U-Net
+SIZES: dict[str, dict[str, Any]] = {
+    "sd": {"block_out_channels": (128, 256)},
+    "sdxl": {"block_out_channels": (64, 256), "attention_head_dim": (1, 4)},
+}
+FOLDERS = {"sd": "sd1", "sdxl": "sdxl"}
+Step = Callable[[], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kind", choices=list(SIZES), default="sdxl", help="which line of models")
+    parser.add_argument("--size", type=int, default=256, help="width and height of the pictures in pixels")
+    parser.add_argument("--batch", type=int, default=2, help="pictures of a step")
+    parser.add_argument("--rounds", type=int, default=10, help="number of rounds; each times both")
+    parser.add_argument("--steps", type=int, default=3, help="steps of each kind in a round")
+    parser.add_argument(
+        "--precision", default="no", choices=["no", "bf16"], help="value of --mixed_precision"
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    parser.add_argument("--profile", choices=["plain", "ours"], help="print where the time of one goes")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        kind, folder = args.child
+        measure_peak(kind, Path(folder), args)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_project(folder, args)
+        if args.profile:
+            profile(folder, args)
+            return
+        ratio = compare_speed(folder, args)
+        more = compare_memory(folder, args)
+    raise SystemExit(ratio > BAR or more > MEMORY_BAR)
+
+
+def write_project(folder: Path, args: argparse.Namespace) -> None:
+    """Write a checkpoint in the layout of diffusers, tokenizers, pictures and their dataset file."""
+    import numpy as np
+    from PIL import Image
+
+    from tests.tiny.stable_diffusion import tokenizer_folder, write_folder
+
+    write_folder(FOLDERS[args.kind], folder / "model", **SIZES[args.kind])
+    tokenizer_folder(folder / "tokenizers")
+    (folder / "pictures").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(2 * args.batch):
+        pixels = generator.integers(0, 255, (args.size, args.size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "pictures" / f"{number}.png")
+        (folder / "pictures" / f"{number}.txt").write_text(f"a cat, number {number}", encoding="utf-8")
+    (folder / "dataset.toml").write_text(
+        f"""[general]
+resolution = {args.size}
+caption_extension = ".txt"
+num_repeats = 5000
+
+[[datasets]]
+batch_size = {args.batch}
+
+[[datasets.subsets]]
+image_dir = "{(folder / "pictures").as_posix()}"
+""",
+        encoding="utf-8",
+    )
+
+
+def compare_speed(folder: Path, args: argparse.Namespace) -> float:
+    """Print processor seconds of a step of both, and return the median of ours over theirs."""
+    seconds: dict[str, list[float]] = {"plain": [], "ours": []}
+    with started_step(folder, args) as ours:
+        steps = {"plain": make_plain_step(folder, args), "ours": ours}
+        for step in steps.values():
+            time_of(2, step)  # warm up
+        for _ in range(args.rounds):
+            for name, step in steps.items():
+                seconds[name].append(time_of(args.steps, step))
+    plain, loop = seconds["plain"], seconds["ours"]
+    for name, times in seconds.items():
+        print(f"{name}: {statistics.median(times):.4f} processor seconds a step")
+    ratio = statistics.median(mine / theirs for mine, theirs in zip(loop, plain, strict=True))
+    print(f"ratio {ratio:.3f}, of the fastest rounds {min(loop) / min(plain):.3f}; bar {BAR}")
+    return ratio
+
+
+def time_of(count: int, step: Step) -> float:
+    """Return the processor seconds of a step, of all threads."""
+    began = time.process_time()
+    for _ in range(count):
+        step()
+    return (time.process_time() - began) / count
+
+
+def make_plain_step(folder: Path, args: argparse.Namespace) -> Step:
+    """Return a step as examples of diffusers write it, on a batch that is ready."""
+    import torch
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from peft import LoraConfig
+
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    unet: Any = UNet2DConditionModel.from_pretrained(folder / "model" / "unet", torch_dtype=dtype)
+    unet.requires_grad_(False)
+    # all layers inside of transformers, as ours
+    paths = [
+        path
+        for path, module in unet.named_modules()
+        if ".attentions." in path and isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+    ]
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=paths))
+    if args.checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.train()
+    trained = [parameter.requires_grad_() for parameter in unet.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    scheduler: Any = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    side = args.size // 8
+    latents = torch.randn(args.batch, 4, side, side)
+    context = torch.randn(args.batch, 77, unet.config.cross_attention_dim, dtype=dtype)
+    added: dict[str, Any] | None = None
+    if args.kind == "sdxl":
+        width = unet.add_embedding.linear_1.in_features - 6 * unet.add_time_proj.num_channels
+        sizes = torch.tensor([[args.size, args.size, 0, 0, args.size, args.size]] * args.batch, dtype=dtype)
+        added = {"text_embeds": torch.randn(args.batch, width, dtype=dtype), "time_ids": sizes}
+    autocast = torch.autocast("cpu", dtype) if args.precision == "bf16" else contextlib.nullcontext()
+
+    def step() -> None:
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, 1000, (args.batch,))
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        with autocast:
+            output = unet(
+                noisy.to(dtype), timesteps, encoder_hidden_states=context, added_cond_kwargs=added
+            ).sample
+        loss = torch.nn.functional.mse_loss(output.float(), noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+@contextlib.contextmanager
+def started_step(folder: Path, args: argparse.Namespace) -> Iterator[Step]:
+    """Yield a step of the script's loop, which trains the U-Net from caches in memory."""
+    from contract.families import FAMILIES
+    from training.image_options import NOISE_TRAINER, read_image_training
+    from training.loop import advance
+    from training.run import prepare_run
+
+    entry = FAMILIES[FOLDERS[args.kind]]
+    words = {
+        "pretrained_model_name_or_path": folder / "model",
+        "tokenizer_cache_dir": folder / "tokenizers",
+        "dataset_config": folder / "dataset.toml",
+        "network_dim": RANK,
+        "network_alpha": ALPHA,
+        "learning_rate": 1e-4,
+        "max_train_steps": 100000,
+        "mixed_precision": args.precision,
+        "output_dir": folder / "output",
+        "output_name": "x",
+        "seed": 1,
+    }
+    typed = [text for name, value in words.items() for text in (f"--{name}", str(value))]
+    typed += ["--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only"]
+    if args.checkpointing:
+        typed.append("--gradient_checkpointing")
+    record = entry.options_record("Training")
+    options, family_options, _ = read_image_training("", record, NOISE_TRAINER, typed)
+    family = entry.make_family("training", family_options)
+    with (
+        prepare_run(family, options) as run,
+        contextlib.closing(run.feed.start(0, 0)) as micro_batches,
+    ):
+        groups = run.steps.groups(0)
+
+        def step() -> None:
+            advance(run, next(groups), micro_batches)
+
+        yield step
+
+
+def compare_memory(folder: Path, args: argparse.Namespace) -> float:
+    """Print the peaks of both, and return ours over theirs; 0 if this system does not tell them."""
+    from benchmarks.process_memory import is_known
+
+    if not is_known():
+        print("peaks: only Linux tells them")
+        return 0.0
+    peaks: dict[str, int] = {}
+    for name in ("plain", "ours"):
+        command = [sys.executable, __file__, *sys.argv[1:], "--child", name, str(folder)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        peaks[name] = json.loads(said.splitlines()[-1])
+    ratio = peaks["ours"] / peaks["plain"]
+    shown = ", ".join(f"{name} {peak / 1e6:.0f} MB" for name, peak in peaks.items())
+    print(f"peak of steps: {shown}; ratio {ratio:.3f}, bar {MEMORY_BAR}")
+    return ratio
+
+
+def measure_peak(kind: str, folder: Path, args: argparse.Namespace) -> None:
+    """Be a child: take a few steps, and print the most bytes that are resident in them."""
+    # loaded before both, as ours needs more modules
+    import diffusers  # noqa: F401
+    import peft  # noqa: F401
+
+    import training.run  # noqa: F401
+    from benchmarks.process_memory import memory, peak, start_of_peak
+
+    before = memory("VmRSS")
+    with contextlib.ExitStack() as stack:
+        if kind == "ours":
+            step = stack.enter_context(started_step(folder, args))
+        else:
+            step = make_plain_step(folder, args)
+        start_of_peak()
+        for _ in range(4):
+            step()
+        highest = peak() - before
+    print(json.dumps(highest))
+
+
+def profile(folder: Path, args: argparse.Namespace) -> None:
+    """Print the functions in which one of both spends its time."""
+    import cProfile
+    import pstats
+
+    with contextlib.ExitStack() as stack:
+        if args.profile == "ours":
+            step = stack.enter_context(started_step(folder, args))
+        else:
+            step = make_plain_step(folder, args)
+        time_of(2, step)
+        watch = cProfile.Profile()
+        watch.runcall(time_of, args.rounds * args.steps, step)
+    pstats.Stats(watch).sort_stats("tottime").print_stats(40)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Attention of a U-Net by the back end that a training names, instead of diffusers' own."""
+# Letters: B pictures, L query tokens, S key tokens, N heads, D head width, C = N * D
+
+from dataclasses import dataclass
+
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from modules.attention.attend import attend
+from modules.speed_options import AttentionChoice
+
+
+@dataclass(frozen=True)
+class ChosenAttention:
+    """Compute the attention layers of a U-Net's transformers: a processor of diffusers'."""
+
+    choice: AttentionChoice
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+    ) -> Tensor:
+        """Return B L C. hidden_states: B L C. encoder_hidden_states: B S C', of a text; None: self-attention.
+
+        The names are those that diffusers calls it with. These U-Nets have no masks.
+        """
+        assert attention_mask is None
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        heads = (attn.heads, -1)
+        query = attn.to_q(hidden_states).unflatten(-1, heads)  # B L N D
+        key = attn.to_k(context).unflatten(-1, heads)  # B S N D
+        value = attn.to_v(context).unflatten(-1, heads)
+        output = attend(query, key, value, self.choice).flatten(2)
+        projection, dropout = attn.to_out
+        result: Tensor = dropout(projection(output.to(query.dtype)))
+        return result

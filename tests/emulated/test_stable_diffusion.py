@@ -1,0 +1,92 @@
+"""Training of Stable Diffusion XL on the emulated device: the CPU's LoRA, and no step waits.
+
+Steps of samples wait: the schedulers are diffusers'.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.emulated.test_families import _can_be_emulated  # noqa: F401
+from tests.emulated_cuda.pairs import differences, run_on_device
+from tests.faults.messages import succeed_here
+from tests.tiny.stable_diffusion import tokenizer_folder, write_sdxl
+
+pytestmark = pytest.mark.slow
+STEPS = 4
+DATASET = """[general]
+resolution = 64
+caption_extension = ".txt"
+shuffle_caption = true
+
+[[datasets]]
+batch_size = 2
+
+[[datasets.subsets]]
+image_dir = "pictures"
+"""
+CACHED = ["--network_train_unet_only", "--cache_text_encoder_outputs", "--dataset_config", "plain.toml"]
+CASES: dict[str, list[str]] = {
+    "text encoders learn": [
+        "--dataset_config",
+        "dataset.toml",
+        "--noise_offset",
+        "0.1",
+        "--min_snr_gamma",
+        "5",
+    ],
+    "checkpointing": [*CACHED, "--gradient_checkpointing", "--network_args", "conv_dim=2", "dora_wd=True"],
+    "fp8": [*CACHED, "--fp8_base", "--mixed_precision", "bf16", "--gradient_checkpointing"],
+    "LoKr": [*CACHED, "--network_module", "networks.lokr", "--network_args", "conv_dim=2"],
+}
+
+READ = "training/reports/logs.py flush"  # the step before, which is there by then
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "pictures").mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(4):
+        pixels = generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{index}.png")
+        (tmp_path / "pictures" / f"{index}.txt").write_text(f"a cat, number {index}", encoding="utf-8")
+    (tmp_path / "dataset.toml").write_text(DATASET, encoding="utf-8")
+    (tmp_path / "plain.toml").write_text(DATASET.replace("shuffle_caption = true\n", ""), encoding="utf-8")
+    (tmp_path / "samples.txt").write_text("a (red:1.2) cat --w 64 --h 64 --s 3 --d 1\n", encoding="utf-8")
+    tokenizer_folder(tmp_path / "tokenizers")
+    write_sdxl(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_lora_is_that_of_the_cpu(folder: Path, case: str) -> None:
+    train = [
+        *("sdxl_train_network.py", "--pretrained_model_name_or_path", "sdxl.safetensors", "--cache_latents"),
+        *(
+            "--tokenizer_cache_dir",
+            "tokenizers",
+            "--output_name",
+            "lora",
+            "--network_dim",
+            "2",
+            "--seed",
+            "1",
+        ),
+        *("--learning_rate", "0.01", "--max_train_steps", str(STEPS), "--sample_prompts", "samples.txt"),
+        *("--sample_at_first", "--sample_sampler", "euler_a", *CASES[case]),
+    ]
+    succeed_here(*train, "--output_dir", "here", folder=folder)
+
+    (done,) = run_on_device([*train, "--output_dir", "there"], folder=folder)
+
+    if case != "fp8":  # products in bf16 round as the kernels do, and Adam takes the sign of what is left
+        # a text encoder's attention has another kernel on a CPU; the U-Net alone gives equal bits
+        share = 1e-6 if case == "text encoders" else 0.0
+        found = differences(folder / "here", folder / "there", share)
+        assert not found, "\n".join(found)
+    if case != "text encoders":  # which hand their states to the host
+        waits = done.places("take_step")
+        assert waits.keys() <= {READ}, waits

@@ -1,0 +1,288 @@
+"""Entries of the metadata that files of image trainers have: read by tag browsers and managers of models.
+
+Names and types are those of the known trainers' files.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataset.batches.items import TrainingItem
+from dataset.cache.files import parse_latent_name
+from dataset.table import DatasetTable
+from modules.errors import DatasetError
+from training.learning_options import PartsOptions
+from training.noise_options import PredictionOptions
+from training.plan import TrainingPlan
+
+MOST_TAGS = 5000  # of a folder; some 100 kB of a file's header
+
+Tags = Mapping[str, Mapping[str, int]]  # folder -> tag -> how many captions have it
+
+
+def image_values(plan: TrainingPlan, parts: PartsOptions, prediction: PredictionOptions) -> dict[str, Any]:
+    """Return the entries `ss_*` of an image trainer's file in addition to those of every training."""
+    options, items = plan.options, plan.training
+    model_type = plan.family.metadata.get("model_type")
+    validation = options.validation
+    network, caching = options.network, options.caching
+    tables = _tables_with_items(plan.config.datasets, items)
+    tags = count_tags(items)
+    values: dict[str, Any] = {
+        "ip_noise_gamma": options.noise.ip_noise_gamma,
+        "ip_noise_gamma_random_strength": options.noise.ip_noise_gamma_random_strength,
+        "fp8_base_unet": options.speed.fp8.fp8_base,  # text encoders have an option of their own
+        "unet_lr": options.optimizer.learning_rate if parts.unet_lr is None else parts.unet_lr,
+        "text_encoder_lr": _text_rates_as_known(parts),
+        "cache_latents": caching is not None and caching.caches_latents,
+        "lowram": False,  # weights are always read in pieces
+        "scale_weight_norms": None if network is None else network.scale_weight_norms,
+        "validation_split": validation.validation_split,
+        "validation_seed": validation.validation_seed,
+        "max_validation_steps": validation.max_validation_steps,
+        "validate_every_n_epochs": validation.validate_every_n_epochs,
+        "validate_every_n_steps": validation.validate_every_n_steps,
+        "num_validation_images": len(plan.validation),
+        **({} if model_type is None else {"model_type": model_type}),
+        **_picture_counts(tables, items),
+        **_common_settings(tables),
+        "tag_frequency": _as_json(tags),
+        "datasets": _as_json(_describe_datasets(tables, items, tags)),
+    }
+    if not plan.family.noise.keeps_variance:
+        values["model_prediction_type"] = prediction.model_prediction_type
+    batch_size = values["batch_size_per_device"]
+    if batch_size is not None:
+        batch_size *= plan.steps.processes * plan.steps.accumulation
+    values["total_batch_size"] = batch_size
+    if options.subset is not None:
+        values |= {
+            "resize_interpolation": options.subset.resize_interpolation,
+            "prior_loss_weight": options.subset.prior_loss_weight,
+        }
+    return {f"ss_{name}": value for name, value in values.items()}
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _tables_with_items(tables: Iterable[DatasetTable], items: Iterable[TrainingItem]) -> list[DatasetTable]:
+    indices = {item.table.index for item in items}
+    return [table for table in tables if table.index in indices]
+
+
+def _text_rates_as_known(parts: PartsOptions) -> float | list[float] | None:
+    """Return the learning rates of the text encoders, in the form that image trainers write."""
+    rates = parts.text_encoder_lr
+    if rates is None:
+        return None
+    return rates[0] if len(rates) == 1 else list(rates)
+
+
+# --- captions
+# ------------------------------------------------------------------------------------------------------------
+
+
+def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
+    """Return how often each part of a caption between commas occurs, by the names of the items' folders.
+
+    Captions are counted once, without repeats; those that are not there, as with copied caches, not at all.
+    Of a folder with more parts than MOST_TAGS, only the most frequent ones: they are in a file's header.
+    """
+    from dataset.sources.listing import find_sources  # other trainings read caches alone
+
+    tables = {item.table.index: item.table for item in items}
+    stems: dict[int, set[str]] = {}
+    for item in items:
+        stems.setdefault(item.table.index, set()).add(item.source_stem)
+    counts: dict[str, Counter[str]] = {}
+    counted: set[Path] = set()  # a folder may be in datasets of several resolutions
+    for index, table in tables.items():
+        try:
+            sources = find_sources(table, faults=[])
+        except DatasetError:
+            continue
+        tags = counts.setdefault(table.source.name, Counter())
+        for source in sources:
+            if source.stem not in stems[index] or source.path in counted:
+                continue
+            counted.add(source.path)
+            captions = [source.caption, *source.more_captions]
+            for caption in filter(None, captions):
+                tags.update(filter(None, (tag.strip().lower() for tag in caption.split(","))))
+    return {
+        folder: dict(tags.most_common(MOST_TAGS) if len(tags) > MOST_TAGS else tags)
+        for folder, tags in counts.items()
+    }
+
+
+# --- pictures
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Numbers of the pictures of some tables; with repeats, except for `of_table`."""
+
+    of_table: Mapping[int, int]  # by the table's index
+    num_learned: int
+    num_regularisation: int
+    bucket_info: dict[str, Any]
+
+
+def _count_pictures(items: Iterable[TrainingItem]) -> _Counted:
+    of_table: Counter[int] = Counter()
+    buckets: Counter[tuple[int, int]] = Counter()
+    totals = {False: 0, True: 0}  # by whether they are regularisation pictures
+    differences: list[float] = []  # of width / height, between bucket and picture
+    for item in items:
+        table = item.table
+        width, height = item.bucket[0], item.bucket[1]
+        of_table[table.index] += 1
+        buckets[width, height] += table.num_repeats
+        totals[table.is_reg] += table.num_repeats
+        parsed = parse_latent_name(item.file_name, item.kind.tag, "image")
+        if parsed is not None:
+            differences.append(abs(width / height - parsed.size[0] / parsed.size[1]))
+    rows = {
+        str(number): {"resolution": list(size), "count": count}
+        for number, (size, count) in enumerate(sorted(buckets.items()))
+    }
+    info: dict[str, Any] = {"buckets": rows}
+    if differences:
+        info["mean_img_ar_error"] = sum(differences) / len(differences)
+    return _Counted(of_table, totals[False], totals[True], info)
+
+
+def _picture_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingItem]) -> dict[str, Any]:
+    """Return the entries on the numbers of pictures: in total, by folder, by size."""
+    counted = _count_pictures(items)
+    folders: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
+    for table in tables:
+        of_kind = folders[table.is_reg]
+        facts = {"n_repeats": table.num_repeats, "img_count": counted.of_table[table.index]}
+        of_kind[_free_name(table.source.name, of_kind)] = facts
+    return {
+        "num_train_images": counted.num_learned,
+        "num_reg_images": counted.num_regularisation,
+        "dataset_dirs": _as_json(folders[False]),
+        "reg_dataset_dirs": _as_json(folders[True]),
+        "bucket_info": _as_json(counted.bucket_info),
+    }
+
+
+def _free_name(name: str, names: Mapping[str, Any]) -> str:
+    """Return a name, numbered if it is taken: several datasets may have one folder."""
+    number = 1
+    free = name
+    while free in names:
+        number += 1
+        free = f"{name} ({number})"
+    return free
+
+
+# --- settings of datasets
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _settings_of(table: DatasetTable) -> dict[str, Any]:
+    """Return the settings of a table under the names of the known trainers' options."""
+    changes, augmentation = table.changes, table.augmentation
+    buckets = table.buckets if table.enable_bucket else None
+    return {
+        "batch_size_per_device": table.batch_size,
+        "resolution": tuple(table.resolution),
+        "enable_bucket": table.enable_bucket,
+        "bucket_no_upscale": table.bucket_no_upscale,
+        "min_bucket_reso": None if buckets is None else buckets.minimum,
+        "max_bucket_reso": None if buckets is None else buckets.maximum,
+        "color_aug": augmentation.color,
+        "flip_aug": augmentation.flip,
+        "random_crop": augmentation.random_crop,
+        "face_crop_aug_range": augmentation.face_crop_range,
+        "shuffle_caption": changes.shuffle,
+        "keep_tokens": changes.keep_tokens,
+        "caption_dropout_rate": table.caption_dropout_rate,
+        "caption_dropout_every_n_epochs": changes.dropout_every_n_epochs,
+        "caption_tag_dropout_rate": changes.part_dropout_rate,
+    }
+
+
+def _common_settings(tables: Sequence[DatasetTable]) -> dict[str, Any]:
+    """Return the settings that all tables share; None for those that differ."""
+    settings = [_settings_of(table) for table in tables]
+    names = settings[0] if settings else dict.fromkeys(("batch_size_per_device",))
+    values = {}
+    for name, value in names.items():
+        is_common = all(others[name] == value for others in settings)
+        values[name] = value if is_common else None
+    return values
+
+
+def _describe_datasets(
+    tables: Sequence[DatasetTable], items: Sequence[TrainingItem], tags: Tags
+) -> list[dict[str, Any]]:
+    """Return the entry `ss_datasets`: a dictionary for each dataset, with one for each of its subsets."""
+    groups: dict[int, list[DatasetTable]] = {}
+    for table in tables:
+        groups.setdefault(table.batch_group, []).append(table)
+    items_of: dict[int, list[TrainingItem]] = {}
+    for item in items:
+        items_of.setdefault(item.table.batch_group, []).append(item)
+    return [
+        _describe_dataset(subsets, _count_pictures(items_of[group]), tags)
+        for group, subsets in groups.items()
+    ]
+
+
+def _describe_dataset(tables: Sequence[DatasetTable], counted: _Counted, tags: Tags) -> dict[str, Any]:
+    """Return the entry of one dataset. tables: its subsets."""
+    described = [table.describe() for table in tables]
+    first = _settings_of(tables[0])
+    buckets = tables[0].buckets
+    names = {table.source.name for table in tables}
+    entry = {
+        key: value
+        for key, value in described[0].items()
+        if all(others.get(key) == value for others in described)
+    }
+    keys = ("batch_size_per_device", "enable_bucket", "min_bucket_reso", "max_bucket_reso")
+    return entry | {
+        "is_dreambooth": all(table.metadata_file is None for table in tables),
+        "num_train_images": counted.num_learned,
+        "num_reg_images": counted.num_regularisation,
+        "resolution": list(tables[0].resolution),
+        **{key: first[key] for key in keys},
+        "tag_frequency": {name: tags[name] for name in sorted(names) if name in tags},
+        "bucket_info": counted.bucket_info,
+        "resize_interpolation": None if buckets is None else buckets.interpolation,
+        "has_control": all(others["has_control"] for others in described),
+        "subsets": [_describe_subset(table, counted.of_table[table.index]) for table in tables],
+    }
+
+
+def _describe_subset(table: DatasetTable, num_pictures: int) -> dict[str, Any]:
+    settings, changes = _settings_of(table), table.changes
+    keys = ("color_aug", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens")
+    entry: dict[str, Any] = {
+        "img_count": num_pictures,
+        "num_repeats": table.num_repeats,
+        **{key: settings[key] for key in keys},
+        "keep_tokens_separator": changes.keep_tokens_separator or None,
+        "secondary_separator": changes.secondary_separator or None,
+        "enable_wildcard": changes.wildcards,
+        "caption_prefix": table.caption_prefix or None,
+        "caption_suffix": table.caption_suffix or None,
+        "resize_interpolation": None if table.buckets is None else table.buckets.interpolation,
+    }
+    if table.directory is not None or table.image_folder is not None:
+        entry["image_dir"] = table.picture_folder.name
+    if table.metadata_file is None:
+        entry |= {"class_tokens": table.class_tokens, "is_reg": table.is_reg}
+    else:
+        entry["metadata_file"] = table.metadata_file.name
+    return {**table.learning_keys, **entry}
