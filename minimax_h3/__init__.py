@@ -1,6 +1,8 @@
 """MiniMax-H3, video with sound: read family.py first, then model.py.
 
 conditions: latents of keyframes and references, their noise and places
+cached_references: references of the rows of a dataset, for caches
+caching: what caches of latents hold, and how it is encoded
 configs: dimensions of a transformer, noise, latents, the release
 dit_checkpoints: transformer files: what one is, order of fused rows, loading
 family: the model, described for the shared loops

@@ -29,13 +29,12 @@ from minimax_h3.conditions import (
 from minimax_h3.files import H3Files
 from minimax_h3.options import (
     FPS,
-    IMAGE_EDGE,
     LEAST_FRAMES,
     MOST_FRAMES,
     NAME,
-    VIDEO_EDGE,
     H3LatentCachingOptions,
 )
+from minimax_h3.reference_options import IMAGE_EDGE, VIDEO_EDGE
 from minimax_h3.sound import CHANNELS, H3SoundVae
 from minimax_h3.video_vae import H3VideoVae
 from modules.errors import DatasetError, MediaError
@@ -85,7 +84,9 @@ class H3Caching:
         if self.task == REFERENCES:
             self._check_references(table)
         elif table.shown:
-            raise DatasetError(f"{table.name}: its rows have references, which --task {REFERENCES} is for")
+            raise DatasetError(
+                f"{table.name}: its rows have references. Use --task {REFERENCES}, or leave them out"
+            )
         if table.kind == "video":
             lengths = table.target_frames or (table.max_frames or 0,)
             for frames in lengths:
@@ -108,13 +109,18 @@ class H3Caching:
     def _check_references(self, table: MediaTable) -> None:
         if not table.shown:
             raise DatasetError(
-                f"{table.name}: --task {REFERENCES} makes clips from references. Name them in `references` of "
-                "the lines of video_jsonl_file"
+                f"{table.name}: --task {REFERENCES} makes clips from references. Name them in `references` "
+                "of the lines of video_jsonl_file"
             )
         from minimax_h3.cached_references import check_shown  # only of ref2va
 
         for media in table.shown:
-            check_shown(media, table.name, is_picture=table.kind == "image")
+            check_shown(
+                media,
+                table.name,
+                is_picture=table.kind == "image",
+                any_length=self.any_length,
+            )
 
     def _check_length(self, frames: int, name: str, error: type[DatasetError] | type[MediaError]) -> None:
         """Raise an error for the length of a clip for which the model was not trained."""
@@ -151,12 +157,14 @@ class H3Caching:
         entries = []
         for number in range(len(media.keys)):
             item = media.item(number)
-            tensors = self._tensors(encoders.vae, encoders.sound, item)
+            tensors = self._tensors(encoders.vae, encoders.sound, item, files.latent.pixel_step)
             entries.append([CacheEntry(tensors, metadata=self.metadata(files, item))])
         return entries
 
-    def _tensors(self, vae: H3VideoVae, sound_vae: H3SoundVae, media: MediaBatch) -> dict[str, Tensor]:
-        """Return the tensors of one item. media: of that item alone."""
+    def _tensors(
+        self, vae: H3VideoVae, sound_vae: H3SoundVae, media: MediaBatch, step: int
+    ) -> dict[str, Tensor]:
+        """Return the tensors of one item. media: of that item alone. step: of sides in pixels."""
         (key,) = media.keys
         num_frames = media.frames.shape[1]
         latents = encode_target(vae, byte_clips(media.frames), f"{self.seed} {key}")
@@ -173,10 +181,12 @@ class H3Caching:
                 pixels = byte_clips(media.frames[:, frame : frame + 1])
                 tensors[name] = encode_condition(vae, pixels)[0]
         if self.task == REFERENCES:
-            from minimax_h3.cached_references import encode_references  # only of ref2va
+            from minimax_h3.cached_references import ReferenceSizes, encode_references  # only of ref2va
 
+            image_edge, video_edge = self.edges
+            sizes = ReferenceSizes(image_edge, video_edge, step)
             (shown,) = media.shown
-            tensors |= encode_references(vae, sound_vae, shown, num_frames, self.edges)
+            tensors |= encode_references(vae, sound_vae, shown, num_frames, sizes)
         return tensors
 
     def _place_tensors(self, vae: H3VideoVae, media: MediaBatch) -> dict[str, Tensor]:

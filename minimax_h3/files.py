@@ -44,6 +44,7 @@ from minimax_h3.vision import Preprocessing, read_preprocessing
 from modules.errors import CheckpointError, MediaError, OptionError
 
 KEY, TAGS = "mmh3_hidden_states", "mmh3_token_tags"
+UNDECIDED = ""  # task of a run whose prompts decide it
 LAYERS = 50  # of Qwen3-VL before the state that is read
 MOST_TOKENS = 32768  # of a prompt, as in the known tuner
 # of H3's tokenizer, which no other tokenizer of Qwen has
@@ -185,7 +186,7 @@ class H3Files(LanguageModelFiles):
 
     def check_task(self) -> None:
         """Raise OptionError if the name of the transformer says that it is for another task."""
-        found = None if self.dit is None else find_task(self.dit_path)
+        found = None if self.dit is None or self.task == UNDECIDED else find_task(self.dit_path)
         wanted = "ref2va" if self.task == "ref2va" else "fl2va"
         if found not in (None, wanted):
             raise OptionError(

@@ -60,7 +60,7 @@ def _locate(text: Any, file: Path, where: str) -> Path:
     for place in places:
         if place.exists():
             return place
-    raise DatasetError(f"{where}: {places[0]}: no such file, nor in the folder of {file.name}")
+    raise DatasetError(f"{where}: {places[0]}: no such file, nor in the folder of {file.name}. Correct it")
 
 
 def _show(value: Any) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from encoders.tiles import posterior_generator
 from minimax_h3.released import LATENTS_MEAN, LATENTS_STD, SOUND_MEAN, SOUND_STD
 from minimax_h3.video_vae import PIXEL_MEAN, PIXEL_STD
-from modules.media.reading import video_frames
+from modules.media.reading import read_image, video_frames
 from modules.media.tracks import Track, write_wav
 from modules.media.writing import write_video
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -53,7 +53,8 @@ def write_clip(path: Path, frames: int = FRAMES + 2, fps: float = 24, track: Tra
 def write_config(folder: Path, source: str = "video_directory = 'clips'", **keys: Any) -> None:
     shared = {"target_frames": [FRAMES]} if source.startswith("video") else {}
     lines = [f"{name} = {json.dumps(value)}" for name, value in {**shared, **keys}.items()]
-    text = f"[[datasets]]\nresolution = [{SIZE}, {SIZE}]\ncaption_extension = '.txt'\n{source}\ncache_directory = 'cache'\n"
+    text = f"[[datasets]]\nresolution = [{SIZE}, {SIZE}]\ncaption_extension = '.txt'\n"
+    text += f"{source}\ncache_directory = 'cache'\n"
     (folder / "dataset.toml").write_text(text + "\n".join(lines), encoding="utf-8")
 
 
@@ -324,3 +325,84 @@ def test_lengths_are_rounded_to_17n_plus_5(project: Path, files: TinyH3) -> None
     write_config(project, target_frames=[24])
     assert "become [22], because clips of this model have 17n + 5 frames" in run(project, files)
     assert "latents_7x4x4_float32" in cached(project)
+
+
+def write_references(folder: Path, *references: dict[str, Any]) -> None:
+    """A list with one clip and its references."""
+    row = {"video_path": "clips/a.mkv", "caption": "a square", "references": list(references)}
+    (folder / "list.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    write_config(folder, "video_jsonl_file = 'list.jsonl'")
+
+
+def test_references_are_those_of_diffusers(project: Path, files: TinyH3) -> None:
+    """Of the clip's size, so that none is resized, and sound at the rate of the VAE."""
+    write_image(project / "style.png", SIZE, SIZE)
+    write_clip(project / "motion.mkv", frames=30)
+    write_wav(project / "motion.wav", tone())
+    write_wav(project / "voice.wav", tone(0.5))
+    write_references(
+        project,
+        {"type": "image", "path": "style.png"},
+        {"type": "video", "path": "motion.mkv", "audio_path": "motion.wav"},
+        {"type": "video", "path": "motion.mkv", "audio_path": None},
+        {"type": "audio", "path": "voice.wav"},
+    )
+    edges = ["--reference_image_short_edge", str(SIZE), "--reference_video_short_edge", str(SIZE)]
+    run(project, files, "--task", "ref2va", *edges)
+
+    tensors = cached(project)
+    references = {name for name in tensors if name.startswith("latents_ref_")}
+    assert references == {
+        "latents_ref_000_image_1x4x4_float32",
+        "latents_ref_001_video_7x4x4_float32",
+        "latents_ref_001_audio_32x2x37_float32",
+        "latents_ref_002_video_7x4x4_float32",
+        "latents_ref_003_audio_32x2x20_float32",
+    }
+    picture = torch.from_numpy(read_image(project / "style.png")).permute(2, 0, 1)[None, :, None]
+    close(tensors["latents_ref_000_image_1x4x4_float32"], their_condition(picture))
+    motion = their_condition(frames_of(project / "motion.mkv"))
+    close(tensors["latents_ref_001_video_7x4x4_float32"], motion)
+    close(tensors["latents_ref_001_audio_32x2x37_float32"], their_sound(heard(int(FRAMES / 24 * RATE))))
+    close(tensors["latents_ref_003_audio_32x2x20_float32"], their_sound(heard(RATE // 2)))
+    metadata = metadata_of(cached_file(project))
+    assert len(json.loads(metadata["media_fingerprints"])) == 5
+
+    assert "0 of them to encode" in run(project, files, "--task", "ref2va", *edges)
+    write_wav(project / "voice.wav", tone(0.7))
+    run(project, files, "--task", "ref2va", *edges)
+    assert "latents_ref_003_audio_32x2x28_float32" in cached(project)
+
+
+@pytest.mark.parametrize(
+    ("references", "reason"),
+    [
+        ([{"type": "image", "path": "a.png"}] * 10, "at most 9"),
+        ([{"type": "audio", "path": "a.wav"}], "sound alone"),
+        ([{"type": "image", "path": "none.png"}], "no such file"),
+        ([{"type": "image", "path": "a.png", "audio_path": "a.wav"}], "of type video"),
+        ([{"type": "picture", "path": "a.png"}], "write one of image, video, audio"),
+        ([], "has no references"),
+    ],
+)
+def test_references_that_the_model_does_not_take_are_refused(
+    project: Path, files: TinyH3, references: list[dict[str, Any]], reason: str
+) -> None:
+    write_image(project / "a.png", SIZE, SIZE)
+    write_wav(project / "a.wav", tone(0.1))
+    write_references(project, *references)
+    if not references:
+        other = {
+            "video_path": "clips/a.mkv",
+            "caption": "b",
+            "references": [{"type": "image", "path": "a.png"}],
+        }
+        with (project / "list.jsonl").open("a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps(other))
+    assert reason in refuse(project, files, "--task", "ref2va", "--allow_experimental_duration")
+
+
+def test_clips_with_references_are_not_cached_for_another_task(project: Path, files: TinyH3) -> None:
+    write_image(project / "a.png", SIZE, SIZE)
+    write_references(project, {"type": "image", "path": "a.png"})
+    assert "--task ref2va is for" in refuse(project, files, "--allow_experimental_duration")

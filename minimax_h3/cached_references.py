@@ -1,0 +1,129 @@
+"""References that the rows of a dataset show with their clips: checked, and encoded for caches.
+
+They are prepared as those of a request: see references.py.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from contract.rules import ShownMedium
+from minimax_h3.conditions import encode_condition, reference_key
+from minimax_h3.options import FPS
+from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
+from minimax_h3.reference_sound import read_reference_sound
+from minimax_h3.references import (
+    MOST_SECONDS,
+    ClipSource,
+    H3Reference,
+    PictureSource,
+    check_references,
+    check_video_length,
+    reference_clip,
+    reference_picture,
+    whole_clip,
+)
+from minimax_h3.sound import H3SoundVae
+from minimax_h3.video_vae import H3VideoVae
+from modules.errors import DatasetError, MediaError, OptionError, UserError
+from modules.media.pixels import byte_clips
+from modules.media.samples import track_facts
+
+
+def reference_of(medium: ShownMedium) -> H3Reference:
+    """Return a reference of a row. The sound of a clip is that of its file, else its own track, if any.
+
+    Raises MediaError if the file of a clip cannot be read.
+    """
+    sound = medium.sound
+    has_own_sound = medium.kind == VIDEO and not medium.is_silent and not medium.path.is_dir()
+    if sound is None and has_own_sound and track_facts(medium.path) is not None:
+        sound = medium.path
+    return H3Reference(medium.kind, medium.path, sound)
+
+
+def check_shown(media: tuple[ShownMedium, ...], name: str, is_picture: bool, any_length: bool) -> None:
+    """Raise DatasetError if the references of a row cannot be used. name: of the table.
+
+    is_picture: they are of a picture. any_length: clips may be shorter and longer than the model knows.
+    """
+    if not media:
+        raise DatasetError(
+            f"{name}: a row has no references, which --task ref2va makes clips from. Name them in "
+            "`references`, or move the row to a list of its own, for --task t2va"
+        )
+    with _of_dataset(name):
+        check_references([reference_of(medium) for medium in media])
+        for medium in media:
+            if medium.kind == VIDEO:
+                check_video_length(medium.path, any_length)
+    if is_picture and any(medium.kind == AUDIO for medium in media):
+        raise DatasetError(
+            f"{name}: references of sound alone last as long as the clip that is made, and a picture has no "
+            "length. Leave them out"
+        )
+
+
+@contextmanager
+def _of_dataset(name: str) -> Iterator[None]:
+    """Make errors about options and files of the block errors about a table."""
+    try:
+        yield
+    except (OptionError, MediaError) as error:
+        raise DatasetError(f"{name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class ReferenceSizes:
+    """Short sides of references, and the step of all their sides, in pixels."""
+
+    image: int
+    video: int
+    step: int
+
+    def source_of(self, reference: H3Reference, frames: int) -> PictureSource | ClipSource | None:
+        """Return how the pixels of a reference are read; None: it is sound alone.
+
+        frames: of the clip that is made from it; 1: of a picture, for which reference clips keep their
+        length. Raises OptionError for shapes that the model does not take.
+        """
+        if reference.kind == AUDIO:
+            return None
+        if reference.kind == IMAGE:
+            return reference_picture(reference.path, self.image, self.step)
+        most = frames if frames > 1 else round(MOST_SECONDS * FPS)
+        return reference_clip(reference.path, self.video, self.step, most)
+
+
+def encode_references(
+    vae: H3VideoVae,
+    sound_vae: H3SoundVae,
+    shown: tuple[ShownMedium, ...],
+    frames: int,
+    sizes: ReferenceSizes,
+) -> dict[str, Tensor]:
+    """Return the latents of the references of an item by name, each without a batch axis.
+
+    frames: of the clip that is made from them. Raises MediaError if a reference cannot be read or used.
+    """
+    tensors = {}
+    for number, medium in enumerate(shown):
+        reference = reference_of(medium)
+        try:
+            source = sizes.source_of(reference, frames)
+        except UserError as error:
+            raise MediaError(str(error)) from error
+        sound = reference.path if reference.kind == AUDIO else reference.sound
+        if sound is not None:
+            seconds = frames / FPS if frames > 1 else MOST_SECONDS
+            samples = read_reference_sound(sound, seconds)
+            tensors[reference_key(number, AUDIO)] = sound_vae.encode(samples)[0]
+        if source is None:
+            continue
+        pixels = source.read()
+        clip = pixels.unsqueeze(0) if isinstance(source, PictureSource) else whole_clip(pixels)
+        latents = encode_condition(vae, byte_clips(clip.unsqueeze(0)))
+        tensors[reference_key(number, reference.kind)] = latents[0]
+    return tensors
