@@ -43,6 +43,8 @@ from modules.media.pixels import byte_clips
 FORMAT, ONE_FRAME_FORMAT = "minimax-h3-latent-v2", "minimax-h3-one-frame-v2"  # of the known tuner
 REFERENCES = "ref2va"
 KEYFRAMES = "fl2va"
+TEXT_ALONE = "t2va"
+SEED = 42  # as in the known tuner
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class H3Caching:
                 "reference_directory and reference_path out"
             )
         self._check_control(table)
-        if table.flips and self.task != "t2va":
+        if table.flips and self.task != TEXT_ALONE:
             raise DatasetError(
                 f"{table.name}: flip_aug mirrors keyframes and references, but not what the text encoder "
                 "sees of them. Leave it out"
@@ -212,8 +214,8 @@ def encode_target(vae: H3VideoVae, pixels: Tensor, owner: int | str) -> Tensor:
 
 def caching_of(options: H3LatentCachingOptions) -> H3Caching:
     return H3Caching(
-        options.task,
-        seed=options.cache_seed,
+        options.task or TEXT_ALONE,
+        seed=SEED if options.cache_seed is None else options.cache_seed,
         any_length=options.allow_experimental_duration,
         one_frame=options.one_frame,
         edges=(options.reference_image_short_edge, options.reference_video_short_edge),

@@ -405,4 +405,4 @@ def test_references_that_the_model_does_not_take_are_refused(
 def test_clips_with_references_are_not_cached_for_another_task(project: Path, files: TinyH3) -> None:
     write_image(project / "a.png", SIZE, SIZE)
     write_references(project, {"type": "image", "path": "a.png"})
-    assert "--task ref2va is for" in refuse(project, files, "--allow_experimental_duration")
+    assert "Use --task ref2va" in refuse(project, files, "--allow_experimental_duration")
