@@ -65,7 +65,7 @@ class H3Caching:
     @property
     def identity(self) -> dict[str, str]:
         """Return what latents depend on besides files and VAEs."""
-        identity = dict(self.stated)
+        identity = {**dict(self.stated), "one_frame": str(self.one_frame)}
         if self.task == REFERENCES:
             identity["reference_edges"] = " ".join(map(str, self.edges))
         return identity
@@ -151,7 +151,7 @@ class H3Caching:
         if media.table.kind == "image":
             metadata["cache_format"] = ONE_FRAME_FORMAT
             metadata["one_frame"] = "1"
-            metadata[TARGET_INDEX] = str(media.table.target_index or 0)
+            metadata[TARGET_INDEX] = str(self._target_index(media))
         return metadata
 
     def encode(self, files: H3Files, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -191,9 +191,13 @@ class H3Caching:
             tensors |= encode_references(vae, sound_vae, shown, num_frames, sizes)
         return tensors
 
+    def _target_index(self, media: MediaBatch) -> int:
+        """Return where a picture stands in time, in frames at 24 a second."""
+        return (media.table.target_index or 0) if self.one_frame else 0
+
     def _place_tensors(self, vae: H3VideoVae, media: MediaBatch) -> dict[str, Tensor]:
         """Return where a picture stands in time, and the latents and places of its control images."""
-        tensors = {TARGET_INDEX: torch.tensor(media.table.target_index or 0)}
+        tensors = {TARGET_INDEX: torch.tensor(self._target_index(media))}
         if not media.control:
             return tensors
         for number, control in enumerate(media.control):
