@@ -207,7 +207,9 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
         if of_sections and not (family.latent.in_sections or for_texts):
             keys = " and ".join(of_sections)
             logger.warning(
-                "%s: %s: ignored, as only FramePack, and Wan with --one_frame, take them", table.name, keys
+                "%s: %s: ignored, as only FramePack, and Wan and MiniMax-H3 with --one_frame, take them",
+                table.name,
+                keys,
             )
     config = with_lengths(config, family.latent.lengths)
     tables = []

@@ -43,6 +43,8 @@ from modules.media.pixels import byte_clips
 FORMAT, ONE_FRAME_FORMAT = "minimax-h3-latent-v2", "minimax-h3-one-frame-v2"  # of the known tuner
 REFERENCES = "ref2va"
 KEYFRAMES = "fl2va"
+TEXT_ALONE = "t2va"
+SEED = 42  # as in the known tuner
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class H3Caching:
     @property
     def identity(self) -> dict[str, str]:
         """Return what latents depend on besides files and VAEs."""
-        identity = dict(self.stated)
+        identity = {**dict(self.stated), "one_frame": str(self.one_frame)}
         if self.task == REFERENCES:
             identity["reference_edges"] = " ".join(map(str, self.edges))
         return identity
@@ -76,7 +78,7 @@ class H3Caching:
                 "reference_directory and reference_path out"
             )
         self._check_control(table)
-        if table.flips and self.task != "t2va":
+        if table.flips and self.task != TEXT_ALONE:
             raise DatasetError(
                 f"{table.name}: flip_aug mirrors keyframes and references, but not what the text encoder "
                 "sees of them. Leave it out"
@@ -149,7 +151,7 @@ class H3Caching:
         if media.table.kind == "image":
             metadata["cache_format"] = ONE_FRAME_FORMAT
             metadata["one_frame"] = "1"
-            metadata[TARGET_INDEX] = str(media.table.target_index or 0)
+            metadata[TARGET_INDEX] = str(self._target_index(media))
         return metadata
 
     def encode(self, files: H3Files, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -189,9 +191,13 @@ class H3Caching:
             tensors |= encode_references(vae, sound_vae, shown, num_frames, sizes)
         return tensors
 
+    def _target_index(self, media: MediaBatch) -> int:
+        """Return where a picture stands in time, in frames at 24 a second."""
+        return (media.table.target_index or 0) if self.one_frame else 0
+
     def _place_tensors(self, vae: H3VideoVae, media: MediaBatch) -> dict[str, Tensor]:
         """Return where a picture stands in time, and the latents and places of its control images."""
-        tensors = {TARGET_INDEX: torch.tensor(media.table.target_index or 0)}
+        tensors = {TARGET_INDEX: torch.tensor(self._target_index(media))}
         if not media.control:
             return tensors
         for number, control in enumerate(media.control):
@@ -212,8 +218,8 @@ def encode_target(vae: H3VideoVae, pixels: Tensor, owner: int | str) -> Tensor:
 
 def caching_of(options: H3LatentCachingOptions) -> H3Caching:
     return H3Caching(
-        options.task,
-        seed=options.cache_seed,
+        options.task or TEXT_ALONE,
+        seed=SEED if options.cache_seed is None else options.cache_seed,
         any_length=options.allow_experimental_duration,
         one_frame=options.one_frame,
         edges=(options.reference_image_short_edge, options.reference_video_short_edge),

@@ -545,8 +545,8 @@ def _shift_of_sound(request: Request, noise: NoiseSpec) -> float:
 
 def family_for_latent_caching(options: H3LatentCachingOptions) -> MiniMaxH3:
     """Describe the family for minimax_h3_cache_latents.py."""
-    files = H3Files(task=options.task).add_vaes(options.vae)
-    return MiniMaxH3(files, caching=caching_of(options))
+    caching = caching_of(options)
+    return MiniMaxH3(H3Files(task=caching.task).add_vaes(options.vae), caching=caching)
 
 
 def family_for_text_caching(options: H3TextCachingOptions) -> MiniMaxH3:

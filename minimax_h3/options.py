@@ -164,15 +164,14 @@ class H3ModelOptions(Options, title=NAME):
 class H3LatentCachingOptions(Options, title=NAME):
     """Options of minimax_h3_cache_latents.py besides the shared ones."""
 
-    task: str = option(
+    task: str | None = option(
         "what a clip is made from: t2va, a text; fl2va: also its first and last frame; ref2va: references of "
-        "its row in a list",
-        default="t2va",
+        "its row in a list. Default: t2va",
         choices=TASKS,
         often=True,
     )
     vae: H3VaeOptions
-    cache_seed: int = option("seed of the samples of posteriors", default=42, often=True)
+    cache_seed: int | None = option("seed of the samples of posteriors; default: 42", often=True)
     allow_experimental_duration: bool = option(
         f"also cache clips of less than {LEAST_FRAMES} or more than {MOST_FRAMES} frames, for which the "
         "model was not trained"

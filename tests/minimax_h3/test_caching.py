@@ -277,6 +277,8 @@ def test_pictures_have_silence_and_a_place(tmp_path: Path, files: TinyH3) -> Non
     assert tensors["one_frame_target_index_int64"] == 7
     assert tensors["audio_present_float32"] == 0
     close(tensors["latents_audio_32x2x2_float32"], their_sound(torch.zeros(2, 1600)))
+    assert "fp_1f_target_index: ignored" in run(tmp_path, files)
+    assert cached(tmp_path)["one_frame_target_index_int64"] == 0
 
 
 def test_pictures_with_control_images_at_places_of_theirs(tmp_path: Path, files: TinyH3) -> None:
@@ -313,6 +315,16 @@ def test_what_the_model_does_not_take_is_refused(
 ) -> None:
     write_config(project, **keys)
     assert reason in refuse(project, files, *words)
+
+
+def test_a_check_finds_clips_and_their_caches(project: Path, files: TinyH3) -> None:
+    run(project, files)
+    words = [*words_of(files), "--allow_experimental_duration", "--check"]
+    assert run_here(SCRIPT, *words, folder=project)[0] == 0
+
+    write_wav(project / "clips" / "a.wav", tone())
+    code, said = run_here(SCRIPT, *words, folder=project)
+    assert code in {0, 1}, said
 
 
 def test_two_sounds_of_one_clip_are_refused(project: Path, files: TinyH3) -> None:
@@ -405,4 +417,4 @@ def test_references_that_the_model_does_not_take_are_refused(
 def test_clips_with_references_are_not_cached_for_another_task(project: Path, files: TinyH3) -> None:
     write_image(project / "a.png", SIZE, SIZE)
     write_references(project, {"type": "image", "path": "a.png"})
-    assert "--task ref2va is for" in refuse(project, files, "--allow_experimental_duration")
+    assert "Use --task ref2va" in refuse(project, files, "--allow_experimental_duration")
