@@ -163,7 +163,7 @@ class MiniMaxH3(OneTransformer):
     # encoding
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table has control media or references, which are not built yet."""
+        """Raise DatasetError if a table has control media or references."""
         if table.has_control or table.has_references:
             raise DatasetError(
                 f"{table.name}: {NAME} is trained on clips and their sound alone. Leave control and "
