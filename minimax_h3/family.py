@@ -287,6 +287,8 @@ class MiniMaxH3(OneTransformer):
         joint = tweaks.joint
         assert joint is not None, "there is always sound"
         pictures, sounds = joint.split(noisy)
+        if timesteps.ndim == 1:  # equal shifts: one level for both
+            timesteps = timesteps.unsqueeze(1).expand(-1, 2)
         times = (1 - timesteps.double() / 1000).tolist()
         velocities = []
         for sample, (picture_time, sound_time) in enumerate(times):

@@ -415,7 +415,7 @@ def check_ratio(what: str, width: int, height: int) -> None:
     if max(width, height) > MOST_RATIO * min(width, height):
         raise OptionError(
             f"{what} has {width}x{height} pixels: the model takes shapes of 1:{MOST_RATIO} to "
-            f"{MOST_RATIO}:1. Crop it"
+            f"{MOST_RATIO}:1. Give a cropped one"
         )
 
 

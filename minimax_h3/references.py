@@ -142,7 +142,9 @@ def _keyframes(request: Request) -> tuple[Path | None, Path | None]:
     if request.image_path is not None or request.end_image_path is not None:
         raise OptionError("--keyframe and --first_frame or --last_frame mean the same: give one of them")
     if len(frames) > 2:
-        raise OptionError(f"--keyframe: {len(frames)} pictures, the model takes a first and a last frame")
+        raise OptionError(
+            f"--keyframe: {len(frames)} pictures, the model takes a first and a last frame. Give two at most"
+        )
     return frames[0], frames[1] if len(frames) > 1 else None
 
 
@@ -194,7 +196,9 @@ def _references_in_line(request: Request) -> Iterator[H3Reference]:
         why = getattr(error, "strerror", None) or error
         raise OptionError(f"--{JSONL} {path}: {why}.{explain_missing(path)} Give a JSONL file") from None
     if number >= len(lines):
-        raise OptionError(f"--{INDEX} {number}: {path} has {len(lines)} lines, counted from 0")
+        raise OptionError(
+            f"--{INDEX} {number}: {path} has {len(lines)} lines. Give a number from 0 to {len(lines) - 1}"
+        )
     where = f"--{JSONL} {path}, line {number + 1}"
     try:
         row = parse_json(lines[number])
@@ -202,7 +206,9 @@ def _references_in_line(request: Request) -> Iterator[H3Reference]:
         raise OptionError(f"{where} is no JSON ({error})") from None
     entries = row.get("references") if isinstance(row, dict) else None
     if not isinstance(entries, list) or not entries:
-        raise OptionError(f'{where} has no "references", a list of {{"type": ..., "path": ...}}')
+        raise OptionError(
+            f'{where} has no "references". Give a list that has them: [{{"type": "image", "path": ...}}]'
+        )
     for entry in entries:
         yield _reference_in(where, path, entry)
 
@@ -210,11 +216,11 @@ def _references_in_line(request: Request) -> Iterator[H3Reference]:
 def _reference_in(where: str, file: Path, entry: Any) -> H3Reference:
     """Return a reference of a line of a dataset; null for the sound of a video leaves that out."""
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
-        raise OptionError(f'{where}: each of "references" needs "path", a text')
+        raise OptionError(f'{where}: each of "references" needs a file. Give it as "path"')
     sound = entry.get("audio_path", "")
     kind = entry.get("type", "")
     if not isinstance(kind, str) or not (sound is None or isinstance(sound, str)):
-        raise OptionError(f'{where}: "type" and "audio_path" are texts')
+        raise OptionError(f'{where}: "type" or "audio_path" is no text. Give texts, or leave them out')
     fields = {"type": kind} if kind else {}
     fields |= {"audio": sound} if sound else {}
     reference = _reference(where, entry["path"], fields)

@@ -1,8 +1,10 @@
 """Latents of keyframes and references, their noise and their places, against diffusers."""
 
+import wave
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from diffusers import MiniMaxH3Scheduler
@@ -23,6 +25,7 @@ from minimax_h3.conditions import (
 )
 from minimax_h3.places import UNITS_A_FRAME, PictureGrid, PicturePlace, SoundPlace
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
+from minimax_h3.reference_sound import read_reference_sound, resample
 from minimax_h3.video_vae import PIXEL_MEAN, PIXEL_STD
 from tests.minimax_h3.test_video_vae import single_file, their_vae
 
@@ -144,3 +147,35 @@ def test_a_single_picture_stands_where_its_index_says() -> None:
     starts = [condition.place.start for condition in placement.conditions]
     assert starts == [11, 11 + 10 * UNITS_A_FRAME]
     assert placement.start == 11 + 4 * UNITS_A_FRAME
+
+
+def test_sound_is_resampled_by_a_windowed_sinc() -> None:
+    """A tone keeps its pitch and loudness; no sample is moved. Compared with the tone at the new rate."""
+    times = [
+        torch.arange(count, dtype=torch.float64) / rate for rate, count in ((44100, 4410), (32000, 3200))
+    ]
+    old, new = (torch.sin(2 * torch.pi * 1000 * time).float().expand(2, -1) for time in times)
+
+    made = resample(old, 44100, 32000)
+
+    assert made.shape == (2, 3200)
+    torch.testing.assert_close(made[:, 50:-50], new[:, 50:-50], atol=2e-3, rtol=0)
+    assert torch.equal(resample(old, 44100, 44100), old)
+
+
+def test_sound_of_a_reference_is_cut_at_its_own_rate_and_doubled(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    samples = numpy.random.default_rng(1).integers(-9000, 9000, 48001).astype("<i2")
+    with wave.open(str(path), "wb") as opened:
+        opened.setnchannels(1)
+        opened.setsampwidth(2)
+        opened.setframerate(48000)
+        opened.writeframes(samples.tobytes())
+    whole = torch.from_numpy(samples.astype("float32") / 2**15)
+
+    made = read_reference_sound(path, 0.5)
+
+    assert made.shape == (1, 2, 16000)
+    assert torch.equal(made[0, 0], made[0, 1])
+    torch.testing.assert_close(made[0, :1], resample(whole[None, :24000], 48000, 32000), atol=1e-6, rtol=0)
+    assert read_reference_sound(path, 9).shape == (1, 2, 32001)

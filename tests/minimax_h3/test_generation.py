@@ -198,3 +198,8 @@ def test_folders_of_diffusers_make_the_same(tmp_path: Path, files: TinyH3) -> No
 
     for name, latents in latents_in(tmp_path / "again").items():
         torch.testing.assert_close(latents, expected[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_pictures_and_sound_may_have_one_schedule(tmp_path: Path, files: TinyH3) -> None:
+    generate(tmp_path, files, "--video_length", "1", "--output_type", "latent", "--h3_shift_audio", "12")
+    assert latents_in(tmp_path / "made")[SOUND].isfinite().all()
