@@ -16,6 +16,7 @@ Source: the released code of MiniMax-H3, as in diffusers.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,8 @@ def encode_condition(vae: H3VideoVae, pixels: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(SEED)
     latents = sample_posterior(moments, [generator], LOG_VARIANCES)
     rounded = latents.to(torch.float16).float()  # as the model was trained
-    return vae.normalise(rounded).cpu()
+    normalised = vae.normalise(rounded)
+    return normalised if normalised.is_meta else normalised.cpu()  # a rehearsal has no values
 
 
 def add_condition_noise(latents: Tensor, noise: Tensor, clean: float = PICTURES_LIE) -> Tensor:
@@ -101,7 +103,7 @@ def _place_of_reference(key: str) -> tuple[int, bool]:
     return int(match[1]), match[2] != AUDIO
 
 
-def noise_conditions(conditions: Mapping[str, Tensor], noise: NoiseSource) -> dict[str, Tensor]:
+def noise_conditions(conditions: Mapping[str, Any], noise: NoiseSource) -> dict[str, Tensor]:
     """Return conditions in order, pictures and clips nearly clean. noise: drawn for one after the other."""
     noised = {}
     for key in in_order(conditions):
@@ -145,7 +147,7 @@ def place_conditions(conditions: Conditions, sample: int, num_text: int, target:
             sound_latents = latents.shape[3]
             clip = key.removesuffix(AUDIO) + VIDEO
             if clip in keys:  # at the edges of the clip, which it starts with
-                grid = _grid(_of_sample(conditions, clip, sample))
+                grid = grid_of(_of_sample(conditions, clip, sample))
                 placed.append(H3Condition(latents, SoundPlace(sound_latents, clock, grid)))
                 continue
             placed.append(H3Condition(latents, SoundPlace(sound_latents, clock, target)))
@@ -175,9 +177,10 @@ def _of_sample(conditions: Conditions, key: str, sample: int) -> Tensor:
     return conditions[key][sample].unsqueeze(0)
 
 
-def _grid(latents: Tensor) -> PictureGrid:
+def grid_of(latents: Tensor) -> PictureGrid:
+    """Return the grid of the tokens of latents, B Z f h w."""
     return PictureGrid(latents.shape[2], latents.shape[3] // PATCH, latents.shape[4] // PATCH)
 
 
 def _place_picture(latents: Tensor, start: float) -> H3Condition:
-    return H3Condition(latents, PicturePlace(_grid(latents), start))
+    return H3Condition(latents, PicturePlace(grid_of(latents), start))

@@ -30,6 +30,7 @@ from contract.few_steps import FewSteps
 from contract.requests import (
     NO_MEDIA,
     Prepared,
+    Prompts,
     Request,
     check_size,
     keep_usable_media,
@@ -41,8 +42,21 @@ from encoders.files import OneTransformer
 from encoders.tiles import posterior_generator, sample_posterior
 from minimax_h3.cache_marks import KEY, TAGS, TEXTS_AGAIN, check_texts
 from minimax_h3.cached_texts import files_of_texts
+from minimax_h3.conditions import (
+    CONTROL_INDICES,
+    FIRST,
+    LAST,
+    TARGET_INDEX,
+    H3Placement,
+    control_key,
+    encode_condition,
+    grid_of,
+    noise_conditions,
+    place_conditions,
+    reference_key,
+)
 from minimax_h3.configs import DIT, NOISE, PICTURE_SHIFT, RELEASE, SOUND_SHIFT
-from minimax_h3.files import H3Files, files_of
+from minimax_h3.files import UNDECIDED, H3Files, files_of
 from minimax_h3.names import LORA
 from minimax_h3.options import (
     FPS,
@@ -55,18 +69,47 @@ from minimax_h3.options import (
     STEPS,
     H3GenerationOptions,
     H3TextCachingOptions,
+    canvas,
+    check_ratio,
+)
+from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
+from minimax_h3.reference_options import IMAGE_EDGE, TASK, VIDEO_EDGE
+from minimax_h3.reference_sound import read_reference_sound
+from minimax_h3.references import (
+    ClipSource,
+    H3Media,
+    H3Sources,
+    PictureSource,
+    check_video_length,
+    keyframe_sources,
+    media_of,
+    reference_clip,
+    reference_picture,
+    whole_clip,
 )
 from minimax_h3.sound import H3SoundVae
 from minimax_h3.video_vae import H3VideoVae
 from modules.devices import send
 from modules.errors import DatasetError, OptionError
-from modules.media.pixels import to_pixels
+from modules.media.pixels import byte_clips, to_pixels
+from modules.media.reading import image_size
 from modules.options import NO_OPTIONS
 
 logger = logging.getLogger(__name__)
 
 SHIFT_OF_SOUND = "h3_shift_audio"  # in Request.extra
 SOLVER = "euler"
+
+
+USABLE = {**NO_MEDIA, "image_path": True, "end_image_path": True}
+
+
+@dataclass(frozen=True)
+class H3Request:
+    """What a clip is made from besides its text, and which pixels of it are read."""
+
+    media: H3Media
+    sources: H3Sources
 
 
 @dataclass(frozen=True)
@@ -77,6 +120,8 @@ class MiniMaxH3(OneTransformer):
     noise: NoiseSpec = NOISE
     sound_learning: rules.SoundLearning = rules.SoundLearning()
     any_length: bool = False  # of a generation: also shorter and longer clips than the model knows
+    image_edge: int = IMAGE_EDGE  # short side of reference pictures
+    video_edge: int = VIDEO_EDGE  # and of reference videos
     options: Any = NO_OPTIONS  # of a training
 
     can: ClassVar = Abilities(hear=True, tell_few_steps=True)
@@ -181,16 +226,27 @@ class MiniMaxH3(OneTransformer):
         for sample, (picture_time, sound_time) in enumerate(times):
             one = slice(sample, sample + 1)
             is_shown = (cond[TAGS][sample] == 0).tolist()
+            placement = self._place_conditions(cond, sample, pictures)
             picture, sound = dit(
                 pictures[one],
                 sounds[one],
                 (picture_time, sound_time),
                 send(cond[KEY][sample], noisy.device).unsqueeze(0),
                 shown=is_shown if any(is_shown) else (),
+                start=placement.start,
+                conditions=placement.conditions,
                 tweaks=tweaks,
             )
             velocities.append(-joint.join(picture, sound))
         return torch.cat(velocities)
+
+    def _place_conditions(self, cond: Conditions, sample: int, pictures: Tensor) -> H3Placement:
+        """Return keyframes and references of a sample, on the device, and where its clock starts."""
+        placement = place_conditions(cond, sample, len(cond[KEY][sample]), grid_of(pictures))
+        placed = []
+        for condition in placement.conditions:
+            placed.append(replace(condition, latents=send(condition.latents, pictures.device)))
+        return replace(placement, conditions=tuple(placed))
 
     # generation
 
@@ -199,10 +255,16 @@ class MiniMaxH3(OneTransformer):
 
         Raises OptionError for sizes and lengths that the model does not make, and solvers with one schedule.
         """
-        self.files.check(("dit",))
-        request = keep_usable_media(request, NO_MEDIA, f"{NAME} makes clips of texts")
-        width, height, frames = size_of(request, self.defaults)
+        request = keep_usable_media(request, USABLE, f"{NAME} takes frames and references of its own options")
+        media = media_of(request)
+        self._check_media(request, media)
+        width, height, frames = self._size_of(request, media)
         self._check_frames(frames)
+        if media.one_frame is not None and frames != 1:
+            raise OptionError(
+                f"--one_frame_inference makes a single picture, and --video_length is {frames} (--f in a "
+                "prompt line). Give 1"
+            )
         check_size((width, height, frames), self.latent)
         if request.solver not in (None, SOLVER):
             raise OptionError(
@@ -226,9 +288,12 @@ class MiniMaxH3(OneTransformer):
         )
         _, *picture = self.latent.shape(frames, height, width)
         channels, length, rows, columns = picture
+        sources = self._sources(media, (width, height), frames)
         return replace(
             prepared,
-            prompts={0: _with_line_breaks(prepared)},
+            prompts={0: _with_presentation(prepared, media, sources)},
+            family_record=H3Request(media, sources),
+            own_metadata=_metadata_of(media),
             joint=Joint((channels, length, rows, columns), self.sound.shape(frames, FPS)),
             sound_shift=_shift_of_sound(request) / flow_shift,
         )
@@ -250,11 +315,88 @@ class MiniMaxH3(OneTransformer):
                 "to 15 seconds. Give --allow_experimental_duration to make other lengths"
             )
 
+    def _check_media(self, request: Request, media: H3Media) -> None:
+        """Raise OptionError if task or transformer are not those of the media, or a video is too long."""
+        task = request.extra.get(TASK, media.task)
+        if task != media.task:
+            needed = {
+                "t2va": "no keyframes and no references",
+                "fl2va": "a first or a last frame (--first_frame, --last_frame)",
+                "ref2va": "references (--ref)",
+            }
+            raise OptionError(f"--task {task} takes {needed[task]}; what is given is for {media.task}")
+        replace(self.files, task=task).check(("dit",))
+        for reference in media.references:
+            if reference.kind == VIDEO:
+                check_video_length(reference.path, self.any_length)
+
+    def _size_of(self, request: Request, media: H3Media) -> tuple[int, int, int]:
+        """Return width, height and frames. Without a size they are those of the first keyframe."""
+        width, height, frames = size_of(request, self.defaults)
+        is_adaptive = request.width is None and request.height is None
+        if is_adaptive and media.keyframes:
+            picture_width, picture_height = image_size(media.keyframes[0])
+            check_ratio(str(media.keyframes[0]), picture_width, picture_height)
+            height, width = canvas(picture_width / picture_height, step=self.latent.pixel_step)
+        return width, height, frames
+
+    def _sources(self, media: H3Media, size: tuple[int, int], frames: int) -> H3Sources:
+        """Return which pixels of media are read. size: width and height of the clip."""
+        step = self.latent.pixel_step
+        references: list[PictureSource | ClipSource | None] = []
+        for reference in media.references:
+            if reference.kind == IMAGE:
+                references.append(reference_picture(reference.path, self.image_edge, step))
+            elif reference.kind == VIDEO:
+                references.append(reference_clip(reference.path, self.video_edge, step, frames))
+            else:
+                references.append(None)
+        return H3Sources(tuple(keyframe_sources(media.keyframes, size)), tuple(references))
+
     def needs_media(self, prepared: Prepared) -> bool:
-        return False
+        return not prepared.family_record.media.is_empty
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        return {}
+        """Return the latents of keyframes and references, not noised yet, and the place of a single picture.
+
+        Raises MediaError if a file cannot be read, or a video is too short.
+        """
+        media = prepared.family_record.media
+        conditions = self._encode_references(encoders, prepared)
+        keys = [key for key, path in ((FIRST, media.first), (LAST, media.last)) if path is not None]
+        keys += [control_key(number) for number in range(len(media.controls))]
+        for key, source in zip(keys, prepared.family_record.sources.keyframes, strict=True):
+            conditions[key] = encode_condition(encoders.vae, _clip_of(source.read().unsqueeze(0)))
+        if media.one_frame is not None:
+            conditions[TARGET_INDEX] = torch.tensor([media.one_frame.target_index or 0])
+            indices = media.one_frame.control_indices or (0,) * len(media.controls)
+            conditions[CONTROL_INDICES] = torch.tensor([indices], dtype=torch.int64)
+        return {0: conditions} if conditions else {}
+
+    def _encode_references(self, encoders: MediaEncoders, prepared: Prepared) -> dict[str, Tensor]:
+        """Return the latents of references by name. The VAE of sound is loaded if one has sound."""
+        record = prepared.family_record
+        references = record.media.references
+        conditions: dict[str, Tensor] = {}
+        for number, (reference, source) in enumerate(zip(references, record.sources.references, strict=True)):
+            if source is None:
+                continue
+            frames = source.read()
+            frames = frames.unsqueeze(0) if reference.kind == IMAGE else whole_clip(frames)
+            conditions[reference_key(number, reference.kind)] = encode_condition(
+                encoders.vae, _clip_of(frames)
+            )
+        sounds = {}
+        for number, reference in enumerate(references):
+            path = reference.path if reference.kind == AUDIO else reference.sound
+            if path is not None:
+                sounds[number] = path
+        if sounds:
+            networks = self.files.load_sound(encoders.vae.device)
+            for number, path in sounds.items():
+                waveform = read_reference_sound(path, prepared.frames / FPS)
+                conditions[reference_key(number, AUDIO)] = networks.encode(waveform)
+        return conditions
 
     @property
     def source(self) -> rules.SourceRules:
@@ -271,14 +413,20 @@ class MiniMaxH3(OneTransformer):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section. Noise is drawn for pictures, then for tokens of sound: left, then right."""
+        """Yield the one section.
+
+        Noise is drawn for keyframes or references, then for pictures, then for tokens of sound: left, then
+        right.
+        """
         joint = prepared.joint
         assert joint is not None, "there is always sound"
+        conditions = dict(inputs.get(0, {}))
+        conditions |= noise_conditions(conditions, noise)
         picture = noise.draw((1, *joint.picture))
         channels, sides, length = joint.sound
         tokens = noise.draw((sides * length, channels))
         sound = tokens.mT.unflatten(1, (sides, length)).unsqueeze(0)
-        return (yield prompts[0].section(joint.join(picture, sound), inputs.get(0)))
+        return (yield prompts[0].section(joint.join(picture, sound), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         yield from encoders.vae.decode(latents)
@@ -294,11 +442,35 @@ def _encode(vae: H3VideoVae, pixels: Tensor, owners: tuple[int | str, ...]) -> T
     return vae.normalise(sample_posterior(moments, generators))
 
 
-def _with_line_breaks(prepared: Prepared) -> Any:
-    """Return the texts of a request with a line break for each `\\n` that was typed."""
+def _clip_of(frames: Tensor) -> Tensor:
+    """Return pixels, F H W 3 uint8, as the VAE takes them: 1 3 F H W."""
+    return byte_clips(frames.unsqueeze(0))
+
+
+def _with_presentation(prepared: Prepared, media: H3Media, sources: H3Sources) -> Prompts:
+    """Return the texts of a request with what the encoder sees, and a line break for each `\\n` typed."""
     prompts = prepared.prompts[0]
     positive = prompts.positive
-    return replace(prompts, positive=replace(positive, text=positive.text.replace("\\n", "\n")))
+    seen = list(media.keyframes)
+    seen += [reference.path for reference in media.references if reference.kind != AUDIO]
+    positive = replace(
+        positive,
+        text=positive.text.replace("\\n", "\n"),
+        pictures=tuple(seen),
+        presented=sources.shown(media.references),
+    )
+    return replace(prompts, positive=positive)
+
+
+def _metadata_of(media: H3Media) -> dict[str, str]:
+    """Return what files say of the media that they were made from."""
+    names = {"first_frame": media.first, "last_frame": media.last}
+    metadata = {name: path.name for name, path in names.items() if path is not None}
+    if media.controls:
+        metadata["condition_image"] = ", ".join(path.name for path in media.controls)
+    if media.references:
+        metadata["references"] = ", ".join(reference.path.name for reference in media.references)
+    return metadata
 
 
 def _shift_of_sound(request: Request) -> float:
@@ -317,7 +489,10 @@ def family_for_text_caching(options: H3TextCachingOptions) -> MiniMaxH3:
 def family_for_generation(options: H3GenerationOptions) -> MiniMaxH3:
     """Describe the family for minimax_h3_generate_video.py."""
     return MiniMaxH3(
-        files_of(options, options.task or "t2va"), any_length=options.allow_experimental_duration
+        files_of(options, options.task or UNDECIDED),
+        any_length=options.allow_experimental_duration,
+        image_edge=options.media.reference_image_short_edge,
+        video_edge=options.media.reference_video_short_edge,
     )
 
 

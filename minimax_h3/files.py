@@ -44,6 +44,7 @@ from minimax_h3.video_vae_blocks import H3VideoVaeConfig
 from minimax_h3.vision import Preprocessing, read_preprocessing
 from modules.errors import CheckpointError, MediaError, OptionError
 
+UNDECIDED = ""  # task of a run whose prompts decide it
 LAYERS = 50  # of Qwen3-VL before the state that is read
 BLANK = " "  # what an empty prompt is written as; no text at all has no states
 MOST_TOKENS = 32768  # of a prompt, as in the known tuner
@@ -187,7 +188,7 @@ class H3Files(LanguageModelFiles):
 
     def check_task(self) -> None:
         """Raise OptionError if the name of the transformer says that it is for another task."""
-        found = None if self.dit is None else find_task(self.dit_path)
+        found = None if self.dit is None or self.task == UNDECIDED else find_task(self.dit_path)
         wanted = "ref2va" if self.task == "ref2va" else "fl2va"
         if found not in (None, wanted):
             raise OptionError(

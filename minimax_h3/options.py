@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from minimax_h3.reference_options import TASK, TOKEN, H3MediaOptions
 from modules.errors import OptionError
 from modules.options import (
     FREE,
@@ -36,16 +37,14 @@ FRAMES, LEAST_FRAMES, MOST_FRAMES = 124, 124, 345  # 5 to 15 seconds
 STEPS = 30
 CLIP, LAST_FRAMES = 17, 5  # frames that are encoded together, and behind the last ones of these
 TEACHERS = ("first,last", "ref", "subject_ref")  # of --teacher_conditions
-TOKEN = 32  # pixels along the side of a token
+MOST_RATIO = 4  # of the sides of keyframes and references, and the other way round
+ADAPTIVE = "adaptive"  # of --ratio
 MOST_SHIFT = 1000.0
-_FRAMES = "clips from a first and last frame are not built yet. Leave it out, to make one of the prompt alone"
-_REFERENCES = "clips from references are not built yet. Leave it out, to make one of the prompt alone"
 _ATTENTION = "the text encoder computes attention with PyTorch's own kernels"
 _FP4 = "weights in nvfp4 are read, and multiplied in 16 bits. Leave it out"
 _FP4_FORM = "nvfp4 is a form of files, which are read without an option. Leave it out, and give such a file"
 _OMNI = "items have references, or none: cache those with --task ref2va, and the others with --task t2va"
 _TEXTS = "prompts are encoded each time. Give the text encoder to --text_encoder"
-_PLACES = "places in time of a picture are not built yet. Leave it out, and give --video_length 1"
 _BANDS = "frames are written as they are decoded. Leave it out"
 _TRAJECTORY = "latents of single steps are not written. Give --preview_latent_every to see them"
 _COMPILING = "blocks are compiled by --compile and its own options. Give --compile, or leave it out"
@@ -164,10 +163,10 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     """Options of minimax_h3_generate_video.py besides the shared ones."""
 
     task: str | None = option(
-        "what a clip is made from; default: t2va, a text",
-        choices=("t2va",),
-        refused={"fl2va": _FRAMES, "ref2va": _REFERENCES},
-        facts=OF_REQUEST,
+        "what a clip is made from: t2va, a text; fl2va, first or last frame too; ref2va, references too. "
+        "Default: by what is given",
+        choices=("t2va", "fl2va", "ref2va"),
+        facts=of_request(TASK),
         often=True,
     )
     height: int | None = option("with --width: the same as --video_size", least=1, facts=OF_REQUEST)
@@ -176,9 +175,9 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
         "seconds, in place of --video_length: the next length that the model makes", above=0, facts=OF_REQUEST
     )
     ratio: str | None = option(
-        "width to height, in place of --video_size: the size that the model was trained with",
-        choices=("21:9", "16:9", "4:3", "1:1", "3:4", "9:16"),
-        refused={"adaptive": _FRAMES},
+        "width to height, in place of --video_size: the size that the model was trained with; adaptive: as "
+        "the first keyframe has it",
+        choices=(ADAPTIVE, "21:9", "16:9", "4:3", "1:1", "3:4", "9:16"),
         excludes=("height", "width"),
         facts=OF_REQUEST,
     )
@@ -197,6 +196,7 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
         most=MOST_SHIFT,
         facts=of_request("h3_shift_audio"),
     )
+    media: H3MediaOptions
     allow_experimental_duration: bool = option(
         f"also make clips of less than {LEAST_FRAMES} or more than {MOST_FRAMES} frames, for which the model "
         "was not trained",
@@ -206,19 +206,6 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
         "a file is read as it is, whole or pruned. Give minimax_h3_*_pruned_*.safetensors"
     )
     text_cache = unsupported(_TEXTS, type=str)
-    first_frame = unsupported(_FRAMES, type=str)
-    last_frame = unsupported(_FRAMES, type=str)
-    keyframe = unsupported(_FRAMES, action="append")
-    condition_image = unsupported(_FRAMES, type=str, action="append")
-    reference_jsonl = unsupported(_REFERENCES, type=str)
-    reference_index = unsupported(_REFERENCES, type=int, default=0)
-    reference_image = unsupported(_REFERENCES, action="append")
-    reference_video = unsupported(_REFERENCES, action="append")
-    reference_audio = unsupported(_REFERENCES, action="append")
-    reference_image_short_edge = unsupported(_REFERENCES, type=int, default=2048)
-    reference_video_short_edge = unsupported(_REFERENCES, type=int, default=768)
-    ref = unsupported(_REFERENCES, action="append")
-    one_frame_inference = unsupported(_PLACES, type=str)
     stretch_keep_bands = unsupported(_BANDS, type=int, default=0)
     trajectory_dir = unsupported(_TRAJECTORY, type=str)
     trajectory_stride = unsupported(_TRAJECTORY, type=int, default=1)
@@ -257,7 +244,7 @@ def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H
     request = replace(
         request,
         video_size=_settle_size(request.video_size, own_options),
-        video_length=settle_length(request.video_length, own_options.duration),
+        video_length=_settle_frames(request.video_length, own_options),
     )
     dtype = own_options.dtype
     if dtype is not None:
@@ -269,10 +256,17 @@ def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H
     return replace(options, request=request), own_options
 
 
-def _settle_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -> tuple[int, int]:
-    """Return height and width. Raises OptionError if two options say different ones."""
+def _settle_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -> tuple[int, int] | None:
+    """Return height and width; None: those of the first keyframe, of each prompt line.
+
+    Raises OptionError if two options say different ones.
+    """
     own_size = None
     words = f"--ratio {own_options.ratio}"
+    if own_options.ratio == ADAPTIVE:
+        if size is not None:
+            raise OptionError(f"{words} and --video_size: give one of them")
+        return None
     if own_options.ratio is not None:
         width, height = map(int, own_options.ratio.split(":"))
         own_size = canvas(width / height)
@@ -287,6 +281,17 @@ def _settle_size(size: Sequence[int] | None, own_options: H3GenerationOptions) -
     return own_size or given or SIZE
 
 
+def _settle_frames(frames: int | None, own_options: H3GenerationOptions) -> int:
+    """Return the number of frames. Raises OptionError if two options say different ones."""
+    if own_options.media.one_frame_inference is None:
+        return settle_length(frames, own_options.duration)
+    if own_options.duration is not None or frames not in (None, 1):
+        raise OptionError(
+            "--one_frame_inference makes a single picture: give --video_length 1, or no length at all"
+        )
+    return 1
+
+
 def settle_length(frames: int | None, seconds: float | None) -> int:
     """Return the number of frames. Raises OptionError if both are given."""
     if seconds is None:
@@ -297,13 +302,23 @@ def settle_length(frames: int | None, seconds: float | None) -> int:
     return clips * CLIP + LAST_FRAMES
 
 
-def canvas(ratio: float) -> tuple[int, int]:
+def check_ratio(what: str, width: int, height: int) -> None:
+    """Raise OptionError for sides that the model was not trained with. what: a file, for the message."""
+    if max(width, height) > MOST_RATIO * min(width, height):
+        raise OptionError(
+            f"{what} has {width}x{height} pixels: the model takes shapes of 1:{MOST_RATIO} to "
+            f"{MOST_RATIO}:1. Crop it"
+        )
+
+
+def canvas(ratio: float, short_edge: int = SIZE[1], step: int = TOKEN) -> tuple[int, int]:
     """Return height and width of the size that the model was trained with. ratio: width by height.
 
-    The short side is 768, the area at most 768 x 1344, then both are rounded to multiples of 32. Source: the
-    released code, as in diffusers.
+    The short side is `short_edge`, the area at most 768 x 1344, then both are rounded to multiples of `step`.
+    Source: the released code, as in diffusers.
     """
-    short = float(SIZE[1])
+    short = float(short_edge)
     width, height = (short * ratio, short) if ratio >= 1 else (short, short / ratio)
     scale = min(1.0, math.sqrt(SIZE[0] * SIZE[1] / (width * height)))
-    return round(height * scale / TOKEN) * TOKEN, round(width * scale / TOKEN) * TOKEN
+    sides = [max(step, round(side * scale / step) * step) for side in (height, width)]
+    return sides[0], sides[1]

@@ -95,6 +95,51 @@ def read_track(path: Path, start: Fraction, count: int, rate: int, channels: int
     return track if channels_read == channels else np.broadcast_to(track, (channels, count))
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """The first samples of a file's sound: channels S float32, and their rate."""
+
+    samples: Samples
+    rate: int
+
+
+def read_beginning(path: Path, seconds: float, channels: int) -> Beginning | None:
+    """Read at most so many seconds of a file's sound at its own rate, without silence behind its end.
+
+    Sound of one channel stays so; other sound is mixed to `channels`. Times count as in `read_track`.
+    Returns None if there is no track. Raises MediaError as `read_track`.
+    """
+    with reading(path):
+        with open_container(path, SOUND_FORMATS) as container:
+            stream = _track(container)
+            if stream is None:
+                return None
+            index = stream.index
+            begin = _origin(container)
+            rate = stream.codec_context.sample_rate
+            layout = LAYOUTS[1 if stream.codec_context.channels == 1 else channels]
+        most = int(seconds * rate)
+        parts = []
+        position = 0
+        try:
+            for first, samples in _decoded(path, index, begin, rate=rate, layout=layout, lenient=False):
+                if first > position:  # a gap
+                    parts.append(np.zeros((samples.shape[0], first - position), np.float32))
+                    position = first
+                parts.append(samples[:, max(0, position - first) :])
+                position += parts[-1].shape[1]
+                if position >= most:
+                    break
+        except av.FFmpegError as error:
+            raise MediaError(
+                f"{path}: its sound is damaged near {position / rate:.1f} s ({error.strerror}). Fetch or "
+                "convert the file again, or leave its sound out"
+            ) from error
+    if not parts:
+        return None
+    return Beginning(np.ascontiguousarray(np.concatenate(parts, axis=1)[:, :most]), rate)
+
+
 def _track(container: Any) -> Any | None:
     stream = container.streams.best("audio")
     return None if stream is None or stream.codec_context is None else stream

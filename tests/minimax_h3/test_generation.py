@@ -2,18 +2,14 @@
 
 import wave
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy
 import pytest
 import torch
-from diffusers import MiniMaxH3Scheduler
-from diffusers.modular_pipelines import MiniMaxH3Blocks
 from diffusers.modular_pipelines.minimax_h3.modular_pipeline import resolve_canvas_size
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from contract.data import SOUND
 from minimax_h3.options import canvas, settle_length
@@ -27,6 +23,7 @@ from tests.tiny.minimax_h3 import (
     text_encoder,
     their_audio_vae,
     their_h3_dit,
+    their_pipeline,
     write_tiny_h3,
     write_tokenizer,
 )
@@ -34,31 +31,6 @@ from tests.tiny.minimax_h3 import (
 SCRIPT = "minimax_h3_generate_video.py"
 PROMPT = r"a cat purrs.\nThen <d>[English] hello</d>"
 STEPS = 3
-
-
-class Processor:
-    """What diffusers asks of Qwen3-VL's processor for a text; the real one needs torchvision."""
-
-    def create_mm_token_type_ids(self, rows: list[list[int]]) -> list[list[int]]:
-        return [[0] * len(row) for row in rows]
-
-
-def pipeline(files: TinyH3) -> Any:
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(files.tokenizer / "tokenizer.json"), pad_token="<|endoftext|>"
-    )
-    pipe = MiniMaxH3Blocks().init_pipeline()
-    pipe.update_components(
-        transformer=their_h3_dit(),
-        vae=test_video_vae.their_vae(),
-        audio_vae=their_audio_vae(),
-        text_encoder=text_encoder(),
-        tokenizer=tokenizer,
-        processor=Processor(),
-        scheduler=MiniMaxH3Scheduler(12.0),
-        audio_scheduler=MiniMaxH3Scheduler(3.0),
-    )
-    return pipe
 
 
 def latents_in(folder: Path) -> dict[str, Tensor]:
@@ -85,7 +57,7 @@ def refuse(folder: Path, files: TinyH3, *words: str, remedy: bool = True) -> str
 
 def test_video_and_sound_are_those_of_diffusers(tmp_path: Path, files: TinyH3) -> None:
     """Of a line break that is typed as two characters, too. The files are in float32."""
-    state = pipeline(files)(
+    state = their_pipeline(files)(
         prompt=PROMPT.replace("\\n", "\n"),
         height=32,
         width=64,
@@ -158,8 +130,11 @@ def test_saved_latents_are_decoded_with_their_sound(tmp_path: Path, files: TinyH
         (["--guidance_scale", "5"], ["built in"]),
         (["--nag_scale", "5"], ["--nag_scale"]),
         (["--sample_solver", "unipc"], ["a schedule each"]),
-        (["--task", "ref2va"], ["not built yet"]),
-        (["--first_frame", "a.png"], ["not built yet"]),
+        (["--task", "ref2va"], ["--task ref2va", "--ref"]),
+        (["--task", "fl2va"], ["--first_frame"]),
+        (["--first_frame", "none.png"], ["none.png"]),
+        (["--ref", "a.png;kind=image"], ["kind=image"]),
+        (["--condition_image", "a.png"], ["--one_frame_inference"]),
         (["--text_cache", "a.safetensors"], ["--text_encoder"]),
         (["--height", "64"], ["--width"]),
         (["--height", "64", "--width", "64"], ["--video_size 32 64 differ"]),

@@ -132,6 +132,34 @@ def their_tokenizer(files: TinyH3) -> Any:
     )
 
 
+def their_pipeline(files: TinyH3, decodes: bool = True, **configs: int) -> Any:
+    """diffusers' modular pipeline with both transformers alike, float32.
+
+    decodes: what it makes, latents alone otherwise. configs: of its blocks.
+    """
+    from diffusers import MiniMaxH3Scheduler
+    from diffusers.modular_pipelines import MiniMaxH3Blocks
+
+    tokenizer = their_tokenizer(files)
+    blocks = MiniMaxH3Blocks()
+    if not decodes:
+        blocks.sub_blocks.pop("decode")
+    pipe = blocks.init_pipeline()
+    pipe.update_components(
+        transformer=their_h3_dit(),
+        transformer_ref=their_h3_dit(),
+        vae=test_video_vae.their_vae(),
+        audio_vae=their_audio_vae(),
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer,
+        processor=TheirProcessor(tokenizer),
+        scheduler=MiniMaxH3Scheduler(12.0),
+        audio_scheduler=MiniMaxH3Scheduler(3.0),
+        **configs,
+    )
+    return pipe
+
+
 def text_encoder(layers: int = TEXT_LAYERS) -> Any:
     with torch.random.fork_rng():
         return qwen3_vl(layers)

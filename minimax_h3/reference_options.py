@@ -1,0 +1,92 @@
+"""Options of keyframes, references and single pictures. Standard library only."""
+
+from collections.abc import Mapping
+
+from modules.errors import OptionError
+from modules.options import OF_REQUEST, Options, of_request, option
+
+IMAGE_EDGE, VIDEO_EDGE = 2048, 768  # pixels of the short side of references, as released
+TOKEN = 32  # pixels along the side of a token
+MOST_EDGE = 8192
+KEYFRAMES, CONDITION_IMAGES = "keyframe", "condition_image"  # in Request.extra, as the names below
+REF, JSONL, INDEX, ONE_FRAME, TASK = "ref", "reference_jsonl", "reference_index", "one_frame", "task"
+BY_KIND = {"image": "reference_image", "video": "reference_video", "audio": "reference_audio"}
+FIELDS = ("type", "audio")  # of --ref
+
+
+class H3MediaOptions(Options, title="keyframes and references"):
+    """What a clip is made from besides its prompt; --first_frame and --last_frame are shared options."""
+
+    keyframe: tuple[str, ...] | None = option(
+        "the first frame, and given again the last one: another spelling of --first_frame and --last_frame",
+        action="extend",
+        facts=of_request(KEYFRAMES),
+    )
+    condition_image: tuple[str, ...] | None = option(
+        "with --one_frame_inference: a picture that the single picture is made from; may be given again",
+        action="extend",
+        facts=of_request(CONDITION_IMAGES),
+    )
+    one_frame_inference: str | None = option(
+        "make a single picture: frame of the clip (24 a second) at which it stands, and those of its "
+        "condition images",
+        metavar="default|target_index=N,control_index=N;N",
+        facts=of_request(ONE_FRAME),
+    )
+    ref: tuple[str, ...] | None = option(
+        "a reference, in the order of the prompt's labels; audio= gives the sound of a video. May be given "
+        "again",
+        action="extend",
+        metavar="PATH[;type=image|video|audio][;audio=PATH]",
+        facts=of_request(REF),
+    )
+    reference_image: tuple[str, ...] | None = option(
+        "a reference picture; may be given again", action="extend", facts=of_request(BY_KIND["image"])
+    )
+    reference_video: tuple[str, ...] | None = option(
+        "a reference video, with its sound; may be given again. Videos follow pictures",
+        action="extend",
+        facts=of_request(BY_KIND["video"]),
+    )
+    reference_audio: tuple[str, ...] | None = option(
+        "a reference sound; may be given again. Sounds follow videos",
+        action="extend",
+        facts=of_request(BY_KIND["audio"]),
+    )
+    reference_jsonl: str | None = option(
+        "list of a dataset, whose line --reference_index has the references", facts=of_request(JSONL)
+    )
+    reference_index: int | None = option(
+        "with --reference_jsonl: number of the line, from 0; default 0", least=0, facts=of_request(INDEX)
+    )
+    reference_image_short_edge: int = option(
+        "short side of reference pictures in pixels; less needs less memory and shows less",
+        default=IMAGE_EDGE,
+        least=TOKEN,
+        most=MOST_EDGE,
+        facts=OF_REQUEST,
+    )
+    reference_video_short_edge: int = option(
+        "short side of reference videos in pixels; they have at most 768 x 1344 pixels",
+        default=VIDEO_EDGE,
+        least=TOKEN,
+        most=MOST_EDGE,
+        facts=OF_REQUEST,
+    )
+
+
+def split_ref(text: str) -> tuple[str, Mapping[str, str]]:
+    """Split a value of --ref into its path and its fields. Raises OptionError if it is not written so."""
+    path, *parts = text.split(";")
+    fields: dict[str, str] = {}
+    for part in parts:
+        name, separator, value = part.partition("=")
+        if name.strip() not in FIELDS or not separator or not value.strip() or name.strip() in fields:
+            raise OptionError(
+                f"--ref {text!r}: {part!r} is not understood. Write PATH;type=image, video or "
+                "audio;audio=PATH"
+            )
+        fields[name.strip()] = value.strip()
+    if not path.strip():
+        raise OptionError(f"--ref {text!r} names no file. Write PATH;type=image, video or audio;audio=PATH")
+    return path.strip(), fields

@@ -1,0 +1,434 @@
+"""Keyframes and references of a request: which there are, whether they may be, and their pixels and sound.
+
+Keyframes get the size of the clip: the first one is stretched, a following one covers it and is cropped.
+Reference pictures get a short side of their own, reference videos the size that the model was trained with in
+their shape, and 24 frames a second. Source: the released code of MiniMax-H3, as in diffusers.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from contract.one_frame import OneFrame, parse_one_frame
+from contract.requests import Request, check_opens
+from minimax_h3.options import CLIP, FPS, LAST_FRAMES, canvas, check_ratio
+from minimax_h3.presentation import AUDIO, IMAGE, SHOWN_SOUND, VIDEO, Shown
+from minimax_h3.reference_options import (
+    BY_KIND,
+    CONDITION_IMAGES,
+    FIELDS,
+    INDEX,
+    JSONL,
+    KEYFRAMES,
+    ONE_FRAME,
+    REF,
+    split_ref,
+)
+from modules.errors import MediaError, OptionError
+from modules.media.buckets import Size
+from modules.media.opening import SOUND_SUFFIXES
+from modules.media.reading import (
+    Frame,
+    image_size,
+    is_still,
+    read_image,
+    resize_frame,
+    video_frames,
+    video_info,
+)
+from modules.media.samples import track_facts
+from modules.option_values import to_path
+from modules.paths import explain_missing
+from modules.text_files import parse_json, read_text
+
+logger = logging.getLogger(__name__)
+
+KINDS = (IMAGE, VIDEO, AUDIO)
+MOST_OF = {IMAGE: 9, VIDEO: 3, AUDIO: 3}  # sound of videos counts too
+MOST = 12
+LEAST_SECONDS, MOST_SECONDS = 2.0, 15.0  # of reference videos
+LEAST_FRAMES = CLIP + LAST_FRAMES  # of a reference video, for the VAE
+
+
+@dataclass(frozen=True)
+class H3Reference:
+    """A file that a clip is made from."""
+
+    kind: str  # IMAGE, VIDEO or AUDIO
+    path: Path
+    sound: Path | None = None  # of a video: its own file, or another one; None: it has none
+
+
+@dataclass(frozen=True)
+class H3Media:
+    """Everything that a clip or a picture is made from besides its text."""
+
+    first: Path | None = None
+    last: Path | None = None
+    controls: tuple[Path, ...] = ()  # of a single picture
+    one_frame: OneFrame | None = None
+    references: tuple[H3Reference, ...] = ()
+
+    @property
+    def keyframes(self) -> tuple[Path, ...]:
+        """Return keyframes and control pictures, in their order."""
+        frames = tuple(path for path in (self.first, self.last) if path is not None)
+        return (*frames, *self.controls)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.keyframes or self.references)
+
+    @property
+    def task(self) -> str:
+        if self.references:
+            return "ref2va"
+        return "fl2va" if self.keyframes else "t2va"
+
+
+# what a request names
+
+
+def media_of(request: Request) -> H3Media:
+    """Return the media of a request. Raises OptionError if they contradict each other or cannot be used."""
+    first, last = _keyframes(request)
+    texts = _lines(request, CONDITION_IMAGES)
+    controls = tuple(to_path("--condition_image", text) for text in texts)
+    one_frame = request.extra.get(ONE_FRAME)
+    places = None if one_frame is None else _read_places(one_frame)
+    if places is None and controls:
+        raise OptionError(
+            "--condition_image is for a single picture (--one_frame_inference). Give the frames of a clip to "
+            "--first_frame and --last_frame"
+        )
+    if places is not None:
+        controls = (*(path for path in (first, last) if path is not None), *controls)
+        first = last = None
+        _check_places(places, len(controls))
+    media = H3Media(
+        first=first,
+        last=last,
+        controls=controls,
+        one_frame=places,
+        references=tuple(_references(request)),
+    )
+    for path in media.keyframes:
+        _require("--first_frame, --last_frame, --condition_image", path, is_image=True)
+    if media.keyframes and media.references:
+        raise OptionError(
+            "keyframes and references: a clip is made from the ones or from the others, by another "
+            "transformer each. Leave one of them out"
+        )
+    _check_references(media.references)
+    return media
+
+
+def _lines(request: Request, name: str) -> list[str]:
+    return [line for line in request.extra.get(name, "").split("\n") if line]
+
+
+def _keyframes(request: Request) -> tuple[Path | None, Path | None]:
+    """Return first and last frame. Raises OptionError if they are given twice."""
+    frames = [to_path("--keyframe", text) for text in _lines(request, KEYFRAMES)]
+    if not frames:
+        return request.image_path, request.end_image_path
+    if request.image_path is not None or request.end_image_path is not None:
+        raise OptionError("--keyframe and --first_frame or --last_frame mean the same: give one of them")
+    if len(frames) > 2:
+        raise OptionError(f"--keyframe: {len(frames)} pictures, the model takes a first and a last frame")
+    return frames[0], frames[1] if len(frames) > 1 else None
+
+
+def _read_places(text: str) -> OneFrame:
+    places = parse_one_frame(text)
+    if not (places.has_post and places.has_2x and places.has_4x):
+        raise OptionError(
+            f"--one_frame_inference {text!r}: no_post, no_2x and no_4x are of FramePack. Leave them out"
+        )
+    return places
+
+
+def _check_places(places: OneFrame, controls: int) -> None:
+    """Raise OptionError if a control picture has no place, or a place no picture."""
+    indices = len(places.control_indices)
+    if indices != controls and not (indices == 0 and controls == 1):
+        raise OptionError(
+            f"--one_frame_inference: {indices} places in control_index and {controls} pictures "
+            "(--condition_image). Give one place for each, such as control_index=0;10"
+        )
+
+
+def _references(request: Request) -> Iterator[H3Reference]:
+    """Yield references in their order. Raises OptionError if two ways of naming them are mixed."""
+    by_kind = [name for name in BY_KIND.values() if request.extra.get(name)]
+    ways = [*(name for name in (REF, JSONL) if request.extra.get(name)), *by_kind[:1]]
+    if len(ways) > 1:
+        listed = " and ".join(f"--{name}" for name in ways)
+        raise OptionError(f"{listed}: their order would be unknown. Name all references in one of these ways")
+    if INDEX in request.extra and JSONL not in ways:
+        logger.warning("--%s is ignored because --%s is not given", INDEX, JSONL)
+    for text in _lines(request, REF):
+        path, fields = split_ref(text)
+        yield _reference(f"--ref {path}", path, fields)
+    for kind, name in BY_KIND.items():
+        for text in _lines(request, name):
+            yield _reference(f"--{name}", text, {"type": kind})
+    if JSONL in ways:
+        yield from _references_in_line(request)
+
+
+def _references_in_line(request: Request) -> Iterator[H3Reference]:
+    """Yield the references in a line of a dataset. Raises OptionError if it has none that can be read."""
+    path = to_path(f"--{JSONL}", request.extra[JSONL])
+    number = int(request.extra.get(INDEX, 0))
+    try:
+        lines = [line for line in read_text(path).split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OptionError(f"--{JSONL} {path}: {why}.{explain_missing(path)} Give a JSONL file") from None
+    if number >= len(lines):
+        raise OptionError(f"--{INDEX} {number}: {path} has {len(lines)} lines, counted from 0")
+    where = f"--{JSONL} {path}, line {number + 1}"
+    try:
+        row = parse_json(lines[number])
+    except ValueError as error:
+        raise OptionError(f"{where} is no JSON ({error})") from None
+    entries = row.get("references") if isinstance(row, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise OptionError(f'{where} has no "references", a list of {{"type": ..., "path": ...}}')
+    for entry in entries:
+        yield _reference_in(where, path, entry)
+
+
+def _reference_in(where: str, file: Path, entry: Any) -> H3Reference:
+    """Return a reference of a line of a dataset; null for the sound of a video leaves that out."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not entry["path"]:
+        raise OptionError(f'{where}: each of "references" needs "path", a text')
+    sound = entry.get("audio_path", "")
+    kind = entry.get("type", "")
+    if not isinstance(kind, str) or not (sound is None or isinstance(sound, str)):
+        raise OptionError(f'{where}: "type" and "audio_path" are texts')
+    fields = {"type": kind} if kind else {}
+    fields |= {"audio": sound} if sound else {}
+    reference = _reference(where, entry["path"], fields)
+    if sound is None and reference.kind == VIDEO:
+        return H3Reference(VIDEO, reference.path)
+    return reference
+
+
+def _reference(where: str, text: str, fields: Mapping[str, str]) -> H3Reference:
+    """Return a reference. fields: its kind, unless the file's name says it, and the sound of a video."""
+    path = to_path(where, text)
+    kind = fields.get(FIELDS[0]) or _kind_of(path)
+    if kind not in KINDS:
+        raise OptionError(f"{where}: type {kind!r} is unknown. Give image, video or audio")
+    sound = fields.get(FIELDS[1])
+    if sound is not None and kind != VIDEO:
+        raise OptionError(f"{where}: a sound belongs to a video, and {path} is of type {kind}. Leave it out")
+    if kind == AUDIO:
+        _require_sound(where, path)
+        return H3Reference(AUDIO, path)
+    _require(where, path, is_image=kind == IMAGE)
+    if kind == IMAGE:
+        return H3Reference(IMAGE, path)
+    if sound is not None:
+        sound_path = to_path(where, sound)
+        _require_sound(where, sound_path)
+        return H3Reference(VIDEO, path, sound_path)
+    has_sound = not path.is_dir() and track_facts(path) is not None
+    return H3Reference(VIDEO, path, path if has_sound else None)
+
+
+def _kind_of(path: Path) -> str:
+    if path.suffix.lower() in SOUND_SUFFIXES:
+        return AUDIO
+    return IMAGE if is_still(path) else VIDEO
+
+
+def _require(where: str, path: Path, is_image: bool) -> None:
+    """Raise OptionError if a picture or a video cannot be opened."""
+    if not path.exists():
+        raise OptionError(f"{where}: {path}: no such file.{explain_missing(path)} Correct the path")
+    check_opens(where.removeprefix("--"), path, is_image=is_image)
+
+
+def _require_sound(where: str, path: Path) -> None:
+    if not path.is_file():
+        raise OptionError(f"{where}: {path}: no such file.{explain_missing(path)} Correct the path")
+    try:
+        facts = track_facts(path)
+    except MediaError as error:
+        raise OptionError(f"{where}: {str(error).rstrip('.')}. Give a file with sound") from None
+    if facts is None:
+        raise OptionError(f"{where}: {path} has no sound. Give a file with sound")
+
+
+def _check_references(references: Sequence[H3Reference]) -> None:
+    """Raise OptionError for more references than the model takes, or for sound alone."""
+    if not references:
+        return
+    counts = {
+        IMAGE: sum(reference.kind == IMAGE for reference in references),
+        VIDEO: sum(reference.kind == VIDEO for reference in references),
+        AUDIO: sum(reference.kind == AUDIO or reference.sound is not None for reference in references),
+    }
+    names = {IMAGE: "pictures", VIDEO: "videos", AUDIO: "references with sound"}
+    for kind, count in counts.items():
+        if count > MOST_OF[kind]:
+            raise OptionError(
+                f"{count} {names[kind]}: the model takes at most {MOST_OF[kind]}. Leave some out"
+            )
+    if len(references) > MOST:
+        raise OptionError(f"{len(references)} references: the model takes at most {MOST}. Leave some out")
+    if not counts[IMAGE] and not counts[VIDEO]:
+        raise OptionError(
+            "references of sound alone: the model needs a picture or a video with them. Add one"
+        )
+
+
+def check_video_length(path: Path, any_length: bool) -> None:
+    """Raise OptionError if a reference video is shorter or longer than the model knows."""
+    info = video_info(path)
+    fps = info.fps or FPS
+    seconds = info.frames / fps if info.frames else info.seconds
+    if seconds is None or any_length:
+        return
+    half_frame = 0.5 / fps
+    if not LEAST_SECONDS - half_frame <= seconds <= MOST_SECONDS + half_frame:
+        raise OptionError(
+            f"reference video {path} takes {seconds:.1f} s: the model was trained with {LEAST_SECONDS:g} to "
+            f"{MOST_SECONDS:g}. Cut it, or give --allow_experimental_duration"
+        )
+
+
+# pixels
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """A keyframe or a reference picture, and the size that it gets."""
+
+    path: Path
+    size: Size  # width and height
+    crops: bool = False  # it covers the size and is cropped; else it is stretched
+
+    def read(self) -> Tensor:
+        """Return its pixels: H W 3 uint8."""
+        return torch.from_numpy(np.ascontiguousarray(self._resized(read_image(self.path))))
+
+    def _resized(self, frame: Frame) -> Frame:
+        width, height = self.size
+        sides = frame.shape[1], frame.shape[0]
+        if sides == self.size:
+            return frame
+        if not self.crops:
+            return resize_frame(frame, self.size, "lanczos")
+        scale = max(width / sides[0], height / sides[1])
+        covering = max(width, round(sides[0] * scale)), max(height, round(sides[1] * scale))
+        left = (covering[0] - width) // 2
+        top = (covering[1] - height) // 2
+        return resize_frame(frame, covering, "lanczos")[top : top + height, left : left + width]
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """A reference video, the size that its frames get, and how many are taken at 24 a second."""
+
+    path: Path
+    size: Size
+    most: int
+
+    def read(self) -> Tensor:
+        """Return its frames, which are held or dropped to reach 24 a second: F H W 3 uint8."""
+        fps = video_info(self.path).fps or FPS
+        frames: list[Frame] = []
+        for number, frame in enumerate(video_frames(self.path)):
+            if len(frames) >= self.most:
+                break
+            end = _slot(number + 1, fps)
+            if end > _slot(number, fps):
+                resized = self._resized(frame)
+                frames += [resized] * (end - _slot(number, fps))
+        if not frames:
+            raise MediaError(f"{self.path} has no frame at {FPS:g} frames a second. Give a longer video")
+        return torch.from_numpy(np.stack(frames[: self.most]))
+
+    def _resized(self, frame: Frame) -> Frame:
+        colours = frame[..., :3]
+        if (frame.shape[1], frame.shape[0]) == self.size:
+            return colours
+        return resize_frame(np.ascontiguousarray(colours), self.size, "lanczos")
+
+
+def _slot(number: int, fps: float) -> int:
+    """Return the frame at 24 a second at which a frame of a video begins."""
+    return math.floor(number * (FPS / fps) + 0.5)
+
+
+def keyframe_sources(paths: Sequence[Path], size: Size) -> list[PictureSource]:
+    """Return keyframes in the size of the clip: the first one is stretched, others cover it."""
+    return [PictureSource(path, size, crops=number > 0) for number, path in enumerate(paths)]
+
+
+def reference_picture(path: Path, short_edge: int, step: int) -> PictureSource:
+    """Return a reference picture with a short side of so many pixels. step: sides become multiples of it.
+
+    Raises OptionError if it is more than four times as long as wide.
+    """
+    width, height = image_size(path)
+    check_ratio(f"reference {path}", width, height)
+    scale = short_edge / min(width, height)
+    sides = [max(step, round(side * scale / step) * step) for side in (width, height)]
+    return PictureSource(path, (sides[0], sides[1]))
+
+
+def reference_clip(path: Path, short_edge: int, step: int, frames: int) -> ClipSource:
+    """Return a reference video in its own shape. frames: of the clip that is made, which it is cut to.
+
+    Raises OptionError if it is more than four times as long as wide.
+    """
+    info = video_info(path)
+    check_ratio(f"reference {path}", info.width, info.height)
+    height, width = canvas(info.width / info.height, short_edge, step)
+    return ClipSource(path, (width, height), frames)
+
+
+def whole_clip(frames: Tensor) -> Tensor:
+    """Return the frames of a reference video that the VAE takes, 17n + 5, at least 22: F H W 3.
+
+    Raises MediaError if there are fewer.
+    """
+    count = max(1, (len(frames) - LAST_FRAMES) // CLIP) * CLIP + LAST_FRAMES
+    if count > len(frames):
+        raise MediaError(
+            f"a reference video of {len(frames)} frames at {FPS:g} a second is too short: {LEAST_FRAMES} are "
+            "needed. Give a longer one"
+        )
+    return frames[:count]
+
+
+@dataclass(frozen=True)
+class H3Sources:
+    """Pixels of the media of a request, in their order."""
+
+    keyframes: tuple[PictureSource, ...] = ()
+    references: tuple[PictureSource | ClipSource | None, ...] = ()  # None: of sound
+
+    def shown(self, references: Sequence[H3Reference]) -> tuple[Shown, ...]:
+        """Return what the text encoder sees."""
+        presented = [_show(IMAGE, source) for source in self.keyframes]
+        for reference, source in zip(references, self.references, strict=True):
+            has_sound = reference.sound is not None
+            presented.append(SHOWN_SOUND if source is None else _show(reference.kind, source, has_sound))
+        return tuple(presented)
+
+
+def _show(kind: str, source: PictureSource | ClipSource, has_sound: bool = False) -> Shown:
+    return Shown(kind, has_sound, source=source, read=source.read)
