@@ -288,7 +288,8 @@ class TextWork:
         item = media.cut(span)
         controls = tuple(torch.from_numpy(control[0]) for control in item.control)
         clip = torch.from_numpy(item.frames)
-        return dataclasses.replace(prompt, clip=clip, frames=prompt.frames or controls)
+        shown = source.shown if self._sight.media else ()
+        return dataclasses.replace(prompt, clip=clip, frames=prompt.frames or controls, media=shown)
 
     def _frames_of(self, source: MediaSource | None) -> tuple[Tensor, ...]:
         """Return a source's reference pictures as they are encoded, each H W C; (): encoders read them.
