@@ -267,7 +267,9 @@ class TextWork:
             (file,) = batch
             if file.source is None:
                 raise
-            self._failed[file.file_name] = Failure.of(file.source, explain_reference(file.source, error))
+            if file.source.table.references is not None:
+                error = explain_reference(file.source, error)
+            self._failed[file.file_name] = Failure.of(file.source, error)
             return []
 
     def _show_item(self, prompt: Prompt, source: MediaSource | None) -> Prompt:

@@ -395,6 +395,8 @@ def test_a_teacher_reads_pictures_of_the_subjects(files: TinyH3) -> None:
 
 def test_references_of_a_row_are_presented_in_their_order(large_project: Path, files: TinyH3) -> None:
     """A picture and a silent clip, whose files and order count for the cache."""
+    for number in range(2):
+        write_video(large_project / "clips" / f"clip {number}.mp4", moving_square(22, 64, 64, number), fps=24)
     style = pixels(64, 96)
     write_png(large_project / "style.png", style.numpy())
     rows = []
@@ -408,7 +410,7 @@ def test_references_of_a_row_are_presented_in_their_order(large_project: Path, f
     (large_project / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
     path = large_project / "dataset.toml"
     content = re.sub(r"video_directory = .*", 'video_jsonl_file = "rows.jsonl"', path.read_text("utf-8"))
-    path.write_text(content, "utf-8")
+    path.write_text(content.replace("[5]", "[22]"), "utf-8")
     edges = ["--reference_image_short_edge", "64", "--reference_video_short_edge", "64"]
 
     cache(large_project, files, "--task", "ref2va", *edges)
@@ -421,3 +423,15 @@ def test_references_of_a_row_are_presented_in_their_order(large_project: Path, f
     assert "0 of them to encode" in cache(large_project, files, "--task", "ref2va", *edges)
     write_png(large_project / "style.png", 255 - style.numpy())
     assert "2 captions, 2 of them" in cache(large_project, files, "--task", "ref2va", *edges)
+
+
+def test_a_clip_with_several_items_has_no_text_of_one(large_project: Path, files: TinyH3) -> None:
+    path = large_project / "dataset.toml"
+    content = path.read_text("utf-8").replace('"head"', '"chunk"')
+    path.write_text(content, "utf-8")
+    write_video(large_project / "clips" / "clip 1.mp4", moving_square(10, 64, 64, 1), fps=24)
+
+    message = refuse(large_project, files, "--task", "fl2va")
+
+    assert "2 items are cut out of it" in message
+    assert "reference picture" not in message
