@@ -226,6 +226,7 @@ def with_input_scales(packed: Path, plain: Path) -> None:
     save_file(values, plain)
 
 
+@pytest.mark.slow_cases("nvfp4", "nf4")
 @pytest.mark.parametrize("form", ["convrot", "nvfp4", "nf4"])
 def test_files_in_other_forms_are_read_as_they_are(tmp_path: Path, project: Path, form: str) -> None:
     """int8 ConvRot, nvfp4 with AWQ's scales of the input, and bitsandbytes' 4 bits: the same values, packed.
@@ -247,6 +248,7 @@ def test_files_in_other_forms_are_read_as_they_are(tmp_path: Path, project: Path
     torch.testing.assert_close(made, plain, atol=2e-4, rtol=2e-4)  # 50 layers of another order of sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "most"), [("int8", 0.05), ("nf4", 0.6)])
 def test_layers_are_rounded_while_they_are_loaded(
     project: Path, files: TinyH3, option: str, most: float
