@@ -16,17 +16,21 @@ from torch import Tensor
 from contract.data import Conditions
 from contract.family import EncoderAbilities
 from contract.requests import Prompt
+from contract.rules import ShownMedium
 from minimax_h3.cache_marks import KEY, TAGS, TEACHER_ROWS, check_marks, marks_of
+from minimax_h3.cached_references import ReferenceSizes, reference_of
+from minimax_h3.configs import LATENT
 from minimax_h3.files import BLANK, H3_USE, H3Files, H3TextEncoder
 from minimax_h3.options import H3TextCachingOptions
-from minimax_h3.presentation import Shown, present_keyframes, show_clip, show_picture
+from minimax_h3.presentation import IMAGE, Shown, present_keyframes, show_clip, show_picture
+from minimax_h3.reference_options import IMAGE_EDGE, VIDEO_EDGE
+from minimax_h3.references import H3Sources
 from modules.devices import dtype_name
-from modules.errors import MediaError
+from modules.errors import MediaError, UserError
 
 FIRST_LAST, CLIP, SUBJECT = TEACHER_ROWS  # of --teacher_conditions
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}  # of --text_cache_dtype
-# keyframes of tasks, as places in a clip
-KEYFRAMES: Mapping[str, tuple[int, ...]] = {"i2va": (0,), "fl2va": (0, -1)}
+KEYFRAMES, REFERENCES = "fl2va", "ref2va"  # tasks that show something
 _COPIED = """subject_definitions:
 <Video 1> is the source video.
 <Audio 1> is the sound of <Video 1>.
@@ -77,16 +81,20 @@ class H3CachingEncoder(H3TextEncoder):
     task = "t2va"
     teacher: str | None = None  # a key of `TEACHER_ROWS`, whose rows it adds
     states_dtype: torch.dtype | None = None  # None: that it computes in
+    edges = IMAGE_EDGE, VIDEO_EDGE  # short sides of references: pictures, clips
 
     @property
     def can(self) -> EncoderAbilities:  # type: ignore[override]  # depends on the task
-        sees_clip = self.task in KEYFRAMES or self.teacher is not None
-        return replace(H3TextEncoder.can, mark=True, see_clip=sees_clip, see_media=self.task == "ref2va")
+        # of references the length of the clip counts too
+        sees_clip = self.task != "t2va" or self.teacher is not None
+        sees_media = self.task == REFERENCES or self.teacher == SUBJECT
+        return replace(H3TextEncoder.can, mark=True, see_clip=sees_clip, see_media=sees_media)
 
     @property
     def identity(self) -> Mapping[str, str]:
         facts = {"task": self.task, "teacher": self.teacher, "blank": repr(self.use.blank)}
         facts["stored"] = None if self.states_dtype is None else dtype_name(self.states_dtype)
+        facts["reference_edges"] = " ".join(map(str, self.edges)) if self.can.see_media else None
         named = {f"{self.name}_{fact}": value for fact, value in facts.items() if value is not None}
         return {**super().identity, **named}
 
@@ -127,36 +135,53 @@ class H3CachingEncoder(H3TextEncoder):
         """Return what the task shows in front of a caption."""
         if prompt.clip is None:
             return ()
-        if self.task in KEYFRAMES:
-            return present_keyframes(_keyframes(prompt, KEYFRAMES[self.task]))
-        return ()
+        if self.task == KEYFRAMES:
+            return present_keyframes(_keyframes(prompt))
+        if self.task != REFERENCES:
+            return ()
+        if not prompt.media:
+            raise MediaError(
+                "its row has no references, which --task ref2va makes clips from. Name them in "
+                "`references`, or move it to a list of its own, for --task t2va."
+            )
+        return self._show_references(prompt.media, len(prompt.clip))
+
+    def _show_references(self, media: Sequence[ShownMedium], frames: int) -> tuple[Shown, ...]:
+        """Return the references of a row. frames: of the clip that is made from them."""
+        sizes = ReferenceSizes(*self.edges, LATENT.pixel_step)
+        references = [reference_of(medium) for medium in media]
+        try:
+            sources = tuple(sizes.source_of(reference, frames) for reference in references)
+        except UserError as error:
+            raise MediaError(str(error)) from error
+        return H3Sources(references=sources).shown(references)
 
     def _as_teacher_reads(self, prompt: Prompt, clip: Tensor) -> Prompt:
         if self.teacher == FIRST_LAST:
-            keyframes = _keyframes(prompt, KEYFRAMES["fl2va"])
-            return replace(prompt, presented=present_keyframes(keyframes))
+            return replace(prompt, presented=present_keyframes(_keyframes(prompt)))
         if self.teacher == CLIP:
             shown = show_clip(clip[..., :3], has_sound=True)
             return replace(prompt, text=describe_copy(prompt.text), presented=(shown,))
-        if not prompt.frames:
-            raise MediaError(
-                "it has no picture of its subject, which --teacher_conditions subject_ref shows to the "
-                "teacher. Give the table control_directory, or its rows control_path."
-            )
-        text = describe_subjects(prompt.text, len(prompt.frames), is_still=len(clip) == 1)
         pictures = tuple(show_picture(frame[..., :3]) for frame in prompt.frames)
+        pictures += self._show_references(prompt.media, len(clip))
+        if not pictures or any(picture.kind != IMAGE for picture in pictures):
+            raise MediaError(
+                "--teacher_conditions subject_ref shows pictures of the subject to the teacher, and nothing "
+                "else. Give the table control_directory, or name pictures in `references` of its rows."
+            )
+        text = describe_subjects(prompt.text, len(pictures), is_still=len(clip) == 1)
         return replace(prompt, text=text, presented=pictures)
 
 
-def _keyframes(prompt: Prompt, places: Sequence[int]) -> list[Tensor]:
-    """Return the frames of a clip that are shown; of a picture, its control pictures.
+def _keyframes(prompt: Prompt) -> list[Tensor]:
+    """Return the first and the last frame of a clip; of a picture, its control pictures.
 
     Raises MediaError for a picture that has none.
     """
     clip = prompt.clip
     assert clip is not None, "the empty prompt shows nothing"
     if len(clip) > 1:
-        return [clip[place][..., :3] for place in places]
+        return [clip[0][..., :3], clip[-1][..., :3]]
     if not prompt.frames:
         raise MediaError(
             "it is a single picture, which has no first and last frame, and there are no control pictures to "
@@ -172,6 +197,7 @@ class H3CachingFiles(H3Files):
     teacher: str | None = None
     states_dtype: torch.dtype | None = None  # of cached states; None: that of the text encoder
     blank: str = BLANK  # what the empty prompt is written as
+    edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)
 
     def language_model(self) -> H3CachingEncoder:
         encoder = H3CachingEncoder(
@@ -183,11 +209,12 @@ class H3CachingFiles(H3Files):
             on_cpu=self.text_on_cpu,
         )
         encoder.set_task(self.task, self.teacher, self.states_dtype)
+        encoder.edges = self.edges
         return encoder
 
     def check_texts(self, config: object, needed: bool) -> None:
         super().check_texts(config, needed)
-        if self.language_model().can.see_clip or self.task == "ref2va":
+        if self.language_model().can.see_clip:
             self.check_tower()
 
 
@@ -199,5 +226,6 @@ def files_of_texts(options: H3TextCachingOptions) -> H3CachingFiles:
         teacher=options.teacher_conditions,
         states_dtype=None if dtype is None else DTYPES[dtype],
         blank=options.uncond_text,
+        edges=(options.reference_image_short_edge, options.reference_video_short_edge),
     )
     return files.add_text(options.text)

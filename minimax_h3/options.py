@@ -49,6 +49,7 @@ MOST_SHIFT = 1000.0
 _ATTENTION = "the text encoder computes attention with PyTorch's own kernels"
 _FP4 = "weights in nvfp4 are read, and multiplied in 16 bits. Leave it out"
 _FP4_FORM = "nvfp4 is a form of files, which are read without an option. Leave it out, and give such a file"
+_FIRST_ALONE = "clips are trained with both frames, or with none. Use --task fl2va"
 _OMNI = "items have references, or none: cache those with --task ref2va, and the others with --task t2va"
 _TEXTS = "prompts are encoded each time. Give the text encoder to --text_encoder"
 _BANDS = "frames are written as they are decoded. Leave it out"
@@ -111,9 +112,10 @@ class H3TextCachingOptions(Options, title=NAME):
 
     text: H3TextOptions = option(settings={"text_encoder": {"required": True}})
     task: str | None = option(
-        "what a clip is made from; default: t2va, a text",
-        choices=("t2va", "i2va", "fl2va", "ref2va"),
-        refused={"ref2va_omni": _OMNI},
+        "what a clip is made from: t2va, a text; fl2va: also its first and last frame; ref2va: references of "
+        "its row in a list. Default: t2va",
+        choices=("t2va", "fl2va", "ref2va"),
+        refused={"i2va": _FIRST_ALONE, "ref2va_omni": _OMNI},
         often=True,
     )
     teacher_conditions: str | None = option(
@@ -125,6 +127,18 @@ class H3TextCachingOptions(Options, title=NAME):
     text_cache_dtype: str | None = option(
         "dtype of cached states: bf16, half the size, or float32; default: that of --text_encoder_dtype",
         choices=("bf16", "float32"),
+    )
+    reference_image_short_edge: int = option(
+        "short side of reference pictures in pixels, as their latents are cached",
+        default=IMAGE_EDGE,
+        least=TOKEN,
+        most=MOST_EDGE,
+    )
+    reference_video_short_edge: int = option(
+        "short side of reference clips in pixels, as their latents are cached",
+        default=VIDEO_EDGE,
+        least=TOKEN,
+        most=MOST_EDGE,
     )
     uncond_output: Path | None = option(
         "also write the states of --uncond_text to this file, for --h3_guidance_loss_uncond_cache; implies "

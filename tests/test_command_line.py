@@ -60,6 +60,10 @@ OUR_DEFAULTS = {
     ),
     ("ltx2_generate_video.py", "--reference_downscale"),
     ("minimax_h3_cache_latents.py", "--vae_dtype"),  # encoding is in float32 alone
+    (
+        "minimax_h3_cache_text_encoder_outputs.py",
+        "--text_encoder_dtype",
+    ),  # bfloat16, unless others are float32
     ("minimax_h3_generate_video.py", "--lora_multiplier"),  # strengths that are not given are 1
     # under other names, to be given, or those of the release
     *(
@@ -75,12 +79,14 @@ OUR_DEFAULTS = {
 OTHER_DESTS = {"--image_size": "video_size", "--from_file": "from_file"}
 KREA, H3 = "krea2_generate_image.py", "minimax_h3_generate_video.py"
 H3_LATENTS = "minimax_h3_cache_latents.py"
+H3_TEXTS = "minimax_h3_cache_text_encoder_outputs.py"
 SPELLINGS = {
     ("ltx2_generate_video.py", "--output_dir"): "save_path",
     ("ltx2_generate_video.py", "--fp8_base"): "fp8",
     **{(H3, "--video_vae"): "vae", (H3, "--output_fps"): "fps", (H3, "--h3_shift_video"): "flow_shift"},
     **{(H3, "--first_frame"): "image_path", (H3, "--last_frame"): "end_image_path"},
     (H3_LATENTS, "--video_vae"): "vae",
+    (H3_TEXTS, "--tokenizer"): "text_encoder_tokenizer",
     **{(KREA, "--steps"): "infer_steps", (KREA, "--num-images"): "num_videos"},
 }
 PLACED = {(KREA, "prompt"): "--prompt"}  # what stands without a flag, and with ours

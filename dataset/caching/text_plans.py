@@ -102,7 +102,7 @@ def _files_of_table(
         if sight != BLIND:
             shown_source = source
             pictures = (*pictures, *_seen_files(source, sight))
-            settings = {**settings, **_sight_settings(table, sight)}
+            settings = {**settings, **_sight_settings(source, sight)}
         if len(captions) > 1:
             settings = {**settings, "captions": len(captions)}
         for number, caption in enumerate(captions):
@@ -152,16 +152,26 @@ def _files_of_table(
 
 def _seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Origin | None], ...]:
     """Return the files that an encoder sees: the clip, or the picture with its control pictures."""
+    files = source.parts[: 1 + len(source.control)] if sight.clip else ()
+    if not sight.media:
+        return files
+    paths = (path for medium in source.shown for path in (medium.path, medium.sound) if path is not None)
+    return (*files, *((path, None) for path in paths))
+
+
+def _sight_settings(source: MediaSource, sight: Sight) -> dict[str, Any]:
+    """Return what decides which frames an encoder sees, in which size, and which media of its row."""
+    settings: dict[str, Any] = {}
+    table = source.table
     if sight.clip:
-        return source.parts[: 1 + len(source.control)]
-    return source.parts[1 : 1 + len(source.control)] if source.table.kind == "image" else ()
-
-
-def _sight_settings(table: DatasetTable, sight: Sight) -> dict[str, Any]:
-    """Return what decides which frames an encoder sees, and in which size."""
-    if not sight.clip:
-        return {}
-    return {"clip": {"resolution": list(table.resolution), **table.changed(FRAMES), **table.changed(LATENTS)}}
+        settings["clip"] = {
+            "resolution": list(table.resolution),
+            **table.changed(FRAMES),
+            **table.changed(LATENTS),
+        }
+    if sight.media:
+        settings["media"] = [[medium.kind, medium.is_silent] for medium in source.shown]
+    return settings
 
 
 def _seen_settings(source: MediaSource) -> dict[str, Any]:

@@ -267,7 +267,9 @@ class TextWork:
             (file,) = batch
             if file.source is None:
                 raise
-            self._failed[file.file_name] = Failure.of(file.source, explain_reference(file.source, error))
+            if file.source.table.references is not None:
+                error = explain_reference(file.source, error)
+            self._failed[file.file_name] = Failure.of(file.source, error)
             return []
 
     def _show_item(self, prompt: Prompt, source: MediaSource | None) -> Prompt:
@@ -288,7 +290,8 @@ class TextWork:
         item = media.cut(span)
         controls = tuple(torch.from_numpy(control[0]) for control in item.control)
         clip = torch.from_numpy(item.frames)
-        return dataclasses.replace(prompt, clip=clip, frames=prompt.frames or controls)
+        shown = source.shown if self._sight.media else ()
+        return dataclasses.replace(prompt, clip=clip, frames=prompt.frames or controls, media=shown)
 
     def _frames_of(self, source: MediaSource | None) -> tuple[Tensor, ...]:
         """Return a source's reference pictures as they are encoded, each H W C; (): encoders read them.

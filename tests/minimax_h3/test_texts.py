@@ -1,5 +1,6 @@
 """minimax_h3_cache_text_encoder_outputs.py against transformers, from files on disk."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from minimax_h3.cached_texts import H3CachingEncoder, describe_copy, describe_su
 from minimax_h3.files import H3_USE, LAYERS, H3TextEncoder
 from minimax_h3.presentation import present_keyframes, show_clip, show_picture
 from modules.errors import CacheError
-from modules.media.writing import write_video
+from modules.media.writing import write_png, write_video
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.packing import pack_file
 from tests.tiny.language_models import write_qwen_tokenizer
@@ -164,6 +165,8 @@ def test_states_are_kept_in_the_dtype_of_the_caches(project: Path, files: TinyH3
     ("words", "parts"),
     [
         (["--task", "ref2va_omni"], ["--task ref2va"]),
+        (["--task", "i2va"], ["--task fl2va"]),
+        (["--task", "fl2va", "--teacher_conditions", "ref"], ["--task t2va"]),
         (["--text_encoder_quantization", "nvfp4_awq"], ["without an option"]),
         (["--text_encoder_quantization", "int8", "--text_encoder_form", "nf4"], ["--text_encoder_form"]),
         (["--text_encoder_quantization", "int8", "--fp8_vl"], ["--fp8_vl"]),
@@ -223,6 +226,7 @@ def with_input_scales(packed: Path, plain: Path) -> None:
     save_file(values, plain)
 
 
+@pytest.mark.slow_cases("nvfp4", "nf4")
 @pytest.mark.parametrize("form", ["convrot", "nvfp4", "nf4"])
 def test_files_in_other_forms_are_read_as_they_are(tmp_path: Path, project: Path, form: str) -> None:
     """int8 ConvRot, nvfp4 with AWQ's scales of the input, and bitsandbytes' 4 bits: the same values, packed.
@@ -244,6 +248,7 @@ def test_files_in_other_forms_are_read_as_they_are(tmp_path: Path, project: Path
     torch.testing.assert_close(made, plain, atol=2e-4, rtol=2e-4)  # 50 layers of another order of sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "most"), [("int8", 0.05), ("nf4", 0.6)])
 def test_layers_are_rounded_while_they_are_loaded(
     project: Path, files: TinyH3, option: str, most: float
@@ -287,19 +292,16 @@ def large_project(project: Path) -> Path:
     return project
 
 
-@pytest.mark.parametrize(("task", "places"), [("fl2va", (0, -1)), ("i2va", (0,))])
-def test_keyframes_of_a_clip_are_presented(
-    large_project: Path, files: TinyH3, task: str, places: tuple[int, ...]
-) -> None:
-    cache(large_project, files, "--task", task)
+def test_keyframes_of_a_clip_are_presented(large_project: Path, files: TinyH3) -> None:
+    cache(large_project, files, "--task", "fl2va")
 
     frames = first_frames(large_project)
-    expected = presented(files, CAPTIONS[0], *present_keyframes([frames[place] for place in places]))
+    expected = presented(files, CAPTIONS[0], *present_keyframes([frames[0], frames[-1]]))
     made = text_cache(large_project)
     torch.testing.assert_close(made[STATES], expected[0], atol=1e-4, rtol=1e-4)
     assert made[TAG_ROWS].tolist() == expected[1]
     assert 0 in expected[1]
-    assert marks(large_project / "cache" / "clip 0_mmh3_te.safetensors")["task"] == task
+    assert marks(large_project / "cache" / "clip 0_mmh3_te.safetensors")["task"] == "fl2va"
 
 
 def test_a_changed_clip_makes_its_text_stale_and_the_caption_alone_does_not(
@@ -391,3 +393,47 @@ def test_a_teacher_reads_pictures_of_the_subjects(files: TinyH3) -> None:
     assert "<Subject 1> and <Subject 2>" in text
     assert "a still image" in text
     assert "a video" in describe_subjects("a cat", 1, is_still=False)
+
+
+def test_references_of_a_row_are_presented_in_their_order(large_project: Path, files: TinyH3) -> None:
+    """A picture and a silent clip, whose files and order count for the cache."""
+    for number in range(2):
+        write_video(large_project / "clips" / f"clip {number}.mp4", moving_square(22, 64, 64, number), fps=24)
+    style = pixels(64, 96)
+    write_png(large_project / "style.png", style.numpy())
+    rows = []
+    for number in range(2):
+        entries = [{"type": "image", "path": "style.png"}]
+        if number:
+            entries.append({"type": "video", "path": "motion.mp4", "audio_path": None})
+        clip = {"video_path": f"clips/clip {number}.mp4", "caption": CAPTIONS[0], "references": entries}
+        rows.append(json.dumps(clip))
+    write_video(large_project / "motion.mp4", moving_square(22, 64, 64, 3), fps=24)
+    (large_project / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    path = large_project / "dataset.toml"
+    content = re.sub(r"video_directory = .*", 'video_jsonl_file = "rows.jsonl"', path.read_text("utf-8"))
+    path.write_text(content.replace("[5]", "[22]"), "utf-8")
+    edges = ["--reference_image_short_edge", "64", "--reference_video_short_edge", "64"]
+
+    cache(large_project, files, "--task", "ref2va", *edges)
+
+    states, tags = presented(files, CAPTIONS[0], show_picture(style))
+    torch.testing.assert_close(text_cache(large_project)[STATES], states, atol=1e-4, rtol=1e-4)
+    assert text_cache(large_project)[TAG_ROWS].tolist() == tags
+    with_clip = text_cache(large_project, 1)[TAG_ROWS].tolist()
+    assert with_clip.count(0) > tags.count(0)
+    assert "0 of them to encode" in cache(large_project, files, "--task", "ref2va", *edges)
+    write_png(large_project / "style.png", 255 - style.numpy())
+    assert "2 captions, 2 of them" in cache(large_project, files, "--task", "ref2va", *edges)
+
+
+def test_a_clip_with_several_items_has_no_text_of_one(large_project: Path, files: TinyH3) -> None:
+    path = large_project / "dataset.toml"
+    content = path.read_text("utf-8").replace('"head"', '"chunk"')
+    path.write_text(content, "utf-8")
+    write_video(large_project / "clips" / "clip 1.mp4", moving_square(10, 64, 64, 1), fps=24)
+
+    message = refuse(large_project, files, "--task", "fl2va")
+
+    assert "2 items are cut out of it" in message
+    assert "reference picture" not in message

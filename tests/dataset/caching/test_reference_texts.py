@@ -44,7 +44,9 @@ def cache_seen(
     folder: Path, keys: str = "", encoders: Sequence[str] = ("t5",), **changes: Any
 ) -> tuple[CacheReport, list[SeeingText], DatasetConfig]:
     config = with_references(read_set(folder, keys), SEEN)
-    texts = [SeeingText(name, frozenset({name}), {name: "first"}) for name in encoders]
+    texts = [
+        SeeingText(name, variable_length=frozenset({name}), identity={name: "first"}) for name in encoders
+    ]
     family = EditFamily(text=list(texts), references=SEEN)
     return cache_texts(family, config, options(**changes)), texts, config
 
