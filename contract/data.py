@@ -155,7 +155,9 @@ class Batch:
     def with_empty_text(self) -> "Batch":
         """Return the batch with the empty prompt in place of every text; media conditions stay."""
         assert self.empty_text, "the batch was read without the empty prompt"
-        return replace(self, tensors={**self.tensors, **self.empty_text}, captions=("",) * len(self))
+        tensors = {**self.tensors, **self.empty_text}
+        count = len(self)
+        return replace(self, tensors=tensors, captions=("",) * count, has_empty_text=(True,) * count)
 
     def check(self, needed: Mapping[str, str], purpose: str) -> None:
         """Raise CacheError if a tensor is missing.

@@ -104,7 +104,7 @@ def told_media(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
     """
     tensors = batch.tensors
     if batch.view == CLIP:
-        return _whole_clip(tensors, latents)
+        return {**_whole_clip(tensors, latents), **_places(tensors)}
     keys: list[str] = []
     if batch.view == FIRST_LAST or (not batch.view and task == "fl2va"):
         keys = [key for key in in_order(tensors) if not key.startswith(REFERENCE)]
@@ -115,10 +115,12 @@ def told_media(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
     media = {key: _tensor(tensors, key) for key in keys}
     for key, found in media.items():
         _check_shape(batch, key, found, latents)
-    for key in (TARGET_INDEX, CONTROL_INDICES):
-        if key in tensors:
-            media[key] = _tensor(tensors, key)
-    return media
+    return {**media, **_places(tensors)}
+
+
+def _places(tensors: Conditions) -> dict[str, Tensor]:
+    """Return the places in time of a picture and its control images, if caches say them."""
+    return {key: _tensor(tensors, key) for key in (TARGET_INDEX, CONTROL_INDICES) if key in tensors}
 
 
 def _require(batch: Batch, task: str, keys: list[str], names: tuple[str, ...]) -> None:

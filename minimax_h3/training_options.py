@@ -29,6 +29,7 @@ _CAPTIONS = "captions are dropped by table. Give it caption_dropout_rate"
 _KEPT = "the model is kept by --blank_prior_weight, or by --h3_teacher_matching. Give one of these"
 _CHECKPOINTS = "all blocks are computed again, or none. Give --gradient_checkpointing"
 _PRUNED = "a file is read as it is, whole or pruned. Give minimax_h3_*_pruned_*.safetensors"
+_SCALES = "--fp8_base --fp8_scaled keeps a scale for each row of a weight. Leave it out"
 _COMPILING = "blocks are compiled by --compile and its own options. Give --compile, or leave it out"
 _MEANS = (
     "pictures and sound have a mean each, with weights of their own (--h3_video_loss_weight, "
@@ -170,10 +171,10 @@ class H3RefusedOptions(Options, title="not for this model"):
         refused={"bf16": "products of int8 weights are computed in int8, which is faster. Leave it out"},
     )
     h3_fp8_quantization_mode: str = option(
-        "weights in fp8 have a scale for each row (--fp8_scaled) or none (--fp8_base)",
+        "scales of weights in fp8 are chosen by --fp8_scaled",
         default="block",
-        one_of=("block",),
-        hint="--fp8_base --fp8_scaled keeps a scale for each row",
+        choices=("block",),
+        refused=dict.fromkeys(("channel", "tensor"), _SCALES),
     )
     h3_guidance_loss_form: str = option(
         "the target is u + scale (v - u)",

@@ -49,6 +49,8 @@ OUR_DEFAULTS = {
     # of ours, they say which they are
     ("qwen_image_21_train_network.py", "--network_module"),
     ("ltx2_train_network.py", "--sample_num_frames"),  # 8n + 1, as it is made
+    # ours says which it is; the dtypes of the files
+    *(("minimax_h3_train_network.py", f"--{name}") for name in ("network_module", "vae_dtype", "dit_dtype")),
     # follow --model_version, which leaves no choice there
     ("flux_2_generate_image.py", "--infer_steps"),
     ("flux_2_generate_image.py", "--guidance_scale"),
@@ -87,6 +89,15 @@ SPELLINGS = {
     **{(H3, "--first_frame"): "image_path", (H3, "--last_frame"): "end_image_path"},
     (H3_LATENTS, "--video_vae"): "vae",
     (H3_TEXTS, "--tokenizer"): "text_encoder_tokenizer",
+    **{
+        ("minimax_h3_train_network.py", f"--{name}"): dest
+        for name, dest in (
+            ("video_vae", "vae"),
+            ("tokenizer", "text_encoder_tokenizer"),
+            ("h3_audio_loss_weight", "audio_loss_weight"),
+            ("int8_convrot_base", "h3_convrot_int8"),
+        )
+    },
     **{(KREA, "--steps"): "infer_steps", (KREA, "--num-images"): "num_videos"},
 }
 PLACED = {(KREA, "prompt"): "--prompt"}  # what stands without a flag, and with ours

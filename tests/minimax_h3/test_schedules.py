@@ -68,7 +68,7 @@ def test_training_makes_sound_as_noisy_as_the_sampler_does() -> None:
     base = torch.tensor([0.1, 0.5, 0.9])
     pictures, sounds = (shift * base / (1 + (shift - 1) * base) for shift in (PICTURE_SHIFT, SOUND_SHIFT))
 
-    times = times_of_sound(Timesteps(pictures, 1000 * pictures), NOISE)
+    times = times_of_sound(Timesteps(pictures, 1000 * pictures, levels=base), NOISE)
 
     torch.testing.assert_close(times.sigmas, sounds, atol=1e-6, rtol=0)
     torch.testing.assert_close(times.timesteps, 1000 * sounds, atol=1e-3, rtol=0)
