@@ -54,9 +54,14 @@ def describe_set(model_set: ModelSet, folder: Path) -> list[str]:
     title = f"{model_set.family} {model_set.task}: {model_set.about}, released by {model_set.released_by}"
     total = f"  together {gigabytes(total_bytes(model_set.components))}"
     licences = describe_licences(model_set)
-    if any(component.licence.comes_first for component in model_set.components):
+    if excludes_many(model_set):
         return [*licences, "", title, *in_columns(rows), total]
     return [title, *in_columns(rows), total, "", *licences]
+
+
+def excludes_many(model_set: ModelSet) -> bool:
+    """Return whether a licence has to be said before anything else."""
+    return any(component.licence.comes_first for component in model_set.components)
 
 
 def describe_sets(sets: Iterable[ModelSet]) -> list[str]:

@@ -1,6 +1,7 @@
 """Read model files whose fused queries, keys and values have their rows by head: MiniMax-H3's shards."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ def with_stacked_rows(checkpoint: Checkpoint) -> Checkpoint:
     head_widths = _head_widths(checkpoint) if is_sharded(checkpoint.path) else {}
     if not head_widths:
         return checkpoint
-    stacked = _Stacked(checkpoint, head_widths)
+    stacked: Any = _Stacked(checkpoint, head_widths)
     return Checkpoint(checkpoint.path, {name: (stacked, name) for name in checkpoint.tensors}, [stacked])
 
 

@@ -539,8 +539,8 @@ def _cut_lokr(factors: Factors) -> Factors | None:
 
 
 def stack_rows(
-    path: Path, tensors: Mapping[str, Tensor], family: FamilyNames | None, stored: Iterable[str]
-) -> Mapping[str, Tensor]:
+    path: Path, tensors: dict[str, Tensor], family: FamilyNames | None, stored: Iterable[str]
+) -> dict[str, Tensor]:
     """Return a LoRA whose fused layers have all rows of q first, then k, then v.
 
     tensors: under our names. stored: names in the file; they show whether its program has the rows by head.
@@ -564,7 +564,7 @@ def stack_rows(
                 "this model.",
                 path,
             )
-        modules[name] = stacked
+        modules[name] = dict(stacked)
     return deltas.ungroup(modules)
 
 

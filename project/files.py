@@ -10,7 +10,7 @@ from dataset.config import load_dataset_config, with_lengths, with_references
 from dataset.sources.listing import find_sources
 from dataset.sources.media_source import LISTED, Fault, MediaSource, list_faults
 from downloads.catalogue import ModelSet
-from downloads.listing import gigabytes, print_lines, total_bytes
+from downloads.listing import describe_licences, excludes_many, gigabytes, print_lines, total_bytes
 from modules.atomic_write import write_text
 from modules.console import count_of, quiet
 from modules.errors import DatasetError, OutputError
@@ -80,7 +80,8 @@ def write_project(options: NewOptions) -> None:
             write_text(path, text)
 
     problems = find_problems(choice, dataset)
-    lines = _describe_choice(choice, model_choice.remarks)
+    lines = describe_licences(choice.model) if excludes_many(choice.model) else []
+    lines += _describe_choice(choice, model_choice.remarks)
     lines += _describe_captions(choice)
     lines += problems
     if options.dry_run:
