@@ -87,8 +87,8 @@ class H3LossOptions(Options, title="loss of pictures and sound"):
     def __post_init__(self) -> None:
         if not self.h3_video_loss_weight + self.sound_weight:
             raise OptionError(
-                "--h3_video_loss_weight 0 without a loss of sound: nothing would be learned. Give one of them "
-                "a weight"
+                "--h3_video_loss_weight 0 without a loss of sound: nothing would be learned. Give one of "
+                "them a weight"
             )
 
     @property

@@ -307,7 +307,7 @@ class TextWork:
     def _decode(self, source: MediaSource) -> DecodedMedia:
         """Read a source as it is encoded to latents. Raises MediaError if it cannot be used."""
         latent = self._family.latent
-        media = decode_source(
+        return decode_source(
             source,
             self._family.defaults.fps,
             latent.pixel_step,
@@ -315,7 +315,6 @@ class TextWork:
             keeps_alpha=latent.keeps_alpha,
             has_alpha=latent.has_alpha,
         )
-        return media
 
     def _submit(
         self,
