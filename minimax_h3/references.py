@@ -295,7 +295,7 @@ def check_references(references: Sequence[H3Reference]) -> None:
         raise OptionError(f"{len(references)} references: the model takes at most {MOST}. Leave some out")
     if not counts[IMAGE] and not counts[VIDEO]:
         raise OptionError(
-            "references of sound alone: the model needs a picture or a video with them. Name one, too"
+            "references of sound alone: the model needs a picture or a video with them. Give one"
         )
 
 

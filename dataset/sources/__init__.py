@@ -18,6 +18,7 @@ pairs: the worse one of each pair, by its name
 parquet: bounded reading of Parquet files, files in columns
 references: reference pictures: which, how large, what is wrong
 rows: turn rows of lists and tables into sources
+shown: references that a row shows with its clip
 sound: the sound of clips: its file, seconds, faults
 tables: sources of JSONL lists, tables and metadata JSON files
 tar_index: samples of a tar, kept for the next run

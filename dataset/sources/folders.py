@@ -13,7 +13,6 @@ from dataset.config_keys import IGNORE
 from dataset.sources.captions import captions_in, explain_captions, first_and_more, read_caption_file
 from dataset.sources.frames import files_by_stem, mask_suffixes
 from dataset.sources.media_source import Fault, MediaSource
-from dataset.sources.rows import find_sound_beside
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
@@ -85,6 +84,19 @@ def _sound_of(
     except DatasetError as error:
         faults.append(Fault(f"problems with the sound of {table.name}", str(error)))
         return None
+
+
+def find_sound_beside(clip: Path) -> tuple[Path, None] | None:
+    """Return the one file of sound that is named like a clip, next to it, if there is any.
+
+    Raises DatasetError if there are several.
+    """
+    paths = [clip.with_suffix(suffix) for suffix in sorted(SOUND_SUFFIXES)]
+    files = [path for path in paths if path.exists()]
+    if len(files) > 1:
+        names = " and ".join(path.name for path in files)
+        raise DatasetError(f"{clip}: {names} are sound of the same clip. Remove one.")
+    return (files[0], None) if files else None
 
 
 def _leave_out_bad_names(table: DatasetTable, paths: list[Path], faults: list[Fault]) -> list[Path]:

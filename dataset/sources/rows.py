@@ -14,7 +14,6 @@ from dataset.sources.captions import complete_captions, first_and_more, lines_of
 from modules.control_codes import shorten
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES
-from modules.media.opening import SOUND_SUFFIXES
 from modules.paths import address_identity, expand_path, hide_secrets, is_address, protocol_of, split_address
 from modules.text_files import bad_character
 
@@ -86,6 +85,8 @@ class RowReader:
         sound_path = values.get("audio_path") if self.table.kind == "video" else None
         sound = self._part("audio_path", sound_path, where)
         if sound is None and self.table.finds_sound and not source.origins:
+            from dataset.sources.folders import find_sound_beside  # few lists need it
+
             sound = find_sound_beside(source.path)
         if sound is not None:
             source = replace(source, sound=cast(tuple[Path, media_source.Remote | None], sound))
@@ -234,19 +235,6 @@ class RowReader:
             raise DatasetError(f"{where}: {name} = {_show(value)} is not a path in quotes")
         check_text(value, f"{where}: {name}")
         return self._locate(value, where)
-
-
-def find_sound_beside(clip: Path) -> tuple[Path, None] | None:
-    """Return the one file of sound that is named like a clip, next to it, if there is any.
-
-    Raises DatasetError if there are several.
-    """
-    paths = [clip.with_suffix(suffix) for suffix in sorted(SOUND_SUFFIXES)]
-    files = [path for path in paths if path.exists()]
-    if len(files) > 1:
-        names = " and ".join(path.name for path in files)
-        raise DatasetError(f"{clip}: {names} are sound of the same clip. Remove one.")
-    return (files[0], None) if files else None
 
 
 def make_source(
