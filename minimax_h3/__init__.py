@@ -1,7 +1,7 @@
 """MiniMax-H3, video with sound: read family.py first, then model.py.
 
 cache_marks: what caches of texts are for, and keys in them
-cached_texts: the text encoder as captions are cached: its tasks, and what teachers read
+cached_texts: how captions are cached: tasks, and what teachers read
 conditions: latents of keyframes and references, their noise and places
 cached_references: references of the rows of a dataset, for caches
 caching: what caches of latents hold, and how it is encoded
@@ -9,9 +9,9 @@ configs: dimensions of a transformer, noise, latents, the release
 dit_checkpoints: transformer files: what one is, order of fused rows, loading
 family: the model, described for the shared loops
 files: paths of a run, VAEs, Qwen3-VL with its own tokenizer
-model: the transformer: one sequence of pictures, sound, conditions and text
+model: the transformer: one sequence of pictures, sound and text
 names: what it is called everywhere, from the licence to tensors
-options: own options for generation
+options: own options for caching, training and generation
 places: positions on a clock that text, pictures and sound share
 presentation: what the text encoder sees in front of a prompt
 reference_options: options of keyframes and references
@@ -20,7 +20,7 @@ references: keyframes and references of a request, and their pixels
 released: statistics of latents, as numbers of the release
 sound: the VAE of sound, and its files
 training_inputs: conditions of a training, and what a teacher sees
-training_options: own options for training, and the known tuners' names of shared ones
+training_options: own options for training, names of known tuners
 vae_checkpoints: files of the video VAE: dialects, dimensions
 video_vae: the video VAE: pixels to latents and back
 video_vae_blocks: its layers, encoder and decoder

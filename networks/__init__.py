@@ -17,7 +17,7 @@ extracting: the low-rank change of a fine-tuned model
 factored: layers of LoHa and LoKr: products of factors
 flux_extract_lora: command: a LoRA from a fine-tuned FLUX.1 or Chroma
 flux_merge_lora: command: merge LoRAs of FLUX.1 or Chroma
-fused_rows: read shards whose queries, keys and values have rows by head in our order
+fused_rows: rows of fused weights, stacked or interleaved by head
 formats: names of the files that a training saves
 key_formats: dialects of tensor names: recognise, bring into ours
 leftovers: what a LoRA file holds that is not used

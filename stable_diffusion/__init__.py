@@ -2,7 +2,7 @@
 
 asking: requested pictures: variants, seeds and numbers settled
 assembling: load the checkpoint and all that acts on it
-attention: attention of a U-Net by the back end of a training
+attention: a U-Net's attention by the back end of training
 checkpoints: U-Net and VAE of a file: dimensions and names
 contract: records that the parts hand to each other
 control_net: add to the U-Net's features after guide images

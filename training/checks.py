@@ -12,6 +12,7 @@ import torch
 from torch.nn import Parameter
 
 from contract.family import Family, LearningEncoder, hears_sound, sound_of
+from contract.rules import INPUTS
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
 from modules.console import quiet
@@ -25,7 +26,7 @@ from networks.lora_settings import REG_RATES, read_rates
 from networks.options import OFT_MODULE, NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
-from networks.teacher_options import BASE, INPUTS, OTHER_DIT, TeacherOptions
+from networks.teacher_options import BASE, OTHER_DIT, TeacherOptions
 from running.offload.swap_plan import check_swap
 from training.data.live import LiveTexts
 from training.data.table_times import list_replaced

@@ -125,7 +125,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
 
 
 @dataclass(frozen=True)
-class _Counted:
+class _PictureCounts:
     """Numbers of the pictures of some tables; with repeats, except for `of_table`."""
 
     of_table: Mapping[int, int]  # by the table's index
@@ -134,7 +134,7 @@ class _Counted:
     bucket_info: dict[str, Any]
 
 
-def _count_pictures(items: Iterable[TrainingItem]) -> _Counted:
+def _count_pictures(items: Iterable[TrainingItem]) -> _PictureCounts:
     of_table: Counter[int] = Counter()
     buckets: Counter[tuple[int, int]] = Counter()
     totals = {False: 0, True: 0}  # by whether they are regularisation pictures
@@ -155,7 +155,7 @@ def _count_pictures(items: Iterable[TrainingItem]) -> _Counted:
     info: dict[str, Any] = {"buckets": rows}
     if differences:
         info["mean_img_ar_error"] = sum(differences) / len(differences)
-    return _Counted(of_table, totals[False], totals[True], info)
+    return _PictureCounts(of_table, totals[False], totals[True], info)
 
 
 def _picture_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingItem]) -> dict[str, Any]:
@@ -239,7 +239,7 @@ def _describe_datasets(
     ]
 
 
-def _describe_dataset(tables: Sequence[DatasetTable], counted: _Counted, tags: Tags) -> dict[str, Any]:
+def _describe_dataset(tables: Sequence[DatasetTable], counted: _PictureCounts, tags: Tags) -> dict[str, Any]:
     """Return the entry of one dataset. tables: its subsets."""
     described = [table.describe() for table in tables]
     first = _settings_of(tables[0])

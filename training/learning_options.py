@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from contract.rules import CLIP, FIRST_LAST, INPUTS, SUBJECT
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.option_values import int_or_float, read_literals
@@ -23,7 +24,7 @@ from modules.options import (
 )
 from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
 from networks.options import multipliers_for
-from networks.teacher_options import BASE, CLIP, FIRST_LAST, INPUTS, OTHER_DIT, SUBJECT
+from networks.teacher_options import BASE, OTHER_DIT
 
 logger = logging.getLogger(__name__)
 
