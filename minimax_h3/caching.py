@@ -188,7 +188,7 @@ class H3Caching:
             image_edge, video_edge = self.edges
             sizes = ReferenceSizes(image_edge, video_edge, step)
             (shown,) = media.shown
-            tensors |= encode_references(vae, sound_vae, shown, num_frames, sizes)
+            tensors |= encode_references(vae, sound_vae, shown, frames=num_frames, sizes=sizes)
         return tensors
 
     def _target_index(self, media: MediaBatch) -> int:

@@ -28,7 +28,17 @@ from minimax_h3.dit_checkpoints import FORMAT as FORMAT  # files.py has both in 
 from minimax_h3.dit_checkpoints import find_task, format_of
 from minimax_h3.dit_checkpoints import identify as identify
 from minimax_h3.options import FPS, H3ModelOptions, H3TextOptions, H3VaeOptions
-from minimax_h3.presentation import BEGIN, END, PAD, PADS, PICTURE_TAG, TEXT_TAG, USE, present
+from minimax_h3.presentation import (
+    BEGIN,
+    END,
+    PAD,
+    PADS,
+    PICTURE_TAG,
+    TEXT_TAG,
+    USE,
+    PresentedPiece,
+    present,
+)
 from minimax_h3.released import SOUND_MEAN
 from minimax_h3.sound import (
     CHANNELS,
@@ -130,13 +140,7 @@ class H3TextEncoder(LanguageModelEncoder):
         pads = [pad for pad in PADS if tokenizer.number(pad) in tokens.ids]
         if pads:
             raise MediaError(f"{pads[0]} stands for a picture. Leave it out of the prompt: {prompt.text}")
-        begin, pad, end = (self.find_token(tokenizer, token) for token in (BEGIN, PAD, END))
-        ids: list[int] = []
-        tags: list[int] = []
-        for piece in shown.pieces:
-            block = [begin, *[pad] * piece.tokens, end] if piece.tokens else tokenizer.read(piece.text).ids
-            ids += block
-            tags += [PICTURE_TAG if piece.tokens else TEXT_TAG] * len(block)
+        ids, tags = self._tokens_of(shown.pieces, tokenizer)
         in_front = len(ids)
         ids += tokens.ids
         tags += [TEXT_TAG] * len(tokens.ids)
@@ -146,12 +150,32 @@ class H3TextEncoder(LanguageModelEncoder):
                 "Give fewer or smaller references: --reference_image_short_edge, --reference_video_short_edge"
             )
         check_ids([ids], len(network.get_parameter(self.embedding)), self.path, self.source.files.option)
-        (conditions,) = self.compute(network, tokenizer, [ids], 0, [shown.pictures])
+        (conditions,) = self.compute(network, tokenizer, rows=[ids], dropped=0, pictures=[shown.pictures])
         conditions = {**conditions, TAGS: [torch.tensor(tags)]}
         if not prompt.spans:
             return conditions
         weights = weights_of(self.write(prompt), tokens.places)
         return self.weigh(conditions, [1.0] * in_front + weights)
+
+    def _tokens_of(
+        self, pieces: Sequence[PresentedPiece], tokenizer: TextTokenizer
+    ) -> tuple[list[int], list[int]]:
+        """Return the tokens of what is shown in front of a prompt, and the tag of each."""
+        begin = self.find_token(tokenizer, BEGIN)
+        pad = self.find_token(tokenizer, PAD)
+        end = self.find_token(tokenizer, END)
+        ids: list[int] = []
+        tags: list[int] = []
+        for piece in pieces:
+            if piece.tokens:
+                block = [begin, *[pad] * piece.tokens, end]
+                tag = PICTURE_TAG
+            else:
+                block = tokenizer.read(piece.text).ids
+                tag = TEXT_TAG
+            ids += block
+            tags += [tag] * len(block)
+        return ids, tags
 
 
 def sound_shape(channels: int, frames: int, fps: float) -> tuple[int, int, int]:

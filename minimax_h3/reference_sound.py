@@ -42,15 +42,26 @@ def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
     if rate == wanted:
         return samples.contiguous()
     shared = math.gcd(rate, wanted)
-    step, count = rate // shared, wanted // shared  # `count` new samples for each `step` old ones
+    step = rate // shared
+    count = wanted // shared  # new samples for each `step` old ones
+    filters = _low_pass_filters(step, count)
+    reach = (filters.shape[1] - step) // 2
+    padded = functional.pad(samples, (reach, reach + step))
+    resampled = functional.conv1d(padded.unsqueeze(1), filters.unsqueeze(1), stride=step)
+    in_order = resampled.mT.flatten(1)  # they were channels x count x S / step
+    length = math.ceil(count * samples.shape[1] / step)
+    return in_order[:, :length].contiguous()
+
+
+def _low_pass_filters(step: int, count: int) -> Tensor:
+    """Return the factors of the old samples around each new one: count x (2 reach + step), float32.
+
+    step: old samples in the time of `count` new ones.
+    """
     band = min(step, count) * ROLLOFF
     reach = math.ceil(CROSSINGS * step / band)  # old samples on each side that count
     old = torch.arange(-reach, reach + step, dtype=torch.float64) / step
     new = (torch.arange(count, dtype=torch.float32) / count).double()  # rounded, as released
     times = ((old - new[:, None]) * band).clamp(-CROSSINGS, CROSSINGS)
     window = torch.cos(times * math.pi / (2 * CROSSINGS)).square()
-    filters = (torch.sinc(times) * window * (band / step)).float()
-    padded = functional.pad(samples, (reach, reach + step))
-    made = functional.conv1d(padded.unsqueeze(1), filters.unsqueeze(1), stride=step)  # channels count S/step
-    length = math.ceil(count * samples.shape[1] / step)
-    return made.mT.flatten(1)[:, :length].contiguous()
+    return (torch.sinc(times) * window * (band / step)).float()

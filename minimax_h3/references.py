@@ -204,7 +204,9 @@ def _references_in_line(request: Request) -> Iterator[H3Reference]:
         row = parse_json(lines[number])
     except ValueError as error:
         raise OptionError(f"{where} is no JSON ({error})") from None
-    entries = row.get("references") if isinstance(row, dict) else None
+    entries = None
+    if isinstance(row, dict):
+        entries = row.get("references")
     if not isinstance(entries, list) or not entries:
         raise OptionError(
             f'{where} has no "references". Give a list that has them: [{{"type": "image", "path": ...}}]'
@@ -219,10 +221,14 @@ def _reference_in(where: str, file: Path, entry: Any) -> H3Reference:
         raise OptionError(f'{where}: each of "references" needs a file. Give it as "path"')
     sound = entry.get("audio_path", "")
     kind = entry.get("type", "")
-    if not isinstance(kind, str) or not (sound is None or isinstance(sound, str)):
+    is_sound_path = sound is None or isinstance(sound, str)
+    if not isinstance(kind, str) or not is_sound_path:
         raise OptionError(f'{where}: "type" or "audio_path" is no text. Give texts, or leave them out')
-    fields = {"type": kind} if kind else {}
-    fields |= {"audio": sound} if sound else {}
+    fields: dict[str, str] = {}
+    if kind:
+        fields["type"] = kind
+    if sound:
+        fields["audio"] = sound
     reference = _reference(where, entry["path"], fields)
     if sound is None and reference.kind == VIDEO:
         return H3Reference(VIDEO, reference.path)

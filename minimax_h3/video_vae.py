@@ -140,7 +140,7 @@ class H3VideoVae(nn.Module):
         return latents * self._of_channels(self.config.std) + self._of_channels(self.config.mean)
 
     def _of_channels(self, numbers: Sequence[float]) -> Tensor:
-        return torch.tensor(numbers, device=self.device).view(1, -1, 1, 1, 1)
+        return torch.tensor(numbers, device=self.device)[None, :, None, None, None]
 
     def _decode_clips(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the frames of each clip, without those that fade into the next one."""
@@ -150,7 +150,7 @@ class H3VideoVae(nn.Module):
             return
         size = config.clip_latents
         missing = -(latents.shape[2] + config.dropped) % size
-        padded = torch.cat([latents, latents[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+        padded = torch.cat([latents, *[latents[:, :, -1:]] * missing], dim=2)
         has_overlap = config.dropped > 0
         clips = (padded.shape[2] + config.dropped) // size - int(has_overlap)
         frames_left = self._num_frames(latents.shape[2])

@@ -125,12 +125,14 @@ def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadPictures:
     merge = config.spatial_merge_size
     step = config.patch_size * merge
     at_once = config.temporal_patch_size
-    height, width = resized_sides(frames.shape[0], (frames.shape[1], frames.shape[2]), limits, step, at_once)
+    size = (frames.shape[1], frames.shape[2])
+    height, width = resized_sides(len(frames), size, limits=limits, step=step, at_once=at_once)
     pixels = rearrange(frames, "f h w c -> f c h w").contiguous()
     if (height, width) != tuple(pixels.shape[2:]):
         pixels = functional.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
     colours = {**_tower_colours(tower), **limits.colours}
-    mean, std = (torch.tensor(colours[name], dtype=torch.float32).view(3, 1, 1) for name in COLOURS)
+    by_channel = [torch.tensor(colours[name], dtype=torch.float32) for name in COLOURS]
+    mean, std = (numbers.view(3, 1, 1) for numbers in by_channel)
     normalised = (pixels.float() - mean * 255) / (std * 255)
     missing = -len(normalised) % at_once
     normalised = torch.cat([normalised, normalised[-1:].expand(missing, -1, -1, -1)])
@@ -143,8 +145,9 @@ def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadPictures:
         ph=config.patch_size,
         pw=config.patch_size,
     )
+    num_pictures = len(normalised) // at_once
     sides = (height // step, width // step)
-    return ReadPictures(patches, (sides,) * (len(normalised) // at_once))
+    return ReadPictures(patches, (sides,) * num_pictures)
 
 
 def _tower_colours(tower: nn.Module) -> Mapping[str, Sequence[float]]:
@@ -177,10 +180,12 @@ def resized_sides(
     pixels = even_frames * math.prod(rounded)
     if pixels > most:
         scale = math.sqrt(frames * height * width / most)
-        lower = [max(step, math.floor(side / scale / step) * step) for side in (height, width)]
-        return lower[0], lower[1]
+        lower_height = math.floor(height / scale / step) * step
+        lower_width = math.floor(width / scale / step) * step
+        return max(step, lower_height), max(step, lower_width)
     if pixels < limits.fewest:
         scale = math.sqrt(limits.fewest / (frames * height * width))
-        upper = [math.ceil(side * scale / step) * step for side in (height, width)]
-        return upper[0], upper[1]
+        upper_height = math.ceil(height * scale / step) * step
+        upper_width = math.ceil(width * scale / step) * step
+        return upper_height, upper_width
     return rounded

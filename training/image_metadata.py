@@ -141,17 +141,19 @@ def _count_pictures(items: Iterable[TrainingItem]) -> _PictureCounts:
     differences: list[float] = []  # of width / height, between bucket and picture
     for item in items:
         table = item.table
-        width, height = item.bucket[0], item.bucket[1]
+        width = item.bucket[0]
+        height = item.bucket[1]
         of_table[table.index] += 1
         buckets[width, height] += table.num_repeats
         totals[table.is_reg] += table.num_repeats
         parsed = parse_latent_name(item.file_name, item.kind.tag, "image")
         if parsed is not None:
-            differences.append(abs(width / height - parsed.size[0] / parsed.size[1]))
-    rows = {
-        str(number): {"resolution": list(size), "count": count}
-        for number, (size, count) in enumerate(sorted(buckets.items()))
-    }
+            picture_width, picture_height = parsed.size
+            difference = width / height - picture_width / picture_height
+            differences.append(abs(difference))
+    rows: dict[str, dict[str, Any]] = {}
+    for number, size in enumerate(sorted(buckets)):
+        rows[str(number)] = {"resolution": list(size), "count": buckets[size]}
     info: dict[str, Any] = {"buckets": rows}
     if differences:
         info["mean_img_ar_error"] = sum(differences) / len(differences)
@@ -245,11 +247,11 @@ def _describe_dataset(tables: Sequence[DatasetTable], counted: _PictureCounts, t
     first = _settings_of(tables[0])
     buckets = tables[0].buckets
     names = {table.source.name for table in tables}
-    entry = {
-        key: value
-        for key, value in described[0].items()
-        if all(others.get(key) == value for others in described)
-    }
+    entry: dict[str, Any] = {}
+    for key, value in described[0].items():
+        is_common = all(subset.get(key) == value for subset in described)
+        if is_common:
+            entry[key] = value
     keys = ("batch_size_per_device", "enable_bucket", "min_bucket_reso", "max_bucket_reso")
     return entry | {
         "is_dreambooth": all(table.metadata_file is None for table in tables),

@@ -444,6 +444,20 @@ class Planning:
 
     def _check_foreign(self, path: Path, header: Entry, name: LatentName, bucket: Size, span: Span) -> None:
         """Raise OtherKind if a file without a record does not fit, as far as its header says."""
+        self._check_foreign_tensors(path, header)
+        for fact, value in self.recipe.latent.stated:
+            if header.metadata.get(fact, value) != value:
+                made_for = f"it was made for {fact} {header.metadata[fact]}"
+                raise OtherKind(f"{path}: {made_for}, this run has {value}")
+        if not (self.recipe.stores.skip_existing or self.store.is_shared):
+            raise OtherKind(f"{path}: it has no record of what it was made from")
+        grid = self._grid(name, bucket, span)
+        if grid not in header.grids:
+            stored = ", ".join(as_shape(stored) for stored in sorted(header.grids)) or "no latents"
+            raise OtherKind(f"{path}: it holds {stored}, this configuration writes {as_shape(grid)}")
+
+    def _check_foreign_tensors(self, path: Path, header: Entry) -> None:
+        """Raise OtherKind if a file without a record lacks a tensor that this run needs."""
         recipe, is_shared = self.recipe, self.store.is_shared
         if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
             raise OtherKind(f"{path}: it has no mask of the loss")
@@ -457,16 +471,6 @@ class Planning:
         for key in (INNER_SOUND, IS_HEARD) if recipe.latent.holds_sound else ():
             if key not in header.keys:
                 raise OtherKind(f"{path}: it has no {key}, which this model needs with every clip")
-        for fact, value in recipe.latent.stated:
-            if header.metadata.get(fact, value) != value:
-                made_for = f"it was made for {fact} {header.metadata[fact]}"
-                raise OtherKind(f"{path}: {made_for}, this run has {value}")
-        if not (recipe.stores.skip_existing or is_shared):
-            raise OtherKind(f"{path}: it has no record of what it was made from")
-        grid = self._grid(name, bucket, span)
-        if grid not in header.grids:
-            stored = ", ".join(as_shape(stored) for stored in sorted(header.grids)) or "no latents"
-            raise OtherKind(f"{path}: it holds {stored}, this configuration writes {as_shape(grid)}")
 
     def _grid(self, name: LatentName, bucket: Size, span: Span) -> tuple[int, ...]:
         """Return F, H, W of the latents of an item, or of its section."""
