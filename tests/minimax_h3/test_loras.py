@@ -20,12 +20,12 @@ from contract.loading import Placement
 from minimax_h3.configs import SOUND
 from minimax_h3.dit_checkpoints import load_dit
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.minimax_h3.test_generation import PROMPT, STEPS, generate, latents_in, pipeline
+from tests.minimax_h3.test_generation import PROMPT, STEPS, generate, latents_in
 from tests.minimax_h3.test_model import rows_of_sound
 from tests.minimax_h3.tiny_dit import SIZES, released, their_dit
 from tests.parity.running import assert_equal, relative_error
 from tests.tiny.language_models import DIM as TEXT_DIM
-from tests.tiny.minimax_h3 import TinyH3, write_tiny_h3
+from tests.tiny.minimax_h3 import TinyH3, their_pipeline, write_tiny_h3
 
 HEAD = 128  # the release's, which DiffSynth's order of rows depends on
 HEADS, DIM, FEED = 2, 192, 512  # in the release's proportions, by which models are told apart
@@ -370,7 +370,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> TinyH3:
 @pytest.fixture(scope="module")
 def expected(files: TinyH3) -> dict[str, Tensor]:
     """What diffusers' pipeline makes with the LoRA."""
-    pipe = pipeline(files)
+    pipe = their_pipeline(files)
     dit = MiniMaxH3Transformer3DModel(**{**SIZES, **CHANGES}).eval()
     dit.load_state_dict(their_dit(**CHANGES).state_dict())
     loaded(as_known(factors()))(dit)
