@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dataset.sources.listing import companions_now
 from modules.media.tracks import write_wav
 from modules.media.writing import write_video
 from tests.faults.messages import assert_one_message, run_here, succeed_here
@@ -31,10 +32,12 @@ class Way:
     training: Sequence[str] = ()
     generation: Sequence[str] = ()
     has_references: bool = False
+    has_pictures: bool = False  # instead of clips, with control pictures
 
 
 REFERENCES = ("--task", "ref2va", *EDGES)
 KEYFRAMES = ("--task", "fl2va")
+ONE_FRAME = (*KEYFRAMES, "--one_frame")
 # at all base times: both steps would be near its end, where the LoRA learns to change nothing
 MATCHING = ("--h3_teacher_matching", "--h3_teacher_condition_sigma_max", "1")
 WAYS = {
@@ -57,6 +60,16 @@ WAYS = {
         generation=["--ref", "style.png", "--ref", "motion.mkv", *EDGES],
         has_references=True,
     ),
+    "control pictures": Way(
+        ONE_FRAME,
+        KEYFRAMES,
+        training=ONE_FRAME,
+        generation=[
+            *("--one_frame_inference", "target_index=1,control_index=0"),
+            *("--condition_image", "style.png", "--video_length", "1"),
+        ],
+        has_pictures=True,
+    ),
 }
 DAILY = "keyframes"
 
@@ -73,20 +86,30 @@ def write_clip(path: Path, seed: int) -> None:
     path.with_suffix(".txt").write_text(f"square {seed} moves", encoding="utf-8")
 
 
-def write_project(folder: Path, has_references: bool = False) -> None:
-    """Two clips, one of them with sound; with references in a list: a picture and a clip."""
+def write_project(folder: Path, way: Way) -> None:
+    """Two clips, one of them with sound; with references in a list: a picture and a clip.
+
+    Control pictures have the names of the pictures that are made from them.
+    """
     for number in range(2):
         write_clip(folder / "clips" / f"{number}.mkv", number)
     write_wav(folder / "clips" / "0.wav", tone())
     write_image(folder / "style.png", 64, 64)
     write_clip(folder / "motion.mkv", 3)
     source = 'video_directory = "clips"'
-    if has_references:
+    if way.has_references:
         shown = [{"type": "image", "path": "style.png"}, {"type": "video", "path": "motion.mkv"}]
         write_rows(folder, shown)
         source = 'video_jsonl_file = "rows.jsonl"'
+    if way.has_pictures:
+        for name in ("pictures", "controls"):
+            (folder / name).mkdir()
+            write_image(folder / name / "a.png", 64, 64)
+        (folder / "controls" / "a.png").write_bytes((folder / "style.png").read_bytes())
+        (folder / "pictures" / "a.txt").write_text("a picture", encoding="utf-8")
+        source = 'image_directory = "pictures"\ncontrol_directory = "controls"'
     lines = ["[[datasets]]", source, 'cache_directory = "cache"', 'caption_extension = ".txt"']
-    lines += ["resolution = [64, 64]", "target_frames = [24]"]
+    lines += ["resolution = [64, 64]", *(["target_frames = [24]"] if not way.has_pictures else [])]
     (folder / "dataset.toml").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -101,7 +124,9 @@ def write_rows(folder: Path, shown: list[dict[str, object]]) -> None:
 def cache(folder: Path, files: TinyH3, way: Way) -> None:
     config = ["--dataset_config", "dataset.toml", "--device", "cpu"]
     vaes = ["--video_vae", str(files.video_vae), "--audio_vae", str(files.audio_vae)]
-    words = [*vaes, "--vae_dtype", "float32", "--allow_experimental_duration", *way.latents]
+    words = [*vaes, "--vae_dtype", "float32", *way.latents]
+    if not way.has_pictures:
+        words.append("--allow_experimental_duration")
     succeed_here("minimax_h3_cache_latents.py", *config, *words, folder=folder)
     text = ["--text_encoder", str(files.text_encoder), "--tokenizer", str(files.tokenizer)]
     words = [*text, "--text_encoder_dtype", "float32", *way.texts]
@@ -114,17 +139,18 @@ def train(folder: Path, files: TinyH3, way: Way) -> tuple[int, str]:
     words += ["--network_dim", "4", "--output_dir", "out", "--output_name", "lora", "--seed", "5"]
     words += ["--learning_rate", "1e-2", "--max_train_steps", "2"]
     words += ["--max_data_loader_n_workers", "0"]
+    companions_now.cache_clear()  # another process
     return run_here("minimax_h3_train_network.py", *words, *way.training, folder=folder)
 
 
 def generate(folder: Path, files: TinyH3, way: Way, *words: str) -> Tensor:
     """What is made, pictures and sound joined."""
     fixed = ["--prompt", "a square", "--seed", "7", "--infer_steps", "2", "--device", "cpu"]
-    fixed += ["--video_size", "32", "64", "--video_length", str(FRAMES), "--allow_experimental_duration"]
+    fixed += ["--video_size", "32", "64"]
+    if not way.has_pictures:
+        fixed += ["--video_length", str(FRAMES), "--allow_experimental_duration"]
     fixed += ["--save_path", "made", "--output_type", "latent"]
-    succeed_here(
-        "minimax_h3_generate_video.py", *files.words, *fixed, *way.generation, *words, folder=folder
-    )
+    succeed_here("minimax_h3_generate_video.py", *files.words, *fixed, *way.generation, *words, folder=folder)
     (path,) = (folder / "made").glob("*_latent.safetensors")
     made = load_file(path)
     path.unlink()
@@ -136,7 +162,7 @@ def generate(folder: Path, files: TinyH3, way: Way, *words: str) -> Tensor:
 )
 def test_a_lora_of_cached_clips_changes_what_is_made(tmp_path: Path, files: TinyH3, name: str) -> None:
     way = WAYS[name]
-    write_project(tmp_path, way.has_references)
+    write_project(tmp_path, way)
     if way.has_references:
         files = for_references(files, tmp_path)
 
@@ -144,9 +170,42 @@ def test_a_lora_of_cached_clips_changes_what_is_made(tmp_path: Path, files: Tiny
     code, said = train(tmp_path, files, way)
 
     assert code == 0, said[-4000:]
-    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "out" / "lora.safetensors").values())
+    assert all(
+        tensor.isfinite().all() for tensor in load_file(tmp_path / "out" / "lora.safetensors").values()
+    )
     plain = generate(tmp_path, files, way)
     changed = generate(tmp_path, files, way, "--lora_weight", "out/lora.safetensors")
     assert plain.isfinite().all()
     assert changed.isfinite().all()
     assert (changed - plain).abs().max() > 1e-4
+
+
+@pytest.mark.slow
+def test_references_that_changed_since_are_said(tmp_path: Path, files: TinyH3) -> None:
+    way = WAYS["references"]
+    write_project(tmp_path, way)
+    files = for_references(files, tmp_path)
+    cache(tmp_path, files, way)
+    clip = {"type": "video", "path": "motion.mkv", "audio_path": None}
+    write_rows(tmp_path, [{"type": "image", "path": "style.png"}, clip])
+
+    message = assert_one_message(*train(tmp_path, files, way))
+
+    assert (
+        "media was [['image', False], ['video', False]], is now [['image', False], ['video', True]]"
+        in message
+    )
+
+
+@pytest.mark.slow
+def test_other_frames_than_the_text_encoder_saw_are_said(tmp_path: Path, files: TinyH3) -> None:
+    way = WAYS["keyframes"]
+    write_project(tmp_path, way)
+    cache(tmp_path, files, way)
+    with (tmp_path / "dataset.toml").open("a", encoding="utf-8") as file:
+        file.write("\nmax_frames = 90\n")
+
+    message = assert_one_message(*train(tmp_path, files, way))
+
+    assert "clip was" in message
+    assert "'max_frames': 90" in message
