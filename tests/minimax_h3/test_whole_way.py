@@ -104,8 +104,7 @@ def write_project(folder: Path, way: Way) -> None:
     if way.has_pictures:
         for name in ("pictures", "controls"):
             (folder / name).mkdir()
-            write_image(folder / name / "a.png", 64, 64)
-        (folder / "controls" / "a.png").write_bytes((folder / "style.png").read_bytes())
+            write_image(folder / name / "a.png", 64 if name == "pictures" else 96, 64)
         (folder / "pictures" / "a.txt").write_text("a picture", encoding="utf-8")
         source = 'image_directory = "pictures"\ncontrol_directory = "controls"'
     lines = ["[[datasets]]", source, 'cache_directory = "cache"', 'caption_extension = ".txt"']
