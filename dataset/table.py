@@ -4,12 +4,12 @@ Standard library only.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from contract.rules import ReferenceRules
+from contract.rules import ReferenceRules, ShownMedium
 from dataset import config_keys as forms
 from dataset.config_keys import FRAMES, LATENTS, LEARNING, NOTHING, REFERENCES, SECTIONS, TEXTS, Stale, key
 from dataset.subset_options import SUBSET_KEYS
@@ -296,6 +296,20 @@ class DatasetTable:
             return {}
         return {"bucket": list(bucket), **self.changed(REFERENCES)}
 
+    def sight_settings(self, sees_clip: bool, shown: Iterable[ShownMedium] | None) -> dict[str, Any]:
+        """Return what decides what text encoders see of a clip and of the references in its row.
+
+        sees_clip: they see its frames. shown: the references, in their order; None: they see none of them.
+        The values are JSON.
+        """
+        settings: dict[str, Any] = {}
+        if sees_clip:
+            sizes = {"resolution": list(self.resolution), **self.changed(FRAMES), **self.changed(LATENTS)}
+            settings[CLIP] = sizes
+        if shown is not None:
+            settings[MEDIA] = [[medium.kind, medium.is_silent] for medium in shown]
+        return settings
+
     @property
     def stated_fps(self) -> float | None:
         return None if isinstance(self.source_fps, str) else self.source_fps
@@ -377,6 +391,8 @@ KEYS: Mapping[str, forms.TableKey] = {
 }
 # `mask` of a latent record: where the mask of its loss is from
 FROM_FILE, FROM_ALPHA = "file", "alpha"
+# in the settings of a text record: what its encoder saw besides the caption
+CLIP, MEDIA = "clip", "media"
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from dataset.config_keys import IGNORE, REFERENCES, SECTIONS, TEXTS, Stale
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK, SOUND_FILE, WORSE
-from dataset.table import FROM_ALPHA, FROM_FILE, defaults_of
+from dataset.table import CLIP, FROM_ALPHA, FROM_FILE, MEDIA, defaults_of
 from modules.console import count_of
 from modules.errors import CacheError
 from modules.option_values import as_shape
@@ -99,7 +99,8 @@ def text_faults(
     if not recorded and not is_shared:
         recorded = [{}]  # a file of ours without records was made with the usual keys, or by hand
     for recorded_settings in recorded:
-        changed = difference({**defaults, **recorded_settings}, settings)
+        now = {**settings, **_sight_now(item, recorded_settings)}
+        changed = difference({**defaults, **recorded_settings}, now)
         if changed is not None:
             yield f"{changed} in {table.name}"
     yield from _seen_reference_faults(item, records)
@@ -107,12 +108,27 @@ def text_faults(
         return
     for record in records.values():
         folders = [table.control_directory] * len(record.references)
+        if CLIP in record.settings:
+            folders[0] = table.directory  # of the clip itself, or of the picture
         file = checks.changed_file(folders, record.references)
         if file is not None:
             yield f"{file} has changed since its encoder saw it"
         if record.file is not None:
             path = table.directory / record.file.name
             yield from _caption_faults(path, number, record=record, table=table, checks=checks)
+
+
+def _sight_now(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what text encoders would see of an item now, of what settings of a record say that they saw.
+
+    If the sources are gone, its media are those of the record.
+    """
+    companions = _companions_now(item) if MEDIA in recorded else None
+    media = None if companions is None else companions.shown
+    settings = item.table.sight_settings(sees_clip=CLIP in recorded, shown=media)
+    if MEDIA in recorded and companions is None:
+        settings[MEDIA] = recorded[MEDIA]
+    return settings
 
 
 def _caption_faults(

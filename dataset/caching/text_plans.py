@@ -15,7 +15,7 @@ from dataset.cache.records import TextRecord, difference, is_unchanged, text_rec
 from dataset.cache.store import Stores
 from dataset.caching.prefetch import MANY, map_ahead
 from dataset.config import DatasetTable
-from dataset.config_keys import FRAMES, LATENTS, TEXTS
+from dataset.config_keys import TEXTS
 from dataset.sources.colours import references_otherwise
 from dataset.sources.decoding import fit_of
 from dataset.sources.media_source import MediaSource, Origin, pause_collection
@@ -102,7 +102,8 @@ def _files_of_table(
         if sight != BLIND:
             shown_source = source
             pictures = (*pictures, *_seen_files(source, sight))
-            settings = {**settings, **_sight_settings(source, sight)}
+            media = source.shown if sight.media else None
+            settings = {**settings, **table.sight_settings(sees_clip=sight.clip, shown=media)}
         if len(captions) > 1:
             settings = {**settings, "captions": len(captions)}
         for number, caption in enumerate(captions):
@@ -157,21 +158,6 @@ def _seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Origin |
         return files
     paths = (path for medium in source.shown for path in (medium.path, medium.sound) if path is not None)
     return (*files, *((path, None) for path in paths))
-
-
-def _sight_settings(source: MediaSource, sight: Sight) -> dict[str, Any]:
-    """Return what decides which frames an encoder sees, in which size, and which media of its row."""
-    settings: dict[str, Any] = {}
-    table = source.table
-    if sight.clip:
-        settings["clip"] = {
-            "resolution": list(table.resolution),
-            **table.changed(FRAMES),
-            **table.changed(LATENTS),
-        }
-    if sight.media:
-        settings["media"] = [[medium.kind, medium.is_silent] for medium in source.shown]
-    return settings
 
 
 def _seen_settings(source: MediaSource) -> dict[str, Any]:

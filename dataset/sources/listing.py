@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from contract.rules import ShownMedium
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.sources.captions import NOT_UTF8, describe_encoding, explain_captions, read_caption
 from dataset.sources.folders import list_table_folder, log_lone_controls
@@ -134,6 +135,7 @@ class CompanionCounts(NamedTuple):
     num_controls: int
     num_references: int
     has_mask: bool
+    shown: tuple[ShownMedium, ...]  # `references` of its row
 
 
 @functools.lru_cache(maxsize=64)
@@ -151,6 +153,7 @@ def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
             num_controls=len(source.control),
             num_references=len(source.references),
             has_mask=source.mask is not None,
+            shown=source.shown,
         )
         for source in sources
     }
