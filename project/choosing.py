@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from contract.families import with_scripts
-from contract.family import hears_sound, knows_few_steps
+from contract.family import knows_few_steps, sound_of
 from contract.few_steps import FewSteps
 from dataset.options import read_latent_caching
 from downloads.catalogue import ModelSet, family_page, family_title, further_name, model_sets
@@ -40,6 +40,7 @@ class ModelFacts:
     references: int  # most pictures that one is made from; 0: it does not edit
     needs_reference: bool  # it only edits
     hears: bool  # it learns the sound of clips
+    pairs_sounds: bool  # it finds the sound file with the name of a clip, and learns clips without sound too
     learns_clips: bool  # False: it learns pictures alone
     learns_sounds: bool  # it also learns sounds without clips
     regularises: bool  # it also learns regularisation pictures, of the class
@@ -64,14 +65,16 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
     references = 0 if rules is None or rules.clips else rules.most
     options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
     dits = [Path(files[name]) for name in options if name in files]
-    try:
-        hears = hears_sound(family)
-    except UserError:  # a family that cannot tell without a file is one that hears
-        hears = True
+    hears, pairs_sounds = True, False
+    with contextlib.suppress(UserError):  # a family that cannot tell without a file is one that hears
+        sound = sound_of(family)
+        hears = sound is not None
+        pairs_sounds = sound is not None and sound.is_inside
     return ModelFacts(
         references=references,
         needs_reference=needs_picture(model) and references > 0,
         hears=hears,
+        pairs_sounds=pairs_sounds,
         learns_clips=model.data["frames"] > 1,
         learns_sounds="sound_alone" in model.data,
         regularises=bool(model.data.get("regularises")),

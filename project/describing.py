@@ -16,7 +16,7 @@ from typing import Any
 
 from checkpoints.opening import checkpoint_paths
 from contract.requests import COUNTS, VALUES
-from downloads.catalogue import ModelSet
+from downloads.catalogue import Component, ModelSet
 from modules.control_codes import drop_control_codes
 from modules.errors import OptionError
 from modules.media.lengths import USUAL_LENGTHS, ClipLengths
@@ -146,17 +146,27 @@ def choose_frames(model: ModelSet, media: list[Media], memory: float) -> int:
     lengths = lengths_of(model)
     timed = [item for item in media if item.seconds is not None and usual > 1]
     counts = sorted(count_frames(clip, model) for clip in timed)
-    if not counts or counts[-1] < lengths.shortest:
+    if not counts or counts[-1] < shortest_clip(model):
         return 1
     most = usual
     if memory >= LARGE and lengths == USUAL_LENGTHS:
         most = 2 * usual - 1
     reached = min(most, counts[len(counts) // 4])
-    return max(lengths.fit(reached), lengths.shortest)
+    return max(lengths.fit(reached), shortest_clip(model))
 
 
 def lengths_of(model: ModelSet) -> ClipLengths:
     return ClipLengths(model.data.get("frame_step", 4), model.data.get("first_frames", 1))
+
+
+def shortest_clip(model: ModelSet) -> int:
+    """Return the frames of the shortest clip that a model learns."""
+    return int(model.data.get("least_frames", lengths_of(model).shortest))
+
+
+def learns_stills_of_clips(model: ModelSet) -> bool:
+    """Return whether a single frame of a clip is learned like a picture."""
+    return not model.data.get("from_image", False) and "least_frames" not in model.data
 
 
 def count_frames(clip: Media, model: ModelSet) -> int:
@@ -174,20 +184,17 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
 
     Raises OptionError if a file is given for an unknown option, or does not exist.
     """
-    files: dict[str, Path] = {}
-    for part in model.components:
-        name = (part.option or "").lstrip("-")
-        if name:
-            files[name] = options.models / part.path
+    parts = {part.option.lstrip("-"): part for part in model.components if part.option}
+    files = {name: options.models / part.path for name, part in parts.items()}
     for name, text in typed_files(options).items():
         if name not in files or not text:
             raise OptionError(f"--model_file {name}={text}: give NAME=PATH with one of {', '.join(files)}")
-        files[name] = _require_typed_file(name, text)
+        files[name] = _require_typed_file(name, text, parts[name])
     # links are not followed: in the hub's cache the name that says what a file is belongs to the link
     return {name: path.absolute().as_posix() for name, path in files.items()}
 
 
-def _require_typed_file(name: str, text: str) -> Path:
+def _require_typed_file(name: str, text: str, part: Component) -> Path:
     """Return the path that --model_file gives. Raises OptionError if there is no such file."""
     path = Path(text).expanduser()
     if not path.exists():
@@ -195,7 +202,9 @@ def _require_typed_file(name: str, text: str) -> Path:
             f"--model_file {name}={text}: there is no such file.{explain_missing(path)} Correct the path, or "
             "leave it out to take the file that tools/download.py brings"
         )
-    if path.is_dir() and not any(path.glob("*/*.safetensors")):
+    names = {Path(file.name).name for file in part.files}
+    is_of_part = any((path / file).is_file() for file in names)  # such as a tokenizer, which has no weights
+    if path.is_dir() and not is_of_part and not any(path.glob("*/*.safetensors")):
         checkpoint_paths(path)  # raises if no file of it is the one
     return path
 
@@ -210,14 +219,16 @@ def describe_dataset(choice: Choice) -> str:
     clip_keys = _clip_keys(choice)
     folders_and_kinds = dict.fromkeys((item.path.parent, item.kind) for item in choice.media)
     for place, kind in folders_and_kinds:
-        if from_image and (kind != "video" or choice.frames == 1):
+        if from_image and kind != "video":
+            continue
+        if kind == "video" and choice.frames == 1 and not learns_stills_of_clips(choice.model):
             continue
         keys = _folder_keys(choice, place, kind)
         if kind == "video":
             keys |= clip_keys
         lines += ["", *_toml_table("[[datasets]]", keys)]
     if "[[datasets]]" not in lines:
-        least = lengths_of(choice.model).shortest / data["fps"]
+        least = shortest_clip(choice.model) / data["fps"]
         raise OptionError(
             f"--task {choice.model.task} learns from clips of at least {least:.1f} seconds, and "
             f"{choice.options.folder} has none. Choose another --family or --task."
@@ -265,7 +276,7 @@ def _general_keys(choice: Choice) -> dict[str, Any]:
 def _clip_keys(choice: Choice) -> dict[str, Any]:
     """Return the keys that say which frames are cut from clips."""
     frames = choice.frames
-    single_length = frames == 1 or choice.model.data.get("from_image", False)
+    single_length = frames == 1 or not learns_stills_of_clips(choice.model)
     keys: dict[str, Any] = {
         "target_frames": [frames] if single_length else [1, frames],
         "frame_extraction": "head",

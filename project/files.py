@@ -290,7 +290,11 @@ def _describe_lengths(choice: describing.Choice) -> list[str]:
         lines.append(f"{name_some(short)}: shorter than {frames} frames (at {fps} a second)")
     if clips and frames == 1:
         names = name_some([clip.path for clip in clips])
-        lines.append(f"{names}: too short for a clip of this model, which learns their first frame")
+        learned = "which learns their first frame"
+        if not describing.learns_stills_of_clips(model):
+            least = describing.shortest_clip(model)
+            learned = f"which learns nothing of less than {least} frames (at {model.data['fps']} a second)"
+        lines.append(f"{names}: too short for a clip of this model, {learned}")
     pictures = [item.path for item in choice.media if item.kind == "image"]
     if pictures and model.data.get("from_image"):
         lines.append(f"{name_some(pictures)}: pictures, of which this model learns nothing")

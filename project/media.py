@@ -784,7 +784,8 @@ def _require_media(
         )
     if facts.needs_reference and not content.references:
         raise DatasetError(_layout(folder, name, content.media) + remarks)
-    if facts.hears and not has_sounds and not any(map(_has_sound, content.media)):
+    needs_sound = facts.hears and not facts.pairs_sounds
+    if needs_sound and not has_sounds and not any(map(_has_sound, content.media)):
         raise DatasetError(
             f"{folder} has no sound, and {name} learns sound. Give clips that have some{instead}.{remarks}"
         )

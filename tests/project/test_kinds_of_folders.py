@@ -89,6 +89,16 @@ def write_sounds(folder: Path) -> None:
         (folder / f"bell {number}.txt").write_text(f"a bell, {number} times", encoding="utf-8")
 
 
+def write_heard(folder: Path) -> None:
+    """Write clips of five seconds and more, with sound; the first one has it in a file of its name."""
+    folder.mkdir(parents=True)
+    for number in range(2):
+        track = Track(at=(0.5,), seconds=5.5)
+        write_media(folder / f"bell {number}.mp4", *[track] * number, frames=130, fps=24)
+        (folder / f"bell {number}.txt").write_text(f"a bell rings on a wall, {number}", encoding="utf-8")
+    write_media(folder / "bell 0.wav", Track(at=(1.5,), codec="pcm_s16le", seconds=5.5), frames=0)
+
+
 def write_nested(folder: Path) -> None:
     write_photos(folder / "day one")
     write_clips(folder / "day two", count=2, frames=60, width=64, height=64)
@@ -106,23 +116,37 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "nested": write_nested,
     "no captions": lambda folder: write_photos(folder, captions=False),
     "sounds": write_sounds,
+    "heard": write_heard,
 }
 NEEDS_PAIRS = {"qwen_image edit-2511", "krea2 edit", "flux_kontext dev"}
 NEEDS_CLIPS = {"wan i2v-14B-480p", "wan flf2v-14B", "skyreels i2v", "framepack i2v"}
 HEARS = {"ltx_2 av", "ltx_25 v"}
+NEEDS_SECONDS = {"minimax_h3 t2va", "minimax_h3 fl2va"}  # five: more than most clips here have
+
+
+def usual_kind(name: str) -> str:
+    """Return a kind of folder that a model learns from."""
+    if name in NEEDS_SECONDS:
+        return "heard"
+    return "pairs" if name in NEEDS_PAIRS else "mixed"
+
+
 # pairs that are tried each day: all kinds with two families, all families with one kind
 DAILY = {(name, kind) for name in ("wan t2v-1.3B", "z_image turbo") for kind in KINDS}
-DAILY |= {(name, "pairs" if name in NEEDS_PAIRS else "mixed") for name in MODELS}
+DAILY |= {(name, usual_kind(name)) for name in MODELS}
+DAILY.add(("minimax_h3 t2va", "mixed"))  # pictures alone, as its clips are too short
 
 
 def takes(name: str, kind: str) -> bool:
     if kind == "sounds":
         return name in HEARS
-    if name == "ltx_2 av":  # it learns sound, and no clip here has any
-        return False
+    if name == "ltx_2 av":  # it learns sound
+        return kind == "heard"
+    if name in NEEDS_SECONDS:
+        return kind == "heard" or (name.endswith("t2va") and kind != "clips")
     if name in NEEDS_PAIRS:
         return kind == "pairs"
-    return name not in NEEDS_CLIPS or kind in {"clips", "mixed", "nested"}
+    return name not in NEEDS_CLIPS or kind in {"clips", "mixed", "nested", "heard"}
 
 
 def describe(name: str, kind: str, models: Path, place: Path, *more: str) -> Path:
@@ -175,7 +199,7 @@ def test_run_takes_what_new_writes(
 
 
 POCKET = "pocket wan"
-SLOW_WAYS = [(name, "pairs" if name in NEEDS_PAIRS else "mixed") for name in MODELS if name != "ltx_2 av"]
+SLOW_WAYS = [(name, usual_kind(name)) for name in MODELS if name != "ltx_2 av"]
 SLOW_WAYS += [
     ("ltx_2 av", "sounds"),
     ("z_image turbo", "kohya"),

@@ -13,6 +13,7 @@ from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_image import write_tiny_hunyuan_image
 from tests.tiny.krea2 import write_tiny_krea2
 from tests.tiny.lumina import write_tiny_lumina
+from tests.tiny.minimax_h3 import write_tiny_h3
 from tests.tiny.qwen_image import write_tiny_qwen_image
 from tests.tiny.stable_diffusion import write_tiny_stable_diffusion
 from tests.tiny.wan import write_tiny_wan
@@ -31,6 +32,13 @@ LTX_25 = {
     "ltx2_text_encoder_checkpoint": "text.safetensors",
     "ltx2_video_vae": "video vae.safetensors",
     "ltx2_audio_vae": "audio vae.safetensors",
+}
+H3 = {
+    "dit": "minimax_h3_fl2va_bf16.safetensors",
+    "video_vae": "minimax_h3_video_vae.safetensors",
+    "audio_vae": "minimax_h3_audio_vae.safetensors",
+    "text_encoder": "text/qwen3vl.safetensors",
+    "tokenizer": "tokenizer",
 }
 # family and task -> what writes its files into a folder, and the files by option
 MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
@@ -51,6 +59,8 @@ MODELS: dict[str, tuple[Writer, dict[str, str]]] = {
     "krea2 edit": (write_tiny_krea2, PICTURES),
     "ltx_2 av": (write_release, {"ltx2_checkpoint": "ltx 2.3.safetensors", "gemma_root": "gemma"}),
     "ltx_25 v": (partial(write_release, version="2.5"), LTX_25),
+    "minimax_h3 t2va": (write_tiny_h3, H3),
+    "minimax_h3 fl2va": (write_tiny_h3, H3),
     "flux dev": (write_tiny_flux, FLUX | {"clip_l": "clip_l.safetensors"}),
     "flux_kontext dev": (
         write_tiny_flux,
