@@ -227,6 +227,22 @@ def test_what_is_not_built_is_refused_by_name(folder: Path, words: list[str], re
     assert "Traceback" not in process.stderr
 
 
+@pytest.mark.slow
+def test_pndm_makes_samples_of_four_steps_and_more(folder: Path) -> None:
+    model = write_sdxl(folder)
+    files = ["--pretrained_model_name_or_path", model, "--dataset_config", "dataset.toml", *STEPS]
+    samples = ["--sample_prompts", "samples.txt", "--sample_every_n_steps", "2", "--sample_sampler", "pndm"]
+
+    process = run_script("sdxl_train_network.py", *files, *samples, folder=folder, check=False)
+
+    assert process.returncode == 2
+    assert "--s 3: the sampler pndm begins with 4 steps of another kind" in process.stderr
+    assert "Traceback" not in process.stderr
+    (folder / "samples.txt").write_text(LINE.replace("--s 3", "--s 4"), encoding="utf-8")
+    train(folder, "sdxl_train_network.py", model, "--output_name", "lora", *samples)
+    assert [*(folder / "output" / "sample").glob("lora_000002_00_*.png")]
+
+
 def test_checkpoints_of_another_kind_name_the_script_that_trains_them(folder: Path) -> None:
     files = ["--dataset_config", "dataset.toml", *STEPS, "--output_name", "lora"]
     option = "--pretrained_model_name_or_path"
