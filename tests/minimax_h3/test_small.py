@@ -4,6 +4,7 @@ import json
 import math
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from minimax_h3.model import H3Model
 from tests.commands import run_script
 from tests.faults.messages import succeed_here
 from tests.manifests import WIDTHS, tensor_list, write_hollow
+from tests.minimax_h3.test_training import CLIPS, Project
 from tests.minimax_h3.tiny_dit import released, their_dit
 from tests.tiny.minimax_h3 import TinyH3, write_tiny_h3, write_tokenizer
 
@@ -203,3 +205,34 @@ def gib_of(said: str, row: str) -> tuple[float, float]:
     found = re.search(rf"^ *{row} +([\d.]+)(?: +([\d.]+))?", said, re.MULTILINE)
     assert found is not None, said
     return float(found[1]), float(found[2] or 0)
+
+
+def test_an_int8_file_is_trained_on(tmp_path: Path, files: TinyH3) -> None:
+    """With nearly the losses of its values, a clip held out, and four modules of each block."""
+    project = Project(tmp_path)
+    project.cache(CLIPS)
+    run = ["--output_dir", "out", "--learning_rate", 1e-4, "--seed", 5, "--max_data_loader_n_workers", 0]
+    run += ["--max_train_steps", 2, "--validation_split", 0.5, "--validate_every_n_steps", 1]
+    for name, dit in (("plain", files.dit), ("int8", rounded_of(files))):
+        project.train("--dit", dit, *run, "--output_name", name)
+
+    assert project.losses("int8") == pytest.approx(project.losses("plain"), rel=0.03)
+    assert len(project.losses("int8")) >= 2
+    saved = project.saved("int8")
+    assert len(saved) == 3 * 4 * WIDTHS_OF_GROUPS["num_layers"]
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+@pytest.mark.slow
+def test_training_with_48_blocks_in_host_memory_is_planned_on_16_gib(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    project.cache([replace(clip, text=torch.zeros(len(clip.text), 5120)) for clip in CLIPS])
+    write_hollow(tmp_path / "dit.safetensors", tensor_list("minimax-h3-dit"))
+    memory = ["--mixed_precision", "bf16", "--gradient_checkpointing", "--blocks_to_swap", "48"]
+    words = [*project.words, "--output_dir", "out", "--output_name", "lora", *memory, "--plan", "16"]
+
+    said = run_script("minimax_h3_train_network.py", *words, folder=tmp_path).stdout
+
+    assert gib_of(said, "weights of the transformer")[0] < 5
+    assert "48 blocks swapped" in said
+    assert "Fits" in said

@@ -106,7 +106,8 @@ class Rehearsal:
             route_of=self.route_of,
         )
         autocast = autocast_of(self.options, self.ledger.device)
-        loss = training_loss(self.family, self.dit, noisy_batch, autocast=autocast, rule=rule)
+        with self.ledger.guessing():  # families may read noise levels, whose values change no sizes
+            loss = training_loss(self.family, self.dit, noisy_batch, autocast=autocast, rule=rule)
         self.ledger.is_backward = True
         self.ledger.enter("backward outside the blocks")
         # optimizers may read numbers
