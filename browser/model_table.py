@@ -43,7 +43,8 @@ def describe_kind(model: ModelSet) -> str:
         return "edits"
     if model.data["frames"] == 1:
         return "pictures and edits" if "edits" in model.about else "pictures"
-    hears = "sound_alone" in model.data and "without sound" not in model.about
+    hears = "with sound" in model.about
+    hears = hears or ("sound_alone" in model.data and "without sound" not in model.about)
     return "clips and sound" if hears else "clips"
 
 

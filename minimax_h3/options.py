@@ -39,7 +39,7 @@ NAME = "MiniMax-H3"
 FPS = 24.0  # of all clips
 SIZE = (1344, 768)  # height and width where nothing is said, as in the known tuner
 FRAMES, LEAST_FRAMES, MOST_FRAMES = 124, 124, 345  # 5 to 15 seconds
-TASKS = ("t2va", "fl2va", "ref2va")
+TASK_NAMES = ("t2va", "fl2va", "ref2va")
 STEPS = 30
 CLIP, LAST_FRAMES = 17, 5  # frames that are encoded together, and behind the last ones of these
 MOST_RATIO = 4  # of the sides of keyframes and references, and the other way round
@@ -181,7 +181,7 @@ class H3LatentCachingOptions(Options, title=NAME):
     task: str | None = option(
         "what a clip is made from: t2va, a text; fl2va: also its first and last frame; ref2va: references of "
         "its row in a list. Default: t2va",
-        choices=TASKS,
+        choices=TASK_NAMES,
         often=True,
     )
     vae: H3VaeOptions
