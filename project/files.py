@@ -234,10 +234,13 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
     few_steps = choice.facts.few_steps
     if few_steps is not None:
         subject = "It" if choice.facts.contradiction else choice.model_name
+        # a family of distilled models alone has nothing else to train
+        taking = "Take" if few_steps.is_certain else f"{few_steps.instead}. Or take"
+        kept = "it" if few_steps.is_certain else "them"
         lines.append(
             f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}. "
-            f"{few_steps.instead}. Or take the comment signs from the lines of a target that "
-            f"keeps them, in [training] of {RUN_FILE}"
+            f"{taking} the comment signs from the lines of a target that keeps {kept}, in [training] of "
+            f"{RUN_FILE}"
         )
     references = choice.content.references
     lines += [f"{place}: made from {source}" for place, source in references.items()]

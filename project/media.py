@@ -13,6 +13,7 @@ from typing import Literal
 from dataset.sources.captions import caption_path, describe_encoding, read_caption_file
 from dataset.sources.folders import ControlFolder
 from dataset.sources.left_out import FOLDERS_OF_RUNS, NO_MEDIA
+from dataset.sources.rows import find_sound_beside
 from dataset.subsets import FolderName, read_folder_name
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
@@ -483,6 +484,8 @@ def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
 
 def _add_sounds(content: FolderContent, sounds: Sequence[Path], facts: ModelFacts) -> None:
     """Take sounds if there is nothing else and the model learns sounds alone; else add a line about them."""
+    if facts.pairs_sounds:
+        sounds = [path for path in sounds if not any(_is_named_like(path, clip) for clip in content.media)]
     if not sounds:
         return
     if content.media or not facts.learns_sounds:
@@ -715,6 +718,8 @@ def _describe_odd(content: FolderContent, facts: ModelFacts) -> list[str]:
         )
     if facts.hears:
         silent = [item.path for item in visible if item.is_clip and _is_silent(item.path)]
+        if facts.pairs_sounds:
+            silent = [path for path in silent if find_sound_beside(path) is None]
         if silent:
             lines.append(f"{name_some(silent)}: without sound: learned silent")
     return lines + _describe_equal(content.media)
@@ -789,6 +794,10 @@ def _require_media(
         raise DatasetError(
             f"{folder} has no sound, and {name} learns sound. Give clips that have some{instead}.{remarks}"
         )
+
+
+def _is_named_like(sound: Path, medium: Media) -> bool:
+    return medium.is_clip and sound.with_suffix("") == medium.path.with_suffix("")
 
 
 def _has_sound(medium: Media) -> bool:

@@ -115,7 +115,9 @@ def test_a_model_keeps_what_its_command_fixes(model: ModelSet, tmp_path: Path) -
         assert (switch in wish.session_words) == (switch in typed)
     assert not {"start.png", "end.png", "control.mp4"}.intersection(words)
     examples = {"--image_path": "start", "--end_image_path": "end", "--control_path": "control"}
+    examples |= {"--first_frame": "start", "--last_frame": "end"}
     examples |= {"--src_video": "control", "--control_image_path": "references"}
+    examples |= {"--first_frame": "start", "--last_frame": "end"}
     assert {*recipe.needed} == {name for flag, name in examples.items() if flag in typed}
     assert recipe.missing  # no file is there
     assert "--interactive" in wish.session_words

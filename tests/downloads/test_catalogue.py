@@ -36,7 +36,7 @@ from tests.manifests import WIDTHS, tensor_list
 from tests.test_docs import PAGES
 from training.image_options import read_image_training
 from training.noise_options import SAMPLERS, SHIFTED_LOGIT
-from training.options import read_training
+from training.options import TrainerChanges, read_training
 from wan.configs import TASKS
 from wan.family import Wan
 from wan.files import WanFiles
@@ -66,7 +66,11 @@ def _readers() -> dict[str, Callable[[list[str]], Any]]:
         record, module = entry.options_record("Training"), importlib.import_module(training)
         images = hasattr(module, "DEFAULTS")  # it follows the image guides
         defaults = (module.DEFAULTS,) if images else ()
-        read = read_image_training if images else functools.partial(read_training, settings=ALL_SAMPLERS)
+        read = (
+            read_image_training
+            if images
+            else functools.partial(read_training, changes=TrainerChanges(settings=ALL_SAMPLERS))
+        )
         found[f"{training}.py"] = functools.partial(read, "", record, *defaults)
         if entry.generator:
             continue

@@ -580,6 +580,24 @@ def test_a_file_of_another_model_is_refused(name: str, models: Path, tmp_path: P
     assert not (tmp_path / "set" / "dataset.toml").exists()
 
 
+def test_the_sound_file_of_a_clip_is_its_sound(tmp_path: Path) -> None:
+    """MiniMax-H3 finds it by its name; LTX-2 needs a key for it."""
+    write_heard(tmp_path / "a")
+    said = new(tmp_path / "a", model="minimax_h3 t2va")
+    assert "bell 0" not in said.replace("bell 0.mp4, bell 1.mp4: tiny", "")
+    write_media(tmp_path / "a" / "noise.wav", Track(codec="pcm_s16le"), frames=0)
+    (tmp_path / "a" / "bell 0.wav").unlink()
+    said = new(tmp_path / "a", "--overwrite", model="minimax_h3 t2va")
+    assert "noise.wav: left out, this kind is not read" in said
+    assert "bell 0.mp4: without sound: learned silent" in said
+    assert "bell 0.wav: left out" in new(write_again(tmp_path / "b"), model="ltx_2 av")
+
+
+def write_again(folder: Path) -> Path:
+    write_heard(folder)
+    return folder
+
+
 def test_the_last_line_says_what_is_missing(models: Path, tmp_path: Path) -> None:
     write_photos(tmp_path / "a", captions=False)
     write_photos(tmp_path / "b")
