@@ -168,7 +168,10 @@ KINDS = {
     "ltx2.5-dit": "an LTX-2 transformer",
     "ltx2.5-text": "Gemma language model",
     "ltx2.5": "LTX-2",
-    "minimax-h3-dit": "the transformer of MiniMax-H3",
+    "minimax-h3-dit-pruned": "a pruned MiniMax-H3 transformer",
+    "minimax-h3-dit": "a MiniMax-H3 transformer",
+    "minimax-h3-video-vae": "MiniMax-H3's VAE of pictures",
+    "minimax-h3-audio-vae": "MiniMax-H3's VAE of sound",
     "llava-llama3-vision": "CLIP image",
     "llava": "language model",
 }
