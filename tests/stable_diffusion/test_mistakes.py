@@ -37,7 +37,7 @@ NUMBERS = (
     ("--steps 2.5", "2.5 is not a whole number"),
     ("--steps 1000", "--steps 1000"),
     ("--sampler pndm --steps 3", "--steps 3: the sampler pndm"),
-    ("--sampler pndm --highres_fix_scale 0.5 --highres_fix_steps 3", "--highres_fix_steps 3: the sampler pndm"),
+    ("--sampler pndm --highres_fix_scale 0.5 --highres_fix_steps 3", "--highres_fix_steps 3: the sampler"),
     ("--scale nan", "--scale nan"),
     ("--scale inf", "--scale inf"),
     ("--seed 99999999999999999999", "does not fit 64 bits"),
