@@ -329,23 +329,23 @@ def converted(
     """
     native = lora.tensors if family is None else in_own_form(lora.tensors, family)
     written = in_target(native, family, target, start)
+    texts: Mapping[str, Tensor] = add_missing_alphas(lora.text_tensors)
+    left_out_texts: Mapping[str, str] = {}
+    if target == "diffusers":  # only diffusers names text encoders otherwise
+        texts, left_out_texts = texts_to_diffusers(lora.text_tensors)
+    remedy = ""
     if written.left_out:
         modules = group_by_module(native)
         is_other_kind = any(OTHER_KINDS & modules[name].keys() for name in written.left_out)
         remedy = "\n  --bake RANK makes plain LoRAs of them." if is_other_kind else ""
         if any(OFT in modules[name] for name in written.left_out):
             remedy = "\n  --bake RANK --dit MODEL makes plain LoRAs of them, with some loss."
-        if not written.tensors and not lora.text_tensors:
-            reasons = [f"{module} ({reason})" for module, reason in written.left_out.items()]
-            raise CheckpointError(
-                f"{lora.path} cannot be converted: {list_some(reasons, 3)}.{remedy}", lora.path
-            )
-        _warn_of_left_out(lora.path, written.left_out, remedy)
-    texts = add_missing_alphas(lora.text_tensors)
-    if target == "diffusers":  # only diffusers names text encoders otherwise
-        written_texts = texts_to_diffusers(lora.text_tensors)
-        texts = written_texts.tensors
-        _warn_of_left_out(lora.path, written_texts.left_out)
+    left_out = {**written.left_out, **left_out_texts}
+    if left_out and not written.tensors and not texts:
+        reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
+        raise CheckpointError(f"{lora.path} cannot be converted: {list_some(reasons, 3)}.{remedy}", lora.path)
+    _warn_of_left_out(lora.path, written.left_out, remedy)
+    _warn_of_left_out(lora.path, left_out_texts)
     metadata = _metadata_of_converted(lora, target, family)
     return ConvertedLora({**written.tensors, **texts}, metadata)
 

@@ -324,3 +324,15 @@ def test_a_model_for_nothing_and_a_missing_one_are_refused(
 
     with pytest.raises((CheckpointError, OptionError), match=says):
         convert(source, tmp_path / "y.safetensors", "other", *(word.format(dit=dit) for word in more))
+
+
+def test_a_loha_of_text_encoders_and_convolutions_does_not_become_an_empty_file(tmp_path: Path) -> None:
+    sizes = {"hada_w1_a": (32, 3), "hada_w1_b": (3, 288), "hada_w2_a": (32, 3), "hada_w2_b": (3, 288)}
+    modules = ("lora_unet_input_blocks_1_0_in_layers_2", "lora_te1_text_model_encoder_layers_0_mlp_fc1")
+    factors = {f"{name}.{part}": torch.ones(size) for name in modules for part, size in sizes.items()}
+    save_file(factors, tmp_path / "x.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"cannot be converted(.|\n)*--bake RANK"):
+        convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "diffusers", "--family", "sdxl")
+
+    assert not (tmp_path / "y.safetensors").exists()
