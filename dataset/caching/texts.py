@@ -113,11 +113,12 @@ class TextWork:
             from dataset.cache.form import require_form  # only with shards
 
             require_form(mixed, family.cache_tag)
-        self._sight = sight_of(family.text_encoders())
+        encoders = list(family.text_encoders())
+        self._sight = sight_of(encoders)
         files = list_caption_files(self._sources, family.cache_tag, self._sight)
         self._files = distinct_texts(files, stores)
         self.pieces: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
-        self._encoders = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
+        self._encoders = [(encoder, dict(encoder.identity)) for encoder in encoders]
         self._find = partial(find_outputs, encoders=self._encoders, stores=stores)
         self._family, self._config, self._device = family, config, device
         self._workers = workers_of(options)
