@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from dataset.sources.captions import caption_path, describe_encoding, read_caption_file
-from dataset.sources.folders import ControlFolder
+from dataset.sources.folders import ControlFolder, find_sound_beside
 from dataset.sources.left_out import FOLDERS_OF_RUNS, NO_MEDIA
-from dataset.sources.rows import find_sound_beside
 from dataset.subsets import FolderName, read_folder_name
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
