@@ -385,7 +385,7 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
     Sections of a clip keep their length, which the model sets.
     """
     count, frames, height, width = shape
-    step, vertical, horizontal = latent.stride
+    _, vertical, horizontal = latent.stride
     token = latent.pixel_step // horizontal  # sides are multiples of it
     shapes: list[tuple[str, str, Shape]] = []
     for number in list_halves(count):
@@ -393,8 +393,9 @@ def shrunk(latent: LatentSpec, shape: Shape) -> list[tuple[str, str, Shape]]:
     fewest_frames = frames
     if not latent.in_sections:
         fewest_frames = 1
-        for number in list_halves(frames):
-            shapes.append(("target_frames", str(step * (number - 1) + 1), (1, number, height, width)))
+        shorter = [latent.lengths.fit(latent.count_frames(number)) for number in list_halves(frames)]
+        for length in dict.fromkeys(shorter):
+            shapes.append(("target_frames", str(length), (1, latent.count_latents(length), height, width)))
     for factor in (0.75, 0.5, 0.375, 0.25):
         rows = token * max(1, round(height * factor / token))
         columns = token * max(1, round(width * factor / token))
@@ -414,5 +415,5 @@ def list_halves(number: int) -> list[int]:
 
 def describe_batch(latent: LatentSpec, shape: Shape) -> str:
     count, frames, height, width = shape
-    step, rows, columns = latent.stride
-    return f"{width * columns}x{height * rows}, {(frames - 1) * step + 1} frames, batch {count}"
+    _, rows, columns = latent.stride
+    return f"{width * columns}x{height * rows}, {latent.count_frames(frames)} frames, batch {count}"

@@ -25,6 +25,7 @@ from training.planning.memory import (
     StepPrediction,
     advice,
     cheaper,
+    describe_batch,
     largest_batch,
     predict,
     prepare_memory,
@@ -52,6 +53,18 @@ def test_the_batch_with_most_pixels_counts(tmp_path: Path) -> None:
     assert largest_batch([*many_small[:6], sounding]) == (sounding, *many_small[:3])
     others = [replace(item, bucket=(72, 32), has_sound=False) for item in many_small]
     assert largest_batch([*others, *many_small[:6], sounding])[0] is sounding
+
+
+def test_shorter_clips_have_a_length_of_the_model() -> None:
+    """Clips of 17 frames, with 5 behind them, are encoded by themselves."""
+    latent = replace(LATENT, clip=17, tail=5)
+    shape = (1, latent.count_latents(124), 8, 12)
+
+    found = [(size, shape) for name, size, shape in shrunk(latent, shape) if name == "target_frames"]
+
+    assert [size for size, _ in found] == ["56", "22", "5", "1"]
+    assert [frames for _, (_, frames, *_) in found] == [17, 7, 2, 1]
+    assert describe_batch(latent, (1, 7, 8, 12)) == "96x64, 22 frames, batch 1"
 
 
 def test_a_section_is_made_smaller_but_no_shorter() -> None:
