@@ -112,9 +112,10 @@ def told_media(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
     if batch.view == SUBJECT or (not batch.view and task == "ref2va"):
         keys = [key for key in in_order(tensors) if key.startswith(REFERENCE)]
         _require(batch, task, keys, ("latents_ref_000_...",))
-    media = {key: _tensor(tensors, key) for key in keys}
-    for key, found in media.items():
-        _check_shape(batch, key, found, latents)
+    media: dict[str, Tensor] = {}
+    for key in keys:
+        media[key] = _tensor(tensors, key)
+        _check_shape(batch, key, media[key], latents)
     return {**media, **_places(tensors)}
 
 

@@ -145,9 +145,14 @@ class H3VideoVae(nn.Module):
     def _decode_clips(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the frames of each clip, without those that fade into the next one."""
         config = self.config
-        if latents.shape[2] <= config.clip_latents - config.dropped:  # no neighbours
+        if latents.shape[2] <= config.clip_latents - config.dropped:
             yield self._decode_clip(latents)[:, :, config.first_padding :]
-            return
+        else:
+            yield from self._decode_neighbours(latents)
+
+    def _decode_neighbours(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the frames of each of several clips, blended where two have decoded the same frames."""
+        config = self.config
         size = config.clip_latents
         missing = -(latents.shape[2] + config.dropped) % size
         padded = torch.cat([latents, *[latents[:, :, -1:]] * missing], dim=2)
@@ -158,7 +163,8 @@ class H3VideoVae(nn.Module):
         before: Tensor | None = None
         for number in range(clips):
             start = number * size
-            decoded = self._decode_clip(padded[:, :, start : start + size + config.shared_latents])
+            end = start + size + config.shared_latents
+            decoded = self._decode_clip(padded[:, :, start:end])
             clip = decoded[:, :, config.first_padding : own_frames]
             if before is not None:
                 clip = _blend(before, clip, config.shared_frames, axis=2)

@@ -198,6 +198,11 @@ def _size(path: str, module: LoraModule, settings: LoraSettings) -> LoraSize | N
             return LoraSize(rank, usual_alpha if alpha is None else alpha)
     if is_convolution:
         return None if settings.conv_rank is None else LoraSize(settings.conv_rank, settings.conv_alpha)
+    return _size_by_rules(path, settings)
+
+
+def _size_by_rules(path: str, settings: LoraSettings) -> LoraSize | None:
+    """Return rank and alpha of a layer by the family's rules, or None if its block gets no LoRA."""
     rules = settings.rules
     if rules is None:
         return LoraSize(settings.rank, settings.alpha)

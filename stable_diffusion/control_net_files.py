@@ -121,7 +121,9 @@ def _read_control_net(
     for name, source in plain_sources(bare).items():
         if name != DIFFERENCE:
             sources[_name_in_diffusers(name, translate)] = source
-    if "controlnet_mid_block.weight" not in sources or f"{_HINT}.conv_in.weight" not in sources:
+    has_middle = "controlnet_mid_block.weight" in sources
+    has_hint = f"{_HINT}.conv_in.weight" in sources
+    if not has_middle or not has_hint:
         raise other_kind(checkpoint, "a ControlNet", OPTION, GIVE)
     if f"{_HINT}.conv_out.weight" not in sources:  # it is numbered as the others are
         last = f"{_HINT}.blocks.{count(sources, _BLOCKS) - 1}."

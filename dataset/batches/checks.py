@@ -244,6 +244,13 @@ def _shape_faults(
             f"its latents have the shape {as_shape(shape)}, {item.table.name} asks for {as_shape(expected)} "
             f"({frames} frames of {width}x{height})"
         )
+    yield from _companion_faults(tensors, shape, expected)
+
+
+def _companion_faults(
+    tensors: Mapping[str, Tensor], shape: Sequence[int], expected: Sequence[int]
+) -> Iterator[str]:
+    """Yield a line if what goes with latents has another shape. shape, expected: of the latents, C F H W."""
     worse = tensors.get(data.WORSE_LATENTS)
     if worse is not None and list(worse.shape) != shape:
         yield f"the latents of its worse one are {as_shape(worse.shape)}, its own are {as_shape(shape)}"
@@ -260,6 +267,13 @@ def _option_faults(
     bucket = bucket_of(table, tuple(options["size"]), latent.pixel_step, item.latent_path)
     if tuple(options["bucket"]) != bucket:
         yield f"made for {as_shape(options['bucket'])} pixels, {table.name} asks for {as_shape(bucket)}"
+    yield from _key_faults(table, tensors, options, latent)
+
+
+def _key_faults(
+    table: DatasetTable, tensors: Iterable[str], options: Mapping[str, Any], latent: data.LatentSpec
+) -> Iterator[str]:
+    """Yield which keys of sections, references and their factors have changed. options: recorded ones."""
     sections = _recorded(options, SECTIONS)
     changed = options_difference(sections, table.changed(SECTIONS), latent)
     if changed is not None:

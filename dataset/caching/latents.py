@@ -118,8 +118,8 @@ def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
 
 def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.MediaBatch:
     """Return items of equal shapes as one batch for the encoders. keys: their names, without suffix."""
-    alphas = [item.alpha for item in items if item.alpha is not None]
-    control_masks = [item.control_mask for item in items if item.control_mask is not None]
+    first = items[0]
+    control_masks = [item.control_mask for item in items]
     sounds = [item.sound for item in items if item.sound is not None]
     controls = zip(*(item.control for item in items), strict=True)
     references = zip(*(item.references for item in items), strict=True)
@@ -128,10 +128,10 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
         keys=tuple(keys),
         spans=tuple(item.spans[0] for item in items),
         control=tuple(_stack_batch(arrays) for arrays in controls),
-        alpha=_stack_batch(alphas) if alphas else None,
+        alpha=_stack_present([item.alpha for item in items]),
         references=tuple(_stack_batch(arrays) for arrays in references),
-        control_mask=_stack_batch(control_masks) if items[0].control_mask is not None else None,
-        table=media_table(items[0].source.table, bool(items[0].control)),
+        control_mask=None if first.control_mask is None else _stack_present(control_masks),
+        table=media_table(first.source.table, has_control=bool(first.control)),
         sound=torch.stack(sounds) if sounds else None,
         heard=tuple(item.is_heard for item in items),
         shown=tuple(item.source.shown for item in items),
@@ -249,6 +249,12 @@ def write_entry(
     sums = {name: cache_files.checksum(name, tensor) for name, tensor in named.items()}
     metadata = {"architecture": family.name, "format_version": cache_files.FORMAT_VERSION, **facts}
     store.write(file, named, metadata | records.record_metadata(dataclasses.replace(record, crc32=sums)))
+
+
+def _stack_present(arrays: Iterable[NDArray[np.uint8] | None]) -> Tensor | None:
+    """Return those that there are as one batch; None if there are none."""
+    present = [array for array in arrays if array is not None]
+    return _stack_batch(present) if present else None
 
 
 def _stack_batch(arrays: Sequence[NDArray[np.uint8]]) -> Tensor:

@@ -212,8 +212,13 @@ def _read_text(file: BinaryIO, member: Member) -> str:
 
 def _sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
     """Return the sample that a group of files makes; None without media. Raises ValueError on a fault."""
-    texts = {ending: content for ending, content in group.items() if isinstance(content, str)}
-    files = {ending: content for ending, content in group.items() if not isinstance(content, str)}
+    texts: dict[str, str] = {}
+    files: dict[str, Member] = {}
+    for ending, content in group.items():
+        if isinstance(content, str):
+            texts[ending] = content
+        else:
+            files[ending] = content
     by_role: dict[tuple[str, int], list[str]] = {}  # names as `mask.png` or `control_1.png`
     candidates = []
     for ending in files:
@@ -228,12 +233,11 @@ def _sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
     if len(media) > 1:
         raise ValueError(f"it has several files to learn: {', '.join(media)}; keep one")
     caption = _caption(texts, rules)
-    for endings in by_role.values():
+    extras = []
+    for (kind, number), endings in sorted(by_role.items()):
         if len(endings) > 1:
             raise ValueError(f"it has two files of one kind among {', '.join(endings)}; keep one")
-    extras = []
-    for (kind, number), (ending,) in sorted(by_role.items()):
-        extras.append((kind, number, files[ending]))
+        extras.append((kind, number, files[endings[0]]))
     return TarSample(key, files[media[0]], caption, tuple(extras))
 
 
