@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -511,6 +511,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 class LanguageModelFiles(TransformerFiles):
     """Files of a model whose one text encoder is a language model."""
 
+    encoder_class: ClassVar[type[LanguageModelEncoder]] = LanguageModelEncoder
     text_encoder: Path | None = None
     text_encoder_tokenizer: Path | None = None
     text_form: str | None = None
@@ -538,7 +539,7 @@ class LanguageModelFiles(TransformerFiles):
 
     def language_model(self) -> LanguageModelEncoder:
         """Return the language model; its file is opened when it is loaded."""
-        return LanguageModelEncoder(
+        return self.encoder_class(
             self.text_use,
             self.text_encoder_path,
             dtype=self.beside(self.text_dtype),

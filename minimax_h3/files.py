@@ -194,6 +194,7 @@ class H3Files(LanguageModelFiles):
     qkv_layout: str | None = None
     task: str = "t2va"
 
+    encoder_class = H3TextEncoder
     text_use = H3_USE
     vae_option = "--video_vae"
     vae_folder = "vae"
@@ -278,16 +279,6 @@ class H3Files(LanguageModelFiles):
 
     def add_text(self, options: H3TextOptions) -> Self:  # type: ignore[override]
         return replace(super().add_text(options), text_form=options.form)
-
-    def language_model(self) -> H3TextEncoder:
-        return H3TextEncoder(
-            self.text_use,
-            self.text_encoder_path,
-            dtype=self.beside(self.text_dtype),
-            tokenizer=self.text_encoder_tokenizer,
-            form=self.text_form,
-            on_cpu=self.text_on_cpu,
-        )
 
     def check(self, needed: Collection[str] = ()) -> None:
         self.check_task()
