@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlencode
 
 import psutil
 
@@ -32,7 +33,7 @@ AIM, IDLE = 1.003, 0.01
 OTHERS = 50  # runs in the same folder
 # seconds between two looks at an address, as the pages ask (browser/static, `every` in browser/*.html)
 NEWS_EVERY = 3.0  # of the run that trains
-EVERY = {"/": 3.0, "/new": 1.0, "/generate/work": 1.0, "/machine": 5.0}
+EVERY = {"/": 3.0, "/new/progress": 1.0, "/generate/work": 1.0, "/machine": 5.0}
 Times = tuple[float, float]  # of the processor, on the wall
 
 
@@ -41,15 +42,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="number of rounds")
     parser.add_argument("--steps", type=int, default=40, help="of each third; 6,000 in all at most")
     parser.add_argument("--idle", type=float, default=60.0, help="seconds that the idle one is watched")
-    parser.add_argument("--ask", help=argparse.SUPPRESS)
+    parser.add_argument("--ask", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.ask:
-        ask_for_ever(args.ask)
+        address, described = args.ask
+        ask_for_ever(address, described)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        described = folder / "pictures"
+        describe_pictures(described)
         with training(folder, args.steps) as step, browser(folder) as (server, address):
             idle = share(server, args.idle)
-            with client(address) as asking:
+            with client(address, described) as asking:
                 watched = share(server, args.idle)
                 step()  # after a pause it is slower
                 rounds = [measure_round(step, [server, asking]) for _ in range(args.rounds)]
@@ -107,6 +111,19 @@ def training(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
         yield take_steps
 
 
+def describe_pictures(folder: Path) -> None:
+    """Write pictures with captions, and the files of `new` beside them, which New shows."""
+    from PIL import Image
+
+    folder.mkdir()
+    for number in range(12):
+        Image.new("RGB", (64, 64), (number * 20, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a cat", encoding="utf-8")
+    options = ["--family", "wan", "--task", "t2v-1.3B", "--memory", "12"]
+    command = [sys.executable, str(ROOT / "reelsmith.py"), "new", str(folder), *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 @contextlib.contextmanager
 def browser(folder: Path) -> Iterator[tuple[psutil.Popen, str]]:
     """Yield the browser's process and its address."""
@@ -116,9 +133,9 @@ def browser(folder: Path) -> Iterator[tuple[psutil.Popen, str]]:
 
 
 @contextlib.contextmanager
-def client(address: str) -> Iterator[psutil.Popen]:
-    """Yield a process that asks as open pages do."""
-    with ended(psutil.Popen([sys.executable, __file__, "--ask", address])) as asking:
+def client(address: str, described: Path) -> Iterator[psutil.Popen]:
+    """Yield a process that asks as open pages do. described: the folder that New shows."""
+    with ended(psutil.Popen([sys.executable, __file__, "--ask", address, str(described)])) as asking:
         yield asking
 
 
@@ -131,8 +148,8 @@ def ended(process: psutil.Popen) -> Iterator[psutil.Popen]:
         process.wait()
 
 
-def ask_for_ever(address: str) -> None:
-    """Ask for what pages ask for again and again, each as often as its page."""
+def ask_for_ever(address: str, described: str) -> None:
+    """Ask for what pages ask for again and again, each as often as its page. described: a folder."""
     host = address.split("/")[2]
 
     def ask(place: str) -> str:
@@ -150,6 +167,8 @@ def ask_for_ever(address: str) -> None:
                 continue
             if place == "news":
                 key = json.loads(ask(f"/run/{run}news?have={key}"))["key"]
+            elif place == "/new/progress":
+                ask(f"{place}?{urlencode({'folder': described})}")
             else:
                 ask(place)
             due[place] = time.monotonic() + EVERY.get(place, NEWS_EVERY)

@@ -114,17 +114,11 @@ def task_name(model: ModelSet) -> str:
 
 
 @functools.cache
-def _list_models(in_fp8: bool) -> tuple[ModelSet, ...]:
-    """Return the tasks of the catalogue; it takes a while to build them."""
-    return tuple(model_sets(in_fp8))
-
-
-@functools.cache
 def _list_uses() -> dict[tuple[ReleasedFile, ...], tuple[str, ...]]:
     """Return which tasks use each part, by its files, also with text encoders in 8 bits."""
     uses: dict[tuple[ReleasedFile, ...], dict[str, None]] = {}
     for in_fp8 in (False, True):
-        for model in _list_models(in_fp8):
+        for model in model_sets(in_fp8):
             for component in model.components:
                 uses.setdefault(component.files, {})[task_name(model)] = None
     return {files: tuple(names) for files, names in uses.items()}
@@ -134,7 +128,7 @@ def list_tasks(models: Path, in_fp8: bool = False) -> list[TaskFiles]:
     """Return all tasks of the catalogue, with what of them is in the models folder."""
     parts: dict[tuple[ReleasedFile, ...], ModelPart] = {}  # many tasks share one
     tasks = []
-    for model in _list_models(in_fp8):
+    for model in model_sets(in_fp8):
         own_parts = []
         for component in model.components:
             if component.files not in parts:
@@ -219,7 +213,7 @@ def list_unknown_files(models: Path) -> list[UnknownFile]:
     names = {
         file.name
         for in_fp8 in (False, True)
-        for model in _list_models(in_fp8)
+        for model in model_sets(in_fp8)
         for component in model.components
         for file in component.files
     }
@@ -340,7 +334,7 @@ def list_downloads(errands: Errands, models: Path) -> list[Download]:
     """Return the downloads of this models folder, running ones first."""
     names = _list_logs(errands)
     downloads = []
-    for model in _list_models(in_fp8=False):
+    for model in model_sets():
         name = download_name(models, model.family, model.task)
         if name in names:
             download = find_download(errands, TaskFiles(model, (), in_fp8=False), models)

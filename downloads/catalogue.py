@@ -4,7 +4,7 @@ import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -91,7 +91,8 @@ class ModelSet:
         return typed
 
 
-def model_sets(fp8_encoders: bool = False) -> list[ModelSet]:
+@cache
+def model_sets(fp8_encoders: bool = False) -> tuple[ModelSet, ...]:
     """Return all sets. fp8_encoders: with the text encoders in 8 bits."""
     catalogue = _read_catalogue()
     components = known_components()
@@ -101,7 +102,7 @@ def model_sets(fp8_encoders: bool = False) -> list[ModelSet]:
         if fp8_encoders:
             chosen = [components[part.in_fp8] if part.in_fp8 else part for part in chosen]
         sets.append(_read_set(entry, catalogue["family"][entry["family"]], chosen))
-    return sets
+    return tuple(sets)
 
 
 def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: list[Component]) -> ModelSet:
@@ -191,6 +192,6 @@ def download_hint(path: Path) -> str | None:
     return None
 
 
-@lru_cache(maxsize=1)
+@cache
 def _read_catalogue() -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
