@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -261,6 +261,13 @@ def _sizes_of(run: TrainingRun, group: range) -> tuple[tuple[int, ...], ...]:
     return tuple(sorted(item.bucket for index in group for item in batches[index]))
 
 
+class _Losses(NamedTuple):
+    """Losses of a micro-batch, on the device and detached."""
+
+    total: Tensor  # its share of the loss of the step
+    streams: tuple[Tensor, ...]  # of picture and sound, or of the picture alone
+
+
 def _accumulate(
     run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]
 ) -> tuple[Tensor, tuple[str, ...]]:
@@ -275,42 +282,57 @@ def _accumulate(
     # the first use sets it up; a process without a micro-batch in this step needs that too
     run.model.scaler.scale(row)
     for place, index in enumerate(steps.share(group, run.feed.process)):
-        noisy_batch = next(micro_batches)
-        seed_networks(run.model.trainable, run.progress.seed, noisy_batch.number, run.device)
-        if run.memory is not None:
-            run.memory.see_batch(noisy_batch.noise.numel())
-        if run.plan.texts is not None:
-            with run.autocast():
-                noisy_batch = replace(noisy_batch, batch=run.plan.texts.add_to(noisy_batch.batch))
-        noisy_batch = noisy_batch.to(run.device)
+        noisy_batch = _prepare_batch(run, next(micro_batches))
         # in lockstep a process repeats the last micro-batch of another one if it lacks its own
         is_repeat = steps.in_lockstep and index % steps.processes != run.feed.process
         for expert in _experts_of_pass(run, group, place, noisy_batch.expert):
             # for the others, which gather the blocks from this process
             is_void = is_repeat or expert != noisy_batch.expert
-            dit = run.model.dits.at(expert)
-            strength: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-            if noisy_batch.batch.network_multiplier != 1:
-                strength = run.model.trainable.at_strength(noisy_batch.batch.network_multiplier)
-            sums: tuple[Tensor, ...] = ()
-            total: Tensor | None = None
-            with strength:
-                for losses in loss_passes(run.family, dit, noisy_batch, autocast=run.autocast, rule=run.rule):
-                    loss = functools.reduce(torch.add, losses) / divisor
-                    run.model.scaler.scale(0 * loss if is_void else loss).backward()
-                    detached = tuple(stream.detach() for stream in losses)
-                    sums = tuple(map(torch.add, sums, detached)) if sums else detached
-                    total = loss.detach() if total is None else total + loss.detach()
+            losses = _propagate(run, expert, noisy_batch, divisor=divisor, is_void=is_void)
             pairs = None if run.pairs is None else run.pairs.take()
             if is_void:
                 continue
-            assert total is not None  # there is a pass with gradients
             if pairs is not None:
                 _add_pairs(run, row, pairs)
-            row[0] += total
-            _add_parts(run, row, expert, loss=total * divisor, losses=sums)
+            row[0] += losses.total
+            _add_parts(run, row, expert, loss=losses.total * divisor, losses=losses.streams)
             keys += noisy_batch.batch.keys
     return row, keys
+
+
+def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
+    """Return a micro-batch on the device, with the states of its texts; its number seeds the networks."""
+    seed_networks(run.model.trainable, run.progress.seed, noisy_batch.number, run.device)
+    if run.memory is not None:
+        run.memory.see_batch(noisy_batch.noise.numel())
+    if run.plan.texts is not None:
+        with run.autocast():
+            noisy_batch = replace(noisy_batch, batch=run.plan.texts.add_to(noisy_batch.batch))
+    return noisy_batch.to(run.device)
+
+
+def _propagate(
+    run: TrainingRun, expert: int, noisy_batch: NoisyBatch, *, divisor: int, is_void: bool
+) -> _Losses:
+    """Run a micro-batch forward and backward through an expert, so that its gradients are added.
+
+    divisor: what its loss is divided by. is_void: add zeros, for processes that need this one's passes.
+    """
+    dit = run.model.dits.at(expert)
+    strength: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if noisy_batch.batch.network_multiplier != 1:
+        strength = run.model.trainable.at_strength(noisy_batch.batch.network_multiplier)
+    total: Tensor | None = None
+    streams: tuple[Tensor, ...] = ()
+    with strength:
+        for losses in loss_passes(run.family, dit, noisy_batch, autocast=run.autocast, rule=run.rule):
+            loss = functools.reduce(torch.add, losses) / divisor
+            run.model.scaler.scale(0 * loss if is_void else loss).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+            detached = tuple(stream.detach() for stream in losses)
+            streams = tuple(map(torch.add, streams, detached)) if streams else detached
+    assert total is not None  # there is a pass with gradients
+    return _Losses(total, streams)
 
 
 def _experts_of_pass(run: TrainingRun, group: range, place: int, expert: int) -> list[int]:
