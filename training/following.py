@@ -208,20 +208,29 @@ class NextSteps:
         words = [*launcher, *generation(self.sample)]
         if self.repeats_speed:
             words += option_words(say_for_generation(speed))
-        suffix = "-ema" if self.options.average.sample_ema else ""  # what the samples show
-        files = [*self.names.files(self.names.stem_of(file) + suffix).values()]
-        experts = self.plan.family.experts
-        high = {index for index, expert in enumerate(experts) if expert.name == HIGH_NOISE}
-        low = {*range(len(experts))} - high
-        words = self._with_trained(words, "", [files[_file_index(files, index)] for index in sorted(low)])
+        high_files, other_files = self._trained_files(file)
+        words = self._with_trained(words, "", other_files)
         if f"--dit_{HIGH_NOISE}" in words:
-            trained = [files[_file_index(files, index)] for index in sorted(high)]
-            words = self._with_trained(words, f"_{HIGH_NOISE}", trained)
+            words = self._with_trained(words, f"_{HIGH_NOISE}", high_files)
         folder_flag = self.spellings.get("save_path", "--save_path")
         words += [*say_sample(self.sample, self.spellings), folder_flag, str(file.parent / "generated")]
         shows_sample = self.options.samples.are_made and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
         return _command("Generate with it", words, note)
+
+    def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
+        """Return the files saved with one: of the expert for much noise, and of the others."""
+        suffix = "-ema" if self.options.average.sample_ema else ""  # what the samples show
+        files = [*self.names.files(self.names.stem_of(file) + suffix).values()]
+        high_files = []
+        other_files = []
+        for index, expert in enumerate(self.plan.family.experts):
+            of_expert = files[_file_index(files, index)]
+            if expert.name == HIGH_NOISE:
+                high_files.append(of_expert)
+            else:
+                other_files.append(of_expert)
+        return high_files, other_files
 
     def _with_trained(self, words: Sequence[str], ending: str, files: Sequence[Path]) -> list[str]:
         """Return a command with the trained files of one transformer and the LoRAs of samples.

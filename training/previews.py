@@ -28,7 +28,7 @@ from modules.devices import choose_device
 from modules.errors import OptionError
 from modules.seeds import derive_seed
 from running.planning.device_memory import room_on
-from training.caching_inside import find_live_texts, list_live_tables, open_stores, plan_tables
+from training.caching_inside import TablePlan, find_live_texts, list_live_tables, open_stores, plan_tables
 from training.checks import check_targets, check_tread, judge_rate
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
@@ -105,7 +105,6 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         seed = options.loop.seed or 0
     validation = options.validation.validation_split, seed
     if all(plan.is_own for plan in plans):
-        facts = [f"{name}: {value}" for name, value in family.metadata.items() if name != "resolution"]
         result = check.check_training(
             config,
             family.cache_tag,
@@ -113,7 +112,7 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
             commands,
             accumulation=options.loop.gradient_accumulation_steps,
             processes=int(os.environ.get("WORLD_SIZE", "1")),
-            files=facts,
+            files=[f"{name}: {value}" for name, value in family.metadata.items() if name != "resolution"],
             text_keys=family.text_keys,
             counters=counters,
             sound=sound_of(family),
@@ -123,20 +122,28 @@ def _check(family: Family, options: TrainingOptions, commands: CachingCommands) 
         result = check.check_caching(
             family, config, workers, False, parts=[check.MEDIA], validation=validation
         )
-        places = [
-            f"{plan.table.name}: latents are {plan.latents.value}, embeddings of captions {plan.texts.value}"
-            for plan in plans
-        ]
-        head = ("Where the training has them:", *findings.indent(places))
+        head = ("Where the training has them:", *findings.indent(_describe_plans(plans)))
         result = replace(result, head=head, counters=counters)
+    lines = describe_run(options, num_validation=result.num_held)
     times = describe_times(options.timesteps, config.datasets)
-    lines = ["Timesteps of the tables:", *findings.indent(times)] if times else []
     targets = describe_targets(options)
-    lines += ["Targets:", *findings.indent(targets)] if targets else []
-    lines += describe_run(options, num_validation=result.num_held)
+    if targets:
+        lines = ["Targets:", *findings.indent(targets), *lines]
+    if times:
+        lines = ["Timesteps of the tables:", *findings.indent(times), *lines]
     result = replace(result, tail=(*result.tail, *lines))
     code: int = check.print_check(result, family, config, page=options.loop.page, workers=workers)
     return code
+
+
+def _describe_plans(plans: Sequence[TablePlan]) -> list[str]:
+    """Return a line for each table: where the training has its latents and texts from."""
+    lines = []
+    for plan in plans:
+        latents = f"latents are {plan.latents.value}"
+        texts = f"embeddings of captions {plan.texts.value}"
+        lines.append(f"{plan.table.name}: {latents}, {texts}")
+    return lines
 
 
 def describe_run(options: TrainingOptions, num_validation: int) -> list[str]:
