@@ -1,4 +1,4 @@
-"""Passes of targets on single batches, where samples lie on a bound, or where a pass has no say of its own."""
+"""Passes of targets on single batches: samples on a bound, and passes that have no say of their own."""
 
 import contextlib
 from collections.abc import Iterator
