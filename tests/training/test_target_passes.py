@@ -16,7 +16,7 @@ from training.loss import LossRule, NoisyBatch
 from training.target_rules import Band, GuidedTarget, Split, Targets, TeacherTarget
 from training.targets.errors import split_errors
 from training.targets.passes import TrainingPasses, loss_passes, tell_teacher
-from training.targets.preferences import add_streams
+from training.targets.preferences import add_streams, join_pairs
 from training.targets.sliders import Slider, SliderFile, SliderTarget, slider_passes
 
 RESTART, BASE, LEARNING = "restart", "base", "learning"
@@ -165,6 +165,24 @@ def test_a_clip_without_sound_has_none_in_its_preference() -> None:
     errors = add_streams((torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])), pairs)
 
     assert errors.tolist() == [11.0, 2.0]
+
+
+def test_pairs_have_all_numbers_of_their_samples_twice() -> None:
+    noisy_batch = make_batch(0.25, 0.5)
+    worse = noisy_batch.batch.tensor("latents") + 1
+    batch = replace(noisy_batch.batch, worse=worse, has_empty_text=(True, False), loss_weights=(1.0, 2.0))
+
+    pairs = join_pairs(replace(noisy_batch, batch=batch))
+
+    assert pairs.levels == (0.25, 0.5) * 2
+    assert pairs.batch.has_empty_text == (True, False) * 2
+    assert pairs.batch.loss_weights == (1.0, 2.0) * 2
+    for name in ("noise", "sigmas", "timesteps", "weights"):
+        first, second = getattr(pairs, name).chunk(2)
+        assert torch.equal(first, second), name
+    better, second = pairs.batch.tensor("latents").chunk(2)
+    assert torch.equal(better + 1, second)
+    assert len(pairs.batch) == len(pairs.batch.tensors["letters"]) == 4
 
 
 def test_the_colour_of_a_clip_is_the_mean_of_all_its_frames() -> None:
