@@ -16,7 +16,7 @@ from flux_3.family import Flux3
 from flux_3.files import Flux3Files
 from flux_3.references import canvas_of, fit_among, fit_canvas, read_among, read_on_canvas
 
-SIZES = [(75, 61), (64, 48), (16, 9), (20, 100), (17, 640), (2049, 33)]
+SIZES = [(75, 61), (64, 48), (16, 9), (16, 40), (20, 100), (17, 640), (2049, 33)]
 
 
 def write_noise(path: Path, width: int, height: int) -> Image.Image:
