@@ -28,10 +28,16 @@ class NagOptions(Options, title=NAG):
         "how many times as large --nag_scale may make what a token sees; more is scaled back",
         default=3.5,
         above=0,
+        only_with="nag_scale",
         hint="2.5 to 5 are usual",
     )
     nag_alpha: float = option(
-        "share of the steered attention in the result, 0 to 1", default=0.5, least=0, most=1, hint="0 is off"
+        "share of the steered attention in the result, 0 to 1",
+        default=0.5,
+        least=0,
+        most=1,
+        only_with="nag_scale",
+        hint="0 is off",
     )
 
     @property
@@ -41,6 +47,7 @@ class NagOptions(Options, title=NAG):
 
 
 MOST_SCALE = 1000  # of guidance, and of every other factor here
+USUAL_SLG = 3.0
 CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 
 
@@ -69,10 +76,19 @@ class GuidanceOptions(Options, title="guidance"):
     )
     slg_layers: str | None = option("numbers of the blocks to skip, e.g. 9,10", only_with="slg_mode")
     slg_scale: float = option(
-        "strength of --slg_mode original", default=3.0, least=-MOST_SCALE, most=MOST_SCALE, hint="3 is usual"
+        "strength of --slg_mode original",
+        default=USUAL_SLG,
+        least=-MOST_SCALE,
+        most=MOST_SCALE,
+        only_with="slg_mode",
+        hint="3 is usual",
     )
-    slg_start: float = option("share of the steps at which it begins", default=0.0, least=0, most=1)
-    slg_end: float = option("share of the steps at which it ends", default=0.3, least=0, most=1)
+    slg_start: float = option(
+        "share of the steps at which it begins", default=0.0, least=0, most=1, only_with="slg_mode"
+    )
+    slg_end: float = option(
+        "share of the steps at which it ends", default=0.3, least=0, most=1, only_with="slg_mode"
+    )
     cfgzerostar_scaling: bool = option(
         "CFG-Zero*: scale the negative prediction to fit the positive one; no further pass"
     )
@@ -88,6 +104,7 @@ class GuidanceOptions(Options, title="guidance"):
         default=0.0,
         least=-MOST_SCALE,
         most=MOST_SCALE,
+        only_with="cfgzerostar_init_steps",
         hint="0 is usual",
     )
     perp_neg: float | None = option(
@@ -112,11 +129,8 @@ class GuidanceOptions(Options, title="guidance"):
     def __post_init__(self) -> None:
         if self.slg_mode is not None:
             parse_layers(self.slg_layers)
-        if self.cfgzerostar_multiplier != 0 and self.cfgzerostar_init_steps < 1:
-            logger.warning(
-                "--cfgzerostar_multiplier %g is ignored because --cfgzerostar_init_steps is not given",
-                self.cfgzerostar_multiplier,
-            )
+        if self.slg_mode == "uncond" and self.slg_scale != USUAL_SLG:
+            logger.warning("--slg_scale %g is ignored because it is for --slg_mode original", self.slg_scale)
         if self.perp_neg is not None and self.slg_mode == "original" and self.skipped_layers:
             raise OptionError(
                 "--perp_neg and --slg_mode original cannot be used together. Use --slg_mode uncond, or leave "

@@ -40,7 +40,10 @@ class CheckPageOptions(Options):
         often=True,
     )
     html_items: int = option(
-        "most files that the page shows: those with faults first, then an even choice", default=500, least=1
+        "most files that the page shows: those with faults first, then an even choice",
+        default=500,
+        least=1,
+        only_with="html",
     )
 
     def __post_init__(self) -> None:
@@ -219,9 +222,13 @@ class DebugOptions(Options, title="looking at the dataset"):
         choices=("image", "console", "video"),
         often=True,
     )
-    console_width: int = option("console: width in characters", default=80, least=8, most=1000)
-    console_back: str | None = option(f"console: background ({', '.join(COLOURS)})")
-    console_num_images: int | None = option("console: at most this many items of each dataset", least=1)
+    console_width: int = option(
+        "console: width in characters", default=80, least=8, most=1000, only_with="debug_mode"
+    )
+    console_back: str | None = option(f"console: background ({', '.join(COLOURS)})", only_with="debug_mode")
+    console_num_images: int | None = option(
+        "console: at most this many items of each dataset", least=1, only_with="debug_mode"
+    )
 
     def __post_init__(self) -> None:
         if self.console_back is not None and self.console_back.lower() not in COLOURS:

@@ -177,6 +177,8 @@ class ModelOfPictures(OneTransformer):
 
     moments: MomentsRules = NO_MOMENTS
     to_edit: ClassVar[str] = "remove them"  # what to do about control images that are not taken
+    # cached latents are drawn from the VAE's posterior; False: they are its mean
+    draws_latents: ClassVar[bool] = True
     noise_dtype: torch.dtype | None = None  # that noise is drawn in; None: the transformer's, as released
 
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
@@ -213,9 +215,15 @@ class ModelOfPictures(OneTransformer):
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each picture: a posterior sample, seeded by its name, float32."""
+        """Return the cache entry of each picture.
+
+        It is a posterior sample, seeded by its name, float32; or the posterior's mean, with those of the
+        picture's references.
+        """
         entries = []
         vae = encoders.vae
+        if not self.draws_latents:
+            return encode_pictures(media, vae.device, lambda frames: vae.encode(byte_clips(frames)))
         for part in media.split_for(vae.device):
             latents = vae.encode(byte_clips(part.frames), [posterior_generator(key) for key in part.keys])
             entries += [[CacheEntry({"latents": latent.clone()})] for latent in latents]
@@ -275,8 +283,11 @@ class ModelOfPictures(OneTransformer):
         return SourceRules((IMAGE, LATENTS), self.called, False, self.same_latents)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W 3 uint8, as a posterior sample in model space, 1 C 1 h w."""
-        latents: Tensor = encoders.vae.encode(byte_clips(frames), [posterior_generator(seed)])
+        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. seed: where latents are drawn."""
+        clips = byte_clips(frames)
+        vae = encoders.vae
+        latents: Tensor
+        latents = vae.encode(clips, [posterior_generator(seed)]) if self.draws_latents else vae.encode(clips)
         return latents * self.latent.scale
 
     def draw_noise(self, prepared: Prepared, noise: NoiseSource) -> Tensor:

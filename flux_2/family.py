@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from contract.data import (
     CONTROL,
     Batch,
-    CacheEntry,
     Conditions,
     LatentSpec,
-    MediaBatch,
     MediaEncoders,
     SamplingDefaults,
     name_texts,
@@ -67,6 +65,7 @@ class Flux2(pictures.ModelOfPictures):
     dit: DitSpec = field(default=DIT, init=False)
     text_keys: frozenset[str] = field(default=frozenset({KEY}), init=False)
     called: str = field(default=NAME, init=False)
+    draws_latents: ClassVar[bool] = False
     few_steps: ClassVar = FewSteps(
         "Train on klein-base-4b or klein-base-9b (with its file), whose LoRAs work on klein too, or give "
         "--training_adapter with a LoRA that undoes the distillation",
@@ -116,13 +115,6 @@ class Flux2(pictures.ModelOfPictures):
             "model_type": version.name,
         }
         return self.metadata_of(names)
-
-    # encoding
-
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each picture: its posterior's mean, and those of its references."""
-        vae = encoders.vae
-        return pictures.encode_pictures(media, vae.device, lambda frames: vae.encode(byte_clips(frames)))
 
     # the network
 
@@ -193,11 +185,6 @@ class Flux2(pictures.ModelOfPictures):
                 for number, path in enumerate(paths)
             }
         }
-
-    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
-        latents: Tensor = encoders.vae.encode(byte_clips(frames))
-        return latents
 
 
 def empirical_mu(tokens: int, steps: int) -> float:

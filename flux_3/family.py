@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from contract.data import (
     CONTROL,
     Batch,
-    CacheEntry,
     Conditions,
     LatentSpec,
-    MediaBatch,
     MediaEncoders,
     SamplingDefaults,
     name_text_and_mask,
@@ -54,6 +52,7 @@ class Flux3(pictures.ModelOfPictures):
     options: Any = NO_OPTIONS  # of a training
 
     noise_dtype: torch.dtype | None = torch.float32  # whatever the transformer's, as released
+    draws_latents: ClassVar[bool] = False
     few_steps: ClassVar = FewSteps("Train on base (flux-3-image-klein-base), whose LoRAs work on it too")
     can: ClassVar = Abilities(tell_few_steps=True, sample_apart=OF_SAMPLES)
     lora_module: str = field(default=LORA[0].network_module, init=False)
@@ -94,13 +93,6 @@ class Flux3(pictures.ModelOfPictures):
     @property
     def references(self) -> ReferenceRules:
         return ReferenceRules(most=MOST_REFERENCES)
-
-    # encoding
-
-    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each picture: its posterior's mean, and those of its references."""
-        vae = encoders.vae
-        return pictures.encode_pictures(media, vae.device, lambda frames: vae.encode(byte_clips(frames)))
 
     # the network
 
@@ -206,11 +198,6 @@ class Flux3(pictures.ModelOfPictures):
             frames = read(path, LATENT.pixel_step)
             conditions[f"{CONTROL}_{number}"] = encoders.vae.encode(byte_clips(frames))
         return {0: conditions}
-
-    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 C 1 h w. Nothing is drawn."""
-        latents: Tensor = encoders.vae.encode(byte_clips(frames))
-        return latents
 
 
 def family_for_latent_caching(options: own.Flux3LatentCachingOptions) -> Flux3:

@@ -159,7 +159,7 @@ def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
     failures = Failures(strict=options.from_file is None)
     jobs = list(of_each_line(run, lines, failures, make_job).values())
     failures.raise_if_any(len(lines))
-    making.warn_of_unused_sources(options.request.source, jobs)
+    making.warn_of_unused_sources(options.request.source, options.typed_options, jobs)
     return jobs
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
@@ -55,12 +55,15 @@ if TYPE_CHECKING:  # it is loaded only if prompts are rewritten
 logger = logging.getLogger(__name__)
 
 
-def warn_of_unused_sources(options: SourceOptions, jobs: Sequence[GenerationJob]) -> None:
-    """Warn of options of video-to-video that no job uses."""
+def warn_of_unused_sources(
+    options: SourceOptions, typed: Collection[str], jobs: Sequence[GenerationJob]
+) -> None:
+    """Warn of options of video-to-video that no job uses. typed: names of the options that are typed."""
     used = {job.prepared.request.source.option for job in jobs if job.prepared.request.source is not None}
     for name, default in options.of_script.items():
         needed = USED_WITH.get(name, {*SOURCES})
-        if getattr(options, name) != default and not needed & used:
+        is_given = name in typed or getattr(options, name) != default
+        if is_given and not needed & used:
             sources = " or ".join(f"--{source}" for source in SOURCES if source in needed)
             logger.warning(
                 "--%s %s is ignored because %s is not given", name, getattr(options, name), sources
@@ -83,7 +86,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     if output.output_type != NOTHING:
         make_folder(output.save_path, "--save_path")
     if not options.interactive or options.sheet.sheet is not None:
-        warn_of_unused_sources(options.request.source, jobs)
+        warn_of_unused_sources(options.request.source, options.typed_options, jobs)
     if output.output_type != NOTHING and not options.interactive:
         show_start(
             run.family,

@@ -26,7 +26,6 @@ from generation.script_options import (
     OutputOptions,
     RequestOptions,
     ScriptDefaults,
-    typed_among,
 )
 from modules.command import name_as_typed
 from modules.errors import OptionError
@@ -34,6 +33,7 @@ from modules.options import (
     NO_PIXELS,
     OF_DECODING,
     OF_REQUEST,
+    OF_TYPING,
     Options,
     facts_of,
     not_needed,
@@ -66,6 +66,7 @@ class ExpertOptions(Options, title="two experts"):
     lora_multiplier_high_noise: tuple[float, ...] = option(
         "strength of each file of --lora_weight_high_noise; missing ones are 1",
         default=(1.0,),
+        only_with="lora_weight_high_noise",
         facts=OF_REQUEST,
     )
     offload_inactive_dit: bool = option(
@@ -191,6 +192,8 @@ class GenerationOptions(Options, title="run"):
     )  # options given, the family's too, as metadata record them
     decoding_options: frozenset[str] = option(default=frozenset())  # which of all say how latents are decoded
     typed_names: Mapping[str, str] = option(default={}, facts=NO_PIXELS)  # see `name_as_typed`
+    # arguments of the options that are typed, with their usual values too
+    typed_options: frozenset[str] = option(default=frozenset(), facts={**NO_PIXELS, **OF_TYPING})
 
     @property
     def splits_guidance(self) -> bool:
@@ -393,27 +396,25 @@ def read_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) 
     refuse_unsupported(parser, args)
     if getattr(args, "scheduler", None) is not None:
         solver = args.solver_names[args.scheduler]
-        if args.sample_solver != solver and typed_among(parser, argv, {"sample_solver"}):
+        if args.sample_solver != solver and "sample_solver" in args.typed_options:
             raise OptionError(
                 f"--scheduler {args.scheduler} is --sample_solver {solver}, but --sample_solver "
                 f"{args.sample_solver} is given too: give one of them"
             )
         args.sample_solver = solver
-    for name in args.by_model.keys() - typed_among(parser, argv, {*args.by_model}):
+    for name in args.by_model.keys() - args.typed_options:
         setattr(args, name, None)
     if args.optimized:
-        _apply_preset(parser, args, argv)
+        _apply_preset(args)
     args.extras = {name: (key, getattr(args, name)) for name, key in args.extras.items()}
     return args
 
 
-def _apply_preset(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str] | None
-) -> None:
+def _apply_preset(args: argparse.Namespace) -> None:
     """Set what --optimized turns on, without what was typed or conflicts with it."""
     # these take the place of --fp8_scaled
-    typed_quantisations = typed_among(parser, argv, {"fp8", "convrot_int8", "nf4_base"})
-    not_by_preset = typed_among(parser, argv, {*args.preset}) | typed_quantisations
+    typed_quantisations = {"fp8", "convrot_int8", "nf4_base"} & args.typed_options
+    not_by_preset = (args.preset.keys() & args.typed_options) | typed_quantisations
     if typed_quantisations:
         not_by_preset.add("fp8_scaled")
     if typed_quantisations - {"fp8"}:

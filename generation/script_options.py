@@ -1,7 +1,6 @@
 """Options of each video and of output files, and their form in one family's script. Standard library only."""
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -221,18 +220,6 @@ class OutputOptions(Options, title="output"):
 
 def as_typed(preset: Mapping[str, Any], name: str) -> str:
     return f"--{name}" if preset[name] is True else f"--{name} {preset[name]}"
-
-
-def typed_among(parser: argparse.ArgumentParser, argv: Sequence[str] | None, names: set[str]) -> set[str]:
-    """Return which arguments of `names` are on the command line, even with default values."""
-    untyped = object()
-    defaults = {name: parser.get_default(name) for name in names}
-    parser.set_defaults(**dict.fromkeys(names, untyped))
-    try:
-        args = parser.parse_args(argv)
-    finally:
-        parser.set_defaults(**defaults)
-    return {name for name in names if getattr(args, name) is not untyped}
 
 
 NO_VIDEOS = "this script makes pictures, and a picture has one frame. Leave it out"

@@ -30,7 +30,8 @@ from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import CentredNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, rotate, sinusoid
 from modules.speed_options import SDPA, AttentionChoice
-from running.run_blocks import BlockNetwork, Hidden, run_blocks
+from running.memories import remember, remembering
+from running.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
     from running.offload.context import TokenPart
@@ -82,9 +83,7 @@ class GatedAttention(GroupedAttention):
         self.wv = nn.Linear(dim, rows, bias=False)
         self.qknorm = QueryKeyScales(config)
         self.head_width = config.head_width
-        # Keys, rotated, and values of references in front, 1 R K D; set by `Krea2Model` around a pass. Not in
-        # the tokens, because a key or a number of each block there would have every block compiled anew
-        self.remembered: Sequence[Tensor] = ()
+        self.remembered: Sequence[Tensor] = ()  # of references in front, 1 R K D; see `running/memories.py`
 
     def heads(self, x: Tensor) -> Heads:
         """Return query (B L N D), key and value (B L K D) of tokens B L C; the first two normed."""
@@ -309,13 +308,13 @@ class Krea2Model(BlockNetwork):
     ) -> Any:
         """Predict as `embed` says. With `tweaks.section_cache` isolated references are computed once."""
         memory = tweaks.section_cache if isolated and references else None
-        try:
-            if memory is not None and not memory:
-                memory.update(self.remember([latents[:1] for latents in references]))
-            if memory is not None and not tweaks.leaves_out:
-                references = ()
-                for attention, keys_values in memory.items():
-                    attention.remembered = keys_values
+        if memory is not None and not memory:
+            memory.update(self.remember([latents[:1] for latents in references]))
+        if memory is None or tweaks.leaves_out:
+            memory = {}
+        else:
+            references = ()
+        with remembering(memory, self.attentions()):
             return super().forward(
                 *inputs,
                 tweaks=tweaks,
@@ -323,8 +322,6 @@ class Krea2Model(BlockNetwork):
                 isolated=isolated,
                 **named_inputs,
             )
-        finally:
-            self._forget()
 
     def remember(self, references: Sequence[Tensor]) -> dict[GatedAttention, Sequence[Tensor]]:
         """Return keys and values of references, each 1 Z 1 h w, by block's attention."""
@@ -344,14 +341,7 @@ class Krea2Model(BlockNetwork):
             attention=self.attention,
             remembers=True,
         )
-        run_blocks(self, Hidden(x, tokens), NO_TWEAKS)
-        memory = {attention: attention.remembered for attention in self.attentions()}
-        self._forget()
-        return memory
-
-    def _forget(self) -> None:
-        for attention in self.attentions():
-            attention.remembered = ()
+        return remember(self, Hidden(x, tokens), self.attentions())
 
     def attentions(self) -> list[GatedAttention]:
         return [block.attn for block in self.blocks if isinstance(block, Krea2Block)]

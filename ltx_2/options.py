@@ -184,6 +184,16 @@ class Ltx2SigmaOptions(Options):
     shifted_logit_max_shift: float = option("shift at 4096 tokens", default=2.05)
 
 
+def warn_of_sampler(args: argparse.Namespace, sampler: str) -> None:
+    """Warn of options in `Ltx2SigmaOptions` without their sampler. sampler: its name."""
+    if args.timestep_sampling == sampler:
+        return
+    usual = option_values(Ltx2SigmaOptions.usual())
+    for name, value in usual.items():
+        if getattr(args, name) != value or name in args.typed_options:
+            logger.warning("--%s is ignored because --timestep_sampling is not %s", name, sampler)
+
+
 class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     """Options of ltx2_train_network.py besides the shared ones."""
 

@@ -126,33 +126,59 @@ class H3TargetOptions(Options, title="other names of shared targets"):
         "its subject",
         default="first,last",
         one_of=tuple(VIEWS),
+        needs="h3_teacher_matching",
         facts=HABIT,
     )
     h3_teacher_condition_sigma_max: float = option(
-        "--teacher_max_timestep, as a share of the base time", default=0.75, least=0, most=1, facts=HABIT
+        "--teacher_max_timestep, as a share of the base time",
+        default=0.75,
+        least=0,
+        most=1,
+        needs="h3_teacher_matching",
+        facts=HABIT,
     )
     h3_teacher_loss_dc_weight: float = option(
         "--teacher_colour_weight; 0 to 0.3 leave the colours of the teacher out",
         default=1.0,
         least=0,
         most=100,
+        needs="h3_teacher_matching",
         facts=HABIT,
     )
     h3_teacher_loss_mag_weight: float = option(
-        "--teacher_size_weight", default=1.0, least=0, most=100, facts=HABIT
+        "--teacher_size_weight",
+        default=1.0,
+        least=0,
+        most=100,
+        needs="h3_teacher_matching",
+        facts=HABIT,
     )
     h3_teacher_preservation_weight: float = option(
-        "--teacher_anchor_weight", default=1.0, least=0, most=1000, facts=HABIT
+        "--teacher_anchor_weight",
+        default=1.0,
+        least=0,
+        most=1000,
+        needs="h3_teacher_matching",
+        facts=HABIT,
     )
     h3_timestep_focus_prob: float = option(
         "--timestep_focus; 0: none", default=0.0, least=0, below=1, facts=HABIT
     )
     h3_timestep_focus_min: float = option(
-        "lower end of --timestep_focus_range, as a share of the base time", default=0.4, least=0, most=1,
+        "lower end of --timestep_focus_range, as a share of the base time",
+        default=0.4,
+        least=0,
+        most=1,
+        needs="h3_timestep_focus_prob",
         facts=HABIT,
-    )  # fmt: skip
+    )
     h3_timestep_focus_max: float = option(
-        "its upper end, likewise", default=0.8, least=0, most=1, facts=HABIT
+        "its upper end, likewise",
+        default=0.8,
+        least=0,
+        most=1,
+        needs="h3_timestep_focus_prob",
+        facts=HABIT,
     )
     max_validation_items: int | None = option("--max_validation_steps", least=1, facts=FREE)
     h3_convrot_int8: bool = option("--convrot_int8", flags=("--int8_convrot_base",), facts=FREE)
@@ -266,13 +292,17 @@ def translate(args: argparse.Namespace) -> None:
         shared["max_validation_steps"] = "--max_validation_items", args.max_validation_items
     if args.h3_convrot_int8:
         shared["convrot_int8"] = "--h3_convrot_int8", True
-    if args.h3_convrot_int8_bwd != "bf16":
+    if args.h3_convrot_int8_bwd != "bf16" or "h3_convrot_int8_bwd" in args.typed_options:
         shared["convrot_int8_bwd"] = "--h3_convrot_int8_bwd", args.h3_convrot_int8_bwd
     names = dict(getattr(args, "typed_names", {}))
+    typed = {*args.typed_options}
     for name, (other_name, value) in shared.items():
         _give(args, name, other_name, value)
         names[f"--{name}"] = other_name
+        if other_name.removeprefix("--") in args.typed_options:
+            typed.add(name)
     args.typed_names = names
+    args.typed_options = frozenset(typed)
     _choose_rank(args)
     _check_view(args)
 
@@ -292,10 +322,10 @@ USUAL: dict[str, Any] = {
 
 def _give(args: argparse.Namespace, name: str, other_name: str, value: Any) -> None:
     """Set a shared option. Raises OptionError if it is given already, with another value."""
-    usual = USUAL.get(name)
     given = getattr(args, name)
     given = tuple(given) if isinstance(given, list) else given
-    if given not in (usual, value, None, False):
+    untyped = () if name in args.typed_options else (USUAL.get(name), None, False)
+    if given not in (value, *untyped):
         raise OptionError(f"--{name} {given} and {other_name} mean the same, and differ: give one of them")
     setattr(args, name, value)
 
@@ -309,7 +339,7 @@ def _translate_guidance(args: argparse.Namespace, shared: Shared) -> None:
         shared["guided_target"] = "--h3_guidance_loss_scale", scale
     if args.h3_guidance_loss_scale_audio is not None:
         shared["guided_target_sound"] = "--h3_guidance_loss_scale_audio", args.h3_guidance_loss_scale_audio
-    if args.h3_guidance_loss_sigma_min:
+    if args.h3_guidance_loss_sigma_min or "h3_guidance_loss_sigma_min" in args.typed_options:
         name = "--h3_guidance_loss_sigma_min"
         lowest = in_thousandths(name, args.h3_guidance_loss_sigma_min)
         shared["guided_target_min_timestep"] = name, lowest
@@ -329,10 +359,6 @@ def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
         "h3_teacher_preservation_weight": "teacher_anchor_weight",
     }
     if not args.h3_teacher_matching:
-        typed = [name for name in (*own_names, "h3_teacher_conditions", "h3_teacher_condition_sigma_max")
-                 if getattr(args, name) != getattr(own, name)]  # fmt: skip
-        if typed:
-            raise OptionError(f"--{typed[0]} is for --h3_teacher_matching. Give that, or leave it out")
         return
     matching = "--h3_teacher_matching"
     shared["teacher"] = matching, "base"
@@ -343,7 +369,7 @@ def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
     name = "--h3_teacher_condition_sigma_max"
     shared["teacher_max_timestep"] = name, in_thousandths(name, args.h3_teacher_condition_sigma_max)
     for own_name, shared_name in own_names.items():
-        if getattr(args, own_name) != getattr(own, own_name):
+        if getattr(args, own_name) != getattr(own, own_name) or own_name in args.typed_options:
             shared[shared_name] = f"--{own_name}", getattr(args, own_name)
     if "teacher_anchor_weight" in shared and args.h3_teacher_condition_sigma_max == 1:
         raise OptionError(
@@ -354,13 +380,7 @@ def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
 
 def _translate_focus(args: argparse.Namespace, shared: Shared) -> None:
     low, high = args.h3_timestep_focus_min, args.h3_timestep_focus_max
-    own = H3TargetOptions.usual()
     if not args.h3_timestep_focus_prob:
-        if (low, high) != (own.h3_timestep_focus_min, own.h3_timestep_focus_max):
-            raise OptionError(
-                "--h3_timestep_focus_min and --h3_timestep_focus_max are the range of "
-                "--h3_timestep_focus_prob. Give that, or leave them out"
-            )
         return
     shared["timestep_focus"] = "--h3_timestep_focus_prob", args.h3_timestep_focus_prob
     ends = (
@@ -386,7 +406,8 @@ def _read_bounds(args: argparse.Namespace) -> None:
 def _choose_rank(args: argparse.Namespace) -> None:
     """Give a LoRA the rank and the alpha that are usual for the model, if neither is given."""
     is_lora = args.network_module is None or args.network_module.startswith("networks.lora")
-    if args.network_dim is None and is_lora and not args.dim_from_weights and args.network_alpha == 1:
+    has_alpha = args.network_alpha != 1 or "network_alpha" in args.typed_options
+    if args.network_dim is None and is_lora and not args.dim_from_weights and not has_alpha:
         args.network_dim = args.network_alpha = RANK
 
 

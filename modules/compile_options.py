@@ -49,54 +49,6 @@ class Compilation:
             )
 
 
-class CompileWords(Options):
-    """An option for each word of --compile_args, as newer tuners have them; None: as --compile_args says."""
-
-    compile_backend: str = option("another way to give BACKEND of --compile_args", default=INDUCTOR)
-    compile_mode: str = option(
-        "another way to give MODE of --compile_args; reduce-overhead is refused",
-        default=DEFAULT_MODE,
-        choices=MODES,
-    )
-    compile_dynamic: str | None = option(
-        "another way to give DYNAMIC of --compile_args", choices=("true", "false", "auto")
-    )
-    compile_fullgraph: bool = option("another way to give FULLGRAPH of --compile_args")
-    compile_cache_size_limit: int | None = option(
-        "how many variants of a block (sizes, gradients on or off) are compiled before the rest runs "
-        "uncompiled; default: at least 32",
-        least=1,
-        hint="leave it out for enough",
-        facts=NO_PIXELS,
-    )
-
-    def typed_words(self, is_on: bool, args: tuple[str, ...], usual: tuple[str, ...]) -> dict[str, str]:
-        """Return the words that are typed here, by their names in `COMPILE_ARGS`.
-
-        Raises OptionError if words, here or of --compile_args, have no effect or say the same twice.
-        """
-        values = {
-            "BACKEND": self.compile_backend if self.compile_backend != INDUCTOR else None,
-            "MODE": self.compile_mode if self.compile_mode != DEFAULT_MODE else None,
-            "DYNAMIC": self.compile_dynamic,
-            "FULLGRAPH": "true" if self.compile_fullgraph else None,
-        }
-        typed = {name: value for name, value in values.items() if value is not None}
-        if not is_on and args != usual:
-            raise OptionError(f"--compile_args {' '.join(args)} does nothing without --compile: give both")
-        names = [f"--compile_{name.lower()}" for name in typed]
-        if self.compile_cache_size_limit is not None:
-            names.append("--compile_cache_size_limit")
-        if names and not is_on:
-            raise OptionError(f"{names[0]} does nothing without --compile: give both")
-        if typed and args != usual:
-            raise OptionError(
-                f"--compile_args and {names[0]} both say how to compile: give either all four words to "
-                "--compile_args, or an option for each"
-            )
-        return typed
-
-
 _COMPILE = (
     "compile the transformer's blocks: the first step takes longer, the others are faster; needs Triton on a "
     "GPU, a C++ compiler on a CPU"
@@ -107,7 +59,82 @@ _ARGS = (
 )
 
 
-class TrainingCompileOptions(Options):
+class CompileOptions(Options):
+    """Whether blocks are compiled, and how: the four words of --compile_args, or an option for each."""
+
+    compile: bool = option(_COMPILE, often=True, facts=HABIT)
+    compile_args: tuple[str, ...] = option(
+        _ARGS.format(" ".join(GENERATION_ARGS)),
+        default=GENERATION_ARGS,
+        nargs=4,
+        metavar=COMPILE_ARGS,
+        needs="compile",
+        facts=FREE,
+    )
+    compile_backend: str = option(
+        "another way to give BACKEND of --compile_args", default=INDUCTOR, needs="compile", facts=FREE
+    )
+    compile_mode: str = option(
+        "another way to give MODE of --compile_args; reduce-overhead is refused",
+        default=DEFAULT_MODE,
+        choices=MODES,
+        needs="compile",
+        facts=FREE,
+    )
+    compile_dynamic: str | None = option(
+        "another way to give DYNAMIC of --compile_args",
+        choices=("true", "false", "auto"),
+        needs="compile",
+        facts=FREE,
+    )
+    compile_fullgraph: bool = option(
+        "another way to give FULLGRAPH of --compile_args", needs="compile", facts=FREE
+    )
+    compile_cache_size_limit: int | None = option(
+        "how many variants of a block (sizes, gradients on or off) are compiled before the rest runs "
+        "uncompiled; default: at least 32",
+        least=1,
+        hint="leave it out for enough",
+        needs="compile",
+        facts={**NO_PIXELS, **FREE},
+    )
+
+    def compilation(self, usual: tuple[str, ...]) -> Compilation:
+        """Return how blocks are compiled. usual: the default of --compile_args.
+
+        Raises OptionError if a word is unknown, or if two options say the same.
+        """
+        named = dict(zip(COMPILE_ARGS, self.compile_args, strict=True)) | self._words(usual)
+        backend, mode, dynamic, fullgraph = named.values()
+        is_dynamic = None
+        if dynamic.strip().lower() not in {"auto", "none"}:
+            is_dynamic = _switch("DYNAMIC", dynamic, "true, false or auto")
+        return Compilation(
+            backend=backend.lower(),
+            mode=mode.lower(),
+            dynamic=is_dynamic,
+            fullgraph=_switch("FULLGRAPH", fullgraph, "true or false"),
+            variants=self.compile_cache_size_limit,
+        )
+
+    def _words(self, usual: tuple[str, ...]) -> dict[str, str]:
+        """Return the words that have an option of their own here, by their names in `COMPILE_ARGS`."""
+        values = {
+            "BACKEND": self.compile_backend if self.compile_backend != INDUCTOR else None,
+            "MODE": self.compile_mode if self.compile_mode != DEFAULT_MODE else None,
+            "DYNAMIC": self.compile_dynamic,
+            "FULLGRAPH": "true" if self.compile_fullgraph else None,
+        }
+        words = {name: value for name, value in values.items() if value is not None}
+        if words and self.compile_args != usual:
+            raise OptionError(
+                f"--compile_args and --compile_{next(iter(words)).lower()} both say how to compile: give "
+                "either all four words to --compile_args, or an option for each"
+            )
+        return words
+
+
+class TrainingCompileOptions(CompileOptions):
     """The two ways to ask for compilation in training: accelerate's options and those of generation."""
 
     dynamo_backend: str = option(
@@ -129,15 +156,14 @@ class TrainingCompileOptions(Options):
         "make all sizes dynamic from the start; without it a size becomes dynamic at its second value",
         facts=FREE,
     )
-    compile: bool = option(_COMPILE, facts=HABIT, often=True)
     compile_args: tuple[str, ...] = option(
         _ARGS.format(" ".join(TRAINING_ARGS)),
         default=TRAINING_ARGS,
         nargs=4,
         metavar=COMPILE_ARGS,
+        needs="compile",
         facts=FREE,
     )
-    words: CompileWords = option(facts=FREE)
 
     def __post_init__(self) -> None:
         has_backend = self.dynamo_backend.lower() != "no"
@@ -152,14 +178,13 @@ class TrainingCompileOptions(Options):
                 "--dynamo_mode, --dynamo_fullgraph and --dynamo_dynamic do nothing without --dynamo_backend: "
                 "add --dynamo_backend inductor"
             )
-        self.words.typed_words(self.compile, self.compile_args, TRAINING_ARGS)
         _ = self.choice
 
     @property
     def choice(self) -> Compilation | None:
         """Return how to compile the blocks; None: not at all."""
         if self.compile:
-            return compilation_of(self.compile_args, TRAINING_ARGS, self.words)
+            return self.compilation(TRAINING_ARGS)
         backend = self.dynamo_backend.lower()
         if backend == "no":
             return None
@@ -171,14 +196,9 @@ class TrainingCompileOptions(Options):
         )
 
 
-class GenerationCompileOptions(Options):
+class GenerationCompileOptions(CompileOptions):
     """Whether generation compiles the blocks, and how."""
 
-    compile: bool = option(_COMPILE, often=True)
-    compile_args: tuple[str, ...] = option(
-        _ARGS.format(" ".join(GENERATION_ARGS)), default=GENERATION_ARGS, nargs=4, metavar=COMPILE_ARGS
-    )
-    words: CompileWords
     optimized_compile = unsupported(
         "give --compile, which compiles whole blocks, attention and positions with them, once for all blocks "
         "of a list",
@@ -186,28 +206,11 @@ class GenerationCompileOptions(Options):
     )
 
     def __post_init__(self) -> None:
-        self.words.typed_words(self.compile, self.compile_args, GENERATION_ARGS)
         _ = self.choice
 
     @property
     def choice(self) -> Compilation | None:
-        return compilation_of(self.compile_args, GENERATION_ARGS, self.words) if self.compile else None
-
-
-def compilation_of(args: tuple[str, ...], usual: tuple[str, ...], words: CompileWords) -> Compilation:
-    """Parse the four words of --compile_args, or their replacement. Raises OptionError if one is unknown."""
-    named = dict(zip(COMPILE_ARGS, args, strict=True)) | words.typed_words(True, args, usual)
-    backend, mode, dynamic, fullgraph = named.values()
-    is_dynamic = None
-    if dynamic.strip().lower() not in {"auto", "none"}:
-        is_dynamic = _switch("DYNAMIC", dynamic, "true, false or auto")
-    return Compilation(
-        backend=backend.lower(),
-        mode=mode.lower(),
-        dynamic=is_dynamic,
-        fullgraph=_switch("FULLGRAPH", fullgraph, "true or false"),
-        variants=words.compile_cache_size_limit,
-    )
+        return self.compilation(GENERATION_ARGS) if self.compile else None
 
 
 def _switch(name: str, text: str, choices: str) -> bool:

@@ -43,6 +43,7 @@ OF_DECODING = {"record": "decoding"}  # likewise; a run that only decodes says i
 # its value for this video, which a prompt line, an image or the task may decide
 OF_REQUEST = {"record": "request"}
 NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
+OF_TYPING = {"typing": True}  # no value of an option: equal records may differ in it
 # What a value reaches outside of the program; a `place` says it of most paths (`reach_of`).
 # docs/new_and_run.md lists what of it a folder of somebody else may use.
 WRITES = {"reach": "writes"}  # something is written there; in `run` only below its folders
@@ -61,6 +62,8 @@ def of_request(name: str) -> dict[str, str]:
     """
     return {**OF_REQUEST, "extra": name}
 
+
+TYPED = "typed_options"  # of parsed arguments: which of them are typed, with their usual values too
 
 _UNSET: Any = object()
 # of a record: field -> its type
@@ -103,7 +106,8 @@ def option(
     be, or each of a tuple, as `check_path` says. spares: options of this record whose files must not be
     replaced by this one. needs: an option of this record that has to be given too; of a tuple, one of them.
     excludes: options that cannot be given together with it. only_with: likewise as `needs`, but without it
-    this one is ignored, with a warning. acts_if: why it may do nothing -> whether the record lets it act.
+    this one is ignored, with a warning; both hold for a usual value too, if it is typed. acts_if: why it may
+    do nothing -> whether the record lets it act.
     hint: follows the message on a wrong value, or on `needs` or `excludes` if nothing else limits the value;
     of a `place` the text behind "Give". refused: values of `choices` -> why they are refused. facts: FREE,
     NO_PIXELS and the like. settings: further ones of `add_argument`. In front of a record, `facts` hold for
@@ -244,8 +248,9 @@ class Options:
 
 
 def _values(record: Options) -> dict[str, Any]:
-    """Return field -> value, without the cached values of properties."""
-    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    """Return field -> value, without the cached values of properties, and without `OF_TYPING`."""
+    of_options = (field for field in dataclasses.fields(record) if not field.metadata.get("typing"))
+    return {field.name: getattr(record, field.name) for field in of_options}
 
 
 class NoOptions(Options):
@@ -287,18 +292,26 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
     value = getattr(record, field.name)
     if value is None or facts.get("declared") is None:
         return
-    hint = f" ({facts['hint']})" if facts.get("hint", "") else ""
+    hint = _hint_of(facts)
     option = f"--{option_name(field)}"
     for number in value if isinstance(value, tuple) else (value,):
         _check_limits(option, number, facts, hint)
     if "one_of" in facts and value not in facts["one_of"]:
         near = f", not {shorten(str(value), 80)!r}" if not value else ""
         raise OptionError(f"{option} {value}: use {_either(facts['one_of'])}{near}{hint}")
-    has_relations = any(facts.get(fact) for fact in ("needs", "excludes", "only_with"))
-    if has_relations and is_given(record, field):
-        # a hint is about the value if there are limits, else about the options that go together
-        is_of_value = "one_of" in facts or any(fact in facts for fact in _LIMITS)
-        _check_relations(record, field, "" if is_of_value else hint)
+    if is_given(record, field):
+        _check_excluded(record, field)
+        _check_needed(record, field)
+
+
+def _hint_of(facts: Mapping[str, Any]) -> str:
+    return f" ({facts['hint']})" if facts.get("hint", "") else ""
+
+
+def _hint_of_relations(facts: Mapping[str, Any]) -> str:
+    """Return the end of messages on options that go together; a hint is about the value if it has limits."""
+    is_of_value = "one_of" in facts or any(fact in facts for fact in _LIMITS)
+    return "" if is_of_value else _hint_of(facts)
 
 
 def _check_limits(option: str, number: Any, facts: Mapping[str, Any], hint: str) -> None:
@@ -318,24 +331,28 @@ def _check_limits(option: str, number: Any, facts: Mapping[str, Any], hint: str)
     raise OptionError(f"{option} {show_number(number)}: give a number {text}{hint}")
 
 
-def _check_relations(record: Any, field: "dataclasses.Field[Any]", hint: str) -> None:
-    """Raise OptionError if a given option lacks one that it needs, or if one that it excludes is given too.
+def _check_excluded(record: Any, field: "dataclasses.Field[Any]") -> None:
+    """Raise OptionError if an option that a given one excludes is given too."""
+    facts = field.metadata
+    for name in _names_of_given(record, facts.get("excludes", ())):
+        option = f"--{option_name(field)}"
+        hint = _hint_of_relations(facts)
+        raise OptionError(f"{option} and --{name} exclude each other: give one of them{hint}")
 
-    Warns if the option is ignored, as none of `only_with` is given. hint: the end of the messages.
+
+def _check_needed(record: Any, field: "dataclasses.Field[Any]") -> None:
+    """Raise OptionError if a given option lacks one that it needs.
+
+    Warns if the option is ignored, as none of `only_with` is given.
     """
     facts = field.metadata
     option = f"--{option_name(field)}"
     needed = facts.get("needs", ())
-    excluded = facts.get("excludes", ())
     useful = facts.get("only_with", ())
-    excluded_and_given = _names_of_given(record, excluded)
-    if excluded_and_given:
-        name = excluded_and_given[0]
-        raise OptionError(f"{option} and --{name} exclude each other: give one of them{hint}")
     if needed and not _names_of_given(record, needed):
         what = "both" if len(needed) == 1 else "one of them too"
         flags = _either([f"--{name}" for name in needed])
-        hint = "" if excluded else hint
+        hint = "" if facts.get("excludes") else _hint_of_relations(facts)
         raise OptionError(f"{option} needs {flags}: give {what}{hint}")
     if useful and not _names_of_given(record, useful):
         value = getattr(record, field.name)
@@ -345,6 +362,38 @@ def _check_relations(record: Any, field: "dataclasses.Field[Any]", hint: str) ->
         if len(useful) == 1:
             reason = f"--{useful[0]} is not"
         logger.warning("%s is ignored because %s given", option, reason)
+
+
+def _check_typed(record: Any, typed: Collection[str]) -> None:
+    """Check what options need that are typed with their usual values, as `_check_facts` does for others.
+
+    typed: their arguments.
+    """
+    for field in dataclasses.fields(record):
+        if argument_of(field) in typed and not is_given(record, field):
+            _check_needed(record, field)
+
+
+def list_idle(record: Any, written: Collection[str]) -> list[str]:
+    """Return options with their usual values that do nothing, by public name, as another one is not given.
+
+    written: arguments of the options that somebody wrote down.
+    """
+    idle = []
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if dataclasses.is_dataclass(value):
+            idle += list_idle(value, written)
+        elif argument_of(field) in written and not is_given(record, field) and not _can_act(record, field):
+            idle.append(option_name(field))
+    return idle
+
+
+def _can_act(record: Any, field: "dataclasses.Field[Any]") -> bool:
+    facts = field.metadata
+    relations = [facts[fact] for fact in ("needs", "only_with") if facts.get(fact)]
+    has_all = all(_names_of_given(record, names) for names in relations)
+    return has_all and all(acts(record) for acts in facts.get("acts_if", {}).values())
 
 
 def _names_of_given(record: Any, names: Collection[str]) -> list[str]:
@@ -413,9 +462,9 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     Each field takes the argument of its name (or of its metadata "option"). A field whose type is an option
     record is read the same way; if the type is `Record | None` and the parser has no argument for that
     record's first field, it is None. Text becomes Path and lists become tuples according to the field's type.
-    Raises OptionError if a text holds a forbidden character (`bad_character`), if a path is empty, or if a
-    number is infinite or beyond all sense; TypeError if a field has no argument: that is our mistake, not the
-    user's.
+    Raises OptionError if a text holds a forbidden character (`bad_character`), if a path is empty, if a
+    number is infinite or beyond all sense, or if an option is typed without what it needs, also with its
+    usual value; TypeError if a field has no argument: that is our mistake, not the user's.
     """
     hints = hints_of(cls)
     values: dict[str, Any] = {}
@@ -428,7 +477,7 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
             continue
         option = option_name(field)
         declared = field.metadata.get("declared")
-        argument = option.replace("-", "_")
+        argument = argument_of(field)
         if not hasattr(args, argument) and declared is not None and not declared.help:
             values[field.name] = default_of(cls, field)
             continue
@@ -439,6 +488,7 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
         is_positional = declared is not None and declared.positional
         values[field.name] = convert_value(value, hint, option if is_positional else f"--{option}")
     options = cls(**values)  # first, as a record's own checks say more
+    _check_typed(options, getattr(args, TYPED, ()))
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         check_numbers(option_name(field), values[field.name])
     return options
@@ -495,3 +545,8 @@ def record_of(hint: Any) -> Any:
 
 def option_name(field: "dataclasses.Field[Any]") -> str:
     return str(field.metadata.get("option", field.name))
+
+
+def argument_of(field: "dataclasses.Field[Any]") -> str:
+    """Return the name of an option's value among parsed arguments."""
+    return option_name(field).replace("-", "_")

@@ -26,6 +26,7 @@ from modules.errors import OptionError
 from modules.installation import HELP_AS_JSON
 from modules.option_values import HEIGHT_WIDTH, JOINED, UNIT, height_width
 from modules.options import (
+    TYPED,
     Declared,
     KeyFile,
     Options,
@@ -119,6 +120,8 @@ class Parser(argparse.ArgumentParser):
         names = self._find_typed_names()
         if names:
             parsed.typed_names = names  # for records with a field of this name
+        typed = frozenset(self._option_string_actions[flag].dest for flag in self._all_typed)
+        setattr(parsed, TYPED, typed)
         return parsed
 
     def _refuse_open_line(self, words: Sequence[str]) -> None:
@@ -150,6 +153,7 @@ class Parser(argparse.ArgumentParser):
     def _note_flags(self, words: Sequence[str]) -> None:
         """Keep the spelling of each option that is given; in full if only its beginning was typed."""
         flags = self._option_string_actions
+        self._all_typed.clear()
         for word in words[: words.index("--") if "--" in words else None]:
             name = word.partition("=")[0]
             flag = name

@@ -331,6 +331,7 @@ class SwapOptions(Options):
         "long",
         default=SLOTS,
         least=SLOTS,
+        only_with="blocks_to_swap",
         hint="one block computes while the next one is copied",
     )
     use_pinned_memory_for_block_swap = not_needed(

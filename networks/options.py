@@ -194,7 +194,10 @@ class LoraOptions(Options):
         "LoRA files to add to the model (LoRA, LoHa, LoKr or OFT, any dialect)", place="there", often=True
     )
     lora_multiplier: tuple[float, ...] = option(
-        "strength of each file of --lora_weight; missing ones are 1", default=(1.0,), often=True
+        "strength of each file of --lora_weight; missing ones are 1",
+        default=(1.0,),
+        only_with="lora_weight",
+        often=True,
     )
 
     def __post_init__(self) -> None:

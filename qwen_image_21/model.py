@@ -40,7 +40,8 @@ from modules.layers.norms import (
 from modules.layers.rope import GridTable, angles_at, on_grid, rotate, sinusoid, take_rows, turns
 from modules.speed_options import SDPA, AttentionChoice
 from qwen_image_21.configs import DIT, QwenImage21Config
-from running.run_blocks import BlockNetwork, Hidden, run_blocks
+from running.memories import remember, remembering
+from running.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
     from running.offload.context import TokenPart
@@ -136,9 +137,7 @@ class QwenImage21Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
         self.norm_q = RMSNorm(config.head_width, config.eps)
         self.norm_k = RMSNorm(config.head_width, config.eps)
-        # Keys, rotated, and values of the prefix, B P N D; set by `QwenImage21Model` around a pass. Not in
-        # the tokens, because tensors of each block there would have every block compiled anew
-        self.remembered: tuple[Tensor, ...] = ()
+        self.remembered: Sequence[Tensor] = ()  # of the prefix, B P N D; see `running/memories.py`
 
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
         # x: B L+P C
@@ -364,18 +363,14 @@ class QwenImage21Model(BlockNetwork):
         if memory is None or tweaks.turn is None or tweaks.away is not None or tweaks.leaves_out:
             return super().forward(*inputs, tweaks=tweaks, **named_inputs)
         which = tweaks.turn.which
-        try:
-            if which not in memory:
-                memory[which] = self.remember(*inputs, **named_inputs)
-            for attention, keys_values in memory[which].items():
-                attention.remembered = keys_values
+        if which not in memory:
+            memory[which] = self.remember(*inputs, **named_inputs)
+        with remembering(memory[which], self.attentions()):
             return super().forward(*inputs, tweaks=tweaks, is_remembered=True, **named_inputs)
-        finally:
-            self._forget()
 
     def remember(
         self, noisy: Tensor, timesteps: Tensor, **prompt: Any
-    ) -> dict[nn.Module, tuple[Tensor, ...]]:
+    ) -> dict[QwenImage21Attention, Sequence[Tensor]]:
         """Return keys and values of the prefix by block's attention. Inputs: those of `embed`."""
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         embedded = self.embed_prefix(dtype, **prompt)
@@ -393,16 +388,7 @@ class QwenImage21Model(BlockNetwork):
             attention=self.attention,
             remembers=True,
         )
-        run_blocks(self, Hidden(embedded.x, tokens), NO_TWEAKS)
-        memory: dict[nn.Module, tuple[Tensor, ...]] = {}
-        for attention in self.attentions():
-            memory[attention] = attention.remembered
-        self._forget()
-        return memory
-
-    def _forget(self) -> None:
-        for attention in self.attentions():
-            attention.remembered = ()
+        return remember(self, Hidden(embedded.x, tokens), self.attentions())
 
     def attentions(self) -> list[QwenImage21Attention]:
         return [block.attn for block in self.transformer_blocks if isinstance(block, QwenImage21Block)]

@@ -3,6 +3,7 @@
 compile: torch.compile for blocks, applied from outside
 doctor: tell what is installed, and what is missing
 dressing: put features around a loaded transformer, in order
+memories: keys and values that attention keeps between calls
 offload/: keep parts in host memory, recompute activations
 planning/: the memory of a run, predicted before it starts
 routes: tokens that pass by the middle blocks in training

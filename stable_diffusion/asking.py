@@ -25,7 +25,12 @@ from stable_diffusion.lines import (
 )
 from stable_diffusion.options import GenImgOptions
 from stable_diffusion.regions import check_regions, split_parts
-from stable_diffusion.sampling_options import USUAL_STRENGTH, SamplingOptions
+from stable_diffusion.sampling_options import (
+    USUAL_STRENGTH,
+    DeepShrinkOptions,
+    GradualLatentOptions,
+    SamplingOptions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -227,9 +232,9 @@ def settle(
     if sampling.scale < 1:
         _warn_of_low_scale(sampling.scale, sampling.negative_scale)
     if shrink.ds_depth_1 is None:
-        _warn_of_unused(values, "dsd1")
+        _warn_of_unused(values, "dsd1", shrink)
     if gradual.gradual_latent_timesteps is None:
-        _warn_of_unused(values, "glt")
+        _warn_of_unused(values, "glt", gradual)
     return PictureSettings(
         width=width,
         height=height,
@@ -270,9 +275,19 @@ def _warn_of_low_scale(scale: float, negative_scale: float | None) -> None:
     )
 
 
-def _warn_of_unused(values: Mapping[str, Any], name: str) -> None:
-    """Warn of options of a line that do nothing without `name`: they begin with its two letters."""
+def _warn_of_unused(
+    values: Mapping[str, Any], name: str, typed: DeepShrinkOptions | GradualLatentOptions
+) -> None:
+    """Warn of options that do nothing without `name`, of the command line and of a picture's line.
+
+    name: letters of a line's option. Those that need it begin with the same two.
+    """
     unused = [
+        f"--{key}"
+        for key, value in option_values(typed).items()
+        if key not in values and value != getattr(type(typed)(), key)
+    ]
+    unused += [
         f"--{letters}"
         for letters, option in LINE_OPTIONS.items()
         if letters != name and letters[:2] == name[:2] and option.key in values

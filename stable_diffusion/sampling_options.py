@@ -146,7 +146,12 @@ class HighresOptions(Options, title="highres fix: two stages"):
         often=True,
     )
     highres_fix_steps: int = option(
-        "steps of the first stage", default=28, least=1, most=MOST_STEPS, hint=STEPS_HINT
+        "steps of the first stage",
+        default=28,
+        least=1,
+        most=MOST_STEPS,
+        only_with="highres_fix_scale",
+        hint=STEPS_HINT,
     )
     highres_fix_strength: float | None = option(
         "share of the steps in the second stage, 0 to 1; usually --strength",

@@ -1,8 +1,9 @@
 """Check a run's options and file headers before gigabytes are loaded; name given options without effect."""
 
+import contextlib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -17,7 +18,7 @@ from dataset.table import DatasetTable
 from modules.atomic_write import check_space
 from modules.console import quiet
 from modules.errors import CheckpointError, OptionError
-from modules.options import is_given, option_name, option_values
+from modules.options import argument_of, is_given, option_name, option_values
 from modules.speed_options import TRAINING_FLAGS
 from networks.adapter import check_network
 from networks.deltas import OFT
@@ -36,7 +37,7 @@ from training.noise_options import NOTHING, WEIGHTS_OF_LOSS
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, make_optimizer
 from training.options import RANKED_NETWORKS, TrainingOptions
-from training.other_families import NO_OTHERS, OtherFamilies
+from training.other_families import NO_OTHERS, OtherFamilies, require_equal_shapes
 from training.run_options import MOST_STEPS
 from training.tread_options import TreadOptions
 
@@ -57,6 +58,8 @@ def check_before_loading(family: Family, options: TrainingOptions, others: Other
         check_other_teacher(family, options, others.teacher)
     if sampling is not None:
         sampling.check_given_files()
+        option = family.can.sample_apart
+        require_equal_shapes(sampling, family, option, "what is trained is not for both")
     check_experts(family, options)
     if sampling is not None and options.speed.sharding.shard_base:
         raise OptionError(
@@ -313,12 +316,9 @@ def check_other_teacher(family: Family, options: TrainingOptions, teacher: Famil
             f"{name} with --shard_base: the teacher would not be split over the processes. Leave out one of "
             "the two"
         )
-    try:
+    with _naming("--teacher_dit"):
         files = set(teacher.dit_files)
         teacher.check_given_files()
-    except CheckpointError as error:  # its messages name the option of the trained transformer
-        text = re.sub(r"--dit\b(?!_)", "--teacher_dit", str(error))
-        raise CheckpointError(text, error.path) from None
     if files & set(family.dit_files):
         raise OptionError(
             f"{name}: this is the transformer that is trained. Leave it out: --teacher dit with "
@@ -329,7 +329,19 @@ def check_other_teacher(family: Family, options: TrainingOptions, teacher: Famil
             f"{name}: its latents are not those of the trained transformer, so it cannot teach it. Give the "
             "model that the trained one was made from"
         )
+    with _naming("--teacher_dit"):
+        require_equal_shapes(teacher, family, name, "the caches of one are not for the other")
     _check_teacher_loras(teacher, options)
+
+
+@contextlib.contextmanager
+def _naming(option: str) -> Iterator[None]:
+    """Name another option in errors of the block, which name that of the trained transformer."""
+    try:
+        yield
+    except CheckpointError as error:
+        text = re.sub(r"--dit\b(?!_)", option, str(error))
+        raise CheckpointError(text, error.path) from None
 
 
 def _check_teacher_loras(model: Family, options: TrainingOptions) -> None:
@@ -406,7 +418,7 @@ def list_unused_options(
         reasons["learning_rate"] = "--unet_lr and --text_encoder_lr replace it"
     if not options.samples.are_made:
         reasons |= dict.fromkeys(("sample_lora", "preview_latent_every", "sample_ema"), "no samples are made")
-    lines = [*_list_idle_weighting(options), *_list_idle(options, reasons)]
+    lines = [*_list_idle_weighting(options), *_list_idle(options, reasons, options.typed_options)]
     values = option_values(options.speed.attention)
     flags = [flag for flag in TRAINING_FLAGS.values() if values[flag.removeprefix("--")]]
     return [*lines, *(f"{flag} has no effect: {flags[0]} comes first." for flag in flags[1:])]
@@ -431,18 +443,21 @@ def _list_idle_weighting(options: TrainingOptions) -> Iterator[str]:
         yield f"{beginning} shapes the draws of --timestep_sampling sigma only."
 
 
-def _list_idle(record: Any, reasons: Mapping[str, str]) -> Iterator[str]:
+def _list_idle(record: Any, reasons: Mapping[str, str], typed: Collection[str]) -> Iterator[str]:
     """Yield a line for each given option of a record, and of the records in it, that has no effect.
 
-    reasons: option name -> reason, for options without effect because of facts outside their record.
+    reasons: option name -> reason, for options without effect because of facts outside their record. typed:
+    arguments that are given even if they have their usual values.
     """
     for field in fields(record):
         name = option_name(field)
         value = getattr(record, field.name)
         facts = field.metadata
         if is_dataclass(value):
-            yield from _list_idle(value, reasons)
-        elif (name in reasons or "acts_if" in facts) and is_given(record, field):
+            yield from _list_idle(value, reasons, typed)
+            continue
+        is_written = is_given(record, field) or argument_of(field) in typed
+        if is_written and (name in reasons or "acts_if" in facts):
             idle_because = [why for why, acts in facts.get("acts_if", {}).items() if not acts(record)]
             if name in reasons:
                 idle_because = [reasons[name]]

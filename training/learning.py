@@ -403,7 +403,7 @@ class Loading:
 
     def load_teacher(self, trained: nn.Module) -> "TeacherModel":
         """Load the model of --teacher dit with its LoRAs, or take the trained one, which has them already."""
-        from training.targets.teachers import TeacherModel, require_equal_inputs  # only with such a teacher
+        from training.targets.teachers import TeacherModel  # only with such a teacher
 
         plan = self.plan
         if plan.teacher is None:
@@ -415,7 +415,6 @@ class Loading:
                 is_trained_one=True,
             )
         network = self.load(plan.teacher, 0)
-        require_equal_inputs(network.dit, trained, f"--teacher_dit {plan.options.teacher.teacher_dit}")
         loras = self._add_teacher_loras(network)
         self._dress_blocks(network)
         network.dit.eval()

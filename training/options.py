@@ -13,7 +13,7 @@ from dataset.subset_options import SubsetOptions
 from modules.command import name_as_typed
 from modules.errors import OptionError
 from modules.option_values import option_words, require, value_words
-from modules.options import FREE, HABIT, Options, option, option_values, read_options
+from modules.options import FREE, HABIT, OF_TYPING, Options, list_idle, option, option_values, read_options
 from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.run_limits import is_limited
 from modules.speed_options import TrainingSpeedOptions
@@ -71,6 +71,8 @@ class TrainingOptions(Options):
     start: run_options.StartOptions | None = option(facts=FREE)
     subset: SubsetOptions | None = option(facts=FREE)  # the resulting tables are compared instead
     typed_names: Mapping[str, str] = option(default={}, facts=FREE)  # no option: see `name_as_typed`
+    # no option: arguments of those that are typed, with their usual values too
+    typed_options: frozenset[str] = option(default=frozenset(), facts={**FREE, **OF_TYPING})
     caching: CachingInRunOptions | None = option(facts=FREE)
 
     def __post_init__(self) -> None:
@@ -362,7 +364,26 @@ def read_training(
     with name_as_typed(typed_names(args)):
         options = read_options(TrainingOptions, args)
         family_options = read_options(record, args)
+        log_idle(args, options, family_options)
     return options, family_options, list_script_options(parser, family_options, options)
+
+
+def log_idle(args: argparse.Namespace, *records: Options) -> None:
+    """Log in one line which options of a --config_file do nothing, as another one is not given.
+
+    Files that other programs write name all options, with their usual values. Where it has another value, the
+    option is refused, or has a line of its own (`list_unused_options`).
+    """
+    idle = [name for record in records for name in list_idle(record, args.options_of_file)]
+    if idle:
+        is_single = len(idle) == 1
+        logger.info(
+            "%s: %s %s no effect, as the %s not given.",
+            args.config_file,
+            ", ".join(idle),
+            "has" if is_single else "have",
+            "option that it belongs to is" if is_single else "options that they belong to are",
+        )
 
 
 def training_parser(
@@ -393,6 +414,7 @@ def read_arguments(
     prefilled = {name: environment.get(OF_LAUNCHER[name], value) for name, value in usual.items()}
     from_file = {} if config_file is None else read_config_file(config_file, parser)
     args = parser.parse_args(argv, argparse.Namespace(**{**prefilled, **from_file}))
+    args.options_of_file = frozenset(from_file) - args.typed_options
     refuse_unsupported(parser, args)
     if is_limited():  # `run`: also the words of its commands are from a file
         check_imports(parser, vars(args), "run.toml")

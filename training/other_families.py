@@ -1,8 +1,18 @@
 """Models that a run loads besides the one that it trains."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+
 from contract.family import Family
+from contract.loading import Placement
+from modules.console import quiet
+from modules.errors import CheckpointError
+
+Shapes = Mapping[str, tuple[int, ...]]
+UNREAD = Placement(torch.device("meta"))  # of networks of which nothing but headers is read
 
 
 @dataclass(frozen=True)
@@ -14,3 +24,29 @@ class OtherFamilies:
 
 
 NO_OTHERS = OtherFamilies()
+
+
+def require_equal_shapes(other: Family, trained: Family, option: str, consequence: str) -> None:
+    """Raise CheckpointError if a transformer has weights of other shapes than the trained one.
+
+    Headers of files are compared; no weight is read. Weights that one of the two lacks are left out. option:
+    of the other file. consequence: why shapes have to be equal.
+    """
+    with quiet():
+        shapes = shapes_of(trained.load_dit(UNREAD))
+        for index in range(len(other.experts)):
+            for name, shape in shapes_of(other.load_dit(UNREAD, index)).items():
+                if shapes.get(name, shape) != shape:
+                    raise CheckpointError(
+                        f"{option}: its {name} has the shape {list(shape)}, in the trained transformer "
+                        f"{list(shapes[name])}, so that {consequence}. Give the file that belongs to it"
+                    )
+
+
+def shapes_of(network: nn.Module) -> Shapes:
+    """Return the shapes of a network's parameters, by their names; of packed weights, those of the values."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            shapes[f"{name}.weight"] = (module.out_features, module.in_features)
+    return shapes

@@ -48,7 +48,7 @@ from training.resuming import (
     settings_of,
     take_over,
 )
-from training.run_options import StartOptions
+from training.run_options import StartOptions, ValidationOptions
 from training.saving.files import Names, hold_name
 from training.saving.options import SavingOptions
 from training.saving.states import ForeignState, SavedState
@@ -357,12 +357,19 @@ def _split_items(
             f"{config.path}: all {len(items)} items are for validation. Leave at least one table without "
             "`validation = true`."
         )
-    if not validation and validating.validate_every_n_steps is not None:
-        raise OptionError(
-            "--validate_every_n_steps has nothing to validate on: give --validation_split, or `validation = "
-            "true` in a table"
-        )
+    if not validation:
+        _check_validating(validating)
     return training, validation
+
+
+def _check_validating(options: ValidationOptions) -> None:
+    """Raise OptionError if a run without validation items is to validate; warn of options that do nothing."""
+    remedy = "give --validation_split, or `validation = true` in a table"
+    if options.validate_every_n_steps is not None:
+        raise OptionError(f"--validate_every_n_steps has nothing to validate on: {remedy}")
+    for name in ("validate_every_n_epochs", "max_validation_steps", "validation_seed"):
+        if getattr(options, name) is not None:
+            logger.warning("--%s is ignored because there is nothing to validate on: %s", name, remedy)
 
 
 def _check_tables(options: TrainingOptions, config: DatasetConfig) -> None:

@@ -88,7 +88,11 @@ class AskOptions(Options, title="what is asked"):
         hint="1 draws words as the model learned them",
     )
     seed: int = option(
-        "seed of drawn words, with --temperature above 0", default=0, least=-(2**63), below=2**64
+        "seed of drawn words, with --temperature above 0",
+        default=0,
+        least=-(2**63),
+        below=2**64,
+        only_with="temperature",
     )
 
     def __post_init__(self) -> None:

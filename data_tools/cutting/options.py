@@ -89,6 +89,7 @@ class ChoiceOptions(Options, title="what is left out"):
         default=0.002,
         above=0,
         most=1,
+        only_with="drop_blurred",
     )
     keep_static: bool = option("keep static clips, which are otherwise left out")
     keep_black: bool = option("keep black clips, which are otherwise left out")

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import flux_3_train_network
 from contract.data import Batch
 from contract.requests import Request
+from contract.steps import Turn, Tweaks
 from flux_2.family import Flux2
 from flux_2.files import Flux2Files
 from flux_3.family import Flux3
@@ -215,10 +217,32 @@ def test_states_of_another_encoder_or_without_padding_are_refused(folder: Path) 
 
     assert conditions(160)["ctx_vec"][0].shape == (160, CONFIG.text_dim)
     again = "flux_3_cache_text_encoder_outputs.py"
-    with pytest.raises(CacheError, match=f"33 tokens, not a multiple of 80.*{again}"):
-        conditions(33)
+    for tokens in (33, 40, 120):
+        with pytest.raises(CacheError, match=f"{tokens} tokens, not a multiple of 80.*{again}"):
+            conditions(tokens)
     with pytest.raises(CacheError, match=f"8 numbers wide.*{again}"):
         conditions(80, width=8)
+
+
+@pytest.mark.parametrize("is_distilled", [False, True])
+def test_the_distilled_model_is_told_when_its_step_ends(folder: Path, is_distilled: bool) -> None:
+    seen: dict[str, Any] = {}
+
+    class Noting(torch.nn.Module):
+        config = SimpleNamespace(is_flow_map=is_distilled)
+
+        def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, **inputs: Any) -> torch.Tensor:
+            seen.update(inputs, timesteps=timesteps)
+            return noisy
+
+    turn = Turn(step=1, num_steps=4, timestep=750.0, next_timestep=500.0, which="positive")
+    texts = {"ctx_vec": [torch.zeros(80, CONFIG.text_dim)] * 2}
+    noisy = torch.zeros(2, 128, 1, 3, 3)
+    family_of(folder).predict(Noting(), noisy, torch.tensor([750.0, 750.0]), texts, Tweaks(turn=turn))
+
+    assert seen["timesteps"].tolist() == [750.0, 750.0]
+    ends = seen["next_timesteps"]
+    assert ends is None if not is_distilled else ends.tolist() == [500.0, 500.0]
 
 
 @pytest.mark.slow

@@ -1,16 +1,22 @@
 """References are laid on a canvas, or cut, as diffusers does it."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcessor
 from PIL import Image
+from torch import Tensor
 
+from contract.data import MediaEncoders
+from flux_3.family import Flux3
+from flux_3.files import Flux3Files
 from flux_3.references import canvas_of, fit_among, fit_canvas, read_among, read_on_canvas
 
-SIZES = [(75, 61), (64, 48), (16, 9), (20, 100), (17, 640), (2049, 33)]
+SIZES = [(75, 61), (64, 48), (16, 9), (16, 40), (20, 100), (17, 640), (2049, 33)]
 
 
 def write_noise(path: Path, width: int, height: int) -> Image.Image:
@@ -60,3 +66,24 @@ def test_one_of_several_is_reduced_and_cut_the_same_way(size: tuple[int, int], t
 
     assert torch.equal(frames[0, 0], torch.round((expected[0].permute(1, 2, 0) + 1) * 127.5).to(torch.uint8))
     assert fit_among(tmp_path / "a.png", 16).bucket == (frames.shape[3], frames.shape[2])
+
+
+class ShowingVae:
+    """Latents are the pixels, B C 1 H W."""
+
+    def encode(self, clips: Tensor) -> Tensor:
+        return clips
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, [(80, 112)]), (2, [(64, 96), (64, 96)])])
+def test_one_reference_stands_on_its_canvas_and_two_are_cut(
+    count: int, sizes: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    paths = tuple(tmp_path / f"{number}.png" for number in range(count))
+    for path in paths:
+        write_noise(path, 100, 70)
+    prepared: Any = SimpleNamespace(request=SimpleNamespace(control_images=paths))
+
+    conditions = Flux3(Flux3Files()).request_conditions(MediaEncoders(ShowingVae()), prepared)[0]
+
+    assert [conditions[f"latents_control_{number}"].shape[-2:] for number in range(count)] == sizes

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from modules.errors import OptionError
-from modules.option_values import check_numbers
-from modules.options import Options, default_of, hints_of, option_name, record_of
+from modules.option_values import check_numbers, value_words
+from modules.options import Options, default_of, hints_of, option_name, read_options, record_of
 from modules.parser import Parser, add_options
 from training.options import TrainingOptions
 
@@ -57,7 +57,8 @@ def _given(record: type[Options], name: str) -> Any:
     if kind is Path and place in ("there", "file", "folder"):
         return ROOT if place == "folder" else Path(__file__)
     if kind is Path or kind is str:
-        return kind(field.metadata.get("one_of", ("x",))[0])
+        words = field.metadata.get("one_of", ("x",))
+        return kind(next(word for word in words if word != field.metadata["declared"].default))
     if place in ("there", "file"):
         return (Path(__file__),)
     kinds = typing.get_args(hint)
@@ -156,6 +157,53 @@ def test_an_option_without_what_it_needs_is_refused(record: type[Options], field
         _make(record, **{field.name: _given(record, field.name)})
 
 
+def _usual(record: type[Options], field: "Field[Any]") -> Any:
+    """The default of a field; None: it has none or is a switch, so that what is typed differs from it."""
+    try:
+        default = default_of(record, field)
+    except TypeError:
+        return None
+    return None if default is False else default
+
+
+def _stands_alone(record: type[Options]) -> bool:
+    """Whether the record can be made without anything that is typed."""
+    try:
+        record()
+    except (TypeError, OptionError):
+        return False
+    return True
+
+
+WITH_USUAL_VALUES = [
+    case
+    for case in _with("needs", "only_with")
+    if _usual(*case.values) is not None and _stands_alone(case.values[0])
+]
+
+
+@pytest.mark.parametrize(("record", "field"), WITH_USUAL_VALUES)
+def test_a_usual_value_that_is_typed_alone_is_refused_or_told(
+    record: type[Options], field: "Field[Any]", caplog: pytest.LogCaptureFixture
+) -> None:
+    name = option_name(field)
+    parser = Parser()
+    add_options(parser, record)
+    args = parser.parse_args([f"--{name}", *value_words(_usual(record, field))])
+
+    if "needs" in field.metadata:
+        with pytest.raises(OptionError, match=f"^--{name} needs --"):
+            read_options(record, args)
+    else:
+        read_options(record, args)
+        (line,) = caplog.messages
+        assert re.fullmatch(rf"--{name}.* is ignored because .* given", line)
+    # one that nobody typed says nothing
+    caplog.clear()
+    read_options(record, parser.parse_args([]))
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize(("record", "field"), _with("excludes"))
 def test_an_option_beside_what_it_excludes_is_refused(record: type[Options], field: "Field[Any]") -> None:
     names = {option_name(one): one.name for one in fields(record)}
@@ -193,4 +241,5 @@ def test_dashes_and_capital_letters_of_guides_are_understood() -> None:
 
     found = parser.parse_args(["--no-metadata", "--save_path=a-b_c", "--v2v-noise-mode", "Traditional"])
 
-    assert vars(found) == {"no_metadata": True, "save_path": "a-b_c", "v2v_noise_mode": "traditional"}
+    typed = {"no_metadata": True, "save_path": "a-b_c", "v2v_noise_mode": "traditional"}
+    assert vars(found) == {**typed, "typed_options": {*typed}}

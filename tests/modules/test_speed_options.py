@@ -141,9 +141,12 @@ def test_an_option_for_each_word_says_what_compile_args_says(ask: Callable[..., 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--compile_args", *["eager", "default", "auto", "False"]], "does nothing without --compile"),
-        (["--compile_backend", "eager"], "--compile_backend does nothing without --compile"),
-        (["--compile_cache_size_limit", "4"], "--compile_cache_size_limit does nothing without --compile"),
+        (
+            ["--compile_args", *["eager", "default", "auto", "False"]],
+            "--compile_args needs --compile",
+        ),
+        (["--compile_backend", "eager"], "--compile_backend needs --compile"),
+        (["--compile_cache_size_limit", "4"], "--compile_cache_size_limit needs --compile"),
         (["--compile", "--compile_cache_size_limit", "0"], "of at least 1"),
         (["--compile", "--compile_mode", "reduce-overhead"], "CUDA graphs"),
         (

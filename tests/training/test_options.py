@@ -15,6 +15,7 @@ from tests.training.toy import toy_options
 from training.checks import list_unused_options
 from training.learning_options import ExpertTrainingOptions
 from training.options import TrainingOptions, read_arguments, training_parser
+from training.scripts import training_script
 from wan.options import WanTrainingOptions
 
 
@@ -68,6 +69,14 @@ def test_a_usual_command_is_told_nothing(tmp_path: Path) -> None:
         ("--guidance_scale 6", "--guidance_scale"),
         ("--fp8_base --upcast_quantization", "--upcast_quantization"),
         ("--fp8_base --fp8_scaled --upcast_quantization", ""),
+        # usual values do as little, if they are typed
+        ("--discrete_flow_shift 1", "--discrete_flow_shift"),
+        ("--guidance_scale 1", "--guidance_scale"),
+        ("--huber_c 0.1", "--huber_c"),
+        ("--loss_type huber --huber_c 0.1", ""),
+        ("--convrot_int8_bwd bf16", "--convrot_int8_bwd"),
+        ("--ema_update_every 1", "--ema_update_every"),
+        ("--network_module networks.oft --network_alpha 1", "--network_alpha"),
         ("--sdpa --flash_attn --xformers", "--flash_attn, --xformers"),
         ("--split_attn", ""),
     ],
@@ -162,6 +171,31 @@ def test_steps_that_epochs_replace_are_named(
     (tmp_path / "c.toml").write_text(file)
     options("--config_file", str(tmp_path / "c.toml"), *typed.split())
     assert ("is ignored because --max_train_epochs 3 replaces it" in caplog.text) == said
+
+
+def test_usual_values_in_a_file_are_told_in_one_line_if_they_do_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other programs write all their options into it, with the usual values. Any other value is refused."""
+    file = tmp_path / "c.toml"
+    file.write_text(
+        "huber_c = 0.1\nloss_type = 'l2'\nteacher_weight = 0.5\ntimestep_focus_range = [400, 800]\n"
+    )
+    caplog.set_level("INFO")
+    script = training_script("wan", None)
+    words = [*NEEDED, "--config_file", str(file)]
+
+    with pytest.raises(UserError, match="d.toml"):  # the dataset is missing; all options are well
+        script(words)
+
+    (line,) = [message for message in caplog.messages if "no effect" in message]
+    told = "timestep_focus_range, huber_c, teacher_weight have no effect, as the options that they belong to"
+    assert line == f"{file}: {told} are not given."
+    with pytest.raises(OptionError, match="--teacher_weight needs --teacher"):
+        script([*words, "--teacher_weight", "0.5"])
+    file.write_text("teacher_weight = 0.3\n")
+    with pytest.raises(OptionError, match="--teacher_weight needs --teacher"):
+        script(words)
 
 
 def test_the_command_line_goes_before_the_config_file(tmp_path: Path) -> None:

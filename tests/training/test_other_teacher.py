@@ -2,15 +2,16 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from contract.family import Abilities
 from contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
 from tests.training import toy
@@ -27,15 +28,24 @@ pytestmark = pytest.mark.usefixtures("nothing_compiled")
 class OtherToy(toy.ToyFamily):
     """The toy with other weights."""
 
-    width: int = 8
+    width: int = toy.WIDTH
+    is_unread: bool = False  # nothing but its header may be read
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        assert placement.device.type == "meta" or not self.is_unread, "its weights were read"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(99)
             dit = toy.ToyDit()
         if self.width != toy.WIDTH:
             dit.head = nn.Linear(self.width, 2)
         return dit.to(placement.device, self.dtype)
+
+
+@dataclass(frozen=True)
+class SampledToy(OtherToy):
+    """A model whose samples another transformer may make."""
+
+    can: ClassVar[Abilities] = replace(toy.ToyFamily.can, sample_apart="--other_dit")
 
 
 def other_words(folder: Path) -> list[object]:
@@ -126,7 +136,23 @@ def test_a_teacher_of_another_width_is_refused_by_its_shapes(tmp_path: Path) -> 
     message = r"teacher_dit .*teacher\.safetensors: its head\.weight has the shape \[2, 6\]"
     with (
         pytest.raises(CheckpointError, match=message),
-        prepare_run(toy.ToyFamily(), options, others=OtherFamilies(teacher=OtherToy(width=6))),
+        prepare_run(
+            OtherToy(is_unread=True),
+            options,
+            others=OtherFamilies(teacher=OtherToy(width=6, is_unread=True)),
+        ),
+    ):
+        pass
+
+
+def test_a_model_for_samples_of_another_width_is_refused_by_its_shapes(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    others = OtherFamilies(sampling=OtherToy(width=6, is_unread=True))
+
+    message = r"--other_dit: its head\.weight has the shape \[2, 6\], in the trained transformer \[2, 8\]"
+    with (
+        pytest.raises(CheckpointError, match=message),
+        prepare_run(SampledToy(is_unread=True), toy.toy_options(tmp_path), others=others),
     ):
         pass
 

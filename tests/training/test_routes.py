@@ -79,6 +79,15 @@ def test_what_a_small_mask_counts_takes_part(name: str) -> None:
     assert set(most[0].tolist()) == first_column
 
 
+def test_a_place_that_a_mask_counts_a_little_takes_part() -> None:
+    mask = torch.zeros(2, 8, 8)
+    mask[..., :2] = 0.1
+    chosen = choose_places(make_batch(**{MASK: mask}), GRID, share=0.7, seed=1)
+
+    for places in chosen.tolist():
+        assert set(range(0, LENGTH, 4)) <= set(places)
+
+
 def family_with(**changes: Any) -> Any:
     """What the check asks of a family."""
     plain = {"name": "toy", "can": Abilities(), "dit": DitSpec(("blocks",))}

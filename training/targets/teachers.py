@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from modules.errors import CheckpointError
 from training.loss import NoisyBatch, Trains
 from training.targets.passes import TrainingPasses
 
@@ -54,22 +53,6 @@ def teach_change(teacher: TeacherModel, passes: TrainingPasses, noisy_batch: Noi
     changed = teacher.predict(passes, noisy_batch, has_loras=True)
     change = changed - teacher.predict(passes, noisy_batch, has_loras=False)
     return passes.base(noisy_batch) + change
-
-
-def require_equal_inputs(teacher: nn.Module, trained: nn.Module, option: str) -> None:
-    """Raise CheckpointError if a teacher has weights of other shapes than the trained transformer.
-
-    Such a model reads other texts or other latents, so that one batch cannot be for both.
-    """
-    shapes = {name: tuple(parameter.shape) for name, parameter in trained.named_parameters()}
-    for name, parameter in teacher.named_parameters():
-        shape = tuple(parameter.shape)
-        if shapes.get(name, shape) != shape:
-            raise CheckpointError(
-                f"{option}: its {name} has the shape {list(shape)}, in the trained transformer "
-                f"{list(shapes[name])}, so that the caches of one are not for the other. Give the model that "
-                "the trained one was made from"
-            )
 
 
 def rehearse_change(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:

@@ -1,0 +1,49 @@
+"""Keys and values that the attention of blocks keeps from one call of a network to the next."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from contract.steps import NO_TWEAKS
+from running.run_blocks import Hidden, run_blocks
+
+
+class Remembers(Protocol):
+    """The attention of a block. It sets `remembered` for tokens that are to be remembered, and else puts it
+    beside the keys and values of its tokens.
+
+    It is no part of the record of tokens: a key or a number of each block there would have every block
+    compiled anew.
+    """
+
+    remembered: Sequence[Tensor]  # keys, rotated, and values; empty: nothing is remembered
+
+    def __hash__(self) -> int: ...
+
+
+Attention = TypeVar("Attention", bound=Remembers)
+
+
+def remember(
+    dit: nn.Module, hidden: Hidden, attentions: Sequence[Attention]
+) -> dict[Attention, Sequence[Tensor]]:
+    """Run the blocks on tokens that are to be remembered; return their keys and values by attention."""
+    with remembering({}, attentions):
+        run_blocks(dit, hidden, NO_TWEAKS)
+        return {attention: attention.remembered for attention in attentions}
+
+
+@contextlib.contextmanager
+def remembering(
+    memory: Mapping[Attention, Sequence[Tensor]], attentions: Sequence[Attention]
+) -> Iterator[None]:
+    """Have blocks remember something until the end of the block, and nothing afterwards."""
+    try:
+        for attention, keys_values in memory.items():
+            attention.remembered = keys_values
+        yield
+    finally:
+        for attention in attentions:
+            attention.remembered = ()
