@@ -90,6 +90,7 @@ DIT = DitSpec(
     input_layers=("video_patch_proj", "audio_patch_proj", "condition_proj", "token_refiner"),
     token_wise=("feed",),
     modulated_input="modulated_input",
+    unswapped=2,
     keep_float32=(
         "video_patch_proj.",
         "audio_patch_proj.",
