@@ -19,8 +19,6 @@ from contract.data import (
     MediaBatch,
     MediaEncoders,
     MediaTable,
-    MomentsBatch,
-    MomentsRules,
     SamplingDefaults,
     Sound,
     SoundSpec,
@@ -98,7 +96,7 @@ from minimax_h3.training_inputs import (
     told_media,
 )
 from modules.devices import send
-from modules.errors import CacheError, DatasetError, OptionError
+from modules.errors import CacheError, OptionError
 from modules.media.pixels import byte_clips
 from modules.media.reading import image_size
 from modules.options import NO_OPTIONS
@@ -213,13 +211,6 @@ class MiniMaxH3(OneTransformer):
         """Return what caches hold: see caching.py."""
         assert self.caching is not None
         return self.caching.encode(self.files, encoders, media)
-
-    @property
-    def moments(self) -> MomentsRules:
-        return MomentsRules(f"{NAME} is given clips alone. Leave out load_tensors")
-
-    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        raise DatasetError(f"load_tensors: {self.moments.refusal}.")
 
     @property
     def sound_identity(self) -> Mapping[str, str]:

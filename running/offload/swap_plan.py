@@ -43,9 +43,7 @@ def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> L
     return ListPlan(name, num_blocks, streamed, min(slots, count))
 
 
-def most_blocks(
-    num_blocks: Sequence[int], counts: Callable[[int], Sequence[int]], unswapped: int = 1
-) -> int:
+def most_blocks(num_blocks: Sequence[int], counts: Callable[[int], Sequence[int]], unswapped: int = 1) -> int:
     """Return the largest --blocks_to_swap.
 
     num_blocks: of each list. counts, unswapped: `DitSpec.swap_counts`, `DitSpec.unswapped`.
