@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from contract.steps import NO_TWEAKS, Tweaks
-from minimax_h3.configs import DIT, KINDS, PATCH, PICTURE, SOUND, TEXT, H3Config
+from minimax_h3.configs import DIT, KINDS, PATCH, PICTURE, SOUND, TEXT, H3Config, spec_of
 from minimax_h3.places import PictureGrid, PicturePlace, SoundPlace, all_places
 from minimax_h3.video_vae_blocks import rotate_first
 from modules.attention.attend import attend
@@ -262,6 +262,7 @@ class H3Model(nn.Module):
         """attention: passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
+        self.spec = spec_of(config)
         self.attention = attention
         dim = config.dim
         self.video_patch_proj = nn.Linear(config.channels * PATCH**2, dim)
