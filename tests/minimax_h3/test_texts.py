@@ -396,7 +396,7 @@ def test_a_teacher_reads_pictures_of_the_subjects(files: TinyH3) -> None:
 
 
 def test_a_row_says_what_the_teacher_of_subjects_reads(large_project: Path, files: TinyH3) -> None:
-    """`teacher_caption` is read as it is. If it changes, the text is encoded again; a blank one is refused."""
+    """`teacher_caption` is read as it is. If it changes, it is encoded again; a blank one is refused."""
     subject = pixels(64, 64)
     write_png(large_project / "subject.png", subject.numpy())
     row: dict[str, Any] = {"image_path": "subject.png", "caption": CAPTIONS[0]}
