@@ -71,7 +71,7 @@ from minimax_h3.options import (
     check_ratio,
 )
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
-from minimax_h3.reference_options import IMAGE_EDGE, TASK, VIDEO_EDGE
+from minimax_h3.reference_options import IMAGE_EDGE, OF_MEDIA, TASK, VIDEO_EDGE
 from minimax_h3.reference_sound import read_reference_sound
 from minimax_h3.references import (
     ClipSource,
@@ -180,7 +180,7 @@ class MiniMaxH3(OneTransformer):
             width=width,
             height=height,
             frames=FRAMES,
-            extras=(SHIFT_OF_SOUND,),
+            extras=(SHIFT_OF_SOUND, *OF_MEDIA),
         )
 
     # encoding

@@ -1,5 +1,4 @@
-"""Compiled blocks of MiniMax-H3, by command: numbers of uncompiled ones, and one compilation for all blocks and
-lengths.
+"""Compiled blocks of MiniMax-H3, by command: numbers of uncompiled ones, few compilations for all lengths.
 
 Dynamo captures the whole graph; PyTorch's own kernels run it.
 """
