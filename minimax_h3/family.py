@@ -367,9 +367,12 @@ class MiniMaxH3(OneTransformer):
         lengths = self.latent.lengths
         if not lengths.includes(frames):
             lower = max(lengths.fit(frames), lengths.first)
+            nearest = {lower, lower + lengths.step}
+            if not self.any_length:  # others are refused below
+                nearest = {min(max(count, LEAST_FRAMES), MOST_FRAMES) for count in nearest}
+            remedy = " or ".join(map(str, sorted(nearest)))
             raise OptionError(
-                f"--video_length {frames}: {NAME} makes {lengths} frames, or one. Give {lower} or "
-                f"{lower + lengths.step}"
+                f"--video_length {frames}: {NAME} makes {lengths} frames, or one. Give {remedy}"
             )
         if not self.any_length and not LEAST_FRAMES <= frames <= MOST_FRAMES:
             raise OptionError(
