@@ -176,19 +176,16 @@ class H3RefusedOptions(Options, title="not for this model"):
         choices=("block",),
         refused=dict.fromkeys(("channel", "tensor"), _SCALES),
     )
-    h3_guidance_loss_form: str | None = option(
-        "contrastive: the loss is the mean of (f - u - s (v - u))^2, where f is the prediction, u that for "
-        "the empty prompt, v the velocity of the clip, and s --h3_guidance_loss_scale",
-        choices=("contrastive",),
-        refused={
-            "normalized": "its loss is that of contrastive divided by the square of the scale, with the same "
-            "best network. Only contrastive is computed. Leave the option out"
-        },
+    # the fork reads both next to --h3_guidance_distillation_scale alone, which is refused; its defaults stay
+    h3_guidance_loss_form: str = option(
+        "the loss is the mean of (f - u - s (v - u))^2, the fork's contrastive, where f is the prediction, u "
+        "that for the empty prompt, v the velocity of the clip, and s --h3_guidance_loss_scale. Its "
+        "normalized divides that by s^2, which is not done",
+        default="normalized",
+        choices=("normalized", "contrastive"),
     )
-    h3_guidance_loss_schedule: str | None = option(
-        "constant: the scale is the same at all levels from --h3_guidance_loss_sigma_min on",
-        choices=("constant",),
-        refused={"sigma": "the scale does not fall with the level. Give --h3_guidance_loss_sigma_min"},
+    h3_guidance_loss_schedule = not_needed(
+        "the scale is the same at all levels from --h3_guidance_loss_sigma_min on.", type=str, default="sigma"
     )
     h3_guidance_distillation_scale = unsupported(
         "the target with guidance in it is --h3_guidance_loss_scale. Give that", type=float

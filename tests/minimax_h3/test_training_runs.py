@@ -40,8 +40,6 @@ def run(name: str, steps: int) -> list[object]:
         (["--min_timestep", 0.1234], ["three digits"]),
         (["--h3_guidance_loss_scale", 3, "--h3_teacher_matching"], ["--h3_guidance_loss_scale 3"]),
         (["--h3_guidance_loss_scale", 3, "--guided_target", 4], ["mean the same", "give one"]),
-        (["--h3_guidance_loss_form", "normalized"], ["divided by the square of the scale"]),
-        (["--h3_guidance_loss_schedule", "sigma"], ["--h3_guidance_loss_sigma_min"]),
         (["--h3_guidance_loss_scale_audio", 3], ["--h3_guidance_loss_scale"]),
         (["--h3_guidance_loss_uncond_cache", "dit.safetensors"], ["--h3_guidance_loss_scale"]),
         (["--h3_teacher_loss_dc_weight", 0.3], ["--h3_teacher_matching"]),
