@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from checkpoints.filling import (
     StoredLoading,
@@ -85,6 +85,10 @@ class DitHeader(Generic[Config]):
         return self.block_dtype if self.block_dtype.itemsize > 1 else FP8_COMPUTE
 
 
+def _no_rows(*_: object) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    return {}
+
+
 @dataclass(frozen=True)
 class DitFormat(Generic[Config, Dit]):
     """How the transformer files of a family are recognised and read."""
@@ -96,6 +100,11 @@ class DitFormat(Generic[Config, Dit]):
     sources: Callable[[Checkpoint, DitHeader[Config]], Mapping[str, TensorSource]]
     option: str = "--dit"
     ignore: tuple[str, ...] = ()  # tensors in files that the network does not have
+    # name in the file -> what gives the tensor the rows that a single file of the same names has. Shards of
+    # some releases have another order
+    single_rows: Callable[[Checkpoint, DitHeader[Config]], Mapping[str, Callable[[Tensor], Tensor]]] = (
+        _no_rows
+    )
 
     def read_header(self, checkpoint: Checkpoint) -> DitHeader[Config]:
         """Read dimensions, dialect and dtype of an open file.

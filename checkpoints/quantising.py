@@ -9,7 +9,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -78,6 +78,15 @@ class Recognised:
     family: str | None  # None: a text encoder
     layers: frozenset[str]
     shapes: Mapping[str, tuple[int, ...]]
+    # name -> what gives its tensor the rows of a single file (`DitFormat.single_rows`)
+    single_rows: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        """Return a tensor as a single file has it. Raises CheckpointError if it has numbers that are none."""
+        tensor = checkpoint.read(name)
+        check_finite(checkpoint.path, name, tensor)
+        order = self.single_rows.get(name)
+        return tensor if order is None else order(tensor).contiguous()
 
 
 def quantise_file(options: QuantiseOptions) -> None:
@@ -91,10 +100,10 @@ def quantise_file(options: QuantiseOptions) -> None:
     with open_checkpoint(options.model) as checkpoint:
         sources = plain_sources(checkpoint)
         narrow = [name for name in sources if _is_narrow(checkpoint.tensors[name])]
-        model = _recognise(checkpoint)
+        model = _recognise(checkpoint, options.form)
         metadata = _without_stale(checkpoint.metadata)
         if options.form == "bf16":
-            count = _widen(options, checkpoint, metadata, device)
+            count = _widen(options, checkpoint, model, metadata=metadata, device=device)
         else:
             if narrow:
                 form = dtype_name(checkpoint.tensors[narrow[0]].dtype)
@@ -129,8 +138,11 @@ def _is_narrow(info: TensorInfo) -> bool:
     return info.packing is not None or is_fp8(info.dtype)
 
 
-def _recognise(checkpoint: Checkpoint) -> Recognised:
-    """Recognise the file. Raises CheckpointError if it is neither a known transformer nor a text encoder."""
+def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognised:
+    """Recognise the file. form: that of --form, which decides the layers.
+
+    Raises CheckpointError if it is neither a known transformer nor a text encoder.
+    """
     names = checkpoint.tensors
     for mark, pattern in _TEXT_ENCODERS.items():
         matches = (re.fullmatch(rf"(.*\.)?{mark}", name) for name in names)
@@ -144,10 +156,10 @@ def _recognise(checkpoint: Checkpoint) -> Recognised:
     # as in `families.identify`: Wan's, the last, recognises files of no family too
     for family, entry in reversed(list(FAMILIES.items())):
         files = import_own(f"{entry.room}.files") if entry.own_files else None
-        form: DitFormat[Any, Any] | None = getattr(files, "FORMAT", None)
+        dit_format: DitFormat[Any, Any] | None = getattr(files, "FORMAT", None)
         try:
-            if form is not None:
-                return _transformer(checkpoint, bare, family, form)
+            if dit_format is not None:
+                return _transformer(checkpoint, bare, family, dit_format, form=form)
         except CheckpointError as error:
             logger.debug("%s is not %s: %s", checkpoint.path, family, error)
     if is_lora(names):
@@ -164,13 +176,14 @@ def _recognise(checkpoint: Checkpoint) -> Recognised:
 
 
 def _transformer(
-    checkpoint: Checkpoint, bare: Checkpoint, family: str, form: DitFormat[Any, Any]
+    checkpoint: Checkpoint, bare: Checkpoint, family: str, dit_format: DitFormat[Any, Any], form: str
 ) -> Recognised:
-    header = form.read_header(bare)
+    header = dit_format.read_header(bare)
     with on_meta_device():
-        dit: Any = form.network(header.config, SDPA)
-    sources = form.sources(bare, header)
-    linear = linear_weights(dit, dit.spec.block_lists, dit.spec.fp8_exclude)
+        dit: Any = dit_format.network(header.config, SDPA)
+    sources = dit_format.sources(bare, header)
+    exclude = dit.spec.form_exclude.get("int8" if form == "convrot" else form, dit.spec.fp8_exclude)
+    linear = linear_weights(dit, dit.spec.block_lists, exclude)
     ours_of: dict[str, set[str]] = {}  # tensor of the file -> ours that are made of it
     for name, source in sources.items():
         ours_of.setdefault(source.names[0], set()).add(name)
@@ -186,10 +199,11 @@ def _transformer(
             if our_name in weights:  # files have tensors that are computed here, too
                 shapes_in_file[prefix + name] = tuple(weights[our_name].shape)
     return Recognised(
-        what=form.describe(header),
+        what=dit_format.describe(header),
         family=family,
         layers=frozenset(layers),
         shapes=shapes_in_file,
+        single_rows={prefix + name: order for name, order in dit_format.single_rows(bare, header).items()},
     )
 
 
@@ -215,9 +229,7 @@ def _write_marked(
     makers: dict[str, Callable[[], Tensor]] = {}
 
     def plain(name: str) -> Tensor:
-        tensor = checkpoint.read(name)
-        check_finite(checkpoint.path, name, tensor)
-        return tensor
+        return model.read(checkpoint, name)
 
     def codes(name: str, rounding: _Rounding) -> Tensor:
         return rounding.make(plain(name).to(device))[0]
@@ -324,8 +336,7 @@ def _write_gguf(
             unit=BYTES,
         )
         for name in names:
-            tensor = checkpoint.read(name)
-            check_finite(checkpoint.path, name, tensor)
+            tensor = model.read(checkpoint, name)
             kind = stored[name]
             if kind in (kinds.Q8_0, kinds.F32):
                 data = gguf.quants.quantize(tensor.float().numpy(), kind)
@@ -357,7 +368,11 @@ def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool
 
 
 def _widen(
-    options: QuantiseOptions, checkpoint: Checkpoint, metadata: Mapping[str, str], device: torch.device
+    options: QuantiseOptions,
+    checkpoint: Checkpoint,
+    model: Recognised,
+    metadata: Mapping[str, str],
+    device: torch.device,
 ) -> int:
     """Write quantised weights in bfloat16, the rest unchanged."""
     values = in_values(checkpoint, device)
@@ -369,9 +384,7 @@ def _widen(
     tensors = {**values.tensors, **as_bf16}
 
     def read(name: str) -> Tensor:
-        tensor = values.read(name)
-        check_finite(checkpoint.path, name, tensor)
-        return tensor.to(tensors[name].dtype)
+        return model.read(values, name).to(tensors[name].dtype)
 
     stream_tensors(options.output, tensors, read, {"format": "pt", **metadata})
     return len(narrow)

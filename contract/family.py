@@ -143,6 +143,8 @@ class DitSpec:
     input_layers: tuple[str, ...] = ()
     # --blocks_to_swap -> how many of each list
     swap_counts: Callable[[int], tuple[int, ...]] = lambda blocks: (blocks,)
+    # blocks of each list that it cannot swap, as in the known tuners; a list of two can swap one all the same
+    unswapped: int = 1
     token_wise: tuple[
         str, ...
     ] = ()  # methods of blocks, those that have them, that treat each token (axis 1 of the first input) alone

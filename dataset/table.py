@@ -296,11 +296,13 @@ class DatasetTable:
             return {}
         return {"bucket": list(bucket), **self.changed(REFERENCES)}
 
-    def sight_settings(self, sees_clip: bool, shown: Iterable[ShownMedium] | None) -> dict[str, Any]:
+    def sight_settings(
+        self, sees_clip: bool, shown: Iterable[ShownMedium] | None, teacher_caption: str | None = None
+    ) -> dict[str, Any]:
         """Return what decides what text encoders see of a clip and of the references in its row.
 
         sees_clip: they see its frames. shown: the references, in their order; None: they see none of them.
-        The values are JSON.
+        teacher_caption: of the row, with `shown`. The values are JSON.
         """
         settings: dict[str, Any] = {}
         if sees_clip:
@@ -308,6 +310,8 @@ class DatasetTable:
             settings[CLIP] = sizes
         if shown is not None:
             settings[MEDIA] = [[medium.kind, medium.is_silent] for medium in shown]
+            if teacher_caption is not None:
+                settings[TEACHER_CAPTION] = teacher_caption
         return settings
 
     @property
@@ -393,6 +397,7 @@ KEYS: Mapping[str, forms.TableKey] = {
 FROM_FILE, FROM_ALPHA = "file", "alpha"
 # in the settings of a text record: what its encoder saw besides the caption
 CLIP, MEDIA = "clip", "media"
+TEACHER_CAPTION = "teacher_caption"  # also a key of rows, next to `references`
 
 
 @functools.cache

@@ -17,13 +17,21 @@ from torch import nn
 from checkpoints.dits import DitFormat, DitHeader, choose_dtype, with_dtype
 from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import fingerprint
-from contract.data import CAPTION, REFERENCE, MediaEncoders, MediaTable
+from contract.data import (
+    CAPTION,
+    REFERENCE,
+    CacheEntry,
+    MediaEncoders,
+    MediaTable,
+    MomentsBatch,
+    MomentsRules,
+)
 from contract.family import Abilities, DitSpec, TextEncoder
 from contract.few_steps import FewSteps, Verdict
 from contract.loading import Placement
 from contract.rules import ONE_EXPERT, Expert, ReferenceRules
 from modules.devices import choose_compute_dtype, dtype_name
-from modules.errors import CheckpointError
+from modules.errors import CheckpointError, DatasetError
 from modules.speed_options import VaeOptions
 
 
@@ -137,6 +145,9 @@ class OneTransformer:
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
 
         @property
+        def name(self) -> str: ...
+
+        @property
         @abstractmethod
         def files(self) -> TransformerFiles: ...
 
@@ -187,6 +198,14 @@ class OneTransformer:
     @property
     def media_identity(self) -> Mapping[str, str]:
         return self.files.vae_identity()
+
+    @property
+    def moments(self) -> MomentsRules:
+        """Refuse moments, for families that have no use for them."""
+        return MomentsRules(f"the model {self.name} is given clips alone. Leave out load_tensors")
+
+    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
+        raise DatasetError(f"load_tensors: {self.moments.refusal}.")
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
         return None

@@ -56,6 +56,17 @@ OF_SOME_MODELS: Mapping[str, prompt_lines.LineOption] = {
     # of VACE
     "sm": prompt_lines.LineOption("src_mask", prompt_lines.read_path),
     "vs": prompt_lines.LineOption("vace_scale", prompt_lines.read_name),
+    # of MiniMax-H3
+    "ref": prompt_lines.LineOption("ref", prompt_lines.read_path, repeats=True),
+    "ri": prompt_lines.LineOption("reference_image", prompt_lines.read_path, repeats=True),
+    "rv": prompt_lines.LineOption("reference_video", prompt_lines.read_path, repeats=True),
+    "ra": prompt_lines.LineOption("reference_audio", prompt_lines.read_path, repeats=True),
+    "keyframe": prompt_lines.LineOption("keyframe", prompt_lines.read_path, repeats=True),
+    "condition_image": prompt_lines.LineOption("condition_image", prompt_lines.read_path, repeats=True),
+    "reference_jsonl": prompt_lines.LineOption("reference_jsonl", prompt_lines.read_path),
+    "reference_index": prompt_lines.LineOption("reference_index", _leading_whole),
+    "task": prompt_lines.LineOption("task", prompt_lines.read_name),
+    "fsa": prompt_lines.LineOption("h3_shift_audio", _leading_number),
 }
 # prompt files of training samples; numbers are read from their leading digits, as other trainers do
 SAMPLE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {

@@ -8,11 +8,8 @@ from torch import Tensor
 
 from contract import rules
 from contract.data import (
-    CacheEntry,
     LatentSpec,
     MediaEncoders,
-    MomentsBatch,
-    MomentsRules,
     Sound,
     SoundSpec,
 )
@@ -20,7 +17,6 @@ from encoders.files import OneTransformer
 from ltx_2.files import Ltx2Files
 from ltx_2.options import NAME
 from ltx_2.sound import SoundVae, Vocoder
-from modules.errors import DatasetError
 from modules.media.pixels import to_pixels
 
 
@@ -60,13 +56,6 @@ class Ltx2Media(OneTransformer):
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         if encoders.vae is not None and latents.shape[2]:
             yield from encoders.vae.decode(latents)
-
-    @property
-    def moments(self) -> MomentsRules:
-        return MomentsRules(f"{NAME} is given clips alone. Leave out load_tensors")
-
-    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        raise DatasetError(f"load_tensors: {self.moments.refusal}.")
 
     # sound
 

@@ -6,6 +6,7 @@ the form in which the model was trained to take references: parts that say what 
 of it, and what is shown. Source of the names of these parts: the released prompts.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from contract.data import Conditions
 from contract.family import EncoderAbilities
 from contract.requests import Prompt
 from contract.rules import ShownMedium
+from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from minimax_h3.cache_marks import KEY, TAGS, TEACHER_ROWS, check_marks, marks_of
 from minimax_h3.cached_references import ReferenceSizes, reference_of
 from minimax_h3.configs import LATENT
@@ -169,7 +171,9 @@ class H3CachingEncoder(H3TextEncoder):
                 "--teacher_conditions subject_ref shows pictures of the subject to the teacher, and nothing "
                 "else. Give the table control_directory, or name pictures in `references` of its rows."
             )
-        text = describe_subjects(prompt.text, len(pictures), is_still=len(clip) == 1)
+        text = prompt.teacher_text
+        if text is None:
+            text = describe_subjects(prompt.text, len(pictures), is_still=len(clip) == 1)
         return replace(prompt, text=text, presented=pictures)
 
 
@@ -190,6 +194,12 @@ def _keyframes(prompt: Prompt) -> list[Tensor]:
     return [frame[..., :3] for frame in prompt.frames]
 
 
+@functools.cache  # a use is a key, by its identity
+def _use_with(blank: str) -> LanguageUse:
+    """Return how the text encoder is used where an empty prompt is written as `blank`."""
+    return H3_USE if blank == BLANK else replace(H3_USE, blank=blank)
+
+
 @dataclass(frozen=True)
 class H3CachingFiles(H3Files):
     """Files of a run that caches texts."""
@@ -199,15 +209,15 @@ class H3CachingFiles(H3Files):
     blank: str = BLANK  # what the empty prompt is written as
     edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)
 
-    def language_model(self) -> H3CachingEncoder:
-        encoder = H3CachingEncoder(
-            H3_USE if self.blank == BLANK else replace(H3_USE, blank=self.blank),
-            self.text_encoder_path,
-            dtype=self.beside(self.text_dtype),
-            tokenizer=self.text_encoder_tokenizer,
-            form=self.text_form,
-            on_cpu=self.text_on_cpu,
-        )
+    encoder_class = H3CachingEncoder
+
+    @property
+    def text_use(self) -> LanguageUse:  # type: ignore[override]
+        return _use_with(self.blank)
+
+    def language_model(self) -> LanguageModelEncoder:
+        encoder = super().language_model()
+        assert isinstance(encoder, H3CachingEncoder)
         encoder.set_task(self.task, self.teacher, self.states_dtype)
         encoder.edges = self.edges
         return encoder

@@ -1,6 +1,6 @@
 """MiniMax-H3 as data: dimensions of its transformer, names inside it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from contract.data import LatentSpec
 from contract.family import DitSpec, NoiseSpec, count_picture_tokens
@@ -86,10 +86,13 @@ RELEASE = ModelRelease(
 DIT = DitSpec(
     block_lists=("blocks",),
     fp8_exclude=("norm", "adaln_proj"),
+    # in files in circulation they are in int8, too: a third of the weights
+    form_exclude={"int8": ("norm",)},
     lora_exclude=("adaln_proj",),
     input_layers=("video_patch_proj", "audio_patch_proj", "condition_proj", "token_refiner"),
     token_wise=("feed",),
     modulated_input="modulated_input",
+    unswapped=2,
     keep_float32=(
         "video_patch_proj.",
         "audio_patch_proj.",
@@ -99,3 +102,9 @@ DIT = DitSpec(
         "final_layer.audio_out.",
     ),
 )
+# of a pruned file: its modulation has few columns, which stay in 16 bits
+PRUNED_DIT = replace(DIT, form_exclude={})
+
+
+def spec_of(config: H3Config) -> DitSpec:
+    return PRUNED_DIT if config.table_rows else DIT

@@ -7,9 +7,11 @@ diffusers stores them apart, with the halves of the feed-forward's first layer i
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, other_kind, stack_heads
 from checkpoints.dits import DitFormat, DitHeader
@@ -176,13 +178,17 @@ def _sources(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> Mapping[str
     if header.dialect == DIFFUSERS:
         swapped = [name for name in join_parts(stored, TABLE) if name.endswith(".mlp.fc1.weight")]
         return join_parts(stored, TABLE, swapped)
-    if header.dialect == STACKED:
-        return stored
+    stacks = _stacks(checkpoint, header)
+    return {name: source.then(stacks[name]) if name in stacks else source for name, source in stored.items()}
+
+
+def _stacks(checkpoint: Checkpoint, header: DitHeader[H3Config]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return what stacks the rows of the tensors that have them interleaved."""
+    if header.dialect != INTERLEAVED:
+        return {}
     stack = functools.partial(stack_heads, head_width=header.config.head_width)
-    return {
-        name: source.then(stack) if name.endswith(".attn.qkv_proj.weight") else source
-        for name, source in stored.items()
-    }
+    names = (name for name in checkpoint.tensors if name.endswith(".attn.qkv_proj.weight"))
+    return dict.fromkeys(names, stack)
 
 
 @functools.cache
@@ -195,6 +201,7 @@ def format_of(layout: str | None = None) -> DitFormat[H3Config, H3Model]:
         sources=_sources,
         option=OPTION,
         ignore=IGNORED,
+        single_rows=_stacks,
     )
 
 

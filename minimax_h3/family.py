@@ -19,8 +19,6 @@ from contract.data import (
     MediaBatch,
     MediaEncoders,
     MediaTable,
-    MomentsBatch,
-    MomentsRules,
     SamplingDefaults,
     Sound,
     SoundSpec,
@@ -73,7 +71,7 @@ from minimax_h3.options import (
     check_ratio,
 )
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
-from minimax_h3.reference_options import IMAGE_EDGE, TASK, VIDEO_EDGE
+from minimax_h3.reference_options import IMAGE_EDGE, OF_MEDIA, TASK, VIDEO_EDGE
 from minimax_h3.reference_sound import read_reference_sound
 from minimax_h3.references import (
     ClipSource,
@@ -98,7 +96,7 @@ from minimax_h3.training_inputs import (
     told_media,
 )
 from modules.devices import send
-from modules.errors import CacheError, DatasetError, OptionError
+from modules.errors import CacheError, OptionError
 from modules.media.pixels import byte_clips
 from modules.media.reading import image_size
 from modules.options import NO_OPTIONS
@@ -182,7 +180,7 @@ class MiniMaxH3(OneTransformer):
             width=width,
             height=height,
             frames=FRAMES,
-            extras=(SHIFT_OF_SOUND,),
+            extras=(SHIFT_OF_SOUND, *OF_MEDIA),
         )
 
     # encoding
@@ -213,13 +211,6 @@ class MiniMaxH3(OneTransformer):
         """Return what caches hold: see caching.py."""
         assert self.caching is not None
         return self.caching.encode(self.files, encoders, media)
-
-    @property
-    def moments(self) -> MomentsRules:
-        return MomentsRules(f"{NAME} is given clips alone. Leave out load_tensors")
-
-    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        raise DatasetError(f"load_tensors: {self.moments.refusal}.")
 
     @property
     def sound_identity(self) -> Mapping[str, str]:
@@ -376,9 +367,12 @@ class MiniMaxH3(OneTransformer):
         lengths = self.latent.lengths
         if not lengths.includes(frames):
             lower = max(lengths.fit(frames), lengths.first)
+            nearest = {lower, lower + lengths.step}
+            if not self.any_length:  # others are refused below
+                nearest = {min(max(count, LEAST_FRAMES), MOST_FRAMES) for count in nearest}
+            remedy = " or ".join(map(str, sorted(nearest)))
             raise OptionError(
-                f"--video_length {frames}: {NAME} makes {lengths} frames, or one. Give {lower} or "
-                f"{lower + lengths.step}"
+                f"--video_length {frames}: {NAME} makes {lengths} frames, or one. Give {remedy}"
             )
         if not self.any_length and not LEAST_FRAMES <= frames <= MOST_FRAMES:
             raise OptionError(

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from contract.steps import NO_TWEAKS, Tweaks
-from minimax_h3.configs import DIT, KINDS, PATCH, PICTURE, SOUND, TEXT, H3Config
+from minimax_h3.configs import DIT, KINDS, PATCH, PICTURE, SOUND, TEXT, H3Config, spec_of
 from minimax_h3.places import PictureGrid, PicturePlace, SoundPlace, all_places
 from minimax_h3.video_vae_blocks import rotate_first
 from modules.attention.attend import attend
@@ -66,7 +66,7 @@ class TokenRun:
     """A run of tokens that share a time and a kind."""
 
     tokens: int
-    time: int  # number among the different times of a pass
+    time: int  # number among the times of a pass
     kind: int
 
 
@@ -262,6 +262,7 @@ class H3Model(nn.Module):
         """attention: passed to `modules.attention.attend`."""
         super().__init__()
         self.config = config
+        self.spec = spec_of(config)
         self.attention = attention
         dim = config.dim
         self.video_patch_proj = nn.Linear(config.channels * PATCH**2, dim)
@@ -334,18 +335,23 @@ class H3Model(nn.Module):
         learned_sound = H3Condition(sound, SoundPlace(sound.shape[3], begin, grid))
         media = [H3Condition(noisy, PicturePlace(grid, begin)), learned_sound, *conditions]
         parts = [self._embed_medium(medium) for medium in media]
-        levels = [*times, *(condition.level(times[0]) for condition in conditions)]
-        distinct = list(dict.fromkeys(levels))
+        # by what decides a level, not by its value: compiled blocks are for one pattern of equal levels, and
+        # both schedules begin at one level
+        levels: dict[object, float] = dict(enumerate(times))
+        rules = [*levels, *((condition.is_sound, condition.clean) for condition in conditions)]
+        for condition, rule in zip(conditions, rules[len(times) :], strict=True):
+            levels[rule] = condition.level(times[0])
+        numbers = list(levels)
         segments = []
-        for medium, part, level in zip(media, parts, levels, strict=True):
-            segments.append(TokenRun(part.shape[1], distinct.index(level), medium.kind))
+        for medium, part, rule in zip(media, parts, rules, strict=True):
+            segments.append(TokenRun(part.shape[1], numbers.index(rule), medium.kind))
         segments += _text_segments(shown, num_text)
         places = tuple(medium.place for medium in media)
         tokens = H3Tokens(
             grid,
             sound=segments[1].tokens,
             rotary=self._rotary.of((places, num_text), noisy.device),
-            times=self._embed_times(distinct, noisy.device),
+            times=self._embed_times(list(levels.values()), noisy.device),
             slots=tuple(KINDS * segment.time + segment.kind for segment in segments),
             starts=tuple(accumulate(segment.tokens for segment in segments[:-1])),
             dtype=dtype,

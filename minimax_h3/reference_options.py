@@ -11,6 +11,7 @@ MOST_EDGE = 8192
 KEYFRAMES, CONDITION_IMAGES = "keyframe", "condition_image"  # in Request.extra, as the names below
 REF, JSONL, INDEX, ONE_FRAME, TASK = "ref", "reference_jsonl", "reference_index", "one_frame", "task"
 BY_KIND = {"image": "reference_image", "video": "reference_video", "audio": "reference_audio"}
+OF_MEDIA = (KEYFRAMES, CONDITION_IMAGES, REF, JSONL, INDEX, ONE_FRAME, TASK, *BY_KIND.values())
 FIELDS = ("type", "audio")  # of --ref
 
 

@@ -7,6 +7,7 @@ posterior, normalised by channel. Its settings are read from the sizes in the fi
 # Letters: B batch, S samples, Z latent channels, A latents of sound in time
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
-from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
+from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, rename_sources, shapes_of
 from checkpoints.encoders import stated_settings
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from contract.data import Sound
@@ -32,6 +35,11 @@ CHANNELS = 2
 DILATIONS = (1, 3, 5)
 HEADS = 8
 DIFFUSERS_CLASS = "AutoencoderKLMiniMaxH3Audio"
+# end of a tensor's name in files -> in the network: size and direction of a weight
+PARTS_OF_WEIGHTS = {
+    "weight_g": "parametrizations.weight.original0",
+    "weight_v": "parametrizations.weight.original1",
+}
 WHAT = "an audio VAE of MiniMax-H3"
 FILES = "minimax_h3_audio_vae_fp32.safetensors of Comfy-Org, or audio_vae/ of MiniMaxAI/MiniMax-H3"
 Settings = Mapping[str, Any]  # of the class of diffusers
@@ -127,7 +135,13 @@ def read_sound_vae(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     fits = all(_are_numbers(numbers, latent_channels) for numbers in statistics)
     if not fits or prod(settings["encoder_rates"]) != prod(settings["decoder_rates"]):
         raise refusal
-    return LoadPlan(settings, checkpoint, sources)
+    return LoadPlan(settings, checkpoint, rename_sources(sources, _parametrised))
+
+
+def _parametrised(name: str) -> str:
+    """Return the name of a tensor in a network whose norms are parametrisations."""
+    path, _, end = name.rpartition(".")
+    return f"{path}.{PARTS_OF_WEIGHTS[end]}" if end in PARTS_OF_WEIGHTS else name
 
 
 def _are_numbers(values: Any, count: int) -> bool:
@@ -171,7 +185,11 @@ def load_sound_vae(path: Path, device: torch.device, option: str = "--audio_vae"
 
 
 def build_sound_vae(settings: Settings) -> nn.Module:
-    """Build the network for `on_meta_device`. Raises CheckpointError if diffusers lacks it."""
+    """Build the network for `on_meta_device`. Raises CheckpointError if diffusers lacks it.
+
+    Diffusers normalises weights in the way that PyTorch has replaced by parametrisations, which warns for
+    each layer: what is built has these instead, with weights of other names (`PARTS_OF_WEIGHTS`).
+    """
     with hide_packages("bitsandbytes"):  # it would be loaded for nothing
         try:
             from diffusers import AutoencoderKLMiniMaxH3Audio  # takes seconds to import
@@ -179,5 +197,12 @@ def build_sound_vae(settings: Settings) -> nn.Module:
             raise CheckpointError(
                 "the audio VAE of MiniMax-H3 needs diffusers 0.42 or newer. Type: pip install -U diffusers"
             ) from error
-    network: Any = AutoencoderKLMiniMaxH3Audio(**settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*weight_norm` is deprecated", category=FutureWarning)
+        network: Any = AutoencoderKLMiniMaxH3Audio(**settings)
+    for module in network.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+                weight_norm(module, hook.name, hook.dim)
     return network

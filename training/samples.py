@@ -358,8 +358,10 @@ def warn_of_unread(entries: Sequence[Mapping[str, Any]], family: Family, prompt_
             "%s: the embedded guidance (--g) is ignored because this model has none; --l guides it",
             prompt_file,
         )
+    words: dict[str, str] = {}  # by key; some have two
     for word, setting in OF_SOME_MODELS.items():
-        key = setting.key
+        words.setdefault(setting.key, word)
+    for key, word in words.items():
         is_given = any(entry.get(key) is not None for entry in entries)
         if is_given and key not in family.defaults.extras:
             logger.warning(
@@ -462,13 +464,18 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         control_path=path("control_video_path"),
         control_images=tuple(to_path("control_image_path", str(image)) for image in controls),
         extra={
-            setting.key: str(values[setting.key])
+            setting.key: _as_text(values[setting.key])
             for setting in OF_SOME_MODELS.values()
             if setting.key in values
         },
     )
     check_values(request)
     return _with_whole_size(request, (width, height, frames), family.latent)
+
+
+def _as_text(value: Any) -> str:
+    """Return a setting as `Request.extra` has it: several values on a line each."""
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _with_whole_size(

@@ -55,6 +55,7 @@ DIT = DitSpec(
     input_layers=("all_x_embedder", "cap_embedder"),
     token_wise=("feed",),
     modulated_input="modulated_input",
+    unswapped=2,
     # in 16 bits they lose most; under 1 % of the model
     keep_float32=("t_embedder.",),
 )

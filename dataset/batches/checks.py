@@ -26,7 +26,7 @@ from dataset.config_keys import IGNORE, REFERENCES, SECTIONS, TEXTS, Stale
 from dataset.sources.captions import captions_in, read_caption
 from dataset.sources.frames import bucket_of
 from dataset.sources.media_source import CLIP_REFERENCES, CONTROL_MASK, SOUND_FILE, WORSE
-from dataset.table import CLIP, FROM_ALPHA, FROM_FILE, MEDIA, defaults_of
+from dataset.table import CLIP, FROM_ALPHA, FROM_FILE, MEDIA, TEACHER_CAPTION, defaults_of
 from modules.console import count_of
 from modules.errors import CacheError
 from modules.option_values import as_shape
@@ -124,11 +124,12 @@ def _sight_now(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any
     If the sources are gone, its media are those of the record.
     """
     companions = _companions_now(item) if MEDIA in recorded else None
-    media = None if companions is None else companions.shown
-    settings = item.table.sight_settings(sees_clip=CLIP in recorded, shown=media)
-    if MEDIA in recorded and companions is None:
-        settings[MEDIA] = recorded[MEDIA]
-    return settings
+    sees_clip = CLIP in recorded
+    if companions is not None:
+        caption = companions.teacher_caption
+        return item.table.sight_settings(sees_clip, companions.shown, teacher_caption=caption)
+    settings = item.table.sight_settings(sees_clip, shown=None)
+    return settings | {key: recorded[key] for key in (MEDIA, TEACHER_CAPTION) if key in recorded}
 
 
 def _caption_faults(

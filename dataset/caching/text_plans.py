@@ -103,7 +103,8 @@ def _files_of_table(
             shown_source = source
             pictures = (*pictures, *_seen_files(source, sight))
             media = source.shown if sight.media else None
-            settings = {**settings, **table.sight_settings(sees_clip=sight.clip, shown=media)}
+            seen = table.sight_settings(sight.clip, media, teacher_caption=source.teacher_caption)
+            settings = {**settings, **seen}
         if len(captions) > 1:
             settings = {**settings, "captions": len(captions)}
         for number, caption in enumerate(captions):

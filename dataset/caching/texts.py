@@ -292,7 +292,13 @@ class TextWork:
         controls = tuple(torch.from_numpy(control[0]) for control in item.control)
         clip = torch.from_numpy(item.frames)
         shown = source.shown if self._sight.media else ()
-        return dataclasses.replace(prompt, clip=clip, frames=prompt.frames or controls, media=shown)
+        return dataclasses.replace(
+            prompt,
+            clip=clip,
+            frames=prompt.frames or controls,
+            media=shown,
+            teacher_text=source.teacher_caption,
+        )
 
     def _frames_of(self, source: MediaSource | None) -> tuple[Tensor, ...]:
         """Return a source's reference pictures as they are encoded, each H W C; (): encoders read them.

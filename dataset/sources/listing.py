@@ -136,6 +136,7 @@ class CompanionCounts(NamedTuple):
     num_references: int
     has_mask: bool
     shown: tuple[ShownMedium, ...]  # `references` of its row
+    teacher_caption: str | None  # of its row
 
 
 @functools.lru_cache(maxsize=64)
@@ -154,6 +155,7 @@ def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
             num_references=len(source.references),
             has_mask=source.mask is not None,
             shown=source.shown,
+            teacher_caption=source.teacher_caption,
         )
         for source in sources
     }

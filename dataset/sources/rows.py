@@ -11,6 +11,7 @@ from urllib.request import url2pathname
 from dataset.config import DatasetTable
 from dataset.sources import media_source
 from dataset.sources.captions import complete_captions, first_and_more, lines_of
+from dataset.table import TEACHER_CAPTION
 from modules.control_codes import shorten
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES
@@ -94,6 +95,8 @@ class RowReader:
             from dataset.sources.shown import read_shown  # few lists have any
 
             source = replace(source, shown=read_shown(values["references"], self.file, where))
+        if self.table.shows_media and values.get(TEACHER_CAPTION) is not None:
+            source = replace(source, teacher_caption=self._teacher_caption(values[TEACHER_CAPTION], where))
         self._identities.append(media.identity)
         return source
 
@@ -210,6 +213,15 @@ class RowReader:
             return stripped
         lines = lines_of(stripped[0]) or [""]
         return [*lines, *stripped[1:]]
+
+    def _teacher_caption(self, value: Any, where: str) -> str:
+        if not isinstance(value, str) or not value.strip():
+            raise DatasetError(
+                f"{where}: {TEACHER_CAPTION} = {_show(value)} is not a text. Write what the teacher reads, "
+                "or leave it out"
+            )
+        check_text(value, f"{where}: {TEACHER_CAPTION}")
+        return value
 
     def _further_captions(self, values: Mapping[str, Any], where: str) -> list[str]:
         texts = values.get("captions") if self.table.multi_caption else None

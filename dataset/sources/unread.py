@@ -12,6 +12,7 @@ from dataset.sources.columns import TableRow, column_names, plain_columns, read_
 from dataset.sources.media_source import Fault
 from dataset.sources.rows import control_number
 from dataset.sources.tables import CAPTION_COLUMNS, choose_columns, find_cells, names_read
+from dataset.table import KEYS, TEACHER_CAPTION
 from dataset.timestep_keys import TIMESTEP_KEYS
 from modules.control_codes import shorten
 from modules.media.decoding import ANIMATION_SUFFIXES
@@ -22,6 +23,8 @@ from modules.paths import expand_path, hide_secrets, path_exists
 LOOKED_AT = 1000  # rows of a file
 MOST_SHOWN = 80  # characters of a value
 NEAR = 0.84  # how alike names are, 0..1: contol_path is near control_path, caption_en not near caption
+# of rows of models whose tables have `shows_media`
+OF_SHOWN_MEDIA = frozenset({"references", TEACHER_CAPTION})
 # our column name -> what it holds, and words in other programs' names of such columns
 MEANT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "control_path": (
@@ -69,8 +72,12 @@ def find_unread(table: DatasetTable) -> list[Fault]:
                 if is_list and not row.values.get("caption"):
                     unread[name] = ": did you mean 'caption'?"
                 continue
-            if name in TIMESTEP_KEYS:
+            # other programs' tables have columns with names of keys, such as `resolution`
+            if name in TIMESTEP_KEYS or (is_list and name in KEYS):
                 unread[name] = ": it is a key of the [[datasets]] table, for all its items"
+                continue
+            if name in OF_SHOWN_MEDIA and not table.shows_media:
+                unread[name] = ": models with references of several kinds read it, such as MiniMax-H3"
                 continue
             text = _explain(name, value, table=table, path=path, media=row.values.get(columns.media))
             if text is not None:

@@ -43,13 +43,22 @@ def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> L
     return ListPlan(name, num_blocks, streamed, min(slots, count))
 
 
-def most_blocks(num_blocks: Sequence[int], counts: Callable[[int], Sequence[int]]) -> int:
-    """Return the largest --blocks_to_swap. num_blocks: of each list. counts: `DitSpec.swap_counts`."""
-    return next(n for n in range(sum(num_blocks), -1, -1) if n == 0 or _fits(num_blocks, counts(n)))
+def most_blocks(num_blocks: Sequence[int], counts: Callable[[int], Sequence[int]], unswapped: int = 1) -> int:
+    """Return the largest --blocks_to_swap.
+
+    num_blocks: of each list. counts, unswapped: `DitSpec.swap_counts`, `DitSpec.unswapped`.
+    """
+    numbers = range(sum(num_blocks), 0, -1)
+    return next((number for number in numbers if _fits(num_blocks, counts(number), unswapped)), 0)
 
 
-def _fits(num_blocks: Sequence[int], swapped: Sequence[int]) -> bool:
-    return all(count <= max(total - 1, 0) for total, count in zip(num_blocks, swapped, strict=True))
+def _fits(num_blocks: Sequence[int], swapped: Sequence[int], unswapped: int) -> bool:
+    return all(count <= _most_of(total, unswapped) for total, count in zip(num_blocks, swapped, strict=True))
+
+
+def _most_of(num_blocks: int, unswapped: int) -> int:
+    """Return how many blocks of a list can be swapped."""
+    return max(num_blocks - unswapped, 1 if num_blocks > 1 else 0)
 
 
 @dataclass(frozen=True)
@@ -90,8 +99,8 @@ def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[in
     Raises OptionError if the network has too few.
     """
     swapped = spec.swap_counts(blocks) if blocks else [0] * len(totals)
-    if not _fits(totals, swapped):
-        most = most_blocks(totals, spec.swap_counts)
+    if not _fits(totals, swapped, spec.unswapped):
+        most = most_blocks(totals, spec.swap_counts, spec.unswapped)
         has = " + ".join(map(str, totals))
         raise OptionError(
             f"--blocks_to_swap {blocks}: the transformer has {has} blocks, at most {most} can be "

@@ -145,10 +145,8 @@ def swaps_of(dit: nn.Module, spec: DitSpec, swap: SwapOptions, processes: int = 
     totals = [len(blocks) for blocks in spec.blocks(dit).values()]
     moves_layers = swap.img_in_txt_in_offloading
     slots = swap.block_swap_ring_size
-    return [
-        plan_swapped_bytes(dit, SwapPlan(spec, count, moves_layers, slots))
-        for count in range(most_blocks(totals, spec.swap_counts) + 1)
-    ]
+    most = most_blocks(totals, spec.swap_counts, spec.unswapped)
+    return [plan_swapped_bytes(dit, SwapPlan(spec, count, moves_layers, slots)) for count in range(most + 1)]
 
 
 BlockWeights = tuple[tuple[int, int], ...]  # rows and bytes of each weight of a block that can be split

@@ -21,6 +21,7 @@ from checkpoints.stored.forms import stored_in
 from contract.loading import Placement
 from minimax_h3.dit_checkpoints import load_dit
 from minimax_h3.model import H3Model
+from modules.speed_options import Quantisation
 from tests.commands import run_script
 from tests.faults.messages import succeed_here
 from tests.manifests import WIDTHS, tensor_list, write_hollow
@@ -236,3 +237,54 @@ def test_training_with_48_blocks_in_host_memory_is_planned_on_16_gib(tmp_path: P
     assert gib_of(said, "weights of the transformer")[0] < 5
     assert "48 blocks swapped" in said
     assert "Fits" in said
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "h3.safetensors"])
+def test_a_file_is_rounded_to_the_bytes_of_the_file_in_circulation(tmp_path: Path, name: str) -> None:
+    """Shards have their rows by head; the int8 file that is made of them has them stacked."""
+    state = their_dit(**WIDTHS_OF_GROUPS).state_dict()
+    save_file(released(state, is_interleaved="-of-" in name), tmp_path / name)
+    save_file(released(state), tmp_path / "stacked.safetensors")
+    expected = load_file(round_file(tmp_path / "stacked.safetensors"))
+
+    words = ["--form", "convrot", "--device", "cpu", "--output", "int8.safetensors"]
+    succeed_here("tools/quantise.py", "--model", name, *words, folder=tmp_path)
+
+    made = load_file(tmp_path / "int8.safetensors")
+    assert made.keys() == expected.keys()
+    for tensor, value in expected.items():
+        if tensor.endswith("comfy_quant"):
+            assert json.loads(bytes(made[tensor].tolist())) == json.loads(bytes(value.tolist()))
+        elif value.dtype == torch.int8:  # sums of another order: values between two codes
+            error = (made[tensor].int() - value.int()).abs()
+            assert error.max() <= 1
+            assert error.count_nonzero() <= 1e-4 * error.numel()
+        else:
+            torch.testing.assert_close(made[tensor], value, atol=0, rtol=1e-6)
+    assert load_dit(tmp_path / "int8.safetensors", Placement(CPU)).config.num_layers == 2
+
+
+def test_a_pruned_file_keeps_its_few_columns_when_it_is_rounded(tmp_path: Path) -> None:
+    save_file(released(their_dit(**WIDTHS_OF_GROUPS).state_dict()), tmp_path / "whole.safetensors")
+    whole = load_dit(tmp_path / "whole.safetensors", Placement(CPU))
+    save_file(prune(load_file(tmp_path / "whole.safetensors"), whole), tmp_path / "pruned.safetensors")
+
+    words = ["--form", "convrot", "--device", "cpu", "--output", "int8.safetensors"]
+    succeed_here("tools/quantise.py", "--model", "pruned.safetensors", *words, folder=tmp_path)
+
+    made = load_file(tmp_path / "int8.safetensors")
+    assert made["blocks.0.adaln_proj.linear.weight"].is_floating_point()
+    assert made["blocks.0.attn.qkv_proj.weight"].dtype == torch.int8
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00001.safetensors", "h3.safetensors"])
+def test_layers_that_are_rounded_while_loading_are_those_of_the_file_in_circulation(
+    tmp_path: Path, name: str
+) -> None:
+    state = their_dit(**WIDTHS_OF_GROUPS).state_dict()
+    save_file(released(state, is_interleaved="-of-" in name), tmp_path / name)
+
+    rounded = load_dit(tmp_path / name, Placement(CPU, quantisation=Quantisation("rows", form="int8")))
+
+    stored = {name for name, layer in rounded.named_modules() if stored_in(layer) is not None}
+    assert stored == {name for name, _ in rounded.named_modules() if re.fullmatch(ROUNDED, name)}

@@ -53,6 +53,18 @@ def test_each_channel_is_encoded_and_decoded_as_in_diffusers(tmp_path: Path) -> 
     assert ours.decode(latents).rate == 32000
 
 
+@pytest.mark.filterwarnings("error")
+def test_nothing_warns_of_old_norms_of_weights(tmp_path: Path) -> None:
+    path = tmp_path / "audio.safetensors"
+    save_file(their_vae().state_dict(), path)
+
+    ours = load_sound_vae(path, CPU)
+
+    names = dict(ours._network.named_parameters())
+    assert "decoder.ups.0.0.parametrizations.weight.original0" in names
+    assert not any(name.endswith(("weight_g", "weight_v")) for name in names)
+
+
 def test_a_folder_of_diffusers_says_its_own_statistics(tmp_path: Path) -> None:
     torch.manual_seed(2)
     statistics = {"latents_mean": [0.5] * 32, "latents_std": [2.0] * 32}

@@ -395,6 +395,40 @@ def test_a_teacher_reads_pictures_of_the_subjects(files: TinyH3) -> None:
     assert "a video" in describe_subjects("a cat", 1, is_still=False)
 
 
+def test_a_row_says_what_the_teacher_of_subjects_reads(large_project: Path, files: TinyH3) -> None:
+    """`teacher_caption` is read as it is. If it changes, it is encoded again; a blank one is refused."""
+    subject = pixels(64, 64)
+    write_png(large_project / "subject.png", subject.numpy())
+    row: dict[str, Any] = {"image_path": "subject.png", "caption": CAPTIONS[0]}
+    row |= {"references": [{"type": "image", "path": "subject.png"}], "teacher_caption": SPOKEN}
+    path = large_project / "dataset.toml"
+    content = re.sub(r"video_directory = .*", 'image_jsonl_file = "rows.jsonl"', path.read_text("utf-8"))
+    content = re.sub(r"(target_frames|frame_extraction) = .*\n", "", content)
+    path.write_text(content, "utf-8")
+    words = ["--teacher_conditions", "subject_ref", "--reference_image_short_edge", "64"]
+
+    def write(teacher_caption: str) -> None:
+        text = json.dumps({**row, "teacher_caption": teacher_caption})
+        (large_project / "rows.jsonl").write_text(text, encoding="utf-8")
+
+    write(SPOKEN)
+    cache(large_project, files, *words)
+
+    (cached,) = (large_project / "cache").glob("*_mmh3_te.safetensors")
+    made = load_file(cached)
+    states, tags = presented(files, SPOKEN, show_picture(subject))
+    name = "varlen_mmh3_teacher_subject_ref_hidden_states_float32"
+    torch.testing.assert_close(made[name], states, atol=1e-4, rtol=1e-4)
+    assert made["varlen_mmh3_teacher_subject_ref_token_tags_int64"].tolist() == tags
+    expected = expected_states(files, CAPTIONS[0])
+    torch.testing.assert_close(made[STATES], expected, atol=1e-5, rtol=1e-5)
+    assert "1 captions, 0 of them" in cache(large_project, files, *words)
+    write("another text")
+    assert "1 captions, 1 of them" in cache(large_project, files, *words)
+    write(" ")
+    assert "teacher_caption" in refuse(large_project, files, *words)
+
+
 def test_references_of_a_row_are_presented_in_their_order(large_project: Path, files: TinyH3) -> None:
     """A picture and a silent clip, whose files and order count for the cache."""
     for number in range(2):

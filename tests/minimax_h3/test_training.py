@@ -338,7 +338,7 @@ def test_a_guided_target_is_that_of_its_formula(project: Project, has_file: bool
     """Where the base time is at least 0.5; the empty prompt with the LoRA on. Sound has its own scale."""
     project.cache(CLIPS)
     words: list[object] = ["--h3_guidance_loss_scale", 3, "--h3_guidance_loss_scale_audio", 4]
-    words += ["--h3_guidance_loss_sigma_min", 0.5]
+    words += ["--h3_guidance_loss_sigma_min", 0.5, "--h3_guidance_loss_form", "contrastive"]
     empty = write_empty_text(project.folder)
     if has_file:
         (project.folder / "cache" / "mmh3_te.empty.safetensors").unlink()

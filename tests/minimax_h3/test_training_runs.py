@@ -56,6 +56,7 @@ def run(name: str, steps: int) -> list[object]:
         (["--h3_mask_mode", "box"], ["--task"]),
         (["--one_frame"], ["a clip of 7 latent frames", "pictures"]),
         (["--tread", 0.5], ["a second stream, the sound"]),
+        (["--blocks_to_swap", 2], ["has 3 blocks, at most 1 can be swapped. Use 1 or less"]),
     ],
 )
 def test_what_cannot_be_is_refused(project: Project, words: list[object], parts: list[str]) -> None:

@@ -73,7 +73,8 @@ def released(tensors: Mapping[str, Tensor], is_interleaved: bool = False) -> dic
             parts = [tensors[name.replace("to_q", f"to_{letter}")] for letter in "qkv"]
             fused = torch.cat(parts)
             if is_interleaved:
-                fused = torch.stack([part.unflatten(0, (-1, WIDTH)) for part in parts], dim=1).flatten(0, 2)
+                width = len(tensors[name.replace("to_q", "norm_q")])
+                fused = torch.stack([part.unflatten(0, (-1, width)) for part in parts], dim=1).flatten(0, 2)
             made[ours.replace("to_q", "qkv_proj")] = fused
         elif ".to_k." not in name and ".to_v." not in name:
             made[ours] = tensor.contiguous()

@@ -11,17 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from contract.family import DitSpec
 from contract.steps import Tweaks
 from hunyuan_model.spec import DIT as HUNYUAN
+from krea2.configs import DIT as KREA2
+from minimax_h3.configs import DIT as H3
 from modules.errors import OptionError
 from modules.parser import parse_options
 from modules.speed_options import SwapOptions
 from running.offload.block_swap import move_network, settle_all, swap_of
 from running.offload.checkpointing import checkpoint_blocks
-from running.offload.swap_plan import SwapPlan, most_blocks, plan_list
+from running.offload.swap_plan import SwapPlan, check_swap, most_blocks, plan_list
 from tests.modules.fake_device import FakeDevice, Interruption, hide
 from tests.modules.swap_cases import CASES, Case, gradients, learner, same, step_in_backward, swapped
 from wan.spec import DIT as WAN
+from z_image.configs import DIT as Z_IMAGE
 
 # all numbers of one list of blocks, and of two lists those with one and with none left
 MANY = [pytest.param(CASES[0], blocks, id=f"{CASES[0].name} {blocks}") for blocks in range(1, 5)]
@@ -302,6 +306,24 @@ def test_numbers_count_as_in_the_known_tuners() -> None:
     assert most_blocks([40], WAN.swap_counts) == 39
     assert most_blocks([20, 40], HUNYUAN.swap_counts) == 38
     assert most_blocks([2, 3], HUNYUAN.swap_counts) == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "blocks", "most"),
+    [
+        (H3, [50], 48),
+        (Z_IMAGE, [30], 28),
+        (KREA2, [28], 27),
+        (H3, [2], 1),
+        (H3, [1], 0),
+    ],
+)
+def test_as_many_blocks_are_swapped_as_the_known_tuners_allow(
+    spec: DitSpec, blocks: list[int], most: int
+) -> None:
+    assert most_blocks(blocks, spec.swap_counts, spec.unswapped) == most
+    with pytest.raises(OptionError, match=f"at most {most} can be swapped. Use {most} or less"):
+        check_swap(spec, most + 1, blocks)
 
 
 def test_too_many_are_refused_with_the_number_that_can_be() -> None:
