@@ -98,7 +98,7 @@ def test_what_a_viewer_shows_is_learned_and_old_caches_of_other_colours_are_made
 
 def test_pictures_that_move_are_named_where_their_folder_does_not_do_so(tmp_path: Path) -> None:
     first, second = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
-    for name in ("moves.png", "moves.webp"):
+    for name in ("moves.png", "turns.webp"):
         first.save(tmp_path / name, save_all=True, append_images=[second])
     first.save(tmp_path / "two.jpg", format="MPO", save_all=True, append_images=[second])  # as phones do
     first.save(tmp_path / "plain.png")
@@ -111,7 +111,7 @@ def test_pictures_that_move_are_named_where_their_folder_does_not_do_so(tmp_path
     lines = [json.dumps({"image_path": str(path)}) for path in sorted(tmp_path.glob("*.*"))]
     (tmp_path / "list.jsonl").write_text("\n".join(lines))
     in_list = make_table(tmp_path, "image_directory", directory=None, jsonl_file=tmp_path / "list.jsonl")
-    assert remarks(in_list) == [str(tmp_path / "moves.png"), str(tmp_path / "moves.webp")]
+    assert remarks(in_list) == [str(tmp_path / "moves.png"), str(tmp_path / "turns.webp")]
 
 
 @pytest.mark.parametrize("many", [8192, 1])
