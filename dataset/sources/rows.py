@@ -21,6 +21,7 @@ MOST_SHOWN = 80  # characters of a path in a message
 # names of the column with the paths of a table, in order, behind image_path or video_path; the first that it
 # has is used. Behind them all: a column `image` or `video`, of paths or of whole files
 PATH_COLUMNS = ("path", "file_name", "url")
+MULTI_CAPTION = "multi_caption = true"
 DOWNLOADS = "downloads"  # the folder in the cache directory, if the table names no other
 
 Part = tuple[Path, media_source.Origin | None]  # a file, and where its bytes are if they are not there
@@ -213,7 +214,10 @@ class RowReader:
         name = self.caption_column
         caption = None if name is None else values.get(name)
         if caption is not None and not isinstance(caption, str):
-            raise DatasetError(f"{where}: {name} = {_show(caption)} is not a text")
+            hint = ""
+            if isinstance(caption, list):
+                hint = f". Write one text, or all in a list captions, with {MULTI_CAPTION} in the table"
+            raise DatasetError(f"{where}: {name} = {_show(caption)} is not a text{hint}")
         captions = [] if caption is None else [caption]
         captions += self._further_captions(values, where)
         for text in captions:

@@ -103,9 +103,10 @@ def test_lists_of_the_known_tuner_may_lie_with_their_media(
         ({"file_name": "a.png", "text": "x"}, "file_name is read from tables: give the file to image_table_"),
         ({"image_path_0": "a.png", "image_path_1": "b.png"}, "layers of Qwen-Image-Layered"),
         ({"caption": "x"}, "Each line is one object such as"),
+        ({"image_path": "a.png", "caption": ["x", "y"]}, "in a list captions, with multi_caption = true"),
     ],
 )
-def test_a_line_without_a_path_says_what_it_is(tmp_path: Path, row: dict[str, str], message: str) -> None:
+def test_a_line_without_a_path_says_what_it_is(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     path = tmp_path / "metadata.jsonl"
     path.write_text(json.dumps(row))
     with pytest.raises(DatasetError, match=message):
