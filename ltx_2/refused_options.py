@@ -25,17 +25,31 @@ BITS = (
     "Gemma in 4 bits is not built. --gemma_load_in_8bit keeps it in 8 bits, and what does not fit on the "
     "device waits in host memory"
 )
+BLANK = "what the model makes without a prompt is kept by --blank_prior_weight 1"
+BLANK_CACHE = "--empty_prompt caches the empty prompt, which --blank_prior_weight compares"
 CONNECTORS = "texts are cached behind the connectors, which are not trained"
 DATA = "the dataset configuration says how clips, sound and captions are read"
+DROPOUT = "caption_dropout_rate is a key of the tables of the dataset configuration"
 DURATION = "LTX-2.5's network that chooses the duration is not built. Give --video_length"
 DEVICES = "devices share a model by accelerate launch, with --shard_base or --context_parallel"
+FROZEN = "a LoRA that does not learn is merged by --base_weights FILE --base_weights_multiplier 1"
 GIVEN = "of given tokens, only the first frame is trained: --ltx2_first_frame_conditioning_p"
+HUBER = "--huber_c and --huber_scale are the threshold of --loss_type huber"
+MANIFEST = "a training needs the caches and the dataset configuration, and no other list"
 MODULES = (
-    "all modules learn with the same rank, rate and dropout: --network_dim, --network_args, "
-    "--learning_rate. --lora_target_preset says which ones they are"
+    "all modules learn with the same dropout, decay and clipping: --network_args, --optimizer_args, "
+    "--max_grad_norm. --lora_target_preset says which ones they are"
+)
+PRESERVED = (
+    "the model's answer to a class prompt is not preserved. --blank_prior_weight 1 keeps what it makes "
+    "without a prompt, and a table with prior_loss_weight what it makes of other captions"
 )
 PRESET = (
     "the defaults are those of the release. Steps, scales, --sample_solver and --negative_prompt change them"
+)
+RATES = (
+    "rates and ranks of some modules are set by their names: --network_args network_reg_lrs=audio=1e-5 "
+    "network_reg_dims=audio=16"
 )
 REFERENCES = (
     "references are clips or pictures (--reference_video; in training reference_directory); sounds as "
@@ -48,8 +62,9 @@ SPEED = (
     "kernels and memory are chosen by --flash_attn and the like, --compile, --gradient_checkpointing "
     "and --blocks_to_swap"
 )
-TERMS = "the loss is that of the release; further terms are not built"
+TERMS = "this change of the loss is not built"
 TILES = "the edge of tiles is --vae_spatial_tile_sample_min_size, or that of --vae_tiling"
+TREAD = "--tread 0.5 --tread_blocks 3 -4 are the share of tokens, and the first and the last block"
 WEIGHTS = (
     "weights are kept in 8 bits by --fp8_base (generation: --fp8), --fp8_scaled and --convrot_int8, in 4 "
     "bits by --nf4_base; other formats are not built"
@@ -59,7 +74,9 @@ ALONE_SO = (
     "--ltx2_mode audio trains and makes sound alone, whose length, at target_fps of its table, and whose "
     "noise levels need no pictures."
 )
+DECODER_SO = "videos are decoded by PyAV, on the CPU."
 FILES_SO = "files are read tensor by tensor, written whole or not at all, and say how they were made."
+FLOATS_SO = "a LoRA's weights are kept in float32, which costs little; use --mixed_precision."
 KERNELS_SO = "torch's own kernels are the default of --attn_mode."
 SAMPLES_SO = "a training encodes the texts and pictures of its samples itself."
 SOUND_NAMES_SO = "a file of the clip's name is its sound, whatever it ends with."
@@ -80,7 +97,8 @@ _TILES = """
 """
 
 LATENTS: Table = {
-    DATA: "save_dataset_manifest:str video_decode_backend:str video_decode_device:str",
+    MANIFEST: "save_dataset_manifest:str",
+    DECODER_SO: "video_decode_backend:str video_decode_device:str",
     ALONE_SO: """
         audio_video_latent_channels:int audio_video_latent_dtype:str audio_only_target_resolution:int
         audio_only_target_fps=25.0 audio_only_sequence_resolution=64
@@ -107,7 +125,8 @@ TEXTS: Table = {
     """,
     CONNECTORS: "cache_before_connector",
     DATA: "caption_field:str",
-    TERMS: "blank_preservation dop dop_class_prompt= dop_args*:str",
+    BLANK_CACHE: "blank_preservation",
+    PRESERVED: "dop dop_class_prompt= dop_args*:str",
     FILES_SO: "cpu_staged_checkpoint_loading atomic_cache_writes",
     SAMPLES_SO: """
         precache_sample_prompts sample_prompts:str sample_prompts_cache:str
@@ -140,10 +159,10 @@ TRAINING: Table = {
         gemma_bnb_use_local_rank
     """,
     CONNECTORS: "train_connectors",
-    DATA: """
-        dataset_manifest:path caption_field:str audio_bucket_strategy:str audio_bucket_interval:float
-        caption_dropout_rate=0.0 video_caption_dropout_rate=0.0 audio_caption_dropout_rate=0.0
-    """,
+    BLANK: "blank_preservation blank_preservation_args*:str",
+    DATA: "caption_field:str audio_bucket_strategy:str audio_bucket_interval:float",
+    DROPOUT: "caption_dropout_rate=0.0 video_caption_dropout_rate=0.0 audio_caption_dropout_rate=0.0",
+    MANIFEST: "dataset_manifest:path",
     DEVICES: """
         ltx2_model_parallel ltx2_model_parallel_devices:str ltx2_model_parallel_splits:str
         ltx2_mp_profile_transfers ltx2_mp_profile_log_every=20 ltx2_mp_activation_codec=none
@@ -171,11 +190,14 @@ TRAINING: Table = {
         ltx2_graded_conditioning video_anchor_probability=0.5 video_anchor_count=1
         video_anchor_strategy=endpoints_random video_anchor_strength=1.0
     """,
+    FLOATS_SO: "full_fp16 full_bf16",
+    FROZEN: "frozen_network_weights*:str frozen_network_multiplier*:float",
+    HUBER: "huber_delta=1.0",
+    RATES: "audio_lr:float lr_args*:str audio_dim:int audio_alpha:float",
     MODULES: """
-        full_fp16 full_bf16 network_freeze_surplus_modules frozen_network_weights*:str
-        frozen_network_multiplier*:float lycoris_config:str init_lokr_norm:float
-        lycoris_quantized_base_check_mode=warn audio_lr:float lr_args*:str lr_group_warmup_args*:str
-        lr_group_scheduler_args*:str audio_dim:int audio_alpha:float video_rank_dropout:float
+        network_freeze_surplus_modules lycoris_config:str init_lokr_norm:float
+        lycoris_quantized_base_check_mode=warn lr_group_warmup_args*:str
+        lr_group_scheduler_args*:str video_rank_dropout:float
         video_module_dropout:float video_max_grad_norm:float video_weight_decay:float
         audio_rank_dropout:float audio_module_dropout:float audio_max_grad_norm:float
         audio_weight_decay:float cross_modal_rank_dropout:float cross_modal_module_dropout:float
@@ -213,7 +235,7 @@ TRAINING: Table = {
         blockwise_checkpointing blocks_to_checkpoint=-1
     """,
     TERMS: """
-        weight_noise_mode=none weight_noise_scale=0.01 huber_delta=1.0 differential_guidance
+        weight_noise_mode=none weight_noise_scale=0.01 differential_guidance
         differential_guidance_scale=3.0 differential_guidance_schedule=constant
         differential_guidance_start_scale=1.0 differential_guidance_end_scale=1.0
         differential_guidance_warmup_steps=0 differential_guidance_hold_steps=0
@@ -223,14 +245,15 @@ TRAINING: Table = {
         differential_guidance_adaptive_target_ratio=0.0 differential_guidance_adaptive_ema=0.95
         differential_guidance_adaptive_rate=0.1 differential_guidance_adaptive_min=0.25
         differential_guidance_adaptive_max=4.0 ltx2_xm_k=1 ltx2_per_sample_loss audio_silence_regularizer
-        audio_silence_regularizer_weight=1.0 blank_preservation blank_preservation_args*:str dop
-        dop_args*:str prior_divergence prior_divergence_args*:str audio_dop audio_dop_args*:str tarp
+        audio_silence_regularizer_weight=1.0 prior_divergence prior_divergence_args*:str tarp
         tarp_args*:str dcr dcr_args*:str av_cross_grad_surgery av_cross_grad_surgery_args*:str
         av_attention_loss_weighting av_attention_loss_max=1.5 av_attention_loss_warmup_steps=400 crepa
         crepa_args*:str self_flow self_flow_args*:str latent_temporal_weighting
         latent_temporal_weighting_args*:str latent_delta_loss latent_delta_loss_args*:str hfato
-        hfato_args*:str tread_args*:str cts_lambda_video_driven=0.0 cts_lambda_audio_driven=0.0
+        hfato_args*:str cts_lambda_video_driven=0.0 cts_lambda_audio_driven=0.0
     """,
+    PRESERVED: "dop dop_args*:str audio_dop audio_dop_args*:str",
+    TREAD: "tread_args*:str",
     TILES: _TILES,
     WEIGHTS: """
         fp8_keep_blocks:str fp8_w8a8 w8a8_mode=int8 w8a8_backend:str int8_base int8_base_dynamic

@@ -61,6 +61,9 @@ sample_solver: sampler scheduler solver sampling_method sample_sampler
 dit: model model_path transformer transformer_path unet ckpt ckpt_path checkpoint
 pretrained_model_name_or_path: model model_path transformer unet ckpt checkpoint dit
 text_encoder: text_encoder_path llm te
+fp8_vl: fp8_llm fp8_text_encoder fp8_t5
+fp8_llm: fp8_vl fp8_text_encoder
+fp8_text_encoder: fp8_vl fp8_llm
 batch_size: train_batch_size per_device_train_batch_size
 caption_dropout_rate: caption_dropout
 save_merged_model: out output output_path save_to
@@ -123,6 +126,15 @@ _NOTHING = {
     ),
     "tlora tlora_min_rank tlora_alpha": (
         "it is a setting of the network, --network_args tlora=True tlora_min_rank=1 tlora_alpha=1"
+    ),
+    "xm_best_of_k h3_video_best_of_k": (
+        "training on the best of several noises is not built, and 1 is what a training does without it"
+    ),
+    "is_layered multiple_target layer_num": "the layers of Qwen-Image-Layered are not supported",
+    "wavelet_loss edm2_loss_weighting self_flow": "this loss is not built",
+    "stop_text_encoder_training": (
+        "text encoders learn until the end, at the rates of --text_encoder_lr, or not at all with "
+        "--network_train_unet_only"
     ),
     "clip_skip max_token_length v2 sdxl": "it is for the text encoders of Stable Diffusion",
 }

@@ -373,6 +373,9 @@ def _explain_number(action: argparse.Action, word: str) -> str:
         apart = " ".join(part.strip() for part in parts)
         or_point = f", or {point}" if is_decimal else ""
         return f"{word}: write several numbers apart: {apart}{or_point}"
+    named = re.fullmatch(r"[a-z_]+=(-?\d+(?:\.\d+)?)", word)
+    if named is not None:  # settings of other trainers
+        return f"{word}: write the number alone, {named[1]}"
     example = action.default if type(action.default) in NUMBERS else 1
     return f"{one_line(word)} is not {NUMBERS[action.type]}. Give one, such as {example:g}."
 

@@ -31,6 +31,8 @@ logger = getLogger(__name__)
 # network modules of sd-scripts that there are not here, and what to use in their place
 _NOT_BUILT = {
     "networks.oft_v2": f"this form of OFT is {OFT_MODULE} here. Give that",
+    "networks.dylora": "DyLoRA, which learns all ranks at once, is not built. Use networks.lora",
+    "networks.lora_fa": "LoRA-FA, whose down factors are not trained, is not built. Use networks.lora",
     "networks.boft": f"BOFT is not built: no program but sd-scripts reads its files. Use {OFT_MODULE}",
 }
 OWN_NETWORKS = "Use --lora_per_expert to train one for each"

@@ -308,7 +308,8 @@ def changed_caption(
     rate = changes.part_dropout_rate
     if rate:
         moving = [part for part in moving if generator.random() >= rate]
-    return join_parts(", ".join([*first, *moving, *last]), changes)
+    between = changes.separator if changes.separator[-1].isspace() else f"{changes.separator} "
+    return join_parts(between.join([*first, *moving, *last]), changes)
 
 
 def _split_parts(text: str, changes: CaptionChanges) -> tuple[list[str], list[str], list[str]]:

@@ -8,6 +8,7 @@ from dataset.sources.fetching import fetch
 from dataset.sources.media_source import Fault, MediaSource, Origin, Remote
 from modules.errors import MediaError
 from modules.media.colours import AS_SHOWN, Colours
+from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.reading import image_suffixes, is_laid_otherwise, media_colours, reordered_images
 
 REORDERED = (
@@ -17,6 +18,7 @@ REORDERED = (
 LOOKED_AT = 10_000  # pictures and clips of a dataset
 CONVERTED = "have a colour profile, or colours other than sRGB, and are converted to sRGB"
 PALE = "are HDR, and their brightness is not converted: they look pale. Convert them to SDR first"
+MOVING = "are animated: only the first frame of each is used. Tables of clips learn all of them"
 TORN = "are interlaced, which is not undone: what moves is torn into lines. Deinterlace them first"
 
 
@@ -120,7 +122,12 @@ def find_colours(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> l
             read[path] = colours
             source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
             keeps = control_keeps if number else source_keeps
-            for kind, text in _describe(colours, keeps).items():
+            kinds = _describe(colours, keeps)
+            # GIF and WebP files in a folder of pictures are named when they are listed
+            is_named = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
+            if colours.is_animated and source.table.kind == "image" and not is_named:
+                kinds[MOVING] = ""
+            for kind, text in kinds.items():
                 remarks.setdefault((path, kind), Fault(kind, f"{path}{text}", source.stem))
     return list(remarks.values())
 

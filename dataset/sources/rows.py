@@ -19,6 +19,10 @@ from modules.paths import address_identity, expand_path, hide_secrets, is_addres
 from modules.text_files import bad_character
 
 MOST_SHOWN = 80  # characters of a path in a message
+# names of the column with the paths of a table, in order, behind image_path or video_path; the first that it
+# has is used. Behind them all: a column `image` or `video`, of paths or of whole files
+PATH_COLUMNS = ("path", "file_name", "url")
+MULTI_CAPTION = "multi_caption = true"
 DOWNLOADS = "downloads"  # the folder in the cache directory, if the table names no other
 
 Part = tuple[Path, media_source.Origin | None]  # a file, and where its bytes are if they are not there
@@ -104,10 +108,7 @@ class RowReader:
         """Return the image or clip that a row names."""
         text = values.get(self.path_column)
         if not isinstance(text, str) or not text.strip():
-            hint = ""
-            if self.is_list:
-                example = f'{{"{self.path_column}": "...", "caption": "..."}}'
-                hint = f". Each line is one object such as {example}"
+            hint = self._hint_of_list(values) if self.is_list else ""
             is_missing = self.is_list or text is None or text == ""
             problem = "is missing" if is_missing else "is not a path"
             raise DatasetError(f"{where}: {self.path_column} {problem}{hint}")
@@ -117,6 +118,21 @@ class RowReader:
             return _Media((path, None), stem=path.stem, identity=text)
         stem, _ = media_source.split_name(text)
         return _Media((path, remote), stem=stem, identity=address_identity(text))
+
+    def _hint_of_list(self, values: Mapping[str, Any]) -> str:
+        """Say what a line without a path should hold, and who takes it as it is."""
+        name = self.path_column
+        if f"{name}_0" in values:
+            return f", and {name}_0, {name}_1, ... are layers of Qwen-Image-Layered, which is not supported"
+        others = [name for name in (*PATH_COLUMNS, self.table.kind) if isinstance(values.get(name), str)]
+        if others and not self.table.is_of_sound:
+            kind = self.table.kind
+            return (
+                f". {others[0]} is read from tables: give the file to {kind}_table_file in place of "
+                f"{kind}_jsonl_file"
+            )
+        example = f'{{"{name}": "...", "caption": "..."}}'
+        return f". Each line is one object such as {example}"
 
     def _numbered_parts(self, values: Mapping[str, Any], where: str) -> tuple[list[Part], list[Part]]:
         """Return the control media of a row and its references, each in the order of their numbers."""
@@ -201,7 +217,10 @@ class RowReader:
         name = self.caption_column
         caption = None if name is None else values.get(name)
         if caption is not None and not isinstance(caption, str):
-            raise DatasetError(f"{where}: {name} = {_show(caption)} is not a text")
+            hint = ""
+            if isinstance(caption, list):
+                hint = f". Write one text, or all in a list captions, with {MULTI_CAPTION} in the table"
+            raise DatasetError(f"{where}: {name} = {_show(caption)} is not a text{hint}")
         captions = [] if caption is None else [caption]
         captions += self._further_captions(values, where)
         for text in captions:

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dataset.sources.columns import (
 )
 from dataset.sources.media_source import Fault, MediaSource, ParquetCell, readable_stem, unique_stems
 from dataset.sources.parquet import cell_column, cells_of, parquet_parts
-from dataset.sources.rows import Part, RefusedAddress, RowReader, control_number
+from dataset.sources.rows import PATH_COLUMNS, Part, RefusedAddress, RowReader, control_number
 from modules.errors import DatasetError
 from modules.limits import MAX_METADATA_BYTES
 from modules.media.reading import image_suffixes
@@ -29,10 +29,7 @@ from modules.text_files import bad_character, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
-# in order; the first that a table has is used. Behind them all: a column `image` or `video`, of paths or of
-# whole files
-PATH_COLUMNS = ("path", "file_name", "url")  # behind image_path or video_path
-CAPTION_COLUMNS = ("caption", "text", "prompt")
+CAPTION_COLUMNS = ("caption", "text", "prompt")  # in order; the first that a table has is used
 FIRST_ROWS = 100  # of which one shows where relative paths start
 MOST_SHOWN = 20  # columns in a message
 SIZE_KEY = "train_resolution"  # in one, written by the preparing scripts of image trainers
@@ -41,7 +38,7 @@ SIZE_KEY = "train_resolution"  # in one, written by the preparing scripts of ima
 def list_rows(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     """Return the sources of a list or a table, in any order; add errors to `faults`, with numbers of rows.
 
-    Relative paths start in the working folder; those of a table also in its own, if the first file is there.
+    Relative paths start in the working folder, or in the folder of the file if the first medium is there.
     Raises DatasetError if the file cannot be read or has no paths.
     """
     path = table.jsonl_file or table.table_file
@@ -51,7 +48,8 @@ def list_rows(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     cells: dict[str, Cells] = {}
     if table.jsonl_file is not None:
         name = table.path_key
-        reader = RowReader(table, path, name, is_list=True)
+        base = _base_of(path, name, read_jsonl(path, [name]))
+        reader = RowReader(table, path, name, is_list=True, base=base)
         rows = read_jsonl(path, None, example=f'{{"{name}": "...", "caption": "..."}}')
     else:
         reader, cells, columns = _open_table(table, path)
@@ -108,7 +106,7 @@ def _open_table(table: DatasetTable, path: Path) -> tuple[RowReader, dict[str, C
         if find_cell is not None:
             cells[name] = find_cell
     names -= cells.keys()
-    base = None if path_column in cells else _base_of(path, path_column)
+    base = None if path_column in cells else _base_of(path, path_column, read_columns(path, [path_column]))
     reader = RowReader(table, path, path_column, caption_column, base=base)
     return reader, cells, None if table_format(path) == JSONL else names
 
@@ -171,10 +169,13 @@ def _shown(columns: Sequence[str]) -> str:
     return f"{shown} and {len(columns) - MOST_SHOWN} more" if len(columns) > MOST_SHOWN else shown
 
 
-def _base_of(path: Path, column: str) -> Path | None:
-    """Return the folder that relative paths start in; None: the working folder, also if no file is found."""
+def _base_of(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:
+    """Return the folder that relative paths start in; None: the working folder, also if no file is found.
+
+    rows: those of the list or table at `path`, with the column of its media.
+    """
     folder = path if path.is_dir() else path.parent
-    for row in itertools.islice(read_columns(path, [column]), FIRST_ROWS):
+    for row in itertools.islice(rows, FIRST_ROWS):
         text = row.values.get(column)
         if not isinstance(text, str) or "\0" in text or not text.strip() or is_address(text):
             continue
@@ -182,9 +183,18 @@ def _base_of(path: Path, column: str) -> Path | None:
             file = expand_path(text)
             if file.is_absolute():
                 continue
+            beside = expand_path(text, folder)
             if file.exists():
+                if beside.exists() and not file.samefile(beside):
+                    logger.warning(
+                        "%s: %s is both in the working folder and in %s: the first is used. Write absolute "
+                        "paths, or start in another folder, if that is wrong.",
+                        path,
+                        text,
+                        folder,
+                    )
                 return None
-            if expand_path(text, folder).exists():
+            if beside.exists():
                 return folder
     return None
 

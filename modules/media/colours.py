@@ -45,6 +45,8 @@ _PLACES = {
 _GAMMAS = {**dict.fromkeys((1, 6, 13, 14, 15)), 4: 1 / 2.2, 5: 1 / 2.8, 8: 1.0}
 _UNSAID = 2
 HDR = {16: "PQ", 18: "HLG"}
+# in Pillow's names; photos with a map of their brightness (MPO) have several pictures, and do not move
+_ANIMATED_FORMATS = {"AVIF", "GIF", "PNG", "WEBP"}
 _BOX_BYTES = 1 << 16  # at the start of an AVIF file, searched for the box of its colours
 _D50 = np.array([0.9642, 1.0, 0.8249])  # white of profiles (ICC.1)
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
@@ -61,6 +63,7 @@ class Colours:
     is_interlaced: bool = False
     by_codes: bool = False  # it is converted, by codes of a clip or of an AVIF
     is_square: bool = True  # its pixels are
+    is_animated: bool = False  # it is a picture of several frames, shown one after the other
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,10 @@ def look_at(path: Path, file: Image.Image) -> Colours:
     transfer = file.info.get(_CICP, (0, 0))[1]
     is_transparent = opacity is not None and int(opacity.min()) < 255
     by_codes = is_converted and file.format == "AVIF" and _CICP in file.info
-    return Colours(is_transparent, is_converted, fault, HDR.get(transfer), by_codes=by_codes)
+    is_animated = file.format in _ANIMATED_FORMATS and bool(getattr(file, "is_animated", False))
+    return Colours(
+        is_transparent, is_converted, fault, HDR.get(transfer), by_codes=by_codes, is_animated=is_animated
+    )
 
 
 def blend_on_white(frame: NDArray[Any]) -> NDArray[Any]:

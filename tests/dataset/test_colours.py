@@ -1,6 +1,7 @@
 """Transparency and colour profiles in datasets: what is learned, remarks, and caches of earlier versions."""
 
 import dataclasses
+import json
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from dataset.caching import planning
 from dataset.caching.loop import cache_media
 from dataset.caching.prefetch import SIZE_CHANGES, conclude
 from dataset.config import DatasetConfig
-from dataset.sources.colours import REORDERED, find_reordered, shown_otherwise
+from dataset.sources.colours import MOVING, REORDERED, find_colours, find_reordered, shown_otherwise
 from dataset.sources.decoding import decode_source
 from dataset.sources.listing import find_sources
+from dataset.table import DatasetTable
 from tests.dataset.caching.test_loop import make_config
 from tests.dataset.caching.test_reference_texts import cache_seen, values
 from tests.dataset.edit_sets import SIZE, EditFamily, make_set
@@ -92,6 +94,24 @@ def test_what_a_viewer_shows_is_learned_and_old_caches_of_other_colours_are_made
     age(tmp_path)
     assert set(cached(config, masks_latents)) == ({"wide"} if masks_latents else {"wide", "clear"})
     assert cached(config, masks_latents) == {}
+
+
+def test_pictures_that_move_are_named_where_their_folder_does_not_do_so(tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    for name in ("moves.png", "turns.webp"):
+        first.save(tmp_path / name, save_all=True, append_images=[second])
+    first.save(tmp_path / "two.jpg", format="MPO", save_all=True, append_images=[second])  # as phones do
+    first.save(tmp_path / "plain.png")
+
+    def remarks(table: DatasetTable) -> list[str]:
+        return [one.text for one in find_colours(find_sources(table)) if one.kind == MOVING]
+
+    in_folder = make_table(tmp_path, "image_directory")
+    assert remarks(in_folder) == [str(tmp_path / "moves.png")]  # a warning of the folder names WebP and GIF
+    lines = [json.dumps({"image_path": str(path)}) for path in sorted(tmp_path.glob("*.*"))]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    in_list = make_table(tmp_path, "image_directory", directory=None, jsonl_file=tmp_path / "list.jsonl")
+    assert remarks(in_list) == [str(tmp_path / "moves.png"), str(tmp_path / "turns.webp")]
 
 
 @pytest.mark.parametrize("many", [8192, 1])

@@ -100,6 +100,7 @@ LETTERS: Mapping[str, tuple[tuple[str, str, str], ...]] = {  # script, words, wh
         (TRAIN, "--tread 0.5 --tread_blocks 1", "takes two numbers and has 1"),
         (TRAIN, "--tread 0.5 --tread_blocks 1 0", "the first not behind the last"),
         (TRAIN, "--tread 0.5 --tread_blocks 2,-2", "write several numbers apart"),
+        (TRAIN, "--tread selection_ratio=0.5", "write the number alone, 0.5"),
         (TRAIN, "--tread_blocks 1 -1", "needs --tread"),
         (TRAIN, "--tread 0.5 --context_parallel 2", "Leave out one of the two"),
         (TRAIN, "--tread_config x", "Did you mean --tread?"),

@@ -1,6 +1,7 @@
 """LTX-2's own options: what follows from them, names of the known tuner's scripts, and refusals."""
 
 import json
+import re
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
@@ -152,6 +153,25 @@ def generated(*words: str) -> Any:
 
 def own_of(*words: str) -> Any:
     return settle_generation(generated(), read_own("ltx2_generate_video", *words))[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("--audio_lr 1e-5", "network_reg_lrs=audio=1e-5"),
+        ("--audio_dim 16", "network_reg_dims=audio=16"),
+        ("--frozen_network_weights a.safetensors", "--base_weights FILE"),
+        ("--blank_preservation", "--blank_prior_weight 1"),
+        ("--dop", "--blank_prior_weight 1"),
+        ("--dop_args class=person multiplier=0.5", "prior_loss_weight"),
+        ("--tread_args start_layer_idx=3", "--tread_blocks 3 -4"),
+        ("--huber_delta 0.5", "--huber_c"),
+        ("--caption_dropout_rate 0.05", "a key of the tables"),
+    ],
+)
+def test_what_has_another_name_here_is_refused_with_it(words: str, remedy: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(remedy)):
+        read_own("ltx2_train_network", *words.split())
 
 
 def test_known_names_of_shared_options_are_ours() -> None:

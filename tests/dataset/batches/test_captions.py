@@ -43,6 +43,23 @@ def test_a_caption_becomes_what_the_known_trainer_makes_of_it(tmp_path: Path, ca
     assert draw_many(table, case["caption"]) == set(case["outcomes"])
 
 
+@pytest.mark.parametrize(
+    ("separator", "caption", "outcomes"),
+    [
+        (";", "ohwx cat; a, b; c", {"ohwx cat; a, b; c", "ohwx cat; c; a, b"}),
+        ("; ", "ohwx cat; a; b", {"ohwx cat; a; b", "ohwx cat; b; a"}),
+        (".", "ohwx cat. One, two. Three", {"ohwx cat. One, two. Three", "ohwx cat. Three. One, two"}),
+    ],
+)
+def test_shuffled_parts_keep_their_separator(
+    tmp_path: Path, separator: str, caption: str, outcomes: set[str]
+) -> None:
+    # sd-scripts since its pull request 2390; before it wrote commas
+    table = subset_table(tmp_path, caption_separator=separator, shuffle_caption=True, keep_tokens=1)
+
+    assert draw_many(table, caption) == outcomes
+
+
 def test_a_warm_up_brings_the_parts_one_by_one(tmp_path: Path) -> None:
     table = subset_table(tmp_path, keep_tokens=1, token_warmup_min=1, token_warmup_step=0.5)
 

@@ -73,6 +73,46 @@ def test_relative_paths_start_in_the_working_folder_or_beside_the_table(
     assert paths()[0] == Path("a.png")
 
 
+def test_lists_of_the_known_tuner_may_lie_with_their_media(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    rows = [{"image_path": "a.png", "caption": "a cat", "control_path": "sub/c.png"}]
+    path = beside / "list.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    table = make_table(tmp_path, "image_directory", directory=None, jsonl_file=path)
+
+    def paths() -> list[Path]:
+        return [path for path, _ in find_sources(table)[0].parts]
+
+    assert paths() == [Path("a.png"), Path("sub/c.png")]
+    make_image(beside / "a.png")
+    assert paths() == [beside / "a.png", beside / "sub/c.png"]
+    assert not caplog.text
+    make_image(tmp_path / "here" / "a.png")
+    assert paths() == [Path("a.png"), Path("sub/c.png")]
+    assert "a.png is both in the working folder and in" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"file_name": "a.png", "text": "x"}, "file_name is read from tables: give the file to image_table_"),
+        ({"image_path_0": "a.png", "image_path_1": "b.png"}, "layers of Qwen-Image-Layered"),
+        ({"caption": "x"}, "Each line is one object such as"),
+        ({"image_path": "a.png", "caption": ["x", "y"]}, "in a list captions, with multi_caption = true"),
+    ],
+)
+def test_a_line_without_a_path_says_what_it_is(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    path = tmp_path / "metadata.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(DatasetError, match=message):
+        find_sources(make_table(tmp_path, "image_directory", directory=None, jsonl_file=path))
+
+
 def test_equal_names_in_two_folders_get_a_hash_and_the_same_row_twice_is_a_fault(tmp_path: Path) -> None:
     rows = [{"path": f"{folder}/a.png"} for folder in ("x", "y")] + [{"path": "x/b.png"}]
     first = {str(one.path): one.stem for one in find_sources(table_of(tmp_path, rows))}
