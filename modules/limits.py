@@ -44,6 +44,7 @@ MAX_TAG_CHARACTERS = 1 << 18  # of a text in a file's metadata that is looked th
 # data sets
 MAX_CAPTIONS = 100  # of an item; each has a cache file
 MAX_PATTERN_NAMES = 100_000  # that one pattern stands for
+MAX_EXAMPLE_CHARACTERS = 4000  # of a caption in a command that is shown
 MAX_COLUMNS = 10_000  # of a table
 MAX_CELL_CHARACTERS = 131_072  # of CSV; the standard library's own limit
 MIN_UNPACKED_BYTES = 1 << 26  # that any Parquet file may unpack to,
@@ -51,7 +52,7 @@ MAX_UNPACKED_TIMES = 1000  # its size, that a larger one may; texts that are all
 MAX_GROUP_BYTES = 1 << 31  # of a column in a row group of Parquet, which is read as a whole
 MAX_TAR_HEADER_BYTES = 1 << 20  # of a long name or a pax header
 MAX_TAR_NAME_BYTES = 1 << 12
-MAX_ARRAY_BYTES = 1 << 30  # in an npz file; latents of 8192 x 8192 pixels take 64 MiB
+MAX_ARRAY_BYTES = 1 << 30  # of all in an npz file; latents of 8192 x 8192 pixels take 64 MiB
 MAX_ARRAYS = 10_000
 MAX_CACHE_NAME_BYTES = 1 << 10  # in a shard; systems allow 255
 MAX_GENERATION = 1 << 32  # how often an entry of a shard was replaced
