@@ -142,7 +142,7 @@ def _follow(graph: Mapping[str, Any], link: Any) -> str:
 FOLLOWED = ("text", "clip_l", "t5xxl", "conditioning", "positive", "value", "string", "prompt")
 
 
-# `Steps: 20, Lora hashes: "a: b, c: d", Size: 512x768`; each part is looked at once, whatever a stranger wrote
+# `Steps: 20, Lora hashes: "a: b, c: d", Size: 512x768`: each part is read once, whatever it holds
 SETTINGS = re.compile(r"(?:^|(?<=, ))([\w ]++): (\"(?:\\.|[^\"\\])*+\"|[^,]*+)(?:, |$)")
 
 

@@ -215,7 +215,7 @@ def _plain_text(codec: str, content: bytes) -> str:
 def _without_marks(pattern: str, text: str) -> str:
     """Return the text without what the pattern of a mark matches. The pattern's last character ends a mark.
 
-    Behind the last such character no mark is looked for: each one that begins there would read all of the rest.
+    Behind the last such character no mark is looked for: each that begins there would read all of the rest.
     """
     before, end, rest = text.rpartition(pattern[-1])
     return re.sub(pattern, "", before + end) + rest

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser.datasets import TABLES
+from browser.launch import command_part
 from browser.refilling import read_found
 from modules.errors import UserError
 from modules.media.sound import _plain_text
@@ -38,6 +39,8 @@ CASES: dict[str, tuple[Callable[[str], object], str]] = {
     "settings with quotes": (read_settings, ', a: "\\' * LONG),
     "a table of empty lines": (TABLES.search, "\n" * LONG),
     "a table of blanks": (TABLES.search, " \t" * LONG),
+    "a line of blanks": (command_part, "cd " + " " * LONG),
+    "a line of a folder": (command_part, "cd x" + " " * LONG),
     "an address of letters": (hide_secrets, "a1" * LONG),
     "a subtitle of brackets": (read_ass, "{" * LONG),
     "a subtitle of tags": (read_srt, "<a" * LONG),
