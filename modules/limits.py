@@ -14,6 +14,7 @@ MAX_DEPTH = 64  # tables in tables; no file that is meant goes beyond 10
 # checkpoints and the files next to them
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the library's own limit
 MAX_TENSOR_NAME = 1_000  # characters; of numbers in it Python reads some 4,000 digits, and no more
+MAX_SHARDS = 10_000  # files of a model; the largest in use have some hundred
 MAX_TENSORS = 50_000  # of a file; the largest models and LoRAs in use have some ten thousand
 MAX_ELEMENTS = 1 << 48  # far above any tensor, far below where torch's own arithmetic overflows
 MAX_BLOCKS = 1_000  # of one kind in a network; the largest models in use have some hundred
