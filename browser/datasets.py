@@ -28,7 +28,7 @@ from modules.text_files import parse_json, parse_toml, read_text, real_path
 SETTLED_SECONDS = 2.0  # files are measured again once unchanged for so long: caching writes many
 MOST_ENTRIES = 100_000  # of a folder, that are counted
 MOST_ERROR = 4000  # characters
-TABLES = re.compile(r"(?m)^\s*(\[\[\s*datasets\s*\]\]|datasets\s*=)")
+TABLES = re.compile(r"(?m)^[ \t]*(\[\[\s*datasets\s*\]\]|datasets\s*=)")
 # frames per second, steps of sides and of frames of models, for files of which no run tells the model
 MODELS = {
     "Wan": ("16", "16", "4"),

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -32,6 +31,7 @@ from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES, image_size
 from modules.media.streams import source_info
+from modules.pages.page import encode_address
 from modules.text_files import parse_json, real_path
 
 PICTURES = IMAGE_SUFFIXES | ANIMATION_SUFFIXES
@@ -326,7 +326,7 @@ def picture_address(path: Path) -> str | None:
         stamp = path.stat().st_mtime_ns
     except OSError:
         return None
-    return f"/new/picture?{urlencode({'path': str(path), 'stamp': stamp}, errors='surrogateescape')}"
+    return f"/new/picture?{encode_address({'path': str(path), 'stamp': stamp})}"
 
 
 def file_routes(files: FolderFiles) -> list[Route]:

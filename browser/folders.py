@@ -13,7 +13,7 @@ from browser.runs import Runs
 from modules.console import count_of
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from modules.text_files import real_path
+from modules.text_files import bad_character, real_path
 from training.reports.sample_files import FOLDER as SAMPLES
 
 DEEPEST = 6  # folders below a root
@@ -35,6 +35,12 @@ class MediaFolder:
     uncaptioned: int  # files without a caption file of the same name
     first: Path | None  # picture or clip that is shown
     is_described: bool
+
+    @property
+    def problem(self) -> str:
+        """Return why no page can name the folder; empty if one can."""
+        reason = bad_character(str(self.path))
+        return "" if reason is None else "Its name, or that of a folder around it, is not UTF-8: rename it."
 
     @property
     def words(self) -> str:

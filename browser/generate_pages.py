@@ -159,7 +159,7 @@ class GeneratePages:
         if run:
             fields["source"] = [f"run {run}"]
         if "fill" in fields:  # another source was chosen
-            return self.answer(self.refill(MakingForm.of_fields(fields)), draft=draft)
+            return self.answer_refilled(MakingForm.of_fields(fields), draft)
         if fields:
             form = MakingForm.of_fields(fields)
             return self.answer(form, is_new="prompt" not in fields, draft=draft)
@@ -167,6 +167,13 @@ class GeneratePages:
         if stored is None:
             return self.answer(MakingForm(), is_new=True)
         return self.answer(MakingForm.of_fields(stored), draft=draft, said="".join(stored.get("note", ())))
+
+    def answer_refilled(self, form: MakingForm, draft: str) -> Response:
+        """Return the page with the form for the source that was chosen in it."""
+        try:
+            return self.answer(self.refill(form), draft=draft)
+        except (UserError, OSError) as reason:
+            return self.answer(form, str(reason), draft=draft)
 
     def answer(
         self, form: MakingForm, error: str = "", is_new: bool = False, draft: str = "", said: str = ""

@@ -32,11 +32,11 @@ from modules.installation import (
     program_environment,
     program_words,
 )
-from modules.text_files import real_path
+from modules.text_files import bad_character, real_path
 from package.reelsmith.commands import ScriptCommand, find_commands
 
 QUOTED = re.compile(r"""'[^']*'|"(?:\\"|[^"])*"|\\.""")
-CHANGE = re.compile(r"cd\s+(.+?)\s*&&\s*(.*)", re.DOTALL)  # the only use of `&&` that a line may have
+CHANGE = re.compile(r"cd\s++(.+?)&&\s*+(.*)", re.DOTALL)  # the only use of `&&` that a line may have
 MARKS = re.compile(r"[;&|<>()`$*?\0]|(?<!\S)[~#]")
 # options of `accelerate launch` that a job may have, and how many words follow each
 LAUNCHER = {
@@ -112,6 +112,12 @@ def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
     words: `python SCRIPT ...`, `SCRIPT ...`, `reelsmith train wan ...` or `accelerate launch [options] SCRIPT
     ...`. folder: its working folder. Raises OptionError, naming the word, for anything else.
     """
+    for word in words:
+        reason = bad_character(word)
+        if reason is not None:
+            raise OptionError(
+                f"{shorten(word, 80)!r} holds {reason}. No program can be given it: leave it out"
+            )
     script_words = [*words[1:]] if words[:1] in (["python"], ["python3"]) else [*words]
     launcher: list[str] = []
     if script_words[:2] == ["accelerate", "launch"]:

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from browser.described import DescribedFolder
 from modules.errors import OptionError
 from modules.option_values import option_words
 from modules.output_files import check_output_name
+from modules.pages.page import encode_address
 from project.options import MODELS, NewOptions, check_trigger, find_models
 
 USUAL_STEPS = NewOptions(folder=Path()).max_train_steps
@@ -102,7 +103,7 @@ class NewForm:
         fields = {"family": self.family, "task": self.task, "trigger": self.trigger, "name": self.name}
         fields |= {"steps": self.steps, **{f"file_{name}": path for name, path in self.model_files.items()}}
         filled = {"folder": self.folder} | {name: text for name, text in fields.items() if text}
-        return f"/new?{urlencode(filled)}"
+        return f"/new?{encode_address(filled)}"
 
 
 def check_form(form: NewForm) -> None:

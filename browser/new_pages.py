@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 from markupsafe import escape
 from starlette.requests import Request
@@ -90,6 +89,7 @@ from browser.views import POLICY
 from downloads.catalogue import Component
 from downloads.listing import gigabytes, total_bytes
 from modules.errors import OptionError, UserError
+from modules.pages.page import encode_address
 from modules.text_encodings import NAMES
 from modules.text_files import read_content
 from project.fitting import find_memory
@@ -508,7 +508,7 @@ class NewPages:
             return self.answer_progress(folder, problem)
         if problem:
             return self.answer(sent if what == "describe" else self.read_form(str(folder)), problem)
-        return answer_move(f"/new?{urlencode({'folder': str(folder)})}")
+        return answer_move(f"/new?{encode_address({'folder': str(folder)})}")
 
     def carry_out(self, what: str, folder: Path, sent: NewForm, texts: Mapping[str, str]) -> bool:
         """Do what a button asks for; return whether there is such a button.

@@ -142,11 +142,15 @@ def _follow(graph: Mapping[str, Any], link: Any) -> str:
 FOLLOWED = ("text", "clip_l", "t5xxl", "conditioning", "positive", "value", "string", "prompt")
 
 
+# `Steps: 20, Lora hashes: "a: b, c: d", Size: 512x768`: each part is read once, whatever it holds
+SETTINGS = re.compile(r"(?:^|(?<=, ))([\w ]++): (\"(?:\\.|[^\"\\])*+\"|[^,]*+)(?:, |$)")
+
+
 def _read_parameters(text: str) -> FoundSettings:
     """Return what AUTOMATIC1111's text says: prompt lines, a negative line, a line of settings."""
     body, _, line = text.rpartition("\n")
     prompt, _, negative = body.partition("\nNegative prompt:")
-    settings = dict(re.findall(r"([\w ]+): (\"(?:\\.|[^\"])*\"|[^,]*)(?:, |$)", line))
+    settings = dict(SETTINGS.findall(line))
     texts = {"prompt": prompt.strip(), "negative_prompt": negative.strip()}
     names = {"Steps": "infer_steps", "CFG scale": "guidance_scale", "Seed": "seed"}
     for name, key in names.items():

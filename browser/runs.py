@@ -6,7 +6,6 @@ import math
 import mmap
 import os
 import re
-import statistics
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -159,7 +158,7 @@ class Glance:
     def loss(self) -> float:
         """Return the average of the newest losses; infinite if there is none."""
         if self.average is None and self.losses:
-            return statistics.fmean(self.losses[-5:])
+            return mean_of(self.losses[-5:])
         return self.average or math.inf
 
     @property
@@ -181,6 +180,11 @@ class Glance:
         height = 22 / (span or 1)
         points = [(index * width, 23 - (loss - lowest) * height) for index, loss in enumerate(self.losses)]
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+def mean_of(numbers: Sequence[float]) -> float:
+    """Return the mean; infinite or NaN where `statistics` raises, for the numbers of a damaged history."""
+    return sum(numbers) / len(numbers)
 
 
 def find_state(start: Start | None, ending: tuple[str, str] | None, changed: float) -> str:
@@ -244,7 +248,7 @@ def _summarise(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -
         ending=story.ending or page.ending,
         step=step,
         losses=_sample_losses(content),
-        step_seconds=statistics.fmean(seconds[-SHOWN:]) if seconds else None,
+        step_seconds=mean_of(seconds[-SHOWN:]) if seconds else None,
         sample=_newest_sample(story),
         memory=dict(story.memory),
         model=page.model,
@@ -282,7 +286,7 @@ def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
             if match is not None:
                 losses.append(float(match[2]))
     width = max(1, len(losses) // SPOTS)  # so many neighbours become their mean
-    return [statistics.fmean(losses[index : index + width]) for index in range(0, len(losses), width)]
+    return [mean_of(losses[index : index + width]) for index in range(0, len(losses), width)]
 
 
 def _newest_sample(story: Story) -> str:

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import math
 import re
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,7 @@ from markupsafe import Markup
 
 from browser.beginnings import BUSY, STATES, RunState, ShownRun, state_of_run
 from browser.names import short_digest
-from browser.runs import RUNNING, Glance, Runs, describe_left, find_state
+from browser.runs import RUNNING, Glance, Runs, describe_left, find_state, mean_of
 from browser.typed import cd_before
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
@@ -162,7 +161,7 @@ def _describe_time(run: Glance, story: Story, steps_left: int) -> str:
     if story.left:
         return f"· {run.left} left"
     seconds = [number for number in story.seconds.values() if number is not None][-SHOWN:]
-    left = describe_left(steps_left, statistics.fmean(seconds) if seconds else None)
+    left = describe_left(steps_left, mean_of(seconds) if seconds else None)
     return f"· {left} left" if left else ""
 
 

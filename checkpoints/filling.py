@@ -139,8 +139,8 @@ def load_module(
     for messages. host: keeps some of the tensors in host memory; whatever has to be computed for them is
     computed on the device. check: called before each tensor, in place of a progress bar; it may raise to end
     the loading. filled: called with each name once its tensor is there. Parameters come out with
-    `requires_grad` off. On the meta device nothing is read. Raises CheckpointError listing every missing,
-    unexpected and misshaped tensor, before anything is read, and naming those with values that are NaN or
+    `requires_grad` off. On the meta device nothing is read. Raises CheckpointError listing missing,
+    unexpected and misshaped tensors, before anything is read, and naming those with values that are NaN or
     infinite; OptionError if the device cannot hold a form.
     """
     if stored is not None and stored.form is not None:
@@ -222,6 +222,7 @@ def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
         )
 
 
+MAX_FAULTS = 100  # lines of a message about missing and unexpected tensors
 _ALIGNMENT = 64  # bytes; where tensors begin in the buffer for reading
 
 
@@ -426,7 +427,7 @@ def _check_fit(
     ignore: Sequence[str],
     what: str,
 ) -> None:
-    """Raise CheckpointError listing every missing, unexpected and misshaped tensor."""
+    """Raise CheckpointError listing missing, unexpected and misshaped tensors, MAX_FAULTS lines of them."""
     missing = set()
     for name in targets:
         parts = sources[name].names if name in sources else ()
@@ -447,6 +448,8 @@ def _check_fit(
         if shape != needed and (packing is None or shape != packing.padded(needed)):
             lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(needed)} is needed")
     if lines:
+        if len(lines) > MAX_FAULTS:
+            lines = [*lines[:MAX_FAULTS], f"  and {len(lines) - MAX_FAULTS:,} lines like these"]
         text = "\n".join(lines)
         raise CheckpointError(
             f"{checkpoint.path} does not fit {what}:\n{text}\n  Give the complete file of that model.",

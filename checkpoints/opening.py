@@ -32,6 +32,7 @@ from contract.loading import TensorInfo, TensorSource
 from modules.control_codes import shorten
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
+from modules.limits import MAX_SHARDS
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text, require_regular_file
 
@@ -257,6 +258,8 @@ def _read_index(path: Path) -> list[Path]:
             if below.is_absolute() or below.drive or ".." in below.parts:
                 raise ValueError(f"{shorten(name, MOST_OF_NAME)} is not in its folder")
             names.add(str(below))
+        if len(names) > MAX_SHARDS:
+            raise ValueError(f"it names {len(names):,} files, no model has more than {MAX_SHARDS:,}")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -25,6 +25,7 @@ BOTH_FILE = "processor_config.json"  # of transformers 5, with a part for each o
 PARTS = {PICTURE_FILE: "image_processor", CLIP_FILE: "video_processor"}
 COLOURS = ("image_mean", "image_std")
 MOST_PIXELS = 1 << 40  # in a preprocessor file
+MOST_ENLARGED = 1 << 24  # likewise, to which smaller pictures are enlarged
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
         raise _unreadable(file, '"size" is no object')
     fewest = sizes.get("shortest_edge", settings.get("min_pixels", released.fewest))
     most = sizes.get("longest_edge", settings.get("max_pixels", released.most))
-    if type(fewest) is not int or type(most) is not int or not 0 < fewest <= most <= MOST_PIXELS:
+    are_whole = type(fewest) is int and type(most) is int
+    if not are_whole or not 0 < fewest <= most <= MOST_PIXELS or fewest > MOST_ENLARGED:
         raise _unreadable(file, f"sizes of {fewest} to {most} pixels")
     tokens = settings.get("max_video_tokens", 768) if settings.get("cap_pixels_per_frame") is True else 0
     if type(tokens) is not int or not 0 <= tokens <= MOST_PIXELS:

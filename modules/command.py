@@ -128,7 +128,7 @@ def _once() -> Callable[[logging.LogRecord], bool]:
 
 
 # a script and its options within a message, which are typed as that script has them
-_COMMAND = re.compile(r"(?:\.py|(?<![\w-])[a-z]\w*_\w+) --\w")
+_COMMAND = re.compile(r"(?:\.py|(?<![\w-])[a-z][^\W_]*+_\w++) --\w")
 
 _FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
 _TWICE = re.compile(rf"({_FLAG.pattern}) \(\1\)")

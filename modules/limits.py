@@ -14,6 +14,7 @@ MAX_DEPTH = 64  # tables in tables; no file that is meant goes beyond 10
 # checkpoints and the files next to them
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; the library's own limit
 MAX_TENSOR_NAME = 1_000  # characters; of numbers in it Python reads some 4,000 digits, and no more
+MAX_SHARDS = 10_000  # files of a model; the largest in use have some hundred
 MAX_TENSORS = 50_000  # of a file; the largest models and LoRAs in use have some ten thousand
 MAX_ELEMENTS = 1 << 48  # far above any tensor, far below where torch's own arithmetic overflows
 MAX_BLOCKS = 1_000  # of one kind in a network; the largest models in use have some hundred
@@ -44,6 +45,7 @@ MAX_TAG_CHARACTERS = 1 << 18  # of a text in a file's metadata that is looked th
 # data sets
 MAX_CAPTIONS = 100  # of an item; each has a cache file
 MAX_PATTERN_NAMES = 100_000  # that one pattern stands for
+MAX_EXAMPLE_CHARACTERS = 4000  # of a caption in a command that is shown
 MAX_COLUMNS = 10_000  # of a table
 MAX_CELL_CHARACTERS = 131_072  # of CSV; the standard library's own limit
 MIN_UNPACKED_BYTES = 1 << 26  # that any Parquet file may unpack to,
@@ -51,7 +53,7 @@ MAX_UNPACKED_TIMES = 1000  # its size, that a larger one may; texts that are all
 MAX_GROUP_BYTES = 1 << 31  # of a column in a row group of Parquet, which is read as a whole
 MAX_TAR_HEADER_BYTES = 1 << 20  # of a long name or a pax header
 MAX_TAR_NAME_BYTES = 1 << 12
-MAX_ARRAY_BYTES = 1 << 30  # in an npz file; latents of 8192 x 8192 pixels take 64 MiB
+MAX_ARRAY_BYTES = 1 << 30  # of all in an npz file; latents of 8192 x 8192 pixels take 64 MiB
 MAX_ARRAYS = 10_000
 MAX_CACHE_NAME_BYTES = 1 << 10  # in a shard; systems allow 255
 MAX_GENERATION = 1 << 32  # how often an entry of a shard was replaced

@@ -157,8 +157,9 @@ def similar_path(path: Path, only_folders: bool = False) -> Path | None:
 _PLAIN = re.compile(r"[a-z0-9+.-]+://[a-z0-9.:-]*(?:/[^?#]*)?")  # nothing to leave out, nor to lower
 # two letters at least: C:\data is a path
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(?:://|::)", re.ASCII)
+# a protocol is looked for where such letters begin, once: a text of a million of them takes no hours
 _SECRETS = re.compile(
-    r"([A-Za-z][A-Za-z0-9+.-]+:/{1,2})(?:[^\s\"'<>/]*@)?([^\s\"'<>?#]*)(\?[^\s\"'<>]*)?(#[^\s\"'<>]*)?",
+    r"((?<![A-Za-z0-9+.-])[A-Za-z0-9+.-]{2,}+:/{1,2})(?:[^\s\"'<>/]*@)?([^\s\"'<>?#]*)(\?[^\s\"'<>]*)?(#[^\s\"'<>]*)?",
     re.ASCII,
 )
 # parts of a query that sign it: they differ each time that an address of the same file is made

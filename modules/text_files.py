@@ -29,8 +29,13 @@ _KINDS = (
 
 
 def real_path(path: Path) -> Path:
-    """Return the path with links resolved. Links in a circle stay; `Path.resolve` would raise."""
-    return Path(os.path.realpath(path))
+    """Return the path with links resolved. Links in a circle stay, and so does a path that no file can have;
+    `Path.resolve` would raise.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError:  # NUL, or half of a character
+        return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def require_regular_file(path: Path, limit_bytes: int | None = None) -> int:

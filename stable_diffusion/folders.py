@@ -15,6 +15,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from checkpoints.dialects import LoadPlan
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
 from stable_diffusion.checkpoints import UnetSizes, VaeSizes, read_vae
@@ -55,6 +56,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "addition_time_embed_dim": (int, type(None)),
     "block_out_channels": (list,),
 }
+MAX_SHOWN = 300  # characters of a setting in a message
 _COUNTED = ("layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
 
 
@@ -78,6 +80,7 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
     """Plan how to load the folder's U-Net. files: closes opened files."""
     checkpoint = files.enter_context(open_part(folder / "unet", ("diffusion_pytorch_model",)))
     config = _read_config(folder / "unet", UNet2DConditionModel)
+    _check_levels(config, folder / "unet" / "config.json")
     layers = max(_largest(config.get(name)) for name in _COUNTED)
     if layers > len(checkpoint.tensors):  # they bound what is built
         file = folder / "unet" / "config.json"
@@ -191,12 +194,37 @@ def _read_config(folder: Path, network: Any) -> dict[str, Any]:
         if name in config and not isinstance(config[name], kind):
             raise CheckpointError(f"{file}: {name} is {config[name]!r}. Copy the file again.", file)
     parameters = inspect.signature(network.__init__).parameters
-    settings = {name: value for name, value in config.items() if name in parameters}
-    ignored = sorted(config.keys() - settings.keys())
+    stated = {name: value for name, value in config.items() if name in parameters}
+    settings = {name: parameter.default for name, parameter in parameters.items() if name != "self"} | stated
+    ignored = sorted(config.keys() - stated.keys())
     ignored = [name for name in ignored if not name.startswith("_")]
     if ignored:
         logger.warning("%s: %s is ignored because diffusers does not know it", file, ", ".join(ignored))
     return settings
+
+
+def _check_levels(config: Mapping[str, Any], file: Path) -> None:
+    """Raise CheckpointError if a U-Net's settings do not describe its levels: trainings count its blocks."""
+    down, up = config["down_block_types"], config["up_block_types"]
+    layers, text_width = config["layers_per_block"], config["cross_attention_dim"]
+    has_names = all(isinstance(names, list | tuple) and len(names) for names in (down, up))
+    has_names = has_names and all(isinstance(name, str) for name in (*down, *up))
+    if not has_names:
+        wrong = f"down_block_types or up_block_types is no list of names ({down!r}, {up!r})"
+    elif not len(down) == len(up) == len(config["block_out_channels"]):
+        wrong = "down_block_types, up_block_types and block_out_channels have different lengths"
+    elif type(layers) is not int and not _are_counts(layers, len(down)):
+        wrong = f"layers_per_block is {layers!r}, neither a number nor one for each level"
+    elif type(text_width) is not int:
+        wrong = f"cross_attention_dim is {text_width!r}, no number"
+    else:
+        return
+    raise CheckpointError(f"{file}: {shorten(wrong, MAX_SHOWN)}. Copy the file again.", file)
+
+
+def _are_counts(value: object, length: int) -> bool:
+    """Return whether a value is a list of so many whole numbers."""
+    return isinstance(value, list) and len(value) == length and all(type(number) is int for number in value)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

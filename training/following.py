@@ -10,6 +10,7 @@ from contract.families import HIGH_NOISE
 from dataset.batches.example import find_example
 from modules.command import quote_for_powershell
 from modules.installation import command_words
+from modules.limits import MAX_EXAMPLE_CHARACTERS
 from modules.option_values import FillIn, missing_words, option_words
 from modules.speed_options import say_for_generation
 from networks.module_names import read_family
@@ -332,7 +333,8 @@ def say_example(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str,
     example = find_example(item, plan.sources.stores)
     takes_references = item.table.references is not None
     return {
-        "prompt": example.caption,
+        # a longer one floods the console, and systems limit what may be typed
+        "prompt": example.caption if len(example.caption or "") <= MAX_EXAMPLE_CHARACTERS else None,
         "control_images": example.controls if takes_references else (),
         "example": example,
         "cached_with": cached_with,

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzAr
     arrays = {}
     with _open(path) as file:
         for name in filter(is_wanted, _names(file)):
-            with _open_member(file, name) as member:
+            with file.open(name + _MEMBER) as member:
                 array = npy.read_array(member, allow_pickle=False)
                 if member.read(1):  # the end, where the checksum is compared
                     raise ValueError(f"{name} is longer than its header says")
@@ -92,7 +92,7 @@ def read_members(path: Path) -> dict[str, bytes]:
     members = {}
     with _open(path) as file:
         for name in _names(file):
-            with _open_member(file, name) as member:
+            with file.open(name + _MEMBER) as member:
                 members[name] = member.read()
     return members
 
@@ -112,17 +112,13 @@ def format_array(array: Array) -> bytes:
 
 
 def _names(file: zipfile.ZipFile) -> list[str]:
-    names = [name.removesuffix(_MEMBER) for name in file.namelist() if name.endswith(_MEMBER)]
-    if len(names) > MAX_ARRAYS:
-        raise ValueError(f"it has {len(names)} arrays")
-    return names
-
-
-def _open_member(file: zipfile.ZipFile, name: str) -> IO[bytes]:
-    size_bytes = file.getinfo(name + _MEMBER).file_size  # no more is read, whatever it unpacks to
+    infos = [info for info in file.infolist() if info.filename.endswith(_MEMBER)]
+    if len(infos) > MAX_ARRAYS:
+        raise ValueError(f"it has {len(infos)} arrays")
+    size_bytes = sum(info.file_size for info in infos)  # no more is read, whatever they unpack to
     if size_bytes > MAX_ARRAY_BYTES:
-        raise ValueError(f"{name} has {size_bytes} bytes")
-    return file.open(name + _MEMBER)
+        raise ValueError(f"its arrays have {size_bytes:,} bytes")
+    return [info.filename.removesuffix(_MEMBER) for info in infos]
 
 
 @contextlib.contextmanager

@@ -205,8 +205,17 @@ def _plain_text(codec: str, content: bytes) -> str:
         return content[2 : 2 + length].decode("utf-8", "replace").strip()
     text = content.decode("utf-8", "replace")
     if codec in ("ass", "ssa"):
-        text = re.sub(r"\{[^}]*\}", "", text.split(",", _ASS_FIELDS)[-1])
+        text = _without_marks(r"\{[^}]*\}", text.split(",", _ASS_FIELDS)[-1])
         text = text.replace(r"\N", "\n").replace(r"\n", "\n").replace(r"\h", " ")
     else:
-        text = re.sub(r"</?[a-zA-Z][^>]*>", "", text)
+        text = _without_marks(r"</?[a-zA-Z][^>]*>", text)
     return text.strip()
+
+
+def _without_marks(pattern: str, text: str) -> str:
+    """Return the text without what the pattern of a mark matches. The pattern's last character ends a mark.
+
+    Behind the last such character no mark is looked for: each that begins there would read all of the rest.
+    """
+    before, end, rest = text.rpartition(pattern[-1])
+    return re.sub(pattern, "", before + end) + rest

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import cv2
 import jinja2
@@ -61,9 +61,27 @@ SHEET, SCRIPT = (
 )
 
 
+def encode_address(value: str | Mapping[str, object]) -> str:
+    """Return a part of a path, or the fields of a query, as an address has them.
+
+    Jinja's own filter, in whose place this is, raises for names of files that are not UTF-8.
+    """
+    if isinstance(value, str):
+        return quote(_encode_name(value))
+    return urlencode({name: _encode_name(str(text)) for name, text in value.items()})
+
+
+def _encode_name(name: str) -> bytes:
+    """Return the bytes of a name; escapes for halves of characters, which no file's name holds."""
+    try:
+        return name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "backslashreplace")
+
+
 @functools.cache
 def _templates(folder: Path) -> jinja2.Environment:  # each template is compiled once
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([folder, HERE]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -71,6 +89,8 @@ def _templates(folder: Path) -> jinja2.Environment:  # each template is compiled
         lstrip_blocks=True,
         finalize=mark_folders,
     )
+    environment.filters["urlencode"] = encode_address
+    return environment
 
 
 # what a page may do: load nothing, run `page.js` alone, even if a text were not escaped
@@ -142,7 +162,7 @@ def reduce_frame(frame: Frame, largest_side: int) -> Frame:
 
 def link(*parts: str) -> str:
     """Return the relative address of a file. parts: folders and the file's name."""
-    return "./" + "/".join(quote(part.encode("utf-8", "surrogateescape"), safe="") for part in parts)
+    return "./" + "/".join(quote(_encode_name(part), safe="") for part in parts)
 
 
 def as_url(kind: str, data: bytes) -> str:

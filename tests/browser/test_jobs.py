@@ -110,6 +110,8 @@ REFUSED = (
     ("accelerate launch --num_processes 2", "''"),
     ("accelerate config", "'accelerate'"),
     ("python wan_train_network.py --dit 'x", "No closing quotation"),
+    ("python wan_train_network.py --dit 'a\0b'", "the character NUL"),
+    ("python wan_train_network.py --dit '\ud800'", "half a character"),
     ("ü" * 100, "is no command of this program"),
     ("x" * 300, "is no command of this program"),
     (f"python {'x' * 300}.py", "is no command of this program"),

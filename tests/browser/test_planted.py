@@ -240,6 +240,44 @@ def test_damaged_files_break_no_page(root: Path, tmp_path: Path, kind: str) -> N
     assert list_children() <= before
 
 
+HISTORIES: dict[str, dict[str, Any]] = {  # keys of the rows that have them -> other values
+    "sums that overflow": {"loss": 1e308, "seconds": 1e308, "step": 3},
+    "opposite infinities": {"loss": -1e308},
+    "halves of characters": {"samples": "\ud800", "files": {"0": "\ud800.png"}, "prompts": {"0": "\ud800"}},
+    "bytes that are no text": {"files": {"0": "\udc80.png"}, "saved": "\udc80.safetensors"},
+    "places that cannot be": {"written_in": "/\ud800", "working_folder": "/a\0b", "model": "\ud800"},
+}
+
+
+@pytest.mark.parametrize("kind", HISTORIES)
+def test_a_strange_history_breaks_no_page(root: Path, kind: str) -> None:
+    good = root / "runs" / "x-history.jsonl"
+    rows = []
+    for line in good.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        for part in (row, row.get("started", {})):
+            part |= {key: value for key, value in HISTORIES[kind].items() if key in part or part is not row}
+        rows += [json.dumps(row)] * 3
+    (root / "runs" / "odd-history.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    with serve_runs(root) as served:
+        for rest in ("", "news", "deeds", "standing"):
+            assert served.ask(served.of("odd", rest)).status < 500, rest
+        for address in ("/", "/results", "/new", "/generate", "/compare"):
+            assert served.ask(address).status == 200, address
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have only names that are text")
+def test_a_folder_whose_name_is_no_text_is_listed_with_the_reason(root: Path) -> None:
+    save_picture(root / "alb\udcfcm" / "0.png")
+    with serve_runs(root) as served:
+        for address in ("/new", "/new/folders", "/", "/datasets"):
+            assert served.ask(address).status == 200, address
+        text = served.ask("/new").text
+
+    assert "is not UTF-8: rename it" in text
+    assert "/new?folder=" in text  # the others are links as before
+
+
 def visit_pages(served: Served, pages: tuple[str, ...], content: bytes) -> None:
     for address in pages:
         answer = served.ask(address)

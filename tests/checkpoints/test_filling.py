@@ -248,3 +248,13 @@ def test_a_network_that_multiplies_in_8_bits_predicts_nearly_the_same(how: Quant
 
     # 2.7 % in ten layers of each of six blocks, beside a stream that passes them unrounded
     assert 0.001 < (found - expected).norm() / expected.norm() < 0.1
+
+
+def test_a_message_about_tensors_stays_short_however_many_there_are(tmp_path: Path) -> None:
+    further = {f"{letter}{index}.{letter}": torch.zeros(0) for index in range(200) for letter in "abc"}
+    path = write(tmp_path / "model.safetensors", {**state(), **further})
+
+    with pytest.raises(CheckpointError, match="500 lines like these") as caught:
+        fill(network(), path)
+
+    assert len(str(caught.value).splitlines()) < 110

@@ -258,3 +258,12 @@ def test_a_repository_is_not_fetched_offline(monkeypatch: pytest.MonkeyPatch) ->
 
     with pytest.raises(DownloadError, match="--model nobody/no-such-model: .*HF_HUB_OFFLINE"):
         find_model_folder("--model", "nobody/no-such-model", ("*.json",))
+
+
+def test_an_index_of_more_files_than_any_model_is_refused_before_they_are_looked_for(tmp_path: Path) -> None:
+    index = tmp_path / "m.index.json"
+    names = {f"a{number}": f"s{number}.safetensors" for number in range(10_001)}
+    index.write_text(json.dumps({"weight_map": names}), encoding="utf-8")
+
+    with pytest.raises(CheckpointError, match="names 10,001 files"):
+        open_checkpoint(index)

@@ -135,7 +135,11 @@ def test_preprocessor_files_are_obeyed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{", '{"size": 4}', '{"size": {"shortest_edge": "9"}}', '{"image_std": [0, 1, 1]}']
+    "text",
+    [
+        *("[]", "{", '{"size": 4}', '{"size": {"shortest_edge": "9"}}', '{"image_std": [0, 1, 1]}'),
+        '{"size": {"shortest_edge": 1000000000, "longest_edge": 2000000000}}',  # to which any is enlarged
+    ],
 )
 def test_a_damaged_preprocessor_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(text)

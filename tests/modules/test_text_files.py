@@ -348,6 +348,11 @@ def test_a_file_that_is_read_is_not_replaced_by_any_way_to_it(tmp_path: Path) ->
 def test_links_in_a_circle_lead_nowhere_and_raise_nothing(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     assert real_path(tmp_path / "loop") == Path(os.path.realpath(tmp_path)) / "loop"
+
+
+def test_a_path_that_no_file_can_have_stays(tmp_path: Path) -> None:
+    for name in ("a\0b", "\ud800"):
+        assert real_path(tmp_path / name) == tmp_path / name
     rooms = [
         path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("tests", "pocket")
     ]

@@ -1,6 +1,8 @@
 """Single files and folders become the networks that diffusers itself makes of them."""
 
+import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from modules.errors import CheckpointError, OptionError
 from stable_diffusion.checkpoints import band_convolutions
 from stable_diffusion.contract import SDXL, Model
+from stable_diffusion.folders import read_folder_unet
 from tests.stable_diffusion.loaded import change_json, load, save
 from tests.tiny import stable_diffusion as tiny
 
@@ -354,3 +357,37 @@ def test_more_layers_than_tensors_are_refused_before_they_are_made(tmp_path: Pat
 
     with pytest.raises(CheckpointError, match="it has more layers than its file has tensors"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"down_block_types": ["DownBlock2D"] * 100_000}, "different lengths"),
+        ({"up_block_types": 5}, "no list of names"),
+        ({"down_block_types": [["DownBlock2D"]] * 4}, "no list of names"),
+        ({"layers_per_block": [2]}, "neither a number nor one for each level"),
+        ({"layers_per_block": "two"}, "neither a number nor one for each level"),
+        ({"cross_attention_dim": [64]}, "no number"),
+    ],
+)
+def test_levels_that_do_not_go_together_are_refused_in_a_line(
+    tmp_path: Path, settings: dict[str, object], says: str
+) -> None:
+    path = tiny.write_folder("sd1", tmp_path)
+    change_json(path / "unet" / "config.json", **settings)
+
+    with pytest.raises(CheckpointError, match=says) as caught:
+        load(path)
+
+    assert len(str(caught.value)) < 600
+
+
+def test_settings_that_a_folder_lacks_are_those_of_diffusers(tmp_path: Path) -> None:
+    path = tiny.write_folder("sd1", tmp_path)
+    file = path / "unet" / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    del settings["down_block_types"], settings["in_channels"]
+    file.write_text(json.dumps(settings), encoding="utf-8")
+
+    with ExitStack() as files, pytest.raises(CheckpointError, match="different lengths"):
+        read_folder_unet(path, files)

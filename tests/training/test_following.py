@@ -11,12 +11,14 @@ import pytest
 
 from contract.families import FAMILIES, HIGH_NOISE, LOW_NOISE
 from contract.rules import ONE_EXPERT
+from dataset.batches.example import ExampleItem
 from hunyuan_model.options import HunyuanTrainingOptions
 from ltx_2.names import LTX_2
 from modules.command import quote_for_powershell
 from modules.options import read_options
 from modules.parser import add_options
 from tests.training.toy import TWO_EXPERTS
+from training import following
 from training.following import NextSteps
 from training.learning_options import WholeDitOptions
 from training.options import (
@@ -257,3 +259,15 @@ def test_powershell_takes_words_literally_in_single_quotes() -> None:
     words = ["a\\b.mp4", "my file", "$HOME", "it's", "\u2019", "", "a;b"]
     quoted = "a\\b.mp4 'my file' '$HOME' 'it''s' '\u2019\u2019' '' 'a;b'"
     assert quote_for_powershell(words) == quoted
+
+
+@pytest.mark.parametrize(("length", "is_told"), [(4000, True), (4001, False), (1 << 20, False)])
+def test_a_caption_that_no_terminal_takes_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, length: int, is_told: bool
+) -> None:
+    caption = "x" * length
+    item = SimpleNamespace(table=SimpleNamespace(references=None))
+    plan: Any = SimpleNamespace(training=[item], sources=SimpleNamespace(stores=None))
+    monkeypatch.setattr(following, "find_example", lambda *_: ExampleItem(caption))
+
+    assert following.say_example(plan, {})["prompt"] == (caption if is_told else None)

@@ -20,7 +20,7 @@ from dataset.batches.reading import read_batch
 from dataset.cache import npz_files
 from dataset.cache.converting import convert_caches
 from dataset.cache.files import EMPTY
-from dataset.cache.npz_files import format_array, read_arrays, write_members
+from dataset.cache.npz_files import format_array, read_arrays, read_members, write_members
 from dataset.cache.store import Stores, npz_names
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, load_dataset_config
@@ -344,11 +344,13 @@ def test_a_hostile_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         write_members(path, {"latents": data})
         with pytest.raises(CacheError, match=says):
             read_arrays(path, {"latents"}.__contains__)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file, file.open("latents.npy", "w") as member:
-        member.write(bytes(1 << 20))
-    monkeypatch.setattr(npz_files, "MAX_ARRAY_BYTES", 1 << 19)
-    with pytest.raises(CacheError, match="latents has 1048576 bytes"):
-        read_arrays(path, {"latents"}.__contains__)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in ("latents", "other"):
+            file.writestr(f"{name}.npy", bytes(1 << 18))
+    monkeypatch.setattr(npz_files, "MAX_ARRAY_BYTES", 3 << 17)
+    for read in (lambda: read_arrays(path, {"latents"}.__contains__), lambda: read_members(path)):
+        with pytest.raises(CacheError, match="its arrays have 524,288 bytes"):
+            read()
 
 
 def test_pictures_of_a_list_have_their_files_beside_them(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""Texts of strangers for which a pattern once took minutes or hours: each is read at once."""
+
+import contextlib
+import time
+from collections.abc import Callable
+
+import pytest
+
+pytest.importorskip("starlette", reason="the extra `browser` is not installed")
+
+from browser.datasets import TABLES
+from browser.launch import command_part
+from browser.refilling import read_found
+from modules.errors import UserError
+from modules.media.sound import _plain_text
+from modules.paths import hide_secrets
+
+MOST_SECONDS = 5.0  # of the processor; each takes a hundredth of it
+LONG = 200_000  # characters
+
+
+def read_settings(line: str) -> None:
+    with contextlib.suppress(UserError):
+        read_found({"parameters": f"a cat\n{line}"})
+
+
+def read_ass(text: str) -> None:
+    _plain_text("ass", text.encode())
+
+
+def read_srt(text: str) -> None:
+    _plain_text("subrip", text.encode())
+
+
+CASES: dict[str, tuple[Callable[[str], object], str]] = {
+    "settings with backslashes": (read_settings, 'Steps: "' + "\\" * 60 + "x"),
+    "settings of one word": (read_settings, "a" * LONG),
+    "settings of many words": (read_settings, "a " * LONG),
+    "settings with quotes": (read_settings, ', a: "\\' * LONG),
+    "a table of empty lines": (TABLES.search, "\n" * LONG),
+    "a table of blanks": (TABLES.search, " \t" * LONG),
+    "a line of blanks": (command_part, "cd " + " " * LONG),
+    "a line of a folder": (command_part, "cd x" + " " * LONG),
+    "an address of letters": (hide_secrets, "a1" * LONG),
+    "a subtitle of brackets": (read_ass, "{" * LONG),
+    "a subtitle of tags": (read_srt, "<a" * LONG),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_text_of_a_stranger_is_read_at_once(case: str) -> None:
+    read, text = CASES[case]
+    began = time.process_time()
+
+    read(text)
+
+    assert time.process_time() - began < MOST_SECONDS
+
+
+def test_marks_of_style_are_left_out_as_before() -> None:
+    assert _plain_text("ass", b"0,0,Default,,0,0,0,,{\\i1}a{\\i0} b\\Nc {x") == "a b\nc {x"
+    assert _plain_text("subrip", b"<i>a</i> < b <b >c> <d") == "a < b c> <d"
