@@ -6,8 +6,8 @@ if there are gradients. That mend was made after the loan had ended and has not 
 tried:
 
 1. `cudnn_batches`: for which lengths and batches are gradients NaN? If for none, torch or cuDNN has mended
-   it, and the loop over samples can end at that version. If only for lengths that are no multiple of 64 or 128,
-   only those need it.
+   it, and the loop over samples can end at that version. If only for lengths that are no multiple of 64 or
+   128, only those need it.
 2. `cudnn_one_by_one`: is the mended way finite and right for all of these? If not, cuDNN has to leave
    `kernels` if there are gradients.
 3. `cudnn_loop_cost`: what the loop costs at 4 x 4,096 tokens, against one call and against FlashAttention. If
