@@ -5,12 +5,16 @@ layers that see one vector in place of tokens, the first and the last layers, te
 """
 # Letters: L video or picture tokens, T text tokens, C width, F width of the feed-forward
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from flux_3.configs import Flux3Config
 from krea2.configs import Krea2Config
 from ltx_2.configs import LtxConfig
 from lumina.configs import LuminaConfig
+from minimax_h3.configs import H3Config
+from qwen_image_21.configs import QwenImage21Config
 from wan.configs import WanConfig
 
 # cost of a step in forward passes: forward, recomputation and backward
@@ -150,3 +154,65 @@ def lumina_work(config: LuminaConfig, picture_tokens: int, text_tokens: int) -> 
     refining = Work(picture.linear + caption.linear, picture.attention + caption.attention)
     joint = of_layers(config.num_layers, picture_tokens + text_tokens)
     return Work(joint.linear, joint.attention, outside=refining)
+
+
+def flux_3_work(config: Flux3Config, picture_tokens: int, text_tokens: int) -> Work:
+    """Return the work of FLUX 3 without references: blocks of each kind of tokens, then joint blocks.
+
+    A block's attention and its gated feed-forward have the same input.
+    """
+    dim, tokens = config.dim, picture_tokens + text_tokens
+    per_token = 4 * dim**2 + 3 * dim * config.ffn_dim
+    passed = (config.mode_blocks + config.joint_blocks) * tokens  # no block of references has tokens
+    alone = config.mode_blocks * (picture_tokens**2 + text_tokens**2)
+    attention = 4 * dim * (alone + config.joint_blocks * tokens**2)
+    return Work(2 * passed * per_token, attention, last=2 * passed * dim * config.ffn_dim)
+
+
+def qwen_image_21_work(config: QwenImage21Config, picture_tokens: int, text_tokens: int) -> Work:
+    """Return the work of Qwen-Image-2.1 without references.
+
+    The picture's tokens see all, and the text's only each other: those before them, but all count here.
+    """
+    dim, tokens = config.dim, picture_tokens + text_tokens
+    per_token = 4 * dim**2 + 3 * dim * config.ffn_dim
+    linear = config.num_layers * 2 * tokens * per_token
+    pairs = picture_tokens * tokens + text_tokens**2
+    last = config.num_layers * 2 * picture_tokens * dim * config.ffn_dim
+    return Work(linear, config.num_layers * 4 * pairs * dim, last=last)
+
+
+def h3_work(config: H3Config, media_tokens: int, text_tokens: int) -> Work:
+    """Return the work of MiniMax-H3 on pictures, sound (together L) and text (T), which see each other."""
+    dim, tokens = config.dim, media_tokens + text_tokens
+    per_token = 4 * dim * config.inner_dim + 3 * dim * config.ffn_dim
+    linear = config.num_layers * 2 * tokens * per_token
+    attention = config.num_layers * 4 * tokens**2 * config.inner_dim
+    return Work(linear, attention, last=config.num_layers * 2 * tokens * dim * config.ffn_dim)
+
+
+def unet_work(config: Mapping[str, Any], rows: int, columns: int, text_tokens: int) -> Work:
+    """Return the work of a U-Net of Stable Diffusion, counted by torch on tensors without content.
+
+    config: of diffusers' class. rows, columns: of the latents. text_tokens: of each text, with padding. The
+    layers between the levels, which are not recomputed, count as if they were: a few percent.
+    """
+    import torch  # only here and below: other counts need neither
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        network = UNet2DConditionModel(**config)
+        noisy = torch.empty(1, network.config["in_channels"], rows, columns)
+        states = torch.empty(1, text_tokens, network.config["cross_attention_dim"])
+        added = None
+        if network.config["addition_embed_type"] is not None:
+            sizes = 6 * network.config["addition_time_embed_dim"]
+            pooled = network.config["projection_class_embeddings_input_dim"] - sizes
+            added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+        timesteps = torch.empty(1)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(noisy, timesteps, encoder_hidden_states=states, added_cond_kwargs=added)
+    counts = counter.get_flop_counts()["Global"]
+    attention = sum(count for name, count in counts.items() if "attention" in str(name) or "bmm" in str(name))
+    return Work(float(sum(counts.values()) - attention), float(attention))

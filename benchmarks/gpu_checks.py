@@ -103,10 +103,18 @@ def main(argv: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def run_groups(paths: Sequence[Path], markers: str, end: float, seconds: float, jobs: int) -> Iterator[Group]:
+def run_groups(
+    paths: Sequence[Path],
+    markers: str,
+    end: float,
+    seconds: float,
+    jobs: int,
+    failures: Path | None = None,
+) -> Iterator[Group]:
     """Run files of tests, some at a time, and yield each when it has ended.
 
-    end: of the whole, by the monotonic clock. seconds: for a file.
+    end: of the whole, by the monotonic clock. seconds: for a file. failures: gets the message of each test
+    that fails as soon as it has.
     """
     children: Children = []
 
@@ -114,7 +122,7 @@ def run_groups(paths: Sequence[Path], markers: str, end: float, seconds: float, 
         left = end - time.monotonic()
         if left < 1:
             return Group(name_of(path), ended="not begun: the time is over")
-        return run_group(path, markers, min(left, seconds), children)
+        return run_group(path, markers, min(left, seconds), children, failures)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -175,12 +183,18 @@ def describe_machine() -> dict[str, str]:
     return found
 
 
-def run_group(path: Path, markers: str, seconds: float, children: Children) -> Group:
-    """Run one file of tests in a process of its own, at most so many seconds. children: gets the process."""
+def run_group(
+    path: Path, markers: str, seconds: float, children: Children, failures: Path | None = None
+) -> Group:
+    """Run one file of tests in a process of its own, at most so many seconds. children: gets the process.
+
+    failures: as of `run_groups`.
+    """
     group, begun = Group(name_of(path)), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         record, log = Path(folder) / "record.jsonl", Path(folder) / "log.txt"
         command = [sys.executable, __file__, "--child", str(path), markers, str(record)]
+        command += [] if failures is None else [str(failures.resolve())]
         with log.open("wb") as output:
             code = run_child_process(
                 command, seconds, output, folder=ROOT, environment=child_environment(), children=children
@@ -280,8 +294,10 @@ def write_results(path: Path, machine: dict[str, str], groups: Sequence[Group]) 
 class Recorder:
     """A plugin of pytest: writes what happens at once, so that a crash loses nothing."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, failures: Path | None = None) -> None:
+        """failures: a text file that several processes add to."""
         self._file = path.open("a", encoding="utf-8")
+        self._failures = failures
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._note("begun", nodeid)
@@ -308,6 +324,9 @@ class Recorder:
             event["seconds"] = seconds
         self._file.write(json.dumps(event) + "\n")
         self._file.flush()
+        if kind == "failed" and self._failures is not None:
+            with self._failures.open("a", encoding="utf-8") as file:
+                file.write(f"FAILED {test}\n{message[-LONGEST:]}\n\n")
 
 
 def reason_of(longrepr: Any) -> str:
@@ -334,12 +353,12 @@ def _one_setup(path: Path) -> Iterator[list[str]]:
         ]
 
 
-def run_child(path: Path, markers: str, record: Path) -> int:
+def run_child(path: Path, markers: str, record: Path, failures: Path | None = None) -> int:
     """Run the tests of one file in this process. Returns pytest's exit code; 5 if a package is missing."""
     import pytest
 
     with _one_setup(path) as options:
-        code = int(pytest.main([*options, "-m", markers], plugins=[Recorder(record)]))
+        code = int(pytest.main([*options, "-m", markers], plugins=[Recorder(record, failures)]))
     kinds = [json.loads(line)["kind"] for line in record.read_text(encoding="utf-8").splitlines()]
     is_skipped = code == 2 and "failed" not in kinds and "skipped" in kinds  # 2: a file was not imported
     return 5 if is_skipped else 1 if code == 2 and "failed" in kinds else code
@@ -347,5 +366,6 @@ def run_child(path: Path, markers: str, record: Path) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        sys.exit(run_child(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])))
+        path, markers, *files = sys.argv[2:]
+        sys.exit(run_child(Path(path), markers, *map(Path, files)))
     sys.exit(main(sys.argv[1:]))

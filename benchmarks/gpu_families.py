@@ -17,18 +17,23 @@ from torch import Tensor
 from benchmarks.flops import (
     JointBlocks,
     Work,
+    flux_3_work,
     gated_work,
+    h3_work,
     joint_work,
     ltx_work,
     lumina_work,
+    qwen_image_21_work,
+    unet_work,
     wan_work,
 )
 from benchmarks.gpu_rows import Row
-from contract.data import Conditions
+from contract.data import SIZES, Conditions
 
 PATCH = 2  # latent rows and columns of a token; of HunyuanImage 1
 SIGLIP_TOKENS = 729
 GLYPHS = 128
+CLIP_TOKENS = 77
 Shape = tuple[int, int, int, int, int]  # 1 C F H W of latents
 
 
@@ -53,7 +58,8 @@ class BenchFamily:
     have them. work: (config, shape of the latents, T) -> operations of a pass. inputs: (config, numbers,
     shape) -> what generation encodes from images, by section. own: `Prepared.family_record` of a video of
     one section. trained: (as inputs) -> more tensors of a training sample's cache. section: shape of a clip's
-    latents -> shape of those that are denoised together.
+    latents -> shape of those that are denoised together. config: family -> config of the transformer. sounds:
+    whether each clip has sound.
     """
 
     room: str  # folder with family.py and options.py
@@ -68,6 +74,8 @@ class BenchFamily:
     own: Callable[[], Any] = lambda: None
     trained: Callable[[Any, Drawn, Shape], Conditions] = lambda config, drawn, shape: {}
     section: Callable[[Shape], Shape] = lambda shape: shape
+    config: Callable[[Any], Any] = lambda family: family.files.dit_header().config
+    sounds: bool = False
 
 
 def training_family(row: Row, path: Path) -> tuple[Any, Any]:
@@ -188,6 +196,27 @@ def _qwen_image_21_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Te
     return {"vl_embed": [drawn.numbers(length, config.text_dim)], "image_slots": [slots]}
 
 
+def _h3_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
+    """Of a text without pictures."""
+    tags = torch.ones(length, dtype=torch.int64)
+    return {"mmh3_hidden_states": [drawn.numbers(length, config.text_dim)], "mmh3_token_tags": [tags]}
+
+
+def _sd_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
+    return {"hidden_state": drawn.numbers(1, CLIP_TOKENS, config["cross_attention_dim"])}
+
+
+def _sdxl_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
+    """States of CLIP-L and of OpenCLIP, and the pooled one of the second, which is as wide."""
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    first = config["cross_attention_dim"] - pooled
+    return {
+        "hidden_state1": drawn.numbers(1, CLIP_TOKENS, first),
+        "hidden_state2": drawn.numbers(1, CLIP_TOKENS, pooled),
+        "pool2": drawn.numbers(1, pooled),
+    }
+
+
 def _flux_2_texts(config: Any, drawn: Drawn, length: int) -> dict[str, Tensor | list[Tensor]]:
     return {"ctx_vec": drawn.numbers(1, length, config.text_dim)}
 
@@ -246,6 +275,20 @@ def _framepack_trained(config: Any, drawn: Drawn, shape: Shape) -> Conditions:
     return {name: tensor.unsqueeze(0) for name, tensor in entry.tensors.items() if name != "latents"}
 
 
+def _sdxl_trained(config: Any, drawn: Drawn, shape: Shape) -> Conditions:
+    """Return the sizes of a picture that was neither resized nor cropped, in pixels."""
+    height, width = (8 * side for side in shape[-2:])
+    return {SIZES: torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
+
+
+def _unet_config(family: Any) -> Any:
+    return family.files.unet_config
+
+
+def _unet_of(config: Any, shape: Shape, text: int) -> Work:
+    return unet_work(config, rows=shape[-2], columns=shape[-1], text_tokens=CLIP_TOKENS)
+
+
 FAMILIES = {
     "wan": BenchFamily(
         *("wan", "WanTrainingOptions", "wan_generate_video", _wan_texts),
@@ -284,7 +327,10 @@ FAMILIES = {
         train="lumina_train_network",
     ),
     "flux_2": BenchFamily("flux_2", "Flux2TrainingOptions", "flux_2_generate_image", _flux_2_texts),
-    "flux_3": BenchFamily("flux_3", "Flux3TrainingOptions", "flux_3_generate_image", _listed("ctx_vec")),
+    "flux_3": BenchFamily(
+        *("flux_3", "Flux3TrainingOptions", "flux_3_generate_image", _listed("ctx_vec")),
+        work=lambda config, shape, text: flux_3_work(config, count_tokens(shape, patch=1), text),
+    ),
     "krea2": BenchFamily(
         *("krea2", "Krea2TrainingOptions", "krea2_generate_image", _listed("krea2_vl_embed", several=True)),
         work=lambda config, shape, text: gated_work(config, count_tokens(shape), text),
@@ -302,6 +348,25 @@ FAMILIES = {
     "qwen_image_21": BenchFamily(
         *("qwen_image_21", "QwenImage21TrainingOptions", "qwen_image_21_generate_image"),
         _qwen_image_21_texts,
+        work=lambda config, shape, text: qwen_image_21_work(config, count_tokens(shape, patch=1), text),
+    ),
+    "minimax_h3": BenchFamily(
+        *("minimax_h3", "H3TrainingOptions", "minimax_h3_generate_video", _h3_texts),
+        work=lambda config, shape, text: h3_work(config, count_tokens(shape), text),
+        sounds=True,
+    ),
+    "sd1": BenchFamily(
+        *("stable_diffusion.sd1", "Sd1TrainingOptions", "gen_img", _sd_texts),
+        work=_unet_of,
+        train="train_network",
+        config=_unet_config,
+    ),
+    "sdxl": BenchFamily(
+        *("stable_diffusion.sdxl", "SdxlTrainingOptions", "gen_img", _sdxl_texts),
+        work=_unet_of,
+        train="sdxl_train_network",
+        trained=_sdxl_trained,
+        config=_unet_config,
     ),
     "z_image": BenchFamily(
         *("z_image", "ZImageTrainingOptions", "zimage_generate_image", _listed("llm_embed")),

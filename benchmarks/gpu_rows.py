@@ -17,6 +17,8 @@ COMPILED = ("--compile",)
 KEPT = ("--gradient_checkpointing_keep", "attention")
 MOST = ("--blocks_to_swap", "38")  # 95 % of 40 blocks
 THREE_QUARTERS = ("--blocks_to_swap", "30")
+H3_SWAP = ("--blocks_to_swap", "48")  # of 50
+FLUX_3_TOKENS = 320  # a multiple of 80, as its texts have
 GENERATE_COMPILED = ("--compile", "--compile_args", "inductor", "default", "auto", "False")
 GENERATE_FP8 = ("--fp8_scaled", "--fp8_fast")
 
@@ -60,6 +62,7 @@ class Row:
     seconds: float = 0.0  # that a run may take, a guess, if no operations are counted
     steps: int = 3  # of a generation that are timed
     card: float = 0.0  # GiB of the card that the row pretends to run on; 0: all that there is
+    planned: float = 0.0  # bytes that the plan predicts for the device; 0: to be planned when it is measured
 
     @property
     def group(self) -> str:
@@ -86,6 +89,9 @@ FLUX_2 = Model("FLUX.2 dev", "flux_2", "flux2-dev-dit", ("--model_version", "dev
 FLUX_3 = Model("FLUX 3 Klein base", "flux_3", "flux3-klein-base-dit")
 KREA_2 = Model("Krea 2", "krea2", "krea2-dit")
 Z_IMAGE = Model("Z-Image", "z_image", "z-image-dit")
+H3 = Model("MiniMax-H3", "minimax_h3", "minimax-h3-dit")
+SDXL = Model("Stable Diffusion XL", "sdxl", "sdxl-base-1.0")
+SD_1_5 = Model("Stable Diffusion 1.5", "sd1", "sd1.5")
 LTX_2 = Model("LTX-2.3", "ltx_2", "ltx2.3-dit", vae="ltx2.3-video-vae")
 WAN_VAE = Model("Wan2.1 VAE", "wan", "wan2.1-vae")
 WAN22_VAE = Model("Wan2.2 5B VAE", "wan", "wan2.2-vae")
@@ -94,10 +100,12 @@ UMT5 = Model("umT5", "wan", "umt5-xxl-enc-wan")
 LLAMA = Model("Llama of HunyuanVideo", "hunyuan_video", "llava-llama3-single")
 
 LTX_CLIP = Size(768, 512, 49)
+H3_CLIP = Size(832, 480, 124)  # five seconds, with sound
 SHORT = Size(512, 512, 33)  # 9,216 tokens: products weigh more than attention
 SMALL, WIDE, HD = Size(832, 480, 81), Size(960, 544, 129), Size(1280, 704, 121)
 SECTION = Size(832, 480, 37)  # the start image and the 36 frames of a section of FramePack
 SQUARE, LARGE = Size(1024, 1024), Size(2048, 2048)
+SD_SQUARE = Size(512, 512)
 NONE = Size(0, 0)
 
 
@@ -170,6 +178,42 @@ ROWS = (
     _train("krea2-nf4", KREA_2, SQUARE, "nf4, eager", *NF4),
     _train("krea2-int8-compiled", KREA_2, SQUARE, "int8 (ConvRot), compiled", *COMPILED, *INT8),
     _train("ltx2.3-nf4", LTX_2, LTX_CLIP, "nf4, eager", *NF4),
+    _train(
+        *("h3-bf16-swap48-16gib", H3, H3_CLIP, "bf16, swap 48, offload, on a card of 16 GiB", *H3_SWAP),
+        *OFFLOADED,
+        card=16,
+    ),
+    _train(
+        *("h3-int8-swap48-16gib", H3, H3_CLIP, "int8 (ConvRot), swap 48, offload, on a card of 16 GiB"),
+        *(*INT8, *H3_SWAP, *OFFLOADED),
+        card=16,
+    ),
+    _train("h3-int8-compiled", H3, H3_CLIP, "int8 (ConvRot), compiled", *COMPILED, *INT8),
+    _generate("gen-h3-swap48-16gib", H3, H3_CLIP, "bf16, swap 48, on a card of 16 GiB", *H3_SWAP, card=16),
+    _generate("gen-h3-int8", H3, H3_CLIP, "int8 (ConvRot), eager", *INT8),
+    _generate("gen-h3", H3, H3_CLIP, "bf16, eager"),
+    _train("sdxl-bf16", SDXL, SQUARE, "bf16, eager"),
+    _train("sdxl-fp8-weights", SDXL, SQUARE, "fp8 weights, eager", "--fp8_base"),
+    _train("sdxl-bf16-12gib", SDXL, SQUARE, "bf16, eager, on a card of 12 GiB", card=12),
+    _train("sdxl-fp8-weights-8gib", SDXL, SQUARE, "fp8 weights, on a card of 8 GiB", "--fp8_base", card=8),
+    _train("sdxl-bf16-compiled", SDXL, SQUARE, "bf16, compiled", *COMPILED),
+    Row("sdxl-bf16-kept", TRAINING, SDXL, SQUARE, "bf16, eager, without checkpointing"),
+    _train("sd1.5-bf16", SD_1_5, SD_SQUARE, "bf16, eager"),
+    Row("sd1.5-bf16-kept", TRAINING, SD_1_5, SD_SQUARE, "bf16, eager, without checkpointing"),
+    _train("flux3-bf16", FLUX_3, SQUARE, "bf16, eager", text_tokens=FLUX_3_TOKENS),
+    _train(
+        *("flux3-int8-compiled", FLUX_3, SQUARE, "int8 (ConvRot), compiled", *COMPILED, *INT8),
+        text_tokens=FLUX_3_TOKENS,
+    ),
+    _train("qwen-image-2.1-bf16", QWEN_IMAGE_21, SQUARE, "bf16, eager"),
+    _train(
+        *("qwen-image-2.1-int8-compiled", QWEN_IMAGE_21, SQUARE, "int8 (ConvRot), compiled"),
+        *(*COMPILED, *INT8),
+    ),
+    _generate("gen-flux3", FLUX_3, SQUARE, "bf16, eager", text_tokens=FLUX_3_TOKENS, steps=6),
+    _generate("gen-flux3-int8", FLUX_3, SQUARE, "int8, eager", *INT8, text_tokens=FLUX_3_TOKENS, steps=6),
+    _generate("gen-qwen-image-2.1", QWEN_IMAGE_21, SQUARE, "bf16, eager", steps=6),
+    _generate("gen-qwen-image-2.1-int8", QWEN_IMAGE_21, SQUARE, "int8 (ConvRot), eager", *INT8, steps=6),
     _generate("gen-wan1.3b-eager", WAN_1_3B, SMALL, "bf16, eager", steps=6),
     _generate(
         *("gen-wan1.3b-sage", WAN_1_3B, SMALL, "bf16, eager, SageAttention"),

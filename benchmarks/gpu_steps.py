@@ -20,7 +20,8 @@ from benchmarks.gpu_families import (
 from benchmarks.gpu_rows import GENERATION, Row
 from benchmarks.noise import NoisyFamily
 from checkpoints.stored.forms import prepare
-from contract.data import Batch
+from contract.data import HAS_SOUND, SOUND, Batch, Joint
+from contract.family import sound_of
 from contract.requests import Prepared, Request, settle
 from contract.steps import EncodedPrompts
 from generation.denoise import make_latents
@@ -31,7 +32,7 @@ from networks.adapter import make_network
 from running.dressing import swapped_weights
 from running.planning.memory_plan import workspace
 from training.experts import dress, placement_of
-from training.loss import NoisyBatch
+from training.loss import NoisyBatch, NoisySound
 from training.optimizers.optimizer import find_averaging, make_optimizer
 from training.planning.memory import predict
 from training.planning.rehearsal import autocast_of
@@ -64,7 +65,7 @@ def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
     """
     options, family = training_family(row, path)
     batch = random_batch(row, family)
-    planned = predict(family, options, batch, device).device(options.speed.swap.number)
+    planned = row.planned or plan_of_training(row, options, family, device)
     begun = time.monotonic()
     host = swapped_weights(family.dit, options.speed.swap, device)
     form = options.speed.fp8.quantisation
@@ -106,10 +107,8 @@ def generation(row: Row, path: Path, device: torch.device, high: Path | None = N
     """
     options, family = generation_family(row, path, high)
     prepared, prompts, inputs = random_request(row, family)
-    plan = rehearse_denoising(
-        family, options, prepared, prompts, inputs, workspace(device, is_training=False)
-    )
     experts = len(family.experts)
+    planned = row.planned or plan_of_generation(row, options, family, path, device)
     noisy: Any = NoisyFamily(family)
     loader = dit_loader(noisy, (), device, options)
     dits = DitTurns(family.experts, device, loader, loader.aside, keep=True)
@@ -124,13 +123,27 @@ def generation(row: Row, path: Path, device: torch.device, high: Path | None = N
         )
 
     first = prepared if experts > 1 else replace(prepared, steps=max(prepared.steps - 2, 1))
-    planned = plan.phase(options.speed.swap.number).device + (experts - 1) * bytes_of(path)
     return Bench(
         *(make(prepared), make(first), *call_operations(row, options, family), planned, loading),
         per=prepared.steps,
         whole=family.defaults.steps,
         held=phase,  # else its end would put the network away
     )
+
+
+def plan_of_training(row: Row, options: Any, family: Any, device: torch.device) -> float:
+    """Return the bytes of the device that the plan predicts for a training step."""
+    prediction = predict(family, options, random_batch(row, family), device)
+    return prediction.device(options.speed.swap.number)
+
+
+def plan_of_generation(row: Row, options: Any, family: Any, path: Path, device: torch.device) -> float:
+    """Return the bytes of the device that the plan predicts for denoising. path: of the network's file."""
+    prepared, prompts, inputs = random_request(row, family)
+    extra = workspace(device, is_training=False)
+    plan = rehearse_denoising(family, options, prepared, prompts, inputs, extra)
+    further = (len(family.experts) - 1) * bytes_of(path)
+    return plan.phase(options.speed.swap.number).device + further
 
 
 def bytes_of(path: Path) -> int:
@@ -149,10 +162,13 @@ def section_of(row: Row, family: Any) -> Shape:
 
 def call_operations(row: Row, options: Any, family: Any) -> tuple[float, float]:
     """Return the operations of a measured call, with recomputation and without."""
-    config = family.files.dit_header().config
-    count = FAMILIES[row.model.family].work
+    entry = FAMILIES[row.model.family]
+    count = entry.work
     assert count is not None
-    work = count(config, section_of(row, family), row.text_tokens)
+    sound = sound_shape(row, family)
+    # tokens of sound see all and are seen by all, as those of the text
+    further_tokens = row.text_tokens + (sound[1] * sound[2] if sound else 0)
+    work = count(entry.config(family), section_of(row, family), further_tokens)
     if row.kind == GENERATION:
         made = row.steps * passes_of(family) * work.forward
         return made, made
@@ -170,23 +186,37 @@ def passes_of(family: Any) -> int:
     return 2 if any(scale != 1 for scale in (usual.guidance_scale, *usual.expert_guidance.values())) else 1
 
 
+def sound_shape(row: Row, family: Any) -> tuple[int, int, int] | None:
+    """Return the shape of the latents of a clip's sound, C T M; None of a model without sound."""
+    if not FAMILIES[row.model.family].sounds:
+        return None
+    spec = sound_of(family)
+    assert spec is not None
+    return spec.shape(row.size.frames, family.defaults.fps)
+
+
 def random_batch(row: Row, family: Any) -> NoisyBatch:
-    """Return a batch of one sample, as the feed returns it: latents, texts, noise."""
+    """Return a batch of one sample as the feed does: latents, texts, noise, and its sound."""
     drawn, entry = Drawn(torch.Generator().manual_seed(SEED)), FAMILIES[row.model.family]
-    shape, config = section_of(row, family), family.files.dit_header().config
+    shape, config = section_of(row, family), entry.config(family)
     tensors = {
         "latents": drawn.numbers(*shape),
         **entry.texts(config, drawn, row.text_tokens),
         **entry.trained(config, drawn, shape),
     }
     one = torch.ones(1)
-    return NoisyBatch(Batch(tensors, ("",), ("random",)), drawn.numbers(*shape), one / 2, one * 500, one)
+    noise = drawn.numbers(*shape)
+    size, sound = sound_shape(row, family), None
+    if size is not None:
+        tensors |= {SOUND: drawn.numbers(1, *size), HAS_SOUND: one}
+        sound = NoisySound(drawn.numbers(1, *size), one / 2, one * 500, one)
+    return NoisyBatch(Batch(tensors, ("",), ("random",)), noise, one / 2, one * 500, one, sound=sound)
 
 
 def random_request(row: Row, family: Any) -> tuple[Prepared, Any, Any]:
     """Return a request for a few steps, with its texts and its image as the encoders return them."""
     drawn, entry = Drawn(torch.Generator().manual_seed(SEED)), FAMILIES[row.model.family]
-    size, config, usual = row.size, family.files.dit_header().config, family.defaults
+    size, config, usual = row.size, entry.config(family), family.defaults
     texts = [without_batch(entry.texts(config, drawn, row.text_tokens)) for _ in range(2)]
     inputs = entry.inputs(config, drawn, family.latent.shape(size.frames, size.height, size.width))
     request = Request("", SEED, steps=row.steps)
@@ -198,7 +228,12 @@ def random_request(row: Row, family: Any) -> tuple[Prepared, Any, Any]:
         usual_negative="",
         experts=family.experts,
     )
-    return replace(prepared, family_record=entry.own()), {0: EncodedPrompts(*texts)}, inputs
+    prepared = replace(prepared, family_record=entry.own())
+    if (sound := sound_shape(row, family)) is not None:
+        _, *picture = section_of(row, family)
+        joint = Joint(tuple(picture), sound)  # type: ignore[arg-type]  # four numbers
+        prepared = replace(prepared, joint=joint, sound_shift=family.noise.sound_shift)
+    return prepared, {0: EncodedPrompts(*texts)}, inputs
 
 
 def without_batch(conditions: dict[str, Tensor | list[Tensor]]) -> dict[str, Tensor | list[Tensor]]:

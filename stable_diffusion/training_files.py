@@ -165,7 +165,9 @@ class TrainingFiles:
                 host=placement.host,
                 check=placement.check,
             )
-        if placement.attention != SDPA:  # else diffusers' own, which is torch's too
+        # diffusers' own is torch's too, but leaves the choice of the kernel to torch: on a Hopper GPU that is
+        # cuDNN's, whose gradients of several samples may be NaN (modules/attention/sdpa.py)
+        if placement.attention != SDPA or placement.device.type == "cuda":
             unet.set_attn_processor(ChosenAttention(placement.attention))  # type: ignore[operator]
         return unet.eval()
 

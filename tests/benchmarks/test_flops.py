@@ -9,13 +9,25 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as functional
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import small_cards
 from benchmarks.cards import CARDS, RUNS
-from benchmarks.flops import JointBlocks, Work, gated_work, joint_work, ltx_work, wan_work
+from benchmarks.flops import (
+    JointBlocks,
+    Work,
+    flux_3_work,
+    gated_work,
+    h3_work,
+    joint_work,
+    ltx_work,
+    qwen_image_21_work,
+    unet_work,
+    wan_work,
+)
 from benchmarks.generation import count_waits
 from benchmarks.gpu_families import generation_family, training_family
 from benchmarks.gpu_rows import GENERATION, TRAINING, WAN_14B, Row, Size
@@ -39,20 +51,27 @@ from blissful_tuner.options import PLAIN_GUIDANCE
 from contract.requests import Request
 from contract.rules import ONE_EXPERT
 from contract.steps import Section
+from flux_3.model import Flux3Model
 from generation.denoise import denoise
 from hunyuan_model.configs import HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
 from krea2.model import Krea2Model
 from ltx_2.configs import LtxConfig, StreamConfig
 from ltx_2.model import LtxModel
+from minimax_h3.configs import H3Config
+from minimax_h3.model import H3Model
 from modules.flow.solvers import solver_for
 from qwen_image.model import QwenImageModel
+from qwen_image_21.model import QwenImage21Model
 from running.planning.dry_run import dry_run
 from running.planning.memory_plan import MemoryPart, Phase
 from tests.commands import ROOT
 from tests.preparing import prepare
+from tests.tiny import flux_3 as tiny_flux_3
 from tests.tiny import krea2 as tiny_krea2
 from tests.tiny import qwen_image as tiny_qwen_image
+from tests.tiny import qwen_image_21 as tiny_qwen_image_21
+from tests.tiny import stable_diffusion as tiny_stable_diffusion
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.configs import WanConfig
 from wan.model import WanModel
@@ -125,6 +144,62 @@ def test_a_pass_of_ltx_takes_as_many_operations_as_torch_counts() -> None:
     counted = _operations_of_blocks(model, lambda: model(noisy, ONE, text))
 
     assert counted == ltx_work(config, 2 * 4 * 4, 20).forward
+
+
+def test_a_pass_of_flux_3_takes_as_many_operations_as_torch_counts() -> None:
+    config = tiny_flux_3.CONFIG
+    model = Flux3Model(config)
+    noisy, text = torch.zeros(1, config.channels, 1, 4, 4), torch.zeros(1, 20, config.text_dim)
+
+    counted = _operations_of_blocks(
+        model, lambda: model(noisy, ONE, text, torch.ones(1, 20).long()), r"\w+\.(\w+_blocks)(\.\w+)?\.\d+"
+    )
+
+    assert counted == flux_3_work(config, 4 * 4, 20).forward
+
+
+def test_a_pass_of_qwen_image_2_1_takes_as_many_operations_as_torch_counts() -> None:
+    config = tiny_qwen_image_21.CONFIG
+    model = QwenImage21Model(config)
+    noisy, text = torch.zeros(1, config.channels, 1, 4, 4), torch.zeros(1, 20, config.text_dim)
+    slots = torch.zeros(1, 0, dtype=torch.int64)
+
+    counted = _operations_of_blocks(model, lambda: model(noisy, ONE, text, torch.ones(1, 20), slots=slots))
+
+    assert counted == qwen_image_21_work(config, 4 * 4, 20).forward
+
+
+def test_a_pass_of_minimax_h3_takes_as_many_operations_as_torch_counts() -> None:
+    """Of pictures, sound and text together. The layer that makes rows of times is left out."""
+    sizes = {"freq_dim": 32, "time_hidden": 32, "time_dim": 16, "frequencies": 4}
+    config = H3Config(dim=64, num_heads=2, head_width=32, ffn_dim=128, num_layers=2, text_dim=32, **sizes)
+    model = H3Model(config)
+    noisy, sound = torch.zeros(1, 24, 2, 4, 4), torch.zeros(1, 32, 2, 3)
+
+    counted = _operations_of_blocks(
+        model,
+        lambda: model(noisy, sound, (0.5, 0.5), torch.zeros(1, 20, 32)),
+        r"\w+\.blocks\.\d+\.(attn|mlp)",
+    )
+
+    assert counted == h3_work(config, 2 * 2 * 2, 2 * 3 + 20).forward
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_pass_of_a_unet_takes_as_many_operations_as_torch_counts(kind: str) -> None:
+    """With real numbers; some kernels of a CPU are not known to the counter."""
+    config = dict(tiny_stable_diffusion.KINDS[kind].unet)
+    network = UNet2DConditionModel(**config)
+    width = network.config["cross_attention_dim"]
+    added = {"text_embeds": torch.zeros(1, 64), "time_ids": torch.zeros(1, 6)} if kind == "sdxl" else None
+    counter = FlopCounterMode(display=False)
+
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        network(torch.zeros(1, 4, 8, 8), ONE, torch.zeros(1, 77, width), added_cond_kwargs=added)
+
+    found = unet_work(config, rows=8, columns=8, text_tokens=77)
+    assert found.forward == counter.get_total_flops()
+    assert 0 < found.attention < found.linear
 
 
 def _operations_of_blocks(

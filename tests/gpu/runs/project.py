@@ -32,9 +32,12 @@ SIZE = ("--video_size", "32", "32", "--infer_steps", "3", "--guidance_scale", "3
 ON_GPU = pytest.mark.gpu(unless=TEST_DEVICE)
 EXPERTS = "wan t2v-A14B"
 # of which all but the last have blocks enough to swap
-DEEP = ("wan t2v-1.3B", EXPERTS, "hunyuan_video", "framepack", "flux", "hunyuan_image", "lumina")
+DEEP = (
+    *("wan t2v-1.3B", EXPERTS, "hunyuan_video", "framepack", "flux", "hunyuan_image", "lumina"),
+    *("flux_3", "qwen_image_21"),
+)
 OTHERS = ("wan i2v-14B", "wan ti2v-5B", "skyreels i2v", "framepack one frame", "chroma")
-TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux"}  # of blocks
+TWO_LISTS = {"hunyuan_video", "framepack", "hunyuan_image", "flux", "flux_3"}  # of blocks, or more
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,7 @@ class Project:
             command = [self.family.train_whole, *command[1 : command.index("--network_module")]]
         rate = ("--learning_rate", "1e-3")
         self.run(device, *command, *rate, *OUTPUT, name, "--max_train_steps", steps, *arguments)
-        output = self.folder / "output"
-        lines = (output / f"{name}-history.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if "loss" in row]
-        return Trained([row["loss"] for row in rows], load_file(output / f"{name}.safetensors"))
+        return read_trained(self.folder / "output", name)
 
     def generate(self, device: torch.device, *arguments: object) -> Tensor:
         """Generate latents with a prompt that needs no package to be cleaned, from noise of the CPU."""
@@ -95,6 +95,13 @@ class Project:
         """The option that draws noise on the CPU, unless the family does so anyway."""
         is_drawn = self.family.name.startswith(("framepack", "hunyuan_image"))
         return () if is_drawn else ("--cpu_noise",)
+
+
+def read_trained(output: Path, name: str) -> Trained:
+    """Return what a training of this name has left in its output folder."""
+    lines = (output / f"{name}-history.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "loss" in row]
+    return Trained([row["loss"] for row in rows], load_file(output / f"{name}.safetensors"))
 
 
 def latents_in(folder: Path) -> Tensor:

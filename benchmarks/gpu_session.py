@@ -1,0 +1,451 @@
+"""Use a GPU that is lent for minutes: probes, checks and rows in one command, the most important first.
+
+    python benchmarks/gpu_session.py --prepare --output session     without a GPU: plan all rows ahead
+    python benchmarks/gpu_session.py --dry --output session         what it would do, and how long it may take
+    python benchmarks/gpu_session.py --output session --seconds 540
+    python benchmarks/gpu_session.py --output session --seconds 300 --again
+
+It runs the probes (gpu_probes.py), the tests marked `gpu` (gpu_checks.py), the rows of the goals, then the
+other rows (gpu_rows.py): first those that share least with what is measured. Everything is written to the
+folder of --output at once, also the messages of tests that fail, so that a kill loses only what is under way:
+plans.json, probes.json, checks.json, failures.txt, rows.json and tables.md. A second command goes on with the
+folder; --again repeats what failed, too. Rows run in this process, which saves their start; after an error of
+CUDA, which spoils a process, the others get one of their own.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from benchmarks import gpu, gpu_checks  # noqa: E402
+from benchmarks.gpu_results import (  # noqa: E402
+    Expected,
+    Results,
+    continue_results,
+    correction,
+    expect,
+    read_results,
+)
+from benchmarks.gpu_rows import BY_NAME, CACHING, LOADING, ROWS, TRAINING, Row  # noqa: E402
+from benchmarks.gpu_tables import tables  # noqa: E402
+from modules.atomic_write import write_text  # noqa: E402
+
+PARTS = ("probes", "checks", "goals", "rows")
+SECONDS = 540.0
+CHECK_SHARE = 0.45  # of the seconds, at most, for the tests
+PROBE_SECONDS = 30.0  # a guess
+HEADS = 10.0  # seconds, a guess: the peaks of the device, and the first start of CUDA
+# rows whose figures stand in docs/speed.md: what is like them is known
+MEASURED = (
+    *("wan14b-bf16-compiled", "wan14b-fp8-products-compiled", "flux-bf16-compiled", "qwen-image-bf16"),
+    *("krea2-bf16", "ltx2.3-bf16", "flux-fp8-products-compiled", "wan14b-short-bf16-compiled"),
+    *("wan14b-short-fp8-products-compiled", "wan14b-short-bf16-swap30-compiled", "wan14b-nf4-12gib"),
+    "load-fp8",
+)
+FORMS = {
+    "--fp8_fast": "fp8 products",
+    "--fp8_base": "fp8 weights",
+    "--fp8_scaled": "fp8 weights",
+    "--convrot_int8": "int8",
+    "--nf4_base": "nf4",
+}
+WAYS = ("--compile", "--blocks_to_swap", "--gradient_checkpointing_cpu_offload", "--attn_mode")
+SPOILED = ("CUDA error", "AcceleratorError", "device-side assert", "illegal memory")
+
+
+@dataclass(frozen=True)
+class SessionFiles:
+    """The files of a session, each rewritten whenever there is something new."""
+
+    folder: Path
+
+    @property
+    def plans(self) -> Path:
+        return self.folder / "plans.json"
+
+    @property
+    def probes(self) -> Path:
+        return self.folder / "probes.json"
+
+    @property
+    def checks(self) -> Path:
+        return self.folder / "checks.json"
+
+    @property
+    def failures(self) -> Path:
+        return self.folder / "failures.txt"
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / "rows.json"
+
+    @property
+    def tables(self) -> Path:
+        return self.folder / "tables.md"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a file of a session holds; nothing if there is none yet."""
+    if not path.exists():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+# Plans made ahead
+
+
+def code_state() -> str:
+    """Return a hash of the sources that plans depend on: all but tests."""
+    digest = hashlib.sha256()
+    for path in sorted(ROOT.glob("*/**/*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith(("tests/", ".", "benchmarks/gpu_session.py")):
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass
+class Plans:
+    """What is expected of rows, by their names, as far as it was worked out ahead.
+
+    Rows that are not there are planned when they are measured, which takes up to a minute of the GPU's time.
+    """
+
+    path: Path
+    state: str = field(default_factory=code_state)
+    rows: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @staticmethod
+    def read(path: Path) -> "Plans":
+        """Read a file of plans. Those of another state of the code count as if they were not there."""
+        plans, content = Plans(path), read_json(path)
+        if content.get("code") == plans.state:
+            plans.rows = content["rows"]
+        elif content:
+            print(f"{path} is of another state of the code. Run --prepare again, where no GPU waits.")
+        return plans
+
+    def make(self, rows: Iterable[Row]) -> None:
+        """Plan rows that are not there yet, without a GPU; each is written at once."""
+        for row in rows:
+            if row.name in self.rows or row.kind in (*CACHING, LOADING):
+                continue
+            begun = time.monotonic()
+            self.rows[row.name] = plan_row(row)
+            write_json(self.path, {"code": self.state, "rows": self.rows})
+            planned = self.rows[row.name]["planned"] / 2**30
+            print(f"{row.name}: {planned:.1f} GiB, {time.monotonic() - begun:.0f} s", flush=True)
+
+    def with_plan(self, row: Row) -> Row:
+        plan = self.rows.get(row.name)
+        return row if plan is None else replace(row, planned=plan["planned"])
+
+    def expected(self, row: Row) -> Expected:
+        """Guess the seconds of a row, in this process; of one without a plan from its kind alone."""
+        plan = self.rows.get(row.name)
+        if plan is None:
+            return Expected(0.0, 0.0, row.seconds or 90.0)
+        found = expect(row, plan["operations"], plan["size"])
+        return replace(found, seconds=found.seconds - 15)  # the start of a process, and the plan
+
+    def seconds(self, row: Row) -> float:
+        return self.expected(row).seconds
+
+
+def plan_row(row: Row) -> dict[str, float]:
+    """Return what the plan predicts for the device, the operations of a call, and the size of the file."""
+    import torch
+
+    from benchmarks.gpu_families import generation_family, training_family
+    from benchmarks.gpu_files import folder_for, lay_out
+    from benchmarks.gpu_steps import call_operations, plan_of_generation, plan_of_training
+
+    with folder_for(row, None) as folder:
+        path, high = lay_out(row, folder)
+        whole = gpu.with_vae(row, folder)
+        cpu = torch.device("cpu")
+        if row.kind == TRAINING:
+            options, family = training_family(whole, path)
+            planned = plan_of_training(whole, options, family, cpu)
+        else:
+            options, family = generation_family(whole, path, high)
+            planned = plan_of_generation(whole, options, family, path, cpu)
+        operations, _ = call_operations(whole, options, family)
+        files = 2 if high is not None else 1
+        size = files * path.stat().st_size
+    return {"planned": planned, "operations": operations, "size": size}
+
+
+# Which row next
+
+
+def traits_of(row: Row) -> set[str]:
+    """Return what a row can show, in words that rows share."""
+    form = next((FORMS[option] for option in FORMS if option in row.options), "16 bits")
+    traits = {f"{row.model.family} {row.kind}", f"{form} {row.kind}", f"{form} {row.model.family}"}
+    traits |= {f"{way} {row.kind}" for way in WAYS if way in row.options}
+    if "--compile" in row.options:
+        traits.add(f"--compile {row.model.family}")
+    if row.card:
+        traits.add(f"a card of {row.card:g} GiB")
+    if row.model.high:
+        traits.add("two experts")
+    return traits
+
+
+def next_row(rows: Iterable[Row], known: Iterable[str], seconds: Callable[[Row], float]) -> Row | None:
+    """Return the row with most traits that no known row has; of equal ones the quickest, then the first.
+
+    known: names of rows that are measured.
+    """
+    seen: set[str] = set()
+    for name in known:
+        seen |= traits_of(BY_NAME[name]) if name in BY_NAME else set()
+    return max(rows, key=lambda row: (len(traits_of(row) - seen), -seconds(row)), default=None)
+
+
+# The session
+
+
+RunRow = Callable[[Row, float], dict[str, Any]]
+
+
+@dataclass
+class Session:
+    """What is left of the time, and where everything goes."""
+
+    files: SessionFiles
+    plans: Plans
+    end: float  # by the monotonic clock
+    device: str
+    again: bool
+    rows: Sequence[Row]
+    run_row: RunRow
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def probe(self) -> None:
+        """Run the probes that have no result yet."""
+        from benchmarks.gpu_probes import PROBES, run_probe
+
+        found = read_json(self.files.probes)
+        for probe in PROBES:
+            result = found.get(probe.name)
+            is_done = result is not None and not (self.again and "failed" in result)
+            if is_done or self.left < probe.seconds:
+                continue
+            found[probe.name] = run_probe(probe, self.device)
+            write_json(self.files.probes, found)
+            print(f"{probe.name}: {json.dumps(found[probe.name])}", flush=True)
+
+    def check(self, seconds: float, paths: Sequence[Path], markers: str = "gpu") -> None:
+        """Run files of tests, except those that were good before. seconds: for all."""
+        before = read_json(self.files.checks)
+        groups = [gpu_checks.Group(**group) for group in before.get("groups", ())]
+        kept = [group for group in groups if group.is_good or not (self.again or is_unfinished(group))]
+        names = {group.name for group in kept}
+        left = [path for path in paths if gpu_checks.name_of(path) not in names]
+        end = time.monotonic() + min(seconds, self.left)
+        for group in gpu_checks.run_groups(
+            left,
+            markers,
+            end,
+            seconds=gpu_checks.GROUP_SECONDS,
+            jobs=gpu_checks.jobs_here(),
+            failures=self.files.failures,
+        ):
+            kept.append(group)
+            print(gpu_checks.report(group), flush=True)
+            gpu_checks.write_results(self.files.checks, gpu_checks.describe_machine(), kept)
+
+    def measure(self, head: Mapping[str, Any], only_goals: bool) -> None:
+        """Measure rows as long as there is time: those of the goals, or all in the order of `next_row`."""
+        results = continue_results(self.files.rows, dict(head))
+        left_out: set[str] = set()
+        while (row := self._next(results, left_out, only_goals)) is not None:
+            gpu.measure_all([row], results, self.left, self._run, expected=self.plans.seconds)
+            if row.name not in results.rows:
+                left_out.add(row.name)
+            self.write_tables(results)
+
+    def _next(self, results: Results, left_out: set[str], only_goals: bool) -> Row | None:
+        waiting = [row for row in gpu.missing(self.rows, results, self.again) if row.name not in left_out]
+        if self.again:  # one that fails again is not tried a third time
+            left_out |= {row.name for row in waiting if row.name in results.rows}
+        if only_goals:
+            return next((row for row in waiting if row.is_goal), None)
+        measured = [name for name, figures in results.rows.items() if "failed" not in figures]
+        guess = correction(results)
+        fitting = [row for row in waiting if self.plans.seconds(row) * guess <= self.left]
+        return next_row(fitting, (*MEASURED, *measured), self.plans.seconds)
+
+    def _run(self, row: Row, limit: float) -> dict[str, Any]:
+        return self.run_row(self.plans.with_plan(row), limit)
+
+    def write_tables(self, results: Results) -> None:
+        """Write what is known so far as a page."""
+        checks = read_json(self.files.checks).get("groups", ())
+        lines = ["# A session on a GPU", "", tables(results).rstrip()]
+        if probes := read_json(self.files.probes):
+            lines += ["", "## Probes", ""]
+            lines += [f"- {name}: {json.dumps(found)}" for name, found in probes.items()]
+        if checks:
+            lines += ["", "## Checks", ""]
+            lines += [f"- {gpu_checks.report(gpu_checks.Group(**group)).splitlines()[0]}" for group in checks]
+        write_text(self.files.tables, "\n".join(lines) + "\n")
+
+
+def is_unfinished(group: gpu_checks.Group) -> bool:
+    return group.ended != "done"
+
+
+@dataclass
+class RowRunner:
+    """Measures rows in this process, until an error of CUDA has spoiled it."""
+
+    device: str
+    is_spoiled: bool = False
+
+    def __call__(self, row: Row, limit: float) -> dict[str, Any]:
+        job = gpu.Job(None, self.device)
+        if self.is_spoiled:
+            return job.run(row, limit)
+        figures = job.run_here(row, limit)
+        reason = str(figures.get("failed", ""))
+        self.is_spoiled = any(word in reason for word in SPOILED)
+        return figures
+
+
+def head_on(device: str) -> dict[str, Any]:
+    """Return what is measured on, with its peaks; of a CPU, on which this is only tried, no peaks."""
+    if device != "cpu":
+        return gpu.head_of(device)
+    import torch
+
+    name = "a CPU, where nothing is measured"
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "date": str(date.today()),
+        "matmul": 1e12,
+        "upload": 0,
+    }
+
+
+# The command
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="what is found, so far")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all; {SECONDS:.0f}")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="of the session; all")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these; default: all")
+    parser.add_argument("--check_seconds", type=float, help=f"for tests; {CHECK_SHARE:.0%} of --seconds")
+    parser.add_argument("--again", action="store_true", help="repeat what failed before, too")
+    parser.add_argument("--prepare", action="store_true", help="plan rows ahead, without a GPU, and stop")
+    parser.add_argument("--dry", action="store_true", help="print what would be done, and stop")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1; cpu: try the probes and the tests")
+    return parser
+
+
+def main(
+    argv: Sequence[str] | None = None, rows: Sequence[Row] = ROWS, run_row: RunRow | None = None
+) -> None:
+    """Run a session. rows, run_row: what may be measured, and how; default: in this process."""
+    args = make_parser().parse_args(argv)
+    rows = [row for row in rows if not args.rows or row.name in args.rows]
+    if unknown := set(args.rows) - {row.name for row in rows}:
+        raise SystemExit(f"--rows {' '.join(sorted(unknown))}: there is no such row")
+    args.output.mkdir(parents=True, exist_ok=True)
+    files = SessionFiles(args.output)
+    plans = Plans.read(files.plans)
+    if args.prepare:
+        plans.make(rows)
+        return
+    seconds: float = args.seconds
+    checking = CHECK_SHARE * seconds if args.check_seconds is None else args.check_seconds
+    runner = RowRunner(args.device) if run_row is None else run_row
+    end = time.monotonic() + seconds
+    session = Session(files, plans, end, args.device, args.again, rows, run_row=runner)
+    print_intentions(session, args.parts, seconds, checking)
+    if args.dry:
+        return
+    if "probes" in args.parts:
+        session.probe()
+    if "checks" in args.parts:
+        session.check(checking, gpu_checks.find_files(ROOT / "tests"))
+    if {"goals", "rows"} & set(args.parts):
+        head = head_on(args.device)
+        if "goals" in args.parts:
+            session.measure(head, only_goals=True)
+        if "rows" in args.parts:
+            session.measure(head, only_goals=False)
+    print(f"{session.left:.0f} seconds are left. {args.output}: {', '.join(sorted(names_in(args.output)))}")
+
+
+def names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def print_intentions(session: Session, parts: Sequence[str], seconds: float, checking: float) -> None:
+    """Print what will be done in which order, and how long it may take."""
+    left, files = seconds, session.files
+    print(f"{seconds:.0f} seconds in all; results go to {files.folder}.")
+    if "probes" in parts:
+        left -= PROBE_SECONDS
+        print(f"1. Probes: about {PROBE_SECONDS:.0f} s.")
+    if "checks" in parts:
+        left -= checking
+        print(f"2. Tests marked gpu: at most {checking:.0f} s.")
+    left -= HEADS
+    results = read_results(files.rows) if files.rows.exists() else Results({})
+    waiting = gpu.missing(session.rows, results, session.again)
+    chosen: list[Row] = []
+    known = [*MEASURED, *results.rows]
+    candidates = [row for row in waiting if row.is_goal] if "goals" in parts else []
+    candidates = [row for row in candidates if "rows" in parts or row.is_goal]
+    for row in candidates:
+        if session.plans.seconds(row) <= left:
+            chosen.append(row)
+            left -= session.plans.seconds(row)
+    while "rows" in parts:
+        names = {row.name for row in chosen}
+        fitting = [row for row in waiting if row.name not in names and session.plans.seconds(row) <= left]
+        row_after = next_row(fitting, [*known, *names], session.plans.seconds)
+        if row_after is None:
+            break
+        chosen.append(row_after)
+        left -= session.plans.seconds(row_after)
+    print(f"3. Rows that fit, by a guess; {len(waiting) - len(chosen)} others wait for another command:")
+    for row in chosen:
+        ahead = (
+            "" if row.name in session.plans.rows or row.kind in (*CACHING, LOADING) else ", not planned ahead"
+        )
+        print(f"   {row.name}: about {session.plans.seconds(row):.0f} s{ahead}")
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
