@@ -7,6 +7,7 @@ posterior, normalised by channel. Its settings are read from the sizes in the fi
 # Letters: B batch, S samples, Z latent channels, A latents of sound in time
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -179,5 +180,7 @@ def build_sound_vae(settings: Settings) -> nn.Module:
             raise CheckpointError(
                 "the audio VAE of MiniMax-H3 needs diffusers 0.42 or newer. Type: pip install -U diffusers"
             ) from error
-    network: Any = AutoencoderKLMiniMaxH3Audio(**settings)
+    with warnings.catch_warnings():  # of the way in which diffusers norms weights: a user can do nothing
+        warnings.filterwarnings("ignore", ".*weight_norm.* is deprecated", FutureWarning)
+        network: Any = AutoencoderKLMiniMaxH3Audio(**settings)
     return network
