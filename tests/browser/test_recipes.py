@@ -242,3 +242,9 @@ def test_guidance_is_what_the_model_has(tmp_path: Path, family: str, embeds: boo
     recipe = recipe_of(model, tmp_path)
     assert recipe.embeds_guidance == embeds
     assert ("cfg" in recipe.fields) == embeds
+    assert {"negative", "guidance"} <= {*recipe.fields}
+
+
+def test_a_model_with_guidance_built_in_has_no_field_for_it(tmp_path: Path) -> None:
+    model = next(model for model in SETS if model.family == "minimax_h3")
+    assert not {"negative", "guidance", "cfg"} & {*recipe_of(model, tmp_path).fields}
