@@ -99,8 +99,9 @@ def test_a_form_becomes_a_command_and_a_request_that_say_the_same(model: ModelSe
     if "references" in recipe.fields:
         assert [str(path) for path in read.control_image_path] == ["r 1.png", "r2.png"]
         assert request["options"]["control_image_path"] == ["r 1.png", "r2.png"]
-    guidance = "embedded_cfg_scale" if recipe.embeds_guidance else "guidance_scale"
-    assert values[guidance] == getattr(read, guidance) == 3.5
+    if "guidance" in texts:
+        guidance = "embedded_cfg_scale" if recipe.embeds_guidance else "guidance_scale"
+        assert values[guidance] == getattr(read, guidance) == 3.5
 
 
 @of_each_model
