@@ -24,6 +24,7 @@ DEFAULTS = ScriptDefaults(
     flow_shift=12.0,
     sample_solver="vanilla",
     media=frozenset({"image_path", "end_image_path"}),
+    builds_in_guidance=True,
     splits_attention=True,
     size=SIZE,
     has_sound=True,

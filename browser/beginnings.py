@@ -7,7 +7,7 @@ training will write, so that one address leads to it from the draft to the finis
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from browser.errands import Errands, errand_name
 from browser.jobs import ENDED, QUEUE, WAITING, Job, JobQueue, as_line
 from browser.names import short_digest
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance, Runs
+from contract.families import with_scripts
 from modules.atomic_write import SPARE_BYTES, explain_errors, free_bytes
 from modules.command import message_of
 from modules.control_codes import shorten_lines
@@ -172,18 +173,28 @@ def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Plan
     values = tables[TRAINING_TABLE]
     name = str(values["output_name"])
     check_output_name("output_name", name, is_new=False)
-    download = [str(word) for word in tables[OTHERS_TABLE]["commands"][0]]
+    commands = tables[OTHERS_TABLE]["commands"]
+    download = [str(word) for word in commands[0]]
     typed = dict(zip(download, download[1:], strict=False))
     prompts = values.get("sample_prompts")
     return Plan(
         folder=folder,
         history=history_path(real_path(expand_path(str(values["output_dir"]), folder)), name),
         changed=changed,
-        model=typed.get("--family", ""),
+        model=_family_of(map(str, commands[-1])) or typed.get("--family", ""),
         steps=0 if "max_train_epochs" in values else int(values.get("max_train_steps", 0)),
         prompts=None if prompts is None else expand_path(str(prompts), folder),
         models=Path(typed["--to"]) if "--to" in typed else None,
     )
+
+
+def _family_of(words: Iterable[str]) -> str:
+    """Return the family of a command that trains, by which its runs are listed too; "" if it is none.
+
+    The catalogue's families are finer, or coarser: `wan22`, `stable_diffusion`.
+    """
+    families = {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
+    return next((families[word] for word in words if word in families), "")
 
 
 @dataclass(frozen=True)

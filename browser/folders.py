@@ -1,6 +1,7 @@
 """List the folders below the roots that hold clips, pictures or sounds, and take files into new ones."""
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -21,12 +22,16 @@ MOST_FOLDERS = 500
 MOST_ENTRIES = 20_000  # of a folder
 CHECK_PAGE = "check.html"  # that `run --check` writes into a described folder
 # folders that programs of ours write
+# by their names how often image trainers repeat their pictures, and the caption: 10_ohwx man
+OF_TRAINERS = re.compile(r"[1-9]\d{0,2}_.*\S.*")
+INSIDE = "img"  # folder of such folders, in that of a project
+PARTS = re.compile(rf"{INSIDE}|regs?|regulari[sz]ation([-_ ]?images?)?", re.IGNORECASE)  # of a project
 NOT_MEDIA = re.compile(rf"\..*|{SAMPLES}|output|cache|generated|compare|reelsmith-queue|{BIN}|.*-state")
 
 
 @dataclass(frozen=True)
 class MediaFolder:
-    """Hold what the list of folders says of one: counts of its files, subfolders not included."""
+    """Hold what the list of folders says of one: counts of its files, without those of subfolders."""
 
     path: Path
     pictures: int
@@ -35,6 +40,7 @@ class MediaFolder:
     uncaptioned: int  # files without a caption file of the same name
     first: Path | None  # picture or clip that is shown
     is_described: bool
+    inner: int = 0  # subfolders that the files are in, if the folder itself has none
 
     @property
     def problem(self) -> str:
@@ -47,6 +53,8 @@ class MediaFolder:
         """Return the counts in words: `12 clips, 3 without caption`."""
         counts = {"picture": self.pictures, "clip": self.clips, "sound": self.sounds}
         words = [count_of(count, name) for name, count in counts.items() if count]
+        if self.inner:
+            words[-1] += f" in {count_of(self.inner, 'folder')}"
         if self.uncaptioned:
             words.append(f"{self.uncaptioned} without caption")
         return ", ".join(words)
@@ -57,7 +65,7 @@ def list_media_folders(runs: Runs) -> list[MediaFolder]:
     folders = []
     for top in dict.fromkeys(runs.tops):
         for folder in _walk(top, DEEPEST):
-            media_folder = read_media_folder(folder)
+            media_folder = read_media_folder(folder) or read_outer_folder(folder)
             if media_folder is not None:
                 folders.append(media_folder)
             if len(folders) >= MOST_FOLDERS:
@@ -109,6 +117,41 @@ def read_media_folder(folder: Path) -> MediaFolder | None:
         first=None if shown is None else folder / shown,
         is_described=is_described(folder),
     )
+
+
+def read_outer_folder(folder: Path) -> MediaFolder | None:
+    """Count the media in the folders of one that `new` takes whole; None if it is none.
+
+    It is described, or has folders with the names of image trainers, in it or in its folder img.
+    """
+    inside = folder / INSIDE
+    inner = _read_inner(folder)
+    inner_of_trainers = [*([] if PARTS.fullmatch(folder.name) else inner), *_read_inner(inside)]
+    has_names = any(OF_TRAINERS.fullmatch(one.path.name) for one in inner_of_trainers)
+    if not has_names and not is_described(folder):
+        return None
+    inner = list({one.path: one for one in (*inner, *inner_of_trainers)}.values())
+    if not inner:
+        return None
+    return MediaFolder(
+        path=folder,
+        pictures=sum(one.pictures for one in inner),
+        clips=sum(one.clips for one in inner),
+        sounds=sum(one.sounds for one in inner),
+        uncaptioned=sum(one.uncaptioned for one in inner),
+        first=next((one.first for one in inner if one.first is not None), None),
+        is_described=is_described(folder),
+        inner=len(inner),
+    )
+
+
+def _read_inner(folder: Path) -> list[MediaFolder]:
+    """Return the folders with media right below one."""
+    return [
+        media_folder
+        for path in itertools.islice(_walk(folder, 1), 1, None)
+        if (media_folder := read_media_folder(path)) is not None
+    ]
 
 
 def find_folder(runs: Runs, text: str) -> Path | None:

@@ -168,6 +168,8 @@ CHECK_SECONDS = 20
 def check_options(words: Sequence[str], folder: Path) -> None:
     """Raise OptionError, with the script's own message, if a command of ours refuses its options."""
     command, (python, *program) = find_program(words, folder)
+    if command.words[0] == "run":
+        _check_folder_of_run(program, folder)
     if command.words[0] not in WITH_TORCH or "-h" in words or "--help" in words:
         return
     if program[:3] == ACCELERATE:
@@ -189,6 +191,22 @@ def check_options(words: Sequence[str], folder: Path) -> None:
         return
     if process.returncode:
         raise OptionError(message_of(process.stderr))
+
+
+def _check_folder_of_run(words: Sequence[str], folder: Path) -> None:
+    """Raise OptionError if the folder that `run` is given does not exist. words: end with its options.
+
+    Whether it is described is known when the job starts: a job before it may describe it.
+    """
+    script = next(
+        place for place, word in enumerate(words) if word.endswith(("run_project.py", "run_project"))
+    )
+    described = "".join(words[script + 1 : script + 2])
+    if described and not described.startswith("-") and not (folder / described).exists():
+        raise OptionError(
+            f"{shorten(described, 80)}: there is no such folder in {folder}, where relative paths begin. "
+            "Give its whole path"
+        )
 
 
 def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:

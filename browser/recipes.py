@@ -200,6 +200,8 @@ def keys_of_fields(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict[
     for name, candidates in FIELDS.items():
         if name == "cfg" and defaults.embedded_guidance is None:
             continue
+        if defaults.builds_in_guidance and name in ("negative", "guidance"):
+            continue
         for key in candidates:
             is_there = key in extras or key in SIZES or key not in absent
             if is_there and find_option(key, defaults.line_options) is not None:

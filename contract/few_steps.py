@@ -14,6 +14,8 @@ _GUIDED = re.compile(r"(?:cfg|guidance)_?distill?(?:ed)?")
 _TITLES = ("modelspec.title", "modelspec.architecture", "title", "name", "general.name", "model_name")
 # names of files that say nothing of their model, which their folder then does
 _PLAIN = re.compile(r"(diffusion_pytorch_)?model.*|transformer.*|unet.*")
+# of files; what is behind another dot belongs to the name, as in the folder Qwen-Image-2.1-Turbo
+_FILE_ENDING = re.compile(r"\.(safetensors|sft|gguf|ckpt|pth?|bin|json)$", re.IGNORECASE)
 _FOLDERS = 4  # a release's folder is so far above its transformer's file, in the hub's cache too
 
 
@@ -91,7 +93,7 @@ class FewSteps:
 
 def _telling_names(path: Path, metadata: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return the names that may tell of distillation, nearest first, each with its place."""
-    name = path.name if path.is_dir() else path.stem
+    name = _FILE_ENDING.sub("", path.name)
     names = [(name, f"its name is {name}")]
     if _PLAIN.fullmatch(name.lower()):
         for folder in path.parents[:_FOLDERS]:

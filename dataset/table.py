@@ -284,6 +284,11 @@ class DatasetTable:
         return len(self.fp_1f_clean_indices) if self.fp_1f_clean_indices else 1
 
     @property
+    def learns_edits(self) -> bool:
+        """Return whether these are pictures for a model that was trained to edit reference pictures."""
+        return self.kind == "image" and self.references is not None and self.references.edits
+
+    @property
     def texts_see_references(self) -> bool:
         return self.references is not None and self.references.seen_by_text
 

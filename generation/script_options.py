@@ -256,6 +256,8 @@ class ScriptDefaults:
     # the image and video inputs that the script accepts
     media: frozenset[str] = frozenset({"image_path", "end_image_path", "control_path"})
     source: SourceDefaults = SourceDefaults()  # of video-to-video
+    # guidance is distilled into the model: there is no pass with a negative prompt
+    builds_in_guidance: bool = False
     joins_guidance: bool = False  # the passes of guidance are one batch, unless --split_uncond
     blocks_to_swap: int | None = 0
     splits_attention: bool = False  # whether there is a --split_attn

@@ -68,6 +68,7 @@ from minimax_h3.options import (
     H3TextCachingOptions,
     H3TrainingOptions,
     canvas,
+    check_guidance,
     check_ratio,
 )
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
@@ -317,6 +318,14 @@ class MiniMaxH3(OneTransformer):
 
         Raises OptionError for sizes and lengths that the model does not make, and solvers with one schedule.
         """
+        check_guidance(request.guidance_scale, "--guidance_scale (in a prompt line --l)")
+        if request.negative_prompt:
+            logger.warning(
+                "--negative_prompt (--n) has no effect: the guidance of %s is built in, so that there is no "
+                "pass with it",
+                NAME,
+            )
+            request = replace(request, negative_prompt=None)
         request = keep_usable_media(request, USABLE, f"{NAME} takes frames and references of its own options")
         media = media_of(request)
         self._check_media(request, media)

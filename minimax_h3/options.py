@@ -341,6 +341,15 @@ def generation_options(options: H3TrainingOptions, sample: Mapping[str, Any]) ->
     }
 
 
+def check_guidance(scale: float | None, flag: str) -> None:
+    """Raise OptionError for a guidance scale, which the model has no second pass for."""
+    if scale not in (None, 1):
+        raise OptionError(
+            f"{flag} {scale:g}: the guidance of {NAME} is built in, so that there is no pass without the "
+            "prompt. Leave it out"
+        )
+
+
 def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H3GenerationOptions]:
     """Put --width and --height, --ratio, --duration and --dtype into the options that they stand for.
 
@@ -348,11 +357,7 @@ def settle_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, H
     """
     options: Any = shared
     request = options.request
-    if request.guidance_scale not in (None, 1):
-        raise OptionError(
-            f"--guidance_scale {request.guidance_scale:g}: the guidance of {NAME} is built in, so that there "
-            "is no pass without the prompt. Leave it out"
-        )
+    check_guidance(request.guidance_scale, "--guidance_scale")
     if options.speed.cfg_parallel:
         raise OptionError(
             "--cfg_parallel shares the passes with and without the prompt among processes, and "

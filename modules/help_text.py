@@ -57,6 +57,8 @@ def full_help(parser: argparse.ArgumentParser) -> str:
                 unneeded.setdefault(refusal.instead, []).append(flags)
     sections = {"refused, with the reason": refused, "accepted, not needed": unneeded}
     for title, flags_by_reason in sections.items():
+        if not flags_by_reason:
+            continue
         lines = _by_reason(flags_by_reason.items(), formatter._width - 2)
         formatter.start_section(title)
         formatter.add_text("\n".join(lines))

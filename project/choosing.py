@@ -42,8 +42,10 @@ class ModelFacts:
     hears: bool  # it learns the sound of clips
     pairs_sounds: bool  # it finds the sound file with the name of a clip, and learns clips without sound too
     learns_clips: bool  # False: it learns pictures alone
+    least_seconds: float  # of a clip; nothing is learned of shorter ones
     learns_sounds: bool  # it also learns sounds without clips
     regularises: bool  # it also learns regularisation pictures, of the class
+    learns_alpha: bool  # it learns the transparency of pictures
     few_steps: FewSteps | None  # what to train instead, or with; None: it was not distilled to few steps
     contradiction: str | None  # how the name of its file contradicts the task
     family: Any  # the record, of a run that caches latents
@@ -76,12 +78,21 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
         hears=hears,
         pairs_sounds=pairs_sounds,
         learns_clips=model.data["frames"] > 1,
+        least_seconds=model.data.get("least_frames", 0) / model.data.get("fps", 1),
         learns_sounds="sound_alone" in model.data,
         regularises=bool(model.data.get("regularises")),
+        learns_alpha=_learns_alpha(family),
         few_steps=_few_steps(family, model, dits),
         contradiction=_contradiction(family, model, dits),
         family=family,
     )
+
+
+def _learns_alpha(family: Any) -> bool:
+    """Return whether the VAE has a channel for transparency; one that only its file can tell has none."""
+    with contextlib.suppress(UserError):
+        return bool(family.latent.has_alpha)
+    return False
 
 
 def _family_for_caching(model: ModelSet) -> Any:
@@ -260,6 +271,8 @@ def choose_model(options: NewOptions, memory: float) -> ModelChoice:
         remarks.append(f"--task {model.task} is taken: {model.about}. Others: {not_taken}")
     else:
         model = tasks[0]
+        if options.task is not None and _plain(options.task) not in _plain_names(model):
+            remarks.append(f"--task {options.task}: {model.task} is taken, {model.about}")
     trigger = options.trigger_word
     if trigger is None and (asks_for_task or options.family is None):
         question = "--trigger_word (a made-up word for what is learned; empty: none)"
@@ -459,14 +472,27 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
     hint = did_you_mean(text, names)
     if near:
         hint = f" Did you mean {' or '.join(model.task for model in near)}?"
-    page = _page_of_control(text)
+    page = _page_of_control(text) or _page_of_undescribed(plain, tasks[0].family)
     raise OptionError(f"--task {text}: choose from {', '.join(names)}.{page or hint}")
+
+
+def _plain_names(model: ModelSet) -> set[str]:
+    """Return the plain spellings of a task: its own, and that of its training script."""
+    return {_plain(model.task), _plain(_training_task(model))}
 
 
 def _training_task(model: ModelSet) -> str:
     """Return the --task of a model's training script, which several sets may share; "" if it has none."""
     words = shlex.split(model.commands["train"])
     return words[words.index("--task") + 1] if "--task" in words else ""
+
+
+def _page_of_undescribed(plain: str, family: str) -> str:
+    """Return which page has a task of a family that `new` does not describe; "" if the text is none."""
+    for model in model_sets():
+        if model.family == family and _plain(model.task) == plain:
+            return f" {model.task} is not described by `new`: see docs/{family_page(family)}."
+    return ""
 
 
 def _page_of_control(text: str) -> str:

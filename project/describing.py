@@ -122,6 +122,8 @@ def _area(size: Sequence[int]) -> int:
 def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
     """Return the clips and pictures that a model learns from."""
     visible = [item for item in media if item.kind != "audio"]
+    if not learns_stills_of_clips(model):
+        visible = [item for item in visible if not is_too_short(item, model)] or visible
     if model.data.get("from_image"):
         return [item for item in visible if item.is_clip] or visible
     return visible
@@ -167,6 +169,11 @@ def shortest_clip(model: ModelSet) -> int:
 def learns_stills_of_clips(model: ModelSet) -> bool:
     """Return whether a single frame of a clip is learned like a picture."""
     return not model.data.get("from_image", False) and "least_frames" not in model.data
+
+
+def is_too_short(item: Media, model: ModelSet) -> bool:
+    """Return whether an item is a clip that has fewer frames than the shortest that a model learns."""
+    return item.seconds is not None and count_frames(item, model) < shortest_clip(model)
 
 
 def count_frames(clip: Media, model: ModelSet) -> int:
@@ -319,13 +326,16 @@ def _lacks_captions(choice: Choice, place: Path, kind: str) -> bool:
 def describe_samples(choice: Choice) -> str:
     """Return prompts.txt: the subject in two situations that no caption has, and a prompt without it."""
     captions = [item.caption for item in choice.media if item.caption]
-    names = [name.words for name in choice.content.names.values()]
+    learned = {item.path.parent for item in choice.media}
+    # without those of regularisation pictures, which name the class alone
+    names = [name.words for place, name in choice.content.names.items() if place in learned]
     subject = _plain(choice.trigger or _find_subject(captions or names))
     prompts = [f"{subject}, {situation}" for situation in _choose_situations(captions)]
-    prompts.append(OTHER_EDIT if choice.facts.needs_reference else OTHER)
+    references = _reference_options(choice)
+    prompts.append(OTHER_EDIT if references or choice.facts.needs_reference else OTHER)
     size = _sample_size(choice)
     released_values = _released_values(choice.model)
-    media_of_samples = itertools.cycle(_sample_media(choice))
+    media_of_samples = itertools.cycle(references[:3] or _start_options(choice))
     lines = ""
     for seed, (prompt, media) in enumerate(zip(prompts, media_of_samples, strict=False), start=1):
         parts = [prompt, size, released_values, media, f"--d {seed}"]
@@ -383,11 +393,9 @@ def _released_values(model: ModelSet) -> str:
     return " ".join(options)
 
 
-def _sample_media(choice: Choice) -> list[str]:
-    """Return the media options of each sample: a first and last frame, or pictures to edit."""
-    if choice.model.data.get("from_image"):
-        return [_write_frames(choice)]
-    return _reference_options(choice)[:3] or [""]
+def _start_options(choice: Choice) -> list[str]:
+    """Return the options of a first and last frame, for all samples, if the model begins with them."""
+    return [_write_frames(choice)] if choice.model.data.get("from_image") else [""]
 
 
 def _reference_options(choice: Choice) -> list[str]:

@@ -705,14 +705,17 @@ def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
 
 def _describe_odd(content: FolderContent, facts: ModelFacts) -> list[str]:
     """Return lines about media that are trained on, but perhaps not as they should be."""
-    visible = [item for item in content.media if item.kind != "audio"]
+    least = facts.least_seconds
+    long_enough = [item for item in content.media if item.seconds is None or item.seconds >= least]
+    visible = [item for item in long_enough if item.kind != "audio"]
     lines = _describe_sizes(visible)
     pictures = [item.path for item in visible if item.kind == "image"]
     originals = [path for path in pictures if path not in content.first_frames]
     transparent = [path for path in originals if _is_transparent(path)]
     if transparent:
+        learned = "which is learned" if facts.learns_alpha else "which is learned as white"
         lines.append(
-            f"{name_some(transparent)}: transparent in part, which is learned as white; alpha_mask = true in "
+            f"{name_some(transparent)}: transparent in part, {learned}; alpha_mask = true in "
             "dataset.toml leaves it out"
         )
     if facts.hears:

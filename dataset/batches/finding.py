@@ -298,7 +298,7 @@ def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
 
 def _is_edited(table: DatasetTable) -> bool:
     """Return whether the model edits the reference pictures or clips of a table."""
-    if table.references is not None and table.kind == "image":
+    if table.learns_edits:
         return True
     return table.clip_references is not None and table.clip_references.edits
 

@@ -25,8 +25,12 @@ _bucket_sizes = functools.cache(bucket_sizes)
 
 
 def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSource]) -> bool:
-    takes = {table.index for table in tables if table.references is not None and table.kind == "image"}
-    images = [source for source in sources if source.table.index in takes]
+    """Return whether the model was trained to edit, and no picture of its tables has a reference.
+
+    A model that makes pictures from texts too gets none in most trainings.
+    """
+    editing = {table.index for table in tables if table.learns_edits}
+    images = [source for source in sources if source.table.index in editing]
     return bool(images) and not any(source.control for source in images)
 
 

@@ -48,6 +48,15 @@ def set_back(folder: Path, seconds: float = 60) -> None:
         os.utime(folder / name, (then, then))
 
 
+def test_a_draft_has_the_family_of_the_run_that_it_becomes(tmp_path: Path) -> None:
+    """Which is that of its training script: the catalogue calls it stable_diffusion."""
+    folder = describe(tmp_path / "my photos")
+    path = folder / "run.toml"
+    text = path.read_text(encoding="utf-8").replace("wan_train_network", "sdxl_train_network")
+    path.write_text(text.replace('"wan"', '"stable_diffusion"'), encoding="utf-8")
+    assert find(look(tmp_path)).glance.model == "sdxl"
+
+
 def test_a_described_folder_is_a_draft_with_the_address_of_its_training(tmp_path: Path) -> None:
     folder = describe(tmp_path / "my clips", steps=2000)
     beginnings = look(tmp_path)

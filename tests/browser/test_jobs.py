@@ -130,6 +130,13 @@ def test_anything_else_is_refused_by_name(line: str, word: str, tmp_path: Path) 
     assert word in str(refusal.value)
 
 
+def test_a_run_of_no_folder_is_refused_when_it_is_added(tmp_path: Path) -> None:
+    (tmp_path / "clips ü").mkdir()
+    check_options(split_words("reelsmith run 'clips ü' --download"), tmp_path)
+    with pytest.raises(OptionError, match="there is no such folder in .* Give its whole path"):
+        check_options(split_words("reelsmith run clips"), tmp_path)
+
+
 @pytest.mark.slow_cases("accelerate launch wan_train_network.py")
 @pytest.mark.parametrize("line", ["wan_train_network.py --sed 1", "accelerate launch wan_train_network.py"])
 def test_no_module_is_taken_from_the_folder_of_a_job(line: str, tmp_path: Path) -> None:

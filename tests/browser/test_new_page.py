@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from browser.described import FILES
+from browser.folders import list_media_folders
+from browser.runs import Runs
 from tests.browser.serving import Answer, Served, python_of, serve_runs
 from tests.browser.test_accessible import assert_fits
 from tests.chromium import open_page, wait_until
@@ -552,6 +554,19 @@ def test_files_are_dropped_anywhere_and_refusals_are_said(served: Served, root: 
         page.wait_for_url("**folder=**")
     [path] = root.rglob("a.txt")
     assert path.read_text() == "a cat"
+
+
+def test_folders_of_image_trainers_are_one_choice(served: Served, root: Path) -> None:
+    """As `new` takes them: regularisation pictures belong to it. A described folder is a choice too."""
+    for place in ("mine/img/10_ohwx man", "mine/reg/1_man", "flat/2_ohwx dog"):
+        write_pictures(root / place, 2)
+    write_pictures(root / "plain" / "day", 1)
+    listed = {one.path: one.words for one in list_media_folders(Runs([root]))}
+    assert listed[root / "mine"] == "2 pictures in 1 folder, 2 without caption"
+    assert listed[root / "flat"] == "2 pictures in 1 folder, 2 without caption"
+    assert not {root, root / "plain", root / "mine" / "img", root / "mine" / "reg"} & listed.keys()
+    (root / "plain" / "run.toml").touch()
+    assert root / "plain" in {one.path for one in list_media_folders(Runs([root]))}
 
 
 def test_many_folders_are_shown_as_one_scrolls(served: Served, root: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from contract.families import with_scripts
+from contract.families import FOLDERS, with_scripts
 from dataset.options import CachingOptions, read_latent_caching
 from docs.model_tables import FIRST, family_table, models_tables, page_of
 from downloads.catalogue import ModelSet, ReleasedFile, download_hint, families, known_components, model_sets
@@ -270,6 +270,22 @@ def test_families_name_the_releases_and_licences_of_the_list() -> None:
         stated = release.licence, release.licence_key, release.licence_url
         for licence in (known[repository] for repository in release.repositories):
             assert stated == (licence.name, licence.key, licence.url)
+
+
+def test_trainings_ask_for_the_names_of_comfyui_where_it_reads_no_others() -> None:
+    asking, needing = set(), set()
+    for model in model_sets():
+        words = shlex.split(model.commands.get("train", ""))
+        if "--lora_format" in words:
+            assert words[words.index("--lora_format") + 1] == "comfyui"
+            asking.add(model.family)
+        scripts = {entry.training_script: name for name, entry in with_scripts().items()}
+        script = next((word.removesuffix(".py") for word in words if word.endswith(".py")), "")
+        names = importlib.import_module(f"{FOLDERS[scripts[script]]}.names").LORA if script else ()
+        if any(name.converted_for == "ComfyUI" for name in names):
+            needing.add(model.family)
+    assert "qwen_image_21" in asking
+    assert asking == needing
 
 
 def test_a_family_with_one_task_needs_no_task() -> None:

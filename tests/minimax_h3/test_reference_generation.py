@@ -24,6 +24,7 @@ from contract.data import SOUND
 from contract.requests import Request
 from minimax_h3.family import MiniMaxH3
 from minimax_h3.files import UNDECIDED, H3Files
+from modules.errors import OptionError
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.minimax_h3.test_generation import SCRIPT, latents_in
 from tests.parity.running import assert_equal
@@ -228,6 +229,19 @@ def test_an_adaptive_ratio_is_that_of_the_first_keyframe(files: TinyH3, folder: 
     request = Request("a", 1, end_image_path=folder / "last.png", frames=124)
     prepared = MiniMaxH3(model).prepare(request)
     assert (prepared.height, prepared.width) == resolve_canvas_size(200, 60, 16, 768, 768 * 1344)
+
+
+def test_prompt_lines_cannot_ask_for_guidance(
+    files: TinyH3, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No more than the command line can: it is built in."""
+    model = MiniMaxH3(H3Files(dit=files.dit, vae=files.video_vae, audio_vae=files.audio_vae, task=UNDECIDED))
+    request = Request("a", 1, width=64, height=32, frames=124, negative_prompt="blurry")
+    prepared = model.prepare(request)
+    assert prepared.request.negative_prompt is None
+    assert "--negative_prompt (--n) has no effect" in caplog.text
+    with pytest.raises(OptionError, match=r"--l\) 3: the guidance of MiniMax-H3 is built in"):
+        model.prepare(replace(request, guidance_scale=3.0))
 
 
 @pytest.mark.parametrize(

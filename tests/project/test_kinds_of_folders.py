@@ -118,7 +118,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "sounds": write_sounds,
     "heard": write_heard,
 }
-NEEDS_PAIRS = {"qwen_image edit-2511", "krea2 edit", "flux_kontext dev"}
+NEEDS_PAIRS = {"qwen_image edit-2511", "qwen_image_21 edit", "krea2 edit", "flux_kontext dev"}
 NEEDS_CLIPS = {"wan i2v-14B-480p", "wan flf2v-14B", "skyreels i2v", "framepack i2v"}
 HEARS = {"ltx_2 av", "ltx_25 v"}
 NEEDS_SECONDS = {"minimax_h3 t2va", "minimax_h3 fl2va"}  # five: more than most clips here have
@@ -357,6 +357,51 @@ def test_stable_diffusion_learns_the_class_of_kohyas_folders(
     assert not of_class.cache_directory.is_absolute()
     assert of_class.cache_directory.parts[0] == "cache"  # `run` writes nothing elsewhere
     assert "3 regularisation pictures (is_reg), `man` for those without a caption" in said
+
+
+def read_prompts(folder: Path) -> list[str]:
+    return (folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("model", ["stable_diffusion xl", "flux_3 klein-base"])
+def test_samples_show_the_subject_and_not_its_class(model: str, tmp_path: Path) -> None:
+    write_reg(tmp_path)
+    new(tmp_path, model=model)
+    assert [line.partition(",")[0] for line in read_prompts(tmp_path)[:2]] == ["ohwx man"] * 2
+
+
+def test_samples_of_pairs_are_edits_of_models_that_also_make_pictures(tmp_path: Path) -> None:
+    write_pairs(tmp_path)
+    new(tmp_path, model="flux_3 klein-base")
+    assert re.match("make it a pencil drawing .* --ci control/p2.jpg ", read_prompts(tmp_path)[2])
+
+
+def test_transparency_is_learned_by_a_model_that_has_it(tmp_path: Path) -> None:
+    Image.new("RGBA", (300, 300), (200, 0, 0, 90)).save(tmp_path / "a.png")
+    words = ("--trigger_word", "ohwx", "--overwrite")
+    told = "a.png: transparent in part, which is learned"
+    assert f"{told}; " in new(tmp_path, *words, model="qwen_image_21 base")
+    assert f"{told} as white; " in new(tmp_path, *words, model="flux_3 klein-base")
+
+
+def test_clips_that_are_too_short_for_a_model_say_nothing_of_the_others(tmp_path: Path) -> None:
+    """They are not learned: neither silent nor small, and the size is that of what is learned."""
+    write_clips(tmp_path, count=4, frames=30, width=64, height=64)
+    Image.new("RGB", (320, 256)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a wall", encoding="utf-8")
+    said = new(tmp_path, model="minimax_h3 t2va")
+    assert "320x256: the shape of a.png" in said
+    assert "too short for a clip of this model, which learns nothing" in said
+    assert "learned silent" not in said
+    assert "tiny" not in said
+
+
+def test_a_folder_of_few_steps_is_known_by_its_whole_name(tmp_path: Path) -> None:
+    """Qwen-Image-2.1-Turbo is a folder: what is behind its last dot is no ending."""
+    write_photos(tmp_path)
+    said = new(tmp_path, model="qwen_image_21 turbo")
+    assert "qwen_image_21 turbo was distilled to few steps" in said
+    assert "seems to be" not in said
 
 
 def test_regularisation_pictures_without_a_class_are_left_out(tmp_path: Path) -> None:
@@ -617,12 +662,24 @@ def test_the_last_line_says_what_is_missing(models: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("words", "task"), [("--family krea-2", "raw"), ("--family z-image", "base"), ("--family flux", "dev")]
+    ("words", "task"),
+    [
+        ("--family krea-2", "raw"),
+        ("--family z-image", "base"),
+        ("--family flux", "dev"),
+        ("--family qwen_image_21", "base"),
+    ],
 )
 def test_the_one_task_to_train_is_taken_with_a_word(words: str, task: str, tmp_path: Path) -> None:
     write_photos(tmp_path)
     said = run_script("new_project.py", tmp_path, *words.split(), "--memory", "0").stdout
     assert f"--task {task} is taken: " in said
+
+
+def test_a_task_whose_name_is_nearly_typed_is_taken_with_a_word(tmp_path: Path) -> None:
+    write_photos(tmp_path)
+    assert "--task klein: klein-base is taken, " in new(tmp_path, model="flux_3 klein")
+    assert "is taken" not in new(tmp_path, "--overwrite", model="flux_3 klein-base")
 
 
 def test_the_name_of_a_training_task_is_taken(tmp_path: Path) -> None:
@@ -641,6 +698,7 @@ def test_the_name_of_a_training_task_is_taken(tmp_path: Path) -> None:
         (". --family wan --task t2v-1.3B-FC", "Wan2.1 t2v-1.3B-FC learns from control clips"),
         ("set/p0.jpg --family lumina", "it is a file. Give the folder that it is in: set"),
         ("bells --family wan --task t2v-1.3B", "--family ltx_2 or --family ltx_25 learns sounds alone"),
+        ("set --family minimax_h3 --task ref2va", "is not described by `new`: see docs/minimax_h3.md"),
     ],
 )
 def test_what_new_cannot_describe_has_a_remedy(words: str, told: str, tmp_path: Path) -> None:
