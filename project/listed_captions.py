@@ -13,8 +13,8 @@ from typing import Any
 
 from dataset.sources.captions import guess_of_editor
 from dataset.sources.columns import FORMATS, PARQUET, column_names, read_columns
-from dataset.sources.rows import check_text
-from dataset.sources.tables import CAPTION_COLUMNS, PATH_COLUMNS
+from dataset.sources.rows import PATH_COLUMNS, check_text
+from dataset.sources.tables import CAPTION_COLUMNS
 from modules.console import count_of, list_some
 from modules.errors import DatasetError
 from modules.limits import MAX_METADATA_BYTES
