@@ -106,8 +106,8 @@ def option(
     be, or each of a tuple, as `check_path` says. spares: options of this record whose files must not be
     replaced by this one. needs: an option of this record that has to be given too; of a tuple, one of them.
     excludes: options that cannot be given together with it. only_with: likewise as `needs`, but without it
-    this one is ignored, with a warning; both hold for a usual value too, if it is typed. acts_if: why it may
-    do nothing -> whether the record lets it act.
+    this one is ignored, with a warning. A usual value that is typed has a warning in both cases. acts_if:
+    why it may do nothing -> whether the record lets it act.
     hint: follows the message on a wrong value, or on `needs` or `excludes` if nothing else limits the value;
     of a `place` the text behind "Give". refused: values of `choices` -> why they are refused. facts: FREE,
     NO_PIXELS and the like. settings: further ones of `add_argument`. In front of a record, `facts` hold for
@@ -302,6 +302,7 @@ def _check_facts(record: Any, field: "dataclasses.Field[Any]") -> None:
     if is_given(record, field):
         _check_excluded(record, field)
         _check_needed(record, field)
+        _warn_of_ignored(record, field)
 
 
 def _hint_of(facts: Mapping[str, Any]) -> str:
@@ -341,37 +342,50 @@ def _check_excluded(record: Any, field: "dataclasses.Field[Any]") -> None:
 
 
 def _check_needed(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Raise OptionError if a given option lacks one that it needs.
-
-    Warns if the option is ignored, as none of `only_with` is given.
-    """
-    facts = field.metadata
-    option = f"--{option_name(field)}"
-    needed = facts.get("needs", ())
-    useful = facts.get("only_with", ())
-    if needed and not _names_of_given(record, needed):
-        what = "both" if len(needed) == 1 else "one of them too"
-        flags = _either([f"--{name}" for name in needed])
+    """Raise OptionError if a given option lacks one that it needs."""
+    flags = _find_needed(record, field)
+    if flags:
+        facts = field.metadata
+        what = "both" if len(facts["needs"]) == 1 else "one of them too"
         hint = "" if facts.get("excludes") else _hint_of_relations(facts)
-        raise OptionError(f"{option} needs {flags}: give {what}{hint}")
+        raise OptionError(f"--{option_name(field)} needs {flags}: give {what}{hint}")
+
+
+def _find_needed(record: Any, field: "dataclasses.Field[Any]") -> str:
+    """Return the options of which an option needs one, if none is given; else nothing."""
+    needed = field.metadata.get("needs", ())
+    if not needed or _names_of_given(record, needed):
+        return ""
+    return _either([f"--{name}" for name in needed])
+
+
+def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
+    """Warn if an option is ignored, as none of `only_with` is given."""
+    option = f"--{option_name(field)}"
+    useful = field.metadata.get("only_with", ())
     if useful and not _names_of_given(record, useful):
         value = getattr(record, field.name)
-        if not isinstance(value, (bool, tuple)):
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             option += f" {value}"
-        reason = f"none of --{', --'.join(useful)} is"
-        if len(useful) == 1:
-            reason = f"--{useful[0]} is not"
+        reason = f"--{useful[0]} is not" if len(useful) == 1 else "none of --" + ", --".join(useful) + " is"
+        if field.metadata.get("hint"):  # why
+            reason = f"{field.metadata['hint']}, and {reason}"
         logger.warning("%s is ignored because %s given", option, reason)
 
 
-def _check_typed(record: Any, typed: Collection[str]) -> None:
-    """Check what options need that are typed with their usual values, as `_check_facts` does for others.
+def _tell_idle(record: Any, typed: Collection[str]) -> None:
+    """Warn of options that are typed with their usual values and do nothing, as another one is not given.
 
-    typed: their arguments.
+    With other values `_check_facts` refuses them or says so. These change nothing, and commands of other
+    programs name them. typed: arguments.
     """
     for field in dataclasses.fields(record):
-        if argument_of(field) in typed and not is_given(record, field):
-            _check_needed(record, field)
+        if argument_of(field) not in typed or is_given(record, field):
+            continue
+        flags = _find_needed(record, field)
+        if flags:
+            logger.warning("--%s has no effect without %s", option_name(field), flags)
+        _warn_of_ignored(record, field)
 
 
 def list_idle(record: Any, written: Collection[str]) -> list[str]:
@@ -462,9 +476,9 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
     Each field takes the argument of its name (or of its metadata "option"). A field whose type is an option
     record is read the same way; if the type is `Record | None` and the parser has no argument for that
     record's first field, it is None. Text becomes Path and lists become tuples according to the field's type.
-    Raises OptionError if a text holds a forbidden character (`bad_character`), if a path is empty, if a
-    number is infinite or beyond all sense, or if an option is typed without what it needs, also with its
-    usual value; TypeError if a field has no argument: that is our mistake, not the user's.
+    Raises OptionError if a text holds a forbidden character (`bad_character`), if a path is empty, or if a
+    number is infinite or beyond all sense; TypeError if a field has no argument: that is our mistake, not the
+    user's. Warns of options that are typed with their usual values and do nothing.
     """
     hints = hints_of(cls)
     values: dict[str, Any] = {}
@@ -488,7 +502,7 @@ def read_options(cls: type[T], args: argparse.Namespace) -> T:
         is_positional = declared is not None and declared.positional
         values[field.name] = convert_value(value, hint, option if is_positional else f"--{option}")
     options = cls(**values)  # first, as a record's own checks say more
-    _check_typed(options, getattr(args, TYPED, ()))
+    _tell_idle(options, getattr(args, TYPED, ()))
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         check_numbers(option_name(field), values[field.name])
     return options

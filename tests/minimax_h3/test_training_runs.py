@@ -43,9 +43,6 @@ def run(name: str, steps: int) -> list[object]:
         (["--h3_guidance_loss_scale_audio", 3], ["--h3_guidance_loss_scale"]),
         (["--h3_guidance_loss_uncond_cache", "dit.safetensors"], ["--h3_guidance_loss_scale"]),
         (["--h3_teacher_loss_dc_weight", 0.3], ["--h3_teacher_matching"]),
-        # usual values that are typed count too
-        (["--h3_teacher_loss_mag_weight", 1], ["--h3_teacher_matching"]),
-        (["--h3_guidance_loss_sigma_min", 0], ["--h3_guidance_loss_sigma_min needs"]),
         (["--h3_teacher_matching", "--teacher_weight", 0.5], ["mean the same", "give one"]),
         (["--h3_teacher_matching", "--task", "fl2va"], ["--task fl2va", "--task t2va"]),
         (["--h3_teacher_matching", "--h3_teacher_conditions", "all"], ["--h3_teacher_conditions"]),
