@@ -203,12 +203,12 @@ class H3RefusedOptions(Options, title="not for this model"):
         refused=dict.fromkeys(("channel", "tensor"), _SCALES),
     )
     # the fork reads both next to --h3_guidance_distillation_scale alone, which is refused; its defaults stay
-    h3_guidance_loss_form: str = option(
+    h3_guidance_loss_form = not_needed(
         "the loss is the mean of (f - u - s (v - u))^2, the fork's contrastive, where f is the prediction, u "
         "that for the empty prompt, v the velocity of the clip, and s --h3_guidance_loss_scale. Its "
-        "normalized divides that by s^2, which is not done",
+        "normalized divides that by s^2, which is not done.",
+        type=str,
         default="normalized",
-        choices=("normalized", "contrastive"),
     )
     h3_guidance_loss_schedule = not_needed(
         "the scale is the same at all levels from --h3_guidance_loss_sigma_min on.", type=str, default="sigma"
