@@ -36,6 +36,8 @@ MEANT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "audio_path": ("the sound of clips is", ("audio", "sound", "speech", "music")),
 }
 
+OF_TABLE = ": it is a key of the [[datasets]] table, for all its items"
+
 _QUOTED = re.compile(r"""["']([^"']+)["']""")
 
 
@@ -72,14 +74,16 @@ def find_unread(table: DatasetTable) -> list[Fault]:
                 if is_list and not row.values.get("caption"):
                     unread[name] = ": did you mean 'caption'?"
                 continue
-            # other programs' tables have columns with names of keys, such as `resolution`
-            if name in TIMESTEP_KEYS or (is_list and name in KEYS):
-                unread[name] = ": it is a key of the [[datasets]] table, for all its items"
+            if name in TIMESTEP_KEYS:
+                unread[name] = OF_TABLE
                 continue
             if name in OF_SHOWN_MEDIA and not table.shows_media:
                 unread[name] = ": models with references of several kinds read it, such as MiniMax-H3"
                 continue
             text = _explain(name, value, table=table, path=path, media=row.values.get(columns.media))
+            # other programs' tables have columns with names of keys, such as `resolution`; lists do not
+            if text is None and is_list and name in KEYS:
+                text = OF_TABLE
             if text is not None:
                 unread[name] = text
     return _as_faults(path, unread)

@@ -150,6 +150,8 @@ KINDS = {
     "flux2-vae": "the autoencoder of FLUX.2",
     "flux2": "FLUX.2 transformer",
     "lumina2": "Lumina-Image-2.0 transformer",
+    "sd1.5": "a Stable Diffusion checkpoint",
+    "sdxl-base-1.0": "a Stable Diffusion checkpoint",
     "qwen-image-layered": "Qwen-Image-Layered",
     "qwen-image-2.1-dit": "a Qwen-Image-2.1 transformer",
     "qwen-image-2.1-vae": "the VAE of Qwen-Image-2.1",
