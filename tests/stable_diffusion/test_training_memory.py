@@ -6,11 +6,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from contract.loading import Placement
+from modules.compile_options import Compilation
+from modules.errors import OptionError
+from modules.private_torch import dynamo
+from running.compile import check_compilation, compile_blocks
 from running.offload.checkpointing import Offload, checkpoint_blocks, offload_to_host
 from stable_diffusion.family import StableDiffusion
 from tests.stable_diffusion.test_training_step import make_batch, make_family
@@ -94,3 +99,41 @@ def test_checkpointing_keeps_less_and_computes_the_same_gradients(kind: str, tmp
         assert calls_again == (calls + again_in_first if keeps_attention else 2 * calls), name
         if offload is not None:
             assert offload.memory.size_bytes > 0
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_compiled_for_each_size_and_compute_the_same(tmp_path: Path) -> None:
+    """With eager in place of inductor, which takes minutes, and fails on general sizes."""
+    family = make_family("sd1", tmp_path)
+    unet, compiled = load_learning(family), load_learning(family)
+    compile_blocks(compiled, family.dit, Compilation(backend="eager"))
+    generator = torch.Generator().manual_seed(0)
+    conditions = {"hidden_state": torch.randn(2, 77, 64, generator=generator)}
+    dynamo().reset()
+    counters.clear()
+
+    graphs = []
+    for height, width in ((8, 8), (4, 12), (8, 8)):
+        noisy = torch.randn(2, 4, 1, height, width, generator=generator)
+        outputs = []
+        for network in (unet, compiled):
+            output = family.predict(network, noisy, torch.tensor(TIMESTEPS), conditions)
+            output.square().mean().backward()
+            outputs.append(output)
+        # the same operations, in float32
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    first, second, third = graphs
+    assert first > 0
+    assert second == third == 2 * first
+    for plain, other in zip(unet.parameters(), compiled.parameters(), strict=True):
+        if plain.grad is not None:
+            torch.testing.assert_close(other.grad, plain.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_general_sizes_of_a_compiled_u_net_are_refused(tmp_path: Path) -> None:
+    family = make_family("sd1", tmp_path)
+
+    with pytest.raises(OptionError, match="convolutions of a U-Net"):
+        check_compilation(Compilation(backend="eager", dynamic=True), CPU, family.dit)
