@@ -11,7 +11,6 @@ loaded models, each in a process of its own.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
+
+from benchmarks.process_memory import compare_peaks, peak, start_of_peak  # noqa: E402
 
 BAR, MEMORY_BAR = 1.03, 1.1  # what malloc keeps differs from run to run
 PROMPTS = ("a cat on a mat", "a red circle", "the sea at night", "a house and a tree")
@@ -49,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder), args.kind)
         ratio = compare_speed(Path(folder), args)
-        more = compare_memory(Path(folder))
+        more = compare_peaks(("theirs", "ours"), Path(folder), "peak above the loaded models", MEMORY_BAR)
     raise SystemExit(ratio > BAR or more > MEMORY_BAR)
 
 
@@ -139,28 +140,8 @@ def load_ours(folder: Path, args: argparse.Namespace) -> Make:
     return lambda: list(maker.make(pictures).images or ())
 
 
-def compare_memory(folder: Path) -> float:
-    """Print the peaks of both, and return ours over theirs; 0 if this system does not tell them."""
-    from benchmarks.process_memory import is_known
-
-    if not is_known():
-        print("peaks: only Linux tells them")
-        return 0.0
-    peaks = {}
-    for name in ("theirs", "ours"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", name, str(folder)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        peaks[name] = json.loads(said.splitlines()[-1])
-    ratio = peaks["ours"] / peaks["theirs"]
-    shown = ", ".join(f"{name} {peak / 1e6:.0f} MB" for name, peak in peaks.items())
-    print(f"peak above the loaded models: {shown}; ratio {ratio:.3f}, bar {MEMORY_BAR}")
-    return ratio
-
-
 def measure_peak(args: argparse.Namespace) -> None:
     """Be a child: make one batch, and print by how many bytes the resident memory grew."""
-    from benchmarks.process_memory import peak, start_of_peak
-
     name, folder = args.child
     make = (load_theirs if name == "theirs" else load_ours)(Path(folder), args)
     before = start_of_peak()

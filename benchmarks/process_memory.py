@@ -1,7 +1,12 @@
 """Memory of this process as Linux counts it."""
 
+import json
 import re
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -33,3 +38,28 @@ def memory(name: str) -> int:
     found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text(encoding="ascii"))
     assert found is not None
     return int(found[1]) * 1024
+
+
+def compare_peaks(names: Sequence[str], folder: Path, what: str, bar: float, rounds: int = 1) -> float:
+    """Print the peaks of a baseline and of ours; return ours over the baseline, 0 if they are not known.
+
+    Each is a run of this benchmark with `--child NAME FOLDER`, which prints a number of bytes last. names:
+    of the baseline and of ours. rounds: the peak is the median of so many runs.
+    """
+    if not is_known():
+        print("peaks: only Linux tells them")
+        return 0.0
+    baseline, ours = (median(run_child(name, folder) for _ in range(rounds)) for name in names)
+    shown = ", ".join(
+        f"{name} {peak / 1e6:.0f} MB" for name, peak in zip(names, (baseline, ours), strict=True)
+    )
+    print(f"{what}: {shown}; ratio {ours / baseline:.3f}, bar {bar}")
+    return ours / baseline
+
+
+def run_child(name: str, folder: Path) -> int:
+    """Run this benchmark again as a child, and return the bytes that it prints."""
+    command = [sys.executable, *sys.argv, "--child", name, str(folder)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    size_bytes: int = json.loads(lines[-1])
+    return size_bytes

@@ -7,14 +7,15 @@ from a DDPM scheduler, forward, backward, clipping, AdamW. Its batch is ready. O
 with caches, noise, weights of the loss, logs. Both run in turn in one process, the plain loop first in each
 round; the figure is the median ratio of neighbours' processor seconds, of all threads. Peaks are of resident
 memory during steps, with the network and all that was loaded before them and is still there, without the
-libraries; each in a process of its own.
+libraries (all modules of both are loaded first); each in processes of its own, of which the median counts.
 """
 
 import argparse
 import contextlib
+import gc
+import importlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +26,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
+from benchmarks.process_memory import (  # noqa: E402
+    compare_peaks,
+    is_known,
+    memory,
+    peak,
+    run_child,
+    start_of_peak,
+)
+
 BAR, MEMORY_BAR = 1.1, 1.0
 RANK, ALPHA = 8, 8
 # the tests' tiny networks, with a wider U-Net
@@ -33,6 +43,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "sdxl": {"block_out_channels": (64, 256), "attention_head_dim": (1, 4)},
 }
 FOLDERS = {"sd": "sd1", "sdxl": "sdxl"}
+MODULES = "modules.json"  # names of modules that both need, in the benchmark's folder
 Step = Callable[[], None]
 
 
@@ -44,6 +55,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="number of rounds; each times both")
     parser.add_argument("--steps", type=int, default=3, help="steps of each kind in a round")
     parser.add_argument(
+        "--rounds_of_memory", type=int, default=5, help="processes of each kind whose peaks count"
+    )
+    parser.add_argument(
         "--precision", default="no", choices=["no", "bf16"], help="value of --mixed_precision"
     )
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
@@ -52,7 +66,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         kind, folder = args.child
-        measure_peak(kind, Path(folder), args)
+        if kind == "modules":
+            list_modules(Path(folder), args)
+        else:
+            measure_peak(kind, Path(folder), args)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -216,31 +233,28 @@ def started_step(folder: Path, args: argparse.Namespace) -> Iterator[Step]:
 
 def compare_memory(folder: Path, args: argparse.Namespace) -> float:
     """Print the peaks of both, and return ours over theirs; 0 if this system does not tell them."""
-    from benchmarks.process_memory import is_known
+    if is_known():
+        run_child("modules", folder)
+    return compare_peaks(("plain", "ours"), folder, "peak of steps", MEMORY_BAR, rounds=args.rounds_of_memory)
 
-    if not is_known():
-        print("peaks: only Linux tells them")
-        return 0.0
-    peaks: dict[str, int] = {}
-    for name in ("plain", "ours"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", name, str(folder)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        peaks[name] = json.loads(said.splitlines()[-1])
-    ratio = peaks["ours"] / peaks["plain"]
-    shown = ", ".join(f"{name} {peak / 1e6:.0f} MB" for name, peak in peaks.items())
-    print(f"peak of steps: {shown}; ratio {ratio:.3f}, bar {MEMORY_BAR}")
-    return ratio
+
+def list_modules(folder: Path, args: argparse.Namespace) -> None:
+    """Be a child: take a step of both, and write the names of all modules that they need."""
+    make_plain_step(folder, args)()
+    with started_step(folder, args) as step:
+        step()
+    names = [name for name in sys.modules if name != "__main__"]
+    (folder / MODULES).write_text(json.dumps(names), encoding="utf-8")
+    print(0)
 
 
 def measure_peak(kind: str, folder: Path, args: argparse.Namespace) -> None:
     """Be a child: take a few steps, and print the most bytes that are resident in them."""
     # loaded before both, as ours needs more modules
-    import diffusers  # noqa: F401
-    import peft  # noqa: F401
-
-    import training.run  # noqa: F401
-    from benchmarks.process_memory import memory, peak, start_of_peak
-
+    for name in json.loads((folder / MODULES).read_text(encoding="utf-8")):
+        with contextlib.suppress(Exception):  # modules that libraries make while they run
+            importlib.import_module(name)
+    gc.collect()
     before = memory("VmRSS")
     with contextlib.ExitStack() as stack:
         if kind == "ours":

@@ -139,6 +139,8 @@ class DitSpec:
     with_convolutions: tuple[str, ...] = ()
     numbered: NumberedBlocks | None = None  # None: block_dims and the like are not for this model
     keep_float32: tuple[str, ...] = ()
+    # each size is compiled by itself: torch's compiler fails on convolutions of general sizes
+    compiles_each_size: bool = False
     # layers that turn inputs into tokens, if they are large: for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()
     # --blocks_to_swap -> how many of each list

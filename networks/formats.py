@@ -226,6 +226,11 @@ def find_fault(
             f"{family.dora_not_in_diffusers}. {_OTHERWISE}, and make a plain LoRA of it afterwards "
             "(convert_lora.py --target diffusers --bake 64 --dit MODEL)"
         )
+    if options.decomposes and texts:
+        return (
+            "diffusers loads no magnitudes of a DoRA into text encoders, which learn here. "
+            f"{_OTHERWISE}, or train the transformer alone (--network_train_unet_only)"
+        )
     unread = [encoder for start, encoder in texts.items() if start not in family.texts_in_diffusers]
     if unread:
         return (

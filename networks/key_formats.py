@@ -264,13 +264,17 @@ def _rename(
     native: dict[str, Tensor] = {}
     for name in names.values():
         key = first_keys[name]
-        tensor = tensors[key]
-        if ".lora_magnitude_vector" in key or key.endswith(".magnitude"):
-            # PEFT's: out, of convolutions 1 x out x 1 x 1; LyCORIS' and ours: out x 1 (x 1 ...)
-            inner_axes = max(tensor.ndim - 1, 1)
-            tensor = tensor.reshape(-1, *[1] * inner_axes)
-        native[name] = tensor
+        native[name] = _with_columns(key, tensors[key])
     return native
+
+
+def _with_columns(key: str, tensor: Tensor) -> Tensor:
+    """Return a tensor of a file, magnitudes as columns."""
+    if ".lora_magnitude_vector" not in key and not key.endswith(".magnitude"):
+        return tensor
+    # PEFT's: out, of convolutions 1 x out x 1 x 1; LyCORIS' and ours: out x 1 (x 1 ...)
+    inner_axes = max(tensor.ndim - 1, 1)
+    return tensor.reshape(-1, *[1] * inner_axes)
 
 
 def _alphas_for_all(
@@ -321,7 +325,7 @@ def _renamed_texts(
     alpha_keys: Iterable[str], names: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the tensors of text encoders under our names, with the alpha that a file has for all modules."""
-    texts = {name: tensors[key] for key, name in names.items()}
+    texts = {name: _with_columns(key, tensors[key]) for key, name in names.items()}
     modules = [name.partition(".")[0] for name in texts]
     return _alphas_for_all(alpha_keys, tensors, modules) | texts
 

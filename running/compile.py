@@ -13,6 +13,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # variants of one part before torch runs the rest uncompiled; torch's own 8 are too few for buckets, tiles
 RECOMPILE_LIMIT = 32
+# the same if each size is compiled by itself: blocks of all widths of a U-Net share their code
+VARIANTS_OF_EACH_SIZE = 256
 # CUDA graphs need weights at fixed addresses, but all blocks share their code
 NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
 
@@ -37,6 +40,8 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> None:
 
     Compilation runs at the first call of a block. Call `check_compilation` before.
     """
+    if spec.compiles_each_size:
+        choice = replace(choice, dynamic=False, variants=choice.variants or VARIANTS_OF_EACH_SIZE)
     compile_each(chain.from_iterable(spec.blocks(dit).values()), choice)
     logger.info("The blocks are compiled with %s at their first use, which takes some time.", choice.backend)
 
@@ -56,10 +61,19 @@ def compile_each(parts: Iterable[nn.Module], choice: Compilation) -> None:
         )
 
 
-def check_compilation(choice: Compilation | None, device: torch.device) -> None:
-    """Raise OptionError if blocks cannot be compiled for this device, before anything large is loaded."""
+def check_compilation(choice: Compilation | None, device: torch.device, spec: DitSpec | None = None) -> None:
+    """Raise OptionError if blocks cannot be compiled for this device, before anything large is loaded.
+
+    spec: of the network; None: it is compiled for general sizes.
+    """
     if choice is None:
         return
+    if spec is not None and spec.compiles_each_size and choice.dynamic:
+        raise OptionError(
+            "--compile: torch's compiler fails on the convolutions of a U-Net if sizes are dynamic. Give auto "
+            "or False as DYNAMIC, and leave --dynamo_dynamic out: each size of pictures is then compiled by "
+            "itself"
+        )
     if not dynamo().is_dynamo_supported():
         raise OptionError(
             f"torch {torch.__version__} does not compile with Python {sysconfig.get_python_version()}: leave "

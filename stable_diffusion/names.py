@@ -124,6 +124,7 @@ SD1 = FamilyNames(
     always_underscored="ours",
     takes=("sd2",),  # by names; sizes tell them apart
     encoders=(("lora_te", OF_CLIP),),
+    texts_in_diffusers=("lora_te",),
     written_version="sd_v1",
     sides=_OF_TEXTS,
     released=((768, ()),),
@@ -144,6 +145,7 @@ SDXL = FamilyNames(
     "stable-diffusion-xl-v1-base",
     aliases=_SDXL,
     encoders=(("lora_te1", OF_CLIP), ("lora_te2", OF_CLIP)),
+    texts_in_diffusers=("lora_te1", "lora_te2"),
     start=UNET_IN_DIFFUSERS,
     is_as_in_diffusers=True,
     always_underscored="aliases",

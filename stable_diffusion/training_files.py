@@ -342,4 +342,5 @@ def unet_spec(config: Mapping[str, Any]) -> DitSpec:
         block_lists=tuple(name for name, _ in parts),
         lora_lists=("down_blocks", "mid_block", "up_blocks"),
         with_convolutions=(".resnets.", ".downsamplers.", ".upsamplers."),
+        compiles_each_size=True,
     )

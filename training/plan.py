@@ -256,7 +256,7 @@ def join_processes(
     if compilation is not None:
         from running.compile import check_compilation  # only with --compile
 
-        check_compilation(compilation, accelerator.device)
+        check_compilation(compilation, accelerator.device, family.dit)
     with ExitStack() as stack:
         processes: OtherProcesses | None = None
         if accelerator.num_processes > 1:

@@ -242,6 +242,14 @@ DORA = ("dora_wd=True",)
         ("flux_2", DIFFUSERS, "networks.loha", (), {}, "diffusers reads no LoHa of this model"),
         ("qwen_image", DIFFUSERS, "networks.lokr", (), {}, "diffusers reads no LoKr of this model"),
         ("flux", DIFFUSERS, "", (), TEXTS, "loads no LoRA for the text encoder t5"),
+        (
+            "sdxl",
+            DIFFUSERS,
+            "",
+            DORA,
+            {"lora_te1": "text_encoder"},
+            "no magnitudes of a DoRA",
+        ),
         ("lumina", DIFFUSERS, "", (), {"lora_te": "gemma2"}, "loads no LoRA for the text encoder gemma2"),
         (
             "wan",

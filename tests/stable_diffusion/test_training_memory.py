@@ -1,0 +1,139 @@
+"""What the options for less memory do to a U-Net, which runs its own loop over its blocks; by counting."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from contract.loading import Placement
+from modules.compile_options import Compilation
+from modules.errors import OptionError
+from modules.private_torch import dynamo
+from running.compile import check_compilation, compile_blocks
+from running.offload.checkpointing import Offload, checkpoint_blocks, offload_to_host
+from stable_diffusion.family import StableDiffusion
+from tests.stable_diffusion.test_training_step import make_batch, make_family
+
+CPU = torch.device("cpu")
+TIMESTEPS = (10, 800)
+
+
+class AttentionCount(TorchDispatchMode):
+    """Counts the calls of attention, without their gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        self.calls += "scaled_dot_product" in name and "backward" not in name
+        return func(*args, **(kwargs or {}))
+
+
+def load_learning(family: StableDiffusion) -> torch.nn.Module:
+    """Load the U-Net in train mode, with gradients of the weights of attention."""
+    unet = family.load_dit(Placement(CPU)).train()
+    for path, parameter in unet.named_parameters():
+        parameter.requires_grad_(".attentions." in path)
+    return unet
+
+
+def learn(family: StableDiffusion, unet: torch.nn.Module) -> tuple[dict[str, Tensor], int, int]:
+    """Return the gradients of a step, the bytes that autograd keeps for them, and the calls of attention."""
+    noisy = make_batch(family, TIMESTEPS)
+    latents = noisy.batch.tensor("latents")
+    conditions = family.batch_conditions(latents, noisy.batch)
+    saved: dict[int, int] = {}  # first byte -> bytes
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+    unet.zero_grad()
+    count = AttentionCount()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), count:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = family.predict(unet, latents, noisy.timesteps, conditions)
+        output.square().mean().backward()
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in unet.named_parameters()
+        if parameter.grad is not None
+    }
+    return gradients, sum(size for place, size in saved.items() if place not in weights), count.calls
+
+
+@pytest.mark.slow_cases("sdxl")
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_checkpointing_keeps_less_and_computes_the_same_gradients(kind: str, tmp_path: Path) -> None:
+    family = make_family(kind, tmp_path)
+    gradients, kept, calls = learn(family, load_learning(family))
+    cases: dict[str, tuple[bool, Offload | None]] = {
+        "plain": (False, None),
+        "attention kept": (True, None),
+        "offloaded": (False, offload_to_host(CPU)),
+    }
+    for name, (keeps_attention, offload) in cases.items():
+        unet = load_learning(family)
+        checkpoint_blocks(unet, family.dit, keeps_attention, offload)
+
+        again, kept_again, calls_again = learn(family, unet)
+
+        assert again.keys() == gradients.keys()
+        for parameter, gradient in gradients.items():
+            # the same operations on the same numbers, of which some sums are made in another order
+            torch.testing.assert_close(again[parameter], gradient, rtol=1e-4, atol=1e-6)
+        assert kept_again < kept / 2, name
+        # the first block's input needs no gradient: autograd would not keep what it computes
+        first = next(block for block in family.dit.in_order(unet) if hasattr(block, "transformer_blocks"))
+        again_in_first = 2 * len(first.transformer_blocks)  # type: ignore[arg-type]
+        assert calls_again == (calls + again_in_first if keeps_attention else 2 * calls), name
+        if offload is not None:
+            assert offload.memory.size_bytes > 0
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_compiled_for_each_size_and_compute_the_same(tmp_path: Path) -> None:
+    """With eager in place of inductor, which takes minutes, and fails on general sizes."""
+    family = make_family("sd1", tmp_path)
+    unet, compiled = load_learning(family), load_learning(family)
+    compile_blocks(compiled, family.dit, Compilation(backend="eager"))
+    generator = torch.Generator().manual_seed(0)
+    conditions = {"hidden_state": torch.randn(2, 77, 64, generator=generator)}
+    dynamo().reset()
+    counters.clear()
+
+    graphs = []
+    for height, width in ((8, 8), (4, 12), (8, 8)):
+        noisy = torch.randn(2, 4, 1, height, width, generator=generator)
+        outputs = []
+        for network in (unet, compiled):
+            output = family.predict(network, noisy, torch.tensor(TIMESTEPS), conditions)
+            output.square().mean().backward()
+            outputs.append(output)
+        # the same operations, in float32
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    first, second, third = graphs
+    assert first > 0
+    assert second == third == 2 * first
+    for plain, other in zip(unet.parameters(), compiled.parameters(), strict=True):
+        if plain.grad is not None:
+            torch.testing.assert_close(other.grad, plain.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_general_sizes_of_a_compiled_u_net_are_refused(tmp_path: Path) -> None:
+    family = make_family("sd1", tmp_path)
+
+    with pytest.raises(OptionError, match="convolutions of a U-Net"):
+        check_compilation(Compilation(backend="eager", dynamic=True), CPU, family.dit)
