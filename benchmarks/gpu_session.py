@@ -362,7 +362,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all; {SECONDS:.0f}")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="of the session; all")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these; default: all")
-    parser.add_argument("--check_seconds", type=float, help=f"for tests; {CHECK_SHARE:.0%} of --seconds")
+    parser.add_argument("--check_seconds", type=float, help=f"for tests; {CHECK_SHARE} of --seconds")
     parser.add_argument("--again", action="store_true", help="repeat what failed before, too")
     parser.add_argument("--prepare", action="store_true", help="plan rows ahead, without a GPU, and stop")
     parser.add_argument("--dry", action="store_true", help="print what would be done, and stop")
