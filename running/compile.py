@@ -70,9 +70,9 @@ def check_compilation(choice: Compilation | None, device: torch.device, spec: Di
         return
     if spec is not None and spec.compiles_each_size and choice.dynamic:
         raise OptionError(
-            "--compile: torch's compiler fails on the convolutions of a U-Net if sizes are dynamic. Give auto "
-            "or False as DYNAMIC, and leave --dynamo_dynamic out: each size of pictures is then compiled by "
-            "itself"
+            "--compile: torch's compiler fails on the convolutions of a U-Net if sizes are dynamic. "
+            "Give auto or False as DYNAMIC, and leave --dynamo_dynamic out: each size is then compiled "
+            "by itself"
         )
     if not dynamo().is_dynamo_supported():
         raise OptionError(
