@@ -24,7 +24,7 @@ from minimax_h3.configs import DIT, KINDS, PATCH, PICTURE, SOUND, TEXT, H3Config
 from minimax_h3.places import PictureGrid, PicturePlace, SoundPlace, all_places
 from minimax_h3.video_vae_blocks import rotate_first
 from modules.attention.attend import attend
-from modules.devices import send
+from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import GridTable, sinusoid, turns
@@ -193,7 +193,8 @@ class H3Block(H3StreamBlock):
         """Return shift, scale and gate of attention and of feed-forward, each 1 S C float32."""
         table = in_own_dtype(self.adaln_proj["linear"], tokens.times).float()
         by_slot = table.unflatten(-1, (KINDS, ROWS, -1)).flatten(0, 1)  # K*KINDS 6 C
-        chosen = by_slot[list(tokens.slots)]
+        # a list of places would be copied to the device, for which the host waits
+        chosen = torch.stack([by_slot[slot] for slot in tokens.slots])
         return chosen.unsqueeze(0).unbind(2)
 
     def forward(self, x: Tensor, tokens: H3Tokens) -> Tensor:
@@ -231,7 +232,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, tokens: H3Tokens) -> tuple[Tensor, Tensor]:
         """Return the outputs of the learned tokens: B V Z*4 and B M Z', float32."""
         table = in_own_dtype(self.adaln_proj["linear"], tokens.times).float()
-        rows = table[[slot // KINDS for slot in tokens.slots[:2]]].unsqueeze(0)  # 1 2 2C
+        rows = torch.stack([table[slot // KINDS] for slot in tokens.slots[:2]]).unsqueeze(0)  # 1 2 2C
         shift, scale = rows.chunk(2, dim=-1)
         pictures, sound = x[:, : tokens.image], x[:, tokens.image : tokens.image + tokens.sound]
         normed_pictures = modulate(self.norm(pictures), shift[:, :1], scale[:, :1], tokens.dtype)
@@ -392,7 +393,7 @@ class H3Model(nn.Module):
 
     def _embed_times(self, times: Sequence[float], device: torch.device) -> Tensor:
         """Return the embedded times as the blocks project them: K E float32."""
-        levels = send(torch.tensor(times, dtype=torch.float32), device)
+        levels = send_ahead(torch.tensor(times, dtype=torch.float32), device)
         if self.config.table_rows:
             return self._look_up(levels)
         waves = sinusoid(levels, self.config.freq_dim, torch.float32)

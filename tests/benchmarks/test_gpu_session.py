@@ -187,12 +187,12 @@ def test_messages_of_failing_tests_are_written_as_they_come(tmp_path: Path) -> N
         "test_good.py": True,
         "test_hanging.py": False,
     }
-    assert files.failures.read_text(encoding="utf-8").count("a wrong sum") == 1
+    assert files.failures.read_text(encoding="utf-8").count("FAILED test_hanging.py::test_bad") == 1
     second = check(again=True)
     assert [group.seconds for group in second if group.is_good] == [
         group.seconds for group in first if group.is_good
     ]
-    assert files.failures.read_text(encoding="utf-8").count("a wrong sum") == 2
+    assert files.failures.read_text(encoding="utf-8").count("FAILED test_hanging.py::test_bad") == 2
 
 
 @pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.name)

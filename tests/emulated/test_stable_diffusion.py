@@ -28,8 +28,9 @@ batch_size = 2
 image_dir = "pictures"
 """
 CACHED = ["--network_train_unet_only", "--cache_text_encoder_outputs", "--dataset_config", "plain.toml"]
+LEARNING = "text encoders learn"
 CASES: dict[str, list[str]] = {
-    "text encoders learn": [
+    LEARNING: [
         "--dataset_config",
         "dataset.toml",
         "--noise_offset",
@@ -83,10 +84,11 @@ def test_the_lora_is_that_of_the_cpu(folder: Path, case: str) -> None:
     (done,) = run_on_device([*train, "--output_dir", "there"], folder=folder)
 
     if case != "fp8":  # products in bf16 round as the kernels do, and Adam takes the sign of what is left
-        # a text encoder's attention has another kernel on a CPU; the U-Net alone gives equal bits
-        share = 1e-6 if case == "text encoders" else 0.0
+        # a text encoder's attention has another kernel on a CPU, and Adam divides by roots of small squares:
+        # 8e-5 was seen. The U-Net alone gives equal bits
+        share = 1e-3 if case == LEARNING else 0.0
         found = differences(folder / "here", folder / "there", share)
         assert not found, "\n".join(found)
-    if case != "text encoders":  # which hand their states to the host
+    if case != LEARNING:  # which hand their states to the host
         waits = done.places("take_step")
         assert waits.keys() <= {READ}, waits
