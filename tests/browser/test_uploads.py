@@ -1,6 +1,7 @@
 """Files that are dropped on the page New: which are taken, and that nothing is left of the others."""
 
 import http.client
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -39,7 +40,11 @@ def send(served: Served, name: str, content: bytes, into: str = "set", **headers
 
 
 def everything(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    """Return all files and folders below one. `rglob` fails if the server removes a folder meanwhile."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        found += [str((Path(place) / name).relative_to(folder)) for name in (*folders, *files)]
+    return sorted(found)
 
 
 def picture(folder: Path) -> bytes:
