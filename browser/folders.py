@@ -21,11 +21,11 @@ DEEPEST = 6  # folders below a root
 MOST_FOLDERS = 500
 MOST_ENTRIES = 20_000  # of a folder
 CHECK_PAGE = "check.html"  # that `run --check` writes into a described folder
-# folders that programs of ours write
 # by their names how often image trainers repeat their pictures, and the caption: 10_ohwx man
 OF_TRAINERS = re.compile(r"[1-9]\d{0,2}_.*\S.*")
 INSIDE = "img"  # folder of such folders, in that of a project
 PARTS = re.compile(rf"{INSIDE}|regs?|regulari[sz]ation([-_ ]?images?)?", re.IGNORECASE)  # of a project
+# folders that programs of ours write
 NOT_MEDIA = re.compile(rf"\..*|{SAMPLES}|output|cache|generated|compare|reelsmith-queue|{BIN}|.*-state")
 
 

@@ -480,9 +480,8 @@ def _folder_of(line: str) -> Path:
     words: list[str] = []
     with contextlib.suppress(OptionError):  # an open quote
         words = launch.split_words(match[1])
-    return Path.cwd() / (
-        words[0] if len(words) == 1 else match[1].strip()
-    )  # the job says if it does not exist
+    folder = words[0] if len(words) == 1 else match[1].strip()
+    return Path.cwd() / folder  # the job says if it does not exist
 
 
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:

@@ -1,6 +1,7 @@
 """Options for compiling the blocks of the transformer with torch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, NO_PIXELS, Options, option, unsupported
@@ -59,18 +60,23 @@ _ARGS = (
 )
 
 
-class CompileOptions(Options):
-    """Whether blocks are compiled, and how: the four words of --compile_args, or an option for each."""
-
-    compile: bool = option(_COMPILE, often=True, facts=HABIT)
-    compile_args: tuple[str, ...] = option(
-        _ARGS.format(" ".join(GENERATION_ARGS)),
-        default=GENERATION_ARGS,
+def _args_option(usual: tuple[str, ...]) -> Any:
+    """Declare --compile_args with its usual words."""
+    return option(
+        _ARGS.format(" ".join(usual)),
+        default=usual,
         nargs=4,
         metavar=COMPILE_ARGS,
         needs="compile",
         facts=FREE,
     )
+
+
+class CompileOptions(Options):
+    """Whether blocks are compiled, and how: the four words of --compile_args, or an option for each."""
+
+    compile: bool = option(_COMPILE, often=True, facts=HABIT)
+    compile_args: tuple[str, ...] = _args_option(GENERATION_ARGS)
     compile_backend: str = option(
         "another way to give BACKEND of --compile_args", default=INDUCTOR, needs="compile", facts=FREE
     )
@@ -156,14 +162,7 @@ class TrainingCompileOptions(CompileOptions):
         "make all sizes dynamic from the start; without it a size becomes dynamic at its second value",
         facts=FREE,
     )
-    compile_args: tuple[str, ...] = option(
-        _ARGS.format(" ".join(TRAINING_ARGS)),
-        default=TRAINING_ARGS,
-        nargs=4,
-        metavar=COMPILE_ARGS,
-        needs="compile",
-        facts=FREE,
-    )
+    compile_args: tuple[str, ...] = _args_option(TRAINING_ARGS)
 
     def __post_init__(self) -> None:
         has_backend = self.dynamo_backend.lower() != "no"

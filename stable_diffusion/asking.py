@@ -282,10 +282,9 @@ def _warn_of_unused(
 
     name: letters of a line's option. Those that need it begin with the same two.
     """
+    usual = option_values(type(typed)())
     unused = [
-        f"--{key}"
-        for key, value in option_values(typed).items()
-        if key not in values and value != getattr(type(typed)(), key)
+        f"--{key}" for key, value in option_values(typed).items() if key not in values and value != usual[key]
     ]
     unused += [
         f"--{letters}"
