@@ -20,6 +20,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "copy_each",
     "disable_dynamo",
     "disable_modes",
     "dynamo",
@@ -30,6 +31,7 @@ __all__ = [
     "has_triton_package",
     "int8_product",
     "lerp_each",
+    "multiply_each",
     "release_host_cache",
     "scaled_product",
     "tree_leaves",
@@ -57,6 +59,16 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
         if inner or columns % 32:
             b = torch.nn.functional.pad(b.t(), (0, inner, 0, -columns % 32)).t()
     return torch._int_mm(a, b)[:rows, :columns]
+
+
+def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors into others, whose dtypes may differ, with few kernels."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def multiply_each(values: Sequence[Tensor], factors: Sequence[float]) -> list[Tensor]:
+    """Return each tensor times its factor, with few kernels."""
+    return list(torch._foreach_mul(list(values), list(factors)))
 
 
 def lerp_each(values: list[Tensor], ends: Sequence[Tensor], share: float) -> None:

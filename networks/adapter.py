@@ -21,6 +21,7 @@ from modules.devices import numbers_on
 from modules.errors import CheckpointError, OptionError
 from modules.installation import import_user_module
 from modules.seeds import derive_seed
+from networks.cast_factors import cast_before_pass
 from networks.lora_network import OwnNetwork, rename_texts
 from networks.options import DEFAULT_RANK, OFT_MODULE, NetworkOptions
 from networks.own_kinds import OWN_MODULES, NetworkArguments, read_own
@@ -282,6 +283,7 @@ def make_network(
             )
     if isinstance(network, OwnNetwork):
         network.attach(in_dit)
+        cast_before_pass(dit, network.layers_of_dit())
     elif options.scale_weight_norms is not None and not hasattr(
         network.module, "apply_max_norm_regularization"
     ):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from checkpoints.stored.forms import value_of
@@ -107,6 +108,8 @@ class LoraLayer(nn.Module):
         self.index = 0  # its number in the network, which gives it its own masks
         # KINDS x 2 int64, a tensor because compiled code would treat a number as a constant
         self.seed_table: Tensor | None = None
+        # down, and multiplier * scale * up, in the dtype of autocast: `networks.cast_factors`
+        self.cast_factors: tuple[Tensor, Tensor] | None = None
         # where the standard deviations of noise on the weight are, for training: a buffer, and its name
         self.noise_of: tuple[nn.Module, str] | None = None
         self._original = (original,)  # in a tuple, so that it is not registered as a submodule
@@ -144,8 +147,7 @@ class LoraLayer(nn.Module):
             total = out
         else:
             out = self._original_forward(x)
-            hidden = self._scaled(self.lora_down(x.to(dtype)), dropouts)
-            added = self.lora_up(hidden).to(out.dtype)
+            added = self._added(x.to(dtype), dropouts).to(out.dtype)
             total = out + added if self.dora_scale is None else self._decompose(out, added, input_dtype)
         if self.training and self.noise_of is not None:
             noise = self._noise(x.to(dtype), *self.noise_of)
@@ -164,11 +166,34 @@ class LoraLayer(nn.Module):
         """Return the effect of the noise on the weight; the buffer `name` has its standard deviations."""
         return perturbed(x, getattr(strengths, name), self.seed.derive(self.index, "noise"))
 
+    def _added(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
+        """Return what the LoRA adds. x: ... in, or B in H W, in the dtype of the products."""
+        factors = self._factors_in(x.dtype)
+        if factors is None:
+            return self.lora_up(self._scaled(self.lora_down(x), dropouts))
+        down, up = factors
+        hidden = self._masked(functional.linear(x, down), dropouts)
+        if isinstance(self.lora_up, BlockUp):
+            return self.lora_up.multiply(hidden, up)
+        return functional.linear(hidden, up)
+
+    def _factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Return the factors that were cast before the pass, if they were cast to this dtype."""
+        if self.cast_factors is None or self.cast_factors[0].dtype != dtype:
+            return None
+        return self.cast_factors
+
     def _add_in_place(self, x: Tensor, dropouts: Dropouts | None) -> Tensor:
         """Return the output with the LoRA's products added to the tensors of the frozen module in place."""
-        original_x, hidden = branch(x, self.lora_down.weight.to(x.dtype))
-        hidden = self._scaled(hidden, dropouts)
-        up = self.lora_up.weight.to(x.dtype)
+        factors = self._factors_in(x.dtype)
+        if factors is None:
+            original_x, hidden = branch(x, self.lora_down.weight.to(x.dtype))
+            hidden = self._scaled(hidden, dropouts)
+            up = self.lora_up.weight.to(x.dtype)
+        else:
+            down, up = factors
+            original_x, hidden = branch(x, down)
+            hidden = self._masked(hidden, dropouts)
         heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
         saved = hold(hidden, up, heights)
         out = self._original_forward(original_x)
@@ -214,8 +239,11 @@ class LoraLayer(nn.Module):
         return self.dora_scale is None and largest >= self.joins_from
 
     def _scaled(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:
-        """Return hidden (... R, a small tensor) times multiplier and scale."""
-        hidden = hidden * (self.multiplier * self.scale)
+        """Return hidden (... R, a small tensor) times multiplier and scale, masked."""
+        return self._masked(hidden * (self.multiplier * self.scale), dropouts)
+
+    def _masked(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:
+        """Return hidden (... R) with the ranks of a T-LoRA and the dropouts applied."""
         if self.rank_mask is not None:
             hidden = self.rank_mask.apply(hidden, -1 if isinstance(self.lora_down, nn.Linear) else 1)
         if dropouts and dropouts.neuron > 0:

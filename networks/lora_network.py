@@ -68,6 +68,9 @@ class OwnNetwork(nn.Module):
             if in_dit or prefix_of(name) != UNET:
                 layer.attach()
 
+    def layers_of_dit(self) -> list[Any]:
+        return [layer for name, layer in zip(self.names, self.layers, strict=True) if prefix_of(name) == UNET]
+
     @property
     def module(self) -> nn.Module:
         return self

@@ -164,8 +164,12 @@ class BlockUp(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         # hidden: ... P R
+        return self.multiply(hidden, self.weight)
+
+    def multiply(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Return hidden, ... P R, times the blocks of `weight`, out x R, in place of this module's own."""
         groups = hidden.chunk(len(self.heights), -1)
-        blocks = self.weight.split(self.heights)
+        blocks = weight.split(self.heights)
         return torch.cat([functional.linear(x, w) for x, w in zip(groups, blocks, strict=True)], -1)
 
 

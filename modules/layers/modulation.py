@@ -80,6 +80,8 @@ def _spread(rows: Tensor, tokens: Tensor, split: Split) -> Tensor:
 
 def _sum_rows(gradients: Tensor, rows: Tensor, split: Split) -> Tensor:
     """Sum the gradients of tokens, B L C, to those of their rows."""
+    if rows.shape[1] == 1:
+        return gradients.sum_to_size(rows.shape)
     parts = split_segments(split, [rows], gradients)
     return torch.cat([part.sum_to_size(row.shape) for part, row in parts], dim=1)
 

@@ -227,7 +227,8 @@ class FusedBackward:
     @torch.no_grad()
     def _complete(self, parameter: Tensor) -> None:
         assert isinstance(parameter, Parameter)
-        assert parameter.grad is not None
+        if parameter.grad is None:  # of a layer that this pass left out: `finish` steps it
+            return
         norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
         if self._max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameter, self._max_norm, norm)

@@ -270,7 +270,10 @@ def dress_trainable(
         averaging.train()
     parameters = [parameter for group in groups for parameter in group["params"]]
     for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(lambda weight: ledger.see(weight.grad, dry.GRADIENTS))
+        # without a gradient where a pass leaves out a layer whose factors are cast with all others
+        parameter.register_post_accumulate_grad_hook(
+            lambda weight: None if weight.grad is None else ledger.see(weight.grad, dry.GRADIENTS)
+        )
     average: list[Tensor] = []
     if options.average.ema_decay is not None and options.whole_dit is None:
         with ledger.allocating(dry.NETWORK):
