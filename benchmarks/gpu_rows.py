@@ -103,6 +103,8 @@ LTX_CLIP = Size(768, 512, 49)
 H3_CLIP = Size(832, 480, 124)  # five seconds, with sound
 SHORT = Size(512, 512, 33)  # 9,216 tokens: products weigh more than attention
 SMALL, WIDE, HD = Size(832, 480, 81), Size(960, 544, 129), Size(1280, 704, 121)
+# tokens of rows that other programs publish: SimpleTuner's crops are square whatever their label says
+RIVAL_CLIP, RIVAL_LTX_CLIP = Size(480, 480, 81), Size(720, 720, 49)
 SECTION = Size(832, 480, 37)  # the start image and the 36 frames of a section of FramePack
 SQUARE, LARGE = Size(1024, 1024), Size(2048, 2048)
 SD_SQUARE = Size(512, 512)
@@ -171,6 +173,14 @@ ROWS = (
     _train("qwen-image-bf16", QWEN_IMAGE, SQUARE, "bf16, eager"),
     _train("krea2-bf16", KREA_2, SQUARE, "bf16, eager"),
     _train("ltx2.3-bf16", LTX_2, LTX_CLIP, "bf16, eager"),
+    _train("krea2-bf16-compiled", KREA_2, SQUARE, "bf16, compiled", *COMPILED),
+    _train("qwen-image-bf16-compiled", QWEN_IMAGE, SQUARE, "bf16, compiled", *COMPILED),
+    _train("ltx2.3-rival-bf16-compiled", LTX_2, RIVAL_LTX_CLIP, "bf16, compiled", *COMPILED),
+    _train("wan14b-rival-bf16-compiled", WAN_14B, RIVAL_CLIP, "bf16, compiled", *COMPILED),
+    _train("wan1.3b-rival-bf16-compiled", WAN_1_3B, RIVAL_CLIP, "bf16, compiled", *COMPILED),
+    _train("z-image-bf16-compiled", Z_IMAGE, SQUARE, "bf16, compiled", *COMPILED),
+    _train("z-image-512-bf16", Z_IMAGE, SD_SQUARE, "bf16, eager"),
+    _train("lumina-512-bf16", LUMINA, SD_SQUARE, "bf16, eager"),
     _train("z-image-bf16", Z_IMAGE, SQUARE, "bf16, eager"),
     _train("flux-int8", FLUX, SQUARE, "int8 (ConvRot), eager", *INT8, text_tokens=512),
     _train("flux-nf4", FLUX, SQUARE, "nf4, eager", *NF4, text_tokens=512),

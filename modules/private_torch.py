@@ -31,8 +31,8 @@ __all__ = [
     "has_triton_package",
     "int8_product",
     "lerp_each",
-    "multiply_each",
     "release_host_cache",
+    "scale_each",
     "scaled_product",
     "tree_leaves",
     "tree_map_only",
@@ -66,9 +66,9 @@ def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     torch._foreach_copy_(list(targets), list(sources))
 
 
-def multiply_each(values: Sequence[Tensor], factors: Sequence[float]) -> list[Tensor]:
-    """Return each tensor times its factor, with few kernels."""
-    return list(torch._foreach_mul(list(values), list(factors)))
+def scale_each(values: Sequence[Tensor], factors: Sequence[float]) -> None:
+    """Multiply each tensor by its factor in place, with few kernels."""
+    torch._foreach_mul_(list(values), list(factors))
 
 
 def lerp_each(values: list[Tensor], ends: Sequence[Tensor], share: float) -> None:

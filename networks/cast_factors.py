@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from modules.private_torch import copy_each, multiply_each
+from modules.private_torch import copy_each, scale_each
 from networks.lora_layer import LoraLayer
 
 
@@ -54,9 +54,10 @@ class _Cast(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scales = scales
         ctx.dtype = factors[0].dtype
-        downs, ups = factors[: len(scales)], factors[len(scales) :]
         copies = [torch.empty_like(factor, dtype=dtype) for factor in factors]
-        copy_each(copies, [*downs, *multiply_each(ups, scales)])
+        copy_each(copies, factors)
+        # in place: a product in float32 would be half of a LoRA more at the peak
+        scale_each(copies[len(scales) :], scales)
         return tuple(copies)
 
     @staticmethod
@@ -67,6 +68,6 @@ class _Cast(torch.autograd.Function):
         reached = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
         wide = [torch.empty_like(gradient, dtype=ctx.dtype) for gradient in reached.values()]
         copy_each(wide, list(reached.values()))
-        scaled = multiply_each(wide, [scales[index] for index in reached])
-        by_index = dict(zip(reached, scaled, strict=True))
+        scale_each(wide, [scales[index] for index in reached])
+        by_index = dict(zip(reached, wide, strict=True))
         return None, None, *(by_index.get(index) for index in range(len(gradients)))
