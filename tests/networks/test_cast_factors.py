@@ -176,3 +176,46 @@ def test_no_factor_is_cast_by_itself() -> None:
     assert own["aten::_to_copy"] - cast["aten::_to_copy"] == 4 + 2 + 4
     assert cast["aten::_foreach_copy_"] == 2
     assert own["aten::_foreach_copy_"] == 0
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).tanh()
+
+
+def test_compiled_blocks_share_one_compilation_in_all_steps() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    results = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        chain = nn.Sequential(Block(), Block(), Block()).requires_grad_(False)
+        layers = [LoraLayer(block.linear, RANK, 2.0) for block in chain]
+        for layer in layers:
+            nn.init.normal_(layer.lora_up.weight)
+            layer.attach()
+        cast_before_pass(chain, layers)
+        counter = CompileCounterWithBackend("aot_eager")
+        for block in chain:
+            forward = (
+                torch.compile(block.forward, backend=counter, fullgraph=True) if compiles else block.forward
+            )
+            block.forward = lambda x, forward=forward: checkpoint(forward, x, use_reentrant=False)
+        x = torch.linspace(-1, 1, 3 * WIDTH).view(1, 3, WIDTH).requires_grad_()
+        for _ in range(3):
+            for parameter in parameters_of(layers):
+                parameter.grad = None
+            with torch.autocast("cpu", torch.bfloat16):
+                out = chain(x)
+            out.float().square().sum().backward()
+        results.append([out, *(parameter.grad for parameter in parameters_of(layers))])
+        # one for all steps and blocks; the second one in autocast's dtype, which the first block's input is not
+        assert counter.frame_count == (2 if compiles else 0)
+
+    for own, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, own, rtol=0, atol=2**-6 * own.abs().max().item())
