@@ -34,9 +34,9 @@ def cast_factors(layers: Sequence[LoraLayer]) -> None:
     parameter = layers[0].lora_down.weight
     kind = parameter.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+    for layer in layers:
+        layer.cast_factors = None  # frees those of the last pass before there are others
     if dtype == parameter.dtype:
-        for layer in layers:
-            layer.cast_factors = None
         return
     scales = [layer.multiplier * layer.scale for layer in layers]
     downs = [layer.lora_down.weight for layer in layers]
