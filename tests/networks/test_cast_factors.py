@@ -214,7 +214,7 @@ def test_compiled_blocks_share_one_compilation_in_all_steps() -> None:
                 out = chain(x)
             out.float().square().sum().backward()
         results.append([out, *(parameter.grad for parameter in parameters_of(layers))])
-        # one for all steps and blocks; the second one in autocast's dtype, which the first block's input is not
+        # for all steps: the first block, whose input is in float32, and the others
         assert counter.frame_count == (2 if compiles else 0)
 
     for own, compiled in zip(*results, strict=True):
