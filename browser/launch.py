@@ -38,12 +38,26 @@ from package.reelsmith.commands import ScriptCommand, find_commands
 QUOTED = re.compile(r"""'[^']*'|"(?:\\"|[^"])*"|\\.""")
 CHANGE = re.compile(r"cd\s++(.+?)&&\s*+(.*)", re.DOTALL)  # the only use of `&&` that a line may have
 MARKS = re.compile(r"[;&|<>()`$*?\0]|(?<!\S)[~#]")
-# options of `accelerate launch` that a job may have, and how many words follow each
+# Options of `accelerate launch` that a job may have -> the shape of their values; None: it has no value. A job
+# runs on this machine alone: a rendezvous at another address sends pickled state, which torch unpickles, and a
+# file of settings can name such an address.
 LAUNCHER = {
-    **dict.fromkeys(("--quiet", "--multi_gpu", "--cpu", "--same_network"), 0),
-    **dict.fromkeys(("--num_processes", "--num_machines", "--machine_rank", "--gpu_ids"), 1),
-    **dict.fromkeys(("--main_process_ip", "--main_process_port", "--num_cpu_threads_per_process"), 1),
-    **dict.fromkeys(("--mixed_precision", "--config_file", "--max_restarts", "--rdzv_backend"), 1),
+    **dict.fromkeys(("--quiet", "--multi_gpu", "--cpu", "--same_network"), None),
+    **dict.fromkeys(("--num_processes", "--num_cpu_threads_per_process", "--max_restarts"), r"\d{1,4}"),
+    "--num_machines": "1",
+    "--machine_rank": "0",
+    "--main_process_port": r"\d{1,5}",
+    "--rdzv_backend": "static",
+    "--gpu_ids": r"all|\d{1,3}(,\d{1,3})*",
+    "--mixed_precision": "no|fp16|bf16|fp8",
+}
+_SHAPES = {  # in words
+    **dict.fromkeys((name for name, shape in LAUNCHER.items() if shape is None), "no value"),
+    "--num_machines": "1",
+    "--machine_rank": "0",
+    "--rdzv_backend": "static",
+    "--gpu_ids": "all, or numbers with commas between them",
+    "--mixed_precision": "no, fp16, bf16 or fp8",
 }
 # -P: none of its modules is taken from the folder in which it works, which may be somebody else's
 ACCELERATE = ["-P", "-m", "accelerate.commands.launch"]
@@ -130,17 +144,31 @@ def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
 
 
 def _count_launcher_words(words: Sequence[str]) -> int:
-    """Return how many words `accelerate launch` and its options take. Raises OptionError for unknown ones."""
+    """Return how many words `accelerate launch` and its options take.
+
+    Raises OptionError for options and values that reach beyond this machine, or that are unknown.
+    """
     place = 2
     while place < len(words) and words[place].startswith("-"):
-        name, mark, _ = words[place].partition("=")
+        name, mark, value = words[place].partition("=")
         if words[place] == "-m":
             break
         if name not in LAUNCHER:
             raise OptionError(
-                f"{name}: `accelerate launch` is given only {', '.join(LAUNCHER)} and a script here"
+                f"{shorten(name, 80)}: in a job `accelerate launch` takes only {', '.join(LAUNCHER)} and a "
+                "script, all on this machine. Start the command in a terminal if it needs more"
             )
-        place += 1 if mark else 1 + LAUNCHER[name]
+        place += 1
+        shape = LAUNCHER[name]
+        if shape is not None and not mark:
+            value = "".join(words[place : place + 1])
+            place += 1
+        if re.fullmatch(shape or "", value, re.ASCII) is None:
+            raise OptionError(
+                f"{name} {shorten(value, 80)}: a job runs on this machine alone, and {name} takes "
+                f"{_SHAPES.get(name, 'a whole number')} there. For several machines start the command in a "
+                "terminal"
+            )
     return place
 
 
