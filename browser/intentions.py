@@ -44,7 +44,8 @@ class Intention:
 def read_intentions(folder: Path) -> list[Intention]:
     """Return what the files of a described folder let a run do; what `new` does not write comes first.
 
-    Raises OSError if run.toml cannot be read, ValueError if it is no TOML.
+    What is beyond MOST_LINES is counted in a last line. Raises OSError if run.toml cannot be read, ValueError
+    if it is no TOML.
     """
     tables = parse_toml(read_content(folder / RUN_FILE).decode())
     found = [
@@ -55,7 +56,13 @@ def read_intentions(folder: Path) -> list[Intention]:
         *_list_starting(tables),
         *_list_commands(tables),
     ]
-    return sorted(found[:MOST_LINES], key=lambda intention: not intention.is_unusual)
+    found.sort(key=lambda intention: not intention.is_unusual)
+    hidden = found[MOST_LINES:]
+    if not hidden:
+        return found
+    num_unusual = sum(intention.is_unusual for intention in hidden)
+    text = f"and {len(hidden):,} more that are not listed, {num_unusual:,} of them unusual: read the files"
+    return [*found[:MOST_LINES], Intention(text, is_unusual=num_unusual > 0)]
 
 
 def read_shown(path: Path) -> str:

@@ -38,9 +38,9 @@ from package.reelsmith.commands import ScriptCommand, find_commands
 QUOTED = re.compile(r"""'[^']*'|"(?:\\"|[^"])*"|\\.""")
 CHANGE = re.compile(r"cd\s++(.+?)&&\s*+(.*)", re.DOTALL)  # the only use of `&&` that a line may have
 MARKS = re.compile(r"[;&|<>()`$*?\0]|(?<!\S)[~#]")
-# Options of `accelerate launch` that a job may have -> the shape of their values; None: it has no value. A job
-# runs on this machine alone: a rendezvous at another address sends pickled state, which torch unpickles, and a
-# file of settings can name such an address.
+# Options of `accelerate launch` that a job may have -> the shape of their values; None: it has no value.
+# A job runs on this machine alone: a rendezvous at another address sends pickled state, which torch
+# unpickles, and a file of settings can name such an address.
 LAUNCHER = {
     **dict.fromkeys(("--quiet", "--multi_gpu", "--cpu", "--same_network"), None),
     **dict.fromkeys(("--num_processes", "--num_cpu_threads_per_process", "--max_restarts"), r"\d{1,4}"),

@@ -160,7 +160,7 @@ def test_anything_else_is_refused_by_name(line: str, word: str, tmp_path: Path) 
 
 
 def test_only_accelerates_options_of_one_machine_are_taken(tmp_path: Path) -> None:
-    """Each of accelerate's options is tried, with values that it takes: an option that is new there is not."""
+    """Each of accelerate's options is tried, with a value that it takes."""
     options = [action for action in launch_command_parser()._actions if action.option_strings]
     taken = set()
     for action in options:
