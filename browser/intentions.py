@@ -16,8 +16,8 @@ from modules.text_files import parse_toml, read_content, real_path
 from project.options import RUN_FILE
 from training.config_options import OTHERS_TABLE, OUR_NETWORKS
 from training.end_options import ON_END
+from training.run_options import NEEDS_FOLDER
 
-LOCAL_TRACKERS = ("tensorboard", "aim")  # write files; the others send what they get
 # options that send something from this machine
 SENDING = {
     "huggingface_repo_id": "uploads the trained files to {}",
@@ -123,7 +123,7 @@ def _list_sending(tables: Mapping[str, Any]) -> Iterator[Intention]:
             yield Intention(words.format(values[option]), note=note, is_unusual=True)
     tracker = values.get("log_with")
     if tracker:
-        is_local = tracker in LOCAL_TRACKERS
+        is_local = tracker in NEEDS_FOLDER
         note = "" if is_local else "`run` refuses it unless --log_with is typed"
         yield Intention(f"gives its losses to {tracker}", note=note, is_unusual=not is_local)
 

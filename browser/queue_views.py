@@ -15,6 +15,7 @@ from starlette.routing import Route
 from browser import compare
 from browser.answers import Form, answer_form, answer_page, answer_unknown, read_query
 from browser.beginnings import Beginnings
+from browser.folders import find_folder
 from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue
 from browser.launch import check_options, command_part, split_folder, split_words
 from browser.runs import RUNNING, Glance, Runs, is_living
@@ -258,15 +259,20 @@ class QueuePages:
         line = "".join(form.get("line", ()))
         run_id = "".join(form.get("run", ()))
         try:
-            if not self.carry_out(what, "".join(form.get("id", ())), line, run_id):
+            number = "".join(form.get("id", ()))
+            if not self.carry_out(what, number, line, run_id, "".join(form.get("within", ()))):
                 return answer_unknown()
         except UserError as error:
             query = {"line": line, "run": run_id} if what == "add" else {}
             return self.answer(str(error), query)
         return RedirectResponse("/queue", 303)
 
-    def carry_out(self, what: str, number: str, line: str, run_id: str) -> bool:
-        """Change the queue; return whether `what` names a change. number: of a job. Raises UserError."""
+    def carry_out(self, what: str, number: str, line: str, run_id: str, within: str) -> bool:
+        """Change the queue; return whether `what` names a change.
+
+        number: of a job. within: described folder whose files the line is made of, empty for a typed line.
+        Raises UserError.
+        """
         if what == "work":
             self.queue.begin_work()
         elif what == "pause":
@@ -274,8 +280,11 @@ class QueuePages:
         elif what == "add":
             with self.runs.lock:
                 run = self.runs.find(run_id)
+            limits = find_folder(self.runs, within)
+            if within and limits is None:
+                raise OptionError(f"{within}: there is no such folder below those that are shown.")
             for words, folder in read_jobs(line, run):
-                self.queue.add(words, folder)
+                self.queue.add(words, folder, within=limits)
         elif not NUMBER.fullmatch(number):
             return False
         elif what == "edit":

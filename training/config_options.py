@@ -10,17 +10,29 @@ from typing import Any
 
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
+from modules.installation import FROM_QUEUE
 from modules.option_values import int_or_float, to_path
-from modules.options import IMPORTS, IMPORTS_CLASS, STARTS, Options, option
+from modules.options import (
+    APPENDS,
+    CONFIGURES,
+    IMPORTS,
+    IMPORTS_CLASS,
+    SENDS,
+    STARTS,
+    Options,
+    option,
+)
 from modules.parser import Parser
 from modules.paths import explain_missing, path_exists
 from modules.run_limits import is_limited, refuse_outside
 from modules.text_files import parse_toml, read_text
+from training.run_options import NEEDS_FOLDER
 
 logger = logging.getLogger(__name__)
 
 OTHERS_TABLE = "reelsmith"  # what run_project.py keeps in the file
 OUR_NETWORKS = "networks."  # modules of ours begin so
+LOG_SUFFIXES = (".log", ".txt")
 TYPING_MISTAKE = 0.9  # similarity of a mistyped name and the intended one; 1: equal
 
 
@@ -57,6 +69,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
                     f"written. Leave it out there, and type --{key} ... with the command"
                 )
             values[action.dest] = _convert(path, action, value)
+            _check_log(path, action, values[action.dest])
             if isinstance(parser, Parser) and f"--{key}" in action.option_strings:
                 parser.typed_flags.setdefault(action.dest, f"--{key}")
         else:
@@ -65,6 +78,35 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
                 raise OptionError(f"{path}: no option is called {key}. Did you mean {close[0]}?")
             logger.warning(f"{path}: {key} is ignored because no option has that name")
     return values
+
+
+def _check_log(path: Path, action: argparse.Action, value: Any) -> None:
+    """Raise OptionError if a file has lines appended to another file than a log: to a shell's, they run."""
+    is_appended = getattr(action, "reach", "") == APPENDS["reach"]
+    if is_appended and value is not None and Path(value).suffix.lower() not in LOG_SUFFIXES:
+        raise OptionError(
+            f"{path}: {action.dest} = {str(value)!r}: a file, which somebody else may have written, names "
+            f"only logs that end in {' or '.join(LOG_SUFFIXES)}. Rename it, or type --{action.dest} ... with the "
+            "command"
+        )
+
+
+def refuse_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str, Any], place: str) -> None:
+    """Raise OptionError for a value that sends something from this machine, if the command is a job of the
+    queue: the page shows its line, and not the file that the line names.
+
+    values: by destination, as the file `place` has them.
+    """
+    if not os.environ.get(FROM_QUEUE):
+        return
+    for action in parser._actions:
+        value = values.get(action.dest)
+        is_remote = action.dest == "log_with" and value not in NEEDS_FOLDER
+        if value and (is_remote or getattr(action, "reach", "") in (SENDS["reach"], CONFIGURES["reach"])):
+            raise OptionError(
+                f"{place}: {action.dest} = {value!r} would send data from this machine, which a job does "
+                f"only if its line says so. Leave it out there, or write --{action.dest} into the line of the job"
+            )
 
 
 def _actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

@@ -21,7 +21,12 @@ from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
 from networks.preference_options import NO_PREFERENCE, PreferenceOptions
 from networks.teacher_options import NO_PRIOR, NO_TEACHER, PriorOptions, TeacherOptions
 from training import learning_options, noise_options, run_options
-from training.config_options import ConfigOptions, check_imports, read_config_file
+from training.config_options import (
+    ConfigOptions,
+    check_imports,
+    read_config_file,
+    refuse_unseen_sending,
+)
 from training.end_options import EndOptions
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
 from training.skip_options import SkipOptions
@@ -422,9 +427,9 @@ def read_arguments(
         untyped = {
             action.dest for action in parser._actions if getattr(typed, action.dest, None) == action.default
         }
-        check_imports(
-            parser, {name: from_file[name] for name in untyped & from_file.keys()}, str(config_file)
-        )
+        of_file = {name: from_file[name] for name in untyped & from_file.keys()}
+        check_imports(parser, of_file, str(config_file))
+        refuse_unseen_sending(parser, of_file, str(config_file))
     has_steps = typed.max_train_steps is not None or "max_train_steps" in from_file
     if has_steps and args.max_train_epochs is not None:
         logger.warning(
