@@ -86,8 +86,8 @@ def _check_log(path: Path, action: argparse.Action, value: Any) -> None:
     if is_appended and value is not None and Path(value).suffix.lower() not in LOG_SUFFIXES:
         raise OptionError(
             f"{path}: {action.dest} = {str(value)!r}: a file, which somebody else may have written, names "
-            f"only logs that end in {' or '.join(LOG_SUFFIXES)}. Rename it, or type --{action.dest} ... with the "
-            "command"
+            f"only logs that end in {' or '.join(LOG_SUFFIXES)}. Rename it, or type --{action.dest} ... with "
+            "the command"
         )
 
 
@@ -105,7 +105,7 @@ def refuse_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str, 
         if value and (is_remote or getattr(action, "reach", "") in (SENDS["reach"], CONFIGURES["reach"])):
             raise OptionError(
                 f"{place}: {action.dest} = {value!r} would send data from this machine, which a job does "
-                f"only if its line says so. Leave it out there, or write --{action.dest} into the line of the job"
+                f"only if its line says so. Leave it out there, or write --{action.dest} into the line"
             )
 
 
