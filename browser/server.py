@@ -57,6 +57,10 @@ logger = logging.getLogger(__name__)
 
 COOKIE = "reelsmith"
 COOKIE_SECONDS = 60 * 60 * 24 * 30  # then the printed address is opened again
+TO_THE_LIST = (
+    '<!doctype html><title>Reelsmith</title><link rel="icon" href="data:,">'
+    '<meta http-equiv="refresh" content="0;url=/">'
+)
 NO_TOKEN = (
     "Open the address that the command has printed in its terminal. It ends in ?token= and a word that lets "
     "you in, which this browser then keeps."
@@ -173,7 +177,7 @@ class Gate:
         typed = request.query_params.get("token")
         if request.url.path == "/" and typed is not None and self._opens(request, typed):
             # not a redirect: the cookie would not be sent to where another site's link leads
-            page = HTMLResponse('<!doctype html><meta http-equiv="refresh" content="0;url=/">')
+            page = HTMLResponse(TO_THE_LIST)
             page.set_cookie(COOKIE, token, max_age=COOKIE_SECONDS, httponly=True, samesite="strict", path="/")
             return page
         try:
