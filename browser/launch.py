@@ -202,8 +202,11 @@ WITH_TORCH = ("train", "finetune", "cache", "generate")  # commands that load to
 CHECK_SECONDS = 20
 
 
-def check_options(words: Sequence[str], folder: Path) -> None:
-    """Raise OptionError, with the script's own message, if a command of ours refuses its options."""
+def check_options(words: Sequence[str], folder: Path, seconds: float = CHECK_SECONDS) -> None:
+    """Raise OptionError, with the script's own message, if a command of ours refuses its options.
+
+    seconds: that the script may take; if it takes longer, nothing is said.
+    """
     command, (python, *program) = find_program(words, folder)
     if command.words[0] == "run":
         _check_folder_of_run(program, folder)
@@ -221,7 +224,7 @@ def check_options(words: Sequence[str], folder: Path) -> None:
             capture_output=True,
             encoding="utf-8",
             errors="replace",
-            timeout=CHECK_SECONDS,
+            timeout=min(seconds, CHECK_SECONDS),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         logger.debug("%s", words, exc_info=error)  # it may run for all that is known

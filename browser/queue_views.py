@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from browser.answers import Form, answer_form, answer_page, answer_unknown, read
 from browser.beginnings import Beginnings
 from browser.folders import find_folder
 from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue
-from browser.launch import check_options, command_part, split_folder, split_words
+from browser.launch import check_options, command_part, find_program, split_folder, split_words
 from browser.runs import RUNNING, Glance, Runs, is_living
 from browser.typed import typed_anywhere
 from browser.views import HERE, PLAYED, POLICY, FileNotes
@@ -31,6 +32,8 @@ from modules.pages.page import render_page
 EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + as_typed(["python", "wan_train_network.py"])]
 SHORT_SECONDS = 60  # the output of a job that ran no longer is shown without a click
 NUMBER = re.compile(r"[0-9]{1,15}")  # of a job
+MOST_ADDED = 40  # jobs, at once
+CHECK_SECONDS = 30.0  # for the options of all of them
 
 
 def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]:
@@ -165,18 +168,29 @@ def read_jobs(text: str, run: Glance | None) -> list[tuple[list[str], Path]]:
 
     run: the run that the commands are from, if any. Raises UserError.
     """
-    entries = ENTRY.findall(text.replace("\r\n", "\n"))
+    entries = map(str.strip, ENTRY.findall(text.replace("\r\n", "\n")))
+    lines = [line for line in entries if line and not line.startswith("#")]
+    if len(lines) > MOST_ADDED:
+        raise OptionError(
+            f"{len(lines):,} jobs are more than the {MOST_ADDED} that are taken at once, as each is checked "
+            f"by its script. Add them in parts, or write them into {QUEUE}"
+        )
     jobs = []
-    for line in map(str.strip, entries):
-        if line and not line.startswith("#"):
-            words = split_words(command_part(line))
-            base = Path.cwd()
-            if run is not None:
-                base = compare.working_folder(run, compare.group_options(words))
-            _, folder = split_folder(line, base)
-            jobs.append((words, folder))
+    for line in lines:
+        words = split_words(command_part(line))
+        base = Path.cwd()
+        if run is not None:
+            base = compare.working_folder(run, compare.group_options(words))
+        _, folder = split_folder(line, base)
+        jobs.append((words, folder))
+    for words, folder in jobs:  # all of them, before a script takes a second for the first
+        find_program(words, folder)
+    end = time.monotonic() + CHECK_SECONDS
     for words, folder in jobs:
-        check_options(words, folder)
+        seconds = end - time.monotonic()
+        if seconds <= 0:  # scripts check the options of the others when these begin
+            break
+        check_options(words, folder, seconds)
     return jobs
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from browser.errands import Errands, errand_name
 from browser.jobs import WAITING, open_queue
 from browser.launch import check_options
+from browser.queue_views import read_jobs
 from browser.runs import RUNNING, Runs
 from modules.errors import OptionError
 from modules.run_limits import FOLDERS
@@ -246,3 +247,51 @@ def test_a_job_takes_no_settings_of_trackers_from_a_file(folder: Path) -> None:
     line += ["--network_module", "networks.lora_wan", "--output_dir", "output", "--output_name", "x"]
     with pytest.raises(OptionError, match="a job takes no settings of other libraries from a file"):
         check_options(line, folder)
+
+
+def test_many_jobs_at_once_are_refused_before_a_script_is_started(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(*_: object) -> None:
+        pytest.fail("a script was started")
+
+    monkeypatch.setattr("browser.queue_views.check_options", check)
+    lines = "\n# a comment\n\npython wan_train_network.py --seed 1" * 900
+    assert "900 jobs are more than the 40" in press(served, "/queue/add", line=lines).text
+    lines = "\npython wan_train_network.py --seed 1" * 30 + "\npython evil.py"
+    assert "is no command of this program" in press(served, "/queue/add", line=lines).text
+
+
+def test_checking_many_jobs_takes_no_more_time_than_all_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    now = [0.0]
+
+    def check(words: object, folder: object, seconds: float) -> None:
+        given.append(seconds)
+        now[0] += 11.0
+
+    monkeypatch.setattr("browser.queue_views.check_options", check)
+    monkeypatch.setattr("browser.queue_views.time.monotonic", lambda: now[0])
+    lines = "\npython wan_train_network.py --seed 1" * 20
+    read_jobs(lines, None)
+    assert given == [30.0, 19.0, 8.0]
+
+
+@pytest.mark.parametrize("text", ["~nobody9/x", "~nobody9", "x" * 5000, "~\0"])
+def test_a_path_of_nobody_is_a_sentence_on_the_page(text: str, served: Served, root: Path) -> None:
+    answer = press(served, "/new/file?option=ae", file_ae=text)
+    assert answer.status == 200
+    assert "Traceback" not in answer.text
+    if text.startswith("~nobody"):
+        assert "here is no such user. Write the path out" in answer.text
+    fields = {"folder": "theirs", "family": "flux", "task": "dev", "file_ae": text, "trigger_word": "ohwx"}
+    for address in ("/new/describe", "/new/progress", "/new/start", "/queue/add"):
+        assert press(served, address, **fields, line=f"cd {text} && reelsmith run x").status < 500
+    assert served.ask(f"/new?{urlencode({'folder': text})}").status == 200
+
+
+def test_new_says_that_there_is_no_such_user(folder: Path) -> None:
+    words = ["new", str(folder), "--family", "flux", "--task", "dev", "--trigger_word", "x", "--overwrite"]
+    done = run_script("reelsmith.py", *words, "--model_file", "ae=~nobody9/x", check=False)
+    assert "--model_file ae=~nobody9/x: there is no such user. Write the path out" in done.stderr
+    assert "Traceback" not in done.stderr
