@@ -24,7 +24,7 @@ async def write_arriving(chunks: AsyncIterator[bytes], path: Path, name: str, mo
             received += len(chunk)
             if received > most_bytes:
                 raise OptionError(
-                    f"{name} has more than {most_bytes:,} bytes, as many as were announced or are taken at most"
+                    f"{name} has more than {most_bytes:,} bytes, as many as were announced or are taken"
                 )
             await run_in_threadpool(file.write, chunk)
     if not received:
