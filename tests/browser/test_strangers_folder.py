@@ -19,7 +19,7 @@ from modules.errors import OptionError
 from modules.run_limits import FOLDERS
 from tests.browser.described_folders import describe
 from tests.browser.serving import Answer, Served, serve_runs
-from tests.commands import run_script
+from tests.commands import ROOT, run_python, run_script
 
 MINE = "# of the user\n"
 SECONDS = 60.0
@@ -295,3 +295,19 @@ def test_new_says_that_there_is_no_such_user(folder: Path) -> None:
     done = run_script("reelsmith.py", *words, "--model_file", "ae=~nobody9/x", check=False)
     assert "--model_file ae=~nobody9/x: there is no such user. Write the path out" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_style_of_the_working_folder_draws_no_picture(folder: Path) -> None:
+    """Matplotlib reads the file of this name; with usetex it starts LaTeX with words of the file."""
+    code = (
+        "import torch, sys; from training.previews import draw_statistics; "
+        "data = draw_statistics({'': torch.ones(1000)}, torch.ones(1000)); "
+        "sys.stdout.write(str(hash(data)) if len(data) > 999 else 'none')"
+    )
+    variables = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
+    usual = run_python("-c", code, folder=folder, environment=variables).stdout
+    style = "text.usetex: True\ntext.latex.preamble: \\input{evil}\naxes.facecolor: red\n"
+    (folder / "matplotlibrc").write_text(style, encoding="utf-8")
+
+    assert run_python("-c", code, folder=folder, environment=variables).stdout == usual
+    assert usual.lstrip("-").isdecimal()
