@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from browser.described import DATASET_FILE, TRAINING_TABLE, DescribedFolder, read_described
+from browser.described import DATASET_FILE, TRAINING_TABLE, DescribedFolder, read_described, refuse_share
 from browser.errands import Errands, errand_name
 from browser.jobs import QUEUE, WAITING, Job, JobQueue, as_line
 from browser.names import short_digest
@@ -176,6 +176,8 @@ def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Plan
     download = [str(word) for word in commands[0]]
     typed = dict(zip(download, download[1:], strict=False))
     prompts = values.get("sample_prompts")
+    for text in (str(values["output_dir"]), str(prompts or "")):
+        refuse_share(text, folder)
     return Plan(
         folder=folder,
         history=history_path(real_path(expand_path(str(values["output_dir"]), folder)), name),

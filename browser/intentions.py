@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from browser.described import DATASET_FILE, TRAINING_TABLE
+from browser.described import DATASET_FILE, TRAINING_TABLE, refuse_share
 from modules.command import as_typed
 from modules.paths import expand_path
 from modules.run_limits import ALLOWED_BY, ANY
@@ -79,6 +79,7 @@ def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _describe_place(folder: Path, option: str, text: str) -> Intention:
     try:
+        refuse_share(text, folder)
         place = real_path(expand_path(text, folder))
     except ValueError as error:
         return Intention(f"--{option} {text}: {error}", is_unusual=True)

@@ -8,7 +8,7 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from html.parser import HTMLParser
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -100,7 +100,9 @@ def list_routes(served: Served, method: str) -> list[Route]:
     gate = make_app(served.runs, read_only=True)  # read only: it starts nothing
     assert isinstance(gate, Gate)
     assert isinstance(gate.app, Starlette)
-    return [route for route in gate.app.routes if isinstance(route, Route) and method in route.methods]
+    return [
+        route for route in gate.app.routes if isinstance(route, Route) and method in (route.methods or ())
+    ]
 
 
 def fill_route(path: str, values: Mapping[str, str], otherwise: str) -> str:
@@ -549,7 +551,7 @@ def test_the_documentation_says_of_each_address_what_it_may_do(root: Path) -> No
     assert all(len(row) == 4 and all(cell.strip() for cell in row) for row in cells)
 
 
-BUTTONS = {  # of pages that look a word up
+BUTTONS: dict[str, Callable[[Site], Collection[str]]] = {  # of pages that look a word up
     "POST /results/{id}/{what}": lambda site: ResultPages(site).changes,
     "POST /run/{id}/do/{what}": lambda site: {**RunButtons(site).actions, "remove": None},
     "POST /queue/{what}": lambda site: QueuePages(site.runs, site.queue, site.beginnings).changes,
