@@ -10,14 +10,11 @@ from typing import Any
 
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
-from modules.installation import FROM_QUEUE
 from modules.option_values import int_or_float, to_path
 from modules.options import (
     APPENDS,
-    CONFIGURES,
     IMPORTS,
     IMPORTS_CLASS,
-    SENDS,
     STARTS,
     Options,
     option,
@@ -26,7 +23,6 @@ from modules.parser import Parser
 from modules.paths import explain_missing, path_exists
 from modules.run_limits import is_limited, refuse_outside
 from modules.text_files import parse_toml, read_text
-from training.run_options import NEEDS_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -89,24 +85,6 @@ def _check_log(path: Path, action: argparse.Action, value: Any) -> None:
             f"only logs that end in {' or '.join(LOG_SUFFIXES)}. Rename it, or type --{action.dest} ... with "
             "the command"
         )
-
-
-def refuse_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str, Any], place: str) -> None:
-    """Raise OptionError for a value that sends something from this machine, if the command is a job of the
-    queue: the page shows its line, and not the file that the line names.
-
-    values: by destination, as the file `place` has them.
-    """
-    if not os.environ.get(FROM_QUEUE):
-        return
-    for action in parser._actions:
-        value = values.get(action.dest)
-        is_remote = action.dest == "log_with" and value not in NEEDS_FOLDER
-        if value and (is_remote or getattr(action, "reach", "") in (SENDS["reach"], CONFIGURES["reach"])):
-            raise OptionError(
-                f"{place}: {action.dest} = {value!r} would send data from this machine, which a job does "
-                f"only if its line says so. Leave it out there, or write --{action.dest} into the line"
-            )
 
 
 def _actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
