@@ -127,7 +127,7 @@ def describe_pictures(folder: Path) -> None:
 @contextlib.contextmanager
 def browser(folder: Path) -> Iterator[tuple[psutil.Popen, str]]:
     """Yield the browser's process and its address."""
-    words = [sys.executable, str(ROOT / "tools" / "run_browser.py"), str(folder)]
+    words = [sys.executable, str(ROOT / "tools" / "run_browser.py"), str(folder), "--no_token"]
     with ended(psutil.Popen(words, stdout=subprocess.PIPE, text=True)) as server:
         yield server, server.stdout.readline().strip()
 

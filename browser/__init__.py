@@ -51,6 +51,7 @@ settings_page: page of settings: folders, server, queue, bin
 settings_table: run.toml as a table of all its options
 site: what all pages of one server share
 start: serve pages or export one; show the address
+tokens: the secret word of the page, and who opens it
 typed: a command as it can be typed in any folder
 uploads: take dropped files, judged by their content
 views: pages, curves and files of one run

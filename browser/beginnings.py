@@ -5,16 +5,15 @@ training will write, so that one address leads to it from the draft to the finis
 """
 
 import contextlib
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from browser.described import DATASET_FILE, TRAINING_TABLE, DescribedFolder, read_described
+from browser.described import DATASET_FILE, TRAINING_TABLE, DescribedFolder, read_described, refuse_share
 from browser.errands import Errands, errand_name
-from browser.jobs import ENDED, QUEUE, WAITING, Job, JobQueue, as_line
+from browser.jobs import QUEUE, WAITING, Job, JobQueue, as_line
 from browser.names import short_digest
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance, Runs
 from contract.families import with_scripts
@@ -26,6 +25,7 @@ from modules.file_locks import only_one
 from modules.output_files import check_output_name
 from modules.paths import expand_path
 from modules.text_files import parse_toml, read_content, real_path
+from project.known import recall_folder, remember_folder
 from project.options import MODELS, RUN_FILE
 from training.config_options import OTHERS_TABLE
 from training.reports.history import BEFORE_TRAINING, history_path
@@ -105,7 +105,6 @@ class Plan:
     model: str = ""
     steps: int = 0
     prompts: Path | None = None  # of the samples
-    models: Path | None = None  # folder that its download fills
     problem: str = ""  # why run.toml cannot be read
 
     @property
@@ -177,6 +176,8 @@ def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Plan
     download = [str(word) for word in commands[0]]
     typed = dict(zip(download, download[1:], strict=False))
     prompts = values.get("sample_prompts")
+    for text in (str(values["output_dir"]), str(prompts or "")):
+        refuse_share(text, folder)
     return Plan(
         folder=folder,
         history=history_path(real_path(expand_path(str(values["output_dir"]), folder)), name),
@@ -184,7 +185,6 @@ def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Plan
         model=_family_of(map(str, commands[-1])) or typed.get("--family", ""),
         steps=0 if "max_train_epochs" in values else int(values.get("max_train_steps", 0)),
         prompts=None if prompts is None else expand_path(str(prompts), folder),
-        models=Path(typed["--to"]) if "--to" in typed else None,
     )
 
 
@@ -370,23 +370,18 @@ class Beginnings:
     # ---- starting
 
     def is_known(self, plan: Plan) -> bool:
-        """Return whether this machine has described or run a folder; else it may be somebody else's."""
-        errand = self.errands.find(errand_name(DESCRIBE, plan.folder))
-        if errand is not None and errand.state in ENDED and errand.code == 0:
-            return True
-        if self.find_job(plan.folder) is not None:
-            return True
-        with self.runs.lock:
-            for run in self.runs.list_all():
-                if run.history in (plan.history, plan.trace) and run.is_of_here:
-                    return True
-        return _is_written_here(plan)
+        """Return whether the user has described or read a folder here; else it may be somebody else's.
+
+        Nothing below the roots counts, neither its histories nor the queue: that may all be from elsewhere.
+        """
+        return recall_folder(plan.folder) is not None
 
     def start(self, folder: Path, words: Sequence[str], is_read: bool = False) -> None:
         """Put a run of a described folder into the queue; start the queue unless other jobs wait in it.
 
-        is_read: somebody has looked at its run.toml. Raises OptionError if the run is under way, or if its
-        run.toml comes from elsewhere and was not read; OutputError if the queue cannot be written.
+        is_read: somebody has looked at its run.toml; this is remembered. Raises OptionError if the run is
+        under way, or if its run.toml comes from elsewhere and was not read; OutputError if the queue cannot
+        be written.
         """
         with self._only_one_starts():
             self._start(real_path(folder), words, is_read)
@@ -428,6 +423,8 @@ class Beginnings:
             shown = self.find(plan.id)  # a job whose training has ended is about to end
             if shown is not None and shown.state.is_active and shown.state.errand is None:
                 raise OptionError(f"It runs already: it is {shown.state.text}.")
+        if is_read and recall_folder(folder) is None:
+            remember_folder(folder)
         self.queue.add_and_begin(words, Path.cwd())
 
 
@@ -437,7 +434,8 @@ def run_words(described: DescribedFolder, models: Path) -> list[str]:
     paths = [described.folder / path for path in described.model_files.values()]
     if not all(path.exists() for path in paths):
         words.append("--download")
-        target = find_models_folder(described.folder)
+        known = recall_folder(described.folder)
+        target = None if known is None else known.models  # no path of run.toml is typed
         if target is not None and target != real_path(models):
             words += ["--models", str(target)]
         elif models != MODELS:
@@ -448,15 +446,6 @@ def run_words(described: DescribedFolder, models: Path) -> list[str]:
 def check_words(folder: Path) -> list[str]:
     """Return the command that checks a described folder."""
     return ["reelsmith", "run", str(folder), "--check"]
-
-
-def find_models_folder(folder: Path) -> Path | None:
-    """Return the folder that a described folder's download fills; None if it is not of this machine."""
-    with contextlib.suppress(OSError):
-        plan = read_plan(folder / RUN_FILE, changed=0)
-        if plan is not None and _is_written_here(plan):
-            return plan.models
-    return None
 
 
 def words_of_plan(plan: Plan, models: Path) -> list[str]:
@@ -631,18 +620,6 @@ def _is_full(folder: Path) -> bool:
     with contextlib.suppress(OSError):
         return free_bytes(folder) < SPARE_BYTES
     return False
-
-
-def _is_written_here(plan: Plan) -> bool:
-    """Return whether a run.toml looks like one of this machine: its user's, with a folder that is here."""
-    try:
-        is_own = not hasattr(os, "getuid") or (plan.folder / RUN_FILE).stat().st_uid == os.getuid()
-        if not is_own or plan.models is None or not plan.models.is_absolute():
-            return False
-        parent = plan.models.parent
-        return parent.is_dir() and parent != Path(parent.anchor)  # each machine has that one
-    except (OSError, ValueError):
-        return False
 
 
 def mark_state(shown: ShownRun) -> str:

@@ -2,7 +2,6 @@
 
 import io
 import shlex
-import shutil
 import tempfile
 import threading
 import time
@@ -100,6 +99,9 @@ def _is_outdated(file: File) -> bool:
     return not states or any(state != "valid" for state in states)
 
 
+MOST_COPIED = 1 << 28  # bytes of a file in a tar or a table of which a small picture is made
+
+
 class Thumbnails:
     """Make small pictures of the first frames of files, and cache the newest ones."""
 
@@ -134,9 +136,11 @@ class Thumbnails:
             raise MediaError(f"{path} is in a table")
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             copy = Path(folder) / f"copy{path.suffix}"
+            if part["bytes"] > MOST_COPIED:
+                raise MediaError(f"{path} has more than {MOST_COPIED >> 20} MiB")
             with Path(part["in"]).open("rb") as file, copy.open("wb") as target:
                 file.seek(part["offset"])
-                shutil.copyfileobj(io.BytesIO(file.read(part["bytes"])), target)
+                target.write(file.read(part["bytes"]))
             return first_frame(copy)
 
 

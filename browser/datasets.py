@@ -23,6 +23,7 @@ from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import program_environment, program_words
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from modules.paths import is_on_foreign_share
 from modules.text_files import parse_json, parse_toml, read_text, real_path
 
 SETTLED_SECONDS = 2.0  # files are measured again once unchanged for so long: caching writes many
@@ -87,6 +88,8 @@ def find_places(config: Path, folder: Path) -> list[Path]:
         path = folder / begin
         if begin != text:
             path = path.parent
+        if is_on_foreign_share(path, folder):
+            continue
         with contextlib.suppress(OSError, ValueError):
             if path.exists():
                 places.append(path)

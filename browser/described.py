@@ -20,6 +20,7 @@ from browser.captions import BOM, mark_bytes
 from browser.names import short_digest
 from modules.atomic_write import write_bytes
 from modules.file_locks import only_one
+from modules.paths import is_on_foreign_share
 from modules.text_files import parse_toml, read_content, real_path
 from project.options import RUN_FILE, find_models
 from training.config_options import OTHERS_TABLE
@@ -97,6 +98,9 @@ def read_described(folder: Path) -> DescribedFolder:
         download = [str(word) for word in project["commands"][0]]
         family = download[download.index("--family") + 1]
         task = download[download.index("--task") + 1]
+        files = [str(file) for file in project["files"]]
+        for file in files:
+            refuse_share(file, folder)
         steps = values.get("max_train_steps")
         return DescribedFolder(
             folder=folder,
@@ -105,12 +109,18 @@ def read_described(folder: Path) -> DescribedFolder:
             name=str(values["output_name"]),
             steps=None if steps is None or "max_train_epochs" in values else int(steps),
             trigger=_read_trigger(folder),
-            model_files=_name_model_files(family, task, [str(file) for file in project["files"]]),
+            model_files=_name_model_files(family, task, files),
             values=values,
             mark=mark,
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / RUN_FILE} is not as `new` writes it: {error}") from None
+
+
+def refuse_share(text: str, folder: Path) -> None:
+    """Raise ValueError for a path in a file of a folder that leads to a share of another machine."""
+    if is_on_foreign_share(folder / text, folder):
+        raise ValueError(f"{text} is on another machine, which pages do not look at")
 
 
 def _read_trigger(folder: Path) -> str:

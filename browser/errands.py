@@ -21,6 +21,7 @@ from modules.atomic_write import append_text, check_space, explain_errors, write
 from modules.errors import OptionError, OutputError
 from modules.file_locks import only_one
 from modules.installation import PROGRESS
+from modules.run_limits import limit_variables
 from modules.text_files import parse_json, read_text, real_path
 from training.reports.history import describe_process
 
@@ -57,8 +58,11 @@ class Errands:
         self.read_only = queue.read_only
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str, words: Sequence[str], folder: Path) -> None:
+    def start(self, name: str, words: Sequence[str], folder: Path, *, within: Path | None = None) -> None:
         """Start a command of ours, in place of what the errand of this name was before.
+
+        folder: the working folder. within: a described folder, which may be somebody else's: the command has
+        the limits of its `run`. None for commands that are made of no words of a folder's files.
 
         Raises OptionError if it is no command of ours or the errand is still running, OutputError if its
         files cannot be written.
@@ -79,7 +83,8 @@ class Errands:
                 progress = log.with_suffix(".progress")  # of loops, for pages that show it
                 for path in (log, log.with_suffix(".code"), progress):
                     path.unlink(missing_ok=True)
-                child = launch.prepare_process(log, **{PROGRESS: str(progress)})
+                variables = {PROGRESS: str(progress)} if within is None else limit_variables([within])
+                child = launch.prepare_process(log, **variables)
                 self._children[name] = child
                 record = {
                     "line": as_line(words),

@@ -286,7 +286,7 @@ class FolderSettingsPages:
             words = self.chosen_words(folder)
             errand = self.site.errands.find(errand_name(CHOSEN, folder))
             if errand is None or errand.words != words or errand.state != RUNNING:
-                self.site.errands.start(errand_name(CHOSEN, folder), words, Path.cwd())
+                self.site.errands.start(errand_name(CHOSEN, folder), words, Path.cwd(), within=folder)
         except (OSError, ValueError, UserError) as error:
             return self.answer(folder, is_refused=True, chosen_problem=str(error))
         return self.answer(folder)

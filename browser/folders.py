@@ -10,6 +10,7 @@ from pathlib import Path
 
 from browser.bin_folder import FOLDER as BIN
 from browser.described import is_described
+from browser.names import fold_name
 from browser.runs import Runs
 from modules.console import count_of
 from modules.media.opening import SOUND_SUFFIXES
@@ -25,8 +26,10 @@ CHECK_PAGE = "check.html"  # that `run --check` writes into a described folder
 OF_TRAINERS = re.compile(r"[1-9]\d{0,2}_.*\S.*")
 INSIDE = "img"  # folder of such folders, in that of a project
 PARTS = re.compile(rf"{INSIDE}|regs?|regulari[sz]ation([-_ ]?images?)?", re.IGNORECASE)  # of a project
-# folders that programs of ours write
-NOT_MEDIA = re.compile(rf"\..*|{SAMPLES}|output|cache|generated|compare|reelsmith-queue|{BIN}|.*-state")
+# folders that programs of ours write, as `fold_name` returns their names
+NOT_MEDIA = re.compile(
+    rf"\..*|{SAMPLES}|output|cache|generated|compare|reelsmith-queue|{BIN}|.*-state", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
     with contextlib.suppress(OSError):
         inner = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
         for name in inner:
-            if not NOT_MEDIA.fullmatch(name):
+            if not is_written(name):
                 yield from _walk(folder / name, depth - 1)
 
 
@@ -175,4 +178,9 @@ def find_folder(runs: Runs, text: str) -> Path | None:
 def is_closed(runs: Runs, folder: Path) -> bool:
     """Return whether a folder below the roots, or one around it, is one that programs of ours write."""
     parts = folder.relative_to(real_path(runs.find_top(folder))).parts
-    return any(NOT_MEDIA.fullmatch(part) for part in parts)
+    return any(is_written(part) for part in parts)
+
+
+def is_written(name: str) -> bool:
+    """Return whether a folder of this name is one that programs of ours write, in whatever capitals."""
+    return NOT_MEDIA.fullmatch(fold_name(name)) is not None

@@ -7,7 +7,7 @@ import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from browser.receiving import write_arriving
+from browser.receiving import DECODING, write_arriving
 from modules.atomic_write import check_space, explain_errors, remove_leftovers, temporary_name
 from modules.errors import MediaError, OptionError
 from modules.media.opening import open_image, open_video
@@ -81,9 +81,10 @@ def plain_stem(name: str) -> str:
 def find_suffix(path: Path) -> str:
     """Return the suffix that fits what a file holds. Raises OptionError if models here cannot read it."""
     with contextlib.suppress(MediaError):
-        with open_image(path) as image:
-            image.load()
+        with DECODING, open_image(path) as image:
             kind = image.format or ""
+            if kind in SUFFIXES:
+                image.load()
         if kind in SUFFIXES:
             return SUFFIXES[kind]
         raise OptionError(f"It is a {kind} picture: give it as PNG, JPEG or WebP")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from browser.described import DATASET_FILE, TRAINING_TABLE
+from browser.described import DATASET_FILE, TRAINING_TABLE, refuse_share
 from modules.command import as_typed
 from modules.paths import expand_path
 from modules.run_limits import ALLOWED_BY, ANY
@@ -16,8 +16,8 @@ from modules.text_files import parse_toml, read_content, real_path
 from project.options import RUN_FILE
 from training.config_options import OTHERS_TABLE, OUR_NETWORKS
 from training.end_options import ON_END
+from training.run_options import NEEDS_FOLDER
 
-LOCAL_TRACKERS = ("tensorboard", "aim")  # write files; the others send what they get
 # options that send something from this machine
 SENDING = {
     "huggingface_repo_id": "uploads the trained files to {}",
@@ -44,7 +44,8 @@ class Intention:
 def read_intentions(folder: Path) -> list[Intention]:
     """Return what the files of a described folder let a run do; what `new` does not write comes first.
 
-    Raises OSError if run.toml cannot be read, ValueError if it is no TOML.
+    What is beyond MOST_LINES is counted in a last line. Raises OSError if run.toml cannot be read, ValueError
+    if it is no TOML.
     """
     tables = parse_toml(read_content(folder / RUN_FILE).decode())
     found = [
@@ -55,7 +56,13 @@ def read_intentions(folder: Path) -> list[Intention]:
         *_list_starting(tables),
         *_list_commands(tables),
     ]
-    return sorted(found[:MOST_LINES], key=lambda intention: not intention.is_unusual)
+    found.sort(key=lambda intention: not intention.is_unusual)
+    hidden = found[MOST_LINES:]
+    if not hidden:
+        return found
+    num_unusual = sum(intention.is_unusual for intention in hidden)
+    text = f"and {len(hidden):,} more that are not listed, {num_unusual:,} of them unusual: read the files"
+    return [*found[:MOST_LINES], Intention(text, is_unusual=num_unusual > 0)]
 
 
 def read_shown(path: Path) -> str:
@@ -72,6 +79,7 @@ def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _describe_place(folder: Path, option: str, text: str) -> Intention:
     try:
+        refuse_share(text, folder)
         place = real_path(expand_path(text, folder))
     except ValueError as error:
         return Intention(f"--{option} {text}: {error}", is_unusual=True)
@@ -116,7 +124,7 @@ def _list_sending(tables: Mapping[str, Any]) -> Iterator[Intention]:
             yield Intention(words.format(values[option]), note=note, is_unusual=True)
     tracker = values.get("log_with")
     if tracker:
-        is_local = tracker in LOCAL_TRACKERS
+        is_local = tracker in NEEDS_FOLDER
         note = "" if is_local else "`run` refuses it unless --log_with is typed"
         yield Intention(f"gives its losses to {tracker}", note=note, is_unusual=not is_local)
 

@@ -21,6 +21,7 @@ from modules.atomic_write import append_text, explain_errors, write_text
 from modules.control_codes import escape_control_codes, shorten_lines
 from modules.errors import OptionError, OutputError, UserError
 from modules.file_locks import only_one
+from modules.run_limits import limit_variables
 from modules.text_files import parse_json, read_text, real_path
 from training.reports.history import describe_process
 
@@ -49,8 +50,9 @@ KINDS: dict[str, Any] = {
     "process": dict | None,
     "worker": dict | None,
     "stops": int,
+    "within": str,
 }
-STORED = ("id", "line", "folder", "process", "stops")  # in STATE
+STORED = ("id", "line", "folder", "process", "stops", "within")  # in STATE
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Job:
     log: Path
     process: dict[str, Any] | None = None  # that waits for the job; None: not started
     stops: int = 0  # how often it was told to stop
+    within: str = ""  # described folder whose limits it has, as one of its buttons wrote it; empty: no limits
     place: int = -1  # index among the entries of the text file; -1: its line has been removed
     code: int | None = field(init=False)
     state: str = field(init=False)  # WAITING, or as the state of a run
@@ -96,6 +99,13 @@ class Job:
         with contextlib.suppress(OSError, ValueError):
             return int(read_text(self.code_path, MOST_OF_CODE))
         return None
+
+    def as_row(self) -> dict[str, Any]:
+        """Return what is kept of the job."""
+        row = {name: getattr(self, name) for name in STORED}
+        if not self.within:
+            del row["within"]
+        return row
 
     @property
     def code_path(self) -> Path:
@@ -158,7 +168,7 @@ class _Book:
     worker: dict[str, Any] | None  # process that runs the jobs
 
     def as_text(self) -> str:
-        rows = [{name: getattr(job, name) for name in STORED} for job in self.jobs]
+        rows = [job.as_row() for job in self.jobs]
         return json.dumps({"last": self.last, "worker": self.worker, "jobs": rows}, indent=1)
 
     def find(self, number: int, *states: str) -> Job:
@@ -214,23 +224,25 @@ class JobQueue:
         worker = self._read_book().worker
         return "elsewhere" if worker is not None and is_living(worker) is not False else ""
 
-    def add(self, words: Sequence[str], folder: Path) -> int:
-        """Append a command of ours and return the number of its job. folder: working folder of the command.
+    def add(self, words: Sequence[str], folder: Path, *, within: Path | None = None) -> int:
+        """Append a command of ours and return the number of its job.
 
-        Raises OptionError if it is no command of ours, OutputError if the queue cannot be written.
+        folder: working folder of the command. within: as that of `Errands.start`. Raises OptionError if it is
+        no command of ours, OutputError if the queue cannot be written.
         """
         launch.find_program(words, folder)
         line = as_line(words)
         with self._change() as book:
             job = self._new_job(book, line, folder)
+            job.within = "" if within is None else str(real_path(within))
             book.jobs.append(job)
             book.entries.append(f"{line}\n")
         return job.id
 
-    def add_and_begin(self, words: Sequence[str], folder: Path) -> int:
+    def add_and_begin(self, words: Sequence[str], folder: Path, *, within: Path | None = None) -> int:
         """Append a command as `add` does, and run the jobs unless the queue is paused with others in it."""
         others_wait = any(job.state == WAITING for job in self.jobs())
-        number = self.add(words, folder)
+        number = self.add(words, folder, within=within)
         if self.worker == "" and not others_wait:
             self.begin_work()
         return number
@@ -295,6 +307,7 @@ class JobQueue:
             launch.check_options(words, folder)
             book.wait_again(job, as_line(words))
             job.folder = str(real_path(folder))
+            job.within = ""  # somebody has typed it
 
     def begin_work(self) -> None:
         """Run the jobs one after another, in a thread. Raises OutputError if another process does."""
@@ -353,7 +366,8 @@ class JobQueue:
                 write_text(job.code_path, str(error.exit_code))
                 job.process = {}
                 return
-            self._child = launch.prepare_process(job.log)
+            limits = limit_variables([Path(job.within)]) if job.within else {}
+            self._child = launch.prepare_process(job.log, **limits)
             job.process = describe_process(self._child.pid)
         # only now, as its number is on disk: if this process is killed before, the job does not begin
         launch.send_job(self._child, program, job.folder, job.code_path)

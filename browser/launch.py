@@ -38,12 +38,26 @@ from package.reelsmith.commands import ScriptCommand, find_commands
 QUOTED = re.compile(r"""'[^']*'|"(?:\\"|[^"])*"|\\.""")
 CHANGE = re.compile(r"cd\s++(.+?)&&\s*+(.*)", re.DOTALL)  # the only use of `&&` that a line may have
 MARKS = re.compile(r"[;&|<>()`$*?\0]|(?<!\S)[~#]")
-# options of `accelerate launch` that a job may have, and how many words follow each
+# Options of `accelerate launch` that a job may have -> the shape of their values; None: it has no value.
+# A job runs on this machine alone: a rendezvous at another address sends pickled state, which torch
+# unpickles, and a file of settings can name such an address.
 LAUNCHER = {
-    **dict.fromkeys(("--quiet", "--multi_gpu", "--cpu", "--same_network"), 0),
-    **dict.fromkeys(("--num_processes", "--num_machines", "--machine_rank", "--gpu_ids"), 1),
-    **dict.fromkeys(("--main_process_ip", "--main_process_port", "--num_cpu_threads_per_process"), 1),
-    **dict.fromkeys(("--mixed_precision", "--config_file", "--max_restarts", "--rdzv_backend"), 1),
+    **dict.fromkeys(("--quiet", "--multi_gpu", "--cpu", "--same_network"), None),
+    **dict.fromkeys(("--num_processes", "--num_cpu_threads_per_process", "--max_restarts"), r"\d{1,4}"),
+    "--num_machines": "1",
+    "--machine_rank": "0",
+    "--main_process_port": r"\d{1,5}",
+    "--rdzv_backend": "static",
+    "--gpu_ids": r"all|\d{1,3}(,\d{1,3})*",
+    "--mixed_precision": "no|fp16|bf16|fp8",
+}
+_SHAPES = {  # in words
+    **dict.fromkeys((name for name, shape in LAUNCHER.items() if shape is None), "no value"),
+    "--num_machines": "1",
+    "--machine_rank": "0",
+    "--rdzv_backend": "static",
+    "--gpu_ids": "all, or numbers with commas between them",
+    "--mixed_precision": "no, fp16, bf16 or fp8",
 }
 # -P: none of its modules is taken from the folder in which it works, which may be somebody else's
 ACCELERATE = ["-P", "-m", "accelerate.commands.launch"]
@@ -130,23 +144,46 @@ def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
 
 
 def _count_launcher_words(words: Sequence[str]) -> int:
-    """Return how many words `accelerate launch` and its options take. Raises OptionError for unknown ones."""
+    """Return how many words `accelerate launch` and its options take.
+
+    Raises OptionError for options and values that reach beyond this machine, or that are unknown.
+    """
     place = 2
     while place < len(words) and words[place].startswith("-"):
-        name, mark, _ = words[place].partition("=")
+        name, mark, value = words[place].partition("=")
         if words[place] == "-m":
             break
         if name not in LAUNCHER:
             raise OptionError(
-                f"{name}: `accelerate launch` is given only {', '.join(LAUNCHER)} and a script here"
+                f"{shorten(name, 80)}: in a job `accelerate launch` takes only {', '.join(LAUNCHER)} and a "
+                "script, all on this machine. Start the command in a terminal if it needs more"
             )
-        place += 1 if mark else 1 + LAUNCHER[name]
+        place += 1
+        shape = LAUNCHER[name]
+        if shape is not None and not mark:
+            value = "".join(words[place : place + 1])
+            place += 1
+        if re.fullmatch(shape or "", value, re.ASCII) is None:
+            raise OptionError(
+                f"{name} {shorten(value, 80)}: a job runs on this machine alone, and {name} takes "
+                f"{_SHAPES.get(name, 'a whole number')} there. For several machines start the command in a "
+                "terminal"
+            )
     return place
 
 
-# Runs a script until it has read its options, which is when torch would load.
+# Runs a script until it has read its options, which is when torch would load; or until it would write, start
+# or ask anything: the options may be from a file of somebody else.
 READ_OPTIONS = """
 import builtins, os, runpy, sys
+sys.dont_write_bytecode = True
+writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+reaching = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.link", "os.truncate")
+reaching += ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect")
+def end_at_writing(event, facts):
+    if event in reaching or event == "open" and isinstance(facts[2], int) and facts[2] & writing:
+        os._exit(0)
+sys.addaudithook(end_at_writing)
 load = builtins.__import__
 def load_until_torch(name, *how, **more):
     if name.partition(".")[0] == "torch":
@@ -165,8 +202,11 @@ WITH_TORCH = ("train", "finetune", "cache", "generate")  # commands that load to
 CHECK_SECONDS = 20
 
 
-def check_options(words: Sequence[str], folder: Path) -> None:
-    """Raise OptionError, with the script's own message, if a command of ours refuses its options."""
+def check_options(words: Sequence[str], folder: Path, seconds: float = CHECK_SECONDS) -> None:
+    """Raise OptionError, with the script's own message, if a command of ours refuses its options.
+
+    seconds: that the script may take; if it takes longer, nothing is said.
+    """
     command, (python, *program) = find_program(words, folder)
     if command.words[0] == "run":
         _check_folder_of_run(program, folder)
@@ -184,7 +224,7 @@ def check_options(words: Sequence[str], folder: Path) -> None:
             capture_output=True,
             encoding="utf-8",
             errors="replace",
-            timeout=CHECK_SECONDS,
+            timeout=min(seconds, CHECK_SECONDS),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         logger.debug("%s", words, exc_info=error)  # it may run for all that is known

@@ -324,7 +324,7 @@ class MemoryPages:
         if errand is not None and errand.state == RUNNING:
             self.site.errands.stop(name)
             self.site.errands.wait(name, STOP_SECONDS)
-        self.site.errands.start(name, words, folder)
+        self.site.errands.start(name, words, folder, within=folder)
 
 
 def read_size(text: str) -> float:

@@ -535,11 +535,11 @@ class NewPages:
         elif what == "try":
             words = caption_words(texts.get("engine", ""), texts.get("question", ""), TRIED)
             self.require_inside(folder)
-            errands.start(errand_name(TRY, folder), words, folder)
+            errands.start(errand_name(TRY, folder), words, folder, within=folder)
         elif what == "write":
             words = caption_words(texts.get("engine", ""), texts.get("question", ""))
             self.require_inside(folder)
-            self.site.queue.add_and_begin(words, folder)
+            self.site.queue.add_and_begin(words, folder, within=folder)
         elif what == "remedy":
             self.run_remedy(folder, texts.get("line", ""))
         elif what == REPAIR:
@@ -580,7 +580,7 @@ class NewPages:
             change_keys(folder / RUN_FILE, plan.changes, have)
             return
         kind = COMPARE if plan.compares else DESCRIBE
-        self.site.errands.start(errand_name(kind, folder), plan.words, Path.cwd())
+        self.site.errands.start(errand_name(kind, folder), plan.words, Path.cwd(), within=folder)
 
     def replace(self, folder: Path, mark: str) -> None:
         """Write the three files as the shown changes say; the old ones are copied into the bin first."""
@@ -593,7 +593,7 @@ class NewPages:
         keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / kept)
         form = NewForm.of_words(shlex.split(comparing.line))
         words = new_words(form, self.site.models, overwrite=True)
-        self.site.errands.start(errand_name(DESCRIBE, folder), words, Path.cwd())
+        self.site.errands.start(errand_name(DESCRIBE, folder), words, Path.cwd(), within=folder)
         self.site.errands.forget(errand_name(COMPARE, folder))
 
     def start(self, folder: Path, has_accepted: bool) -> None:
@@ -626,9 +626,9 @@ class NewPages:
         self.require_inside(folder)
         command, _ = find_program(words, folder)
         if command.words[0] == "cache":
-            self.site.errands.start(errand_name(REPAIRING, folder), words, folder)
+            self.site.errands.start(errand_name(REPAIRING, folder), words, folder, within=folder)
         else:
-            self.site.queue.add_and_begin(words, folder)
+            self.site.queue.add_and_begin(words, folder, within=folder)
 
     def repair(self, folder: Path, encoding: str) -> None:
         """Convert captions of a folder that are not UTF-8. encoding: theirs; "" if it is to be guessed."""
@@ -640,7 +640,7 @@ class NewPages:
         self.require_inside(folder)
         if encoding:
             words = [*words, encoding]
-        self.site.errands.start(errand_name(REPAIRING, folder), words, folder)
+        self.site.errands.start(errand_name(REPAIRING, folder), words, folder, within=folder)
 
     def look_at_file(self, request: Request, form: Form) -> Response:
         """Say what the file of a model is, by its header."""

@@ -15,6 +15,7 @@ USUAL_PORT = 8765
 PROJECT_CONFIG = "dataset.toml"  # that `new` writes into a folder
 READ = (".toml", "-history.jsonl")  # endings of the files that it shows: datasets, histories of runs
 SHORTEST = 16  # characters of a token
+WORD = re.compile(rf"[\w-]{{{SHORTEST},}}", re.ASCII)
 LONGEST = 1024
 MAKE_TOKEN = 'This makes one: python -c "import secrets; print(secrets.token_urlsafe())" > {}'
 
@@ -41,7 +42,14 @@ class BrowserOptions(Options, title="browser"):
         "is every network that this machine is in",
         default="127.0.0.1",
     )
-    token: Path | None = option("file with a secret word; who does not have it sees nothing")
+    token: Path | None = option(
+        "file with a secret word; who does not have it sees nothing (default: a word that the page makes "
+        "once for you; the printed address has it)"
+    )
+    no_token: bool = option(
+        "let everybody who has an account on this machine use the page, and do what you may do",
+        excludes=("token", "export"),
+    )
     models: Path = option("folder of the models' files, which downloads fill", default=MODELS)
     work: bool = option(
         "run the command lines of the queue one after another: FOLDER/reelsmith-queue/queue.txt, see "
@@ -63,6 +71,10 @@ class BrowserOptions(Options, title="browser"):
     def __post_init__(self) -> None:
         for folder in self.folders:
             self._check_folder(folder)
+        if self.no_token and not self.is_local:
+            raise OptionError(
+                f"--host {self.host} lets others in: leave --no_token out, and give --token FILE"
+            )
         if not (self.is_local or self.token):
             raise OptionError(
                 f"--host {self.host} lets others in: give --token FILE, a text file with a secret word of at "
@@ -108,7 +120,7 @@ class BrowserOptions(Options, title="browser"):
                 f"--token {self.token} cannot be read: {error.strerror or error}. "
                 f"{MAKE_TOKEN.format(self.token)}"
             ) from None
-        if len(word) < SHORTEST or not re.fullmatch(r"[\w-]+", word, re.ASCII):
+        if not WORD.fullmatch(word):
             raise OptionError(
                 f"--token {self.token}: the word has to have at least {SHORTEST} letters, digits, - and _, "
                 f"without blanks. {MAKE_TOKEN.format(self.token)}"

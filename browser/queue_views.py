@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ from starlette.routing import Route
 from browser import compare
 from browser.answers import Form, answer_form, answer_page, answer_unknown, read_query
 from browser.beginnings import Beginnings
+from browser.folders import find_folder
 from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue
-from browser.launch import check_options, command_part, split_folder, split_words
+from browser.launch import check_options, command_part, find_program, split_folder, split_words
 from browser.runs import RUNNING, Glance, Runs, is_living
 from browser.typed import typed_anywhere
 from browser.views import HERE, PLAYED, POLICY, FileNotes
@@ -30,6 +32,8 @@ from modules.pages.page import render_page
 EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + as_typed(["python", "wan_train_network.py"])]
 SHORT_SECONDS = 60  # the output of a job that ran no longer is shown without a click
 NUMBER = re.compile(r"[0-9]{1,15}")  # of a job
+MOST_ADDED = 40  # jobs, at once
+CHECK_SECONDS = 30.0  # for the options of all of them
 
 
 def compare_routes(runs: Runs, notes: FileNotes, queue: JobQueue) -> list[Route]:
@@ -164,18 +168,29 @@ def read_jobs(text: str, run: Glance | None) -> list[tuple[list[str], Path]]:
 
     run: the run that the commands are from, if any. Raises UserError.
     """
-    entries = ENTRY.findall(text.replace("\r\n", "\n"))
+    entries = map(str.strip, ENTRY.findall(text.replace("\r\n", "\n")))
+    lines = [line for line in entries if line and not line.startswith("#")]
+    if len(lines) > MOST_ADDED:
+        raise OptionError(
+            f"{len(lines):,} jobs are more than the {MOST_ADDED} that are taken at once, as each is checked "
+            f"by its script. Add them in parts, or write them into {QUEUE}"
+        )
     jobs = []
-    for line in map(str.strip, entries):
-        if line and not line.startswith("#"):
-            words = split_words(command_part(line))
-            base = Path.cwd()
-            if run is not None:
-                base = compare.working_folder(run, compare.group_options(words))
-            _, folder = split_folder(line, base)
-            jobs.append((words, folder))
+    for line in lines:
+        words = split_words(command_part(line))
+        base = Path.cwd()
+        if run is not None:
+            base = compare.working_folder(run, compare.group_options(words))
+        _, folder = split_folder(line, base)
+        jobs.append((words, folder))
+    for words, folder in jobs:  # all of them, before a script takes a second for the first
+        find_program(words, folder)
+    end = time.monotonic() + CHECK_SECONDS
     for words, folder in jobs:
-        check_options(words, folder)
+        seconds = end - time.monotonic()
+        if seconds <= 0:  # scripts check the options of the others when these begin
+            break
+        check_options(words, folder, seconds)
     return jobs
 
 
@@ -258,15 +273,20 @@ class QueuePages:
         line = "".join(form.get("line", ()))
         run_id = "".join(form.get("run", ()))
         try:
-            if not self.carry_out(what, "".join(form.get("id", ())), line, run_id):
+            number = "".join(form.get("id", ()))
+            if not self.carry_out(what, number, line, run_id, "".join(form.get("within", ()))):
                 return answer_unknown()
         except UserError as error:
             query = {"line": line, "run": run_id} if what == "add" else {}
             return self.answer(str(error), query)
         return RedirectResponse("/queue", 303)
 
-    def carry_out(self, what: str, number: str, line: str, run_id: str) -> bool:
-        """Change the queue; return whether `what` names a change. number: of a job. Raises UserError."""
+    def carry_out(self, what: str, number: str, line: str, run_id: str, within: str) -> bool:
+        """Change the queue; return whether `what` names a change.
+
+        number: of a job. within: described folder whose files the line is made of, empty for a typed line.
+        Raises UserError.
+        """
         if what == "work":
             self.queue.begin_work()
         elif what == "pause":
@@ -274,8 +294,11 @@ class QueuePages:
         elif what == "add":
             with self.runs.lock:
                 run = self.runs.find(run_id)
+            limits = find_folder(self.runs, within)
+            if within and limits is None:
+                raise OptionError(f"{within}: there is no such folder below those that are shown.")
             for words, folder in read_jobs(line, run):
-                self.queue.add(words, folder)
+                self.queue.add(words, folder, within=limits)
         elif not NUMBER.fullmatch(number):
             return False
         elif what == "edit":

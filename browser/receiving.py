@@ -1,11 +1,15 @@
 """Write the bytes of a file that is dropped on a page as they arrive."""
 
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 
 from modules.errors import OptionError
+
+# dropped files are decoded one after another: a picture of the largest size takes a GiB of memory
+DECODING = threading.Lock()
 
 
 async def write_arriving(chunks: AsyncIterator[bytes], path: Path, name: str, most_bytes: int) -> None:
@@ -19,7 +23,9 @@ async def write_arriving(chunks: AsyncIterator[bytes], path: Path, name: str, mo
         async for chunk in chunks:
             received += len(chunk)
             if received > most_bytes:
-                raise OptionError(f"{name} has more than {most_bytes:,} bytes, the most that is taken")
+                raise OptionError(
+                    f"{name} has more than {most_bytes:,} bytes, as many as were announced or are taken"
+                )
             await run_in_threadpool(file.write, chunk)
     if not received:
         raise OptionError(f"{name} is empty")

@@ -21,6 +21,7 @@ from modules.atomic_write import identify_machine
 from modules.console import in_words
 from modules.errors import OutputError
 from modules.limits import MAX_LINE_CHARACTERS
+from modules.paths import is_on_foreign_share
 from modules.text_files import real_path
 from training.reports.history import (
     BEFORE_TRAINING,
@@ -478,6 +479,8 @@ class Runs:
 
     def is_below(self, path: Path) -> bool:
         """Return whether a path exists and its real path is below the folders."""
+        if all(is_on_foreign_share(path, top) for top in self.tops):
+            return False
         try:
             real = path.resolve(strict=True)
         except (OSError, RuntimeError, ValueError):

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from browser.answers import answer_template, answer_unknown
 from browser.described import PROMPTS_FILE, ChangedMeanwhileError, DraftFile, edit_toml, read_described
 from browser.folder_settings import DraftChange, plan_change, read_file, require_whole, save_change
-from browser.folders import NOT_MEDIA
+from browser.folders import is_written
 from browser.settings_table import describe_difference, read_keys
 from browser.site import Site
 from generation.prompt_lines import is_blank
@@ -330,7 +330,7 @@ def list_pictures(folder: Path) -> list[str]:
             continue
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                if depth < DEEPEST and not NOT_MEDIA.fullmatch(entry.name):
+                if depth < DEEPEST and not is_written(entry.name):
                     waiting.append((place / entry.name, depth + 1))
             elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not re.search(r"\s--", entry.name):
                 pictures.append((place / entry.name).relative_to(folder).as_posix())

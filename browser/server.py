@@ -47,6 +47,7 @@ from browser.samples import SamplePages
 from browser.settings import ServerSettings
 from browser.settings_page import settings_routes
 from browser.site import Site
+from browser.tokens import Ticket
 from browser.views import HERE, POLICY, FileNotes, collect_news, file_of, list_page, mark_list, run_page
 from modules.errors import UserError
 from modules.pages.page import HERE as PAGES
@@ -55,6 +56,15 @@ from project.options import MODELS
 logger = logging.getLogger(__name__)
 
 COOKIE = "reelsmith"
+COOKIE_SECONDS = 60 * 60 * 24 * 30  # then the printed address is opened again
+TO_THE_LIST = (
+    '<!doctype html><title>Reelsmith</title><link rel="icon" href="data:,">'
+    '<meta http-equiv="refresh" content="0;url=/">'
+)
+NO_TOKEN = (
+    "Open the address that the command has printed in its terminal. It ends in ?token= and a word that lets "
+    "you in, which this browser then keeps."
+)
 # requests to a run, see training/training_run.py, and the answer to each
 KINDS = {
     "sample": "Asked: samples are made when this step is done.",
@@ -92,6 +102,7 @@ class Gate:
     names: frozenset[str]  # names of the server in requests; IP addresses are always accepted
     token: str | None
     read_only: bool
+    ticket: Ticket | None = None  # opens the page once
     headers: dict[str, str] = field(default_factory=lambda: dict(HEADERS))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -163,19 +174,26 @@ class Gate:
 
         The address with the token sets the cookie.
         """
-        token_in_address = request.query_params.get("token")
-        if request.url.path == "/" and token_in_address is not None and self._fits(token_in_address):
+        typed = request.query_params.get("token")
+        if request.url.path == "/" and typed is not None and self._opens(request, typed):
             # not a redirect: the cookie would not be sent to where another site's link leads
-            page = HTMLResponse('<!doctype html><meta http-equiv="refresh" content="0;url=/">')
-            page.set_cookie(COOKIE, token, httponly=True, samesite="strict", path="/")
+            page = HTMLResponse(TO_THE_LIST)
+            page.set_cookie(COOKIE, token, max_age=COOKIE_SECONDS, httponly=True, samesite="strict", path="/")
             return page
         try:
             cookie = SimpleCookie(request.headers.get("cookie", "")).get(COOKIE)
         except CookieError:
             cookie = None
         if cookie is None or not self._fits(cookie.value):
-            return PlainTextResponse("Open the address that the server has printed, with its token.", 401)
+            return PlainTextResponse(NO_TOKEN, 401)
         return None
+
+    def _opens(self, request: Request, word: str) -> bool:
+        """Return whether a word in the address lets a browser in: the token, or the ticket."""
+        if self._fits(word):
+            return True
+        client = request.client
+        return self.ticket is not None and self.ticket.take(word, None if client is None else (*client,))
 
     def _fits(self, word: str) -> bool:
         return hmac.compare_digest(word.encode(), (self.token or "").encode())
@@ -293,11 +311,12 @@ def make_app(
     models: Path = MODELS,
     settings: ServerSettings | None = None,
     maker: ResultMaker | None = None,
+    ticket: Ticket | None = None,
 ) -> ASGIApp:
     """Return the application. host: its name in requests, besides IP addresses and this machine's name.
 
     queue: None means the one of `open_queue`. models: folder of the models' files. settings: for the page
-    that shows them. maker: of the page Generate; None means one for the queue.
+    that shows them. maker: of the page Generate; None means one for the queue. ticket: opens the page once.
     """
     notes = FileNotes()
     queue = queue or open_queue(runs, read_only)
@@ -338,4 +357,4 @@ def make_app(
     names = frozenset({"localhost", host.lower(), machine, f"{machine}.local"})
     app = Starlette(routes=routes, exception_handlers={UserError: explain_error, OSError: explain_error})
     app.router.redirect_slashes = False  # to an address that the request's host would be a part of
-    return Gate(app, names, token, read_only)
+    return Gate(app, names, token, read_only, ticket)

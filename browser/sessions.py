@@ -4,7 +4,6 @@ The files of wishes lie below a root. Whoever gives a folder away can put such a
 wait are made when a server starts. So their commands can do no more than those that the page writes.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from browser import launch
 from contract.families import with_generation
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.run_limits import COMMAND, FOLDERS, TYPED
+from modules.run_limits import limit_variables
 from modules.text_files import real_path
 from package.reelsmith.commands import ScriptCommand
 
@@ -47,5 +46,4 @@ def limit_session(result_folder: Path, wish_folder: Path, top: Path) -> dict[str
         is_inside = False
     if not is_inside:
         raise OptionError(f"{shorten(str(result_folder), 200)} lies outside of {top}. Remove it")
-    folders = [str(real_path(folder)) for folder in (result_folder, wish_folder)]
-    return {FOLDERS: json.dumps(folders), TYPED: "", COMMAND: "run"}
+    return limit_variables((result_folder, wish_folder))

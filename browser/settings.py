@@ -1,7 +1,8 @@
 """How this server was started, for the page that shows it."""
 
 from dataclasses import dataclass
-from pathlib import Path
+
+from browser.tokens import PageToken
 
 
 @dataclass(frozen=True)
@@ -10,6 +11,7 @@ class ServerSettings:
 
     host: str = "127.0.0.1"
     port: int | None = None  # None: it is not known
-    token_file: Path | None = None
+    token: PageToken = PageToken(None)
+    is_token_given: bool = False  # by --token; else the page has made it
     is_local: bool = True  # only this machine can reach it
     address: str = ""  # that other devices open, with the token

@@ -88,9 +88,11 @@ class SettingsPages:
         settings = site.settings
         roots = [ShownSetting("folder with runs", str(root), "FOLDER") for root in site.runs.roots]
         port = "not known" if settings.port is None else str(settings.port)
-        token = "none: only this machine can open the page"
-        if settings.token_file is not None:
-            token = f"the word in {settings.token_file.absolute()}"
+        token = "none: every account of this machine can open the page"
+        if settings.token.place is not None:
+            token = f"the word in {settings.token.place.absolute()}"
+        elif settings.token.word is not None:
+            token = "a word of its own making, until the page ends"
         return [
             *roots,
             ShownSetting("folder of models", str(site.models.absolute()), "--models DIR"),
@@ -98,7 +100,7 @@ class SettingsPages:
             ShownSetting("queue", str(site.queue.folder / QUEUE), "in the first folder"),
             ShownSetting("host", settings.host, "--host ADDRESS"),
             ShownSetting("port", port, "--port N"),
-            ShownSetting("token", token, "--token FILE"),
+            ShownSetting("token", token, "--token FILE, or --no_token"),
             ShownSetting("may write", "no" if site.read_only else "yes", "--read_only"),
         ]
 
@@ -106,13 +108,18 @@ class SettingsPages:
         """Return the command that starts this page with these settings."""
         settings = self.site.settings
         port = None if settings.port in (None, USUAL_PORT) else settings.port
-        token = None if settings.token_file is None else str(settings.token_file.absolute())
-        return self._words(settings.host, port, token, worker)
+        return self._words(settings.host, port, self._given_token(), worker)
+
+    def _given_token(self) -> str | None:
+        """Return the file of --token; None without it."""
+        token = self.site.settings.token
+        is_given = self.site.settings.is_token_given and token.place is not None
+        return str(token.place.absolute()) if is_given and token.place is not None else None
 
     def phone_words(self, worker: str) -> list[str]:
         """Return the command that starts this page for other devices too."""
-        token = self.site.settings.token_file or Path("token.txt")
-        return self._words("0.0.0.0", USUAL_PORT, str(token.absolute()), worker)
+        token = self._given_token() or str(Path("token.txt").absolute())
+        return self._words("0.0.0.0", USUAL_PORT, token, worker)
 
     def _words(self, host: str, port: int | None, token: str | None, worker: str) -> list[str]:
         options: dict[str, Any] = {
@@ -120,6 +127,7 @@ class SettingsPages:
             "--host": None if host == "127.0.0.1" else host,
             "--port": port,
             "--token": token,
+            "--no_token": (token is None and self.site.settings.token.word is None) or None,
             "--work": worker == "here" or None,
             "--read_only": self.site.read_only or None,
         }

@@ -17,6 +17,7 @@ from browser.options import USUAL_PORT, BrowserOptions
 from browser.qr_code import draw_code
 from browser.runs import RUNNING, Runs
 from browser.settings import ServerSettings
+from browser.tokens import PageToken, Ticket, choose_token
 from modules.console import count_of
 from modules.errors import OutputError
 from modules.installation import FROM_QUEUE, ROOT
@@ -46,7 +47,7 @@ def run_browser(options: BrowserOptions) -> None:
         export_run(runs, options.export)
         logger.info("wrote %s", options.export)
         return
-    token = options.read_token()
+    token = choose_token(options)
     # starlette loads here
     import uvicorn
 
@@ -57,31 +58,35 @@ def run_browser(options: BrowserOptions) -> None:
     queue = open_queue(runs, options.read_only)
     if options.work:
         queue.begin_work()
-    address = find_address(options, port, token)
-    show_address(options, address)
+    address = find_address(options, port, token.word)
+    show_address(options, port, token)
     log_runs(runs)
     settings = ServerSettings(
         host=options.host,
         port=port,
-        token_file=options.token,
+        token=token,
+        is_token_given=options.token is not None,
         is_local=options.is_local,
         address=address,
     )
+    ticket = Ticket()
     app: Any = make_app(
         runs,
         host=options.host,
-        token=token,
+        token=token.word,
         read_only=options.read_only,
         queue=queue,
         models=places.models,
         settings=settings,
+        ticket=ticket,
     )
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
     )
     if opens_page(options):
         # the socket listens already; some browsers keep their caller waiting
-        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+        opened = find_address(options, port, token.word and ticket.word)
+        threading.Thread(target=webbrowser.open, args=(opened,), daemon=True).start()
     try:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
@@ -168,8 +173,17 @@ def find_address(options: BrowserOptions, port: int, token: str | None) -> str:
     return f"{url}?token={token}" if token else url
 
 
-def show_address(options: BrowserOptions, address: str) -> None:
-    """Print the address, with a QR code for phones if other machines can reach the server."""
+def show_address(options: BrowserOptions, port: int, token: PageToken) -> None:
+    """Print the address, with a QR code for phones if other machines can reach the server.
+
+    What a job of the queue prints is a log that pages show: the token is not in it.
+    """
+    if FROM_QUEUE in os.environ:
+        where = "" if token.place is None else f" followed by ?token= and the word in {token.place}"
+        sys.stdout.write(f"{find_address(options, port, None)}{where}\n")
+        sys.stdout.flush()
+        return
+    address = find_address(options, port, token.word)
     sys.stdout.write(f"{address}\n")
     if not options.is_local:
         sys.stdout.write(draw_code(address))

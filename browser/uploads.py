@@ -17,8 +17,8 @@ from browser.answers import answer_json
 from browser.captions import MOST_BYTES as MOST_CAPTION_BYTES
 from browser.described import FILES
 from browser.folders import CHECK_PAGE, find_folder, is_closed, read_media_folder
-from browser.names import number_names
-from browser.receiving import write_arriving
+from browser.names import fold_name, number_names
+from browser.receiving import DECODING, write_arriving
 from browser.runs import Runs
 from modules.atomic_write import atomic_files, explain_errors, free_bytes
 from modules.console import as_size
@@ -36,6 +36,7 @@ from modules.text_files import bad_character, read_content, real_path
 ADDRESS = "/new/upload"
 PICTURE, CLIP, SOUND, CAPTION = "picture", "clip", "sound", "caption"
 CAPTION_SUFFIXES = frozenset({".txt", ".caption"})
+MOST_DIGITS = 15  # of a size
 LONGEST_NAME = 200  # bytes; file systems take 255, of which a temporary name needs some
 # what a name cannot hold: separators, drives, patterns
 FORBIDDEN = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]')
@@ -81,7 +82,7 @@ def find_kind(name: str) -> str:
         return PICTURE
     if suffix in SOUND_SUFFIXES:
         return SOUND
-    if suffix in CAPTION_SUFFIXES and name.lower() not in FILES:
+    if suffix in CAPTION_SUFFIXES and fold_name(name) not in FILES:
         return CAPTION
     remedy = remedy_of(suffix)
     if remedy is not None:
@@ -93,15 +94,16 @@ def find_kind(name: str) -> str:
 
 def check_content(path: Path, kind: str) -> None:
     """Raise UserError if the content of a file is not of a kind."""
-    if kind == PICTURE:
-        first_frame(path)
-    elif kind == CLIP:
-        source_info(path)
-    elif kind == SOUND:
-        if track_facts(path) is None:
-            raise MediaError(f"{path} has no sound")
-    else:
+    if kind == CAPTION:
         _check_caption(path)
+        return
+    with DECODING:
+        if kind == PICTURE:
+            first_frame(path)
+        elif kind == CLIP:
+            source_info(path)
+        elif track_facts(path) is None:
+            raise MediaError(f"{path} has no sound")
 
 
 def _check_caption(path: Path) -> None:
@@ -133,7 +135,9 @@ class FileUploads:
         name = request.query_params.get("name", "")
         try:
             size_text = request.headers.get("content-length", "")
-            size = int(size_text) if size_text.isdecimal() else 0
+            if not (size_text.isascii() and size_text.isdecimal()) or len(size_text) > MOST_DIGITS:
+                raise OptionError(f"{name} comes without its size, so there may be no room for it")
+            size = int(size_text)
             folder = await run_in_threadpool(self.find_target, request.query_params.get("into", ""))
             await run_in_threadpool(self.check_room, folder, name, size)
             await self.receive(request, folder / name, size)
@@ -163,10 +167,10 @@ class FileUploads:
         return path
 
     def check_room(self, folder: Path, name: str, size: int) -> None:
-        """Raise UserError if a file of this name and size is not taken. size: in bytes, 0 if unknown."""
+        """Raise UserError if a file of this name and size is not taken. size: in bytes."""
         check_file_name(name)
         find_kind(name)
-        if name.lower() == CHECK_PAGE:
+        if fold_name(name) == CHECK_PAGE:
             raise OptionError(f"{name} is written by a check. Give the file another name")
         limits = self.limits
         if size > limits.file_bytes:
@@ -186,7 +190,7 @@ class FileUploads:
             )
 
     async def receive(self, request: Request, target: Path, size: int) -> None:
-        """Write the body of a request to a path. size: as announced, 0 if unknown.
+        """Write the body of a request to a path. size: as announced.
 
         Raises UserError if the file is not taken; then nothing is left of it.
         """
@@ -195,7 +199,7 @@ class FileUploads:
         try:
             with atomic_files(target, size) as temporary:
                 path = temporary / target.name
-                await write_arriving(request.stream(), path, target.name, self.limits.file_bytes)
+                await write_arriving(request.stream(), path, target.name, size)
                 try:
                     await run_in_threadpool(check_content, path, find_kind(target.name))
                 except (UserError, StopIteration) as error:
@@ -210,19 +214,19 @@ class FileUploads:
 
 
 def refuse_existing(name: str, names: set[str]) -> None:
-    """Raise OptionError if a folder has a file of a name, also in other capitals. names: of its files."""
-    if name.lower() in names:
+    """Raise OptionError if a folder has a file of a name. names: folded ones of its files."""
+    if fold_name(name) in names:
         raise OptionError(f"{name} is there already. Rename one of the two, then drop it again")
 
 
 def _measure(folder: Path) -> tuple[set[str], int]:
-    """Return the names in a folder, in lower case, and the bytes of its files. It need not exist."""
+    """Return the folded names in a folder, and the bytes of its files. It need not exist."""
     names = set()
     size_bytes = 0
     if folder.is_dir():
         for path in folder.iterdir():
             if not path.name.endswith(".tmp"):
-                names.add(path.name.lower())
+                names.add(fold_name(path.name))
                 size_bytes += path.lstat().st_size
     return names, size_bytes
 

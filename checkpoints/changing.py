@@ -247,13 +247,13 @@ def _metadata(
             metadata[key] = text
     if HEADER in metadata:
         try:
-            record = json.loads(metadata[HEADER])
+            record = parse_json(metadata[HEADER])
             layers = _renamed_layers(checkpoint, change, unscaled, record["layers"])
             if layers:
                 metadata[HEADER] = json.dumps({**record, "layers": layers})
             else:
                 del metadata[HEADER]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint.path}: its record of quantisation cannot be read ({error!r}).", checkpoint.path
             ) from error

@@ -4,7 +4,6 @@ A weight's `TensorInfo` then has the shape of the value, and a `Packing`. Source
 comfy-kitchen's layouts, bitsandbytes' `QuantState`.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from checkpoints.stored.forms import Stored
 from checkpoints.stored.int8 import GROUPS, Int8
 from checkpoints.stored.packed import RowForm, four_bits
 from contract.loading import Packing, TensorInfo
+from modules.text_files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -125,9 +125,7 @@ def _parse(read: Callable[[str], Tensor], tensors: Mapping[str, TensorInfo], nam
 
 def _json(text: str | bytes, name: str) -> dict[str, Any]:
     try:
-        return _table(json.loads(text))
-    except RecursionError as error:
-        raise ValueError(f"{name} has tables in tables without end") from error
+        return _table(parse_json(text if isinstance(text, str) else text.decode()))
     except ValueError as error:
         raise ValueError(f"{name} is no JSON text ({error})") from error
 

@@ -3,7 +3,6 @@
 Files have the released names (ComfyUI's too) or diffusers'. Raw and Turbo have equal tensors: `find_release`.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from krea2.model import Krea2Model
 from krea2.names import KREA_2
 from krea2.options import NAME
 from modules.errors import CheckpointError
-from modules.text_files import read_text
+from modules.text_files import parse_json, read_text
 from networks.names.layouts import tensor_patterns
 from qwen_image.files import QWEN_USE, TOKENIZER, QwenImageFiles
 
@@ -164,7 +163,7 @@ def find_release(dit: Path | None) -> Krea2Release | None:
     index = folder.parent / "model_index.json"
     if folder.name == "transformer" and index.is_file():
         try:
-            is_distilled = json.loads(read_text(index)).get("is_distilled")
+            is_distilled = parse_json(read_text(index)).get("is_distilled")
         except (OSError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
         if isinstance(is_distilled, bool):

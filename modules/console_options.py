@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import Options, option
+from modules.options import APPENDS, Options, option
 from modules.text_files import require_regular_file
 
 logger = logging.getLogger(__name__)
@@ -16,7 +16,9 @@ class ConsoleOptions(Options, title="log lines"):
     """Which log lines are shown, and where."""
 
     console_log_level: str | None = option("least important lines shown; usually INFO", choices=LEVELS)
-    console_log_file: Path | None = option("write them to this file instead of the console", place="new file")
+    console_log_file: Path | None = option(
+        "write them to this file instead of the console", place="new file", facts=APPENDS
+    )
     console_log_simple: bool = option("plain lines: no colours, no boxes")
 
     def apply(self) -> None:

@@ -235,6 +235,18 @@ def refuse_starting(option: str) -> None:
     raise OptionError(f"--{option} starts a program, and no file may do that, only who types it. {remedy}")
 
 
+def refuse_in_queue(option: str) -> None:
+    """Raise OptionError if the command of this program is a job of the browser's queue.
+
+    option: names a file that no page shows, and that can say where another library sends data.
+    """
+    if os.environ.get(FROM_QUEUE):
+        raise OptionError(
+            f"--{option}: a job takes no settings of other libraries from a file: they can name any server. "
+            "Leave it out of the job; or, if you want it, start the command in a terminal"
+        )
+
+
 def import_user_module(option: str, name: str, example: str, remedy: str) -> ModuleType:
     """Import a module by the name that a user gave to an option. The working folder is searched too, if the
     user has typed the name (`refuses_code`).

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
 from modules.control_codes import shorten
 from modules.errors import OptionError
-from modules.installation import refuse_starting
+from modules.installation import refuse_in_queue, refuse_starting
 from modules.option_values import check_characters, check_numbers, check_path, convert_value, show_number
 from modules.output_files import refuse_replacing
 from modules.run_limits import refuse_outside, refuse_sending
@@ -47,7 +47,10 @@ OF_TYPING = {"typing": True}  # no value of an option: equal records may differ 
 # What a value reaches outside of the program; a `place` says it of most paths (`reach_of`).
 # docs/new_and_run.md lists what of it a folder of somebody else may use.
 WRITES = {"reach": "writes"}  # something is written there; in `run` only below its folders
+APPENDS = {"reach": "appends"}  # likewise, at the end of what is there: from a file only to a log
 SENDS = {"reach": "sends"}  # something leaves this machine; in `run` only if it is typed
+# a file of settings for another library, which can say where to send what; in `run` only if it is typed
+CONFIGURES = {"reach": "configures"}
 STARTS = {"reach": "starts"}  # a program is started; only from a typed command line, never from a file
 IMPORTS_CLASS = {"reach": "imports class"}  # it names `package.module.Class`, whose module is imported
 IMPORTS_MODULE = {"reach": "imports module"}  # it names a module, which is imported
@@ -426,11 +429,13 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
     value = getattr(record, field.name)
     reach = reach_of(field.metadata)
     name = option_name(field)
-    if reach == "writes":
+    if reach in ("writes", "appends"):
         for path in _paths(value):
             refuse_outside(name, path)
-    elif reach == "sends" and is_given(record, field):
+    elif reach in ("sends", "configures") and is_given(record, field):
         refuse_sending(name, value)
+        if reach == "configures":
+            refuse_in_queue(name)
     elif reach == "starts" and is_given(record, field):
         refuse_starting(name)
 

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 MOST_NAMES = 10_000  # of a folder that are looked at for one like that of a missing file
@@ -45,6 +45,14 @@ def expand_path(text: str, base: Path | None = None) -> Path:
     path = path if base is None else base / path
     check_length(path)
     return path
+
+
+def is_on_foreign_share(path: PurePath, base: PurePath) -> bool:
+    """Return whether a path is on a share of another machine (\\\\machine\\share) that a base is not on.
+
+    Windows logs in there as soon as the path is looked at, so a path from a file of somebody else is not.
+    """
+    return path.drive.startswith("\\\\") and path.drive.lower() != base.drive.lower()
 
 
 def check_length(path: Path) -> None:

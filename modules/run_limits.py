@@ -1,22 +1,23 @@
 """Limit what a run of a described folder may do: the folder may be somebody else's. Standard library only.
 
 `run_project.py` sets the limits for itself and for the commands that it starts, in variables of the
-environment. Everything that is written goes below the folder or below those that its command line names;
-what leaves this machine is typed there. Other commands have no limits.
+environment, and so does the browser for commands that its buttons start for a folder. Everything that is
+written goes below the folder or below those that its command line names; what leaves this machine is typed
+there. Other commands have no limits.
 """
 
 import contextlib
 import functools
 import os
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from modules.errors import OptionError, OutputError
 from modules.text_files import real_path
 
 FOLDERS = "REELSMITH_RUN_FOLDERS"  # JSON list of folders: first that of the run
-COMMAND = "REELSMITH_RUN_COMMAND"  # the command of the run, as it can be typed
+COMMAND = "REELSMITH_RUN_COMMAND"  # the command of the run, as it can be typed; empty: another command
 TYPED = "REELSMITH_RUN_TYPED"  # names of options that the user typed for the run, with blanks between
 # options of `run` that it hands to its training
 OF_TRAINING = ("output_dir", "logging_dir", "log_with", "log_tracker_config", "huggingface_repo_id")
@@ -25,18 +26,29 @@ ALLOWED_BY = {"output_dir": "output_dir", "logging_dir": "logging_dir", "to": "m
 ANY = "may_write"  # for all others
 
 
-@contextlib.contextmanager
-def limit_run(folders: Sequence[Path], typed: Collection[str] = (), command: str = "run") -> Iterator[None]:
-    """Limit this process, and those that it starts, to writing below these folders until the block ends.
+def limit_variables(
+    folders: Iterable[Path], typed: Collection[str] = (), command: str = ""
+) -> dict[str, str]:
+    """Return the variables that limit a process, and those that it starts, to writing below these folders.
 
-    typed: names of the options that may send something. command: of the run, for messages.
+    folders: at least one. typed: names of the options that may send something. command: of a run, for
+    messages; empty for commands of which no option widens the limits.
     """
     import json  # here: all options import this file
 
-    before = {name: os.environ.get(name) for name in (FOLDERS, TYPED, COMMAND)}
-    os.environ[FOLDERS] = json.dumps([str(real_path(folder)) for folder in folders])
-    os.environ[TYPED] = " ".join(sorted(typed))
-    os.environ[COMMAND] = command
+    return {
+        FOLDERS: json.dumps([str(real_path(folder)) for folder in folders]),
+        TYPED: " ".join(sorted(typed)),
+        COMMAND: command,
+    }
+
+
+@contextlib.contextmanager
+def limit_run(folders: Sequence[Path], typed: Collection[str] = (), command: str = "run") -> Iterator[None]:
+    """Limit this process, and those that it starts, until the block ends; see `limit_variables`."""
+    variables = limit_variables(folders, typed, command)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -82,11 +94,14 @@ def describe_outside(path: Path, option: str = "") -> str | None:
     place, folders = _resolved(os.path.abspath(path)), _folders(text)  # noqa: PTH100
     if any(place.is_relative_to(folder) for folder in folders):
         return None
+    where = f"{place} is outside of {folders[0]}, the only place where"
+    if not os.environ.get(COMMAND):
+        return (
+            f"{where} a button of the page for that folder writes. Correct it; or, if you want it there, "
+            "start the command in a terminal"
+        )
     typed = _run_command(f"--{ALLOWED_BY.get(option, ANY)}", str(place))
-    return (
-        f"{place} is outside of {folders[0]}, the only place where `run` writes unasked.\n"
-        f"  Correct it; or, if you want it there, type it: {typed}"
-    )
+    return f"{where} `run` writes unasked.\n  Correct it; or, if you want it there, type it: {typed}"
 
 
 def refuse_outside(option: str, path: Path) -> None:
@@ -107,7 +122,9 @@ def refuse_sending(option: str, value: object) -> None:
     """Raise OptionError if an option sends something from this machine and is not typed for the run."""
     if not is_limited() or option in os.environ.get(TYPED, "").split():
         return
-    if option in OF_TRAINING:
+    if not os.environ.get(COMMAND):
+        remedy = "start the command in a terminal"
+    elif option in OF_TRAINING:
         remedy = f"type it: {_run_command(f'--{option}', str(value))}"
     else:
         remedy = f"start the training itself, with the last command of {_run_command('--dry_run')}"
@@ -119,7 +136,7 @@ def refuse_sending(option: str, value: object) -> None:
 
 def _run_command(*words: str) -> str:
     """Return the command of this run with further words, as it can be typed."""
-    return f"{os.environ.get(COMMAND, 'run')} {shlex.join(words)}"
+    return f"{os.environ[COMMAND]} {shlex.join(words)}"
 
 
 @functools.lru_cache(maxsize=4096)  # asked for at each file that is written

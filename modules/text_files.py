@@ -17,6 +17,8 @@ from modules.limits import MAX_DEPTH, MAX_HEADER_BYTES, MAX_LINE_CHARACTERS, MAX
 _PIECE_BYTES = 1 << 20  # are read at once of a file that is larger than it said
 
 # a dotted key of far more parts than that: the standard library's parser takes quadratic time for it
+MOST_BITS = 1000  # of a whole number; floats go to 1024
+_LONG_NUMBER = re.compile(r"[0-9A-Fa-f_]{240}")  # in any form that such a number is written in
 _LONG_KEY = re.compile(
     rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{4 * MAX_DEPTH}}}"""
 )
@@ -173,8 +175,8 @@ def read_lines(path: Path, limit: int = MAX_LINE_CHARACTERS) -> Iterator[str]:
 def parse_json(text: str, no_repeats: bool = False) -> Any:
     """Return the value of a JSON text.
 
-    Raises ValueError, also if it is nested too deeply or, with `no_repeats`, if an object has a key twice;
-    the usual mistakes are explained.
+    Raises ValueError, also if it is nested too deeply, if a number is too large for a float or, with
+    `no_repeats`, if an object has a key twice; the usual mistakes are explained.
     """
     import json  # here, as below: all options import this file, few commands read such a text
 
@@ -188,6 +190,8 @@ def parse_json(text: str, no_repeats: bool = False) -> Any:
         raise ValueError(f"{error}{hint}") from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(content)
+    if _LONG_NUMBER.search(text):
+        _check_numbers(content)
     return content
 
 
@@ -203,7 +207,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_toml(text: str) -> dict[str, Any]:
     """Return the value of a TOML text.
 
-    Raises ValueError, also if it is nested too deeply, with a second line about the usual mistakes.
+    Raises ValueError, also if it is nested too deeply or a number is too large for a float, with a second
+    line about the usual mistakes.
     """
     if _LONG_KEY.search(text):
         raise _too_deep()
@@ -216,6 +221,8 @@ def parse_toml(text: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{error}{_explain_toml(text, str(error))}") from None
     _check_depth(content)
+    if _LONG_NUMBER.search(text):
+        _check_numbers(content)
     return content
 
 
@@ -294,6 +301,19 @@ def _check_depth(content: Any) -> None:
             return
         level = [value for values in inner for value in values]
     raise _too_deep()
+
+
+def _check_numbers(content: Any) -> None:
+    """Raise ValueError if a whole number is too large for a float, which readers make of numbers."""
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, int) and value.bit_length() > MOST_BITS:
+            raise ValueError(f"it has a whole number of {value.bit_length():,} bits, and no setting has one")
 
 
 def _too_deep() -> ValueError:

@@ -6,6 +6,7 @@ listed_captions: reads captions from lists beside the files
 choosing: spellings of models, the question asked, facts of families
 describing: the text of the three files
 files: writes them, and tells what was found
+known: remembers which folders were described or read here
 options: options of new_project.py and run_project.py
 running: runs the commands of a described folder
 ending: says how a run ended, to the command of --on_end

@@ -17,14 +17,14 @@ from typing import Any
 from checkpoints.opening import checkpoint_paths
 from contract.requests import COUNTS, VALUES
 from downloads.catalogue import Component, ModelSet
-from modules.control_codes import drop_control_codes
+from modules.control_codes import drop_control_codes, shorten
 from modules.errors import OptionError
 from modules.media.lengths import USUAL_LENGTHS, ClipLengths
 from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
 from modules.option_values import as_shape
 from modules.output_files import is_windows_device
-from modules.paths import explain_missing, path_from
+from modules.paths import expand_path, explain_missing, path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts
 from project.fitting import is_small
@@ -203,7 +203,10 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
 
 def _require_typed_file(name: str, text: str, part: Component) -> Path:
     """Return the path that --model_file gives. Raises OptionError if there is no such file."""
-    path = Path(text).expanduser()
+    try:
+        path = expand_path(text)
+    except ValueError as error:
+        raise OptionError(f"--model_file {name}={shorten(text, 200)}: {error}") from None
     if not path.exists():
         raise OptionError(
             f"--model_file {name}={text}: there is no such file.{explain_missing(path)} Correct the path, or "

@@ -29,6 +29,7 @@ from project.choosing import (
     describe_makes,
 )
 from project.fitting import describe_fit, find_memory, needs_picture
+from project.known import remember_folder
 from project.media import WRITTEN, FolderContent, Media, collect_content, name_some
 from project.options import (
     CAPTION_MODEL,
@@ -78,6 +79,7 @@ def write_project(options: NewOptions) -> None:
     if not options.dry_run:
         for path, text in texts.items():
             write_text(path, text)
+        remember_folder(options.folder, options.models)
 
     problems = find_problems(choice, dataset)
     lines = describe_licences(choice.model) if excludes_many(choice.model) else []

@@ -6,7 +6,6 @@ block. Base and Turbo have equal tensors: `find_turbo`.
 
 import functools
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from encoders.language_encoder import LanguageModelFiles, LanguageUse
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import PictureUse
 from modules.errors import CheckpointError, OptionError
-from modules.text_files import read_text
+from modules.text_files import parse_json, read_text
 from networks.names.layouts import joined_tensors
 from qwen_image.files import QWEN_USE, TOKENIZER
 from qwen_image_21.caches import SEEN_HASHES, SIZES, SLOTS, hash_pictures
@@ -119,8 +118,8 @@ def _header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenI
 def _read_config_json(path: Path) -> Mapping[str, Any]:
     """Return what --dit_config states. Raises CheckpointError for a file of another model."""
     try:
-        settings = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
+        settings = parse_json(read_text(path))
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"--dit_config {path} cannot be read ({error}). Give config.json of the folder transformer.", path
         ) from error
@@ -258,9 +257,9 @@ def find_turbo(dit: Path | None) -> Turbo | None:
 def _read_levels(index: Path) -> tuple[float, ...] | None:
     """Return `sample_sigmas` of a model_index.json; None if it has none. Raises CheckpointError."""
     try:
-        content = json.loads(read_text(index))
+        content = parse_json(read_text(index))
         levels = content.get("sample_sigmas")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read ({error}). Copy it again.", index) from error
     if levels is None:
         return None

@@ -71,6 +71,13 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         raise
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _user_files(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What commands remember for the user goes elsewhere."""
+    for name in ("XDG_STATE_HOME", "LOCALAPPDATA"):
+        os.environ[name] = str(tmp_path_factory.mktemp("user"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _old_garbage(files_done: list[None]) -> Iterator[None]:
     yield

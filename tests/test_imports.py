@@ -42,9 +42,15 @@ MAY_IMPORT = {
     "downloads": GROUND,
     "project": GROUND | {"dataset", "data_tools.report", "downloads", "training"},
     "browser": GROUND
-    | {"training.reports", "training.config_options", "training.end_options"}
+    | {"training.reports", "training.config_options", "training.end_options", "training.run_options"}
     | {"downloads.catalogue", "downloads.listing"}
-    | {"project.options", "project.fitting", "generation.prompt_lines", "generation.script_options"}
+    | {
+        "project.options",
+        "project.fitting",
+        "project.known",
+        "generation.prompt_lines",
+        "generation.script_options",
+    }
     | {"generation.options", "generation.sample_lines", "networks.module_names", "training.saving.files"},
 }
 # Rooms, file or folder, from the ground up: a room imports rooms of lower floors only.
@@ -54,7 +60,7 @@ FLOORS = {
         | {"private_torch"}
         | {"text_encodings", "varints", "version"},
         {"control_codes", "text_files"},
-        {"output_files", "paths", "run_limits"},
+        {"output_files", "paths", "run_limits", "user_files"},
         {"atomic_write", "devices", "file_locks", "installation", "option_values"},
         {"installed", "options"},
         {"compile_options", "help_text", "repeated_options"},
@@ -178,8 +184,8 @@ _TOOLS = {
         *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "sdxl_merge_lora"),
     ),
 }
-MOST_READ = 40_500  # lines that a training of caches reads at its start, without the family's
-MOST_READ_TO_GENERATE = 21_700
+MOST_READ = 40_700  # lines that a training of caches reads at its start, without the family's
+MOST_READ_TO_GENERATE = 21_800
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 
 

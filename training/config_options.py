@@ -11,7 +11,14 @@ from typing import Any
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
 from modules.option_values import int_or_float, to_path
-from modules.options import IMPORTS, IMPORTS_CLASS, STARTS, Options, option
+from modules.options import (
+    APPENDS,
+    IMPORTS,
+    IMPORTS_CLASS,
+    STARTS,
+    Options,
+    option,
+)
 from modules.parser import Parser
 from modules.paths import explain_missing, path_exists
 from modules.run_limits import is_limited, refuse_outside
@@ -21,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 OTHERS_TABLE = "reelsmith"  # what run_project.py keeps in the file
 OUR_NETWORKS = "networks."  # modules of ours begin so
+LOG_SUFFIXES = (".log", ".txt")
 TYPING_MISTAKE = 0.9  # similarity of a mistyped name and the intended one; 1: equal
 
 
@@ -57,6 +65,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
                     f"written. Leave it out there, and type --{key} ... with the command"
                 )
             values[action.dest] = _convert(path, action, value)
+            _check_log(path, action, values[action.dest])
             if isinstance(parser, Parser) and f"--{key}" in action.option_strings:
                 parser.typed_flags.setdefault(action.dest, f"--{key}")
         else:
@@ -65,6 +74,17 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
                 raise OptionError(f"{path}: no option is called {key}. Did you mean {close[0]}?")
             logger.warning(f"{path}: {key} is ignored because no option has that name")
     return values
+
+
+def _check_log(path: Path, action: argparse.Action, value: Any) -> None:
+    """Raise OptionError if a file has lines appended to another file than a log: to a shell's, they run."""
+    is_appended = getattr(action, "reach", "") == APPENDS["reach"]
+    if is_appended and value is not None and Path(value).suffix.lower() not in LOG_SUFFIXES:
+        raise OptionError(
+            f"{path}: {action.dest} = {str(value)!r}: a file, which somebody else may have written, names "
+            f"only logs that end in {' or '.join(LOG_SUFFIXES)}. Rename it, or type --{action.dest} ... with "
+            "the command"
+        )
 
 
 def _actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

@@ -12,8 +12,20 @@ from dataset.options import CachingInRunOptions
 from dataset.subset_options import SubsetOptions
 from modules.command import name_as_typed
 from modules.errors import OptionError
+from modules.installation import FROM_QUEUE
 from modules.option_values import option_words, require, value_words
-from modules.options import FREE, HABIT, OF_TYPING, Options, list_idle, option, option_values, read_options
+from modules.options import (
+    CONFIGURES,
+    FREE,
+    HABIT,
+    OF_TYPING,
+    SENDS,
+    Options,
+    list_idle,
+    option,
+    option_values,
+    read_options,
+)
 from modules.parser import Parser, add_options, refuse_unsupported, typed_names
 from modules.run_limits import is_limited
 from modules.speed_options import TrainingSpeedOptions
@@ -21,7 +33,11 @@ from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
 from networks.preference_options import NO_PREFERENCE, PreferenceOptions
 from networks.teacher_options import NO_PRIOR, NO_TEACHER, PriorOptions, TeacherOptions
 from training import learning_options, noise_options, run_options
-from training.config_options import ConfigOptions, check_imports, read_config_file
+from training.config_options import (
+    ConfigOptions,
+    check_imports,
+    read_config_file,
+)
 from training.end_options import EndOptions
 from training.saving.options import HubOptions, MetadataOptions, SavingOptions
 from training.skip_options import SkipOptions
@@ -399,6 +415,24 @@ def training_parser(
     return parser
 
 
+def _refuse_unseen_sending(parser: argparse.ArgumentParser, values: Mapping[str, Any], place: str) -> None:
+    """Raise OptionError for a value that sends something from this machine, if the command is a job of the
+    queue: the page shows its line, and not the file that the line names.
+
+    values: by destination, as the file `place` has them.
+    """
+    if not os.environ.get(FROM_QUEUE):
+        return
+    for action in parser._actions:
+        value = values.get(action.dest)
+        is_remote = action.dest == "log_with" and value not in run_options.NEEDS_FOLDER
+        if value and (is_remote or getattr(action, "reach", "") in (SENDS["reach"], CONFIGURES["reach"])):
+            raise OptionError(
+                f"{place}: {action.dest} = {value!r} would send data from this machine, which a job does "
+                f"only if its line says so. Leave it out there, or write --{action.dest} into the line"
+            )
+
+
 def read_arguments(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ
 ) -> argparse.Namespace:
@@ -422,9 +456,9 @@ def read_arguments(
         untyped = {
             action.dest for action in parser._actions if getattr(typed, action.dest, None) == action.default
         }
-        check_imports(
-            parser, {name: from_file[name] for name in untyped & from_file.keys()}, str(config_file)
-        )
+        of_file = {name: from_file[name] for name in untyped & from_file.keys()}
+        check_imports(parser, of_file, str(config_file))
+        _refuse_unseen_sending(parser, of_file, str(config_file))
     has_steps = typed.max_train_steps is not None or "max_train_steps" in from_file
     if has_steps and args.max_train_epochs is not None:
         logger.warning(

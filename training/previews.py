@@ -342,8 +342,10 @@ def draw_statistics(drawn: Mapping[str, Tensor], weights: Tensor, boundaries: Se
     drawn: counts of the draws, by the tables that they are of; "" for all tables. boundaries: timesteps at
     which an expert begins; those above 0 are marked.
     """
-    from matplotlib.figure import Figure  # slow to import, and only this needs it
+    import matplotlib  # slow to import, and only this needs it
+    from matplotlib.figure import Figure  # likewise
 
+    matplotlib.rcdefaults()  # without the matplotlibrc of the working folder: it may be somebody else's
     rows = []
     for title, counts in drawn.items():
         shares = 100 * counts / counts.sum()

@@ -9,7 +9,7 @@ from blissful_tuner.options import PreviewOptions
 from dataset.options import DATASET_FILE, CheckPageOptions
 from modules.errors import OptionError
 from modules.option_values import text_to_seed
-from modules.options import FREE, HABIT, SECRET, SENDS, Options, not_needed, option
+from modules.options import CONFIGURES, FREE, HABIT, SECRET, Options, not_needed, option
 from modules.run_limits import refuse_sending
 from networks.multipliers import files_with_multipliers
 
@@ -258,7 +258,7 @@ class LogOptions(Options, title="logs"):
         place="there",
         hint="a TOML file with a table [wandb] or of another tracker",
         acts_if=_IF_LOGGED,
-        facts=SENDS,
+        facts=CONFIGURES,
     )
     wandb_api_key: str | None = option(
         "log in to wandb with this key; it is never written anywhere", acts_if=_IF_WANDB, facts=SECRET

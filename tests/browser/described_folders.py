@@ -8,13 +8,17 @@ from browser.beginnings import Beginnings, ShownRun
 from browser.errands import Errands
 from browser.jobs import open_queue
 from browser.runs import Runs
+from project.known import remember_folder
 from project.tracing import RunTrace
 
 DATASET = '[[datasets]]\nimage_directory = "."\ncache_directory = "cache"\n'
 
 
-def describe(folder: Path, name: str = "own", steps: int = 10, **changed: Any) -> Path:
-    """Describe a folder with one picture; the file of its model is empty."""
+def describe(folder: Path, name: str = "own", steps: int = 10, is_known: bool = True, **changed: Any) -> Path:
+    """Describe a folder with one picture; the file of its model is empty.
+
+    is_known: as if `new` had done it on this machine.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cache").mkdir(exist_ok=True)
     (folder / "cache" / "dit.safetensors").touch()
@@ -46,6 +50,8 @@ def describe(folder: Path, name: str = "own", steps: int = 10, **changed: Any) -
         "",
     ]
     (folder / "run.toml").write_text("\n".join(lines), encoding="utf-8")
+    if is_known:
+        remember_folder(folder, folder.parent / "models")
     return folder
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from browser.beginnings import state_of_trace
+from browser.beginnings import state_of_trace, words_of_plan
 from browser.errands import errand_name
+from browser.intentions import read_intentions
 from browser.jobs import JobQueue
 from browser.names import free_name
 from browser.runs import read_glance
 from modules.errors import OptionError
+from project.options import MODELS
 from tests.browser.described_folders import describe, find, look, state, trace
 from tests.browser.serving import serve_runs, write_run
 from training.reports.history import BEFORE_TRAINING, History, describe_process, history_path
@@ -346,10 +348,7 @@ def test_a_further_run_gets_a_name_that_no_run_has(
 
 
 def test_a_foreign_run_toml_is_not_started_before_it_was_read(tmp_path: Path) -> None:
-    folder = describe(tmp_path / "clips")
-    text = (folder / "run.toml").read_text(encoding="utf-8")
-    elsewhere = text.replace(str(tmp_path / "models"), "/home/nobody-of-here/models")
-    (folder / "run.toml").write_text(elsewhere, encoding="utf-8")
+    folder = describe(tmp_path / "clips", is_known=False)
     beginnings = look(tmp_path)
     words = ["reelsmith", "run", str(folder)]
     with pytest.raises(OptionError, match="comes from elsewhere"):
@@ -403,3 +402,79 @@ def test_what_was_removed_is_not_listed(tmp_path: Path) -> None:
     describe(tmp_path / "reelsmith-bin" / "2026" / "clips")
     write_run(tmp_path / "reelsmith-bin" / "2026" / "output", "own")
     assert look(tmp_path).list_all() == []
+
+
+@pytest.mark.parametrize("place", ["absolute", "own", "/", "/usr/models", "~/models", "models"])
+def test_a_foreign_run_toml_types_no_path_of_its_own(place: str, tmp_path: Path) -> None:
+    """Wherever its --to leads: also into a folder that is here."""
+    folder = describe(tmp_path / "clips", is_known=False)
+    (folder / "cache" / "dit.safetensors").unlink()
+    to = {"absolute": str(tmp_path / "elsewhere"), "own": str(folder / "m")}.get(place, place)
+    text = (folder / "run.toml").read_text(encoding="utf-8")
+    (folder / "run.toml").write_text(text.replace(str(tmp_path / "models"), to), encoding="utf-8")
+    beginnings = look(tmp_path)
+    beginnings.queue.begin_work = lambda: None  # type: ignore[method-assign]
+    plan = find(beginnings).plan
+    assert plan is not None
+    words = words_of_plan(plan, MODELS)
+    assert words == ["reelsmith", "run", str(folder), "--download"]
+    with pytest.raises(OptionError, match="comes from elsewhere"):
+        beginnings.start(folder, words)
+
+    beginnings.start(folder, words, is_read=True)
+
+    assert words_of_plan(plan, MODELS) == words
+    assert beginnings.is_known(plan)
+
+
+def test_what_a_folder_brings_along_makes_it_no_known_one(tmp_path: Path) -> None:
+    """A queue with its run, the errand that described it, and a history: they may all be from elsewhere."""
+    folder = describe(tmp_path / "clips", is_known=False)
+    beginnings = look(tmp_path)
+    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    queue = beginnings.queue.folder
+    (queue / "logs").mkdir(exist_ok=True)
+    name = errand_name("describe", folder)
+    record = {"line": f"reelsmith new {folder}", "folder": str(tmp_path), "process": {}, "stops": 0}
+    (queue / "logs" / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    (queue / "logs" / f"{name}.code").write_text("0", encoding="utf-8")
+    history = History(history_path(folder / "output", "own"), 1)
+    (folder / "output").mkdir()
+    started = {"model": "wan", "total_steps": 10, "changed": [], "unchanged": [], "listens": True}
+    started["written_in"] = str(folder / "output")
+    history.add(0, started={**started, "process": describe_process()})
+    history.add(3, ended="finished", kind="good")
+    history.flush()
+    plan = find(beginnings).plan
+    assert plan is not None
+
+    assert not beginnings.is_known(plan)
+
+
+def test_what_a_foreign_file_does_first_cannot_be_hidden_behind_what_is_usual(tmp_path: Path) -> None:
+    folder = describe(
+        tmp_path / "clips", is_known=False, network_module="evil.code", huggingface_repo_id="evil/repository"
+    )
+    tables = '[[datasets]]\nimage_directory = "."\ncache_directory = "cache"\n' * 150
+    (folder / "dataset.toml").write_text(tables, encoding="utf-8")
+
+    intentions = read_intentions(folder)
+
+    assert [one.is_unusual for one in intentions[:3]] == [True, True, False]
+    assert {one.text for one in intentions[:2]} == {
+        "loads the code evil.code",
+        "uploads the trained files to evil/repository",
+    }
+    assert len(intentions) == 101
+    assert intentions[-1].text.startswith("and 56 more that are not listed, 0 of them unusual")
+
+
+def test_more_unusual_things_than_fit_are_counted(tmp_path: Path) -> None:
+    folder = describe(tmp_path / "clips", is_known=False)
+    tables = '[[datasets]]\nimage_directory = "."\ncache_directory = "/evil"\n' * 150
+    (folder / "dataset.toml").write_text(tables, encoding="utf-8")
+
+    last = read_intentions(folder)[-1]
+
+    assert last.is_unusual
+    assert last.text.startswith("and 54 more that are not listed, 50 of them unusual")

@@ -741,7 +741,7 @@ def test_the_page_fits_has_names_and_no_serious_fault(axe: str, served: Served, 
 def serve_alone(root: Path) -> Iterator[tuple["subprocess.Popen[str]", Served]]:
     """Serve the page in a process of its own, with the real generation script."""
     process = subprocess.Popen(
-        [sys.executable, ROOT / "tools" / "run_browser.py", root, "--port", "0"],
+        [sys.executable, ROOT / "tools" / "run_browser.py", root, "--port", "0", "--no_token"],
         cwd=root,
         env={**os.environ, **QUIET},
         stdout=subprocess.PIPE,

@@ -1,5 +1,6 @@
 """The queue: which lines are jobs, their order, and that they outlive the browser that began them."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from urllib.parse import urlencode
 
 import psutil
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 from browser.jobs import QUEUE, STATE, WAITING, Job, JobQueue
 from browser.launch import check_options, find_program, prepare_process, split_words
@@ -109,6 +111,33 @@ REFUSED = (
     ("accelerate launch -m http.server", "'-m http.server'"),
     ("accelerate launch --num_processes 2", "''"),
     ("accelerate config", "'accelerate'"),
+    *(
+        (f"accelerate launch {words} wan_train_network.py", "on this machine")
+        for words in (
+            "--main_process_ip 10.0.0.9",
+            "--main-process-ip=10.0.0.9",
+            "--main_process_i 10.0.0.9",
+            "--rdzv_backend c10d",
+            "--rdzv_backend=etcd",
+            "--rdzv_conf is_host=0",
+            "--num_machines 2",
+            "--num_machines=02",
+            "--machine_rank 1",
+            "--main_process_port http://x",
+            "--config_file stranger.yaml",
+            "--use_deepspeed",
+            "--deepspeed_config_file stranger.json",
+            "--deepspeed_hostfile hosts",
+            "--mpirun_hostfile hosts",
+            "--tpu --tpu_cluster",
+            "--aws_access_key_id x",
+            "--log_dir /tmp/x",
+            "--multi_gpu=x",
+            "--num_processes --rdzv_backend=c10d",
+            "--gpu_ids --config_file=x",
+            "--quiet --same_network --num_processes 2 --module",
+        )
+    ),
     ("python wan_train_network.py --dit 'x", "No closing quotation"),
     ("python wan_train_network.py --dit 'a\0b'", "the character NUL"),
     ("python wan_train_network.py --dit '\ud800'", "half a character"),
@@ -128,6 +157,25 @@ def test_anything_else_is_refused_by_name(line: str, word: str, tmp_path: Path) 
         find_program(split_words(line), tmp_path)
 
     assert word in str(refusal.value)
+
+
+def test_only_accelerates_options_of_one_machine_are_taken(tmp_path: Path) -> None:
+    """Each of accelerate's options is tried, with a value that it takes."""
+    options = [action for action in launch_command_parser()._actions if action.option_strings]
+    taken = set()
+    for action in options:
+        value = [] if action.nargs == 0 else [str((action.choices or ["1"])[0])]
+        for flag in action.option_strings:
+            with contextlib.suppress(OptionError):
+                find_program(["accelerate", "launch", flag, *value, "wan_train_network.py"], tmp_path)
+                taken.add(flag)
+
+    assert len(options) > 80
+    assert taken == {
+        *("--quiet", "--multi_gpu", "--cpu", "--same_network", "--num_processes", "--max_restarts"),
+        *("--num_cpu_threads_per_process", "--num_machines", "--main_process_port", "--gpu_ids"),
+        "--mixed_precision",
+    }
 
 
 def test_a_run_of_no_folder_is_refused_when_it_is_added(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from html.parser import HTMLParser
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -25,11 +25,20 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from browser.errands import Errands
+from browser.jobs import open_queue
+from browser.making import ResultMaker
+from browser.queue_views import QueuePages
+from browser.result_pages import ResultPages
+from browser.run_buttons import RunButtons
+from browser.runs import Runs
 from browser.server import MOST_BYTES, Gate, make_app
+from browser.site import Site
 from browser.views import HERE
 from project.options import NewOptions
 from tests import warm_processes
 from tests.browser.serving import Served, serve_runs, write_run
+from tests.commands import ROOT
 
 SECRET = "what nobody may read"
 HIDDEN = "nobody-may-list-this"  # in names of files outside
@@ -91,7 +100,9 @@ def list_routes(served: Served, method: str) -> list[Route]:
     gate = make_app(served.runs, read_only=True)  # read only: it starts nothing
     assert isinstance(gate, Gate)
     assert isinstance(gate.app, Starlette)
-    return [route for route in gate.app.routes if isinstance(route, Route) and method in route.methods]
+    return [
+        route for route in gate.app.routes if isinstance(route, Route) and method in (route.methods or ())
+    ]
 
 
 def fill_route(path: str, values: Mapping[str, str], otherwise: str) -> str:
@@ -502,3 +513,55 @@ def test_files_of_a_draft_that_lead_outside_are_not_written(root: Path, tmp_path
             check_answer(served, address, "POST", name, urlencode(fields))
         wait_for_children()
     assert list_files(tmp_path / "outside") == before
+
+
+# --- what the documentation says of each address
+
+ROW = re.compile(r"^\| `(GET|POST) (\S+)`(?:: ([^|]*))? \|", re.MULTILINE)
+
+
+def read_page() -> str:
+    return (ROOT / "docs" / "browser.md").read_text(encoding="utf-8")
+
+
+def read_rows(text: str) -> dict[str, set[str]]:
+    """Return the buttons of each address that has a row."""
+    return {
+        f"{method} {path}": set(re.findall(r"`(\w+)`", words)) for method, path, words in ROW.findall(text)
+    }
+
+
+def test_the_documentation_says_of_each_address_what_it_may_do(root: Path) -> None:
+    """A new address, or a new button of one, needs its row."""
+    text = read_page()
+    rows = read_rows(text)
+    with serve_runs(root) as served:
+        routes = {
+            f"{method} {route.path}": set(list_words(route))
+            for method in ("GET", "POST")
+            for route in list_routes(served, method)
+        }
+    assert rows.keys() == routes.keys()
+    for address, words in routes.items():
+        if address.startswith("POST") and "{what}" in address:
+            method, _, path = address.partition(" ")
+            others = {word for word in words if f"{path.replace('{what}', word)}" in str(routes.keys())}
+            assert words - others <= rows[address], address
+    cells = [line.split("|")[2:-1] for line in text.splitlines() if ROW.match(line)]
+    assert all(len(row) == 4 and all(cell.strip() for cell in row) for row in cells)
+
+
+BUTTONS: dict[str, Callable[[Site], Collection[str]]] = {  # of pages that look a word up
+    "POST /results/{id}/{what}": lambda site: ResultPages(site).changes,
+    "POST /run/{id}/do/{what}": lambda site: {**RunButtons(site).actions, "remove": None},
+    "POST /queue/{what}": lambda site: QueuePages(site.runs, site.queue, site.beginnings).changes,
+}
+
+
+@pytest.mark.parametrize("address", BUTTONS)
+def test_the_documentation_has_each_button_that_a_page_looks_up(address: str, root: Path) -> None:
+    rows = read_rows(read_page())
+    runs = Runs((root,))
+    queue = open_queue(runs, read_only=True)
+    site = Site(runs, queue, Errands(queue), ResultMaker(queue))
+    assert set(BUTTONS[address](site)) <= rows[address]

@@ -190,7 +190,9 @@ def test_without_the_token_nothing_is_shown_and_with_it_a_strict_cookie_is_set(t
 
         opened = served.ask(f"/?token={TOKEN}")
 
-        assert opened.headers["set-cookie"] == f"reelsmith={TOKEN}; HttpOnly; Path=/; SameSite=strict"
+        assert opened.headers["set-cookie"] == (
+            f"reelsmith={TOKEN}; HttpOnly; Max-Age=2592000; Path=/; SameSite=strict"
+        )
         assert 'content="0;url=/"' in opened.text
         assert served.ask(run, Cookie=f"reelsmith={TOKEN}").status == 200
 

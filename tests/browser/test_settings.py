@@ -16,6 +16,7 @@ from browser.bin_folder import BinFolder
 from browser.options import BrowserOptions
 from browser.qr_code import code_cells, code_svg
 from browser.settings import ServerSettings
+from browser.tokens import PageToken
 from modules.errors import OptionError, OutputError
 from modules.parser import parse_options
 from tests.browser.serving import Answer, Served, serve_runs
@@ -38,7 +39,9 @@ def shown_command(text: str) -> list[str]:
 def test_the_command_starts_the_page_with_the_same_settings(tmp_path: Path) -> None:
     (tmp_path / "my runs").mkdir()
     (tmp_path / "token.txt").write_text("a-secret-word-of-letters", encoding="utf-8")
-    settings = ServerSettings("0.0.0.0", 9000, tmp_path / "token.txt", is_local=False, address=ADDRESS)
+    settings = ServerSettings(
+        "0.0.0.0", 9000, PageToken("secret", tmp_path / "token.txt"), True, is_local=False, address=ADDRESS
+    )
     with serve_runs(tmp_path / "my runs", models=tmp_path / "m", settings=settings) as served:
         text = served.ask("/settings").text
 
@@ -50,6 +53,19 @@ def test_the_command_starts_the_page_with_the_same_settings(tmp_path: Path) -> N
     assert "secret" not in text
     assert "Zk3vQ9xL" not in text
     assert 'role="img" aria-label="QR code of this page&#39;s address"' in text
+
+
+def test_a_word_of_the_pages_own_is_not_typed_and_without_one_the_command_says_so(tmp_path: Path) -> None:
+    own = ServerSettings(token=PageToken("secret-word", tmp_path / "page_token"))
+    with serve_runs(tmp_path, settings=own) as served:
+        text = served.ask("/settings").text
+    assert not any("token" in word for word in shown_command(text) if word.startswith("--"))
+    assert f"the word in {tmp_path / 'page_token'}" in re.sub("<.*?>", "", text)
+    assert "secret-word" not in text
+    with serve_runs(tmp_path) as served:
+        text = served.ask("/settings").text
+    assert "--no_token" in shown_command(text)
+    assert "every account of this machine" in text
 
 
 def test_a_local_page_says_how_a_phone_gets_in_and_has_no_code(tmp_path: Path) -> None:
@@ -99,7 +115,9 @@ def test_the_bin_is_emptied_only_as_it_was_shown(tmp_path: Path) -> None:
 
 
 def test_a_person_starts_the_queue_and_asks_for_the_code(tmp_path: Path) -> None:
-    settings = ServerSettings("0.0.0.0", 8765, tmp_path / "t", is_local=False, address=ADDRESS)
+    settings = ServerSettings(
+        "0.0.0.0", 8765, PageToken("secret", tmp_path / "t"), True, is_local=False, address=ADDRESS
+    )
     with serve_runs(tmp_path, settings=settings) as served, open_page(f"{served.url}/settings", 360) as page:
         page.get_by_role("button", name="Start the queue").click()
         page.wait_for_selector("button:text('Pause the queue')")

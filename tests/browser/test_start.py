@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -30,8 +31,13 @@ def test_it_prints_an_address_that_answers_and_ends_with_ctrl_c(tmp_path: Path) 
     try:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
-        with urllib.request.urlopen(address, timeout=30) as answer:
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{43}", address)
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        bare = address.partition("?")[0]
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            opener.open(bare, timeout=30)
+        opener.open(address, timeout=30).close()
+        with opener.open(bare, timeout=30) as answer:
             assert "<h2>x</h2>" in answer.read().decode()
         os.kill(process.pid, signal.SIGINT)
         said = process.communicate(timeout=30)
@@ -61,6 +67,8 @@ def test_a_port_that_is_taken_is_refused_with_a_free_one_and_the_usual_one_is_ke
     [
         (["page.html"], "is a file: give a folder with runs in it"),
         (["--host", "0.0.0.0"], "secrets.token_urlsafe"),
+        (["--host", "0.0.0.0", "--no_token"], "leave --no_token out"),
+        (["--token", "short.txt", "--no_token"], "--no_token"),
         (["--host", "0.0.0.0", "--token", "short.txt"], "without blanks. This makes one: python -c"),
         (["--host", "0.0.0.0", "--token", "none.txt"], "none.txt cannot be read: No such file"),
     ],

@@ -1,8 +1,10 @@
 """Files that are dropped on the page New: which are taken, and that nothing is left of the others."""
 
+import asyncio
 import http.client
 import os
 import random
+import threading
 import time
 from collections.abc import Iterator
 from datetime import date
@@ -14,7 +16,15 @@ from PIL import Image
 
 from browser.runs import Runs
 from browser.server import MOST_BYTES
-from browser.uploads import ADDRESS, FileUploads, UploadLimits, check_file_name, find_kind, name_of_day
+from browser.uploads import (
+    ADDRESS,
+    FileUploads,
+    UploadLimits,
+    check_content,
+    check_file_name,
+    find_kind,
+    name_of_day,
+)
 from modules.errors import OptionError, OutputError
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.data_tools.report.making import save_clip
@@ -215,3 +225,74 @@ def test_folders_of_a_day_have_names_of_their_own(tmp_path: Path) -> None:
 def test_usual_names_are_taken(name: str) -> None:
     check_file_name(name)
     assert find_kind(name) in ("picture", "caption")
+
+
+@pytest.mark.parametrize(
+    "into",
+    [
+        *("reelsmith-queue", "Reelsmith-Queue", "REELSMITH-QUEUE", "reel\u017fmith-queue", "REELSMITH-BIN"),
+        *("Output", "\uff47enerated", "x-State", "x-\ufb06ate", "SAMPLE", "Cache", "Compare"),
+    ],
+)
+def test_no_folder_that_a_disk_takes_for_one_of_ours_is_made(
+    into: str, served: Served, tmp_path: Path
+) -> None:
+    answer = send(served, "queue.txt", b"python tools/download.py --list\n", into)
+
+    assert answer.status == 422
+    assert "folders that programs write into" in answer.json()["error"]
+    assert everything(tmp_path / "roots") == []
+
+
+@pytest.mark.parametrize("name", ["PROMPTS.txt", "prompt\u017f.txt", "\uff50rompts.txt", "Prompts.TXT"])
+def test_no_file_that_a_disk_takes_for_a_described_one_is_taken(name: str, served: Served) -> None:
+    assert send(served, name, b"a cat\n").status == 422
+
+
+def test_a_file_that_a_disk_takes_for_another_one_replaces_nothing(served: Served) -> None:
+    assert send(served, "sides.txt", b"a cat\n").status == 200
+    for name in ("SIDES.txt", "\u017fides.txt", "side\uff53.txt"):
+        assert "is there already" in send(served, name, b"a dog\n").text, name
+
+
+def test_a_file_without_its_size_is_not_taken(served: Served, tmp_path: Path) -> None:
+    for size in ("", "x", "\u0663", "9" * 20, "-1", "1.5"):
+        request = FakeRequest({"into": "set", "name": "a.txt"}, {"content-length": size})
+        answer = asyncio.run(FileUploads(served.runs).take(request))  # type: ignore[arg-type]
+        assert answer.status_code == 422
+    chunked = {"Origin": served.url, "Transfer_Encoding": "chunked"}
+    address = f"{ADDRESS}?into=set&name=a.txt"
+    assert "comes without its size" in served.ask(address, "POST", "a cat", **chunked).text
+    announced = served.ask(address, "POST", "a cat" * 100, **chunked, Content_Length="5")
+    assert announced.status in (400, 422)
+    assert everything(tmp_path / "roots") == []
+
+
+class FakeRequest:
+    """The parts of a request that an upload looks at before its body."""
+
+    def __init__(self, query: dict[str, str], headers: dict[str, str]) -> None:
+        self.query_params = query
+        self.headers = headers
+
+
+def test_dropped_files_are_decoded_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoding: list[int] = []
+    most: list[int] = []
+    lock = threading.Lock()
+
+    def decode(path: Path) -> None:
+        with lock:
+            decoding.append(1)
+            most.append(len(decoding))
+        time.sleep(0.02)
+        with lock:
+            decoding.pop()
+
+    monkeypatch.setattr("browser.uploads.first_frame", decode)
+    threads = [threading.Thread(target=check_content, args=(tmp_path, "picture")) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 6

@@ -93,6 +93,7 @@ BAD = {
         f"bitsandbytes {name}": (of_four_bits(**changed), message)
         for name, changed, message in (
             ("offset", {"nested_offset": float("nan")}, "NaN or infinite"),
+            ("long offset", {"nested_offset": int("9" * 400)}, "whole number of 1,329 bits"),
             ("odd", {"shape": [4, 63], "blocksize": 1}, "not whole blocks"),
             ("kind", {"quant_type": ["nf4"]}, "nf4 and fp4 are read"),
         )

@@ -13,12 +13,14 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import sys
 import threading
 import time
 import typing
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ from modules.bars import LINE_EVERY
 from modules.console import in_words, quiet
 from modules.devices import empty_pinned
 from modules.errors import OptionError, UserError
-from modules.installation import describe_missing
+from modules.installation import describe_missing, refuses_code
 from modules.options import option_name, record_of
 from modules.text_files import parse_toml, read_text
 from networks.adapter import NormReport
@@ -304,12 +306,27 @@ def _tracked_values(report: StepReport) -> dict[str, float]:
     return values
 
 
+# tracker -> its settings in a working folder
+SETTINGS_OF_FOLDER = {
+    "wandb": ("wandb/settings",),
+    "comet_ml": (".comet.config", ".env"),
+    "swanlab": (".swanlab",),
+}
+NO_GIT = {  # variables of trackers
+    "WANDB_DISABLE_GIT": "true",
+    "COMET_AUTO_LOG_GIT_METADATA": "false",
+    "COMET_AUTO_LOG_GIT_PATCH": "false",
+}
+
+
 def check_trackers(options: LogOptions) -> None:
     """Raise OptionError, naming the package to install, if the package of a tracker is missing.
 
     Raises UserError if --log_tracker_config cannot be read, OutputError if nothing can be written in
-    --logging_dir.
+    --logging_dir, and OptionError if a folder that may be somebody else's has settings of a tracker.
     """
+    if refuses_code() is not None:
+        _refuse_settings_of_folder(options.trackers, Path.cwd())
     if options.logging_dir is not None:
         make_folder(options.logging_dir, "--logging_dir")
     for tracker in options.trackers:
@@ -320,6 +337,21 @@ def check_trackers(options: LogOptions) -> None:
     if options.trackers:
         with quiet():  # it is read again when they start
             tracker_arguments(options)
+
+
+def _refuse_settings_of_folder(trackers: Sequence[str], folder: Path) -> None:
+    """Raise OptionError if a working folder has settings that say where a tracker sends data, and as whom.
+
+    Also keeps trackers from asking git about that folder: its settings can name programs.
+    """
+    for tracker in trackers:
+        for name in SETTINGS_OF_FOLDER.get(tracker, ()):
+            if os.path.lexists(folder / name):
+                raise OptionError(
+                    f"--log_with {tracker}: {folder / name} has settings of {tracker}, which can name any "
+                    "server. Remove it, or start the training itself in a terminal"
+                )
+    os.environ.update(NO_GIT)
 
 
 def tracker_arguments(options: LogOptions) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import threading
@@ -31,6 +32,7 @@ from training.options import TrainingOptions, read_arguments, training_parser
 from training.processes import make_accelerator
 from training.reports.logs import (
     BAR,
+    NO_GIT,
     Logs,
     Readings,
     StepReport,
@@ -188,6 +190,37 @@ def test_a_missing_tracker_is_named_with_the_command_to_install_it() -> None:
         pytest.skip("it is installed here")
     with pytest.raises(OptionError, match="pip install wandb"):
         check_trackers(options("--log_with wandb").logs)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("wandb", "wandb/settings"),
+        ("comet_ml", ".comet.config"),
+        ("comet_ml", ".env"),
+        ("swanlab", ".swanlab"),
+    ],
+)
+@pytest.mark.parametrize("variable", ["REELSMITH_RUN_GOES_ON", "REELSMITH_FROM_QUEUE"])
+def test_settings_of_a_tracker_in_a_strangers_folder_are_refused(
+    name: str, file: str, variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They can name the server, which gets the user's key."""
+    monkeypatch.setitem(sys.modules, name, MagicMock(__spec__=None))
+    monkeypatch.chdir(tmp_path)
+    for git in NO_GIT:
+        monkeypatch.setenv(git, "")
+    given = options(f"--log_with {name}").logs
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("[default]\nbase_url = http://evil\n", encoding="utf-8")
+    check_trackers(given)  # typed in a terminal
+    assert os.environ["WANDB_DISABLE_GIT"] == ""
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(OptionError, match=f"has settings of {name}, which can name any server"):
+        check_trackers(given)
+    (tmp_path / file).unlink()
+    check_trackers(given)
+    assert os.environ["WANDB_DISABLE_GIT"] == "true"
 
 
 @pytest.fixture

@@ -1,0 +1,75 @@
+"""Keep small files for the user of this machine, outside of all folders that they work in.
+
+Only that user can read them. Standard library only.
+"""
+
+import contextlib
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from modules.text_files import read_text
+
+FOLDER = "reelsmith"
+MOST_BYTES = 1 << 16
+
+
+def user_folder(environment: Mapping[str, str] = os.environ, system: str = sys.platform) -> Path:
+    """Return the folder of these files, which need not exist.
+
+    It is where the system wants what programs remember: $XDG_STATE_HOME, %LOCALAPPDATA%, or Application
+    Support. Raises OSError if the user has no home folder.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
+    if system == "win32":
+        usual, name = home / "AppData" / "Local", "LOCALAPPDATA"
+    elif system == "darwin":
+        usual, name = home / "Library" / "Application Support", ""
+    else:
+        usual, name = home / ".local" / "state", "XDG_STATE_HOME"
+    chosen = environment.get(name, "")
+    return (Path(chosen) if os.path.isabs(chosen) else usual) / FOLDER  # noqa: PTH117  # "" too
+
+
+def write_user_file(name: str, text: str) -> Path:
+    """Write a file that only this user can read, and return its path. name: may have folders, with /.
+
+    Raises OSError.
+    """
+    path = user_folder() / name
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")  # for this user alone
+    try:
+        with open(handle, "w", encoding="utf-8") as file:  # noqa: PTH123
+            file.write(text)
+        Path(temporary).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(temporary).unlink()
+        raise
+    return path
+
+
+def read_user_file(name: str) -> str | None:
+    """Return the text of such a file; None if it is missing, unreadable, or open to other users."""
+    try:
+        path = user_folder() / name
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or not _is_own(status):
+            return None
+        return read_text(path, MOST_BYTES)
+    except (OSError, ValueError):
+        return None
+
+
+def _is_own(status: os.stat_result) -> bool:
+    """Return whether a file is this user's alone. On Windows its folder is."""
+    if sys.platform == "win32":
+        return True
+    return status.st_uid == os.getuid() and not status.st_mode & 0o077

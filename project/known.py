@@ -1,0 +1,67 @@
+"""Remember which folders this user has described or read here, outside of these folders. No torch.
+
+What a folder's own files say of it proves nothing: they may be somebody else's.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from modules.text_files import parse_json, real_path
+from modules.user_files import read_user_file, write_user_file
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KnownFolder:
+    """What was remembered of a folder."""
+
+    models: Path | None = None  # that its download fills, if `new` has described it; None: it was only read
+
+
+def remember_folder(folder: Path, models: Path | None = None) -> None:
+    """Remember that the user has described a folder, or has read what its run does.
+
+    models: folder that its download fills, of a description. Without a place to keep it, the folder is asked
+    about again.
+    """
+    facts = {"models": None if models is None else str(real_path(models))}
+    with contextlib.suppress(OSError):
+        write_user_file(_name_of(folder), json.dumps(_identify(folder) | facts))
+        return
+    logger.debug("%s is not remembered", folder)
+
+
+def recall_folder(folder: Path) -> KnownFolder | None:
+    """Return what was remembered of a folder; None if it is another one by now, or was never known."""
+    text = read_user_file(_name_of(folder))
+    if text is None:
+        return None
+    try:
+        facts = parse_json(text)
+        if any(facts[name] != value for name, value in _identify(folder).items()):
+            return None
+        models = facts["models"]
+        return KnownFolder(None if models is None else Path(models))
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+
+
+def _name_of(folder: Path) -> str:
+    text = os.path.normcase(real_path(folder))
+    return f"folders/{hashlib.sha256(os.fsencode(text)).hexdigest()[:32]}.json"
+
+
+def _identify(folder: Path) -> dict[str, str | int]:
+    """Return what tells a folder from another one that takes its place. Raises OSError."""
+    status = folder.stat()
+    return {
+        "folder": os.path.normcase(real_path(folder)),
+        "device": status.st_dev,
+        "number": status.st_ino,
+    }
