@@ -40,6 +40,7 @@ from browser.described import (
     FILES,
     ChangedMeanwhileError,
     DescribedFolder,
+    KeyChanges,
     change_keys,
     is_described,
     keep_copies,
@@ -116,14 +117,13 @@ class DescribePlan:
     """What the button Describe does, and how it is said next to it."""
 
     words: list[str]  # of the command; empty: keys of run.toml are changed
-    changes: Mapping[str, Any]  # of keys of run.toml
+    changes: KeyChanges = KeyChanges({})  # of keys of run.toml
     compares: bool = False  # the command shows the changes of a described folder
 
     @property
     def text(self) -> str:
-        if self.changes:
-            keys = ", ".join(f"{name} = {value!r}".replace("'", '"') for name, value in self.changes.items())
-            return f"{RUN_FILE}: {keys}"
+        if self.changes.changes:
+            return self.changes.text
         return typed_anywhere(self.words)
 
 
@@ -468,7 +468,7 @@ class NewPages:
             if folder is not None:
                 return self.plan_describe(form, folder, described)
         form = form if form.folder else replace(form, folder="FOLDER")
-        return DescribePlan(new_words(form, self.site.models), {})
+        return DescribePlan(new_words(form, self.site.models))
 
     def plan_describe(self, form: NewForm, folder: Path, described: DescribedFolder | None) -> DescribePlan:
         """Return what Describe does for a folder.
@@ -480,13 +480,13 @@ class NewPages:
         form = form.of_folder(folder)
         models = self.site.models
         if not any((folder / name).exists() for name in FILES):
-            return DescribePlan(new_words(form, models), {})
+            return DescribePlan(new_words(form, models))
         if described is not None:
             before = NewForm.of_described(described, models)
-            changes = list_key_changes(form, before)
-            if changes and not list_differing(form, before):
+            changes = list_key_changes(form, before, described.values)
+            if changes.changes and not list_differing(form, before):
                 return DescribePlan([], changes)
-        return DescribePlan(new_words(form, models, dry_run=True), {}, compares=True)
+        return DescribePlan(new_words(form, models, dry_run=True), compares=True)
 
     def change(self, request: Request, form: Form) -> Response:
         """Do what a button asks for, and show the page of the folder again."""
@@ -575,9 +575,9 @@ class NewPages:
             raise OptionError(f"{folder} has no clips, pictures or sounds. Drop some here first.")
         described, _ = self.try_read(folder)
         plan = self.plan_describe(form, folder, described)
-        if plan.changes:
+        if plan.changes.changes:
             have = mark_bytes(read_content(folder / RUN_FILE))
-            change_keys(folder / RUN_FILE, plan.changes, have)
+            change_keys(folder / RUN_FILE, plan.changes.changes, have)
             return
         kind = COMPARE if plan.compares else DESCRIBE
         self.site.errands.start(errand_name(kind, folder), plan.words, Path.cwd())
