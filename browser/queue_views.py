@@ -15,7 +15,7 @@ from starlette.routing import Route
 from browser import compare
 from browser.answers import Form, answer_form, answer_page, answer_unknown, read_query
 from browser.beginnings import Beginnings
-from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue
+from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue, is_to_come
 from browser.launch import check_options, command_part, split_folder, split_words
 from browser.runs import RUNNING, Glance, Runs, is_living
 from browser.typed import typed_anywhere
@@ -159,10 +159,11 @@ def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
     return Draft()
 
 
-def read_jobs(text: str, run: Glance | None) -> list[tuple[list[str], Path]]:
+def read_jobs(text: str, run: Glance | None, may_come: bool) -> list[tuple[list[str], Path]]:
     """Return the words and the folder of each command in a text; all are checked before the first is added.
 
-    run: the run that the commands are from, if any. Raises UserError.
+    run: the run that the commands are from, if any. may_come: jobs before them may write what they read; so
+    may the first of several. Raises UserError.
     """
     entries = ENTRY.findall(text.replace("\r\n", "\n"))
     jobs = []
@@ -174,8 +175,8 @@ def read_jobs(text: str, run: Glance | None) -> list[tuple[list[str], Path]]:
                 base = compare.working_folder(run, compare.group_options(words))
             _, folder = split_folder(line, base)
             jobs.append((words, folder))
-    for words, folder in jobs:
-        check_options(words, folder)
+    for place, (words, folder) in enumerate(jobs):
+        check_options(words, folder, may_come=may_come or place > 0)
     return jobs
 
 
@@ -270,11 +271,12 @@ class QueuePages:
         if what == "work":
             self.queue.begin_work()
         elif what == "pause":
-            self.queue.end_work()
+            self.queue.end_work(pauses=True)
         elif what == "add":
             with self.runs.lock:
                 run = self.runs.find(run_id)
-            for words, folder in read_jobs(line, run):
+            may_come = any(map(is_to_come, self.queue.jobs()))
+            for words, folder in read_jobs(line, run, may_come):
                 self.queue.add(words, folder)
         elif not NUMBER.fullmatch(number):
             return False

@@ -461,7 +461,7 @@ class RunButtons:
             raise OptionError("It comes from elsewhere: read its command on the page of the queue first.")
         _, page_command = command
         jobs: list[tuple[list[str], Path]] = []
-        for words, folder in read_jobs(page_command.bash, run):
+        for words, folder in read_jobs(page_command.bash, run, may_come=False):
             changed = [*words]
             if steps:
                 place = changed.index(STEPS_OPTION) + 1

@@ -133,7 +133,7 @@ class SettingsPages:
             if what == "work":
                 self.site.queue.begin_work()
             elif what == "pause":
-                self.site.queue.end_work()
+                self.site.queue.end_work(pauses=True)
             elif what == "empty":
                 open_bin(self.site).empty("".join(form.get("mark", ())))
             else:

@@ -55,7 +55,7 @@ def test_jobs_that_two_servers_add_at_once_are_all_there(root: Path, servers: tu
 
     def add(served: Served, name: str) -> None:
         for number in range(PRESSES):
-            line = f"convert_lora.py --input {name}{number}"
+            line = f"convert_lora.py --help {name}{number}"
             statuses.append(press(served, "/queue/add", line=line))
 
     run_together(*(lambda s=served, n=name: add(s, n) for served, name in zip(servers, "ab", strict=True)))
