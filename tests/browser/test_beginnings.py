@@ -403,3 +403,36 @@ def test_what_was_removed_is_not_listed(tmp_path: Path) -> None:
     describe(tmp_path / "reelsmith-bin" / "2026" / "clips")
     write_run(tmp_path / "reelsmith-bin" / "2026" / "output", "own")
     assert look(tmp_path).list_all() == []
+
+
+@pytest.mark.parametrize(
+    ("states", "said"),
+    [
+        (("own-step00000004-state", "own-step00000005-state"), "continues from step 5."),
+        (("own-000002-state",), "continues from its last state, own-000002-state."),
+        ((), "No state was saved: it begins anew."),
+    ],
+)
+def test_a_run_that_a_second_stop_has_ended_is_stopped(
+    states: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    folder = describe(tmp_path / "clips")
+    set_back(folder)
+    dead = {**describe_process(), "number": 2**22 + 1}
+    write_run(folder / "output", "own", steps=6, kind=None, process=dead)
+    for name in states:
+        (folder / "output" / name).mkdir()
+    beginnings = look(tmp_path)
+    assert find(beginnings).state.name == "died"
+    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    set_job(beginnings.queue, -9, stops=2)
+
+    shown = find(beginnings)
+
+    assert shown.state.name == "stopped"
+    assert shown.state.reason.startswith("Ended at once from the page after step 6")
+    assert shown.state.reason.endswith(said)
+    with serve_runs(tmp_path) as served:
+        page = served.ask(f"/run/{shown.glance.id}/").text
+    assert "Ended at once from the page after step 6" in page
+    assert "without a word" not in page
