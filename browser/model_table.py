@@ -12,6 +12,7 @@ from checkpoints.first_bytes import is_pointer_or_page
 from checkpoints.kinds import kind_of
 from downloads.catalogue import Component, Licence, ModelSet
 from downloads.listing import gigabytes, total_bytes
+from modules.paths import without_quotes
 from modules.text_files import read_tensor_header
 from project.fitting import describe_fit, is_small, needs_picture, transformer_bytes
 from project.options import find_models
@@ -119,7 +120,7 @@ def describe_file(text: str) -> str:
     """
     if not text.strip() or "\0" in text:
         return ""
-    path = Path(text.strip()).expanduser()
+    path = Path(without_quotes(text.strip())).expanduser()
     if not path.is_absolute():
         return "Give a whole path, which begins at the root or at a drive."
     suffix = path.suffix.lower()

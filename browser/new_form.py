@@ -12,6 +12,7 @@ from modules.errors import OptionError
 from modules.option_values import option_words
 from modules.output_files import check_output_name
 from modules.pages.page import encode_address
+from modules.paths import without_quotes
 from project.options import MODELS, NewOptions, check_trigger, find_models
 
 USUAL_STEPS = NewOptions(folder=Path()).max_train_steps
@@ -39,14 +40,14 @@ class NewForm:
         texts = {name: "".join(values).strip() for name, values in form.items()}
         family, _, task_of_family = texts.get("family", "").partition(" ")
         return cls(
-            folder=texts.get("folder", ""),
+            folder=without_quotes(texts.get("folder", "")),
             family=family,
             task=texts.get("task", task_of_family),
             trigger=texts.get("trigger", ""),
             name=texts.get("name", ""),
             steps=texts.get("steps", str(USUAL_STEPS)),
             model_files={
-                name.removeprefix("file_"): text
+                name.removeprefix("file_"): without_quotes(text)
                 for name, text in texts.items()
                 if name.startswith("file_") and text
             },

@@ -1,5 +1,6 @@
 """The page Settings: folders, the server, the queue's worker, and the bin."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,19 +103,21 @@ class SettingsPages:
             ShownSetting("may write", "no" if site.read_only else "yes", "--read_only"),
         ]
 
-    def command_words(self, worker: str) -> list[str]:
-        """Return the command that starts this page with these settings."""
+    def command_words(self, worker: str, further: Sequence[Path] = ()) -> list[str]:
+        """Return the command that starts this page with these settings, and with further folders."""
         settings = self.site.settings
         port = None if settings.port in (None, USUAL_PORT) else settings.port
         token = None if settings.token_file is None else str(settings.token_file.absolute())
-        return self._words(settings.host, port, token, worker)
+        return self._words(settings.host, port, token, worker, further)
 
     def phone_words(self, worker: str) -> list[str]:
         """Return the command that starts this page for other devices too."""
         token = self.site.settings.token_file or Path("token.txt")
         return self._words("0.0.0.0", USUAL_PORT, str(token.absolute()), worker)
 
-    def _words(self, host: str, port: int | None, token: str | None, worker: str) -> list[str]:
+    def _words(
+        self, host: str, port: int | None, token: str | None, worker: str, further: Sequence[Path] = ()
+    ) -> list[str]:
         options: dict[str, Any] = {
             "--models": None if self.site.models == MODELS else str(self.site.models.absolute()),
             "--host": None if host == "127.0.0.1" else host,
@@ -123,7 +126,7 @@ class SettingsPages:
             "--work": worker == "here" or None,
             "--read_only": self.site.read_only or None,
         }
-        folders = [str(root) for root in self.site.runs.roots]
+        folders = [str(root) for root in (*self.site.runs.roots, *further)]
         return ["python", "tools/run_browser.py", *folders, *option_words(options)]
 
     def change(self, request: Request, form: Form) -> Response:

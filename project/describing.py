@@ -24,7 +24,7 @@ from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
 from modules.option_values import as_shape
 from modules.output_files import is_windows_device
-from modules.paths import explain_missing, path_from
+from modules.paths import explain_missing, path_from, without_quotes
 from modules.text_files import real_path
 from project.choosing import ModelFacts
 from project.fitting import is_small
@@ -183,7 +183,7 @@ def count_frames(clip: Media, model: ModelSet) -> int:
 def typed_files(options: NewOptions) -> dict[str, str]:
     """Return the paths that --model_file gives, as typed, by option."""
     pairs = (typed.partition("=") for typed in options.model_files)
-    return {name: text.strip() for name, _, text in pairs}
+    return {name: without_quotes(text.strip()) for name, _, text in pairs}
 
 
 def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:

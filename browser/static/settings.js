@@ -22,13 +22,14 @@ const isEdited = (field) => valueOf(field) !== defaultOf(field);
 const markEdited = () => keyFields().forEach((field) => field.closest("tr").classList.toggle("edited", isEdited(field)));
 
 // ---- the table: search over names and helps, and what was typed is marked
+const ALSO = { vram: ["memory", "swap", "fp8", "checkpointing"], gpu: ["card", "device"], speed: ["faster", "compile"], quality: ["rank", "network_dim"], rate: ["learning_rate"] }; // what people look for -> words of helps
 function filterRows(field) {
   const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
   const rows = [...document.querySelectorAll(`${field.dataset.find} tr`)];
   let count = 0;
   for (const row of rows) {
     const text = `${row.textContent} ${row.dataset.help ?? ""}`.toLowerCase();
-    row.hidden = !words.every((word) => text.includes(word));
+    row.hidden = !words.every((word) => [word, ...ALSO[word] ?? []].some((one) => text.includes(one)));
     count += !row.hidden;
   }
   document.getElementById("setting-count").textContent = words.length ? `${count} of ${rows.length} keys` : `${rows.length} keys`;

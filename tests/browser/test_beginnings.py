@@ -105,7 +105,7 @@ def test_a_job_waits_at_its_place_in_a_queue_that_is_paused(tmp_path: Path) -> N
     [
         ("downloading the model: 11.2 GB of 34.8 GB", "downloading 11.2 of 34.8 GB"),
         ("downloading the model: 900 MB of 34.8 GB", "downloading 900 MB of 34.8 GB"),
-        ("checking the clips", "checking the clips"),
+        ("checking the clips", "checking the files"),
         ("caching latents: 40 of 120", "caching 40 of 120, latents"),
         ("caching captions", "caching captions"),
         ("caching captions: 5.1 GB of 11.4 GB", "caching captions, loading 5.1 of 11.4 GB"),
