@@ -94,7 +94,7 @@ from downloads.listing import gigabytes, total_bytes
 from modules.errors import OptionError, UserError
 from modules.pages.page import encode_address
 from modules.text_encodings import NAMES
-from modules.text_files import read_content
+from modules.text_files import read_content, real_path
 from project.fitting import find_memory
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
 
@@ -420,7 +420,7 @@ class NewPages:
         roots = ", ".join(str(top) for top in self.site.runs.tops)
         tops = self.site.runs.tops
         with contextlib.suppress(OSError, ValueError, RuntimeError):
-            path = (tops[0] / Path(text).expanduser()).absolute()
+            path = real_path(tops[0] / Path(text).expanduser())
             # looking at a share of another machine would log in there
             if path.anchor in {top.anchor for top in tops} and path.is_dir():
                 settings = SettingsPages(self.site)
