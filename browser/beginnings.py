@@ -29,6 +29,7 @@ from project.known import recall_folder, remember_folder
 from project.options import MODELS, RUN_FILE
 from training.config_options import OTHERS_TABLE
 from training.reports.history import BEFORE_TRAINING, history_path
+from training.saving.files import state_pattern
 
 DESCRIBE = "describe"  # kinds of errands
 CHECK = "check"
@@ -42,7 +43,7 @@ BUSY = (CHECKING, STARTING, DOWNLOADING, CACHING, LOADING, *DURING)  # a process
 # what a trace of `run` says that it does -> the state, and what is said of it
 STEPS = {
     "downloading the model": (DOWNLOADING, ""),
-    "checking the clips": (CHECKING, "the clips"),
+    "checking the clips": (CHECKING, "the files"),
     "checking the captions": (CHECKING, "the captions"),
     "caching latents": (CACHING, "latents"),
     "caching captions": (CACHING, "captions"),
@@ -204,6 +205,11 @@ class ShownRun:
     glance: Glance
     state: RunState
     plan: Plan | None = None  # of the described folder that it can be started from
+
+    @property
+    def ended_at_once(self) -> str:
+        """Return what is said of a run that the page has ended; empty for all others."""
+        return self.state.reason if self.state.name == STOPPED and self.glance.state == DIED else ""
 
 
 @dataclass(frozen=True)
@@ -568,9 +574,28 @@ def _state_of_ended_run(run: Glance, job: Job | None) -> RunState:
     if job is None or job.born > run.changed + SECOND:  # a later one
         return state
     is_silent = run.ending is None or run.name.endswith(BEFORE_TRAINING)
+    if state.name == DIED and run.ending is None and job.stops > 1:
+        return RunState(STOPPED, reason=explain_end_at_once(run), job=job)
     if state.name == DIED and is_silent:
         state = replace(state, reason=_explain(job, state.reason))
     return replace(state, job=job)
+
+
+def explain_end_at_once(run: Glance) -> str:
+    """Return what is said of a run that a second Stop has ended, with where it continues."""
+    if run.name.endswith(BEFORE_TRAINING):
+        return "Ended at once from the page, before its training began. Continue begins where it was."
+    states = state_pattern(run.name)
+    saved = []
+    with contextlib.suppress(OSError):
+        folders = [entry for entry in run.history.parent.iterdir() if states.fullmatch(entry.name)]
+        saved = sorted(folders, key=lambda folder: (folder.stat().st_mtime, folder.name))
+    text = f"Ended at once from the page after step {run.step:,}"
+    if not saved:
+        return f"{text}. No state was saved: it begins anew."
+    step = re.search(r"-step(\d+)-state$", saved[-1].name)
+    place = f"step {int(step[1]):,}" if step is not None else f"its last state, {saved[-1].name}"
+    return f"{text}; continues from {place}."
 
 
 def _ended_alone(job: Job, plan: Plan, histories: Sequence[Glance]) -> bool:

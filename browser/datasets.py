@@ -2,10 +2,12 @@
 
 import atexit
 import contextlib
+import functools
 import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ from typing import Any
 from browser.names import short_digest
 from browser.options import PROJECT_CONFIG
 from browser.runs import CONFIG, Glance, Runs
+from contract.families import with_scripts
 from modules.console import count_of
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
@@ -25,6 +28,7 @@ from modules.installation import program_environment, program_words
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_json, parse_toml, read_text, real_path
+from project.options import find_models
 
 SETTLED_SECONDS = 2.0  # files are measured again once unchanged for so long: caching writes many
 MOST_ENTRIES = 100_000  # of a folder, that are counted
@@ -38,7 +42,9 @@ MODELS = {
     "FramePack": ("30", "16", "4"),
     "LTX-2": ("24", "32", "8"),
     "MiniMax-H3": ("24", "32", "17"),
+    "models of pictures": ("24", "16", "1"),
 }
+PICTURES = "models of pictures"
 # by what a run calls its model
 OF_RUNS = {
     "hunyuan_video": "HunyuanVideo",
@@ -46,6 +52,27 @@ OF_RUNS = {
     "ltx2_v1": "LTX-2",
     "minimax_h3": "MiniMax-H3",
 }
+
+
+@functools.cache
+def picture_families() -> frozenset[str]:
+    """Return what runs call the families that make no clips."""
+    families = {f"{entry.training_script}.py": name for name, entry in with_scripts().items()}
+    frames: dict[str, int] = {}
+    for model in find_models():
+        for word in shlex.split(model.commands["train"]):
+            if word in families:
+                name = families[word]
+                frames[name] = max(frames.get(name, 1), model.data["frames"])
+    return frozenset(name for name, most in frames.items() if most == 1)
+
+
+def model_of_run(name: str) -> str:
+    """Return which of MODELS a run is of. name: what it calls its model."""
+    usual = PICTURES if name in picture_families() else next(iter(MODELS))
+    return OF_RUNS.get(name, usual)
+
+
 File = dict[str, Any]  # as `data_tools/report/files.py` lists it
 
 
@@ -219,7 +246,7 @@ class Datasets:
             if typed:
                 folder, path = _locate(typed, run)
                 runs.setdefault((path, folder), []).append((run.id, run.name))
-                models.setdefault(path, OF_RUNS.get(run.model, next(iter(MODELS))))
+                models.setdefault(path, model_of_run(run.model))
         datasets = {}
         for (path, folder), names in runs.items():
             datasets[path] = FoundDataset(

@@ -8,7 +8,7 @@ import contextlib
 import errno
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from modules.atomic_write import write_bytes
 from modules.file_locks import only_one
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_toml, read_content, real_path
-from project.options import RUN_FILE, find_models
-from training.config_options import OTHERS_TABLE
+from project.options import RUN_FILE, find_models, times_of_steps
+from training.config_options import OTHERS_TABLE, toml_value
 
 DATASET_FILE = "dataset.toml"
 PROMPTS_FILE = "prompts.txt"
@@ -55,6 +55,48 @@ class DescribedFolder:
     @property
     def output(self) -> Path:
         return self.folder / str(self.values.get("output_dir", "output"))
+
+
+@dataclass(frozen=True)
+class KeyChanges:
+    """Hold which keys of a run.toml are set, or removed by None, and which stay though `new` derives them."""
+
+    changes: Mapping[str, Any]
+    kept: Mapping[str, Any] = field(default_factory=dict)  # somebody has changed these values
+
+    @property
+    def text(self) -> str:
+        """Return what is written: `run.toml: max_train_steps = 100`, and what stays."""
+        said = [
+            f"{name} is removed" if value is None else f"{name} = {toml_value(value)}"
+            for name, value in self.changes.items()
+        ]
+        kept = [f"{name} = {toml_value(value)}" for name, value in self.kept.items()]
+        stays = (
+            f". {', '.join(kept)} {'stay' if len(kept) > 1 else 'stays'}, as typed by hand" if kept else ""
+        )
+        return f"{RUN_FILE}: {', '.join(said)}{stays}"
+
+
+def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
+    """Return the changes of a run.toml for another number of steps, with what follows from it.
+
+    values: of its training. A value stays if it is not what `new` derives from the present steps.
+    """
+    changes: dict[str, Any] = {"max_train_steps": steps}
+    if "max_train_epochs" in values:
+        changes["max_train_epochs"] = None  # it would go first
+    before = values.get("max_train_steps")
+    derived = times_of_steps(before) if isinstance(before, int) and before > 0 else {}
+    kept = {}
+    for name, value in times_of_steps(steps).items():
+        if name not in values or values[name] == value:
+            continue
+        if values[name] == derived.get(name):
+            changes[name] = value
+        else:
+            kept[name] = values[name]
+    return KeyChanges(changes, kept)
 
 
 def is_described(folder: Path) -> bool:

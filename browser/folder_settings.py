@@ -16,7 +16,6 @@ from starlette.routing import Route
 
 from browser.answers import Form, answer_form, answer_template, answer_unknown
 from browser.beginnings import DESCRIBE
-from browser.captions import mark_bytes
 from browser.described import (
     FILES,
     ChangedMeanwhileError,
@@ -47,7 +46,6 @@ from project.options import RUN_FILE
 
 CHOSEN = "chosen"  # kind of the errand that makes run.toml again
 TABLE = "table"  # the part of the page for the keys of run.toml; the others are files
-LOOK_AGAIN = "This is what would be saved. Press the button once more to save it."
 
 
 @dataclass(frozen=True)
@@ -58,14 +56,8 @@ class DraftChange:
     difference: Sequence[str] = ()
     fault: str = ""  # why it cannot be saved
     said: str = ""  # after a press of its button
-    mark: str = ""  # of the text that would be saved
     text: str | None = None  # that was typed, of a file
     note: str = ""  # why no script has checked it
-
-    @property
-    def is_open(self) -> bool:
-        """Return whether a press of its button has not saved it."""
-        return self.fault != "" or self.said == LOOK_AGAIN
 
 
 def plan_change(
@@ -79,8 +71,7 @@ def plan_change(
     difference: list[str] = []
     for draft, after in texts.items():
         difference += describe_difference(draft.text, after)
-    mark = mark_bytes("\0".join(texts.values()).encode("utf-8", "surrogatepass"))
-    change = DraftChange(part, difference, mark=mark, text=typed)
+    change = DraftChange(part, difference, text=typed)
     try:
         for draft, after in texts.items():
             if after != draft.text:
@@ -90,18 +81,16 @@ def plan_change(
     return change
 
 
-def save_change(change: DraftChange, texts: Mapping[DraftFile, str], shown: str) -> DraftChange:
-    """Write a change if the page has shown it, and return what is left to say.
+def save_change(change: DraftChange, texts: Mapping[DraftFile, str]) -> DraftChange:
+    """Write a change unless it has a fault, and return what is left to say.
 
-    texts: see `plan_change`. shown: mark of the change that the page has shown. Raises as `replace_content`.
+    texts: see `plan_change`. Raises as `replace_content`, also if a file changed since it was read.
     """
     if change.fault:
         return change
     changed = {draft: after for draft, after in texts.items() if after != draft.text}
     if not changed:
         return DraftChange(part=change.part, said="Nothing is changed.")
-    if shown != change.mark:
-        return replace(change, said=LOOK_AGAIN)
     for draft, after in changed.items():
         draft.save(after)
     names = " and ".join(draft.name for draft in changed)
@@ -245,12 +234,12 @@ class FolderSettingsPages:
             typed = None if part == TABLE else texts[present]
             change = plan_change(part, texts, read_file(self.site, folder, RUN_FILE), typed)
             if what == "save":
-                change = save_change(change, texts, fields.get("shown", ""))
+                change = save_change(change, texts)
         except ChangedMeanwhileError:
             return self.answer_conflict(folder, part, read_file(self.site, folder, name), fields)
         except (OSError, ValueError, UserError) as error:
             change = DraftChange(part=part, fault=str(error), text=fields.get("text"))
-        return self.answer(folder, change, is_refused=what == "save" and change.is_open)
+        return self.answer(folder, change, is_refused=what == "save" and change.fault != "")
 
     def read_edited(self, part: str, present: DraftFile, fields: Mapping[str, str]) -> str:
         """Return the text of a file with the edits of a form."""

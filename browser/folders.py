@@ -15,6 +15,7 @@ from browser.runs import Runs
 from modules.console import count_of
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from modules.paths import without_quotes
 from modules.text_files import bad_character, real_path
 from training.reports.sample_files import FOLDER as SAMPLES
 
@@ -165,7 +166,7 @@ def find_folder(runs: Runs, text: str) -> Path | None:
     if not text.strip() or "\0" in text:
         return None
     try:
-        path = runs.tops[0] / Path(text.strip()).expanduser()
+        path = runs.tops[0] / Path(without_quotes(text.strip())).expanduser()
         # looking at a share of another machine would log in there
         is_of_here = path.anchor in {top.anchor for top in runs.tops}
         if not is_of_here or not path.is_dir() or not runs.is_below(path):

@@ -51,6 +51,7 @@ KINDS: dict[str, Any] = {
     "worker": dict | None,
     "stops": int,
     "within": str,
+    "open": bool,
 }
 STORED = ("id", "line", "folder", "process", "stops", "within")  # in STATE
 
@@ -166,10 +167,12 @@ class _Book:
     jobs: list[Job]
     last: int  # number that was given to a job
     worker: dict[str, Any] | None  # process that runs the jobs
+    is_open: bool = False  # somebody has started it and not paused it since: the next server goes on
 
     def as_text(self) -> str:
         rows = [job.as_row() for job in self.jobs]
-        return json.dumps({"last": self.last, "worker": self.worker, "jobs": rows}, indent=1)
+        facts = {"last": self.last, "worker": self.worker, "open": self.is_open, "jobs": rows}
+        return json.dumps(facts, indent=1)
 
     def find(self, number: int, *states: str) -> Job:
         """Return a job by its number. Raises OptionError if it does not exist or is in another state."""
@@ -304,13 +307,22 @@ class JobQueue:
             job = book.find(number, WAITING, *ENDED)
             command, folder = launch.split_folder(line, Path(job.folder))
             words = launch.split_words(command)
-            launch.check_options(words, folder)
+            others = [other for other in book.jobs if other is not job]
+            launch.check_options(words, folder, may_come=any(map(is_to_come, others)))
             book.wait_again(job, as_line(words))
             job.folder = str(real_path(folder))
             job.within = ""  # somebody has typed it
 
-    def begin_work(self) -> None:
-        """Run the jobs one after another, in a thread. Raises OutputError if another process does."""
+    @property
+    def is_open(self) -> bool:
+        """Return whether somebody has started the queue and not paused it since, also with another server."""
+        return self._read_book().is_open
+
+    def begin_work(self, stays_open: bool = True) -> None:
+        """Run the jobs one after another, in a thread. Raises OutputError if another process does.
+
+        stays_open: the next server of these folders goes on with it.
+        """
         if self._worker is not None:
             return
         stack = contextlib.ExitStack()
@@ -320,19 +332,22 @@ class JobQueue:
             except BlockingIOError:
                 raise OutputError(f"another browser runs the jobs of {self.folder} already") from None
             book.worker = describe_process()
+            book.is_open = stays_open or book.is_open
         self._ended.clear()
         self._worker = threading.Thread(target=self._work, args=(stack,), daemon=True)
         self._worker.start()
 
-    def end_work(self) -> None:
-        """Start no further jobs; a running one continues."""
+    def end_work(self, pauses: bool = False) -> None:
+        """Start no further jobs; a running one continues. pauses: nor does the next server start any."""
         worker = self._worker
         self._worker = None
-        if worker is not None:
-            self._ended.set()
-            worker.join()
-            with self._change() as book:
-                book.worker = None
+        if worker is None:
+            return
+        self._ended.set()
+        worker.join()
+        with self._change() as book:
+            book.worker = None
+            book.is_open = book.is_open and not pauses
 
     def _work(self, lock: contextlib.ExitStack) -> None:
         with lock:
@@ -404,7 +419,7 @@ class JobQueue:
             stored = parse_json(stored_text)
             _check_stored(stored)
             jobs = [self._job(**row) for row in stored["jobs"]]
-            book = _Book(entries=[], jobs=[], last=stored["last"], worker=stored["worker"])
+            book = _Book([], [], stored["last"], stored["worker"], is_open=stored.get("open", False))
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             path = self.folder / STATE
             raise OutputError(f"{path} is damaged ({error}). Remove it, and lines of jobs that ran") from None
@@ -476,6 +491,11 @@ def _check_stored(stored: Any) -> None:
         for name, kind in KINDS.items():
             if name in row and not isinstance(row[name], kind):
                 raise TypeError(f"{name} is {row[name]!r}")
+
+
+def is_to_come(job: Job) -> bool:
+    """Return whether a job may still write files."""
+    return job.state in (WAITING, RUNNING)
 
 
 def as_line(words: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil  # comes with accelerate
 
+from downloads.catalogue import model_sets
 from modules.atomic_write import write_text
 from modules.command import did_you_mean, message_of
 from modules.control_codes import shorten
@@ -26,12 +27,15 @@ from modules.errors import OptionError, OutputError
 from modules.installation import (
     FROM_QUEUE,
     LONGEST_NAME,
+    ONLY_OPTIONS,
     PREFIX,
     ROOT,
+    SCRIPT_ROOMS,
     find_script,
     program_environment,
     program_words,
 )
+from modules.paths import explain_missing
 from modules.text_files import bad_character, real_path
 from package.reelsmith.commands import ScriptCommand, find_commands
 
@@ -61,6 +65,8 @@ _SHAPES = {  # in words
 }
 # -P: none of its modules is taken from the folder in which it works, which may be somebody else's
 ACCELERATE = ["-P", "-m", "accelerate.commands.launch"]
+# what scripts say of a path that is not there
+NOT_THERE = re.compile(r"no such (file|folder)")
 logger = logging.getLogger(__name__)
 _find_commands = functools.cache(find_commands)
 
@@ -198,20 +204,44 @@ else:
     sys.path.insert(0, os.path.dirname(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
-WITH_TORCH = ("train", "finetune", "cache", "generate")  # commands that load torch next
+# commands that load torch next
+WITH_TORCH = (
+    *("train", "finetune", "cache", "generate", "compare", "gen-img", "gen-img-diffusers", "sdxl-gen-img"),
+    *("flux-minimal-inference", "hunyuan-image-minimal-inference", "lumina-minimal-inference"),
+)
+# how the other scripts read their options: they end behind that if they are asked to
+ENDS_AFTER_OPTIONS = re.compile(r"\b(parse_options|plain_script)\(")
 CHECK_SECONDS = 20
+HELP = ("-h", "--help")
+INTERACTIVE = "--interactive"
+# options that name files to read, besides those of a model's parts; `--lora_weight a b` names two
+FILES_READ = {
+    *("--lora_weight", "--lora_weight_high_noise", "--network_weights", "--network_weights_high_noise"),
+    *("--network_mul_weights", "--ckpt", "--from_file", "--image_path", "--end_image_path", "--video_path"),
+    *("--control_image_path", "--sample_prompts", "--dataset_config", "--config_file", "--lora", "--input"),
+}
+FILE_NAME = re.compile(r".*\.(safetensors|ckpt|pt|pth|gguf|png|jpe?g|webp|mp4|txt|toml|json)", re.IGNORECASE)
 
 
-def check_options(words: Sequence[str], folder: Path, seconds: float = CHECK_SECONDS) -> None:
+def check_options(
+    words: Sequence[str], folder: Path, may_come: bool = False, seconds: float = CHECK_SECONDS
+) -> None:
     """Raise OptionError, with the script's own message, if a command of ours refuses its options.
 
-    seconds: that the script may take; if it takes longer, nothing is said.
+    may_come: jobs before it may write the files that it reads, so they need not be there yet. seconds: that
+    the script may take; if it takes longer, nothing is said.
     """
     command, (python, *program) = find_program(words, folder)
+    if any(word in HELP for word in words):
+        return
+    refuse_endless(command, words)
     if command.words[0] == "run":
         _check_folder_of_run(program, folder)
-    if command.words[0] not in WITH_TORCH or "-h" in words or "--help" in words:
-        return
+    variables = {FROM_QUEUE: "1"}
+    if command.words[0] not in WITH_TORCH:
+        if not ENDS_AFTER_OPTIONS.search(command.path.read_text(encoding="utf-8")):
+            return
+        variables[ONLY_OPTIONS] = "1"
     if program[:3] == ACCELERATE:
         start = program_words(command.path.relative_to(ROOT))
         program = program[program.index(start[-1]) + 1 - len(start) :]
@@ -219,7 +249,7 @@ def check_options(words: Sequence[str], folder: Path, seconds: float = CHECK_SEC
         process = subprocess.run(
             [python, "-P", "-c", READ_OPTIONS, *program],
             cwd=folder,
-            env=program_environment(**{FROM_QUEUE: "1"}),
+            env=program_environment(**variables),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
@@ -229,8 +259,54 @@ def check_options(words: Sequence[str], folder: Path, seconds: float = CHECK_SEC
     except (OSError, subprocess.TimeoutExpired) as error:
         logger.debug("%s", words, exc_info=error)  # it may run for all that is known
         return
-    if process.returncode:
+    if process.returncode and not (may_come and NOT_THERE.search(process.stderr)):
         raise OptionError(message_of(process.stderr))
+    if not may_come:
+        _check_files(words, folder)
+
+
+def refuse_endless(command: ScriptCommand, words: Sequence[str]) -> None:
+    """Raise OptionError for a command that never ends, or that reads what somebody types.
+
+    All jobs behind it would wait. words: of the line.
+    """
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    if command.words[0] == "browser" and "--export" not in options:
+        raise OptionError(
+            f"{command.name} runs until somebody ends it, and all jobs behind it would wait. Type it in a "
+            "terminal"
+        )
+    for option in options:  # which may be shortened
+        if INTERACTIVE.startswith(option) and len(option) > len("--in"):
+            raise OptionError(
+                f"{option} asks for prompts in a terminal, and a job has none. Give --prompt, or --from_file "
+                "with a prompt in each line"
+            )
+    if command.words[0] == "new" and "--family" not in options:
+        raise OptionError(
+            "new asks for a model in a terminal, and a job has none. Give --family, and --task if the family "
+            "has several"
+        )
+
+
+@functools.cache
+def _file_options() -> frozenset[str]:
+    """Return the options that name files which a command reads."""
+    parts = [part.option for model in model_sets() for part in model.components if part.option]
+    return frozenset({*FILES_READ, *parts})
+
+
+def _check_files(words: Sequence[str], folder: Path) -> None:
+    """Raise OptionError for the first file that a command reads and that does not exist."""
+    option = ""
+    for word in words:
+        if word.startswith("--"):
+            option, _, word = word.partition("=")
+        if option in _file_options() and FILE_NAME.fullmatch(word) and not (folder / word).exists():
+            raise OptionError(
+                f"{option} {shorten(word, 200)}: no such file in {folder}, where relative paths begin."
+                f"{explain_missing(folder / word)} Correct the path"
+            )
 
 
 def _check_folder_of_run(words: Sequence[str], folder: Path) -> None:
@@ -269,8 +345,10 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
         for command in commands:
             if tuple(words[1 : 1 + len(command.words)]) == command.words:
                 return command, 1 + len(command.words)
+    # a file at the root with the name of one in a room is the same command
+    is_script = script is not None and script.parent.as_posix() in (".", *SCRIPT_ROOMS)
     for command in commands:
-        if script is not None and command.path == ROOT / script:
+        if script is not None and is_script and command.path.name == script.name:
             return command, count
     hint = did_you_mean(word.rpartition("/")[2][:LONGEST_NAME], [command.path.name for command in commands])
     raise OptionError(

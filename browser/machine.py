@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,7 +18,9 @@ from browser.jobs import WAITING
 from browser.model_files import list_downloads
 from browser.queue_views import is_of
 from browser.runs import RUNNING, Glance, is_living
+from browser.settings_page import SettingsPages
 from browser.site import Site
+from browser.typed import typed_anywhere
 from downloads.listing import gigabytes
 from modules.atomic_write import free_bytes
 from modules.errors import UserError
@@ -116,6 +119,7 @@ class MachineFacts:
     running: Sequence[RunningThing] = ()
     cards: Sequence[GraphicsCard] = ()
     free: str = ""  # of the disk of the first root
+    command: str = ""  # that starts the page again as it is
 
 
 @dataclass
@@ -145,7 +149,9 @@ class MachineLine:
             free = gigabytes(free_bytes(self.site.runs.tops[0]))
         except OSError:
             free = ""
-        return MachineFacts(self.list_running(), self.cards.read(), free)
+        settings = SettingsPages(self.site)
+        command = typed_anywhere(settings.command_words(settings.find_worker()), Path.cwd())
+        return MachineFacts(self.list_running(), self.cards.read(), free, command)
 
     def list_running(self) -> list[RunningThing]:
         """Return what runs on this machine: trainings, other jobs of the queue, results, downloads."""

@@ -115,6 +115,7 @@ class ResultMaker:
         self._current: Making | None = None
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
+        self._ending = threading.Lock()  # of a process; taken before the other lock, never after it
         self._thread: threading.Thread | None = None
         self._is_ended = False
         self._cancels = 0  # of the one that is being made
@@ -204,7 +205,8 @@ class ResultMaker:
         with self._lock:
             if self._current is not None:
                 raise OptionError(f"wish {self._current.id} is being made: cancel it first")
-            self._end_session(PATIENCE)
+            session = self._take_session()
+        self._end_process(session)
 
     def make_room(self) -> str:
         """Free a loaded model, unless something is made. Return why the card is not free; empty if it is."""
@@ -213,8 +215,11 @@ class ResultMaker:
                 return (
                     f"{GENERATE} makes result {self._current.id}: the job begins after it, or cancel it there"
                 )
-            self._end_session(PATIENCE)
-            self._end_orphan()
+            session = self._take_session()
+        self._end_process(session)
+        with self._lock:
+            if self.session is None:
+                self._end_orphan()
         if any(making.state == RUNNING for making in self.list_all()):
             return f"{GENERATE} of another server makes a result: the job begins after it"
         if self._is_loaded_elsewhere():
@@ -234,7 +239,8 @@ class ResultMaker:
             if self._current is not None and self.session is not None and os.name != "nt":
                 with contextlib.suppress(OSError):
                     self.session.process.send_signal(signal.SIGINT)
-            self._end_session(PATIENCE_AT_END)
+            session = self._take_session()
+        self._end_process(session, PATIENCE_AT_END)
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(PATIENCE_AT_END)
@@ -304,8 +310,8 @@ class ResultMaker:
         except (UserError, OSError, ValueError) as error:
             logger.debug("%s", making.command, exc_info=error)
             self._end_making(making, DIED, str(error))
-            with self._lock:  # what it still answers would be taken for answers to the next wish
-                self._end_session(PATIENCE)
+            # what it still answers would be taken for answers to the next wish
+            self._end_process(self._take_session())
         finally:
             self._remove_previews()
             with self._lock:
@@ -334,8 +340,10 @@ class ResultMaker:
             if session is None:
                 return
             is_idle = time.monotonic() - session.used > self.idle_seconds
-            if is_blocked or is_idle or not session.is_alive:
-                self._end_session(PATIENCE)
+            if not (is_blocked or is_idle or not session.is_alive):
+                return
+            session = self._take_session()
+        self._end_process(session)
 
     def _take_next(self) -> Making | None:
         """Return the wish to make now, marked as running; None if none waits."""
@@ -418,8 +426,7 @@ class ResultMaker:
         else:
             is_killed = session.process.returncode == -getattr(signal, "SIGKILL", 9)
             self._end_making(making, DIED, KILLED if is_killed else self.last_words())
-        with self._lock:
-            self._end_session(PATIENCE)
+        self._end_process(self._take_session())
 
     def _end_making(self, making: Making, state: str, reason: str = "") -> None:
         with self._lock:
@@ -453,7 +460,9 @@ class ResultMaker:
             is_same = session is not None and session.words == making.session
             if session is not None and session.is_alive and session.is_ready and is_same:
                 return session
-            self._end_session(PATIENCE)
+            session = self._take_session()
+        self._end_process(session)
+        with self._lock:
             if self._cancels or self._is_ended:
                 self._end_making(making, STOPPED)
                 return None
@@ -503,23 +512,33 @@ class ResultMaker:
             session.process.stdin.write(json.dumps(making.request) + "\n")
             session.process.stdin.flush()
 
-    def _end_session(self, patience: float) -> None:
-        """End the process: by the end of its input, after so many seconds by force. Needs the lock."""
-        session = self.session
-        self.session = None
-        if session is None:
-            return
-        with contextlib.suppress(OSError):
-            assert session.process.stdin is not None
-            session.process.stdin.close()
-        try:
-            session.process.wait(patience)
-        except subprocess.TimeoutExpired:
-            launch.kill_processes(session.process.pid)
-            with contextlib.suppress(subprocess.TimeoutExpired):
+    def _take_session(self) -> LoadedModel | None:
+        """Return the process, which the caller ends: from now on there is none for wishes."""
+        with self._lock:
+            session = self.session
+            self.session = None
+            return session
+
+    def _end_process(self, session: LoadedModel | None, patience: float = PATIENCE) -> None:
+        """End a process: by the end of its input, after so many seconds by force.
+
+        Call it without the lock, which others need meanwhile. It returns once no process ends any more: two
+        models may not fit into the card.
+        """
+        with self._ending:
+            if session is None:
+                return
+            with contextlib.suppress(OSError):
+                assert session.process.stdin is not None
+                session.process.stdin.close()
+            try:
                 session.process.wait(patience)
-        with contextlib.suppress(OSError):
-            (self.folder / SESSION).unlink()
+            except subprocess.TimeoutExpired:
+                launch.kill_processes(session.process.pid)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    session.process.wait(patience)
+            with contextlib.suppress(OSError):
+                (self.folder / SESSION).unlink()
 
     def _end_orphan(self) -> None:
         """End the process of a server that was killed: it would share the card with ours."""

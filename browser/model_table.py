@@ -12,7 +12,7 @@ from checkpoints.first_bytes import is_pointer_or_page
 from checkpoints.kinds import kind_of
 from downloads.catalogue import Component, Licence, ModelSet
 from downloads.listing import gigabytes, total_bytes
-from modules.paths import expand_path
+from modules.paths import expand_path, without_quotes
 from modules.text_files import read_tensor_header
 from project.fitting import describe_fit, is_small, needs_picture, transformer_bytes
 from project.options import find_models
@@ -121,7 +121,7 @@ def describe_file(text: str) -> str:
     if not text.strip() or "\0" in text:
         return ""
     try:
-        path = expand_path(text.strip())
+        path = expand_path(without_quotes(text.strip()))
     except ValueError as error:
         reason = str(error)
         return f"{reason[:1].upper()}{reason[1:]}."

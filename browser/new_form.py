@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from browser.described import DescribedFolder
+from browser.described import DescribedFolder, KeyChanges, change_steps
+from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.option_values import option_words
 from modules.output_files import check_output_name
 from modules.pages.page import encode_address
+from modules.paths import without_quotes
 from project.options import MODELS, NewOptions, check_trigger, find_models
 
 USUAL_STEPS = NewOptions(folder=Path()).max_train_steps
@@ -38,14 +40,14 @@ class NewForm:
         texts = {name: "".join(values).strip() for name, values in form.items()}
         family, _, task_of_family = texts.get("family", "").partition(" ")
         return cls(
-            folder=texts.get("folder", ""),
+            folder=without_quotes(texts.get("folder", "")),
             family=family,
             task=texts.get("task", task_of_family),
             trigger=texts.get("trigger", ""),
             name=texts.get("name", ""),
             steps=texts.get("steps", str(USUAL_STEPS)),
             model_files={
-                name.removeprefix("file_"): text
+                name.removeprefix("file_"): without_quotes(text)
                 for name, text in texts.items()
                 if name.startswith("file_") and text
             },
@@ -135,11 +137,21 @@ def check_form(form: NewForm) -> None:
 
 def read_steps(text: str) -> int:
     """Return the number of steps in a field. Raises OptionError if it is no such number."""
-    if not (text.isascii() and text.isdecimal()) or not 0 < int(text[:12]) <= MOST_STEPS:
+    steps = parse_whole(text, MOST_STEPS)
+    if steps is None:
         raise OptionError(
-            f"Steps {text}: give a whole number from 1 to {MOST_STEPS:,}, such as {USUAL_STEPS}."
+            f"Steps {shorten(text, 40)}: give a whole number from 1 to {MOST_STEPS:,}, such as {USUAL_STEPS}."
         )
-    return int(text)
+    return steps
+
+
+def parse_whole(text: str, most: int) -> int | None:
+    """Return the whole number above 0 in a text; None for any other text, or if it is larger than `most`."""
+    digits = text.lstrip("0")
+    if not (text.isascii() and text.isdecimal() and 0 < len(digits) <= len(str(most))):
+        return None  # Python refuses to read thousands of digits
+    number = int(digits)
+    return number if number <= most else None
 
 
 def new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run: bool = False) -> list[str]:
@@ -183,12 +195,16 @@ def list_unwritten(sent: NewForm, shown: NewForm, present: NewForm) -> list[str]
     return labels
 
 
-def list_key_changes(form: NewForm, before: NewForm) -> dict[str, Any]:
-    """Return the keys of run.toml that a form changes. Raises OptionError for a wrong number of steps."""
+def list_key_changes(form: NewForm, before: NewForm, values: Mapping[str, Any]) -> KeyChanges:
+    """Return the keys of run.toml that a form changes, with those that follow from its steps.
+
+    values: of the training in run.toml. Raises OptionError for a wrong number of steps.
+    """
     changes: dict[str, Any] = {}
     if form.name and form.name != before.name:
         check_output_name("Name", form.name)
         changes["output_name"] = form.name
-    if form.steps != before.steps and form.steps:
-        changes["max_train_steps"] = read_steps(form.steps)
-    return changes
+    if form.steps == before.steps or not form.steps:
+        return KeyChanges(changes)
+    times = change_steps(values, read_steps(form.steps))
+    return KeyChanges(changes | times.changes, times.kept)

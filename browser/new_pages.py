@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from markupsafe import escape
 from starlette.requests import Request
@@ -30,7 +31,7 @@ from browser.answers import (
     answer_unknown,
     read_query,
 )
-from browser.beginnings import CHECK, DESCRIBE, check_words, run_words
+from browser.beginnings import BUSY, CHECK, CHECKING, DESCRIBE, check_words, run_words
 from browser.bin_folder import FOLDER as BIN
 from browser.captioning import TRIED, caption_words, describe_engine, is_captioning, read_tries
 from browser.captions import mark_bytes
@@ -40,6 +41,7 @@ from browser.described import (
     FILES,
     ChangedMeanwhileError,
     DescribedFolder,
+    KeyChanges,
     change_keys,
     is_described,
     keep_copies,
@@ -81,6 +83,7 @@ from browser.new_form import (
 )
 from browser.runs import RUNNING
 from browser.said import REPAIR, SaidLine, find_command, read_changes, read_said
+from browser.settings_page import SettingsPages
 from browser.site import Site
 from browser.typed import typed_anywhere
 from browser.uploads import ADDRESS as UPLOAD
@@ -91,7 +94,7 @@ from downloads.listing import gigabytes, total_bytes
 from modules.errors import OptionError, UserError
 from modules.pages.page import encode_address
 from modules.text_encodings import NAMES
-from modules.text_files import read_content
+from modules.text_files import read_content, real_path
 from project.fitting import find_memory
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
 
@@ -100,6 +103,7 @@ TRY = "try"  # captions of a few files
 REPAIRING = "repair"
 ERRANDS = (DESCRIBE, COMPARE, CHECK, TRY, REPAIRING)
 WHOLE_PAGE = ("describe", "replace", "keep")  # what changes more than the part that shows progress
+SAID = "x-reelsmith-said"  # header of an answer that opens the page again: what was done
 PART = 24  # folders of the list that are shown at once
 # the page shows check.html of the folder in a frame
 PAGE_POLICY = f"{POLICY}; frame-src 'self'"
@@ -116,14 +120,13 @@ class DescribePlan:
     """What the button Describe does, and how it is said next to it."""
 
     words: list[str]  # of the command; empty: keys of run.toml are changed
-    changes: Mapping[str, Any]  # of keys of run.toml
+    changes: KeyChanges = KeyChanges({})  # of keys of run.toml
     compares: bool = False  # the command shows the changes of a described folder
 
     @property
     def text(self) -> str:
-        if self.changes:
-            keys = ", ".join(f"{name} = {value!r}".replace("'", '"') for name, value in self.changes.items())
-            return f"{RUN_FILE}: {keys}"
+        if self.changes.changes:
+            return self.changes.text
         return typed_anywhere(self.words)
 
 
@@ -415,6 +418,17 @@ class NewPages:
     def explain_folder(self, text: str) -> str:
         """Return why a text names no folder that can be described here."""
         roots = ", ".join(str(top) for top in self.site.runs.tops)
+        tops = self.site.runs.tops
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            path = real_path(tops[0] / Path(text).expanduser())
+            # looking at a share of another machine would log in there
+            if path.anchor in {top.anchor for top in tops} and path.is_dir():
+                settings = SettingsPages(self.site)
+                command = settings.command_words(settings.find_worker(), further=[path])
+                return (
+                    f"{path} is outside of the folders of this page, {roots}. End the page, and start it "
+                    f"with that folder: {typed_anywhere(command, Path.cwd())}"
+                )
         return f"{text}: no such folder below {roots}. Choose one from the list, or drop files here."
 
     def find_errand(self, kind: str, folder: Path | None) -> Job | None:
@@ -468,7 +482,7 @@ class NewPages:
             if folder is not None:
                 return self.plan_describe(form, folder, described)
         form = form if form.folder else replace(form, folder="FOLDER")
-        return DescribePlan(new_words(form, self.site.models), {})
+        return DescribePlan(new_words(form, self.site.models))
 
     def plan_describe(self, form: NewForm, folder: Path, described: DescribedFolder | None) -> DescribePlan:
         """Return what Describe does for a folder.
@@ -480,13 +494,13 @@ class NewPages:
         form = form.of_folder(folder)
         models = self.site.models
         if not any((folder / name).exists() for name in FILES):
-            return DescribePlan(new_words(form, models), {})
+            return DescribePlan(new_words(form, models))
         if described is not None:
             before = NewForm.of_described(described, models)
-            changes = list_key_changes(form, before)
-            if changes and not list_differing(form, before):
+            changes = list_key_changes(form, before, described.values)
+            if changes.changes and not list_differing(form, before):
                 return DescribePlan([], changes)
-        return DescribePlan(new_words(form, models, dry_run=True), {}, compares=True)
+        return DescribePlan(new_words(form, models, dry_run=True), compares=True)
 
     def change(self, request: Request, form: Form) -> Response:
         """Do what a button asks for, and show the page of the folder again."""
@@ -496,8 +510,11 @@ class NewPages:
         if folder is None:
             return self.answer(sent, self.explain_folder(sent.folder) if sent.folder else "Choose a folder.")
         texts = {name: "".join(values) for name, values in form.items()}
+        said = ""
         try:
-            if not self.carry_out(what, folder, sent, texts):
+            if what == "describe":
+                said = self.describe(folder, sent, mark=texts.get("mark", ""), shown=texts.get("shown", ""))
+            elif not self.carry_out(what, folder, sent, texts):
                 return answer_unknown()
             problem = ""
         except ChangedMeanwhileError:
@@ -508,7 +525,9 @@ class NewPages:
             return self.answer_progress(folder, problem)
         if problem:
             return self.answer(sent if what == "describe" else self.read_form(str(folder)), problem)
-        return answer_move(f"/new?{encode_address({'folder': str(folder)})}")
+        response = answer_move(f"/new?{encode_address({'folder': str(folder)})}")
+        response.headers[SAID] = quote(said)
+        return response
 
     def carry_out(self, what: str, folder: Path, sent: NewForm, texts: Mapping[str, str]) -> bool:
         """Do what a button asks for; return whether there is such a button.
@@ -517,9 +536,7 @@ class NewPages:
         not what the page was made from.
         """
         errands = self.site.errands
-        if what == "describe":
-            self.describe(folder, sent, mark=texts.get("mark", ""), shown=texts.get("shown", ""))
-        elif what == "replace":
+        if what == "replace":
             self.replace(folder, texts.get("mark", ""))
         elif what == "keep":
             errands.forget(errand_name(COMPARE, folder))
@@ -563,24 +580,36 @@ class NewPages:
                 "Press Describe first."
             )
 
-    def describe(self, folder: Path, form: NewForm, *, mark: str, shown: str) -> None:
-        """Do what `plan_describe` says.
+    def describe(self, folder: Path, form: NewForm, *, mark: str, shown: str) -> str:
+        """Do what `plan_describe` says; return what was done at once, for the page that opens next.
 
         mark: of the files that the page was made from. shown: the address of its form then.
         """
         check_form(form)
         if mark and mark != mark_files(folder) and not self.is_as_shown(folder, shown):
             raise ChangedMeanwhileError
+        self.refuse_while_it_runs(folder)
         if read_media_folder(folder) is None and not any(path.is_dir() for path in folder.iterdir()):
             raise OptionError(f"{folder} has no clips, pictures or sounds. Drop some here first.")
         described, _ = self.try_read(folder)
         plan = self.plan_describe(form, folder, described)
-        if plan.changes:
+        if plan.changes.changes:
             have = mark_bytes(read_content(folder / RUN_FILE))
-            change_keys(folder / RUN_FILE, plan.changes, have)
-            return
+            change_keys(folder / RUN_FILE, plan.changes.changes, have)
+            return f"Written into {plan.changes.text}."
         kind = COMPARE if plan.compares else DESCRIBE
         self.site.errands.start(errand_name(kind, folder), plan.words, Path.cwd(), within=folder)
+        return ""
+
+    def refuse_while_it_runs(self, folder: Path) -> None:
+        """Raise OptionError if a training of a folder runs: its files are not changed under it."""
+        for shown in self.site.beginnings.list_all():
+            is_of_folder = shown.plan is not None and shown.plan.folder == folder
+            if is_of_folder and shown.state.name in BUSY and shown.state.name != CHECKING:
+                raise OptionError(
+                    f"{shown.glance.name} is {shown.state.text}. It has read its files already, and would "
+                    "continue with others: stop it first, or wait until it has ended."
+                )
 
     def replace(self, folder: Path, mark: str) -> None:
         """Write the three files as the shown changes say; the old ones are copied into the bin first."""
@@ -589,6 +618,7 @@ class NewPages:
             raise OptionError("There are no changes to make (any more). Press Describe to see them.")
         if mark != mark_files(folder):
             raise ChangedMeanwhileError
+        self.refuse_while_it_runs(folder)
         kept = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
         keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / kept)
         form = NewForm.of_words(shlex.split(comparing.line))

@@ -17,7 +17,7 @@ from browser import compare
 from browser.answers import Form, answer_form, answer_page, answer_unknown, read_query
 from browser.beginnings import Beginnings
 from browser.folders import find_folder
-from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue
+from browser.jobs import ENDED, ENTRY, QUEUE, WAITING, Job, JobQueue, is_to_come
 from browser.launch import check_options, command_part, find_program, split_folder, split_words
 from browser.runs import RUNNING, Glance, Runs, is_living
 from browser.typed import typed_anywhere
@@ -163,10 +163,11 @@ def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
     return Draft()
 
 
-def read_jobs(text: str, run: Glance | None) -> list[tuple[list[str], Path]]:
+def read_jobs(text: str, run: Glance | None, may_come: bool) -> list[tuple[list[str], Path]]:
     """Return the words and the folder of each command in a text; all are checked before the first is added.
 
-    run: the run that the commands are from, if any. Raises UserError.
+    run: the run that the commands are from, if any. may_come: jobs before them may write what they read; so
+    may the first of several. Raises UserError.
     """
     entries = map(str.strip, ENTRY.findall(text.replace("\r\n", "\n")))
     lines = [line for line in entries if line and not line.startswith("#")]
@@ -186,11 +187,11 @@ def read_jobs(text: str, run: Glance | None) -> list[tuple[list[str], Path]]:
     for words, folder in jobs:  # all of them, before a script takes a second for the first
         find_program(words, folder)
     end = time.monotonic() + CHECK_SECONDS
-    for words, folder in jobs:
+    for place, (words, folder) in enumerate(jobs):
         seconds = end - time.monotonic()
         if seconds <= 0:  # scripts check the options of the others when these begin
             break
-        check_options(words, folder, seconds)
+        check_options(words, folder, may_come=may_come or place > 0, seconds=seconds)
     return jobs
 
 
@@ -290,14 +291,15 @@ class QueuePages:
         if what == "work":
             self.queue.begin_work()
         elif what == "pause":
-            self.queue.end_work()
+            self.queue.end_work(pauses=True)
         elif what == "add":
             with self.runs.lock:
                 run = self.runs.find(run_id)
             limits = find_folder(self.runs, within)
             if within and limits is None:
                 raise OptionError(f"{within}: there is no such folder below those that are shown.")
-            for words, folder in read_jobs(line, run):
+            may_come = any(map(is_to_come, self.queue.jobs()))
+            for words, folder in read_jobs(line, run, may_come):
                 self.queue.add(words, folder, within=limits)
         elif not NUMBER.fullmatch(number):
             return False

@@ -40,11 +40,12 @@ from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.captions import CaptionConflictError, Captions, mark_bytes
 from browser.compare import read_other_generation
-from browser.described import FILES, ChangedMeanwhileError, change_keys
+from browser.described import FILES, ChangedMeanwhileError, change_keys, change_steps, read_described
 from browser.errands import errand_name
 from browser.intentions import read_intentions, read_shown
 from browser.jobs import ENDED, QUEUE, WAITING, Job
 from browser.names import free_name, short_digest
+from browser.new_form import read_steps
 from browser.queue_views import is_of, read_jobs
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Glance
 from browser.site import Site
@@ -64,7 +65,6 @@ PROMPT_FILES = (".txt",)  # endings of prompt files that are edited as text
 MOST_LISTED = 200  # files that a question lists
 RESUME = "--resume"
 STEPS_OPTION = "--max_train_steps"
-MOST_STEPS = 10**9
 
 
 @dataclass(frozen=True)
@@ -461,7 +461,7 @@ class RunButtons:
             raise OptionError("It comes from elsewhere: read its command on the page of the queue first.")
         _, page_command = command
         jobs: list[tuple[list[str], Path]] = []
-        for words, folder in read_jobs(page_command.bash, run):
+        for words, folder in read_jobs(page_command.bash, run, may_come=False):
             changed = [*words]
             if steps:
                 place = changed.index(STEPS_OPTION) + 1
@@ -471,10 +471,7 @@ class RunButtons:
 
     def train_on(self, shown: ShownRun, form: Form) -> str:
         """Raise the number of steps in run.toml, and start the run again."""
-        text = "".join(form.get("steps", ())).strip()
-        if not text.isdecimal() or not 0 < int(text) <= MOST_STEPS:
-            raise OptionError(f"Steps {text!r}: give a whole number, such as 3000.")
-        steps = int(text)
+        steps = read_steps("".join(form.get("steps", ())).strip())
         run = shown.glance
         if steps <= run.step:
             raise OptionError(f"It has trained {run.step:,} steps already: give more than that.")
@@ -482,7 +479,7 @@ class RunButtons:
             raise OptionError(f"It is {shown.state.text}: stop it first.")
         if shown.plan is None:
             self.add_command(run, steps)
-            return "It is in the queue."
+            return f"It is in the queue, to {steps:,} steps. All other options of its command stay."
         plan = shown.plan
         if not self.beginnings.is_known(plan):
             raise OptionError(f"{plan.folder / RUN_FILE} comes from elsewhere. Press Continue to read it.")
@@ -490,9 +487,10 @@ class RunButtons:
             raise OptionError(f"{plan.folder / RUN_FILE} counts in epochs. Change max_train_epochs there.")
         path = plan.folder / RUN_FILE
         have = "".join(form.get("have", ()))
-        change_keys(path, {"max_train_steps": steps}, have)
+        changes = change_steps(read_described(plan.folder).values, steps)
+        change_keys(path, changes.changes, have)
         self.beginnings.start(plan.folder, words_of_plan(plan, self.site.models))
-        return f"It is in the queue, to {steps:,} steps."
+        return f"It is in the queue, to {steps:,} steps. Written into {changes.text}."
 
     def check(self, shown: ShownRun, _: Form) -> str:
         if shown.plan is None:

@@ -17,10 +17,14 @@ from browser.answers import answer_template, answer_unknown
 from browser.described import PROMPTS_FILE, ChangedMeanwhileError, DraftFile, edit_toml, read_described
 from browser.folder_settings import DraftChange, plan_change, read_file, require_whole, save_change
 from browser.folders import is_written
+from browser.new_form import MOST_STEPS, parse_whole
+from browser.recipes import is_driven, recipe_of_model
 from browser.settings_table import describe_difference, read_keys
 from browser.site import Site
+from downloads.catalogue import ModelSet
 from generation.prompt_lines import is_blank
 from generation.sample_lines import find_sample_option
+from modules.control_codes import shorten
 from modules.errors import OptionError, UserError
 from modules.media.reading import IMAGE_SUFFIXES
 from project.fitting import needs_picture
@@ -40,13 +44,20 @@ FIELDS = {
     "height": ("height", "h"),
     "frames": ("frame_count", "f"),
     "seed": ("seed", "d"),
-    "denoising": ("sample_steps", "s"),
+    "steps": ("sample_steps", "s"),
+    "guidance": ("cfg_scale", "l"),
+    "embedded guidance": ("guidance_scale", "g"),
     "start": ("image_path", "i"),
     "source": ("control_image_path", "ci"),
 }
-WHOLE = ("width", "height", "frames", "denoising")
+USUAL = {"width": "512", "height": "512", "frames": "81", "steps": "20"}
+WHOLE = tuple(USUAL)  # fields of whole numbers above 0
+MOST_NUMBER = 1_000_000
+SCALES = ("guidance", "embedded guidance")  # fields of any number
+NUMBER = re.compile(r"-?[0-9]{1,6}(\.[0-9]{1,6})?")
 PICTURES = ("start", "source")
-OF_NUMBERS = ["width", "height", "frames", "seed", "denoising"]
+OF_NUMBERS = ("width", "height", "frames", "seed", "steps", "guidance", "embedded guidance")
+OF_ALL_MODELS = {"width", "height", "seed", "steps"}
 
 
 @dataclass(frozen=True)
@@ -183,8 +194,12 @@ def _check_edit(edit: _RowEdit, check_picture: Any) -> None:
     if edit.changes and not edit.prompt and edit.row.line is None:
         raise OptionError(f"{title}: write its prompt.")
     for name, text in edit.changes.items():
-        if name in WHOLE and text and not (text.isdecimal() and int(text)):
-            raise OptionError(f"{title} {name}: {text} is no whole number above 0, such as 512.")
+        if name in WHOLE and text and parse_whole(text, MOST_NUMBER) is None:
+            raise OptionError(
+                f"{title} {name}: {shorten(text, 40)} is no whole number above 0, such as {USUAL[name]}."
+            )
+        if name in SCALES and text and not NUMBER.fullmatch(text):
+            raise OptionError(f"{title} {name}: {shorten(text, 40)} is no number, such as 4 or 3.5.")
         if " --" in f" {text}":
             raise OptionError(f"{title} {name}: {text}: leave out the dashes.")
         if name in PICTURES and text:
@@ -197,9 +212,12 @@ def edit_times(text: str, fields: Mapping[str, str]) -> str:
     changes: dict[str, Any] = {}
     every = fields.get("every", "").strip()
     if every != str(keys.get(EVERY, "")):
-        if every and not (every.isdecimal() and int(every)):
-            raise OptionError(f"Made after every: {every} is no whole number above 0, such as 200.")
-        changes[EVERY] = int(every) if every else None
+        number = parse_whole(every, MOST_STEPS)
+        if every and number is None:
+            raise OptionError(
+                f"Made after every: {shorten(every, 40)} is no whole number above 0, such as 200."
+            )
+        changes[EVERY] = number
     is_first = "first" in fields
     if is_first != bool(keys.get(AT_FIRST)):
         changes[AT_FIRST] = is_first or None
@@ -247,14 +265,15 @@ class SamplePages:
         count = min(max(FEWEST_ROWS, len(rows), num_rows), MOST_ROWS)
         rows = rows[:MOST_ROWS]
         blank = PromptRow(None, "", {})
-        pictures = self.choose_picture_fields(described.family, described.task, rows)
+        model = find_model(described.family, described.task)
+        pictures = choose_picture_fields(model, rows)
         keys = read_keys(run.text)
         return {
             "prompts": prompts,
             "run": run,
             "rows": [*rows, *[blank] * (count - len(rows))],
             "next_count": count + 1,
-            "number_fields": OF_NUMBERS,
+            "number_fields": choose_number_fields(model, rows),
             "picture_fields": pictures,
             "pictures": list_pictures(folder) if pictures else [],
             "every": str(keys.get(EVERY, "")),
@@ -262,17 +281,6 @@ class SamplePages:
             "at_first": bool(keys.get(AT_FIRST)),
             "can_write": not self.site.read_only,
         }
-
-    def choose_picture_fields(self, family: str, task: str, rows: Sequence[PromptRow]) -> list[str]:
-        """Return the fields for pictures that the model, or a line, has a use for."""
-        fields = {name for row in rows for name in PICTURES if name in row.texts}
-        for model in find_models():
-            if (model.family, model.task) == (family, task):
-                if model.data.get("from_image"):
-                    fields.add("start")
-                if needs_picture(model):
-                    fields.add("source")
-        return [name for name in PICTURES if name in fields]
 
     def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
         """Show what a form would save, or save it."""
@@ -287,12 +295,12 @@ class SamplePages:
             texts = {prompts: prompts_after, run: edit_times(run.text, fields)}
             change = plan_change("samples", texts, run)
             if what == "save":
-                change = save_change(change, texts, fields.get("shown", ""))
+                change = save_change(change, texts)
         except ChangedMeanwhileError:
             change = DraftChange(part="samples", fault=describe_conflict(folder, fields))
         except (OSError, ValueError, UserError) as error:
             change = DraftChange(part="samples", fault=str(error))
-        is_refused = what == "save" and change.is_open
+        is_refused = what == "save" and change.fault != ""
         num_rows = sum(name.startswith("row ") for name in fields) if is_refused else 0
         return self.answer(folder, change, num_rows, is_refused)
 
@@ -302,6 +310,38 @@ class SamplePages:
         is_picture = Path(text).suffix.lower() in IMAGE_SUFFIXES
         if "\0" in text or not is_picture or not self.site.runs.is_inside(path):
             raise OptionError(f"{text}: there is no such picture in {folder}")
+
+
+def find_model(family: str, task: str) -> ModelSet | None:
+    """Return a model that folders can be described for; None if there is none of this name."""
+    return next((model for model in find_models() if (model.family, model.task) == (family, task)), None)
+
+
+def choose_number_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> list[str]:
+    """Return the fields for numbers that the model, or a line, has a use for."""
+    fields = {name for row in rows for name in OF_NUMBERS if name in row.texts}
+    if model is None:
+        return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]
+    if model.data["frames"] == 1 and all(row.texts.get("frames", "1") == "1" for row in rows):
+        fields.discard("frames")
+    elif model.data["frames"] > 1:
+        fields.add("frames")
+    has_embedded = False
+    if is_driven(model):
+        keys = recipe_of_model(model, Path(), Path()).keys
+        has_embedded = keys.get("guidance") == "embedded_cfg_scale"
+    fields.add("embedded guidance" if has_embedded else "guidance")
+    return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]
+
+
+def choose_picture_fields(model: ModelSet | None, rows: Sequence[PromptRow]) -> list[str]:
+    """Return the fields for pictures that the model, or a line, has a use for."""
+    fields = {name for row in rows for name in PICTURES if name in row.texts}
+    if model is not None and model.data.get("from_image"):
+        fields.add("start")
+    if model is not None and needs_picture(model):
+        fields.add("source")
+    return [name for name in PICTURES if name in fields]
 
 
 def describe_conflict(folder: Path, fields: Mapping[str, str]) -> str:

@@ -42,7 +42,7 @@ from browser.new_pages import new_routes
 from browser.queue_views import compare_routes, queue_routes
 from browser.result_pages import result_routes
 from browser.run_buttons import RunButtons, run_button_routes
-from browser.runs import RUNNING, Glance, Runs
+from browser.runs import DIED, RUNNING, Glance, Runs
 from browser.samples import SamplePages
 from browser.settings import ServerSettings
 from browser.settings_page import settings_routes
@@ -250,14 +250,24 @@ class RunPages:
         with contextlib.suppress(UserError):  # the page of the queue tells it
             is_paused = self.queue.worker == ""
         deeds = self.buttons.render(shown)
-        return answer_page(run_page(self.runs, run, not self.queue.read_only, is_paused, deeds=deeds))
+        page = run_page(
+            self.runs,
+            run,
+            can_write=not self.queue.read_only,
+            is_paused=is_paused,
+            deeds=deeds,
+            ended_at_once=shown.ended_at_once,
+        )
+        return answer_page(page)
 
     def show_news(self, request: Request) -> Response:
         run = self.find(request)
         if run is None:
             return answer_gone()
         try:
-            return answer_json(collect_news(self.runs, run, request.query_params))
+            shown = self.beginnings.find(run.id) if run.state == DIED else None
+            said = "" if shown is None else shown.ended_at_once
+            return answer_json(collect_news(self.runs, run, request.query_params, said))
         except ValueError:
             return PlainTextResponse("from and to are numbers of steps.", 400)
 

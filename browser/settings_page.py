@@ -1,5 +1,6 @@
 """The page Settings: folders, the server, the queue's worker, and the bin."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,11 +105,11 @@ class SettingsPages:
             ShownSetting("may write", "no" if site.read_only else "yes", "--read_only"),
         ]
 
-    def command_words(self, worker: str) -> list[str]:
-        """Return the command that starts this page with these settings."""
+    def command_words(self, worker: str, further: Sequence[Path] = ()) -> list[str]:
+        """Return the command that starts this page with these settings, and with further folders."""
         settings = self.site.settings
         port = None if settings.port in (None, USUAL_PORT) else settings.port
-        return self._words(settings.host, port, self._given_token(), worker)
+        return self._words(settings.host, port, self._given_token(), worker, further)
 
     def _given_token(self) -> str | None:
         """Return the file of --token; None without it."""
@@ -121,7 +122,9 @@ class SettingsPages:
         token = self._given_token() or str(Path("token.txt").absolute())
         return self._words("0.0.0.0", USUAL_PORT, token, worker)
 
-    def _words(self, host: str, port: int | None, token: str | None, worker: str) -> list[str]:
+    def _words(
+        self, host: str, port: int | None, token: str | None, worker: str, further: Sequence[Path] = ()
+    ) -> list[str]:
         options: dict[str, Any] = {
             "--models": None if self.site.models == MODELS else str(self.site.models.absolute()),
             "--host": None if host == "127.0.0.1" else host,
@@ -131,7 +134,7 @@ class SettingsPages:
             "--work": worker == "here" or None,
             "--read_only": self.site.read_only or None,
         }
-        folders = [str(root) for root in self.site.runs.roots]
+        folders = [str(root) for root in (*self.site.runs.roots, *further)]
         return ["python", "tools/run_browser.py", *folders, *option_words(options)]
 
     def change(self, request: Request, form: Form) -> Response:
@@ -141,7 +144,7 @@ class SettingsPages:
             if what == "work":
                 self.site.queue.begin_work()
             elif what == "pause":
-                self.site.queue.end_work()
+                self.site.queue.end_work(pauses=True)
             elif what == "empty":
                 open_bin(self.site).empty("".join(form.get("mark", ())))
             else:

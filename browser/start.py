@@ -12,7 +12,7 @@ import webbrowser
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from browser.jobs import open_queue
+from browser.jobs import JobQueue, open_queue
 from browser.options import USUAL_PORT, BrowserOptions
 from browser.qr_code import draw_code
 from browser.runs import RUNNING, Runs
@@ -57,7 +57,9 @@ def run_browser(options: BrowserOptions) -> None:
     port = listener.getsockname()[1]
     queue = open_queue(runs, options.read_only)
     if options.work:
-        queue.begin_work()
+        queue.begin_work(stays_open=False)
+    elif not options.read_only and reopen(queue):
+        logger.info("The queue goes on, as it was started and not paused. Its page pauses it.")
     address = find_address(options, port, token.word)
     show_address(options, port, token)
     log_runs(runs)
@@ -92,6 +94,17 @@ def run_browser(options: BrowserOptions) -> None:
             asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
     finally:
         queue.end_work()
+
+
+def reopen(queue: JobQueue) -> bool:
+    """Start a queue that was open when its last server ended; return whether it was."""
+    try:
+        if queue.is_open:
+            queue.begin_work()
+            return True
+    except OutputError as error:  # another server runs it, or its page says what is damaged
+        logger.debug("the queue is not started: %s", error)
+    return False
 
 
 def choose_places(options: BrowserOptions, here: Path, checkout: Path) -> ServedFolders:

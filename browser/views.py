@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from browser.beginnings import BUSY, STATES, RunState, ShownRun, state_of_run
 from browser.names import short_digest
-from browser.runs import RUNNING, Glance, Runs, describe_left, find_state, mean_of
+from browser.runs import DIED, RUNNING, STOPPED, Glance, Runs, describe_left, find_state, mean_of
 from browser.typed import cd_before
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes, shorten
@@ -138,8 +138,11 @@ class LiveStanding:
     left: str  # words on the time left
 
     @classmethod
-    def of(cls, run: Glance, story: Story) -> "LiveStanding":
-        """Return the current standing of the run of a history."""
+    def of(cls, run: Glance, story: Story, ended_at_once: str = "") -> "LiveStanding":
+        """Return the current standing of the run of a history.
+
+        ended_at_once: what is said of a run that the page has ended; empty for all others.
+        """
         # an older version's history has no start, and its page tells some of it
         start = story.start or Start(run.model, run.total_steps)
         ending = story.ending or (None if story.start else run.ending)
@@ -147,6 +150,8 @@ class LiveStanding:
         step = next(reversed(story.loss or story.starts or {0: None}))
         text, kind = ending or (f"died after step {step:,}, without a word", "bad")
         words = ""
+        if state == DIED and ended_at_once:
+            state, text, kind = STOPPED, ended_at_once, ""
         if state == RUNNING:
             text = state
             kind = ""
@@ -171,14 +176,20 @@ def linked_clip(name: str, prompt: str, step: int, _: bool) -> Markup:
 
 
 def run_page(
-    runs: Runs, run: Glance, can_write: bool, is_paused: bool = False, deeds: Markup | str = ""
+    runs: Runs,
+    run: Glance,
+    can_write: bool,
+    is_paused: bool = False,
+    deeds: Markup | str = "",
+    ended_at_once: str = "",
 ) -> str:
-    """Return the page of a run. is_paused: no job of the queue begins. deeds: HTML of its buttons.
+    """Return the page of a run.
 
+    is_paused: no job of the queue begins. deeds: HTML of its buttons. ended_at_once: see `LiveStanding.of`.
     Raises OSError if its history cannot be read.
     """
     story = runs.open(run).story
-    now = LiveStanding.of(run, story)
+    now = LiveStanding.of(run, story, ended_at_once)
     start = now.shown.start
     values = page_values(run.history.parent, story, now.shown, load=linked_clip, most=MOST_SAMPLES)
     sample_names = [name for row in story.samples.values() for name in row.files.values()]
@@ -215,15 +226,18 @@ def mark_page(story: Story, now: LiveStanding) -> str:
     return short_digest(repr((counts, story.memory, now.shown.text)))
 
 
-def collect_news(runs: Runs, run: Glance, query: Mapping[str, str]) -> dict[str, Any]:
+def collect_news(
+    runs: Runs, run: Glance, query: Mapping[str, str], ended_at_once: str = ""
+) -> dict[str, Any]:
     """Return the facts that a run's page polls, with its curves if they have changed.
 
-    query: `have`, the key of an earlier answer; `from` and `to`, the steps that are shown. Raises OSError if
+    query: `have`, the key of an earlier answer; `from` and `to`, the steps that are shown. ended_at_once: see
+    `LiveStanding.of`. Raises OSError if
     the history cannot be read, ValueError if the steps are no numbers.
     """
     history = runs.open(run)
     story = history.story
-    now = LiveStanding.of(run, story)
+    now = LiveStanding.of(run, story, ended_at_once)
     low = float(query.get("from") or -math.inf)
     high = float(query.get("to") or math.inf)
     file_number = history.status and history.status.st_ino

@@ -15,7 +15,9 @@ UNVERIFIED = "as far as known: read the model's page"
 
 
 def gigabytes(size_bytes: int) -> str:
-    """Return a size for people: "11.4 GB", "17 MB"."""
+    """Return a size for people: "11.4 GB", "17 MB"; "nothing" for 0."""
+    if not size_bytes:
+        return "nothing"
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 5e7 else f"{max(1, round(size_bytes / 1e6))} MB"
 
 

@@ -33,6 +33,8 @@ FROM_QUEUE = "REELSMITH_FROM_QUEUE"
 DRIVEN = "REELSMITH_DRIVEN"
 # variable of a script that prints its --help as JSON, for the browser
 HELP_AS_JSON = "REELSMITH_HELP_AS_JSON"
+# variable of a script that ends once it has read its options, for the browser
+ONLY_OPTIONS = "REELSMITH_ONLY_OPTIONS"
 # variable that names the file in which a program notes how far it is (modules/progress.py)
 PROGRESS = "REELSMITH_PROGRESS"
 RUN_CHECKS = "checks"  # its value for a training that only checks its options and files

@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.output_files import check_output_file, check_place
-from modules.paths import expand_path, explain_missing, explain_path, hide_secrets, path_exists
+from modules.paths import (
+    expand_path,
+    explain_missing,
+    explain_path,
+    hide_secrets,
+    path_exists,
+    without_quotes,
+)
 from modules.text_files import bad_character
 
 T = TypeVar("T")
@@ -50,8 +57,11 @@ def to_path(option: str, text: str) -> Path:
 
     Raises OptionError for a name that no file can have, and for usual mistakes in one that is not there.
     """
+    bare = without_quotes(text)
     try:
         path = expand_path(text)
+        if bare != text and not path_exists(path):
+            path = expand_path(bare)
     except ValueError as error:
         raise OptionError(f"{option} {shorten(text, 80)!r}: {error}") from None
     why = None if path_exists(path) else explain_path(text)

@@ -23,7 +23,7 @@ from modules.command import (
     wants_colour,
 )
 from modules.errors import OptionError
-from modules.installation import HELP_AS_JSON
+from modules.installation import HELP_AS_JSON, ONLY_OPTIONS
 from modules.option_values import HEIGHT_WIDTH, JOINED, UNIT, height_width
 from modules.options import (
     TYPED,
@@ -402,7 +402,10 @@ def parse_spelled(
     args = parser.parse_args(argv)
     with name_as_typed(typed_names(args)):
         refuse_unsupported(parser, args)
-        return [read_options(record, args) for record in records], parser.typed_flags
+        options = [read_options(record, args) for record in records]
+    if os.environ.get(ONLY_OPTIONS):
+        raise SystemExit(0)
+    return options, parser.typed_flags
 
 
 def add_options(

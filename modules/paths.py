@@ -29,6 +29,12 @@ _DRIVE = re.compile(r"[A-Za-z]:[\w\\/]")
 _VARIABLE = re.compile(r"(?<![^\\/])(?:\$\{\w+\}|\$(?:env:)?[A-Za-z_]\w*|%[A-Za-z_]\w*%)(?![^\\/.])")
 
 
+def without_quotes(text: str) -> str:
+    """Return a path without the quotes around it, with which file managers copy it."""
+    is_quoted = len(text) > 2 and text[0] == text[-1] and text[0] in "\"'"
+    return text[1:-1] if is_quoted else text
+
+
 def expand_path(text: str, base: Path | None = None) -> Path:
     """Return the path with `~` resolved; a relative one is in the folder `base`.
 

@@ -24,12 +24,12 @@ from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
 from modules.option_values import as_shape
 from modules.output_files import is_windows_device
-from modules.paths import expand_path, explain_missing, path_from
+from modules.paths import expand_path, explain_missing, path_from, without_quotes
 from modules.text_files import real_path
 from project.choosing import ModelFacts
 from project.fitting import is_small
 from project.media import CHECK_PAGE, FolderContent, Media, reference_of, why_unread
-from project.options import RUN_FILE, NewOptions, find_models
+from project.options import RUN_FILE, NewOptions, find_models, times_of_steps
 from training.config_options import OTHERS_TABLE, toml_value
 
 USUAL_SIDE, SIDE_STEP = 256, 64  # shortest side of pictures, and what sides are multiples of, in subsets
@@ -183,7 +183,7 @@ def count_frames(clip: Media, model: ModelSet) -> int:
 def typed_files(options: NewOptions) -> dict[str, str]:
     """Return the paths that --model_file gives, as typed, by option."""
     pairs = (typed.partition("=") for typed in options.model_files)
-    return {name: text.strip() for name, _, text in pairs}
+    return {name: without_quotes(text.strip()) for name, _, text in pairs}
 
 
 def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
@@ -553,15 +553,15 @@ def _read_number(word: str) -> int | float | str:
 def _run_values(choice: Choice) -> dict[str, Any]:
     """Return the training's options that say how long it is, what it saves and where."""
     steps = choice.options.max_train_steps
-    every = max(steps // 10, min(steps, 50))
+    times = times_of_steps(steps)
     values: dict[str, Any] = {
         "dataset_config": "dataset.toml",
         "max_train_steps": steps,
-        "save_every_n_steps": every,
+        "save_every_n_steps": times["save_every_n_steps"],
         "save_state": True,
-        "save_last_n_steps_state": every,
+        "save_last_n_steps_state": times["save_last_n_steps_state"],
         "sample_prompts": "prompts.txt",
-        "sample_every_n_steps": every,
+        "sample_every_n_steps": times["sample_every_n_steps"],
         "sample_at_first": True,
         "sample_now": True,
     }

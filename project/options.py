@@ -46,6 +46,12 @@ def find_models(fp8_encoders: bool = False) -> list[ModelSet]:
     return [model for model in sets if "train" in model.commands and not model.data.get("control")]
 
 
+def times_of_steps(steps: int) -> dict[str, int]:
+    """Return the options of a training that follow from its number of steps: saves, states and samples."""
+    every = max(steps // 10, min(steps, 50))
+    return {"save_every_n_steps": every, "save_last_n_steps_state": every, "sample_every_n_steps": every}
+
+
 def own_command(*words: str) -> str:
     """Return a command of `reelsmith` as it is typed: `new` or `run`, and what follows."""
     return as_typed(["python", FRONT_SCRIPT, *words])

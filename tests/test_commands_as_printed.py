@@ -7,6 +7,7 @@ training without samples, whose options name no encoder, prints how to generate 
 import html
 import re
 import shlex
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,3 +326,39 @@ def test_a_cache_folder_that_moved_with_its_data_names_the_files_where_they_were
     assert missing == []
     assert is_row(["--text_encoder", str(here / "model" / "text_encoder")], shlex.split(line))
     assert missing_then == ["QWEN3_FILE"]
+
+
+class StopAtSave(threading.Thread):
+    """Ask a run to stop, as the page does, as soon as a file of it is there."""
+
+    def __init__(self, output: Path, file: str) -> None:
+        super().__init__(daemon=True)
+        self.output = output
+        self.file = file
+        self.is_over = threading.Event()
+
+    def run(self) -> None:
+        while not (self.output / self.file).exists():
+            if self.is_over.wait(0.01):
+                return
+        (self.output / "lora.stop").touch()
+
+
+def test_after_a_stop_the_command_names_a_file_that_is_there(tmp_path: Path) -> None:
+    family = family_called("z_image")
+    family.prepare(tmp_path)
+    succeed_here(*family.cache_latents, folder=tmp_path)
+    succeed_here(*family.cache_texts, folder=tmp_path)
+    output = tmp_path / "output"
+    (tmp_path / "prompts.txt").write_text(f"{family.sample_line}\n", encoding="utf-8")
+    samples = ["--sample_prompts", "prompts.txt"]
+    saves = ["--max_train_steps", "2000", "--save_every_n_steps", "2"]
+    stopping = StopAtSave(output, "lora-step00000002.safetensors")
+    stopping.start()
+
+    succeed_here(*family.train, *OUTPUT, *saves, *samples, folder=tmp_path)
+    stopping.is_over.set()
+
+    assert not (output / "lora.safetensors").exists()
+    typed(page_commands(tmp_path)["Generate with it"][1], tmp_path)
+    assert any((output / "generated").iterdir())

@@ -90,18 +90,24 @@ class NextSteps:
         family_names = read_family({TRAINED_ON: self.plan.family.name})
         return "" if family_names is None else family_names.converted_for
 
-    def commands(self, best: Path | None, is_finished: bool) -> list[PageCommand]:
-        """Return commands to train on, to generate with the best file, to convert it if a tool needs that,
-        and to start this run again.
+    def commands(self, saved: Path | None, is_finished: bool) -> list[PageCommand]:
+        """Return commands to train on, to generate with a file, to convert it if a tool needs that, and to
+        start this run again.
+
+        saved: the file, see `Story.usable_file`; None if nothing is saved yet: then they name the file of the
+        whole run.
         """
-        file = best or [*self.names.files(self.names.name).values()][0]
+        file = saved or [*self.names.files(self.names.name).values()][0]
         resume = self._resume(is_finished)
         here = f"Commands here are typed in the folder {Path.cwd()}."
         if self.options.end.words:
             here += " --on_end is written into no file: add it if you want it again."
         commands = [replace(resume, note=" ".join(filter(None, (resume.note, here))))]
         if self.generation is not None:
-            commands.append(self._generate(self.generation, file))
+            generate = self._generate(self.generation, file)
+            if saved is None and not file.exists():
+                generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
+            commands.append(generate)
         network = self.options.network
         if network is not None and (network.decomposes or network.is_oft or self._needs_conversion(network)):
             files = self.names.files(self.names.stem_of(file)).values()

@@ -123,7 +123,13 @@ def prepare_run(
         accelerator.wait_for_everyone()  # before any writes samples there
         uploads = _make_uploads(options)
         prompts = () if sampler is None else sampler.prompts
-        saver = make_saver(model, uploads, prompts, reporter.note_saved)
+        saver = make_saver(
+            model,
+            uploads,
+            prompts,
+            note_saved=reporter.note_saved,
+            note_removed=reporter.note_files,
+        )
         run = make_run(
             model, sampler, memory=memory, logs=logs, reporter=reporter, saver=saver, slider=slider
         )

@@ -44,11 +44,12 @@ def make_saver(
     uploads: "Uploads | None",
     prompts: Sequence[str],
     note_saved: Callable[[Sequence[Path], int], None],
+    note_removed: Callable[[], None],
 ) -> Saver | None:
     """Make the saver in the main process, and remove files that it no longer keeps; else return None.
 
     uploads: None without a repository. prompts: of the samples, for the card. note_saved: gets the files of
-    each save, and the step.
+    each save, and the step. note_removed: is called after older files were removed.
     """
     plan, trainable = model.plan, model.trainable
     options, progress, average = plan.options, plan.progress, model.average
@@ -103,6 +104,7 @@ def make_saver(
         write_average=None if average is None else write_average,
         is_main=is_first,
         note_saved=lambda paths: note_saved(paths, progress.step),
+        note_removed=note_removed,
     )
     saver.remove_leftovers()
     saver.tidy(progress.step, progress.epoch)

@@ -241,9 +241,9 @@ def _describe_peak(run: TrainingRun) -> str:
 def _list_commands(run: TrainingRun, story: history.Story, following: NextSteps) -> list[Row]:
     """Return the commands that can follow a finished run, each with its heading."""
     folder, logging_dir = run.plan.names.folder, run.options.logs.logging_dir
-    best = story.best_file(folder)
+    file = story.usable_file(folder)
     # the last one starts this run again
-    *commands, _ = following.commands(None if best is None else folder / best, is_finished=True)
+    *commands, _ = following.commands(None if file is None else folder / file, is_finished=True)
     is_windows = sys.platform == "win32"
     rows: list[Row] = [
         (command.heading, command.powershell if is_windows else command.bash) for command in commands

@@ -15,6 +15,23 @@
   form.addEventListener("change", ({ target }) => { if (target.name) remember(); });
   form.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.target.id === "into") event.preventDefault(); });
 
+  // Describe opens the page again: at the same place, with the focus where it was, and with what was done.
+  const PLACE = `place ${location.pathname}`;
+  document.addEventListener("htmx:after:request", ({ target, detail }) => {
+    const headers = detail.ctx.response?.raw.headers;
+    if (target !== form || !headers?.get("hx-redirect")) return;
+    const said = decodeURIComponent(headers.get("x-reelsmith-said") ?? "");
+    sessionStorage.setItem(PLACE, JSON.stringify({ y: scrollY, focused: document.activeElement?.id, said }));
+  });
+  const place = JSON.parse(sessionStorage.getItem(PLACE) ?? "null");
+  sessionStorage.removeItem(PLACE);
+  if (place) {
+    if (find("written")) find("written").textContent = place.said;
+    (place.focused && find(place.focused))?.focus({ preventScroll: true });
+    scrollTo(0, place.y);
+  }
+  form.addEventListener("input", () => find("written")?.replaceChildren());
+
   const change = (field, value) => {
     field.value = value;
     field.dispatchEvent(new Event("input", { bubbles: true }));

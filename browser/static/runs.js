@@ -6,6 +6,7 @@
   const tell = document.getElementById("tell");
   const key = `tell ${box()?.dataset.id}`;
   let said = 0; // when a button was answered
+  let isOld = false; // the state has changed since
   let wasActive = box()?.dataset.active === "yes";
 
   function remember(value) {
@@ -53,8 +54,10 @@
     if (standing.is_begun && now.dataset.begun !== "yes") { location.reload(); return; } // it has a page of its own now
     if (standing.mark !== now.dataset.standing) {
       htmx.trigger(now, "look");
-      if (Date.now() - said > 4000) document.getElementById("done").replaceChildren(); // it was about an earlier state
+      isOld = true;
     }
+    const done = document.getElementById("done");
+    if (isOld && (Date.now() - said > 4000 || done.querySelector(".bad"))) done.replaceChildren(); // it was about an earlier state
     if (wasActive && !standing.is_active && tell.checked) announce(now.dataset.name, standing.state);
     wasActive = standing.is_active;
   }
@@ -69,6 +72,7 @@
     if (detail.ctx.response?.raw.headers.get("hx-redirect")) return; // to another page
     if (target === document || !target.closest?.("#deeds, #panel") || target.matches("#deeds")) return;
     said = Date.now();
+    isOld = false;
     look().catch(() => {});
   });
   // who presses a button that goes away stays among the buttons

@@ -22,13 +22,14 @@ const isEdited = (field) => valueOf(field) !== defaultOf(field);
 const markEdited = () => keyFields().forEach((field) => field.closest("tr").classList.toggle("edited", isEdited(field)));
 
 // ---- the table: search over names and helps, and what was typed is marked
+const ALSO = { vram: ["memory", "swap", "fp8", "checkpointing"], gpu: ["card", "device"], speed: ["faster", "compile"], quality: ["rank", "network_dim"], rate: ["learning_rate"] }; // what people look for -> words of helps
 function filterRows(field) {
   const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
   const rows = [...document.querySelectorAll(`${field.dataset.find} tr`)];
   let count = 0;
   for (const row of rows) {
     const text = `${row.textContent} ${row.dataset.help ?? ""}`.toLowerCase();
-    row.hidden = !words.every((word) => text.includes(word));
+    row.hidden = !words.every((word) => [word, ...ALSO[word] ?? []].some((one) => text.includes(one)));
     count += !row.hidden;
   }
   document.getElementById("setting-count").textContent = words.length ? `${count} of ${rows.length} keys` : `${rows.length} keys`;
@@ -93,6 +94,23 @@ document.addEventListener("htmx:after:swap", ({ target }) => {
   }
   markEdited();
 });
+
+// ---- a button saves what its form holds: no preview answers meanwhile, and none of what is saved follows
+const saving = new WeakSet();
+const isSave = (element) => /^\/new\/(samples|settings)\/save$/.test(element.getAttribute?.("hx-post") ?? "");
+document.addEventListener("htmx:config:request", (event) => {
+  const form = event.target.closest?.("form"), isLook = event.target.matches?.(".look");
+  if (!form || !(isLook || isSave(event.target))) return;
+  const isAsShown = ![...form.elements].some((field) => field.name && field.type !== "hidden" && isEdited(field));
+  if (saving.has(form) || isLook && isAsShown && !form.querySelector(".changes :is(pre, [role=alert]:not(:empty))")) event.preventDefault();
+});
+document.addEventListener("htmx:before:request", ({ target }) => { if (isSave(target)) saving.add(target); });
+document.addEventListener("htmx:finally:request", ({ target }) => {
+  if (!isSave(target)) return;
+  saving.delete(target);
+  if ([...target.elements].some((field) => field.name && field.type !== "hidden" && isEdited(field))) target.dispatchEvent(new Event("input", { bubbles: true }));
+});
+document.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.target.dataset?.find) event.preventDefault(); });
 
 // ---- Check and Start take what is saved: what is not is said before they do, once
 let wasWarned = false;

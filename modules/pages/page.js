@@ -21,7 +21,10 @@ async function copyText(text) {
   }
 }
 
-// The line of the machine is asked for every few seconds: it says when nobody answers any more.
+// The line of the machine is asked for every few seconds: it says when nobody answers any more. Its last answer has the command.
 document.addEventListener("htmx:error", ({ target }) => {
-  if (target.id === "machine") target.textContent = "The server of this page does not answer. Start it again with: reelsmith browser. A training goes on without it.";
+  if (target.id !== "machine") return;
+  target.dataset.command ??= target.querySelector("[data-command]")?.dataset.command ?? "the command that started it";
+  const command = Object.assign(document.createElement("code"), { textContent: target.dataset.command });
+  target.replaceChildren("The server of this page does not answer. Start it again with: ", command, " A training goes on without it.");
 });

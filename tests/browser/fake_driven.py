@@ -1,7 +1,8 @@
 """Answer as `generation/driven.py` does, without a model. Words in the prompt say what happens.
 
 fail, die, killed, forget (no result), slow (steps until SIGINT), stubborn (the same, and no SIGINT helps). An
-option --wrong ends it before it is ready, --dull (loads for ever), --noisy prints other lines.
+option --wrong ends it before it is ready, --dull (loads for ever), --noisy prints other lines, --lingering
+ends seconds after its input.
 """
 
 import json
@@ -62,6 +63,8 @@ def main(words: list[str]) -> None:
         except KeyboardInterrupt:
             tell("cancelled")
         tell("ready")
+    if "--lingering" in words:
+        time.sleep(4)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def test_a_job_waits_at_its_place_in_a_queue_that_is_paused(tmp_path: Path) -> N
     [
         ("downloading the model: 11.2 GB of 34.8 GB", "downloading 11.2 of 34.8 GB"),
         ("downloading the model: 900 MB of 34.8 GB", "downloading 900 MB of 34.8 GB"),
-        ("checking the clips", "checking the clips"),
+        ("checking the clips", "checking the files"),
         ("caching latents: 40 of 120", "caching 40 of 120, latents"),
         ("caching captions", "caching captions"),
         ("caching captions: 5.1 GB of 11.4 GB", "caching captions, loading 5.1 of 11.4 GB"),
@@ -478,3 +478,36 @@ def test_more_unusual_things_than_fit_are_counted(tmp_path: Path) -> None:
 
     assert last.is_unusual
     assert last.text.startswith("and 54 more that are not listed, 50 of them unusual")
+
+
+@pytest.mark.parametrize(
+    ("states", "said"),
+    [
+        (("own-step00000004-state", "own-step00000005-state"), "continues from step 5."),
+        (("own-000002-state",), "continues from its last state, own-000002-state."),
+        ((), "No state was saved: it begins anew."),
+    ],
+)
+def test_a_run_that_a_second_stop_has_ended_is_stopped(
+    states: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    folder = describe(tmp_path / "clips")
+    set_back(folder)
+    dead = {**describe_process(), "number": 2**22 + 1}
+    write_run(folder / "output", "own", steps=6, kind=None, process=dead)
+    for name in states:
+        (folder / "output" / name).mkdir()
+    beginnings = look(tmp_path)
+    assert find(beginnings).state.name == "died"
+    beginnings.queue.add(["reelsmith", "run", str(folder)], tmp_path)
+    set_job(beginnings.queue, -9, stops=2)
+
+    shown = find(beginnings)
+
+    assert shown.state.name == "stopped"
+    assert shown.state.reason.startswith("Ended at once from the page after step 6")
+    assert shown.state.reason.endswith(said)
+    with serve_runs(tmp_path) as served:
+        page = served.ask(f"/run/{shown.glance.id}/").text
+    assert "Ended at once from the page after step 6" in page
+    assert "without a word" not in page

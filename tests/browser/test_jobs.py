@@ -21,6 +21,7 @@ from accelerate.commands.launch import launch_command_parser
 from browser.jobs import QUEUE, STATE, WAITING, Job, JobQueue
 from browser.launch import check_options, find_program, prepare_process, split_words
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED
+from browser.start import reopen
 from modules.errors import OptionError, OutputError
 from pocket.measure import IN_FLOAT32, POCKET, model_options
 from tests.browser.serving import Served, serve_runs, write_run
@@ -178,6 +179,86 @@ def test_only_accelerates_options_of_one_machine_are_taken(tmp_path: Path) -> No
     }
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("reelsmith browser", "browser runs until somebody ends it"),
+        ("python tools/run_browser.py x --work", "browser runs until somebody ends it"),
+        (
+            "python wan_generate_video.py --interactive --dit x",
+            "--interactive asks for prompts in a terminal",
+        ),
+        ("python wan_generate_video.py --interact", "--interact asks for prompts in a terminal"),
+        ("reelsmith new clips", "Give --family, and --task"),
+        ("reelsmith new nowhere --family wan", "folder nowhere: no such folder"),
+        ("reelsmith new clips --famly wan --family wan", "Unknown option --famly"),
+        ("reelsmith run", "folder that `new` described"),
+        ("python gen_img.py --prompt x", "--ckpt is missing"),
+        ("python gen_img.py --prompt x --ckpt no.safetensors", "--ckpt no.safetensors: no such file"),
+        ("python tools/download.py --famly wan", "Did you mean --family?"),
+        ("convert_lora.py --input no.safetensors --output y.safetensors --target other", "no such file"),
+        (
+            "wan_generate_video.py --task t2v-1.3B --prompt x --save_path y --dit no.safetensors",
+            "--dit no.safetensors: no such file",
+        ),
+    ],
+)
+def test_what_cannot_end_or_begin_is_refused_when_it_is_added(line: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    with pytest.raises(OptionError) as refusal:
+        check_options(split_words(line), tmp_path)
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "reelsmith browser --export run.html",
+        "reelsmith browser --help",
+        "reelsmith new clips --family wan --task t2v-1.3B",
+        "python tools/download.py --family wan --task t2v-1.3B --to models",
+        "python gen_img.py --prompt x --ckpt ckpt.safetensors",
+        "python lora_post_hoc_ema.py a.safetensors ckpt.safetensors --output_file b.safetensors",
+    ],
+)
+def test_what_can_begin_is_taken_and_nothing_is_done_yet(line: str, tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    for name in ("ckpt", "a"):
+        (tmp_path / f"{name}.safetensors").touch()
+    before = sorted(tmp_path.rglob("*"))
+    check_options(split_words(line), tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_job_may_read_what_jobs_before_it_write(queue: JobQueue) -> None:
+    line = "python convert_lora.py --input no.safetensors --output y.safetensors --target other"
+    with serve_runs(queue.folder.parent) as served:
+        assert ask(served, "add", line=line) == 422
+        assert ask(served, "add", line=f"{shlex.join(SHORT)}\n{line}") == 303
+        assert ask(served, "add", line=line) == 303
+    assert len(queue.jobs()) == 3
+
+
+def test_a_queue_that_was_started_goes_on_with_the_next_server(queue: JobQueue) -> None:
+    queue.add(SHORT, ROOT)
+    queue.begin_work()
+    wait_for_states(queue, FINISHED)
+    queue.end_work()  # as the server does at its end
+    queue.add(SHORT, ROOT)
+
+    later = JobQueue(queue.folder)
+    assert reopen(later)
+    wait_for_states(queue, FINISHED, FINISHED)
+    assert not reopen(JobQueue(queue.folder))  # one server runs it
+    later.end_work(pauses=True)
+
+    assert not reopen(JobQueue(queue.folder))
+    typed = JobQueue(queue.folder)
+    typed.begin_work(stays_open=False)  # with --work
+    typed.end_work()
+    assert not queue.is_open
+
+
 def test_a_run_of_no_folder_is_refused_when_it_is_added(tmp_path: Path) -> None:
     (tmp_path / "clips ü").mkdir()
     check_options(split_words("reelsmith run 'clips ü' --download"), tmp_path)
@@ -219,7 +300,8 @@ def test_lines_are_edited_by_hand_moved_and_removed_while_comments_stay(tmp_path
     with serve_runs(tmp_path) as served:
         file.parent.mkdir()
         file.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
-        assert ask(served, "add", line="python convert_lora.py --input 'ü; c'\nreelsmith metaview d") == 303
+        line = "python convert_lora.py --help 'ü; c'\nreelsmith metaview --help d"
+        assert ask(served, "add", line=line) == 303
         queue = JobQueue(file.parent)
         named = {job.id: job.words[-1] for job in queue.jobs()}
         assert named == {1: "a", 2: "b", 3: "ü; c", 4: "d"}

@@ -1,5 +1,6 @@
 """The line of the machine: what runs, the cards of the driver, and free disk, without asking too often."""
 
+import html
 import json
 import re
 import shutil
@@ -136,6 +137,11 @@ def test_a_server_that_does_not_answer_any_more_is_said(tmp_path: Path) -> None:
         wait_until(page, "document.querySelector('#machine a') !== null")
         page.route("**/machine", lambda route: route.abort())
         wait_until(page, "document.getElementById('machine').textContent.includes('does not answer')")
+        command = page.locator("#machine code").text_content()
+        assert command is not None
+        assert str(tmp_path) in command
+        shown = re.sub("<[^>]*>", "", served.ask("/settings").text)  # folders are marked in it
+        assert command in html.unescape(shown)
         page.unroute("**/machine")
         wait_until(page, "document.querySelector('#machine a')?.textContent.startsWith('y, step 4')")
 

@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -224,6 +225,23 @@ def test_the_model_is_freed_when_it_is_idle_and_on_demand(maker: ResultMaker, tm
     wait_for_states(maker, FINISHED, STOPPED)
     maker.free()
     assert maker.loaded == ""
+
+
+def test_while_a_process_ends_slowly_the_page_answers(maker: ResultMaker, tmp_path: Path) -> None:
+    maker.add([wish(tmp_path, "a cat", "--lingering")])
+    wait_for_states(maker, FINISHED)
+    ending = threading.Thread(target=maker.free)
+    begun = time.monotonic()
+    ending.start()
+    wait_for(lambda: maker.session is None)
+
+    maker.add([wish(tmp_path, "next")])
+    maker.cancel(2)
+    took = time.monotonic() - begun
+    assert (maker.loaded, ending.is_alive()) == ("", True)
+    ending.join()
+
+    assert took < time.monotonic() - begun - 2
 
 
 def test_a_job_of_the_queue_waits_for_the_wish_and_then_has_the_card(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from browser.captioning import caption_words
+from browser.described import change_steps
 from browser.new_form import NewForm, check_form, list_key_changes, new_words, read_steps
 from browser.new_pages import find_free_name
 from modules.errors import OptionError
@@ -47,6 +48,8 @@ def test_a_form_and_its_command_stand_for_each_other() -> None:
         ({"steps": "many"}, "Steps many: give a whole number"),
         ({"steps": "9" * 5000}, "Steps 999"),
         ({"steps": "²"}, "Steps ²"),
+        ({"steps": "10000001"}, "Steps 10000001: give a whole number from 1 to 10,000,000"),
+        ({"steps": "000000000001999999999"}, "Steps 000000000001999999999: give a whole number"),
     ],
 )
 def test_wrong_fields_are_refused_by_their_labels(changes: dict[str, str], reason: str) -> None:
@@ -57,13 +60,45 @@ def test_wrong_fields_are_refused_by_their_labels(changes: dict[str, str], reaso
 
 def test_a_complete_form_is_taken() -> None:
     check_form(FORM)
-    assert read_steps("2000") == 2000
+    assert (read_steps("2000"), read_steps("0000000000000020")) == (2000, 20)
 
 
 def test_only_changed_keys_are_written() -> None:
     other = NewForm(**{**FORM.__dict__, "steps": "30", "name": ""})
-    assert list_key_changes(other, FORM) == {"max_train_steps": 30}
-    assert list_key_changes(FORM, FORM) == {}
+    values = {"max_train_steps": 20}
+    assert list_key_changes(other, FORM, values).changes == {"max_train_steps": 30}
+    assert list_key_changes(FORM, FORM, values).changes == {}
+
+
+def test_what_new_derives_from_the_steps_follows_them() -> None:
+    values = {"max_train_steps": 2000, "save_every_n_steps": 200, "sample_every_n_steps": 200}
+    values |= {"save_last_n_steps_state": 200}
+
+    shorter = change_steps(values, 100)
+    longer = change_steps({**values, **shorter.changes}, 3000)
+
+    times = dict.fromkeys(("save_every_n_steps", "save_last_n_steps_state", "sample_every_n_steps"), 50)
+    assert shorter.changes == {"max_train_steps": 100, **times}
+    assert longer.changes == {"max_train_steps": 3000, **dict.fromkeys(times, 300)}
+
+
+def test_what_somebody_changed_by_hand_stays_and_is_named() -> None:
+    values = {"max_train_steps": 2000, "save_every_n_steps": 7, "save_last_n_steps_state": 200}
+
+    change = change_steps(values, 100)
+
+    assert change.changes == {"max_train_steps": 100, "save_last_n_steps_state": 50}
+    assert change.text == (
+        "run.toml: max_train_steps = 100, save_last_n_steps_state = 50. "
+        "save_every_n_steps = 7 stays, as typed by hand"
+    )
+
+
+def test_steps_take_the_place_of_epochs() -> None:
+    assert change_steps({"max_train_epochs": 8}, 100).changes == {
+        "max_train_steps": 100,
+        "max_train_epochs": None,
+    }
 
 
 def test_a_name_that_a_lora_has_gets_a_number(tmp_path: Path) -> None:

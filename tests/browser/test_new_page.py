@@ -17,7 +17,8 @@ from PIL import Image
 from browser.described import FILES
 from browser.folders import list_media_folders
 from browser.runs import Runs
-from tests.browser.serving import Answer, Served, python_of, serve_runs
+from tests.browser.described_folders import describe as describe_folder
+from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits
 from tests.chromium import open_page, wait_until
 from tests.commands import ROOT, run_script
@@ -178,8 +179,8 @@ def test_mistakes_of_a_newcomer_are_answered_with_what_to_do(
     assert f"{python_of('reelsmith.py')} new FOLDER --max_train_steps 2000" in html.unescape(plain)
     assert "No folder with clips, pictures or sounds yet" in empty
     assert "Choose one from the list, or drop files" in refused(served, root)
-    assert "no such folder below" in refused(served, root, folder=str(tmp_path))
-    assert "no such folder below" in refused(served, root, folder="../")
+    assert "is outside of the folders of this page" in refused(served, root, folder=str(tmp_path))
+    assert f"{root.parent} is outside of the folders" in refused(served, root, folder="../")
     (root / "set").mkdir()
     assert "has no clips, pictures or sounds. Drop some here first" in refused(served, root)
     write_pictures(root / "set", 1)
@@ -239,6 +240,8 @@ def test_a_described_folder_keeps_what_was_not_changed(served: Served, root: Pat
 
     assert answer.status == 200
     after = before.replace("max_train_steps = 2", "max_train_steps = 30")
+    for key in ("save_every_n_steps", "save_last_n_steps_state", "sample_every_n_steps"):
+        after = after.replace(f"{key} = 2", f"{key} = 30")
     assert path.read_text() == after.replace('output_name = "set"', 'output_name = "other"')
 
 
@@ -588,7 +591,7 @@ LABELS = """[...document.querySelectorAll('label, [aria-label]')]
 
 
 @pytest.mark.slow
-def test_the_page_fits_and_no_label_is_a_part_of_another(served: Served, root: Path) -> None:
+def test_the_page_fits_and_each_label_is_there_once(served: Served, root: Path) -> None:
     write_pictures(root / "set", 2)
     describe(served, root / "set", trigger="ohwx")
     with open_page(f"{served.url}/new?folder={quote(str(root / 'set'))}") as page:
@@ -597,9 +600,55 @@ def test_the_page_fits_and_no_label_is_a_part_of_another(served: Served, root: P
         page.locator("#choose").scroll_into_view_if_needed()
         page.locator(".file").nth(1).wait_for()
         fixed = {"folder", "model", "task", "trigger word", "name", "steps"}
-        labels = {label for label in page.evaluate(LABELS) if label}
-        assert fixed <= labels
-        for label in fixed:
-            assert [other for other in labels - {label} if label in other] == []
+        labels = [label for label in page.evaluate(LABELS) if label]
+        assert {label: labels.count(label) for label in fixed} == dict.fromkeys(fixed, 1)
         assert_fits(page)
+        assert page.problems == []
+
+
+def test_a_path_in_quotes_is_taken(served: Served, root: Path) -> None:
+    write_pictures(root / "my set", 2)
+    for quote_mark in "\"'":
+        page = served.ask(f"/new?folder={quote(quote_mark + str(root / 'my set') + quote_mark)}").text
+        assert "no such folder" not in page
+        assert "2 pictures" in page
+    file = root / "my model.safetensors"
+    file.touch()
+    said = post(served, "file?option=dit", file_dit=f'"{file}"').text
+    assert "whole path" not in said
+    assert "It is empty" in said
+
+
+def test_a_folder_outside_is_named_with_the_command_that_includes_it(served: Served, root: Path) -> None:
+    outside = root.parent / "else where"
+    outside.mkdir()
+    said = html.unescape(text_of(served.ask(f"/new?folder={quote(str(outside))}")))
+    assert f"{outside} is outside of the folders of this page" in said
+    assert f"run_browser.py {root} '{outside}'" in said
+    assert "no such folder" in text_of(served.ask(f"/new?folder={quote(str(outside / 'none'))}"))
+
+
+def test_files_of_a_running_training_are_not_changed(served: Served, root: Path) -> None:
+    folder = describe_folder(root / "set")
+    write_run(folder / "output", "own", kind=None)
+    before = (folder / "run.toml").read_bytes()
+    fields = {"folder": str(folder), "family": "wan", "task": "t2v-1.3B", "name": "own", "steps": "30"}
+    answer = post(served, "describe", **fields)
+    assert (answer.status, (folder / "run.toml").read_bytes()) == (422, before)
+    assert "stop it first, or wait until it has ended" in text_of(answer)
+
+
+def test_describe_says_what_it_wrote_and_keeps_place_and_focus(served: Served, root: Path) -> None:
+    folder = describe_folder(root / "set", save_every_n_steps=10)
+    with open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
+        page.get_by_label("Steps", exact=True).fill("300")
+        page.get_by_role("button", name="Describe").focus()
+        place = page.evaluate("scrollY")
+        with page.expect_navigation():
+            page.get_by_role("button", name="Describe").press("Enter")
+        page.get_by_text("Written into run.toml: max_train_steps = 300, save_every_n_steps = 50.").wait_for()
+        assert page.evaluate("document.activeElement.id") == "describe"
+        assert abs(page.evaluate("scrollY") - place) < 200
+        page.get_by_label("Steps", exact=True).fill("301")
+        assert page.locator("#written").text_content() == ""
         assert page.problems == []

@@ -122,7 +122,7 @@ def test_what_a_terminal_has_begun_is_not_ended_from_here(served: Served, tmp_pa
     assert "stop it first" in panel(served, "remove").text
 
 
-@pytest.mark.parametrize("steps", ["", "x", "0", "-5", "6", "1e3", "99999999999"])
+@pytest.mark.parametrize("steps", ["", "x", "0", "-5", "6", "1e3", "99999999999", "000000000001999999999"])
 def test_train_on_takes_only_more_steps(steps: str, served: Served, queue: JobQueue, tmp_path: Path) -> None:
     write_run(tmp_path / "my clips" / "output", "own", steps=6, kind="good")
     before = (tmp_path / "my clips" / "run.toml").read_bytes()
@@ -130,9 +130,11 @@ def test_train_on_takes_only_more_steps(steps: str, served: Served, queue: JobQu
     assert ((tmp_path / "my clips" / "run.toml").read_bytes(), lines(queue)) == (before, [])
 
 
-def test_train_on_changes_one_key_and_starts(served: Served, queue: JobQueue, tmp_path: Path) -> None:
+def test_train_on_changes_the_steps_and_what_follows_and_starts(
+    served: Served, queue: JobQueue, tmp_path: Path
+) -> None:
     write_run(tmp_path / "my clips" / "output", "own", steps=10, kind="good")
-    path = tmp_path / "my clips" / "run.toml"
+    path = describe(tmp_path / "my clips", save_every_n_steps=10, sample_every_n_steps=3) / "run.toml"
     before = path.read_text(encoding="utf-8")
     deeds = served.ask(f"{address_of(served)}deeds")
     assert 'value="20"' in deeds.text
@@ -141,10 +143,13 @@ def test_train_on_changes_one_key_and_starts(served: Served, queue: JobQueue, tm
     assert (answer.status, "changed meanwhile" in answer.text) == (422, True)
     path.write_text(before, encoding="utf-8")
 
-    assert "to 3,000 steps" in press(served, "train_on", steps="3000", have=mark_in(deeds)).text
+    said = press(served, "train_on", steps="3000", have=mark_in(deeds)).text
 
+    assert "to 3,000 steps. Written into run.toml: max_train_steps = 3000, save_every_n_steps = 300" in said
+    assert "sample_every_n_steps = 3 stays, as typed by hand" in said
     after = path.read_text(encoding="utf-8")
-    assert after == before.replace("max_train_steps = 10", "max_train_steps = 3000")
+    expected = before.replace("max_train_steps = 10", "max_train_steps = 3000")
+    assert after == expected.replace("save_every_n_steps = 10", "save_every_n_steps = 300")
     assert lines(queue) == [f"reelsmith run '{tmp_path / 'my clips'}'"]
 
 
@@ -257,7 +262,7 @@ def write_resumable(folder: Path, name: str, **told: object) -> None:
 def test_a_run_of_a_terminal_continues_with_its_own_command(
     served: Served, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("browser.queue_views.check_options", lambda words, folder: None)
+    monkeypatch.setattr("browser.queue_views.check_options", lambda words, folder, may_come: None)
     write_resumable(tmp_path / "other", "typed", changed=[["output_dir", str(tmp_path / "other")]])
     assert {"Continue", "Train on", "Remove"} <= buttons(served, "typed")
     assert press(served, "start", "typed").status == 200
@@ -384,7 +389,7 @@ def test_typed_steps_stay_and_the_page_follows_the_run(served: Served, tmp_path:
         page.get_by_role("button", name="Again with changes").click()
         page.wait_for_url("**/new?**")
         assert page.get_by_label("Name").input_value() == "own-2"
-        assert page.get_by_label("Steps").input_value() == "77"
+        assert page.get_by_label("Steps", exact=True).input_value() == "77"
         assert page.problems == []
 
 

@@ -12,7 +12,6 @@ from browser.samples import FIELDS, edit_prompts, edit_times, list_pictures, rea
 from modules.errors import OptionError
 from tests.browser.drafts import PROMPTS, RUN, write_draft
 from tests.browser.serving import Answer, Served, serve_runs
-from tests.browser.test_settings_table import shown_by
 from tests.chromium import open_page, wait_until
 
 
@@ -37,11 +36,9 @@ def edit(text: str = PROMPTS, **typed: str) -> str:
     return edit_prompts(text, fields_of(text, **typed), accept)
 
 
-def send(
-    served: Served, folder: Path, what: str, base: str = PROMPTS, shown: str = "", **typed: str
-) -> Answer:
+def send(served: Served, folder: Path, what: str, base: str = PROMPTS, **typed: str) -> Answer:
     fields = fields_of(base, **typed)
-    fields |= {"folder": str(folder), "base": base, "have": mark_bytes(base.encode()), "shown": shown}
+    fields |= {"folder": str(folder), "base": base, "have": mark_bytes(base.encode())}
     fields |= {"have run": mark_bytes(RUN.encode()), "complete": "yes", "every": "200", "first": "yes"}
     fields |= {name: value for name, value in typed.items() if name in ("every", "first")}
     origin = {"Origin": served.url, "Content_Type": "application/x-www-form-urlencoded"}
@@ -51,7 +48,7 @@ def send(
 def test_a_row_shows_its_line() -> None:
     first, second = read_rows(PROMPTS)
     assert first.prompt == "fluff, in falling snow"
-    assert first.texts == {"width": "64", "height": "64", "frames": "1", "seed": "1", "denoising": "4"}
+    assert first.texts == {"width": "64", "height": "64", "frames": "1", "seed": "1", "steps": "4"}
     assert first.more == "--n ugly"
     assert (second.line, second.texts) == (3, {"width": "64", "seed": "2"})
 
@@ -93,7 +90,9 @@ def test_options_of_a_prompt_are_taken_as_they_are_typed() -> None:
     [
         ({"width_1": "wide"}, "Sample 1 width: wide is no whole number above 0"),
         ({"frames_2": "0"}, "Sample 2 frames: 0 is no whole number above 0"),
-        ({"denoising_1": "-3"}, "Sample 1 denoising: -3"),
+        ({"steps_1": "-3"}, "Sample 1 steps: -3"),
+        ({"height_1": "9" * 5000}, "Sample 1 height: 9+... .* is no whole number"),
+        ({"guidance_1": "strong"}, "Sample 1 guidance: strong is no number, such as 4 or 3.5"),
         ({"seed_1": "1 --w 5"}, "Sample 1 seed: 1 --w 5: leave out the dashes"),
         ({"seed_3": "5"}, "Sample 3: write its prompt."),
         ({"prompt_3": "# no prompt"}, "Sample 3: a line that begins with # is a comment"),
@@ -114,13 +113,10 @@ def test_how_often_is_written_into_run_toml() -> None:
         edit_times(RUN, {"every": "often"})
 
 
-def test_rows_are_saved_after_they_were_shown(tmp_path: Path) -> None:
+def test_rows_are_saved_at_once(tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
     with serve_runs(tmp_path) as served:
-        at_once = send(served, folder, "save", width_1="96")
-        assert at_once.status == 422
-        looked = send(served, folder, "look", width_1="96")
-        saved = send(served, folder, "save", shown=shown_by(looked, "samples"), width_1="96")
+        saved = send(served, folder, "save", width_1="96")
     assert saved.status == 200
     assert (folder / "prompts.txt").read_text(encoding="utf-8") == PROMPTS.replace("--w 64", "--w 96")
     assert (folder / "run.toml").read_text(encoding="utf-8") == RUN
@@ -133,7 +129,7 @@ def test_a_file_that_changed_meanwhile_is_not_overwritten(name: str, tmp_path: P
         file.write("# theirs\n")
     theirs = (folder / name).read_text(encoding="utf-8")
     with serve_runs(tmp_path) as served:
-        answer = send(served, folder, "save", shown="x", prompt_2="fluff, on a boat")
+        answer = send(served, folder, "save", prompt_2="fluff, on a boat")
     assert answer.status == 422
     assert "has changed meanwhile" in answer.text
     assert "+fluff, on a boat --W 64 --d 2" in answer.text
@@ -146,17 +142,16 @@ def test_rows_of_a_folder_without_prompts_are_blank(tmp_path: Path) -> None:
     with serve_runs(tmp_path) as served:
         page = served.ask(f"/new/samples?folder={quote(str(folder))}").text
         assert page.count('<li id="sample-') == 3
-        answer = send_new(served, folder, "look", "a dog")
-        saved = send_new(served, folder, "save", "a dog", shown_by(answer, "samples"))
+        saved = send_new(served, folder, "save", "a dog")
     assert saved.status == 200
     assert (folder / "prompts.txt").read_text(encoding="utf-8") == "a dog\n"
 
 
-def send_new(served: Served, folder: Path, what: str, prompt: str, shown: str = "") -> Answer:
+def send_new(served: Served, folder: Path, what: str, prompt: str) -> Answer:
     """Send the first prompt of a folder that has no prompts.txt."""
     fields = fields_of("", prompt_1=prompt)
     fields |= {"folder": str(folder), "have run": mark_bytes(RUN.encode()), "complete": "yes"}
-    fields |= {"every": "200", "first": "yes", "shown": shown}
+    fields |= {"every": "200", "first": "yes"}
     origin = {"Origin": served.url, "Content_Type": "application/x-www-form-urlencoded"}
     return served.ask(f"/new/samples/{what}", "POST", urlencode(fields), **origin)
 
@@ -241,7 +236,58 @@ def test_a_prompt_of_20000_characters_becomes_a_line(tmp_path: Path, prompt: str
     folder = write_draft(tmp_path)
     with serve_runs(tmp_path) as served:
         looked = send(served, folder, "look", prompt_1=prompt.strip())
-        saved = send(served, folder, "save", shown=shown_by(looked, "samples"), prompt_1=prompt.strip())
+        saved = send(served, folder, "save", prompt_1=prompt.strip())
         assert (looked.status, saved.status) == (200, 200)
     text = (folder / "prompts.txt").read_text(encoding="utf-8")
     assert text == PROMPTS.replace("fluff, in falling snow", prompt.strip())
+
+
+@pytest.mark.parametrize("way", ["button", "enter"])
+@pytest.mark.parametrize(
+    ("label", "button", "file", "line"),
+    [
+        ("Sample 2 seed", "Save the samples", "prompts.txt", "--d {}"),
+        ("set to seed", "Save these changes", "run.toml", "seed = {}"),
+        ("prompts.txt as text", "Save prompts.txt", "prompts.txt", "{}"),
+    ],
+)
+def test_what_was_just_typed_is_saved_and_no_preview_follows(
+    way: str, label: str, button: str, file: str, line: str, tmp_path: Path
+) -> None:
+    """Pressed at once, and a moment after the preview was asked for."""
+    if way == "enter" and "text" in label:
+        pytest.skip("Enter begins a line there")
+    folder = write_draft(tmp_path)
+    with serve_runs(tmp_path) as served, open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
+        wait_until(page, "document.querySelector('#sample-form') !== null")
+        wait_until(page, "document.querySelector('#set-seed') !== null")
+        field = page.locator("#set-seed") if label == "set to seed" else page.get_by_label(label)
+        if "text" in label:
+            page.get_by_text("prompts.txt", exact=True).last.click()
+        for pause, number in ((0, "777"), (510, "1234")):
+            field.fill(number)
+            page.wait_for_timeout(pause)
+            if way == "enter":
+                field.press("Enter")
+            else:
+                page.get_by_role("button", name=button, exact=True).click()
+            for _ in range(100):
+                page.wait_for_timeout(100)
+                if line.format(number) in (folder / file).read_text(encoding="utf-8"):
+                    break
+            page.wait_for_timeout(1500)  # a late preview would take its place
+            saved = [part.text_content() or "" for part in page.locator(".changes [role=status]").all()]
+            assert f"Saved into {file}" in "".join(saved)
+            assert "Not saved yet" not in page.content()
+        assert page.problems == []
+
+
+def test_enter_in_the_search_saves_nothing(tmp_path: Path) -> None:
+    folder = write_draft(tmp_path)
+    with serve_runs(tmp_path) as served, open_page(f"{served.url}/new?folder={quote(str(folder))}") as page:
+        wait_until(page, "document.querySelector('#set-seed') !== null")
+        page.locator("#set-seed").fill("5")
+        page.get_by_label("Look for a setting").fill("seed")
+        page.get_by_label("Look for a setting").press("Enter")
+        page.wait_for_timeout(500)
+    assert (folder / "run.toml").read_text(encoding="utf-8") == RUN

@@ -55,7 +55,7 @@ def test_jobs_that_two_servers_add_at_once_are_all_there(root: Path, servers: tu
 
     def add(served: Served, name: str) -> None:
         for number in range(PRESSES):
-            line = f"convert_lora.py --input {name}{number}"
+            line = f"convert_lora.py --help {name}{number}"
             statuses.append(press(served, "/queue/add", line=line))
 
     run_together(*(lambda s=served, n=name: add(s, n) for served, name in zip(servers, "ab", strict=True)))
@@ -116,7 +116,7 @@ def test_a_start_that_is_pressed_twice_starts_once(root: Path, servers: tuple[Se
 def test_a_run_of_a_terminal_that_is_continued_twice_goes_on_once(
     root: Path, servers: tuple[Served, Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("browser.queue_views.check_options", lambda words, folder: None)
+    monkeypatch.setattr("browser.queue_views.check_options", lambda words, folder, may_come: None)
     write_resumable(root / "other", "typed")
     address = f"{address_of(servers[0], 'typed')}do/start"
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from modules.errors import OptionError
-from modules.option_values import check_numbers, value_words
+from modules.option_values import check_numbers, to_path, value_words
 from modules.options import Options, default_of, hints_of, option_name, read_options, record_of
 from modules.parser import Parser, add_options
 from training.options import TrainingOptions
@@ -240,3 +240,12 @@ def test_dashes_and_capital_letters_of_guides_are_understood() -> None:
 
     typed = {"no_metadata": True, "save_path": "a-b_c", "v2v_noise_mode": "traditional"}
     assert vars(found) == {**typed, "typed_options": {*typed}}
+
+
+def test_quotes_around_a_path_are_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "my model.safetensors").touch()
+    (tmp_path / "'odd'").touch()
+
+    for text in (f'"{tmp_path}/my model.safetensors"', f"'{tmp_path}/my model.safetensors'"):
+        assert to_path("--dit", text) == tmp_path / "my model.safetensors"
+    assert to_path("--dit", f"{tmp_path}/'odd'") == tmp_path / "'odd'"

@@ -17,7 +17,7 @@ from ltx_2.names import LTX_2
 from modules.command import quote_for_powershell
 from modules.options import read_options
 from modules.parser import add_options
-from tests.training.toy import TWO_EXPERTS
+from tests.training.toy import TWO_EXPERTS, Killed, killed_at, toy_options, write_caches
 from training import following
 from training.following import NextSteps
 from training.learning_options import WholeDitOptions
@@ -29,7 +29,8 @@ from training.options import (
     read_training,
     training_parser,
 )
-from training.reports.history import PageCommand
+from training.reports.history import History, PageCommand, read_session
+from training.run import train_network
 from training.saving.files import Names
 from wan.options import WanTrainingOptions
 
@@ -271,3 +272,31 @@ def test_a_caption_that_no_terminal_takes_is_left_out(
     monkeypatch.setattr(following, "find_example", lambda *_: ExampleItem(caption))
 
     assert following.say_example(plan, {})["prompt"] == (caption if is_told else None)
+
+
+@pytest.mark.parametrize("removed", [(), ("--save_last_n_steps", 2)], ids=["all kept", "old ones removed"])
+def test_a_killed_run_names_the_file_that_was_saved_last(removed: tuple[object, ...], tmp_path: Path) -> None:
+    """Its page is not written after each save, and its history is."""
+    write_caches(tmp_path)
+    saves = ["--max_train_steps", 20, "--save_every_n_steps", 2, *removed]
+    options = toy_options(tmp_path, *saves, has_page=True)
+    follow = partial(following.plan_next_steps, generation_of_caches=lambda _: ["toy_generate.py"])
+
+    with pytest.raises(Killed):
+        train_network(killed_at(8), options, follow=follow)
+
+    *_, newest = sorted((tmp_path / "output").glob("x-step*.safetensors"))
+    path = tmp_path / "output" / "x-history.jsonl"
+    story = History(path, read_session(path) or 0, is_written=False).read()
+    (generate,) = [command for command in story.commands if command.title == "Generate with it"]
+    words = words_of(generate)
+    assert words[words.index("--lora_weight") + 1] == str(newest)
+
+
+def test_before_the_first_save_the_command_says_that_its_file_is_not_there(tmp_path: Path) -> None:
+    _, generate, *_ = next_steps(tmp_path, []).commands(None, is_finished=False)
+    (tmp_path / "x.safetensors").touch()
+    _, after, *_ = next_steps(tmp_path, []).commands(tmp_path / "x.safetensors", is_finished=True)
+
+    assert "x.safetensors is not saved yet" in generate.note
+    assert "not saved yet" not in after.note

@@ -213,6 +213,24 @@ class Story:
         _, _, best = min(candidates)
         return best
 
+    def usable_file(self, folder: Path) -> str | None:
+        """Return the saved file to generate with: `best_file`, or the file of the highest step that exists.
+
+        Of several files of that step it is the one with the shortest name: that of the whole run.
+        """
+        best = self.best_file(folder)
+        if best is not None:
+            return best
+        candidates = [
+            (-step, len(name), name)
+            for name, step in self.saved.items()
+            if not self.is_average(name) and (folder / name).is_file()
+        ]
+        if not candidates:
+            return None
+        _, _, newest = min(candidates)
+        return newest
+
     def is_average(self, name: str) -> bool:
         """Return whether a saved file is the average (EMA) of another one: its loss was not measured."""
         # behind the mark may stand which transformer a file is for

@@ -54,7 +54,7 @@ class RunReporter:
     history: History  # if it is not written, there is no page either
     start: Start
     step: int  # the last finished one
-    commands: Callable[[Path | None, bool], Sequence[PageCommand]]  # of the best file; finished or not
+    commands: Callable[[Path | None, bool], Sequence[PageCommand]]  # of the file to use; finished or not
     memory: Callable[[], Sequence[tuple[str, str]]]
     now: Callable[[], float] = time.monotonic
     clips: sample_files.ClipStore | None = field(default=None, init=False)  # None: there are no samples yet
@@ -205,8 +205,21 @@ class RunReporter:
             self._note(step, saved=path.name)
         with self._guarded():
             self.history.flush()
-        if step < self.start.total_steps and self._page_pace.is_due(self.now(), PAUSE):
-            self._write()
+        if step < self.start.total_steps:
+            if self._page_pace.is_due(self.now(), PAUSE):
+                self._write()
+            else:
+                self.note_files()
+
+    def note_files(self) -> None:
+        """Add the commands again if they name other files now: some were saved or removed.
+
+        Before the run has begun there are none.
+        """
+        if self.history.is_written and self._noted:
+            with self._guarded():
+                self._note_changes(is_finished=False)
+                self.history.flush()
 
     def _note(self, step: int, **what: Any) -> None:
         with self._guarded():
@@ -233,8 +246,8 @@ class RunReporter:
 
     def _note_changes(self, is_finished: bool) -> None:
         """Add lines on memory and commands, if they have changed since they were noted last."""
-        best = Story.of(self.history.events).best_file(self.folder)
-        commands = self.commands(None if best is None else self.folder / best, is_finished)
+        file = Story.of(self.history.events).usable_file(self.folder)
+        commands = self.commands(None if file is None else self.folder / file, is_finished)
         lines = {"memory": self.memory(), "commands": [*map(astuple, commands)]}
         for name, line in lines.items():
             if self._noted.get(name) != line:

@@ -91,6 +91,7 @@ class Saver:
     write_average: WriteFile | None = None  # of the weights, next to each file; None if it is not kept
     is_main: bool = True
     note_saved: Callable[[Sequence[Path]], None] = lambda _: None  # gets all files of a save
+    note_removed: Callable[[], None] = lambda: None  # is called after files have expired
 
     def save_step(self, step: int, with_state: bool | None = None) -> None:
         self._save(f"-step{step:08d}", self.options.save_state if with_state is None else with_state)
@@ -133,6 +134,7 @@ class Saver:
         if last_states is None:
             last_states = last_files
         start = re.escape(self.names.name) + number
+        has_removed = False
         for pattern, count in ((start + self.names.pattern, last_files), (f"{start}-state", last_states)):
             if count is None:
                 continue
@@ -143,6 +145,9 @@ class Saver:
                     continue
                 if int(match[1]) <= newest and newest >= every:
                     _remove_aside(entry)
+                    has_removed = True
+        if has_removed:
+            self.note_removed()
 
     def remove_leftovers(self) -> None:
         """Remove temporary files that a killed run of this name left behind."""

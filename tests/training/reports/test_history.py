@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from modules.errors import OutputError
-from training.reports.history import History, Story
+from training.reports.history import LOSS, History, Story
 from training.reports.page import MOST_BINS, join_bins
 
 SESSION = 7
@@ -186,3 +186,31 @@ def test_a_long_curve_is_joined_and_keeps_its_extremes() -> None:
     assert min(map(min, bins.values())) == -1000.0
     assert sum(map(len, bins.values())) == 99_999
     assert [*bins] == sorted(bins)
+
+
+@pytest.mark.parametrize(
+    ("there", "validations", "expected"),
+    [
+        (("x-step00000004", "x-step00000008", "x"), {}, "x"),
+        (("x-step00000004", "x-step00000008", "x-step00000008-ema"), {}, "x-step00000008"),
+        (("x-000001", "x-step00000008"), {}, "x-step00000008"),
+        (("x-step00000004", "x-000003"), {}, "x-000003"),
+        (("x-step00000004", "x-step00000008", "x"), {4: 0.1, 8: 0.2, 9: 0.3}, "x-step00000004"),
+        (("x-step00000008",), {4: 0.1, 8: 0.2}, "x-step00000008"),
+        ((), {}, None),
+    ],
+    ids=["the whole run", "the newest", "by step", "an epoch", "the best", "the best is gone", "none"],
+)
+def test_the_file_to_use_is_one_that_exists(
+    there: tuple[str, ...], validations: dict[int, float], expected: str | None, tmp_path: Path
+) -> None:
+    steps = {"x-step00000004": 4, "x-000001": 5, "x-step00000008": 8, "x-step00000008-ema": 8}
+    steps |= {"x-000003": 9, "x": 9}
+    rows = [{"step": step, "saved": f"{name}.safetensors"} for name, step in steps.items()]
+    rows += [{"step": step, "validation": {LOSS: loss}} for step, loss in validations.items()]
+    for name in there:
+        (tmp_path / f"{name}.safetensors").touch()
+
+    file = Story.of(rows).usable_file(tmp_path)
+
+    assert file == (None if expected is None else f"{expected}.safetensors")
