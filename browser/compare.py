@@ -19,7 +19,7 @@ from browser.jobs import WAITING, JobQueue
 from browser.names import short_digest
 from browser.runs import RUNNING, Glance, Runs
 from browser.views import COMPARED, COMPARED_FOLDER, FileNotes
-from contract.families import HIGH_NOISE, LOW_NOISE, with_generation, with_scripts
+from contract.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from modules.errors import OptionError, UserError
 from modules.installation import MOST_BEFORE
 from modules.media.reading import read_tags
@@ -174,7 +174,7 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
     Raises OSError if its history cannot be read.
     """
     story = runs.open(run).story
-    families = {entry.generation_script: name for name, entry in with_generation().items()}
+    families = {entry.generation_script: name for name, entry in with_scripts().items()}
     for typed in _read_commands(story, families):
         return ComparableRun(
             run=run,

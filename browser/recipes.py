@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from browser.compare import PLACEHOLDER, ComparableRun, group_options
 from browser.wishes import Making
-from contract.families import HIGH_NOISE, with_generation
+from contract.families import HIGH_NOISE, with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from generation.options import request_extras
 from generation.prompt_lines import LineOption, find_option
@@ -90,12 +90,12 @@ class ModelRecipe:
 
     @property
     def script(self) -> str:
-        return f"{with_generation()[self.family].generation_script}.py"
+        return f"{with_scripts()[self.family].generation_script}.py"
 
     @cached_property
     def defaults(self) -> ScriptDefaults:
         """Return the defaults of the family's script."""
-        defaults: ScriptDefaults = import_own(with_generation()[self.family].generation_script).DEFAULTS
+        defaults: ScriptDefaults = import_own(with_scripts()[self.family].generation_script).DEFAULTS
         return defaults
 
     @property
@@ -118,7 +118,7 @@ class ModelRecipe:
 
     def _may_take(self, name: str) -> bool:
         """Return whether the model can do something with a picture that its command does not need."""
-        tasks = vars(with_generation()[self.family].options).get("TASKS", {})
+        tasks = vars(with_scripts()[self.family].options).get("TASKS", {})
         task = tasks.get("".join(self.fixed.get("--task", ())))
         if task is None:
             return name == "references" or not _is_needed_by_another(self.script, name)
@@ -187,7 +187,7 @@ class ModelRecipe:
 @cache
 def extras_of(family: str) -> dict[str, str]:
     """Return the options of a family that a request holds as extras, with their names there."""
-    return request_extras(with_generation()[family].options_record("Generation"))
+    return request_extras(with_scripts()[family].options_record("Generation"))
 
 
 def keys_of_fields(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict[str, str]:
@@ -255,13 +255,13 @@ def _key_of(flag: str, defaults: ScriptDefaults) -> str:
 
 def is_driven(model: ModelSet) -> bool:
     """Return whether pages can generate with a model: its script takes their requests."""
-    scripts = {f"{entry.generation_script}.py" for entry in with_generation().values()}
+    scripts = {f"{entry.generation_script}.py" for entry in with_scripts().values()}
     return bool(scripts.intersection(model.commands.get("generate", "").split()))
 
 
 def recipe_of_model(model: ModelSet, models: Path, folder: Path) -> ModelRecipe:
     """Return the recipe of a released model. models: folder of its files. folder: the working folder."""
-    families = {f"{entry.generation_script}.py": name for name, entry in with_generation().items()}
+    families = {f"{entry.generation_script}.py": name for name, entry in with_scripts().items()}
     _, script, *words = shlex.split(model.commands["generate"])
     paths = {f"{{{part.option.lstrip('-')}}}": part.path for part in model.components if part.option}
     options = {}
@@ -325,7 +325,7 @@ def _make_recipe(
 
     is_example: says whether a word stands for a file that somebody has to name.
     """
-    defaults: ScriptDefaults = import_own(with_generation()[family].generation_script).DEFAULTS
+    defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
     names = {key: name for name, key in keys_of_fields(defaults, extras_of(family)).items()}
     typed = []
     for flag, words in options.items():

@@ -66,6 +66,7 @@ class RequestOptions(Options, title="what to make"):
     )
     # options of the family: their names in Request.extra -> their values
     extras: Mapping[str, tuple[str, Any]] = option(default={})
+    solvers: Mapping[str, str] = option(default=SOLVERS)  # of the script, see `ScriptDefaults.solvers`
 
 
 NOTHING = "nothing"  # of a process that makes what another one writes; not to be typed
@@ -250,6 +251,8 @@ class ScriptDefaults:
     infer_steps: int | None = None
     flow_shift: float | None = None
     sample_solver: str = "unipc"
+    solvers: Mapping[str, str] = field(default_factory=lambda: SOLVERS)  # --sample_solver -> `Request.solver`
+    solver_help: str = ""  # of --sample_solver; "": as it is declared
     # names of --scheduler -> those of --sample_solver; empty: there is no --scheduler
     solver_names: Mapping[str, str] = field(default_factory=dict)
     embedded_guidance: float | None = None  # None: no such option
@@ -281,6 +284,9 @@ class ScriptDefaults:
     numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
     # shared option -> other flags for it, the usual one first
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # shared options that the model has no use for: there are none, or they are refused for this reason
+    without: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
     # what --optimized turns on
     optimized: Mapping[str, Any] = field(default_factory=lambda: {**FASTER, "fp8_fast": True})
 
@@ -299,7 +305,7 @@ class ScriptDefaults:
             "without": {*source["without"], *self._absent()},
             "defaults": {**self._defaults(), **source["defaults"]},
             "settings": self._settings(source["settings"]),
-            "refused": {**source["refused"], **refused_videos},
+            "refused": {**source["refused"], **refused_videos, **self.refused},
         }
 
     def _defaults(self) -> dict[str, Any]:
@@ -339,7 +345,11 @@ class ScriptDefaults:
         preset = " ".join(as_typed(self.optimized, name) for name in self.optimized)
         lengths = f" of more than {self.riflex_beyond} frames" if self.riflex_beyond else ""
         height, width = self.size
+        solver_settings: dict[str, Any] = {"choices": list(self.solvers)}
+        if self.solver_help:
+            solver_settings["help"] = self.solver_help
         return {
+            "sample_solver": solver_settings,
             "output_type": {
                 "choices": list(self.output_types),
                 "help": f"what to write: {output_types}",
@@ -371,5 +381,6 @@ class ScriptDefaults:
             "save_audio": not self.has_sound,
             **{name: name not in self.media for name in MEDIA},
             **dict.fromkeys(EXPERTS, not self.has_experts),
+            **dict.fromkeys(self.without, True),
         }
         return [name for name, is_absent in absent.items() if is_absent]

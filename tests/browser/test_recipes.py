@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from browser.recipes import LORA, ModelRecipe, UsedLora, Wish, find_model_set, is_driven, recipe_of_model
-from contract.families import HIGH_NOISE, with_generation
+from contract.families import HIGH_NOISE, with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from generation.options import generation_parser
 from generation.prompt_lines import find_option
@@ -51,7 +51,7 @@ def recipe_of(model: ModelSet, folder: Path) -> ModelRecipe:
 def parse(words: list[str], recipe: ModelRecipe) -> Namespace:
     """What the script reads of a command."""
     assert words[:2] == ["python", recipe.script]
-    entry = with_generation()[recipe.family]
+    entry = with_scripts()[recipe.family]
     parser = generation_parser(None, recipe.defaults)
     add_options(parser, entry.options_record("Generation"))
     read, unknown = parser.parse_known_args(words[2:])
