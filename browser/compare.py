@@ -186,17 +186,6 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
     return None
 
 
-def read_other_generation(runs: Runs, run: Glance) -> str:
-    """Return the command of a run that generates with a script which pages cannot drive, such as gen_img.py.
-
-    Returns "" if it has none. Raises OSError if its history cannot be read.
-    """
-    scripts = {entry.generator for entry in with_scripts().values() if entry.generator}
-    for typed in _read_commands(runs.open(run).story, scripts):
-        return typed.line
-    return ""
-
-
 class _TypedCommand(NamedTuple):
     """A command of a history that runs a script of ours."""
 

@@ -86,15 +86,6 @@ CHOOSERS = {
 }
 EXPERTS = {BOTH: "both parts", HIGH_NOISE: "high noise", LOW_NOISE: "low noise"}
 SEED_BITS = 32
-NOT_DRIVEN = (
-    "gen_img.py has options and prompt lines of its own, and takes no requests from this page. Put its "
-    "command line into the queue, or type it."
-)
-NO_STABLE_DIFFUSION = (
-    "Stable Diffusion 1.5, 2.1 and XL, and your runs of them, are not in this list: "
-    f"{NOT_DRIVEN} The page of a run has its command, with a button that queues it."
-)
-
 
 @dataclass(frozen=True)
 class MakingForm:
@@ -208,7 +199,6 @@ class GeneratePages:
             "choosers": CHOOSERS,
             "experts": EXPERTS,
             "sources": sources,
-            "no_stable_diffusion": NO_STABLE_DIFFUSION,
             "rows": [row for row in rows if not row.reason or row.path in form.strengths],
             "other_rows": [row for row in rows if row.reason and row.path not in form.strengths],
             "foreign_rows": [] if recipe is None else self.shelf.list_of_other_families(recipe),
@@ -300,9 +290,6 @@ class GeneratePages:
         if kind == "run":
             with self.site.runs.lock:
                 run_source = self.shelf.find_source(name)
-                command = "" if run_source else self.shelf.find_other_command(name)
-            if command:
-                raise OptionError(f"{NOT_DRIVEN} That of this run: {command}")
             if run_source is None:
                 raise OptionError("This run has no command that generates (any more). Choose another model.")
             return recipe_of_run(run_source)

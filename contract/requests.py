@@ -139,8 +139,8 @@ class Prepared:
     joint: Joint | None = None  # the latents are those of a picture and its sound
     sound_shift: float = 1.0  # by which noise levels of a picture are shifted to those of its sound
     levels: tuple[float, ...] = ()  # noise levels of all steps, then 0, in place of the solver's own
-    # what the network is fed at the beginning of each step, if the sections bring their own solver and a source
-    # is given; (): as the solver's name and the other settings say
+    # what the network is fed at the beginning of each step, if a source is given and the sections bring their
+    # own solver; (): as the solver's name and the other settings say
     timesteps: tuple[float, ...] = ()
     # requests that are made one after the other, each from the result of the one before it; guidance and step
     # caches of the options apply to the first

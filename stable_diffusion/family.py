@@ -307,7 +307,8 @@ class StableDiffusion(ModelOfPictures):
         """
         prepared = self.settle_picture(request, flow_shift=1.0)
         if request.source is None:
-            check_sampler_steps("--s", prepared.solver, prepared.steps)
+            named = "--steps (--s in a prompt line)" if self.options is NO_OPTIONS else "--s"
+            check_sampler_steps(named, prepared.solver, prepared.steps)
         else:
             timesteps = self._begin(prepared).solver.timesteps_of_steps
             prepared = replace(prepared, timesteps=timesteps)

@@ -94,7 +94,7 @@ def _of_gen_img(**settings: Any) -> Any:
 class StableDiffusionGenerationOptions(Options, title="Stable Diffusion"):
     """Options that both scripts have besides the shared ones."""
 
-    ckpt: Path = option(CKPT_HELP, flags=("--ckpt", CKPT), often=True, required=True)
+    ckpt: Path = option(CKPT_HELP, flags=(CKPT, "--ckpt"), often=True, required=True)
     vae: Path | None = option(VAE_HELP, often=True)
     tokenizer_cache_dir: Path | None = option(TOKENIZERS_HELP, facts=NO_PIXELS)
     fp16: bool = option(

@@ -26,6 +26,7 @@ from contract.rules import CountTokens, TokenCount
 from encoders.clip_checkpoints import CLIP_TOKENS
 from encoders.clip_l import ClipWords, load_clip_words
 from encoders.clip_layers import ClipText
+from modules.console import quiet
 from modules.devices import dtype_name
 from running.offload.block_swap import move_network
 from running.offload.host_memory import LoadedNetwork
@@ -183,7 +184,8 @@ class TowerEncoder:
         with self.files.opened() as release:
             are_open_clip = [text.is_open_clip for text in release.texts]
         cache_dir = self.files.tokenizer_cache_dir
-        return tokenizers.find_tokenizers(cache_dir, self.files.path, are_open_clip)[self._number]
+        with quiet():  # the log names them when the encoder is loaded
+            return tokenizers.find_tokenizers(cache_dir, self.files.path, are_open_clip)[self._number]
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return the tensors `keys` of each prompt, on the CPU; gradients flow to trained parts.

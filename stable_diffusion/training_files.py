@@ -253,7 +253,7 @@ class DiffusersVae:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return pixels B 3 1 H W in -1..1. latents: B 4 1 h w, not scaled."""
-        pixels: Tensor = self.network.decode(latents.squeeze(2).float()).sample
+        pixels: Tensor = self.network.decode(latents.squeeze(2).float().to(self.device)).sample
         return pixels.clamp(-1, 1).unsqueeze(2)
 
 

@@ -155,7 +155,6 @@ def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, 
 
 def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the model of a training; see `FamilyEntry.generation_words`."""
-    del sample  # all of it is shared options
     chunks = options.chunks
     return {
         "--ckpt": options.ckpt or FillIn("CHECKPOINT"),
@@ -166,6 +165,6 @@ def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[
         "--bf16": options.mixed_precision == "bf16",
         "--v_parameterization": options.v_parameterization,
         "--zero_terminal_snr": options.zero_terminal_snr,
-        "--sampler": options.sample_sampler,
+        "--sampler": None if sample.get("solver") else options.sample_sampler,
         "--max_embeddings_multiples": chunks if chunks > 1 else None,
     }

@@ -72,7 +72,6 @@ class NextSteps:
     sample: Mapping[str, Any]
     sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
     spellings: Mapping[str, str] = field(default_factory=dict)  # of shared options: `FamilyEntry.spellings`
-    repeats_speed: bool = True  # the script that generates has the options of speed that a training has
 
     @property
     def options(self) -> TrainingOptions:
@@ -206,9 +205,7 @@ class NextSteps:
     def _generate(self, generation: Generation, file: Path) -> PageCommand:
         speed = self.options.speed
         launcher = self._launcher() if speed.sharding.shard_base else ["python"]
-        words = [*launcher, *generation(self.sample)]
-        if self.repeats_speed:
-            words += option_words(say_for_generation(speed))
+        words = [*launcher, *generation(self.sample), *option_words(say_for_generation(speed))]
         high_files, other_files = self._trained_files(file)
         words = self._with_trained(words, "", other_files)
         if f"--dit_{HIGH_NOISE}" in words:
