@@ -87,6 +87,7 @@ CHOOSERS = {
 EXPERTS = {BOTH: "both parts", HIGH_NOISE: "high noise", LOW_NOISE: "low noise"}
 SEED_BITS = 32
 
+
 @dataclass(frozen=True)
 class MakingForm:
     """What the fields of the page Generate hold."""

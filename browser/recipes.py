@@ -6,7 +6,7 @@ form are options that a prompt line may have, by their names on the command line
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -87,6 +87,7 @@ class ModelRecipe:
     loras: Sequence[UsedLora] = ()  # of the command
     needed: Sequence[str] = ()  # fields that must be filled
     paths: Sequence[str] = ()  # of pictures that the command names
+    of_files: Mapping[str, Any] = field(default_factory=dict)  # defaults of its files: `ModelSet.usual`
 
     @property
     def script(self) -> str:
@@ -118,8 +119,7 @@ class ModelRecipe:
 
     def _may_take(self, name: str) -> bool:
         """Return whether the model can do something with a picture that its command does not need."""
-        tasks = vars(with_scripts()[self.family].options).get("TASKS", {})
-        task = tasks.get("".join(self.fixed.get("--task", ())))
+        task = self._task
         if task is None:
             return name == "references" or not _is_needed_by_another(self.script, name)
         from_image = task.takes_image or task.keeps_image
@@ -131,6 +131,12 @@ class ModelRecipe:
             "references": is_vace,
         }
         return bool(takes[name])
+
+    @property
+    def _task(self) -> Any:
+        """Return the record of the command's task; None for a family without tasks."""
+        tasks = vars(with_scripts()[self.family].options).get("TASKS", {})
+        return tasks.get("".join(self.fixed.get("--task", ())))
 
     @property
     def has_experts(self) -> bool:
@@ -156,17 +162,29 @@ class ModelRecipe:
         return list(self.keys)
 
     def default_of(self, name: str) -> str:
-        """Return what counts if a field is empty, in words; empty if only the model knows it."""
-        values = {
+        """Return what counts if a field is empty, in words; empty if only the model knows it.
+
+        A model's files say it before its task, and that before its script.
+        """
+        scale = self.defaults.guidance_scale
+        values: dict[str, Any] = {
             "steps": self.defaults.infer_steps,
-            "guidance": self.defaults.embedded_guidance if self.embeds_guidance else None,
+            "guidance": self.defaults.embedded_guidance if self.embeds_guidance else scale,
+            "cfg": scale,
             "frames": self.defaults.video_length,
+            "share": self.defaults.source.denoise,
         }
-        if not self.embeds_guidance:
-            values["guidance"] = self.defaults.guidance_scale
-        values["cfg"] = self.defaults.guidance_scale
-        value = values.get(name)
-        return "" if value is None else f"{value:g}"
+        task = self._task
+        if task is not None:
+            of_task = {
+                "steps": task.steps,
+                "guidance": task.guidance,
+                "high_cfg": task.high_noise_guidance,
+                "frames": task.frames,
+            }
+            values = {field: of_task.get(field) or value for field, value in {**of_task, **values}.items()}
+        value = {**values, **self.of_files}.get(name)
+        return "" if value in (None, "") else f"{value:g}"
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -277,11 +295,13 @@ def recipe_of_model(model: ModelSet, models: Path, folder: Path) -> ModelRecipe:
         folder=folder,
         missing=[path for path in needed if not (folder / path).exists()],
         is_example=lambda word: word in EXAMPLES,
+        of_files=model.usual,
     )
 
 
 def recipe_of_run(source: ComparableRun) -> ModelRecipe:
     """Return the recipe of a run, from the command that its history has."""
+    names = {Path(word).name for words in source.options.values() for word in words}
     return _make_recipe(
         title=source.run.name,
         family=source.family,
@@ -289,7 +309,18 @@ def recipe_of_run(source: ComparableRun) -> ModelRecipe:
         folder=source.working_folder,
         missing=[],
         is_example=lambda word: word in source.missing or PLACEHOLDER.fullmatch(word) is not None,
+        of_files=_defaults_of_files(source.family, names),
     )
+
+
+def _defaults_of_files(family: str, names: Collection[str]) -> Mapping[str, Any]:
+    """Return the defaults of the released model that a command's files are of. names: of the files."""
+    script = f"{with_scripts()[family].generation_script}.py"
+    for model in model_sets():
+        transformers = {Path(part.path).name for part in model.components if part.role == "transformer"}
+        if transformers & set(names) and script in model.commands.get("generate", "").split():
+            return model.usual
+    return {}
 
 
 @dataclass(frozen=True)
@@ -320,10 +351,11 @@ def _make_recipe(
     folder: Path,
     missing: Sequence[str],
     is_example: Callable[[str], bool],
+    of_files: Mapping[str, Any],
 ) -> ModelRecipe:
     """Split the options of a command into those that are fixed and those that fields show.
 
-    is_example: says whether a word stands for a file that somebody has to name.
+    is_example: says whether a word stands for a file that somebody has to name. of_files: see `ModelRecipe`.
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
     names = {key: name for name, key in keys_of_fields(defaults, extras_of(family)).items()}
@@ -347,6 +379,7 @@ def _make_recipe(
         loras=[*_read_loras(by_key, ""), *_read_loras(by_key, HIGH_NOISE)],
         needed=[name for name in examples if name in PICTURES],
         paths=[path for name in PICTURES for path in usual.get(name, "").splitlines()],
+        of_files=of_files,
     )
 
 

@@ -155,6 +155,6 @@ MARKS: Marks = (
         "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight",
         "a ControlNet-LLLite (gen_img.py --control_net_lllite_models)",
     ),
-    ("input_blocks.0.0.weight", "a Stable Diffusion checkpoint (gen_img.py --ckpt)"),
+    ("input_blocks.0.0.weight", "a Stable Diffusion checkpoint (--ckpt)"),
     ("down_blocks.0.resnets.0.time_emb_proj.weight", "the U-Net of Stable Diffusion in diffusers layout"),
 )

@@ -65,11 +65,37 @@ def test_pictures_are_those_of_gen_img(folder: Path, case: str) -> None:
     script, own, theirs = CASES[case]
     model = "sdxl" if script == XL else "sd2" if case == "v" else "sd1"
     shared = ["--steps", "4", "--seed", "5", "--scale", "4", "--prompt"]
-    generate(folder, script, model, *own, *SIZE, *shared, PROMPT, "--negative_prompt", "(ugly:1.2)", "--save_path", case)
+    generate(
+        folder,
+        script,
+        model,
+        *own,
+        *SIZE,
+        *shared,
+        PROMPT,
+        "--negative_prompt",
+        "(ugly:1.2)",
+        "--save_path",
+        case,
+    )
     line = f"{PROMPT} --n (ugly:1.2)"
     strength = ["--strength", "0.5"] if "--image_path" in theirs else []
     outdir = f"{case} of gen_img"
-    generate(folder, GEN_IMG, model, *theirs, *strength, "--W", "96", "--H", "64", *shared, line, "--outdir", outdir)
+    generate(
+        folder,
+        GEN_IMG,
+        model,
+        *theirs,
+        *strength,
+        "--W",
+        "96",
+        "--H",
+        "64",
+        *shared,
+        line,
+        "--outdir",
+        outdir,
+    )
 
     made, expected = pixels_of(folder / case), pixels_of(folder / outdir)
     assert made.std() > 5
