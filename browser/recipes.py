@@ -4,6 +4,7 @@ A recipe is what a model, or a run, fixes of a command: the script, the model's 
 form are options that a prompt line may have, by their names on the command line, so both say the same.
 """
 
+import math
 import shlex
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,6 +22,7 @@ from generation.prompt_lines import LineOption, find_option
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
 from modules.installation import import_own
+from modules.limits import MOST_FRAMES, MOST_SCALE, MOST_SIDE, MOST_STEPS
 from modules.media.reading import VIDEO_SUFFIXES
 from modules.option_values import option_words
 from modules.text_files import bad_character
@@ -50,10 +52,9 @@ FIELDS: Mapping[str, Sequence[str]] = {
     "share": ["denoise"],  # of `redraw` that is made anew
 }
 PICTURES = ("start", "end", "control", "references", "redraw")  # fields that hold paths
-COUNTS = ("width", "height", "steps")  # fields of at least 1
+SIDES = ("width", "height")
 SIZES = {"video_size_width": 1, "video_size_height": 0}  # keys of sides: places in the option of both
 SIZE = "video_size"
-MOST_SIDE = 16384
 # options that a form sets itself, besides those of its fields
 # fmt: off
 REPLACED = {
@@ -185,6 +186,41 @@ class ModelRecipe:
             values = {field: of_task.get(field) or value for field, value in {**of_task, **values}.items()}
         value = {**values, **self.of_files}.get(name)
         return "" if value in (None, "") else f"{value:g}"
+
+    def limits_of(self, name: str) -> tuple[float, float]:
+        """Return the least and the most of a field that holds a number."""
+        least = 0 if name == "guidance" and self.embeds_guidance else -MOST_SCALE
+        seconds = MOST_FRAMES / self.defaults.fps
+        limits: dict[str, tuple[float, float]] = {
+            **dict.fromkeys(SIDES, (1, MOST_SIDE)),
+            "steps": (1, MOST_STEPS),
+            "frames": (0, seconds) if self.counts_seconds else (1, MOST_FRAMES),
+            "guidance": (least, MOST_SCALE),
+            "cfg": (-MOST_SCALE, MOST_SCALE),
+            "high_cfg": (-MOST_SCALE, MOST_SCALE),
+            "share": (0, 1),
+        }
+        return limits.get(name, (-math.inf, math.inf))
+
+    @property
+    def side_step(self) -> int:
+        """Return what widths and heights are multiples of, in pixels."""
+        step: int = getattr(self._task, "side_step", self.defaults.side_step)
+        return step
+
+    def nearest(self, name: str, value: float) -> float:
+        """Return the value of a field nearest to one within its limits that the model can make."""
+        if name in SIDES:
+            return max(1, round(value / self.side_step)) * self.side_step
+        if name != "frames" or self.counts_seconds:
+            return value
+        lengths = self.defaults.lengths
+        fits = lengths.fit(int(value)), lengths.fit(int(value) + lengths.step)
+        return min(fits, key=lambda frames: abs(frames - value))
+
+    def rule_of(self, name: str) -> str:
+        """Return which values of a field there are, in words, if not all within its limits."""
+        return f"a multiple of {self.side_step}" if name in SIDES else f"a length of {self.defaults.lengths}"
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -487,11 +523,16 @@ class Wish:
             value = option.read(text)
         except ValueError as error:
             raise OptionError(f"{self._label(name)}: {error}") from None
-        is_number = isinstance(value, (int, float))
-        if is_number and name in (*COUNTS, "frames") and not 0 < float(value) <= MOST_SIDE:  # type: ignore[arg-type]
-            raise OptionError(f"{self._label(name)} {text}: give a number from 1 to {MOST_SIDE:,}")
-        if is_number and name == "share" and not 0 <= float(value) <= 1:  # type: ignore[arg-type]
-            raise OptionError(f"{self._label(name)} {text}: give a share from 0 to 1")
+        if not isinstance(value, (int, float)):
+            return
+        least, most = self.recipe.limits_of(name)
+        if not least <= value <= most:
+            what = "share" if name == "share" else "number"
+            raise OptionError(f"{self._label(name)} {text}: give a {what} from {least:,g} to {most:,g}")
+        near = self.recipe.nearest(name, value)
+        if near != value:
+            rule = self.recipe.rule_of(name)
+            raise OptionError(f"{self._label(name)} {text}: give {rule}. Nearest: {near}")
 
     def _lora_options(self) -> dict[str, list[str]]:
         """Return the options of the LoRAs, their strengths not included."""

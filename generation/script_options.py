@@ -9,6 +9,7 @@ from blissful_tuner.options import NAG, RIFLEX
 from blissful_tuner.video_to_video_options import SourceDefaults, SourceOptions
 from generation.prompt_lines import GENERATION_OPTIONS, MOST_FPS, SOLVERS, LineOption
 from modules.errors import OptionError
+from modules.media.lengths import USUAL_LENGTHS, ClipLengths
 from modules.media.options import FormatOptions
 from modules.option_values import HEIGHT_WIDTH, check_path
 from modules.options import NO_PIXELS, OF_DECODING, SETTING, WRITES, Options, option
@@ -266,6 +267,9 @@ class ScriptDefaults:
     splits_attention: bool = False  # whether there is a --split_attn
     has_second_prompt: bool = False  # whether there is a --prompt_2
     size: tuple[int, int] = (256, 256)  # height, width
+    # as the family's `LatentSpec` has them, for forms, which load no torch; a task may have its own
+    side_step: int = 16
+    lengths: ClipLengths = USUAL_LENGTHS
     pictures: bool = False  # the script makes single pictures; what only videos have is refused by name
     has_experts: bool = False  # whether there are models with two experts, and options for them
     # options, of the family too, that are None where they are not given: their default is the model's own, or

@@ -61,8 +61,11 @@ _LINE_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
-def script_defaults(side: int) -> ScriptDefaults:
-    """Return how a script has the shared options. side: usual width and height of its pictures, in pixels."""
+def script_defaults(side: int, side_step: int) -> ScriptDefaults:
+    """Return how a script has the shared options.
+
+    side: usual width and height of its pictures, in pixels. side_step: they are multiples of it.
+    """
     return ScriptDefaults(
         fps=PICTURE_FPS,
         guidance_scale=GUIDANCE_SCALE,
@@ -73,6 +76,7 @@ def script_defaults(side: int) -> ScriptDefaults:
         media=frozenset(),
         source=SourceDefaults(share="strength", denoise=USUAL_STRENGTH, takes_video=False),
         size=(side, side),
+        side_step=side_step,
         pictures=True,
         noise_on_cpu=True,
         line_options=_LINE_OPTIONS,

@@ -12,7 +12,7 @@ from stable_diffusion.training_options import (
 
 __all__ = ("caching_options", "generation_options")
 NAME = "Stable Diffusion 1.x and 2.x"
-GENERATION = script_defaults(512)
+GENERATION = script_defaults(512, side_step=8)
 
 
 def _clip_skip() -> int | None:

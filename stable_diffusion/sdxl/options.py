@@ -12,7 +12,7 @@ from stable_diffusion.training_options import (
 
 __all__ = ("caching_options", "generation_options")
 NAME = "Stable Diffusion XL"
-GENERATION = script_defaults(1024)
+GENERATION = script_defaults(1024, side_step=32)
 _IN_GUIDES = (
     "guides name it, and the known script itself does not have it. Give both rates to --text_encoder_lr: "
     "first that of CLIP-L, then that of OpenCLIP, such as --text_encoder_lr 1e-5 1e-5"

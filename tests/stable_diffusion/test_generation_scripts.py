@@ -1,13 +1,12 @@
-"""The scripts that generate with Stable Diffusion by the shared loop: their pictures are those of gen_img.py."""
+"""The scripts that generate with Stable Diffusion: their pictures are those of gen_img.py."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands import assert_user_error, run_script
+from tests.commands import run_script
 from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sd2, write_sdxl
 
 SIZE = ["--image_size", "64", "96"]
