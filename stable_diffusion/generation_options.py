@@ -48,6 +48,7 @@ REFUSED: Mapping[str, str] = {
         ("i2_extra_noise", "v2v_extra_noise"),
         "the sampler adds its noise by itself. Give a larger --strength for more change",
     ),
+    "save_merged_model": "it would leave out the text encoders. Use networks/sdxl_merge_lora.py",
     "prompt_weighting": f"{_IN_BRACKETS}, without an option. Leave it out",
 }
 _LINE_OPTIONS: Mapping[str, LineOption] = {

@@ -263,7 +263,7 @@ def settled(model: ModelSet) -> tuple[Any, Any] | None:
     with contextlib.suppress(UserError, SystemExit):
         script = importlib.import_module(words[1].removesuffix(".py"))
         script.main(words[2:], lambda family, options: made.append((family, options)))
-        _ = made[0][0].defaults
+        _ = made[0][0].defaults, made[0][0].latent
         return made[0]
     return None
 
