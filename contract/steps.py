@@ -209,22 +209,18 @@ class Step:
 
 
 class OwnSolver(Protocol):
-    """A solver that a family brings, with samples of its own form."""
+    """A `modules.flow.solvers.Solver` that a family brings, with samples of its own form."""
 
     @property
     def schedule(self) -> "Schedule": ...
 
-    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """As `modules.flow.solvers.Solver`."""
-        ...
+    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor: ...
 
     def begin(self, clean: Tensor) -> tuple[Tensor, int]:
         """Return the noisy sample to begin with, and its step in the schedule. clean: latents of a source."""
-        ...
 
     def clean(self, sigma: float, noisy: Tensor, output: Tensor) -> Tensor:
         """Predict the clean latents from a sample and the network's output at a noise level."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -349,10 +349,12 @@ def test_the_command_is_that_of_the_model_that_was_chosen_last(served: Served) -
             )
             page.wait_for_timeout(800)  # longer than the page waits before it asks
             command = command_of(page)
-            width, height = (page.get_by_label(name).input_value() for name in ("Width", "Height"))
+            width, height = (
+                page.get_by_label(name, exact=True).input_value() for name in ("Width", "Height")
+            )
             flag = "--video_size" if model.startswith("wan") else "--image_size"
             assert command[command.index(flag) + 1 :][:2] == [height, width]
-            steps = page.get_by_label("Steps").input_value()
+            steps = page.get_by_label("Steps", exact=True).input_value()
             spelled = "--infer_steps" if model.startswith("wan") else "--steps"
             assert (spelled in command) == bool(steps)
             if steps:
