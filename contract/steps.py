@@ -237,8 +237,7 @@ class StepDone:
 
         On the straight path of flow matching, noisy = (1 - sigma) clean + sigma noise, the velocity is
         noise - clean. If data keep their full share under the noise, noisy = clean + sigma noise, a family's
-        `predict` returns the noise itself. The formula is the same for both. A section's own solver has its
-        own.
+        `predict` returns the noise itself. The formula is the same for both; an own solver has another.
         """
         if self.section.solver is not None:
             of_solver: Tensor = self.section.solver.clean(self.step.sigma, self.step.noisy, self.velocity)
