@@ -117,7 +117,7 @@ def short_help(parser: argparse.ArgumentParser) -> str:
     about = f"{parser.description or ''}\n".splitlines()[0]
     lines = [formatter.format_help() + about, ""]
     for action in often:
-        shown = getattr(parser, "shown_flags", {}).get(action.dest, action.option_strings[-1])
+        shown = getattr(parser, "shown_flags", {}).get(action.dest, (action.option_strings or [""])[-1])
         lines += _in_short(formatter, action, width, shown)
     return "\n".join([*lines, "", f"{len(actions) - len(often)} more options, by group: --help"]) + "\n"
 
