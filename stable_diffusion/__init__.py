@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x, XL. Of gen_img.py read run.py first, then making.py; of the shared loops family.py.
+"""Stable Diffusion 1.x, 2.x, XL. Read run.py, then making.py for gen_img.py; family.py for the loops.
 
 asking: requested pictures: variants, seeds and numbers settled
 assembling: load the checkpoint and all that acts on it
