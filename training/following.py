@@ -296,13 +296,11 @@ def plan_next_steps(
     generation_of_caches: Generation | None = None,
     cached_with: Mapping[str, Any] | None = None,
     spellings: Mapping[str, str] | None = None,
-    repeats_speed: bool = True,
 ) -> NextSteps:
     """Return a maker of the command lines that can follow the run. What follows `sampler` is as there.
 
     generation_of_caches: in place of `generation` for a run without samples, which needs no encoders and may
-    not know their files. cached_with: the options that made the caches, by name. spellings, repeats_speed:
-    see `NextSteps`.
+    not know their files. cached_with: the options that made the caches, by name. spellings: see `NextSteps`.
     """
     sample: dict[str, Any] = {} if sampler is None else sampler.first_values
     if sampler is None and plan.accelerator.is_main_process:
@@ -316,7 +314,6 @@ def plan_next_steps(
         sample=sample,
         sample_loras=() if sampler is None else plan.options.samples.loras(),
         spellings=spellings or {},
-        repeats_speed=repeats_speed,
     )
 
 
