@@ -9,6 +9,7 @@ from generation.scripts import generation_script
 DEFAULTS = ScriptDefaults(
     splits_attention=True,
     fps=PICTURE_FPS,
+    side_step=32,
     guidance_scale=3.5,
     infer_steps=50,
     flow_shift=5.0,

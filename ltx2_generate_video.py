@@ -14,10 +14,13 @@ from generation.scripts import generation_script
 from ltx_2.model_options import VIDEO
 from ltx_2.options import Ltx2GenerationOptions, settle_generation
 from modules.errors import OptionError
+from modules.media.lengths import ClipLengths
 from modules.media.options import FormatOptions
 
 DEFAULTS = ScriptDefaults(
     fps=24,
+    side_step=32,
+    lengths=ClipLengths(8),
     sample_solver="vanilla",
     media=frozenset({"image_path"}),
     size=(512, 768),

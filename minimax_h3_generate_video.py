@@ -15,10 +15,13 @@ from generation.prompt_lines import (
 from generation.script_options import ScriptDefaults
 from generation.scripts import generation_script
 from minimax_h3.options import FRAMES, SIZE, STEPS, settle_generation
+from modules.media.lengths import ClipLengths
 from modules.option_values import read_whole
 
 DEFAULTS = ScriptDefaults(
     fps=24,
+    side_step=32,
+    lengths=ClipLengths(17, 5),
     infer_steps=STEPS,
     video_length=FRAMES,
     flow_shift=12.0,

@@ -19,6 +19,7 @@ from qwen_image_21.options import SIDE, STEPS, read_negative, settle_generation
 
 DEFAULTS = ScriptDefaults(
     fps=PICTURE_FPS,
+    side_step=32,
     guidance_scale=1.0,
     infer_steps=STEPS,
     by_model={

@@ -6,7 +6,7 @@ Source: Meng et al. 2021, arXiv 2108.01073.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -22,7 +22,7 @@ from contract.family import Family
 from contract.requests import Prepared, Request, check_opens, count_frames_up_to
 from contract.rules import IMAGE, LATENTS, VIDEO, Source, SourceRules
 from modules.errors import CheckpointError, MediaError, OptionError
-from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, make_schedule
+from modules.flow.schedule import TRAIN_TIMESTEPS, make_schedule
 from modules.paths import explain_missing
 
 logger = logging.getLogger(__name__)
@@ -82,14 +82,17 @@ def begin_late(prepared: Prepared, source: Source, family: Family) -> Prepared:
             raise _too_short(source, num_frames, prepared.frames)
     if source.needs_vae and family.source.stretches:
         _warn_of_stretching(prepared, source, family.latent)
-    schedule = make_schedule(
-        prepared.solver,
-        prepared.steps,
-        prepared.flow_shift,
-        table=family.noise.table,
-        levels=prepared.levels,
-    )
-    return replace(prepared, first_step=first_step(source, schedule))
+    timesteps: Sequence[float] = prepared.timesteps
+    if not timesteps:
+        schedule = make_schedule(
+            prepared.solver,
+            prepared.steps,
+            prepared.flow_shift,
+            table=family.noise.table,
+            levels=prepared.levels,
+        )
+        timesteps = schedule.timesteps.tolist()
+    return replace(prepared, first_step=first_step(source, timesteps, prepared.steps))
 
 
 def _check_latent_frames(prepared: Prepared, source: Source, family: Family) -> None:
@@ -133,16 +136,15 @@ def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) 
     )
 
 
-def first_step(source: Source, schedule: Schedule) -> int:
-    """Return the step at which denoising begins.
+def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
+    """Return the step at which denoising begins. timesteps: of the steps.
 
     "traditional": the last `denoise` (a share) of all steps, at least one. "direct": begin at the step whose
     noise level is nearest to `denoise`, the first if several are equally near.
     """
-    steps = schedule.num_steps
     if source.noise_mode == "direct":
         # rounded: levels as far above as below differ by what float32 leaves of them
-        levels = [timestep / TRAIN_TIMESTEPS for timestep in schedule.timesteps.tolist()]
+        levels = [timestep / TRAIN_TIMESTEPS for timestep in timesteps]
         gaps = [round(abs(level - source.denoise), 6) for level in levels]
         return gaps.index(min(gaps))
     return steps - min(max(int(steps * source.denoise), 1), steps)

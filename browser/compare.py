@@ -19,7 +19,7 @@ from browser.jobs import WAITING, JobQueue
 from browser.names import short_digest
 from browser.runs import RUNNING, Glance, Runs
 from browser.views import COMPARED, COMPARED_FOLDER, FileNotes
-from contract.families import HIGH_NOISE, LOW_NOISE, with_generation, with_scripts
+from contract.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from modules.errors import OptionError, UserError
 from modules.installation import MOST_BEFORE
 from modules.media.reading import read_tags
@@ -174,7 +174,7 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
     Raises OSError if its history cannot be read.
     """
     story = runs.open(run).story
-    families = {entry.generation_script: name for name, entry in with_generation().items()}
+    families = {entry.generation_script: name for name, entry in with_scripts().items()}
     for typed in _read_commands(story, families):
         return ComparableRun(
             run=run,
@@ -184,17 +184,6 @@ def read_source(runs: Runs, run: Glance) -> ComparableRun | None:
             missing=typed.missing,
         )
     return None
-
-
-def read_other_generation(runs: Runs, run: Glance) -> str:
-    """Return the command of a run that generates with a script which pages cannot drive, such as gen_img.py.
-
-    Returns "" if it has none. Raises OSError if its history cannot be read.
-    """
-    scripts = {entry.generator for entry in with_scripts().values() if entry.generator}
-    for typed in _read_commands(runs.open(run).story, scripts):
-        return typed.line
-    return ""
 
 
 class _TypedCommand(NamedTuple):

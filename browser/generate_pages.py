@@ -44,12 +44,14 @@ from browser.typed import typed_anywhere
 from browser.wishes import Making
 from contract.families import HIGH_NOISE, LOW_NOISE
 from downloads.catalogue import model_sets
+from modules.control_codes import shorten
 from modules.errors import MediaError, OptionError, UserError
 from modules.media.reading import read_tags
 
 MOST_AT_ONCE = 64  # results of one press of Make
 FOUR = 4  # of "Make with four seeds"
-SHOWN_ENDED = 12  # wishes that were stopped or died, in the page
+SHOWN_ENDED = 12  # wishes that were stopped, died or had a warning, in the page
+SHOWN_OF_REASON = 120  # characters
 LABELS = {
     "prompt": "Prompt",
     "negative": "Negative",
@@ -86,14 +88,6 @@ CHOOSERS = {
 }
 EXPERTS = {BOTH: "both parts", HIGH_NOISE: "high noise", LOW_NOISE: "low noise"}
 SEED_BITS = 32
-NOT_DRIVEN = (
-    "gen_img.py has options and prompt lines of its own, and takes no requests from this page. Put its "
-    "command line into the queue, or type it."
-)
-NO_STABLE_DIFFUSION = (
-    "Stable Diffusion 1.5, 2.1 and XL, and your runs of them, are not in this list: "
-    f"{NOT_DRIVEN} The page of a run has its command, with a button that queues it."
-)
 
 
 @dataclass(frozen=True)
@@ -208,7 +202,6 @@ class GeneratePages:
             "choosers": CHOOSERS,
             "experts": EXPERTS,
             "sources": sources,
-            "no_stable_diffusion": NO_STABLE_DIFFUSION,
             "rows": [row for row in rows if not row.reason or row.path in form.strengths],
             "other_rows": [row for row in rows if row.reason and row.path not in form.strengths],
             "foreign_rows": [] if recipe is None else self.shelf.list_of_other_families(recipe),
@@ -226,7 +219,7 @@ class GeneratePages:
     def work_values(self) -> dict[str, object]:
         """Return what the part of the page about wishes shows."""
         makings = self.maker.list_all()
-        ended = [making for making in makings if making.state in ("stopped", "died")]
+        ended = [making for making in makings if is_told(making)][: -SHOWN_ENDED - 1 : -1]
         open_ones = [making for making in makings if making.state in ("running", "waiting")]
         preview = self.maker.preview
         address = ""
@@ -236,7 +229,9 @@ class GeneratePages:
             except OSError:
                 address = ""
         return {
-            "makings": [*open_ones, *ended[: -SHOWN_ENDED - 1 : -1]],
+            "makings": open_ones,
+            "ended": ended,
+            "ended_words": describe_ended(ended),
             "waiting": sum(making.state == "waiting" for making in makings),
             "loaded": self.maker.loaded,
             "preview": address,
@@ -300,9 +295,6 @@ class GeneratePages:
         if kind == "run":
             with self.site.runs.lock:
                 run_source = self.shelf.find_source(name)
-                command = "" if run_source else self.shelf.find_other_command(name)
-            if command:
-                raise OptionError(f"{NOT_DRIVEN} That of this run: {command}")
             if run_source is None:
                 raise OptionError("This run has no command that generates (any more). Choose another model.")
             return recipe_of_run(run_source)
@@ -372,6 +364,9 @@ class GeneratePages:
                 self.drafts.write(draft, MakingForm.of_fields(fields).as_fields())
             elif what == "free":
                 self.maker.free()
+            elif what == "forget":
+                for making in filter(is_told, self.maker.list_all()):
+                    self.maker.remove(making.id)
             elif is_of_wish and number.isdecimal() and len(number) < 10:
                 {"cancel": self.maker.cancel, "again": self.maker.again, "remove": self.maker.remove}[what](
                     int(number)
@@ -527,6 +522,21 @@ def usual_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow]) -> Mak
         strengths={path: strength for path, (strength, _) in chosen.items()},
         experts={path: expert for path, (_, expert) in chosen.items()} if recipe.has_experts else {},
     )
+
+
+def is_told(making: Making) -> bool:
+    """Return whether a wish that has ended is in the page: it was not made, or its script warned."""
+    has_ended = making.state not in ("waiting", "running")
+    return has_ended and (making.state != "finished" or bool(making.warnings))
+
+
+def describe_ended(ended: Sequence[Making]) -> str:
+    """Return what the newest of some ended wishes came to, in words; empty without any."""
+    if not ended:
+        return ""
+    newest = ended[0]
+    words = newest.reason or newest.warnings or "stopped"
+    return f"{newest.id} {newest.state}: {shorten(' '.join(words.split()), SHOWN_OF_REASON)}"
 
 
 def loading_note(recipe: ModelRecipe | None) -> str:

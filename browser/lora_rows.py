@@ -150,14 +150,6 @@ class RunShelf:
         run = self.runs.find(run_id)
         return None if run is None else compare.read_source(self.runs, run)
 
-    def find_other_command(self, run_id: str) -> str:
-        """Return the command of a run that generates with a script which no page drives; "" if it has none.
-
-        Raises OSError if its history cannot be read.
-        """
-        run = self.runs.find(run_id)
-        return "" if run is None else compare.read_other_generation(self.runs, run)
-
 
 def _full(recipe: ModelRecipe, path: str) -> str:
     return str(recipe.folder / path) if path else ""

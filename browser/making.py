@@ -52,9 +52,10 @@ MOST_OF_SESSION = 1000  # bytes
 TAIL = 64 << 10  # bytes at the end of the log that are searched for an error
 LAST_LINES = 12
 MOST_OF_LINE = 500
+MOST_OF_WARNINGS = 4000  # characters that are kept of a wish
 LOADING = "loading the model"
 FindProgram = Callable[[Sequence[str], Path], tuple[object, list[str]]]
-ENDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines")
+ENDS = ("state", "reason", "file", "process", "doing", "done", "steps", "last_lines", "warnings")
 GENERATE = "the page Generate"
 CANCELLING = "cancelling; once more ends the process, and the model is loaded again for the next"
 NO_WRITING = "the browser was started with --read_only"
@@ -192,7 +193,14 @@ class ResultMaker:
 
     def again(self, number: int) -> None:
         """Let a wish that was stopped or died wait again. Raises OptionError for another."""
-        changes: dict[str, Any] = {"reason": "", "last_lines": "", "file": "", "done": 0, "steps": 0}
+        changes: dict[str, Any] = {
+            "reason": "",
+            "last_lines": "",
+            "warnings": "",
+            "file": "",
+            "done": 0,
+            "steps": 0,
+        }
         self.store.change(number, [STOPPED, DIED], state=WAITING, process=None, **changes)
         self._begin()
 
@@ -394,8 +402,11 @@ class ResultMaker:
             making.steps = int(answer["steps"])
         elif event == "phase" and not is_cancelled:
             making.doing = str(answer["what"])
+        elif event == "warned" and len(making.warnings) < MOST_OF_WARNINGS:
+            making.warnings = f"{making.warnings}\n{answer['text']}".strip()
         elif event == "step":
             making.done = int(answer["done"])
+            making.steps = int(answer.get("steps", making.steps))
             if not is_cancelled:
                 making.doing = "denoising"
         elif event == "made":

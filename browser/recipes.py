@@ -4,9 +4,10 @@ A recipe is what a model, or a run, fixes of a command: the script, the model's 
 form are options that a prompt line may have, by their names on the command line, so both say the same.
 """
 
+import math
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any, NamedTuple
 
 from browser.compare import PLACEHOLDER, ComparableRun, group_options
 from browser.wishes import Making
-from contract.families import HIGH_NOISE, with_generation
+from contract.families import HIGH_NOISE, with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from generation.options import request_extras
 from generation.prompt_lines import LineOption, find_option
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
 from modules.installation import import_own
+from modules.limits import MOST_FRAMES, MOST_SCALE, MOST_SIDE, MOST_STEPS
 from modules.media.reading import VIDEO_SUFFIXES
 from modules.option_values import option_words
 from modules.text_files import bad_character
@@ -50,10 +52,9 @@ FIELDS: Mapping[str, Sequence[str]] = {
     "share": ["denoise"],  # of `redraw` that is made anew
 }
 PICTURES = ("start", "end", "control", "references", "redraw")  # fields that hold paths
-COUNTS = ("width", "height", "steps")  # fields of at least 1
+SIDES = ("width", "height")
 SIZES = {"video_size_width": 1, "video_size_height": 0}  # keys of sides: places in the option of both
 SIZE = "video_size"
-MOST_SIDE = 16384
 # options that a form sets itself, besides those of its fields
 # fmt: off
 REPLACED = {
@@ -87,15 +88,16 @@ class ModelRecipe:
     loras: Sequence[UsedLora] = ()  # of the command
     needed: Sequence[str] = ()  # fields that must be filled
     paths: Sequence[str] = ()  # of pictures that the command names
+    of_files: Mapping[str, Any] = field(default_factory=dict)  # defaults of its files: `ModelSet.usual`
 
     @property
     def script(self) -> str:
-        return f"{with_generation()[self.family].generation_script}.py"
+        return f"{with_scripts()[self.family].generation_script}.py"
 
     @cached_property
     def defaults(self) -> ScriptDefaults:
         """Return the defaults of the family's script."""
-        defaults: ScriptDefaults = import_own(with_generation()[self.family].generation_script).DEFAULTS
+        defaults: ScriptDefaults = import_own(with_scripts()[self.family].generation_script).DEFAULTS
         return defaults
 
     @property
@@ -118,8 +120,7 @@ class ModelRecipe:
 
     def _may_take(self, name: str) -> bool:
         """Return whether the model can do something with a picture that its command does not need."""
-        tasks = vars(with_generation()[self.family].options).get("TASKS", {})
-        task = tasks.get("".join(self.fixed.get("--task", ())))
+        task = self._task
         if task is None:
             return name == "references" or not _is_needed_by_another(self.script, name)
         from_image = task.takes_image or task.keeps_image
@@ -131,6 +132,12 @@ class ModelRecipe:
             "references": is_vace,
         }
         return bool(takes[name])
+
+    @property
+    def _task(self) -> Any:
+        """Return the record of the command's task; None for a family without tasks."""
+        tasks = vars(with_scripts()[self.family].options).get("TASKS", {})
+        return tasks.get("".join(self.fixed.get("--task", ())))
 
     @property
     def has_experts(self) -> bool:
@@ -156,17 +163,64 @@ class ModelRecipe:
         return list(self.keys)
 
     def default_of(self, name: str) -> str:
-        """Return what counts if a field is empty, in words; empty if only the model knows it."""
-        values = {
+        """Return what counts if a field is empty, in words; empty if only the model knows it.
+
+        A model's files say it before its task, and that before its script.
+        """
+        scale = self.defaults.guidance_scale
+        values: dict[str, Any] = {
             "steps": self.defaults.infer_steps,
-            "guidance": self.defaults.embedded_guidance if self.embeds_guidance else None,
+            "guidance": self.defaults.embedded_guidance if self.embeds_guidance else scale,
+            "cfg": scale,
             "frames": self.defaults.video_length,
+            "share": self.defaults.source.denoise,
         }
-        if not self.embeds_guidance:
-            values["guidance"] = self.defaults.guidance_scale
-        values["cfg"] = self.defaults.guidance_scale
-        value = values.get(name)
-        return "" if value is None else f"{value:g}"
+        task = self._task
+        if task is not None:
+            of_task = {
+                "steps": task.steps,
+                "guidance": task.guidance,
+                "high_cfg": task.high_noise_guidance,
+                "frames": task.frames,
+            }
+            values = {field: of_task.get(field) or value for field, value in {**of_task, **values}.items()}
+        value = {**values, **self.of_files}.get(name)
+        return "" if value in (None, "") else f"{value:g}"
+
+    def limits_of(self, name: str) -> tuple[float, float]:
+        """Return the least and the most of a field that holds a number."""
+        least = 0 if name == "guidance" and self.embeds_guidance else -MOST_SCALE
+        seconds = MOST_FRAMES / self.defaults.fps
+        limits: dict[str, tuple[float, float]] = {
+            **dict.fromkeys(SIDES, (1, MOST_SIDE)),
+            "steps": (1, MOST_STEPS),
+            "frames": (0, seconds) if self.counts_seconds else (1, MOST_FRAMES),
+            "guidance": (least, MOST_SCALE),
+            "cfg": (-MOST_SCALE, MOST_SCALE),
+            "high_cfg": (-MOST_SCALE, MOST_SCALE),
+            "share": (0, 1),
+        }
+        return limits.get(name, (-math.inf, math.inf))
+
+    @property
+    def side_step(self) -> int:
+        """Return what widths and heights are multiples of, in pixels."""
+        step: int = getattr(self._task, "side_step", self.defaults.side_step)
+        return step
+
+    def nearest(self, name: str, value: float) -> float:
+        """Return the value of a field nearest to one within its limits that the model can make."""
+        if name in SIDES:
+            return max(1, round(value / self.side_step)) * self.side_step
+        if name != "frames" or self.counts_seconds:
+            return value
+        lengths = self.defaults.lengths
+        fits = lengths.fit(int(value)), lengths.fit(int(value) + lengths.step)
+        return min(fits, key=lambda frames: abs(frames - value))
+
+    def rule_of(self, name: str) -> str:
+        """Return which values of a field there are, in words, if not all within its limits."""
+        return f"a multiple of {self.side_step}" if name in SIDES else f"a length of {self.defaults.lengths}"
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -187,7 +241,7 @@ class ModelRecipe:
 @cache
 def extras_of(family: str) -> dict[str, str]:
     """Return the options of a family that a request holds as extras, with their names there."""
-    return request_extras(with_generation()[family].options_record("Generation"))
+    return request_extras(with_scripts()[family].options_record("Generation"))
 
 
 def keys_of_fields(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict[str, str]:
@@ -255,13 +309,13 @@ def _key_of(flag: str, defaults: ScriptDefaults) -> str:
 
 def is_driven(model: ModelSet) -> bool:
     """Return whether pages can generate with a model: its script takes their requests."""
-    scripts = {f"{entry.generation_script}.py" for entry in with_generation().values()}
+    scripts = {f"{entry.generation_script}.py" for entry in with_scripts().values()}
     return bool(scripts.intersection(model.commands.get("generate", "").split()))
 
 
 def recipe_of_model(model: ModelSet, models: Path, folder: Path) -> ModelRecipe:
     """Return the recipe of a released model. models: folder of its files. folder: the working folder."""
-    families = {f"{entry.generation_script}.py": name for name, entry in with_generation().items()}
+    families = {f"{entry.generation_script}.py": name for name, entry in with_scripts().items()}
     _, script, *words = shlex.split(model.commands["generate"])
     paths = {f"{{{part.option.lstrip('-')}}}": part.path for part in model.components if part.option}
     options = {}
@@ -277,11 +331,13 @@ def recipe_of_model(model: ModelSet, models: Path, folder: Path) -> ModelRecipe:
         folder=folder,
         missing=[path for path in needed if not (folder / path).exists()],
         is_example=lambda word: word in EXAMPLES,
+        of_files=model.usual,
     )
 
 
 def recipe_of_run(source: ComparableRun) -> ModelRecipe:
     """Return the recipe of a run, from the command that its history has."""
+    names = {Path(word).name for words in source.options.values() for word in words}
     return _make_recipe(
         title=source.run.name,
         family=source.family,
@@ -289,7 +345,18 @@ def recipe_of_run(source: ComparableRun) -> ModelRecipe:
         folder=source.working_folder,
         missing=[],
         is_example=lambda word: word in source.missing or PLACEHOLDER.fullmatch(word) is not None,
+        of_files=_defaults_of_files(source.family, names),
     )
+
+
+def _defaults_of_files(family: str, names: Collection[str]) -> Mapping[str, Any]:
+    """Return the defaults of the released model that a command's files are of. names: of the files."""
+    script = f"{with_scripts()[family].generation_script}.py"
+    for model in model_sets():
+        transformers = {Path(part.path).name for part in model.components if part.role == "transformer"}
+        if transformers & set(names) and script in model.commands.get("generate", "").split():
+            return model.usual
+    return {}
 
 
 @dataclass(frozen=True)
@@ -320,12 +387,13 @@ def _make_recipe(
     folder: Path,
     missing: Sequence[str],
     is_example: Callable[[str], bool],
+    of_files: Mapping[str, Any],
 ) -> ModelRecipe:
     """Split the options of a command into those that are fixed and those that fields show.
 
-    is_example: says whether a word stands for a file that somebody has to name.
+    is_example: says whether a word stands for a file that somebody has to name. of_files: see `ModelRecipe`.
     """
-    defaults: ScriptDefaults = import_own(with_generation()[family].generation_script).DEFAULTS
+    defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
     names = {key: name for name, key in keys_of_fields(defaults, extras_of(family)).items()}
     typed = []
     for flag, words in options.items():
@@ -347,6 +415,7 @@ def _make_recipe(
         loras=[*_read_loras(by_key, ""), *_read_loras(by_key, HIGH_NOISE)],
         needed=[name for name in examples if name in PICTURES],
         paths=[path for name in PICTURES for path in usual.get(name, "").splitlines()],
+        of_files=of_files,
     )
 
 
@@ -454,11 +523,16 @@ class Wish:
             value = option.read(text)
         except ValueError as error:
             raise OptionError(f"{self._label(name)}: {error}") from None
-        is_number = isinstance(value, (int, float))
-        if is_number and name in (*COUNTS, "frames") and not 0 < float(value) <= MOST_SIDE:  # type: ignore[arg-type]
-            raise OptionError(f"{self._label(name)} {text}: give a number from 1 to {MOST_SIDE:,}")
-        if is_number and name == "share" and not 0 <= float(value) <= 1:  # type: ignore[arg-type]
-            raise OptionError(f"{self._label(name)} {text}: give a share from 0 to 1")
+        if not isinstance(value, (int, float)):
+            return
+        least, most = self.recipe.limits_of(name)
+        if not least <= value <= most:
+            what = "share" if name == "share" else "number"
+            raise OptionError(f"{self._label(name)} {text}: give a {what} from {least:,g} to {most:,g}")
+        near = self.recipe.nearest(name, value)
+        if near != value:
+            rule = self.recipe.rule_of(name)
+            raise OptionError(f"{self._label(name)} {text}: give {rule}. Nearest: {near}")
 
     def _lora_options(self) -> dict[str, list[str]]:
         """Return the options of the LoRAs, their strengths not included."""

@@ -44,7 +44,7 @@ from browser.site import Site
 from browser.typed import typed_anywhere
 from browser.views import label_runs
 from browser.wishes import Making
-from contract.families import with_generation
+from contract.families import with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import write_bytes
@@ -728,7 +728,7 @@ def _free_path(path: Path, added: str) -> Path:
 
 def _catalogue_families(family: str) -> set[str]:
     """Return the families of the catalogue that a family's script makes, such as `wan22` of `wan`."""
-    script = f"{with_generation()[family].generation_script}.py" if family in with_generation() else ""
+    script = f"{with_scripts()[family].generation_script}.py" if family in with_scripts() else ""
     return {model.family for model in model_sets() if script in model.commands.get("generate", "").split()}
 
 

@@ -162,13 +162,24 @@ def _read_entry(entry: "os.DirEntry[str]", earlier: _Entry | None) -> _Entry | N
 
 
 def _make_results(folder: Path, files: Sequence[_Entry]) -> list[Result]:
-    """Return the results of a folder, with their times in the list: those made from another one follow it."""
-    times = {os.path.splitext(file.name)[0]: file.changed for file in files}  # noqa: PTH122
+    """Return the results of a folder, with their times in the list: those made from another one follow it.
+
+    The last frame that is written beside a clip is none.
+    """
+    names = [os.path.splitext(file.name) for file in files]  # noqa: PTH122
+    times = {stem: file.changed for (stem, _), file in zip(names, files, strict=True)}
+    clips = {stem for stem, suffix in names if KINDS[suffix.lower()] == "clip"}
     results = []
-    for file in files:
+    for (stem, suffix), file in zip(names, files, strict=True):
         shown_at = file.changed
-        if LARGER in file.name or LAST_FRAME in file.name:
-            match = MADE_FROM.fullmatch(os.path.splitext(file.name)[0])  # noqa: PTH122
+        if LARGER in stem or LAST_FRAME in stem:
+            if (
+                suffix.lower() == ".png"
+                and stem.endswith(LAST_FRAME)
+                and stem.removesuffix(LAST_FRAME) in clips
+            ):
+                continue  # the frame that a clip is continued from
+            match = MADE_FROM.fullmatch(stem)
             shown_at = shown_at if match is None else times.get(match[1], shown_at)
         results.append(Result(folder / file.name, file.changed, file.size_bytes, shown_at=shown_at))
     return results

@@ -39,7 +39,6 @@ from browser.beginnings import (
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
 from browser.captions import CaptionConflictError, Captions, mark_bytes
-from browser.compare import read_other_generation
 from browser.described import FILES, ChangedMeanwhileError, change_keys, change_steps, read_described
 from browser.errands import errand_name
 from browser.intentions import read_intentions, read_shown
@@ -155,19 +154,13 @@ class RunButtons:
         deeds = Deeds(
             remove=f"moves its files into {BIN}",
             samples="" if prompts is None else str(prompts),
-            generate=has_lora(shown.glance) and not self._has_own_script(shown.glance),
+            generate=has_lora(shown.glance),
         )
         if shown.state.is_active:
             return replace(deeds, stop=self.stop_command(shown))
         if shown.plan is None:
             return self.add_deeds_of_history(deeds, shown)
         return self.add_deeds_of_plan(deeds, shown, shown.plan)
-
-    def _has_own_script(self, run: Glance) -> bool:
-        """Return whether a run generates with a script that the page Generate cannot drive."""
-        with contextlib.suppress(OSError), self.site.runs.lock:
-            return bool(read_other_generation(self.site.runs, run))
-        return False
 
     def add_deeds_of_plan(self, deeds: Deeds, shown: ShownRun, plan: Plan) -> Deeds:
         """Add the buttons of a run that can be started from its described folder."""

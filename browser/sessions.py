@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from browser import launch
-from contract.families import with_generation
+from contract.families import with_scripts
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.run_limits import limit_variables
@@ -27,7 +27,7 @@ def find_session(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, lis
     texts = [word for word in words if isinstance(word, str)]
     line = shorten(" ".join(texts), 80)
     command, program = launch.find_program(texts, folder)
-    scripts = {entry.generation_script for entry in with_generation().values()}
+    scripts = {entry.generation_script for entry in with_scripts().values()}
     is_plain = texts[:1] == ["python"] and len(texts) == len(words)
     if not is_plain or command.script not in scripts or INTERACTIVE not in texts:
         raise OptionError(f"{line}: the page Generate writes no such command. Remove it")

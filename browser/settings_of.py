@@ -24,7 +24,7 @@ from browser.recipes import (
     type_options,
 )
 from browser.wishes import Making
-from contract.families import HIGH_NOISE, with_generation
+from contract.families import HIGH_NOISE, with_scripts
 from generation.options import GenerationOptions, generation_parser
 from generation.prompt_lines import find_option, read_path
 from modules.control_codes import shorten
@@ -171,7 +171,7 @@ def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
 def find_family(model_type: str) -> str:
     """Return the family of a model as metadata name it; empty for an unknown one."""
     model_type = OLD_NAMES.get(model_type, model_type)
-    entries = with_generation()
+    entries = with_scripts()
     plain = _plain_name(model_type)
     fitting = []
     for name, entry in entries.items():
@@ -198,7 +198,7 @@ class KnownOption(NamedTuple):
 @functools.cache
 def script_options(family: str) -> Mapping[str, KnownOption]:
     """Return the options of a family's generation script by their names."""
-    entry = with_generation()[family]
+    entry = with_scripts()[family]
     defaults = import_own(entry.generation_script).DEFAULTS
     record = entry.options_record("Generation")
     parser = generation_parser(None, defaults)

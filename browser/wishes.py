@@ -50,6 +50,7 @@ class Making:
     done: int = 0  # steps
     steps: int = 0
     last_lines: str = ""  # of the process, where it died
+    warnings: str = ""  # of the script while it was made, one a line
 
     @property
     def line(self) -> str:
@@ -79,7 +80,9 @@ KINDS: dict[str, Any] = {
     "done": int,
     "steps": int,
     "last_lines": str,
+    "warnings": str,
 }
+LATER: dict[str, Any] = {"warnings": ""}  # files of earlier versions have none
 STATES = (WAITING, RUNNING, FINISHED, STOPPED, DIED)
 
 
@@ -205,7 +208,7 @@ class WishStore:
             if number in self._read and self._read[number][0] == mark:
                 stored = self._read[number][1]
                 return Making(**{name: getattr(stored, name) for name in KINDS})
-            row = parse_json(read_text(path, MOST_OF_WISH))
+            row = {**LATER, **parse_json(read_text(path, MOST_OF_WISH))}
             for name, kind in KINDS.items():
                 if not isinstance(row[name], kind):
                     raise TypeError(f"{name} is {row[name]!r}")

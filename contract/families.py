@@ -36,7 +36,6 @@ class FamilyEntry:
     cache: str = ""  # likewise, of its caching scripts
     trainer: str = ""  # its training script, if that is not `{script}_train_network`
     makes: str = "image"  # end of its generation script's name
-    generator: str = ""  # its generation script, if that is not one of the shared loop's
     record: str = ""  # what the names of its option records begin with
     # files that encode latents: name of the value, how the option is typed, what for
     encoders: tuple[tuple[str, str, str], ...] = (("vae", "--vae", CLIPS),)
@@ -61,7 +60,7 @@ class FamilyEntry:
 
     @property
     def generation_script(self) -> str:
-        return self.generator or f"{self.script}_generate_{self.makes}"
+        return f"{self.script}_generate_{self.makes}"
 
     @property
     def spellings(self) -> dict[str, str]:
@@ -185,14 +184,8 @@ FAMILIES = Families()
 
 @cache
 def with_scripts() -> Mapping[str, FamilyEntry]:
-    """Return families with scripts for caching and training by the shared loops."""
+    """Return families with scripts, all of which are the shared loops'."""
     return {name: entry for name, entry in FAMILIES.items() if entry.script}
-
-
-@cache
-def with_generation() -> Mapping[str, FamilyEntry]:
-    """Return those of `with_scripts` whose generation is the shared loop's too."""
-    return {name: entry for name, entry in with_scripts().items() if not entry.generator}
 
 
 def read_names() -> list[ModuleType]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from contract.data import Joint, LatentSpec, SamplingDefaults
 from contract.rules import AS_PLAIN, ONE_EXPERT, VIDEO, Expert, GuidanceRules, Source, StepCaching
 from modules.errors import MediaError, OptionError
+from modules.limits import MOST_FRAMES, MOST_SCALE, MOST_SIDE, MOST_STEPS
 from modules.option_values import check_seed, show_number
 from modules.paths import explain_missing
 from modules.text_files import bad_character
@@ -139,6 +140,9 @@ class Prepared:
     joint: Joint | None = None  # the latents are those of a picture and its sound
     sound_shift: float = 1.0  # by which noise levels of a picture are shifted to those of its sound
     levels: tuple[float, ...] = ()  # noise levels of all steps, then 0, in place of the solver's own
+    # what the network is fed at the beginning of each step, if a source is given and the sections bring their
+    # own solver; (): as the solver's name and the other settings say
+    timesteps: tuple[float, ...] = ()
     # requests that are made one after the other, each from the result of the one before it; guidance and step
     # caches of the options apply to the first
     stages: tuple["Prepared", ...] = ()
@@ -176,18 +180,17 @@ REMEMBERED = 256  # files that were decoded to check them
 MOST_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone take 4 GiB
 
 
-# field of a request -> its option, its letter in a prompt line, the most: what is larger is a slip of the
-# finger; the models know 1000 timesteps
+# field of a request -> its option, its letter in a prompt line, the most
 COUNTS = {
-    "width": ("--video_size, width", "w", 16384),
-    "height": ("--video_size, height", "h", 16384),
-    "frames": ("--video_length", "f", 100_000),
-    "steps": ("--infer_steps", "s", 10_000),
+    "width": ("--video_size, width", "w", MOST_SIDE),
+    "height": ("--video_size, height", "h", MOST_SIDE),
+    "frames": ("--video_length", "f", MOST_FRAMES),
+    "steps": ("--infer_steps", "s", MOST_STEPS),
 }
 
 VALUES = {
-    "guidance_scale": ("--guidance_scale", "l", 1000),
-    "embedded_guidance": ("--embedded_cfg_scale", "g", 1000),
+    "guidance_scale": ("--guidance_scale", "l", MOST_SCALE),
+    "embedded_guidance": ("--embedded_cfg_scale", "g", MOST_SCALE),
     "flow_shift": ("--flow_shift", "fs", 1000),
 }
 

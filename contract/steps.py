@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from contract.rules import ConsistencyRules
 
 if TYPE_CHECKING:  # caching has no use for attention and positions
     from modules.attention.attend import Steer
+    from modules.flow.schedule import Schedule
     from modules.layers.rope import Slow
 
 
@@ -177,8 +178,8 @@ class Section:
     label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
     count: int = 1  # how many sections the clip is made in
     stage: int = 0  # of `Prepared.stages`
-    # a solver of the family's own (`modules.flow.solvers.Solver`); None: the one that the request names
-    solver: Any = None
+    # a solver of the family's own; None: the one that the request names
+    solver: "OwnSolver | None" = None
     shown: int | None = None  # latent frames of the picture; those behind them are no part of the clip
 
     @property
@@ -207,6 +208,21 @@ class Step:
     next_timestep: float = 0.0  # what the network is fed in the next step; 0 in the last one
 
 
+class OwnSolver(Protocol):
+    """A `modules.flow.solvers.Solver` that a family brings, with samples of its own form."""
+
+    @property
+    def schedule(self) -> "Schedule": ...
+
+    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor: ...
+
+    def begin(self, clean: Tensor) -> tuple[Tensor, int]:
+        """Return the noisy sample to begin with, and its step in the schedule. clean: latents of a source."""
+
+    def clean(self, sigma: float, noisy: Tensor, output: Tensor) -> Tensor:
+        """Predict the clean latents from a sample and the network's output at a noise level."""
+
+
 @dataclass(frozen=True)
 class StepDone:
     """A step whose velocity is known, after guidance."""
@@ -221,8 +237,11 @@ class StepDone:
 
         On the straight path of flow matching, noisy = (1 - sigma) clean + sigma noise, the velocity is
         noise - clean. If data keep their full share under the noise, noisy = clean + sigma noise, a family's
-        `predict` returns the noise itself. The formula is the same for both.
+        `predict` returns the noise itself. The formula is the same for both; an own solver has another.
         """
+        if self.section.solver is not None:
+            of_solver: Tensor = self.section.solver.clean(self.step.sigma, self.step.noisy, self.velocity)
+            return of_solver
         joint = self.section.tweaks.joint
         if self.step.sound_sigma is None or joint is None:
             return self.step.noisy - self.step.sigma * self.velocity

@@ -76,6 +76,7 @@ class ModelSet:
     components: tuple[Component, ...]
     commands: Mapping[str, str]  # in the order they are run
     data: Mapping[str, Any]  # what its data are like; see catalogue.toml
+    usual: Mapping[str, Any]  # what counts where nothing is said, by fields of a form; see catalogue.toml
 
     def typed_commands(self, folder: Path) -> list[str]:
         """Return the commands for files below `folder`, as a user types them."""
@@ -122,6 +123,7 @@ def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: l
         components=tuple(renamed),
         commands=commands,
         data={**family.get("data", {}), **entry.get("data", {})},
+        usual=entry.get("usual", {}),
     )
 
 

@@ -326,6 +326,9 @@ def _start_of(
     source = prepared.request.source
     if section.source is None or source is None:
         return section.noise, 0
+    if section.solver is not None:
+        begun: tuple[Tensor, int] = section.solver.begin(section.source)
+        return begun
     first_step = prepared.first_step
     start = noisy_source(section.source, section.noise, schedule, first_step)
     if extra_noise is not None:

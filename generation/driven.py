@@ -10,13 +10,15 @@ Options are those of a prompt line, by letter or name, with their texts, so that
 options. Strengths are those of the LoRAs, by expert. Each answer is an object with `event`:
 
 ready: the next request can be read. begun: with the number of steps. phase: with what begins now. step: with
-the steps done so far. made: with the file. failed: with the reason. cancelled: by SIGINT.
+the steps done so far. warned: with a warning of the script. made: with the file. failed: with the reason.
+cancelled: by SIGINT.
 
 Answers go to what was standard output; what else is printed goes to standard error.
 """
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -94,6 +96,32 @@ class Answers:
             self._stream.flush()
 
 
+class _WarningsTold(logging.Handler):
+    """Tell each warning of the log once."""
+
+    def __init__(self, answers: Answers) -> None:
+        super().__init__(logging.WARNING)
+        self._answers = answers
+        self._told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self._told:
+            self._told.add(text)
+            self._answers.tell("warned", text=text)
+
+
+@contextlib.contextmanager
+def warnings_told(answers: Answers) -> Iterator[None]:
+    """Tell the warnings that the script logs in the block."""
+    handler = _WarningsTold(answers)
+    logging.root.addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.root.removeHandler(handler)
+
+
 def open_answers() -> TextIOWrapper:
     """Return standard output as a stream of its own; what others print then goes to standard error."""
     sys.stdout.flush()
@@ -115,7 +143,11 @@ def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, previe
         for line in sys.stdin:
             failures = Failures()
             try:
-                with interrupts.allowed(), failures.note_errors(LABEL, (*run.fatal, BrokenPipeError)):
+                with (
+                    interrupts.allowed(),
+                    failures.note_errors(LABEL, (*run.fatal, BrokenPipeError)),
+                    warnings_told(answers),
+                ):
                     request = read_request(line, run)
                     run = change_strengths(run, request.strengths)
                     _serve(with_previews(run, preview_folder), request.values, answers, failures)
@@ -151,10 +183,11 @@ def _serve(run: GenerationRun, values: Mapping[str, Any], answers: Answers, fail
     answers.tell("begun", steps=job.prepared.num_steps)
     done = 0
 
-    def tell_step(_: StepDone) -> bool:
+    def tell_step(step: StepDone) -> bool:
         nonlocal done
         done += 1
-        answers.tell("step", done=done)
+        own_steps = {} if step.section.solver is None else {"steps": step.step.num_steps}
+        answers.tell("step", done=done, **own_steps)
         return False
 
     def tell_phase(what: str) -> None:

@@ -228,7 +228,7 @@ def rehearse_denoising(
                     family,
                     dit_at,
                     step,
-                    split=options.splits_guidance,
+                    split=options.splits_guidance and not family.defaults.one_batch,
                     all_passes=section.tweaks,
                     clean_streams=section.clean_streams,
                 )

@@ -378,6 +378,7 @@ def generation_parser(description: str | None, defaults: ScriptDefaults) -> argp
         numbers_single=defaults.numbers_single,
         pictures=defaults.pictures,
         solver_names=defaults.solver_names,
+        solvers=defaults.solvers,
         by_model=defaults.by_model,
         preset=defaults.optimized,
         usual_sources={name: parser.get_default(name) for name in OF_SCRIPT},

@@ -23,7 +23,7 @@ from contract.steps import Watcher
 from generation.dressing import loras_of
 from generation.options import GenerationOptions
 from generation.outputs import FrameTools
-from generation.prompt_lines import SOLVERS, parse_generation_line, read_seed
+from generation.prompt_lines import parse_generation_line, read_seed
 from generation.script_options import RequestOptions
 from generation.session import Session
 from modules.command import each_warning_once
@@ -90,8 +90,8 @@ def make_request(
     typed_texts: dict[str, str | None] = {name: line.get(name, getattr(options, name)) for name in TEXTS}
     texts = _expand(typed_texts, prompts, seed)
     solver = line.get("sample_solver", options.sample_solver)
-    if solver not in SOLVERS:
-        raise OptionError(f"--sample_solver {solver} (in a prompt line): use {', '.join(SOLVERS)}")
+    if solver not in options.solvers:
+        raise OptionError(f"--sample_solver {solver} (in a prompt line): use {', '.join(options.solvers)}")
     high_noise = line.get("guidance_scale_high_noise", options.guidance_scale_high_noise)
     height, width = options.video_size or (None, None)  # None: the model's own, or that of a reference
     request = Request(
@@ -105,7 +105,7 @@ def make_request(
         expert_guidance={} if high_noise is None else {HIGH_NOISE: high_noise},
         embedded_guidance=line.get("embedded_cfg_scale", options.embedded_guidance),
         flow_shift=line.get("flow_shift", options.flow_shift),
-        solver=SOLVERS[solver],
+        solver=options.solvers[solver],
         fps=line.get("fps", options.fps),
         negative_prompt=texts["negative_prompt"] or None,
         away_prompt=texts["nag_prompt"] or None,

@@ -9,6 +9,7 @@ from blissful_tuner.options import NAG, RIFLEX
 from blissful_tuner.video_to_video_options import SourceDefaults, SourceOptions
 from generation.prompt_lines import GENERATION_OPTIONS, MOST_FPS, SOLVERS, LineOption
 from modules.errors import OptionError
+from modules.media.lengths import USUAL_LENGTHS, ClipLengths
 from modules.media.options import FormatOptions
 from modules.option_values import HEIGHT_WIDTH, check_path
 from modules.options import NO_PIXELS, OF_DECODING, SETTING, WRITES, Options, option
@@ -66,6 +67,7 @@ class RequestOptions(Options, title="what to make"):
     )
     # options of the family: their names in Request.extra -> their values
     extras: Mapping[str, tuple[str, Any]] = option(default={})
+    solvers: Mapping[str, str] = option(default=SOLVERS)  # of the script, see `ScriptDefaults.solvers`
 
 
 NOTHING = "nothing"  # of a process that makes what another one writes; not to be typed
@@ -250,6 +252,8 @@ class ScriptDefaults:
     infer_steps: int | None = None
     flow_shift: float | None = None
     sample_solver: str = "unipc"
+    solvers: Mapping[str, str] = field(default_factory=lambda: SOLVERS)  # --sample_solver -> `Request.solver`
+    solver_help: str = ""  # of --sample_solver; "": as it is declared
     # names of --scheduler -> those of --sample_solver; empty: there is no --scheduler
     solver_names: Mapping[str, str] = field(default_factory=dict)
     embedded_guidance: float | None = None  # None: no such option
@@ -263,6 +267,9 @@ class ScriptDefaults:
     splits_attention: bool = False  # whether there is a --split_attn
     has_second_prompt: bool = False  # whether there is a --prompt_2
     size: tuple[int, int] = (256, 256)  # height, width
+    # as the family's `LatentSpec` has them, for forms, which load no torch; a task may have its own
+    side_step: int = 16
+    lengths: ClipLengths = USUAL_LENGTHS
     pictures: bool = False  # the script makes single pictures; what only videos have is refused by name
     has_experts: bool = False  # whether there are models with two experts, and options for them
     # options, of the family too, that are None where they are not given: their default is the model's own, or
@@ -281,6 +288,9 @@ class ScriptDefaults:
     numbers_single: bool = False  # a single picture is NAME_000.png, never in a folder
     # shared option -> other flags for it, the usual one first
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # shared options that the model has no use for: there are none, or they are refused for this reason
+    without: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
     # what --optimized turns on
     optimized: Mapping[str, Any] = field(default_factory=lambda: {**FASTER, "fp8_fast": True})
 
@@ -299,7 +309,7 @@ class ScriptDefaults:
             "without": {*source["without"], *self._absent()},
             "defaults": {**self._defaults(), **source["defaults"]},
             "settings": self._settings(source["settings"]),
-            "refused": {**source["refused"], **refused_videos},
+            "refused": {**source["refused"], **refused_videos, **self.refused},
         }
 
     def _defaults(self) -> dict[str, Any]:
@@ -339,7 +349,11 @@ class ScriptDefaults:
         preset = " ".join(as_typed(self.optimized, name) for name in self.optimized)
         lengths = f" of more than {self.riflex_beyond} frames" if self.riflex_beyond else ""
         height, width = self.size
+        solver_settings: dict[str, Any] = {"choices": list(self.solvers)}
+        if self.solver_help:
+            solver_settings["help"] = self.solver_help
         return {
+            "sample_solver": solver_settings,
             "output_type": {
                 "choices": list(self.output_types),
                 "help": f"what to write: {output_types}",
@@ -371,5 +385,6 @@ class ScriptDefaults:
             "save_audio": not self.has_sound,
             **{name: name not in self.media for name in MEDIA},
             **dict.fromkeys(EXPERTS, not self.has_experts),
+            **dict.fromkeys(self.without, True),
         }
         return [name for name, is_absent in absent.items() if is_absent]

@@ -117,12 +117,18 @@ def short_help(parser: argparse.ArgumentParser) -> str:
     about = f"{parser.description or ''}\n".splitlines()[0]
     lines = [formatter.format_help() + about, ""]
     for action in often:
-        lines += _in_short(formatter, action, width)
+        shown = getattr(parser, "shown_flags", {}).get(action.dest, (action.option_strings or [""])[-1])
+        lines += _in_short(formatter, action, width, shown)
     return "\n".join([*lines, "", f"{len(actions) - len(often)} more options, by group: --help"]) + "\n"
 
 
-def _in_short(formatter: argparse.HelpFormatter, action: argparse.Action, width: int) -> list[str]:
-    """Return the lines of an option in the short help: whole clauses, its choices and its default."""
+def _in_short(
+    formatter: argparse.HelpFormatter, action: argparse.Action, width: int, shown: str
+) -> list[str]:
+    """Return the lines of an option in the short help: whole clauses, its choices and its default.
+
+    shown: its flag, where there is no room for all.
+    """
     names = [*map(str, action.choices or ())]
     is_long = len(" ".join(names)) > LONGEST_CHOICES
     value = ""
@@ -130,7 +136,7 @@ def _in_short(formatter: argparse.HelpFormatter, action: argparse.Action, width:
         value = "NAME" if is_long else formatter._format_args(action, action.dest.upper())
     words = f"{' or '.join(action.option_strings)} {value}".strip()
     if len(words) > COLUMN - 4 and len(action.option_strings) > 1:
-        words = f"{action.option_strings[-1]} {value}".strip()
+        words = f"{shown} {value}".strip()
     help_text = (action.help or "").replace("%%", "%")
     text = _first_clauses(help_text)
     if is_long:

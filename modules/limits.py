@@ -4,6 +4,12 @@ The readers that apply them to whole files are in `text_files`; a reader of a fo
 format. Limits of options and of keys stand in their declarations.
 """
 
+# numbers of a generation: what is larger is a slip of the finger; the models know 1000 timesteps
+MOST_SIDE = 16384  # pixels
+MOST_FRAMES = 100_000
+MOST_STEPS = 10_000
+MOST_SCALE = 1000  # of guidance
+
 # files of text
 MAX_TEXT_BYTES = 1 << 24  # 16 MiB: a dataset configuration of 50,000 tables
 MAX_CAPTION_BYTES = 1 << 20  # 1 MiB; encoders read at most some hundred words

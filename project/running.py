@@ -504,13 +504,12 @@ def _require_script(words: Sequence[str]) -> Path:
 
 
 def _scripts_of_runs() -> set[Path | None]:
-    """Return the scripts that a run may need, of all families: for generation those of the shared loop."""
+    """Return the scripts that a run may need, of all families."""
     scripts = {installation.find_script("download")}
     for entry in with_scripts().values():
         names = [f"{entry.cache}_latents", f"{entry.cache}_text_encoder_outputs"]
         names += [entry.training_script, f"{entry.script}_train"]
-        if not entry.generator:
-            names.append(entry.generation_script)
+        names.append(entry.generation_script)
         scripts |= {Path(f"{name}.py") for name in names}
     return scripts
 

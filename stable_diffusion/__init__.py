@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x and XL. Of gen_img.py read run.py first, then making.py; of training family.py.
+"""Stable Diffusion 1.x, 2.x, XL. Read run.py, then making.py for gen_img.py; family.py for the loops.
 
 asking: requested pictures: variants, seeds and numbers settled
 assembling: load the checkpoint and all that acts on it
@@ -7,9 +7,10 @@ checkpoints: U-Net and VAE of a file: dimensions and names
 contract: records that the parts hand to each other
 control_net: add to the U-Net's features after guide images
 control_net_files: files of ControlNets: recognise, translate, load
-family: the description that training and its caches call
+family: the description that the shared loops call
 files: which Stable Diffusion a checkpoint is, by tensor names
 folders: folders in the layout of diffusers
+generation_options: options of sd_generate_image.py and sdxl_generate_image.py
 guiding: CLIP and VGG16 steer the predicted picture
 highres: two stages: a small picture, then full size
 latent_upscaler: enlarge the first stage with sd-scripts' latent upscaler

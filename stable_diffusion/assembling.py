@@ -101,7 +101,7 @@ def assemble(options: GenImgOptions, device: torch.device) -> Maker:
         release = open_release(options.model, files)
         check_networks(loras, release)
         velocity = release.marks.predicts_velocity or options.model.v_parameterization
-        check_sampling(options.sampling, velocity)
+        check_sampling(options.sampling.zero_terminal_snr, velocity)
         _check_painting(options, release)
         check_control_nets(options.control, release.unet.config, release.kind)
         check_lllites(options.control, release.kind)

@@ -1,6 +1,6 @@
-"""Stable Diffusion 1.x, 2.x and XL, described for the shared loops: for training and its caches.
+"""Stable Diffusion 1.x, 2.x and XL, described for the shared loops.
 
-Pictures are made by gen_img.py, whose networks and samplers are diffusers'.
+Pictures are those of gen_img.py, which has further ways to make them; networks and samplers are diffusers'.
 """
 # Letters: B pictures, L tokens, C width, h w latent size
 
@@ -31,29 +31,45 @@ from contract.steps import NO_TWEAKS, EncodedPrompts, Section, Tweaks
 from encoders.pictures import ModelOfPictures, picture_defaults
 from modules.devices import choose_compute_dtype, dtype_of
 from modules.errors import CacheError, OptionError
+from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
+from stable_diffusion.generation_options import StableDiffusionGenerationOptions
 from stable_diffusion.noise import make_noise_spec, vary_noise_by
-from stable_diffusion.samplers import SeenSolver, begin_sampling, is_guided, make_scheduler
-from stable_diffusion.sampling_options import check_sampler_steps
+from stable_diffusion.samplers import SeenSolver, begin_sampling, check_sampling, is_guided, make_scheduler
+from stable_diffusion.sampling_options import SAMPLERS, check_sampler_steps
 from stable_diffusion.tokenizers import SIZE as CHUNK
 from stable_diffusion.towers import POOLED, STATES, STATES_1, STATES_2, TowerEncoder, make_encoders
-from stable_diffusion.training_files import TrainingFiles, unet_parts, unet_spec
+from stable_diffusion.training_files import GENERATED_BY, TrainingFiles, unet_parts, unet_spec
 from stable_diffusion.training_options import (
-    SAMPLERS,
+    GUIDANCE_SCALE,
+    STEPS,
     USUAL_SAMPLER,
     LatentCachingOptions,
     StableDiffusionTrainingOptions,
     TextCachingOptions,
 )
 
-STEPS, GUIDANCE_SCALE = 30, 7.5  # of a training's samples, as known trainers have it
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision; else float32
 OF_SD, OF_XL = (SD1, SD2), (SDXL,)  # kinds that a script trains
 LARGE_SD2 = 768  # sides of pictures of the 2.x that predicts v
 # what the caches of a kind are called: at the end of file names, of npz files
 _TAGS = {SD1: "sd", SD2: "sd", SDXL: "sdxl"}
 _STEPS = {SD1: 8, SD2: 8, SDXL: 32}  # sides of pictures are multiples of it
+# least squares fits of latents in model space to colours (R, G, B), which all known tools use
+_COLOURS_OF_SD = (
+    (0.3512, 0.2297, 0.3227),
+    (0.3250, 0.4974, 0.2350),
+    (-0.2829, 0.1762, 0.2721),
+    (-0.2120, -0.2616, -0.7177),
+)
+_COLOURS_OF_XL = (
+    (0.3651, 0.4232, 0.4341),
+    (-0.2533, -0.0042, 0.1068),
+    (0.1076, 0.1111, -0.0362),
+    (-0.3165, -0.2492, -0.2188),
+)
+_BIAS_OF_XL = (0.1084, -0.0175, -0.0011)
 
 _RAIL = "CreativeML OpenRAIL-M"
 RELEASES: Mapping[ModelKind, ModelRelease] = {
@@ -90,6 +106,8 @@ def latent_spec(kind: ModelKind) -> LatentSpec:
         pixel_step=_STEPS[kind],
         frame_step=1,
         scale=kind.latent_scale,
+        preview_factors=_COLOURS_OF_XL if kind is SDXL else _COLOURS_OF_SD,
+        preview_bias=_BIAS_OF_XL if kind is SDXL else (0.0, 0.0, 0.0),
         npz=NpzFormat(f"_{tag}", texts, has_resolutions=False, has_nameless=True),
         tells_sizes=kind is SDXL,
     )
@@ -97,7 +115,7 @@ def latent_spec(kind: ModelKind) -> LatentSpec:
 
 @dataclass(frozen=True)
 class StableDiffusion(ModelOfPictures):
-    """Description of a checkpoint of Stable Diffusion for one training, or for its caches."""
+    """Description of a checkpoint of Stable Diffusion for one training, its caches, or one generation."""
 
     files: TrainingFiles  # type: ignore[assignment]  # all networks are in one checkpoint
     noise: NoiseSpec = field(default_factory=lambda: make_noise_spec(False))
@@ -105,6 +123,7 @@ class StableDiffusion(ModelOfPictures):
     clip_skip: int | None = None
     sampler: str = USUAL_SAMPLER  # of a training's samples
     options: Any = NO_OPTIONS  # of a training
+    tells_cut: bool = False  # warn of prompts that are not read to their end
 
     can: ClassVar[Abilities] = Abilities(bring_texts=True)
     lora_module: str = field(default="networks.lora", init=False)
@@ -278,15 +297,21 @@ class StableDiffusion(ModelOfPictures):
         result: Tensor = output.unsqueeze(2)
         return result
 
-    # samples: the pictures of gen_img.py
+    # generation: the pictures of gen_img.py
 
     def prepare(self, request: Request) -> Prepared:
         """Settle a picture whose texts are read as gen_img.py reads them.
 
-        Raises CheckpointError or DownloadError if texts of several chunks need a tokenizer that is missing.
+        Raises OptionError for steps that the sampler cannot make, CheckpointError or DownloadError if texts
+        of several chunks need a tokenizer that is missing.
         """
         prepared = self.settle_picture(request, flow_shift=1.0)
-        check_sampler_steps("--s", prepared.solver, prepared.steps)
+        if request.source is None:
+            named = "--steps (--s in a prompt line)" if self.options is NO_OPTIONS else "--s"
+            check_sampler_steps(named, prepared.solver, prepared.steps)
+        else:
+            timesteps = self._begin(prepared).solver.timesteps_of_steps
+            prepared = replace(prepared, timesteps=timesteps)
         (scale,) = prepared.guidance_scale
         has_negative = is_guided(scale, negative_scale=None)
         if not has_negative:
@@ -303,7 +328,7 @@ class StableDiffusion(ModelOfPictures):
         if has_negative and texts.negative is not None:
             read.append(texts.negative.text)
         count = 1
-        if self.chunks > 1:
+        if self.chunks > 1 or self.tells_cut:
             count = max(encoder.count_chunks(text) for encoder in self._counting for text in read)
         return replace(
             texts,
@@ -314,7 +339,16 @@ class StableDiffusion(ModelOfPictures):
     @cached_property
     def _counting(self) -> list[TowerEncoder]:
         """Return text encoders of which only the tokenizers are loaded."""
-        return make_encoders(self.files, self.chunks, self.clip_skip)
+        return make_encoders(self.files, self.chunks, self.clip_skip, self.tells_cut)
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode a picture, 1 1 H W 3 uint8, in model space, 1 4 1 h w.
+
+        Its posterior is drawn from the stream of the seed, which the noise continues: as gen_img.py does.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        latents: Tensor = encoders.vae.encode(byte_clips(frames), [generator])
+        return latents * self.latent.scale
 
     def sections(
         self,
@@ -335,13 +369,17 @@ class StableDiffusion(ModelOfPictures):
     def _begin(self, prepared: Prepared) -> SeenSolver:
         """Return the solver of a picture with the noise that it begins with."""
         generator = torch.Generator().manual_seed(prepared.seed)
+        source = prepared.request.source
         predicts_v = self.noise.predicts_v
         has_zero_snr = predicts_v and self.noise.table[-1] == 1
         scheduler = make_scheduler(prepared.solver, predicts_v, has_zero_snr)
-        solver = begin_sampling(scheduler, prepared.steps, [generator])
-        shape = self.latent.shape(1, prepared.height, prepared.width)
-        drawn = torch.randn(shape[1], *shape[3:], generator=generator)
-        return SeenSolver(solver, (drawn * solver.noise_level)[None, :, None])
+        left_out = None if source is None else prepared.first_step
+        solver = begin_sampling(scheduler, prepared.steps, [generator], left_out)
+        _, channels, _, height, width = self.latent.shape(1, prepared.height, prepared.width)
+        if source is not None and source.needs_vae:
+            torch.randn(channels, height, width, generator=generator)  # of the posterior: `encode_source`
+        drawn = torch.randn(channels, height, width, generator=generator)[None, :, None]
+        return SeenSolver(solver, drawn * solver.noise_level, noise=drawn, predicts_v=predicts_v)
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
         yield encoders.vae.decode(latents / self.latent.scale)
@@ -386,6 +424,35 @@ def family_for_training(
     )
     return StableDiffusion(
         files, noise, options.chunks, clip_skip, sampler=options.sample_sampler, options=options
+    )
+
+
+def family_for_generation(
+    kinds: tuple[ModelKind, ...], options: StableDiffusionGenerationOptions
+) -> StableDiffusion:
+    """Return the model of a generation. Raises OptionError for options that the checkpoint contradicts."""
+    dtype = torch.float32
+    if options.fp16:
+        dtype = torch.float16
+    elif options.bf16:
+        dtype = torch.bfloat16
+    files = TrainingFiles(
+        kinds,
+        options.ckpt,
+        options.vae,
+        tokenizer_cache_dir=options.tokenizer_cache_dir,
+        says_v=options.v_parameterization,
+        dtype=dtype,
+        scripts=GENERATED_BY,
+    )
+    check_sampling(options.zero_terminal_snr, files.predicts_v)
+    noise = make_noise_spec(files.predicts_v, options.zero_terminal_snr or files.marks.zero_terminal_snr)
+    return StableDiffusion(
+        files,
+        noise,
+        chunks=options.max_embeddings_multiples or 1,
+        clip_skip=options.clip_skip,
+        tells_cut=True,
     )
 
 

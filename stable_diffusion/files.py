@@ -105,6 +105,7 @@ def identify(path: Path) -> str | None:
     try:
         if path.is_dir():
             what = "Stable Diffusion folder" if (path / "unet" / "config.json").is_file() else None
+            kind = SDXL if (path / "text_encoder_2").is_dir() else SD1
         else:
             with open_checkpoint(path) as checkpoint:
                 kind = _kind_of(checkpoint.tensors)
@@ -112,7 +113,8 @@ def identify(path: Path) -> str | None:
             what = None if kind is None or other_model is not None else f"{kind.words} checkpoint"
     except (CheckpointError, OSError):
         return None
-    command = as_typed(["python", "gen_img.py", "--ckpt", str(path)])
+    is_xl = kind is SDXL
+    command = as_typed(["python", f"{'sdxl' if is_xl else 'sd'}_generate_image.py", "--ckpt", str(path)])
     return None if what is None else f"it is a {what}: {command}"
 
 

@@ -114,7 +114,7 @@ class Maker:
             settings.steps,
             # all on the CPU: their numbers are the same on every device
             [torch.Generator().manual_seed(picture.seed) for picture in pictures],
-            starting.strength_of(pictures[0], start),
+            samplers.count_left_out(settings.steps, starting.strength_of(pictures[0], start)),
         )
         section_texts = self._encode(pictures)
         beginning = starting.begin(

@@ -13,15 +13,6 @@ from networks.names.layouts import OF_CLIP, UNET_IN_DIFFUSERS, FamilyNames, Side
 
 ENTRY = FamilyEntry("stable_diffusion")
 
-# shared options of generation as gen_img.py spells them; a prompt's settings are in the prompt itself
-OF_GEN_IMG = (
-    ("lora_weight", "--network_weights"),
-    ("lora_multiplier", "--network_mul"),
-    ("save_path", "--outdir"),
-    *((name, "") for name in ("prompt", "video_size", "infer_steps", "guidance_scale", "flow_shift")),
-    *((name, "") for name in ("sample_solver", "seed", "negative_prompt")),
-)
-
 _LAYERS = 2  # residual blocks of a level on the way down; one more on the way up
 Pairs = tuple[tuple[str, str], ...]  # (path in LDM, ours)
 
@@ -164,6 +155,6 @@ MARKS: Marks = (
         "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight",
         "a ControlNet-LLLite (gen_img.py --control_net_lllite_models)",
     ),
-    ("input_blocks.0.0.weight", "a Stable Diffusion checkpoint (gen_img.py --ckpt)"),
+    ("input_blocks.0.0.weight", "a Stable Diffusion checkpoint (--ckpt)"),
     ("down_blocks.0.resnets.0.time_emb_proj.weight", "the U-Net of Stable Diffusion in diffusers layout"),
 )

@@ -29,7 +29,7 @@ from contract.steps import NO_TWEAKS, Guidance, Predict, Section, Step, Tweaks
 from modules.errors import OptionError
 from modules.flow.schedule import Schedule
 from stable_diffusion.contract import Idea, Model, TextState, UnetCall
-from stable_diffusion.sampling_options import TRAINED_STEPS, SamplingOptions
+from stable_diffusion.sampling_options import TRAINED_STEPS
 
 # how all models of Stable Diffusion were trained
 TRAINED: Mapping[str, Any] = {
@@ -110,9 +110,9 @@ def _no_warnings_to_developers() -> Iterator[None]:
         yield
 
 
-def check_sampling(options: SamplingOptions, predicts_velocity: bool) -> None:
-    """Raise OptionError if a model cannot be sampled as the options say."""
-    if options.zero_terminal_snr and not predicts_velocity:
+def check_sampling(zero_terminal_snr: bool, predicts_velocity: bool) -> None:
+    """Raise OptionError if a model cannot be sampled with --zero_terminal_snr."""
+    if zero_terminal_snr and not predicts_velocity:
         raise OptionError(
             "--zero_terminal_snr needs a model that predicts v, this one predicts noise. Leave it out, or "
             "add --v_parameterization if the model was trained so"
@@ -128,6 +128,7 @@ def _zero_snr_betas() -> list[float]:
     return [float(beta) for beta in betas]
 
 
+LEAST_SHARE = 2**-24  # of the data at the last timestep, squared
 MakeStep = Callable[[int, Tensor, Tensor], Tensor]  # place in the schedule, velocity, sample -> next sample
 
 
@@ -156,6 +157,12 @@ class SchedulerSolver:
             timesteps,
             torch.cat([shares.sqrt(), last]),
         )
+
+    @property
+    def timesteps_of_steps(self) -> tuple[float, ...]:
+        """Return the timestep that each step begins at: a step may take several calls of the network."""
+        timesteps: list[float] = self.schedule.timesteps.tolist()
+        return tuple(timesteps[:: int(self.scheduler.order)])
 
     @property
     def noise_level(self) -> float:
@@ -191,23 +198,30 @@ class SchedulerSolver:
         return "generator" in inspect.signature(self.scheduler.step).parameters
 
 
+def count_left_out(steps: int, strength: float | None) -> int | None:
+    """Return how many steps image to image leaves out; None without a picture.
+
+    strength: the share of the steps to make; of less than one step none is made.
+    """
+    return None if strength is None else steps - min(int(steps * strength), steps)
+
+
 def begin_sampling(
-    scheduler: Any, steps: int, generators: Sequence[torch.Generator], strength: float | None = None
+    scheduler: Any, steps: int, generators: Sequence[torch.Generator], left_out: int | None = None
 ) -> SchedulerSolver:
     """Set a scheduler to this many steps and return its solver; earlier steps are forgotten.
 
-    strength: the share of the steps to make, for image to image; None: all. If that is less than one step,
-    the solver begins at `schedule.num_steps` and makes none.
+    left_out: steps that image to image does not make; None: it begins from noise. If none is left, the
+    solver begins at `schedule.num_steps`.
     """
     if isinstance(scheduler, PNDMScheduler):
         # its Runge-Kutta steps work from pure noise only; diffusers' inpainting leaves them out too
-        scheduler.register_to_config(skip_prk_steps=strength is not None)
+        scheduler.register_to_config(skip_prk_steps=left_out is not None)
     with _no_warnings_to_developers():
         scheduler.set_timesteps(steps, device="cpu")  # there, so that no step waits for the device
-    num_steps = steps if strength is None else min(int(steps * strength), steps)
-    if num_steps == 0:
+    if left_out == steps:
         return SchedulerSolver(scheduler, generators, len(scheduler.timesteps))
-    first = (steps - num_steps) * int(scheduler.order)
+    first = (left_out or 0) * int(scheduler.order)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     return SchedulerSolver(scheduler, generators, first)
@@ -222,10 +236,27 @@ class SeenSolver:
 
     solver: SchedulerSolver
     sample: Tensor  # 1 4 1 h w, as the scheduler has it
+    noise: Tensor  # 1 4 1 h w, of standard deviation 1
+    predicts_v: bool = False
 
     @property
     def schedule(self) -> Schedule:
         return self.solver.schedule
+
+    def begin(self, clean: Tensor) -> tuple[Tensor, int]:
+        """Return what denoising of a picture starts from, as the U-Net takes it, and its first step.
+
+        clean: its latents, 1 4 1 h w.
+        """
+        first = self.solver.first
+        noisy = self.solver.add_noise(first, clean.squeeze(2), self.noise.to(clean).squeeze(2))
+        self.sample = noisy.unsqueeze(2)
+        return self.seen(first), first
+
+    def clean(self, sigma: float, noisy: Tensor, output: Tensor) -> Tensor:
+        """Predict the clean latents. noisy, output: what the U-Net takes and returns at a noise level."""
+        share = max(1 - sigma**2, LEAST_SHARE) ** 0.5  # of the data
+        return share * noisy - sigma * output if self.predicts_v else (noisy - sigma * output) / share
 
     def seen(self, index: int) -> Tensor:
         """Return the sample, 1 4 1 h w, as the U-Net takes it at that index of the schedule."""

@@ -123,7 +123,9 @@ class SamplingOptions(Options, title="sampling"):
 
 
 def check_sampler_steps(option: str, sampler: str, steps: int) -> None:
-    """Raise OptionError if a sampler cannot make so few steps from noise."""
+    """Raise OptionError if a sampler cannot make so many steps, or so few from noise."""
+    if steps > MOST_STEPS:
+        raise OptionError(f"{option} {steps}: {STEPS_HINT}. Give {MOST_STEPS} at most; 20 to 50 are usual")
     if sampler == "pndm" and steps < PNDM_STEPS:
         raise OptionError(
             f"{option} {steps}: the sampler pndm begins with {PNDM_STEPS} steps of another kind. Give at "

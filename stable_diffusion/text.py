@@ -7,7 +7,7 @@ no other text. States are remembered, as most pictures share their negative prom
 # Letters: K chunks of a text, L = 75 K + 2 states of it, C width
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -128,16 +128,22 @@ class Texts:
         parts = tokenizers.parse_weights(text)
         by_tower = [tokenizers.cut_into_chunks(parts, tower.tokenize) for tower in self._towers]
         longest = max(range(len(by_tower)), key=lambda index: len(by_tower[index]))
-        if len(by_tower[longest]) > self._most:
-            unread = tokenizers.cut_text(parts, self._towers[longest].tokenize, self._most)
-            logger.warning(
-                "a text is cut after %d tokens; this end of it is not read: %s\n  Give "
-                "--max_embeddings_multiples %d to read all of it",
-                tokenizers.SIZE * self._most,
-                shorten(unread, SHOWN),
-                len(by_tower[longest]),
-            )
+        warn_of_unread(parts, self._towers[longest].tokenize, len(by_tower[longest]), self._most)
         return [chunks[: self._most] for chunks in by_tower]
+
+
+def warn_of_unread(
+    parts: Sequence[tokenizers.Part], tokenize: Callable[[str], list[int]], count: int, most: int
+) -> None:
+    """Warn of a text that is not read to its end. count: of its chunks. most: that are read."""
+    if count > most:
+        logger.warning(
+            "a text is cut after %d tokens; this end of it is not read: %s\n  Give "
+            "--max_embeddings_multiples %d to read all of it",
+            tokenizers.SIZE * most,
+            shorten(tokenizers.cut_text(parts, tokenize, most), SHOWN),
+            count,
+        )
 
 
 def weights_of(chunks: Sequence[tokenizers.Chunk]) -> list[float]:

@@ -26,13 +26,21 @@ from contract.rules import CountTokens, TokenCount
 from encoders.clip_checkpoints import CLIP_TOKENS
 from encoders.clip_l import ClipWords, load_clip_words
 from encoders.clip_layers import ClipText
+from modules.console import quiet
 from modules.devices import dtype_name
 from running.offload.block_swap import move_network
 from running.offload.host_memory import LoadedNetwork
 from stable_diffusion import tokenizers
 from stable_diffusion.contract import SD2, SDXL
 from stable_diffusion.options import TextOptions
-from stable_diffusion.text import check_layer, join_chunks, usual_layer, weigh_states, weights_of
+from stable_diffusion.text import (
+    check_layer,
+    join_chunks,
+    usual_layer,
+    warn_of_unread,
+    weigh_states,
+    weights_of,
+)
 from stable_diffusion.text_checkpoints import TextPlan
 from stable_diffusion.tokenizers import (
     OPEN_CLIP_PAD,
@@ -67,11 +75,17 @@ class TowerEncoder:
     variable_length: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
-        self, files: TrainingFiles, number: int, chunks: int = 1, clip_skip: int | None = None
+        self,
+        files: TrainingFiles,
+        number: int,
+        chunks: int = 1,
+        clip_skip: int | None = None,
+        tells_cut: bool = False,
     ) -> None:
         """number: of the encoder in the checkpoint. chunks: of 75 tokens that are read.
 
-        clip_skip: as the option says; None: the layer that the model was trained with.
+        clip_skip: as the option says; None: the layer that the model was trained with. tells_cut: warn of
+        prompts that are not read to their end.
         """
         prefixes = files.kind.lora_prefixes
         self.files = files
@@ -81,6 +95,7 @@ class TowerEncoder:
         self._number = number
         self._chunks = chunks
         self._clip_skip = clip_skip
+        self._tells_cut = tells_cut
         self._loaded = LoadedNetwork[ClipText, LoadedWords]()
 
     @property
@@ -157,7 +172,11 @@ class TowerEncoder:
 
         Raises CheckpointError or DownloadError if there is no tokenizer.
         """
-        chunks = cut_into_chunks(parse_weights(text), self._counting_words.tokenize)
+        parts = parse_weights(text)
+        tokenize = self._counting_words.tokenize
+        chunks = cut_into_chunks(parts, tokenize)
+        if self._tells_cut:
+            warn_of_unread(parts, tokenize, len(chunks), self._chunks)
         return min(len(chunks), self._chunks)
 
     @cached_property
@@ -165,7 +184,8 @@ class TowerEncoder:
         with self.files.opened() as release:
             are_open_clip = [text.is_open_clip for text in release.texts]
         cache_dir = self.files.tokenizer_cache_dir
-        return tokenizers.find_tokenizers(cache_dir, self.files.path, are_open_clip)[self._number]
+        with quiet():  # the log names them when the encoder is loaded
+            return tokenizers.find_tokenizers(cache_dir, self.files.path, are_open_clip)[self._number]
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
         """Return the tensors `keys` of each prompt, on the CPU; gradients flow to trained parts.
@@ -230,6 +250,8 @@ def _find_cut(text: str, tokenize: Callable[[str], list[int]], most: int) -> int
     return ends[number - 1] if number else 0
 
 
-def make_encoders(files: TrainingFiles, chunks: int, clip_skip: int | None) -> list[TowerEncoder]:
+def make_encoders(
+    files: TrainingFiles, chunks: int, clip_skip: int | None, tells_cut: bool = False
+) -> list[TowerEncoder]:
     count = len(files.kind.lora_prefixes)
-    return [TowerEncoder(files, number, chunks, clip_skip) for number in range(count)]
+    return [TowerEncoder(files, number, chunks, clip_skip, tells_cut) for number in range(count)]

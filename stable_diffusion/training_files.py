@@ -1,11 +1,11 @@
-"""The checkpoint of a training: which model it is, and its networks, each loaded when it is needed.
+"""The checkpoint of a family: which model it is, and its networks, each loaded when it is needed.
 
-Generation loads all networks at once (`loading.py`); here the VAE and the text encoders leave the device.
+gen_img.py loads all networks at once (`loading.py`); here the VAE and the text encoders leave the device.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,31 @@ from stable_diffusion.text_checkpoints import TextPlan
 from stable_diffusion.training_options import CKPT
 
 MORE_THAN_ALL = 1 << 20  # blocks of a list
-SCRIPTS = {SD1: "train_network.py", SD2: "train_network.py", SDXL: "sdxl_train_network.py"}
+TRAINED_BY = {
+    SD1: "train_network.py trains",
+    SD2: "train_network.py trains",
+    SDXL: "sdxl_train_network.py trains",
+}
+GENERATED_BY = {
+    SD1: "sd_generate_image.py takes",
+    SD2: "sd_generate_image.py takes",
+    SDXL: "sdxl_generate_image.py takes",
+}
 
 
 @dataclass(frozen=True)
 class TrainingFiles:
     """Paths and dtypes of a training or of its caches."""
 
-    kinds: tuple[ModelKind, ...]  # that the script trains; the first one's VAE may stand alone
+    kinds: tuple[ModelKind, ...]  # that the script takes; the first one's VAE may stand alone
     ckpt: Path | None = None
     vae: Path | None = None
     tokenizer_cache_dir: Path | None = None
     says_v2: bool = False  # --v2
     says_v: bool = False  # --v_parameterization
     dtype: torch.dtype = torch.float32  # of the U-Net and of the text encoders
+    # kind -> script for it, with its verb, for a checkpoint of another kind
+    scripts: Mapping[ModelKind, str] = field(default_factory=lambda: TRAINED_BY)
 
     @cached_property
     def path(self) -> Path:
@@ -62,7 +73,7 @@ class TrainingFiles:
     def marks(self) -> Marks:
         """Return which model the checkpoint is, by its header.
 
-        Raises CheckpointError if this script does not train it, OptionError if it contradicts --v2.
+        Raises CheckpointError if this script does not take it, OptionError if it contradicts --v2.
         """
         path = self.path
         if path.is_dir():
@@ -72,7 +83,7 @@ class TrainingFiles:
                 marks = read_marks(path, checkpoint.tensors)
         if marks.kind not in self.kinds:
             raise CheckpointError(
-                f"--ckpt {path} is {marks.kind.words}, which {SCRIPTS[marks.kind]} trains. Use that, or "
+                f"--ckpt {path} is {marks.kind.words}, which {self.scripts[marks.kind]}. Use that, or "
                 f"give a checkpoint of {' or '.join(kind.words for kind in self.kinds)}.",
                 path,
             )
@@ -107,8 +118,8 @@ class TrainingFiles:
             if release.unet.config["in_channels"] != checkpoints.LATENT_CHANNELS:
                 raise CheckpointError(
                     f"--ckpt {self.path} is an inpainting checkpoint, which takes a mask and a masked "
-                    "picture too; those are not trained here. Give the checkpoint for pictures that it was "
-                    "made from.",
+                    "picture too; gen_img.py makes pictures with it. Give the checkpoint for pictures that "
+                    "it was made from.",
                     self.path,
                 )
             yield release
@@ -242,7 +253,7 @@ class DiffusersVae:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Return pixels B 3 1 H W in -1..1. latents: B 4 1 h w, not scaled."""
-        pixels: Tensor = self.network.decode(latents.squeeze(2).float()).sample
+        pixels: Tensor = self.network.decode(latents.squeeze(2).float().to(self.device)).sample
         return pixels.clamp(-1, 1).unsqueeze(2)
 
 

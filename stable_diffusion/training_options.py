@@ -6,22 +6,18 @@ from typing import Any
 
 from modules.option_values import FillIn
 from modules.options import FREE, HABIT, IDENTITY, Options, not_needed, option
+from stable_diffusion.sampling_options import SAMPLERS
 
 CKPT = "--pretrained_model_name_or_path"
 SHOWN_AS = {"--ckpt": CKPT}  # gen_img.py's name, which messages about checkpoints have
-_CKPT_HELP = "checkpoint: a single file, a folder in the layout of diffusers, or owner/name of the hub"
-_VAE_HELP = "another VAE than that of the checkpoint: a single file, or a folder in the layout of diffusers"
-_TOKENIZERS_HELP = (
+CKPT_HELP = "checkpoint: a single file, a folder in the layout of diffusers, or owner/name of the hub"
+VAE_HELP = "another VAE than that of the checkpoint: a single file, or a folder in the layout of diffusers"
+TOKENIZERS_HELP = (
     "folder with openai_clip-vit-large-patch14 and laion_CLIP-ViT-bigG-14-laion2B-39B-b160k or "
     "stabilityai_stable-diffusion-2, the files of the tokenizers"
 )
-# fmt: off
-SAMPLERS = (
-    "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++",
-    "dpmsingle", "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
-)
-# fmt: on
 USUAL_SAMPLER = "ddim"  # of known trainers
+STEPS, GUIDANCE_SCALE = 30, 7.5  # of pictures, as known trainers have their samples
 CHUNK = 75  # tokens that a text encoder reads at once
 
 
@@ -126,19 +122,17 @@ class StableDiffusionTrainingOptions(Options, title="Stable Diffusion"):
 class LatentCachingOptions(Options, title="Stable Diffusion"):
     """Options of the scripts that cache latents, besides the shared ones."""
 
-    ckpt: Path | None = option(
-        _CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True
-    )
-    vae: Path | None = option(_VAE_HELP, often=True)
+    ckpt: Path | None = option(CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True)
+    vae: Path | None = option(VAE_HELP, often=True)
 
 
 class TextCachingOptions(Options, title="Stable Diffusion"):
     """Options of the scripts that cache texts, besides the shared ones."""
 
     ckpt: Path = option(
-        _CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True, required=True
+        CKPT_HELP, name="pretrained_model_name_or_path", flags=("--ckpt",), often=True, required=True
     )
-    tokenizer_cache_dir: Path | None = option(_TOKENIZERS_HELP)
+    tokenizer_cache_dir: Path | None = option(TOKENIZERS_HELP)
     max_token_length: int | None = option(
         "tokens of a caption that are read, in chunks of 75; default: 75", choices=(75, 150, 225)
     )
@@ -160,24 +154,17 @@ def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, 
 
 
 def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of gen_img.py that generate with the model of a training."""
+    """Return the options that generate with the model of a training; see `FamilyEntry.generation_words`."""
     chunks = options.chunks
-    precision: dict[str, Any] = {}
-    if options.mixed_precision in ("fp16", "bf16"):  # as samples: in float32 the U-Net is twice as large
-        precision = {f"--{options.mixed_precision}": True, "--no_half_vae": True}
-    line = str(sample.get("prompt") or FillIn("what it should show"))
-    letters = {"n": "negative_prompt", "w": "width", "h": "height", "s": "steps", "l": "guidance_scale"}
-    for letter, name in {**letters, "d": "seed"}.items():
-        if sample.get(name) not in (None, ""):
-            line += f" --{letter} {sample[name]}"
     return {
         "--ckpt": options.ckpt or FillIn("CHECKPOINT"),
         "--vae": options.vae,
         "--tokenizer_cache_dir": options.tokenizer_cache_dir,
+        # as samples: in float32 the U-Net is twice as large
+        "--fp16": options.mixed_precision == "fp16",
+        "--bf16": options.mixed_precision == "bf16",
         "--v_parameterization": options.v_parameterization,
-        **precision,
-        "--network_module": "networks.lora",
-        "--prompt": line,
-        "--sampler": options.sample_sampler,
+        "--zero_terminal_snr": options.zero_terminal_snr,
+        "--sampler": None if sample.get("solver") else options.sample_sampler,
         "--max_embeddings_multiples": chunks if chunks > 1 else None,
     }

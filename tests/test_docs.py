@@ -81,6 +81,7 @@ SMALLER = {
     "flux_kontext_train_network.py": f"{LORA} --no_resize_control",
     "flux_kontext_generate_image.py": f"{PICTURE} --no_resize_control",
     "gen_img.py": "--W 64 --H 64 --steps 2",
+    **dict.fromkeys(("sd_generate_image.py", "sdxl_generate_image.py"), PICTURE),
     "flux_minimal_inference.py": "--width 64 --height 64 --steps 2",
     "hunyuan_image_minimal_inference.py": f"{PICTURE} {QUICK_VAE}",
     "lumina_minimal_inference.py": "--image_width 64 --image_height 64 --steps 2",
@@ -91,7 +92,8 @@ SMALLER = {
     **{f"{name}_generate_image.py": PICTURE for name in OF_PICTURES if name != "hunyuan_image"},
     "krea2_generate_image.py": f"{PICTURE} --width 64 --height 64",
 }
-NOT_ON_CPU = {"gen_img.py": {"--fp16"}}  # left out: a CPU takes long in float16
+# left out: a CPU takes long in float16
+NOT_ON_CPU = {name: {"--fp16"} for name in ("gen_img.py", "sd_generate_image.py", "sdxl_generate_image.py")}
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
     "--blocks_to_swap 20": "--blocks_to_swap 1",  # they have few blocks
     "--blocks_to_swap=18": "--blocks_to_swap 0",
@@ -288,7 +290,7 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         write_chat_model(tmp_path / "models" / "chat")
     makes_caches = any("cache_latents.py" in command for command in commands)
     for command in commands:
-        is_about_pictures = "flux_" in command or "gen_img" in command  # their own pages run them too
+        is_about_pictures = "flux_" in command or "sdxl_generate" in command  # their own pages run them too
         # those of the first page are all programs of their own, as a reader starts them
         run_in(tmp_path, command, makes_caches, apart=page.stem == "README" and not is_about_pictures)
         if "pocket.concepts" in command:

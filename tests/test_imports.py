@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "qwen_image_21": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
     "z_image": GROUND | {"networks.names", "encoders", "lumina"},
     "generation": GROUND | {"networks", "blissful_tuner", "post"},
-    "stable_diffusion": GROUND | {"networks", "encoders", "generation", "post"},
+    "stable_diffusion": GROUND | {"networks", "encoders", "generation", "blissful_tuner", "post"},
     "training": GROUND | {"networks", "dataset", "data_tools.report", "generation", "blissful_tuner"},
     "downloads": GROUND,
     "project": GROUND | {"dataset", "data_tools.report", "downloads", "training"},

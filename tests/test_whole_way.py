@@ -80,7 +80,7 @@ def check_dataset_page(served: Served) -> None:
 def generate_from_page(served: Served, queue: JobQueue) -> None:
     """Press the button below the command that generates on the run's page, and work until it is done."""
     page = Fields(served.ask(served.of("own")).text)
-    (form,) = [form for form in page.forms if re.search("_generate_|gen_img", form.get("line", ""))]
+    (form,) = [form for form in page.forms if re.search("_generate_", form.get("line", ""))]
     assert ask(served, "add", **form) == 303
     queue.start_next()
     wait_for_states(queue, FINISHED)

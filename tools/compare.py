@@ -15,7 +15,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from contract.families import identify, with_generation
+from contract.families import identify, with_scripts
 from generation.grid_options import CompareOptions, expand_patterns, family_of
 from modules.command import command_line
 from modules.installation import import_own
@@ -25,7 +25,7 @@ from modules.parser import Parser, add_options
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
-    entries = with_generation()
+    entries = with_scripts()
     families = {name: entry.further_models for name, entry in entries.items()}
     add_options(parser, CompareOptions, settings={"family": {"choices": list(families)}})
     words = sys.argv[1:] if argv is None else list(argv)

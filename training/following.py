@@ -72,7 +72,6 @@ class NextSteps:
     sample: Mapping[str, Any]
     sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
     spellings: Mapping[str, str] = field(default_factory=dict)  # of shared options: `FamilyEntry.spellings`
-    repeats_speed: bool = True  # the script that generates has the options of speed that a training has
 
     @property
     def options(self) -> TrainingOptions:
@@ -212,9 +211,7 @@ class NextSteps:
     def _generate(self, generation: Generation, file: Path) -> PageCommand:
         speed = self.options.speed
         launcher = self._launcher() if speed.sharding.shard_base else ["python"]
-        words = [*launcher, *generation(self.sample)]
-        if self.repeats_speed:
-            words += option_words(say_for_generation(speed))
+        words = [*launcher, *generation(self.sample), *option_words(say_for_generation(speed))]
         high_files, other_files = self._trained_files(file)
         words = self._with_trained(words, "", other_files)
         if f"--dit_{HIGH_NOISE}" in words:
@@ -305,13 +302,11 @@ def plan_next_steps(
     generation_of_caches: Generation | None = None,
     cached_with: Mapping[str, Any] | None = None,
     spellings: Mapping[str, str] | None = None,
-    repeats_speed: bool = True,
 ) -> NextSteps:
     """Return a maker of the command lines that can follow the run. What follows `sampler` is as there.
 
     generation_of_caches: in place of `generation` for a run without samples, which needs no encoders and may
-    not know their files. cached_with: the options that made the caches, by name. spellings, repeats_speed:
-    see `NextSteps`.
+    not know their files. cached_with: the options that made the caches, by name. spellings: see `NextSteps`.
     """
     sample: dict[str, Any] = {} if sampler is None else sampler.first_values
     if sampler is None and plan.accelerator.is_main_process:
@@ -325,7 +320,6 @@ def plan_next_steps(
         sample=sample,
         sample_loras=() if sampler is None else plan.options.samples.loras(),
         spellings=spellings or {},
-        repeats_speed=repeats_speed,
     )
 
 

@@ -510,7 +510,7 @@ def _solver_of(values: Mapping[str, Any], own: Sequence[str] = ()) -> str | None
     name = values.get("sample_sampler")
     if name is None:
         return None
-    solvers = dict(zip(own, own, strict=True)) if own else SOLVERS
+    solvers = _solvers_of(own)
     solver = name if name in solvers.values() else solvers.get(name)
     if solver is None:
         known = ", ".join(dict.fromkeys((*solvers.values(), *solvers)))
@@ -518,6 +518,11 @@ def _solver_of(values: Mapping[str, Any], own: Sequence[str] = ()) -> str | None
             "the sample %r: the sampler %s (--ss) is ignored. Known: %s", values["prompt"], name, known
         )
     return solver
+
+
+def _solvers_of(own: Sequence[str]) -> Mapping[str, str]:
+    """Return the names of solvers on the command line -> those of requests. own: those of a model."""
+    return {name: name for name in own} if own else SOLVERS
 
 
 def _no_dit(expert: int) -> nn.Module:
@@ -538,5 +543,6 @@ def sample_values(prepared: Prepared, is_seeded: bool, family: Family) -> dict[s
             values[f"guidance_scale_{HIGH_NOISE}"] = scale
     values["seed"] = prepared.seed if is_seeded else None
     values["flow_shift"] = prepared.flow_shift if family.defaults.flow_shift is not None else None
-    values["solver"] = next((name for name, solver in SOLVERS.items() if solver == request.solver), None)
+    solvers = _solvers_of(family.defaults.solvers)
+    values["solver"] = next((name for name, solver in solvers.items() if solver == request.solver), None)
     return values

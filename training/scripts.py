@@ -81,7 +81,6 @@ def training_script(
                 generation=partial(entry.generation_words, family_options, typed=typed),
                 generation_of_caches=_generation_of_caches(entry, family_options, recalled, typed),
                 spellings=entry.spellings,
-                repeats_speed=not entry.generator,
                 cached_with={option.name: option.value for option in recalled},
             )
             room = import_own(f"{entry.room}.family")

@@ -144,6 +144,11 @@ class WanTask:
     first_frame_probability: float | None = None
 
     @property
+    def side_step(self) -> int:
+        """Return what widths and heights are multiples of, in pixels."""
+        return 32 if self.kind == "ti2v" else 16
+
+    @property
     def takes_image(self) -> bool:
         """Tell whether the network's condition channels hold an image; such a task needs one."""
         return self.kind in {"i2v", "flf2v"}

@@ -21,6 +21,20 @@ document.addEventListener("htmx:after:request", ({ detail }) => {
   }
 });
 
+// ---- another model: its answer brings fields and command, and what was asked for the fields before is dropped
+let isRefilling = false;
+document.addEventListener("change", ({ target }) => {
+  if (target.id !== "source") return;
+  isRefilling = true;
+  field("command").dispatchEvent(new Event("htmx:abort"));
+}, true);
+document.addEventListener("htmx:finally:request", ({ target }) => {
+  if (target.id === "source") isRefilling = false;
+});
+document.addEventListener("htmx:before:request", (event) => {
+  if (event.target.id === "command" && isRefilling) event.preventDefault();
+});
+
 // ---- the seed: a typed one is locked; without the lock each result has another
 document.addEventListener("input", ({ target }) => {
   if (target.id === "seed") field("lock").checked = target.value.trim() !== "";

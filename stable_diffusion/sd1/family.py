@@ -1,7 +1,12 @@
 """Stable Diffusion 1.x and 2.x for train_network.py and its caches."""
 
 from stable_diffusion import family
-from stable_diffusion.sd1.options import Sd1LatentCachingOptions, Sd1TextCachingOptions, Sd1TrainingOptions
+from stable_diffusion.sd1.options import (
+    Sd1GenerationOptions,
+    Sd1LatentCachingOptions,
+    Sd1TextCachingOptions,
+    Sd1TrainingOptions,
+)
 
 
 def family_for_latent_caching(options: Sd1LatentCachingOptions) -> family.StableDiffusion:
@@ -14,3 +19,7 @@ def family_for_text_caching(options: Sd1TextCachingOptions) -> family.StableDiff
 
 def family_for_training(options: Sd1TrainingOptions) -> family.StableDiffusion:
     return family.family_for_training(family.OF_SD, options, options.v2, options.clip_skip)
+
+
+def family_for_generation(options: Sd1GenerationOptions) -> family.StableDiffusion:
+    return family.family_for_generation(family.OF_SD, options)

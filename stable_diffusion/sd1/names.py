@@ -2,18 +2,16 @@
 
 from contract.families import FamilyEntry, Marks
 from networks.names.layouts import FamilyNames
-from stable_diffusion.names import OF_GEN_IMG
 
 ENTRY = FamilyEntry(
     "stable_diffusion.sd1",
     own_files=False,
-    script="sd1",  # no script is called so: `trainer`, `generator` and `cache` name them
+    script="sd",
     cache="sd_cache",
     trainer="train_network",
-    generator="gen_img",
     record="Sd1",
     encoders=(),  # the VAE is in the checkpoint, or in a file of its own
-    spelled=OF_GEN_IMG,
+    spelled=(("infer_steps", "--steps"), ("sample_solver", "--sampler")),
     texts="--pretrained_model_name_or_path CHECKPOINT",
     further_models=("sd2",),
 )

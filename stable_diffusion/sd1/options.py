@@ -1,7 +1,7 @@
 """Options of train_network.py and the sd_cache_... scripts. Standard library only."""
 
 from modules.options import HABIT, IDENTITY, option
-from stable_diffusion.options import GenImgOptions as Sd1GenerationOptions
+from stable_diffusion.generation_options import StableDiffusionGenerationOptions, script_defaults
 from stable_diffusion.training_options import (
     LatentCachingOptions,
     StableDiffusionTrainingOptions,
@@ -10,8 +10,9 @@ from stable_diffusion.training_options import (
     generation_options,
 )
 
-__all__ = ("Sd1GenerationOptions", "caching_options", "generation_options")
+__all__ = ("caching_options", "generation_options")
 NAME = "Stable Diffusion 1.x and 2.x"
+GENERATION = script_defaults(512, side_step=8)
 
 
 def _clip_skip() -> int | None:
@@ -40,3 +41,7 @@ class Sd1TextCachingOptions(TextCachingOptions, title=NAME):
     """Options of sd_cache_text_encoder_outputs.py besides the shared ones."""
 
     clip_skip: int | None = _clip_skip()
+
+
+class Sd1GenerationOptions(StableDiffusionGenerationOptions, title=NAME):
+    """Options of sd_generate_image.py besides the shared ones."""

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: sdxl_train_network.py and its caches.
+"""Stable Diffusion XL: sdxl_train_network.py, its caches and generation.
 
 family: the description, for these kinds of checkpoints
 names: entry of the scripts in the list

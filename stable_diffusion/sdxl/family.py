@@ -2,6 +2,7 @@
 
 from stable_diffusion import family
 from stable_diffusion.sdxl.options import (
+    SdxlGenerationOptions,
     SdxlLatentCachingOptions,
     SdxlTextCachingOptions,
     SdxlTrainingOptions,
@@ -18,3 +19,7 @@ def family_for_text_caching(options: SdxlTextCachingOptions) -> family.StableDif
 
 def family_for_training(options: SdxlTrainingOptions) -> family.StableDiffusion:
     return family.family_for_training(family.OF_XL, options)
+
+
+def family_for_generation(options: SdxlGenerationOptions) -> family.StableDiffusion:
+    return family.family_for_generation(family.OF_XL, options)

@@ -2,17 +2,15 @@
 
 from contract.families import FamilyEntry, Marks
 from networks.names.layouts import FamilyNames
-from stable_diffusion.names import OF_GEN_IMG
 
 ENTRY = FamilyEntry(
     "stable_diffusion.sdxl",
     own_files=False,
     script="sdxl",
     cache="sdxl_cache",
-    generator="gen_img",
     record="Sdxl",
     encoders=(),  # the VAE is in the checkpoint, or in a file of its own
-    spelled=OF_GEN_IMG,
+    spelled=(("infer_steps", "--steps"), ("sample_solver", "--sampler")),
     texts="--pretrained_model_name_or_path CHECKPOINT",
 )
 

@@ -1,7 +1,7 @@
 """Options of sdxl_train_network.py and the sdxl_cache_... scripts. Standard library only."""
 
 from modules.options import not_needed, unsupported
-from stable_diffusion.options import GenImgOptions as SdxlGenerationOptions
+from stable_diffusion.generation_options import StableDiffusionGenerationOptions, script_defaults
 from stable_diffusion.training_options import (
     LatentCachingOptions,
     StableDiffusionTrainingOptions,
@@ -10,8 +10,9 @@ from stable_diffusion.training_options import (
     generation_options,
 )
 
-__all__ = ("SdxlGenerationOptions", "caching_options", "generation_options")
+__all__ = ("caching_options", "generation_options")
 NAME = "Stable Diffusion XL"
+GENERATION = script_defaults(1024, side_step=32)
 _IN_GUIDES = (
     "guides name it, and the known script itself does not have it. Give both rates to --text_encoder_lr: "
     "first that of CLIP-L, then that of OpenCLIP, such as --text_encoder_lr 1e-5 1e-5"
@@ -36,3 +37,7 @@ class SdxlLatentCachingOptions(LatentCachingOptions, title=NAME):
 
 class SdxlTextCachingOptions(TextCachingOptions, title=NAME):
     """Options of sdxl_cache_text_encoder_outputs.py besides the shared ones."""
+
+
+class SdxlGenerationOptions(StableDiffusionGenerationOptions, title=NAME):
+    """Options of sdxl_generate_image.py besides the shared ones."""

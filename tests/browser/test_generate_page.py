@@ -5,6 +5,7 @@ import html
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -333,6 +334,34 @@ def test_make_makes_what_the_form_says(served: Served, root: Path) -> None:
         assert page.problems == []
 
 
+def command_of(page: Any) -> list[str]:
+    return shlex.split(page.locator("#command").inner_text())
+
+
+def test_the_command_is_that_of_the_model_that_was_chosen_last(served: Served) -> None:
+    sides = {"krea2 turbo": "1024", "stable_diffusion xl": "1024", "wan t2v-1.3B": "832"}
+    with open_page(f"{served.url}/generate") as page:
+        page.get_by_label("Prompt").fill(PROMPT)
+        for model in ("wan22 t2v-A14B-4steps", *sides):
+            page.get_by_label("Model").select_option(f"model {model}")
+            wait_until(
+                page, f"document.querySelector('#make [name=width]').value === '{sides.get(model, '832')}'"
+            )
+            page.wait_for_timeout(800)  # longer than the page waits before it asks
+            command = command_of(page)
+            width, height = (
+                page.get_by_label(name, exact=True).input_value() for name in ("Width", "Height")
+            )
+            flag = "--video_size" if model.startswith("wan") else "--image_size"
+            assert command[command.index(flag) + 1 :][:2] == [height, width]
+            steps = page.get_by_label("Steps", exact=True).input_value()
+            spelled = "--infer_steps" if model.startswith("wan") else "--steps"
+            assert (spelled in command) == bool(steps)
+            if steps:
+                assert command[command.index(spelled) + 1] == steps
+        assert page.problems == []
+
+
 def test_four_seeds_follow_one_another(served: Served, root: Path) -> None:
     with open_page(f"{served.url}/generate?run={run_id(served)}") as page:
         page.get_by_role("button", name="Make with four seeds").click()
@@ -351,11 +380,13 @@ def test_a_wish_is_watched_cancelled_and_made_again(served: Served, root: Path) 
         assert served.ask(address).body == b"a preview"
         page.get_by_role("button", name="Cancel").click()
         wait_for(lambda: states(root) == [STOPPED])
+        page.locator("#ended > summary").click()
         page.get_by_role("button", name="Again", exact=True).click()
         wait_for(lambda: states(root) == [RUNNING])
         page.get_by_role("button", name="Cancel").click()
         wait_for(lambda: states(root) == [STOPPED])
-        page.get_by_role("button", name="Forget").click()
+        page.locator("#ended > summary").click()
+        page.get_by_role("button", name="Forget all of these").click()
         wait_for(lambda: states(root) == [])
         assert served.ask(address).status == 204
 
@@ -385,7 +416,7 @@ def test_a_fault_is_shown_and_the_form_stays(served: Served, root: Path) -> None
         ({"count": "1e2"}, "How many 1e2"),
         ({"source": "run 0123456789abcdef"}, "This run has no command that generates"),
         ({"source": "model no such"}, "there is no such model"),
-        ({"source": "model stable_diffusion xl"}, "there is no such model"),
+        ({"source": "model stable_diffusion 1.5-guided"}, "there is no such model"),
         ({"source": "model flux dev"}, "is missing: load the model first"),
         ({"lora": "/etc/passwd"}, "/etc/passwd: there is no such LoRA"),
         ({"redraw": "../secret.png"}, "Redraw ../secret.png: there is no such file."),

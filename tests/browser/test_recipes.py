@@ -1,18 +1,23 @@
 """Forms of the page Generate become commands that the scripts read, and requests that say the same."""
 
+import contextlib
+import importlib
+import re
 import shlex
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from browser.recipes import LORA, ModelRecipe, UsedLora, Wish, find_model_set, is_driven, recipe_of_model
-from contract.families import HIGH_NOISE, with_generation
+from contract.families import HIGH_NOISE, with_scripts
 from downloads.catalogue import ModelSet, model_sets
+from flux_3.options import GUIDANCE_OF_DISTILLED, STEPS_OF_DISTILLED
 from generation.options import generation_parser
 from generation.prompt_lines import find_option
-from modules.errors import OptionError
+from modules.errors import OptionError, UserError
 from modules.option_values import few_digits
 from modules.parser import add_options
 
@@ -51,7 +56,7 @@ def recipe_of(model: ModelSet, folder: Path) -> ModelRecipe:
 def parse(words: list[str], recipe: ModelRecipe) -> Namespace:
     """What the script reads of a command."""
     assert words[:2] == ["python", recipe.script]
-    entry = with_generation()[recipe.family]
+    entry = with_scripts()[recipe.family]
     parser = generation_parser(None, recipe.defaults)
     add_options(parser, entry.options_record("Generation"))
     read, unknown = parser.parse_known_args(words[2:])
@@ -249,3 +254,98 @@ def test_guidance_is_what_the_model_has(tmp_path: Path, family: str, embeds: boo
 def test_a_model_with_guidance_built_in_has_no_field_for_it(tmp_path: Path) -> None:
     model = next(model for model in SETS if model.family == "minimax_h3")
     assert not {"negative", "guidance", "cfg"} & {*recipe_of(model, tmp_path).fields}
+
+
+def settled(model: ModelSet) -> tuple[Any, Any] | None:
+    """The family and the shared options of a model's command; None if its family has to read files."""
+    words = shlex.split(with_paths(model))
+    made: list[tuple[Any, Any]] = []
+    with contextlib.suppress(UserError, SystemExit):
+        script = importlib.import_module(words[1].removesuffix(".py"))
+        script.main(words[2:], lambda family, options: made.append((family, options)))
+        _ = made[0][0].defaults, made[0][0].latent
+        return made[0]
+    return None
+
+
+def test_an_empty_field_shows_what_the_script_computes(tmp_path: Path) -> None:
+    compared = 0
+    for model in SETS:
+        recipe = recipe_of(model, tmp_path)
+        found = settled(model)
+        if found is None:
+            continue
+        family, options = found
+        usual, request = family.defaults, options.request
+        compared += 1
+        expected = {
+            "steps": request.infer_steps or usual.steps,
+            "guidance": usual.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+            "cfg": usual.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+            "frames": request.video_length or usual.frames,
+            "high_cfg": usual.expert_guidance.get(HIGH_NOISE),
+            "width": (request.video_size or (usual.height, usual.width))[1],
+        }
+        if recipe.embeds_guidance:
+            expected["guidance"] = request.embedded_guidance or usual.embedded_guidance
+        for name, value in expected.items():
+            shown = recipe.usual.get(name) or recipe.default_of(name)
+            if name in recipe.fields and shown and not recipe.counts_seconds:
+                assert float(shown) == value, (model.family, model.task, name)
+        if "steps" in recipe.fields:
+            assert recipe.usual.get("steps") or recipe.default_of("steps"), (model.family, model.task)
+        assert recipe.side_step == family.latent.pixel_step, (model.family, model.task)
+        if "frames" in recipe.fields and not recipe.counts_seconds:
+            assert recipe.defaults.lengths == family.latent.lengths
+    assert compared > 35
+
+
+def with_paths(model: ModelSet) -> str:
+    """The command of a model with the names of its files, which say what it is."""
+    command = model.commands["generate"]
+    for part in model.components:
+        if part.option:
+            command = command.replace(f"{{{part.option.lstrip('-')}}}", f"models/{part.path}")
+    return command
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "expected"),
+    [
+        ("flux_3", "klein", {"steps": STEPS_OF_DISTILLED, "guidance": GUIDANCE_OF_DISTILLED}),
+        ("flux_3", "klein-base", {"steps": 50, "guidance": 3.5}),
+        ("qwen_image_21", "turbo", {"steps": 8, "guidance": 1}),
+        ("flux", "schnell", {"steps": 4, "guidance": ""}),
+        ("flux_2", "klein-4b", {"steps": 4, "cfg": 1}),
+        ("stable_diffusion", "1.5", {"share": 0.8}),
+    ],
+)
+def test_a_distilled_model_shows_its_own_steps_and_guidance(
+    family: str, task: str, expected: dict[str, float], tmp_path: Path
+) -> None:
+    model = find_model_set(family, task)
+    assert model is not None
+    recipe = recipe_of(model, tmp_path)
+    for name, value in expected.items():
+        assert recipe.default_of(name) == f"{value}".removesuffix(".0")
+
+
+@pytest.mark.parametrize(
+    ("model", "texts", "message"),
+    [
+        ("wan t2v-1.3B", {"width": "65", "height": "64"}, "Width 65: give a multiple of 16. Nearest: 64"),
+        ("wan22 ti2v-5B", {"width": "64", "height": "7"}, "Height 7: give a multiple of 32. Nearest: 32"),
+        ("wan t2v-1.3B", {"frames": "6"}, "Frames 6: give a length of 4n + 1. Nearest: 5"),
+        ("ltx_2 av", {"frames": "14"}, "Frames 14: give a length of 8n + 1. Nearest: 17"),
+        ("stable_diffusion xl", {"guidance": "1e9"}, "Guidance 1e9: give a number from -1,000 to 1,000"),
+        ("stable_diffusion xl", {"steps": "0"}, "Steps 0: give a number from 1 to 10,000"),
+    ],
+)
+def test_what_a_script_refuses_or_changes_is_refused_with_the_nearest_value(
+    model: str, texts: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    found = find_model_set(*model.split())
+    assert found is not None
+    recipe = replace(recipe_of(found, tmp_path), missing=[])
+    with pytest.raises(OptionError, match=re.escape(message)):
+        Wish(recipe, prompt="a", texts=texts, loras=[], save_path="generated").check()

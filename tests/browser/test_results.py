@@ -33,7 +33,7 @@ from browser.settings_of import (
     settings_of_tags,
 )
 from browser.wishes import Making
-from contract.families import with_generation
+from contract.families import with_scripts
 from modules.errors import OptionError
 from modules.media.reading import read_image, read_tags, video_frames
 from modules.media.writing import write_png, write_video
@@ -154,10 +154,10 @@ def test_a_file_of_another_program_has_no_settings(tmp_path: Path) -> None:
     assert read_settings(path) is None
 
 
-@pytest.mark.parametrize("name", list(with_generation()))
+@pytest.mark.parametrize("name", list(with_scripts()))
 def test_families_are_found_by_the_names_in_files(name: str) -> None:
     assert find_family(name) == name
-    for other in with_generation()[name].further_models:
+    for other in with_scripts()[name].further_models:
         assert find_family(other) == name
 
 

@@ -72,8 +72,6 @@ def _readers() -> dict[str, Callable[[list[str]], Any]]:
             else functools.partial(read_training, changes=TrainerChanges(settings=ALL_SAMPLERS))
         )
         found[f"{training}.py"] = functools.partial(read, "", record, *defaults)
-        if entry.generator:
-            continue
         defaults = importlib.import_module(entry.generation_script).DEFAULTS
         record = entry.options_record("Generation")
         found[f"{entry.generation_script}.py"] = functools.partial(read_generation, "", defaults, record)

@@ -67,7 +67,7 @@ def actions(monkeypatch: pytest.MonkeyPatch) -> dict[str, argparse.Action]:
     names = ["tools/download"]
     for entry in with_scripts().values():
         names += [f"{entry.cache}_latents", f"{entry.cache}_text_encoder_outputs"]
-        names += [] if entry.generator else [entry.generation_script]
+        names.append(entry.generation_script)
         names += [entry.training_script, f"{entry.script}_train"]
     scripts = [f"{name}.py" for name in names if (ROOT / f"{name}.py").is_file()]
     found: dict[str, argparse.Action] = {}

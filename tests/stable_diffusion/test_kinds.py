@@ -146,9 +146,9 @@ def test_what_a_folder_lacks_is_named(kind: str, missing: str, said: str, tmp_pa
 def test_a_hint_to_users_of_other_scripts_says_which_takes_the_file(tmp_path: Path) -> None:
     file, folder = tiny.write_sdxl(tmp_path), tiny.write_folder("sd1", tmp_path / "sd1")
 
-    command = f"python gen_img.py --ckpt {file}"
+    command = f"python sdxl_generate_image.py --ckpt {file}"
     assert families.identify(file) == f"it is a Stable Diffusion XL checkpoint: {command}"
-    assert "gen_img.py" in str(families.identify(folder))
+    assert "sd_generate_image.py" in str(families.identify(folder))
 
 
 META = torch.device("meta")

@@ -1,0 +1,157 @@
+"""Options of sd_generate_image.py and sdxl_generate_image.py, and how they have the shared ones.
+
+Standard library only.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blissful_tuner.video_to_video_options import SourceDefaults
+from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, LineOption, read_name, read_number
+from generation.script_options import PICTURE_FPS, PICTURE_OUTPUTS, ScriptDefaults
+from modules.options import NO_PIXELS, Options, not_needed, option, unsupported
+from stable_diffusion.sampling_options import SAMPLERS, USUAL_STRENGTH
+from stable_diffusion.training_options import (
+    CKPT,
+    CKPT_HELP,
+    GUIDANCE_SCALE,
+    STEPS,
+    TOKENIZERS_HELP,
+    USUAL_SAMPLER,
+    VAE_HELP,
+)
+
+_PRECISION = "precision"
+_OF_GEN_IMG = "gen_img.py has it. Use that script, which makes the same pictures"
+_IN_BRACKETS = "brackets in prompts are weights for all models of Stable Diffusion, as in gen_img.py"
+_BY_MODE = "torch's own kernels are usual; --attn_mode chooses others"
+_OWN_LOOP = "the U-Net runs its blocks by itself, and cannot {}. Leave it out"
+_NO_SWAP = _OWN_LOOP.format("wait in host memory in part")
+_NO_SKIP = _OWN_LOOP.format("leave out some of them")
+_NO_SECOND = _OWN_LOOP.format("attend to a second text")
+_NO_SHARE = _OWN_LOOP.format("share them between processes")
+# shared options that act on the blocks of a transformer
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("blocks_to_swap", "img_in_txt_in_offloading", "block_swap_ring_size"), _NO_SWAP),
+    **dict.fromkeys(("slg_mode", "slg_layers", "slg_scale", "slg_start", "slg_end"), _NO_SKIP),
+    **dict.fromkeys(("nag_prompt", "nag_scale", "nag_tau", "nag_alpha"), _NO_SECOND),
+    **dict.fromkeys(("shard_base", "context_parallel"), _NO_SHARE),
+    **dict.fromkeys(
+        (
+            *("magcache_mag_ratios", "magcache_retention_ratio", "magcache_threshold", "magcache_k"),
+            *("magcache_calibration", "teacache_threshold", "teacache_coefficients", "teacache_calibration"),
+        ),
+        _NO_SKIP,
+    ),
+    **dict.fromkeys(
+        ("i2_extra_noise", "v2v_extra_noise"),
+        "the sampler adds its noise by itself. Give a larger --strength for more change",
+    ),
+    "save_merged_model": "it would leave out the text encoders. Use networks/sdxl_merge_lora.py",
+    "prompt_weighting": f"{_IN_BRACKETS}, without an option. Leave it out",
+}
+_LINE_OPTIONS: Mapping[str, LineOption] = {
+    **{
+        letter: line_option
+        for letter, line_option in IMAGE_GENERATION_OPTIONS.items()
+        if letter not in ("fs", "nag", "mcrr", "mct", "mck", "tct")
+    },
+    "ss": LineOption("sample_solver", read_name),
+    "t": LineOption("denoise", read_number),  # as in lines of gen_img.py
+}
+
+
+def script_defaults(side: int, side_step: int) -> ScriptDefaults:
+    """Return how a script has the shared options.
+
+    side: usual width and height of its pictures, in pixels. side_step: they are multiples of it.
+    """
+    return ScriptDefaults(
+        fps=PICTURE_FPS,
+        guidance_scale=GUIDANCE_SCALE,
+        infer_steps=STEPS,
+        sample_solver=USUAL_SAMPLER,
+        solvers={name: name for name in SAMPLERS},
+        solver_help="how steps are made, as gen_img.py --sampler; k_NAME is the same as NAME",
+        media=frozenset(),
+        source=SourceDefaults(share="strength", denoise=USUAL_STRENGTH, takes_video=False),
+        size=(side, side),
+        side_step=side_step,
+        pictures=True,
+        noise_on_cpu=True,
+        line_options=_LINE_OPTIONS,
+        output_types=PICTURE_OUTPUTS,
+        spellings={
+            "infer_steps": ("--steps", "--infer_steps"),
+            "guidance_scale": ("--guidance_scale", "--scale"),
+            "sample_solver": ("--sampler", "--sample_solver"),
+        },
+        without=("flow_shift",),
+        refused=REFUSED,
+    )
+
+
+def _of_gen_img(**settings: Any) -> Any:
+    return unsupported(_OF_GEN_IMG, **settings)
+
+
+class StableDiffusionGenerationOptions(Options, title="Stable Diffusion"):
+    """Options that both scripts have besides the shared ones."""
+
+    ckpt: Path = option(CKPT_HELP, flags=(CKPT, "--ckpt"), often=True, required=True)
+    vae: Path | None = option(VAE_HELP, often=True)
+    tokenizer_cache_dir: Path | None = option(TOKENIZERS_HELP, facts=NO_PIXELS)
+    fp16: bool = option(
+        "compute in float16, the VAE in float32; default: all in float32",
+        title=_PRECISION,
+        excludes="bf16",
+        often=True,
+    )
+    bf16: bool = option("compute in bfloat16, the VAE in float32", title=_PRECISION, often=True)
+    v_parameterization: bool = option(
+        "the model predicts v, as Stable Diffusion 2.x of 768 pixels does; not needed if the checkpoint says "
+        "it"
+    )
+    zero_terminal_snr: bool = option("the last timestep is noise alone, for models trained so")
+    clip_skip: int | None = option(
+        "layer of the text encoders whose states are used, from the end: 1 is the last one; default: 1, for "
+        "XL 2",
+        least=1,
+        hint="1 or 2",
+        often=True,
+    )
+    max_embeddings_multiples: int | None = option(
+        "how long a prompt may be, in chunks of 75 tokens; default: 1, the rest is cut off with a warning",
+        least=1,
+        often=True,
+    )
+    no_half_vae = not_needed("the VAE always computes in float32.", "VAE in float32")
+    sdpa = not_needed(f"{_BY_MODE}.")
+    xformers = unsupported("give --attn_mode xformers instead")
+    diffusers_xformers = unsupported("give --attn_mode xformers instead")
+    control_net_models = _of_gen_img(type=Path, nargs="*")
+    control_net_lllite_models = _of_gen_img(type=Path, nargs="*")
+    textual_inversion_embeddings = _of_gen_img(type=Path, nargs="*")
+    XTI_embeddings = _of_gen_img(type=Path, nargs="*")
+    emb_normalize_mode = _of_gen_img(type=str)
+    clip_vision_strength = _of_gen_img(type=float)
+    clip_guidance_scale = _of_gen_img(type=float)
+    clip_image_guidance_scale = _of_gen_img(type=float)
+    vgg16_guidance_scale = _of_gen_img(type=float)
+    negative_scale = _of_gen_img(type=float)
+    highres_fix_scale = _of_gen_img(type=float)
+    ds_depth_1 = _of_gen_img(type=int)
+    gradual_latent_timesteps = _of_gen_img(type=int)
+    mask_path = _of_gen_img(type=Path)
+    pyramid_noise_prob = _of_gen_img(type=float)
+    noise_offset_prob = _of_gen_img(type=float)
+    original_height = _of_gen_img(type=int)
+    original_width = _of_gen_img(type=int)
+    crop_top = _of_gen_img(type=int)
+    crop_left = _of_gen_img(type=int)
+    batch_size = unsupported(
+        "each picture is computed by itself here: --num_images makes several. For batches use gen_img.py",
+        type=int,
+    )
+    network_merge = not_needed("LoRAs are always merged into the weights.")
