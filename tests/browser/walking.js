@@ -26,7 +26,7 @@ globalThis.walker = (() => {
   function controls() {
     const top = [...document.querySelectorAll("dialog[open]")].at(-1) ?? document;
     const seen = new Map();
-    return [...top.querySelectorAll(CONTROLS)].filter((one) => isShown(one) && !one.disabled && !one.readOnly).map((one) => {
+    return [...top.querySelectorAll(CONTROLS)].filter((one) => isShown(one) && !one.disabled && one.ariaDisabled !== "true" && !one.readOnly).map((one) => {
       const plain = plainKey(one), count = seen.get(plain) ?? 0;
       seen.set(plain, count + 1);
       return { one, key: count ? `${plain} ${count}` : plain };

@@ -29,7 +29,7 @@ SCRIPT = Path(__file__).with_name("walking.js")
 KINDS = {"button": 6, "field": 4, "nav": 2, "link": 2, "summary": 1}  # how often each is drawn
 TEXTS = (
     *("", " ", "0", "1", "-1", "7", "0.5", "1e9", "999999999999", "nan", "20", "64"),
-    *("a cat", "ä ö ü ß", "🎬 it's \"quoted\"", "<b>bold</b>", "../..", "--seed 5", "x" * 400),
+    *("a cat", "ä ö ü ß", '🎬 it\'s "quoted"', "<b>bold</b>", "../..", "--seed 5", "x" * 400),
 )
 NUMBERS = ("", "0", "1", "2", "12", "20", "30", "48", "64", "-1", "1e9", "0.5", "999999999999", "many")
 QUIET_SECONDS = 0.15  # without a request, after which a page is at rest
@@ -41,7 +41,12 @@ STEADY = 8  # clicks for which an address that has answered counts as there
 MOST_SHIFT = 60  # pixels that a page may move under its reader
 MEDIA = ("image", "media", "font")  # kinds of requests that a page need not wait for
 NOT_DRAWN = ("Load",)  # buttons of downloads
-FREE_OPTIONS = ("--seed", "--num_videos", "--num_images", "--images_per_prompt")  # drawn when pressed, or a count
+FREE_OPTIONS = (
+    "--seed",
+    "--num_videos",
+    "--num_images",
+    "--images_per_prompt",
+)  # drawn when pressed, or a count
 REFUSED = (409, 422)  # statuses of a request that was refused, which the page then says
 GONE = re.compile("not there any more|renamed, moved or removed")
 
@@ -79,17 +84,29 @@ class Said:
 
 # what must not be said at once
 CONTRADICTIONS: Mapping[str, Callable[[Said], bool]] = {
-    "an empty queue with jobs": lambda it: "The queue is empty." in it.page["text"] and bool(it.page["facts"]["jobs"]),
-    "an empty queue where the server has jobs": lambda it: "The queue is empty." in it.page["text"] and bool(it.states),
+    "an empty queue with jobs": lambda it: (
+        "The queue is empty." in it.page["text"] and bool(it.page["facts"]["jobs"])
+    ),
+    "an empty queue where the server has jobs": lambda it: (
+        "The queue is empty." in it.page["text"] and bool(it.states)
+    ),
     "a job that waits above, and none does": lambda it: it.has("it waits above") and WAITING not in it.states,
     "it does not run, and is active": lambda it: it.has("It does not run") and bool(it.page["isActive"]),
     "stop it first, and nothing runs": lambda it: it.has("stop it first") and it.is_idle_run,
-    "it is running already, and nothing is": lambda it: it.has("It runs already|is in the queue already") and it.is_idle_run,
+    "it is running already, and nothing is": lambda it: (
+        it.has("It runs already|is in the queue already") and it.is_idle_run
+    ),
     "asked to end, and it has ended": lambda it: it.has("Asked: it saves|asked to stop") and it.is_idle_run,
-    "taken out of the queue, and in it": lambda it: it.has("taken out of the queue") and "waiting" in it.page["state"],
+    "taken out of the queue, and in it": lambda it: (
+        it.has("taken out of the queue") and "waiting" in it.page["state"]
+    ),
     "it is in the queue, and is not": lambda it: it.has("^It is in the queue") and it.is_idle_run,
-    "the queue goes on, and is paused": lambda it: it.has("The queue goes on") and "paused" in it.page["state"],
-    "not described, and described": lambda it: it.has("^not described") and " Train on it " in it.page["text"],
+    "the queue goes on, and is paused": lambda it: (
+        it.has("The queue goes on") and "paused" in it.page["state"]
+    ),
+    "not described, and described": lambda it: (
+        it.has("^not described") and " Train on it " in it.page["text"]
+    ),
     "no run, and runs": lambda it: "No run yet" in it.page["text"] and bool(it.page["facts"]["runs"]),
     "nothing runs, and a job does": lambda it: "nothing runs ·" in it.page["text"] and RUNNING in it.states,
 }
@@ -397,7 +414,9 @@ class Walk:
         if not is_led:
             self.compare_places(tab, {**self.place, "focus": ""}, after, f"after {click.key}")
 
-    def compare_places(self, tab: Tab, before: Mapping[str, Any], after: Mapping[str, Any], when: str) -> None:
+    def compare_places(
+        self, tab: Tab, before: Mapping[str, Any], after: Mapping[str, Any], when: str
+    ) -> None:
         """A page that was not left keeps its place, and the focus if there was one."""
         if before["born"] != after["born"]:
             return
