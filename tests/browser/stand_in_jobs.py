@@ -1,8 +1,8 @@
 """Stand in for the programs that jobs of a page start: `python stand_in_jobs.py SCRIPT ARGUMENTS...`.
 
-A `run` writes the history, samples and files of a training in seconds, and saves and ends at Ctrl-C or when a
-file asks for it. A check takes a second; whether it finds a fault depends on the folder. `new` is the real one.
-Everything else prints a line and ends, some with an error.
+A `run` writes the history, samples and files of a training in seconds, and saves and ends at Ctrl-C or when
+a file asks for it. A check takes a second; whether it finds a fault depends on the folder. `new` is the real
+one. Everything else prints a line and ends, some with an error.
 """
 
 import runpy

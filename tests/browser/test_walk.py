@@ -30,7 +30,7 @@ from tests.browser.test_making import start_fake
 from tests.browser.test_safe_clicks import describe as describe_pocket
 from tests.browser.walking import SCRIPT, Walk, World, read_clicks
 from tests.chromium import open_tabs
-from tests.commands import QUIET, ROOT
+from tests.commands import QUIET
 
 SEED = 20261127
 SEED_VARIABLE, CLICKS_VARIABLE = "REELSMITH_WALK_SEED", "REELSMITH_WALK"

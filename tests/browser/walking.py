@@ -1,7 +1,7 @@
 """Walk through pages in a real browser by clicks that are drawn, and demand after each what always holds.
 
-A walk finds by itself what can be pressed or typed into, so new pages and buttons are walked too. Each click is
-noted; a list of clicks can be walked again.
+A walk finds by itself what can be pressed or typed into, so new pages and buttons are walked too. Each click
+is noted; a list of clicks can be walked again.
 """
 
 import json
@@ -53,13 +53,13 @@ GONE = re.compile("not there any more|renamed, moved or removed")
 
 @dataclass(frozen=True)
 class Click:
-    """What was done: in which tab, where, to what; a text that was typed or chosen, and whether Enter followed."""
+    """What was done: in which tab, where, to what; a text that was typed or chosen."""
 
     tab: int
     address: str
     key: str
     text: str | None = None
-    enters: bool = False  # else Tab
+    enters: bool = False  # Enter follows the text, else Tab
 
     def __str__(self) -> str:
         typed = "" if self.text is None else f" <- {self.text[:60]!r}{', Enter' if self.enters else ''}"
