@@ -135,6 +135,7 @@ globalThis.walker = (() => {
     state: document.getElementById("deeds")?.dataset.state ?? "",
     isActive: document.getElementById("deeds")?.dataset.active ?? "",
     facts: facts(document),
+    twice: [...Map.groupBy([...document.querySelectorAll("[id]")], (one) => one.id)].filter(([, ones]) => ones.length > 1).map(([id]) => id),
   });
 
   // What a page and its reloaded self have in common, once the page has polled.

@@ -458,6 +458,8 @@ class Walk:
             for name, applies in CONTRADICTIONS.items():
                 if applies(said):
                     yield f"{place} says {name}: {said.page['messages']}"
+            if said.page["twice"]:
+                yield f"{place} has these twice: {said.page['twice']}"
             reloaded = tab.ask("reloaded")
             for name, texts in said.page["facts"].items():
                 if texts != reloaded[name]:
