@@ -365,7 +365,9 @@ document.addEventListener("htmx:after:request", ({ target, detail }) => {
     wasAdded = true;
   }
   if (target.matches(".enqueue")) {
-    target.querySelector("button:not(.copy):not(.begin)").replaceWith(Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" }));
+    const link = Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" });
+    target.querySelector("button:not(.copy):not(.begin)").replaceWith(link);
+    link.focus({ preventScroll: true }); // it stands where the button was
     for (const one of target.querySelectorAll(".paused")) one.hidden = false;
   }
 });

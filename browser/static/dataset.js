@@ -189,7 +189,9 @@ async function write(card, what, have) {
 
 document.addEventListener("htmx:after:request", ({ target, detail }) => {
   if (target === document || !target.matches(".enqueue") || !detail.ctx.response?.raw.ok) return;
-  target.querySelector("button").replaceWith(Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" }));
+  const link = Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" });
+  target.querySelector("button").replaceWith(link);
+  link.focus({ preventScroll: true }); // it stands where the button was
 });
 
 function act(card, what) {
