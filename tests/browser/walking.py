@@ -266,6 +266,7 @@ class Walk:
         self.times: Counter[str] = Counter()  # that a control was used
         self.answered: dict[str, int] = {}  # address -> number of the click when it answered
         self.faults: list[str] = []
+        self.place: Mapping[str, Any] = {}  # of the page, just before the click
 
     # ---- drawing
 
@@ -429,14 +430,14 @@ class Walk:
     def look_at_started(self, shown: Sequence[str], before: Mapping[str, object]) -> None:
         """What was started is one of the commands that stood beside the button."""
         lines = [line for text in shown for line in [text, *text.splitlines()]]
-        programs = [program for line in lines if (program := program_of(line, Path.cwd())) is not None]
+        programs = [found for line in lines if (found := program_of(line, Path.cwd())) is not None]
         if not programs:
             return
-        typed = [without_free(program) for program, _ in programs]
+        typed = [without_free(words) for words, _ in programs]
         for name, (program, _) in self.world.list_started().items():
             if name not in before and without_free(program) not in typed:
-                words = " ".join(without_free(program)[1:])
-                self.fault(f"{name} runs {words}, and the page showed {[' '.join(one[1:]) for one in typed]}")
+                text = " ".join(without_free(program)[1:])
+                self.fault(f"{name} runs {text}, and the page showed {[' '.join(one[1:]) for one in typed]}")
 
     def look_when_settled(self) -> None:
         """What a page may learn with its next poll holds after that."""
