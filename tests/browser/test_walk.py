@@ -6,6 +6,7 @@ REELSMITH_WALK=FILE walks the clicks of a file that a failed walk has written.
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +69,7 @@ def serve_world(root: Path, is_real: bool) -> Iterator[World]:
     queue = open_queue(Runs([root]), read_only=False)
     maker = ResultMaker(queue) if is_real else ResultMaker(queue, start_fake)
     folders = [str(root / name) for name in ("my clips", "it's a dog 🐕", "from elsewhere", "none")]
-    lines = [launch.shlex.join(["reelsmith", "run", folder]) for folder in folders]
+    lines = [shlex.join(["reelsmith", "run", folder]) for folder in folders]
     upload = root.parent / "Foto ü.png"
     write_png(upload, np.full((48, 64, 3), 30, np.uint8))
     texts = [*folders, *lines, str(root / "my clips" / "Bild ö 1.png"), "convert_lora.py --help"]
