@@ -226,6 +226,7 @@ class NewPages:
             "engine_size": describe_engine(CAPTION_MODEL),
             "tried": TRIED,
             "caption_line": typed_anywhere(caption_words("", ""), folder),
+            "try_line": typed_anywhere(caption_words("", "", TRIED), folder),
             "said": problem,
             "refused": error if folder is None else "",  # of a button whose folder is gone
         }
@@ -375,7 +376,8 @@ class NewPages:
         query = request.query_params
         folder = find_folder(self.site.runs, query.get("folder", ""))
         try:
-            words = caption_words(query.get("engine", ""), query.get("question", ""))
+            count = TRIED if "tries" in query else None
+            words = caption_words(query.get("engine", ""), query.get("question", ""), count)
             text = typed_anywhere(words, folder)
         except OptionError as error:
             text = str(error)

@@ -29,17 +29,39 @@ def open_page(place: Path | str, width: int = 1280, height: int = 900, **look: s
     """
     page = _start().new_page(viewport={"width": width, "height": height}, **look)
     url = place if isinstance(place, str) else place.resolve().as_uri()
-    page.problems = []
-    page.on("pageerror", lambda error: page.problems.append(f"error: {error}"))
-    page.on("console", lambda message: page.problems.append(f"console: {message.text}"))
+    _note_problems(page, url)
     page.on("dialog", lambda dialog: (page.problems.append("dialog"), dialog.dismiss()))
-    page.on("request", lambda request: _note_request(page, request.url, url))
     try:
         page.goto(url)
         page.wait_for_load_state("load")
         yield page
     finally:
         page.close()
+
+
+@contextlib.contextmanager
+def open_tabs(url: str, count: int, script: Path) -> Iterator[list[Any]]:
+    """Yield as many tabs of one browser, each with this address open and `problems` as of `open_page`.
+
+    script: runs in each page before its own scripts. Dialogs are left to the caller.
+    """
+    context = _start().new_context(viewport={"width": 1280, "height": 900})
+    context.add_init_script(path=script)
+    try:
+        tabs = [context.new_page() for _ in range(count)]
+        for page in tabs:
+            _note_problems(page, url)
+            page.goto(url)
+        yield tabs
+    finally:
+        context.close()
+
+
+def _note_problems(page: Any, url: str) -> None:
+    page.problems = []
+    page.on("pageerror", lambda error: page.problems.append(f"error: {error}"))
+    page.on("console", lambda message: page.problems.append(f"console: {message.text}"))
+    page.on("request", lambda request: _note_request(page, request.url, url))
 
 
 STARTED: list[Any] = []  # Playwright and its browser, which the tests of a file share

@@ -319,16 +319,42 @@ async function goOn(wait) {
   }, wait);
 }
 
+// ---- who presses a button that goes away stays near it
+const controlsOf = (part) => all("a[href], button, input:not([type=hidden]), select, textarea, summary", part).filter((one) => one.checkVisibility() && !one.disabled);
+let focused = null, near = []; // what has the focus; the ids of the parts that it is in, with its place among their controls
+document.addEventListener("htmx:before:swap", () => {
+  focused = document.activeElement === document.body ? null : document.activeElement;
+  near = [];
+  for (let part = focused?.closest("main [id]"); part; part = part.parentElement.closest("main [id]")) near.push([part.id, controlsOf(part).indexOf(focused)]);
+});
+document.addEventListener("htmx:after:swap", () => {
+  if (!focused || focused.isConnected || document.activeElement !== document.body) return;
+  for (const [id, place] of near) {
+    const controls = $(id) ? controlsOf($(id)) : [];
+    if (controls.length) { controls[Math.min(Math.max(place, 0), controls.length - 1)].focus({ preventScroll: true }); return; }
+  }
+});
+
 let wasAdded = false; // a line to the queue, which the swap that follows shows
 document.addEventListener("htmx:after:swap", () => {
   watch();
   showNewest();
   keepStep();
-  const isPaused = $("jobs")?.dataset.paused === "yes";
-  if (wasAdded && $("added")) $("added").textContent = isPaused ? "Added: it waits above. The queue is paused." : "Added: it waits above.";
-  if ($("begin")) $("begin").hidden = !isPaused || !$("added").textContent;
+  if ($("added")) sayAdded();
   wasAdded = false;
 });
+
+// What became of the line that was added, as long as that shows above.
+function sayAdded() {
+  const said = $("added"), isPaused = $("jobs")?.dataset.paused === "yes", begin = $("begin");
+  const place = ["waiting", "running"].find((state) => document.querySelector(`#jobs .job.${state}`));
+  const words = { waiting: "Added: it waits above.", running: "Added: it runs above." }[place] ?? (wasAdded ? "Added." : "");
+  if (wasAdded || said.textContent) said.textContent = words && isPaused && place === "waiting" ? `${words} The queue is paused.` : words;
+  const isOver = !isPaused || !said.textContent;
+  if (isOver && document.activeElement === begin) $("words").focus({ preventScroll: true }); // the button goes away
+  begin.hidden = isOver;
+}
+
 document.addEventListener("htmx:after:request", ({ target, detail }) => {
   if (target !== document && target.matches(".add")) $("added").textContent = "";
   if (!detail.ctx.response?.raw.ok || target === document) return; // what asked may be gone from the page by now
@@ -339,7 +365,9 @@ document.addEventListener("htmx:after:request", ({ target, detail }) => {
     wasAdded = true;
   }
   if (target.matches(".enqueue")) {
-    target.querySelector("button:not(.copy):not(.begin)").replaceWith(Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" }));
+    const link = Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" });
+    target.querySelector("button:not(.copy):not(.begin)").replaceWith(link);
+    link.focus({ preventScroll: true }); // it stands where the button was
     for (const one of target.querySelectorAll(".paused")) one.hidden = false;
   }
 });

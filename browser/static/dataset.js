@@ -37,7 +37,7 @@ function showState(news) {
   $("remarks").firstChild.textContent = lines.length === 1 ? "1 remark on the dataset" : `${lines.length} remarks on the dataset`;
   $("remarks").lastChild.replaceChildren(...lines.map((line) => make("li", line)));
   if ($("measure")) {
-    $("measure").disabled = news.state !== "ready" && news.state !== "failed";
+    $("measure").ariaDisabled = news.state !== "ready" && news.state !== "failed"; // it keeps the focus
     if (version === null && news.model) $("model").value = news.model;
     if (version === null) $("decodes").checked = !!news.decodes;
   }
@@ -157,9 +157,11 @@ function lines(file) {
 // ---- captions
 function showButtons(card) {
   const isDraft = drafts.has(card.dataset.id), { saves } = card.file.caption;
-  card.querySelector("[data-what=save]").disabled = !isDraft;
-  card.querySelector("[data-what=undo]").disabled = !isDraft && !saves;
+  const active = document.activeElement; // asked for before a button of it is hidden
+  card.querySelector("[data-what=save]").ariaDisabled = !isDraft; // a button that is disabled would lose the focus
+  card.querySelector("[data-what=undo]").ariaDisabled = !isDraft && !saves;
   card.querySelector("[data-what=back]").hidden = saves < 2;
+  if (card.contains(active) && !active.checkVisibility()) card.querySelector("textarea").focus({ preventScroll: true });
 }
 
 async function write(card, what, have) {
@@ -187,7 +189,9 @@ async function write(card, what, have) {
 
 document.addEventListener("htmx:after:request", ({ target, detail }) => {
   if (target === document || !target.matches(".enqueue") || !detail.ctx.response?.raw.ok) return;
-  target.querySelector("button").replaceWith(Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" }));
+  const link = Object.assign(document.createElement("a"), { href: "/queue", textContent: "It is in the queue" });
+  target.querySelector("button").replaceWith(link);
+  link.focus({ preventScroll: true }); // it stands where the button was
 });
 
 function act(card, what) {
@@ -206,7 +210,7 @@ function act(card, what) {
 
 box.addEventListener("click", (event) => {
   const { what } = event.target.dataset;
-  if (what) act(event.target.closest(".file"), what);
+  if (what && event.target.ariaDisabled !== "true") act(event.target.closest(".file"), what);
 });
 
 box.addEventListener("input", (event) => {
@@ -241,6 +245,7 @@ for (const name of ["text", "only"]) $(name).addEventListener("input", () => {
   typing = setTimeout(() => { chosen = null; look().catch(() => {}); }, 200);
 });
 $("measure")?.addEventListener("click", async () => {
+  if ($("measure").ariaDisabled === "true") return;
   const body = JSON.stringify({ decodes: $("decodes").checked, model: $("model").value });
   await fetch(`${address}measure`, { method: "POST", body });
   look().catch(() => {});

@@ -53,7 +53,10 @@
       takeTask(target.dataset.task);
       find("task").scrollIntoView({ block: "center" });
     }
-    if (target.matches(".take_name")) change(find("name"), target.dataset.name);
+    if (target.matches(".take_name")) {
+      change(find("name"), target.dataset.name);
+      find("name").focus(); // the button goes away
+    }
     if (target.matches("a.find") && rows) {
       find("captions").open = true;
       change(find("text"), target.dataset.text);

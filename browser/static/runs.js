@@ -75,12 +75,6 @@
     isOld = false;
     look().catch(() => {});
   });
-  // who presses a button that goes away stays among the buttons
-  let focused = null;
-  document.addEventListener("focusin", ({ target }) => { focused = target.closest?.("#deeds") ? target : null; });
-  document.addEventListener("htmx:after:swap", () => {
-    if (focused && !focused.isConnected && document.activeElement === document.body) box()?.querySelector("button")?.focus();
-  });
   if (!box() || !tell) return;
   tell.checked = isWanted();
   explain();

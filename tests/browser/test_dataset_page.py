@@ -558,6 +558,28 @@ def test_a_conflict_shows_both_captions_and_a_filter_keeps_what_is_not_saved(
         assert [one for one in shown.problems if "409" not in one] == []
 
 
+def test_who_presses_a_button_of_a_dataset_keeps_the_focus(page: Page) -> None:
+    page.measured()
+    focus = "document.activeElement.textContent"
+    with open_page(page.served.url + page.address) as shown:
+        shown.wait_for_selector("textarea")
+        for text in ("one", "two"):
+            shown.locator("textarea").first.fill(text)
+            shown.get_by_role("button", name="Save", exact=True).first.click()
+            shown.get_by_text("saved", exact=True).wait_for()
+            assert shown.evaluate(focus) == "Save"
+            assert shown.locator("[data-what=save]").first.get_attribute("aria-disabled") == "true"
+        shown.get_by_role("button", name="Back to what it was").first.click()
+        shown.get_by_text("as it was").wait_for()
+        assert shown.evaluate("document.activeElement.matches('textarea')")
+        shown.get_by_role("button", name="Measure again").click()
+        wait_until(shown, "document.getElementById('measure').ariaDisabled === 'true'")
+        assert shown.evaluate(focus) == "Measure again"
+        page.measured(least=2)
+        assert shown.evaluate(focus) == "Measure again"
+        assert shown.problems == []
+
+
 def test_the_page_fits_no_text_is_small_and_all_is_named(kept: Page) -> None:
     kept.measured()
     for address in ("/datasets", kept.address):

@@ -485,6 +485,34 @@ def test_the_page_is_worked_with_keys_and_keeps_what_is_typed(queue: JobQueue) -
         assert [problem for problem in page.problems if "422" not in problem] == []
 
 
+def test_who_removes_a_job_stays_among_the_jobs(queue: JobQueue) -> None:
+    for name in ("a", "b"):
+        queue.add(["convert_lora.py", "--input", name], ROOT)
+    with serve_runs(queue.folder.parent) as served, open_page(f"{served.url}/queue") as page:
+        page.focus("#remove1")
+        for expected in ("remove2", "work"):
+            page.keyboard.press("Enter")
+            wait_until(page, f"document.activeElement.id === '{expected}'")
+        assert page.problems == []
+    assert queue.jobs() == []
+
+
+def test_an_added_line_is_begun_from_where_it_was_added(queue: JobQueue) -> None:
+    with serve_runs(queue.folder.parent, queue=queue) as served, open_page(f"{served.url}/queue") as page:
+        page.fill("#words", "python tools/download.py --list")
+        page.click(".add button")
+        page.get_by_text("Added: it waits above. The queue is paused.").wait_for()
+        page.get_by_role("button", name="Start it now").click()
+        page.get_by_role("button", name="Pause the queue").wait_for()
+        assert page.locator("#begin").is_hidden()
+        wait_until(page, "document.activeElement.id === 'words'")
+        wait_until(page, "ask().then(() => document.querySelectorAll('.finished').length === 1)")
+        wait_until(page, "document.getElementById('added').innerText === ''")
+        assert page.locator("#jobs").count() == 1
+        assert page.problems == []
+    queue.end_work()
+
+
 def training_words(cached: Path, output: Path, repeats: int, *options: object) -> list[str]:  # noqa: F811
     """A training of the pocket model that saves after each step, which is each clip so many times."""
     text = (cached / "dataset.toml").read_text(encoding="utf-8").replace("batch_size = 16", "batch_size = 1")

@@ -76,3 +76,17 @@ def test_the_command_that_writes_captions_follows_what_is_typed(tmp_path: Path) 
             page.get_by_label("Written by").fill("http://localhost:1")
             wait_until(page, "document.querySelector('#caption_line').textContent.includes('blank')")
             assert page.problems == []
+
+
+def test_a_try_of_captions_has_its_own_command_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "roots" / "my set"
+    write_pictures(folder, 2)
+    with serve_runs(tmp_path / "roots") as served:
+        describe(served, folder)
+        with open_page(f"{served.url}/new?{urlencode({'folder': str(folder)})}") as page:
+            page.get_by_text("Let a model write them").click()
+            assert page.locator("#try_line").inner_text().endswith(" --try_on 3")
+            page.get_by_label("Question").fill("What is it?")
+            wait_until(page, "document.querySelector('#try_line').textContent.includes('What')")
+            line = page.locator("#try_line").inner_text()
+            assert line == f"{page.locator('#caption_line').inner_text()} --try_on 3"
