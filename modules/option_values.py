@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.output_files import check_output_file, check_place
-from modules.paths import expand_path, explain_missing, explain_path, hide_secrets, path_exists
+from modules.paths import (
+    expand_path,
+    explain_missing,
+    explain_path,
+    hide_secrets,
+    path_exists,
+    without_quotes,
+)
 from modules.text_files import bad_character
 
 T = TypeVar("T")
@@ -54,7 +61,7 @@ def to_path(option: str, text: str) -> Path:
         path = expand_path(text)
     except ValueError as error:
         raise OptionError(f"{option} {shorten(text, 80)!r}: {error}") from None
-    why = None if path_exists(path) else explain_path(text)
+    why = None if path_exists(path) else explain_path(without_quotes(text))
     if why is not None:
         raise OptionError(f"{option} {hide_secrets(shorten(text, 200))}: {why}")
     return path

@@ -22,7 +22,7 @@ from modules.errors import OptionError
 from modules.media.lengths import USUAL_LENGTHS, ClipLengths
 from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
-from modules.option_values import as_shape
+from modules.option_values import as_shape, to_path
 from modules.output_files import is_windows_device
 from modules.paths import explain_missing, path_from
 from modules.text_files import real_path
@@ -203,7 +203,7 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
 
 def _require_typed_file(name: str, text: str, part: Component) -> Path:
     """Return the path that --model_file gives. Raises OptionError if there is no such file."""
-    path = Path(text).expanduser()
+    path = to_path(f"--model_file {name}", text)
     if not path.exists():
         raise OptionError(
             f"--model_file {name}={text}: there is no such file.{explain_missing(path)} Correct the path, or "

@@ -528,6 +528,8 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--family lumina --model_file dit=short", "short is a folder without exactly one model"),
         ("--family qwen --task edit", "there is no picture to edit from"),
         ("--family lumina --model_file vae=x", "--model_file vae=x: give NAME=PATH with one of dit, "),
+        ("--family lumina --model_file dit=~nobody9/x", "--model_file dit '~nobody9/x': there is no such user"),
+        ("--family lumina --model_file dit='missing.pt'", "there is no such file"),
         ("--family lumina --model_file dit=missing.pt", "dit=missing.pt: there is no such file"),
         ("--family lumina --card 12", "--memory 12"),
         ("--family lumina --output_name ../x", "it holds a folder"),
