@@ -27,7 +27,7 @@ from modules.output_files import is_windows_device
 from modules.paths import explain_missing, path_from
 from modules.text_files import real_path
 from project.choosing import ModelFacts
-from project.fitting import is_small
+from project.fitting import FP8, is_small, weight_options
 from project.media import CHECK_PAGE, FolderContent, Media, reference_of, why_unread
 from project.options import RUN_FILE, NewOptions, find_models
 from training.config_options import OTHERS_TABLE, toml_value
@@ -518,7 +518,8 @@ def _training_words(choice: Choice) -> list[str]:
     script = next(index for index, word in enumerate(words) if word.endswith(".py"))
     words = [*words[script + 1 :], *shlex.split(data.get("train", ""))]
     if choice.memory and not is_small(choice.model, choice.memory):
-        words += shlex.split(data["fp8"])
+        words = [word for word in words if word not in FP8]  # some pages have it
+        words += weight_options(choice.model, choice.memory)
         if choice.memory <= SMALL and choice.frames > 1:
             words.append("--gradient_checkpointing_cpu_offload")
     if choice.memory and data.get("swaps", True):

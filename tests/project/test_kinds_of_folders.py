@@ -560,10 +560,12 @@ def test_a_cpu_gets_no_weights_in_8_bits(model: str, tmp_path: Path) -> None:
     (write_clips if model == "ltx_2 v" else write_photos)(tmp_path)
     new(tmp_path, model=model)
     values = parse_toml((tmp_path / "run.toml").read_text(encoding="utf-8"))["training"]
-    assert not {"fp8_base", "fp8_scaled"} & values.keys()
+    assert not {"fp8_base", "fp8_scaled", "convrot_int8", "nf4_base"} & values.keys()
     assert values["optimizer_type"] == "adamw"
     new(tmp_path, "--memory", "12", "--overwrite", model=model)
-    assert parse_toml((tmp_path / "run.toml").read_text(encoding="utf-8"))["training"]["fp8_scaled"]
+    values = parse_toml((tmp_path / "run.toml").read_text(encoding="utf-8"))["training"]
+    assert not {"fp8_base", "fp8_scaled"} & values.keys()  # docs/small_cards.md
+    assert {"convrot_int8", "nf4_base"} & values.keys()
 
 
 RELEASED = "krea2 turbo was distilled to few steps"

@@ -484,13 +484,14 @@ def test_every_model_takes_what_is_written(model: ModelSet, copied: Path) -> Non
     assert (values["sample_at_first"], values["sample_now"], values["validation_split"]) == (True, True, 0.1)
 
 
-@pytest.mark.parametrize("memory", [0, 8, 24, 80])
-def test_options_follow_from_the_card(memory: int, copied: Path) -> None:
+@pytest.mark.parametrize(("memory", "form"), [(0, None), (8, "nf4_base"), (24, "convrot_int8"), (80, None)])
+def test_options_follow_from_the_card(memory: int, form: str | None, copied: Path) -> None:
     [large] = [model for model in MODELS if (model.family, model.task) == ("wan", "t2v-14B")]
     describe(copied, "--memory", memory, model=large)
     values = parse_toml((copied / "run.toml").read_text(encoding="utf-8"))["training"]
     assert values.get("blocks_to_swap") == ("auto" if memory else None)
-    assert ("fp8_scaled" in values) is (0 < memory < 53)  # of 26.6 GiB of weights
+    forms = [name for name in ("fp8_base", "fp8_scaled", "convrot_int8", "nf4_base") if name in values]
+    assert forms == ([] if form is None else [form])  # of 26.6 GiB of weights; docs/small_cards.md
     assert ("gradient_checkpointing_cpu_offload" in values) is (0 < memory <= 16)
     assert ("fp8" in values["t5"]) is (0 < memory < 16)
 
@@ -517,10 +518,10 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--family wan", "--task is missing: give one of t2v-1.3B ("),
         ("--task t2v-1.3B", "--family is missing: give one of wan, "),
         ("--family won", "Did you mean wan?"),
-        ("--family hunyuan", "Did you mean hunyuan_image or hunyuan_video?"),
+        ("--family hunyuan", "Did you mean hunyuan_video or hunyuan_image?"),
         ("--family sdxl --task 1.5", "--family names stable_diffusion xl, and --task 1.5 is 1.5. Leave one"),
         ("--family sd", "--task is missing: give one of 1.5 ("),
-        ("--family cosmos", "Others are not described here; "),
+        ("--family cosmos", "Cosmos is not supported. For pictures choose from "),
         ("other --family lumina", "other is not used: give one folder, and put quotes around"),
         ("--family lumina --network_dim 4", "write network_dim = ... below [training] in run.toml"),
         ("--family lumina --num_repeats 2", "a key of the dataset file: write num_repeats = ..."),
@@ -528,7 +529,10 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--family lumina --model_file dit=short", "short is a folder without exactly one model"),
         ("--family qwen --task edit", "there is no picture to edit from"),
         ("--family lumina --model_file vae=x", "--model_file vae=x: give NAME=PATH with one of dit, "),
-        ("--family lumina --model_file dit=~nobody9/x", "--model_file dit '~nobody9/x': there is no such user"),
+        (
+            "--family lumina --model_file dit=~nobody9/x",
+            "--model_file dit '~nobody9/x': there is no such user",
+        ),
         ("--family lumina --model_file dit='missing.pt'", "there is no such file"),
         ("--family lumina --model_file dit=missing.pt", "dit=missing.pt: there is no such file"),
         ("--family lumina --card 12", "--memory 12"),
