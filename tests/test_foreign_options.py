@@ -1,4 +1,4 @@
-"""Every option of every script, typed into every other script: the right counterpart, or none and no guess."""
+"""Every option of every script, typed into each other one: the right counterpart, or none and no guess."""
 
 import re
 
