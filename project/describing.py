@@ -110,8 +110,8 @@ def explain_size(model: ModelSet, media: list[Media]) -> str:
     if _area(middle.size) > _area(usual):
         reduced = f", reduced to the area of {as_shape(usual)} that the model's page has"
     return (
-        f"the shape of {middle.path.name} ({as_shape(middle.size)}), the middle one by area{span}{reduced}, "
-        "in steps of 32. Every file is fitted to this area in its own shape (resolution in dataset.toml)"
+        f"the size of a typical file, {middle.path.name} ({as_shape(middle.size)}){span}{reduced}. Every file "
+        "keeps its own shape, at this area (resolution in dataset.toml)"
     )
 
 
