@@ -356,8 +356,8 @@ def _subsets(folder: Path, option: str, is_reg: bool) -> list[dict[str, Any]]:
         )
     if not subsets and read_folder_name(real_path(folder).name) is not None:
         raise DatasetError(
-            f"{option} {folder}: give the folder around it, {folder.parent}. Folders whose names begin with a "
-            "number of repeats are read from there."
+            f"{option} {folder}: give the folder around it, {folder.parent}. Folders whose names begin with "
+            "a number of repeats are read from there."
         )
     if not subsets:
         raise DatasetError(

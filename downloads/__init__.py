@@ -4,6 +4,6 @@ catalogue: reads the list of released files, catalogue.toml
 fetching: downloads what a task needs, continued and compared
 hubs: asks a site for address, size and checksum
 listing: the list as text for a terminal
-naming: the names that people give models, and those that are no families here
+naming: reads the names that people give models
 options: options of tools/download.py and what they choose
 """

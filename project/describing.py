@@ -104,14 +104,14 @@ def explain_size(model: ModelSet, media: list[Media]) -> str:
     sizes = sorted({item.size for item in _learned(model, media)}, key=_area)
     span = ""
     if len(sizes) > 1:
-        span = f" of files from {as_shape(sizes[0])} to {as_shape(sizes[-1])}"
+        span = f", of files from {as_shape(sizes[0])} to {as_shape(sizes[-1])}"
     usual = model.data["resolution"]
     reduced = ""
     if _area(middle.size) > _area(usual):
         reduced = f", reduced to the area of {as_shape(usual)} that the model's page has"
     return (
-        f"the size of a typical file, {middle.path.name} ({as_shape(middle.size)}){span}{reduced}. Every file "
-        "keeps its own shape, at this area (resolution in dataset.toml)"
+        f"the size of a typical file, {middle.path.name} ({as_shape(middle.size)}){span}{reduced}. Every "
+        "file keeps its own shape, at this area (resolution in dataset.toml)"
     )
 
 

@@ -551,7 +551,7 @@ def test_the_size_is_that_of_files_which_are_learned(tmp_path: Path) -> None:
     said = new(tmp_path, "--trigger_word", "ohwx", model="wan i2v-14B-480p")
     assert "64x96: the size of a typical file, clip 1.mp4 (64x96)" in said
     said = new(tmp_path, "--overwrite", "--trigger_word", "ohwx")
-    assert "1184x896: the shape of p" in said
+    assert "1184x896: the size of a typical file, p" in said
     assert "of files from 64x96 to 1600x1200, reduced to the area of 1024x1024" in said
 
 

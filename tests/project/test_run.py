@@ -22,9 +22,11 @@ import stable_diffusion.family  # noqa: F401  # packages of it warn when they ar
 from checkpoints.writing import save_tensors
 from dataset.caching import prefetch
 from dataset.config import load_dataset_config
+from dataset.subset_options import SubsetOptions
+from dataset.subsets import folders_config
 from downloads.catalogue import ModelSet
 from modules.command import as_typed
-from modules.errors import OptionError
+from modules.errors import DatasetError, OptionError
 from modules.installation import FROM_QUEUE, RUN_GOES_ON, SOURCES_LEFT_OUT
 from modules.media.reading import Frame
 from modules.text_files import parse_toml
@@ -588,3 +590,25 @@ def _write_clip(path: Path, frames: Sequence[Frame], rate: int, codec: str) -> N
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
         container.mux(stream.encode())
+
+
+def test_run_says_that_it_continues_by_itself(tmp_path: Path) -> None:
+    told = "`run` continues by itself: type the same command again"
+    for words in ("--resume latest", "--resume="):
+        code, said = run_here("run_project.py", tmp_path, *words.split(), folder=tmp_path)
+        assert_one_message(code, said, told, remedy=False)
+
+
+def test_a_folder_of_repeats_names_the_folder_around_it(tmp_path: Path) -> None:
+    folder = tmp_path / "train" / "10_ohwx man"
+    folder.mkdir(parents=True)
+    with pytest.raises(DatasetError, match="give the folder around it") as error:
+        folders_config(SubsetOptions(train_data_dir=folder))
+    assert str(folder.parent) in str(error.value)
+
+
+@pytest.mark.parametrize(("word", "meant"), [("models", "download --list"), ("gui", "browser")])
+def test_a_command_of_another_name_is_known(word: str, meant: str, tmp_path: Path) -> None:
+    said = run_script("reelsmith.py", word, folder=tmp_path, check=False).stderr
+    assert f"'{word}' is no command. Did you mean python" in said
+    assert f"{meant}?" in said
