@@ -14,9 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from modules.parser import add_options
-
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from modules.parser import add_options  # noqa: E402  # found from here on
 
 AIM = 1.005
 OLD_STEPS = 100_000

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from modules.parser import add_options
-
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from modules.parser import add_options  # noqa: E402  # found from here on
 
 AIM = 1.005
 

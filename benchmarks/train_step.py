@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from modules.parser import add_options
-
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from modules.parser import add_options  # noqa: E402  # found from here on
 
 AIM = 1.05  # for bare steps of 0.1 to 0.5 s
 

@@ -99,7 +99,7 @@ def _path(value: str) -> Path:
         path = paths.expand_path(value)
     except ValueError as error:
         raise Unfit(str(error)) from None
-    why = None if paths.path_exists(path) else paths.explain_path(value)
+    why = None if paths.path_exists(path) else paths.explain_path(paths.without_quotes(value))
     if why is not None:
         raise Unfit(why)
     return path

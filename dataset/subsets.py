@@ -354,6 +354,11 @@ def _subsets(folder: Path, option: str, is_reg: bool) -> list[dict[str, Any]]:
                 "is_reg": is_reg,
             }
         )
+    if not subsets and read_folder_name(real_path(folder).name) is not None:
+        raise DatasetError(
+            f"{option} {folder}: give the folder around it, {folder.parent}. Folders whose names begin with "
+            "a number of repeats are read from there."
+        )
     if not subsets:
         raise DatasetError(
             f"{option} {folder} has no folder whose name begins with a number of repeats, such as 10_cat. "

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from downloads.catalogue import ModelSet, families, model_sets
+from downloads.naming import NamedModel, plain_name, read_family, refuse_made_from
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.options import Options, option
@@ -13,7 +14,9 @@ SOURCES = ("huggingface", "modelscope")
 class DownloadOptions(Options):
     """Options of a download, or of a list of downloads."""
 
-    family: str | None = option("the kind of model", choices=families(), by_place=True)
+    family: str | None = option(
+        f"the kind of model: {', '.join(families())}; also with its task, as sdxl", by_place=True
+    )
     task: str | None = option("which of the family's models, such as t2v-1.3B; --list shows them")
     to: Path = option("folder for the models", default=Path("models"), place="new folder")
     list_only: bool = option(
@@ -40,17 +43,42 @@ class DownloadOptions(Options):
     def __post_init__(self) -> None:
         if self.family is None and (self.task is not None or not self.list_only):
             raise OptionError(f"--family is missing: {', '.join(families())}. --list shows what there is.")
-        tasks = [model.task for model in model_sets() if model.family == self.family]
-        if self.task is not None and self.task not in tasks:
+        named = self.named
+        tasks = [model.task for model in model_sets() if named is not None and model.family == named.family]
+        if self.task is not None and self._task is None:
             hint = did_you_mean(self.task, tasks)
             raise OptionError(f"--task {self.task}: {self.family} has {', '.join(tasks)}.{hint}")
-        if self.task is None and not self.list_only and len(tasks) > 1:
+        if self._task is None and not self.list_only and len(tasks) > 1:
             raise OptionError(f"--task is missing: {', '.join(tasks)}. --list shows what each needs.")
+        if named is not None and named.task not in (None, self._task):
+            raise OptionError(
+                f"--family {self.family} names {named.task}, --task is {self.task}. Leave one of them out"
+            )
+
+    @property
+    def named(self) -> NamedModel | None:
+        """Return what --family names. Raises OptionError if that is nothing to download."""
+        if self.family is None:
+            return None
+        named = read_family(self.family, model_sets())
+        refuse_made_from(named, self.family, model_sets())
+        return named
+
+    @property
+    def _task(self) -> str | None:
+        """Return the task that the options name, as the catalogue spells it; None if they name none."""
+        named = self.named
+        if named is None or self.task is None:
+            return None if named is None else named.task
+        plain = plain_name(self.task)
+        of_family = (model.task for model in model_sets() if model.family == named.family)
+        return next((task for task in of_family if plain_name(task) == plain), None)
 
     def sets(self) -> list[ModelSet]:
         """Return the sets that the options name: one, or with --list also several."""
+        family = None if self.named is None else self.named.family
         return [
             model
             for model in model_sets(self.fp8_encoders)
-            if self.family in (None, model.family) and self.task in (None, model.task)
+            if family in (None, model.family) and self._task in (None, model.task)
         ]

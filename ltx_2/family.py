@@ -80,6 +80,7 @@ from ltx_2.upscaler import enlarge
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.media.reading import is_still
+from modules.option_values import to_path
 from modules.options import NO_OPTIONS
 
 FIRST = "first_latents"  # condition: clean latents of the given frames in front, B C F H W
@@ -408,7 +409,7 @@ class Ltx2(Ltx2Media):
     def _references_for(self, request: Request) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
         names = request.extra.get("reference_video", "").split("\n")
-        paths = tuple(Path(name) for name in names if name)
+        paths = tuple(to_path("--reference_video", name) for name in names if name)
         if not paths:
             return ()
         if self.references is None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.option_values import to_path
 from modules.options import HABIT, OF_REQUEST, Options, option
 
 MOST = 8  # references of a clip
@@ -90,7 +91,9 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
     @property
     def paths(self) -> tuple[Path, ...]:
         first = () if self.reference_video is None else (self.reference_video,)
-        return (*first, *(self.reference_videos or ()), *map(Path, (self.video_conditioning or ())[::2]))
+        files = (self.video_conditioning or ())[::2]
+        conditions = (to_path("--video-conditioning", file) for file in files)
+        return (*first, *(self.reference_videos or ()), *conditions)
 
     @property
     def strength(self) -> float:
@@ -123,7 +126,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         except ValueError:
             typed = f"--conditioning-attention-mask {' '.join([*file, number])}"
             raise OptionError(f"{typed}: give a strength from 0 to 1, and before it a file or none") from None
-        return Path(file[0]) if file else None, strength
+        return to_path("--conditioning-attention-mask", file[0]) if file else None, strength
 
     def __post_init__(self) -> None:
         _ = self.strength, self.attention

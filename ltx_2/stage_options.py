@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from modules.errors import OptionError
+from modules.option_values import to_path
 from modules.options import OF_REQUEST, Options, option
 
 _STAGES, _LORA = "sample_two_stage", "distilled_lora_path"
@@ -88,6 +89,7 @@ class Ltx2OfficialStages(Ltx2StageOptions, title="two stages"):
             raise OptionError(
                 f"--distilled-lora {words}: give a file, and a strength if it is not 1"
             ) from None
-        if not Path(file).exists():
+        path = to_path("--distilled-lora", file)
+        if not path.exists():
             raise OptionError(f"--distilled-lora {file}: no such file. Correct the path")
-        return Path(file), first, strength
+        return path, first, strength

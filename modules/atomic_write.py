@@ -138,11 +138,11 @@ def make_folder(folder: Path, option: str) -> None:
 def claim_name(path: Path) -> Iterator[bool]:
     """Claim the name `path` for the block; yields False if another block, in any process, has claimed it.
 
-    The claim is a hidden file named like a temporary file, so the claim of a killed run is removed with other
-    leftovers. Raises OutputError if the file cannot be made.
+    The claim is a hidden file named like a temporary file, with the mark of its writer as its text, so the
+    claim of a killed run is removed with other leftovers. Raises OutputError if the file cannot be made.
     """
     # different from every name of a temporary file or folder of `path`
-    claim = path.with_name(f".{path.name}.claim.{'0' * 8}.tmp")
+    claim = path.with_name(f".{path.name}{_CLAIMED}")
     with explain_errors(path):
         try:
             claim.touch(exist_ok=False)
@@ -150,6 +150,9 @@ def claim_name(path: Path) -> Iterator[bool]:
         except FileExistsError:
             is_ours = False
     try:
+        if is_ours:
+            with explain_errors(path):
+                claim.write_text(_mark_of_writer(), encoding="ascii")
         yield is_ours
     finally:
         if is_ours:
@@ -186,12 +189,24 @@ def remove_leftovers(
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 # a folder's time changes with every file put into it
                 changed = entry.stat(follow_symlinks=False).st_mtime
-                if changed > now - _least_age(temporary, older_seconds):
+                writer = _read_claim(entry) or temporary
+                if changed > now - _least_age(writer, older_seconds):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)
                 else:
                     Path(entry.path).unlink()
+
+
+def _read_claim(entry: os.DirEntry[str]) -> re.Match[str] | None:
+    """Return the mark in the file of a claim; None for any other entry, and if it cannot be read."""
+    if not entry.name.endswith(_CLAIMED) or not entry.is_file(follow_symlinks=False):
+        return None
+    try:
+        with Path(entry.path).open(encoding="ascii", errors="replace") as file:
+            return _MARK.fullmatch(file.read(100))
+    except OSError:
+        return None
 
 
 # once per run and folder: listing a large cache takes longer than one write
@@ -276,23 +291,30 @@ def explain_errors(path: Path) -> Iterator[None]:
 
 
 # the mark of earlier versions had eight random digits, which tell nothing of the writer
-_MARK = r"[0-9a-f]{8}|(?P<machine>[0-9a-f]{8})(?P<process>[0-9a-f]{6})[0-9a-f]{4}"
-_TEMPORARY = re.compile(rf"\.(?P<name>.+)\.(?:{_MARK})\.tmp")
+_MARK = re.compile(r"[0-9a-f]{8}|(?P<machine>[0-9a-f]{8})(?P<process>[0-9a-f]{6})[0-9a-f]{4}")
+_TEMPORARY = re.compile(rf"\.(?P<name>.+)\.(?:{_MARK.pattern})\.tmp")
+_CLAIMED = f".claim.{'0' * 8}.tmp"  # the end of a claim's name, which is the same for all processes
 _PROC = Path("/proc")
 
 
 def temporary_name(path: Path) -> Path:
-    mark = f"{identify_machine():08x}{os.getpid() & 0xFFFFFF:06x}{secrets.token_hex(2)}"
-    return path.with_name(f".{path.name}.{mark}.tmp")
+    return path.with_name(f".{path.name}.{_mark_of_writer()}.tmp")
 
 
-def _least_age(temporary: re.Match[str], older_seconds: float) -> float:
-    """Return how many seconds a leftover must be unchanged; `older_seconds` if its writer is unknown."""
-    is_ours = temporary["machine"] is not None and int(temporary["machine"], 16) == identify_machine()
+def _mark_of_writer() -> str:
+    return f"{identify_machine():08x}{os.getpid() & 0xFFFFFF:06x}{secrets.token_hex(2)}"
+
+
+def _least_age(writer: re.Match[str], older_seconds: float) -> float:
+    """Return how many seconds a leftover must be unchanged; `older_seconds` if its writer is unknown.
+
+    writer: the match of a mark.
+    """
+    is_ours = writer["machine"] is not None and int(writer["machine"], 16) == identify_machine()
     if not is_ours or os.name == "nt":  # asking by a signal would end the process there
         return older_seconds
     try:
-        os.kill(int(temporary["process"], 16), 0)
+        os.kill(int(writer["process"], 16), 0)
     except ProcessLookupError:
         return -math.inf  # whatever the clock of the folder's machine says
     except OSError:  # it is somebody else's

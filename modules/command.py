@@ -342,12 +342,14 @@ def one_line(word: str) -> str:
     return shorten(word, MOST_OF_WORD).replace("\n", "\\n")
 
 
-def did_you_mean(word: str, names: Iterable[str]) -> str:
+def did_you_mean(word: str, names: Iterable[str], least_similar: float = 0.6) -> str:
     """Return " Did you mean NAME?" with the most similar name, else a name with which `word` begins, else
     the only name that begins with `word` (both up to a _). Return "" if there is none.
+
+    least_similar: of the most similar name; 1: equal.
     """
     names = list(names)
-    near = difflib.get_close_matches(word[:MOST_OF_WORD], names, 1)
+    near = difflib.get_close_matches(word[:MOST_OF_WORD], names, 1, least_similar)
     if not near:
         beginnings = [name for name in names if name and word.startswith(f"{name}_")]
         near = sorted(beginnings, key=len)[-1:]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from modules.command import as_typed
+from modules.command import as_typed, did_you_mean
 from modules.option_values import HEIGHT_WIDTH
 from modules.options import KeyFile
 from modules.paths import path_exists
@@ -99,6 +99,57 @@ flux_shift: flux
 adamw8bit: adamw_8bit
 """
 
+# Options of the scripts here that mean the same: a script that lacks the typed one has another of its line.
+# What takes two options is joined by +.
+_SAME = """
+lora_weight network_weights lora_weights
+lora_multiplier network_mul
+image_size video_size H+W height+width image_height+image_width resolution size
+infer_steps steps
+guidance_scale scale guidance cfg_scale embedded_cfg_scale
+save_path outdir output_dir output
+dit ckpt ckpt_path pretrained_model_name_or_path ltx2_checkpoint dit_weight
+control_image_path ref reference_image vace_reference_image src_ref_images
+control_path src_video vace_video
+image_path first_frame
+end_image_path last_frame
+num_videos num_images images_per_prompt
+sample_solver sampler flow_solver
+flow_shift discrete_flow_shift
+denoise_strength strength
+fp8 fp8_base
+lora_rounding
+text_encoder text_encoder_path
+negative_prompt neg_prompt
+save_merged_model output
+video_length video_seconds duration
+fps output_fps frame_rate
+attn_mode sdpa
+ae vae video_vae ae_path ltx2_video_vae
+text_encoder_tokenizer tokenizer
+text_encoder_cpu use_cpu_offload
+vae_tiling vae_enable_tiling
+output_name name_suffix
+num_frames max_num_frames
+model detection_model
+vae_dtype ae_dtype vae_precision
+dit_dtype flux_dtype precision
+compile torch_compile
+compile_backend dynamo_backend
+convrot_int8 h3_convrot_int8 int8_convrot_base
+nf4_base
+teacher_conditions h3_teacher_conditions
+teacher_sees h3_teacher_conditions
+audio_loss_weight h3_audio_loss_weight
+video_loss_weight h3_video_loss_weight
+max_data_loader_n_workers dataloader_num_workers
+caption_dropout_rate h3_caption_dropout_rate
+spatial_upsampler_path
+distilled_lora distilled_lora_path
+"""
+_NAMES = Path(__file__).with_name("option_names.txt")  # of all scripts
+_TYPING_MISTAKE = 0.75  # similarity of a mistyped name and the intended one; 1: equal
+
 # options of other trainers that nothing here stands for, and why
 _NOTHING = {
     "cache_latents cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk": (
@@ -154,7 +205,32 @@ _ROLES = (
 def ours_for(theirs: str, has: Container[str]) -> str:
     """Return the first name in `has` for what other programs call `theirs`; "" if there is none."""
     rows = (line.partition(":") for line in _THEIRS.splitlines())
-    return next((ours for ours, _, names in rows if ours in has and theirs in names.split()), "")
+    known = next((ours for ours, _, names in rows if ours in has and theirs in names.split()), "")
+    return known or next((name for names in _lines_with(theirs) for name in names if name in has), "")
+
+
+def _lines_with(name: str) -> list[list[str]]:
+    """Return the lines of options that mean the same as one of the scripts here."""
+    lines = [line.split() for line in _SAME.splitlines()]
+    return [names for names in lines if name in "+".join(names).split("+")]
+
+
+def _pair_for(theirs: str, has: Collection[str]) -> list[str]:
+    """Return two options that together mean what another script has as one; none if there are none."""
+    pairs = [name.split("+") for names in _lines_with(theirs) for name in names if "+" in name]
+    return next((pair for pair in pairs if has >= {*pair}), [])
+
+
+def guess_option(flags: Flags, name: str) -> str:
+    """Return what to do about a name that nothing is known of: the option that was mistyped, if there is one.
+
+    An option of another script is no mistyped one: a name that only looks like it would mislead.
+    """
+    is_ours = f"--{name}" in flags  # with a single dash
+    if not is_ours and name.replace("-", "_") in _NAMES.read_text(encoding="utf-8").split():
+        return " It belongs to other scripts, and nothing here corresponds to it. Leave it out."
+    near = did_you_mean(name, [flag[2:] for flag in flags if flag[:2] == "--"], _TYPING_MISTAKE)
+    return near.replace("mean ", "mean --") or " Leave it out."
 
 
 def meant_elsewhere(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) -> str:
@@ -163,10 +239,13 @@ def meant_elsewhere(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) 
     key_files: the files whose keys may have been meant, the likeliest first.
     """
     name = name.replace("-", "_")
-    options = {flag[2:] for flag in flags if flag[:2] == "--"}
-    ours = ours_for(name, options)
+    options = {flag[2:].replace("-", "_"): flag[2:] for flag in flags if flag[:2] == "--"}
+    ours = options.get(ours_for(name, options))
     if ours:
         return _suggest_option(flags, ours)
+    pair = _pair_for(name, options.keys())
+    if pair:
+        return f" Did you mean --{pair[0]} HEIGHT --{pair[1]} WIDTH?"
     for key_file in key_files:
         key = _key_for(name, key_file.read_keys())
         if key in options:

@@ -64,7 +64,7 @@ def to_path(option: str, text: str) -> Path:
             path = expand_path(bare)
     except ValueError as error:
         raise OptionError(f"{option} {shorten(text, 80)!r}: {error}") from None
-    why = None if path_exists(path) else explain_path(text)
+    why = None if path_exists(path) else explain_path(without_quotes(text))
     if why is not None:
         raise OptionError(f"{option} {hide_secrets(shorten(text, 200))}: {why}")
     return path

@@ -298,7 +298,7 @@ class Parser(argparse.ArgumentParser):
         is_number = self._negative_number_matcher.match(word) is not None
         if not re.match(r"--.|-[^-]", name) or is_number or name in flags:
             return ""
-        from modules.mistyped import meant_elsewhere  # only mistakes need it
+        from modules.mistyped import guess_option, meant_elsewhere  # only mistakes need it
 
         elsewhere = meant_elsewhere(flags, name.lstrip("-"), self.key_files)
         # argparse takes the beginning of an option too
@@ -312,11 +312,9 @@ class Parser(argparse.ArgumentParser):
             return ""  # argparse takes what has blanks as a text
         if is_value and not begins_with_dashes:
             return f"{word} is no option. A value that begins with - goes behind =: {before}={word}"
-        near = did_you_mean(name.lstrip("-"), [flag[2:] for flag in flags if flag[:2] == "--"])
-        near = near.replace("mean ", "mean --") or " Leave it out."
-        if not begins_with_dashes and path_exists(Path(word)):
-            near = f" Of the file of this name write ./{word}"
-        return f"Unknown option {name}.{elsewhere or near}"
+        if not elsewhere and not begins_with_dashes and path_exists(Path(word)):
+            elsewhere = f" Of the file of this name write ./{word}"
+        return f"Unknown option {name}.{elsewhere or guess_option(flags, name.lstrip('-'))}"
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -18,6 +18,9 @@ MOST_NAMES = 10_000  # of a folder that are looked at for one like that of a mis
 ALIKE = 0.6  # of two names without their suffix; 1: equal
 MOST_OF_NAME, MOST_OF_PATH = 255, 4096  # bytes, characters; no file system takes more
 QUOTES = tuple("\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u00ab\u00bb")
+# the first mark of a pair, and what may end it
+_PAIRS = (('"', '"'), ("'", "'"), ("`", "`"), ("\u201c", "\u201d"), ("\u201e", "\u201c\u201d"))
+_PAIRS += (("\u2018", "\u2019"), ("\u201a", "\u2018\u2019"), ("\u00ab", "\u00bb"), ("\u00bb", "\u00ab"))
 NOTHING = ("none", "null", "nil")  # as people write it; an option or a key is left out
 _HUB = re.compile(r"(?:hf|huggingface|hub):(?!\\)", re.IGNORECASE)
 _BACKSLASH = "\\"
@@ -29,21 +32,19 @@ _DRIVE = re.compile(r"[A-Za-z]:[\w\\/]")
 _VARIABLE = re.compile(r"(?<![^\\/])(?:\$\{\w+\}|\$(?:env:)?[A-Za-z_]\w*|%[A-Za-z_]\w*%)(?![^\\/.])")
 
 
-def without_quotes(text: str) -> str:
-    """Return a path without the quotes around it, with which file managers copy it."""
-    is_quoted = len(text) > 2 and text[0] == text[-1] and text[0] in "\"'"
-    return text[1:-1] if is_quoted else text
-
-
 def expand_path(text: str, base: Path | None = None) -> Path:
     """Return the path with `~` resolved; a relative one is in the folder `base`.
 
-    Raises ValueError, saying why, if no file can have that name.
+    Quotation marks around it are removed, as file managers copy paths with them, unless there is a file of
+    the name with them. Raises ValueError, saying why, if no file can have that name.
     """
     if "\0" in text:
         raise ValueError("it holds the character NUL (\\u0000), which no file's name can have")
-    path = Path(text)
-    if text.startswith("~"):
+    plain = without_quotes(text)
+    if plain != text and path_exists(Path(text) if base is None else base / text):
+        plain = text
+    path = Path(plain)
+    if plain.startswith("~"):
         try:
             path = path.expanduser()
         except RuntimeError:
@@ -59,6 +60,13 @@ def is_on_foreign_share(path: PurePath, base: PurePath) -> bool:
     Windows logs in there as soon as the path is looked at, so a path from a file of somebody else is not.
     """
     return path.drive.startswith("\\\\") and path.drive.lower() != base.drive.lower()
+
+
+def without_quotes(text: str) -> str:
+    """Return a text without a pair of quotation marks around it, straight or typographic; else unchanged."""
+    inner = text.strip()
+    is_pair = len(inner) > 2 and any(inner[0] == first and inner[-1] in last for first, last in _PAIRS)
+    return inner[1:-1] if is_pair else text
 
 
 def check_length(path: Path) -> None:

@@ -16,8 +16,16 @@ from contract.families import with_scripts
 from contract.family import knows_few_steps, sound_of
 from contract.few_steps import FewSteps
 from dataset.options import read_latent_caching
-from downloads.catalogue import ModelSet, family_page, family_title, further_name, model_sets
+from downloads.catalogue import ModelSet, family_page, model_sets
 from downloads.listing import gigabytes, in_columns, total_bytes
+from downloads.naming import (
+    NamedModel,
+    families_of,
+    page_of_control,
+    plain_name,
+    read_family,
+    refuse_made_from,
+)
 from modules.command import did_you_mean
 from modules.errors import OptionError, UserError
 from modules.options import read_options
@@ -25,7 +33,7 @@ from modules.output_files import ask_on_terminal, has_terminal
 from modules.parser import add_options
 from modules.speed_options import take_ae
 from modules.text_files import read_safetensors_texts
-from project.fitting import describe_fit, needs_picture, transformer_bytes, transformers_of
+from project.fitting import describe_fit, find_smaller, needs_picture, transformer_bytes, transformers_of
 from project.options import NewOptions, check_trigger, find_models
 from training.image_options import ImageModelOptions
 from training.options import training_parser
@@ -259,7 +267,9 @@ def choose_model(options: NewOptions, memory: float) -> ModelChoice:
     if options.family is None:
         named = _ask_for_family(options, models, memory)
     else:
-        named = _read_family(options.family, models)
+        named = read_family(options.family, models)
+        if not options.model_files:
+            refuse_made_from(named, options.family, models)
     tasks = _tasks_left(named, options.task, models)
     asks_for_task = len(tasks) > 1 and has_terminal()
     remarks: list[str] = []
@@ -271,8 +281,15 @@ def choose_model(options: NewOptions, memory: float) -> ModelChoice:
         remarks.append(f"--task {model.task} is taken: {model.about}. Others: {not_taken}")
     else:
         model = tasks[0]
-        if options.task is not None and _plain(options.task) not in _plain_names(model):
+        if options.task is not None and plain_name(options.task) not in _plain_task_names(model):
             remarks.append(f"--task {options.task}: {model.task} is taken, {model.about}")
+    smaller = find_smaller(model, models, memory)
+    if smaller:
+        listed = ", ".join(f"--task {other.task} ({other.about})" for other in smaller)
+        remarks.append(
+            f"--task {model.task}: the network has {gigabytes(transformer_bytes(model))}, and a card of "
+            f"{memory:.0f} GiB holds a part of it. Smaller: {listed}"
+        )
     trigger = options.trigger_word
     if trigger is None and (asks_for_task or options.family is None):
         question = "--trigger_word (a made-up word for what is learned; empty: none)"
@@ -280,21 +297,14 @@ def choose_model(options: NewOptions, memory: float) -> ModelChoice:
     return ModelChoice(model, trigger or None, remarks)
 
 
-class NamedModel(NamedTuple):
-    """What the name of a model says."""
-
-    family: str
-    task: str | None  # None: it names the family alone
-
-
 def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: float) -> NamedModel:
     """Ask for the family on a terminal. Raises OptionError if there is none."""
-    families = _families_of(models)
+    families = families_of(models)
     if not has_terminal():
         raise OptionError(f"--family is missing: give one of {', '.join(families)}")
 
     def read(text: str) -> NamedModel:
-        return _read_family(_by_number(text, families), models)
+        return read_family(_by_number(text, families), models)
 
     table = _family_table(models, memory, options.memory is not None)
     return _ask("--family", read, table)
@@ -326,10 +336,6 @@ def _tasks_left(named: NamedModel, typed_task: str | None, models: Sequence[Mode
     if named.task is not None:
         return [model for model in of_family if model.task == named.task]
     return of_family
-
-
-def _families_of(models: Sequence[ModelSet]) -> list[str]:
-    return list(dict.fromkeys(model.family for model in models))
 
 
 def _choose_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
@@ -376,109 +382,31 @@ def _read_trigger(text: str) -> str:
     return text
 
 
-def _plain(text: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", text.lower())
-
-
-def _read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
-    """Read the name of a family, and of a task if one is given, in any spelling. Raises OptionError."""
-    families = _families_of(models)
-    by_spelling = _spell_families(families)
-    exact = _read_exact_name(text, by_spelling, models)
-    if exact is not None:
-        return exact
-    near = _find_near(_plain(text), by_spelling, models)
-    near_families = list(dict.fromkeys(named.family for named in near))
-    if len(near) == 1:
-        return near[0]
-    if len(near_families) == 1:
-        return NamedModel(near_families[0], task=None)
-    hint = did_you_mean(text.lower(), families)
-    if near_families:
-        hint = f" Did you mean {' or '.join(near_families)}?"
-    hint = _page_of_control(text) or hint
-    hint = hint or " Others are not described here; those that learn from control clips have pages in docs/."
-    raise OptionError(f"--family {text}: choose from {', '.join(families)}.{hint}")
-
-
-def _spell_families(families: Sequence[str]) -> dict[str, str]:
-    """Return families by their plain spellings: names of scripts, titles of pages, and their own names."""
-    by_spelling = {}
-    for name, entry in with_scripts().items():
-        if name in families:
-            by_spelling[_plain(entry.script)] = name
-    for name in families:
-        for spelling in (family_title(name), further_name(name)):
-            if spelling:
-                by_spelling[_plain(spelling)] = name
-    for name in families:
-        by_spelling[_plain(name)] = name
-    return by_spelling
-
-
-def _read_exact_name(
-    text: str, by_spelling: Mapping[str, str], models: Sequence[ModelSet]
-) -> NamedModel | None:
-    """Return what a text names in full: a family, a family with its task, or a repository."""
-    plain = _plain(text)
-    if plain in by_spelling:
-        return NamedModel(by_spelling[plain], task=None)
-    for model in models:
-        spellings = [name for name, family in by_spelling.items() if family == model.family]
-        if plain in {_plain(name + model.task) for name in spellings}:
-            return NamedModel(model.family, model.task)
-    for model in models:  # the catalogue has what most want first
-        if plain in (_plain(model.released_by), _plain(Path(model.released_by).name)):
-            return NamedModel(model.family, model.task)
-    return None
-
-
-def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[ModelSet]) -> list[NamedModel]:
-    """Return families whose names have a text in them, else tasks that have it."""
-    if len(plain) > 1:
-        families = dict.fromkeys(name for spelling, name in by_spelling.items() if plain in spelling)
-        # of qwen_image and qwen_image_21 the first is meant: a longer name is typed as far as it is longer
-        shortest = [
-            name
-            for name in families
-            if not any(name.startswith(other) for other in families if other != name)
-        ]
-        if shortest:
-            return [NamedModel(name, task=None) for name in shortest]
-    if len(plain) > 2:
-        return [
-            NamedModel(model.family, model.task)
-            for model in models
-            if plain in _plain(model.task) or plain in _plain(further_name(model.family) + model.task)
-        ]
-    return []
-
-
 def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
     """Read the name of a task in any spelling; several if the training's own name stands for all of them.
 
     Raises OptionError if there is none, or if it is not clear.
     """
-    plain = _plain(text)
-    exact = [model for model in tasks if _plain(model.task) == plain]
+    plain = plain_name(text)
+    exact = [model for model in tasks if plain_name(model.task) == plain]
     if not exact and plain:
-        exact = [model for model in tasks if _plain(_training_task(model)) == plain]
+        exact = [model for model in tasks if plain_name(_training_task(model)) == plain]
     if exact:
         return exact
-    near = [model for model in tasks if len(plain) > 1 and plain in _plain(model.task)]
+    near = [model for model in tasks if len(plain) > 1 and plain in plain_name(model.task)]
     if len(near) == 1:
         return near
     names = [model.task for model in tasks]
     hint = did_you_mean(text, names)
     if near:
         hint = f" Did you mean {' or '.join(model.task for model in near)}?"
-    page = _page_of_control(text) or _page_of_undescribed(plain, tasks[0].family)
+    page = page_of_control(text) or _page_of_undescribed(plain, tasks[0].family)
     raise OptionError(f"--task {text}: choose from {', '.join(names)}.{page or hint}")
 
 
-def _plain_names(model: ModelSet) -> set[str]:
+def _plain_task_names(model: ModelSet) -> set[str]:
     """Return the plain spellings of a task: its own, and that of its training script."""
-    return {_plain(model.task), _plain(_training_task(model))}
+    return {plain_name(model.task), plain_name(_training_task(model))}
 
 
 def _training_task(model: ModelSet) -> str:
@@ -490,31 +418,15 @@ def _training_task(model: ModelSet) -> str:
 def _page_of_undescribed(plain: str, family: str) -> str:
     """Return which page has a task of a family that `new` does not describe; "" if the text is none."""
     for model in model_sets():
-        if model.family == family and _plain(model.task) == plain:
+        if model.family == family and plain_name(model.task) == plain:
             return f" {model.task} is not described by `new`: see docs/{family_page(family)}."
-    return ""
-
-
-def _page_of_control(text: str) -> str:
-    """Return which page describes a model that learns from control clips; "" if the text names none."""
-    plain = _plain(text)
-    for model in model_sets():
-        if not model.data.get("control"):
-            continue
-        title = family_title(model.family)
-        is_exact = plain in {_plain(model.family), _plain(model.task), _plain(title)}
-        if is_exact or (len(plain) > 2 and plain in _plain(model.task)):
-            return (
-                f" {title} {model.task} learns from control clips, which `new` does not describe: see "
-                f"docs/{family_page(model.family)}."
-            )
     return ""
 
 
 def _family_table(models: Sequence[ModelSet], memory: float, is_given: bool) -> str:
     """Return a table of families: what each makes, the size of its download, and what fits the card."""
     rows = []
-    for family in _families_of(models):
+    for family in families_of(models):
         tasks = [model for model in models if model.family == family]
         smallest = min(tasks, key=transformer_bytes)
         sizes = sorted({round(total_bytes(model.components) / 1e9) for model in tasks})

@@ -17,17 +17,17 @@ from typing import Any
 from checkpoints.opening import checkpoint_paths
 from contract.requests import COUNTS, VALUES
 from downloads.catalogue import Component, ModelSet
-from modules.control_codes import drop_control_codes, shorten
+from modules.control_codes import drop_control_codes
 from modules.errors import OptionError
 from modules.media.lengths import USUAL_LENGTHS, ClipLengths
 from modules.media.reading import first_frame, video_frames
 from modules.media.writing import write_png
-from modules.option_values import as_shape
+from modules.option_values import as_shape, to_path
 from modules.output_files import is_windows_device
-from modules.paths import expand_path, explain_missing, path_from, without_quotes
+from modules.paths import explain_missing, path_from, without_quotes
 from modules.text_files import real_path
 from project.choosing import ModelFacts
-from project.fitting import is_small
+from project.fitting import FP8, is_small, weight_options
 from project.media import CHECK_PAGE, FolderContent, Media, reference_of, why_unread
 from project.options import RUN_FILE, NewOptions, find_models, times_of_steps
 from training.config_options import OTHERS_TABLE, toml_value
@@ -104,14 +104,14 @@ def explain_size(model: ModelSet, media: list[Media]) -> str:
     sizes = sorted({item.size for item in _learned(model, media)}, key=_area)
     span = ""
     if len(sizes) > 1:
-        span = f" of files from {as_shape(sizes[0])} to {as_shape(sizes[-1])}"
+        span = f", of files from {as_shape(sizes[0])} to {as_shape(sizes[-1])}"
     usual = model.data["resolution"]
     reduced = ""
     if _area(middle.size) > _area(usual):
         reduced = f", reduced to the area of {as_shape(usual)} that the model's page has"
     return (
-        f"the shape of {middle.path.name} ({as_shape(middle.size)}), the middle one by area{span}{reduced}, "
-        "in steps of 32. Every file is fitted to this area in its own shape (resolution in dataset.toml)"
+        f"the size of a typical file, {middle.path.name} ({as_shape(middle.size)}){span}{reduced}. Every "
+        "file keeps its own shape, at this area (resolution in dataset.toml)"
     )
 
 
@@ -203,10 +203,7 @@ def name_files(options: NewOptions, model: ModelSet) -> dict[str, str]:
 
 def _require_typed_file(name: str, text: str, part: Component) -> Path:
     """Return the path that --model_file gives. Raises OptionError if there is no such file."""
-    try:
-        path = expand_path(text)
-    except ValueError as error:
-        raise OptionError(f"--model_file {name}={shorten(text, 200)}: {error}") from None
+    path = to_path(f"--model_file {name}", text)
     if not path.exists():
         raise OptionError(
             f"--model_file {name}={text}: there is no such file.{explain_missing(path)} Correct the path, or "
@@ -521,7 +518,8 @@ def _training_words(choice: Choice) -> list[str]:
     script = next(index for index, word in enumerate(words) if word.endswith(".py"))
     words = [*words[script + 1 :], *shlex.split(data.get("train", ""))]
     if choice.memory and not is_small(choice.model, choice.memory):
-        words += shlex.split(data["fp8"])
+        words = [word for word in words if word not in FP8]  # some pages have it
+        words += weight_options(choice.model, choice.memory)
         if choice.memory <= SMALL and choice.frames > 1:
             words.append("--gradient_checkpointing_cpu_offload")
     if choice.memory and data.get("swaps", True):

@@ -3,11 +3,16 @@
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 
 from downloads.catalogue import Component, ModelSet
 
 SLOW = "Slow on a CPU"
 IN_USE = 2  # GiB of a card that the network itself cannot have: activations, LoRA, optimizer
+# GiB beside weights in int8: with less, docs/small_cards.md has nf4
+BESIDE_INT8 = 4.2
+INT8, NF4 = "--convrot_int8", "--nf4_base"
+FP8 = {"--fp8_base", "--fp8_scaled"}
 
 
 def needs_picture(model: ModelSet) -> bool:
@@ -34,18 +39,58 @@ def is_small(model: ModelSet, memory: float) -> bool:
     return transformer_bytes(model) <= memory / 2 * 2**30
 
 
+def weight_options(model: ModelSet, memory: float) -> list[str]:
+    """Return the options that make the trained network small enough for a card of `memory` GiB.
+
+    Its weights are in int8, which is closer to 16 bits than fp8 and needs no fp8 units, or in nf4 if int8
+    does not fit. Source: the table of docs/small_cards.md.
+    """
+    if not memory or is_small(model, memory):
+        return []
+    words = shlex.split(model.data["fp8"])
+    if not FP8 & {*words}:
+        return words
+    networks = len(transformers_of(model)) if "--offload_inactive_dit" in words else 1
+    size = transformer_bytes(model) / networks / 2 / 2**30
+    form = INT8 if size + BESIDE_INT8 <= memory else NF4
+    return [form, *(word for word in words if word not in FP8)]
+
+
+def find_smaller(model: ModelSet, models: Sequence[ModelSet], memory: float) -> list[ModelSet]:
+    """Return the models of the family that are half as large at most, with the same inputs.
+
+    An empty list if this one fits on a card of `memory` GiB in 8 bits.
+    """
+    if not memory or is_small(model, memory) or _left_over(model, memory) <= 0:
+        return []
+    return [
+        other
+        for other in models
+        if other.family == model.family
+        and transformer_bytes(other) <= transformer_bytes(model) / 2
+        and other.data.get("from_image", False) == model.data.get("from_image", False)
+        and other.data["frames"] == model.data["frames"]
+        and needs_picture(other) == needs_picture(model)
+    ]
+
+
 def describe_fit(model: ModelSet, memory: float) -> str:
     """Return whether a model can be trained on a card of `memory` GiB, by the size of its transformer."""
     if not memory:
         return SLOW
     if is_small(model, memory):
         return "fits"
-    is_in_8_bits = not model.data["fp8"]  # as released
-    size = transformer_bytes(model) / (1 if is_in_8_bits else 2)
-    left = size / 2**30 - max(memory - IN_USE, 0)
+    left = _left_over(model, memory)
     if left <= 0:
         return "fits in 8 bits"
     return f"in 8 bits, {left:.0f} GiB in RAM" if model.data.get("swaps", True) else "does not fit"
+
+
+def _left_over(model: ModelSet, memory: float) -> float:
+    """Return the GiB of a network in 8 bits that a card of `memory` GiB has no room for."""
+    is_in_8_bits = not model.data["fp8"]  # as released
+    size = transformer_bytes(model) / (1 if is_in_8_bits else 2)
+    return size / 2**30 - max(memory - IN_USE, 0)
 
 
 def find_memory() -> float:

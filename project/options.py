@@ -157,6 +157,7 @@ class RunOptions(Options):
         action="extend",
     )
     on_end: str | None = option(HELP, metavar="COMMAND", facts={**STARTS, **SECRET})
+    resume = unsupported("`run` continues by itself: type the same command again", nargs="?")
     dry_run: bool = option("print the commands, and run none")
     check: bool = option("check the folder and the options of its training, and end", excludes="dry_run")
 

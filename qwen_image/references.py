@@ -16,6 +16,7 @@ from encoders.pictures import show_references
 from modules.errors import MediaError, OptionError
 from modules.media.buckets import Size
 from modules.media.reading import image_size, read_image, resize_cover, resize_frame
+from modules.option_values import to_path
 from modules.paths import explain_missing
 from qwen_image.options import MASK, QwenImageReferenceOptions
 
@@ -96,7 +97,7 @@ def add_pictures(prepared: Prepared, options: QwenImageReferenceOptions) -> Prep
             raise OptionError(
                 f"--{MASK} {mask} (in a prompt line): leave --rcm_threshold out, which excludes it"
             )
-        check_mask(Path(mask), bool(paths))
+        check_mask(to_path(f"--{MASK}", mask), bool(paths))
     if not paths:
         if options is not AS_TRAINED:  # nobody typed those of a training
             _warn_of_unused(options)
@@ -158,7 +159,8 @@ def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReference
     threshold = options.rcm_threshold
     if mask is not None:
         step = prepared.width // latents.shape[-1]
-        return Anchor(latents, read_mask(Path(mask), (prepared.width, prepared.height), step))
+        path = to_path(f"--{MASK}", mask)
+        return Anchor(latents, read_mask(path, (prepared.width, prepared.height), step))
     if threshold is None:
         return None
     rules = ConsistencyRules(

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,7 +19,7 @@ from tests.commands import ROOT, run_python
 from tests.data_tools.captions.making import run_server
 from tests.dataset.serving import serve
 from tests.faults.messages import succeed_here
-from tests.pages import outputs_of, parse_command
+from tests.pages import Command, Shown, outputs_of, parse_command, read_page
 from tests.test_command_line import parser_of
 from tests.test_imports import SCRIPTS, TOOLS
 from tests.tiny import picture_project
@@ -327,6 +328,48 @@ def test_commands_of_the_page_about_pictures_run(page: Path, tmp_path: Path) -> 
 
     made = {"gen_img": "pictures_made/*.png"}.get(page.stem, "output/my_*_lora*.safetensors")
     assert [*tmp_path.glob(made)] or page.stem == "image_datasets"
+
+
+READ = {"--dataset_config", "--from_file", "--sample_prompts", "--config_file"}  # options of small text files
+LINK = re.compile(r"\]\((\w+\.md)")
+# about datasets of every kind, whose files the reader has
+OWN_DATA = {"browser", "clusters", "dataset", "dataset_large", "dataset_tools", "recipes", "speed", "targets"}
+
+
+def unshown_files(text: str, linked: Sequence[str]) -> list[str]:
+    """The text files that a page's commands read, and that neither it nor, of a dataset, a linked page shows.
+
+    text: of the page. linked: of the pages that it links to.
+    """
+    by_name = {step.path: step for step in read_page(text) if isinstance(step, Shown)}
+    elsewhere = {step.path for other in linked for step in read_page(other) if isinstance(step, Shown)}
+    missing = []
+    for step in read_page(text):
+        words = step.words if isinstance(step, Command) else ()
+        for option, value in pairwise(words):
+            is_there = value in by_name or (option == "--dataset_config" and value in elsewhere)
+            if option in READ and not is_there and "/" not in value:
+                missing.append(f"{option} {value}")
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_shows_the_text_files_that_its_commands_read(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    linked = [page.parent / name for name in LINK.findall(text)]
+
+    missing = unshown_files(text, [other.read_text(encoding="utf-8") for other in linked if other.exists()])
+
+    if page.stem in OWN_DATA:
+        missing = [each for each in missing if not each.startswith("--dataset_config")]
+    assert missing == []
+
+
+def test_a_file_that_no_page_shows_is_found() -> None:
+    text = "```bash\npython train_network.py --sample_prompts=samples.txt --dataset_config data.toml\n```\n"
+
+    assert unshown_files(text, ["```toml\n# data.toml\n[general]\n```\n"]) == ["--sample_prompts samples.txt"]
+    assert unshown_files(text, ["```text\n# samples.txt\na cat\n```\n"]) != []
 
 
 @pytest.mark.slow

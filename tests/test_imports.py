@@ -146,7 +146,7 @@ _LIGHT = {
         *("media/lengths", "version"),
     ),
     "dataset": ("config", "config_keys", "other_trainers", "subsets", "table", "timestep_keys"),
-    "downloads": ("catalogue",),
+    "downloads": ("catalogue", "naming"),
     "frame_pack": ("options",),
     "generation": ("prompt_lines",),
     "networks": (

@@ -1,4 +1,4 @@
-"""Tell what this environment has for training and generation, and what finding missing thing costs.
+"""List what this environment has for training and generation, what is missing, and what that costs.
 
 All options: python tools/doctor.py --help. Exits with 1 if something must be installed first.
 """

@@ -1,4 +1,4 @@
-"""Show all runs below some folders in a web browser, while they train and afterwards.
+"""Open the page in a web browser: describe, train, generate, models, datasets, a queue.
 
 All options: python tools/run_browser.py --help
 """

@@ -128,6 +128,17 @@ def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
     raise SystemExit(2)
 
 
+# what others call a command -> what to type
+_MEANT = {
+    "models": "download --list",
+    "list": "download --list",
+    "train": "run FOLDER",
+    "start": "run FOLDER",
+    "init": "new FOLDER",
+    **dict.fromkeys(("gui", "ui", "web", "webui", "page", "serve", "server"), "browser"),
+}
+
+
 def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) -> str:
     """Return the message for words that begin no command, with the command that was probably meant."""
     typed = " ".join(word for word in words[:3] if not word.startswith("-"))
@@ -141,6 +152,8 @@ def _explain_unknown(commands: Sequence[ScriptCommand], words: Sequence[str]) ->
     near = near or difflib.get_close_matches(typed, names, 1)
     near = near or difflib.get_close_matches(words[0], names, 1)
     hint = f" Did you mean {PROGRAM} {near[0]}?" if near else ""
+    if words[0].lower() in _MEANT:
+        hint = f" Did you mean {PROGRAM} {_MEANT[words[0].lower()]}?"
     return f"{typed or words[0]!r} is no command.{hint}"
 
 

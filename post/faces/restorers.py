@@ -16,6 +16,7 @@ from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shap
 from checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
 from modules.command import as_typed
 from modules.errors import CheckpointError
+from modules.option_values import to_path
 from modules.paths import explain_missing
 from modules.seeds import derive_seed
 from post.contract import batch_norm
@@ -302,7 +303,7 @@ def _find_detector(name: str, folder: Path, mode: str) -> Path:
             file = ".onnx file with yunet in its name"
             raise _missing(what, file, folder, origin=ORIGINS[YUNET], task=YUNET)
         return files[-1]  # their names end with a date
-    path = Path(name)
+    path = to_path("--detection_model", name)
     if not path.exists():
         raise CheckpointError(
             f"{what}: there is no such file.{explain_missing(path)} Give the path of one, or one of "

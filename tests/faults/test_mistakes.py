@@ -243,8 +243,10 @@ NEARLY = (
 MISTYPED = (
     wrong(WAN, "--dit=https://example.org/wan.safetensors", "this is an address. Download"),
     wrong(WAN, "--dit=hf:owner/name", "this is an address"),
-    wrong(WAN, "--dit=\u201cmodels/wan.safetensors\u201d", 'straight ones around: "models/wan.safetensors"'),
-    wrong(WAN, "--dit='models/wan.safetensors'", 'straight ones around: "models/wan.safetensors"'),
+    wrong(WAN, "--dit=\u201cmodels/wan.safetensors\u201d", "--dit models/wan.safetensors: no such file"),
+    wrong(WAN, "--dit='models/wan.safetensors", 'straight ones around: "models/wan.safetensors"'),
+    wrong(WAN, "--dit='https://example.org/wan.safetensors'", "this is an address. Download"),
+    wrong(WAN, "--dit='~nosuchuser/wan.safetensors'", "there is no such user"),
     wrong(WAN, "--dit=$MODELS/wan.safetensors", "$MODELS is no folder, and no variable was put in its place"),
     wrong(WAN, "--dit=%MODELS%/wan.safetensors", "%MODELS% is no folder"),
     wrong(WAN, f"--dit={Path('/').absolute()}wan.safetensors", "is a variable that stood before it not set?"),
@@ -345,6 +347,15 @@ def test_without_a_mistake_a_command_begins_to_load(script: str, made_projects: 
     code, said = try_mistake(script, folder=made_projects[COMMANDS[script].family])
 
     assert code == (0 if script == CONVERT else LOADED), said
+
+
+@pytest.mark.parametrize("marks", ['""', "''", "\u201c\u201d", "\u201e\u201c"])
+def test_quotation_marks_around_a_path_are_taken_off(marks: str, made_projects: dict[str, Path]) -> None:
+    folder = made_projects[COMMANDS[WAN].family]
+
+    code, said = try_mistake(WAN, "--dit", f"{marks[0]}model/dit.safetensors{marks[1]}", folder=folder)
+
+    assert code == LOADED, said
 
 
 @pytest.mark.parametrize(("script", "mistake"), _cases())

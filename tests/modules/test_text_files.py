@@ -5,6 +5,8 @@ import os
 import random
 import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -234,6 +236,26 @@ def test_a_name_is_claimed_by_one_at_a_time(tmp_path: Path) -> None:
     nowhere = claim_name(tmp_path / "no folder" / "video")
     with pytest.raises(OutputError, match="video cannot be written"), nowhere:
         pass
+
+
+@pytest.mark.skipif(os.name == "nt", reason="asking whether a process lives would end it there")
+def test_the_claim_of_a_killed_process_goes_with_the_next_file_and_that_of_a_living_one_stays(
+    tmp_path: Path,
+) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from modules.atomic_write import claim_name\n"
+        "with claim_name(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path / "20261127_1"], cwd=ROOT)
+    assert killed.returncode == -9
+    (left,) = tmp_path.iterdir()
+
+    with claim_name(tmp_path / "20261127_2") as is_ours:
+        assert is_ours
+        write_bytes(tmp_path / "20261127_2.png", b"picture")
+        assert not left.exists()
+        assert sorted(path.name for path in tmp_path.iterdir())[0] == ".20261127_2.claim.00000000.tmp"
+    assert _names(tmp_path) == ["20261127_2.png"]
 
 
 def test_a_folder_appears_whole_and_replaces_the_old_one_unless_writing_fails(tmp_path: Path) -> None:

@@ -390,7 +390,7 @@ def test_clips_that_are_too_short_for_a_model_say_nothing_of_the_others(tmp_path
     Image.new("RGB", (320, 256)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a wall", encoding="utf-8")
     said = new(tmp_path, model="minimax_h3 t2va")
-    assert "320x256: the shape of a.png" in said
+    assert "320x256: the size of a typical file, a.png" in said
     assert "too short for a clip of this model, which learns nothing" in said
     assert "learned silent" not in said
     assert "tiny" not in said
@@ -541,7 +541,7 @@ def test_copies_empty_captions_and_the_size_are_told(tmp_path: Path) -> None:
 
     assert "p0 (1).jpg = p0.jpg: equal copies, learned more often than others" in said
     assert "p0 (1).jpg: an empty caption: ohwx alone is learned of them" in said
-    assert "64x64: the shape of p1.jpg (64x64), the middle one by area" in said
+    assert "64x64: the size of a typical file, p1.jpg (64x64)" in said
 
 
 def test_the_size_is_that_of_files_which_are_learned(tmp_path: Path) -> None:
@@ -549,9 +549,9 @@ def test_the_size_is_that_of_files_which_are_learned(tmp_path: Path) -> None:
     for number in range(5):
         Image.new("RGB", (1600, 1200), (number, 0, 0)).save(tmp_path / f"p{number}.png")
     said = new(tmp_path, "--trigger_word", "ohwx", model="wan i2v-14B-480p")
-    assert "64x96: the shape of clip 1.mp4 (64x96), the middle one by area, in steps of 32" in said
+    assert "64x96: the size of a typical file, clip 1.mp4 (64x96)" in said
     said = new(tmp_path, "--overwrite", "--trigger_word", "ohwx")
-    assert "1184x896: the shape of p" in said
+    assert "1184x896: the size of a typical file, p" in said
     assert "of files from 64x96 to 1600x1200, reduced to the area of 1024x1024" in said
 
 
@@ -560,10 +560,12 @@ def test_a_cpu_gets_no_weights_in_8_bits(model: str, tmp_path: Path) -> None:
     (write_clips if model == "ltx_2 v" else write_photos)(tmp_path)
     new(tmp_path, model=model)
     values = parse_toml((tmp_path / "run.toml").read_text(encoding="utf-8"))["training"]
-    assert not {"fp8_base", "fp8_scaled"} & values.keys()
+    assert not {"fp8_base", "fp8_scaled", "convrot_int8", "nf4_base"} & values.keys()
     assert values["optimizer_type"] == "adamw"
     new(tmp_path, "--memory", "12", "--overwrite", model=model)
-    assert parse_toml((tmp_path / "run.toml").read_text(encoding="utf-8"))["training"]["fp8_scaled"]
+    values = parse_toml((tmp_path / "run.toml").read_text(encoding="utf-8"))["training"]
+    assert not {"fp8_base", "fp8_scaled"} & values.keys()  # docs/small_cards.md
+    assert {"convrot_int8", "nf4_base"} & values.keys()
 
 
 RELEASED = "krea2 turbo was distilled to few steps"

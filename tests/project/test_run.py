@@ -22,9 +22,11 @@ import stable_diffusion.family  # noqa: F401  # packages of it warn when they ar
 from checkpoints.writing import save_tensors
 from dataset.caching import prefetch
 from dataset.config import load_dataset_config
+from dataset.subset_options import SubsetOptions
+from dataset.subsets import folders_config
 from downloads.catalogue import ModelSet
 from modules.command import as_typed
-from modules.errors import OptionError
+from modules.errors import DatasetError, OptionError
 from modules.installation import FROM_QUEUE, RUN_GOES_ON, SOURCES_LEFT_OUT
 from modules.media.reading import Frame
 from modules.text_files import parse_toml
@@ -34,7 +36,7 @@ from project import running
 from project.options import RunOptions, find_models
 from project.running import MediaCheck, _check_media, run_command
 from stable_diffusion.lines import import_prompter
-from tests.commands import QUIET, ROOT, run_script
+from tests.commands import QUIET, ROOT, run_program, run_script
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.project import moving_square
 from training.config_options import toml_value
@@ -484,13 +486,14 @@ def test_every_model_takes_what_is_written(model: ModelSet, copied: Path) -> Non
     assert (values["sample_at_first"], values["sample_now"], values["validation_split"]) == (True, True, 0.1)
 
 
-@pytest.mark.parametrize("memory", [0, 8, 24, 80])
-def test_options_follow_from_the_card(memory: int, copied: Path) -> None:
+@pytest.mark.parametrize(("memory", "form"), [(0, None), (8, "nf4_base"), (24, "convrot_int8"), (80, None)])
+def test_options_follow_from_the_card(memory: int, form: str | None, copied: Path) -> None:
     [large] = [model for model in MODELS if (model.family, model.task) == ("wan", "t2v-14B")]
     describe(copied, "--memory", memory, model=large)
     values = parse_toml((copied / "run.toml").read_text(encoding="utf-8"))["training"]
     assert values.get("blocks_to_swap") == ("auto" if memory else None)
-    assert ("fp8_scaled" in values) is (0 < memory < 53)  # of 26.6 GiB of weights
+    forms = [name for name in ("fp8_base", "fp8_scaled", "convrot_int8", "nf4_base") if name in values]
+    assert forms == ([] if form is None else [form])  # of 26.6 GiB of weights; docs/small_cards.md
     assert ("gradient_checkpointing_cpu_offload" in values) is (0 < memory <= 16)
     assert ("fp8" in values["t5"]) is (0 < memory < 16)
 
@@ -517,10 +520,10 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--family wan", "--task is missing: give one of t2v-1.3B ("),
         ("--task t2v-1.3B", "--family is missing: give one of wan, "),
         ("--family won", "Did you mean wan?"),
-        ("--family hunyuan", "Did you mean hunyuan_image or hunyuan_video?"),
+        ("--family hunyuan", "Did you mean hunyuan_video or hunyuan_image?"),
         ("--family sdxl --task 1.5", "--family names stable_diffusion xl, and --task 1.5 is 1.5. Leave one"),
         ("--family sd", "--task is missing: give one of 1.5 ("),
-        ("--family cosmos", "Others are not described here; "),
+        ("--family cosmos", "Cosmos is not supported. For pictures choose from "),
         ("other --family lumina", "other is not used: give one folder, and put quotes around"),
         ("--family lumina --network_dim 4", "write network_dim = ... below [training] in run.toml"),
         ("--family lumina --num_repeats 2", "a key of the dataset file: write num_repeats = ..."),
@@ -528,6 +531,11 @@ def test_what_does_not_fit_is_told(copied: Path, capfd: pytest.CaptureFixture[st
         ("--family lumina --model_file dit=short", "short is a folder without exactly one model"),
         ("--family qwen --task edit", "there is no picture to edit from"),
         ("--family lumina --model_file vae=x", "--model_file vae=x: give NAME=PATH with one of dit, "),
+        (
+            "--family lumina --model_file dit=~nobody9/x",
+            "--model_file dit '~nobody9/x': there is no such user",
+        ),
+        ("--family lumina --model_file dit='missing.pt'", "there is no such file"),
         ("--family lumina --model_file dit=missing.pt", "dit=missing.pt: there is no such file"),
         ("--family lumina --card 12", "--memory 12"),
         ("--family lumina --output_name ../x", "it holds a folder"),
@@ -582,3 +590,25 @@ def _write_clip(path: Path, frames: Sequence[Frame], rate: int, codec: str) -> N
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
         container.mux(stream.encode())
+
+
+def test_run_says_that_it_continues_by_itself(tmp_path: Path) -> None:
+    told = "`run` continues by itself: type the same command again"
+    for words in ("--resume latest", "--resume="):
+        code, said = run_here("run_project.py", tmp_path, *words.split(), folder=tmp_path)
+        assert_one_message(code, said, told, remedy=False)
+
+
+def test_a_folder_of_repeats_names_the_folder_around_it(tmp_path: Path) -> None:
+    folder = tmp_path / "train" / "10_ohwx man"
+    folder.mkdir(parents=True)
+    with pytest.raises(DatasetError, match="give the folder around it") as error:
+        folders_config(SubsetOptions(train_data_dir=folder, resolution="512"))
+    assert str(folder.parent) in str(error.value)
+
+
+@pytest.mark.parametrize(("word", "meant"), [("models", "download --list"), ("gui", "browser")])
+def test_a_command_of_another_name_is_known(word: str, meant: str, tmp_path: Path) -> None:
+    said = run_program(sys.executable, ROOT / "reelsmith.py", word, folder=tmp_path, check=False).stderr
+    assert f"'{word}' is no command. Did you mean " in said
+    assert f"{meant}?" in said

@@ -1,0 +1,227 @@
+"""Read the names that people give models: in any spelling, and those that are no families here. Light."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from contract.families import with_scripts
+from downloads.catalogue import ModelSet, family_page, family_title, further_name, model_sets
+from modules.command import did_you_mean
+from modules.errors import OptionError
+
+# Models that were trained further from a release here, by the beginnings of their names: the release, and who
+# they are. Their files fit its scripts.
+_MADE_FROM = """
+stable_diffusion xl: pony illustrious noob animagine juggernaut realvis albedobase dreamshaperxl wai hassaku
+stable_diffusion xl: sdxlturbo sdxllightning sdxlhyper lightningxl copax zavychroma cyberrealisticxl bigasp
+stable_diffusion 1.5: dreamshaper realisticvision anything counterfeit deliberate abyssorange cyberrealistic
+stable_diffusion 1.5: epicrealism majicmix meinamix toonyou revanimated novelai absolutereality
+stable_diffusion 2.1: sd2 stablediffusion2
+"""
+# Models that no family here runs, by the beginnings of their names
+_NOT_HERE = """
+Stable Diffusion 3: sd3 stablediffusion3
+Stable Video Diffusion: svd stablevideo
+Stable Cascade: stablecascade wuerstchen cascade
+CogVideoX: cogvideo cogview
+Anima: anima
+AnimateDiff: animatediff
+Chroma1-Radiance: chromaradiance chroma1radiance radiance
+HunyuanVideo-1.5: hunyuanvideo15 hv15 hunyuan15
+HunyuanImage-3.0: hunyuanimage3
+Hunyuan-DiT: hunyuandit
+LTX-Video 0.9: ltxv ltxvideo ltx09
+PixArt: pixart
+Kolors: kolors
+AuraFlow: auraflow
+Mochi: mochi
+Cosmos: cosmos
+HiDream: hidream
+OmniGen: omnigen
+Sana: sana
+Playground: playground
+Kandinsky: kandinsky
+DeepFloyd IF: deepfloyd
+Open-Sora: opensora
+Step-Video: stepvideo
+EasyAnimate: easyanimate
+Allegro: allegro
+BAGEL: bagel
+Ovis-Image: ovisimage
+Ovi: ovi
+LongCat: longcat
+Pyramid Flow: pyramidflow
+MAGI-1: magi
+GLM-Image: glmimage
+ERNIE-Image: ernieimage
+Qwen-Image-Layered: qwenimagelayered qwenlayered
+SkyReels V2 and V3: skyreelsv2 skyreelsv3
+"""
+
+
+_OF_MANY = {"video", "image"}  # words that several models have in their names
+
+
+class NamedModel(NamedTuple):
+    """What the name of a model says."""
+
+    family: str
+    task: str | None  # None: it names the family alone
+    made_from: bool = False  # the name is that of a model that was trained further from this one
+
+
+def plain_name(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def read_family(text: str, models: Sequence[ModelSet]) -> NamedModel:
+    """Read the name of a family, and of a task if one is given, in any spelling.
+
+    Raises OptionError if it names none of `models`: with what the name stands for if it is known.
+    """
+    names = families_of(models)
+    by_spelling = _spell_families(names)
+    exact = _read_exact_name(text, by_spelling, models)
+    if exact is not None:
+        return exact
+    known = _read_known(text, models)
+    if known is not None:
+        return known
+    near = _find_near(plain_name(text), by_spelling, models)
+    near_families = list(dict.fromkeys(named.family for named in near))
+    if len(near) == 1:
+        return near[0]
+    if len(near_families) == 1:
+        return NamedModel(near_families[0], task=None)
+    begun = [spelling for spelling in by_spelling if plain_name(text).startswith(spelling)]
+    hint = did_you_mean(text.lower(), names)
+    if begun:
+        hint = f" Did you mean {by_spelling[max(begun, key=len)]}?"
+    if near_families:
+        hint = f" Did you mean {' or '.join(near_families)}?"
+    hint = page_of_control(text) or hint
+    raise OptionError(f"--family {text}: choose from {', '.join(names)}.{hint}")
+
+
+def _spell_families(names: Sequence[str]) -> dict[str, str]:
+    """Return families by their plain spellings: names of scripts, titles of pages, and their own names."""
+    by_spelling = {}
+    for name, entry in with_scripts().items():
+        if name in names:
+            by_spelling[plain_name(entry.script)] = name
+    for name in names:
+        for spelling in (family_title(name), further_name(name)):
+            if spelling:
+                by_spelling[plain_name(spelling)] = name
+    for name in names:
+        by_spelling[plain_name(name)] = name
+    return by_spelling
+
+
+def _read_exact_name(
+    text: str, by_spelling: Mapping[str, str], models: Sequence[ModelSet]
+) -> NamedModel | None:
+    """Return what a text names in full: a family, a family with its task, or a repository."""
+    plain = plain_name(text)
+    if plain in by_spelling:
+        return NamedModel(by_spelling[plain], task=None)
+    for model in models:
+        spellings = [name for name, family in by_spelling.items() if family == model.family]
+        if plain in {plain_name(name + model.task) for name in spellings}:
+            return NamedModel(model.family, model.task)
+    for model in models:  # the catalogue has what most want first
+        if plain in (plain_name(model.released_by), plain_name(PurePosixPath(model.released_by).name)):
+            return NamedModel(model.family, model.task)
+    return None
+
+
+def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[ModelSet]) -> list[NamedModel]:
+    """Return families whose names have a text in them, else tasks that have it."""
+    if len(plain) > 1 and plain not in _OF_MANY:
+        # at the beginning of a word: anima is not a part of image
+        named = dict.fromkeys(name for name in by_spelling.values() if _begins_a_word(plain, name))
+        named |= dict.fromkeys(name for spelling, name in by_spelling.items() if spelling.startswith(plain))
+        # of qwen_image and qwen_image_21 the first is meant: a longer name is typed as far as it is longer
+        shortest = [
+            name for name in named if not any(name.startswith(other) for other in named if other != name)
+        ]
+        if shortest:
+            return [NamedModel(name, task=None) for name in shortest]
+    if len(plain) > 2:
+        return [
+            NamedModel(model.family, model.task)
+            for model in models
+            if _begins_a_word(plain, model.task)
+            or plain == plain_name(further_name(model.family) + model.task)
+        ]
+    return []
+
+
+def _begins_a_word(plain: str, name: str) -> bool:
+    """Return whether a plain spelling begins at a word of a name, as `14b` and `bi2v` do not in t2v-14B."""
+    words = re.findall(r"[a-z0-9.]+", name.lower())
+    return any(plain_name("".join(words[place:])).startswith(plain) for place in range(len(words)))
+
+
+def _read_known(text: str, models: Sequence[ModelSet]) -> NamedModel | None:
+    """Return the release that a model was trained from, by the beginning of its name; None if not known.
+
+    Raises OptionError if it is a model that is known and not supported.
+    """
+    plain = plain_name(text)
+    beginnings: dict[str, str] = {}
+    for line in (_MADE_FROM + _NOT_HERE).split("\n"):
+        subject, _, names = line.partition(": ")
+        beginnings |= dict.fromkeys(names.split(), subject)
+    fitting = [name for name in beginnings if plain.startswith(name)]
+    if not fitting:
+        return None
+    longest = max(fitting, key=len)
+    family, _, task = beginnings[longest].partition(" ")
+    if any((model.family, model.task) == (family, task) for model in models):
+        return NamedModel(family, task, made_from=True)
+    pictures, clips = (_kinds_of(models, is_clip) for is_clip in (False, True))
+    raise OptionError(
+        f"--family {text}: {beginnings[longest]} is not supported. For pictures choose from "
+        f"{pictures}; for clips from {clips}"
+    )
+
+
+def _kinds_of(models: Sequence[ModelSet], is_clip: bool) -> str:
+    """Return the families that are trained, of clips or of pictures, as a list in words."""
+    trained = [model for model in models if "train" in model.commands]
+    return ", ".join(families_of([model for model in trained if (model.data["frames"] != 1) == is_clip]))
+
+
+def refuse_made_from(named: NamedModel, text: str, models: Sequence[ModelSet]) -> None:
+    """Raise OptionError, with the options to type, if a name is that of a model that was trained further."""
+    if not named.made_from:
+        return
+    (model,) = (model for model in models if (model.family, model.task) == (named.family, named.task))
+    option = next(part.option for part in model.components if part.option)
+    family = further_name(named.family) + model.task
+    raise OptionError(
+        f"--family {text}: it is a {family_title(named.family)} {model.task} with weights of its own. Give "
+        f"`new` --family {family} --model_file {option.lstrip('-')}=FILE, with its file"
+    )
+
+
+def families_of(models: Sequence[ModelSet]) -> list[str]:
+    return list(dict.fromkeys(model.family for model in models))
+
+
+def page_of_control(text: str) -> str:
+    """Return which page describes a model that learns from control clips; "" if the text names none."""
+    plain = plain_name(text)
+    for model in model_sets():
+        if not model.data.get("control"):
+            continue
+        title = family_title(model.family)
+        is_exact = plain in {plain_name(model.family), plain_name(model.task), plain_name(title)}
+        if is_exact or (len(plain) > 2 and plain in plain_name(model.task)):
+            return (
+                f" {title} {model.task} learns from control clips, which `new` does not describe: see "
+                f"docs/{family_page(model.family)}."
+            )
+    return ""

@@ -1,0 +1,89 @@
+"""Every option of every script, typed into each other one: the right counterpart, or none and no guess."""
+
+import re
+
+import pytest
+
+from modules import mistyped
+from modules.parser import Parser
+from tests.option_names import collect_names
+from tests.test_command_line import parser_of
+from tests.test_imports import SCRIPTS, TOOLS
+
+# one of each kind daily, the others at night
+DAILY = {
+    *("gen_img.py", "minimax_h3_generate_video.py", "wan_generate_video.py", "flux_minimal_inference.py"),
+    *(
+        "wan_train_network.py",
+        "train_network.py",
+        "wan_cache_latents.py",
+        "convert_lora.py",
+        "new_project.py",
+    ),
+}
+NAMES = mistyped._NAMES.read_text(encoding="utf-8").split()
+GUESS = re.compile(r"Did you mean --([\w-]+)")
+REASONS = (
+    " It belongs to other scripts, and nothing here corresponds to it. Leave it out.",
+    " Leave it out: ",
+    " Give --",  # a file of the same role
+)
+
+
+def test_the_list_of_names_is_that_of_the_scripts() -> None:
+    """To write it anew: python -m tests.option_names"""
+    assert mistyped._NAMES.read_text(encoding="utf-8") == collect_names()
+
+
+def means_the_same(typed: str, ours: str) -> bool:
+    """Whether a table says so: names that share letters are in none."""
+    theirs = (line.partition(":") for line in mistyped._THEIRS.splitlines())
+    lines = ("+".join(line.split()).split("+") for line in mistyped._SAME.splitlines())
+    is_theirs = any(name == ours and typed in names.split() for name, _, names in theirs)
+    return is_theirs or any(typed in line and ours in line for line in lines)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(name, marks=[] if name in DAILY else [pytest.mark.slow]) for name in (*SCRIPTS, *TOOLS)],
+)
+def test_an_option_of_another_script_gets_its_counterpart_or_no_guess(
+    script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = parser_of(script, monkeypatch)
+    assert isinstance(parser, Parser)
+    keys = {key for file in parser.key_files for key in file.read_keys()}
+    for name in NAMES:
+        message = parser._explain_unknown("", f"--{name}").removeprefix(f"Unknown option --{name}.")
+        if not message or parser._option_string_actions.get(f"--{name.replace('_', '-')}"):
+            continue  # an option of its own, or the beginning of one, as argparse takes it
+        guess = GUESS.search(message)
+        if guess:
+            assert means_the_same(name, guess[1].replace("-", "_")), message
+            assert f"--{guess[1]}" in parser._option_string_actions
+        else:
+            assert message.startswith(REASONS) or any(key in message for key in keys), message
+
+
+@pytest.mark.parametrize(
+    ("script", "typed", "message"),
+    [
+        ("gen_img.py", "lora_weight", "Did you mean --network_weights?"),
+        ("gen_img.py", "lora_multiplier", "Did you mean --network_mul?"),
+        ("gen_img.py", "save_path", "Did you mean --outdir?"),
+        ("sdxl_gen_img.py", "image_size", "Did you mean --H HEIGHT --W WIDTH?"),
+        ("flux_minimal_inference.py", "video_size", "Did you mean --height HEIGHT --width WIDTH?"),
+        ("flux_generate_image.py", "W", "Did you mean --image_size HEIGHT WIDTH?"),
+        ("minimax_h3_generate_video.py", "control_image_path", "Did you mean --ref?"),
+        ("wan_generate_video.py", "network_weights", "Did you mean --lora_weight?"),
+        ("wan_generate_video.py", "stg_scale", "It belongs to other scripts, and nothing here"),
+        ("convert_lora.py", "prompt", "It belongs to other scripts, and nothing here"),
+        ("wan_generate_video.py", "promt", "Did you mean --prompt?"),
+        ("wan_generate_video.py", "qwertz", "Leave it out."),
+    ],
+)
+def test_known_counterparts(script: str, typed: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = parser_of(script, monkeypatch)
+    assert isinstance(parser, Parser)
+    assert f"Unknown option --{typed}. {message}" in parser._explain_unknown("", f"--{typed}")
