@@ -14,9 +14,8 @@ NOT_KNOWN = (
     "give a LoRA for this model."
 )
 _OF_WORDS = ("emb_params", "bundle_emb", "string_to_param")  # embeddings of words, in several programs' files
-_IN_PEFT = re.compile(
-    r"\.(?:base_layer|original_module|modules_to_save(?:\.[^.]+)?)$"
-)  # behind a module's path
+# behind a module's path
+_IN_PEFT = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.[^.]+)?)$")
 _LEAVES = (".weight", ".bias")
 
 
