@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from networks import module_names
 from networks.key_formats import bare_path
-from networks.names.layouts import OURS, FamilyNames
+from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_T5, OURS, FamilyNames
+from networks.names.texts import TEXT_PROJECTION
 
 # if nothing better is known
 NOT_KNOWN = (
@@ -112,6 +113,25 @@ def kind_of_module(
         ": no known model has layers of these names",
         "the rest of it is of a network that is not known here.",
     )
+
+
+_ENCODERS = {
+    "lora_te": "the text encoder",
+    "lora_te1": "the first text encoder",
+    "lora_te2": "the second text encoder",
+    "lora_te3": "the T5 text encoder",
+}
+
+
+def kind_of_text_module(name: str) -> UnusedKind:
+    """Return the kind of a part that a text encoder lacks. name: `lora_te2_text_projection.weight`."""
+    prefix, _, path = name.partition(".")[0].partition("_")[2].partition("_")
+    encoder = _ENCODERS.get(f"lora_{prefix}", "a text encoder")
+    if path == TEXT_PROJECTION:
+        return UnusedKind(f": they are the projection of {encoder}, which this model does not use")
+    if path.startswith((OF_CLIP, OF_T5, OF_LANGUAGE_MODEL)):
+        return UnusedKind(f": {encoder} of this model has no such layers")
+    return UnusedKind(f": no text encoder that is known has layers of these names ({encoder})")
 
 
 def without_numbers(module: str) -> str:
