@@ -14,7 +14,9 @@ NOT_KNOWN = (
     "it is damaged or for another model, and does not do here what it was trained for. Copy it again, or "
     "give a LoRA for this model."
 )
-_OF_WORDS = ("emb_params", "bundle_emb", "string_to_param")  # embeddings of words, in several programs' files
+_BUNDLE = "bundle_emb"  # bundle_emb.WORD.string_to_param.*, of the Web UI and OneTrainer
+_SET = "set_weight"
+_OF_WORDS = ("emb_params", _BUNDLE, "string_to_param")  # embeddings of words, in several programs' files
 # behind a module's path
 _IN_PEFT = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.[^.]+)?)$")
 _LEAVES = (".weight", ".bias")
@@ -47,7 +49,7 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
     if side:
         return UnusedKind(f"are whole weights of {side}, no changes of them, and are ignored")
     if path.startswith(_OF_WORDS):
-        return UnusedKind("are embeddings of words and are ignored")
+        return UnusedKind(f"are embeddings of words and are ignored{_about_word(path)}")
     if module_names.is_name(name):
         return _kind_of_weight(name, leaf)
     if leaf and "." in path:
@@ -55,12 +57,30 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
         network = key[: key.index(start)] + start
         return UnusedKind(f"are of another network, {network}, and are ignored")
     module, dot, part = path.rpartition(".")
+    if part == _SET and module_names.is_name(module.replace(".", "_")):
+        return UnusedKind(
+            f"are weights that ComfyUI puts in place of the model's ({_SET}), and are ignored",
+            "it was made for a model with these weights. Put them into the model's file under its own names, "
+            "or use the file in ComfyUI.",
+        )
     if dot and module_names.is_name(module.replace(".", "_")):
         return UnusedKind(
             f"are parts of layers called {part}, which are not known here, and are ignored",
             f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program.",
         )
     return UnusedKind("are no part of a LoRA and are ignored", NOT_KNOWN)
+
+
+def _about_word(path: str) -> str:
+    """Return what to do about the embedding of a word in a LoRA file; "" if the path names no word."""
+    start, _, inner = path.partition(".")
+    if start != _BUNDLE or not inner:
+        return ""
+    word = inner.partition(".")[0]
+    return (
+        f", so that {word} means nothing in a prompt. Save its tensors as {word}.safetensors under the name "
+        "emb_params (of SDXL clip_l and clip_g), and give that to gen_img.py --textual_inversion_embeddings"
+    )
 
 
 def _kind_of_weight(name: str, leaf: str) -> UnusedKind:
