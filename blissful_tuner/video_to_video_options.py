@@ -84,9 +84,8 @@ class SourceOptions(Options, title="video or image to start from"):
     i2_extra_noise: float | None = option(
         "noise added to the noisy image of --i2i_path", least=0, most=MOST_NOISE, hint=USUAL_NOISE
     )
-    of_script: Mapping[str, Any] = option(
-        name="usual_sources", default={}
-    )  # the script's defaults, by option
+    # the script's defaults, by option
+    of_script: Mapping[str, Any] = option(name="usual_sources", default={})
 
     def __post_init__(self) -> None:
         check_one_source({name: getattr(self, name) for name in SOURCES})

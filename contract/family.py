@@ -143,13 +143,12 @@ class DitSpec:
     compiles_each_size: bool = False
     # layers that turn inputs into tokens, if they are large: for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()
-    # --blocks_to_swap -> how many of each list
-    swap_counts: Callable[[int], tuple[int, ...]] = lambda blocks: (blocks,)
+    # --blocks_to_swap -> how many of each list; None: no block of this network can be swapped
+    swap_counts: Callable[[int], tuple[int, ...]] | None = lambda blocks: (blocks,)
     # blocks of each list that it cannot swap, as in the known tuners; a list of two can swap one all the same
     unswapped: int = 1
-    token_wise: tuple[
-        str, ...
-    ] = ()  # methods of blocks, those that have them, that treat each token (axis 1 of the first input) alone
+    # methods of blocks, those that have them, that treat each token (axis 1 of the first input) alone
+    token_wise: tuple[str, ...] = ()
     # method of the blocks of the first list: their input (x, tokens) -> what their attention gets, B L C;
     # what TeaCache compares between steps. None: the model has none
     modulated_input: str | None = None

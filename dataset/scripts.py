@@ -41,12 +41,13 @@ def cache_family_latents(
     entry = FAMILIES[family]
     record = entry.options_record("LatentCaching")
     options, debug, family_options, typed = read_spelled_caching(about, record, argv)
+    # not for --help
     from dataset.config import (
         for_family,
         load_dataset_config,
         with_downloads,
         with_sound_files,
-    )  # not for --help
+    )
 
     with name_as_typed(options.typed_names):
         if debug.debug_mode is None and not options.check:

@@ -137,9 +137,8 @@ class DatasetTable:
     id_token: str = key(forms.WORDS, "", kinds=VIDEO, only_with=OF_COGVIDEOX, stale=NOTHING)  # "" for none
     # latents are computed already
     load_tensors: bool = key(forms.YES_NO, False, kinds=VIDEO, only_with=OF_COGVIDEOX, stale=LATENTS)
-    allow_urls: bool = key(
-        forms.YES_NO, False, only_with=OF_TABLES, stale=NOTHING
-    )  # sources may lie elsewhere
+    # sources may lie elsewhere
+    allow_urls: bool = key(forms.YES_NO, False, only_with=OF_TABLES, stale=NOTHING)
     # where downloads are kept; None: in the cache directory
     download_directory: Path | None = key(forms.PATH, only_with=OF_TABLES, stale=NOTHING)
     control_directory: Path | None = key(forms.PATH, only_with=OF_FOLDERS, stale=NOTHING)

@@ -81,6 +81,7 @@ class ClipTextConfig:
     num_layers: int
     activation: str = "quick_gelu"
     eps: float = 1e-5
+    projection_dim: int = 0  # width of the projected pooled state; 0: it is not projected
 
 
 def read_clip_text(

@@ -143,7 +143,7 @@ class ClipTextEmbeddings(nn.Module):
 
 
 class ClipText(nn.Module):
-    """The text tower without its projection."""
+    """The text tower, with the projection of its pooled state if the model uses that."""
 
     spec = DitSpec(block_lists=("encoder.layers",))
 
@@ -152,6 +152,9 @@ class ClipText(nn.Module):
         self.embeddings = ClipTextEmbeddings(config)
         self.encoder = ClipLayers(config, is_causal=True)
         self.final_layer_norm = nn.LayerNorm(config.dim, config.eps)
+        self.text_projection: nn.Linear | None = None
+        if config.projection_dim:
+            self.text_projection = nn.Linear(config.dim, config.projection_dim, bias=False)
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +165,9 @@ class ClipText(nn.Module):
         return len(self.encoder.layers)
 
     def forward(self, ids: Tensor, ends: Tensor) -> Tensor:
-        """Return the pooled state B C. ids: B L. ends: B, position of the first end token of each prompt.
+        """Return the pooled state B C, or B P projected.
+
+        ids: B L. ends: B, position of the first end token of each prompt.
 
         Attention is causal, so padding after the end token changes nothing.
         """
@@ -196,8 +201,9 @@ class ClipText(nn.Module):
         run_blocks(self, hidden, Tweaks(skip_blocks=frozenset(range(self.num_layers)).difference(layers)))
 
     def _pool(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Return the normed states B C of the end tokens. x: B L C after the last layer."""
-        return self.final_layer_norm(x[torch.arange(len(x), device=x.device), ends])
+        """Return the normed states of the end tokens, B C; B P if projected. x: B L C of the last layer."""
+        pooled = self.final_layer_norm(x[torch.arange(len(x), device=x.device), ends])
+        return pooled if self.text_projection is None else self.text_projection(pooled)
 
 
 def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, use: ClipUse) -> ClipText:

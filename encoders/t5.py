@@ -79,10 +79,11 @@ class T5Use:
     states: str = "t5_out"  # key of the states, L C
     mask: str | None = "t5_attn_mask"  # key of the mask, L int64; None: it is not returned
     kind: T5Kind = T5_XXL
+    # in a release, the first that exists
     folders: tuple[str, ...] = (
         "text_encoder_2",
         "text_encoder",
-    )  # in a release, the first that exists
+    )
     tokenizer: TokenizerFiles = T5_FILES
 
     @property

@@ -183,13 +183,11 @@ class GenerationOptions(Options, title="run"):
     optimized: bool = option(OPTIMIZED, title="preset", facts=OF_REQUEST, often=True)
     step_cache: StepCacheOptions
     # no options:
-    remembers_lines: bool = option(
-        default=False, facts=NO_PIXELS
-    )  # --interactive: a line's hold for later ones
+    # --interactive: a line's hold for later ones
+    remembers_lines: bool = option(default=False, facts=NO_PIXELS)
     line_options: Mapping[str, LineOption] = option(default={})  # what the letters of a prompt line mean
-    settings: Mapping[str, Any] = option(
-        default={}
-    )  # options given, the family's too, as metadata record them
+    # options given, the family's too, as metadata record them
+    settings: Mapping[str, Any] = option(default={})
     decoding_options: frozenset[str] = option(default=frozenset())  # which of all say how latents are decoded
     typed_names: Mapping[str, str] = option(default={}, facts=NO_PIXELS)  # see `name_as_typed`
     # arguments of the options that are typed, with their usual values too

@@ -38,9 +38,8 @@ SUFFIXES = (
 )  # fmt: skip
 
 
-OWN_LATENTS = re.compile(
-    r"(\D*\d{8}[-_]\d{6}.*)_latent", re.DOTALL
-)  # names of latent files that begin with a time
+# names of latent files that begin with a time
+OWN_LATENTS = re.compile(r"(\D*\d{8}[-_]\d{6}.*)_latent", re.DOTALL)
 NAMED_CHARACTERS = 40  # of a prompt in a file's name
 NAMED_BYTES = 100  # in UTF-8: names have 255 at most
 

@@ -71,9 +71,8 @@ def encode_condition(vae: H3VideoVae, pixels: Tensor) -> Tensor:
 
 def add_condition_noise(latents: Tensor, noise: Tensor, clean: float = PICTURES_LIE) -> Tensor:
     """Return `clean` of the latents and the rest noise: the network takes pictures and clips so."""
-    share = torch.tensor(
-        clean, dtype=torch.float32, device=latents.device
-    )  # 1 - share is rounded, as released
+    # 1 - share is rounded, as released
+    share = torch.tensor(clean, dtype=torch.float32, device=latents.device)
     return share * latents + (1 - share) * noise
 
 

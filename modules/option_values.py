@@ -57,11 +57,8 @@ def to_path(option: str, text: str) -> Path:
 
     Raises OptionError for a name that no file can have, and for usual mistakes in one that is not there.
     """
-    bare = without_quotes(text)
     try:
         path = expand_path(text)
-        if bare != text and not path_exists(path):
-            path = expand_path(bare)
     except ValueError as error:
         raise OptionError(f"{option} {shorten(text, 80)!r}: {error}") from None
     why = None if path_exists(path) else explain_path(without_quotes(text))

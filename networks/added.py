@@ -495,6 +495,7 @@ def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) ->
         what="modules are not in this model",
         model=family,
         modules=modules,
+        encoder=lora.encoder,
     )
     loading.warn_of_other_family(lora, family, modules)
     return fitted
@@ -504,12 +505,15 @@ def _misfit(
     lora: LoraFile, absent: Sequence[str], family: FamilyNames | None, option: str
 ) -> CheckpointError:
     """Return the error for a file of which a model has no module. absent: its modules."""
-    loading.refuse_unknown(lora, option)
+    if not lora.encoder:
+        loading.refuse_unknown(lora, option)
     lora_family = lora.family()
     advice = ""
     if lora_family is not None and lora_family is not family:
         advice = f" It is for {lora_family.name}."
     words = text_side_of(absent)
+    if lora.encoder:
+        absent = [f"{lora.encoder}_{name.removeprefix(OURS)}" for name in absent]
     if words:
         advice = f" It changes {words} alone: merge it into the model's file with merge_lora.py."
     return CheckpointError(

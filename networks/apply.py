@@ -329,18 +329,15 @@ class LoraPatch:
         uses: Sequence[LoraUse],
         parameter_names: Iterable[str] | None = None,
         model: Path | None = None,
-        is_text: bool = False,
         rounding: LoraRounding | None = None,
         is_masked: bool = False,
     ) -> None:
         """parameter_names: of a file in another layout, such as that of diffusers. model: its file, for
-        messages. is_text: the model is a text encoder, whose names no family has. rounding: of weights in 16
-        bits; None: to the nearest. is_masked: the changes are not merged, so that the ranks of T-LoRAs are
-        masked.
+        messages. rounding: of weights in 16 bits; None: to the nearest. is_masked: the changes are not
+        merged, so that the ranks of T-LoRAs are masked.
         """
         self._is_masked = is_masked
         self._uses = tuple(uses)
-        self._is_text = is_text
         self._rounding = rounding
         self._path = model
         self._model = "this model" if model is None else str(model)
@@ -489,6 +486,7 @@ class LoraPatch:
                     what=f"weights are not in {self._model}",
                     model=family,
                     modules=self._modules,
+                    encoder=use.lora.encoder,
                 )
         if self._rounding is not None:
             self._rounding.report(len(self.unmerged))
@@ -502,10 +500,10 @@ class LoraPatch:
 
     def _misfit(self, lora: LoraFile, keys: list[str]) -> CheckpointError:
         """Return the error for a LoRA of which no part has a weight. keys: of its changes."""
-        if not self._is_text:
+        if not lora.encoder:
             refuse_unknown(lora)
         family = choose_family(self._modules, LIKELY_MODEL)
-        if self._path is not None and family is None and not self._is_text:
+        if self._path is not None and family is None and not lora.encoder:
             return CheckpointError(
                 f"{self._model} is no transformer that a LoRA could be added to: it has modules such as "
                 f"{list_some(list(self._modules), 3)}.\n  Give the model's own file.",
@@ -518,8 +516,8 @@ class LoraPatch:
                 "  Merge it into the model's file with merge_lora.py.",
                 self._path or lora.path,
             )
-        if self._is_text:
-            keys = [key.removeprefix(OURS) for key in keys]
+        if lora.encoder:
+            keys = [f"{lora.encoder}_{key.removeprefix(OURS)}" for key in keys]
         lora_family = lora.family()
         kinds = ""
         if lora_family is not None and family is not None and lora_family is not family:

@@ -27,6 +27,7 @@ from networks.deltas import DORA, DOWN, LORA, OFT, PARTS, ROWS, UP, Factors, hei
 from networks.module_names import FAMILIES, alias, is_name, likely_families, sizes_fit
 from networks.names import layouts
 from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_LTX_FORK, OF_T5, OURS, FamilyNames
+from networks.names.texts import TEXT_PROJECTION
 from networks.rewriting import FOR_ALL, MARKS, Rewritten, rewrite
 
 OTHER = "diffusion_model."
@@ -78,6 +79,7 @@ _TEXT = re.compile(
 )
 _TEXT_STARTS = ("transformer.", "language_model.", "model.", "base_model.model.", "module.")
 # encoders whose files have no prefix at all
+_OF_CLIP_ALONE = ("encoder_layers_", "embeddings_", "final_layer_norm")
 _BARE_TEXTS = ("text_model.encoder.", "encoder.block.")
 _OF_ALL = (*FamilyNames.encoders, ("lora_te2", OF_CLIP), ("lora_te", OF_LANGUAGE_MODEL))  # of no known family
 _ENDINGS = {
@@ -150,14 +152,18 @@ def to_native(
     tensors = usual.tensors
     places = _place_keys(tensors)
     dialects = sorted({place.dialect for place in places.values()})
-    family_name = usual.family_name or _family_of_dialects(dialects)
-    hint = family_hint or family_name or None
-    families = _families_of_places(places, tensors, hint)
-    in_dit = _NamedModules(places, _our_modules(places, families))
-
     alpha_keys = [key for key in FOR_ALL if key in tensors]
     unplaced = [key for key in tensors if key not in places and key not in alpha_keys]
     text_places = _place_texts(unplaced)
+    family_name = usual.family_name or _family_of_dialects(dialects)
+    hint = family_hint or family_name or None
+    families = _families_of_places(places, tensors, hint)
+    if len(families) > 1:
+        families = _families_by_form(families, places, text_places)
+        if len(families) == 1:
+            family_name = families[0].name
+    in_dit = _NamedModules(places, _our_modules(places, families))
+
     text_names: dict[str, str] = {}
     if with_texts:
         text_names = _names_of_texts(text_places, _family_for_texts(text_places, families, hint))
@@ -232,6 +238,33 @@ def _families_of_places(
     return families_of(factors, hint) if factors else []
 
 
+def _families_by_form(
+    families: Sequence[FamilyNames], places: Mapping[str, "_Place"], texts: Mapping[str, "_TextPlace"]
+) -> list[FamilyNames]:
+    """Return those of several families whose files have names of this form, and as many text encoders.
+
+    Underscored names that are aliases (`lora_unet_input_blocks_...`) are of families whose files are named
+    so; a second text encoder (`lora_te2_...`) is of those with a prefix of that number. All families if none
+    is left.
+    """
+    most = max((place.number for place in texts.values()), default=1)
+    by_texts = [family for family in families if _has_encoder(family, most)] or [*families]
+    underscored = {place.path for place in places.values() if "." not in place.path}
+    if not underscored:
+        return by_texts
+    by_aliases: list[FamilyNames] = []
+    for family in by_texts:
+        has_aliases = any(alias(path, family) != path for path in underscored)
+        if not has_aliases or family.always_underscored == "aliases":
+            by_aliases.append(family)
+    return by_aliases or by_texts
+
+
+def _has_encoder(family: FamilyNames, number: int) -> bool:
+    """Return whether a family has as many text encoders, or one whose prefix has this number."""
+    return len(family.encoders) >= number or any(start.endswith(str(number)) for start, _ in family.encoders)
+
+
 def _our_modules(places: Mapping[str, "_Place"], families: Sequence[FamilyNames]) -> dict[str, str]:
     """Return our name of the module at each path: an alias if all families have the same one."""
     modules: dict[str, str] = {}
@@ -300,14 +333,13 @@ def _family_for_texts(
 ) -> FamilyNames | None:
     """Return the family whose text encoders a file changes.
 
-    families: by the names of modules of the DiT; of several, the first one with as many text encoders.
+    families: by the names of modules of the DiT. None if several are possible whose text encoders have
+    different names: encoders are then called as in the file.
     """
     most = max((place.number for place in places.values()), default=1)
-    for family in families:
-        if len(family.encoders) >= most:
-            return family
-    if families:
-        return families[0]
+    likely = [family for family in families if len(family.encoders) >= most] or families[:1]
+    if likely:
+        return likely[0] if len({family.encoders for family in likely}) == 1 else None
     return next((family for family in FAMILIES if family.name == hint), None)
 
 
@@ -407,8 +439,10 @@ def _text_layer(paths: Iterable[str]) -> tuple[str, str]:
     for path in paths:
         name = path.replace(".", "_")
         # CLIP, as transformers 5 and later has it
-        names.append(OF_CLIP + name if name.startswith("encoder_layers_") else name)
+        names.append(OF_CLIP + name if name.startswith(_OF_CLIP_ALONE) else name)
     for name in names:
+        if name.removeprefix(OF_CLIP) == TEXT_PROJECTION:
+            return OF_CLIP, TEXT_PROJECTION
         for kind in (OF_CLIP, OF_T5, OF_LANGUAGE_MODEL):
             if name.startswith(kind):
                 return kind, name

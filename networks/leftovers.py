@@ -6,17 +6,19 @@ from typing import NamedTuple
 
 from networks import module_names
 from networks.key_formats import bare_path
-from networks.names.layouts import OURS, FamilyNames
+from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_T5, OURS, FamilyNames
+from networks.names.texts import TEXT_PROJECTION
 
 # if nothing better is known
 NOT_KNOWN = (
     "it is damaged or for another model, and does not do here what it was trained for. Copy it again, or "
     "give a LoRA for this model."
 )
-_OF_WORDS = ("emb_params", "bundle_emb", "string_to_param")  # embeddings of words, in several programs' files
-_IN_PEFT = re.compile(
-    r"\.(?:base_layer|original_module|modules_to_save(?:\.[^.]+)?)$"
-)  # behind a module's path
+_BUNDLE = "bundle_emb"  # bundle_emb.WORD.string_to_param.*, of the Web UI and OneTrainer
+_SET = "set_weight"
+_OF_WORDS = ("emb_params", _BUNDLE, "string_to_param")  # embeddings of words, in several programs' files
+# behind a module's path
+_IN_PEFT = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.[^.]+)?)$")
 _LEAVES = (".weight", ".bias")
 
 
@@ -47,7 +49,7 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
     if side:
         return UnusedKind(f"are whole weights of {side}, no changes of them, and are ignored")
     if path.startswith(_OF_WORDS):
-        return UnusedKind("are embeddings of words and are ignored")
+        return UnusedKind(f"are embeddings of words and are ignored{_about_word(path)}")
     if module_names.is_name(name):
         return _kind_of_weight(name, leaf)
     if leaf and "." in path:
@@ -55,12 +57,30 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
         network = key[: key.index(start)] + start
         return UnusedKind(f"are of another network, {network}, and are ignored")
     module, dot, part = path.rpartition(".")
+    if part == _SET and module_names.is_name(module.replace(".", "_")):
+        return UnusedKind(
+            f"are weights that ComfyUI puts in place of the model's ({_SET}), and are ignored",
+            "it was made for a model with these weights. Put them into the model's file under its own names, "
+            "or use the file in ComfyUI.",
+        )
     if dot and module_names.is_name(module.replace(".", "_")):
         return UnusedKind(
             f"are parts of layers called {part}, which are not known here, and are ignored",
             f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program.",
         )
     return UnusedKind("are no part of a LoRA and are ignored", NOT_KNOWN)
+
+
+def _about_word(path: str) -> str:
+    """Return what to do about the embedding of a word in a LoRA file; "" if the path names no word."""
+    start, _, inner = path.partition(".")
+    if start != _BUNDLE or not inner:
+        return ""
+    word = inner.partition(".")[0]
+    return (
+        f", so that {word} means nothing in a prompt. Save its tensors as {word}.safetensors under the name "
+        "emb_params (of SDXL clip_l and clip_g), and give that to gen_img.py --textual_inversion_embeddings"
+    )
 
 
 def _kind_of_weight(name: str, leaf: str) -> UnusedKind:
@@ -113,6 +133,25 @@ def kind_of_module(
         ": no known model has layers of these names",
         "the rest of it is of a network that is not known here.",
     )
+
+
+_ENCODERS = {
+    "lora_te": "the text encoder",
+    "lora_te1": "the first text encoder",
+    "lora_te2": "the second text encoder",
+    "lora_te3": "the T5 text encoder",
+}
+
+
+def kind_of_text_module(name: str) -> UnusedKind:
+    """Return the kind of a part that a text encoder lacks. name: `lora_te2_text_projection.weight`."""
+    prefix, _, path = name.partition(".")[0].partition("_")[2].partition("_")
+    encoder = _ENCODERS.get(f"lora_{prefix}", "a text encoder")
+    if path == TEXT_PROJECTION:
+        return UnusedKind(f": they are the projection of {encoder}, which this model does not use")
+    if path.startswith((OF_CLIP, OF_T5, OF_LANGUAGE_MODEL)):
+        return UnusedKind(f": {encoder} of this model has no such layers")
+    return UnusedKind(f": no text encoder that is known has layers of these names ({encoder})")
 
 
 def without_numbers(module: str) -> str:

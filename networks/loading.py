@@ -16,7 +16,13 @@ from networks import key_formats
 from networks.alphas import FoundAlphas, read_alphas, unfold
 from networks.deltas import OFT, Factors, drop_unused_alphas, find_fault, group_by_module, rank_of, ungroup
 from networks.key_formats import NativeTensors
-from networks.leftovers import kind_of_module, kind_of_tensor, sort_by_kind, without_numbers
+from networks.leftovers import (
+    kind_of_module,
+    kind_of_tensor,
+    kind_of_text_module,
+    sort_by_kind,
+    without_numbers,
+)
 from networks.metadata import (
     DORA_FORM,
     FROZEN_NORMS,
@@ -67,6 +73,8 @@ class LoraFile:
     # tensors for text encoders: `lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight`
     text_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     unknown_names: str = ""  # description of its names, if no known model has them
+    # prefix of the text encoder whose tensors these are, under the names of a transformer; "": of none
+    encoder: str = ""
 
     @property
     def expert(self) -> str | None:
@@ -506,13 +514,19 @@ def warn_of_absent(
     what: str,
     model: FamilyNames | None,
     modules: Iterable[str] = (),
+    encoder: str = "",
 ) -> None:
     """Warn of parts of a LoRA that a model does not have, each kind with `warn_of_unused_parts`.
 
     absent: under our names, with our prefix, `lora_unet_x.weight` or `lora_unet_x`. total: number of all
-    parts. modules: of the model, without the prefix.
+    parts. modules: of the model, without the prefix. encoder: `LoraFile.encoder`.
     """
     modules = list(modules)
+    if encoder:
+        in_file = [f"{encoder}_{name.removeprefix(OURS)}" for name in absent]
+        for kind, names in sort_by_kind(in_file, kind_of_text_module).items():
+            warn_of_unused_parts(path, names, total=total, what=what + kind.words)
+        return
     has_side = any(on_text_side(module) for module in modules)
     numberless = {without_numbers(module) for module in modules}
     kinds = sort_by_kind(absent, partial(kind_of_module, model, has_side, numberless))

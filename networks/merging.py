@@ -4,7 +4,7 @@ families.
 # Letters: R rank
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
@@ -20,7 +20,7 @@ from checkpoints.writing import save_tensors, stream_tensors
 from contract.loading import TensorInfo
 from contract.rules import expert_of_file
 from modules.atomic_write import free_bytes
-from modules.console import as_size, in_words, show_box
+from modules.console import as_size, in_words, list_some, show_box
 from modules.devices import choose_device, dtype_name
 from modules.errors import CheckpointError
 from modules.output_files import refuse_replacing
@@ -31,6 +31,7 @@ from networks.deltas import CPU, DOWN, LORA, UP, Factors, group_by_module, hollo
 from networks.fused_rows import with_stacked_rows
 from networks.key_formats import NETWORKS, families_of
 from networks.loading import LoraFile, LoraUse, lora_uses, read_lora
+from networks.lora_network import prefix_of
 from networks.metadata import add_hashes
 from networks.module_names import family_named, read_family
 from networks.names.layouts import FIRST_LAYERS, TRAINED_ON, FamilyNames
@@ -102,7 +103,8 @@ def merge_flux(options: FluxMergeOptions) -> None:
         assert options.save_to is not None
         _write_sum(options, options.save_to, uses, device)
         return
-    parts = {name: uses_for(uses, prefix) for name, prefix in ENCODERS.items()}
+    prefixes = {prefix for prefix in ENCODERS.values() if prefix}
+    parts = {name: uses_for(uses, prefix, prefixes) for name, prefix in ENCODERS.items()}
     for name, part_uses in parts.items():
         if part_uses and name not in options.targets:
             logger.warning(
@@ -141,7 +143,9 @@ def _write_sum(
     """Write the sum of LoRAs as one LoRA."""
     dtype = _dtype_of(options) or DTYPES[options.precision]
     tensors = _add_up(uses, options.concat, dtype, device)
-    metadata = _metadata_of_sum([use.lora for use in uses], tensors, options.no_metadata)
+    loras = [use.lora for use in uses]
+    family = _family_of_sum(loras, tensors, options)
+    metadata = _metadata_of_sum(loras, tensors, family, options.no_metadata)
     named = in_known_names(tensors, read_family(metadata))
     save_tensors(output, named, add_hashes(named, metadata))
     rows = [
@@ -153,12 +157,14 @@ def _write_sum(
 
 
 def _metadata_of_sum(
-    loras: Sequence[LoraFile], tensors: Mapping[str, Tensor], no_metadata: bool
+    loras: Sequence[LoraFile],
+    tensors: Mapping[str, Tensor],
+    family: FamilyNames | None,
+    no_metadata: bool,
 ) -> dict[str, str]:
     """Return the metadata of the sum of LoRAs. no_metadata: only what loaders need to know."""
     ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)}
     rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    family = _family_of_sum(loras, tensors)
     module = "networks.lora_flux"
     version = "flux1"
     if family is not None and family.name != "flux":
@@ -185,14 +191,36 @@ def _first_of_metadata(loras: Sequence[LoraFile], key: str) -> str | None:
     return next(filter(None, (lora.metadata.get(key) for lora in loras)), None)
 
 
-def _family_of_sum(loras: Sequence[LoraFile], tensors: Mapping[str, Tensor]) -> FamilyNames | None:
-    """Return the family of a sum of LoRAs; None if there are only parts of text encoders."""
+def _family_of_sum(
+    loras: Sequence[LoraFile], tensors: Mapping[str, Tensor], options: FluxMergeOptions | WholeMergeOptions
+) -> FamilyNames | None:
+    """Return the family of a sum of LoRAs; None if there are only parts of text encoders.
+
+    Raises CheckpointError if several are possible and nothing says which one.
+    """
+    if isinstance(options, WholeMergeOptions) and options.family is not None:
+        return family_named(options.family)
     by_metadata = next(filter(None, (read_family(lora.metadata) for lora in loras)), None)
     hint = None if by_metadata is None else by_metadata.name
     families = families_of(group_by_module(tensors), hint)
-    if FLUX in families:  # of several families, the one that this tool is for
-        return FLUX
-    return families[0] if families else by_metadata
+    if isinstance(options, FluxMergeOptions) and (FLUX in families or not families):
+        return FLUX  # of several families, the one that this tool is for
+    if not families and by_metadata is None:
+        families = _families_of_texts(tensors)
+    if len(families) < 2:
+        return families[0] if families else by_metadata
+    names = [family.name for family in families]
+    raise CheckpointError(
+        f"{list_some([str(lora.path) for lora in loras], 3)} can be for {' or '.join(names)}: all of them "
+        f"have layers of these names and sizes.\n  Say which one, such as --family {names[0]}."
+    )
+
+
+def _families_of_texts(tensors: Iterable[str]) -> list[FamilyNames]:
+    """Return the families of Stable Diffusion that have all text encoders of these modules."""
+    prefixes = {prefix_of(name) for name in tensors}
+    families = map(family_named, tool_options.OF_STABLE_DIFFUSION)
+    return [family for family in families if prefixes <= {start for start, _ in family.encoders}]
 
 
 def _in_lines(uses: Sequence[LoraUse]) -> str:

@@ -17,31 +17,37 @@ from networks.leftovers import text_side_of
 from networks.loading import LoraUse, on_side
 from networks.lora_network import prefix_of, rename_texts
 from networks.names.layouts import OURS
-from networks.names.texts import open_clip_names, published_parameter
+from networks.names.texts import TEXT_PROJECTION, open_clip_names, published_parameter
 from networks.options import NEAREST
 from networks.rounding import LoraRounding
 
 logger = getLogger(__name__)
 
 
-def uses_for(uses: Iterable[LoraUse], prefix: str = "") -> list[LoraUse]:
+def uses_for(
+    uses: Iterable[LoraUse], prefix: str = "", prefixes: Collection[str] | None = None
+) -> list[LoraUse]:
     """Return the parts of LoRAs for one network, named as for its own file; skip LoRAs without such parts.
 
-    prefix: of a text encoder in LoRA files; "" for the DiT or U-Net.
+    prefix: of a text encoder in LoRA files; "" for the DiT or U-Net. prefixes: of all text encoders of the
+    model, as for `rename_texts`; None: the LoRAs have these names already (`for_encoders`).
     """
     parts = []
     for use in uses:
         lora = replace(use.lora, text_tensors={})
         if prefix:
+            texts = use.lora.text_tensors
+            if prefixes is not None:
+                texts = rename_texts(texts, prefixes)
             tensors = {
                 OURS + name.removeprefix(f"{prefix}_"): tensor
-                for name, tensor in rename_texts(use.lora.text_tensors, {prefix}).items()
+                for name, tensor in texts.items()
                 if prefix_of(name) == prefix
             }
             # metadata that name the DiT, or how its ranks are masked
             about_dit = ("ss_base", "modelspec", "ss_network_args")
             metadata = {key: text for key, text in lora.metadata.items() if not key.startswith(about_dit)}
-            lora = replace(lora, tensors=tensors, metadata=metadata)
+            lora = replace(lora, tensors=tensors, metadata=metadata, encoder=prefix)
         if lora.tensors:
             parts.append(replace(use, lora=lora))
     return parts
@@ -55,6 +61,7 @@ class TextLoras:
         self._rounding = LoraRounding(rounding)
         self._uses = [use for use in uses if use.lora.text_tensors]
         self._on_side = on_side(uses, True)
+        self._prefixes: set[str] = set()  # of the encoders that the model is known to have
         self._done: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @property
@@ -64,6 +71,7 @@ class TextLoras:
     def warn_of_unused(self, encoders: Sequence[TextEncoder]) -> None:
         """Warn of parts for text encoders that the model does not have, or that cannot take them."""
         prefixes = {encoder.lora_prefix for encoder in encoders if can_learn(encoder)}
+        self._prefixes |= prefixes
         for use in self._uses:
             texts = rename_texts(use.lora.text_tensors, prefixes)
             names = [name for name in texts if prefix_of(name) not in prefixes]
@@ -87,7 +95,9 @@ class TextLoras:
         Raises CheckpointError if a LoRA does not fit, or for an encoder in 8 bits.
         """
         if self._uses and can_learn(encoder):
-            self._add(uses_for(self._uses, encoder.lora_prefix), encoder.network, encoder.name)
+            prefix = encoder.lora_prefix
+            uses = uses_for(self._uses, prefix, {prefix, *self._prefixes})
+            self._add(uses, encoder.network, encoder.name)
         if self._on_side and has_text_side(encoder):
             self._add(self._on_side, encoder.text_side, encoder.name)
 
@@ -125,8 +135,11 @@ class TensorPiece:
     network: str  # "" for the U-Net, else the prefix of the text encoder in LoRA files
     name: str  # as LoRA files have it, with "."; the U-Net's as in the file
     third: int | None = None  # of the rows; None: all
+    is_transposed: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
+        if self.is_transposed:
+            return tensor.t()
         return tensor if self.third is None else tensor.chunk(3)[self.third]
 
 
@@ -143,6 +156,8 @@ def pieces_of(name: str) -> list[TensorPiece]:
         if not name.startswith(start):
             continue
         path = name.removeprefix(start)
+        if path.removesuffix(".weight") == TEXT_PROJECTION:
+            return [TensorPiece(prefix, f"{TEXT_PROJECTION}.weight", is_transposed=path == TEXT_PROJECTION)]
         if is_open_clip:
             return [TensorPiece(prefix, _HF_START + ours, third) for ours, third in open_clip_names(path)]
         # old and merged files leave this level out
@@ -171,7 +186,7 @@ class WholePatch:
         self._patches = {"": LoraPatch(uses_for(fitting), of_unet, model, rounding=rounding)}
         for prefix in texts:
             text_uses = uses_for(fitting, prefix)
-            self._patches[prefix] = LoraPatch(text_uses, model=model, is_text=True, rounding=rounding)
+            self._patches[prefix] = LoraPatch(text_uses, model=model, rounding=rounding)
 
     def touches(self, name: str) -> bool:
         return any(patch.touches(piece.name) for piece, patch in self._of(name))

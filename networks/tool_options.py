@@ -28,6 +28,7 @@ EXACT_SUM = (
     "LoRA into LoRA: add up the ranks, so that the sum is exact; without it, the best LoRA of the first "
     "file's rank"
 )
+OF_STABLE_DIFFUSION = ("sd1", "sd2", "sdxl")
 OF_LORAS = "it is for merging LoRAs into one"
 # option of a model to merge into -> of its result
 FLUX_OUTPUTS = {"flux_model": "save_to", "clip_l": "clip_l_save_to", "t5xxl": "t5xxl_save_to"}
@@ -313,6 +314,13 @@ class WholeMergeOptions(Options):
     lora_rounding: str = lora_rounding_option(needs="sd_model")
     no_metadata: bool = option(ONLY_NEEDED)
     concat: bool = option(EXACT_SUM, excludes="sd_model", hint=OF_LORAS)
+    family: str | None = option(
+        "the model that the LoRAs are for, if one LoRA is written and neither their metadata nor their names "
+        "and sizes say it",
+        choices=OF_STABLE_DIFFUSION,
+        excludes="sd_model",
+        hint=OF_LORAS,
+    )
     shuffle = NO_SHUFFLE
     lbws = unsupported(
         "strengths of single blocks. Leave it out, and give one strength for each file to --ratios",

@@ -28,9 +28,8 @@ from tests.pocket.detectors import Verdict, look
 TEMPLATE = Path(__file__).resolve().parent / "report.html"
 LOSS_WINDOW = 20  # number of steps averaged at the start and at the end
 TITLE = "A model is taught something it has never seen"
-Table = tuple[
-    Sequence[str], Sequence[tuple[str, Sequence[tuple[Markup, str]]]]
-]  # heads; label and cells of rows
+# heads; label and cells of rows
+Table = tuple[Sequence[str], Sequence[tuple[str, Sequence[tuple[Markup, str]]]]]
 
 
 def write_report(folder: Path) -> Path:

@@ -68,7 +68,6 @@ class TextTower:
     end: int
     pad: int  # what fills up the last chunk: `end`, or 0 in OpenCLIP's encoders
     lora_prefix: str
-    projection: Tensor | None = None  # C x C' of the pooled state; None: there is none
     # last layers of the released network that are not loaded: 1 for SD 2, which was trained without it
     missing_layers: int = 0
     # for each token: rows between its vectors for one cross-attention of the U-Net and the next; 0: all share

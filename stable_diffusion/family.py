@@ -286,7 +286,8 @@ class StableDiffusion(ModelOfPictures):
         added: dict[str, Tensor] | None = None
         if self.kind is SDXL:
             pooled = tensor_on(cond, POOLED, device).to(dtype)
-            added = {"text_embeds": pooled, "time_ids": tensor_on(cond, SIZES, device).to(dtype)}
+            # float32: bf16 holds multiples of 8 alone from 1024 on; the U-Net rounds what it makes of them
+            added = {"text_embeds": pooled, "time_ids": tensor_on(cond, SIZES, device).float()}
         (output,) = dit(
             noisy.squeeze(2).to(dtype),
             timesteps,

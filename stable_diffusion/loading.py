@@ -93,7 +93,6 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
             end=words.end,
             pad=OPEN_CLIP_PAD if plan.is_open_clip else words.end,
             lora_prefix=lora_prefix,
-            projection=None if plan.projection is None else plan.projection.read().to(device, dtype),
             missing_layers=1 if release.kind is SD2 else 0,
         )
         for plan, network, words, lora_prefix in rows
@@ -225,8 +224,7 @@ PATTERNS_VAE = ("config.json", "diffusion_pytorch_model.safetensors", "vae/*.jso
 
 
 def _pooled(texts: tuple[TextPlan, ...]) -> int:
-    projection = texts[-1].projection
-    return 0 if projection is None else projection.width
+    return texts[-1].network.config.projection_dim
 
 
 def _check_together(release: OpenedCheckpoint) -> None:

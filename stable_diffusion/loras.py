@@ -21,6 +21,7 @@ from networks.deltas import group_by_module, hollow
 from networks.key_formats import family_by_text_width
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.module_names import read_family
+from networks.names.texts import published_parameter, published_path
 from networks.rounding import LoraRounding
 from networks.text_loras import for_encoders, uses_for
 from stable_diffusion.contract import KINDS, Model, ModelKind
@@ -30,7 +31,6 @@ from stable_diffusion.network_options import AddedNetworkOptions
 logger = getLogger(__name__)
 OPTION = "--network_weights"
 Multipliers = tuple[float, ...]
-_TEXT_START = "text_model."  # Hugging Face's CLIP is one level deeper than ours
 
 
 class ChosenLoras:
@@ -85,11 +85,14 @@ class _Target:
     """A network that LoRAs change."""
 
     network: nn.Module
-    start: str = ""  # of its modules' paths in files, beside ours
     prefix: str = ""  # of its modules in LoRA files; "" for the U-Net
 
-    def published(self, path: str) -> str:
-        return self.start + path
+    def published(self, name: str) -> str:
+        """Return a parameter's name in files."""
+        return published_parameter(name) if self.prefix else name
+
+    def published_module(self, path: str) -> str:
+        return published_path(path) if self.prefix else path
 
 
 def read_networks(options: AddedNetworkOptions) -> list[LoraFile]:
@@ -131,11 +134,11 @@ def check_networks(loras: Sequence[LoraFile], release: OpenedCheckpoint) -> None
     for prefix, text in zip(release.kind.lora_prefixes, release.texts, strict=True):
         plans.append((prefix, text.network))
     for prefix, plan in plans:
-        patch = LoraPatch(uses_for(uses, prefix), model=release.path, is_text=bool(prefix))
-        start = _TEXT_START if prefix else ""
+        patch = LoraPatch(uses_for(uses, prefix), model=release.path)
+        published = published_parameter if prefix else str
         for name, source in plan.sources.items():
             tensors = [hollow(plan.checkpoint.tensors[stored_name]) for stored_name in source.names]
-            patch.add_to(start + name, source.make(tensors))
+            patch.add_to(published(name), source.make(tensors))
         patch.refuse_misfits()
 
 
@@ -178,7 +181,7 @@ def load_networks(
     adjustable = uses[options.num_merged :]
     targets = [
         _Target(model.unet),
-        *(_Target(tower.network, _TEXT_START, tower.lora_prefix) for tower in model.texts),
+        *(_Target(tower.network, tower.lora_prefix) for tower in model.texts),
     ]
     if merged:
         _merge(targets, merged, options.lora_rounding)
@@ -248,7 +251,7 @@ def _folded(
 
 def _added(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[str, AddedPart]]:
     """Attach each file's LoRA to a network; return what each adds, by our names of modules."""
-    changeable = places(target.network, target.published)
+    changeable = places(target.network, target.published_module)
     files: list[dict[str, AddedPart]] = []
     for use in uses:
         fitted = [fitting(part.lora, changeable, OPTION) for part in uses_for([use], target.prefix)]

@@ -80,10 +80,7 @@ class Texts:
             filled = [*chunks, *[tokenizers.Chunk()] * (count - len(chunks))]
             context, pooled = self._encode_chunks(tower, layer, filled)
             contexts.append(context)
-        if pooled is not None:
-            projection = self._towers[-1].projection
-            pooled = pooled[0] if projection is None else pooled[0] @ projection
-        return TextState(torch.cat(contexts, dim=-1), pooled)
+        return TextState(torch.cat(contexts, dim=-1), None if pooled is None else pooled[0])
 
     def _encode_chunks(
         self, tower: TextTower, layer: int, chunks: Sequence[tokenizers.Chunk]
@@ -284,10 +281,10 @@ class PictureVectors:
         tower = load_clip_vision(self._path, model.device, dtype=model.dtype, option=OPTION, release=RELEASE)
         logger.info("CLIP vision conditioning: %s", self._path)
         width = tower.visual_projection.out_features
-        text = model.texts[-1]
-        pooled_width = text.network.embeddings.token_embedding.embedding_dim
-        if text.projection is not None:
-            pooled_width = text.projection.shape[1]
+        text = model.texts[-1].network
+        pooled_width = text.embeddings.token_embedding.embedding_dim
+        if text.text_projection is not None:
+            pooled_width = text.text_projection.out_features
         if width != pooled_width:
             raise CheckpointError(
                 f"{OPTION}: the image encoder {self._path} makes vectors of {width} numbers, the pooled "

@@ -38,19 +38,8 @@ USE = ClipUse(
     tokenizer=clip_tokenizer_files("--tokenizer_cache_dir", (".",)),
 )
 
+PROJECTION = "text_projection.weight"  # of the pooled state, in our network
 _BESIDE_OPEN_CLIP = ("text_projection*", "logit_scale", "attn_mask")
-
-
-@dataclass(frozen=True)
-class PooledProjection:
-    """Source of the pooled state's projection; `read` returns it as C x C'."""
-
-    checkpoint: Checkpoint
-    source: TensorSource
-    width: int  # C'
-
-    def read(self) -> Tensor:
-        return self.source.make([self.checkpoint.read(name) for name in self.source.names]).contiguous()
 
 
 @dataclass(frozen=True)
@@ -59,7 +48,6 @@ class TextPlan:
 
     network: LoadPlan[ClipTextConfig]
     is_open_clip: bool  # else CLIP-L
-    projection: PooledProjection | None = None
 
 
 def read_texts(checkpoint: Checkpoint, kind: ModelKind) -> tuple[TextPlan, ...]:
@@ -83,8 +71,9 @@ def read_folder_text(checkpoint: Checkpoint, is_open_clip: bool, is_projected: b
     plan = read_clip_text(checkpoint, USE)
     if is_open_clip and not is_projected and plan.config.num_layers > SD2_LAYERS:
         plan = _without_unused_layer(plan)
-    projection = _projection(checkpoint, plan.config) if is_projected else None
-    return TextPlan(plan, is_open_clip, projection)
+    if is_projected:
+        plan = _with_projection(plan, checkpoint)
+    return TextPlan(plan, is_open_clip)
 
 
 def _read_clip_l(checkpoint: Checkpoint, prefix: str) -> TextPlan:
@@ -100,7 +89,7 @@ def _read_open_clip(checkpoint: Checkpoint, prefix: str, is_projected: bool = Fa
             sources[our_name] = source if third is None else source.then(partial(_third_of, third))
     plan = plan_clip_text(tower, sources, {"hidden_act": "gelu"}, USE)
     plan = replace(plan, ignore=(*plan.ignore, *_BESIDE_OPEN_CLIP))
-    return TextPlan(plan, True, _projection(tower, plan.config) if is_projected else None)
+    return TextPlan(_with_projection(plan, tower) if is_projected else plan, is_open_clip=True)
 
 
 def _third_of(third: int, rows: Tensor) -> Tensor:
@@ -130,9 +119,10 @@ def _without_unused_layer(plan: LoadPlan[ClipTextConfig]) -> LoadPlan[ClipTextCo
     return replace(plan, config=replace(config, num_layers=last), sources=sources, ignore=ignore)
 
 
-def _projection(checkpoint: Checkpoint, config: ClipTextConfig) -> PooledProjection:
-    """Find the pooled state's projection: OpenCLIP has C x C', Hugging Face's linear layer C' x C."""
-    for name, is_linear in (("text_projection", False), ("text_projection.weight", True)):
+def _with_projection(plan: LoadPlan[ClipTextConfig], checkpoint: Checkpoint) -> LoadPlan[ClipTextConfig]:
+    """Return the plan with the pooled state's projection: OpenCLIP has C x P, Hugging Face's layer P x C."""
+    config = plan.config
+    for name, is_linear in (("text_projection", False), (PROJECTION, True)):
         if name not in checkpoint.tensors:
             continue
         shape = checkpoint.tensors[name].shape
@@ -143,9 +133,14 @@ def _projection(checkpoint: Checkpoint, config: ClipTextConfig) -> PooledProject
                 checkpoint.path,
             )
         source = plain_sources(checkpoint)[name]
-        if is_linear:
+        if not is_linear:
             source = source.then(Tensor.t)
-        return PooledProjection(checkpoint, source, shape[not is_linear])
+        return replace(
+            plan,
+            checkpoint=plan.checkpoint.join(checkpoint.starting_with(name)),  # outside of `text_model.`
+            config=replace(config, projection_dim=shape[not is_linear]),
+            sources={**plan.sources, PROJECTION: source},
+        )
     raise CheckpointError(
         f"--ckpt {checkpoint.path} is incomplete: text_projection of its second text encoder is missing.\n"
         f"  Give {GIVE}.",

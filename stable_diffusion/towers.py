@@ -65,7 +65,6 @@ class LoadedWords:
     words: ClipWords
     pad: int
     layer: int  # whose states are used, from the end
-    projection: Tensor | None  # C x C' of the pooled state, on the CPU
 
 
 class TowerEncoder:
@@ -156,10 +155,9 @@ class TowerEncoder:
                 self.files.tokenizer_cache_dir, self.files.path, [text.is_open_clip for text in release.texts]
             )[self._number]
             check_vocabulary(words, plan.network.config.vocabulary, self.files.path)
-            projection = None if plan.projection is None else plan.projection.read().to(self.files.dtype)
             network = self.files.load_text(plan, device)
         pad = OPEN_CLIP_PAD if plan.is_open_clip else words.end
-        return network, LoadedWords(words, pad, layer, projection)
+        return network, LoadedWords(words, pad, layer)
 
     def _layer_of(self, plan: TextPlan) -> int:
         """Return the layer whose states are used, from the end. Raises OptionError for a layer too deep."""
@@ -207,7 +205,7 @@ class TowerEncoder:
             joined = join_chunks(states[place : place + count])
             conditions = {states_key: weigh_states(joined, weights_of(chunks), WEIGHING).cpu()}
             if pooled is not None:
-                conditions[POOLED] = self._project(pooled[place], loaded).cpu().clone()
+                conditions[POOLED] = pooled[place].cpu().clone()
             results.append(conditions)
         return results
 
@@ -220,9 +218,6 @@ class TowerEncoder:
         ids = torch.tensor(rows).to(network.device)
         is_xl = self.files.kind is SDXL
         return network.states(ids, loaded.layer, final_norm=not is_xl, ends=ends)
-
-    def _project(self, pooled: Tensor, loaded: LoadedWords) -> Tensor:
-        return pooled if loaded.projection is None else pooled @ loaded.projection.to(pooled)
 
     def _chunks_of(self, prompt: Prompt, loaded: LoadedWords) -> list[Chunk]:
         """Return the chunks of a text with the weights of their tokens, filled up with empty ones."""

@@ -6,7 +6,7 @@ gen_img.py loads all networks at once (`loading.py`); here the VAE and the text 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from stable_diffusion.options import ModelOptions
 from stable_diffusion.text_checkpoints import TextPlan
 from stable_diffusion.training_options import CKPT
 
-MORE_THAN_ALL = 1 << 20  # blocks of a list
 TRAINED_BY = {
     SD1: "train_network.py trains",
     SD2: "train_network.py trains",
@@ -335,11 +334,6 @@ def number_blocks(config: Mapping[str, Any]) -> NumberedBlocks:
     return NumberedBlocks(count, rates, tuple(numbers))
 
 
-def _swap_none(lists: int, blocks: int) -> tuple[int, ...]:
-    """Return more blocks of each list than it has: nothing of a U-Net is swapped, as it runs its own loop."""
-    return (MORE_THAN_ALL * blocks,) * lists
-
-
 def unet_spec(config: Mapping[str, Any]) -> DitSpec:
     """Return the names inside a U-Net: each residual block and each transformer counts as a block.
 
@@ -348,7 +342,7 @@ def unet_spec(config: Mapping[str, Any]) -> DitSpec:
     """
     parts = unet_parts(config)
     return DitSpec(
-        swap_counts=partial(_swap_none, len(parts)),
+        swap_counts=None,  # it runs its own loop
         numbered=number_blocks(config),
         block_lists=tuple(name for name, _ in parts),
         lora_lists=("down_blocks", "mid_block", "up_blocks"),

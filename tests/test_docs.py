@@ -50,6 +50,7 @@ RAY = "tools/cache_on_ray.py"
 PYTHON = re.compile(r"^```python\n(import ray\n.*?)^```", re.MULTILINE | re.DOTALL)
 ON_GPU = tuple(f"benchmarks/gpu.py --{what}" for what in ("check", "group", "output", "profile", "tables"))
 AGAIN = {"python reelsmith.py run clips"}  # starts a program for each step, as README's with --download does
+# how scripts begin
 OF_PICTURES = (
     "flux",
     "flux_2",
@@ -60,7 +61,7 @@ OF_PICTURES = (
     "qwen_image",
     "qwen_image_21",
     "zimage",
-)  # how scripts begin
+)
 NOT_HERE = ("quickstart.py", "run_tests.py", "tools/download.py", "tools/run_browser.py", RAY, *ON_GPU)
 # appended to a script's words, so that the last value of an option wins
 GENERATION = "--video_size 32 32 --video_length 5 --infer_steps 2"

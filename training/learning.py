@@ -319,9 +319,8 @@ class Loading:
     swap: SwapOptions  # auto is resolved
     sample_loras: "list[AddedLoras]" = field(default_factory=list)
     adapters: "list[AddedLoras]" = field(default_factory=list)  # in networks that are trained
-    teacher_loras: "list[AddedLoras]" = field(
-        default_factory=list
-    )  # in the trained network, as its own teacher
+    # in the trained network, as its own teacher
+    teacher_loras: "list[AddedLoras]" = field(default_factory=list)
     copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # of networks that take turns
 
     @property

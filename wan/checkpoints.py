@@ -327,7 +327,8 @@ def make_dit(config: WanConfig, *settings: Any) -> WanModel:
 
 
 FORMAT = DitFormat(_header, lambda header: KIND_WORDS[header.config.kind], make_dit, _sources)
+# loading takes rope and precision of `WanModel` too
 read_dit_header, load_dit = (
     FORMAT.read_header,
     FORMAT.load,
-)  # loading takes rope and precision of `WanModel` too
+)

@@ -11,9 +11,8 @@ from modules.errors import CacheError, DatasetError
 
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = (
-    1000  # items whose headers are read before anything is loaded; of the others when they are learned
-)
+# items whose headers are read before anything is loaded; of the others when they are learned
+LOOKED_AT = 1000
 
 
 def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: CachingCommands) -> None:

@@ -8,6 +8,8 @@ Pairs = tuple[tuple[str, str], ...]  # (a pattern, the name that it stands for)
 # the paths of our own classes -> the published ones; a class of transformers has the published ones already
 _PUBLISHED = (
     (r"encoder\.layers\.(\d+)\.(.+)", r"text_model.encoder.layers.\1.\2"),  # CLIP
+    (r"embeddings\.(token|position)_embedding", r"text_model.embeddings.\1_embedding"),
+    (r"final_layer_norm", r"text_model.final_layer_norm"),
     (r"blocks\.(\d+)\.attn\.([qkvo])", r"encoder.block.\1.layer.0.SelfAttention.\2"),  # T5
     (r"blocks\.(\d+)\.ffn\.gate\.0", r"encoder.block.\1.layer.1.DenseReluDense.wi_0"),
     (r"blocks\.(\d+)\.ffn\.fc1", r"encoder.block.\1.layer.1.DenseReluDense.wi_1"),
@@ -60,11 +62,15 @@ def open_clip_names(name: str) -> list[tuple[str, int | None]]:
     return [] if translated is None else [(translated, None)]
 
 
+# of the pooled state, in CLIPs that project it: a layer next to `text_model`, of which OpenCLIP has the
+# transposed weight as a parameter
+TEXT_PROJECTION = "text_projection"
 # names of modules in LoRA files -> their paths in diffusers' pipelines
 _CLIP_LAYER = r"_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)"
 _IN_DIFFUSERS = (
     (f"lora_te1?{_CLIP_LAYER}", r"text_encoder.text_model.encoder.layers.\1.\2.\3"),
     (f"lora_te2{_CLIP_LAYER}", r"text_encoder_2.text_model.encoder.layers.\1.\2.\3"),
+    (f"lora_te2_{TEXT_PROJECTION}", f"text_encoder_2.{TEXT_PROJECTION}"),
     (
         r"lora_te3_encoder_block_(\d+)_layer_(\d+)_(SelfAttention|DenseReluDense)_(\w+)",
         r"text_encoder_2.encoder.block.\1.layer.\2.\3.\4",

@@ -43,11 +43,15 @@ def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> L
     return ListPlan(name, num_blocks, streamed, min(slots, count))
 
 
-def most_blocks(num_blocks: Sequence[int], counts: Callable[[int], Sequence[int]], unswapped: int = 1) -> int:
+def most_blocks(
+    num_blocks: Sequence[int], counts: Callable[[int], Sequence[int]] | None, unswapped: int = 1
+) -> int:
     """Return the largest --blocks_to_swap.
 
     num_blocks: of each list. counts, unswapped: `DitSpec.swap_counts`, `DitSpec.unswapped`.
     """
+    if counts is None:
+        return 0
     numbers = range(sum(num_blocks), 0, -1)
     return next((number for number in numbers if _fits(num_blocks, counts(number), unswapped)), 0)
 
@@ -96,9 +100,16 @@ class SwapPlan:
 def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[int]:
     """Return how many blocks of each list are swapped. totals: how many there are.
 
-    Raises OptionError if the network has too few.
+    Raises OptionError if the network has too few, or if none of its blocks can be swapped.
     """
-    swapped = spec.swap_counts(blocks) if blocks else [0] * len(totals)
+    if not blocks:
+        return [0] * len(totals)
+    if spec.swap_counts is None:
+        raise OptionError(
+            f"--blocks_to_swap {blocks}: this model runs its blocks by itself, so none can be swapped. Leave "
+            "it out"
+        )
+    swapped = spec.swap_counts(blocks)
     if not _fits(totals, swapped, spec.unswapped):
         most = most_blocks(totals, spec.swap_counts, spec.unswapped)
         has = " + ".join(map(str, totals))

@@ -68,11 +68,14 @@ def make_towers(name: str) -> tuple[tuple[TextTower, ...], ModelKind]:
     kind, end = OF_NAME[name], vocabulary() - 1
     towers = []
     for number, (activation, layers) in enumerate(KINDS[name].texts):
-        network = ClipText(text_config(activation, layers))
-        state = text_state(name, number)
-        network.load_state_dict({key.removeprefix("text_model."): value for key, value in state.items()})
+        is_projected = name == "sdxl" and number == 1
+        config = text_config(activation, layers)
+        network = ClipText(replace(config, projection_dim=TEXT_DIM if is_projected else 0))
+        state = {key.removeprefix("text_model."): value for key, value in text_state(name, number).items()}
+        if is_projected:
+            state["text_projection.weight"] = torch.eye(TEXT_DIM).flip(0)
+        network.load_state_dict(state)
         pad = end if activation == "quick_gelu" else 0
-        projection = torch.eye(TEXT_DIM).flip(0) if name == "sdxl" and number == 1 else None
         towers.append(
             TextTower(
                 network=network.eval().requires_grad_(False),
@@ -81,7 +84,6 @@ def make_towers(name: str) -> tuple[tuple[TextTower, ...], ModelKind]:
                 end=end,
                 pad=pad,
                 lora_prefix=kind.lora_prefixes[number],
-                projection=projection,
                 missing_layers=1 if name == "sd2" else 0,
             )
         )

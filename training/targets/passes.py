@@ -33,9 +33,8 @@ from training.target_rules import EVEN_SPLIT, GuidedTarget, Preference, Split, T
 from training.targets.errors import split_errors
 from training.targets.preferences import add_streams, compare_pairs, join_pairs
 
-Streams = tuple[
-    Tensor, ...
-]  # numbers of each sample, B: of the picture; if the batch has sound, also of that
+# numbers of each sample, B: of the picture; if the batch has sound, also of that
+Streams = tuple[Tensor, ...]
 Measure = Callable[[Tensor, Tensor, NoisyBatch], Streams]  # output, target, batch -> errors
 
 
@@ -224,7 +223,11 @@ def _add_weighted(sums: Streams, errors: Streams, weight: "float | Tensor") -> S
 
 
 def _compare_with_clip(passes: TrainingPasses, noisy_batch: NoisyBatch) -> TargetComparison:
-    """Return the comparison with the velocity from the clip to its noise, or with what replaces it."""
+    """Return the comparison with the velocity from the clip to its noise, or with what replaces it.
+
+    For preserved samples that is the base model's prediction, whatever other targets a run has: they are not
+    guided, and a teacher has no share in them.
+    """
     rule = passes.rule
     target = _velocity(passes, noisy_batch)
     if any(noisy_batch.batch.preserved) or rule.always_as_base:
@@ -232,7 +235,10 @@ def _compare_with_clip(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Targe
     if rule.targets.guided is not None:
         target = _guide(target, passes, noisy_batch, guided=rule.targets.guided)
     teacher = rule.targets.teacher
-    weight = 1.0 if teacher is None else 1 - teacher.weight
+    weight: float | Tensor = 1.0
+    if teacher is not None:
+        shares = [0.0 if preserved else teacher.weight for preserved in _preserved(noisy_batch)]
+        weight = _weight_of_samples([1 - share for share in shares], target.device)
     return TargetComparison(target, functools.partial(measure_plainly, passes), noisy_batch, weight)
 
 
@@ -265,14 +271,16 @@ def _choose(chosen: Sequence[bool], if_chosen: Tensor, otherwise: Tensor) -> Ten
 def _guide(velocity: Tensor, passes: TrainingPasses, noisy_batch: NoisyBatch, guided: GuidedTarget) -> Tensor:
     """Return u + scale * (velocity - u), where u is the network's prediction for the empty prompt.
 
-    Samples below the lowest level, and those whose text is the empty prompt already, keep the velocity: they
-    would be pushed away from themselves. Sound has its own scale and its own levels.
+    Samples below the lowest level keep the velocity, and so do those whose text is the empty prompt already:
+    they would be pushed away from themselves. Preserved samples keep what they have in its place. Sound has
+    its own scale and its own levels.
     """
     is_empty = noisy_batch.batch.has_empty_text or (False,) * len(noisy_batch.batch)
-    uses_picture = _above(_levels_of(noisy_batch), guided.lowest_level, is_empty)
+    keeps = [empty or preserved for empty, preserved in zip(is_empty, _preserved(noisy_batch), strict=True)]
+    uses_picture = _above(_levels_of(noisy_batch), guided.lowest_level, keeps)
     uses_sound: list[bool] = []
     if noisy_batch.sound is not None:
-        uses_sound = _above(_levels_of(noisy_batch.sound), guided.lowest_level, is_empty)
+        uses_sound = _above(_levels_of(noisy_batch.sound), guided.lowest_level, keeps)
     if not (any(uses_picture) or any(uses_sound) or passes.rule.in_lockstep):
         return velocity
     unprompted = passes.frozen(replace(noisy_batch, batch=noisy_batch.batch.with_empty_text()))
@@ -291,8 +299,13 @@ def _levels_of(noised: NoisyBatch | NoisySound) -> Sequence[float]:
     return noised.levels or noised.sigmas.tolist()
 
 
-def _above(levels: Sequence[float], lowest: float, is_empty: Sequence[bool]) -> list[bool]:
-    return [level >= lowest and not empty for level, empty in zip(levels, is_empty, strict=True)]
+def _preserved(noisy_batch: NoisyBatch) -> Sequence[bool]:
+    """Return whether each sample is to stay as the base model predicts it."""
+    return noisy_batch.batch.preserved or (False,) * len(noisy_batch.batch)
+
+
+def _above(levels: Sequence[float], lowest: float, keeps: Sequence[bool]) -> list[bool]:
+    return [level >= lowest and not keep for level, keep in zip(levels, keeps, strict=True)]
 
 
 def _has_mask(noisy_batch: NoisyBatch) -> bool:
@@ -317,32 +330,36 @@ def _compare_with_teacher(
     passes: TrainingPasses, noisy_batch: NoisyBatch, teacher: TeacherTarget
 ) -> list[TargetComparison]:
     """Return the comparisons with the teacher: inside its band with all that is known, outside as an anchor,
-    with what the network itself is told.
+    with what the network itself is told. Preserved samples have no part in either.
     """
     teach = passes.rule.teach
     assert teach is not None  # a rule with a teacher has it
     full_batch = tell_teacher(passes.family, noisy_batch, teacher.view)
-    is_inside = [teacher.band is None or teacher.band.holds(level) for level in _levels_of(noisy_batch)]
+    band = teacher.band
+    in_band = [band is None or band.holds(level) for level in _levels_of(noisy_batch)]
+    is_taught = [not preserved for preserved in _preserved(noisy_batch)]
+    is_inside = [taught and inside for taught, inside in zip(is_taught, in_band, strict=True)]
+    is_outside = [taught and not inside for taught, inside in zip(is_taught, in_band, strict=True)]
     comparisons = []
     if any(is_inside) or passes.rule.in_lockstep:
         target = teach(passes, full_batch)
-        weight = _per_sample_weight(teacher.weight, is_inside, target.device)
+        weight = _weight_of_samples([teacher.weight * inside for inside in is_inside], target.device)
         measure = _measure_for(passes, teacher.split)
         comparisons.append(TargetComparison(target, measure, full_batch, weight))
-    is_outside = [not inside for inside in is_inside]
-    if any(is_outside) or (passes.rule.in_lockstep and teacher.band is not None):
+    if any(is_outside) or (passes.rule.in_lockstep and band is not None):
         target = teach(passes, noisy_batch)
         anchor_weight = teacher.weight * teacher.anchor_weight * noisy_batch.anchor_balance
-        weight = _per_sample_weight(anchor_weight, is_outside, target.device)
+        weight = _weight_of_samples([anchor_weight * outside for outside in is_outside], target.device)
         measure = _measure_for(passes, None if teacher.split is None else EVEN_SPLIT)
         comparisons.append(TargetComparison(target, measure, noisy_batch, weight))
     return comparisons
 
 
-def _per_sample_weight(weight: float, counts: Sequence[bool], device: torch.device) -> "float | Tensor":
-    if all(counts):
-        return weight
-    return numbers_on(device, [weight * counted for counted in counts], torch.float32)
+def _weight_of_samples(weights: Sequence[float], device: torch.device) -> "float | Tensor":
+    """Return the weights of samples, B; one number if all are equal."""
+    if len(set(weights)) == 1:
+        return weights[0]
+    return numbers_on(device, weights, torch.float32)
 
 
 def _measure_for(passes: TrainingPasses, split: Split | None) -> Measure:

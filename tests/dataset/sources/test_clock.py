@@ -70,9 +70,8 @@ def test_controls_and_masks_show_what_their_clip_shows(
 
     every = 2 if source_fps == 32.0 or clip == "webp" or (source_fps == "auto" and clip != "folder") else 1
     kept = frame_numbers(decoded.cut((0, 9)).frames)
-    assert kept == pytest.approx(
-        [every * index for index in range(9)], abs=clip == "webp"
-    )  # 31 ms, not 31.25
+    # 31 ms, not 31.25
+    assert kept == pytest.approx([every * index for index in range(9)], abs=clip == "webp")
     expected = [number // 2 * 2 for number in kept] if beside == "16" else kept
     assert frame_numbers(decoded.cut((0, 9)).control[0]) == expected
     mask = decoded.cut((0, 9)).mask
