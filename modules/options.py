@@ -115,7 +115,14 @@ def option(
     all its options, and settings are those of `add_options`.
     """
     metadata: dict[str, Any] = {"least": least, "most": most, "above": above, "below": below}
-    metadata |= {"one_of": tuple(one_of), "off": tuple(off), "place": place, "hint": hint, "option": name, "acts_if": acts_if}
+    metadata |= {
+        "one_of": tuple(one_of),
+        "off": tuple(off),
+        "place": place,
+        "hint": hint,
+        "option": name,
+        "acts_if": acts_if,
+    }
     relations = {"needs": needs, "excludes": excludes, "only_with": only_with, "spares": spares}
     for fact, names in relations.items():
         metadata[fact] = (names,) if isinstance(names, str) else names

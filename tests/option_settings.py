@@ -55,8 +55,12 @@ SETTINGS: dict[str, Setting] = {
     "teacher_dit": Setting(("model/other.safetensors",), also=TEACHER_LORA),
     "teacher_lora": Setting((LORA, "--teacher", "dit")),
     "teacher_delta": Setting(also=TEACHER_LORA),
-    "teacher_min_timestep": Setting(("700",), also=(*TEACHER, "--teacher_anchor_weight", "0")),
-    "teacher_max_timestep": Setting(("300",), also=(*TEACHER, "--teacher_min_timestep", "1", "--teacher_anchor_weight", "0")),
+    "teacher_min_timestep": Setting(
+        ("700",), also=(*TEACHER, "--teacher_max_timestep", "999", "--teacher_anchor_weight", "0")
+    ),
+    "teacher_max_timestep": Setting(
+        ("300",), also=(*TEACHER, "--teacher_min_timestep", "1", "--teacher_anchor_weight", "0")
+    ),
     "teacher_anchor_weight": Setting(("0.1",), also=(*TEACHER_LORA, "--teacher_min_timestep", "900")),
     "teacher_split": Setting(also=TEACHER),
     "teacher_size_weight": Setting(also=(*TEACHER, "--teacher_split")),
@@ -74,13 +78,19 @@ SETTINGS: dict[str, Setting] = {
     "optimizer_args": Setting(("weight_decay=0.9",)),
     "lr_scheduler": Setting(("cosine",)),
     "lr_scheduler_type": Setting(("CosineAnnealingLR", "--lr_scheduler_args", "T_max=3")),
-    "lr_scheduler_args": Setting(("T_max=2",), also=("--lr_scheduler_type", "CosineAnnealingLR", "--lr_scheduler_args", "T_max=9")),
+    "lr_scheduler_args": Setting(
+        ("T_max=2",), also=("--lr_scheduler_type", "CosineAnnealingLR", "--lr_scheduler_args", "T_max=9")
+    ),
     "lr_warmup_steps": Setting(("2",), also=("--lr_scheduler", "constant_with_warmup")),
     "lr_decay_steps": Setting(("2",), also=("--lr_scheduler", "warmup_stable_decay")),
     "lr_scheduler_num_cycles": Setting(("2",), also=("--lr_scheduler", "cosine_with_restarts")),
     "lr_scheduler_power": Setting(("3",), also=("--lr_scheduler", "polynomial")),
-    "lr_scheduler_timescale": Setting(("2",), also=("--lr_scheduler", "inverse_sqrt", "--lr_warmup_steps", "1")),
-    "lr_scheduler_min_lr_ratio": Setting(("0.5",), also=("--lr_scheduler", "cosine_with_min_lr", "--lr_scheduler_min_lr_ratio", "0.1")),
+    "lr_scheduler_timescale": Setting(
+        ("2",), also=("--lr_scheduler", "inverse_sqrt", "--lr_warmup_steps", "1")
+    ),
+    "lr_scheduler_min_lr_ratio": Setting(
+        ("0.5",), also=("--lr_scheduler", "cosine_with_min_lr", "--lr_scheduler_min_lr_ratio", "0.1")
+    ),
     "max_grad_norm": Setting(("0.001",), also=("--optimizer_type", "SGD")),
     "discrete_flow_shift": Setting(("5",), also=("--timestep_sampling", "shift")),
     "timestep_sampling": Setting(("uniform",)),
@@ -116,7 +126,9 @@ SETTINGS: dict[str, Setting] = {
     "resume_changed": Setting(also=("--resume", "given/x-state")),
     "sample_prompts": Setting(("prompts.txt", "--sample_at_first")),
     "sample_every_n_steps": Setting(("1",), also=PROMPTS),
-    "sample_every_n_epochs": Setting(("1",), also=("--sample_prompts", "prompts.txt", "--max_train_epochs", "1")),
+    "sample_every_n_epochs": Setting(
+        ("1",), also=("--sample_prompts", "prompts.txt", "--max_train_epochs", "1")
+    ),
     "sample_at_first": Setting(also=PROMPTS),
     "sample_lora": Setting((LORA,), also=PROMPTS),
     "preview_latent_every": Setting(("1",), also=PROMPTS),

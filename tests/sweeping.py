@@ -1,6 +1,7 @@
-"""Set single options of a script to other values, and see what each changes: files, what is said, or nothing."""
+"""Set single options of a script to other values, and see what each changes: files, what is said, nothing."""
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -12,7 +13,7 @@ import shutil
 import struct
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -21,10 +22,10 @@ from unittest.mock import patch
 
 import av
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 
 from modules.media.reading import read_image, read_tags, video_frames
-from modules.option_values import UNIT
-from modules.options import Options, Refusal, hints_of, option_name, record_of
+from modules.options import Options, hints_of, option_name
 from tests.commands import ROOT
 from tests.faults.messages import run_here
 from tests.tiny.families import TinyFamily, write_deep
@@ -110,7 +111,7 @@ class Swept:
         return Seen(code, said, files)
 
     def plain(self, words: Words) -> tuple[Seen, frozenset[str]]:
-        """What the script does with words that are changed by no option, and which of it is never the same."""
+        """What the script does without an option, and the names of what is never the same."""
         if words not in self._plain:
             first, second = (self.run(words) for _ in range(2))
             assert first.code == 0, f"{self.script} {words}\n{first.said[-3000:]}"
@@ -136,7 +137,7 @@ def write_project(family: TinyFamily, folder: Path, kind: str) -> None:
         for path in caches:
             if " 0" in path.name:
                 path.unlink()
-    elif kind == TRAINING or kind == GENERATION:
+    else:
         steps = ("--max_train_steps", "2", "--save_state", "--no_page")
         made.train("given", *steps)
     (project / JUNK).write_text("junk", encoding="utf-8")
@@ -149,7 +150,8 @@ def write_project(family: TinyFamily, folder: Path, kind: str) -> None:
     (project / "lines.txt").write_text("a dog --d 3\n", encoding="utf-8")
     models = [path for path in (project / "model").rglob("*.safetensors") if "dit" in path.name]
     if models:
-        shutil.copy(models[0], project / "model" / "other.safetensors")
+        tensors = {name: 0.9 * tensor for name, tensor in load_file(models[0]).items()}
+        save_file(tensors, project / "model" / "other.safetensors")
     project.rename(folder / CLEAN)
 
 
@@ -201,7 +203,10 @@ def _read_video(path: Path) -> Iterator[tuple[str, str]]:
     with av.open(path) as container:
         stream = container.streams.video[0]
         kinds = [one.type for one in container.streams]
-        yield "form", f"{container.format.name} {stream.codec.name} {stream.pix_fmt} {stream.average_rate} {kinds}"
+        yield (
+            "form",
+            f"{container.format.name} {stream.codec.name} {stream.pix_fmt} {stream.average_rate} {kinds}",
+        )
         for key, text in _flat(dict(container.metadata)):
             yield f"@{key}", text
         sounds = [frame.to_ndarray() for frame in container.decode(audio=0)] if "audio" in kinds else []
@@ -226,10 +231,8 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, str]]:
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Yield the values in nested dictionaries, JSON texts too, by the names on the way to them."""
     if isinstance(value, str) and value[:1] in {"{", "["}:
-        try:
+        with contextlib.suppress(ValueError):
             value = json.loads(value)
-        except ValueError:
-            pass
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
@@ -299,9 +302,7 @@ class Setting:
     shows: str = ""  # what the option has the script say
 
 
-def vary(
-    words: Words, action: argparse.Action, facts: Facts, setting: Setting
-) -> Variation:
+def vary(words: Words, action: argparse.Action, facts: Facts, setting: Setting) -> Variation:
     """The command of a script with and without another value of an option. words: the command."""
     plain = (*words, *setting.also)
     flags = tuple(flag for flag in action.option_strings if flag.startswith("--")) or (action.dest,)

@@ -1,19 +1,19 @@
 """Every option of every script that caches, trains or generates does something, or something is said of it.
 
 An option is set to another value, and one of these has to happen: files differ in more than texts that repeat
-the option, a new line names it, or the command is refused with its name. All others are in `tests/data/acts.toml`,
-each with the reason; an entry that acts by now fails the test, so that the list only becomes shorter.
+the option, a new line names it, or the command is refused with its name. All others are in
+`tests/data/acts.toml`, each with the reason; an entry that acts by now fails the test, so that the list only
+becomes shorter.
 
 An option is the same in two scripts of a kind (caching of latents or texts, training, generation) if its name
-and help are equal. Each is tried with the first family that has it, in the order of `SWEPT`: Wan, which has most
-of those of video, and FLUX.1, which has those of picture trainers, come first; the others add their own. By
-default a tenth of the options of these two is tried, always the same ones; all of them are slow.
+and help are equal. Each is tried with the first family that has it, in the order of `SWEPT`: Wan, which has
+most of those of video, and FLUX.1, which has those of picture trainers, come first; the others add their own.
+By default a tenth of the options of these two is tried, always the same ones; all of them are slow.
 """
 
 import functools
 import random
 import tomllib
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -84,20 +84,22 @@ def sweep(name: str, kind: str, chosen: list[str], folder: Path) -> list[str]:
     script, *words = command_of(family, kind)
     write_project(family, folder, kind)
     swept = Swept(script, tuple(words), folder)
-    wrong, verdicts = [], Counter[str]()
+    wrong = []
     for action in options_of(script):
         if action.dest not in chosen:
             continue
         setting = setting_of(script, kind, action.dest)
         verdict, shown = judge(swept, vary(swept.words, action, facts_of_option(action), setting))
-        verdicts[verdict] += 1
-        entry = next((key for key in (f"{script}.{action.dest}", f"{kind}.{action.dest}") if is_known(key)), "")
+        entry = next(
+            (key for key in (f"{script}.{action.dest}", f"{kind}.{action.dest}") if is_known(key)), ""
+        )
         expected = KNOWN["metadata"] if verdict == METADATA else KNOWN["silent"] if verdict == SILENT else {}
         if verdict in {FAILS, METADATA, SILENT} and entry not in expected:
             wrong.append(f"{script} --{action.dest}: {verdict} {shown}")
         elif entry and verdict in {ACTS, SAYS, REFUSES}:
-            wrong.append(f"{script} --{action.dest}: {verdict} ({shown}), so {entry} is no entry of acts.toml")
-    print(script, dict(verdicts))
+            wrong.append(
+                f"{script} --{action.dest}: {verdict} ({shown}), so {entry} is no entry of acts.toml"
+            )
     return wrong
 
 
