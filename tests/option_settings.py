@@ -71,7 +71,7 @@ SETTINGS: dict[str, Setting] = {
     "gradient_checkpointing_keep": Setting(also=CHECKPOINTING),
     "validation_split": Setting(("0.5",)),
     "validate_every_n_steps": Setting(("2",), also=VALIDATION),
-    "validate_every_n_epochs": Setting(("1",), also=("--validation_split", "0.5", *EPOCHS)),
+    "validate_every_n_epochs": Setting(("2",), also=("--validation_split", "0.5", *EPOCHS)),
     "max_validation_steps": Setting(("1",), also=VALIDATION),
     "validation_seed": Setting(also=VALIDATION),
     "optimizer_type": Setting(("SGD",)),
@@ -215,4 +215,33 @@ SETTINGS: dict[str, Setting] = {
     "teacache_calibration": Setting(also=("--infer_steps", "7"), shows="TeaCache's"),
     "riflex_index": Setting(("1",), also=("--rope_func", "comfy")),
     "dump_dir": Setting(("dumped",)),
+    # of training, for samples alone
+    **{
+        f"training.{name}": Setting(value, also=PROMPTS)
+        for name, value in {
+            "vae_dtype": ("bfloat16",),
+            "vae_spatial_tile_sample_min_size": ("32",),
+            "text_encoder_dtype": ("bfloat16",),
+            **dict.fromkeys(
+                (
+                    "vae_tiling",
+                    "vae_cache_cpu",
+                    "vae_chunk_size",
+                    "bulk_decode",
+                    "text_encoder_form",
+                    "fp8_t5",
+                ),
+            ),
+            **dict.fromkeys(
+                ("fp8_llm", "fp8_vl", "fp8_text_encoder", "text_encoder_cpu", "gemma_load_in_8bit")
+            ),
+            "t5xxl_max_token_length": ("2",),
+            "gemma2_max_token_length": ("2",),
+            "system_prompt": ("word",),
+            "apply_t5_attn_mask": None,
+        }.items()
+    },
+    "train_data_dir": Setting(("empty", "--resolution", "32")),
+    "fused_backward_pass": Setting(also=("--max_grad_norm", "0.001")),
+    "use_8bit_adam": Setting(),
 }

@@ -52,7 +52,7 @@ GENERATE = (
 KNOWN: dict[str, dict[str, str]] = tomllib.loads(
     (Path(__file__).parent / "data" / "acts.toml").read_text(encoding="utf-8")
 )
-SEED, SHARE = 20, 10  # of the options that are tried by default: one of so many
+SEED, SHARE = 4, 10  # of the options that are tried by default: one of so many
 
 
 def command_of(family: TinyFamily, kind: str) -> tuple[str, ...]:
