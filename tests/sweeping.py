@@ -40,7 +40,7 @@ _TIMES = re.compile(r"\d{8}-\d{6}|\d{4}-\d\d-\d\d[ T_-]\d\d[:_-]?\d\d[:_-]?\d\d|
 _REPEATING = (".reelsmith_commands.json@", "history.jsonl@", ".started.", ".commands", ".seconds")
 _REPEATING += ("@modelspec.date", "@ss_training_started_at", "@ss_training_finished_at", "@ss_session_id")
 _REPEATING += ("@sshs_model_hash", "@sshs_legacy_hash", "@modelspec.hash_sha256")
-_SAID = {"memory", "message", "doing", "level"}  # in a history: what the log says too
+_SAID = {"memory", "message", "doing", "level"}  # in lines of a history that repeat the log
 
 
 class _ParserFound(BaseException):
@@ -183,10 +183,10 @@ def read_file(path: Path, name: Path) -> dict[str, str]:
     elif ending in {".mp4", ".mkv", ".mov", ".webm"}:
         values |= {f"{shown}#{part}": text for part, text in _read_video(path)}
     elif ending == ".jsonl":
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-            for key, text in _flat(json.loads(line)):
-                mark = "@" if key.rpartition(".")[2] in _SAID else "#"
-                values[f"{shown}{mark}{number}.{key}"] = text
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [record for record in records if not _SAID & record.keys()]
+        for number, record in enumerate(records):
+            values |= {f"{shown}#{number}.{key}": text for key, text in _flat(record)}
     elif ending == ".json":
         values |= {f"{shown}@{key}": text for key, text in _flat(json.loads(path.read_text("utf-8")))}
     elif ".tfevents." in path.name:
