@@ -421,11 +421,9 @@ def _can_act(record: Any, field: "dataclasses.Field[Any]") -> bool:
 def _names_of_given(record: Any, names: Collection[str]) -> list[str]:
     """Return those of some options of a record, by public name, that are given and not turned off."""
     fields = {option_name(field): field for field in dataclasses.fields(record)}
-    return [name for name in names if is_given(record, fields[name]) and not _is_off(record, fields[name])]
-
-
-def _is_off(record: Any, field: "dataclasses.Field[Any]") -> bool:
-    return getattr(record, field.name) in field.metadata.get("off", ())
+    given = [name for name in names if is_given(record, fields[name])]
+    off = {name: fields[name].metadata.get("off", ()) for name in given}
+    return [name for name in given if getattr(record, fields[name].name) not in off[name]]
 
 
 def reach_of(facts: Mapping[str, Any]) -> str:
