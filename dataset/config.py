@@ -16,7 +16,16 @@ from dataset import config_keys as forms
 from dataset.config_keys import MODES
 from dataset.subset_options import OTHER_NAMES, SUBSET, SUBSET_KEYS, SubsetOptions
 from dataset.subsets import read_subsets, typed_options
-from dataset.table import KEYS, SOURCE_FIELDS, SOURCES, DatasetConfig, DatasetTable, Table, defaults_of
+from dataset.table import (
+    KEYS,
+    OF_TABLES,
+    SOURCE_FIELDS,
+    SOURCES,
+    DatasetConfig,
+    DatasetTable,
+    Table,
+    defaults_of,
+)
 from dataset.timestep_keys import find_unused, find_window_problem
 from modules.command import did_you_mean
 from modules.errors import DatasetError
@@ -157,6 +166,12 @@ def with_downloads(config: DatasetConfig, folder: Path | None) -> DatasetConfig:
     """Return a configuration whose tables keep downloads in a folder; None: where they say."""
     if folder is None:
         return config
+    if not any(getattr(table, source) for table in config.datasets for source in OF_TABLES):
+        logger.warning(
+            "--download_directory %s is ignored because no table of the dataset has %s, whose rows may name "
+            "addresses: nothing is downloaded",
+            *(folder, ", ".join(OF_TABLES)),
+        )
     tables = tuple(replace(table, download_directory=folder) for table in config.datasets)
     return replace(config, datasets=tables)
 

@@ -171,7 +171,9 @@ class CachingInRunOptions(Options, title="caches made by this command"):
     )
     cache_text_encoder_outputs_to_disk: bool = option("the same, in files")
     text_encoder_batch_size: int | None = option(
-        "captions to encode at once; default: --train_batch_size", least=1
+        "captions to encode at once; default: --train_batch_size",
+        least=1,
+        only_with=("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
     )
 
     @property

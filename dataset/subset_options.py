@@ -152,7 +152,9 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
         place="folder",
         needs="train_data_dir",
     )
-    dataset_repeats: int = option("repeats of the pictures of --in_json", default=1, least=1)
+    dataset_repeats: int = option(
+        "repeats of the pictures of --in_json", default=1, least=1, only_with="in_json"
+    )
     dataset_class = unsupported(
         "it names code to run; describe the data in --dataset_config", "Python class of a data set", type=str
     )

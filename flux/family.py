@@ -150,6 +150,11 @@ class Flux(ModelOfPictures):
                 f"{table.name}: the table has control images, and no ControlNet sees them. Give "
                 f"{CONTROL_NET}, or remove them."
             )
+        if self.controlnet is not None and not table.has_control:
+            raise DatasetError(
+                f"{table.name}: {CONTROL_NET}, and no control pictures that the ControlNet could see. Give "
+                f"control_directory, or leave out {CONTROL_NET}."
+            )
         super().check_table(replace(table, has_control=False) if self.controlnet is not None else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:

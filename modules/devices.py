@@ -143,9 +143,24 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def leave_cudnn_out() -> None:
-    """Make torch compute without cuDNN: on some GPUs, mostly of AMD, its convolutions are slow or fail."""
-    torch.backends.cudnn.enabled = False
+def leave_cudnn_out(device: torch.device) -> None:
+    """Make torch compute without cuDNN: on some GPUs, mostly of AMD, its convolutions are slow or fail.
+
+    Warns if the device is no CUDA device, which has no cuDNN.
+    """
+    if acts_on_cuda("--disable_cudnn_backend", "convolutions", device):
+        torch.backends.cudnn.enabled = False
+
+
+def acts_on_cuda(option: str, what: str, device: torch.device) -> bool:
+    """Return whether an option that is for CUDA devices acts, and warn if it does not. what: it changes."""
+    if device.type == "cuda":
+        return True
+    logger.warning(
+        "%s is ignored because it is for %s on a CUDA GPU, and this run computes on %s.",
+        *(option, what, device.type),
+    )
+    return False
 
 
 def dtype_named(name: str, option: str) -> torch.dtype:
@@ -265,13 +280,13 @@ def allow_fp16_accumulation(device: torch.device) -> bool:
     Returns whether they do, and warns if they cannot.
     """
     matmul = torch.backends.cuda.matmul
-    reason = ""
-    if device.type != "cuda":
-        reason = f"it is for matrix products on a CUDA GPU, and this run computes on {device.type}"
-    elif not hasattr(matmul, "allow_fp16_accumulation"):
-        reason = f"it needs torch 2.7 or later, and this is {torch.__version__}"
-    if reason:
-        logger.warning("--fp16_accumulation is ignored because %s.", reason)
+    if not acts_on_cuda("--fp16_accumulation", "matrix products", device):
+        return False
+    if not hasattr(matmul, "allow_fp16_accumulation"):
+        logger.warning(
+            "--fp16_accumulation is ignored because it needs torch 2.7 or later, and this is %s.",
+            torch.__version__,
+        )
         return False
     matmul.allow_fp16_accumulation = True
     return True

@@ -88,6 +88,7 @@ def option(
     above: float | None = None,
     below: float | None = None,
     one_of: Collection[str] = (),
+    off: Collection[Any] = (),
     place: str = "",
     spares: str | tuple[str, ...] = (),
     hint: str = "",
@@ -117,7 +118,14 @@ def option(
     all its options, and settings are those of `add_options`.
     """
     metadata: dict[str, Any] = {"least": least, "most": most, "above": above, "below": below}
-    metadata |= {"one_of": tuple(one_of), "place": place, "hint": hint, "option": name, "acts_if": acts_if}
+    metadata |= {
+        "one_of": tuple(one_of),
+        "off": tuple(off),
+        "place": place,
+        "hint": hint,
+        "option": name,
+        "acts_if": acts_if,
+    }
     relations = {"needs": needs, "excludes": excludes, "only_with": only_with, "spares": spares}
     for fact, names in relations.items():
         metadata[fact] = (names,) if isinstance(names, str) else names
@@ -414,9 +422,11 @@ def _can_act(record: Any, field: "dataclasses.Field[Any]") -> bool:
 
 
 def _names_of_given(record: Any, names: Collection[str]) -> list[str]:
-    """Return those of some options of a record, by public name, that are given."""
+    """Return those of some options of a record, by public name, that are given and not turned off."""
     fields = {option_name(field): field for field in dataclasses.fields(record)}
-    return [name for name in names if is_given(record, fields[name])]
+    given = [name for name in names if is_given(record, fields[name])]
+    off = {name: fields[name].metadata.get("off", ()) for name in given}
+    return [name for name in given if getattr(record, fields[name].name) not in off[name]]
 
 
 def reach_of(facts: Mapping[str, Any]) -> str:

@@ -319,6 +319,7 @@ class SwapOptions(Options):
         type=number_or_auto,
         metavar="N",
         least=0,
+        off=(0,),
         often=True,
     )
     img_in_txt_in_offloading: bool = option(

@@ -146,6 +146,12 @@ def _fill(
             )
             report = cache(family, DatasetConfig(config.path, tables), caching, stores)
             conclude(replace(report, foreign=0))  # files of other programs are no surprise here
+        elif kind == "latents" and options.vae_batch_size > 1:
+            logger.warning(
+                "--vae_batch_size %d has no effect: this run caches no pictures, because their caches are "
+                "there, or because they change each time",
+                options.vae_batch_size,
+            )
 
 
 def plan_tables(

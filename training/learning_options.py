@@ -133,7 +133,8 @@ class ExpertTrainingOptions(Options, title="two transformers"):
         place="there",
     )
     base_weights_multiplier_high_noise: tuple[float, ...] | None = option(
-        "strength of each file of --base_weights_high_noise; missing ones are 1"
+        "strength of each file of --base_weights_high_noise; missing ones are 1",
+        needs="base_weights_high_noise",
     )
 
     def __post_init__(self) -> None:

@@ -73,6 +73,7 @@ WAN_2_2 = VaeRelease(
 RELEASES = {release.channels: release for release in (WAN_2_1, WAN_2_2)}  # by the channels of their latents
 
 
+FUN_CONTROL = "fun-control"  # model kind of Wan2.1 Fun-Control
 VACE = "vace"  # the kind of a text-to-video model with a second stack, for control, masks and references
 VACE_DIM = 96  # channels of its control, see `wan.vace`
 HEAD_WIDTH = 128  # of all released sizes; cannot be read from the tensors of a file
@@ -160,7 +161,7 @@ class WanTask:
     @property
     def model_kind(self) -> str:
         if self.has_control:
-            return "fun-control" if self.version == "2.1" else "fun-control-2.2"
+            return FUN_CONTROL if self.version == "2.1" else "fun-control-2.2"
         return "i2v-2.2" if self.kind == "i2v" and self.version == "2.2" else self.kind
 
     @property

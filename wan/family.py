@@ -54,7 +54,7 @@ from wan.caching import (
     no_features,
 )
 from wan.checkpoints import load_dit, note_task
-from wan.configs import VACE
+from wan.configs import FUN_CONTROL, VACE
 from wan.files import WanFiles, boundary_of, caching_files, files_and_boundary, files_of
 from wan.inputs import (
     FIRST_LATENTS,
@@ -403,7 +403,7 @@ class Wan(OneTransformer):
     @property
     def _feature_zeros(self) -> bool:
         """Whether a Fun-Control model without an image gets zero features, as in its official pipeline."""
-        return self.files.task.model_kind == "fun-control" and not self.text_as_image_tokens
+        return self.files.task.model_kind == FUN_CONTROL and not self.text_as_image_tokens
 
 
 def family_for_latent_caching(options: WanLatentCachingOptions) -> Wan:

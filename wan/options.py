@@ -1,5 +1,6 @@
 """Wan's own options for caching, training and generation."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from modules.options import (
     unsupported,
 )
 from modules.speed_options import VaeOptions, dit_dtype_option, fp8_text_option, text_form_option
-from wan.configs import TASKS, VACE, WanTask
+from wan.configs import FUN_CONTROL, TASKS, VACE, WanTask
+
+logger = logging.getLogger(__name__)
 
 NOT_BUILT = {
     "s2v-14B": "speech to video is not built yet; i2v-A14B starts from an image, without sound",
@@ -34,8 +37,8 @@ def check_one_frame(task: WanTask) -> None:
     able = [other.name for other in TASKS.values() if other.takes_image and not other.has_control]
     if task.name not in able:
         raise OptionError(
-            f"single pictures from control images (one frame): --task {task.name} has no such condition. Use "
-            f"--task {', '.join(able[:-1])} or {able[-1]}"
+            f"--task {task.name} has no condition for single pictures from control images (--one_frame, "
+            f"--one_frame_inference). Use --task {', '.join(able[:-1])} or {able[-1]}"
         )
 
 
@@ -160,6 +163,11 @@ class WanModelOptions(Options, title="Wan"):
             raise OptionError(
                 f"--vace {self.vace}: --task {self.task} has no blocks of VACE. Use --task vace-1.3B, "
                 "vace-14B or vace-A14B"
+            )
+        if self.text_as_image_tokens and TASKS[self.task].model_kind != FUN_CONTROL:
+            logger.warning(
+                "--text_as_image_tokens is ignored because --task %s is not one of Fun-Control of Wan2.1",
+                self.task,
             )
         both = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
         if self.vace is not None and (self.vace_high_noise is None) != (both == (None, None)):

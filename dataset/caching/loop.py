@@ -181,7 +181,7 @@ def run_caching(
 
         raise SystemExit(check_script(family, config, options, kind == TEXTS))
     if options.disable_cudnn_backend:
-        leave_cudnn_out()
+        leave_cudnn_out(choose_device(options.device))
     start = time.monotonic()
     try:
         report = cache(kind, family, config, options)

@@ -87,7 +87,7 @@ class CachingActor:
         if options.num_workers is None:
             options = dataclasses.replace(options, num_workers=self._threads)
         if options.disable_cudnn_backend:
-            leave_cudnn_out()
+            leave_cudnn_out(choose_device(options.device))
         kind = MediaWork if self._is_latents else TextWork
         # Ray shows an actor its own GPUs only
         self._work = kind(family, config, options, choose_device(options.device))

@@ -24,8 +24,10 @@ REMEDIES = (
 )
 
 
-def run_here(script: str, *arguments: object, folder: Path) -> tuple[int, str]:
-    """Run a root script as if it were a program of its own.
+def run_here(
+    script: str, *arguments: object, folder: Path, printed: io.StringIO | None = None
+) -> tuple[int, str]:
+    """Run a root script as if it were a program of its own. printed: takes its standard output.
 
     Returns its exit code and all that it wrote to standard error.
     """
@@ -44,7 +46,7 @@ def run_here(script: str, *arguments: object, folder: Path) -> tuple[int, str]:
             patch.object(sys, "argv", [script, *map(str, arguments)]),
             contextlib.chdir(folder),
             contextlib.redirect_stderr(said),
-            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stdout(printed or io.StringIO()),
         ):
             runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as end:

@@ -14,6 +14,7 @@ from modules.errors import OptionError
 from modules.option_values import check_numbers, to_path, value_words
 from modules.options import Options, default_of, hints_of, option_name, read_options, record_of
 from modules.parser import Parser, add_options
+from modules.speed_options import SwapOptions
 from training.options import TrainingOptions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -155,6 +156,16 @@ def test_a_file_that_is_read_is_not_replaced(
 def test_an_option_without_what_it_needs_is_refused(record: type[Options], field: "Field[Any]") -> None:
     with pytest.raises(OptionError, match=f"^--{option_name(field)} needs --"):
         _make(record, **{field.name: _given(record, field.name)})
+
+
+def test_a_value_that_turns_an_option_off_is_none_that_another_one_needs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Scripts have defaults of their own: 0 blocks are swapped in generation."""
+    for blocks, is_ignored in ((None, True), (0, True), (2, False)):
+        caplog.clear()
+        SwapOptions(blocks_to_swap=blocks, block_swap_ring_size=3)
+        assert ("--block_swap_ring_size 3 is ignored because" in caplog.text) == is_ignored
 
 
 def _usual(record: type[Options], field: "Field[Any]") -> Any:

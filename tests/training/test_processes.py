@@ -151,6 +151,20 @@ def test_fp16_sums_on_a_cpu_are_ignored_with_a_word(caplog: pytest.LogCaptureFix
     assert "gradients are less exact" not in caplog.text
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
+@pytest.mark.parametrize("name", ["cuda_allow_tf32", "cuda_cudnn_benchmark", "ddp_timeout"])
+def test_options_of_gpus_and_of_several_processes_say_that_they_do_nothing(
+    name: str, backends: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_accelerator(AcceleratorOptions.usual(**{name: 5 if name == "ddp_timeout" else True}))
+    (line,) = [message for message in caplog.messages if f"--{name}" in message]
+    assert re.search("is ignored because .* computes on cpu|has no effect with one process", line)
+
+    caplog.clear()
+    make_accelerator(AcceleratorOptions.usual())
+    assert name not in caplog.text
+
+
 def run_two(code: str, *words: object, **environment: str) -> list[subprocess.CompletedProcess[str]]:
     """Run code as both processes of a launcher."""
     base = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}

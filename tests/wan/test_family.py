@@ -374,3 +374,22 @@ def test_a_boundary_without_a_second_transformer_is_ignored_with_a_warning(
         files_and_boundary(options)
     assert caplog.text.count("--timestep_boundary is ignored because there is no --dit_high_noise") == 1
     assert caplog.text.count("is ignored") == 1
+
+
+def test_text_tokens_in_place_of_image_features_are_of_fun_control_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    words = [
+        "--save_path",
+        "made",
+        "--dit",
+        "one.st",
+        "--prompt",
+        "a cat",
+        "--text_as_image_tokens",
+        "--task",
+    ]
+    for task, is_ignored in (("t2v-1.3B", True), ("t2v-1.3B-FC", False)):
+        caplog.clear()
+        read_generation(None, DEFAULTS, WanGenerationOptions, [*words, task])
+        assert ("--text_as_image_tokens is ignored" in caplog.text) == is_ignored

@@ -122,5 +122,14 @@ def test_a_typed_folder_may_lie_anywhere(tmp_path: Path, site: Site) -> None:
     text = '[[datasets]]\nimage_jsonl_file = "l.jsonl"\ncache_directory = "cache"\nresolution = [32, 32]\n'
     (tmp_path / "d.toml").write_text(f"{text}allow_urls = true\n", encoding="utf-8")
     words = ["--dataset_config", "d.toml", "--check", "--download_directory", "kept"]
-    assert run_here("wan_cache_latents.py", *words, folder=tmp_path)[0] == 0
+    code, said = run_here("wan_cache_latents.py", *words, folder=tmp_path)
+    assert code == 0
+    assert "--download_directory" not in said
     assert [path.suffix for path in (tmp_path / "kept").iterdir()] == [".png"]
+
+    (tmp_path / "d.toml").write_text(
+        f'[[datasets]]\nimage_directory = "{(tmp_path / "kept").as_posix()}"\nresolution = [32, 32]\n',
+        encoding="utf-8",
+    )
+    _, said = run_here("wan_cache_latents.py", *words, folder=tmp_path)
+    assert "--download_directory kept is ignored because no table" in said

@@ -1,0 +1,247 @@
+"""Values of options for `tests.sweeping`, where none follows from their declaration.
+
+By the option's name, or the script's and the option's. `also`: what stands in the command without it too.
+"""
+
+import sys
+
+from tests.sweeping import Setting
+
+PROMPTS = ("--sample_prompts", "prompts.txt", "--sample_every_n_steps", "3")
+VALIDATION = ("--validation_split", "0.5", "--validate_every_n_steps", "1")
+CHECKPOINTING = ("--gradient_checkpointing",)
+EPOCHS = ("--max_train_epochs", "2", "--save_every_n_epochs", "1")
+TEACHER = ("--teacher", "base")
+TEACHER_LORA = ("--teacher", "dit", "--teacher_lora", "given/x.safetensors")
+HUBER = ("--loss_type", "huber")
+LOGS = ("--logging_dir", "logs")
+LORA = "given/x.safetensors"
+GIVEN_LORA = ("--lora_weight", LORA)
+EAGER = ("--compile", "--compile_backend", "eager")
+NAG = ("--nag_scale", "5")
+SLG = ("--slg_mode", "original", "--slg_layers", "1")
+MAG = ("--magcache_mag_ratios", "1.0", "1.0", "1.0", "--magcache_retention_ratio", "0")
+TEA = ("--teacache_threshold", "10")
+
+SETTINGS: dict[str, Setting] = {
+    # caching
+    "num_shards": Setting(("2", "--shard_index", "0")),
+    "shard_index": Setting(("1",), also=("--num_shards", "2", "--shard_index", "0")),
+    "repair_captions": Setting(("cp1252",), also=("--check",)),
+    "html": Setting(("page.html",), also=("--check",)),
+    "html_items": Setting(("1",), also=("--check", "--html", "page.html")),
+    "console_width": Setting(("40",), also=("--debug_mode", "console")),
+    "console_back": Setting(("red",), also=("--debug_mode", "console")),
+    "console_num_images": Setting(("1",), also=("--debug_mode", "console")),
+    "vae_dtype": Setting(("bfloat16",)),
+    "vae_spatial_tile_sample_min_size": Setting(("32",)),
+    "flf2v": Setting((), also=("--clip", "model/clip.safetensors")),
+    "text_encoder_dtype": Setting(("bfloat16",)),
+    "device": Setting(("cuda",)),
+    # training
+    "config_file": Setting(("options.toml",)),
+    "ddp_timeout": Setting(("5",)),
+    "network_module": Setting(("networks.loha",)),
+    "network_args": Setting(("rank_dropout=0.5",)),
+    "network_weights": Setting((LORA,)),
+    "dim_from_weights": Setting(("--network_weights", LORA, "--network_dim", "2")),
+    "base_weights": Setting((LORA,)),
+    "base_weights_multiplier": Setting(("0.5",), also=("--base_weights", LORA)),
+    "lora_rounding": Setting(("nearest",), also=("--base_weights", LORA)),
+    "lora_format": Setting(("diffusers",)),
+    "training_adapter": Setting((LORA,)),
+    "training_adapter_multiplier": Setting(("0.5",), also=("--training_adapter", LORA)),
+    "teacher_weight": Setting(also=TEACHER),
+    "teacher_dit": Setting(("model/other.safetensors",), also=TEACHER_LORA),
+    "teacher_lora": Setting((LORA, "--teacher", "dit")),
+    "teacher_delta": Setting(also=TEACHER_LORA),
+    "teacher_min_timestep": Setting(
+        ("700",), also=(*TEACHER, "--teacher_max_timestep", "999", "--teacher_anchor_weight", "0")
+    ),
+    "teacher_max_timestep": Setting(
+        ("300",), also=(*TEACHER, "--teacher_min_timestep", "1", "--teacher_anchor_weight", "0")
+    ),
+    "teacher_anchor_weight": Setting(("0.1",), also=(*TEACHER_LORA, "--teacher_min_timestep", "900")),
+    "teacher_split": Setting(also=TEACHER),
+    "teacher_size_weight": Setting(also=(*TEACHER, "--teacher_split")),
+    "teacher_colour_weight": Setting(also=(*TEACHER, "--teacher_split")),
+    "teacher_sees": Setting(also=TEACHER),
+    "slider": Setting(("slider.toml",)),
+    "gradient_checkpointing_cpu_offload": Setting(also=CHECKPOINTING),
+    "gradient_checkpointing_keep": Setting(also=CHECKPOINTING),
+    "validation_split": Setting(("0.5",)),
+    "validate_every_n_steps": Setting(("2",), also=VALIDATION),
+    "validate_every_n_epochs": Setting(("2",), also=("--validation_split", "0.5", *EPOCHS)),
+    "max_validation_steps": Setting(("1",), also=VALIDATION),
+    "validation_seed": Setting(also=VALIDATION),
+    "optimizer_type": Setting(("SGD",)),
+    "optimizer_args": Setting(("weight_decay=0.9",)),
+    "lr_scheduler": Setting(("cosine",)),
+    "lr_scheduler_type": Setting(("CosineAnnealingLR", "--lr_scheduler_args", "T_max=3")),
+    "lr_scheduler_args": Setting(
+        ("T_max=2",), also=("--lr_scheduler_type", "CosineAnnealingLR", "--lr_scheduler_args", "T_max=9")
+    ),
+    "lr_warmup_steps": Setting(("2",), also=("--lr_scheduler", "constant_with_warmup")),
+    "lr_decay_steps": Setting(("2",), also=("--lr_scheduler", "warmup_stable_decay")),
+    "lr_scheduler_num_cycles": Setting(("2",), also=("--lr_scheduler", "cosine_with_restarts")),
+    "lr_scheduler_power": Setting(("3",), also=("--lr_scheduler", "polynomial")),
+    "lr_scheduler_timescale": Setting(
+        ("2",), also=("--lr_scheduler", "inverse_sqrt", "--lr_warmup_steps", "1")
+    ),
+    "lr_scheduler_min_lr_ratio": Setting(
+        ("0.5",), also=("--lr_scheduler", "cosine_with_min_lr", "--lr_scheduler_min_lr_ratio", "0.1")
+    ),
+    "max_grad_norm": Setting(("0.001",), also=("--optimizer_type", "SGD")),
+    "discrete_flow_shift": Setting(("5",), also=("--timestep_sampling", "shift")),
+    "timestep_sampling": Setting(("uniform",)),
+    "sigmoid_scale": Setting(also=("--timestep_sampling", "sigmoid")),
+    "weighting_scheme": Setting(("logit_normal",)),
+    "logit_mean": Setting(also=("--weighting_scheme", "logit_normal")),
+    "logit_std": Setting(also=("--weighting_scheme", "logit_normal")),
+    "mode_scale": Setting(("0.5",), also=("--weighting_scheme", "mode")),
+    "min_timestep": Setting(("500",)),
+    "max_timestep": Setting(("500",)),
+    "preserve_distribution_shape": Setting(also=("--min_timestep", "800", "--timestep_sampling", "sigmoid")),
+    "timestep_focus_range": Setting(("10", "20"), also=("--timestep_focus", "0.9")),
+    "ip_noise_gamma_random_strength": Setting(also=("--ip_noise_gamma", "0.5")),
+    "huber_schedule": Setting(also=HUBER),
+    "huber_c": Setting(also=HUBER),
+    "huber_scale": Setting(also=(*HUBER, "--huber_schedule", "constant")),
+    "guided_target_min_timestep": Setting(("900",), also=("--guided_target", "3")),
+    "tread_blocks": Setting(("1", "1"), also=("--tread", "0.5", "--tread_blocks", "1", "-2")),
+    "tread": Setting(("0.5", "--tread_blocks", "1", "-2")),
+    "mixed_precision": Setting(("bf16",)),
+    "output_name": Setting(("other",)),
+    "overwrite": Setting(also=("--output_dir", "given")),
+    "save_precision": Setting(("fp16",)),
+    "save_every_n_steps": Setting(("1",)),
+    "save_every_n_epochs": Setting(("1",), also=("--max_train_epochs", "2")),
+    "save_n_epoch_ratio": Setting(("2",), also=("--max_train_epochs", "2")),
+    "save_every_n_minutes": Setting(("0.00001",)),
+    "save_last_n_epochs": Setting(("1",), also=(*EPOCHS, "--max_train_epochs", "3")),
+    "save_last_n_epochs_state": Setting(("1",), also=(*EPOCHS, "--max_train_epochs", "3", "--save_state")),
+    "save_last_n_steps": Setting(("1",), also=("--save_every_n_steps", "1")),
+    "save_last_n_steps_state": Setting(("1",), also=("--save_every_n_steps", "1", "--save_state")),
+    "resume": Setting(("given/x-state",)),
+    "resume_changed": Setting(also=("--resume", "given/x-state")),
+    "sample_prompts": Setting(("prompts.txt", "--sample_at_first")),
+    "sample_every_n_steps": Setting(("1",), also=PROMPTS),
+    "sample_every_n_epochs": Setting(
+        ("1",), also=("--sample_prompts", "prompts.txt", "--max_train_epochs", "1")
+    ),
+    "sample_at_first": Setting(also=PROMPTS),
+    "sample_lora": Setting((LORA,), also=PROMPTS),
+    "preview_latent_every": Setting(("1",), also=PROMPTS),
+    "sample_ema": Setting(also=(*PROMPTS, "--ema_decay", "0.5")),
+    "ema_update_every": Setting(("2",), also=("--ema_decay", "0.5")),
+    "log_prefix": Setting(also=LOGS),
+    "log_tracker_name": Setting(also=LOGS),
+    "log_config": Setting(also=LOGS),
+    "log_with": Setting(("tensorboard", "--logging_dir", "logs")),
+    "on_end": Setting((f"{sys.executable} end.py",)),
+    "metadata_reso": Setting(("832,480",)),
+    "sdpa": Setting(),
+    "fp8_scaled": Setting(also=("--fp8_base",)),
+    "fp8_fast": Setting(also=("--fp8_base", "--fp8_scaled")),
+    "generation.upcast_quantization": Setting(also=("--fp8_scaled",)),
+    "generation.fp8_scaled": Setting(),
+    "generation.fp8_fast": Setting(also=("--fp8_scaled",)),
+    "generation.lora_rounding": Setting(("nearest",), also=GIVEN_LORA),
+    "upcast_quantization": Setting(also=("--fp8_base", "--fp8_scaled", "--dit_dtype", "bfloat16")),
+    "convrot_int8_bwd": Setting(also=("--convrot_int8", "--optimizer_type", "SGD")),
+    "blocks_to_swap": Setting(("1",)),
+    "compile": Setting(("--compile_backend", "eager")),
+    "compile_args": Setting(("eager", "default", "false", "False"), also=EAGER[:1]),
+    "compile_backend": Setting(("eager",), also=EAGER),
+    "compile_mode": Setting(also=EAGER),
+    "compile_dynamic": Setting(also=EAGER),
+    "compile_fullgraph": Setting(also=EAGER),
+    "compile_cache_size_limit": Setting(also=EAGER),
+    "dynamo_mode": Setting(also=("--dynamo_backend", "eager")),
+    "dynamo_fullgraph": Setting(also=("--dynamo_backend", "eager")),
+    "dynamo_dynamic": Setting(also=("--dynamo_backend", "eager")),
+    "plan": Setting(("24",)),
+    "dit_dtype": Setting(("bfloat16",)),
+    "rope_func": Setting(also=()),
+    "huggingface_repo_id": Setting(("owner/name",)),
+    # generation
+    "video_size": Setting(("48", "32")),
+    "video_length": Setting(("9",)),
+    "nag_prompt": Setting(also=NAG),
+    "nag_scale": Setting(("5",)),
+    "nag_tau": Setting(("0.5",), also=NAG),
+    "nag_alpha": Setting(also=NAG),
+    "cfg_schedule": Setting(("1",)),
+    "video_path": Setting(("clips/clip 0.mp4",)),
+    "i2i_path": Setting(("start.png",), also=("--video_length", "1")),
+    "from_latent": Setting(("junk.bin",)),
+    "v2v_denoise": Setting(("0.9",), also=("--video_path", "clips/clip 0.mp4")),
+    "v2v_noise_mode": Setting(also=("--denoise_strength", "0.9", "--video_path", "clips/clip 0.mp4")),
+    "v2v_pad_mode": Setting(also=("--video_path", "clips/clip 0.mp4", "--video_length", "17")),
+    "v2v_extra_noise": Setting(also=("--video_path", "clips/clip 0.mp4")),
+    "i2_extra_noise": Setting(also=("--i2i_path", "start.png", "--video_length", "1")),
+    "prompt_wildcards": Setting(("colours",), also=("--prompt", "a __colour__ cat")),
+    "prompt_alternatives": Setting(also=("--prompt", "a {red|blue} cat")),
+    "prompt_weighting": Setting(also=("--prompt", "a (red:1.5) cat")),
+    "cfg_skip_mode": Setting(("early",), also=("--cfg_apply_ratio", "0.5")),
+    "cfg_apply_ratio": Setting(("0.3",), also=("--cfg_skip_mode", "early", "--cfg_apply_ratio", "0.9")),
+    "slg_mode": Setting(("uncond",), also=(*SLG, "--slg_end", "1")),
+    "slg_layers": Setting(("0",), also=(*SLG, "--slg_end", "1")),
+    "slg_scale": Setting(also=(*SLG, "--slg_end", "1")),
+    "slg_start": Setting(("1",), also=(*SLG, "--slg_end", "1")),
+    "slg_end": Setting(("1",), also=SLG),
+    "cfgzerostar_init_steps": Setting(("1",)),
+    "cfgzerostar_multiplier": Setting(also=("--cfgzerostar_init_steps", "1")),
+    "from_file": Setting(("lines.txt",)),
+    "num_videos": Setting(("2",)),
+    "lora_weight": Setting((LORA,)),
+    "lora_multiplier": Setting(("0.5",), also=GIVEN_LORA),
+    "include_patterns": Setting(("attn",), also=GIVEN_LORA),
+    "exclude_patterns": Setting(("attn",), also=GIVEN_LORA),
+    "save_merged_model": Setting(("merged.safetensors",), also=GIVEN_LORA),
+    "upcast_linear": Setting(also=("--fp8_scaled",)),
+    "magcache_mag_ratios": Setting(("1.0", "1.0", "1.0", "--magcache_retention_ratio", "0")),
+    "magcache_retention_ratio": Setting(("1",), also=MAG),
+    "magcache_threshold": Setting(("0",), also=MAG),
+    "magcache_k": Setting(("0",), also=MAG),
+    "teacache_threshold": Setting(("10", "--teacache_coefficients", "1", "0")),
+    "teacache_coefficients": Setting(("1", "99"), also=(*TEA, "--teacache_coefficients", "1", "0")),
+    "save_path": Setting(("elsewhere",)),
+    "trim_tail_frames": Setting(("1",)),
+    "sheet": Setting(("seed=1,2",)),
+    "generation.preview_latent_every": Setting(("1",)),
+    "generation.preview_vae": Setting(also=("--preview_latent_every", "1")),
+    "magcache_calibration": Setting(shows="MagCache's ratios"),
+    "teacache_calibration": Setting(also=("--infer_steps", "7"), shows="TeaCache's"),
+    "riflex_index": Setting(("1",), also=("--rope_func", "comfy")),
+    "dump_dir": Setting(("dumped",)),
+    # of training, for samples alone
+    **{
+        f"training.{name}": Setting(value, also=PROMPTS)
+        for name, value in {
+            "vae_dtype": ("bfloat16",),
+            "vae_spatial_tile_sample_min_size": ("32",),
+            "text_encoder_dtype": ("bfloat16",),
+            **dict.fromkeys(
+                (
+                    "vae_tiling",
+                    "vae_cache_cpu",
+                    "vae_chunk_size",
+                    "bulk_decode",
+                    "text_encoder_form",
+                    "fp8_t5",
+                ),
+            ),
+            **dict.fromkeys(
+                ("fp8_llm", "fp8_vl", "fp8_text_encoder", "text_encoder_cpu", "gemma_load_in_8bit")
+            ),
+            "t5xxl_max_token_length": ("2",),
+            "gemma2_max_token_length": ("2",),
+            "system_prompt": ("word",),
+            "apply_t5_attn_mask": None,
+        }.items()
+    },
+    "train_data_dir": Setting(("empty", "--resolution", "32")),
+    "fused_backward_pass": Setting(also=("--max_grad_norm", "0.001")),
+    "use_8bit_adam": Setting(),
+}

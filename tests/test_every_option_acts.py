@@ -1,0 +1,143 @@
+"""Every option of every script that caches, trains or generates does something, or something is said of it.
+
+An option is set to another value, and one of these has to happen: files differ in more than texts that repeat
+the option, a new line names it, or the command is refused with its name. All others are in
+`tests/data/acts.toml`, each with the reason; an entry that acts by now fails the test, so that the list only
+becomes shorter.
+
+An option is the same in two scripts of a kind (caching of latents or texts, training, generation) if its name
+and help are equal. Each is tried with the first family that has it, in the order of `SWEPT`: Wan, which has
+most of those of video, and FLUX.1, which has those of picture trainers, come first; the others add their own.
+By default a tenth of the options of these two is tried, always the same ones; all of them are slow.
+"""
+
+import functools
+import random
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.option_settings import SETTINGS
+from tests.sweeping import (
+    ACTS,
+    FAILS,
+    GENERATION,
+    LATENTS,
+    METADATA,
+    REFUSES,
+    SAYS,
+    SILENT,
+    TEXTS,
+    TRAINING,
+    Setting,
+    Swept,
+    facts_of_option,
+    judge,
+    options_of,
+    vary,
+    write_project,
+)
+from tests.tiny.families import FAMILIES, TinyFamily, family_called
+from tests.tiny.runs import RUN
+
+FIRST = ("wan t2v-1.3B", "flux")
+SWEPT = (*FIRST, *(family.name for family in FAMILIES if family.name not in FIRST))
+KINDS = (LATENTS, TEXTS, TRAINING, GENERATION)
+TRAIN = (*RUN, "--output_dir", "out")
+GENERATE = (
+    *("--video_size", "32", "32", "--infer_steps", "3", "--guidance_scale", "3", "--seed", "7"),
+    *("--prompt", "a cat", "--save_path", "videos", "--output_type"),
+)
+KNOWN: dict[str, dict[str, str]] = tomllib.loads(
+    (Path(__file__).parent / "data" / "acts.toml").read_text(encoding="utf-8")
+)
+SEED, SHARE = 4, 10  # of the options that are tried by default: one of so many
+
+
+def command_of(family: TinyFamily, kind: str) -> tuple[str, ...]:
+    """The script of a family and the words of a run that is short."""
+    if kind == TRAINING:
+        return (*family.train, *TRAIN)
+    if kind == GENERATION:
+        form = "latent_images" if family.generate[0].endswith("image.py") else "both"
+        return (*family.generate, *GENERATE, form)
+    return tuple(family.cache_latents if kind == LATENTS else family.cache_texts)
+
+
+@functools.cache
+def new_options() -> dict[tuple[str, str], list[str]]:
+    """The options that each family is the first to have in its script of a kind."""
+    seen: set[tuple[str, str, str | None]] = set()
+    new: dict[tuple[str, str], list[str]] = {}
+    for name in SWEPT:
+        for kind in KINDS:
+            actions = options_of(command_of(family_called(name), kind)[0])
+            new[name, kind] = [one.dest for one in actions if (kind, one.dest, one.help) not in seen]
+            seen |= {(kind, one.dest, one.help) for one in actions}
+    return new
+
+
+def sweep(name: str, kind: str, chosen: list[str], folder: Path) -> list[str]:
+    """What is wrong with the chosen options of a family's script."""
+    family = family_called(name)
+    script, *words = command_of(family, kind)
+    write_project(family, folder, kind)
+    swept = Swept(script, tuple(words), folder)
+    wrong = []
+    for action in options_of(script):
+        if action.dest not in chosen:
+            continue
+        setting = setting_of(script, kind, action.dest)
+        verdict, shown = judge(swept, vary(swept.words, action, facts_of_option(action), setting))
+        entry = next(
+            (key for key in (f"{script}.{action.dest}", f"{kind}.{action.dest}") if is_known(key)), ""
+        )
+        expected = KNOWN["metadata"] if verdict == METADATA else KNOWN["silent"] if verdict == SILENT else {}
+        if verdict in {FAILS, METADATA, SILENT} and entry not in expected:
+            wrong.append(f"{script} --{action.dest}: {verdict} {shown}")
+        elif entry and verdict in {ACTS, SAYS, REFUSES}:
+            wrong.append(
+                f"{script} --{action.dest}: {verdict} ({shown}), so {entry} is no entry of acts.toml"
+            )
+    return wrong
+
+
+def is_known(key: str) -> bool:
+    return any(key in entries for entries in KNOWN.values())
+
+
+def setting_of(script: str, kind: str, dest: str) -> Setting:
+    """The value of an option by script, by kind, or by name alone."""
+    keys = (f"{script}.{dest}", f"{kind}.{dest}", dest)
+    return next((SETTINGS[key] for key in keys if key in SETTINGS), Setting())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FIRST)
+def test_a_tenth_of_the_options_act(name: str, kind: str, tmp_path: Path) -> None:
+    options = new_options()[name, kind]
+    chosen = random.Random(SEED).sample(options, -(-len(options) // SHARE))
+
+    assert not sweep(name, kind, chosen, tmp_path / "swept")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SWEPT)
+def test_every_option_acts(name: str, kind: str, tmp_path: Path) -> None:
+    options = new_options()[name, kind]
+
+    assert not options or not sweep(name, kind, options, tmp_path / "swept")
+
+
+@pytest.mark.slow
+def test_each_entry_is_of_an_option() -> None:
+    named = {f"{kind}.{dest}" for (_, kind), dests in new_options().items() for dest in dests}
+    scripts = {
+        f"{command_of(family_called(name), kind)[0]}.{dest}"
+        for (name, kind), dests in new_options().items()
+        for dest in dests
+    }
+
+    assert {key for entries in KNOWN.values() for key in entries} <= named | scripts
