@@ -168,11 +168,15 @@ def warn_skipped(faults: Sequence[Fault]) -> None:
 
 
 def find_all_sources(
-    config: DatasetConfig, captions: bool = True, skipped: list[tuple[DatasetTable, Fault]] | None = None
+    config: DatasetConfig,
+    captions: bool = True,
+    skipped: list[tuple[DatasetTable, Fault]] | None = None,
+    within: DatasetConfig | None = None,
 ) -> list[MediaSource]:
     """Return the sources of all tables, in order. Raises DatasetError with the faults of all tables.
 
     skipped: takes unreadable parts that are left out, with their table; without it there is a warning.
+    within: the whole configuration, if `config` has only some of its tables: the others read files too.
     """
     sources: list[MediaSource] = []
     problems = []
@@ -194,8 +198,9 @@ def find_all_sources(
     if remarks:
         logger.warning("%s", escape_control_codes("\n".join(remarks)))
     log_lone_controls(sources)
-    lines = [left_out_files(config, table) for table in config.datasets]
-    lines += left_out_folders(config)
+    whole = within or config
+    lines = [left_out_files(whole, table) for table in config.datasets]
+    lines += left_out_folders(whole)
     for line in filter(None, lines):
         logger.warning("%s", escape_control_codes(line))
     return sources

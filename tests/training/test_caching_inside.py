@@ -26,6 +26,7 @@ from tests.training.toy import same
 from tests.training.toy_images import LATENT, PictureFamily
 from training.caching_inside import Where, plan_tables, prepare_sources
 from training.data.feed import BatchSources
+from training.data.live import LiveTexts
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.options import TrainingOptions
 from training.plan import read_config
@@ -84,9 +85,10 @@ def cache(config: DatasetConfig) -> None:
     assert cache_texts(family(), config, caching_options()).written == 3
 
 
-def prepare(folder: Path, *arguments: object, live: tuple[str, ...] = ()) -> BatchSources:
-    options = read(folder, *arguments)
-    return prepare_sources(family(), read_config(options, PictureFamily()), options.caching, CPU, live)
+def prepare(folder: Path, *arguments: object, live: bool = False) -> BatchSources:
+    options, made = read(folder, *arguments), family()
+    texts = LiveTexts(made.text_encoders()) if live else None
+    return prepare_sources(made, read_config(options, PictureFamily()), options.caching, CPU, texts)
 
 
 def items_of(folder: Path, sources: BatchSources) -> list[TrainingItem]:
@@ -145,8 +147,8 @@ def test_the_command_writes_what_the_script_writes(tmp_path: Path) -> None:
             assert all(np.array_equal(one[key], other[key]) for key in told)
 
 
-@pytest.mark.parametrize("live", [(), ("letters",)])
-def test_a_removed_picture_is_not_trained(tmp_path: Path, live: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("live", [False, True])
+def test_a_removed_picture_is_not_trained(tmp_path: Path, live: bool) -> None:
     make(tmp_path)
     prepare(tmp_path, *TO_DISK)
     (tmp_path / "pictures/1.png").unlink()
@@ -228,7 +230,7 @@ def test_validated_pictures_are_not_changed(tmp_path: Path) -> None:
 def test_texts_that_are_not_cached_are_left_out_of_batches(tmp_path: Path) -> None:
     make(tmp_path, "shuffle_caption = true")
 
-    first = batches(tmp_path, prepare(tmp_path, "--cache_latents", live=("letters",)))[0]
+    first = batches(tmp_path, prepare(tmp_path, "--cache_latents", live=True))[0]
 
     assert set(first.tensors) == {"latents", "alpha_mask"}
     assert first.captions == ("a, b, c",)
