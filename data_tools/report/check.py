@@ -155,8 +155,8 @@ def check_caching(
     verify: read all cache files again. parts: MEDIA checks the sources; those whose records are missing or
     outdated are decoded. LATENTS checks their caches; it needs a family made with the options of latent
     caching. TEXTS checks caches of captions, and captions longer than an encoder reads; without the encoders'
-    files only the captions. validation: share and seed for tables that do not give their own. counters: of the
-    text encoders of a training that encodes captions; None: TEXTS loads them.
+    files only the captions. validation: share and seed for tables that do not give their own. counters: of
+    the text encoders of a training that encodes captions; None: TEXTS loads them.
     """
     scope = _Scope(media=MEDIA in parts, latents=LATENTS in parts, texts=TEXTS in parts)
     if counters is None:

@@ -20,8 +20,8 @@ from typing import NamedTuple, TypeVar
 from dataset.batches.items import OfSource, TrainingItem, tables_of
 from dataset.cache.files import EMPTY
 from dataset.sources.captions import complete_caption, join_parts, lines_of
-from dataset.sources.wildcards import fill_wildcards
 from dataset.sources.media_source import pause_collection
+from dataset.sources.wildcards import fill_wildcards
 from dataset.table import NO_AUGMENTATION, CaptionChanges, DatasetTable
 from modules.seeds import derive_seed
 

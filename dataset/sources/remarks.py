@@ -28,8 +28,8 @@ NOT_DRAWN = (
     "draws one of them"
 )
 BACKSLASH = (
-    "captions have a backslash before a bracket, and learn it; prompts in which brackets are weights leave it "
-    "out. Remove the backslashes"
+    "captions have a backslash before a bracket, which is learned; prompts in which brackets are weights "
+    "leave it out. Remove the backslashes"
 )
 _BACKSLASH = re.compile(r"\\[()\[\]]")
 
