@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
+from dataset.sources.captions import CaptionOwners
 from dataset.sources.folders import folder_id, is_file, list_entries, media_suffixes, split_name
 from dataset.sources.media_source import OF_SHARDS
 from modules.errors import MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
+from modules.media.labels import MASK_LABEL, label_of
 from modules.media.opening import SOUND_SUFFIXES
 from modules.media.remedies import remedy_of
 
@@ -20,8 +22,11 @@ LOOKED_INTO = 1000  # names of a folder inside a folder
 NO_MEDIA = {"prompts.txt", "check.html", "thumbs.db", "desktop.ini"}
 _USUAL = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db", ".txt"})
 _USUAL |= {".caption", ".csv", ".tsv", ".parquet", ".md"}
+# usual suffixes of captions, in lower case
+CAPTION_ENDINGS = frozenset({".txt", ".caption", ".cap", ".tags", ".tag", ".text"})
 FOLDERS_OF_RUNS = {"cache", "output"}
 _KINDS = ("image", "video")
+_Named = tuple["os.DirEntry[str]", str, str]  # a file or folder, its stem and suffix
 
 
 def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
@@ -60,8 +65,16 @@ def _count_unread(table: DatasetTable, folder: Path, rules: "_UnreadRules") -> d
     # without a Path for each: there may be a million
     entries = [(entry, *split_name(entry.name)) for entry in list_entries(folder, table.name)]
     stems = {stem for _, stem, suffix in entries if suffix.lower() in rules.read}
-    counts: dict[str, Counter[str]] = {}
+    captions = _find_captions(table, entries, rules)
+    handled = {name for names in captions.values() for name in names}
+    counts = {why: Counter(split_name(name)[1] for name in names) for why, names in captions.items()}
     for entry, stem, suffix in entries:
+        if entry.name in handled:
+            continue
+        label = label_of(stem) if suffix.lower() in rules.pictures else None
+        if label is not None and label not in rules.read_labels:
+            counts.setdefault(_explain_label(label, folder), Counter())[f"{label}{suffix}"] += 1
+            continue
         if rules.is_expected(entry.name, suffix, has_media=stem in stems):
             continue
         ending = suffix.lower()
@@ -81,6 +94,51 @@ def _count_unread(table: DatasetTable, folder: Path, rules: "_UnreadRules") -> d
     return counts
 
 
+def _find_captions(
+    table: DatasetTable, entries: Sequence[_Named], rules: "_UnreadRules"
+) -> dict[str, list[str]]:
+    """Return the names of caption files that nothing reads, by what to do: those of media that have no other
+    caption, with another usual suffix or under another name.
+    """
+    if not rules.caption_suffixes:
+        return {}
+    names = {entry.name for entry, _, _ in entries}
+    owners = CaptionOwners(
+        entry.name
+        for entry, stem, suffix in entries
+        if suffix.lower() in rules.read
+        and label_of(stem) is None
+        and not any(f"{stem}{caption}" in names for caption in rules.caption_suffixes)
+    )
+    by_suffix: dict[str, list[str]] = {}
+    misnamed: list[tuple[str, str]] = []  # caption, and the media file that it is of
+    for entry, stem, suffix in entries:
+        if suffix.lower() not in rules.caption_endings | CAPTION_ENDINGS or entry.name.lower() in NO_MEDIA:
+            continue
+        owner = owners.find(stem)
+        if owner is None or not is_file(entry):
+            continue
+        if split_name(owner)[0] != stem:
+            misnamed.append((entry.name, owner))
+        elif suffix not in rules.caption_suffixes:
+            by_suffix.setdefault(suffix, []).append(entry.name)
+    found: dict[str, list[str]] = {}
+    for suffix, captions in by_suffix.items():
+        key = (
+            f"--caption_extension {suffix}"
+            if table.config_path.is_dir()
+            else f'caption_extension = "{suffix}"'
+        )
+        found[f"captions of {table.holds}s without another one, which {key} reads"] = captions
+    if misnamed:
+        caption, owner = misnamed[0]
+        wanted = f"{split_name(owner)[0]}{min(rules.caption_suffixes)}"
+        example = f"{caption} of {owner}, which reads {wanted}"
+        why = f"captions under another name than their {table.holds}: {example}; rename them"
+        found[why] = [name for name, _ in misnamed]
+    return found
+
+
 @dataclass(frozen=True)
 class _UnreadRules:
     """Which files of a folder are read, or usually are next to media."""
@@ -89,6 +147,8 @@ class _UnreadRules:
     read: frozenset[str]  # endings, in lower case
     caption_suffixes: set[str]  # as tables have them
     caption_endings: set[str]  # in lower case
+    pictures: frozenset[str]  # endings, in lower case
+    read_labels: frozenset[str]  # of files next to media
 
     @staticmethod
     def of(tables: Sequence[DatasetTable], has_companions: bool) -> "_UnreadRules":
@@ -100,7 +160,19 @@ class _UnreadRules:
         read = _all_suffixes(kinds)
         if has_companions:
             read |= SOUND_SUFFIXES | _all_suffixes(_KINDS)
-        return _UnreadRules(kinds, read, captions, {suffix.lower() for suffix in captions})
+        with_masks = any(
+            table.mask_directory and folder_id(table.mask_directory) == folder_id(table.directory)
+            for table in tables
+            if table.directory
+        )
+        return _UnreadRules(
+            kinds,
+            read,
+            caption_suffixes=captions,
+            caption_endings={suffix.lower() for suffix in captions},
+            pictures=_all_suffixes(["image"]),
+            read_labels=frozenset({MASK_LABEL} if with_masks else ()),
+        )
 
     def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
         """Return whether a file is not media, but usual in such a folder. has_media: media with its stem are
@@ -142,6 +214,12 @@ def _is_still(path: Path) -> bool:
         return not is_animation(path)
     except MediaError:  # which decoding reports
         return False
+
+
+def _explain_label(label: str, folder: Path) -> str:
+    if label == MASK_LABEL:
+        return f'masks of OneTrainer, which mask_directory = "{folder.as_posix()}" uses'
+    return "conditioning images of OneTrainer; models with control read them from a folder of their own"
 
 
 def _explain(ending: str, kinds: set[str]) -> str:
