@@ -44,6 +44,7 @@ REFERENCES = re.compile(
 )
 SHOWN = 3  # names in a line
 FEW_PIXELS = 256  # of the shorter side: less is enlarged, and its blur is learned
+FEW_MEDIA = 3  # fewer are said to be few
 LONG = 4  # sides of one picture
 MOST_FOLDERS = 1000  # that are looked into for media that are left out
 MOST_REPEATS = 1000  # in the name of a folder; larger numbers are years and the like
@@ -733,6 +734,9 @@ def _describe_odd(content: FolderContent, facts: ModelFacts) -> list[str]:
     long_enough = [item for item in content.media if item.seconds is None or item.seconds >= least]
     visible = [item for item in long_enough if item.kind != "audio"]
     lines = _describe_sizes(visible)
+    if len(content.media) < FEW_MEDIA:
+        files = count_of(len(content.media), "file")
+        lines.append(f"{files} to learn from: few. Most is learned by heart; 10 to 30 are usual")
     pictures = [item.path for item in visible if item.kind == "image"]
     originals = [path for path in pictures if path not in content.first_frames]
     transparent = [path for path in originals if _is_transparent(path)]
@@ -751,10 +755,14 @@ def _describe_odd(content: FolderContent, facts: ModelFacts) -> list[str]:
     return lines + _describe_equal(content.media)
 
 
+def is_narrow(item: Media) -> bool:
+    return max(item.size) > LONG * min(item.size)
+
+
 def _describe_sizes(media: Sequence[Media]) -> list[str]:
     """Return lines about clips and pictures that are small or narrow."""
     tiny = [item.path for item in media if min(item.size) < FEW_PIXELS]
-    narrow = [item.path for item in media if max(item.size) > LONG * min(item.size)]
+    narrow = [item.path for item in media if is_narrow(item)]
     lines = []
     if tiny:
         lines.append(f"{name_some(tiny)}: tiny, below {FEW_PIXELS} pixels: their blur is learned")

@@ -31,6 +31,7 @@ from dataset.options import CachingInRunOptions, CachingOptions
 from dataset.sources.decoding import IMAGE_SPANS, DecodedMedia, decode_source
 from dataset.sources.fetching import fetch
 from dataset.sources.frames import shrink_mask
+from dataset.sources.left_out import TableFolders
 from dataset.sources.listing import find_all_sources, require_captions, warn_unused
 from dataset.sources.media_source import LISTED, MediaSource
 from dataset.sources.remarks import (
@@ -228,6 +229,7 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
     """
     live_tables: dict[int, ItemKind] = {}
     whole = DatasetConfig(plans[0].table.config_path, tuple(plan.table for plan in plans))
+    folders = TableFolders(whole)
     for plan in plans:
         is_live = plan.latents is Where.LIVE
         if not (is_live or needs_captions):
@@ -235,7 +237,7 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
         config = DatasetConfig(plan.table.config_path, (plan.table,))
         # caching in this run has described the others
         with quiet() if plan.latents.is_made else nullcontext():
-            sources = find_all_sources(config, captions=needs_captions, within=whole)
+            sources = find_all_sources(config, captions=needs_captions, folders=folders)
         if needs_captions:
             require_captions(sources)
         by_stem = {source.stem: source for source in sources}

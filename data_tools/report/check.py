@@ -48,6 +48,7 @@ from dataset.sources.companions import refuse_companions
 from dataset.sources.decoding import check_resolution, decode_source
 from dataset.sources.folders import log_lone_controls
 from dataset.sources.frames import find_wrong_rates, media_table
+from dataset.sources.left_out import TableFolders
 from dataset.sources.media_source import NO_REFERENCE, Fault
 from dataset.sources.references import lack_references, reference_buckets
 from dataset.sources.remarks import find_media_remarks
@@ -165,8 +166,9 @@ def check_caching(
     stores = Stores(npz_names(family), skip_existing=skip_existing, verify=verify)
     recipe = _make_recipe(family, identified.media, stores, scope)
     tables = []
+    folders = TableFolders(config)
     for table in config.datasets:
-        findings = find_table(config, table)
+        findings = find_table(config, table, folders)
         _check_form(findings, family, scope)
         if scope.media and findings.sources:
             _check_media(findings, family, recipe, workers, with_latents=scope.latents)
@@ -434,12 +436,13 @@ def check_training(
     encoders = SameEncoders(commands)
     head = (RECOGNISED, *indent([*files, *counters.missing]))
     tables = []
+    folders = TableFolders(config)
     for table in config.datasets:
         findings = TableFindings(table)
         items = [item for item in cached.items if item.table.index == table.index]
         _count_cached_items(findings, items, latent)
         _check_caches(findings, items, cached, latent=latent, encoders=encoders)
-        _compare_sources(config, findings, items, counters=counters, hears=sound is not None)
+        _compare_sources(config, findings, items, folders=folders, counters=counters, hears=sound is not None)
         is_held_back = ", for validation" if table.validation else ""
         findings.title = f"{table.name}: {len(items)} cached items{is_held_back}"
         tables.append(findings)
@@ -534,6 +537,7 @@ def _compare_sources(
     config: DatasetConfig,
     findings: TableFindings,
     items: Sequence[TrainingItem],
+    folders: TableFolders,
     counters: Counters,
     hears: bool,
 ) -> None:
@@ -543,7 +547,7 @@ def _compare_sources(
     if any(map(is_address, findings.table.tars or ())):  # listing them would download them
         findings.caches.append("its sources are not checked: they are in tars at addresses")
         return
-    listed = find_table(config, findings.table)
+    listed = find_table(config, findings.table, folders)
     if not listed.sources:
         findings.caches += [f"its sources are not checked: {fault.text}" for fault in listed.faults[:1]]
         return

@@ -16,7 +16,7 @@ from dataset.batches.order import split_validation
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.options import GUESS
 from dataset.sources.captions import SHOWN, guess_captions, read_caption_file
-from dataset.sources.left_out import left_out_files, left_out_folders
+from dataset.sources.left_out import TableFolders
 from dataset.sources.listing import find_encodings, find_sources, missing_captions
 from dataset.sources.media_source import Fault, MediaSource, list_faults
 from dataset.sources.remarks import find_caption_remarks, find_cut_captions
@@ -233,10 +233,10 @@ def indent(lines: Iterable[str]) -> list[str]:
     return [f"  {line}" for line in lines]
 
 
-def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
+def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders) -> TableFindings:
     """List the sources of a table with all faults of the listing, and the files next to them.
 
-    Remarks name unused files that look as if they were meant to be used.
+    folders: of all tables. Remarks name unused files that look as if they were meant to be used.
     """
     findings = TableFindings(table)
     try:
@@ -256,11 +256,12 @@ def find_table(config: DatasetConfig, table: DatasetTable) -> TableFindings:
     num_pairs = sum(source.worse is not None for source in findings.sources)
     if num_pairs:
         findings.caches.append(f"pairs of a better and a worse one: {num_pairs}")
-    left_out = left_out_files(config, table)
+    left_out = folders.left_out_files(table)
     if left_out is not None:
         findings.remarks.append(Fault("folders have files that are not used", left_out))
     if table is config.datasets[0]:
-        findings.remarks += [Fault("folders are not searched", line) for line in left_out_folders(config)]
+        lines = folders.left_out_folders(config.datasets)
+        findings.remarks += [Fault("folders are not searched", line) for line in lines]
     return findings
 
 

@@ -29,26 +29,61 @@ _KINDS = ("image", "video")
 _Named = tuple["os.DirEntry[str]", str, str]  # a file or folder, its stem and suffix
 
 
-def left_out_files(config: DatasetConfig, table: DatasetTable) -> str | None:
-    """Return a line with the number of unread files in a table's folder, by suffix; None if there are none,
-    or if an earlier table has the same folder. Files that are usual next to media are not counted.
+class TableFolders:
+    """The folders of all tables of a configuration; the real path of each is found once."""
 
-    Raises DatasetError if the folder cannot be listed.
-    """
-    if table.directory is None:
-        return None
-    place = folder_id(table.directory)
-    sharing = [other for other in config.datasets if other.directory and folder_id(other.directory) == place]
-    if sharing[0].index != table.index:
-        return None
-    has_companions = place in _other_folders(config)
-    rules = _UnreadRules.of(sharing, has_companions)
-    counts = _count_unread(table, table.directory, rules)
-    if not counts:
-        return None
-    number = sum(of_endings.total() for of_endings in counts.values())
-    verb = "file is" if number == 1 else "files are"
-    return f"{table.directory}: {number} {verb} not read: {_describe(counts)}"
+    def __init__(self, config: DatasetConfig) -> None:
+        self._ids: dict[int, str] = {}  # by index of the table
+        self._sharing: dict[str, list[DatasetTable]] = {}
+        for table in config.datasets:
+            if table.directory is not None:
+                place = folder_id(table.directory)
+                self._ids[table.index] = place
+                self._sharing.setdefault(place, []).append(table)
+        self._others = _other_folders(config)
+
+    def left_out_files(self, table: DatasetTable) -> str | None:
+        """Return a line with the number of unread files in a table's folder, by suffix; None if there are
+        none, or if an earlier table has the same folder. Files that are usual next to media are not counted.
+
+        Raises DatasetError if the folder cannot be listed.
+        """
+        place = self._ids.get(table.index)
+        if place is None or table.directory is None:
+            return None
+        sharing = self._sharing[place]
+        if sharing[0].index != table.index:
+            return None
+        with_masks = any(
+            other.mask_directory is not None and folder_id(other.mask_directory) == place for other in sharing
+        )
+        rules = _UnreadRules.of(sharing, has_companions=place in self._others, with_masks=with_masks)
+        counts = _count_unread(table, table.directory, rules)
+        if not counts:
+            return None
+        number = sum(of_endings.total() for of_endings in counts.values())
+        verb = "file is" if number == 1 else "files are"
+        return f"{table.directory}: {number} {verb} not read: {_describe(counts)}"
+
+    def left_out_folders(self, tables: Iterable[DatasetTable]) -> Iterator[str]:
+        """Yield a line for each folder inside a folder of the tables that holds its kind of media and is not
+        read.
+        """
+        used = self._others | {*self._sharing}
+        for table in tables:
+            if table.directory is None or not table.directory.is_dir():
+                continue
+            with os.scandir(table.directory) as entries:
+                folders = sorted(
+                    entry.path for entry in entries if entry.name[0] != "." and not is_file(entry)
+                )
+            for folder in folders:
+                if Path(folder).name in FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
+                    continue
+                suffixes = _all_suffixes([table.holds])
+                if folder_id(folder) not in used and _holds(folder, suffixes, used):
+                    unused = f"its {table.holds}s are not used: folders inside a folder are not searched"
+                    yield f"{folder}: {unused}. Give it a table"
 
 
 def _describe(counts: Mapping[str, Counter[str]]) -> str:
@@ -151,20 +186,15 @@ class _UnreadRules:
     read_labels: frozenset[str]  # of files next to media
 
     @staticmethod
-    def of(tables: Sequence[DatasetTable], has_companions: bool) -> "_UnreadRules":
+    def of(tables: Sequence[DatasetTable], has_companions: bool, with_masks: bool) -> "_UnreadRules":
         """Return the rules of the tables that share a folder. has_companions: it also has masks, control
-        media or sound.
+        media or sound. with_masks: it has masks of OneTrainer, which the tables read.
         """
         kinds = {str(table.holds) for table in tables}
         captions = {table.caption_extension for table in tables if table.caption_extension}
         read = _all_suffixes(kinds)
         if has_companions:
             read |= SOUND_SUFFIXES | _all_suffixes(_KINDS)
-        with_masks = any(
-            table.mask_directory and folder_id(table.mask_directory) == folder_id(table.directory)
-            for table in tables
-            if table.directory
-        )
         return _UnreadRules(
             kinds,
             read,
@@ -252,24 +282,6 @@ def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
         files = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in most_common)
         return f"it has {files}"
     return f"only folders, such as {folders[0]}" if folders else "it is empty"
-
-
-def left_out_folders(config: DatasetConfig) -> Iterator[str]:
-    """Yield a line for each folder inside a table's folder that holds its kind of media and is not read."""
-    used = _other_folders(config)
-    used |= {folder_id(table.directory) for table in config.datasets if table.directory}
-    for table in config.datasets:
-        if table.directory is None or not table.directory.is_dir():
-            continue
-        with os.scandir(table.directory) as entries:
-            folders = sorted(entry.path for entry in entries if entry.name[0] != "." and not is_file(entry))
-        for folder in folders:
-            if Path(folder).name in FOLDERS_OF_RUNS and (table.directory / "run.toml").exists():
-                continue
-            suffixes = _all_suffixes([table.holds])
-            if folder_id(folder) not in used and _holds(folder, suffixes, used):
-                unused = f"its {table.holds}s are not used: folders inside a folder are not searched"
-                yield f"{folder}: {unused}. Give it a table"
 
 
 def _holds(folder: str, suffixes: frozenset[str], used: set[str]) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dataset.config import DatasetConfig
-from dataset.sources.left_out import left_out_files
+from dataset.sources.left_out import TableFolders
 from dataset.sources.listing import find_sources
 from dataset.sources.remarks import (
     BACKSLASH,
@@ -33,7 +33,7 @@ def pictures(folder: Path, *names: str) -> Path:
 
 
 def said(config: DatasetConfig) -> str:
-    return left_out_files(config, config.datasets[0]) or ""
+    return TableFolders(config).left_out_files(config.datasets[0]) or ""
 
 
 def test_captions_of_another_usual_suffix_are_named_with_the_key_that_reads_them(tmp_path: Path) -> None:
