@@ -355,7 +355,7 @@ def _learns_in_spite_of_caches(
 
     learning: all text encoders. Raises OptionError if nothing else is trained.
     """
-    names = ", ".join(encoder.name for encoder in learning)
+    names = " and ".join(encoder.name for encoder in learning)
     switches = _switches(family, options)
     if any(switches.get(encoder.lora_prefix) for encoder in learning):
         logger.warning(
@@ -367,12 +367,12 @@ def _learns_in_spite_of_caches(
     # they do not learn because all texts are cached, as the guides' commands have it
     if options.parts is None or not options.parts.trains_dit:
         raise OptionError(
-            f"--cache_text_encoder_outputs: {names} is trained, so that its outputs change. Leave it out"
+            f"--cache_text_encoder_outputs: outputs of {names} change, as they are trained. Leave it out"
         )
     log = logger.info if options.parts.text_encoder_lr is None else logger.warning
     log(
-        "%s does not learn because --cache_text_encoder_outputs keeps its outputs: only the "
-        "transformer is trained, as with %s. To train both leave out the caches.",
+        "Text encoders do not learn (%s), because --cache_text_encoder_outputs keeps their outputs: only the "
+        "transformer is trained, as with %s. To train both, leave out the caches.",
         names,
         UNET_ONLY,
     )

@@ -288,7 +288,7 @@ def changed_caption(
         text = fill_wildcards(text, generator).text
         suffix = fill_wildcards(suffix, generator).text
     text = complete_caption(text, table.trigger_word, prefix, suffix)
-    if not (changes.shuffle or changes.warmup_step or changes.part_dropout_rate):
+    if not changes.moves_parts:
         return join_parts(text, changes)
 
     # parts between the fixed ones are shuffled; parts beyond the warm-up, or dropped at random, are left out
