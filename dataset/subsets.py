@@ -84,58 +84,13 @@ def read_subsets(
             fields = _table_fields(values, subset.place, is_masked)
             table = DatasetTable(path, len(tables), "image", group=group, subset=subset.number, **fields)
             tables.append(table)
-    _warn_idle(path, content, tables)
+    if tables:
+        from dataset.idle_keys import warn_idle  # only of this form
+
+        warn_idle(path, content, tables)
     for option in unused.values() if tables else ():
         logger.warning("%s is ignored because %s gives another value everywhere", option, path)
     return _with_cache_directories(tables)
-
-
-_VARIES = "shuffle_caption, caption_tag_dropout_rate or token_warmup_step"
-_BUCKETS = "enable_bucket = true"
-# keys that act only with others -> those others
-_NEEDS: Mapping[str, str] = {
-    "min_bucket_reso": _BUCKETS,
-    "max_bucket_reso": _BUCKETS,
-    "bucket_reso_steps": _BUCKETS,
-    "bucket_no_upscale": _BUCKETS,
-    "keep_tokens": _VARIES,
-    "keep_tokens_separator": _VARIES,
-    "token_warmup_min": "token_warmup_step",
-    "prior_loss_weight": "is_reg = true",
-}
-
-
-def _warn_idle(path: Path, content: Mapping[str, Any], tables: Sequence[DatasetTable]) -> None:
-    """Warn about keys of a file that act only with others, which no subset has."""
-    met = {
-        _BUCKETS: any(table.enable_bucket for table in tables),
-        _VARIES: any(table.changes.moves_parts for table in tables),
-        "token_warmup_step": any(table.changes.warmup_step > 0 for table in tables),
-        "is_reg = true": any(table.is_reg for table in tables),
-    }
-    values: dict[str, list[Any]] = {}
-    for level in _levels_of(content):
-        for name, value in level.items():
-            values.setdefault(name, []).append(value)
-    idle = [
-        f"{name} (needs {needed})"
-        for name, needed in _NEEDS.items()
-        if not met[needed] and any(value != SUBSET_KEYS[name].default for value in values.get(name, ()))
-    ]
-    if idle and tables:
-        logger.warning("%s: without effect: %s", path, ", ".join(idle))
-
-
-def _levels_of(content: Mapping[str, Any]) -> Iterator[Table]:
-    """Yield the tables of a file in which keys of subsets may stand."""
-    general, entries = content.get("general"), content.get("datasets")
-    levels = [general, *(entries if isinstance(entries, list) else [])]
-    for level in levels:
-        if isinstance(level, dict):
-            yield level
-            subsets = level.get("subsets")
-            inner = subsets if isinstance(subsets, list) else []
-            yield from (subset for subset in inner if isinstance(subset, dict))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-from dataset.sources.captions import CaptionOwners, caption_path, describe_encoding, read_caption_file
+from dataset.sources.captions import caption_path, describe_encoding, read_caption_file
 from dataset.sources.folders import ControlFolder, find_sound_beside
-from dataset.sources.left_out import FOLDERS_OF_RUNS, NO_MEDIA
+from dataset.sources.left_out import FOLDERS_OF_RUNS, NO_MEDIA, CaptionOwners
 from dataset.subsets import FolderName, read_folder_name
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError

@@ -24,32 +24,6 @@ OUR_NETWORKS = "networks."  # modules of ours begin so
 TYPING_MISTAKE = 0.9  # similarity of a mistyped name and the intended one; 1: equal
 
 
-# keys that the page of kohya_ss writes or keeps, and that no training script declares: what to do instead
-_TO_NETWORK = 'it is no option of the training; write network_args = ["{key}={value}"]'
-_TO_LAUNCHER = "it is for accelerate launch: type it there"
-_OTHER_FORM = "it is a choice of the page, which network_module and network_args stand for"
-OF_KOHYA_PAGE: Mapping[str, str] = {
-    **dict.fromkeys(("loraplus_lr_ratio", "loraplus_unet_lr_ratio"), _TO_NETWORK),
-    **dict.fromkeys(("loraplus_text_encoder_lr_ratio", "conv_dim", "conv_alpha"), _TO_NETWORK),
-    **dict.fromkeys(("rank_dropout", "module_dropout", "train_double_block_indices"), _TO_NETWORK),
-    **dict.fromkeys(("train_single_block_indices", "train_blocks", "split_qkv", "train_t5xxl"), _TO_NETWORK),
-    **dict.fromkeys(("gpu_ids", "multi_gpu", "num_processes", "num_machines"), _TO_LAUNCHER),
-    **dict.fromkeys(("main_process_port", "num_cpu_threads_per_process", "dynamo_mode"), _TO_LAUNCHER),
-    **dict.fromkeys(("dynamo_use_fullgraph", "dynamo_use_dynamic"), _TO_LAUNCHER),
-    **dict.fromkeys(("extra_accelerate_launch_args",), _TO_LAUNCHER),
-    **dict.fromkeys(("LoRA_type", "LyCORIS_preset"), _OTHER_FORM),
-    "lowvram": "no training script has it; blocks_to_swap and gradient_checkpointing save GPU memory",
-    "use_wandb": 'write log_with = "wandb"',
-    "epoch": "write max_train_epochs = {value}",
-    "max_resolution": 'write resolution = "{value}"',
-    "optimizer": 'write optimizer_type = "{value}"',
-    "stop_text_encoder_training": "text encoders learn to the end; text_encoder_lr says how fast",
-    "stop_text_encoder_training_pct": "text encoders learn to the end; text_encoder_lr says how fast",
-    "additional_parameters": "write each of these options as a key of its own",
-    "model_list": "it is a choice of the page; pretrained_model_name_or_path names the file",
-}
-
-
 class ConfigOptions(Options):
     """Options in a file."""
 
@@ -75,6 +49,8 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
     tables = {name: value for name, value in _load(path).items() if name != OTHERS_TABLE}
     if isinstance(tables.get("datasets"), list):
         raise OptionError(f"{path} describes a data set: give it to --dataset_config, and options here")
+    from training.kohya_page import explain_key, is_of_kohya_page  # only with a file
+
     flat = dict(_flatten(tables))
     for key, value in flat.items():
         if key in actions and _is_empty(value):
@@ -89,10 +65,10 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
             values[action.dest] = _convert(path, action, value)
             if isinstance(parser, Parser) and f"--{key}" in action.option_strings:
                 parser.typed_flags.setdefault(action.dest, f"--{key}")
-        elif key in OF_KOHYA_PAGE:
-            if value and not _is_network_argument(key, flat):
-                reason = OF_KOHYA_PAGE[key].format(key=key, value=value)
-                logger.warning(f"{path}: {key} is ignored: {reason}")
+        elif is_of_kohya_page(key):
+            advice = explain_key(key, flat)
+            if advice is not None:
+                logger.warning(f"{path}: {key} is ignored: {advice}")
         else:
             close = difflib.get_close_matches(key, actions, n=1, cutoff=TYPING_MISTAKE)
             if close:
@@ -104,12 +80,6 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
 def _is_empty(value: Any) -> bool:
     """Return whether a value is an empty text, or a list of such, which pages write for "not given"."""
     return value == "" or (isinstance(value, list) and value != [] and all(item == "" for item in value))
-
-
-def _is_network_argument(key: str, values: Mapping[str, Any]) -> bool:
-    """Return whether network_args give a key too, so that it counts."""
-    arguments = values.get("network_args")
-    return isinstance(arguments, list) and any(str(item).startswith(f"{key}=") for item in arguments)
 
 
 def _actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

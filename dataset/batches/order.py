@@ -21,7 +21,6 @@ from dataset.batches.items import OfSource, TrainingItem, tables_of
 from dataset.cache.files import EMPTY
 from dataset.sources.captions import complete_caption, join_parts, lines_of
 from dataset.sources.media_source import pause_collection
-from dataset.sources.wildcards import fill_wildcards
 from dataset.table import NO_AUGMENTATION, CaptionChanges, DatasetTable
 from modules.seeds import derive_seed
 
@@ -284,6 +283,8 @@ def changed_caption(
     text = generator.choice(lines) if changes.wildcards else lines[0]
     prefix, suffix = table.caption_prefix, table.caption_suffix
     if changes.wildcards:
+        from dataset.sources.wildcards import fill_wildcards  # few tables have any
+
         prefix = fill_wildcards(prefix, generator).text
         text = fill_wildcards(text, generator).text
         suffix = fill_wildcards(suffix, generator).text

@@ -3,7 +3,6 @@
 import codecs
 import errno
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,32 +129,6 @@ def first_and_more(
             "each line is one; leave it out if the lines are one text."
         )
     return (captions[0], captions[1:]) if captions else (None, ())
-
-
-class CaptionOwners:
-    """The images or clips of a folder, by which a caption under another name finds the one that it is of."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        """names: of the files, with their suffixes."""
-        self._by_name: dict[str, str] = {}
-        self._by_stem: dict[str, str] = {}
-        for name in names:
-            self._by_name[_as_read(name)] = name
-            self._by_stem[_as_read(Path(name).stem)] = name
-
-    def find(self, stem: str) -> str | None:
-        """Return the file that a caption is probably of: its name differs in capitals, in the Unicode form of
-        its letters, or has the suffix of the file too (`cat.png.txt`). None if there is none.
-
-        stem: the name of the caption without its suffix.
-        """
-        key = _as_read(stem)
-        return self._by_name.get(key) or self._by_stem.get(key)
-
-
-def _as_read(name: str) -> str:
-    """Return a name in the form that is the same for all names that people read as equal."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str, ...]:

@@ -2,13 +2,13 @@
 
 import itertools
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.config import DatasetConfig, DatasetTable
-from dataset.sources.captions import CaptionOwners
 from dataset.sources.folders import folder_id, is_file, list_entries, media_suffixes, split_name
 from dataset.sources.media_source import OF_SHARDS
 from modules.errors import MediaError
@@ -127,6 +127,32 @@ def _count_unread(table: DatasetTable, folder: Path, rules: "_UnreadRules") -> d
             shown = ending
         counts.setdefault(why, Counter())[shown or "no suffix"] += 1
     return counts
+
+
+class CaptionOwners:
+    """The images or clips of a folder, by which a caption under another name finds the one that it is of."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """names: of the files, with their suffixes."""
+        self._by_name: dict[str, str] = {}
+        self._by_stem: dict[str, str] = {}
+        for name in names:
+            self._by_name[_as_read(name)] = name
+            self._by_stem[_as_read(Path(name).stem)] = name
+
+    def find(self, stem: str) -> str | None:
+        """Return the file that a caption is probably of: its name differs in capitals, in the Unicode form of
+        its letters, or has the suffix of the file too (`cat.png.txt`). None if there is none.
+
+        stem: the name of the caption without its suffix.
+        """
+        key = _as_read(stem)
+        return self._by_name.get(key) or self._by_stem.get(key)
+
+
+def _as_read(name: str) -> str:
+    """Return a name in the form that is the same for all names that people read as equal."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _find_captions(

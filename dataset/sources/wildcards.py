@@ -11,7 +11,7 @@ _BAR = "\0"  # stands for a bar that is literal; no caption holds this character
 
 
 @dataclass
-class _Group:
+class _OpenChoice:
     """Braces that are opened at one place, and the text behind them so far, with its choices drawn."""
 
     opened: int
@@ -32,14 +32,14 @@ def fill_wildcards(text: str, generator: random.Random) -> FilledText:
     `{{` and `}}` stand for the braces themselves, as in sd-scripts, unless one of the two braces closes or
     opens a choice around another one: `{{a|b} c|d}`, `{a|b {c|d}}`.
     """
-    groups = [_Group(0)]  # the first is the text outside of all braces
+    groups = [_OpenChoice(0)]  # the first is the text outside of all braces
     lone_braces = 0
     for piece in _BRACES.split(text):
         if piece.startswith("{") and len(groups) > _MOST_NESTED:
             lone_braces += 1
             groups[-1].pieces.append(piece)
         elif piece.startswith("{"):
-            groups.append(_Group(len(piece)))
+            groups.append(_OpenChoice(len(piece)))
         elif piece.startswith("}"):
             lone_braces += _close(groups, len(piece), generator)
         else:
@@ -55,7 +55,7 @@ def has_choice(text: str) -> bool:
     return _CHOICE.search(text) is not None
 
 
-def _close(groups: list[_Group], closed: int, generator: random.Random) -> int:
+def _close(groups: list[_OpenChoice], closed: int, generator: random.Random) -> int:
     """Draw the choices that `closed` braces at one place end. Return how many of these end none."""
     while closed and len(groups) > 1:
         group = groups[-1]
